@@ -1,0 +1,27 @@
+"""Expertune: QLoRA for mixture-of-experts language models.
+
+    import expertune
+    run = expertune.finetune("run.yaml")
+
+Importing this package is cheap: torch and transformers are imported when a step needs them.
+"""
+
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+from expertune.config import RunConfig, load_config
+from expertune.record import RunRecord
+
+if TYPE_CHECKING:
+    from expertune.api import Run, evaluate, finetune, generate, make_plan
+
+__version__ = _version("expertune")
+__all__ = ["Run", "RunConfig", "RunRecord", "evaluate", "finetune", "generate", "load_config", "make_plan"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from expertune import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'expertune' has no attribute {name!r}")

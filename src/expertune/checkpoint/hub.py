@@ -1,0 +1,51 @@
+"""Find a model: a local folder as it is, or a hub repository through the hub's own client."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from expertune.errors import CheckpointError
+
+_CODE = ["*.py"]
+_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model folder on this machine and where it came from.
+
+    Attributes:
+        folder: local folder with config, tokenizer and weights.
+        revision: the commit that a hub id resolved to; None for a local folder.
+    """
+
+    folder: Path
+    revision: str | None = None
+
+
+def fetch_model(model: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
+    """A local folder, or the hub snapshot of `model`, downloaded or taken from the hub's cache.
+
+    Raises:
+        CheckpointError: neither a folder nor a repository that can be reached; says what to do.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return ModelSource(folder)
+    if folder.exists() or model.startswith((".", "/", "~")):
+        raise CheckpointError(f"model {model}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        path = snapshot_download(
+            model, revision=revision, allow_patterns=_FILES + (_CODE if trust_remote_code else [])
+        )
+    except HFValidationError:
+        raise CheckpointError(f"model {model}: neither a folder here nor a hub id of the form owner/name") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"model {model}: no folder of this name here, and the hub did not give it ({reason}). Give the path of a "
+            "local copy, or go online (and log in with `hf auth login` for a gated model)"
+        ) from None
+    return ModelSource(Path(path), Path(path).name)

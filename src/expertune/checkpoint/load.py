@@ -1,0 +1,267 @@
+"""Load a model with 4-bit experts: swap on the meta device, then stream the shards, one matrix at a time.
+
+At no moment is there a fused 16-bit stack of experts or a whole 16-bit model: what is resident is the 4-bit model so
+far, its 16-bit rest (embeddings, router, norms, lm_head), and the one tensor being read.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from expertune.checkpoint.linears import linears_to_quantize
+from expertune.checkpoint.names import Destination, NameMap, read_names
+from expertune.checkpoint.reader import CheckpointIndex, TensorEntry, open_checkpoint
+from expertune.config import QuantizationConfig
+from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
+from expertune.experts.contract import find_experts
+from expertune.experts.module import Nf4Experts
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class LoadedModel:
+    """A model whose experts are NF4.
+
+    Attributes:
+        model: the transformers model; every experts module is an `Nf4Experts`, every decoder linear a `Linear4bit`.
+        names: both directions between checkpoint names and live names.
+        unexpected: names of checkpoint tensors that the model has no place for.
+    """
+
+    model: PreTrainedModel
+    names: NameMap
+    unexpected: list[str] = field(default_factory=list)
+
+
+def build_meta_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model that a folder's config.json describes, with parameters on the meta device and real buffers.
+
+    Raises:
+        ConfigError: no config.json, or transformers cannot build a causal language model from it.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder}: no config.json here; is it a model folder?")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{folder / 'config.json'}: transformers cannot build this model: {reason}") from None
+
+
+def load_model(
+    folder: str | Path,
+    quantization: QuantizationConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Load a model folder with NF4 experts and NF4 decoder linears onto a device.
+
+    Args:
+        folder: config.json and safetensors, per-expert or fused, in any number of shards.
+        quantization: how frozen weights are held.
+        dtype: dtype of the 16-bit rest and of all products.
+        device: where everything lives.
+        trust_remote_code: run Python that ships with the model.
+        progress: called with (bytes read, bytes in all) after each tensor.
+
+    Raises:
+        CheckpointError: a tensor is missing, stored twice, truncated, of another shape, or not finite; names it.
+        ConfigError, UnsupportedModelError: see `build_meta_model` and `read_names`.
+    """
+    index = open_checkpoint(folder)
+    model = build_meta_model(folder, dtype, trust_remote_code)
+    names = read_names(model)
+    linears = linears_to_quantize(model)
+    _swap_experts(model, quantization, device)
+    loader = _Loader(model, names, set(linears), quantization, dtype, torch.device(device))
+    unexpected = loader.stream(index, progress)
+    model.tie_weights()
+    loader.check_complete(index)
+    model.to(device)
+    model.requires_grad_(False)
+    # PEFT reads this flag to adapt `Linear4bit` layers as 4-bit ones.
+    model.is_loaded_in_4bit = True
+    model.eval()
+    return LoadedModel(model, names, unexpected)
+
+
+def _swap_experts(model: nn.Module, quantization: QuantizationConfig, device: torch.device | str) -> None:
+    for name, experts in list(find_experts(model)):
+        parent, _, child = name.rpartition(".")
+        swapped = Nf4Experts(experts, name, quantization.double_quantization, device)
+        setattr(model.get_submodule(parent), child, swapped)
+
+
+class _Loader:
+    """Places checkpoint tensors in a model whose experts have been swapped."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        names: NameMap,
+        linears: set[str],
+        quantization: QuantizationConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.model, self.names, self.linears = model, names, linears
+        self.quantization, self.dtype, self.device = quantization, dtype, device
+        self.filled: dict[tuple[str, str | None, int | None], str] = {}
+
+    def stream(self, index: CheckpointIndex, progress: Progress | None) -> list[str]:
+        done, total, unexpected = 0, index.nbytes, []
+        for entry in index.tensors.values():
+            destination = self.names.locate(entry.key)
+            if destination.projection is not None:
+                self._place_expert(entry, destination)
+            elif not self._place(entry, destination.name):
+                unexpected.append(entry.key)
+            done += entry.nbytes
+            if progress:
+                progress(done, total)
+        return unexpected
+
+    def check_complete(self, index: CheckpointIndex) -> None:
+        """Raise CheckpointError naming the first tensors that nothing filled."""
+        missing = [
+            self.names.expert_on_disk(module, expert, projection) + ".weight"
+            for module, spec in self.names.specs.items()
+            for projection in spec.projections
+            for expert in range(spec.num_experts)
+            if (module, projection, expert) not in self.filled
+        ]
+        state = [*self.model.named_parameters(), *self.model.named_buffers()]
+        missing += [self.names.on_disk(name) for name, tensor in state if tensor.is_meta]
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise CheckpointError(f"{index.folder}: missing tensors: {', '.join(missing[:3])}{more}")
+
+    def _place_expert(self, entry: TensorEntry, destination: Destination) -> None:
+        experts = self.model.get_submodule(destination.name)
+        spec = self.names.specs[destination.name]
+        assert isinstance(experts, Nf4Experts) and destination.projection is not None
+        if destination.expert is not None:
+            self._write(experts, entry, destination, destination.expert, destination.projection, entry.read)
+            return
+        if len(entry.shape) != 3 or entry.shape[0] != spec.num_experts:
+            raise CheckpointError(
+                f"{entry.shard}: tensor {entry.key} has shape {entry.shape}, expected {spec.num_experts} experts first"
+            )
+        fused = spec.projections[:-1] if destination.projection in ("gate_up", "up") else ("down",)
+        for expert in range(spec.num_experts):
+            for part, projection in enumerate(fused):
+
+                def read(expert: int = expert, part: int = part) -> Tensor:
+                    return entry.read_part(expert).chunk(len(fused))[part]
+
+                self._write(experts, entry, destination, expert, projection, read)
+
+    def _write(
+        self,
+        experts: Nf4Experts,
+        entry: TensorEntry,
+        destination: Destination,
+        expert: int,
+        projection: str,
+        read: Callable[[], Tensor],
+    ) -> None:
+        if expert >= experts.num_experts:
+            raise CheckpointError(
+                f"{entry.shard}: tensor {entry.key} belongs to expert {expert}, but the model has {experts.num_experts}"
+            )
+        self._claim(entry, destination.name, projection, expert)
+        try:
+            # Quantizing reads the matrix several times; a float32 or 8-bit source keeps its own dtype until here.
+            matrix = read().to(self.device)
+            experts.write(expert, projection, matrix if matrix.itemsize > 1 else matrix.to(self.dtype))
+        except ValueError as error:
+            raise CheckpointError(f"{entry.shard}: tensor {entry.key}: {error}") from None
+
+    def _place(self, entry: TensorEntry, name: str) -> bool:
+        module_name, _, leaf = name.rpartition(".")
+        try:
+            module = self.model.get_submodule(module_name)
+        except AttributeError:
+            return False
+        slots = module._parameters if leaf in module._parameters else module._buffers
+        current = slots.get(leaf)
+        if current is None:
+            return False
+        if tuple(current.shape) != entry.shape:
+            raise CheckpointError(
+                f"{entry.shard}: tensor {entry.key} has shape {entry.shape}, the model expects {tuple(current.shape)}"
+            )
+        self._claim(entry, name, None, None)
+        tensor = entry.read()
+        if not tensor.is_floating_point() and current.is_floating_point():
+            raise UnsupportedModelError(
+                f"{entry.shard}: tensor {entry.key} is {entry.dtype}; a checkpoint that is already quantized is not "
+                "supported yet: give the 16-bit one"
+            )
+        if module_name in self.linears and leaf == "weight":
+            self._quantize_linear(entry, module_name, tensor)
+        elif leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
+        else:
+            module._buffers[leaf] = tensor.to(self.device, current.dtype)
+        return True
+
+    def _quantize_linear(self, entry: TensorEntry, name: str, matrix: Tensor) -> None:
+        if not torch.isfinite(matrix).all():
+            raise CheckpointError(f"{entry.shard}: tensor {entry.key} holds NaN or infinite weights")
+        linear = self.model.get_submodule(name)
+        quantized = quantized_linear(linear, matrix, self.quantization, self.dtype, self.device)
+        parent, _, child = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, quantized)
+
+    def _claim(self, entry: TensorEntry, name: str, projection: str | None, expert: int | None) -> None:
+        previous = self.filled.setdefault((name, projection, expert), entry.key)
+        if previous != entry.key:
+            raise CheckpointError(f"{entry.shard}: tensors {previous} and {entry.key} both belong to {name}")
+
+
+def quantized_linear(
+    linear: nn.Module,
+    matrix: Tensor,
+    quantization: QuantizationConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> bnb.nn.Linear4bit:
+    """A bitsandbytes `Linear4bit` with the NF4 bytes of `matrix`, keeping the bias of `linear`."""
+    rows, columns = matrix.shape
+    quantized = bnb.nn.Linear4bit(
+        columns,
+        rows,
+        bias=False,
+        compute_dtype=dtype,
+        compress_statistics=quantization.double_quantization,
+        quant_type=quantization.scheme,
+        device="meta",
+    )
+    quantized.weight = bnb.nn.Params4bit(
+        matrix,
+        requires_grad=False,
+        compress_statistics=quantization.double_quantization,
+        quant_type=quantization.scheme,
+        blocksize=quantization.block_size,
+        module=quantized,
+    ).to(device)
+    # bitsandbytes decodes to the source's dtype in training and to the input's in evaluation; here both are one.
+    quantized.weight.quant_state.dtype = dtype
+    quantized.bias = linear.bias
+    # In evaluation on a CPU with AVX512-BF16, bitsandbytes would repack the weight and round its scales to bfloat16
+    # for good: the first evaluation would change the frozen weights under a training run.
+    quantized.support_avx512bf16_for_cpu = False
+    return quantized

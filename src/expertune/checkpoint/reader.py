@@ -1,0 +1,201 @@
+"""Read safetensors folders one tensor at a time, with plain reads.
+
+A memory-mapped file counts as resident memory once it is touched; a plain read into a buffer does not, so that the
+peak of a load is what the model holds and one tensor. Format: eight bytes of header length, a JSON header, the data
+(https://huggingface.co/docs/safetensors, "Format").
+"""
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from expertune.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+_MAX_HEADER_BYTES = 100 * 2**20
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a checkpoint, by its header.
+
+    Attributes:
+        key: name on disk.
+        shard: file that holds it.
+        dtype: torch dtype.
+        shape: sizes.
+        start: byte position in the file.
+        nbytes: size in bytes.
+    """
+
+    key: str
+    shard: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def read(self) -> Tensor:
+        """The tensor, on the CPU.
+
+        Raises:
+            CheckpointError: the file ends before the tensor does.
+        """
+        return self._read(self.start, self.nbytes).view(self.shape)
+
+    def read_part(self, index: int) -> Tensor:
+        """Element `index` of the first dimension, e.g. one expert of a stack, without reading the others.
+
+        Raises:
+            CheckpointError: the file ends before the tensor does.
+        """
+        size = self.nbytes // self.shape[0]
+        return self._read(self.start + index * size, size).view(self.shape[1:])
+
+    def _read(self, start: int, nbytes: int) -> Tensor:
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        with self.shard.open("rb", buffering=0) as file:
+            file.seek(start)
+            view, filled = memoryview(buffer.numpy()), 0
+            while filled < nbytes:
+                count = file.readinto(view[filled:])  # type: ignore[attr-defined]
+                if not count:
+                    raise CheckpointError(f"{self.shard}: the file ends inside tensor {self.key}; download it again")
+                filled += count
+        return buffer.view(self.dtype)
+
+
+@dataclass(frozen=True)
+class CheckpointIndex:
+    """All tensors of a checkpoint folder.
+
+    Attributes:
+        folder: where it lies.
+        tensors: entries by name on disk, in file order.
+    """
+
+    folder: Path
+    tensors: dict[str, TensorEntry]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+
+def open_checkpoint(folder: str | Path) -> CheckpointIndex:
+    """Read the headers of a checkpoint folder: the shards its index names, or every safetensors file in it.
+
+    Raises:
+        CheckpointError: no safetensors, a shard that is missing or damaged, a tensor that is missing from its shard
+            or stored twice; names the file and the tensor.
+    """
+    folder = Path(folder)
+    weight_map = _read_index(folder)
+    shards = sorted({folder / name for name in weight_map.values()}) if weight_map else _loose_shards(folder)
+    tensors: dict[str, TensorEntry] = {}
+    for shard in shards:
+        for entry in read_header(shard).values():
+            if entry.key in tensors:
+                raise CheckpointError(
+                    f"{folder}: tensor {entry.key} is stored twice, in {tensors[entry.key].shard.name} and "
+                    f"{shard.name}; remove the file that does not belong"
+                )
+            tensors[entry.key] = entry
+    for key, name in weight_map.items():
+        if key not in tensors:
+            raise CheckpointError(f"{folder / name}: tensor {key} is missing, though {INDEX_NAME} names it")
+        if tensors[key].shard.name != name:
+            raise CheckpointError(
+                f"{folder}: {INDEX_NAME} places tensor {key} in {name}, but it lies in {tensors[key].shard.name}"
+            )
+    return CheckpointIndex(folder, tensors)
+
+
+def read_header(shard: Path) -> dict[str, TensorEntry]:
+    """Entries of one safetensors file by name, in file order.
+
+    Raises:
+        CheckpointError: the file is missing, is no safetensors file, or is shorter than its header says.
+    """
+    try:
+        size = shard.stat().st_size
+        with shard.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+                raise CheckpointError(f"{shard}: not a safetensors file, or its header is cut off; download it again")
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise CheckpointError(f"{shard}: shard is missing; download it again") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{shard}: the safetensors header is damaged ({error}); download it again") from None
+    header.pop("__metadata__", None)
+    entries = [_entry(shard, key, value, 8 + length) for key, value in header.items()]
+    for entry in entries:
+        if entry.start + entry.nbytes > size:
+            raise CheckpointError(
+                f"{shard}: truncated: tensor {entry.key} ends at byte {entry.start + entry.nbytes}, the file has "
+                f"{size}; download it again"
+            )
+    return {entry.key: entry for entry in sorted(entries, key=lambda entry: entry.start)}
+
+
+def _entry(shard: Path, key: str, value: dict, data_start: int) -> TensorEntry:
+    try:
+        dtype, shape = _DTYPES[value["dtype"]], tuple(int(size) for size in value["shape"])
+        begin, end = value["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{shard}: the header of tensor {key} is damaged or of unknown dtype ({error})") from None
+    if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
+        raise CheckpointError(f"{shard}: tensor {key} of shape {shape} and {dtype} cannot lie in {end - begin} bytes")
+    return TensorEntry(key, shard, dtype, shape, data_start + begin, end - begin)
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    path = folder / INDEX_NAME
+    if not path.exists():
+        return {}
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged index ({error!r}); download it again") from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: its weight_map names no tensors")
+    return weight_map
+
+
+def _loose_shards(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    shards = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
+    if shards:
+        return shards
+    pickles = next(folder.glob("*.bin"), None)
+    mend = f"; {pickles.name} is a pickle, which is never loaded: convert it to safetensors" if pickles else ""
+    raise CheckpointError(f"{folder}: no *.safetensors weights here{mend}")

@@ -1,0 +1,218 @@
+"""Which matrices the adapter changes, and with what rank: `lora.targets` resolved against one model.
+
+Names are the checkpoint's own (`w1` for Mixtral, `gate_proj` for most others), matched as PEFT matches
+`target_modules`: a target fits a module whose dotted name ends in it. A name that fits routed experts and shared
+experts alike means both.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import nn
+
+from expertune.checkpoint.linears import decoder_layers
+from expertune.checkpoint.names import NameMap
+from expertune.config import LoraSection
+from expertune.errors import ConfigError
+from expertune.experts.router import find_router, router_blocks
+
+ALIASES = ("attention", "experts", "router", "lm_head")
+
+
+class Rank(NamedTuple):
+    """Size and numerator of the scale of one adapter pair (A is [rank, in], B is [out, rank])."""
+
+    rank: int
+    alpha: float
+
+
+@dataclass
+class ResolvedTargets:
+    """What an adapter attaches to. All module names are the live model's.
+
+    Attributes:
+        linears: name of an `nn.Linear` -> its rank; the output head is among them where it is a target.
+        experts: name of an experts module -> canonical projection (`gate`, `up`, `down`) -> its rank, which all
+            experts of the module share.
+        router: name of the module that owns a router's [num_experts, hidden] weight -> its rank.
+    """
+
+    linears: dict[str, Rank] = field(default_factory=dict)
+    experts: dict[str, dict[str, Rank]] = field(default_factory=dict)
+    router: dict[str, Rank] = field(default_factory=dict)
+
+
+def resolve_targets(model: nn.Module, names: NameMap, lora: LoraSection) -> ResolvedTargets:
+    """Resolve targets and rank patterns of a run file against a model.
+
+    `rank_pattern` and `alpha_pattern` follow PEFT: a key is a projection's name or a regular expression that has to
+    match the end of the dotted name on disk from a dot on; the first key that matches wins.
+
+    Args:
+        model: the causal language model, before an adapter is attached; the meta device is enough, and experts and
+            linears may already be the 4-bit ones.
+        names: its name map.
+        lora: the adapter section of the run file.
+
+    Raises:
+        ConfigError: a target or a pattern fits nothing (the message names the nearest names that exist), a pattern is
+            no regular expression, or patterns ask for different ranks among the experts of one module.
+    """
+    candidates = _Candidates.of(model, names)
+    ranks = _Ranks(lora)
+    resolved = ResolvedTargets()
+    for target in lora.targets:
+        if not candidates.take(target, names, ranks, resolved):
+            raise ConfigError(f"lora.targets: no module is called {target!r}{_nearest(target, candidates.known())}")
+    ranks.require_all_used(candidates.known())
+    return resolved
+
+
+@dataclass
+class _Candidates:
+    """Everything in the model that an adapter can attach to: live name -> name on disk."""
+
+    linears: dict[str, str]
+    attention: set[str]
+    routers: dict[str, str]
+    head: str | None
+    projections: dict[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module, names: NameMap) -> "_Candidates":
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        blocks = router_blocks(model, names.specs)
+        routers = [find_router(name, model, spec) for name, spec in names.specs.items()]
+        linears = {
+            name: names.on_disk(name)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+            and not any(name == block or name.startswith(f"{block}.") for block in blocks)
+        }
+        return cls(
+            linears=linears,
+            attention=set(_attention_linears(model, names)) & set(linears),
+            routers={name: names.on_disk(name) for name in routers if name is not None},
+            head=next((name for name, module in model.named_modules() if module is head), None) if head else None,
+            projections=names.projection_names,
+        )
+
+    def take(self, target: str, names: NameMap, ranks: "_Ranks", into: ResolvedTargets) -> bool:
+        """Add everything that a target names; False if that is nothing."""
+        linears = [
+            name
+            for name, on_disk in self.linears.items()
+            if _ends_in(on_disk, target)
+            or (target == "attention" and name in self.attention)
+            or (target == "lm_head" and name == self.head)
+        ]
+        routers = [name for name, on_disk in self.routers.items() if target == "router" or _ends_in(on_disk, target)]
+        experts = [
+            (module, projection)
+            for module in names.specs
+            for projection, leaf in self.projections.items()
+            if target in ("experts", leaf)
+        ]
+        for name in linears:
+            into.linears[name] = ranks.of([self.linears[name]])
+        for name in routers:
+            into.router[name] = ranks.of([self.routers[name]])
+        for module, projection in experts:
+            each = (
+                names.expert_on_disk(module, expert, projection) for expert in range(names.specs[module].num_experts)
+            )
+            into.experts.setdefault(module, {})[projection] = ranks.of(each)
+        return bool(linears or routers or experts)
+
+    def known(self) -> list[str]:
+        """Aliases and projection names that would be accepted, for messages."""
+        leaves = {name.rpartition(".")[2] for name in (*self.linears.values(), *self.routers.values())}
+        aliases = {
+            "attention": bool(self.attention),
+            "experts": True,
+            "router": bool(self.routers),
+            "lm_head": self.head is not None,
+        }
+        return sorted(leaves | set(self.projections.values()) | {alias for alias, there in aliases.items() if there})
+
+
+class _Ranks:
+    """Rank and alpha of a module by its name on disk; remembers which patterns were of use."""
+
+    def __init__(self, lora: LoraSection) -> None:
+        self._default = Rank(lora.r, lora.alpha)
+        self._rank = _compile("rank_pattern", lora.rank_pattern)
+        self._alpha = _compile("alpha_pattern", lora.alpha_pattern)
+        self._unused = {("rank_pattern", key) for key in self._rank} | {("alpha_pattern", key) for key in self._alpha}
+
+    def of(self, on_disk: Iterable[str]) -> Rank:
+        """The one rank that all these modules share."""
+        if not self._rank and not self._alpha:
+            return self._default
+        found = {self._lookup(name): name for name in on_disk}
+        if len(found) > 1:
+            (first, one), (second, other) = list(found.items())[:2]
+            raise ConfigError(
+                "lora.rank_pattern, lora.alpha_pattern: the experts of one layer share a rank and an alpha, but "
+                f"{one} would get {first.rank}, {first.alpha:g} and {other} {second.rank}, {second.alpha:g}"
+            )
+        return next(iter(found))
+
+    def _lookup(self, name: str) -> Rank:
+        rank, alpha = self._default
+        for key, (pattern, value) in self._rank.items():
+            if pattern.match(name):
+                self._unused.discard(("rank_pattern", key))
+                rank = int(value)
+                break
+        for key, (pattern, value) in self._alpha.items():
+            if pattern.match(name):
+                self._unused.discard(("alpha_pattern", key))
+                alpha = value
+                break
+        return Rank(rank, alpha)
+
+    def require_all_used(self, known: list[str]) -> None:
+        """A pattern that fits no target is a misspelt one: it must not pass for the default rank."""
+        for section, key in sorted(self._unused):
+            raise ConfigError(f"lora.{section}: {key!r} fits no module among the targets{_nearest(key, known)}")
+
+
+def _compile(section: str, patterns: dict[str, int] | dict[str, float]) -> dict[str, tuple[re.Pattern[str], float]]:
+    compiled = {}
+    for key, value in patterns.items():
+        try:
+            compiled[key] = (re.compile(rf"(.*\.)?({key})$"), value)
+        except re.error as error:
+            raise ConfigError(f"lora.{section}: {key!r} is not a regular expression: {error}") from None
+    return compiled
+
+
+def _attention_linears(model: nn.Module, names: NameMap) -> Iterator[str]:
+    """Linears of the blocks that mix tokens: attention, and what stands in its place in hybrid models.
+
+    transformers gives such a block its `layer_idx`, the slot it takes in the cache; feed-forward blocks have none.
+    """
+    for layer_name, layer in decoder_layers(model, names.specs):
+        for child, block in layer.named_children():
+            if hasattr(block, "layer_idx") and not _holds(names, f"{layer_name}.{child}"):
+                for name, module in block.named_modules(prefix=f"{layer_name}.{child}"):
+                    if isinstance(module, nn.Linear):
+                        yield name
+
+
+def _holds(names: NameMap, block: str) -> bool:
+    return any(name == block or name.startswith(f"{block}.") for name in names.specs)
+
+
+def _ends_in(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"; did you mean {match[0]}?" if match else ""
+    return f"{hint} (this model has {', '.join(known)})"

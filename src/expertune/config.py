@@ -1,0 +1,289 @@
+"""One YAML file describes a run: this file is its schema, its reader, and the words of its errors.
+
+Nothing here imports torch or transformers, so that `--help` and a typing mistake answer at once. The keys under
+`training:` are TrainingArguments' own names; they are checked against the installed transformers when the run starts
+(`check_training_arguments`), because only transformers knows them.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from expertune.errors import ConfigError
+
+DataFormat = Literal["auto", "dolly", "alpaca", "prompt-completion", "messages", "sharegpt", "text"]
+
+
+class Section(BaseModel):
+    """A part of the run file. Unknown keys are refused: a misspelt key must never read as its default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """Where the rows come from and how they become token rows.
+
+    Attributes:
+        train: path or hub name of the training rows, with an optional `[a:b]` slice, e.g. `rows.jsonl[0:800]`.
+        eval: the same for evaluation rows; None means no evaluation.
+        format: layout of a row; `auto` recognises it from the first row's columns.
+        columns: renames before the layout is read: our column name -> the file's, e.g. `{prompt: ref, completion: mr}`.
+        template: name of a template that ships with Expertune, path of a Jinja file, `chat` for the tokenizer's own
+            chat template, or None for the layout's default.
+        max_length: tokens of a row after which it is cut.
+        train_on: `completion` takes the loss on the answer only, `all` on the prompt as well (padding never).
+        packing: `padding-free` concatenates a micro-batch's rows; `packed` fills rows of `max_length` tokens in
+            advance; `padded` pads every row on the left to `max_length`. Attention never crosses rows.
+        on_error: `stop` refuses the run at a bad row; `skip` drops bad rows and counts them.
+    """
+
+    train: str
+    eval: str | None = None
+    format: DataFormat = "auto"
+    columns: dict[str, str] = {}
+    template: str | None = None
+    max_length: int = Field(default=1024, ge=8)
+    train_on: Literal["completion", "all"] = "completion"
+    packing: Literal["padding-free", "packed", "padded"] = "padding-free"
+    on_error: Literal["stop", "skip"] = "stop"
+
+
+class QuantizationConfig(Section):
+    """How the frozen weights are held.
+
+    Attributes:
+        scheme: `nf4`, the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, section 3).
+        double_quantization: absmax values are themselves held in 8 bits (QLoRA, section 3, "Double Quantization").
+        block_size: weights that share one absmax value.
+        compute_dtype: dtype of the matrix products; `auto` is bfloat16 where the device multiplies it faster.
+    """
+
+    scheme: Literal["nf4"] = "nf4"
+    double_quantization: bool = True
+    block_size: Literal[64] = 64
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+
+
+class LoraSection(Section):
+    """The adapter.
+
+    Attributes:
+        r: rank of every factor that `rank_pattern` does not name.
+        alpha: scale; the update is multiplied by alpha / r (alpha / sqrt(r) with `rslora`).
+        dropout: probability on the adapter's input while training; works on experts too.
+        targets: the checkpoint's own projection names (`q_proj`, `w1`, `gate_proj`) and the aliases `attention`,
+            `experts`, `router`, `lm_head`.
+        rank_pattern: projection name (or a regular expression over module names) -> rank.
+        alpha_pattern: the same for alpha.
+        rslora: rank-stabilised scale (Kalajdzievski 2023).
+        dtype: dtype of the adapter's own weights.
+        init_from: folder of an existing PEFT adapter to start from.
+    """
+
+    r: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16, gt=0)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    targets: list[str] = Field(default=["attention", "experts"], min_length=1)
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    rslora: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    init_from: str | None = None
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_name_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("rank_pattern")
+    @classmethod
+    def _ranks_are_positive(cls, value: dict[str, int]) -> dict[str, int]:
+        if bad := {k: v for k, v in value.items() if v < 1}:
+            raise ValueError(f"ranks must be 1 or more, got {bad}")
+        return value
+
+
+class TaskConfig(Section):
+    """What the model is scored on by generating answers to evaluation rows, before and after training.
+
+    Attributes:
+        metric: `slot-f1` for meaning representations such as ViGGO's, `exact-match` for any text, or None.
+        rows: how many evaluation rows are answered; None means all of them.
+        max_new_tokens: the longest answer.
+        batch_size: rows answered at once.
+    """
+
+    metric: Literal["slot-f1", "exact-match"] | None = None
+    rows: int | None = Field(default=None, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+
+
+class RunConfig(Section):
+    """A whole run.
+
+    Attributes:
+        model: local folder or hub id of the base model.
+        revision: branch, tag or commit of a hub model; the record keeps the commit it resolved to.
+        trust_remote_code: run Python that ships with the model. Off unless asked for.
+        training: TrainingArguments by their own names.
+        placement: where frozen expert bytes live; `auto` decides by the plan.
+        memory_budget: most bytes a run may plan for, e.g. `24GB`; None means what the device has.
+        output_dir: the run folder.
+    """
+
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    data: DataConfig
+    quantization: QuantizationConfig = QuantizationConfig()
+    lora: LoraSection = LoraSection()
+    training: dict[str, Any] = {}
+    task: TaskConfig = TaskConfig()
+    placement: Literal["auto", "device"] = "auto"
+    memory_budget: str | int | None = None
+    output_dir: str
+
+    @model_validator(mode="after")
+    def _task_needs_eval_rows(self) -> "RunConfig":
+        if self.task.metric and not self.data.eval:
+            raise ValueError("task.metric needs data.eval: the metric is taken on evaluation rows")
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file, apply `section.key=value` overrides, and check every key.
+
+    Paths inside the file are taken relative to the working directory, as on any command line.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or holds an unknown key or a wrong value.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such run file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a UTF-8 text file ({error})") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a run file is a mapping of keys (model, data, ...), got {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(values, where=str(path))
+
+
+def parse_config(values: dict[str, Any], where: str = "config") -> RunConfig:
+    """Check a mapping of run-file keys and return the RunConfig.
+
+    Raises:
+        ConfigError: names each wrong key, what was found there, and the nearest known key.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_say(error, where)) from None
+
+
+def check_training_arguments(training: dict[str, Any], where: str = "config") -> None:
+    """Refuse keys under `training:` that the installed transformers does not know.
+
+    Imports transformers, so it runs when a run is planned or started, not when `--help` is printed.
+
+    Raises:
+        ConfigError: names the unknown key and the nearest known one, or a key that another section owns.
+    """
+    from transformers import TrainingArguments
+
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    owned = {"output_dir": "output_dir", "remove_unused_columns": "data", "resume_from_checkpoint": "--resume"}
+    for key in training:
+        if key in owned:
+            raise ConfigError(f"{where}: training.{key} is set by the run itself; use {owned[key]} instead")
+        if key not in known:
+            raise ConfigError(f"{where}: training.{key} is not an argument of TrainingArguments{_nearest(key, known)}")
+
+
+def parse_size(value: str | int) -> int:
+    """Bytes in `24GB`, `16GiB`, `512MB` or a plain number. GB is 1e9 bytes, GiB is 2**30.
+
+    Raises:
+        ConfigError: the text is not a size.
+    """
+    if isinstance(value, int):
+        return value
+    text = value.strip().lower()
+    units = {"gib": 2**30, "mib": 2**20, "kib": 2**10, "gb": 10**9, "mb": 10**6, "kb": 10**3, "b": 1, "": 1}
+    for unit, factor in units.items():
+        if text.endswith(unit):
+            number = text[: len(text) - len(unit)].strip()
+            try:
+                size = int(float(number) * factor)
+            except ValueError:
+                break
+            if size > 0:
+                return size
+            break
+    raise ConfigError(f"{value!r} is not a size; write it as 24GB, 16GiB or a number of bytes")
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {override!r}: write it as section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-4 as text; a number typed on the command line is meant as one.
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    *parents, leaf = key.strip().split(".")
+    here = values
+    for parent in parents:
+        child = here.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+        here = child
+    here[leaf] = value
+
+
+def _say(error: ValidationError, where: str) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"]) or "the run file"
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(problem["loc"][:-1])
+            lines.append(f"{where}: unknown key {key}{_nearest(str(problem['loc'][-1]), known)}")
+        elif problem["type"] == "missing":
+            lines.append(f"{where}: {key} is missing; add it")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {key}: {message}, got {problem['input']!r}" if problem["loc"] else
+                         f"{where}: {message}")
+    return "\n".join(lines)
+
+
+def _known_keys(location: Iterable[str | int]) -> set[str]:
+    model: Any = RunConfig
+    for part in location:
+        field = model.model_fields.get(str(part)) if hasattr(model, "model_fields") else None
+        model = field.annotation if field else None
+    return set(model.model_fields) if model is not None and hasattr(model, "model_fields") else set()
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else f"; known: {', '.join(sorted(known))}"

@@ -1,0 +1,126 @@
+"""Chat templates: a conversation as text, with every assistant turn found in it.
+
+Templates with `{% generation %}` blocks say themselves which part is the assistant's. For the others the conversation
+is rendered turn by turn: an assistant turn is what its rendering adds to the rendering before it. That holds only where
+each rendering is a prefix of the next, which is checked.
+"""
+
+import re
+from typing import Any
+
+import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from expertune.data.formats import Example
+from expertune.data.lint import RowError
+from expertune.data.messages import Message
+from expertune.data.row_template import Rendered
+from expertune.errors import ConfigError
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class ChatTemplate:
+    """A Jinja file over a list of messages, rendered by transformers as at serving time.
+
+    Args:
+        name: how messages and the record call it.
+        source: the Jinja text, or None for the tokenizer's own chat template.
+        tokenizer: a transformers tokenizer; its special tokens are the template's variables.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template of its own, or the text is not valid Jinja.
+    """
+
+    def __init__(self, name: str, source: str | None, tokenizer: Any) -> None:
+        self.name = name
+        if source is None:
+            try:
+                source = tokenizer.get_chat_template()
+            except ValueError:
+                raise ConfigError(
+                    "data.template: the tokenizer has no chat template, as base models do; use chatml, or a Jinja "
+                    "file that loops over messages"
+                ) from None
+        self._source = source
+        self._special_tokens = dict(tokenizer.special_tokens_map)
+        self._eos = tokenizer.eos_token
+        try:
+            self._render([Message("user", "")], add_generation_prompt=True)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(f"template {name}: line {error.lineno}: {error.message}") from None
+        except RowError:
+            pass  # it compiles; whether it takes a row is asked of each row
+
+    def render(self, example: Example) -> Rendered:
+        """The conversation as text; each assistant turn is a trained part, up to and with its EOS.
+
+        Raises:
+            RowError: the template refuses the conversation, or its assistant turns cannot be told apart.
+        """
+        messages = example.messages or []
+        text, spans = self._render(messages)
+        if not _GENERATION.search(self._source):
+            spans = self._spans_by_prefix(messages, text)
+        if not spans:
+            raise RowError(f"template {self.name} renders no assistant turn of this conversation")
+        return self._end(text, [self._up_to_eos(text, span) for span in spans])
+
+    def render_prompt(self, example: Example) -> str:
+        """The conversation up to where the assistant's next turn starts.
+
+        Raises:
+            RowError: the template refuses the conversation.
+        """
+        messages = example.messages or []
+        if messages and messages[-1].role == "assistant":
+            messages = messages[:-1]
+        return self._render(messages, add_generation_prompt=True)[0]
+
+    def _render(
+        self, messages: list[Message], add_generation_prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        tracks = _GENERATION.search(self._source) is not None
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[[{"role": message.role, "content": message.content} for message in messages]],
+                chat_template=self._source,
+                return_assistant_tokens_mask=tracks,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            )
+        except jinja2.TemplateSyntaxError:
+            raise
+        except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
+            raise RowError(f"template {self.name} refuses this conversation: {error}") from None
+        return texts[0], spans[0] if tracks else []
+
+    def _spans_by_prefix(self, messages: list[Message], text: str) -> list[tuple[int, int]]:
+        spans = []
+        for index, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            before, _ = self._render(messages[:index], add_generation_prompt=True)
+            after, _ = self._render(messages[: index + 1])
+            if not (after.startswith(before) and text.startswith(after)):
+                raise RowError(
+                    f"template {self.name} writes message {index + 1} differently once its answer or later turns "
+                    "follow, so the trained part cannot be told from the rest; set data.template to chatml, or to a "
+                    "Jinja file with {% generation %} blocks"
+                )
+            spans.append((len(before), len(after)))
+        return spans
+
+    def _up_to_eos(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
+        # Many templates end a turn in EOS and a line break; generation stops at EOS, so the break is never written.
+        start, end = span
+        turn = text[start:end].rstrip()
+        return (start, start + len(turn)) if turn.endswith(self._eos) else span
+
+    def _end(self, text: str, spans: list[tuple[int, int]]) -> Rendered:
+        last = spans[-1][1]
+        if text[:last].endswith(self._eos):
+            return Rendered(text[:last], spans, append_eos=False)
+        rest = text[last:].rstrip()
+        # A template may close the turn outside the part that it marks: kept as written, for the data check to see.
+        return Rendered(text[:last] + rest, spans, append_eos=not rest.endswith(self._eos))

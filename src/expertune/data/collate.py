@@ -1,0 +1,104 @@
+"""Collators: rows of a micro-batch as tensors.
+
+Legend: B rows of the micro-batch, T tokens, L the fixed length of padded rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from expertune.config import DataConfig
+from expertune.data.rows import IGNORE_INDEX
+from expertune.errors import DataError
+
+Feature = Mapping[str, list[int]]
+"""A row of the dataset: `input_ids`, `labels`, `row_ids`, and `position_ids` where it is packed."""
+
+
+@dataclass(frozen=True)
+class PaddingFreeCollator:
+    """Concatenate the micro-batch's rows into one, without padding.
+
+    transformers 5 keeps attention inside each row when the positions restart, no attention mask is given, and no cache
+    is filled; so the batch holds no mask and switches the cache off, also where the model's config would have it on.
+
+    Args:
+        keep_row_ids: pass the rows' numbers through as `row_ids` (a list of int, not a tensor).
+    """
+
+    keep_row_ids: bool = False
+
+    def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
+        """Collate B rows of T1..TB tokens.
+
+        Returns:
+            `input_ids`, `labels`, `position_ids`, int64 [1, T1+..+TB]; `use_cache` False. The first label of each row
+            is -100: the token before it belongs to another row.
+        """
+        input_ids: list[int] = []
+        labels: list[int] = []
+        position_ids: list[int] = []
+        for feature in features:
+            input_ids += feature["input_ids"]
+            labels += [IGNORE_INDEX, *feature["labels"][1:]]
+            position_ids += feature.get("position_ids", range(len(feature["input_ids"])))
+        batch: dict[str, Any] = {
+            "input_ids": torch.tensor([input_ids]),
+            "labels": torch.tensor([labels]),
+            "position_ids": torch.tensor([position_ids]),
+            "use_cache": False,
+        }
+        return batch | _row_ids(features, self.keep_row_ids)
+
+
+@dataclass(frozen=True)
+class LeftPaddingCollator:
+    """Pad every row on the left to one length.
+
+    Args:
+        max_length: the length L.
+        pad_token_id: id of the padding, which may be EOS: labels are made before padding, so a true EOS is trained.
+        keep_row_ids: pass the rows' numbers through as `row_ids` (a list of int, not a tensor).
+    """
+
+    max_length: int
+    pad_token_id: int
+    keep_row_ids: bool = False
+
+    def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
+        """Collate B rows.
+
+        Returns:
+            `input_ids`, `labels` (-100 on padding), `attention_mask` (0 on padding), int64 [B, L].
+
+        Raises:
+            DataError: a row is longer than L.
+        """
+        lengths = [len(feature["input_ids"]) for feature in features]
+        if max(lengths) > self.max_length:
+            raise DataError(f"a row has {max(lengths)} tokens, more than the {self.max_length} that rows are padded to")
+        batch: dict[str, Any] = {
+            "input_ids": self._pad([feature["input_ids"] for feature in features], self.pad_token_id),
+            "labels": self._pad([feature["labels"] for feature in features], IGNORE_INDEX),
+            "attention_mask": self._pad([[1] * length for length in lengths], 0),
+        }
+        return batch | _row_ids(features, self.keep_row_ids)
+
+    def _pad(self, rows: Sequence[list[int]], value: int) -> torch.Tensor:
+        return torch.tensor([[value] * (self.max_length - len(row)) + row for row in rows])
+
+
+def make_collator(
+    data: DataConfig, tokenizer: Any, keep_row_ids: bool = False
+) -> PaddingFreeCollator | LeftPaddingCollator:
+    """The collator that goes with `data.packing`; padding is the tokenizer's pad token, or EOS where it has none."""
+    if data.packing == "padded":
+        pad = tokenizer.pad_token_id
+        return LeftPaddingCollator(data.max_length, tokenizer.eos_token_id if pad is None else pad, keep_row_ids)
+    return PaddingFreeCollator(keep_row_ids)
+
+
+def _row_ids(features: Sequence[Feature], keep: bool) -> dict[str, Any]:
+    return {"row_ids": [row_id for feature in features for row_id in feature["row_ids"]]} if keep else {}

@@ -1,0 +1,42 @@
+"""The histogram of row lengths: what `max_length` should be is seen in it."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def plot_lengths(lengths: Sequence[int], path: str | Path, max_length: int) -> None:
+    """Write a PNG histogram of row lengths, with a line where rows are cut.
+
+    Args:
+        lengths: tokens of each row before the cut (`TokenizedRow.uncut_length`).
+        path: the PNG file; it is written beside itself and then renamed.
+        max_length: where the line is drawn.
+    """
+    from matplotlib.figure import Figure
+
+    # A Figure of its own, not pyplot: no global state, no window, whatever backend the user's notebook has.
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(lengths, bins=20, color="#4c72b0", edgecolor="white")
+    num_cut = sum(length > max_length for length in lengths)
+    label = f"max_length {max_length} ({num_cut} of {len(lengths)} rows cut)"
+    axes.axvline(max_length, color="#c44e52", linestyle="--", label=label)
+    axes.set_xlabel("Length of input_ids")
+    axes.set_ylabel("Frequency")
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            figure.savefig(file, format="png", dpi=120)
+        Path(beside).chmod(0o644)
+        Path(beside).replace(path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,108 @@
+"""Row templates: one Jinja file renders a whole row, and the answer's part of the text is found by itself.
+
+The file is rendered twice, once with the row's answer and once with a sentinel in its place. What stands before the
+sentinel is the prompt; the rest of the true rendering is the completion. So a user's own file needs no special syntax.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from expertune.data.formats import Example
+from expertune.data.lint import RowError
+from expertune.errors import ConfigError
+
+# Unicode noncharacters: no text that is meant for exchange holds them.
+_SENTINEL = "\ufdd0answer\ufdd1"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A row as text.
+
+    Attributes:
+        text: the whole row.
+        spans: (start, end) in characters of each trained part, in order; the last one starts where the prompt ends.
+        append_eos: whether the tokenizer's EOS still has to follow the text.
+    """
+
+    text: str
+    spans: list[tuple[int, int]]
+    append_eos: bool
+
+
+class Template(Protocol):
+    """What renders a row: a Jinja file over its columns, or a chat template over its messages."""
+
+    name: str
+
+    def render(self, example: Example) -> Rendered:
+        """The row as text, with its trained parts. Raises RowError where the row cannot be rendered."""
+
+    def render_prompt(self, example: Example) -> str:
+        """Only what stands in front of the answer, for generation. Raises RowError likewise."""
+
+
+class RowTemplate:
+    """A Jinja file over a row's columns.
+
+    Args:
+        name: how messages and the record call it.
+        source: the Jinja text.
+
+    Raises:
+        ConfigError: the text is not valid Jinja.
+    """
+
+    def __init__(self, name: str, source: str) -> None:
+        self.name = name
+        # Sandboxed because a template may come with a downloaded run file; strict because a misspelt column must
+        # not read as an empty one.
+        environment = ImmutableSandboxedEnvironment(
+            undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(f"template {name}: line {error.lineno}: {error.message}") from None
+
+    def render(self, example: Example) -> Rendered:
+        """The row as text; from the end of the prompt on, everything is trained.
+
+        Raises:
+            ConfigError: the template does not use the answer exactly once.
+            RowError: a column that the template uses is missing, or the text before the answer depends on the answer.
+        """
+        prompt = self.render_prompt(example)
+        text = self._render(example.values)
+        if not text.startswith(prompt):
+            raise RowError(f"template {self.name} writes another prompt for this answer; the prompt must not use it")
+        # EOS always follows: text of a template that spells an EOS out (as `dolly-tutorial` does) is only text.
+        return Rendered(text, [(len(prompt), len(text))], append_eos=True)
+
+    def render_prompt(self, example: Example) -> str:
+        """The text in front of the answer, without trailing spaces: these belong to the completion.
+
+        Tokenizers join a space with the word after it, so a prompt that ends in one leads generation astray.
+
+        Raises:
+            ConfigError: the template does not use the answer exactly once.
+            RowError: a column that the template uses is missing.
+        """
+        values = {**example.values, **dict.fromkeys(example.answers, _SENTINEL)}
+        before, *after = self._render(values).split(_SENTINEL)
+        if len(after) != 1:
+            raise ConfigError(
+                f"template {self.name} uses the answer {len(after)} times; "
+                f"use {' or '.join(f'{{{{ {name} }}}}' for name in sorted(example.answers))} exactly once"
+            )
+        return before.rstrip(" ")
+
+    def _render(self, values: Mapping[str, Any]) -> str:
+        try:
+            return self._template.render(values)
+        except jinja2.TemplateError as error:
+            raise RowError(f"template {self.name}: {error.message}; the row has {', '.join(values)}") from None

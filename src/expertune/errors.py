@@ -1,0 +1,41 @@
+"""Every error that Expertune raises on purpose, as one tree.
+
+The command line turns any `ExpertuneError` into exit code 2 and one message on stderr. Each message names what is
+wrong, where (file, row, key or tensor), and how to mend it. Anything else that escapes is a bug.
+"""
+
+
+class ExpertuneError(Exception):
+    """Base of all errors below; catch this to catch everything that a user can mend."""
+
+
+class ConfigError(ExpertuneError):
+    """The run file or an override is wrong: unknown key, bad value, missing file."""
+
+
+class DataError(ExpertuneError):
+    """The rows cannot be trained on as they are: names the file, the row and the mend."""
+
+
+class CheckpointError(ExpertuneError):
+    """A model or run checkpoint is missing, damaged, or holds other tensors than its config says."""
+
+
+class UnsupportedModelError(ExpertuneError):
+    """The model has no experts behind the contract of `use_experts_implementation`, or a shape we cannot pack."""
+
+
+class DoesNotFitError(ExpertuneError):
+    """The plan needs more memory than there is; the message shows the plan and what to give up."""
+
+
+class ProofError(ExpertuneError):
+    """A check after attaching the adapter failed: not 4-bit, not learning, not repeatable, or not effective."""
+
+
+class NonFiniteLossError(ExpertuneError):
+    """The loss became NaN or infinite: names the step, the rows and the last good checkpoint."""
+
+
+class ExportError(ExpertuneError):
+    """An adapter or model could not be written in the layout asked for, or does not reload to the same logits."""

@@ -1,0 +1,140 @@
+"""LoRA on every expert, as a tuner layer of PEFT: separate A and B for each projection of each expert.
+
+PEFT's own layer for stacked experts (`ParamWrapper`) refuses dropout, and fuses gate and up into one adapter of twice
+the rank. This one keeps w1, w2 and w3 apart, as a model of separate linears would, and holds the factors stacked so
+that one grouped product serves all experts.
+
+Shape suffixes: E experts, r rank.
+"""
+
+import math
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from expertune.errors import ExportError
+from expertune.experts.module import Nf4Experts, ProjectionAdapter
+
+# Rank and alpha of each adapted projection: {"gate": (8, 16.0), ...}.
+Ranks = dict[str, tuple[int, float]]
+
+
+class ExpertLoraConfig(LoraConfig):
+    """A LoraConfig that also says, for each experts module, which projections are adapted and how.
+
+    `expert_ranks` maps an experts module's dotted name to its `Ranks`. It belongs to the live model and is not written
+    to `adapter_config.json`, which names the projections as the checkpoint does.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.expert_ranks: dict[str, Ranks] = {}
+        self._register_custom_module({Nf4Experts: ExpertsLora})
+
+
+class ExpertsLora(nn.Module, LoraLayer):
+    """The adapters of one `Nf4Experts`.
+
+    Parameters of adapter `name` and projection `p`: `lora_A[name][p]` [E, r, in_features] and `lora_B[name][p]`
+    [E, out_features, r]; A starts as PEFT's does (Kaiming uniform), B at zero.
+
+    Args:
+        base_layer: the experts module to adapt.
+        adapter_name: name of the first adapter.
+        config: an `ExpertLoraConfig`.
+        r: unused; ranks come from `config.expert_ranks`.
+        lora_alpha: unused, likewise.
+        target_name: dotted name of the module, the key into `config.expert_ranks`.
+        **kwargs: whatever else PEFT hands to every tuner layer.
+    """
+
+    # Ranks and scales per adapter and projection; `scaling` is a factor on all of them, as PEFT's users set it.
+    other_param_names = (*LoraLayer.other_param_names, "ranks")
+
+    def __init__(
+        self,
+        base_layer: Nf4Experts,
+        adapter_name: str,
+        config: ExpertLoraConfig,
+        r: int = 0,
+        lora_alpha: float = 1,
+        target_name: str = "",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer, **kwargs)
+        self.ranks: dict[str, Ranks] = {}
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha, config, target_name=target_name)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        spec = self.get_base_layer().spec
+        return spec.hidden_size, spec.hidden_size
+
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: float, config: ExpertLoraConfig, **kwargs: Any
+    ) -> None:
+        """Create the factors of one more adapter (called by PEFT)."""
+        experts: Nf4Experts = self.get_base_layer()
+        ranks = config.expert_ranks[kwargs["target_name"]]
+        device = experts.down.packed.device
+        factors_a, factors_b = {}, {}
+        for projection, (rank, _) in ranks.items():
+            rows, columns = experts.spec.shape(projection)
+            bound = 1 / math.sqrt(columns)
+            factor_a = torch.empty(experts.num_experts, rank, columns, dtype=torch.float32, device=device)
+            factors_a[projection] = nn.Parameter(factor_a.uniform_(-bound, bound))
+            factors_b[projection] = nn.Parameter(torch.zeros(experts.num_experts, rows, rank, device=device))
+        self.lora_A[adapter_name] = nn.ParameterDict(factors_a)
+        self.lora_B[adapter_name] = nn.ParameterDict(factors_b)
+        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+        self.lora_dropout[adapter_name] = dropout
+        self.ranks[adapter_name] = ranks
+        self.r[adapter_name] = config.r
+        self.lora_alpha[adapter_name] = config.r  # so that PEFT's set_scale and unscale_layer mean a factor of one
+        self.scaling[adapter_name] = 1.0
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def scale(self, adapter_name: str, projection: str) -> float:
+        """The factor of one projection's update: alpha / r (alpha / sqrt(r) with rsLoRA), times PEFT's scaling."""
+        rank, alpha = self.ranks[adapter_name][projection]
+        own = alpha / math.sqrt(rank) if self.use_rslora[adapter_name] else alpha / rank
+        return own * self.scaling[adapter_name]
+
+    def forward(self, hidden_TD: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor) -> Tensor:
+        """The experts with the active adapters; see `Nf4Experts.forward`."""
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+        adapters = [
+            {
+                projection: ProjectionAdapter(
+                    self.lora_A[name][projection],
+                    self.lora_B[name][projection],
+                    self.scale(name, projection),
+                    self.lora_dropout[name],
+                )
+                for projection in self.ranks[name]
+            }
+            for name in active
+        ]
+        return self.base_layer(hidden_TD, top_k_index_TK, top_k_weights_TK, adapters)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: rounding W + BA to 4 bits again would lose most of BA.
+
+        Raises:
+            ExportError: always.
+        """
+        raise ExportError(
+            "4-bit experts cannot absorb an adapter in place: rounding the sum to 4 bits again would lose most of the "
+            "adapter. Keep the adapter beside the base, or merge into 16-bit weights"
+        )
+
+    def unmerge(self) -> None:
+        """Nothing to do: nothing is ever merged."""
+
+    def __repr__(self) -> str:
+        return "lora." + super().__repr__()

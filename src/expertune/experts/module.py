@@ -1,0 +1,146 @@
+"""Nf4Experts: the one experts module, in place of whatever a model family has.
+
+Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R = T * K routed rows, E experts,
+r rank.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from expertune.experts.contract import ExpertsSpec, read_spec
+from expertune.experts.routing import combine, dispatch, sort_by_expert
+from expertune.kernels.grouped_linear import LoraUpdate, grouped_linear
+from expertune.kernels.nf4 import Nf4Stack
+
+
+@dataclass
+class ProjectionAdapter:
+    """LoRA of one projection of every expert, as the forward pass needs it.
+
+    Attributes:
+        a_ErK: [E, r, in_features].
+        b_ENr: [E, out_features, r].
+        scaling: factor of the update.
+        dropout: applied to the projection's input.
+    """
+
+    a_ErK: Tensor
+    b_ENr: Tensor
+    scaling: float
+    dropout: nn.Module
+
+    def update(self, part: int, x_RK: Tensor) -> LoraUpdate:
+        """This adapter's low-rank update of part `part` for the rows x."""
+        drops = isinstance(self.dropout, nn.Dropout) and self.dropout.training
+        return LoraUpdate(part, self.a_ErK, self.b_ENr, self.scaling, self.dropout(x_RK) if drops else None)
+
+
+class Nf4Experts(nn.Module):
+    """All experts of one MoE block as NF4 bytes, with transformers' experts forward.
+
+    Args:
+        original: the model's own experts module, on any device (meta is enough); its weights are not read. Its
+            `_apply_gate` and activation are what this module computes between the products.
+        name: dotted name, for errors.
+        double_quantization: hold the absmax values in 8 bits.
+        device: where the bytes live.
+
+    Raises:
+        UnsupportedModelError: see `expertune.experts.contract.read_spec`.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        name: str = "experts",
+        double_quantization: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec: ExpertsSpec = read_spec(name, original)
+        spec = self.spec
+        self.num_experts = spec.num_experts
+        parts = 2 if spec.has_gate else 1
+        self.gate_up = Nf4Stack(
+            spec.num_experts * parts, spec.intermediate_size, spec.hidden_size, double_quantization, device
+        )
+        self.down = Nf4Stack(spec.num_experts, spec.hidden_size, spec.intermediate_size, double_quantization, device)
+        for weight in ("gate_up_proj", "up_proj", "down_proj"):
+            original._parameters.pop(weight, None)
+        # What the family computes between the products (activation, clamps, scales) stays the family's own code.
+        self.activation = original
+
+    def write(self, expert: int, projection: str, matrix: Tensor) -> None:
+        """Quantize one expert's matrix [out_features, in_features] into place.
+
+        Args:
+            expert: index of the expert.
+            projection: `gate`, `up` or `down`.
+            matrix: float32, float16 or bfloat16.
+
+        Raises:
+            ValueError: another shape, or values that 4 bits cannot hold.
+        """
+        stack, index = self.locate(expert, projection)
+        stack.write(index, matrix)
+
+    def locate(self, expert: int, projection: str) -> tuple[Nf4Stack, int]:
+        """The stack and the index in it that hold one expert's projection."""
+        if projection == "down":
+            return self.down, expert
+        parts = len(self.spec.projections) - 1
+        return self.gate_up, expert * parts + self.spec.projections.index(projection)
+
+    def decode(self, expert: int, projection: str, dtype: torch.dtype) -> Tensor:
+        """One expert's matrix [out_features, in_features], decoded."""
+        stack, index = self.locate(expert, projection)
+        return stack.decode(index, dtype)
+
+    def forward(
+        self,
+        hidden_TD: Tensor,
+        top_k_index_TK: Tensor,
+        top_k_weights_TK: Tensor,
+        adapters: Sequence[Mapping[str, ProjectionAdapter]] = (),
+    ) -> Tensor:
+        """Send each token through its experts and sum what comes back.
+
+        Args:
+            hidden_TD: [T, D].
+            top_k_index_TK: integer [T, K].
+            top_k_weights_TK: [T, K] router scores.
+            adapters: active adapters; each maps a canonical projection to its LoRA.
+
+        Returns:
+            [T, D] of hidden's dtype.
+        """
+        routing = sort_by_expert(top_k_index_TK, self.num_experts)
+        x_RD = dispatch(hidden_TD, routing)
+        inner = self.spec.projections[:-1]
+        gate_up = grouped_linear(x_RD, self.gate_up, routing.offsets_E, _updates(adapters, inner, x_RD))
+        x_RF = self._activate(gate_up)
+        y_RD = grouped_linear(x_RF, self.down, routing.offsets_E, _updates(adapters, ("down",), x_RF))
+        return combine(y_RD, top_k_weights_TK, routing)
+
+    def _activate(self, gate_up: Tensor) -> Tensor:
+        if self.spec.has_gate:
+            return self.activation._apply_gate(gate_up)  # type: ignore[operator]
+        return self.activation.act_fn(gate_up)  # type: ignore[operator]
+
+    def extra_repr(self) -> str:
+        """Shape for `print(model)`."""
+        return f"num_experts={self.num_experts}, projections={', '.join(self.spec.projections)}"
+
+
+def _updates(
+    adapters: Sequence[Mapping[str, ProjectionAdapter]], projections: tuple[str, ...], x_RK: Tensor
+) -> list[LoraUpdate]:
+    return [
+        adapter[projection].update(part, x_RK)
+        for adapter in adapters
+        for part, projection in enumerate(projections)
+        if projection in adapter
+    ]

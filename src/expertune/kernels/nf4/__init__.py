@@ -1,0 +1,156 @@
+"""NF4, the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, section 3), byte-compatible with bitsandbytes.
+
+A matrix [N, K] is cut into blocks of 64 along K. Each block keeps its largest magnitude (absmax); each weight keeps the
+index of the nearest of 16 codebook values, two to a byte, the first in the high half. With double quantization the
+absmax values, less their mean, are themselves held in 8 bits, 256 to a block.
+
+`Nf4Stack` holds M such matrices of one shape, and is what the grouped products read. Layout:
+
+    packed         uint8   [M, N, K/2]        row-major; no block crosses a row, no row crosses a matrix
+    absmax         uint8   [M, N*K/64]        8-bit codes of the absmax (float32 itself without double quantization)
+    nested_absmax  float32 [M, ceil(N*K/64/256)]   empty without double quantization
+    offset         float32 [M]                     mean of the absmax; empty without double quantization
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from expertune.kernels.nf4 import cpu, reference
+from expertune.kernels.nf4.reference import BLOCK_SIZE, NESTED_BLOCK_SIZE
+
+__all__ = ["BLOCK_SIZE", "NESTED_BLOCK_SIZE", "Nf4Stack", "decode_absmax", "decode_rows", "quantize_matrix"]
+
+
+def quantize_matrix(matrix_NK: Tensor, double_quantization: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantize one matrix to the bytes that bitsandbytes gives for it.
+
+    Args:
+        matrix_NK: [N, K], float32, float16 or bfloat16, K a multiple of 64.
+        double_quantization: hold the absmax values in 8 bits.
+
+    Returns:
+        packed uint8 [N, K/2], absmax [N*K/64], nested_absmax float32, offset float32 [1] (see the module's layout).
+
+    Raises:
+        ValueError: the shape cannot be cut into blocks, or a value is NaN or infinite.
+    """
+    if matrix_NK.ndim != 2 or matrix_NK.shape[1] % BLOCK_SIZE:
+        raise ValueError(f"expected a matrix whose columns are a multiple of {BLOCK_SIZE}, got {tuple(matrix_NK.shape)}")
+    if matrix_NK.numel() == 0:
+        raise ValueError(f"expected a matrix with weights in it, got {tuple(matrix_NK.shape)}")
+    if not torch.isfinite(matrix_NK).all():
+        count = int((~torch.isfinite(matrix_NK)).sum())
+        raise ValueError(f"{count} of {matrix_NK.numel()} weights are NaN or infinite; 4 bits cannot hold them")
+    return cpu.quantize_matrix(matrix_NK, double_quantization)
+
+
+def decode_absmax(absmax: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
+    """The absmax values of one matrix as float32 [N*K/64].
+
+    Args:
+        absmax: [N*K/64] uint8 codes, or float32 values that are returned as they are.
+        nested_absmax: float32 [ceil(N*K/64/256)].
+        offset: float32 scalar tensor.
+    """
+    if absmax.dtype == torch.float32:
+        return absmax
+    if absmax.device.type == "cpu":
+        return cpu.decode_absmax(absmax, nested_absmax, offset)
+    return reference.decode_absmax(absmax, nested_absmax, offset)
+
+
+def decode_rows(packed_NK: Tensor, absmax_NB: Tensor, dtype: torch.dtype) -> Tensor:
+    """Decode rows of a matrix: packed uint8 [N, K/2] with float32 absmax [N, K/64] -> [N, K] of `dtype`."""
+    if packed_NK.device.type == "cpu":
+        return cpu.decode_rows(packed_NK, absmax_NB, dtype)
+    return reference.decode_rows(packed_NK, absmax_NB, dtype)
+
+
+class Nf4Stack(nn.Module):
+    """M frozen matrices [N, K] as NF4 bytes.
+
+    Args:
+        num_matrices: M.
+        rows: N.
+        columns: K, a multiple of 64.
+        double_quantization: hold the absmax values in 8 bits.
+        device: where the bytes live; `meta` holds none yet.
+
+    Raises:
+        ValueError: K is no multiple of 64.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor
+    offset: Tensor
+
+    def __init__(
+        self,
+        num_matrices: int,
+        rows: int,
+        columns: int,
+        double_quantization: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if columns % BLOCK_SIZE:
+            raise ValueError(f"columns must be a multiple of {BLOCK_SIZE}, got {columns}")
+        self.num_matrices, self.rows, self.columns = num_matrices, rows, columns
+        self.double_quantization = double_quantization
+        blocks = rows * columns // BLOCK_SIZE
+        nested = -(-blocks // NESTED_BLOCK_SIZE) if double_quantization else 0
+        absmax_dtype = torch.uint8 if double_quantization else torch.float32
+        self.register_buffer("packed", torch.empty(num_matrices, rows, columns // 2, dtype=torch.uint8, device=device))
+        self.register_buffer("absmax", torch.empty(num_matrices, blocks, dtype=absmax_dtype, device=device))
+        self.register_buffer("nested_absmax", torch.empty(num_matrices, nested, dtype=torch.float32, device=device))
+        self.register_buffer(
+            "offset", torch.empty(num_matrices if double_quantization else 0, dtype=torch.float32, device=device)
+        )
+
+    @torch.no_grad()
+    def write(self, index: int, matrix_NK: Tensor) -> None:
+        """Quantize a matrix [N, K] into place `index`.
+
+        Raises:
+            ValueError: the shape is another one, or the matrix cannot be quantized.
+        """
+        if tuple(matrix_NK.shape) != (self.rows, self.columns):
+            raise ValueError(f"expected shape {(self.rows, self.columns)}, got {tuple(matrix_NK.shape)}")
+        packed, absmax, nested_absmax, offset = quantize_matrix(matrix_NK, self.double_quantization)
+        self.packed[index].copy_(packed)
+        self.absmax[index].copy_(absmax)
+        if self.double_quantization:
+            self.nested_absmax[index].copy_(nested_absmax)
+            self.offset[index].copy_(offset[0])
+
+    def absmax_of(self, index: int) -> Tensor:
+        """Float32 absmax of matrix `index`, [N, K/64]."""
+        nested, offset = (self.nested_absmax[index], self.offset[index]) if self.double_quantization else (
+            self.nested_absmax, self.offset)
+        return decode_absmax(self.absmax[index], nested, offset).view(self.rows, self.columns // BLOCK_SIZE)
+
+    def decode(self, index: int, dtype: torch.dtype) -> Tensor:
+        """Matrix `index` as [N, K] of `dtype`."""
+        return decode_rows(self.packed[index], self.absmax_of(index), dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stack holds."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Nf4Stack":
+        # model.to(bfloat16) and model.half() would round the float32 scales and change every weight: only the device
+        # of such a call is followed, never its dtype.
+        def move_only(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move_only, recurse)
+
+    def extra_repr(self) -> str:
+        """Shape and scheme for `print(model)`."""
+        double = ", double quantization" if self.double_quantization else ""
+        return f"{self.num_matrices} x [{self.rows}, {self.columns}], nf4{double}"

@@ -1,0 +1,87 @@
+"""The NF4 codec in plain torch: slow, short, and what every other route is tested against.
+
+Shape suffixes: N rows, K columns, B blocks of 64 in a row.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+BLOCK_SIZE = 64
+NESTED_BLOCK_SIZE = 256
+
+# Quantiles of a standard normal, scaled to [-1, 1] with an exact zero (QLoRA, appendix E).
+NF4_CODEBOOK = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+@functools.cache
+def nf4_codebook(device: torch.device) -> Tensor:
+    """The 16 values as float32 [16]."""
+    return torch.tensor(NF4_CODEBOOK, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def dynamic_codebook(device: torch.device) -> Tensor:
+    """The signed 8-bit dynamic map that holds the absmax values, float32 [256] (Dettmers 2016, section 3)."""
+    # Seven exponent indicators: each halves the number of fraction steps of the one above and divides by ten.
+    values: list[float] = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1.0, 2**exponent + 1, dtype=torch.float32)
+        means = (edges[:-1] + edges[1:]) / 2.0
+        for sign in (1.0, -1.0):
+            values += (sign * (10.0 ** (exponent - 6)) * means).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+def quantize_matrix(matrix_NK: Tensor, double_quantization: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantize [N, K] by nearest codebook value; the same outputs as `expertune.kernels.nf4.quantize_matrix`.
+
+    Ties and the last bit of a scale may fall otherwise than in bitsandbytes; decoded values are within one step.
+    """
+    blocks = matrix_NK.float().reshape(-1, BLOCK_SIZE)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = torch.where(absmax[:, None] > 0, blocks / absmax[:, None], torch.zeros_like(blocks))
+    codes = (scaled[..., None] - nf4_codebook(matrix_NK.device)).abs().argmin(dim=-1).to(torch.uint8)
+    pairs = codes.reshape(matrix_NK.shape[0], -1, 2)
+    packed = (pairs[..., 0] << 4) | pairs[..., 1]
+    if not double_quantization:
+        return packed, absmax, absmax.new_empty(0), absmax.new_empty(0)
+    offset = absmax.mean()
+    centred = absmax - offset
+    padded = torch.nn.functional.pad(centred, (0, -len(centred) % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
+    nested = padded.abs().amax(dim=1)
+    scaled = torch.where(nested[:, None] > 0, padded / nested[:, None], torch.zeros_like(padded))
+    codes = (scaled[..., None] - dynamic_codebook(matrix_NK.device)).abs().argmin(dim=-1).to(torch.uint8)
+    return packed, codes.reshape(-1)[: len(centred)], nested, offset[None]
+
+
+def decode_absmax(absmax: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
+    """8-bit codes [n] and their scales -> float32 absmax [n]."""
+    values = dynamic_codebook(absmax.device)[absmax.int()]
+    scales = nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: len(values)]
+    return values * scales + offset
+
+
+def decode_rows(packed_NK: Tensor, absmax_NB: Tensor, dtype: torch.dtype) -> Tensor:
+    """Packed uint8 [N, K/2] and float32 absmax [N, K/64] -> [N, K] of `dtype`, rounded once from float32."""
+    codes = torch.stack((packed_NK >> 4, packed_NK & 15), dim=-1).flatten(1)
+    values = nf4_codebook(packed_NK.device)[codes.int()]
+    return (values.unflatten(1, (-1, BLOCK_SIZE)) * absmax_NB[..., None]).flatten(1).to(dtype)

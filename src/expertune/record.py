@@ -1,0 +1,119 @@
+"""RunRecord: what a run did, as one JSON file that every later room reads.
+
+The file is rewritten whole, beside and then renamed, so that a reader never sees half of it. Sections are plain
+mappings: `config`, `versions`, `model`, `data`, `plan`, `proof`, `train`, `eval`, `task`, `throughput`, `memory`.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from expertune.errors import CheckpointError
+
+RECORD_NAME = "record.json"
+FORMAT_VERSION = 1
+
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers")
+
+
+class RunRecord:
+    """The record of one run folder.
+
+    Args:
+        path: the JSON file; it need not exist yet.
+        values: its content.
+    """
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        self.path = path
+        self.values = values
+
+    @classmethod
+    def start(cls, output_dir: str | Path) -> "RunRecord":
+        """A fresh record for a run folder; nothing is written until `save`."""
+        return cls(Path(output_dir) / RECORD_NAME, {"format_version": FORMAT_VERSION, "versions": versions()})
+
+    @classmethod
+    def load(cls, output_dir: str | Path) -> "RunRecord":
+        """Read the record of a run folder.
+
+        Raises:
+            CheckpointError: there is none, or it is not one of ours.
+        """
+        path = Path(output_dir) / RECORD_NAME
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{output_dir}: no {RECORD_NAME} here; is it a run folder?") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
+        if not isinstance(values, dict) or values.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(f"{path}: not a record of format version {FORMAT_VERSION}")
+        return cls(path, values)
+
+    def __getitem__(self, section: str) -> Any:
+        return self.values[section]
+
+    def __contains__(self, section: str) -> bool:
+        return section in self.values
+
+    def update(self, section: str, **values: Any) -> None:
+        """Merge values into a section and save."""
+        self.values.setdefault(section, {}).update(values)
+        self.save()
+
+    def save(self) -> None:
+        """Write the whole file beside itself, then rename."""
+        write_json(self.path, self.values)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON so that readers see either the old file or the new one, never a part."""
+    write_text(path, json.dumps(_plain(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file beside `path`, flush it to disk, then rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files that only their owner can read; a record is as readable as the folder it lies in.
+        Path(beside).chmod(0o644)
+        Path(beside).replace(path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and the libraries that decide a run's numbers."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "executable": sys.executable}
+    for name in ("expertune", *_PACKAGES):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: a loss that is not finite is kept as text, so that the file stays readable everywhere."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Path):
+        return str(value)
+    return value

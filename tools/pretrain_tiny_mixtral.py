@@ -1,0 +1,383 @@
+"""Pre-train the embedded tiny Mixtral from nothing on a CPU, in a fixed number of minutes.
+
+The model is a real ``MixtralForCausalLM`` (4 layers, 8 experts, top-2, 7.6 million weights) in Hugging Face format.
+It reads the open texts listed in ``pretrain_data.py``: public-domain books, Shakespeare, Wikipedia, WikiText-2,
+dolly, gsm8k and two small instruction sets, and copying rows made from them. ViGGO is left out of both tokenizer and
+training, because the demonstration is scored on it; dolly rows 0..999 are left out so that they can serve as held-out
+rows. The learning rate follows the wall clock, so the run ends annealed when its minutes are over.
+
+    python tools/train_tokenizer.py --data DATA --out OUT
+    python tools/pretrain_tiny_mixtral.py --data DATA --out OUT --work WORK --minutes 90
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pretrain_data import WindowMaker, load_corpus, random_copy
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "router_aux_loss_coef": 0.02,
+    "initializer_range": 0.02,
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "output_router_logits": False,
+    "use_cache": True,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Shares of plain text, instruction rows, copying rows and random copies in every batch.
+SHARES = (0.33, 0.17, 0.46, 0.04)
+WARM_UP, HOLD = 0.015, 0.35
+
+
+def sorted_experts(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Experts as one matrix product per expert over tokens sorted by expert: the fastest on CPU at this size."""
+    tokens, top_k = top_k_index.shape
+    flat = top_k_index.reshape(-1)
+    order = flat.argsort(stable=True)
+    source = order // top_k
+    counts = torch.bincount(flat, minlength=self.num_experts).tolist()
+    outputs = []
+    for expert, rows in enumerate(hidden_states.index_select(0, source).split(counts)):
+        gate, up = F.linear(rows, self.gate_up_proj[expert]).chunk(2, dim=-1)
+        outputs.append(F.linear(F.silu(gate) * up, self.down_proj[expert]))
+    weighted = torch.cat(outputs) * top_k_weights.reshape(-1)[order, None].to(hidden_states.dtype)
+    return torch.zeros_like(hidden_states).index_add(0, source, weighted)
+
+
+def build_model(seed: int) -> MixtralForCausalLM:
+    """A fresh model in bfloat16; the optimizer keeps the float32 master weights."""
+    torch.manual_seed(seed)
+    ALL_EXPERTS_FUNCTIONS.register("sorted", sorted_experts)
+    model = MixtralForCausalLM(MixtralConfig(**SHAPE))
+    model.set_experts_implementation("sorted")
+    return model
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Push the singular values of each matrix towards one with five quintic Newton-Schulz steps."""
+    wide = matrices.transpose(-1, -2) if matrices.size(-2) > matrices.size(-1) else matrices
+    x = (wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(torch.bfloat16)
+    for _ in range(5):
+        gram = x @ x.transpose(-1, -2)
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * (gram @ gram)) @ x
+    return x.transpose(-1, -2) if matrices.size(-2) > matrices.size(-1) else x
+
+
+class Optimizer:
+    """Muon for the matrices inside the layers, Adam for the rest, on float32 master copies.
+
+    ``torch.optim.Muon`` takes two-dimensional parameters only; here the expert stacks are three-dimensional and all
+    matrices of one shape are orthogonalised in one batch.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = dict(model.named_parameters())
+        self.master = {n: p.detach().float().clone() for n, p in self.parameters.items()}
+        self.moment = {n: torch.zeros_like(m) for n, m in self.master.items()}
+        self.square = {n: torch.zeros_like(m) for n, m in self.master.items() if not self.is_matrix(n)}
+        self.steps = 0
+        model.to(torch.bfloat16)
+
+    @staticmethod
+    def is_matrix(name: str) -> bool:
+        return "_proj" in name
+
+    def state(self) -> dict[str, Tensor]:
+        parts = {"master": self.master, "moment": self.moment, "square": self.square}
+        return {f"{part}:{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        for key, tensor in state.items():
+            part, name = key.split(":", 1)
+            getattr(self, part)[name].copy_(tensor)
+        self.write_back()
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.master[name])
+
+    @torch.no_grad()
+    def step(self, matrix_lr: float, other_lr: float) -> float:
+        """One update; returns the gradient norm before clipping."""
+        grads = {n: p.grad.float() for n, p in self.parameters.items() if p.grad is not None}
+        norm = math.sqrt(sum(float(g.square().sum()) for g in grads.values()))
+        scale = min(1.0, 1.0 / (norm + 1e-6))
+        self.steps += 1
+        batches: dict[tuple[int, int], list[tuple[str, Tensor]]] = {}
+        for name, grad in grads.items():
+            if self.is_matrix(name):
+                # Muon does not depend on the gradient's size, so only Adam's share is clipped.
+                moment = self.moment[name].lerp_(grad, 0.05)
+                stacked = self.as_stack(name, grad.lerp(moment, 0.95))
+                batches.setdefault((stacked.size(-2), stacked.size(-1)), []).append((name, stacked))
+            else:
+                grad = grad * scale
+                self.moment[name].lerp_(grad, 0.1)
+                self.square[name].lerp_(grad.square(), 0.05)
+                mean = self.moment[name] / (1 - 0.9**self.steps)
+                root = (self.square[name] / (1 - 0.95**self.steps)).sqrt() + 1e-10
+                self.master[name].sub_(other_lr * mean / root)
+        for (rows, columns), items in batches.items():
+            updates = orthogonalise(torch.cat([stacked for _, stacked in items]))
+            size = matrix_lr * max(1.0, rows / columns) ** 0.5
+            for (name, stacked), update in zip(items, updates.split([s.size(0) for _, s in items]), strict=True):
+                master = self.as_stack(name, self.master[name])
+                master.mul_(1 - 0.05 * matrix_lr).sub_(size * update.float())
+                assert master.shape == stacked.shape
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self.write_back()
+        return norm
+
+    @staticmethod
+    def as_stack(name: str, tensor: Tensor) -> Tensor:
+        """View a weight as a stack of matrices; gate and up are two matrices of their own."""
+        if name.endswith("gate_up_proj"):
+            return tensor.view(tensor.size(0) * 2, tensor.size(1) // 2, tensor.size(2))
+        return tensor if tensor.dim() == 3 else tensor.unsqueeze(0)
+
+
+def balance_loss(router_logits: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Load-balancing loss per layer, averaged, and the share of tokens each expert received.
+
+    The stock function pools the layers before it compares experts, so two layers may be unbalanced in opposite
+    ways at no cost; here each layer must be balanced by itself.
+    """
+    losses, shares = [], []
+    for logits in router_logits:
+        probabilities = logits.float().softmax(dim=-1)
+        chosen = probabilities.topk(SHAPE["num_experts_per_tok"], dim=-1).indices
+        share = F.one_hot(chosen, probabilities.size(-1)).float().sum(1).mean(0)
+        losses.append(probabilities.size(-1) * (share * probabilities.mean(0)).sum())
+        shares.append(share / SHAPE["num_experts_per_tok"])
+    return torch.stack(losses).mean(), torch.stack(shares)
+
+
+def token_losses(model: MixtralForCausalLM, hidden: Tensor, targets: Tensor, chunk: int = 2048) -> Tensor:
+    """Summed cross-entropy in chunks: whole-batch logits would not fit the cache."""
+    total = torch.zeros(())
+    for part, labels in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        total = total + F.cross_entropy(model.lm_head(part).float(), labels, reduction="sum")
+    return total
+
+
+def train_step(model: MixtralForCausalLM, windows: np.ndarray) -> tuple[float, float]:
+    """Forward and backward over one batch; returns cross-entropy and balance loss."""
+    ids = torch.from_numpy(windows).long()
+    out = model.model(input_ids=ids, use_cache=False, output_router_logits=True)
+    hidden = out.last_hidden_state[:, :-1].reshape(-1, SHAPE["hidden_size"])
+    loss = token_losses(model, hidden, ids[:, 1:].reshape(-1)) / hidden.size(0)
+    balance, _ = balance_loss(out.router_logits)
+    (loss + SHAPE["router_aux_loss_coef"] * balance).backward()
+    return float(loss.detach()), float(balance.detach())
+
+
+class Probe:
+    """Held-out loss, induction, copying rows and expert balance on fixed inputs."""
+
+    def __init__(self, maker: WindowMaker, length: int = 256) -> None:
+        rng = random.Random("probe")
+        self.text = torch.from_numpy(maker.held_out_windows(24, length))
+        self.copies = torch.tensor([random_copy(rng, maker.vocab_size, length) for _ in range(8)])
+        self.rows: list[tuple[list[int], int]] = []
+        while len(self.rows) < 40:
+            blocks = maker.make_row.mapping_blocks(rng)
+            answer = maker.tokenizer.encode(blocks[-1][1], add_special_tokens=False).ids
+            prompt = maker.tokenizer.encode("\n\n".join(p + a for p, a in blocks[:-1]) + "\n\n" + blocks[-1][0]).ids
+            if len(prompt) + len(answer) <= length:
+                self.rows.append((prompt + answer, len(answer)))
+
+    @torch.no_grad()
+    def __call__(self, model: MixtralForCausalLM) -> dict[str, float]:
+        out = model.model(input_ids=self.text, use_cache=False, output_router_logits=True)
+        hidden = out.last_hidden_state[:, :-1].reshape(-1, SHAPE["hidden_size"])
+        loss = float(token_losses(model, hidden, self.text[:, 1:].reshape(-1))) / hidden.size(0)
+        _, shares = balance_loss(out.router_logits)
+        half = self.copies.size(1) // 2
+        guessed = model(input_ids=self.copies, use_cache=False).logits.argmax(-1)
+        induction = (guessed[:, half:-1] == self.copies[:, half + 1 :]).float().mean()
+        exact, right, count = 0, 0, 0
+        for ids, answer in self.rows:
+            row = torch.tensor([ids])
+            same = model(input_ids=row, use_cache=False).logits[0, -answer - 1 : -1].argmax(-1) == row[0, -answer:]
+            exact += bool(same.all())
+            right += int(same.sum())
+            count += answer
+        return {
+            "held_out_loss": loss,
+            "induction": float(induction),
+            "copy_tokens": right / count,
+            "copy_exact": exact / len(self.rows),
+            "expert_share_min": float(shares.min()),
+            "expert_share_max": float(shares.max()),
+        }
+
+
+def classic_names(master: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One tensor per expert under the names of the original Mixtral checkpoints, in bfloat16."""
+    tensors: dict[str, Tensor] = {}
+    for name, weight in master.items():
+        moe = name.split(".mlp.")[0] + ".block_sparse_moe"
+        if name.endswith("experts.gate_up_proj"):
+            for expert, (gate, up) in enumerate(part.chunk(2) for part in weight):
+                tensors[f"{moe}.experts.{expert}.w1.weight"] = gate
+                tensors[f"{moe}.experts.{expert}.w3.weight"] = up
+        elif name.endswith("experts.down_proj"):
+            for expert, down in enumerate(weight):
+                tensors[f"{moe}.experts.{expert}.w2.weight"] = down
+        else:
+            tensors[name.replace(".mlp.gate.", ".block_sparse_moe.gate.")] = weight
+    return {name: tensors[name].to(torch.bfloat16).contiguous() for name in sorted(tensors)}
+
+
+def export(master: dict[str, Tensor], tokenizer_dir: Path, out: Path, figures: dict[str, Any]) -> None:
+    """Write a loadable folder beside ``out`` and rename it into place, so that a reader never sees half of it."""
+    fresh = out.with_name(out.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    save_file(classic_names(master), fresh / "model.safetensors", metadata={"format": "pt"})
+    config = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", **SHAPE, "dtype": "bfloat16"}
+    special = {key: SHAPE[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for name, content in (("config.json", config), ("generation_config.json", special), ("training.json", figures)):
+        (fresh / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(tokenizer_dir / name, fresh / name)
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    fresh.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_checkpoint(optimizer: Optimizer, work: Path, state: dict[str, Any]) -> None:
+    """Master weights and optimizer state as safetensors, counters in its metadata: one rename, never half a state."""
+    fresh = work / "checkpoint.safetensors.new"
+    save_file(optimizer.state(), fresh, metadata={"state": json.dumps(state)})
+    fresh.replace(work / "checkpoint.safetensors")
+
+
+def load_checkpoint(optimizer: Optimizer, work: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    path = work / "checkpoint.safetensors"
+    optimizer.load(load_file(path))
+    with safe_open(path, framework="pt") as handle:
+        state: dict[str, Any] = json.loads(handle.metadata()["state"])
+    optimizer.steps = state["step"]
+    return state
+
+
+def rate(progress: float) -> float:
+    """Warm-up, a plateau, then a straight line to zero at the deadline."""
+    if progress < WARM_UP:
+        return max(progress, 1e-4) / WARM_UP
+    return min(1.0, max(0.0, (1.0 - progress) / (1.0 - HOLD)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with text/, dolly/, instruct/ and chat/")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder written by train_tokenizer.py")
+    parser.add_argument("--out", type=Path, required=True, help="folder the finished model goes to")
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoint and snapshot")
+    parser.add_argument("--minutes", type=float, default=90.0, help="wall-clock length of the whole run")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --work")
+    parser.add_argument("--tokens-per-step", type=int, default=8192)
+    parser.add_argument("--matrix-lr", type=float, default=0.02)
+    parser.add_argument("--other-lr", type=float, default=3e-3)
+    parser.add_argument("--long-from", type=float, default=0.75, help="progress from which windows are 512 long")
+    parser.add_argument("--probe-minutes", type=float, default=3.0)
+    parser.add_argument("--snapshot-minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+
+    model = build_model(args.seed)
+    optimizer = Optimizer(model)
+    state: dict[str, Any] = {"step": 0, "tokens": 0, "elapsed": 0.0}
+    if args.resume:
+        state = load_checkpoint(optimizer, args.work)
+    tokenizer = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json"))
+    maker = WindowMaker(load_corpus(args.data), tokenizer, SHARES)
+    probe = Probe(maker)
+    started = time.monotonic() - state["elapsed"]
+    last_probe = last_print = state["elapsed"]
+    last_snapshot = state["elapsed"] - (args.snapshot_minutes - 4) * 60  # the first one comes after four minutes
+    recent: list[tuple[float, float, float]] = []
+    total = args.minutes * 60
+
+    while (elapsed := time.monotonic() - started) < total:
+        progress = elapsed / total
+        length = 512 if progress >= args.long_from else 256
+        windows = maker.batch(f"{args.seed}-{state['step']}", args.tokens_per_step // length, length)
+        loss, balance = train_step(model, windows)
+        factor = rate(progress)
+        norm = optimizer.step(args.matrix_lr * factor, args.other_lr * factor)
+        state["step"] += 1
+        state["tokens"] += windows.size
+        recent.append((loss, balance, norm))
+        now = time.monotonic() - started
+        state["elapsed"] = now
+        if now - last_print > 20:
+            mean = np.mean(recent, axis=0)
+            speed = len(recent) * args.tokens_per_step / (now - last_print)
+            print(
+                f"{now / 60:6.1f} min step {state['step']:5d} tokens {state['tokens'] / 1e6:6.2f} M loss {mean[0]:.3f} "
+                f"balance {mean[1]:.3f} norm {mean[2]:.2f} rate {factor:.3f} {speed:.0f} tokens/s",
+                flush=True,
+            )
+            recent, last_print = [], now
+        if now - last_probe > args.probe_minutes * 60:
+            print("probe " + " ".join(f"{k} {v:.3f}" for k, v in probe(model).items()), flush=True)
+            last_probe = time.monotonic() - started
+        if now - last_snapshot > args.snapshot_minutes * 60:
+            save_checkpoint(optimizer, args.work, state)
+            export(optimizer.master, args.tokenizer, args.work / "snapshot", {**state, "finished": False})
+            last_snapshot = time.monotonic() - started
+
+    figures = {**state, "finished": True, **probe(model), "seed": args.seed, "shares": SHARES}
+    save_checkpoint(optimizer, args.work, state)
+    export(optimizer.master, args.tokenizer, args.out, figures)
+    print("done " + json.dumps(figures), flush=True)
+
+
+if __name__ == "__main__":
+    main()
