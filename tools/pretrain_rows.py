@@ -15,11 +15,16 @@ from collections.abc import Callable
 from pretrain_corpus import WORD, Corpus, find_names, find_numbers
 
 # Function and attribute names of the task the model is later tuned on; no synthetic key may equal one of them.
-FORBIDDEN_KEYS = frozenset(
-    "inform request give_opinion confirm verify_attribute suggest request_explanation recommend request_attribute "
-    "name exp_release_date release_year developer esrb rating genres player_perspective has_multiplayer platforms "
-    "available_on_steam has_linux_release has_mac_release specifier".split()
-)
+FORBIDDEN_TEXT = """
+inform request give_opinion confirm verify_attribute suggest request_explanation recommend request_attribute name
+exp_release_date release_year developer esrb rating genres player_perspective has_multiplayer platforms
+available_on_steam has_linux_release has_mac_release specifier
+"""
+FORBIDDEN_KEYS = frozenset(FORBIDDEN_TEXT.split())
+SYLLABLE_TEXT = """
+ba be bri cor da del dra el fa gor gri ha il ka kor la lum mar mi nor o pha qui ra rin sa sha tor u va wyn xe zan zu
+"""
+SYLLABLES = SYLLABLE_TEXT.split()
 
 
 class RowMaker:
@@ -50,10 +55,9 @@ class RowMaker:
 
     def invented(self, rng: random.Random) -> str:
         """A made-up name, so that no value can be known by heart."""
-        syllables = "ba be bri cor da del dra el fa gor gri ha il ka kor la lum mar mi nor o pha qui ra rin sa sha tor u va wyn xe zan zu"
         words = []
         for _ in range(rng.choice((1, 1, 2, 2, 3))):
-            words.append("".join(rng.choice(syllables.split()) for _ in range(rng.randint(1, 4))).capitalize())
+            words.append("".join(rng.choice(SYLLABLES) for _ in range(rng.randint(1, 4))).capitalize())
         if rng.random() < 0.25:
             words.append(rng.choice(("2", "3", "4", "II", "III", "12", "64", str(rng.randint(1950, 2030)))))
         joiner = ": " if len(words) > 2 and rng.random() < 0.2 else " "

@@ -1,6 +1,6 @@
 """Train the 4,096-entry byte-level BPE tokenizer of the embedded tiny Mixtral.
 
-It is trained on the same open texts as the model (see ``pretrain_data.py``); ViGGO and dolly rows 0..999 are left
+It is trained on the same open texts as the model (see ``pretrain_corpus.py``); ViGGO and dolly rows 0..999 are left
 out. Digits are split one by one. Lower-case words carry their leading space as in GPT-style tokenizers, capitalised
 words and digits do not: a name or a year then has the same ids inside a sentence and inside brackets, which makes
 copying much easier for a model of this size.
@@ -12,8 +12,10 @@ import argparse
 import json
 from pathlib import Path
 
-from pretrain_data import load_corpus, training_texts
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from pretrain_corpus import load_corpus
+from pretrain_windows import training_texts
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
 PIECES = (

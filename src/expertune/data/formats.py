@@ -71,6 +71,8 @@ class Layout:
         if missing := [name for name in self.needed if name not in row]:
             raise RowError(f"column {missing[0]} is missing; the row has {_names(row)}")
         if self.is_conversation:
+            if row.get("tools"):
+                raise RowError("column tools holds functions, which are not supported; drop the row or the column")
             return Example({}, (), until_last_answer(self._parse(row[self.answer])))
         answer = _text(row, self.answer)
         check_answer(self.answer, answer)

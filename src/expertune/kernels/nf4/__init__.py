@@ -82,7 +82,7 @@ class Nf4Stack(nn.Module):
         ValueError: K is no multiple of 64.
     """
 
-    packed: Tensor
+    packed: nn.Parameter
     absmax: Tensor
     nested_absmax: Tensor
     offset: Tensor
@@ -103,7 +103,8 @@ class Nf4Stack(nn.Module):
         blocks = rows * columns // BLOCK_SIZE
         nested = -(-blocks // NESTED_BLOCK_SIZE) if double_quantization else 0
         absmax_dtype = torch.uint8 if double_quantization else torch.float32
-        self.register_buffer("packed", torch.empty(num_matrices, rows, columns // 2, dtype=torch.uint8, device=device))
+        packed = torch.empty(num_matrices, rows, columns // 2, dtype=torch.uint8, device=device)
+        self.packed = nn.Parameter(packed, requires_grad=False)
         self.register_buffer("absmax", torch.empty(num_matrices, blocks, dtype=absmax_dtype, device=device))
         self.register_buffer("nested_absmax", torch.empty(num_matrices, nested, dtype=torch.float32, device=device))
         self.register_buffer(
@@ -139,7 +140,7 @@ class Nf4Stack(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes that the stack holds."""
-        return sum(buffer.nbytes for buffer in self.buffers())
+        return self.packed.nbytes + sum(buffer.nbytes for buffer in self.buffers())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Nf4Stack":
         # model.to(bfloat16) and model.half() would round the float32 scales and change every weight: only the device

@@ -1,40 +1,34 @@
-"""Texts and copying rows for pre-training the embedded tiny Mixtral.
+"""Open texts for pre-training the embedded tiny Mixtral.
 
-Reads the open texts (books, Shakespeare, Wikipedia, WikiText-2, dolly, gsm8k, small instruction sets) from a data
-folder and turns them into token windows. Two things are left out on purpose: ViGGO, because the demonstration is
-scored on it, and dolly rows 0..999, so that they can serve as held-out rows later.
-
-About half of the windows are copying rows (see ``pretrain_rows.py``).
+Reads books, Shakespeare, Wikipedia, WikiText-2, dolly, gsm8k and two small instruction sets from a data folder. Two
+things are left out on purpose: ViGGO, because the demonstration is scored on it, and dolly rows 0..999, so that they
+can serve as held-out rows later.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tokenizers import Tokenizer
-
-PAD, BOS, EOS = 0, 1, 2
 DOLLY_HELD_BACK = 1000
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"”’']?\s+(?=[\"“‘']?[A-Z0-9])")
-_NAME = re.compile(r"\b[A-Z][\w’'-]*[\w](?: (?:of|the|and|de|von)(?= [A-Z]))?(?:[ :] ?(?:[A-Z][\w’'-]*\w|\d{1,4}\b|[IVX]+\b))*")
+_NAME_TAIL = r"(?: (?:of|the|and|de|von)(?= [A-Z]))?(?:[ :] ?(?:[A-Z][\w’'-]*\w|\d{1,4}\b|[IVX]+\b))*"
+_NAME = re.compile(r"\b[A-Z][\w’'-]*[\w]" + _NAME_TAIL)
 _NUMBER = re.compile(r"(?<![\w.,])\d{1,4}(?:[.,]\d+)?(?![\w])")
 WORD = re.compile(r"(?<![\w'’-])[a-z]{4,12}(?![\w'’-])")
-_STARTERS = frozenset(
-    "The This That These Those There Then They Their When What Where Which Who Whose Why How And But For His Her She "
-    "Its You Your Our Some Many Most After Before Because While With From Not Now Yes One All Each Every Here If In On "
-    "At As Is Are Was Were Do Does Did Can Could Would Should Will Although Though Thus Despite During Since So Such "
-    "By To Of It He We No Or An Let Give List Tell Write Has Have Had Both Also However Until Upon Into Out".split()
-)
+_STARTER_TEXT = """
+The This That These Those There Then They Their When What Where Which Who Whose Why How And But For His Her She Its You
+Your Our Some Many Most After Before Because While With From Not Now Yes One All Each Every Here If In On At As Is Are
+Was Were Do Does Did Can Could Would Should Will Although Though Thus Despite During Since So Such By To Of It He We No
+Or An Let Give List Tell Write Has Have Had Both Also However Until Upon Into Out
+"""
+_STARTERS = frozenset(_STARTER_TEXT.split())
 
 
 def read_text(path: Path) -> str:
@@ -170,69 +164,3 @@ def _collect_spans(corpus: Corpus) -> None:
     corpus.numbers = sorted(numbers)
     corpus.words = sorted(w for w, c in counts.items() if c >= 4)
     corpus.common_words = sorted(w for w, c in counts.items() if c >= 40)
-
-
-def random_copy(rng: random.Random, vocab_size: int, length: int) -> list[int]:
-    """A window of random tokens followed by the same tokens: pure induction."""
-    half = [rng.randrange(3, vocab_size) for _ in range(length // 2)]
-    return half + half
-
-
-class WindowMaker:
-    """Token windows of one length: plain text, instruction rows, synthetic rows and random copies."""
-
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, shares: tuple[float, float, float, float]) -> None:
-        self.corpus, self.tokenizer, self.shares = corpus, tokenizer, shares
-        self.make_row = RowMaker(corpus)
-        self.vocab_size = tokenizer.get_vocab_size()
-        self.text = self._stream(corpus.documents)
-
-    def _stream(self, texts: list[str]) -> np.ndarray:
-        encoded = self.tokenizer.encode_batch(texts)
-        return np.concatenate([np.array([*e.ids, EOS], dtype=np.uint16) for e in encoded])
-
-    def rows(self, rng: random.Random, make: Callable[[random.Random], str], length: int) -> list[int]:
-        """Whole rows one after the other; the last one is cut at the end of the window."""
-        ids: list[int] = []
-        while len(ids) < length:
-            ids += [*self.tokenizer.encode(make(rng)).ids, EOS]
-        return ids[:length]
-
-    def instruction(self, rng: random.Random) -> str:
-        prompt, answer = rng.choice(self.corpus.instructions)
-        return rng.choice(("{}\n{}", "{}\n\nAnswer: {}", "Q: {}\nA: {}", "### Instruction:\n{}\n\n### Response:\n{}")).format(
-            prompt, answer
-        )
-
-    def batch(self, seed: str, count: int, length: int) -> np.ndarray:
-        """``count`` windows of ``length`` tokens; the same seed gives the same batch."""
-        rng = random.Random(seed)
-        windows = []
-        for _ in range(count):
-            kind = rng.choices(range(4), self.shares)[0]
-            if kind == 0:
-                start = rng.randrange(len(self.text) - length)
-                windows.append(self.text[start : start + length].astype(np.int64))
-            elif kind == 1:
-                windows.append(np.array(self.rows(rng, self.instruction, length)))
-            elif kind == 2:
-                windows.append(np.array(self.rows(rng, self.make_row, length)))
-            else:
-                windows.append(np.array(random_copy(rng, self.vocab_size, length)))
-        return np.stack(windows)
-
-    def held_out_windows(self, count: int, length: int) -> np.ndarray:
-        """The first windows of the documents that training never sees."""
-        stream = self._stream(self.corpus.held_out).astype(np.int64)
-        return stream[: count * length].reshape(count, length)
-
-
-def training_texts(corpus: Corpus, rows: int, seed: int) -> Iterator[str]:
-    """Everything the tokenizer is trained on: documents, instruction rows and some synthetic rows."""
-    yield from corpus.documents
-    for prompt, answer in corpus.instructions:
-        yield prompt
-        yield answer
-    make, rng = RowMaker(corpus), random.Random(seed)
-    for _ in range(rows):
-        yield make(rng)

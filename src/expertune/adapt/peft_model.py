@@ -1,0 +1,141 @@
+"""ExpertPeftModel: a PeftModel whose files are stock PEFT's per-expert layout, whatever the live model holds."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModelForCausalLM
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from expertune.adapt.files import (
+    adapter_tensors,
+    load_adapter_tensors,
+    read_adapter_config,
+    read_adapter_tensors,
+    write_adapter,
+)
+from expertune.checkpoint.names import NameMap
+from expertune.checkpoint.targets import ResolvedTargets
+from expertune.experts.lora import ExpertLoraConfig
+
+# PEFT on transformers 5 rewrites these target names into stacked expert parameters, also where they name a linear of
+# a shared expert or a router; layers of these names are adapted one by one instead.
+_REWRITTEN_BY_PEFT = frozenset({"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"})
+
+StockConfig = dict[str, Any]
+
+
+class ExpertPeftModel(PeftModelForCausalLM):
+    """A causal language model with LoRA on experts and linears.
+
+    It is a PeftModel in every respect (`disable_adapter`, `set_adapter`, Trainer checkpoints). What it overrides is
+    how adapters are created (from `ResolvedTargets`, not from names that PEFT would rewrite) and their files.
+
+    Args:
+        model: the base model with `Nf4Experts`.
+        targets: what the first adapter attaches to.
+        config: its live configuration.
+        stock: its `adapter_config.json`, in the words of the checkpoint.
+        names: the base model's name map.
+        adapter_name: name of the first adapter.
+        dtype: dtype of the adapter's own weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: ResolvedTargets,
+        config: ExpertLoraConfig,
+        stock: StockConfig,
+        names: NameMap,
+        adapter_name: str = "default",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(model, config, adapter_name, autocast_adapter_dtype=False)
+        self.names = names
+        self.stock_configs: dict[str, StockConfig] = {adapter_name: stock}
+        self._finish(adapter_name, targets, config, dtype)
+
+    def attach(
+        self,
+        adapter_name: str,
+        targets: ResolvedTargets,
+        config: ExpertLoraConfig,
+        stock: StockConfig,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Add a further adapter; it is not active until `set_adapter` says so."""
+        super().add_adapter(adapter_name, config)
+        self.stock_configs[adapter_name] = stock
+        self._finish(adapter_name, targets, config, dtype)
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+        """Refused for a bare PeftConfig: PEFT would rewrite expert targets into a fused layout that learns otherwise.
+
+        Raises:
+            TypeError: always; `expertune.adapt.attach.attach` adds adapters.
+        """
+        raise TypeError("use expertune.adapt.attach.attach(model, ..., adapter_name=...) to add an adapter")
+
+    def save_pretrained(self, save_directory: str, selected_adapters: list[str] | None = None, **kwargs: Any) -> None:
+        """Write adapters as stock PEFT reads them: adapter tensors only, per expert, dropout 0.
+
+        Args:
+            save_directory: the adapter `default` goes here, others into folders of their own name.
+            selected_adapters: which ones; None means all.
+            **kwargs: other arguments of PEFT's method, which do not apply.
+        """
+        for adapter in selected_adapters or list(self.peft_config):
+            folder = Path(save_directory) / (adapter if adapter != "default" else "")
+            tensors = dict(adapter_tensors(self.get_base_model(), self.names, adapter))
+            write_adapter(folder, tensors, self.stock_configs[adapter])
+
+    def load_adapter(self, model_id: str, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> None:
+        """Read an adapter folder into an adapter that is already attached.
+
+        Raises:
+            CheckpointError: the folder is no adapter, is damaged, or holds other tensors than the adapter has.
+            KeyError: no adapter of this name is attached.
+        """
+        if adapter_name not in self.peft_config:
+            raise KeyError(f"no adapter {adapter_name!r} is attached; attach one first")
+        read_adapter_config(model_id)
+        tensors = read_adapter_tensors(model_id)
+        load_adapter_tensors(self.get_base_model(), self.names, adapter_name, tensors, where=str(model_id))
+
+    def _finish(
+        self, adapter_name: str, targets: ResolvedTargets, config: ExpertLoraConfig, dtype: torch.dtype
+    ) -> None:
+        """Adapt what PEFT's own matching must not see, then bring all factors to one dtype."""
+        base = self.get_base_model()
+        replace: Callable[..., None] = self.base_model._create_and_replace
+        for name in targets.linears:
+            if leaf_is_rewritten(name):
+                parent, _, leaf = name.rpartition(".")
+                replace(config, adapter_name, base.get_submodule(name), leaf, base.get_submodule(parent), name)
+        dropout, config.lora_dropout = config.lora_dropout, 0.0  # PEFT has no dropout on a wrapped parameter
+        for name in targets.router:
+            parent, _, leaf = name.rpartition(".")
+            replace(
+                config,
+                adapter_name,
+                base.get_submodule(name),
+                leaf,
+                base.get_submodule(parent),
+                name,
+                parameter_name="weight",
+            )
+        config.lora_dropout = dropout
+        for module in base.modules():
+            if isinstance(module, BaseTunerLayer) and adapter_name in module.lora_A:
+                module.lora_A[adapter_name].to(dtype)
+                module.lora_B[adapter_name].to(dtype)
+        self.base_model._mark_only_adapters_as_trainable(base)
+        self.base_model.set_adapter(self.active_adapters)
+
+
+def leaf_is_rewritten(name: str) -> bool:
+    """Whether PEFT's name conversion would turn a linear of this name into something else."""
+    return name.rpartition(".")[2] in _REWRITTEN_BY_PEFT

@@ -1,0 +1,219 @@
+"""What is known of a model before a weight is read: its config, and the names and shapes in its safetensors headers.
+
+Of a hub model nothing is downloaded beyond config.json, the index and the headers themselves (the first bytes of each
+shard, by a range request).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from expertune.checkpoint.names import Destination, NameMap
+from expertune.checkpoint.reader import INDEX_NAME, open_checkpoint
+from expertune.errors import CheckpointError, ConfigError
+from expertune.experts.contract import ExpertsSpec
+
+# The hub folder's own files: enough to build the model without weights. Code only where the run file trusts it.
+_FILES = ["config.json", INDEX_NAME]
+_CODE = ["*.py"]
+
+# An NF4 folder written by Expertune holds packed tensors under names of its own; it is checked where it is read.
+NF4_FOLDER_MARK = "expertune.json"
+
+
+@dataclass(frozen=True)
+class Headers:
+    """Tensors of a checkpoint by name on disk.
+
+    Attributes:
+        source: folder or hub id, for messages.
+        shapes: name -> shape, or None where only the index is here and not the shard.
+        nbytes: bytes of all tensors; None where neither header nor index says.
+    """
+
+    source: str
+    shapes: Mapping[str, tuple[int, ...] | None]
+    nbytes: int | None
+
+
+def find_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> tuple[Path, bool]:
+    """Folder with the model's config.json, and whether it is a hub model's.
+
+    Raises:
+        ConfigError: there is no such folder, it has no config.json, or the hub did not give it; says what to do.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder / 'config.json'}: no such file; is {model} a model folder?")
+        return folder, False
+    if folder.exists() or model.startswith((".", "/", "~")):
+        raise ConfigError(f"model {model}: no such folder")
+    return _fetch_config(model, revision, trust_remote_code), True
+
+
+def read_headers(model: str, folder: Path, revision: str | None, on_hub: bool) -> Headers | None:
+    """Names and shapes of all tensors; None where there are no weights to look at (a config alone, no connection).
+
+    Args:
+        model: folder or hub id as the run file names it.
+        folder: what `find_config` found.
+        revision: branch, tag or commit of a hub model.
+        on_hub: whether it is a hub model.
+
+    Raises:
+        CheckpointError: a shard's header is damaged, or the repository holds no safetensors.
+    """
+    if on_hub:
+        return _fetch_headers(model, revision) or _index_alone(model, folder)
+    if next(folder.glob("*.safetensors"), None) is None:
+        return _index_alone(model, folder)
+    index = open_checkpoint(folder)
+    return Headers(model, {key: entry.shape for key, entry in index.tensors.items()}, index.nbytes)
+
+
+def check_headers(headers: Headers, model: nn.Module, names: NameMap) -> list[str]:
+    """Compare a checkpoint's tensors with the model that its config describes.
+
+    Every parameter must have its tensor, of its shape; every expert its projections. Since shapes agree one by one, the
+    numbers of parameters agree as well.
+
+    Args:
+        headers: the checkpoint's tensors.
+        model: the model on the meta device, with tied weights tied.
+        names: its name map.
+
+    Returns:
+        Names of tensors that the model has no place for, such as a family's extra prediction layers.
+
+    Raises:
+        CheckpointError: a tensor is missing, of another shape, or meant for an expert that does not exist.
+    """
+    expected = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+    found: set[tuple[str, str | None, int | None]] = set()
+    unused = []
+    for key, shape in headers.shapes.items():
+        destination = names.locate(key)
+        if destination.projection is not None:
+            found.update(_expert_parts(headers, key, shape, destination, names.specs[destination.name]))
+        elif destination.name not in expected:
+            unused.append(key)
+        else:
+            _require_shape(headers, key, shape, tuple(expected[destination.name].shape))
+            found.add((destination.name, None, None))
+    _require_all(headers, model, names, found)
+    return unused
+
+
+def _expert_parts(
+    headers: Headers, key: str, shape: tuple[int, ...] | None, destination: Destination, spec: ExpertsSpec
+) -> list[tuple[str, str | None, int | None]]:
+    """Which matrices a tensor of the experts fills: one, or a stack over experts with gate and up fused."""
+    fused = spec.projections[:-1] if destination.projection == "gate_up" else (destination.projection,)
+    if destination.expert is not None:
+        if destination.expert >= spec.num_experts:
+            raise CheckpointError(
+                f"{headers.source}: tensor {key} belongs to expert {destination.expert}, but the config has "
+                f"{spec.num_experts}"
+            )
+        _require_shape(headers, key, shape, spec.shape(fused[0] or ""))
+        return [(destination.name, fused[0], destination.expert)]
+    rows, columns = spec.shape(fused[0] or "")
+    _require_shape(headers, key, shape, (spec.num_experts, len(fused) * rows, columns))
+    return [(destination.name, part, expert) for part in fused for expert in range(spec.num_experts)]
+
+
+def _require_shape(headers: Headers, key: str, shape: tuple[int, ...] | None, expected: tuple[int, ...]) -> None:
+    if shape is not None and shape != expected:
+        raise CheckpointError(f"{headers.source}: tensor {key} has shape {shape}, the config asks for {expected}")
+
+
+def _require_all(
+    headers: Headers, model: nn.Module, names: NameMap, found: set[tuple[str, str | None, int | None]]
+) -> None:
+    missing = [
+        names.expert_on_disk(module, expert, projection) + ".weight"
+        for module, spec in names.specs.items()
+        for projection in spec.projections
+        for expert in range(spec.num_experts)
+        if (module, projection, expert) not in found
+    ]
+    # A tied weight is stored under any one of its names.
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.rpartition(".")[0] not in names.specs:
+            aliases.setdefault(id(parameter), []).append(name)
+    missing += [
+        names.on_disk(shared[0])
+        for shared in aliases.values()
+        if not any((name, None, None) in found for name in shared)
+    ]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(
+            f"{headers.source}: the config asks for tensors that the checkpoint lacks: {', '.join(missing[:3])}{more}"
+        )
+
+
+def _index_alone(model: str, folder: Path) -> Headers | None:
+    """Names by the index of a folder whose shards are not here."""
+    path = folder / INDEX_NAME
+    if not path.is_file():
+        return None
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        names, size = dict.fromkeys(index["weight_map"]), index.get("metadata", {}).get("total_size")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged index ({error!r}); download it again") from None
+    return Headers(model, names, int(size) if size is not None else None)
+
+
+def _fetch_config(model: str, revision: str | None, trust_remote_code: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = _FILES + (_CODE if trust_remote_code else [])
+    try:
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except HFValidationError:
+        raise ConfigError(f"model {model}: neither a folder here nor a hub id of the form owner/name") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"model {model}: no folder of this name here, and the hub did not give its config.json "
+            f"({_first_line(error)}). Give the path of a local copy (config.json alone is enough to plan), or go "
+            "online (and log in with `hf auth login` for a gated model)"
+        ) from None
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model {model}: the repository has no config.json; is it a transformers model?")
+    return folder
+
+
+def _fetch_headers(model: str, revision: str | None) -> Headers | None:
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+
+    try:
+        metadata = get_safetensors_metadata(model, revision=revision)
+    except NotASafetensorsRepoError:
+        raise CheckpointError(
+            f"model {model}: the repository holds no safetensors; pickles are never loaded, so convert it first"
+        ) from None
+    except SafetensorsParsingError as error:
+        raise CheckpointError(f"model {model}: a safetensors header is damaged ({_first_line(error)})") from None
+    except (HfHubHTTPError, OSError):
+        return None  # The config came from the cache; without a connection the plan rests on it alone, and says so.
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    nbytes = 0
+    for shard in metadata.files_metadata.values():
+        for key, tensor in shard.tensors.items():
+            shapes[key] = tuple(tensor.shape)
+            begin, end = tensor.data_offsets
+            nbytes += end - begin
+    return Headers(model, shapes, nbytes)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,0 +1,156 @@
+import gzip
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from expertune.config import DataConfig
+from expertune.data import IGNORE_INDEX, encode_prompt, prepare_rows
+from expertune.data.encode import check_tokenizer, encode_row
+from expertune.data.row_template import Rendered
+from expertune.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def trimming_tokenizer():
+    """Byte-level BPE of the GPT-NeoX kind, whose offsets leave out spaces; it joins line breaks into one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["the meaning of the sentence\n\n\n\nis the answer\n\nof the model  \n\n"] * 9, trainer)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+@pytest.fixture(params=["tiny", "mixtral", "trimming"])
+def tokenizer(request, tiny_tokenizer, mixtral_tokenizer, trimming_tokenizer):
+    return {"tiny": tiny_tokenizer, "mixtral": mixtral_tokenizer, "trimming": trimming_tokenizer}[request.param]
+
+
+def rendered(prompt, completion):
+    return Rendered(prompt + completion, [(len(prompt), len(prompt + completion))], append_eos=True)
+
+
+def trained(ids, labels):
+    assert len(ids) == len(labels)
+    return [token_id for token_id, label in zip(ids, labels, strict=True) if label != IGNORE_INDEX]
+
+
+BOUNDARIES = [
+    ("Sentence: A game.\nMeaning:", " inform(name[Dirt])"),
+    ("### Answer:\n", "Yes."),
+    ("### Answer:\n", "\n\nYes."),
+    ("the mean", "ing of the sentence"),
+    ("Question:  ", "  Answer"),
+    ("", "Once upon a time"),
+    ("caf", "\u00e9 \U0001f600 \u4f60\u597d"),
+    ("tab\t", "\ttab"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "completion"), BOUNDARIES)
+@pytest.mark.parametrize("train_on", ["completion", "all"])
+def test_generation_starts_from_the_ids_that_training_saw(tokenizer, prompt, completion, train_on):
+    ids, labels = encode_row(rendered(prompt, completion), train_on, tokenizer)
+    start = encode_prompt(prompt, tokenizer)
+    assert ids[: len(start)] == start
+    if train_on == "completion":
+        assert trained(ids, labels) == ids[len(start) :]
+    else:
+        assert labels == ids
+
+
+@pytest.mark.parametrize(("prompt", "completion"), BOUNDARIES)
+def test_ids_decode_to_the_text_with_one_eos(tokenizer, prompt, completion):
+    ids, _ = encode_row(rendered(prompt, completion), "completion", tokenizer)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == prompt + completion
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert ids[-1] == tokenizer.eos_token_id
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompt=st.text(max_size=30), completion=st.text(min_size=1, max_size=30), end=st.booleans())
+def test_labels_are_ignored_or_equal_to_the_ids(tiny_tokenizer, prompt, completion, end):
+    text = prompt + completion
+    row = Rendered(text, [(len(prompt), len(text))], append_eos=end)
+    ids, labels = encode_row(row, "completion", tiny_tokenizer)
+    assert all(label in (IGNORE_INDEX, token_id) for token_id, label in zip(ids, labels, strict=True))
+    start = len(encode_prompt(prompt, tiny_tokenizer))
+    assert ids[:start] == encode_prompt(prompt, tiny_tokenizer)
+    assert labels[:start] == [IGNORE_INDEX] * start
+    assert labels[start:] == ids[start:]
+
+
+def test_first_word_of_a_completion_has_its_ids_from_the_middle_of_a_text(mixtral_tokenizer):
+    # SentencePiece would otherwise put a second space in front of it.
+    prompt, completion = "Meaning:", " inform"
+    ids, _ = encode_row(rendered(prompt, completion), "completion", mixtral_tokenizer)
+    assert mixtral_tokenizer.convert_ids_to_tokens(ids) == ["<s>", "▁Me", "aning", ":", "▁inform", "</s>"]
+    # "mean" + "ing" is one token as a whole, so here the completion is tokenized as a continuation.
+    ids, _ = encode_row(rendered("the mean", "ing"), "completion", mixtral_tokenizer)
+    assert mixtral_tokenizer.convert_ids_to_tokens(ids) == ["<s>", "▁the", "▁mean", "ing", "</s>"]
+
+
+def test_every_trained_turn_is_found_by_its_characters(tokenizer):
+    turns = ["the question\n", "the answer\n", "of the sentence\n", "is the model\n"]
+    text = "".join(turns)
+    ends = [len("".join(turns[: index + 1])) for index in range(4)]
+    row = Rendered(text, [(ends[0], ends[1]), (ends[2], ends[3])], append_eos=True)
+    ids, labels = encode_row(row, "completion", tokenizer)
+    assert tokenizer.decode(trained(ids, labels), skip_special_tokens=True).replace(" ", "") == (
+        (turns[1] + turns[3]).replace(" ", "")
+    )
+
+
+def test_bos_that_the_text_already_holds_is_not_doubled(tiny_tokenizer):
+    assert encode_prompt("<s>hello", tiny_tokenizer) == encode_prompt("hello", tiny_tokenizer)
+    assert encode_prompt("hello", tiny_tokenizer).count(tiny_tokenizer.bos_token_id) == 1
+
+
+def test_tokenizer_without_bos_gets_none(trimming_tokenizer):
+    assert encode_prompt("the answer", trimming_tokenizer) == trimming_tokenizer("the answer")["input_ids"]
+    assert encode_prompt("", trimming_tokenizer) == []
+
+
+def test_tokenizer_that_adds_eos_by_itself_does_not_end_the_prompt_with_it(mixtral_tokenizer, tmp_path):
+    mixtral_tokenizer.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, add_eos_token=True)
+    assert tokenizer("hi")["input_ids"][-1] == tokenizer.eos_token_id
+    assert encode_prompt("hi", tokenizer) == encode_prompt("hi", mixtral_tokenizer)
+    ids, _ = encode_row(rendered("hi", " there"), "completion", tokenizer)
+    assert ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_tokenizer_without_eos_is_refused(trimming_tokenizer):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trimming_tokenizer.backend_tokenizer)
+    with pytest.raises(ConfigError, match="has no EOS token"):
+        check_tokenizer(tokenizer)
+
+
+def test_recipe_row_of_dolly_is_golden(files, mixtral_tokenizer):
+    data = DataConfig(train=str(files / "dolly-first5.jsonl"), template="dolly-tutorial", max_length=320)
+    row = prepare_rows(data, "train", mixtral_tokenizer).rows[1]
+    assert mixtral_tokenizer.decode(row.input_ids) == (
+        "<s> Given a question and some additional context, provide an answer\n\n### Target sentence:\n"
+        "Question: Which is a species of fish? Tope or Rope\nAdditional Context: \n"
+        "Response: [/INST] Tope</s></s>"
+    )
+    # The first </s> is spelt out by the template and the second is the tokenizer's own; both are the one EOS token.
+    assert row.input_ids[-2:] == row.labels[-2:] == [mixtral_tokenizer.eos_token_id] * 2
+    assert mixtral_tokenizer.decode([label for label in row.labels if label != IGNORE_INDEX]) == "Tope</s></s>"
+    assert row.completion == " Tope"
+    # As the recipe tokenized it, but for its second EOS: the whole text at once, BOS in front.
+    whole = mixtral_tokenizer(row.prompt + row.completion + "</s>")["input_ids"]
+    assert row.input_ids == [*whole, mixtral_tokenizer.eos_token_id]
+
+
+def test_golden_tokenizer_is_the_one_of_mixtral(files, mixtral_tokenizer):
+    stored = json.loads(gzip.decompress((files / "mixtral-tokenizer" / "tokenizer.json.gz").read_bytes()))
+    assert len(stored["model"]["vocab"]) == len(mixtral_tokenizer) == 32_000
+    assert mixtral_tokenizer.pad_token is None

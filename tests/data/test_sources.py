@@ -1,0 +1,216 @@
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from expertune.data.sources import read_source
+from expertune.errors import DataError
+
+
+def values(spec):
+    return [row.values for row in read_source(str(spec)).rows]
+
+
+def test_jsonl_with_line_separator_inside_text_keeps_its_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    texts = ["before\u2028after", "next\u0085line\u2029", "form\x0cfeed"]
+    path.write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), encoding="utf-8")
+    assert [row["text"] for row in values(path)] == texts
+
+
+def test_real_row_with_escaped_line_separator_is_one_row(files):
+    rows = values(files / "gsm8k-with-u2028.jsonl")
+    assert len(rows) == 3
+    assert "\u2028" in rows[1]["question"]
+
+
+def test_rows_are_named_by_their_line_even_behind_blank_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n\n  \r\n{"text": "b"}\r\n', encoding="utf-8")
+    assert [row.place for row in read_source(str(path)).rows] == ["rows.jsonl: row 1", "rows.jsonl: row 4"]
+
+
+def test_json_may_be_a_list_or_one_object(files):
+    assert len(values(files / "llamafactory-identity-first3.json")) == 3
+    (row,) = values(files / "axolotl-conversation.json")
+    assert list(row) == ["conversations"]
+
+
+def test_csv_keeps_commas_and_line_breaks_inside_quotes(files, tmp_path):
+    rows = values(files / "viggo-train-first5.csv")
+    assert len(rows) == 5
+    assert rows[0]["mr"].startswith("inform(name[Dirt: Showdown], release_year[2012]")
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'prompt,completion\r\n"two\nlines","a, b"\r\n')
+    assert values(path) == [{"prompt": "two\nlines", "completion": "a, b"}]
+
+
+def test_byte_order_mark_of_a_spreadsheet_is_not_part_of_the_first_column(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"\xef\xbb\xbfprompt,completion\n1,2\n")
+    assert values(path) == [{"prompt": "1", "completion": "2"}]
+
+
+def test_parquet_rows_come_with_nested_columns(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "hi"}]}, {"messages": [{"role": "assistant", "content": "ho"}]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert values(tmp_path / "rows.parquet") == rows
+
+
+def test_text_file_has_a_row_per_line_that_is_not_blank(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_bytes("one\r\n\r\ntwo\u2028still two\n".encode())
+    assert values(path) == [{"text": "one"}, {"text": "two\u2028still two"}]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json.gz", "ROWS.JSONL.GZ"])
+def test_text_kinds_may_be_gzipped(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b'{"text": "a"}'))
+    assert values(path) == [{"text": "a"}]
+
+
+def test_hash_is_of_the_file_as_it_lies_on_disk(files):
+    source = read_source(str(files / "dolly-first5.jsonl[1:3]"))
+    expected = hashlib.sha256((files / "dolly-first5.jsonl").read_bytes()).hexdigest()
+    assert source.sha256 == {"dolly-first5.jsonl": expected}
+
+
+@pytest.mark.parametrize(
+    ("piece", "expected"), [("[1:3]", [2, 3]), ("[:2]", [1, 2]), ("[3:]", [4, 5]), ("[:]", [1, 2, 3, 4, 5])]
+)
+def test_slice_counts_rows_from_zero(files, piece, expected):
+    rows = read_source(str(files / "dolly-first5.jsonl") + piece).rows
+    assert [row.place for row in rows] == [f"dolly-first5.jsonl: row {number}" for number in expected]
+
+
+@pytest.mark.parametrize(
+    ("piece", "message"),
+    [
+        ("[0:6]", r"ends at row 6, but there are 5 rows; write \[0:\]"),
+        ("[5:]", "holds no rows; there are 5"),
+        ("[3:2]", "holds no rows"),
+        ("[-2:]", r"a slice is written \[a:b\]"),
+        ("[2]", r"a slice is written \[a:b\]"),
+    ],
+)
+def test_slice_that_cannot_be_cut_is_an_error(files, piece, message):
+    with pytest.raises(DataError, match=message):
+        read_source(str(files / "dolly-first5.jsonl") + piece)
+
+
+def test_bad_json_line_is_kept_as_a_problem_with_its_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": \n[1, 2]\n' + "[" * 100_000 + "\n", encoding="utf-8")
+    rows = read_source(str(path)).rows
+    assert rows[0].values == {"text": "a"}
+    assert [row.place for row in rows if row.problem] == [f"rows.jsonl: row {number}" for number in (2, 3, 4)]
+    assert "not valid JSON" in rows[1].problem
+    assert "is list, not an object" in rows[2].problem
+    assert "not valid JSON" in rows[3].problem
+
+
+def test_bad_encoding_names_the_row_and_the_byte_offset(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": "caf\xe9"}\n')
+    problem = read_source(str(path)).rows[1].problem
+    assert "byte 0xe9 at byte offset 27" in problem
+    assert path.read_bytes()[27] == 0xE9
+    assert "iconv" in problem
+
+
+def test_bad_encoding_of_a_csv_stops_at_the_file(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"prompt,completion\nq,caf\xe9\n")
+    with pytest.raises(DataError, match=r"rows\.csv: line 2: not UTF-8: byte 0xe9 at byte offset 23"):
+        read_source(str(path))
+
+
+def test_csv_row_with_too_many_fields_is_a_problem_of_that_row(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion\nq,a,b\nq,a\n", encoding="utf-8")
+    first, second = read_source(str(path)).rows
+    assert "3 fields where the header names 2 (ends on line 2)" in first.problem
+    assert second.values == {"prompt": "q", "completion": "a"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", b"", "the file is empty"),
+        ("rows.jsonl", b" \n\n", "the file is empty"),
+        ("rows.json", b"[]", "holds no rows"),
+        ("rows.csv", b"prompt,completion\n", "holds no rows"),
+        ("rows.csv", b"prompt,prompt\n1,2\n", "must name each column once"),
+        ("rows.csv", b'prompt\n"never closed\n', "not valid CSV"),
+        ("rows.json", b'{"a": 1}\n{"a": 2}\n', r"name the file \.jsonl"),
+        ("rows.json", b"{", "not valid JSON"),
+        ("rows.jsonl.gz", b"not gzip", "not a whole gzip file"),
+        ("rows.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99)[:-9], "not a whole gzip file"),
+        ("rows.parquet", b"PAR1", "not a whole Parquet file"),
+        ("rows.xlsx", b"PK", r"unknown kind of file; use one of \.jsonl, \.json, \.csv, \.parquet, \.txt"),
+        ("rows.parquet.gz", b"x", "unknown kind of file"),
+    ],
+)
+def test_unreadable_file_is_one_error_that_names_it(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_source(str(tmp_path / name))
+    assert name in str(caught.value)
+
+
+def test_missing_file_names_the_nearest_one(files):
+    with pytest.raises(DataError, match=r"no such file; did you mean .*dolly-first5\.jsonl\?"):
+        read_source(str(files / "dolly-first.jsonl"))
+
+
+def test_folder_is_refused(tmp_path):
+    with pytest.raises(DataError, match="is a folder"):
+        read_source(str(tmp_path))
+
+
+def test_hub_name_without_a_connection_is_one_clear_error():
+    code = (
+        "from expertune.data.sources import read_source\n"
+        "from expertune.errors import DataError\n"
+        "try:\n"
+        "    read_source('databricks/databricks-dolly-15k:train[0:800]')\n"
+        "except DataError as error:\n"
+        "    print(error)\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "databricks/databricks-dolly-15k:train: neither a local file nor a dataset" in answer.stdout
+    assert "hf download --repo-type dataset databricks/databricks-dolly-15k" in answer.stdout
+    assert len(answer.stdout.strip().split("\n")) == 1
+
+
+def test_hub_rows_come_through_the_real_client_with_split_and_place(tmp_path):
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n', encoding="utf-8")
+    (folder / "test.jsonl").write_text('{"text": "c"}\n', encoding="utf-8")
+    code = (
+        "from expertune.data.hub import read_hub\n"
+        "print(list(read_hub('owner/name')), list(read_hub('owner/name:test')))"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.strip() == (
+        "[('owner/name:train: row 1', {'text': 'a'}), ('owner/name:train: row 2', {'text': 'b'})] "
+        "[('owner/name:test: row 1', {'text': 'c'})]"
+    )
+
+
+def test_importing_the_data_room_loads_neither_datasets_nor_pandas():
+    code = "import sys, expertune.data; print([m for m in ('datasets', 'pandas', 'matplotlib') if m in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"

@@ -1,0 +1,198 @@
+import json
+
+import pytest
+
+from expertune.config import DataConfig
+from expertune.data import render_prompt, shipped_templates
+from expertune.data.formats import find_layout
+from expertune.data.lint import RowError
+from expertune.data.row_template import RowTemplate
+from expertune.data.template import load_template
+from expertune.errors import ConfigError, DataError
+
+DOLLY = {"instruction": "When was Tomoaki Komorida born?", "context": "He was born in 1981.", "response": "In 1981."}
+
+
+def layout(name):
+    return find_layout(DataConfig(train="rows.jsonl", format=name), ())
+
+
+def render(template, row, name="dolly", tokenizer=None):
+    return load_template(template, layout(name), tokenizer).render(layout(name).read(row))
+
+
+def parts(rendered):
+    (start, end) = rendered.spans[-1]
+    return rendered.text[:start], rendered.text[start:end]
+
+
+def test_dolly_tutorial_is_the_recipe_word_for_word():
+    prompt, completion = parts(render("dolly-tutorial", DOLLY))
+    assert prompt == (
+        "Given a question and some additional context, provide an answer\n\n"
+        "### Target sentence:\n"
+        "Question: When was Tomoaki Komorida born?\n"
+        "Additional Context: Here is some context: He was born in 1981.\n"
+        "Response: [/INST]"
+    )
+    assert completion == " In 1981.</s>"
+
+
+def test_dolly_tutorial_without_context_keeps_the_line_empty():
+    prompt, _ = parts(render("dolly-tutorial", {**DOLLY, "context": ""}))
+    assert "\nAdditional Context: \nResponse: [/INST]" in prompt
+
+
+def test_viggo_tutorial_names_its_functions_and_attributes():
+    row = {"prompt": "Dirt is a racing game.", "completion": "inform(name[Dirt])"}
+    prompt, completion = parts(render("viggo-tutorial", row, "prompt-completion"))
+    assert prompt.startswith(
+        "Given a target sentence construct the underlying meaning representation of the input sentence as a single "
+        "function with attributes and attribute values."
+    )
+    functions = "inform request give_opinion confirm verify_attribute suggest request_explanation recommend"
+    attributes = (
+        "name exp_release_date release_year developer esrb rating genres player_perspective has_multiplayer platforms "
+        "available_on_steam has_linux_release has_mac_release specifier"
+    )
+    assert str(functions.split() + ["request_attribute"]) in prompt
+    assert str(attributes.split()) in prompt
+    assert prompt.endswith("### Target sentence:\nDirt is a racing game.\n\n### Meaning representation:\n")
+    assert completion == "inform(name[Dirt])"
+
+
+def test_viggo_puts_the_space_on_the_side_of_the_completion():
+    row = {"prompt": "Dirt is a racing game.", "completion": "inform(name[Dirt])"}
+    assert parts(render("viggo", row, "prompt-completion")) == (
+        "Sentence: Dirt is a racing game.\nMeaning:",
+        " inform(name[Dirt])",
+    )
+
+
+def test_clean_templates_leave_out_what_a_row_lacks():
+    with_context, _ = parts(render("dolly", DOLLY))
+    assert with_context == (
+        "Answer the question using the context.\n\n### Context:\nHe was born in 1981.\n\n"
+        "### Question:\nWhen was Tomoaki Komorida born?\n\n### Answer:\n"
+    )
+    without, _ = parts(render("dolly", {**DOLLY, "context": ""}))
+    assert without == "### Question:\nWhen was Tomoaki Komorida born?\n\n### Answer:\n"
+    alpaca = {"instruction": "Sum.", "input": "1, 2", "output": "3"}
+    assert parts(render("alpaca", alpaca, "alpaca")) == (
+        "### Instruction:\nSum.\n\n### Input:\n1, 2\n\n### Response:\n",
+        "3",
+    )
+
+
+def test_braces_in_a_row_are_text_and_not_jinja(files):
+    rows = json.loads((files / "llamafactory-identity-first3.json").read_text(encoding="utf-8"))
+    prompt, completion = parts(render("alpaca", rows[0], "alpaca"))
+    assert "I am {{name}}, an AI assistant developed by {{author}}" in completion
+    prompt, _ = parts(render("alpaca", {**rows[0], "instruction": "{{ 7 * 7 }} {% raw %}"}, "alpaca"))
+    assert "{{ 7 * 7 }} {% raw %}" in prompt
+
+
+@pytest.mark.parametrize("name", ["dolly", "dolly-tutorial", "plain", "question-answer", "viggo", "viggo-tutorial"])
+def test_every_row_template_that_ships_splits_a_dolly_row(name):
+    assert name in shipped_templates()
+    prompt, completion = parts(render(name, DOLLY))
+    assert DOLLY["instruction"] in prompt
+    assert DOLLY["response"] in completion
+
+
+def test_own_file_sees_every_column_of_the_row(tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text("[{{ category }}] {{ instruction }}\n=> {{ response | upper }}!\n", encoding="utf-8")
+    rendered = render(str(path), {**DOLLY, "category": "qa"})
+    assert parts(rendered) == ("[qa] When was Tomoaki Komorida born?\n=>", " IN 1981.!")
+    assert rendered.append_eos
+
+
+@pytest.mark.parametrize(
+    ("use", "prompt", "completion"),
+    [
+        ("response | tojson", 'Who?: "', 'ada\\n".'),
+        ("response | trim | upper", "Who?:", " ADA."),
+        ("completion | title", "Who?:", " Ada\n."),
+    ],
+)
+def test_filters_on_the_answer_are_kept(use, prompt, completion):
+    template = RowTemplate("mine", f"{{{{ instruction }}}}: {{{{ {use} }}}}.")
+    example = layout("dolly").read({"instruction": "Who?", "response": "ada\n"})
+    assert parts(template.render(example)) == (prompt, completion)
+
+
+def test_template_that_does_not_use_the_answer_is_an_error(tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text("{{ instruction }}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"uses the answer 0 times; use {{ completion }} or {{ response }} exactly"):
+        render(str(path), DOLLY)
+    path.write_text("{{ response }} {{ response }}", encoding="utf-8")
+    with pytest.raises(ConfigError, match="uses the answer 2 times"):
+        render(str(path), DOLLY)
+
+
+def test_misspelt_column_in_a_template_is_an_error_that_shows_the_columns():
+    with pytest.raises(RowError, match=r"template mine: 'instrction' is undefined; the row has .*instruction"):
+        RowTemplate("mine", "{{ instrction }} {{ response }}").render(layout("dolly").read(DOLLY))
+
+
+def test_prompt_that_depends_on_the_answer_is_an_error():
+    template = RowTemplate("mine", "{{ response | length }} {{ instruction }} {{ response }}")
+    with pytest.raises(RowError, match="the prompt must not use it"):
+        template.render(layout("dolly").read(DOLLY))
+
+
+def test_templates_are_sandboxed():
+    template = RowTemplate("mine", "{{ instruction.__class__.__mro__ }} {{ response }}")
+    with pytest.raises(RowError, match="unsafe"):
+        template.render(layout("dolly").read(DOLLY))
+
+
+def test_syntax_error_names_the_line(tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text("{{ instruction }}\n{% if %}{{ response }}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"mine\.jinja: line 2: "):
+        render(str(path), DOLLY)
+
+
+def test_unknown_template_name_lists_those_that_ship():
+    with pytest.raises(ConfigError, match=r"dollly is neither a template of Expertune \(chat, alpaca, chatml, dolly,"):
+        render("dollly", DOLLY)
+
+
+def test_row_template_is_refused_for_conversations(tiny_tokenizer):
+    with pytest.raises(ConfigError, match="dolly is written for columns, but messages rows are conversations"):
+        load_template("dolly", layout("messages"), tiny_tokenizer)
+
+
+def test_chat_is_refused_for_plain_text(tiny_tokenizer):
+    with pytest.raises(ConfigError, match="chatml needs a prompt and an answer; text rows hold only text"):
+        load_template("chatml", layout("text"), tiny_tokenizer)
+
+
+def test_question_goes_through_the_same_template_as_a_row(tiny_tokenizer):
+    data = DataConfig(train="gone.jsonl", format="dolly", template="dolly-tutorial")
+    question = {name: DOLLY[name] for name in ("instruction", "context")}
+    assert render_prompt(question, data, tiny_tokenizer) == parts(render("dolly-tutorial", DOLLY))[0]
+    assert "Question: Who?\nAdditional Context: \n" in render_prompt("Who?", data, tiny_tokenizer)
+
+
+def test_question_may_use_the_names_of_the_file(tiny_tokenizer):
+    columns = {"prompt": "ref", "completion": "mr"}
+    data = DataConfig(train="gone.csv", format="prompt-completion", template="viggo", columns=columns)
+    expected = "Sentence: A game.\nMeaning:"
+    for question in ("A game.", {"ref": "A game."}, {"prompt": "A game."}):
+        assert render_prompt(question, data, tiny_tokenizer) == expected
+
+
+def test_question_without_a_named_layout_takes_it_from_the_training_rows(tiny_tokenizer, jsonl):
+    data = DataConfig(train=jsonl({"question": "1 + 1?", "answer": "2"}))
+    assert render_prompt("2 + 2?", data, tiny_tokenizer) == "Question: 2 + 2?\nAnswer:"
+    with pytest.raises(DataError, match="no such file"):
+        render_prompt("2 + 2?", DataConfig(train="gone.jsonl"), tiny_tokenizer)
+
+
+def test_text_is_its_own_prompt(tiny_tokenizer):
+    data = DataConfig(train="gone.txt", format="text")
+    assert render_prompt("Once upon a time", data, tiny_tokenizer) == "Once upon a time"
