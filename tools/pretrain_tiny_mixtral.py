@@ -62,9 +62,8 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# Shares of plain text, instruction rows, copying rows and random copies: at the start and from MIXED on. Copying
-# random tokens comes first in force, because every other copying row is learned faster once induction heads exist.
-FIRST_SHARES, SHARES, MIXED = (0.28, 0.12, 0.42, 0.18), (0.33, 0.17, 0.47, 0.03), 0.25
+# Shares of plain text, instruction rows, copying rows and random copies in every batch.
+SHARES = (0.30, 0.17, 0.50, 0.03)
 WARM_UP, HOLD = 0.015, 0.35
 
 
@@ -91,7 +90,55 @@ def build_model(seed: int) -> MixtralForCausalLM:
     ALL_EXPERTS_FUNCTIONS.register("sorted", sorted_experts)
     model = MixtralForCausalLM(MixtralConfig(**SHAPE))
     model.set_experts_implementation("sorted")
+    start_with_induction(model)
     return model
+
+
+@torch.no_grad()
+def start_with_induction(model: MixtralForCausalLM) -> None:
+    """Set initial attention weights so that copying works before the first step.
+
+    Forming induction heads from random weights takes such a model tens of millions of tokens, more than a CPU reads
+    in an hour. So they are laid out at the start and training is free to change them. The residual stream gets a
+    constant, the token's identity, room for the identity of the token before, and room for the token to write next.
+    Layer 0: two heads look one position back, by a rotary phase on the constant, and copy the identity from there.
+    Layer 1: four heads look for a position whose token before equals the present token, and write the token found
+    there. The output matrix reads it back. Matching uses the slowly turning rotary pairs, so that distance does not
+    blur it.
+    """
+    head, width = SHAPE["head_dim"], 64
+    identity, before, written = 1, 128, 192
+    embed, output = model.model.embed_tokens.weight, model.lm_head.weight
+    embed.zero_()
+    embed[:, 0] = 3.0
+    embed[:, identity:before].normal_(std=0.5)
+    output[:, written:] = 0.24 * embed[:, identity : identity + width]
+
+    first = model.model.layers[0].self_attn
+    phase = SHAPE["rope_theta"] ** (-torch.arange(0, head, 2) / head)
+    for group in range(2):
+        keys, queries = slice(group * head, (group + 1) * head), slice(2 * group * head, (2 * group + 1) * head)
+        for weight in (first.q_proj.weight[queries], first.k_proj.weight[keys], first.v_proj.weight[keys]):
+            weight.zero_()
+        first.q_proj.weight[queries][: head // 2, 0] = 1.0
+        first.k_proj.weight[keys][:, 0] = torch.cat((phase.cos(), phase.sin()))
+        first.v_proj.weight[keys][:, identity + group * head : identity + (group + 1) * head] = torch.eye(head)
+        first.o_proj.weight[:, queries] = 0.0
+        first.o_proj.weight[before + group * head : before + (group + 1) * head, queries] = 0.4 * torch.eye(head)
+
+    second = model.model.layers[1].self_attn
+    slow = torch.cat((torch.arange(head // 4, head // 2), torch.arange(3 * head // 4, head)))
+    for group in range(4):
+        keys, queries = slice(group * head, (group + 1) * head), slice(2 * group * head, (2 * group + 1) * head)
+        for weight in (second.q_proj.weight[queries], second.k_proj.weight[keys], second.v_proj.weight[keys]):
+            weight.zero_()
+        matched = torch.arange(group * head // 2, (group + 1) * head // 2)
+        second.q_proj.weight[queries][slow, identity + matched] = 1.7
+        second.k_proj.weight[keys][slow, before + matched] = 1.7
+        part = group % 2 * head
+        second.v_proj.weight[keys][:, identity + part : identity + part + head] = torch.eye(head)
+        second.o_proj.weight[:, queries] = 0.0
+        second.o_proj.weight[written + part : written + part + head, queries] = 0.24 * torch.eye(head)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -164,7 +211,7 @@ class Optimizer:
             size = matrix_lr * max(1.0, rows / columns) ** 0.5
             for (name, stacked), update in zip(items, torch.split(updates, [s.size(0) for _, s in items]), strict=True):
                 master = self.as_stack(name, self.master[name])
-                master.mul_(1 - 0.05 * matrix_lr).sub_(size * update.float())
+                master.mul_(1 - 0.01 * matrix_lr).sub_(size * update.float())
                 assert master.shape == stacked.shape
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -315,12 +362,6 @@ def rate(progress: float) -> float:
     return min(1.0, max(0.0, (1.0 - progress) / (1.0 - HOLD)))
 
 
-def mixture(progress: float) -> list[float]:
-    """The shares of the four kinds of window, moving in a straight line from the first to the final ones."""
-    part = min(1.0, progress / MIXED)
-    return [first + (last - first) * part for first, last in zip(FIRST_SHARES, SHARES, strict=True)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with text/, dolly/, instruct/ and chat/")
@@ -358,7 +399,7 @@ def main() -> None:
     while (elapsed := time.monotonic() - started) < total:
         progress = elapsed / total
         length = 512 if progress >= args.long_from else 256
-        windows = maker.batch(f"{args.seed}-{state['step']}", args.tokens_per_step // length, length, mixture(progress))
+        windows = maker.batch(f"{args.seed}-{state['step']}", args.tokens_per_step // length, length, SHARES)
         loss, balance = train_step(model, windows)
         factor = rate(progress)
         norm = optimizer.step(args.matrix_lr * factor, args.other_lr * factor)

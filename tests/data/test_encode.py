@@ -23,7 +23,9 @@ def trimming_tokenizer():
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator(["the meaning of the sentence\n\n\n\nis the answer\n\nof the model  \n\n"] * 9, trainer)
+    tokenizer.train_from_iterator(
+        ["the meaning of the sentence\n\n\n\nis the answer\n\nof the model  \n\n"] * 9, trainer
+    )
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
 
@@ -60,10 +62,10 @@ def test_generation_starts_from_the_ids_that_training_saw(tokenizer, prompt, com
     ids, labels = encode_row(rendered(prompt, completion), train_on, tokenizer)
     start = encode_prompt(prompt, tokenizer)
     assert ids[: len(start)] == start
-    if train_on == "completion":
-        assert trained(ids, labels) == ids[len(start) :]
-    else:
-        assert labels == ids
+    # The first token of a row has nothing before it, so it is never trained.
+    first_trained = max(len(start), 1) if train_on == "completion" else 1
+    assert trained(ids, labels) == ids[first_trained:]
+    assert set(labels[:first_trained]) == {IGNORE_INDEX}
 
 
 @pytest.mark.parametrize(("prompt", "completion"), BOUNDARIES)
@@ -91,7 +93,7 @@ def test_first_word_of_a_completion_has_its_ids_from_the_middle_of_a_text(mixtra
     # SentencePiece would otherwise put a second space in front of it.
     prompt, completion = "Meaning:", " inform"
     ids, _ = encode_row(rendered(prompt, completion), "completion", mixtral_tokenizer)
-    assert mixtral_tokenizer.convert_ids_to_tokens(ids) == ["<s>", "▁Me", "aning", ":", "▁inform", "</s>"]
+    assert mixtral_tokenizer.convert_ids_to_tokens(ids) == ["<s>", "▁Mean", "ing", ":", "▁inform", "</s>"]
     # "mean" + "ing" is one token as a whole, so here the completion is tokenized as a continuation.
     ids, _ = encode_row(rendered("the mean", "ing"), "completion", mixtral_tokenizer)
     assert mixtral_tokenizer.convert_ids_to_tokens(ids) == ["<s>", "▁the", "▁mean", "ing", "</s>"]
@@ -120,7 +122,7 @@ def test_tokenizer_without_bos_gets_none(trimming_tokenizer):
 
 def test_tokenizer_that_adds_eos_by_itself_does_not_end_the_prompt_with_it(mixtral_tokenizer, tmp_path):
     mixtral_tokenizer.save_pretrained(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path, add_eos_token=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, add_bos_token=True, add_eos_token=True)
     assert tokenizer("hi")["input_ids"][-1] == tokenizer.eos_token_id
     assert encode_prompt("hi", tokenizer) == encode_prompt("hi", mixtral_tokenizer)
     ids, _ = encode_row(rendered("hi", " there"), "completion", tokenizer)
@@ -134,8 +136,8 @@ def test_tokenizer_without_eos_is_refused(trimming_tokenizer):
 
 
 def test_recipe_row_of_dolly_is_golden(files, mixtral_tokenizer):
-    data = DataConfig(train=str(files / "dolly-first5.jsonl"), template="dolly-tutorial", max_length=320)
-    row = prepare_rows(data, "train", mixtral_tokenizer).rows[1]
+    data = DataConfig(train=f"{files}/dolly-first5.jsonl[1:2]", template="dolly-tutorial", max_length=320)
+    (row,) = prepare_rows(data, "train", mixtral_tokenizer).rows
     assert mixtral_tokenizer.decode(row.input_ids) == (
         "<s> Given a question and some additional context, provide an answer\n\n### Target sentence:\n"
         "Question: Which is a species of fish? Tope or Rope\nAdditional Context: \n"

@@ -1,10 +1,11 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from expertune.config import DataConfig
 from expertune.data import render_prompt, shipped_templates
-from expertune.data.formats import find_layout
+from expertune.data.formats import LAYOUTS, find_layout
 from expertune.data.lint import RowError
 from expertune.data.row_template import RowTemplate
 from expertune.data.template import load_template
@@ -55,7 +56,7 @@ def test_viggo_tutorial_names_its_functions_and_attributes():
         "name exp_release_date release_year developer esrb rating genres player_perspective has_multiplayer platforms "
         "available_on_steam has_linux_release has_mac_release specifier"
     )
-    assert str(functions.split() + ["request_attribute"]) in prompt
+    assert str([*functions.split(), "request_attribute"]) in prompt
     assert str(attributes.split()) in prompt
     assert prompt.endswith("### Target sentence:\nDirt is a racing game.\n\n### Meaning representation:\n")
     assert completion == "inform(name[Dirt])"
@@ -98,6 +99,12 @@ def test_every_row_template_that_ships_splits_a_dolly_row(name):
     prompt, completion = parts(render(name, DOLLY))
     assert DOLLY["instruction"] in prompt
     assert DOLLY["response"] in completion
+
+
+def test_guide_names_every_template_and_format():
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "data.md").read_text(encoding="utf-8")
+    for name in (*shipped_templates(), *(entry.name for entry in LAYOUTS)):
+        assert f"`{name}`" in guide
 
 
 def test_own_file_sees_every_column_of_the_row(tmp_path):

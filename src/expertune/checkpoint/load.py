@@ -14,6 +14,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from expertune.attention import attend_by_row
 from expertune.checkpoint.linears import linears_to_quantize
 from expertune.checkpoint.names import Destination, NameMap, read_names
 from expertune.checkpoint.reader import CheckpointIndex, TensorEntry, open_checkpoint
@@ -82,6 +83,7 @@ def load_model(
     """
     index = open_checkpoint(folder)
     model = build_meta_model(folder, dtype, trust_remote_code)
+    attend_by_row(model)
     names = read_names(model)
     linears = linears_to_quantize(model)
     _swap_experts(model, quantization, device)

@@ -29,7 +29,7 @@ class ChatTemplate:
         tokenizer: a transformers tokenizer; its special tokens are the template's variables.
 
     Raises:
-        ConfigError: the tokenizer has no chat template of its own, or the text is not valid Jinja.
+        ConfigError: the tokenizer has no chat template of its own.
     """
 
     def __init__(self, name: str, source: str | None, tokenizer: Any) -> None:
@@ -45,17 +45,12 @@ class ChatTemplate:
         self._source = source
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._eos = tokenizer.eos_token
-        try:
-            self._render([Message("user", "")], add_generation_prompt=True)
-        except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"template {name}: line {error.lineno}: {error.message}") from None
-        except RowError:
-            pass  # it compiles; whether it takes a row is asked of each row
 
     def render(self, example: Example) -> Rendered:
         """The conversation as text; each assistant turn is a trained part, up to and with its EOS.
 
         Raises:
+            ConfigError: the template is not valid Jinja.
             RowError: the template refuses the conversation, or its assistant turns cannot be told apart.
         """
         messages = example.messages or []
@@ -89,8 +84,8 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except jinja2.TemplateSyntaxError:
-            raise
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(f"template {self.name}: line {error.lineno}: {error.message}") from None
         except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
             raise RowError(f"template {self.name} refuses this conversation: {error}") from None
         return texts[0], spans[0] if tracks else []

@@ -79,6 +79,8 @@ def encode_row(rendered: Rendered, train_on: str, tokenizer: Any) -> tuple[list[
     input_ids = lead + piece.ids
     if train_on == "all":
         labels = list(input_ids)
+    # Nothing stands before the first token that it could be predicted from.
+    labels[:1] = [IGNORE_INDEX] * len(labels[:1])
     if rendered.append_eos:
         input_ids.append(tokenizer.eos_token_id)
         labels.append(tokenizer.eos_token_id)

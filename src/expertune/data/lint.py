@@ -39,6 +39,21 @@ def check_answer(name: str, answer: str) -> None:
         raise RowError(f"empty completion: {name} holds no text; fill it in or delete the row")
 
 
+def check_unicode(text: str) -> None:
+    """A text must be encodable: JSON's \\ud83d without its second half reads as a string, but it is no character.
+
+    Raises:
+        RowError: the text holds half a surrogate pair.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise RowError(
+            f"half a surrogate pair, {half}, is not a character; repair the text or delete the row"
+        ) from None
+
+
 def check_tokens(input_ids: Sequence[int], labels: Sequence[int], uncut_length: int, tokenizer: Any) -> None:
     """Check a finished row: something is trained, the answer's end is trained, and no padding lies inside.
 

@@ -6,12 +6,12 @@ from typing import Any, Literal
 from expertune.config import DataConfig
 from expertune.data.encode import check_tokenizer, encode_row
 from expertune.data.formats import LAYOUTS, Layout, find_layout, rename
-from expertune.data.lint import Problem, RowError, check_tokens, skip_report, stop_or_skip
+from expertune.data.lint import Problem, RowError, check_answer, check_tokens, check_unicode, skip_report, stop_or_skip
 from expertune.data.row_template import Rendered, Template
 from expertune.data.rows import IGNORE_INDEX, TokenizedRow, TokenizedRows, length_summary
 from expertune.data.sources import Source, read_source
 from expertune.data.template import load_template
-from expertune.errors import ConfigError
+from expertune.errors import ConfigError, DataError
 
 
 def prepare_rows(data: DataConfig, which: Literal["train", "eval"], tokenizer: Any) -> TokenizedRows:
@@ -83,20 +83,25 @@ def render_prompt(values: Mapping[str, Any] | str, data: DataConfig, tokenizer: 
 
 
 def _layout(source: Source, data: DataConfig) -> Layout:
-    first = next((row.values for row in source.rows if row.values is not None), {})
-    return find_layout(data, first.keys() | data.columns.keys(), source.name)
+    for row in source.rows:
+        if row.values is not None:
+            return find_layout(data, [*row.values, *data.columns], source.name)
+    first = source.rows[0]
+    raise DataError(f"{source.name}: not one of {len(source.rows)} rows can be read; {first.place}: {first.problem}")
 
 
 def _tokenized(rendered: Rendered, place: str, data: DataConfig, tokenizer: Any) -> TokenizedRow:
+    start, end = rendered.spans[-1]
+    prompt, completion = rendered.text[:start], rendered.text[start:end]
+    while completion.endswith(tokenizer.eos_token):
+        completion = completion.removesuffix(tokenizer.eos_token)
+    check_unicode(rendered.text)
+    check_answer("what the template makes of the answer", completion)
     input_ids, labels = encode_row(rendered, data.train_on, tokenizer)
     uncut_length = len(input_ids)
     input_ids, labels = input_ids[: data.max_length], labels[: data.max_length]
     check_tokens(input_ids, labels, uncut_length, tokenizer)
-    start, end = rendered.spans[-1]
-    completion = rendered.text[start:end]
-    while completion.endswith(tokenizer.eos_token):
-        completion = completion.removesuffix(tokenizer.eos_token)
-    return TokenizedRow(input_ids, labels, place, rendered.text[:start], completion, uncut_length)
+    return TokenizedRow(input_ids, labels, place, prompt, completion, uncut_length)
 
 
 def _report(

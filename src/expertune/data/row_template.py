@@ -104,5 +104,5 @@ class RowTemplate:
     def _render(self, values: Mapping[str, Any]) -> str:
         try:
             return self._template.render(values)
-        except jinja2.TemplateError as error:
-            raise RowError(f"template {self.name}: {error.message}; the row has {', '.join(values)}") from None
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            raise RowError(f"template {self.name}: {error}; the row has {', '.join(values)}") from None

@@ -1,0 +1,246 @@
+"""Proof after attaching: is it 4-bit, does it learn, does it repeat itself, and does the adapter matter?
+
+What has gone wrong in silence elsewhere is measured here before the first step: experts left in 16 bits, factors that
+never get a gradient, forwards that drift, adapters that change nothing. The probe uses a few training rows, makes every
+B factor non-zero so that A can show a gradient, and restores the factors to the byte.
+"""
+
+import hashlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from expertune.adapt.peft_model import ExpertPeftModel
+from expertune.errors import ProofError
+from expertune.experts.lora import ExpertsLora
+from expertune.experts.module import Nf4Experts
+from expertune.experts.routing import sort_by_expert
+
+Batch = dict[str, Tensor]
+
+
+def probe_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits [B, S, V] of a model in evaluation mode; its mode is restored."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            return model(**inputs, use_cache=False).logits
+    finally:
+        model.train(was_training)
+
+
+def prove(model: ExpertPeftModel, batch: Batch, base_logits: Tensor) -> dict[str, Any]:
+    """Run all checks on a model that has its adapter attached.
+
+    Args:
+        model: the adapted model.
+        batch: `input_ids` [B, S] of real rows, with `position_ids` where rows are concatenated.
+        base_logits: `probe_logits` of the same batch before the adapter was attached.
+
+    Returns:
+        What was measured, ready for the run record.
+
+    Raises:
+        ProofError: a check failed; names the module and what was found.
+    """
+    started = time.monotonic()
+    bits = _prove_four_bits(model)
+    with torch.random.fork_rng(devices=_cuda_devices(batch)), _nonzero_factors(model):
+        learning = _prove_learning(model, batch)
+        first, second = probe_logits(model, batch), probe_logits(model, batch)
+        if not torch.equal(first, second):
+            raise ProofError(
+                f"two forwards of the same rows differ by up to {_distance(first, second):.3g}; the model is not "
+                "repeatable, so that a resumed run would drift"
+            )
+        change = _distance(first, base_logits)
+        if change == 0:
+            raise ProofError("a non-zero adapter does not change the logits: it is attached to nothing that is used")
+        with model.disable_adapter():
+            disabled = probe_logits(model, batch)
+        if not torch.equal(disabled, base_logits):
+            raise ProofError(
+                f"with the adapter disabled the logits differ from the base model's by up to "
+                f"{_distance(disabled, base_logits):.3g}; attaching the adapter has changed the base"
+            )
+    return {
+        "passed": True,
+        "four_bit": bits,
+        "learning": learning,
+        "repeatable": True,
+        "effective": {"largest_logit_change": change, "disabled_equals_base": True},
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _prove_four_bits(model: nn.Module) -> dict[str, Any]:
+    expert_weights = linear_weights = expert_bytes = linear_bytes = 0
+    for name, module in model.named_modules():
+        if isinstance(module, Nf4Experts):
+            for stack in (module.gate_up, module.down):
+                if stack.packed.dtype != torch.uint8 or stack.packed.is_meta:
+                    raise ProofError(f"{name}: expert matrices are {stack.packed.dtype}, not packed 4-bit bytes")
+                expert_weights += stack.num_matrices * stack.rows * stack.columns
+                expert_bytes += stack.nbytes
+        elif isinstance(module, bnb.nn.Linear4bit):
+            state = module.weight.quant_state
+            if module.weight.dtype != torch.uint8 or state is None:
+                raise ProofError(f"{name}: the weight is {module.weight.dtype}, not packed 4-bit bytes")
+            linear_weights += state.shape.numel()
+            linear_bytes += module.weight.nbytes + _state_bytes(state)
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point() and parameter.ndim == 3 and not isinstance(module, nn.ParameterDict):
+                raise ProofError(f"{name}.{parameter_name}: experts are held as {parameter.dtype}, not in 4 bits")
+    if not expert_weights:
+        raise ProofError("no 4-bit experts in the model")
+    return {
+        "expert_weights": expert_weights,
+        "expert_bytes": expert_bytes,
+        "bits_per_expert_weight": round(8 * expert_bytes / expert_weights, 4),
+        "linear_weights": linear_weights,
+        "linear_bytes": linear_bytes,
+    }
+
+
+def _prove_learning(model: ExpertPeftModel, batch: Batch) -> dict[str, Any]:
+    """Every factor that can receive a gradient gets a finite, non-zero one."""
+    was_training = model.training
+    model.train()
+    try:
+        with _tokens_per_expert(model, batch) as tokens:
+            # Every token is a target here, so that a masked prompt does not starve the experts that serve it.
+            model(**{**batch, "labels": _all_labels(batch)}, use_cache=False).loss.backward()
+        checked, idle = 0, 0
+        for what, gradient in _factor_gradients(model, tokens):
+            if gradient is _NO_TOKENS:
+                idle += 1
+                continue
+            if gradient is None or not torch.isfinite(gradient).all():
+                raise ProofError(f"{what}: the gradient is {'missing' if gradient is None else 'not finite'}")
+            if not gradient.any():
+                raise ProofError(f"{what}: the gradient is zero everywhere, so that it would never learn")
+            checked += 1
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+    return {"factors_learning": checked, "factors_without_tokens": idle}
+
+
+# Stands for the gradient of an expert that the probe's rows did not reach.
+_NO_TOKENS = torch.empty(0)
+
+
+def _factor_gradients(model: nn.Module, tokens: dict[str, Tensor]) -> Iterator[tuple[str, Tensor | None]]:
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        for adapter in module.active_adapters:
+            if adapter not in module.lora_A:
+                continue
+            for factor in ("lora_A", "lora_B"):
+                held = getattr(module, factor)[adapter]
+                if not isinstance(module, ExpertsLora):
+                    yield f"{name}.{factor}", held.weight.grad
+                    continue
+                for projection, stacked in held.items():
+                    for expert, count in enumerate(tokens[name].tolist()):
+                        gradient = None if stacked.grad is None else stacked.grad[expert]
+                        what = f"{name}: expert {expert}, {projection}, {factor}"
+                        yield what, gradient if count else _NO_TOKENS
+
+
+@contextmanager
+def _tokens_per_expert(model: nn.Module, batch: Batch) -> Iterator[dict[str, Tensor]]:
+    """Count, while the block runs, the tokens of each expert that can influence the loss.
+
+    The last token of a row predicts nothing and is attended to by nothing: an expert that serves only such tokens gets
+    no gradient, and rightly so.
+    """
+    matters = _all_labels(batch).roll(-1, dims=-1).reshape(-1) != -100
+    counts: dict[str, Tensor] = defaultdict(lambda: torch.zeros(0))
+    handles = []
+
+    def count(name: str, num_experts: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            chosen = inputs[1][matters.to(inputs[1].device)]
+            ends = sort_by_expert(chosen, num_experts).offsets_E
+            counts[name] = ends.diff(prepend=ends.new_zeros(1)).cpu()
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertsLora):
+            num_experts = module.get_base_layer().num_experts
+            handles.append(module.register_forward_pre_hook(count(name, num_experts)))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _nonzero_factors(model: nn.Module) -> Iterator[None]:
+    """Fill every B factor with small random values, and put the old bytes back."""
+    factors = [
+        parameter
+        for module in model.modules()
+        if isinstance(module, LoraLayer)
+        for adapter in module.active_adapters
+        if adapter in module.lora_B
+        for parameter in module.lora_B[adapter].parameters()
+    ]
+    before = [factor.detach().clone() for factor in factors]
+    digest = _digest(before)
+    try:
+        with torch.no_grad():
+            for factor in factors:
+                factor.normal_(std=0.02)
+        yield
+    finally:
+        with torch.no_grad():
+            for factor, old in zip(factors, before, strict=True):
+                factor.copy_(old)
+    if _digest(factors) != digest:
+        raise ProofError("the adapter's factors could not be restored after the probe")
+
+
+def _all_labels(batch: Batch) -> Tensor:
+    """Labels that make every token a target, except the first of each concatenated row."""
+    labels = batch["input_ids"].clone()
+    starts = batch["position_ids"] == 0 if "position_ids" in batch else torch.zeros_like(labels, dtype=torch.bool)
+    labels[starts] = -100
+    labels[..., 0] = -100
+    if "attention_mask" in batch:
+        labels[batch["attention_mask"] == 0] = -100
+    return labels
+
+
+def _digest(tensors: list[Tensor]) -> str:
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def _state_bytes(state: Any) -> int:
+    nested = state.state2.absmax.nbytes + state.offset.nbytes if state.nested else 0
+    return state.absmax.nbytes + nested
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float((one.float() - other.float()).abs().max())
+
+
+def _cuda_devices(batch: Batch) -> list[int]:
+    device = batch["input_ids"].device
+    return [device.index or 0] if device.type == "cuda" else []

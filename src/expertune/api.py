@@ -1,0 +1,379 @@
+"""The corridor: config -> plan -> data -> load -> adapt -> train -> evaluate / generate -> report.
+
+`finetune` reads like that sentence. Each step is a function here or in the room of its name, and can be called alone.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from expertune.adapt.attach import attach
+from expertune.adapt.peft_model import ExpertPeftModel
+from expertune.adapt.proof import probe_logits, prove
+from expertune.checkpoint.hub import ModelSource, fetch_model
+from expertune.checkpoint.load import LoadedModel, load_model
+from expertune.checkpoint.tokenizer import load_tokenizer
+from expertune.config import LoraSection, RunConfig, check_training_arguments, load_config, parse_config
+from expertune.data import (
+    TokenizedRows,
+    encode_prompt,
+    make_collator,
+    make_dataset,
+    plot_lengths,
+    prepare_rows,
+    render_prompt,
+)
+from expertune.errors import CheckpointError, ConfigError
+from expertune.evaluate import evaluation_loss, score_task
+from expertune.generate import complete
+from expertune.placement.device import default_device, resolve_compute_dtype
+from expertune.plan import Plan, make_plan
+from expertune.record import RECORD_NAME, RunRecord
+from expertune.train.callbacks import History, ProgressBar, peak_memory_bytes
+from expertune.train.checkpoints import find_resume_point
+from expertune.train.trainer import ExpertTrainer, training_arguments
+
+__all__ = ["OpenRun", "Run", "evaluate", "finetune", "generate", "make_plan", "open_run"]
+
+ADAPTER_FOLDER = "adapter"
+
+# Rows of the probe: enough for every expert of a layer to be reached, few enough to cost a second.
+_PROBE_TOKENS = 512
+
+# What a resumed run may set otherwise: nothing here changes a single weight.
+_FREE_AT_RESUME = frozenset({"report_to", "run_name", "logging_dir", "save_total_limit", "disable_tqdm", "log_level"})
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        output_dir: the run folder.
+        record: what the run did.
+    """
+
+    output_dir: Path
+    record: RunRecord
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run folder opened for use.
+
+    Attributes:
+        config: the run file as it was.
+        record: what the run did.
+        model: the adapted model, in evaluation mode.
+        tokenizer: the base model's tokenizer.
+    """
+
+    config: RunConfig
+    record: RunRecord
+    model: ExpertPeftModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def finetune(
+    config: RunConfig | str | Path,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    console: Console | None = None,
+) -> Run:
+    """Run a whole fine-tuning run and leave its folder behind.
+
+    Args:
+        config: a run file or its parsed content.
+        overrides: `section.key=value` strings on top of a run file.
+        resume: continue from the newest whole checkpoint of the run folder; the result is byte-identical to a run
+            that was never interrupted (on the same machine, CPU).
+        console: where to tell what happens; None means stderr.
+
+    Raises:
+        ExpertuneError: anything that the user can mend; see `expertune.errors`.
+    """
+    if not isinstance(config, RunConfig):
+        config = load_config(config, overrides)
+    console = console or Console(stderr=True)
+    check_training_arguments(config.training)
+    output_dir = Path(config.output_dir)
+    record = _open_record(config, output_dir, resume)
+
+    plan = make_plan(config)
+    plan.require_fit()
+    console.print(plan.parameters_line)
+
+    source = fetch_model(config.model, config.revision, config.trust_remote_code)
+    tokenizer = load_tokenizer(source.folder, config.trust_remote_code)
+    train_rows, eval_rows = _prepare_data(config, tokenizer, output_dir, record, console)
+
+    device = default_device()
+    model, proof = _load_and_adapt(config, source, tokenizer, train_rows, device, console)
+    record.update("model", name=config.model, revision=source.revision, device=str(device), dtype=str(model.dtype))
+    record.update("plan", **plan.to_json())
+    record.update("proof", **proof)
+
+    if config.task.metric and eval_rows and "before" not in record.values.get("task", {}):
+        # A folder to resume from may hold the score already; it was taken on the same bytes.
+        record.update("task", before=_score(config, model, tokenizer, eval_rows, base_only=True))
+        console.print(_score_line("before", record["task"]["before"]))
+
+    _train(config, model, tokenizer, train_rows, eval_rows, device, resume, record, console)
+    model.save_pretrained(str(output_dir / ADAPTER_FOLDER))
+
+    if config.task.metric and eval_rows:
+        record.update("task", after=_score(config, model, tokenizer, eval_rows))
+        console.print(_score_line("after", record["task"]["after"]))
+    record.update("memory", peak_bytes=peak_memory_bytes())
+    record.update("run", status="finished")
+    return Run(output_dir, record)
+
+
+def open_run(run_dir: str | Path, adapter: str | None = None) -> OpenRun:
+    """Load the base model and the adapter of a run.
+
+    Args:
+        run_dir: a run folder.
+        adapter: `checkpoint-N` for an earlier state; None means the final adapter.
+
+    Raises:
+        CheckpointError: not a run folder, or no such adapter in it.
+    """
+    run_dir = Path(run_dir)
+    record = RunRecord.load(run_dir)
+    config = parse_config(record["config"], where=str(record.path))
+    folder = run_dir / (adapter or ADAPTER_FOLDER)
+    if not folder.is_dir():
+        have = ", ".join(sorted(path.name for path in run_dir.glob("checkpoint-*"))) or "none"
+        raise CheckpointError(f"{folder}: no such adapter; the run may not have finished. Checkpoints here: {have}")
+    source = fetch_model(config.model, record.values.get("model", {}).get("revision"), config.trust_remote_code)
+    tokenizer = load_tokenizer(source.folder, config.trust_remote_code)
+    loaded = _load(config, source, default_device())
+    model = attach(loaded, LoraSection(init_from=str(folder)), config.model, source.revision)
+    model.eval()
+    return OpenRun(config, record, model, tokenizer)
+
+
+def evaluate(
+    run_dir: str | Path, adapter: str | None = None, rows: int | None = None, base_only: bool = False
+) -> dict[str, Any]:
+    """Loss, and the task's metric where the run has one, on the run's evaluation rows.
+
+    Args:
+        run_dir: a run folder.
+        adapter: `checkpoint-N` for an earlier state.
+        rows: how many rows the metric is taken on; None means what the run file says.
+        base_only: score the base model without the adapter.
+
+    Raises:
+        ConfigError: the run has no evaluation rows.
+        CheckpointError: see `open_run`.
+    """
+    run = open_run(run_dir, adapter)
+    if run.config.data.eval is None:
+        raise ConfigError(f"{run_dir}: the run has no data.eval rows to evaluate on")
+    eval_rows = prepare_rows(run.config.data, "eval", run.tokenizer)
+    dataset = make_dataset(eval_rows, run.config.data)
+    collator = make_collator(run.config.data, run.tokenizer)
+    result: dict[str, Any] = {"adapter": "none" if base_only else adapter or ADAPTER_FOLDER}
+    with _adapter_switched(run.model, off=base_only):
+        result["loss"] = evaluation_loss(run.model, dataset, collator, batch_size=8)
+    if run.config.task.metric:
+        result["task"] = _score(run.config, run.model, run.tokenizer, eval_rows, rows, base_only)
+    return result
+
+
+def generate(
+    run_dir: str | Path,
+    prompt: str,
+    max_new_tokens: int = 100,
+    base_only: bool = False,
+    adapter: str | None = None,
+) -> str:
+    """Complete a prompt, put through the run's template, greedily.
+
+    Args:
+        run_dir: a run folder.
+        prompt: the user's text.
+        max_new_tokens: the longest answer.
+        base_only: answer without the adapter.
+        adapter: `checkpoint-N` for an earlier state.
+    """
+    run = open_run(run_dir, adapter)
+    ids = encode_prompt(render_prompt(prompt, run.config.data, run.tokenizer), run.tokenizer)
+    with _adapter_switched(run.model, off=base_only):
+        return complete(run.model, run.tokenizer, [ids], max_new_tokens)[0]
+
+
+def _open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:
+    """A fresh record, or the old one of the same configuration."""
+    record = RunRecord.start(output_dir)
+    if (output_dir / RECORD_NAME).exists():
+        if not resume:
+            raise ConfigError(
+                f"{output_dir} already holds a run; continue it with --resume, or choose another output_dir"
+            )
+        record = RunRecord.load(output_dir)
+        _require_same_config(record, config)
+        record.values["versions"] = RunRecord.start(output_dir).values["versions"]
+    record.values["config"] = config.model_dump(mode="json", exclude_unset=True)
+    record.update("run", status="running", started=record.values.get("run", {}).get("started", time.time()))
+    return record
+
+
+def _require_same_config(record: RunRecord, config: RunConfig) -> None:
+    old, new = record["config"], config.model_dump(mode="json", exclude_unset=True)
+    for section in sorted((old.keys() | new.keys()) - {"output_dir", "memory_budget", "task"}):
+        before, now = old.get(section), new.get(section)
+        if isinstance(before, dict) and isinstance(now, dict):
+            changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+            changed = [key for key in changed if not (section == "training" and key in _FREE_AT_RESUME)]
+            if changed:
+                key = changed[0]
+                raise ConfigError(
+                    f"--resume: {section}.{key} was {before.get(key)!r} when the run started and is {now.get(key)!r} "
+                    "now; resume with the same values, or start a new output_dir"
+                )
+        elif before != now:
+            raise ConfigError(f"--resume: {section} was {before!r} when the run started and is {now!r} now")
+
+
+def _prepare_data(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, output_dir: Path, record: RunRecord, console: Console
+) -> tuple[TokenizedRows, TokenizedRows | None]:
+    train_rows = prepare_rows(config.data, "train", tokenizer)
+    eval_rows = prepare_rows(config.data, "eval", tokenizer) if config.data.eval else None
+    record.update("data", train=train_rows.report, eval=eval_rows.report if eval_rows else None)
+    lengths = [row.uncut_length for part in (train_rows, eval_rows) if part for row in part.rows]
+    plot_lengths(lengths, output_dir / "lengths.png", config.data.max_length)
+    report = train_rows.report
+    console.print(
+        f"data: {report['num_rows']} training rows, {report['num_truncated']} cut at {config.data.max_length} tokens, "
+        f"{report['num_skipped']} skipped; lengths in {output_dir / 'lengths.png'}"
+    )
+    return train_rows, eval_rows
+
+
+def _load_and_adapt(
+    config: RunConfig,
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: TokenizedRows,
+    device: torch.device,
+    console: Console,
+) -> tuple[ExpertPeftModel, dict[str, Any]]:
+    """Load, attach and prove."""
+    started = time.monotonic()
+    loaded = _load(config, source, device)
+    console.print(f"loaded with 4-bit experts in {time.monotonic() - started:.1f} s")
+    probe = _probe_batch(config, tokenizer, rows, device)
+    base_logits = probe_logits(loaded.model, probe)
+    set_seed(config.training.get("seed", 42))
+    model = attach(loaded, config.lora, config.model, source.revision)
+    proof = prove(model, probe, base_logits)
+    learning = proof["learning"]
+    console.print(
+        f"proof: experts at {proof['four_bit']['bits_per_expert_weight']:.2f} bits a weight, "
+        f"{learning['factors_learning']} adapter factors learn "
+        f"({learning['factors_without_tokens']} saw no token), forward repeatable, adapter effective"
+    )
+    return model, proof
+
+
+def _load(config: RunConfig, source: ModelSource, device: torch.device) -> LoadedModel:
+    dtype = resolve_compute_dtype(config.quantization.compute_dtype, device)
+    return load_model(source.folder, config.quantization, dtype, device, config.trust_remote_code)
+
+
+def _probe_batch(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: TokenizedRows, device: torch.device
+) -> dict[str, Any]:
+    """The first training rows, as many as the probe's tokens allow, collated as in training."""
+    dataset = make_dataset(rows, config.data)
+    chosen, tokens = [], 0
+    for row in dataset:
+        if chosen and tokens + len(row["input_ids"]) > _PROBE_TOKENS:
+            break
+        chosen.append(row)
+        tokens += len(row["input_ids"])
+    batch = make_collator(config.data, tokenizer)(chosen)
+    return {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+
+
+def _train(
+    config: RunConfig,
+    model: ExpertPeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: TokenizedRows,
+    eval_rows: TokenizedRows | None,
+    device: torch.device,
+    resume: bool,
+    record: RunRecord,
+    console: Console,
+) -> None:
+    output_dir = Path(config.output_dir)
+    args, notes = training_arguments(config.training, str(output_dir), device)
+    checkpoint = None
+    if resume:
+        point = find_resume_point(output_dir)
+        checkpoint = str(point.checkpoint) if point.checkpoint else None
+        notes += [f"not resumed from: {reason}" for reason in point.refused]
+        notes.append(f"resuming from {checkpoint or 'the first step: no whole checkpoint yet'}")
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    record.update("train", notes=notes)
+
+    trainer = ExpertTrainer(
+        model=model,
+        args=args,
+        train_dataset=make_dataset(train_rows, config.data),
+        eval_dataset=make_dataset(eval_rows, config.data) if eval_rows else None,
+        collator=make_collator(config.data, tokenizer, keep_row_ids=True),
+        history=History(),
+        row_places=lambda row_id: train_rows.rows[row_id].place,
+    )
+    bar = ProgressBar(lambda: trainer.history, console)
+    trainer.add_callback(bar)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        bar.close()
+        history = trainer.history
+        record.update("train", loss=history.losses, steps=trainer.state.global_step)
+        record.update("eval", loss=history.eval_losses)
+        record.update("throughput", tokens_per_second=history.tokens_per_second, tokens=history.tokens)
+        record.update("memory", peak_bytes=peak_memory_bytes())
+
+
+def _score(
+    config: RunConfig,
+    model: ExpertPeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    eval_rows: TokenizedRows,
+    rows: int | None = None,
+    base_only: bool = False,
+) -> dict[str, Any]:
+    task = config.task if rows is None else config.task.model_copy(update={"rows": rows})
+    with _adapter_switched(model, off=base_only):
+        return score_task(model, tokenizer, eval_rows.rows, task)
+
+
+def _score_line(when: str, score: dict[str, Any]) -> str:
+    figures = ", ".join(f"{name} {score[name]:.3f}" for name in ("slot_f1", "exact_match") if name in score)
+    return f"{when}: {figures} on {score['rows']} evaluation rows"
+
+
+@contextmanager
+def _adapter_switched(model: ExpertPeftModel, off: bool) -> Iterator[None]:
+    if off:
+        with model.disable_adapter():
+            yield
+    else:
+        yield

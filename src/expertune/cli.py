@@ -1,0 +1,318 @@
+"""The command line: thin commands over `expertune.api`.
+
+Results go to stdout, everything else to stderr. Exit code 0 is success, 2 an error that the user can mend, 130 Ctrl-C;
+a traceback means a bug. torch and transformers are imported by the command that needs them, so that `--help`, a typing
+mistake or a bad run file answers at once.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from expertune import RunRecord, __version__, load_config
+from expertune.errors import ConfigError, DataError, ExpertuneError
+
+if TYPE_CHECKING:
+    from expertune.api import OpenRun
+
+_LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "torch", "transformers")
+
+# Width of a table that is not read on a terminal.
+_FILE_WIDTH = 120
+
+
+class _Commands(typer.core.TyperGroup):
+    """The commands, with the errors that a user can mend turned into one message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the arguments name."""
+        with warnings.catch_warnings():  # `_silence_libraries` is undone where a program runs a command in-process
+            try:
+                return super().invoke(ctx)
+            except ExpertuneError as error:
+                _say(f"expertune: error: {error}")
+                raise typer.Exit(2) from None
+            except KeyboardInterrupt:
+                _say("expertune: interrupted")
+                raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    name="expertune",
+    cls=_Commands,
+    help="Fine-tune mixture-of-experts language models whose experts are frozen in 4 bits (QLoRA).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """The console script `expertune`.
+
+    Raises:
+        SystemExit: always, with the exit code.
+    """
+    try:
+        try:
+            app(prog_name="expertune")
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone (`| head`). Python would fail once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"expertune {__version__}")
+        raise typer.Exit
+
+
+def _silence_libraries(verbose: bool) -> bool:
+    """Keep notes that libraries write for developers off the terminal; a user's own settings of theirs win."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not verbose:
+        for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
+            os.environ.setdefault(name, "error")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        for name in _LIBRARIES:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        # What a user must know is an error or a line of ours; Python warnings are for developers.
+        warnings.simplefilter("ignore")
+    return verbose
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values to use instead of the run file's."),
+]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run (its output_dir).")]
+Adapter = Annotated[
+    str | None,
+    typer.Option(metavar="CHECKPOINT", help="An earlier state, e.g. checkpoint-50; the final adapter by default."),
+]
+BaseOnly = Annotated[bool, typer.Option("--base-only", help="Use the base model without the adapter.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", callback=_silence_libraries, help="Show the notes and warnings of libraries too.")
+]
+
+
+@app.command()
+def plan(run: RunFile, overrides: Overrides = None, as_json: Json = False, verbose: Verbose = False) -> None:
+    """Say what a run needs, tensor by tensor, and whether it fits. Loads no weights.
+
+    Exit code 2 where it does not fit.
+    """
+    config = load_config(run, overrides or ())
+    with _stdout_for_results():
+        from expertune import api
+
+        made = api.make_plan(config)
+    if as_json:
+        _print_json(made.to_json())
+    else:
+        _print(made.render())
+    made.require_fit()
+
+
+@app.command()
+def train(
+    run: RunFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Fine-tune as the run file says. Prints the run folder."""
+    config = load_config(run, overrides or ())
+    try:
+        with _stdout_for_results():
+            from rich.console import Console
+
+            from expertune import api
+
+            finished = api.finetune(config, resume=resume, console=Console(stderr=True))
+    except KeyboardInterrupt:
+        command = shlex.join(["expertune", "train", str(run), *(overrides or ()), "--resume"])
+        _say(f"expertune: interrupted; `{command}` continues from the last checkpoint")
+        raise typer.Exit(130) from None
+    print(finished.output_dir)
+
+
+@app.command()
+def evaluate(
+    run_dir: RunDir,
+    adapter: Adapter = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows to answer for the task's metric.")] = None,
+    base_only: BaseOnly = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Score a run on its evaluation rows: the loss, and the task's metric where it has one."""
+    RunRecord.load(run_dir)
+    with _stdout_for_results():
+        from expertune import api
+
+        scores = api.evaluate(run_dir, adapter=adapter, rows=rows, base_only=base_only)
+    if as_json:
+        _print_json(scores)
+    else:
+        _print_scores(scores)
+
+
+@app.command()
+def generate(
+    run_dir: RunDir,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to answer; - reads it from stdin.")],
+    max_new_tokens: MaxNewTokens = 100,
+    base_only: BaseOnly = False,
+    adapter: Adapter = None,
+    verbose: Verbose = False,
+) -> None:
+    """Answer one prompt, put through the run's template. Prints the completion only."""
+    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    if not text.strip():
+        raise ConfigError("the prompt holds no text; give it as --prompt TEXT, or as --prompt - on stdin")
+    RunRecord.load(run_dir)
+    with _stdout_for_results():
+        from expertune import api
+
+        answer = api.generate(run_dir, text, max_new_tokens=max_new_tokens, base_only=base_only, adapter=adapter)
+    print(answer)
+
+
+@app.command()
+def chat(
+    run_dir: RunDir,
+    max_new_tokens: MaxNewTokens = 256,
+    base_only: BaseOnly = False,
+    adapter: Adapter = None,
+    verbose: Verbose = False,
+) -> None:
+    """Talk to a run, one line at a time. /exit or Ctrl-D ends; Ctrl-C stops an answer.
+
+    Earlier turns are remembered only where the run's template is a chat template.
+    """
+    RunRecord.load(run_dir)
+    with _stdout_for_results():
+        from expertune import api
+
+        run = api.open_run(run_dir, adapter=adapter)
+    which = "the base model without its adapter" if base_only else f"adapter {adapter or api.ADAPTER_FOLDER}"
+    _say(f"{run_dir}: {which} of {run.config.model}. /exit or Ctrl-D ends.")
+    with run.model.disable_adapter() if base_only else contextlib.nullcontext():
+        _converse(run, max_new_tokens)
+
+
+@app.command()
+def doctor(as_json: Json = False, verbose: Verbose = False) -> None:
+    """Say what this machine has, and what of it Expertune will use."""
+    with _stdout_for_results():
+        from expertune.doctor import collect, render
+
+        found = collect()
+    if as_json:
+        _print_json(found)
+    else:
+        _print(render(found))
+
+
+def _converse(run: "OpenRun", max_new_tokens: int) -> None:
+    from expertune.generate import Conversation, resolved_data, stream
+
+    conversation = Conversation(resolved_data(run.config.data, run.record), run.tokenizer)
+    for message in _lines():
+        answer = ""
+        try:
+            with contextlib.closing(
+                stream(run.model, run.tokenizer, conversation.prompt(message), max_new_tokens)
+            ) as pieces:
+                for piece in pieces:
+                    answer += piece
+                    print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" ...", end="")
+        except DataError as error:
+            # One message that cannot be asked (too long, say) does not end the conversation.
+            _say(f"expertune: error: {error}")
+            continue
+        print(flush=True)
+        conversation.answered(message, answer)
+
+
+def _lines() -> Iterator[str]:
+    """The user's lines up to /exit or the end of stdin, blank ones left out."""
+    on_terminal = sys.stdin.isatty()
+    if on_terminal:
+        with contextlib.suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401  (gives `input` its line editing)
+    while True:
+        try:
+            line = input("> " if on_terminal else "")
+        except EOFError:
+            return
+        if line.strip() == "/exit":
+            return
+        if line.strip():
+            yield line
+
+
+@contextlib.contextmanager
+def _stdout_for_results() -> Iterator[None]:
+    """While libraries run, what they print goes to stderr: stdout is what other programs read."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _say(message: str) -> None:
+    """One message on stderr, as it is: a wrapped path cannot be copied."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else _FILE_WIDTH
+    Console(file=sys.stdout, width=width, markup=False, highlight=False).print(renderable)
+
+
+def _print_scores(scores: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    task = scores.get("task", {})
+    for name, value in [*scores.items(), *task.items()]:
+        if isinstance(value, float):
+            table.add_row(name, f"{value:.4f}")
+        elif not isinstance(value, dict | list):
+            table.add_row(name, str(value))
+    _print(table)
+    for example in task.get("examples", []):
+        verdict = "right" if example["right"] else "wrong"
+        _print(f"\n{example['prompt']}\n  expected: {example['expected']}\n  {verdict}: {example['answered']}")

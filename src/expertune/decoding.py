@@ -1,0 +1,166 @@
+"""Greedy decoding: prompts as token ids in, completions as text out.
+
+The model's own `generation_config` (sampling, penalties, forced tokens) is set aside, so that a score says something
+about the weights and the same prompt gives the same answer; only its end tokens are kept.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from expertune.errors import ConfigError, DataError
+
+Progress = Callable[[int, int], None]
+
+
+def complete(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Complete prompts greedily, in batches of similar length.
+
+    Args:
+        model: a transformers model or a PeftModel on one, in any mode; its mode is restored.
+        tokenizer: the model's tokenizer; it needs no padding token.
+        prompts: token ids of each prompt (`expertune.data.encode_prompt`).
+        max_new_tokens: the longest answer. An answer also ends where the model's context does.
+        batch_size: prompts answered at once.
+        progress: called with (prompts answered, prompts in all) after each batch.
+
+    Returns:
+        The text of each completion, in the order of `prompts`, without the prompt and without special tokens.
+
+    Raises:
+        DataError: a prompt is empty, or leaves no room in the model's context.
+        ConfigError: `max_new_tokens` or `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; it must be 1 or more")
+    # The longest come first: if memory does not suffice, it shows in the first batch and not in the last.
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    texts = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        answers = greedy(model, tokenizer, [prompts[index] for index in batch], max_new_tokens)
+        for index, answer in zip(batch, answers, strict=True):
+            texts[index] = to_text(answer, tokenizer)
+        if progress:
+            progress(start + len(batch), len(prompts))
+    return texts
+
+
+def greedy(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    **generate_arguments: Any,
+) -> list[list[int]]:
+    """Complete one batch of prompts, padded on the left, with the cache on.
+
+    Args:
+        model, tokenizer, prompts, max_new_tokens: see `complete`.
+        **generate_arguments: a `streamer` or `stopping_criteria` for transformers' `generate`.
+
+    Returns:
+        Ids of each completion up to its end token, which is left out.
+
+    Raises:
+        DataError, ConfigError: see `complete`.
+    """
+    base = _base(model)
+    room = _room(base, prompts)
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
+    ends = end_ids(model, tokenizer)
+    # Padding is masked, so that any id will do; transformers would only ask for one.
+    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        max_new_tokens=min(max_new_tokens, room),
+        eos_token_id=ends,
+        pad_token_id=pad,
+    )
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=base.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=base.device)
+    with evaluation_mode(model), _own_generation_config_aside(base):
+        output = base.generate(input_ids=input_ids, attention_mask=mask, generation_config=config, **generate_arguments)
+    return [_until_end(row, ends) for row in output[:, width:].tolist()]
+
+
+def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that end an answer: the tokenizer's EOS, which tuned rows end in, then the model's own.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    own = _base(model).generation_config.eos_token_id
+    own_ids = [] if own is None else [own] if isinstance(own, int) else list(own)
+    ends = list(dict.fromkeys([tokenizer.eos_token_id, *own_ids]))
+    if ends == [None]:
+        raise ConfigError("the tokenizer has no EOS token, so no answer could end; set eos_token in its config")
+    return [end for end in ends if end is not None]
+
+
+def to_text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Text of a completion. Some tokenizers would tidy up the spaces before punctuation; answers stay as written."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and gradient checkpointing off (the latter would switch off the cache), then restore each module.
+
+    Modules are restored one by one, because a model may hold some in training mode and some not.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _own_generation_config_aside(base: PreTrainedModel) -> Iterator[None]:
+    # transformers fills whatever a given GenerationConfig leaves open from the model's own one.
+    own = base.generation_config
+    base.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
+
+
+def _base(model: nn.Module) -> PreTrainedModel:
+    """The transformers model: LoRA lives inside its layers, so that it generates with the adapter just as well."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def _room(base: PreTrainedModel, prompts: Sequence[list[int]]) -> int:
+    """New tokens that fit behind the longest prompt."""
+    if not all(prompts):
+        raise DataError("the prompt holds no tokens; write one")
+    longest = max(len(prompt) for prompt in prompts)
+    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return 2**31 - longest
+    if longest >= context:
+        raise DataError(f"the prompt has {longest} tokens, but the model's context holds {context}; shorten it")
+    return int(context) - longest
+
+
+def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    return ids[: next((index for index, token_id in enumerate(ids) if token_id in ends), len(ids))]

@@ -1,0 +1,123 @@
+"""How good a model is on rows: its loss, and the task's metric on answers that it writes.
+
+Legend: T tokens, V vocabulary, N label tokens.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from expertune.config import TaskConfig
+from expertune.data import IGNORE_INDEX, TokenizedRow, encode_prompt
+from expertune.decoding import Progress, complete, evaluation_mode
+from expertune.errors import ConfigError, DataError
+from expertune.metrics import METRICS
+
+_NUM_EXAMPLES = 8
+
+Feature = Mapping[str, Any]
+
+
+def evaluation_loss(
+    model: nn.Module,
+    dataset: Sequence[Feature],
+    collator: Callable[[Sequence[Feature]], dict[str, Any]],
+    batch_size: int,
+) -> float:
+    """Mean cross entropy over all label tokens, each of them weighing the same.
+
+    Only the language-model loss: a router's auxiliary loss, which some models add while training, is no part of it.
+
+    Args:
+        model: the model in any mode; its mode is restored.
+        dataset: rows as `expertune.data.make_dataset` returns them.
+        collator: rows -> batch, as `expertune.data.make_collator` returns it.
+        batch_size: rows of a batch.
+
+    Returns:
+        The loss in nats per token.
+
+    Raises:
+        DataError: no row holds a token that takes a loss.
+    """
+    device = next(model.parameters()).device
+    total, num_tokens = 0.0, 0
+    with evaluation_mode(model), torch.no_grad():
+        for start in range(0, len(dataset), batch_size):
+            batch = collator([dataset[index] for index in range(start, min(start + batch_size, len(dataset)))])
+            inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+            labels = inputs.pop("labels")
+            logits = model(**inputs, use_cache=False).logits
+            batch_total, batch_tokens = _summed_loss(logits, labels)
+            total += batch_total
+            num_tokens += batch_tokens
+    if not num_tokens:
+        raise DataError("the evaluation rows hold no token that takes a loss")
+    return total / num_tokens
+
+
+def score_task(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[TokenizedRow],
+    task: TaskConfig,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Let the model answer rows and measure the answers.
+
+    Args:
+        model: the model in any mode; its mode is restored.
+        tokenizer: the model's tokenizer.
+        rows: evaluation rows; the first `task.rows` of them are answered.
+        task: metric, longest answer and batch size.
+        progress: called with (rows answered, rows in all).
+
+    Returns:
+        `metric`, `rows` (how many were answered), the figures of the metric in [0, 1] (`slot_f1`, `precision`,
+        `recall`, `exact_match` for `slot-f1`; `exact_match` for `exact-match`), `seconds`, and `examples`: the first
+        rows as `prompt`, `expected`, `answered`, `right`.
+
+    Raises:
+        ConfigError: the task names no metric.
+        DataError: a row's answer is no reference for the metric, or a prompt leaves no room in the model's context.
+    """
+    if task.metric is None:
+        raise ConfigError("task.metric names no metric; set it to slot-f1 or exact-match")
+    metric = METRICS[task.metric]
+    rows = rows[: task.rows]
+    for row in rows:
+        if not metric.accepts(row.completion):
+            raise DataError(
+                f"{row.place}: the answer {row.completion.strip()!r} is no meaning representation such as "
+                "inform(name[FIFA 12]); set task.metric to exact-match, or correct the row"
+            )
+    started = time.monotonic()
+    prompts = [encode_prompt(row.prompt, tokenizer) for row in rows]
+    answers = complete(model, tokenizer, prompts, task.max_new_tokens, task.batch_size, progress)
+    seconds = time.monotonic() - started
+    examples = [
+        {
+            "prompt": row.prompt,
+            "expected": row.completion.strip(),
+            "answered": answer.strip(),
+            "right": metric.is_right(row.completion, answer),
+        }
+        for row, answer in zip(rows[:_NUM_EXAMPLES], answers[:_NUM_EXAMPLES], strict=True)
+    ]
+    figures = metric.score([row.completion for row in rows], answers)
+    return {"metric": task.metric, "rows": len(rows), **figures, "seconds": seconds, "examples": examples}
+
+
+def _summed_loss(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[float, int]:
+    """Summed cross entropy of the next token, and how many tokens it sums over."""
+    targets = labels_BT[:, 1:]
+    trained = targets != IGNORE_INDEX
+    # Only label positions go to float32: on long prompts they are few, and logits are the largest tensor there is.
+    logits_NV = logits_BTV[:, :-1][trained].float()
+    loss = F.cross_entropy(logits_NV, targets[trained], reduction="sum")
+    return loss.item(), logits_NV.shape[0]

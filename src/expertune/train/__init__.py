@@ -1,0 +1,1 @@
+"""Train: transformers' Trainer with checkpoints that are whole or absent, exact resume, and a record of every step."""

@@ -1,0 +1,152 @@
+"""What is watched while training: every step's loss, tokens per second, peak memory, and the progress bar."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+
+class History(TrainerCallback, ExportableState):
+    """Loss of every step, tokens and seconds; saved with each checkpoint, so that a resumed run continues the lists.
+
+    Attributes:
+        losses: [step, loss] for every optimizer step.
+        eval_losses: [step, loss] for every evaluation.
+        tokens: real tokens (padding excluded) that training steps have seen.
+        seconds: time inside training steps, evaluations and checkpoints excluded.
+    """
+
+    def __init__(
+        self,
+        losses: list[list[float]] | None = None,
+        eval_losses: list[list[float]] | None = None,
+        tokens: int = 0,
+        seconds: float = 0.0,
+    ) -> None:
+        self.losses = losses or []
+        self.eval_losses = eval_losses or []
+        self.tokens = tokens
+        self.seconds = seconds
+        self._step_loss = 0.0
+        self._step_started = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """What transformers stores in `trainer_state.json` and gives back at resume."""
+        attributes = {
+            "losses": self.losses,
+            "eval_losses": self.eval_losses,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+        }
+        return {"args": {}, "attributes": attributes}
+
+    def add_micro_batch(self, loss: float, tokens: int) -> None:
+        """Add one micro-batch's share of the step's loss."""
+        self._step_loss += loss
+        self.tokens += tokens
+
+    def mean_since(self, step: int) -> float:
+        """Mean loss of the steps after `step`, exact also across a resume."""
+        recent = [loss for at, loss in self.losses if at > step]
+        return sum(recent) / len(recent)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Real tokens per second of training steps."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the step's clock."""
+        self._step_loss, self._step_started = 0.0, time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Close the step."""
+        self.seconds += time.perf_counter() - self._step_started
+        self.losses.append([state.global_step, self._step_loss])
+
+
+class ProgressBar(TrainerCallback):
+    """A bar on a terminal, a line per log elsewhere: loss, tokens per second, memory, time left.
+
+    Args:
+        history: gives the run's history as it is now.
+        console: where to draw.
+    """
+
+    def __init__(self, history: Callable[[], History], console: Console) -> None:
+        self.history, self.console = history, console
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the bar."""
+        if not self.console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._task = self._progress.add_task("train", total=state.max_steps, completed=state.global_step, figures="")
+        self._progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advance."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=state.global_step, figures=self._figures())
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print a line: evaluations always, losses where there is no bar."""
+        logs = logs or {}
+        if "eval_loss" in logs:
+            self.console.print(f"step {state.global_step}/{state.max_steps}  evaluation loss {logs['eval_loss']:.4f}")
+        elif "loss" in logs and self._progress is None:
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {self._figures()}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the finished bar on the screen."""
+        self.close()
+
+    def close(self) -> None:
+        """Stop drawing; needed where training ends by an error."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _figures(self) -> str:
+        history = self.history()
+        loss = history.losses[-1][1] if history.losses else float("nan")
+        memory = peak_memory_bytes() / 1e9
+        return f"loss {loss:.4f}  {history.tokens_per_second:,.0f} tokens/s  memory {memory:.2f} GB"
+
+
+def peak_memory_bytes() -> int:
+    """Peak bytes so far: allocated on the CUDA device if there is one, else resident in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

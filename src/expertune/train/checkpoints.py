@@ -1,0 +1,107 @@
+"""Run checkpoints that are whole or absent.
+
+A checkpoint is written in a folder beside, sealed with a manifest of every file's size and sha256, flushed to disk, and
+only then renamed to `checkpoint-N`. What a kill leaves behind is a folder of another name, which nothing picks up; what
+a disk damages no longer fits its manifest, and is refused by name.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from expertune.errors import CheckpointError
+from expertune.record import write_json
+
+MANIFEST_NAME = "manifest.json"
+STAGING_NAME = ".checkpoint-being-written"
+
+_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+
+
+@dataclass
+class ResumePoint:
+    """Where a run continues.
+
+    Attributes:
+        checkpoint: the newest whole checkpoint, or None to start from the first step.
+        refused: why newer ones were not taken, one sentence each.
+    """
+
+    checkpoint: Path | None
+    refused: list[str] = field(default_factory=list)
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of a finished checkpoint folder and flush every file to disk."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    manifest = {name: {"bytes": path.stat().st_size, "sha256": _flushed_digest(path)} for name, path in files.items()}
+    write_json(folder / MANIFEST_NAME, manifest)
+
+
+def verify(folder: Path) -> None:
+    """Check a checkpoint against its manifest.
+
+    Raises:
+        CheckpointError: names the checkpoint and the file that is missing or damaged.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise CheckpointError(f"{folder}: no readable {MANIFEST_NAME}; the checkpoint was never finished") from None
+    for name, expected in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: damaged: {name} is missing")
+        if path.stat().st_size != expected["bytes"] or _digest(path) != expected["sha256"]:
+            raise CheckpointError(f"{folder}: damaged: {name} is not the file that was written")
+
+
+def publish(staged: Path, run_dir: Path) -> Path:
+    """Move a sealed checkpoint to its place in the run folder, and return that place."""
+    target = run_dir / staged.name
+    if target.exists():
+        # Only a checkpoint that was refused at resume can stand in the way of its own step.
+        shutil.rmtree(target)
+    staged.rename(target)
+    descriptor = os.open(run_dir, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return target
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest step first; damaged ones included."""
+    found = [(int(match[1]), path) for path in run_dir.glob("checkpoint-*") if (match := _CHECKPOINT.match(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def find_resume_point(run_dir: Path) -> ResumePoint:
+    """The newest checkpoint that is whole; damaged ones are skipped and named. Removes what a kill left half-written."""
+    shutil.rmtree(run_dir / STAGING_NAME, ignore_errors=True)
+    point = ResumePoint(None)
+    for folder in reversed(list_checkpoints(run_dir)):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            point.refused.append(str(error))
+            continue
+        point.checkpoint = folder
+        break
+    return point
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flushed_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()

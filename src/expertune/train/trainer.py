@@ -1,0 +1,201 @@
+"""transformers' Trainer with what this project promises on top: whole checkpoints, exact resume, no NaN steps."""
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from expertune.errors import ConfigError, NonFiniteLossError
+from expertune.train.callbacks import History
+from expertune.train.checkpoints import STAGING_NAME, list_checkpoints, publish, seal
+
+Dataset = Sequence[Mapping[str, Any]]
+
+
+class ExpertTrainer(Trainer):
+    """Trainer for adapted models.
+
+    Args:
+        model: the adapted model.
+        args: from `training_arguments`.
+        train_dataset: rows with `input_ids`, `labels` and `row_ids`.
+        eval_dataset: the same, or None.
+        collator: makes a micro-batch of rows; must pass `row_ids` through.
+        history: filled step by step.
+        row_places: says where a row came from, by row id; for the message of a loss that is not finite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None,
+        collator: Callable[[Sequence[Any]], dict[str, Any]],
+        history: History,
+        row_places: Callable[[int], str],
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=collator,
+            callbacks=[history],
+        )
+        self.row_places = row_places
+        self._staging: Path | None = None
+        for default in (ProgressCallback, PrinterCallback):
+            self.remove_callback(default)
+
+    @property
+    def history(self) -> History:
+        """The run's history; at resume transformers swaps in a copy that the checkpoint held."""
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, History))
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of one micro-batch; stops before a loss that is not finite reaches the optimizer.
+
+        Raises:
+            NonFiniteLossError: names the step, the rows and the last good checkpoint.
+        """
+        row_ids = inputs.pop("row_ids")
+        tokens = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteLossError(self._name_bad_step(value, row_ids))
+        self.history.add_micro_batch(value, tokens)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; the mean loss is taken from the history, which a resume does not forget."""
+        if "loss" in logs and self.history.losses:
+            logged = [entry["step"] for entry in self.state.log_history if "loss" in entry]
+            logs["loss"] = self.history.mean_since(logged[-1] if logged else 0)
+        super().log(logs, start_time)
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Mean loss over all label tokens of the evaluation rows (not over batches, whose sizes differ)."""
+        was_training = self.model.training
+        self.model.eval()
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch in self.get_eval_dataloader(eval_dataset):
+                batch.pop("row_ids", None)
+                inputs = self._prepare_inputs(batch)
+                # Labels are shifted by one: the first of a row is nobody's target.
+                targets = int((inputs["labels"][..., 1:] != -100).sum())
+                total += self.model(**inputs).loss.item() * targets
+                count += targets
+        self.model.train(was_training)
+        metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
+        self.history.eval_losses.append([self.state.global_step, metrics[f"{metric_key_prefix}_loss"]])
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(self.args.output_dir)
+        self._staging = run_dir / STAGING_NAME
+        shutil.rmtree(self._staging, ignore_errors=True)
+        try:
+            super()._save_checkpoint(model, trial)
+            staged = self._staging / f"checkpoint-{self.state.global_step}"
+            best = self.state.best_model_checkpoint
+            if best is not None and Path(best) == staged:
+                self.state.best_model_checkpoint = str(run_dir / staged.name)
+                self.state.save_to_json(str(staged / "trainer_state.json"))
+            seal(staged)
+            publish(staged, run_dir)
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        rotate_checkpoints(
+            output_dir=str(run_dir),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+        )
+
+    def _name_bad_step(self, loss: float, row_ids: list[int]) -> str:
+        checkpoints = list_checkpoints(Path(self.args.output_dir))
+        last = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+        rows = ", ".join(self.row_places(row_id) for row_id in row_ids[:8])
+        more = f" and {len(row_ids) - 8} more" if len(row_ids) > 8 else ""
+        return (
+            f"the loss became {loss} in step {self.state.global_step + 1} on {rows}{more}; {last}. Look at these rows, "
+            "or lower training.learning_rate, and continue with --resume"
+        )
+
+
+def training_arguments(training: Mapping[str, Any], output_dir: str, device: torch.device) -> tuple[Any, list[str]]:
+    """TrainingArguments from the run file's `training:` section, with this project's defaults.
+
+    Args:
+        training: the section; its keys have been checked.
+        output_dir: the run folder.
+        device: where the model is.
+
+    Returns:
+        The arguments, and a sentence for each value that could not be used as it stands.
+
+    Raises:
+        ConfigError: transformers refuses a value.
+    """
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    # YAML 1.1 reads a bare `no` as False.
+    values = {key: "no" if key.endswith("_strategy") and value is False else value for key, value in training.items()}
+    notes: list[str] = []
+    # transformers renamed these two; run files may use either name.
+    for old, new in (
+        ("gradient_checkpointing", "activation_checkpointing"),
+        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+    ):
+        if new in known and old in values:
+            values[new] = values.pop(old)
+    kwargs = "activation_checkpointing_kwargs" if "activation_checkpointing_kwargs" in known else (
+        "gradient_checkpointing_kwargs"
+    )
+    # The reentrant variant needs inputs that require gradients, which frozen embeddings do not give.
+    values[kwargs] = {"use_reentrant": False, **(values.get(kwargs) or {})}
+    if device.type == "cpu":
+        values["use_cpu"] = True
+        if "8bit" in str(values.get("optim", "")) or "paged" in str(values.get("optim", "")):
+            notes.append(f"training.optim: {values['optim']} needs a CUDA device; using adamw_torch on this CPU")
+            values["optim"] = "adamw_torch"
+        values.setdefault("optim", "adamw_torch")
+        values.setdefault("dataloader_pin_memory", False)
+    else:
+        values.setdefault("optim", "paged_adamw_8bit")
+    values.setdefault("report_to", "none")
+    values |= {
+        "output_dir": output_dir,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "restore_callback_states_from_checkpoint": True,
+        # A loss that is not finite stops the run; hiding it from the log would be the opposite.
+        "logging_nan_inf_filter": False,
+        "save_strategy": values.get("save_strategy", "steps"),
+    }
+    try:
+        return TrainingArguments(**values), notes
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"training: transformers refuses a value: {error}") from None

@@ -1,0 +1,162 @@
+import json
+
+import pytest
+
+from expertune.config import DataConfig
+from expertune.data import IGNORE_INDEX, encode_prompt, prepare_rows, render_prompt
+from expertune.errors import ConfigError, DataError
+
+# The bracketed instruction form: roles must alternate, an answer ends in EOS, no generation prompt of its own.
+BRACKETS = """\
+{{ bos_token }}{% for message in messages %}
+{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+{% if message.role == 'user' %}{{ '[INST] ' + message.content + ' [/INST]' }}{% else %}
+{{- ' ' + message.content + eos_token }}{% endif %}
+{% endfor %}"""
+
+# Writes thoughts into the last answer only, so an earlier answer reads differently once later turns follow.
+THOUGHTS_IN_LAST = """\
+{% for message in messages %}{{ message.role + ': ' }}
+{%- if message.role == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}{{ message.content + eos_token }}
+{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+
+# Its generation block leaves out the end of the turn.
+END_OUTSIDE = """\
+{% for message in messages %}{{ message.role + ': ' }}{% generation %}{{ message.content }}{% endgeneration %}
+{{- eos_token + '\n' }}{% endfor %}"""
+
+ROW = {
+    "messages": [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "Two."},
+        {"role": "user", "content": "Three?"},
+        {"role": "assistant", "content": "Four."},
+        {"role": "user", "content": "Bye."},
+    ]
+}
+
+
+@pytest.fixture
+def template(tmp_path):
+    def write(source):
+        path = tmp_path / "chat.jinja"
+        path.write_text(source, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def only_row(data, tokenizer):
+    (row,) = prepare_rows(data, "train", tokenizer).rows
+    start = encode_prompt(row.prompt, tokenizer)
+    assert row.input_ids[: len(start)] == start
+    trained = [label for label in row.labels if label != IGNORE_INDEX]
+    return row, tokenizer.decode(row.input_ids), tokenizer.decode(trained)
+
+
+def test_every_assistant_turn_is_trained_and_its_end_too(jsonl, tiny_tokenizer):
+    data = DataConfig(train=jsonl(ROW), template="chatml")
+    row, text, trained = only_row(data, tiny_tokenizer)
+    assert text == (
+        "<s><|im_start|>user\nOne?</s>\n<|im_start|>assistant\nTwo.</s>\n"
+        "<|im_start|>user\nThree?</s>\n<|im_start|>assistant\nFour.</s>"
+    )
+    assert trained == "Two.</s>Four.</s>"
+    assert row.prompt.endswith("Three?</s>\n<|im_start|>assistant\n")
+    assert row.completion == "Four."
+
+
+@pytest.mark.parametrize("which", ["tiny_tokenizer", "mixtral_tokenizer"])
+def test_template_without_generation_blocks_is_split_by_its_prefixes(request, jsonl, template, which):
+    tokenizer = request.getfixturevalue(which)
+    row, text, trained = only_row(DataConfig(train=jsonl(ROW), template=template(BRACKETS)), tokenizer)
+    # Spaces behind special tokens are a habit of this tokenizer's decoder, not of the template.
+    assert text.replace(" ", "") == "<s>[INST]One?[/INST]Two.</s>[INST]Three?[/INST]Four.</s>"
+    assert trained.replace(" ", "") == "Two.</s>Four.</s>"
+    assert row.input_ids.count(tokenizer.bos_token_id) == 1
+    assert row.completion == " Four."
+
+
+def test_prompt_of_a_row_is_what_generation_asks_with(jsonl, template, tiny_tokenizer):
+    for source in ("chatml", template(BRACKETS)):
+        data = DataConfig(train=jsonl(ROW), format="messages", template=source)
+        row, _, _ = only_row(data, tiny_tokenizer)
+        assert render_prompt({"messages": ROW["messages"][:3]}, data, tiny_tokenizer) == row.prompt
+
+
+def test_question_of_one_text_is_a_user_turn(tiny_tokenizer):
+    data = DataConfig(train="gone.jsonl", format="sharegpt", template="chatml")
+    assert render_prompt("Who?", data, tiny_tokenizer) == "<|im_start|>user\nWho?</s>\n<|im_start|>assistant\n"
+
+
+def test_tokenizers_own_chat_template_is_used(jsonl, tiny_tokenizer, tmp_path):
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(BRACKETS, encoding="utf-8")
+    tokenizer = type(tiny_tokenizer).from_pretrained(tmp_path / "tokenizer")
+    data = DataConfig(train=jsonl(ROW))
+    _, text, trained = only_row(data, tokenizer)
+    assert text == tokenizer.apply_chat_template(ROW["messages"][:4], tokenize=False)
+    assert trained == " Two.</s> Four.</s>"
+
+
+def test_base_model_without_a_chat_template_is_told_what_to_do(jsonl, mixtral_tokenizer):
+    with pytest.raises(ConfigError, match="the tokenizer has no chat template, as base models do; use chatml"):
+        prepare_rows(DataConfig(train=jsonl(ROW)), "train", mixtral_tokenizer)
+
+
+def test_instruction_rows_can_be_asked_as_a_chat(files, tiny_tokenizer):
+    data = DataConfig(train=f"{files}/dolly-first5.jsonl[1:2]", template="chatml")
+    _, text, trained = only_row(data, tiny_tokenizer)
+    assert text.startswith("<s><|im_start|>user\nWhich is a species of fish? Tope or Rope</s>\n<|im_start|>assistant\n")
+    assert trained == "Tope</s>"
+
+
+def test_template_whose_prefixes_disagree_is_an_error_for_several_turns(jsonl, template, tiny_tokenizer):
+    source = template(THOUGHTS_IN_LAST)
+    with pytest.raises(DataError, match=r"writes message 2 differently once .* later turns follow.* to chatml"):
+        prepare_rows(DataConfig(train=jsonl(ROW), template=source), "train", tiny_tokenizer)
+    single = {"messages": ROW["messages"][:2]}
+    _, _, trained = only_row(DataConfig(train=jsonl(single), template=source), tiny_tokenizer)
+    assert trained == "<think></think>Two.</s>"
+
+
+def test_template_that_masks_the_end_of_the_turn_is_an_error(jsonl, template, tiny_tokenizer):
+    with pytest.raises(DataError, match="the end of the answer is masked: the last trained token is not </s>"):
+        prepare_rows(DataConfig(train=jsonl(ROW), template=template(END_OUTSIDE)), "train", tiny_tokenizer)
+
+
+def test_eos_is_added_once_where_the_template_ends_turns_otherwise(jsonl, template, tiny_tokenizer):
+    source = template(END_OUTSIDE.replace("{{- eos_token + '\n' }}", "{{- '\n' }}"))
+    _, text, trained = only_row(DataConfig(train=jsonl(ROW), template=source), tiny_tokenizer)
+    assert text.endswith("assistant: Four.</s>")
+    assert trained.endswith("Four.</s>")
+
+
+def test_conversation_that_the_template_refuses_is_an_error_with_its_row(files, template, tiny_tokenizer):
+    data = DataConfig(train=f"{files}/openai-toy-first4.jsonl[2:4]", template=template(BRACKETS))
+    with pytest.raises(DataError, match=r"1 of 2 rows .*\n.*first4\.jsonl: row 4: .* refuses .*roles must alternate"):
+        prepare_rows(data, "train", tiny_tokenizer)
+
+
+def test_real_conversations_train_their_answers(files, tiny_tokenizer):
+    for name in ("axolotl-conversation.json", "sharegpt-dummy-first2.json", "openai-toy-first4.jsonl"):
+        data = DataConfig(train=str(files / name), template="chatml", max_length=8192)
+        source = (files / name).read_text(encoding="utf-8")
+        rows = prepare_rows(data, "train", tiny_tokenizer).rows
+        values = [json.loads(line) for line in source.split("\n") if line] if ".jsonl" in name else json.loads(source)
+        for row, value in zip(rows, values if isinstance(values, list) else [values], strict=True):
+            turns = value.get("messages") or value["conversations"]
+            answers = [
+                turn.get("content", turn.get("value"))
+                for turn in turns
+                if turn.get("role", turn.get("from")) in ("assistant", "gpt")
+            ]
+            trained = tiny_tokenizer.decode([label for label in row.labels if label != IGNORE_INDEX])
+            assert trained == "".join(answer + "</s>" for answer in answers)
+
+
+def test_syntax_error_in_a_chat_template_names_the_line(jsonl, template, tiny_tokenizer):
+    with pytest.raises(ConfigError, match=r"chat\.jinja: line 2"):
+        prepare_rows(
+            DataConfig(train=jsonl(ROW), template=template("{{ messages }}\n{% if %}")), "train", tiny_tokenizer
+        )
