@@ -257,7 +257,8 @@ def train_step(model: MixtralForCausalLM, windows: np.ndarray) -> tuple[float, f
     hidden = out.last_hidden_state[:, :-1].reshape(-1, SHAPE["hidden_size"])
     loss = token_losses(model, hidden, ids[:, 1:].reshape(-1)) / hidden.size(0)
     balance, _ = balance_loss(out.router_logits)
-    (loss + SHAPE["router_aux_loss_coef"] * balance).backward()
+    # The coefficient applies to every layer by itself, hence the factor beside the mean over layers.
+    (loss + SHAPE["router_aux_loss_coef"] * SHAPE["num_hidden_layers"] * balance).backward()
     return float(loss.detach()), float(balance.detach())
 
 

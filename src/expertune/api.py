@@ -20,7 +20,7 @@ from expertune.adapt.proof import probe_logits, prove
 from expertune.checkpoint.hub import ModelSource, fetch_model
 from expertune.checkpoint.load import LoadedModel, load_model
 from expertune.checkpoint.tokenizer import load_tokenizer
-from expertune.config import LoraSection, RunConfig, check_training_arguments, load_config, parse_config
+from expertune.config import DataConfig, LoraSection, RunConfig, check_training_arguments, load_config, parse_config
 from expertune.data import (
     TokenizedRows,
     encode_prompt,
@@ -79,6 +79,12 @@ class OpenRun:
     record: RunRecord
     model: ExpertPeftModel
     tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def data(self) -> DataConfig:
+        """The data section with the layout and template that the training rows settled, so that no row is needed."""
+        report = self.record["data"]["train"]
+        return self.config.data.model_copy(update={"format": report["format"], "template": report["template"]})
 
 
 def finetune(
@@ -207,7 +213,7 @@ def generate(
         adapter: `checkpoint-N` for an earlier state.
     """
     run = open_run(run_dir, adapter)
-    ids = encode_prompt(render_prompt(prompt, run.config.data, run.tokenizer), run.tokenizer)
+    ids = encode_prompt(render_prompt(prompt, run.data, run.tokenizer), run.tokenizer)
     with _adapter_switched(run.model, off=base_only):
         return complete(run.model, run.tokenizer, [ids], max_new_tokens)[0]
 

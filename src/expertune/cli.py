@@ -153,7 +153,7 @@ def train(
 
             from expertune import api
 
-            finished = api.finetune(config, resume=resume, console=Console(stderr=True))
+            finished = api.finetune(config, resume=resume, console=Console(stderr=True, soft_wrap=True))
     except KeyboardInterrupt:
         command = shlex.join(["expertune", "train", str(run), *(overrides or ()), "--resume"])
         _say(f"expertune: interrupted; `{command}` continues from the last checkpoint")

@@ -1,5 +1,6 @@
 """ExpertPeftModel: a PeftModel whose files are stock PEFT's per-expert layout, whatever the live model holds."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,10 @@ class ExpertPeftModel(PeftModelForCausalLM):
         adapter_name: str = "default",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(model, config, adapter_name, autocast_adapter_dtype=False)
+        with warnings.catch_warnings():
+            # PEFT 0.21 itself asks by a name that transformers 5.23 has renamed; users can do nothing about it.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+            super().__init__(model, config, adapter_name, autocast_adapter_dtype=False)
         self.names = names
         self.stock_configs: dict[str, StockConfig] = {adapter_name: stock}
         self._finish(adapter_name, targets, config, dtype)

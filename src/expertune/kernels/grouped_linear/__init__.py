@@ -172,9 +172,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list
 
 
 def _autograd(ctx: Any, dy: Tensor, _dh: list[Tensor]) -> tuple[Any, ...]:
-    *frozen, offsets = ctx.saved_tensors[:5]
+    # Read once: under activation checkpointing each access would recompute the layer.
+    saved = ctx.saved_tensors
+    *frozen, offsets = saved[:5]
     count = ctx.num_updates
-    lists = [list(ctx.saved_tensors[5 + i * count : 5 + (i + 1) * count]) for i in range(4)]
+    lists = [list(saved[5 + i * count : 5 + (i + 1) * count]) for i in range(4)]
     dx, da, db, dx_updates = torch.ops.expertune.grouped_linear_backward(
         dy, *frozen, offsets, ctx.parts, ctx.scalings, *lists
     )

@@ -1,0 +1,56 @@
+# Two commands matter on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test test-slow check format bench constraints clean
+
+demo: $(VENV)/.runtime
+	@rm -rf runs/demo
+	$(BIN)/expertune train examples/demo.yaml
+	@$(BIN)/python tools/demo_summary.py runs/demo
+
+test: $(VENV)/.development
+	$(BIN)/python -m pytest
+
+# Tests that need minutes, or the tutorial's own stack in an environment beside ours.
+test-slow: $(VENV)/.development .venv-legacy/.ready
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+check: $(VENV)/.development
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.development
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.development .venv-legacy/.ready
+	$(BIN)/python benchmarks/run.py step --tokens 320
+
+constraints: $(VENV)/.development
+	@(head -1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable --exclude expertune | sed 's/+cpu$$//') > constraints.new
+	@mv constraints.new constraints.txt
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.development: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.runtime
+
+.venv-legacy/.ready: constraints-legacy.txt
+	$(PYTHON) -m venv .venv-legacy
+	.venv-legacy/bin/python -m pip --disable-pip-version-check install --quiet --requirement constraints-legacy.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .venv-legacy runs build

@@ -1,0 +1,110 @@
+"""A small random Mixtral with a real tokenizer, a few real rows, and run files over them."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from transformers import MixtralConfig, MixtralForCausalLM
+
+ASSETS = Path(__file__).parents[2] / "src" / "expertune" / "assets"
+
+
+def write_small_mixtral(folder: Path, seed: int = 0) -> Path:
+    """A 2-layer Mixtral with 4 experts, per-expert names on disk, and the embedded model's tokenizer."""
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=4096,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+    )
+    model = MixtralForCausalLM(config)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        disk = name.replace(".mlp.", ".block_sparse_moe.")
+        if name.endswith("gate_up_proj"):
+            for expert, rows in enumerate(tensor):
+                gate, up = rows.chunk(2)
+                tensors[disk.replace("gate_up_proj", f"{expert}.w1.weight")] = gate.contiguous()
+                tensors[disk.replace("gate_up_proj", f"{expert}.w3.weight")] = up.contiguous()
+        elif name.endswith("down_proj"):
+            for expert, rows in enumerate(tensor):
+                tensors[disk.replace("down_proj", f"{expert}.w2.weight")] = rows.contiguous()
+        else:
+            tensors[disk] = tensor.contiguous()
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config.architectures = ["MixtralForCausalLM"]
+    config.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).write_bytes((ASSETS / "tiny-mixtral" / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_mixtral(tmp_path_factory.mktemp("models") / "small-mixtral")
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = [{"prompt": f"What is {n} plus {n + 1}?", "completion": f"It is {2 * n + 1}."} for n in range(24)]
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run_values(small_mixtral: Path, rows_file: Path, tmp_path: Path) -> dict[str, Any]:
+    """A run of 9 short steps with dropout, accumulation, evaluation and checkpoints, as a mapping."""
+    return {
+        "model": str(small_mixtral),
+        "data": {"train": f"{rows_file}[0:20]", "eval": f"{rows_file}[20:24]", "max_length": 64},
+        "quantization": {"compute_dtype": "float32"},
+        "lora": {"r": 4, "alpha": 8, "dropout": 0.1, "targets": ["attention", "experts", "lm_head"]},
+        "training": {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 9,
+            "learning_rate": 1e-3,
+            "warmup_steps": 2,
+            "logging_steps": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "save_steps": 3,
+            "gradient_checkpointing": True,
+        },
+        "output_dir": str(tmp_path / "run"),
+    }
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Callable[..., Path]:
+    """Write a mapping as a run file."""
+
+    def write(values: dict[str, Any], name: str = "run.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        return path
+
+    return write
+
+
+def start_cli(*args: str) -> subprocess.Popen[str]:
+    """Start the command line in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "expertune", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )

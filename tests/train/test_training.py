@@ -1,0 +1,135 @@
+"""What a training run does with the data, the loss, checkpoints and trackers."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from expertune import finetune
+from expertune.config import parse_config
+from expertune.errors import ConfigError, NonFiniteLossError
+from expertune.record import RunRecord
+from expertune.train.trainer import training_arguments
+
+
+def train(values: dict[str, Any], **training: Any) -> RunRecord:
+    return finetune(parse_config(values | {"training": values["training"] | training})).record
+
+
+def test_run_leaves_record_adapter_checkpoints_and_histogram(run_values: dict[str, Any]) -> None:
+    record = train(run_values)
+    run_dir = Path(run_values["output_dir"])
+    assert [step for step, _ in record["train"]["loss"]] == list(range(1, 10))
+    assert [step for step, _ in record["eval"]["loss"]] == [3, 6, 9]
+    assert record["train"]["loss"][-1][1] < record["train"]["loss"][0][1]
+    assert record["throughput"]["tokens_per_second"] > 0
+    assert record["memory"]["peak_bytes"] > 0
+    assert record["proof"]["passed"] is True
+    assert len(record["data"]["train"]["sha256"]) == 1
+    assert record["versions"]["torch"] == torch.__version__
+    assert (run_dir / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in run_dir.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6", "checkpoint-9"}
+    config = json.loads((run_dir / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["target_modules"] == ["k_proj", "lm_head", "o_proj", "q_proj", "v_proj", "w1", "w2", "w3"]
+    assert config["lora_dropout"] == 0
+
+
+def test_two_runs_of_one_file_give_identical_bytes(run_values: dict[str, Any], tmp_path: Path) -> None:
+    first = train(run_values | {"output_dir": str(tmp_path / "first")})
+    second = train(run_values | {"output_dir": str(tmp_path / "second")})
+    assert first["train"]["loss"] == second["train"]["loss"]
+    files = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("first", "second")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_accumulated_micro_batches_give_the_loss_of_one_batch(run_values: dict[str, Any], tmp_path: Path) -> None:
+    values = run_values | {"lora": run_values["lora"] | {"dropout": 0.0}}
+    small = train(
+        values | {"output_dir": str(tmp_path / "small")}, per_device_train_batch_size=1, gradient_accumulation_steps=4
+    )
+    large = train(
+        values | {"output_dir": str(tmp_path / "large")}, per_device_train_batch_size=4, gradient_accumulation_steps=1
+    )
+    for (_, one), (_, other) in zip(small["train"]["loss"], large["train"]["loss"], strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_other_ways_of_batching_train_too(packing: str, run_values: dict[str, Any]) -> None:
+    record = train(run_values | {"data": run_values["data"] | {"packing": packing}}, max_steps=3)
+    assert all(math.isfinite(loss) for _, loss in record["train"]["loss"])
+
+
+def test_padded_rows_give_the_loss_of_padding_free_rows(run_values: dict[str, Any], tmp_path: Path) -> None:
+    values = run_values | {"lora": run_values["lora"] | {"dropout": 0.0}}
+    padded = values["data"] | {"packing": "padded"}
+    one = train(values | {"data": padded, "output_dir": str(tmp_path / "padded")})
+    other = train(values | {"output_dir": str(tmp_path / "free")})
+    for (_, left), (_, right) in zip(one["train"]["loss"], other["train"]["loss"], strict=True):
+        assert left == pytest.approx(right, abs=1e-5)
+
+
+def test_evaluation_loss_weighs_every_label_token_alike(run_values: dict[str, Any], tmp_path: Path) -> None:
+    by_row = train(run_values | {"output_dir": str(tmp_path / "one")}, per_device_eval_batch_size=1)
+    at_once = train(run_values | {"output_dir": str(tmp_path / "four")}, per_device_eval_batch_size=4)
+    for (_, one), (_, other) in zip(by_row["eval"]["loss"], at_once["eval"]["loss"], strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_names_step_rows_and_checkpoint(run_values: dict[str, Any]) -> None:
+    with pytest.raises(NonFiniteLossError) as error:
+        train(run_values, learning_rate=1e35, warmup_steps=0, save_steps=1, max_grad_norm=0)
+    message = str(error.value)
+    assert "in step " in message
+    assert "rows.jsonl: row " in message
+    assert "checkpoint-1" in message
+    assert not (Path(run_values["output_dir"]) / "adapter").exists()
+
+
+def test_only_as_many_checkpoints_stay_as_asked_for_and_the_best_is_one(run_values: dict[str, Any]) -> None:
+    train(run_values, save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="loss")
+    run_dir = Path(run_values["output_dir"])
+    kept = sorted(path.name for path in run_dir.glob("checkpoint-*"))
+    assert len(kept) == 2
+    losses = dict(RunRecord.load(run_dir)["eval"]["loss"])
+    best = min(losses, key=lambda step: losses[step])
+    assert f"checkpoint-{best}" in kept
+    state = json.loads((run_dir / kept[-1] / "trainer_state.json").read_text(encoding="utf-8"))
+    assert Path(state["best_model_checkpoint"]).parent == run_dir
+
+
+def test_adapter_in_bfloat16_is_saved_in_bfloat16(run_values: dict[str, Any]) -> None:
+    train(run_values | {"lora": run_values["lora"] | {"dtype": "bfloat16"}}, max_steps=1)
+    tensors = load_file(Path(run_values["output_dir"]) / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+def test_tensorboard_events_read_back_the_losses(run_values: dict[str, Any], tmp_path: Path) -> None:
+    record = train(run_values, report_to="tensorboard")
+    events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents*")).parent))
+    events.Reload()
+    last = events.Scalars("train/loss")[-1]
+    expected = [loss for step, loss in record["train"]["loss"] if last.step - 2 < step <= last.step]
+    assert last.value == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+def test_misspelt_training_argument_is_refused_with_the_nearest_name(run_values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"training\.learning_rat .*did you mean learning_rate"):
+        train(run_values, learning_rat=1.0)
+
+
+def test_paged_optimizer_on_a_cpu_is_replaced_and_said_once() -> None:
+    args, notes = training_arguments({"optim": "paged_adamw_8bit"}, "unused", torch.device("cpu"))
+    assert args.optim == "adamw_torch"
+    assert len(notes) == 1
+    assert "paged_adamw_8bit" in notes[0]
+
+
+def test_strategy_that_yaml_reads_as_false_means_no() -> None:
+    args, _ = training_arguments({"eval_strategy": False}, "unused", torch.device("cpu"))
+    assert args.eval_strategy == "no"
