@@ -10,7 +10,6 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --con
 demo: $(VENV)/.runtime
 	@rm -rf runs/demo
 	$(BIN)/expertune train examples/demo.yaml
-	@$(BIN)/python tools/demo_summary.py runs/demo
 
 test: $(VENV)/.development
 	$(BIN)/python -m pytest

@@ -306,7 +306,7 @@ def test_evaluate_as_json(run, run_dir, api):
     assert (code, json.loads(out), err) == (0, SCORES, "")
 
 
-def test_generate_prints_the_completion_only(run, run_dir, api):
+def test_generate_prints_the_answer_only(run, run_dir, api):
     seen = []
 
     def generate(run_dir, prompt, **options):
@@ -314,7 +314,7 @@ def test_generate_prints_the_completion_only(run, run_dir, api):
         logging.getLogger("transformers.generation").warning("a developer's note")
         warnings.warn("a developer's warning", UserWarning, stacklevel=1)
         seen.append((prompt, options))
-        return "inform(name[FIFA 12])"
+        return " inform(name[FIFA 12])\n"
 
     api.generate = generate
     arguments = ["generate", run_dir, "--prompt", "I like it.", "--max-new-tokens", "7", "--adapter", "checkpoint-2"]

@@ -17,14 +17,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
 import random
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -35,6 +37,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from pretrain_corpus import load_corpus
+from pretrain_optimizer import Optimizer
 from pretrain_windows import WindowMaker, random_copy
 
 SHAPE: dict[str, Any] = {
@@ -141,91 +144,6 @@ def start_with_induction(model: MixtralForCausalLM) -> None:
         second.o_proj.weight[written + part : written + part + head, queries] = 0.24 * torch.eye(head)
 
 
-def orthogonalise(matrices: Tensor) -> Tensor:
-    """Push the singular values of each matrix towards one with five quintic Newton-Schulz steps."""
-    wide = matrices.transpose(-1, -2) if matrices.size(-2) > matrices.size(-1) else matrices
-    x: Tensor = (wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(torch.bfloat16)
-    for _ in range(5):
-        gram = x @ x.transpose(-1, -2)
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * (gram @ gram)) @ x
-    return x.transpose(-1, -2) if matrices.size(-2) > matrices.size(-1) else x
-
-
-class Optimizer:
-    """Muon for the matrices inside the layers, Adam for the rest, on float32 master copies.
-
-    ``torch.optim.Muon`` takes two-dimensional parameters only; here the expert stacks are three-dimensional and all
-    matrices of one shape are orthogonalised in one batch.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.parameters = dict(model.named_parameters())
-        self.master = {n: p.detach().float().clone() for n, p in self.parameters.items()}
-        self.moment = {n: torch.zeros_like(m) for n, m in self.master.items()}
-        self.square = {n: torch.zeros_like(m) for n, m in self.master.items() if not self.is_matrix(n)}
-        self.steps = 0
-        model.to(torch.bfloat16)
-
-    @staticmethod
-    def is_matrix(name: str) -> bool:
-        return "_proj" in name
-
-    def state(self) -> dict[str, Tensor]:
-        parts = {"master": self.master, "moment": self.moment, "square": self.square}
-        return {f"{part}:{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        for key, tensor in state.items():
-            part, name = key.split(":", 1)
-            getattr(self, part)[name].copy_(tensor)
-        self.write_back()
-
-    @torch.no_grad()
-    def write_back(self) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self.master[name])
-
-    @torch.no_grad()
-    def step(self, matrix_lr: float, other_lr: float) -> float:
-        """One update; returns the gradient norm before clipping."""
-        grads = {n: p.grad.float() for n, p in self.parameters.items() if p.grad is not None}
-        norm = math.sqrt(sum(float(g.square().sum()) for g in grads.values()))
-        scale = min(1.0, 1.0 / (norm + 1e-6))
-        self.steps += 1
-        batches: dict[tuple[int, int], list[tuple[str, Tensor]]] = {}
-        for name, grad in grads.items():
-            if self.is_matrix(name):
-                # Muon does not depend on the gradient's size, so only Adam's share is clipped.
-                moment = self.moment[name].lerp_(grad, 0.05)
-                stacked = self.as_stack(name, grad.lerp(moment, 0.95))
-                batches.setdefault((stacked.size(-2), stacked.size(-1)), []).append((name, stacked))
-            else:
-                grad = grad * scale
-                self.moment[name].lerp_(grad, 0.1)
-                self.square[name].lerp_(grad.square(), 0.05)
-                mean = self.moment[name] / (1 - 0.9**self.steps)
-                root = (self.square[name] / (1 - 0.95**self.steps)).sqrt() + 1e-10
-                self.master[name].sub_(other_lr * mean / root)
-        for (rows, columns), items in batches.items():
-            updates = orthogonalise(torch.cat([stacked for _, stacked in items]))
-            size = matrix_lr * max(1.0, rows / columns) ** 0.5
-            for (name, stacked), update in zip(items, torch.split(updates, [s.size(0) for _, s in items]), strict=True):
-                master = self.as_stack(name, self.master[name])
-                master.mul_(1 - 0.01 * matrix_lr).sub_(size * update.float())
-                assert master.shape == stacked.shape
-        for parameter in self.parameters.values():
-            parameter.grad = None
-        self.write_back()
-        return norm
-
-    @staticmethod
-    def as_stack(name: str, tensor: Tensor) -> Tensor:
-        """View a weight as a stack of matrices; gate and up are two matrices of their own."""
-        if name.endswith("gate_up_proj"):
-            return tensor.view(tensor.size(0) * 2, tensor.size(1) // 2, tensor.size(2))
-        return tensor if tensor.dim() == 3 else tensor.unsqueeze(0)
-
-
 def balance_loss(router_logits: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """Load-balancing loss per layer, averaged, and the share of tokens each expert received.
 
@@ -272,10 +190,12 @@ class Probe:
         self.rows: list[tuple[list[int], int]] = []
         while len(self.rows) < 40:
             blocks = maker.make_row.mapping_blocks(rng)
-            answer = maker.tokenizer.encode(blocks[-1][1], add_special_tokens=False).ids
-            prompt = maker.tokenizer.encode("\n\n".join(p + a for p, a in blocks[:-1]) + "\n\n" + blocks[-1][0]).ids
-            if len(prompt) + len(answer) <= length:
-                self.rows.append((prompt + answer, len(answer)))
+            text = "\n\n".join(prompt + answer for prompt, answer in blocks)
+            ids = maker.tokenizer.encode(text).ids
+            # The space before the answer belongs to its first token, so the prompt is cut before it.
+            prompt = maker.tokenizer.encode(text.removesuffix(blocks[-1][1]).rstrip()).ids
+            if len(ids) <= length:
+                self.rows.append((ids, len(ids) - len(prompt)))
 
     @torch.no_grad()
     def __call__(self, model: MixtralForCausalLM) -> dict[str, float]:
@@ -363,6 +283,13 @@ def rate(progress: float) -> float:
     return min(1.0, max(0.0, (1.0 - progress) / (1.0 - HOLD)))
 
 
+def free_threads(most: int) -> int:
+    """Threads worth using now: at low priority, two threads of which one must wait are slower than one alone."""
+    # "user" counts processes of normal priority only, so a run started with nice does not see itself.
+    busy: float = psutil.cpu_times_percent().user / 100 * (os.cpu_count() or 1)
+    return max(1, min(most, (os.cpu_count() or 1) - round(busy)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with text/, dolly/, instruct/ and chat/")
@@ -379,6 +306,7 @@ def main() -> None:
     parser.add_argument("--snapshot-minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--yielding", action="store_true", help="with nice: use fewer threads while others are busy")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -396,6 +324,8 @@ def main() -> None:
     last_snapshot = state["elapsed"] - (args.snapshot_minutes - 4) * 60  # the first one comes after four minutes
     recent: list[tuple[float, float, float]] = []
     total = args.minutes * 60
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _frame: stopped.append(number))
 
     while (elapsed := time.monotonic() - started) < total:
         progress = elapsed / total
@@ -409,6 +339,11 @@ def main() -> None:
         recent.append((loss, balance, norm))
         now = time.monotonic() - started
         state["elapsed"] = now
+        if args.yielding and state["step"] % 4 == 0:
+            torch.set_num_threads(free_threads(args.threads))
+        if stopped:
+            save_checkpoint(optimizer, args.work, state)
+            raise SystemExit("stopped; go on with --resume")
         if now - last_print > 20:
             mean = np.mean(recent, axis=0)
             speed = len(recent) * args.tokens_per_step / (now - last_print)

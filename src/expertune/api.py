@@ -34,8 +34,10 @@ from expertune.errors import CheckpointError, ConfigError
 from expertune.evaluate import evaluation_loss, score_task
 from expertune.generate import complete
 from expertune.placement.device import default_device, resolve_compute_dtype
-from expertune.plan import Plan, make_plan
+from expertune.plan import make_plan
 from expertune.record import RECORD_NAME, RunRecord
+from expertune.report.plots import plot_summary
+from expertune.report.summary import render_summary
 from expertune.train.callbacks import History, ProgressBar, peak_memory_bytes
 from expertune.train.checkpoints import find_resume_point
 from expertune.train.trainer import ExpertTrainer, training_arguments
@@ -139,6 +141,8 @@ def finetune(
         console.print(_score_line("after", record["task"]["after"]))
     record.update("memory", peak_bytes=peak_memory_bytes())
     record.update("run", status="finished")
+    plot_summary(record.values, output_dir / "summary.png")
+    console.print(render_summary(record.values, config.output_dir), soft_wrap=True)
     return Run(output_dir, record)
 
 
@@ -262,7 +266,8 @@ def _prepare_data(
     report = train_rows.report
     console.print(
         f"data: {report['num_rows']} training rows, {report['num_truncated']} cut at {config.data.max_length} tokens, "
-        f"{report['num_skipped']} skipped; lengths in {output_dir / 'lengths.png'}"
+        f"{report['num_skipped']} skipped; lengths in {output_dir / 'lengths.png'}",
+        soft_wrap=True,
     )
     return train_rows, eval_rows
 
@@ -288,7 +293,8 @@ def _load_and_adapt(
     console.print(
         f"proof: experts at {proof['four_bit']['bits_per_expert_weight']:.2f} bits a weight, "
         f"{learning['factors_learning']} adapter factors learn "
-        f"({learning['factors_without_tokens']} saw no token), forward repeatable, adapter effective"
+        f"({learning['factors_without_tokens']} saw no token), forward repeatable, adapter effective",
+        soft_wrap=True,
     )
     return model, proof
 

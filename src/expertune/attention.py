@@ -71,9 +71,7 @@ def row_lengths(position_ids: Tensor) -> list[int]:
     return [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
-def rows_mask(
-    *args: Any, attention_mask: Tensor | None = None, use_vmap: bool = False, **kwargs: Any
-) -> Tensor | None:
+def rows_mask(*args: Any, attention_mask: Tensor | None = None, use_vmap: bool = False, **kwargs: Any) -> Tensor | None:
     """transformers' mask function: none where rows are attended to one by one, else sdpa's own."""
     plain = attention_mask is None and not use_vmap and kwargs.get("local_size") is None
     if plain and kwargs["q_length"] == kwargs["kv_length"] and kwargs["batch_size"] == 1:

@@ -191,7 +191,7 @@ def generate(
     adapter: Adapter = None,
     verbose: Verbose = False,
 ) -> None:
-    """Answer one prompt, put through the run's template. Prints the completion only."""
+    """Answer one prompt, put through the run's template. Prints the answer only, stripped of white space around it."""
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     if not text.strip():
         raise ConfigError("the prompt holds no text; give it as --prompt TEXT, or as --prompt - on stdin")
@@ -200,7 +200,7 @@ def generate(
         from expertune import api
 
         answer = api.generate(run_dir, text, max_new_tokens=max_new_tokens, base_only=base_only, adapter=adapter)
-    print(answer)
+    print(answer.strip())
 
 
 @app.command()
@@ -250,8 +250,8 @@ def _converse(run: "OpenRun", max_new_tokens: int) -> None:
                 stream(run.model, run.tokenizer, conversation.prompt(message), max_new_tokens)
             ) as pieces:
                 for piece in pieces:
+                    print(piece if answer.strip() else piece.lstrip(), end="", flush=True)
                     answer += piece
-                    print(piece, end="", flush=True)
         except KeyboardInterrupt:
             print(" ...", end="")
         except DataError as error:
@@ -315,4 +315,4 @@ def _print_scores(scores: dict[str, Any]) -> None:
     _print(table)
     for example in task.get("examples", []):
         verdict = "right" if example["right"] else "wrong"
-        _print(f"\n{example['prompt']}\n  expected: {example['expected']}\n  {verdict}: {example['answered']}")
+        print(f"\n{example['prompt']}\n  expected: {example['expected']}\n  {verdict}: {example['answered']}")

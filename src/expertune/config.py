@@ -271,8 +271,9 @@ def _say(error: ValidationError, where: str) -> str:
             lines.append(f"{where}: {key} is missing; add it")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {key}: {message}, got {problem['input']!r}" if problem["loc"] else
-                         f"{where}: {message}")
+            lines.append(
+                f"{where}: {key}: {message}, got {problem['input']!r}" if problem["loc"] else f"{where}: {message}"
+            )
     return "\n".join(lines)
 
 

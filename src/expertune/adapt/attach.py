@@ -100,7 +100,9 @@ def _live_config(targets: ResolvedTargets, lora: LoraSection) -> ExpertLoraConfi
         lora_dropout=lora.dropout,
         target_modules=matched or DUMMY_TARGET_MODULES,
         rank_pattern={re.escape(name): rank.rank for name, rank in targets.linears.items() if rank.rank != lora.r},
-        alpha_pattern={re.escape(name): rank.alpha for name, rank in targets.linears.items() if rank.alpha != lora.alpha},
+        alpha_pattern={
+            re.escape(name): rank.alpha for name, rank in targets.linears.items() if rank.alpha != lora.alpha
+        },
         use_rslora=lora.rslora,
         bias="none",
     )

@@ -56,7 +56,9 @@ class ExpertPeftModel(PeftModelForCausalLM):
     ) -> None:
         with warnings.catch_warnings():
             # PEFT 0.21 itself asks by a name that transformers 5.23 has renamed; users can do nothing about it.
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+            warnings.filterwarnings(
+                "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+            )
             super().__init__(model, config, adapter_name, autocast_adapter_dtype=False)
         self.names = names
         self.stock_configs: dict[str, StockConfig] = {adapter_name: stock}

@@ -37,9 +37,7 @@ def fetch_model(model: str, revision: str | None = None, trust_remote_code: bool
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        path = snapshot_download(
-            model, revision=revision, allow_patterns=_FILES + (_CODE if trust_remote_code else [])
-        )
+        path = snapshot_download(model, revision=revision, allow_patterns=_FILES + (_CODE if trust_remote_code else []))
     except HFValidationError:
         raise CheckpointError(f"model {model}: neither a folder here nor a hub id of the form owner/name") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -111,8 +111,10 @@ def _projection_names(converters: list[WeightConverter], has_gate: bool) -> dict
     """Names that the family's per-expert checkpoints use; the field's usual ones where experts are fused on disk."""
     names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     for converter in converters:
-        leaves = [pattern.removesuffix("$").removesuffix(".weight").rpartition(".")[2]
-                  for pattern in converter.source_patterns]
+        leaves = [
+            pattern.removesuffix("$").removesuffix(".weight").rpartition(".")[2]
+            for pattern in converter.source_patterns
+        ]
         target = converter.target_patterns[0]
         if not any("*" in pattern for pattern in converter.source_patterns):
             continue

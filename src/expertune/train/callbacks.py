@@ -52,6 +52,11 @@ class History(TrainerCallback, ExportableState):
         self._step_loss += loss
         self.tokens += tokens
 
+    def add_evaluation(self, step: int, loss: float) -> None:
+        """Add an evaluation; one that a resume takes again is the same and stays single."""
+        if not self.eval_losses or self.eval_losses[-1][0] != step:
+            self.eval_losses.append([step, loss])
+
     def mean_since(self, step: int) -> float:
         """Mean loss of the steps after `step`, exact also across a resume."""
         recent = [loss for at, loss in self.losses if at > step]

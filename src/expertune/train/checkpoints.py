@@ -82,7 +82,10 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def find_resume_point(run_dir: Path) -> ResumePoint:
-    """The newest checkpoint that is whole; damaged ones are skipped and named. Removes what a kill left half-written."""
+    """The newest checkpoint that is whole; damaged ones are skipped and named.
+
+    Removes what a kill left half-written.
+    """
     shutil.rmtree(run_dir / STAGING_NAME, ignore_errors=True)
     point = ResumePoint(None)
     for folder in reversed(list_checkpoints(run_dir)):

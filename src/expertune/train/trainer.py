@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ class ExpertTrainer(Trainer):
                 count += targets
         self.model.train(was_training)
         metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
-        self.history.eval_losses.append([self.state.global_step, metrics[f"{metric_key_prefix}_loss"]])
+        self.history.add_evaluation(self.state.global_step, metrics[f"{metric_key_prefix}_loss"])
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -171,8 +172,10 @@ def training_arguments(training: Mapping[str, Any], output_dir: str, device: tor
     ):
         if new in known and old in values:
             values[new] = values.pop(old)
-    kwargs = "activation_checkpointing_kwargs" if "activation_checkpointing_kwargs" in known else (
-        "gradient_checkpointing_kwargs"
+    kwargs = (
+        "activation_checkpointing_kwargs"
+        if "activation_checkpointing_kwargs" in known
+        else ("gradient_checkpointing_kwargs")
     )
     # The reentrant variant needs inputs that require gradients, which frozen embeddings do not give.
     values[kwargs] = {"use_reentrant": False, **(values.get(kwargs) or {})}
@@ -186,6 +189,7 @@ def training_arguments(training: Mapping[str, Any], output_dir: str, device: tor
     else:
         values.setdefault("optim", "paged_adamw_8bit")
     values.setdefault("report_to", "none")
+    values.setdefault("run_name", f"{Path(output_dir).name}-{time.strftime('%Y-%m-%d-%H-%M')}")
     values |= {
         "output_dir": output_dir,
         "disable_tqdm": True,

@@ -37,7 +37,9 @@ def quantize_matrix(matrix_NK: Tensor, double_quantization: bool = True) -> tupl
         ValueError: the shape cannot be cut into blocks, or a value is NaN or infinite.
     """
     if matrix_NK.ndim != 2 or matrix_NK.shape[1] % BLOCK_SIZE:
-        raise ValueError(f"expected a matrix whose columns are a multiple of {BLOCK_SIZE}, got {tuple(matrix_NK.shape)}")
+        raise ValueError(
+            f"expected a matrix whose columns are a multiple of {BLOCK_SIZE}, got {tuple(matrix_NK.shape)}"
+        )
     if matrix_NK.numel() == 0:
         raise ValueError(f"expected a matrix with weights in it, got {tuple(matrix_NK.shape)}")
     if not torch.isfinite(matrix_NK).all():
@@ -129,8 +131,11 @@ class Nf4Stack(nn.Module):
 
     def absmax_of(self, index: int) -> Tensor:
         """Float32 absmax of matrix `index`, [N, K/64]."""
-        nested, offset = (self.nested_absmax[index], self.offset[index]) if self.double_quantization else (
-            self.nested_absmax, self.offset)
+        nested, offset = (
+            (self.nested_absmax[index], self.offset[index])
+            if self.double_quantization
+            else (self.nested_absmax, self.offset)
+        )
         return decode_absmax(self.absmax[index], nested, offset).view(self.rows, self.columns // BLOCK_SIZE)
 
     def decode(self, index: int, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,1 @@
+"""Report: what a run did, for a person to look at. Reads the record; knows no torch."""
