@@ -51,7 +51,7 @@ def run_file(tmp_path):
 @pytest.fixture
 def run_dir(tmp_path):
     record = RunRecord.start(tmp_path / "runs" / "first")
-    record.update("data", train={"format": "prompt-completion", "template": "viggo"})
+    record.save()
     return str(record.path.parent)
 
 
@@ -323,7 +323,7 @@ def test_generate_prints_the_answer_only(run, run_dir, api):
 
 
 def test_verbose_lets_warnings_of_libraries_through(run, run_dir, api):
-    api.generate = lambda *_, **__: warnings.warn("a developer's warning", UserWarning, stacklevel=1)
+    api.generate = lambda *_, **__: str(warnings.warn("a developer's warning", UserWarning, stacklevel=1))
     with pytest.warns(UserWarning, match="a developer's warning"):
         run("generate", run_dir, "--prompt", "Who?", "--verbose")
 
@@ -350,12 +350,9 @@ def chat(run, run_dir, api, monkeypatch):
     """Chat with a model that repeats the question; `fail` maps a question to the error that it meets."""
     model, fail = FakeModel(), {}
 
-    class Tokenizer:
-        pass
-
     def open_run(run_dir, adapter):
-        config = SimpleNamespace(model="base", data=DataConfig(train="rows.jsonl"))
-        return SimpleNamespace(model=model, tokenizer=Tokenizer(), config=config, record=RunRecord.load(run_dir))
+        data = DataConfig(train="rows.jsonl", template="viggo")
+        return SimpleNamespace(model=model, tokenizer=None, config=SimpleNamespace(model="base"), data=data)
 
     def stream(model, tokenizer, prompt, max_new_tokens):
         for word in prompt.split(" "):
@@ -373,10 +370,8 @@ def chat(run, run_dir, api, monkeypatch):
         def answered(self, message, answer):
             pass
 
-    # Not by attribute: `expertune.generate` is also the name of a function.
-    module = importlib.import_module("expertune.generate")
-    monkeypatch.setattr(module, "stream", stream)
-    monkeypatch.setattr(module, "Conversation", Conversation)
+    monkeypatch.setattr("expertune.generation.stream", stream)
+    monkeypatch.setattr("expertune.generation.Conversation", Conversation)
     api.open_run = open_run
 
     def talk(*lines, options=()):

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import signal
@@ -26,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -283,13 +281,6 @@ def rate(progress: float) -> float:
     return min(1.0, max(0.0, (1.0 - progress) / (1.0 - HOLD)))
 
 
-def free_threads(most: int) -> int:
-    """Threads worth using now: at low priority, two threads of which one must wait are slower than one alone."""
-    # "user" counts processes of normal priority only, so a run started with nice does not see itself.
-    busy: float = psutil.cpu_times_percent().user / 100 * (os.cpu_count() or 1)
-    return max(1, min(most, (os.cpu_count() or 1) - round(busy)))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with text/, dolly/, instruct/ and chat/")
@@ -306,7 +297,6 @@ def main() -> None:
     parser.add_argument("--snapshot-minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--yielding", action="store_true", help="with nice: use fewer threads while others are busy")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -339,8 +329,6 @@ def main() -> None:
         recent.append((loss, balance, norm))
         now = time.monotonic() - started
         state["elapsed"] = now
-        if args.yielding and state["step"] % 4 == 0:
-            torch.set_num_threads(free_threads(args.threads))
         if stopped:
             save_checkpoint(optimizer, args.work, state)
             raise SystemExit("stopped; go on with --resume")

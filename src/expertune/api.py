@@ -31,8 +31,8 @@ from expertune.data import (
     render_prompt,
 )
 from expertune.errors import CheckpointError, ConfigError
-from expertune.evaluate import evaluation_loss, score_task
-from expertune.generate import complete
+from expertune.evaluation import evaluation_loss, score_task
+from expertune.generation import complete
 from expertune.placement.device import default_device, resolve_compute_dtype
 from expertune.plan import make_plan
 from expertune.record import RECORD_NAME, RunRecord
@@ -116,7 +116,7 @@ def finetune(
 
     plan = make_plan(config)
     plan.require_fit()
-    console.print(plan.parameters_line)
+    console.print(plan.parameters.line, soft_wrap=True)
 
     source = fetch_model(config.model, config.revision, config.trust_remote_code)
     tokenizer = load_tokenizer(source.folder, config.trust_remote_code)

@@ -135,7 +135,10 @@ def plan(run: RunFile, overrides: Overrides = None, as_json: Json = False, verbo
         _print_json(made.to_json())
     else:
         _print(made.render())
-    made.require_fit()
+    if not made.fits:
+        # The table above has said it all; a second one in the error would only push it off the screen.
+        _say(f"expertune: error: {made.model} does not fit; see what to give up above")
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -240,9 +243,9 @@ def doctor(as_json: Json = False, verbose: Verbose = False) -> None:
 
 
 def _converse(run: "OpenRun", max_new_tokens: int) -> None:
-    from expertune.generate import Conversation, resolved_data, stream
+    from expertune.generation import Conversation, stream
 
-    conversation = Conversation(resolved_data(run.config.data, run.record), run.tokenizer)
+    conversation = Conversation(run.data, run.tokenizer)
     for message in _lines():
         answer = ""
         try:

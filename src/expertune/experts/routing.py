@@ -51,7 +51,7 @@ def combine(rows_RD: Tensor, weights_TK: Tensor, routing: Routing) -> Tensor:
     The sum is taken in the wider dtype of rows and weights and rounded once to the rows' dtype.
     """
     num_tokens, top_k = weights_TK.shape
-    unsorted = _Permute.apply(rows_RD, routing.inverse_R, routing.order_R).view(num_tokens, top_k, -1)
+    unsorted = _Permute.apply(rows_RD, routing.inverse_R, routing.order_R).view(num_tokens, top_k, rows_RD.shape[1])
     return (unsorted * weights_TK.unsqueeze(-1)).sum(dim=1).to(rows_RD.dtype)
 
 

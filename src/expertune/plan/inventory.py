@@ -210,7 +210,9 @@ def _linear_weights(inventory: Inventory) -> set[str]:
     model, specs = inventory.model, inventory.names.specs
     head = model.get_output_embeddings()  # type: ignore[operator]
     linears = {
-        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
     }
     stacks = {f"{name}.{leaf}" for name in specs for leaf in ("gate_up_proj", "up_proj", "down_proj")}
     routers = {f"{router}.weight" for name, spec in specs.items() if (router := find_router(name, model, spec))}

@@ -22,6 +22,8 @@ from expertune.kernels.nf4 import Nf4Stack
 
 __all__ = ["LoraUpdate", "grouped_linear"]
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 @dataclass
 class LoraUpdate:
@@ -95,7 +97,8 @@ def _forward(
 ) -> tuple[Tensor, list[Tensor]]:
     weight = decode_then_gemm.Bytes(packed, absmax, nested_absmax, offset)
     same_x = [update.data_ptr() == x.data_ptr() for update in x_updates]
-    return decode_then_gemm.forward(x, weight, offsets, parts, scalings, a, b, x_updates, same_x)
+    with _own_dtypes(x):
+        return decode_then_gemm.forward(x, weight, offsets, parts, scalings, a, b, x_updates, same_x)
 
 
 @_forward.register_fake
@@ -119,8 +122,8 @@ def _(
 @torch.library.custom_op(
     "expertune::grouped_linear_backward",
     mutates_args=(),
-    schema="(Tensor dy, Tensor packed, Tensor absmax, Tensor nested_absmax, Tensor offset, Tensor offsets, int[] parts, "
-    "float[] scalings, Tensor[] a, Tensor[] b, Tensor[] x_updates, Tensor[] h) "
+    schema="(Tensor dy, Tensor packed, Tensor absmax, Tensor nested_absmax, Tensor offset, Tensor offsets, "
+    "int[] parts, float[] scalings, Tensor[] a, Tensor[] b, Tensor[] x_updates, Tensor[] h) "
     "-> (Tensor, Tensor[], Tensor[], Tensor[])",
 )
 def _backward(
@@ -138,7 +141,8 @@ def _backward(
     h: list[Tensor],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     weight = decode_then_gemm.Bytes(packed, absmax, nested_absmax, offset)
-    return decode_then_gemm.backward(dy, weight, offsets, parts, scalings, a, b, x_updates, h)
+    with _own_dtypes(dy):
+        return decode_then_gemm.backward(dy, weight, offsets, parts, scalings, a, b, x_updates, h)
 
 
 @_backward.register_fake
@@ -180,16 +184,23 @@ def _autograd(ctx: Any, dy: Tensor, _dh: list[Tensor]) -> tuple[Any, ...]:
     dx, da, db, dx_updates = torch.ops.expertune.grouped_linear_backward(
         dy, *frozen, offsets, ctx.parts, ctx.scalings, *lists
     )
-    return dx, None, None, None, None, None, None, None, da, db, dx_updates
+    # torch takes an empty list for a list of tensors, and wants a list back for it.
+    no_gradients = None if count else []
+    return dx, None, None, None, None, None, no_gradients, no_gradients, da, db, dx_updates
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
+def _own_dtypes(x: Tensor) -> torch.autocast:
+    """No autocast inside the operator: it would round the update's factors to half precision on the way."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def _check(x_RK: Tensor, weight: Nf4Stack, offsets_E: Tensor, updates: Sequence[LoraUpdate]) -> None:
     if x_RK.ndim != 2 or x_RK.shape[1] != weight.columns:
         raise ValueError(f"x must be [rows, {weight.columns}], got {tuple(x_RK.shape)}")
-    if x_RK.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if x_RK.dtype not in _DTYPES:
         raise ValueError(f"x must be float32, float16 or bfloat16, got {x_RK.dtype}")
     if offsets_E.ndim != 1 or offsets_E.dtype != torch.int64:
         raise ValueError(f"offsets must be int64 [experts], got {offsets_E.dtype} {tuple(offsets_E.shape)}")
@@ -205,6 +216,13 @@ def _check(x_RK: Tensor, weight: Nf4Stack, offsets_E: Tensor, updates: Sequence[
             raise ValueError(f"A must be [{num_experts}, r, {weight.columns}], got {tuple(update.a_ErK.shape)}")
         if tuple(update.b_ENr.shape) != (num_experts, weight.rows, rank):
             raise ValueError(f"B must be [{num_experts}, {weight.rows}, {rank}], got {tuple(update.b_ENr.shape)}")
+        if update.a_ErK.dtype not in _DTYPES:
+            raise ValueError(f"A must be float32, float16 or bfloat16, got {update.a_ErK.dtype}")
+        if update.b_ENr.dtype != update.a_ErK.dtype:
+            raise ValueError(f"B is {update.b_ENr.dtype}, A is {update.a_ErK.dtype}")
+        for tensor, what in ((update.a_ErK, "A"), (update.b_ENr, "B"), (update.x_RK, "the update's x")):
+            if tensor is not None and tensor.device != x_RK.device:
+                raise ValueError(f"{what} is on {tensor.device}, x is on {x_RK.device}")
         if not 0 <= update.part < weight.num_matrices // num_experts:
             raise ValueError(f"part must be below {weight.num_matrices // num_experts}, got {update.part}")
         if update.x_RK is not None and update.x_RK.shape != x_RK.shape:

@@ -34,7 +34,7 @@ def quantize_matrix(matrix_NK: Tensor, double_quantization: bool = True) -> tupl
         packed uint8 [N, K/2], absmax [N*K/64], nested_absmax float32, offset float32 [1] (see the module's layout).
 
     Raises:
-        ValueError: the shape cannot be cut into blocks, or a value is NaN or infinite.
+        ValueError: the shape cannot be cut into blocks, the dtype is another one, or a value is NaN or infinite.
     """
     if matrix_NK.ndim != 2 or matrix_NK.shape[1] % BLOCK_SIZE:
         raise ValueError(
@@ -42,6 +42,8 @@ def quantize_matrix(matrix_NK: Tensor, double_quantization: bool = True) -> tupl
         )
     if matrix_NK.numel() == 0:
         raise ValueError(f"expected a matrix with weights in it, got {tuple(matrix_NK.shape)}")
+    if matrix_NK.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"expected float32, float16 or bfloat16, got {str(matrix_NK.dtype).removeprefix('torch.')}")
     if not torch.isfinite(matrix_NK).all():
         count = int((~torch.isfinite(matrix_NK)).sum())
         raise ValueError(f"{count} of {matrix_NK.numel()} weights are NaN or infinite; 4 bits cannot hold them")

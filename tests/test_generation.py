@@ -12,8 +12,7 @@ from expertune.config import DataConfig, LoraSection, QuantizationConfig
 from expertune.data import encode_prompt
 from expertune.decoding import end_ids, to_text
 from expertune.errors import ConfigError, DataError
-from expertune.generate import Conversation, _Pieces, complete, resolved_data, stream
-from expertune.record import RunRecord
+from expertune.generation import Conversation, _Pieces, complete, stream
 
 TINY = Path(__file__).parents[1] / "src" / "expertune" / "assets" / "tiny-mixtral"
 PROMPTS = [
@@ -278,10 +277,3 @@ def test_other_templates_ask_each_question_alone(tokenizer):
     assert first == encode_prompt("Sentence: I like FIFA 12.\nMeaning:", tokenizer)
     assert conversation.prompt("I like FIFA 12.") == first
     assert not conversation.keeps_history
-
-
-def test_layout_and_template_come_from_the_record_where_the_run_file_leaves_them_open(tmp_path):
-    record = RunRecord(tmp_path, {"data": {"train": {"format": "dolly", "template": "dolly", "num_rows": 5}}})
-    data = DataConfig(train="long-gone.jsonl", max_length=64)
-    assert resolved_data(data, record) == data.model_copy(update={"format": "dolly", "template": "dolly"})
-    assert resolved_data(data, RunRecord(tmp_path, {})) == data

@@ -1,4 +1,3 @@
-import importlib
 import math
 import warnings
 from pathlib import Path
@@ -12,7 +11,7 @@ from expertune.checkpoint.load import load_model
 from expertune.config import DataConfig, LoraSection, QuantizationConfig, TaskConfig
 from expertune.data import IGNORE_INDEX, TokenizedRow, make_collator, make_dataset, prepare_rows
 from expertune.errors import ConfigError, DataError
-from expertune.evaluate import evaluation_loss, score_task
+from expertune.evaluation import evaluation_loss, score_task
 
 TINY = Path(__file__).parents[1] / "src" / "expertune" / "assets" / "tiny-mixtral"
 VIGGO = Path(__file__).parent / "files" / "viggo-test-sample.csv"
@@ -102,8 +101,7 @@ def answered(monkeypatch):
             asked.extend(prompts)
             return answers[: len(prompts)]
 
-        # Not by attribute: `expertune.evaluate` is also the name of a function.
-        monkeypatch.setattr(importlib.import_module("expertune.evaluate"), "complete", complete)
+        monkeypatch.setattr("expertune.evaluation.complete", complete)
         return asked
 
     return use

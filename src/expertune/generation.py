@@ -13,9 +13,8 @@ from transformers.generation import BaseStreamer, StoppingCriteriaList
 from expertune.config import DataConfig
 from expertune.data import encode_prompt, render_prompt
 from expertune.decoding import complete, end_ids, greedy, to_text
-from expertune.record import RunRecord
 
-__all__ = ["Conversation", "complete", "resolved_data", "stream"]
+__all__ = ["Conversation", "complete", "stream"]
 
 _CONVERSATIONS = ("chat", "chatml")
 
@@ -72,7 +71,7 @@ class Conversation:
     """The user's messages as prompts of a run's template.
 
     Args:
-        data: the run's data section, see `resolved_data`.
+        data: the run's data section, with the layout and template that its rows were read with (`OpenRun.data`).
         tokenizer: the run's tokenizer.
     """
 
@@ -102,15 +101,6 @@ class Conversation:
         """Remember a turn, where the template has a place for it."""
         if self.keeps_history:
             self.turns += [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
-
-
-def resolved_data(data: DataConfig, record: RunRecord) -> DataConfig:
-    """A run's data section with the layout and template that its training rows were read with.
-
-    A run file may leave both open; with them known, a prompt can be rendered where the training rows are long gone.
-    """
-    report = record.values.get("data", {}).get("train") or {}
-    return data.model_copy(update={key: report[key] for key in ("format", "template") if key in report})
 
 
 class _Pieces(BaseStreamer):

@@ -1,0 +1,1 @@
+"""Benchmarks: one runner, peers in processes of their own, JSON results."""

@@ -1,0 +1,145 @@
+"""The loop that every driver runs: build a model once, then do on request what the runner asks for.
+
+Requests come as JSON lines on stdin and answers go as JSON lines to stdout, so that rounds of several stacks can be
+interleaved while each keeps its process, its libraries and its peak of memory to itself. Nothing but torch and
+safetensors is imported here: the same file serves environments years apart.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+_LEARNING_RATE = 2.5e-5
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+@dataclass
+class Stack:
+    """A stack ready to train.
+
+    Attributes:
+        model: the adapted model; called with the batch, it returns an object with `.loss`.
+        autocast: makes the context that forward runs in.
+        notes: how the stack had to differ from the others, for the JSON.
+    """
+
+    model: nn.Module
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    notes: list[str] = field(default_factory=list)
+
+
+def serve(build: Callable[[argparse.Namespace], Stack]) -> None:
+    """Build the stack that the command line names, then answer requests until stdin closes."""
+    parser = argparse.ArgumentParser()
+    for name in ("model", "adapter", "batch"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--dropout", type=float, required=True)
+    args = parser.parse_args()
+
+    # Libraries print as they like; the answers keep a descriptor of their own.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    started = time.perf_counter()
+    stack = build(args)
+    stack.model.train()
+    trainable = [parameter for parameter in stack.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=_LEARNING_RATE)
+    batch = load_file(args.batch) | {"use_cache": False}
+    actions: dict[str, Callable[[], dict[str, Any]]] = {
+        "check": lambda: _check(stack, trainable, batch),
+        "step": lambda: _step(stack, optimizer, batch),
+        "memory": lambda: {"peak_bytes": _peak_bytes(), "step_peak_bytes": _peak_bytes_since_reset()},
+    }
+    _answer(
+        answers,
+        load_seconds=time.perf_counter() - started,
+        load_peak_bytes=_peak_bytes(),
+        trainable_parameters=sum(parameter.numel() for parameter in trainable),
+        threads=torch.get_num_threads(),
+        versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+        notes=stack.notes,
+    )
+    _reset_peak()
+    for line in sys.stdin:
+        _answer(answers, **actions[json.loads(line)["do"]]())
+
+
+def _check(stack: Stack, trainable: list[Tensor], batch: dict[str, Any]) -> dict[str, Any]:
+    """Loss and gradient norm with dropout off: what two stacks on the same bytes must agree on."""
+    with _dropout_off(stack.model):
+        loss = _forward_backward(stack, batch)
+    squares = [parameter.grad.double().square().sum() for parameter in trainable if parameter.grad is not None]
+    norm = float(torch.stack(squares).sum().sqrt())
+    without = sum(parameter.grad is None for parameter in trainable)
+    stack.model.zero_grad(set_to_none=True)
+    return {"loss": loss, "gradient_norm": norm, "factors": len(trainable), "factors_without_gradient": without}
+
+
+def _step(stack: Stack, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> dict[str, Any]:
+    started = time.perf_counter()
+    loss = _forward_backward(stack, batch)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"seconds": time.perf_counter() - started, "loss": loss}
+
+
+def _forward_backward(stack: Stack, batch: dict[str, Any]) -> float:
+    with stack.autocast():
+        loss = stack.model(**batch).loss
+    loss.backward()
+    return float(loss.detach())
+
+
+@contextmanager
+def _dropout_off(model: nn.Module) -> Iterator[None]:
+    """Dropout at probability 0, in training mode: evaluation mode would switch checkpointing off as well."""
+    dropouts = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
+    for module, _ in dropouts:
+        module.p = 0.0
+    try:
+        yield
+    finally:
+        for module, probability in dropouts:
+            module.p = probability
+
+
+def _answer(answers: Any, **values: Any) -> None:
+    answers.write(json.dumps(values) + "\n")
+    answers.flush()
+
+
+def _peak_bytes() -> int:
+    """Peak resident bytes of this process, loading included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _reset_peak() -> None:
+    """Start the kernel's high-water mark anew, so that steps can be told from loading (Linux only)."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5", encoding="ascii")
+
+
+def _peak_bytes_since_reset() -> int | None:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    for line in status.read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,82 @@
+"""The corridor as Python: a finished run can be opened, scored and asked."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import expertune
+from expertune.api import open_run
+from expertune.config import parse_config
+from expertune.errors import CheckpointError, ConfigError, DataError
+from tests.train.conftest import rows_file, run_values, small_mixtral
+
+__all__ = ["rows_file", "run_values", "small_mixtral"]  # fixtures
+
+
+@pytest.fixture
+def finished(run_values: dict[str, Any]) -> Path:
+    values = run_values | {"task": {"metric": "exact-match", "rows": 2, "max_new_tokens": 4}}
+    values["training"] = values["training"] | {"max_steps": 3}
+    return expertune.finetune(parse_config(values)).output_dir
+
+
+def test_opened_run_gives_the_evaluation_loss_that_training_recorded(finished: Path) -> None:
+    result = expertune.evaluate(finished)
+    recorded = expertune.RunRecord.load(finished)["eval"]["loss"][-1]
+    assert recorded[0] == 3
+    assert result["loss"] == pytest.approx(recorded[1], abs=1e-5)
+    assert result["task"]["rows"] == 2
+
+
+def test_earlier_checkpoint_and_base_score_otherwise_than_the_adapter(finished: Path) -> None:
+    tuned = expertune.evaluate(finished)["loss"]
+    base = expertune.evaluate(finished, base_only=True)["loss"]
+    assert expertune.evaluate(finished, adapter="checkpoint-3")["loss"] == tuned
+    assert base > tuned
+
+
+def test_generate_answers_through_the_runs_template(finished: Path) -> None:
+    answer = expertune.generate(finished, "What is 1 plus 2?", max_new_tokens=4)
+    assert isinstance(answer, str)
+    assert answer == expertune.generate(finished, "What is 1 plus 2?", max_new_tokens=4)
+
+
+def test_task_is_scored_before_and_after_on_held_out_rows(finished: Path) -> None:
+    task = expertune.RunRecord.load(finished)["task"]
+    assert task["before"]["rows"] == task["after"]["rows"] == 2
+    assert len(task["after"]["examples"]) == 2
+
+
+def test_opening_something_else_names_what_is_missing(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is it a run folder"):
+        open_run(tmp_path)
+    with pytest.raises(CheckpointError, match=r"checkpoint-7: no such adapter.*checkpoint-3"):
+        open_run(finished, adapter="checkpoint-7")
+
+
+def test_adapter_of_one_run_is_the_start_of_the_next(
+    finished: Path, run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    lora = {"init_from": str(finished / "adapter"), "dropout": 0.0}
+    training = run_values["training"] | {"max_steps": 1, "eval_on_start": True}
+    values = run_values | {"lora": lora, "training": training, "output_dir": str(tmp_path / "next")}
+    record = expertune.finetune(parse_config(values)).record
+    before = expertune.RunRecord.load(finished)["eval"]["loss"][-1][1]
+    assert record["eval"]["loss"][0] == [0, pytest.approx(before, abs=1e-5)]
+
+
+def test_bad_data_stops_before_the_model_is_loaded(run_values: dict[str, Any], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "completion": ""}\n', encoding="utf-8")
+    values = run_values | {"data": {"train": str(bad)}}
+    with pytest.raises(DataError, match=r"bad\.jsonl: row 1"):
+        expertune.finetune(parse_config(values))
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_run_without_evaluation_rows_cannot_be_evaluated(run_values: dict[str, Any], rows_file: Path) -> None:
+    training = run_values["training"] | {"max_steps": 1, "eval_strategy": "no"}
+    values = run_values | {"data": {"train": str(rows_file)}, "training": training}
+    with pytest.raises(ConfigError, match=r"no data\.eval rows"):
+        expertune.evaluate(expertune.finetune(parse_config(values)).output_dir)
