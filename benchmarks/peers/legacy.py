@@ -13,7 +13,9 @@ from benchmarks.peers.driver import Stack, serve
 
 def build(args: argparse.Namespace) -> Stack:
     if not transformers.__version__.startswith("4.57.") or not peft.__version__.startswith("0.18."):
-        raise SystemExit(f"transformers 4.57 and peft 0.18 are wanted, not {transformers.__version__}, {peft.__version__}")
+        raise SystemExit(
+            f"transformers 4.57 and peft 0.18 are wanted, not {transformers.__version__}, {peft.__version__}"
+        )
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

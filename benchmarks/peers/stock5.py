@@ -23,7 +23,15 @@ def build(args: argparse.Namespace) -> Stack:
     config = PeftConfig.from_pretrained(args.adapter)
     config.lora_dropout = 0.0
     model = PeftModel.from_pretrained(model, args.adapter, config=config, is_trainable=True)
-    return Stack(model, lambda: torch.autocast("cpu", torch.bfloat16), [])
+    return Stack(
+        model,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        [
+            "experts stay bfloat16: bitsandbytes does not see fused parameters, so its loss is not that of the others",
+            "dropout 0, on every target: peft refuses any other value on fused experts",
+            "w1 and w3 share one adapter of rank 2r on fused experts, so it trains more parameters",
+        ],
+    )
 
 
 if __name__ == "__main__":

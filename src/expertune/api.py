@@ -309,7 +309,8 @@ def _probe_batch(
 ) -> dict[str, Any]:
     """The first training rows, as many as the probe's tokens allow, collated as in training."""
     dataset = make_dataset(rows, config.data)
-    chosen, tokens = [], 0
+    chosen: list[Any] = []
+    tokens = 0
     for row in dataset:
         if chosen and tokens + len(row["input_ids"]) > _PROBE_TOKENS:
             break

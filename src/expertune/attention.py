@@ -7,6 +7,7 @@ Registered through transformers' own attention interface; generation and padded 
 Shape suffixes: H heads, T tokens of all rows, D head size.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def row_lengths(position_ids: Tensor) -> list[int]:
     starts = (position_ids.reshape(-1) == 0).nonzero().reshape(-1)
     # A batch whose first token is not at 0 continues a row; it is one all the same.
     bounds = [0, *(start for start in starts.tolist() if start), position_ids.numel()]
-    return [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [end - start for start, end in pairwise(bounds)]
 
 
 def rows_mask(*args: Any, attention_mask: Tensor | None = None, use_vmap: bool = False, **kwargs: Any) -> Tensor | None:

@@ -7,6 +7,7 @@ Nothing here imports torch or transformers, so that `--help` and a typing mistak
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from expertune.errors import ConfigError
 
 DataFormat = Literal["auto", "dolly", "alpaca", "prompt-completion", "messages", "sharegpt", "text"]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which also reads 1e-4 as the number that everybody means (as YAML 1.2 does)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 class Section(BaseModel):
@@ -172,7 +182,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a UTF-8 text file ({error})") from None
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
@@ -241,15 +251,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise ConfigError(f"override {override!r}: write it as section.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
-    if isinstance(value, str):
-        # YAML 1.1 reads 1e-4 as text; a number typed on the command line is meant as one.
-        try:
-            value = float(value)
-        except ValueError:
-            pass
     *parents, leaf = key.strip().split(".")
     here = values
     for parent in parents:

@@ -29,24 +29,27 @@ def experts_classes() -> dict[str, Path]:
     return {name: file for file in files for name in DECORATED.findall(file.read_text(encoding="utf-8"))}
 
 
-def build_experts(class_name: str, hidden_size: int = 64, intermediate_size: int = 128, num_experts: int = 4) -> nn.Module:
+def build_experts(
+    class_name: str, hidden_size: int = 64, intermediate_size: int = 128, num_experts: int = 4
+) -> nn.Module:
     """An experts module with random weights, whose forward is the family's own eager loop."""
     file = experts_classes()[class_name]
     module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
     experts_class = getattr(module, class_name)
     sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_experts": num_experts}
+    takes_size = "intermediate_size" in inspect.signature(experts_class.__init__).parameters
+    apart = {"intermediate_size": intermediate_size} if takes_size else {}
     failures = []
     for config_class in _config_classes(module, class_name):
         config = config_class()
         for size, names in SIZES.items():
             for name in names:
-                if isinstance(value := getattr(config, name, None), list):  # one for each modality
-                    setattr(config, name, [sizes[size]] * len(value))
-                elif value is not None:
+                # A family with experts for each modality has a list here, and its experts take their size apart.
+                if hasattr(config, name) and not isinstance(getattr(config, name), list):
                     setattr(config, name, sizes[size])
         config._experts_implementation = "eager"
         try:
-            experts = experts_class(config)
+            experts = experts_class(config, **apart)
         except (AttributeError, TypeError) as error:
             failures.append(f"{config_class.__name__}: {error}")
             continue

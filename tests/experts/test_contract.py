@@ -3,7 +3,14 @@
 import pytest
 import torch
 from torch import nn
-from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from expertune.errors import UnsupportedModelError
 from expertune.experts.contract import ExpertsSpec, find_experts, is_experts, read_spec, require_experts

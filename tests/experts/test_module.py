@@ -10,6 +10,9 @@ from expertune.errors import UnsupportedModelError
 from expertune.experts.module import Nf4Experts
 from tests.experts.families import build_experts, experts_classes, random_routing
 
+# Biases, transposed weights or a norm after each expert, in transformers 5.23.
+REFUSED = {"AriaExperts", "GptOssExperts", "MuseSparkExperts", "OpenAIPrivacyFilterExperts"}
+
 
 def fill(experts: Nf4Experts, original: nn.Module) -> None:
     """Quantize the original's weights into place, and put what they decode to back into the original."""
@@ -41,11 +44,11 @@ def outputs_and_gradients(experts: nn.Module, hidden: Tensor, index: Tensor, wei
 
 @pytest.mark.parametrize("class_name", experts_classes())
 def test_experts_of_each_family_are_computed_alike_or_refused_by_name(class_name: str) -> None:
-    try:
-        experts, original = quantized_pair(class_name)
-    except UnsupportedModelError as error:
-        assert str(error).startswith("experts: ")
+    if class_name in REFUSED:
+        with pytest.raises(UnsupportedModelError, match=r"^experts: experts with "):
+            quantized_pair(class_name)
         return
+    experts, original = quantized_pair(class_name)
     hidden = torch.randn(11, 64)
     index, weights = random_routing(11, experts.num_experts)
     for ours, theirs in zip(

@@ -1,7 +1,8 @@
 """Adapter files in stock PEFT's per-expert layout, both ways.
 
-The layout is the one that PEFT wrote when experts were separate linears: `...block_sparse_moe.experts.3.w1.lora_A.weight`
-with names as in the model's own checkpoint. PEFT on transformers 4 and 5, vLLM and llama.cpp's converter all read it.
+The layout is the one that PEFT wrote when experts were separate linears, with names as in the model's own checkpoint:
+`...block_sparse_moe.experts.3.w1.lora_A.weight`. PEFT on transformers 4 and 5, vLLM and llama.cpp's converter all read
+it.
 Only adapter tensors are written: PEFT by itself copies a whole output head in when the head is a target.
 """
 

@@ -179,7 +179,7 @@ def _tokens_per_expert(model: nn.Module, batch: Batch) -> Iterator[dict[str, Ten
 
     for name, module in model.named_modules():
         if isinstance(module, ExpertsLora):
-            num_experts = module.get_base_layer().num_experts
+            num_experts = module.base_layer.num_experts
             handles.append(module.register_forward_pre_hook(count(name, num_experts)))
     try:
         yield counts
@@ -228,7 +228,7 @@ def _all_labels(batch: Batch) -> Tensor:
 def _digest(tensors: list[Tensor]) -> str:
     sha = hashlib.sha256()
     for tensor in tensors:
-        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

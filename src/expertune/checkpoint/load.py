@@ -153,7 +153,8 @@ class _Loader:
     def _place_expert(self, entry: TensorEntry, destination: Destination) -> None:
         experts = self.model.get_submodule(destination.name)
         spec = self.names.specs[destination.name]
-        assert isinstance(experts, Nf4Experts) and destination.projection is not None
+        assert isinstance(experts, Nf4Experts)
+        assert destination.projection is not None
         if destination.expert is not None:
             self._write(experts, entry, destination, destination.expert, destination.projection, entry.read)
             return

@@ -14,7 +14,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from expertune.experts.contract import ExpertsSpec, require_experts
 
-_EXPERT_INDEX = re.compile(r"\.(\d+)\.")
+_INDEX = re.compile(r"\.(\d+)(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class NameMap:
         leaf = pattern.removesuffix("$").removesuffix(".weight").rpartition(".")[2]
         canonical = next((key for key, name in self.projection_names.items() if name == leaf), projection)
         # The expert's index is the last number of the name: layers come before experts in every family.
-        indices = _EXPERT_INDEX.findall(checkpoint_key)
+        indices = _INDEX.findall(checkpoint_key)
         return Destination(module, canonical, int(indices[-1]) if indices else None)
 
     def on_disk(self, live_name: str) -> str:
@@ -102,7 +102,7 @@ def read_names(model: nn.Module) -> NameMap:
         _converters=converters,
         _reverse_renamings=reverse[::-1],
         _live_keys=dict.fromkeys(model.state_dict().keys()),
-        _base_prefix=model.base_model_prefix,
+        _base_prefix=str(model.base_model_prefix),
         _targets=targets,
     )
 

@@ -81,9 +81,9 @@ class TensorEntry:
         buffer = torch.empty(nbytes, dtype=torch.uint8)
         with self.shard.open("rb", buffering=0) as file:
             file.seek(start)
-            view, filled = memoryview(buffer.numpy()), 0
+            view, filled = buffer.numpy().data, 0
             while filled < nbytes:
-                count = file.readinto(view[filled:])  # type: ignore[attr-defined]
+                count = file.readinto(view[filled:])
                 if not count:
                     raise CheckpointError(f"{self.shard}: the file ends inside tensor {self.key}; download it again")
                 filled += count

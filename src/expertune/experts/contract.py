@@ -88,15 +88,15 @@ def read_spec(name: str, module: nn.Module) -> ExpertsSpec:
     if module.has_gate and not module.is_concatenated:
         raise UnsupportedModelError(f"{name}: experts with interleaved gate and up rows are not supported yet")
     try:
-        first, down = (module.gate_up_proj if module.has_gate else module.up_proj), module.down_proj
+        first = module.get_parameter("gate_up_proj" if module.has_gate else "up_proj")
+        down = module.get_parameter("down_proj")
     except AttributeError as error:
         raise UnsupportedModelError(f"{name}: experts are held otherwise than stacked ({error})") from None
-    num_experts, rows, hidden_size = first.shape  # type: ignore[union-attr]
+    num_experts, rows, hidden_size = first.shape
     intermediate_size = rows // 2 if module.has_gate else rows
-    if tuple(down.shape) != (num_experts, hidden_size, intermediate_size):  # type: ignore[union-attr]
+    if tuple(down.shape) != (num_experts, hidden_size, intermediate_size):
         raise UnsupportedModelError(
-            f"{name}: down_proj has shape {tuple(down.shape)}, "  # type: ignore[union-attr]
-            f"expected {(num_experts, hidden_size, intermediate_size)}"
+            f"{name}: down_proj has shape {tuple(down.shape)}, expected {(num_experts, hidden_size, intermediate_size)}"
         )
     for what, size in (("hidden size", hidden_size), ("intermediate size", intermediate_size)):
         if size % BLOCK_SIZE:

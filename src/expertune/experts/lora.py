@@ -8,6 +8,7 @@ Shape suffixes: E experts, r rank.
 """
 
 import math
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -54,6 +55,19 @@ class ExpertsLora(nn.Module, LoraLayer):
     # Ranks and scales per adapter and projection; `scaling` is a factor on all of them, as PEFT's users set it.
     other_param_names = (*LoraLayer.other_param_names, "ranks")
 
+    # What PEFT's untyped base class brings.
+    base_layer: Nf4Experts
+    lora_A: MutableMapping[str, nn.ParameterDict]
+    lora_B: MutableMapping[str, nn.ParameterDict]
+    lora_dropout: nn.ModuleDict
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, float]
+    use_rslora: dict[str, bool]
+    active_adapters: list[str]
+    disable_adapters: bool
+    set_adapter: Callable[..., None]
+
     def __init__(
         self,
         base_layer: Nf4Experts,
@@ -71,14 +85,14 @@ class ExpertsLora(nn.Module, LoraLayer):
         self.update_layer(adapter_name, r, lora_alpha, config, target_name=target_name)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        spec = self.get_base_layer().spec
+        spec = self.base_layer.spec
         return spec.hidden_size, spec.hidden_size
 
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: float, config: ExpertLoraConfig, **kwargs: Any
     ) -> None:
         """Create the factors of one more adapter (called by PEFT)."""
-        experts: Nf4Experts = self.get_base_layer()
+        experts = self.base_layer
         ranks = config.expert_ranks[kwargs["target_name"]]
         device = experts.down.packed.device
         factors_a, factors_b = {}, {}
@@ -94,7 +108,8 @@ class ExpertsLora(nn.Module, LoraLayer):
         self.lora_dropout[adapter_name] = dropout
         self.ranks[adapter_name] = ranks
         self.r[adapter_name] = config.r
-        self.lora_alpha[adapter_name] = config.r  # so that PEFT's set_scale and unscale_layer mean a factor of one
+        # An alpha by which PEFT's set_scale and unscale_layer come to a factor of one.
+        self.lora_alpha[adapter_name] = math.sqrt(config.r) if config.use_rslora else config.r
         self.scaling[adapter_name] = 1.0
         self.use_rslora[adapter_name] = config.use_rslora
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -62,6 +62,11 @@ class Plan:
         """Whether the peak stays within the budget."""
         return self.memory.peak_bytes <= self.budget_bytes
 
+    @property
+    def parameters_line(self) -> str:
+        """Trainable and packed parameters in one line, as QLoRA tutorials print them."""
+        return self.parameters.line
+
     def require_fit(self) -> "Plan":
         """Return the plan if the run fits.
 
@@ -153,7 +158,7 @@ def _check(headers: Headers | None, inventory: Inventory, holds_nf4: bool) -> li
     if holds_nf4:
         return []
     if headers is None:
-        return ["no weights were found; the counts rest on config.json alone"]
+        return ["no weights to look at; the counts rest on config.json alone"]
     notes = []
     if None in headers.shapes.values():
         notes.append("the shards were not found; tensors were checked by the names in the index alone")

@@ -192,8 +192,9 @@ def _fetch_config(model: str, revision: str | None, trust_remote_code: bool) -> 
 
 
 def _fetch_headers(model: str, revision: str | None) -> Headers | None:
+    import httpx
     from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
     try:
         metadata = get_safetensors_metadata(model, revision=revision)
@@ -203,7 +204,7 @@ def _fetch_headers(model: str, revision: str | None) -> Headers | None:
         ) from None
     except SafetensorsParsingError as error:
         raise CheckpointError(f"model {model}: a safetensors header is damaged ({_first_line(error)})") from None
-    except (HfHubHTTPError, OSError):
+    except (httpx.HTTPError, OSError):
         return None  # The config came from the cache; without a connection the plan rests on it alone, and says so.
     shapes: dict[str, tuple[int, ...] | None] = {}
     nbytes = 0

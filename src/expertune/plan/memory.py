@@ -1,7 +1,7 @@
 """Peak memory of a run, by component.
 
-The frozen weights, the adapter, its gradients and its optimizer are exact: they follow from shapes and dtypes. What a
-step adds is an estimate. Its formulas stand here and nowhere else; each says what it counts. Against measured peaks of
+The frozen weights, the adapter and its gradients are exact: they follow from shapes and dtypes. The rest
+is an estimate. Its formulas stand here and nowhere else; each says what it counts. Against measured peaks of
 training steps on a CPU (hidden 1024; 8 experts top-2 and 32 experts top-8; 1024 and 2048 tokens, with and without
 dropout) the step's estimate lies 2-15% above, provided that the host gives memory back
 (`expertune.placement.device.bound_host_memory`).
@@ -117,7 +117,8 @@ def read_settings(config: RunConfig, device: str, compute_dtype: torch.dtype) ->
         evaluation_tokens=evaluation_batch * length,
         checkpointing=uses_checkpointing(training),
         dropout=config.lora.dropout > 0,
-        optimizer=str(training_argument(training, "optim")),
+        # The trainer's own default on either device.
+        optimizer=str(training.get("optim", "paged_adamw_8bit" if device == "cuda" else "adamw_torch")),
         adapter_dtype=torch.float32 if config.lora.dtype == "float32" else torch.bfloat16,
         compute_dtype=compute_dtype,
         device=device,
@@ -196,7 +197,7 @@ def _kept_by_layer(layer: Layer, inventory: Inventory, targets: ResolvedTargets,
 
 
 def _extra_in_backward(layer: Layer, inventory: Inventory, settings: Settings) -> int:
-    """Bytes alive in a layer's backward beside what its forward kept: gradients of rows, decoded tiles, the mask."""
+    """Bytes alive in a layer's backward beside what its forward kept: gradients of rows, a decoded tile, a mask."""
     itemsize = settings.compute_dtype.itemsize
     rows = settings.tokens * inventory.top_k
     gradients = [rows * (2 * spec.hidden_size + 3 * spec.intermediate_size) * itemsize for spec in layer.experts]
@@ -206,7 +207,7 @@ def _extra_in_backward(layer: Layer, inventory: Inventory, settings: Settings) -
         min(TILE_BYTES[settings.device], 2 * spec.hidden_size * spec.intermediate_size * itemsize)
         for spec in layer.experts
     ]
-    mask = settings.tokens * settings.row_length * itemsize
+    mask = settings.tokens * settings.row_length  # a byte for each pair of tokens of a row
     return sum(gradients) + max([0, *decoded_linears, *tiles]) + mask
 
 

@@ -9,17 +9,17 @@ from rich.text import Text
 if TYPE_CHECKING:
     from expertune.plan import Plan
 
-# What each component is, in the reader's words, and whether its bytes are exact or an estimate.
+# What each component is in the reader's words, and whether its bytes are exact.
 _COMPONENTS = {
-    "weights": ("frozen weights", "exact"),
-    "adapter": ("adapter", "exact"),
-    "gradients": ("its gradients", "exact"),
-    "optimizer": ("its optimizer", "exact"),
-    "activations": ("activations", "estimate"),
-    "working_set": ("one layer in backward", "estimate"),
-    "logits": ("logits and loss", "estimate"),
-    "evaluation": ("logits of an evaluation", "estimate"),
-    "framework": ("libraries", "estimate"),
+    "weights": ("frozen weights", True),
+    "adapter": ("adapter", True),
+    "gradients": ("adapter's gradients", True),
+    "optimizer": ("optimizer", False),
+    "activations": ("activations", False),
+    "working_set": ("one layer in backward", False),
+    "logits": ("logits and loss", False),
+    "evaluation": ("logits in evaluation", False),
+    "framework": ("libraries", False),
 }
 
 
@@ -31,10 +31,12 @@ def size(num_bytes: int) -> str:
 
 
 def render(plan: "Plan") -> RenderableType:
-    """The plan as tables of at most 78 columns."""
+    """The plan as tables that fit a terminal of 80 columns."""
     parts: list[RenderableType] = [_heading(plan), Text(), _memory(plan), Text(), _verdict(plan)]
     if plan.what_to_change:
         parts += [Text(), _changes(plan)]
+    elif not plan.fits:
+        parts.append(Text("Nothing in the run file would lower the peak further."))
     if plan.notes:
         parts += [Text(), *(Text(f"note: {note}", style="dim") for note in plan.notes)]
     return Group(*parts)
@@ -65,21 +67,19 @@ def _heading(plan: "Plan") -> RenderableType:
 
 
 def _memory(plan: "Plan") -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     table.add_column("memory", min_width=24)
-    table.add_column("bytes", justify="right")
-    table.add_column("", justify="right")
+    table.add_column("bytes", justify="right", min_width=11)
     table.add_column("")
     for name, num_bytes in plan.memory.components.items():
         if not num_bytes:
             continue
-        words, certainty = _COMPONENTS[name]
-        here = plan.memory.at_peak(name)
-        text = size(num_bytes) if here else f"({size(num_bytes)})"
-        table.add_row(
-            words, f"{num_bytes:,}", text, certainty if here else "not at the peak", style="" if here else "dim"
-        )
-    table.add_row("peak", f"{plan.memory.peak_bytes:,}", size(plan.memory.peak_bytes), _moment(plan), style="bold")
+        words, exact = _COMPONENTS[name]
+        if plan.memory.at_peak(name):
+            table.add_row(words, size(num_bytes), f"exact: {num_bytes:,}" if exact else "estimate")
+        else:
+            table.add_row(words, f"({size(num_bytes)})", "not at the peak", style="dim")
+    table.add_row("peak", size(plan.memory.peak_bytes), _moment(plan), style="bold")
     return table
 
 
@@ -100,7 +100,7 @@ def _verdict(plan: "Plan") -> Text:
 
 def _changes(plan: "Plan") -> RenderableType:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("give up, cheapest first", min_width=24)
+    table.add_column("give up, cheapest first", min_width=24, no_wrap=True)
     table.add_column("saves", justify="right", no_wrap=True)
     table.add_column("peak then", justify="right", no_wrap=True)
     table.add_column("costs")
@@ -108,4 +108,5 @@ def _changes(plan: "Plan") -> RenderableType:
         table.add_row("\n".join(change.lines), size(change.saves_bytes), size(change.peak_bytes), change.costs)
     if plan.what_to_change[-1].peak_bytes <= plan.budget_bytes:
         return table
-    return Group(table, Text("Even with all of these it does not fit: the frozen weights need a larger device."))
+    frozen = size(plan.weights.frozen_bytes)
+    return Group(table, Text(f"Even with all of these it does not fit; the frozen weights alone take {frozen}."))

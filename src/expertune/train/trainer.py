@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -108,7 +108,7 @@ class ExpertTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
         self.history.add_evaluation(self.state.global_step, metrics[f"{metric_key_prefix}_loss"])
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -178,7 +178,8 @@ def training_arguments(training: Mapping[str, Any], output_dir: str, device: tor
         else ("gradient_checkpointing_kwargs")
     )
     # The reentrant variant needs inputs that require gradients, which frozen embeddings do not give.
-    values[kwargs] = {"use_reentrant": False, **(values.get(kwargs) or {})}
+    given: Any = values.get(kwargs) or {}
+    values[kwargs] = {"use_reentrant": False, **given}
     if device.type == "cpu":
         values["use_cpu"] = True
         if "8bit" in str(values.get("optim", "")) or "paged" in str(values.get("optim", "")):

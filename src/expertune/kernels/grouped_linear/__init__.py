@@ -185,7 +185,7 @@ def _autograd(ctx: Any, dy: Tensor, _dh: list[Tensor]) -> tuple[Any, ...]:
         dy, *frozen, offsets, ctx.parts, ctx.scalings, *lists
     )
     # torch takes an empty list for a list of tensors, and wants a list back for it.
-    no_gradients = None if count else []
+    no_gradients: list[Tensor] | None = None if count else []
     return dx, None, None, None, None, None, no_gradients, no_gradients, da, db, dx_updates
 
 
@@ -220,9 +220,9 @@ def _check(x_RK: Tensor, weight: Nf4Stack, offsets_E: Tensor, updates: Sequence[
             raise ValueError(f"A must be float32, float16 or bfloat16, got {update.a_ErK.dtype}")
         if update.b_ENr.dtype != update.a_ErK.dtype:
             raise ValueError(f"B is {update.b_ENr.dtype}, A is {update.a_ErK.dtype}")
-        for tensor, what in ((update.a_ErK, "A"), (update.b_ENr, "B"), (update.x_RK, "the update's x")):
-            if tensor is not None and tensor.device != x_RK.device:
-                raise ValueError(f"{what} is on {tensor.device}, x is on {x_RK.device}")
+        for held, what in ((update.a_ErK, "A"), (update.b_ENr, "B"), (update.x_RK, "the update's x")):
+            if held is not None and held.device != x_RK.device:
+                raise ValueError(f"{what} is on {held.device}, x is on {x_RK.device}")
         if not 0 <= update.part < weight.num_matrices // num_experts:
             raise ValueError(f"part must be below {weight.num_matrices // num_experts}, got {update.part}")
         if update.x_RK is not None and update.x_RK.shape != x_RK.shape:

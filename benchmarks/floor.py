@@ -1,0 +1,51 @@
+"""The floor of a step: the products that no implementation can do without, at the rate of the bare bf16 product.
+
+Counted: every frozen matrix forward, again for gradient checkpointing (lm_head lies outside it), and dX (the first
+layer's q, k and v need none: nothing below them is trained). Left out, so that the figure stays a lower bound:
+attention scores, the low-rank terms, decoding, routing, norms, the loss and the optimizer.
+
+Shape suffixes: M rows, N out_features, K in_features.
+"""
+
+import statistics
+import time
+
+import torch
+
+from benchmarks.workload import VOCAB_SIZE, Shape
+
+_REPEATS = 12
+
+
+def step_flops(shape: Shape, tokens: int) -> int:
+    """FLOPs of one optimizer step over `tokens` tokens."""
+    attention = {name: rows * columns for name, (rows, columns) in shape.attention().items()}
+    experts = shape.top_k * sum(rows * columns for rows, columns in shape.expert().values())
+    router = shape.experts * shape.hidden
+    layers = 3 * shape.layers * (sum(attention.values()) + experts + router)
+    not_needed = attention["q_proj"] + attention["k_proj"] + attention["v_proj"]
+    head = 2 * VOCAB_SIZE * shape.hidden
+    return 2 * tokens * (layers - not_needed + head)
+
+
+def product_rates(shape: Shape, tokens: int) -> dict[str, dict[str, float]]:
+    """FLOP/s of `torch.mm` in bfloat16 on shapes of the step: one expert's rows, and all rows.
+
+    Returns:
+        {name: {"rows", "flops_per_second"}}, medians.
+    """
+    sizes = {"expert": max(tokens * shape.top_k // shape.experts, 1), "all rows": tokens}
+    return {name: {"rows": rows, "flops_per_second": _rate(rows, shape)} for name, rows in sizes.items()}
+
+
+def _rate(rows: int, shape: Shape) -> float:
+    x_MK = torch.randn(rows, shape.hidden).to(torch.bfloat16)
+    w_NK = torch.randn(shape.intermediate, shape.hidden).to(torch.bfloat16)
+    y_MN = torch.empty(rows, shape.intermediate, dtype=torch.bfloat16)
+    seconds = []
+    for repeat in range(_REPEATS + 2):
+        started = time.perf_counter()
+        torch.mm(x_MK, w_NK.t(), out=y_MN)
+        if repeat >= 2:
+            seconds.append(time.perf_counter() - started)
+    return 2 * rows * shape.intermediate * shape.hidden / statistics.median(seconds)

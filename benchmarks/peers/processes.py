@@ -1,0 +1,90 @@
+"""Start drivers and talk to them: the runner's end of `benchmarks.peers.driver`."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+LEGACY_PYTHON = "EXPERTUNE_LEGACY_PYTHON"
+
+
+class Driver:
+    """One stack in its own process.
+
+    Args:
+        name: a module of `benchmarks.peers`.
+        python: interpreter of the stack's environment.
+        arguments: the driver's command line.
+
+    Attributes:
+        ready: what the driver said when its model was built: versions, threads, load time, notes.
+
+    Raises:
+        RuntimeError: the driver ended; its last words are in the message.
+    """
+
+    def __init__(self, name: str, python: Path, arguments: Sequence[str]) -> None:
+        self.name = name
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        # No stack may look for kernels or weights elsewhere while it is timed.
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self._process = subprocess.Popen(
+            [str(python), "-m", f"benchmarks.peers.{name}", *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        self.ready = self._read()
+
+    def ask(self, action: str) -> dict[str, Any]:
+        """Send one request and wait for its answer."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": action}) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """End the process by closing its stdin; kill it where that does not help."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._errors.close()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            self._errors.seek(0)
+            raise RuntimeError(f"{self.name} ended with code {code}:\n{self._errors.read()[-3000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def interpreter(name: str) -> Path:
+    """The Python that a peer runs under.
+
+    Raises:
+        FileNotFoundError: the legacy environment has not been built.
+    """
+    if name != "legacy":
+        return Path(sys.executable)
+    python = Path(os.environ.get(LEGACY_PYTHON) or ROOT / ".venv-legacy" / "bin" / "python")
+    if not python.is_file():
+        raise FileNotFoundError(
+            f"{python}: no such interpreter; build the environment with tools/legacy_env.sh, name another one in "
+            f"{LEGACY_PYTHON}, or leave the peer out with --peers stock5"
+        )
+    return python

@@ -1,0 +1,86 @@
+"""What a benchmark leaves: JSON with everything that decides its figures, and a table for the eye."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.peers.processes import ROOT
+from expertune.placement.device import cpu_instruction_sets
+
+_PACKAGES = ("expertune", "torch", "transformers", "peft", "bitsandbytes")
+
+
+class CorrectnessError(Exception):
+    """Stacks that should compute the same do not: their speeds cannot be compared."""
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions, commit, command and date."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": _cpu_name(),
+        "instruction_sets": list(cpu_instruction_sets()),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "commit": _commit(),
+        "command": " ".join(["python", *_relative(sys.argv)]),
+    }
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write a result as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
+    """Print a table and, below it, what has to be known to read it."""
+    console = Console()
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for note in notes:
+        console.print(f"- {note}", soft_wrap=True, highlight=False)
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """The commit, marked where files that were measured differ from it."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "src", "benchmarks")
+    return (git("rev-parse", "HEAD") or "unknown") + ("+changes" if changed else "")
+
+
+def _relative(arguments: Sequence[str]) -> list[str]:
+    """Paths as seen from the checkout, so that a command can be repeated elsewhere."""
+    shown = []
+    for argument in arguments:
+        path = Path(argument)
+        shown.append(str(path.relative_to(ROOT)) if path.is_absolute() and path.is_relative_to(ROOT) else argument)
+    return shown

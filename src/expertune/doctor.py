@@ -1,0 +1,176 @@
+"""What this machine has, and what of it a run will use: versions, devices, dtype, hub, trackers, known pitfalls.
+
+Nothing here goes online or allocates on a device.
+"""
+
+import importlib.metadata
+import importlib.util
+import platform
+from collections.abc import Iterator
+from typing import Literal, TypedDict
+
+import psutil
+import torch
+from packaging.requirements import Requirement
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from expertune.placement.device import cpu_instruction_sets, default_device, resolve_compute_dtype
+from expertune.plan.table import size
+
+Status = Literal["ok", "info", "warning", "error"]
+
+_TRACKERS = ("wandb", "tensorboard", "trackio")
+_STYLES = {"ok": "green", "info": "dim", "warning": "yellow", "error": "bold red"}
+
+
+class Finding(TypedDict):
+    """One thing that was looked at.
+
+    Keys:
+        topic: `packages`, `device`, `hub`, `trackers` or `pitfalls`.
+        name: what was looked at.
+        value: what was found, as text.
+        status: `error` keeps a run from working, `warning` may.
+        advice: what to do; empty where there is nothing to do.
+    """
+
+    topic: str
+    name: str
+    value: str
+    status: Status
+    advice: str
+
+
+def collect() -> list[Finding]:
+    """Look at everything. Finds errors, raises none."""
+    return [*_packages(), *_native_library(), *_devices(), *_hub(), *_trackers(), *_pitfalls()]
+
+
+def render(findings: list[Finding]) -> RenderableType:
+    """The findings as a table, advice under the finding that needs it."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    topic = ""
+    for finding in findings:
+        if topic and finding["topic"] != topic:
+            table.add_row()
+        text = Text(finding["value"])
+        if finding["advice"]:
+            text.append(f"\n{finding['advice']}", style=_STYLES[finding["status"]])
+        status = Text(finding["status"], style=_STYLES[finding["status"]])
+        table.add_row("" if finding["topic"] == topic else finding["topic"], finding["name"], status, text)
+        topic = finding["topic"]
+    return table
+
+
+def _find(topic: str, name: str, value: str, status: Status = "ok", advice: str = "") -> Finding:
+    return Finding(topic=topic, name=name, value=value, status=status, advice=advice)
+
+
+def _packages() -> Iterator[Finding]:
+    yield _find("packages", "python", platform.python_version())
+    try:
+        own, requirements = importlib.metadata.version("expertune"), importlib.metadata.requires("expertune") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield _find("packages", "expertune", "not installed", "error", "install it: pip install expertune")
+        return
+    yield _find("packages", "expertune", own)
+    for line in requirements:
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield _package(requirement)
+
+
+def _package(requirement: Requirement) -> Finding:
+    mend = f"pip install '{requirement.name}{requirement.specifier}'"
+    found = _version(requirement.name)
+    if found is None:
+        return _find("packages", requirement.name, "missing", "error", mend)
+    if not requirement.specifier.contains(found, prereleases=True):
+        return _find("packages", requirement.name, f"{found}, needs {requirement.specifier}", "error", mend)
+    return _find("packages", requirement.name, found)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _native_library() -> Iterator[Finding]:
+    """bitsandbytes reads and writes NF4 through a library of its own, one for each CUDA release."""
+    name = "bitsandbytes library"
+    if _version("bitsandbytes") is None:
+        return
+    try:
+        from bitsandbytes.cextension import BNBNativeLibrary, lib
+    except Exception as error:  # whatever an import of a broken installation raises is the finding
+        yield _find("packages", name, f"{type(error).__name__}: {error}", "error", "reinstall bitsandbytes")
+        return
+    if isinstance(lib, BNBNativeLibrary):
+        yield _find("packages", name, "loaded, with CUDA" if lib.compiled_with_cuda else "loaded, CPU only")
+    else:
+        yield _find("packages", name, "does not load", "error", "see: python -m bitsandbytes")
+
+
+def _devices() -> Iterator[Finding]:
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        value = f"{properties.name}, {size(properties.total_memory)}, capability {properties.major}.{properties.minor}"
+        yield _find("device", f"cuda:{index}", value)
+    if not torch.cuda.is_available():
+        build = torch.version.cuda or torch.version.hip
+        value = f"none (torch is built for {build})" if build else "none (torch is built for CPUs)"
+        yield _find("device", "cuda", value, "info")
+    elif (triton := _version("triton")) is not None:
+        yield _find("device", "triton", triton)
+    memory = psutil.virtual_memory()
+    cores = f"{psutil.cpu_count(logical=False) or '?'} cores, {torch.get_num_threads()} threads used"
+    yield _find("device", "cpu", f"{cores}; {', '.join(cpu_instruction_sets()) or 'no vector extensions known'}")
+    yield _find("device", "host memory", f"{size(memory.total)}, {size(memory.available)} available")
+    device = default_device()
+    dtype = str(resolve_compute_dtype("auto", device)).removeprefix("torch.")
+    yield _find("device", "a run takes", f"{device}, products in {dtype} (quantization.compute_dtype: auto)")
+
+
+def _hub() -> Iterator[Finding]:
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        return
+    offline = "offline (HF_HUB_OFFLINE is set): models come from local folders and the cache"
+    yield _find("hub", "mode", offline if constants.HF_HUB_OFFLINE else "online", "info")
+    yield _find("hub", "cache", str(constants.HF_HUB_CACHE), "info")
+
+
+def _trackers() -> Iterator[Finding]:
+    for name in _TRACKERS:
+        found = _version(name)
+        yield _find("trackers", name, found or "not installed", "ok" if found else "info")
+
+
+def _pitfalls() -> Iterator[Finding]:
+    """What has gone wrong on other machines and shows only later."""
+    if "avx512_bf16" in cpu_instruction_sets() and importlib.util.find_spec("kernels") is not None:
+        yield _find(
+            "pitfalls",
+            "package kernels",
+            "on this CPU bitsandbytes tries to download a kernel from the hub when it is imported",
+            "warning",
+            "set HF_HUB_OFFLINE=1, or pip uninstall kernels",
+        )
+    total = psutil.virtual_memory().total
+    if torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > total:
+        yield _find(
+            "pitfalls",
+            "host memory",
+            "less than the device's; paged optimizers and checkpoints need room on the host",
+            "warning",
+            "watch host memory during the first save",
+        )

@@ -1,0 +1,1 @@
+"""Placement: where frozen bytes and products live."""
