@@ -38,6 +38,11 @@ def environment() -> dict[str, Any]:
     }
 
 
+def progress(line: str) -> None:
+    """Say on stderr what is being done."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def write(path: Path, result: dict[str, Any]) -> None:
     """Write a result as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)

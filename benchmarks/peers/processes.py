@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ class Driver:
 
     def __init__(self, name: str, python: Path, arguments: Sequence[str]) -> None:
         self.name = name
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        # Libraries say much; it is kept in a file, and shown only where the driver dies.
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - see close()
         # No stack may look for kernels or weights elsewhere while it is timed.
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
@@ -47,14 +49,16 @@ class Driver:
     def ask(self, action: str) -> dict[str, Any]:
         """Send one request and wait for its answer."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"do": action}) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # a driver that is gone has an end to tell of, which _read does
+            self._process.stdin.write(json.dumps({"do": action}) + "\n")
+            self._process.stdin.flush()
         return self._read()
 
     def close(self) -> None:
         """End the process by closing its stdin; kill it where that does not help."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
@@ -68,7 +72,8 @@ class Driver:
         if not line:
             code = self._process.wait()
             self._errors.seek(0)
-            raise RuntimeError(f"{self.name} ended with code {code}:\n{self._errors.read()[-3000:]}")
+            hint = " (killed: out of memory?)" if code == -9 else ""
+            raise RuntimeError(f"{self.name} ended with code {code}{hint}:\n{self._errors.read()[-3000:]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

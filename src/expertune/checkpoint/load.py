@@ -6,6 +6,7 @@ far, its 16-bit rest (embeddings, router, norms, lm_head), and the one tensor be
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -24,6 +25,8 @@ from expertune.experts.contract import find_experts
 from expertune.experts.module import Nf4Experts
 
 Progress = Callable[[int, int], None]
+
+_QUANTIZABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -83,6 +86,7 @@ def load_model(
     """
     index = open_checkpoint(folder)
     model = build_meta_model(folder, dtype, trust_remote_code)
+    _refuse_quantized(index.folder, model)
     attend_by_row(model)
     names = read_names(model)
     linears = linears_to_quantize(model)
@@ -97,6 +101,17 @@ def load_model(
     model.is_loaded_in_4bit = True
     model.eval()
     return LoadedModel(model, names, unexpected)
+
+
+def _refuse_quantized(folder: Path, model: PreTrainedModel) -> None:
+    scheme = getattr(model.config, "quantization_config", None)
+    if scheme is None:
+        return
+    values = scheme if isinstance(scheme, dict) else scheme.to_dict()
+    method = values.get("quant_method", "of an unknown method")
+    raise UnsupportedModelError(
+        f"{folder}: the checkpoint is already quantized ({method}), which is not supported yet: give the 16-bit one"
+    )
 
 
 def _swap_experts(model: nn.Module, quantization: QuantizationConfig, device: torch.device | str) -> None:
@@ -120,6 +135,8 @@ class _Loader:
     ) -> None:
         self.model, self.names, self.linears = model, names, linears
         self.quantization, self.dtype, self.device = quantization, dtype, device
+        # What a family keeps in float32 whatever the dtype, such as a router's correction bias: name part -> dtype.
+        self.kept: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
         self.filled: dict[tuple[str, str | None, int | None], str] = {}
 
     def stream(self, index: CheckpointIndex, progress: Progress | None) -> list[str]:
@@ -144,11 +161,23 @@ class _Loader:
             for expert in range(spec.num_experts)
             if (module, projection, expert) not in self.filled
         ]
-        state = [*self.model.named_parameters(), *self.model.named_buffers()]
-        missing += [self.names.on_disk(name) for name, tensor in state if tensor.is_meta]
+        missing += [self.names.on_disk(name) for name in self._unfilled()]
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise CheckpointError(f"{index.folder}: missing tensors: {', '.join(missing[:3])}{more}")
+
+    def _unfilled(self) -> list[str]:
+        """Parameters that are still on the meta device, and saved buffers that kept their first values."""
+        filled = {name for name, _, _ in self.filled}
+        parameters = [name for name, parameter in self.model.named_parameters() if parameter.is_meta]
+        saved = self.model.state_dict().keys()
+        experts = tuple(f"{module}." for module in self.names.specs)
+        buffers = [
+            name
+            for name, _ in self.model.named_buffers()
+            if name in saved and name not in filled and not name.startswith(experts)
+        ]
+        return parameters + buffers
 
     def _place_expert(self, entry: TensorEntry, destination: Destination) -> None:
         experts = self.model.get_submodule(destination.name)
@@ -185,10 +214,11 @@ class _Loader:
                 f"{entry.shard}: tensor {entry.key} belongs to expert {expert}, but the model has {experts.num_experts}"
             )
         self._claim(entry, destination.name, projection, expert)
+        _require_floats(entry)
         try:
-            # Quantizing reads the matrix several times; a float32 or 8-bit source keeps its own dtype until here.
             matrix = read().to(self.device)
-            experts.write(expert, projection, matrix if matrix.itemsize > 1 else matrix.to(self.dtype))
+            # Sixteen-bit and float32 sources are quantized as they are; others, by way of float32.
+            experts.write(expert, projection, matrix if matrix.dtype in _QUANTIZABLE else matrix.float())
         except ValueError as error:
             raise CheckpointError(f"{entry.shard}: tensor {entry.key}: {error}") from None
 
@@ -202,28 +232,32 @@ class _Loader:
         current = slots.get(leaf)
         if current is None:
             return False
+        self._claim(entry, name, None, None)
+        if current.is_floating_point():
+            _require_floats(entry)
         if tuple(current.shape) != entry.shape:
             raise CheckpointError(
                 f"{entry.shard}: tensor {entry.key} has shape {entry.shape}, the model expects {tuple(current.shape)}"
             )
-        self._claim(entry, name, None, None)
         tensor = entry.read()
-        if not tensor.is_floating_point() and current.is_floating_point():
-            raise UnsupportedModelError(
-                f"{entry.shard}: tensor {entry.key} is {entry.dtype}; a checkpoint that is already quantized is not "
-                "supported yet: give the 16-bit one"
-            )
+        if leaf not in module._parameters:
+            module._buffers[leaf] = tensor.to(self.device, self._dtype_of(name, current))
+            return True
+        tensor = tensor if tensor.dtype in _QUANTIZABLE else tensor.float()
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{entry.shard}: tensor {entry.key} holds NaN or infinite weights")
         if module_name in self.linears and leaf == "weight":
-            self._quantize_linear(entry, module_name, tensor)
-        elif leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
+            self._quantize_linear(module_name, tensor)
         else:
-            module._buffers[leaf] = tensor.to(self.device, current.dtype)
+            placed = tensor.to(self.device, self._dtype_of(name, current))
+            module._parameters[leaf] = nn.Parameter(placed, requires_grad=False)
         return True
 
-    def _quantize_linear(self, entry: TensorEntry, name: str, matrix: Tensor) -> None:
-        if not torch.isfinite(matrix).all():
-            raise CheckpointError(f"{entry.shard}: tensor {entry.key} holds NaN or infinite weights")
+    def _dtype_of(self, name: str, current: Tensor) -> torch.dtype:
+        kept = (dtype for part, dtype in self.kept.items() if fnmatchcase(name, f"*{part}*"))
+        return next(kept, current.dtype)
+
+    def _quantize_linear(self, name: str, matrix: Tensor) -> None:
         linear = self.model.get_submodule(name)
         quantized = quantized_linear(linear, matrix, self.quantization, self.dtype, self.device)
         parent, _, child = name.rpartition(".")
@@ -233,6 +267,14 @@ class _Loader:
         previous = self.filled.setdefault((name, projection, expert), entry.key)
         if previous != entry.key:
             raise CheckpointError(f"{entry.shard}: tensors {previous} and {entry.key} both belong to {name}")
+
+
+def _require_floats(entry: TensorEntry) -> None:
+    if not entry.dtype.is_floating_point:
+        raise UnsupportedModelError(
+            f"{entry.shard}: tensor {entry.key} is {str(entry.dtype).removeprefix('torch.')}; a checkpoint that is "
+            "already quantized is not supported yet: give the 16-bit one"
+        )
 
 
 def quantized_linear(

@@ -47,7 +47,7 @@ class NameMap:
     _renamings: list[WeightRenaming]
     _converters: list[WeightConverter]
     _reverse_renamings: list[WeightRenaming]
-    _live_keys: dict[str, None]
+    _live_keys: dict[str, bool]
     _base_prefix: str
     _targets: dict[str, tuple[str, str]] = field(default_factory=dict)
 
@@ -101,7 +101,7 @@ def read_names(model: nn.Module) -> NameMap:
         _renamings=[transform for transform in transforms if isinstance(transform, WeightRenaming)],
         _converters=converters,
         _reverse_renamings=reverse[::-1],
-        _live_keys=dict.fromkeys(model.state_dict().keys()),
+        _live_keys=dict.fromkeys(model.state_dict(), True),
         _base_prefix=str(model.base_model_prefix),
         _targets=targets,
     )

@@ -8,8 +8,10 @@ peak of a load is what the model holds and one tensor. Format: eight bytes of he
 import json
 import math
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,10 +152,14 @@ def read_header(shard: Path) -> dict[str, TensorEntry]:
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(f"{shard}: not a safetensors file, or its header is cut off; download it again")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_no_key_twice)
+        if not isinstance(header, dict):
+            raise ValueError("not a mapping of tensors")
     except FileNotFoundError:
         raise CheckpointError(f"{shard}: shard is missing; download it again") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{shard}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
         raise CheckpointError(f"{shard}: the safetensors header is damaged ({error}); download it again") from None
     header.pop("__metadata__", None)
     entries = [_entry(shard, key, value, 8 + length) for key, value in header.items()]
@@ -169,12 +175,21 @@ def read_header(shard: Path) -> dict[str, TensorEntry]:
 def _entry(shard: Path, key: str, value: dict, data_start: int) -> TensorEntry:
     try:
         dtype, shape = _DTYPES[value["dtype"]], tuple(int(size) for size in value["shape"])
-        begin, end = value["data_offsets"]
+        begin, end = (int(offset) for offset in value["data_offsets"])
+        if min(shape, default=0) < 0:
+            raise ValueError(f"shape {shape}")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{shard}: the header of tensor {key} is damaged or of unknown dtype ({error})") from None
     if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
         raise CheckpointError(f"{shard}: tensor {key} of shape {shape} and {dtype} cannot lie in {end - begin} bytes")
     return TensorEntry(key, shard, dtype, shape, data_start + begin, end - begin)
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    header = dict(pairs)
+    if len(header) < len(pairs):
+        raise ValueError(f"{Counter(key for key, _ in pairs).most_common(1)[0][0]} is there twice")
+    return header
 
 
 def _read_index(folder: Path) -> dict[str, str]:
@@ -187,6 +202,9 @@ def _read_index(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: damaged index ({error!r}); download it again") from None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: its weight_map names no tensors")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{path}: tensor {key} lies in {name!r}, which is no file name")
     return weight_map
 
 

@@ -152,7 +152,9 @@ class _Ranks:
         """The one rank that all these modules share."""
         if not self._rank and not self._alpha:
             return self._default
-        found = {self._lookup(name): name for name in on_disk}
+        found: dict[Rank, str] = {}
+        for name in on_disk:
+            found.setdefault(self._lookup(name), name)
         if len(found) > 1:
             (first, one), (second, other) = list(found.items())[:2]
             raise ConfigError(

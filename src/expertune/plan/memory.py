@@ -1,9 +1,9 @@
 """Peak memory of a run, by component.
 
-The frozen weights, the adapter and its gradients are exact: they follow from shapes and dtypes. The rest
-is an estimate. Its formulas stand here and nowhere else; each says what it counts. Against measured peaks of
-training steps on a CPU (hidden 1024; 8 experts top-2 and 32 experts top-8; 1024 and 2048 tokens, with and without
-dropout) the step's estimate lies 2-15% above, provided that the host gives memory back
+The frozen weights, the adapter and its gradients are exact: they follow from shapes and dtypes. The rest is estimated.
+Its formulas stand here and nowhere else, and each says what it counts. Against nine measured training steps on a CPU
+(hidden 1024; 8 experts top-2 and 32 experts top-8; 2 to 8 layers; 1024 and 2048 tokens; with and without dropout and
+checkpointing) what the plan says of a step lies 7-14% above what it took, provided that the host gives memory back
 (`expertune.placement.device.bound_host_memory`).
 
 Shape suffixes: T tokens of a micro-batch, S tokens of a row, D hidden size, F intermediate size, E experts, K experts

@@ -1,0 +1,44 @@
+"""Configs of published models, without weights, and run files on them."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from expertune.config import RunConfig, parse_config
+
+FILES = Path(__file__).parent / "files"
+TINY_MIXTRAL = Path(__file__).parents[2] / "src" / "expertune" / "assets" / "tiny-mixtral"
+
+TUTORIAL_LORA = {
+    "r": 8,
+    "alpha": 16,
+    "dropout": 0.05,
+    "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3", "lm_head"],
+}
+
+
+@pytest.fixture
+def run_of() -> Callable[..., RunConfig]:
+    """A run file on one of the models here, or on any other folder or hub id; keyword arguments are its sections."""
+
+    def build(model: str | Path, **sections: Any) -> RunConfig:
+        known = isinstance(model, str) and (FILES / model).is_dir()
+        values = {
+            "model": str(FILES / model if known else model),
+            "data": {"train": "rows.jsonl", "max_length": 320},
+            "training": {"per_device_train_batch_size": 1, "gradient_checkpointing": True},
+            "memory_budget": "80GB",
+            "output_dir": "run",
+        }
+        return parse_config({**values, **sections})
+
+    return build
+
+
+@pytest.fixture
+def tiny_mixtral(tmp_path: Path) -> Path:
+    """A copy of the embedded checkpoint, to damage."""
+    return shutil.copytree(TINY_MIXTRAL, tmp_path / "tiny-mixtral")

@@ -1,0 +1,75 @@
+"""What the doctor finds, and what it advises."""
+
+import importlib.metadata
+import json
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from rich.console import Console
+
+from expertune import doctor
+
+
+def found(name):
+    return next((finding for finding in doctor.collect() if finding["name"] == name), None)
+
+
+def test_every_dependency_is_looked_at_and_in_range():
+    packages = {finding["name"]: finding for finding in doctor.collect() if finding["topic"] == "packages"}
+    assert {"torch", "transformers", "peft", "bitsandbytes", "safetensors"} <= set(packages)
+    assert {finding["status"] for finding in packages.values()} == {"ok"}
+
+
+def test_tools_of_developers_are_not_asked_for():
+    assert found("pytest") is None
+
+
+@pytest.mark.parametrize(
+    ("requirement", "value", "status"),
+    [
+        ("torch>=999", f"{importlib.metadata.version('torch')}, needs >=999", "error"),
+        ("no-such-package>=1.0", "missing", "error"),
+        ("torch>=2.0", importlib.metadata.version("torch"), "ok"),
+    ],
+)
+def test_a_missing_or_old_package_comes_with_its_mend(requirement, value, status):
+    finding = doctor._package(Requirement(requirement))
+    assert (finding["value"], finding["status"]) == (value, status)
+    assert finding["advice"] == ("" if status == "ok" else f"pip install '{requirement}'")
+
+
+def test_the_device_and_dtype_of_a_run_are_told():
+    value = found("a run takes")["value"]
+    assert value.startswith("cuda" if torch.cuda.is_available() else "cpu, products in ")
+
+
+def test_offline_mode_is_told():
+    assert found("mode")["value"].startswith("offline")  # as the whole test suite is
+
+
+def test_a_native_library_that_does_not_load_is_an_error(monkeypatch):
+    import bitsandbytes.cextension
+
+    monkeypatch.setattr(bitsandbytes.cextension, "lib", object())
+    assert found("bitsandbytes library")["status"] == "error"
+
+
+def test_the_package_kernels_is_a_pitfall_on_a_cpu_with_bfloat16(monkeypatch):
+    monkeypatch.setattr(doctor, "cpu_instruction_sets", lambda: ("avx512_bf16",))
+    assert found("package kernels") is None
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
+    assert "HF_HUB_OFFLINE=1" in found("package kernels")["advice"]
+
+
+def test_findings_are_json():
+    assert json.loads(json.dumps(doctor.collect())) == doctor.collect()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_fits_a_terminal(width):
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(doctor.render(doctor.collect()))
+    assert "…" not in capture.get()
+    assert max(map(len, capture.get().splitlines())) <= width

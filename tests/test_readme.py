@@ -1,0 +1,155 @@
+"""What the pages tell a reader to type, open or import is there."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from expertune.cli import app
+from expertune.config import parse_config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/**/*.md"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# The figures of the demo and their picture are filled in from a real run; until then the block says so.
+PENDING = "TO BE MEASURED"
+
+
+def text_of(page: Path) -> str:
+    text = page.read_text(encoding="utf-8")
+    if PENDING in text:
+        text = re.sub(r"<!-- demo figures -->.*?<!-- /demo figures -->", "", text, flags=re.DOTALL)
+    return text
+
+
+def page_id(page: object) -> str:
+    return page.relative_to(ROOT).as_posix() if isinstance(page, Path) else str(page)
+
+
+def fenced(page: Path, *kinds: str) -> list[str]:
+    """Content of a page's fenced blocks of some kinds; `` is a block that names none."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text_of(page), re.DOTALL | re.MULTILINE)
+    return [content for kind, content in blocks if kind in kinds]
+
+
+def command_lines(page: Path, program: str) -> list[list[str]]:
+    """Commands of one program in a page's blocks and inline code, as words; brackets of usage lines are taken off."""
+    code = [line for block in fenced(page, "", "sh", "bash") for line in block.splitlines()]
+    code += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text_of(page), flags=re.DOTALL | re.MULTILINE))
+    found = []
+    for line in code:
+        words = shlex.split(re.sub(r"[\[\]]|\.\.\.", " ", line), comments=True) if program in line else []
+        while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+            words = words[1:]
+        if words and words[0] == program and len(words) > 1:
+            found.append(words[1:])
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_make_targets_exist(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    assert {words[0] for words in command_lines(page, "make")} <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_commands_and_their_options_exist(page: Path) -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for name, *arguments in command_lines(page, "expertune"):
+        if not name.isupper():
+            assert name in commands
+            known = {option for parameter in commands[name].params for option in parameter.opts} | {"--help"}
+            assert {word for word in arguments if word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_run_files_that_commands_name_are_examples_or_the_readers_own(page: Path) -> None:
+    for words in command_lines(page, "expertune"):
+        for word in words:
+            if word.startswith("examples/"):
+                assert (ROOT / word).is_file(), word
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.is_file(), f"{target}: no such file"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_python_snippets_compile_and_import_what_exists(page: Path) -> None:
+    for snippet in fenced(page, "python"):
+        for node in ast.walk(ast.parse(snippet)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "expertune":
+                file = ROOT.joinpath("src", *(node.module or "").split("."))
+                file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+                assert {alias.name for alias in node.names} <= names_in(file)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "expertune":
+                exported = names_in(ROOT / "src" / "expertune" / "__init__.py")
+                assert node.attr in exported or (ROOT / "src" / "expertune" / node.attr).is_dir()
+
+
+def names_in(file: Path) -> set[str]:
+    """Names that a module defines or imports at its top, and what its `__all__` lists."""
+    names: set[str] = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            assigned = {target.id for target in node.targets if isinstance(target, ast.Name)}
+            names |= assigned
+            if "__all__" in assigned and isinstance(node.value, ast.List):
+                names |= {item.value for item in node.value.elts if isinstance(item, ast.Constant)}
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_run_files_in_the_text_have_no_wrong_key(page: Path) -> None:
+    for snippet in fenced(page, "yaml"):
+        values = yaml.safe_load(snippet)
+        assert isinstance(values, dict)
+        # A snippet may show one section only.
+        parse_config({"model": "m", "data": {"train": "t"}, "output_dir": "o"} | values)
+
+
+def test_readme_is_short_and_shows_both_commands_first() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 150
+    opening = "\n".join(lines[:12])
+    assert "make demo" in opening
+    assert "make test" in opening
+
+
+def test_every_page_can_be_reached_from_the_index() -> None:
+    index = ROOT / "docs" / "index.md"
+    seen, open_pages = set(), [index]
+    while open_pages:
+        page = open_pages.pop()
+        if page in seen or not page.is_file():
+            continue
+        seen.add(page)
+        links = re.findall(r"\]\(([^)#\s]+\.md)", page.read_text(encoding="utf-8"))
+        open_pages += [(page.parent / link).resolve() for link in links if not link.startswith("http")]
+    unreached = [page_id(page) for page in sorted(ROOT.glob("docs/**/*.md")) if page.resolve() not in seen]
+    assert unreached == []
+
+
+def test_licence_is_whole() -> None:
+    licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in licence
+    assert "END OF TERMS AND CONDITIONS" in licence
