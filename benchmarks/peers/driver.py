@@ -23,7 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 _LEARNING_RATE = 2.5e-5
+_EOS = 2  # what the tutorial pads with
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+
+Batch = dict[str, Tensor]
 
 
 @dataclass
@@ -47,6 +50,7 @@ def serve(build: Callable[[argparse.Namespace], Stack]) -> None:
     for name in ("model", "adapter", "batch"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--dropout", type=float, required=True)
+    parser.add_argument("--pad-to", type=int, help="one row per micro-batch, padded on the left to so many tokens")
     args = parser.parse_args()
 
     # Libraries print as they like; the answers keep a descriptor of their own.
@@ -58,10 +62,11 @@ def serve(build: Callable[[argparse.Namespace], Stack]) -> None:
     stack.model.train()
     trainable = [parameter for parameter in stack.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=_LEARNING_RATE)
-    batch = load_file(args.batch) | {"use_cache": False}
+    batch = load_file(args.batch)
+    batches = [batch] if args.pad_to is None else _padded_rows(batch, args.pad_to)
     actions: dict[str, Callable[[], dict[str, Any]]] = {
-        "check": lambda: _check(stack, trainable, batch),
-        "step": lambda: _step(stack, optimizer, batch),
+        "check": lambda: _check(stack, trainable, batches),
+        "step": lambda: _step(stack, optimizer, batches),
         "memory": lambda: {"peak_bytes": _peak_bytes(), "step_peak_bytes": _peak_bytes_since_reset()},
     }
     _answer(
@@ -78,10 +83,10 @@ def serve(build: Callable[[argparse.Namespace], Stack]) -> None:
         _answer(answers, **actions[json.loads(line)["do"]]())
 
 
-def _check(stack: Stack, trainable: list[Tensor], batch: dict[str, Any]) -> dict[str, Any]:
+def _check(stack: Stack, trainable: list[Tensor], batches: list[Batch]) -> dict[str, Any]:
     """Loss and gradient norm with dropout off: what two stacks on the same bytes must agree on."""
     with _dropout_off(stack.model):
-        loss = _forward_backward(stack, batch)
+        loss = _forward_backward(stack, batches)
     squares = [parameter.grad.double().square().sum() for parameter in trainable if parameter.grad is not None]
     norm = float(torch.stack(squares).sum().sqrt())
     without = sum(parameter.grad is None for parameter in trainable)
@@ -89,19 +94,41 @@ def _check(stack: Stack, trainable: list[Tensor], batch: dict[str, Any]) -> dict
     return {"loss": loss, "gradient_norm": norm, "factors": len(trainable), "factors_without_gradient": without}
 
 
-def _step(stack: Stack, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> dict[str, Any]:
+def _step(stack: Stack, optimizer: torch.optim.Optimizer, batches: list[Batch]) -> dict[str, Any]:
     started = time.perf_counter()
-    loss = _forward_backward(stack, batch)
+    loss = _forward_backward(stack, batches)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {"seconds": time.perf_counter() - started, "loss": loss}
 
 
-def _forward_backward(stack: Stack, batch: dict[str, Any]) -> float:
-    with stack.autocast():
-        loss = stack.model(**batch).loss
-    loss.backward()
-    return float(loss.detach())
+def _forward_backward(stack: Stack, batches: list[Batch]) -> float:
+    """Gradients of the mean loss over all label tokens, however many micro-batches they come in."""
+    counts = [int((batch["labels"][..., 1:] != -100).sum()) for batch in batches]
+    total = 0.0
+    for batch, count in zip(batches, counts, strict=True):
+        with stack.autocast():
+            loss = stack.model(**batch, use_cache=False).loss * (count / sum(counts))
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def _padded_rows(batch: Batch, length: int) -> list[Batch]:
+    """Each row of a concatenated batch as a micro-batch of its own, [1, length], padded on the left."""
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+    rows = []
+    for start, end in zip(starts, [*starts[1:], batch["input_ids"].shape[1]], strict=True):
+        input_ids, labels = batch["input_ids"][:, start:end], batch["labels"][:, start:end]
+        padding = (length - (end - start), 0)
+        rows.append(
+            {
+                "input_ids": nn.functional.pad(input_ids, padding, value=_EOS),
+                "labels": nn.functional.pad(labels, padding, value=-100),
+                "attention_mask": nn.functional.pad(torch.ones_like(input_ids), padding, value=0),
+            }
+        )
+    return rows
 
 
 @contextmanager

@@ -36,7 +36,9 @@ def build(args: argparse.Namespace) -> Stack:
         [
             "router kept in 16 bits, as ours, so that both stacks hold the same weights; by itself it would be 4-bit",
             "k-bit preparation and autocast to bfloat16, as in the tutorial: embeddings, norms and lm_head are float32",
-            "given the padding-free batch, which spares it the recipe's padding to 320 tokens",
+            "given the padding-free batch, which the tutorial does not make"
+            if args.pad_to is None
+            else f"as the tutorial feeds it: a row at a time, padded on the left to {args.pad_to}; only real tokens count",
         ],
     )
 

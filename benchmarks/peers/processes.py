@@ -13,13 +13,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 LEGACY_PYTHON = "EXPERTUNE_LEGACY_PYTHON"
 
+# Stack -> its module of `benchmarks.peers` and what its command line has in addition.
+STACKS: dict[str, tuple[str, list[str]]] = {
+    "ours": ("ours", []),
+    "legacy": ("legacy", []),
+    "tutorial": ("legacy", ["--pad-to", "320"]),
+    "stock5": ("stock5", []),
+}
+
 
 class Driver:
     """One stack in its own process.
 
     Args:
-        name: a module of `benchmarks.peers`.
-        python: interpreter of the stack's environment.
+        name: a stack of `STACKS`.
         arguments: the driver's command line.
 
     Attributes:
@@ -27,16 +34,19 @@ class Driver:
 
     Raises:
         RuntimeError: the driver ended; its last words are in the message.
+        FileNotFoundError: see `interpreter`.
     """
 
-    def __init__(self, name: str, python: Path, arguments: Sequence[str]) -> None:
+    def __init__(self, name: str, arguments: Sequence[str]) -> None:
         self.name = name
+        module, more = STACKS[name]
+        python = interpreter(module)
         # Libraries say much; it is kept in a file, and shown only where the driver dies.
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - see close()
         # No stack may look for kernels or weights elsewhere while it is timed.
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
-            [str(python), "-m", f"benchmarks.peers.{name}", *arguments],
+            [str(python), "-m", f"benchmarks.peers.{module}", *arguments, *more],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
@@ -78,18 +88,18 @@ class Driver:
         return answer
 
 
-def interpreter(name: str) -> Path:
-    """The Python that a peer runs under.
+def interpreter(module: str) -> Path:
+    """The Python that a module of `benchmarks.peers` runs under.
 
     Raises:
         FileNotFoundError: the legacy environment has not been built.
     """
-    if name != "legacy":
+    if module != "legacy":
         return Path(sys.executable)
     python = Path(os.environ.get(LEGACY_PYTHON) or ROOT / ".venv-legacy" / "bin" / "python")
     if not python.is_file():
         raise FileNotFoundError(
             f"{python}: no such interpreter; build the environment with tools/legacy_env.sh, name another one in "
-            f"{LEGACY_PYTHON}, or leave the peer out with --peers stock5"
+            f"{LEGACY_PYTHON}, or leave its peers out with --peers stock5"
         )
     return python

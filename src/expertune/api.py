@@ -30,7 +30,7 @@ from expertune.data import (
     prepare_rows,
     render_prompt,
 )
-from expertune.errors import CheckpointError, ConfigError
+from expertune.errors import CheckpointError, ConfigError, DataError
 from expertune.evaluation import evaluation_loss, score_task
 from expertune.generation import complete
 from expertune.placement.device import default_device, resolve_compute_dtype
@@ -255,12 +255,26 @@ def _require_same_config(record: RunRecord, config: RunConfig) -> None:
             raise ConfigError(f"--resume: {section} was {before!r} when the run started and is {now!r} now")
 
 
+def _require_same_files(record: RunRecord, reports: dict[str, Any]) -> None:
+    """A resumed run must read the rows that it started with: their order and text decide every step."""
+    for part, before in record.values.get("data", {}).items():
+        now = reports[part]
+        if before and now and before["sha256"] != now["sha256"]:
+            changed = [name for name in now["sha256"] if before["sha256"].get(name) != now["sha256"][name]]
+            raise DataError(
+                f"--resume: data.{part}: {', '.join(changed) or 'a file'} has changed since the run started; restore "
+                "it, or start a new output_dir"
+            )
+
+
 def _prepare_data(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, output_dir: Path, record: RunRecord, console: Console
 ) -> tuple[TokenizedRows, TokenizedRows | None]:
     train_rows = prepare_rows(config.data, "train", tokenizer)
     eval_rows = prepare_rows(config.data, "eval", tokenizer) if config.data.eval else None
-    record.update("data", train=train_rows.report, eval=eval_rows.report if eval_rows else None)
+    reports = {"train": train_rows.report, "eval": eval_rows.report if eval_rows else None}
+    _require_same_files(record, reports)
+    record.update("data", **reports)
     lengths = [row.uncut_length for part in (train_rows, eval_rows) if part for row in part.rows]
     plot_lengths(lengths, output_dir / "lengths.png", config.data.max_length)
     report = train_rows.report

@@ -215,10 +215,15 @@ def check_training_arguments(training: dict[str, Any], where: str = "config") ->
     from transformers import TrainingArguments
 
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    owned = {"output_dir": "output_dir", "remove_unused_columns": "data", "resume_from_checkpoint": "--resume"}
+    owned = {
+        "output_dir": "set by the run itself; use output_dir instead",
+        "remove_unused_columns": "set by the run itself; use data instead",
+        "resume_from_checkpoint": "set by the run itself; use --resume instead",
+        "logging_nan_inf_filter": "always off: a loss that is not finite stops the run; remove the key",
+    }
     for key in training:
         if key in owned:
-            raise ConfigError(f"{where}: training.{key} is set by the run itself; use {owned[key]} instead")
+            raise ConfigError(f"{where}: training.{key} is {owned[key]}")
         if key not in known:
             raise ConfigError(f"{where}: training.{key} is not an argument of TrainingArguments{_nearest(key, known)}")
 

@@ -51,6 +51,7 @@ MATRICES = {
     "normal, float16": lambda: torch.randn(33, 192, dtype=torch.float16),
     "one block": lambda: torch.randn(1, 64),
     "more than one nested block, the last one short": lambda: torch.randn(5, 64 * 103),
+    "more than one tile, the last one short": lambda: torch.randn(1100, 1024, dtype=torch.bfloat16),
     "trained w1": lambda: real_rows(0, 3, "w1"),
     "trained w2": lambda: real_rows(1, 0, "w2"),
     "trained w3": lambda: real_rows(3, 7, "w3"),

@@ -12,7 +12,7 @@ import pytest
 
 from expertune import finetune, load_config
 from expertune.config import parse_config
-from expertune.errors import CheckpointError, ConfigError
+from expertune.errors import CheckpointError, ConfigError, DataError
 from expertune.record import RunRecord
 from expertune.train.checkpoints import MANIFEST_NAME, STAGING_NAME, find_resume_point, seal, verify
 from tests.train.conftest import start_cli
@@ -142,3 +142,17 @@ def test_resume_with_another_learning_rate_is_refused_by_key(run_values: dict[st
     training = run_values["training"] | {"learning_rate": 5e-3}
     with pytest.raises(ConfigError, match=r"training\.learning_rate was 0\.001"):
         finetune(parse_config(run_values | {"training": training, "output_dir": str(uninterrupted)}), resume=True)
+
+
+def test_resume_over_rows_that_have_changed_is_refused_by_file(
+    run_values: dict[str, Any], uninterrupted: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "rows.jsonl"
+    copy.write_bytes(rows_file.read_bytes())
+    values = run_values | {"data": run_values["data"] | {"train": str(copy), "eval": None}}
+    values["training"] = values["training"] | {"max_steps": 1, "eval_strategy": "no"}
+    values["output_dir"] = str(tmp_path / "edited")
+    finetune(parse_config(values))
+    copy.write_bytes(rows_file.read_bytes().replace(b"plus", b"and"))
+    with pytest.raises(DataError, match=r"data\.train: rows\.jsonl has changed"):
+        finetune(parse_config(values), resume=True)

@@ -96,7 +96,7 @@ class ProgressBar(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Draw the bar."""
-        if not self.console.is_terminal:
+        if args.disable_tqdm or not self.console.is_terminal:
             return
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),

@@ -143,7 +143,7 @@ class ExpertTrainer(Trainer):
         more = f" and {len(row_ids) - 8} more" if len(row_ids) > 8 else ""
         return (
             f"the loss became {loss} in step {self.state.global_step + 1} on {rows}{more}; {last}. Look at these rows, "
-            "or lower training.learning_rate, and continue with --resume"
+            "or start a new run with a lower training.learning_rate (from this adapter, if you like, by lora.init_from)"
         )
 
 
@@ -190,10 +190,10 @@ def training_arguments(training: Mapping[str, Any], output_dir: str, device: tor
     else:
         values.setdefault("optim", "paged_adamw_8bit")
     values.setdefault("report_to", "none")
+    values.setdefault("disable_tqdm", False)
     values.setdefault("run_name", f"{Path(output_dir).name}-{time.strftime('%Y-%m-%d-%H-%M')}")
     values |= {
         "output_dir": output_dir,
-        "disable_tqdm": True,
         "remove_unused_columns": False,
         "restore_callback_states_from_checkpoint": True,
         # A loss that is not finite stops the run; hiding it from the log would be the opposite.

@@ -9,17 +9,31 @@ from torch import Tensor
 
 from expertune.kernels.nf4.reference import BLOCK_SIZE, NESTED_BLOCK_SIZE, dynamic_codebook
 
+# Weights of one tile: 4 MiB in float32, which stays in cache.
+TILE_WEIGHTS = 2**20
+
 
 def quantize_matrix(matrix_NK: Tensor, double_quantization: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[N, K] -> packed [N, K/2], absmax, nested_absmax, offset (see `expertune.kernels.nf4`)."""
-    packed, state = bnb.quantize_4bit(
-        matrix_NK.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=double_quantization, quant_type="nf4"
-    )
-    packed = packed.view(matrix_NK.shape[0], -1)
+    """[N, K] -> packed [N, K/2], absmax, nested_absmax, offset (see `expertune.kernels.nf4`).
+
+    A tile of rows at a time: on a CPU the library works through half a dozen float32 copies of what it is given.
+    """
+    rows, columns = matrix_NK.shape
+    packed = torch.empty(rows, columns // 2, dtype=torch.uint8, device=matrix_NK.device)
+    absmax = torch.empty(rows, columns // BLOCK_SIZE, dtype=torch.float32, device=matrix_NK.device)
+    step = max(TILE_WEIGHTS // columns, 1) if matrix_NK.device.type == "cpu" else rows
+    for start in range(0, rows, step):
+        tile = slice(start, start + step)
+        codes, state = bnb.quantize_4bit(matrix_NK[tile].contiguous(), blocksize=BLOCK_SIZE, quant_type="nf4")
+        packed[tile] = codes.view(-1, columns // 2)
+        absmax[tile] = state.absmax.view(-1, columns // BLOCK_SIZE)
+    absmax = absmax.flatten()
     if not double_quantization:
         empty = torch.empty(0, dtype=torch.float32, device=matrix_NK.device)
-        return packed, state.absmax, empty, empty
-    return packed, state.absmax, state.state2.absmax, state.offset.reshape(1)
+        return packed, absmax, empty, empty
+    offset = absmax.mean()
+    codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
+    return packed, codes, state.absmax, offset.reshape(1)
 
 
 def decode_absmax(absmax: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
