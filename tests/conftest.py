@@ -1,8 +1,11 @@
-"""What every room's tests share: a seed, and a quiet Hugging Face that never goes online."""
+"""What every room's tests share: one thread, one seed, and a Hugging Face that never goes online."""
 
 import os
 
-# Before huggingface_hub is imported: it reads this once.
+# Read once, when torch and huggingface_hub are imported; processes that tests start inherit them. On tensors this
+# small a second thread only waits for the first, and for very long where other work holds the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis

@@ -38,7 +38,7 @@ def build(args: argparse.Namespace) -> Stack:
             "k-bit preparation and autocast to bfloat16, as in the tutorial: embeddings, norms and lm_head are float32",
             "given the padding-free batch, which the tutorial does not make"
             if args.pad_to is None
-            else f"as the tutorial feeds it: a row at a time, padded on the left to {args.pad_to}; only real tokens count",
+            else f"as the tutorial feeds it: row by row, padded on the left to {args.pad_to}; only real tokens count",
         ],
     )
 

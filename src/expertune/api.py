@@ -33,7 +33,7 @@ from expertune.data import (
 from expertune.errors import CheckpointError, ConfigError, DataError
 from expertune.evaluation import evaluation_loss, score_task
 from expertune.generation import complete
-from expertune.placement.device import default_device, resolve_compute_dtype
+from expertune.placement.device import bound_host_memory, default_device, resolve_compute_dtype
 from expertune.plan import make_plan
 from expertune.record import RECORD_NAME, RunRecord
 from expertune.report.plots import plot_summary
@@ -110,6 +110,7 @@ def finetune(
     if not isinstance(config, RunConfig):
         config = load_config(config, overrides)
     console = console or Console(stderr=True)
+    bound_host_memory()
     check_training_arguments(config.training)
     output_dir = Path(config.output_dir)
     record = _open_record(config, output_dir, resume)
@@ -157,6 +158,7 @@ def open_run(run_dir: str | Path, adapter: str | None = None) -> OpenRun:
         CheckpointError: not a run folder, or no such adapter in it.
     """
     run_dir = Path(run_dir)
+    bound_host_memory()
     record = RunRecord.load(run_dir)
     config = parse_config(record["config"], where=str(record.path))
     folder = run_dir / (adapter or ADAPTER_FOLDER)

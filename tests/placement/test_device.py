@@ -57,7 +57,7 @@ def test_settings_of_the_user_stay(monkeypatch):
     monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
     bound_host_memory()
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
-    assert os.environ.pop("LRU_CACHE_CAPACITY") == "64"
+    assert os.environ.pop("LRU_CACHE_CAPACITY") == "128"
 
 
 FRAGMENT = """
@@ -70,7 +70,7 @@ def resident():
 {call}
 keep = []
 for size in range(8):  # blocks that are given back between blocks that stay, as layers leave their inputs behind
-    large = [torch.ones(2**20 * 6, dtype=torch.uint8) for _ in range(8)]
+    large = [torch.ones(2**20 * 12, dtype=torch.uint8) for _ in range(8)]
     keep.append(torch.ones(2**17, dtype=torch.uint8))
     del large
     torch.ones(2**20 * 20, dtype=torch.uint8)
