@@ -72,7 +72,7 @@ def test_bad_data_stops_before_the_model_is_loaded(run_values: dict[str, Any], t
     values = run_values | {"data": {"train": str(bad)}}
     with pytest.raises(DataError, match=r"bad\.jsonl: row 1"):
         expertune.finetune(parse_config(values))
-    assert not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_run_without_evaluation_rows_cannot_be_evaluated(run_values: dict[str, Any], rows_file: Path) -> None:

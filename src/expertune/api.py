@@ -30,16 +30,16 @@ from expertune.data import (
     prepare_rows,
     render_prompt,
 )
-from expertune.errors import CheckpointError, ConfigError, DataError
+from expertune.errors import CheckpointError, ConfigError, DataError, ExpertuneError, ProofError
 from expertune.evaluation import evaluation_loss, score_task
 from expertune.generation import complete
 from expertune.placement.device import bound_host_memory, default_device, resolve_compute_dtype
 from expertune.plan import make_plan
-from expertune.record import RECORD_NAME, RunRecord
+from expertune.record import RECORD_NAME, RunRecord, versions
 from expertune.report.plots import plot_summary
 from expertune.report.summary import render_summary
 from expertune.train.callbacks import History, ProgressBar, peak_memory_bytes
-from expertune.train.checkpoints import find_resume_point
+from expertune.train.checkpoints import find_resume_point, list_checkpoints
 from expertune.train.trainer import ExpertTrainer, training_arguments
 
 __all__ = ["OpenRun", "Run", "evaluate", "finetune", "generate", "make_plan", "open_run"]
@@ -121,25 +121,25 @@ def finetune(
 
     source = fetch_model(config.model, config.revision, config.trust_remote_code)
     tokenizer = load_tokenizer(source.folder, config.trust_remote_code)
+    # Nothing has been written so far: a mistake in the run file or in a row leaves no folder behind.
     train_rows, eval_rows = _prepare_data(config, tokenizer, output_dir, record, console)
 
     device = default_device()
-    model, proof = _load_and_adapt(config, source, tokenizer, train_rows, device, console)
-    record.update("model", name=config.model, revision=source.revision, device=str(device), dtype=str(model.dtype))
+    record.update("model", name=config.model, revision=source.revision, device=str(device))
     record.update("plan", **plan.to_json())
-    record.update("proof", **proof)
+    with _stops_recorded(record):
+        model = _load_and_adapt(config, source, tokenizer, train_rows, device, record, console)
+        if config.task.metric and eval_rows and "before" not in record.values.get("task", {}):
+            # A folder to resume from may hold the score already; it was taken on the same bytes.
+            record.update("task", before=_score(config, model, tokenizer, eval_rows, base_only=True))
+            console.print(_score_line("before", record["task"]["before"]))
 
-    if config.task.metric and eval_rows and "before" not in record.values.get("task", {}):
-        # A folder to resume from may hold the score already; it was taken on the same bytes.
-        record.update("task", before=_score(config, model, tokenizer, eval_rows, base_only=True))
-        console.print(_score_line("before", record["task"]["before"]))
+        _train(config, model, tokenizer, train_rows, eval_rows, device, resume, record, console)
+        model.save_pretrained(str(output_dir / ADAPTER_FOLDER))
 
-    _train(config, model, tokenizer, train_rows, eval_rows, device, resume, record, console)
-    model.save_pretrained(str(output_dir / ADAPTER_FOLDER))
-
-    if config.task.metric and eval_rows:
-        record.update("task", after=_score(config, model, tokenizer, eval_rows))
-        console.print(_score_line("after", record["task"]["after"]))
+        if config.task.metric and eval_rows:
+            record.update("task", after=_score(config, model, tokenizer, eval_rows))
+            console.print(_score_line("after", record["task"]["after"]))
     record.update("memory", peak_bytes=peak_memory_bytes())
     record.update("run", status="finished")
     plot_summary(record.values, output_dir / "summary.png")
@@ -225,19 +225,32 @@ def generate(
 
 
 def _open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:
-    """A fresh record, or the old one of the same configuration."""
+    """A fresh record, or the old one of the same configuration; nothing is written yet."""
     record = RunRecord.start(output_dir)
-    if (output_dir / RECORD_NAME).exists():
-        if not resume:
-            raise ConfigError(
-                f"{output_dir} already holds a run; continue it with --resume, or choose another output_dir"
-            )
+    # A run that stopped before its first checkpoint has left nothing that starting over could lose.
+    has_work = bool(list_checkpoints(output_dir)) or (output_dir / ADAPTER_FOLDER).exists()
+    if has_work and not resume:
+        raise ConfigError(f"{output_dir} already holds a run; continue it with --resume, or choose another output_dir")
+    if resume and (output_dir / RECORD_NAME).exists():
         record = RunRecord.load(output_dir)
         _require_same_config(record, config)
-        record.values["versions"] = RunRecord.start(output_dir).values["versions"]
+        record.values["versions"] = versions()
     record.values["config"] = config.model_dump(mode="json", exclude_unset=True)
-    record.update("run", status="running", started=record.values.get("run", {}).get("started", time.time()))
+    started = record.values.get("run", {}).get("started", time.time())
+    record.values["run"] = {"status": "running", "started": started}
     return record
+
+
+@contextmanager
+def _stops_recorded(record: RunRecord) -> Iterator[None]:
+    """Keep in the record why a run stopped."""
+    try:
+        yield
+    except ExpertuneError as error:
+        if isinstance(error, ProofError):
+            record.update("proof", passed=False, failed=str(error))
+        record.update("run", status="stopped", error=str(error))
+        raise
 
 
 def _require_same_config(record: RunRecord, config: RunConfig) -> None:
@@ -294,8 +307,9 @@ def _load_and_adapt(
     tokenizer: PreTrainedTokenizerBase,
     rows: TokenizedRows,
     device: torch.device,
+    record: RunRecord,
     console: Console,
-) -> tuple[ExpertPeftModel, dict[str, Any]]:
+) -> ExpertPeftModel:
     """Load, attach and prove."""
     started = time.monotonic()
     loaded = _load(config, source, device)
@@ -305,6 +319,8 @@ def _load_and_adapt(
     set_seed(config.training.get("seed", 42))
     model = attach(loaded, config.lora, config.model, source.revision)
     proof = prove(model, probe, base_logits)
+    record.update("model", dtype=str(model.dtype), unexpected_tensors=loaded.unexpected)
+    record.update("proof", **proof)
     learning = proof["learning"]
     console.print(
         f"proof: experts at {proof['four_bit']['bits_per_expert_weight']:.2f} bits a weight, "
@@ -312,7 +328,7 @@ def _load_and_adapt(
         f"({learning['factors_without_tokens']} saw no token), forward repeatable, adapter effective",
         soft_wrap=True,
     )
-    return model, proof
+    return model
 
 
 def _load(config: RunConfig, source: ModelSource, device: torch.device) -> LoadedModel:

@@ -29,7 +29,7 @@ TRAINING = {
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 4,
     "max_steps": STEPS,
-    "learning_rate": 2e-3,
+    "learning_rate": 5e-3,
     "warmup_steps": 2,
     "seed": 0,
 }
@@ -73,10 +73,12 @@ def train_here(adapter: Path, compute_dtype: str, folder: Path) -> tuple[list[fl
         # The router in 16 bits on both sides: only rounding is left.
         pytest.param("float32", ["lm_head", "gate"], 0.002, id="float32, same router"),
         pytest.param("bfloat16", ["lm_head", "gate"], 0.02, id="bfloat16, same router"),
+        # The tutorial's own stack to the letter: there, the router is 4-bit as well, and some tokens route otherwise.
+        pytest.param("bfloat16", None, 0.02, id="bfloat16, as the tutorial"),
     ],
 )
 def test_losses_agree_step_by_step(
-    tmp_path: Path, run_legacy: RunLegacy, compute_dtype: str, skip_modules: list[str], tolerance: float
+    tmp_path: Path, run_legacy: RunLegacy, compute_dtype: str, skip_modules: list[str] | None, tolerance: float
 ) -> None:
     write_first_adapter(tmp_path / "adapter")
     ours, rows = train_here(tmp_path / "adapter", compute_dtype, tmp_path)

@@ -89,6 +89,9 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_step_rows_and_checkpoin
     assert "rows.jsonl: row " in message
     assert "checkpoint-1" in message
     assert not (Path(run_values["output_dir"]) / "adapter").exists()
+    record = RunRecord.load(run_values["output_dir"])
+    assert record["run"]["status"] == "stopped"
+    assert record["run"]["error"] == message
 
 
 def test_only_as_many_checkpoints_stay_as_asked_for_and_the_best_is_one(run_values: dict[str, Any]) -> None:

@@ -1,0 +1,74 @@
+"""A model is a folder here or a repository on the hub; anything else is one clear sentence."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from expertune.checkpoint.hub import fetch_model
+from expertune.errors import CheckpointError
+
+
+def test_local_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+    source = fetch_model(str(tmp_path))
+    assert source.folder == tmp_path
+    assert source.revision is None
+
+
+def test_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fetch_model("~/model").folder == tmp_path / "model"
+
+
+@pytest.mark.parametrize("model", ["./no-such-folder", "/no/such/folder", "~/no-such-folder", "../no-such-folder"])
+def test_path_that_is_not_there_is_not_looked_for_on_the_hub(model: str) -> None:
+    with pytest.raises(CheckpointError, match=f"model {model}: no such folder"):
+        fetch_model(model)
+
+
+def test_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="no such folder"):
+        fetch_model(str(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize("model", ["one/two/three", "owner/na me", "owner/--name"])
+def test_name_that_is_neither_folder_nor_hub_id_is_told_so(model: str) -> None:
+    with pytest.raises(CheckpointError, match="neither a folder here nor a hub id"):
+        fetch_model(model)
+
+
+def test_hub_model_that_cannot_be_reached_says_what_to_do() -> None:
+    with pytest.raises(CheckpointError, match=r"no folder of this name here.*Give the path of a local copy"):
+        fetch_model("no-such-owner/no-such-model")
+
+
+FETCH = """
+from expertune.checkpoint.hub import fetch_model
+source = fetch_model("owner/name", revision={revision!r})
+print(source.revision, (source.folder / "config.json").read_text())
+"""
+
+
+@pytest.mark.parametrize("revision", [None, "main"])
+def test_model_in_the_hubs_cache_needs_no_connection_and_tells_its_commit(revision: str | None, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}", encoding="utf-8")
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", FETCH.format(revision=revision)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    assert done.stdout.split() == [commit, "{}"]
