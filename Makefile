@@ -47,9 +47,7 @@ $(VENV)/.development: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@ $(VENV)/.runtime
 
 .venv-legacy/.ready: constraints-legacy.txt
-	$(PYTHON) -m venv .venv-legacy
-	.venv-legacy/bin/python -m pip --disable-pip-version-check install --quiet --requirement constraints-legacy.txt
-	@touch $@
+	PYTHON=$(PYTHON) tools/legacy_env.sh
 
 clean:
 	rm -rf $(VENV) .venv-legacy runs build

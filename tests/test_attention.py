@@ -1,6 +1,5 @@
 """Attention by row: concatenated rows see nothing of each other, and everything else is stock sdpa's."""
 
-
 import pytest
 import torch
 from torch import Tensor, nn

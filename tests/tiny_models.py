@@ -54,6 +54,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": _LATENT_ATTENTION,
     "granitemoe": {"num_local_experts": 4},
     "phimoe": {"num_local_experts": 4},
+    "minimax_m2": {"num_local_experts": 4},
 }
 
 

@@ -30,17 +30,20 @@ def build(args: argparse.Namespace) -> Stack:
     config = PeftConfig.from_pretrained(args.adapter)
     config.lora_dropout = args.dropout
     model = PeftModel.from_pretrained(model, args.adapter, config=config, is_trainable=True)
-    return Stack(
+    if args.pad_to is not None:
+        return _stack(
+            model, f"legacy, fed as in the tutorial: row by row, padded left to {args.pad_to}; real tokens count"
+        )
+    return _stack(
         model,
-        lambda: torch.autocast("cpu", torch.bfloat16),
-        [
-            "router kept in 16 bits, as ours, so that both stacks hold the same weights; by itself it would be 4-bit",
-            "k-bit preparation and autocast to bfloat16, as in the tutorial: embeddings, norms and lm_head are float32",
-            "given the padding-free batch, which the tutorial does not make"
-            if args.pad_to is None
-            else f"as the tutorial feeds it: row by row, padded on the left to {args.pad_to}; only real tokens count",
-        ],
+        "router kept in 16 bits, as ours, so that both stacks hold the same weights; by itself it would be 4-bit",
+        "k-bit preparation and autocast to bfloat16, as in the tutorial: embeddings, norms and lm_head are float32",
+        "given the padding-free batch, which the tutorial does not make",
     )
+
+
+def _stack(model: torch.nn.Module, *notes: str) -> Stack:
+    return Stack(model, lambda: torch.autocast("cpu", torch.bfloat16), list(notes))
 
 
 if __name__ == "__main__":

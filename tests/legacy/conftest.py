@@ -23,7 +23,8 @@ def legacy_python(request: pytest.FixtureRequest) -> Path:
     if not python.is_file():
         reason = f"{python} is absent: build it with `make test-slow` or tools/legacy_env.sh, or set {VARIABLE}"
         # pytest -q counts skips without their reasons; nobody should take an absent stack for a passed test.
-        request.config.pluginmanager.getplugin("terminalreporter").write_line(f"\nSKIPPED tests/legacy: {reason}")
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"\nSKIPPED tests/legacy: {reason}")
         pytest.skip(reason)
     return python
 

@@ -4,8 +4,8 @@
 
 4-bit base with double quantization, k-bit preparation, gradient checkpointing, rows one by one and padded on the left
 with EOS, transformers' own Trainer. The job names `model`, `adapter`, `rows` (a list of input_ids and labels),
-`max_length`, `compute_dtype`, `skip_modules` (linears left in 16 bits), `training` (TrainingArguments) and `output`
-(JSON, written: the loss of each step).
+`max_length`, `compute_dtype`, `skip_modules` (linears left in 16 bits; null is transformers' choice), `training`
+(TrainingArguments) and `output` (JSON, written: the loss of each step).
 """
 
 import json
@@ -46,13 +46,14 @@ def main(job: dict[str, Any]) -> None:
     model.train()
 
     def pad(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        def left(name: str, fill: int) -> torch.Tensor:
-            return torch.tensor([[fill] * (job["max_length"] - len(row[name])) + row[name] for row in rows])
+        def left(values: list[list[int]], fill: int) -> torch.Tensor:
+            return torch.tensor([[fill] * (job["max_length"] - len(value)) + value for value in values])
 
-        batch = {"input_ids": left("input_ids", EOS), "labels": left("labels", -100)}
-        ones = [{"mask": [1] * len(row["input_ids"])} for row in rows]
-        mask = torch.tensor([[0] * (job["max_length"] - len(row["mask"])) + row["mask"] for row in ones])
-        return batch | {"attention_mask": mask}
+        return {
+            "input_ids": left([row["input_ids"] for row in rows], EOS),
+            "labels": left([row["labels"] for row in rows], -100),
+            "attention_mask": left([[1] * len(row["labels"]) for row in rows], 0),
+        }
 
     arguments = TrainingArguments(
         **job["training"],

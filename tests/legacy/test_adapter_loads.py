@@ -6,7 +6,6 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from tests.legacy.conftest import RunLegacy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -15,6 +14,7 @@ from expertune.adapt.attach import attach
 from expertune.checkpoint.load import LoadedModel, load_model
 from expertune.config import LoraSection, QuantizationConfig
 from expertune.experts.module import Nf4Experts
+from tests.legacy.conftest import RunLegacy
 
 pytestmark = pytest.mark.slow
 

@@ -5,10 +5,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
-from tests.legacy.conftest import RunLegacy
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from expertune.adapt.attach import attach
 from expertune.api import finetune
@@ -16,12 +17,14 @@ from expertune.checkpoint.load import load_model
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import LoraSection, QuantizationConfig, RunConfig
 from expertune.data import prepare_rows
+from tests.legacy.conftest import RunLegacy
 
 pytestmark = pytest.mark.slow
 
 ASSETS = Path(__file__).parents[2] / "src" / "expertune" / "assets"
 MODEL = ASSETS / "tiny-mixtral"
 STEPS = 10
+ROUNDINGS = 4  # the scales are rounded too, and settle after a few
 MAX_LENGTH = 320
 
 # The recipe's batch and schedule; the learning rate is one at which ten steps move the loss of this small model.
@@ -35,19 +38,42 @@ TRAINING = {
 }
 
 
-def write_first_adapter(folder: Path) -> None:
+def write_base(folder: Path) -> Path:
+    """The embedded model with router weights that 4 bits hold without loss.
+
+    The tutorial's stack quantizes routers as well, and ours does not. Rounding them beforehand gives both the same
+    model, so that what remains between them is the training.
+    """
+    folder.mkdir()
+    for path in MODEL.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(MODEL / "model.safetensors")
+    for name, weight in tensors.items():
+        if name.endswith(".gate.weight"):
+            rounded = weight.float()
+            for _ in range(ROUNDINGS):
+                rounded = bnb.dequantize_4bit(*bnb.quantize_4bit(rounded, compress_statistics=True, quant_type="nf4"))
+            tensors[name] = rounded
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_first_adapter(folder: Path, base: Path) -> Path:
     """The recipe's adapter as it is before the first step: A random, B zero."""
     torch.manual_seed(0)
-    loaded = load_model(MODEL, QuantizationConfig(), torch.float32, "cpu")
+    loaded = load_model(base, QuantizationConfig(), torch.float32, "cpu")
     section = LoraSection(r=8, alpha=16, targets=["attention", "experts", "lm_head"])
-    attach(loaded, section, str(MODEL)).save_pretrained(str(folder))
+    attach(loaded, section, str(base)).save_pretrained(str(folder))
+    return folder
 
 
-def train_here(adapter: Path, compute_dtype: str, folder: Path) -> tuple[list[float], list[dict[str, list[int]]]]:
+def train_here(
+    base: Path, adapter: Path, compute_dtype: str, folder: Path
+) -> tuple[list[float], list[dict[str, list[int]]]]:
     """A whole run of ours; its loss of each step, and the rows that it trained on."""
     config = RunConfig.model_validate(
         {
-            "model": str(MODEL),
+            "model": str(base),
             "data": {
                 "train": f"{ASSETS / 'viggo' / 'viggo-train.csv'}[0:{4 * STEPS}]",
                 "columns": {"prompt": "ref", "completion": "mr"},
@@ -62,7 +88,7 @@ def train_here(adapter: Path, compute_dtype: str, folder: Path) -> tuple[list[fl
         }
     )
     run = finetune(config, console=Console(file=StringIO()))
-    rows = prepare_rows(config.data, "train", load_tokenizer(MODEL)).rows
+    rows = prepare_rows(config.data, "train", load_tokenizer(base)).rows
     losses = [loss for _, loss in run.record["train"]["loss"]]
     return losses, [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
 
@@ -70,21 +96,21 @@ def train_here(adapter: Path, compute_dtype: str, folder: Path) -> tuple[list[fl
 @pytest.mark.parametrize(
     ("compute_dtype", "skip_modules", "tolerance"),
     [
-        # The router in 16 bits on both sides: only rounding is left.
-        pytest.param("float32", ["lm_head", "gate"], 0.002, id="float32, same router"),
-        pytest.param("bfloat16", ["lm_head", "gate"], 0.02, id="bfloat16, same router"),
-        # The tutorial's own stack to the letter: there, the router is 4-bit as well, and some tokens route otherwise.
-        pytest.param("bfloat16", None, 0.02, id="bfloat16, as the tutorial"),
+        # Routers in 16 bits on both sides: nothing differs but the order of sums.
+        pytest.param("float32", ["lm_head", "gate"], 0.001, id="float32-same-routers"),
+        # To the letter. bfloat16 rounds at other places, and near ties some tokens take another expert.
+        pytest.param("bfloat16", None, 0.02, id="bfloat16-as-the-tutorial"),
     ],
 )
 def test_losses_agree_step_by_step(
     tmp_path: Path, run_legacy: RunLegacy, compute_dtype: str, skip_modules: list[str] | None, tolerance: float
 ) -> None:
-    write_first_adapter(tmp_path / "adapter")
-    ours, rows = train_here(tmp_path / "adapter", compute_dtype, tmp_path)
+    base = write_base(tmp_path / "base")
+    adapter = write_first_adapter(tmp_path / "adapter", base)
+    ours, rows = train_here(base, adapter, compute_dtype, tmp_path)
     job: dict[str, Any] = {
-        "model": MODEL,
-        "adapter": tmp_path / "adapter",
+        "model": base,
+        "adapter": adapter,
         "rows": rows,
         "max_length": MAX_LENGTH,
         "compute_dtype": compute_dtype,

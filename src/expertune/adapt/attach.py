@@ -1,16 +1,21 @@
 """Attach LoRA as the run file says: resolve names, build the PeftModel, start from an existing adapter if asked."""
 
+import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
 
 from expertune.adapt.files import load_adapter_tensors, read_adapter_config, read_adapter_tensors, stock_config
 from expertune.adapt.peft_model import ExpertPeftModel, leaf_is_rewritten
 from expertune.checkpoint.load import LoadedModel
 from expertune.checkpoint.names import NameMap
-from expertune.checkpoint.targets import ResolvedTargets, resolve_targets
+from expertune.checkpoint.targets import Rank, ResolvedTargets, resolve_targets
 from expertune.config import LoraSection
 from expertune.errors import ConfigError
 from expertune.experts.lora import ExpertLoraConfig
@@ -38,16 +43,19 @@ def attach(
         ConfigError: a target fits nothing, or `init_from` disagrees with a value that the run file sets.
         CheckpointError: `init_from` is no adapter of this model.
     """
-    if lora.init_from:
-        lora = adopt(lora)
-    targets = resolve_targets(loaded.model, loaded.names, lora)
+    with _without_adapters(loaded.model):
+        if lora.init_from:
+            asked, lora = lora, adopt(lora, loaded.names)
+            _require_same_targets(loaded, asked, lora)
+        targets = resolve_targets(loaded.model, loaded.names, lora)
     config = _live_config(targets, lora)
+    fused_ranks, fused_alphas = _fused_patterns(targets, lora)
     stock = stock_config(
         r=lora.r,
         alpha=lora.alpha,
         target_modules=sorted(_names_on_disk(targets, loaded.names)),
-        rank_pattern=lora.rank_pattern,
-        alpha_pattern=lora.alpha_pattern,
+        rank_pattern=fused_ranks | lora.rank_pattern,
+        alpha_pattern=fused_alphas | lora.alpha_pattern,
         rslora=lora.rslora,
         base_model=base_model,
         revision=revision,
@@ -64,7 +72,7 @@ def attach(
     return model
 
 
-def adopt(lora: LoraSection) -> LoraSection:
+def adopt(lora: LoraSection, names: NameMap) -> LoraSection:
     """The adapter section with the shape of the adapter at `init_from`.
 
     Raises:
@@ -73,21 +81,57 @@ def adopt(lora: LoraSection) -> LoraSection:
     """
     assert lora.init_from is not None
     stock = read_adapter_config(lora.init_from)
+    # Ranks and alphas that `_fused_patterns` has added name no module of the checkpoint.
+    fused = tuple(_fused_names(names))
+
+    def patterns(key: str) -> dict[str, Any]:
+        return {name: value for name, value in (stock.get(key) or {}).items() if name not in fused}
+
     found: dict[str, Any] = {
         "r": stock["r"],
         "alpha": stock["lora_alpha"],
         "targets": stock["target_modules"],
-        "rank_pattern": stock.get("rank_pattern") or {},
-        "alpha_pattern": stock.get("alpha_pattern") or {},
+        "rank_pattern": patterns("rank_pattern"),
+        "alpha_pattern": patterns("alpha_pattern"),
         "rslora": bool(stock.get("use_rslora")),
     }
-    for key in ("r", "alpha", "rslora"):
+    for key in ("r", "alpha", "rslora", "rank_pattern", "alpha_pattern"):
         if key in lora.model_fields_set and getattr(lora, key) != found[key]:
             raise ConfigError(
                 f"lora.{key} is {getattr(lora, key)}, but the adapter at {lora.init_from} has {found[key]}; "
                 "remove the key to take the adapter's"
             )
     return lora.model_copy(update=found)
+
+
+@contextmanager
+def _without_adapters(model: nn.Module) -> Iterator[None]:
+    """The model with its own modules in the places of PEFT's layers around them, while names are resolved."""
+    wrapped = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    outermost = {name: module for name, module in wrapped.items() if not name.endswith(".base_layer")}
+    places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in outermost]
+    for (parent, child), module in zip(places, outermost.values(), strict=True):
+        setattr(parent, child, module.get_base_layer())
+    try:
+        yield
+    finally:
+        for (parent, child), module in zip(places, outermost.values(), strict=True):
+            setattr(parent, child, module)
+
+
+def _require_same_targets(loaded: LoadedModel, asked: LoraSection, adopted: LoraSection) -> None:
+    """Refuse targets that the run file names and that the adapter at `init_from` does not have, or the reverse."""
+    if "targets" not in asked.model_fields_set:
+        return
+    ours, theirs = (
+        resolve_targets(loaded.model, loaded.names, adopted.model_copy(update={"targets": section.targets}))
+        for section in (asked, adopted)
+    )
+    if ours != theirs:
+        raise ConfigError(
+            f"lora.targets is {asked.targets}, but the adapter at {asked.init_from} has {adopted.targets}; "
+            "remove the key to take the adapter's"
+        )
 
 
 def _live_config(targets: ResolvedTargets, lora: LoraSection) -> ExpertLoraConfig:
@@ -118,3 +162,38 @@ def _names_on_disk(targets: ResolvedTargets, names: NameMap) -> set[str]:
     modules = [*targets.linears, *targets.router]
     leaves = {names.on_disk(name).rpartition(".")[2] for name in modules}
     return leaves | {names.projection_names[p] for projections in targets.experts.values() for p in projections}
+
+
+def _fused_patterns(targets: ResolvedTargets, lora: LoraSection) -> tuple[dict[str, int], dict[str, float]]:
+    """Ranks and alphas under the names by which PEFT on transformers 5 knows experts, where its own would be wrong.
+
+    There gate and up become one adapter of the sum of their ranks, and PEFT takes twice `r` and twice `lora_alpha` for
+    it, whatever the patterns say and whatever the scale: wrong with a pattern on experts, and by a factor of sqrt(2)
+    with rsLoRA. No key can express gate and up of different scales; such an adapter loads where experts are separate
+    linears (PEFT on transformers 4), as does one on gate without up, which PEFT refuses by itself.
+    """
+    default = {Rank(lora.r, lora.alpha)}
+    if not lora.rslora and all(set(ranks.values()) == default for ranks in targets.experts.values()):
+        return {}, {}
+    by_name: dict[str, Rank] = {}
+    for module, ranks in targets.experts.items():
+        for parameter, projections in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
+            held = [ranks[projection] for projection in projections if projection in ranks]
+            scales = [_scale(rank, lora.rslora) for rank in held]
+            if len(held) == len(projections) and math.isclose(min(scales), max(scales)):
+                total = sum(rank.rank for rank in held)
+                divisor = math.sqrt(total) if lora.rslora else total
+                by_name[f"{module}.{parameter}"] = Rank(total, scales[0] * divisor)
+    return (
+        {name: rank.rank for name, rank in by_name.items()},
+        {name: rank.alpha for name, rank in by_name.items()},
+    )
+
+
+def _fused_names(names: NameMap) -> Iterator[str]:
+    for module in names.specs:
+        yield from (f"{module}.gate_up_proj", f"{module}.down_proj")
+
+
+def _scale(rank: Rank, rslora: bool) -> float:
+    return rank.alpha / (math.sqrt(rank.rank) if rslora else rank.rank)

@@ -28,6 +28,8 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
+_COPIES = (".base_layer.weight", "lm_head.weight", "embed_tokens.weight")
+
 
 def adapter_tensors(model: nn.Module, names: NameMap, adapter: str = "default") -> Iterator[tuple[str, Tensor]]:
     """Every tensor of an adapter under its name on disk; the tensors are views into the live parameters.
@@ -117,6 +119,8 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: no {CONFIG_NAME} here; is it an adapter folder?") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected a mapping, got {type(config).__name__}")
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be read")
     if config.get("target_parameters"):
@@ -127,13 +131,20 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     for key in ("use_dora", "modules_to_save", "alora_invocation_tokens", "layers_to_transform"):
         if config.get(key):
             raise CheckpointError(f"{path}: {key} is set, which Expertune does not read")
+    if config.get("bias", "none") != "none":
+        raise CheckpointError(f"{path}: bias is {config['bias']!r}; only adapters without trained biases can be read")
     if not isinstance(config.get("target_modules"), list):
         raise CheckpointError(f"{path}: target_modules must be a list of projection names")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float):
+            raise CheckpointError(f"{path}: {key} must be a number, got {config.get(key)!r}")
     return config
 
 
 def read_adapter_tensors(folder: str | Path) -> dict[str, Tensor]:
     """The tensors of an adapter folder by name on disk.
+
+    Copies of frozen weights, which PEFT adds when the output head is a target, are left out.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -142,7 +153,7 @@ def read_adapter_tensors(folder: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {WEIGHTS_NAME} here (pickled adapters are never loaded)")
     try:
-        return load_file(path)
+        return {key: tensor for key, tensor in load_file(path).items() if not key.endswith(_COPIES)}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged ({error})") from None
 
@@ -157,7 +168,6 @@ def load_adapter_tensors(
         CheckpointError: a tensor is missing, unknown, of another shape, or not finite; nothing has been changed then.
     """
     live = dict(adapter_tensors(model, names, adapter))
-    # Adapters trained under other wrappers name the head with one level more or less; the leafs are what counts here.
     for what, keys in (("missing", live.keys() - tensors.keys()), ("unknown", tensors.keys() - live.keys())):
         if keys:
             first = sorted(keys)[0]

@@ -7,7 +7,6 @@ B factor non-zero so that A can show a gradient, and restores the factors to the
 
 import hashlib
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.errors import ProofError
+from expertune.experts.contract import is_experts
 from expertune.experts.lora import ExpertsLora
 from expertune.experts.module import Nf4Experts
 from expertune.experts.routing import sort_by_expert
@@ -59,8 +59,8 @@ def prove(model: ExpertPeftModel, batch: Batch, base_logits: Tensor) -> dict[str
         first, second = probe_logits(model, batch), probe_logits(model, batch)
         if not torch.equal(first, second):
             raise ProofError(
-                f"two forwards of the same rows differ by up to {_distance(first, second):.3g}; the model is not "
-                "repeatable, so that a resumed run would drift"
+                f"two forwards of the same rows differ by up to {_distance(first, second):.3g}, from "
+                f"{_first_to_differ(model, batch)} on; the model is not repeatable, so that a resumed run would drift"
             )
         change = _distance(first, base_logits)
         if change == 0:
@@ -92,13 +92,13 @@ def _prove_four_bits(model: nn.Module) -> dict[str, Any]:
                 expert_weights += stack.num_matrices * stack.rows * stack.columns
                 expert_bytes += stack.nbytes
         elif isinstance(module, bnb.nn.Linear4bit):
-            state = module.weight.quant_state
+            state = getattr(module.weight, "quant_state", None)
             if module.weight.dtype != torch.uint8 or state is None:
                 raise ProofError(f"{name}: the weight is {module.weight.dtype}, not packed 4-bit bytes")
             linear_weights += state.shape.numel()
             linear_bytes += module.weight.nbytes + _state_bytes(state)
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_floating_point() and parameter.ndim == 3 and not isinstance(module, nn.ParameterDict):
+            if is_experts(module) and parameter.is_floating_point() and parameter.ndim == 3:
                 raise ProofError(f"{name}.{parameter_name}: experts are held as {parameter.dtype}, not in 4 bits")
     if not expert_weights:
         raise ProofError("no 4-bit experts in the model")
@@ -118,7 +118,10 @@ def _prove_learning(model: ExpertPeftModel, batch: Batch) -> dict[str, Any]:
     try:
         with _tokens_per_expert(model, batch) as tokens:
             # Every token is a target here, so that a masked prompt does not starve the experts that serve it.
-            model(**{**batch, "labels": _all_labels(batch)}, use_cache=False).loss.backward()
+            loss = model(**{**batch, "labels": _all_labels(batch)}, use_cache=False).loss
+        if not loss.requires_grad:
+            raise ProofError("no factor of the adapter takes part in the loss, so that none can learn")
+        loss.backward()
         checked, idle = 0, 0
         for what, gradient in _factor_gradients(model, tokens):
             if gradient is _NO_TOKENS:
@@ -151,6 +154,8 @@ def _factor_gradients(model: nn.Module, tokens: dict[str, Tensor]) -> Iterator[t
                 if not isinstance(module, ExpertsLora):
                     yield f"{name}.{factor}", held.weight.grad
                     continue
+                if name not in tokens:
+                    raise ProofError(f"{name}: the forward never passes through these experts, so that none can learn")
                 for projection, stacked in held.items():
                     for expert, count in enumerate(tokens[name].tolist()):
                         gradient = None if stacked.grad is None else stacked.grad[expert]
@@ -166,7 +171,7 @@ def _tokens_per_expert(model: nn.Module, batch: Batch) -> Iterator[dict[str, Ten
     no gradient, and rightly so.
     """
     matters = _all_labels(batch).roll(-1, dims=-1).reshape(-1) != -100
-    counts: dict[str, Tensor] = defaultdict(lambda: torch.zeros(0))
+    counts: dict[str, Tensor] = {}
     handles = []
 
     def count(name: str, num_experts: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -225,10 +230,35 @@ def _all_labels(batch: Batch) -> Tensor:
     return labels
 
 
+def _first_to_differ(model: nn.Module, batch: Batch) -> str:
+    """Name of the first module whose output is another one when the forward is repeated; for a failure's message."""
+
+    def digests() -> list[tuple[str, str]]:
+        seen: list[tuple[str, str]] = []
+
+        def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                outputs = output if isinstance(output, tuple | list) else [output]
+                seen.append((name, _digest([value for value in outputs if isinstance(value, Tensor)])))
+
+            return hook
+
+        handles = [module.register_forward_hook(record(name)) for name, module in model.named_modules() if name]
+        try:
+            probe_logits(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+    pairs = zip(digests(), digests(), strict=False)
+    return next((name for (name, one), (_, other) in pairs if one != other), "one call in some")
+
+
 def _digest(tensors: list[Tensor]) -> str:
     sha = hashlib.sha256()
     for tensor in tensors:
-        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        sha.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

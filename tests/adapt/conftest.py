@@ -1,0 +1,83 @@
+"""A tiny Mixtral with 4-bit experts, and adapters on it."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from expertune.adapt.attach import attach
+from expertune.adapt.peft_model import ExpertPeftModel
+from expertune.checkpoint.load import LoadedModel
+from expertune.config import LoraSection
+from tests.tiny_models import load_tiny, random_rows, save_tiny_model
+
+FolderOf = Callable[[str], Path]
+EVERYTHING = ["attention", "experts", "lm_head"]
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
+    """The tiny checkpoint of a family, written once."""
+    folders: dict[str, Path] = {}
+
+    def folder_of(family: str) -> Path:
+        if family not in folders:
+            folders[family] = save_tiny_model(tmp_path_factory.mktemp(family), family)
+        return folders[family]
+
+    return folder_of
+
+
+@pytest.fixture
+def mixtral(family_folder: FolderOf) -> Path:
+    return family_folder("mixtral")
+
+
+@pytest.fixture
+def loaded(mixtral: Path) -> LoadedModel:
+    """A model of the test's own: attaching changes it."""
+    return load_tiny(mixtral)
+
+
+def adapt(loaded: LoadedModel, adapter_name: str = "default", onto: ExpertPeftModel | None = None, **lora: Any):
+    """Attach an adapter; targets are attention, experts and the output head unless the test says otherwise."""
+    section = LoraSection(**({"r": 4, "alpha": 8, "targets": EVERYTHING} | lora))
+    return attach(loaded, section, base_model="owner/tiny", adapter_name=adapter_name, onto=onto)
+
+
+def adopt(loaded: LoadedModel, folder: Path, **lora: Any) -> ExpertPeftModel:
+    """Attach an adapter that starts from a folder; the run file sets nothing but what the test says."""
+    return attach(loaded, LoraSection(init_from=str(folder), **lora), base_model="owner/tiny")
+
+
+def train_a_little(model: nn.Module, seed: int = 1) -> None:
+    """Give every factor the size that training gives it: B starts at zero, where nothing could go wrong."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+
+def stock_peft(base: nn.Module, folder: Path) -> PeftModel:
+    """The adapter as plain PEFT reads it, over plain transformers."""
+    with warnings.catch_warnings():
+        # PEFT asks transformers by a renamed property, and takes pattern keys of wrapped parameters for unused ones.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match any")
+        return PeftModel.from_pretrained(base, folder)
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return random_rows(3, 16)

@@ -1,0 +1,311 @@
+"""The proof passes a healthy model and names what is wrong with each kind of sick one."""
+
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from expertune.adapt.peft_model import ExpertPeftModel
+from expertune.adapt.proof import probe_logits, prove
+from expertune.checkpoint.load import LoadedModel
+from expertune.errors import ProofError
+from expertune.experts.lora import ExpertsLora
+from expertune.experts.module import Nf4Experts
+from tests.adapt.conftest import EVERYTHING, FolderOf, adapt, train_a_little
+from tests.tiny_models import FAMILIES, VOCABULARY, changed, load_tiny, random_rows, stock_model
+
+EXPERTS = "model.layers.1.mlp.experts"
+Batch = dict[str, Tensor]
+
+
+def batch_of(num_rows: int = 4, length: int = 24) -> Batch:
+    ids = random_rows(num_rows, length)
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def concatenated_batch() -> Batch:
+    positions = torch.cat([torch.arange(length) for length in (17, 1, 40)])[None]
+    ids = torch.randint(3, VOCABULARY, positions.shape)
+    return {"input_ids": ids, "position_ids": positions, "labels": torch.full_like(ids, -100)}
+
+
+def padded_batch() -> Batch:
+    batch = batch_of()
+    mask = torch.ones_like(batch["input_ids"])
+    mask[0, :10] = mask[1, :3] = 0
+    return batch | {"attention_mask": mask}
+
+
+def prepared(loaded: LoadedModel, batch: Batch, **lora: Any) -> tuple[ExpertPeftModel, Tensor]:
+    base = probe_logits(loaded.model, batch)
+    return adapt(loaded, **({"targets": [*EVERYTHING, "router"]} | lora)), base
+
+
+# ---- healthy
+
+
+@pytest.mark.parametrize("make", [batch_of, concatenated_batch, padded_batch])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_healthy_model_passes(make: Any, dropout: float, loaded: LoadedModel) -> None:
+    batch = make()
+    report = prove(*_order(prepared(loaded, batch, dropout=dropout), batch))
+    assert report["passed"]
+    assert report["learning"]["factors_learning"] + report["learning"]["factors_without_tokens"] == 2 * (
+        2 * 4 * 3 + 2 * 4 + 2 + 1
+    )
+    assert report["learning"]["factors_without_tokens"] <= 12
+    assert report["effective"]["largest_logit_change"] > 0
+    assert report["effective"]["disabled_equals_base"]
+
+
+def _order(pair: tuple[ExpertPeftModel, Tensor], batch: Batch) -> tuple[ExpertPeftModel, Batch, Tensor]:
+    return pair[0], batch, pair[1]
+
+
+def test_four_bit_figures_follow_from_the_sizes(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    bits = prove(*_order(prepared(loaded, batch), batch))["four_bit"]
+    weights = 2 * 4 * 3 * 64 * 128
+    assert bits["expert_weights"] == weights
+    # A byte of absmax for 64 weights; per matrix of 128 blocks one nested absmax and one offset of 4 bytes.
+    assert bits["expert_bytes"] == weights // 2 + weights // 64 + 2 * 4 * 3 * 8
+    assert bits["bits_per_expert_weight"] == round(8 * bits["expert_bytes"] / weights, 4)
+    assert bits["linear_weights"] == 2 * (2 * 64 * 64 + 2 * 64 * 32)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
+def test_healthy_models_of_other_families_pass(family: str, family_folder: FolderOf) -> None:
+    loaded, batch = load_tiny(family_folder(family)), batch_of(8, 32)
+    assert prove(*_order(prepared(loaded, batch), batch))["passed"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_healthy_half_precision_model_passes(dtype: torch.dtype, mixtral: Path) -> None:
+    loaded, batch = load_tiny(mixtral, dtype), batch_of()
+    assert prove(*_order(prepared(loaded, batch, dtype="bfloat16"), batch))["passed"]
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_healthy_model_passes_under_activation_checkpointing(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    assert prove(model, batch, base)["passed"]
+
+
+def test_experts_that_the_rows_do_not_reach_are_counted_not_blamed(loaded: LoadedModel) -> None:
+    batch = batch_of(1, 3)
+    report = prove(*_order(prepared(loaded, batch), batch))
+    assert report["learning"]["factors_without_tokens"] > 0
+
+
+def test_factors_mode_gradients_and_random_state_are_as_before(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch, dropout=0.1)
+    train_a_little(model)
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    prove(model, batch, base)
+    assert changed(before, dict(model.state_dict())) == []
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules() if isinstance(module, ExpertsLora))
+
+
+def test_factors_are_restored_when_a_check_fails(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ProofError):
+        prove(model, batch, base + 1)
+    assert changed(before, dict(model.state_dict())) == []
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_second_proof_gives_the_same_report(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    first, second = prove(model, batch, base), prove(model, batch, base)
+    assert first["four_bit"] == second["four_bit"]
+    assert first["learning"] == second["learning"]
+
+
+# ---- sick, each in one way
+
+
+def expect_failure(model: ExpertPeftModel, batch: Batch, base: Tensor, message: str) -> None:
+    with pytest.raises(ProofError, match=message):
+        prove(model, batch, base)
+
+
+def test_experts_left_in_sixteen_bits_are_named(mixtral: Path, loaded: LoadedModel) -> None:
+    batch = batch_of()
+    stock = stock_model(mixtral).get_submodule("model.layers.0.mlp.experts")
+    base = probe_logits(loaded.model, batch)
+    model = adapt(loaded, targets=["attention"])
+    loaded.model.get_submodule("model.layers.0.mlp").experts = stock
+    expect_failure(model, batch, base, r"layers\.0\.mlp\.experts\.gate_up_proj: experts are held as torch\.float32")
+
+
+def test_model_without_any_four_bit_experts_is_told(mixtral: Path, loaded: LoadedModel) -> None:
+    batch = batch_of()
+    base = probe_logits(loaded.model, batch)
+    model = adapt(loaded, targets=["attention"])
+    for layer in range(2):
+        loaded.model.get_submodule(f"model.layers.{layer}.mlp").experts = nn.Identity()
+    expect_failure(model, batch, base, "no 4-bit experts in the model")
+
+
+def test_linear_whose_weight_was_unpacked_is_named(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch, targets=["experts"])
+    linear = loaded.model.get_submodule("model.layers.1.self_attn.k_proj")
+    linear.weight = nn.Parameter(torch.zeros(32, 64), requires_grad=False)
+    expect_failure(model, batch, base, r"layers\.1\.self_attn\.k_proj: the weight is torch\.float32, not packed")
+
+
+def test_convolution_beside_the_experts_is_no_expert(loaded: LoadedModel) -> None:
+    """Hybrid models have three-dimensional convolution kernels in 16 bits, and rightly so."""
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    loaded.model.get_submodule("model.layers.0").conv1d = nn.Conv1d(64, 64, 4)
+    assert prove(model, batch, base)["passed"]
+
+
+def experts_layer(loaded: LoadedModel) -> ExpertsLora:
+    layer = loaded.model.get_submodule(EXPERTS)
+    assert isinstance(layer, ExpertsLora)
+    return layer
+
+
+def test_factor_that_is_cut_from_the_graph_is_named(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    layer = experts_layer(loaded)
+    cut = layer.lora_A["default"]["up"].detach().clone()
+
+    class Detached(nn.ParameterDict):
+        def __getitem__(self, key: str) -> Any:
+            return cut if key == "up" else super().__getitem__(key)
+
+    layer.lora_A["default"].__class__ = Detached
+    expect_failure(model, batch, base, rf"{EXPERTS}: expert \d, up, lora_A: the gradient is missing")
+
+
+def test_factor_of_an_attention_linear_that_is_cut_from_the_graph_is_named(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    linear = loaded.model.get_submodule("model.layers.0.self_attn.q_proj").lora_B["default"]
+    linear.forward = lambda x: nn.functional.linear(x, linear.weight.detach())
+    expect_failure(model, batch, base, r"layers\.0\.self_attn\.q_proj\.lora_B: the gradient is missing")
+
+
+def test_expert_adapter_whose_output_is_dropped_is_named(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    layer = experts_layer(loaded)
+    layer.forward = types.MethodType(lambda self, *inputs: self.base_layer(*inputs), layer)
+    expect_failure(model, batch, base, rf"{EXPERTS}: expert \d, \w+, lora_A: the gradient is missing")
+
+
+def test_experts_that_the_forward_goes_around_are_named(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    layer = experts_layer(loaded)
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.adapted = layer
+
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return self.adapted.base_layer(*inputs)
+
+    loaded.model.get_submodule("model.layers.1.mlp").experts = Around()
+    expect_failure(model, batch, base, rf"{EXPERTS}\.adapted: the forward never passes through these experts")
+
+
+def test_expert_whose_scale_is_zero_is_named(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    experts_layer(loaded).set_scale("default", 0.0)
+    expect_failure(model, batch, base, rf"{EXPERTS}: expert \d, \w+, lora_\w: the gradient is zero everywhere")
+
+
+def test_gradient_that_is_not_finite_is_named(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    with torch.no_grad():
+        experts_layer(loaded).lora_A["default"]["down"].fill_(torch.inf)
+    expect_failure(model, batch, base, "the gradient is not finite")
+
+
+def test_adapter_on_modules_that_are_never_used_is_told(loaded: LoadedModel) -> None:
+    """All adapters switched off behind PEFT's back: what is attached, changes nothing."""
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module._disable_adapters = True
+    expect_failure(model, batch, base, "no factor of the adapter takes part in the loss")
+
+
+def test_adapter_that_never_reaches_the_logits_is_told(loaded: LoadedModel) -> None:
+    """Factors that learn from the loss alone: what is generated would be the base's."""
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    forward = loaded.model.forward
+
+    def without_adapter(*args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if labels is not None:
+            return forward(*args, labels=labels, **kwargs)
+        with model.disable_adapter():
+            return forward(*args, **kwargs)
+
+    loaded.model.forward = without_adapter
+    expect_failure(model, batch, base, "a non-zero adapter does not change the logits")
+
+
+@pytest.mark.parametrize("what", ["expert bytes", "expert scales", "a norm"])
+def test_base_that_changed_after_attaching_is_told(what: str, loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    experts = experts_layer(loaded).base_layer
+    assert isinstance(experts, Nf4Experts)
+    with torch.no_grad():
+        if what == "expert bytes":
+            experts.down.packed ^= 0x11
+        elif what == "expert scales":
+            experts.down.offset.mul_(1.01)
+        else:
+            loaded.model.get_submodule("model.norm").weight.mul_(1.01)
+    expect_failure(model, batch, base, r"logits differ from the base model's by up to .*attaching .* changed the base")
+
+
+def test_forward_that_does_not_repeat_itself_is_named(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    act = experts_layer(loaded).base_layer.activation.act_fn
+    plain = act.forward
+    act.forward = lambda x: plain(x) + 1e-3 * torch.randn_like(x)
+    expect_failure(model, batch, base, rf"two forwards .* differ by .*, from .*{EXPERTS}\S* on; .* not repeatable")
+
+
+def test_forward_that_drifts_is_named(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    norm = loaded.model.get_submodule("model.layers.1.input_layernorm")
+
+    def drift(module: nn.Module, inputs: Any) -> None:
+        module.weight.data.mul_(1.001)
+
+    norm.register_forward_pre_hook(drift)
+    expect_failure(model, batch, base, r"differ by .*, from .*layers\.1\.input_layernorm on")
