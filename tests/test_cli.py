@@ -13,7 +13,7 @@ import pytest
 import expertune
 from expertune.cli import _LIBRARIES, main
 from expertune.config import DataConfig
-from expertune.errors import DataError, DoesNotFitError
+from expertune.errors import DataError
 from expertune.record import RunRecord
 
 RUN_FILE = "model: base\ndata: {train: rows.jsonl}\noutput_dir: runs/first\n"
@@ -188,12 +188,8 @@ def test_version(run):
 
 
 def plan_of(fits):
-    def require_fit():
-        if not fits:
-            raise DoesNotFitError("needs 23 GB, there are 16 GB; lower data.max_length")
-
     return SimpleNamespace(
-        to_json=lambda: {"peak_bytes": 23, "fits": fits}, render=lambda: "peak 23 GB", require_fit=require_fit
+        model="a model", fits=fits, to_json=lambda: {"peak_bytes": 23, "fits": fits}, render=lambda: "peak 23 GB"
     )
 
 
@@ -223,7 +219,7 @@ def test_a_plan_that_does_not_fit_is_exit_code_2(run, run_file, api, options):
     code, out, err = run("plan", "run.yaml", *options)
     assert code == 2
     assert "23" in out
-    assert err == "expertune: error: needs 23 GB, there are 16 GB; lower data.max_length\n"
+    assert err == "expertune: error: a model does not fit; see what to give up above\n"
 
 
 # --- train --------------------------------------------------------------------------------------------------------
