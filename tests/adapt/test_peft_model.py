@@ -75,6 +75,16 @@ def test_only_what_is_targeted_is_adapted(targets: list[str], loaded: LoadedMode
     assert kinds == expected.get(targets[0], {targets[0]})
 
 
+def test_live_config_keeps_the_dropout_that_the_router_cannot_have(loaded: LoadedModel) -> None:
+    """PEFT has no dropout on a wrapped parameter; the other layers of the same adapter have it all the same."""
+    model = adapt(loaded, dropout=0.25, targets=[*EVERYTHING, "router"])
+    assert model.peft_config["default"].lora_dropout == 0.25
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    rates = [getattr(layer.lora_dropout["default"], "p", 0.0) for layer in layers]
+    assert sorted(set(rates)) == [0.0, 0.25]
+    assert rates.count(0.0) == 2
+
+
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_factors_have_the_dtype_asked_for(dtype: str, expected: torch.dtype, mixtral: Path, ids: Tensor) -> None:
     model = adapt(load_tiny(mixtral, torch.bfloat16), dtype=dtype, targets=[*EVERYTHING, "router"]).train()

@@ -133,6 +133,13 @@ def test_update_of_float32_factors_is_rounded_once_to_the_rows_dtype() -> None:
     torch.testing.assert_close(y, (alone + low_rank).bfloat16(), rtol=2**-8, atol=0)
 
 
+def test_two_adapters_of_different_dtypes_share_one_input() -> None:
+    one = make_case([3, 4], [(0, 4)])
+    other = make_case([3, 4], [(0, 4)], adapter_dtype=torch.bfloat16)
+    for updates in (one.updates + other.updates, other.updates + one.updates):
+        assert_same_as_plain(one._replace(updates=updates), TOLERANCES[torch.bfloat16])
+
+
 @pytest.mark.parametrize("num_parts", [1, 2, 3])
 @pytest.mark.parametrize("double_quantization", [True, False])
 def test_parts_lie_side_by_side(num_parts: int, double_quantization: bool) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from expertune.kernels.nf4 import BLOCK_SIZE, decode_absmax, decode_rows
 
-# Bytes of one decoded tile. On a CPU a tile has to leave room for x and y in the last-level cache; on a GPU launches
-# cost more than memory, so that a tile is as large as the working set may be.
-TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
+# Most bytes of one decoded tile. On a CPU a tile has to leave room for x and y in the last-level cache, and to stay
+# below the 8 MiB from which on the allocator maps a block afresh (see `bound_host_memory`): a tile is fast because its
+# pages come back warm. On a GPU launches cost more than memory, so that a tile is as large as the working set may be.
+TILE_BYTES = {"cpu": 7 * 2**20, "cuda": 512 * 2**20}
 
 
 class Bytes(NamedTuple):
@@ -113,7 +114,7 @@ def _spans(offsets_E: Tensor) -> Iterator[tuple[int, slice]]:
 def _multiply(x_RK: Tensor, weight: Bytes, index: int, out_RN: Tensor) -> None:
     """out = x @ W.T, a tile of W's rows at a time."""
     packed_NK, absmax_NB = weight.packed[index], weight.absmax_of(index)
-    step = _tile(x_RK, packed_NK.shape[1] * 2)
+    step = _tile(x_RK, packed_NK.shape[0], packed_NK.shape[1] * 2)
     for start in range(0, packed_NK.shape[0], step):
         tile = slice(start, start + step)
         torch.mm(x_RK, decode_rows(packed_NK[tile], absmax_NB[tile], x_RK.dtype).t(), out=out_RN[:, tile])
@@ -127,7 +128,7 @@ def _multiply_transposed(dy_RN: Tensor, weight: Bytes, first: int, num_parts: in
     rows, half = weight.packed.shape[1:]
     packed_NK = weight.packed[first : first + num_parts].view(num_parts * rows, half)
     absmax_NB = torch.cat([weight.absmax_of(first + part) for part in range(num_parts)])
-    step = max(_tile(dy_RN, num_parts * rows) // BLOCK_SIZE, 1) * BLOCK_SIZE
+    step = _tile(dy_RN, 2 * half, num_parts * rows)
     for start in range(0, 2 * half, step):
         stop = min(start + step, 2 * half)
         tile = decode_rows(
@@ -136,7 +137,12 @@ def _multiply_transposed(dy_RN: Tensor, weight: Bytes, first: int, num_parts: in
         torch.mm(dy_RN, tile, out=out_RK[:, start:stop])
 
 
-def _tile(x: Tensor, length: int) -> int:
-    """How many rows (or columns) of `length` weights make a tile."""
+def _tile(x: Tensor, count: int, length: int) -> int:
+    """How many of `count` rows (or columns) of `length` weights make a tile: even tiles, in whole blocks.
+
+    A product of few or odd columns runs at half the speed, so that no small rest must be left for a last tile.
+    """
     budget = TILE_BYTES.get(x.device.type, TILE_BYTES["cuda"])
-    return max(budget // (length * x.element_size()), 1)
+    most = max(budget // (length * x.element_size()) // BLOCK_SIZE, 1) * BLOCK_SIZE
+    num_tiles = -(-count // most)
+    return -(-count // (num_tiles * BLOCK_SIZE)) * BLOCK_SIZE
