@@ -427,6 +427,7 @@ def test_loading_never_holds_more_than_the_four_bit_model_and_a_few_matrices(mix
     expert_weights = 8 * 3 * 4096 * 1024
     rest = sixteen_bit - 2 * expert_weights
     four_bit = expert_weights * (0.5 + 1 / 64 + 4 / 64 / 256)
-    # Beyond what stays: one matrix of 8 MiB, half a dozen tiles of 4 MiB, and what the allocator keeps back.
-    assert four_bit <= increase <= four_bit + rest + 48 * 2**20
-    assert increase < 0.6 * sixteen_bit
+    # Beyond what stays: one matrix of 8 MiB with the checks on it, half a dozen tiles of 4 MiB, and what the allocator
+    # keeps back of them (50 MiB in all, give or take 2).
+    assert four_bit <= increase <= four_bit + rest + 64 * 2**20
+    assert increase < 0.65 * sixteen_bit
