@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.peers.processes import ROOT
-from expertune.placement.device import cpu_instruction_sets
+from expertune.kernels.cpu import cpu_instruction_sets
 
 _PACKAGES = ("expertune", "torch", "transformers", "peft", "bitsandbytes")
 

@@ -16,7 +16,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from expertune.placement.device import cpu_instruction_sets, default_device, resolve_compute_dtype
+from expertune.kernels.cpu import cpu_instruction_sets
+from expertune.placement.device import default_device, resolve_compute_dtype
 from expertune.plan.table import size
 
 Status = Literal["ok", "info", "warning", "error"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from expertune.errors import ConfigError
-from expertune.placement import device as room
+from expertune.kernels import cpu
 from expertune.placement.device import bound_host_memory, resolve_compute_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -25,7 +25,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
     ],
 )
 def test_auto_on_a_cpu_is_bfloat16_where_it_multiplies_it(monkeypatch, instruction_sets, dtype):
-    monkeypatch.setattr(room, "cpu_instruction_sets", lambda: instruction_sets)
+    monkeypatch.setattr(cpu, "cpu_instruction_sets", lambda: instruction_sets)
     assert resolve_compute_dtype("auto", CPU) == dtype
 
 
@@ -48,7 +48,7 @@ def test_an_unknown_dtype_is_told():
 
 def test_instruction_sets_on_a_torch_without_its_table_of_features(monkeypatch):
     monkeypatch.setattr(torch, "cpu", SimpleNamespace(_is_avx512_bf16_supported=lambda: True))
-    assert [name for name, there in room._cpu_capabilities().items() if there] == ["avx512_bf16"]
+    assert [name for name, there in cpu._cpu_capabilities().items() if there] == ["avx512_bf16"]
 
 
 def test_settings_of_the_user_stay(monkeypatch):

@@ -3,12 +3,11 @@
 import ctypes
 import os
 import sys
-from collections.abc import Callable
-from functools import cache
 
 import torch
 
 from expertune.errors import ConfigError
+from expertune.kernels.cpu import product_dtype
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -46,31 +45,7 @@ def resolve_compute_dtype(name: str, device: torch.device | None = None) -> torc
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= _FIRST_BFLOAT16_CAPABILITY
         return torch.bfloat16 if native else torch.float16
-    return torch.bfloat16 if {"avx512_bf16", "amx_bf16"} & set(cpu_instruction_sets()) else torch.float32
-
-
-@cache
-def cpu_instruction_sets() -> tuple[str, ...]:
-    """Vector and matrix instruction sets of this CPU that decide speed, by their usual names."""
-    capabilities = _cpu_capabilities()
-    wanted = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "neon", "sve")
-    return tuple(name for name in wanted if capabilities.get(name))
-
-
-def _cpu_capabilities() -> dict[str, object]:
-    """torch's table of CPU features; releases before it had one answer three private questions instead."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        return dict(torch.cpu.get_capabilities())
-    questions: dict[str, str] = {
-        "avx2": "_is_avx2_supported",
-        "avx512_f": "_is_avx512_supported",
-        "avx512_vnni": "_is_vnni_supported",
-        "avx512_bf16": "_is_avx512_bf16_supported",
-        "amx_tile": "_is_amx_tile_supported",
-        "amx_bf16": "_is_amx_tile_supported",
-    }
-    unsupported: Callable[[], bool] = bool
-    return {name: getattr(torch.cpu, question, unsupported)() for name, question in questions.items()}
+    return product_dtype(torch.bfloat16, device)
 
 
 def bound_host_memory() -> None:

@@ -1,0 +1,46 @@
+"""What this CPU multiplies fast: its vector and matrix instructions, and the dtype that its products should run in."""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+# Instructions that multiply a 16-bit dtype; without them `torch.mm` converts number by number, a hundred times slower.
+_MULTIPLIES = {
+    torch.bfloat16: frozenset({"avx512_bf16", "amx_bf16"}),
+    torch.float16: frozenset({"avx512_fp16", "amx_fp16"}),
+}
+
+
+@cache
+def cpu_instruction_sets() -> tuple[str, ...]:
+    """Vector and matrix instruction sets of this CPU that decide speed, by their usual names."""
+    capabilities = _cpu_capabilities()
+    wanted = (
+        *("avx2", "fma3", "avx512_f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+        *("amx_tile", "amx_bf16", "amx_fp16", "neon", "sve"),
+    )
+    return tuple(name for name in wanted if capabilities.get(name))
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which products of tensors of `dtype` run: float32 on a CPU that has no instructions for 16 bits."""
+    if device.type != "cpu" or dtype not in _MULTIPLIES:
+        return dtype
+    return dtype if _MULTIPLIES[dtype] & set(cpu_instruction_sets()) else torch.float32
+
+
+def _cpu_capabilities() -> dict[str, object]:
+    """torch's table of CPU features; releases before it had one answer three private questions instead."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return dict(torch.cpu.get_capabilities())
+    questions: dict[str, str] = {
+        "avx2": "_is_avx2_supported",
+        "avx512_f": "_is_avx512_supported",
+        "avx512_vnni": "_is_vnni_supported",
+        "avx512_bf16": "_is_avx512_bf16_supported",
+        "amx_tile": "_is_amx_tile_supported",
+        "amx_bf16": "_is_amx_tile_supported",
+    }
+    unsupported: Callable[[], bool] = bool
+    return {name: getattr(torch.cpu, question, unsupported)() for name, question in questions.items()}
