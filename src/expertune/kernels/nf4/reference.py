@@ -39,6 +39,13 @@ def nf4_codebook(device: torch.device) -> Tensor:
 
 
 @functools.cache
+def nf4_bounds() -> Tensor:
+    """Float32 [15] on the CPU: a scaled weight's code is the number of bounds below it, as in bitsandbytes."""
+    codebook = nf4_codebook(torch.device("cpu"))
+    return (codebook[:-1] + codebook[1:]) / 2
+
+
+@functools.cache
 def dynamic_codebook(device: torch.device) -> Tensor:
     """The signed 8-bit dynamic map that holds the absmax values, float32 [256] (Dettmers 2016, section 3)."""
     # Seven exponent indicators: each halves the number of fraction steps of the one above and divides by ten.

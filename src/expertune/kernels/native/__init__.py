@@ -1,0 +1,248 @@
+"""The C library of the CPU routes, and its functions on tensors.
+
+Everything here takes CPU tensors that the callers have checked; strides in the last dimension are 1. Threads are as many
+as torch uses.
+
+Shape suffixes: R rows sorted by expert, K contraction, N columns of the output, E experts, r rank.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from expertune.kernels.native.build import Status, library, status
+from expertune.kernels.nf4.bytes import Nf4Bytes
+from expertune.kernels.nf4.reference import BLOCK_SIZE, dynamic_codebook, nf4_bounds
+
+__all__ = ["Status", "Update", "available", "decode", "decode_absmax", "dropout", "outer", "product", "quantize", "status"]
+
+_SOURCE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DENSE_KINDS = {torch.float32: 1, torch.bfloat16: 2}
+_NF4_KIND = 0
+
+
+class Update(NamedTuple):
+    """A low-rank update of some columns: y[:, column:column_end] += h @ b[e].
+
+    Attributes:
+        h_Rr: float32 [R, r], already scaled.
+        b: float32, contiguous: [E, column_end - column, r] where the product is transposed, [E, r, column_end - column]
+            where it is not.
+        column, column_end: the columns of y.
+    """
+
+    h_Rr: Tensor
+    b: Tensor
+    column: int
+    column_end: int
+
+
+def available() -> bool:
+    """Whether the library could be built and loaded; `status().reason` says where it is, or why not."""
+    return library() is not None
+
+
+def quantize(matrix_NK: Tensor, packed: Tensor, absmax: Tensor) -> None:
+    """Contiguous float32, bfloat16 or float16 [N, K] -> packed uint8 [N, K/2], float32 absmax [N*K/64]."""
+    _call(
+        "expertune_quantize",
+        _pointer(matrix_NK),
+        _SOURCE_KINDS[matrix_NK.dtype],
+        ctypes.c_int64(matrix_NK.numel() // BLOCK_SIZE),
+        _pointer(nf4_bounds()),
+        _pointer(packed),
+        _pointer(absmax),
+        torch.get_num_threads(),
+    )
+
+
+def decode_absmax(weight: Nf4Bytes, index: int, out: Tensor) -> None:
+    """Scales of the blocks of one matrix -> contiguous float32 [N*K/64]."""
+    view = _Nf4.of(weight)
+    _call("expertune_decode_absmax", ctypes.byref(view), ctypes.c_int64(index), _pointer(out), torch.get_num_threads())
+
+
+def decode(weight: Nf4Bytes, index: int, rows: tuple[int, int], columns: tuple[int, int], out: Tensor) -> None:
+    """Part of one matrix -> out [rows, columns], float32 or bfloat16; columns begin and end with blocks of 64."""
+    view = _Nf4.of(weight)
+    bounds = [ctypes.c_int64(value) for value in (*rows, *columns)]
+    _call(
+        "expertune_decode",
+        ctypes.byref(view),
+        ctypes.c_int64(index),
+        *bounds,
+        _SOURCE_KINDS[out.dtype],
+        _pointer(out),
+        ctypes.c_int64(out.stride(0)),
+        torch.get_num_threads(),
+    )
+
+
+def product(
+    x: Tensor,
+    weight: Nf4Bytes | Tensor,
+    offsets_E: Tensor,
+    y_RN: Tensor,
+    *,
+    transposed: bool,
+    updates: Sequence[Update] = (),
+    index: Tensor | None = None,
+) -> None:
+    """y[rows of e] = x[rows of e] @ W[e].T (transposed) or @ W[e], and the updates on top.
+
+    Args:
+        x: float32 [R, K], or [T, K] where `index` says which row each of R sorted rows is.
+        weight: NF4 matrices, a whole number of them for each expert, seen as one matrix of all their rows; or dense
+            matrices [E, rows, columns], float32 or bfloat16.
+        offsets_E: int64 [E], the end of each expert's sorted rows.
+        y_RN: float32 [R, N], overwritten.
+        transposed: contract along the columns of W, otherwise along its rows.
+        updates: low-rank updates of y.
+        index: int64 [R].
+    """
+    experts = offsets_E.shape[0]
+    nf4 = _Nf4.of(weight) if isinstance(weight, Nf4Bytes) else None
+    shape = (weight.rows_of(experts), weight.columns) if isinstance(weight, Nf4Bytes) else tuple(weight.shape[1:])
+    columns, depth = shape if transposed else (shape[1], shape[0])
+    held = _updates(updates)  # lives as long as the call
+    arguments = _Product(
+        x=x.data_ptr(),
+        index=None if index is None else index.data_ptr(),
+        offsets=offsets_E.data_ptr(),
+        nf4=None if nf4 is None else ctypes.addressof(nf4),
+        dense=None if isinstance(weight, Nf4Bytes) else weight.data_ptr(),
+        updates=ctypes.addressof(held),
+        y=y_RN.data_ptr(),
+        x_stride=x.stride(0),
+        y_stride=y_RN.stride(0),
+        dense_stride=0 if isinstance(weight, Nf4Bytes) else weight.stride(1),
+        dense_expert_stride=0 if isinstance(weight, Nf4Bytes) else weight.stride(0),
+        experts=experts,
+        parts=shape[0] // weight.rows if isinstance(weight, Nf4Bytes) else 1,
+        depth=depth,
+        columns=columns,
+        kind=_NF4_KIND if isinstance(weight, Nf4Bytes) else _DENSE_KINDS[weight.dtype],
+        transposed=transposed,
+        num_updates=len(held),
+        threads=torch.get_num_threads(),
+    )
+    _call("expertune_product", ctypes.byref(arguments))
+
+
+def outer(u_Rp: Tensor, v: Tensor, offsets_E: Tensor, out_Epq: Tensor, index: Tensor | None = None) -> None:
+    """out[e] = u[rows of e].T @ v[rows of e], all float32, out contiguous [E, p, q]; experts without rows get zeros."""
+    _call(
+        "expertune_outer",
+        _pointer(u_Rp),
+        ctypes.c_int64(u_Rp.stride(0)),
+        ctypes.c_int64(u_Rp.shape[1]),
+        _pointer(v),
+        ctypes.c_int64(v.stride(0)),
+        None if index is None else _pointer(index),
+        ctypes.c_int64(v.shape[1]),
+        _pointer(offsets_E),
+        ctypes.c_int64(offsets_E.shape[0]),
+        _pointer(out_Epq),
+        torch.get_num_threads(),
+    )
+
+
+def dropout(
+    x: Tensor, out_RK: Tensor, seed: int, threshold: int, scale: float, first_row: int = 0, index: Tensor | None = None
+) -> None:
+    """out = x where the element's hash reaches `threshold`, scaled, else 0; see `expertune.kernels.dropout`."""
+    _call(
+        "expertune_dropout",
+        _pointer(x),
+        ctypes.c_int64(x.stride(0)),
+        None if index is None else _pointer(index),
+        ctypes.c_int64(out_RK.shape[0]),
+        ctypes.c_int64(out_RK.shape[1]),
+        ctypes.c_int64(first_row),
+        ctypes.c_uint32(seed & 0xFFFFFFFF),
+        ctypes.c_uint32(seed >> 32 & 0xFFFFFFFF),
+        ctypes.c_uint32(threshold),
+        ctypes.c_float(scale),
+        _pointer(out_RK),
+        torch.get_num_threads(),
+    )
+
+
+class _Nf4(ctypes.Structure):
+    """`Nf4` of common.h."""
+
+    _fields_ = (
+        ("packed", ctypes.c_void_p),
+        ("absmax", ctypes.c_void_p),
+        ("nested", ctypes.c_void_p),
+        ("offset", ctypes.c_void_p),
+        ("codebook", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("nested_stride", ctypes.c_int64),
+    )
+
+    @classmethod
+    def of(cls, weight: Nf4Bytes) -> "_Nf4":
+        double = weight.double_quantization
+        return cls(
+            packed=weight.packed.data_ptr(),
+            absmax=weight.absmax.data_ptr(),
+            nested=weight.nested_absmax.data_ptr() if double else None,
+            offset=weight.offset.data_ptr() if double else None,
+            codebook=dynamic_codebook(weight.packed.device).data_ptr() if double else None,
+            rows=weight.rows,
+            columns=weight.columns,
+            nested_stride=weight.nested_absmax.shape[-1],
+        )
+
+
+class _Update(ctypes.Structure):
+    """`Update` of product.c."""
+
+    _fields_ = (
+        ("h", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rank", "h_stride", "b_expert_stride", "column", "column_end")),
+    )
+
+
+class _Product(ctypes.Structure):
+    """`Product` of product.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "index", "offsets", "nf4", "dense", "updates", "y")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "dense_stride", "dense_expert_stride")),
+        *((name, ctypes.c_int64) for name in ("experts", "parts", "depth", "columns")),
+        *((name, ctypes.c_int32) for name in ("kind", "transposed", "num_updates", "threads")),
+    )
+
+
+def _updates(updates: Sequence[Update]) -> ctypes.Array[_Update]:
+    return (_Update * len(updates))(
+        *(
+            _Update(
+                h=update.h_Rr.data_ptr(),
+                b=update.b.data_ptr(),
+                rank=update.h_Rr.shape[1],
+                h_stride=update.h_Rr.stride(0),
+                b_expert_stride=update.b.stride(0),
+                column=update.column,
+                column_end=update.column_end,
+            )
+            for update in updates
+        )
+    )
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _call(name: str, *arguments: object) -> None:
+    loaded = library()
+    assert loaded is not None, status().reason
+    getattr(loaded, name)(*arguments)

@@ -1,0 +1,121 @@
+"""Compile the C files of this folder with the machine's own compiler, once, and load them.
+
+The library is kept in the user's cache under a name that holds a hash of the sources, the flags and the compiler, so
+that a new release or another machine makes its own. Its threads are torch's: it is linked against the OpenMP runtime that
+torch has loaded, because two pools of threads on the same cores would wait for each other.
+
+What this leaves out: any copy of the routes in Python. Where there is no compiler, or no AVX2, the callers use torch and
+bitsandbytes, and `status()` says why.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from expertune.kernels.cpu import cpu_instruction_sets
+
+FOLDER = Path(__file__).parent
+SOURCES = ("nf4.c", "product.c", "dropout.c")
+HEADERS = ("common.h",)
+# No contraction into fused multiply-add where the source does not ask for it: scales must round as bitsandbytes' do.
+FLAGS = (
+    *("-std=c11", "-D_POSIX_C_SOURCE=200809L", "-O3", "-mavx2", "-mfma", "-mf16c", "-ffp-contract=off"),
+    *("-fopenmp", "-fPIC", "-fvisibility=hidden"),
+)
+
+# Set to 0 to run without the library, as on a machine that has no compiler.
+SWITCH = "EXPERTUNE_NATIVE"
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether the native library is in use.
+
+    Attributes:
+        library: the loaded library, or None.
+        reason: where it is, or why there is none.
+    """
+
+    library: ctypes.CDLL | None
+    reason: str
+
+
+@cache
+def status() -> Status:
+    """Compile and load the library unless that has been done; never raises."""
+    if os.environ.get(SWITCH) == "0":
+        return Status(None, f"switched off by {SWITCH}=0")
+    if platform.system() != "Linux" or not {"avx2", "fma3"} <= set(cpu_instruction_sets()):
+        return Status(None, "written for Linux on x86-64 with AVX2 and FMA, which this machine is not")
+    compiler = shlex.split(os.environ.get("CC", "")) or [found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))][:1]
+    if not compiler:
+        return Status(None, "no C compiler found (cc, gcc, clang, or the variable CC); install one, such as gcc")
+    try:
+        path = _library_path(compiler)
+        if not path.exists():
+            _compile(compiler, path)
+        library = ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        return Status(None, f"{shlex.join(compiler)} could not build it: {detail.strip().splitlines()[-1][:200]}")
+    return Status(library, str(path))
+
+
+def library() -> ctypes.CDLL | None:
+    """The loaded library, or None where torch and bitsandbytes do its work."""
+    return status().library
+
+
+def _library_path(compiler: list[str]) -> Path:
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    digest = hashlib.sha256()
+    for part in (torch.__version__, version, *FLAGS, *(FOLDER.joinpath(name).read_text() for name in (*HEADERS, *SOURCES))):
+        digest.update(part.encode() + b"\0")
+    return _cache_folder() / f"native-{digest.hexdigest()[:16]}.so"
+
+
+def _cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/expertune`, or a folder of this user's own among temporary files where that cannot be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertune"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    folder = Path(tempfile.gettempdir()) / f"expertune-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
+        raise PermissionError(f"{folder} can be written by others; remove it, or set XDG_CACHE_HOME")
+    return folder
+
+
+def _compile(compiler: list[str], path: Path) -> None:
+    """Build beside, then rename, so that processes that start together never load half a library."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as beside:
+        built = Path(beside) / path.name
+        objects = []
+        for name in SOURCES:
+            objects.append(str(Path(beside) / f"{name}.o"))
+            _run([*compiler, *FLAGS, "-c", str(FOLDER / name), "-o", objects[-1]])
+        # Without -fopenmp here: the runtime's symbols are found in the one that torch has loaded.
+        _run([*compiler, "-shared", *objects, "-o", str(built)])
+        try:
+            ctypes.CDLL(str(built), mode=os.RTLD_NOW)
+        except OSError:
+            _run([*compiler, "-shared", "-fopenmp", *objects, "-o", str(built)])
+        built.rename(path)
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)

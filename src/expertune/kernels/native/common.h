@@ -1,0 +1,87 @@
+/* What the files of this folder share: vector width, the tables, the loop over threads. x86-64 with AVX2 and FMA. */
+#ifndef EXPERTUNE_COMMON_H
+#define EXPERTUNE_COMMON_H
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define BLOCK 64          /* weights that share one absmax */
+#define BLOCK_BYTES 32    /* their packed bytes */
+#define NESTED_BLOCK 256  /* absmax values that share one scale */
+#define EXPORT __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+
+/* The 16 NF4 values (QLoRA, appendix E), the same as reference.NF4_CODEBOOK. */
+static const float NF4[16] __attribute__((aligned(32))) = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f,
+};
+
+/* The bytes of an Nf4Stack: M matrices [rows, columns] one behind the other (see expertune/kernels/nf4). */
+typedef struct {
+    const uint8_t *packed;
+    const void *absmax;      /* 8-bit codes, or float32 values where codebook is NULL */
+    const float *nested;
+    const float *offset;
+    const float *codebook;
+    int64_t rows, columns, nested_stride;
+} Nf4;
+
+/* Scale of one block of a matrix; rounded after each operation, as bitsandbytes has it. */
+INLINE float scale_of(const Nf4 *w, int64_t matrix, int64_t block)
+{
+    int64_t at = matrix * (w->rows * w->columns / BLOCK) + block;
+    if (w->codebook == NULL)
+        return ((const float *)w->absmax)[at];
+    float scaled = w->codebook[((const uint8_t *)w->absmax)[at]] * w->nested[matrix * w->nested_stride + block / NESTED_BLOCK];
+    return scaled + w->offset[matrix];
+}
+
+/* 16 packed bytes -> 32 indices in the order of the weights: the first weight of a byte is its high half. */
+INLINE void nibbles(__m128i bytes, __m128i *first, __m128i *second)
+{
+    const __m128i low_half = _mm_set1_epi8(15);
+    __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), low_half);
+    __m128i low = _mm_and_si128(bytes, low_half);
+    *first = _mm_unpacklo_epi8(high, low);
+    *second = _mm_unpackhi_epi8(high, low);
+}
+
+/* 8 indices of 4 bits, one to a 32-bit lane -> their values from a table of two halves. */
+INLINE __m256 look_up(__m256i index, __m256 table_low, __m256 table_high)
+{
+    __m256 low = _mm256_permutevar8x32_ps(table_low, index);
+    __m256 high = _mm256_permutevar8x32_ps(table_high, index);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+
+/* Rounded to the nearest bfloat16, ties to even, in the high half of each lane. Inputs are finite. */
+INLINE __m256i round_bfloat16(__m256 values)
+{
+    __m256i bits = _mm256_castps_si256(values);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+}
+
+/* 64 weights -> four runs of 16 floats, `skip` floats apart (16: one behind the other). */
+INLINE void decode_block_float(const uint8_t *packed, float absmax, float *out, int64_t skip)
+{
+    __m256 scale = _mm256_set1_ps(absmax);
+    __m256 low = _mm256_mul_ps(_mm256_load_ps(NF4), scale);
+    __m256 high = _mm256_mul_ps(_mm256_load_ps(NF4 + 8), scale);
+    for (int half = 0; half < 2; half++) {
+        __m128i index[2];
+        nibbles(_mm_loadu_si128((const __m128i *)(packed + 16 * half)), &index[0], &index[1]);
+        for (int i = 0; i < 2; i++) {
+            float *to = out + (2 * half + i) * skip;
+            _mm256_storeu_ps(to, look_up(_mm256_cvtepu8_epi32(index[i]), low, high));
+            _mm256_storeu_ps(to + 8, look_up(_mm256_cvtepu8_epi32(_mm_srli_si128(index[i], 8)), low, high));
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,131 @@
+/* The NF4 codec: quantize and decode blocks of 64 weights. The bytes and values are those of bitsandbytes. */
+#include "common.h"
+
+/* Bounds between neighbouring codes; a value's code is the number of bounds below it, as torch.bucketize counts. */
+INLINE __m256i codes_of(__m256 scaled, const float *bounds)
+{
+    __m256i count = _mm256_setzero_si256();
+    for (int i = 0; i < 15; i++) {
+        __m256 above = _mm256_cmp_ps(scaled, _mm256_broadcast_ss(bounds + i), _CMP_GT_OQ);
+        count = _mm256_sub_epi32(count, _mm256_castps_si256(above));
+    }
+    return count;
+}
+
+INLINE __m256 load_source(const void *source, int64_t at, int kind)
+{
+    if (kind == 0)
+        return _mm256_loadu_ps((const float *)source + at);
+    __m128i half = _mm_loadu_si128((const __m128i *)((const uint16_t *)source + at));
+    if (kind == 1)
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+    return _mm256_cvtph_ps(half);
+}
+
+INLINE void quantize_block(const void *source, int64_t at, int kind, const float *bounds, uint8_t *packed, float *absmax)
+{
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    __m256 values[8];
+    __m256 largest = _mm256_setzero_ps();
+    for (int i = 0; i < 8; i++) {
+        values[i] = load_source(source, at + 8 * i, kind);
+        largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, values[i]));
+    }
+    float lanes[8], most = 0.0f;
+    _mm256_storeu_ps(lanes, largest);
+    for (int i = 0; i < 8; i++)
+        most = lanes[i] > most ? lanes[i] : most;
+    *absmax = most;
+    /* bitsandbytes multiplies by the reciprocal, of no less than 1e-38, and clamps. */
+    __m256 scale = _mm256_set1_ps(1.0f / (most < 1e-38f ? 1e-38f : most));
+    for (int i = 0; i < 8; i++) {
+        __m256 scaled = _mm256_mul_ps(values[i], scale);
+        scaled = _mm256_min_ps(_mm256_max_ps(scaled, _mm256_set1_ps(-1.0f)), _mm256_set1_ps(1.0f));
+        __m256i codes = codes_of(scaled, bounds);
+        /* Eight codes in 32-bit lanes -> four bytes, the even lane in the high half. */
+        __m256i pairs = _mm256_or_si256(_mm256_slli_epi64(codes, 4), _mm256_srli_epi64(codes, 32));
+        pairs = _mm256_and_si256(pairs, _mm256_set1_epi64x(255));
+        packed[4 * i + 0] = (uint8_t)_mm256_extract_epi8(pairs, 0);
+        packed[4 * i + 1] = (uint8_t)_mm256_extract_epi8(pairs, 8);
+        packed[4 * i + 2] = (uint8_t)_mm256_extract_epi8(pairs, 16);
+        packed[4 * i + 3] = (uint8_t)_mm256_extract_epi8(pairs, 24);
+    }
+}
+
+/* kind: 0 float32, 1 bfloat16, 2 float16. bounds: float32 [15], ascending. */
+EXPORT void expertune_quantize(
+    const void *source, int kind, int64_t blocks, const float *bounds, uint8_t *packed, float *absmax, int threads)
+{
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t b = 0; b < blocks; b++) {
+        uint8_t *out = packed + b * BLOCK_BYTES;
+        if (kind == 0)
+            quantize_block(source, b * BLOCK, 0, bounds, out, absmax + b);
+        else if (kind == 1)
+            quantize_block(source, b * BLOCK, 1, bounds, out, absmax + b);
+        else
+            quantize_block(source, b * BLOCK, 2, bounds, out, absmax + b);
+    }
+}
+
+/* Scales of the blocks of one matrix -> float32 [rows * columns / 64]. */
+EXPORT void expertune_decode_absmax(const Nf4 *w, int64_t matrix, float *out, int threads)
+{
+    int64_t blocks = w->rows * w->columns / BLOCK;
+#pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 16384)
+    for (int64_t b = 0; b < blocks; b++)
+        out[b] = scale_of(w, matrix, b);
+}
+
+/* A block has 16 values only: they are scaled and rounded once, and then looked up a byte at a time. */
+INLINE void decode_block_bfloat(const uint8_t *packed, float absmax, uint16_t *out)
+{
+    __m256 scale = _mm256_set1_ps(absmax);
+    __m256i low = _mm256_srli_epi32(round_bfloat16(_mm256_mul_ps(_mm256_load_ps(NF4), scale)), 16);
+    __m256i high = _mm256_srli_epi32(round_bfloat16(_mm256_mul_ps(_mm256_load_ps(NF4 + 8), scale)), 16);
+    /* 16 words in order -> their low bytes and their high bytes, as tables for pshufb. */
+    __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
+    __m256i low_bytes = _mm256_and_si256(words, _mm256_set1_epi16(255));
+    __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi16(low_bytes, _mm256_srli_epi16(words, 8)), 0xd8);
+    __m256i table_low = _mm256_permute2x128_si256(both, both, 0x00);
+    __m256i table_high = _mm256_permute2x128_si256(both, both, 0x11);
+
+    const __m256i low_half = _mm256_set1_epi8(15);
+    __m256i bytes = _mm256_loadu_si256((const __m256i *)packed);
+    __m256i first = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low_half);
+    __m256i second = _mm256_and_si256(bytes, low_half);
+    __m256i index[2] = {_mm256_unpacklo_epi8(first, second), _mm256_unpackhi_epi8(first, second)};
+    for (int i = 0; i < 2; i++) {
+        __m256i least = _mm256_shuffle_epi8(table_low, index[i]);
+        __m256i most = _mm256_shuffle_epi8(table_high, index[i]);
+        __m256i a = _mm256_unpacklo_epi8(least, most);
+        __m256i b = _mm256_unpackhi_epi8(least, most);
+        /* The low lane holds weights 16 i + 0..15, the high lane weights 16 i + 32..47. */
+        _mm_storeu_si128((__m128i *)(out + 16 * i), _mm256_castsi256_si128(a));
+        _mm_storeu_si128((__m128i *)(out + 16 * i + 8), _mm256_castsi256_si128(b));
+        _mm_storeu_si128((__m128i *)(out + 16 * i + 32), _mm256_extracti128_si256(a, 1));
+        _mm_storeu_si128((__m128i *)(out + 16 * i + 40), _mm256_extracti128_si256(b, 1));
+    }
+}
+
+/* Rows and columns of one matrix -> out [row_end - row, column_end - column]. Columns are whole blocks; strides count
+   elements. kind: 0 float32, 1 bfloat16. */
+EXPORT void expertune_decode(
+    const Nf4 *w, int64_t matrix, int64_t row, int64_t row_end, int64_t column, int64_t column_end, int kind, void *out,
+    int64_t out_stride, int threads)
+{
+    int64_t blocks = w->columns / BLOCK, first = column / BLOCK, last = column_end / BLOCK;
+    const uint8_t *packed = w->packed + matrix * w->rows * (w->columns / 2);
+#pragma omp parallel for schedule(static) num_threads(threads) if ((row_end - row) * (column_end - column) > 32768)
+    for (int64_t r = row; r < row_end; r++) {
+        for (int64_t b = first; b < last; b++) {
+            const uint8_t *from = packed + (r * blocks + b) * BLOCK_BYTES;
+            float scale = scale_of(w, matrix, r * blocks + b);
+            int64_t to = (r - row) * out_stride + (b - first) * BLOCK;
+            if (kind == 0)
+                decode_block_float(from, scale, (float *)out + to, 16);
+            else
+                decode_block_bfloat(from, scale, (uint16_t *)out + to);
+        }
+    }
+}
