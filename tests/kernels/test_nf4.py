@@ -1,6 +1,7 @@
 """The NF4 codec gives bitsandbytes' bytes, keeps its error bound, and refuses what 4 bits cannot hold."""
 
 from pathlib import Path
+from types import ModuleType
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from expertune.kernels import nf4
-from expertune.kernels.nf4 import BLOCK_SIZE, Nf4Stack, decode_absmax, decode_rows, quantize_matrix, reference
+from expertune.kernels.nf4 import BLOCK_SIZE, Nf4Bytes, Nf4Stack, quantize_matrix, reference
 
 ASSET = Path(__file__).parents[2] / "src" / "expertune" / "assets" / "tiny-mixtral" / "model.safetensors"
 CODEBOOK = torch.tensor(reference.NF4_CODEBOOK)
@@ -69,6 +70,16 @@ MATRICES = {
 }
 
 
+def one_matrix(packed: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor) -> Nf4Bytes:
+    """What `quantize_matrix` returned, as a stack of one."""
+    return Nf4Bytes(packed[None], absmax[None], nested_absmax[None], offset)
+
+
+def decode_whole(codec: ModuleType, weight: Nf4Bytes, dtype: torch.dtype) -> Tensor:
+    out = torch.full((weight.rows, weight.columns), float("nan"), dtype=dtype)
+    return codec.decode(weight, 0, out, slice(0, weight.rows), slice(0, weight.columns))
+
+
 @pytest.fixture(params=MATRICES, ids=str)
 def matrix(request: pytest.FixtureRequest) -> Tensor:
     return MATRICES[request.param]()
@@ -113,18 +124,39 @@ def test_codebook_values_pack_into_ascending_nibbles() -> None:
     packed, absmax, _, _ = quantize_matrix(row, double_quantization=False)
     assert packed.tolist() == [[0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF] * 4]
     assert absmax.tolist() == [2.5]
-    assert torch.equal(decode_rows(packed, absmax[None], torch.float32), row)
+    weight = one_matrix(packed, absmax, torch.empty(0), torch.empty(0))
+    assert torch.equal(decode_whole(nf4, weight, torch.float32), row)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("double_quantization", [True, False])
 def test_plain_decoder_gives_the_same_bits(matrix: Tensor, double_quantization: bool, dtype: torch.dtype) -> None:
-    packed, *scales = quantize_matrix(matrix, double_quantization)
-    absmax = decode_absmax(*scales)
-    if double_quantization:
-        assert torch.equal(absmax, reference.decode_absmax(*scales))
-    blocks = absmax.view(matrix.shape[0], -1)
-    assert torch.equal(decode_rows(packed, blocks, dtype), reference.decode_rows(packed, blocks, dtype))
+    weight = one_matrix(*quantize_matrix(matrix, double_quantization))
+    assert torch.equal(nf4.decode_absmax(weight, 0), reference.decode_absmax(weight, 0))
+    assert torch.equal(decode_whole(nf4, weight, dtype), decode_whole(reference, weight, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_part_of_a_matrix_decodes_as_in_the_whole(dtype: torch.dtype) -> None:
+    stack, _ = written_stack()
+    whole = stack.decode(1, dtype)
+    wide = torch.zeros(3, 200, dtype=dtype)
+    part = nf4.decode(stack.bytes, 1, wide[:, 8:72], slice(2, 5), slice(64, 128))
+    assert torch.equal(part, whole[2:5, 64:])
+    assert not wide[:, :8].any()
+    assert not wide[:, 72:].any()
+
+
+def test_part_that_cuts_a_block_is_refused_with_its_columns() -> None:
+    stack, _ = written_stack()
+    with pytest.raises(ValueError, match="whole blocks of 64, got 32:128"):
+        nf4.decode(stack.bytes, 0, torch.empty(6, 96), columns=slice(32, 128))
+
+
+def test_output_of_another_shape_is_refused_with_both_shapes() -> None:
+    stack, _ = written_stack()
+    with pytest.raises(ValueError, match=r"out must be \(6, 128\) .* got \(6, 64\)"):
+        nf4.decode(stack.bytes, 0, torch.empty(6, 64))
 
 
 # Below the smallest normal number 1/absmax overflows, and each codec has its own way out.
@@ -170,8 +202,8 @@ def random_matrices(draw: st.DrawFn) -> Tensor:
 
 @given(random_matrices())
 def test_a_decoded_weight_is_within_half_the_largest_gap_of_its_block(matrix: Tensor) -> None:
-    packed, absmax, _, _ = quantize_matrix(matrix, double_quantization=False)
-    decoded = decode_rows(packed, absmax.view(matrix.shape[0], -1), torch.float32)
+    packed, absmax, *none = quantize_matrix(matrix, double_quantization=False)
+    decoded = decode_whole(nf4, one_matrix(packed, absmax, *none), torch.float32)
     error = (decoded - matrix.float()).view(-1, BLOCK_SIZE).abs().amax(dim=1)
     assert (error <= absmax * (LARGEST_GAP / 2 + 1e-6)).all()
 
@@ -179,8 +211,9 @@ def test_a_decoded_weight_is_within_half_the_largest_gap_of_its_block(matrix: Te
 @given(random_matrices())
 def test_double_quantization_adds_at_most_half_a_step_of_its_own_map(matrix: Tensor) -> None:
     _, exact, _, _ = quantize_matrix(matrix, double_quantization=False)
-    _, absmax, nested_absmax, offset = quantize_matrix(matrix)
-    error = (decode_absmax(absmax, nested_absmax, offset) - exact).abs()
+    packed, absmax, nested_absmax, offset = quantize_matrix(matrix)
+    weight = one_matrix(packed, absmax, nested_absmax, offset)
+    error = (nf4.decode_absmax(weight, 0).flatten() - exact).abs()
     half_step = float(reference.dynamic_codebook(torch.device("cpu")).diff().max()) / 2
     largest = nested_absmax.repeat_interleave(nf4.NESTED_BLOCK_SIZE)[: len(error)]
     assert (error <= largest * half_step + 1e-5 * exact).all()
@@ -188,8 +221,8 @@ def test_double_quantization_adds_at_most_half_a_step_of_its_own_map(matrix: Ten
 
 @given(random_matrices())
 def test_decoded_weights_quantize_to_the_same_codes_again(matrix: Tensor) -> None:
-    packed, absmax, _, _ = quantize_matrix(matrix, double_quantization=False)
-    decoded = decode_rows(packed, absmax.view(matrix.shape[0], -1), torch.float32)
+    packed, absmax, *none = quantize_matrix(matrix, double_quantization=False)
+    decoded = decode_whole(nf4, one_matrix(packed, absmax, *none), torch.float32)
     again, absmax_again, _, _ = quantize_matrix(decoded, double_quantization=False)
     assert torch.equal(again, packed)
     assert torch.equal(absmax_again, absmax)

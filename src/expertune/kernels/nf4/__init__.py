@@ -13,14 +13,16 @@ absmax values, less their mean, are themselves held in 8 bits, 256 to a block.
 """
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from expertune.kernels.nf4 import cpu, reference
+from expertune.kernels.nf4.bytes import Nf4Bytes
 from expertune.kernels.nf4.reference import BLOCK_SIZE, NESTED_BLOCK_SIZE
 
-__all__ = ["BLOCK_SIZE", "NESTED_BLOCK_SIZE", "Nf4Stack", "decode_absmax", "decode_rows", "quantize_matrix"]
+__all__ = ["BLOCK_SIZE", "NESTED_BLOCK_SIZE", "Nf4Bytes", "Nf4Stack", "decode", "decode_absmax", "quantize_matrix"]
 
 
 def quantize_matrix(matrix_NK: Tensor, double_quantization: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -50,26 +52,41 @@ def quantize_matrix(matrix_NK: Tensor, double_quantization: bool = True) -> tupl
     return cpu.quantize_matrix(matrix_NK, double_quantization)
 
 
-def decode_absmax(absmax: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
-    """The absmax values of one matrix as float32 [N*K/64].
+def decode_absmax(weight: Nf4Bytes, index: int) -> Tensor:
+    """Scales of matrix `index`, float32 [N, K/64]."""
+    return _codec(weight).decode_absmax(weight, index)
+
+
+def decode(
+    weight: Nf4Bytes, index: int, out: Tensor, rows: slice | None = None, columns: slice | None = None
+) -> Tensor:
+    """Decode one matrix, or a part of it, into `out`.
 
     Args:
-        absmax: [N*K/64] uint8 codes, or float32 values that are returned as they are.
-        nested_absmax: float32 [ceil(N*K/64/256)].
-        offset: float32 scalar tensor.
+        weight: M matrices [N, K].
+        index: which of them.
+        out: float32, float16 or bfloat16, of the part's shape; its rows may lie apart.
+        rows: None means all.
+        columns: whole blocks of 64; None means all.
+
+    Returns:
+        `out`: each value is rounded once from float32.
+
+    Raises:
+        ValueError: the columns cut a block, or `out` has another shape.
     """
-    if absmax.dtype == torch.float32:
-        return absmax
-    if absmax.device.type == "cpu":
-        return cpu.decode_absmax(absmax, nested_absmax, offset)
-    return reference.decode_absmax(absmax, nested_absmax, offset)
+    rows = slice(0, weight.rows) if rows is None else rows
+    columns = slice(0, weight.columns) if columns is None else columns
+    if columns.start % BLOCK_SIZE or columns.stop % BLOCK_SIZE:
+        raise ValueError(f"columns must be whole blocks of {BLOCK_SIZE}, got {columns.start}:{columns.stop}")
+    shape = (rows.stop - rows.start, columns.stop - columns.start)
+    if tuple(out.shape) != shape or out.stride(1) != 1:
+        raise ValueError(f"out must be {shape} with adjoining columns, got {tuple(out.shape)}, strides {out.stride()}")
+    return _codec(weight).decode(weight, index, out, rows, columns)
 
 
-def decode_rows(packed_NK: Tensor, absmax_NB: Tensor, dtype: torch.dtype) -> Tensor:
-    """Decode rows of a matrix: packed uint8 [N, K/2] with float32 absmax [N, K/64] -> [N, K] of `dtype`."""
-    if packed_NK.device.type == "cpu":
-        return cpu.decode_rows(packed_NK, absmax_NB, dtype)
-    return reference.decode_rows(packed_NK, absmax_NB, dtype)
+def _codec(weight: Nf4Bytes) -> ModuleType:
+    return cpu if weight.packed.device.type == "cpu" else reference
 
 
 class Nf4Stack(nn.Module):
@@ -131,18 +148,14 @@ class Nf4Stack(nn.Module):
             self.nested_absmax[index].copy_(nested_absmax)
             self.offset[index].copy_(offset[0])
 
-    def absmax_of(self, index: int) -> Tensor:
-        """Float32 absmax of matrix `index`, [N, K/64]."""
-        nested, offset = (
-            (self.nested_absmax[index], self.offset[index])
-            if self.double_quantization
-            else (self.nested_absmax, self.offset)
-        )
-        return decode_absmax(self.absmax[index], nested, offset).view(self.rows, self.columns // BLOCK_SIZE)
+    @property
+    def bytes(self) -> Nf4Bytes:
+        """The four buffers, as operators take them."""
+        return Nf4Bytes(self.packed, self.absmax, self.nested_absmax, self.offset)
 
     def decode(self, index: int, dtype: torch.dtype) -> Tensor:
         """Matrix `index` as [N, K] of `dtype`."""
-        return decode_rows(self.packed[index], self.absmax_of(index), dtype)
+        return decode(self.bytes, index, torch.empty(self.rows, self.columns, dtype=dtype, device=self.packed.device))
 
     @property
     def nbytes(self) -> int:

@@ -1,12 +1,14 @@
-"""The NF4 codec through bitsandbytes' own operators: on a CPU for decoding, on any device for quantizing.
+"""The NF4 codec on a CPU: the native library where it could be built, otherwise bitsandbytes' own operators.
 
-Quantizing by the library itself is what makes the bytes the same as the library's, ties included.
+Both give bitsandbytes' bytes, ties included. Quantizing on other devices goes through bitsandbytes as well.
 """
 
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
+from expertune.kernels import native
+from expertune.kernels.nf4.bytes import Nf4Bytes
 from expertune.kernels.nf4.reference import BLOCK_SIZE, NESTED_BLOCK_SIZE, dynamic_codebook
 
 # Weights of one tile: 4 MiB in float32, which stays in cache.
@@ -14,20 +16,14 @@ TILE_WEIGHTS = 2**20
 
 
 def quantize_matrix(matrix_NK: Tensor, double_quantization: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[N, K] -> packed [N, K/2], absmax, nested_absmax, offset (see `expertune.kernels.nf4`).
-
-    A tile of rows at a time: on a CPU the library works through half a dozen float32 copies of what it is given.
-    """
+    """[N, K] -> packed [N, K/2], absmax, nested_absmax, offset (see `expertune.kernels.nf4`)."""
     rows, columns = matrix_NK.shape
     packed = torch.empty(rows, columns // 2, dtype=torch.uint8, device=matrix_NK.device)
-    absmax = torch.empty(rows, columns // BLOCK_SIZE, dtype=torch.float32, device=matrix_NK.device)
-    step = max(TILE_WEIGHTS // columns, 1) if matrix_NK.device.type == "cpu" else rows
-    for start in range(0, rows, step):
-        tile = slice(start, start + step)
-        codes, state = bnb.quantize_4bit(matrix_NK[tile].contiguous(), blocksize=BLOCK_SIZE, quant_type="nf4")
-        packed[tile] = codes.view(-1, columns // 2)
-        absmax[tile] = state.absmax.view(-1, columns // BLOCK_SIZE)
-    absmax = absmax.flatten()
+    absmax = torch.empty(rows * columns // BLOCK_SIZE, dtype=torch.float32, device=matrix_NK.device)
+    if matrix_NK.device.type == "cpu" and native.available():
+        native.quantize(matrix_NK.contiguous(), packed, absmax)
+    else:
+        _quantize_by_bitsandbytes(matrix_NK, packed, absmax.view(rows, -1))
     if not double_quantization:
         empty = torch.empty(0, dtype=torch.float32, device=matrix_NK.device)
         return packed, absmax, empty, empty
@@ -36,21 +32,45 @@ def quantize_matrix(matrix_NK: Tensor, double_quantization: bool) -> tuple[Tenso
     return packed, codes, state.absmax, offset.reshape(1)
 
 
-def decode_absmax(absmax: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
-    """8-bit codes [n] and their scales -> float32 absmax [n]."""
-    values = torch.ops.bitsandbytes.dequantize_blockwise(
-        absmax, nested_absmax, dynamic_codebook(absmax.device), NESTED_BLOCK_SIZE, torch.float32
-    )
-    return values.add_(offset)
+def decode_absmax(weight: Nf4Bytes, index: int) -> Tensor:
+    """Scales of one matrix, float32 [N, K/64]."""
+    if not weight.double_quantization:
+        return weight.absmax[index].view(weight.rows, -1)
+    if native.available():
+        out = torch.empty(weight.absmax.shape[1], dtype=torch.float32)
+        native.decode_absmax(weight, index, out)
+    else:
+        out = torch.ops.bitsandbytes.dequantize_blockwise(
+            weight.absmax[index],
+            weight.nested_absmax[index],
+            dynamic_codebook(weight.packed.device),
+            NESTED_BLOCK_SIZE,
+            torch.float32,
+        ).add_(weight.offset[index])
+    return out.view(weight.rows, -1)
 
 
-def decode_rows(packed_NK: Tensor, absmax_NB: Tensor, dtype: torch.dtype) -> Tensor:
-    """Packed uint8 [N, K/2] and float32 absmax [N, K/64] -> [N, K] of `dtype`.
+def decode(weight: Nf4Bytes, index: int, out: Tensor, rows: slice, columns: slice) -> Tensor:
+    """Part of one matrix into `out`; see `expertune.kernels.nf4.decode`.
 
-    Tiles of a few MiB come out of the allocator warm, so that a decoded tile is still in cache when the product reads
-    it: 15-25 GB/s of output, against 3 GB/s into a fresh large buffer whose pages fault in.
+    A tile of a few MiB that is written again and again stays in cache, so that the product after it reads it from there.
     """
-    rows, half = packed_NK.shape
-    return torch.ops.bitsandbytes.dequantize_4bit(
-        packed_NK.contiguous(), absmax_NB.contiguous(), BLOCK_SIZE, "nf4", [rows, 2 * half], dtype
+    if native.available() and out.dtype != torch.float16:
+        native.decode(weight, index, (rows.start, rows.stop), (columns.start, columns.stop), out)
+        return out
+    packed = weight.packed[index][rows, columns.start // 2 : columns.stop // 2].contiguous()
+    absmax = decode_absmax(weight, index)[rows, columns.start // BLOCK_SIZE : columns.stop // BLOCK_SIZE].contiguous()
+    return out.copy_(
+        torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, BLOCK_SIZE, "nf4", list(out.shape), out.dtype)
     )
+
+
+def _quantize_by_bitsandbytes(matrix_NK: Tensor, packed_NK: Tensor, absmax_NB: Tensor) -> None:
+    """A tile of rows at a time: on a CPU the library works through half a dozen float32 copies of what it is given."""
+    rows, columns = matrix_NK.shape
+    step = max(TILE_WEIGHTS // columns, 1) if matrix_NK.device.type == "cpu" else rows
+    for start in range(0, rows, step):
+        tile = slice(start, start + step)
+        codes, state = bnb.quantize_4bit(matrix_NK[tile].contiguous(), blocksize=BLOCK_SIZE, quant_type="nf4")
+        packed_NK[tile] = codes.view(-1, columns // 2)
+        absmax_NB[tile] = state.absmax.view(-1, columns // BLOCK_SIZE)

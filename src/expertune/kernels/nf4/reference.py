@@ -8,6 +8,8 @@ import functools
 import torch
 from torch import Tensor
 
+from expertune.kernels.nf4.bytes import Nf4Bytes
+
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 
@@ -80,15 +82,20 @@ def quantize_matrix(matrix_NK: Tensor, double_quantization: bool = True) -> tupl
     return packed, codes.reshape(-1)[: len(centred)], nested, offset[None]
 
 
-def decode_absmax(absmax: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
-    """8-bit codes [n] and their scales -> float32 absmax [n]."""
-    values = dynamic_codebook(absmax.device)[absmax.int()]
-    scales = nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: len(values)]
-    return values * scales + offset
+def decode_absmax(weight: Nf4Bytes, index: int) -> Tensor:
+    """Scales of one matrix, float32 [N, K/64]."""
+    absmax = weight.absmax[index]
+    if weight.double_quantization:
+        values = dynamic_codebook(absmax.device)[absmax.int()]
+        scales = weight.nested_absmax[index].repeat_interleave(NESTED_BLOCK_SIZE)[: len(values)]
+        absmax = values * scales + weight.offset[index]
+    return absmax.view(weight.rows, -1)
 
 
-def decode_rows(packed_NK: Tensor, absmax_NB: Tensor, dtype: torch.dtype) -> Tensor:
-    """Packed uint8 [N, K/2] and float32 absmax [N, K/64] -> [N, K] of `dtype`, rounded once from float32."""
-    codes = torch.stack((packed_NK >> 4, packed_NK & 15), dim=-1).flatten(1)
-    values = nf4_codebook(packed_NK.device)[codes.int()]
-    return (values.unflatten(1, (-1, BLOCK_SIZE)) * absmax_NB[..., None]).flatten(1).to(dtype)
+def decode(weight: Nf4Bytes, index: int, out: Tensor, rows: slice, columns: slice) -> Tensor:
+    """Part of one matrix into `out`, each value rounded once from float32; see `expertune.kernels.nf4.decode`."""
+    packed = weight.packed[index][rows, columns.start // 2 : columns.stop // 2]
+    absmax = decode_absmax(weight, index)[rows, columns.start // BLOCK_SIZE : columns.stop // BLOCK_SIZE]
+    codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
+    values = nf4_codebook(packed.device)[codes.int()]
+    return out.copy_((values.unflatten(1, (-1, BLOCK_SIZE)) * absmax[..., None]).flatten(1))

@@ -1,0 +1,257 @@
+"""Loss and gradients a chunk of rows at a time, and within a chunk a tile of the vocabulary at a time; on any device.
+
+The logits of a chunk are held for all of the vocabulary, tile by tile, so that the weight is multiplied once for them
+and once more for the gradient of hidden. An online softmax would hold a single tile, and multiply a third time.
+
+Shape suffixes: T rows, N rows with a label, n of these in a chunk, D hidden size, V vocabulary, v of it in a tile,
+r rank.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from expertune.kernels.cpu import product_dtype
+
+IGNORE_INDEX = -100
+
+# Most bytes of a chunk's float32 logits. On a GPU the weight is read twice for each chunk, so that chunks are larger.
+LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+
+# Fewer rows than this multiply at a fraction of the speed, so that a large vocabulary may pass the budget above.
+_MIN_ROWS = 64
+
+# Most bytes of one tile, of weights and of logits alike. On a CPU it has to fit into the last-level cache, and to stay
+# below the 8 MiB from which on the allocator maps a block afresh, page fault by page fault. On a GPU a tile is all of
+# the vocabulary unless the weight is of another dtype and has to be converted.
+TILE_BYTES = {"cpu": 7 * 2**20, "cuda": 256 * 2**20}
+_TILE_MULTIPLE = 64
+
+
+class Head(NamedTuple):
+    """The output head as the operator receives it; see `expertune.kernels.linear_cross_entropy.linear_cross_entropy`.
+
+    Attributes:
+        has_own_input: for each update, whether its input is its own or hidden.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    scale: float
+    softcap: float | None
+    scalings: list[float]
+    has_own_input: list[bool]
+    a: list[Tensor]
+    b: list[Tensor]
+
+
+class _Update(NamedTuple):
+    """One low-rank update on the rows of a chunk; all float32."""
+
+    x_nD: Tensor
+    h_nr: Tensor  # scaling * x @ A.T
+    dh_nr: Tensor  # gradient of h, summed up tile by tile
+
+
+def forward(
+    hidden_TD: Tensor,
+    head: Head,
+    labels_T: Tensor,
+    own_inputs: list[Tensor],
+    hidden_gradient: bool,
+    update_gradients: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """The summed loss, and its gradients of hidden, of each A and B, and of each update's own input.
+
+    Args:
+        hidden_TD: [T, D].
+        head: weight, bias and updates.
+        labels_T: int64 [T], -100 for none.
+        own_inputs: inputs [T, D] of those updates that have their own, in order.
+        hidden_gradient: whether to make hidden's gradient; if not, it is empty.
+        update_gradients: whether to make those of updates and their inputs; if not, the lists are empty.
+
+    Raises:
+        ValueError: a label is outside the vocabulary.
+    """
+    rows_N = (labels_T != IGNORE_INDEX).nonzero().squeeze(1)
+    labels_N = labels_T[rows_N]
+    _check_labels(labels_N, head.weight_VD.shape[0])
+    inputs = iter(own_inputs)
+    x_updates = [next(inputs) if own else hidden_TD for own in head.has_own_input]
+
+    losses_N = hidden_TD.new_empty(rows_N.shape[0], dtype=torch.float32)
+    d_hidden_TD = hidden_TD.new_zeros(hidden_TD.shape if hidden_gradient else 0)
+    # Sums over chunks are float32, whatever the factors are.
+    d_a = [factor.new_zeros(factor.shape, dtype=torch.float32) for factor in head.a if update_gradients]
+    d_b = [factor.new_zeros(factor.shape, dtype=torch.float32) for factor in head.b if update_gradients]
+    d_own = [x.new_zeros(x.shape) for x in own_inputs if update_gradients]
+
+    step = rows_per_chunk(rows_N.shape[0], head.weight_VD.shape[0], hidden_TD.device)
+    for start in range(0, rows_N.shape[0], step):
+        chunk = slice(start, start + step)
+        rows_n, labels_n = rows_N[chunk], labels_N[chunk]
+        x_nD = hidden_TD[rows_n].to(product_dtype(hidden_TD.dtype, hidden_TD.device))
+        updates = _updates(head, x_updates, rows_n)
+        tiles = _Tiles(head.weight_VD, x_nD)
+        logits, losses_N[chunk], lse_n = _logits(x_nD, head, updates, tiles, labels_n)
+        if not (hidden_gradient or update_gradients):
+            continue
+        dx_nD = torch.zeros_like(x_nD, dtype=torch.float32) if hidden_gradient else None
+        for tile, d_logits_nv in _logit_gradients(logits, head, tiles, labels_n, lse_n):
+            if dx_nD is not None:
+                _add_product(dx_nD, d_logits_nv, tiles.weight(tile))
+            for u, update in enumerate(updates):
+                update.dh_nr.addmm_(d_logits_nv, head.b[u][tile].float(), alpha=head.scalings[u])
+                if update_gradients:
+                    d_b[u][tile].addmm_(d_logits_nv.t(), update.h_nr)
+        gradients_of_inputs = iter(d_own)
+        for u, update in enumerate(updates):
+            if update_gradients:
+                d_a[u].addmm_(update.dh_nr.t(), update.x_nD)
+            if head.has_own_input[u]:
+                if update_gradients:
+                    d_input = next(gradients_of_inputs)
+                    d_input[rows_n] = (update.dh_nr @ head.a[u].float()).to(d_input.dtype)
+            elif dx_nD is not None:
+                dx_nD.addmm_(update.dh_nr, head.a[u].float())
+        if dx_nD is not None:
+            d_hidden_TD[rows_n] = dx_nD.to(d_hidden_TD.dtype)
+
+    d_a = [gradient.to(factor.dtype) for gradient, factor in zip(d_a, head.a, strict=False)]
+    d_b = [gradient.to(factor.dtype) for gradient, factor in zip(d_b, head.b, strict=False)]
+    return losses_N.sum(), d_hidden_TD, d_a, d_b, d_own
+
+
+def rows_per_chunk(num_rows: int, vocabulary: int, device: torch.device) -> int:
+    """Rows of a chunk: as many as the budget of its logits allows, in chunks of even size."""
+    budget = LOGITS_BYTES.get(device.type, LOGITS_BYTES["cuda"])
+    most = max(budget // (vocabulary * torch.float32.itemsize), _MIN_ROWS)
+    num_chunks = -(-num_rows // most)
+    return -(-num_rows // num_chunks) if num_chunks else 1
+
+
+def working_set_bytes(num_rows: int, vocabulary: int, hidden_size: int, dtype: torch.dtype, device: str) -> int:
+    """The most bytes that the operator holds at once beside its inputs and the gradients it returns.
+
+    Counted: the float32 logits of a chunk, three tiles beside them (logits on the way to the next step, the same in
+    the product's dtype, weights that were converted), and the chunk's rows with their gradient. Extra tiles on a GPU
+    are as large as the chunk's logits, because a tile there is all of the vocabulary.
+
+    Args:
+        num_rows: T, an upper bound of the rows with a label.
+        vocabulary: V.
+        hidden_size: D.
+        dtype: of hidden.
+        device: `cpu` or `cuda`.
+    """
+    rows = rows_per_chunk(num_rows, vocabulary, torch.device(device))
+    logits = rows * vocabulary * torch.float32.itemsize
+    tile = TILE_BYTES["cpu"] if device == "cpu" else logits
+    # Only a CPU converts weights: elsewhere hidden and weight are of one dtype.
+    tiles = 3 * tile if device == "cpu" else tile + tile * dtype.itemsize // torch.float32.itemsize
+    return min(logits, LOGITS_BYTES.get(device, logits) if rows > _MIN_ROWS else logits) + tiles + rows * hidden_size * 8
+
+
+def _check_labels(labels_N: Tensor, vocabulary: int) -> None:
+    if labels_N.shape[0] == 0:
+        return
+    for label in torch.stack(labels_N.aminmax()).tolist():
+        if not 0 <= label < vocabulary:
+            raise ValueError(f"labels must be {IGNORE_INDEX} or within [0, {vocabulary}), got {label}")
+
+
+def _updates(head: Head, x_updates: list[Tensor], rows_n: Tensor) -> list[_Update]:
+    updates = []
+    for scaling, a_rD, x_TD in zip(head.scalings, head.a, x_updates, strict=True):
+        x_nD = x_TD[rows_n].float()
+        h_nr = (x_nD @ a_rD.float().t()).mul_(scaling)
+        updates.append(_Update(x_nD, h_nr, torch.zeros_like(h_nr)))
+    return updates
+
+
+def _logits(
+    x_nD: Tensor, head: Head, updates: list[_Update], tiles: "_Tiles", labels_n: Tensor
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The float32 logits of a chunk, one tensor [n, v] for each tile; its losses [n]; and its log-sum-exp [n]."""
+    logits, log_sums = [], []
+    label_logits_n = x_nD.new_zeros(x_nD.shape[0], dtype=torch.float32)
+    for tile in tiles:
+        z_nv = torch.mm(x_nD, tiles.weight(tile).t()).float()
+        for update, b_Vr in zip(updates, head.b, strict=True):
+            z_nv.addmm_(update.h_nr, b_Vr[tile].float().t())
+        if head.bias_V is not None:
+            z_nv.add_(head.bias_V[tile].float())
+        if head.scale != 1.0:
+            z_nv.mul_(head.scale)
+        if head.softcap is not None:
+            z_nv.div_(head.softcap).tanh_().mul_(head.softcap)
+        column_n, inside_n = _columns_of_labels(labels_n, tile)
+        own_n = z_nv.gather(1, column_n.unsqueeze(1)).squeeze(1)
+        label_logits_n = torch.where(inside_n, own_n, label_logits_n)
+        log_sums.append(torch.logsumexp(z_nv, dim=1))
+        logits.append(z_nv)
+    lse_n = torch.logsumexp(torch.stack(log_sums), dim=0)
+    return logits, lse_n - label_logits_n, lse_n
+
+
+def _logit_gradients(
+    logits: list[Tensor], head: Head, tiles: "_Tiles", labels_n: Tensor, lse_n: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """For each tile the loss's gradient [n, v] of x @ W.T + ...; it takes the place of the logits."""
+    each_n = torch.arange(labels_n.shape[0], device=labels_n.device)
+    for tile, z_nv in zip(tiles, logits, strict=True):
+        # d (c tanh(z / c)) / dz = 1 - tanh(z / c) ** 2, from the capped logits themselves.
+        slope_nv = None if head.softcap is None else z_nv.div(head.softcap).square_().neg_().add_(1)
+        d_nv = z_nv.sub_(lse_n.unsqueeze(1)).exp_()
+        column_n, inside_n = _columns_of_labels(labels_n, tile)
+        d_nv[each_n, column_n] -= inside_n.float()
+        if slope_nv is not None:
+            d_nv.mul_(slope_nv)
+        if head.scale != 1.0:
+            d_nv.mul_(head.scale)
+        yield tile, d_nv
+
+
+def _columns_of_labels(labels_n: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+    """Each label's column in a tile, and whether it is in there; without asking the device how many are."""
+    inside_n = (labels_n >= tile.start) & (labels_n < tile.stop)
+    return (labels_n - tile.start).clamp(0, tile.stop - tile.start - 1), inside_n
+
+
+def _add_product(total_nD: Tensor, d_logits_nv: Tensor, weight_vD: Tensor) -> None:
+    """total += d_logits @ weight, where the sum over tiles is float32."""
+    if weight_vD.dtype == torch.float32:
+        total_nD.addmm_(d_logits_nv, weight_vD)
+    else:
+        total_nD.add_(torch.mm(d_logits_nv.to(weight_vD.dtype), weight_vD))
+
+
+class _Tiles:
+    """Slices of the vocabulary, and the weight's rows in them in the dtype of the product."""
+
+    def __init__(self, weight_VD: Tensor, x_nD: Tensor) -> None:
+        self._weight_VD, self._dtype = weight_VD, x_nD.dtype
+        vocabulary, width = weight_VD.shape
+        converts = weight_VD.dtype != x_nD.dtype
+        self._columns = vocabulary
+        if weight_VD.device.type == "cpu" or converts:
+            budget = TILE_BYTES.get(weight_VD.device.type, TILE_BYTES["cuda"])
+            most = min(budget // (width * x_nD.element_size()), budget // (x_nD.shape[0] * torch.float32.itemsize))
+            most = max(most // _TILE_MULTIPLE, 1) * _TILE_MULTIPLE
+            # Even tiles, in whole multiples: a small rest would multiply at half the speed.
+            num_tiles = -(-vocabulary // most)
+            self._columns = min(-(-vocabulary // (num_tiles * _TILE_MULTIPLE)) * _TILE_MULTIPLE, vocabulary)
+        self._scratch_vD = weight_VD.new_empty(self._columns, width, dtype=x_nD.dtype) if converts else None
+
+    def __iter__(self) -> Iterator[slice]:
+        vocabulary = self._weight_VD.shape[0]
+        for start in range(0, vocabulary, self._columns):
+            yield slice(start, min(start + self._columns, vocabulary))
+
+    def weight(self, tile: slice) -> Tensor:
+        """[v, D]; where it had to be converted, valid until the next one is asked for."""
+        weight_vD = self._weight_VD[tile]
+        return weight_vD if self._scratch_vD is None else self._scratch_vD[: weight_vD.shape[0]].copy_(weight_vD)
