@@ -136,9 +136,7 @@ def rows_per_chunk(num_rows: int, vocabulary: int, device: torch.device) -> int:
 def working_set_bytes(num_rows: int, vocabulary: int, hidden_size: int, dtype: torch.dtype, device: str) -> int:
     """The most bytes that the operator holds at once beside its inputs and the gradients it returns.
 
-    Counted: the float32 logits of a chunk, three tiles beside them (logits on the way to the next step, the same in
-    the product's dtype, weights that were converted), and the chunk's rows with their gradient. Extra tiles on a GPU
-    are as large as the chunk's logits, because a tile there is all of the vocabulary.
+    Counted: the float32 logits of a chunk, tiles beside them, and the chunk's rows with their gradient.
 
     Args:
         num_rows: T, an upper bound of the rows with a label.
@@ -149,10 +147,11 @@ def working_set_bytes(num_rows: int, vocabulary: int, hidden_size: int, dtype: t
     """
     rows = rows_per_chunk(num_rows, vocabulary, torch.device(device))
     logits = rows * vocabulary * torch.float32.itemsize
-    tile = TILE_BYTES["cpu"] if device == "cpu" else logits
-    # Only a CPU converts weights: elsewhere hidden and weight are of one dtype.
-    tiles = 3 * tile if device == "cpu" else tile + tile * dtype.itemsize // torch.float32.itemsize
-    return min(logits, LOGITS_BYTES.get(device, logits) if rows > _MIN_ROWS else logits) + tiles + rows * hidden_size * 8
+    # On a CPU a tile of logits on their way to the next step, its gradient, and weights that were converted; elsewhere
+    # a tile is all of the chunk's logits: in float32, and in the dtype of the product.
+    cpu_tiles = 3 * min(TILE_BYTES["cpu"], logits)
+    tiles = cpu_tiles if device == "cpu" else logits + rows * vocabulary * dtype.itemsize
+    return logits + tiles + 2 * rows * hidden_size * torch.float32.itemsize
 
 
 def _check_labels(labels_N: Tensor, vocabulary: int) -> None:

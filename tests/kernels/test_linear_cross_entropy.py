@@ -1,0 +1,406 @@
+"""Cross entropy in chunks against plain float32 over all logits, forward and backward, at every awkward shape."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from expertune.kernels.linear_cross_entropy import LoraUpdate, chunked, linear_cross_entropy, reference
+
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
+# Half a unit in the last place of 8 and 11 bits, a few times over: rows, logit gradients and results are rounded.
+TOLERANCES = {
+    torch.float32: FLOAT32,
+    torch.float16: {"rtol": 4e-3, "atol": 4e-3},
+    torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2},
+}
+
+
+class Case(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    bias: Tensor | None
+    updates: list[LoraUpdate]
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "hidden_TD": self.hidden,
+            "weight_VD": self.weight,
+            "labels_T": self.labels,
+            "bias_V": self.bias,
+            "updates": self.updates,
+            "scale": self.scale,
+            "softcap": self.softcap,
+        }
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        factors = [factor for update in self.updates for factor in (update.a_rD, update.b_Vr)]
+        own = [update.x_TD for update in self.updates if update.x_TD is not None]
+        return [self.hidden, *factors, *own]
+
+
+def make_case(
+    rows: int = 23,
+    vocabulary: int = 157,
+    width: int = 33,
+    ranks: Sequence[int] = (4,),
+    labelled: float = 0.6,
+    dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype | None = None,
+    adapter_dtype: torch.dtype = torch.float32,
+    own_x: bool = False,
+    bias: bool = False,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Case:
+    """Logits of a few units, random labels, every factor of a size that matters."""
+    weight_dtype = weight_dtype or dtype
+    labels = torch.randint(0, vocabulary, (rows,))
+    labels[torch.rand(rows) >= labelled] = -100
+    updates = [
+        LoraUpdate(
+            (torch.randn(rank, width) / width**0.5).to(adapter_dtype).requires_grad_(),
+            (torch.randn(vocabulary, rank) / rank**0.5).to(adapter_dtype).requires_grad_(),
+            scaling=0.5 + index,
+            x_TD=torch.randn(rows, width).to(adapter_dtype).requires_grad_() if own_x else None,
+        )
+        for index, rank in enumerate(ranks)
+    ]
+    return Case(
+        torch.randn(rows, width).to(dtype).requires_grad_(),
+        (2 * torch.randn(vocabulary, width) / width**0.5).to(weight_dtype),
+        labels,
+        torch.randn(vocabulary).to(weight_dtype) if bias else None,
+        updates,
+        scale,
+        softcap,
+    )
+
+
+def assert_same_as_plain(case: Case, tolerance: dict[str, float] = FLOAT32) -> None:
+    loss = linear_cross_entropy(**case.arguments)
+    expected = reference.linear_cross_entropy(**case.arguments)
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
+    torch.testing.assert_close(loss, expected, rtol=tolerance["rtol"], atol=tolerance["atol"])
+    gradients = torch.autograd.grad(loss * 0.25, case.leaves)
+    plain = torch.autograd.grad(expected * 0.25, case.leaves)
+    for leaf, gradient, exact in zip(case.leaves, gradients, plain, strict=True):
+        assert gradient.dtype == leaf.dtype
+        torch.testing.assert_close(gradient.float(), exact.float(), **tolerance)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks of rows and several tiles of the vocabulary, the last of each short."""
+    monkeypatch.setitem(chunked.LOGITS_BYTES, "cpu", 4 * 157 * 5)
+    monkeypatch.setattr(chunked, "_MIN_ROWS", 5)
+    monkeypatch.setattr(chunked, "_TILE_MULTIPLE", 8)
+    monkeypatch.setitem(chunked.TILE_BYTES, "cpu", 4 * 33 * 24)
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "some labels": {},
+    "all labels": {"labelled": 1.0},
+    "no label": {"labelled": 0.0},
+    "one row": {"rows": 1, "labelled": 1.0},
+    "no rows": {"rows": 0},
+    "one word": {"vocabulary": 1},
+    "odd sizes": {"rows": 7, "vocabulary": 101, "width": 13},
+    "no update": {"ranks": ()},
+    "rank 1": {"ranks": (1,)},
+    "rank 17": {"ranks": (17,)},
+    "rank above the width": {"ranks": (50,)},
+    "two adapters": {"ranks": (3, 5)},
+    "bias": {"bias": True},
+    "scaled": {"scale": 0.3},
+    "capped": {"softcap": 2.0},
+    "scaled, capped and biased": {"scale": 1.7, "softcap": 3.0, "bias": True},
+}
+
+
+@pytest.mark.parametrize("own_x", [False, True], ids=["shared input", "own input after dropout"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32_loss_and_gradients_are_those_of_plain_arithmetic(shape: str, own_x: bool) -> None:
+    assert_same_as_plain(make_case(**SHAPES[shape], own_x=own_x))
+
+
+@pytest.mark.parametrize("own_x", [False, True], ids=["shared input", "own input after dropout"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("small_chunks")
+def test_many_chunks_and_tiles_with_short_last_ones_give_the_same(shape: str, own_x: bool) -> None:
+    assert_same_as_plain(make_case(**SHAPES[shape], own_x=own_x))
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_instructions", [False, True])
+@pytest.mark.usefixtures("small_chunks")
+def test_half_precision_stays_within_its_rounding(
+    dtype: torch.dtype, adapter_dtype: torch.dtype, has_instructions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Products in float32 over converted tiles of the weight, or in the dtype itself.
+    monkeypatch.setattr(chunked, "product_dtype", lambda dtype, device: dtype if has_instructions else torch.float32)
+    case = make_case(dtype=dtype, adapter_dtype=adapter_dtype, ranks=(3, 5), bias=True)
+    coarsest = max((dtype, adapter_dtype), key=lambda kind: TOLERANCES[kind]["atol"])
+    assert_same_as_plain(case, TOLERANCES[coarsest])
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("small_chunks")
+def test_weight_of_another_dtype_is_converted_and_the_product_is_exact(weight_dtype: torch.dtype) -> None:
+    assert_same_as_plain(make_case(weight_dtype=weight_dtype, bias=True))
+
+
+@given(st.data())
+def test_any_sizes_give_the_plain_loss(data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    case = make_case(
+        rows=data.draw(st.integers(0, 12)),
+        vocabulary=data.draw(st.integers(1, 40)),
+        width=data.draw(st.integers(1, 9)),
+        ranks=data.draw(st.lists(st.integers(1, 5), max_size=2)),
+        labelled=data.draw(st.floats(0, 1)),
+        own_x=data.draw(st.booleans()),
+        bias=data.draw(st.booleans()),
+        scale=data.draw(st.sampled_from([1.0, 0.25])),
+        softcap=data.draw(st.sampled_from([None, 1.5])),
+    )
+    assert_same_as_plain(case)
+
+
+def test_rows_without_a_label_cost_nothing_and_get_zero_gradients() -> None:
+    case = make_case(rows=40, labelled=0.0)
+    case.labels[7] = 3
+    garbage = case.hidden.detach().clone()
+    garbage[torch.arange(40) != 7] = torch.inf
+    loss = linear_cross_entropy(**case._replace(hidden=garbage.requires_grad_()).arguments)
+    torch.testing.assert_close(loss, reference.linear_cross_entropy(**case.arguments))
+    (gradient,) = torch.autograd.grad(loss, garbage)
+    assert gradient[7].any()
+    assert not gradient[torch.arange(40) != 7].any()
+
+
+def test_large_logits_do_not_overflow() -> None:
+    case = make_case(ranks=())
+    assert_same_as_plain(case._replace(weight=100 * case.weight), {"rtol": 1e-5, "atol": 1e-3})
+
+
+def test_loss_that_is_not_finite_stays_so() -> None:
+    case = make_case(labelled=1.0)
+    case.hidden.data[3, 3] = torch.nan
+    assert linear_cross_entropy(**case.arguments).isnan()
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_two_runs_give_identical_bytes() -> None:
+    case = make_case(dtype=torch.bfloat16, ranks=(3, 5), own_x=True)
+    first, second = (
+        [loss.detach(), *torch.autograd.grad(loss, case.leaves)]
+        for loss in (linear_cross_entropy(**case.arguments) for _ in range(2))
+    )
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of the largest tensor that an operator made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is not torch.ops.expertune.linear_cross_entropy.default:
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                # Views and operators in place make nothing.
+                made = isinstance(tensor, Tensor) and tensor._base is None and not func._schema.is_mutable
+                self.largest = max(self.largest, tensor.nbytes if made else 0)
+        return out
+
+
+def run_inside(case: Case) -> int:
+    """The largest tensor that a forward with gradients makes; the operator's body, which torch calls as one node."""
+    updates = case.updates
+    head = chunked.Head(
+        case.weight,
+        None,
+        1.0,
+        None,
+        [update.scaling for update in updates],
+        [False] * len(updates),
+        [update.a_rD for update in updates],
+        [update.b_Vr for update in updates],
+    )
+    with torch.no_grad(), Memory() as memory:
+        chunked.forward(case.hidden, head, case.labels, [], True, True)
+    return memory.largest
+
+
+def test_temporaries_do_not_grow_with_rows_times_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(chunked.LOGITS_BYTES, "cpu", 2**20)
+    few, many = (run_inside(make_case(rows, 4096, 16, labelled=1.0)) for rows in (128, 2048))
+    assert few == many
+    assert many <= 2**20
+
+
+def test_half_precision_weight_is_never_held_whole_in_float32() -> None:
+    case = make_case(64, 50_000, 256, labelled=1.0, dtype=torch.bfloat16)
+    assert run_inside(case) <= chunked.TILE_BYTES["cpu"] < case.weight.numel() * 4
+
+
+def test_frozen_inputs_get_no_gradient_and_the_others_still_do() -> None:
+    case = make_case(own_x=True)
+    (update,) = case.updates
+    expected = torch.autograd.grad(reference.linear_cross_entropy(**case.arguments), case.leaves)
+    adapter_only = case._replace(hidden=case.hidden.detach())
+    for leaf, exact in zip(case.leaves[1:], expected[1:], strict=True):
+        (gradient,) = torch.autograd.grad(linear_cross_entropy(**adapter_only.arguments), leaf)
+        torch.testing.assert_close(gradient, exact, **FLOAT32)
+    frozen = replace(update, a_rD=update.a_rD.detach(), b_Vr=update.b_Vr.detach(), x_TD=update.x_TD.detach())
+    loss = linear_cross_entropy(**case._replace(updates=[frozen]).arguments)
+    torch.testing.assert_close(torch.autograd.grad(loss, case.hidden)[0], expected[0], **FLOAT32)
+    shared = case._replace(updates=[replace(frozen, x_TD=None)])
+    exact = torch.autograd.grad(reference.linear_cross_entropy(**shared.arguments), case.hidden)[0]
+    gradient = torch.autograd.grad(linear_cross_entropy(**shared.arguments), case.hidden)[0]
+    torch.testing.assert_close(gradient, exact, **FLOAT32)
+
+
+def test_without_gradients_the_loss_is_the_same() -> None:
+    case = make_case()
+    with torch.no_grad():
+        loss = linear_cross_entropy(**case.arguments)
+    assert not loss.requires_grad
+    assert torch.equal(loss, linear_cross_entropy(**case.arguments).detach())
+
+
+def test_second_derivatives_are_refused() -> None:
+    case = make_case()
+    (gradient,) = torch.autograd.grad(linear_cross_entropy(**case.arguments), case.hidden, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
+def test_activation_checkpointing_gives_the_same_gradients() -> None:
+    case = make_case()
+
+    def block(hidden: Tensor) -> Tensor:
+        return linear_cross_entropy(**case._replace(hidden=torch.tanh(hidden)).arguments)
+
+    plain = torch.autograd.grad(block(case.hidden), case.leaves)
+    recomputed = torch.autograd.grad(checkpoint(block, case.hidden, use_reentrant=False), case.leaves)
+    for one, other in zip(plain, recomputed, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_autocast_leaves_the_arithmetic_alone() -> None:
+    case = make_case()
+    expected = linear_cross_entropy(**case.arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(**case.arguments)
+    assert torch.equal(loss, expected)
+
+
+def test_rows_that_are_a_view_with_strides_are_read_as_such() -> None:
+    case = make_case(rows=9, width=33)
+    wide = torch.randn(33, 9).t().requires_grad_()
+    assert not wide.is_contiguous()
+    assert_same_as_plain(case._replace(hidden=wide))
+
+
+@pytest.mark.parametrize("gradients", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("own_x", [False, True])
+def test_operator_fulfils_torchs_contract_for_custom_operators(own_x: bool, gradients: tuple[bool, bool]) -> None:
+    case = make_case(ranks=(3, 5), own_x=own_x, bias=True, softcap=3.0)
+    for leaf in case.leaves:
+        # Flags and inputs agree, as `linear_cross_entropy` makes them.
+        leaf.requires_grad_(gradients[0] if leaf is case.hidden else gradients[1])
+    torch.library.opcheck(
+        torch.ops.expertune.linear_cross_entropy.default,
+        (
+            case.hidden,
+            case.weight,
+            case.bias,
+            case.labels,
+            case.scale,
+            case.softcap,
+            [update.scaling for update in case.updates],
+            [own_x] * 2,
+            [update.a_rD for update in case.updates],
+            [update.b_Vr for update in case.updates],
+            [update.x_TD for update in case.updates if update.x_TD is not None],
+            *gradients,
+        ),
+    )
+
+
+def test_compiled_graph_goes_through_it_unbroken() -> None:
+    case = make_case(own_x=True)
+
+    def through(hidden: Tensor) -> Tensor:
+        return linear_cross_entropy(**case._replace(hidden=torch.tanh(hidden)).arguments) / 7
+
+    compiled = torch.compile(through, fullgraph=True, backend="aot_eager")
+    plain = torch.autograd.grad(through(case.hidden), case.leaves)
+    for one, other in zip(torch.autograd.grad(compiled(case.hidden), case.leaves), plain, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "hidden of another width": ({"hidden": torch.randn(5, 32)}, r"hidden must be \[rows, 33\], got \(5, 32\)"),
+    "hidden of three dimensions": ({"hidden": torch.randn(1, 5, 33)}, r"hidden must be .*got \(1, 5, 33\)"),
+    "hidden of another dtype": ({"hidden": torch.randn(5, 33).double()}, "hidden must be .*got torch.float64"),
+    "weight of one dimension": ({"weight": torch.randn(33)}, r"weight must be .*got \(33,\)"),
+    "weight without words": ({"weight": torch.randn(0, 33)}, r"weight must be .*got \(0, 33\)"),
+    "weight of another dtype": ({"weight": torch.ones(157, 33).int()}, "weight must be .*got torch.int32"),
+    "weight that is trained": ({"weight": torch.randn(157, 33, requires_grad=True)}, "weight must be frozen"),
+    "labels of another length": (
+        {"labels": torch.tensor([1, 2])},
+        r"labels must be int64 \[5\], got torch.int64 \(2,\)",
+    ),
+    "labels of another dtype": ({"labels": torch.ones(5)}, r"labels must be int64 \[5\], got torch.float32"),
+    "a label beyond the vocabulary": ({"labels": torch.full((5,), 157)}, r"within \[0, 157\), got 157"),
+    "a negative label": ({"labels": torch.full((5,), -1)}, r"within \[0, 157\), got -1"),
+    "a bias of another length": ({"bias": torch.randn(156)}, r"bias must be \[157\], got \(156,\)"),
+    "a cap of zero": ({"softcap": 0.0}, "softcap must be above 0, got 0.0"),
+    "weight elsewhere": ({"weight": torch.empty(157, 33, device="meta")}, "weight is on meta, hidden is on cpu"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_inputs_that_do_not_fit_are_refused_with_what_was_received(wrong: str) -> None:
+    changes, message = WRONG[wrong]
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**make_case(rows=5)._replace(**changes).arguments)
+
+
+WRONG_UPDATES: dict[str, tuple[dict[str, Any], str]] = {
+    "A of another width": ({"a_rD": torch.randn(4, 32)}, r"A must be \[r, 33\], got \(4, 32\)"),
+    "A of three dimensions": ({"a_rD": torch.randn(1, 4, 33)}, r"A must be \[r, 33\], got \(1, 4, 33\)"),
+    "B of another rank": ({"b_Vr": torch.randn(157, 5)}, r"B must be \[157, 4\], got \(157, 5\)"),
+    "B transposed": ({"b_Vr": torch.randn(4, 157)}, r"B must be \[157, 4\], got \(4, 157\)"),
+    "B of another dtype": ({"b_Vr": torch.randn(157, 4).half()}, "B is torch.float16, A is torch.float32"),
+    "factors elsewhere": ({"a_rD": torch.empty(4, 33, device="meta")}, "A is on meta, hidden is on cpu"),
+    "an input of another shape": ({"x_TD": torch.randn(4, 33)}, r"x must be \(5, 33\), got \(4, 33\)"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_UPDATES)
+def test_updates_that_do_not_fit_are_refused_with_what_was_received(wrong: str) -> None:
+    case = make_case(rows=5)
+    changes, message = WRONG_UPDATES[wrong]
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**case._replace(updates=[replace(case.updates[0], **changes)]).arguments)
