@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -23,6 +23,9 @@ TOLERANCES = {
     torch.bfloat16: {"rtol": 2**-6, "atol": 2**-5},
     torch.float16: {"rtol": 2**-9, "atol": 2**-8},
 }
+
+
+pytestmark = pytest.mark.usefixtures("route")
 
 
 class Case(NamedTuple):
@@ -129,8 +132,9 @@ def test_update_of_float32_factors_is_rounded_once_to_the_rows_dtype() -> None:
     (update,) = case.updates
     alone = grouped_linear(case.x, case.weight, case.offsets).float()
     low_rank = update.scaling * (case.x.float() @ update.a_ErK[0].t()) @ update.b_ENr[0].t()
-    y = grouped_linear(case.x, case.weight, case.offsets, case.updates)
-    torch.testing.assert_close(y, (alone + low_rank).bfloat16(), rtol=2**-8, atol=0)
+    y = grouped_linear(case.x, case.weight, case.offsets, case.updates).float()
+    # Half a unit in the last of bfloat16's 8 bits for the frozen product, and for the sum: none for the update.
+    assert ((y - (alone + low_rank)).abs() <= 2**-8 * (alone.abs() + y.abs()) * 1.01).all()
 
 
 def test_two_adapters_of_different_dtypes_share_one_input() -> None:
@@ -172,6 +176,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @given(cases())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the route holds for all examples
 def test_any_distribution_of_rows_gives_the_plain_product(case: Case) -> None:
     assert_same_as_plain(case, FLOAT32)
 

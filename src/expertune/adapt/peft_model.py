@@ -20,6 +20,7 @@ from expertune.adapt.files import (
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.experts.lora import ExpertLoraConfig
+from expertune.experts.replay import with_replay
 
 # PEFT on transformers 5 rewrites these target names into stacked expert parameters, also where they name a linear of
 # a shared expert or a router; layers of these names are adapted one by one instead.
@@ -110,6 +111,23 @@ class ExpertPeftModel(PeftModelForCausalLM):
         read_adapter_config(model_id)
         tensors = read_adapter_tensors(model_id)
         load_adapter_tensors(self.get_base_model(), self.names, adapter_name, tensors, where=str(model_id))
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """transformers' method, sparing the experts the second forward (see `expertune.experts.replay`)."""
+        base = self.get_base_model()
+        arguments = with_replay(activation_checkpointing_kwargs)
+        if hasattr(base, "activation_checkpointing_enable"):
+            base.activation_checkpointing_enable(arguments, **kwargs)
+        else:  # transformers before 5.21 has the older name only
+            base.gradient_checkpointing_enable(arguments, **kwargs)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def _finish(
         self, adapter_name: str, targets: ResolvedTargets, config: ExpertLoraConfig, dtype: torch.dtype

@@ -21,7 +21,6 @@ from expertune.errors import ProofError
 from expertune.experts.contract import is_experts
 from expertune.experts.lora import ExpertsLora
 from expertune.experts.module import Nf4Experts
-from expertune.experts.routing import sort_by_expert
 
 Batch = dict[str, Tensor]
 
@@ -177,8 +176,7 @@ def _tokens_per_expert(model: nn.Module, batch: Batch) -> Iterator[dict[str, Ten
     def count(name: str, num_experts: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             chosen = inputs[1][matters.to(inputs[1].device)]
-            ends = sort_by_expert(chosen, num_experts).offsets_E
-            counts[name] = ends.diff(prepend=ends.new_zeros(1)).cpu()
+            counts[name] = torch.bincount(chosen.flatten().cpu(), minlength=num_experts)
 
         return hook
 

@@ -129,13 +129,17 @@ class ExpertsLora(nn.Module, LoraLayer):
                     self.lora_A[name][projection],
                     self.lora_B[name][projection],
                     self.scale(name, projection),
-                    self.lora_dropout[name],
+                    self._dropout(name),
                 )
                 for projection in self.ranks[name]
             }
             for name in active
         ]
         return self.base_layer(hidden_TD, top_k_index_TK, top_k_weights_TK, adapters)
+
+    def _dropout(self, adapter_name: str) -> float:
+        dropout = self.lora_dropout[adapter_name]
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: rounding W + BA to 4 bits again would lose most of BA.

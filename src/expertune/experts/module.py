@@ -1,18 +1,17 @@
 """Nf4Experts: the one experts module, in place of whatever a model family has.
 
-Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R = T * K routed rows, E experts,
-r rank.
+Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, E experts, r rank.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from expertune.experts import replay
 from expertune.experts.contract import ExpertsSpec, read_spec
-from expertune.experts.routing import combine, dispatch, sort_by_expert
-from expertune.kernels.grouped_linear import LoraUpdate, grouped_linear
+from expertune.kernels.expert_mlp import Activation, ExpertUpdate, expert_mlp
 from expertune.kernels.nf4 import Nf4Stack
 
 
@@ -24,18 +23,13 @@ class ProjectionAdapter:
         a_ErK: [E, r, in_features].
         b_ENr: [E, out_features, r].
         scaling: factor of the update.
-        dropout: applied to the projection's input.
+        dropout: probability on the projection's input; 0 outside training.
     """
 
     a_ErK: Tensor
     b_ENr: Tensor
     scaling: float
-    dropout: nn.Module
-
-    def update(self, part: int, x_RK: Tensor) -> LoraUpdate:
-        """This adapter's low-rank update of part `part` for the rows x."""
-        drops = isinstance(self.dropout, nn.Dropout) and self.dropout.training
-        return LoraUpdate(part, self.a_ErK, self.b_ENr, self.scaling, self.dropout(x_RK) if drops else None)
+    dropout: float = 0.0
 
 
 class Nf4Experts(nn.Module):
@@ -72,6 +66,7 @@ class Nf4Experts(nn.Module):
             original._parameters.pop(weight, None)
         # What the family computes between the products (activation, clamps, scales) stays the family's own code.
         self.activation = original
+        self.between = Activation(self._activate, is_columnwise(self._activate, spec))
 
     def write(self, expert: int, projection: str, matrix: Tensor) -> None:
         """Quantize one expert's matrix [out_features, in_features] into place.
@@ -117,13 +112,26 @@ class Nf4Experts(nn.Module):
         Returns:
             [T, D] of hidden's dtype.
         """
-        routing = sort_by_expert(top_k_index_TK, self.num_experts)
-        x_RD = dispatch(hidden_TD, routing)
-        inner = self.spec.projections[:-1]
-        gate_up = grouped_linear(x_RD, self.gate_up, routing.offsets_E, _updates(adapters, inner, x_RD))
-        x_RF = self._activate(gate_up)
-        y_RD = grouped_linear(x_RF, self.down, routing.offsets_E, _updates(adapters, ("down",), x_RF))
-        return combine(y_RD, top_k_weights_TK, routing)
+        index_TK = top_k_index_TK.long()
+        updates = [
+            ExpertUpdate(
+                part,
+                adapter[projection].a_ErK,
+                adapter[projection].b_ENr,
+                adapter[projection].scaling,
+                adapter[projection].dropout,
+            )
+            for adapter in adapters
+            for part, projection in enumerate(self.spec.projections)
+            if projection in adapter
+        ]
+
+        def compute(recorded: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            return expert_mlp(
+                hidden_TD, index_TK, top_k_weights_TK, self.gate_up, self.down, self.between, updates, recorded
+            )
+
+        return replay.run(compute)[0]
 
     def _activate(self, gate_up: Tensor) -> Tensor:
         if self.spec.has_gate:
@@ -135,12 +143,19 @@ class Nf4Experts(nn.Module):
         return f"num_experts={self.num_experts}, projections={', '.join(self.spec.projections)}"
 
 
-def _updates(
-    adapters: Sequence[Mapping[str, ProjectionAdapter]], projections: tuple[str, ...], x_RK: Tensor
-) -> list[LoraUpdate]:
-    return [
-        adapter[projection].update(part, x_RK)
-        for adapter in adapters
-        for part, projection in enumerate(projections)
-        if projection in adapter
-    ]
+@torch.no_grad()
+def is_columnwise(activate: Callable[[Tensor], Tensor], spec: ExpertsSpec) -> bool:
+    """Whether a family's activation can be computed on some columns at a time: tried, on two rows of numbers.
+
+    False where it cannot be tried, because it has weights of its own that are not there yet.
+    """
+    parts = len(spec.projections) - 1
+    half = spec.intermediate_size // 2
+    generator = torch.Generator().manual_seed(0)
+    gate_up = torch.randn(2, parts, spec.intermediate_size, generator=generator, device="cpu") * 4
+    try:
+        whole = activate(gate_up.flatten(1))
+        pieces = [activate(gate_up[:, :, columns].flatten(1)) for columns in (slice(0, half), slice(half, None))]
+    except (NotImplementedError, RuntimeError):
+        return False
+    return torch.equal(whole, torch.cat(pieces, dim=1))

@@ -4,21 +4,24 @@ W is an `Nf4Stack` of E * P matrices; the P matrices of an expert lie side by si
 The operator `expertune::grouped_linear` is registered with torch, so that activation checkpointing and `torch.compile`
 see one node; its backward gives dX, dA and dB, and never a dW, because the weights are frozen.
 
-Routes: `reference.py` is plain float32 and what the others are tested against; `decode_then_gemm.py` decodes a tile of
-bytes and multiplies it while it is in cache, on any device.
+Routes (`expertune.kernels.routes` chooses): `decode_then_gemm.py` decodes a tile of bytes and multiplies it while it is
+in cache, on any device; `fused.py` decodes inside the product, on a CPU. `reference.py` is plain float32 and what they
+are tested against.
 
 Shape suffixes: R routed rows, K in_features, N out_features of one matrix, E experts, P matrices per expert, r rank.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from expertune.kernels.grouped_linear import decode_then_gemm
-from expertune.kernels.nf4 import Nf4Stack
+from expertune.kernels import routes
+from expertune.kernels.grouped_linear import decode_then_gemm, fused
+from expertune.kernels.nf4 import Nf4Bytes, Nf4Stack
 
 __all__ = ["LoraUpdate", "grouped_linear"]
 
@@ -95,10 +98,9 @@ def _forward(
     b: list[Tensor],
     x_updates: list[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
-    weight = decode_then_gemm.Bytes(packed, absmax, nested_absmax, offset)
-    same_x = [update.data_ptr() == x.data_ptr() for update in x_updates]
-    with _own_dtypes(x):
-        return decode_then_gemm.forward(x, weight, offsets, parts, scalings, a, b, x_updates, same_x)
+    weight = Nf4Bytes(packed, absmax, nested_absmax, offset)
+    with own_dtypes(x):
+        return _route(x, offsets).forward(x, weight, offsets, parts, scalings, a, b, x_updates)
 
 
 @_forward.register_fake
@@ -140,9 +142,9 @@ def _backward(
     x_updates: list[Tensor],
     h: list[Tensor],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    weight = decode_then_gemm.Bytes(packed, absmax, nested_absmax, offset)
-    with _own_dtypes(dy):
-        return decode_then_gemm.backward(dy, weight, offsets, parts, scalings, a, b, x_updates, h)
+    weight = Nf4Bytes(packed, absmax, nested_absmax, offset)
+    with own_dtypes(dy):
+        return _route(dy, offsets).backward(dy, weight, offsets, parts, scalings, a, b, x_updates, h)
 
 
 @_backward.register_fake
@@ -192,7 +194,12 @@ def _autograd(ctx: Any, dy: Tensor, _dh: list[Tensor]) -> tuple[Any, ...]:
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _own_dtypes(x: Tensor) -> torch.autocast:
+def _route(x: Tensor, offsets: Tensor) -> ModuleType:
+    route = routes.choose(x.device, x.shape[0] / offsets.shape[0], x.dtype)
+    return fused if route == routes.FUSED else decode_then_gemm
+
+
+def own_dtypes(x: Tensor) -> torch.autocast:
     """No autocast inside the operator: it would round the update's factors to half precision on the way."""
     return torch.autocast(x.device.type, enabled=False)
 

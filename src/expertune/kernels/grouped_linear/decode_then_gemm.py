@@ -4,12 +4,12 @@ Shape suffixes: R routed rows, K in_features, N out_features of one matrix, E ex
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from expertune.kernels.nf4 import BLOCK_SIZE, decode_absmax, decode_rows
+from expertune.kernels.cpu import product_dtype
+from expertune.kernels.nf4 import BLOCK_SIZE, Nf4Bytes, decode
 
 # Most bytes of one decoded tile. On a CPU a tile has to leave room for x and y in the last-level cache, and to stay
 # below the 8 MiB from which on the allocator maps a block afresh (see `bound_host_memory`): a tile is fast because its
@@ -17,52 +17,37 @@ from expertune.kernels.nf4 import BLOCK_SIZE, decode_absmax, decode_rows
 TILE_BYTES = {"cpu": 7 * 2**20, "cuda": 512 * 2**20}
 
 
-class Bytes(NamedTuple):
-    """The buffers of an `Nf4Stack`, as the operator receives them."""
-
-    packed: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor
-    offset: Tensor
-
-    def absmax_of(self, index: int) -> Tensor:
-        """Float32 absmax of one matrix, [N, K/64]."""
-        nested = self.nested_absmax[index] if self.nested_absmax.shape[-1] else self.nested_absmax
-        offset = self.offset[index] if self.offset.shape[0] else self.offset
-        return decode_absmax(self.absmax[index], nested, offset).view(self.packed.shape[1], -1)
-
-
 def forward(
     x_RK: Tensor,
-    weight: Bytes,
+    weight: Nf4Bytes,
     offsets_E: Tensor,
     parts: list[int],
     scalings: list[float],
     a: list[Tensor],
     b: list[Tensor],
     x_updates: list[Tensor],
-    same_x: list[bool],
 ) -> tuple[Tensor, list[Tensor]]:
     """The product and, for each update, h = x @ A.T (kept for backward, [R, r]).
 
-    Args and shapes: see `expertune.kernels.grouped_linear.grouped_linear`. `same_x[u]` says that update u reads x
-    itself, so that one conversion to the adapter's dtype serves all such updates.
+    Args and shapes: see `expertune.kernels.grouped_linear.grouped_linear`. Updates whose input is x itself share one
+    conversion to the adapter's dtype.
     """
-    num_experts = offsets_E.shape[0]
-    num_parts, rows = weight.packed.shape[0] // num_experts, weight.packed.shape[1]
-    y_RN = x_RK.new_empty(x_RK.shape[0], num_parts * rows)
+    dtype, rows = product_dtype(x_RK.dtype, x_RK.device), weight.rows
+    y_RN = x_RK.new_empty(x_RK.shape[0], weight.rows_of(offsets_E.shape[0]))
     h = [factor.new_empty(x_RK.shape[0], factor.shape[1]) for factor in a]
-    for expert, span in _spans(offsets_E):
-        x = x_RK[span]
+    num_parts = y_RN.shape[1] // rows
+    scratch = Scratch(x_RK.device, dtype)
+    for expert, span in spans(offsets_E):
+        x = x_RK[span].to(dtype)
         for part in range(num_parts):
-            _multiply(x, weight, expert * num_parts + part, y_RN[span, part * rows : (part + 1) * rows])
-        shared_x: Tensor | None = None
+            multiply(x, weight, expert * num_parts + part, y_RN[span, part * rows : (part + 1) * rows], scratch)
+        shared: Tensor | None = None
         for u, part in enumerate(parts):
-            if same_x[u]:
-                shared_x = x.to(a[u].dtype) if shared_x is None or shared_x.dtype != a[u].dtype else shared_x
-                x_update = shared_x
-            else:
+            if x_updates[u].data_ptr() != x_RK.data_ptr():
                 x_update = x_updates[u][span].to(a[u].dtype)
+            else:
+                shared = x.to(a[u].dtype) if shared is None or shared.dtype != a[u].dtype else shared
+                x_update = shared
             torch.mm(x_update, a[u][expert].t(), out=h[u][span])
             update = (h[u][span] * scalings[u]) @ b[u][expert].t()
             y_RN[span, part * rows : (part + 1) * rows].add_(update)
@@ -71,7 +56,7 @@ def forward(
 
 def backward(
     dy_RN: Tensor,
-    weight: Bytes,
+    weight: Nf4Bytes,
     offsets_E: Tensor,
     parts: list[int],
     scalings: list[float],
@@ -84,25 +69,54 @@ def backward(
 
     Args and shapes: see `forward`; dy_RN is [R, P * N].
     """
-    num_experts = offsets_E.shape[0]
-    num_parts, rows = weight.packed.shape[0] // num_experts, weight.packed.shape[1]
+    dtype, rows = product_dtype(dy_RN.dtype, dy_RN.device), weight.rows
     dy_RN = dy_RN.contiguous()
-    dx_RK = dy_RN.new_empty(dy_RN.shape[0], weight.packed.shape[2] * 2)
+    dx_RK = dy_RN.new_empty(dy_RN.shape[0], weight.columns)
     da, db = [torch.zeros_like(factor) for factor in a], [torch.zeros_like(factor) for factor in b]
     dx_updates = [torch.empty_like(x) for x in x_updates]
-    for expert, span in _spans(offsets_E):
-        _multiply_transposed(dy_RN[span], weight, expert * num_parts, num_parts, dx_RK[span])
+    num_parts = dy_RN.shape[1] // rows
+    scratch = Scratch(dy_RN.device, dtype)
+    for expert, span in spans(offsets_E):
+        _multiply_transposed(dy_RN[span].to(dtype), weight, expert * num_parts, num_parts, dx_RK[span], scratch)
         for u, part in enumerate(parts):
-            dtype = a[u].dtype
-            dy = dy_RN[span, part * rows : (part + 1) * rows].to(dtype)
+            dy = dy_RN[span, part * rows : (part + 1) * rows].to(a[u].dtype)
             dh = (dy @ b[u][expert]) * scalings[u]
             torch.mm(dy.t(), h[u][span] * scalings[u], out=db[u][expert])
-            torch.mm(dh.t(), x_updates[u][span].to(dtype), out=da[u][expert])
+            torch.mm(dh.t(), x_updates[u][span].to(a[u].dtype), out=da[u][expert])
             dx_updates[u][span] = dh @ a[u][expert]
     return dx_RK, da, db, dx_updates
 
 
-def _spans(offsets_E: Tensor) -> Iterator[tuple[int, slice]]:
+class Scratch:
+    """Memory that decoded tiles take turns in, so that it stays in cache.
+
+    Args:
+        device: where the tiles are.
+        dtype: of the products.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self._memory = torch.empty(0, dtype=dtype, device=device)
+
+    def tile(self, rows: int, columns: int) -> Tensor:
+        """[rows, columns], whatever was in it."""
+        if self._memory.numel() < rows * columns:
+            self._memory = torch.empty(rows * columns, dtype=self.dtype, device=self.device)
+        return self._memory[: rows * columns].view(rows, columns)
+
+    def tile_size(self, count: int, length: int) -> int:
+        """How many of `count` rows (or columns) of `length` weights make a tile: even tiles, in whole blocks.
+
+        A product of few or odd columns runs at half the speed, so that no small rest must be left for a last tile.
+        """
+        budget = TILE_BYTES.get(self.device.type, TILE_BYTES["cuda"])
+        most = max(budget // (length * self.dtype.itemsize) // BLOCK_SIZE, 1) * BLOCK_SIZE
+        num_tiles = -(-count // most)
+        return -(-count // (num_tiles * BLOCK_SIZE)) * BLOCK_SIZE
+
+
+def spans(offsets_E: Tensor) -> Iterator[tuple[int, slice]]:
     """Each expert that has rows, with its rows. Reads the offsets to the host once."""
     start = 0
     for expert, end in enumerate(offsets_E.tolist()):
@@ -111,38 +125,35 @@ def _spans(offsets_E: Tensor) -> Iterator[tuple[int, slice]]:
         start = end
 
 
-def _multiply(x_RK: Tensor, weight: Bytes, index: int, out_RN: Tensor) -> None:
-    """out = x @ W.T, a tile of W's rows at a time."""
-    packed_NK, absmax_NB = weight.packed[index], weight.absmax_of(index)
-    step = _tile(x_RK, packed_NK.shape[0], packed_NK.shape[1] * 2)
-    for start in range(0, packed_NK.shape[0], step):
-        tile = slice(start, start + step)
-        torch.mm(x_RK, decode_rows(packed_NK[tile], absmax_NB[tile], x_RK.dtype).t(), out=out_RN[:, tile])
+def multiply(x_RK: Tensor, weight: Nf4Bytes, index: int, out_RN: Tensor, scratch: Scratch) -> None:
+    """out = x @ W.T, a tile of W's rows at a time; x has the products' dtype, out any."""
+    step = scratch.tile_size(weight.rows, weight.columns)
+    for start in range(0, weight.rows, step):
+        rows = slice(start, min(start + step, weight.rows))
+        tile = decode(weight, index, scratch.tile(rows.stop - start, weight.columns), rows=rows)
+        matmul_into(out_RN[:, rows], x_RK, tile.t())
 
 
-def _multiply_transposed(dy_RN: Tensor, weight: Bytes, first: int, num_parts: int, out_RK: Tensor) -> None:
+def matmul_into(out: Tensor, x: Tensor, w: Tensor) -> None:
+    """out = x @ w, in place where the dtypes allow it."""
+    if out.dtype == x.dtype:
+        torch.mm(x, w, out=out)
+    else:
+        out.copy_(x @ w)
+
+
+def _multiply_transposed(
+    dy_RN: Tensor, weight: Nf4Bytes, first: int, num_parts: int, out_RK: Tensor, scratch: Scratch
+) -> None:
     """out = dy @ [W of part 0; W of part 1; ...], a tile of W's columns at a time.
 
     Tiles run along K, not along N: each output element is then summed in one product, and rounded once.
     """
-    rows, half = weight.packed.shape[1:]
-    packed_NK = weight.packed[first : first + num_parts].view(num_parts * rows, half)
-    absmax_NB = torch.cat([weight.absmax_of(first + part) for part in range(num_parts)])
-    step = _tile(dy_RN, 2 * half, num_parts * rows)
-    for start in range(0, 2 * half, step):
-        stop = min(start + step, 2 * half)
-        tile = decode_rows(
-            packed_NK[:, start // 2 : stop // 2], absmax_NB[:, start // BLOCK_SIZE : stop // BLOCK_SIZE], dy_RN.dtype
-        )
-        torch.mm(dy_RN, tile, out=out_RK[:, start:stop])
-
-
-def _tile(x: Tensor, count: int, length: int) -> int:
-    """How many of `count` rows (or columns) of `length` weights make a tile: even tiles, in whole blocks.
-
-    A product of few or odd columns runs at half the speed, so that no small rest must be left for a last tile.
-    """
-    budget = TILE_BYTES.get(x.device.type, TILE_BYTES["cuda"])
-    most = max(budget // (length * x.element_size()) // BLOCK_SIZE, 1) * BLOCK_SIZE
-    num_tiles = -(-count // most)
-    return -(-count // (num_tiles * BLOCK_SIZE)) * BLOCK_SIZE
+    rows = weight.rows
+    step = scratch.tile_size(weight.columns, num_parts * rows)
+    for start in range(0, weight.columns, step):
+        columns = slice(start, min(start + step, weight.columns))
+        tile = scratch.tile(num_parts * rows, columns.stop - start)
+        for part in range(num_parts):
+            decode(weight, first + part, tile[part * rows : (part + 1) * rows], columns=columns)
+        matmul_into(out_RK[:, columns], dy_RN, tile)

@@ -1,7 +1,7 @@
 """The C library of the CPU routes, and its functions on tensors.
 
-Everything here takes CPU tensors that the callers have checked; strides in the last dimension are 1. Threads are as many
-as torch uses.
+Everything here takes CPU tensors that the callers have checked; strides in the last dimension are 1. Threads are as
+many as torch uses.
 
 Shape suffixes: R rows sorted by expert, K contraction, N columns of the output, E experts, r rank.
 """
@@ -17,7 +17,18 @@ from expertune.kernels.native.build import Status, library, status
 from expertune.kernels.nf4.bytes import Nf4Bytes
 from expertune.kernels.nf4.reference import BLOCK_SIZE, dynamic_codebook, nf4_bounds
 
-__all__ = ["Status", "Update", "available", "decode", "decode_absmax", "dropout", "outer", "product", "quantize", "status"]
+__all__ = [
+    "Status",
+    "Update",
+    "available",
+    "decode",
+    "decode_absmax",
+    "dropout",
+    "outer",
+    "product",
+    "quantize",
+    "status",
+]
 
 _SOURCE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _DENSE_KINDS = {torch.float32: 1, torch.bfloat16: 2}
@@ -151,7 +162,15 @@ def outer(u_Rp: Tensor, v: Tensor, offsets_E: Tensor, out_Epq: Tensor, index: Te
 
 
 def dropout(
-    x: Tensor, out_RK: Tensor, seed: int, threshold: int, scale: float, first_row: int = 0, index: Tensor | None = None
+    x: Tensor,
+    out_RK: Tensor,
+    number_R: Tensor,
+    seed: int,
+    threshold: int,
+    scale: float,
+    first: int,
+    stride: int,
+    index: Tensor | None = None,
 ) -> None:
     """out = x where the element's hash reaches `threshold`, scaled, else 0; see `expertune.kernels.dropout`."""
     _call(
@@ -159,9 +178,11 @@ def dropout(
         _pointer(x),
         ctypes.c_int64(x.stride(0)),
         None if index is None else _pointer(index),
+        _pointer(number_R),
         ctypes.c_int64(out_RK.shape[0]),
         ctypes.c_int64(out_RK.shape[1]),
-        ctypes.c_int64(first_row),
+        ctypes.c_int64(first),
+        ctypes.c_int64(stride),
         ctypes.c_uint32(seed & 0xFFFFFFFF),
         ctypes.c_uint32(seed >> 32 & 0xFFFFFFFF),
         ctypes.c_uint32(threshold),

@@ -1,11 +1,11 @@
 """Compile the C files of this folder with the machine's own compiler, once, and load them.
 
 The library is kept in the user's cache under a name that holds a hash of the sources, the flags and the compiler, so
-that a new release or another machine makes its own. Its threads are torch's: it is linked against the OpenMP runtime that
-torch has loaded, because two pools of threads on the same cores would wait for each other.
+that a new release or another machine makes its own. Its threads are torch's: it is linked against the OpenMP runtime
+that torch has loaded, because two pools of threads on the same cores would wait for each other.
 
-What this leaves out: any copy of the routes in Python. Where there is no compiler, or no AVX2, the callers use torch and
-bitsandbytes, and `status()` says why.
+What this leaves out: any copy of the routes in Python. Where there is no compiler, or no AVX2, the callers use torch
+and bitsandbytes, and `status()` says why.
 """
 
 import ctypes
@@ -57,7 +57,10 @@ def status() -> Status:
         return Status(None, f"switched off by {SWITCH}=0")
     if platform.system() != "Linux" or not {"avx2", "fma3"} <= set(cpu_instruction_sets()):
         return Status(None, "written for Linux on x86-64 with AVX2 and FMA, which this machine is not")
-    compiler = shlex.split(os.environ.get("CC", "")) or [found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))][:1]
+    compiler = (
+        shlex.split(os.environ.get("CC", ""))
+        or [found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))][:1]
+    )
     if not compiler:
         return Status(None, "no C compiler found (cc, gcc, clang, or the variable CC); install one, such as gcc")
     try:
@@ -79,13 +82,18 @@ def library() -> ctypes.CDLL | None:
 def _library_path(compiler: list[str]) -> Path:
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     digest = hashlib.sha256()
-    for part in (torch.__version__, version, *FLAGS, *(FOLDER.joinpath(name).read_text() for name in (*HEADERS, *SOURCES))):
+    for part in (
+        torch.__version__,
+        version,
+        *FLAGS,
+        *(FOLDER.joinpath(name).read_text() for name in (*HEADERS, *SOURCES)),
+    ):
         digest.update(part.encode() + b"\0")
-    return _cache_folder() / f"native-{digest.hexdigest()[:16]}.so"
+    return cache_folder() / f"native-{digest.hexdigest()[:16]}.so"
 
 
-def _cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/expertune`, or a folder of this user's own among temporary files where that cannot be written."""
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/expertune`, or where that cannot be written a folder of this user's among temporary files."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertune"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,18 @@
 /* Dropout by a counter: whether an element stays is a hash of its number and a seed, so that no mask is ever kept. */
 #include "common.h"
 
-/* out[row, :] = x[index[row], :] * (kept ? scale : 0); element number (first_row + row) * columns + column. */
+/* out[row, :] = x[index[row], :] * (kept ? scale : 0); element number number[row] * stride + first + column. */
 EXPORT void expertune_dropout(
-    const float *x, int64_t x_stride, const int64_t *index, int64_t rows, int64_t columns, int64_t first_row, uint32_t seed,
-    uint32_t seed_high, uint32_t threshold, float scale, float *out, int threads)
+    const float *x, int64_t x_stride, const int64_t *index, const int64_t *number, int64_t rows, int64_t columns,
+    int64_t first, int64_t stride, uint32_t seed, uint32_t seed_high, uint32_t threshold, float scale, float *out, int threads)
 {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * columns > 32768)
     for (int64_t row = 0; row < rows; row++) {
         const float *from = x + (index == NULL ? row : index[row]) * x_stride;
         float *to = out + row * columns;
-        uint32_t number = (uint32_t)((first_row + row) * columns);
+        uint32_t base = (uint32_t)(number[row] * stride + first);
         for (int64_t column = 0; column < columns; column++) {
-            uint32_t h = (number + (uint32_t)column) ^ seed;
+            uint32_t h = (base + (uint32_t)column) ^ seed;
             h ^= h >> 16;
             h *= 0x85ebca6bu;
             h ^= h >> 13;

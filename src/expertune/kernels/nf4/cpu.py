@@ -53,7 +53,7 @@ def decode_absmax(weight: Nf4Bytes, index: int) -> Tensor:
 def decode(weight: Nf4Bytes, index: int, out: Tensor, rows: slice, columns: slice) -> Tensor:
     """Part of one matrix into `out`; see `expertune.kernels.nf4.decode`.
 
-    A tile of a few MiB that is written again and again stays in cache, so that the product after it reads it from there.
+    A tile of a few MiB that is written again and again stays in cache, from where the product after it reads it.
     """
     if native.available() and out.dtype != torch.float16:
         native.decode(weight, index, (rows.start, rows.stop), (columns.start, columns.stop), out)

@@ -1,0 +1,59 @@
+"""Dropout by a counter: an element's fate is a hash of its number and a seed, so that backward needs no mask.
+
+`torch.bernoulli_` fills on one thread and its mask would have to be kept; here each use of the same seed drops the same
+elements, on any device, whole or a few rows at a time. The hash is a chain of multiply-xorshift rounds on 32 bits, the
+finalizer of MurmurHash3 and one round more with the seed's high half; `native/dropout.c` holds the same chain.
+
+Shape suffixes: R rows, K columns.
+"""
+
+import torch
+from torch import Tensor
+
+from expertune.kernels import native
+
+_MASK = 0xFFFFFFFF
+
+
+def dropout(
+    x: Tensor,
+    number_R: Tensor,
+    seed: int,
+    probability: float,
+    index: Tensor | None = None,
+    first_column: int = 0,
+    columns: int | None = None,
+) -> Tensor:
+    """Drop elements of float32 rows and scale what stays by 1 / (1 - probability).
+
+    Args:
+        x: float32 [R, K], or [T, K] where `index` says which row each of R rows is.
+        number_R: int64 [R], a number for each row: equal numbers drop equal elements, wherever the row lies.
+        seed: 0 <= seed < 2**63.
+        probability: of an element to be dropped, 0 <= probability < 1; held to 1 / 2**32.
+        index: int64 [R].
+        first_column: where x's columns lie in the whole, so that a part is dropped as in it.
+        columns: of the whole; None means K.
+
+    Returns:
+        float32 [R, K].
+    """
+    threshold, scale = min(round(probability * 2**32), _MASK), 1 / (1 - probability)
+    columns = x.shape[1] if columns is None else columns
+    if x.device.type == "cpu" and native.available():
+        out = torch.empty(number_R.shape[0], x.shape[1], dtype=torch.float32)
+        native.dropout(x, out, number_R, seed, threshold, scale, first_column, columns, index)
+        return out
+    elements = number_R[:, None] * columns + torch.arange(first_column, first_column + x.shape[1], device=x.device)
+    chosen = x if index is None else x[index]
+    return torch.where(_hash(elements, seed) >= threshold, chosen * scale, 0.0)
+
+
+def _hash(numbers: Tensor, seed: int) -> Tensor:
+    """32-bit hashes of int64 numbers; a product's overflow leaves its low half as it is."""
+    h = (numbers & _MASK) ^ (seed & _MASK)
+    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & _MASK
+    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & _MASK
+    h = ((h ^ (h >> 16)) + (seed >> 32)) & _MASK
+    h = ((h ^ (h >> 15)) * 0x2C1B3C6D) & _MASK
+    return h ^ (h >> 16)

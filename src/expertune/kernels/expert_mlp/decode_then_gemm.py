@@ -1,0 +1,183 @@
+"""The expert layer expert by expert: decode a tile, use it for every product that needs it, go on. Any device.
+
+In backward a tile of gate_up's rows serves the recomputation and the input's gradient, so that a step decodes each
+weight twice and not three times. Tiles run along the intermediate size; the input's gradient is summed over them in
+float32.
+
+Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R routed rows of all experts, N rows
+of one expert, E experts, P parts of the first product, r rank.
+"""
+
+import torch
+from torch import Tensor
+
+from expertune.kernels.cpu import product_dtype
+from expertune.kernels.dropout import dropout
+from expertune.kernels.expert_mlp.plan import Layer, LowRank, combine, differentiable, sort_rows
+from expertune.kernels.grouped_linear.decode_then_gemm import Scratch, multiply, spans
+from expertune.kernels.nf4 import decode
+
+
+def forward(
+    hidden_TD: Tensor,
+    top_k_index_TK: Tensor,
+    top_k_weights_TK: Tensor,
+    layer: Layer,
+    low_rank: list[LowRank],
+    h: list[Tensor],
+    first_row: int,
+) -> Tensor:
+    """Float32 [T, D]; fills `h` with x @ A of each update. `first_row` is the chunk's place in the batch."""
+    rows = sort_rows(top_k_index_TK, top_k_weights_TK, layer.num_experts, first_row)
+    dtype, size, num_parts = product_dtype(hidden_TD.dtype, hidden_TD.device), layer.intermediate_size, layer.num_parts
+    y_RD = torch.empty(rows.token_R.shape[0], layer.hidden_size, dtype=torch.float32, device=hidden_TD.device)
+    scratch = Scratch(hidden_TD.device, dtype)
+    for expert, span in spans(rows.offsets_E):
+        x_ND = hidden_TD[rows.token_R[span]].to(dtype)
+        gate_up = x_ND.new_empty(x_ND.shape[0], num_parts * size)
+        for part in range(num_parts):
+            multiply(x_ND, layer.gate_up, expert * num_parts + part, _part(gate_up, part, size), scratch)
+        for update, low in zip(low_rank, h, strict=True):
+            if update.part < num_parts:
+                _shrink(x_ND, update, expert, low[span], rows.number_R[span])
+                _add_expanded(_part(gate_up, update.part, size), low[span], update, update.b[expert])
+        x_NF = layer.function(gate_up)
+        y_ND = torch.empty(x_ND.shape, dtype=dtype, device=x_ND.device)
+        multiply(x_NF, layer.down, expert, y_ND, scratch)
+        for update, low in zip(low_rank, h, strict=True):
+            if update.part == num_parts:
+                _shrink(x_NF, update, expert, low[span], rows.number_R[span])
+                _add_expanded(y_ND, low[span], update, update.b[expert])
+        torch.mul(y_ND, rows.weight_R[span, None], out=y_RD[span])
+    return combine(y_RD, rows.inverse_R, hidden_TD.shape[0])
+
+
+def backward(
+    dout_TD: Tensor,
+    hidden_TD: Tensor,
+    top_k_index_TK: Tensor,
+    top_k_weights_TK: Tensor,
+    layer: Layer,
+    low_rank: list[LowRank],
+    h: list[Tensor],
+    da: list[Tensor],
+    db: list[Tensor],
+    first_row: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden (float32 [T, D]) and of the router's weights (float32 [T, K]); adds to `da` and `db`."""
+    rows = sort_rows(top_k_index_TK, top_k_weights_TK, layer.num_experts, first_row)
+    dtype = product_dtype(hidden_TD.dtype, hidden_TD.device)
+    dx_RD = torch.empty(rows.token_R.shape[0], layer.hidden_size, dtype=torch.float32, device=hidden_TD.device)
+    dweight_R = torch.empty_like(rows.weight_R)
+    scratches = Scratch(hidden_TD.device, dtype), Scratch(hidden_TD.device, dtype)
+    for expert, span in spans(rows.offsets_E):
+        tokens = rows.token_R[span]
+        dx_RD[span], dweight_R[span] = _expert_backward(
+            dout_TD[tokens].to(dtype),
+            hidden_TD[tokens].to(dtype),
+            rows.weight_R[span, None],
+            expert,
+            layer,
+            low_rank,
+            [low[span] for low in h],
+            [total[expert] for total in da],
+            [total[expert] for total in db],
+            rows.number_R[span],
+            scratches,
+        )
+    return combine(dx_RD, rows.inverse_R, hidden_TD.shape[0]), dweight_R[rows.inverse_R].view(top_k_weights_TK.shape)
+
+
+def _expert_backward(
+    dout_ND: Tensor,
+    x_ND: Tensor,
+    weight_N1: Tensor,
+    expert: int,
+    layer: Layer,
+    low_rank: list[LowRank],
+    h: list[Tensor],
+    da: list[Tensor],
+    db: list[Tensor],
+    number_N: Tensor,
+    scratches: tuple[Scratch, Scratch],
+) -> tuple[Tensor, Tensor]:
+    """dX float32 [N, D] and the weights' gradient [N] of one expert; adds to its `da` and `db`."""
+    size, num_parts = layer.intermediate_size, layer.num_parts
+    dx_ND = torch.zeros(x_ND.shape, dtype=torch.float32, device=x_ND.device)
+    dweight_N = dx_ND.new_zeros(dx_ND.shape[0])
+    dh = [torch.zeros_like(low, dtype=torch.float32) for low in h]
+    for u, update in enumerate(low_rank):
+        if update.part == num_parts:
+            dout = dout_ND.to(update.b.dtype)
+            dh[u] = (dout @ update.b[expert]).float() * update.scaling
+            db[u] += dout.t().float() @ (h[u].float() * weight_N1 * update.scaling)
+
+    # One tile of gate_up and the columns of down beside it share the room of a tile.
+    step = scratches[0].tile_size(size, (num_parts + 1) * layer.hidden_size) if layer.columnwise else size
+    for start in range(0, size, step):
+        columns = slice(start, min(start + step, size))
+        width = columns.stop - start
+        w_gate_up = scratches[0].tile(num_parts * width, layer.hidden_size)
+        for part in range(num_parts):
+            target = w_gate_up[part * width : (part + 1) * width]
+            decode(layer.gate_up, expert * num_parts + part, target, rows=columns)
+        w_down = decode(layer.down, expert, scratches[1].tile(layer.hidden_size, width), columns=columns)
+
+        gate_up = x_ND @ w_gate_up.t()
+        for u, update in enumerate(low_rank):
+            if update.part < num_parts:
+                _add_expanded(_part(gate_up, update.part, width), h[u], update, update.b[expert, columns])
+        gate_up.requires_grad_()
+        with differentiable():
+            x_NF = layer.function(gate_up)
+        inter_NF = x_NF.detach()
+
+        # Before the router's weight is applied, so that <inter, dInter> is the weight's own gradient.
+        dinter_NF = dout_ND @ w_down
+        for u, update in enumerate(low_rank):
+            if update.part == num_parts:
+                low = dh[u] @ update.a[expert, :, columns].float()
+                dinter_NF += _drop(low, update, number_N, start, size)
+                dropped = _drop(inter_NF.float(), update, number_N, start, size)
+                da[u][:, columns] += (dh[u] * weight_N1).t() @ dropped
+        dweight_N += torch.linalg.vecdot(inter_NF.float(), dinter_NF.float())
+        (dgate_up,) = torch.autograd.grad(x_NF, gate_up, (dinter_NF * weight_N1).to(x_NF.dtype))
+
+        if dx_ND.dtype == dgate_up.dtype:
+            dx_ND.addmm_(dgate_up, w_gate_up)
+        else:
+            dx_ND += dgate_up @ w_gate_up
+        for u, update in enumerate(low_rank):
+            if update.part < num_parts:
+                dpart = _part(dgate_up, update.part, width).float()
+                dh[u].addmm_(dpart, update.b[expert, columns].float(), alpha=update.scaling)
+                db[u][columns] += dpart.t() @ (h[u].float() * update.scaling)
+    for u, update in enumerate(low_rank):
+        if update.part < num_parts:
+            da[u] += dh[u].t() @ _drop(x_ND.float(), update, number_N)
+            dx_ND += _drop(dh[u] @ update.a[expert].float(), update, number_N)
+    return dx_ND, dweight_N
+
+
+def _part(tensor: Tensor, part: int, size: int) -> Tensor:
+    return tensor[:, part * size : (part + 1) * size]
+
+
+def _drop(x: Tensor, update: LowRank, number_N: Tensor, first_column: int = 0, columns: int | None = None) -> Tensor:
+    if not update.dropout:
+        return x
+    return dropout(x, number_N, update.seed, update.dropout, None, first_column, columns)
+
+
+def _shrink(x_NK: Tensor, update: LowRank, expert: int, out_Nr: Tensor, number_N: Tensor) -> None:
+    """out = dropout(x) @ A.T, in the adapter's dtype."""
+    dropped = _drop(x_NK.float(), update, number_N) if update.dropout else x_NK
+    torch.mm(dropped.to(update.a.dtype), update.a[expert].t(), out=out_Nr)
+
+
+def _add_expanded(y_NM: Tensor, h_Nr: Tensor, update: LowRank, b_Mr: Tensor) -> None:
+    """y += scaling * h @ B.T, computed in the adapter's dtype and rounded once to y's."""
+    if y_NM.dtype == h_Nr.dtype:
+        y_NM.addmm_(h_Nr, b_Mr.t(), alpha=update.scaling)
+    else:
+        y_NM += (h_Nr * update.scaling) @ b_Mr.t()

@@ -1,0 +1,168 @@
+"""The expert layer by products that decode inside: every product is one call for all experts. CPU; float32 arithmetic.
+
+The library gathers tokens as it reads them, so that rows are never copied to their experts, and adds the low-rank
+updates where it sums the product.
+
+Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R routed rows, E experts, P parts of
+the first product, r rank.
+"""
+
+import torch
+from torch import Tensor
+
+from expertune.kernels import native
+from expertune.kernels.dropout import dropout
+from expertune.kernels.expert_mlp.plan import Layer, LowRank, Sorted, combine, differentiable, sort_rows
+from expertune.kernels.grouped_linear.fused import plain
+
+
+def forward(
+    hidden_TD: Tensor,
+    top_k_index_TK: Tensor,
+    top_k_weights_TK: Tensor,
+    layer: Layer,
+    low_rank: list[LowRank],
+    h: list[Tensor],
+    first_row: int,
+) -> Tensor:
+    """Float32 [T, D]; fills `h` with x @ A of each update. `first_row` is the chunk's place in the batch."""
+    rows, x_TD = sort_rows(top_k_index_TK, top_k_weights_TK, layer.num_experts, first_row), plain(hidden_TD)
+    for update, out in _inner(layer, low_rank, h):
+        if update.dropout:
+            dropped = dropout(x_TD, rows.number_R, *_seed(update), rows.token_R)
+            _dense(dropped, update.a, rows, out)
+        else:
+            _dense(x_TD, update.a, rows, out, rows.token_R)
+    x_RF = layer.function(_gate_up(x_TD, rows, layer, low_rank, h))
+    for update, out in _outer(layer, low_rank, h):
+        dropped = dropout(x_RF, rows.number_R, *_seed(update)) if update.dropout else x_RF
+        _dense(dropped, update.a, rows, out)
+    y_RD = x_RF.new_empty(x_RF.shape[0], layer.hidden_size)
+    updates = [_update(update, low, 0, layer.hidden_size) for update, low in _outer(layer, low_rank, h)]
+    native.product(x_RF, layer.down, rows.offsets_E, y_RD, transposed=True, updates=updates)
+    return combine(y_RD.mul_(rows.weight_R[:, None]), rows.inverse_R, hidden_TD.shape[0])
+
+
+def backward(
+    dout_TD: Tensor,
+    hidden_TD: Tensor,
+    top_k_index_TK: Tensor,
+    top_k_weights_TK: Tensor,
+    layer: Layer,
+    low_rank: list[LowRank],
+    h: list[Tensor],
+    da: list[Tensor],
+    db: list[Tensor],
+    first_row: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden (float32 [T, D]) and of the router's weights (float32 [T, K]); adds to `da` and `db`."""
+    rows = sort_rows(top_k_index_TK, top_k_weights_TK, layer.num_experts, first_row)
+    x_TD, dout_TD = plain(hidden_TD), plain(dout_TD)
+    size = layer.intermediate_size
+    gate_up = _gate_up(x_TD, rows, layer, low_rank, h).requires_grad_()
+    with differentiable():
+        x_RF = layer.function(gate_up)
+    inter_RF = x_RF.detach()
+
+    # Before the router's weight is applied, so that <inter, dInter> is the weight's own gradient.
+    dh_down = {}
+    for u, (update, low) in enumerate(zip(low_rank, h, strict=True)):
+        if update.part == layer.num_parts:
+            dh_down[u] = low.new_empty(low.shape, dtype=torch.float32)
+            native.product(dout_TD, plain(update.b), rows.offsets_E, dh_down[u], transposed=False, index=rows.token_R)
+            dh_down[u] *= update.scaling
+    dinter_RF = inter_RF.new_empty(inter_RF.shape)
+    undropped = [
+        native.Update(dh, plain(low_rank[u].a), 0, size) for u, dh in dh_down.items() if not low_rank[u].dropout
+    ]
+    native.product(
+        dout_TD, layer.down, rows.offsets_E, dinter_RF, transposed=False, updates=undropped, index=rows.token_R
+    )
+    for u, dh in dh_down.items():
+        if low_rank[u].dropout:
+            dinter_RF += dropout(_low_rank_input(dh, low_rank[u].a, rows), rows.number_R, *_seed(low_rank[u]))
+    dweight_R = torch.linalg.vecdot(inter_RF, dinter_RF)
+
+    for u, dh in dh_down.items():
+        update, low = low_rank[u], h[u]
+        dropped = dropout(inter_RF, rows.number_R, *_seed(update)) if update.dropout else inter_RF
+        _add_outer(da[u], dh * rows.weight_R[:, None], dropped, rows)
+        transposed = db[u].new_empty(db[u].transpose(1, 2).shape)
+        native.outer(
+            low.float() * (rows.weight_R * update.scaling)[:, None], dout_TD, rows.offsets_E, transposed, rows.token_R
+        )
+        db[u] += transposed.transpose(1, 2)
+
+    dinter_RF *= rows.weight_R[:, None]
+    (dgate_up,) = torch.autograd.grad(x_RF, gate_up, dinter_RF)
+    del x_RF, gate_up, inter_RF, dinter_RF
+    dgate_up = plain(dgate_up)
+    updates, dx_dropped = [], []
+    for u, (update, low) in enumerate(zip(low_rank, h, strict=True)):
+        if update.part == layer.num_parts:
+            continue
+        dpart = dgate_up[:, update.part * size : (update.part + 1) * size]
+        dh = low.new_empty(low.shape, dtype=torch.float32)
+        native.product(dpart, plain(update.b), rows.offsets_E, dh, transposed=False)
+        dh *= update.scaling
+        _add_outer(db[u], dpart, low.float() * update.scaling, rows)
+        if update.dropout:
+            _add_outer(da[u], dh, dropout(x_TD, rows.number_R, *_seed(update), rows.token_R), rows)
+            dx_dropped.append(dropout(_low_rank_input(dh, update.a, rows), rows.number_R, *_seed(update)))
+        else:
+            _add_outer(da[u], dh, x_TD, rows, rows.token_R)
+            updates.append(native.Update(dh, plain(update.a), 0, layer.hidden_size))
+    dx_RD = dgate_up.new_empty(dgate_up.shape[0], layer.hidden_size)
+    native.product(dgate_up, layer.gate_up, rows.offsets_E, dx_RD, transposed=False, updates=updates)
+    for dropped in dx_dropped:
+        dx_RD += dropped
+    dweights = dweight_R[rows.inverse_R].view(top_k_weights_TK.shape)
+    return combine(dx_RD, rows.inverse_R, hidden_TD.shape[0]), dweights
+
+
+def _gate_up(x_TD: Tensor, rows: Sorted, layer: Layer, low_rank: list[LowRank], h: list[Tensor]) -> Tensor:
+    """The first product with its updates, float32 [R, P * F]."""
+    size = layer.intermediate_size
+    out = x_TD.new_empty(rows.token_R.shape[0], layer.num_parts * size)
+    updates = [
+        _update(update, low, update.part * size, (update.part + 1) * size) for update, low in _inner(layer, low_rank, h)
+    ]
+    native.product(x_TD, layer.gate_up, rows.offsets_E, out, transposed=True, updates=updates, index=rows.token_R)
+    return out
+
+
+def _inner(layer: Layer, low_rank: list[LowRank], h: list[Tensor]) -> list[tuple[LowRank, Tensor]]:
+    return [pair for pair in zip(low_rank, h, strict=True) if pair[0].part < layer.num_parts]
+
+
+def _outer(layer: Layer, low_rank: list[LowRank], h: list[Tensor]) -> list[tuple[LowRank, Tensor]]:
+    return [pair for pair in zip(low_rank, h, strict=True) if pair[0].part == layer.num_parts]
+
+
+def _update(update: LowRank, h: Tensor, column: int, column_end: int) -> native.Update:
+    return native.Update(h.float() * update.scaling, plain(update.b), column, column_end)
+
+
+def _seed(update: LowRank) -> tuple[int, float]:
+    return update.seed, update.dropout
+
+
+def _dense(x: Tensor, a_ErK: Tensor, rows: Sorted, out_Rr: Tensor, index: Tensor | None = None) -> None:
+    """out = x @ A[e].T, rounded to out's dtype."""
+    low = torch.empty(out_Rr.shape, dtype=torch.float32)
+    native.product(x, plain(a_ErK), rows.offsets_E, low, transposed=True, index=index)
+    out_Rr.copy_(low)
+
+
+def _low_rank_input(dh_Rr: Tensor, a_ErK: Tensor, rows: Sorted) -> Tensor:
+    """dh @ A[e], float32 [R, K]."""
+    out = dh_Rr.new_empty(dh_Rr.shape[0], a_ErK.shape[2])
+    native.product(dh_Rr, plain(a_ErK), rows.offsets_E, out, transposed=False)
+    return out
+
+
+def _add_outer(total_Epq: Tensor, u: Tensor, v: Tensor, rows: Sorted, index: Tensor | None = None) -> None:
+    """total += u[rows of e].T @ v[rows of e]."""
+    out = torch.empty_like(total_Epq)
+    native.outer(u, v, rows.offsets_E, out, index)
+    total_Epq += out

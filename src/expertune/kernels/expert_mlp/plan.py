@@ -1,0 +1,123 @@
+"""What both routes of the expert layer are handed, and how many tokens they take at once."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from expertune.kernels.nf4 import Nf4Bytes
+
+
+class Layer(NamedTuple):
+    """The frozen half of an expert layer; see `expertune.kernels.expert_mlp.expert_mlp`."""
+
+    gate_up: Nf4Bytes
+    down: Nf4Bytes
+    function: Callable[[Tensor], Tensor]
+    columnwise: bool
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.down.packed.shape[0]
+
+    @property
+    def num_parts(self) -> int:
+        """P."""
+        return self.gate_up.packed.shape[0] // self.num_experts
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.gate_up.columns
+
+    @property
+    def intermediate_size(self) -> int:
+        """F."""
+        return self.down.columns
+
+
+class LowRank(NamedTuple):
+    """An `ExpertUpdate` as the routes take it, with the seed of its dropout."""
+
+    part: int
+    a: Tensor
+    b: Tensor
+    scaling: float
+    dropout: float
+    seed: int
+
+
+class Sorted(NamedTuple):
+    """A chunk's routed rows, sorted by expert.
+
+    Attributes:
+        token_R: int64 [R], the token of each sorted row.
+        number_R: int64 [R], its number in the whole batch before sorting, by which dropout knows it.
+        inverse_R: int64 [R], where routed row t * K + k lies among the sorted ones.
+        weight_R: float32 [R], the router's weight of each sorted row.
+        offsets_E: int64 [E], the end of each expert's rows.
+    """
+
+    token_R: Tensor
+    number_R: Tensor
+    inverse_R: Tensor
+    weight_R: Tensor
+    offsets_E: Tensor
+
+
+def sort_rows(top_k_index_TK: Tensor, top_k_weights_TK: Tensor, num_experts: int, first_row: int) -> Sorted:
+    """Sort routed rows by expert, stably, without a host synchronisation.
+
+    `first_row` is the number in the whole batch of the chunk's first routed row.
+    """
+    flat_R = top_k_index_TK.reshape(-1)
+    sorted_R, order_R = torch.sort(flat_R, stable=True)
+    inverse_R = torch.empty_like(order_R)
+    inverse_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
+    experts_E = torch.arange(num_experts, device=flat_R.device, dtype=flat_R.dtype)
+    # searchsorted counts without atomics.
+    offsets_E = torch.searchsorted(sorted_R, experts_E, right=True)
+    token_R = torch.div(order_R, max(top_k_index_TK.shape[1], 1), rounding_mode="floor")
+    return Sorted(token_R, order_R + first_row, inverse_R, top_k_weights_TK.reshape(-1)[order_R].float(), offsets_E)
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Autograd inside an operator, where torch has it switched off: a family's activation is differentiated by it."""
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.AutogradOther):
+        exclude = exclude.remove(key)
+    with (
+        torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+def combine(rows_RD: Tensor, inverse_R: Tensor, num_tokens: int) -> Tensor:
+    """Sum each token's sorted rows: [R, D] -> float32 [T, D], in the order of the token's choices."""
+    top_k = inverse_R.numel() // max(num_tokens, 1)
+    if top_k == 0:
+        return rows_RD.new_zeros(num_tokens, rows_RD.shape[1], dtype=torch.float32)
+    chosen = inverse_R.view(num_tokens, top_k)
+    total = rows_RD[chosen[:, 0]].float()
+    for k in range(1, top_k):
+        total += rows_RD[chosen[:, k]]
+    return total
+
+
+def bytes_per_row(layer: Layer) -> int:
+    """Most bytes that a routed row takes between the products, in backward: float32 throughout.
+
+    Gate, up and their gradients; the intermediate row, its gradient, what autograd keeps of the activation, a dropped
+    copy; the row's output or input gradient, and a dropped copy.
+    """
+    return 4 * ((2 * layer.num_parts + 5) * layer.intermediate_size + 3 * layer.hidden_size)
+
+
+def chunk_tokens(layer: Layer, top_k: int, working_set_bytes: int) -> int:
+    """Tokens that are worked on at once; at least one."""
+    return max(working_set_bytes // (max(top_k, 1) * bytes_per_row(layer)), 1)

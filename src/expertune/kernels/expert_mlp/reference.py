@@ -1,0 +1,47 @@
+"""The expert layer in plain torch: every expert decoded to float32, differentiated by autograd."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from expertune.kernels.expert_mlp import Activation, ExpertUpdate
+from expertune.kernels.nf4 import Nf4Stack
+
+
+def expert_mlp(
+    hidden_TD: Tensor,
+    top_k_index_TK: Tensor,
+    top_k_weights_TK: Tensor,
+    gate_up: Nf4Stack,
+    down: Nf4Stack,
+    activation: Activation,
+    updates: Sequence[ExpertUpdate] = (),
+) -> Tensor:
+    """The same as `expertune.kernels.expert_mlp.expert_mlp` without dropout, in float32 whatever hidden's dtype.
+
+    Returns:
+        float32 [T, D].
+    """
+    num_parts = gate_up.num_matrices // down.num_matrices
+    out = torch.zeros(hidden_TD.shape, dtype=torch.float32)
+    for expert in range(down.num_matrices):
+        tokens, choices = (top_k_index_TK == expert).nonzero(as_tuple=True)
+        x = hidden_TD[tokens].float()
+        matrices = [gate_up.decode(expert * num_parts + part, torch.float32) for part in range(num_parts)]
+        inner = [x @ matrix.t() + _low_rank(x, expert, part, updates) for part, matrix in enumerate(matrices)]
+        inter = activation.function(torch.cat(inner, dim=1))
+        y = inter @ down.decode(expert, torch.float32).t() + _low_rank(inter, expert, num_parts, updates)
+        out = out.index_add(0, tokens, y * top_k_weights_TK[tokens, choices, None].float())
+    return out
+
+
+def _low_rank(x: Tensor, expert: int, part: int, updates: Sequence[ExpertUpdate]) -> Tensor | float:
+    return sum(
+        (
+            update.scaling * x @ update.a[expert].float().t() @ update.b[expert].float().t()
+            for update in updates
+            if update.part == part
+        ),
+        start=0.0,
+    )
