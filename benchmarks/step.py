@@ -6,14 +6,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import floor, report
-from benchmarks.peers.processes import STACKS, Driver
+from benchmarks.peers.processes import GPU_STACKS, STACKS, Driver
 from benchmarks.workload import DOLLY_SAMPLE, Lora, Shape, Workload, describe, prepare
 
-PEERS = tuple(name for name in STACKS if name != "ours")
+# Those that run where nothing is named: on a CPU. On a GPU: `GPU_STACKS`.
+PEERS = tuple(name for name in STACKS if name != "ours" and name not in GPU_STACKS)
 
 # Peers that hold the same NF4 bytes as ours.
 SAME_WEIGHTS = ("legacy", "tutorial")
+
+# Peers with the same NF4 values, under adapters that cannot be ours: the loss without any must agree.
+SAME_BASE = GPU_STACKS
 
 Measured = dict[str, dict[str, Any]]
 """What each stack of a session gave, by its name."""
@@ -28,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes = {"hidden": 2048, "intermediate": 7168, "layers": 2, "experts": 8, "top-k": 2, "tokens": 320, "rounds": 3}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--peers", nargs="*", choices=(*PEERS, *GPU_STACKS), help="default: all that run on the device")
     parser.add_argument("--text", type=Path, default=DOLLY_SAMPLE, help="JSONL rows in dolly's layout")
     parser.add_argument(
         "--cache", type=Path, help="where weights are made once and kept; default: the temporary folder"
@@ -45,13 +52,23 @@ def run(args: argparse.Namespace) -> None:
     shape = Shape(args.hidden, args.intermediate, args.layers, args.experts, args.top_k)
     lora = Lora()
     cache = args.cache or Path(tempfile.gettempdir()) / "expertune-bench"
+    names = _peers(args)
     workload = prepare(shape, lora, args.tokens, args.text, cache)
-    sessions = [_interleave(names, workload, lora, args.rounds) for names in _sessions(args.peers)]
-    rates = floor.product_rates(shape, args.tokens)
-    result = _result(shape, lora, workload, sessions, rates)
+    sessions = [_interleave(stacks, workload, lora, args.rounds, args.device) for stacks in _sessions(names)]
+    rates = floor.product_rates(shape, args.tokens) if args.device == "cpu" else {}
+    result = _result(shape, lora, workload, sessions, rates, args.device)
     if args.json:
         report.write(args.json, result)
     _show(result)
+
+
+def _peers(args: argparse.Namespace) -> list[str]:
+    """The peers that were named, or all of the device; one of the other device is refused."""
+    here = GPU_STACKS if args.device == "cuda" else PEERS
+    names = list(here) if args.peers is None else args.peers
+    if strangers := [name for name in names if name not in here]:
+        raise SystemExit(f"{', '.join(strangers)} cannot run with --device {args.device}; {', '.join(here)} can")
+    return names
 
 
 def _sessions(peers: list[str]) -> list[list[str]]:
@@ -59,10 +76,10 @@ def _sessions(peers: list[str]) -> list[list[str]]:
     return [["ours", peer] for peer in peers] or [["ours"]]
 
 
-def _interleave(names: list[str], workload: Workload, lora: Lora, rounds: int) -> Measured:
+def _interleave(names: list[str], workload: Workload, lora: Lora, rounds: int, device: str) -> Measured:
     """Rounds of one step per stack, in turn, after a check and a step each to warm up."""
     paths = ["--model", workload.model, "--adapter", workload.adapter, "--batch", workload.batch]
-    arguments = [*map(str, paths), "--dropout", str(lora.dropout)]
+    arguments = [*map(str, paths), "--dropout", str(lora.dropout), "--device", device]
     drivers: list[Driver] = []
     try:
         for name in names:
@@ -72,6 +89,11 @@ def _interleave(names: list[str], workload: Workload, lora: Lora, rounds: int) -
         checks = {driver.name: driver.ask("check") for driver in drivers}
         for name in checks.keys() & SAME_WEIGHTS:
             _require_agreement(checks["ours"], name, checks[name])
+        if checks.keys() & set(SAME_BASE):
+            for driver in drivers:
+                checks[driver.name]["base_loss"] = driver.ask("base")["loss"]
+        for name in checks.keys() & set(SAME_BASE):
+            _require_same_base(checks["ours"], name, checks[name])
         for driver in drivers:
             driver.ask("step")
         seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -103,8 +125,25 @@ def _require_agreement(ours: dict[str, Any], name: str, peer: dict[str, Any]) ->
         raise report.CorrectnessError(f"the gradient's norm is {here:.4f} here and {there:.4f} on {name}")
 
 
+def _require_same_base(ours: dict[str, Any], name: str, peer: dict[str, Any]) -> None:
+    """Without adapters, the same NF4 values must give the same loss; and with them, every factor a gradient."""
+    if abs(ours["base_loss"] - peer["base_loss"]) > LOSS_TOLERANCE:
+        raise report.CorrectnessError(
+            f"without adapters the loss is {ours['base_loss']:.4f} here and {peer['base_loss']:.4f} on {name}"
+        )
+    if peer["factors_without_gradient"]:
+        raise report.CorrectnessError(
+            f"{peer['factors_without_gradient']} of {peer['factors']} factors get no gradient on {name}"
+        )
+
+
 def _result(
-    shape: Shape, lora: Lora, workload: Workload, sessions: list[Measured], rates: dict[str, dict[str, float]]
+    shape: Shape,
+    lora: Lora,
+    workload: Workload,
+    sessions: list[Measured],
+    rates: dict[str, dict[str, float]],
+    device: str,
 ) -> dict[str, Any]:
     """Everything as JSON; a ratio compares the two stacks of one session, whose steps took turns."""
     seconds = [second for session in sessions for second in session["ours"]["seconds"]]
@@ -120,27 +159,38 @@ def _result(
         for name, stack in session.items()
         if name != "ours"
     }
-    flops = floor.step_flops(shape, workload.tokens)
-    limit = workload.tokens * max(rate["flops_per_second"] for rate in rates.values()) / flops
     return {
         "benchmark": "step",
         "ours": ours,
         "peers": peers,
         "ratios": ratios,
-        "floor": {
-            "tokens_per_second": limit,
-            "share_reached": ours["tokens_per_second"] / limit,
-            "step_flops": flops,
-            "product_rates": rates,
-        },
+        "floor": _floor(shape, workload.tokens, ours["tokens_per_second"], rates),
         "gate": {
             "held_to_ours": [name for name in peers if name in SAME_WEIGHTS],
+            "held_to_ours_without_adapters": [name for name in peers if name in SAME_BASE],
             "loss_tolerance": LOSS_TOLERANCE,
             "gradient_norm_relative_tolerance": NORM_TOLERANCE,
         },
         "model": describe(shape, lora),
         "batch": workload.to_json(),
         **report.environment(),
+        **({"device": torch.cuda.get_device_name()} if device == "cuda" else {}),
+    }
+
+
+def _floor(
+    shape: Shape, tokens: int, tokens_per_second: float, rates: dict[str, dict[str, float]]
+) -> dict[str, Any] | None:
+    """The bound by products alone; None on a GPU, where their rate is not measured here."""
+    if not rates:
+        return None
+    flops = floor.step_flops(shape, tokens)
+    limit = tokens * max(rate["flops_per_second"] for rate in rates.values()) / flops
+    return {
+        "tokens_per_second": limit,
+        "share_reached": tokens_per_second / limit,
+        "step_flops": flops,
+        "product_rates": rates,
     }
 
 
@@ -158,11 +208,12 @@ def _show(result: dict[str, Any]) -> None:
         ]
         for name, stack in stacks.items()
     ]
-    limit = result["floor"]["tokens_per_second"]
-    rows.append(["floor", f"{limit:.1f}", f"{best / limit:.2f}", "", "", ""])
+    if result["floor"]:
+        limit = result["floor"]["tokens_per_second"]
+        rows.append(["floor", f"{limit:.1f}", f"{best / limit:.2f}", "", "", ""])
     title = f"One step of {result['batch']['tokens']} tokens on {result['device']}, {result['threads']} threads"
     header = ["", "tokens/s", "ours over it", "seconds", "peak GB", "loss"]
     notes = [f"{name}: {note}" for name, stack in stacks.items() for note in stack["notes"]]
-    if not result["gate"]["held_to_ours"]:
+    if not result["gate"]["held_to_ours"] and not result["gate"]["held_to_ours_without_adapters"]:
         notes.append("no peer with the same weights took part, so that nothing was checked against one")
     report.show(title, header, rows, notes)

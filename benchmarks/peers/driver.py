@@ -37,11 +37,13 @@ class Stack:
         model: the adapted model; called with the batch, it returns an object with `.loss`.
         autocast: makes the context that forward runs in.
         notes: how the stack had to differ from the others, for the JSON.
+        packages: what else its speed depends on; their versions go into the JSON.
     """
 
     model: nn.Module
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     notes: list[str] = field(default_factory=list)
+    packages: tuple[str, ...] = ()
 
 
 def serve(build: Callable[[argparse.Namespace], Stack]) -> None:
@@ -50,6 +52,7 @@ def serve(build: Callable[[argparse.Namespace], Stack]) -> None:
     for name in ("model", "adapter", "batch"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--dropout", type=float, required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--pad-to", type=int, help="one row per micro-batch, padded on the left to so many tokens")
     args = parser.parse_args()
 
@@ -62,23 +65,25 @@ def serve(build: Callable[[argparse.Namespace], Stack]) -> None:
     stack.model.train()
     trainable = [parameter for parameter in stack.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=_LEARNING_RATE)
-    batch = load_file(args.batch)
+    batch = load_file(args.batch, device=args.device)
     batches = [batch] if args.pad_to is None else _padded_rows(batch, args.pad_to)
     actions: dict[str, Callable[[], dict[str, Any]]] = {
         "check": lambda: _check(stack, trainable, batches),
-        "step": lambda: _step(stack, optimizer, batches),
-        "memory": lambda: {"peak_bytes": _peak_bytes(), "step_peak_bytes": _peak_bytes_since_reset()},
+        "base": lambda: {"loss": _base_loss(stack, trainable, batches)},
+        "step": lambda: _step(stack, optimizer, batches, args.device),
+        "memory": lambda: _memory(args.device, load_peak_bytes),
     }
+    load_peak_bytes = _peak_bytes(args.device)
     _answer(
         answers,
         load_seconds=time.perf_counter() - started,
-        load_peak_bytes=_peak_bytes(),
+        load_peak_bytes=load_peak_bytes,
         trainable_parameters=sum(parameter.numel() for parameter in trainable),
         threads=torch.get_num_threads(),
-        versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+        versions={name: importlib.metadata.version(name) for name in (*_PACKAGES, *stack.packages)},
         notes=stack.notes,
     )
-    _reset_peak()
+    _reset_peak(args.device)
     for line in sys.stdin:
         _answer(answers, **actions[json.loads(line)["do"]]())
 
@@ -94,11 +99,28 @@ def _check(stack: Stack, trainable: list[Tensor], batches: list[Batch]) -> dict[
     return {"loss": loss, "gradient_norm": norm, "factors": len(trainable), "factors_without_gradient": without}
 
 
-def _step(stack: Stack, optimizer: torch.optim.Optimizer, batches: list[Batch]) -> dict[str, Any]:
+def _base_loss(stack: Stack, trainable: list[Tensor], batches: list[Batch]) -> float:
+    """Loss with every factor at zero, on which stacks with the same frozen bytes agree whatever their adapters are."""
+    saved = [parameter.detach().clone() for parameter in trainable]
+    with torch.no_grad():
+        for parameter in trainable:
+            parameter.zero_()
+    with _dropout_off(stack.model):
+        loss = _forward_backward(stack, batches)
+    stack.model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for parameter, values in zip(trainable, saved, strict=True):
+            parameter.copy_(values)
+    return loss
+
+
+def _step(stack: Stack, optimizer: torch.optim.Optimizer, batches: list[Batch], device: str) -> dict[str, Any]:
+    _synchronize(device)
     started = time.perf_counter()
     loss = _forward_backward(stack, batches)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    _synchronize(device)
     return {"seconds": time.perf_counter() - started, "loss": loss}
 
 
@@ -149,14 +171,33 @@ def _answer(answers: Any, **values: Any) -> None:
     answers.flush()
 
 
-def _peak_bytes() -> int:
-    """Peak resident bytes of this process, loading included."""
+def _synchronize(device: str) -> None:
+    """Wait for the device, whose work a clock on the host does not see."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _memory(device: str, load_peak_bytes: int) -> dict[str, int | None]:
+    """Peaks of the whole run and of what came after loading."""
+    if device == "cuda":
+        steps = torch.cuda.max_memory_allocated()
+        return {"peak_bytes": max(load_peak_bytes, steps), "step_peak_bytes": steps}
+    return {"peak_bytes": _peak_bytes(device), "step_peak_bytes": _peak_bytes_since_reset()}
+
+
+def _peak_bytes(device: str) -> int:
+    """Peak bytes, loading included: allocated on the GPU, or resident of this process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _reset_peak() -> None:
-    """Start the kernel's high-water mark anew, so that steps can be told from loading (Linux only)."""
+def _reset_peak(device: str) -> None:
+    """Start the high-water mark anew, so that steps can be told from loading (on a CPU: Linux only)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5", encoding="ascii")

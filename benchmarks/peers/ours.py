@@ -13,7 +13,7 @@ from expertune.placement.device import bound_host_memory
 
 def build(args: argparse.Namespace) -> Stack:
     bound_host_memory()  # as every run of ours begins
-    loaded = load_model(args.model, QuantizationConfig(), torch.bfloat16, "cpu")
+    loaded = load_model(args.model, QuantizationConfig(), torch.bfloat16, args.device)
     model = attach(loaded, LoraSection(init_from=str(args.adapter), dropout=args.dropout), "benchmark")
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return Stack(model)

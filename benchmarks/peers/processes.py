@@ -19,7 +19,15 @@ STACKS: dict[str, tuple[str, list[str]]] = {
     "legacy": ("legacy", []),
     "tutorial": ("legacy", ["--pad-to", "320"]),
     "stock5": ("stock5", []),
+    "experts4bit": ("experts4bit", []),
+    "unsloth": ("unsloth", []),
+    "axolotl": ("axolotl", []),
 }
+
+# Stacks that run on a GPU alone, and those of them whose packages lie over ours in a folder of their own.
+GPU_STACKS = ("experts4bit", "unsloth", "axolotl")
+PINNED_MODULES = ("unsloth", "axolotl")
+PINNED_FOLDER = "EXPERTUNE_PINNED_PACKAGES"
 
 
 class Driver:
@@ -44,7 +52,7 @@ class Driver:
         # Libraries say much; it is kept in a file, and shown only where the driver dies.
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - see close()
         # No stack may look for kernels or weights elsewhere while it is timed.
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | packages(module)
         self._process = subprocess.Popen(
             [str(python), "-m", f"benchmarks.peers.{module}", *arguments, *more],
             cwd=ROOT,
@@ -86,6 +94,21 @@ class Driver:
             raise RuntimeError(f"{self.name} ended with code {code}{hint}:\n{self._errors.read()[-3000:]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+def packages(module: str) -> dict[str, str]:
+    """What the environment of a module's process has in addition: where its older packages are found before ours.
+
+    Raises:
+        FileNotFoundError: the folder is not named, or not there.
+    """
+    if module not in PINNED_MODULES:
+        return {}
+    folder = os.environ.get(PINNED_FOLDER)
+    if not folder or not Path(folder).is_dir():
+        raise FileNotFoundError(f"{PINNED_FOLDER} must name the folder of {module}'s packages: benchmarks/README.md")
+    behind = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([folder, behind] if behind else [folder])}
 
 
 def interpreter(module: str) -> Path:

@@ -1,0 +1,127 @@
+"""Wheels for a GPU machine without a network: pins, what is left out of wheels, and the limit. No network is used."""
+
+import csv
+import io
+import zipfile
+from pathlib import Path
+
+import pytest
+from benchmarks.peers.gather_wheels import (
+    LIMIT_BYTES,
+    PINS,
+    STRIPPED,
+    GatherError,
+    choose,
+    main,
+    read_installed,
+    read_pins,
+    require_fit,
+    rewrite_record,
+    strip_wheel,
+)
+
+FILES = {
+    "bitsandbytes/__init__.py": b"",
+    "bitsandbytes/libbitsandbytes_cpu.so": b"cpu",
+    "bitsandbytes/libbitsandbytes_cuda118.so": b"old" * 1000,
+    "bitsandbytes/libbitsandbytes_cuda130.so": b"new",
+    "bitsandbytes/libbitsandbytes_rocm72.so": b"other",
+}
+RECORD = "bitsandbytes-1.0.dist-info/RECORD"
+
+
+@pytest.fixture
+def wheel(tmp_path: Path) -> Path:
+    path = tmp_path / "bitsandbytes-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in FILES.items():
+            archive.writestr(name, content)
+        archive.writestr(RECORD, "".join(f"{name},sha256=x,{len(FILES[name])}\n" for name in FILES) + f"{RECORD},,\n")
+    return path
+
+
+def pins(*lines: str):
+    return read_pins("\n".join(lines))[0]
+
+
+def test_a_stripped_wheel_holds_just_what_its_record_lists(wheel: Path) -> None:
+    before = wheel.stat().st_size
+    removed = strip_wheel(wheel, *STRIPPED["bitsandbytes"])
+    assert removed == ["bitsandbytes/libbitsandbytes_cuda118.so", "bitsandbytes/libbitsandbytes_rocm72.so"]
+    assert wheel.stat().st_size < before
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        listed = [row[0] for row in csv.reader(io.StringIO(archive.read(RECORD).decode()))]
+        assert archive.read("bitsandbytes/libbitsandbytes_cuda130.so") == b"new"
+    assert names == listed == [name for name in [*FILES, RECORD] if name not in removed]
+
+
+def test_a_record_keeps_paths_with_commas_and_the_other_lines_as_they_are() -> None:
+    record = '"a,b.py",sha256=x,1\nc.py,sha256=y,2\nd.so,sha256=z,3\n'
+    assert rewrite_record(record, {"d.so"}) == '"a,b.py",sha256=x,1\nc.py,sha256=y,2\n'
+
+
+def test_more_than_the_limit_is_refused_and_the_largest_is_named_first() -> None:
+    with pytest.raises(GatherError, match=r"70\.0 MB of wheels, 60 MB allowed; the largest: huge\.whl \(50\.0 MB\)"):
+        require_fit({"small.whl": 20_000_000, "huge.whl": 50_000_000}, 60_000_000)
+    assert require_fit({"small.whl": LIMIT_BYTES}) == LIMIT_BYTES
+
+
+def test_a_pin_says_its_folder_peers_and_what_else_will_do() -> None:
+    text = "Foo_Bar==1.2  # pinned | a, b | >=1.1 | why\n\n# a remark\n# left out: x, y | a | too large"
+    [pin], [left_out] = read_pins(text)
+    assert (pin.name, pin.version, pin.folder, pin.peers) == ("foo-bar", "1.2", "pinned", ("a", "b"))
+    assert pin.is_met_by("1.1")
+    assert not pin.is_met_by("1.0")
+    assert not pin.is_met_by(None)
+    assert (left_out.names, left_out.peers, left_out.reason) == (("x", "y"), ("a",), "too large")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["a==1  # current | all | any | why", "A==2  # current | all | any | why"], "line 2: a is in current already"),
+        (["a>=1  # current | all | any | why"], "line 1: expected NAME==VERSION"),
+        (["a==1"], "line 1: expected NAME==VERSION"),
+        (["a==1  # current | all | why"], "line 1: expected 4 fields"),
+        (["a==1  # elsewhere | all | any | why"], "line 1: the folder is 'elsewhere'"),
+    ],
+)
+def test_a_line_that_is_no_pin_or_comes_twice_is_refused_with_its_number(lines: list[str], message: str) -> None:
+    with pytest.raises(GatherError, match=message):
+        pins(*lines)
+
+
+def test_what_the_machine_has_is_not_gathered() -> None:
+    known = pins(
+        "same==1  # current | all | exact | why",
+        "other==2  # current | all | exact | why",
+        "ranged==3  # current | all | >=2 | why",
+        "unknown==4  # current | all | any | why",
+        "stranger==5  # current | b | exact | why",
+    )
+    installed = read_installed("same==1\nother==1\nranged==2.5\nunknown\n# a remark\n-e git+elsewhere\n")
+    assert installed == {"same": "1", "other": "1", "ranged": "2.5", "unknown": None}
+    assert [pin.name for pin in choose(known, installed, ["a"])] == ["other"]
+    assert [pin.name for pin in choose(known, installed, ["a", "b"])] == ["other", "stranger"]
+
+
+def test_a_pinned_package_comes_along_where_current_would_hide_the_machines_own() -> None:
+    both = pins("hub==2  # current | all | exact | why", "hub==1  # pinned | a | >=1,<2 | why")
+    assert [pin.version for pin in choose(both, {"hub": "1"}, ["a"])] == ["2", "1"]
+    assert [pin.version for pin in choose(both[1:], {"hub": "1"}, ["a"])] == []
+
+
+def test_the_projects_own_pins_are_in_order() -> None:
+    known, left_out = read_pins(PINS.read_text(encoding="utf-8"))
+    by_folder = {(pin.name, pin.folder): pin.version for pin in known}
+    assert by_folder["transformers", "current"] != by_folder["transformers", "pinned"]
+    assert {"grouped-nf4-gemm", "experts4bit-qlora", "unsloth", "unsloth-zoo", "axolotl"} <= {p.name for p in known}
+    assert not {name for entry in left_out for name in entry.names} & {pin.name for pin in known}
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
+    assert main([str(tmp_path)]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
