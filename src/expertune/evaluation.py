@@ -22,12 +22,16 @@ _NUM_EXAMPLES = 8
 
 Feature = Mapping[str, Any]
 
+# (inputs, labels [B, T]) -> summed loss and number of labels, or None where only the logits will do.
+SummedLoss = Callable[[Mapping[str, Tensor], Tensor], tuple[float, int] | None]
+
 
 def evaluation_loss(
     model: nn.Module,
     dataset: Sequence[Feature],
     collator: Callable[[Sequence[Feature]], dict[str, Any]],
     batch_size: int,
+    in_chunks: SummedLoss | None = None,
 ) -> float:
     """Mean cross entropy over all label tokens, each of them weighing the same.
 
@@ -38,6 +42,7 @@ def evaluation_loss(
         dataset: rows as `expertune.data.make_dataset` returns them.
         collator: rows -> batch, as `expertune.data.make_collator` returns it.
         batch_size: rows of a batch.
+        in_chunks: takes a batch's loss without its logits, as `expertune.train.loss.LanguageModelLoss.summed` does.
 
     Returns:
         The loss in nats per token.
@@ -52,8 +57,8 @@ def evaluation_loss(
             batch = collator([dataset[index] for index in range(start, min(start + batch_size, len(dataset)))])
             inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
             labels = inputs.pop("labels")
-            logits = model(**inputs, use_cache=False).logits
-            batch_total, batch_tokens = _summed_loss(logits, labels)
+            taken = in_chunks(inputs, labels) if in_chunks else None
+            batch_total, batch_tokens = taken or _summed_loss(model(**inputs, use_cache=False).logits, labels)
             total += batch_total
             num_tokens += batch_tokens
     if not num_tokens:

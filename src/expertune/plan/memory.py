@@ -4,7 +4,9 @@ The frozen weights, the adapter and its gradients are exact: they follow from sh
 Its formulas stand here and nowhere else, and each says what it counts. Against nine measured training steps on a CPU
 (hidden 1024; 8 experts top-2 and 32 experts top-8; 2 to 8 layers; 1024 and 2048 tokens; with and without dropout and
 checkpointing) what the plan says of a step lies 7-14% above what it took, provided that the host gives memory back
-(`expertune.placement.device.bound_host_memory`).
+(`expertune.placement.device.bound_host_memory`). These steps took the loss over all logits at once (`loss: full`); what
+the loss in chunks takes is counted from its buffers. A model whose loss has to be taken at once all the same, which is
+known only when it runs, needs what `loss: full` plans for.
 
 Shape suffixes: T tokens of a micro-batch, S tokens of a row, D hidden size, F intermediate size, E experts, K experts
 per token, R = T * K routed rows, r rank, V vocabulary.
@@ -21,6 +23,7 @@ from transformers import TrainingArguments
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.config import RunConfig
 from expertune.kernels.grouped_linear.decode_then_gemm import TILE_BYTES
+from expertune.kernels.linear_cross_entropy import working_set_bytes
 from expertune.plan.inventory import FrozenWeights, Inventory, Layer, count_adapter
 
 _FLOAT32_BYTES = 4
@@ -30,9 +33,9 @@ _FLOAT32_BYTES = 4
 # context, cuBLAS workspaces and what the caching allocator rounds up to; not measured here.
 FRAMEWORK_BYTES = {"cpu": 600 * 10**6, "cuda": 1000 * 10**6}
 
-# Bytes per logit at the loss, beside the logits themselves: transformers takes the loss in float32, so that its
-# log-softmax, the gradient of that and the gradient of its input are alive at once. Measured: 14.0 with bfloat16
-# logits in training, 10.0 in evaluation.
+# Bytes per logit of a loss over all logits at once, beside the logits themselves: transformers takes it in float32, so
+# that its log-softmax, the gradient of that and the gradient of its input are alive at once. Measured: 14.0 with
+# bfloat16 logits in training, 10.0 in evaluation.
 _LOSS_BYTES_PER_LOGIT = 3 * _FLOAT32_BYTES
 _EVALUATION_BYTES_PER_LOGIT = 2 * _FLOAT32_BYTES
 
@@ -50,6 +53,7 @@ class Settings:
         evaluation_tokens: T of an evaluation batch; 0 without evaluation rows.
         checkpointing: layers are computed again in backward, and keep only their input meanwhile.
         dropout: the adapter drops inputs, and so keeps copies of them.
+        full_logits: the loss is taken over the logits of all tokens at once, not a chunk of rows at a time.
         optimizer: TrainingArguments' `optim`.
         adapter_dtype: dtype of the adapter's weights and gradients.
         compute_dtype: dtype of activations and of all weights that are not 4-bit.
@@ -61,6 +65,7 @@ class Settings:
     evaluation_tokens: int
     checkpointing: bool
     dropout: bool
+    full_logits: bool
     optimizer: str
     adapter_dtype: torch.dtype
     compute_dtype: torch.dtype
@@ -117,6 +122,8 @@ def read_settings(config: RunConfig, device: str, compute_dtype: torch.dtype) ->
         evaluation_tokens=evaluation_batch * length,
         checkpointing=uses_checkpointing(training),
         dropout=config.lora.dropout > 0,
+        full_logits=config.loss == "full"
+        or any(training.get(key) for key in ("label_smoothing_factor", "torch_compile")),
         # The trainer's own default on either device.
         optimizer=str(training.get("optim", "paged_adamw_8bit" if device == "cuda" else "adamw_torch")),
         adapter_dtype=torch.float32 if config.lora.dtype == "float32" else torch.bfloat16,
@@ -154,9 +161,8 @@ def estimate_memory(
     inputs = len(inventory.layers) * settings.tokens * inventory.hidden_size * settings.compute_dtype.itemsize
     in_backward = [_extra_in_backward(layer, inventory, settings) for layer in inventory.layers]
     recomputed = per_layer if settings.checkpointing else [0] * len(per_layer)
-    logits = settings.tokens * inventory.vocab_size
-    evaluation = settings.evaluation_tokens * inventory.vocab_size
-    compute_bytes = settings.compute_dtype.itemsize
+    # The logits of all tokens stay until the step ends: the trainer holds the model's output.
+    logits_held = settings.full_logits * settings.tokens * inventory.vocab_size * settings.compute_dtype.itemsize
     return Memory.of(
         {
             "weights": frozen.frozen_bytes,
@@ -164,13 +170,33 @@ def estimate_memory(
             "gradients": adapter_bytes,
             "optimizer": _optimizer_bytes(adapter, settings),
             "activations": inputs if settings.checkpointing else sum(per_layer),
-            # The logits themselves stay until the step ends: the trainer holds the model's output.
-            "working_set": max(map(sum, zip(recomputed, in_backward, strict=True))) + logits * compute_bytes,
-            "logits": logits * (compute_bytes + _LOSS_BYTES_PER_LOGIT),
-            "evaluation": evaluation * (compute_bytes + _EVALUATION_BYTES_PER_LOGIT),
+            "working_set": max(map(sum, zip(recomputed, in_backward, strict=True))) + logits_held,
+            "logits": _loss_bytes(settings.tokens, _LOSS_BYTES_PER_LOGIT, inventory, settings),
+            "evaluation": _evaluation_bytes(inventory, settings),
             "framework": FRAMEWORK_BYTES[settings.device],
         }
     )
+
+
+def _loss_bytes(tokens: int, bytes_per_logit: int, inventory: Inventory, settings: Settings) -> int:
+    """Bytes at the moment of the loss, with its gradients where it has any."""
+    itemsize, D = settings.compute_dtype.itemsize, inventory.hidden_size
+    if settings.full_logits:
+        return tokens * inventory.vocab_size * (itemsize + bytes_per_logit)
+    # Hidden states and their gradient; with dropout the head's adapter has an input of its own, and that a gradient.
+    per_token = 2 * D * itemsize + (2 * D * settings.adapter_dtype.itemsize if settings.dropout else 0)
+    working_set = working_set_bytes(tokens, inventory.vocab_size, D, settings.compute_dtype, settings.device)
+    return tokens * per_token + working_set
+
+
+def _evaluation_bytes(inventory: Inventory, settings: Settings) -> int:
+    """Bytes of an evaluation: its loss, or a layer's forward, whose rows are as many and as wide as their gradients."""
+    evaluation = dataclasses.replace(settings, tokens=settings.evaluation_tokens, dropout=False)
+    if not evaluation.tokens:
+        return 0
+    hidden_states = 2 * _FLOAT32_BYTES * evaluation.tokens * inventory.hidden_size
+    layers = [hidden_states + _extra_in_backward(layer, inventory, evaluation) for layer in inventory.layers]
+    return max(_loss_bytes(evaluation.tokens, _EVALUATION_BYTES_PER_LOGIT, inventory, evaluation), *layers)
 
 
 def _kept_by_layer(layer: Layer, inventory: Inventory, targets: ResolvedTargets, settings: Settings) -> int:

@@ -5,6 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from expertune.errors import ConfigError, NonFiniteLossError
 from expertune.train.callbacks import History
 from expertune.train.checkpoints import STAGING_NAME, list_checkpoints, publish, seal
+from expertune.train.loss import LanguageModelLoss
 
 Dataset = Sequence[Mapping[str, Any]]
 
@@ -32,6 +34,7 @@ class ExpertTrainer(Trainer):
         collator: makes a micro-batch of rows; must pass `row_ids` through.
         history: filled step by step.
         row_places: says where a row came from, by row id; for the message of a loss that is not finite.
+        loss: how the model's loss is taken; None means in chunks, where that is the same.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class ExpertTrainer(Trainer):
         collator: Callable[[Sequence[Any]], dict[str, Any]],
         history: History,
         row_places: Callable[[int], str],
+        loss: LanguageModelLoss | None = None,
     ) -> None:
         super().__init__(
             model=model,
@@ -53,6 +57,9 @@ class ExpertTrainer(Trainer):
             callbacks=[history],
         )
         self.row_places = row_places
+        self.loss = loss or LanguageModelLoss(model)
+        if reason := self._needs_logits():
+            self.loss.give_up(reason)
         self._staging: Path | None = None
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
@@ -79,6 +86,17 @@ class ExpertTrainer(Trainer):
         self.history.add_micro_batch(value, tokens)
         return loss
 
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's loss on a micro-batch, without the logits unless its outputs are asked for."""
+        with nullcontext() if return_outputs else self.loss.in_chunks(inputs):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; the mean loss is taken from the history, which a resume does not forget."""
         if "loss" in logs and self.history.losses:
@@ -102,7 +120,8 @@ class ExpertTrainer(Trainer):
                 inputs = self._prepare_inputs(batch)
                 # Labels are shifted by one: the first of a row is nobody's target.
                 targets = int((inputs["labels"][..., 1:] != -100).sum())
-                total += self.model(**inputs).loss.item() * targets
+                with self.loss.in_chunks(inputs):
+                    total += self.model(**inputs).loss.item() * targets
                 count += targets
         self.model.train(was_training)
         metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
@@ -110,6 +129,16 @@ class ExpertTrainer(Trainer):
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _needs_logits(self) -> str | None:
+        """Why this trainer cannot do without the model's logits, or None."""
+        if self.label_smoother is not None:
+            return "training.label_smoothing_factor smooths over all of them"
+        if self.args.torch_compile:
+            return "training.torch_compile would compile the model with a stand-in for its head"
+        if self.args.n_gpu > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return "the output head is spread over several devices"
+        return None
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)

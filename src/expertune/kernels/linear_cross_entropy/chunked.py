@@ -127,9 +127,7 @@ def forward(
 
 def rows_per_chunk(num_rows: int, vocabulary: int, device: torch.device) -> int:
     """Rows of a chunk: as many as the budget of its logits allows, in chunks of even size."""
-    budget = LOGITS_BYTES.get(device.type, LOGITS_BYTES["cuda"])
-    most = max(budget // (vocabulary * torch.float32.itemsize), _MIN_ROWS)
-    num_chunks = -(-num_rows // most)
+    num_chunks = -(-num_rows // _most_rows(vocabulary, device.type))
     return -(-num_rows // num_chunks) if num_chunks else 1
 
 
@@ -145,13 +143,18 @@ def working_set_bytes(num_rows: int, vocabulary: int, hidden_size: int, dtype: t
         dtype: of hidden.
         device: `cpu` or `cuda`.
     """
-    rows = rows_per_chunk(num_rows, vocabulary, torch.device(device))
+    rows = min(num_rows, _most_rows(vocabulary, device))
     logits = rows * vocabulary * torch.float32.itemsize
     # On a CPU a tile of logits on their way to the next step, its gradient, and weights that were converted; elsewhere
     # a tile is all of the chunk's logits: in float32, and in the dtype of the product.
     cpu_tiles = 3 * min(TILE_BYTES["cpu"], logits)
     tiles = cpu_tiles if device == "cpu" else logits + rows * vocabulary * dtype.itemsize
     return logits + tiles + 2 * rows * hidden_size * torch.float32.itemsize
+
+
+def _most_rows(vocabulary: int, device: str) -> int:
+    budget = LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"])
+    return max(budget // (vocabulary * torch.float32.itemsize), _MIN_ROWS)
 
 
 def _check_labels(labels_N: Tensor, vocabulary: int) -> None:
