@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from expertune.attention import NAME, attend_by_row, row_lengths, rows_attention
 from expertune.errors import UnsupportedModelError
@@ -175,3 +176,23 @@ def test_every_head_size_and_grouping_is_split_along_tokens() -> None:
     with torch.no_grad():
         ours, theirs = (m(input_ids=ids, position_ids=positions, use_cache=False).logits for m in (by_row, stock))
     torch.testing.assert_close(ours, theirs, **FLOAT32)
+
+
+def test_scores_grow_with_the_number_of_rows_not_with_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores: list[int] = []
+
+    def count(module: nn.Module, query: Tensor, key: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, None]:
+        scores.append(query.shape[2] * key.shape[2])
+        return sdpa_attention_forward(module, query, key, *args, **kwargs)
+
+    monkeypatch.setattr("expertune.attention.sdpa_attention_forward", count)
+    by_row, _ = pair()
+    taken = []
+    for num_rows in (1, 2, 16):
+        ids, positions = concatenated([6] * num_rows)
+        scores.clear()
+        with torch.no_grad():
+            by_row(input_ids=ids, position_ids=positions, use_cache=False)
+        taken.append(sum(scores))
+    one = by_row.config.num_hidden_layers * 6 * 6
+    assert taken == [one, 2 * one, 16 * one]
