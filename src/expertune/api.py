@@ -6,7 +6,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,12 @@ from expertune.errors import CheckpointError, ConfigError, DataError, ExpertuneE
 from expertune.evaluation import evaluation_loss, score_task
 from expertune.generation import complete
 from expertune.placement.device import bound_host_memory, default_device, resolve_compute_dtype
-from expertune.plan import make_plan
+from expertune.plan import MicroBatch, make_plan
 from expertune.record import RECORD_NAME, RunRecord, versions
 from expertune.report.plots import plot_summary
 from expertune.report.summary import render_summary
 from expertune.train.callbacks import History, ProgressBar, peak_memory_bytes
 from expertune.train.checkpoints import find_resume_point, list_checkpoints
-from expertune.train.loss import LanguageModelLoss
 from expertune.train.trainer import ExpertTrainer, training_arguments
 
 __all__ = ["OpenRun", "Run", "evaluate", "finetune", "generate", "make_plan", "open_run"]
@@ -116,7 +115,7 @@ def finetune(
     output_dir = Path(config.output_dir)
     record = _open_record(config, output_dir, resume)
 
-    plan = make_plan(config)
+    plan = make_plan(config, began_with=_merged_before(record, output_dir))
     plan.require_fit()
     console.print(plan.parameters.line, soft_wrap=True)
 
@@ -135,7 +134,7 @@ def finetune(
             record.update("task", before=_score(config, model, tokenizer, eval_rows, base_only=True))
             console.print(_score_line("before", record["task"]["before"]))
 
-        _train(config, model, tokenizer, train_rows, eval_rows, device, resume, record, console)
+        _train(config, plan.micro_batch, model, tokenizer, train_rows, eval_rows, device, resume, record, console)
         model.save_pretrained(str(output_dir / ADAPTER_FOLDER))
 
         if config.task.metric and eval_rows:
@@ -197,8 +196,7 @@ def evaluate(
     collator = make_collator(run.config.data, run.tokenizer)
     result: dict[str, Any] = {"adapter": "none" if base_only else adapter or ADAPTER_FOLDER}
     with _adapter_switched(run.model, off=base_only):
-        loss = LanguageModelLoss(run.model, run.config.loss)
-        result["loss"] = evaluation_loss(run.model, dataset, collator, batch_size=8, in_chunks=loss.summed)
+        result["loss"] = evaluation_loss(run.model, dataset, collator, batch_size=8)
     if run.config.task.metric:
         result["task"] = _score(run.config, run.model, run.tokenizer, eval_rows, rows, base_only)
     return result
@@ -354,8 +352,16 @@ def _probe_batch(
     return {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
 
 
+def _merged_before(record: RunRecord, output_dir: Path) -> int | None:
+    """How many micro-batches ran as one until the newest checkpoint; None where there is none to go on from."""
+    if not list_checkpoints(output_dir):
+        return None
+    return int(record.values.get("train", {}).get("micro_batch", {}).get("merged", 1))
+
+
 def _train(
     config: RunConfig,
+    micro_batch: MicroBatch,
     model: ExpertPeftModel,
     tokenizer: PreTrainedTokenizerBase,
     train_rows: TokenizedRows,
@@ -366,7 +372,9 @@ def _train(
     console: Console,
 ) -> None:
     output_dir = Path(config.output_dir)
-    args, notes = training_arguments(config.training, str(output_dir), device)
+    args, notes = training_arguments(micro_batch.apply(config.training), str(output_dir), device)
+    if micro_batch.line:
+        notes.append(micro_batch.line)
     checkpoint = None
     if resume:
         point = find_resume_point(output_dir)
@@ -375,12 +383,7 @@ def _train(
         notes.append(f"resuming from {checkpoint or 'the first step: no whole checkpoint yet'}")
     for note in notes:
         console.print(note, soft_wrap=True)
-    record.update("train", notes=notes)
-
-    def say(line: str) -> None:
-        notes.append(line)
-        console.print(line, soft_wrap=True)
-        record.update("train", notes=notes)
+    record.update("train", notes=notes, micro_batch=asdict(micro_batch))
 
     trainer = ExpertTrainer(
         model=model,
@@ -390,7 +393,6 @@ def _train(
         collator=make_collator(config.data, tokenizer, keep_row_ids=True),
         history=History(),
         row_places=lambda row_id: train_rows.rows[row_id].place,
-        loss=LanguageModelLoss(model, config.loss, say=say),
     )
     bar = ProgressBar(lambda: trainer.history, console)
     trainer.add_callback(bar)

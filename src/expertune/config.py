@@ -49,6 +49,8 @@ class DataConfig(Section):
         train_on: `completion` takes the loss on the answer only, `all` on the prompt as well (padding never).
         packing: `padding-free` concatenates a micro-batch's rows; `packed` fills rows of `max_length` tokens in
             advance; `padded` pads every row on the left to `max_length`. Attention never crosses rows.
+        merge_accumulation: run a step's accumulated micro-batches as one, or as few, where the plan's memory allows it
+            and the step stays the same; not with `padded`.
         on_error: `stop` refuses the run at a bad row; `skip` drops bad rows and counts them.
     """
 
@@ -60,6 +62,7 @@ class DataConfig(Section):
     max_length: int = Field(default=1024, ge=8)
     train_on: Literal["completion", "all"] = "completion"
     packing: Literal["padding-free", "packed", "padded"] = "padding-free"
+    merge_accumulation: bool = True
     on_error: Literal["stop", "skip"] = "stop"
 
 
@@ -142,8 +145,6 @@ class RunConfig(Section):
         revision: branch, tag or commit of a hub model; the record keeps the commit it resolved to.
         trust_remote_code: run Python that ships with the model. Off unless asked for.
         training: TrainingArguments by their own names.
-        loss: `auto` takes the loss a chunk of rows at a time, without the logits of all, where that is the model's own
-            loss; `full` always leaves it to the model.
         placement: where frozen expert bytes live; `auto` decides by the plan.
         memory_budget: most bytes a run may plan for, e.g. `24GB`; None means what the device has.
         output_dir: the run folder.
@@ -156,7 +157,6 @@ class RunConfig(Section):
     quantization: QuantizationConfig = QuantizationConfig()
     lora: LoraSection = LoraSection()
     training: dict[str, Any] = {}
-    loss: Literal["auto", "full"] = "auto"
     task: TaskConfig = TaskConfig()
     placement: Literal["auto", "device"] = "auto"
     memory_budget: str | int | None = None

@@ -7,9 +7,11 @@ import psutil
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoConfig, MixtralForCausalLM
 
 from expertune.errors import ConfigError, DoesNotFitError
-from expertune.plan import make_plan
+from expertune.plan import MicroBatch, make_plan
+from tests.tiny_models import tiny_config
 
 from .conftest import TUTORIAL_LORA
 
@@ -57,26 +59,10 @@ def test_optimizer_states_by_name_and_device(run_of, device, optim, bytes_per_we
     assert memory.components["optimizer"] == int(120_350_720 * bytes_per_weight)
 
 
-def test_full_logits_and_checkpointed_inputs_grow_with_tokens(run_of):
-    components = memory_of(run_of(MIXTRAL, loss="full")).components
+def test_logits_and_checkpointed_inputs_grow_with_tokens(run_of):
+    components = memory_of(run_of(MIXTRAL)).components
     assert components["logits"] == 320 * 32000 * 14
     assert components["activations"] == 32 * 320 * 4096 * 2
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_loss_in_chunks_needs_no_more_for_more_tokens_than_their_hidden_states(run_of, device):
-    few, many = (
-        memory_of(run_of(MIXTRAL, training={"per_device_train_batch_size": batch}), device) for batch in (16, 32)
-    )
-    itemsize = 4 if few.components["weights"] > 25e9 else 2  # a CPU without 16-bit products takes float32
-    assert many.components["logits"] - few.components["logits"] == 16 * 320 * 4096 * 2 * itemsize
-    assert many.components["logits"] < 32 * 320 * 32000 * 4
-
-
-@pytest.mark.parametrize("training", [{"label_smoothing_factor": 0.1}, {"torch_compile": True}])
-def test_settings_that_need_all_logits_are_planned_with_them(run_of, training):
-    training = {"per_device_train_batch_size": 1, **training}
-    assert memory_of(run_of(MIXTRAL, training=training)).components["logits"] == 320 * 32000 * 14
 
 
 def test_without_checkpointing_every_layer_keeps_what_one_did(run_of):
@@ -97,11 +83,9 @@ def test_dropout_keeps_copies(run_of):
 
 
 def test_the_peak_counts_one_moment_only(run_of):
-    training = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 32, "gradient_checkpointing": True}
-    data = {"train": "a.jsonl", "eval": "b.jsonl", "max_length": 1024}
-    memory = memory_of(run_of("qwen3-30b-a3b", data=data, training=training))
+    memory = memory_of(run_of("qwen3-30b-a3b", data={"train": "a.jsonl", "eval": "b.jsonl", "max_length": 1024}))
     components = memory.components
-    assert memory.moment == "evaluation"
+    assert memory.moment == "evaluation"  # TrainingArguments evaluates eight rows at a time
     always = sum(components[name] for name in ("weights", "adapter", "optimizer", "framework"))
     assert memory.peak_bytes == always + components["evaluation"]
     assert not memory.at_peak("logits")
@@ -146,8 +130,7 @@ def test_what_does_not_fit_is_an_error_that_shows_the_plan_and_what_to_give_up(r
 
 def test_changes_are_offered_cheapest_first_until_the_run_fits(run_of):
     data = {"train": "a.jsonl", "eval": "b.jsonl", "max_length": 2048}
-    training = {**HUNGRY, "per_device_eval_batch_size": 64}
-    run = run_of("qwen3-30b-a3b", data=data, training=training, lora={"r": 16}, memory_budget="24GB")
+    run = run_of("qwen3-30b-a3b", data=data, training=HUNGRY, lora={"r": 16}, memory_budget="24GB")
     plan = make_plan(run, device="cuda")
     changed = [line.partition("=")[0] for change in plan.what_to_change for line in change.lines]
     assert changed[:3] == [
@@ -184,6 +167,138 @@ def test_the_changed_run_has_the_peak_that_was_promised(run_of, tmp_path):
 def test_a_device_below_the_frozen_weights_is_told_so(run_of):
     plan = make_plan(run_of(MIXTRAL, memory_budget="16GB"), device="cuda")
     assert "the frozen weights alone take 24.48 GB" in shown(plan, 80)
+
+
+# --- micro-batches of a step ----------------------------------------------------------------------------------------
+
+ACCUMULATING = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "gradient_checkpointing": True}
+
+
+def micro_batch(run, **arguments):
+    return make_plan(run, device="cuda", **arguments).micro_batch
+
+
+def test_a_step_that_fits_at_once_is_one_micro_batch(run_of):
+    plan = make_plan(run_of(MIXTRAL, training=ACCUMULATING), device="cuda")
+    assert plan.micro_batch == MicroBatch(rows=8, accumulation=1, merged=8)
+    at_once = {"per_device_train_batch_size": 8, "gradient_checkpointing": True}
+    assert plan.memory == memory_of(run_of(MIXTRAL, training=at_once))
+    assert plan.to_json()["micro_batch"] == {"rows": 8, "accumulation": 1, "merged": 8, "reason": None}
+    assert "8 rows a step, run as 1 x 8 in place of 8 x 1" in shown(plan, 80)
+
+
+def test_memory_decides_how_many_are_merged_and_a_tenth_of_it_stays_free(run_of):
+    run = run_of(MIXTRAL, training=ACCUMULATING)
+    four = run_of(MIXTRAL, training=ACCUMULATING | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1})
+    peak = memory_of(four).peak_bytes
+    enough = micro_batch(run.model_copy(update={"memory_budget": int(peak / 0.9) + 2}))
+    assert (enough.rows, enough.accumulation, enough.merged) == (4, 2, 4)
+    assert enough.reason.startswith("8 rows at once would take ")
+    short = micro_batch(run.model_copy(update={"memory_budget": int(peak / 0.9) - 2}))
+    assert (short.rows, short.accumulation, short.merged) == (2, 4, 2)
+
+
+def test_only_divisors_of_the_accumulation_are_merged(run_of):
+    six = run_of(MIXTRAL, training=ACCUMULATING | {"gradient_accumulation_steps": 6})
+    four = run_of(MIXTRAL, training=ACCUMULATING | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1})
+    budget = int(memory_of(four).peak_bytes / 0.9) + 2
+    assert micro_batch(six.model_copy(update={"memory_budget": budget})).merged == 3
+
+
+def test_on_a_cpu_merging_ends_where_products_gain_nothing(run_of, tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    run = run_of(tmp_path, data={"train": "rows.jsonl", "max_length": 4096}, training=ACCUMULATING)
+    chosen = make_plan(run, device="cpu").micro_batch
+    assert (chosen.rows, chosen.accumulation, chosen.merged) == (2, 4, 2)
+    assert "beyond 8192 tokens" in chosen.reason
+    assert make_plan(run, device="cpu", began_with=8).micro_batch.merged == 8
+    assert micro_batch(run).merged == 8
+
+
+def test_a_run_that_fits_only_as_it_is_written_is_left_so(run_of):
+    peak = memory_of(run_of(MIXTRAL)).peak_bytes
+    plan = make_plan(run_of(MIXTRAL, training=ACCUMULATING, memory_budget=peak), device="cuda")
+    assert plan.fits
+    assert plan.micro_batch.merged == 1
+    assert plan.memory == memory_of(run_of(MIXTRAL))
+
+
+def test_a_resumed_run_merges_as_many_as_it_began_with_or_fewer_where_memory_has_gone(run_of):
+    run = run_of(MIXTRAL, training=ACCUMULATING)
+    assert micro_batch(run, began_with=2) == MicroBatch(2, 4, 2, "as the run began")
+    assert micro_batch(run, began_with=1) == MicroBatch(1, 8, 1, "as the run began")
+    peak = make_plan(run, device="cuda").memory.peak_bytes
+    assert micro_batch(run.model_copy(update={"memory_budget": peak}), began_with=8).merged == 8
+    fewer = micro_batch(run.model_copy(update={"memory_budget": peak - 1}), began_with=8)
+    assert fewer.merged < 8
+    assert "the run began with 8, and continues to rounding" in fewer.reason
+
+
+def test_a_run_without_accumulation_says_nothing_of_it(run_of):
+    plan = make_plan(run_of(MIXTRAL), device="cuda")
+    assert plan.micro_batch == MicroBatch(rows=1, accumulation=1)
+    assert "rows a step" not in shown(plan, 80)
+
+
+@pytest.mark.parametrize(
+    ("data", "training", "reason"),
+    [
+        ({"merge_accumulation": False}, {}, "merge_accumulation"),
+        ({"packing": "padded"}, {}, "packing=padded"),
+        ({}, {"dataloader_drop_last": True}, "dataloader_drop_last"),
+        ({}, {"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({}, {"neftune_noise_alpha": 5}, "neftune_noise_alpha"),
+        ({}, {"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
+        ({}, {"optim": "adalomo"}, "steps at every micro-batch"),
+        ({}, {"fsdp": "full_shard"}, "several processes"),
+    ],
+)
+def test_settings_under_which_a_larger_micro_batch_is_another_step_keep_them_apart(
+    run_of, tmp_path, data, training, reason
+):
+    tiny_config().save_pretrained(tmp_path)
+    chosen = micro_batch(run_of(tmp_path, data={"train": "rows.jsonl"} | data, training=ACCUMULATING | training))
+    assert (chosen.rows, chosen.accumulation, chosen.merged) == (1, 8, 1)
+    assert reason in chosen.reason
+
+
+def test_processes_that_share_the_rows_keep_micro_batches_apart(run_of, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    tiny_config().save_pretrained(tmp_path)
+    assert "several processes" in micro_batch(run_of(tmp_path, training=ACCUMULATING)).reason
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("mixtral", {}, None),
+        ("qwen3_moe", {}, None),
+        ("deepseek_v3", {}, None),
+        ("mixtral", {"output_router_logits": True}, "auxiliary loss"),
+        ("mixtral", {"sliding_window": 16}, "by itself"),
+        ("mixtral", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rotary"),
+    ],
+)
+def test_models_whose_rows_or_loss_depend_on_the_batch_keep_micro_batches_apart(
+    run_of, tmp_path, family, changes, reason
+):
+    tiny_config(family, head_dim=16, **changes).save_pretrained(tmp_path)
+    chosen = micro_batch(run_of(tmp_path, training=ACCUMULATING))
+    assert chosen.merged == (1 if reason else 8)
+    assert (reason or "") in (chosen.reason or "")
+
+
+@pytest.mark.parametrize(("kind", "apart"), [("linear_attention", True), ("full_attention", False)])
+def test_layers_that_carry_a_state_from_row_to_row_keep_micro_batches_apart(run_of, tmp_path, kind, apart):
+    AutoConfig.for_model("minimax", num_hidden_layers=2, layer_types=[kind, "full_attention"]).save_pretrained(tmp_path)
+    chosen = micro_batch(run_of(tmp_path, training=ACCUMULATING, lora={"targets": ["experts"]}))
+    assert (chosen.merged == 1) == apart
+
+
+def test_a_model_that_cannot_normalise_by_the_step_keeps_micro_batches_apart(run_of, tmp_path, monkeypatch):
+    tiny_config().save_pretrained(tmp_path)
+    monkeypatch.setattr(MixtralForCausalLM, "accepts_loss_kwargs", False, raising=False)
+    assert "not over the step's" in micro_batch(run_of(tmp_path, training=ACCUMULATING)).reason
 
 
 # --- what is shown --------------------------------------------------------------------------------------------------

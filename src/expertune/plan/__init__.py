@@ -17,12 +17,22 @@ from expertune.config import RunConfig, check_training_arguments, parse_size
 from expertune.errors import ConfigError, DoesNotFitError, UnsupportedModelError
 from expertune.placement.device import default_device, resolve_compute_dtype
 from expertune.plan import table
-from expertune.plan.fit import Change, what_to_change
+from expertune.plan.fit import Change, MicroBatch, choose_micro_batch, what_to_change
 from expertune.plan.headers import NF4_FOLDER_MARK, Headers, check_headers, find_config, read_headers
 from expertune.plan.inventory import FrozenWeights, Inventory, Parameters, count_parameters, take_inventory, weigh
 from expertune.plan.memory import Memory, Settings, estimate_memory, read_settings
 
-__all__ = ["Change", "FrozenWeights", "Inventory", "Memory", "Parameters", "Plan", "Settings", "make_plan"]
+__all__ = [
+    "Change",
+    "FrozenWeights",
+    "Inventory",
+    "Memory",
+    "MicroBatch",
+    "Parameters",
+    "Plan",
+    "Settings",
+    "make_plan",
+]
 
 
 @dataclass(frozen=True)
@@ -36,9 +46,11 @@ class Plan:
         compute_dtype: dtype of the matrix products, e.g. `bfloat16`.
         parameters: numbers of parameters.
         weights: exact bytes of the base model as it is held.
-        memory: peak memory by component.
+        micro_batch: how the rows of a step run.
+        memory: peak memory by component, with these micro-batches.
         budget_bytes: memory that the run may use.
-        what_to_change: changes that lower the peak, cheapest first; empty where the run fits.
+        what_to_change: changes that lower the peak, cheapest first; empty where the run fits. No micro-batches are
+            merged in their peaks.
         adapter_bytes: size of the adapter's tensors on disk.
         download_bytes: size of the checkpoint's tensors; None where nothing says.
         notes: what the plan could not look at.
@@ -50,6 +62,7 @@ class Plan:
     compute_dtype: str
     parameters: Parameters
     weights: FrozenWeights
+    micro_batch: MicroBatch
     memory: Memory
     budget_bytes: int
     what_to_change: tuple[Change, ...]
@@ -90,6 +103,7 @@ class Plan:
             "compute_dtype": self.compute_dtype,
             "parameters": {**asdict(self.parameters), "line": self.parameters.line},
             "weights": {"frozen_bytes": self.weights.frozen_bytes, **asdict(self.weights)},
+            "micro_batch": asdict(self.micro_batch),
             "memory": {
                 "peak_bytes": self.memory.peak_bytes,
                 "moment": self.memory.moment,
@@ -104,13 +118,14 @@ class Plan:
         }
 
 
-def make_plan(config: RunConfig, device: str | torch.device | None = None) -> Plan:
+def make_plan(config: RunConfig, device: str | torch.device | None = None, began_with: int | None = None) -> Plan:
     """Plan a run. Reads config.json and safetensors headers, no weights.
 
     Args:
         config: the run.
         device: `cpu` or `cuda`, to plan for another machine than this one (`memory_budget` then says what it has);
             None plans for the device that a run would take here.
+        began_with: for a run that resumes, how many micro-batches it ran as one; None chooses.
 
     Raises:
         ConfigError: no config.json, an unknown target or training argument, or no way to know the memory of `device`.
@@ -138,6 +153,7 @@ def make_plan(config: RunConfig, device: str | torch.device | None = None) -> Pl
     weights = weigh(inventory, compute_dtype, config.quantization.double_quantization)
     parameters = count_parameters(inventory, resolve_targets(model, inventory.names, config.lora))
     budget = _budget(config, target_device)
+    micro_batch = choose_micro_batch(config, model, target_device.type, budget, memory_of, began_with)
     return Plan(
         model=config.model,
         architecture=type(model).__name__,
@@ -145,7 +161,8 @@ def make_plan(config: RunConfig, device: str | torch.device | None = None) -> Pl
         compute_dtype=str(compute_dtype).removeprefix("torch."),
         parameters=parameters,
         weights=weights,
-        memory=memory_of(config),
+        micro_batch=micro_batch,
+        memory=memory_of(config.model_copy(update={"training": micro_batch.apply(config.training)})),
         budget_bytes=budget,
         what_to_change=tuple(what_to_change(config, budget, memory_of)),
         adapter_bytes=parameters.trainable * settings_of(config).adapter_dtype.itemsize,

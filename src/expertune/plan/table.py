@@ -58,6 +58,8 @@ def _heading(plan: "Plan") -> RenderableType:
     table.add_row("model", Text(f"{plan.model} ({plan.architecture})"))
     table.add_row("device", f"{plan.device}, products in {plan.compute_dtype}")
     table.add_row("parameters", f"{counts.total:,} in all, {counts.trainable:,} trained")
+    if plan.micro_batch.line:
+        table.add_row("step", Text(plan.micro_batch.line))
     disk = f"adapter {size(plan.adapter_bytes)}"
     if plan.download_bytes is not None:
         disk += f", checkpoint {size(plan.download_bytes)}"
