@@ -40,6 +40,7 @@ from expertune.report.plots import plot_summary
 from expertune.report.summary import render_summary
 from expertune.train.callbacks import History, ProgressBar, peak_memory_bytes
 from expertune.train.checkpoints import find_resume_point, list_checkpoints
+from expertune.train.loss import LanguageModelLoss
 from expertune.train.trainer import ExpertTrainer, training_arguments
 
 __all__ = ["OpenRun", "Run", "evaluate", "finetune", "generate", "make_plan", "open_run"]
@@ -196,7 +197,8 @@ def evaluate(
     collator = make_collator(run.config.data, run.tokenizer)
     result: dict[str, Any] = {"adapter": "none" if base_only else adapter or ADAPTER_FOLDER}
     with _adapter_switched(run.model, off=base_only):
-        result["loss"] = evaluation_loss(run.model, dataset, collator, batch_size=8)
+        loss = LanguageModelLoss(run.model, run.config.loss)
+        result["loss"] = evaluation_loss(run.model, dataset, collator, batch_size=8, in_chunks=loss.summed)
     if run.config.task.metric:
         result["task"] = _score(run.config, run.model, run.tokenizer, eval_rows, rows, base_only)
     return result
@@ -385,6 +387,11 @@ def _train(
         console.print(note, soft_wrap=True)
     record.update("train", notes=notes, micro_batch=asdict(micro_batch))
 
+    def say(line: str) -> None:
+        notes.append(line)
+        console.print(line, soft_wrap=True)
+        record.update("train", notes=notes)
+
     trainer = ExpertTrainer(
         model=model,
         args=args,
@@ -393,6 +400,7 @@ def _train(
         collator=make_collator(config.data, tokenizer, keep_row_ids=True),
         history=History(),
         row_places=lambda row_id: train_rows.rows[row_id].place,
+        loss=LanguageModelLoss(model, config.loss, say=say),
     )
     bar = ProgressBar(lambda: trainer.history, console)
     trainer.add_callback(bar)

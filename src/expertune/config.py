@@ -145,6 +145,8 @@ class RunConfig(Section):
         revision: branch, tag or commit of a hub model; the record keeps the commit it resolved to.
         trust_remote_code: run Python that ships with the model. Off unless asked for.
         training: TrainingArguments by their own names.
+        loss: `auto` takes the loss a chunk of rows at a time, without the logits of all, where that is the model's own
+            loss; `full` always leaves it to the model.
         placement: where frozen expert bytes live; `auto` decides by the plan.
         memory_budget: most bytes a run may plan for, e.g. `24GB`; None means what the device has.
         output_dir: the run folder.
@@ -157,6 +159,7 @@ class RunConfig(Section):
     quantization: QuantizationConfig = QuantizationConfig()
     lora: LoraSection = LoraSection()
     training: dict[str, Any] = {}
+    loss: Literal["auto", "full"] = "auto"
     task: TaskConfig = TaskConfig()
     placement: Literal["auto", "device"] = "auto"
     memory_budget: str | int | None = None

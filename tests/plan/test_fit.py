@@ -59,10 +59,26 @@ def test_optimizer_states_by_name_and_device(run_of, device, optim, bytes_per_we
     assert memory.components["optimizer"] == int(120_350_720 * bytes_per_weight)
 
 
-def test_logits_and_checkpointed_inputs_grow_with_tokens(run_of):
-    components = memory_of(run_of(MIXTRAL)).components
+def test_full_logits_and_checkpointed_inputs_grow_with_tokens(run_of):
+    components = memory_of(run_of(MIXTRAL, loss="full")).components
     assert components["logits"] == 320 * 32000 * 14
     assert components["activations"] == 32 * 320 * 4096 * 2
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_loss_in_chunks_needs_no_more_for_more_tokens_than_their_hidden_states(run_of, device):
+    few, many = (
+        memory_of(run_of(MIXTRAL, training={"per_device_train_batch_size": batch}), device) for batch in (16, 32)
+    )
+    itemsize = 4 if few.components["weights"] > 25e9 else 2  # a CPU without 16-bit products takes float32
+    assert many.components["logits"] - few.components["logits"] == 16 * 320 * 4096 * 2 * itemsize
+    assert many.components["logits"] < 32 * 320 * 32000 * 4
+
+
+@pytest.mark.parametrize("training", [{"label_smoothing_factor": 0.1}, {"torch_compile": True}])
+def test_settings_that_need_all_logits_are_planned_with_them(run_of, training):
+    training = {"per_device_train_batch_size": 1, **training}
+    assert memory_of(run_of(MIXTRAL, training=training)).components["logits"] == 320 * 32000 * 14
 
 
 def test_without_checkpointing_every_layer_keeps_what_one_did(run_of):
@@ -83,9 +99,11 @@ def test_dropout_keeps_copies(run_of):
 
 
 def test_the_peak_counts_one_moment_only(run_of):
-    memory = memory_of(run_of("qwen3-30b-a3b", data={"train": "a.jsonl", "eval": "b.jsonl", "max_length": 1024}))
+    training = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 32, "gradient_checkpointing": True}
+    data = {"train": "a.jsonl", "eval": "b.jsonl", "max_length": 1024}
+    memory = memory_of(run_of("qwen3-30b-a3b", data=data, training=training))
     components = memory.components
-    assert memory.moment == "evaluation"  # TrainingArguments evaluates eight rows at a time
+    assert memory.moment == "evaluation"
     always = sum(components[name] for name in ("weights", "adapter", "optimizer", "framework"))
     assert memory.peak_bytes == always + components["evaluation"]
     assert not memory.at_peak("logits")
@@ -130,7 +148,8 @@ def test_what_does_not_fit_is_an_error_that_shows_the_plan_and_what_to_give_up(r
 
 def test_changes_are_offered_cheapest_first_until_the_run_fits(run_of):
     data = {"train": "a.jsonl", "eval": "b.jsonl", "max_length": 2048}
-    run = run_of("qwen3-30b-a3b", data=data, training=HUNGRY, lora={"r": 16}, memory_budget="24GB")
+    training = {**HUNGRY, "per_device_eval_batch_size": 64}
+    run = run_of("qwen3-30b-a3b", data=data, training=training, lora={"r": 16}, memory_budget="24GB")
     plan = make_plan(run, device="cuda")
     changed = [line.partition("=")[0] for change in plan.what_to_change for line in change.lines]
     assert changed[:3] == [
