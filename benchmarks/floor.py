@@ -1,4 +1,4 @@
-"""The floor of a step: the products that no implementation can do without, at the rate of the bare bf16 product.
+"""The floor of a step: the products that no implementation can do without, at the rate of the bare product.
 
 Counted: every frozen matrix forward, again for gradient checkpointing (lm_head lies outside it), and dX (the first
 layer's q, k and v need none: nothing below them is trained). Left out, so that the figure stays a lower bound:
@@ -28,20 +28,20 @@ def step_flops(shape: Shape, tokens: int) -> int:
     return 2 * tokens * (layers - not_needed + head)
 
 
-def product_rates(shape: Shape, tokens: int) -> dict[str, dict[str, float]]:
-    """FLOP/s of `torch.mm` in bfloat16 on shapes of the step: one expert's rows, and all rows.
+def product_rates(shape: Shape, tokens: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """FLOP/s of `torch.mm` on shapes of the step: one expert's rows, and all rows.
 
     Returns:
         {name: {"rows", "flops_per_second"}}, medians.
     """
     sizes = {"expert": max(tokens * shape.top_k // shape.experts, 1), "all rows": tokens}
-    return {name: {"rows": rows, "flops_per_second": _rate(rows, shape)} for name, rows in sizes.items()}
+    return {name: {"rows": rows, "flops_per_second": _rate(rows, shape, dtype)} for name, rows in sizes.items()}
 
 
-def _rate(rows: int, shape: Shape) -> float:
-    x_MK = torch.randn(rows, shape.hidden).to(torch.bfloat16)
-    w_NK = torch.randn(shape.intermediate, shape.hidden).to(torch.bfloat16)
-    y_MN = torch.empty(rows, shape.intermediate, dtype=torch.bfloat16)
+def _rate(rows: int, shape: Shape, dtype: torch.dtype) -> float:
+    x_MK = torch.randn(rows, shape.hidden).to(dtype)
+    w_NK = torch.randn(shape.intermediate, shape.hidden).to(dtype)
+    y_MN = torch.empty(rows, shape.intermediate, dtype=dtype)
     seconds = []
     for repeat in range(_REPEATS + 2):
         started = time.perf_counter()

@@ -1,5 +1,6 @@
 """What a benchmark leaves: JSON with everything that decides its figures, and a table for the eye."""
 
+import argparse
 import importlib.metadata
 import json
 import platform
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.peers.processes import ROOT
-from expertune.kernels.cpu import cpu_instruction_sets
+from expertune.kernels.cpu import cpu_instruction_sets, product_dtype
 
 _PACKAGES = ("expertune", "torch", "transformers", "peft", "bitsandbytes")
 
@@ -36,6 +37,26 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "command": " ".join(["python", *_relative(sys.argv)]),
     }
+
+
+def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+    """`--dtype` of the products, for all stacks alike."""
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="of all stacks' products; auto: bfloat16, on a CPU that cannot multiply it float32",
+    )
+
+
+def resolve_dtype(name: str, device: str) -> torch.dtype:
+    """The dtype that `--dtype` means on a device."""
+    return product_dtype(torch.bfloat16, torch.device(device)) if name == "auto" else getattr(torch, name)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def progress(line: str) -> None:

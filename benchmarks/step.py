@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peers", nargs="*", choices=(*PEERS, *GPU_STACKS), help="default: all that run on the device")
+    report.add_dtype_argument(parser)
     parser.add_argument("--text", type=Path, default=DOLLY_SAMPLE, help="JSONL rows in dolly's layout")
     parser.add_argument(
         "--cache", type=Path, help="where weights are made once and kept; default: the temporary folder"
@@ -54,9 +55,11 @@ def run(args: argparse.Namespace) -> None:
     cache = args.cache or Path(tempfile.gettempdir()) / "expertune-bench"
     names = _peers(args)
     workload = prepare(shape, lora, args.tokens, args.text, cache)
-    sessions = [_interleave(stacks, workload, lora, args.rounds, args.device) for stacks in _sessions(names)]
-    rates = floor.product_rates(shape, args.tokens) if args.device == "cpu" else {}
-    result = _result(shape, lora, workload, sessions, rates, args.device)
+    dtype = report.resolve_dtype(args.dtype, args.device)
+    options = ["--dropout", str(lora.dropout), "--device", args.device, "--dtype", report.name_of(dtype)]
+    sessions = [_interleave(stacks, workload, options, args.rounds) for stacks in _sessions(names)]
+    rates = floor.product_rates(shape, args.tokens, dtype) if args.device == "cpu" else {}
+    result = _result(shape, lora, workload, sessions, rates, args.device) | {"dtype": report.name_of(dtype)}
     if args.json:
         report.write(args.json, result)
     _show(result)
@@ -76,10 +79,10 @@ def _sessions(peers: list[str]) -> list[list[str]]:
     return [["ours", peer] for peer in peers] or [["ours"]]
 
 
-def _interleave(names: list[str], workload: Workload, lora: Lora, rounds: int, device: str) -> Measured:
+def _interleave(names: list[str], workload: Workload, options: list[str], rounds: int) -> Measured:
     """Rounds of one step per stack, in turn, after a check and a step each to warm up."""
     paths = ["--model", workload.model, "--adapter", workload.adapter, "--batch", workload.batch]
-    arguments = [*map(str, paths), "--dropout", str(lora.dropout), "--device", device]
+    arguments = [*map(str, paths), *options]
     drivers: list[Driver] = []
     try:
         for name in names:

@@ -21,7 +21,7 @@ def build(args: argparse.Namespace) -> Stack:
     require_trained_experts(model)
     return Stack(
         model,
-        lambda: torch.autocast("cuda", torch.bfloat16),
+        lambda batch: torch.autocast("cuda", torch.bfloat16),
         [
             "dropout 0, on every target: it wants none on expert parameters",
             "w1 and w3 share one adapter of rank r on fused experts",

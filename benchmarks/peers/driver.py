@@ -35,15 +35,20 @@ class Stack:
 
     Attributes:
         model: the adapted model; called with the batch, it returns an object with `.loss`.
-        autocast: makes the context that forward runs in.
+        around: makes the context that the forward of a batch runs in.
         notes: how the stack had to differ from the others, for the JSON.
         packages: what else its speed depends on; their versions go into the JSON.
     """
 
     model: nn.Module
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    around: Callable[[Batch], AbstractContextManager[Any]] = lambda batch: nullcontext()
     notes: list[str] = field(default_factory=list)
     packages: tuple[str, ...] = ()
+
+
+def autocast(dtype: str) -> Callable[[Batch], AbstractContextManager[Any]]:
+    """Autocast on the CPU to a dtype of half precision; nothing where products run in float32."""
+    return lambda batch: torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32")
 
 
 def serve(build: Callable[[argparse.Namespace], Stack]) -> None:
@@ -53,6 +58,7 @@ def serve(build: Callable[[argparse.Namespace], Stack]) -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--dropout", type=float, required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the products")
     parser.add_argument("--pad-to", type=int, help="one row per micro-batch, padded on the left to so many tokens")
     args = parser.parse_args()
 
@@ -129,7 +135,7 @@ def _forward_backward(stack: Stack, batches: list[Batch]) -> float:
     counts = [int((batch["labels"][..., 1:] != -100).sum()) for batch in batches]
     total = 0.0
     for batch, count in zip(batches, counts, strict=True):
-        with stack.autocast():
+        with stack.around(batch):
             loss = stack.model(**batch, use_cache=False).loss * (count / sum(counts))
         loss.backward()
         total += float(loss.detach())

@@ -9,14 +9,15 @@ from expertune.adapt.attach import attach
 from expertune.checkpoint.load import load_model
 from expertune.config import LoraSection, QuantizationConfig
 from expertune.placement.device import bound_host_memory
+from expertune.train.loss import LanguageModelLoss
 
 
 def build(args: argparse.Namespace) -> Stack:
     bound_host_memory()  # as every run of ours begins
-    loaded = load_model(args.model, QuantizationConfig(), torch.bfloat16, args.device)
+    loaded = load_model(args.model, QuantizationConfig(), getattr(torch, args.dtype), args.device)
     model = attach(loaded, LoraSection(init_from=str(args.adapter), dropout=args.dropout), "benchmark")
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Stack(model)
+    return Stack(model, LanguageModelLoss(model).in_chunks)  # as the trainer takes its loss
 
 
 if __name__ == "__main__":

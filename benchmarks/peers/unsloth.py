@@ -42,7 +42,7 @@ def build_anywhere(args: argparse.Namespace) -> Stack:
     )
     return Stack(
         model,
-        lambda: torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16),
+        lambda batch: torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16),
         [
             "dropout 0: fused experts take none",
             "w1 and w3 share one adapter of rank r on fused experts",

@@ -33,7 +33,8 @@ from expertune.data import (
 from expertune.errors import CheckpointError, ConfigError, DataError, ExpertuneError, ProofError
 from expertune.evaluation import evaluation_loss, score_task
 from expertune.generation import complete
-from expertune.placement.device import bound_host_memory, default_device, resolve_compute_dtype
+from expertune.kernels import routes
+from expertune.placement.device import bound_host_memory, default_device, resolve_compute_dtype, set_up_kernels
 from expertune.plan import MicroBatch, make_plan
 from expertune.record import RECORD_NAME, RunRecord, versions
 from expertune.report.plots import plot_summary
@@ -168,7 +169,7 @@ def open_run(run_dir: str | Path, adapter: str | None = None) -> OpenRun:
         raise CheckpointError(f"{folder}: no such adapter; the run may not have finished. Checkpoints here: {have}")
     source = fetch_model(config.model, record.values.get("model", {}).get("revision"), config.trust_remote_code)
     tokenizer = load_tokenizer(source.folder, config.trust_remote_code)
-    loaded = _load(config, source, default_device())
+    loaded = _load(config, source, default_device(), record)
     model = attach(loaded, LoraSection(init_from=str(folder)), config.model, source.revision)
     model.eval()
     return OpenRun(config, record, model, tokenizer)
@@ -314,8 +315,11 @@ def _load_and_adapt(
 ) -> ExpertPeftModel:
     """Load, attach and prove."""
     started = time.monotonic()
-    loaded = _load(config, source, device)
+    loaded = _load(config, source, device, record)
     console.print(f"loaded with 4-bit experts in {time.monotonic() - started:.1f} s")
+    kernels = routes.describe(device, loaded.model.dtype)
+    record.update("kernels", **kernels)
+    console.print(f"kernels: {routes.say(kernels)}", soft_wrap=True)
     probe = _probe_batch(config, tokenizer, rows, device)
     base_logits = probe_logits(loaded.model, probe)
     set_seed(config.training.get("seed", 42))
@@ -333,7 +337,8 @@ def _load_and_adapt(
     return model
 
 
-def _load(config: RunConfig, source: ModelSource, device: torch.device) -> LoadedModel:
+def _load(config: RunConfig, source: ModelSource, device: torch.device, record: RunRecord) -> LoadedModel:
+    set_up_kernels(config.kernels, record.values.get("kernels", {}).get("crossover"))
     dtype = resolve_compute_dtype(config.quantization.compute_dtype, device)
     return load_model(source.folder, config.quantization, dtype, device, config.trust_remote_code)
 
@@ -413,6 +418,7 @@ def _train(
         record.update("eval", loss=history.eval_losses)
         record.update("throughput", tokens_per_second=history.tokens_per_second, tokens=history.tokens)
         record.update("memory", peak_bytes=peak_memory_bytes())
+        record.update("kernels", ran=routes.describe(device, model.dtype)["ran"])
 
 
 def _score(

@@ -82,6 +82,28 @@ class QuantizationConfig(Section):
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
 
 
+class KernelsConfig(Section):
+    """How products of 4-bit weights run.
+
+    Attributes:
+        route: `fused` decodes inside the product (CPU), `decode_then_gemm` decodes a tile and multiplies it; `auto`
+            takes the faster by tokens per expert, against a crossover that is measured once per machine.
+        working_set: most bytes that an expert layer's rows take between its products, whatever the batch is.
+    """
+
+    route: Literal["auto", "fused", "decode_then_gemm"] = "auto"
+    working_set: str | int = "512MiB"
+
+    @field_validator("working_set")
+    @classmethod
+    def _is_a_size(cls, value: str | int) -> str | int:
+        try:
+            parse_size(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+
 class LoraSection(Section):
     """The adapter.
 
@@ -157,6 +179,7 @@ class RunConfig(Section):
     trust_remote_code: bool = False
     data: DataConfig
     quantization: QuantizationConfig = QuantizationConfig()
+    kernels: KernelsConfig = KernelsConfig()
     lora: LoraSection = LoraSection()
     training: dict[str, Any] = {}
     loss: Literal["auto", "full"] = "auto"

@@ -16,6 +16,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from expertune.kernels import native
 from expertune.kernels.cpu import cpu_instruction_sets
 from expertune.placement.device import default_device, resolve_compute_dtype
 from expertune.plan.table import size
@@ -135,6 +136,12 @@ def _devices() -> Iterator[Finding]:
     cores = f"{psutil.cpu_count(logical=False) or '?'} cores, {torch.get_num_threads()} threads used"
     yield _find("device", "cpu", f"{cores}; {', '.join(cpu_instruction_sets()) or 'no vector extensions known'}")
     yield _find("device", "host memory", f"{size(memory.total)}, {size(memory.available)} available")
+    library = native.status()
+    if library.library is not None:
+        yield _find("device", "native kernels", "in use on the CPU")
+    else:
+        advice = "products on the CPU run by torch and bitsandbytes instead, at a fraction of the speed"
+        yield _find("device", "native kernels", f"none: {library.reason}", "warning", advice)
     device = default_device()
     dtype = str(resolve_compute_dtype("auto", device)).removeprefix("torch.")
     yield _find("device", "a run takes", f"{device}, products in {dtype} (quantization.compute_dtype: auto)")

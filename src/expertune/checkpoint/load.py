@@ -23,6 +23,7 @@ from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from expertune.experts.contract import find_experts
 from expertune.experts.module import Nf4Experts
+from expertune.nf4_linear import Nf4Linear
 
 Progress = Callable[[int, int], None]
 
@@ -283,10 +284,10 @@ def quantized_linear(
     quantization: QuantizationConfig,
     dtype: torch.dtype,
     device: torch.device,
-) -> bnb.nn.Linear4bit:
-    """A bitsandbytes `Linear4bit` with the NF4 bytes of `matrix`, keeping the bias of `linear`."""
+) -> Nf4Linear:
+    """A `Linear4bit` of bitsandbytes with the NF4 bytes of `matrix`, keeping the bias of `linear`."""
     rows, columns = matrix.shape
-    quantized = bnb.nn.Linear4bit(
+    quantized = Nf4Linear(
         columns,
         rows,
         bias=False,

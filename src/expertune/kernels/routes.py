@@ -108,6 +108,20 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     return described
 
 
+def say(described: dict[str, Any]) -> str:
+    """What `describe` found, in a sentence for the terminal."""
+    products = f"products in {described['product_dtype']}"
+    if "crossover" not in described:
+        return f"{products}, {DECODE_THEN_GEMM}"
+    if described["native"] != "in use":
+        return f"{products} by torch and bitsandbytes alone, without the native library: {described['native']}"
+    if described["setting"] != "auto":
+        return f"{products}, {described['setting']} as kernels.route says"
+    below = described["crossover"]
+    limit = "" if below == _NEVER else f" below {below} tokens per expert, {DECODE_THEN_GEMM} from there on"
+    return f"{products}, {FUSED}{limit}"
+
+
 @cache
 def _measured_crossover(dtype: torch.dtype, threads: int) -> int:
     path = _cache_path(dtype, threads)

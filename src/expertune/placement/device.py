@@ -6,7 +6,9 @@ import sys
 
 import torch
 
+from expertune.config import KernelsConfig, parse_size
 from expertune.errors import ConfigError
+from expertune.kernels import routes
 from expertune.kernels.cpu import product_dtype
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -46,6 +48,23 @@ def resolve_compute_dtype(name: str, device: torch.device | None = None) -> torc
         native = torch.cuda.get_device_capability(device) >= _FIRST_BFLOAT16_CAPABILITY
         return torch.bfloat16 if native else torch.float16
     return product_dtype(torch.bfloat16, device)
+
+
+def set_up_kernels(kernels: KernelsConfig, crossover: int | None = None) -> None:
+    """Make the products of this process run as the run file says.
+
+    Args:
+        kernels: the run file's section.
+        crossover: tokens per expert at which the run has changed routes so far, where it is being continued: measured
+            anew it might come out otherwise, and with it the last bits of every product.
+
+    Raises:
+        ConfigError: the route cannot run here; says why.
+    """
+    try:
+        routes.configure(route=kernels.route, working_set_bytes=parse_size(kernels.working_set), crossover=crossover)
+    except ValueError as error:
+        raise ConfigError(f"kernels.route: {error}") from None
 
 
 def bound_host_memory() -> None:

@@ -47,7 +47,9 @@ class LoraUpdate:
     x_RK: Tensor | None = None
 
 
-def grouped_linear(x_RK: Tensor, weight: Nf4Stack, offsets_E: Tensor, updates: Sequence[LoraUpdate] = ()) -> Tensor:
+def grouped_linear(
+    x_RK: Tensor, weight: Nf4Stack | Nf4Bytes, offsets_E: Tensor, updates: Sequence[LoraUpdate] = ()
+) -> Tensor:
     """Multiply each row by its expert's matrices and add the expert's low-rank updates.
 
     Args:
@@ -62,13 +64,11 @@ def grouped_linear(x_RK: Tensor, weight: Nf4Stack, offsets_E: Tensor, updates: S
     Raises:
         ValueError: a shape, dtype or device does not fit; names the value received.
     """
-    _check(x_RK, weight, offsets_E, updates)
+    held = weight.bytes if isinstance(weight, Nf4Stack) else weight
+    _check(x_RK, held, offsets_E, updates)
     y_RN, _ = torch.ops.expertune.grouped_linear(
         x_RK,
-        weight.packed,
-        weight.absmax,
-        weight.nested_absmax,
-        weight.offset,
+        *held,
         offsets_E,
         [update.part for update in updates],
         [update.scaling for update in updates],
@@ -204,7 +204,7 @@ def own_dtypes(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _check(x_RK: Tensor, weight: Nf4Stack, offsets_E: Tensor, updates: Sequence[LoraUpdate]) -> None:
+def _check(x_RK: Tensor, weight: Nf4Bytes, offsets_E: Tensor, updates: Sequence[LoraUpdate]) -> None:
     if x_RK.ndim != 2 or x_RK.shape[1] != weight.columns:
         raise ValueError(f"x must be [rows, {weight.columns}], got {tuple(x_RK.shape)}")
     if x_RK.dtype not in _DTYPES:
@@ -212,8 +212,8 @@ def _check(x_RK: Tensor, weight: Nf4Stack, offsets_E: Tensor, updates: Sequence[
     if offsets_E.ndim != 1 or offsets_E.dtype != torch.int64:
         raise ValueError(f"offsets must be int64 [experts], got {offsets_E.dtype} {tuple(offsets_E.shape)}")
     num_experts = offsets_E.shape[0]
-    if num_experts == 0 or weight.num_matrices % num_experts:
-        raise ValueError(f"{weight.num_matrices} matrices cannot be shared out to {num_experts} experts")
+    if num_experts == 0 or weight.packed.shape[0] % num_experts:
+        raise ValueError(f"{weight.packed.shape[0]} matrices cannot be shared out to {num_experts} experts")
     for tensor, what in ((weight.packed, "weight"), (offsets_E, "offsets")):
         if tensor.device != x_RK.device:
             raise ValueError(f"{what} is on {tensor.device}, x is on {x_RK.device}")
@@ -230,7 +230,7 @@ def _check(x_RK: Tensor, weight: Nf4Stack, offsets_E: Tensor, updates: Sequence[
         for held, what in ((update.a_ErK, "A"), (update.b_ENr, "B"), (update.x_RK, "the update's x")):
             if held is not None and held.device != x_RK.device:
                 raise ValueError(f"{what} is on {held.device}, x is on {x_RK.device}")
-        if not 0 <= update.part < weight.num_matrices // num_experts:
-            raise ValueError(f"part must be below {weight.num_matrices // num_experts}, got {update.part}")
+        if not 0 <= update.part < weight.packed.shape[0] // num_experts:
+            raise ValueError(f"part must be below {weight.packed.shape[0] // num_experts}, got {update.part}")
         if update.x_RK is not None and update.x_RK.shape != x_RK.shape:
             raise ValueError(f"the update's x must be {tuple(x_RK.shape)}, got {tuple(update.x_RK.shape)}")

@@ -1,0 +1,37 @@
+"""A dense 4-bit linear (attention, shared experts): bitsandbytes' `Linear4bit`, multiplied on a CPU by our operator.
+
+The layer is bitsandbytes' in bytes, in what it saves, and in what PEFT takes it for. On a CPU bitsandbytes decodes the
+whole matrix for each product; `expertune.kernels.grouped_linear` takes it as one expert instead. On other devices
+bitsandbytes' own product runs.
+"""
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor
+
+from expertune.kernels.grouped_linear import grouped_linear
+from expertune.kernels.nf4 import BLOCK_SIZE, Nf4Bytes
+
+
+class Nf4Linear(bnb.nn.Linear4bit):
+    """y = x @ W.T + bias with W [out_features, in_features] in NF4; arguments and files are `Linear4bit`'s."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features] of x's dtype; the product runs in `compute_dtype`."""
+        if x.device.type != "cpu":
+            return super().forward(x)
+        rows = x.reshape(-1, self.in_features).to(self.compute_dtype or x.dtype)
+        offsets = torch.tensor([rows.shape[0]])
+        y = grouped_linear(rows, self.nf4_bytes(), offsets).to(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias.to(x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def nf4_bytes(self) -> Nf4Bytes:
+        """The frozen weight as a stack of one matrix; shares memory with bitsandbytes' parameter."""
+        state = self.weight.quant_state
+        packed = self.weight.data.view(1, self.out_features, self.in_features // 2)
+        absmax = state.absmax.view(1, self.out_features * self.in_features // BLOCK_SIZE)
+        if not state.nested:
+            return Nf4Bytes(packed, absmax, absmax.new_empty(1, 0), absmax.new_empty(0))
+        return Nf4Bytes(packed, absmax, state.state2.absmax.view(1, -1), state.offset.reshape(1))
