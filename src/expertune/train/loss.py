@@ -153,7 +153,7 @@ class LanguageModelLoss:
 
         try:
             with evaluation_mode(self._model):
-                own = self._own_loss(inputs)
+                own, tolerance = self._own_loss(inputs)
                 with self._stand_ins(transform_and_mean, _probe_column):
                     chunked = self._model(**inputs).loss.item()
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -161,25 +161,29 @@ class LanguageModelLoss:
             raise _NotInChunksError(f"the model does not run without its logits ({error})") from error
         if len(found) != 1:
             raise _NotInChunksError("the model takes its loss otherwise than once by its loss function")
-        tolerance = _AGREEMENT.get(self._base.dtype, _AGREEMENT[torch.bfloat16])
         if not abs(own - chunked) <= tolerance * max(1.0, abs(own)):
             raise _NotInChunksError(f"in chunks it would be {chunked:.6f} on a first sample, and is {own:.6f}")
         return found[0]
 
-    def _own_loss(self, inputs: Mapping[str, Any]) -> float:
-        """The loss as the model takes it; refuses logits that are not as wide as the head."""
+    def _own_loss(self, inputs: Mapping[str, Any]) -> tuple[float, float]:
+        """The loss as the model takes it, and how near to it another has to come.
+
+        Refuses logits that are not as wide as the head.
+        """
         vocabulary = _weight(self._head).shape[0]
         widths: list[int] = []
+        dtypes = {self._base.dtype}
 
         def watched(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             widths.append(logits.shape[-1])
+            dtypes.add(logits.dtype)  # under autocast not the model's
             return ForCausalLMLoss(logits, *args, **kwargs)
 
         with self._loss_function(watched):
             loss: float = self._model(**inputs).loss.item()
         if any(width != vocabulary for width in widths):
             raise _NotInChunksError(f"the loss is over {widths[0]} of the head's {vocabulary} logits")
-        return loss
+        return loss, max(_AGREEMENT.get(dtype, _AGREEMENT[torch.bfloat16]) for dtype in dtypes)
 
     @contextmanager
     def _stand_ins(self, loss: _LossFunction, column: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:

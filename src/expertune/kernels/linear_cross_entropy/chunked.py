@@ -23,9 +23,10 @@ LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 # Fewer rows than this multiply at a fraction of the speed, so that a large vocabulary may pass the budget above.
 _MIN_ROWS = 64
 
-# Most bytes of one tile, of weights and of logits alike. On a CPU it has to fit into the last-level cache, and to stay
-# below the 8 MiB from which on the allocator maps a block afresh, page fault by page fault. On a GPU a tile is all of
-# the vocabulary unless the weight is of another dtype and has to be converted.
+# Most bytes of one tile: of logits, and of weights that have to be converted. On a CPU it has to fit into the
+# last-level cache, and to stay below the 8 MiB from which on the allocator maps a block afresh, page fault by page
+# fault; smaller ones would only mean more operators, each with a barrier between threads. On a GPU a tile of logits is
+# all of the vocabulary.
 TILE_BYTES = {"cpu": 7 * 2**20, "cuda": 256 * 2**20}
 _TILE_MULTIPLE = 64
 
@@ -95,14 +96,14 @@ def forward(
         rows_n, labels_n = rows_N[chunk], labels_N[chunk]
         x_nD = hidden_TD[rows_n].to(product_dtype(hidden_TD.dtype, hidden_TD.device))
         updates = _updates(head, x_updates, rows_n)
-        tiles = _Tiles(head.weight_VD, x_nD)
-        logits, losses_N[chunk], lse_n = _logits(x_nD, head, updates, tiles, labels_n)
+        weight = _Weight(head.weight_VD, x_nD)
+        logits, losses_N[chunk], lse_n = _logits(x_nD, head, updates, weight, labels_n)
         if not (hidden_gradient or update_gradients):
             continue
         dx_nD = torch.zeros_like(x_nD, dtype=torch.float32) if hidden_gradient else None
-        for tile, d_logits_nv in _logit_gradients(logits, head, tiles, labels_n, lse_n):
+        for tile, d_logits_nv in _logit_gradients(logits, head, weight, labels_n, lse_n):
             if dx_nD is not None:
-                _add_product(dx_nD, d_logits_nv, tiles.weight(tile))
+                weight.add_transposed(d_logits_nv, tile, dx_nD)
             for u, update in enumerate(updates):
                 update.dh_nr.addmm_(d_logits_nv, head.b[u][tile].float(), alpha=head.scalings[u])
                 if update_gradients:
@@ -175,13 +176,13 @@ def _updates(head: Head, x_updates: list[Tensor], rows_n: Tensor) -> list[_Updat
 
 
 def _logits(
-    x_nD: Tensor, head: Head, updates: list[_Update], tiles: "_Tiles", labels_n: Tensor
+    x_nD: Tensor, head: Head, updates: list[_Update], weight: "_Weight", labels_n: Tensor
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """The float32 logits of a chunk, one tensor [n, v] for each tile; its losses [n]; and its log-sum-exp [n]."""
     logits, log_sums = [], []
     label_logits_n = x_nD.new_zeros(x_nD.shape[0], dtype=torch.float32)
-    for tile in tiles:
-        z_nv = torch.mm(x_nD, tiles.weight(tile).t()).float()
+    for tile in weight.tiles():
+        z_nv = weight.multiply(x_nD, tile)
         for update, b_Vr in zip(updates, head.b, strict=True):
             z_nv.addmm_(update.h_nr, b_Vr[tile].float().t())
         if head.bias_V is not None:
@@ -200,11 +201,11 @@ def _logits(
 
 
 def _logit_gradients(
-    logits: list[Tensor], head: Head, tiles: "_Tiles", labels_n: Tensor, lse_n: Tensor
+    logits: list[Tensor], head: Head, weight: "_Weight", labels_n: Tensor, lse_n: Tensor
 ) -> Iterator[tuple[slice, Tensor]]:
     """For each tile the loss's gradient [n, v] of x @ W.T + ...; it takes the place of the logits."""
     each_n = torch.arange(labels_n.shape[0], device=labels_n.device)
-    for tile, z_nv in zip(tiles, logits, strict=True):
+    for tile, z_nv in zip(weight.tiles(), logits, strict=True):
         # d (c tanh(z / c)) / dz = 1 - tanh(z / c) ** 2, from the capped logits themselves.
         slope_nv = None if head.softcap is None else z_nv.div(head.softcap).square_().neg_().add_(1)
         d_nv = z_nv.sub_(lse_n.unsqueeze(1)).exp_()
@@ -223,37 +224,54 @@ def _columns_of_labels(labels_n: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
     return (labels_n - tile.start).clamp(0, tile.stop - tile.start - 1), inside_n
 
 
-def _add_product(total_nD: Tensor, d_logits_nv: Tensor, weight_vD: Tensor) -> None:
-    """total += d_logits @ weight, where the sum over tiles is float32."""
-    if weight_vD.dtype == torch.float32:
-        total_nD.addmm_(d_logits_nv, weight_vD)
-    else:
-        total_nD.add_(torch.mm(d_logits_nv.to(weight_vD.dtype), weight_vD))
-
-
-class _Tiles:
-    """Slices of the vocabulary, and the weight's rows in them in the dtype of the product."""
+class _Weight:
+    """The head's weight in slices of the vocabulary ("tiles"), each in the dtype of the product when it is used."""
 
     def __init__(self, weight_VD: Tensor, x_nD: Tensor) -> None:
-        self._weight_VD, self._dtype = weight_VD, x_nD.dtype
+        self._weight_VD = weight_VD
         vocabulary, width = weight_VD.shape
-        converts = weight_VD.dtype != x_nD.dtype
-        self._columns = vocabulary
-        if weight_VD.device.type == "cpu" or converts:
-            budget = TILE_BYTES.get(weight_VD.device.type, TILE_BYTES["cuda"])
-            most = min(budget // (width * x_nD.element_size()), budget // (x_nD.shape[0] * torch.float32.itemsize))
-            most = max(most // _TILE_MULTIPLE, 1) * _TILE_MULTIPLE
-            # Even tiles, in whole multiples: a small rest would multiply at half the speed.
-            num_tiles = -(-vocabulary // most)
-            self._columns = min(-(-vocabulary // (num_tiles * _TILE_MULTIPLE)) * _TILE_MULTIPLE, vocabulary)
-        self._scratch_vD = weight_VD.new_empty(self._columns, width, dtype=x_nD.dtype) if converts else None
+        on_cpu, converts = weight_VD.device.type == "cpu", weight_VD.dtype != x_nD.dtype
+        budget = TILE_BYTES.get(weight_VD.device.type, TILE_BYTES["cuda"])
+        per_column = x_nD.shape[0] * torch.float32.itemsize
+        self._columns = _even(vocabulary, budget // per_column) if on_cpu else vocabulary
+        # What has to be converted may be wider than a tile of logits is.
+        most = budget // (width * x_nD.element_size()) if converts else self._columns
+        self._converted = min(_even(self._columns, most), self._columns)
+        self._scratch_vD = x_nD.new_empty(self._converted, width) if converts else None
 
-    def __iter__(self) -> Iterator[slice]:
+    def tiles(self) -> Iterator[slice]:
+        """The vocabulary, tile by tile."""
         vocabulary = self._weight_VD.shape[0]
         for start in range(0, vocabulary, self._columns):
             yield slice(start, min(start + self._columns, vocabulary))
 
-    def weight(self, tile: slice) -> Tensor:
-        """[v, D]; where it had to be converted, valid until the next one is asked for."""
-        weight_vD = self._weight_VD[tile]
-        return weight_vD if self._scratch_vD is None else self._scratch_vD[: weight_vD.shape[0]].copy_(weight_vD)
+    def multiply(self, x_nD: Tensor, tile: slice) -> Tensor:
+        """x @ W.T over a tile, float32 [n, v]."""
+        z_nv = x_nD.new_empty(x_nD.shape[0], tile.stop - tile.start)
+        for part, weight_vD in self._parts(tile):
+            torch.mm(x_nD, weight_vD.t(), out=z_nv[:, part])
+        return z_nv.float()
+
+    def add_transposed(self, d_logits_nv: Tensor, tile: slice, total_nD: Tensor) -> None:
+        """total += d_logits @ W over a tile; the sum over tiles is float32."""
+        for part, weight_vD in self._parts(tile):
+            if weight_vD.dtype == torch.float32:
+                total_nD.addmm_(d_logits_nv[:, part], weight_vD)
+            else:
+                total_nD.add_(torch.mm(d_logits_nv[:, part].to(weight_vD.dtype), weight_vD))
+
+    def _parts(self, tile: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Columns of a tile and their weights; those that had to be converted are valid until the next ones are."""
+        for start in range(tile.start, tile.stop, self._converted):
+            stop = min(start + self._converted, tile.stop)
+            weight_vD = self._weight_VD[start:stop]
+            if self._scratch_vD is not None:
+                weight_vD = self._scratch_vD[: stop - start].copy_(weight_vD)
+            yield slice(start - tile.start, stop - tile.start), weight_vD
+
+
+def _even(count: int, most: int) -> int:
+    """Columns of a tile: at most `most`, in even tiles. A small or odd rest would multiply at half the speed."""
+    most = max(most // _TILE_MULTIPLE, 1) * _TILE_MULTIPLE
+    num_tiles = -(-count // most)
+    return min(-(-count // (num_tiles * _TILE_MULTIPLE)) * _TILE_MULTIPLE, count)
