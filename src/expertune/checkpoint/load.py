@@ -4,15 +4,18 @@ At no moment is there a fused 16-bit stack of experts or a whole 16-bit model: w
 far, its 16-bit rest (embeddings, router, norms, lm_head), and the one tensor being read.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from expertune.attention import attend_by_row
@@ -56,11 +59,32 @@ def build_meta_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: 
         raise ConfigError(f"{folder}: no config.json here; is it a model folder?")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _LargeTensorsOnMeta():
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{folder / 'config.json'}: transformers cannot build this model: {reason}") from None
+
+
+class _LargeTensorsOnMeta(TorchFunctionMode):
+    """Make large tensors on the meta device at once.
+
+    `init_empty_weights` lets a module allocate a parameter and moves it then: 30 GB for one layer of experts of the
+    largest families, which a machine may refuse. Small ones stay real, because buffers are computed from them.
+    """
+
+    _factories = (torch.empty, torch.zeros, torch.ones)
+    _large = 2**26
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self._factories and "device" not in kwargs:
+            sizes = args[0] if args and isinstance(args[0], tuple | list | torch.Size) else args
+            if all(isinstance(size, int) for size in sizes) and math.prod(sizes) >= self._large:
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 def load_model(
