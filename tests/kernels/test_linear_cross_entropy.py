@@ -1,5 +1,6 @@
 """Cross entropy in chunks against plain float32 over all logits, forward and backward, at every awkward shape."""
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -255,6 +256,29 @@ def test_temporaries_do_not_grow_with_rows_times_vocabulary(monkeypatch: pytest.
     few, many = (run_inside(make_case(rows, 4096, 16, labelled=1.0)) for rows in (128, 2048))
     assert few == many
     assert many <= 2**20
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.usefixtures("small_chunks")
+def test_logits_of_one_chunk_are_gone_when_those_of_the_next_are_made(
+    gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    logits_of_chunk, num_chunks = chunked._logits, 0
+
+    def watched(*args: Any) -> Any:
+        nonlocal num_chunks
+        num_chunks += 1
+        # Nothing but the tile that was used last may linger in a name.
+        assert sum(tile() is not None for tile in made) <= 1
+        result = logits_of_chunk(*args)
+        made.extend(weakref.ref(tile) for tile in result[0])
+        return result
+
+    monkeypatch.setattr(chunked, "_logits", watched)
+    with torch.set_grad_enabled(gradients):
+        linear_cross_entropy(**make_case(labelled=1.0).arguments)
+    assert num_chunks == 5
 
 
 def test_half_precision_weight_is_never_held_whole_in_float32() -> None:

@@ -99,6 +99,7 @@ def forward(
         weight = _Weight(head.weight_VD, x_nD)
         logits, losses_N[chunk], lse_n = _logits(x_nD, head, updates, weight, labels_n)
         if not (hidden_gradient or update_gradients):
+            logits.clear()  # before the next chunk's are made
             continue
         dx_nD = torch.zeros_like(x_nD, dtype=torch.float32) if hidden_gradient else None
         for tile, d_logits_nv in _logit_gradients(logits, head, weight, labels_n, lse_n):
@@ -203,9 +204,10 @@ def _logits(
 def _logit_gradients(
     logits: list[Tensor], head: Head, weight: "_Weight", labels_n: Tensor, lse_n: Tensor
 ) -> Iterator[tuple[slice, Tensor]]:
-    """For each tile the loss's gradient [n, v] of x @ W.T + ...; it takes the place of the logits."""
+    """For each tile the loss's gradient [n, v] of x @ W.T + ...; it takes the place of the logits and uses them up."""
     each_n = torch.arange(labels_n.shape[0], device=labels_n.device)
-    for tile, z_nv in zip(weight.tiles(), logits, strict=True):
+    for tile in weight.tiles():
+        z_nv = logits.pop(0)
         # d (c tanh(z / c)) / dz = 1 - tanh(z / c) ** 2, from the capped logits themselves.
         slope_nv = None if head.softcap is None else z_nv.div(head.softcap).square_().neg_().add_(1)
         d_nv = z_nv.sub_(lse_n.unsqueeze(1)).exp_()
