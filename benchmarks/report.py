@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -57,6 +58,11 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
 def name_of(dtype: torch.dtype) -> str:
     """`float32` for torch.float32."""
     return str(dtype).removeprefix("torch.")
+
+
+def rate(amount: int, seconds: Sequence[float]) -> float:
+    """Amount per second, at the median."""
+    return amount / statistics.median(seconds)
 
 
 def progress(line: str) -> None:

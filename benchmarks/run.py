@@ -6,10 +6,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import step
+from benchmarks import decode, layer, quantize, step
 from benchmarks.report import CorrectnessError
 
-_BENCHMARKS = {"step": step}
+_BENCHMARKS = {"decode": decode, "quantize": quantize, "layer": layer, "step": step}
 
 
 def main() -> int:

@@ -224,6 +224,11 @@ def _write_lora(folder: Path, shape: Shape, lora: Lora) -> None:
     write_adapter(folder, tensors, config)
 
 
+def token_ids(text: Path, tokens: int) -> Tensor:
+    """The first tokens of a text, int64 [tokens]."""
+    return _batch(tokens, text)[0]["input_ids"][0]
+
+
 def _batch(tokens: int, text: Path) -> tuple[dict[str, Tensor], int]:
     """The first rows of the text, one behind the other, the last cut so that the sum is exact."""
     with tempfile.TemporaryDirectory() as folder:

@@ -56,9 +56,12 @@ def available() -> bool:
     return library() is not None
 
 
-def quantize(matrix_NK: Tensor, packed: Tensor, absmax: Tensor) -> None:
-    """Contiguous float32, bfloat16 or float16 [N, K] -> packed uint8 [N, K/2], float32 absmax [N*K/64]."""
-    _call(
+def quantize(matrix_NK: Tensor, packed: Tensor, absmax: Tensor) -> bool:
+    """Contiguous float32, bfloat16 or float16 [N, K] -> packed uint8 [N, K/2], float32 absmax [N*K/64].
+
+    Returns whether all weights are finite; where they are not, the outputs are of no use.
+    """
+    bad_blocks = _call(
         "expertune_quantize",
         _pointer(matrix_NK),
         _SOURCE_KINDS[matrix_NK.dtype],
@@ -68,6 +71,7 @@ def quantize(matrix_NK: Tensor, packed: Tensor, absmax: Tensor) -> None:
         _pointer(absmax),
         torch.get_num_threads(),
     )
+    return bad_blocks == 0
 
 
 def decode_absmax(weight: Nf4Bytes, index: int, out: Tensor) -> None:
@@ -263,7 +267,8 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def _call(name: str, *arguments: object) -> None:
+def _call(name: str, *arguments: object) -> int:
     loaded = library()
     assert loaded is not None, status().reason
-    getattr(loaded, name)(*arguments)
+    result: int = getattr(loaded, name)(*arguments)
+    return result

@@ -2,6 +2,7 @@
 #ifndef EXPERTUNE_COMMON_H
 #define EXPERTUNE_COMMON_H
 
+#include <float.h>
 #include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>

@@ -22,15 +22,20 @@ INLINE __m256 load_source(const void *source, int64_t at, int kind)
     return _mm256_cvtph_ps(half);
 }
 
-INLINE void quantize_block(const void *source, int64_t at, int kind, const float *bounds, uint8_t *packed, float *absmax)
+/* Returns whether all 64 weights are finite. */
+INLINE int quantize_block(const void *source, int64_t at, int kind, const float *bounds, uint8_t *packed, float *absmax)
 {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     __m256 values[8];
-    __m256 largest = _mm256_setzero_ps();
+    __m256 largest = _mm256_setzero_ps(), finite = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
     for (int i = 0; i < 8; i++) {
         values[i] = load_source(source, at + 8 * i, kind);
-        largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, values[i]));
+        __m256 size = _mm256_andnot_ps(sign, values[i]);
+        largest = _mm256_max_ps(largest, size);
+        finite = _mm256_and_ps(finite, _mm256_cmp_ps(size, _mm256_set1_ps(FLT_MAX), _CMP_LE_OQ));
     }
+    if (_mm256_movemask_ps(finite) != 255)
+        return 0;
     float lanes[8], most = 0.0f;
     _mm256_storeu_ps(lanes, largest);
     for (int i = 0; i < 8; i++)
@@ -50,22 +55,26 @@ INLINE void quantize_block(const void *source, int64_t at, int kind, const float
         packed[4 * i + 2] = (uint8_t)_mm256_extract_epi8(pairs, 16);
         packed[4 * i + 3] = (uint8_t)_mm256_extract_epi8(pairs, 24);
     }
+    return 1;
 }
 
-/* kind: 0 float32, 1 bfloat16, 2 float16. bounds: float32 [15], ascending. */
-EXPORT void expertune_quantize(
+/* Returns how many blocks hold a weight that is not finite; such a block is left unwritten.
+   kind: 0 float32, 1 bfloat16, 2 float16. bounds: float32 [15], ascending. */
+EXPORT int64_t expertune_quantize(
     const void *source, int kind, int64_t blocks, const float *bounds, uint8_t *packed, float *absmax, int threads)
 {
-#pragma omp parallel for schedule(static) num_threads(threads)
+    int64_t bad = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : bad)
     for (int64_t b = 0; b < blocks; b++) {
         uint8_t *out = packed + b * BLOCK_BYTES;
         if (kind == 0)
-            quantize_block(source, b * BLOCK, 0, bounds, out, absmax + b);
+            bad += !quantize_block(source, b * BLOCK, 0, bounds, out, absmax + b);
         else if (kind == 1)
-            quantize_block(source, b * BLOCK, 1, bounds, out, absmax + b);
+            bad += !quantize_block(source, b * BLOCK, 1, bounds, out, absmax + b);
         else
-            quantize_block(source, b * BLOCK, 2, bounds, out, absmax + b);
+            bad += !quantize_block(source, b * BLOCK, 2, bounds, out, absmax + b);
     }
+    return bad;
 }
 
 /* Scales of the blocks of one matrix -> float32 [rows * columns / 64]. */

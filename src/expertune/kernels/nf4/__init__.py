@@ -46,9 +46,6 @@ def quantize_matrix(matrix_NK: Tensor, double_quantization: bool = True) -> tupl
         raise ValueError(f"expected a matrix with weights in it, got {tuple(matrix_NK.shape)}")
     if matrix_NK.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"expected float32, float16 or bfloat16, got {str(matrix_NK.dtype).removeprefix('torch.')}")
-    if not torch.isfinite(matrix_NK).all():
-        count = int((~torch.isfinite(matrix_NK)).sum())
-        raise ValueError(f"{count} of {matrix_NK.numel()} weights are NaN or infinite; 4 bits cannot hold them")
     return cpu.quantize_matrix(matrix_NK, double_quantization)
 
 

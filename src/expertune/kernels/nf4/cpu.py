@@ -16,14 +16,22 @@ TILE_WEIGHTS = 2**20
 
 
 def quantize_matrix(matrix_NK: Tensor, double_quantization: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[N, K] -> packed [N, K/2], absmax, nested_absmax, offset (see `expertune.kernels.nf4`)."""
+    """[N, K] -> packed [N, K/2], absmax, nested_absmax, offset (see `expertune.kernels.nf4`).
+
+    Raises:
+        ValueError: a weight is NaN or infinite.
+    """
     rows, columns = matrix_NK.shape
     packed = torch.empty(rows, columns // 2, dtype=torch.uint8, device=matrix_NK.device)
     absmax = torch.empty(rows * columns // BLOCK_SIZE, dtype=torch.float32, device=matrix_NK.device)
     if matrix_NK.device.type == "cpu" and native.available():
-        native.quantize(matrix_NK.contiguous(), packed, absmax)
+        finite = native.quantize(matrix_NK.contiguous(), packed, absmax)
     else:
+        finite = bool(torch.isfinite(matrix_NK).all())
         _quantize_by_bitsandbytes(matrix_NK, packed, absmax.view(rows, -1))
+    if not finite:
+        count = int((~torch.isfinite(matrix_NK)).sum())
+        raise ValueError(f"{count} of {matrix_NK.numel()} weights are NaN or infinite; 4 bits cannot hold them")
     if not double_quantization:
         empty = torch.empty(0, dtype=torch.float32, device=matrix_NK.device)
         return packed, absmax, empty, empty

@@ -1,0 +1,270 @@
+"""One expert layer, forward and backward, with the recipe's adapters: seconds, share of the bare product's rate, peers.
+
+Peers hold the same weights and factors in this process: bitsandbytes' own product, matrix by matrix of each expert; and
+`torch.nn.functional.grouped_mm` over the decoded weights, as transformers runs experts that are not 4-bit. Tokens are
+real text's: each token of the text is one random vector, and a random router chooses, so that what repeats in the text
+repeats here.
+
+Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R routed rows, E experts, r rank.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as bnb_functional
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks import floor, report
+from benchmarks.timing import extra_bytes, interleave, median_ratio
+from benchmarks.workload import DOLLY_SAMPLE, Lora, Shape, token_ids
+from expertune.kernels import native, routes
+from expertune.kernels.expert_mlp import Activation, ExpertUpdate, expert_mlp, reference
+from expertune.kernels.nf4 import Nf4Stack
+
+# Relative to the largest value of each tensor; float32 differs by the order of sums, bfloat16 by its rounding.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+Forward = Callable[[Tensor, Tensor], Tensor]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    sizes = {"hidden": 2048, "intermediate": 7168, "experts": 8, "top-k": 2, "tokens": 320, "rounds": 5}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    report.add_dtype_argument(parser)
+    parser.add_argument("--text", type=Path, default=DOLLY_SAMPLE, help="JSONL rows in dolly's layout")
+    parser.add_argument("--json", type=Path, help="write the result here")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure and report.
+
+    Raises:
+        CorrectnessError: a stack's output or gradients are not those of plain float32 arithmetic.
+    """
+    shape = Shape(args.hidden, args.intermediate, 1, args.experts, args.top_k)
+    dtype = report.resolve_dtype(args.dtype, "cpu")
+    layer = Layer(shape, Lora(), args.tokens, args.text, dtype)
+    route = routes.choose(torch.device("cpu"), args.tokens * args.top_k / args.experts, dtype)
+    stacks: dict[str, Forward] = {f"ours, {route}": layer.ours(route) for route in _routes()}
+    stacks |= {"bitsandbytes, per expert": layer.by_bitsandbytes, "grouped_mm on decoded weights": layer.by_grouped_mm}
+    for name, forward in stacks.items():
+        layer.require_plain_result(name, forward)
+    runs = {name: layer.step(forward) for name, forward in stacks.items()}
+    chosen = f"ours, {route}"
+    seconds = interleave(runs | {"ours, no LoRA": layer.step(layer.ours(route, lora=False))}, args.rounds)
+    lora = 1 - 1 / median_ratio(seconds[chosen], seconds["ours, no LoRA"])
+    rates = floor.product_rates(shape, args.tokens, dtype)
+    flops = 2 * 6 * args.tokens * args.top_k * args.hidden * args.intermediate
+    bare = rates["expert"]["flops_per_second"]
+    result = {
+        "benchmark": "layer",
+        "dtype": report.name_of(dtype),
+        "tokens": args.tokens,
+        "rows_per_expert": layer.rows_per_expert,
+        "chosen": chosen,
+        "seconds": seconds,
+        "ratios": {name: median_ratio(times, seconds[chosen]) for name, times in seconds.items()},
+        "extra_bytes": {name: extra_bytes(each) for name, each in runs.items()},
+        "lora_share": lora,
+        "floor": {
+            "flops": flops,
+            "product_rates": rates,
+            "share_reached": flops / statistics.median(seconds[chosen]) / bare,
+            "share_with_recomputation": flops * 8 / 6 / statistics.median(seconds[chosen]) / bare,
+        },
+        "model": {**vars(shape), "lora": vars(Lora()) | {"dropout": 0.0}},
+        **report.environment(),
+    }
+    if args.json:
+        report.write(args.json, result)
+    _show(result)
+    return result
+
+
+class Layer:
+    """Weights, factors and inputs of one expert layer."""
+
+    def __init__(self, shape: Shape, lora: Lora, tokens: int, text: Path, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator)
+
+        E, D, size = shape.experts, shape.hidden, shape.intermediate
+        self.shape, self.dtype, self.scaling = shape, dtype, lora.alpha / lora.r
+        self.gate_up, self.down = Nf4Stack(2 * E, size, D), Nf4Stack(E, D, size)
+        for stack in (self.gate_up, self.down):
+            for index in range(stack.num_matrices):
+                stack.write(index, normal(stack.rows, stack.columns) / stack.columns**0.5)
+        self.factors = [
+            (normal(E, lora.r, width) / width**0.5, normal(E, height, lora.r) * 0.01)
+            for width, height in ((D, size), (D, size), (size, D))
+        ]
+        ids_T = token_ids(text, tokens)
+        hidden_TD = normal(int(ids_T.max()) + 1, D)[ids_T]
+        scores_TE = (hidden_TD @ normal(D, E) / D**0.5).softmax(dim=-1)
+        weights_TK, self.index_TK = scores_TE.topk(shape.top_k, dim=-1)
+        self.hidden_TD = hidden_TD.to(dtype).requires_grad_()
+        self.weights_TK = (weights_TK / weights_TK.sum(dim=-1, keepdim=True)).to(dtype).requires_grad_()
+        self.dout_TD = normal(tokens, D).to(dtype)
+        self.activation = Activation(_swiglu, columnwise=True)
+        self.rows_per_expert = torch.bincount(self.index_TK.flatten(), minlength=E).tolist()
+        for factor in (factor for pair in self.factors for factor in pair):
+            factor.requires_grad_()
+        self._decoded: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.hidden_TD, self.weights_TK, *(factor for pair in self.factors for factor in pair)]
+
+    @property
+    def updates(self) -> list[ExpertUpdate]:
+        return [ExpertUpdate(part, a, b, self.scaling) for part, (a, b) in enumerate(self.factors)]
+
+    def step(self, forward: Forward) -> Callable[[], object]:
+        """Forward and backward, gradients thrown away."""
+        leaves = self.leaves
+
+        def run() -> None:
+            out = forward(self.hidden_TD, self.weights_TK)
+            torch.autograd.grad(out, leaves, self.dout_TD, allow_unused=True)
+
+        return run
+
+    def require_plain_result(self, name: str, forward: Forward) -> None:
+        """Output and gradients against plain float32 arithmetic; taken once, and held against every stack."""
+        if not hasattr(self, "_plain"):
+            plain = reference.expert_mlp(
+                *(self.hidden_TD, self.index_TK, self.weights_TK, self.gate_up, self.down),
+                *(self.activation, self.updates),
+            )
+            self._plain = [plain.detach(), *torch.autograd.grad(plain, self.leaves, self.dout_TD.float())]
+        out = forward(self.hidden_TD, self.weights_TK)
+        found = [out.detach(), *torch.autograd.grad(out, self.leaves, self.dout_TD)]
+        for what, one, plain in zip(("output", *("gradient",) * len(self.leaves)), found, self._plain, strict=True):
+            error = float((one.float() - plain.float()).abs().max() / plain.float().abs().max())
+            if error > _TOLERANCE[self.dtype]:
+                raise report.CorrectnessError(f"{name}: {what} is off by {error:.1e} of its largest value")
+
+    def ours(self, route: str, lora: bool = True) -> Forward:
+        frozen = self.gate_up, self.down, self.activation
+
+        def forward(hidden: Tensor, weights: Tensor) -> Tensor:
+            routes.configure(route=route)
+            out, _ = expert_mlp(hidden, self.index_TK, weights, *frozen, self.updates if lora else [])
+            return _Routed.apply(out, route)
+
+        return forward
+
+    def by_bitsandbytes(self, hidden: Tensor, weights: Tensor) -> Tensor:
+        """The loop over experts that stacks of separate `Linear4bit`s run, with PEFT's arithmetic for LoRA."""
+        out = torch.zeros(hidden.shape, dtype=torch.float32)
+        for expert in range(self.shape.experts):
+            tokens, choices = (self.index_TK == expert).nonzero(as_tuple=True)
+            if not len(tokens):
+                continue
+            x = hidden[tokens]
+            gate, up = (self._linear4bit(self.gate_up, 2 * expert + part, x, part, expert) for part in range(2))
+            y = self._linear4bit(self.down, expert, F.silu(gate) * up, 2, expert)
+            out = out.index_add(0, tokens, (y * weights[tokens, choices, None]).float())
+        return out.to(hidden.dtype)
+
+    def _linear4bit(self, stack: Nf4Stack, index: int, x: Tensor, update: int, expert: int) -> Tensor:
+        a, b = self.factors[update]
+        base = bnb.matmul_4bit(x, *_bitsandbytes_weight(stack, index, x.dtype))
+        return base + (self.scaling * F.linear(F.linear(x.float(), a[expert]), b[expert])).to(x.dtype)
+
+    def by_grouped_mm(self, hidden: Tensor, weights: Tensor) -> Tensor:
+        """All experts in one product over 16- or 32-bit weights, as transformers 5 runs them."""
+        if self._decoded is None:
+            E, size, D = self.shape.experts, self.shape.intermediate, self.shape.hidden
+            first = torch.stack([self.gate_up.decode(index, self.dtype) for index in range(2 * E)])
+            second = torch.stack([self.down.decode(index, self.dtype) for index in range(E)])
+            self._decoded = first.view(E, 2 * size, D).transpose(1, 2), second.transpose(1, 2)
+        order_R = self.index_TK.flatten().argsort(stable=True)
+        offsets_E = torch.bincount(self.index_TK.flatten(), minlength=self.shape.experts).cumsum(0).int()
+        tokens_R = order_R // self.shape.top_k
+        x = hidden[tokens_R]
+        gate, up = F.grouped_mm(x, self._decoded[0], offs=offsets_E).chunk(2, dim=-1)
+        gate, up = (each + self._grouped_lora(x, part, offsets_E) for part, each in enumerate((gate, up)))
+        inter = F.silu(gate) * up
+        y = F.grouped_mm(inter, self._decoded[1], offs=offsets_E) + self._grouped_lora(inter, 2, offsets_E)
+        weighted = y * weights.flatten()[order_R, None]
+        return torch.zeros_like(hidden).index_add(0, tokens_R, weighted.to(hidden.dtype))
+
+    def _grouped_lora(self, x: Tensor, update: int, offsets_E: Tensor) -> Tensor:
+        a, b = (factor.to(x.dtype).transpose(1, 2) for factor in self.factors[update])
+        return F.grouped_mm(F.grouped_mm(x, a, offs=offsets_E), b, offs=offsets_E) * self.scaling
+
+
+class _Routed(torch.autograd.Function):
+    """Backward on the same route as forward."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, route: str) -> Tensor:
+        ctx.route = route
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        routes.configure(route=ctx.route)
+        return grads[0], None
+
+
+def _routes() -> list[str]:
+    return [routes.FUSED, routes.DECODE_THEN_GEMM] if native.available() else [routes.DECODE_THEN_GEMM]
+
+
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _bitsandbytes_weight(stack: Nf4Stack, index: int, dtype: torch.dtype) -> tuple[Tensor, bnb_functional.QuantState]:
+    """One matrix of a stack as `matmul_4bit` takes it: transposed bytes and their description."""
+    inner = bnb_functional.QuantState(
+        absmax=stack.nested_absmax[index], blocksize=256, code=bnb_functional.create_dynamic_map(), dtype=torch.float32
+    )
+    state = bnb_functional.QuantState(
+        absmax=stack.absmax[index],
+        shape=torch.Size([stack.rows, stack.columns]),
+        dtype=dtype,
+        blocksize=64,
+        code=bnb_functional.get_4bit_type("nf4", device="cpu"),
+        quant_type="nf4",
+        offset=stack.offset[index],
+        state2=inner,
+    )
+    return stack.packed[index].reshape(-1, 1).t(), state
+
+
+def _show(result: dict[str, Any]) -> None:
+    rows = [
+        [
+            name,
+            f"{statistics.median(times):.3f}",
+            f"{result['ratios'][name]:.2f}",
+            "" if (extra := result["extra_bytes"].get(name)) is None else f"{extra / 1e6:,.0f}",
+        ]
+        for name, times in result["seconds"].items()
+    ]
+    rates = result["floor"]
+    title = (
+        f"Expert layer, forward + backward, {result['tokens']} tokens, {result['dtype']}, on {result['device']}, "
+        f"{result['threads']} threads"
+    )
+    notes = [
+        f"rows of each expert: {result['rows_per_expert']}",
+        f"LoRA of rank 8 takes {result['lora_share']:.0%} of the layer",
+        f"{rates['share_reached']:.2f} of the rate of a bare product of as many rows, recomputation not counted; "
+        f"{rates['share_with_recomputation']:.2f} with it",
+        "outputs and gradients of all checked against plain float32 arithmetic",
+    ]
+    report.show(title, ["", "seconds", f"times {result['chosen']}", "extra MB"], rows, notes)
