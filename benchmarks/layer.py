@@ -114,7 +114,7 @@ class Layer:
         self.hidden_TD = hidden_TD.to(dtype).requires_grad_()
         self.weights_TK = (weights_TK / weights_TK.sum(dim=-1, keepdim=True)).to(dtype).requires_grad_()
         self.dout_TD = normal(tokens, D).to(dtype)
-        self.activation = Activation(_swiglu, columnwise=True)
+        self.activation = Activation(_swiglu, columnwise=True, swiglu=True)
         self.rows_per_expert = torch.bincount(self.index_TK.flatten(), minlength=E).tolist()
         for factor in (factor for pair in self.factors for factor in pair):
             factor.requires_grad_()

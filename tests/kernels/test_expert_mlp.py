@@ -42,7 +42,7 @@ def normed_gate(gate_up: Tensor) -> Tensor:
     return inner / (1 + inner.square().mean(dim=-1, keepdim=True))
 
 
-SWIGLU = Activation(swiglu, columnwise=True)
+SWIGLU = Activation(swiglu, columnwise=True, swiglu=True)
 
 
 class Case(NamedTuple):
@@ -139,6 +139,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "activation": Activation(torch.nn.functional.gelu, columnwise=True),
     },
     "a gate with limits": {"tokens": 9, "activation": Activation(clamped_gate, columnwise=True)},
+    "SwiGLU by autograd": {"tokens": 9, "activation": Activation(swiglu, columnwise=True)},
     "an activation over whole rows": {"tokens": 9, "activation": Activation(normed_gate)},
     "no double quantization": {"tokens": 9, "double_quantization": False},
     "more rows than a panel of the fused route holds": {"tokens": 900, "num_experts": 2, "top_k": 1},
@@ -313,7 +314,7 @@ def test_operator_fulfils_torchs_contract_for_custom_operators(route: str) -> No
 
 
 def test_copy_of_an_activation_is_found_under_its_own_number() -> None:
-    original = Activation(swiglu, columnwise=True)
+    original = Activation(swiglu, columnwise=True, swiglu=True)
     copied = copy.deepcopy(original)
     assert copied.handle != original.handle
     case = make_case(5, activation=copied)

@@ -21,6 +21,7 @@ from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.experts.lora import ExpertLoraConfig
 from expertune.experts.replay import with_replay
+from expertune.kernels.dropout import CounterDropout
 
 # PEFT on transformers 5 rewrites these target names into stacked expert parameters, also where they name a linear of
 # a shared expert or a router; layers of these names are adapted one by one instead.
@@ -154,6 +155,8 @@ class ExpertPeftModel(PeftModelForCausalLM):
         config.lora_dropout = dropout
         for module in base.modules():
             if isinstance(module, BaseTunerLayer) and adapter_name in module.lora_A:
+                if type(module.lora_dropout[adapter_name]) is nn.Dropout:
+                    module.lora_dropout[adapter_name] = CounterDropout(module.lora_dropout[adapter_name].p)
                 module.lora_A[adapter_name].to(dtype)
                 module.lora_B[adapter_name].to(dtype)
         self.base_model._mark_only_adapters_as_trainable(base)

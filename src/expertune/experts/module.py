@@ -66,7 +66,7 @@ class Nf4Experts(nn.Module):
             original._parameters.pop(weight, None)
         # What the family computes between the products (activation, clamps, scales) stays the family's own code.
         self.activation = original
-        self.between = Activation(self._activate, is_columnwise(self._activate, spec))
+        self.between = Activation(self._activate, is_columnwise(self._activate, spec), is_swiglu(self._activate, spec))
 
     def write(self, expert: int, projection: str, matrix: Tensor) -> None:
         """Quantize one expert's matrix [out_features, in_features] into place.
@@ -143,19 +143,37 @@ class Nf4Experts(nn.Module):
         return f"num_experts={self.num_experts}, projections={', '.join(self.spec.projections)}"
 
 
-@torch.no_grad()
 def is_columnwise(activate: Callable[[Tensor], Tensor], spec: ExpertsSpec) -> bool:
-    """Whether a family's activation can be computed on some columns at a time: tried, on two rows of numbers.
+    """Whether a family's activation can be computed on some columns at a time: tried, on rows of numbers.
 
     False where it cannot be tried, because it has weights of its own that are not there yet.
     """
-    parts = len(spec.projections) - 1
-    half = spec.intermediate_size // 2
-    generator = torch.Generator().manual_seed(0)
-    gate_up = torch.randn(2, parts, spec.intermediate_size, generator=generator, device="cpu") * 4
-    try:
-        whole = activate(gate_up.flatten(1))
-        pieces = [activate(gate_up[:, :, columns].flatten(1)) for columns in (slice(0, half), slice(half, None))]
-    except (NotImplementedError, RuntimeError):
+    gate_up, whole = _tried(activate, spec)
+    if whole is None:
         return False
+    half = spec.intermediate_size // 2
+    parts = gate_up.unflatten(1, (-1, spec.intermediate_size))
+    pieces = [activate(parts[:, :, columns].flatten(1)) for columns in (slice(0, half), slice(half, None))]
     return torch.equal(whole, torch.cat(pieces, dim=1))
+
+
+def is_swiglu(activate: Callable[[Tensor], Tensor], spec: ExpertsSpec) -> bool:
+    """Whether a family's activation is silu(gate) * up: tried, on numbers small, usual and far beyond any limit."""
+    gate_up, whole = _tried(activate, spec)
+    if whole is None or not spec.has_gate:
+        return False
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.allclose(whole, nn.functional.silu(gate) * up, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def _tried(activate: Callable[[Tensor], Tensor], spec: ExpertsSpec) -> tuple[Tensor, Tensor | None]:
+    """Rows for the activation, each on a scale of its own, and what it makes of them; None where it fails."""
+    parts = len(spec.projections) - 1
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(4, parts * spec.intermediate_size, generator=generator, device="cpu")
+    gate_up = numbers * torch.tensor([[0.1], [1.0], [10.0], [1000.0]], device="cpu")
+    try:
+        return gate_up, activate(gate_up)
+    except (NotImplementedError, RuntimeError):
+        return gate_up, None

@@ -7,8 +7,10 @@ finalizer of MurmurHash3 and one round more with the seed's high half; `native/d
 Shape suffixes: R rows, K columns.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from expertune.kernels import native
 
@@ -23,6 +25,7 @@ def dropout(
     index: Tensor | None = None,
     first_column: int = 0,
     columns: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Drop elements of float32 rows and scale what stays by 1 / (1 - probability).
 
@@ -34,6 +37,7 @@ def dropout(
         index: int64 [R].
         first_column: where x's columns lie in the whole, so that a part is dropped as in it.
         columns: of the whole; None means K.
+        out: contiguous float32 [R, K] to write to, which may be x itself; None makes it.
 
     Returns:
         float32 [R, K].
@@ -41,12 +45,36 @@ def dropout(
     threshold, scale = min(round(probability * 2**32), _MASK), 1 / (1 - probability)
     columns = x.shape[1] if columns is None else columns
     if x.device.type == "cpu" and native.available():
-        out = torch.empty(number_R.shape[0], x.shape[1], dtype=torch.float32)
+        out = torch.empty(number_R.shape[0], x.shape[1], dtype=torch.float32) if out is None else out
         native.dropout(x, out, number_R, seed, threshold, scale, first_column, columns, index)
         return out
     elements = number_R[:, None] * columns + torch.arange(first_column, first_column + x.shape[1], device=x.device)
     chosen = x if index is None else x[index]
-    return torch.where(_hash(elements, seed) >= threshold, chosen * scale, 0.0)
+    dropped = torch.where(_hash(elements, seed) >= threshold, chosen * scale, 0.0)
+    return dropped if out is None else out.copy_(dropped)
+
+
+class CounterDropout(nn.Dropout):
+    """`nn.Dropout` that keeps no mask and draws it on all threads; for float32 on a CPU, elsewhere torch's own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape [..., K]; drops while training."""
+        if not self.training or self.p == 0 or input.device.type != "cpu" or input.dtype != torch.float32:
+            return super().forward(input)
+        # Drawn from torch's own generator, so that a run's seed decides, and checkpointing draws the same again.
+        return _CounterDropout.apply(input, int(torch.randint(2**62, ())), self.p)
+
+
+class _CounterDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seed: int, probability: float) -> Tensor:
+        ctx.seed, ctx.probability = seed, probability
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        return dropout(rows, torch.arange(rows.shape[0]), seed, probability).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _CounterDropout.forward(ctx, grads[0], ctx.seed, ctx.probability), None, None
 
 
 def _hash(numbers: Tensor, seed: int) -> Tensor:

@@ -43,19 +43,21 @@ class Activation:
         function: [rows, P * F] -> [rows, F], the parts side by side; differentiable by autograd.
         columnwise: column f of the result depends on column f of each part alone, so that it may be computed on some
             columns at a time.
+        swiglu: it is silu(gate) * up to the last bits, for which there is a kernel.
     """
 
     function: Callable[[Tensor], Tensor]
     columnwise: bool = False
+    swiglu: bool = False
     handle: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.handle = id(self)
         _activations[self.handle] = self
 
-    def __reduce__(self) -> tuple[type["Activation"], tuple[Callable[[Tensor], Tensor], bool]]:
+    def __reduce__(self) -> tuple[type["Activation"], tuple[Callable[[Tensor], Tensor], bool, bool]]:
         # A copy is found under a number of its own.
-        return Activation, (self.function, self.columnwise)
+        return Activation, (self.function, self.columnwise, self.swiglu)
 
 
 # Operators take numbers, not functions: the owner of an activation keeps it alive, and here it is found by number.
@@ -291,7 +293,7 @@ def _layer(
 ) -> tuple[Layer, list[LowRank]]:
     gate_up, down = Nf4Bytes(*weights[:4]), Nf4Bytes(*weights[4:])
     owner = _activations[activation]
-    layer = Layer(gate_up, down, owner.function, owner.columnwise)
+    layer = Layer(gate_up, down, owner.function, owner.columnwise, owner.swiglu)
     # Reading seeds waits for nothing: they are made on the host.
     numbers = seeds.tolist()
     low_rank = [LowRank(*values) for values in zip(parts, a, b, scalings, dropouts, numbers, strict=True)]

@@ -10,7 +10,7 @@ the first product, r rank.
 import torch
 from torch import Tensor
 
-from expertune.kernels import native
+from expertune.kernels import native, workspace
 from expertune.kernels.dropout import dropout
 from expertune.kernels.expert_mlp.plan import Layer, LowRank, Sorted, combine, differentiable, sort_rows
 from expertune.kernels.grouped_linear.fused import plain
@@ -29,15 +29,15 @@ def forward(
     rows, x_TD = sort_rows(top_k_index_TK, top_k_weights_TK, layer.num_experts, first_row), plain(hidden_TD)
     for update, out in _inner(layer, low_rank, h):
         if update.dropout:
-            dropped = dropout(x_TD, rows.number_R, *_seed(update), rows.token_R)
+            dropped = _dropped(x_TD, update, rows, rows.token_R)
             _dense(dropped, update.a, rows, out)
         else:
             _dense(x_TD, update.a, rows, out, rows.token_R)
-    x_RF = layer.function(_gate_up(x_TD, rows, layer, low_rank, h))
+    x_RF = _activate(_gate_up(x_TD, rows, layer, low_rank, h), layer)
     for update, out in _outer(layer, low_rank, h):
-        dropped = dropout(x_RF, rows.number_R, *_seed(update)) if update.dropout else x_RF
+        dropped = _dropped(x_RF, update, rows) if update.dropout else x_RF
         _dense(dropped, update.a, rows, out)
-    y_RD = x_RF.new_empty(x_RF.shape[0], layer.hidden_size)
+    y_RD = workspace.take("rows", x_RF.shape[0], layer.hidden_size)
     updates = [_update(update, low, 0, layer.hidden_size) for update, low in _outer(layer, low_rank, h)]
     native.product(x_RF, layer.down, rows.offsets_E, y_RD, transposed=True, updates=updates)
     return combine(y_RD.mul_(rows.weight_R[:, None]), rows.inverse_R, hidden_TD.shape[0])
@@ -59,10 +59,7 @@ def backward(
     rows = sort_rows(top_k_index_TK, top_k_weights_TK, layer.num_experts, first_row)
     x_TD, dout_TD = plain(hidden_TD), plain(dout_TD)
     size = layer.intermediate_size
-    gate_up = _gate_up(x_TD, rows, layer, low_rank, h).requires_grad_()
-    with differentiable():
-        x_RF = layer.function(gate_up)
-    inter_RF = x_RF.detach()
+    gate_up = _gate_up(x_TD, rows, layer, low_rank, h)
 
     # Before the router's weight is applied, so that <inter, dInter> is the weight's own gradient.
     dh_down = {}
@@ -71,7 +68,7 @@ def backward(
             dh_down[u] = low.new_empty(low.shape, dtype=torch.float32)
             native.product(dout_TD, plain(update.b), rows.offsets_E, dh_down[u], transposed=False, index=rows.token_R)
             dh_down[u] *= update.scaling
-    dinter_RF = inter_RF.new_empty(inter_RF.shape)
+    dinter_RF = workspace.take("intermediate", gate_up.shape[0], size)
     undropped = [
         native.Update(dh, plain(low_rank[u].a), 0, size) for u, dh in dh_down.items() if not low_rank[u].dropout
     ]
@@ -80,12 +77,12 @@ def backward(
     )
     for u, dh in dh_down.items():
         if low_rank[u].dropout:
-            dinter_RF += dropout(_low_rank_input(dh, low_rank[u].a, rows), rows.number_R, *_seed(low_rank[u]))
-    dweight_R = torch.linalg.vecdot(inter_RF, dinter_RF)
+            dinter_RF += _low_rank_input(dh, low_rank[u], rows)
+    inter_RF, dgate_up, dweight_R = _activation_backward(gate_up, dinter_RF, rows.weight_R, layer)
 
     for u, dh in dh_down.items():
         update, low = low_rank[u], h[u]
-        dropped = dropout(inter_RF, rows.number_R, *_seed(update)) if update.dropout else inter_RF
+        dropped = _dropped(inter_RF, update, rows) if update.dropout else inter_RF
         _add_outer(da[u], dh * rows.weight_R[:, None], dropped, rows)
         transposed = db[u].new_empty(db[u].transpose(1, 2).shape)
         native.outer(
@@ -93,11 +90,7 @@ def backward(
         )
         db[u] += transposed.transpose(1, 2)
 
-    dinter_RF *= rows.weight_R[:, None]
-    (dgate_up,) = torch.autograd.grad(x_RF, gate_up, dinter_RF)
-    del x_RF, gate_up, inter_RF, dinter_RF
-    dgate_up = plain(dgate_up)
-    updates, dx_dropped = [], []
+    updates, dropped_dh = [], []
     for u, (update, low) in enumerate(zip(low_rank, h, strict=True)):
         if update.part == layer.num_parts:
             continue
@@ -107,15 +100,15 @@ def backward(
         dh *= update.scaling
         _add_outer(db[u], dpart, low.float() * update.scaling, rows)
         if update.dropout:
-            _add_outer(da[u], dh, dropout(x_TD, rows.number_R, *_seed(update), rows.token_R), rows)
-            dx_dropped.append(dropout(_low_rank_input(dh, update.a, rows), rows.number_R, *_seed(update)))
+            _add_outer(da[u], dh, _dropped(x_TD, update, rows, rows.token_R), rows)
+            dropped_dh.append((update, dh))
         else:
             _add_outer(da[u], dh, x_TD, rows, rows.token_R)
             updates.append(native.Update(dh, plain(update.a), 0, layer.hidden_size))
-    dx_RD = dgate_up.new_empty(dgate_up.shape[0], layer.hidden_size)
+    dx_RD = workspace.take("rows", dgate_up.shape[0], layer.hidden_size)
     native.product(dgate_up, layer.gate_up, rows.offsets_E, dx_RD, transposed=False, updates=updates)
-    for dropped in dx_dropped:
-        dx_RD += dropped
+    for update, dh in dropped_dh:
+        dx_RD += _low_rank_input(dh, update, rows)
     dweights = dweight_R[rows.inverse_R].view(top_k_weights_TK.shape)
     return combine(dx_RD, rows.inverse_R, hidden_TD.shape[0]), dweights
 
@@ -123,12 +116,37 @@ def backward(
 def _gate_up(x_TD: Tensor, rows: Sorted, layer: Layer, low_rank: list[LowRank], h: list[Tensor]) -> Tensor:
     """The first product with its updates, float32 [R, P * F]."""
     size = layer.intermediate_size
-    out = x_TD.new_empty(rows.token_R.shape[0], layer.num_parts * size)
+    out = workspace.take("gate_up", rows.token_R.shape[0], layer.num_parts * size)
     updates = [
         _update(update, low, update.part * size, (update.part + 1) * size) for update, low in _inner(layer, low_rank, h)
     ]
     native.product(x_TD, layer.gate_up, rows.offsets_E, out, transposed=True, updates=updates, index=rows.token_R)
     return out
+
+
+def _activate(gate_up: Tensor, layer: Layer) -> Tensor:
+    if not layer.swiglu:
+        return plain(layer.function(gate_up))
+    out = workspace.take("intermediate", gate_up.shape[0], layer.intermediate_size)
+    native.swiglu(gate_up, out)
+    return out
+
+
+def _activation_backward(
+    gate_up: Tensor, dinter_RF: Tensor, weight_R: Tensor, layer: Layer
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the activation gave [R, F], the gradient of its input [R, P * F], and <inter, dInter> [R]."""
+    if layer.swiglu:
+        dweight_R = torch.empty_like(weight_R)
+        native.swiglu_backward(gate_up, dinter_RF, weight_R, dweight_R)
+        return dinter_RF, gate_up, dweight_R
+    gate_up.requires_grad_()
+    with differentiable():
+        x_RF = layer.function(gate_up)
+    inter_RF = plain(x_RF.detach())
+    dweight_R = torch.linalg.vecdot(inter_RF, dinter_RF)
+    (dgate_up,) = torch.autograd.grad(x_RF, gate_up, dinter_RF.mul_(weight_R[:, None]))
+    return inter_RF, plain(dgate_up), dweight_R
 
 
 def _inner(layer: Layer, low_rank: list[LowRank], h: list[Tensor]) -> list[tuple[LowRank, Tensor]]:
@@ -143,8 +161,9 @@ def _update(update: LowRank, h: Tensor, column: int, column_end: int) -> native.
     return native.Update(h.float() * update.scaling, plain(update.b), column, column_end)
 
 
-def _seed(update: LowRank) -> tuple[int, float]:
-    return update.seed, update.dropout
+def _dropped(x: Tensor, update: LowRank, rows: Sorted, index: Tensor | None = None) -> Tensor:
+    out = workspace.take("dropped", rows.number_R.shape[0], x.shape[1])
+    return dropout(x, rows.number_R, update.seed, update.dropout, index, out=out)
 
 
 def _dense(x: Tensor, a_ErK: Tensor, rows: Sorted, out_Rr: Tensor, index: Tensor | None = None) -> None:
@@ -154,11 +173,11 @@ def _dense(x: Tensor, a_ErK: Tensor, rows: Sorted, out_Rr: Tensor, index: Tensor
     out_Rr.copy_(low)
 
 
-def _low_rank_input(dh_Rr: Tensor, a_ErK: Tensor, rows: Sorted) -> Tensor:
-    """dh @ A[e], float32 [R, K]."""
-    out = dh_Rr.new_empty(dh_Rr.shape[0], a_ErK.shape[2])
-    native.product(dh_Rr, plain(a_ErK), rows.offsets_E, out, transposed=False)
-    return out
+def _low_rank_input(dh_Rr: Tensor, update: LowRank, rows: Sorted) -> Tensor:
+    """Gradient of a dropped input: dh @ A[e] where it was kept, float32 [R, K]."""
+    out = workspace.take("low_rank", dh_Rr.shape[0], update.a.shape[2])
+    native.product(dh_Rr, plain(update.a), rows.offsets_E, out, transposed=False)
+    return dropout(out, rows.number_R, update.seed, update.dropout, out=out)
 
 
 def _add_outer(total_Epq: Tensor, u: Tensor, v: Tensor, rows: Sorted, index: Tensor | None = None) -> None:

@@ -17,6 +17,7 @@ class Layer(NamedTuple):
     down: Nf4Bytes
     function: Callable[[Tensor], Tensor]
     columnwise: bool
+    swiglu: bool
 
     @property
     def num_experts(self) -> int:

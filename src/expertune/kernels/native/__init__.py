@@ -28,6 +28,8 @@ __all__ = [
     "product",
     "quantize",
     "status",
+    "swiglu",
+    "swiglu_backward",
 ]
 
 _SOURCE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -161,6 +163,27 @@ def outer(u_Rp: Tensor, v: Tensor, offsets_E: Tensor, out_Epq: Tensor, index: Te
         _pointer(offsets_E),
         ctypes.c_int64(offsets_E.shape[0]),
         _pointer(out_Epq),
+        torch.get_num_threads(),
+    )
+
+
+def swiglu(gate_up: Tensor, out: Tensor) -> None:
+    """Contiguous float32 [R, 2F] -> [R, F]: silu(gate) * up; F is a multiple of 8."""
+    rows, size = out.shape
+    counts = ctypes.c_int64(rows), ctypes.c_int64(size)
+    _call("expertune_swiglu", _pointer(gate_up), *counts, _pointer(out), torch.get_num_threads())
+
+
+def swiglu_backward(gate_up: Tensor, dinter: Tensor, weight_R: Tensor, dweight_R: Tensor) -> None:
+    """In place: gate_up [R, 2F] becomes its gradient, dinter [R, F], before the router's weight, the activation.
+
+    `dweight_R` is filled with <inter, dinter>, the gradient of the router's weight. All float32 and contiguous.
+    """
+    rows, size = dinter.shape
+    _call(
+        "expertune_swiglu_backward",
+        *map(_pointer, (gate_up, dinter, weight_R, dweight_R)),
+        *(ctypes.c_int64(rows), ctypes.c_int64(size)),
         torch.get_num_threads(),
     )
 

@@ -1,0 +1,24 @@
+"""Memory that operators of one thread take turns in.
+
+A tensor of tens of megabytes that is made anew for each layer is mapped and zeroed by the kernel page by page, which
+takes as long as a fifth of the layer's products. What is taken here stays mapped. It is bounded by the largest layer's
+working set.
+"""
+
+import math
+import threading
+
+import torch
+from torch import Tensor
+
+_local = threading.local()
+
+
+def take(name: str, *shape: int) -> Tensor:
+    """Float32 on the CPU, of this shape, whatever was in it; valid until the name is taken again on this thread."""
+    held: dict[str, Tensor] = vars(_local)
+    size = math.prod(shape)
+    if name not in held or held[name].numel() < size:
+        held.pop(name, None)
+        held[name] = torch.empty(size, dtype=torch.float32)
+    return held[name][:size].view(shape)
