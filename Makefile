@@ -29,7 +29,7 @@ format: $(VENV)/.development
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.development .venv-legacy/.ready
-	$(BIN)/python benchmarks/run.py step --tokens 320
+	$(BIN)/python benchmarks/run.py all
 
 constraints: $(VENV)/.development
 	@(head -1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable --exclude expertune | sed 's/+cpu$$//') > constraints.new

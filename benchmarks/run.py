@@ -6,10 +6,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import decode, layer, quantize, step
+from benchmarks import decode, e2e, layer, quantize, step, suite
 from benchmarks.report import CorrectnessError
 
-_BENCHMARKS = {"decode": decode, "quantize": quantize, "layer": layer, "step": step}
+_BENCHMARKS = {"decode": decode, "quantize": quantize, "layer": layer, "step": step, "e2e": e2e, "all": suite}
 
 
 def main() -> int:

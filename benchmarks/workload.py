@@ -247,12 +247,16 @@ def _batch(tokens: int, text: Path) -> tuple[dict[str, Tensor], int]:
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    write_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def write_tokenizer(folder: Path) -> None:
     """Mixtral's own tokenizer, which lies gzipped among the test files."""
     for source in TOKENIZER.iterdir():
         content = source.read_bytes()
         plain = gzip.decompress(content) if source.suffix == ".gz" else content
         (folder / source.name.removesuffix(".gz")).write_bytes(plain)
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def describe(shape: Shape, lora: Lora) -> dict[str, object]:

@@ -21,7 +21,9 @@ import torch
 from transformers import TrainingArguments
 
 from expertune.checkpoint.targets import ResolvedTargets
-from expertune.config import RunConfig
+from expertune.config import RunConfig, parse_size
+from expertune.experts.contract import ExpertsSpec
+from expertune.kernels.expert_mlp.plan import bytes_per_row
 from expertune.kernels.grouped_linear.decode_then_gemm import TILE_BYTES
 from expertune.kernels.linear_cross_entropy import working_set_bytes
 from expertune.plan.inventory import FrozenWeights, Inventory, Layer, count_adapter
@@ -53,6 +55,7 @@ class Settings:
         evaluation_tokens: T of an evaluation batch; 0 without evaluation rows.
         checkpointing: layers are computed again in backward, and keep only their input meanwhile.
         dropout: the adapter drops inputs, and so keeps copies of them.
+        working_set_bytes: most bytes of an expert layer's rows between its products.
         full_logits: the loss is taken over the logits of all tokens at once, not a chunk of rows at a time.
         optimizer: TrainingArguments' `optim`.
         adapter_dtype: dtype of the adapter's weights and gradients.
@@ -65,6 +68,7 @@ class Settings:
     evaluation_tokens: int
     checkpointing: bool
     dropout: bool
+    working_set_bytes: int
     full_logits: bool
     optimizer: str
     adapter_dtype: torch.dtype
@@ -122,6 +126,7 @@ def read_settings(config: RunConfig, device: str, compute_dtype: torch.dtype) ->
         evaluation_tokens=evaluation_batch * length,
         checkpointing=uses_checkpointing(training),
         dropout=config.lora.dropout > 0,
+        working_set_bytes=parse_size(config.kernels.working_set),
         full_logits=config.loss == "full"
         or any(training.get(key) for key in ("label_smoothing_factor", "torch_compile")),
         # The trainer's own default on either device.
@@ -158,7 +163,12 @@ def estimate_memory(
     adapter = count_adapter(inventory, targets)
     adapter_bytes = adapter * settings.adapter_dtype.itemsize
     per_layer = [_kept_by_layer(layer, inventory, targets, settings) for layer in inventory.layers]
-    inputs = len(inventory.layers) * settings.tokens * inventory.hidden_size * settings.compute_dtype.itemsize
+    # A checkpointed layer keeps its input; its experts keep what they returned, so that they are not run again.
+    kept_checkpointed = sum(
+        settings.tokens * inventory.hidden_size * settings.compute_dtype.itemsize
+        + _experts_kept(layer, inventory, targets, settings)
+        for layer in inventory.layers
+    )
     in_backward = [_extra_in_backward(layer, inventory, settings) for layer in inventory.layers]
     recomputed = per_layer if settings.checkpointing else [0] * len(per_layer)
     # The logits of all tokens stay until the step ends: the trainer holds the model's output.
@@ -169,7 +179,7 @@ def estimate_memory(
             "adapter": adapter_bytes,
             "gradients": adapter_bytes,
             "optimizer": _optimizer_bytes(adapter, settings),
-            "activations": inputs if settings.checkpointing else sum(per_layer),
+            "activations": kept_checkpointed if settings.checkpointing else sum(per_layer),
             "working_set": max(map(sum, zip(recomputed, in_backward, strict=True))) + logits_held,
             "logits": _loss_bytes(settings.tokens, _LOSS_BYTES_PER_LOGIT, inventory, settings),
             "evaluation": _evaluation_bytes(inventory, settings),
@@ -202,7 +212,8 @@ def _evaluation_bytes(inventory: Inventory, settings: Settings) -> int:
 def _kept_by_layer(layer: Layer, inventory: Inventory, targets: ResolvedTargets, settings: Settings) -> int:
     """Bytes that a layer's forward keeps for its backward."""
     itemsize = settings.compute_dtype.itemsize
-    copies = 2 if settings.dropout else 1
+    # Dropout keeps a mask beside its result on a GPU; on a CPU it counts instead.
+    copies = 2 if settings.dropout and settings.device != "cpu" else 1
     # Two norms compute in float32 and keep their input so.
     per_token = 2 * _FLOAT32_BYTES * inventory.hidden_size
     for name, (rows, columns) in layer.linears.items():
@@ -211,22 +222,20 @@ def _kept_by_layer(layer: Layer, inventory: Inventory, targets: ResolvedTargets,
         if name in targets.linears:
             # PEFT keeps the adapter's input in the adapter's dtype; dropout adds its mask.
             per_token += copies * columns * settings.adapter_dtype.itemsize
-    per_row = 0
-    for spec in layer.experts:
-        D, F = spec.hidden_size, spec.intermediate_size
-        # Rows before and after the experts; gate, up, the activated gate and their product.
-        per_row += 2 * D + (4 if spec.has_gate else 2) * F
-        if settings.dropout:
-            # A dropped copy of the input and its mask for each of gate and up, and a mask for down.
-            per_row += 3 * D + F
-    return settings.tokens * (per_token + per_row * inventory.top_k * itemsize)
+    return settings.tokens * per_token + _experts_kept(layer, inventory, targets, settings)
+
+
+def _experts_kept(layer: Layer, inventory: Inventory, targets: ResolvedTargets, settings: Settings) -> int:
+    """Bytes that a layer's experts keep: what they return [T, D], and x @ A of each update [R, r]."""
+    ranks = max((sum(rank.rank for rank in each.values()) for each in targets.experts.values()), default=0)
+    outputs = sum(spec.hidden_size for spec in layer.experts) * settings.compute_dtype.itemsize
+    return settings.tokens * (outputs + (inventory.top_k * ranks * settings.adapter_dtype.itemsize if outputs else 0))
 
 
 def _extra_in_backward(layer: Layer, inventory: Inventory, settings: Settings) -> int:
-    """Bytes alive in a layer's backward beside what its forward kept: gradients of rows, a decoded tile, a mask."""
+    """Bytes alive in a layer's backward beside what its forward kept: experts' rows, a decoded tile, a mask."""
     itemsize = settings.compute_dtype.itemsize
-    rows = settings.tokens * inventory.top_k
-    gradients = [rows * (2 * spec.hidden_size + 3 * spec.intermediate_size) * itemsize for spec in layer.experts]
+    rows = [_between_products(spec, inventory, settings) for spec in layer.experts]
     decoded_linears = [rows * columns * itemsize for rows, columns in layer.linears.values()]
     # A tile is at most the whole matrix; gate and up are decoded side by side.
     tiles = [
@@ -234,7 +243,15 @@ def _extra_in_backward(layer: Layer, inventory: Inventory, settings: Settings) -
         for spec in layer.experts
     ]
     mask = settings.tokens * settings.row_length  # a byte for each pair of tokens of a row
-    return sum(gradients) + max([0, *decoded_linears, *tiles]) + mask
+    return sum(rows) + max([0, *decoded_linears, *tiles]) + mask
+
+
+def _between_products(spec: ExpertsSpec, inventory: Inventory, settings: Settings) -> int:
+    """Bytes of an expert layer's rows between its products, and of its input, output and their gradients in float32."""
+    parts = len(spec.projections) - 1
+    row = bytes_per_row(spec.hidden_size, spec.intermediate_size, parts, spec.has_gate, settings.dropout)
+    whole = settings.tokens * inventory.top_k * row
+    return min(whole, settings.working_set_bytes) + 4 * settings.tokens * spec.hidden_size * _FLOAT32_BYTES
 
 
 def _optimizer_bytes(adapter: int, settings: Settings) -> int:

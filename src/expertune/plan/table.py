@@ -18,7 +18,7 @@ _COMPONENTS = {
     "activations": ("activations", False),
     "working_set": ("one layer in backward", False),
     "logits": ("logits and loss", False),
-    "evaluation": ("logits in evaluation", False),
+    "evaluation": ("evaluation", False),
     "framework": ("libraries", False),
 }
 

@@ -160,7 +160,7 @@ def _forward(
     out = torch.empty_like(hidden)
     h = [factor.new_empty(top_k_index.numel(), factor.shape[1]) for factor in a]
     with own_dtypes(hidden):
-        for tokens, route in _chunks(hidden, top_k_index, layer):
+        for tokens, route in _chunks(hidden, top_k_index, layer, dropouts):
             rows = slice(tokens.start * top_k, tokens.stop * top_k)
             h_chunk = [tensor[rows] for tensor in h]
             out[tokens] = route.forward(
@@ -216,7 +216,7 @@ def _backward(
     da = [torch.zeros(factor.shape, dtype=torch.float32, device=factor.device) for factor in a]
     db = [torch.zeros(factor.shape, dtype=torch.float32, device=factor.device) for factor in b]
     with own_dtypes(hidden):
-        for tokens, route in _chunks(hidden, top_k_index, layer):
+        for tokens, route in _chunks(hidden, top_k_index, layer, dropouts):
             rows = slice(tokens.start * top_k, tokens.stop * top_k)
             h_chunk = [tensor[rows] for tensor in h]
             dhidden[tokens], dweights[tokens] = route.backward(
@@ -300,10 +300,12 @@ def _layer(
     return layer, low_rank
 
 
-def _chunks(hidden: Tensor, top_k_index: Tensor, layer: Layer) -> Iterator[tuple[slice, ModuleType]]:
+def _chunks(
+    hidden: Tensor, top_k_index: Tensor, layer: Layer, dropouts: list[float]
+) -> Iterator[tuple[slice, ModuleType]]:
     """Tokens of each chunk and the route for it; forward and backward cut alike."""
     top_k = top_k_index.shape[1]
-    step = chunk_tokens(layer, top_k, routes.settings().working_set_bytes)
+    step = chunk_tokens(layer, top_k, any(dropouts), routes.settings().working_set_bytes)
     route = routes.choose(hidden.device, min(hidden.shape[0], step) * top_k / layer.num_experts, hidden.dtype)
     module = fused if route == routes.FUSED else decode_then_gemm
     for start in range(0, hidden.shape[0], step):

@@ -110,15 +110,18 @@ def combine(rows_RD: Tensor, inverse_R: Tensor, num_tokens: int) -> Tensor:
     return total
 
 
-def bytes_per_row(layer: Layer) -> int:
-    """Most bytes that a routed row takes between the products, in backward: float32 throughout.
+def bytes_per_row(hidden_size: int, intermediate_size: int, num_parts: int, swiglu: bool, dropout: bool) -> int:
+    """Bytes that a routed row takes between the products, in backward: float32 throughout.
 
-    Gate, up and their gradients; the intermediate row, its gradient, what autograd keeps of the activation, a dropped
-    copy; the row's output or input gradient, and a dropped copy.
+    Gate and up, which their gradients replace, and the intermediate row; the row's input gradient. Where an activation
+    is differentiated by autograd: its result, its gradients, and two rows that it keeps. With dropout: a dropped row
+    and the gradient of one, of either width.
     """
-    return 4 * ((2 * layer.num_parts + 5) * layer.intermediate_size + 3 * layer.hidden_size)
+    inner = num_parts + 1 + (0 if swiglu else num_parts + 3) + (2 if dropout else 0)
+    return 4 * (inner * intermediate_size + (3 if dropout else 1) * hidden_size)
 
 
-def chunk_tokens(layer: Layer, top_k: int, working_set_bytes: int) -> int:
+def chunk_tokens(layer: Layer, top_k: int, dropout: bool, working_set_bytes: int) -> int:
     """Tokens that are worked on at once; at least one."""
-    return max(working_set_bytes // (max(top_k, 1) * bytes_per_row(layer)), 1)
+    row = bytes_per_row(layer.hidden_size, layer.intermediate_size, layer.num_parts, layer.swiglu, dropout)
+    return max(working_set_bytes // (max(top_k, 1) * row), 1)

@@ -1,0 +1,86 @@
+"""The route of a product: by tokens per expert against a crossover, or as one setting says; what ran is known."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from expertune.config import KernelsConfig
+from expertune.errors import ConfigError
+from expertune.kernels import native, routes
+from expertune.placement.device import set_up_kernels
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _settings() -> Iterator[None]:
+    before = routes.settings()
+    yield
+    routes.configure(**vars(before))
+
+
+needs_native = pytest.mark.skipif(not native.available(), reason="the native library could not be built here")
+
+
+@needs_native
+@pytest.mark.parametrize(("rows", "route"), [(1, "fused"), (63.5, "fused"), (64, "decode_then_gemm")])
+def test_tokens_per_expert_choose_against_the_crossover(rows: float, route: str) -> None:
+    routes.configure(route="auto", crossover=64)
+    assert routes.choose(CPU, rows, torch.float32) == route
+
+
+@needs_native
+@pytest.mark.parametrize("route", ["fused", "decode_then_gemm"])
+def test_one_setting_overrides_and_the_record_names_what_ran(route: str) -> None:
+    set_up_kernels(KernelsConfig(route=route), crossover=64)
+    for rows in (1, 1000):
+        assert routes.choose(CPU, rows, torch.float32) == route
+    described = routes.describe(CPU, torch.float32)
+    assert described["setting"] == route
+    assert described["ran"] == {route: 2}
+    assert route in routes.say(described)
+
+
+def test_working_set_of_the_run_file_is_the_operators() -> None:
+    set_up_kernels(KernelsConfig(working_set="64MiB"))
+    assert routes.settings().working_set_bytes == 64 * 2**20
+
+
+def test_fused_route_that_cannot_run_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: False)
+    with pytest.raises(ConfigError, match=r"kernels\.route: the fused route cannot run here: "):
+        set_up_kernels(KernelsConfig(route="fused"))
+
+
+def test_without_the_library_every_product_decodes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: False)
+    routes.configure(route="auto", crossover=64)
+    assert routes.choose(CPU, 1, torch.float32) == "decode_then_gemm"
+
+
+def test_other_devices_decode_first() -> None:
+    assert routes.choose(torch.device("meta"), 1, torch.bfloat16) == "decode_then_gemm"
+
+
+@needs_native
+def test_crossover_is_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured: list[torch.dtype] = []
+    monkeypatch.setattr(routes, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(routes, "_measure", lambda dtype: measured.append(dtype) or 48)
+    for _ in range(2):
+        routes._measured_crossover.cache_clear()
+        assert routes._measured_crossover(torch.float32, 2) == 48
+    assert measured == [torch.float32]
+    (path,) = tmp_path.iterdir()
+    path.write_text("{}", encoding="utf-8")  # damaged: measured anew
+    routes._measured_crossover.cache_clear()
+    assert routes._measured_crossover(torch.float32, 2) == 48
+    assert len(measured) == 2
+    routes._measured_crossover.cache_clear()
+
+
+@needs_native
+def test_measuring_finds_one_of_the_row_counts_it_tries() -> None:
+    assert routes._measure(torch.float32) in (*routes._ROWS, routes._NEVER)
