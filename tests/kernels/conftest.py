@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from expertune.kernels import native, routes
+from expertune.kernels import cpu, native, routes
 
 
 @pytest.fixture(params=["decode_then_gemm", "fused"])
@@ -16,3 +16,11 @@ def route(request: pytest.FixtureRequest) -> Iterator[str]:
     routes.configure(route=request.param)
     yield request.param
     routes.configure(**vars(before))
+
+
+@pytest.fixture(params=["as this CPU multiplies", "in 16 bits"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """16-bit tensors multiplied in the dtype that this CPU takes, and as a CPU with instructions for them does."""
+    if request.param == "in 16 bits":
+        monkeypatch.setattr(cpu, "cpu_instruction_sets", lambda: ("avx512_bf16", "avx512_fp16"))
+    return str(request.param)

@@ -153,6 +153,7 @@ def test_output_and_gradients_are_those_of_plain_arithmetic(route: str, shape: s
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("products")
 def test_half_precision_stays_within_its_rounding(route: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     coarsest = max((dtype, adapter_dtype), key=lambda kind: HALF.get(kind, {"atol": 0.0})["atol"])
     assert_same_as_plain(make_case(17, dtype=dtype, adapter_dtype=adapter_dtype), HALF[coarsest])
@@ -222,6 +223,7 @@ def test_experts_without_tokens_get_zero_gradients_not_garbage(route: str) -> No
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("products")
 def test_two_runs_give_identical_bytes(route: str, dtype: torch.dtype, dropout: float) -> None:
     case = make_case(40, dtype=dtype, dropout=dropout)
 
@@ -289,6 +291,21 @@ def test_activation_checkpointing_gives_the_same_gradients(route: str) -> None:
     torch.manual_seed(1)
     recomputed = torch.autograd.grad(checkpoint(block, case.hidden, use_reentrant=False).sum(), case.leaves)
     for one, other in zip(plain, recomputed, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_compiled_layer_is_one_graph_with_the_same_gradients(route: str) -> None:
+    case = make_case(7, dropout=0.2)
+
+    def block(hidden: Tensor) -> Tensor:
+        return expert_mlp(torch.tanh(hidden), *case[1:])[0].square()
+
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    results = []
+    for run in (block, compiled):
+        torch.manual_seed(1)
+        results.append(torch.autograd.grad(run(case.hidden).sum(), case.leaves))
+    for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
 

@@ -121,6 +121,7 @@ def test_float32_product_and_gradients_are_those_of_plain_arithmetic(shape: str,
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("products")
 def test_half_precision_product_stays_within_its_rounding(dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     case = make_case([5, 0, 12], [(0, 8), (1, 3)], dtype=dtype, adapter_dtype=adapter_dtype)
     coarsest = max((dtype, adapter_dtype), key=lambda kind: TOLERANCES[kind]["atol"])
@@ -191,6 +192,7 @@ def test_experts_without_rows_get_zero_gradients_not_garbage() -> None:
         assert factor.grad[0].any()
 
 
+@pytest.mark.usefixtures("products")
 def test_two_runs_give_identical_bytes() -> None:
     case = make_case([5, 9, 0, 3], [(0, 8), (1, 8)], dtype=torch.bfloat16)
     first, second = (
@@ -246,6 +248,18 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
     plain = torch.autograd.grad(block(case.x).sum(), case.leaves)
     recomputed = torch.autograd.grad(checkpoint(block, case.x, use_reentrant=False).sum(), case.leaves)
     for one, other in zip(plain, recomputed, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_compiled_product_is_one_graph_with_the_same_gradients() -> None:
+    case = make_case([4, 0, 5], [(0, 4), (1, 4)], own_x=True)
+
+    def block(x: Tensor) -> Tensor:
+        return grouped_linear(torch.tanh(x), case.weight, case.offsets, case.updates).square()
+
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    plain, traced = (torch.autograd.grad(run(case.x).sum(), case.leaves) for run in (block, compiled))
+    for one, other in zip(plain, traced, strict=True):
         assert torch.equal(one, other)
 
 

@@ -14,6 +14,11 @@ from torch import Tensor
 _local = threading.local()
 
 
+def clear() -> None:
+    """Give this thread's memory back."""
+    vars(_local).clear()
+
+
 def take(name: str, *shape: int) -> Tensor:
     """Float32 on the CPU, of this shape, whatever was in it; valid until the name is taken again on this thread."""
     held: dict[str, Tensor] = vars(_local)
