@@ -6,9 +6,9 @@ from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
-from torch import Tensor
 
 from benchmarks import report
+from benchmarks.peers.bitsandbytes_weight import bitsandbytes_weight
 from benchmarks.timing import interleave, median_ratio
 from expertune.kernels.grouped_linear.decode_then_gemm import Scratch
 from expertune.kernels.nf4 import Nf4Stack, decode
@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     stack.write(0, torch.randn(args.rows, args.columns, generator=torch.Generator().manual_seed(0)))
     scratch = Scratch(torch.device("cpu"), dtype)
     step = scratch.tile_size(args.rows, args.columns)
-    state = _state(stack, dtype)
-    packed = stack.packed[0].reshape(-1, 1)
+    transposed, state = bitsandbytes_weight(stack, 0, dtype)
+    packed = transposed.t()
     if not torch.equal(stack.decode(0, dtype), bnb.dequantize_4bit(packed, state)):
         raise report.CorrectnessError("decoded values are not bitsandbytes'")
 
@@ -75,19 +75,3 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         [f"ours over bitsandbytes: {result['ratio']:.1f}; identical values"],
     )
     return result
-
-
-def _state(stack: Nf4Stack, dtype: torch.dtype) -> bnb.QuantState:
-    """The stack's only matrix as bitsandbytes describes it."""
-    nested: Tensor = stack.nested_absmax[0]
-    inner = bnb.QuantState(absmax=nested, blocksize=256, code=bnb.create_dynamic_map(), dtype=torch.float32)
-    return bnb.QuantState(
-        absmax=stack.absmax[0],
-        shape=torch.Size([stack.rows, stack.columns]),
-        dtype=dtype,
-        blocksize=64,
-        code=bnb.get_4bit_type("nf4", device="cpu"),
-        quant_type="nf4",
-        offset=stack.offset[0],
-        state2=inner,
-    )

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
-import bitsandbytes.functional as bnb_functional
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import floor, report
+from benchmarks.peers.bitsandbytes_weight import bitsandbytes_weight
 from benchmarks.timing import extra_bytes, interleave, median_ratio
 from benchmarks.workload import DOLLY_SAMPLE, Lora, Shape, token_ids
 from expertune.kernels import native, routes, workspace
@@ -178,7 +178,7 @@ class Layer:
 
     def _linear4bit(self, stack: Nf4Stack, index: int, x: Tensor, update: int, expert: int) -> Tensor:
         a, b = self.factors[update]
-        base = bnb.matmul_4bit(x, *_bitsandbytes_weight(stack, index, x.dtype))
+        base = bnb.matmul_4bit(x, *bitsandbytes_weight(stack, index, x.dtype))
         return base + (self.scaling * F.linear(F.linear(x.float(), a[expert]), b[expert])).to(x.dtype)
 
     def by_grouped_mm(self, hidden: Tensor, weights: Tensor) -> Tensor:
@@ -231,24 +231,6 @@ def _routes() -> list[str]:
 def _swiglu(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
-
-
-def _bitsandbytes_weight(stack: Nf4Stack, index: int, dtype: torch.dtype) -> tuple[Tensor, bnb_functional.QuantState]:
-    """One matrix of a stack as `matmul_4bit` takes it: transposed bytes and their description."""
-    inner = bnb_functional.QuantState(
-        absmax=stack.nested_absmax[index], blocksize=256, code=bnb_functional.create_dynamic_map(), dtype=torch.float32
-    )
-    state = bnb_functional.QuantState(
-        absmax=stack.absmax[index],
-        shape=torch.Size([stack.rows, stack.columns]),
-        dtype=dtype,
-        blocksize=64,
-        code=bnb_functional.get_4bit_type("nf4", device="cpu"),
-        quant_type="nf4",
-        offset=stack.offset[index],
-        state2=inner,
-    )
-    return stack.packed[index].reshape(-1, 1).t(), state
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.peers.processes import ROOT
-from expertune.kernels.cpu import cpu_instruction_sets, product_dtype
+from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, product_dtype
 
 _PACKAGES = ("expertune", "torch", "transformers", "peft", "bitsandbytes")
 
@@ -30,7 +30,7 @@ def environment() -> dict[str, Any]:
     """Device, versions, commit, command and date."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": _cpu_name(),
+        "device": cpu_name(),
         "instruction_sets": list(cpu_instruction_sets()),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -87,15 +87,6 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes
     console.print(table)
     for note in notes:
         console.print(f"- {note}", soft_wrap=True, highlight=False)
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str:

@@ -1,7 +1,9 @@
 """What this CPU multiplies fast: its vector and matrix instructions, and the dtype that its products should run in."""
 
+import platform
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -28,6 +30,16 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     if device.type != "cpu" or dtype not in _MULTIPLIES:
         return dtype
     return dtype if _MULTIPLIES[dtype] & set(cpu_instruction_sets()) else torch.float32
+
+
+def cpu_name() -> str:
+    """The CPU's model name."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _cpu_capabilities() -> dict[str, object]:

@@ -7,7 +7,6 @@ they cross is measured the first time, and kept in the user's cache.
 
 import hashlib
 import json
-import platform
 import statistics
 import time
 from collections import Counter
@@ -20,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from expertune.kernels import native
-from expertune.kernels.cpu import cpu_instruction_sets, product_dtype
+from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, product_dtype
 from expertune.kernels.native.build import cache_folder
 from expertune.kernels.nf4 import Nf4Stack
 
@@ -141,7 +140,7 @@ def _measured_crossover(dtype: torch.dtype, threads: int) -> int:
 
 def _cache_path(dtype: torch.dtype, threads: int) -> Path:
     machine = [
-        _cpu_name(),
+        cpu_name(),
         *cpu_instruction_sets(),
         torch.__version__,
         native.status().reason,
@@ -150,15 +149,6 @@ def _cache_path(dtype: torch.dtype, threads: int) -> Path:
     ]
     digest = hashlib.sha256("\0".join(machine).encode()).hexdigest()[:16]
     return cache_folder() / f"crossover-{digest}.json"
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def _measure(dtype: torch.dtype) -> int:

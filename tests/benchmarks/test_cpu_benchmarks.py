@@ -1,0 +1,70 @@
+"""The CPU benchmarks at toy sizes: what they leave, and that no speed stands beside a wrong result."""
+
+import argparse
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import decode, layer, quantize, report, suite
+
+SIZES = {
+    quantize: "--rows 64 --columns 128 --rounds 1",
+    decode: "--rows 64 --columns 128 --rounds 1",
+    layer: "--hidden 512 --intermediate 128 --experts 4 --tokens 24 --rounds 1",
+}
+
+
+def measured(module: ModuleType, folder: Path) -> dict[str, Any]:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    path = folder / "result.json"
+    module.run(parser.parse_args([*SIZES[module].split(), "--json", str(path)]))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("module", SIZES, ids=lambda module: module.__name__)
+def test_result_has_ours_and_peers_and_what_decides_them(module: ModuleType, tmp_path: Path) -> None:
+    result = measured(module, tmp_path)
+    assert {"device", "instruction_sets", "threads", "versions", "commit", "command"} <= result.keys()
+    assert len(result["seconds"]) > 1
+    assert all(times[0] > 0 for times in result["seconds"].values())
+
+
+def test_layer_holds_every_route_and_peer_to_plain_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = measured(layer, tmp_path)["seconds"]
+    assert {"ours, decode_then_gemm", "bitsandbytes, per expert", "grouped_mm on decoded weights"} <= seconds.keys()
+    plain = layer.Layer.by_grouped_mm
+    monkeypatch.setattr(layer.Layer, "by_grouped_mm", lambda self, *args: plain(self, *args) * 1.001)
+    with pytest.raises(report.CorrectnessError, match="grouped_mm on decoded weights: output is off by"):
+        measured(layer, tmp_path)
+
+
+def test_no_speed_is_reported_beside_wrong_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = quantize.quantize_matrix
+
+    def wrong(matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        packed, *scales = right(matrix)
+        packed[3, 7] ^= 1
+        return packed, *scales
+
+    monkeypatch.setattr(quantize, "quantize_matrix", wrong)
+    with pytest.raises(report.CorrectnessError, match="not bitsandbytes'"):
+        measured(quantize, tmp_path)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_table_is_written_between_its_marks_and_nothing_else_changes(tmp_path: Path) -> None:
+    results = {module.__name__: measured(module, tmp_path) for module in SIZES}
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n", encoding="utf-8")
+    for _ in range(2):
+        suite.write_table(page, results)
+        text = page.read_text(encoding="utf-8")
+        assert text.startswith("before\n<!-- bench -->\n")
+        assert text.endswith("<!-- /bench -->\nafter\n")
+        assert "old" not in text
+        assert text.count("| expert layer") == text.count("| NF4 quantization") == text.count("| NF4 decoding") == 1
