@@ -120,6 +120,8 @@ class ExpertTrainer(Trainer):
                 inputs = self._prepare_inputs(batch)
                 # Labels are shifted by one: the first of a row is nobody's target.
                 targets = int((inputs["labels"][..., 1:] != -100).sum())
+                if not targets:
+                    continue  # its mean is not a number
                 with self.loss.in_chunks(inputs):
                     total += self.model(**inputs).loss.item() * targets
                 count += targets
