@@ -96,7 +96,7 @@ def _commit() -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "src", "benchmarks")
+    changed = git("status", "--porcelain", "--", "src", "benchmarks", ":!benchmarks/results")
     return (git("rev-parse", "HEAD") or "unknown") + ("+changes" if changed else "")
 
 
