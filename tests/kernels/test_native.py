@@ -28,8 +28,9 @@ print(routes.say(routes.describe(torch.device("cpu"), torch.float32)))
 
 def in_a_process(**environment: str) -> str:
     """What a fresh process says of its library; PATH is emptied where a compiler must not be found."""
+    inherited = {name: value for name, value in os.environ.items() if name != build.SWITCH}
     done = subprocess.run(
-        [sys.executable, "-c", PROBE], env=os.environ | environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", PROBE], env=inherited | environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
