@@ -62,6 +62,17 @@ def test_the_loss_does_not_depend_on_how_rows_are_batched(model, tokenizer, toke
     assert evaluation_loss(model, dataset, collator, batch_size) == pytest.approx(mean_loss, rel=1e-5)
 
 
+@pytest.mark.parametrize("packing", ["padding-free", "packed"])
+def test_where_rows_begin_is_told_and_not_looked_for(model, tokenizer, tokenized, mean_loss, packing, monkeypatch):
+    def look(position_ids):
+        raise AssertionError("looked for rows in the positions")
+
+    monkeypatch.setattr("expertune.attention.row_lengths", look)
+    data = viggo_data(packing=packing)
+    loss = evaluation_loss(model, make_dataset(tokenized, data), make_collator(data, tokenizer), 4)
+    assert loss == pytest.approx(mean_loss, rel=1e-5)
+
+
 def test_the_loss_is_of_the_language_model_alone(model, tokenizer, tokenized, mean_loss):
     config = model.get_base_model().config
     config.output_router_logits = True

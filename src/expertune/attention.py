@@ -1,31 +1,72 @@
 """Attention over concatenated rows that costs per row, not per square of the batch.
 
 transformers keeps attention inside each row of a concatenated batch by a mask of [T, T]: right, but every token is
-multiplied with every other. Here each row goes through scaled-dot-product attention by itself, with no mask at all.
-Registered through transformers' own attention interface; generation and padded batches take transformers' sdpa path.
+multiplied with every other. Here rows attend by themselves, with no mask at all: on a GPU all of them in one call of
+torch's variable-length attention, elsewhere each in a call of scaled-dot-product attention. Where rows begin is what
+the batch says (`cu_seq_lens_q`, `max_length_q`: transformers' names), else where its positions restart. Registered
+through transformers' own attention interface; generation and padded batches take transformers' sdpa path.
 
-Shape suffixes: H heads, T tokens of all rows, D head size.
+Shape suffixes: H query heads, K key and value heads, T tokens of all rows, D head size, V size of a value, N rows.
 """
 
-from itertools import pairwise
-from typing import Any
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from expertune.errors import UnsupportedModelError
 
+varlen_attn: Callable[..., Any] | None
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch 2.9
+    varlen_attn = None
+
 NAME = "expertune_rows"
+
+ROW_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""What a concatenated batch says about its rows, by the names of transformers' `FlashAttentionKwargs`."""
 
 # Terms that some families add inside the attention and that are laid out over the whole batch.
 _BATCH_WIDE = ("position_bias", "softcap", "s_aux", "cache")
 
+# What was read from a tensor, with the tensor's version then. Layers of a model are called with the same tensors, also
+# when a checkpointed layer is recomputed, and each look at a value waits for the GPU.
+_LENGTHS = WeakTensorKeyDictionary()
+_BOUNDS = WeakTensorKeyDictionary()
+
+# The window of each mask that says nothing but causal, within a window, inside each row.
+_WINDOWS = WeakTensorKeyDictionary()
+
+_Derived = TypeVar("_Derived")
+
+
+class _Rows(NamedTuple):
+    """Rows of a concatenated batch: token `bounds[n]` to `bounds[n + 1]` is row n."""
+
+    bounds: Tensor
+    """int32 [N + 1], on the device of the batch."""
+    longest: int
+    """Tokens of the longest row."""
+
 
 def attend_by_row(model: PreTrainedModel) -> bool:
-    """Switch a model to attention by row; False where its family has no scaled-dot-product attention to switch."""
+    """Switch a model to attention by row; False where its family has no scaled-dot-product attention to switch.
+
+    In either case the model's forward may be called with `ROW_BOUNDS`; one that has no use for them does not see them.
+    """
+    _accept_bounds(model)
     if not getattr(model, "_supports_sdpa", False) or model.config._attn_implementation != "sdpa":
         return False
     model.set_attn_implementation(NAME)
@@ -35,32 +76,49 @@ def attend_by_row(model: PreTrainedModel) -> bool:
 def rows_attention(
     module: nn.Module,
     query_HTD: Tensor,
-    key_HTD: Tensor,
-    value_HTD: Tensor,
+    key_KTD: Tensor,
+    value_KTV: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: [1, H, T, D] queries, keys and values -> [1, T, H, D].
+    """transformers' attention function: [1, H, T, D] queries, [1, K, T, D] keys and values -> [1, T, H, V].
 
-    Rows begin where `position_ids` [1, T] is 0. With a mask, a cache or more than one batch row this is transformers'
-    own sdpa.
+    Rows are those of `cu_seq_lens_q`, int32 [N + 1], the longest of `max_length_q` tokens (an int); where these are not
+    given, rows begin where `position_ids` [1, T] is 0. With both given nothing is read back from a GPU. With a mask
+    that is more than a sliding window, a cache or more than one batch row this is transformers' own sdpa.
 
     Raises:
         UnsupportedModelError: the family does not say where rows begin, or adds terms over the whole batch.
     """
     tokens = query_HTD.shape[2]
-    if attention_mask is not None or query_HTD.shape[0] != 1 or key_HTD.shape[2] != tokens or tokens == 1:
-        return sdpa_attention_forward(module, query_HTD, key_HTD, value_HTD, attention_mask, **kwargs)
-    if position_ids is None or any(kwargs.get(term) is not None for term in _BATCH_WIDE):
+    window: int | None = None
+    if attention_mask is not None:
+        window = _WINDOWS.get(attention_mask)
+        # A family that does not hand its window to the attention may mean another kind of mask by the same size.
+        if window is None or window != kwargs.get("sliding_window"):
+            return sdpa_attention_forward(module, query_HTD, key_KTD, value_KTV, attention_mask, **kwargs)
+    if query_HTD.shape[0] != 1 or key_KTD.shape[2] != tokens or tokens == 1:
+        return sdpa_attention_forward(module, query_HTD, key_KTD, value_KTV, attention_mask, **kwargs)
+    rows = _rows(position_ids, kwargs)
+    if rows is None or any(kwargs.get(term) is not None for term in _BATCH_WIDE):
+        if attention_mask is not None:
+            return sdpa_attention_forward(module, query_HTD, key_KTD, value_KTV, attention_mask, **kwargs)
         raise UnsupportedModelError(
             f"{type(module).__name__} cannot attend row by row; set data.packing=padded to train this model"
         )
-    lengths = row_lengths(position_ids)
-    if len(lengths) == 1:
-        return sdpa_attention_forward(module, query_HTD, key_HTD, value_HTD, None, **kwargs)
-    rows = zip(*(tensor.split(lengths, dim=2) for tensor in (query_HTD, key_HTD, value_HTD)), strict=True)
-    outputs = [sdpa_attention_forward(module, query, key, value, None, **kwargs)[0] for query, key, value in rows]
+    if window is not None and window >= rows.longest:
+        window = attention_mask = None  # no row is long enough for it
+    if rows.longest == tokens and window is None:
+        return sdpa_attention_forward(module, query_HTD, key_KTD, value_KTV, None, **kwargs)
+    output = _varlen(module, query_HTD, key_KTD, value_KTV, rows, window, kwargs)
+    if output is not None:
+        return output, None
+    if attention_mask is not None:
+        return sdpa_attention_forward(module, query_HTD, key_KTD, value_KTV, attention_mask, **kwargs)
+    lengths = _once(_LENGTHS, rows.bounds, _lengths)
+    by_row = zip(*(tensor.split(lengths, dim=2) for tensor in (query_HTD, key_KTD, value_KTV)), strict=True)
+    outputs = [sdpa_attention_forward(module, query, key, value, None, **kwargs)[0] for query, key, value in by_row]
     return torch.cat(outputs, dim=1), None
 
 
@@ -74,10 +132,209 @@ def row_lengths(position_ids: Tensor) -> list[int]:
 
 def rows_mask(*args: Any, attention_mask: Tensor | None = None, use_vmap: bool = False, **kwargs: Any) -> Tensor | None:
     """transformers' mask function: none where rows are attended to one by one, else sdpa's own."""
-    plain = attention_mask is None and not use_vmap and kwargs.get("local_size") is None
-    if plain and kwargs["q_length"] == kwargs["kv_length"] and kwargs["batch_size"] == 1:
+    plain = attention_mask is None and not use_vmap
+    plain = plain and kwargs["q_length"] == kwargs["kv_length"] and kwargs["batch_size"] == 1
+    window = kwargs.get("local_size")
+    if plain and (window is None or window >= kwargs["q_length"]):
         return None
-    return sdpa_mask(*args, attention_mask=attention_mask, use_vmap=use_vmap, **kwargs)
+    mask = sdpa_mask(*args, attention_mask=attention_mask, use_vmap=use_vmap, **kwargs)
+    if plain and mask is not None:
+        _WINDOWS[mask] = window
+    return mask
+
+
+def check_varlen(device: torch.device | str) -> float:
+    """How far attention in one call is from attention row by row, on a device.
+
+    Random bfloat16 rows of odd lengths, in one call, against the same values in float32, each row by
+    scaled-dot-product attention: outputs and the gradients of queries, keys and values, with grouped queries, values
+    that are narrower than keys, and a sliding window where torch's release has one.
+
+    Returns:
+        The largest difference, as a share of the largest value of the float32 tensor that it is in; some 0.01 is
+        bfloat16's own.
+
+    Raises:
+        RuntimeError: this torch has no variable-length attention on the device.
+    """
+    generator = torch.Generator().manual_seed(0)
+    lengths = [1, 3, 129, 64, 257, 31]
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    rows = _Rows(bounds, max(lengths))
+    worst = 0.0
+    for num_key_heads, value_size, window in ((8, 64, None), (2, 64, None), (8, 32, None), (2, 64, 17)):
+        if window is not None and "window_size" not in _parameters(varlen_attn):
+            continue
+        sizes = ((8, 64), (num_key_heads, 64), (num_key_heads, value_size), (8, value_size))
+        query, key, value, gradient = (
+            torch.randn(1, heads, sum(lengths), size, generator=generator).to(device, torch.bfloat16)
+            for heads, size in sizes
+        )
+        gradient = gradient.transpose(1, 2)
+        ours = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+        output = _varlen(nn.Module(), ours[0], ours[1], ours[2], rows, window, {"scaling": 64**-0.5})
+        if output is None:
+            raise RuntimeError(f"torch {torch.__version__} has no variable-length attention on {device}")
+        output.backward(gradient)
+        theirs = [tensor.float().requires_grad_() for tensor in (query, key, value)]
+        expected = _attend_in_full(theirs[0], theirs[1], theirs[2], lengths, window)
+        expected.backward(gradient.float())
+        pairs = [(output, expected), *((mine.grad, its.grad) for mine, its in zip(ours, theirs, strict=True))]
+        for mine, its in pairs:
+            assert mine is not None
+            assert its is not None
+            difference = (mine.detach().float() - its.detach()).abs().max() / its.detach().abs().max()
+            # max() would let a NaN pass.
+            worst = worst if difference <= worst else float(difference)
+    return worst
+
+
+def _attend_in_full(
+    query_HTD: Tensor, key_KTD: Tensor, value_KTV: Tensor, lengths: list[int], window: int | None
+) -> Tensor:
+    """[1, T, H, V]: each row by scaled-dot-product attention, its window as a mask."""
+    outputs = []
+    for query, key, value in zip(*(x.split(lengths, dim=2) for x in (query_HTD, key_KTD, value_KTV)), strict=True):
+        seen = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril()
+        if window is not None:
+            seen = seen.triu(1 - window)
+        outputs.append(F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _varlen(
+    module: nn.Module,
+    query_HTD: Tensor,
+    key_KTD: Tensor,
+    value_KTV: Tensor,
+    rows: _Rows,
+    window: int | None,
+    kwargs: dict[str, Any],
+) -> Tensor | None:
+    """[1, T, H, V] of all rows in one call, or None where torch's variable-length attention cannot do it.
+
+    A window of W lets a token see itself and W - 1 before it.
+    """
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal) or kwargs.get("dropout"):
+        return None
+    query_HTD, key_KTD, value_KTV = _autocast(query_HTD, key_KTD, value_KTV)
+    size, value_size = query_HTD.shape[-1], value_KTV.shape[-1]
+    terms = _terms(size, kwargs.get("scaling"), window)
+    if terms is None or value_size > size:
+        return None
+    if value_size < size:
+        # One size for all is what the kernel wants; columns of zeros add nothing to the others.
+        value_KTV = F.pad(value_KTV, (0, size - value_size))
+    if not _flash_takes(query_HTD, key_KTD, value_KTV):
+        return None
+    assert varlen_attn is not None
+    query_THD, key_TKD, value_TKD = (tensor.squeeze(0).transpose(0, 1) for tensor in (query_HTD, key_KTD, value_KTV))
+    groups = query_THD.shape[1] // key_TKD.shape[1]
+    if groups > 1:
+        if "enable_gqa" in _parameters(varlen_attn):
+            terms["enable_gqa"] = True
+        else:
+            key_TKD, value_TKD = (tensor.repeat_interleave(groups, dim=1) for tensor in (key_TKD, value_TKD))
+    bounds, longest = rows
+    output: Tensor = varlen_attn(query_THD, key_TKD, value_TKD, bounds, bounds, longest, longest, **terms)
+    return output.narrow(-1, 0, value_size).unsqueeze(0)
+
+
+def _terms(size: int, scale: float | None, window: int | None) -> dict[str, Any] | None:
+    """Scale and causal mask, or sliding window, as this torch's `varlen_attn` wants to be told; None where it cannot.
+
+    torch 2.10 has `is_causal`, and no other scale than 1 / sqrt(D); 2.11 `window_size` in its place, and `scale`.
+    """
+    known = _parameters(varlen_attn)
+    terms: dict[str, Any] = {}
+    if "window_size" in known:
+        # Bounds are inclusive, the token itself comes on top.
+        terms["window_size"] = (-1 if window is None else window - 1, 0)
+    elif "is_causal" in known and window is None:
+        terms["is_causal"] = True
+    else:
+        return None
+    if "scale" in known:
+        terms["scale"] = scale
+    elif scale is not None and not math.isclose(scale, size**-0.5):
+        return None
+    return terms
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any] | None) -> frozenset[str]:
+    return frozenset() if function is None else frozenset(inspect.signature(function).parameters)
+
+
+def _flash_takes(query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor) -> bool:
+    """Whether torch's flash attention, which is behind `varlen_attn`, runs on these tensors, here."""
+    if not query_HTD.is_cuda or torch.version.hip is not None:
+        return False
+    dtypes = {query_HTD.dtype, key_KTD.dtype, value_KTD.dtype}
+    # scaled_dot_product_attention pads other sizes to 8, variable-length attention does not.
+    if dtypes not in ({torch.float16}, {torch.bfloat16}) or query_HTD.shape[-1] % 8:
+        return False
+    # torch's own answer for this GPU, head size and need of a gradient; reads no values.
+    grouped = query_HTD.shape[1] != key_KTD.shape[1]
+    return bool(can_use_flash_attention(SDPAParams(query_HTD, key_KTD, value_KTD, None, 0.0, True, grouped)))
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors as scaled_dot_product_attention would take them; autocast does not know of variable-length attention."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+
+
+def _rows(position_ids: Tensor | None, kwargs: dict[str, Any]) -> _Rows | None:
+    """The batch's rows as it says itself, else from its positions; None where neither is given."""
+    bounds, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
+    if not isinstance(bounds, Tensor):
+        if position_ids is None:
+            return None
+        lengths = _once(_LENGTHS, position_ids, row_lengths)
+        return _Rows(_once(_BOUNDS, position_ids, functools.partial(_bounds, lengths)), max(lengths))
+    if not isinstance(longest, int):
+        longest = max(_once(_LENGTHS, bounds, _lengths))
+    return _Rows(bounds, longest)
+
+
+def _bounds(lengths: list[int], position_ids: Tensor) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=position_ids.device)
+
+
+def _lengths(bounds: Tensor) -> list[int]:
+    lengths: list[int] = bounds.diff().tolist()
+    return lengths
+
+
+def _once(known: WeakTensorKeyDictionary, tensor: Tensor, derive: Callable[[Tensor], _Derived]) -> _Derived:
+    """`derive(tensor)`, worked out once for all layers of a model."""
+    if tensor.is_inference():  # has no version, so that a change would go unseen
+        return derive(tensor)
+    version, derived = known.get(tensor, (None, None))
+    if version != tensor._version:
+        derived = derive(tensor)
+        known[tensor] = (tensor._version, derived)
+    return derived
+
+
+def _accept_bounds(model: PreTrainedModel) -> None:
+    """Keep `ROW_BOUNDS` from a forward that would refuse them."""
+    forward = model.forward
+    parameters = inspect.signature(forward).parameters
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return
+    unknown = {name for name in ROW_BOUNDS if name not in parameters}
+
+    @functools.wraps(forward)
+    def without_bounds(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **{name: value for name, value in kwargs.items() if name not in unknown})
+
+    # On the instance and not as a hook: PEFT calls the base model's forward by itself.
+    model.forward = without_bounds
 
 
 AttentionInterface.register(NAME, rows_attention)

@@ -55,7 +55,11 @@ def evaluation_loss(
     with evaluation_mode(model), torch.no_grad():
         for start in range(0, len(dataset), batch_size):
             batch = collator([dataset[index] for index in range(start, min(start + batch_size, len(dataset)))])
-            inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+            inputs = {
+                name: value.to(device) if isinstance(value, Tensor) else value
+                for name, value in batch.items()
+                if name not in ("row_ids", "use_cache")
+            }
             labels = inputs.pop("labels")
             taken = in_chunks(inputs, labels) if in_chunks else None
             batch_total, batch_tokens = taken or _summed_loss(model(**inputs, use_cache=False).logits, labels)

@@ -1,7 +1,8 @@
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import DataCollatorWithFlattening, MixtralConfig, MixtralForCausalLM
 
+from expertune.attention import ROW_BOUNDS
 from expertune.config import DataConfig
 from expertune.data import (
     IGNORE_INDEX,
@@ -55,6 +56,24 @@ def test_padding_free_batch_is_one_row_whose_positions_restart():
     assert batch["labels"].tolist() == [[IGNORE_INDEX, 11, 12, 2, IGNORE_INDEX, 21, 2]]
     assert "attention_mask" not in batch
     assert all(batch[name].dtype == torch.int64 for name in ("input_ids", "labels", "position_ids"))
+
+
+def test_padding_free_batch_says_where_its_rows_begin():
+    packed = {**SECOND, "input_ids": [1, 21, 2, 1, 9], "labels": [1, 21, 2, 1, 9], "position_ids": [0, 1, 2, 0, 1]}
+    batch = PaddingFreeCollator()([FIRST, packed, SECOND])
+    theirs = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    pack_apart = [{"input_ids": ids} for ids in (FIRST["input_ids"], [1, 21, 2], [1, 9], SECOND["input_ids"])]
+    expected = theirs(pack_apart)
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        assert batch[name].dtype == expected[name].dtype == torch.int32
+        assert batch[name].tolist() == expected[name].tolist() == [0, 4, 7, 9, 12]
+    for name in ("max_length_q", "max_length_k"):
+        assert type(batch[name]) is type(expected[name]) is int
+        assert batch[name] == expected[name] == 4
+
+
+def test_padded_batch_has_no_row_bounds():
+    assert not set(ROW_BOUNDS) & LeftPaddingCollator(max_length=6, pad_token_id=2)([FIRST, SECOND]).keys()
 
 
 def test_left_padding_fills_to_the_length_and_trains_the_true_eos():

@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
 from expertune import finetune
+from expertune.attention import row_lengths
 from expertune.config import parse_config
 from expertune.errors import ConfigError, NonFiniteLossError
 from expertune.record import RunRecord
@@ -63,6 +65,23 @@ def test_accumulated_micro_batches_give_the_loss_of_one_batch(run_values: dict[s
 def test_other_ways_of_batching_train_too(packing: str, run_values: dict[str, Any]) -> None:
     record = train(run_values | {"data": run_values["data"] | {"packing": packing}}, max_steps=3)
     assert all(math.isfinite(loss) for _, loss in record["train"]["loss"])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("packing", ["padding-free", "packed"])
+def test_where_rows_begin_reaches_every_layer_of_every_step(
+    packing: str, checkpointing: bool, run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(position_ids: Tensor) -> list[int]:
+        # The loss compares itself on a few tokens of one row, which are no batch of the collator.
+        assert (position_ids == 0).sum() == 1
+        return row_lengths(position_ids)
+
+    monkeypatch.setattr("expertune.attention.row_lengths", look)
+    data = run_values["data"] | {"packing": packing}
+    record = train(run_values | {"data": data}, gradient_checkpointing=checkpointing, max_steps=3)
+    assert len(record["train"]["loss"]) == 3
+    assert record["eval"]["loss"]
 
 
 def test_padded_rows_give_the_loss_of_padding_free_rows(run_values: dict[str, Any], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Legend: B rows of the micro-batch, T tokens, L the fixed length of padded rows.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ class PaddingFreeCollator:
 
     transformers 5 keeps attention inside each row when the positions restart, no attention mask is given, and no cache
     is filled; so the batch holds no mask and switches the cache off, also where the model's config would have it on.
+    It says as well where rows begin, as transformers' `DataCollatorWithFlattening` does: attention that asks for it
+    need not search the positions, which on a GPU would have to be waited for.
 
     Args:
         keep_row_ids: pass the rows' numbers through as `row_ids` (a list of int, not a tensor).
@@ -35,7 +38,9 @@ class PaddingFreeCollator:
 
         Returns:
             `input_ids`, `labels`, `position_ids`, int64 [1, T1+..+TB]; `use_cache` False. The first label of each row
-            is -100: the token before it belongs to another row.
+            is -100: the token before it belongs to another row. `cu_seq_lens_q` and `cu_seq_lens_k`, int32 [N + 1]:
+            where each of N rows begins, and T; `max_length_q` and `max_length_k`, int: tokens of the longest. The
+            rows of a pack are counted one by one.
         """
         input_ids: list[int] = []
         labels: list[int] = []
@@ -44,10 +49,18 @@ class PaddingFreeCollator:
             input_ids += feature["input_ids"]
             labels += [IGNORE_INDEX, *feature["labels"][1:]]
             position_ids += feature.get("position_ids", range(len(feature["input_ids"])))
+        bounds = [0, *(index for index, position in enumerate(position_ids) if index and position == 0)]
+        bounds.append(len(position_ids))
+        cu_seq_lens = torch.tensor(bounds, dtype=torch.int32)
+        longest = max(end - start for start, end in pairwise(bounds))
         batch: dict[str, Any] = {
             "input_ids": torch.tensor([input_ids]),
             "labels": torch.tensor([labels]),
             "position_ids": torch.tensor([position_ids]),
+            "cu_seq_lens_q": cu_seq_lens,
+            "cu_seq_lens_k": cu_seq_lens,
+            "max_length_q": longest,
+            "max_length_k": longest,
             "use_cache": False,
         }
         return batch | _row_ids(features, self.keep_row_ids)

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from expertune.attention import ROW_BOUNDS
 from expertune.errors import ConfigError, NonFiniteLossError
 from expertune.train.callbacks import History
 from expertune.train.checkpoints import STAGING_NAME, list_checkpoints, publish, seal
@@ -79,6 +80,9 @@ class ExpertTrainer(Trainer):
         """
         row_ids = inputs.pop("row_ids")
         tokens = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
+        if self.args.n_gpu > 1:
+            # DataParallel cuts every tensor along its first dimension, and these hold one number for each row.
+            inputs = {name: value for name, value in inputs.items() if name not in ROW_BOUNDS}
         loss = super().training_step(model, inputs, num_items_in_batch)
         value = loss.item()
         if not math.isfinite(value):
