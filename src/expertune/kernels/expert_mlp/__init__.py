@@ -163,8 +163,15 @@ def _forward(
         for tokens, route in _chunks(hidden, top_k_index, layer, dropouts):
             rows = slice(tokens.start * top_k, tokens.stop * top_k)
             h_chunk = [tensor[rows] for tensor in h]
-            out[tokens] = route.forward(
-                hidden[tokens], top_k_index[tokens], top_k_weights[tokens], layer, low_rank, h_chunk, rows.start
+            route.forward(
+                hidden[tokens],
+                top_k_index[tokens],
+                top_k_weights[tokens],
+                layer,
+                low_rank,
+                h_chunk,
+                rows.start,
+                out[tokens],
             )
     return out, h
 
@@ -219,7 +226,7 @@ def _backward(
         for tokens, route in _chunks(hidden, top_k_index, layer, dropouts):
             rows = slice(tokens.start * top_k, tokens.stop * top_k)
             h_chunk = [tensor[rows] for tensor in h]
-            dhidden[tokens], dweights[tokens] = route.backward(
+            route.backward(
                 dout[tokens],
                 hidden[tokens],
                 top_k_index[tokens],
@@ -230,6 +237,8 @@ def _backward(
                 da,
                 db,
                 rows.start,
+                dhidden[tokens],
+                dweights[tokens],
             )
     da, db = ([g.to(f.dtype) for g, f in zip(*pair, strict=True)] for pair in ((da, a), (db, b)))
     return dhidden, dweights, da, db

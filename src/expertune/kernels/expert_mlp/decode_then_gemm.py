@@ -26,8 +26,9 @@ def forward(
     low_rank: list[LowRank],
     h: list[Tensor],
     first_row: int,
-) -> Tensor:
-    """Float32 [T, D]; fills `h` with x @ A of each update. `first_row` is the chunk's place in the batch."""
+    out_TD: Tensor,
+) -> None:
+    """Writes the layer's output to `out_TD` and x @ A of each update to `h`; `first_row` places the chunk."""
     rows = sort_rows(top_k_index_TK, top_k_weights_TK, layer.num_experts, first_row)
     dtype, size, num_parts = product_dtype(hidden_TD.dtype, hidden_TD.device), layer.intermediate_size, layer.num_parts
     y_RD = torch.empty(rows.token_R.shape[0], layer.hidden_size, dtype=torch.float32, device=hidden_TD.device)
@@ -49,7 +50,7 @@ def forward(
                 _shrink(x_NF, update, expert, low[span], rows.number_R[span])
                 _add_expanded(y_ND, low[span], update, update.b[expert])
         torch.mul(y_ND, rows.weight_R[span, None], out=y_RD[span])
-    return combine(y_RD, rows.inverse_R, hidden_TD.shape[0])
+    out_TD.copy_(combine(y_RD, rows.inverse_R, hidden_TD.shape[0]))
 
 
 def backward(
@@ -63,8 +64,10 @@ def backward(
     da: list[Tensor],
     db: list[Tensor],
     first_row: int,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden (float32 [T, D]) and of the router's weights (float32 [T, K]); adds to `da` and `db`."""
+    dhidden_TD: Tensor,
+    dweights_TK: Tensor,
+) -> None:
+    """Writes gradients of hidden and of the router's weights; adds to `da` and `db`."""
     rows = sort_rows(top_k_index_TK, top_k_weights_TK, layer.num_experts, first_row)
     dtype = product_dtype(hidden_TD.dtype, hidden_TD.device)
     dx_RD = torch.empty(rows.token_R.shape[0], layer.hidden_size, dtype=torch.float32, device=hidden_TD.device)
@@ -85,7 +88,8 @@ def backward(
             rows.number_R[span],
             scratches,
         )
-    return combine(dx_RD, rows.inverse_R, hidden_TD.shape[0]), dweight_R[rows.inverse_R].view(top_k_weights_TK.shape)
+    dweights_TK.copy_(dweight_R[rows.inverse_R].view(top_k_weights_TK.shape))
+    dhidden_TD.copy_(combine(dx_RD, rows.inverse_R, hidden_TD.shape[0]))
 
 
 def _expert_backward(

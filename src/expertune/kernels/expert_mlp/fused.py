@@ -24,8 +24,9 @@ def forward(
     low_rank: list[LowRank],
     h: list[Tensor],
     first_row: int,
-) -> Tensor:
-    """Float32 [T, D]; fills `h` with x @ A of each update. `first_row` is the chunk's place in the batch."""
+    out_TD: Tensor,
+) -> None:
+    """Writes the layer's output to `out_TD` and x @ A of each update to `h`; `first_row` places the chunk."""
     rows, x_TD = sort_rows(top_k_index_TK, top_k_weights_TK, layer.num_experts, first_row), plain(hidden_TD)
     for update, out in _inner(layer, low_rank, h):
         if update.dropout:
@@ -40,7 +41,7 @@ def forward(
     y_RD = workspace.take("rows", x_RF.shape[0], layer.hidden_size)
     updates = [_update(update, low, 0, layer.hidden_size) for update, low in _outer(layer, low_rank, h)]
     native.product(x_RF, layer.down, rows.offsets_E, y_RD, transposed=True, updates=updates)
-    return combine(y_RD.mul_(rows.weight_R[:, None]), rows.inverse_R, hidden_TD.shape[0])
+    out_TD.copy_(combine(y_RD.mul_(rows.weight_R[:, None]), rows.inverse_R, hidden_TD.shape[0]))
 
 
 def backward(
@@ -54,8 +55,10 @@ def backward(
     da: list[Tensor],
     db: list[Tensor],
     first_row: int,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden (float32 [T, D]) and of the router's weights (float32 [T, K]); adds to `da` and `db`."""
+    dhidden_TD: Tensor,
+    dweights_TK: Tensor,
+) -> None:
+    """Writes gradients of hidden and of the router's weights; adds to `da` and `db`."""
     rows = sort_rows(top_k_index_TK, top_k_weights_TK, layer.num_experts, first_row)
     x_TD, dout_TD = plain(hidden_TD), plain(dout_TD)
     size = layer.intermediate_size
@@ -109,8 +112,8 @@ def backward(
     native.product(dgate_up, layer.gate_up, rows.offsets_E, dx_RD, transposed=False, updates=updates)
     for update, dh in dropped_dh:
         dx_RD += _low_rank_input(dh, update, rows)
-    dweights = dweight_R[rows.inverse_R].view(top_k_weights_TK.shape)
-    return combine(dx_RD, rows.inverse_R, hidden_TD.shape[0]), dweights
+    dweights_TK.copy_(dweight_R[rows.inverse_R].view(top_k_weights_TK.shape))
+    dhidden_TD.copy_(combine(dx_RD, rows.inverse_R, hidden_TD.shape[0]))
 
 
 def _gate_up(x_TD: Tensor, rows: Sorted, layer: Layer, low_rank: list[LowRank], h: list[Tensor]) -> Tensor:

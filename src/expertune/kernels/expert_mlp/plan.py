@@ -41,14 +41,14 @@ class Layer(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """An `ExpertUpdate` as the routes take it, with the seed of its dropout."""
+    """An `ExpertUpdate` as the routes take it, with the seed of its dropout: int64 [] on the device, or its number."""
 
     part: int
     a: Tensor
     b: Tensor
     scaling: float
     dropout: float
-    seed: int
+    seed: int | Tensor
 
 
 class Sorted(NamedTuple):
@@ -110,18 +110,25 @@ def combine(rows_RD: Tensor, inverse_R: Tensor, num_tokens: int) -> Tensor:
     return total
 
 
-def bytes_per_row(hidden_size: int, intermediate_size: int, num_parts: int, swiglu: bool, dropout: bool) -> int:
-    """Bytes that a routed row takes between the products, in backward: float32 throughout.
+def bytes_per_row(
+    hidden_size: int, intermediate_size: int, num_parts: int, swiglu: bool, dropout: bool, device_type: str = "cpu"
+) -> int:
+    """Bytes that a routed row takes between the products, in backward.
 
-    Gate and up, which their gradients replace, and the intermediate row; the row's input gradient. Where an activation
-    is differentiated by autograd: its result, its gradients, and two rows that it keeps. With dropout: a dropped row
-    and the gradient of one, of either width.
+    On a CPU float32 throughout: gate and up, which their gradients replace, and the intermediate row; the row's input
+    gradient. Where an activation is differentiated by autograd: its result, its gradients, and two rows that it keeps.
+    With dropout: a dropped row and the gradient of one, of either width. Elsewhere rows are 16-bit but for the input's
+    gradient, the intermediate row has its gradient beside it, and nothing is kept for dropout.
     """
-    inner = num_parts + 1 + (0 if swiglu else num_parts + 3) + (2 if dropout else 0)
-    return 4 * (inner * intermediate_size + (3 if dropout else 1) * hidden_size)
+    if device_type == "cpu":
+        inner = num_parts + 1 + (0 if swiglu else num_parts + 3) + (2 if dropout else 0)
+        return 4 * (inner * intermediate_size + (3 if dropout else 1) * hidden_size)
+    inner = num_parts + 2 + (0 if swiglu else num_parts + 3)
+    return 2 * inner * intermediate_size + 4 * hidden_size
 
 
 def chunk_tokens(layer: Layer, top_k: int, dropout: bool, working_set_bytes: int) -> int:
     """Tokens that are worked on at once; at least one."""
-    row = bytes_per_row(layer.hidden_size, layer.intermediate_size, layer.num_parts, layer.swiglu, dropout)
+    device = layer.down.packed.device.type
+    row = bytes_per_row(layer.hidden_size, layer.intermediate_size, layer.num_parts, layer.swiglu, dropout, device)
     return max(working_set_bytes // (max(top_k, 1) * row), 1)

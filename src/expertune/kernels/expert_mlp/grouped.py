@@ -1,0 +1,236 @@
+"""The expert layer on a GPU: all experts in each launch, nothing read back to the host, so that a step can be captured.
+
+Two ways to multiply, otherwise the same: `fused` decodes NF4 inside the product; `decode_then_gemm` decodes the
+matrices of as many experts as the working set holds at memory speed, and multiplies these. In backward a decoded group
+serves the recomputation and the input's gradient.
+
+Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R routed rows, E experts, P parts of
+the first product, r rank.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertune.kernels.expert_mlp.plan import Layer, LowRank, Sorted, differentiable
+from expertune.kernels.gpu import low_rank as thin
+from expertune.kernels.gpu import nf4, rows
+from expertune.kernels.gpu.low_rank import Outer, Shrink
+from expertune.kernels.gpu.product import Decoded, Update, product, product_transposed
+from expertune.kernels.nf4 import Nf4Bytes
+
+# Experts of one group of decoded matrices, or None for all, and their matrices.
+Group = tuple[slice | None, "Nf4Bytes | Decoded"]
+
+
+def serves(num_parts: int, parts: Sequence[int]) -> bool:
+    """Whether a layer can come here: at most gate and up, and one adapter of each projection at a time."""
+    return num_parts <= 2 and len(set(parts)) == len(parts)
+
+
+@dataclass(frozen=True)
+class GroupedRoute:
+    """A route of `expertune.kernels.expert_mlp`.
+
+    Attributes:
+        decode_first: whether weights are decoded before they are multiplied.
+        buffer_bytes: most bytes of decoded weights; one expert's matrices are held in any case.
+    """
+
+    decode_first: bool
+    buffer_bytes: int = 2**30
+
+    def forward(
+        self,
+        hidden_TD: Tensor,
+        top_k_index_TK: Tensor,
+        top_k_weights_TK: Tensor,
+        layer: Layer,
+        low_rank: list[LowRank],
+        h: list[Tensor],
+        first_row: int,
+        out_TD: Tensor,
+    ) -> None:
+        """Writes the layer's output to `out_TD` and x @ A of each update to `h`; first_row places the chunk."""
+        hidden_TD = hidden_TD.contiguous()
+        routed = Sorted(*rows.sort_rows(top_k_index_TK, top_k_weights_TK, layer.num_experts, first_row))
+        inner, outer = _split(layer, low_rank, h)
+        thin.shrink(hidden_TD, routed.offsets_E, [_shrink(u, low) for u, low in inner], routed.token_R, routed.number_R)
+        updates = [Update(low, u.b, u.part, u.scaling) for u, low in inner]
+        count = routed.token_R.shape[0]
+        if layer.swiglu:
+            inter_RF = hidden_TD.new_empty(count, layer.intermediate_size)
+        else:
+            inter_RF = hidden_TD.new_empty(count, layer.num_parts * layer.intermediate_size)
+        for experts, weight in self._groups(layer.gate_up, layer.num_experts, hidden_TD.dtype):
+            product(
+                hidden_TD,
+                weight,
+                routed.offsets_E,
+                inter_RF,
+                updates,
+                routed.token_R,
+                experts=experts,
+                swiglu=layer.swiglu,
+            )
+        if not layer.swiglu:
+            inter_RF = layer.function(inter_RF).contiguous()
+        thin.shrink(inter_RF, routed.offsets_E, [_shrink(u, low) for u, low in outer], number_R=routed.number_R)
+        updates = [Update(low, u.b, 0, u.scaling) for u, low in outer]
+        y_RD = torch.empty(count, layer.hidden_size, dtype=torch.float32, device=hidden_TD.device)
+        for experts, weight in self._groups(layer.down, layer.num_experts, hidden_TD.dtype):
+            product(inter_RF, weight, routed.offsets_E, y_RD, updates, router_R=routed.weight_R, experts=experts)
+        rows.combine(y_RD, routed.inverse_R, out_TD)
+
+    def backward(
+        self,
+        dout_TD: Tensor,
+        hidden_TD: Tensor,
+        top_k_index_TK: Tensor,
+        top_k_weights_TK: Tensor,
+        layer: Layer,
+        low_rank: list[LowRank],
+        h: list[Tensor],
+        da: list[Tensor],
+        db: list[Tensor],
+        first_row: int,
+        dhidden_TD: Tensor,
+        dweights_TK: Tensor,
+    ) -> None:
+        """Writes gradients of hidden and of the router's weights; the first chunk writes `da`, `db`, others add."""
+        dout_TD, hidden_TD = dout_TD.contiguous(), hidden_TD.contiguous()
+        routed = Sorted(*rows.sort_rows(top_k_index_TK, top_k_weights_TK, layer.num_experts, first_row))
+        offsets_E, count, size = routed.offsets_E, routed.token_R.shape[0], layer.intermediate_size
+        inner, outer = _split(layer, low_rank, h)
+        gradients = {id(u): (a, b) for u, a, b in zip(low_rank, da, db, strict=True)}
+        dh = {id(u): torch.empty(low.shape, dtype=torch.float32, device=low.device) for u, low in (*inner, *outer)}
+
+        shrinks = [Shrink(u.b, dh[id(u)], transposed=True, scaling=u.scaling) for u, _ in outer]
+        thin.shrink(dout_TD, offsets_E, shrinks, routed.token_R)
+        gate_up = hidden_TD.new_empty(count, layer.num_parts * size)
+        dinter_RF, inter_RF = hidden_TD.new_empty(2, count, size)
+        dx_RD = torch.empty(count, layer.hidden_size, dtype=torch.float32, device=hidden_TD.device)
+        drouter_R = torch.empty_like(routed.weight_R)
+
+        def recompute(experts: slice | None, gate_up_weight: Nf4Bytes | Decoded, down: Nf4Bytes | Decoded) -> None:
+            updates = [Update(low, u.b, u.part, u.scaling) for u, low in inner]
+            product(hidden_TD, gate_up_weight, offsets_E, gate_up, updates, routed.token_R, experts=experts)
+            # Before the router's weight is applied, so that <inter, dInter> is the weight's own gradient.
+            updates = [_input_update(u, dh[id(u)]) for u, _ in outer]
+            product_transposed(
+                dout_TD, down, offsets_E, dinter_RF, updates, routed.token_R, routed.number_R, experts=experts
+            )
+
+        def input_gradient(experts: slice | None, gate_up_weight: Nf4Bytes | Decoded, dgate_up: Tensor) -> None:
+            shrinks = [
+                Shrink(u.b, dh[id(u)], transposed=True, scaling=u.scaling, column=u.part * size) for u, _ in inner
+            ]
+            thin.shrink(dgate_up, offsets_E, shrinks, experts=experts)
+            updates = [_input_update(u, dh[id(u)]) for u, _ in inner]
+            product_transposed(
+                dgate_up, gate_up_weight, offsets_E, dx_RD, updates, number_R=routed.number_R, experts=experts
+            )
+
+        if layer.swiglu:
+            for experts, weight, down in self._pairs(layer, hidden_TD.dtype):
+                recompute(experts, weight, down)
+                rows.gate_backward(gate_up, dinter_RF, routed.weight_R, inter_RF, drouter_R, offsets_E, experts)
+                input_gradient(experts, weight, gate_up)
+        else:
+            for experts, weight, down in self._pairs(layer, hidden_TD.dtype):
+                recompute(experts, weight, down)
+            gate_up, inter_RF, drouter_R = _activation_backward(layer, gate_up, dinter_RF, routed.weight_R)
+            for experts, weight in self._groups(layer.gate_up, layer.num_experts, hidden_TD.dtype):
+                input_gradient(experts, weight, gate_up)
+
+        add, token_R, number_R = first_row > 0, routed.token_R, routed.number_R
+        items = [Outer(low, gradients[id(u)][1], transposed=True, scaling=u.scaling) for u, low in outer]
+        thin.outer(dout_TD, offsets_E, items, token_R, router_R=routed.weight_R, add=add)
+        items = [_input_outer(u, dh[id(u)], gradients[id(u)][0]) for u, _ in outer]
+        thin.outer(inter_RF, offsets_E, items, number_R=number_R, router_R=routed.weight_R, add=add)
+        items = [Outer(low, gradients[id(u)][1], True, u.scaling, column=u.part * size) for u, low in inner]
+        thin.outer(gate_up, offsets_E, items, add=add)
+        items = [_input_outer(u, dh[id(u)], gradients[id(u)][0]) for u, _ in inner]
+        thin.outer(hidden_TD, offsets_E, items, token_R, number_R, add=add)
+        rows.combine(dx_RD, routed.inverse_R, dhidden_TD, drouter_R, dweights_TK)
+
+    def _groups(self, stack: Nf4Bytes, num_experts: int, dtype: torch.dtype) -> Iterator[Group]:
+        """All experts' bytes at once; or decoded, as many experts as the buffer holds."""
+        if not self.decode_first:
+            yield None, stack
+            return
+        parts = stack.packed.shape[0] // num_experts
+        size = self._group_size(num_experts, parts * stack.rows * stack.columns * dtype.itemsize)
+        buffer = stack.packed.new_empty(size * parts, stack.rows, stack.columns, dtype=dtype)
+        for experts in _ranges(num_experts, size):
+            yield experts, _decoded(stack, experts, parts, buffer)
+
+    def _pairs(
+        self, layer: Layer, dtype: torch.dtype
+    ) -> Iterator[tuple[slice | None, Nf4Bytes | Decoded, Nf4Bytes | Decoded]]:
+        """The same of both stacks."""
+        gate_up, down = layer.gate_up, layer.down
+        if not self.decode_first:
+            yield None, gate_up, down
+            return
+        count, parts = layer.num_experts, layer.num_parts
+        size = self._group_size(count, (parts + 1) * down.rows * down.columns * dtype.itemsize)
+        first = gate_up.packed.new_empty(size * parts, gate_up.rows, gate_up.columns, dtype=dtype)
+        second = down.packed.new_empty(size, down.rows, down.columns, dtype=dtype)
+        for experts in _ranges(count, size):
+            yield experts, _decoded(gate_up, experts, parts, first), _decoded(down, experts, 1, second)
+
+    def _group_size(self, num_experts: int, bytes_of_expert: int) -> int:
+        """Experts of a group, as even as the buffer allows."""
+        most = max(self.buffer_bytes // bytes_of_expert, 1)
+        return -(-num_experts // -(-num_experts // most))
+
+
+def _ranges(num_experts: int, size: int) -> Iterator[slice]:
+    for first in range(0, num_experts, size):
+        yield slice(first, min(first + size, num_experts))
+
+
+def _decoded(stack: Nf4Bytes, experts: slice, parts: int, buffer: Tensor) -> Decoded:
+    matrices = slice(experts.start * parts, experts.stop * parts)
+    weights = buffer[: matrices.stop - matrices.start]
+    nf4.decode(stack, matrices, weights.flatten(0, 1))
+    return Decoded(weights, experts.start)
+
+
+def _split(
+    layer: Layer, low_rank: list[LowRank], h: list[Tensor]
+) -> tuple[list[tuple[LowRank, Tensor]], list[tuple[LowRank, Tensor]]]:
+    """Updates of the first product, by part, and those of down, each with its x @ A."""
+    pairs = sorted(zip(low_rank, h, strict=True), key=lambda pair: pair[0].part)
+    return (
+        [pair for pair in pairs if pair[0].part < layer.num_parts],
+        [pair for pair in pairs if pair[0].part == layer.num_parts],
+    )
+
+
+def _shrink(update: LowRank, low_Rr: Tensor) -> Shrink:
+    return Shrink(update.a, low_Rr, dropout=update.dropout, seed=update.seed)
+
+
+def _input_update(update: LowRank, dh_Rr: Tensor) -> Update:
+    return Update(dh_Rr, update.a, dropout=update.dropout, seed=update.seed)
+
+
+def _input_outer(update: LowRank, dh_Rr: Tensor, da: Tensor) -> Outer:
+    return Outer(dh_Rr, da, dropout=update.dropout, seed=update.seed)
+
+
+def _activation_backward(
+    layer: Layer, gate_up: Tensor, dinter_RF: Tensor, weight_R: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A family's own activation by autograd: gradient of its input, its output, and <inter, dInter>."""
+    gate_up.requires_grad_()
+    with differentiable():
+        x_RF = layer.function(gate_up)
+    inter_RF = x_RF.detach().contiguous()
+    drouter_R = torch.linalg.vecdot(inter_RF.float(), dinter_RF.float())
+    (dgate_up,) = torch.autograd.grad(x_RF, gate_up, (dinter_RF * weight_R[:, None]).to(x_RF.dtype))
+    return dgate_up.contiguous(), inter_RF, drouter_R

@@ -1,0 +1,200 @@
+"""Does each GPU route compute what plain float64 arithmetic does, on this device, with this Triton? Asked once.
+
+Triton has miscompiled kernels before, on one device and release and not on another. So before a route is used on a
+device, a small layer with odd shapes, a skewed routing, an expert without tokens, adapters and dropout goes through it,
+forward and backward, and is held to the definition. The answer is kept in the user's cache, by device, driver's torch,
+Triton and the kernels' own source; a route that fails is not used, and the run's record says so.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from expertune.kernels.dropout import dropout
+from expertune.kernels.expert_mlp.grouped import GroupedRoute
+from expertune.kernels.expert_mlp.plan import Layer, LowRank
+from expertune.kernels.gpu import launch, nf4
+from expertune.kernels.native.build import cache_folder
+from expertune.kernels.nf4 import Nf4Stack
+
+# Most relative error of any result. Rows between the products are rounded to the dtype, as everywhere.
+LIMITS = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
+
+
+@dataclass
+class Findings:
+    """What was found of each part.
+
+    Attributes:
+        errors: largest relative error by part (`shuffle`, `fused`, `decode_then_gemm`); infinity where it did not run.
+        messages: why a part did not run.
+        passed: parts within their limit.
+    """
+
+    errors: dict[str, float] = field(default_factory=dict)
+    messages: dict[str, str] = field(default_factory=dict)
+    passed: list[str] = field(default_factory=list)
+
+    def note(self, part: str, limit: float, run: Callable[[], float]) -> None:
+        """Run a check; whatever it raises is a failure of the part, and the message is kept."""
+        try:
+            self.errors[part] = run()
+        except Exception as error:
+            self.errors[part] = math.inf
+            self.messages[part] = f"{type(error).__name__}: {error}"[:500]
+        if self.errors[part] <= limit:
+            self.passed.append(part)
+
+
+@cache
+def checked(device: torch.device, dtype: torch.dtype) -> Findings:
+    """The findings for a device and a dtype of the products: from the cache, or by running the checks."""
+    path = cache_folder() / f"gpu-check-{_identity(device, dtype)}.json"
+    try:
+        findings = Findings(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        findings = check(device, dtype)
+        try:
+            beside = path.with_suffix(f".{time.monotonic_ns()}")
+            beside.write_text(json.dumps(asdict(findings)), encoding="utf-8")
+            beside.replace(path)
+        except OSError:
+            pass  # checked anew next time
+    launch.allow_shuffle("shuffle" in findings.passed)
+    return findings
+
+
+def check(device: torch.device, dtype: torch.dtype) -> Findings:
+    """Run the checks on a device."""
+    findings = Findings()
+    launch.allow_shuffle(True)
+    findings.note("shuffle", 0.0, lambda: decode_error(device, dtype))
+    launch.allow_shuffle("shuffle" in findings.passed)
+    for part, decode_first in (("fused", False), ("decode_then_gemm", True)):
+        # A buffer of one expert's matrices, so that groups are walked over.
+        route = GroupedRoute(decode_first, buffer_bytes=1)
+        findings.note(part, LIMITS[dtype], lambda route=route: layer_error(route, device, dtype))  # type: ignore[misc]
+    return findings
+
+
+def decode_error(device: torch.device, dtype: torch.dtype) -> float:
+    """Share of decoded weights whose bits are not those of the definition."""
+    stack = _stack(2, 72, 192, seed=0)
+    expected = torch.stack([stack.decode(index, dtype) for index in range(2)])
+    out = torch.full((2 * 72, 192), math.nan, dtype=dtype, device=device)
+    nf4.decode(stack.to(device).bytes, slice(0, 2), out)
+    return (out.cpu().view(2, 72, 192) != expected).double().mean().item()
+
+
+@torch.no_grad()
+def layer_error(route: GroupedRoute, device: torch.device, dtype: torch.dtype) -> float:
+    """Largest relative error of output and gradients of a small layer, each against float64 on the host."""
+    E, D, F, K, r, tokens = 5, 192, 320, 2, 3, 77
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    gate_up, down = _stack(2 * E, F, D, seed=2), _stack(E, D, F, seed=3)
+    # Half of all first choices go to one expert, and none to the last.
+    first = torch.where(torch.rand(tokens, generator=generator) < 0.5, 0, torch.arange(tokens) % (E - 1))
+    index_TK = torch.stack((first, (first + 1 + torch.arange(tokens) % 2) % (E - 1)), dim=1)
+    weights_TK = torch.rand(tokens, K, generator=generator)
+    hidden_TD, dout_TD = random(tokens, D).to(dtype), random(tokens, D).to(dtype)
+    shapes = {0: (D, F), 1: (D, F), 2: (F, D)}
+    a = [random(E, r, columns, scale=columns**-0.5) for columns, _ in shapes.values()]
+    b = [random(E, rows, r, scale=0.2) for _, rows in shapes.values()]
+    seeds = [2**61 + part for part in shapes]
+    host = [LowRank(part, a[part], b[part], 2.0, 0.1, seeds[part]) for part in shapes]
+    expected = _definition(hidden_TD, dout_TD, index_TK, weights_TK, gate_up, down, host)
+
+    there = [
+        LowRank(u.part, u.a.to(device), u.b.to(device), u.scaling, u.dropout, torch.tensor(u.seed, device=device))
+        for u in host
+    ]
+    layer = Layer(gate_up.to(device).bytes, down.to(device).bytes, _swiglu, columnwise=True, swiglu=True)
+    hidden, dout, index, weights = (t.to(device) for t in (hidden_TD, dout_TD, index_TK, weights_TK))
+    h = [torch.empty(tokens * K, r, device=device) for _ in there]
+    out, dhidden, dweights = torch.empty_like(hidden), torch.empty_like(hidden), torch.empty_like(weights)
+    da, db = [torch.empty_like(u.a) for u in there], [torch.empty_like(u.b) for u in there]
+    route.forward(hidden, index, weights, layer, there, h, 0, out)
+    route.backward(dout, hidden, index, weights, layer, there, h, da, db, 0, dhidden, dweights)
+    found = [out, dhidden, dweights, *da, *db]
+    return max(_relative(x.cpu().double(), y) for x, y in zip(found, expected, strict=True))
+
+
+def _definition(
+    hidden_TD: Tensor,
+    dout_TD: Tensor,
+    index_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up: Nf4Stack,
+    down: Nf4Stack,
+    low_rank: list[LowRank],
+) -> list[Tensor]:
+    """Output and gradients in float64, by autograd, token by token's experts; dropout as the counter has it."""
+    tokens, K = index_TK.shape
+    hidden = hidden_TD.double().requires_grad_()
+    weights = weights_TK.double().requires_grad_()
+    a, b = ([f.double().requires_grad_() for f in factors] for factors in zip(*((u.a, u.b) for u in low_rank), strict=True))
+    out = torch.zeros(tokens, hidden.shape[1], dtype=torch.float64)
+    with torch.enable_grad():
+        for expert in range(down.num_matrices):
+            token, choice = (index_TK == expert).nonzero(as_tuple=True)
+            number = token * K + choice
+
+            def project(x: Tensor, part: int, stack: Nf4Stack, matrix: int) -> Tensor:
+                u = low_rank[part]
+                kept = dropout(torch.ones_like(x, dtype=torch.float32), number, int(u.seed), u.dropout).double()
+                update = (x * kept) @ a[part][expert].t() @ b[part][expert].t()  # noqa: B023
+                return x @ stack.decode(matrix, torch.float32).double().t() + u.scaling * update
+
+            x = hidden[token]
+            gate, up = (project(x, part, gate_up, expert * 2 + part) for part in range(2))
+            y = project(torch.nn.functional.silu(gate) * up, 2, down, expert)
+            out = out.index_add(0, token, y * weights[token, choice, None])
+        gradients = torch.autograd.grad(out, [hidden, weights, *a, *b], dout_TD.double())
+    return [out.detach(), *gradients]
+
+
+def _stack(num_matrices: int, rows: int, columns: int, seed: int) -> Nf4Stack:
+    generator = torch.Generator().manual_seed(seed)
+    stack = Nf4Stack(num_matrices, rows, columns)
+    for index in range(num_matrices):
+        stack.write(index, torch.randn(rows, columns, generator=generator) * columns**-0.5)
+    return stack
+
+
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    error = ((found - expected).norm() / expected.norm()).item()
+    return error if math.isfinite(error) else math.inf
+
+
+def _identity(device: torch.device, dtype: torch.dtype) -> str:
+    source = hashlib.sha256()
+    for folder in (Path(launch.__file__).parent, Path(__file__).parent):
+        for path in sorted(folder.glob("*.py")):
+            source.update(path.read_bytes())
+    parts = [
+        torch.cuda.get_device_name(device),
+        str(torch.cuda.get_device_capability(device)),
+        torch.__version__,
+        importlib.metadata.version("triton"),
+        str(dtype),
+        source.hexdigest(),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

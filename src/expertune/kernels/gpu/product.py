@@ -1,0 +1,584 @@
+"""Grouped products with 4-bit or decoded weights, all experts in one launch: y = x @ W[e].T, and dx = dy @ W[e].
+
+Persistent programs walk over tiles that they find on the device. With NF4 bytes a tile of weights is decoded in
+registers, inside the loop of the product, and each weight is rounded once, to the bits that bitsandbytes' decoder
+gives; scales are loaded one step ahead. With decoded weights the same loop is an ordinary grouped GEMM. Low-rank
+updates, the gate, and the router's weight are applied to the sums before they are rounded.
+
+Each output tile is summed by one program in a fixed order: two runs give identical bytes.
+
+Shape suffixes: T tokens, R routed rows sorted by expert, N rows and K columns of a matrix, E experts, P parts (matrices
+of an expert that lie side by side), r rank.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from expertune.kernels.gpu.configs import product_config
+from expertune.kernels.gpu.dropout import kept, threshold
+from expertune.kernels.gpu.launch import launch, target_of
+from expertune.kernels.gpu.nf4 import decode_tile, load_scales, tables
+from expertune.kernels.gpu.tiles import expert_tiles, locate
+from expertune.kernels.nf4.bytes import Nf4Bytes
+
+
+class Update(NamedTuple):
+    """A low-rank update of one part.
+
+    In `product`, of `out`'s part: out += scaling * low @ factor[e].T. In `product_transposed`, of every output column,
+    where it was kept: out += drop(low @ factor[e]).
+
+    Attributes:
+        low_Rr: [R, r], rows sorted by expert.
+        factor: [E, N, r] (B) in `product`, [E, r, K] (A) in `product_transposed`.
+        part: of `product`'s output.
+        scaling: of `product`.
+        dropout: probability, in `product_transposed`.
+        seed: int64 [], on the device; where dropout is 0 it is not read.
+    """
+
+    low_Rr: Tensor
+    factor: Tensor
+    part: int = 0
+    scaling: float = 1.0
+    dropout: float = 0.0
+    seed: Tensor | None = None
+
+
+class Decoded(NamedTuple):
+    """Decoded matrices of experts `first` .. `first + G - 1`.
+
+    Attributes:
+        weights: [G * P, N, K].
+        first: number of the first expert.
+    """
+
+    weights: Tensor
+    first: int = 0
+
+
+@triton.jit
+def product_kernel(
+    x_ptr,
+    token_ptr,
+    weight_ptr,
+    absmax_ptr,
+    nested_ptr,
+    offset_ptr,
+    dynamic_ptr,
+    codebook_ptr,
+    offsets_ptr,
+    low0_ptr,
+    factor0_ptr,
+    low1_ptr,
+    factor1_ptr,
+    router_ptr,
+    out_ptr,
+    first,
+    end,
+    num_rows,
+    num_columns,
+    x_stride,
+    weight_stride,
+    absmax_stride,
+    nested_stride,
+    out_stride,
+    rank0,
+    rank1,
+    scaling0,
+    scaling1,
+    PARTS: tl.constexpr,
+    GATHER: tl.constexpr,
+    NF4: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    EVEN: tl.constexpr,
+    RANK0: tl.constexpr,
+    RANK1: tl.constexpr,
+    E_PAD: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SHUFFLE: tl.constexpr,
+):
+    """out [R, P * N], or [R, N] of silu(part 0) * part 1. `num_rows` is N, `num_columns` K; EVEN: BN divides N."""
+    SCALES: tl.constexpr = BK // 64
+    BYTES: tl.constexpr = BK // 2 if NF4 else BK
+    BLOCKS_OUT: tl.constexpr = 1 if SWIGLU else PARTS
+    experts, start, stop, tiles, so_far = expert_tiles(offsets_ptr, first, end, BM, E_PAD)
+    tiles_of_part = tl.cdiv(num_rows, BN)
+    total = tl.max(so_far, 0) * tiles_of_part * BLOCKS_OUT
+    for tile in range(tl.program_id(0), total, PROGRAMS):
+        expert, row, row_end, column = locate(
+            tile, experts, start, stop, tiles, so_far, tiles_of_part * BLOCKS_OUT, BM
+        )
+        part = column // tiles_of_part
+        n = (column % tiles_of_part) * BN + tl.arange(0, BN)
+        n_mask = n < num_rows
+        m = row + tl.arange(0, BM)
+        m_mask = m < row_end
+        source = m.to(tl.int64)
+        if GATHER:
+            source = tl.load(token_ptr + m, mask=m_mask, other=0)
+        x_ptrs = x_ptr + source[:, None] * x_stride + tl.arange(0, BK)[None, :]
+        held = expert if NF4 else expert - first
+        matrix = held.to(tl.int64) * PARTS + part
+        w0_ptrs = weight_ptr + (matrix * num_rows + n)[:, None] * weight_stride + tl.arange(0, BYTES)[None, :]
+        acc0 = tl.zeros((BM, BN), dtype=tl.float32)
+        if SWIGLU:
+            w1_ptrs = w0_ptrs + tl.cast(num_rows, tl.int64) * weight_stride
+            acc1 = tl.zeros((BM, BN), dtype=tl.float32)
+        # Low-rank terms first, while the registers of the loop are still free.
+        if RANK0 > 0:
+            scaling = scaling0 if SWIGLU or PARTS == 1 else tl.where(part == 0, scaling0, 0.0)
+            low = _rows_of_low(low0_ptr, m, m_mask, rank0, RANK0) * scaling
+            acc0 = _add_low_rank(acc0, low, factor0_ptr, expert, n, n_mask, num_rows, rank0, RANK0, DTYPE, PRECISION)
+        if RANK1 > 0:
+            scaling = scaling1 if SWIGLU else tl.where(part == 1, scaling1, 0.0)
+            low = _rows_of_low(low1_ptr, m, m_mask, rank1, RANK1) * scaling
+            if SWIGLU:
+                acc1 = _add_low_rank(
+                    acc1, low, factor1_ptr, expert, n, n_mask, num_rows, rank1, RANK1, DTYPE, PRECISION
+                )
+            else:
+                acc0 = _add_low_rank(
+                    acc0, low, factor1_ptr, expert, n, n_mask, num_rows, rank1, RANK1, DTYPE, PRECISION
+                )
+        if NF4:
+            block = tl.arange(0, SCALES)
+            first_blocks = n[:, None] * (num_columns // 64)
+            absmax0, nested0 = absmax_ptr + matrix * absmax_stride, nested_ptr
+            offset0, offset1 = 0.0, 0.0
+            if DOUBLE:
+                nested0 = nested_ptr + matrix * nested_stride
+                offset0 = tl.load(offset_ptr + matrix)
+                if SWIGLU:
+                    offset1 = tl.load(offset_ptr + matrix + 1)
+            scale0 = load_scales(absmax0, nested0, dynamic_ptr, offset0, first_blocks + block[None, :], n_mask[:, None], DOUBLE)
+            if SWIGLU:
+                absmax1, nested1 = absmax0 + absmax_stride, nested0
+                if DOUBLE:
+                    nested1 = nested0 + nested_stride
+                scale1 = load_scales(absmax1, nested1, dynamic_ptr, offset1, first_blocks + block[None, :], n_mask[:, None], DOUBLE)
+        for _ in range(0, num_columns, BK):
+            x = tl.load(x_ptrs, mask=m_mask[:, None], other=0.0).to(DTYPE)
+            if EVEN:
+                w0 = tl.load(w0_ptrs)
+            else:
+                w0 = tl.load(w0_ptrs, mask=n_mask[:, None], other=0)
+            if NF4:
+                # The next step's scales, asked for before this step's product: their two lookups are not waited for.
+                block += SCALES
+                blocks = first_blocks + block[None, :]
+                ahead = n_mask[:, None] & (block < num_columns // 64)[None, :]
+                next0 = load_scales(absmax0, nested0, dynamic_ptr, offset0, blocks, ahead, DOUBLE)
+                w0 = decode_tile(w0, scale0, codebook_ptr, SHUFFLE, DTYPE)
+                scale0 = next0
+            acc0 = tl.dot(x, tl.trans(w0), acc0, input_precision=PRECISION)
+            if SWIGLU:
+                if EVEN:
+                    w1 = tl.load(w1_ptrs)
+                else:
+                    w1 = tl.load(w1_ptrs, mask=n_mask[:, None], other=0)
+                if NF4:
+                    next1 = load_scales(absmax1, nested1, dynamic_ptr, offset1, blocks, ahead, DOUBLE)
+                    w1 = decode_tile(w1, scale1, codebook_ptr, SHUFFLE, DTYPE)
+                    scale1 = next1
+                acc1 = tl.dot(x, tl.trans(w1), acc1, input_precision=PRECISION)
+                w1_ptrs += BYTES
+            x_ptrs += BK
+            w0_ptrs += BYTES
+        if SWIGLU:
+            acc0 = acc0 / (1.0 + tl.exp(-acc0)) * acc1
+        if WEIGHTED:
+            acc0 = acc0 * tl.load(router_ptr + m, mask=m_mask, other=0.0)[:, None]
+        out_ptrs = out_ptr + m.to(tl.int64)[:, None] * out_stride + (part * num_rows + n)[None, :]
+        tl.store(out_ptrs, acc0.to(out_ptr.dtype.element_ty), mask=m_mask[:, None] & n_mask[None, :])
+
+
+@triton.jit
+def _rows_of_low(low_ptr, m, m_mask, rank, RANK: tl.constexpr):
+    """Rows m of a low-rank term, float32 [BM, RANK]."""
+    r = tl.arange(0, RANK)
+    low_ptrs = low_ptr + m.to(tl.int64)[:, None] * rank + r[None, :]
+    return tl.load(low_ptrs, mask=m_mask[:, None] & (r < rank)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _add_low_rank(
+    acc,
+    low,
+    factor_ptr,
+    expert,
+    n,
+    n_mask,
+    num_rows,
+    rank,
+    RANK: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc + low [BM, RANK] @ factor[expert] [BN, r].T."""
+    r = tl.arange(0, RANK)
+    factor_ptrs = factor_ptr + (expert.to(tl.int64) * num_rows + n)[:, None] * rank + r[None, :]
+    factor = tl.load(factor_ptrs, mask=n_mask[:, None] & (r < rank)[None, :], other=0.0)
+    return _accurate_dot(acc, low, tl.trans(factor.to(tl.float32)), DTYPE, PRECISION)
+
+
+@triton.jit
+def _accurate_dot(acc, a, b, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a @ b of float32 operands on 16-bit matrix units: each operand is a sum of two, and three products of the
+    four are taken, so that about 16 bits are kept; no second accumulator is needed. In float32 it is one product."""
+    if DTYPE == tl.float32:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+    else:
+        a_high, b_high = a.to(DTYPE), b.to(DTYPE)
+        a_low, b_low = (a - a_high.to(tl.float32)).to(DTYPE), (b - b_high.to(tl.float32)).to(DTYPE)
+        acc = tl.dot(a_low, b_high, acc)
+        acc = tl.dot(a_high, b_low, acc)
+        return tl.dot(a_high, b_high, acc)
+
+
+@triton.jit
+def product_transposed_kernel(
+    dy_ptr,
+    token_ptr,
+    weight_ptr,
+    absmax_ptr,
+    nested_ptr,
+    offset_ptr,
+    dynamic_ptr,
+    codebook_ptr,
+    offsets_ptr,
+    number_ptr,
+    low0_ptr,
+    factor0_ptr,
+    seed0_ptr,
+    low1_ptr,
+    factor1_ptr,
+    seed1_ptr,
+    out_ptr,
+    first,
+    end,
+    num_rows,
+    num_columns,
+    dy_stride,
+    weight_stride,
+    absmax_stride,
+    nested_stride,
+    out_stride,
+    rank0,
+    rank1,
+    PARTS: tl.constexpr,
+    GATHER: tl.constexpr,
+    NF4: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    EVEN: tl.constexpr,
+    RANK0: tl.constexpr,
+    RANK1: tl.constexpr,
+    THRESHOLD0: tl.constexpr,
+    THRESHOLD1: tl.constexpr,
+    KEEP0: tl.constexpr,
+    KEEP1: tl.constexpr,
+    E_PAD: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SHUFFLE: tl.constexpr,
+):
+    """out [R, K] = dy [R, P * N] @ the P matrices of the row's expert, one below the other. EVEN: BN divides N."""
+    SCALES: tl.constexpr = BK // 64
+    BYTES: tl.constexpr = BK // 2 if NF4 else BK
+    experts, start, stop, tiles, so_far = expert_tiles(offsets_ptr, first, end, BM, E_PAD)
+    column_tiles = tl.cdiv(num_columns, BK)
+    for tile in range(tl.program_id(0), tl.max(so_far, 0) * column_tiles, PROGRAMS):
+        expert, row, row_end, column = locate(tile, experts, start, stop, tiles, so_far, column_tiles, BM)
+        m = row + tl.arange(0, BM)
+        m_mask = m < row_end
+        source = m.to(tl.int64)
+        if GATHER:
+            source = tl.load(token_ptr + m, mask=m_mask, other=0)
+        k = column * BK + tl.arange(0, BK)
+        k_mask = k < num_columns
+        held = expert if NF4 else expert - first
+        acc = tl.zeros((BM, BK), dtype=tl.float32)
+        if RANK0 > 0:
+            low = _rows_of_low(low0_ptr, m, m_mask, rank0, RANK0)
+            acc = _add_low_rank_input(
+                acc, low, factor0_ptr, expert, number_ptr, seed0_ptr, m, m_mask, k, k_mask, num_columns, rank0,
+                RANK0, THRESHOLD0, KEEP0, DTYPE, PRECISION,
+            )  # fmt: skip
+        if RANK1 > 0:
+            low = _rows_of_low(low1_ptr, m, m_mask, rank1, RANK1)
+            acc = _add_low_rank_input(
+                acc, low, factor1_ptr, expert, number_ptr, seed1_ptr, m, m_mask, k, k_mask, num_columns, rank1,
+                RANK1, THRESHOLD1, KEEP1, DTYPE, PRECISION,
+            )  # fmt: skip
+        for part in tl.static_range(PARTS):
+            matrix = held.to(tl.int64) * PARTS + part
+            n = tl.arange(0, BN)
+            dy_ptrs = dy_ptr + source[:, None] * dy_stride + (part * num_rows + n)[None, :]
+            byte = column * BYTES + tl.arange(0, BYTES)
+            byte_mask = byte < weight_stride
+            w_ptrs = weight_ptr + (matrix * num_rows + n)[:, None] * weight_stride + byte[None, :]
+            if NF4:
+                block = column * SCALES + tl.arange(0, SCALES)
+                block_mask = block < num_columns // 64
+                blocks = n[:, None] * (num_columns // 64) + block[None, :]
+                absmax, nested = absmax_ptr + matrix * absmax_stride, nested_ptr
+                offset = 0.0
+                if DOUBLE:
+                    nested = nested_ptr + matrix * nested_stride
+                    offset = tl.load(offset_ptr + matrix)
+                mask = (n < num_rows)[:, None] & block_mask[None, :]
+                scale = load_scales(absmax, nested, dynamic_ptr, offset, blocks, mask, DOUBLE)
+            for step in range(0, num_rows, BN):
+                if EVEN:
+                    dy = tl.load(dy_ptrs, mask=m_mask[:, None], other=0.0).to(DTYPE)
+                    w = tl.load(w_ptrs, mask=byte_mask[None, :], other=0)
+                else:
+                    n_mask = step + n < num_rows
+                    dy = tl.load(dy_ptrs, mask=m_mask[:, None] & n_mask[None, :], other=0.0).to(DTYPE)
+                    w = tl.load(w_ptrs, mask=n_mask[:, None] & byte_mask[None, :], other=0)
+                if NF4:
+                    blocks += BN * (num_columns // 64)
+                    mask = (step + BN + n < num_rows)[:, None] & block_mask[None, :]
+                    ahead = load_scales(absmax, nested, dynamic_ptr, offset, blocks, mask, DOUBLE)
+                    w = decode_tile(w, scale, codebook_ptr, SHUFFLE, DTYPE)
+                    scale = ahead
+                acc = tl.dot(dy, w, acc, input_precision=PRECISION)
+                dy_ptrs += BN
+                w_ptrs += BN * tl.cast(weight_stride, tl.int64)
+        out_ptrs = out_ptr + m.to(tl.int64)[:, None] * out_stride + k[None, :]
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=m_mask[:, None] & k_mask[None, :])
+
+
+@triton.jit
+def _add_low_rank_input(
+    acc,
+    low,
+    factor_ptr,
+    expert,
+    number_ptr,
+    seed_ptr,
+    m,
+    m_mask,
+    k,
+    k_mask,
+    num_columns,
+    rank,
+    RANK: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    KEEP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc + low [BM, RANK] @ factor[expert] [r, BK], where it was kept."""
+    r = tl.arange(0, RANK)
+    factor_ptrs = factor_ptr + (expert.to(tl.int64) * rank + r)[:, None] * num_columns + k[None, :]
+    factor = tl.load(factor_ptrs, mask=(r < rank)[:, None] & k_mask[None, :], other=0.0).to(tl.float32)
+    if THRESHOLD == 0:
+        return _accurate_dot(acc, low, factor, DTYPE, PRECISION)
+    else:
+        added = _accurate_dot(tl.zeros_like(acc), low * KEEP, factor, DTYPE, PRECISION)
+        number = tl.load(number_ptr + m, mask=m_mask, other=0)
+        return acc + tl.where(kept(number, k, num_columns, tl.load(seed_ptr), THRESHOLD), added, 0.0)
+
+
+def product(
+    x: Tensor,
+    weight: Nf4Bytes | Decoded,
+    offsets_E: Tensor,
+    out: Tensor,
+    updates: Sequence[Update] = (),
+    token_R: Tensor | None = None,
+    router_R: Tensor | None = None,
+    experts: slice | None = None,
+    swiglu: bool = False,
+) -> None:
+    """out = x @ W[e].T with low-rank updates, for each row's expert e; the P parts of an expert side by side.
+
+    Args:
+        x: [R, K], or [T, K] with `token_R`; its dtype is the dtype of the product.
+        weight: E * P matrices [N, K], 4-bit, or decoded ones of `experts`.
+        offsets_E: int64 [E], the end of each expert's rows.
+        out: [R, P * N], or [R, N] of silu(part 0) * part 1 if `swiglu`; of any floating dtype, its rows may lie apart.
+        updates: at most one of each part, and of the first two parts only.
+        token_R: int64 [R], the row of x that each routed row is.
+        router_R: float32 [R], what each row is multiplied by in the end.
+        experts: whose rows are computed; None means all. Other rows of `out` are left as they are.
+        swiglu: apply the gate; P is then 2.
+    """
+    held, plan = _weights(weight, offsets_E, experts)
+    config = product_config(target_of(x.device), x.dtype, plan.nf4, swiglu, False, out.shape[0] / offsets_E.shape[0])
+    by_part = {update.part: update for update in updates}
+    first, second = by_part.get(0), by_part.get(1)
+    launch(
+        product_kernel,
+        (config.programs,),
+        x,
+        token_R,
+        *held,
+        offsets_E,
+        *(first[:2] if first else (None, None)),
+        *(second[:2] if second else (None, None)),
+        router_R,
+        out,
+        plan.first,
+        plan.end,
+        plan.rows,
+        plan.columns,
+        x.stride(0),
+        *plan.strides,
+        out.stride(0),
+        *(first.low_Rr.shape[1] if first else 0, second.low_Rr.shape[1] if second else 0),
+        *(first.scaling if first else 0.0, second.scaling if second else 0.0),
+        PARTS=plan.parts,
+        GATHER=token_R is not None,
+        NF4=plan.nf4,
+        DOUBLE=plan.double,
+        SWIGLU=swiglu,
+        WEIGHTED=router_R is not None,
+        EVEN=plan.rows % config.BN == 0,
+        RANK0=padded_rank(first.low_Rr) if first else 0,
+        RANK1=padded_rank(second.low_Rr) if second else 0,
+        E_PAD=padded(offsets_E.shape[0]),
+        PROGRAMS=config.programs,
+        BM=config.BM,
+        BN=config.BN,
+        BK=config.BK,
+        dtype=x.dtype,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def product_transposed(
+    dy: Tensor,
+    weight: Nf4Bytes | Decoded,
+    offsets_E: Tensor,
+    out: Tensor,
+    updates: Sequence[Update] = (),
+    token_R: Tensor | None = None,
+    number_R: Tensor | None = None,
+    experts: slice | None = None,
+) -> None:
+    """out = dy @ W[e], the P matrices of an expert one below the other, with low-rank updates of the input's gradient.
+
+    Args:
+        dy: [R, P * N], or [T, P * N] with `token_R`; its dtype is the dtype of the product.
+        weight: see `product`.
+        offsets_E: see `product`.
+        out: [R, K], of any floating dtype.
+        updates: at most two.
+        token_R: see `product`.
+        number_R: int64 [R], by which dropout knows a row; for updates with dropout.
+        experts: see `product`.
+    """
+    held, plan = _weights(weight, offsets_E, experts)
+    config = product_config(target_of(dy.device), dy.dtype, plan.nf4, False, True, out.shape[0] / offsets_E.shape[0])
+    pair = [*updates, None, None][:2]
+    launch(
+        product_transposed_kernel,
+        (config.programs,),
+        dy,
+        token_R,
+        *held,
+        offsets_E,
+        number_R,
+        *(argument for update in pair for argument in _transposed_arguments(update)),
+        out,
+        plan.first,
+        plan.end,
+        plan.rows,
+        plan.columns,
+        dy.stride(0),
+        *plan.strides,
+        out.stride(0),
+        *(update.low_Rr.shape[1] if update else 0 for update in pair),
+        PARTS=plan.parts,
+        GATHER=token_R is not None,
+        NF4=plan.nf4,
+        DOUBLE=plan.double,
+        EVEN=plan.rows % config.BN == 0,
+        RANK0=padded_rank(pair[0].low_Rr) if pair[0] else 0,
+        RANK1=padded_rank(pair[1].low_Rr) if pair[1] else 0,
+        THRESHOLD0=threshold(pair[0].dropout) if pair[0] else 0,
+        THRESHOLD1=threshold(pair[1].dropout) if pair[1] else 0,
+        KEEP0=1 / (1 - pair[0].dropout) if pair[0] else 1.0,
+        KEEP1=1 / (1 - pair[1].dropout) if pair[1] else 1.0,
+        E_PAD=padded(offsets_E.shape[0]),
+        PROGRAMS=config.programs,
+        BM=config.BM,
+        BN=config.BN,
+        BK=config.BK,
+        dtype=dy.dtype,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def padded(size: int) -> int:
+    """The power of two that Triton's ranges need, 16 at least."""
+    return max(triton.next_power_of_2(size), 16)
+
+
+def padded_rank(low_Rr: Tensor) -> int:
+    """The least inner size of a product in which the rank fits."""
+    return padded(low_Rr.shape[1])
+
+
+class _Plan(NamedTuple):
+    parts: int
+    rows: int
+    columns: int
+    first: int
+    end: int
+    nf4: bool
+    double: bool
+    strides: tuple[int, int, int]
+
+
+def _weights(
+    weight: Nf4Bytes | Decoded, offsets_E: Tensor, experts: slice | None
+) -> tuple[tuple[Tensor | None, ...], _Plan]:
+    """The kernels' six arguments about weights, and their shapes."""
+    num_experts = offsets_E.shape[0]
+    first, end = (experts.start, experts.stop) if experts else (0, num_experts)
+    if isinstance(weight, Decoded):
+        matrices, rows, columns = weight.weights.shape
+        if weight.first != first:
+            raise ValueError(f"decoded weights begin at expert {weight.first}, rows at expert {first}")
+        parts = matrices // (end - first)
+        strides = (weight.weights.stride(1), 0, 0)
+        plan = _Plan(parts, rows, columns, first, end, False, False, strides)
+        return (weight.weights, None, None, None, None, None), plan
+    dynamic, codebook = tables(weight.packed.device)
+    strides = (weight.packed.shape[2], weight.absmax.shape[1], weight.nested_absmax.shape[1])
+    parts = weight.packed.shape[0] // num_experts
+    double = weight.double_quantization
+    plan = _Plan(parts, weight.rows, weight.columns, first, end, True, double, strides)
+    return (*weight, dynamic, codebook), plan
+
+
+def _transposed_arguments(update: Update | None) -> tuple[Any, ...]:
+    if update is None:
+        return None, None, None
+    return update.low_Rr, update.factor, update.seed if update.dropout else None
+
+
+def empty_rows(x: Tensor, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+    """[rows, columns] on x's device, of x's dtype unless another is named."""
+    return torch.empty(rows, columns, dtype=dtype or x.dtype, device=x.device)
