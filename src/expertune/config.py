@@ -86,22 +86,29 @@ class KernelsConfig(Section):
     """How products of 4-bit weights run.
 
     Attributes:
-        route: `fused` decodes inside the product (CPU), `decode_then_gemm` decodes a tile and multiplies it; `auto`
-            takes the faster by tokens per expert, against a crossover that is measured once per machine.
-        working_set: most bytes that an expert layer's rows take between its products, whatever the batch is.
+        route: `fused` decodes inside the product, `decode_then_gemm` decodes first and multiplies what it decoded;
+            `auto` takes the faster by tokens per expert, against a crossover that is measured once per machine.
+        working_set: most bytes that an expert layer takes between its products, whatever the batch is; `auto` is
+            512MiB on a CPU and 2GiB on a GPU.
     """
 
     route: Literal["auto", "fused", "decode_then_gemm"] = "auto"
-    working_set: str | int = "512MiB"
+    working_set: str | int = "auto"
 
     @field_validator("working_set")
     @classmethod
     def _is_a_size(cls, value: str | int) -> str | int:
         try:
-            parse_size(value)
+            if value != "auto":
+                parse_size(value)
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return value
+
+    @property
+    def working_set_bytes(self) -> int | None:
+        """The size in bytes; None where the device decides."""
+        return None if self.working_set == "auto" else parse_size(self.working_set)
 
 
 class LoraSection(Section):

@@ -60,8 +60,8 @@ def test_without_the_library_every_product_decodes_first(monkeypatch: pytest.Mon
     assert routes.choose(CPU, 1, torch.float32) == "decode_then_gemm"
 
 
-def test_other_devices_decode_first() -> None:
-    assert routes.choose(torch.device("meta"), 1, torch.bfloat16) == "decode_then_gemm"
+def test_other_devices_go_expert_by_expert() -> None:
+    assert routes.choose(torch.device("meta"), 1, torch.bfloat16) == "expert_by_expert"
 
 
 @needs_native

@@ -20,7 +20,7 @@ _MASK = 0xFFFFFFFF
 def dropout(
     x: Tensor,
     number_R: Tensor,
-    seed: int,
+    seed: int | Tensor,
     probability: float,
     index: Tensor | None = None,
     first_column: int = 0,
@@ -32,7 +32,7 @@ def dropout(
     Args:
         x: float32 [R, K], or [T, K] where `index` says which row each of R rows is.
         number_R: int64 [R], a number for each row: equal numbers drop equal elements, wherever the row lies.
-        seed: 0 <= seed < 2**63.
+        seed: 0 <= seed < 2**63; off the CPU it may be int64 [] there.
         probability: of an element to be dropped, 0 <= probability < 1; held to 1 / 2**32.
         index: int64 [R].
         first_column: where x's columns lie in the whole, so that a part is dropped as in it.
@@ -46,7 +46,7 @@ def dropout(
     columns = x.shape[1] if columns is None else columns
     if x.device.type == "cpu" and native.available():
         out = torch.empty(number_R.shape[0], x.shape[1], dtype=torch.float32) if out is None else out
-        native.dropout(x, out, number_R, seed, threshold, scale, first_column, columns, index)
+        native.dropout(x, out, number_R, int(seed), threshold, scale, first_column, columns, index)
         return out
     elements = number_R[:, None] * columns + torch.arange(first_column, first_column + x.shape[1], device=x.device)
     chosen = x if index is None else x[index]
@@ -77,7 +77,7 @@ class _CounterDropout(torch.autograd.Function):
         return _CounterDropout.forward(ctx, grads[0], ctx.seed, ctx.probability), None, None
 
 
-def _hash(numbers: Tensor, seed: int) -> Tensor:
+def _hash(numbers: Tensor, seed: int | Tensor) -> Tensor:
     """32-bit hashes of int64 numbers; a product's overflow leaves its low half as it is."""
     h = (numbers & _MASK) ^ (seed & _MASK)
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & _MASK

@@ -1,11 +1,13 @@
 """Which route a product of 4-bit weights takes: by tokens per expert, against a crossover measured once per machine.
 
-`fused` decodes inside the product, and wins where each decoded weight meets few rows; `decode_then_gemm` decodes a tile
-and hands it to the machine's own matrix product, which wins where rows are many and the machine has matrix units. Where
-they cross is measured the first time, and kept in the user's cache.
+`fused` decodes inside the product, and wins where each decoded weight meets few rows; `decode_then_gemm` decodes first
+and multiplies what it decoded, which wins where rows are many and the machine has matrix units. Where they cross is
+measured the first time, and kept in the user's cache. On a GPU a route has to pass its check there before it is used
+(`expert_mlp/selfcheck.py`); where none does, or Triton is missing, experts are computed one by one by torch.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import statistics
 import time
@@ -18,20 +20,27 @@ from typing import Any, Literal
 
 import torch
 
-from expertune.kernels import native
+from expertune.kernels import gpu, native
 from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, product_dtype
 from expertune.kernels.native.build import cache_folder
 from expertune.kernels.nf4 import Nf4Stack
 
-Route = Literal["fused", "decode_then_gemm"]
+Route = Literal["fused", "decode_then_gemm", "expert_by_expert"]
 
 FUSED: Route = "fused"
 DECODE_THEN_GEMM: Route = "decode_then_gemm"
+# On a GPU without usable kernels: the loop over experts that a CPU's `decode_then_gemm` is too.
+EXPERT_BY_EXPERT: Route = "expert_by_expert"
+
+# Working sets where the run file leaves the choice: a GPU decodes all experts' weights again for each chunk of tokens.
+_WORKING_SET_BYTES = {"cpu": 2**29, "cuda": 2**31}
 
 # What is tried, in rows for each expert, and a matrix that is large enough not to fit a core's own cache when decoded.
 _ROWS = (4, 16, 64, 256, 1024)
+_GPU_ROWS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 2048)
 _MATRIX = (1024, 2048)
 _NEVER = 2**62
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -40,12 +49,13 @@ class Settings:
 
     Attributes:
         route: a route for all products, or `auto`.
-        working_set_bytes: most bytes of rows that one expert layer computes on at once, whatever the batch.
+        working_set_bytes: most bytes that one expert layer computes on at once, whatever the batch; None takes the
+            device's own, see `working_set_bytes`.
         crossover: rows for each expert from which `decode_then_gemm` is taken; None measures it.
     """
 
     route: Route | Literal["auto"] = "auto"
-    working_set_bytes: int = 2**29
+    working_set_bytes: int | None = None
     crossover: int | None = None
 
 
@@ -58,6 +68,17 @@ def settings() -> Settings:
     return _settings
 
 
+def working_set_bytes(device_type: str) -> int:
+    """Most bytes of an expert layer between its products: the setting, or 512 MiB on a CPU and 2 GiB on a GPU."""
+    chosen = _settings.working_set_bytes
+    return default_working_set_bytes(device_type) if chosen is None else chosen
+
+
+def default_working_set_bytes(device_type: str) -> int:
+    """The working set where nothing is set."""
+    return _WORKING_SET_BYTES.get(device_type, _WORKING_SET_BYTES["cuda"])
+
+
 def configure(**changes: Any) -> None:
     """Change settings by name, and forget what ran.
 
@@ -66,37 +87,55 @@ def configure(**changes: Any) -> None:
     """
     global _settings
     chosen = replace(_settings, **changes)
-    if chosen.route == FUSED and not native.available():
+    if chosen.route == FUSED and not native.available() and not torch.cuda.is_available():
         raise ValueError(f"the fused route cannot run here: {native.status().reason}")
     _settings = chosen
     _ran.clear()
 
 
-def choose(device: torch.device, rows_per_expert: float, dtype: torch.dtype) -> Route:
-    """The route of a product whose x has `dtype`, and note that it ran."""
+def choose(device: torch.device, rows_per_expert: float, dtype: torch.dtype, grouped: bool = True) -> Route:
+    """The route of a product whose x has `dtype`, and note that it ran.
+
+    `grouped` says whether the GPU's kernels can serve this layer at all.
+    """
+    usable = usable_routes(device, dtype) if grouped or device.type == "cpu" else ()
     route: Route
-    if device.type != "cpu" or not native.available():
-        route = DECODE_THEN_GEMM
+    if not usable:
+        route = EXPERT_BY_EXPERT if device.type != "cpu" else DECODE_THEN_GEMM
+    elif len(usable) == 1:
+        route = usable[0]
     elif _settings.route != "auto":
         route = _settings.route
     else:
-        route = FUSED if rows_per_expert < crossover(dtype) else DECODE_THEN_GEMM
+        route = FUSED if rows_per_expert < crossover(dtype, device) else DECODE_THEN_GEMM
     _ran[route] += 1
     return route
 
 
-def crossover(dtype: torch.dtype) -> int:
-    """Rows for each expert from which `decode_then_gemm` is the faster route on this CPU, for x of `dtype`."""
+def usable_routes(device: torch.device, dtype: torch.dtype) -> tuple[Route, ...]:
+    """Routes that can run on a device: on a GPU those that passed their check there."""
+    if device.type == "cpu":
+        return (FUSED, DECODE_THEN_GEMM) if native.available() else (DECODE_THEN_GEMM,)
+    if gpu.unavailable(device):
+        return ()
+    from expertune.kernels.expert_mlp.selfcheck import checked
+
+    passed = checked(device, dtype).passed
+    return tuple(route for route in (FUSED, DECODE_THEN_GEMM) if route in passed)
+
+
+def crossover(dtype: torch.dtype, device: torch.device = _CPU) -> int:
+    """Rows for each expert from which `decode_then_gemm` is the faster route on this device, for x of `dtype`."""
     if _settings.crossover is not None:
         return _settings.crossover
-    return _measured_crossover(product_dtype(dtype, torch.device("cpu")), torch.get_num_threads())
+    return _measured_crossover(product_dtype(dtype, device), device, torch.get_num_threads())
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """What ran and why, for the run's record: plain values."""
     described: dict[str, Any] = {
         "setting": _settings.route,
-        "working_set_bytes": _settings.working_set_bytes,
+        "working_set_bytes": working_set_bytes(device.type),
         "product_dtype": str(product_dtype(dtype, device)).removeprefix("torch."),
         "ran": dict(_ran),
     }
@@ -104,31 +143,49 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         usable = native.available()
         described["native"] = "in use" if usable else native.status().reason
         described["crossover"] = crossover(dtype) if usable else 0
+        return described
+    reason = gpu.unavailable(device)
+    described["triton"] = reason or "in use"
+    if not reason:
+        from expertune.kernels.expert_mlp.selfcheck import checked
+
+        findings = checked(device, dtype)
+        described["self_check"] = {
+            part: findings.messages.get(part, f"relative error {error:.1e}")
+            + ("" if part in findings.passed else ", not used")
+            for part, error in findings.errors.items()
+        }
+        if len(usable_routes(device, dtype)) == 2:
+            described["crossover"] = crossover(dtype, device)
     return described
 
 
 def say(described: dict[str, Any]) -> str:
     """What `describe` found, in a sentence for the terminal."""
     products = f"products in {described['product_dtype']}"
-    if "crossover" not in described:
-        return f"{products}, {DECODE_THEN_GEMM}"
-    if described["native"] != "in use":
+    if described.get("native", "in use") != "in use":
         return f"{products} by torch and bitsandbytes alone, without the native library: {described['native']}"
+    if described.get("triton", "in use") != "in use":
+        return f"{products}, expert by expert, without Triton's kernels: {described['triton']}"
+    failed = [part for part, found in described.get("self_check", {}).items() if found.endswith("not used")]
+    told = f" ({' and '.join(failed)} failed the check on this device)" if failed else ""
+    if "crossover" not in described:
+        return f"{products}{told}"
     if described["setting"] != "auto":
-        return f"{products}, {described['setting']} as kernels.route says"
+        return f"{products}, {described['setting']} as kernels.route says{told}"
     below = described["crossover"]
     limit = "" if below == _NEVER else f" below {below} tokens per expert, {DECODE_THEN_GEMM} from there on"
-    return f"{products}, {FUSED}{limit}"
+    return f"{products}, {FUSED}{limit}{told}"
 
 
 @cache
-def _measured_crossover(dtype: torch.dtype, threads: int) -> int:
-    path = _cache_path(dtype, threads)
+def _measured_crossover(dtype: torch.dtype, device: torch.device, threads: int) -> int:
+    path = _cache_path(dtype, device, threads)
     try:
         return int(json.loads(path.read_text(encoding="utf-8"))["crossover"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    found = _measure(dtype)
+    found = _measure(dtype) if device.type == "cpu" else _measure_gpu(dtype, device)
     try:
         beside = path.with_suffix(f".{time.monotonic_ns()}")
         beside.write_text(json.dumps({"crossover": found}), encoding="utf-8")
@@ -138,15 +195,12 @@ def _measured_crossover(dtype: torch.dtype, threads: int) -> int:
     return found
 
 
-def _cache_path(dtype: torch.dtype, threads: int) -> Path:
-    machine = [
-        cpu_name(),
-        *cpu_instruction_sets(),
-        torch.__version__,
-        native.status().reason,
-        str(dtype),
-        str(threads),
-    ]
+def _cache_path(dtype: torch.dtype, device: torch.device, threads: int) -> Path:
+    machine = [torch.__version__, str(dtype)]
+    if device.type == "cpu":
+        machine += [cpu_name(), *cpu_instruction_sets(), native.status().reason, str(threads)]
+    else:
+        machine += [torch.cuda.get_device_name(device), importlib.metadata.version("triton")]
     digest = hashlib.sha256("\0".join(machine).encode()).hexdigest()[:16]
     return cache_folder() / f"crossover-{digest}.json"
 
@@ -162,6 +216,17 @@ def _measure(dtype: torch.dtype) -> int:
         x = torch.randn(rows, _MATRIX[1], generator=generator).to(dtype)
         arguments = [x, weight.bytes, torch.tensor([rows]), *([] for _ in range(5))]
         if _seconds(decode_then_gemm.forward, *arguments) <= _seconds(fused.forward, *arguments):
+            return rows
+    return _NEVER
+
+
+def _measure_gpu(dtype: torch.dtype, device: torch.device) -> int:
+    """The same of whole expert layers on a GPU, forward and backward."""
+    from expertune.kernels.expert_mlp.calibrate import layer_seconds
+
+    for rows in _GPU_ROWS:
+        fused_first = layer_seconds(False, rows, dtype, device)
+        if layer_seconds(True, rows, dtype, device) <= fused_first:
             return rows
     return _NEVER
 

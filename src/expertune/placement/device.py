@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from expertune.config import KernelsConfig, parse_size
+from expertune.config import KernelsConfig
 from expertune.errors import ConfigError
 from expertune.kernels import routes
 from expertune.kernels.cpu import product_dtype
@@ -62,7 +62,7 @@ def set_up_kernels(kernels: KernelsConfig, crossover: int | None = None) -> None
         ConfigError: the route cannot run here; says why.
     """
     try:
-        routes.configure(route=kernels.route, working_set_bytes=parse_size(kernels.working_set), crossover=crossover)
+        routes.configure(route=kernels.route, working_set_bytes=kernels.working_set_bytes, crossover=crossover)
     except ValueError as error:
         raise ConfigError(f"kernels.route: {error}") from None
 

@@ -21,11 +21,12 @@ import torch
 from transformers import TrainingArguments
 
 from expertune.checkpoint.targets import ResolvedTargets
-from expertune.config import RunConfig, parse_size
+from expertune.config import RunConfig
 from expertune.experts.contract import ExpertsSpec
 from expertune.kernels.expert_mlp.plan import bytes_per_row
 from expertune.kernels.grouped_linear.decode_then_gemm import TILE_BYTES
 from expertune.kernels.linear_cross_entropy import working_set_bytes
+from expertune.kernels.routes import default_working_set_bytes
 from expertune.plan.inventory import FrozenWeights, Inventory, Layer, count_adapter
 
 _FLOAT32_BYTES = 4
@@ -126,7 +127,7 @@ def read_settings(config: RunConfig, device: str, compute_dtype: torch.dtype) ->
         evaluation_tokens=evaluation_batch * length,
         checkpointing=uses_checkpointing(training),
         dropout=config.lora.dropout > 0,
-        working_set_bytes=parse_size(config.kernels.working_set),
+        working_set_bytes=config.kernels.working_set_bytes or default_working_set_bytes(device),
         full_logits=config.loss == "full"
         or any(training.get(key) for key in ("label_smoothing_factor", "torch_compile")),
         # The trainer's own default on either device.
@@ -237,21 +238,32 @@ def _extra_in_backward(layer: Layer, inventory: Inventory, settings: Settings) -
     itemsize = settings.compute_dtype.itemsize
     rows = [_between_products(spec, inventory, settings) for spec in layer.experts]
     decoded_linears = [rows * columns * itemsize for rows, columns in layer.linears.values()]
-    # A tile is at most the whole matrix; gate and up are decoded side by side.
+    # On a CPU a tile is at most the whole matrix, gate and up side by side; elsewhere it is in the working set.
     tiles = [
-        min(TILE_BYTES[settings.device], 2 * spec.hidden_size * spec.intermediate_size * itemsize)
+        min(TILE_BYTES["cpu"], 2 * spec.hidden_size * spec.intermediate_size * itemsize)
         for spec in layer.experts
+        if settings.device == "cpu"
     ]
     mask = settings.tokens * settings.row_length  # a byte for each pair of tokens of a row
     return sum(rows) + max([0, *decoded_linears, *tiles]) + mask
 
 
 def _between_products(spec: ExpertsSpec, inventory: Inventory, settings: Settings) -> int:
-    """Bytes of an expert layer's rows between its products, and of its input, output and their gradients in float32."""
+    """Bytes of an expert layer's rows between its products, and of its input, output and their gradients in float32.
+
+    On a GPU half of the working set is for rows and half for decoded weights, of one expert at least.
+    """
     parts = len(spec.projections) - 1
-    row = bytes_per_row(spec.hidden_size, spec.intermediate_size, parts, spec.has_gate, settings.dropout)
+    row = bytes_per_row(
+        spec.hidden_size, spec.intermediate_size, parts, spec.has_gate, settings.dropout, settings.device
+    )
     whole = settings.tokens * inventory.top_k * row
-    return min(whole, settings.working_set_bytes) + 4 * settings.tokens * spec.hidden_size * _FLOAT32_BYTES
+    around = 4 * settings.tokens * spec.hidden_size * _FLOAT32_BYTES
+    if settings.device == "cpu":
+        return min(whole, settings.working_set_bytes) + around
+    half = settings.working_set_bytes // 2
+    one_expert = (parts + 1) * spec.hidden_size * spec.intermediate_size * settings.compute_dtype.itemsize
+    return min(whole, half) + min(spec.num_experts * one_expert, max(half, one_expert)) + around
 
 
 def _optimizer_bytes(adapter: int, settings: Settings) -> int:

@@ -8,8 +8,9 @@ Tokens are worked on in chunks, so that what lies between the products stays wit
 whatever the batch is. Rows are sorted by expert, stably, and combined by the inverse permutation: no atomics, and two
 runs give identical bytes.
 
-Routes: `fused.py` decodes inside the product, all experts in one call; `decode_then_gemm.py` decodes a tile once for
-the recomputation and for the gradient. `reference.py` is plain float32 with autograd, and what both are tested against.
+Routes on a CPU: `fused.py` decodes inside the product, all experts in one call; `decode_then_gemm.py` decodes a tile
+once for the recomputation and for the gradient, expert by expert, and runs on any device. On a GPU both are
+`grouped.py`, all experts in each launch. `reference.py` is plain float32 with autograd, what all are tested against.
 
 Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R = T * K routed rows, E experts, P
 parts of the first product (gate and up: 2; ungated: 1), r rank.
@@ -18,8 +19,7 @@ parts of the first product (gate and up: 2; ungated: 1), r rank.
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,14 @@ from expertune.kernels.nf4 import Nf4Bytes, Nf4Stack
 __all__ = ["Activation", "ExpertUpdate", "expert_mlp"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class _Route(Protocol):
+    """A module or object that computes a chunk of tokens; see `grouped.GroupedRoute`."""
+
+    def forward(self, *arguments: Any) -> None: ...
+
+    def backward(self, *arguments: Any) -> None: ...
 
 
 @dataclass(eq=False)
@@ -114,8 +122,10 @@ def expert_mlp(
     """
     _check(hidden_TD, top_k_index_TK, top_k_weights_TK, gate_up, down, updates)
     dropped = any(update.dropout > 0 for update in updates)
-    # Drawn from torch's own generator, so that a run's seed decides, and checkpointing draws the same again.
-    seeds = torch.randint(2**62, (len(updates),)) if dropped else torch.zeros(len(updates), dtype=torch.int64)
+    # Drawn from torch's own generator of the device, so that a run's seed decides, and checkpointing draws the same
+    # again; on a GPU they stay there, and a captured graph draws new ones each time.
+    limit = 2**62 if dropped else 1
+    seeds = torch.randint(limit, (len(updates),), device=hidden_TD.device if dropped else "cpu")
     out, low_rank = torch.ops.expertune.expert_mlp(
         hidden_TD,
         top_k_index_TK,
@@ -160,7 +170,7 @@ def _forward(
     out = torch.empty_like(hidden)
     h = [factor.new_empty(top_k_index.numel(), factor.shape[1]) for factor in a]
     with own_dtypes(hidden):
-        for tokens, route in _chunks(hidden, top_k_index, layer, dropouts):
+        for tokens, route in _chunks(hidden, top_k_index, layer, parts, dropouts):
             rows = slice(tokens.start * top_k, tokens.stop * top_k)
             h_chunk = [tensor[rows] for tensor in h]
             route.forward(
@@ -223,7 +233,7 @@ def _backward(
     da = [torch.zeros(factor.shape, dtype=torch.float32, device=factor.device) for factor in a]
     db = [torch.zeros(factor.shape, dtype=torch.float32, device=factor.device) for factor in b]
     with own_dtypes(hidden):
-        for tokens, route in _chunks(hidden, top_k_index, layer, dropouts):
+        for tokens, route in _chunks(hidden, top_k_index, layer, parts, dropouts):
             rows = slice(tokens.start * top_k, tokens.stop * top_k)
             h_chunk = [tensor[rows] for tensor in h]
             route.backward(
@@ -303,22 +313,35 @@ def _layer(
     gate_up, down = Nf4Bytes(*weights[:4]), Nf4Bytes(*weights[4:])
     owner = _activations[activation]
     layer = Layer(gate_up, down, owner.function, owner.columnwise, owner.swiglu)
-    # Reading seeds waits for nothing: they are made on the host.
-    numbers = seeds.tolist()
+    # Read only where they are on the host: there it waits for nothing.
+    numbers = seeds.tolist() if seeds.device.type == "cpu" else seeds.unbind()
     low_rank = [LowRank(*values) for values in zip(parts, a, b, scalings, dropouts, numbers, strict=True)]
     return layer, low_rank
 
 
 def _chunks(
-    hidden: Tensor, top_k_index: Tensor, layer: Layer, dropouts: list[float]
-) -> Iterator[tuple[slice, ModuleType]]:
+    hidden: Tensor, top_k_index: Tensor, layer: Layer, parts: list[int], dropouts: list[float]
+) -> Iterator[tuple[slice, _Route]]:
     """Tokens of each chunk and the route for it; forward and backward cut alike."""
-    top_k = top_k_index.shape[1]
-    step = chunk_tokens(layer, top_k, any(dropouts), routes.settings().working_set_bytes)
-    route = routes.choose(hidden.device, min(hidden.shape[0], step) * top_k / layer.num_experts, hidden.dtype)
-    module = fused if route == routes.FUSED else decode_then_gemm
+    top_k, device = top_k_index.shape[1], hidden.device
+    held_bytes = routes.working_set_bytes(device.type)
+    # On a GPU one half is for rows and one for decoded weights; whichever the route, chunks are the same.
+    step = chunk_tokens(layer, top_k, any(dropouts), held_bytes // (1 if device.type == "cpu" else 2))
+    rows_per_expert = min(hidden.shape[0], step) * top_k / layer.num_experts
+    grouped = layer.num_parts <= 2 and len(set(parts)) == len(parts)
+    name = routes.choose(device, rows_per_expert, hidden.dtype, grouped)
     for start in range(0, hidden.shape[0], step):
-        yield slice(start, min(start + step, hidden.shape[0])), module
+        yield slice(start, min(start + step, hidden.shape[0])), _route(name, device, held_bytes // 2)
+
+
+def _route(name: routes.Route, device: torch.device, buffer_bytes: int) -> _Route:
+    if device.type == "cpu":
+        return fused if name == routes.FUSED else decode_then_gemm
+    if name == routes.EXPERT_BY_EXPERT:
+        return decode_then_gemm
+    from expertune.kernels.expert_mlp.grouped import GroupedRoute
+
+    return GroupedRoute(name == routes.DECODE_THEN_GEMM, buffer_bytes)
 
 
 def _check(

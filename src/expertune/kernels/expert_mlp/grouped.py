@@ -8,7 +8,7 @@ Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per toke
 the first product, r rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from expertune.kernels.expert_mlp.plan import Layer, LowRank, Sorted, differentiable
 from expertune.kernels.gpu import low_rank as thin
 from expertune.kernels.gpu import nf4, rows
-from expertune.kernels.gpu.low_rank import Outer, Shrink
+from expertune.kernels.gpu.low_rank import Expand, Outer, Shrink
 from expertune.kernels.gpu.product import Decoded, Update, product, product_transposed
 from expertune.kernels.nf4 import Nf4Bytes
 
@@ -25,14 +25,9 @@ from expertune.kernels.nf4 import Nf4Bytes
 Group = tuple[slice | None, "Nf4Bytes | Decoded"]
 
 
-def serves(num_parts: int, parts: Sequence[int]) -> bool:
-    """Whether a layer can come here: at most gate and up, and one adapter of each projection at a time."""
-    return num_parts <= 2 and len(set(parts)) == len(parts)
-
-
 @dataclass(frozen=True)
 class GroupedRoute:
-    """A route of `expertune.kernels.expert_mlp`.
+    """A route of `expertune.kernels.expert_mlp`, for layers of at most two parts and one adapter of each projection.
 
     Attributes:
         decode_first: whether weights are decoded before they are multiplied.
@@ -113,25 +108,23 @@ class GroupedRoute:
         dinter_RF, inter_RF = hidden_TD.new_empty(2, count, size)
         dx_RD = torch.empty(count, layer.hidden_size, dtype=torch.float32, device=hidden_TD.device)
         drouter_R = torch.empty_like(routed.weight_R)
+        gradients_in = [_input_gradient(u, dh[id(u)]) for u, _ in outer]
+        expanded = thin.expand(dinter_RF, offsets_E, gradients_in, dinter_RF.dtype, routed.number_R)
 
         def recompute(experts: slice | None, gate_up_weight: Nf4Bytes | Decoded, down: Nf4Bytes | Decoded) -> None:
             updates = [Update(low, u.b, u.part, u.scaling) for u, low in inner]
             product(hidden_TD, gate_up_weight, offsets_E, gate_up, updates, routed.token_R, experts=experts)
             # Before the router's weight is applied, so that <inter, dInter> is the weight's own gradient.
-            updates = [_input_update(u, dh[id(u)]) for u, _ in outer]
-            product_transposed(
-                dout_TD, down, offsets_E, dinter_RF, updates, routed.token_R, routed.number_R, experts=experts
-            )
+            product_transposed(dout_TD, down, offsets_E, dinter_RF, routed.token_R, experts, add=expanded)
 
         def input_gradient(experts: slice | None, gate_up_weight: Nf4Bytes | Decoded, dgate_up: Tensor) -> None:
             shrinks = [
                 Shrink(u.b, dh[id(u)], transposed=True, scaling=u.scaling, column=u.part * size) for u, _ in inner
             ]
             thin.shrink(dgate_up, offsets_E, shrinks, experts=experts)
-            updates = [_input_update(u, dh[id(u)]) for u, _ in inner]
-            product_transposed(
-                dgate_up, gate_up_weight, offsets_E, dx_RD, updates, number_R=routed.number_R, experts=experts
-            )
+            gradients_in = [_input_gradient(u, dh[id(u)]) for u, _ in inner]
+            added = thin.expand(dx_RD, offsets_E, gradients_in, dgate_up.dtype, routed.number_R, experts)
+            product_transposed(dgate_up, gate_up_weight, offsets_E, dx_RD, experts=experts, add=added)
 
         if layer.swiglu:
             for experts, weight, down in self._pairs(layer, hidden_TD.dtype):
@@ -215,8 +208,8 @@ def _shrink(update: LowRank, low_Rr: Tensor) -> Shrink:
     return Shrink(update.a, low_Rr, dropout=update.dropout, seed=update.seed)
 
 
-def _input_update(update: LowRank, dh_Rr: Tensor) -> Update:
-    return Update(dh_Rr, update.a, dropout=update.dropout, seed=update.seed)
+def _input_gradient(update: LowRank, dh_Rr: Tensor) -> Expand:
+    return Expand(dh_Rr, update.a, update.dropout, update.seed)
 
 
 def _input_outer(update: LowRank, dh_Rr: Tensor, da: Tensor) -> Outer:

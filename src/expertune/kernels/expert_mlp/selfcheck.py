@@ -145,22 +145,23 @@ def _definition(
     tokens, K = index_TK.shape
     hidden = hidden_TD.double().requires_grad_()
     weights = weights_TK.double().requires_grad_()
-    a, b = ([f.double().requires_grad_() for f in factors] for factors in zip(*((u.a, u.b) for u in low_rank), strict=True))
+    a = [u.a.double().requires_grad_() for u in low_rank]
+    b = [u.b.double().requires_grad_() for u in low_rank]
     out = torch.zeros(tokens, hidden.shape[1], dtype=torch.float64)
+
+    def project(x: Tensor, part: int, stack: Nf4Stack, expert: int, matrix: int, number: Tensor) -> Tensor:
+        u = low_rank[part]
+        kept = dropout(torch.ones_like(x, dtype=torch.float32), number, u.seed, u.dropout).double()
+        update = (x * kept) @ a[part][expert].t() @ b[part][expert].t()
+        return x @ stack.decode(matrix, torch.float32).double().t() + u.scaling * update
+
     with torch.enable_grad():
         for expert in range(down.num_matrices):
             token, choice = (index_TK == expert).nonzero(as_tuple=True)
-            number = token * K + choice
-
-            def project(x: Tensor, part: int, stack: Nf4Stack, matrix: int) -> Tensor:
-                u = low_rank[part]
-                kept = dropout(torch.ones_like(x, dtype=torch.float32), number, int(u.seed), u.dropout).double()
-                update = (x * kept) @ a[part][expert].t() @ b[part][expert].t()  # noqa: B023
-                return x @ stack.decode(matrix, torch.float32).double().t() + u.scaling * update
-
-            x = hidden[token]
-            gate, up = (project(x, part, gate_up, expert * 2 + part) for part in range(2))
-            y = project(torch.nn.functional.silu(gate) * up, 2, down, expert)
+            number, x = token * K + choice, hidden[token]
+            gate = project(x, 0, gate_up, expert, expert * 2, number)
+            up = project(x, 1, gate_up, expert, expert * 2 + 1, number)
+            y = project(torch.nn.functional.silu(gate) * up, 2, down, expert, expert, number)
             out = out.index_add(0, token, y * weights[token, choice, None])
         gradients = torch.autograd.grad(out, [hidden, weights, *a, *b], dout_TD.double())
     return [out.detach(), *gradients]

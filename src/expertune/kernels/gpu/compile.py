@@ -1,7 +1,5 @@
 """Compile noted launches for any target, without a device, and read what the compiler says of them.
 
-    python -m expertune.kernels.gpu.compile [--targets 80 90 gfx942] [--json OUT]
-
 Registers, spilled bytes and shared memory come from NVIDIA's assembler, which Triton brings along, and for AMD from the
 assembly's own notes. Nothing is loaded, so that any machine can do this.
 """
@@ -23,7 +21,7 @@ from triton.compiler import ASTSource
 
 from expertune.kernels.gpu.launch import Launch, Target
 
-TARGETS = tuple(Target("cuda", arch) for arch in (80, 89, 90, 100, 120)) + (Target("hip", "gfx942", 304),)
+TARGETS = (*(Target("cuda", arch) for arch in (80, 89, 90, 100, 120)), Target("hip", "gfx942", 304))
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -106,7 +104,8 @@ def _source(note: Launch) -> ASTSource:
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        aligned = value.storage_offset() * value.itemsize if isinstance(value, Tensor) else value
+        if not isinstance(value, float) and aligned % 16 == 0:
             attributes[(position,)] = [["tt.divisibility", 16]]
     for name in names[len(note.arguments) :]:
         signature[name], constants[name] = "constexpr", note.constants[name]
@@ -119,7 +118,8 @@ def _nvidia_usage(ptx: str) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx, encoding="utf-8")
-        command = [get_ptxas(int(found[2])).path, "-v", f"--gpu-name={found[1]}", "--fmad=false", str(source), "-o", f"{folder}/cubin"]
+        command = [get_ptxas(int(found[2])).path, "-v", "--fmad=false", f"--gpu-name={found[1]}"]
+        command += [str(source), "-o", f"{folder}/cubin"]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     spilled = sum(int(number) for number in re.findall(r"(\d+) bytes spill", said))
     registers = max(int(number) for number in re.findall(r"Used (\d+) registers", said))

@@ -4,6 +4,8 @@ A search would pick by the clock, so that two runs could sum in different orders
 bytes. `benchmarks/gpu_campaign.py` sweeps `candidates` on a device, which is how the table is to be corrected.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,19 @@ class Config(NamedTuple):
     programs: int
 
 
+_forced: list[Config] = []
+
+
+@contextmanager
+def forced(config: Config) -> Iterator[None]:
+    """Within, every product takes this tile."""
+    _forced.append(config)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
 def product_config(
     target: Target, dtype: torch.dtype, nf4: bool, swiglu: bool, transposed: bool, rows_per_expert: float
 ) -> Config:
@@ -35,6 +50,8 @@ def product_config(
         transposed: the sum runs over the rows of the matrix, and BK is the width of the output.
         rows_per_expert: on average.
     """
+    if _forced:
+        return _forced[-1]
     if target.backend == "interpreter":
         return Config(16, 16 if transposed else 32, 64, 4, 1, target.multiprocessors)
     wide = dtype == torch.float32
@@ -46,8 +63,25 @@ def product_config(
     else:
         BN, BK = (64 if swiglu or wide else 128), 64
     num_warps = 8 if BM == 128 else 4
-    num_stages = 4 if target.shared_bytes > 128 * 2**10 and not wide else 2
-    if target.backend == "hip":
-        num_stages = 2
-    # Two programs share a multiprocessor, so that one decodes while the other multiplies.
-    return Config(BM, BN, BK, num_warps, num_stages, target.multiprocessors * 2)
+    num_stages = 3 if target.shared_bytes > 128 * 2**10 and not wide else 2
+    # As many programs as run at once: with four warps two share a multiprocessor, one decoding while one multiplies.
+    return Config(BM, BN, BK, num_warps, num_stages, target.multiprocessors * (1 if num_warps == 8 else 2))
+
+
+def candidates(
+    target: Target, dtype: torch.dtype, nf4: bool, swiglu: bool, transposed: bool, rows_per_expert: float
+) -> list[Config]:
+    """Tiles worth timing beside the table's own, which comes first; some may not compile or fit."""
+    own = product_config(target, dtype, nf4, swiglu, transposed, rows_per_expert)
+    tall = [size for size in (16, 32, 64, 128) if size <= 2 * max(rows_per_expert, 16)][-2:]
+    wide = [(64, 128), (32, 128), (64, 64)] if transposed else [(64, 64), (128, 64), (128, 128), (256, 64)]
+    found = [own]
+    for BM in tall:
+        for BN, BK in wide:
+            for num_warps in (4, 8):
+                for num_stages in (2, 3, 4):
+                    programs = target.multiprocessors * (1 if num_warps == 8 else 2)
+                    config = Config(BM, BN, BK, num_warps, num_stages, programs)
+                    if config not in found and BM * max(BN, BK if transposed else 0) <= 128 * 32 * num_warps:
+                        found.append(config)
+    return found

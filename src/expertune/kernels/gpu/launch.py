@@ -42,7 +42,6 @@ class Target:
         return {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(int(self.arch), 99) * 2**10
 
 
-
 INTERPRETER = Target("interpreter", 0, multiprocessors=2)
 
 

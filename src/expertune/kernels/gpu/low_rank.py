@@ -9,13 +9,14 @@ Shape suffixes: T tokens, R routed rows sorted by expert, E experts, r rank.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from expertune.kernels.gpu.dropout import kept, threshold
 from expertune.kernels.gpu.launch import launch
-from expertune.kernels.gpu.product import padded, padded_rank
+from expertune.kernels.gpu.product import accurate_dot, padded, padded_rank, rows_of_low
 from expertune.kernels.gpu.tiles import expert_tiles, locate
 
 
@@ -29,7 +30,7 @@ class Shrink(NamedTuple):
         scaling: of the result.
         column: first column of x.
         dropout: probability that an element of x is dropped.
-        seed: int64 [], on the device; where dropout is 0 it is not read.
+        seed: int64 [], on the device, where there is dropout.
     """
 
     factor: Tensor
@@ -38,7 +39,7 @@ class Shrink(NamedTuple):
     scaling: float = 1.0
     column: int = 0
     dropout: float = 0.0
-    seed: Tensor | None = None
+    seed: Tensor | int | None = None
 
 
 class Outer(NamedTuple):
@@ -60,7 +61,23 @@ class Outer(NamedTuple):
     scaling: float = 1.0
     column: int = 0
     dropout: float = 0.0
-    seed: Tensor | None = None
+    seed: Tensor | int | None = None
+
+
+class Expand(NamedTuple):
+    """out = drop(low @ factor[e]) of `expand`, where the sum of two is taken.
+
+    Attributes:
+        low_Rr: [R, r], contiguous.
+        factor: [E, r, K].
+        dropout: probability that an element of the update's input was dropped.
+        seed: see `Shrink`.
+    """
+
+    low_Rr: Tensor
+    factor: Tensor
+    dropout: float = 0.0
+    seed: Tensor | int | None = None
 
 
 @triton.jit
@@ -134,6 +151,7 @@ def shrink_kernel(
     rank1,
     scaling0,
     scaling1,
+    PAIR: tl.constexpr,
     GATHER: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     THRESHOLD0: tl.constexpr,
@@ -156,12 +174,12 @@ def shrink_kernel(
         source = m.to(tl.int64)
         if GATHER:
             source = tl.load(token_ptr + m, mask=m_mask, other=0)
-        if tl.program_id(1) == 0:
+        if not PAIR or tl.program_id(1) == 0:
             _shrink_tile(
                 x_ptr, factor0_ptr, out0_ptr, seed0_ptr, expert, source, number_ptr, m, m_mask, width, column0,
                 x_stride, rank0, scaling0, TRANSPOSED, THRESHOLD0, KEEP0, RANK, BM, BK, PRECISION,
             )  # fmt: skip
-        else:
+        elif PAIR:
             _shrink_tile(
                 x_ptr, factor1_ptr, out1_ptr, seed1_ptr, expert, source, number_ptr, m, m_mask, width, column1,
                 x_stride, rank1, scaling1, TRANSPOSED, THRESHOLD1, KEEP1, RANK, BM, BK, PRECISION,
@@ -250,6 +268,7 @@ def outer_kernel(
     rank1,
     scaling0,
     scaling1,
+    PAIR: tl.constexpr,
     GATHER: tl.constexpr,
     WEIGHTED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -268,18 +287,154 @@ def outer_kernel(
     row_end = tl.load(offsets_ptr + expert).to(tl.int32)
     row = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0).to(tl.int32)
     k = tl.program_id(0) * BK + tl.arange(0, BK)
-    if tl.program_id(2) == 0:
+    if not PAIR or tl.program_id(2) == 0:
         _outer_tile(
             low0_ptr, v_ptr, total0_ptr, seed0_ptr, token_ptr, number_ptr, router_ptr, expert, row, row_end, k,
             width, column0, v_stride, rank0, scaling0,
             GATHER, WEIGHTED, TRANSPOSED, THRESHOLD0, KEEP0, RANK, ADD, BM, BK, PRECISION,
         )  # fmt: skip
-    else:
+    elif PAIR:
         _outer_tile(
             low1_ptr, v_ptr, total1_ptr, seed1_ptr, token_ptr, number_ptr, router_ptr, expert, row, row_end, k,
             width, column1, v_stride, rank1, scaling1,
             GATHER, WEIGHTED, TRANSPOSED, THRESHOLD1, KEEP1, RANK, ADD, BM, BK, PRECISION,
         )  # fmt: skip
+
+
+@triton.jit
+def _expand_tile(
+    low_ptr,
+    factor_ptr,
+    seed_ptr,
+    expert,
+    number_ptr,
+    m,
+    m_mask,
+    k,
+    k_mask,
+    width,
+    rank,
+    THRESHOLD: tl.constexpr,
+    KEEP: tl.constexpr,
+    RANK: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    r = tl.arange(0, RANK)
+    factor_ptrs = factor_ptr + (expert.to(tl.int64) * rank + r)[:, None] * width + k[None, :]
+    factor = tl.load(factor_ptrs, mask=(r < rank)[:, None] & k_mask[None, :], other=0.0).to(tl.float32)
+    low = rows_of_low(low_ptr, m, m_mask, rank, RANK)
+    out = accurate_dot(tl.zeros((BM, BK), dtype=tl.float32), low * KEEP, factor, DTYPE, PRECISION)
+    if THRESHOLD > 0:
+        number = tl.load(number_ptr + m, mask=m_mask, other=0)
+        out = tl.where(kept(number, k, width, tl.load(seed_ptr), THRESHOLD), out, 0.0)
+    return out
+
+
+@triton.jit
+def expand_kernel(
+    out_ptr,
+    number_ptr,
+    offsets_ptr,
+    low0_ptr,
+    factor0_ptr,
+    seed0_ptr,
+    low1_ptr,
+    factor1_ptr,
+    seed1_ptr,
+    first_expert,
+    end_expert,
+    width,
+    out_stride,
+    rank0,
+    rank1,
+    PAIR: tl.constexpr,
+    THRESHOLD0: tl.constexpr,
+    THRESHOLD1: tl.constexpr,
+    KEEP0: tl.constexpr,
+    KEEP1: tl.constexpr,
+    RANK: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile of rows for each program_id(0), of columns for each program_id(1)."""
+    tile = tl.program_id(0)
+    experts, start, stop, tiles, so_far = expert_tiles(offsets_ptr, first_expert, end_expert, BM, E_PAD)
+    if tile < tl.max(so_far, 0):
+        expert, row, row_end, _ = locate(tile, experts, start, stop, tiles, so_far, 1, BM)
+        m = row + tl.arange(0, BM)
+        k = tl.program_id(1) * BK + tl.arange(0, BK)
+        m_mask, k_mask = m < row_end, k < width
+        out = _expand_tile(
+            low0_ptr, factor0_ptr, seed0_ptr, expert, number_ptr, m, m_mask, k, k_mask, width, rank0,
+            THRESHOLD0, KEEP0, RANK, DTYPE, PRECISION, BM, BK,
+        )  # fmt: skip
+        if PAIR:
+            out += _expand_tile(
+                low1_ptr, factor1_ptr, seed1_ptr, expert, number_ptr, m, m_mask, k, k_mask, width, rank1,
+                THRESHOLD1, KEEP1, RANK, DTYPE, PRECISION, BM, BK,
+            )  # fmt: skip
+        out_ptrs = out_ptr + m.to(tl.int64)[:, None] * out_stride + k[None, :]
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=m_mask[:, None] & k_mask[None, :])
+
+
+def expand(
+    out: Tensor,
+    offsets_E: Tensor,
+    items: Sequence[Expand],
+    dtype: torch.dtype,
+    number_R: Tensor | None = None,
+    experts: slice | None = None,
+) -> bool:
+    """out = the sum of drop(low @ factor[e]) of one or two adapters, in one launch: gradients of their input.
+
+    Args:
+        out: [R, K], of any floating dtype.
+        offsets_E: int64 [E], the end of each expert's rows.
+        items: none, one or two.
+        dtype: of the products around it.
+        number_R: int64 [R], by which dropout knows a row.
+        experts: whose rows are computed; None means all.
+
+    Returns:
+        Whether `out` was written: not without items.
+    """
+    if not items:
+        return False
+    first, second = items[0], (items[1] if len(items) > 1 else None)
+    width, BM, BK = first.factor.shape[2], 32, 64
+    launch(
+        expand_kernel,
+        (triton.cdiv(out.shape[0], BM) + offsets_E.shape[0], triton.cdiv(width, BK)),
+        out,
+        number_R,
+        offsets_E,
+        *_expand_pointers(first),
+        *_expand_pointers(second),
+        experts.start if experts else 0,
+        experts.stop if experts else offsets_E.shape[0],
+        width,
+        out.stride(0),
+        *(item.low_Rr.shape[1] if item else 0 for item in (first, second)),
+        PAIR=second is not None,
+        THRESHOLD0=threshold(first.dropout),
+        THRESHOLD1=threshold(second.dropout) if second else 0,
+        KEEP0=1 / (1 - first.dropout),
+        KEEP1=1 / (1 - second.dropout) if second else 1.0,
+        RANK=max(padded_rank(item.low_Rr) for item in items),
+        E_PAD=padded(offsets_E.shape[0]),
+        BM=BM,
+        BK=BK,
+        dtype=dtype,
+        num_warps=4,
+        num_stages=1,
+    )
+    return True
 
 
 def shrink(
@@ -321,6 +476,7 @@ def shrink(
         *(item.column if item else 0 for item in (first, second)),
         *(item.out_Rr.shape[1] if item else 0 for item in (first, second)),
         *(item.scaling if item else 0.0 for item in (first, second)),
+        PAIR=second is not None,
         GATHER=token_R is not None,
         TRANSPOSED=first.transposed,
         THRESHOLD0=threshold(first.dropout),
@@ -377,6 +533,7 @@ def outer(
         *(item.column if item else 0 for item in (first, second)),
         *(item.low_Rr.shape[1] if item else 0 for item in (first, second)),
         *(item.scaling if item else 0.0 for item in (first, second)),
+        PAIR=second is not None,
         GATHER=token_R is not None,
         WEIGHTED=router_R is not None,
         TRANSPOSED=first.transposed,
@@ -394,9 +551,13 @@ def outer(
     )
 
 
-def _shrink_pointers(item: Shrink | None) -> tuple[Tensor | None, ...]:
+def _shrink_pointers(item: Shrink | None) -> tuple[Tensor | int | None, ...]:
     return (item.factor, item.out_Rr, item.seed if item.dropout else None) if item else (None, None, None)
 
 
-def _outer_pointers(item: Outer | None) -> tuple[Tensor | None, ...]:
+def _outer_pointers(item: Outer | None) -> tuple[Tensor | int | None, ...]:
     return (item.low_Rr, item.total, item.seed if item.dropout else None) if item else (None, None, None)
+
+
+def _expand_pointers(item: Expand | None) -> tuple[Tensor | int | None, ...]:
+    return (item.low_Rr, item.factor, item.seed if item.dropout else None) if item else (None, None, None)

@@ -1,7 +1,7 @@
 """NF4 on a GPU: bytes to values inside any kernel, and the kernel that decodes whole matrices at memory speed.
 
-`decode_pairs` turns a tile of bytes into float32 codebook values. On NVIDIA it is one warp shuffle for each weight, from
-a table that lies across the lanes; its twin in plain Triton is a tree of selections, which runs anywhere. Both are
+`decode_pairs` turns a tile of bytes into float32 codebook values. On NVIDIA it is one warp shuffle for each weight,
+from a table that lies across the lanes; its twin in plain Triton is a tree of selections, which runs anywhere. Both are
 exact, so that a weight is rounded once, to the same bits as bitsandbytes' decoder gives.
 
 Shape suffixes: M matrices, N rows, K columns, S blocks of 64 weights in a tile.

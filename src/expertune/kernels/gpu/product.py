@@ -12,15 +12,13 @@ of an expert that lie side by side), r rank.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from expertune.kernels.gpu.configs import product_config
-from expertune.kernels.gpu.dropout import kept, threshold
 from expertune.kernels.gpu.launch import launch, target_of
 from expertune.kernels.gpu.nf4 import decode_tile, load_scales, tables
 from expertune.kernels.gpu.tiles import expert_tiles, locate
@@ -28,26 +26,19 @@ from expertune.kernels.nf4.bytes import Nf4Bytes
 
 
 class Update(NamedTuple):
-    """A low-rank update of one part.
-
-    In `product`, of `out`'s part: out += scaling * low @ factor[e].T. In `product_transposed`, of every output column,
-    where it was kept: out += drop(low @ factor[e]).
+    """A low-rank update of one part of `product`'s output: out += scaling * low @ factor[e].T.
 
     Attributes:
-        low_Rr: [R, r], rows sorted by expert.
-        factor: [E, N, r] (B) in `product`, [E, r, K] (A) in `product_transposed`.
-        part: of `product`'s output.
-        scaling: of `product`.
-        dropout: probability, in `product_transposed`.
-        seed: int64 [], on the device; where dropout is 0 it is not read.
+        low_Rr: x @ A, [R, r], rows sorted by expert, contiguous.
+        factor: B, [E, N, r].
+        part: which part.
+        scaling: of the update.
     """
 
     low_Rr: Tensor
     factor: Tensor
     part: int = 0
     scaling: float = 1.0
-    dropout: float = 0.0
-    seed: Tensor | None = None
 
 
 class Decoded(NamedTuple):
@@ -118,9 +109,7 @@ def product_kernel(
     tiles_of_part = tl.cdiv(num_rows, BN)
     total = tl.max(so_far, 0) * tiles_of_part * BLOCKS_OUT
     for tile in range(tl.program_id(0), total, PROGRAMS):
-        expert, row, row_end, column = locate(
-            tile, experts, start, stop, tiles, so_far, tiles_of_part * BLOCKS_OUT, BM
-        )
+        expert, row, row_end, column = locate(tile, experts, start, stop, tiles, so_far, tiles_of_part * BLOCKS_OUT, BM)
         part = column // tiles_of_part
         n = (column % tiles_of_part) * BN + tl.arange(0, BN)
         n_mask = n < num_rows
@@ -140,11 +129,11 @@ def product_kernel(
         # Low-rank terms first, while the registers of the loop are still free.
         if RANK0 > 0:
             scaling = scaling0 if SWIGLU or PARTS == 1 else tl.where(part == 0, scaling0, 0.0)
-            low = _rows_of_low(low0_ptr, m, m_mask, rank0, RANK0) * scaling
+            low = rows_of_low(low0_ptr, m, m_mask, rank0, RANK0) * scaling
             acc0 = _add_low_rank(acc0, low, factor0_ptr, expert, n, n_mask, num_rows, rank0, RANK0, DTYPE, PRECISION)
         if RANK1 > 0:
             scaling = scaling1 if SWIGLU else tl.where(part == 1, scaling1, 0.0)
-            low = _rows_of_low(low1_ptr, m, m_mask, rank1, RANK1) * scaling
+            low = rows_of_low(low1_ptr, m, m_mask, rank1, RANK1) * scaling
             if SWIGLU:
                 acc1 = _add_low_rank(
                     acc1, low, factor1_ptr, expert, n, n_mask, num_rows, rank1, RANK1, DTYPE, PRECISION
@@ -163,12 +152,13 @@ def product_kernel(
                 offset0 = tl.load(offset_ptr + matrix)
                 if SWIGLU:
                     offset1 = tl.load(offset_ptr + matrix + 1)
-            scale0 = load_scales(absmax0, nested0, dynamic_ptr, offset0, first_blocks + block[None, :], n_mask[:, None], DOUBLE)
+            blocks = first_blocks + block[None, :]
+            scale0 = load_scales(absmax0, nested0, dynamic_ptr, offset0, blocks, n_mask[:, None], DOUBLE)
             if SWIGLU:
                 absmax1, nested1 = absmax0 + absmax_stride, nested0
                 if DOUBLE:
                     nested1 = nested0 + nested_stride
-                scale1 = load_scales(absmax1, nested1, dynamic_ptr, offset1, first_blocks + block[None, :], n_mask[:, None], DOUBLE)
+                scale1 = load_scales(absmax1, nested1, dynamic_ptr, offset1, blocks, n_mask[:, None], DOUBLE)
         for _ in range(0, num_columns, BK):
             x = tl.load(x_ptrs, mask=m_mask[:, None], other=0.0).to(DTYPE)
             if EVEN:
@@ -206,7 +196,7 @@ def product_kernel(
 
 
 @triton.jit
-def _rows_of_low(low_ptr, m, m_mask, rank, RANK: tl.constexpr):
+def rows_of_low(low_ptr, m, m_mask, rank, RANK: tl.constexpr):
     """Rows m of a low-rank term, float32 [BM, RANK]."""
     r = tl.arange(0, RANK)
     low_ptrs = low_ptr + m.to(tl.int64)[:, None] * rank + r[None, :]
@@ -231,11 +221,11 @@ def _add_low_rank(
     r = tl.arange(0, RANK)
     factor_ptrs = factor_ptr + (expert.to(tl.int64) * num_rows + n)[:, None] * rank + r[None, :]
     factor = tl.load(factor_ptrs, mask=n_mask[:, None] & (r < rank)[None, :], other=0.0)
-    return _accurate_dot(acc, low, tl.trans(factor.to(tl.float32)), DTYPE, PRECISION)
+    return accurate_dot(acc, low, tl.trans(factor.to(tl.float32)), DTYPE, PRECISION)
 
 
 @triton.jit
-def _accurate_dot(acc, a, b, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+def accurate_dot(acc, a, b, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """acc + a @ b of float32 operands on 16-bit matrix units: each operand is a sum of two, and three products of the
     four are taken, so that about 16 bits are kept; no second accumulator is needed. In float32 it is one product."""
     if DTYPE == tl.float32:
@@ -259,13 +249,6 @@ def product_transposed_kernel(
     dynamic_ptr,
     codebook_ptr,
     offsets_ptr,
-    number_ptr,
-    low0_ptr,
-    factor0_ptr,
-    seed0_ptr,
-    low1_ptr,
-    factor1_ptr,
-    seed1_ptr,
     out_ptr,
     first,
     end,
@@ -276,19 +259,12 @@ def product_transposed_kernel(
     absmax_stride,
     nested_stride,
     out_stride,
-    rank0,
-    rank1,
     PARTS: tl.constexpr,
     GATHER: tl.constexpr,
     NF4: tl.constexpr,
     DOUBLE: tl.constexpr,
     EVEN: tl.constexpr,
-    RANK0: tl.constexpr,
-    RANK1: tl.constexpr,
-    THRESHOLD0: tl.constexpr,
-    THRESHOLD1: tl.constexpr,
-    KEEP0: tl.constexpr,
-    KEEP1: tl.constexpr,
+    ADD: tl.constexpr,
     E_PAD: tl.constexpr,
     PROGRAMS: tl.constexpr,
     BM: tl.constexpr,
@@ -298,7 +274,10 @@ def product_transposed_kernel(
     PRECISION: tl.constexpr,
     SHUFFLE: tl.constexpr,
 ):
-    """out [R, K] = dy [R, P * N] @ the P matrices of the row's expert, one below the other. EVEN: BN divides N."""
+    """out [R, K] = dy [R, P * N] @ the P matrices of the row's expert, one below the other. EVEN: BN divides N.
+
+    With ADD what `out` holds is added.
+    """
     SCALES: tl.constexpr = BK // 64
     BYTES: tl.constexpr = BK // 2 if NF4 else BK
     experts, start, stop, tiles, so_far = expert_tiles(offsets_ptr, first, end, BM, E_PAD)
@@ -314,18 +293,6 @@ def product_transposed_kernel(
         k_mask = k < num_columns
         held = expert if NF4 else expert - first
         acc = tl.zeros((BM, BK), dtype=tl.float32)
-        if RANK0 > 0:
-            low = _rows_of_low(low0_ptr, m, m_mask, rank0, RANK0)
-            acc = _add_low_rank_input(
-                acc, low, factor0_ptr, expert, number_ptr, seed0_ptr, m, m_mask, k, k_mask, num_columns, rank0,
-                RANK0, THRESHOLD0, KEEP0, DTYPE, PRECISION,
-            )  # fmt: skip
-        if RANK1 > 0:
-            low = _rows_of_low(low1_ptr, m, m_mask, rank1, RANK1)
-            acc = _add_low_rank_input(
-                acc, low, factor1_ptr, expert, number_ptr, seed1_ptr, m, m_mask, k, k_mask, num_columns, rank1,
-                RANK1, THRESHOLD1, KEEP1, DTYPE, PRECISION,
-            )  # fmt: skip
         for part in tl.static_range(PARTS):
             matrix = held.to(tl.int64) * PARTS + part
             n = tl.arange(0, BN)
@@ -361,40 +328,11 @@ def product_transposed_kernel(
                 acc = tl.dot(dy, w, acc, input_precision=PRECISION)
                 dy_ptrs += BN
                 w_ptrs += BN * tl.cast(weight_stride, tl.int64)
+        out_mask = m_mask[:, None] & k_mask[None, :]
         out_ptrs = out_ptr + m.to(tl.int64)[:, None] * out_stride + k[None, :]
-        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=m_mask[:, None] & k_mask[None, :])
-
-
-@triton.jit
-def _add_low_rank_input(
-    acc,
-    low,
-    factor_ptr,
-    expert,
-    number_ptr,
-    seed_ptr,
-    m,
-    m_mask,
-    k,
-    k_mask,
-    num_columns,
-    rank,
-    RANK: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    KEEP: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """acc + low [BM, RANK] @ factor[expert] [r, BK], where it was kept."""
-    r = tl.arange(0, RANK)
-    factor_ptrs = factor_ptr + (expert.to(tl.int64) * rank + r)[:, None] * num_columns + k[None, :]
-    factor = tl.load(factor_ptrs, mask=(r < rank)[:, None] & k_mask[None, :], other=0.0).to(tl.float32)
-    if THRESHOLD == 0:
-        return _accurate_dot(acc, low, factor, DTYPE, PRECISION)
-    else:
-        added = _accurate_dot(tl.zeros_like(acc), low * KEEP, factor, DTYPE, PRECISION)
-        number = tl.load(number_ptr + m, mask=m_mask, other=0)
-        return acc + tl.where(kept(number, k, num_columns, tl.load(seed_ptr), THRESHOLD), added, 0.0)
+        if ADD:
+            acc += tl.load(out_ptrs, mask=out_mask, other=0.0).to(tl.float32)
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
 def product(
@@ -470,26 +408,23 @@ def product_transposed(
     weight: Nf4Bytes | Decoded,
     offsets_E: Tensor,
     out: Tensor,
-    updates: Sequence[Update] = (),
     token_R: Tensor | None = None,
-    number_R: Tensor | None = None,
     experts: slice | None = None,
+    add: bool = False,
 ) -> None:
-    """out = dy @ W[e], the P matrices of an expert one below the other, with low-rank updates of the input's gradient.
+    """out = dy @ W[e], the P matrices of an expert one below the other.
 
     Args:
         dy: [R, P * N], or [T, P * N] with `token_R`; its dtype is the dtype of the product.
         weight: see `product`.
         offsets_E: see `product`.
         out: [R, K], of any floating dtype.
-        updates: at most two.
         token_R: see `product`.
-        number_R: int64 [R], by which dropout knows a row; for updates with dropout.
         experts: see `product`.
+        add: to what `out` holds.
     """
     held, plan = _weights(weight, offsets_E, experts)
     config = product_config(target_of(dy.device), dy.dtype, plan.nf4, False, True, out.shape[0] / offsets_E.shape[0])
-    pair = [*updates, None, None][:2]
     launch(
         product_transposed_kernel,
         (config.programs,),
@@ -497,8 +432,6 @@ def product_transposed(
         token_R,
         *held,
         offsets_E,
-        number_R,
-        *(argument for update in pair for argument in _transposed_arguments(update)),
         out,
         plan.first,
         plan.end,
@@ -507,18 +440,12 @@ def product_transposed(
         dy.stride(0),
         *plan.strides,
         out.stride(0),
-        *(update.low_Rr.shape[1] if update else 0 for update in pair),
         PARTS=plan.parts,
         GATHER=token_R is not None,
         NF4=plan.nf4,
         DOUBLE=plan.double,
         EVEN=plan.rows % config.BN == 0,
-        RANK0=padded_rank(pair[0].low_Rr) if pair[0] else 0,
-        RANK1=padded_rank(pair[1].low_Rr) if pair[1] else 0,
-        THRESHOLD0=threshold(pair[0].dropout) if pair[0] else 0,
-        THRESHOLD1=threshold(pair[1].dropout) if pair[1] else 0,
-        KEEP0=1 / (1 - pair[0].dropout) if pair[0] else 1.0,
-        KEEP1=1 / (1 - pair[1].dropout) if pair[1] else 1.0,
+        ADD=add,
         E_PAD=padded(offsets_E.shape[0]),
         PROGRAMS=config.programs,
         BM=config.BM,
@@ -571,14 +498,3 @@ def _weights(
     double = weight.double_quantization
     plan = _Plan(parts, weight.rows, weight.columns, first, end, True, double, strides)
     return (*weight, dynamic, codebook), plan
-
-
-def _transposed_arguments(update: Update | None) -> tuple[Any, ...]:
-    if update is None:
-        return None, None, None
-    return update.low_Rr, update.factor, update.seed if update.dropout else None
-
-
-def empty_rows(x: Tensor, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
-    """[rows, columns] on x's device, of x's dtype unless another is named."""
-    return torch.empty(rows, columns, dtype=dtype or x.dtype, device=x.device)

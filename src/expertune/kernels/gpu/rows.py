@@ -89,9 +89,10 @@ def gate_backward_kernel(
     size,
     BLOCK: tl.constexpr,
 ):
-    """One row of experts first .. end - 1: gate_up [2 * F] becomes its own gradient, inter [F] is computed again, and <inter, dInter> taken.
+    """One row of the experts' rows: gate_up [2 * F] becomes its own gradient, and inter [F] is computed again.
 
-    dInter is the gradient before the router's weight is applied, so that the weight's own gradient needs no division.
+    With <inter, dInter>, where dInter is the gradient before the router's weight is applied: the weight's own gradient
+    then needs no division.
     """
     row = tl.program_id(0).to(tl.int64)
     start = tl.load(offsets_ptr + first_expert - 1, mask=first_expert > 0, other=0)

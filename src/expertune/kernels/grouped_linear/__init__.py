@@ -5,15 +5,14 @@ The operator `expertune::grouped_linear` is registered with torch, so that activ
 see one node; its backward gives dX, dA and dB, and never a dW, because the weights are frozen.
 
 Routes (`expertune.kernels.routes` chooses): `decode_then_gemm.py` decodes a tile of bytes and multiplies it while it is
-in cache, on any device; `fused.py` decodes inside the product, on a CPU. `reference.py` is plain float32 and what they
-are tested against.
+in cache, on any device; `fused.py` decodes inside the product, on a CPU; `grouped.py` does either on a GPU, all experts
+in each launch. `reference.py` is plain float32 and what they are tested against.
 
 Shape suffixes: R routed rows, K in_features, N out_features of one matrix, E experts, P matrices per expert, r rank.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -100,7 +99,7 @@ def _forward(
 ) -> tuple[Tensor, list[Tensor]]:
     weight = Nf4Bytes(packed, absmax, nested_absmax, offset)
     with own_dtypes(x):
-        return _route(x, offsets).forward(x, weight, offsets, parts, scalings, a, b, x_updates)
+        return _route(x, offsets, weight, parts).forward(x, weight, offsets, parts, scalings, a, b, x_updates)
 
 
 @_forward.register_fake
@@ -144,7 +143,7 @@ def _backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     weight = Nf4Bytes(packed, absmax, nested_absmax, offset)
     with own_dtypes(dy):
-        return _route(dy, offsets).backward(dy, weight, offsets, parts, scalings, a, b, x_updates, h)
+        return _route(dy, offsets, weight, parts).backward(dy, weight, offsets, parts, scalings, a, b, x_updates, h)
 
 
 @_backward.register_fake
@@ -194,9 +193,17 @@ def _autograd(ctx: Any, dy: Tensor, _dh: list[Tensor]) -> tuple[Any, ...]:
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _route(x: Tensor, offsets: Tensor) -> ModuleType:
-    route = routes.choose(x.device, x.shape[0] / offsets.shape[0], x.dtype)
-    return fused if route == routes.FUSED else decode_then_gemm
+def _route(x: Tensor, offsets: Tensor, weight: Nf4Bytes, parts: list[int]) -> Any:
+    """A module or object with `forward` and `backward`."""
+    grouped = weight.packed.shape[0] <= 2 * offsets.shape[0] and len(set(parts)) == len(parts)
+    route = routes.choose(x.device, x.shape[0] / offsets.shape[0], x.dtype, grouped)
+    if x.device.type == "cpu":
+        return fused if route == routes.FUSED else decode_then_gemm
+    if route == routes.EXPERT_BY_EXPERT:
+        return decode_then_gemm
+    from expertune.kernels.grouped_linear.grouped import GroupedRoute
+
+    return GroupedRoute(route == routes.DECODE_THEN_GEMM)
 
 
 def own_dtypes(x: Tensor) -> torch.autocast:

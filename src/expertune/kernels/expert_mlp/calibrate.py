@@ -1,0 +1,66 @@
+"""How long an expert layer takes on this GPU, by route: what the crossover between routes is measured from."""
+
+import statistics
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from expertune.kernels.expert_mlp.grouped import GroupedRoute
+from expertune.kernels.expert_mlp.plan import Layer
+from expertune.kernels.nf4 import BLOCK_SIZE, Nf4Bytes
+from expertune.kernels.nf4.reference import NESTED_BLOCK_SIZE
+
+# Experts, hidden and intermediate size: wide enough that tiles fill the device, and 0.2 GB.
+_SHAPE = (8, 4096, 4096)
+
+
+def random_bytes(num_matrices: int, rows: int, columns: int, device: torch.device, scale: float = 0.02) -> Nf4Bytes:
+    """Double-quantized NF4 matrices of random codes, whose blocks' scales lie around `scale`; made on the device."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    blocks = rows * columns // BLOCK_SIZE
+    nested = -(-blocks // NESTED_BLOCK_SIZE)
+
+    def codes(*shape: int) -> Tensor:
+        return torch.randint(256, shape, dtype=torch.uint8, device=device, generator=generator)
+
+    return Nf4Bytes(
+        codes(num_matrices, rows, columns // 2),
+        codes(num_matrices, blocks),
+        torch.full((num_matrices, nested), scale / 4, device=device),
+        torch.full((num_matrices,), scale, device=device),
+    )
+
+
+@cache
+def _layer(device: torch.device) -> Layer:
+    experts, hidden_size, size = _SHAPE
+    gate_up = random_bytes(2 * experts, size, hidden_size, device)
+    down = random_bytes(experts, hidden_size, size, device)
+    return Layer(gate_up, down, _never_called, columnwise=True, swiglu=True)
+
+
+def layer_seconds(decode_first: bool, rows_per_expert: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Median seconds of forward and backward of a layer without adapters, every expert with as many rows."""
+    layer, route = _layer(device), GroupedRoute(decode_first)
+    tokens = rows_per_expert * layer.num_experts // 2
+    hidden = torch.randn(tokens, layer.hidden_size, dtype=dtype, device=device)
+    index = torch.stack([torch.arange(tokens, device=device) % layer.num_experts for _ in range(2)], dim=1)
+    index[:, 1] = (index[:, 1] + 1) % layer.num_experts
+    weights = torch.full((tokens, 2), 0.5, device=device)
+    out, dhidden, dweights = torch.empty_like(hidden), torch.empty_like(hidden), torch.empty_like(weights)
+    seconds = []
+    for round_ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        route.forward(hidden, index, weights, layer, [], [], 0, out)
+        route.backward(hidden, hidden, index, weights, layer, [], [], [], [], 0, dhidden, dweights)
+        end.record()
+        end.synchronize()
+        if round_ > 1:
+            seconds.append(start.elapsed_time(end) / 1000)
+    return statistics.median(seconds)
+
+
+def _never_called(gate_up: Tensor) -> Tensor:
+    raise AssertionError("a gated layer's activation is in the kernel")
