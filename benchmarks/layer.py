@@ -89,31 +89,58 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Layer:
-    """Weights, factors and inputs of one expert layer."""
+    """Weights, factors and inputs of one expert layer.
 
-    def __init__(self, shape: Shape, lora: Lora, tokens: int, text: Path, dtype: torch.dtype) -> None:
+    Args:
+        shape: of the layer.
+        lora: rank and alpha; dropout only where `dropout` is set, later.
+        tokens: of the batch.
+        text: whose tokens they are.
+        dtype: of inputs and products.
+        device: where all of it lies.
+        fill: writes a stack's weights; None quantizes normal ones.
+
+    Attributes:
+        dropout: probability on the adapters' inputs; 0 at first, for results are compared without.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        lora: Lora,
+        tokens: int,
+        text: Path,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        fill: Callable[[Nf4Stack], None] | None = None,
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
+        self.dropout = 0.0
 
         def normal(*size: int) -> Tensor:
             return torch.randn(*size, generator=generator)
 
         E, D, size = shape.experts, shape.hidden, shape.intermediate
         self.shape, self.dtype, self.scaling = shape, dtype, lora.alpha / lora.r
-        self.gate_up, self.down = Nf4Stack(2 * E, size, D), Nf4Stack(E, D, size)
+        self.gate_up, self.down = Nf4Stack(2 * E, size, D, device=device), Nf4Stack(E, D, size, device=device)
         for stack in (self.gate_up, self.down):
+            if fill is not None:
+                fill(stack)
+                continue
             for index in range(stack.num_matrices):
                 stack.write(index, normal(stack.rows, stack.columns) / stack.columns**0.5)
         self.factors = [
-            (normal(E, lora.r, width) / width**0.5, normal(E, height, lora.r) * 0.01)
+            ((normal(E, lora.r, width) / width**0.5).to(device), (normal(E, height, lora.r) * 0.01).to(device))
             for width, height in ((D, size), (D, size), (size, D))
         ]
         ids_T = token_ids(text, tokens)
         hidden_TD = normal(int(ids_T.max()) + 1, D)[ids_T]
         scores_TE = (hidden_TD @ normal(D, E) / D**0.5).softmax(dim=-1)
         weights_TK, self.index_TK = scores_TE.topk(shape.top_k, dim=-1)
-        self.hidden_TD = hidden_TD.to(dtype).requires_grad_()
-        self.weights_TK = (weights_TK / weights_TK.sum(dim=-1, keepdim=True)).to(dtype).requires_grad_()
-        self.dout_TD = normal(tokens, D).to(dtype)
+        self.index_TK = self.index_TK.to(device)
+        self.hidden_TD = hidden_TD.to(device, dtype).requires_grad_()
+        self.weights_TK = (weights_TK / weights_TK.sum(dim=-1, keepdim=True)).to(device, dtype).requires_grad_()
+        self.dout_TD = normal(tokens, D).to(device, dtype)
         self.activation = Activation(_swiglu, columnwise=True, swiglu=True)
         self.rows_per_expert = torch.bincount(self.index_TK.flatten(), minlength=E).tolist()
         for factor in (factor for pair in self.factors for factor in pair):
@@ -126,15 +153,15 @@ class Layer:
 
     @property
     def updates(self) -> list[ExpertUpdate]:
-        return [ExpertUpdate(part, a, b, self.scaling) for part, (a, b) in enumerate(self.factors)]
+        return [ExpertUpdate(part, a, b, self.scaling, self.dropout) for part, (a, b) in enumerate(self.factors)]
 
     def step(self, forward: Forward) -> Callable[[], object]:
-        """Forward and backward, gradients thrown away."""
+        """Forward and backward; returns output and gradients."""
         leaves = self.leaves
 
-        def run() -> None:
+        def run() -> tuple[Tensor, tuple[Tensor | None, ...]]:
             out = forward(self.hidden_TD, self.weights_TK)
-            torch.autograd.grad(out, leaves, self.dout_TD, allow_unused=True)
+            return out, torch.autograd.grad(out, leaves, self.dout_TD, allow_unused=True)
 
         return run
 
@@ -165,21 +192,25 @@ class Layer:
 
     def by_bitsandbytes(self, hidden: Tensor, weights: Tensor) -> Tensor:
         """The loop over experts that stacks of separate `Linear4bit`s run, with PEFT's arithmetic for LoRA."""
-        out = torch.zeros(hidden.shape, dtype=torch.float32)
+        out = hidden.new_zeros(hidden.shape, dtype=torch.float32)
+        # Taken apart once, so that no expert's gradient is as large as the factors of all.
+        factors = [(a.unbind(), b.unbind()) for a, b in self.factors]
         for expert in range(self.shape.experts):
             tokens, choices = (self.index_TK == expert).nonzero(as_tuple=True)
             if not len(tokens):
                 continue
             x = hidden[tokens]
-            gate, up = (self._linear4bit(self.gate_up, 2 * expert + part, x, part, expert) for part in range(2))
-            y = self._linear4bit(self.down, expert, F.silu(gate) * up, 2, expert)
+            pairs = [(a[expert], b[expert]) for a, b in factors]
+            gate, up = (self._linear4bit(self.gate_up, 2 * expert + part, x, pairs[part]) for part in range(2))
+            y = self._linear4bit(self.down, expert, F.silu(gate) * up, pairs[2])
             out = out.index_add(0, tokens, (y * weights[tokens, choices, None]).float())
         return out.to(hidden.dtype)
 
-    def _linear4bit(self, stack: Nf4Stack, index: int, x: Tensor, update: int, expert: int) -> Tensor:
-        a, b = self.factors[update]
+    def _linear4bit(self, stack: Nf4Stack, index: int, x: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
+        a, b = factors
         base = bnb.matmul_4bit(x, *bitsandbytes_weight(stack, index, x.dtype))
-        return base + (self.scaling * F.linear(F.linear(x.float(), a[expert]), b[expert])).to(x.dtype)
+        dropped = F.dropout(x.float(), self.dropout)
+        return base + (self.scaling * F.linear(F.linear(dropped, a), b)).to(x.dtype)
 
     def by_grouped_mm(self, hidden: Tensor, weights: Tensor) -> Tensor:
         """All experts in one product over 16- or 32-bit weights, as transformers 5 runs them."""

@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -93,8 +94,15 @@ def _commit() -> str:
     """The commit, marked where files that were measured differ from it."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return ""
         return done.stdout.strip()
+
+    # A copy of the checkout may be without its history.
+    if told := os.environ.get("EXPERTUNE_COMMIT"):
+        return told
 
     changed = git("status", "--porcelain", "--", "src", "benchmarks", ":!benchmarks/results")
     return (git("rev-parse", "HEAD") or "unknown") + ("+changes" if changed else "")

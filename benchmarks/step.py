@@ -96,7 +96,7 @@ def _interleave(names: list[str], workload: Workload, options: list[str], rounds
             for driver in drivers:
                 checks[driver.name]["base_loss"] = driver.ask("base")["loss"]
         for name in checks.keys() & set(SAME_BASE):
-            _require_same_base(checks["ours"], name, checks[name])
+            require_same_base(checks["ours"], name, checks[name])
         for driver in drivers:
             driver.ask("step")
         seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -128,7 +128,7 @@ def _require_agreement(ours: dict[str, Any], name: str, peer: dict[str, Any]) ->
         raise report.CorrectnessError(f"the gradient's norm is {here:.4f} here and {there:.4f} on {name}")
 
 
-def _require_same_base(ours: dict[str, Any], name: str, peer: dict[str, Any]) -> None:
+def require_same_base(ours: dict[str, Any], name: str, peer: dict[str, Any]) -> None:
     """Without adapters, the same NF4 values must give the same loss; and with them, every factor a gradient."""
     if abs(ours["base_loss"] - peer["base_loss"]) > LOSS_TOLERANCE:
         raise report.CorrectnessError(

@@ -10,9 +10,10 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -230,20 +231,41 @@ def token_ids(text: Path, tokens: int) -> Tensor:
 
 
 def _batch(tokens: int, text: Path) -> tuple[dict[str, Tensor], int]:
-    """The first rows of the text, one behind the other, the last cut so that the sum is exact."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = _tokenizer(Path(folder))
-    data = DataConfig(train=str(text), template="dolly-tutorial", max_length=min(ROW_TOKENS, tokens), train_on="all")
+    batch, rows = text_batch(tokens, text)
+    return {key: value for key, value in batch.items() if isinstance(value, Tensor)}, rows
+
+
+def text_batch(tokens: int, text: Path) -> tuple[dict[str, Any], int]:
+    """The first rows of a file in dolly's layout as the trainer's padding-free batch, and how many they are.
+
+    The last row is cut so that the sum is exact.
+
+    Raises:
+        ValueError: the text has fewer tokens.
+    """
+    rows, collate = token_rows(text, "dolly-tutorial", min(ROW_TOKENS, tokens))
     chosen, left = [], tokens
-    for row in make_dataset(prepare_rows(data, "train", tokenizer), data):
+    for row in rows:
         if left < 2:
             break
         chosen.append({"input_ids": row["input_ids"][:left], "labels": row["labels"][:left], "row_ids": row["row_ids"]})
         left -= len(chosen[-1]["input_ids"])
     if left:
         raise ValueError(f"{text}: {tokens - left} tokens, {tokens} wanted; give a longer file with --text")
-    batch = make_collator(data, tokenizer)(chosen)
-    return {key: value for key, value in batch.items() if isinstance(value, Tensor)}, len(chosen)
+    return collate(chosen), len(chosen)
+
+
+def token_rows(
+    text: Path, template: str, max_length: int
+) -> tuple[Sequence[dict[str, Any]], Callable[[Sequence[dict[str, Any]]], dict[str, Any]]]:
+    """Rows of a file as a run's trainer gets them, by Mixtral's tokenizer, and what makes a padding-free batch of some.
+
+    The loss is taken on the whole row.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = _tokenizer(Path(folder))
+    data = DataConfig(train=str(text), template=template, max_length=max_length, train_on="all")
+    return make_dataset(prepare_rows(data, "train", tokenizer), data), make_collator(data, tokenizer)
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:

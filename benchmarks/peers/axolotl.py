@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.peers.driver import Stack, serve
-from benchmarks.peers.gpu import ALPHA, ATTENTION, RANK, describe, require, require_trained_experts, with_tokenizer
+from benchmarks.peers.gpu import ATTENTION, describe, require, require_trained_experts, with_tokenizer
 
 
 def build(args: argparse.Namespace) -> Stack:
@@ -41,8 +41,8 @@ def settings(args: argparse.Namespace, compute_capability: str) -> Any:
         adapter="qlora",
         load_in_4bit=True,
         quantize_moe_experts=True,
-        lora_r=RANK,
-        lora_alpha=ALPHA,
+        lora_r=args.rank,
+        lora_alpha=args.alpha,
         lora_dropout=0.0,
         lora_target_modules=[*ATTENTION, "lm_head"],
         lora_target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],

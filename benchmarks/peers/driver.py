@@ -54,8 +54,12 @@ def autocast(dtype: str) -> Callable[[Batch], AbstractContextManager[Any]]:
 def serve(build: Callable[[argparse.Namespace], Stack]) -> None:
     """Build the stack that the command line names, then answer requests until stdin closes."""
     parser = argparse.ArgumentParser()
-    for name in ("model", "adapter", "batch"):
+    for name in ("model", "batch"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--adapter", type=Path, help="stacks that cannot read it begin one of their own")
+    parser.add_argument("--rank", type=int, default=8, help="of an adapter that the stack begins itself")
+    parser.add_argument("--alpha", type=int, default=16, help="likewise")
+    parser.add_argument("--optimizer", choices=("adamw", "paged_adamw_8bit"), default="adamw")
     parser.add_argument("--dropout", type=float, required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the products")
@@ -70,9 +74,10 @@ def serve(build: Callable[[argparse.Namespace], Stack]) -> None:
     stack = build(args)
     stack.model.train()
     trainable = [parameter for parameter in stack.model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=_LEARNING_RATE)
-    batch = load_file(args.batch, device=args.device)
-    batches = [batch] if args.pad_to is None else _padded_rows(batch, args.pad_to)
+    optimizer = _optimizer(args.optimizer, trainable)
+    batches = _micro_batches(load_file(args.batch, device=args.device))
+    if args.pad_to is not None:
+        batches = [row for batch in batches for row in _padded_rows(batch, args.pad_to)]
     actions: dict[str, Callable[[], dict[str, Any]]] = {
         "check": lambda: _check(stack, trainable, batches),
         "base": lambda: {"loss": _base_loss(stack, trainable, batches)},
@@ -140,6 +145,25 @@ def _forward_backward(stack: Stack, batches: list[Batch]) -> float:
         loss.backward()
         total += float(loss.detach())
     return total
+
+
+def _optimizer(name: str, trainable: list[Tensor]) -> torch.optim.Optimizer:
+    if name == "adamw":
+        return torch.optim.AdamW(trainable, lr=_LEARNING_RATE)
+    import bitsandbytes
+
+    return bitsandbytes.optim.PagedAdamW8bit(trainable, lr=_LEARNING_RATE)
+
+
+def _micro_batches(tensors: Batch) -> list[Batch]:
+    """A file's micro-batches: its tensors are one, or several whose names begin with a number and a dot."""
+    if not all(name.partition(".")[0].isdigit() for name in tensors):
+        return [tensors]
+    numbered: dict[int, Batch] = {}
+    for name, tensor in tensors.items():
+        number, _, key = name.partition(".")
+        numbered.setdefault(int(number), {})[key] = tensor
+    return [numbered[number] for number in sorted(numbered)]
 
 
 def _padded_rows(batch: Batch, length: int) -> list[Batch]:

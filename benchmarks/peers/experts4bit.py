@@ -3,7 +3,7 @@
 import argparse
 
 from benchmarks.peers.driver import Stack, serve
-from benchmarks.peers.gpu import ALPHA, RANK, describe, require
+from benchmarks.peers.gpu import describe, require
 
 
 def build(args: argparse.Namespace) -> Stack:
@@ -15,7 +15,7 @@ def build_on(args: argparse.Namespace, device: str, expert_kernel: str) -> Stack
     """The stack by its own one-call recipe, on a device and with an expert kernel (`reference` runs on a CPU too)."""
     from experts4bit_qlora.recipe import QLoRASetup, prepare_qlora_training
 
-    setup = QLoRASetup(r=RANK, alpha=ALPHA, adapter_dtype="fp32", attn_4bit=True, expert_kernel=expert_kernel)
+    setup = QLoRASetup(r=args.rank, alpha=args.alpha, adapter_dtype="fp32", attn_4bit=True, expert_kernel=expert_kernel)
     prepared = prepare_qlora_training(str(args.model), setup, device=device)
     return Stack(
         prepared.model,

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "tests" / "data" / "files" / "mixtral-tokenizer"
-RANK, ALPHA = 8, 16
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 

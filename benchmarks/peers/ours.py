@@ -15,7 +15,9 @@ from expertune.train.loss import LanguageModelLoss
 def build(args: argparse.Namespace) -> Stack:
     bound_host_memory()  # as every run of ours begins
     loaded = load_model(args.model, QuantizationConfig(), getattr(torch, args.dtype), args.device)
-    model = attach(loaded, LoraSection(init_from=str(args.adapter), dropout=args.dropout), "benchmark")
+    fresh = {"r": args.rank, "alpha": args.alpha}
+    given = fresh if args.adapter is None else {"init_from": str(args.adapter)}
+    model = attach(loaded, LoraSection(**given, dropout=args.dropout), "benchmark")
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return Stack(model, LanguageModelLoss(model).in_chunks)  # as the trainer takes its loss
 

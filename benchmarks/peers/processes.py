@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -36,6 +37,7 @@ class Driver:
     Args:
         name: a stack of `STACKS`.
         arguments: the driver's command line.
+        limit_s: seconds after which it is ended, whatever it does; None waits for ever.
 
     Attributes:
         ready: what the driver said when its model was built: versions, threads, load time, notes.
@@ -45,7 +47,7 @@ class Driver:
         FileNotFoundError: see `interpreter`.
     """
 
-    def __init__(self, name: str, arguments: Sequence[str]) -> None:
+    def __init__(self, name: str, arguments: Sequence[str], limit_s: float | None = None) -> None:
         self.name = name
         module, more = STACKS[name]
         python = interpreter(module)
@@ -62,7 +64,16 @@ class Driver:
             stderr=self._errors,
             text=True,
         )
-        self.ready = self._read()
+        self._timer: threading.Timer | None = None
+        if limit_s is not None:
+            self._timer = threading.Timer(limit_s, self._process.kill)
+            self._timer.daemon = True
+            self._timer.start()
+        try:
+            self.ready = self._read()
+        except BaseException:
+            self._stop_timer()
+            raise
 
     def ask(self, action: str) -> dict[str, Any]:
         """Send one request and wait for its answer."""
@@ -75,6 +86,7 @@ class Driver:
     def close(self) -> None:
         """End the process by closing its stdin; kill it where that does not help."""
         assert self._process.stdin is not None
+        self._stop_timer()
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
@@ -84,13 +96,17 @@ class Driver:
             self._process.wait()
         self._errors.close()
 
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
             self._errors.seek(0)
-            hint = " (killed: out of memory?)" if code == -9 else ""
+            hint = " (killed: out of memory, or over its time?)" if code == -9 else ""
             raise RuntimeError(f"{self.name} ended with code {code}{hint}:\n{self._errors.read()[-3000:]}")
         answer: dict[str, Any] = json.loads(line)
         return answer

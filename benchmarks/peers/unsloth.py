@@ -7,7 +7,7 @@ import tempfile
 import torch
 
 from benchmarks.peers.driver import Stack, serve
-from benchmarks.peers.gpu import ALPHA, ATTENTION, RANK, describe, require, require_trained_experts, with_tokenizer
+from benchmarks.peers.gpu import ATTENTION, describe, require, require_trained_experts, with_tokenizer
 
 _MAX_TOKENS = 8192
 
@@ -34,8 +34,8 @@ def build_anywhere(args: argparse.Namespace) -> Stack:
     )
     model = FastLanguageModel.get_peft_model(
         model,
-        r=RANK,
-        lora_alpha=ALPHA,
+        r=args.rank,
+        lora_alpha=args.alpha,
         lora_dropout=0.0,
         target_modules=[*ATTENTION, "gate_proj", "up_proj", "down_proj"],  # on fused experts: their parameters
         use_gradient_checkpointing="unsloth",

@@ -1,0 +1,1 @@
+"""What one GPU is measured for, in stages; `benchmarks/gpu_campaign.py` runs them."""

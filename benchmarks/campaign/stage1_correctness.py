@@ -1,0 +1,271 @@
+"""Stage 1: does every route compute what it should on this device? What fails here is timed nowhere."""
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor
+
+from benchmarks import report
+from benchmarks.campaign import measure, record, shapes, weights
+from benchmarks.campaign.record import Item, Record
+from benchmarks.layer import Layer
+from benchmarks.peers.bitsandbytes_weight import bitsandbytes_weight
+from expertune import attention
+from expertune.kernels import native, routes
+from expertune.kernels.expert_mlp import Activation, ExpertUpdate, reference
+from expertune.kernels.nf4 import Nf4Stack, decode
+
+LIMIT_S = 150
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Ours may be as far from float64 as this, and no further than decoding first and multiplying in bfloat16 is; two sums
+# of the same roundings in another order differ in the third digit of their error.
+_MOST_ERROR = 1e-2
+_NOISE = 1.05
+
+
+def run(args: argparse.Namespace, out: Record) -> None:
+    """Check decoding, both routes, attention, repeatability and graphs; leave what passed in `gate`."""
+    device: torch.device = out.device
+    gate: dict[str, dict[str, list[str]]] = {"passed": {}, "failed": {}}
+    out.values["gate"] = gate
+    for dtype in _DTYPES:
+        out.item(f"self-check {report.name_of(dtype)}", lambda dtype=dtype: _self_check(device, dtype))
+    out.item("attention in one call", lambda: _attention(device))
+    for name, make in shapes.MODELS.items():
+        out.item(f"decode {name}", lambda make=make: _decode(make(args.small).layer, device))
+    layer = _layer(args, device)
+    expected = weights.in_float64(layer)
+    theirs = _errors(layer, layer.by_bitsandbytes, expected)
+    decoded = _errors(layer, lambda *leaves: weights.by_decoding_first(layer, *leaves), expected)
+    out.keep("peers' errors", {"bitsandbytes": theirs, "bitsandbytes decode + torch.mm": decoded})
+    for route in timed_routes(device):
+        checks: list[Item | None] = [
+            out.item(f"layer {route}", lambda route=route: _compare(layer, route, expected, decoded)),
+            out.item(f"repeat {route}", lambda route=route: _repeat(layer, route, device)),
+        ]
+        graph = out.item(f"graph {route}", lambda route=route: _graph(layer, route, device))
+        passed = [check is not None and check["passed"] for check in checks]
+        # A route that cannot be captured is not wrong; one that gives other bytes when captured is.
+        captured = graph is None or graph["passed"] is not False
+        (gate["passed"] if all(passed) and captured else gate["failed"])[route] = [
+            name for name, ok in zip(("layer", "repeat", "graph"), [*passed, captured], strict=True) if not ok
+        ]
+        out.write()
+    if device.type != "cuda":
+        out.item("kernels, interpreted", lambda: _interpreted(args.small))
+
+
+def timed_routes(device: torch.device) -> list[str]:
+    """Routes that there are on a device, whether they pass or not."""
+    if device.type == "cuda":
+        return [routes.FUSED, routes.DECODE_THEN_GEMM, routes.EXPERT_BY_EXPERT]
+    return [routes.FUSED, routes.DECODE_THEN_GEMM] if native.available() else [routes.DECODE_THEN_GEMM]
+
+
+def passed_routes(folder: Path, device: torch.device) -> tuple[list[str], str]:
+    """Routes that may be timed, and on whose word: stage 1's, or where it has not run the start-up check's."""
+    found = record.read(folder / "stage1.json")
+    gate = (found or {}).get("gate", {})
+    if gate.get("passed") or gate.get("failed"):
+        return [route for route in timed_routes(device) if route in gate["passed"]], "stage 1"
+    usable = routes.usable_routes(device, torch.bfloat16)
+    also = [routes.EXPERT_BY_EXPERT] if device.type == "cuda" else []
+    return [*usable, *also], "the start-up check alone: stage 1 has not run"
+
+
+def use_passed(folder: Path, device: torch.device) -> dict[str, Any]:
+    """Set `route: auto` where both fast routes passed, else the one that did.
+
+    Raises:
+        CorrectnessError: none did.
+    """
+    passed, word = passed_routes(folder, device)
+    fast = [route for route in (routes.FUSED, routes.DECODE_THEN_GEMM) if route in passed]
+    wanted = [route for route in timed_routes(device) if route != routes.EXPERT_BY_EXPERT]
+    if not fast:
+        raise report.CorrectnessError("no route passed its check: no speed is reported")
+    route = "auto" if fast == wanted else fast[0]
+    routes.configure(route=route)
+    return {"route": route, "passed": passed, "by": word}
+
+
+def _self_check(device: torch.device, dtype: torch.dtype) -> Item:
+    if device.type != "cuda":
+        return measure.unmeasured("Triton's kernels run on a GPU; see `kernels, interpreted`")
+    from expertune.kernels.expert_mlp import selfcheck
+
+    findings = selfcheck.check(device, dtype)
+    return dataclasses.asdict(findings) | {"limit": selfcheck.LIMITS[dtype]}
+
+
+def _attention(device: torch.device) -> Item:
+    try:
+        error = attention.check_varlen(device)
+    except RuntimeError as missing:
+        return measure.unmeasured(str(missing))
+    return {"error": error, "passed": error <= 2e-2}
+
+
+def _decode(shape: Any, device: torch.device) -> Item:
+    """Every dtype, with and without double quantization: our decoder's bits against bitsandbytes'."""
+    same: dict[str, bool] = {}
+    for double in (True, False):
+        stack = Nf4Stack(2, shape.intermediate, shape.hidden, double, device)
+        weights.fill(stack)
+        for dtype in _DTYPES:
+            ours = torch.empty(2 * stack.rows, stack.columns, dtype=dtype, device=device)
+            decode_all(stack, ours)
+            theirs = torch.cat([_by_bitsandbytes(stack, index, dtype) for index in range(2)])
+            same[f"{report.name_of(dtype)}, {'double' if double else 'single'}"] = torch.equal(ours, theirs)
+    return {"identical": same, "passed": all(same.values())}
+
+
+def decode_all(stack: Nf4Stack, out: Tensor) -> None:
+    """All matrices of a stack into [M * N, K], by the kernel on a GPU."""
+    if out.device.type == "cuda":
+        from expertune.kernels.gpu import nf4
+
+        nf4.decode(stack.bytes, slice(0, stack.num_matrices), out)
+        return
+    for index, target in enumerate(out.unflatten(0, (stack.num_matrices, stack.rows))):
+        decode(stack.bytes, index, target)
+
+
+def _by_bitsandbytes(stack: Nf4Stack, index: int, dtype: torch.dtype) -> Tensor:
+    if stack.double_quantization:
+        packed, state = bitsandbytes_weight(stack, index, dtype)
+        return bnb.dequantize_4bit(packed.t(), state)
+    state = bnb.QuantState(
+        absmax=stack.absmax[index],
+        shape=torch.Size([stack.rows, stack.columns]),
+        dtype=dtype,
+        blocksize=64,
+        code=bnb.get_4bit_type("nf4", device=stack.packed.device),
+        quant_type="nf4",
+    )
+    return bnb.dequantize_4bit(stack.packed[index].reshape(-1, 1), state)
+
+
+def _layer(args: argparse.Namespace, device: torch.device) -> Layer:
+    """Mixtral's width with few experts."""
+    model = shapes.mixtral(args.small)
+    shape = dataclasses.replace(model.layer, experts=4, layers=1)
+    return Layer(shape, model.lora, 48 if args.small else 320, args.text, torch.bfloat16, device, weights.fill)
+
+
+def _errors(layer: Layer, forward: Any, expected: list[Tensor]) -> dict[str, float]:
+    out, gradients = layer.step(forward)()
+    return weights.relative_errors([out.detach(), *gradients], expected)
+
+
+def _compare(layer: Layer, route: str, expected: list[Tensor], theirs: dict[str, float]) -> Item:
+    """Against float64, beside decoding first and multiplying in bfloat16."""
+    routes.configure(route=route)
+    errors = _errors(layer, layer.ours(route), expected)
+    ran = routes.describe(layer.hidden_TD.device, layer.dtype)["ran"]
+    close = all(error <= _MOST_ERROR for error in errors.values())
+    no_worse = all(errors[name] <= theirs[name] * _NOISE for name in errors)
+    return {
+        "errors": errors,
+        "theirs": theirs,
+        "within": _MOST_ERROR,
+        "no_worse": no_worse,
+        "ran": ran,
+        "passed": close and no_worse and set(ran) == {route},
+    }
+
+
+def _repeat(layer: Layer, route: str, device: torch.device) -> Item:
+    """The same bytes twice, dropout included."""
+    layer.dropout = 0.05
+    step = layer.step(layer.ours(route))
+    try:
+        results = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            out, gradients = step()
+            results.append([out, *gradients])
+    finally:
+        layer.dropout = 0.0
+    measure.synchronize(device)
+    same = [torch.equal(one, other) for one, other in zip(*results, strict=True)]
+    return {"identical": same, "passed": all(same)}
+
+
+def _graph(layer: Layer, route: str, device: torch.device) -> Item:
+    """The same bytes from a captured graph as without."""
+    step = layer.step(layer.ours(route))
+    out, gradients = step()
+    expected = [tensor.clone() for tensor in (out, *gradients)]
+    try:
+        replay = measure.captured(step, device)
+    except RuntimeError as error:
+        return {"passed": None, "reason": record.error_line(error)}
+    for _ in range(2):
+        found = replay()
+    measure.synchronize(device)
+    assert isinstance(found, tuple)
+    same = [torch.equal(one, other) for one, other in zip((found[0], *found[1]), expected, strict=True)]
+    return {"identical": same, "passed": all(same)}
+
+
+def _interpreted(small: bool) -> Item:
+    """The Triton kernels through Triton's interpreter, on a layer of a few rows, against plain float32."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        return measure.unmeasured("set TRITON_INTERPRET=1 to run the kernels on a CPU")
+    from expertune.kernels.expert_mlp import selfcheck
+    from expertune.kernels.expert_mlp.grouped import GroupedRoute
+
+    cpu = torch.device("cpu")
+    if not small:
+        return dataclasses.asdict(selfcheck.check(cpu, torch.float32))
+    errors = {"decode": selfcheck.decode_error(cpu, torch.float32)}
+    for name, decode_first in ((routes.FUSED, False), (routes.DECODE_THEN_GEMM, True)):
+        errors[name] = _tiny_layer_error(GroupedRoute(decode_first, buffer_bytes=1))
+    return {"errors": errors, "passed": all(error <= 1e-4 for error in errors.values())}
+
+
+def _tiny_layer_error(route: Any) -> float:
+    """Largest relative error of a layer of 2 experts of 64 x 64 and 5 tokens: seconds in the interpreter."""
+    from expertune.kernels.expert_mlp.plan import Layer as Frozen
+    from expertune.kernels.expert_mlp.plan import LowRank
+
+    E, size, rank, tokens = 2, 64, 2, 5
+    gate_up, down = Nf4Stack(2 * E, size, size), Nf4Stack(E, size, size)
+    generator = torch.Generator().manual_seed(0)
+    for stack in (gate_up, down):
+        for index in range(stack.num_matrices):
+            stack.write(index, torch.randn(size, size, generator=generator) / size**0.5)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).requires_grad_()
+
+    hidden, router = leaf(tokens, size), leaf(tokens, 1)
+    a, b = [leaf(E, rank, size) for _ in range(3)], [leaf(E, size, rank) for _ in range(3)]
+    dout, index = torch.randn(tokens, size, generator=generator), torch.arange(tokens)[:, None] % E
+    activation = Activation(_swiglu, columnwise=True, swiglu=True)
+    updates = [ExpertUpdate(part, a[part], b[part], 2.0) for part in range(3)]
+    plain = reference.expert_mlp(hidden, index, router, gate_up, down, activation, updates)
+    expected = [plain, *torch.autograd.grad(plain, [hidden, router, *a, *b], dout)]
+    with torch.no_grad():
+        there = [LowRank(part, a[part], b[part], 2.0, 0.0, 0) for part in range(3)]
+        frozen = Frozen(gate_up.bytes, down.bytes, _swiglu, columnwise=True, swiglu=True)
+        h = [torch.empty(tokens, rank) for _ in there]
+        out, dhidden, drouter = (torch.empty_like(x) for x in (hidden, hidden, router))
+        da, db = [torch.empty_like(x) for x in a], [torch.empty_like(x) for x in b]
+        route.forward(hidden, index, router, frozen, there, h, 0, out)
+        route.backward(dout, hidden, index, router, frozen, there, h, da, db, 0, dhidden, drouter)
+        pairs = zip([out, dhidden, drouter, *da, *db], expected, strict=True)
+        return max(float((one - other).norm() / other.norm()) for one, other in pairs)
+
+
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
