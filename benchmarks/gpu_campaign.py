@@ -5,6 +5,7 @@ survives the failure of the next. On a machine without a GPU, `--device cpu --sm
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -71,6 +72,7 @@ def run_stage(name: str, args: argparse.Namespace) -> Record:
     device = torch.device("cuda", torch.cuda.current_device()) if args.device == "cuda" else torch.device("cpu")
     if args.small and args.device == "cpu":
         torch.set_num_threads(1)  # a second thread only waits, on shapes this small
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     bound_host_memory()
     out = Record(path_of(args.out, name), name, args.limit or stage.LIMIT_S, device, args.small)
     try:
@@ -101,7 +103,7 @@ def main() -> int:
         elif not _in_a_process(name, args):
             failed.append(name)
         report.progress(f"--- stage {name}: {time.monotonic() - started:.0f} s")
-    folder = args.report or (args.out if args.stages else None)
+    folder = args.report or (args.out if args.stages and not args.here else None)
     if folder is not None:
         targets.show(folder)
         if args.page is not None:

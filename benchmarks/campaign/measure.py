@@ -156,8 +156,11 @@ def captured(run: Run, device: torch.device) -> Run:
     torch.cuda.current_stream(device).wait_stream(aside)
     synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
+    try:
+        with torch.cuda.graph(graph):
+            results = run()
+    except Exception as error:
+        raise RuntimeError(f"cannot be captured: {error}") from error
 
     def replay() -> object:
         graph.replay()

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, out: Record) -> None:
     """
     out.values["routes"] = use_passed(args.out, out.device)
     rates = steps.rates(out)
-    rows, collate = token_rows(args.alpaca or args.text, str(_TEMPLATE), 128 if args.small else _MOST_TOKENS)
+    rows, collate = token_rows(args.alpaca or args.text, str(_TEMPLATE), 48 if args.small else _MOST_TOKENS)
     rows = rows[: _ROWS * _ACCUMULATION]
     groups = [rows[first : first + _ROWS] for first in range(0, len(rows), _ROWS)]
     out.values["rows"] = {

@@ -59,6 +59,10 @@ def timed(
         "forward and backward": measure.profiled(lambda: training.forward_backward(batches), device),
         "optimizer": measure.profiled(training.update, device),
     }
+    busy = [part.get("busy_s") for part in result["profile"].values()]
+    # Against the time without the profiler, which slows the host.
+    result["idle_share"] = measure.unmeasured() if None in busy else max(1 - sum(busy) / median, 0.0)
+    result["optimizer_share"] = statistics.median(parts["optimizer"]) / median
     out.keep(item, result)
     result["synchronisations"] = measure.synchronisations(lambda: training.step(batches), device)
     return result

@@ -5,19 +5,17 @@ gives another result than the table's own is listed with its reason and no time.
 """
 
 import argparse
-import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.campaign import measure, record, shapes, weights
+from benchmarks.campaign import ahead, measure, record, shapes, weights
 from benchmarks.campaign.record import Item, Record
 from benchmarks.campaign.stage1_correctness import passed_routes
 from benchmarks.workload import Shape, token_ids
@@ -65,7 +63,7 @@ def run(args: argparse.Namespace, out: Record) -> None:
                 found = configs.candidates(*_described(kind, shape, tokens, device))
                 plans.append((name, shape, tokens, kind, found[:2] if args.small else found))
     if device.type == "cuda":
-        out.item("compiled ahead", lambda: _compile_ahead(plans, device, out))
+        out.item("compiled ahead", lambda: _compile_ahead(plans, out))
     ready: dict[str, _Problem] = {}
     for name, shape, tokens, kind, found in plans:
         key = f"{name} T={tokens}"
@@ -191,29 +189,12 @@ def _sweep(problem: _Problem, kind: Kind, found: list[Any], out: Record) -> Item
     return result
 
 
-def _compile_ahead(plans: list[Any], device: torch.device, out: Record) -> Item:
-    """Every distinct kernel once, by as many processes as there are cores; what is not done in time is built later."""
-    jobs = {(shape, tokens, kind, config) for _, shape, tokens, kind, found in plans for config in found}
-    workers = max(min((os.cpu_count() or 2) - 2, 14), 1)
-    end = time.monotonic() + out.remaining_s * _SHARE_FOR_COMPILING
-    done, failed = 0, 0
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        futures = [pool.submit(_compile, *job) for job in _by_size(jobs)]
-        for future in as_completed(futures, timeout=max(end - time.monotonic(), 1)):
-            done += 1
-            failed += future.exception() is not None
-    except TimeoutError:
-        pass
-    finally:
-        # Processes are left to finish what they are at; nothing new is begun.
-        pool.shutdown(wait=False, cancel_futures=True)
-    return {"jobs": len(jobs), "done": done, "failed": failed, "workers": workers}
-
-
-def _by_size(jobs: set[Any]) -> Iterator[Any]:
-    """In the order in which they will be timed."""
-    yield from sorted(jobs, key=lambda job: (job[1], job[0].hidden, KINDS.index(job[2]), job[3]))
+def _compile_ahead(plans: list[Any], out: Record) -> Item:
+    """Every distinct kernel once; what is not done in time is built when its turn comes."""
+    distinct = {(shape, tokens, kind, config) for _, shape, tokens, kind, found in plans for config in found}
+    # In the order in which they will be timed.
+    ordered = sorted(distinct, key=lambda job: (job[1], job[0].hidden, KINDS.index(job[2]), job[3]))
+    return ahead.in_processes([(_compile, job) for job in ordered], out.remaining_s * _SHARE_FOR_COMPILING)
 
 
 def _compile(shape: Shape, tokens: int, kind: Kind, config: Any) -> None:
