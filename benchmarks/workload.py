@@ -140,7 +140,8 @@ def prepare(shape: Shape, lora: Lora, tokens: int, text: Path, cache: Path) -> W
     adapter = _once(cache / f"{shape.name}-r{lora.r}-a{lora.alpha}", lambda folder: _write_lora(folder, shape, lora))
     batch, rows = _batch(tokens, text)
     path = cache / f"batch-{tokens}.safetensors"
-    save_file(batch, path)
+    # Some tensors of a batch are one and the same, which the file format does not have.
+    save_file({name: tensor.clone() for name, tensor in batch.items()}, path)
     return Workload(model, adapter, path, tokens, rows)
 
 
