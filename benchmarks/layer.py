@@ -180,13 +180,14 @@ class Layer:
             if error > _TOLERANCE[self.dtype]:
                 raise report.CorrectnessError(f"{name}: {what} is off by {error:.1e} of its largest value")
 
-    def ours(self, route: str, lora: bool = True) -> Forward:
-        frozen = self.gate_up, self.down, self.activation
+    def ours(self, route: str, lora: bool = True, **settings: Any) -> Forward:
+        """The layer by a route, under other settings of `routes.configure` where some are given."""
+        frozen, changes = (self.gate_up, self.down, self.activation), {"route": route, **settings}
 
         def forward(hidden: Tensor, weights: Tensor) -> Tensor:
-            routes.configure(route=route)
+            routes.configure(**changes)
             out, _ = expert_mlp(hidden, self.index_TK, weights, *frozen, self.updates if lora else [])
-            return _Routed.apply(out, route)
+            return _Routed.apply(out, changes)
 
         return forward
 
@@ -236,16 +237,16 @@ class Layer:
 
 
 class _Routed(torch.autograd.Function):
-    """Backward on the same route as forward."""
+    """Backward under the same settings as forward."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, route: str) -> Tensor:
-        ctx.route = route
+    def forward(ctx: Any, out: Tensor, changes: dict[str, Any]) -> Tensor:
+        ctx.changes = changes
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        routes.configure(route=ctx.route)
+        routes.configure(**ctx.changes)
         return grads[0], None
 
 

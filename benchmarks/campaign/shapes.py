@@ -74,4 +74,4 @@ MODELS = {"mixtral": mixtral, "qwen3": qwen3}
 
 def tokens(small: bool) -> tuple[int, ...]:
     """Tokens of a step for which targets are set."""
-    return (32, 96) if small else (320, 2048, 8192)
+    return (32, 48) if small else (320, 2048, 8192)

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import report
 from benchmarks.campaign import ahead, measure, record, shapes, weights
 from benchmarks.campaign.record import Item, Record
-from benchmarks.layer import Layer
+from benchmarks.layer import Forward, Layer
 from benchmarks.peers.bitsandbytes_weight import bitsandbytes_weight
 from expertune import attention
 from expertune.kernels import native, routes
@@ -28,6 +28,9 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # of the same roundings in another order differ in the third digit of their error.
 _MOST_ERROR = 1e-2
 _NOISE = 1.05
+
+# Names of variants.
+FUSED, TRITON, TORCH, SLOW = "fused", "decode_then_gemm, triton", "decode_then_gemm, torch, 8 GiB", "expert_by_expert"
 
 
 def run(args: argparse.Namespace, out: Record) -> None:
@@ -50,16 +53,20 @@ def run(args: argparse.Namespace, out: Record) -> None:
     theirs = _errors(layer, layer.by_bitsandbytes, expected)
     decoded = _errors(layer, lambda *leaves: weights.by_decoding_first(layer, *leaves), expected)
     out.keep("peers' errors", {"bitsandbytes": theirs, "bitsandbytes decode + torch.mm": decoded})
-    for route in timed_routes(device):
+    for route, settings in variants(device).items():
+        forward = layer.ours(**settings)
         checks: list[Item | None] = [
-            out.item(f"layer {route}", lambda route=route: _compare(layer, route, expected, decoded)),
-            out.item(f"repeat {route}", lambda route=route: _repeat(layer, route, device)),
+            out.item(
+                f"layer {route}",
+                lambda forward=forward, wanted=settings["route"]: _compare(layer, forward, wanted, expected, decoded),
+            ),
+            out.item(f"repeat {route}", lambda forward=forward: _repeat(layer, forward, device)),
         ]
-        graph = out.item(f"graph {route}", lambda route=route: _graph(layer, route, device))
+        graph = out.item(f"graph {route}", lambda forward=forward: _graph(layer, forward, device))
         passed = [check is not None and check["passed"] for check in checks]
         # A route that cannot be captured is not wrong; one that gives other bytes when captured is.
         captured = graph is None or graph["passed"] is not False
-        decoder = decodes or route == routes.EXPERT_BY_EXPERT  # which decodes by plain torch
+        decoder = decodes or route == SLOW  # which decodes by plain torch
         found = {"layer": passed[0], "repeat": passed[1], "graph": captured, "decode": decoder}
         wrong = [name for name, ok in found.items() if not ok]
         gate["failed" if wrong else "passed"][route] = wrong
@@ -68,38 +75,58 @@ def run(args: argparse.Namespace, out: Record) -> None:
         out.item("kernels, interpreted", lambda: _interpreted(args.small))
 
 
-def timed_routes(device: torch.device) -> list[str]:
-    """Routes that there are on a device, whether they pass or not."""
-    if device.type == "cuda":
-        return [routes.FUSED, routes.DECODE_THEN_GEMM, routes.EXPERT_BY_EXPERT]
-    return [routes.FUSED, routes.DECODE_THEN_GEMM] if native.available() else [routes.DECODE_THEN_GEMM]
+def variants(device: torch.device) -> dict[str, dict[str, Any]]:
+    """Every way in which the layer can run on a device, by name: settings of `routes.configure`.
+
+    torch's grouped product takes the weights of all experts at once, which the usual working set does not hold.
+    """
+    if device.type != "cuda":
+        fused: dict[str, dict[str, Any]] = {FUSED: {"route": routes.FUSED}} if native.available() else {}
+        return fused | {"decode_then_gemm": {"route": routes.DECODE_THEN_GEMM}}
+    usual: dict[str, Any] = {"working_set_bytes": None, "gemm": "triton"}
+    large = {"route": routes.DECODE_THEN_GEMM, "working_set_bytes": 2**33}
+    return {
+        FUSED: {"route": routes.FUSED} | usual,
+        TRITON: {"route": routes.DECODE_THEN_GEMM} | usual,
+        f"{TRITON}, 8 GiB": large | {"gemm": "triton"},
+        TORCH: large | {"gemm": "torch"},
+        SLOW: {"route": routes.EXPERT_BY_EXPERT} | usual,
+    }
 
 
-def passed_routes(folder: Path, device: torch.device) -> tuple[list[str], str]:
-    """Routes that may be timed, and on whose word: stage 1's, or where it has not run the start-up check's."""
-    found = record.read(folder / "stage1.json")
-    gate = (found or {}).get("gate", {})
+def passed_variants(folder: Path, device: torch.device) -> tuple[dict[str, dict[str, Any]], str]:
+    """Variants that may be timed, and on whose word: stage 1's, or where it has not run the start-up check's."""
+    known = variants(device)
+    gate = (record.read(folder / "stage1.json") or {}).get("gate", {})
     if gate.get("passed") or gate.get("failed"):
-        return [route for route in timed_routes(device) if route in gate["passed"]], "stage 1"
-    usable = routes.usable_routes(device, torch.bfloat16)
-    also = [routes.EXPERT_BY_EXPERT] if device.type == "cuda" else []
-    return [*usable, *also], "the start-up check alone: stage 1 has not run"
+        return {name: known[name] for name in known if name in gate["passed"]}, "stage 1"
+    usable: set[str] = {*routes.usable_routes(device, torch.bfloat16), routes.EXPERT_BY_EXPERT}
+    allowed = {name: settings for name, settings in known.items() if settings["route"] in usable}
+    if device.type == "cuda" and TORCH in allowed:
+        from expertune.kernels.expert_mlp.selfcheck import checked
+
+        if "grouped_mm" not in checked(device, torch.bfloat16).passed:
+            allowed.pop(TORCH)
+    return allowed, "the start-up check alone: stage 1 has not run"
 
 
 def use_passed(folder: Path, device: torch.device) -> dict[str, Any]:
-    """Set `route: auto` where both fast routes passed, else the one that did.
+    """Let this process choose among what passed, and among nothing else.
 
     Raises:
-        CorrectnessError: none did.
+        CorrectnessError: neither fast route passed.
     """
-    passed, word = passed_routes(folder, device)
-    fast = [route for route in (routes.FUSED, routes.DECODE_THEN_GEMM) if route in passed]
-    wanted = [route for route in timed_routes(device) if route != routes.EXPERT_BY_EXPERT]
+    passed, word = passed_variants(folder, device)
+    fast = {settings["route"] for settings in passed.values()} & {routes.FUSED, routes.DECODE_THEN_GEMM}
     if not fast:
         raise report.CorrectnessError("no route passed its check: no speed is reported")
-    route = "auto" if fast == wanted else fast[0]
-    routes.configure(route=route)
-    return {"route": route, "passed": passed, "by": word}
+    wanted = {settings["route"] for settings in variants(device).values()} - {routes.EXPERT_BY_EXPERT}
+    chosen: dict[str, Any] = {"route": "auto" if fast == wanted else fast.pop()}
+    gemms = {settings.get("gemm") for settings in passed.values() if settings["route"] == routes.DECODE_THEN_GEMM}
+    if device.type == "cuda" and len(gemms) == 1:
+        chosen |= {"gemm": gemms.pop()}
+    routes.configure(**chosen)
+    return chosen | {"passed": list(passed), "by": word}
 
 
 def _self_check(device: torch.device, dtype: torch.dtype) -> Item:
@@ -171,10 +198,9 @@ def _errors(layer: Layer, forward: Any, expected: list[Tensor]) -> dict[str, flo
     return weights.relative_errors([out.detach(), *gradients], expected)
 
 
-def _compare(layer: Layer, route: str, expected: list[Tensor], theirs: dict[str, float]) -> Item:
+def _compare(layer: Layer, forward: Forward, wanted: str, expected: list[Tensor], theirs: dict[str, float]) -> Item:
     """Against float64, beside decoding first and multiplying in bfloat16."""
-    routes.configure(route=route)
-    errors = _errors(layer, layer.ours(route), expected)
+    errors = _errors(layer, forward, expected)
     ran = routes.describe(layer.hidden_TD.device, layer.dtype)["ran"]
     close = all(error <= _MOST_ERROR for error in errors.values())
     no_worse = all(errors[name] <= theirs[name] * _NOISE for name in errors)
@@ -184,14 +210,14 @@ def _compare(layer: Layer, route: str, expected: list[Tensor], theirs: dict[str,
         "within": _MOST_ERROR,
         "no_worse": no_worse,
         "ran": ran,
-        "passed": close and no_worse and set(ran) == {route},
+        "passed": close and no_worse and set(ran) == {wanted},
     }
 
 
-def _repeat(layer: Layer, route: str, device: torch.device) -> Item:
+def _repeat(layer: Layer, forward: Forward, device: torch.device) -> Item:
     """The same bytes twice, dropout included."""
     layer.dropout = 0.05
-    step = layer.step(layer.ours(route))
+    step = layer.step(forward)
     try:
         results = []
         for _ in range(2):
@@ -205,9 +231,9 @@ def _repeat(layer: Layer, route: str, device: torch.device) -> Item:
     return {"identical": same, "passed": all(same)}
 
 
-def _graph(layer: Layer, route: str, device: torch.device) -> Item:
+def _graph(layer: Layer, forward: Forward, device: torch.device) -> Item:
     """The same bytes from a captured graph as without."""
-    step = layer.step(layer.ours(route))
+    step = layer.step(forward)
     out, gradients = step()
     expected = [tensor.clone() for tensor in (out, *gradients)]
     try:

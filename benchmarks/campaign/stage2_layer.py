@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.campaign import floors, measure, record, shapes, weights
 from benchmarks.campaign.record import Item, Record
-from benchmarks.campaign.stage1_correctness import decode_all, passed_routes
+from benchmarks.campaign.stage1_correctness import SLOW, decode_all, passed_variants
 from benchmarks.layer import Layer
 from benchmarks.peers import grouped_nf4_gemm as grouped
 from benchmarks.peers.bitsandbytes_weight import bitsandbytes_weight
@@ -33,8 +33,8 @@ NOT_PEERS = ("grouped_mm on decoded weights",)
 def run(args: argparse.Namespace, out: Record) -> None:
     """Measure; routes that failed their check are named and left out."""
     device = out.device
-    allowed, word = passed_routes(args.out, device)
-    out.values["routes"] = {"timed": allowed, "by": word}
+    allowed, word = passed_variants(args.out, device)
+    out.values["routes"] = {"timed": list(allowed), "by": word}
     rates = {
         "matmul": measure.matmul_rate(device, torch.bfloat16, args.small),
         "copy": measure.copy_rate(device, args.small),
@@ -94,11 +94,15 @@ def _decode(shape: Any, rates: Item, out: Record) -> Item:
 Step = Callable[[], Any]
 
 
-def _layer(args: argparse.Namespace, out: Record, make: Any, tokens: int, allowed: list[str], item: str) -> Item:
+def _layer(
+    args: argparse.Namespace, out: Record, make: Any, tokens: int, allowed: dict[str, dict[str, Any]], item: str
+) -> Item:
     """All stacks on one layer: held to each other without dropout, then timed in turn with it."""
     model, device = make(args.small), out.device
     layer = Layer(model.layer, model.lora, tokens, args.text, torch.bfloat16, device, weights.fill)
-    stacks: dict[str, Step] = {f"ours, {route}": layer.step(layer.ours(route)) for route in allowed}
+    stacks: dict[str, Step] = {
+        f"ours, {route}": layer.step(layer.ours(**settings)) for route, settings in allowed.items()
+    }
     stacks["bitsandbytes, per expert"] = layer.step(layer.by_bitsandbytes)
     stacks["grouped_mm on decoded weights"] = layer.step(layer.by_grouped_mm)
     result: Item = {"tokens": tokens, "rows_per_expert": layer.rows_per_expert, "dropout": _DROPOUT, "left_out": {}}
@@ -115,9 +119,11 @@ def _layer(args: argparse.Namespace, out: Record, make: Any, tokens: int, allowe
     out.require_time()
     layer.dropout = _DROPOUT
     graphs = {}
-    for route in allowed:
+    for route, settings in allowed.items():
         if (name := f"ours, {route}") in stacks:
-            result.setdefault("launches", {})[name] = _passes(layer, route, device)
+            result.setdefault("launches", {})[name] = _passes(layer, settings, device)
+            if route == SLOW:
+                continue  # it waits for the device, and cannot be captured
             try:
                 graphs[f"{name}, captured"] = measure.captured(stacks[name], device)
             except RuntimeError as error:
@@ -162,9 +168,9 @@ def _agree(stacks: dict[str, Step], layer: Layer, result: Item) -> None:
         results = dict(list(results.items())[:1])  # the one that others are held to
 
 
-def _passes(layer: Layer, route: str, device: torch.device) -> Item:
+def _passes(layer: Layer, settings: dict[str, Any], device: torch.device) -> Item:
     """Launches and host synchronisations of forward and of backward, apart."""
-    forward, leaves = layer.ours(route), layer.leaves
+    forward, leaves = layer.ours(**settings), layer.leaves
     kept: list[Tensor] = []
 
     def ahead() -> None:

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from benchmarks.campaign import ahead, measure, record, shapes, weights
 from benchmarks.campaign.record import Item, Record
-from benchmarks.campaign.stage1_correctness import passed_routes
+from benchmarks.campaign.stage1_correctness import FUSED, TRITON, passed_variants
 from benchmarks.workload import Shape, token_ids
-from expertune.kernels import routes
 from expertune.kernels.nf4 import Nf4Bytes, Nf4Stack
 
 LIMIT_S = 240
@@ -52,9 +51,10 @@ def run(args: argparse.Namespace, out: Record) -> None:
         return
     from expertune.kernels.gpu import configs
 
-    allowed, word = passed_routes(args.out, device)
-    out.values["routes"] = {"timed": allowed, "by": word}
-    kinds = [kind for kind in KINDS if (routes.FUSED if kind.nf4 else routes.DECODE_THEN_GEMM) in allowed]
+    allowed, word = passed_variants(args.out, device)
+    out.values["routes"] = {"timed": list(allowed), "by": word}
+    dense = TRITON if device.type == "cuda" else "decode_then_gemm"
+    kinds = [kind for kind in KINDS if (FUSED if kind.nf4 else dense) in allowed]
     plans = []
     for tokens in (8,) if args.small else shapes.tokens(False):
         for name, make in shapes.MODELS.items():

@@ -57,11 +57,31 @@ def test_a_route_that_failed_is_not_timed(tmp_path: Path) -> None:
     gate = {"passed": {"decode_then_gemm": []}, "failed": {"fused": ["layer"]}}
     (tmp_path / "stage1.json").write_text(json.dumps({"gate": gate}), encoding="utf-8")
     cpu = torch.device("cpu")
-    assert stage1_correctness.passed_routes(tmp_path, cpu)[0] == ["decode_then_gemm"]
+    assert list(stage1_correctness.passed_variants(tmp_path, cpu)[0]) == ["decode_then_gemm"]
     (tmp_path / "stage1.json").write_text(json.dumps({"gate": {"passed": {}, "failed": gate["failed"]}}))
-    assert stage1_correctness.passed_routes(tmp_path, cpu)[0] == []
+    assert stage1_correctness.passed_variants(tmp_path, cpu)[0] == {}
     with pytest.raises(Exception, match="no speed is reported"):
         stage1_correctness.use_passed(tmp_path, cpu)
+
+
+def test_on_a_gpu_the_choice_is_among_what_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(stage1_correctness.routes, "configure", found.update)
+    names = list(stage1_correctness.variants(torch.device("cuda")))
+
+    def chosen(*passed: str) -> dict[str, Any]:
+        found.clear()
+        gate = {"passed": {name: [] for name in passed}, "failed": {"other": ["layer"]}}
+        (tmp_path / "stage1.json").write_text(json.dumps({"gate": gate}), encoding="utf-8")
+        stage1_correctness.use_passed(tmp_path, torch.device("cuda"))
+        return dict(found)
+
+    assert chosen(*names) == {"route": "auto"}
+    assert chosen("fused", "expert_by_expert") == {"route": "fused"}
+    assert chosen("decode_then_gemm, torch, 8 GiB") == {"route": "decode_then_gemm", "gemm": "torch"}
+    assert chosen("fused", "decode_then_gemm, triton") == {"route": "auto", "gemm": "triton"}
+    with pytest.raises(Exception, match="no speed is reported"):
+        chosen("expert_by_expert")
 
 
 def test_wrong_results_fail_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
