@@ -48,9 +48,7 @@ TOKENS = (320, 8192)
 META = torch.device("meta")
 
 
-def layer_launches(
-    shape: Shape, tokens: int, dtype: torch.dtype, decode_first: bool, dropout: float, target: Target
-) -> list[Launch]:
+def layer_launches(shape: Shape, tokens: int, route: GroupedRoute, dropout: float, target: Target) -> list[Launch]:
     """What forward and backward of one layer launch, in order."""
     E, D, F, K, r = shape
     gate_up, down = Nf4Stack(2 * E, F, D, device=META), Nf4Stack(E, D, F, device=META)
@@ -61,10 +59,9 @@ def layer_launches(
         LowRank(part, _empty(E, r, columns), _empty(E, rows, r), 2.0, dropout, seeds[part])
         for part, (columns, rows) in enumerate(widths)
     ]
-    hidden, index = _empty(tokens, D, dtype=dtype), _empty(tokens, K, dtype=torch.int64)
-    weights, h = _empty(tokens, K, dtype=dtype), [_empty(tokens * K, r) for _ in low_rank]
+    hidden, index = _empty(tokens, D, dtype=torch.bfloat16), _empty(tokens, K, dtype=torch.int64)
+    weights, h = _empty(tokens, K, dtype=torch.bfloat16), [_empty(tokens * K, r) for _ in low_rank]
     da, db = [torch.empty_like(u.a) for u in low_rank], [torch.empty_like(u.b) for u in low_rank]
-    route = GroupedRoute(decode_first)
     with recording(target) as notes:
         route.forward(hidden, index, weights, layer, low_rank, h, 0, torch.empty_like(hidden))
         route.backward(
@@ -84,18 +81,20 @@ def layer_launches(
     return notes
 
 
-def kernels(target: Target, shapes: Sequence[str], tokens: Sequence[int]) -> list[Launch]:
-    """Every distinct kernel that layers of these shapes launch in bfloat16, with dropout and without."""
+def kernels(target: Target, shapes: Sequence[str], tokens: Sequence[int], quick: bool) -> list[Launch]:
+    """Every distinct kernel that layers of these shapes launch in bfloat16."""
     notes: list[Launch] = []
-    for name, count, decode_first, dropout in product(shapes, tokens, (False, True), (0.0, 0.05)):
-        notes += layer_launches(SHAPES[name], count, torch.bfloat16, decode_first, dropout, target)
+    # Groups of decoded experts begin at numbers that Triton compiles for anew: 0, 1, multiples of 16, others.
+    routes = (GroupedRoute(False), GroupedRoute(True, buffer_bytes=2**33 if quick else 2**30))
+    for name, count, route, dropout in product(shapes, tokens, routes, (0.05,) if quick else (0.0, 0.05)):
+        notes += layer_launches(SHAPES[name], count, route, dropout, target)
     return distinct(notes)
 
 
-def compile_target(target: Target, shapes: Sequence[str], tokens: Sequence[int]) -> list[dict[str, Any]]:
+def compile_target(target: Target, shapes: Sequence[str], tokens: Sequence[int], quick: bool) -> list[dict[str, Any]]:
     """Compile all kernels of one target; a failure is a record with `error`."""
     records = []
-    for note in kernels(target, shapes, tokens):
+    for note in kernels(target, shapes, tokens, quick):
         try:
             compiled = compile_launch(note, target)
         except Exception as error:
@@ -116,12 +115,13 @@ def main() -> int:
     parser.add_argument("--targets", nargs="*", default=[str(target.arch) for target in TARGETS])
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
+    parser.add_argument("--quick", action="store_true", help="what a step of the recipe launches, and no variant")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     chosen = [target for target in TARGETS if str(target.arch) in arguments.targets]
     started = time.monotonic()
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        compiled = partial(compile_target, shapes=arguments.shapes, tokens=arguments.tokens)
+        compiled = partial(compile_target, shapes=arguments.shapes, tokens=arguments.tokens, quick=arguments.quick)
         records = [record for found in pool.map(compiled, chosen) for record in found]
     for record in records:
         constants = record.get("constants", {})

@@ -338,7 +338,8 @@ def _load_and_adapt(
 
 
 def _load(config: RunConfig, source: ModelSource, device: torch.device, record: RunRecord) -> LoadedModel:
-    set_up_kernels(config.kernels, record.values.get("kernels", {}).get("crossover"))
+    kept = record.values.get("kernels", {})
+    set_up_kernels(config.kernels, kept.get("crossover"), kept.get("gemm"))
     dtype = resolve_compute_dtype(config.quantization.compute_dtype, device)
     return load_model(source.folder, config.quantization, dtype, device, config.trust_remote_code)
 

@@ -70,17 +70,79 @@ def test_crossover_is_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(routes, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(routes, "_measure", lambda dtype: measured.append(dtype) or 48)
     for _ in range(2):
-        routes._measured_crossover.cache_clear()
-        assert routes._measured_crossover(torch.float32, 2) == 48
+        routes._measured.cache_clear()
+        assert routes._measured(torch.float32, CPU, 2)["crossover"] == 48
     assert measured == [torch.float32]
     (path,) = tmp_path.iterdir()
     path.write_text("{}", encoding="utf-8")  # damaged: measured anew
-    routes._measured_crossover.cache_clear()
-    assert routes._measured_crossover(torch.float32, 2) == 48
+    routes._measured.cache_clear()
+    assert routes._measured(torch.float32, CPU, 2)["crossover"] == 48
     assert len(measured) == 2
-    routes._measured_crossover.cache_clear()
+    routes._measured.cache_clear()
 
 
 @needs_native
 def test_measuring_finds_one_of_the_row_counts_it_tries() -> None:
     assert routes._measure(torch.float32) in (*routes._ROWS, routes._NEVER)
+
+
+class TestOnAGpu:
+    """What is decided about a GPU, with the device's answers put in: which routes passed, and what was measured."""
+
+    device = torch.device("cuda", 0)
+
+    @pytest.fixture(autouse=True)
+    def _answers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from expertune.kernels import gpu
+        from expertune.kernels.expert_mlp import selfcheck
+
+        self.findings = selfcheck.Findings(
+            {"shuffle": 0.0, "fused": 0.003, "decode_then_gemm": 0.004}, {}, ["shuffle", "fused", "decode_then_gemm"]
+        )
+        monkeypatch.setattr(gpu, "unavailable", lambda device: "")
+        monkeypatch.setattr(selfcheck, "checked", lambda device, dtype: self.findings)
+        monkeypatch.setattr(routes, "_measured", lambda *_: {"crossover": 384, "gemm": "torch"})
+        routes.configure(route="auto", crossover=None)
+
+    def test_routes_cross_where_this_device_was_measured_to(self) -> None:
+        assert routes.choose(self.device, 383, torch.bfloat16) == "fused"
+        assert routes.choose(self.device, 384, torch.bfloat16) == "decode_then_gemm"
+        described = routes.describe(self.device, torch.bfloat16)
+        assert described["crossover"] == 384
+        assert described["gemm"] == "torch"
+        assert "fused below 384 tokens per expert" in routes.say(described)
+
+    def test_route_that_failed_its_check_is_not_used_and_the_record_says_so(self) -> None:
+        self.findings.passed.remove("fused")
+        self.findings.messages["fused"] = "RuntimeError: misaligned address"
+        routes.configure(route="fused")
+        assert routes.choose(self.device, 1, torch.bfloat16) == "decode_then_gemm"
+        described = routes.describe(self.device, torch.bfloat16)
+        assert described["self_check"]["fused"] == "RuntimeError: misaligned address, not used"
+        assert described["self_check"]["shuffle"] == "relative error 0.0e+00"
+        assert "fused failed the check on this device" in routes.say(described)
+
+    def test_without_a_usable_route_experts_are_computed_one_by_one(self) -> None:
+        self.findings.passed.clear()
+        assert routes.choose(self.device, 1, torch.bfloat16) == "expert_by_expert"
+
+    def test_layer_that_the_kernels_cannot_serve_goes_expert_by_expert(self) -> None:
+        assert routes.choose(self.device, 1, torch.bfloat16, grouped=False) == "expert_by_expert"
+
+    def test_continued_run_keeps_what_it_multiplied_with(self) -> None:
+        set_up_kernels(KernelsConfig(), crossover=64, gemm="triton")
+        assert routes.choose(self.device, 100, torch.bfloat16) == "decode_then_gemm"
+        assert routes.gemm(torch.bfloat16, self.device) == "triton"
+
+    def test_without_triton_the_terminal_says_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from expertune.kernels import gpu
+
+        monkeypatch.setattr(gpu, "unavailable", lambda device: "triton is not installed")
+        assert routes.choose(self.device, 1, torch.bfloat16) == "expert_by_expert"
+        said = routes.say(routes.describe(self.device, torch.bfloat16))
+        assert said == "products in bfloat16, expert by expert, without Triton's kernels: triton is not installed"
+
+
+def test_working_set_left_to_the_device_is_larger_on_a_gpu() -> None:
+    set_up_kernels(KernelsConfig())
+    assert (routes.working_set_bytes("cpu"), routes.working_set_bytes("cuda")) == (2**29, 2**31)

@@ -52,11 +52,13 @@ class Settings:
         working_set_bytes: most bytes that one expert layer computes on at once, whatever the batch; None takes the
             device's own, see `working_set_bytes`.
         crossover: rows for each expert from which `decode_then_gemm` is taken; None measures it.
+        gemm: what multiplies decoded weights on a GPU, `torch` or `triton`; None measures which is faster.
     """
 
     route: Route | Literal["auto"] = "auto"
     working_set_bytes: int | None = None
     crossover: int | None = None
+    gemm: Literal["torch", "triton"] | None = None
 
 
 _settings = Settings()
@@ -128,7 +130,14 @@ def crossover(dtype: torch.dtype, device: torch.device = _CPU) -> int:
     """Rows for each expert from which `decode_then_gemm` is the faster route on this device, for x of `dtype`."""
     if _settings.crossover is not None:
         return _settings.crossover
-    return _measured_crossover(product_dtype(dtype, device), device, torch.get_num_threads())
+    return int(_measured(product_dtype(dtype, device), device, torch.get_num_threads())["crossover"])
+
+
+def gemm(dtype: torch.dtype, device: torch.device) -> str:
+    """What multiplies decoded weights on a GPU: `torch`'s grouped_mm or our own kernel in `triton`."""
+    if _settings.gemm is not None:
+        return _settings.gemm
+    return str(_measured(dtype, device, torch.get_num_threads())["gemm"])
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -157,6 +166,8 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         }
         if len(usable_routes(device, dtype)) == 2:
             described["crossover"] = crossover(dtype, device)
+        if DECODE_THEN_GEMM in usable_routes(device, dtype):
+            described["gemm"] = gemm(dtype, device)
     return described
 
 
@@ -179,16 +190,19 @@ def say(described: dict[str, Any]) -> str:
 
 
 @cache
-def _measured_crossover(dtype: torch.dtype, device: torch.device, threads: int) -> int:
+def _measured(dtype: torch.dtype, device: torch.device, threads: int) -> dict[str, Any]:
+    """`crossover` and, on a GPU, `gemm`: from the cache, or measured."""
     path = _cache_path(dtype, device, threads)
     try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["crossover"])
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        int(found["crossover"])
+        return found
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    found = _measure(dtype) if device.type == "cpu" else _measure_gpu(dtype, device)
+    found = {"crossover": _measure(dtype)} if device.type == "cpu" else _measure_gpu(dtype, device)
     try:
         beside = path.with_suffix(f".{time.monotonic_ns()}")
-        beside.write_text(json.dumps({"crossover": found}), encoding="utf-8")
+        beside.write_text(json.dumps(found), encoding="utf-8")
         beside.replace(path)
     except OSError:
         pass  # measured anew next time
@@ -220,15 +234,23 @@ def _measure(dtype: torch.dtype) -> int:
     return _NEVER
 
 
-def _measure_gpu(dtype: torch.dtype, device: torch.device) -> int:
-    """The same of whole expert layers on a GPU, forward and backward."""
+def _measure_gpu(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What multiplies decoded weights fastest on a GPU, and where it overtakes the fused route; of whole layers."""
     from expertune.kernels.expert_mlp.calibrate import layer_seconds
+    from expertune.kernels.expert_mlp.grouped import GroupedRoute
+    from expertune.kernels.expert_mlp.selfcheck import checked
 
-    for rows in _GPU_ROWS:
-        fused_first = layer_seconds(False, rows, dtype, device)
-        if layer_seconds(True, rows, dtype, device) <= fused_first:
-            return rows
-    return _NEVER
+    kinds = {"triton": GroupedRoute(True)}
+    if "grouped_mm" in checked(device, dtype).passed:
+        kinds["torch"] = GroupedRoute(True, torch_gemm=True)
+    seconds = {kind: layer_seconds(route, _GPU_ROWS[-1], dtype, device) for kind, route in kinds.items()}
+    fastest = min(seconds, key=lambda kind: seconds[kind])
+    crossing = (
+        rows
+        for rows in _GPU_ROWS
+        if layer_seconds(kinds[fastest], rows, dtype, device) <= layer_seconds(GroupedRoute(False), rows, dtype, device)
+    )
+    return {"crossover": next(crossing, _NEVER), "gemm": fastest}
 
 
 def _seconds(run: Callable[..., object], *arguments: object, repeats: int = 3) -> float:

@@ -50,19 +50,22 @@ def resolve_compute_dtype(name: str, device: torch.device | None = None) -> torc
     return product_dtype(torch.bfloat16, device)
 
 
-def set_up_kernels(kernels: KernelsConfig, crossover: int | None = None) -> None:
+def set_up_kernels(kernels: KernelsConfig, crossover: int | None = None, gemm: str | None = None) -> None:
     """Make the products of this process run as the run file says.
 
     Args:
         kernels: the run file's section.
         crossover: tokens per expert at which the run has changed routes so far, where it is being continued: measured
             anew it might come out otherwise, and with it the last bits of every product.
+        gemm: what has multiplied decoded weights so far, likewise.
 
     Raises:
         ConfigError: the route cannot run here; says why.
     """
     try:
-        routes.configure(route=kernels.route, working_set_bytes=kernels.working_set_bytes, crossover=crossover)
+        routes.configure(
+            route=kernels.route, working_set_bytes=kernels.working_set_bytes, crossover=crossover, gemm=gemm
+        )
     except ValueError as error:
         raise ConfigError(f"kernels.route: {error}") from None
 

@@ -38,6 +38,10 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class _Route(Protocol):
     """A module or object that computes a chunk of tokens; see `grouped.GroupedRoute`."""
 
+    @property
+    def overwrites(self) -> bool:
+        """Whether the first chunk's gradients of A and B replace what is there; others add."""
+
     def forward(self, *arguments: Any) -> None: ...
 
     def backward(self, *arguments: Any) -> None: ...
@@ -229,11 +233,13 @@ def _backward(
     layer, low_rank = _layer(weights, activation, parts, scalings, dropouts, seeds, a, b)
     top_k = top_k_index.shape[1]
     dhidden, dweights = torch.empty_like(hidden), torch.empty_like(top_k_weights)
+    chunks = list(_chunks(hidden, top_k_index, layer, parts, dropouts))
     # Summed over chunks in float32, whatever the factors' dtype.
-    da = [torch.zeros(factor.shape, dtype=torch.float32, device=factor.device) for factor in a]
-    db = [torch.zeros(factor.shape, dtype=torch.float32, device=factor.device) for factor in b]
+    make = torch.empty if chunks and chunks[0][1].overwrites else torch.zeros
+    da = [make(factor.shape, dtype=torch.float32, device=factor.device) for factor in a]
+    db = [make(factor.shape, dtype=torch.float32, device=factor.device) for factor in b]
     with own_dtypes(hidden):
-        for tokens, route in _chunks(hidden, top_k_index, layer, parts, dropouts):
+        for tokens, route in chunks:
             rows = slice(tokens.start * top_k, tokens.stop * top_k)
             h_chunk = [tensor[rows] for tensor in h]
             route.backward(
@@ -313,9 +319,7 @@ def _layer(
     gate_up, down = Nf4Bytes(*weights[:4]), Nf4Bytes(*weights[4:])
     owner = _activations[activation]
     layer = Layer(gate_up, down, owner.function, owner.columnwise, owner.swiglu)
-    # Read only where they are on the host: there it waits for nothing.
-    numbers = seeds.tolist() if seeds.device.type == "cpu" else seeds.unbind()
-    low_rank = [LowRank(*values) for values in zip(parts, a, b, scalings, dropouts, numbers, strict=True)]
+    low_rank = [LowRank(*values) for values in zip(parts, a, b, scalings, dropouts, seeds.unbind(), strict=True)]
     return layer, low_rank
 
 
@@ -330,18 +334,20 @@ def _chunks(
     rows_per_expert = min(hidden.shape[0], step) * top_k / layer.num_experts
     grouped = layer.num_parts <= 2 and len(set(parts)) == len(parts)
     name = routes.choose(device, rows_per_expert, hidden.dtype, grouped)
+    route = _route(name, device, hidden.dtype, held_bytes // 2)
     for start in range(0, hidden.shape[0], step):
-        yield slice(start, min(start + step, hidden.shape[0])), _route(name, device, held_bytes // 2)
+        yield slice(start, min(start + step, hidden.shape[0])), route
 
 
-def _route(name: routes.Route, device: torch.device, buffer_bytes: int) -> _Route:
+def _route(name: routes.Route, device: torch.device, dtype: torch.dtype, buffer_bytes: int) -> _Route:
     if device.type == "cpu":
         return fused if name == routes.FUSED else decode_then_gemm
     if name == routes.EXPERT_BY_EXPERT:
         return decode_then_gemm
     from expertune.kernels.expert_mlp.grouped import GroupedRoute
 
-    return GroupedRoute(name == routes.DECODE_THEN_GEMM, buffer_bytes)
+    decode_first = name == routes.DECODE_THEN_GEMM
+    return GroupedRoute(decode_first, buffer_bytes, decode_first and routes.gemm(dtype, device) == "torch")
 
 
 def _check(

@@ -40,9 +40,9 @@ def _layer(device: torch.device) -> Layer:
     return Layer(gate_up, down, _never_called, columnwise=True, swiglu=True)
 
 
-def layer_seconds(decode_first: bool, rows_per_expert: int, dtype: torch.dtype, device: torch.device) -> float:
+def layer_seconds(route: GroupedRoute, rows_per_expert: int, dtype: torch.dtype, device: torch.device) -> float:
     """Median seconds of forward and backward of a layer without adapters, every expert with as many rows."""
-    layer, route = _layer(device), GroupedRoute(decode_first)
+    layer = _layer(device)
     tokens = rows_per_expert * layer.num_experts // 2
     hidden = torch.randn(tokens, layer.hidden_size, dtype=dtype, device=device)
     index = torch.stack([torch.arange(tokens, device=device) % layer.num_experts for _ in range(2)], dim=1)

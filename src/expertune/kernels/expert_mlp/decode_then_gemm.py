@@ -17,6 +17,9 @@ from expertune.kernels.expert_mlp.plan import Layer, LowRank, combine, different
 from expertune.kernels.grouped_linear.decode_then_gemm import Scratch, multiply, spans
 from expertune.kernels.nf4 import decode
 
+# Gradients of A and B are added to what is there.
+overwrites = False
+
 
 def forward(
     hidden_TD: Tensor,

@@ -15,6 +15,9 @@ from expertune.kernels.dropout import dropout
 from expertune.kernels.expert_mlp.plan import Layer, LowRank, Sorted, combine, differentiable, sort_rows
 from expertune.kernels.grouped_linear.fused import plain
 
+# Gradients of A and B are added to what is there.
+overwrites = False
+
 
 def forward(
     hidden_TD: Tensor,

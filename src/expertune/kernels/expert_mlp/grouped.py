@@ -8,15 +8,16 @@ Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per toke
 the first product, r rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from expertune.kernels.expert_mlp.plan import Layer, LowRank, Sorted, differentiable
 from expertune.kernels.gpu import low_rank as thin
-from expertune.kernels.gpu import nf4, rows
+from expertune.kernels.gpu import nf4, rows, torch_gemm
 from expertune.kernels.gpu.low_rank import Expand, Outer, Shrink
 from expertune.kernels.gpu.product import Decoded, Update, product, product_transposed
 from expertune.kernels.nf4 import Nf4Bytes
@@ -32,10 +33,13 @@ class GroupedRoute:
     Attributes:
         decode_first: whether weights are decoded before they are multiplied.
         buffer_bytes: most bytes of decoded weights; one expert's matrices are held in any case.
+        torch_gemm: multiply decoded weights by torch's `grouped_mm`, where those of all experts fit the buffer.
     """
 
     decode_first: bool
     buffer_bytes: int = 2**30
+    torch_gemm: bool = False
+    overwrites: ClassVar[bool] = True
 
     def forward(
         self,
@@ -60,7 +64,7 @@ class GroupedRoute:
         else:
             inter_RF = hidden_TD.new_empty(count, layer.num_parts * layer.intermediate_size)
         for experts, weight in self._groups(layer.gate_up, layer.num_experts, hidden_TD.dtype):
-            product(
+            self._product(
                 hidden_TD,
                 weight,
                 routed.offsets_E,
@@ -76,7 +80,7 @@ class GroupedRoute:
         updates = [Update(low, u.b, 0, u.scaling) for u, low in outer]
         y_RD = torch.empty(count, layer.hidden_size, dtype=torch.float32, device=hidden_TD.device)
         for experts, weight in self._groups(layer.down, layer.num_experts, hidden_TD.dtype):
-            product(inter_RF, weight, routed.offsets_E, y_RD, updates, router_R=routed.weight_R, experts=experts)
+            self._product(inter_RF, weight, routed.offsets_E, y_RD, updates, router_R=routed.weight_R, experts=experts)
         rows.combine(y_RD, routed.inverse_R, out_TD)
 
     def backward(
@@ -113,9 +117,9 @@ class GroupedRoute:
 
         def recompute(experts: slice | None, gate_up_weight: Nf4Bytes | Decoded, down: Nf4Bytes | Decoded) -> None:
             updates = [Update(low, u.b, u.part, u.scaling) for u, low in inner]
-            product(hidden_TD, gate_up_weight, offsets_E, gate_up, updates, routed.token_R, experts=experts)
+            self._product(hidden_TD, gate_up_weight, offsets_E, gate_up, updates, routed.token_R, experts=experts)
             # Before the router's weight is applied, so that <inter, dInter> is the weight's own gradient.
-            product_transposed(dout_TD, down, offsets_E, dinter_RF, routed.token_R, experts, add=expanded)
+            self._product_transposed(dout_TD, down, offsets_E, dinter_RF, routed.token_R, experts, expanded)
 
         def input_gradient(experts: slice | None, gate_up_weight: Nf4Bytes | Decoded, dgate_up: Tensor) -> None:
             shrinks = [
@@ -124,7 +128,7 @@ class GroupedRoute:
             thin.shrink(dgate_up, offsets_E, shrinks, experts=experts)
             gradients_in = [_input_gradient(u, dh[id(u)]) for u, _ in inner]
             added = thin.expand(dx_RD, offsets_E, gradients_in, dgate_up.dtype, routed.number_R, experts)
-            product_transposed(dgate_up, gate_up_weight, offsets_E, dx_RD, experts=experts, add=added)
+            self._product_transposed(dgate_up, gate_up_weight, offsets_E, dx_RD, None, experts, added)
 
         if layer.swiglu:
             for experts, weight, down in self._pairs(layer, hidden_TD.dtype):
@@ -148,6 +152,38 @@ class GroupedRoute:
         items = [_input_outer(u, dh[id(u)], gradients[id(u)][0]) for u, _ in inner]
         thin.outer(hidden_TD, offsets_E, items, token_R, number_R, add=add)
         rows.combine(dx_RD, routed.inverse_R, dhidden_TD, drouter_R, dweights_TK)
+
+    def _product(
+        self,
+        x: Tensor,
+        weight: Nf4Bytes | Decoded,
+        offsets_E: Tensor,
+        out: Tensor,
+        updates: Sequence[Update],
+        token_R: Tensor | None = None,
+        router_R: Tensor | None = None,
+        experts: slice | None = None,
+        swiglu: bool = False,
+    ) -> None:
+        if self.torch_gemm and isinstance(weight, Decoded) and _are_all(experts, offsets_E):
+            torch_gemm.product(x, weight, offsets_E, out, updates, token_R, router_R, swiglu)
+        else:
+            product(x, weight, offsets_E, out, updates, token_R, router_R, experts, swiglu)
+
+    def _product_transposed(
+        self,
+        dy: Tensor,
+        weight: Nf4Bytes | Decoded,
+        offsets_E: Tensor,
+        out: Tensor,
+        token_R: Tensor | None,
+        experts: slice | None,
+        add: bool,
+    ) -> None:
+        if self.torch_gemm and isinstance(weight, Decoded) and _are_all(experts, offsets_E):
+            torch_gemm.product_transposed(dy, weight, offsets_E, out, token_R, add)
+        else:
+            product_transposed(dy, weight, offsets_E, out, token_R, experts, add)
 
     def _groups(self, stack: Nf4Bytes, num_experts: int, dtype: torch.dtype) -> Iterator[Group]:
         """All experts' bytes at once; or decoded, as many experts as the buffer holds."""
@@ -179,6 +215,10 @@ class GroupedRoute:
         """Experts of a group, as even as the buffer allows."""
         most = max(self.buffer_bytes // bytes_of_expert, 1)
         return -(-num_experts // -(-num_experts // most))
+
+
+def _are_all(experts: slice | None, offsets_E: Tensor) -> bool:
+    return experts is None or (experts.start, experts.stop) == (0, offsets_E.shape[0])
 
 
 def _ranges(num_experts: int, size: int) -> Iterator[slice]:

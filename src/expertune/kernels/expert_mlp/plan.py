@@ -41,14 +41,14 @@ class Layer(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """An `ExpertUpdate` as the routes take it, with the seed of its dropout: int64 [] on the device, or its number."""
+    """An `ExpertUpdate` as the routes take it, with the seed of its dropout, int64 [] on the device."""
 
     part: int
     a: Tensor
     b: Tensor
     scaling: float
     dropout: float
-    seed: int | Tensor
+    seed: Tensor
 
 
 class Sorted(NamedTuple):

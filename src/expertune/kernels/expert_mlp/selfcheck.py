@@ -22,9 +22,12 @@ from torch import Tensor
 from expertune.kernels.dropout import dropout
 from expertune.kernels.expert_mlp.grouped import GroupedRoute
 from expertune.kernels.expert_mlp.plan import Layer, LowRank
-from expertune.kernels.gpu import launch, nf4
+from expertune.kernels.gpu import launch, nf4, torch_gemm
 from expertune.kernels.native.build import cache_folder
 from expertune.kernels.nf4 import Nf4Stack
+
+# Experts, hidden and intermediate size, experts per token, rank, tokens: no multiple of any tile.
+SHAPE = (5, 192, 320, 2, 3, 77)
 
 # Most relative error of any result. Rows between the products are rounded to the dtype, as everywhere.
 LIMITS = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
@@ -35,7 +38,8 @@ class Findings:
     """What was found of each part.
 
     Attributes:
-        errors: largest relative error by part (`shuffle`, `fused`, `decode_then_gemm`); infinity where it did not run.
+        errors: largest relative error by part (`shuffle`, `fused`, `decode_then_gemm`, `grouped_mm`); infinity where
+            it did not run.
         messages: why a part did not run.
         passed: parts within their limit.
     """
@@ -79,9 +83,11 @@ def check(device: torch.device, dtype: torch.dtype) -> Findings:
     launch.allow_shuffle(True)
     findings.note("shuffle", 0.0, lambda: decode_error(device, dtype))
     launch.allow_shuffle("shuffle" in findings.passed)
-    for part, decode_first in (("fused", False), ("decode_then_gemm", True)):
-        # A buffer of one expert's matrices, so that groups are walked over.
-        route = GroupedRoute(decode_first, buffer_bytes=1)
+    # A buffer of one expert's matrices, so that groups are walked over.
+    kinds = {"fused": GroupedRoute(False), "decode_then_gemm": GroupedRoute(True, buffer_bytes=1)}
+    if torch_gemm.available(device, dtype):
+        kinds["grouped_mm"] = GroupedRoute(True, torch_gemm=True)
+    for part, route in kinds.items():
         findings.note(part, LIMITS[dtype], lambda route=route: layer_error(route, device, dtype))  # type: ignore[misc]
     return findings
 
@@ -98,7 +104,7 @@ def decode_error(device: torch.device, dtype: torch.dtype) -> float:
 @torch.no_grad()
 def layer_error(route: GroupedRoute, device: torch.device, dtype: torch.dtype) -> float:
     """Largest relative error of output and gradients of a small layer, each against float64 on the host."""
-    E, D, F, K, r, tokens = 5, 192, 320, 2, 3, 77
+    E, D, F, K, r, tokens = SHAPE
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
@@ -113,14 +119,11 @@ def layer_error(route: GroupedRoute, device: torch.device, dtype: torch.dtype) -
     shapes = {0: (D, F), 1: (D, F), 2: (F, D)}
     a = [random(E, r, columns, scale=columns**-0.5) for columns, _ in shapes.values()]
     b = [random(E, rows, r, scale=0.2) for _, rows in shapes.values()]
-    seeds = [2**61 + part for part in shapes]
+    seeds = [torch.tensor(2**61 + part) for part in shapes]
     host = [LowRank(part, a[part], b[part], 2.0, 0.1, seeds[part]) for part in shapes]
     expected = _definition(hidden_TD, dout_TD, index_TK, weights_TK, gate_up, down, host)
 
-    there = [
-        LowRank(u.part, u.a.to(device), u.b.to(device), u.scaling, u.dropout, torch.tensor(u.seed, device=device))
-        for u in host
-    ]
+    there = [LowRank(u.part, u.a.to(device), u.b.to(device), u.scaling, u.dropout, u.seed.to(device)) for u in host]
     layer = Layer(gate_up.to(device).bytes, down.to(device).bytes, _swiglu, columnwise=True, swiglu=True)
     hidden, dout, index, weights = (t.to(device) for t in (hidden_TD, dout_TD, index_TK, weights_TK))
     h = [torch.empty(tokens * K, r, device=device) for _ in there]

@@ -130,5 +130,5 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
     def largest(name: str) -> int:
         return max((int(number) for number in re.findall(rf"\.{name}:\s+(\d+)", assembly)), default=0)
 
-    spilled = 4 * (largest("vgpr_spill_count") + largest("sgpr_spill_count"))
-    return largest("vgpr_count"), spilled
+    # Scalar registers spill into lanes of vector registers, not into memory.
+    return largest("vgpr_count"), 4 * largest("vgpr_spill_count")

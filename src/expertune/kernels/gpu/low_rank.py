@@ -39,7 +39,7 @@ class Shrink(NamedTuple):
     scaling: float = 1.0
     column: int = 0
     dropout: float = 0.0
-    seed: Tensor | int | None = None
+    seed: Tensor | None = None
 
 
 class Outer(NamedTuple):
@@ -61,7 +61,7 @@ class Outer(NamedTuple):
     scaling: float = 1.0
     column: int = 0
     dropout: float = 0.0
-    seed: Tensor | int | None = None
+    seed: Tensor | None = None
 
 
 class Expand(NamedTuple):
@@ -77,7 +77,7 @@ class Expand(NamedTuple):
     low_Rr: Tensor
     factor: Tensor
     dropout: float = 0.0
-    seed: Tensor | int | None = None
+    seed: Tensor | None = None
 
 
 @triton.jit
@@ -551,13 +551,13 @@ def outer(
     )
 
 
-def _shrink_pointers(item: Shrink | None) -> tuple[Tensor | int | None, ...]:
+def _shrink_pointers(item: Shrink | None) -> tuple[Tensor | None, ...]:
     return (item.factor, item.out_Rr, item.seed if item.dropout else None) if item else (None, None, None)
 
 
-def _outer_pointers(item: Outer | None) -> tuple[Tensor | int | None, ...]:
+def _outer_pointers(item: Outer | None) -> tuple[Tensor | None, ...]:
     return (item.low_Rr, item.total, item.seed if item.dropout else None) if item else (None, None, None)
 
 
-def _expand_pointers(item: Expand | None) -> tuple[Tensor | int | None, ...]:
+def _expand_pointers(item: Expand | None) -> tuple[Tensor | None, ...]:
     return (item.low_Rr, item.factor, item.seed if item.dropout else None) if item else (None, None, None)

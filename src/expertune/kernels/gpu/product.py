@@ -69,6 +69,7 @@ def product_kernel(
     low1_ptr,
     factor1_ptr,
     router_ptr,
+    base_ptr,
     out_ptr,
     first,
     end,
@@ -78,6 +79,7 @@ def product_kernel(
     weight_stride,
     absmax_stride,
     nested_stride,
+    base_stride,
     out_stride,
     rank0,
     rank1,
@@ -87,6 +89,7 @@ def product_kernel(
     GATHER: tl.constexpr,
     NF4: tl.constexpr,
     DOUBLE: tl.constexpr,
+    BASE: tl.constexpr,
     SWIGLU: tl.constexpr,
     WEIGHTED: tl.constexpr,
     EVEN: tl.constexpr,
@@ -101,7 +104,10 @@ def product_kernel(
     PRECISION: tl.constexpr,
     SHUFFLE: tl.constexpr,
 ):
-    """out [R, P * N], or [R, N] of silu(part 0) * part 1. `num_rows` is N, `num_columns` K; EVEN: BN divides N."""
+    """out [R, P * N], or [R, N] of silu(part 0) * part 1. `num_rows` is N, `num_columns` K; EVEN: BN divides N.
+
+    With BASE sums begin with `base` [R, P * N] in place of zero.
+    """
     SCALES: tl.constexpr = BK // 64
     BYTES: tl.constexpr = BK // 2 if NF4 else BK
     BLOCKS_OUT: tl.constexpr = 1 if SWIGLU else PARTS
@@ -123,9 +129,16 @@ def product_kernel(
         matrix = held.to(tl.int64) * PARTS + part
         w0_ptrs = weight_ptr + (matrix * num_rows + n)[:, None] * weight_stride + tl.arange(0, BYTES)[None, :]
         acc0 = tl.zeros((BM, BN), dtype=tl.float32)
+        if BASE:
+            base_ptrs = base_ptr + row.to(tl.int64) * base_stride + part * num_rows
+            base_ptrs += tl.arange(0, BM)[:, None] * base_stride + n[None, :]
+            acc0 += tl.load(base_ptrs, mask=m_mask[:, None] & n_mask[None, :], other=0.0).to(tl.float32)
         if SWIGLU:
             w1_ptrs = w0_ptrs + tl.cast(num_rows, tl.int64) * weight_stride
             acc1 = tl.zeros((BM, BN), dtype=tl.float32)
+            if BASE:
+                base_ptrs += num_rows
+                acc1 += tl.load(base_ptrs, mask=m_mask[:, None] & n_mask[None, :], other=0.0).to(tl.float32)
         # Low-rank terms first, while the registers of the loop are still free.
         if RANK0 > 0:
             scaling = scaling0 if SWIGLU or PARTS == 1 else tl.where(part == 0, scaling0, 0.0)
@@ -191,7 +204,9 @@ def product_kernel(
             acc0 = acc0 / (1.0 + tl.exp(-acc0)) * acc1
         if WEIGHTED:
             acc0 = acc0 * tl.load(router_ptr + m, mask=m_mask, other=0.0)[:, None]
-        out_ptrs = out_ptr + m.to(tl.int64)[:, None] * out_stride + (part * num_rows + n)[None, :]
+        # Within a tile 32 bits are enough, and halve the registers that addresses take.
+        out_ptrs = out_ptr + row.to(tl.int64) * out_stride + part * num_rows
+        out_ptrs += tl.arange(0, BM)[:, None] * out_stride + n[None, :]
         tl.store(out_ptrs, acc0.to(out_ptr.dtype.element_ty), mask=m_mask[:, None] & n_mask[None, :])
 
 
@@ -329,7 +344,8 @@ def product_transposed_kernel(
                 dy_ptrs += BN
                 w_ptrs += BN * tl.cast(weight_stride, tl.int64)
         out_mask = m_mask[:, None] & k_mask[None, :]
-        out_ptrs = out_ptr + m.to(tl.int64)[:, None] * out_stride + k[None, :]
+        out_ptrs = out_ptr + row.to(tl.int64) * out_stride
+        out_ptrs += tl.arange(0, BM)[:, None] * out_stride + k[None, :]
         if ADD:
             acc += tl.load(out_ptrs, mask=out_mask, other=0.0).to(tl.float32)
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
@@ -345,6 +361,7 @@ def product(
     router_R: Tensor | None = None,
     experts: slice | None = None,
     swiglu: bool = False,
+    base: Tensor | None = None,
 ) -> None:
     """out = x @ W[e].T with low-rank updates, for each row's expert e; the P parts of an expert side by side.
 
@@ -358,6 +375,7 @@ def product(
         router_R: float32 [R], what each row is multiplied by in the end.
         experts: whose rows are computed; None means all. Other rows of `out` are left as they are.
         swiglu: apply the gate; P is then 2.
+        base: [R, P * N], what the sums begin with in place of zero.
     """
     held, plan = _weights(weight, offsets_E, experts)
     config = product_config(target_of(x.device), x.dtype, plan.nf4, swiglu, False, out.shape[0] / offsets_E.shape[0])
@@ -373,6 +391,7 @@ def product(
         *(first[:2] if first else (None, None)),
         *(second[:2] if second else (None, None)),
         router_R,
+        base,
         out,
         plan.first,
         plan.end,
@@ -380,6 +399,7 @@ def product(
         plan.columns,
         x.stride(0),
         *plan.strides,
+        base.stride(0) if base is not None else 0,
         out.stride(0),
         *(first.low_Rr.shape[1] if first else 0, second.low_Rr.shape[1] if second else 0),
         *(first.scaling if first else 0.0, second.scaling if second else 0.0),
@@ -387,6 +407,7 @@ def product(
         GATHER=token_R is not None,
         NF4=plan.nf4,
         DOUBLE=plan.double,
+        BASE=base is not None,
         SWIGLU=swiglu,
         WEIGHTED=router_R is not None,
         EVEN=plan.rows % config.BN == 0,
@@ -493,7 +514,7 @@ def _weights(
         plan = _Plan(parts, rows, columns, first, end, False, False, strides)
         return (weight.weights, None, None, None, None, None), plan
     dynamic, codebook = tables(weight.packed.device)
-    strides = (weight.packed.shape[2], weight.absmax.shape[1], weight.nested_absmax.shape[1])
+    strides = (weight.packed.stride(1), weight.absmax.shape[1], weight.nested_absmax.shape[1])
     parts = weight.packed.shape[0] // num_experts
     double = weight.double_quantization
     plan = _Plan(parts, weight.rows, weight.columns, first, end, True, double, strides)

@@ -1,0 +1,66 @@
+"""Grouped products of decoded weights by torch's own `grouped_mm`, beside `product.py`'s and with its arguments.
+
+On compute capability 9.0 and 10.0 torch multiplies groups in one launch, by CUTLASS; below and beside these it loops
+over experts and waits for the host, and is not used. What an epilogue does in `product.py` takes a launch of its own
+here. Which of the two is faster on a device is measured (`expert_mlp/calibrate.py`).
+
+Shape suffixes: R routed rows sorted by expert, E experts.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from expertune.kernels.gpu.product import Decoded, Update
+from expertune.kernels.gpu.product import product as fused_product
+
+_CAPABILITIES = ((9, 0), (10, 0))
+
+
+def available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies groups in one launch on a device."""
+    if not hasattr(torch.nn.functional, "grouped_mm") or dtype != torch.bfloat16 or torch.version.hip:
+        return False
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in _CAPABILITIES
+
+
+def product(
+    x: Tensor,
+    weight: Decoded,
+    offsets_E: Tensor,
+    out: Tensor,
+    updates: Sequence[Update] = (),
+    token_R: Tensor | None = None,
+    router_R: Tensor | None = None,
+    swiglu: bool = False,
+) -> None:
+    """See `expertune.kernels.gpu.product.product`; the weights are those of all experts."""
+    rows = x if token_R is None else x[token_R]
+    base = _grouped(rows, _of_experts(weight, offsets_E).transpose(1, 2), offsets_E)
+    if not updates and router_R is None and not swiglu:
+        out.copy_(base)
+        return
+    # Matrices without columns: what is left of the product is its epilogue.
+    fused_product(rows, Decoded(weight.weights[:, :, :0]), offsets_E, out, updates, None, router_R, None, swiglu, base)
+
+
+def product_transposed(
+    dy: Tensor, weight: Decoded, offsets_E: Tensor, out: Tensor, token_R: Tensor | None = None, add: bool = False
+) -> None:
+    """See `expertune.kernels.gpu.product.product_transposed`; the weights are those of all experts."""
+    rows = dy if token_R is None else dy[token_R]
+    result = _grouped(rows, _of_experts(weight, offsets_E), offsets_E)
+    if add:
+        out.add_(result)
+    else:
+        out.copy_(result)
+
+
+def _of_experts(weight: Decoded, offsets_E: Tensor) -> Tensor:
+    """[E, P * N, K]."""
+    return weight.weights.view(offsets_E.shape[0], -1, weight.weights.shape[2])
+
+
+def _grouped(rows: Tensor, matrices: Tensor, offsets_E: Tensor) -> Tensor:
+    return torch.nn.functional.grouped_mm(rows, matrices, offs=offsets_E.to(torch.int32))

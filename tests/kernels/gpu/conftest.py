@@ -1,0 +1,70 @@
+"""Triton's kernels without a GPU: through its interpreter, in float32 and float16 (its bfloat16 is wrong, silently)."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertune.kernels.nf4 import Nf4Bytes, Nf4Stack
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.float16]
+# Of a product's result, relative to its norm: sums in float32; operands and results rounded to the dtype.
+RELATIVE = {torch.float32: 2e-6, torch.float16: 1e-3}
+
+
+class Routing(NamedTuple):
+    """Rows sorted by expert: where each comes from, its expert, its number, and the experts' ends."""
+
+    token_R: Tensor
+    expert_R: Tensor
+    number_R: Tensor
+    offsets_E: Tensor
+
+
+def routing(counts: list[int], tokens: int) -> Routing:
+    """As many rows of each expert as asked for, from tokens at random."""
+    rows = sum(counts)
+    expert_R = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    return Routing(
+        torch.randint(tokens, (rows,)), expert_R, torch.randperm(rows) + 1000, torch.tensor(counts).cumsum(0)
+    )
+
+
+def stack_of(num_matrices: int, rows: int, columns: int, double_quantization: bool = True) -> Nf4Stack:
+    """Random matrices of unit scale."""
+    stack = Nf4Stack(num_matrices, rows, columns, double_quantization)
+    for index in range(num_matrices):
+        stack.write(index, torch.randn(rows, columns))
+    return stack
+
+
+def dense(weight: Nf4Bytes, dtype: torch.dtype = torch.float32) -> Tensor:
+    """All matrices [M, N, K], decoded on the CPU."""
+    from expertune.kernels.nf4 import decode
+
+    shape = (weight.packed.shape[0], weight.rows, weight.columns)
+    out = torch.empty(shape, dtype=dtype)
+    for index in range(shape[0]):
+        decode(weight, index, out[index])
+    return out
+
+
+def nan(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory in which whatever is not written shows."""
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def assert_near(found: Tensor, expected: Tensor, relative: float) -> None:
+    """Within `relative` of the expected values' norm, and no value missing."""
+    assert found.shape == expected.shape
+    assert torch.isfinite(found).all()
+    error = (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+    assert error <= relative, f"relative error {error:.2e}, at most {relative:.0e}"
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Of the products."""
+    return request.param

@@ -1,0 +1,69 @@
+"""Every kernel that a layer launches compiles for every target without a device, spills nothing, and fits.
+
+With the oldest Triton that is supported and with the one that is installed. The oldest is installed beside the
+environment by `make test` (its folder is `.triton-oldest`), because two cannot be in one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+ROOT = Path(__file__).parents[3]
+OLDEST = ROOT / ".triton-oldest"
+TARGETS = {"sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"}
+KERNELS = {
+    "decode_kernel",
+    "product_kernel",
+    "product_transposed_kernel",
+    "shrink_kernel",
+    "expand_kernel",
+    "outer_kernel",
+    "count_kernel",
+    "sort_kernel",
+    "gate_backward_kernel",
+    "combine_kernel",
+}
+
+
+def compile_with(folder: Path | None, out: Path, *arguments: str) -> dict[str, object]:
+    """What tools/compile_kernels.py found; with Triton from `folder`, or the environment's own."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    environment["TRITON_CACHE_DIR"] = str(out.parent / "cache")
+    if folder is not None:
+        environment["PYTHONPATH"] = str(folder)
+    command = [sys.executable, "tools/compile_kernels.py", "--json", str(out), *arguments]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def versions() -> list[object]:
+    missing = pytest.mark.skipif(not OLDEST.exists(), reason="make .triton-oldest installs it")
+    return [pytest.param(None, id="installed"), pytest.param(OLDEST, id="oldest", marks=missing)]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("folder", versions())
+def test_kernels_of_mixtrals_layer_compile_for_every_target_and_spill_nothing(folder, tmp_path):
+    found = compile_with(folder, tmp_path / "kernels.json", "--shapes", "mixtral-8x7b", "--tokens", "320", "--quick")
+    assert found["triton"] == ("3.6.0" if folder else triton.__version__)
+    kernels = found["kernels"]
+    assert {kernel["target"] for kernel in kernels} == TARGETS
+    for target in TARGETS:
+        here = [kernel for kernel in kernels if kernel["target"] == target]
+        assert {kernel["kernel"] for kernel in here} == KERNELS
+        assert {kernel["constants"].get("SHUFFLE") for kernel in here} >= {int(target != "gfx942")}
+    assert all(kernel["spilled_bytes"] == 0 for kernel in kernels)
+    assert all(0 < kernel["registers"] <= (512 if kernel["target"] == "gfx942" else 255) for kernel in kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("folder", versions())
+def test_kernels_of_many_small_experts_and_of_many_tokens_compile_too(folder, tmp_path):
+    assert len(compile_with(folder, tmp_path / "kernels.json")["kernels"]) > 400

@@ -1,0 +1,198 @@
+"""The expert layer on the GPU's routes, through the public operator: right, repeatable, few launches, no waiting."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from expertune.kernels import expert_mlp as operator
+from expertune.kernels import grouped_linear as linear
+from expertune.kernels import routes
+from expertune.kernels.expert_mlp import expert_mlp, selfcheck
+from expertune.kernels.expert_mlp.grouped import GroupedRoute
+from expertune.kernels.expert_mlp.plan import Layer, LowRank
+from expertune.kernels.gpu import launch, nf4
+from expertune.kernels.gpu.launch import Target
+from expertune.kernels.grouped_linear import LoraUpdate, grouped_linear
+from expertune.kernels.grouped_linear import reference as linear_reference
+from expertune.kernels.grouped_linear.grouped import GroupedRoute as LinearRoute
+from expertune.kernels.nf4 import Nf4Stack
+from tests.kernels.test_expert_mlp import SHAPES, Case, assert_same_as_plain, make_case
+
+from .conftest import CPU
+
+FLOAT32 = {"rtol": 1e-5, "atol": 2e-5}
+HALF = {"rtol": 2**-8, "atol": 2**-8}
+# What takes the interpreter minutes, or goes expert by expert on a GPU too.
+LEFT_OUT = {"more rows than a panel of the fused route holds", "two adapters"}
+# Where decoded groups differ from one product of all experts.
+DECODED = {"rows that are a multiple of nothing", "every expert chosen", "a gate with limits", "experts without a gate"}
+
+
+@pytest.fixture(params=[False, True], ids=["fused", "decode_then_gemm"])
+def on_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Layers take a GPU's route, in Triton's interpreter; decoded weights are held for one expert at a time."""
+    monkeypatch.setattr(operator, "_route", lambda *_: GroupedRoute(request.param, buffer_bytes=1))
+    before = routes.settings()
+    yield "decode_then_gemm" if request.param else "fused"
+    routes.configure(**vars(before))
+
+
+@pytest.mark.parametrize("shape", sorted(set(SHAPES) - LEFT_OUT))
+def test_output_and_gradients_are_those_of_plain_arithmetic(on_gpu: str, shape: str) -> None:
+    if on_gpu == "decode_then_gemm" and shape not in DECODED:
+        pytest.skip("the same groups as another shape's")
+    assert_same_as_plain(make_case(**{"hidden": 64, "intermediate": 64} | SHAPES[shape]), FLOAT32)
+
+
+def test_grouped_mm_of_torch_gives_the_same_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operator, "_route", lambda *_: GroupedRoute(True, torch_gemm=True))
+    assert_same_as_plain(make_case(11, hidden=64, intermediate=64, dropout=0.0), FLOAT32)
+    assert_same_as_plain(
+        make_case(9, hidden=64, intermediate=64, activation=SHAPES["a gate with limits"]["activation"]), FLOAT32
+    )
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_half_precision_stays_within_its_rounding() -> None:
+    assert_same_as_plain(make_case(9, dtype=torch.float16, hidden=64, intermediate=64), HALF)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_no_token_gives_no_output_and_zero_gradients() -> None:
+    assert_same_as_plain(make_case(0, hidden=64, intermediate=64), FLOAT32)
+
+
+def gradients(case: Case) -> list[Tensor]:
+    torch.manual_seed(7)
+    out, _ = expert_mlp(*case)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), case.leaves)]
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_dropout_falls_where_it_falls_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(11, hidden=64, intermediate=64, dropout=0.3)
+    found = gradients(case)
+    monkeypatch.undo()
+    for one, other in zip(found, gradients(case), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_chunks_of_a_few_tokens_give_the_same_layer() -> None:
+    case = make_case(7, hidden=64, intermediate=64, dropout=0.3)
+    whole = gradients(case)
+    routes.configure(working_set_bytes=2**14)
+    chunked = gradients(case)
+    for one, other in zip(whole, chunked, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_two_runs_give_identical_bytes() -> None:
+    case = make_case(9, hidden=64, intermediate=64, dropout=0.3)
+    assert all(torch.equal(one, other) for one, other in zip(gradients(case), gradients(case), strict=True))
+
+
+@pytest.mark.parametrize("decode_first", [False, True], ids=["fused", "decode_then_gemm"])
+def test_grouped_linear_and_its_gradients_are_those_of_plain_arithmetic(
+    monkeypatch: pytest.MonkeyPatch, decode_first: bool
+) -> None:
+    monkeypatch.setattr(linear, "_route", lambda *_: LinearRoute(decode_first))
+    counts, K, N = torch.tensor([0, 19, 1]), 128, 40
+    weight, x = Nf4Stack(6, N, K), torch.randn(20, K, requires_grad=True)
+    for index in range(6):
+        weight.write(index, torch.randn(N, K))
+    updates = [
+        LoraUpdate(part, torch.randn(3, r, K, requires_grad=True), torch.randn(3, N, r, requires_grad=True), 0.5, other)
+        for part, r, other in ((0, 3, None), (1, 17, torch.randn(20, K, requires_grad=True)))
+    ]
+    leaves = [x, updates[1].x_RK, *(f for u in updates for f in (u.a_ErK, u.b_ENr))]
+    found = grouped_linear(x, weight, counts.cumsum(0), updates)
+    expected = linear_reference.grouped_linear(x, weight, counts.cumsum(0), updates)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    dy = torch.randn_like(found)
+    for one, other in zip(
+        torch.autograd.grad(found, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
+class Work(TorchDispatchMode):
+    """Counts what torch itself would launch on a device: every operator that is neither a view nor an allocation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition(".")[0]
+        if not func.is_view and not name.startswith(("aten::empty", "aten::new_empty", "aten::detach")):
+            self.operators.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def launches_of_a_layer(decode_first: bool, tokens: int, dropout: float, buffer_bytes: int) -> tuple[int, int]:
+    """Launches of forward and of backward of Mixtral's layer; on `meta` nothing can be read, so a wait would raise."""
+    E, D, F, K, r = 8, 4096, 14336, 2, 8
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    gate_up, down = Nf4Stack(2 * E, F, D, device="meta"), Nf4Stack(E, D, F, device="meta")
+    layer = Layer(gate_up.bytes, down.bytes, torch.sigmoid, columnwise=True, swiglu=True)
+    low_rank = [
+        LowRank(part, empty(E, r, columns), empty(E, rows, r), 2.0, dropout, empty(1, dtype=torch.int64)[0])
+        for part, (rows, columns) in enumerate(((F, D), (F, D), (D, F)))
+    ]
+    hidden, weights = empty(tokens, D, dtype=torch.bfloat16), empty(tokens, K, dtype=torch.bfloat16)
+    index, h = empty(tokens, K, dtype=torch.int64), [empty(tokens * K, r) for _ in low_rank]
+    da, db = [torch.empty_like(u.a) for u in low_rank], [torch.empty_like(u.b) for u in low_rank]
+    route = GroupedRoute(decode_first, buffer_bytes)
+    nf4.tables(hidden.device)  # made once for a device
+    with launch.recording(Target("cuda", 90)) as forward, Work() as work_forward:
+        route.forward(hidden, index, weights, layer, low_rank, h, 0, torch.empty_like(hidden))
+    out, dweights = torch.empty_like(hidden), torch.empty_like(weights)
+    with launch.recording(Target("cuda", 90)) as backward, Work() as work_backward:
+        route.backward(out, hidden, index, weights, layer, low_rank, h, da, db, 0, torch.empty_like(out), dweights)
+    assert work_forward.operators == []
+    assert work_backward.operators == []
+    return len(forward), len(backward)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("tokens", [320, 8192])
+def test_layer_of_mixtral_is_at_most_15_launches_a_pass_and_waits_for_nothing(tokens: int, dropout: float) -> None:
+    assert launches_of_a_layer(False, tokens, dropout, 2**30) == (7, 15)
+
+
+def test_decoded_groups_add_launches_only_as_the_buffer_forces_them() -> None:
+    assert launches_of_a_layer(True, 2048, 0.05, 2**32) == (9, 17)
+    assert launches_of_a_layer(True, 2048, 0.05, 2**30) == (11, 33)
+
+
+def test_check_finds_every_route_right_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfcheck, "SHAPE", (3, 64, 64, 2, 3, 9))
+    findings = selfcheck.check(CPU, torch.float32)
+    assert findings.passed == ["shuffle", "fused", "decode_then_gemm"]
+    assert findings.messages == {}
+
+
+def test_route_that_computes_wrongly_or_not_at_all_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfcheck, "SHAPE", (3, 64, 64, 2, 3, 9))
+    real = GroupedRoute.forward
+
+    def wrong(self: GroupedRoute, *arguments: Any) -> None:
+        if self.decode_first:
+            raise RuntimeError("out of resource: shared memory")
+        real(self, *arguments)
+        arguments[-1][0, 0] += 1
+
+    monkeypatch.setattr(GroupedRoute, "forward", wrong)
+    findings = selfcheck.check(CPU, torch.float32)
+    assert findings.passed == ["shuffle"]
+    assert findings.errors["fused"] > selfcheck.LIMITS[torch.float32]
+    assert "shared memory" in findings.messages["decode_then_gemm"]
