@@ -16,7 +16,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from expertune.kernels import native
+from expertune.kernels import gpu, native
 from expertune.kernels.cpu import cpu_instruction_sets
 from expertune.placement.device import default_device, resolve_compute_dtype
 from expertune.plan.table import size
@@ -132,6 +132,9 @@ def _devices() -> Iterator[Finding]:
         yield _find("device", "cuda", value, "info")
     elif (triton := _version("triton")) is not None:
         yield _find("device", "triton", triton)
+    if torch.cuda.is_available() and (reason := gpu.unavailable(torch.device("cuda", torch.cuda.current_device()))):
+        advice = "experts are computed one by one by torch instead, at a fraction of the speed"
+        yield _find("device", "GPU kernels", f"none: {reason}", "warning", advice)
     memory = psutil.virtual_memory()
     cores = f"{psutil.cpu_count(logical=False) or '?'} cores, {torch.get_num_threads()} threads used"
     yield _find("device", "cpu", f"{cores}; {', '.join(cpu_instruction_sets()) or 'no vector extensions known'}")

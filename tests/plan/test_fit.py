@@ -163,7 +163,8 @@ def test_changes_are_offered_cheapest_first_until_the_run_fits(run_of):
     run = run_of("qwen3-30b-a3b", data=data, training=training, lora={"r": 16}, memory_budget="24GB")
     plan = make_plan(run, device="cuda")
     changed = [line.partition("=")[0] for change in plan.what_to_change for line in change.lines]
-    assert changed[:3] == [
+    assert changed[:4] == [
+        "kernels.working_set",
         "training.per_device_train_batch_size",
         "training.gradient_accumulation_steps",
         "training.gradient_checkpointing",
@@ -174,7 +175,8 @@ def test_changes_are_offered_cheapest_first_until_the_run_fits(run_of):
 
 
 def test_a_split_batch_keeps_the_tokens_of_a_step(run_of):
-    plan = make_plan(run_of(MIXTRAL, training=HUNGRY, memory_budget="30GB"), device="cuda")
+    run = run_of(MIXTRAL, training=HUNGRY, memory_budget="30GB", kernels={"working_set": "512MiB"})
+    plan = make_plan(run, device="cuda")
     assert plan.what_to_change[0].lines == [
         "training.per_device_train_batch_size=1",
         "training.gradient_accumulation_steps=16",

@@ -40,6 +40,8 @@ _ROWS = (4, 16, 64, 256, 1024)
 _GPU_ROWS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 2048)
 _MATRIX = (1024, 2048)
 _NEVER = 2**62
+# Where a full device leaves no room to measure: an estimate.
+_UNMEASURED = {"crossover": 384, "gemm": "triton"}
 _CPU = torch.device("cpu")
 
 
@@ -199,7 +201,10 @@ def _measured(dtype: torch.dtype, device: torch.device, threads: int) -> dict[st
         return found
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    found = {"crossover": _measure(dtype)} if device.type == "cpu" else _measure_gpu(dtype, device)
+    try:
+        found = {"crossover": _measure(dtype)} if device.type == "cpu" else _measure_gpu(dtype, device)
+    except torch.OutOfMemoryError:
+        return _UNMEASURED
     try:
         beside = path.with_suffix(f".{time.monotonic_ns()}")
         beside.write_text(json.dumps(found), encoding="utf-8")
@@ -236,21 +241,23 @@ def _measure(dtype: torch.dtype) -> int:
 
 def _measure_gpu(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """What multiplies decoded weights fastest on a GPU, and where it overtakes the fused route; of whole layers."""
-    from expertune.kernels.expert_mlp.calibrate import layer_seconds
+    from expertune.kernels.expert_mlp import calibrate
     from expertune.kernels.expert_mlp.grouped import GroupedRoute
     from expertune.kernels.expert_mlp.selfcheck import checked
 
     kinds = {"triton": GroupedRoute(True)}
     if "grouped_mm" in checked(device, dtype).passed:
         kinds["torch"] = GroupedRoute(True, torch_gemm=True)
-    seconds = {kind: layer_seconds(route, _GPU_ROWS[-1], dtype, device) for kind, route in kinds.items()}
-    fastest = min(seconds, key=lambda kind: seconds[kind])
-    crossing = (
-        rows
-        for rows in _GPU_ROWS
-        if layer_seconds(kinds[fastest], rows, dtype, device) <= layer_seconds(GroupedRoute(False), rows, dtype, device)
-    )
-    return {"crossover": next(crossing, _NEVER), "gemm": fastest}
+
+    def seconds(route: GroupedRoute, rows: int) -> float:
+        return calibrate.layer_seconds(route, rows, dtype, device)
+
+    try:
+        fastest = min(kinds, key=lambda kind: seconds(kinds[kind], _GPU_ROWS[-1]))
+        crossing = (rows for rows in _GPU_ROWS if seconds(kinds[fastest], rows) <= seconds(GroupedRoute(False), rows))
+        return {"crossover": next(crossing, _NEVER), "gemm": fastest}
+    finally:
+        calibrate.release(device)
 
 
 def _seconds(run: Callable[..., object], *arguments: object, repeats: int = 3) -> float:

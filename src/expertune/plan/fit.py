@@ -24,6 +24,9 @@ from expertune.plan.memory import Memory, training_argument, uses_checkpointing
 MIN_LENGTH = 128
 MIN_RANK = 4
 
+# Below this an expert layer's working set saves little and costs much.
+_LEAST_WORKING_SET_BYTES = 2**29
+
 # How much of the budget merged micro-batches may fill. The peak is an estimate: a run that would have gone through must
 # not run out of memory for the sake of speed.
 MERGED_SHARE = 0.9
@@ -237,6 +240,9 @@ def apply(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
 def _candidates(config: RunConfig, budget_bytes: int, estimate: Estimate) -> Iterator[tuple[dict[str, Any], str]]:
     """Every change that is still open, the cheapest first."""
     training = config.training
+    held = config.kernels.working_set_bytes
+    if held is None or held > _LEAST_WORKING_SET_BYTES:
+        yield {"kernels.working_set": "512MiB"}, "fewer tokens at a time, slower; the same step"
     if config.data.eval and int(training_argument(training, "per_device_eval_batch_size")) > 1:
         yield {"training.per_device_eval_batch_size": 1}, "slower evaluation"
     batch = int(training_argument(training, ROWS))

@@ -1,6 +1,7 @@
 """The expert layer on the GPU's routes, through the public operator: right, repeatable, few launches, no waiting."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,3 +197,40 @@ def test_route_that_computes_wrongly_or_not_at_all_fails_its_check(monkeypatch: 
     assert findings.passed == ["shuffle"]
     assert findings.errors["fused"] > selfcheck.LIMITS[torch.float32]
     assert "shared memory" in findings.messages["decode_then_gemm"]
+
+
+def test_check_may_be_asked_for_inside_an_operator_and_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfcheck, "SHAPE", (3, 64, 64, 2, 3, 5))
+    answers: list[list[str]] = []
+
+    @torch.library.custom_op("expertune_tests::asks", mutates_args=())
+    def asks(x: Tensor) -> Tensor:
+        answers.append(selfcheck.check(CPU, torch.float32).passed)
+        return x.clone()
+
+    with torch.inference_mode():
+        asks(torch.ones(1))
+    assert answers == [["shuffle", "fused", "decode_then_gemm"]]
+
+
+def test_findings_are_kept_unless_a_part_did_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[torch.dtype] = []
+    findings = selfcheck.Findings({"fused": float("inf")}, {"fused": "OutOfMemoryError"}, ["shuffle"])
+
+    def check(device: torch.device, dtype: torch.dtype) -> selfcheck.Findings:
+        asked.append(dtype)
+        return findings
+
+    monkeypatch.setattr(selfcheck, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(selfcheck, "_identity", lambda device, dtype: "this")
+    monkeypatch.setattr(selfcheck, "check", check)
+    for expected in (1, 2):
+        selfcheck.checked.cache_clear()
+        assert selfcheck.checked(CPU, torch.float16) == findings
+        assert len(asked) == expected
+    findings = selfcheck.Findings({"fused": 0.5}, {}, ["shuffle"])
+    for _ in range(2):
+        selfcheck.checked.cache_clear()
+        assert selfcheck.checked(CPU, torch.float16) == findings
+    selfcheck.checked.cache_clear()
+    assert len(asked) == 3

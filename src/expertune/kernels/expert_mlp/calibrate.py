@@ -40,6 +40,13 @@ def _layer(device: torch.device) -> Layer:
     return Layer(gate_up, down, _never_called, columnwise=True, swiglu=True)
 
 
+def release(device: torch.device) -> None:
+    """Give back what measuring has held on a device."""
+    _layer.cache_clear()
+    with torch.cuda.device(device):
+        torch.cuda.empty_cache()
+
+
 def layer_seconds(route: GroupedRoute, rows_per_expert: int, dtype: torch.dtype, device: torch.device) -> float:
     """Median seconds of forward and backward of a layer without adapters, every expert with as many rows."""
     layer = _layer(device)

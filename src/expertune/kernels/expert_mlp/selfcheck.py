@@ -21,7 +21,7 @@ from torch import Tensor
 
 from expertune.kernels.dropout import dropout
 from expertune.kernels.expert_mlp.grouped import GroupedRoute
-from expertune.kernels.expert_mlp.plan import Layer, LowRank
+from expertune.kernels.expert_mlp.plan import Layer, LowRank, differentiable
 from expertune.kernels.gpu import launch, nf4, torch_gemm
 from expertune.kernels.native.build import cache_folder
 from expertune.kernels.nf4 import Nf4Stack
@@ -67,16 +67,19 @@ def checked(device: torch.device, dtype: torch.dtype) -> Findings:
         findings = Findings(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         findings = check(device, dtype)
-        try:
-            beside = path.with_suffix(f".{time.monotonic_ns()}")
-            beside.write_text(json.dumps(asdict(findings)), encoding="utf-8")
-            beside.replace(path)
-        except OSError:
-            pass  # checked anew next time
+        # What did not run may have met a full device: it is tried anew next time.
+        if not findings.messages:
+            try:
+                beside = path.with_suffix(f".{time.monotonic_ns()}")
+                beside.write_text(json.dumps(asdict(findings)), encoding="utf-8")
+                beside.replace(path)
+            except OSError:
+                pass  # checked anew next time
     launch.allow_shuffle("shuffle" in findings.passed)
     return findings
 
 
+@torch.inference_mode(False)
 def check(device: torch.device, dtype: torch.dtype) -> Findings:
     """Run the checks on a device."""
     findings = Findings()
@@ -146,10 +149,10 @@ def _definition(
 ) -> list[Tensor]:
     """Output and gradients in float64, by autograd, token by token's experts; dropout as the counter has it."""
     tokens, K = index_TK.shape
-    hidden = hidden_TD.double().requires_grad_()
-    weights = weights_TK.double().requires_grad_()
-    a = [u.a.double().requires_grad_() for u in low_rank]
-    b = [u.b.double().requires_grad_() for u in low_rank]
+    hidden, weights = hidden_TD.double(), weights_TK.double()
+    a, b = [u.a.double() for u in low_rank], [u.b.double() for u in low_rank]
+    for leaf in (hidden, weights, *a, *b):
+        leaf.requires_grad_()
     out = torch.zeros(tokens, hidden.shape[1], dtype=torch.float64)
 
     def project(x: Tensor, part: int, stack: Nf4Stack, expert: int, matrix: int, number: Tensor) -> Tensor:
@@ -158,7 +161,8 @@ def _definition(
         update = (x * kept) @ a[part][expert].t() @ b[part][expert].t()
         return x @ stack.decode(matrix, torch.float32).double().t() + u.scaling * update
 
-    with torch.enable_grad():
+    # The first product of a process may ask for this from inside an operator.
+    with differentiable():
         for expert in range(down.num_matrices):
             token, choice = (index_TK == expert).nonzero(as_tuple=True)
             number, x = token * K + choice, hidden[token]

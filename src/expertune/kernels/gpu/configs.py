@@ -63,13 +63,16 @@ def product_config(
     else:
         BN, BK = (64 if swiglu or wide else 128), 64
     num_warps = 8 if BM == 128 else 4
-    # Decoded gate and up side by side: what is the least on which nothing spills on each target, by
-    # tools/compile_kernels.py.
+    # What follows keeps every kernel within its registers on every target, by tools/compile_kernels.py.
     if swiglu and not nf4 and target.backend == "cuda" and int(target.arch) >= 120:
         BM, num_warps = min(BM, 64), 4
     num_stages = 3 if target.shared_bytes > 128 * 2**10 and not wide else 2
     if transposed and target.arch != 90:
         num_stages = 2
+        if target.arch == 80:
+            BN = 32
+        elif target.arch in (100, 103):
+            BK = 64
     # As many programs as run at once: with four warps two share a multiprocessor, one decoding while one multiplies.
     return Config(BM, BN, BK, num_warps, num_stages, target.multiprocessors * (1 if num_warps == 8 else 2))
 

@@ -164,7 +164,7 @@ def sort_rows(
     index, router = top_k_index_TK.contiguous(), top_k_weights_TK.contiguous()
     rows, device = index.numel(), index.device
     E_PAD = padded(num_experts)
-    size = max(8192 // E_PAD, 16)
+    size = max(4096 // E_PAD, 16)
     steps = max(triton.cdiv(rows, size * _BLOCKS), 1)
     blocks = max(triton.cdiv(rows, size * steps), 1)
     counts = torch.empty(blocks, E_PAD, dtype=torch.int32, device=device)
