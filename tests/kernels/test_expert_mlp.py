@@ -404,3 +404,9 @@ def test_combine_brings_each_tokens_rows_together(case: tuple[Tensor, int]) -> N
     values = torch.randn(index.shape[0], index.shape[1], 3)
     combined = combine(values.flatten(0, 1)[rows.number_R], rows.inverse_R, index.shape[0])
     torch.testing.assert_close(combined, values.sum(dim=1))
+
+
+def test_layer_without_dropout_draws_nothing_from_the_generator(route: str) -> None:
+    case, state = make_case(5), torch.get_rng_state()
+    expert_mlp(*case)
+    assert torch.equal(torch.get_rng_state(), state)

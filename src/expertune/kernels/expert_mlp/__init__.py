@@ -128,8 +128,11 @@ def expert_mlp(
     dropped = any(update.dropout > 0 for update in updates)
     # Drawn from torch's own generator of the device, so that a run's seed decides, and checkpointing draws the same
     # again; on a GPU they stay there, and a captured graph draws new ones each time.
-    limit = 2**62 if dropped else 1
-    seeds = torch.randint(limit, (len(updates),), device=hidden_TD.device if dropped else "cpu")
+    # Without dropout nothing is drawn: an evaluation must not move what training draws next.
+    if dropped:
+        seeds = torch.randint(2**62, (len(updates),), device=hidden_TD.device)
+    else:
+        seeds = torch.zeros(len(updates), dtype=torch.int64)
     out, low_rank = torch.ops.expertune.expert_mlp(
         hidden_TD,
         top_k_index_TK,
