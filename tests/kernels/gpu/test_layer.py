@@ -234,3 +234,38 @@ def test_findings_are_kept_unless_a_part_did_not_run(monkeypatch: pytest.MonkeyP
         assert selfcheck.checked(CPU, torch.float16) == findings
     selfcheck.checked.cache_clear()
     assert len(asked) == 3
+
+
+def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
+    return [
+        float((one.detach().double() - other).norm() / other.norm()) for one, other in zip(found, expected, strict=True)
+    ]
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_error_is_no_larger_than_that_of_decoding_and_multiplying_in_16_bits() -> None:
+    """Against float64: bitsandbytes' decoded values, products and activation in float16, expert by expert."""
+    case = make_case(24, num_experts=3, ranks=(), dtype=torch.float16, hidden=128, intermediate=128)
+    hidden, weights = case.hidden, case.weights
+
+    def layer(hidden: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        out = torch.zeros(hidden.shape, dtype=dtype)
+        for expert in range(3):
+            token, choice = (case.index == expert).nonzero(as_tuple=True)
+            decoded = torch.float32 if dtype == torch.float64 else dtype
+            gate, up = (case.gate_up.decode(expert * 2 + part, decoded).to(dtype) for part in range(2))
+            inter = torch.nn.functional.silu(hidden[token] @ gate.t()) * (hidden[token] @ up.t())
+            y = inter @ case.down.decode(expert, decoded).to(dtype).t()
+            out = out.index_add(0, token, y * weights[token, choice, None])
+        return out
+
+    dout = torch.randn_like(hidden)
+    leaves = [hidden.detach().double().requires_grad_(), weights.detach().double().requires_grad_()]
+    plain = layer(*leaves, torch.float64)
+    expected = [plain.detach(), *torch.autograd.grad(plain, leaves, dout.double())]
+    theirs = layer(hidden, weights, torch.float16)
+    their_errors = relative_errors([theirs, *torch.autograd.grad(theirs, [hidden, weights], dout)], expected)
+    ours, _ = expert_mlp(*case)
+    our_errors = relative_errors([ours, *torch.autograd.grad(ours, [hidden, weights], dout)], expected)
+    for our, their in zip(our_errors, their_errors, strict=True):
+        assert our <= their <= 5e-3
