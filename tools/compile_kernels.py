@@ -43,7 +43,11 @@ class Shape(NamedTuple):
     rank: int
 
 
-SHAPES = {"mixtral-8x7b": Shape(8, 4096, 14336, 2, 8), "qwen3-30b-a3b": Shape(128, 2048, 768, 8, 16)}
+SHAPES = {
+    "mixtral-8x7b": Shape(8, 4096, 14336, 2, 8),
+    "qwen3-30b-a3b": Shape(128, 2048, 768, 8, 16),
+    "rank-64": Shape(8, 4096, 14336, 2, 64),
+}
 TOKENS = (320, 8192)
 META = torch.device("meta")
 

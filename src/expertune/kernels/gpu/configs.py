@@ -64,7 +64,7 @@ def product_config(
         BN, BK = (64 if swiglu or wide else 128), 64
     num_warps = 8 if BM == 128 else 4
     # What follows keeps every kernel within its registers on every target, by tools/compile_kernels.py.
-    if swiglu and not nf4 and target.backend == "cuda" and int(target.arch) >= 120:
+    if swiglu and not nf4 and target.backend == "cuda" and target.shared_bytes < 128 * 2**10:
         BM, num_warps = min(BM, 64), 4
     num_stages = 3 if target.shared_bytes > 128 * 2**10 and not wide else 2
     if transposed and target.arch != 90:

@@ -325,7 +325,7 @@ def _expand_tile(
     r = tl.arange(0, RANK)
     factor_ptrs = factor_ptr + (expert.to(tl.int64) * rank + r)[:, None] * width + k[None, :]
     factor = tl.load(factor_ptrs, mask=(r < rank)[:, None] & k_mask[None, :], other=0.0).to(tl.float32)
-    low = rows_of_low(low_ptr, m, m_mask, rank, RANK)
+    low = rows_of_low(low_ptr, m, m_mask, 0, rank, RANK)
     out = accurate_dot(tl.zeros((BM, BK), dtype=tl.float32), low * KEEP, factor, DTYPE, PRECISION)
     if THRESHOLD > 0:
         number = tl.load(number_ptr + m, mask=m_mask, other=0)
@@ -459,7 +459,9 @@ def shrink(
         return
     first, second = items[0], (items[1] if len(items) > 1 else None)
     width = first.factor.shape[1 if first.transposed else 2]
-    rows, BM = first.out_Rr.shape[0], 16
+    rows, BM, RANK = first.out_Rr.shape[0], 16, max(padded_rank(item.out_Rr) for item in items)
+    # Few programs share a wide input at few tokens: long steps, as far as shared memory holds the factor's.
+    steps = max(min(4096 // RANK, 256), 32)
     launch(
         shrink_kernel,
         (triton.cdiv(rows, BM) + offsets_E.shape[0], len(items)),
@@ -483,10 +485,10 @@ def shrink(
         THRESHOLD1=threshold(second.dropout) if second else 0,
         KEEP0=1 / (1 - first.dropout),
         KEEP1=1 / (1 - second.dropout) if second else 1.0,
-        RANK=max(padded_rank(item.out_Rr) for item in items),
+        RANK=RANK,
         E_PAD=padded(offsets_E.shape[0]),
         BM=BM,
-        BK=64 if first.transposed else 128,
+        BK=steps // 2 if first.transposed else steps,
         dtype=x.dtype,
         num_warps=4,
         num_stages=2,

@@ -139,22 +139,24 @@ def product_kernel(
             if BASE:
                 base_ptrs += num_rows
                 acc1 += tl.load(base_ptrs, mask=m_mask[:, None] & n_mask[None, :], other=0.0).to(tl.float32)
-        # Low-rank terms first, while the registers of the loop are still free.
+        # Low-rank terms first, while the registers of the loop are still free, and 16 ranks at a time.
         if RANK0 > 0:
             scaling = scaling0 if SWIGLU or PARTS == 1 else tl.where(part == 0, scaling0, 0.0)
-            low = rows_of_low(low0_ptr, m, m_mask, rank0, RANK0) * scaling
-            acc0 = _add_low_rank(acc0, low, factor0_ptr, expert, n, n_mask, num_rows, rank0, RANK0, DTYPE, PRECISION)
+            for rank in tl.range(0, RANK0, 16, num_stages=1):
+                low = rows_of_low(low0_ptr, m, m_mask, rank, rank0, 16) * scaling
+                acc0 = _add_low_rank(acc0, low, factor0_ptr, expert, n, n_mask, num_rows, rank, rank0, DTYPE, PRECISION)
         if RANK1 > 0:
             scaling = scaling1 if SWIGLU else tl.where(part == 1, scaling1, 0.0)
-            low = rows_of_low(low1_ptr, m, m_mask, rank1, RANK1) * scaling
-            if SWIGLU:
-                acc1 = _add_low_rank(
-                    acc1, low, factor1_ptr, expert, n, n_mask, num_rows, rank1, RANK1, DTYPE, PRECISION
-                )
-            else:
-                acc0 = _add_low_rank(
-                    acc0, low, factor1_ptr, expert, n, n_mask, num_rows, rank1, RANK1, DTYPE, PRECISION
-                )
+            for rank in tl.range(0, RANK1, 16, num_stages=1):
+                low = rows_of_low(low1_ptr, m, m_mask, rank, rank1, 16) * scaling
+                if SWIGLU:
+                    acc1 = _add_low_rank(
+                        acc1, low, factor1_ptr, expert, n, n_mask, num_rows, rank, rank1, DTYPE, PRECISION
+                    )
+                else:
+                    acc0 = _add_low_rank(
+                        acc0, low, factor1_ptr, expert, n, n_mask, num_rows, rank, rank1, DTYPE, PRECISION
+                    )
         if NF4:
             block = tl.arange(0, SCALES)
             first_blocks = n[:, None] * (num_columns // 64)
@@ -211,9 +213,9 @@ def product_kernel(
 
 
 @triton.jit
-def rows_of_low(low_ptr, m, m_mask, rank, RANK: tl.constexpr):
-    """Rows m of a low-rank term, float32 [BM, RANK]."""
-    r = tl.arange(0, RANK)
+def rows_of_low(low_ptr, m, m_mask, first, rank, RANK: tl.constexpr):
+    """Rows m of a low-rank term, its ranks first .. first + RANK - 1 of `rank`: float32 [BM, RANK]."""
+    r = first + tl.arange(0, RANK)
     low_ptrs = low_ptr + m.to(tl.int64)[:, None] * rank + r[None, :]
     return tl.load(low_ptrs, mask=m_mask[:, None] & (r < rank)[None, :], other=0.0).to(tl.float32)
 
@@ -227,13 +229,13 @@ def _add_low_rank(
     n,
     n_mask,
     num_rows,
+    first,
     rank,
-    RANK: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc + low [BM, RANK] @ factor[expert] [BN, r].T."""
-    r = tl.arange(0, RANK)
+    """acc + low [BM, 16] @ factor[expert] [BN, first .. first + 15].T."""
+    r = first + tl.arange(0, 16)
     factor_ptrs = factor_ptr + (expert.to(tl.int64) * num_rows + n)[:, None] * rank + r[None, :]
     factor = tl.load(factor_ptrs, mask=n_mask[:, None] & (r < rank)[None, :], other=0.0)
     return accurate_dot(acc, low, tl.trans(factor.to(tl.float32)), DTYPE, PRECISION)
