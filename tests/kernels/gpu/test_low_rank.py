@@ -54,17 +54,16 @@ def test_outer_sums_each_experts_rows_and_clears_experts_without_rows(dtype, tra
         total = nan(EXPERTS, width, rank) if transposed else nan(EXPERTS, rank, width)
         items.append(Outer(torch.randn(ROWS, rank), total, transposed, 0.5, 0, p, torch.tensor(SEED)))
     outer(v, routed.offsets_E, items, routed.token_R, routed.number_R, router_R, add=False)
-    for item in items:
-        first = item.total.clone()
+    once = [item.total.clone() for item in items]
+    outer(v, routed.offsets_E, items, routed.token_R, routed.number_R, router_R, add=True)
+    for item, first in zip(items, once, strict=True):
         inputs = dropped(v[routed.token_R], routed.number_R, item.dropout)
         expected = torch.zeros(EXPERTS, item.low_Rr.shape[1], width)
         for row, expert in enumerate(routed.expert_R.tolist()):
             expected[expert] += 0.5 * torch.outer(item.low_Rr[row] * router_R[row], inputs[row])
-        assert_near(first.transpose(1, 2) if transposed else first, expected, 2e-6)
-    outer(v, routed.offsets_E, items, routed.token_R, routed.number_R, router_R, add=True)
-    assert_near(items[0].total, 2 * (expected if not transposed else expected.transpose(1, 2)), 2e-6) if len(
-        items
-    ) == 1 else None
+        expected = expected.transpose(1, 2) if transposed else expected
+        assert_near(first, expected, 2e-6)
+        assert_near(item.total, 2 * expected, 2e-6)
 
 
 @pytest.mark.parametrize("probabilities", [(0.0,), (0.3,), (0.3, 0.0)], ids=str)

@@ -80,6 +80,9 @@ class Expand(NamedTuple):
     seed: Tensor | None = None
 
 
+_Item = Shrink | Outer | Expand
+
+
 @triton.jit
 def _shrink_tile(
     x_ptr,
@@ -414,18 +417,14 @@ def expand(
         out,
         number_R,
         offsets_E,
-        *_expand_pointers(first),
-        *_expand_pointers(second),
+        *_pointers(first),
+        *_pointers(second),
         experts.start if experts else 0,
         experts.stop if experts else offsets_E.shape[0],
         width,
         out.stride(0),
         *(item.low_Rr.shape[1] if item else 0 for item in (first, second)),
-        PAIR=second is not None,
-        THRESHOLD0=threshold(first.dropout),
-        THRESHOLD1=threshold(second.dropout) if second else 0,
-        KEEP0=1 / (1 - first.dropout),
-        KEEP1=1 / (1 - second.dropout) if second else 1.0,
+        **_dropouts(first, second),
         RANK=max(padded_rank(item.low_Rr) for item in items),
         E_PAD=padded(offsets_E.shape[0]),
         BM=BM,
@@ -469,8 +468,8 @@ def shrink(
         token_R,
         number_R,
         offsets_E,
-        *_shrink_pointers(first),
-        *_shrink_pointers(second),
+        *_pointers(first),
+        *_pointers(second),
         experts.start if experts else 0,
         experts.stop if experts else offsets_E.shape[0],
         width,
@@ -478,13 +477,9 @@ def shrink(
         *(item.column if item else 0 for item in (first, second)),
         *(item.out_Rr.shape[1] if item else 0 for item in (first, second)),
         *(item.scaling if item else 0.0 for item in (first, second)),
-        PAIR=second is not None,
         GATHER=token_R is not None,
         TRANSPOSED=first.transposed,
-        THRESHOLD0=threshold(first.dropout),
-        THRESHOLD1=threshold(second.dropout) if second else 0,
-        KEEP0=1 / (1 - first.dropout),
-        KEEP1=1 / (1 - second.dropout) if second else 1.0,
+        **_dropouts(first, second),
         RANK=RANK,
         E_PAD=padded(offsets_E.shape[0]),
         BM=BM,
@@ -528,21 +523,17 @@ def outer(
         number_R,
         router_R,
         offsets_E,
-        *_outer_pointers(first),
-        *_outer_pointers(second),
+        *_pointers(first),
+        *_pointers(second),
         width,
         v.stride(0),
         *(item.column if item else 0 for item in (first, second)),
         *(item.low_Rr.shape[1] if item else 0 for item in (first, second)),
         *(item.scaling if item else 0.0 for item in (first, second)),
-        PAIR=second is not None,
         GATHER=token_R is not None,
         WEIGHTED=router_R is not None,
         TRANSPOSED=first.transposed,
-        THRESHOLD0=threshold(first.dropout),
-        THRESHOLD1=threshold(second.dropout) if second else 0,
-        KEEP0=1 / (1 - first.dropout),
-        KEEP1=1 / (1 - second.dropout) if second else 1.0,
+        **_dropouts(first, second),
         RANK=max(padded_rank(item.low_Rr) for item in items),
         ADD=add,
         BM=32,
@@ -553,13 +544,18 @@ def outer(
     )
 
 
-def _shrink_pointers(item: Shrink | None) -> tuple[Tensor | None, ...]:
-    return (item.factor, item.out_Rr, item.seed if item.dropout else None) if item else (None, None, None)
+def _dropouts(first: _Item, second: _Item | None) -> dict[str, bool | int | float]:
+    """The kernels' constants about one adapter or two: whether there are two, and the dropout of each."""
+    dropped = second.dropout if second else 0.0
+    return {
+        "PAIR": second is not None,
+        "THRESHOLD0": threshold(first.dropout),
+        "THRESHOLD1": threshold(dropped),
+        "KEEP0": 1 / (1 - first.dropout),
+        "KEEP1": 1 / (1 - dropped),
+    }
 
 
-def _outer_pointers(item: Outer | None) -> tuple[Tensor | None, ...]:
-    return (item.low_Rr, item.total, item.seed if item.dropout else None) if item else (None, None, None)
-
-
-def _expand_pointers(item: Expand | None) -> tuple[Tensor | None, ...]:
-    return (item.low_Rr, item.factor, item.seed if item.dropout else None) if item else (None, None, None)
+def _pointers(item: _Item | None) -> tuple[Tensor | None, ...]:
+    """An item's two tensors, in its own order, and its seed where the kernel reads it."""
+    return (item[0], item[1], item.seed if item.dropout else None) if item else (None, None, None)
