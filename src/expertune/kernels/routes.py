@@ -6,6 +6,7 @@ measured the first time, and kept in the user's cache. On a GPU a route has to p
 (`expert_mlp/selfcheck.py`); where none does, or Triton is missing, experts are computed one by one by torch.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -24,6 +25,7 @@ from expertune.kernels import gpu, native
 from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, product_dtype
 from expertune.kernels.native.build import cache_folder
 from expertune.kernels.nf4 import Nf4Stack
+from expertune.record import write_text
 
 Route = Literal["fused", "decode_then_gemm", "expert_by_expert"]
 
@@ -205,12 +207,8 @@ def _measured(dtype: torch.dtype, device: torch.device, threads: int) -> dict[st
         found = {"crossover": _measure(dtype)} if device.type == "cpu" else _measure_gpu(dtype, device)
     except torch.OutOfMemoryError:
         return _UNMEASURED
-    try:
-        beside = path.with_suffix(f".{time.monotonic_ns()}")
-        beside.write_text(json.dumps(found), encoding="utf-8")
-        beside.replace(path)
-    except OSError:
-        pass  # measured anew next time
+    with contextlib.suppress(OSError):  # measured anew next time
+        write_text(path, json.dumps(found))
     return found
 
 

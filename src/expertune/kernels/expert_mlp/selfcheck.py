@@ -6,11 +6,11 @@ forward and backward, and is held to the definition. The answer is kept in the u
 Triton and the kernels' own source; a route that fails is not used, and the run's record says so.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -25,6 +25,7 @@ from expertune.kernels.expert_mlp.plan import Layer, LowRank, differentiable
 from expertune.kernels.gpu import launch, nf4, torch_gemm
 from expertune.kernels.native.build import cache_folder
 from expertune.kernels.nf4 import Nf4Stack
+from expertune.record import write_text
 
 # Experts, hidden and intermediate size, experts per token, rank, tokens: no multiple of any tile.
 SHAPE = (5, 192, 320, 2, 3, 77)
@@ -69,12 +70,8 @@ def checked(device: torch.device, dtype: torch.dtype) -> Findings:
         findings = check(device, dtype)
         # What did not run may have met a full device: it is tried anew next time.
         if not findings.messages:
-            try:
-                beside = path.with_suffix(f".{time.monotonic_ns()}")
-                beside.write_text(json.dumps(asdict(findings)), encoding="utf-8")
-                beside.replace(path)
-            except OSError:
-                pass  # checked anew next time
+            with contextlib.suppress(OSError):  # checked anew next time
+                write_text(path, json.dumps(asdict(findings)))
     launch.allow_shuffle("shuffle" in findings.passed)
     return findings
 
