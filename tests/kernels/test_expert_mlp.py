@@ -42,6 +42,11 @@ def normed_gate(gate_up: Tensor) -> Tensor:
     return inner / (1 + inner.square().mean(dim=-1, keepdim=True))
 
 
+def norm(rows: Tensor) -> Tensor:
+    """After an expert: over the whole row."""
+    return torch.nn.functional.rms_norm(rows, rows.shape[-1:]) * 0.7
+
+
 SWIGLU = Activation(swiglu, columnwise=True, swiglu=True)
 
 
@@ -55,6 +60,8 @@ class Case(NamedTuple):
     down: Nf4Stack
     activation: Activation
     updates: list[ExpertUpdate]
+    replay: Sequence[Tensor] = ()
+    biases: tuple[Tensor, Tensor] | None = None
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -82,6 +89,7 @@ def make_case(
     intermediate: int = F,
     double_quantization: bool = True,
     dropout: float = 0.0,
+    biased: bool = False,
 ) -> Case:
     """A case with random values; `ranks` lists (part, rank) of each update."""
     index = torch.stack([torch.randperm(num_experts)[:top_k] for _ in range(tokens)]) if tokens else None
@@ -99,13 +107,16 @@ def make_case(
         stack_of(num_experts, hidden, intermediate, double_quantization),
         activation,
         updates,
+        biases=(torch.randn(num_experts, num_parts * intermediate), torch.randn(num_experts, hidden))
+        if biased
+        else None,
     )
 
 
 def assert_same_as_plain(case: Case, tolerance: dict[str, float]) -> None:
     """Output and the gradient of every leaf agree with plain float32 arithmetic."""
     out, _ = expert_mlp(*case)
-    expected = reference.expert_mlp(*case)
+    expected = reference.expert_mlp(*case[:7], case.biases)
     assert out.dtype == case.hidden.dtype
     torch.testing.assert_close(out.float(), expected, **tolerance)
     dout = torch.randn_like(expected).to(out.dtype)
@@ -141,6 +152,27 @@ SHAPES: dict[str, dict[str, Any]] = {
     "a gate with limits": {"tokens": 9, "activation": Activation(clamped_gate, columnwise=True)},
     "SwiGLU by autograd": {"tokens": 9, "activation": Activation(swiglu, columnwise=True)},
     "an activation over whole rows": {"tokens": 9, "activation": Activation(normed_gate)},
+    "biases": {"tokens": 9, "biased": True},
+    "biases, SwiGLU by autograd": {"tokens": 9, "biased": True, "activation": Activation(swiglu, columnwise=True)},
+    "biases, limits and experts without tokens": {
+        "tokens": 3,
+        "num_experts": 16,
+        "biased": True,
+        "activation": Activation(clamped_gate, columnwise=True),
+    },
+    "biases, without a gate": {
+        "tokens": 9,
+        "num_parts": 1,
+        "ranks": ((0, 4), (1, 6)),
+        "biased": True,
+        "activation": Activation(torch.nn.functional.gelu, columnwise=True),
+    },
+    "a norm after each expert": {"tokens": 9, "activation": Activation(swiglu, True, True, after=norm)},
+    "a norm after each expert, with biases": {
+        "tokens": 9,
+        "biased": True,
+        "activation": Activation(swiglu, columnwise=True, swiglu=True, after=norm),
+    },
     "no double quantization": {"tokens": 9, "double_quantization": False},
     "more rows than a panel of the fused route holds": {"tokens": 900, "num_experts": 2, "top_k": 1},
 }
@@ -272,7 +304,7 @@ def test_replay_returns_what_was_computed_and_gives_the_same_gradients(route: st
     out, low_rank = expert_mlp(*case)
     expected = torch.autograd.grad(out.square().sum(), case.leaves)
     torch.manual_seed(7)
-    replayed, again = expert_mlp(*case, replay=[out.detach(), *(tensor.detach() for tensor in low_rank)])
+    replayed, again = expert_mlp(*case._replace(replay=[out.detach(), *(tensor.detach() for tensor in low_rank)]))
     assert torch.equal(replayed, out)
     for one, other in zip(again, low_rank, strict=True):
         assert torch.equal(one, other)
@@ -346,6 +378,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "weights of another shape": ({"weights": torch.rand(6, 3)}, r"top_k_weights must be floating point \(6, 2\)"),
     "down of another shape": ({"down": Nf4Stack(4, 64, 192)}, r"down must be matrices \(128, 192\), got \(64, 192\)"),
     "experts that do not share out": ({"down": Nf4Stack(3, 128, 192)}, "8 matrices cannot be shared out to 3 experts"),
+    "a bias of another width": (
+        {"biases": (torch.randn(4, 192), torch.randn(4, 128))},
+        r"the bias of gate_up must be floating point \(4, 384\)",
+    ),
     "weights elsewhere": ({"gate_up": Nf4Stack(8, 192, 128, device="meta")}, "gate_up is on meta, hidden is on cpu"),
 }
 

@@ -6,7 +6,8 @@ the router's weight is applied. Gradients go to the input, the router's weights,
 
 Tokens are worked on in chunks, so that what lies between the products stays within `routes.Settings.working_set_bytes`
 whatever the batch is. Rows are sorted by expert, stably, and combined by the inverse permutation: no atomics, and two
-runs give identical bytes.
+runs give identical bytes. Experts with biases have them added after each product; where something comes after each
+expert (a norm), it is differentiated by autograd from the expert's output, computed anew.
 
 Routes on a CPU: `fused.py` decodes inside the product, all experts in one call; `decode_then_gemm.py` decodes a tile
 once for the recomputation and for the gradient, expert by expert, and runs on any device. On a GPU both are
@@ -49,27 +50,29 @@ class _Route(Protocol):
 
 @dataclass(eq=False)
 class Activation:
-    """What a family computes between the products.
+    """What a family computes between the products and after them.
 
     Attributes:
         function: [rows, P * F] -> [rows, F], the parts side by side; differentiable by autograd.
         columnwise: column f of the result depends on column f of each part alone, so that it may be computed on some
             columns at a time.
         swiglu: it is silu(gate) * up to the last bits, for which there is a kernel.
+        after: [rows, D] -> [rows, D], applied to what an expert gives before the router's weight; None applies nothing.
     """
 
     function: Callable[[Tensor], Tensor]
     columnwise: bool = False
     swiglu: bool = False
+    after: Callable[[Tensor], Tensor] | None = None
     handle: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.handle = id(self)
         _activations[self.handle] = self
 
-    def __reduce__(self) -> tuple[type["Activation"], tuple[Callable[[Tensor], Tensor], bool, bool]]:
+    def __reduce__(self) -> tuple[type["Activation"], tuple[Any, ...]]:
         # A copy is found under a number of its own.
-        return Activation, (self.function, self.columnwise, self.swiglu)
+        return Activation, (self.function, self.columnwise, self.swiglu, self.after)
 
 
 # Operators take numbers, not functions: the owner of an activation keeps it alive, and here it is found by number.
@@ -104,6 +107,7 @@ def expert_mlp(
     activation: Activation,
     updates: Sequence[ExpertUpdate] = (),
     replay: Sequence[Tensor] = (),
+    biases: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Send each token through its experts and sum what comes back.
 
@@ -117,6 +121,7 @@ def expert_mlp(
         updates: low-rank updates; those of one projection are summed.
         replay: what an earlier call with the same arguments returned, laid flat; it is returned again and not computed,
             which is how activation checkpointing is spared the second forward.
+        biases: frozen, floating point: of the first product [E, P * F], its parts side by side, and of down [E, D].
 
     Returns:
         [T, D] of hidden's dtype, and for each update x @ A [R, r] in A's dtype, rows sorted within a chunk of tokens.
@@ -124,7 +129,7 @@ def expert_mlp(
     Raises:
         ValueError: a shape, dtype or device does not fit; names the value received.
     """
-    _check(hidden_TD, top_k_index_TK, top_k_weights_TK, gate_up, down, updates)
+    _check(hidden_TD, top_k_index_TK, top_k_weights_TK, gate_up, down, updates, biases)
     dropped = any(update.dropout > 0 for update in updates)
     # Drawn from torch's own generator of the device, so that a run's seed decides, and checkpointing draws the same
     # again; on a GPU they stay there, and a captured graph draws new ones each time.
@@ -137,7 +142,7 @@ def expert_mlp(
         hidden_TD,
         top_k_index_TK,
         top_k_weights_TK,
-        [*gate_up.bytes, *down.bytes],
+        [*gate_up.bytes, *down.bytes, *(biases or ())],
         activation.handle,
         [update.part for update in updates],
         [update.scaling for update in updates],
@@ -286,15 +291,16 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
     hidden, index, top_k_weights, weights, activation, parts, scalings, dropouts, seeds, a, b, replay = inputs
     ctx.plain = activation, parts, scalings, dropouts
-    ctx.num_updates, ctx.num_replayed = len(parts), len(replay)
+    ctx.num_weights, ctx.num_updates, ctx.num_replayed = len(weights), len(parts), len(replay)
     ctx.save_for_backward(hidden, index, top_k_weights, seeds, *weights, *a, *b, *output[1])
 
 
 def _autograd(ctx: Any, dout: Tensor, _dh: list[Tensor]) -> tuple[Any, ...]:
     # Read once: under activation checkpointing each access would recompute the layer.
     hidden, index, top_k_weights, seeds, *rest = ctx.saved_tensors
-    weights, count = rest[:8], ctx.num_updates
-    a, b, h = (rest[8 + i * count : 8 + (i + 1) * count] for i in range(3))
+    held, count = ctx.num_weights, ctx.num_updates
+    weights = rest[:held]
+    a, b, h = (rest[held + i * count : held + (i + 1) * count] for i in range(3))
     activation, parts, scalings, dropouts = ctx.plain
     dhidden, dweights, da, db = torch.ops.expertune.expert_mlp_backward(
         dout, hidden, index, top_k_weights, weights, activation, parts, scalings, dropouts, seeds, a, b, h
@@ -319,9 +325,10 @@ def _layer(
     a: list[Tensor],
     b: list[Tensor],
 ) -> tuple[Layer, list[LowRank]]:
-    gate_up, down = Nf4Bytes(*weights[:4]), Nf4Bytes(*weights[4:])
+    gate_up, down = Nf4Bytes(*weights[:4]), Nf4Bytes(*weights[4:8])
+    inner_bias, outer_bias = (bias.float() for bias in weights[8:]) if len(weights) > 8 else (None, None)
     owner = _activations[activation]
-    layer = Layer(gate_up, down, owner.function, owner.columnwise, owner.swiglu)
+    layer = Layer(gate_up, down, owner.function, owner.columnwise, owner.swiglu, inner_bias, outer_bias, owner.after)
     low_rank = [LowRank(*values) for values in zip(parts, a, b, scalings, dropouts, seeds.unbind(), strict=True)]
     return layer, low_rank
 
@@ -336,8 +343,10 @@ def _chunks(
     step = chunk_tokens(layer, top_k, any(dropouts), held_bytes // (1 if device.type == "cpu" else 2))
     rows_per_expert = min(hidden.shape[0], step) * top_k / layer.num_experts
     grouped = layer.num_parts <= 2 and len(set(parts)) == len(parts)
-    name = routes.choose(device, rows_per_expert, hidden.dtype, grouped)
-    route = _route(name, device, hidden.dtype, held_bytes // 2)
+    route: _Route = decode_then_gemm
+    if layer.after is None:
+        name = routes.choose(device, rows_per_expert, hidden.dtype, grouped)
+        route = _route(name, device, hidden.dtype, held_bytes // 2)
     for start in range(0, hidden.shape[0], step):
         yield slice(start, min(start + step, hidden.shape[0])), route
 
@@ -360,6 +369,7 @@ def _check(
     gate_up: Nf4Stack,
     down: Nf4Stack,
     updates: Sequence[ExpertUpdate],
+    biases: tuple[Tensor, Tensor] | None,
 ) -> None:
     num_experts, columns, rows = down.num_matrices, gate_up.columns, gate_up.rows
     if hidden.ndim != 2 or hidden.shape[1] != columns:
@@ -381,6 +391,14 @@ def _check(
     for tensor, what in ((gate_up.packed, "gate_up"), (down.packed, "down"), (index, "top_k_index")):
         if tensor.device != hidden.device:
             raise ValueError(f"{what} is on {tensor.device}, hidden is on {hidden.device}")
+    for bias, width, what in zip(biases or (), (parts * rows, columns), ("gate_up", "down"), strict=False):
+        if tuple(bias.shape) != (num_experts, width) or not bias.is_floating_point():
+            wanted = (num_experts, width)
+            raise ValueError(
+                f"the bias of {what} must be floating point {wanted}, got {bias.dtype} {tuple(bias.shape)}"
+            )
+        if bias.device != hidden.device:
+            raise ValueError(f"the bias of {what} is on {bias.device}, hidden is on {hidden.device}")
     for update in updates:
         if not 0 <= update.part <= parts:
             raise ValueError(f"part must be from 0 to {parts}, got {update.part}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from expertune.kernels.cpu import product_dtype
 from expertune.kernels.dropout import dropout
-from expertune.kernels.expert_mlp.plan import Layer, LowRank, combine, differentiable, sort_rows
+from expertune.kernels.expert_mlp.plan import Layer, LowRank, bias_gradient, combine, differentiable, sort_rows
 from expertune.kernels.grouped_linear.decode_then_gemm import Scratch, multiply, spans
 from expertune.kernels.nf4 import decode
 
@@ -33,25 +33,21 @@ def forward(
 ) -> None:
     """Writes the layer's output to `out_TD` and x @ A of each update to `h`; `first_row` places the chunk."""
     rows = sort_rows(top_k_index_TK, top_k_weights_TK, layer.num_experts, first_row)
-    dtype, size, num_parts = product_dtype(hidden_TD.dtype, hidden_TD.device), layer.intermediate_size, layer.num_parts
+    dtype = product_dtype(hidden_TD.dtype, hidden_TD.device)
     y_RD = torch.empty(rows.token_R.shape[0], layer.hidden_size, dtype=torch.float32, device=hidden_TD.device)
     scratch = Scratch(hidden_TD.device, dtype)
     for expert, span in spans(rows.offsets_E):
         x_ND = hidden_TD[rows.token_R[span]].to(dtype)
-        gate_up = x_ND.new_empty(x_ND.shape[0], num_parts * size)
-        for part in range(num_parts):
-            multiply(x_ND, layer.gate_up, expert * num_parts + part, _part(gate_up, part, size), scratch)
         for update, low in zip(low_rank, h, strict=True):
-            if update.part < num_parts:
+            if update.part < layer.num_parts:
                 _shrink(x_ND, update, expert, low[span], rows.number_R[span])
-                _add_expanded(_part(gate_up, update.part, size), low[span], update, update.b[expert])
-        x_NF = layer.function(gate_up)
-        y_ND = torch.empty(x_ND.shape, dtype=dtype, device=x_ND.device)
-        multiply(x_NF, layer.down, expert, y_ND, scratch)
+        x_NF = layer.function(_gate_up(x_ND, expert, layer, low_rank, [low[span] for low in h], scratch))
         for update, low in zip(low_rank, h, strict=True):
-            if update.part == num_parts:
+            if update.part == layer.num_parts:
                 _shrink(x_NF, update, expert, low[span], rows.number_R[span])
-                _add_expanded(y_ND, low[span], update, update.b[expert])
+        y_ND = _down(x_NF, expert, layer, low_rank, [low[span] for low in h], scratch)
+        if layer.after is not None:
+            y_ND = layer.after(y_ND)
         torch.mul(y_ND, rows.weight_R[span, None], out=y_RD[span])
     out_TD.copy_(combine(y_RD, rows.inverse_R, hidden_TD.shape[0]))
 
@@ -77,22 +73,82 @@ def backward(
     dweight_R = torch.empty_like(rows.weight_R)
     scratches = Scratch(hidden_TD.device, dtype), Scratch(hidden_TD.device, dtype)
     for expert, span in spans(rows.offsets_E):
-        tokens = rows.token_R[span]
+        tokens, h_N = rows.token_R[span], [low[span] for low in h]
+        dout_ND, x_ND, weight_N1 = dout_TD[tokens].to(dtype), hidden_TD[tokens].to(dtype), rows.weight_R[span, None]
+        dweight_N = None
+        if layer.after is not None:
+            # From here on dOut is the gradient of what `after` was given, with the router's weight in it.
+            dout_ND, dweight_N = _after_backward(dout_ND, x_ND, weight_N1, expert, layer, low_rank, h_N, scratches[0])
+            weight_N1 = torch.ones_like(weight_N1)
         dx_RD[span], dweight_R[span] = _expert_backward(
-            dout_TD[tokens].to(dtype),
-            hidden_TD[tokens].to(dtype),
-            rows.weight_R[span, None],
+            dout_ND,
+            x_ND,
+            weight_N1,
             expert,
             layer,
             low_rank,
-            [low[span] for low in h],
+            h_N,
             [total[expert] for total in da],
             [total[expert] for total in db],
             rows.number_R[span],
             scratches,
         )
+        if dweight_N is not None:
+            dweight_R[span] = dweight_N
+    if layer.outer_bias is not None and layer.after is None:
+        dweight_R += bias_gradient(dout_TD, layer.outer_bias, rows)
     dweights_TK.copy_(dweight_R[rows.inverse_R].view(top_k_weights_TK.shape))
     dhidden_TD.copy_(combine(dx_RD, rows.inverse_R, hidden_TD.shape[0]))
+
+
+def _gate_up(
+    x_ND: Tensor, expert: int, layer: Layer, low_rank: list[LowRank], h: list[Tensor], scratch: Scratch
+) -> Tensor:
+    """An expert's first product [N, P * F] with its updates, whose x @ A are in `h`, and its bias."""
+    size, num_parts = layer.intermediate_size, layer.num_parts
+    gate_up = x_ND.new_empty(x_ND.shape[0], num_parts * size)
+    for part in range(num_parts):
+        multiply(x_ND, layer.gate_up, expert * num_parts + part, _part(gate_up, part, size), scratch)
+    for update, low in zip(low_rank, h, strict=True):
+        if update.part < num_parts:
+            _add_expanded(_part(gate_up, update.part, size), low, update, update.b[expert])
+    return gate_up if layer.inner_bias is None else gate_up.add_(layer.inner_bias[expert])
+
+
+def _down(
+    x_NF: Tensor, expert: int, layer: Layer, low_rank: list[LowRank], h: list[Tensor], scratch: Scratch
+) -> Tensor:
+    """An expert's second product [N, D] with its updates and its bias."""
+    y_ND = x_NF.new_empty(x_NF.shape[0], layer.hidden_size)
+    multiply(x_NF, layer.down, expert, y_ND, scratch)
+    for update, low in zip(low_rank, h, strict=True):
+        if update.part == layer.num_parts:
+            _add_expanded(y_ND, low, update, update.b[expert])
+    return y_ND if layer.outer_bias is None else y_ND.add_(layer.outer_bias[expert])
+
+
+def _after_backward(
+    dout_ND: Tensor,
+    x_ND: Tensor,
+    weight_N1: Tensor,
+    expert: int,
+    layer: Layer,
+    low_rank: list[LowRank],
+    h: list[Tensor],
+    scratch: Scratch,
+) -> tuple[Tensor, Tensor]:
+    """Through what comes after an expert: gradient of what it was given [N, D], and of the router's weight [N].
+
+    It needs the expert's output, which is computed anew.
+    """
+    assert layer.after is not None
+    x_NF = layer.function(_gate_up(x_ND, expert, layer, low_rank, h, scratch))
+    y_ND = _down(x_NF, expert, layer, low_rank, h, scratch).detach().requires_grad_()
+    with differentiable():
+        out_ND = layer.after(y_ND)
+    dweight_N = torch.linalg.vecdot(out_ND.detach().float(), dout_ND.float())
+    (dy_ND,) = torch.autograd.grad(out_ND, y_ND, (dout_ND * weight_N1).to(out_ND.dtype))
+    return dy_ND, dweight_N
 
 
 def _expert_backward(
@@ -134,6 +190,8 @@ def _expert_backward(
         for u, update in enumerate(low_rank):
             if update.part < num_parts:
                 _add_expanded(_part(gate_up, update.part, width), h[u], update, update.b[expert, columns])
+        if layer.inner_bias is not None:
+            gate_up += layer.inner_bias[expert].view(num_parts, size)[:, columns].flatten()
         gate_up.requires_grad_()
         with differentiable():
             x_NF = layer.function(gate_up)

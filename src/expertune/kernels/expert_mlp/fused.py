@@ -12,7 +12,15 @@ from torch import Tensor
 
 from expertune.kernels import native, workspace
 from expertune.kernels.dropout import dropout
-from expertune.kernels.expert_mlp.plan import Layer, LowRank, Sorted, combine, differentiable, sort_rows
+from expertune.kernels.expert_mlp.plan import (
+    Layer,
+    LowRank,
+    Sorted,
+    bias_gradient,
+    combine,
+    differentiable,
+    sort_rows,
+)
 from expertune.kernels.grouped_linear.fused import plain
 
 # Gradients of A and B are added to what is there.
@@ -43,6 +51,7 @@ def forward(
         _dense(dropped, update.a, rows, out)
     y_RD = workspace.take("rows", x_RF.shape[0], layer.hidden_size)
     updates = [_update(update, low, 0, layer.hidden_size) for update, low in _outer(layer, low_rank, h)]
+    updates += _bias(layer.outer_bias, rows)
     native.product(x_RF, layer.down, rows.offsets_E, y_RD, transposed=True, updates=updates)
     out_TD.copy_(combine(y_RD.mul_(rows.weight_R[:, None]), rows.inverse_R, hidden_TD.shape[0]))
 
@@ -85,6 +94,8 @@ def backward(
         if low_rank[u].dropout:
             dinter_RF += _low_rank_input(dh, low_rank[u], rows)
     inter_RF, dgate_up, dweight_R = _activation_backward(gate_up, dinter_RF, rows.weight_R, layer)
+    if layer.outer_bias is not None:
+        dweight_R += bias_gradient(dout_TD, layer.outer_bias, rows)
 
     for u, dh in dh_down.items():
         update, low = low_rank[u], h[u]
@@ -126,6 +137,7 @@ def _gate_up(x_TD: Tensor, rows: Sorted, layer: Layer, low_rank: list[LowRank], 
     updates = [
         _update(update, low, update.part * size, (update.part + 1) * size) for update, low in _inner(layer, low_rank, h)
     ]
+    updates += _bias(layer.inner_bias, rows)
     native.product(x_TD, layer.gate_up, rows.offsets_E, out, transposed=True, updates=updates, index=rows.token_R)
     return out
 
@@ -165,6 +177,14 @@ def _outer(layer: Layer, low_rank: list[LowRank], h: list[Tensor]) -> list[tuple
 
 def _update(update: LowRank, h: Tensor, column: int, column_end: int) -> native.Update:
     return native.Update(h.float() * update.scaling, plain(update.b), column, column_end)
+
+
+def _bias(bias_EN: Tensor | None, rows: Sorted) -> list[native.Update]:
+    """A bias as an update of rank one whose h is 1 everywhere, so that the library adds it where it sums."""
+    if bias_EN is None:
+        return []
+    ones = torch.ones(rows.token_R.shape[0], 1)
+    return [native.Update(ones, bias_EN.contiguous().unsqueeze(2), 0, bias_EN.shape[1])]
 
 
 def _dropped(x: Tensor, update: LowRank, rows: Sorted, index: Tensor | None = None) -> Tensor:

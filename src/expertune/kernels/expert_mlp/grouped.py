@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from expertune.kernels.expert_mlp.plan import Layer, LowRank, Sorted, differentiable
+from expertune.kernels.expert_mlp.plan import Layer, LowRank, Sorted, bias_gradient, differentiable, expert_of_rows
 from expertune.kernels.gpu import low_rank as thin
 from expertune.kernels.gpu import nf4, rows, torch_gemm
 from expertune.kernels.gpu.low_rank import Expand, Outer, Shrink
@@ -59,7 +59,7 @@ class GroupedRoute:
         thin.shrink(hidden_TD, routed.offsets_E, [_shrink(u, low) for u, low in inner], routed.token_R, routed.number_R)
         updates = [Update(low, u.b, u.part, u.scaling) for u, low in inner]
         count = routed.token_R.shape[0]
-        if layer.swiglu:
+        if layer.swiglu_in_product:
             inter_RF = hidden_TD.new_empty(count, layer.intermediate_size)
         else:
             inter_RF = hidden_TD.new_empty(count, layer.num_parts * layer.intermediate_size)
@@ -72,15 +72,17 @@ class GroupedRoute:
                 updates,
                 routed.token_R,
                 experts=experts,
-                swiglu=layer.swiglu,
+                swiglu=layer.swiglu_in_product,
             )
-        if not layer.swiglu:
-            inter_RF = layer.function(inter_RF).contiguous()
+        if not layer.swiglu_in_product:
+            inter_RF = layer.function(_add_inner_bias(inter_RF, layer, routed)).contiguous()
         thin.shrink(inter_RF, routed.offsets_E, [_shrink(u, low) for u, low in outer], number_R=routed.number_R)
         updates = [Update(low, u.b, 0, u.scaling) for u, low in outer]
         y_RD = torch.empty(count, layer.hidden_size, dtype=torch.float32, device=hidden_TD.device)
         for experts, weight in self._groups(layer.down, layer.num_experts, hidden_TD.dtype):
             self._product(inter_RF, weight, routed.offsets_E, y_RD, updates, router_R=routed.weight_R, experts=experts)
+        if layer.outer_bias is not None:
+            y_RD.addcmul_(layer.outer_bias[expert_of_rows(routed)], routed.weight_R[:, None])
         rows.combine(y_RD, routed.inverse_R, out_TD)
 
     def backward(
@@ -130,7 +132,7 @@ class GroupedRoute:
             added = thin.expand(dx_RD, offsets_E, gradients_in, dgate_up.dtype, routed.number_R, experts)
             self._product_transposed(dgate_up, gate_up_weight, offsets_E, dx_RD, None, experts, added)
 
-        if layer.swiglu:
+        if layer.swiglu_in_product:
             for experts, weight, down in self._pairs(layer, hidden_TD.dtype):
                 recompute(experts, weight, down)
                 rows.gate_backward(gate_up, dinter_RF, routed.weight_R, inter_RF, drouter_R, offsets_E, experts)
@@ -138,7 +140,10 @@ class GroupedRoute:
         else:
             for experts, weight, down in self._pairs(layer, hidden_TD.dtype):
                 recompute(experts, weight, down)
+            _add_inner_bias(gate_up, layer, routed)
             gate_up, inter_RF, drouter_R = _activation_backward(layer, gate_up, dinter_RF, routed.weight_R)
+            if layer.outer_bias is not None:
+                drouter_R += bias_gradient(dout_TD, layer.outer_bias, routed)
             for experts, weight in self._groups(layer.gate_up, layer.num_experts, hidden_TD.dtype):
                 input_gradient(experts, weight, gate_up)
 
@@ -254,6 +259,13 @@ def _input_gradient(update: LowRank, dh_Rr: Tensor) -> Expand:
 
 def _input_outer(update: LowRank, dh_Rr: Tensor, da: Tensor) -> Outer:
     return Outer(dh_Rr, da, dropout=update.dropout, seed=update.seed)
+
+
+def _add_inner_bias(gate_up: Tensor, layer: Layer, routed: Sorted) -> Tensor:
+    """In place: each row's expert's bias, added in float32 and rounded once."""
+    if layer.inner_bias is None:
+        return gate_up
+    return gate_up.add_(layer.inner_bias[expert_of_rows(routed)])
 
 
 def _activation_backward(

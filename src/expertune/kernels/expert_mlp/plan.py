@@ -11,13 +11,24 @@ from expertune.kernels.nf4 import Nf4Bytes
 
 
 class Layer(NamedTuple):
-    """The frozen half of an expert layer; see `expertune.kernels.expert_mlp.expert_mlp`."""
+    """The frozen half of an expert layer; see `expertune.kernels.expert_mlp.expert_mlp`.
+
+    `inner_bias` [E, P * F] and `outer_bias` [E, D] are float32 and come together, or not at all.
+    """
 
     gate_up: Nf4Bytes
     down: Nf4Bytes
     function: Callable[[Tensor], Tensor]
     columnwise: bool
     swiglu: bool
+    inner_bias: Tensor | None = None
+    outer_bias: Tensor | None = None
+    after: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def swiglu_in_product(self) -> bool:
+        """Whether the product itself can apply the activation: a bias would have to be added before it."""
+        return self.swiglu and self.inner_bias is None
 
     @property
     def num_experts(self) -> int:
@@ -85,6 +96,17 @@ def sort_rows(top_k_index_TK: Tensor, top_k_weights_TK: Tensor, num_experts: int
     return Sorted(token_R, order_R + first_row, inverse_R, top_k_weights_TK.reshape(-1)[order_R].float(), offsets_E)
 
 
+def expert_of_rows(rows: Sorted) -> Tensor:
+    """The expert of each sorted row, int64 [R], without a host synchronisation."""
+    number_R = torch.arange(rows.token_R.shape[0], device=rows.offsets_E.device)
+    return torch.searchsorted(rows.offsets_E, number_R, right=True)
+
+
+def bias_gradient(dout_TD: Tensor, bias_ED: Tensor, rows: Sorted) -> Tensor:
+    """<bias, dOut> of each sorted row, float32 [R]: the part of the router's gradient that a bias of down gives."""
+    return (dout_TD.float() @ bias_ED.t())[rows.token_R, expert_of_rows(rows)]
+
+
 @contextmanager
 def differentiable() -> Iterator[None]:
     """Autograd inside an operator, where torch has it switched off: a family's activation is differentiated by it."""
@@ -130,5 +152,6 @@ def bytes_per_row(
 def chunk_tokens(layer: Layer, top_k: int, dropout: bool, working_set_bytes: int) -> int:
     """Tokens that are worked on at once; at least one."""
     device = layer.down.packed.device.type
-    row = bytes_per_row(layer.hidden_size, layer.intermediate_size, layer.num_parts, layer.swiglu, dropout, device)
+    swiglu = layer.swiglu if device == "cpu" else layer.swiglu_in_product
+    row = bytes_per_row(layer.hidden_size, layer.intermediate_size, layer.num_parts, swiglu, dropout, device)
     return max(working_set_bytes // (max(top_k, 1) * row), 1)

@@ -17,6 +17,7 @@ def expert_mlp(
     down: Nf4Stack,
     activation: Activation,
     updates: Sequence[ExpertUpdate] = (),
+    biases: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The same as `expertune.kernels.expert_mlp.expert_mlp` without dropout, in float32 whatever hidden's dtype.
 
@@ -30,8 +31,11 @@ def expert_mlp(
         x = hidden_TD[tokens].float()
         matrices = [gate_up.decode(expert * num_parts + part, torch.float32) for part in range(num_parts)]
         inner = [x @ matrix.t() + _low_rank(x, expert, part, updates) for part, matrix in enumerate(matrices)]
-        inter = activation.function(torch.cat(inner, dim=1))
+        gate_up_row = torch.cat(inner, dim=1)
+        inter = activation.function(gate_up_row if biases is None else gate_up_row + biases[0][expert].float())
         y = inter @ down.decode(expert, torch.float32).t() + _low_rank(inter, expert, num_parts, updates)
+        y = y if biases is None else y + biases[1][expert].float()
+        y = y if activation.after is None else activation.after(y)
         out = out.index_add(0, tokens, y * top_k_weights_TK[tokens, choices, None].float())
     return out
 
