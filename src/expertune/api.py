@@ -36,6 +36,7 @@ from expertune.generation import complete
 from expertune.kernels import routes
 from expertune.placement.device import bound_host_memory, default_device, resolve_compute_dtype, set_up_kernels
 from expertune.plan import MicroBatch, make_plan
+from expertune.plan.memory import PROOF_TOKENS
 from expertune.record import RECORD_NAME, RunRecord, versions
 from expertune.report.plots import plot_summary
 from expertune.report.summary import render_summary
@@ -47,9 +48,6 @@ from expertune.train.trainer import ExpertTrainer, training_arguments
 __all__ = ["OpenRun", "Run", "evaluate", "finetune", "generate", "make_plan", "open_run"]
 
 ADAPTER_FOLDER = "adapter"
-
-# Rows of the probe: enough for every expert of a layer to be reached, few enough to cost a second.
-_PROBE_TOKENS = 512
 
 # What a resumed run may set otherwise: nothing here changes a single weight.
 _FREE_AT_RESUME = frozenset({"report_to", "run_name", "logging_dir", "save_total_limit", "disable_tqdm", "log_level"})
@@ -347,15 +345,18 @@ def _load(config: RunConfig, source: ModelSource, device: torch.device, record: 
 def _probe_batch(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: TokenizedRows, device: torch.device
 ) -> dict[str, Any]:
-    """The first training rows, as many as the probe's tokens allow, collated as in training."""
+    """The first training rows, as many as the proof's tokens allow, collated as in training."""
     dataset = make_dataset(rows, config.data)
     chosen: list[Any] = []
     tokens = 0
     for row in dataset:
-        if chosen and tokens + len(row["input_ids"]) > _PROBE_TOKENS:
+        # Of a long row its beginning is enough; whole, it could need more memory than the run itself.
+        row = {key: value if key == "row_ids" else value[:PROOF_TOKENS] for key, value in row.items()}
+        length = config.data.max_length if config.data.packing == "padded" else len(row["input_ids"])
+        if chosen and tokens + length > PROOF_TOKENS:
             break
         chosen.append(row)
-        tokens += len(row["input_ids"])
+        tokens += length
     batch = make_collator(config.data, tokenizer)(chosen)
     return {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
 

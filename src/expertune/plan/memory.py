@@ -36,6 +36,9 @@ _FLOAT32_BYTES = 4
 # context, cuBLAS workspaces and what the caching allocator rounds up to; not measured here.
 FRAMEWORK_BYTES = {"cpu": 600 * 10**6, "cuda": 1000 * 10**6}
 
+# Tokens of the proof after attaching: enough for every expert of a layer to be reached, few enough to cost a second.
+PROOF_TOKENS = 512
+
 # Bytes per logit of a loss over all logits at once, beside the logits themselves: transformers takes it in float32, so
 # that its log-softmax, the gradient of that and the gradient of its input are alive at once. Measured: 14.0 with
 # bfloat16 logits in training, 10.0 in evaluation.
