@@ -19,6 +19,7 @@ parts of the first product (gate and up: 2; ungated: 1), r rank.
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,7 +32,7 @@ from expertune.kernels.expert_mlp.plan import Layer, LowRank, chunk_tokens
 from expertune.kernels.grouped_linear import own_dtypes
 from expertune.kernels.nf4 import Nf4Bytes, Nf4Stack
 
-__all__ = ["Activation", "ExpertUpdate", "expert_mlp"]
+__all__ = ["Activation", "ExpertUpdate", "Transport", "expert_mlp"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -48,9 +49,22 @@ class _Route(Protocol):
     def backward(self, *arguments: Any) -> None: ...
 
 
+class Transport(Protocol):
+    """How a layer's frozen bytes, which wait elsewhere, are where they are used; see `expertune.placement.stream`."""
+
+    def expect(self, backward: bool) -> None:
+        """Told before each forward: whether a backward of the same tokens follows."""
+
+    def bring(self, weights: list[Tensor], backward: bool, again: bool = False) -> AbstractContextManager[list[Tensor]]:
+        """The tensors on the device that computes, as long as the block runs; `weights` are these where they wait.
+
+        `backward` says which way through the layers this is, `again` that the same layer is used once more after it.
+        """
+
+
 @dataclass(eq=False)
 class Activation:
-    """What a family computes between the products and after them.
+    """What a family computes between the products and after them, and how the layer's bytes come to be there.
 
     Attributes:
         function: [rows, P * F] -> [rows, F], the parts side by side; differentiable by autograd.
@@ -58,12 +72,14 @@ class Activation:
             columns at a time.
         swiglu: it is silu(gate) * up to the last bits, for which there is a kernel.
         after: [rows, D] -> [rows, D], applied to what an expert gives before the router's weight; None applies nothing.
+        transport: brings the layer's frozen bytes; None where they are on the device for good.
     """
 
     function: Callable[[Tensor], Tensor]
     columnwise: bool = False
     swiglu: bool = False
     after: Callable[[Tensor], Tensor] | None = None
+    transport: Transport | None = None
     handle: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -72,7 +88,7 @@ class Activation:
 
     def __reduce__(self) -> tuple[type["Activation"], tuple[Any, ...]]:
         # A copy is found under a number of its own.
-        return Activation, (self.function, self.columnwise, self.swiglu, self.after)
+        return Activation, (self.function, self.columnwise, self.swiglu, self.after, self.transport)
 
 
 # Operators take numbers, not functions: the owner of an activation keeps it alive, and here it is found by number.
@@ -129,7 +145,10 @@ def expert_mlp(
     Raises:
         ValueError: a shape, dtype or device does not fit; names the value received.
     """
-    _check(hidden_TD, top_k_index_TK, top_k_weights_TK, gate_up, down, updates, biases)
+    _check(hidden_TD, top_k_index_TK, top_k_weights_TK, gate_up, down, activation, updates, biases)
+    if activation.transport is not None:
+        leaves = (hidden_TD, top_k_weights_TK, *(factor for update in updates for factor in (update.a, update.b)))
+        activation.transport.expect(torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves))
     dropped = any(update.dropout > 0 for update in updates)
     # Drawn from torch's own generator of the device, so that a run's seed decides, and checkpointing draws the same
     # again; on a GPU they stay there, and a captured graph draws new ones each time.
@@ -177,11 +196,11 @@ def _forward(
 ) -> tuple[Tensor, list[Tensor]]:
     if replay:
         return replay[0].clone(), [tensor.clone() for tensor in replay[1:]]
-    layer, low_rank = _layer(weights, activation, parts, scalings, dropouts, seeds, a, b)
     top_k = top_k_index.shape[1]
     out = torch.empty_like(hidden)
     h = [factor.new_empty(top_k_index.numel(), factor.shape[1]) for factor in a]
-    with own_dtypes(hidden):
+    with own_dtypes(hidden), _brought(weights, activation, backward=False) as weights:
+        layer, low_rank = _layer(weights, activation, parts, scalings, dropouts, seeds, a, b)
         for tokens, route in _chunks(hidden, top_k_index, layer, parts, dropouts):
             rows = slice(tokens.start * top_k, tokens.stop * top_k)
             h_chunk = [tensor[rows] for tensor in h]
@@ -238,15 +257,15 @@ def _backward(
     b: list[Tensor],
     h: list[Tensor],
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    layer, low_rank = _layer(weights, activation, parts, scalings, dropouts, seeds, a, b)
     top_k = top_k_index.shape[1]
     dhidden, dweights = torch.empty_like(hidden), torch.empty_like(top_k_weights)
-    chunks = list(_chunks(hidden, top_k_index, layer, parts, dropouts))
-    # Summed over chunks in float32, whatever the factors' dtype.
-    make = torch.empty if chunks and chunks[0][1].overwrites else torch.zeros
-    da = [make(factor.shape, dtype=torch.float32, device=factor.device) for factor in a]
-    db = [make(factor.shape, dtype=torch.float32, device=factor.device) for factor in b]
-    with own_dtypes(hidden):
+    with own_dtypes(hidden), _brought(weights, activation, backward=True) as weights:
+        layer, low_rank = _layer(weights, activation, parts, scalings, dropouts, seeds, a, b)
+        chunks = list(_chunks(hidden, top_k_index, layer, parts, dropouts))
+        # Summed over chunks in float32, whatever the factors' dtype.
+        make = torch.empty if chunks and chunks[0][1].overwrites else torch.zeros
+        da = [make(factor.shape, dtype=torch.float32, device=factor.device) for factor in a]
+        db = [make(factor.shape, dtype=torch.float32, device=factor.device) for factor in b]
         for tokens, route in chunks:
             rows = slice(tokens.start * top_k, tokens.stop * top_k)
             h_chunk = [tensor[rows] for tensor in h]
@@ -315,6 +334,15 @@ def _autograd(ctx: Any, dout: Tensor, _dh: list[Tensor]) -> tuple[Any, ...]:
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
+def _brought(weights: list[Tensor], activation: int, backward: bool) -> AbstractContextManager[list[Tensor]]:
+    transport = _activations[activation].transport
+    if transport is None:
+        return nullcontext(weights)
+    # A forward that backward runs again (checkpointing without replay) is on backward's way through the layers.
+    recomputed = not backward and torch._C._current_graph_task_id() != -1
+    return transport.bring(weights, backward or recomputed, again=recomputed)
+
+
 def _layer(
     weights: list[Tensor],
     activation: int,
@@ -368,6 +396,7 @@ def _check(
     top_k_weights: Tensor,
     gate_up: Nf4Stack,
     down: Nf4Stack,
+    activation: Activation,
     updates: Sequence[ExpertUpdate],
     biases: tuple[Tensor, Tensor] | None,
 ) -> None:
@@ -388,7 +417,8 @@ def _check(
     if num_experts == 0 or gate_up.num_matrices % num_experts:
         raise ValueError(f"{gate_up.num_matrices} matrices cannot be shared out to {num_experts} experts")
     parts = gate_up.num_matrices // num_experts
-    for tensor, what in ((gate_up.packed, "gate_up"), (down.packed, "down"), (index, "top_k_index")):
+    stacks = [] if activation.transport is not None else [(gate_up.packed, "gate_up"), (down.packed, "down")]
+    for tensor, what in (*stacks, (index, "top_k_index")):
         if tensor.device != hidden.device:
             raise ValueError(f"{what} is on {tensor.device}, hidden is on {hidden.device}")
     for bias, width, what in zip(biases or (), (parts * rows, columns), ("gate_up", "down"), strict=False):

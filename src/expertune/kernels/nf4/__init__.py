@@ -118,6 +118,8 @@ class Nf4Stack(nn.Module):
             raise ValueError(f"columns must be a multiple of {BLOCK_SIZE}, got {columns}")
         self.num_matrices, self.rows, self.columns = num_matrices, rows, columns
         self.double_quantization = double_quantization
+        # Whether `model.to(device)` leaves the bytes where they are: a placement has put them there.
+        self.stays = False
         blocks = rows * columns // BLOCK_SIZE
         nested = -(-blocks // NESTED_BLOCK_SIZE) if double_quantization else 0
         absmax_dtype = torch.uint8 if double_quantization else torch.float32
@@ -150,6 +152,23 @@ class Nf4Stack(nn.Module):
         """The four buffers, as operators take them."""
         return Nf4Bytes(self.packed, self.absmax, self.nested_absmax, self.offset)
 
+    def place(self, held: Nf4Bytes, stays: bool) -> None:
+        """Hold the same bytes in other tensors, which are taken as they are.
+
+        Args:
+            held: tensors of the same shapes and dtypes, anywhere.
+            stays: whether `model.to(device)` is to leave them there.
+
+        Raises:
+            ValueError: a shape or dtype is another one.
+        """
+        for name, new, old in zip(Nf4Bytes._fields, held, self.bytes, strict=True):
+            if new.shape != old.shape or new.dtype != old.dtype:
+                raise ValueError(f"{name} must be {old.dtype} {tuple(old.shape)}, got {new.dtype} {tuple(new.shape)}")
+        self.packed = nn.Parameter(held.packed, requires_grad=False)
+        self.absmax, self.nested_absmax, self.offset = held.absmax, held.nested_absmax, held.offset
+        self.stays = stays
+
     def decode(self, index: int, dtype: torch.dtype) -> Tensor:
         """Matrix `index` as [N, K] of `dtype`."""
         return decode(self.bytes, index, torch.empty(self.rows, self.columns, dtype=dtype, device=self.packed.device))
@@ -163,6 +182,8 @@ class Nf4Stack(nn.Module):
         # model.to(bfloat16) and model.half() would round the float32 scales and change every weight: only the device
         # of such a call is followed, never its dtype.
         def move_only(tensor: Tensor) -> Tensor:
+            if self.stays:
+                return tensor
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 

@@ -1,0 +1,86 @@
+"""Expert bytes on disk, used on a CPU straight from the mapped file: a layer is paged in before its use, and out after.
+
+Pages of a mapped file count as resident memory while they are mapped, though the kernel may take them back. Paging out
+leaves them in the page cache, from where the next use maps them again without a read as long as memory lasts.
+"""
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from expertune.checkpoint.reader import TensorEntry
+
+# From linux/mman.h (5.14): read pages and map them, all in one call, without touching them one by one.
+_MADV_POPULATE_READ = 22
+
+
+def map_tensor(entry: TensorEntry) -> Tensor:
+    """The tensor as a view of its mapped file; nothing is read before it is used. Not to be written to.
+
+    Args:
+        entry: a tensor whose place in the file is a multiple of its items' size.
+    """
+    # A private mapping: the file itself can never be changed through it.
+    storage = torch.UntypedStorage.from_file(str(entry.shard), False, entry.start + entry.nbytes)
+    whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+    return whole[entry.start :].view(entry.dtype).view(entry.shape)
+
+
+class MappedLayers:
+    """A `Carrier` for layers whose tensors are mapped and used where they are.
+
+    Args:
+        layers: the mapped tensors of each layer.
+    """
+
+    def __init__(self, layers: Sequence[list[Tensor]]) -> None:
+        self._layers = list(layers)
+        self._coming: dict[int, Future[None]] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="expert-bytes")
+
+    def start(self, layer: int) -> None:
+        """Page the layer in, on a thread of its own."""
+        self._coming[layer] = self._reader.submit(_page_in, self._layers[layer])
+
+    def wait(self, layer: int) -> list[Tensor]:
+        """The layer's tensors; every page is there."""
+        self._coming[layer].result()
+        return self._layers[layer]
+
+    def used(self, layer: int) -> None:
+        """Nothing to do: work on a CPU is done when it returns."""
+
+    def drop(self, layer: int) -> None:
+        """Page the layer out."""
+        self._coming.pop(layer).result()
+        for tensor in self._layers[layer]:
+            _advise(tensor, getattr(mmap, "MADV_DONTNEED", None))
+
+    def close(self) -> None:
+        """End the thread."""
+        self._reader.shutdown()
+
+
+def _page_in(tensors: list[Tensor]) -> None:
+    for tensor in tensors:
+        if not _advise(tensor, _MADV_POPULATE_READ if sys.platform == "linux" else None):
+            # An older kernel or another system: the read itself brings the pages.
+            tensor.view(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
+
+
+def _advise(tensor: Tensor, advice: int | None) -> bool:
+    """Tell the kernel about the pages of a tensor; whether it has taken the advice."""
+    if advice is None or not tensor.nbytes:
+        return not tensor.nbytes
+    first = tensor.data_ptr() & ~(mmap.PAGESIZE - 1)
+    length = tensor.data_ptr() + tensor.nbytes - first
+    # Releases the interpreter's lock, so that paging in goes on beside the products.
+    return bool(_madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), advice) == 0)
+
+
+_madvise = getattr(ctypes.CDLL(None), "madvise", lambda *_: -1)

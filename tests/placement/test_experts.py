@@ -1,0 +1,200 @@
+"""Experts that wait in the host's memory or on disk: the same bytes, the same results, two layers at a time."""
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from expertune.checkpoint.load import LoadedModel
+from expertune.checkpoint.reader import read_header
+from expertune.experts.module import Nf4Experts
+from expertune.experts.replay import with_replay
+from expertune.kernels.nf4 import Nf4Bytes
+from expertune.placement import experts as placement_module
+from expertune.placement.experts import Placement, demote, placement_of
+from expertune.placement.slots import SlotLayers
+from tests.tiny_models import load_tiny, random_rows, save_tiny_model
+
+LAYERS = 4
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # A layer's packed experts take 3 MB, so that pages show.
+    return save_tiny_model(
+        tmp_path_factory.mktemp("model"), num_hidden_layers=LAYERS, hidden_size=256, intermediate_size=1024, head_dim=64
+    )
+
+
+def placed(folder: Path, tmp_path: Path) -> tuple[LoadedModel, Placement]:
+    """A loaded model whose experts also lie in a file for each layer."""
+    loaded = load_tiny(folder)
+    modules = {name: module for name, module in loaded.model.named_modules() if isinstance(module, Nf4Experts)}
+    files = {}
+    for number, (name, module) in enumerate(modules.items()):
+        keys = [f"{stack}.{field}" for stack in ("gate_up", "down") for field in Nf4Bytes._fields]
+        tensors = dict(zip(keys, (*module.gate_up.bytes, *module.down.bytes), strict=True))
+        path = tmp_path / f"layer-{number}.safetensors"
+        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
+        path.chmod(0o444)
+        header = read_header(path)
+        files[name] = [header[key] for key in keys]
+    placement = Placement(modules, CPU, files)
+    loaded.model.expert_placement = placement
+    return loaded, placement
+
+
+def step(model: nn.Module, checkpointing: bool) -> list[Tensor]:
+    """Loss and gradients of a step that trains what lies around the experts."""
+    torch.manual_seed(1)
+    rows = random_rows()
+    model.train()
+    if checkpointing:
+        model.activation_checkpointing_enable(with_replay(None))
+    leaves = [parameter for name, parameter in model.named_parameters() if "norm" in name]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    loss = model(input_ids=rows, labels=rows, use_cache=False).loss
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def assert_identical(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def everywhere(placement: Placement, place: placement_module.Place) -> dict[str, placement_module.Place]:
+    return dict.fromkeys(placement.experts, place)
+
+
+def copied_to_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does with layers that wait elsewhere, with the CPU as the device that computes."""
+    monkeypatch.setattr(placement_module, "MappedLayers", lambda layers: SlotLayers(layers, CPU))
+
+
+def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CPU does with layers on disk."""
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "no checkpointing"])
+@pytest.mark.parametrize("carried", [mapped, copied_to_slots])
+def test_a_step_is_byte_identical_wherever_experts_wait_and_takes_two_transfers_of_each_layer(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    carried: Callable[[pytest.MonkeyPatch], None],
+    checkpointing: bool,
+) -> None:
+    loaded, placement = placed(folder, tmp_path)
+    expected = step(loaded.model, checkpointing)
+    carried(monkeypatch)
+    placement.put(everywhere(placement, "disk"))
+    assert_identical(step(loaded.model, checkpointing), expected)
+    first = placement.describe()
+    assert first["layers"] == {"disk": LAYERS}
+    # The last layer of forward is the first of backward, and the last of backward the first of the next step.
+    assert first["transfers"] == 2 * LAYERS - 1
+    assert_identical(step(loaded.model, checkpointing), expected)
+    assert placement.describe()["transfers"] == first["transfers"] + 2 * LAYERS - 2
+
+
+def test_a_recomputation_without_replay_shares_its_transfer_with_backward(folder: Path, tmp_path: Path) -> None:
+    loaded, placement = placed(folder, tmp_path)
+    expected = step(loaded.model, checkpointing=True)
+    placement.put(everywhere(placement, "disk"))
+    loaded.model.activation_checkpointing_enable({"use_reentrant": False})
+    assert_identical(step(loaded.model, checkpointing=False), expected)
+    assert placement.describe()["transfers"] == 2 * LAYERS - 1
+
+
+def test_evaluation_brings_the_first_layer_again_while_the_last_one_computes(folder: Path, tmp_path: Path) -> None:
+    loaded, placement = placed(folder, tmp_path)
+    rows = random_rows()
+    with torch.no_grad():
+        expected = loaded.model(rows, use_cache=False).logits
+        placement.put(everywhere(placement, "disk"))
+        for _ in range(2):
+            assert torch.equal(loaded.model(rows, use_cache=False).logits, expected)
+    assert placement.describe()["transfers"] == 2 * LAYERS + 1
+
+
+def test_layers_may_wait_in_different_places(folder: Path, tmp_path: Path) -> None:
+    loaded, placement = placed(folder, tmp_path)
+    expected = step(loaded.model, checkpointing=True)
+    first, *_, last = placement.experts
+    placement.put({first: "disk", last: "disk"})
+    assert_identical(step(loaded.model, checkpointing=True), expected)
+    assert placement.describe()["layers"] == {"disk": 2, "device": LAYERS - 2}
+    placement.put(everywhere(placement, "device"))
+    assert_identical(step(loaded.model, checkpointing=True), expected)
+    assert placement.describe() == {"layers": {"device": 4}, "streamed_bytes": 0, "transfers": 0, "waited_seconds": 0.0}
+
+
+def test_a_layer_without_a_file_cannot_wait_on_disk(folder: Path) -> None:
+    loaded = load_tiny(folder)
+    modules = {name: module for name, module in loaded.model.named_modules() if isinstance(module, Nf4Experts)}
+    placement = Placement(modules, CPU)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts: no NF4 folder holds these experts"):
+        placement.put(everywhere(placement, "disk"))
+
+
+def resident_bytes(folder: Path) -> dict[str, int]:
+    """Resident bytes of each mapped file in a folder."""
+    found: dict[str, int] = {}
+    name = None
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            path = Path(line.split(maxsplit=5)[-1])
+            name = path.name if path.parent == folder else None
+        elif name and line.startswith("Rss:"):
+            found[name] = found.get(name, 0) + 1024 * int(line.split()[1])
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="resident pages by file are read from /proc")
+def test_no_more_than_two_layers_on_disk_are_resident(folder: Path, tmp_path: Path) -> None:
+    loaded, placement = placed(folder, tmp_path)
+    placement.put(everywhere(placement, "disk"))
+    seen: list[int] = []
+
+    def look(*_: object) -> None:
+        seen.append(sum(resident > 2**20 for resident in resident_bytes(tmp_path).values()))
+
+    for module in placement.experts.values():
+        module.register_forward_hook(look)
+    step(loaded.model, checkpointing=True)
+    assert len(seen) >= LAYERS
+    assert 1 <= max(seen) <= 2
+
+
+def test_the_model_moved_or_copied_leaves_bytes_on_disk_where_they_are(folder: Path, tmp_path: Path) -> None:
+    loaded, placement = placed(folder, tmp_path)
+    placement.put(everywhere(placement, "disk"))
+    before = next(iter(placement.experts.values())).gate_up.packed.data_ptr()
+    loaded.model.to(torch.bfloat16)
+    assert next(iter(placement.experts.values())).gate_up.packed.data_ptr() == before
+    loaded.model.to(torch.float32)
+    rows = random_rows()
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(loaded.model)(rows).logits, loaded.model(rows).logits)
+
+
+def test_demote_moves_half_of_what_is_resident_until_nothing_is_left(folder: Path, tmp_path: Path) -> None:
+    loaded, placement = placed(folder, tmp_path)
+    expected = step(loaded.model, checkpointing=True)
+    assert placement_of(loaded.model) is placement
+    assert demote(loaded.model) == "experts of 2 layers wait on disk"
+    assert_identical(step(loaded.model, checkpointing=True), expected)
+    assert demote(loaded.model) == "experts of 1 layers wait on disk"
+    assert demote(loaded.model) == "experts of 1 layers wait on disk"
+    assert demote(loaded.model) is None
+    assert_identical(step(loaded.model, checkpointing=True), expected)
+
+
+def test_demote_of_a_model_without_a_placement_moves_nothing(folder: Path) -> None:
+    assert demote(load_tiny(folder).model) is None
