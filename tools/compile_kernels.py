@@ -28,6 +28,7 @@ from torch import Tensor
 
 from expertune.kernels.expert_mlp.grouped import GroupedRoute
 from expertune.kernels.expert_mlp.plan import Layer, LowRank
+from expertune.kernels.gpu import nf4
 from expertune.kernels.gpu.compile import TARGETS, compile_launch, distinct
 from expertune.kernels.gpu.launch import Launch, Target, recording
 from expertune.kernels.nf4 import Nf4Stack
@@ -92,7 +93,18 @@ def kernels(target: Target, shapes: Sequence[str], tokens: Sequence[int], quick:
     routes = (GroupedRoute(False), GroupedRoute(True, buffer_bytes=2**33 if quick else 2**30))
     for name, count, route, dropout in product(shapes, tokens, routes, (0.05,) if quick else (0.0, 0.05)):
         notes += layer_launches(SHAPES[name], count, route, dropout, target)
+    for name in shapes:
+        notes += published_blocks_launches(SHAPES[name], target)
     return distinct(notes)
+
+
+def published_blocks_launches(shape: Shape, target: Target) -> list[Launch]:
+    """Decoding of MXFP4 experts: all there is beside NF4's kernels."""
+    E, D, F, *_ = shape
+    stack = Nf4Stack(E, D, F, device=META, scheme="mxfp4")
+    with recording(target) as notes:
+        nf4.decode(stack.bytes, slice(0, E), _empty(E * D, F, dtype=torch.bfloat16))
+    return notes
 
 
 def compile_target(target: Target, shapes: Sequence[str], tokens: Sequence[int], quick: bool) -> list[dict[str, Any]]:

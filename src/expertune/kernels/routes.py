@@ -99,12 +99,17 @@ def configure(**changes: Any) -> None:
     _ran.clear()
 
 
-def choose(device: torch.device, rows_per_expert: float, dtype: torch.dtype, grouped: bool = True) -> Route:
+def choose(
+    device: torch.device, rows_per_expert: float, dtype: torch.dtype, grouped: bool = True, fusable: bool = True
+) -> Route:
     """The route of a product whose x has `dtype`, and note that it ran.
 
-    `grouped` says whether the GPU's kernels can serve this layer at all.
+    `grouped` says whether the GPU's kernels can serve this layer at all, `fusable` whether those that decode inside the
+    product can.
     """
     usable = usable_routes(device, dtype) if grouped or device.type == "cpu" else ()
+    if not fusable and device.type != "cpu":
+        usable = tuple(route for route in usable if route != FUSED)
     route: Route
     if not usable:
         route = EXPERT_BY_EXPERT if device.type != "cpu" else DECODE_THEN_GEMM

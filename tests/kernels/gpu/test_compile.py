@@ -18,6 +18,7 @@ OLDEST = ROOT / ".triton-oldest"
 TARGETS = {"sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"}
 KERNELS = {
     "decode_kernel",
+    "decode_mxfp4_kernel",
     "product_kernel",
     "product_transposed_kernel",
     "shrink_kernel",

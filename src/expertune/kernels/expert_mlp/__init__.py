@@ -373,7 +373,7 @@ def _chunks(
     grouped = layer.num_parts <= 2 and len(set(parts)) == len(parts)
     route: _Route = decode_then_gemm
     if layer.after is None:
-        name = routes.choose(device, rows_per_expert, hidden.dtype, grouped)
+        name = routes.choose(device, rows_per_expert, hidden.dtype, grouped, fusable=layer.gate_up.scheme == "nf4")
         route = _route(name, device, hidden.dtype, held_bytes // 2)
     for start in range(0, hidden.shape[0], step):
         yield slice(start, min(start + step, hidden.shape[0])), route

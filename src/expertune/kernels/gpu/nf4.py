@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from expertune.kernels.gpu import mxfp4
 from expertune.kernels.gpu.launch import launch
 from expertune.kernels.nf4.bytes import Nf4Bytes
 from expertune.kernels.nf4.reference import BLOCK_SIZE, NF4_CODEBOOK, dynamic_codebook, nf4_codebook
@@ -185,6 +186,8 @@ def decode(
     Returns:
         `out`, each value rounded once from float32.
     """
+    if weight.scheme == "mxfp4":
+        return mxfp4.decode(weight, matrices, out, rows, columns)
     rows = slice(0, weight.rows) if rows is None else rows
     columns = slice(0, weight.columns) if columns is None else columns
     num_rows, row_blocks = rows.stop - rows.start, (columns.stop - columns.start) // BLOCK_SIZE

@@ -196,7 +196,7 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 def _route(x: Tensor, offsets: Tensor, weight: Nf4Bytes, parts: list[int]) -> Any:
     """A module or object with `forward` and `backward`."""
     grouped = weight.packed.shape[0] <= 2 * offsets.shape[0] and len(set(parts)) == len(parts)
-    route = routes.choose(x.device, x.shape[0] / offsets.shape[0], x.dtype, grouped)
+    route = routes.choose(x.device, x.shape[0] / offsets.shape[0], x.dtype, grouped, weight.scheme == "nf4")
     if x.device.type == "cpu":
         return fused if route == routes.FUSED else decode_then_gemm
     if route == routes.EXPERT_BY_EXPERT:

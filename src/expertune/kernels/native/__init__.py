@@ -15,7 +15,7 @@ from torch import Tensor
 
 from expertune.kernels.native.build import Status, library, status
 from expertune.kernels.nf4.bytes import Nf4Bytes
-from expertune.kernels.nf4.reference import BLOCK_SIZE, dynamic_codebook, nf4_bounds
+from expertune.kernels.nf4.reference import BLOCK_SIZE, codebook, dynamic_codebook, nf4_bounds
 
 __all__ = [
     "Status",
@@ -228,9 +228,11 @@ class _Nf4(ctypes.Structure):
         ("nested", ctypes.c_void_p),
         ("offset", ctypes.c_void_p),
         ("codebook", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
         ("nested_stride", ctypes.c_int64),
+        ("halves", ctypes.c_int64),
     )
 
     @classmethod
@@ -242,9 +244,11 @@ class _Nf4(ctypes.Structure):
             nested=weight.nested_absmax.data_ptr() if double else None,
             offset=weight.offset.data_ptr() if double else None,
             codebook=dynamic_codebook(weight.packed.device).data_ptr() if double else None,
+            values=codebook(weight.scheme, weight.packed.device).data_ptr(),
             rows=weight.rows,
             columns=weight.columns,
             nested_stride=weight.nested_absmax.shape[-1],
+            halves=weight.scheme == "mxfp4",
         )
 
 

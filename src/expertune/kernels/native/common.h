@@ -8,34 +8,36 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define BLOCK 64          /* weights that share one absmax */
+#define BLOCK 64          /* weights that share one absmax; of MXFP4, twice as many as share one exponent */
 #define BLOCK_BYTES 32    /* their packed bytes */
 #define NESTED_BLOCK 256  /* absmax values that share one scale */
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 
-/* The 16 NF4 values (QLoRA, appendix E), the same as reference.NF4_CODEBOOK. */
-static const float NF4[16] __attribute__((aligned(32))) = {
-    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
-    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
-    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
-    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f,
-};
-
 /* The bytes of an Nf4Stack: M matrices [rows, columns] one behind the other (see expertune/kernels/nf4). */
 typedef struct {
     const uint8_t *packed;
-    const void *absmax;      /* 8-bit codes, or float32 values where codebook is NULL */
+    const void *absmax;      /* 8-bit codes; float32 values where codebook is NULL; exponents of MXFP4 */
     const float *nested;
     const float *offset;
     const float *codebook;
+    const float *values;     /* the 16 values that a code stands for */
     int64_t rows, columns, nested_stride;
+    int64_t halves;          /* 1: each half of a block has an exponent of its own (MXFP4) */
 } Nf4;
 
-/* Scale of one block of a matrix; rounded after each operation, as bitsandbytes has it. */
-INLINE float scale_of(const Nf4 *w, int64_t matrix, int64_t block)
+/* Scale of one block of a matrix, or of one half of it; rounded after each operation, as bitsandbytes has it. */
+INLINE float scale_of(const Nf4 *w, int64_t matrix, int64_t block, int half)
 {
     int64_t at = matrix * (w->rows * w->columns / BLOCK) + block;
+    if (w->halves) {
+        /* 2 ** (exponent - 127): the exponent's own bits, but for the least, whose value has no implicit bit. */
+        uint32_t exponent = ((const uint8_t *)w->absmax)[2 * at + half];
+        uint32_t bits = exponent == 0 ? 0x00400000u : exponent << 23;
+        float value;
+        memcpy(&value, &bits, sizeof value);
+        return value;
+    }
     if (w->codebook == NULL)
         return ((const float *)w->absmax)[at];
     float scaled = w->codebook[((const uint8_t *)w->absmax)[at]] * w->nested[matrix * w->nested_stride + block / NESTED_BLOCK];
@@ -68,13 +70,16 @@ INLINE __m256i round_bfloat16(__m256 values)
     return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
 }
 
-/* 64 weights -> four runs of 16 floats, `skip` floats apart (16: one behind the other). */
-INLINE void decode_block_float(const uint8_t *packed, float absmax, float *out, int64_t skip)
+/* The 64 weights of a block -> four runs of 16 floats, `skip` floats apart (16: one behind the other). */
+INLINE void decode_block_float(const Nf4 *w, int64_t matrix, int64_t block, const uint8_t *packed, float *out, int64_t skip)
 {
-    __m256 scale = _mm256_set1_ps(absmax);
-    __m256 low = _mm256_mul_ps(_mm256_load_ps(NF4), scale);
-    __m256 high = _mm256_mul_ps(_mm256_load_ps(NF4 + 8), scale);
+    __m256 low, high;
     for (int half = 0; half < 2; half++) {
+        if (half == 0 || w->halves) {
+            __m256 scale = _mm256_set1_ps(scale_of(w, matrix, block, half));
+            low = _mm256_mul_ps(_mm256_loadu_ps(w->values), scale);
+            high = _mm256_mul_ps(_mm256_loadu_ps(w->values + 8), scale);
+        }
         __m128i index[2];
         nibbles(_mm_loadu_si128((const __m128i *)(packed + 16 * half)), &index[0], &index[1]);
         for (int i = 0; i < 2; i++) {

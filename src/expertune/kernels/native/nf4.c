@@ -83,15 +83,25 @@ EXPORT void expertune_decode_absmax(const Nf4 *w, int64_t matrix, float *out, in
     int64_t blocks = w->rows * w->columns / BLOCK;
 #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 16384)
     for (int64_t b = 0; b < blocks; b++)
-        out[b] = scale_of(w, matrix, b);
+        out[b] = scale_of(w, matrix, b, 0);
 }
 
 /* A block has 16 values only: they are scaled and rounded once, and then looked up a byte at a time. */
-INLINE void decode_block_bfloat(const uint8_t *packed, float absmax, uint16_t *out)
+INLINE void decode_block_bfloat(const Nf4 *w, int64_t matrix, int64_t block, const uint8_t *packed, uint16_t *out)
 {
-    __m256 scale = _mm256_set1_ps(absmax);
-    __m256i low = _mm256_srli_epi32(round_bfloat16(_mm256_mul_ps(_mm256_load_ps(NF4), scale)), 16);
-    __m256i high = _mm256_srli_epi32(round_bfloat16(_mm256_mul_ps(_mm256_load_ps(NF4 + 8), scale)), 16);
+    if (w->halves) {
+        /* Four significant bits: they fit bfloat16 as they are. */
+        float values[BLOCK];
+        uint32_t bits[BLOCK];
+        decode_block_float(w, matrix, block, packed, values, 16);
+        memcpy(bits, values, sizeof bits);
+        for (int i = 0; i < BLOCK; i++)
+            out[i] = (uint16_t)(bits[i] >> 16);
+        return;
+    }
+    __m256 scale = _mm256_set1_ps(scale_of(w, matrix, block, 0));
+    __m256i low = _mm256_srli_epi32(round_bfloat16(_mm256_mul_ps(_mm256_loadu_ps(w->values), scale)), 16);
+    __m256i high = _mm256_srli_epi32(round_bfloat16(_mm256_mul_ps(_mm256_loadu_ps(w->values + 8), scale)), 16);
     /* 16 words in order -> their low bytes and their high bytes, as tables for pshufb. */
     __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
     __m256i low_bytes = _mm256_and_si256(words, _mm256_set1_epi16(255));
@@ -129,12 +139,11 @@ EXPORT void expertune_decode(
     for (int64_t r = row; r < row_end; r++) {
         for (int64_t b = first; b < last; b++) {
             const uint8_t *from = packed + (r * blocks + b) * BLOCK_BYTES;
-            float scale = scale_of(w, matrix, r * blocks + b);
             int64_t to = (r - row) * out_stride + (b - first) * BLOCK;
             if (kind == 0)
-                decode_block_float(from, scale, (float *)out + to, 16);
+                decode_block_float(w, matrix, r * blocks + b, from, (float *)out + to, 16);
             else
-                decode_block_bfloat(from, scale, (uint16_t *)out + to);
+                decode_block_bfloat(w, matrix, r * blocks + b, from, (uint16_t *)out + to);
         }
     }
 }

@@ -111,13 +111,16 @@ static void pack_nf4_rows(float *to, const Nf4 *w, int64_t first_matrix, int64_t
         from[i] = w->packed + (matrix[i] * w->rows + local[i]) * (w->columns / 2);
     }
     const __m128i low_half = _mm_set1_epi8(15);
-    const __m256 table_low = _mm256_load_ps(NF4), table_high = _mm256_load_ps(NF4 + 8);
+    const __m256 table_low = _mm256_loadu_ps(w->values), table_high = _mm256_loadu_ps(w->values + 8);
     for (int64_t block = k / BLOCK; block < (k + depth) / BLOCK; block++) {
         float scales[NR];
-        for (int i = 0; i < NR; i++)
-            scales[i] = row + i < end ? scale_of(w, matrix[i], local[i] * blocks + block) : 0.0f;
-        __m256 scale_low = _mm256_loadu_ps(scales), scale_high = _mm256_loadu_ps(scales + 8);
+        __m256 scale_low, scale_high;
         for (int half = 0; half < 2; half++) {
+            if (half == 0 || w->halves) {
+                for (int i = 0; i < NR; i++)
+                    scales[i] = row + i < end ? scale_of(w, matrix[i], local[i] * blocks + block, half) : 0.0f;
+                scale_low = _mm256_loadu_ps(scales), scale_high = _mm256_loadu_ps(scales + 8);
+            }
             __m128i v[16];
             for (int i = 0; i < NR; i++)
                 v[i] = _mm_loadu_si128((const __m128i *)(from[i] + block * BLOCK_BYTES + 16 * half));
@@ -146,7 +149,7 @@ static void pack_nf4_columns(float *to, const Nf4 *w, int64_t first_matrix, int6
         int64_t matrix = first_matrix + (k + d) / w->rows, row = (k + d) % w->rows;
         int64_t block = row * blocks + column / BLOCK;
         const uint8_t *from = w->packed + matrix * w->rows * (w->columns / 2) + block * BLOCK_BYTES;
-        decode_block_float(from, scale_of(w, matrix, block), to + d * NR, KC * NR);
+        decode_block_float(w, matrix, block, from, to + d * NR, KC * NR);
     }
 }
 

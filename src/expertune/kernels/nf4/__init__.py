@@ -4,12 +4,17 @@ A matrix [N, K] is cut into blocks of 64 along K. Each block keeps its largest m
 index of the nearest of 16 codebook values, two to a byte, the first in the high half. With double quantization the
 absmax values, less their mean, are themselves held in 8 bits, 256 to a block.
 
+MXFP4 (OCP Microscaling Formats 1.0), in which some checkpoints are published, is a second codebook behind the same
+operations: blocks of 32, whose scale is a power of two. Its blocks are kept as they are, never quantized anew.
+
 `Nf4Stack` holds M such matrices of one shape, and is what the grouped products read. Layout:
 
     packed         uint8   [M, N, K/2]        row-major; no block crosses a row, no row crosses a matrix
     absmax         uint8   [M, N*K/64]        8-bit codes of the absmax (float32 itself without double quantization)
     nested_absmax  float32 [M, ceil(N*K/64/256)]   empty without double quantization
     offset         float32 [M]                     mean of the absmax; empty without double quantization
+
+    MXFP4: packed as above, absmax uint8 [M, N*K/32] holds e for a scale of 2 ** (e - 127), the other two are empty.
 """
 
 from collections.abc import Callable
@@ -19,10 +24,20 @@ import torch
 from torch import Tensor, nn
 
 from expertune.kernels.nf4 import cpu, reference
-from expertune.kernels.nf4.bytes import Nf4Bytes
-from expertune.kernels.nf4.reference import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from expertune.kernels.nf4.bytes import Nf4Bytes, Scheme
+from expertune.kernels.nf4.reference import BLOCK_SIZE, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE
 
-__all__ = ["BLOCK_SIZE", "NESTED_BLOCK_SIZE", "Nf4Bytes", "Nf4Stack", "decode", "decode_absmax", "quantize_matrix"]
+__all__ = [
+    "BLOCK_SIZE",
+    "MXFP4_BLOCK_SIZE",
+    "NESTED_BLOCK_SIZE",
+    "Nf4Bytes",
+    "Nf4Stack",
+    "Scheme",
+    "decode",
+    "decode_absmax",
+    "quantize_matrix",
+]
 
 
 def quantize_matrix(matrix_NK: Tensor, double_quantization: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -50,7 +65,7 @@ def quantize_matrix(matrix_NK: Tensor, double_quantization: bool = True) -> tupl
 
 
 def decode_absmax(weight: Nf4Bytes, index: int) -> Tensor:
-    """Scales of matrix `index`, float32 [N, K/64]."""
+    """Scales of matrix `index`, float32 [N, K/64]; of MXFP4 [N, K/32]."""
     return _codec(weight).decode_absmax(weight, index)
 
 
@@ -87,7 +102,7 @@ def _codec(weight: Nf4Bytes) -> ModuleType:
 
 
 class Nf4Stack(nn.Module):
-    """M frozen matrices [N, K] as NF4 bytes.
+    """M frozen matrices [N, K] as NF4 bytes, or as MXFP4's.
 
     Args:
         num_matrices: M.
@@ -95,6 +110,8 @@ class Nf4Stack(nn.Module):
         columns: K, a multiple of 64.
         double_quantization: hold the absmax values in 8 bits.
         device: where the bytes live; `meta` holds none yet.
+        scheme: `nf4`, or `mxfp4`, whose bytes are copied in (`packed`, `absmax`) and for which `double_quantization`
+            means nothing.
 
     Raises:
         ValueError: K is no multiple of 64.
@@ -112,17 +129,20 @@ class Nf4Stack(nn.Module):
         columns: int,
         double_quantization: bool = True,
         device: torch.device | str | None = None,
+        scheme: Scheme = "nf4",
     ) -> None:
         super().__init__()
         if columns % BLOCK_SIZE:
             raise ValueError(f"columns must be a multiple of {BLOCK_SIZE}, got {columns}")
         self.num_matrices, self.rows, self.columns = num_matrices, rows, columns
+        self.scheme: Scheme = scheme
+        double_quantization = double_quantization and scheme == "nf4"
         self.double_quantization = double_quantization
         # Whether `model.to(device)` leaves the bytes where they are: a placement has put them there.
         self.stays = False
-        blocks = rows * columns // BLOCK_SIZE
+        blocks = rows * columns // (MXFP4_BLOCK_SIZE if scheme == "mxfp4" else BLOCK_SIZE)
         nested = -(-blocks // NESTED_BLOCK_SIZE) if double_quantization else 0
-        absmax_dtype = torch.uint8 if double_quantization else torch.float32
+        absmax_dtype = torch.float32 if scheme == "nf4" and not double_quantization else torch.uint8
         packed = torch.empty(num_matrices, rows, columns // 2, dtype=torch.uint8, device=device)
         self.packed = nn.Parameter(packed, requires_grad=False)
         self.register_buffer("absmax", torch.empty(num_matrices, blocks, dtype=absmax_dtype, device=device))
@@ -138,6 +158,8 @@ class Nf4Stack(nn.Module):
         Raises:
             ValueError: the shape is another one, or the matrix cannot be quantized.
         """
+        if self.scheme != "nf4":
+            raise ValueError(f"a stack of {self.scheme} holds what a checkpoint gives it; it quantizes nothing")
         if tuple(matrix_NK.shape) != (self.rows, self.columns):
             raise ValueError(f"expected shape {(self.rows, self.columns)}, got {tuple(matrix_NK.shape)}")
         packed, absmax, nested_absmax, offset = quantize_matrix(matrix_NK, self.double_quantization)
@@ -192,4 +214,4 @@ class Nf4Stack(nn.Module):
     def extra_repr(self) -> str:
         """Shape and scheme for `print(model)`."""
         double = ", double quantization" if self.double_quantization else ""
-        return f"{self.num_matrices} x [{self.rows}, {self.columns}], nf4{double}"
+        return f"{self.num_matrices} x [{self.rows}, {self.columns}], {self.scheme}{double}"

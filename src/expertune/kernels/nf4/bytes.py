@@ -1,8 +1,11 @@
-"""The four buffers of M matrices [N, K] held as NF4, as operators receive them; see `expertune.kernels.nf4`."""
+"""The four buffers of M matrices [N, K] held in 4 bits, as operators receive them; see `expertune.kernels.nf4`."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
+
+Scheme = Literal["nf4", "mxfp4"]
 
 
 class Nf4Bytes(NamedTuple):
@@ -10,9 +13,9 @@ class Nf4Bytes(NamedTuple):
 
     Attributes:
         packed: uint8 [M, N, K/2].
-        absmax: uint8 [M, N*K/64], or float32 without double quantization.
-        nested_absmax: float32 [M, ceil(N*K/64/256)]; last dimension 0 without double quantization.
-        offset: float32 [M]; empty without double quantization.
+        absmax: uint8 [M, N*K/64], or float32 without double quantization; of MXFP4 uint8 [M, N*K/32].
+        nested_absmax: float32 [M, ceil(N*K/64/256)]; last dimension 0 without double quantization and of MXFP4.
+        offset: float32 [M]; empty without double quantization and of MXFP4.
     """
 
     packed: Tensor
@@ -29,6 +32,11 @@ class Nf4Bytes(NamedTuple):
     def columns(self) -> int:
         """K."""
         return self.packed.shape[2] * 2
+
+    @property
+    def scheme(self) -> Scheme:
+        """Which codebook and scales these are: 8-bit scales that refer to nothing are MXFP4's exponents."""
+        return "mxfp4" if self.absmax.dtype == torch.uint8 and not self.double_quantization else "nf4"
 
     @property
     def double_quantization(self) -> bool:

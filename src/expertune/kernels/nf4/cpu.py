@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from expertune.kernels import native
+from expertune.kernels.nf4 import reference
 from expertune.kernels.nf4.bytes import Nf4Bytes
 from expertune.kernels.nf4.reference import BLOCK_SIZE, NESTED_BLOCK_SIZE, dynamic_codebook
 
@@ -41,7 +42,9 @@ def quantize_matrix(matrix_NK: Tensor, double_quantization: bool) -> tuple[Tenso
 
 
 def decode_absmax(weight: Nf4Bytes, index: int) -> Tensor:
-    """Scales of one matrix, float32 [N, K/64]."""
+    """Scales of one matrix, float32 [N, K/64]; of MXFP4 [N, K/32]."""
+    if weight.scheme == "mxfp4":
+        return reference.decode_absmax(weight, index)
     if not weight.double_quantization:
         return weight.absmax[index].view(weight.rows, -1)
     if native.available():
@@ -66,6 +69,8 @@ def decode(weight: Nf4Bytes, index: int, out: Tensor, rows: slice, columns: slic
     if native.available() and out.dtype != torch.float16:
         native.decode(weight, index, (rows.start, rows.stop), (columns.start, columns.stop), out)
         return out
+    if weight.scheme == "mxfp4":
+        return reference.decode(weight, index, out, rows, columns)
     packed = weight.packed[index][rows, columns.start // 2 : columns.stop // 2].contiguous()
     absmax = decode_absmax(weight, index)[rows, columns.start // BLOCK_SIZE : columns.stop // BLOCK_SIZE].contiguous()
     return out.copy_(

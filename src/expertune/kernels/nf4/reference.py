@@ -8,9 +8,10 @@ import functools
 import torch
 from torch import Tensor
 
-from expertune.kernels.nf4.bytes import Nf4Bytes
+from expertune.kernels.nf4.bytes import Nf4Bytes, Scheme
 
 BLOCK_SIZE = 64
+MXFP4_BLOCK_SIZE = 32
 NESTED_BLOCK_SIZE = 256
 
 # Quantiles of a standard normal, scaled to [-1, 1] with an exact zero (QLoRA, appendix E).
@@ -34,10 +35,21 @@ NF4_CODEBOOK = (
 )
 
 
+# Sign, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0, section 5.3.3).
+MXFP4_CODEBOOK = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_LEAST_POWER_BITS = 0x00400000  # 2 ** -127, float32
+
+
 @functools.cache
+def codebook(scheme: Scheme, device: torch.device) -> Tensor:
+    """The 16 values that a code stands for, float32 [16]."""
+    values = MXFP4_CODEBOOK if scheme == "mxfp4" else NF4_CODEBOOK
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
 def nf4_codebook(device: torch.device) -> Tensor:
-    """The 16 values as float32 [16]."""
-    return torch.tensor(NF4_CODEBOOK, dtype=torch.float32, device=device)
+    """The 16 values of NF4 as float32 [16]."""
+    return codebook("nf4", device)
 
 
 @functools.cache
@@ -83,8 +95,12 @@ def quantize_matrix(matrix_NK: Tensor, double_quantization: bool = True) -> tupl
 
 
 def decode_absmax(weight: Nf4Bytes, index: int) -> Tensor:
-    """Scales of one matrix, float32 [N, K/64]."""
+    """Scales of one matrix, float32 [N, K/64]; of MXFP4 [N, K/32]."""
     absmax = weight.absmax[index]
+    if weight.scheme == "mxfp4":
+        # A power of two is its exponent's bits, but for the least one, which has no implicit bit.
+        bits = torch.where(absmax == 0, _LEAST_POWER_BITS, absmax.int() << 23)
+        return bits.view(torch.float32).view(weight.rows, -1)
     if weight.double_quantization:
         values = dynamic_codebook(absmax.device)[absmax.int()]
         scales = weight.nested_absmax[index].repeat_interleave(NESTED_BLOCK_SIZE)[: len(values)]
@@ -95,7 +111,8 @@ def decode_absmax(weight: Nf4Bytes, index: int) -> Tensor:
 def decode(weight: Nf4Bytes, index: int, out: Tensor, rows: slice, columns: slice) -> Tensor:
     """Part of one matrix into `out`, each value rounded once from float32; see `expertune.kernels.nf4.decode`."""
     packed = weight.packed[index][rows, columns.start // 2 : columns.stop // 2]
-    absmax = decode_absmax(weight, index)[rows, columns.start // BLOCK_SIZE : columns.stop // BLOCK_SIZE]
+    size = MXFP4_BLOCK_SIZE if weight.scheme == "mxfp4" else BLOCK_SIZE
+    absmax = decode_absmax(weight, index)[rows, columns.start // size : columns.stop // size]
     codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
-    values = nf4_codebook(packed.device)[codes.int()]
-    return out.copy_((values.unflatten(1, (-1, BLOCK_SIZE)) * absmax[..., None]).flatten(1))
+    values = codebook(weight.scheme, packed.device)[codes.int()]
+    return out.copy_((values.unflatten(1, (-1, size)) * absmax[..., None]).flatten(1))
