@@ -7,10 +7,11 @@ import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from expertune.checkpoint.load import LoadedModel, load_model
+from expertune.checkpoint.load import LoadedModel, auto_class, load_model
 from expertune.config import QuantizationConfig
+from expertune.experts import layout
 from expertune.experts.module import Nf4Experts
 
 VOCABULARY = 96
@@ -65,11 +66,21 @@ def tiny_config(family: str = "mixtral", **changes: Any) -> PretrainedConfig:
 
 def save_tiny_model(folder: Path, family: str = "mixtral", seed: int = 0, **changes: Any) -> Path:
     """Write a random bfloat16 model under the names of published checkpoints, by transformers' own writer."""
+    return save_random(folder, tiny_config(family, **changes), seed)
+
+
+@torch.no_grad()
+def save_random(folder: Path, config: PretrainedConfig, seed: int = 0) -> Path:
+    """The same for any config."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in model.parameters():  # norms of one and biases of zero would hide a mix-up
-            parameter.add_(0.02 * torch.randn_like(parameter))
+    model = auto_class(config).from_config(config, dtype=torch.bfloat16)
+    saved = model.state_dict(keep_vars=True)
+    # Norms of one and biases of zero would hide a mix-up.
+    for parameter in model.parameters():
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    for name, buffer in model.named_buffers():
+        if name in saved and buffer.is_floating_point():
+            buffer.add_(0.02 * torch.randn_like(buffer))
     model.save_pretrained(folder)
     return folder
 
@@ -81,10 +92,8 @@ def load_tiny(folder: Path, dtype: torch.dtype = torch.float32, **quantization: 
 
 def stock_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The folder as transformers loads it, its experts one at a time."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager"
-    )
-    return model.eval()
+    config = AutoConfig.from_pretrained(folder)
+    return auto_class(config).from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval()
 
 
 @torch.no_grad()
@@ -93,27 +102,31 @@ def dequantized(loaded: LoadedModel, folder: Path) -> PreTrainedModel:
     model = stock_model(folder)
     for name, module in loaded.model.named_modules():
         if isinstance(module, Nf4Experts):
-            for parameter, matrices in stacked_weights(module, torch.float32).items():
-                model.get_submodule(name).get_parameter(parameter).copy_(matrices)
+            for parameter, stack in stacked_weights(module, torch.float32).items():
+                model.get_submodule(name).get_parameter(parameter).copy_(stack)
         elif isinstance(module, bnb.nn.Linear4bit):
             model.get_submodule(name).get_parameter("weight").copy_(linear_weight(module))
     return model
 
 
 def stacked_weights(experts: Nf4Experts, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The experts' decoded weights as transformers stacks them."""
-    *inner, down = experts.spec.projections
-    first = "gate_up_proj" if experts.spec.has_gate else "up_proj"
-
-    def stack(projections: list[str]) -> Tensor:
-        return torch.stack(
+    """The experts' decoded weights as the family stacks them."""
+    return {
+        weight: torch.stack(
             [
-                torch.cat([experts.decode(expert, projection, dtype) for projection in projections])
+                layout.from_matrices(
+                    experts.spec,
+                    weight,
+                    [
+                        experts.decode(expert, projection, dtype)
+                        for projection in layout.fused_projections(experts.spec, weight)
+                    ],
+                )
                 for expert in range(experts.num_experts)
             ]
         )
-
-    return {first: stack(inner), "down_proj": stack([down])}
+        for weight in experts.spec.weight_names
+    }
 
 
 def linear_weight(linear: bnb.nn.Linear4bit) -> Tensor:

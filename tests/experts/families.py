@@ -16,7 +16,7 @@ DECORATED = re.compile(r"^@use_experts_implementation.*\nclass (\w+)", re.MULTIL
 
 # Names under which the families' configs hold their sizes.
 SIZES = {
-    "hidden_size": ("hidden_size",),
+    "hidden_size": ("hidden_size", "moe_hidden_size"),
     "intermediate_size": ("intermediate_size", "moe_intermediate_size", "ffn_hidden_size", "expert_ffn_hidden_size"),
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
 }

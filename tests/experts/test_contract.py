@@ -3,14 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    GptOssConfig,
-    GptOssForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from expertune.errors import UnsupportedModelError
 from expertune.experts.contract import ExpertsSpec, find_experts, is_experts, read_spec, require_experts
@@ -51,38 +44,63 @@ def test_ungated_experts_have_two_projections() -> None:
 
 
 @pytest.mark.parametrize(
-    ("class_name", "what"),
+    ("class_name", "switches"),
     [
-        ("GptOssExperts", "biases"),
-        ("AriaExperts", "transposed weights"),
-        ("MuseSparkExperts", "a norm after each expert"),
+        ("MixtralExperts", set()),
+        ("AriaExperts", {"is_transposed"}),
+        ("GptOssExperts", {"is_transposed", "has_bias", "alternates"}),
+        ("OpenAIPrivacyFilterExperts", {"is_transposed", "has_bias"}),
+        ("MuseSparkExperts", {"has_post_expert_norm"}),
     ],
 )
-def test_switches_that_cannot_be_packed_are_refused(class_name: str, what: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=f"layer.experts: experts with {what} are not supported yet"):
-        read_spec("layer.experts", build_experts(class_name))
+def test_sizes_are_read_whatever_the_layout(class_name: str, switches: set[str]) -> None:
+    experts = build_experts(class_name, hidden_size=64, intermediate_size=128)
+    spec = read_spec("experts", experts)
+    assert (spec.num_experts, spec.hidden_size, spec.intermediate_size) == (4, 64, 128)
+    found = {name for name in ("is_transposed", "has_bias", "has_post_expert_norm") if getattr(spec, name)}
+    assert found | (set() if spec.is_concatenated else {"alternates"}) == switches
+    for weight in spec.weight_names:
+        assert spec.stack_shape(weight) == tuple(experts.get_parameter(weight).shape)
 
 
-def test_interleaved_gate_and_up_rows_are_refused() -> None:
+def test_bias_of_another_shape_is_refused() -> None:
+    experts = build_experts("GptOssExperts")
+    experts.down_proj_bias = nn.Parameter(torch.zeros(4, 128))
+    with pytest.raises(UnsupportedModelError, match=r"^e: down_proj_bias has shape \(4, 128\), expected \(4, 64\)$"):
+        read_spec("e", experts)
+
+
+def test_biases_that_are_promised_and_not_there_are_refused() -> None:
     experts = build_experts("MixtralExperts")
-    experts.is_concatenated = False  # type: ignore[assignment]
-    with pytest.raises(UnsupportedModelError, match=r"layer\.experts: experts with interleaved gate and up rows"):
-        read_spec("layer.experts", experts)
+    experts.has_bias = True  # type: ignore[assignment]
+    with pytest.raises(UnsupportedModelError, match=r"^e: experts are held otherwise.*gate_up_proj_bias"):
+        read_spec("e", experts)
 
 
-def test_gpt_oss_is_refused_with_the_name_of_its_first_experts() -> None:
-    config = GptOssConfig(num_hidden_layers=1, hidden_size=64, intermediate_size=64, num_local_experts=4, vocab_size=32)
-    with torch.device("meta"):
-        model = GptOssForCausalLM(config)
-    with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.0\.mlp\.experts: experts with biases"):
-        require_experts(model)
+def test_norm_that_is_promised_and_not_there_is_refused() -> None:
+    experts = build_experts("MixtralExperts")
+    experts.has_post_expert_norm = True  # type: ignore[assignment]
+    with pytest.raises(UnsupportedModelError, match=r"^e: has_post_expert_norm is set, but there is no module"):
+        read_spec("e", experts)
+
+
+def test_stack_that_is_a_matrix_is_refused() -> None:
+    experts = build_experts("MixtralExperts")
+    experts.gate_up_proj = nn.Parameter(torch.zeros(64, 64))
+    with pytest.raises(
+        UnsupportedModelError, match=r"^e: gate_up_proj has shape \(64, 64\), expected three dimensions"
+    ):
+        read_spec("e", experts)
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"hidden_size": 96}, r"model\.layers\.0\.mlp\.experts: hidden size 96 is no multiple of 64"),
-        ({"intermediate_size": 100}, r"model\.layers\.0\.mlp\.experts: intermediate size 100 is no multiple of 64"),
+        ({"hidden_size": 96}, r"model\.layers\.0\.mlp\.experts: hidden size 96 is no multiple of 64.*plain PEFT"),
+        (
+            {"intermediate_size": 100},
+            r"model\.layers\.0\.mlp\.experts: intermediate size 100 is no multiple of 64.*plain PEFT",
+        ),
     ],
 )
 def test_sizes_that_cannot_be_cut_into_blocks_are_refused(sizes: dict[str, int], message: str) -> None:

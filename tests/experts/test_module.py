@@ -6,26 +6,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from expertune.errors import UnsupportedModelError
+from expertune.experts import layout
 from expertune.experts.module import Nf4Experts
 from tests.experts.families import build_experts, experts_classes, random_routing
 
-# Biases, transposed weights or a norm after each expert, in transformers 5.23.
-REFUSED = {"AriaExperts", "GptOssExperts", "MuseSparkExperts", "OpenAIPrivacyFilterExperts"}
 
-
+@torch.no_grad()
 def fill(experts: Nf4Experts, original: nn.Module) -> None:
     """Quantize the original's weights into place, and put what they decode to back into the original."""
-    with torch.no_grad():
-        for expert in range(experts.num_experts):
-            down = original.get_parameter("down_proj")
-            experts.write(expert, "down", down[expert])
-            down[expert] = experts.decode(expert, "down", torch.float32)
-            first = original.get_parameter("gate_up_proj" if experts.spec.has_gate else "up_proj")
-            inner = experts.spec.projections[:-1]
-            for projection, rows in zip(inner, first[expert].chunk(len(inner)), strict=True):
-                experts.write(expert, projection, rows)
-            first[expert] = torch.cat([experts.decode(expert, name, torch.float32) for name in inner])
+    spec = experts.spec
+    for weight in spec.weight_names:
+        stack = original.get_parameter(weight)
+        for expert, live in enumerate(stack):
+            projections = layout.fused_projections(spec, weight)
+            for projection, matrix in zip(projections, layout.to_matrices(spec, weight, live), strict=True):
+                experts.write(expert, projection, matrix.contiguous())
+            decoded = [experts.decode(expert, projection, torch.float32) for projection in projections]
+            stack[expert] = layout.from_matrices(spec, weight, decoded)
+    for name, parameter in experts.named_parameters():
+        if name.endswith("_bias"):
+            parameter.copy_(experts.arrange(name, original.get_parameter(name)))
 
 
 def quantized_pair(class_name: str) -> tuple[Nf4Experts, nn.Module]:
@@ -43,11 +43,7 @@ def outputs_and_gradients(experts: nn.Module, hidden: Tensor, index: Tensor, wei
 
 
 @pytest.mark.parametrize("class_name", experts_classes())
-def test_experts_of_each_family_are_computed_alike_or_refused_by_name(class_name: str) -> None:
-    if class_name in REFUSED:
-        with pytest.raises(UnsupportedModelError, match=r"^experts: experts with "):
-            quantized_pair(class_name)
-        return
+def test_experts_of_each_family_are_computed_alike(class_name: str) -> None:
     experts, original = quantized_pair(class_name)
     hidden = torch.randn(11, 64)
     index, weights = random_routing(11, experts.num_experts)
@@ -117,3 +113,25 @@ def test_state_dict_round_trip_gives_the_same_output() -> None:
     hidden = torch.randn(3, 64)
     index, weights = random_routing(3, 4)
     assert torch.equal(again(hidden, index, weights), experts(hidden, index, weights))
+
+
+def test_norm_after_each_expert_and_biases_keep_the_names_that_the_family_gives_them() -> None:
+    original = build_experts("MuseSparkExperts")
+    normed = Nf4Experts(copy.deepcopy(original))
+    kept = {name for name in original.state_dict() if name.startswith("post_expert_norm.")}
+    assert kept
+    assert kept <= normed.state_dict().keys()
+    biased = Nf4Experts(build_experts("GptOssExperts"))
+    assert {"gate_up_proj_bias", "down_proj_bias"} <= dict(biased.named_parameters()).keys()
+
+
+def test_copied_experts_hold_tensors_of_their_own() -> None:
+    experts, original = quantized_pair("GptOssExperts")
+    copied = copy.deepcopy(experts)
+    hidden = torch.randn(5, 64)
+    index, weights = random_routing(5, 4)
+    with torch.no_grad():
+        copied.get_parameter("down_proj_bias").add_(1)
+    torch.testing.assert_close(experts(hidden, index, weights), original(hidden, index, weights), rtol=1e-5, atol=1e-5)
+    moved = copied(hidden, index, weights) - original(hidden, index, weights)
+    torch.testing.assert_close(moved, weights.sum(1, keepdim=True).expand(5, 64), rtol=1e-4, atol=1e-4)

@@ -9,9 +9,15 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from torch import nn
+from torch import Tensor, nn
 
-from expertune.adapt.files import load_adapter_tensors, read_adapter_config, read_adapter_tensors, stock_config
+from expertune.adapt.files import (
+    PREFIX,
+    load_adapter_tensors,
+    read_adapter_config,
+    read_adapter_tensors,
+    stock_config,
+)
 from expertune.adapt.peft_model import ExpertPeftModel, leaf_is_rewritten
 from expertune.checkpoint.load import LoadedModel
 from expertune.checkpoint.names import NameMap
@@ -44,10 +50,12 @@ def attach(
         CheckpointError: `init_from` is no adapter of this model.
     """
     with _without_adapters(loaded.model):
-        if lora.init_from:
-            asked, lora = lora, adopt(lora, loaded.names)
-            _require_same_targets(loaded, asked, lora)
+        asked, lora = lora, adopt(lora, loaded.names) if lora.init_from else lora
         targets = resolve_targets(loaded.model, loaded.names, lora)
+        if lora.init_from:
+            tensors = read_adapter_tensors(lora.init_from)
+            targets = _held_targets(targets, loaded.names, tensors)
+            _require_same_targets(loaded, asked, lora, targets)
     config = _live_config(targets, lora)
     fused_ranks, fused_alphas = _fused_patterns(targets, lora)
     stock = stock_config(
@@ -67,7 +75,6 @@ def attach(
         model = onto
         model.attach(adapter_name, targets, config, stock, dtype)
     if lora.init_from:
-        tensors = read_adapter_tensors(lora.init_from)
         load_adapter_tensors(loaded.model, loaded.names, adapter_name, tensors, where=lora.init_from)
     return model
 
@@ -119,14 +126,36 @@ def _without_adapters(model: nn.Module) -> Iterator[None]:
             setattr(parent, child, module)
 
 
-def _require_same_targets(loaded: LoadedModel, asked: LoraSection, adopted: LoraSection) -> None:
+def _held_targets(targets: ResolvedTargets, names: NameMap, tensors: dict[str, Tensor]) -> ResolvedTargets:
+    """Those of the targets that an adapter's file holds a tensor of.
+
+    An adapter names what it adapts by the last part of a name, which shared experts and dense layers may have in common
+    with the experts. Where all tensors of a projection are missing, it was none of the adapter's.
+    """
+    held = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors}
+
+    def is_held(module: str, projection: str) -> bool:
+        experts = range(names.specs[module].num_experts)
+        return any(names.expert_on_disk(module, expert, projection) in held for expert in experts)
+
+    experts = {
+        module: {projection: rank for projection, rank in ranks.items() if is_held(module, projection)}
+        for module, ranks in targets.experts.items()
+    }
+    return ResolvedTargets(
+        linears={name: rank for name, rank in targets.linears.items() if names.on_disk(name) in held},
+        router={name: rank for name, rank in targets.router.items() if names.on_disk(name) in held},
+        experts={module: ranks for module, ranks in experts.items() if ranks},
+    )
+
+
+def _require_same_targets(
+    loaded: LoadedModel, asked: LoraSection, adopted: LoraSection, theirs: ResolvedTargets
+) -> None:
     """Refuse targets that the run file names and that the adapter at `init_from` does not have, or the reverse."""
     if "targets" not in asked.model_fields_set:
         return
-    ours, theirs = (
-        resolve_targets(loaded.model, loaded.names, adopted.model_copy(update={"targets": section.targets}))
-        for section in (asked, adopted)
-    )
+    ours = resolve_targets(loaded.model, loaded.names, adopted.model_copy(update={"targets": asked.targets}))
     if ours != theirs:
         raise ConfigError(
             f"lora.targets is {asked.targets}, but the adapter at {asked.init_from} has {adopted.targets}; "

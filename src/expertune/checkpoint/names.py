@@ -1,6 +1,6 @@
 """Names on disk and names in the live model, by transformers' own conversion mapping.
 
-A Mixtral checkpoint says `model.layers.0.block_sparse_moe.experts.3.w1.weight`; the live model of transformers 5 says
+A checkpoint may say `model.layers.0.block_sparse_moe.experts.3.w1.weight` where the live model of transformers 5 says
 `model.layers.0.mlp.experts.gate_up_proj[3, :F]`. transformers knows the way for every family it converts; this file
 asks it, and keeps no table of its own.
 """
@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+)
 
 from expertune.experts.contract import ExpertsSpec, require_experts
 
@@ -26,11 +34,16 @@ class Destination:
         projection: canonical projection (`gate`, `up`, `down`) of an expert tensor; `gate_up` for a tensor that is
             fused on disk; None for anything that is not an expert's.
         expert: index of the expert, or None where the tensor holds all of them.
+        converter: what transformers computes from this tensor and its like; None where the tensor is taken as it is.
+            `name` is then the first parameter that comes of it.
+        pattern: which of the converter's sources the tensor is.
     """
 
     name: str
     projection: str | None = None
     expert: int | None = None
+    converter: WeightConverter | None = field(default=None, compare=False)
+    pattern: str | None = field(default=None, compare=False)
 
 
 @dataclass
@@ -46,16 +59,25 @@ class NameMap:
     projection_names: dict[str, str]
     _renamings: list[WeightRenaming]
     _converters: list[WeightConverter]
-    _reverse_renamings: list[WeightRenaming]
+    _own: list[WeightRenaming]
     _live_keys: dict[str, bool]
     _base_prefix: str
     _targets: dict[str, tuple[str, str]] = field(default_factory=dict)
+    _reverse: dict[tuple[bool, ...], list[WeightTransform]] = field(default_factory=dict)
 
     def locate(self, checkpoint_key: str) -> Destination:
         """Where the tensor of this name on disk belongs in the live model."""
         renamed, pattern = rename_source_key(
             checkpoint_key, self._renamings, self._converters, self._base_prefix, self._live_keys
         )
+        if renamed not in self._live_keys and checkpoint_key in self._live_keys:
+            renamed, pattern = checkpoint_key, None
+        # The expert's index is the last number of the name: layers come before experts in every family.
+        indices = _INDEX.findall(checkpoint_key) if pattern is not None and "*" in pattern else []
+        expert = int(indices[-1]) if indices else None
+        converter = next((each for each in self._converters if pattern in each.source_patterns), None)
+        if converter is not None and not self._is_direct(renamed, converter):
+            return Destination(renamed, expert=expert, converter=converter, pattern=pattern)
         if renamed not in self._targets:
             return Destination(renamed)
         module, projection = self._targets[renamed]
@@ -63,13 +85,38 @@ class NameMap:
             return Destination(module, projection)
         leaf = pattern.removesuffix("$").removesuffix(".weight").rpartition(".")[2]
         canonical = next((key for key, name in self.projection_names.items() if name == leaf), projection)
-        # The expert's index is the last number of the name: layers come before experts in every family.
-        indices = _INDEX.findall(checkpoint_key)
-        return Destination(module, canonical, int(indices[-1]) if indices else None)
+        return Destination(module, canonical, expert)
+
+    def weight_of(self, live_name: str) -> tuple[str, str] | None:
+        """The experts module and which of its `weight_names` a live parameter is; None for any other parameter."""
+        if live_name not in self._targets:
+            return None
+        module, _, weight = live_name.rpartition(".")
+        return module, weight
+
+    def stack_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the stacks of experts by live name, as the family lays them out."""
+        return {
+            name: self.specs[module].stack_shape(name.rpartition(".")[2]) for name, (module, _) in self._targets.items()
+        }
+
+    def _is_direct(self, renamed: str, converter: WeightConverter) -> bool:
+        """Whether a converter does no more than stack experts, so that each of its tensors is one matrix as it is."""
+        if renamed not in self._targets or len(converter.target_patterns) > 1:
+            return False
+        spec = self.specs[self._targets[renamed][0]]
+        operations = {(type(each), getattr(each, "dim", None)) for each in converter.operations}
+        stacks = operations <= {(MergeModulelist, 0), (Concatenate, 1)} and (MergeModulelist, 0) in operations
+        return stacks and spec.is_concatenated and not spec.is_transposed
 
     def on_disk(self, live_name: str) -> str:
         """The checkpoint's name for a live module or parameter name (experts modules keep their own leaf)."""
-        return rename_source_key(live_name + ".", self._reverse_renamings, [])[0].removesuffix(".")
+        # As transformers writes a model: a prefix of the whole checkpoint only where the one that was read had it.
+        used = tuple(transform.was_used() or not isinstance(transform, PrefixChange) for transform in self._own)
+        if used not in self._reverse:
+            own = [each for each, is_used in zip(self._own, used, strict=True) if is_used]
+            self._reverse[used] = [each.reverse_transform() for each in reversed(own)]
+        return rename_source_key(live_name + ".", self._reverse[used], [])[0].removesuffix(".")
 
     def expert_on_disk(self, module: str, expert: int, projection: str) -> str:
         """The checkpoint's module name of one expert's projection, e.g. `...experts.3.w1`."""
@@ -85,22 +132,20 @@ def read_names(model: nn.Module) -> NameMap:
     specs = require_experts(model)
     transforms = get_model_conversion_mapping(model)
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    own = get_model_conversion_mapping(model, add_legacy=False)
-    reverse = [transform.reverse_transform() for transform in own if not isinstance(transform, WeightConverter)]
+    # Renamings of long ago come last; nothing is written by them.
+    own = transforms[: len(get_model_conversion_mapping(model, add_legacy=False))]
+    renamings = [transform for transform in own if isinstance(transform, WeightRenaming)]
 
     targets: dict[str, tuple[str, str]] = {}
     for module, spec in specs.items():
-        targets[f"{module}.{'gate_up_proj' if spec.has_gate else 'up_proj'}"] = (
-            module,
-            "gate_up" if spec.has_gate else "up",
-        )
-        targets[f"{module}.down_proj"] = (module, "down")
+        for weight in spec.weight_names:
+            targets[f"{module}.{weight}"] = (module, weight.removesuffix("_proj"))
     return NameMap(
         specs=specs,
         projection_names=_projection_names(converters, has_gate=next(iter(specs.values())).has_gate),
         _renamings=[transform for transform in transforms if isinstance(transform, WeightRenaming)],
         _converters=converters,
-        _reverse_renamings=reverse[::-1],
+        _own=renamings,
         _live_keys=dict.fromkeys(model.state_dict(), True),
         _base_prefix=str(model.base_model_prefix),
         _targets=targets,

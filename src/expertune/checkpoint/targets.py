@@ -1,6 +1,6 @@
 """Which matrices the adapter changes, and with what rank: `lora.targets` resolved against one model.
 
-Names are the checkpoint's own (`w1` for Mixtral, `gate_proj` for most others), matched as PEFT matches
+Names are the checkpoint's own (`w1` in some families, `gate_proj` in most), matched as PEFT matches
 `target_modules`: a target fits a module whose dotted name ends in it. A name that fits routed experts and shared
 experts alike means both.
 """

@@ -2,8 +2,9 @@
 
 transformers 5 holds the experts of an MoE block behind one decorator, `use_experts_implementation`: the instance then
 carries `has_gate`, `has_bias`, `is_transposed`, `is_concatenated` and `has_post_expert_norm`, a `gate_up_proj` (or
-`up_proj`) and a `down_proj` parameter stacked over experts, and a forward of
-`(hidden_states, top_k_index, top_k_weights)`. Whatever fulfils this is an experts module here.
+`up_proj`) and a `down_proj` parameter stacked over experts, with biases of the same names and `_bias`, perhaps a module
+`post_expert_norm`, and a forward of `(hidden_states, top_k_index, top_k_weights)`. Whatever fulfils this is an experts
+module here. How its tensors are laid out is `layout.py`'s.
 
 Shape suffixes: E experts, D hidden size, F intermediate size.
 """
@@ -31,23 +32,43 @@ class ExpertsSpec:
         hidden_size: D, width of the tokens that enter and leave.
         intermediate_size: F, width between the two products.
         has_gate: there is a gate projection, fused with up in the live module.
+        has_bias: every projection adds a bias.
+        is_transposed: the live module multiplies x @ W: its stacks are [E, in_features, out_features].
+        is_concatenated: gate's outputs come before up's in the live module; otherwise they alternate.
+        has_post_expert_norm: a norm of what an expert gives, before the router's weight.
     """
 
     num_experts: int
     hidden_size: int
     intermediate_size: int
     has_gate: bool = True
+    has_bias: bool = False
+    is_transposed: bool = False
+    is_concatenated: bool = True
+    has_post_expert_norm: bool = False
 
     @property
     def projections(self) -> tuple[str, ...]:
         """Canonical projection names, in the order of the live module's fused rows."""
         return GATED_PROJECTIONS if self.has_gate else UNGATED_PROJECTIONS
 
+    @property
+    def weight_names(self) -> tuple[str, str]:
+        """Names of the live module's two stacks; a bias has the name of its stack and `_bias`."""
+        return ("gate_up_proj" if self.has_gate else "up_proj"), "down_proj"
+
     def shape(self, projection: str) -> tuple[int, int]:
         """(out_features, in_features) of one expert's matrix of this projection."""
         if projection == "down":
             return self.hidden_size, self.intermediate_size
         return self.intermediate_size, self.hidden_size
+
+    def stack_shape(self, weight: str) -> tuple[int, int, int]:
+        """Shape of one of the live module's stacks (`weight_names`), as the family lays it out."""
+        projections = ("down",) if weight == "down_proj" else self.projections[:-1]
+        rows, columns = self.shape(projections[0])
+        rows *= len(projections)
+        return (self.num_experts, columns, rows) if self.is_transposed else (self.num_experts, rows, columns)
 
     @property
     def num_parameters(self) -> int:
@@ -75,35 +96,50 @@ def read_spec(name: str, module: nn.Module) -> ExpertsSpec:
         module: an experts module for which `is_experts` holds.
 
     Raises:
-        UnsupportedModelError: the module uses a part of the contract that cannot be held in 4 bits yet, or its sizes
-            are no multiple of the quantization block.
+        UnsupportedModelError: the module holds its experts otherwise than the contract says, or its sizes are no
+            multiple of the quantization block.
     """
-    for switch, means in (
-        ("has_bias", "biases"),
-        ("is_transposed", "transposed weights"),
-        ("has_post_expert_norm", "a norm after each expert"),
-    ):
-        if getattr(module, switch, False):
-            raise UnsupportedModelError(f"{name}: experts with {means} are not supported yet")
-    if module.has_gate and not module.is_concatenated:
-        raise UnsupportedModelError(f"{name}: experts with interleaved gate and up rows are not supported yet")
+    has_gate, has_bias = bool(module.has_gate), bool(getattr(module, "has_bias", False))
+    first_name = "gate_up_proj" if has_gate else "up_proj"
     try:
-        first = module.get_parameter("gate_up_proj" if module.has_gate else "up_proj")
-        down = module.get_parameter("down_proj")
+        first, down = module.get_parameter(first_name), module.get_parameter("down_proj")
+        biases = [module.get_parameter(f"{stack}_bias") for stack in (first_name, "down_proj") if has_bias]
     except AttributeError as error:
         raise UnsupportedModelError(f"{name}: experts are held otherwise than stacked ({error})") from None
-    num_experts, rows, hidden_size = first.shape
-    intermediate_size = rows // 2 if module.has_gate else rows
-    if tuple(down.shape) != (num_experts, hidden_size, intermediate_size):
-        raise UnsupportedModelError(
-            f"{name}: down_proj has shape {tuple(down.shape)}, expected {(num_experts, hidden_size, intermediate_size)}"
-        )
+    if first.ndim != 3:
+        raise UnsupportedModelError(f"{name}: {first_name} has shape {tuple(first.shape)}, expected three dimensions")
+    parts = 2 if has_gate else 1
+    is_transposed = bool(module.is_transposed)
+    num_experts, rows, hidden_size = first.mT.shape if is_transposed else first.shape
+    intermediate_size = rows // parts
+    spec = ExpertsSpec(
+        num_experts,
+        hidden_size,
+        intermediate_size,
+        has_gate,
+        has_bias,
+        is_transposed,
+        bool(module.is_concatenated) or not has_gate,
+        bool(getattr(module, "has_post_expert_norm", False)),
+    )
+    down_shape = (hidden_size, intermediate_size)[:: -1 if is_transposed else 1]
+    _require_shape(name, "down_proj", down, (num_experts, *down_shape))
+    for bias, leaf, size in zip(biases, spec.weight_names, (parts * intermediate_size, hidden_size), strict=False):
+        _require_shape(name, f"{leaf}_bias", bias, (num_experts, size))
+    if spec.has_post_expert_norm and not isinstance(getattr(module, "post_expert_norm", None), nn.Module):
+        raise UnsupportedModelError(f"{name}: has_post_expert_norm is set, but there is no module post_expert_norm")
     for what, size in (("hidden size", hidden_size), ("intermediate size", intermediate_size)):
         if size % BLOCK_SIZE:
             raise UnsupportedModelError(
-                f"{name}: {what} {size} is no multiple of {BLOCK_SIZE}, the number of weights that share one scale"
+                f"{name}: {what} {size} is no multiple of {BLOCK_SIZE}, the number of weights that share one scale, so "
+                "its experts cannot be held in 4 bits; choose a model of other sizes, or tune this one with plain PEFT"
             )
-    return ExpertsSpec(num_experts, hidden_size, intermediate_size, bool(module.has_gate))
+    return spec
+
+
+def _require_shape(name: str, leaf: str, parameter: nn.Parameter, expected: tuple[int, ...]) -> None:
+    if tuple(parameter.shape) != expected:
+        raise UnsupportedModelError(f"{name}: {leaf} has shape {tuple(parameter.shape)}, expected {expected}")
 
 
 def require_experts(model: nn.Module) -> dict[str, ExpertsSpec]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from expertune.experts import replay
+from expertune.experts import layout, replay
 from expertune.experts.contract import ExpertsSpec, read_spec
 from expertune.kernels.expert_mlp import Activation, ExpertUpdate, expert_mlp
 from expertune.kernels.nf4 import Nf4Stack
@@ -35,6 +35,10 @@ class ProjectionAdapter:
 class Nf4Experts(nn.Module):
     """All experts of one MoE block as NF4 bytes, with transformers' experts forward.
 
+    Biases, where the family has them, are frozen parameters of the model's dtype under the family's own names
+    (`gate_up_proj_bias` [E, P * F], `down_proj_bias` [E, D]), part by part whatever the family's layout. Whatever else
+    the family's module holds, such as a `post_expert_norm`, keeps its name here too.
+
     Args:
         original: the model's own experts module, on any device (meta is enough); its weights are not read. Its
             `_apply_gate` and activation are what this module computes between the products.
@@ -45,6 +49,8 @@ class Nf4Experts(nn.Module):
     Raises:
         UnsupportedModelError: see `expertune.experts.contract.read_spec`.
     """
+
+    family: nn.Module
 
     def __init__(
         self,
@@ -62,11 +68,37 @@ class Nf4Experts(nn.Module):
             spec.num_experts * parts, spec.intermediate_size, spec.hidden_size, double_quantization, device
         )
         self.down = Nf4Stack(spec.num_experts, spec.hidden_size, spec.intermediate_size, double_quantization, device)
-        for weight in ("gate_up_proj", "up_proj", "down_proj"):
-            original._parameters.pop(weight, None)
-        # What the family computes between the products (activation, clamps, scales) stays the family's own code.
-        self.activation = original
-        self.between = Activation(self._activate, is_columnwise(self._activate, spec), is_swiglu(self._activate, spec))
+        for weight in spec.weight_names:
+            original._parameters.pop(weight)
+        # What the family computes between the products and after them (activation, clamps, norms) stays its own code.
+        # It and this module hold the same tensors and modules, so that these have one name, and are loaded and moved
+        # once.
+        self._parameters.update(original._parameters)
+        self._buffers.update(original._buffers)
+        self._non_persistent_buffers_set.update(original._non_persistent_buffers_set)
+        self._modules.update(original._modules)
+        original._parameters, original._buffers, original._modules = self._parameters, self._buffers, self._modules
+        self.__dict__["family"] = original
+        self.between = Activation(
+            self._activate,
+            is_columnwise(self._activate, spec),
+            is_swiglu(self._activate, spec),
+            self._normalize if spec.has_post_expert_norm else None,
+        )
+
+    @property
+    def biases(self) -> tuple[Tensor, Tensor] | None:
+        """Biases of the first product, part by part [E, P * F], and of down [E, D]; None where there are none."""
+        if not self.spec.has_bias:
+            return None
+        first, down = (self.get_parameter(f"{weight}_bias") for weight in self.spec.weight_names)
+        return first, down
+
+    def arrange(self, parameter: str, tensor: Tensor) -> Tensor:
+        """A tensor as the family lays it out, as the parameter of this name holds it here."""
+        weight = parameter.removesuffix("_bias")
+        is_bias = parameter != weight and weight in self.spec.weight_names
+        return layout.to_bias(self.spec, weight, tensor) if is_bias else tensor
 
     def write(self, expert: int, projection: str, matrix: Tensor) -> None:
         """Quantize one expert's matrix [out_features, in_features] into place.
@@ -128,15 +160,20 @@ class Nf4Experts(nn.Module):
 
         def compute(recorded: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
             return expert_mlp(
-                hidden_TD, index_TK, top_k_weights_TK, self.gate_up, self.down, self.between, updates, recorded
+                *(hidden_TD, index_TK, top_k_weights_TK),
+                *(self.gate_up, self.down, self.between, updates, recorded),
+                biases=self.biases,
             )
 
         return replay.run(compute)[0]
 
     def _activate(self, gate_up: Tensor) -> Tensor:
         if self.spec.has_gate:
-            return self.activation._apply_gate(gate_up)  # type: ignore[operator]
-        return self.activation.act_fn(gate_up)  # type: ignore[operator]
+            return self.family._apply_gate(layout.to_activation(self.spec, gate_up))  # type: ignore[operator]
+        return self.family.act_fn(gate_up)  # type: ignore[operator]
+
+    def _normalize(self, rows_RD: Tensor) -> Tensor:
+        return self.family.post_expert_norm(rows_RD)  # type: ignore[operator]
 
     def extra_repr(self) -> str:
         """Shape for `print(model)`."""

@@ -2,7 +2,8 @@
 
 Checkpointing runs a decoder layer a second time in backward, so that whatever the layer's operators save for their
 gradients is there again. The experts' operator saves its inputs only, and computes gate and up anew by itself. What it
-returned is therefore kept (the layer's output [T, D] and x @ A), and handed out again instead of being computed.
+returned is therefore kept (the layer's output [T, D] and x @ A), and handed out again instead of being computed. Where
+it is kept is the caller's to say (`held_by`): on the device, or away from it.
 
 Used through the `context_fn` of `torch.utils.checkpoint.checkpoint`, which takes two contexts for each region: one
 around its forward, one around its recomputation.
@@ -17,12 +18,15 @@ from torch import Tensor
 
 Output = tuple[Tensor, list[Tensor]]
 
+Hold = Callable[[Tensor], Callable[[], Tensor]]
+"""Puts a tensor away, and returns how to have it back; must not keep the tensor itself, which may be written to."""
+
 
 class Tape:
     """What the experts of one checkpointed region returned, in the order of their calls."""
 
     def __init__(self) -> None:
-        self._outputs: list[list[Tensor]] = []
+        self._outputs: list[list[Callable[[], Tensor]]] = []
         self._next: int | None = None
 
     @contextmanager
@@ -42,10 +46,14 @@ class Tape:
         """`compute` with what was recorded at this place, or with nothing; what it returns is then recorded."""
         if self._next is not None:
             self._next += 1
-            return compute(self._outputs[self._next - 1])
+            return compute([take() for take in self._outputs[self._next - 1]])
         output, low_rank = compute([])
-        # A copy: the family's own code may change its experts' output in place.
-        self._outputs.append([output.detach().clone(), *(tensor.detach() for tensor in low_rank)])
+        hold: Hold | None = getattr(_local, "hold", None)
+        if hold is None:
+            # A copy: the family's own code may change its experts' output in place.
+            self._outputs.append([_kept(output.detach().clone()), *(_kept(tensor.detach()) for tensor in low_rank)])
+        else:
+            self._outputs.append([hold(tensor.detach()) for tensor in (output, *low_rank)])
         return output, low_rank
 
 
@@ -73,7 +81,22 @@ def run(compute: Callable[[list[Tensor]], Output]) -> Output:
     return compute([]) if tape is None else tape.run(compute)
 
 
+@contextmanager
+def held_by(hold: Hold) -> Iterator[None]:
+    """While open, what tapes record on this thread is put away by `hold`."""
+    before = getattr(_local, "hold", None)
+    _local.hold = hold
+    try:
+        yield
+    finally:
+        _local.hold = before
+
+
 _local = threading.local()
+
+
+def _kept(tensor: Tensor) -> Callable[[], Tensor]:
+    return lambda: tensor
 
 
 @contextmanager

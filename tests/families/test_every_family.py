@@ -1,0 +1,205 @@
+"""Every MoE family of the installed transformers: loaded in 4 bits, computed, trained, saved, by contract alone."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+import expertune
+from expertune.adapt.attach import attach
+from expertune.adapt.peft_model import ExpertPeftModel
+from expertune.checkpoint.load import auto_class
+from expertune.config import LoraSection
+from expertune.experts import layout
+from expertune.experts.contract import find_experts
+from expertune.experts.lora import ExpertsLora
+from tests.experts.families import experts_classes
+from tests.families.build import FIRST_SPECIAL, families, model_type, tiny_config
+from tests.tiny_models import (
+    changed,
+    dequantized,
+    frozen_bytes,
+    load_tiny,
+    save_random,
+    stacked_weights,
+    stock_model,
+)
+
+EXCEPTIONS = {
+    "DiffusionGemmaTextExperts": "fills blocks of noise; has no model that predicts the next token",
+    "OpenAIPrivacyFilterExperts": "labels tokens; has no model that predicts the next one",
+    "Qwen3OmniMoeTalkerTextExperts": "speaks: predicts codes of sound from another model's states",
+}
+"""Experts that stand in no language model, by class."""
+
+
+Factor = tuple[str, str, str]
+"""Experts module, projection, A or B."""
+
+
+@dataclass
+class Family:
+    """A tiny model of a family: as transformers wrote it, in 4 bits with adapters, and stock over what that decodes.
+
+    Attributes:
+        folder: what `save_pretrained` of transformers wrote, bfloat16.
+        model: all experts adapted, their B no longer zero; products in float32.
+        stock: transformers' own, its weights those that the 4-bit model decodes, its experts one at a time.
+    """
+
+    folder: Path
+    model: ExpertPeftModel
+    stock: PreTrainedModel
+
+
+@pytest.fixture(scope="module", params=[name for name in experts_classes() if name not in EXCEPTIONS])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    kind = model_type(experts_classes()[request.param].parent.name)
+    assert kind is not None
+    folder = save_random(tmp_path_factory.mktemp(kind), tiny_config(kind))
+    loaded = load_tiny(folder)
+    assert loaded.unexpected == []
+    stock = dequantized(loaded, folder)
+    assert request.param in {type(experts).__name__ for _, experts in find_experts(stock)}
+    lora = LoraSection(r=2, alpha=3, targets=["experts"], dropout=0.0, dtype="float32")
+    model = attach(loaded, lora, str(folder))
+    with torch.no_grad():
+        for factor in trained(model).values():
+            factor.normal_(std=0.1)
+    return Family(folder, model, stock)
+
+
+def trained(model: nn.Module) -> dict[Factor, nn.Parameter]:
+    """Every factor of the experts' adapters by module, projection and A or B."""
+    return {
+        (live_name(name), projection, factor): parameter
+        for name, module in model.named_modules()
+        if isinstance(module, ExpertsLora)
+        for factor in ("lora_A", "lora_B")
+        for projection, parameter in getattr(module, factor)["default"].items()
+    }
+
+
+def live_name(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
+def tokens() -> Tensor:
+    return torch.randint(3, FIRST_SPECIAL, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: nn.Module) -> Tensor:
+    return model(input_ids=tokens(), use_cache=False).logits
+
+
+@torch.no_grad()
+def test_loaded_family_gives_stock_transformers_logits_over_the_decoded_weights(family: Family) -> None:
+    expected = logits(family.stock)
+    scale = float(expected.abs().max())
+    assert scale > 0.01
+    with family.model.disable_adapter():
+        torch.testing.assert_close(logits(family.model), expected, rtol=1e-5, atol=1e-5 * max(1, scale))
+
+
+def test_adapters_learn_what_autograd_says_over_dense_weights(family: Family) -> None:
+    ours = trained(family.model)
+    mine = logits(family.model)
+    weight = torch.randn(mine.shape, generator=torch.Generator().manual_seed(2))
+    leaves = {key: factor.detach().clone().requires_grad_() for key, factor in ours.items()}
+    dense = with_updates(family, leaves)
+    theirs = functional_call(family.stock, dense, kwargs={"input_ids": tokens(), "use_cache": False}).logits
+    scale = float(theirs.detach().abs().max())
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * max(1, scale))
+
+    expected = gradients((theirs * weight).sum(), leaves)
+    found = gradients((mine * weight).sum(), ours)
+    # Experts for pictures see no token of a text.
+    assert expected
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        assert gradient.abs().max() > 0, key
+        torch.testing.assert_close(found[key], gradient, rtol=0, atol=1e-4 * float(gradient.abs().max()))
+
+
+def gradients(loss: Tensor, factors: Mapping[Factor, Tensor]) -> dict[Factor, Tensor]:
+    """Of the factors that the loss depends on."""
+    found = torch.autograd.grad(loss, list(factors.values()), allow_unused=True)
+    return {key: gradient for key, gradient in zip(factors, found, strict=True) if gradient is not None}
+
+
+def with_updates(family: Family, factors: Mapping[Factor, Tensor]) -> dict[str, Tensor]:
+    """The stock model's stacks of experts with scaling * B @ A added, in the family's own layout."""
+    dense = {}
+    for name, module in family.model.named_modules():
+        if not isinstance(module, ExpertsLora):
+            continue
+        spec = module.base_layer.spec
+        for stack, decoded in stacked_weights(module.base_layer, torch.float32).items():
+            projections = layout.fused_projections(spec, stack)
+            updates = [
+                1.5 * factors[live_name(name), projection, "lora_B"] @ factors[live_name(name), projection, "lora_A"]
+                for projection in projections
+            ]
+            dense[f"{live_name(name)}.{stack}"] = torch.stack(
+                [
+                    whole + layout.from_matrices(spec, stack, [update[expert] for update in updates])
+                    for expert, whole in enumerate(decoded)
+                ]
+            )
+    return dense
+
+
+@torch.no_grad()
+def test_saved_adapter_on_a_fresh_load_gives_the_same_logits_bit_for_bit(family: Family, tmp_path: Path) -> None:
+    before = logits(family.model)
+    family.model.save_pretrained(str(tmp_path))
+    again = attach(load_tiny(family.folder), LoraSection(init_from=str(tmp_path)), str(family.folder))
+    assert torch.equal(logits(again), before)
+    with again.disable_adapter():
+        assert not torch.equal(logits(again), before)
+
+
+@torch.no_grad()
+def test_family_saved_under_live_names_loads_to_the_same_bytes(family: Family, tmp_path: Path) -> None:
+    stock = stock_model(family.folder)
+    stock.save_pretrained(tmp_path / "original")
+    stock.save_pretrained(tmp_path / "live", save_original_format=False)
+    with safe_open(tmp_path / "live" / "model.safetensors", framework="pt") as file:
+        fused = [key for key in file.keys() if "experts" in key and key.endswith("down_proj")]  # noqa: SIM118
+    assert fused
+    original, live = (frozen_bytes(load_tiny(tmp_path / name).model) for name in ("original", "live"))
+    assert changed(original, live) == []
+
+
+@pytest.mark.parametrize("class_name", EXCEPTIONS)
+def test_experts_outside_language_models_are_those_that_are_listed(class_name: str) -> None:
+    kind = model_type(experts_classes()[class_name].parent.name)
+    if kind is None:
+        return
+    try:
+        config = tiny_config(kind)
+        with torch.device("meta"):
+            model = auto_class(config).from_config(config)
+    except TypeError:
+        return
+    assert class_name not in {type(experts).__name__ for _, experts in find_experts(model)}
+
+
+def test_no_family_is_named_in_the_source() -> None:
+    source = Path(expertune.__file__).parent
+    named = re.compile(rf"\b({'|'.join(families())})\b", re.IGNORECASE)
+    files = [file for file in source.rglob("*.py") if "assets" not in file.relative_to(source).parts]
+    found = [
+        f"{file.relative_to(source)}: {name}"
+        for file in files
+        for name in named.findall(file.read_text(encoding="utf-8"))
+    ]
+    assert min(len(files), len(families())) > 50
+    assert found == []
