@@ -16,14 +16,22 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from expertune.attention import attend_by_row
+from expertune.checkpoint.convert import Sources, parts_of
 from expertune.checkpoint.linears import linears_to_quantize
 from expertune.checkpoint.names import Destination, NameMap, read_names
 from expertune.checkpoint.reader import CheckpointIndex, TensorEntry, open_checkpoint
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
+from expertune.experts import layout
 from expertune.experts.contract import find_experts
 from expertune.experts.module import Nf4Experts
 from expertune.nf4_linear import Nf4Linear
@@ -60,10 +68,18 @@ def build_meta_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with init_empty_weights(include_buffers=False), _LargeTensorsOnMeta():
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{folder / 'config.json'}: transformers cannot build this model: {reason}") from None
+
+
+def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForMultimodalLM]:
+    """What builds a config's model: a causal language model, or one that can take more than text where that is all."""
+    known = (AutoModelForCausalLM._model_mapping, AutoModelForMultimodalLM._model_mapping)
+    if type(config) in known[1] and type(config) not in known[0] and not hasattr(config, "auto_map"):
+        return AutoModelForMultimodalLM
+    return AutoModelForCausalLM
 
 
 class _LargeTensorsOnMeta(TorchFunctionMode):
@@ -166,13 +182,22 @@ class _Loader:
 
     def stream(self, index: CheckpointIndex, progress: Progress | None) -> list[str]:
         done, total, unexpected = 0, index.nbytes, []
+        converted: dict[str, Sources] = {}
         for entry in index.tensors.values():
             destination = self.names.locate(entry.key)
+            if destination.converter is not None:
+                converted.setdefault(destination.name, []).append((entry, destination))
+                continue
             if destination.projection is not None:
                 self._place_expert(entry, destination)
             elif not self._place(entry, destination.name):
                 unexpected.append(entry.key)
             done += entry.nbytes
+            if progress:
+                progress(done, total)
+        for sources in converted.values():
+            unexpected += self._place_converted(sources)
+            done += sum(entry.nbytes for entry, _ in sources)
             if progress:
                 progress(done, total)
         return unexpected
@@ -210,26 +235,48 @@ class _Loader:
         assert isinstance(experts, Nf4Experts)
         assert destination.projection is not None
         if destination.expert is not None:
-            self._write(experts, entry, destination, destination.expert, destination.projection, entry.read)
+            self._write(experts, entry, destination.name, destination.expert, destination.projection, entry.read)
             return
         if len(entry.shape) != 3 or entry.shape[0] != spec.num_experts:
             raise CheckpointError(
                 f"{entry.shard}: tensor {entry.key} has shape {entry.shape}, expected {spec.num_experts} experts first"
             )
-        fused = spec.projections[:-1] if destination.projection in ("gate_up", "up") else ("down",)
+        weight = spec.weight_names[destination.projection == "down"]
         for expert in range(spec.num_experts):
-            for part, projection in enumerate(fused):
+            for part, projection in enumerate(layout.fused_projections(spec, weight)):
 
                 def read(expert: int = expert, part: int = part) -> Tensor:
-                    return entry.read_part(expert).chunk(len(fused))[part]
+                    return layout.to_matrices(spec, weight, entry.read_part(expert))[part].contiguous()
 
-                self._write(experts, entry, destination, expert, projection, read)
+                self._write(experts, entry, destination.name, expert, projection, read)
+
+    def _place_converted(self, sources: Sources) -> list[str]:
+        """Place what transformers' own operations make of several tensors; names of those it has no place for."""
+        first = sources[0][0]
+        unexpected = set()
+        for part in parts_of(sources, self.names):
+            for name, tensor in part.convert(self.model):
+                weight = self.names.weight_of(name)
+                if weight is not None:
+                    self._place_slices(first, *weight, part.expert, tensor)
+                elif not self._place(first, name, tensor):
+                    unexpected.update(entry.key for entry, _ in sources)
+        return sorted(unexpected)
+
+    def _place_slices(self, entry: TensorEntry, module: str, weight: str, first: int, live: Tensor) -> None:
+        """Place the slices of a live stack, from expert `first` on."""
+        experts, spec = self.model.get_submodule(module), self.names.specs[module]
+        assert isinstance(experts, Nf4Experts)
+        for expert, matrices in enumerate(live, start=first):
+            parts = layout.to_matrices(spec, weight, matrices)
+            for projection, matrix in zip(layout.fused_projections(spec, weight), parts, strict=True):
+                self._write(experts, entry, module, expert, projection, matrix.contiguous)
 
     def _write(
         self,
         experts: Nf4Experts,
         entry: TensorEntry,
-        destination: Destination,
+        module: str,
         expert: int,
         projection: str,
         read: Callable[[], Tensor],
@@ -238,7 +285,7 @@ class _Loader:
             raise CheckpointError(
                 f"{entry.shard}: tensor {entry.key} belongs to expert {expert}, but the model has {experts.num_experts}"
             )
-        self._claim(entry, destination.name, projection, expert)
+        self._claim(entry, module, projection, expert)
         _require_floats(entry)
         try:
             matrix = read().to(self.device)
@@ -247,7 +294,7 @@ class _Loader:
         except ValueError as error:
             raise CheckpointError(f"{entry.shard}: tensor {entry.key}: {error}") from None
 
-    def _place(self, entry: TensorEntry, name: str) -> bool:
+    def _place(self, entry: TensorEntry, name: str, converted: Tensor | None = None) -> bool:
         module_name, _, leaf = name.rpartition(".")
         try:
             module = self.model.get_submodule(module_name)
@@ -260,11 +307,14 @@ class _Loader:
         self._claim(entry, name, None, None)
         if current.is_floating_point():
             _require_floats(entry)
-        if tuple(current.shape) != entry.shape:
+        shape = entry.shape if converted is None else tuple(converted.shape)
+        if tuple(current.shape) != shape:
             raise CheckpointError(
-                f"{entry.shard}: tensor {entry.key} has shape {entry.shape}, the model expects {tuple(current.shape)}"
+                f"{entry.shard}: tensor {entry.key} has shape {shape}, the model expects {tuple(current.shape)}"
             )
-        tensor = entry.read()
+        tensor = entry.read() if converted is None else converted
+        if isinstance(module, Nf4Experts):
+            tensor = module.arrange(leaf, tensor)
         if leaf not in module._parameters:
             module._buffers[leaf] = tensor.to(self.device, self._dtype_of(name, current))
             return True
