@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.proof import probe_logits, prove
+from expertune.attention import require_rows_apart
 from expertune.checkpoint.hub import ModelSource, fetch_model
 from expertune.checkpoint.load import LoadedModel, load_model
 from expertune.checkpoint.tokenizer import load_tokenizer
@@ -318,6 +319,8 @@ def _load_and_adapt(
     kernels = routes.describe(device, loaded.model.dtype)
     record.update("kernels", **kernels)
     console.print(f"kernels: {routes.say(kernels)}", soft_wrap=True)
+    if config.data.packing != "padded":
+        require_rows_apart(loaded.model)
     probe = _probe_batch(config, tokenizer, rows, device)
     base_logits = probe_logits(loaded.model, probe)
     set_seed(config.training.get("seed", 42))
