@@ -15,7 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from expertune.attention import NAME, _flash_takes, attend_by_row, check_varlen, row_lengths, rows_attention
+from expertune.attention import (
+    NAME,
+    _flash_takes,
+    attend_by_row,
+    check_varlen,
+    require_rows_apart,
+    row_lengths,
+    rows_attention,
+)
 from expertune.data import PaddingFreeCollator
 from expertune.errors import UnsupportedModelError
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_config
@@ -577,3 +585,52 @@ def test_check_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_check_says_where_there_is_nothing_to_check() -> None:
     with pytest.raises(RuntimeError, match="has no variable-length attention on cpu"):
         check_varlen("cpu")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "phimoe"])
+def test_model_that_keeps_rows_apart_passes_and_is_left_as_it_was(family: str) -> None:
+    by_row, _ = pair(family)
+    require_rows_apart(by_row)
+    assert all(parameter.grad is None for parameter in by_row.parameters())
+    assert by_row.get_input_embeddings()(torch.tensor([[3]])).grad_fn is not None
+
+
+def test_frozen_model_can_be_tried(by_row_and_a_state: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    by_row, mixing = by_row_and_a_state
+    for model in by_row_and_a_state:
+        model.requires_grad_(False)
+    with torch.no_grad():
+        require_rows_apart(by_row)
+        with pytest.raises(UnsupportedModelError, match=r"MixtralForCausalLM does not keep rows apart.*packing=padded"):
+            require_rows_apart(mixing)
+
+
+@pytest.fixture
+def by_row_and_a_state() -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A model that keeps rows apart, and the same with a layer that hands each token a little of the one before it."""
+    by_row, _ = pair()
+    mixing, _ = pair()
+
+    def carry(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return output + 1e-3 * output.roll(1, dims=1)
+
+    mixing.model.layers[0].mlp.register_forward_hook(carry)
+    return by_row, mixing
+
+
+def test_rows_that_mix_a_little_in_bfloat16_are_found(
+    by_row_and_a_state: tuple[PreTrainedModel, PreTrainedModel],
+) -> None:
+    by_row, mixing = (model.to(torch.bfloat16) for model in by_row_and_a_state)
+    require_rows_apart(by_row)
+    with pytest.raises(UnsupportedModelError, match="does not keep rows apart"):
+        require_rows_apart(mixing)
+
+
+def test_layers_that_choose_tokens_by_the_mask_keep_their_mask() -> None:
+    model, _ = pair()
+    model.set_attn_implementation("sdpa")
+    model.config.layer_types = ["full_attention", "indexed_attention"]
+    assert not attend_by_row(model)
+    assert model.config._attn_implementation == "sdpa"
+    require_rows_apart(model)

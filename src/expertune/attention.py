@@ -41,6 +41,9 @@ ROW_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # Terms that some families add inside the attention and that are laid out over the whole batch.
 _BATCH_WIDE = ("position_bias", "softcap", "s_aux", "cache")
 
+# Kinds of layers that choose tokens by the mask themselves, before the attention function is asked.
+_WITH_A_MASK = ("indexed_attention", "compressed_attention", "sparse_attention")
+
 # What was read from a tensor, with the tensor's version then. Layers of a model are called with the same tensors, also
 # when a checkpointed layer is recomputed, and each look at a value waits for the GPU.
 _LENGTHS = WeakTensorKeyDictionary()
@@ -69,8 +72,57 @@ def attend_by_row(model: PreTrainedModel) -> bool:
     _accept_bounds(model)
     if not getattr(model, "_supports_sdpa", False) or model.config._attn_implementation != "sdpa":
         return False
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if any(kind.endswith(_WITH_A_MASK) for kind in kinds):
+        return False
     model.set_attn_implementation(NAME)
     return True
+
+
+def require_rows_apart(model: PreTrainedModel) -> None:
+    """Try, on two short rows end to end, that the second one knows nothing of the first.
+
+    A layer that carries a state along, or a mask that is made without asking where rows begin, would train on other
+    rows' tokens, and nothing would show it. Decided by gradients: what the second row's logits say of the first row's
+    embeddings is exactly nothing where rows are kept apart, whatever the dtype's rounding.
+
+    Args:
+        model: a causal language model with its weights, `attend_by_row` called; its gradients are left alone.
+
+    Raises:
+        UnsupportedModelError: rows mix, or the family refuses them by itself; names what to set instead.
+    """
+    lengths = (16, 9)
+    embeddings = model.get_input_embeddings()
+    device = embeddings.weight.device
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    batch: dict[str, Any] = {
+        "input_ids": torch.arange(1, sum(lengths) + 1, device=device)[None] % model.config.get_text_config().vocab_size,
+        "position_ids": torch.cat([torch.arange(length, device=device) for length in lengths])[None],
+        **dict(zip(ROW_BOUNDS, (bounds, bounds, max(lengths), max(lengths)), strict=True)),
+        "use_cache": False,
+    }
+    leaves: list[Tensor] = []
+
+    def cut(_module: nn.Module, _inputs: Any, embedded: Tensor) -> Tensor:
+        leaves.append(embedded.detach().requires_grad_())
+        return leaves[-1]
+
+    mend = "set data.packing=padded to train this model"
+    hook = embeddings.register_forward_hook(cut)
+    try:
+        with torch.enable_grad():
+            second = model(**batch).logits[:, lengths[0] :].float().sum()
+    except ValueError as error:
+        raise UnsupportedModelError(f"{type(model).__name__} takes no rows end to end ({error}); {mend}") from None
+    finally:
+        hook.remove()
+    (gradient,) = torch.autograd.grad(second, leaves[:1])
+    if gradient[:, : lengths[0]].any():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not keep rows apart that lie end to end: what one row says reaches the next "
+            f"one; {mend}"
+        )
 
 
 def rows_attention(

@@ -15,8 +15,11 @@ from transformers import PreTrainedModel
 import expertune
 from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
+from expertune.attention import require_rows_apart
 from expertune.checkpoint.load import auto_class
 from expertune.config import LoraSection
+from expertune.data import PaddingFreeCollator
+from expertune.errors import UnsupportedModelError
 from expertune.experts import layout
 from expertune.experts.contract import find_experts
 from expertune.experts.lora import ExpertsLora
@@ -176,6 +179,27 @@ def test_family_saved_under_live_names_loads_to_the_same_bytes(family: Family, t
     assert fused
     original, live = (frozen_bytes(load_tiny(tmp_path / name).model) for name in ("original", "live"))
     assert changed(original, live) == []
+
+
+@torch.no_grad()
+def test_rows_end_to_end_are_kept_apart_or_refused(family: Family) -> None:
+    model = family.model.get_base_model()
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in tokens()]
+
+    def last_row(given: list[dict[str, list[int]]]) -> Tensor:
+        batch = PaddingFreeCollator()(given)
+        return model(**{key: value for key, value in batch.items() if key != "labels"}).logits[:, -tokens().shape[1] :]
+
+    try:
+        alone, behind = last_row(rows[1:]), last_row(rows)
+        apart = torch.allclose(behind, alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
+    except (UnsupportedModelError, ValueError):
+        apart = False  # the family says so by itself
+    if apart:
+        require_rows_apart(model)
+    else:
+        with pytest.raises(UnsupportedModelError, match=r"set data\.packing=padded to train this model$"):
+            require_rows_apart(model)
 
 
 @pytest.mark.parametrize("class_name", EXCEPTIONS)
