@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,13 +16,15 @@ import expertune
 from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.attention import require_rows_apart
-from expertune.checkpoint.load import auto_class
+from expertune.checkpoint.load import auto_class, build_meta_model
+from expertune.checkpoint.names import read_names
 from expertune.config import LoraSection
 from expertune.data import PaddingFreeCollator
-from expertune.errors import UnsupportedModelError
+from expertune.errors import CheckpointError, UnsupportedModelError
 from expertune.experts import layout
 from expertune.experts.contract import find_experts
 from expertune.experts.lora import ExpertsLora
+from expertune.plan.headers import check_headers, read_headers
 from tests.experts.families import experts_classes
 from tests.families.build import FIRST_SPECIAL, families, model_type, tiny_config
 from tests.tiny_models import (
@@ -179,6 +181,19 @@ def test_family_saved_under_live_names_loads_to_the_same_bytes(family: Family, t
     assert fused
     original, live = (frozen_bytes(load_tiny(tmp_path / name).model) for name in ("original", "live"))
     assert changed(original, live) == []
+
+
+def test_plan_finds_a_place_for_every_tensor_and_misses_none(family: Family) -> None:
+    model = build_meta_model(family.folder, torch.bfloat16)
+    model.tie_weights()
+    headers = read_headers(str(family.folder), family.folder, None, on_hub=False)
+    assert headers is not None
+    names = read_names(model)
+    assert check_headers(headers, model, names) == []
+    experts = tuple(names.specs)
+    rest = {key: shape for key, shape in headers.shapes.items() if not names.locate(key).name.startswith(experts)}
+    with pytest.raises(CheckpointError, match="the config asks for tensors that the checkpoint lacks"):
+        check_headers(replace(headers, shapes=rest), model, names)
 
 
 @torch.no_grad()

@@ -94,6 +94,13 @@ class NameMap:
         module, _, weight = live_name.rpartition(".")
         return module, weight
 
+    def converted_names(self, destination: Destination) -> list[str]:
+        """Live names of everything that the conversion of a tensor makes."""
+        if destination.converter is None:
+            return [destination.name]
+        first, *others = destination.converter.target_patterns
+        return [destination.name, *(destination.name.replace(first, other) for other in others)]
+
     def stack_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the stacks of experts by live name, as the family lays them out."""
         return {

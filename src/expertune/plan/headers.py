@@ -15,6 +15,7 @@ from expertune.checkpoint.names import Destination, NameMap
 from expertune.checkpoint.reader import INDEX_NAME, open_checkpoint
 from expertune.errors import CheckpointError, ConfigError
 from expertune.experts.contract import ExpertsSpec
+from expertune.experts.layout import fused_projections
 
 # The hub folder's own files: enough to build the model without weights. Code only where the run file trusts it.
 _FILES = ["config.json", INDEX_NAME]
@@ -97,7 +98,13 @@ def check_headers(headers: Headers, model: nn.Module, names: NameMap) -> list[st
     unused = []
     for key, shape in headers.shapes.items():
         destination = names.locate(key)
-        if destination.projection is not None:
+        if destination.converter is not None:
+            # Shapes before a conversion are transformers' own affair; the loader holds its results to the model.
+            filled = _converted_parts(names, destination)
+            found.update(filled)
+            if not any(name in expected or name in names.specs for name, _, _ in filled):
+                unused.append(key)
+        elif destination.projection is not None:
             found.update(_expert_parts(headers, key, shape, destination, names.specs[destination.name]))
         elif destination.name not in expected:
             unused.append(key)
@@ -121,9 +128,23 @@ def _expert_parts(
             )
         _require_shape(headers, key, shape, spec.shape(fused[0] or ""))
         return [(destination.name, fused[0], destination.expert)]
-    rows, columns = spec.shape(fused[0] or "")
-    _require_shape(headers, key, shape, (spec.num_experts, len(fused) * rows, columns))
+    stack = spec.weight_names[destination.projection == "down"]
+    _require_shape(headers, key, shape, spec.stack_shape(stack))
     return [(destination.name, part, expert) for part in fused for expert in range(spec.num_experts)]
+
+
+def _converted_parts(names: NameMap, destination: Destination) -> list[tuple[str, str | None, int | None]]:
+    """What a conversion fills, as far as names say it: all experts of a stack."""
+    filled: list[tuple[str, str | None, int | None]] = []
+    for live in names.converted_names(destination):
+        weight = names.weight_of(live)
+        if weight is None:
+            filled.append((live, None, None))
+            continue
+        spec = names.specs[weight[0]]
+        parts = fused_projections(spec, weight[1])
+        filled += [(weight[0], part, expert) for part in parts for expert in range(spec.num_experts)]
+    return filled
 
 
 def _require_shape(headers: Headers, key: str, shape: tuple[int, ...] | None, expected: tuple[int, ...]) -> None:
