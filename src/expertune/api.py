@@ -44,6 +44,8 @@ from expertune.report.summary import render_summary
 from expertune.train.callbacks import History, ProgressBar, peak_memory_bytes
 from expertune.train.checkpoints import find_resume_point, list_checkpoints
 from expertune.train.loss import LanguageModelLoss
+from expertune.train.offload import has_host_apart
+from expertune.train.recover import Change, Recovery
 from expertune.train.trainer import ExpertTrainer, training_arguments
 
 __all__ = ["OpenRun", "Run", "evaluate", "finetune", "generate", "make_plan", "open_run"]
@@ -393,14 +395,24 @@ def _train(
         checkpoint = str(point.checkpoint) if point.checkpoint else None
         notes += [f"not resumed from: {reason}" for reason in point.refused]
         notes.append(f"resuming from {checkpoint or 'the first step: no whole checkpoint yet'}")
+    if config.offload_activations and not has_host_apart(device):
+        notes.append(f"offload_activations: on this {device.type} memory is the host's, and nothing is moved")
     for note in notes:
         console.print(note, soft_wrap=True)
-    record.update("train", notes=notes, micro_batch=asdict(micro_batch))
+    recoveries = record.values.get("train", {}).get("recoveries", [])
+    record.update("train", notes=notes, micro_batch=asdict(micro_batch), recoveries=recoveries)
 
     def say(line: str) -> None:
         notes.append(line)
         console.print(line, soft_wrap=True)
         record.update("train", notes=notes)
+
+    def tell(change: Change) -> None:
+        where = "the evaluation after step" if change.during == "evaluation" else "step"
+        line = f"{where} {change.step} ran out of memory ({change.error}); from here on {change.change}"
+        console.print(line, soft_wrap=True)
+        recoveries.append(change.to_json())
+        record.update("train", recoveries=recoveries)
 
     trainer = ExpertTrainer(
         model=model,
@@ -411,6 +423,7 @@ def _train(
         history=History(),
         row_places=lambda row_id: train_rows.rows[row_id].place,
         loss=LanguageModelLoss(model, config.loss, say=say),
+        recovery=Recovery(model, device, config.offload_activations, earlier=recoveries, tell=tell),
     )
     bar = ProgressBar(lambda: trainer.history, console)
     trainer.add_callback(bar)

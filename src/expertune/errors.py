@@ -26,7 +26,7 @@ class UnsupportedModelError(ExpertuneError):
 
 
 class DoesNotFitError(ExpertuneError):
-    """The plan needs more memory than there is; the message shows the plan and what to give up."""
+    """More memory is needed than there is: by the plan, which the message shows with what to give up, or in mid-run."""
 
 
 class ProofError(ExpertuneError):

@@ -34,7 +34,7 @@ class History(TrainerCallback, ExportableState):
         self.eval_losses = eval_losses or []
         self.tokens = tokens
         self.seconds = seconds
-        self._step_loss = 0.0
+        self._step_loss, self._step_tokens = 0.0, 0
         self._step_started = 0.0
 
     def state(self) -> dict[str, Any]:
@@ -50,7 +50,13 @@ class History(TrainerCallback, ExportableState):
     def add_micro_batch(self, loss: float, tokens: int) -> None:
         """Add one micro-batch's share of the step's loss."""
         self._step_loss += loss
+        self._step_tokens += tokens
         self.tokens += tokens
+
+    def drop_step(self) -> None:
+        """Forget the micro-batches of the step so far: it is being taken again."""
+        self.tokens -= self._step_tokens
+        self._step_loss, self._step_tokens = 0.0, 0
 
     def add_evaluation(self, step: int, loss: float) -> None:
         """Add an evaluation; one that a resume takes again is the same and stays single."""
@@ -71,7 +77,7 @@ class History(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the step's clock."""
-        self._step_loss, self._step_started = 0.0, time.perf_counter()
+        self._step_loss, self._step_tokens, self._step_started = 0.0, 0, time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Close the step."""

@@ -81,6 +81,12 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def last_good_checkpoint(run_dir: str | Path) -> str:
+    """Names the newest checkpoint of a run, in words for an error."""
+    checkpoints = list_checkpoints(Path(run_dir))
+    return f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+
+
 def find_resume_point(run_dir: Path) -> ResumePoint:
     """The newest checkpoint that is whole; damaged ones are skipped and named.
 

@@ -28,6 +28,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertune.decoding import evaluation_mode
 from expertune.kernels.linear_cross_entropy import IGNORE_INDEX, LoraUpdate, linear_cross_entropy
+from expertune.train.recover import is_out_of_memory
 
 # Tokens of the comparison on the first batch: each carries one value at the head's place.
 _PROBE_TOKENS = 32
@@ -157,6 +158,8 @@ class LanguageModelLoss:
                 with self._stand_ins(transform_and_mean, _probe_column):
                     chunked = self._model(**inputs).loss.item()
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             # Code that ships with a model may do anything between its head and its loss.
             raise _NotInChunksError(f"the model does not run without its logits ({error})") from error
         if len(found) != 1:

@@ -1,4 +1,7 @@
-"""transformers' Trainer with what this project promises on top: whole checkpoints, exact resume, no NaN steps."""
+"""transformers' Trainer with what this project promises on top.
+
+Whole checkpoints, exact resume, no NaN steps, and steps that are taken again when memory runs out.
+"""
 
 import dataclasses
 import math
@@ -18,8 +21,11 @@ from transformers.trainer_utils import rotate_checkpoints
 from expertune.attention import ROW_BOUNDS
 from expertune.errors import ConfigError, NonFiniteLossError
 from expertune.train.callbacks import History
-from expertune.train.checkpoints import STAGING_NAME, list_checkpoints, publish, seal
+from expertune.train.checkpoints import STAGING_NAME, last_good_checkpoint, publish, seal
+from expertune.train.cut import Batch
 from expertune.train.loss import LanguageModelLoss
+from expertune.train.offload import activations_on_host
+from expertune.train.recover import Recovery
 
 Dataset = Sequence[Mapping[str, Any]]
 
@@ -36,6 +42,7 @@ class ExpertTrainer(Trainer):
         history: filled step by step.
         row_places: says where a row came from, by row id; for the message of a loss that is not finite.
         loss: how the model's loss is taken; None means in chunks, where that is the same.
+        recovery: what is done when memory runs out; None means the whole ladder, with nothing said.
     """
 
     def __init__(
@@ -48,14 +55,16 @@ class ExpertTrainer(Trainer):
         history: History,
         row_places: Callable[[int], str],
         loss: LanguageModelLoss | None = None,
+        recovery: Recovery | None = None,
     ) -> None:
+        self.recovery = recovery or Recovery(model, next(model.parameters()).device)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=collator,
-            callbacks=[history],
+            callbacks=[history, self.recovery],
         )
         self.row_places = row_places
         self.loss = loss or LanguageModelLoss(model)
@@ -73,11 +82,26 @@ class ExpertTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward of one micro-batch; stops before a loss that is not finite reaches the optimizer.
+        """Forward and backward of one micro-batch, or of the whole step so far where memory runs out.
 
         Raises:
             NonFiniteLossError: names the step, the rows and the last good checkpoint.
+            DoesNotFitError: memory ran out, and nothing that could be changed is left.
         """
+
+        def again() -> None:
+            model.zero_grad()
+            self.history.drop_step()
+
+        def compute(part: Batch) -> Tensor:
+            return self._forward_and_backward(model, dict(part), num_items_in_batch)
+
+        return self.recovery.micro_batch(compute, inputs, again, self._why_whole(num_items_in_batch))
+
+    def _forward_and_backward(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """transformers' training step; stops before a loss that is not finite reaches the optimizer."""
         row_ids = inputs.pop("row_ids")
         tokens = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
         if self.args.n_gpu > 1:
@@ -98,8 +122,17 @@ class ExpertTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's loss on a micro-batch, without the logits unless its outputs are asked for."""
-        with nullcontext() if return_outputs else self.loss.in_chunks(inputs):
+        with (
+            activations_on_host(model) if self.recovery.offload else nullcontext(),
+            nullcontext() if return_outputs else self.loss.in_chunks(inputs),
+        ):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """transformers' optimizer; memory that runs out in it leaves no half-made update."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        self.recovery.guard(optimizer)
+        return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; the mean loss is taken from the history, which a resume does not forget."""
@@ -122,19 +155,34 @@ class ExpertTrainer(Trainer):
             for batch in self.get_eval_dataloader(eval_dataset):
                 batch.pop("row_ids", None)
                 inputs = self._prepare_inputs(batch)
-                # Labels are shifted by one: the first of a row is nobody's target.
-                targets = int((inputs["labels"][..., 1:] != -100).sum())
-                if not targets:
-                    continue  # its mean is not a number
-                with self.loss.in_chunks(inputs):
-                    total += self.model(**inputs).loss.item() * targets
-                count += targets
+                for part, targets in self.recovery.evaluation(self._summed_loss, inputs, self.state.global_step):
+                    total += part
+                    count += targets
         self.model.train(was_training)
         metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
         self.history.add_evaluation(self.state.global_step, metrics[f"{metric_key_prefix}_loss"])
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _summed_loss(self, inputs: Batch) -> tuple[float, int]:
+        """Sum of the loss over an evaluation batch, and how many labels it sums over."""
+        # Labels are shifted by one: the first of a row is nobody's target.
+        targets = int((inputs["labels"][..., 1:] != -100).sum())
+        if not targets:
+            return 0.0, 0  # its mean is not a number
+        with self.loss.in_chunks(inputs):
+            return self.model(**inputs).loss.item() * targets, targets
+
+    def _why_whole(self, num_items_in_batch: Tensor | int | None) -> str | None:
+        """Why a micro-batch in parts would be another step, or None."""
+        if num_items_in_batch is None:
+            return "the model takes its loss over a micro-batch's label tokens, not over the step's"
+        if getattr(self.model.config.get_text_config(), "output_router_logits", False):
+            return "the router's auxiliary loss (output_router_logits) is not the sum of its parts"
+        if self.args.neftune_noise_alpha is not None:
+            return "training.neftune_noise_alpha scales noise by a batch's tokens"
+        return None
 
     def _needs_logits(self) -> str | None:
         """Why this trainer cannot do without the model's logits, or None."""
@@ -172,8 +220,7 @@ class ExpertTrainer(Trainer):
         )
 
     def _name_bad_step(self, loss: float, row_ids: list[int]) -> str:
-        checkpoints = list_checkpoints(Path(self.args.output_dir))
-        last = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+        last = last_good_checkpoint(self.args.output_dir)
         rows = ", ".join(self.row_places(row_id) for row_id in row_ids[:8])
         more = f" and {len(row_ids) - 8} more" if len(row_ids) > 8 else ""
         return (

@@ -1,0 +1,483 @@
+"""A run that runs out of memory goes on with the next cheaper setting, and ends where it would have ended with it."""
+
+import copy
+import errno
+import importlib
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from expertune import api, finetune
+from expertune.config import parse_config
+from expertune.errors import DoesNotFitError
+from expertune.kernels import routes
+from expertune.placement import experts as placement
+from expertune.record import RunRecord
+from expertune.train import offload, recover
+from expertune.train.recover import LEAST_WORKING_SET_BYTES, is_out_of_memory
+from expertune.train.trainer import ExpertTrainer
+from tests.train.scarce import Scarce
+
+ADAM = importlib.import_module("torch.optim.adam")
+
+# Any row of the fixture fits, two of them do not.
+ONE_ROW = 24
+NO_ROW = 4
+
+
+@pytest.fixture(autouse=True)
+def _own_settings() -> Iterator[None]:
+    held = routes.settings().working_set_bytes
+    yield
+    routes.configure(working_set_bytes=held)
+
+
+@pytest.fixture
+def values(run_values: dict[str, Any]) -> dict[str, Any]:
+    """Six steps of two micro-batches of two rows, with dropout; four layers of experts run in each step."""
+    values = run_values | {"data": run_values["data"] | {"merge_accumulation": False}}
+    values["training"] |= {"max_steps": 6, "eval_steps": 2, "save_steps": 2}
+    return values
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, tuple[RunRecord, bytes]]:
+    """Undisturbed runs that several tests compare with, by name."""
+    return {}
+
+
+@pytest.fixture
+def reference(
+    references: dict[str, tuple[RunRecord, bytes]], values: dict[str, Any], tmp_path: Path
+) -> Callable[..., tuple[RunRecord, bytes]]:
+    """Record and adapter of an undisturbed run; those of one name are run once."""
+
+    def of(name: str, **training: Any) -> tuple[RunRecord, bytes]:
+        if name not in references:
+            record = run(copy.deepcopy(values), tmp_path / name, training=training)
+            references[name] = (record, adapter_bytes(tmp_path / name))
+        return references[name]
+
+    return of
+
+
+def run(values: dict[str, Any], out: Path, resume: bool = False, **changes: Any) -> RunRecord:
+    training = values["training"] | changes.pop("training", {})
+    console = Console(file=io.StringIO())
+    return finetune(
+        parse_config(values | {"output_dir": str(out), "training": training} | changes), resume=resume, console=console
+    ).record
+
+
+def adapter_bytes(run_dir: Path) -> bytes:
+    return (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+SMALL = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+
+
+def out_of_memory() -> Exception:
+    return torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("layer", [1, 2, 3, 4], ids=["first", "first-deeper", "second", "second-deeper"])
+def test_step_out_of_memory_ends_as_if_micro_batches_had_been_smaller_from_the_start(
+    layer: int,
+    backward: bool,
+    values: dict[str, Any],
+    reference: Callable[..., tuple[RunRecord, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values["training"] |= {"max_steps": 2}
+    small, adapter = reference("two small", **SMALL)
+    scarce = Scarce(ONE_ROW, backward, first_layer=layer).install(monkeypatch)
+    recovered = run(values, tmp_path / "recovered")
+
+    # Dropout included: what the failed try drew has been put back.
+    assert scarce.num_failures == 1
+    assert scarce.most_seen <= 2 * ONE_ROW
+    assert adapter_bytes(tmp_path / "recovered") == adapter
+    assert recovered["train"]["loss"] == small["train"]["loss"]
+    assert recovered["eval"]["loss"] == small["eval"]["loss"]
+    assert recovered["throughput"]["tokens"] == small["throughput"]["tokens"]
+    (change,) = recovered["train"]["recoveries"]
+    assert (change["step"], change["during"]) == (1, "training")
+    assert change["error"] == "Tried to allocate 2.00 GiB"
+    assert change["change"].startswith("micro-batches of at most ")
+    assert small["train"]["recoveries"] == []
+
+
+@pytest.mark.parametrize("packing", ["padding-free", "packed", "padded"])
+def test_run_that_recovers_midway_gives_the_adapter_of_the_undisturbed_one_to_rounding(
+    packing: str, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values["lora"]["dropout"] = 0.0
+    values["data"]["packing"] = packing
+    values["training"] |= {"max_steps": 4, "eval_strategy": "no"}
+    undisturbed = run(values, tmp_path / "undisturbed")
+    # Steps 1 and 2 go through whole; step 3 fails in its second micro-batch.
+    scarce = Scarce(32 if packing == "packed" else 64 if packing == "padded" else ONE_ROW, first_layer=11)
+    scarce.install(monkeypatch)
+    recovered = run(values, tmp_path / "recovered")
+
+    assert scarce.num_failures >= 1
+    assert {change["step"] for change in recovered["train"]["recoveries"]} == {3}
+    assert recovered["train"]["steps"] == 4
+    assert [step for step, _ in recovered["train"]["loss"]] == [1, 2, 3, 4]
+    assert recovered["train"]["loss"][:2] == undisturbed["train"]["loss"][:2]
+    for (_, loss), (_, expected) in zip(recovered["train"]["loss"], undisturbed["train"]["loss"], strict=True):
+        assert loss == pytest.approx(expected, rel=1e-6)
+    assert recovered["throughput"]["tokens"] == undisturbed["throughput"]["tokens"]
+    ours, theirs = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("recovered", "undisturbed")
+    )
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=2e-6)
+
+
+def test_running_loss_of_transformers_counts_a_step_that_was_taken_again_once(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: dict[str, Any] = {}
+    scarce = Scarce(ONE_ROW, first_layer=3).install(monkeypatch)
+
+    class Watched(api.ExpertTrainer):  # type: ignore[name-defined, misc]
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().train(*args, **kwargs)
+            kept["train_loss"] = output.training_loss
+            return output
+
+    monkeypatch.setattr(api, "ExpertTrainer", Watched)
+    record = run(values, tmp_path / "run")
+    assert scarce.num_failures == 1
+    losses = [loss for _, loss in record["train"]["loss"]]
+    assert kept["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+def test_micro_batches_are_halved_again_until_they_fit(
+    values: dict[str, Any],
+    reference: Callable[..., tuple[RunRecord, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values["training"] |= {"max_steps": 2, "save_steps": 2, "eval_strategy": "no"}
+    wide = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    _, adapter = reference("two small", **SMALL)
+    scarce = Scarce(ONE_ROW).install(monkeypatch)
+    recovered = run(values, tmp_path / "recovered", training=wide)
+    assert scarce.num_failures == 2
+    first, second = (change["setting"]["micro_batch_tokens"] for change in recovered["train"]["recoveries"])
+    assert first > ONE_ROW >= second
+    assert adapter_bytes(tmp_path / "recovered") == adapter
+
+
+def test_recovery_is_told_on_the_terminal(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values["training"] |= {"max_steps": 2, "save_steps": 2, "eval_strategy": "no"}
+    Scarce(ONE_ROW).install(monkeypatch)
+    screen = io.StringIO()
+    finetune(parse_config(values | {"output_dir": str(tmp_path / "run")}), console=Console(file=screen, width=200))
+    told = screen.getvalue()
+    assert "step 1 ran out of memory (Tried to allocate 2.00 GiB); from here on micro-batches of at most" in told
+
+
+@pytest.mark.parametrize("scarce_again", [True, False], ids=["as-scarce", "plenty"])
+def test_resumed_run_changes_at_the_step_where_the_interrupted_one_did(
+    scarce_again: bool, values: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        Scarce(ONE_ROW, first_layer=4 * 3 + 1).install(patch)  # in step 4
+        whole = run(values, tmp_path / "whole")
+    assert [change["step"] for change in whole["train"]["recoveries"]] == [4]
+    for checkpoint, layers_before in ((2, 4), (4, 0)):  # of the first step whose micro-batches are smaller
+        folder = tmp_path / f"from-{checkpoint}"
+        shutil.copytree(tmp_path / "whole", folder)
+        shutil.rmtree(folder / "adapter")
+        for later in range(checkpoint + 2, 7, 2):
+            shutil.rmtree(folder / f"checkpoint-{later}")
+        with pytest.MonkeyPatch.context() as patch:
+            scarce = Scarce(ONE_ROW, first_layer=layers_before + 1)
+            if scarce_again:
+                scarce.install(patch)
+            resumed = run(values, folder, resume=True)
+        assert scarce.num_failures == 0
+        assert adapter_bytes(folder) == adapter_bytes(tmp_path / "whole")
+        assert resumed["train"]["loss"] == whole["train"]["loss"]
+        assert resumed["train"]["recoveries"] == whole["train"]["recoveries"]
+
+
+def test_run_killed_after_a_recovery_resumes_to_the_identical_adapter(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Scarce(ONE_ROW, first_layer=4 * 3 + 1).install(monkeypatch)  # in step 4
+    run(values, tmp_path / "whole")
+    script = f"""
+import os, pytest, signal
+from expertune import finetune
+from expertune.config import parse_config
+from expertune.train.callbacks import History
+from tests.train.scarce import Scarce
+
+def die(self, args, state, control, **kwargs):
+    if state.global_step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    Scarce({ONE_ROW}, first_layer={4 * 3 + 1}).install(pytest.MonkeyPatch())
+    History.on_pre_optimizer_step = die
+    finetune(parse_config({values | {"output_dir": str(tmp_path / "killed")}!r}))
+"""
+    process = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    assert [change["step"] for change in RunRecord.load(tmp_path / "killed")["train"]["recoveries"]] == [4]
+
+    monkeypatch.undo()
+    run(values, tmp_path / "killed", resume=True)
+    assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
+
+
+def test_evaluation_out_of_memory_halves_its_batches_and_leaves_training_as_it_is(
+    values: dict[str, Any],
+    reference: Callable[..., tuple[RunRecord, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values["training"] |= {"max_steps": 4}
+    undisturbed, adapter = reference("four")
+    scarce = Scarce(2 * ONE_ROW, evaluating=True).install(monkeypatch)
+    recovered = run(values, tmp_path / "recovered")
+    assert scarce.num_failures == 1
+    assert [(change["step"], change["during"]) for change in recovered["train"]["recoveries"]] == [(2, "evaluation")]
+    assert adapter_bytes(tmp_path / "recovered") == adapter
+    for (step, loss), (at, expected) in zip(recovered["eval"]["loss"], undisturbed["eval"]["loss"], strict=True):
+        assert step == at
+        assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_rungs_are_taken_in_order_and_the_last_error_tells_all(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "_DEVICE_TYPE", "cpu")
+    layers = iter(["layer 1 waits on the host", "layer 0 waits on the host"])
+    monkeypatch.setattr(recover, "demote", lambda model: next(layers, None))
+    Scarce(NO_ROW, first_layer=4 * 2 + 1).install(monkeypatch)  # in step 3
+    with pytest.raises(DoesNotFitError) as raised:
+        run(values, tmp_path / "run")
+    record = RunRecord.load(tmp_path / "run")
+    settings = [next(iter(change["setting"])) for change in record["train"]["recoveries"]]
+    assert settings == [
+        *["micro_batch_tokens", "offload_activations"],
+        *["working_set_bytes"] * 3,  # 512 MiB to 64 MiB
+        *["demoted"] * 2,
+    ]
+    assert routes.working_set_bytes("cpu") == LEAST_WORKING_SET_BYTES
+    message = str(raised.value)
+    assert message.startswith("step 3 ran out of memory in forward or backward, and there is nothing cheaper left: ")
+    assert "Tried to allocate 2.00 GiB" in message
+    for change in record["train"]["recoveries"]:
+        assert change["change"] in message
+    assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoint-2'}" in message
+    assert record["run"]["status"] == "stopped"
+    assert len(record["train"]["loss"]) == 2
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_run_stopped_for_memory_resumes_where_there_is_more(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values["training"] |= {"max_steps": 4}
+    with pytest.MonkeyPatch.context() as patch:
+        Scarce(NO_ROW, first_layer=4 * 2 + 1).install(patch)  # in step 3
+        with pytest.raises(DoesNotFitError):
+            run(values, tmp_path / "run")
+    resumed = run(values, tmp_path / "run", resume=True)
+    assert [step for step, _ in resumed["train"]["loss"]] == [1, 2, 3, 4]
+    assert resumed["run"]["status"] == "finished"
+    assert adapter_bytes(tmp_path / "run")
+
+
+def test_router_loss_keeps_micro_batches_whole(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ExpertTrainer, "_why_whole", lambda *_: "its parts are another step")
+    Scarce(ONE_ROW).install(monkeypatch)
+    with pytest.raises(DoesNotFitError, match="micro-batches stay whole: its parts are another step"):
+        run(values, tmp_path / "run")
+    changes = RunRecord.load(tmp_path / "run")["train"]["recoveries"]
+    assert all("micro_batch_tokens" not in change["setting"] for change in changes)
+
+
+class FailingUpdate:
+    """AdamW's arithmetic, which fails once, after half of a group's parameters; it is called for two groups a step."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.calls = at, 0
+        self.real = ADAM.adam
+
+    def __call__(self, parameters: list[Any], *lists: Any, **settings: Any) -> None:
+        self.calls += 1
+        if self.calls != self.at:
+            return self.real(parameters, *lists, **settings)
+        half = len(parameters) // 2
+        cut = [entry[:half] if isinstance(entry, list) else entry for entry in lists]
+        self.real(parameters[:half], *cut, **settings)
+        raise out_of_memory()
+
+
+def test_first_update_out_of_memory_is_taken_again_whole(
+    values: dict[str, Any],
+    reference: Callable[..., tuple[RunRecord, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values["training"] |= {"max_steps": 4}
+    _, adapter = reference("four")
+    update = FailingUpdate(at=2)
+    monkeypatch.setattr(ADAM, "adam", update)
+    record = run(values, tmp_path / "recovered")
+    assert update.calls == 2 + 4 * 2
+    assert [change["during"] for change in record["train"]["recoveries"]] == ["optimizer"]
+    assert adapter_bytes(tmp_path / "recovered") == adapter
+
+
+def test_later_update_out_of_memory_stops_and_names_the_last_checkpoint(
+    values: dict[str, Any],
+    reference: Callable[..., tuple[RunRecord, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values["training"] |= {"max_steps": 4}
+    _, adapter = reference("four")
+    update = FailingUpdate(at=6)
+    monkeypatch.setattr(ADAM, "adam", update)
+    with pytest.raises(DoesNotFitError, match=r"step 3 .*half updated: it is not saved.*checkpoint-2\. "):
+        run(values, tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()
+    monkeypatch.undo()
+    run(values, tmp_path / "run", resume=True)
+    assert adapter_bytes(tmp_path / "run") == adapter
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), True),
+        (MemoryError(), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_is_out_of_memory_knows_an_allocators_error(error: Exception, is_one: bool) -> None:
+    assert is_out_of_memory(error) is is_one
+
+
+def test_is_out_of_memory_knows_what_the_cpu_allocator_of_this_torch_says() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(raised.value)
+
+
+def test_other_errors_of_a_step_are_not_taken_for_memory(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Scarce(ONE_ROW, error=lambda: RuntimeError("a bug")).install(monkeypatch)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(values, tmp_path / "run")
+
+
+LIMITED = """
+import json, resource, sys
+from expertune import api, finetune
+from expertune.config import parse_config
+
+class Trainer(api.ExpertTrainer):
+    def train(self, *args, **kwargs):
+        with open("/proc/self/status") as file:
+            held = int(next(line for line in file if line.startswith("VmData")).split()[1]) * 1024
+        resource.setrlimit(resource.RLIMIT_DATA, (held + int(sys.argv[2]),) * 2)
+        return super().train(*args, **kwargs)
+
+if __name__ == "__main__":
+    api.ExpertTrainer = Trainer
+    finetune(parse_config(json.loads(sys.argv[1])))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA bounds anonymous memory on Linux only")
+def test_run_under_a_limit_of_the_system_recovers_and_finishes(values: dict[str, Any], tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{row}:", "completion": " ".join(f"word{(7 * row + word) % 50}" for word in range(400))}
+        for row in range(16)
+    ]
+    (tmp_path / "long.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    values["lora"]["dropout"] = 0.0
+    values["data"] = {"train": str(tmp_path / "long.jsonl"), "max_length": 512}
+    # Eight rows of 512 tokens take 130 MB in a step, two take a third of it.
+    training = {"per_device_train_batch_size": 8, "max_steps": 2, "learning_rate": 1e-3, "save_steps": 2}
+    limited = values | {"training": training, "output_dir": str(tmp_path / "limited")}
+    process = subprocess.run(
+        [sys.executable, "-c", LIMITED, json.dumps(limited), str(70 * 10**6)], capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    record = RunRecord.load(tmp_path / "limited")
+    changes = record["train"]["recoveries"]
+    assert changes
+    assert "can't allocate memory" in changes[0]["error"]
+    assert "micro_batch_tokens" in changes[0]["setting"]
+
+    plenty = run(limited, tmp_path / "plenty")
+    assert [step for step, _ in record["train"]["loss"]] == [1, 2]
+    for (_, loss), (_, expected) in zip(record["train"]["loss"], plenty["train"]["loss"], strict=True):
+        assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_experts_that_move_to_the_host_in_mid_run_change_nothing_but_their_place(
+    values: dict[str, Any],
+    reference: Callable[..., tuple[RunRecord, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values["training"] |= {"max_steps": 4}
+    undisturbed, adapter = reference("four")
+    # The CPU stands for a device whose memory is another than the host's.
+    monkeypatch.setattr(placement, "Placement", partial(placement.Placement, host_apart=True))
+    monkeypatch.setattr(ExpertTrainer, "_why_whole", lambda *_: "the bytes are to be compared")
+    monkeypatch.setattr(recover, "LEAST_WORKING_SET_BYTES", 2**40)
+    scarce = Scarce(NO_ROW, backward=True, first_layer=4 + 1).install(monkeypatch)  # in step 2
+    moved: list[str] = []
+
+    def too_large(tokens: int) -> bool:
+        held = placement.placement_of(scarce.trainer.model)
+        assert held is not None
+        moved[:] = [place for place in held.places.values() if place == "host"]
+        return len(moved) < 2
+
+    monkeypatch.setattr(scarce, "too_large", too_large)
+    recovered = run(values, tmp_path / "recovered")
+    assert len(moved) == 2
+    assert [(change["step"], change["setting"]) for change in recovered["train"]["recoveries"]] == [
+        (2, {"demoted": 1}),
+        (2, {"demoted": 1}),
+    ]
+    assert recovered["train"]["loss"] == undisturbed["train"]["loss"]
+    assert adapter_bytes(tmp_path / "recovered") == adapter
