@@ -234,7 +234,10 @@ def test_experts_outside_language_models_are_those_that_are_listed(class_name: s
 def test_no_family_is_named_in_the_source() -> None:
     source = Path(expertune.__file__).parent
     named = re.compile(rf"\b({'|'.join(families())})\b", re.IGNORECASE)
-    files = [file for file in source.rglob("*.py") if "assets" not in file.relative_to(source).parts]
+    kinds = {".py", ".c", ".h", ".jinja", ".html", ".css", ".yaml", ".json"}
+    files = [
+        file for file in source.rglob("*.*") if file.suffix in kinds and "assets" not in file.relative_to(source).parts
+    ]
     found = [
         f"{file.relative_to(source)}: {name}"
         for file in files

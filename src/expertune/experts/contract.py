@@ -149,9 +149,15 @@ def require_experts(model: nn.Module) -> dict[str, ExpertsSpec]:
         UnsupportedModelError: there are none, or one cannot be packed.
     """
     specs = {name: read_spec(name, module) for name, module in find_experts(model)}
-    if not specs:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no experts behind transformers' experts contract; Expertune tunes "
-            "mixture-of-experts models (use plain PEFT with bitsandbytes for a dense one)"
-        )
-    return specs
+    if specs:
+        return specs
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts"):
+            raise UnsupportedModelError(
+                f"{name}: {type(module).__name__} holds experts outside transformers' experts contract; with "
+                "trust_remote_code, try without it: transformers may have this family itself. Else plain PEFT remains"
+            )
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no experts behind transformers' experts contract; Expertune tunes "
+        "mixture-of-experts models (use plain PEFT with bitsandbytes for a dense one)"
+    )

@@ -159,10 +159,9 @@ class Nf4Experts(nn.Module):
         ]
 
         def compute(recorded: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            weights = self.gate_up, self.down
             return expert_mlp(
-                *(hidden_TD, index_TK, top_k_weights_TK),
-                *(self.gate_up, self.down, self.between, updates, recorded),
-                biases=self.biases,
+                hidden_TD, index_TK, top_k_weights_TK, *weights, self.between, updates, recorded, biases=self.biases
             )
 
         return replay.run(compute)[0]
