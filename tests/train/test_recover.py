@@ -5,6 +5,7 @@ import errno
 import importlib
 import io
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from rich.console import Console
@@ -26,7 +28,7 @@ from expertune.kernels import routes
 from expertune.placement import experts as placement
 from expertune.record import RunRecord
 from expertune.train import offload, recover
-from expertune.train.recover import LEAST_WORKING_SET_BYTES, is_out_of_memory
+from expertune.train.recover import LEAST_WORKING_SET_BYTES, RandomState, is_out_of_memory
 from expertune.train.trainer import ExpertTrainer
 from tests.train.scarce import Scarce
 
@@ -320,6 +322,52 @@ def test_router_loss_keeps_micro_batches_whole(
         run(values, tmp_path / "run")
     changes = RunRecord.load(tmp_path / "run")["train"]["recoveries"]
     assert all("micro_batch_tokens" not in change["setting"] for change in changes)
+
+
+def test_activation_offload_is_the_rung_that_helps_where_micro_batches_stay_whole(
+    values: dict[str, Any],
+    reference: Callable[..., tuple[RunRecord, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values["training"] |= {"max_steps": 4}
+    _, adapter = reference("four")
+    monkeypatch.setattr(offload, "_DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(offload, "_LEAST_BYTES", 1)
+    monkeypatch.setattr(ExpertTrainer, "_why_whole", lambda *_: "the bytes are to be compared")
+    scarce = Scarce(NO_ROW, first_layer=4 + 3).install(monkeypatch)  # in the second micro-batch of step 2
+    monkeypatch.setattr(scarce, "too_large", lambda tokens: not scarce.trainer.recovery.offload)
+    recovered = run(values, tmp_path / "recovered")
+    assert scarce.num_failures == 1
+    assert [(change["step"], change["setting"]) for change in recovered["train"]["recoveries"]] == [
+        (2, {"offload_activations": True})
+    ]
+    assert adapter_bytes(tmp_path / "recovered") == adapter
+
+
+def test_memory_that_runs_out_elsewhere_ends_in_one_clear_error(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def clip(trainer: ExpertTrainer, model: Any) -> float:
+        if trainer.state.global_step == 2:
+            raise out_of_memory()
+        return 1.0
+
+    monkeypatch.setattr(ExpertTrainer, "_clip_grad_norm", clip)
+    with pytest.raises(DoesNotFitError, match=r"step 3 ran out of memory outside of .*checkpoint-2\. "):
+        run(values, tmp_path / "run")
+    assert RunRecord.load(tmp_path / "run")["run"]["status"] == "stopped"
+
+
+def test_random_state_draws_again_what_was_drawn() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(numpy.random.rand()), float(torch.rand(()))
+
+    state = RandomState()
+    first = draw()
+    assert draw() != first
+    state.restore()
+    assert draw() == first
 
 
 class FailingUpdate:

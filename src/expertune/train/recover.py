@@ -16,7 +16,8 @@ import errno
 import gc
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from types import MethodType
@@ -142,6 +143,7 @@ class Recovery(TrainerCallback):
         self._earlier = sorted((Change(**change) for change in earlier), key=lambda change: change.step)
         self._run_dir, self._alone = "", True
         self._guarded: Optimizer | None = None
+        self._has_updated = False
         self._step, self._random = 1, RandomState()
         self._batches: list[Batch] = []
         self._returned: Tensor | float = 0.0
@@ -215,6 +217,22 @@ class Recovery(TrainerCallback):
 
         # Bound: transformers' schedule wraps the method's function.
         optimizer.step = MethodType(guarded, optimizer)  # type: ignore[method-assign]
+
+    @contextmanager
+    def stops_clearly(self) -> Iterator[None]:
+        """Memory that runs out anywhere else (gradient norms, a checkpoint) ends the run with an error of its own.
+
+        Raises:
+            DoesNotFitError: names the last good checkpoint.
+        """
+        try:
+            yield
+            return
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            said = _say(error)
+        raise self.stop(said, "outside of forward, backward and update")
 
     def stop(self, error: str, where: str) -> DoesNotFitError:
         """The error that ends a run."""
@@ -317,12 +335,14 @@ class Recovery(TrainerCallback):
 
     def _take_optimizer_step(self, optimizer: Optimizer, step: Callable[[], Any]) -> Any:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        is_first = not optimizer.state
+        is_first = not optimizer.state and not self._has_updated
         before = [parameter.detach().to("cpu", copy=True) for parameter in parameters] if is_first else []
         freed = False
         while True:
             try:
-                return step()
+                result = step()
+                self._has_updated = True
+                return result
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

@@ -79,6 +79,15 @@ class ExpertTrainer(Trainer):
         """The run's history; at resume transformers swaps in a copy that the checkpoint held."""
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, History))
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' training loop.
+
+        Raises:
+            DoesNotFitError: memory ran out, and nothing that could be changed is left; names the last good checkpoint.
+        """
+        with self.recovery.stops_clearly():
+            return super().train(*args, **kwargs)
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
@@ -86,7 +95,7 @@ class ExpertTrainer(Trainer):
 
         Raises:
             NonFiniteLossError: names the step, the rows and the last good checkpoint.
-            DoesNotFitError: memory ran out, and nothing that could be changed is left.
+            DoesNotFitError: see `train`.
         """
 
         def again() -> None:
