@@ -240,7 +240,8 @@ class Recovery(TrainerCallback):
         return DoesNotFitError(
             f"step {self._step} ran out of memory {where}: {error}. {tried}. The peak was "
             f"{peak_memory_bytes() / 1e9:.2f} GB; {last_good_checkpoint(self._run_dir)}. Go on from it with --resume "
-            "where there is more memory, or start a new run with a lower data.max_length or lora.r"
+            "where there is more memory, or start a new run with training.gradient_checkpointing, or with a lower "
+            "data.max_length or lora.r"
         )
 
     def _begin_step(self, step: int) -> None:
