@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from expertune.attention import (
     NAME,
     _flash_takes,
+    attend_by_batch,
     attend_by_row,
     check_varlen,
     require_rows_apart,
@@ -634,3 +635,14 @@ def test_layers_that_choose_tokens_by_the_mask_keep_their_mask() -> None:
     assert not attend_by_row(model)
     assert model.config._attn_implementation == "sdpa"
     require_rows_apart(model)
+
+
+def test_padded_batches_go_back_to_transformers_own_attention() -> None:
+    by_row, stock = pair()
+    attend_by_batch(by_row)
+    assert by_row.config._attn_implementation == "sdpa"
+    ids, mask = torch.randint(3, VOCABULARY, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        given = [model(input_ids=ids, attention_mask=mask, use_cache=False).logits for model in (by_row, stock)]
+    assert torch.equal(*given)

@@ -79,6 +79,12 @@ def attend_by_row(model: PreTrainedModel) -> bool:
     return True
 
 
+def attend_by_batch(model: PreTrainedModel) -> None:
+    """Back to transformers' own attention: padded batches have no use for another one."""
+    if model.config._attn_implementation == NAME:
+        model.set_attn_implementation("sdpa")
+
+
 def require_rows_apart(model: PreTrainedModel) -> None:
     """Try, on two short rows end to end, that the second one knows nothing of the first.
 

@@ -138,6 +138,7 @@ PER_LAYER = (
 # What a family derives from its other sizes in a way of its own, or leaves to those who train it.
 EXCEPT: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
+    "deepseek_v4": {"num_attention_heads": 8},  # two groups of a width that would be quantized
     "dots3_note_text": {
         "swa_num_attention_heads": HEADS,
         "swa_num_key_value_heads": HEADS,

@@ -133,6 +133,17 @@ def test_adapters_learn_what_autograd_says_over_dense_weights(family: Family) ->
         torch.testing.assert_close(found[key], gradient, rtol=0, atol=1e-4 * float(gradient.abs().max()))
 
 
+def test_default_targets_are_what_a_text_can_train(family: Family) -> None:
+    model = attach(load_tiny(family.folder), LoraSection(r=2, dropout=0.0), str(family.folder))
+    logits(model).square().sum().backward()
+    factors = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    assert any(".experts." in name for name in factors)
+    assert any(".experts." not in name for name in factors)
+    assert [name for name, each in factors.items() if each.grad is None] == []
+    # A starts with no gradient, for B is zero.
+    assert [name for name, each in factors.items() if "lora_B" in name and not each.grad.any()] == []
+
+
 def gradients(loss: Tensor, factors: Mapping[Factor, Tensor]) -> dict[Factor, Tensor]:
     """Of the factors that the loss depends on."""
     found = torch.autograd.grad(loss, list(factors.values()), allow_unused=True)

@@ -19,12 +19,15 @@ from expertune.adapt.files import (
     stock_config,
 )
 from expertune.adapt.peft_model import ExpertPeftModel, leaf_is_rewritten
+from expertune.adapt.reach import reached_modules
+from expertune.checkpoint.linears import is_linear
 from expertune.checkpoint.load import LoadedModel
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import Rank, ResolvedTargets, resolve_targets
 from expertune.config import LoraSection
 from expertune.errors import ConfigError
 from expertune.experts.lora import ExpertLoraConfig
+from expertune.experts.module import Nf4Experts
 
 
 def attach(
@@ -51,11 +54,12 @@ def attach(
     """
     with _without_adapters(loaded.model):
         asked, lora = lora, adopt(lora, loaded.names) if lora.init_from else lora
-        targets = resolve_targets(loaded.model, loaded.names, lora)
+        reached = _reached(loaded, asked)
+        targets = resolve_targets(loaded.model, loaded.names, lora, reached)
         if lora.init_from:
             tensors = read_adapter_tensors(lora.init_from)
             targets = _held_targets(targets, loaded.names, tensors)
-            _require_same_targets(loaded, asked, lora, targets)
+            _require_same_targets(loaded, asked, lora, targets, reached)
     config = _live_config(targets, lora)
     fused_ranks, fused_alphas = _fused_patterns(targets, lora)
     stock = stock_config(
@@ -126,6 +130,19 @@ def _without_adapters(model: nn.Module) -> Iterator[None]:
             setattr(parent, child, module)
 
 
+def _reached(loaded: LoadedModel, asked: LoraSection) -> set[str] | None:
+    """What aliases among the targets may mean; None where there is no alias to ask for."""
+    given = not asked.init_from or "targets" in asked.model_fields_set
+    if not given or not {"attention", "experts"} & set(asked.targets):
+        return None
+    candidates = {
+        name: module
+        for name, module in loaded.model.named_modules()
+        if is_linear(module) or isinstance(module, Nf4Experts)
+    }
+    return reached_modules(loaded.model, candidates)
+
+
 def _held_targets(targets: ResolvedTargets, names: NameMap, tensors: dict[str, Tensor]) -> ResolvedTargets:
     """Those of the targets that an adapter's file holds a tensor of.
 
@@ -150,12 +167,17 @@ def _held_targets(targets: ResolvedTargets, names: NameMap, tensors: dict[str, T
 
 
 def _require_same_targets(
-    loaded: LoadedModel, asked: LoraSection, adopted: LoraSection, theirs: ResolvedTargets
+    loaded: LoadedModel,
+    asked: LoraSection,
+    adopted: LoraSection,
+    theirs: ResolvedTargets,
+    reached: set[str] | None,
 ) -> None:
     """Refuse targets that the run file names and that the adapter at `init_from` does not have, or the reverse."""
     if "targets" not in asked.model_fields_set:
         return
-    ours = resolve_targets(loaded.model, loaded.names, adopted.model_copy(update={"targets": asked.targets}))
+    named = adopted.model_copy(update={"targets": asked.targets})
+    ours = resolve_targets(loaded.model, loaded.names, named, reached)
     if ours != theirs:
         raise ConfigError(
             f"lora.targets is {asked.targets}, but the adapter at {asked.init_from} has {adopted.targets}; "

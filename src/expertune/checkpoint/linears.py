@@ -6,6 +6,7 @@ small or decides much: routers, embeddings, the output head, norms.
 
 from collections.abc import Iterator, Mapping
 
+from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from expertune.experts.contract import BLOCK_SIZE, ExpertsSpec, require_experts
@@ -32,11 +33,18 @@ def linears_to_quantize(model: nn.Module, specs: Mapping[str, ExpertsSpec] | Non
         name: module
         for layer_name, layer in decoder_layers(model, specs)
         for name, module in layer.named_modules(prefix=layer_name)
-        if isinstance(module, nn.Linear)
+        if is_linear(module)
         and module is not head
         and module.in_features % BLOCK_SIZE == 0
         and not any(name == router or name.startswith(f"{router}.") for router in routers)
     }
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes x @ W.T + b and nothing else: a subclass may group, clip or scale."""
+    if isinstance(module, Linear4bit):
+        return True
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def decoder_layers(model: nn.Module, specs: Mapping[str, ExpertsSpec]) -> Iterator[tuple[str, nn.Module]]:

@@ -7,13 +7,13 @@ experts alike means both.
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import nn
 
-from expertune.checkpoint.linears import decoder_layers
+from expertune.checkpoint.linears import decoder_layers, is_linear
 from expertune.checkpoint.names import NameMap
 from expertune.config import LoraSection
 from expertune.errors import ConfigError
@@ -45,7 +45,9 @@ class ResolvedTargets:
     router: dict[str, Rank] = field(default_factory=dict)
 
 
-def resolve_targets(model: nn.Module, names: NameMap, lora: LoraSection) -> ResolvedTargets:
+def resolve_targets(
+    model: nn.Module, names: NameMap, lora: LoraSection, reached: Collection[str] | None = None
+) -> ResolvedTargets:
     """Resolve targets and rank patterns of a run file against a model.
 
     `rank_pattern` and `alpha_pattern` follow PEFT: a key is a projection's name or a regular expression that has to
@@ -56,6 +58,7 @@ def resolve_targets(model: nn.Module, names: NameMap, lora: LoraSection) -> Reso
             linears may already be the 4-bit ones.
         names: its name map.
         lora: the adapter section of the run file.
+        reached: the linears and experts modules that a loss can reach, where that has been tried; aliases mean these.
 
     Raises:
         ConfigError: a target or a pattern fits nothing (the message names the nearest names that exist), a pattern is
@@ -65,7 +68,7 @@ def resolve_targets(model: nn.Module, names: NameMap, lora: LoraSection) -> Reso
     ranks = _Ranks(lora)
     resolved = ResolvedTargets()
     for target in lora.targets:
-        if not candidates.take(target, names, ranks, resolved):
+        if not candidates.take(target, names, ranks, resolved, reached):
             raise ConfigError(f"lora.targets: no module is called {target!r}{_nearest(target, candidates.known())}")
     ranks.require_all_used(candidates.known())
     return resolved
@@ -89,8 +92,7 @@ class _Candidates:
         linears = {
             name: names.on_disk(name)
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear)
-            and not any(name == block or name.startswith(f"{block}.") for block in blocks)
+            if is_linear(module) and not any(name == block or name.startswith(f"{block}.") for block in blocks)
         }
         return cls(
             linears=linears,
@@ -100,13 +102,24 @@ class _Candidates:
             projections=names.projection_names,
         )
 
-    def take(self, target: str, names: NameMap, ranks: "_Ranks", into: ResolvedTargets) -> bool:
+    def take(
+        self,
+        target: str,
+        names: NameMap,
+        ranks: "_Ranks",
+        into: ResolvedTargets,
+        reached: Collection[str] | None = None,
+    ) -> bool:
         """Add everything that a target names; False if that is nothing."""
+
+        def can_learn(name: str) -> bool:
+            return reached is None or name in reached
+
         linears = [
             name
             for name, on_disk in self.linears.items()
             if _ends_in(on_disk, target)
-            or (target == "attention" and name in self.attention)
+            or (target == "attention" and name in self.attention and can_learn(name))
             or (target == "lm_head" and name == self.head)
         ]
         routers = [name for name, on_disk in self.routers.items() if target == "router" or _ends_in(on_disk, target)]
@@ -114,7 +127,7 @@ class _Candidates:
             (module, projection)
             for module in names.specs
             for projection, leaf in self.projections.items()
-            if target in ("experts", leaf)
+            if target == leaf or (target == "experts" and can_learn(module))
         ]
         for name in linears:
             into.linears[name] = ranks.of([self.linears[name]])
@@ -202,7 +215,7 @@ def _attention_linears(model: nn.Module, names: NameMap) -> Iterator[str]:
         for child, block in layer.named_children():
             if hasattr(block, "layer_idx") and not _holds(names, f"{layer_name}.{child}"):
                 for name, module in block.named_modules(prefix=f"{layer_name}.{child}"):
-                    if isinstance(module, nn.Linear):
+                    if is_linear(module):
                         yield name
 
 

@@ -1,0 +1,59 @@
+"""Which modules an adapter can learn in: tried on a short text, before anything is attached.
+
+A family may have linears beside those that its logits depend on smoothly: an index that picks tokens, a weight that a
+kernel takes from its module without calling it, experts for pictures. An adapter there would never get a gradient.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_TOKENS = 16
+
+
+def reached_modules(model: PreTrainedModel, candidates: Mapping[str, nn.Module]) -> set[str]:
+    """Names of the candidates whose output the logits of a text have a gradient to.
+
+    Args:
+        model: a causal language model with its weights and without adapters; nothing of it is changed.
+        candidates: modules of the model by name. One that PEFT refuses to adapt in this model is not reached either.
+    """
+    outputs: list[tuple[str, Tensor]] = []
+
+    def cut(_module: nn.Module, _inputs: Any, embedded: Tensor) -> Tensor:
+        return embedded.detach().requires_grad_()
+
+    def note(name: str) -> Any:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.requires_grad:
+                outputs.append((name, output))
+
+        return keep
+
+    embeddings = model.get_input_embeddings()
+    ids = torch.arange(1, _TOKENS + 1, device=embeddings.weight.device) % model.config.get_text_config().vocab_size
+    hooks = [embeddings.register_forward_hook(cut)]
+    hooks += [module.register_forward_hook(note(name)) for name, module in candidates.items()]
+    try:
+        with torch.enable_grad():
+            # Twice the same row, so that no family has to say where rows begin.
+            logits = model(input_ids=ids.expand(2, -1), use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    gradients = torch.autograd.grad(logits.float().sum(), [output for _, output in outputs], allow_unused=True)
+    reached = {name for (name, _), gradient in zip(outputs, gradients, strict=True) if gradient is not None}
+    return {name for name in reached if not _is_refused(model, name)}
+
+
+def _is_refused(model: PreTrainedModel, name: str) -> bool:
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
