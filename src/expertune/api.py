@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.proof import probe_logits, prove
-from expertune.attention import require_rows_apart
+from expertune.attention import attend_by_batch, require_rows_apart
 from expertune.checkpoint.hub import ModelSource, fetch_model
 from expertune.checkpoint.load import LoadedModel, load_model
 from expertune.checkpoint.tokenizer import load_tokenizer
@@ -344,7 +344,10 @@ def _load(config: RunConfig, source: ModelSource, device: torch.device, record: 
     kept = record.values.get("kernels", {})
     set_up_kernels(config.kernels, kept.get("crossover"), kept.get("gemm"))
     dtype = resolve_compute_dtype(config.quantization.compute_dtype, device)
-    return load_model(source.folder, config.quantization, dtype, device, config.trust_remote_code)
+    loaded = load_model(source.folder, config.quantization, dtype, device, config.trust_remote_code)
+    if config.data.packing == "padded":
+        attend_by_batch(loaded.model)
+    return loaded
 
 
 def _probe_batch(
