@@ -17,7 +17,7 @@ from expertune.errors import DataError
 from expertune.record import RunRecord
 
 RUN_FILE = "model: base\ndata: {train: rows.jsonl}\noutput_dir: runs/first\n"
-COMMANDS = ["plan", "train", "evaluate", "generate", "chat", "doctor"]
+COMMANDS = ["plan", "train", "evaluate", "generate", "chat", "quantize", "doctor"]
 
 
 @pytest.fixture

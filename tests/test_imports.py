@@ -7,7 +7,7 @@ import sys
 import pytest
 
 HEAVY = ["torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "matplotlib", "numpy"]
-COMMANDS = ["plan", "train", "evaluate", "generate", "chat", "doctor"]
+COMMANDS = ["plan", "train", "evaluate", "generate", "chat", "quantize", "doctor"]
 
 REPORT = """
 import atexit, json, sys, time

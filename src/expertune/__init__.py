@@ -14,12 +14,17 @@ from expertune.record import RunRecord
 
 if TYPE_CHECKING:
     from expertune.api import Run, evaluate, finetune, generate, make_plan
+    from expertune.checkpoint.quantize import quantize
 
 __version__ = _version("expertune")
-__all__ = ["Run", "RunConfig", "RunRecord", "evaluate", "finetune", "generate", "load_config", "make_plan"]
+__all__ = ["Run", "RunConfig", "RunRecord", "evaluate", "finetune", "generate", "load_config", "make_plan", "quantize"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "quantize":
+        from expertune.checkpoint.quantize import quantize
+
+        return quantize
     if name in __all__:
         from expertune import api
 

@@ -12,9 +12,9 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -227,6 +227,84 @@ def chat(
     _say(f"{run_dir}: {which} of {run.config.model}. /exit or Ctrl-D ends.")
     with run.model.disable_adapter() if base_only else contextlib.nullcontext():
         _converse(run, max_new_tokens)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a hub id.")],
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="The folder to write; new or empty.")] = None,
+    double_quantization: Annotated[
+        bool | None,
+        typer.Option(
+            "--double-quantization/--no-double-quantization", help="Hold the scales in 8 bits (on by default)."
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(help="Of what stays unquantized; auto keeps each tensor's own."),
+    ] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python that ships with the model.")
+    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Only hash the files of an NF4 folder anew.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a model's 4-bit weights into a folder that loads at reading speed. Prints the folder.
+
+    Shards of a hub model are fetched one by one and deleted after use. The same command goes on after an interruption.
+    `expertune quantize --verify FOLDER` checks a folder.
+    """
+    if verify:
+        _verify(Path(out or model))
+        return
+    if out is None:
+        raise typer.BadParameter("give the folder to write", param_hint="OUT")
+    try:
+        with _stdout_for_results():
+            from expertune.checkpoint.quantize import quantize as write
+            from expertune.config import QuantizationConfig
+
+            # What is quantized already decides by itself, unless the user has.
+            asked = None if double_quantization is None else QuantizationConfig(double_quantization=double_quantization)
+            with _progress() as tell:
+                write(model, out, asked, dtype, revision, trust_remote_code, tell)
+    except KeyboardInterrupt:
+        _say(f"expertune: interrupted; the same command goes on with {out}")
+        raise typer.Exit(130) from None
+    print(out)
+
+
+def _verify(folder: Path) -> None:
+    with _stdout_for_results():
+        from expertune.checkpoint.store import verify
+
+        count = verify(folder)
+    print(f"{folder}: {count} files are as they were written")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal; elsewhere a line on stderr for each tenth of the work."""
+    if not sys.stderr.isatty():
+        said = -1
+
+        def line(file: str, done: int, total: int) -> None:
+            nonlocal said
+            tenth = 10 * done // max(total, 1)
+            if tenth > said:
+                said = tenth
+                _say(f"{file}: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("quantize", total=None)
+        yield lambda file, done, total: bar.update(task, description=file, completed=done, total=total)
 
 
 @app.command()

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from expertune.errors import CheckpointError
 
-_CODE = ["*.py"]
-_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+CODE = ["*.py"]
+SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
+_WEIGHTS = ["*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,16 @@ class ModelSource:
     revision: str | None = None
 
 
-def fetch_model(model: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
+def fetch_model(
+    model: str, revision: str | None = None, trust_remote_code: bool = False, weights: bool = True
+) -> ModelSource:
     """A local folder, or the hub snapshot of `model`, downloaded or taken from the hub's cache.
+
+    Args:
+        model: path or hub id.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: fetch Python that ships with the model.
+        weights: False fetches everything else: config, tokenizer, the index of the shards.
 
     Raises:
         CheckpointError: neither a folder nor a repository that can be reached; says what to do.
@@ -36,8 +45,9 @@ def fetch_model(model: str, revision: str | None = None, trust_remote_code: bool
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    patterns = SMALL_FILES + (_WEIGHTS if weights else []) + (CODE if trust_remote_code else [])
     try:
-        path = snapshot_download(model, revision=revision, allow_patterns=_FILES + (_CODE if trust_remote_code else []))
+        path = snapshot_download(model, revision=revision, allow_patterns=patterns)
     except HFValidationError:
         raise CheckpointError(f"model {model}: neither a folder here nor a hub id of the form owner/name") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -7,7 +7,6 @@ far, its 16-bit rest (embeddings, router, norms, lm_head), and the one tensor be
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,10 @@ from expertune.attention import attend_by_row
 from expertune.checkpoint.convert import Sources, parts_of
 from expertune.checkpoint.linears import linears_to_quantize
 from expertune.checkpoint.names import Destination, NameMap, read_names
+from expertune.checkpoint.prequantized import Method, Piece, double_quantization_of, find_pieces, method_of, place_piece
 from expertune.checkpoint.reader import CheckpointIndex, TensorEntry, open_checkpoint
+from expertune.checkpoint.restore import ReadExperts, fill, kept_dtype, missing_tensors, settings_of
+from expertune.checkpoint.store import Nf4Folder, is_nf4_folder, read_nf4_folder
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from expertune.experts import layout
@@ -110,32 +112,73 @@ def load_model(
     device: torch.device | str,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    read_experts: ReadExperts | None = None,
 ) -> LoadedModel:
     """Load a model folder with NF4 experts and NF4 decoder linears onto a device.
 
     Args:
-        folder: config.json and safetensors, per-expert or fused, in any number of shards.
-        quantization: how frozen weights are held.
+        folder: config.json and safetensors, per-expert or fused, in any number of shards; 16-bit, in bitsandbytes'
+            nf4, in MXFP4, or an NF4 folder.
+        quantization: how frozen weights are held; what is quantized already stays as it is.
         dtype: dtype of the 16-bit rest and of all products.
         device: where everything lives.
         trust_remote_code: run Python that ships with the model.
         progress: called with (bytes read, bytes in all) after each tensor.
+        read_experts: of an NF4 folder, what gives an experts module its bytes (see `expertune.checkpoint.restore`).
 
     Raises:
         CheckpointError: a tensor is missing, stored twice, truncated, of another shape, or not finite; names it.
-        ConfigError, UnsupportedModelError: see `build_meta_model` and `read_names`.
+        ConfigError, UnsupportedModelError: see `build_meta_model`, `read_names` and `settings_of`.
     """
+    if is_nf4_folder(folder):
+        return _load_nf4_folder(
+            read_nf4_folder(folder), quantization, dtype, device, trust_remote_code, progress, read_experts
+        )
     index = open_checkpoint(folder)
     model = build_meta_model(folder, dtype, trust_remote_code)
-    _refuse_quantized(index.folder, model)
+    method = quantization_method(index.folder, model)
     attend_by_row(model)
     names = read_names(model)
-    linears = linears_to_quantize(model)
-    _swap_experts(model, quantization, device)
-    loader = _Loader(model, names, set(linears), quantization, dtype, torch.device(device))
-    unexpected = loader.stream(index, progress)
+    pieces = find_pieces(index.tensors, method)
+    stored = double_quantization_of(pieces, names)
+    if stored is not None:
+        quantization = settings_of(quantization, stored, index.folder)
+    # Which linears of a bitsandbytes checkpoint are 4-bit is as in its file.
+    linears = set() if method == "bitsandbytes" else set(linears_to_quantize(model))
+    swap_experts(model, quantization, device)
+    loader = Loader(model, names, linears, quantization, dtype, torch.device(device))
+    unexpected = loader.stream(index, pieces, progress)
     model.tie_weights()
-    loader.check_complete(index)
+    loader.check_complete(index.folder)
+    return _finish(model, names, unexpected, device)
+
+
+def _load_nf4_folder(
+    stored: Nf4Folder,
+    quantization: QuantizationConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    trust_remote_code: bool,
+    progress: Progress | None,
+    read_experts: ReadExperts | None,
+) -> LoadedModel:
+    settings = settings_of(quantization, stored.settings.double_quantization, stored.folder)
+    model = build_meta_model(stored.folder, dtype, trust_remote_code)
+    attend_by_row(model)
+    names = read_names(model)
+    swap_experts(model, settings, "meta")
+    unexpected = fill(model, stored, dtype, torch.device(device), read_experts, progress)
+    model.tie_weights()
+    missing = missing_tensors(model, stored)
+    if missing:
+        raise CheckpointError(f"{stored.folder}: missing tensors: {_first(missing)}; quantize the model again")
+    return _finish(model, names, unexpected, device)
+
+
+def _finish(model: PreTrainedModel, names: NameMap, unexpected: list[str], device: torch.device | str) -> LoadedModel:
+    if getattr(model.config, "quantization_config", None) is not None:
+        # It said how the file was packed; transformers would take the model for one of that kind.
+        del model.config.quantization_config
     model.to(device)
     model.requires_grad_(False)
     # PEFT reads this flag to adapt `Linear4bit` layers as 4-bit ones.
@@ -144,25 +187,25 @@ def load_model(
     return LoadedModel(model, names, unexpected)
 
 
-def _refuse_quantized(folder: Path, model: PreTrainedModel) -> None:
+def quantization_method(folder: Path, model: PreTrainedModel) -> Method | None:
+    """How the checkpoint of a meta model is quantized, by its config; None where it is not.
+
+    Raises:
+        UnsupportedModelError: in a way that cannot be read.
+    """
     scheme = getattr(model.config, "quantization_config", None)
-    if scheme is None:
-        return
-    values = scheme if isinstance(scheme, dict) else scheme.to_dict()
-    method = values.get("quant_method", "of an unknown method")
-    raise UnsupportedModelError(
-        f"{folder}: the checkpoint is already quantized ({method}), which is not supported yet: give the 16-bit one"
-    )
+    return method_of(scheme if scheme is None or isinstance(scheme, dict) else scheme.to_dict(), str(folder))
 
 
-def _swap_experts(model: nn.Module, quantization: QuantizationConfig, device: torch.device | str) -> None:
+def swap_experts(model: nn.Module, quantization: QuantizationConfig, device: torch.device | str) -> None:
+    """Put an `Nf4Experts` without bytes in the place of every experts module."""
     for name, experts in list(find_experts(model)):
         parent, _, child = name.rpartition(".")
         swapped = Nf4Experts(experts, name, quantization.double_quantization, device)
         setattr(model.get_submodule(parent), child, swapped)
 
 
-class _Loader:
+class Loader:
     """Places checkpoint tensors in a model whose experts have been swapped."""
 
     def __init__(
@@ -179,42 +222,50 @@ class _Loader:
         # What a family keeps in float32 whatever the dtype, such as a router's correction bias: name part -> dtype.
         self.kept: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
         self.filled: dict[tuple[str, str | None, int | None], str] = {}
+        self._waiting: dict[str, Sources] = {}
 
-    def stream(self, index: CheckpointIndex, progress: Progress | None) -> list[str]:
+    def stream(self, index: CheckpointIndex, pieces: list[Piece], progress: Progress | None) -> list[str]:
+        """Place all weights; returns the names of those that the model has no place for."""
         done, total, unexpected = 0, index.nbytes, []
-        converted: dict[str, Sources] = {}
-        for entry in index.tensors.values():
-            destination = self.names.locate(entry.key)
-            if destination.converter is not None:
-                converted.setdefault(destination.name, []).append((entry, destination))
-                continue
-            if destination.projection is not None:
-                self._place_expert(entry, destination)
-            elif not self._place(entry, destination.name):
-                unexpected.append(entry.key)
-            done += entry.nbytes
+        for piece in pieces:
+            entries = {part: index.tensors[key] for part, key in piece.parts.items()}
+            if not place_piece(self, piece, entries):
+                unexpected.append(piece.key)
+            done += sum(entry.nbytes for entry in entries.values())
             if progress:
                 progress(done, total)
-        for sources in converted.values():
-            unexpected += self._place_converted(sources)
-            done += sum(entry.nbytes for entry, _ in sources)
-            if progress:
-                progress(done, total)
-        return unexpected
+        return unexpected + self.place_converted()
 
-    def check_complete(self, index: CheckpointIndex) -> None:
-        """Raise CheckpointError naming the first tensors that nothing filled."""
+    def place(self, entry: TensorEntry, destination: Destination) -> bool:
+        """Place one tensor; False where the model has no place for it.
+
+        One that transformers converts together with others waits for `place_converted`.
+        """
+        if destination.converter is not None:
+            self._waiting.setdefault(destination.name, []).append((entry, destination))
+        elif destination.projection is not None:
+            self._place_expert(entry, destination)
+        else:
+            return self._place(entry, destination.name)
+        return True
+
+    def place_converted(self) -> list[str]:
+        """Place what is made of the tensors that have been waiting; names of those the model has no place for."""
+        waiting, self._waiting = self._waiting, {}
+        return [key for sources in waiting.values() for key in self._place_converted(sources)]
+
+    def check_complete(self, folder: Path, belongs: Callable[[str], bool] = lambda name: True) -> None:
+        """Raise CheckpointError naming the first tensors that nothing filled, of those whose live names belong."""
         missing = [
             self.names.expert_on_disk(module, expert, projection) + ".weight"
             for module, spec in self.names.specs.items()
             for projection in spec.projections
             for expert in range(spec.num_experts)
-            if (module, projection, expert) not in self.filled
+            if belongs(module) and (module, projection, expert) not in self.filled
         ]
-        missing += [self.names.on_disk(name) for name in self._unfilled()]
+        missing += [self.names.on_disk(name) for name in self._unfilled() if belongs(name)]
         if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise CheckpointError(f"{index.folder}: missing tensors: {', '.join(missing[:3])}{more}")
+            raise CheckpointError(f"{folder}: missing tensors: {_first(missing)}")
 
     def _unfilled(self) -> list[str]:
         """Parameters that are still on the meta device, and saved buffers that kept their first values."""
@@ -253,7 +304,7 @@ class _Loader:
     def _place_converted(self, sources: Sources) -> list[str]:
         """Place what transformers' own operations make of several tensors; names of those it has no place for."""
         first = sources[0][0]
-        unexpected = set()
+        unexpected: set[str] = set()
         for part in parts_of(sources, self.names):
             for name, tensor in part.convert(self.model):
                 weight = self.names.weight_of(name)
@@ -285,7 +336,7 @@ class _Loader:
             raise CheckpointError(
                 f"{entry.shard}: tensor {entry.key} belongs to expert {expert}, but the model has {experts.num_experts}"
             )
-        self._claim(entry, module, projection, expert)
+        self.claim(entry, module, projection, expert)
         _require_floats(entry)
         try:
             matrix = read().to(self.device)
@@ -304,7 +355,7 @@ class _Loader:
         current = slots.get(leaf)
         if current is None:
             return False
-        self._claim(entry, name, None, None)
+        self.claim(entry, name, None, None)
         if current.is_floating_point():
             _require_floats(entry)
         shape = entry.shape if converted is None else tuple(converted.shape)
@@ -319,7 +370,7 @@ class _Loader:
             module._buffers[leaf] = tensor.to(self.device, self._dtype_of(name, current))
             return True
         tensor = tensor if tensor.dtype in _QUANTIZABLE else tensor.float()
-        if not torch.isfinite(tensor).all():
+        if not _is_finite(tensor):
             raise CheckpointError(f"{entry.shard}: tensor {entry.key} holds NaN or infinite weights")
         if module_name in self.linears and leaf == "weight":
             self._quantize_linear(module_name, tensor)
@@ -329,8 +380,7 @@ class _Loader:
         return True
 
     def _dtype_of(self, name: str, current: Tensor) -> torch.dtype:
-        kept = (dtype for part, dtype in self.kept.items() if fnmatchcase(name, f"*{part}*"))
-        return next(kept, current.dtype)
+        return kept_dtype(self.kept, name, current.dtype)
 
     def _quantize_linear(self, name: str, matrix: Tensor) -> None:
         linear = self.model.get_submodule(name)
@@ -338,17 +388,28 @@ class _Loader:
         parent, _, child = name.rpartition(".")
         setattr(self.model.get_submodule(parent), child, quantized)
 
-    def _claim(self, entry: TensorEntry, name: str, projection: str | None, expert: int | None) -> None:
+    def claim(self, entry: TensorEntry, name: str, projection: str | None, expert: int | None) -> None:
+        """Note what fills a weight; raise CheckpointError with both names where something else has."""
         previous = self.filled.setdefault((name, projection, expert), entry.key)
         if previous != entry.key:
             raise CheckpointError(f"{entry.shard}: tensors {previous} and {entry.key} both belong to {name}")
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; in pieces, as torch makes several copies of what it is given."""
+    return all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(2**20))
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
+
+
 def _require_floats(entry: TensorEntry) -> None:
     if not entry.dtype.is_floating_point:
         raise UnsupportedModelError(
-            f"{entry.shard}: tensor {entry.key} is {str(entry.dtype).removeprefix('torch.')}; a checkpoint that is "
-            "already quantized is not supported yet: give the 16-bit one"
+            f"{entry.shard}: tensor {entry.key} is {str(entry.dtype).removeprefix('torch.')}; it looks "
+            "already quantized, and config.json does not say how (quantization_config): give the 16-bit checkpoint"
         )
 
 

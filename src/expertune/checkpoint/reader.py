@@ -37,6 +37,11 @@ _DTYPES = {
 }
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that safetensors headers give a dtype, e.g. `BF16`."""
+    return next(name for name, known in _DTYPES.items() if known == dtype)
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """One tensor of a checkpoint, by its header.
@@ -118,7 +123,7 @@ def open_checkpoint(folder: str | Path) -> CheckpointIndex:
             or stored twice; names the file and the tensor.
     """
     folder = Path(folder)
-    weight_map = _read_index(folder)
+    weight_map = read_weight_map(folder)
     shards = sorted({folder / name for name in weight_map.values()}) if weight_map else _loose_shards(folder)
     tensors: dict[str, TensorEntry] = {}
     for shard in shards:
@@ -192,7 +197,12 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return header
 
 
-def _read_index(folder: Path) -> dict[str, str]:
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """Name on disk -> shard, by the folder's index; empty where it has none.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
     path = folder / INDEX_NAME
     if not path.exists():
         return {}

@@ -1,0 +1,361 @@
+"""Write an NF4 folder from a checkpoint of any size: a decoder layer at a time, one source tensor at a time.
+
+Layers are written in the order that keeps few shards open, each file beside itself and then renamed; what is finished
+is noted, so that a run that was killed goes on. The bytes are those that loading the source gives: the same code
+places them (`expertune.checkpoint.load.Loader`).
+"""
+
+import errno
+import gc
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from expertune.checkpoint.contents import FLOATS, Keeper, layer_tensors, rest_tensors
+from expertune.checkpoint.hub import CODE, SMALL_FILES, ModelSource, fetch_model
+from expertune.checkpoint.jobs import Job, estimate_bytes, few_shards_at_once, make_jobs
+from expertune.checkpoint.linears import decoder_layers, linears_to_quantize
+from expertune.checkpoint.load import build_meta_model, quantization_method, swap_experts
+from expertune.checkpoint.names import read_names
+from expertune.checkpoint.prequantized import double_quantization_of, find_pieces
+from expertune.checkpoint.reader import INDEX_NAME, read_header
+from expertune.checkpoint.restore import settings_of
+from expertune.checkpoint.shards import HubShards, LocalShards, OpenShards, Shards
+from expertune.checkpoint.store import (
+    FOLDER_MARK,
+    FORMAT_VERSION,
+    METHOD,
+    PADDING,
+    PROGRESS_MARK,
+    FileRecord,
+    Nf4Folder,
+    hash_file,
+    is_nf4_folder,
+    read_manifest,
+    read_nf4_folder,
+    read_progress,
+    write_tensors,
+)
+from expertune.config import QuantizationConfig
+from expertune.errors import CheckpointError
+from expertune.record import write_json, write_text
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+# The file that is being worked on, bytes written so far, bytes in all.
+Progress = Callable[[str, int, int], None]
+
+# Shards of a hub model, while they are needed.
+_DOWNLOADS = ".source"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def quantize(
+    model: str,
+    out: str | Path,
+    quantization: QuantizationConfig | None = None,
+    dtype: Dtype = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    shards: Shards | None = None,
+) -> Nf4Folder:
+    """Write the NF4 folder of a model, or go on with one that was interrupted.
+
+    Args:
+        model: folder, or hub id: its shards are then fetched one by one and deleted after use.
+        out: the folder to write; it may not hold anything else.
+        quantization: how weights are quantized; what is quantized already stays as it is.
+        dtype: of what stays unquantized; `auto` keeps each tensor's own.
+        revision: of a hub id.
+        trust_remote_code: run Python that ships with the model.
+        progress: called before and after each file.
+        shards: where the source's tensors lie; None means what `model` says.
+
+    Raises:
+        CheckpointError: the source is damaged or incomplete; `out` holds something else or another source's work, or
+            cannot be written; the disk is full (says how many bytes are needed; run again after making room).
+        ConfigError, UnsupportedModelError: see `expertune.checkpoint.load.load_model`.
+    """
+    out = Path(out)
+    source = fetch_model(model, revision, trust_remote_code, weights=False)
+    if is_nf4_folder(source.folder):
+        raise CheckpointError(f"{model}: already an NF4 folder; give the checkpoint that it was made of")
+    if source.folder.resolve() == out.resolve():
+        raise CheckpointError(f"{out}: the model itself lies here; choose another folder to write")
+    _require_room_for_ours(out)
+    if shards is None:
+        shards = _find_shards(model, source, out)
+    name = model if source.revision else str(source.folder.resolve())
+    work = _Work.plan(name, source, out, shards, quantization or QuantizationConfig(), dtype, trust_remote_code)
+    try:
+        if not work.is_finished():
+            work.run(progress)
+    except OSError as error:
+        raise _cannot_write(out, error, work.bytes_left()) from None
+    return read_nf4_folder(out)
+
+
+def _require_room_for_ours(out: Path) -> None:
+    """Refuse a file, and a folder with anything in it that this module has not begun."""
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out}: a file; choose a folder to write")
+    if out.is_dir() and not is_nf4_folder(out) and any(path.name != _DOWNLOADS for path in out.iterdir()):
+        raise CheckpointError(f"{out}: holds something else; choose a new or an empty folder")
+
+
+def _find_shards(model: str, source: ModelSource, out: Path) -> Shards:
+    if source.revision is None:
+        return LocalShards(source.folder)
+    return HubShards(model, source.revision, source.folder, out / _DOWNLOADS)
+
+
+def _cannot_write(out: Path, error: OSError, needed: int) -> CheckpointError:
+    if error.errno in _FULL:
+        return CheckpointError(
+            f"{out}: the disk is full; {needed} bytes more are needed ({_gigabytes(needed)}). What is finished is "
+            "kept: make room, and the same command goes on"
+        )
+    return CheckpointError(f"{error.filename or out}: cannot be written or read ({error.strerror or error})")
+
+
+@dataclass
+class _Work:
+    """Everything that one call works on; `notes` is what is on the disk about it."""
+
+    out: Path
+    source: ModelSource
+    shards: Shards
+    loader: Keeper
+    settings: QuantizationConfig
+    dtype: Dtype
+    identity: dict[str, Any]
+    jobs: list[Job]
+    sizes: dict[str, int]
+    trust_remote_code: bool
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def plan(
+        cls,
+        name: str,
+        source: ModelSource,
+        out: Path,
+        shards: Shards,
+        asked: QuantizationConfig,
+        dtype: Dtype,
+        trust_remote_code: bool,
+    ) -> "_Work":
+        """What is to be done, from the config and the names of the tensors alone."""
+        config_text = (source.folder / "config.json").read_text(encoding="utf-8") if _has_config(source) else "{}"
+        compute = FLOATS[dtype] if dtype != "auto" else config_dtype(json.loads(config_text))
+        model = build_meta_model(source.folder, compute, trust_remote_code)
+        method = quantization_method(source.folder, model)
+        names = read_names(model)
+        pieces = find_pieces(shards.weight_map, method)
+        stored = double_quantization_of(pieces, names)
+        settings = asked if stored is None else settings_of(asked, stored, source.folder)
+        linears = set() if method == "bitsandbytes" else set(linears_to_quantize(model))
+        layers = [layer for layer, _ in decoder_layers(model, names.specs)]
+        jobs = make_jobs(layers, names, pieces)
+        swap_experts(model, settings, "meta")
+        four_bit = {names.locate(p.key).name.removesuffix(".weight") for p in pieces if p.method == "bitsandbytes"}
+        sizes = {job.file: estimate_bytes(model, job, layers, linears | four_bit, settings) for job in jobs}
+        loader = Keeper(model, names, linears, settings, compute, torch.device("cpu"))
+        loader.keep = dtype == "auto"
+        weight_map = json.dumps(sorted(shards.weight_map.items()))
+        identity = {
+            "model": name,
+            "revision": source.revision,
+            "config_sha256": hashlib.sha256(config_text.encode()).hexdigest(),
+            "tensors_sha256": hashlib.sha256(weight_map.encode()).hexdigest(),
+            "quantization": settings.model_dump(include={"scheme", "double_quantization", "block_size"}),
+            "dtype": dtype,
+        }
+        ordered = few_shards_at_once(jobs, shards.weight_map)
+        return cls(out, source, shards, loader, settings, dtype, identity, ordered, sizes, trust_remote_code)
+
+    @property
+    def files(self) -> dict[str, Any]:
+        return self.notes.setdefault("files", {})
+
+    def bytes_left(self) -> int:
+        """About how many bytes are still to be written."""
+        return sum(size for file, size in self.sizes.items() if file not in self.files)
+
+    def is_finished(self) -> bool:
+        """Look at `out`: True where all work is done, False where there is some left; then it is ready to be done.
+
+        Raises:
+            CheckpointError: it holds another source's work, or has too little room.
+        """
+        out = self.out
+        if (out / FOLDER_MARK).is_file():
+            manifest = read_manifest(out)
+            self._require_same(
+                {**manifest["source"], "quantization": manifest["quantization"], "dtype": manifest["dtype"]}
+            )
+            return True
+        notes = read_progress(out)
+        if notes is not None:
+            self._require_same(notes["plan"])
+            self.notes = notes
+            for file, record in list(self.files.items()):
+                path = out / file
+                if not path.is_file() or asdict(hash_file(path)) != _record(record):
+                    del self.files[file]
+        else:
+            self.notes = {"format_version": FORMAT_VERSION, "plan": self.identity, "shards": {}, "files": {}}
+        needed = self.bytes_left()
+        free = shutil.disk_usage(_existing(out)).free
+        if needed > free:
+            raise CheckpointError(
+                f"{out}: {needed} bytes are needed ({_gigabytes(needed)}), and {_gigabytes(free)} are free; make room, "
+                "or choose a folder on another disk"
+            )
+        self._save_notes()
+        return False
+
+    def _require_same(self, before: dict[str, Any]) -> None:
+        for key, now in self.identity.items():
+            if before.get(key) != now:
+                raise CheckpointError(
+                    f"{self.out}: was begun with {key.removesuffix('_sha256')} {json.dumps(before.get(key))}, and is "
+                    f"asked for with {json.dumps(now)}; choose another folder, or delete this one"
+                )
+
+    def run(self, progress: Progress | None) -> None:
+        """Do all work that is left."""
+        opened = OpenShards(self.shards, self._note_shard)
+        total = sum(self.sizes.values())
+        while True:
+            left = [job for job in self.jobs if job.file not in self.files]
+            opened.keep_only({shard for job in left for shard in job.shards(self.shards.weight_map)})
+            if not left:
+                break
+            job = left[0]
+            if progress:
+                progress(job.file, total - self.bytes_left(), total)
+            record, left_out = self._write(job, opened)
+            self.files[job.file] = {"sha256": record.sha256, "bytes": record.nbytes, "left_out": left_out}
+            self._save_notes()
+        if progress:
+            progress(FOLDER_MARK, total, total)
+        self._finish()
+
+    def _write(self, job: Job, opened: OpenShards) -> tuple[FileRecord, list[str]]:
+        weights = [(piece, {part: opened.entry(key) for part, key in piece.parts.items()}) for piece in job.pieces]
+        weights.sort(key=lambda weight: min((entry.shard.name, entry.start) for entry in weight[1].values()))
+        if job.layer is None:
+            layers = tuple(each.layer for each in self.jobs if each.layer)
+            outgoing, left_out = rest_tensors(self.loader, layers, weights, self.source.folder)
+        else:
+            outgoing, left_out = layer_tensors(self.loader, job.layer, weights, self.source.folder)
+        record = write_tensors(self.out / job.file, outgoing)
+        if job.layer is not None:
+            parent, _, child = job.layer.rpartition(".")
+            setattr(self.loader.model.get_submodule(parent), child, nn.Identity())
+            # Modules and their parameters refer to each other: the layer's memory comes back with the next collection.
+            del outgoing
+            gc.collect()
+        return record, left_out
+
+    def _note_shard(self, shard: str, path: Path) -> None:
+        found = hash_file(path)
+        before = self.notes["shards"].get(shard)
+        now = {"sha256": found.sha256, "bytes": found.nbytes}
+        if before is not None and before != now:
+            raise CheckpointError(
+                f"{path}: has changed since this NF4 folder was begun; restore it, or begin anew in another folder"
+            )
+        self.notes["shards"][shard] = now
+        self._save_notes()
+
+    def _save_notes(self) -> None:
+        write_json(self.out / PROGRESS_MARK, self.notes)
+
+    def _finish(self) -> None:
+        """Everything beside the weights, and the manifest last."""
+        files = {file: {"sha256": record["sha256"], "bytes": record["bytes"]} for file, record in self.files.items()}
+        weight_map: dict[str, str] = {}
+        nbytes = 0
+        for file in sorted(files):
+            for entry in read_header(self.out / file).values():
+                if not entry.key.startswith(PADDING):
+                    weight_map[entry.key] = file
+                    nbytes += entry.nbytes
+        write_json(self.out / INDEX_NAME, {"metadata": {"total_size": nbytes}, "weight_map": weight_map})
+        copied = _copy_small_files(self.source.folder, self.out, self.trust_remote_code)
+        write_text(self.out / "config.json", self._config())
+        for name in [INDEX_NAME, "config.json", *copied]:
+            record = hash_file(self.out / name)
+            files[name] = {"sha256": record.sha256, "bytes": record.nbytes}
+        identity = {key: value for key, value in self.identity.items() if key not in ("quantization", "dtype")}
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "source": {**identity, "shards": dict(sorted(self.notes["shards"].items()))},
+            "quantization": self.identity["quantization"],
+            "dtype": self.dtype,
+            "left_out": sorted(key for record in self.files.values() for key in record["left_out"]),
+            "files": dict(sorted(files.items())),
+        }
+        self.shards.close()
+        for beside in self.out.glob(".*.tmp"):
+            beside.unlink()
+        write_json(self.out / FOLDER_MARK, manifest)
+        (self.out / PROGRESS_MARK).unlink(missing_ok=True)
+
+    def _config(self) -> str:
+        values = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
+        for section in [values, *(value for value in values.values() if isinstance(value, dict))]:
+            section.pop("quantization_config", None)
+        if self.dtype != "auto":
+            values.pop("torch_dtype", None)
+            values["dtype"] = self.dtype
+        values["quantization_config"] = {"quant_method": METHOD, **self.identity["quantization"]}
+        return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def _has_config(source: ModelSource) -> bool:
+    return (source.folder / "config.json").is_file()
+
+
+def config_dtype(config: dict[str, Any]) -> torch.dtype:
+    """The dtype that a config names for its model; bfloat16 where it names none of ours."""
+    text = config.get("text_config") or {}
+    named = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
+    return FLOATS.get(str(named), torch.bfloat16)
+
+
+def _copy_small_files(source: Path, out: Path, trust_remote_code: bool) -> list[str]:
+    """Tokenizer, generation config and the like, as they are; names of what was copied."""
+    patterns = SMALL_FILES + (CODE if trust_remote_code else [])
+    names = sorted({path.name for pattern in patterns for path in source.glob(pattern) if path.is_file()})
+    names = [name for name in names if name != "config.json" and not name.endswith(".index.json")]
+    for name in names:
+        shutil.copyfile(source / name, out / name)
+    return names
+
+
+def _existing(path: Path) -> Path:
+    """The folder itself, or the nearest above it that is there."""
+    with suppress(OSError):
+        path = path.resolve()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def _record(values: dict[str, Any]) -> dict[str, Any]:
+    return {"sha256": values["sha256"], "nbytes": values["bytes"]}
+
+
+def _gigabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 10**9 else f"{nbytes / 1e6:.1f} MB"

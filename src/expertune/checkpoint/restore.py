@@ -1,0 +1,194 @@
+"""Fill a model from an NF4 folder, at reading speed: every tensor lies there as the model holds it."""
+
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from expertune.checkpoint.prequantized import linear_of_bytes
+from expertune.checkpoint.reader import TensorEntry
+from expertune.checkpoint.store import STACKS, Nf4Folder
+from expertune.config import QuantizationConfig
+from expertune.errors import CheckpointError, ConfigError
+from expertune.experts.module import Nf4Experts
+
+# Name of an experts module and its buffers in the file, by name below the module -> the buffers as tensors.
+ReadExperts = Callable[[str, Mapping[str, TensorEntry]], Mapping[str, Tensor]]
+
+
+def fill(
+    model: PreTrainedModel,
+    folder: Nf4Folder,
+    dtype: torch.dtype,
+    device: torch.device,
+    read_experts: ReadExperts | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Read all tensors of a folder into a model whose experts have been swapped on the meta device.
+
+    Args:
+        model: the model; its 4-bit linears are still plain.
+        folder: what to read.
+        dtype: dtype of the 16-bit rest and of all products.
+        device: where everything lives.
+        read_experts: gives the buffers of an experts module, e.g. as views of the mapped file; None reads them onto
+            the device.
+        progress: called with (bytes read, bytes in all) after each tensor, or each experts module.
+
+    Returns:
+        Names of tensors that the model has no place for.
+
+    Raises:
+        CheckpointError: a tensor is of another shape than the model's, or the file ends inside it; names it.
+    """
+    total = folder.index.nbytes
+    done = 0
+
+    def tell(entries: Mapping[str, TensorEntry]) -> None:
+        nonlocal done
+        done += sum(entry.nbytes for entry in entries.values())
+        if progress:
+            progress(done, total)
+
+    taken: set[str] = set()
+    for name in folder.experts:
+        _, entries = folder.experts_entries(name)
+        _fill_experts(_module_of(model, name, folder), entries, name, device, read_experts)
+        taken.update(entry.key for entry in entries.values())
+        tell(entries)
+    for name in folder.linears:
+        entries = folder.linear_entries(name)
+        _fill_linear(model, name, entries, dtype, device, folder)
+        taken.update(entry.key for entry in entries.values())
+        tell(entries)
+    kept: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    unexpected = []
+    for key, entry in folder.index.tensors.items():
+        if key not in taken:
+            if not _fill_plain(model, entry, kept, device):
+                unexpected.append(key)
+            tell({key: entry})
+    return unexpected
+
+
+def missing_tensors(model: nn.Module, folder: Nf4Folder) -> list[str]:
+    """Saved tensors of the model that the folder does not fill, tied ones aside."""
+    have = folder.index.tensors
+    parameters = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+    buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
+    return sorted(name for name in parameters | buffers if name not in have)
+
+
+def settings_of(asked: QuantizationConfig, double_quantization: bool, where: object) -> QuantizationConfig:
+    """The settings of weights that are quantized already, which a run cannot choose any more.
+
+    Raises:
+        ConfigError: the run file sets another value.
+    """
+    if "double_quantization" in asked.model_fields_set and asked.double_quantization != double_quantization:
+        raise ConfigError(
+            f"quantization.double_quantization is {str(asked.double_quantization).lower()}, but {where} was quantized "
+            f"{'with' if double_quantization else 'without'} it; remove the key, or give the 16-bit checkpoint"
+        )
+    return asked.model_copy(update={"double_quantization": double_quantization})
+
+
+def kept_dtype(plan: Mapping[str, torch.dtype], name: str, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype that a family keeps a tensor in whatever the model's is, by transformers' plan of name parts."""
+    kept = (dtype for part, dtype in plan.items() if fnmatchcase(name, f"*{part}*"))
+    return next(kept, otherwise)
+
+
+def _module_of(model: nn.Module, name: str, folder: Nf4Folder) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(
+            f"{folder.folder}: the model of its config.json has no {name}; quantize the model again"
+        ) from None
+
+
+def _fill_experts(
+    experts: nn.Module,
+    entries: Mapping[str, TensorEntry],
+    name: str,
+    device: torch.device,
+    read_experts: ReadExperts | None,
+) -> None:
+    shard = next(iter(entries.values())).shard
+    if not isinstance(experts, Nf4Experts):
+        raise CheckpointError(f"{shard}: {name} has no experts in the model of config.json; quantize the model again")
+    for key, entry in entries.items():
+        _require_shape(entry, experts.get_submodule(key.partition(".")[0]), key.partition(".")[2])
+    tensors = (
+        read_experts(name, entries)
+        if read_experts
+        else {key: entry.read().to(device) for key, entry in entries.items()}
+    )
+    for stack_name in STACKS:
+        stack = experts.get_submodule(stack_name)
+        # What somebody else has read lies where it is to stay.
+        stack.stays = read_experts is not None  # type: ignore[assignment]
+        for buffer, slots in ((key.partition(".")[2], key) for key in entries if key.startswith(f"{stack_name}.")):
+            if buffer in stack._parameters:
+                stack._parameters[buffer] = nn.Parameter(tensors[slots], requires_grad=False)
+            else:
+                stack._buffers[buffer] = tensors[slots]
+
+
+def _require_shape(entry: TensorEntry, module: nn.Module, leaf: str) -> None:
+    expected = module._parameters.get(leaf, module._buffers.get(leaf))
+    if expected is None or tuple(expected.shape) != entry.shape or expected.dtype != entry.dtype:
+        now = "no such tensor" if expected is None else f"{tuple(expected.shape)} of {expected.dtype}"
+        raise CheckpointError(
+            f"{entry.shard}: tensor {entry.key} has shape {entry.shape} of {entry.dtype}, the model expects {now}; "
+            "quantize the model again"
+        )
+
+
+def _fill_linear(
+    model: nn.Module,
+    name: str,
+    entries: Mapping[str, TensorEntry],
+    dtype: torch.dtype,
+    device: torch.device,
+    folder: Nf4Folder,
+) -> None:
+    linear = _module_of(model, name, folder)
+    weight = entries.get("weight")
+    if weight is None or "absmax" not in entries:
+        raise CheckpointError(f"{folder.folder}: missing tensors: {name}.weight; quantize the model again")
+    if not isinstance(linear, nn.Linear) or weight.numel * 2 != linear.in_features * linear.out_features:
+        raise CheckpointError(f"{weight.shard}: tensor {weight.key} does not fit the model; quantize the model again")
+    stats = {part: entry.read() for part, entry in entries.items() if part != "weight"}
+    try:
+        quantized = linear_of_bytes(linear, weight.read(), stats, dtype, device)
+    except (ValueError, KeyError, AssertionError, AttributeError) as error:
+        raise CheckpointError(
+            f"{weight.shard}: the quantization state of {name} is damaged ({error!r}); quantize the model again"
+        ) from None
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, quantized)
+
+
+def _fill_plain(model: nn.Module, entry: TensorEntry, kept: Mapping[str, torch.dtype], device: torch.device) -> bool:
+    module_name, _, leaf = entry.key.rpartition(".")
+    try:
+        module = model.get_submodule(module_name)
+    except AttributeError:
+        return False
+    current = module._parameters.get(leaf, module._buffers.get(leaf))
+    if current is None:
+        return False
+    if tuple(current.shape) != entry.shape:
+        raise CheckpointError(
+            f"{entry.shard}: tensor {entry.key} has shape {entry.shape}, the model expects {tuple(current.shape)}"
+        )
+    placed = entry.read().to(device, kept_dtype(kept, entry.key, current.dtype))
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(placed, requires_grad=False)
+    else:
+        module._buffers[leaf] = placed
+    return True

@@ -1,0 +1,322 @@
+"""The NF4 folder: a quantized model on disk. This file knows the format; `docs/reference/nf4-folder.md` is its text.
+
+    config.json, generation config, tokenizer    as in the source; config.json says `quant_method: "expertune"`
+    layer-00000.safetensors ...                  one for each decoder layer
+    rest.safetensors                             embeddings, last norm, output head
+    model.safetensors.index.json                 which tensor lies in which file
+    expertune.json                               source, settings, and sha256 of every other file; written last
+
+Tensors carry the live model's names. The buffers of an experts module lie side by side at the start of their layer's
+file, each at a multiple of 64 bytes, so that they can be mapped, or read at once.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertune.checkpoint.reader import CheckpointIndex, TensorEntry, dtype_name, open_checkpoint
+from expertune.config import QuantizationConfig
+from expertune.errors import CheckpointError
+
+FOLDER_MARK = "expertune.json"
+PROGRESS_MARK = "expertune.partial.json"
+FORMAT_VERSION = 1
+METHOD = "expertune"
+REST = "rest.safetensors"
+ALIGNMENT = 64
+
+STACKS = ("gate_up", "down")
+BUFFERS = ("packed", "absmax", "nested_absmax", "offset")
+
+PADDING = "padding."
+_STATE = ".weight.quant_state.bitsandbytes__nf4"
+_CHUNK = 2**22
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What is known of a file that was written.
+
+    Attributes:
+        sha256: of its content, as hexadecimal digits.
+        nbytes: its size.
+    """
+
+    sha256: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A tensor that is about to be written.
+
+    Attributes:
+        name: live name.
+        dtype: torch dtype.
+        shape: sizes.
+        read: gives the tensor when its turn comes.
+        aligned: begin at a multiple of `ALIGNMENT` bytes, before all tensors that need not.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    aligned: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Nf4Folder:
+    """A finished NF4 folder, by its manifest and its headers; no weight has been read.
+
+    Attributes:
+        folder: where it lies.
+        manifest: content of `expertune.json`.
+        index: a TensorEntry for each tensor by live name, in file order.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    index: CheckpointIndex
+
+    @property
+    def settings(self) -> QuantizationConfig:
+        """How the weights were quantized."""
+        return QuantizationConfig(**self.manifest["quantization"])
+
+    @property
+    def experts(self) -> list[str]:
+        """Live names of the experts modules, in file order."""
+        suffix = f".{STACKS[0]}.{BUFFERS[0]}"
+        return [key.removesuffix(suffix) for key in self.index.tensors if key.endswith(suffix)]
+
+    @property
+    def linears(self) -> list[str]:
+        """Live names of the 4-bit linears, in file order."""
+        return [key.removesuffix(_STATE) for key in self.index.tensors if key.endswith(_STATE)]
+
+    def experts_entries(self, module: str) -> tuple[Path, dict[str, TensorEntry]]:
+        """The file of one experts module and its eight buffers by name below the module, e.g. `gate_up.packed`.
+
+        Raises:
+            CheckpointError: a buffer is missing, or they are spread over files.
+        """
+        names = [f"{stack}.{buffer}" for stack in STACKS for buffer in BUFFERS]
+        missing = [name for name in names if f"{module}.{name}" not in self.index.tensors]
+        if missing:
+            raise CheckpointError(f"{self.folder}: missing tensors: {module}.{missing[0]}; quantize the model again")
+        entries = {name: self.index.tensors[f"{module}.{name}"] for name in names}
+        files = {entry.shard for entry in entries.values()}
+        if len(files) > 1:
+            raise CheckpointError(f"{self.folder}: {module} lies in {len(files)} files; quantize the model again")
+        return files.pop(), entries
+
+    def linear_entries(self, linear: str) -> dict[str, TensorEntry]:
+        """A 4-bit linear's tensors: `weight`, and bitsandbytes' state under `absmax`, `quant_map` and so on."""
+        prefix = f"{linear}.weight"
+        return {
+            key.removeprefix(prefix).removeprefix(".") or "weight": entry
+            for key, entry in self.index.tensors.items()
+            if key == prefix or key.startswith(prefix + ".")
+        }
+
+
+def is_nf4_folder(folder: str | Path) -> bool:
+    """Whether a folder is an NF4 folder, finished or not."""
+    return any((Path(folder) / mark).is_file() for mark in (FOLDER_MARK, PROGRESS_MARK))
+
+
+def read_nf4_folder(folder: str | Path) -> Nf4Folder:
+    """Manifest and headers of an NF4 folder.
+
+    Raises:
+        CheckpointError: the folder is unfinished, of another format version, or a file of it is missing, damaged or of
+            another size than was written; names the file.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    for name, record in manifest["files"].items():
+        if name.endswith(".safetensors"):
+            _require_size(folder / name, record["bytes"])
+    index = open_checkpoint(folder)
+    tensors = {key: entry for key, entry in index.tensors.items() if not key.startswith(PADDING)}
+    return Nf4Folder(folder, manifest, CheckpointIndex(folder, tensors))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Content of `expertune.json`.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or of another format version.
+    """
+    path = folder / FOLDER_MARK
+    if not path.is_file() and (folder / PROGRESS_MARK).is_file():
+        raise CheckpointError(
+            f"{folder}: this NF4 folder is unfinished; the `expertune quantize` command that began it goes on with it"
+        )
+    return _read_json(path, ("files", "quantization", "source"))
+
+
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """What an interrupted quantization has noted; None where there is none.
+
+    Raises:
+        CheckpointError: the note is damaged.
+    """
+    path = folder / PROGRESS_MARK
+    return _read_json(path, ("files", "plan", "shards")) if path.is_file() else None
+
+
+def _read_json(path: Path, sections: Iterable[str]) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: no {path.name} here; is it an NF4 folder?") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); quantize the model again") from None
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {version}, this Expertune reads {FORMAT_VERSION}; quantize the model again, or "
+            "use the version that wrote it"
+        )
+    missing = [section for section in sections if not isinstance(values.get(section), dict)]
+    if missing:
+        raise CheckpointError(f"{path}: damaged: {missing[0]} is missing; quantize the model again")
+    return values
+
+
+def verify(folder: str | Path, progress: Callable[[str], None] | None = None) -> int:
+    """Hash every file of an NF4 folder anew; returns their number.
+
+    Args:
+        folder: a finished NF4 folder.
+        progress: called with each file's name before it is read.
+
+    Raises:
+        CheckpointError: files are missing or have changed; names them.
+    """
+    folder = Path(folder)
+    files = read_manifest(folder)["files"]
+    changed = []
+    for name, record in files.items():
+        if progress:
+            progress(name)
+        path = folder / name
+        if not path.is_file():
+            changed.append(f"{name} (missing)")
+        elif path.stat().st_size != record["bytes"] or hash_file(path).sha256 != record["sha256"]:
+            changed.append(name)
+    if changed:
+        raise CheckpointError(f"{folder}: changed since it was written: {', '.join(changed)}; quantize the model again")
+    return len(files)
+
+
+def _require_size(path: Path, nbytes: int) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: file is missing; quantize the model again")
+    if path.stat().st_size != nbytes:
+        raise CheckpointError(
+            f"{path}: damaged: {path.stat().st_size} bytes, {nbytes} were written; quantize the model again"
+        )
+
+
+def hash_file(path: Path) -> FileRecord:
+    """sha256 and size of a file, read in pieces."""
+    digest, size = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+    return FileRecord(digest.hexdigest(), size)
+
+
+def write_tensors(path: Path, tensors: Iterable[Outgoing]) -> FileRecord:
+    """Write a safetensors file beside `path`, then rename it; one tensor is asked for at a time.
+
+    The bytes depend on names, shapes and values only. Aligned tensors come first, in the order given, with tensors
+    named `padding.*` after them where their sizes leave a gap: the format allows no holes.
+
+    Raises:
+        OSError: the file cannot be written; nothing of it is left.
+        ValueError: a tensor that was handed over is not the one that was announced.
+    """
+    ordered = _in_file_order(list(tensors), path.stem)
+    header = _header(ordered)
+    digest, size = hashlib.sha256(header), len(header)
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        with beside.open("wb", buffering=0) as file:
+            _write_all(file, memoryview(header))
+            for outgoing in ordered:
+                tensor = outgoing.read()
+                if tuple(tensor.shape) != outgoing.shape or tensor.dtype != outgoing.dtype:
+                    raise ValueError(f"{outgoing.name}: {tuple(tensor.shape)} of {tensor.dtype} is not as announced")
+                if tensor.numel():
+                    view = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+                    _write_all(file, view)
+                    digest.update(view)
+                    size += len(view)
+                    del view  # or this tensor would stay while the next is read
+                del tensor
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    return FileRecord(digest.hexdigest(), size)
+
+
+def _write_all(file: Any, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        done += file.write(view[done : done + _CHUNK])
+
+
+def _in_file_order(tensors: list[Outgoing], file: str) -> list[Outgoing]:
+    ordered: list[Outgoing] = []
+    position = num_paddings = 0
+    for outgoing in (tensor for tensor in tensors if tensor.aligned):
+        ordered.append(outgoing)
+        position += outgoing.nbytes
+        gap = -position % ALIGNMENT
+        if gap:
+            ordered.append(_padding(f"{PADDING}{file}.{num_paddings}", gap))
+            position, num_paddings = position + gap, num_paddings + 1
+    # Wide dtypes first: each tensor then begins at a multiple of its item's size.
+    rest = sorted((t for t in tensors if not t.aligned), key=lambda t: (-t.dtype.itemsize, t.name))
+    return ordered + rest
+
+
+def _padding(name: str, nbytes: int) -> Outgoing:
+    return Outgoing(name, torch.uint8, (nbytes,), lambda: torch.zeros(nbytes, dtype=torch.uint8))
+
+
+def _header(ordered: list[Outgoing]) -> bytes:
+    """The safetensors header, filled up with blanks so that the data begins at a multiple of `ALIGNMENT`."""
+    position = 0
+    values: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for outgoing in ordered:
+        end = position + outgoing.nbytes
+        values[outgoing.name] = {
+            "dtype": dtype_name(outgoing.dtype),
+            "shape": list(outgoing.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(values, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text

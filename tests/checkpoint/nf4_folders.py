@@ -1,0 +1,34 @@
+"""What tests of NF4 folders share."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from expertune.checkpoint.load import LoadedModel
+from expertune.checkpoint.quantize import quantize
+from tests.tiny_models import changed, frozen_bytes
+
+
+def quantized(source: Path, out: Path, **settings: Any) -> Path:
+    """The folder at `out`, written from `source`."""
+    quantize(str(source), out, **settings)
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, hidden ones included; of the manifest what does not depend on where the source lies."""
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    if "expertune.json" in files:
+        manifest = json.loads(files["expertune.json"])
+        manifest["source"] = {"shards": manifest["source"]["shards"]}
+        files["expertune.json"] = json.dumps(manifest).encode()
+    return files
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """Its safetensors files."""
+    return {name: content for name, content in contents(folder).items() if name.endswith(".safetensors")}
+
+
+def assert_same_bytes(one: LoadedModel, other: LoadedModel) -> None:
+    assert changed(frozen_bytes(one.model), frozen_bytes(other.model)) == []
