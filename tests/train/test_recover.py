@@ -20,11 +20,13 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from expertune import api, finetune
 from expertune.config import parse_config
 from expertune.errors import DoesNotFitError
-from expertune.kernels import routes
+from expertune.experts import module
+from expertune.kernels import routes, workspace
 from expertune.placement import experts as placement
 from expertune.record import RunRecord
 from expertune.train import offload, recover
@@ -185,6 +187,35 @@ def test_micro_batches_are_halved_again_until_they_fit(
     first, second = (change["setting"]["micro_batch_tokens"] for change in recovered["train"]["recoveries"])
     assert first > ONE_ROW >= second
     assert adapter_bytes(tmp_path / "recovered") == adapter
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_failed_try_has_left_nothing_when_the_step_is_taken_again(
+    backward: bool, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values["training"] |= {"max_steps": 1, "save_steps": 1, "eval_strategy": "no"}
+    scarce = Scarce(ONE_ROW, backward).install(monkeypatch)
+    of_failed_try: list[StorageWeakRef] = []
+    left: list[int] = []
+    real = module.expert_mlp
+
+    def watched(hidden: torch.Tensor, *arguments: Any, **kwargs: Any) -> Any:
+        if scarce.trainer is not None and torch.is_grad_enabled():
+            if not scarce.num_failures:
+                workspace.take("held over", 2**16)
+                cycle: list[Any] = [hidden]
+                cycle.append(cycle)
+                of_failed_try.append(StorageWeakRef(hidden.untyped_storage()))
+            elif not left:
+                left.append(sum(not storage.expired() for storage in of_failed_try))
+                assert "held over" not in vars(workspace._local)
+        return real(hidden, *arguments, **kwargs)
+
+    monkeypatch.setattr(module, "expert_mlp", watched)
+    run(values, tmp_path / "run")
+    assert scarce.num_failures == 1
+    assert len(of_failed_try) >= 1
+    assert left == [0]
 
 
 def test_recovery_is_told_on_the_terminal(
@@ -393,8 +424,9 @@ def test_first_update_out_of_memory_is_taken_again_whole(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    values["training"] |= {"max_steps": 4}
-    _, adapter = reference("four")
+    # Without warm-up: the first learning rate would be 0, and half an update as good as none.
+    values["training"] |= {"max_steps": 4, "warmup_steps": 0}
+    _, adapter = reference("four without warm-up")
     update = FailingUpdate(at=2)
     monkeypatch.setattr(ADAM, "adam", update)
     record = run(values, tmp_path / "recovered")
