@@ -157,6 +157,7 @@ EXCEPT: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "muse_spark": {"audio_config": {"num_hidden_layers": 1, "depths": [1], "hidden_sizes": [16], "patch_sizes": [4]}},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": VOCABULARY - 1},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -191,7 +192,8 @@ def tiny_config(kind: str) -> PretrainedConfig:
     """The config of a tiny model of a model type."""
     default = AutoConfig.for_model(kind)
     sizes = _small(default)
-    for name, value in EXCEPT.get(kind, {}).items():
+    within = {"text_config": EXCEPT[f"{kind}_text"]} if f"{kind}_text" in EXCEPT else {}
+    for name, value in (EXCEPT.get(kind, {}) | within).items():
         sizes[name] = sizes[name] | value if isinstance(value, dict) else value
     return type(default)(**sizes)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PreTrainedModel
+from transformers import AutoModelForMultimodalLM, PreTrainedModel
 
 import expertune
 from expertune.adapt.attach import attach
@@ -226,6 +226,22 @@ def test_rows_end_to_end_are_kept_apart_or_refused(family: Family) -> None:
     else:
         with pytest.raises(UnsupportedModelError, match=r"set data\.packing=padded to train this model$"):
             require_rows_apart(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "tower"), [("qwen3_5_moe", "model.visual."), ("qwen4_exp", "model.visual."), ("gemma4", "")]
+)
+def test_language_model_is_read_from_the_checkpoint_of_a_larger_one(kind: str, tower: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    AutoModelForMultimodalLM.from_config(tiny_config(kind), dtype=torch.bfloat16).save_pretrained(tmp_path)
+    loaded = load_tiny(tmp_path)
+    assert {key.startswith(tower) for key in loaded.unexpected} == ({True} if tower else set())
+    assert all(name.startswith("model.language_model.") for name in map(loaded.names.on_disk, loaded.names.specs))
+    expected = logits(dequantized(loaded, tmp_path))
+    torch.testing.assert_close(
+        logits(loaded.model), expected, rtol=1e-5, atol=1e-5 * max(1, float(expected.abs().max()))
+    )
 
 
 @pytest.mark.parametrize("class_name", EXCEPTIONS)
