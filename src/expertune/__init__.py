@@ -9,6 +9,7 @@ Importing this package is cheap: torch and transformers are imported when a step
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
+from expertune.checkpoint.registration import register_with_transformers
 from expertune.config import RunConfig, load_config
 from expertune.record import RunRecord
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 __version__ = _version("expertune")
 __all__ = ["Run", "RunConfig", "RunRecord", "evaluate", "finetune", "generate", "load_config", "make_plan", "quantize"]
+
+# From here on `AutoModelForCausalLM.from_pretrained` reads NF4 folders.
+register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:

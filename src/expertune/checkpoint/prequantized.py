@@ -343,7 +343,8 @@ def empty_linear(linear: nn.Linear, dtype: torch.dtype) -> Nf4Linear:
     quantized = Nf4Linear(
         linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
     )
-    quantized.weight.requires_grad_(False)
+    packed = torch.empty(linear.in_features * linear.out_features // 2, 1, dtype=torch.uint8, device="meta")
+    quantized.weight = bnb.nn.Params4bit(packed, requires_grad=False, bnb_quantized=True, module=quantized)
     quantized.bias = linear.bias
     # See `expertune.checkpoint.load.quantized_linear`.
     quantized.support_avx512bf16_for_cpu = False

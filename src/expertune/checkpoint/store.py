@@ -36,7 +36,7 @@ STACKS = ("gate_up", "down")
 BUFFERS = ("packed", "absmax", "nested_absmax", "offset")
 
 PADDING = "padding."
-_STATE = ".weight.quant_state.bitsandbytes__nf4"
+STATE_SUFFIX = ".weight.quant_state.bitsandbytes__nf4"
 _CHUNK = 2**22
 
 
@@ -105,7 +105,7 @@ class Nf4Folder:
     @property
     def linears(self) -> list[str]:
         """Live names of the 4-bit linears, in file order."""
-        return [key.removesuffix(_STATE) for key in self.index.tensors if key.endswith(_STATE)]
+        return [key.removesuffix(STATE_SUFFIX) for key in self.index.tensors if key.endswith(STATE_SUFFIX)]
 
     def experts_entries(self, module: str) -> tuple[Path, dict[str, TensorEntry]]:
         """The file of one experts module and its eight buffers by name below the module, e.g. `gate_up.packed`.

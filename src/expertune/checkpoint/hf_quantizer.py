@@ -1,0 +1,158 @@
+"""NF4 folders in `AutoModelForCausalLM.from_pretrained`: a quantizer of transformers' own kind.
+
+Experts and linears are swapped on the meta device, and transformers' own loader then reads every tensor into its place:
+the folder has the live model's names. Imported while transformers is being imported (see
+`expertune.checkpoint.registration`), so that everything heavy is imported where it is used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from expertune.checkpoint.reader import read_header
+from expertune.checkpoint.store import METHOD, PADDING, STATE_SUFFIX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from expertune.checkpoint.load import LoadedModel
+
+# What bitsandbytes saves of a 4-bit linear, below the name of the module.
+_SERIALIZED = [
+    "weight",
+    "weight.absmax",
+    "weight.quant_map",
+    "weight.nested_absmax",
+    "weight.nested_quant_map",
+    "weight.quant_state.bitsandbytes__nf4",
+]
+
+
+class Nf4FolderConfig(QuantizationConfigMixin):
+    """The `quantization_config` of an NF4 folder's config.json.
+
+    Args:
+        scheme: `nf4`.
+        double_quantization: whether scales are held in 8 bits.
+        block_size: weights that share one scale.
+    """
+
+    def __init__(
+        self, scheme: str = "nf4", double_quantization: bool = True, block_size: int = 64, **kwargs: Any
+    ) -> None:
+        self.quant_method = METHOD
+        self.scheme, self.double_quantization, self.block_size = scheme, double_quantization, block_size
+
+
+class Nf4FolderQuantizer(HfQuantizer):
+    """Builds the model that an NF4 folder's tensors fit into; reads nothing itself."""
+
+    requires_calibration = False
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse a model that is not quantized yet: that is `expertune quantize`'s work.
+
+        Raises:
+            ValueError: the model is a 16-bit one.
+        """
+        if not self.pre_quantized:
+            raise ValueError("transformers can load NF4 folders only; `expertune quantize MODEL OUT` writes one")
+
+    def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter's packed shape is not the model's."""
+        from expertune.nf4_linear import Nf4Linear
+
+        name, _, leaf = param_name.rpartition(".")
+        return leaf == "weight" and isinstance(model.get_submodule(name), Nf4Linear)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        """The model's dtype for floats of the 16-bit rest; scales of packed weights, whose place is uint8, stay."""
+        name = param.get_dtype() if hasattr(param, "get_dtype") else str(param.dtype).removeprefix("torch.").upper()
+        is_float = name.startswith(("F", "BF"))
+        return dtype if is_float and dtype is not None and dtype.is_floating_point else None
+
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        from expertune.checkpoint.linears import linears_to_quantize
+        from expertune.checkpoint.load import swap_experts
+        from expertune.checkpoint.names import read_names
+        from expertune.checkpoint.prequantized import empty_linear
+        from expertune.config import QuantizationConfig
+
+        config = self.quantization_config
+        self.names = read_names(model)
+        files = kwargs.get("checkpoint_files")
+        stored = _linears_in(files) if files else set(linears_to_quantize(model))
+        swap_experts(model, QuantizationConfig(double_quantization=config.double_quantization), "meta")
+        dtype = kwargs.get("dtype") or model.dtype
+        for name in stored:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, empty_linear(model.get_submodule(name), dtype))
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {rf"^{PADDING}"}
+        return model
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        from expertune.nf4_linear import Nf4Linear
+
+        for module in model.modules():
+            if isinstance(module, Nf4Linear):
+                # Whatever the file's weights were before, products run in this dtype.
+                module.weight.quant_state.dtype = module.compute_dtype
+        # PEFT reads this flag to adapt `Linear4bit` layers as 4-bit ones.
+        model.is_loaded_in_4bit = True
+        return model
+
+    def get_weight_conversions(self) -> list[Any]:
+        """bitsandbytes' tensors of a linear make its one parameter."""
+        from transformers.core_model_loading import WeightConverter
+        from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
+
+        return [WeightConverter(_SERIALIZED, "weight", [Bnb4bitDeserialize(self)])]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Only these: the family's own lead from published names to live ones, which the folder already has."""
+        return self.get_weight_conversions()
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        """False: an NF4 folder is copied as it is, and adapters are saved by themselves."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on it are."""
+        return True
+
+
+def _linears_in(files: list[str]) -> set[str]:
+    from pathlib import Path
+
+    return {
+        key.removesuffix(STATE_SUFFIX)
+        for file in files
+        for key in read_header(Path(file))
+        if key.endswith(STATE_SUFFIX)
+    }
+
+
+def register() -> None:
+    """Add both to transformers' lists, once."""
+    from transformers.quantizers import auto
+
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(METHOD)(Nf4FolderConfig)
+        auto.register_quantizer(METHOD)(Nf4FolderQuantizer)
+
+
+def as_loaded(model: "PreTrainedModel") -> "LoadedModel":
+    """A model from `from_pretrained` as `expertune.adapt.attach.attach` takes it.
+
+    Raises:
+        ValueError: the model was not loaded from an NF4 folder.
+    """
+    from expertune.checkpoint.load import LoadedModel
+
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, Nf4FolderQuantizer):
+        raise ValueError("the model was not loaded by transformers from an NF4 folder")
+    return LoadedModel(model, quantizer.names)

@@ -1,0 +1,172 @@
+"""An NF4 folder in stock transformers: it loads, generates and trains there, once `expertune` is imported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+
+import expertune
+from expertune.adapt.attach import attach
+from expertune.checkpoint.hf_quantizer import as_loaded
+from expertune.config import LoraSection, QuantizationConfig
+from expertune.experts.module import Nf4Experts
+from expertune.nf4_linear import Nf4Linear
+from tests.checkpoint.conftest import FolderOf, Rewrite
+from tests.checkpoint.nf4_folders import quantized
+from tests.tiny_models import FAMILIES, changed, frozen_bytes, load_tiny, random_rows, save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantized(mixtral, tmp_path_factory.mktemp("quantized") / "mixtral")
+
+
+def by_transformers(folder: Path, **settings: Any) -> PreTrainedModel:
+    assert expertune.__version__
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model
+
+
+def logits(model: Any) -> Tensor:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return model(random_rows(3, 16)).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_and_logits_are_those_of_load_model(family: str, family_folder: FolderOf, tmp_path: Path) -> None:
+    out = quantized(family_folder(family), tmp_path / "out")
+    theirs, ours = by_transformers(out, dtype=torch.float32), load_tiny(out).model
+    assert changed(frozen_bytes(ours), frozen_bytes(theirs)) == []
+    assert torch.equal(logits(theirs), logits(ours))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, "auto"])
+def test_dtype_is_the_one_that_was_asked_for(dtype: torch.dtype | str, folder: Path) -> None:
+    model = by_transformers(folder, dtype=dtype)
+    expected = torch.bfloat16 if dtype == "auto" else dtype
+    assert model.dtype == expected
+    assert isinstance(expected, torch.dtype)
+    assert torch.equal(logits(model), logits(load_tiny(folder, expected).model))
+
+
+def test_experts_and_linears_are_four_bit(folder: Path) -> None:
+    model = by_transformers(folder)
+    experts = [module for module in model.modules() if isinstance(module, Nf4Experts)]
+    assert len(experts) == 2
+    assert all(module.gate_up.packed.dtype == torch.uint8 for module in experts)
+    assert sum(isinstance(module, Nf4Linear) for module in model.modules()) == 8
+    assert model.is_quantized
+
+
+@pytest.mark.parametrize("num_experts", [3, 4])
+def test_padding_of_a_file_is_no_tensor_of_the_model(num_experts: int, tmp_path: Path) -> None:
+    source = save_tiny_model(tmp_path / "source", "mixtral", num_local_experts=num_experts)
+    out = quantized(source, tmp_path / "out")
+    assert torch.equal(logits(by_transformers(out, dtype=torch.float32)), logits(load_tiny(source).model))
+
+
+def test_without_double_quantization(mixtral: Path, tmp_path: Path) -> None:
+    out = quantized(mixtral, tmp_path / "out", quantization=QuantizationConfig(double_quantization=False))
+    direct = load_tiny(mixtral, double_quantization=False).model
+    assert torch.equal(logits(by_transformers(out, dtype=torch.float32)), logits(direct))
+
+
+def test_tied_head_is_tied(rewrite: Rewrite, tmp_path: Path) -> None:
+    source = rewrite(lambda tensors: tensors.pop("lm_head.weight"), tie_word_embeddings=True)
+    model = by_transformers(quantized(source, tmp_path / "out"), dtype=torch.float32)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert torch.equal(logits(model), logits(load_tiny(source).model))
+
+
+def test_generates(folder: Path) -> None:
+    model = by_transformers(folder, dtype=torch.float32)
+    prompt = random_rows(1, 5)
+    answer = model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    ids = prompt
+    for _ in range(answer.shape[1] - 5):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(answer, ids)
+
+
+class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Eight rows, learned by heart."""
+
+    def __init__(self) -> None:
+        self.rows = random_rows(8, 10)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+def train(model: Any, out: Path) -> list[float]:
+    arguments = TrainingArguments(
+        str(out), max_steps=12, learning_rate=1e-2, per_device_train_batch_size=8, logging_steps=1, report_to=[],
+        save_strategy="no", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=Rows())
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own question
+def test_trains_under_a_stock_trainer_with_pefts_own_lora(folder: Path, tmp_path: Path) -> None:
+    model = by_transformers(folder, dtype=torch.float32)
+    before = frozen_bytes(model)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    losses = train(adapted, tmp_path)
+    assert losses[-1] < losses[0] - 0.1
+    assert changed(before, frozen_bytes(adapted.unload())) == []
+
+
+def test_trains_under_a_stock_trainer_with_adapters_on_experts(folder: Path, tmp_path: Path) -> None:
+    model = by_transformers(folder, dtype=torch.float32)
+    lora = LoraSection(r=4, targets=["experts"])
+    adapted = attach(as_loaded(model), lora, str(folder))
+    losses = train(adapted, tmp_path / "run")
+    assert losses[-1] < losses[0] - 0.1
+    adapted.eval()
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    again = attach(load_tiny(folder), LoraSection(init_from=str(tmp_path / "adapter")), str(folder))
+    torch.testing.assert_close(logits(again.eval()), logits(adapted), rtol=0, atol=1e-5)
+
+
+def test_model_of_another_origin_is_not_taken_for_a_folders(mixtral: Path) -> None:
+    with pytest.raises(ValueError, match="not loaded by transformers from an NF4 folder"):
+        as_loaded(load_tiny(mixtral).model)
+
+
+def test_is_not_saved_as_something_that_it_is_not(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="serializ"):
+        by_transformers(folder).save_pretrained(tmp_path)
+
+
+ORDERS = {
+    "expertune first": "import expertune; from transformers import AutoModelForCausalLM",
+    "transformers first": "from transformers import AutoModelForCausalLM; import expertune",
+    "models first": "from transformers import MixtralForCausalLM, AutoModelForCausalLM; import expertune",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_order_of_imports_does_not_matter(order: str, folder: Path) -> None:
+    code = f"""
+import json, sys
+{ORDERS[order]}
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(json.dumps(type(model.model.layers[0].mlp.experts).__name__))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == "Nf4Experts"
