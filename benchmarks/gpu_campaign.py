@@ -22,6 +22,7 @@ from benchmarks.campaign import (
     stage2_layer,
     stage3_mixtral,
     stage4_qwen,
+    stage5_placement,
     sweep,
     targets,
 )
@@ -34,6 +35,7 @@ STAGES: dict[str, ModuleType] = {
     "2": stage2_layer,
     "3": stage3_mixtral,
     "4": stage4_qwen,
+    "5": stage5_placement,
     "sweep": sweep,
 }
 

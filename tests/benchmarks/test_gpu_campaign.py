@@ -53,6 +53,17 @@ def test_the_first_stages_leave_whole_json_and_say_what_a_cpu_cannot_tell(tmp_pa
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_placement_is_measured_where_results_are_those_of_the_device(tmp_path: Path) -> None:
+    stage("1", tmp_path)
+    found = stage("5", tmp_path)
+    assert found["complete"]
+    assert not found["errors"]
+    resident, streamed = found["items"]["resident T=64"], found["items"]["8 GB T=64"]
+    assert streamed["layers_on_host"] > 0
+    assert streamed["loss"] == resident["loss"]
+    assert streamed["hidden_share"] is None or 0 <= streamed["hidden_share"] <= 1
+
+
 def test_a_route_that_failed_is_not_timed(tmp_path: Path) -> None:
     gate = {"passed": {"decode_then_gemm": []}, "failed": {"fused": ["layer"]}}
     (tmp_path / "stage1.json").write_text(json.dumps({"gate": gate}), encoding="utf-8")
