@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from expertune.evaluation import evaluation_loss, score_task
 from expertune.generation import complete
 from expertune.kernels import routes
 from expertune.placement.device import bound_host_memory, default_device, resolve_compute_dtype, set_up_kernels
+from expertune.placement.experts import Place, place_experts, placement_of, reading
 from expertune.plan import MicroBatch, make_plan
 from expertune.plan.memory import PROOF_TOKENS
 from expertune.record import RECORD_NAME, RunRecord, versions
@@ -131,7 +132,7 @@ def finetune(
     record.update("model", name=config.model, revision=source.revision, device=str(device))
     record.update("plan", **plan.to_json())
     with _stops_recorded(record):
-        model = _load_and_adapt(config, source, tokenizer, train_rows, device, record, console)
+        model = _load_and_adapt(config, source, tokenizer, train_rows, plan.placement, device, record, console)
         if config.task.metric and eval_rows and "before" not in record.values.get("task", {}):
             # A folder to resume from may hold the score already; it was taken on the same bytes.
             record.update("task", before=_score(config, model, tokenizer, eval_rows, base_only=True))
@@ -170,7 +171,7 @@ def open_run(run_dir: str | Path, adapter: str | None = None) -> OpenRun:
         raise CheckpointError(f"{folder}: no such adapter; the run may not have finished. Checkpoints here: {have}")
     source = fetch_model(config.model, record.values.get("model", {}).get("revision"), config.trust_remote_code)
     tokenizer = load_tokenizer(source.folder, config.trust_remote_code)
-    loaded = _load(config, source, default_device(), record)
+    loaded = _load(config, source, default_device(), record, record.values.get("placement", {}).get("places", {}))
     model = attach(loaded, LoraSection(init_from=str(folder)), config.model, source.revision)
     model.eval()
     return OpenRun(config, record, model, tokenizer)
@@ -310,13 +311,14 @@ def _load_and_adapt(
     source: ModelSource,
     tokenizer: PreTrainedTokenizerBase,
     rows: TokenizedRows,
+    places: Mapping[str, Place],
     device: torch.device,
     record: RunRecord,
     console: Console,
 ) -> ExpertPeftModel:
     """Load, attach and prove."""
     started = time.monotonic()
-    loaded = _load(config, source, device, record)
+    loaded = _load(config, source, device, record, places)
     console.print(f"loaded with 4-bit experts in {time.monotonic() - started:.1f} s")
     kernels = routes.describe(device, loaded.model.dtype)
     record.update("kernels", **kernels)
@@ -340,11 +342,23 @@ def _load_and_adapt(
     return model
 
 
-def _load(config: RunConfig, source: ModelSource, device: torch.device, record: RunRecord) -> LoadedModel:
+def _load(
+    config: RunConfig, source: ModelSource, device: torch.device, record: RunRecord, places: Mapping[str, Place]
+) -> LoadedModel:
+    """The model with its experts where they are to wait; a run that is opened again has what its record says."""
     kept = record.values.get("kernels", {})
     set_up_kernels(config.kernels, kept.get("crossover"), kept.get("gemm"))
     dtype = resolve_compute_dtype(config.quantization.compute_dtype, device)
-    loaded = load_model(source.folder, config.quantization, dtype, device, config.trust_remote_code)
+    loaded = load_model(
+        source.folder,
+        config.quantization,
+        dtype,
+        device,
+        config.trust_remote_code,
+        read_experts=reading(places, device),
+        on_host=[name for name, place in places.items() if place == "host"],
+    )
+    place_experts(loaded.model, places, device, source.folder)
     if config.data.packing == "padded":
         attend_by_batch(loaded.model)
     return loaded
@@ -440,6 +454,8 @@ def _train(
         record.update("throughput", tokens_per_second=history.tokens_per_second, tokens=history.tokens)
         record.update("memory", peak_bytes=peak_memory_bytes())
         record.update("kernels", ran=routes.describe(device, model.dtype)["ran"])
+        if placement := placement_of(model):
+            record.update("placement", places=placement.places, **placement.describe())
 
 
 def _score(

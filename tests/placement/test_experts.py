@@ -2,7 +2,6 @@
 
 import copy
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,7 @@ from expertune.checkpoint.reader import read_header
 from expertune.experts.module import Nf4Experts
 from expertune.experts.replay import with_replay
 from expertune.kernels.nf4 import Nf4Bytes
-from expertune.placement import experts as placement_module
-from expertune.placement.experts import Placement, demote, placement_of
-from expertune.placement.slots import SlotLayers
+from expertune.placement.experts import Place, Placement, demote, placement_of
 from tests.tiny_models import load_tiny, random_rows, save_tiny_model
 
 LAYERS = 4
@@ -68,35 +65,27 @@ def assert_identical(found: list[Tensor], expected: list[Tensor]) -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def everywhere(placement: Placement, place: placement_module.Place) -> dict[str, placement_module.Place]:
+def everywhere(placement: Placement, place: Place) -> dict[str, Place]:
     return dict.fromkeys(placement.experts, place)
 
 
-def copied_to_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU does with layers that wait elsewhere, with the CPU as the device that computes."""
-    monkeypatch.setattr(placement_module, "MappedLayers", lambda layers: SlotLayers(layers, CPU))
-
-
-def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a CPU does with layers on disk."""
-
-
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "no checkpointing"])
-@pytest.mark.parametrize("carried", [mapped, copied_to_slots])
+@pytest.mark.parametrize(
+    ("place", "host_apart"),
+    [("disk", False), ("disk", True), ("host", True)],
+    ids=["mapped", "disk to slots", "host to slots"],
+)
 def test_a_step_is_byte_identical_wherever_experts_wait_and_takes_two_transfers_of_each_layer(
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    carried: Callable[[pytest.MonkeyPatch], None],
-    checkpointing: bool,
+    folder: Path, tmp_path: Path, place: Place, host_apart: bool, checkpointing: bool
 ) -> None:
     loaded, placement = placed(folder, tmp_path)
     expected = step(loaded.model, checkpointing)
-    carried(monkeypatch)
-    placement.put(everywhere(placement, "disk"))
+    # What a GPU does with layers that wait elsewhere, with the CPU as the device that computes.
+    placement.host_apart = host_apart
+    placement.put(everywhere(placement, place))
     assert_identical(step(loaded.model, checkpointing), expected)
     first = placement.describe()
-    assert first["layers"] == {"disk": LAYERS}
+    assert first["layers"] == {place: LAYERS}
     # The last layer of forward is the first of backward, and the last of backward the first of the next step.
     assert first["transfers"] == 2 * LAYERS - 1
     assert_identical(step(loaded.model, checkpointing), expected)
@@ -193,6 +182,17 @@ def test_demote_moves_half_of_what_is_resident_until_nothing_is_left(folder: Pat
     assert demote(loaded.model) == "experts of 1 layers wait on disk"
     assert demote(loaded.model) == "experts of 1 layers wait on disk"
     assert demote(loaded.model) is None
+    assert_identical(step(loaded.model, checkpointing=True), expected)
+
+
+def test_demote_moves_to_the_host_where_it_is_apart(folder: Path, tmp_path: Path) -> None:
+    loaded, placement = placed(folder, tmp_path)
+    expected = step(loaded.model, checkpointing=True)
+    placement.host_apart = True
+    assert demote(loaded.model) == "experts of 2 layers wait on the host"
+    assert placement.describe()["layers"] == {"host": 2, "device": 2}
+    assert_identical(step(loaded.model, checkpointing=True), expected)
+    assert [demote(loaded.model) for _ in range(3)][-1] == "experts of 2 layers wait on disk"
     assert_identical(step(loaded.model, checkpointing=True), expected)
 
 

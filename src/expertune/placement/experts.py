@@ -6,12 +6,15 @@ or on disk are copied into two slots.
 
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from expertune.checkpoint.reader import TensorEntry
+from expertune.checkpoint.restore import ReadExperts
+from expertune.checkpoint.store import BUFFERS, STACKS, is_nf4_folder, read_nf4_folder
 from expertune.experts.module import Nf4Experts
 from expertune.kernels.nf4 import Nf4Bytes
 from expertune.placement.mapped import MappedLayers, map_tensor
@@ -31,13 +34,21 @@ class Placement:
         experts: the experts modules by name, in the order of the model's forward.
         device: where they are used.
         files: for layers that may wait on disk, the entries of their eight tensors.
+        host_apart: whether the host's memory is another than the device's; None where it follows from the device.
 
     Attributes:
         places: where each module's bytes wait.
     """
 
-    def __init__(self, experts: Mapping[str, Nf4Experts], device: torch.device, files: Files | None = None) -> None:
+    def __init__(
+        self,
+        experts: Mapping[str, Nf4Experts],
+        device: torch.device,
+        files: Files | None = None,
+        host_apart: bool | None = None,
+    ) -> None:
         self.experts, self.device, self.files = dict(experts), device, files or {}
+        self.host_apart = device.type != "cpu" if host_apart is None else host_apart
         self.places: dict[str, Place] = dict.fromkeys(self.experts, "device")
         self._stream: Stream | None = None
 
@@ -68,15 +79,16 @@ class Placement:
 
     def _streamed(self) -> list[str]:
         """Modules whose bytes are brought; on a CPU the host is the device."""
-        resident = ("device", "host") if self.device.type == "cpu" else ("device",)
+        resident = ("device",) if self.host_apart else ("device", "host")
         return [name for name in self.experts if self.places[name] not in resident]
 
     def _move(self, name: str, place: Place) -> None:
         module = self.experts[name]
         if place == "disk":
             tensors = [map_tensor(entry) for entry in self.files[name]]
-        elif place == "host" and self.device.type != "cpu":
-            tensors = [tensor.cpu().pin_memory() for tensor in _tensors(module)]
+        elif place == "host" and self.host_apart:
+            waiting = (tensor.cpu() for tensor in _tensors(module))
+            tensors = [tensor.pin_memory() if self.device.type == "cuda" else tensor for tensor in waiting]
         elif self.places[name] == "disk":
             tensors = [tensor.to(self.device, copy=True) for tensor in _tensors(module)]
         else:
@@ -92,7 +104,7 @@ class Placement:
         if not streamed:
             return
         layers = [_tensors(self.experts[name]) for name in streamed]
-        carrier: Carrier = MappedLayers(layers) if self.device.type == "cpu" else SlotLayers(layers, self.device)
+        carrier: Carrier = SlotLayers(layers, self.device) if self.host_apart else MappedLayers(layers)
         self._stream = Stream(carrier, len(layers))
         for name, leg in zip(streamed, self._stream.legs(), strict=True):
             self.experts[name].between.transport = leg
@@ -102,8 +114,48 @@ class Placement:
         return self
 
 
+def reading(places: Mapping[str, Place], device: torch.device) -> ReadExperts:
+    """What `load_model` reads the experts of an NF4 folder with: each layer's bytes come to their place at once.
+
+    Args:
+        places: where each experts module is to wait; on the device where it is not named.
+        device: where the model computes.
+    """
+
+    def read(name: str, entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
+        place = places.get(name, "device")
+        if place == "disk":
+            return {key: map_tensor(entry) for key, entry in entries.items()}
+        to = torch.device("cpu") if place == "host" else device
+        return {key: entry.read().to(to) for key, entry in entries.items()}
+
+    return read
+
+
+def place_experts(model: nn.Module, places: Mapping[str, Place], device: torch.device, folder: str | Path) -> Placement:
+    """Put a loaded model's experts where they are to wait, and keep the placement with the model.
+
+    Args:
+        model: from `expertune.checkpoint.load.load_model`.
+        places: where each experts module is to wait.
+        device: where the model computes.
+        folder: the model's folder; of an NF4 folder layers can wait on disk.
+    """
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, Nf4Experts)}
+    files: dict[str, list[TensorEntry]] = {}
+    if is_nf4_folder(folder):
+        stored = read_nf4_folder(folder)
+        for name in experts:
+            _, entries = stored.experts_entries(name)
+            files[name] = [entries[f"{stack}.{buffer}"] for stack in STACKS for buffer in BUFFERS]
+    placement = Placement(experts, device, files)
+    placement.put({name: places.get(name, "device") for name in experts})
+    model.expert_placement = placement  # type: ignore[assignment]
+    return placement
+
+
 def demote(model: nn.Module) -> str | None:
-    """Move half of the layers that are still on the device to the host or to disk, in mid-run.
+    """Move half of the layers that are still on the device to the host, or from there to disk, in mid-run.
 
     Returns:
         What was done, in a sentence; None where nothing is left to move.
@@ -111,18 +163,18 @@ def demote(model: nn.Module) -> str | None:
     placement = placement_of(model)
     if placement is None:
         return None
-    target: Place = "disk" if placement.device.type == "cpu" else "host"
-    movable = [
-        name
-        for name, place in placement.places.items()
-        if (place == "device" or (place == "host" and target == "disk"))
-        and (target == "host" or name in placement.files)
-    ]
-    if not movable:
-        return None
-    moved = movable[: -(-len(movable) // 2)]
-    placement.put(dict.fromkeys(moved, target))
-    return f"experts of {len(moved)} layers wait on {'disk' if target == 'disk' else 'the host'}"
+    next_place: dict[Place, Place] = {"device": "host" if placement.host_apart else "disk", "host": "disk"}
+    for origin, target in next_place.items():
+        movable = [
+            name
+            for name, place in placement.places.items()
+            if place == origin and (target == "host" or name in placement.files)
+        ]
+        if movable:
+            moved = movable[: -(-len(movable) // 2)]
+            placement.put(dict.fromkeys(moved, target))
+            return f"experts of {len(moved)} layers wait on {'disk' if target == 'disk' else 'the host'}"
+    return None
 
 
 def placement_of(model: nn.Module) -> Placement | None:
