@@ -70,13 +70,14 @@ class QuantizationConfig(Section):
     """How the frozen weights are held.
 
     Attributes:
-        scheme: `nf4`, the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, section 3).
+        scheme: `nf4`, the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, section 3). `auto` is the same, but that
+            experts which the checkpoint holds in MXFP4 stay as they are; `nf4` decodes and quantizes these anew.
         double_quantization: absmax values are themselves held in 8 bits (QLoRA, section 3, "Double Quantization").
         block_size: weights that share one absmax value.
         compute_dtype: dtype of the matrix products; `auto` is bfloat16 where the device multiplies it faster.
     """
 
-    scheme: Literal["nf4"] = "nf4"
+    scheme: Literal["auto", "nf4"] = "auto"
     double_quantization: bool = True
     block_size: Literal[64] = 64
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"

@@ -33,7 +33,7 @@ class Nf4FolderConfig(QuantizationConfigMixin):
     """The `quantization_config` of an NF4 folder's config.json.
 
     Args:
-        scheme: `nf4`.
+        scheme: of the experts: `nf4` or `mxfp4`.
         double_quantization: whether scales are held in 8 bits.
         block_size: weights that share one scale.
     """
@@ -83,7 +83,8 @@ class Nf4FolderQuantizer(HfQuantizer):
         self.names = read_names(model)
         files = kwargs.get("checkpoint_files")
         stored = _linears_in(files) if files else set(linears_to_quantize(model))
-        swap_experts(model, QuantizationConfig(double_quantization=config.double_quantization), "meta")
+        settings = QuantizationConfig(double_quantization=config.double_quantization)
+        swap_experts(model, settings, "meta", scheme=config.scheme)
         dtype = kwargs.get("dtype") or model.dtype
         for name in stored:
             parent, _, child = name.rpartition(".")

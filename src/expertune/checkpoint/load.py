@@ -5,7 +5,7 @@ far, its 16-bit rest (embeddings, router, norms, lm_head), and the one tensor be
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,15 @@ from expertune.attention import attend_by_row
 from expertune.checkpoint.convert import Sources, parts_of
 from expertune.checkpoint.linears import linears_to_quantize
 from expertune.checkpoint.names import Destination, NameMap, read_names
-from expertune.checkpoint.prequantized import Method, Piece, double_quantization_of, find_pieces, method_of, place_piece
+from expertune.checkpoint.prequantized import (
+    Method,
+    Piece,
+    double_quantization_of,
+    find_pieces,
+    method_of,
+    place_piece,
+    scheme_of,
+)
 from expertune.checkpoint.reader import CheckpointIndex, TensorEntry, open_checkpoint
 from expertune.checkpoint.restore import ReadExperts, fill, kept_dtype, missing_tensors, settings_of
 from expertune.checkpoint.store import Nf4Folder, is_nf4_folder, read_nf4_folder
@@ -36,6 +44,7 @@ from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from expertune.experts import layout
 from expertune.experts.contract import find_experts
 from expertune.experts.module import Nf4Experts
+from expertune.kernels.nf4 import Scheme
 from expertune.nf4_linear import Nf4Linear
 
 Progress = Callable[[int, int], None]
@@ -113,6 +122,7 @@ def load_model(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     read_experts: ReadExperts | None = None,
+    on_host: Collection[str] = (),
 ) -> LoadedModel:
     """Load a model folder with NF4 experts and NF4 decoder linears onto a device.
 
@@ -125,6 +135,7 @@ def load_model(
         trust_remote_code: run Python that ships with the model.
         progress: called with (bytes read, bytes in all) after each tensor.
         read_experts: of an NF4 folder, what gives an experts module its bytes (see `expertune.checkpoint.restore`).
+        on_host: of another folder, experts modules whose bytes stay in the host's memory.
 
     Raises:
         CheckpointError: a tensor is missing, stored twice, truncated, of another shape, or not finite; names it.
@@ -145,7 +156,7 @@ def load_model(
         quantization = settings_of(quantization, stored, index.folder)
     # Which linears of a bitsandbytes checkpoint are 4-bit is as in its file.
     linears = set() if method == "bitsandbytes" else set(linears_to_quantize(model))
-    swap_experts(model, quantization, device)
+    swap_experts(model, quantization, device, on_host, scheme_of(pieces, names, quantization))
     loader = Loader(model, names, linears, quantization, dtype, torch.device(device))
     unexpected = loader.stream(index, pieces, progress)
     model.tie_weights()
@@ -162,11 +173,11 @@ def _load_nf4_folder(
     progress: Progress | None,
     read_experts: ReadExperts | None,
 ) -> LoadedModel:
-    settings = settings_of(quantization, stored.settings.double_quantization, stored.folder)
+    settings = settings_of(quantization, stored.settings.double_quantization, stored.folder, stored.scheme)
     model = build_meta_model(stored.folder, dtype, trust_remote_code)
     attend_by_row(model)
     names = read_names(model)
-    swap_experts(model, settings, "meta")
+    swap_experts(model, settings, "meta", scheme=stored.scheme)
     unexpected = fill(model, stored, dtype, torch.device(device), read_experts, progress)
     model.tie_weights()
     missing = missing_tensors(model, stored)
@@ -197,11 +208,19 @@ def quantization_method(folder: Path, model: PreTrainedModel) -> Method | None:
     return method_of(scheme if scheme is None or isinstance(scheme, dict) else scheme.to_dict(), str(folder))
 
 
-def swap_experts(model: nn.Module, quantization: QuantizationConfig, device: torch.device | str) -> None:
-    """Put an `Nf4Experts` without bytes in the place of every experts module."""
+def swap_experts(
+    model: nn.Module,
+    quantization: QuantizationConfig,
+    device: torch.device | str,
+    on_host: Collection[str] = (),
+    scheme: Scheme = "nf4",
+) -> None:
+    """Put an `Nf4Experts` without bytes in the place of every experts module; those on the host are to stay there."""
     for name, experts in list(find_experts(model)):
         parent, _, child = name.rpartition(".")
-        swapped = Nf4Experts(experts, name, quantization.double_quantization, device)
+        stays = name in on_host
+        swapped = Nf4Experts(experts, name, quantization.double_quantization, "cpu" if stays else device, scheme)
+        swapped.gate_up.stays = swapped.down.stays = stays
         setattr(model.get_submodule(parent), child, swapped)
 
 
@@ -428,14 +447,14 @@ def quantized_linear(
         bias=False,
         compute_dtype=dtype,
         compress_statistics=quantization.double_quantization,
-        quant_type=quantization.scheme,
+        quant_type="nf4",
         device="meta",
     )
     quantized.weight = bnb.nn.Params4bit(
         matrix,
         requires_grad=False,
         compress_statistics=quantization.double_quantization,
-        quant_type=quantization.scheme,
+        quant_type="nf4",
         blocksize=quantization.block_size,
         module=quantized,
     ).to(device)

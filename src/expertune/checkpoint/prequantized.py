@@ -6,8 +6,8 @@
 linears are 4-bit is as in the file.
 
 *MXFP4* (OCP Microscaling Formats 1.0, section 5.2) keeps a stack of matrices [E, N, K] as `X_blocks` (uint8
-[E, N, K/32, 16], the first weight of a byte in its low half) and `X_scales` (uint8 [E, N, K/32], a power of two less
-127). It is decoded one matrix at a time.
+[E, N, K/32, 16], the first weight of a byte in its low half) and `X_scales` (uint8 [E, N, K/32], an exponent of two
+plus 127). Blocks are kept, their halves swapped, or decoded one matrix at a time to be quantized as any other.
 """
 
 import functools
@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from expertune.checkpoint.names import Destination, NameMap
 from expertune.checkpoint.reader import TensorEntry
+from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, UnsupportedModelError
+from expertune.experts import layout
 from expertune.experts.module import Nf4Experts
-from expertune.kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from expertune.kernels.nf4 import BLOCK_SIZE, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE, Scheme
 from expertune.kernels.nf4.reference import dynamic_codebook, nf4_codebook
 from expertune.nf4_linear import Nf4Linear
 
@@ -32,7 +34,6 @@ Method = Literal["bitsandbytes", "mxfp4"]
 
 # FP4 (e2m1): one bit of sign, two of exponent, one of mantissa.
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-MXFP4_BLOCK_SIZE = 32
 _SCALE_BIAS = 127
 
 _NF4_STATE = ".quant_state.bitsandbytes__nf4"
@@ -157,6 +158,14 @@ def double_quantization_of(pieces: Iterable[Piece], names: NameMap) -> bool | No
     return next(iter(found), None)
 
 
+def scheme_of(pieces: Iterable[Piece], names: NameMap, asked: QuantizationConfig) -> Scheme:
+    """What the experts' codes will stand for: MXFP4 where the checkpoint holds it and the run file does not object."""
+    kept = asked.scheme == "auto" and any(
+        piece.method == "mxfp4" and names.locate(piece.key).projection is not None for piece in pieces
+    )
+    return "mxfp4" if kept else "nf4"
+
+
 def place_piece(loader: Loader, piece: Piece, entries: Mapping[str, TensorEntry]) -> bool:
     """Place one weight, however it is packed; False where the model has no place for it.
 
@@ -172,6 +181,10 @@ def place_piece(loader: Loader, piece: Piece, entries: Mapping[str, TensorEntry]
     if piece.method is None:
         return loader.place(entries["weight"], destination)
     if piece.method == "mxfp4":
+        experts = loader.model.get_submodule(destination.name) if destination.projection else None
+        if isinstance(experts, Nf4Experts) and experts.down.scheme == "mxfp4":
+            _copy_mxfp4(loader, experts, entries, destination)
+            return True
         return loader.place(_decoded_mxfp4(piece, entries, loader, destination), destination)
     packed = _read_packed(piece, entries)
     if destination.converter is not None and loader.names.weight_of(destination.name):
@@ -370,13 +383,7 @@ def _decoded_mxfp4(
     piece: Piece, entries: Mapping[str, TensorEntry], loader: Loader, destination: Destination
 ) -> TensorEntry:
     """A stack of MXFP4 matrices [E, N, K] that reads as transformers stacks its experts."""
-    blocks, scales = entries["blocks"], entries["scales"]
-    if blocks.shape[:-1] != scales.shape or blocks.shape[-1] != MXFP4_BLOCK_SIZE // 2:
-        raise CheckpointError(
-            f"{blocks.shard}: {blocks.key} of shape {blocks.shape} does not fit scales {scales.shape}"
-        )
-    if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8 or len(blocks.shape) != 4:
-        raise UnsupportedModelError(f"{blocks.shard}: {blocks.key} is not packed as MXFP4 experts are")
+    blocks, scales = _mxfp4_entries(entries)
     num_experts, rows, columns = blocks.shape[0], blocks.shape[1], blocks.shape[2] * MXFP4_BLOCK_SIZE
     spec = loader.names.specs.get(destination.name)
     transposed = spec is not None and spec.is_transposed
@@ -389,3 +396,44 @@ def _decoded_mxfp4(
     shape = (num_experts, columns, rows) if transposed else (num_experts, rows, columns)
     header = replace(blocks, key=piece.key, shape=shape, dtype=torch.float32)
     return _Decoded(**vars(header), decode=decode)
+
+
+def _mxfp4_entries(entries: Mapping[str, TensorEntry]) -> tuple[TensorEntry, TensorEntry]:
+    """Blocks and scales of a stack, of shapes that belong together."""
+    blocks, scales = entries["blocks"], entries["scales"]
+    if blocks.shape[:-1] != scales.shape or blocks.shape[-1] != MXFP4_BLOCK_SIZE // 2:
+        raise CheckpointError(
+            f"{blocks.shard}: {blocks.key} of shape {blocks.shape} does not fit scales {scales.shape}"
+        )
+    if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8 or len(blocks.shape) != 4:
+        raise UnsupportedModelError(f"{blocks.shard}: {blocks.key} is not packed as MXFP4 experts are")
+    return blocks, scales
+
+
+def _copy_mxfp4(
+    loader: Loader, experts: Nf4Experts, entries: Mapping[str, TensorEntry], destination: Destination
+) -> None:
+    """The blocks of all experts, as they are, into their module: a byte's first weight goes into its high half."""
+    blocks, scales = _mxfp4_entries(entries)
+    spec, projection = experts.spec, destination.projection
+    weight = spec.weight_names[projection == "down"]
+    parts = layout.fused_projections(spec, weight)
+    stack, _ = experts.locate(0, parts[0])
+    expected = (spec.num_experts, stack.rows * len(parts), stack.columns)
+    shape = (*blocks.shape[:2], blocks.shape[2] * MXFP4_BLOCK_SIZE)
+    if shape != expected:
+        raise CheckpointError(f"{blocks.shard}: tensor {blocks.key} holds {shape} weights, expected {expected}")
+
+    def by_projection(rows: Tensor) -> tuple[Tensor, ...]:
+        return layout.to_matrices(spec, weight, rows.T if spec.is_transposed else rows)
+
+    for expert in range(spec.num_experts):
+        packed = blocks.read_part(expert).flatten(1)
+        packed = (packed << 4) | (packed >> 4)
+        both = zip(parts, by_projection(packed), by_projection(scales.read_part(expert)), strict=True)
+        for part, codes, exponents in both:
+            loader.claim(blocks, destination.name, part, expert)
+            stack, index = experts.locate(expert, part)
+            with torch.no_grad():
+                stack.packed[index].copy_(codes)
+                stack.absmax[index].copy_(exponents.reshape(-1))

@@ -25,7 +25,7 @@ from expertune.checkpoint.jobs import Job, estimate_bytes, few_shards_at_once, m
 from expertune.checkpoint.linears import decoder_layers, linears_to_quantize
 from expertune.checkpoint.load import build_meta_model, quantization_method, swap_experts
 from expertune.checkpoint.names import read_names
-from expertune.checkpoint.prequantized import double_quantization_of, find_pieces
+from expertune.checkpoint.prequantized import double_quantization_of, find_pieces, scheme_of
 from expertune.checkpoint.reader import INDEX_NAME, read_header
 from expertune.checkpoint.restore import settings_of
 from expertune.checkpoint.shards import HubShards, LocalShards, OpenShards, Shards
@@ -165,7 +165,8 @@ class _Work:
         linears = set() if method == "bitsandbytes" else set(linears_to_quantize(model))
         layers = [layer for layer, _ in decoder_layers(model, names.specs)]
         jobs = make_jobs(layers, names, pieces)
-        swap_experts(model, settings, "meta")
+        scheme = scheme_of(pieces, names, settings)
+        swap_experts(model, settings, "meta", scheme=scheme)
         four_bit = {names.locate(p.key).name.removesuffix(".weight") for p in pieces if p.method == "bitsandbytes"}
         sizes = {job.file: estimate_bytes(model, job, layers, linears | four_bit, settings) for job in jobs}
         loader = Keeper(model, names, linears, settings, compute, torch.device("cpu"))
@@ -176,7 +177,7 @@ class _Work:
             "revision": source.revision,
             "config_sha256": hashlib.sha256(config_text.encode()).hexdigest(),
             "tensors_sha256": hashlib.sha256(weight_map.encode()).hexdigest(),
-            "quantization": settings.model_dump(include={"scheme", "double_quantization", "block_size"}),
+            "quantization": {"scheme": scheme} | settings.model_dump(include={"double_quantization", "block_size"}),
             "dtype": dtype,
         }
         ordered = few_shards_at_once(jobs, shards.weight_map)

@@ -13,6 +13,7 @@ from expertune.checkpoint.store import STACKS, Nf4Folder
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, ConfigError
 from expertune.experts.module import Nf4Experts
+from expertune.kernels.nf4 import Scheme
 
 # Name of an experts module and its buffers in the file, by name below the module -> the buffers as tensors.
 ReadExperts = Callable[[str, Mapping[str, TensorEntry]], Mapping[str, Tensor]]
@@ -81,7 +82,9 @@ def missing_tensors(model: nn.Module, folder: Nf4Folder) -> list[str]:
     return sorted(name for name in parameters | buffers if name not in have)
 
 
-def settings_of(asked: QuantizationConfig, double_quantization: bool, where: object) -> QuantizationConfig:
+def settings_of(
+    asked: QuantizationConfig, double_quantization: bool, where: object, scheme: Scheme = "nf4"
+) -> QuantizationConfig:
     """The settings of weights that are quantized already, which a run cannot choose any more.
 
     Raises:
@@ -91,6 +94,11 @@ def settings_of(asked: QuantizationConfig, double_quantization: bool, where: obj
         raise ConfigError(
             f"quantization.double_quantization is {str(asked.double_quantization).lower()}, but {where} was quantized "
             f"{'with' if double_quantization else 'without'} it; remove the key, or give the 16-bit checkpoint"
+        )
+    if asked.scheme != "auto" and asked.scheme != scheme:
+        raise ConfigError(
+            f"quantization.scheme is {asked.scheme}, but {where} holds {scheme}; remove the key, or quantize the "
+            "source again"
         )
     return asked.model_copy(update={"double_quantization": double_quantization})
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from expertune.checkpoint.reader import CheckpointIndex, TensorEntry, dtype_name, open_checkpoint
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError
+from expertune.kernels.nf4 import Scheme
 
 FOLDER_MARK = "expertune.json"
 PROGRESS_MARK = "expertune.partial.json"
@@ -94,7 +95,12 @@ class Nf4Folder:
     @property
     def settings(self) -> QuantizationConfig:
         """How the weights were quantized."""
-        return QuantizationConfig(**self.manifest["quantization"])
+        return QuantizationConfig(double_quantization=self.manifest["quantization"]["double_quantization"])
+
+    @property
+    def scheme(self) -> Scheme:
+        """What the experts' codes stand for; linears are NF4 in either case."""
+        return self.manifest["quantization"].get("scheme", "nf4")
 
     @property
     def experts(self) -> list[str]:

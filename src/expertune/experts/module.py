@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from expertune.experts import layout, replay
 from expertune.experts.contract import ExpertsSpec, read_spec
 from expertune.kernels.expert_mlp import Activation, ExpertUpdate, expert_mlp
-from expertune.kernels.nf4 import Nf4Stack
+from expertune.kernels.nf4 import Nf4Stack, Scheme
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Nf4Experts(nn.Module):
         name: dotted name, for errors.
         double_quantization: hold the absmax values in 8 bits.
         device: where the bytes live.
+        scheme: `nf4`, or `mxfp4` for experts that are kept as a checkpoint has them.
 
     Raises:
         UnsupportedModelError: see `expertune.experts.contract.read_spec`.
@@ -58,6 +59,7 @@ class Nf4Experts(nn.Module):
         name: str = "experts",
         double_quantization: bool = True,
         device: torch.device | str | None = None,
+        scheme: Scheme = "nf4",
     ) -> None:
         super().__init__()
         self.spec: ExpertsSpec = read_spec(name, original)
@@ -65,9 +67,11 @@ class Nf4Experts(nn.Module):
         self.num_experts = spec.num_experts
         parts = 2 if spec.has_gate else 1
         self.gate_up = Nf4Stack(
-            spec.num_experts * parts, spec.intermediate_size, spec.hidden_size, double_quantization, device
+            spec.num_experts * parts, spec.intermediate_size, spec.hidden_size, double_quantization, device, scheme
         )
-        self.down = Nf4Stack(spec.num_experts, spec.hidden_size, spec.intermediate_size, double_quantization, device)
+        self.down = Nf4Stack(
+            spec.num_experts, spec.hidden_size, spec.intermediate_size, double_quantization, device, scheme
+        )
         for weight in spec.weight_names:
             original._parameters.pop(weight)
         # What the family computes between the products and after them (activation, clamps, norms) stays its own code.
