@@ -121,8 +121,19 @@ Verbose = Annotated[
 
 
 @app.command()
-def plan(run: RunFile, overrides: Overrides = None, as_json: Json = False, verbose: Verbose = False) -> None:
-    """Say what a run needs, tensor by tensor, and whether it fits. Loads no weights.
+def plan(
+    run: RunFile,
+    overrides: Overrides = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory to plan for, e.g. 24GB, above memory_budget.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A GPU to plan for without having it, e.g. rtx-4090.")
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say what a run needs, tensor by tensor, whether it fits, and how long a step takes. Loads no weights.
 
     Exit code 2 where it does not fit.
     """
@@ -130,7 +141,7 @@ def plan(run: RunFile, overrides: Overrides = None, as_json: Json = False, verbo
     with _stdout_for_results():
         from expertune import api
 
-        made = api.make_plan(config)
+        made = api.make_plan(config, gpu=gpu, memory=memory)
     if as_json:
         _print_json(made.to_json())
     else:

@@ -31,6 +31,7 @@ def run_of() -> Callable[..., RunConfig]:
             "data": {"train": "rows.jsonl", "max_length": 320},
             "training": {"per_device_train_batch_size": 1, "gradient_checkpointing": True},
             "memory_budget": "80GB",
+            "placement": "device",
             "output_dir": "run",
         }
         return parse_config({**values, **sections})

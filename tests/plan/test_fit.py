@@ -16,6 +16,7 @@ from tests.tiny_models import tiny_config
 from .conftest import TUTORIAL_LORA
 
 MIXTRAL = "mixtral-8x7b-v0.1"
+LONG = {"train": "rows.jsonl", "max_length": 4096}
 HUNGRY = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
 
 
@@ -56,11 +57,11 @@ def test_an_adapter_in_bfloat16_takes_half(run_of):
 def test_optimizer_states_by_name_and_device(run_of, device, optim, bytes_per_weight):
     training = {"per_device_train_batch_size": 1, **({"optim": optim} if optim else {})}
     memory = memory_of(run_of(MIXTRAL, lora=TUTORIAL_LORA, training=training), device)
-    assert memory.components["optimizer"] == int(120_350_720 * bytes_per_weight)
+    assert memory.moments["update"]["optimizer"] == int(120_350_720 * bytes_per_weight)
 
 
 def test_full_logits_and_checkpointed_inputs_grow_with_tokens(run_of):
-    components = memory_of(run_of(MIXTRAL, loss="full")).components
+    components = memory_of(run_of(MIXTRAL, loss="full")).moments["loss"]
     assert components["logits"] == 320 * 32000 * 14
     # A layer's input and what its experts returned, and x @ A of rank 8 for w1, w2 and w3 of two experts a token.
     assert components["activations"] == 32 * 320 * (2 * 4096 * 2 + 2 * 3 * 8 * 4)
@@ -72,19 +73,20 @@ def test_a_loss_in_chunks_needs_no_more_for_more_tokens_than_their_hidden_states
         memory_of(run_of(MIXTRAL, training={"per_device_train_batch_size": batch}), device) for batch in (16, 32)
     )
     itemsize = 4 if few.components["weights"] > 25e9 else 2  # a CPU without 16-bit products takes float32
-    assert many.components["logits"] - few.components["logits"] == 16 * 320 * 4096 * 2 * itemsize
-    assert many.components["logits"] < 32 * 320 * 32000 * 4
+    few, many = few.moments["loss"]["logits"], many.moments["loss"]["logits"]
+    assert many - few == 16 * 320 * 4096 * 2 * itemsize
+    assert many < 32 * 320 * 32000 * 4
 
 
 @pytest.mark.parametrize("training", [{"label_smoothing_factor": 0.1}, {"torch_compile": True}])
 def test_settings_that_need_all_logits_are_planned_with_them(run_of, training):
     training = {"per_device_train_batch_size": 1, **training}
-    assert memory_of(run_of(MIXTRAL, training=training)).components["logits"] == 320 * 32000 * 14
+    assert memory_of(run_of(MIXTRAL, training=training)).moments["loss"]["logits"] == 320 * 32000 * 14
 
 
 def test_without_checkpointing_every_layer_keeps_what_one_did(run_of):
-    with_it = memory_of(run_of(MIXTRAL)).components
-    without = memory_of(run_of(MIXTRAL, training={"per_device_train_batch_size": 1})).components
+    with_it = memory_of(run_of(MIXTRAL)).moments["layer"]
+    without = memory_of(run_of(MIXTRAL, training={"per_device_train_batch_size": 1})).moments["layer"]
     assert without["activations"] > 8 * with_it["activations"]
     assert without["working_set"] < with_it["working_set"]
 
@@ -94,7 +96,7 @@ def test_working_set_of_experts_is_bounded_whatever_the_batch(run_of):
         memory_of(run_of(MIXTRAL, kernels={"working_set": "64MiB"}, training={"per_device_train_batch_size": batch}))
         for batch in (16, 17)
     )
-    grown = many.components["working_set"] - few.components["working_set"]
+    grown = many.moments["layer"]["working_set"] - few.moments["layer"]["working_set"]
     rows = 320 * 2 * 4 * 5 * 14336  # what the rows of 320 more tokens would take between the products
     assert 0 < grown < rows / 4
 
@@ -105,8 +107,8 @@ def test_both_names_of_checkpointing_count(run_of):
 
 
 def test_dropout_keeps_copies(run_of):
-    plain = memory_of(run_of(MIXTRAL, lora={**TUTORIAL_LORA, "dropout": 0}))
-    assert memory_of(run_of(MIXTRAL, lora=TUTORIAL_LORA)).components["working_set"] > plain.components["working_set"]
+    plain = memory_of(run_of(MIXTRAL, lora={**TUTORIAL_LORA, "dropout": 0})).moments["layer"]
+    assert memory_of(run_of(MIXTRAL, lora=TUTORIAL_LORA)).moments["layer"]["working_set"] > plain["working_set"]
 
 
 def test_the_peak_counts_one_moment_only(run_of):
@@ -117,11 +119,12 @@ def test_the_peak_counts_one_moment_only(run_of):
     assert memory.moment == "evaluation"
     always = sum(components[name] for name in ("weights", "adapter", "optimizer", "framework"))
     assert memory.peak_bytes == always + components["evaluation"]
-    assert not memory.at_peak("logits")
+    assert memory.peak_bytes == memory.totals["evaluation"] == max(memory.totals.values())
+    assert "logits" not in components
 
 
 def test_no_evaluation_rows_no_evaluation_memory(run_of):
-    assert memory_of(run_of(MIXTRAL)).components["evaluation"] == 0
+    assert "evaluation" not in memory_of(run_of(MIXTRAL)).moments
 
 
 # --- the budget -----------------------------------------------------------------------------------------------------
@@ -154,28 +157,38 @@ def test_what_does_not_fit_is_an_error_that_shows_the_plan_and_what_to_give_up(r
     message = str(caught.value)
     assert "frozen weights" in message
     assert "does not fit" in message
-    assert "training.per_device_train_batch_size=1" in message
+    assert "training.per_device_train_batch_size=" in message
+    assert "kernels:\n  working_set: 512MiB" in message
 
 
 def test_changes_are_offered_cheapest_first_until_the_run_fits(run_of):
     data = {"train": "a.jsonl", "eval": "b.jsonl", "max_length": 2048}
     training = {**HUNGRY, "per_device_eval_batch_size": 64}
-    run = run_of("qwen3-30b-a3b", data=data, training=training, lora={"r": 16}, memory_budget="24GB")
+    run = run_of("qwen3-30b-a3b", data=data, training=training, lora={"r": 16}, memory_budget="10GB")
     plan = make_plan(run, device="cuda")
     changed = [line.partition("=")[0] for change in plan.what_to_change for line in change.lines]
-    assert changed[:4] == [
+    order = [
         "kernels.working_set",
+        "training.per_device_eval_batch_size",
         "training.per_device_train_batch_size",
         "training.gradient_accumulation_steps",
         "training.gradient_checkpointing",
+        "offload_activations",
+        "placement",
+        "data.max_length",
+        "lora.r",
     ]
-    assert {"training.per_device_eval_batch_size", "data.max_length"} <= set(changed)
+    assert set(changed) <= set(order)
+    first = {key: changed.index(key) for key in order if key in changed}
+    assert first["training.per_device_train_batch_size"] < first["training.gradient_checkpointing"] < first["placement"]
+    assert first["training.gradient_checkpointing"] < first["training.per_device_eval_batch_size"]  # by then the peak
+    assert first["placement"] < first["lora.r"]
     assert all(change.saves_bytes > 0 for change in plan.what_to_change)
     assert plan.what_to_change[-1].peak_bytes <= plan.budget_bytes < plan.what_to_change[-2].peak_bytes
 
 
 def test_a_split_batch_keeps_the_tokens_of_a_step(run_of):
-    run = run_of(MIXTRAL, training=HUNGRY, memory_budget="30GB", kernels={"working_set": "512MiB"})
+    run = run_of(MIXTRAL, training=HUNGRY, memory_budget="27GB", kernels={"working_set": "128MiB"})
     plan = make_plan(run, device="cuda")
     assert plan.what_to_change[0].lines == [
         "training.per_device_train_batch_size=1",
@@ -186,7 +199,8 @@ def test_a_split_batch_keeps_the_tokens_of_a_step(run_of):
 def test_the_changed_run_has_the_peak_that_was_promised(run_of, tmp_path):
     from expertune.config import load_config
 
-    run = run_of(MIXTRAL, training=HUNGRY, memory_budget="28GB")
+    data = {"train": "rows.jsonl", "max_length": 320, "merge_accumulation": False}
+    run = run_of(MIXTRAL, training=HUNGRY, data=data, memory_budget="28GB")
     plan = make_plan(run, device="cuda")
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(run.model_dump()))  # JSON is YAML
@@ -197,8 +211,14 @@ def test_the_changed_run_has_the_peak_that_was_promised(run_of, tmp_path):
 
 
 def test_a_device_below_the_frozen_weights_is_told_so(run_of):
-    plan = make_plan(run_of(MIXTRAL, memory_budget="16GB"), device="cuda")
-    assert "the frozen weights alone take 24.48 GB" in shown(plan, 80)
+    plan = make_plan(run_of(MIXTRAL, memory_budget="3GB"), device="cuda")
+    assert not plan.fits
+    assert "Even with all of these it does not fit: the smallest peak is" in shown(plan, 120)
+    smallest = f"{plan.smallest_peak_bytes / 1e9:.2f} GB of 3.00 GB"
+    with pytest.raises(
+        DoesNotFitError, match=f"smallest peak that can be reached is {smallest}, with .*placement=host"
+    ):
+        plan.require_fit()
 
 
 # --- micro-batches of a step ----------------------------------------------------------------------------------------
@@ -220,8 +240,9 @@ def test_a_step_that_fits_at_once_is_one_micro_batch(run_of):
 
 
 def test_memory_decides_how_many_are_merged_and_a_tenth_of_it_stays_free(run_of):
-    run = run_of(MIXTRAL, training=ACCUMULATING)
-    four = run_of(MIXTRAL, training=ACCUMULATING | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1})
+    run = run_of(MIXTRAL, data=LONG, training=ACCUMULATING)
+    of_four = ACCUMULATING | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    four = run_of(MIXTRAL, data=LONG | {"merge_accumulation": False}, training=of_four)
     peak = memory_of(four).peak_bytes
     enough = micro_batch(run.model_copy(update={"memory_budget": int(peak / 0.9) + 2}))
     assert (enough.rows, enough.accumulation, enough.merged) == (4, 2, 4)
@@ -231,8 +252,9 @@ def test_memory_decides_how_many_are_merged_and_a_tenth_of_it_stays_free(run_of)
 
 
 def test_only_divisors_of_the_accumulation_are_merged(run_of):
-    six = run_of(MIXTRAL, training=ACCUMULATING | {"gradient_accumulation_steps": 6})
-    four = run_of(MIXTRAL, training=ACCUMULATING | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1})
+    six = run_of(MIXTRAL, data=LONG, training=ACCUMULATING | {"gradient_accumulation_steps": 6})
+    of_four = ACCUMULATING | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    four = run_of(MIXTRAL, data=LONG, training=of_four)
     budget = int(memory_of(four).peak_bytes / 0.9) + 2
     assert micro_batch(six.model_copy(update={"memory_budget": budget})).merged == 3
 
@@ -248,11 +270,12 @@ def test_on_a_cpu_merging_ends_where_products_gain_nothing(run_of, tmp_path):
 
 
 def test_a_run_that_fits_only_as_it_is_written_is_left_so(run_of):
-    peak = memory_of(run_of(MIXTRAL)).peak_bytes
-    plan = make_plan(run_of(MIXTRAL, training=ACCUMULATING, memory_budget=peak), device="cuda")
+    apart = memory_of(run_of(MIXTRAL, data=LONG | {"merge_accumulation": False}, training=ACCUMULATING))
+    run = run_of(MIXTRAL, data=LONG, training=ACCUMULATING, memory_budget=apart.peak_bytes)
+    plan = make_plan(run, device="cuda")
     assert plan.fits
     assert plan.micro_batch.merged == 1
-    assert plan.memory == memory_of(run_of(MIXTRAL))
+    assert plan.memory == apart
 
 
 def test_a_resumed_run_merges_as_many_as_it_began_with_or_fewer_where_memory_has_gone(run_of):
@@ -353,7 +376,13 @@ def test_json_holds_the_documented_keys(run_of):
     assert values["parameters"]["line"] == plan.parameters.line == plan.parameters_line
     assert values["weights"]["frozen_bytes"] == plan.weights.frozen_bytes
     assert values["memory"]["peak_bytes"] == plan.memory.peak_bytes
-    assert values["disk"] == {"adapter_bytes": 481_402_880, "download_bytes": 93_405_585_408}
+    assert values["disk"] == {
+        "adapter_bytes": 481_402_880,
+        "download_bytes": 93_405_585_408,
+        "nf4_folder_bytes": 24_483_540_992,
+        "checkpoint_bytes": 481_402_880 + plan.memory.moments["update"]["optimizer"],
+        "checkpoints_kept": None,
+    }
     assert values["fits"] is False
     assert values["what_to_change"][0]["lines"]
 

@@ -22,18 +22,18 @@ def rewrite(folder, change):
 def test_a_whole_checkpoint_is_checked_and_its_size_known(run_of):
     plan = make_plan(run_of(TINY_MIXTRAL))
     assert plan.notes == ()
-    assert plan.download_bytes == 2 * plan.parameters.total
+    assert plan.disk.download_bytes == 2 * plan.parameters.total
 
 
 def test_a_config_alone_is_enough_and_the_plan_says_so(run_of):
     plan = make_plan(run_of("qwen3-30b-a3b"))
-    assert plan.download_bytes is None
+    assert plan.disk.download_bytes is None
     assert plan.notes == ("no weights to look at; the counts rest on config.json alone",)
 
 
 def test_an_index_without_shards_is_checked_by_its_names(run_of):
     plan = make_plan(run_of("mixtral-8x7b-v0.1"))
-    assert plan.download_bytes == 93_405_585_408
+    assert plan.disk.download_bytes == 93_405_585_408
     assert "names in the index alone" in plan.notes[0]
 
 
@@ -150,7 +150,7 @@ def test_of_a_hub_model_only_config_index_and_headers_are_fetched(run_of, hub):
     plan = make_plan(run_of("owner/tiny-mixtral", revision="abc"))
     assert hub == [("owner/tiny-mixtral", "abc", ("config.json", "model.safetensors.index.json"))]
     assert plan.notes == ()
-    assert plan.download_bytes == 2 * plan.parameters.total
+    assert plan.disk.download_bytes == 2 * plan.parameters.total
 
 
 def test_code_is_fetched_only_where_the_run_file_trusts_it(run_of, hub):

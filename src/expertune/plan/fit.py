@@ -4,28 +4,32 @@ Rows of a concatenated batch know nothing of each other, and the loss is summed 
 divided. So a step's micro-batches can run as one larger batch, and each expert's weights are decoded once for all of
 them; where that would not be the same step, `_why_apart` says so.
 
-Changes that make a run fit come the cheapest first, which means what costs the result least. Splitting a batch changes
-nothing but time; recomputing layers costs about a third more compute; shorter rows cut data; a smaller rank changes
-what can be learnt.
+Changes that make a run fit come the cheapest first, which means what costs the result least, and of those that cost it
+nothing what costs the least time. A smaller working set and smaller batches change nothing but time; recomputing layers
+costs about a third more compute; what waits in the host's memory or on the disk has to be brought; shorter rows cut
+data; a smaller rank changes what can be learnt.
 """
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from transformers import PreTrainedModel
 
 from expertune.config import RunConfig
+from expertune.kernels.routes import default_working_set_bytes
 from expertune.plan.memory import Memory, training_argument, uses_checkpointing
 
 # Below these, a run is no longer the one that was asked for.
 MIN_LENGTH = 128
 MIN_RANK = 4
 
-# Below this an expert layer's working set saves little and costs much.
-_LEAST_WORKING_SET_BYTES = 2**29
+# Working sets of an expert layer that are offered: one that costs little, and one that is the last before something
+# has to be brought from elsewhere. Below it saves little and costs much.
+_WORKING_SET, _LEAST_WORKING_SET = ("512MiB", 2**29), ("128MiB", 2**27)
 
 # How much of the budget merged micro-batches may fill. The peak is an estimate: a run that would have gone through must
 # not run out of memory for the sake of speed.
@@ -203,20 +207,43 @@ class Change:
             f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in self.settings.items()
         ]
 
+    @property
+    def yaml(self) -> str:
+        """The change as lines of a run file."""
+        return as_yaml(self.settings)
 
-def what_to_change(config: RunConfig, budget_bytes: int, estimate: Estimate) -> list[Change]:
+
+def as_yaml(settings: Mapping[str, Any]) -> str:
+    """Dotted keys as lines of a run file, each section once; keys of a section that is there already go into it."""
+    nested: dict[str, Any] = {}
+    for key, value in settings.items():
+        section, _, leaf = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[leaf] = value
+    return yaml.safe_dump(nested, sort_keys=False)
+
+
+def merged(changes: Sequence[Change]) -> dict[str, Any]:
+    """The settings of all changes together; of a key that is changed twice, the last."""
+    return {key: value for change in changes for key, value in change.settings.items()}
+
+
+def what_to_change(
+    config: RunConfig, budget_bytes: int, estimate: Estimate, device: str = "cuda", elsewhere: str | None = None
+) -> list[Change]:
     """Changes, cheapest first, up to the one with which the run fits; empty where it fits as it is.
 
     Args:
         config: the run.
         budget_bytes: memory that there is.
         estimate: the memory of a run; called once or more for each change.
+        device: `cpu` or `cuda`, where it is to run.
+        elsewhere: where experts can wait that do not fit: `host`, `disk`, or None.
     """
     changes: list[Change] = []
     peak = estimate(config).peak_bytes
     while peak > budget_bytes:
         # From the top each time: what did not help before may be what holds the peak now.
-        for settings, costs in _candidates(config, budget_bytes, estimate):
+        for settings, costs in _candidates(config, budget_bytes, estimate, device, elsewhere):
             changed = apply(config, settings)
             lower = estimate(changed).peak_bytes
             if lower < peak:
@@ -228,7 +255,7 @@ def what_to_change(config: RunConfig, budget_bytes: int, estimate: Estimate) -> 
     return changes
 
 
-def apply(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
+def apply(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     """The run with dotted keys set."""
     values = config.model_dump()
     for key, value in settings.items():
@@ -237,29 +264,52 @@ def apply(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
-def _candidates(config: RunConfig, budget_bytes: int, estimate: Estimate) -> Iterator[tuple[dict[str, Any], str]]:
+def _candidates(
+    config: RunConfig, budget_bytes: int, estimate: Estimate, device: str = "cuda", elsewhere: str | None = None
+) -> Iterator[tuple[dict[str, Any], str]]:
     """Every change that is still open, the cheapest first."""
     training = config.training
-    held = config.kernels.working_set_bytes
-    if held is None or held > _LEAST_WORKING_SET_BYTES:
-        yield {"kernels.working_set": "512MiB"}, "fewer tokens at a time, slower; the same step"
-    if config.data.eval and int(training_argument(training, "per_device_eval_batch_size")) > 1:
-        yield {"training.per_device_eval_batch_size": 1}, "slower evaluation"
-    batch = int(training_argument(training, ROWS))
-    if batch > 1:
-        accumulation = batch * int(training_argument(training, ACCUMULATION))
-        split = {f"training.{ROWS}": 1, f"training.{ACCUMULATION}": accumulation}
-        yield split, "smaller products, slower; the same tokens a step"
+
+    def first_that_fits(changes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Of changes that save ever more, the first that makes the run fit, or the last."""
+        fitting = (each for each in changes if estimate(apply(config, each)).peak_bytes <= budget_bytes)
+        return next(fitting, changes[-1])
+
+    held = config.kernels.working_set_bytes or default_working_set_bytes(device)
+    if held > _WORKING_SET[1]:
+        yield {"kernels.working_set": _WORKING_SET[0]}, "fewer tokens at a time, slower; the same step"
+    rows = int(training_argument(training, "per_device_eval_batch_size"))
+    if config.data.eval and rows > 1:
+        key = "training.per_device_eval_batch_size"
+        yield first_that_fits([{key: smaller} for smaller in _halves(rows, 1)]), "slower evaluation"
+    batch, accumulation = int(training_argument(training, ROWS)), int(training_argument(training, ACCUMULATION))
+    splits = [
+        {f"training.{ROWS}": rows, f"training.{ACCUMULATION}": accumulation * (batch // rows)}
+        for rows in range(batch - 1, 0, -1)
+        if batch % rows == 0
+    ]
+    if splits:
+        yield first_that_fits(splits), "smaller products, slower; the same tokens a step"
     if not uses_checkpointing(training):
         yield {"training.gradient_checkpointing": True}, "about a third more compute"
+    if held > _LEAST_WORKING_SET[1]:
+        yield {"kernels.working_set": _LEAST_WORKING_SET[0]}, "fewer tokens at a time, much slower; the same step"
+    if device != "cpu" and not config.offload_activations:
+        yield {"offload_activations": True}, "activations are copied to the host and back"
+    if config.placement in ("device", "host") and elsewhere not in (None, config.placement):
+        costs = "experts are brought from the host for each layer" if elsewhere == "host" else "experts are read anew"
+        yield {"placement": elsewhere}, costs
     for key, value, least, costs in (
         ("data.max_length", config.data.max_length, MIN_LENGTH, "longer rows are cut"),
         ("lora.r", config.lora.r, MIN_RANK, "a smaller adapter"),
     ):
-        halved = value
-        while halved // 2 >= least:
-            halved //= 2
-            if estimate(apply(config, {key: halved})).peak_bytes <= budget_bytes:
-                break
-        if halved < value:
-            yield {key: halved}, costs
+        if halves := [{key: smaller} for smaller in _halves(value, least)]:
+            yield first_that_fits(halves), costs
+
+
+def _halves(value: int, least: int) -> list[int]:
+    """Half of it, half of that, and so on, while that is at least `least`."""
+    halves = []
+    while (value := value // 2) >= least:
+        halves.append(value)
+    return halves

@@ -21,9 +21,6 @@ from expertune.experts.layout import fused_projections
 _FILES = ["config.json", INDEX_NAME]
 _CODE = ["*.py"]
 
-# An NF4 folder written by Expertune holds packed tensors under names of its own; it is checked where it is read.
-NF4_FOLDER_MARK = "expertune.json"
-
 
 @dataclass(frozen=True)
 class Headers:

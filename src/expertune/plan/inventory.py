@@ -3,18 +3,21 @@
 Shape suffixes: N out_features, K in_features, E experts, D hidden size, r rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
 
-from expertune.checkpoint.linears import decoder_layers, linears_to_quantize
-from expertune.checkpoint.names import NameMap, read_names
+from expertune.checkpoint.linears import decoder_layers
+from expertune.checkpoint.names import NameMap
+from expertune.checkpoint.prequantized import MXFP4_BLOCK_SIZE
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.experts.contract import ExpertsSpec
 from expertune.experts.router import find_router
-from expertune.kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from expertune.kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Scheme
 
 _FLOAT32_BYTES = 4
 
@@ -50,9 +53,10 @@ class FrozenWeights:
     out (below 10 kB for a whole model).
 
     Attributes:
-        experts_bytes: NF4 experts.
+        experts_bytes: NF4 experts; what they hold beside (biases, norms) is not among them.
         linears_bytes: NF4 linears of the decoder layers, with their 16-bit biases.
-        unquantized_bytes: embeddings, output head, routers, norms and whatever else stays in the compute dtype.
+        unquantized_bytes: embeddings, output head, routers, norms and whatever else stays in the compute dtype, or in
+            float32 where the family keeps it so.
         buffers_bytes: buffers in their own dtype, such as rotary frequencies.
     """
 
@@ -60,6 +64,11 @@ class FrozenWeights:
     linears_bytes: int
     unquantized_bytes: int
     buffers_bytes: int
+
+    @property
+    def quantized_bytes(self) -> int:
+        """What is read at every pass over the layers."""
+        return self.experts_bytes + self.linears_bytes
 
     @property
     def frozen_bytes(self) -> int:
@@ -72,12 +81,49 @@ class Layer:
     """Shapes of one decoder layer.
 
     Attributes:
-        experts: its experts, if it is a sparse layer.
+        experts: shapes of its experts by dotted name; none where the layer is dense.
         linears: (N, K) of its 4-bit linears by dotted name.
+        norms: width of each of its norms; one that works on heads is as wide as all of them.
     """
 
-    experts: tuple[ExpertsSpec, ...]
+    experts: Mapping[str, ExpertsSpec]
     linears: Mapping[str, tuple[int, int]]
+    norms: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Widths of the attention, all heads together.
+
+    Attributes:
+        query: of queries.
+        key: of keys.
+        value: of values.
+        output: of what attention gives.
+        heads: query heads.
+    """
+
+    query: int
+    key: int
+    value: int
+    output: int
+    heads: int
+
+    @property
+    def uneven(self) -> bool:
+        """Whether values are not as wide as keys; on a CPU torch then computes the scores of a row at once."""
+        return self.query != self.output
+
+    def kept_bytes(self, itemsize: int, row_length: int, device: str) -> int:
+        """Bytes for each token that attention keeps for backward."""
+        if device == "cpu" and self.uneven:
+            # In float32: queries, keys and values of all heads, and the scores.
+            return _FLOAT32_BYTES * (2 * self.query + self.output + self.heads * row_length)
+        return itemsize * (self.query + self.key + self.value + self.output) + _FLOAT32_BYTES * self.heads
+
+    def scores_bytes(self, row_length: int, device: str) -> int:
+        """Bytes beside that while a row is in backward: scores, their gradient, and that of their softmax."""
+        return 3 * _FLOAT32_BYTES * self.heads * row_length**2 if device == "cpu" and self.uneven else 0
 
 
 @dataclass(frozen=True)
@@ -92,6 +138,7 @@ class Inventory:
         hidden_size: D.
         vocab_size: rows of the output head.
         top_k: experts per token.
+        attention: widths of the attention.
     """
 
     model: nn.Module
@@ -101,28 +148,29 @@ class Inventory:
     hidden_size: int
     vocab_size: int
     top_k: int
+    attention: Attention
 
 
-def take_inventory(model: nn.Module) -> Inventory:
-    """Read the shapes of a causal language model on the meta device.
+def take_inventory(model: nn.Module, names: NameMap, linears: Mapping[str, nn.Linear]) -> Inventory:
+    """Read the shapes of a causal language model on the meta device, with tied weights tied.
 
-    Raises:
-        UnsupportedModelError: it has no experts that can be packed.
+    Args:
+        model: the model.
+        names: its name map.
+        linears: those of its linears that are held in 4 bits.
     """
-    # Creating parameters on the meta device parts those that the config ties.
-    model.tie_weights()  # type: ignore[operator]
-    names = read_names(model)
-    linears = linears_to_quantize(model, names.specs)
+    attention = _attention(model.config.get_text_config())  # type: ignore[operator, union-attr]
     layers = tuple(
         Layer(
-            tuple(spec for experts, spec in names.specs.items() if experts.startswith(f"{name}.")),
+            {experts: spec for experts, spec in names.specs.items() if experts.startswith(f"{name}.")},
             {
                 linear: (module.out_features, module.in_features)
                 for linear, module in linears.items()
                 if linear.startswith(f"{name}.")
             },
+            tuple(_norm_widths(layer, attention)),
         )
-        for name, _ in decoder_layers(model, names.specs)
+        for name, layer in decoder_layers(model, names.specs)
     )
     head = model.get_output_embeddings()  # type: ignore[operator]
     text_config = model.config.get_text_config()  # type: ignore[operator, union-attr]
@@ -134,6 +182,7 @@ def take_inventory(model: nn.Module) -> Inventory:
         hidden_size=next(iter(names.specs.values())).hidden_size,
         vocab_size=head.out_features if isinstance(head, nn.Linear) else int(text_config.vocab_size),
         top_k=_top_k(model, names.specs),
+        attention=attention,
     )
 
 
@@ -165,31 +214,54 @@ def count_adapter(inventory: Inventory, targets: ResolvedTargets) -> int:
     return count + sum(rank * routed[name] for name, (rank, _) in targets.router.items())
 
 
-def weigh(inventory: Inventory, compute_dtype: torch.dtype, double_quantization: bool) -> FrozenWeights:
+def weigh(
+    inventory: Inventory, compute_dtype: torch.dtype, double_quantization: bool, scheme: Scheme = "nf4"
+) -> FrozenWeights:
     """Bytes of the base model as Expertune holds it.
 
     Args:
         inventory: the model's shapes.
         compute_dtype: dtype of everything that is not 4-bit.
         double_quantization: absmax values are held in 8 bits.
+        scheme: how experts are held.
     """
-    experts = sum(
-        spec.num_experts * quantized_bytes(*spec.shape(part), double_quantization)
-        for spec in inventory.names.specs.values()
-        for part in spec.projections
-    )
     linears = sum(
         quantized_bytes(linear.out_features, linear.in_features, double_quantization)
-        + (linear.bias.numel() * compute_dtype.itemsize if linear.bias is not None else 0)
+        + (linear.bias.numel() * linear.bias.dtype.itemsize if linear.bias is not None else 0)
         for linear in inventory.linears.values()
     )
-    quantized = set(inventory.names.specs) | set(inventory.linears)
+    model = inventory.model
+    stacks = {f"{name}.{stack}" for name, spec in inventory.names.specs.items() for stack in spec.weight_names}
+    # Some families keep a part in float32 whatever the dtype, such as a router's correction bias.
+    kept: dict[str, torch.dtype] = model._get_dtype_plan(compute_dtype)  # type: ignore[operator]
+    saved = model.state_dict().keys()
+
+    def held_bytes(name: str, tensor: torch.Tensor) -> int:
+        dtypes = (dtype for part, dtype in kept.items() if fnmatchcase(name, f"*{part}*"))
+        return tensor.numel() * next(dtypes, tensor.dtype).itemsize
+
     unquantized = sum(
-        parameter.numel() * compute_dtype.itemsize
-        for name, parameter in inventory.model.named_parameters()
-        if name.rpartition(".")[0] not in quantized
+        held_bytes(name, parameter)
+        for name, parameter in model.named_parameters()
+        if name not in stacks and name.rpartition(".")[0] not in inventory.linears
     )
-    return FrozenWeights(experts, linears, unquantized, sum(buffer.nbytes for buffer in inventory.model.buffers()))
+    buffers = sum(
+        held_bytes(name, buffer) if name in saved else buffer.nbytes for name, buffer in model.named_buffers()
+    )
+    return FrozenWeights(
+        sum(experts_bytes(spec, double_quantization, scheme) for spec in inventory.names.specs.values()),
+        linears,
+        unquantized,
+        buffers,
+    )
+
+
+def experts_bytes(spec: ExpertsSpec, double_quantization: bool, scheme: Scheme = "nf4") -> int:
+    """Packed bytes of one experts module: NF4, or MXFP4 with a scale of 8 bits for each 32 weights."""
+    if scheme == "mxfp4":
+        return spec.num_parameters // 2 + spec.num_parameters // MXFP4_BLOCK_SIZE
+    each = (quantized_bytes(*spec.shape(projection), double_quantization) for projection in spec.projections)
+    return spec.num_experts * sum(each)
 
 
 def quantized_bytes(num_rows: int, num_columns: int, double_quantization: bool = True) -> int:
@@ -214,7 +286,7 @@ def _linear_weights(inventory: Inventory) -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     }
-    stacks = {f"{name}.{leaf}" for name in specs for leaf in ("gate_up_proj", "up_proj", "down_proj")}
+    stacks = {f"{name}.{stack}" for name, spec in specs.items() for stack in spec.weight_names}
     routers = {f"{router}.weight" for name, spec in specs.items() if (router := find_router(name, model, spec))}
     return linears | stacks | routers
 
@@ -228,3 +300,26 @@ def _top_k(model: nn.Module, specs: Mapping[str, ExpertsSpec]) -> int:
         if isinstance(value, int) and value > 0:
             return value
     return max(spec.num_experts for spec in specs.values())
+
+
+def _attention(config: Any) -> Attention:
+    """Widths by config; as wide as the hidden states where it does not say."""
+    heads = int(getattr(config, "num_attention_heads", None) or 1)
+    pairs = int(getattr(config, "num_key_value_heads", None) or heads)
+    head = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    rotated, plain = getattr(config, "qk_rope_head_dim", None), getattr(config, "qk_nope_head_dim", None)
+    size = int(rotated) + int(plain) if isinstance(rotated, int) and isinstance(plain, int) else head
+    value = int(getattr(config, "v_head_dim", None) or size)
+    return Attention(heads * size, pairs * size, pairs * value, heads * value, heads)
+
+
+def _norm_widths(layer: nn.Module, attention: Attention) -> Iterator[int]:
+    """Widths of a layer's norms: modules of that name with a weight of one dimension."""
+    head = attention.query // attention.heads
+    for name, module in layer.named_modules():
+        weight = getattr(module, "weight", None)
+        if "norm" not in type(module).__name__.lower() or not isinstance(weight, nn.Parameter) or weight.ndim != 1:
+            continue
+        leaf = name.rpartition(".")[2]
+        of_heads = weight.numel() == head and head != attention.query
+        yield (attention.key if leaf.startswith("k") else attention.query) if of_heads else weight.numel()

@@ -1,20 +1,17 @@
-"""Peak memory of a run, by component.
+"""Peak memory of a run, by component, at each moment that can be its highest.
 
 The frozen weights, the adapter and its gradients are exact: they follow from shapes and dtypes. The rest is estimated.
-Its formulas stand here and nowhere else, and each says what it counts. Against nine measured training steps on a CPU
-(hidden 1024; 8 experts top-2 and 32 experts top-8; 2 to 8 layers; 1024 and 2048 tokens; with and without dropout and
-checkpointing) what the plan says of a step lies 7-14% above what it took, provided that the host gives memory back
-(`expertune.placement.device.bound_host_memory`). These steps took the loss over all logits at once (`loss: full`); what
-the loss in chunks takes is counted from its buffers. A model whose loss has to be taken at once all the same, which is
-known only when it runs, needs what `loss: full` plans for.
+Its formulas stand here and nowhere else, and each says what it counts. `benchmarks/plan_accuracy.py` holds them to real
+runs; what came of it is in `docs/performance.md`.
 
-Shape suffixes: T tokens of a micro-batch, S tokens of a row, D hidden size, F intermediate size, E experts, K experts
-per token, R = T * K routed rows, r rank, V vocabulary.
+Shape suffixes: T tokens of a micro-batch, S tokens of a row, D hidden size, F intermediate size, P parts of the first
+product, E experts, K experts per token, R = T * K routed rows, H query heads, r rank, V vocabulary.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,18 +20,24 @@ from transformers import TrainingArguments
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.config import RunConfig
 from expertune.experts.contract import ExpertsSpec
+from expertune.kernels import heap
+from expertune.kernels.cpu import product_dtype
 from expertune.kernels.expert_mlp.plan import bytes_per_row
 from expertune.kernels.grouped_linear.decode_then_gemm import TILE_BYTES
 from expertune.kernels.linear_cross_entropy import working_set_bytes
 from expertune.kernels.routes import default_working_set_bytes
 from expertune.plan.inventory import FrozenWeights, Inventory, Layer, count_adapter
+from expertune.plan.places import Streaming
 
 _FLOAT32_BYTES = 4
 
 # What a process holds before a model is loaded. On a CPU: resident memory after importing torch, transformers, peft,
-# bitsandbytes and datasets and one product, measured 0.52 GB (torch 2.13, transformers 5.23), rounded up. On CUDA: the
-# context, cuBLAS workspaces and what the caching allocator rounds up to; not measured here.
-FRAMEWORK_BYTES = {"cpu": 600 * 10**6, "cuda": 1000 * 10**6}
+# bitsandbytes, datasets and matplotlib, with rows and tokenizer read: measured 0.65 GB (torch 2.13, transformers 5.23).
+# On CUDA: the context, cuBLAS workspaces and what the caching allocator rounds up to; not measured here.
+FRAMEWORK_BYTES = {"cpu": 650 * 10**6, "cuda": 1000 * 10**6}
+
+# What the C allocator keeps of freed blocks before it is made to give them back.
+ALLOCATOR_BYTES = {"cpu": heap.SLACK_BYTES, "cuda": 0}
 
 # Tokens of the proof after attaching: enough for every expert of a layer to be reached, few enough to cost a second.
 PROOF_TOKENS = 512
@@ -47,6 +50,9 @@ _EVALUATION_BYTES_PER_LOGIT = 2 * _FLOAT32_BYTES
 
 # States of 8-bit optimizers: a byte each, and one float32 scale for each block of 256.
 _STATE_8BIT_BYTES = 1 + _FLOAT32_BYTES / 256
+
+# Rows of the largest expert over those of the mean one; routing is never even.
+_BUSIEST = 1.5
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,11 @@ class Settings:
         dropout: the adapter drops inputs, and so keeps copies of them.
         working_set_bytes: most bytes of an expert layer's rows between its products.
         full_logits: the loss is taken over the logits of all tokens at once, not a chunk of rows at a time.
+        accumulates: gradients of earlier micro-batches are there while a micro-batch runs.
+        offload: what forward keeps for backward waits in the host's memory; never on a CPU, whose memory that is.
+        padded: every row is as long as the longest that is allowed.
         optimizer: TrainingArguments' `optim`.
+        expert_by_expert: on a CPU, products run expert by expert on weights that are decoded first.
         adapter_dtype: dtype of the adapter's weights and gradients.
         compute_dtype: dtype of activations and of all weights that are not 4-bit.
         device: `cpu` or `cuda`.
@@ -74,49 +84,50 @@ class Settings:
     dropout: bool
     working_set_bytes: int
     full_logits: bool
+    accumulates: bool
+    offload: bool
+    padded: bool
+    expert_by_expert: bool
     optimizer: str
     adapter_dtype: torch.dtype
     compute_dtype: torch.dtype
     device: str
 
 
-# Components that are held at one moment and not at the others; what is missing here is always held.
-_HELD_AT = {
-    "loss": ("gradients", "activations", "logits"),
-    "layer": ("gradients", "activations", "working_set"),
-    "evaluation": ("evaluation",),
-}
-_MOMENTARY = frozenset(name for names in _HELD_AT.values() for name in names)
-
-
 @dataclass(frozen=True)
 class Memory:
-    """Peak memory of one process.
+    """Peak memory of one process on its device.
 
-    A step has its peak either while the loss is taken or while a layer is in backward; an evaluation has its own. Only
-    one of the three happens at a time, so that the peak is what is always held plus the largest of them.
+    The moments that can be the highest: `proof` (after attaching), `loss` (forward is over), `layer` (a layer is in
+    backward), `update` (the optimizer's), `evaluation`. Only one of them happens at a time.
 
     Attributes:
-        components: bytes by component.
-        moment: when the peak is reached: `loss`, `layer` or `evaluation`.
+        moments: moment -> bytes by component, those that are always held included.
+        host_bytes: what waits in the host's memory for a device apart from it.
     """
 
-    components: Mapping[str, int]
-    moment: str
+    moments: Mapping[str, Mapping[str, int]]
+    host_bytes: int = 0
 
-    @classmethod
-    def of(cls, components: Mapping[str, int]) -> "Memory":
-        """The memory of these components, with the moment of its peak."""
-        return cls(components, max(_HELD_AT, key=lambda moment: sum(components[name] for name in _HELD_AT[moment])))
+    @property
+    def moment(self) -> str:
+        """When the peak is reached."""
+        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+
+    @property
+    def components(self) -> Mapping[str, int]:
+        """Bytes by component at the peak."""
+        return self.moments[self.moment]
 
     @property
     def peak_bytes(self) -> int:
         """The most that is held at once."""
-        return sum(bytes_ for name, bytes_ in self.components.items() if self.at_peak(name))
+        return sum(self.components.values())
 
-    def at_peak(self, component: str) -> bool:
-        """Whether the component is held at the moment of the peak."""
-        return component not in _MOMENTARY or component in _HELD_AT[self.moment]
+    @property
+    def totals(self) -> dict[str, int]:
+        """Bytes at each moment."""
+        return {moment: sum(components.values()) for moment, components in self.moments.items()}
 
 
 def read_settings(config: RunConfig, device: str, compute_dtype: torch.dtype) -> Settings:
@@ -133,6 +144,10 @@ def read_settings(config: RunConfig, device: str, compute_dtype: torch.dtype) ->
         working_set_bytes=config.kernels.working_set_bytes or default_working_set_bytes(device),
         full_logits=config.loss == "full"
         or any(training.get(key) for key in ("label_smoothing_factor", "torch_compile")),
+        accumulates=int(training_argument(training, "gradient_accumulation_steps")) > 1,
+        offload=config.offload_activations and device != "cpu",
+        padded=config.data.packing == "padded",
+        expert_by_expert=device == "cpu" and product_dtype(compute_dtype, torch.device("cpu")) != torch.float32,
         # The trainer's own default on either device.
         optimizer=str(training.get("optim", "paged_adamw_8bit" if device == "cuda" else "adamw_torch")),
         adapter_dtype=torch.float32 if config.lora.dtype == "float32" else torch.bfloat16,
@@ -154,42 +169,108 @@ def uses_checkpointing(training: Mapping[str, Any]) -> bool:
 
 
 def estimate_memory(
-    inventory: Inventory, targets: ResolvedTargets, frozen: FrozenWeights, settings: Settings
+    inventory: Inventory,
+    targets: ResolvedTargets,
+    frozen: FrozenWeights,
+    settings: Settings,
+    streaming: Streaming,
 ) -> Memory:
-    """Peak memory of training, by component.
+    """Peak memory of a run, by component and moment.
 
     Args:
         inventory: the model's shapes.
         targets: what the adapter changes.
         frozen: bytes of the base model.
         settings: what the run file says.
+        streaming: expert bytes that wait elsewhere.
     """
     adapter = count_adapter(inventory, targets)
     adapter_bytes = adapter * settings.adapter_dtype.itemsize
-    per_layer = [_kept_by_layer(layer, inventory, targets, settings) for layer in inventory.layers]
-    # A checkpointed layer keeps its input; its experts keep what they returned, so that they are not run again.
-    kept_checkpointed = sum(
-        settings.tokens * inventory.hidden_size * settings.compute_dtype.itemsize
-        + _experts_kept(layer, inventory, targets, settings)
-        for layer in inventory.layers
-    )
-    in_backward = [_extra_in_backward(layer, inventory, settings) for layer in inventory.layers]
-    recomputed = per_layer if settings.checkpointing else [0] * len(per_layer)
+    # The host's memory holds what waits there, and the mapped pages of what waits on a disk.
+    always = {
+        "weights": frozen.frozen_bytes - streaming.waiting_bytes,
+        "slots": streaming.slot_bytes,
+        "adapter": adapter_bytes,
+        "framework": FRAMEWORK_BYTES[settings.device],
+        "allocator": ALLOCATOR_BYTES[settings.device],
+    }
+    training = {**always, "optimizer": optimizer_bytes(adapter, settings)}
+    kept = [_kept(layer, inventory, targets, settings) for layer in inventory.layers]
+    activations = max(kept) if settings.offload else sum(kept)
+    gradients = adapter_bytes if settings.accumulates else 0
     # The logits of all tokens stay until the step ends: the trainer holds the model's output.
     logits_held = settings.full_logits * settings.tokens * inventory.vocab_size * settings.compute_dtype.itemsize
-    return Memory.of(
-        {
-            "weights": frozen.frozen_bytes,
-            "adapter": adapter_bytes,
-            "gradients": adapter_bytes,
-            "optimizer": _optimizer_bytes(adapter, settings),
-            "activations": kept_checkpointed if settings.checkpointing else sum(per_layer),
-            "working_set": max(map(sum, zip(recomputed, in_backward, strict=True))) + logits_held,
+    moments = {
+        "proof": always | _proof(inventory, targets, settings, adapter_bytes),
+        "loss": training
+        | {
+            "gradients": gradients,
+            "activations": activations,
             "logits": _loss_bytes(settings.tokens, _LOSS_BYTES_PER_LOGIT, inventory, settings),
-            "evaluation": _evaluation_bytes(inventory, settings),
-            "framework": FRAMEWORK_BYTES[settings.device],
-        }
+        },
+        "layer": training | _layer_moment(inventory, targets, settings, kept, adapter_bytes) | {"logits": logits_held},
+        # What the first update would have to restore if memory ran out in it is kept on the host.
+        "update": training | {"gradients": adapter_bytes, "copies": adapter_bytes if settings.device == "cpu" else 0},
+        "evaluation": training | {"evaluation": _evaluation_bytes(inventory, targets, settings)},
+    }
+    if not settings.evaluation_tokens:
+        del moments["evaluation"]
+    waiting = streaming.waiting_bytes if streaming.place == "host" else 0
+    return Memory(moments, waiting + (sum(kept) if settings.offload else 0))
+
+
+def _layer_moment(
+    inventory: Inventory, targets: ResolvedTargets, settings: Settings, kept: list[int], adapter_bytes: int
+) -> dict[str, int]:
+    """The layer whose backward holds most: its own memory, what the layers before it keep, the gradients of the others.
+
+    Backward begins at the last layer. It frees what a layer kept as it leaves it, and adds its adapter's gradients.
+    """
+    before = [max(kept)] * len(kept) if settings.offload else list(accumulate(kept))
+    itemsize = settings.adapter_dtype.itemsize
+    own = [_layer_adapter(layer, inventory, targets) * itemsize for layer in inventory.layers]
+    outside = adapter_bytes - sum(own)  # of the output head; routers are few, and counted with it
+    moments = []
+    for index, layer in enumerate(inventory.layers):
+        again = _kept_by_layer(layer, inventory, targets, settings) if settings.checkpointing else 0
+        gradients = adapter_bytes if settings.accumulates else outside + sum(own[index:])
+        extra = again + _extra_in_backward(layer, inventory, settings)
+        moments.append({"gradients": gradients, "activations": before[index], "working_set": extra})
+    return max(moments, key=lambda moment: sum(moment.values()))
+
+
+def _layer_adapter(layer: Layer, inventory: Inventory, targets: ResolvedTargets) -> int:
+    """Weights of the adapter on a layer's linears and experts."""
+    adapted = {name: shape for name, shape in layer.linears.items() if name in targets.linears}
+    count = sum(targets.linears[name][0] * sum(shape) for name, shape in adapted.items())
+    for name, spec in layer.experts.items():
+        ranks = targets.experts.get(name, {})
+        count += spec.num_experts * sum(rank * sum(spec.shape(part)) for part, (rank, _) in ranks.items())
+    return count
+
+
+def _proof(inventory: Inventory, targets: ResolvedTargets, settings: Settings, adapter_bytes: int) -> dict[str, int]:
+    """The proof's forward and backward: no layer is checkpointed, and the loss is over all logits.
+
+    Beside it are the B factors as they were, about half of the adapter, and the base model's logits.
+    """
+    length = settings.row_length if settings.padded else min(settings.row_length, PROOF_TOKENS)
+    rows = max(PROOF_TOKENS // length, 1)
+    proof = dataclasses.replace(
+        settings, tokens=rows * length, row_length=length, checkpointing=False, full_logits=True, offload=False
     )
+    layers = inventory.layers
+    logits = proof.tokens * inventory.vocab_size
+    itemsize = settings.compute_dtype.itemsize
+    return {
+        "copies": adapter_bytes // 2,
+        "gradients": adapter_bytes,
+        "activations": sum(_kept_by_layer(layer, inventory, targets, proof) for layer in layers),
+        "working_set": max(_extra_in_backward(layer, inventory, proof) for layer in layers),
+        # While gradients are taken: the base model's, the model's own, and the loss's. Its other forwards keep no
+        # activations, and hold less.
+        "logits": logits * (2 * itemsize + _LOSS_BYTES_PER_LOGIT),
+    }
 
 
 def _loss_bytes(tokens: int, bytes_per_logit: int, inventory: Inventory, settings: Settings) -> int:
@@ -203,52 +284,73 @@ def _loss_bytes(tokens: int, bytes_per_logit: int, inventory: Inventory, setting
     return tokens * per_token + working_set
 
 
-def _evaluation_bytes(inventory: Inventory, settings: Settings) -> int:
+def _evaluation_bytes(inventory: Inventory, targets: ResolvedTargets, settings: Settings) -> int:
     """Bytes of an evaluation: its loss, or a layer's forward, whose rows are as many and as wide as their gradients."""
     evaluation = dataclasses.replace(settings, tokens=settings.evaluation_tokens, dropout=False)
-    if not evaluation.tokens:
-        return 0
     hidden_states = 2 * _FLOAT32_BYTES * evaluation.tokens * inventory.hidden_size
     layers = [hidden_states + _extra_in_backward(layer, inventory, evaluation) for layer in inventory.layers]
     return max(_loss_bytes(evaluation.tokens, _EVALUATION_BYTES_PER_LOGIT, inventory, evaluation), *layers)
 
 
+def _kept(layer: Layer, inventory: Inventory, targets: ResolvedTargets, settings: Settings) -> int:
+    """Bytes that stay of a layer from its forward to its backward."""
+    if not settings.checkpointing:
+        return _kept_by_layer(layer, inventory, targets, settings)
+    # A checkpointed layer keeps its input; its experts keep what they returned, so that they are not run again.
+    hidden_states = settings.tokens * inventory.hidden_size * settings.compute_dtype.itemsize
+    return hidden_states + _kept_by_experts(layer, inventory, targets, settings)
+
+
 def _kept_by_layer(layer: Layer, inventory: Inventory, targets: ResolvedTargets, settings: Settings) -> int:
-    """Bytes that a layer's forward keeps for its backward."""
-    itemsize = settings.compute_dtype.itemsize
+    """Bytes that a layer's forward keeps for its backward; held to what autograd saves, tensor by tensor."""
+    itemsize, attention = settings.compute_dtype.itemsize, inventory.attention
+    # A norm computes in float32 and keeps its input so. Rotated queries and keys, values, and what attention gives.
+    per_token = _FLOAT32_BYTES * sum(layer.norms) + attention.kept_bytes(itemsize, settings.row_length, settings.device)
+    shared = settings.adapter_dtype == settings.compute_dtype and not settings.dropout
     # Dropout keeps a mask beside its result on a GPU; on a CPU it counts instead.
     copies = 2 if settings.dropout and settings.device != "cpu" else 1
-    # Two norms compute in float32 and keep their input so.
-    per_token = 2 * _FLOAT32_BYTES * inventory.hidden_size
+    blocks = set()
     for name, (rows, columns) in layer.linears.items():
-        # Each output, and what is computed from it (rotation, activation, product).
-        per_token += 2 * rows * itemsize
+        block = name.rpartition(".")[0]
         if name in targets.linears:
-            # PEFT keeps the adapter's input in the adapter's dtype; dropout adds its mask.
-            per_token += copies * columns * settings.adapter_dtype.itemsize
-    return settings.tokens * per_token + _experts_kept(layer, inventory, targets, settings)
+            # PEFT keeps the adapter's input in the adapter's dtype: a copy for each linear, unless it is the same.
+            per_token += 0 if shared else copies * columns * settings.adapter_dtype.itemsize
+            per_token += targets.linears[name][0] * settings.adapter_dtype.itemsize
+            blocks.add(block)
+        if "att" not in block.rpartition(".")[2]:
+            # A gated block keeps gate, what the activation makes of it, and up: three halves of what gate and up give.
+            per_token += rows * itemsize if rows == inventory.hidden_size else 3 * rows * itemsize // 2
+    per_token += len(blocks) * inventory.hidden_size * itemsize if shared else 0
+    routed = sum(spec.num_experts * _FLOAT32_BYTES + 2 * inventory.top_k * 8 for spec in layer.experts.values())
+    return settings.tokens * (per_token + routed) + _kept_by_experts(layer, inventory, targets, settings)
 
 
-def _experts_kept(layer: Layer, inventory: Inventory, targets: ResolvedTargets, settings: Settings) -> int:
-    """Bytes that a layer's experts keep: what they return [T, D], and x @ A of each update [R, r]."""
-    ranks = max((sum(rank.rank for rank in each.values()) for each in targets.experts.values()), default=0)
-    outputs = sum(spec.hidden_size for spec in layer.experts) * settings.compute_dtype.itemsize
-    return settings.tokens * (outputs + (inventory.top_k * ranks * settings.adapter_dtype.itemsize if outputs else 0))
+def _kept_by_experts(layer: Layer, inventory: Inventory, targets: ResolvedTargets, settings: Settings) -> int:
+    """Bytes that a layer's experts keep: [T, D], their input or what they return, and x @ A of each update [R, r]."""
+    per_token = 0
+    for name, spec in layer.experts.items():
+        ranks = sum(rank for rank, _ in targets.experts.get(name, {}).values())
+        per_token += spec.hidden_size * settings.compute_dtype.itemsize
+        per_token += inventory.top_k * ranks * settings.adapter_dtype.itemsize
+    return settings.tokens * per_token
 
 
 def _extra_in_backward(layer: Layer, inventory: Inventory, settings: Settings) -> int:
-    """Bytes alive in a layer's backward beside what its forward kept: experts' rows, a decoded tile, a mask."""
+    """Bytes alive in a layer's backward beside what its forward kept: experts' rows, a decoded tile, gradients."""
     itemsize = settings.compute_dtype.itemsize
-    rows = [_between_products(spec, inventory, settings) for spec in layer.experts]
+    rows = [_between_products(spec, inventory, settings) for spec in layer.experts.values()]
     decoded_linears = [rows * columns * itemsize for rows, columns in layer.linears.values()]
     # On a CPU a tile is at most the whole matrix, gate and up side by side; elsewhere it is in the working set.
     tiles = [
         min(TILE_BYTES["cpu"], 2 * spec.hidden_size * spec.intermediate_size * itemsize)
-        for spec in layer.experts
+        for spec in layer.experts.values()
         if settings.device == "cpu"
     ]
-    mask = settings.tokens * settings.row_length  # a byte for each pair of tokens of a row
-    return sum(rows) + max([0, *decoded_linears, *tiles]) + mask
+    # A linear's output and its update in float32, and their gradients.
+    widest = max((rows for rows, _ in layer.linears.values()), default=0)
+    around_linears = 4 * settings.tokens * widest * _FLOAT32_BYTES
+    scores = inventory.attention.scores_bytes(settings.row_length, settings.device)
+    return max([sum(rows), around_linears, scores]) + max([0, *decoded_linears, *tiles])
 
 
 def _between_products(spec: ExpertsSpec, inventory: Inventory, settings: Settings) -> int:
@@ -263,13 +365,28 @@ def _between_products(spec: ExpertsSpec, inventory: Inventory, settings: Setting
     whole = settings.tokens * inventory.top_k * row
     around = 4 * settings.tokens * spec.hidden_size * _FLOAT32_BYTES
     if settings.device == "cpu":
-        return min(whole, settings.working_set_bytes) + around
+        held = min(whole, settings.working_set_bytes)
+        return (_expert_by_expert(spec, parts, held // row, settings) if settings.expert_by_expert else held) + around
     half = settings.working_set_bytes // 2
     one_expert = (parts + 1) * spec.hidden_size * spec.intermediate_size * settings.compute_dtype.itemsize
     return min(whole, half) + min(spec.num_experts * one_expert, max(half, one_expert)) + around
 
 
-def _optimizer_bytes(adapter: int, settings: Settings) -> int:
+def _expert_by_expert(spec: ExpertsSpec, parts: int, rows: int, settings: Settings) -> int:
+    """The route that decodes first takes one expert's rows at a time, and holds the input's gradient of all, float32.
+
+    An expert's: gate and up and their gradients, what the activation makes of them and keeps, some of it in float32 for
+    the adapters.
+    """
+    itemsize = settings.compute_dtype.itemsize
+    inner = (3 * parts + 4) * itemsize + 2 * _FLOAT32_BYTES
+    outer = 2 * itemsize + 2 * _FLOAT32_BYTES
+    busiest = min(int(_BUSIEST * rows / spec.num_experts) + 1, rows)
+    one = busiest * (inner * spec.intermediate_size + outer * spec.hidden_size)
+    return rows * spec.hidden_size * _FLOAT32_BYTES + one
+
+
+def optimizer_bytes(adapter: int, settings: Settings) -> int:
     """Bytes of the optimizer's states. 8-bit optimizers need CUDA; on a CPU torch's own takes their place."""
     name = settings.optimizer.lower()
     states = 2

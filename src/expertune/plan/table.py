@@ -12,14 +12,25 @@ if TYPE_CHECKING:
 # What each component is in the reader's words, and whether its bytes are exact.
 _COMPONENTS = {
     "weights": ("frozen weights", True),
+    "slots": ("experts on their way", False),
     "adapter": ("adapter", True),
-    "gradients": ("adapter's gradients", True),
+    "gradients": ("adapter's gradients", False),
     "optimizer": ("optimizer", False),
     "activations": ("activations", False),
     "working_set": ("one layer in backward", False),
     "logits": ("logits and loss", False),
+    "copies": ("copies of the adapter", False),
     "evaluation": ("evaluation", False),
     "framework": ("libraries", False),
+    "allocator": ("allocator", False),
+}
+
+_MOMENTS = {
+    "proof": "in the proof after attaching",
+    "loss": "while the loss is taken",
+    "layer": "while a layer is in backward",
+    "update": "in the optimizer's first update",
+    "evaluation": "in evaluation",
 }
 
 
@@ -56,16 +67,53 @@ def _heading(plan: "Plan") -> RenderableType:
     table.add_column()
     counts = plan.parameters
     table.add_row("model", Text(f"{plan.model} ({plan.architecture})"))
-    table.add_row("device", f"{plan.device}, products in {plan.compute_dtype}")
+    table.add_row("device", f"{plan.gpu or plan.device}, products in {plan.compute_dtype}")
     table.add_row("parameters", f"{counts.total:,} in all, {counts.trainable:,} trained")
     if plan.micro_batch.line:
         table.add_row("step", Text(plan.micro_batch.line))
-    disk = f"adapter {size(plan.adapter_bytes)}"
-    if plan.download_bytes is not None:
-        disk += f", checkpoint {size(plan.download_bytes)}"
-    table.add_row("on disk", disk)
+    if plan.places.reason:
+        table.add_row("placement", Text(plan.places.reason))
+    if plan.time:
+        table.add_row("time", Text(_time(plan)))
+    table.add_row("on disk", _disk(plan))
     table.add_row("", Text(counts.line, style="dim"))
     return table
+
+
+def _time(plan: "Plan") -> str:
+    time = plan.time
+    assert time is not None
+    rate = time.rates.flops_per_second / 1e12
+    line = (
+        f"{_seconds(time.seconds)} a step of {time.tokens:,} tokens, {time.tokens_per_second:,.0f} tokens/s; at least "
+        f"{_seconds(time.floor_seconds)} at {rate:.3g} TFLOP/s ({time.rates.source}), of which "
+        f"{100 * time.efficiency:.0f} % are expected"
+    )
+    if time.brought_bytes:
+        line += f"; {size(time.brought_bytes)} are brought, {_seconds(time.waiting_seconds)} of it waited for"
+    return line
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def _disk(plan: "Plan") -> str:
+    disk = plan.disk
+    parts = [] if disk.download_bytes is None else [f"checkpoint {size(disk.download_bytes)}"]
+    parts += [f"in 4 bits {size(disk.nf4_folder_bytes)}", f"adapter {size(disk.adapter_bytes)}"]
+    return f"{', '.join(parts)}, each saved step {size(disk.checkpoint_bytes)}"
+
+
+def shortfall(plan: "Plan") -> str:
+    """What is missing, and the least that changes can bring it to, in a sentence."""
+    budget, smallest = plan.budget_bytes, plan.smallest_peak_bytes
+    if smallest <= budget:
+        settings = " ".join(line for change in plan.what_to_change for line in change.lines)
+        return f"{size(plan.memory.peak_bytes)} of {size(budget)}; it would with {settings}"
+    settings = " ".join(line for line in dict.fromkeys(line for change in plan.what_to_change for line in change.lines))
+    with_settings = f", with {settings}" if settings else ", as the run file has it"
+    return f"the smallest peak that can be reached is {size(smallest)} of {size(budget)}{with_settings}"
 
 
 def _memory(plan: "Plan") -> Table:
@@ -74,23 +122,16 @@ def _memory(plan: "Plan") -> Table:
     table.add_column("bytes", justify="right", min_width=11)
     table.add_column("")
     for name, num_bytes in plan.memory.components.items():
-        if not num_bytes:
-            continue
-        words, exact = _COMPONENTS[name]
-        if plan.memory.at_peak(name):
+        if num_bytes:
+            words, exact = _COMPONENTS[name]
             table.add_row(words, size(num_bytes), f"exact: {num_bytes:,}" if exact else "estimate")
-        else:
-            table.add_row(words, f"({size(num_bytes)})", "not at the peak", style="dim")
-    table.add_row("peak", size(plan.memory.peak_bytes), _moment(plan), style="bold")
+    table.add_row("peak", size(plan.memory.peak_bytes), _MOMENTS[plan.memory.moment], style="bold")
+    for moment, num_bytes in plan.memory.totals.items():
+        if moment != plan.memory.moment:
+            table.add_row("", f"({size(num_bytes)})", _MOMENTS[moment], style="dim")
+    if plan.memory.host_bytes:
+        table.add_row("beside it, on the host", size(plan.memory.host_bytes), "")
     return table
-
-
-def _moment(plan: "Plan") -> str:
-    return {
-        "loss": "while the loss is taken",
-        "layer": "while a layer is in backward",
-        "evaluation": "in evaluation",
-    }[plan.memory.moment]
 
 
 def _verdict(plan: "Plan") -> Text:
@@ -108,7 +149,12 @@ def _changes(plan: "Plan") -> RenderableType:
     table.add_column("costs")
     for change in plan.what_to_change:
         table.add_row("\n".join(change.lines), size(change.saves_bytes), size(change.peak_bytes), change.costs)
-    if plan.what_to_change[-1].peak_bytes <= plan.budget_bytes:
-        return table
-    frozen = size(plan.weights.frozen_bytes)
-    return Group(table, Text(f"Even with all of these it does not fit; the frozen weights alone take {frozen}."))
+    parts: list[RenderableType] = [table]
+    if plan.smallest_peak_bytes > plan.budget_bytes:
+        smallest, frozen = size(plan.smallest_peak_bytes), size(plan.weights.frozen_bytes)
+        words = (
+            f"Even with all of these it does not fit: the smallest peak is {smallest}; the frozen weights alone take "
+        )
+        parts.append(Text(f"{words}{frozen}."))
+    told = Text("all of it in the run file, each key in its section:", style="dim")
+    return Group(*parts, Text(), told, Text(plan.yaml.rstrip()))

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from expertune.kernels import routes
+from expertune.kernels import heap, routes
 from expertune.kernels.expert_mlp import decode_then_gemm, fused
 from expertune.kernels.expert_mlp.plan import Layer, LowRank, chunk_tokens
 from expertune.kernels.grouped_linear import own_dtypes
@@ -214,6 +214,8 @@ def _forward(
                 rows.start,
                 out[tokens],
             )
+    if hidden.device.type == "cpu":
+        heap.bound()
     return out, h
 
 
@@ -284,6 +286,8 @@ def _backward(
                 dweights[tokens],
             )
     da, db = ([g.to(f.dtype) for g, f in zip(*pair, strict=True)] for pair in ((da, a), (db, b)))
+    if hidden.device.type == "cpu":
+        heap.bound()
     return dhidden, dweights, da, db
 
 

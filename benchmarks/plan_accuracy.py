@@ -1,0 +1,351 @@
+"""Does the plan's peak agree with what a run takes? Real runs of different shape, each in a process of its own.
+
+Every run is a `finetune` of a few steps on a model of random weights, by a run file whose rows fill `max_length`, so
+that the tokens which the plan counts with are those that run. Measured is the resident memory at its highest (VmHWM),
+held against the plan of the same run file.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+HERE = Path(__file__).resolve().parent
+DOLLY_SAMPLE = HERE / "data" / "dolly-first64.jsonl"
+ALLOWED = 0.10  # how far the peak may lie from the plan
+
+_STEPS = 2
+_ROWS = 64
+_LATENT = {
+    "q_lora_rank": 384, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "n_routed_experts": 16, "n_shared_experts": 1,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 4,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One run: a family's config at some size, and what its run file says.
+
+    Attributes:
+        family: transformers' `model_type`.
+        model: keys of the config.
+        run: sections of the run file.
+        nf4_folder: the run starts from a folder that `expertune quantize` wrote.
+    """
+
+    family: str
+    model: Mapping[str, Any]
+    run: Mapping[str, Any] = field(default_factory=dict)
+    nf4_folder: bool = False
+
+
+def _run(
+    length: int,
+    batch: int,
+    checkpointing: bool,
+    evaluation_batch: int = 0,
+    lora: Mapping[str, Any] | None = None,
+    **top: Any,
+) -> dict[str, Any]:
+    data: dict[str, Any] = {"max_length": length, "train_on": "all", "format": "text"}
+    training: dict[str, Any] = {"per_device_train_batch_size": batch, "gradient_checkpointing": checkpointing}
+    if evaluation_batch:
+        data["eval"] = True
+        training |= {"per_device_eval_batch_size": evaluation_batch, "eval_strategy": "steps", "eval_steps": 1}
+    return {"data": data, "training": training, "lora": dict(lora or {}), **top}
+
+
+SHAPES = {
+    "mixtral, checkpointed": Shape(
+        "mixtral",
+        {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 3, "num_local_experts": 8},
+        _run(1024, 2, True, lora={"dropout": 0.05, "targets": ["attention", "experts", "lm_head"]}),
+    ),
+    "mixtral, all activations": Shape(
+        "mixtral",
+        {"hidden_size": 1024, "intermediate_size": 1792, "num_hidden_layers": 6, "num_local_experts": 4},
+        _run(1024, 3, False),
+    ),
+    "qwen3, many experts, evaluation": Shape(
+        "qwen3_moe",
+        {
+            "hidden_size": 2048, "intermediate_size": 4096, "moe_intermediate_size": 768, "num_hidden_layers": 3,
+            "num_experts": 64, "num_experts_per_tok": 4, "head_dim": 128, "vocab_size": 64000,
+        },
+        _run(256, 4, True, evaluation_batch=4, lora={"r": 16}),
+    ),
+    "qwen3, dropout, all activations": Shape(
+        "qwen3_moe",
+        {
+            "hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 512, "num_hidden_layers": 6,
+            "num_experts": 32, "num_experts_per_tok": 4, "head_dim": 64,
+        },
+        _run(512, 4, False, lora={"dropout": 0.1}),
+    ),
+    "olmoe, all logits": Shape(
+        "olmoe",
+        {
+            "hidden_size": 1024, "intermediate_size": 512, "num_hidden_layers": 2, "num_experts": 64,
+            "num_experts_per_tok": 4,
+        },
+        _run(512, 6, True, loss="full"),
+    ),
+    "deepseek, latent attention": Shape(
+        "deepseek_v3",
+        {
+            **_LATENT, "hidden_size": 1024, "intermediate_size": 2816, "moe_intermediate_size": 768,
+            "num_hidden_layers": 5,
+        },
+        _run(1024, 2, False, lora={"dropout": 0.05}),
+    ),
+    "granite, a large adapter": Shape(
+        "granitemoe",
+        {
+            "hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 3, "num_local_experts": 32,
+            "num_experts_per_tok": 4, "tie_word_embeddings": True,
+        },
+        _run(256, 1, True, lora={"r": 64}),
+    ),
+    "mixtral, evaluation with all logits": Shape(
+        "mixtral",
+        {"hidden_size": 1024, "intermediate_size": 1792, "num_hidden_layers": 2, "num_local_experts": 8},
+        _run(256, 2, True, evaluation_batch=16, loss="full"),
+    ),
+    "mixtral, float32": Shape(
+        "mixtral",
+        {"hidden_size": 1024, "intermediate_size": 2560, "num_hidden_layers": 4, "num_local_experts": 8},
+        _run(1024, 1, False, quantization={"compute_dtype": "float32"}),
+    ),
+    "qwen2, a long row": Shape(
+        "qwen2_moe",
+        {
+            "hidden_size": 1024, "intermediate_size": 2816, "moe_intermediate_size": 704,
+            "shared_expert_intermediate_size": 2816, "num_hidden_layers": 3, "num_experts": 16,
+            "num_experts_per_tok": 4,
+        },
+        _run(4096, 1, True),
+    ),
+}  # fmt: skip
+
+_COMMON = {
+    "vocab_size": 32000, "num_attention_heads": 16, "num_key_value_heads": 4, "num_experts_per_tok": 2,
+    "max_position_embeddings": 8192, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def write_model(folder: Path, shape: Shape) -> None:
+    """A random model under the names of published checkpoints, and a tokenizer beside it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    from benchmarks.workload import write_tokenizer
+
+    config = AutoConfig.for_model(shape.family, **(_COMMON | dict(shape.model)))
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    numbers = torch.randn(2**20 + 7).mul_(0.02).bfloat16()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            flat = parameter.view(-1)
+            for start in range(0, flat.numel(), numbers.numel()):
+                part = flat[start : start + numbers.numel()]
+                part.copy_(numbers[: part.numel()])
+        for buffer in model.buffers():
+            if buffer.is_floating_point() and not torch.isfinite(buffer).all():
+                buffer.zero_()
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+
+
+def write_rows(path: Path, num_rows: int = _ROWS) -> None:
+    """Rows of more tokens than any `max_length` here, of real text."""
+    rows = [json.loads(line) for line in DOLLY_SAMPLE.read_text(encoding="utf-8").splitlines()]
+    text = "\n".join(f"{row['instruction']} {row['context']} {row['response']}" for row in rows)
+    length = 30_000  # characters
+    text *= 2 + length // len(text)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(num_rows):
+            start = number * 997 % (len(text) - length)
+            file.write(json.dumps({"text": text[start : start + length]}) + "\n")
+
+
+def run_file(shape: Shape, folder: Path, rows: Path, output_dir: Path) -> dict[str, Any]:
+    """The run file as a mapping."""
+    data = dict(shape.run["data"], train=f"{rows}[0:{_ROWS // 2}]")
+    if "eval" in data:
+        data["eval"] = f"{rows}[{_ROWS // 2}:{_ROWS // 2 + shape.run['training']['per_device_eval_batch_size']}]"
+    training = {**shape.run["training"], "max_steps": _STEPS, "logging_steps": 1, "save_strategy": "no"}
+    return {**shape.run, "model": str(folder), "data": data, "training": training, "output_dir": str(output_dir)}
+
+
+def measure(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plan a run, run it, and return both peaks, and the highest memory while each part of it ran."""
+    from expertune import api
+    from expertune.config import parse_config
+
+    phases: dict[str, int] = {}
+
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            before = _status("VmRSS")
+            try:
+                return function(*args, **kwargs)
+            finally:
+                phases[f"{name}, before"] = before
+                phases[name] = max(phases.get(name, 0), _status("VmHWM"))
+
+        return call
+
+    for name in ("make_plan", "_prepare_data", "_load", "probe_logits", "attach", "prove", "_train"):
+        if hasattr(api, name):
+            setattr(api, name, watched(name.strip("_"), getattr(api, name)))
+    phases["libraries"] = _status("VmRSS")
+    with _watching_the_allocator() as kept:
+        run = api.finetune(parse_config(dict(values)))
+    planned = run.record["plan"]
+    peak = max(phases[name] for name in phases)
+    return {
+        "planned_bytes": planned["memory"]["peak_bytes"],
+        "peak_bytes": peak,
+        "moment": planned["memory"]["moment"],
+        "components": planned["memory"]["components"],
+        "phases": phases,
+        "allocator_bytes": kept["free_bytes"],
+        "routes": run.record["kernels"].get("ran", {}),
+    }
+
+
+class _Mallinfo2(ctypes.Structure):
+    """glibc's count of its heaps; `fordblks` are bytes in free blocks."""
+
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
+
+
+@contextmanager
+def _watching_the_allocator() -> Iterator[dict[str, int]]:
+    """Yields, when closed, what the C allocator kept free at the highest resident memory, sampled (Linux, glibc)."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = _Mallinfo2
+    highest = {"rss_bytes": 0, "free_bytes": 0}
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.02):
+            if (rss := _status("VmRSS")) > highest["rss_bytes"]:
+                highest.update(rss_bytes=rss, free_bytes=mallinfo2().fordblks)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield highest
+    finally:
+        done.set()
+        thread.join()
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def _in_a_process(command: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).resolve()), command, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+    )
+    return done.stdout
+
+
+def compare(names: list[str], work: Path, keep: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+    """Run the shapes one after the other; `keep` is called after each with all results so far."""
+    rows = work / "rows.jsonl"
+    write_rows(rows)
+    results = []
+    for number, name in enumerate(names):
+        shape, folder, output_dir = SHAPES[name], work / f"model-{number}", work / f"run-{number}"
+        _in_a_process("--write", name, str(folder))
+        if shape.nf4_folder:
+            subprocess.run([sys.executable, "-m", "expertune", "quantize", str(folder), f"{folder}-nf4"], check=True)
+            shutil.rmtree(folder)
+            folder = Path(f"{folder}-nf4")
+        values = run_file(shape, folder, rows, output_dir)
+        measured = json.loads(_in_a_process("--measure", json.dumps(values)).splitlines()[-1])
+        what = {"name": name, "family": shape.family, "model": dict(shape.model), "run": dict(shape.run)}
+        results.append({**what, **measured})
+        keep(results)
+        print(line(results[-1]), flush=True)
+        shutil.rmtree(folder)
+        shutil.rmtree(output_dir)
+    return results
+
+
+def line(result: Mapping[str, Any]) -> str:
+    """A row of the table in docs/performance.md."""
+    planned, peak = result["planned_bytes"], result["peak_bytes"]
+    return (
+        f"| {result['name']} | {planned / 1e9:.2f} GB | {peak / 1e9:.2f} GB | {100 * (planned / peak - 1):+.1f} % "
+        f"| {result['moment']} |"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", choices=list(SHAPES), default=list(SHAPES), help="shapes to run")
+    parser.add_argument("--json", type=Path, help="write everything that was measured here")
+    parser.add_argument("--work", type=Path, help="folder for models and runs, 8 GB; a temporary one by default")
+    parser.add_argument("--write", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.write:
+        write_model(Path(args.write[1]), SHAPES[args.write[0]])
+        return 0
+    if args.measure:
+        print(json.dumps(measure(json.loads(args.measure))))
+        return 0
+    from benchmarks.report import environment
+
+    work = args.work or Path(tempfile.mkdtemp(prefix="plan-accuracy-"))
+    work.mkdir(parents=True, exist_ok=True)
+    print("| run | planned | measured | plan is off by | at its peak |\n|---|---|---|---|---|", flush=True)
+
+    def keep(results: list[dict[str, Any]]) -> None:
+        if args.json:
+            args.json.write_text(json.dumps({**environment(), "runs": results}, indent=1) + "\n", encoding="utf-8")
+
+    try:
+        results = compare(args.only, work, keep)
+    finally:
+        if not args.work:
+            shutil.rmtree(work)
+    off = [result["name"] for result in results if abs(result["planned_bytes"] / result["peak_bytes"] - 1) > ALLOWED]
+    if off:
+        print(f"off by more than {100 * ALLOWED:.0f} %: {', '.join(off)}", file=sys.stderr)
+    return 1 if off else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
