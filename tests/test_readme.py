@@ -64,7 +64,8 @@ def test_commands_and_their_options_exist(page: Path) -> None:
     for name, *arguments in command_lines(page, "expertune"):
         if not name.isupper():
             assert name in commands
-            known = {option for parameter in commands[name].params for option in parameter.opts} | {"--help"}
+            parameters = commands[name].params
+            known = {option for each in parameters for option in [*each.opts, *each.secondary_opts]} | {"--help"}
             assert {word for word in arguments if word.startswith("--")} <= known
 
 

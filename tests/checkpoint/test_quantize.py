@@ -432,6 +432,44 @@ def test_shard_of_the_hubs_cache_is_read_there_and_stays(hub: Hub, tmp_path: Pat
     assert len(list(hub.repository.glob("*.safetensors"))) == 8
 
 
+OFFLINE = """
+import sys
+from expertune.checkpoint.quantize import quantize
+from expertune.errors import CheckpointError
+try:
+    print(quantize("owner/name", sys.argv[1]).manifest["source"]["revision"])
+except CheckpointError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("cached", ["all", "all but a shard"])
+def test_hub_model_in_the_cache_needs_no_connection_and_leaves_the_cache_as_it_is(
+    cached: str, hub: Hub, tmp_path: Path
+) -> None:
+    """With the hub's own client, offline."""
+    commit, out = "0123456789abcdef0123456789abcdef01234567", tmp_path / "out"
+    repository = tmp_path / "home" / "hub" / "models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
+    snapshot = Path(shutil.copytree(hub.repository, repository / "snapshots" / commit))
+    if cached != "all":
+        (snapshot / "model-00005.safetensors").unlink()
+    before = contents(repository)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE, str(out)], capture_output=True, text=True, check=True, env=environment
+    )
+    assert contents(repository) == before
+    if cached == "all":
+        assert done.stdout == f"{commit}\n"
+        assert weights(out) == weights(quantized(hub.repository, tmp_path / "local"))
+        assert not (out / ".source").exists()
+    else:
+        assert "owner/name: the hub did not give model-00005.safetensors (" in done.stdout
+
+
 # ---- memory
 
 MEASURE = """
