@@ -129,6 +129,12 @@ SHAPES = {
         {"hidden_size": 1024, "intermediate_size": 2560, "num_hidden_layers": 4, "num_local_experts": 8},
         _run(1024, 1, False, quantization={"compute_dtype": "float32"}),
     ),
+    "mixtral, experts on disk": Shape(
+        "mixtral",
+        {"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 6, "num_local_experts": 16},
+        _run(512, 1, True, loss="full", placement="disk"),
+        nf4_folder=True,
+    ),
     "qwen2, a long row": Shape(
         "qwen2_moe",
         {
@@ -315,7 +321,11 @@ def line(result: Mapping[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", choices=list(SHAPES), default=list(SHAPES), help="shapes to run")
-    parser.add_argument("--json", type=Path, help="write everything that was measured here")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="write everything that was measured here; results of other shapes in it stay",
+    )
     parser.add_argument("--work", type=Path, help="folder for models and runs, 8 GB; a temporary one by default")
     parser.add_argument("--write", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
@@ -332,9 +342,15 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     print("| run | planned | measured | plan is off by | at its peak |\n|---|---|---|---|---|", flush=True)
 
+    earlier = json.loads(args.json.read_text(encoding="utf-8"))["runs"] if args.json and args.json.exists() else []
+    here = environment()
+
     def keep(results: list[dict[str, Any]]) -> None:
         if args.json:
-            args.json.write_text(json.dumps({**environment(), "runs": results}, indent=1) + "\n", encoding="utf-8")
+            new = {result["name"]: {**result, "date": here["date"], "commit": here["commit"]} for result in results}
+            runs = {result["name"]: result for result in earlier} | new
+            ordered = [runs[name] for name in SHAPES if name in runs]
+            args.json.write_text(json.dumps({**here, "runs": ordered}, indent=1) + "\n", encoding="utf-8")
 
     try:
         results = compare(args.only, work, keep)

@@ -291,11 +291,21 @@ def _linear_weights(inventory: Inventory) -> set[str]:
     return linears | stacks | routers
 
 
+def config_value(config: Any, name: str) -> Any:
+    """A value of a config; where layers have values of their own, the largest; None where there is none."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers refuses to say one value for all layers
+        layers = config.per_layer_config
+        values = [getattr(each, name, None) for each in (layers.values() if isinstance(layers, dict) else layers)]
+        return max((value for value in values if isinstance(value, int | float)), default=None)
+
+
 def _top_k(model: nn.Module, specs: Mapping[str, ExpertsSpec]) -> int:
     """Experts per token by config, under the names that families use; all of them where none is found."""
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"):
-        value = getattr(config, name, None)
+        value = config_value(config, name)
         value = max(value, default=None) if isinstance(value, list) else value
         if isinstance(value, int) and value > 0:
             return value
@@ -304,12 +314,12 @@ def _top_k(model: nn.Module, specs: Mapping[str, ExpertsSpec]) -> int:
 
 def _attention(config: Any) -> Attention:
     """Widths by config; as wide as the hidden states where it does not say."""
-    heads = int(getattr(config, "num_attention_heads", None) or 1)
-    pairs = int(getattr(config, "num_key_value_heads", None) or heads)
-    head = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    rotated, plain = getattr(config, "qk_rope_head_dim", None), getattr(config, "qk_nope_head_dim", None)
+    heads = int(config_value(config, "num_attention_heads") or 1)
+    pairs = int(config_value(config, "num_key_value_heads") or heads)
+    head = int(config_value(config, "head_dim") or config.hidden_size // heads)
+    rotated, plain = config_value(config, "qk_rope_head_dim"), config_value(config, "qk_nope_head_dim")
     size = int(rotated) + int(plain) if isinstance(rotated, int) and isinstance(plain, int) else head
-    value = int(getattr(config, "v_head_dim", None) or size)
+    value = int(config_value(config, "v_head_dim") or size)
     return Attention(heads * size, pairs * size, pairs * value, heads * value, heads)
 
 

@@ -42,11 +42,10 @@ ALLOCATOR_BYTES = {"cpu": heap.SLACK_BYTES, "cuda": 0}
 # Tokens of the proof after attaching: enough for every expert of a layer to be reached, few enough to cost a second.
 PROOF_TOKENS = 512
 
-# Bytes per logit of a loss over all logits at once, beside the logits themselves: transformers takes it in float32, so
-# that its log-softmax, the gradient of that and the gradient of its input are alive at once. Measured: 14.0 with
-# bfloat16 logits in training, 10.0 in evaluation.
-_LOSS_BYTES_PER_LOGIT = 3 * _FLOAT32_BYTES
-_EVALUATION_BYTES_PER_LOGIT = 2 * _FLOAT32_BYTES
+# Numbers per logit of a loss over all logits at once, beside the logits themselves: transformers takes it in float32,
+# so that its log-softmax, the gradient of that and the gradient of its input are alive at once. Measured: 14.0 bytes
+# with bfloat16 logits in training, 10.0 in evaluation. Float32 logits are not copied, which is one number less.
+_LOSS_NUMBERS, _EVALUATION_NUMBERS = 3, 2
 
 # States of 8-bit optimizers: a byte each, and one float32 scale for each block of 256.
 _STATE_8BIT_BYTES = 1 + _FLOAT32_BYTES / 256
@@ -206,7 +205,7 @@ def estimate_memory(
         | {
             "gradients": gradients,
             "activations": activations,
-            "logits": _loss_bytes(settings.tokens, _LOSS_BYTES_PER_LOGIT, inventory, settings),
+            "logits": _loss_bytes(settings.tokens, _LOSS_NUMBERS, inventory, settings),
         },
         "layer": training | _layer_moment(inventory, targets, settings, kept, adapter_bytes) | {"logits": logits_held},
         # What the first update would have to restore if memory ran out in it is kept on the host.
@@ -269,15 +268,19 @@ def _proof(inventory: Inventory, targets: ResolvedTargets, settings: Settings, a
         "working_set": max(_extra_in_backward(layer, inventory, proof) for layer in layers),
         # While gradients are taken: the base model's, the model's own, and the loss's. Its other forwards keep no
         # activations, and hold less.
-        "logits": logits * (2 * itemsize + _LOSS_BYTES_PER_LOGIT),
+        "logits": logits * (2 * itemsize + _bytes_per_logit(_LOSS_NUMBERS, settings)),
     }
 
 
-def _loss_bytes(tokens: int, bytes_per_logit: int, inventory: Inventory, settings: Settings) -> int:
+def _bytes_per_logit(numbers: int, settings: Settings) -> int:
+    return _FLOAT32_BYTES * (numbers - (settings.compute_dtype == torch.float32))
+
+
+def _loss_bytes(tokens: int, numbers: int, inventory: Inventory, settings: Settings) -> int:
     """Bytes at the moment of the loss, with its gradients where it has any."""
     itemsize, D = settings.compute_dtype.itemsize, inventory.hidden_size
     if settings.full_logits:
-        return tokens * inventory.vocab_size * (itemsize + bytes_per_logit)
+        return tokens * inventory.vocab_size * (itemsize + _bytes_per_logit(numbers, settings))
     # Hidden states and their gradient; with dropout the head's adapter has an input of its own, and that a gradient.
     per_token = 2 * D * itemsize + (2 * D * settings.adapter_dtype.itemsize if settings.dropout else 0)
     working_set = working_set_bytes(tokens, inventory.vocab_size, D, settings.compute_dtype, settings.device)
@@ -289,7 +292,7 @@ def _evaluation_bytes(inventory: Inventory, targets: ResolvedTargets, settings: 
     evaluation = dataclasses.replace(settings, tokens=settings.evaluation_tokens, dropout=False)
     hidden_states = 2 * _FLOAT32_BYTES * evaluation.tokens * inventory.hidden_size
     layers = [hidden_states + _extra_in_backward(layer, inventory, evaluation) for layer in inventory.layers]
-    return max(_loss_bytes(evaluation.tokens, _EVALUATION_BYTES_PER_LOGIT, inventory, evaluation), *layers)
+    return max(_loss_bytes(evaluation.tokens, _EVALUATION_NUMBERS, inventory, evaluation), *layers)
 
 
 def _kept(layer: Layer, inventory: Inventory, targets: ResolvedTargets, settings: Settings) -> int:
