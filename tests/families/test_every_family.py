@@ -18,6 +18,7 @@ from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.attention import require_rows_apart
 from expertune.checkpoint.load import auto_class, build_meta_model
 from expertune.checkpoint.names import read_names
+from expertune.checkpoint.quantize import quantize
 from expertune.config import LoraSection
 from expertune.data import PaddingFreeCollator
 from expertune.errors import CheckpointError, UnsupportedModelError
@@ -192,6 +193,12 @@ def test_family_saved_under_live_names_loads_to_the_same_bytes(family: Family, t
     assert fused
     original, live = (frozen_bytes(load_tiny(tmp_path / name).model) for name in ("original", "live"))
     assert changed(original, live) == []
+
+
+def test_family_quantized_to_a_folder_loads_the_same_bytes(family: Family, tmp_path: Path) -> None:
+    quantize(str(family.folder), tmp_path / "nf4")
+    direct, stored = (frozen_bytes(load_tiny(folder).model) for folder in (family.folder, tmp_path / "nf4"))
+    assert changed(direct, stored) == []
 
 
 def test_plan_finds_a_place_for_every_tensor_and_misses_none(family: Family) -> None:
