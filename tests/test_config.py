@@ -133,3 +133,11 @@ def test_text_that_is_no_size_is_refused(text: str) -> None:
 def test_config_survives_the_record(run_file: Path) -> None:
     config = load_config(run_file, ["lora.r=32"])
     assert parse_config(config.model_dump(mode="json", exclude_unset=True)) == config
+
+
+def test_a_section_that_is_there_twice_is_refused_and_not_half_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    text = "model: m\ndata: {train: t}\noutput_dir: o\ntraining: {max_steps: 3}\ntraining: {seed: 1}\n"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="line 4: training is there twice"):
+        load_config(path)

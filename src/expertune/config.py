@@ -21,7 +21,19 @@ DataFormat = Literal["auto", "dolly", "alpaca", "prompt-completion", "messages",
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which also reads 1e-4 as the number that everybody means (as YAML 1.2 does)."""
+    """YAML's safe loader, which also reads 1e-4 as the number that everybody means (as YAML 1.2 does).
+
+    A key that is there twice is refused: YAML would drop the first, and with it a whole section.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping, each key once."""
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<" and keys.count(key.value) > 1:
+                where = f"line {key.start_mark.line + 1}"
+                raise yaml.YAMLError(f"{where}: {key.value} is there twice; put the two together")
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
