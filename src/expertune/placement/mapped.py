@@ -27,7 +27,7 @@ def map_tensor(entry: TensorEntry) -> Tensor:
     """
     # A private mapping: the file itself can never be changed through it.
     storage = torch.UntypedStorage.from_file(str(entry.shard), False, entry.start + entry.nbytes)
-    whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+    whole = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
     return whole[entry.start :].view(entry.dtype).view(entry.shape)
 
 
