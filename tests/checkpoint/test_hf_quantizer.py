@@ -15,12 +15,22 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainin
 import expertune
 from expertune.adapt.attach import attach
 from expertune.checkpoint.hf_quantizer import as_loaded
+from expertune.checkpoint.load import auto_class
 from expertune.config import LoraSection, QuantizationConfig
 from expertune.experts.module import Nf4Experts
 from expertune.nf4_linear import Nf4Linear
 from tests.checkpoint.conftest import FolderOf, Rewrite
 from tests.checkpoint.nf4_folders import quantized
-from tests.tiny_models import FAMILIES, changed, frozen_bytes, load_tiny, random_rows, save_tiny_model
+from tests.families import build
+from tests.tiny_models import (
+    FAMILIES,
+    changed,
+    frozen_bytes,
+    load_tiny,
+    random_rows,
+    save_random,
+    save_tiny_model,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +55,25 @@ def logits(model: Any) -> Tensor:
 def test_bytes_and_logits_are_those_of_load_model(family: str, family_folder: FolderOf, tmp_path: Path) -> None:
     out = quantized(family_folder(family), tmp_path / "out")
     theirs, ours = by_transformers(out, dtype=torch.float32), load_tiny(out).model
+    assert changed(frozen_bytes(ours), frozen_bytes(theirs)) == []
+    assert torch.equal(logits(theirs), logits(ours))
+
+
+@pytest.mark.parametrize(
+    ("kind", "because"),
+    [
+        ("gpt_oss", "its experts have biases, interleaved rows and transposed weights"),
+        ("qwen4_exp_text", "one of its linears is called `..._weight`"),
+        ("qwen3_omni_moe_thinker", "its blocks initialize the experts inside them"),
+        ("nemotron_h", "its experts have no gate"),
+    ],
+)
+def test_families_that_lay_things_out_otherwise_load_alike(kind: str, because: str, tmp_path: Path) -> None:
+    config = build.tiny_config(kind)
+    out = quantized(save_random(tmp_path / "source", config), tmp_path / "out")
+    theirs, report = auto_class(config).from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), because
+    ours = load_tiny(out).model
     assert changed(frozen_bytes(ours), frozen_bytes(theirs)) == []
     assert torch.equal(logits(theirs), logits(ours))
 

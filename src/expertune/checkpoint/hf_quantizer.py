@@ -28,6 +28,9 @@ _SERIALIZED = [
     "weight.quant_state.bitsandbytes__nf4",
 ]
 
+# A family may call a linear `..._weight`: only whole parts of a name count.
+_AFTER_A_DOT = r"(?<=\.)"
+
 
 class Nf4FolderConfig(QuantizationConfigMixin):
     """The `quantization_config` of an NF4 folder's config.json.
@@ -89,6 +92,9 @@ class Nf4FolderQuantizer(HfQuantizer):
         for name in stored:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, empty_linear(model.get_submodule(name), dtype))
+        for name in self.names.specs:
+            # Some families initialize the experts from the block around them, by names that are gone.
+            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {rf"^{PADDING}"}
         return model
@@ -109,7 +115,13 @@ class Nf4FolderQuantizer(HfQuantizer):
         from transformers.core_model_loading import WeightConverter
         from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 
-        return [WeightConverter(_SERIALIZED, "weight", [Bnb4bitDeserialize(self)])]
+        class Deserialize(Bnb4bitDeserialize):
+            def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+                return super().convert(
+                    {name.removeprefix(_AFTER_A_DOT): value for name, value in input_dict.items()}, **kwargs
+                )
+
+        return [WeightConverter([_AFTER_A_DOT + name for name in _SERIALIZED], "weight", [Deserialize(self)])]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Only these: the family's own lead from published names to live ones, which the folder already has."""
