@@ -38,7 +38,7 @@ from expertune.kernels import routes
 from expertune.placement.device import bound_host_memory, default_device, resolve_compute_dtype, set_up_kernels
 from expertune.placement.experts import Place, place_experts, placement_of, reading
 from expertune.plan import MicroBatch, make_plan
-from expertune.plan.memory import PROOF_TOKENS
+from expertune.plan.memory import PROOF_TOKENS, uses_checkpointing
 from expertune.record import RECORD_NAME, RunRecord, versions
 from expertune.report.plots import plot_summary
 from expertune.report.summary import render_summary
@@ -329,6 +329,9 @@ def _load_and_adapt(
     base_logits = probe_logits(loaded.model, probe)
     set_seed(config.training.get("seed", 42))
     model = attach(loaded, config.lora, config.model, source.revision)
+    if uses_checkpointing(config.training) and model.get_base_model().supports_gradient_checkpointing:
+        # As the training that follows: otherwise the proof could need more memory than a step does.
+        model.activation_checkpointing_enable()
     proof = prove(model, probe, base_logits)
     record.update("model", dtype=str(model.dtype), unexpected_tensors=loaded.unexpected)
     record.update("proof", **proof)

@@ -249,23 +249,21 @@ def _layer_adapter(layer: Layer, inventory: Inventory, targets: ResolvedTargets)
 
 
 def _proof(inventory: Inventory, targets: ResolvedTargets, settings: Settings, adapter_bytes: int) -> dict[str, int]:
-    """The proof's forward and backward: no layer is checkpointed, and the loss is over all logits.
+    """The proof's forward and backward, of few tokens, with the loss over all logits.
 
     Beside it are the B factors as they were, about half of the adapter, and the base model's logits.
     """
     length = settings.row_length if settings.padded else min(settings.row_length, PROOF_TOKENS)
     rows = max(PROOF_TOKENS // length, 1)
-    proof = dataclasses.replace(
-        settings, tokens=rows * length, row_length=length, checkpointing=False, full_logits=True, offload=False
-    )
-    layers = inventory.layers
-    logits = proof.tokens * inventory.vocab_size
-    itemsize = settings.compute_dtype.itemsize
+    proof = dataclasses.replace(settings, tokens=rows * length, row_length=length, full_logits=True, offload=False)
+    kept = [_kept(layer, inventory, targets, proof) for layer in inventory.layers]
+    moment = _layer_moment(inventory, targets, proof, kept, adapter_bytes)
+    logits, itemsize = proof.tokens * inventory.vocab_size, settings.compute_dtype.itemsize
     return {
         "copies": adapter_bytes // 2,
         "gradients": adapter_bytes,
-        "activations": sum(_kept_by_layer(layer, inventory, targets, proof) for layer in layers),
-        "working_set": max(_extra_in_backward(layer, inventory, proof) for layer in layers),
+        "activations": sum(kept),
+        "working_set": moment["working_set"],
         # While gradients are taken: the base model's, the model's own, and the loss's. Its other forwards keep no
         # activations, and hold less.
         "logits": logits * (2 * itemsize + _bytes_per_logit(_LOSS_NUMBERS, settings)),
