@@ -13,7 +13,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from expertune.adapt.attach import attach
 from expertune.checkpoint.load import LoadedModel, load_model
-from expertune.checkpoint.prequantized import decode_mxfp4
+from expertune.checkpoint.mxfp4 import decode_mxfp4
 from expertune.checkpoint.store import read_nf4_folder
 from expertune.config import LoraSection, QuantizationConfig
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError

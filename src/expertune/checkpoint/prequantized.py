@@ -5,14 +5,11 @@
 `X.weight.quant_state.bitsandbytes__nf4`, which is JSON. These bytes are ours: they are copied, never decoded. Which
 linears are 4-bit is as in the file.
 
-*MXFP4* (OCP Microscaling Formats 1.0, section 5.2) keeps a stack of matrices [E, N, K] as `X_blocks` (uint8
-[E, N, K/32, 16], the first weight of a byte in its low half) and `X_scales` (uint8 [E, N, K/32], an exponent of two
-plus 127). Blocks are kept, their halves swapped, or decoded one matrix at a time to be quantized as any other.
+*MXFP4* stacks are `expertune.checkpoint.mxfp4`'s.
 """
 
-import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -20,21 +17,17 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
+from expertune.checkpoint.mxfp4 import copy_blocks, decoded_entry
 from expertune.checkpoint.names import Destination, NameMap
-from expertune.checkpoint.reader import TensorEntry
+from expertune.checkpoint.reader import DecodedEntry, TensorEntry
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, UnsupportedModelError
-from expertune.experts import layout
 from expertune.experts.module import Nf4Experts
-from expertune.kernels.nf4 import BLOCK_SIZE, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE, Scheme
+from expertune.kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Scheme
 from expertune.kernels.nf4.reference import dynamic_codebook, nf4_codebook
 from expertune.nf4_linear import Nf4Linear
 
 Method = Literal["bitsandbytes", "mxfp4"]
-
-# FP4 (e2m1): one bit of sign, two of exponent, one of mantissa.
-FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-_SCALE_BIAS = 127
 
 _NF4_STATE = ".quant_state.bitsandbytes__nf4"
 _BLOCKS, _SCALES = "_blocks", "_scales"
@@ -183,9 +176,9 @@ def place_piece(loader: Loader, piece: Piece, entries: Mapping[str, TensorEntry]
     if piece.method == "mxfp4":
         experts = loader.model.get_submodule(destination.name) if destination.projection else None
         if isinstance(experts, Nf4Experts) and experts.down.scheme == "mxfp4":
-            _copy_mxfp4(loader, experts, entries, destination)
+            copy_blocks(loader, experts, entries, destination)
             return True
-        return loader.place(_decoded_mxfp4(piece, entries, loader, destination), destination)
+        return loader.place(decoded_entry(piece, entries, loader, destination), destination)
     packed = _read_packed(piece, entries)
     if destination.converter is not None and loader.names.weight_of(destination.name):
         raise UnsupportedModelError(
@@ -218,23 +211,8 @@ def place_piece(loader: Loader, piece: Piece, entries: Mapping[str, TensorEntry]
         setattr(loader.model.get_submodule(parent), child, linear)
         return True
     # What is no linear in the live model, such as a router, is held in 16 bits: with the values of its 4.
-    decoded = _Decoded(**vars(replace(packed.entry, shape=packed.shape, dtype=packed.dtype)), decode=packed.decode)
+    decoded = DecodedEntry(**vars(replace(packed.entry, shape=packed.shape, dtype=packed.dtype)), decode=packed.decode)
     return loader.place(decoded, destination)
-
-
-@dataclass(frozen=True)
-class _Decoded(TensorEntry):
-    """A packed tensor that reads as the floats it stands for."""
-
-    decode: Callable[..., Tensor] = lambda: torch.empty(0)
-
-    def read(self) -> Tensor:
-        """All of it."""
-        return self.decode()
-
-    def read_part(self, index: int) -> Tensor:
-        """Element `index` of the first dimension."""
-        return self.decode(index)
 
 
 @dataclass(frozen=True)
@@ -362,78 +340,3 @@ def empty_linear(linear: nn.Linear, dtype: torch.dtype) -> Nf4Linear:
     # See `expertune.checkpoint.load.quantized_linear`.
     quantized.support_avx512bf16_for_cpu = False
     return quantized
-
-
-def decode_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """MXFP4 blocks as the floats they stand for, exactly.
-
-    Args:
-        blocks: uint8 [..., K/32, 16].
-        scales: uint8 [..., K/32].
-
-    Returns:
-        float32 [..., K].
-    """
-    values = torch.tensor(FP4_VALUES, device=blocks.device)
-    weights = torch.stack((values[(blocks & 15).int()], values[(blocks >> 4).int()]), dim=-1).flatten(-2)
-    return torch.ldexp(weights, (scales.int() - _SCALE_BIAS)[..., None]).flatten(-2)
-
-
-def _decoded_mxfp4(
-    piece: Piece, entries: Mapping[str, TensorEntry], loader: Loader, destination: Destination
-) -> TensorEntry:
-    """A stack of MXFP4 matrices [E, N, K] that reads as transformers stacks its experts."""
-    blocks, scales = _mxfp4_entries(entries)
-    num_experts, rows, columns = blocks.shape[0], blocks.shape[1], blocks.shape[2] * MXFP4_BLOCK_SIZE
-    spec = loader.names.specs.get(destination.name)
-    transposed = spec is not None and spec.is_transposed
-
-    @functools.lru_cache(maxsize=1)  # gate and up are asked for one after the other
-    def decode(expert: int) -> Tensor:
-        matrix = decode_mxfp4(blocks.read_part(expert), scales.read_part(expert))
-        return matrix.T if transposed else matrix
-
-    shape = (num_experts, columns, rows) if transposed else (num_experts, rows, columns)
-    header = replace(blocks, key=piece.key, shape=shape, dtype=torch.float32)
-    return _Decoded(**vars(header), decode=decode)
-
-
-def _mxfp4_entries(entries: Mapping[str, TensorEntry]) -> tuple[TensorEntry, TensorEntry]:
-    """Blocks and scales of a stack, of shapes that belong together."""
-    blocks, scales = entries["blocks"], entries["scales"]
-    if blocks.shape[:-1] != scales.shape or blocks.shape[-1] != MXFP4_BLOCK_SIZE // 2:
-        raise CheckpointError(
-            f"{blocks.shard}: {blocks.key} of shape {blocks.shape} does not fit scales {scales.shape}"
-        )
-    if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8 or len(blocks.shape) != 4:
-        raise UnsupportedModelError(f"{blocks.shard}: {blocks.key} is not packed as MXFP4 experts are")
-    return blocks, scales
-
-
-def _copy_mxfp4(
-    loader: Loader, experts: Nf4Experts, entries: Mapping[str, TensorEntry], destination: Destination
-) -> None:
-    """The blocks of all experts, as they are, into their module: a byte's first weight goes into its high half."""
-    blocks, scales = _mxfp4_entries(entries)
-    spec, projection = experts.spec, destination.projection
-    weight = spec.weight_names[projection == "down"]
-    parts = layout.fused_projections(spec, weight)
-    stack, _ = experts.locate(0, parts[0])
-    expected = (spec.num_experts, stack.rows * len(parts), stack.columns)
-    shape = (*blocks.shape[:2], blocks.shape[2] * MXFP4_BLOCK_SIZE)
-    if shape != expected:
-        raise CheckpointError(f"{blocks.shard}: tensor {blocks.key} holds {shape} weights, expected {expected}")
-
-    def by_projection(rows: Tensor) -> tuple[Tensor, ...]:
-        return layout.to_matrices(spec, weight, rows.T if spec.is_transposed else rows)
-
-    for expert in range(spec.num_experts):
-        packed = blocks.read_part(expert).flatten(1)
-        packed = (packed << 4) | (packed >> 4)
-        both = zip(parts, by_projection(packed), by_projection(scales.read_part(expert)), strict=True)
-        for part, codes, exponents in both:
-            loader.claim(blocks, destination.name, part, expert)
-            stack, index = experts.locate(expert, part)
-            with torch.no_grad():
-                stack.packed[index].copy_(codes)
-                stack.absmax[index].copy_(exponents.reshape(-1))

@@ -9,6 +9,7 @@ import json
 import math
 import struct
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,21 @@ class TensorEntry:
                     raise CheckpointError(f"{self.shard}: the file ends inside tensor {self.key}; download it again")
                 filled += count
         return buffer.view(self.dtype)
+
+
+@dataclass(frozen=True)
+class DecodedEntry(TensorEntry):
+    """A packed tensor that reads as the floats it stands for."""
+
+    decode: Callable[..., Tensor] = lambda: torch.empty(0)
+
+    def read(self) -> Tensor:
+        """All of it."""
+        return self.decode()
+
+    def read_part(self, index: int) -> Tensor:
+        """Element `index` of the first dimension."""
+        return self.decode(index)
 
 
 @dataclass(frozen=True)

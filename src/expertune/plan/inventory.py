@@ -13,11 +13,10 @@ from torch import nn
 
 from expertune.checkpoint.linears import decoder_layers
 from expertune.checkpoint.names import NameMap
-from expertune.checkpoint.prequantized import MXFP4_BLOCK_SIZE
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.experts.contract import ExpertsSpec
 from expertune.experts.router import find_router
-from expertune.kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Scheme
+from expertune.kernels.nf4 import BLOCK_SIZE, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE, Scheme
 
 _FLOAT32_BYTES = 4
 
