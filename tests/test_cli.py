@@ -161,7 +161,7 @@ def test_the_console_script_is_this_main():
 
 
 def test_a_bug_is_a_traceback_and_not_an_error_message(run_file, api, monkeypatch):
-    def make_plan(config):
+    def make_plan(config, **options):
         raise ZeroDivisionError
 
     api.make_plan = make_plan
@@ -195,14 +195,16 @@ def plan_of(fits):
 
 def test_plan_prints_its_table(run, run_file, api):
     seen = []
-    api.make_plan = lambda config: seen.append(config) or plan_of(fits=True)
-    assert run("plan", "run.yaml", "lora.r=16", "training.learning_rate=1e-4") == (0, "peak 23 GB\n", "")
+    api.make_plan = lambda config, **options: seen.extend((config, options)) or plan_of(fits=True)
+    asked = ("lora.r=16", "training.learning_rate=1e-4", "--gpu", "rtx-4090", "--memory", "20GB")
+    assert run("plan", "run.yaml", *asked) == (0, "peak 23 GB\n", "")
+    assert seen[1] == {"gpu": "rtx-4090", "memory": "20GB"}
     assert seen[0].lora.r == 16
     assert seen[0].training == {"learning_rate": 1e-4}
 
 
 def test_plan_as_json_is_json_and_nothing_else(run, run_file, api):
-    def make_plan(config):
+    def make_plan(config, **options):
         print("a library's note")
         return plan_of(fits=True)
 
@@ -215,7 +217,7 @@ def test_plan_as_json_is_json_and_nothing_else(run, run_file, api):
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_a_plan_that_does_not_fit_is_exit_code_2(run, run_file, api, options):
-    api.make_plan = lambda config: plan_of(fits=False)
+    api.make_plan = lambda config, **options: plan_of(fits=False)
     code, out, err = run("plan", "run.yaml", *options)
     assert code == 2
     assert "23" in out

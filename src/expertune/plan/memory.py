@@ -31,10 +31,10 @@ from expertune.plan.places import Streaming
 
 _FLOAT32_BYTES = 4
 
-# What a process holds beside the model. On a CPU: resident memory with torch, transformers, peft, bitsandbytes, datasets
-# and matplotlib imported and rows and tokenizer read, measured 0.65 GB, and 0.75 GB once products have run (torch 2.13,
-# transformers 5.23; freed blocks given back). On CUDA: the context, cuBLAS workspaces and what the caching allocator
-# rounds up to; not measured here.
+# What a process holds beside the model. On a CPU: resident memory with torch, transformers, peft, bitsandbytes,
+# datasets and matplotlib imported and rows and tokenizer read, measured 0.65 GB, and 0.75 GB once products have run
+# (torch 2.13, transformers 5.23; freed blocks given back). On CUDA: the context, cuBLAS workspaces and what the caching
+# allocator rounds up to; not measured here.
 FRAMEWORK_BYTES = {"cpu": 750 * 10**6, "cuda": 1000 * 10**6}
 
 # What the C allocator keeps of freed blocks: nothing after it was made to give them back, all of the slack before.

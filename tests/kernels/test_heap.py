@@ -1,0 +1,35 @@
+"""Freed blocks of the C allocator go back to the system."""
+
+import sys
+
+import pytest
+import torch
+
+from expertune.kernels import heap
+
+pytestmark = pytest.mark.skipif(heap._malloc_trim is None, reason="glibc alone has malloc_trim")
+
+
+def leave_holes() -> list[torch.Tensor]:
+    """Blocks of 64 KiB of which every eighth lives on: what lies between them cannot be given back at the heap's end."""
+    blocks = [torch.ones(16 * 1024) for _ in range(1200)]
+    return blocks[::8]
+
+
+def test_bound_gives_back_what_was_freed_once_memory_has_grown_by_the_slack(monkeypatch):
+    monkeypatch.setattr(heap, "SLACK_BYTES", 32 * 2**20)
+    monkeypatch.setattr(heap, "_lowest", heap._resident_bytes())
+    kept = leave_holes()
+    before = heap._resident_bytes()
+    heap.bound()
+    assert before - heap._resident_bytes() > 40 * 2**20
+    assert all(block.eq(1).all() for block in kept)
+
+
+@pytest.mark.parametrize("why", ["memory has not grown", "the user has set glibc's own variables"])
+def test_bound_leaves_the_heap_alone_where(monkeypatch, why):
+    monkeypatch.setattr(heap, "_lowest", 0 if why.startswith("the user") else sys.maxsize)
+    if why.startswith("the user"):
+        monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+    monkeypatch.setattr(heap, "_malloc_trim", lambda _: pytest.fail("gave memory back"))
+    heap.bound()
