@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(heap._malloc_trim is None, reason="glibc alone h
 
 
 def leave_holes() -> list[torch.Tensor]:
-    """Blocks of 64 KiB of which every eighth lives on: what lies between them cannot be given back at the heap's end."""
+    """Blocks of 64 KiB of which every eighth lives on; what lies between cannot go back at the heap's end."""
     blocks = [torch.ones(16 * 1024) for _ in range(1200)]
     return blocks[::8]
 
