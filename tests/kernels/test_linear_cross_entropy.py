@@ -283,7 +283,9 @@ def test_logits_of_one_chunk_are_gone_when_those_of_the_next_are_made(
 
 def test_half_precision_weight_is_never_held_whole_in_float32() -> None:
     case = make_case(64, 50_000, 256, labelled=1.0, dtype=torch.bfloat16)
-    assert run_inside(case) <= chunked.TILE_BYTES["cpu"] < case.weight.numel() * 4
+    # Beside a tile of the weight, logits of the 64 tokens where the machine multiplies bfloat16 as it is.
+    logits_bytes = 64 * 50_000 * 4
+    assert run_inside(case) <= max(chunked.TILE_BYTES["cpu"], 1.01 * logits_bytes) < case.weight.numel() * 4
 
 
 def test_frozen_inputs_get_no_gradient_and_the_others_still_do() -> None:
