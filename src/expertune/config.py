@@ -189,8 +189,8 @@ class RunConfig(Section):
         training: TrainingArguments by their own names.
         loss: `auto` takes the loss a chunk of rows at a time, without the logits of all, where that is the model's own
             loss; `full` always leaves it to the model.
-        placement: where frozen expert bytes wait until they are used: in the `device`'s memory, in the `host`'s (pinned,
-            for a GPU), or on `disk`, mapped from an NF4 folder; `auto` decides by the plan, layer by layer.
+        placement: where frozen expert bytes wait until they are used: in the `device`'s memory, in the `host`'s
+            (pinned, for a GPU), or on `disk`, mapped from an NF4 folder; `auto` decides by the plan, layer by layer.
         offload_activations: what forward keeps for backward waits in the host's memory.
         memory_budget: most bytes a run may plan for, e.g. `24GB`; None means what the device has.
         output_dir: the run folder.
