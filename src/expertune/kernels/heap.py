@@ -21,10 +21,15 @@ _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform =
 _lowest = sys.maxsize
 
 
+def is_users_own() -> bool:
+    """Whether the process's user has set variables of glibc's allocator: then it is left as it is."""
+    return any(name.startswith("MALLOC_") for name in os.environ)
+
+
 def bound() -> None:
     """Call between operators. A process whose user has set glibc's own variables (MALLOC_...) is left alone."""
     global _lowest
-    if _malloc_trim is None or any(name.startswith("MALLOC_") for name in os.environ):
+    if _malloc_trim is None or is_users_own():
         return
     resident = _resident_bytes()
     if resident - _lowest < SLACK_BYTES:

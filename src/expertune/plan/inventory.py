@@ -3,7 +3,7 @@
 Shape suffixes: N out_features, K in_features, E experts, D hidden size, r rank.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -198,6 +198,16 @@ def count_parameters(inventory: Inventory, targets: ResolvedTargets) -> Paramete
 
 def count_adapter(inventory: Inventory, targets: ResolvedTargets) -> int:
     """Weights of the adapter: r * (K + N) for each matrix, experts counted one by one."""
+    count = count_low_rank(inventory, targets, lambda spec: spec.num_experts)
+    routed = {
+        find_router(name, inventory.model, spec): spec.num_experts + spec.hidden_size
+        for name, spec in inventory.names.specs.items()
+    }
+    return count + sum(rank * routed[name] for name, (rank, _) in targets.router.items())
+
+
+def count_low_rank(inventory: Inventory, targets: ResolvedTargets, experts_of: Callable[[ExpertsSpec], int]) -> int:
+    """The adapter's weights on linears, and on as many experts of each layer as `experts_of` says; routers left out."""
     count = 0
     for name, (rank, _) in targets.linears.items():
         linear = inventory.model.get_submodule(name)
@@ -205,12 +215,8 @@ def count_adapter(inventory: Inventory, targets: ResolvedTargets) -> int:
         count += rank * (linear.in_features + linear.out_features)
     for name, projections in targets.experts.items():
         spec = inventory.names.specs[name]
-        count += sum(spec.num_experts * rank * sum(spec.shape(part)) for part, (rank, _) in projections.items())
-    routed = {
-        find_router(name, inventory.model, spec): spec.num_experts + spec.hidden_size
-        for name, spec in inventory.names.specs.items()
-    }
-    return count + sum(rank * routed[name] for name, (rank, _) in targets.router.items())
+        count += experts_of(spec) * sum(rank * sum(spec.shape(part)) for part, (rank, _) in projections.items())
+    return count
 
 
 def weigh(

@@ -9,14 +9,12 @@ the resident layers before it are computed, and the link is never idle for long.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import psutil
 
 from expertune.config import RunConfig
 from expertune.errors import ConfigError
-
-Place = Literal["device", "host", "disk"]
+from expertune.placement.experts import Place
 
 # How much of the budget may be filled when layers are chosen to wait elsewhere: the peak is an estimate, and a few
 # layers more cost little.

@@ -1,7 +1,7 @@
 """What a model is made of before a weight is read, however its checkpoint is packed.
 
 A 16-bit checkpoint becomes 4-bit when it is loaded; one in bitsandbytes' nf4, and an NF4 folder, keep what they have;
-MXFP4 experts are decoded and quantized anew.
+MXFP4 experts do too, unless the run file asks for NF4.
 """
 
 from collections.abc import Mapping

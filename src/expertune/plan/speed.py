@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, product_dtype
 from expertune.kernels.native.build import cache_folder
 from expertune.plan.devices import Device
-from expertune.plan.inventory import FrozenWeights, Inventory, Layer
+from expertune.plan.inventory import FrozenWeights, Inventory, Layer, count_low_rank
 from expertune.plan.memory import Settings
 from expertune.record import write_text
 
@@ -148,7 +147,7 @@ def flops_of(inventory: Inventory, targets: ResolvedTargets, settings: Settings)
         backward += 2 * T * (experts + gate_up + linears) + 2.5 * attention + again
     head = 2 * T * inventory.vocab_size * D
     # Each factor is multiplied once forward; backward has its own gradient and its input's.
-    low_rank = 2 * T * _adapter_weights_per_token(inventory, targets)
+    low_rank = 2 * T * count_low_rank(inventory, targets, lambda _: inventory.top_k)
     # In chunks, the head's input gradient is taken in the forward; the total is the same either way.
     return forward + head + low_rank, backward + head + 2 * low_rank
 
@@ -175,18 +174,6 @@ def _expert_weights(layer: Layer, top_k: int) -> tuple[int, int]:
         first += one * (len(spec.projections) - 1)
         down += one
     return first + down, first
-
-
-def _adapter_weights_per_token(inventory: Inventory, targets: ResolvedTargets) -> int:
-    count = 0
-    for name, (rank, _) in targets.linears.items():
-        linear = inventory.model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        count += rank * (linear.in_features + linear.out_features)
-    for name, projections in targets.experts.items():
-        spec = inventory.names.specs[name]
-        count += inventory.top_k * sum(rank * sum(spec.shape(part)) for part, (rank, _) in projections.items())
-    return count
 
 
 @cache
