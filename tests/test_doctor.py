@@ -63,7 +63,8 @@ def test_the_package_kernels_is_a_pitfall_on_a_cpu_with_bfloat16(monkeypatch):
 
 
 def test_findings_are_json():
-    assert json.loads(json.dumps(doctor.collect())) == doctor.collect()
+    findings = doctor.collect()  # once: free memory differs from one look to the next
+    assert json.loads(json.dumps(findings)) == findings
 
 
 @pytest.mark.parametrize("width", [80, 120])
