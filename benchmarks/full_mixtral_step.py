@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from benchmarks import report
 from benchmarks.workload import DOLLY_SAMPLE, TOKENIZER, Shape
 from expertune.checkpoint.linears import decoder_layers, linears_to_quantize
-from expertune.checkpoint.load import build_meta_model, quantized_linear
+from expertune.checkpoint.load import build_meta_model
+from expertune.checkpoint.loader import quantized_linear
 from expertune.checkpoint.names import read_names
 from expertune.checkpoint.store import (
     FOLDER_MARK,

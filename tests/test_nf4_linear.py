@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from expertune.checkpoint.load import quantized_linear
+from expertune.checkpoint.loader import quantized_linear
 from expertune.config import QuantizationConfig
 from expertune.nf4_linear import Nf4Linear
 

@@ -16,7 +16,8 @@ from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.attention import attend_by_row
 from expertune.checkpoint.linears import linears_to_quantize
-from expertune.checkpoint.load import LoadedModel, build_meta_model, quantized_linear
+from expertune.checkpoint.load import LoadedModel, build_meta_model
+from expertune.checkpoint.loader import quantized_linear
 from expertune.checkpoint.names import read_names
 from expertune.config import LoraSection, QuantizationConfig
 from expertune.experts.contract import find_experts

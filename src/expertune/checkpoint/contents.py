@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from expertune.checkpoint.jobs import saved_tensors
-from expertune.checkpoint.load import Loader
+from expertune.checkpoint.loader import Loader
 from expertune.checkpoint.prequantized import Piece, place_piece
 from expertune.checkpoint.reader import TensorEntry
 from expertune.checkpoint.store import BUFFERS, STACKS, Outgoing

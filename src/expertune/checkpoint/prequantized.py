@@ -337,6 +337,6 @@ def empty_linear(linear: nn.Linear, dtype: torch.dtype) -> Nf4Linear:
     packed = torch.empty(linear.in_features * linear.out_features // 2, 1, dtype=torch.uint8, device="meta")
     quantized.weight = bnb.nn.Params4bit(packed, requires_grad=False, bnb_quantized=True, module=quantized)
     quantized.bias = linear.bias
-    # See `expertune.checkpoint.load.quantized_linear`.
+    # See `expertune.checkpoint.loader.quantized_linear`.
     quantized.support_avx512bf16_for_cpu = False
     return quantized

@@ -2,7 +2,7 @@
 
 Layers are written in the order that keeps few shards open, each file beside itself and then renamed; what is finished
 is noted, so that a run that was killed goes on. The bytes are those that loading the source gives: the same code
-places them (`expertune.checkpoint.load.Loader`).
+places them (`expertune.checkpoint.loader.Loader`).
 """
 
 import errno
