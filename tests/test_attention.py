@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from expertune.attention import (
     NAME,
+    SHORT_ROW,
     _flash_takes,
     attend_by_batch,
     attend_by_row,
@@ -459,6 +460,26 @@ def test_scale_is_the_familys(scaling: float | None, release: tuple[str, list[in
     torch.testing.assert_close(attend(scaling), expected.transpose(1, 2), **FLOAT32)
     # torch 2.10 has one scale only.
     assert len(release[1]) == (0 if (release[0], scaling) == ("torch_2_10", 0.3) else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_rows_in_16_bits_attend_in_float32_and_are_rounded_once(dtype: torch.dtype) -> None:
+    tensors = [tensor.to(dtype) for tensor in heads(SHORT_ROW + 8)]
+    lengths = [SHORT_ROW, 8]
+    bounds = {"cu_seq_lens_q": torch.tensor([0, SHORT_ROW, SHORT_ROW + 8]), "max_length_q": SHORT_ROW}
+    rows = zip(*(tensor.float().split(lengths, dim=2) for tensor in tensors), strict=True)
+    exact = torch.cat([F.scaled_dot_product_attention(*row, is_causal=True) for row in rows], dim=2)
+    output, _ = rows_attention(nn.Identity(), *tensors, None, **bounds)
+    torch.testing.assert_close(output, exact.transpose(1, 2).to(dtype), rtol=0, atol=0)
+
+
+def test_longer_rows_attend_in_their_own_dtype() -> None:
+    longer = SHORT_ROW + 1
+    tensors = [tensor.bfloat16() for tensor in heads(longer)]
+    bounds = {"cu_seq_lens_q": torch.tensor([0, longer]), "max_length_q": longer}
+    output, _ = rows_attention(nn.Identity(), *tensors, None, **bounds)
+    expected = F.scaled_dot_product_attention(*tensors, is_causal=True)
+    torch.testing.assert_close(output, expected.transpose(1, 2), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("term", [{"dropout": 0.5}, {"is_causal": False}])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from expertune.attention import SHORT_ROW
 from expertune.checkpoint.linears import decoder_layers
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import ResolvedTargets
@@ -118,6 +119,8 @@ class Attention:
         if device == "cpu" and self.uneven:
             # In float32: queries, keys and values of all heads, and the scores.
             return _FLOAT32_BYTES * (2 * self.query + self.output + self.heads * row_length)
+        if device == "cpu" and row_length <= SHORT_ROW:
+            itemsize = _FLOAT32_BYTES
         return itemsize * (self.query + self.key + self.value + self.output) + _FLOAT32_BYTES * self.heads
 
     def scores_bytes(self, row_length: int, device: str) -> int:
