@@ -171,13 +171,26 @@ def test_fp4_tensors_are_refused_whatever_the_config_says(rewrite: Rewrite) -> N
         load_tiny(folder)
 
 
-def test_experts_that_are_packed_in_two_ways_are_refused(rewrite: Rewrite) -> None:
+def test_experts_some_of_which_have_scales_in_8_bits_are_held_with_float32_scales(rewrite: Rewrite) -> None:
     def mix(tensors: Tensors) -> None:
         pack(tensors, lambda key: key == EXPERT, double=False)
-        pack(tensors, lambda key: key.endswith("proj.weight") or (key.endswith(("w1.weight", "w2.weight"))))
+        pack(tensors, lambda key: is_packed(key) and not key.startswith(EXPERT))
 
-    with pytest.raises(UnsupportedModelError, match=r"is double-quantized and .* is not"):
-        load_tiny(rewrite(mix, quantization_config=BITSANDBYTES))
+    folder = rewrite(mix, quantization_config=BITSANDBYTES)
+    model, stored = load_tiny(folder).model, load_file(next(folder.glob("*.safetensors")))
+    experts = model.get_submodule("model.layers.1.mlp.experts")
+    assert isinstance(experts, Nf4Experts)
+    single, double = experts.locate(2, "up"), experts.locate(1, "up")
+    assert torch.equal(single[0].absmax[single[1]], stored[f"{EXPERT}.absmax"])
+    other = EXPERT.replace("experts.2", "experts.1")
+    state = bnb.functional.QuantState.from_dict(
+        {key.removeprefix(f"{other}."): value for key, value in stored.items() if key.startswith(f"{other}.")},
+        torch.device("cpu"),
+    )
+    assert stored[f"{other}.absmax"].dtype == torch.uint8
+    scales = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    assert torch.equal(double[0].absmax[double[1]], scales)
+    assert torch.equal(double[0].packed[double[1]].flatten(), stored[other].flatten())
 
 
 @pytest.mark.parametrize("key", [EXPERT, Q_PROJ])

@@ -5,7 +5,7 @@ far, its 16-bit rest (embeddings, router, norms, lm_head), and the one tensor be
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def load_model(
         )
     index = open_checkpoint(folder)
     model = build_meta_model(folder, dtype, trust_remote_code)
-    method = quantization_method(index.folder, model)
+    method = quantization_method(index.folder, model, index.tensors)
     attend_by_row(model)
     names = read_names(model)
     pieces = find_pieces(index.tensors, method)
@@ -189,14 +189,14 @@ def _finish(model: PreTrainedModel, names: NameMap, unexpected: list[str], devic
     return LoadedModel(model, names, unexpected)
 
 
-def quantization_method(folder: Path, model: PreTrainedModel) -> Method | None:
-    """How the checkpoint of a meta model is quantized, by its config; None where it is not.
+def quantization_method(folder: Path, model: PreTrainedModel, keys: Iterable[str]) -> Method | None:
+    """How the checkpoint of a meta model is quantized, by its config or its tensors' names; None where it is not.
 
     Raises:
         UnsupportedModelError: in a way that cannot be read.
     """
     scheme = getattr(model.config, "quantization_config", None)
-    return method_of(scheme if scheme is None or isinstance(scheme, dict) else scheme.to_dict(), str(folder))
+    return method_of(scheme if scheme is None or isinstance(scheme, dict) else scheme.to_dict(), keys, str(folder))
 
 
 def swap_experts(

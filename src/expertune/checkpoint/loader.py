@@ -179,9 +179,8 @@ class Loader:
             _require_floats(entry)
         shape = entry.shape if converted is None else tuple(converted.shape)
         if tuple(current.shape) != shape:
-            raise CheckpointError(
-                f"{entry.shard}: tensor {entry.key} has shape {shape}, the model expects {tuple(current.shape)}"
-            )
+            what = f"tensor {entry.key}" if converted is None else f"{name}, made of {entry.key} and its like,"
+            raise CheckpointError(f"{entry.shard}: {what} has shape {shape}, the model expects {tuple(current.shape)}")
         tensor = entry.read() if converted is None else converted
         if isinstance(module, Nf4Experts):
             tensor = module.arrange(leaf, tensor)

@@ -3,6 +3,10 @@
 A checkpoint may say `model.layers.0.block_sparse_moe.experts.3.w1.weight` where the live model of transformers 5 says
 `model.layers.0.mlp.experts.gate_up_proj[3, :F]`. transformers knows the way for every family it converts; this file
 asks it, and keeps no table of its own.
+
+It cannot know of tools that took a stack of experts apart into linears of their own, to let bitsandbytes pack these:
+`...experts.gate_up_projs.3.weight` [out, in], its rows in the family's order, `...gate_up_projs.3.bias`, and a router
+that became `router.linear`. Such lists are read for every family alike.
 """
 
 import re
@@ -14,6 +18,7 @@ from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
     PrefixChange,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -21,6 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from expertune.experts.contract import ExpertsSpec, require_experts
+from expertune.experts.router import find_router
 
 _INDEX = re.compile(r"\.(\d+)(?=\.)")
 
@@ -62,6 +68,7 @@ class NameMap:
     _own: list[WeightRenaming]
     _live_keys: dict[str, bool]
     _base_prefix: str
+    _listed: list[WeightConverter] = field(default_factory=list)
     _targets: dict[str, tuple[str, str]] = field(default_factory=dict)
     _reverse: dict[tuple[bool, ...], list[WeightTransform]] = field(default_factory=dict)
 
@@ -94,6 +101,12 @@ class NameMap:
         module, _, weight = live_name.rpartition(".")
         return module, weight
 
+    def is_listed(self, destination: Destination) -> bool:
+        """Whether a tensor is the linear of one expert that tools made of a stack: [out, in], rows as the family's."""
+        return (
+            any(destination.converter is each for each in self._listed) and self.weight_of(destination.name) is not None
+        )
+
     def converted_names(self, destination: Destination) -> list[str]:
         """Live names of everything that the conversion of a tensor makes."""
         if destination.converter is None:
@@ -110,6 +123,8 @@ class NameMap:
     def _is_direct(self, renamed: str, converter: WeightConverter) -> bool:
         """Whether a converter does no more than stack experts, so that each of its tensors is one matrix as it is."""
         if renamed not in self._targets or len(converter.target_patterns) > 1:
+            return False
+        if any(converter is each for each in self._listed):
             return False
         spec = self.specs[self._targets[renamed][0]]
         operations = {(type(each), getattr(each, "dim", None)) for each in converter.operations}
@@ -143,6 +158,7 @@ def read_names(model: nn.Module) -> NameMap:
     own = transforms[: len(get_model_conversion_mapping(model, add_legacy=False))]
     renamings = [transform for transform in own if isinstance(transform, WeightRenaming)]
 
+    lists = _lists(specs, transforms)
     targets: dict[str, tuple[str, str]] = {}
     for module, spec in specs.items():
         for weight in spec.weight_names:
@@ -150,13 +166,47 @@ def read_names(model: nn.Module) -> NameMap:
     return NameMap(
         specs=specs,
         projection_names=_projection_names(converters, has_gate=next(iter(specs.values())).has_gate),
-        _renamings=[transform for transform in transforms if isinstance(transform, WeightRenaming)],
-        _converters=converters,
+        _renamings=[
+            *(transform for transform in transforms if isinstance(transform, WeightRenaming)),
+            *_wrapped_routers(model, specs),
+        ],
+        _converters=converters + lists,
         _own=renamings,
         _live_keys=dict.fromkeys(model.state_dict(), True),
         _base_prefix=str(model.base_model_prefix),
+        _listed=lists,
         _targets=targets,
     )
+
+
+def _lists(specs: dict[str, ExpertsSpec], transforms: list[WeightTransform]) -> list[WeightConverter]:
+    """How a list of linears, one for each expert, becomes a stack; not where the family itself has such names."""
+    known = [pattern for transform in transforms for pattern in transform.source_patterns]
+    found: dict[str, WeightConverter] = {}
+    for module, spec in specs.items():
+        leaf = module.rpartition(".")[2]
+        for weight in spec.weight_names:
+            if any(f"{weight}s" in pattern for pattern in known):
+                continue
+            turned = [Transpose(1, 2)] if spec.is_transposed else []
+            lists = {"weight": (weight, turned)} | ({"bias": (f"{weight}_bias", [])} if spec.has_bias else {})
+            for part, (target, operations) in lists.items():
+                source = f"{leaf}.{weight}s.*.{part}"
+                merged = [MergeModulelist(dim=0), *operations]
+                found.setdefault(source, WeightConverter(source, f"{leaf}.{target}", merged))
+    return list(found.values())
+
+
+def _wrapped_routers(model: nn.Module, specs: dict[str, ExpertsSpec]) -> list[WeightRenaming]:
+    """Routers whose weight such tools put into a linear within them."""
+    routers = {find_router(module, model, spec) for module, spec in specs.items()} - {None}
+    leaves = sorted({str(router).rpartition(".")[2] for router in routers})
+    names = [name for name, _ in model.named_modules()]
+    return [
+        WeightRenaming(rf"\.{leaf}\.linear\.", f".{leaf}.")
+        for leaf in leaves
+        if not any(f".{leaf}.linear." in f"{name}." for name in names)
+    ]
 
 
 def _projection_names(converters: list[WeightConverter], has_gate: bool) -> dict[str, str]:

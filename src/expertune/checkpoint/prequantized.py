@@ -1,16 +1,15 @@
 """Checkpoints that are quantized already: bitsandbytes' 4-bit tensors, and MXFP4 blocks.
 
-*bitsandbytes* writes a 4-bit matrix as `X.weight` (uint8 [N*K/2, 1]) and its state beside it: `X.weight.absmax`,
-`X.weight.quant_map`, `X.weight.nested_absmax`, `X.weight.nested_quant_map`, and
-`X.weight.quant_state.bitsandbytes__nf4`, which is JSON. These bytes are ours: they are copied, never decoded. Which
-linears are 4-bit is as in the file.
+*bitsandbytes* writes a 4-bit weight as `X` (uint8 [N*K/2, 1]) and its state beside it: `X.absmax`, `X.quant_map`,
+`X.nested_absmax`, `X.nested_quant_map`, and `X.quant_state.bitsandbytes__nf4`, which is JSON. Which linears are 4-bit
+is as in the file. Its experts are `expertune.checkpoint.packed`'s.
 
 *MXFP4* stacks are `expertune.checkpoint.mxfp4`'s.
 """
 
-import json
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import bitsandbytes as bnb
@@ -19,17 +18,25 @@ from torch import Tensor, nn
 
 from expertune.checkpoint.mxfp4 import copy_blocks, decoded_entry
 from expertune.checkpoint.names import Destination, NameMap
-from expertune.checkpoint.reader import DecodedEntry, TensorEntry
+from expertune.checkpoint.packed import (
+    NF4_STATE,
+    ExpertWeight,
+    Packed,
+    copy_weight,
+    decoded_weight,
+    expert_weight,
+    read_packed,
+)
+from expertune.checkpoint.reader import TensorEntry
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, UnsupportedModelError
 from expertune.experts.module import Nf4Experts
-from expertune.kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Scheme
-from expertune.kernels.nf4.reference import dynamic_codebook, nf4_codebook
+from expertune.kernels.nf4 import BLOCK_SIZE, Scheme
 from expertune.nf4_linear import Nf4Linear
 
 Method = Literal["bitsandbytes", "mxfp4"]
 
-_NF4_STATE = ".quant_state.bitsandbytes__nf4"
+_STATE_PART = re.compile(r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+)")
 _BLOCKS, _SCALES = "_blocks", "_scales"
 
 
@@ -53,6 +60,7 @@ class Loader(Protocol):
 
     model: nn.Module
     names: NameMap
+    quantization: QuantizationConfig
     dtype: torch.dtype
     device: torch.device
 
@@ -63,14 +71,16 @@ class Loader(Protocol):
         """Refuse a weight that is stored twice."""
 
 
-def method_of(values: Mapping[str, Any] | None, where: str) -> Method | None:
+def method_of(values: Mapping[str, Any] | None, keys: Iterable[str], where: str) -> Method | None:
     """How a checkpoint is quantized, by the `quantization_config` of its config; None where it is not.
+
+    Where the config says nothing, names of tensors may: of weights that were packed in a live model and saved with it.
 
     Raises:
         UnsupportedModelError: in a way that cannot be read; names it.
     """
     if values is None:
-        return None
+        return "bitsandbytes" if any(key.endswith(f".{NF4_STATE}") for key in keys) else None
     method = values.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in values else "of an unknown method")
     if method == "mxfp4":
         return "mxfp4"
@@ -108,16 +118,16 @@ def find_pieces(keys: Iterable[str], method: Method | None) -> list[Piece]:
 
 
 def _bitsandbytes_parts(keys: list[str]) -> dict[str, dict[str, str]]:
+    states = {f".{NF4_STATE}", ".absmax"}
     parts: dict[str, dict[str, str]] = {
-        key.removesuffix(_NF4_STATE): {} for key in keys if key.endswith((_NF4_STATE, ".weight.absmax"))
+        key.removesuffix(end): {} for end in states for key in keys if key.endswith(end)
     }
-    parts = {name.removesuffix(".absmax"): {} for name in parts}
     for key in keys:
-        name, found, part = key.partition(".weight.")
-        if f"{name}.weight" in parts:
-            parts[f"{name}.weight"][part if found else "weight"] = key
-        elif key in parts:
+        state = _STATE_PART.fullmatch(key)
+        if key in parts:
             parts[key]["weight"] = key
+        elif state and state[1] in parts:
+            parts[state[1]][state[2]] = key
     return parts
 
 
@@ -134,21 +144,19 @@ def _mxfp4_parts(keys: list[str]) -> dict[str, dict[str, str]]:
 
 
 def double_quantization_of(pieces: Iterable[Piece], names: NameMap) -> bool | None:
-    """Whether a bitsandbytes checkpoint's experts are double-quantized; None where it has no 4-bit experts.
+    """Whether the experts of a bitsandbytes checkpoint keep 8-bit scales; None where it has no 4-bit experts.
 
-    Raises:
-        UnsupportedModelError: some are and some are not.
+    They do where all of them have such scales, which can all stay as they are. Otherwise all are held with float32
+    scales, which are those of the file or what its 8-bit ones stand for, exactly.
     """
-    found = {
-        "nested_absmax" in piece.parts: piece.key
+    held = [
+        "nested_absmax" in piece.parts and weight.keeps_nested_scales
         for piece in pieces
-        if piece.method == "bitsandbytes" and names.locate(piece.key).projection is not None
-    }
-    if len(found) > 1:
-        raise UnsupportedModelError(
-            f"{found[True]} is double-quantized and {found[False]} is not: quantize the 16-bit checkpoint instead"
-        )
-    return next(iter(found), None)
+        if piece.method == "bitsandbytes"
+        and (weight := expert_weight(names, names.locate(piece.key))) is not None
+        and not weight.lies_across
+    ]
+    return all(held) if held else None
 
 
 def scheme_of(pieces: Iterable[Piece], names: NameMap, asked: QuantizationConfig) -> Scheme:
@@ -179,15 +187,15 @@ def place_piece(loader: Loader, piece: Piece, entries: Mapping[str, TensorEntry]
             copy_blocks(loader, experts, entries, destination)
             return True
         return loader.place(decoded_entry(piece, entries, loader, destination), destination)
-    packed = _read_packed(piece, entries)
+    packed = read_packed(piece.key, entries)
+    weight = expert_weight(loader.names, destination)
+    if weight is not None:
+        return _place_expert(loader, packed, weight, destination)
     if destination.converter is not None and loader.names.weight_of(destination.name):
         raise UnsupportedModelError(
             f"{packed.entry.shard}: the bytes of {piece.key} lie otherwise than this family's experts are multiplied: "
             "give the 16-bit checkpoint"
         )
-    if destination.projection is not None:
-        _copy_expert(loader, packed, destination)
-        return True
     name, _, leaf = destination.name.rpartition(".")
     try:
         module = loader.model.get_submodule(name)
@@ -211,102 +219,20 @@ def place_piece(loader: Loader, piece: Piece, entries: Mapping[str, TensorEntry]
         setattr(loader.model.get_submodule(parent), child, linear)
         return True
     # What is no linear in the live model, such as a router, is held in 16 bits: with the values of its 4.
-    decoded = DecodedEntry(**vars(replace(packed.entry, shape=packed.shape, dtype=packed.dtype)), decode=packed.decode)
-    return loader.place(decoded, destination)
+    return loader.place(packed.decoded, destination)
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """A matrix as bitsandbytes packed it; `state` is the JSON of its quantization state."""
-
-    entry: TensorEntry
-    parts: Mapping[str, TensorEntry]
-    state: Mapping[str, Any]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.state["shape"])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return getattr(torch, self.state["dtype"])
-
-    @property
-    def nested(self) -> bool:
-        return "nested_absmax" in self.parts
-
-    def decode(self) -> Tensor:
-        stats = {part: entry.read() for part, entry in self.parts.items() if part != "weight"}
-        state = bnb.functional.QuantState.from_dict(stats, torch.device("cpu"))
-        return bnb.functional.dequantize_4bit(self.entry.read(), state)
-
-
-def _read_packed(piece: Piece, entries: Mapping[str, TensorEntry]) -> _Packed:
-    """The state of a packed matrix, checked against what our kernels multiply."""
-    key = _NF4_STATE.removeprefix(".")
-    if any(part.startswith("quant_state.") and part != key for part in entries):
-        raise UnsupportedModelError(f"{piece.key}: 4-bit values of another kind than nf4: give the 16-bit checkpoint")
-    for part in ("weight", "absmax", "quant_map", key):
-        if part not in entries:
-            raise CheckpointError(f"{piece.key}: its {part} is missing; download the checkpoint again")
-    entry = entries["weight"]
-    try:
-        state = json.loads(bytes(entries[key].read().numpy()))
-        shape, block_size, nested = tuple(state["shape"]), state["blocksize"], state.get("nested_blocksize")
-        getattr(torch, state["dtype"])
-        offset = float(state.get("nested_offset", 0.0))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{entry.shard}: the quantization state of {piece.key} is damaged ({error!r}); download it again"
-        ) from None
-    packed = _Packed(entry, entries, state)
-    blocks = -(-torch.Size(shape).numel() // BLOCK_SIZE)
-    if block_size != BLOCK_SIZE or (packed.nested and nested != NESTED_BLOCK_SIZE):
+def _place_expert(loader: Loader, packed: Packed, weight: ExpertWeight, destination: Destination) -> bool:
+    if not weight.lies_across:
+        copy_weight(loader, packed, weight)
+        return True
+    if loader.quantization.scheme == "auto":
         raise UnsupportedModelError(
-            f"{entry.shard}: {piece.key} has blocks of {block_size}, and of {nested} for their scales; only "
-            f"{BLOCK_SIZE} and {NESTED_BLOCK_SIZE} can be read: give the 16-bit checkpoint"
+            f"{packed.entry.shard}: {packed.entry.key} packs all experts from the other side: its blocks of "
+            f"{BLOCK_SIZE} run across the rows that are multiplied, so its bytes cannot be taken. Give the 16-bit "
+            "checkpoint, or set quantization.scheme to nf4, and what it decodes to is quantized anew"
         )
-    if len(shape) != 2 or entry.dtype != torch.uint8 or entry.nbytes * 2 != shape[0] * shape[1]:
-        raise CheckpointError(f"{entry.shard}: {piece.key} of shape {shape} cannot lie in {entry.nbytes} bytes")
-    scales = torch.uint8 if packed.nested else torch.float32
-    if (
-        entries["absmax"].numel != blocks
-        or entries["absmax"].dtype != scales
-        or not torch.isfinite(torch.tensor(offset))
-    ):
-        raise CheckpointError(f"{entry.shard}: the scales of {piece.key} do not fit its shape {shape}")
-    maps = {"quant_map": nf4_codebook} | ({"nested_quant_map": dynamic_codebook} if packed.nested else {})
-    for part, codebook in maps.items():
-        if part not in entries or not torch.equal(entries[part].read().float(), codebook(torch.device("cpu"))):
-            raise UnsupportedModelError(f"{entry.shard}: the {part} of {piece.key} is not bitsandbytes' own")
-    return packed
-
-
-def _copy_expert(loader: Loader, packed: _Packed, destination: Destination) -> None:
-    """The bytes of one expert's matrix, as they are, into its module."""
-    experts = loader.model.get_submodule(destination.name)
-    entry, projection = packed.entry, destination.projection
-    assert isinstance(experts, Nf4Experts)
-    assert projection is not None
-    if destination.expert is None:
-        raise UnsupportedModelError(f"{entry.shard}: {entry.key} packs all experts in one: give the 16-bit checkpoint")
-    if destination.expert >= experts.num_experts:
-        raise CheckpointError(
-            f"{entry.shard}: tensor {entry.key} belongs to expert {destination.expert}, but the model has "
-            f"{experts.num_experts}"
-        )
-    stack, index = experts.locate(destination.expert, projection)
-    if packed.shape != (stack.rows, stack.columns):
-        raise CheckpointError(
-            f"{entry.shard}: tensor {entry.key} has shape {packed.shape}, expected shape {(stack.rows, stack.columns)}"
-        )
-    loader.claim(entry, destination.name, projection, destination.expert)
-    with torch.no_grad():
-        stack.packed[index].copy_(entry.read().view(stack.packed[index].shape))
-        stack.absmax[index].copy_(packed.parts["absmax"].read().view(-1))
-        if packed.nested:
-            stack.nested_absmax[index].copy_(packed.parts["nested_absmax"].read().view(-1))
-            stack.offset[index] = float(packed.state["nested_offset"])
+    return loader.place(decoded_weight(packed, weight), destination)
 
 
 def linear_of_bytes(

@@ -157,7 +157,7 @@ class _Work:
         config_text = (source.folder / "config.json").read_text(encoding="utf-8") if _has_config(source) else "{}"
         compute = FLOATS[dtype] if dtype != "auto" else config_dtype(json.loads(config_text))
         model = build_meta_model(source.folder, compute, trust_remote_code)
-        method = quantization_method(source.folder, model)
+        method = quantization_method(source.folder, model, shards.weight_map)
         names = read_names(model)
         pieces = find_pieces(shards.weight_map, method)
         stored = double_quantization_of(pieces, names)

@@ -92,8 +92,9 @@ def settings_of(
     """
     if "double_quantization" in asked.model_fields_set and asked.double_quantization != double_quantization:
         raise ConfigError(
-            f"quantization.double_quantization is {str(asked.double_quantization).lower()}, but {where} was quantized "
-            f"{'with' if double_quantization else 'without'} it; remove the key, or give the 16-bit checkpoint"
+            f"quantization.double_quantization is {str(asked.double_quantization).lower()}, but {where} "
+            f"{'was quantized with it' if double_quantization else 'gives float32 scales'}; remove the key, or give "
+            "the 16-bit checkpoint"
         )
     if asked.scheme != "auto" and asked.scheme != scheme:
         raise ConfigError(

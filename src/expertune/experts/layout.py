@@ -31,7 +31,18 @@ def to_matrices(spec: ExpertsSpec, weight: str, live: Tensor) -> tuple[Tensor, .
     Returns:
         For each of `fused_projections` a matrix [out_features, in_features]; views where possible.
     """
-    return _parts(spec, weight, live.T if spec.is_transposed else live)
+    return split_rows(spec, weight, live.T if spec.is_transposed else live)
+
+
+def split_rows(spec: ExpertsSpec, weight: str, rows: Tensor) -> tuple[Tensor, ...]:
+    """The same of one expert's rows [out_features, ...], whatever stands in a row: weights, bytes, scales; views."""
+    count = len(fused_projections(spec, weight))
+    return rows.chunk(count) if spec.is_concatenated else tuple(rows[part::count] for part in range(count))
+
+
+def are_rows_together(spec: ExpertsSpec, weight: str) -> bool:
+    """Whether the rows of each projection follow each other."""
+    return spec.is_concatenated or len(fused_projections(spec, weight)) == 1
 
 
 def from_matrices(spec: ExpertsSpec, weight: str, matrices: Sequence[Tensor]) -> Tensor:
@@ -42,7 +53,7 @@ def from_matrices(spec: ExpertsSpec, weight: str, matrices: Sequence[Tensor]) ->
 
 def to_bias(spec: ExpertsSpec, weight: str, live_EN: Tensor) -> Tensor:
     """Biases of all experts, part by part, from the family's: both [E, P * F] or [E, D]."""
-    return torch.cat(_parts(spec, weight, live_EN.T), dim=0).T.contiguous()
+    return torch.cat(split_rows(spec, weight, live_EN.T), dim=0).T.contiguous()
 
 
 def from_bias(spec: ExpertsSpec, weight: str, bias_EN: Tensor) -> Tensor:
@@ -56,11 +67,6 @@ def to_activation(spec: ExpertsSpec, gate_up: Tensor) -> Tensor:
     if spec.is_concatenated:
         return gate_up
     return gate_up.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-
-
-def _parts(spec: ExpertsSpec, weight: str, rows: Tensor) -> tuple[Tensor, ...]:
-    count = len(fused_projections(spec, weight))
-    return rows.chunk(count) if spec.is_concatenated else tuple(rows[part::count] for part in range(count))
 
 
 def _join(spec: ExpertsSpec, weight: str, parts: Sequence[Tensor]) -> Tensor:

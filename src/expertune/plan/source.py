@@ -64,8 +64,8 @@ def read_source(config: RunConfig, folder: Path, on_hub: bool, model: PreTrained
         settings = settings_of(quantization, stored.settings.double_quantization, folder, stored.scheme)
         linears = {name: module for name, module in _linears(model).items() if name in set(stored.linears)}
         return Source(True, linears, settings.double_quantization, stored.scheme, stored.index.nbytes, ())
-    method = quantization_method(Path(config.model) if on_hub else folder, model)
     headers = read_headers(config.model, folder, config.revision, on_hub)
+    method = quantization_method(Path(config.model) if on_hub else folder, model, headers.shapes if headers else ())
     linears = linears_to_quantize(model, names.specs)
     if headers is None:
         alone = "no weights to look at; the counts rest on config.json alone"

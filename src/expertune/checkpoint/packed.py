@@ -1,0 +1,284 @@
+"""bitsandbytes' 4-bit weights of experts: taken byte by byte, in whatever pieces a checkpoint holds them.
+
+A piece is one projection of one expert, one expert's gate and up in one linear, or a whole stack [E, rows, columns].
+In each of them a row's blocks of 64 weights are its own and its codes are whole bytes, so that rows go where they
+belong without being decoded, also where a family alternates gate and up rows. Float32 scales go with their blocks.
+Scales in 8 bits share one float32 among 256 of them, whichever matrix these belong to: they stay as they are where
+every matrix begins with such a group, and are held as the float32 they stand for where one does not.
+
+A family that multiplies from the other side has stacks whose blocks run across the rows of ours: their bytes cannot be
+taken, only what they decode to.
+
+Shape suffixes: E experts, N rows and K columns of one expert's piece, B = K / 64 blocks of a row.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor
+
+from expertune.checkpoint.names import Destination, NameMap
+from expertune.checkpoint.reader import DecodedEntry, TensorEntry
+from expertune.errors import CheckpointError, UnsupportedModelError
+from expertune.experts import layout
+from expertune.experts.contract import ExpertsSpec
+from expertune.experts.module import Nf4Experts
+from expertune.kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Nf4Stack
+from expertune.kernels.nf4.reference import dynamic_codebook, nf4_codebook
+
+if TYPE_CHECKING:
+    from expertune.checkpoint.prequantized import Loader
+
+NF4_STATE = "quant_state.bitsandbytes__nf4"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight as bitsandbytes packed it; `state` is the JSON of its quantization state."""
+
+    entry: TensorEntry
+    parts: Mapping[str, TensorEntry]
+    state: Mapping[str, Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight that was packed."""
+        return tuple(self.state["shape"])
+
+    @property
+    def nested(self) -> bool:
+        """Whether its scales are themselves held in 8 bits."""
+        return "nested_absmax" in self.parts
+
+    @property
+    def decoded(self) -> DecodedEntry:
+        """The weight that was packed, of its dtype then, by bitsandbytes' own decoder."""
+        header = replace(self.entry, shape=self.shape, dtype=getattr(torch, self.state["dtype"]))
+        return DecodedEntry(
+            **vars(header), decode=lambda: bnb.functional.dequantize_4bit(self.entry.read(), self._quant_state())
+        )
+
+    def scales(self) -> Tensor:
+        """Scale of each block, float32 [N*K/64], by bitsandbytes' own decoder."""
+        state = self._quant_state()
+        if not self.nested:
+            return state.absmax.view(-1)
+        return (bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset).view(-1)
+
+    def _quant_state(self) -> bnb.functional.QuantState:
+        stats = {part: entry.read() for part, entry in self.parts.items() if part != "weight"}
+        return bnb.functional.QuantState.from_dict(stats, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class ExpertWeight:
+    """What of the experts a packed weight is.
+
+    Attributes:
+        module: the experts module.
+        spec: its shapes.
+        projections: which projections its rows are.
+        expert: whose; None for all of them, in a stack.
+    """
+
+    module: str
+    spec: ExpertsSpec
+    projections: tuple[str, ...]
+    expert: int | None
+
+    @property
+    def weight(self) -> str:
+        """Which of `spec.weight_names` it is or belongs to."""
+        return self.spec.weight_names[self.projections[0] == "down"]
+
+    @property
+    def lies_across(self) -> bool:
+        """Whether its blocks run across the rows that are multiplied."""
+        return self.expert is None and self.spec.is_transposed
+
+    @property
+    def keeps_nested_scales(self) -> bool:
+        """Whether 8-bit scales can be cut into those of its matrices."""
+        if self.expert is not None and len(self.projections) == 1:
+            return True
+        rows, columns = self.spec.shape(self.projections[0])
+        together = layout.are_rows_together(self.spec, self.weight)
+        return together and rows * columns % (BLOCK_SIZE * NESTED_BLOCK_SIZE) == 0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[E, N, K], or [1, N, K] of one expert; rows are output features."""
+        rows, columns = self.spec.shape(self.projections[0])
+        return (self.spec.num_experts if self.expert is None else 1), rows * len(self.projections), columns
+
+    def by_projection(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """One expert's rows [N, ...] for each projection."""
+        return (rows,) if len(self.projections) == 1 else layout.split_rows(self.spec, self.weight, rows)
+
+
+def expert_weight(names: NameMap, destination: Destination) -> ExpertWeight | None:
+    """What of the experts a packed weight is by its name; None for one beside them, or one that is converted."""
+    if names.is_listed(destination):
+        module, weight = names.weight_of(destination.name) or ("", "")
+        spec = names.specs[module]
+        return ExpertWeight(module, spec, layout.fused_projections(spec, weight), destination.expert)
+    if destination.converter is not None or destination.projection is None:
+        return None
+    spec, projection = names.specs[destination.name], destination.projection
+    if destination.expert is not None:
+        return ExpertWeight(destination.name, spec, (projection,), destination.expert)
+    weight = spec.weight_names[projection == "down"]
+    return ExpertWeight(destination.name, spec, layout.fused_projections(spec, weight), None)
+
+
+def read_packed(key: str, entries: Mapping[str, TensorEntry]) -> Packed:
+    """The state of a packed weight, checked against what our kernels multiply.
+
+    Args:
+        key: the weight's name on disk.
+        entries: its tensors by part.
+
+    Raises:
+        CheckpointError: a part is missing or damaged; names it.
+        UnsupportedModelError: packed in other blocks, or with another codebook.
+    """
+    if any(part.startswith("quant_state.") and part != NF4_STATE for part in entries):
+        raise UnsupportedModelError(f"{key}: 4-bit values of another kind than nf4: give the 16-bit checkpoint")
+    for part in ("weight", "absmax", "quant_map", NF4_STATE):
+        if part not in entries:
+            raise CheckpointError(f"{key}: its {part} is missing; download the checkpoint again")
+    entry = entries["weight"]
+    try:
+        state = json.loads(bytes(entries[NF4_STATE].read().numpy()))
+        shape, block_size, nested = tuple(state["shape"]), state["blocksize"], state.get("nested_blocksize")
+        getattr(torch, state["dtype"])
+        offset = float(state["nested_offset"]) if "nested_absmax" in entries else 0.0
+        numel = torch.Size(shape).numel()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{entry.shard}: the quantization state of {key} is damaged ({error!r}); download it again"
+        ) from None
+    packed = Packed(entry, entries, state)
+    if block_size != BLOCK_SIZE or (packed.nested and nested != NESTED_BLOCK_SIZE):
+        raise UnsupportedModelError(
+            f"{entry.shard}: {key} has blocks of {block_size}, and of {nested} for their scales; only "
+            f"{BLOCK_SIZE} and {NESTED_BLOCK_SIZE} can be read: give the 16-bit checkpoint"
+        )
+    if len(shape) not in (2, 3) or entry.dtype != torch.uint8 or entry.nbytes * 2 != numel:
+        raise CheckpointError(f"{entry.shard}: {key} of shape {shape} cannot lie in {entry.nbytes} bytes")
+    scales = torch.uint8 if packed.nested else torch.float32
+    blocks = -(-numel // BLOCK_SIZE)
+    if (
+        entries["absmax"].numel != blocks
+        or entries["absmax"].dtype != scales
+        or (packed.nested and entries["nested_absmax"].numel != -(-blocks // NESTED_BLOCK_SIZE))
+        or not torch.isfinite(torch.tensor(offset))
+    ):
+        raise CheckpointError(f"{entry.shard}: the scales of {key} do not fit its shape {shape}")
+    maps = {"quant_map": nf4_codebook} | ({"nested_quant_map": dynamic_codebook} if packed.nested else {})
+    for part, codebook in maps.items():
+        if part not in entries or not torch.equal(entries[part].read().float(), codebook(torch.device("cpu"))):
+            raise UnsupportedModelError(f"{entry.shard}: the {part} of {key} is not bitsandbytes' own")
+    return packed
+
+
+def copy_weight(loader: "Loader", packed: Packed, weight: ExpertWeight) -> None:
+    """The bytes of one expert's weight, or of a stack, as they are, into their module.
+
+    Raises:
+        CheckpointError: it is of another shape, of an expert that the model does not have, or stored twice.
+    """
+    experts = loader.model.get_submodule(weight.module)
+    assert isinstance(experts, Nf4Experts)
+    codes_ENK = _codes(packed, weight)
+    split_scales = _scales(packed, weight, experts.locate(0, weight.projections[0])[0].double_quantization)
+    for position, expert in enumerate(range(weight.shape[0]) if weight.expert is None else [weight.expert]):
+        codes = weight.by_projection(codes_ENK.read_part(position))
+        for part, projection in enumerate(weight.projections):
+            loader.claim(packed.entry, weight.module, projection, expert)
+            stack, index = experts.locate(expert, projection)
+            with torch.no_grad():
+                stack.packed[index].copy_(codes[part])
+                split_scales.copy(stack, index, position, part)
+
+
+def decoded_weight(packed: Packed, weight: ExpertWeight) -> DecodedEntry:
+    """A stack whose blocks run across the rows, as float32 in the family's layout, decoded an expert at a time.
+
+    Raises:
+        CheckpointError: it is of another shape.
+    """
+    stacked = weight.spec.stack_shape(weight.weight)
+    _require_shape(packed, {stacked})
+    codes = replace(packed.entry, shape=(stacked[0], packed.entry.nbytes // stacked[0], 1))
+    scales = functools.cache(lambda: packed.scales().view(stacked[0], -1))
+
+    @functools.lru_cache(maxsize=1)  # gate and up are asked for one after the other
+    def decode(expert: int) -> Tensor:
+        state = bnb.functional.QuantState(
+            scales()[expert],
+            torch.Size(stacked[1:]),
+            nf4_codebook(torch.device("cpu")),
+            BLOCK_SIZE,
+            "nf4",
+            torch.float32,
+        )
+        return bnb.functional.dequantize_4bit(codes.read_part(expert), state)
+
+    return DecodedEntry(**vars(replace(packed.entry, shape=stacked, dtype=torch.float32)), decode=decode)
+
+
+def _codes(packed: Packed, weight: ExpertWeight) -> TensorEntry:
+    """The codes as uint8 [E, N, K/2], of the shape that the model expects."""
+    experts, rows, columns = weight.shape
+    entry = packed.entry
+    if weight.expert is None:
+        _require_shape(packed, {weight.shape, (experts * rows, columns)})
+    else:
+        if weight.expert >= weight.spec.num_experts:
+            raise CheckpointError(
+                f"{entry.shard}: tensor {entry.key} belongs to expert {weight.expert}, but the model has "
+                f"{weight.spec.num_experts}"
+            )
+        _require_shape(packed, {(rows, columns)})
+    return replace(entry, shape=(experts, rows, columns // 2))
+
+
+def _require_shape(packed: Packed, expected: set[tuple[int, ...]]) -> None:
+    if packed.shape not in expected:
+        raise CheckpointError(
+            f"{packed.entry.shard}: tensor {packed.entry.key} has shape {packed.shape}, expected shape "
+            f"{' or '.join(str(shape) for shape in sorted(expected, key=len, reverse=True))}"
+        )
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """Scales of a packed weight, [E, N, B] or by groups, to be copied into the stacks of its projections."""
+
+    weight: ExpertWeight
+    absmax_ENB: Tensor
+    nested: Tensor | None
+    offset: float
+
+    def copy(self, stack: Nf4Stack, index: int, position: int, part: int) -> None:
+        """Those of one matrix: expert `position` of the weight, `part` of its projections."""
+        stack.absmax[index].copy_(self.weight.by_projection(self.absmax_ENB[position])[part].reshape(-1))
+        if self.nested is not None:
+            groups = stack.nested_absmax.shape[1]
+            first = (position * len(self.weight.projections) + part) * groups
+            stack.nested_absmax[index].copy_(self.nested[first : first + groups])
+            stack.offset[index] = self.offset
+
+
+def _scales(packed: Packed, weight: ExpertWeight, double_quantization: bool) -> _Scales:
+    shape = (*weight.shape[:2], -1)
+    if not double_quantization:
+        return _Scales(weight, packed.scales().view(shape), None, 0.0)
+    absmax, nested = (packed.parts[part].read() for part in ("absmax", "nested_absmax"))
+    return _Scales(weight, absmax.view(shape), nested.view(-1), float(packed.state["nested_offset"]))
