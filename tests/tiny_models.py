@@ -78,8 +78,10 @@ def save_random(folder: Path, config: PretrainedConfig, seed: int = 0) -> Path:
     # Norms of one and biases of zero would hide a mix-up.
     for parameter in model.parameters():
         parameter.add_(0.02 * torch.randn_like(parameter))
+    # How fast a state decays follows from how far apart two tokens are; it is no weight.
+    fixed = {id(each) for module in model.modules() if hasattr(module, "decay_factors") for each in module.buffers()}
     for name, buffer in model.named_buffers():
-        if name in saved and buffer.is_floating_point():
+        if name in saved and buffer.is_floating_point() and id(buffer) not in fixed:
             buffer.add_(0.02 * torch.randn_like(buffer))
     model.save_pretrained(folder)
     return folder

@@ -81,6 +81,7 @@ def test_left_padding_fills_to_the_length_and_trains_the_true_eos():
     batch = LeftPaddingCollator(max_length=6, pad_token_id=eos_and_pad)([FIRST, SECOND])
     assert batch["input_ids"].tolist() == [[2, 2, 1, 11, 12, 2], [2, 2, 2, 1, 21, 2]]
     assert batch["attention_mask"].tolist() == [[0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]]
+    assert batch["position_ids"].tolist() == [[0, 0, 0, 1, 2, 3], [0, 0, 0, 0, 1, 2]]
     ignored = [IGNORE_INDEX] * 3
     assert batch["labels"].tolist() == [[*ignored, 11, 12, eos_and_pad], [*ignored, 1, 21, eos_and_pad]]
 

@@ -15,12 +15,12 @@ from transformers import AutoModelForMultimodalLM, PreTrainedModel
 import expertune
 from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
-from expertune.attention import require_rows_apart
+from expertune.attention import NAME, attend_by_batch, require_rows_apart
 from expertune.checkpoint.load import auto_class, build_meta_model
 from expertune.checkpoint.names import read_names
 from expertune.checkpoint.quantize import quantize
 from expertune.config import LoraSection
-from expertune.data import PaddingFreeCollator
+from expertune.data import LeftPaddingCollator, PaddingFreeCollator
 from expertune.errors import CheckpointError, UnsupportedModelError
 from expertune.experts import layout
 from expertune.experts.contract import find_experts
@@ -46,6 +46,12 @@ EXCEPTIONS = {
 """Experts that stand in no language model, by class."""
 
 
+PADDING_COUNTS = {
+    "DeepseekV4Experts": "compresses keys and values in windows that are counted from the batch's first column",
+}
+"""Experts of models in which what a row computes depends on the padding before it, by class."""
+
+
 Factor = tuple[str, str, str]
 """Experts module, projection, A or B."""
 
@@ -55,11 +61,13 @@ class Family:
     """A tiny model of a family: as transformers wrote it, in 4 bits with adapters, and stock over what that decodes.
 
     Attributes:
+        experts: class of its experts.
         folder: what `save_pretrained` of transformers wrote, bfloat16.
         model: all experts adapted, their B no longer zero; products in float32.
         stock: transformers' own, its weights those that the 4-bit model decodes, its experts one at a time.
     """
 
+    experts: str
     folder: Path
     model: ExpertPeftModel
     stock: PreTrainedModel
@@ -79,7 +87,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with torch.no_grad():
         for factor in trained(model).values():
             factor.normal_(std=0.1)
-    return Family(folder, model, stock)
+    return Family(request.param, folder, model, stock)
 
 
 def trained(model: nn.Module) -> dict[Factor, nn.Parameter]:
@@ -233,6 +241,28 @@ def test_rows_end_to_end_are_kept_apart_or_refused(family: Family) -> None:
     else:
         with pytest.raises(UnsupportedModelError, match=r"set data\.packing=padded to train this model$"):
             require_rows_apart(model)
+
+
+@torch.no_grad()
+def test_left_padded_rows_have_the_logits_of_each_row_alone_or_are_listed(family: Family) -> None:
+    model = family.model.get_base_model()
+    rows = [tokens()[0, :5], tokens()[1]]
+    features = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in rows]
+    batch = LeftPaddingCollator(max_length=16, pad_token_id=0)(features)
+    del batch["labels"]
+    usual = model.config._attn_implementation
+    attend_by_batch(model)
+    try:
+        padded = model(**batch, use_cache=False).logits
+        alone = [model(input_ids=row[None], use_cache=False).logits[0] for row in rows]
+    finally:
+        if usual == NAME:
+            model.set_attn_implementation(usual)
+    atol = 1e-4 * max(1, *(float(each.abs().max()) for each in alone))
+    same = all(
+        torch.allclose(padded[index, -len(each) :], each, rtol=1e-4, atol=atol) for index, each in enumerate(alone)
+    )
+    assert same == (family.experts not in PADDING_COUNTS)
 
 
 @torch.no_grad()

@@ -68,7 +68,10 @@ class PaddingFreeCollator:
 
 @dataclass(frozen=True)
 class LeftPaddingCollator:
-    """Pad every row on the left to one length.
+    """Pad every row on the left to one length, each with the positions that it has alone.
+
+    Most families compute the same wherever a row begins, for their positions only say how far apart tokens are; some
+    scale or turn by the position itself, and would take padding for tokens.
 
     Args:
         max_length: the length L.
@@ -84,7 +87,8 @@ class LeftPaddingCollator:
         """Collate B rows.
 
         Returns:
-            `input_ids`, `labels` (-100 on padding), `attention_mask` (0 on padding), int64 [B, L].
+            `input_ids`, `labels` (-100 on padding), `attention_mask` (0 on padding), `position_ids` (0 on padding),
+            int64 [B, L].
 
         Raises:
             DataError: a row is longer than L.
@@ -96,6 +100,7 @@ class LeftPaddingCollator:
             "input_ids": self._pad([feature["input_ids"] for feature in features], self.pad_token_id),
             "labels": self._pad([feature["labels"] for feature in features], IGNORE_INDEX),
             "attention_mask": self._pad([[1] * length for length in lengths], 0),
+            "position_ids": self._pad([list(range(length)) for length in lengths], 0),
         }
         return batch | _row_ids(features, self.keep_row_ids)
 
