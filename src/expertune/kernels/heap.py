@@ -4,21 +4,37 @@ Blocks below the mmap threshold lie on heaps, between others that live longer: a
 what a layer has freed, and since every expert has its own number of rows, the next layer's blocks fit few of the holes.
 In a training step of six layers of hidden 1024 and 3072 tokens, 765 of 2486 MB were such holes.
 
-A look costs microseconds, giving back tens of milliseconds; it is done only after memory has grown by `SLACK_BYTES`,
-so that a small model never does it.
+What they come to is not a count of the allocator's, which goes on counting a block that has been given back. It is
+what the process has resident beyond the blocks in use, less what that was after the last time: whatever memory the
+layers themselves take, only freed blocks can make it grow.
+
+A look costs microseconds, giving back tens of milliseconds; it is done only when `SLACK_BYTES` can be had, so that a
+small model never does it.
 """
 
 import ctypes
 import os
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 # What freed blocks may come to.
-SLACK_BYTES = 128 * 2**20
+SLACK_BYTES = 64 * 2**20
 
 _STATM = Path("/proc/self/statm")
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+_malloc_trim = getattr(_libc, "malloc_trim", None)
+_mallinfo2 = getattr(_libc, "mallinfo2", None)  # glibc 2.33
 _lowest = sys.maxsize
+
+
+class _Mallinfo2(ctypes.Structure):
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_: ClassVar = [(name, ctypes.c_size_t) for name in _names.split()]
+
+
+if _mallinfo2 is not None:
+    _mallinfo2.restype = _Mallinfo2
 
 
 def is_users_own() -> bool:
@@ -31,12 +47,21 @@ def bound() -> None:
     global _lowest
     if _malloc_trim is None or is_users_own():
         return
-    resident = _resident_bytes()
-    if resident - _lowest < SLACK_BYTES:
-        _lowest = min(_lowest, resident)
+    beyond = _beyond_blocks_in_use()
+    if beyond - _lowest < SLACK_BYTES:
+        _lowest = min(_lowest, beyond)
         return
     _malloc_trim(0)
-    _lowest = _resident_bytes()
+    _lowest = _beyond_blocks_in_use()
+
+
+def _beyond_blocks_in_use() -> int:
+    """Resident bytes that are in no block in use: freed blocks, and what was never the allocator's."""
+    in_use = 0
+    if _mallinfo2 is not None:
+        blocks = _mallinfo2()
+        in_use = blocks.uordblks + blocks.hblkhd  # on heaps, and mapped one by one
+    return _resident_bytes() - in_use
 
 
 def _resident_bytes() -> int:

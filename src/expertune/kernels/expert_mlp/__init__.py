@@ -259,6 +259,9 @@ def _backward(
     b: list[Tensor],
     h: list[Tensor],
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    if hidden.device.type == "cpu":
+        # Here a step holds most: what attention, the loss or the layer above have freed must not lie below it.
+        heap.bound()
     top_k = top_k_index.shape[1]
     dhidden, dweights = torch.empty_like(hidden), torch.empty_like(top_k_weights)
     with own_dtypes(hidden), _brought(weights, activation, backward=True) as weights:

@@ -5,13 +5,13 @@ weight twice and not three times. Tiles run along the intermediate size; the inp
 float32.
 
 Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R routed rows of all experts, N rows
-of one expert, E experts, P parts of the first product, r rank.
+of one expert, M those with what pads them, E experts, P parts of the first product, r rank.
 """
 
 import torch
 from torch import Tensor
 
-from expertune.kernels.cpu import product_dtype
+from expertune.kernels.cpu import pad_rows, product_dtype
 from expertune.kernels.dropout import dropout
 from expertune.kernels.expert_mlp.plan import Layer, LowRank, bias_gradient, combine, differentiable, sort_rows
 from expertune.kernels.grouped_linear.decode_then_gemm import Scratch, multiply, spans
@@ -107,8 +107,9 @@ def _gate_up(
     """An expert's first product [N, P * F] with its updates, whose x @ A are in `h`, and its bias."""
     size, num_parts = layer.intermediate_size, layer.num_parts
     gate_up = x_ND.new_empty(x_ND.shape[0], num_parts * size)
+    x_MD = pad_rows(x_ND)
     for part in range(num_parts):
-        multiply(x_ND, layer.gate_up, expert * num_parts + part, _part(gate_up, part, size), scratch)
+        multiply(x_MD, layer.gate_up, expert * num_parts + part, _part(gate_up, part, size), scratch)
     for update, low in zip(low_rank, h, strict=True):
         if update.part < num_parts:
             _add_expanded(_part(gate_up, update.part, size), low, update, update.b[expert])
@@ -175,6 +176,7 @@ def _expert_backward(
             dh[u] = (dout @ update.b[expert]).float() * update.scaling
             db[u] += dout.t().float() @ (h[u].float() * weight_N1 * update.scaling)
 
+    rows, x_MD, dout_MD = slice(x_ND.shape[0]), pad_rows(x_ND), pad_rows(dout_ND)
     # One tile of gate_up and the columns of down beside it share the room of a tile.
     step = scratches[0].tile_size(size, (num_parts + 1) * layer.hidden_size) if layer.columnwise else size
     for start in range(0, size, step):
@@ -186,7 +188,7 @@ def _expert_backward(
             decode(layer.gate_up, expert * num_parts + part, target, rows=columns)
         w_down = decode(layer.down, expert, scratches[1].tile(layer.hidden_size, width), columns=columns)
 
-        gate_up = x_ND @ w_gate_up.t()
+        gate_up = (x_MD @ w_gate_up.t())[rows]
         for u, update in enumerate(low_rank):
             if update.part < num_parts:
                 _add_expanded(_part(gate_up, update.part, width), h[u], update, update.b[expert, columns])
@@ -198,7 +200,7 @@ def _expert_backward(
         inter_NF = x_NF.detach()
 
         # Before the router's weight is applied, so that <inter, dInter> is the weight's own gradient.
-        dinter_NF = dout_ND @ w_down
+        dinter_NF = (dout_MD @ w_down)[rows]
         for u, update in enumerate(low_rank):
             if update.part == num_parts:
                 low = dh[u] @ update.a[expert, :, columns].float()
@@ -211,7 +213,7 @@ def _expert_backward(
         if dx_ND.dtype == dgate_up.dtype:
             dx_ND.addmm_(dgate_up, w_gate_up)
         else:
-            dx_ND += dgate_up @ w_gate_up
+            dx_ND += (pad_rows(dgate_up) @ w_gate_up)[rows]
         for u, update in enumerate(low_rank):
             if update.part < num_parts:
                 dpart = _part(dgate_up, update.part, width).float()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from expertune.kernels.cpu import product_dtype
+from expertune.kernels.cpu import pad_rows, product_dtype
 from expertune.kernels.nf4 import BLOCK_SIZE, Nf4Bytes, decode
 
 # Most bytes of one decoded tile. On a CPU a tile has to leave room for x and y in the last-level cache, and to stay
@@ -127,6 +127,7 @@ def spans(offsets_E: Tensor) -> Iterator[tuple[int, slice]]:
 
 def multiply(x_RK: Tensor, weight: Nf4Bytes, index: int, out_RN: Tensor, scratch: Scratch) -> None:
     """out = x @ W.T, a tile of W's rows at a time; x has the products' dtype, out any."""
+    x_RK = pad_rows(x_RK)
     step = scratch.tile_size(weight.rows, weight.columns)
     for start in range(0, weight.rows, step):
         rows = slice(start, min(start + step, weight.rows))
@@ -135,11 +136,11 @@ def multiply(x_RK: Tensor, weight: Nf4Bytes, index: int, out_RN: Tensor, scratch
 
 
 def matmul_into(out: Tensor, x: Tensor, w: Tensor) -> None:
-    """out = x @ w, in place where the dtypes allow it."""
-    if out.dtype == x.dtype:
+    """out = x @ w without the rows that pad x, in place where there are none and the dtypes allow it."""
+    if out.dtype == x.dtype and out.shape[0] == x.shape[0]:
         torch.mm(x, w, out=out)
     else:
-        out.copy_(x @ w)
+        out.copy_((x @ w)[: out.shape[0]])
 
 
 def _multiply_transposed(
@@ -149,7 +150,7 @@ def _multiply_transposed(
 
     Tiles run along K, not along N: each output element is then summed in one product, and rounded once.
     """
-    rows = weight.rows
+    dy_RN, rows = pad_rows(dy_RN), weight.rows
     step = scratch.tile_size(weight.columns, num_parts * rows)
     for start in range(0, weight.columns, step):
         columns = slice(start, min(start + step, weight.columns))
