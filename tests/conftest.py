@@ -1,21 +1,38 @@
-"""What every room's tests share: one thread, one seed, and a Hugging Face that never goes online."""
+"""What every room's tests share: one environment wherever they run, one thread, one seed, and no way online."""
 
 import os
 
-# Read once, when torch and huggingface_hub are imported; processes that tests start inherit them. On tensors this
-# small a second thread only waits for the first, and for very long where other work holds the cores.
+# What a machine or a CI service may have set, and what would change words, colours, widths, files or memory: read when
+# libraries are imported, and handed on to the processes that tests start.
+_NOT_OURS = {
+    *("FORCE_COLOR", "NO_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"),
+    *("GITHUB_ACTIONS", "COLUMNS", "LINES", "PYTHONWARNINGS", "GLIBC_TUNABLES"),
+}
+for _name in list(os.environ):
+    if _name in _NOT_OURS or _name.startswith(("MALLOC_", "WANDB_", "TRACKIO_")):
+        del os.environ[_name]
+# On tensors this small a second thread only waits for the first, and for very long where other work holds the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+# Nothing here needs a GPU, and what is claimed of the CPU is tested on it where there is one too.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Triton's kernels run in its interpreter, on the CPU; tests that compile them do so in processes of their own.
 os.environ["TRITON_INTERPRET"] = "1"
 
-import hypothesis
-import pytest
-import torch
+import hypothesis  # noqa: E402 - after the environment that it reads
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-# Property tests here move tensors about; how long one example takes says nothing.
-hypothesis.settings.register_profile("expertune", deadline=None, max_examples=25, derandomize=True, database=None)
+# Property tests here move tensors about, and draw them: how long one example takes, or the drawing of it, says nothing.
+hypothesis.settings.register_profile(
+    "expertune",
+    deadline=None,
+    max_examples=25,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("expertune")
 
 

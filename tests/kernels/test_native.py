@@ -1,54 +1,66 @@
 """The C library is built once, where it can be; where it cannot, the reason is said and everything still runs."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from expertune.kernels import native
 from expertune.kernels.native import build
+from tests.processes import run_copies
 
-PROBE = """
+IMPORTS = """
+import os
 import torch
 from expertune.kernels import native, routes
 from expertune.kernels.nf4 import Nf4Stack
 from expertune.kernels.grouped_linear import grouped_linear
 
-print(native.available(), "|", native.status().reason)
-stack = Nf4Stack(2, 64, 64)
-for index in range(2):
-    stack.write(index, torch.eye(64))
-out = grouped_linear(torch.eye(64), stack, torch.tensor([64]))
-assert out.shape == (64, 128) and float(out.trace()) > 60
-print(routes.say(routes.describe(torch.device("cpu"), torch.float32)))
+def probe(**environment):
+    os.environ.pop("EXPERTUNE_NATIVE", None)
+    os.environ.update(environment)
+    print(native.available(), "|", native.status().reason)
+    if native.available():
+        file = os.stat(native.status().reason)
+        print(file.st_ino, file.st_mtime_ns)
+    stack = Nf4Stack(2, 64, 64)
+    for index in range(2):
+        stack.write(index, torch.eye(64))
+    out = grouped_linear(torch.eye(64), stack, torch.tensor([64]))
+    assert out.shape == (64, 128) and float(out.trace()) > 60
+    routes.configure(crossover=64)  # measuring it takes seconds
+    print(routes.say(routes.describe(torch.device("cpu"), torch.float32)))
 """
 
-
-def in_a_process(**environment: str) -> str:
-    """What a fresh process says of its library; PATH is emptied where a compiler must not be found."""
-    inherited = {name: value for name, value in os.environ.items() if name != build.SWITCH}
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE], env=inherited | environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+# Why there is no library, and the environment in which there is none; PATH is emptied where no compiler is to be found.
+WITHOUT = {
+    "switched off by EXPERTUNE_NATIVE=0": {"EXPERTUNE_NATIVE": "0"},
+    "no C compiler found": {"PATH": "/nonexistent", "CC": ""},
+    "/nonexistent/cc could not build it": {"CC": "/nonexistent/cc"},
+    "false could not build it": {"CC": "false"},
+}
 
 
-@pytest.mark.parametrize(
-    ("environment", "reason"),
-    [
-        ({"EXPERTUNE_NATIVE": "0"}, "switched off by EXPERTUNE_NATIVE=0"),
-        ({"PATH": "/nonexistent", "CC": ""}, "no C compiler found"),
-        ({"CC": "/nonexistent/cc"}, "/nonexistent/cc could not build it"),
-        ({"CC": "false"}, "false could not build it"),
-    ],
-)
-def test_without_the_library_products_run_and_the_reason_is_said(
-    tmp_path: Path, environment: dict[str, str], reason: str
-) -> None:
-    said = in_a_process(**environment, XDG_CACHE_HOME=str(tmp_path))
+def in_processes(folder: Path, *environments: dict[str, str]) -> list[str]:
+    """What fresh processes say of their library, one after the other; their cache lies in `folder`."""
+    (folder / "output").mkdir()
+    codes = [f"probe(**{environment | {'XDG_CACHE_HOME': str(folder)}!r})" for environment in environments]
+    ended = run_copies(IMPORTS, codes, folder / "output")
+    for process in ended:
+        assert process.status == 0, process.err[-2000:]
+    return [process.out for process in ended]
+
+
+@pytest.fixture(scope="module")
+def said_without(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What processes without the library say, by the reason."""
+    said = in_processes(tmp_path_factory.mktemp("without"), *WITHOUT.values())
+    return dict(zip(WITHOUT, said, strict=True))
+
+
+@pytest.mark.parametrize("reason", WITHOUT)
+def test_without_the_library_products_run_and_the_reason_is_said(reason: str, said_without: dict[str, str]) -> None:
+    said = said_without[reason]
     assert said.startswith("False")
     assert said.count(reason) == 2
     assert "by torch and bitsandbytes alone" in said
@@ -57,11 +69,9 @@ def test_without_the_library_products_run_and_the_reason_is_said(
 def test_library_is_built_once_and_found_again(tmp_path: Path) -> None:
     if not native.available():
         pytest.skip(native.status().reason)
-    assert in_a_process(XDG_CACHE_HOME=str(tmp_path)).startswith("True")
-    (library,) = (tmp_path / "expertune").glob("native-*.so")
-    built = library.stat().st_mtime_ns
-    assert in_a_process(XDG_CACHE_HOME=str(tmp_path)).startswith("True")
-    assert library.stat().st_mtime_ns == built
+    first, second = in_processes(tmp_path, {}, {})
+    assert first.startswith("True")
+    assert first == second  # path, inode and time of the file included
     assert {path.suffix for path in (tmp_path / "expertune").iterdir()} <= {".so", ".json"}
 
 

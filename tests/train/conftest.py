@@ -1,8 +1,6 @@
 """A small random Mixtral with a real tokenizer, a few real rows, and run files over them."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,12 +65,13 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def run_values(small_mixtral: Path, rows_file: Path, tmp_path: Path) -> dict[str, Any]:
+def nine_steps(model: Path, rows: Path, run_dir: Path) -> dict[str, Any]:
     """A run of 9 short steps with dropout, accumulation, evaluation and checkpoints, as a mapping."""
     return {
-        "model": str(small_mixtral),
-        "data": {"train": f"{rows_file}[0:20]", "eval": f"{rows_file}[20:24]", "max_length": 64},
+        "model": str(model),
+        "data": {"train": f"{rows}[0:20]", "eval": f"{rows}[20:24]", "max_length": 64},
+        # What is planned, micro-batches above all, must not depend on the memory that happens to be free.
+        "memory_budget": "8GB",
         "quantization": {"compute_dtype": "float32"},
         "lora": {"r": 4, "alpha": 8, "dropout": 0.1, "targets": ["attention", "experts", "lm_head"]},
         "training": {
@@ -87,8 +86,14 @@ def run_values(small_mixtral: Path, rows_file: Path, tmp_path: Path) -> dict[str
             "save_steps": 3,
             "gradient_checkpointing": True,
         },
-        "output_dir": str(tmp_path / "run"),
+        "output_dir": str(run_dir),
     }
+
+
+@pytest.fixture
+def run_values(small_mixtral: Path, rows_file: Path, tmp_path: Path) -> dict[str, Any]:
+    """The run of `nine_steps` in a folder of the test's own."""
+    return nine_steps(small_mixtral, rows_file, tmp_path / "run")
 
 
 @pytest.fixture
@@ -101,10 +106,3 @@ def run_file(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-def start_cli(*args: str) -> subprocess.Popen[str]:
-    """Start the command line in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "expertune", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )

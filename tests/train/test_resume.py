@@ -3,19 +3,19 @@
 import json
 import shutil
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from expertune import finetune, load_config
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError, DataError
 from expertune.record import RunRecord
 from expertune.train.checkpoints import MANIFEST_NAME, STAGING_NAME, find_resume_point, seal, verify
-from tests.train.conftest import start_cli
+from tests.processes import run_copies
+from tests.train.conftest import nine_steps
 
 
 def adapter_bytes(run_dir: Path) -> bytes:
@@ -27,74 +27,99 @@ def losses(run_dir: Path) -> tuple[list[list[float]], list[list[float]]]:
     return record["train"]["loss"], record["eval"]["loss"]
 
 
-@pytest.fixture
-def uninterrupted(run_values: dict[str, Any], tmp_path: Path) -> Path:
-    run_dir = tmp_path / "uninterrupted"
-    finetune(parse_config(run_values | {"output_dir": str(run_dir)}))
+@pytest.fixture(scope="module")
+def whole_run(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `run_values`, never interrupted; tests must not change it."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    finetune(parse_config(nine_steps(small_mixtral, rows_file, run_dir)))
     return run_dir
 
 
-def first_checkpoint_is_being_written(run_dir: Path) -> bool:
-    return (run_dir / STAGING_NAME).exists()
+@pytest.fixture
+def uninterrupted(whole_run: Path, tmp_path: Path) -> Path:
+    """A copy of it, of the test's own."""
+    run_dir = tmp_path / "uninterrupted"
+    shutil.copytree(whole_run, run_dir)
+    record = json.loads((run_dir / "record.json").read_text(encoding="utf-8"))
+    record["config"]["output_dir"] = str(run_dir)
+    (run_dir / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    return run_dir
 
 
-def second_checkpoint_is_there(run_dir: Path) -> bool:
-    return (run_dir / "checkpoint-6").exists()
+# Where a run kills itself, as a signal from outside would at that moment; and what it has left by then.
+COMMAND = """
+import os, shutil, signal, sys
+from pathlib import Path
+from expertune.cli import main
+from expertune.train import trainer
+from expertune.train.callbacks import History
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+MOMENTS = {
+    "nothing is saved yet": ("History.on_step_end = die", {"lengths.png"}),
+    # Its files are there, but not its manifest, which comes last.
+    "the first checkpoint is being written": ("trainer.seal = die", {"lengths.png", STAGING_NAME}),
+    "the second checkpoint is sealed and not yet in its place": (
+        "publish = trainer.publish\n"
+        "trainer.publish = lambda staged, run: die() if staged.name == 'checkpoint-6' else publish(staged, run)",
+        {"lengths.png", STAGING_NAME, "checkpoint-3"},
+    ),
+    "the second checkpoint is there": (
+        "publish = trainer.publish\n"
+        "trainer.publish = lambda staged, run: (publish(staged, run), staged.name == 'checkpoint-6' and die())[0]",
+        {"lengths.png", STAGING_NAME, "checkpoint-3", "checkpoint-6"},
+    ),
+}
 
 
-def nothing_is_saved_yet(run_dir: Path) -> bool:
-    return (run_dir / "lengths.png").exists()
+@pytest.fixture(scope="module")
+def killed_runs(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Run files of runs by the command line, each killed at its moment."""
+    folder, codes, files = tmp_path_factory.mktemp("killed"), [], {}
+    for number, (moment, (patch, _)) in enumerate(MOMENTS.items()):
+        files[moment] = folder / f"run-{number}.yaml"
+        values = nine_steps(small_mixtral, rows_file, folder / f"run-{number}")
+        files[moment].write_text(yaml.safe_dump(values), encoding="utf-8")
+        codes.append(f"{COMMAND}\n{patch}\nsys.argv = ['expertune', 'train', {str(files[moment])!r}]\nmain()")
+    (folder / "output").mkdir()
+    for ended in run_copies(COMMAND, codes, folder / "output"):
+        assert ended.status == -signal.SIGKILL, ended.err[-4000:]
+    return files
 
 
-@pytest.mark.parametrize(
-    "moment", [nothing_is_saved_yet, first_checkpoint_is_being_written, second_checkpoint_is_there]
-)
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_resume_after_kill_gives_identical_adapter_and_losses(
-    moment: Callable[[Path], bool],
-    run_values: dict[str, Any],
-    run_file: Callable[..., Path],
-    uninterrupted: Path,
-    tmp_path: Path,
+    moment: str, killed_runs: dict[str, Path], whole_run: Path
 ) -> None:
-    run_dir = tmp_path / "killed"
-    path = run_file(run_values | {"output_dir": str(run_dir)})
-    process = start_cli("train", str(path))
-    deadline = time.monotonic() + 120
-    while not moment(run_dir) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    assert process.poll() is None, process.communicate()[1]
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (run_dir / "adapter").exists()
+    config = load_config(killed_runs[moment])
+    run_dir = Path(config.output_dir)
+    left = {path.name for path in run_dir.iterdir() if path.suffix != ".json"}
+    assert left == MOMENTS[moment][1]
 
-    finetune(load_config(path), resume=True)
+    finetune(config, resume=True)
 
-    assert adapter_bytes(run_dir) == adapter_bytes(uninterrupted)
-    assert losses(run_dir) == losses(uninterrupted)
+    assert adapter_bytes(run_dir) == adapter_bytes(whole_run)
+    assert losses(run_dir) == losses(whole_run)
     assert not (run_dir / STAGING_NAME).exists()
 
 
 def test_resume_of_a_run_that_logs_and_saves_out_of_step_reports_the_same_means(
-    run_values: dict[str, Any], uninterrupted: Path, tmp_path: Path
+    run_values: dict[str, Any], uninterrupted: Path, whole_run: Path
 ) -> None:
     # Logged every 2 steps and saved every 3: the mean at step 4 spans the checkpoint at step 3.
-    run_dir = tmp_path / "again"
-    shutil.copytree(uninterrupted, run_dir)
-    shutil.rmtree(run_dir / "adapter")
-    for late in ("checkpoint-6", "checkpoint-9"):
-        shutil.rmtree(run_dir / late)
-    record = json.loads((run_dir / "record.json").read_text(encoding="utf-8"))
-    record["config"]["output_dir"] = str(run_dir)
-    (run_dir / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    for late in ("adapter", "checkpoint-6", "checkpoint-9"):
+        shutil.rmtree(uninterrupted / late)
 
-    finetune(parse_config(run_values | {"output_dir": str(run_dir)}), resume=True)
+    finetune(parse_config(run_values | {"output_dir": str(uninterrupted)}), resume=True)
 
     def logged(folder: Path) -> list[tuple[int, float]]:
         state = json.loads((folder / "checkpoint-9" / "trainer_state.json").read_text(encoding="utf-8"))
         return [(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry]
 
-    assert logged(run_dir) == logged(uninterrupted)
-    assert adapter_bytes(run_dir) == adapter_bytes(uninterrupted)
+    assert logged(uninterrupted) == logged(whole_run)
+    assert adapter_bytes(uninterrupted) == adapter_bytes(whole_run)
 
 
 def test_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(uninterrupted: Path) -> None:
@@ -145,7 +170,7 @@ def test_resume_with_another_learning_rate_is_refused_by_key(run_values: dict[st
 
 
 def test_resume_over_rows_that_have_changed_is_refused_by_file(
-    run_values: dict[str, Any], uninterrupted: Path, rows_file: Path, tmp_path: Path
+    run_values: dict[str, Any], rows_file: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "rows.jsonl"
     copy.write_bytes(rows_file.read_bytes())
