@@ -9,15 +9,17 @@ import expertune
 from expertune.api import open_run
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError, DataError
-from tests.train.conftest import rows_file, run_values, small_mixtral
+from tests.train.conftest import nine_steps, rows_file, run_values, small_mixtral
 
 __all__ = ["rows_file", "run_values", "small_mixtral"]  # fixtures
 
 
-@pytest.fixture
-def finished(run_values: dict[str, Any]) -> Path:
-    values = run_values | {"task": {"metric": "exact-match", "rows": 2, "max_new_tokens": 4}}
-    values["training"] = values["training"] | {"max_steps": 3}
+@pytest.fixture(scope="module")
+def finished(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps; tests must not change its folder."""
+    values = nine_steps(small_mixtral, rows_file, tmp_path_factory.mktemp("finished") / "run")
+    values["task"] = {"metric": "exact-match", "rows": 2, "max_new_tokens": 4}
+    values["training"] |= {"max_steps": 3}
     return expertune.finetune(parse_config(values)).output_dir
 
 

@@ -17,7 +17,8 @@ ROOT = Path(gpu_campaign.__file__).parents[1]
 
 
 def stage(name: str, out: Path, *more: str) -> dict[str, Any]:
-    args = gpu_campaign.parse(["--device", "cpu", "--small", "--out", str(out), *more])
+    # Without a stage's own limit of time, within which a slow machine would leave items out.
+    args = gpu_campaign.parse(["--device", "cpu", "--small", "--limit", "1e9", "--out", str(out), *more])
     gpu_campaign.run_stage(name, args)
     return json.loads(gpu_campaign.path_of(out, name).read_text(encoding="utf-8"))
 
@@ -157,7 +158,6 @@ def test_alpaca_rows_are_made_of_dolly_rows() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_all_stages_run_dry(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/gpu_campaign.py", "--device", "cpu", "--small", "--out", str(tmp_path)]
     done = subprocess.run([*command, "--stages", "1", "2", "3", "4", "sweep"], cwd=ROOT, capture_output=True, text=True)

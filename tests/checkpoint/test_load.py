@@ -21,6 +21,7 @@ from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from expertune.experts.module import Nf4Experts
 from tests.checkpoint.conftest import FolderOf, Rewrite, write_shards
+from tests.processes import ROOT
 from tests.tiny_models import FAMILIES, changed, dequantized, frozen_bytes, load_tiny, random_rows, stock_model
 
 Tensors = dict[str, Tensor]
@@ -374,19 +375,16 @@ def test_two_loads_give_identical_bytes(mixtral: Path, loaded_mixtral: LoadedMod
 # ---- memory
 
 MEASURE = """
-import re, sys
+import sys
 import torch
-from pathlib import Path
 from expertune.checkpoint.load import load_model
 from expertune.config import QuantizationConfig
+from tests.memory import Peak
 
-def peak():
-    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
-
-load_model(sys.argv[1], QuantizationConfig(), torch.bfloat16, "cpu")  # imports, pools and code pages are not weights
-before = peak()
-loaded = load_model(sys.argv[2], QuantizationConfig(), torch.bfloat16, "cpu")
-print(peak() - before)
+load_model(sys.argv[1], QuantizationConfig(), torch.bfloat16, "cpu")  # imports and pools are not weights
+with Peak() as peak:
+    loaded = load_model(sys.argv[2], QuantizationConfig(), torch.bfloat16, "cpu")
+print(peak.bytes)
 """
 
 
@@ -417,11 +415,15 @@ def large_folder(mixtral: Path, tmp_path: Path) -> Any:
         path.unlink()
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak resident memory is read from /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_loading_never_holds_more_than_the_four_bit_model_and_a_few_matrices(mixtral: Path, large_folder: Path) -> None:
     sixteen_bit = sum(path.stat().st_size for path in large_folder.glob("*.safetensors"))
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(mixtral), str(large_folder)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEASURE, str(mixtral), str(large_folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     increase = int(done.stdout)
     expert_weights = 8 * 3 * 4096 * 1024

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,19 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from expertune.checkpoint import quantize as quantize_module
 from expertune.checkpoint import store
 from expertune.checkpoint.quantize import quantize
-from expertune.checkpoint.reader import INDEX_NAME
-from expertune.checkpoint.shards import HubShards
-from expertune.checkpoint.store import hash_file, verify
+from expertune.checkpoint.store import verify
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
-from tests.checkpoint.conftest import Rewrite, write_shards
+from tests.checkpoint.conftest import Rewrite
 from tests.checkpoint.nf4_folders import contents, quantized, weights
+from tests.processes import ROOT, run_copies
 
 Tensors = dict[str, Tensor]
 NORM = "model.layers.1.input_layernorm.weight"
@@ -72,7 +70,7 @@ class Killed(BaseException):
     """Stands for a signal that no code answers."""
 
 
-def stop_after(count: int, error: BaseException | Callable[[], None]) -> Callable[..., None]:
+def stop_after(count: int, error: BaseException) -> Callable[..., None]:
     """What writes bytes, until so many writes have been made."""
     write, calls = store._write_all, 0
 
@@ -81,32 +79,52 @@ def stop_after(count: int, error: BaseException | Callable[[], None]) -> Callabl
         calls += 1
         if calls > count:
             file.write(view[: len(view) // 2])
-            if isinstance(error, BaseException):
-                raise error
-            error()
+            raise error
         write(file, view)
 
     return write_some
 
 
-def kill_in_a_process_of_its_own(source: Path, out: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            store._write_all = stop_after(count, lambda: os._exit(9))
-            quantize(str(source), out)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+KILL = """
+import os
+from expertune.checkpoint import store
+from expertune.checkpoint.quantize import quantize
+
+def quantize_until_killed(source, out, count):
+    write, calls = store._write_all, 0
+
+    def write_some(file, view):
+        nonlocal calls
+        calls += 1
+        if calls > count:
+            file.write(view[: len(view) // 2])
+            file.flush()
+            os._exit(9)
+        write(file, view)
+
+    store._write_all = write_some
+    quantize(source, out)
+"""
+COUNTS = [0, 9, 40, 80]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork") or sys.version_info >= (3, 12), reason="forks a process with threads")
-@pytest.mark.parametrize("count", [0, 9, 40, 80])
+@pytest.fixture(scope="module")
+def killed(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Folders whose writers were killed in the midst of a write, by the number of writes that they had made."""
+    folder = tmp_path_factory.mktemp("killed")
+    outs = {count: folder / f"after-{count}" for count in COUNTS}
+    codes = [f"quantize_until_killed({str(mixtral)!r}, {str(out)!r}, {count})" for count, out in outs.items()]
+    (folder / "output").mkdir()
+    for ended in run_copies(KILL, codes, folder / "output"):
+        assert ended.status == 9, ended.err[-4000:]
+    return outs
+
+
+@pytest.mark.parametrize("count", COUNTS)
 def test_killed_and_started_again_gives_the_files_of_an_uninterrupted_run(
-    count: int, mixtral: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    count: int, killed: dict[int, Path], mixtral: Path, folder: Path
 ) -> None:
-    out = tmp_path / "out"
-    kill_in_a_process_of_its_own(mixtral, out, count, monkeypatch)
+    out = killed[count]
     assert [path.name for path in out.glob(".*.tmp")] != []
     quantize(str(mixtral), out)
     assert contents(out) == contents(folder)
@@ -312,182 +330,21 @@ def test_source_without_a_config_or_of_another_method_is_refused(rewrite: Rewrit
         quantize(str(source), tmp_path / "out")
 
 
-# ---- a hub model, shard by shard
-
-
-class Hub:
-    """A repository in a folder: downloads are copies; what lies in the target folder at once is counted."""
-
-    def __init__(self, repository: Path) -> None:
-        self.repository = repository
-        self.downloads: list[str] = []
-        self.most_at_once = 0
-
-    def download(self, repository: str, shard: str, revision: str | None, local_dir: Path) -> str:
-        assert (repository, revision) == ("owner/name", "c0ffee")
-        local_dir.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.repository / shard, local_dir / shard)
-        self.downloads.append(shard)
-        self.most_at_once = max(self.most_at_once, len(list(local_dir.glob("*.safetensors"))))
-        return str(local_dir / shard)
-
-    def shards(self, files: Path, folder: Path) -> HubShards:
-        return HubShards("owner/name", "c0ffee", files, folder, self.download, cached=lambda shard: None)
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Hub:
-    """Six layers in eight shards, cut where the bytes ended: a layer may begin in one and end in the next."""
-    from tests.tiny_models import save_tiny_model
-
-    whole = save_tiny_model(tmp_path / "whole", "mixtral", num_hidden_layers=6)
-    tensors = load_file(whole / "model.safetensors")
-    order = ["model.embed_tokens.weight", *sorted(key for key in tensors if ".layers." in key)]
-    order += [key for key in tensors if key not in order]
-    repository = tmp_path / "repository"
-    repository.mkdir()
-    per_shard = -(-len(order) // 8)
-    write_shards(repository, {key: tensors[key] for key in order}, lambda key: order.index(key) // per_shard)
-    for name in ("config.json", "generation_config.json"):
-        shutil.copyfile(whole / name, repository / name)
-    return Hub(repository)
-
-
-def small_files(repository: Path, folder: Path) -> Path:
-    """What the hub's snapshot has without its weights."""
-    shutil.copytree(repository, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    return folder
-
-
-def test_hub_model_is_never_on_the_disk_as_a_whole(hub: Hub, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    files = small_files(hub.repository, tmp_path / "files")
-    quantize(str(files), out, shards=hub.shards(files, out / ".source"))
-    # The first shard has the embeddings, which wait for the end; beside it the layer's one or two.
-    assert hub.most_at_once <= 3
-    assert len(hub.downloads) == 8 == len(set(hub.downloads))
-    assert not (out / ".source").exists()
-    assert weights(out) == weights(quantized(hub.repository, tmp_path / "local"))
-    manifest = json.loads((out / "expertune.json").read_text(encoding="utf-8"))
-    assert {name: record["sha256"] for name, record in manifest["source"]["shards"].items()} == {
-        path.name: hash_file(path).sha256 for path in hub.repository.glob("*.safetensors")
-    }
-
-
-def test_hub_model_that_was_interrupted_fetches_only_what_is_still_needed(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    files = small_files(hub.repository, tmp_path / "files")
-
-    def stop(file: str, done: int, total: int) -> None:
-        if file == "layer-00004.safetensors":
-            raise Killed
-
-    with pytest.raises(Killed):
-        quantize(str(files), out, progress=stop, shards=hub.shards(files, out / ".source"))
-    first = list(hub.downloads)
-    quantize(str(files), out, shards=hub.shards(files, out / ".source"))
-    again = hub.downloads[len(first) :]
-    assert len(again) < 6
-    assert weights(out) == weights(quantized(hub.repository, tmp_path / "local"))
-
-
-def test_hub_model_of_one_shard_needs_no_index(mixtral: Path, folder: Path, tmp_path: Path) -> None:
-    hub, out = Hub(mixtral), tmp_path / "out"
-    files = small_files(mixtral, tmp_path / "files")
-    assert not (files / INDEX_NAME).exists()
-    quantize(str(files), out, shards=hub.shards(files, out / ".source"))
-    assert hub.downloads == ["model.safetensors"]
-    assert weights(out) == weights(folder)
-
-
-def test_hub_that_fails_half_way_is_told_and_gone_on_with(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    files = small_files(hub.repository, tmp_path / "files")
-    shards = hub.shards(files, out / ".source")
-
-    def fail(*args: Any, **kwargs: Any) -> str:
-        if len(hub.downloads) == 4:
-            raise ConnectionError("Name or service not known")
-        return hub.download(*args, **kwargs)
-
-    shards._download = fail
-    with pytest.raises(CheckpointError, match=r"the hub did not give model-0000\d.* \(Name or service not known\)"):
-        quantize(str(files), out, shards=shards)
-    quantize(str(files), out, shards=hub.shards(files, out / ".source"))
-    assert weights(out) == weights(quantized(hub.repository, tmp_path / "local"))
-
-
-def test_shard_of_the_hubs_cache_is_read_there_and_stays(hub: Hub, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    files = small_files(hub.repository, tmp_path / "files")
-    cached = HubShards(
-        "owner/name", "c0ffee", files, out / ".source", hub.download, cached=lambda shard: hub.repository / shard
-    )
-    quantize(str(files), out, shards=cached)
-    assert hub.downloads == []
-    assert len(list(hub.repository.glob("*.safetensors"))) == 8
-
-
-OFFLINE = """
-import sys
-from expertune.checkpoint.quantize import quantize
-from expertune.errors import CheckpointError
-try:
-    print(quantize("owner/name", sys.argv[1]).manifest["source"]["revision"])
-except CheckpointError as error:
-    print(error)
-"""
-
-
-@pytest.mark.parametrize("cached", ["all", "all but a shard"])
-def test_hub_model_in_the_cache_needs_no_connection_and_leaves_the_cache_as_it_is(
-    cached: str, hub: Hub, tmp_path: Path
-) -> None:
-    """With the hub's own client, offline."""
-    commit, out = "0123456789abcdef0123456789abcdef01234567", tmp_path / "out"
-    repository = tmp_path / "home" / "hub" / "models--owner--name"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
-    snapshot = Path(shutil.copytree(hub.repository, repository / "snapshots" / commit))
-    if cached != "all":
-        (snapshot / "model-00005.safetensors").unlink()
-    before = contents(repository)
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    environment.pop("HF_HUB_CACHE", None)
-    done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, str(out)], capture_output=True, text=True, check=True, env=environment
-    )
-    assert contents(repository) == before
-    if cached == "all":
-        assert done.stdout == f"{commit}\n"
-        assert weights(out) == weights(quantized(hub.repository, tmp_path / "local"))
-        assert not (out / ".source").exists()
-    else:
-        assert "owner/name: the hub did not give model-00005.safetensors (" in done.stdout
-
-
 # ---- memory
 
 MEASURE = """
-import re, sys
-from pathlib import Path
+import sys
 from expertune.checkpoint.quantize import quantize
+from tests.memory import Peak
 
-def peak():
-    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
-
-quantize(sys.argv[1], sys.argv[2] + "-warm")  # imports, pools and code pages are not weights
-before = peak()
-quantize(sys.argv[3], sys.argv[2])
-print(peak() - before)
+quantize(sys.argv[1], sys.argv[2] + "-warm")  # imports and pools are not weights
+with Peak() as peak:
+    quantize(sys.argv[3], sys.argv[2])
+print(peak.bytes)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak resident memory is read from /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_quantizing_never_holds_more_than_one_layer_and_one_tensor(mixtral: Path, tmp_path: Path) -> None:
     """Two layers of 25 MiB in 4 bits, of matrices of 4 MiB, and embeddings and head of 32 MiB each."""
     source = tmp_path / "large"
@@ -514,12 +371,11 @@ def test_quantizing_never_holds_more_than_one_layer_and_one_tensor(mixtral: Path
             shapes[f"{name}.w3.weight"] = (2048, 1024)
     tensors = {key: noise[: torch.Size(shape).numel()].view(shape) for key, shape in shapes.items()}
     for number in range(4):  # every layer is spread over all four shards
-        from safetensors.torch import save_file
-
         part = {key: tensor.clone() for key, tensor in list(tensors.items())[number::4]}
         save_file(part, source / f"model-{number}.safetensors")
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(mixtral), str(tmp_path / "out"), str(source)],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,

@@ -17,6 +17,7 @@ Values = dict[str, Any]
 def nf4_values(run_values: Values, small_mixtral: Path, tmp_path: Path) -> Values:
     """The run on an NF4 folder of the same model."""
     quantize(str(small_mixtral), tmp_path / "nf4")
+    run_values["training"] |= {"max_steps": 3}
     return run_values | {"model": str(tmp_path / "nf4")}
 
 

@@ -42,8 +42,8 @@ def test_run_leaves_record_adapter_checkpoints_and_histogram(run_values: dict[st
 
 
 def test_two_runs_of_one_file_give_identical_bytes(run_values: dict[str, Any], tmp_path: Path) -> None:
-    first = train(run_values | {"output_dir": str(tmp_path / "first")})
-    second = train(run_values | {"output_dir": str(tmp_path / "second")})
+    first = train(run_values | {"output_dir": str(tmp_path / "first")}, max_steps=4)
+    second = train(run_values | {"output_dir": str(tmp_path / "second")}, max_steps=4)
     assert first["train"]["loss"] == second["train"]["loss"]
     files = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("first", "second")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -51,11 +51,15 @@ def test_two_runs_of_one_file_give_identical_bytes(run_values: dict[str, Any], t
 
 def test_accumulated_micro_batches_give_the_loss_of_one_batch(run_values: dict[str, Any], tmp_path: Path) -> None:
     values = run_values | {"lora": run_values["lora"] | {"dropout": 0.0}}
-    small = train(
-        values | {"output_dir": str(tmp_path / "small")}, per_device_train_batch_size=1, gradient_accumulation_steps=4
-    )
-    large = train(
-        values | {"output_dir": str(tmp_path / "large")}, per_device_train_batch_size=4, gradient_accumulation_steps=1
+    values["data"] = values["data"] | {"merge_accumulation": False}
+    values["training"] = values["training"] | {"max_steps": 4, "eval_strategy": "no", "save_strategy": "no"}
+    small, large = (
+        train(
+            values | {"output_dir": str(tmp_path / name)},
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=4 // rows,
+        )
+        for name, rows in (("small", 1), ("large", 4))
     )
     for (_, one), (_, other) in zip(small["train"]["loss"], large["train"]["loss"], strict=True):
         assert one == pytest.approx(other, abs=1e-5)
@@ -86,6 +90,7 @@ def test_where_rows_begin_reaches_every_layer_of_every_step(
 
 def test_padded_rows_give_the_loss_of_padding_free_rows(run_values: dict[str, Any], tmp_path: Path) -> None:
     values = run_values | {"lora": run_values["lora"] | {"dropout": 0.0}}
+    values["training"] = values["training"] | {"max_steps": 4, "eval_strategy": "no", "save_strategy": "no"}
     padded = values["data"] | {"packing": "padded"}
     one = train(values | {"data": padded, "output_dir": str(tmp_path / "padded")})
     other = train(values | {"output_dir": str(tmp_path / "free")})
@@ -94,8 +99,10 @@ def test_padded_rows_give_the_loss_of_padding_free_rows(run_values: dict[str, An
 
 
 def test_evaluation_loss_weighs_every_label_token_alike(run_values: dict[str, Any], tmp_path: Path) -> None:
+    run_values["training"] |= {"max_steps": 3, "save_strategy": "no"}
     by_row = train(run_values | {"output_dir": str(tmp_path / "one")}, per_device_eval_batch_size=1)
     at_once = train(run_values | {"output_dir": str(tmp_path / "four")}, per_device_eval_batch_size=4)
+    assert len(by_row["eval"]["loss"]) == 1
     for (_, one), (_, other) in zip(by_row["eval"]["loss"], at_once["eval"]["loss"], strict=True):
         assert one == pytest.approx(other, abs=1e-5)
 
@@ -132,7 +139,7 @@ def test_adapter_in_bfloat16_is_saved_in_bfloat16(run_values: dict[str, Any]) ->
 
 
 def test_tensorboard_events_read_back_the_losses(run_values: dict[str, Any], tmp_path: Path) -> None:
-    record = train(run_values, report_to="tensorboard")
+    record = train(run_values, report_to="tensorboard", max_steps=4, eval_strategy="no", save_strategy="no")
     events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents*")).parent))
     events.Reload()
     last = events.Scalars("train/loss")[-1]
