@@ -1,12 +1,9 @@
 """Quantizing a model of the hub: shard by shard, never on the disk as a whole, and gone on with where it stopped."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from safetensors.torch import load_file
@@ -18,6 +15,7 @@ from expertune.checkpoint.store import hash_file
 from expertune.errors import CheckpointError
 from tests.checkpoint.conftest import write_shards
 from tests.checkpoint.nf4_folders import contents, quantized, weights
+from tests.processes import run_copies
 from tests.tiny_models import save_tiny_model
 
 
@@ -147,38 +145,59 @@ def test_shard_of_the_hubs_cache_is_read_there_and_stays(hub: Hub, tmp_path: Pat
 
 
 OFFLINE = """
-import sys
 from expertune.checkpoint.quantize import quantize
 from expertune.errors import CheckpointError
-try:
-    print(quantize("owner/name", sys.argv[1]).manifest["source"]["revision"])
-except CheckpointError as error:
-    print(error)
+
+def tell(*arguments):
+    try:
+        print(quantize(*arguments).manifest["source"]["revision"])
+    except CheckpointError as error:
+        print(error)
 """
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-@pytest.mark.parametrize("cached", ["all", "all but a shard"])
+class Offline(NamedTuple):
+    """A model of the hub's cache, quantized without a connection: what lay in the cache before, and what was said."""
+
+    cache: Path
+    before: dict[str, bytes]
+    out: Path
+    said: str
+
+
+@pytest.fixture(scope="module")
+def offline(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Offline]:
+    """With the hub's own client: a model that is there as a whole, and one that lacks a shard."""
+    folder = tmp_path_factory.mktemp("offline")
+    caches = {name: folder / "home" / "hub" / f"models--owner--{name}" for name in ("whole", "lacking")}
+    for cache in caches.values():
+        (cache / "refs").mkdir(parents=True)
+        (cache / "refs" / "main").write_text(COMMIT, encoding="utf-8")
+        shutil.copytree(repository, cache / "snapshots" / COMMIT)
+    (caches["lacking"] / "snapshots" / COMMIT / "model-00005.safetensors").unlink()
+    before = {name: contents(cache) for name, cache in caches.items()}
+    codes = [f"tell('owner/{name}', {str(folder / name)!r})" for name in caches]
+    places = {"HF_HOME": str(folder / "home"), "HF_HUB_CACHE": str(folder / "home" / "hub")}
+    (folder / "output").mkdir()
+    found = {}
+    for name, ended in zip(caches, run_copies(OFFLINE, codes, folder / "output", **places), strict=True):
+        assert ended.status == 0, ended.err[-4000:]
+        found[name] = Offline(caches[name], before[name], folder / name, ended.out)
+    return found
+
+
 def test_hub_model_in_the_cache_needs_no_connection_and_leaves_the_cache_as_it_is(
-    cached: str, hub: Hub, local: dict[str, bytes], tmp_path: Path
+    offline: dict[str, Offline], local: dict[str, bytes]
 ) -> None:
-    """With the hub's own client, offline."""
-    commit, out = "0123456789abcdef0123456789abcdef01234567", tmp_path / "out"
-    repository = tmp_path / "home" / "hub" / "models--owner--name"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
-    snapshot = Path(shutil.copytree(hub.repository, repository / "snapshots" / commit))
-    if cached != "all":
-        (snapshot / "model-00005.safetensors").unlink()
-    before = contents(repository)
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    environment.pop("HF_HUB_CACHE", None)
-    done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, str(out)], capture_output=True, text=True, check=True, env=environment
-    )
-    assert contents(repository) == before
-    if cached == "all":
-        assert done.stdout == f"{commit}\n"
-        assert weights(out) == local
-        assert not (out / ".source").exists()
-    else:
-        assert "owner/name: the hub did not give model-00005.safetensors (" in done.stdout
+    whole = offline["whole"]
+    assert contents(whole.cache) == whole.before
+    assert whole.said == f"{COMMIT}\n"
+    assert weights(whole.out) == local
+    assert not (whole.out / ".source").exists()
+
+
+def test_hub_model_of_which_the_cache_lacks_a_shard_is_told_by_the_shard(offline: dict[str, Offline]) -> None:
+    lacking = offline["lacking"]
+    assert contents(lacking.cache) == lacking.before
+    assert "owner/lacking: the hub did not give model-00005.safetensors (" in lacking.said
