@@ -7,11 +7,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from expertune.adapt.attach import attach
@@ -44,9 +46,10 @@ from expertune.report.plots import plot_summary
 from expertune.report.summary import render_summary
 from expertune.train.callbacks import History, ProgressBar, peak_memory_bytes
 from expertune.train.checkpoints import find_resume_point, list_checkpoints
+from expertune.train.ladder import Change
 from expertune.train.loss import LanguageModelLoss
 from expertune.train.offload import has_host_apart
-from expertune.train.recover import Change, Recovery
+from expertune.train.recover import Recovery
 from expertune.train.trainer import ExpertTrainer, training_arguments
 
 __all__ = ["OpenRun", "Run", "evaluate", "finetune", "generate", "make_plan", "open_run"]
@@ -132,17 +135,21 @@ def finetune(
     record.update("model", name=config.model, revision=source.revision, device=str(device))
     record.update("plan", **plan.to_json())
     with _stops_recorded(record):
-        model = _load_and_adapt(config, source, tokenizer, train_rows, plan.placement, device, record, console)
+        model, recovery = _load_and_adapt(
+            config, source, tokenizer, train_rows, plan.placement, device, record, console
+        )
         if config.task.metric and eval_rows and "before" not in record.values.get("task", {}):
             # A folder to resume from may hold the score already; it was taken on the same bytes.
-            record.update("task", before=_score(config, model, tokenizer, eval_rows, base_only=True))
+            score = _score(config, model, tokenizer, eval_rows, recovery, step=0, base_only=True)
+            record.update("task", before=score)
             console.print(_score_line("before", record["task"]["before"]))
 
-        _train(config, plan.micro_batch, model, tokenizer, train_rows, eval_rows, device, resume, record, console)
-        model.save_pretrained(str(output_dir / ADAPTER_FOLDER))
+        _train(config, plan.micro_batch, model, tokenizer, train_rows, eval_rows, recovery, resume, record, console)
+        recovery.anew("checkpoint", lambda: model.save_pretrained(str(output_dir / ADAPTER_FOLDER)))
 
         if config.task.metric and eval_rows:
-            record.update("task", after=_score(config, model, tokenizer, eval_rows))
+            score = _score(config, model, tokenizer, eval_rows, recovery, step=record["train"]["steps"])
+            record.update("task", after=score)
             console.print(_score_line("after", record["task"]["after"]))
     record.update("memory", peak_bytes=peak_memory_bytes())
     record.update("run", status="finished")
@@ -188,9 +195,14 @@ def evaluate(
         rows: how many rows the metric is taken on; None means what the run file says.
         base_only: score the base model without the adapter.
 
+    Returns:
+        `adapter`, `loss` in nats per token, `task` as `expertune.evaluation.score_task` returns it where the run has a
+        metric, and `recoveries`: what was changed when memory ran out, as in the record.
+
     Raises:
         ConfigError: the run has no evaluation rows.
         CheckpointError: see `open_run`.
+        DoesNotFitError: memory ran out, and nothing that could be changed is left.
     """
     run = open_run(run_dir, adapter)
     if run.config.data.eval is None:
@@ -199,11 +211,21 @@ def evaluate(
     dataset = make_dataset(eval_rows, run.config.data)
     collator = make_collator(run.config.data, run.tokenizer)
     result: dict[str, Any] = {"adapter": "none" if base_only else adapter or ADAPTER_FOLDER}
+    step = 0 if base_only else _steps_of(run.record, adapter)
+    changes: list[Change] = []
+
+    def tell(change: Change) -> None:
+        _say_aside(change)
+        changes.append(change)
+
+    recovery = Recovery(run.model, default_device(), tell=tell)
     with _adapter_switched(run.model, off=base_only):
         loss = LanguageModelLoss(run.model, run.config.loss)
-        result["loss"] = evaluation_loss(run.model, dataset, collator, batch_size=8, in_chunks=loss.summed)
+        in_parts = partial(recovery.evaluation, step=step)
+        result["loss"] = evaluation_loss(run.model, dataset, collator, 8, loss.summed, in_parts)
     if run.config.task.metric:
-        result["task"] = _score(run.config, run.model, run.tokenizer, eval_rows, rows, base_only)
+        result["task"] = _score(run.config, run.model, run.tokenizer, eval_rows, recovery, step, rows, base_only)
+    result["recoveries"] = [change.to_json() for change in changes]
     return result
 
 
@@ -222,11 +244,16 @@ def generate(
         max_new_tokens: the longest answer.
         base_only: answer without the adapter.
         adapter: `checkpoint-N` for an earlier state.
+
+    Raises:
+        DoesNotFitError: memory ran out, and nothing that could be changed is left.
     """
     run = open_run(run_dir, adapter)
+    recovery = Recovery(run.model, default_device(), tell=_say_aside)
+    in_parts = partial(recovery.generation, step=0 if base_only else _steps_of(run.record, adapter))
     ids = encode_prompt(render_prompt(prompt, run.data, run.tokenizer), run.tokenizer)
     with _adapter_switched(run.model, off=base_only):
-        return complete(run.model, run.tokenizer, [ids], max_new_tokens)[0]
+        return complete(run.model, run.tokenizer, [ids], max_new_tokens, in_parts=in_parts)[0]
 
 
 def _open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:
@@ -315,8 +342,8 @@ def _load_and_adapt(
     device: torch.device,
     record: RunRecord,
     console: Console,
-) -> ExpertPeftModel:
-    """Load, attach and prove."""
+) -> tuple[ExpertPeftModel, Recovery]:
+    """Load, attach and prove; from here on, what is done when memory runs out."""
     started = time.monotonic()
     loaded = _load(config, source, device, record, places)
     console.print(f"loaded with 4-bit experts in {time.monotonic() - started:.1f} s")
@@ -326,13 +353,15 @@ def _load_and_adapt(
     if config.data.packing != "padded":
         require_rows_apart(loaded.model)
     probe = _probe_batch(config, tokenizer, rows, device)
-    base_logits = probe_logits(loaded.model, probe)
+    recovery = _recovery(config, loaded.model, device, record, console)
+    base_logits, probe = recovery.proof_batch(partial(probe_logits, loaded.model), probe)
     set_seed(config.training.get("seed", 42))
     model = attach(loaded, config.lora, config.model, source.revision)
     if uses_checkpointing(config.training) and model.get_base_model().supports_gradient_checkpointing:
         # As the training that follows: otherwise the proof could need more memory than a step does.
         model.activation_checkpointing_enable()
-    proof = prove(model, probe, base_logits)
+    # Nothing that changes a logit may give way between the two looks at the base model.
+    proof = recovery.anew("proof", lambda: prove(model, probe, base_logits))
     record.update("model", dtype=str(model.dtype), unexpected_tensors=loaded.unexpected)
     record.update("proof", **proof)
     learning = proof["learning"]
@@ -342,7 +371,24 @@ def _load_and_adapt(
         f"({learning['factors_without_tokens']} saw no token), forward repeatable, adapter effective",
         soft_wrap=True,
     )
-    return model
+    return model, recovery
+
+
+def _recovery(
+    config: RunConfig, model: nn.Module, device: torch.device, record: RunRecord, console: Console
+) -> Recovery:
+    """A run's recovery: each change is told, and kept in the record."""
+    recoveries = record.values.get("train", {}).get("recoveries", [])
+    record.update("train", recoveries=recoveries)
+
+    def tell(change: Change) -> None:
+        console.print(change.line, soft_wrap=True)
+        recoveries.append(change.to_json())
+        record.update("train", recoveries=recoveries)
+
+    recovery = Recovery(model, device, config.offload_activations, earlier=recoveries, tell=tell)
+    recovery.ladder.run_dir = config.output_dir
+    return recovery
 
 
 def _load(
@@ -400,12 +446,12 @@ def _train(
     tokenizer: PreTrainedTokenizerBase,
     train_rows: TokenizedRows,
     eval_rows: TokenizedRows | None,
-    device: torch.device,
+    recovery: Recovery,
     resume: bool,
     record: RunRecord,
     console: Console,
 ) -> None:
-    output_dir = Path(config.output_dir)
+    output_dir, device = Path(config.output_dir), recovery.ladder.device
     args, notes = training_arguments(micro_batch.apply(config.training), str(output_dir), device)
     if micro_batch.line:
         notes.append(micro_batch.line)
@@ -419,20 +465,12 @@ def _train(
         notes.append(f"offload_activations: on this {device.type} memory is the host's, and nothing is moved")
     for note in notes:
         console.print(note, soft_wrap=True)
-    recoveries = record.values.get("train", {}).get("recoveries", [])
-    record.update("train", notes=notes, micro_batch=asdict(micro_batch), recoveries=recoveries)
+    record.update("train", notes=notes, micro_batch=asdict(micro_batch))
 
     def say(line: str) -> None:
         notes.append(line)
         console.print(line, soft_wrap=True)
         record.update("train", notes=notes)
-
-    def tell(change: Change) -> None:
-        where = "the evaluation after step" if change.during == "evaluation" else "step"
-        line = f"{where} {change.step} ran out of memory ({change.error}); from here on {change.change}"
-        console.print(line, soft_wrap=True)
-        recoveries.append(change.to_json())
-        record.update("train", recoveries=recoveries)
 
     trainer = ExpertTrainer(
         model=model,
@@ -443,7 +481,7 @@ def _train(
         history=History(),
         row_places=lambda row_id: train_rows.rows[row_id].place,
         loss=LanguageModelLoss(model, config.loss, say=say),
-        recovery=Recovery(model, device, config.offload_activations, earlier=recoveries, tell=tell),
+        recovery=recovery,
     )
     bar = ProgressBar(lambda: trainer.history, console)
     trainer.add_callback(bar)
@@ -466,12 +504,26 @@ def _score(
     model: ExpertPeftModel,
     tokenizer: PreTrainedTokenizerBase,
     eval_rows: TokenizedRows,
+    recovery: Recovery,
+    step: int,
     rows: int | None = None,
     base_only: bool = False,
 ) -> dict[str, Any]:
     task = config.task if rows is None else config.task.model_copy(update={"rows": rows})
     with _adapter_switched(model, off=base_only):
-        return score_task(model, tokenizer, eval_rows.rows, task)
+        in_parts = partial(recovery.generation, step=step)
+        return score_task(model, tokenizer, eval_rows.rows, task, in_parts=in_parts)
+
+
+def _say_aside(change: Change) -> None:
+    """On stderr: stdout is for results."""
+    Console(stderr=True).print(change.line, soft_wrap=True)
+
+
+def _steps_of(record: RunRecord, adapter: str | None) -> int:
+    """How many optimizer steps an adapter has taken."""
+    at = (adapter or "").removeprefix("checkpoint-")
+    return int(at) if at.isdigit() else int(record.values.get("train", {}).get("steps", 0))
 
 
 def _score_line(when: str, score: dict[str, Any]) -> str:

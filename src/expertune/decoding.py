@@ -6,6 +6,7 @@ about the weights and the same prompt gives the same answer; only its end tokens
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,6 +17,14 @@ from expertune.errors import ConfigError, DataError
 
 Progress = Callable[[int, int], None]
 
+# (compute, batch) -> what `compute` returns for each part of the batch, in the order of its rows.
+InParts = Callable[[Callable[[Any], Any], Any], list[Any]]
+
+
+def whole(compute: Callable[[Any], Any], batch: Any) -> list[Any]:
+    """A batch in one part."""
+    return [compute(batch)]
+
 
 def complete(
     model: nn.Module,
@@ -24,6 +33,7 @@ def complete(
     max_new_tokens: int,
     batch_size: int = 32,
     progress: Progress | None = None,
+    in_parts: InParts = whole,
 ) -> list[str]:
     """Complete prompts greedily, in batches of similar length.
 
@@ -34,6 +44,7 @@ def complete(
         max_new_tokens: the longest answer. An answer also ends where the model's context does.
         batch_size: prompts answered at once.
         progress: called with (prompts answered, prompts in all) after each batch.
+        in_parts: may cut a batch where memory does not suffice, as `expertune.train.recover.Recovery.generation` does.
 
     Returns:
         The text of each completion, in the order of `prompts`, without the prompt and without special tokens.
@@ -44,14 +55,18 @@ def complete(
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; it must be 1 or more")
+
+    def answer(some: Sequence[list[int]]) -> list[list[int]]:
+        return greedy(model, tokenizer, some, max_new_tokens)
+
     # The longest come first: if memory does not suffice, it shows in the first batch and not in the last.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     texts = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        answers = greedy(model, tokenizer, [prompts[index] for index in batch], max_new_tokens)
-        for index, answer in zip(batch, answers, strict=True):
-            texts[index] = to_text(answer, tokenizer)
+        parts = in_parts(answer, [prompts[index] for index in batch])
+        for index, ids in zip(batch, chain.from_iterable(parts), strict=True):
+            texts[index] = to_text(ids, tokenizer)
         if progress:
             progress(start + len(batch), len(prompts))
     return texts

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from expertune.config import TaskConfig
 from expertune.data import IGNORE_INDEX, TokenizedRow, encode_prompt
-from expertune.decoding import Progress, complete, evaluation_mode
+from expertune.decoding import InParts, Progress, complete, evaluation_mode, whole
 from expertune.errors import ConfigError, DataError
 from expertune.metrics import METRICS
 
@@ -32,6 +32,7 @@ def evaluation_loss(
     collator: Callable[[Sequence[Feature]], dict[str, Any]],
     batch_size: int,
     in_chunks: SummedLoss | None = None,
+    in_parts: InParts = whole,
 ) -> float:
     """Mean cross entropy over all label tokens, each of them weighing the same.
 
@@ -43,6 +44,7 @@ def evaluation_loss(
         collator: rows -> batch, as `expertune.data.make_collator` returns it.
         batch_size: rows of a batch.
         in_chunks: takes a batch's loss without its logits, as `expertune.train.loss.LanguageModelLoss.summed` does.
+        in_parts: may cut a batch where memory does not suffice, as `expertune.train.recover.Recovery.evaluation` does.
 
     Returns:
         The loss in nats per token.
@@ -51,20 +53,24 @@ def evaluation_loss(
         DataError: no row holds a token that takes a loss.
     """
     device = next(model.parameters()).device
+
+    def summed(batch: Mapping[str, Any]) -> tuple[float, int]:
+        inputs = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+            if name not in ("row_ids", "use_cache")
+        }
+        labels = inputs.pop("labels")
+        taken = in_chunks(inputs, labels) if in_chunks else None
+        return taken or _summed_loss(model(**inputs, use_cache=False).logits, labels)
+
     total, num_tokens = 0.0, 0
     with evaluation_mode(model), torch.no_grad():
         for start in range(0, len(dataset), batch_size):
             batch = collator([dataset[index] for index in range(start, min(start + batch_size, len(dataset)))])
-            inputs = {
-                name: value.to(device) if isinstance(value, Tensor) else value
-                for name, value in batch.items()
-                if name not in ("row_ids", "use_cache")
-            }
-            labels = inputs.pop("labels")
-            taken = in_chunks(inputs, labels) if in_chunks else None
-            batch_total, batch_tokens = taken or _summed_loss(model(**inputs, use_cache=False).logits, labels)
-            total += batch_total
-            num_tokens += batch_tokens
+            for batch_total, batch_tokens in in_parts(summed, batch):
+                total += batch_total
+                num_tokens += batch_tokens
     if not num_tokens:
         raise DataError("the evaluation rows hold no token that takes a loss")
     return total / num_tokens
@@ -76,6 +82,7 @@ def score_task(
     rows: Sequence[TokenizedRow],
     task: TaskConfig,
     progress: Progress | None = None,
+    in_parts: InParts = whole,
 ) -> dict[str, Any]:
     """Let the model answer rows and measure the answers.
 
@@ -85,6 +92,7 @@ def score_task(
         rows: evaluation rows; the first `task.rows` of them are answered.
         task: metric, longest answer and batch size.
         progress: called with (rows answered, rows in all).
+        in_parts: see `expertune.decoding.complete`.
 
     Returns:
         `metric`, `rows` (how many were answered), the figures of the metric in [0, 1] (`slot_f1`, `precision`,
@@ -107,7 +115,7 @@ def score_task(
             )
     started = time.monotonic()
     prompts = [encode_prompt(row.prompt, tokenizer) for row in rows]
-    answers = complete(model, tokenizer, prompts, task.max_new_tokens, task.batch_size, progress)
+    answers = complete(model, tokenizer, prompts, task.max_new_tokens, task.batch_size, progress, in_parts)
     seconds = time.monotonic() - started
     examples = [
         {

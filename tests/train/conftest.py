@@ -1,7 +1,8 @@
 """A small random Mixtral with a real tokenizer, a few real rows, and run files over them."""
 
+import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from transformers import MixtralConfig, MixtralForCausalLM
+
+from expertune.kernels import routes
+from expertune.record import RunRecord
+from tests.train.scarce import Reference, adapter_bytes, run
 
 ASSETS = Path(__file__).parents[2] / "src" / "expertune" / "assets"
 
@@ -94,6 +99,41 @@ def nine_steps(model: Path, rows: Path, run_dir: Path) -> dict[str, Any]:
 def run_values(small_mixtral: Path, rows_file: Path, tmp_path: Path) -> dict[str, Any]:
     """The run of `nine_steps` in a folder of the test's own."""
     return nine_steps(small_mixtral, rows_file, tmp_path / "run")
+
+
+@pytest.fixture
+def own_settings() -> Iterator[None]:
+    """What a test changes of the kernels' settings ends with it."""
+    held = routes.settings().working_set_bytes
+    yield
+    routes.configure(working_set_bytes=held)
+
+
+@pytest.fixture
+def values(run_values: dict[str, Any]) -> dict[str, Any]:
+    """Six steps of two micro-batches of two rows, with dropout; four layers of experts run in each step."""
+    values = run_values | {"data": run_values["data"] | {"merge_accumulation": False}}
+    values["training"] |= {"max_steps": 6, "eval_steps": 2, "save_steps": 2}
+    return values
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, tuple[RunRecord, bytes]]:
+    """Undisturbed runs that several tests compare with, by name."""
+    return {}
+
+
+@pytest.fixture
+def reference(references: dict[str, tuple[RunRecord, bytes]], values: dict[str, Any], tmp_path: Path) -> Reference:
+    """Record and adapter of an undisturbed run; those of one name are run once."""
+
+    def of(name: str, **training: Any) -> tuple[RunRecord, bytes]:
+        if name not in references:
+            record = run(copy.deepcopy(values), tmp_path / name, training=training)
+            references[name] = (record, adapter_bytes(tmp_path / name))
+        return references[name]
+
+    return of
 
 
 @pytest.fixture

@@ -1,26 +1,78 @@
-"""Memory that runs out on purpose: the expert layer's operator fails where a batch is too large for it."""
+"""Memory that runs out on purpose: the expert layer's operator fails where a batch is too large for it, or any operator
+where a test says so.
+"""
 
 import inspect
+import io
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from expertune import api
+from expertune import api, decoding, finetune
+from expertune.config import parse_config
 from expertune.experts import module
+from expertune.record import RunRecord
+
+# Any row of the fixture fits, two of them do not.
+ONE_ROW = 24
+NO_ROW = 4
+
+SMALL = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+
+Reference = Callable[..., tuple[RunRecord, bytes]]
+
+
+def out_of_memory() -> Exception:
+    return torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+
+def run(values: dict[str, Any], out: Path, resume: bool = False, **changes: Any) -> RunRecord:
+    """A whole run, with some of its training arguments changed."""
+    training = values["training"] | changes.pop("training", {})
+    console = Console(file=io.StringIO())
+    return finetune(
+        parse_config(values | {"output_dir": str(out), "training": training} | changes), resume=resume, console=console
+    ).record
+
+
+def adapter_bytes(run_dir: Path) -> bytes:
+    return (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def training(scarce: "Scarce") -> bool:
+    return scarce.trainer is not None and torch.is_grad_enabled()
+
+
+def evaluating(scarce: "Scarce") -> bool:
+    """In the evaluations of training."""
+    return scarce.trainer is not None and not torch.is_grad_enabled()
+
+
+def generating(scarce: "Scarce") -> bool:
+    return scarce.generating
+
+
+def elsewhere(scarce: "Scarce") -> bool:
+    """Without gradients, before or after training, and not generating."""
+    return scarce.trainer is None and not scarce.generating and not torch.is_grad_enabled()
 
 
 class Scarce:
-    """Fails in the expert layer while training or evaluating, as an allocator would.
+    """Fails in the expert layer, as an allocator would.
 
     Args:
         most_tokens: more tokens than these at once do not fit.
         backward: fail in backward instead of forward.
         first_layer: number of the expert layer's forward, counted over the run, from which memory is scarce; there are
             two in each micro-batch.
-        evaluating: fail in evaluations instead of training.
+        when: whether memory is scarce now.
         error: makes what is raised.
     """
 
@@ -29,14 +81,15 @@ class Scarce:
         most_tokens: int,
         backward: bool = False,
         first_layer: int = 1,
-        evaluating: bool = False,
-        error: Callable[[], Exception] = lambda: torch.OutOfMemoryError("Tried to allocate 2.00 GiB"),
+        when: "Callable[[Scarce], bool]" = training,
+        error: Callable[[], Exception] = out_of_memory,
     ) -> None:
         self.most_tokens, self.backward, self.first_layer = most_tokens, backward, first_layer
-        self.evaluating, self.error = evaluating, error
+        self.when, self.error = when, error
         self.num_layers = self.num_failures = 0
         self.most_seen = 0
         self.trainer: Any = None
+        self.generating = False
 
     def too_large(self, tokens: int) -> bool:
         return tokens > self.most_tokens
@@ -46,14 +99,14 @@ class Scarce:
         raise self.error()
 
     def install(self, patch: pytest.MonkeyPatch) -> "Scarce":
-        """Make memory scarce from the trainer's start to its end."""
-        real = module.expert_mlp
+        """Make memory scarce."""
+        real, greedy = module.expert_mlp, decoding.greedy
         scarce = self
 
         def expert_mlp(hidden: Tensor, *arguments: Any, **kwargs: Any) -> tuple[Tensor, Sequence[Tensor]]:
             output, low_rank = real(hidden, *arguments, **kwargs)
             replayed = inspect.signature(real).bind(hidden, *arguments, **kwargs).arguments.get("replay")
-            if scarce.trainer is None or replayed or torch.is_grad_enabled() == scarce.evaluating:
+            if replayed or not scarce.when(scarce):
                 return output, low_rank
             scarce.num_layers += 1
             if scarce.num_layers >= scarce.first_layer and scarce.too_large(hidden.shape[0]):
@@ -65,6 +118,13 @@ class Scarce:
                 scarce.most_seen = max(scarce.most_seen, hidden.shape[0])
             return output, low_rank
 
+        def marked(*arguments: Any, **kwargs: Any) -> Any:
+            scarce.generating = True
+            try:
+                return greedy(*arguments, **kwargs)
+            finally:
+                scarce.generating = False
+
         class Trainer(api.ExpertTrainer):
             def train(self, *args: Any, **kwargs: Any) -> Any:
                 scarce.trainer = self
@@ -74,5 +134,64 @@ class Scarce:
                     scarce.trainer = None
 
         patch.setattr(module, "expert_mlp", expert_mlp)
+        patch.setattr(decoding, "greedy", marked)
+        patch.setattr(api, "ExpertTrainer", Trainer)
+        return self
+
+
+class ScarceOperators(TorchDispatchMode):
+    """Operators fail before they run, as where they cannot allocate what they return.
+
+    Args:
+        fails: whether an operator fails, by its number, from 0, and how often it has failed already; one that is
+            run again keeps its number. Those that write several tensors allocate nothing, and do not fail.
+        error: makes what is raised.
+    """
+
+    def __init__(self, fails: Callable[[int, int], bool], error: Callable[[], Exception] = out_of_memory) -> None:
+        super().__init__()
+        self.fails, self.error = fails, error
+        self.num_failures = self.num_operators = 0
+        self._tries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        written = [
+            str(argument.type)
+            for argument in func._schema.arguments
+            if argument.alias_info and argument.alias_info.is_write
+        ]
+        writes_several = len(written) > 1 or any(kind.startswith("List") for kind in written)
+        if not writes_several and self.fails(self.num_operators, self._tries):
+            self._tries += 1
+            self.num_failures += 1
+            raise self.error()
+        self._tries = 0
+        self.num_operators += 1
+        return func(*args, **(kwargs or {}))
+
+    def install(self, patch: pytest.MonkeyPatch, clipping: bool = False) -> "ScarceOperators":
+        """Around optimizer updates, or around the clipping of gradients."""
+        scarce = self
+
+        class Trainer(api.ExpertTrainer):
+            def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+                optimizer = super().create_optimizer(*args, **kwargs)
+                step = optimizer.step
+
+                def update(_: Any, *args: Any, **kwargs: Any) -> Any:
+                    with scarce:
+                        return step(*args, **kwargs)
+
+                if not clipping and not hasattr(step, "scarce"):
+                    update.scarce = True  # type: ignore[attr-defined]
+                    optimizer.step = MethodType(update, optimizer)  # type: ignore[method-assign]
+                return optimizer
+
+            def _clip_grad_norm(self, model: Any) -> Any:
+                if not clipping:
+                    return super()._clip_grad_norm(model)
+                with scarce:
+                    return super()._clip_grad_norm(model)
+
         patch.setattr(api, "ExpertTrainer", Trainer)
         return self

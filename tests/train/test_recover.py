@@ -1,21 +1,15 @@
 """A run that runs out of memory goes on with the next cheaper setting, and ends where it would have ended with it."""
 
-import copy
-import errno
-import importlib
 import io
 import json
-import random
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from rich.console import Console
@@ -29,71 +23,12 @@ from expertune.experts import module
 from expertune.kernels import routes, workspace
 from expertune.placement import experts as placement
 from expertune.record import RunRecord
-from expertune.train import offload, recover
-from expertune.train.recover import LEAST_WORKING_SET_BYTES, RandomState, is_out_of_memory
+from expertune.train import ladder, offload
+from expertune.train.ladder import LEAST_WORKING_SET_BYTES
 from expertune.train.trainer import ExpertTrainer
-from tests.train.scarce import Scarce
+from tests.train.scarce import NO_ROW, ONE_ROW, SMALL, Reference, Scarce, adapter_bytes, out_of_memory, run
 
-ADAM = importlib.import_module("torch.optim.adam")
-
-# Any row of the fixture fits, two of them do not.
-ONE_ROW = 24
-NO_ROW = 4
-
-
-@pytest.fixture(autouse=True)
-def _own_settings() -> Iterator[None]:
-    held = routes.settings().working_set_bytes
-    yield
-    routes.configure(working_set_bytes=held)
-
-
-@pytest.fixture
-def values(run_values: dict[str, Any]) -> dict[str, Any]:
-    """Six steps of two micro-batches of two rows, with dropout; four layers of experts run in each step."""
-    values = run_values | {"data": run_values["data"] | {"merge_accumulation": False}}
-    values["training"] |= {"max_steps": 6, "eval_steps": 2, "save_steps": 2}
-    return values
-
-
-@pytest.fixture(scope="module")
-def references() -> dict[str, tuple[RunRecord, bytes]]:
-    """Undisturbed runs that several tests compare with, by name."""
-    return {}
-
-
-@pytest.fixture
-def reference(
-    references: dict[str, tuple[RunRecord, bytes]], values: dict[str, Any], tmp_path: Path
-) -> Callable[..., tuple[RunRecord, bytes]]:
-    """Record and adapter of an undisturbed run; those of one name are run once."""
-
-    def of(name: str, **training: Any) -> tuple[RunRecord, bytes]:
-        if name not in references:
-            record = run(copy.deepcopy(values), tmp_path / name, training=training)
-            references[name] = (record, adapter_bytes(tmp_path / name))
-        return references[name]
-
-    return of
-
-
-def run(values: dict[str, Any], out: Path, resume: bool = False, **changes: Any) -> RunRecord:
-    training = values["training"] | changes.pop("training", {})
-    console = Console(file=io.StringIO())
-    return finetune(
-        parse_config(values | {"output_dir": str(out), "training": training} | changes), resume=resume, console=console
-    ).record
-
-
-def adapter_bytes(run_dir: Path) -> bytes:
-    return (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-SMALL = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
-
-
-def out_of_memory() -> Exception:
-    return torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+pytestmark = pytest.mark.usefixtures("own_settings")
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -102,7 +37,7 @@ def test_step_out_of_memory_ends_as_if_micro_batches_had_been_smaller_from_the_s
     layer: int,
     backward: bool,
     values: dict[str, Any],
-    reference: Callable[..., tuple[RunRecord, bytes]],
+    reference: Reference,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -174,7 +109,7 @@ def test_running_loss_of_transformers_counts_a_step_that_was_taken_again_once(
 
 def test_micro_batches_are_halved_again_until_they_fit(
     values: dict[str, Any],
-    reference: Callable[..., tuple[RunRecord, bytes]],
+    reference: Reference,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -264,7 +199,7 @@ import os, pytest, signal
 from expertune import finetune
 from expertune.config import parse_config
 from expertune.train.callbacks import History
-from tests.train.scarce import Scarce
+from tests.train.scarce import NO_ROW, ONE_ROW, SMALL, Reference, Scarce, adapter_bytes, out_of_memory, run
 
 def die(self, args, state, control, **kwargs):
     if state.global_step == 4:
@@ -284,30 +219,12 @@ if __name__ == "__main__":
     assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
 
 
-def test_evaluation_out_of_memory_halves_its_batches_and_leaves_training_as_it_is(
-    values: dict[str, Any],
-    reference: Callable[..., tuple[RunRecord, bytes]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    values["training"] |= {"max_steps": 4}
-    undisturbed, adapter = reference("four")
-    scarce = Scarce(2 * ONE_ROW, evaluating=True).install(monkeypatch)
-    recovered = run(values, tmp_path / "recovered")
-    assert scarce.num_failures == 1
-    assert [(change["step"], change["during"]) for change in recovered["train"]["recoveries"]] == [(2, "evaluation")]
-    assert adapter_bytes(tmp_path / "recovered") == adapter
-    for (step, loss), (at, expected) in zip(recovered["eval"]["loss"], undisturbed["eval"]["loss"], strict=True):
-        assert step == at
-        assert loss == pytest.approx(expected, rel=1e-6)
-
-
 def test_rungs_are_taken_in_order_and_the_last_error_tells_all(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(offload, "_DEVICE_TYPE", "cpu")
     layers = iter(["layer 1 waits on the host", "layer 0 waits on the host"])
-    monkeypatch.setattr(recover, "demote", lambda model: next(layers, None))
+    monkeypatch.setattr(ladder, "demote", lambda model: next(layers, None))
     Scarce(NO_ROW, first_layer=4 * 2 + 1).install(monkeypatch)  # in step 3
     with pytest.raises(DoesNotFitError) as raised:
         run(values, tmp_path / "run")
@@ -357,7 +274,7 @@ def test_router_loss_keeps_micro_batches_whole(
 
 def test_activation_offload_is_the_rung_that_helps_where_micro_batches_stay_whole(
     values: dict[str, Any],
-    reference: Callable[..., tuple[RunRecord, bytes]],
+    reference: Reference,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -367,7 +284,7 @@ def test_activation_offload_is_the_rung_that_helps_where_micro_batches_stay_whol
     monkeypatch.setattr(offload, "_LEAST_BYTES", 1)
     monkeypatch.setattr(ExpertTrainer, "_why_whole", lambda *_: "the bytes are to be compared")
     scarce = Scarce(NO_ROW, first_layer=4 + 3).install(monkeypatch)  # in the second micro-batch of step 2
-    monkeypatch.setattr(scarce, "too_large", lambda tokens: not scarce.trainer.recovery.offload)
+    monkeypatch.setattr(scarce, "too_large", lambda tokens: not scarce.trainer.recovery.ladder.offload)
     recovered = run(values, tmp_path / "recovered")
     assert scarce.num_failures == 1
     assert [(change["step"], change["setting"]) for change in recovered["train"]["recoveries"]] == [
@@ -388,93 +305,6 @@ def test_memory_that_runs_out_elsewhere_ends_in_one_clear_error(
     with pytest.raises(DoesNotFitError, match=r"step 3 ran out of memory outside of .*checkpoint-2\. "):
         run(values, tmp_path / "run")
     assert RunRecord.load(tmp_path / "run")["run"]["status"] == "stopped"
-
-
-def test_random_state_draws_again_what_was_drawn() -> None:
-    def draw() -> tuple[float, float, float]:
-        return random.random(), float(numpy.random.rand()), float(torch.rand(()))
-
-    state = RandomState()
-    first = draw()
-    assert draw() != first
-    state.restore()
-    assert draw() == first
-
-
-class FailingUpdate:
-    """AdamW's arithmetic, which fails once, after half of a group's parameters; it is called for two groups a step."""
-
-    def __init__(self, at: int) -> None:
-        self.at, self.calls = at, 0
-        self.real = ADAM.adam
-
-    def __call__(self, parameters: list[Any], *lists: Any, **settings: Any) -> None:
-        self.calls += 1
-        if self.calls != self.at:
-            return self.real(parameters, *lists, **settings)
-        half = len(parameters) // 2
-        cut = [entry[:half] if isinstance(entry, list) else entry for entry in lists]
-        self.real(parameters[:half], *cut, **settings)
-        raise out_of_memory()
-
-
-def test_first_update_out_of_memory_is_taken_again_whole(
-    values: dict[str, Any],
-    reference: Callable[..., tuple[RunRecord, bytes]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # Without warm-up: the first learning rate would be 0, and half an update as good as none.
-    values["training"] |= {"max_steps": 4, "warmup_steps": 0}
-    _, adapter = reference("four without warm-up")
-    update = FailingUpdate(at=2)
-    monkeypatch.setattr(ADAM, "adam", update)
-    record = run(values, tmp_path / "recovered")
-    assert update.calls == 2 + 4 * 2
-    assert [change["during"] for change in record["train"]["recoveries"]] == ["optimizer"]
-    assert adapter_bytes(tmp_path / "recovered") == adapter
-
-
-def test_later_update_out_of_memory_stops_and_names_the_last_checkpoint(
-    values: dict[str, Any],
-    reference: Callable[..., tuple[RunRecord, bytes]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    values["training"] |= {"max_steps": 4}
-    _, adapter = reference("four")
-    update = FailingUpdate(at=6)
-    monkeypatch.setattr(ADAM, "adam", update)
-    with pytest.raises(DoesNotFitError, match=r"step 3 .*half updated: it is not saved.*checkpoint-2\. "):
-        run(values, tmp_path / "run")
-    assert not (tmp_path / "run" / "adapter").exists()
-    monkeypatch.undo()
-    run(values, tmp_path / "run", resume=True)
-    assert adapter_bytes(tmp_path / "run") == adapter
-
-
-@pytest.mark.parametrize(
-    ("error", "is_one"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), True),
-        (MemoryError(), True),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
-        (OSError(errno.ENOSPC, "No space left on device"), False),
-        (RuntimeError("CUDA error: out of memory"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("std::bad_alloc"), True),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-        (ValueError("out of memory"), False),
-    ],
-)
-def test_is_out_of_memory_knows_an_allocators_error(error: Exception, is_one: bool) -> None:
-    assert is_out_of_memory(error) is is_one
-
-
-def test_is_out_of_memory_knows_what_the_cpu_allocator_of_this_torch_says() -> None:
-    with pytest.raises(RuntimeError) as raised:
-        torch.empty(2**60, dtype=torch.uint8)
-    assert is_out_of_memory(raised.value)
 
 
 def test_other_errors_of_a_step_are_not_taken_for_memory(
@@ -533,7 +363,7 @@ def test_run_under_a_limit_of_the_system_recovers_and_finishes(values: dict[str,
 
 def test_experts_that_move_to_the_host_in_mid_run_change_nothing_but_their_place(
     values: dict[str, Any],
-    reference: Callable[..., tuple[RunRecord, bytes]],
+    reference: Reference,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -542,7 +372,7 @@ def test_experts_that_move_to_the_host_in_mid_run_change_nothing_but_their_place
     # The CPU stands for a device whose memory is another than the host's.
     monkeypatch.setattr(placement, "Placement", partial(placement.Placement, host_apart=True))
     monkeypatch.setattr(ExpertTrainer, "_why_whole", lambda *_: "the bytes are to be compared")
-    monkeypatch.setattr(recover, "LEAST_WORKING_SET_BYTES", 2**40)
+    monkeypatch.setattr(ladder, "LEAST_WORKING_SET_BYTES", 2**40)
     scarce = Scarce(NO_ROW, backward=True, first_layer=4 + 1).install(monkeypatch)  # in step 2
     moved: list[str] = []
 

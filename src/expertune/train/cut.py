@@ -1,7 +1,7 @@
-"""Cut a collated micro-batch into smaller ones, between its rows.
+"""Cut a batch into smaller ones, between its rows: a collated one by tokens, a plain sequence of rows by rows.
 
-The parts are what `expertune.data.collate` would have made of fewer rows, so that a step whose loss is divided by the
-label tokens of the whole step has the same loss and gradients, up to the order of sums.
+The parts of a collated batch are what `expertune.data.collate` would have made of fewer rows, so that a step whose loss
+is divided by the label tokens of the whole step has the same loss and gradients, up to the order of sums.
 
 Shape suffixes: B rows of a padded batch, L their length, T tokens of a concatenated batch, N its rows.
 """
@@ -20,27 +20,37 @@ def num_tokens(batch: Batch) -> int:
     return int(batch["input_ids"].numel())
 
 
-def cut(batch: Batch, most_tokens: int | None) -> list[Batch]:
-    """Halve a batch, and its halves, until each has at most so many tokens or a single row.
+def size(batch: Any) -> int:
+    """Tokens of a collated batch, rows of a sequence of rows."""
+    return num_tokens(batch) if isinstance(batch, Mapping) else len(batch)
+
+
+def cut(batch: Any, most: int | None) -> list[Any]:
+    """Halve a collated batch, and its halves, until each has at most so many tokens or a single row.
 
     Args:
         batch: `input_ids`, `labels` and whatever else goes with them by row: [B, L], or [1, T] with `cu_seq_lens_q`,
-            int32 [N + 1].
-        most_tokens: see `num_tokens`; None leaves the batch whole.
+            int32 [N + 1]. Or a sequence of rows, which is not halved but taken `most` rows at a time.
+        most: see `size`; None leaves the batch whole.
 
     Returns:
         The parts in the order of their rows; the batch itself where it is not cut.
     """
-    if most_tokens is None or num_tokens(batch) <= most_tokens:
+    if most is None or size(batch) <= most:
         return [batch]
-    return [part for half in halve(batch) for part in cut(half, most_tokens)] or [batch]
+    if not isinstance(batch, Mapping):
+        return [batch[first : first + most] for first in range(0, len(batch), most)]
+    return [part for half in halve(batch) for part in cut(half, most)] or [batch]
 
 
-def halve(batch: Batch) -> list[Batch]:
+def halve(batch: Any) -> list[Any]:
     """Two parts, cut between the rows nearest to the middle; empty where there is a single row.
 
     Of two places as near, the later one: three rows of one length become two and one.
     """
+    if not isinstance(batch, Mapping):
+        middle = -(-len(batch) // 2)
+        return [batch[:middle], batch[middle:]] if len(batch) > 1 else []
     bounds = _bounds(batch)
     tokens = bounds[-1]
     places = range(1, len(bounds) - 1)

@@ -1,130 +1,37 @@
-"""A step that runs out of memory is taken again from its start, with the next cheaper setting.
+"""What runs out of memory is done again: a training step from its start, with the next cheaper setting.
 
-The ladder, cheapest first, each rung only where it can make room:
-
-1. Smaller micro-batches, the same rows a step. All that grows with tokens shrinks, what is between an expert layer's
-   products included, and nothing but time is lost.
-2. What forward keeps for backward waits in host memory: one copy of a layer's input and output each way.
-3. Half the working set of the expert layers. It bounds one layer's products only, which smaller micro-batches have made
-   smaller already, and each further chunk of tokens decodes all of the layer's experts again.
-4. Frozen expert bytes wait elsewhere, and are brought for each layer on each way through the model.
-
-What was changed stays so for the rest of the run, and a resumed run changes at the same steps.
+`expertune.train.ladder` says which settings give way. What can be cut is done again in smaller batches: training steps,
+evaluations, the proof's probe, generation. An optimizer's update and the clipping of gradients go on from the operator
+that failed, a checkpoint is written anew. A resumed run changes at the same steps.
 """
 
-import errno
-import gc
-import random
-import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import MethodType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from expertune.errors import DoesNotFitError
-from expertune.kernels import routes, workspace
-from expertune.placement.experts import demote
-from expertune.train.callbacks import peak_memory_bytes
-from expertune.train.checkpoints import last_good_checkpoint
-from expertune.train.cut import Batch, cut, halve, num_tokens
-from expertune.train.offload import has_host_apart
-
-# Below this an expert layer decodes more than it multiplies.
-LEAST_WORKING_SET_BYTES = 2**26
-
-Moment = Literal["training", "evaluation", "optimizer"]
-
-# What allocators say in a plain RuntimeError.
-_OUT_OF_MEMORY = re.compile(
-    r"can't allocate memory|not enough memory|out of memory|std::bad_alloc|ALLOC_FAILED|Cannot allocate memory",
-    re.IGNORECASE,
-)
-_LONGEST_ERROR = 300
+from expertune.train.cut import Batch, cut
+from expertune.train.ladder import Change, Ladder, Moment
+from expertune.train.out_of_memory import RandomState, RetriedOperators, give_back, in_one_line, is_out_of_memory
 
 _Result = TypeVar("_Result")
 
 
-@dataclass(frozen=True)
-class Change:
-    """What was changed when memory ran out.
-
-    Attributes:
-        step: the optimizer step that was being taken, or had just been taken before an evaluation; from 1.
-        during: where memory ran out.
-        error: what the allocator said.
-        change: what is otherwise from then on, in words.
-        setting: the same by name: `micro_batch_tokens`, `evaluation_tokens`, `offload_activations`,
-            `working_set_bytes` or `demoted`.
-    """
-
-    step: int
-    during: Moment
-    error: str
-    change: str
-    setting: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """As it stands in the record."""
-        return asdict(self)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: of a CUDA device, of torch's CPU allocator, of Python or of the OS."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
-
-
-def give_back() -> None:
-    """Free what a failed try has left: cycles, this thread's working memory, blocks that the CUDA allocator keeps."""
-    gc.collect()
-    workspace.clear()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-
-
-class RandomState:
-    """Python's, numpy's and torch's generators as they are now."""
-
-    def __init__(self) -> None:
-        self._python, self._numpy, self._cpu = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-    def restore(self) -> None:
-        """Draw from here on what was drawn after this was made."""
-        random.setstate(self._python)
-        numpy.random.set_state(self._numpy)
-        torch.set_rng_state(self._cpu)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
-
-
 class Recovery(TrainerCallback):
-    """Takes steps and evaluations again that ran out of memory. A callback, so that it knows when a step begins.
+    """Does again what ran out of memory. A callback, so that it knows when a step begins.
 
     Args:
-        model: the adapted model.
-        device: where it computes.
-        offload: whether activations wait in host memory from the start.
-        earlier: changes that the run made before it was interrupted, as `Change.to_json` gave them; each is made again
-            at its step.
-        tell: is told of each change.
+        model, device, offload, earlier, tell: see `expertune.train.ladder.Ladder`; each of the earlier changes is made
+            again at its step.
 
     Attributes:
-        micro_batch_tokens: most tokens of a micro-batch that has more than one row; None leaves it as it comes.
-        evaluation_tokens: the same of an evaluation batch.
-        offload: whether activations wait in host memory.
-        tried: the changes so far, in words.
+        ladder: the settings that give way.
     """
 
     def __init__(
@@ -135,16 +42,11 @@ class Recovery(TrainerCallback):
         earlier: Sequence[dict[str, Any]] = (),
         tell: Callable[[Change], None] = lambda _: None,
     ) -> None:
-        self.model, self.device, self.tell = model, device, tell
-        self.offload = offload and has_host_apart(device)
-        self.micro_batch_tokens: int | None = None
-        self.evaluation_tokens: int | None = None
-        self.tried: list[str] = []
-        self._earlier = sorted((Change(**change) for change in earlier), key=lambda change: change.step)
-        self._run_dir, self._alone = "", True
+        self.ladder = Ladder(model, device, offload, earlier, tell)
+        self._alone = True
         self._guarded: Optimizer | None = None
         self._has_updated = False
-        self._step, self._random = 1, RandomState()
+        self._random = RandomState()
         self._batches: list[Batch] = []
         self._returned: Tensor | float = 0.0
 
@@ -152,7 +54,7 @@ class Recovery(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remember where the step begins."""
-        self._run_dir, self._alone = str(args.output_dir), args.world_size == 1
+        self.ladder.run_dir, self._alone = str(args.output_dir), args.world_size == 1
         self._begin_step(state.global_step + 1)
 
     def micro_batch(
@@ -173,14 +75,13 @@ class Recovery(TrainerCallback):
             DoesNotFitError: nothing is left that could make room.
         """
         self._batches.append(batch)
-        batches = [batch]
 
         def start_over() -> list[Batch]:
             again()
             self._random.restore()
             return self._batches
 
-        losses, taken_again = self._until_it_fits("training", compute, batches, start_over, whole)
+        losses, taken_again = self._until_it_fits("training", compute, [batch], start_over, whole)
         total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         added = total - self._returned if taken_again else total
         self._returned = self._returned + added
@@ -192,35 +93,100 @@ class Recovery(TrainerCallback):
         Args:
             compute: computes on a batch or a part of one, without gradients.
             batch: the batch.
-            step: the optimizer step that was taken last.
+            step: the optimizer step that was taken last; 0 before the first.
 
         Raises:
             DoesNotFitError: nothing is left that could make room.
         """
-        self._step = max(step, 1)
-        self._repeat(lambda change: change.step <= step)
-        return self._until_it_fits("evaluation", compute, [batch], lambda: [batch])[0]
+        return self._in_parts("evaluation", compute, batch, step)
+
+    def generation(self, compute: Callable[[Sequence[Any]], _Result], rows: Sequence[Any], step: int) -> list[_Result]:
+        """What `compute` returns for rows that are answered together, part by part; else as `evaluation`."""
+        return self._in_parts("generation", compute, rows, step)
+
+    def proof_batch(self, compute: Callable[[Batch], _Result], batch: Batch) -> tuple[_Result, dict[str, Any]]:
+        """What `compute` returns for as much of the proof's batch as fits, and that much of it.
+
+        Raises:
+            DoesNotFitError: nothing is left that could make room.
+        """
+        self.ladder.repeat(0, and_after=True)
+
+        def first() -> list[Batch]:
+            part = cut(batch, self.ladder.limit("proof"))[0]
+            return [{name: value for name, value in part.items() if isinstance(value, Tensor)}]
+
+        tried: list[Batch] = []
+
+        def keep(part: Batch) -> _Result:
+            tried[:] = [part]
+            return compute(part)
+
+        results, _ = self._until_it_fits("proof", keep, first(), first)
+        return results[0], dict(tried[0])
+
+    def anew(self, during: Moment, do: Callable[[], _Result], undo: Callable[[], None] = lambda: None) -> _Result:
+        """Do what can be done again as a whole, with nothing changed that would change its result.
+
+        Args:
+            during: what it is.
+            do: does it.
+            undo: undoes what a failed try has done.
+
+        Raises:
+            DoesNotFitError: nothing is left that could make room.
+        """
+        tries = 0
+        while True:
+            try:
+                return do()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                said = in_one_line(error)
+            undo()
+            self._make_room(during, said, tries)
+            tries += 1
+
+    @contextmanager
+    def operators(self, during: Moment) -> Iterator[None]:
+        """Inside, each operator that runs out of memory is run again by itself: see `RetriedOperators`.
+
+        Raises:
+            DoesNotFitError: nothing is left that could make room.
+        """
+        failures = 0
+
+        def make_room(error: str, tries: int) -> None:
+            nonlocal failures
+            # Operators leave no cycles: those that there were are gone after the first failure.
+            self._make_room(during, error, tries, cycles=not failures)
+            failures += 1
+
+        with RetriedOperators(make_room) if self._alone else nullcontext():
+            yield
 
     def guard(self, optimizer: Optimizer) -> None:
-        """Make the optimizer's first step one that is taken or not taken, also if memory runs out.
+        """Let the optimizer's updates go through whole when memory runs out in them.
 
-        It allocates its states then, parameter by parameter, some optimizers between updates; so the parameters are
-        kept on the host meanwhile. Later steps allocate nothing that lasts. If memory runs out in one of these, how far
-        the update came is not known to anyone, and the run stops.
+        An update goes on from the operator that failed. In the first one optimizers allocate their states, some not by
+        torch's operators, and kernels are loaded; so the parameters are kept on the host meanwhile, and it can be taken
+        again from its start as well. If memory runs out in a later one outside of an operator that can be run again,
+        how far the update came is not known to anyone, and the run stops.
         """
         if self._guarded is optimizer:
             return
         self._guarded, step = optimizer, optimizer.step
 
         def guarded(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            return self._take_optimizer_step(optimizer, partial(step, *args, **kwargs))
+            return self._update(optimizer, partial(step, *args, **kwargs))
 
         # Bound: transformers' schedule wraps the method's function.
         optimizer.step = MethodType(guarded, optimizer)  # type: ignore[method-assign]
 
     @contextmanager
     def stops_clearly(self) -> Iterator[None]:
-        """Memory that runs out anywhere else (gradient norms, a checkpoint) ends the run with an error of its own.
+        """Memory that runs out anywhere else (collating rows, logging) ends the run with an error of its own.
 
         Raises:
             DoesNotFitError: names the last good checkpoint.
@@ -231,147 +197,86 @@ class Recovery(TrainerCallback):
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            said = _say(error)
-        raise self.stop(said, "outside of forward, backward and update")
-
-    def stop(self, error: str, where: str) -> DoesNotFitError:
-        """The error that ends a run."""
-        tried = f"Tried: {'; '.join(self.tried)}" if self.tried else "Nothing cheaper could be tried"
-        return DoesNotFitError(
-            f"step {self._step} ran out of memory {where}: {error}. {tried}. The peak was "
-            f"{peak_memory_bytes() / 1e9:.2f} GB; {last_good_checkpoint(self._run_dir)}. Go on from it with --resume "
-            "where there is more memory, or start a new run with training.gradient_checkpointing, or with a lower "
-            "data.max_length or lora.r"
-        )
+            said = in_one_line(error)
+        raise self.ladder.stop(None, said, "outside of all that could be done again")
 
     def _begin_step(self, step: int) -> None:
-        self._step = step
-        self._repeat(lambda change: change.step < step or (change.step == step and change.during != "evaluation"))
+        self.ladder.step = step
+        self.ladder.repeat(step, and_after=False)
         self._batches, self._returned = [], 0.0
         self._random = RandomState()
+
+    def _in_parts(self, during: Moment, compute: Callable[[Any], _Result], batch: Any, step: int) -> list[_Result]:
+        self.ladder.step = step
+        self.ladder.repeat(step, and_after=True)
+        return self._until_it_fits(during, compute, [batch], lambda: [batch])[0]
 
     def _until_it_fits(
         self,
         during: Moment,
-        compute: Callable[[Batch], _Result],
-        batches: Sequence[Batch],
-        start_over: Callable[[], Sequence[Batch]],
+        compute: Callable[[Any], _Result],
+        batches: Sequence[Any],
+        start_over: Callable[[], Sequence[Any]],
         whole: str | None = None,
     ) -> tuple[list[_Result], bool]:
         """The results of all parts of all batches, and whether it took more than one try."""
         taken_again = False
         while True:
             results: list[_Result] = []
-            part: Batch | None = None
+            part: Any = None
             try:
                 for batch in batches:
-                    for part in cut(batch, getattr(self, _LIMIT[during])):
+                    for part in cut(batch, self.ladder.limit(during)):
                         results.append(compute(part))
                 return results, taken_again
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                said = _say(error)
+                said = in_one_line(error)
             # Not inside the except block: there the error's traceback holds every tensor of the failed try.
             results.clear()
             give_back()
-            if not self._alone:
-                raise self.stop(said, "on one of several processes, which have to take the same steps")
-            self._descend(during, said, None if whole else part, whole)
+            self._require_alone(during, said)
+            self.ladder.descend(during, said, None if whole else part, whole)
             batches, taken_again = start_over(), True
 
-    def _descend(self, during: Moment, error: str, part: Batch | None, whole: str | None = None) -> None:
-        """Change what is cheapest to change."""
-        found = self._next_change(during, part)
-        if found is None:
-            reason = f" (micro-batches stay whole: {whole})" if whole else ""
-            raise self.stop(error, f"in {_WORDS[during]}, and there is nothing cheaper left{reason}")
-        sentence, setting = found
-        self._make(setting)
-        self.tried.append(sentence)
-        self.tell(Change(self._step, during, error, sentence, setting))
+    def _make_room(self, during: Moment, error: str, tries: int, cycles: bool = True) -> None:
+        """After a failed try: give back what is unused, and from the second on move expert bytes away."""
+        give_back(cycles)
+        self._require_alone(during, error)
+        if tries:
+            self.ladder.descend(during, error, to_the_byte=True)
+        else:
+            self.ladder.gave_back(during, error)
 
-    def _next_change(self, during: Moment, part: Batch | None) -> tuple[str, dict[str, Any]] | None:
-        halves = halve(part) if part is not None else []
-        if halves:
-            most = max(num_tokens(half) for half in halves)
-            return f"{_BATCHES[during]} of at most {most} tokens, or a single row", {_LIMIT[during]: most}
-        if during == "training" and not self.offload and has_host_apart(self.device):
-            return "activations wait in host memory", {"offload_activations": True}
-        half_bytes = routes.working_set_bytes(self.device.type) // 2
-        if during != "optimizer" and half_bytes >= LEAST_WORKING_SET_BYTES:
-            return f"kernels.working_set of {half_bytes // 2**20}MiB", {"working_set_bytes": half_bytes}
-        sentence = self._demote()
-        return (sentence, {"demoted": 1}) if sentence else None
+    def _require_alone(self, during: Moment, error: str) -> None:
+        if not self._alone:
+            raise self.ladder.stop(during, error, "on one of several processes, which have to take the same steps")
 
-    def _demote(self) -> str | None:
-        """Move frozen bytes of some layers away; says what was moved, None where there is nothing."""
-        try:
-            return demote(self.model)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            said = _say(error)
-        raise self.stop(said, "where experts were to be moved to")
+    def _update(self, optimizer: Optimizer, step: Callable[[], Any]) -> Any:
+        def update() -> Any:
+            with self.operators("optimizer"):
+                return step()
 
-    def _make(self, setting: dict[str, Any]) -> None:
-        """Put a setting in force; one that is stricter already stays."""
-        for name in ("micro_batch_tokens", "evaluation_tokens"):
-            if name in setting:
-                setattr(self, name, min(setting[name], getattr(self, name) or setting[name]))
-        if "offload_activations" in setting:
-            self.offload = has_host_apart(self.device)
-        if "working_set_bytes" in setting:
-            held = routes.working_set_bytes(self.device.type)
-            routes.configure(working_set_bytes=min(setting["working_set_bytes"], held))
-
-    def _repeat(self, due: Callable[[Change], bool]) -> None:
-        """Make those changes again that the run had made by now before it was interrupted."""
-        for change in [change for change in self._earlier if due(change)]:
-            self._earlier.remove(change)
-            self._make(change.setting)
-            if "demoted" in change.setting:
-                self._demote()
-            self.tried.append(change.change)
-
-    def _take_optimizer_step(self, optimizer: Optimizer, step: Callable[[], Any]) -> Any:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        is_first = not optimizer.state and not self._has_updated
-        before = [parameter.detach().to("cpu", copy=True) for parameter in parameters] if is_first else []
-        freed = False
-        while True:
+        if optimizer.state or self._has_updated:
             try:
-                result = step()
-                self._has_updated = True
-                return result
+                return update()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                said = _say(error)
-            give_back()
-            if not is_first or not self._alone:
-                raise self.stop(said, "in the optimizer's update, and the adapter may be half updated: it is not saved")
-            with torch.no_grad():
-                for parameter, kept in zip(parameters, before, strict=True):
-                    parameter.copy_(kept)
+                said = in_one_line(error)
+            raise self.ladder.stop("optimizer", said, "and the adapter may be half updated: it is not saved")
+
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        with self.operators("optimizer"):
+            before = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+
+        @torch.no_grad()
+        def undo() -> None:
+            for parameter, kept in zip(parameters, before, strict=True):
+                parameter.copy_(kept)
             optimizer.state.clear()
-            if freed:
-                self._descend("optimizer", said, None)
-            else:
-                self.tell(Change(self._step, "optimizer", said, "memory that nothing uses has been given back"))
-            freed = True
 
-
-_LIMIT: dict[Moment, str] = {"training": "micro_batch_tokens", "evaluation": "evaluation_tokens"}
-_BATCHES: dict[Moment, str] = {"training": "micro-batches", "evaluation": "evaluation batches"}
-_WORDS: dict[Moment, str] = {
-    "training": "forward or backward",
-    "evaluation": "the evaluation after it",
-    "optimizer": "the optimizer's first update, which allocates its states",
-}
-
-
-def _say(error: BaseException) -> str:
-    """An allocator's message on one line."""
-    text = re.sub(r"^\[enforce fail at [^\]]*\]\s*\S* == \S*\.\s*", "", " ".join(str(error).split()))
-    return text[:_LONGEST_ERROR].rstrip(". ") or type(error).__name__
+        result = self.anew("optimizer", update, undo)
+        self._has_updated = True
+        return result

@@ -132,16 +132,24 @@ class ExpertTrainer(Trainer):
     ) -> Any:
         """The model's loss on a micro-batch, without the logits unless its outputs are asked for."""
         with (
-            activations_on_host(model) if self.recovery.offload else nullcontext(),
+            activations_on_host(model) if self.recovery.ladder.offload else nullcontext(),
             nullcontext() if return_outputs else self.loss.in_chunks(inputs),
         ):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """transformers' optimizer; memory that runs out in it leaves no half-made update."""
+        """transformers' optimizer; an update of it in which memory runs out is taken to its end."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         self.recovery.guard(optimizer)
         return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        with self.recovery.operators("clipping"):
+            return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        with self.recovery.operators("clipping"):
+            return super()._get_grad_norm(model, grad_norm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; the mean loss is taken from the history, which a resume does not forget."""
@@ -207,6 +215,10 @@ class ExpertTrainer(Trainer):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Written beside and renamed, so that one that was begun can be begun again.
+        self.recovery.anew("checkpoint", lambda: self._write_checkpoint(model, trial))
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(self.args.output_dir)
         self._staging = run_dir / STAGING_NAME
         shutil.rmtree(self._staging, ignore_errors=True)
