@@ -11,8 +11,9 @@ _NOT_OURS = {
 for _name in list(os.environ):
     if _name in _NOT_OURS or _name.startswith(("MALLOC_", "WANDB_", "TRACKIO_")):
         del os.environ[_name]
-# On tensors this small a second thread only waits for the first, and for very long where other work holds the cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# On tensors this small a second thread only waits for the first, and for very long where other work holds the cores;
+# and sums that threads share out differ in their last bits.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 # Nothing here needs a GPU, and what is claimed of the CPU is tested on it where there is one too.

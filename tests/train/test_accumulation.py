@@ -15,6 +15,8 @@ from expertune.config import parse_config
 from expertune.record import RunRecord
 
 ROUNDING = 1e-6  # of float32 sums over a step, taken in another order
+# What AdamW makes of it where a gradient is nearly zero: a hundredth of one of its steps, which are the learning rate.
+ADAMW_ROUNDING = 1e-5
 
 
 def two_epochs(run_values: dict[str, Any], data: dict[str, Any] | None = None, **training: Any) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def logs(run_dir: Path) -> list[tuple[int, float, float]]:
     return [(log["step"], log["grad_norm"], log["learning_rate"]) for log in history if "grad_norm" in log]
 
 
-def assert_same_run(records: dict[str, RunRecord], tmp_path: Path) -> None:
+def assert_same_run(records: dict[str, RunRecord], tmp_path: Path, atol: float = ADAMW_ROUNDING) -> None:
     merged, apart = records["merged"], records["apart"]
     for part in ("train", "eval"):
         assert len(merged[part]["loss"]) == len(apart[part]["loss"])
@@ -67,7 +69,7 @@ def assert_same_run(records: dict[str, RunRecord], tmp_path: Path) -> None:
     ours, theirs = adapter(tmp_path / "merged"), adapter(tmp_path / "apart")
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=ROUNDING, msg=lambda text, at=name: f"{at}: {text}")
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=atol, msg=lambda text, at=name: f"{at}: {text}")
 
 
 def test_merged_micro_batches_give_the_steps_logs_checkpoints_and_adapter_of_separate_ones(
@@ -99,7 +101,7 @@ def test_merged_micro_batches_give_the_adapter_of_separate_ones(
     data: dict[str, Any], training: dict[str, Any], run_values: dict[str, Any], tmp_path: Path
 ) -> None:
     values = two_epochs(run_values, {"eval": None} | data, save_strategy="no", **training)
-    assert_same_run(run_both(values, tmp_path), tmp_path)
+    assert_same_run(run_both(values, tmp_path), tmp_path, ROUNDING if "optim" in training else ADAMW_ROUNDING)
 
 
 def test_resumed_run_merges_as_many_as_it_began_with_though_less_memory_is_left(
