@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 HERE = Path(__file__).resolve().parent
 DOLLY_SAMPLE = HERE / "data" / "dolly-first64.jsonl"
+QUESTIONS = "questions.jsonl"
 ALLOWED = 0.10  # how far the peak may lie from the plan
 
 _STEPS = 2
@@ -144,6 +145,14 @@ SHAPES = {
         },
         _run(4096, 1, True),
     ),
+    "qwen3, answers": Shape(
+        "qwen3_moe",
+        {
+            "hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 512, "num_hidden_layers": 6,
+            "num_experts": 16, "num_experts_per_tok": 4, "head_dim": 128, "num_key_value_heads": 16,
+        },
+        _run(512, 1, True, evaluation_batch=1, task={"metric": "exact-match", "batch_size": 16, "max_new_tokens": 16}),
+    ),
 }  # fmt: skip
 
 _COMMON = {
@@ -192,13 +201,40 @@ def write_rows(path: Path, num_rows: int = _ROWS) -> None:
             file.write(json.dumps({"text": text[start : start + length]}) + "\n")
 
 
+def write_questions(folder: Path, rows: Path, length: int) -> None:
+    """The rows cut in two, beside the model: prompts nearly as long as a row may be, of different length."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with (folder / QUESTIONS).open("w", encoding="utf-8") as file:
+        for number, line in enumerate(rows.read_text(encoding="utf-8").splitlines()):
+            text = json.loads(line)["text"]
+            # A few tokens more come before it and where it is cut.
+            offsets = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
+            end = offsets[length - 8 - number % 4][0]
+            file.write(json.dumps({"prompt": text[:end], "completion": text[end:]}) + "\n")
+
+
 def run_file(shape: Shape, folder: Path, rows: Path, output_dir: Path) -> dict[str, Any]:
     """The run file as a mapping."""
-    data = dict(shape.run["data"], train=f"{rows}[0:{_ROWS // 2}]")
+    data = dict(shape.run["data"])
+    evaluated = shape.run["training"].get("per_device_eval_batch_size", 0)
+    if "task" in shape.run:
+        rows, data["format"], evaluated = folder / QUESTIONS, "prompt-completion", shape.run["task"]["batch_size"]
+    data["train"] = f"{rows}[0:{_ROWS // 2}]"
     if "eval" in data:
-        data["eval"] = f"{rows}[{_ROWS // 2}:{_ROWS // 2 + shape.run['training']['per_device_eval_batch_size']}]"
+        data["eval"] = f"{rows}[{_ROWS // 2}:{_ROWS // 2 + evaluated}]"
     training = {**shape.run["training"], "max_steps": _STEPS, "logging_steps": 1, "save_strategy": "no"}
-    return {**shape.run, "model": str(folder), "data": data, "training": training, "output_dir": str(output_dir)}
+    # Not `auto`: what that takes on a CPU is the machine's.
+    quantization = {"compute_dtype": "bfloat16", **shape.run.get("quantization", {})}
+    return {
+        **shape.run,
+        "model": str(folder),
+        "data": data,
+        "training": training,
+        "quantization": quantization,
+        "output_dir": str(output_dir),
+    }
 
 
 def measure(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,7 +256,7 @@ def measure(values: Mapping[str, Any]) -> dict[str, Any]:
 
         return call
 
-    for name in ("make_plan", "_prepare_data", "_load", "probe_logits", "attach", "prove", "_train"):
+    for name in ("make_plan", "_prepare_data", "_load", "probe_logits", "attach", "prove", "_train", "_score"):
         if hasattr(api, name):
             setattr(api, name, watched(name.strip("_"), getattr(api, name)))
     phases["libraries"] = _status("VmRSS")
@@ -298,6 +334,8 @@ def compare(names: list[str], work: Path, keep: Callable[[list[dict[str, Any]]],
             subprocess.run([sys.executable, "-m", "expertune", "quantize", str(folder), f"{folder}-nf4"], check=True)
             shutil.rmtree(folder)
             folder = Path(f"{folder}-nf4")
+        if "task" in shape.run:
+            write_questions(folder, rows, shape.run["data"]["max_length"])
         values = run_file(shape, folder, rows, output_dir)
         measured = json.loads(_in_a_process("--measure", json.dumps(values)).splitlines()[-1])
         what = {"name": name, "family": shape.family, "model": dict(shape.model), "run": dict(shape.run)}

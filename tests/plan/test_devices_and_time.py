@@ -113,6 +113,14 @@ def test_on_a_cpu_layers_of_an_nf4_folder_wait_on_the_disk():
     assert Choice(sizes, "cpu", holds_nf4=False, here=True).fitting(100, peak).counts == {"device": 4}
 
 
+def test_at_a_turn_of_the_way_one_mapped_layer_is_there_and_both_slots_of_a_gpu():
+    sizes = dict.fromkeys("abcd", 100)
+    mapped = Choice(sizes, "cpu", holds_nf4=True, here=True).streaming(list(sizes), "disk")
+    copied = Choice(sizes, "cuda", holds_nf4=True, here=True).streaming(list(sizes), "disk")
+    assert (mapped.slot_bytes, mapped.turn_bytes) == (200, 100)
+    assert (copied.slot_bytes, copied.turn_bytes) == (200, 200)
+
+
 def test_activations_that_wait_on_the_host_leave_one_layer_s_on_the_device(run_of):
     here = make_plan(run_of(MIXTRAL), device="cuda").memory
     offloaded = make_plan(run_of(MIXTRAL, offload_activations=True), device="cuda").memory

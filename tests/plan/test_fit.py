@@ -123,6 +123,29 @@ def test_the_peak_counts_one_moment_only(run_of):
     assert "logits" not in components
 
 
+def test_before_a_single_step_there_are_no_optimizer_states(run_of):
+    data = {"train": "a.jsonl", "eval": "b.jsonl", "max_length": 320}
+    training = {"per_device_train_batch_size": 1, "gradient_checkpointing": True}
+    one, two = (memory_of(run_of(MIXTRAL, data=data, training=training | {"max_steps": n})) for n in (1, 2))
+    states = two.moments["update"]["optimizer"]
+    assert states > 0
+    for moment in ("loss", "layer"):
+        assert two.totals[moment] - one.totals[moment] == states
+    for moment in ("proof", "update", "evaluation"):
+        assert one.moments[moment] == two.moments[moment]
+
+
+def test_the_proofs_loss_and_its_layers_are_not_at_the_same_time(run_of):
+    of_layer = memory_of(run_of(MIXTRAL)).moments["proof"]
+    assert of_layer["logits"] == 320 * 32000 * 2
+    assert of_layer["working_set"] > 0
+    # A large vocabulary, and few gradients.
+    run = run_of("qwen3-30b-a3b", quantization={"compute_dtype": "bfloat16"}, lora={"targets": ["attention"]})
+    of_loss = memory_of(run, "cpu").moments["proof"]
+    assert of_loss["logits"] == 320 * 151_936 * (2 + 14)
+    assert "working_set" not in of_loss
+
+
 def test_no_evaluation_rows_no_evaluation_memory(run_of):
     assert "evaluation" not in memory_of(run_of(MIXTRAL)).moments
 

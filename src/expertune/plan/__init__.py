@@ -1,8 +1,9 @@
 """Will it fit, where do the experts wait, and how long does a step take? Before a weight is read.
 
 The way through the room: `headers.py` finds config and headers, `source.py` says what is 4-bit in them, `inventory.py`
-counts shapes and exact bytes, `memory.py` estimates the peak, `places.py` chooses where experts wait, `fit.py` says
-what to give up, `speed.py` how long a step takes, `disk.py` what lies on the disk, `table.py` shows it all.
+counts shapes and exact bytes, `settings.py` reads what else decides memory, `memory.py` estimates the peak with what
+`layers.py` and `generation.py` count, `places.py` chooses where experts wait, `fit.py` says what to give up, `speed.py`
+how long a step takes, `disk.py` what lies on the disk, `table.py` shows it all.
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from expertune.plan import table
 from expertune.plan.devices import Device, device_of_this_name, find_device
 from expertune.plan.disk import Disk, count_disk
 from expertune.plan.fit import Change, MicroBatch, as_yaml, choose_micro_batch, merged, what_to_change
+from expertune.plan.generation import cached_numbers
 from expertune.plan.headers import find_config
 from expertune.plan.inventory import (
     FrozenWeights,
@@ -33,8 +35,9 @@ from expertune.plan.inventory import (
     take_inventory,
     weigh,
 )
-from expertune.plan.memory import Memory, Settings, estimate_memory, read_settings
+from expertune.plan.memory import Memory, estimate_memory
 from expertune.plan.places import Choice, Place, Places
+from expertune.plan.settings import Settings, answers_rows, read_settings
 from expertune.plan.source import read_source
 from expertune.plan.speed import Rates, StepTime, estimate_step, measured_rates, tabled_rates
 
@@ -204,6 +207,9 @@ def make_plan(
     names = read_names(model)
     source = read_source(config, folder, on_hub, model, names)
     inventory = take_inventory(model, names, source.linears)
+    if answers_rows(config):
+        cached = cached_numbers(model, names.specs, inventory.attention, len(inventory.layers))
+        inventory = replace(inventory, cached_numbers=cached)
     weights = weigh(inventory, compute_dtype, source.double_quantization, source.scheme)
     sizes = {name: experts_bytes(spec, source.double_quantization, source.scheme) for name, spec in names.specs.items()}
     here = named is None and (target.type == "cpu" or torch.cuda.is_available())

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from expertune.config import RunConfig
 from expertune.plan.inventory import FrozenWeights
-from expertune.plan.memory import Settings, optimizer_bytes, training_argument
+from expertune.plan.memory import optimizer_bytes
+from expertune.plan.settings import Settings, training_argument
 from expertune.plan.source import Source
 
 

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from expertune.config import RunConfig
 from expertune.kernels.routes import default_working_set_bytes
-from expertune.plan.memory import Memory, training_argument, uses_checkpointing
+from expertune.plan.memory import Memory
+from expertune.plan.settings import training_argument, uses_checkpointing
 
 # Below these, a run is no longer the one that was asked for.
 MIN_LENGTH = 128

@@ -3,6 +3,7 @@
 Shape suffixes: N out_features, K in_features, E experts, D hidden size, r rank.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -141,6 +142,9 @@ class Inventory:
         vocab_size: rows of the output head.
         top_k: experts per token.
         attention: widths of the attention.
+        takes_logits_to_keep: its forward can be asked for the last position's logits alone, which generation then does.
+        cached_numbers: numbers that a token leaves in the cache of a generation, all layers together; 0 where none is
+            planned.
     """
 
     model: nn.Module
@@ -151,6 +155,8 @@ class Inventory:
     vocab_size: int
     top_k: int
     attention: Attention
+    takes_logits_to_keep: bool = True
+    cached_numbers: int = 0
 
 
 def take_inventory(model: nn.Module, names: NameMap, linears: Mapping[str, nn.Linear]) -> Inventory:
@@ -185,6 +191,7 @@ def take_inventory(model: nn.Module, names: NameMap, linears: Mapping[str, nn.Li
         vocab_size=head.out_features if isinstance(head, nn.Linear) else int(text_config.vocab_size),
         top_k=_top_k(model, names.specs),
         attention=attention,
+        takes_logits_to_keep="logits_to_keep" in inspect.signature(model.forward).parameters,
     )
 
 

@@ -31,12 +31,14 @@ class Streaming:
     Attributes:
         waiting_bytes: expert bytes that are not held on the device.
         slot_bytes: what the slots take there.
+        turn_bytes: what they take at a turn of the way, while no layer computes.
         brought_bytes: what a micro-batch brings in forward and in backward.
         place: where they wait; `device` where nothing does.
     """
 
     waiting_bytes: int = 0
     slot_bytes: int = 0
+    turn_bytes: int = 0
     brought_bytes: tuple[int, int] = (0, 0)
     place: Place = "device"
 
@@ -125,8 +127,9 @@ class Choice:
             return Streaming()
         # Both slots take the largest layer on a GPU; pages of a mapped file come and go with their layer.
         slots = 2 * max(sizes) if self.device != "cpu" else sum(sorted(sizes)[-2:])
-        # At each turn of the way the layer that was last in use is still there.
-        return Streaming(sum(sizes), slots, (sum(sizes[1:]), sum(sizes[:-1])), place)
+        # At each turn of the way the layer that was last in use is still there, alone where pages come and go.
+        turn = slots if self.device != "cpu" else max(sizes)
+        return Streaming(sum(sizes), slots, turn, (sum(sizes[1:]), sum(sizes[:-1])), place)
 
     def _waiting(self, count: int, place: Place) -> Places:
         names = spread(list(self.sizes), count)

@@ -27,7 +27,7 @@ from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, product_dtype
 from expertune.kernels.native.build import cache_folder
 from expertune.plan.devices import Device
 from expertune.plan.inventory import FrozenWeights, Inventory, Layer, count_low_rank
-from expertune.plan.memory import Settings
+from expertune.plan.settings import Settings
 from expertune.record import write_text
 
 # Share of the floor's speed that a step reaches. CPU: the optimizer steps of docs/performance.md, 87.8 of 118 tokens a

@@ -21,6 +21,8 @@ _COMPONENTS = {
     "logits": ("logits and loss", False),
     "copies": ("copies of the adapter", False),
     "evaluation": ("evaluation", False),
+    "cache": ("keys and values cached", False),
+    "generation": ("answering", False),
     "framework": ("libraries", False),
     "allocator": ("allocator", False),
 }
@@ -31,6 +33,7 @@ _MOMENTS = {
     "layer": "while a layer is in backward",
     "update": "in the optimizer's first update",
     "evaluation": "in evaluation",
+    "generation": "while answers are written",
 }
 
 

@@ -1,0 +1,104 @@
+"""What of a run file decides its memory."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from expertune.config import RunConfig
+from expertune.kernels.cpu import product_dtype
+from expertune.kernels.routes import default_working_set_bytes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The part of a run file that decides memory.
+
+    Attributes:
+        tokens: T, an upper bound: batch size times the longest row.
+        row_length: S.
+        evaluation_tokens: T of an evaluation batch; 0 without evaluation rows.
+        answered_rows: rows that are answered at once for the task's metric; 0 without one.
+        answer_tokens: tokens of the longest answer.
+        checkpointing: layers are computed again in backward, and keep only their input meanwhile.
+        dropout: the adapter drops inputs, and so keeps copies of them.
+        working_set_bytes: most bytes of an expert layer's rows between its products.
+        full_logits: the loss is taken over the logits of all tokens at once, not a chunk of rows at a time.
+        accumulates: gradients of earlier micro-batches are there while a micro-batch runs.
+        offload: what forward keeps for backward waits in the host's memory; never on a CPU, whose memory that is.
+        padded: every row is as long as the longest that is allowed.
+        optimizer: TrainingArguments' `optim`.
+        one_step: the run takes a single optimizer step, before which there are no states.
+        expert_by_expert: on a CPU, products run expert by expert on weights that are decoded first.
+        adapter_dtype: dtype of the adapter's weights and gradients.
+        compute_dtype: dtype of activations and of all weights that are not 4-bit.
+        device: `cpu` or `cuda`.
+    """
+
+    tokens: int
+    row_length: int
+    evaluation_tokens: int
+    answered_rows: int
+    answer_tokens: int
+    checkpointing: bool
+    dropout: bool
+    working_set_bytes: int
+    full_logits: bool
+    accumulates: bool
+    offload: bool
+    padded: bool
+    expert_by_expert: bool
+    optimizer: str
+    one_step: bool
+    adapter_dtype: torch.dtype
+    compute_dtype: torch.dtype
+    device: str
+
+
+def read_settings(config: RunConfig, device: str, compute_dtype: torch.dtype) -> Settings:
+    """The settings of a run file, with TrainingArguments' defaults for what it leaves out."""
+    length, training = config.data.max_length, config.training
+    batch = int(training_argument(training, "per_device_train_batch_size"))
+    evaluation_batch = int(training_argument(training, "per_device_eval_batch_size")) if config.data.eval else 0
+    return Settings(
+        tokens=batch * length,
+        row_length=length,
+        evaluation_tokens=evaluation_batch * length,
+        answered_rows=config.task.batch_size if answers_rows(config) else 0,
+        answer_tokens=config.task.max_new_tokens,
+        checkpointing=uses_checkpointing(training),
+        dropout=config.lora.dropout > 0,
+        working_set_bytes=config.kernels.working_set_bytes or default_working_set_bytes(device),
+        full_logits=config.loss == "full"
+        or any(training.get(key) for key in ("label_smoothing_factor", "torch_compile")),
+        accumulates=int(training_argument(training, "gradient_accumulation_steps")) > 1,
+        offload=config.offload_activations and device != "cpu",
+        padded=config.data.packing == "padded",
+        expert_by_expert=device == "cpu" and product_dtype(compute_dtype, torch.device("cpu")) != torch.float32,
+        # The trainer's own default on either device.
+        optimizer=str(training.get("optim", "paged_adamw_8bit" if device == "cuda" else "adamw_torch")),
+        one_step=training_argument(training, "max_steps") == 1,
+        adapter_dtype=torch.float32 if config.lora.dtype == "float32" else torch.bfloat16,
+        compute_dtype=compute_dtype,
+        device=device,
+    )
+
+
+def answers_rows(config: RunConfig) -> bool:
+    """Whether the run writes answers to evaluation rows, and scores them."""
+    return bool(config.task.metric and config.data.eval)
+
+
+def training_argument(training: Mapping[str, Any], name: str) -> Any:
+    """A key under `training:`, or TrainingArguments' own default."""
+    if name in training:
+        return training[name]
+    return next(field.default for field in dataclasses.fields(TrainingArguments) if field.name == name)
+
+
+def uses_checkpointing(training: Mapping[str, Any]) -> bool:
+    """Whether layers are recomputed; TrainingArguments has two names for it, the older one deprecated."""
+    return bool(training.get("activation_checkpointing") or training.get("gradient_checkpointing"))
