@@ -1,0 +1,211 @@
+"""A finished run in use: its model with the adapter, the score on its evaluation rows, an answer to a prompt."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from expertune.adapt.attach import attach
+from expertune.adapt.peft_model import ExpertPeftModel
+from expertune.attention import attend_by_batch
+from expertune.checkpoint.hub import ModelSource, fetch_model
+from expertune.checkpoint.load import LoadedModel, load_model
+from expertune.checkpoint.tokenizer import load_tokenizer
+from expertune.config import DataConfig, LoraSection, RunConfig, parse_config
+from expertune.data import TokenizedRows, encode_prompt, make_collator, make_dataset, prepare_rows, render_prompt
+from expertune.errors import CheckpointError, ConfigError
+from expertune.evaluation import evaluation_loss, score_task
+from expertune.generation import complete
+from expertune.placement.device import bound_host_memory, default_device, resolve_compute_dtype, set_up_kernels
+from expertune.placement.experts import Place, place_experts, reading
+from expertune.record import RunRecord
+from expertune.run_folder import ADAPTER_FOLDER
+from expertune.train.ladder import Change
+from expertune.train.loss import LanguageModelLoss
+from expertune.train.recover import Recovery
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run folder opened for use.
+
+    Attributes:
+        config: the run file as it was.
+        record: what the run did.
+        model: the adapted model, in evaluation mode.
+        tokenizer: the base model's tokenizer.
+    """
+
+    config: RunConfig
+    record: RunRecord
+    model: ExpertPeftModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def data(self) -> DataConfig:
+        """The data section with the layout and template that the training rows settled, so that no row is needed."""
+        report = self.record["data"]["train"]
+        return self.config.data.model_copy(update={"format": report["format"], "template": report["template"]})
+
+
+def open_run(run_dir: str | Path, adapter: str | None = None) -> OpenRun:
+    """Load the base model and the adapter of a run.
+
+    Args:
+        run_dir: a run folder.
+        adapter: `checkpoint-N` for an earlier state; None means the final adapter.
+
+    Raises:
+        CheckpointError: not a run folder, or no such adapter in it.
+    """
+    run_dir = Path(run_dir)
+    bound_host_memory()
+    record = RunRecord.load(run_dir)
+    config = parse_config(record["config"], where=str(record.path))
+    folder = run_dir / (adapter or ADAPTER_FOLDER)
+    if not folder.is_dir():
+        have = ", ".join(sorted(path.name for path in run_dir.glob("checkpoint-*"))) or "none"
+        raise CheckpointError(f"{folder}: no such adapter; the run may not have finished. Checkpoints here: {have}")
+    source = fetch_model(config.model, record.values.get("model", {}).get("revision"), config.trust_remote_code)
+    tokenizer = load_tokenizer(source.folder, config.trust_remote_code)
+    loaded = load_base(config, source, default_device(), record, record.values.get("placement", {}).get("places", {}))
+    model = attach(loaded, LoraSection(init_from=str(folder)), config.model, source.revision)
+    model.eval()
+    return OpenRun(config, record, model, tokenizer)
+
+
+def evaluate(
+    run_dir: str | Path, adapter: str | None = None, rows: int | None = None, base_only: bool = False
+) -> dict[str, Any]:
+    """Loss, and the task's metric where the run has one, on the run's evaluation rows.
+
+    Args:
+        run_dir: a run folder.
+        adapter: `checkpoint-N` for an earlier state.
+        rows: how many rows the metric is taken on; None means what the run file says.
+        base_only: score the base model without the adapter.
+
+    Returns:
+        `adapter`, `loss` in nats per token, `task` as `expertune.evaluation.score_task` returns it where the run has a
+        metric, and `recoveries`: what was changed when memory ran out, as in the record.
+
+    Raises:
+        ConfigError: the run has no evaluation rows.
+        CheckpointError: see `open_run`.
+        DoesNotFitError: memory ran out, and nothing that could be changed is left.
+    """
+    run = open_run(run_dir, adapter)
+    if run.config.data.eval is None:
+        raise ConfigError(f"{run_dir}: the run has no data.eval rows to evaluate on")
+    eval_rows = prepare_rows(run.config.data, "eval", run.tokenizer)
+    dataset = make_dataset(eval_rows, run.config.data)
+    collator = make_collator(run.config.data, run.tokenizer)
+    result: dict[str, Any] = {"adapter": "none" if base_only else adapter or ADAPTER_FOLDER}
+    step = 0 if base_only else _steps_of(run.record, adapter)
+    changes: list[Change] = []
+
+    def tell(change: Change) -> None:
+        _say_aside(change)
+        changes.append(change)
+
+    recovery = Recovery(run.model, default_device(), tell=tell)
+    with _adapter_switched(run.model, off=base_only):
+        loss = LanguageModelLoss(run.model, run.config.loss)
+        in_parts = partial(recovery.evaluation, step=step)
+        result["loss"] = evaluation_loss(run.model, dataset, collator, 8, loss.summed, in_parts)
+    if run.config.task.metric:
+        result["task"] = score_run(run.config, run.model, run.tokenizer, eval_rows, recovery, step, rows, base_only)
+    result["recoveries"] = [change.to_json() for change in changes]
+    return result
+
+
+def generate(
+    run_dir: str | Path,
+    prompt: str,
+    max_new_tokens: int = 100,
+    base_only: bool = False,
+    adapter: str | None = None,
+) -> str:
+    """Complete a prompt, put through the run's template, greedily.
+
+    Args:
+        run_dir: a run folder.
+        prompt: the user's text.
+        max_new_tokens: the longest answer.
+        base_only: answer without the adapter.
+        adapter: `checkpoint-N` for an earlier state.
+
+    Raises:
+        DoesNotFitError: memory ran out, and nothing that could be changed is left.
+    """
+    run = open_run(run_dir, adapter)
+    recovery = Recovery(run.model, default_device(), tell=_say_aside)
+    in_parts = partial(recovery.generation, step=0 if base_only else _steps_of(run.record, adapter))
+    ids = encode_prompt(render_prompt(prompt, run.data, run.tokenizer), run.tokenizer)
+    with _adapter_switched(run.model, off=base_only):
+        return complete(run.model, run.tokenizer, [ids], max_new_tokens, in_parts=in_parts)[0]
+
+
+def load_base(
+    config: RunConfig, source: ModelSource, device: torch.device, record: RunRecord, places: Mapping[str, Place]
+) -> LoadedModel:
+    """The model with its experts where they are to wait; a run that is opened again has what its record says."""
+    kept = record.values.get("kernels", {})
+    set_up_kernels(config.kernels, kept.get("crossover"), kept.get("gemm"))
+    dtype = resolve_compute_dtype(config.quantization.compute_dtype, device)
+    loaded = load_model(
+        source.folder,
+        config.quantization,
+        dtype,
+        device,
+        config.trust_remote_code,
+        read_experts=reading(places, device),
+        on_host=[name for name, place in places.items() if place == "host"],
+    )
+    place_experts(loaded.model, places, device, source.folder)
+    if config.data.packing == "padded":
+        attend_by_batch(loaded.model)
+    return loaded
+
+
+def score_run(
+    config: RunConfig,
+    model: ExpertPeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    eval_rows: TokenizedRows,
+    recovery: Recovery,
+    step: int,
+    rows: int | None = None,
+    base_only: bool = False,
+) -> dict[str, Any]:
+    """The score of the run's task on its evaluation rows, of the base model alone where asked; see `score_task`."""
+    task = config.task if rows is None else config.task.model_copy(update={"rows": rows})
+    with _adapter_switched(model, off=base_only):
+        in_parts = partial(recovery.generation, step=step)
+        return score_task(model, tokenizer, eval_rows.rows, task, in_parts=in_parts)
+
+
+@contextmanager
+def _adapter_switched(model: ExpertPeftModel, off: bool) -> Iterator[None]:
+    if off:
+        with model.disable_adapter():
+            yield
+    else:
+        yield
+
+
+def _steps_of(record: RunRecord, adapter: str | None) -> int:
+    """How many optimizer steps an adapter has taken."""
+    at = (adapter or "").removeprefix("checkpoint-")
+    return int(at) if at.isdigit() else int(record.values.get("train", {}).get("steps", 0))
+
+
+def _say_aside(change: Change) -> None:
+    """On stderr: stdout is for results."""
+    Console(stderr=True).print(change.line, soft_wrap=True)

@@ -1,0 +1,82 @@
+"""A run folder that is begun, or gone on with: its record, and what a resumed run must have as it was."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from expertune.config import RunConfig
+from expertune.errors import ConfigError, DataError, ExpertuneError, ProofError
+from expertune.record import RECORD_NAME, RunRecord, versions
+from expertune.train.checkpoints import list_checkpoints
+
+ADAPTER_FOLDER = "adapter"
+
+# What a resumed run may set otherwise: nothing here changes a single weight.
+_FREE_AT_RESUME = frozenset({"report_to", "run_name", "logging_dir", "save_total_limit", "disable_tqdm", "log_level"})
+
+
+def open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:
+    """A fresh record, or the old one of the same configuration; nothing is written yet."""
+    record = RunRecord.start(output_dir)
+    # A run that stopped before its first checkpoint has left nothing that starting over could lose.
+    has_work = bool(list_checkpoints(output_dir)) or (output_dir / ADAPTER_FOLDER).exists()
+    if has_work and not resume:
+        raise ConfigError(f"{output_dir} already holds a run; continue it with --resume, or choose another output_dir")
+    if resume and (output_dir / RECORD_NAME).exists():
+        record = RunRecord.load(output_dir)
+        _require_same_config(record, config)
+        record.values["versions"] = versions()
+    record.values["config"] = config.model_dump(mode="json", exclude_unset=True)
+    started = record.values.get("run", {}).get("started", time.time())
+    record.values["run"] = {"status": "running", "started": started}
+    return record
+
+
+@contextmanager
+def stops_recorded(record: RunRecord) -> Iterator[None]:
+    """Keep in the record why a run stopped."""
+    try:
+        yield
+    except ExpertuneError as error:
+        if isinstance(error, ProofError):
+            record.update("proof", passed=False, failed=str(error))
+        record.update("run", status="stopped", error=str(error))
+        raise
+
+
+def _require_same_config(record: RunRecord, config: RunConfig) -> None:
+    old, new = record["config"], config.model_dump(mode="json", exclude_unset=True)
+    for section in sorted((old.keys() | new.keys()) - {"output_dir", "memory_budget", "task"}):
+        before, now = old.get(section), new.get(section)
+        if isinstance(before, dict) and isinstance(now, dict):
+            changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+            changed = [key for key in changed if not (section == "training" and key in _FREE_AT_RESUME)]
+            if changed:
+                key = changed[0]
+                raise ConfigError(
+                    f"--resume: {section}.{key} was {before.get(key)!r} when the run started and is {now.get(key)!r} "
+                    "now; resume with the same values, or start a new output_dir"
+                )
+        elif before != now:
+            raise ConfigError(f"--resume: {section} was {before!r} when the run started and is {now!r} now")
+
+
+def require_same_files(record: RunRecord, reports: dict[str, Any]) -> None:
+    """A resumed run must read the rows that it started with: their order and text decide every step."""
+    for part, before in record.values.get("data", {}).items():
+        now = reports[part]
+        if before and now and before["sha256"] != now["sha256"]:
+            changed = [name for name in now["sha256"] if before["sha256"].get(name) != now["sha256"][name]]
+            raise DataError(
+                f"--resume: data.{part}: {', '.join(changed) or 'a file'} has changed since the run started; restore "
+                "it, or start a new output_dir"
+            )
+
+
+def merged_before(record: RunRecord, output_dir: Path) -> int | None:
+    """How many micro-batches ran as one until the newest checkpoint; None where there is none to go on from."""
+    if not list_checkpoints(output_dir):
+        return None
+    return int(record.values.get("train", {}).get("micro_batch", {}).get("merged", 1))
