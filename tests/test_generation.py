@@ -27,11 +27,11 @@ PROMPTS = [
 def model():
     """The embedded Mixtral in float32, with an adapter that changes its answers."""
     loaded = load_model(TINY, QuantizationConfig(), torch.float32, "cpu")
+    torch.manual_seed(0)  # factors A are drawn as well
     with warnings.catch_warnings():
         # PEFT asks transformers for a property by its old name.
         warnings.simplefilter("ignore", FutureWarning)
         model = attach(loaded, LoraSection(targets=["attention"]), str(TINY))
-    torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -74,6 +74,16 @@ def test_a_batch_answers_as_each_prompt_alone_would_in_the_callers_order(model, 
     assert len(set(alone)) == len(PROMPTS)
     assert complete(model, tokenizer, prompts, max_new_tokens=12) == alone
     assert complete(model, tokenizer, prompts, max_new_tokens=12, batch_size=3) == alone
+
+
+def test_the_head_multiplies_a_batchs_last_positions_in_one_product(model, base, tokenizer, prompts):
+    given = []
+    hook = base.get_output_embeddings().register_forward_hook(lambda _, inputs, output: given.append(inputs[0]))
+    complete(model, tokenizer, prompts, max_new_tokens=2)
+    hook.remove()
+    assert [rows.shape[:2] for rows in given] == [(len(PROMPTS), 1)] * 2
+    # Of a view torch would copy the head's weight for each row.
+    assert all(rows.is_contiguous() for rows in given)
 
 
 @pytest.mark.parametrize("pad", [None, "</s>"])

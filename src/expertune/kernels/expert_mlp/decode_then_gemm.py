@@ -21,7 +21,7 @@ from expertune.kernels.nf4 import decode
 # Gradients of A and B are added to what is there.
 overwrites = False
 
-# Rows of an expert from which on a look at what it has freed costs nothing beside its products.
+# Bytes of an expert's rows from which on a look at what it has freed costs nothing beside its products.
 _MANY_BYTES = 2**20
 
 
