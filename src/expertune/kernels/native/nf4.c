@@ -127,6 +127,20 @@ INLINE void decode_block_bfloat(const Nf4 *w, int64_t matrix, int64_t block, con
     }
 }
 
+#define LINE_BYTES 64 /* of the caches */
+#define ROWS_AHEAD 16
+
+/* Ask for blocks `first` .. `last` of the row ROWS_AHEAD further on. A few columns of each row lie too far apart for the
+   machine to see what comes next: without this it decodes them at a third of the speed. */
+INLINE void fetch_ahead(const Nf4 *w, int64_t matrix, int64_t row, int64_t first, int64_t last)
+{
+    int64_t next = row + ROWS_AHEAD < w->rows ? row + ROWS_AHEAD : w->rows - 1;
+    int64_t at = (matrix * w->rows + next) * (w->columns / BLOCK) + first;
+    for (int64_t b = 0; b < last - first; b += LINE_BYTES / BLOCK_BYTES)
+        __builtin_prefetch(w->packed + (at + b) * BLOCK_BYTES);
+    __builtin_prefetch((const uint8_t *)w->absmax + at * (w->halves ? 2 : w->codebook == NULL ? 4 : 1));
+}
+
 /* Rows and columns of one matrix -> out [row_end - row, column_end - column]. Columns are whole blocks; strides count
    elements. kind: 0 float32, 1 bfloat16. */
 EXPORT void expertune_decode(
@@ -137,6 +151,8 @@ EXPORT void expertune_decode(
     const uint8_t *packed = w->packed + matrix * w->rows * (w->columns / 2);
 #pragma omp parallel for schedule(static) num_threads(threads) if ((row_end - row) * (column_end - column) > 32768)
     for (int64_t r = row; r < row_end; r++) {
+        if (last - first < blocks)
+            fetch_ahead(w, matrix, r, first, last);
         for (int64_t b = first; b < last; b++) {
             const uint8_t *from = packed + (r * blocks + b) * BLOCK_BYTES;
             int64_t to = (r - row) * out_stride + (b - first) * BLOCK;
