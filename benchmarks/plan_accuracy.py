@@ -246,6 +246,7 @@ def measure(values: Mapping[str, Any]) -> dict[str, Any]:
 
     def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
+            phases["elsewhere"] = max(phases.get("elsewhere", 0), _status("VmHWM"))
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
             before = _status("VmRSS")
             try:
@@ -256,12 +257,13 @@ def measure(values: Mapping[str, Any]) -> dict[str, Any]:
 
         return call
 
-    for name in ("make_plan", "_prepare_data", "_load", "probe_logits", "attach", "prove", "_train", "_score"):
+    for name in ("make_plan", "_prepare_data", "load_base", "probe_logits", "attach", "prove", "_train", "score_run"):
         if hasattr(api, name):
             setattr(api, name, watched(name.strip("_"), getattr(api, name)))
     phases["libraries"] = _status("VmRSS")
     with _watching_the_allocator() as kept:
         run = api.finetune(parse_config(dict(values)))
+    phases["elsewhere"] = max(phases["elsewhere"], _status("VmHWM"))
     planned = run.record["plan"]
     peak = max(phases[name] for name in phases)
     return {

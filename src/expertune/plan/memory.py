@@ -210,7 +210,10 @@ def _generation(inventory: Inventory, settings: Settings) -> dict[str, int]:
     if not inventory.takes_logits_to_keep:
         logits += rows * settings.row_length * inventory.vocab_size * itemsize
     prompts = dataclasses.replace(settings, tokens=rows * settings.row_length, dropout=False)
-    reading = _forward_bytes(inventory, prompts) + prefill_bytes(inventory, prompts)
+    # Attention, or the linears and experts around it: what one holds is gone when the other runs.
+    reading = max(
+        _forward_bytes(inventory, prompts), _hidden_bytes(inventory, prompts) + prefill_bytes(inventory, prompts)
+    )
     read = cache_bytes(inventory, rows, settings.row_length, itemsize)
     whole = cache_bytes(inventory, rows, settings.row_length + settings.answer_tokens, itemsize)
     # A token is added by a copy of a layer's keys and values.
@@ -235,8 +238,13 @@ def _loss_bytes(tokens: int, numbers: int, inventory: Inventory, settings: Setti
 
 def _forward_bytes(inventory: Inventory, settings: Settings) -> int:
     """Bytes of a layer's forward without gradients, whose rows are as many and as wide as their gradients."""
-    hidden_states = 2 * _FLOAT32_BYTES * settings.tokens * inventory.hidden_size
-    return hidden_states + max(extra_in_backward(layer, inventory, settings) for layer in inventory.layers)
+    extra = max(extra_in_backward(layer, inventory, settings) for layer in inventory.layers)
+    return _hidden_bytes(inventory, settings) + extra
+
+
+def _hidden_bytes(inventory: Inventory, settings: Settings) -> int:
+    """Bytes of a layer's input, and of what its norm makes of it, both counted in float32."""
+    return 2 * _FLOAT32_BYTES * settings.tokens * inventory.hidden_size
 
 
 def optimizer_bytes(adapter: int, settings: Settings) -> int:
