@@ -17,6 +17,7 @@ from expertune.config import parse_config
 from expertune.errors import ConfigError, NonFiniteLossError
 from expertune.record import RunRecord
 from expertune.train.trainer import training_arguments
+from tests.train.scarce import adapter_bytes
 
 
 def train(values: dict[str, Any], **training: Any) -> RunRecord:
@@ -105,6 +106,14 @@ def test_evaluation_loss_weighs_every_label_token_alike(run_values: dict[str, An
     assert len(by_row["eval"]["loss"]) == 1
     for (_, one), (_, other) in zip(by_row["eval"]["loss"], at_once["eval"]["loss"], strict=True):
         assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_evaluating_in_between_changes_nothing_of_what_is_learned(run_values: dict[str, Any], tmp_path: Path) -> None:
+    assert run_values["lora"]["dropout"]
+    run_values["training"] |= {"max_steps": 3, "save_strategy": "no"}
+    for name, strategy in (("looked-on", "steps"), ("alone", "no")):
+        train(run_values | {"output_dir": str(tmp_path / name)}, eval_strategy=strategy, eval_steps=1)
+    assert adapter_bytes(tmp_path / "looked-on") == adapter_bytes(tmp_path / "alone")
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_names_step_rows_and_checkpoint(run_values: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from expertune.train.checkpoints import STAGING_NAME, last_good_checkpoint, publ
 from expertune.train.cut import Batch
 from expertune.train.loss import LanguageModelLoss
 from expertune.train.offload import activations_on_host
+from expertune.train.out_of_memory import RandomState
 from expertune.train.recover import Recovery
 
 Dataset = Sequence[Mapping[str, Any]]
@@ -165,7 +166,7 @@ class ExpertTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Mean loss over all label tokens of the evaluation rows (not over batches, whose sizes differ)."""
-        was_training = self.model.training
+        was_training, random_state = self.model.training, RandomState()
         self.model.eval()
         total, count = 0.0, 0
         with torch.no_grad():
@@ -176,6 +177,7 @@ class ExpertTrainer(Trainer):
                     total += part
                     count += targets
         self.model.train(was_training)
+        random_state.restore()  # a data loader draws a seed: looking on must not change what dropout drops
         metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
         self.history.add_evaluation(self.state.global_step, metrics[f"{metric_key_prefix}_loss"])
         self.log(metrics)
