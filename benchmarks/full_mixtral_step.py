@@ -162,7 +162,7 @@ def write_folder(folder: Path, num_layers: int) -> None:
     manifest = {
         "format_version": FORMAT_VERSION,
         "source": {"model": "random weights of Mixtral-8x7B's shape"},
-        "quantization": settings.model_dump(),
+        "quantization": {"scheme": "nf4"} | settings.model_dump(include={"double_quantization", "block_size"}),
         "files": {name: {"sha256": record.sha256, "bytes": record.nbytes} for name, record in records.items()},
     }
     write_json(folder / FOLDER_MARK, manifest)

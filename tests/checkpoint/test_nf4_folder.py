@@ -260,6 +260,12 @@ def test_manifest_of_another_version_is_refused(copy: Path) -> None:
         load_tiny(copy)
 
 
+def test_manifest_of_an_unknown_scheme_is_refused(copy: Path) -> None:
+    rewrite_manifest(copy, quantization={"scheme": "auto", "double_quantization": True})
+    with pytest.raises(CheckpointError, match=r"expertune\.json: quantization\.scheme is 'auto', which is none of nf4"):
+        load_tiny(copy)
+
+
 def test_manifest_that_is_no_json_is_refused(copy: Path) -> None:
     (copy / "expertune.json").write_text("{", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"expertune\.json: cannot be read as JSON"):

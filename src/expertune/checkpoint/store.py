@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -148,11 +148,17 @@ def read_nf4_folder(folder: str | Path) -> Nf4Folder:
     """Manifest and headers of an NF4 folder.
 
     Raises:
-        CheckpointError: the folder is unfinished, of another format version, or a file of it is missing, damaged or of
-            another size than was written; names the file.
+        CheckpointError: the folder is unfinished, of another format version or scheme, or a file of it is missing,
+            damaged or of another size than was written; names the file.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    scheme = manifest["quantization"].get("scheme", "nf4")
+    if scheme not in get_args(Scheme):
+        raise CheckpointError(
+            f"{folder / FOLDER_MARK}: quantization.scheme is {scheme!r}, which is none of {', '.join(get_args(Scheme))}; "
+            "quantize the model again"
+        )
     for name, record in manifest["files"].items():
         if name.endswith(".safetensors"):
             _require_size(folder / name, record["bytes"])
