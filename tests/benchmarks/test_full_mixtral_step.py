@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+from benchmarks.workload import Shape
 
 from benchmarks import full_mixtral_step
-from benchmarks.workload import Shape
 
 
 def test_written_folder_takes_a_step_from_disk_and_says_what_it_took(

@@ -153,11 +153,11 @@ def read_nf4_folder(folder: str | Path) -> Nf4Folder:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    scheme = manifest["quantization"].get("scheme", "nf4")
-    if scheme not in get_args(Scheme):
+    scheme, known = manifest["quantization"].get("scheme", "nf4"), get_args(Scheme)
+    if scheme not in known:
         raise CheckpointError(
-            f"{folder / FOLDER_MARK}: quantization.scheme is {scheme!r}, which is none of {', '.join(get_args(Scheme))}; "
-            "quantize the model again"
+            f"{folder / FOLDER_MARK}: quantization.scheme is {scheme!r}, which is none of {', '.join(known)}; quantize "
+            "the model again"
         )
     for name, record in manifest["files"].items():
         if name.endswith(".safetensors"):
