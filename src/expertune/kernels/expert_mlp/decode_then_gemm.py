@@ -15,7 +15,7 @@ from expertune.kernels import heap
 from expertune.kernels.cpu import pad_rows, product_dtype
 from expertune.kernels.dropout import dropout
 from expertune.kernels.expert_mlp.plan import Layer, LowRank, bias_gradient, combine, differentiable, sort_rows
-from expertune.kernels.grouped_linear.decode_then_gemm import Scratch, multiply, spans
+from expertune.kernels.grouped_linear.decode_then_gemm import Scratch, matmul_into, multiply, spans
 from expertune.kernels.nf4 import decode
 
 # Gradients of A and B are added to what is there.
@@ -75,14 +75,14 @@ def backward(
     dtype = product_dtype(hidden_TD.dtype, hidden_TD.device)
     dx_RD = torch.empty(rows.token_R.shape[0], layer.hidden_size, dtype=torch.float32, device=hidden_TD.device)
     dweight_R = torch.empty_like(rows.weight_R)
-    scratches = Scratch(hidden_TD.device, dtype), Scratch(hidden_TD.device, dtype)
+    scratch = Scratch(hidden_TD.device, dtype)
     for expert, span in spans(rows.offsets_E):
         tokens, h_N = rows.token_R[span], [low[span] for low in h]
         dout_ND, x_ND, weight_N1 = dout_TD[tokens].to(dtype), hidden_TD[tokens].to(dtype), rows.weight_R[span, None]
         dweight_N = None
         if layer.after is not None:
             # From here on dOut is the gradient of what `after` was given, with the router's weight in it.
-            dout_ND, dweight_N = _after_backward(dout_ND, x_ND, weight_N1, expert, layer, low_rank, h_N, scratches[0])
+            dout_ND, dweight_N = _after_backward(dout_ND, x_ND, weight_N1, expert, layer, low_rank, h_N, scratch)
             weight_N1 = torch.ones_like(weight_N1)
         dx_RD[span], dweight_R[span] = _expert_backward(
             dout_ND,
@@ -95,7 +95,7 @@ def backward(
             [total[expert] for total in da],
             [total[expert] for total in db],
             rows.number_R[span],
-            scratches,
+            scratch,
         )
         if dweight_N is not None:
             dweight_R[span] = dweight_N
@@ -170,7 +170,7 @@ def _expert_backward(
     da: list[Tensor],
     db: list[Tensor],
     number_N: Tensor,
-    scratches: tuple[Scratch, Scratch],
+    scratch: Scratch,
 ) -> tuple[Tensor, Tensor]:
     """dX float32 [N, D] and the weights' gradient [N] of one expert; adds to its `da` and `db`."""
     size, num_parts = layer.intermediate_size, layer.num_parts
@@ -183,17 +183,16 @@ def _expert_backward(
             dh[u] = (dout @ update.b[expert]).float() * update.scaling
             db[u] += dout.t().float() @ (h[u].float() * weight_N1 * update.scaling)
 
-    rows, x_MD, dout_MD = slice(x_ND.shape[0]), pad_rows(x_ND), pad_rows(dout_ND)
-    # One tile of gate_up and the columns of down beside it share the room of a tile.
-    step = scratches[0].tile_size(size, (num_parts + 1) * layer.hidden_size) if layer.columnwise else size
+    dinter_of_down_NF = _through_down(dout_ND, expert, layer, scratch)
+    rows, x_MD = slice(x_ND.shape[0]), pad_rows(x_ND)
+    step = scratch.tile_size(size, num_parts * layer.hidden_size) if layer.columnwise else size
     for start in range(0, size, step):
         columns = slice(start, min(start + step, size))
         width = columns.stop - start
-        w_gate_up = scratches[0].tile(num_parts * width, layer.hidden_size)
+        w_gate_up = scratch.tile(num_parts * width, layer.hidden_size)
         for part in range(num_parts):
             target = w_gate_up[part * width : (part + 1) * width]
             decode(layer.gate_up, expert * num_parts + part, target, rows=columns)
-        w_down = decode(layer.down, expert, scratches[1].tile(layer.hidden_size, width), columns=columns)
 
         gate_up = (x_MD @ w_gate_up.t())[rows]
         for u, update in enumerate(low_rank):
@@ -207,7 +206,7 @@ def _expert_backward(
         inter_NF = x_NF.detach()
 
         # Before the router's weight is applied, so that <inter, dInter> is the weight's own gradient.
-        dinter_NF = (dout_MD @ w_down)[rows]
+        dinter_NF = dinter_of_down_NF[:, columns]
         for u, update in enumerate(low_rank):
             if update.part == num_parts:
                 low = dh[u] @ update.a[expert, :, columns].float()
@@ -231,6 +230,21 @@ def _expert_backward(
             da[u] += dh[u].t() @ _drop(x_ND.float(), update, number_N)
             dx_ND += _drop(dh[u] @ update.a[expert].float(), update, number_N)
     return dx_ND, dweight_N
+
+
+def _through_down(dout_ND: Tensor, expert: int, layer: Layer, scratch: Scratch) -> Tensor:
+    """dOut @ W of an expert's second matrix, [N, F], a tile of its columns at a time.
+
+    By itself, so that its tiles are as wide as they can be: few columns of every row are a page of memory each.
+    """
+    dinter_NF = dout_ND.new_empty(dout_ND.shape[0], layer.intermediate_size)
+    dout_MD = pad_rows(dout_ND)
+    step = scratch.tile_size(layer.intermediate_size, layer.hidden_size)
+    for start in range(0, layer.intermediate_size, step):
+        columns = slice(start, min(start + step, layer.intermediate_size))
+        w_down = decode(layer.down, expert, scratch.tile(layer.hidden_size, columns.stop - start), columns=columns)
+        matmul_into(dinter_NF[:, columns], dout_MD, w_down)
+    return dinter_NF
 
 
 def _part(tensor: Tensor, part: int, size: int) -> Tensor:
