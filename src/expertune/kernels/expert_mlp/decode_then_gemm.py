@@ -15,7 +15,7 @@ from expertune.kernels import heap
 from expertune.kernels.cpu import pad_rows, product_dtype
 from expertune.kernels.dropout import dropout
 from expertune.kernels.expert_mlp.plan import Layer, LowRank, bias_gradient, combine, differentiable, sort_rows
-from expertune.kernels.grouped_linear.decode_then_gemm import Scratch, matmul_into, multiply, spans
+from expertune.kernels.grouped_linear.decode_then_gemm import Scratch, multiply, multiply_transposed, spans
 from expertune.kernels.nf4 import decode
 
 # Gradients of A and B are added to what is there.
@@ -183,7 +183,8 @@ def _expert_backward(
             dh[u] = (dout @ update.b[expert]).float() * update.scaling
             db[u] += dout.t().float() @ (h[u].float() * weight_N1 * update.scaling)
 
-    dinter_of_down_NF = _through_down(dout_ND, expert, layer, scratch)
+    dinter_of_down_NF = dout_ND.new_empty(dout_ND.shape[0], size)
+    multiply_transposed(dout_ND, layer.down, expert, 1, dinter_of_down_NF, scratch)
     rows, x_MD = slice(x_ND.shape[0]), pad_rows(x_ND)
     step = scratch.tile_size(size, num_parts * layer.hidden_size) if layer.columnwise else size
     for start in range(0, size, step):
@@ -230,21 +231,6 @@ def _expert_backward(
             da[u] += dh[u].t() @ _drop(x_ND.float(), update, number_N)
             dx_ND += _drop(dh[u] @ update.a[expert].float(), update, number_N)
     return dx_ND, dweight_N
-
-
-def _through_down(dout_ND: Tensor, expert: int, layer: Layer, scratch: Scratch) -> Tensor:
-    """dOut @ W of an expert's second matrix, [N, F], a tile of its columns at a time.
-
-    By itself, so that its tiles are as wide as they can be: few columns of every row are a page of memory each.
-    """
-    dinter_NF = dout_ND.new_empty(dout_ND.shape[0], layer.intermediate_size)
-    dout_MD = pad_rows(dout_ND)
-    step = scratch.tile_size(layer.intermediate_size, layer.hidden_size)
-    for start in range(0, layer.intermediate_size, step):
-        columns = slice(start, min(start + step, layer.intermediate_size))
-        w_down = decode(layer.down, expert, scratch.tile(layer.hidden_size, columns.stop - start), columns=columns)
-        matmul_into(dinter_NF[:, columns], dout_MD, w_down)
-    return dinter_NF
 
 
 def _part(tensor: Tensor, part: int, size: int) -> Tensor:

@@ -77,7 +77,7 @@ def backward(
     num_parts = dy_RN.shape[1] // rows
     scratch = Scratch(dy_RN.device, dtype)
     for expert, span in spans(offsets_E):
-        _multiply_transposed(dy_RN[span].to(dtype), weight, expert * num_parts, num_parts, dx_RK[span], scratch)
+        multiply_transposed(dy_RN[span].to(dtype), weight, expert * num_parts, num_parts, dx_RK[span], scratch)
         for u, part in enumerate(parts):
             dy = dy_RN[span, part * rows : (part + 1) * rows].to(a[u].dtype)
             dh = (dy @ b[u][expert]) * scalings[u]
@@ -143,12 +143,13 @@ def matmul_into(out: Tensor, x: Tensor, w: Tensor) -> None:
         out.copy_((x @ w)[: out.shape[0]])
 
 
-def _multiply_transposed(
+def multiply_transposed(
     dy_RN: Tensor, weight: Nf4Bytes, first: int, num_parts: int, out_RK: Tensor, scratch: Scratch
 ) -> None:
     """out = dy @ [W of part 0; W of part 1; ...], a tile of W's columns at a time.
 
-    Tiles run along K, not along N: each output element is then summed in one product, and rounded once.
+    Tiles run along K, not along N: each output element is then summed in one product, and rounded once. They are as
+    wide as they can be: few columns of every row are a page of memory each.
     """
     dy_RN, rows = pad_rows(dy_RN), weight.rows
     step = scratch.tile_size(weight.columns, num_parts * rows)
