@@ -34,7 +34,8 @@ from expertune.kernels import routes
 from expertune.placement.device import bound_host_memory, default_device
 from expertune.placement.experts import Place, placement_of
 from expertune.plan import MicroBatch, make_plan
-from expertune.plan.memory import PROOF_TOKENS, uses_checkpointing
+from expertune.plan.memory import PROOF_TOKENS
+from expertune.plan.settings import uses_checkpointing
 from expertune.record import RunRecord
 from expertune.report.plots import plot_summary
 from expertune.report.summary import render_summary

@@ -21,9 +21,7 @@ from expertune.plan.generation import cache_bytes, prefill_bytes
 from expertune.plan.inventory import FrozenWeights, Inventory, count_adapter
 from expertune.plan.layers import extra_in_backward, kept_by_layer, kept_bytes, layer_adapter
 from expertune.plan.places import Streaming
-from expertune.plan.settings import Settings, uses_checkpointing
-
-__all__ = ["PROOF_TOKENS", "Memory", "estimate_memory", "optimizer_bytes", "uses_checkpointing"]
+from expertune.plan.settings import Settings
 
 _FLOAT32_BYTES = 4
 
