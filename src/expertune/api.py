@@ -64,6 +64,8 @@ class Run:
     record: RunRecord
 
 
+@torch.inference_mode(False)  # a caller may be in inference mode, or without gradients: training is not
+@torch.enable_grad()
 def finetune(
     config: RunConfig | str | Path,
     overrides: Sequence[str] = (),

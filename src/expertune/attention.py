@@ -390,7 +390,8 @@ def _once(known: WeakTensorKeyDictionary, tensor: Tensor, derive: Callable[[Tens
         return derive(tensor)
     version, derived = known.get(tensor, (None, None))
     if version != tensor._version:
-        derived = derive(tensor)
+        with torch.inference_mode(False):  # kept for the tensor's other uses, which may need gradients
+            derived = derive(tensor)
         known[tensor] = (tensor._version, derived)
     return derived
 

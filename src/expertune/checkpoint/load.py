@@ -105,6 +105,7 @@ class _LargeTensorsOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@torch.inference_mode(False)  # a model that is loaded in inference mode may be trained after it
 def load_model(
     folder: str | Path,
     quantization: QuantizationConfig,

@@ -25,5 +25,7 @@ def take(name: str, *shape: int) -> Tensor:
     size = math.prod(shape)
     if name not in held or held[name].numel() < size:
         held.pop(name, None)
-        held[name] = torch.empty(size, dtype=torch.float32)
+        # Kept beyond the caller's inference mode: a tensor made in it could never be written to by training.
+        with torch.inference_mode(False):
+            held[name] = torch.empty(size, dtype=torch.float32)
     return held[name][:size].view(shape)

@@ -162,6 +162,7 @@ def decode_kernel(
 
 
 @functools.cache
+@torch.inference_mode(False)  # kept beyond the caller's inference mode
 def tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """The dynamic map of scales, float32 [256], and the NF4 codebook, float32 [16], on a device."""
     return dynamic_codebook(device).contiguous(), nf4_codebook(device).contiguous()

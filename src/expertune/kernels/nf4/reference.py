@@ -41,6 +41,7 @@ _LEAST_POWER_BITS = 0x00400000  # 2 ** -127, float32
 
 
 @functools.cache
+@torch.inference_mode(False)  # kept beyond the caller's inference mode
 def codebook(scheme: Scheme, device: torch.device) -> Tensor:
     """The 16 values that a code stands for, float32 [16]."""
     values = MXFP4_CODEBOOK if scheme == "mxfp4" else NF4_CODEBOOK
@@ -53,6 +54,7 @@ def nf4_codebook(device: torch.device) -> Tensor:
 
 
 @functools.cache
+@torch.inference_mode(False)  # kept beyond the caller's inference mode
 def nf4_bounds() -> Tensor:
     """Float32 [15] on the CPU: a scaled weight's code is the number of bounds below it, as in bitsandbytes."""
     codebook = nf4_codebook(torch.device("cpu"))
@@ -60,6 +62,7 @@ def nf4_bounds() -> Tensor:
 
 
 @functools.cache
+@torch.inference_mode(False)  # kept beyond the caller's inference mode
 def dynamic_codebook(device: torch.device) -> Tensor:
     """The signed 8-bit dynamic map that holds the absmax values, float32 [256] (Dettmers 2016, section 3)."""
     # Seven exponent indicators: each halves the number of fraction steps of the one above and divides by ten.
