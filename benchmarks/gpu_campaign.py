@@ -18,6 +18,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.campaign import (
+    stage0_product,
     stage1_correctness,
     stage2_layer,
     stage3_mixtral,
@@ -31,6 +32,7 @@ from benchmarks.workload import DOLLY_SAMPLE
 from expertune.placement.device import bound_host_memory
 
 STAGES: dict[str, ModuleType] = {
+    "0": stage0_product,
     "1": stage1_correctness,
     "2": stage2_layer,
     "3": stage3_mixtral,

@@ -1,0 +1,214 @@
+"""Stage 0: does the product itself run on this device? The commands that a user types, on the embedded model.
+
+Nothing is timed to be compared. Each item is one or a few commands in processes of their own, and says what they must
+agree with: a resumed run with the run that was not interrupted, experts in host memory or on disk with experts on the
+device, and the device in float32 with the CPU in float32.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.campaign.record import Item, Record
+
+LIMIT_S = 240
+
+_ROOT = Path(__file__).resolve().parents[2]
+_DEMO = _ROOT / "examples" / "demo.yaml"
+_MODEL = _ROOT / "src" / "expertune" / "assets" / "tiny-mixtral"
+_MOST_WORDS = 6000
+
+# Losses of one step in float32 on two devices, relative: sums in another order, over a few steps of training.
+_FLOAT32_LOSS_ERROR = 2e-4
+
+
+def run(args: argparse.Namespace, out: Record) -> None:
+    """Train first; what only reads the run, and runs that stand apart, then go side by side."""
+    work = Path(tempfile.mkdtemp(prefix="campaign-product-"))
+    product = _Product(work, out.device, 4 if args.small else 40, out.path.with_name("product.log"))
+    try:
+        out.item("doctor", lambda: product.doctor())
+        if out.item("train", product.train) is None:
+            return
+        beside = {
+            "evaluate": product.evaluate,
+            "generate": product.generate,
+            "resume": product.resume,
+            "placement": product.placement,
+            "float32 against the CPU": product.against_cpu,
+            "stock transformers": product.stock_transformers,
+            "plan": product.plan,
+        }
+        # One item after the other in the record, whatever order they end in.
+        with ThreadPoolExecutor(4) as pool:
+            pending = {name: pool.submit(check) for name, check in beside.items()}
+            for name, future in pending.items():
+                out.item(name, future.result)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+class CommandError(Exception):
+    """A command of the product ended with another exit code than 0; the log has all that it said."""
+
+
+class _Product:
+    """The commands of a run, each in a process of its own.
+
+    Args:
+        work: folder for everything that they write.
+        device: where they compute.
+        steps: optimizer steps of the run.
+        log: file that gets each command with its output.
+    """
+
+    def __init__(self, work: Path, device: torch.device, steps: int, log: Path) -> None:
+        self.work, self.device, self.steps, self.log = work, device, steps, log
+        self.run_dir = work / "run"
+
+    def doctor(self) -> Item:
+        """What the program sees of this machine."""
+        return {"found": json.loads(self._command("doctor", "--json"))}
+
+    def train(self) -> Item:
+        """The demo's run, cut after a few steps; the record says what was proven and which kernels ran."""
+        started = time.monotonic()
+        said = self._train("run", self._settings(self.steps))
+        record = self._record("run")
+        losses = _losses(record)
+        return {
+            "seconds": time.monotonic() - started,
+            "said": said[-_MOST_WORDS:],
+            "device": record["model"]["device"],
+            "dtype": record["model"]["dtype"],
+            "proof": record.get("proof"),
+            "kernels": record.get("kernels"),
+            "throughput": record.get("throughput"),
+            "memory": record.get("memory"),
+            "plan": record.get("plan"),
+            "losses": losses,
+            "passed": record["run"]["status"] == "finished" and losses[-1] < losses[0],
+        }
+
+    def evaluate(self) -> Item:
+        """The finished run, opened again."""
+        return {"scores": json.loads(self._command("evaluate", str(self.run_dir), "--rows", "16", "--json"))}
+
+    def generate(self) -> Item:
+        """One answer."""
+        prompt = "FIFA 12 is a sports game from 2011."
+        answer = self._command("generate", str(self.run_dir), "--prompt", prompt, "--max-new-tokens", "48")
+        return {"answer": answer, "passed": bool(answer.strip())}
+
+    def resume(self) -> Item:
+        """The run again from its middle checkpoint, as a kill would have left it."""
+        shutil.copytree(self.run_dir, self.work / "resumed")
+        shutil.rmtree(self.work / "resumed" / "adapter")
+        shutil.rmtree(self.work / "resumed" / f"checkpoint-{self.steps}")
+        record_path = self.work / "resumed" / "record.json"
+        record = json.loads(record_path.read_text(encoding="utf-8"))
+        record["run"]["status"] = "running"
+        record_path.write_text(json.dumps(record), encoding="utf-8")
+        self._train("resumed", self._settings(self.steps), "--resume")
+        difference = self._adapter_difference("run", "resumed")
+        return {"largest_difference": difference, "passed": difference == 0}
+
+    def placement(self) -> Item:
+        """Experts on the device, in host memory and on disk, from an NF4 folder: the same losses to the bit."""
+        folder = self.work / "nf4"
+        self._command("quantize", str(_MODEL), str(folder))
+        found: dict[str, list[float]] = {}
+        for place in ("device", "host", "disk"):
+            name = f"placed-{place}"
+            self._train(name, [*self._settings(4), f"model={folder}", f"placement={place}"])
+            found[place] = _losses(self._record(name))
+        return {"losses": found, "passed": found["host"] == found["device"] == found["disk"]}
+
+    def against_cpu(self) -> Item:
+        """The same steps in float32 on the device and on the CPU."""
+        settings = [*self._settings(8), "quantization.compute_dtype=float32", "training.optim=adamw_torch"]
+        self._train("float32-device", settings)
+        self._train("float32-cpu", settings, on_cpu=True)
+        ours, theirs = (_losses(self._record(name)) for name in ("float32-device", "float32-cpu"))
+        error = max(abs(one - other) / abs(other) for one, other in zip(ours, theirs, strict=True))
+        return {"device": ours, "cpu": theirs, "relative_error": error, "passed": error <= _FLOAT32_LOSS_ERROR}
+
+    def stock_transformers(self) -> Item:
+        """`from_pretrained` of an NF4 folder onto the device, beside the CPU."""
+        folder = self.work / "nf4-stock"
+        self._command("quantize", str(_MODEL), str(folder))
+        program = (
+            "import sys, torch, expertune\n"
+            "from transformers import AutoModelForCausalLM\n"
+            "ids = torch.arange(3, 35)[None]\n"
+            "def logits(device):\n"
+            "    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, device_map=device)\n"
+            "    with torch.no_grad():\n"
+            "        return model(input_ids=ids.to(device)).logits.float().cpu()\n"
+            "one, other = logits(sys.argv[2]), logits('cpu')\n"
+            "print(float((one - other).norm() / other.norm()))\n"
+        )
+        device = "cuda:0" if self.device.type == "cuda" else "cpu"
+        error = float(self._python("-c", program, str(folder), device))
+        return {"relative_error": error, "passed": error <= 1e-3}
+
+    def plan(self) -> Item:
+        """The plan for this device."""
+        return {"plan": self._command("plan", str(_DEMO))[-_MOST_WORDS:]}
+
+    def _settings(self, steps: int) -> list[str]:
+        return [
+            f"training.max_steps={steps}",
+            f"training.save_steps={max(steps // 2, 1)}",
+            "training.eval_on_start=false",
+            "training.eval_strategy=no",
+            "training.logging_steps=1",
+            "task.rows=16",
+        ]
+
+    def _train(self, name: str, settings: list[str], *options: str, on_cpu: bool = False) -> str:
+        command = ["train", str(_DEMO), *settings, f"output_dir={self.work / name}", *options]
+        return self._run([sys.executable, "-m", "expertune", *command], on_cpu)[1]
+
+    def _record(self, name: str) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads((self.work / name / "record.json").read_text(encoding="utf-8"))
+        return values
+
+    def _adapter_difference(self, one: str, other: str) -> float:
+        mine, theirs = (load_file(self.work / name / "adapter" / "adapter_model.safetensors") for name in (one, other))
+        return max(float((mine[key].float() - theirs[key].float()).abs().max()) for key in mine)
+
+    def _command(self, *arguments: str) -> str:
+        return self._run([sys.executable, "-m", "expertune", *arguments])[0]
+
+    def _python(self, *arguments: str) -> str:
+        return self._run([sys.executable, *arguments])[0]
+
+    def _run(self, command: list[str], on_cpu: bool = False) -> tuple[str, str]:
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu or self.device.type == "cpu" else {})
+        started = time.monotonic()
+        done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False)
+        took = time.monotonic() - started
+        # One write, so that commands side by side do not mix their lines.
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(f"$ {' '.join(command[1:])}\n{done.stdout[-4000:]}{done.stderr[-20000:]}")
+            file.write(f"[exit {done.returncode} after {took:.1f} s]\n\n")
+        if done.returncode != 0:
+            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise CommandError(f"{' '.join(command[1:5])}: exit {done.returncode}: {last[0][-400:]}")
+        return done.stdout, done.stderr
+
+
+def _losses(record: dict[str, Any]) -> list[float]:
+    return [float(loss) for _step, loss in record["train"]["loss"]]
