@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from expertune.attention import attend_by_row
+from expertune.checkpoint.fingerprint import Fingerprint, read_fingerprint
 from expertune.checkpoint.linears import linears_to_quantize
 from expertune.checkpoint.loader import Loader, Progress, first_names
 from expertune.checkpoint.names import NameMap, read_names
@@ -51,11 +52,15 @@ class LoadedModel:
         model: the transformers model; every experts module is an `Nf4Experts`, every decoder linear a `Linear4bit`.
         names: both directions between checkpoint names and live names.
         unexpected: names of checkpoint tensors that the model has no place for.
+        fingerprint: what identifies the weights; adapters carry it.
+        source: of an NF4 folder, (path or hub id, commit) of the checkpoint that it was made of.
     """
 
     model: PreTrainedModel
     names: NameMap
     unexpected: list[str] = field(default_factory=list)
+    fingerprint: Fingerprint | None = None
+    source: tuple[str, str | None] | None = None
 
 
 def build_meta_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -153,7 +158,21 @@ def load_model(
     unexpected = loader.stream(index, pieces, progress)
     model.tie_weights()
     loader.check_complete(index.folder)
-    return _finish(model, names, unexpected, device)
+    fingerprint = read_fingerprint(index.folder, index.tensors, model, names)
+    return LoadedModel(_finish(model, device), names, unexpected, fingerprint)
+
+
+def fingerprint_of(folder: str | Path, trust_remote_code: bool = False) -> Fingerprint:
+    """What identifies the weights of a model folder, before it is loaded: from headers and a few rows.
+
+    Raises:
+        CheckpointError: weights are missing or damaged.
+        ConfigError, UnsupportedModelError: see `build_meta_model` and `read_names`.
+    """
+    folder = Path(folder)
+    index = read_nf4_folder(folder).index if is_nf4_folder(folder) else open_checkpoint(folder)
+    model = build_meta_model(folder, torch.bfloat16, trust_remote_code)
+    return read_fingerprint(folder, index.tensors, model, read_names(model))
 
 
 def _load_nf4_folder(
@@ -175,10 +194,11 @@ def _load_nf4_folder(
     missing = missing_tensors(model, stored)
     if missing:
         raise CheckpointError(f"{stored.folder}: missing tensors: {first_names(missing)}; quantize the model again")
-    return _finish(model, names, unexpected, device)
+    fingerprint = read_fingerprint(stored.folder, stored.index.tensors, model, names)
+    return LoadedModel(_finish(model, device), names, unexpected, fingerprint, stored.source)
 
 
-def _finish(model: PreTrainedModel, names: NameMap, unexpected: list[str], device: torch.device | str) -> LoadedModel:
+def _finish(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
     if getattr(model.config, "quantization_config", None) is not None:
         # It said how the file was packed; transformers would take the model for one of that kind.
         del model.config.quantization_config
@@ -186,8 +206,7 @@ def _finish(model: PreTrainedModel, names: NameMap, unexpected: list[str], devic
     model.requires_grad_(False)
     # PEFT reads this flag to adapt `Linear4bit` layers as 4-bit ones.
     model.is_loaded_in_4bit = True
-    model.eval()
-    return LoadedModel(model, names, unexpected)
+    return model.eval()
 
 
 def quantization_method(folder: Path, model: PreTrainedModel, keys: Iterable[str]) -> Method | None:

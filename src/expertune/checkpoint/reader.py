@@ -9,7 +9,7 @@ import json
 import math
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,23 @@ class TensorEntry:
         """
         size = self.nbytes // self.shape[0]
         return self._read(self.start + index * size, size).view(self.shape[1:])
+
+    def read_rows(self, rows: Sequence[int], row_bytes: int | None = None) -> Tensor:
+        """Some rows of the last dimension, all dimensions before it taken as one, without reading the others.
+
+        Args:
+            rows: which ones.
+            row_bytes: bytes of a row, where the tensor's shape does not say it; the result is then uint8.
+
+        Returns:
+            [rows, columns].
+
+        Raises:
+            CheckpointError: the file ends before a row does.
+        """
+        size = self.shape[-1] * self.dtype.itemsize if row_bytes is None else row_bytes
+        read = torch.stack([self._read(self.start + row * size, size).view(torch.uint8) for row in rows])
+        return read.view(self.dtype) if row_bytes is None else read
 
     def _read(self, start: int, nbytes: int) -> Tensor:
         buffer = torch.empty(nbytes, dtype=torch.uint8)

@@ -103,6 +103,12 @@ class Nf4Folder:
         return self.manifest["quantization"].get("scheme", "nf4")
 
     @property
+    def source(self) -> tuple[str, str | None] | None:
+        """Path or hub id, and commit, of the checkpoint that it was made of; None where the manifest does not say."""
+        model, revision = self.manifest["source"].get("model"), self.manifest["source"].get("revision")
+        return (model, revision if isinstance(revision, str) else None) if isinstance(model, str) else None
+
+    @property
     def experts(self) -> list[str]:
         """Live names of the experts modules, in file order."""
         suffix = f".{STACKS[0]}.{BUFFERS[0]}"
