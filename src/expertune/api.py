@@ -40,6 +40,8 @@ from expertune.record import RunRecord
 from expertune.report.plots import plot_summary
 from expertune.report.summary import render_summary
 from expertune.run_folder import ADAPTER_FOLDER, merged_before, open_record, require_same_files, stops_recorded
+from expertune.run_lock import hold_run_directory
+from expertune.storage import storage_errors_named, told_if_it_fails
 from expertune.train.callbacks import History, ProgressBar, peak_memory_bytes
 from expertune.train.checkpoints import find_resume_point
 from expertune.train.ladder import Change
@@ -87,10 +89,17 @@ def finetune(
     if not isinstance(config, RunConfig):
         config = load_config(config, overrides)
     console = console or Console(stderr=True)
+    output_dir = Path(config.output_dir)
+    with hold_run_directory(output_dir):
+        record = open_record(config, output_dir, resume)
+        with stops_recorded(record), storage_errors_named(output_dir, "then give the same command again with --resume"):
+            return _finetune(config, output_dir, record, resume, console)
+
+
+def _finetune(config: RunConfig, output_dir: Path, record: RunRecord, resume: bool, console: Console) -> Run:
+    """The corridor, in a run directory that nobody else writes to."""
     bound_host_memory()
     check_training_arguments(config.training)
-    output_dir = Path(config.output_dir)
-    record = open_record(config, output_dir, resume)
 
     plan = make_plan(config, began_with=merged_before(record, output_dir))
     plan.require_fit()
@@ -98,32 +107,29 @@ def finetune(
 
     source = fetch_model(config.model, config.revision, config.trust_remote_code)
     tokenizer = load_tokenizer(source.folder, config.trust_remote_code)
-    # Nothing has been written so far: a mistake in the run file or in a row leaves no folder behind.
+    # Nothing but a lock has been written so far: a mistake in the run file or in a row leaves no folder behind.
     train_rows, eval_rows = _prepare_data(config, tokenizer, output_dir, record, console)
 
     device = default_device()
     record.update("model", name=config.model, revision=source.revision, device=str(device))
     record.update("plan", **plan.to_json())
-    with stops_recorded(record):
-        model, recovery = _load_and_adapt(
-            config, source, tokenizer, train_rows, plan.placement, device, record, console
-        )
-        if config.task.metric and eval_rows and "before" not in record.values.get("task", {}):
-            # A folder to resume from may hold the score already; it was taken on the same bytes.
-            score = score_run(config, model, tokenizer, eval_rows, recovery, step=0, base_only=True)
-            record.update("task", before=score)
-            console.print(_score_line("before", record["task"]["before"]))
+    model, recovery = _load_and_adapt(config, source, tokenizer, train_rows, plan.placement, device, record, console)
+    if config.task.metric and eval_rows and "before" not in record.values.get("task", {}):
+        # A folder to resume from may hold the score already; it was taken on the same bytes.
+        score = score_run(config, model, tokenizer, eval_rows, recovery, step=0, base_only=True)
+        record.update("task", before=score)
+        console.print(_score_line("before", record["task"]["before"]))
 
-        _train(config, plan.micro_batch, model, tokenizer, train_rows, eval_rows, recovery, resume, record, console)
-        recovery.anew("checkpoint", lambda: model.save_pretrained(str(output_dir / ADAPTER_FOLDER)))
+    _train(config, plan.micro_batch, model, tokenizer, train_rows, eval_rows, recovery, resume, record, console)
+    recovery.anew("checkpoint", lambda: model.save_pretrained(str(output_dir / ADAPTER_FOLDER)))
 
-        if config.task.metric and eval_rows:
-            score = score_run(config, model, tokenizer, eval_rows, recovery, step=record["train"]["steps"])
-            record.update("task", after=score)
-            console.print(_score_line("after", record["task"]["after"]))
+    if config.task.metric and eval_rows:
+        score = score_run(config, model, tokenizer, eval_rows, recovery, step=record["train"]["steps"])
+        record.update("task", after=score)
+        console.print(_score_line("after", record["task"]["after"]))
     record.update("memory", peak_bytes=peak_memory_bytes())
     record.update("run", status="finished")
-    plot_summary(record.values, output_dir / "summary.png")
+    told_if_it_fails("summary.png", lambda: plot_summary(record.values, output_dir / "summary.png"), console.print)
     console.print(render_summary(record.values, config.output_dir), soft_wrap=True)
     return Run(output_dir, record)
 
@@ -137,11 +143,12 @@ def _prepare_data(
     require_same_files(record, reports)
     record.update("data", **reports)
     lengths = [row.uncut_length for part in (train_rows, eval_rows) if part for row in part.rows]
-    plot_lengths(lengths, output_dir / "lengths.png", config.data.max_length)
+    histogram = output_dir / "lengths.png"
+    told_if_it_fails("lengths.png", lambda: plot_lengths(lengths, histogram, config.data.max_length), console.print)
     report = train_rows.report
     console.print(
         f"data: {report['num_rows']} training rows, {report['num_truncated']} cut at {config.data.max_length} tokens, "
-        f"{report['num_skipped']} skipped; lengths in {output_dir / 'lengths.png'}",
+        f"{report['num_skipped']} skipped; lengths in {histogram}",
         soft_wrap=True,
     )
     return train_rows, eval_rows

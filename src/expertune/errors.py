@@ -39,3 +39,7 @@ class NonFiniteLossError(ExpertuneError):
 
 class ExportError(ExpertuneError):
     """An adapter or model could not be written in the layout asked for, or does not reload to the same logits."""
+
+
+class StorageError(ExpertuneError):
+    """A file of a run could not be read or written: names the file, the system's reason, and what to do."""

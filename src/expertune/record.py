@@ -4,6 +4,7 @@ The file is rewritten whole, beside and then renamed, so that a reader never see
 mappings: `config`, `versions`, `model`, `data`, `plan`, `proof`, `train`, `eval`, `task`, `throughput`, `memory`.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -33,6 +34,7 @@ class RunRecord:
     def __init__(self, path: Path, values: dict[str, Any]) -> None:
         self.path = path
         self.values = values
+        self._saved = False
 
     @classmethod
     def start(cls, output_dir: str | Path) -> "RunRecord":
@@ -68,8 +70,27 @@ class RunRecord:
         self.values.setdefault(section, {}).update(values)
         self.save()
 
+    def stop(self, status: str, error: str) -> None:
+        """Say that the run has stopped, unless nothing was saved since it was opened.
+
+        Where the disk takes no new file, it says at least that the run is `running` no longer.
+        """
+        if not self._saved:
+            return
+        self.values.setdefault("run", {}).update(status=status, error=error)
+        try:
+            self.save()
+        except OSError:
+            # Seven bytes over seven bytes: a full disk takes these.
+            with contextlib.suppress(OSError), self.path.open("r+b") as file:
+                at = file.read().find(b'"status": "running"')
+                if at >= 0:
+                    file.seek(at + len(b'"status": "'))
+                    file.write(b"stopped")
+
     def save(self) -> None:
         """Write the whole file beside itself, then rename."""
+        self._saved = True
         write_json(self.path, self.values)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from expertune.config import RunConfig
-from expertune.errors import ConfigError, DataError, ExpertuneError, ProofError
+from expertune.errors import ConfigError, DataError, ProofError
 from expertune.record import RECORD_NAME, RunRecord, versions
 from expertune.train.checkpoints import list_checkpoints
 
@@ -36,13 +36,15 @@ def open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:
 
 @contextmanager
 def stops_recorded(record: RunRecord) -> Iterator[None]:
-    """Keep in the record why a run stopped."""
+    """Keep in the record that a run stopped, and why; a record says `running` only while the run does."""
     try:
         yield
-    except ExpertuneError as error:
+    except BaseException as error:
         if isinstance(error, ProofError):
-            record.update("proof", passed=False, failed=str(error))
-        record.update("run", status="stopped", error=str(error))
+            record.values.setdefault("proof", {}).update(passed=False, failed=str(error))
+        interrupted = isinstance(error, KeyboardInterrupt)
+        why = "interrupted" if interrupted else str(error) or type(error).__name__
+        record.stop("interrupted" if interrupted else "stopped", why)
         raise
 
 

@@ -1,0 +1,77 @@
+"""What a failed write is called: one error that names the file and the reason, whichever library wrote.
+
+Python raises OSError. safetensors' writer and torch's archive raise types of their own, with the system's reason in
+their text or with none at all.
+"""
+
+import errno
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from expertune.errors import StorageError
+
+_REMEDY = {
+    errno.ENOSPC: "make room on this disk",
+    errno.EDQUOT: "make room within your quota on this disk",
+    errno.EROFS: "make this file system writable",
+    errno.EACCES: "make the folder and what lies in it writable for you",
+    errno.EPERM: "make the folder and what lies in it writable for you",
+    errno.EIO: "check the disk, or take another one",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+    errno.EFBIG: "take a file system, or a limit (`ulimit -f`), that allows larger files",
+}
+
+# torch's archive writer names neither file nor reason; Rust ends its messages with the system's number.
+_OF_TORCH = re.compile(r"inline_container\.cc|PytorchStreamWriter|unexpected pos \d+ vs \d+")
+_OF_RUST = re.compile(r"\(os error (\d+)\)")
+
+
+@contextmanager
+def storage_errors_named(folder: Path, then: str) -> Iterator[None]:
+    """Turn what a failed read or write raises into a StorageError.
+
+    Args:
+        folder: what is named where the error names no file.
+        then: what to do once the reason is gone, as the end of a sentence.
+
+    Raises:
+        StorageError: in place of an OSError, or of torch's and safetensors' own errors about files.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (reason := _reason(error, folder)) is None:
+            raise
+        raise StorageError(f"{reason}, {then}") from error
+
+
+def _reason(error: Exception, folder: Path) -> str | None:
+    """File, reason and remedy of a failed read or write; None for any other error."""
+    text = str(error)
+    if isinstance(error, OSError):
+        if error.errno is None or isinstance(error, ConnectionError | TimeoutError | socket.gaierror):
+            return None  # a library's own words, or the network's
+        where, number = str(error.filename or folder), error.errno
+    elif match := _OF_RUST.search(text):
+        where, number = str(folder), int(match[1])
+    elif _OF_TORCH.search(text):
+        free = shutil.disk_usage(folder).free / 1e6 if folder.exists() else 0
+        return (
+            f"{folder}: a file could not be written to its end, with {free:,.0f} MB free there; make room or check it"
+        )
+    else:
+        return None
+    return f"{where}: {os.strerror(number)}; {_REMEDY.get(number, 'see to the reason')}"
+
+
+def told_if_it_fails(what: str, write: Callable[[], object], tell: Callable[[str], None]) -> None:
+    """Write something that a run can do without; a failed write is told and nothing more."""
+    try:
+        write()
+    except OSError as error:
+        tell(f"{what} could not be written ({error.strerror or error}); the run goes on without it")
