@@ -198,7 +198,7 @@ def test_plan_prints_its_table(run, run_file, api):
     api.make_plan = lambda config, **options: seen.extend((config, options)) or plan_of(fits=True)
     asked = ("lora.r=16", "training.learning_rate=1e-4", "--gpu", "rtx-4090", "--memory", "20GB")
     assert run("plan", "run.yaml", *asked) == (0, "peak 23 GB\n", "")
-    assert seen[1] == {"gpu": "rtx-4090", "memory": "20GB"}
+    assert seen[1] == {"gpu": "rtx-4090", "memory": "20GB", "trust_remote_code": False}
     assert seen[0].lora.r == 16
     assert seen[0].training == {"learning_rate": 1e-4}
 
@@ -230,19 +230,19 @@ def test_a_plan_that_does_not_fit_is_exit_code_2(run, run_file, api, options):
 def test_train_prints_the_run_folder(run, run_file, api):
     seen = []
 
-    def finetune(config, resume, console):
-        seen.append((config.output_dir, resume))
+    def finetune(config, resume, console, trust_remote_code):
+        seen.append((config.output_dir, resume, trust_remote_code))
         console.print("step 1")
         print("a library's note")
         return SimpleNamespace(output_dir=Path(config.output_dir))
 
     api.finetune = finetune
-    assert run("train", "run.yaml", "output_dir=runs/second", "--resume") == (
+    assert run("train", "run.yaml", "output_dir=runs/second", "--resume", "--trust-remote-code") == (
         0,
         "runs/second\n",
         "step 1\na library's note\n",
     )
-    assert seen == [("runs/second", True)]
+    assert seen == [("runs/second", True, True)]
 
 
 @pytest.mark.parametrize("given", [["--resume"], []])
@@ -286,7 +286,7 @@ def test_evaluate_prints_figures_and_examples(run, run_dir, api):
     api.evaluate = lambda run_dir, **options: seen.append(options) or SCORES
     code, out, _ = run("evaluate", run_dir, "--adapter", "checkpoint-50", "--rows", "5", "--base-only")
     assert code == 0
-    assert seen == [{"adapter": "checkpoint-50", "rows": 5, "base_only": True}]
+    assert seen == [{"adapter": "checkpoint-50", "rows": 5, "base_only": True, "trust_remote_code": False}]
     assert [line.split() for line in out.splitlines()[:5]] == [
         ["adapter", "checkpoint-50"],
         ["loss", "0.2500"],
@@ -316,7 +316,8 @@ def test_generate_prints_the_answer_only(run, run_dir, api):
     api.generate = generate
     arguments = ["generate", run_dir, "--prompt", "I like it.", "--max-new-tokens", "7", "--adapter", "checkpoint-2"]
     assert run(*arguments) == (0, "inform(name[FIFA 12])\n", "a library's note\n")
-    assert seen == [("I like it.", {"max_new_tokens": 7, "base_only": False, "adapter": "checkpoint-2"})]
+    options = {"max_new_tokens": 7, "base_only": False, "adapter": "checkpoint-2", "trust_remote_code": False}
+    assert seen == [("I like it.", options)]
 
 
 def test_verbose_lets_warnings_of_libraries_through(run, run_dir, api):
@@ -347,7 +348,7 @@ def chat(run, run_dir, api, monkeypatch):
     """Chat with a model that repeats the question; `fail` maps a question to the error that it meets."""
     model, fail = FakeModel(), {}
 
-    def open_run(run_dir, adapter):
+    def open_run(run_dir, adapter, **_):
         data = DataConfig(train="rows.jsonl", template="viggo")
         return SimpleNamespace(model=model, tokenizer=None, config=SimpleNamespace(model="base"), data=data)
 

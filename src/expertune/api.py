@@ -73,6 +73,7 @@ def finetune(
     overrides: Sequence[str] = (),
     resume: bool = False,
     console: Console | None = None,
+    trust_remote_code: bool = False,
 ) -> Run:
     """Run a whole fine-tuning run and leave its folder behind.
 
@@ -82,6 +83,7 @@ def finetune(
         resume: continue from the newest whole checkpoint of the run folder; the result is byte-identical to a run
             that was never interrupted (on the same machine, CPU).
         console: where to tell what happens; None means stderr.
+        trust_remote_code: run Python that ships with the model. No run file can ask for it.
 
     Raises:
         ExpertuneError: anything that the user can mend; see `expertune.errors`.
@@ -93,20 +95,22 @@ def finetune(
     with hold_run_directory(output_dir):
         record = open_record(config, output_dir, resume)
         with stops_recorded(record), storage_errors_named(output_dir, "then give the same command again with --resume"):
-            return _finetune(config, output_dir, record, resume, console)
+            return _finetune(config, output_dir, record, resume, console, trust_remote_code)
 
 
-def _finetune(config: RunConfig, output_dir: Path, record: RunRecord, resume: bool, console: Console) -> Run:
+def _finetune(
+    config: RunConfig, output_dir: Path, record: RunRecord, resume: bool, console: Console, trust_remote_code: bool
+) -> Run:
     """The corridor, in a run directory that nobody else writes to."""
     bound_host_memory()
     check_training_arguments(config.training)
 
-    plan = make_plan(config, began_with=merged_before(record, output_dir))
+    plan = make_plan(config, began_with=merged_before(record, output_dir), trust_remote_code=trust_remote_code)
     plan.require_fit()
     console.print(plan.parameters.line, soft_wrap=True)
 
-    source = fetch_model(config.model, config.revision, config.trust_remote_code)
-    tokenizer = load_tokenizer(source.folder, config.trust_remote_code)
+    source = fetch_model(config.model, config.revision, trust_remote_code)
+    tokenizer = load_tokenizer(source.folder, trust_remote_code)
     # Nothing but a lock has been written so far: a mistake in the run file or in a row leaves no folder behind.
     train_rows, eval_rows = _prepare_data(config, tokenizer, output_dir, record, console)
 

@@ -119,6 +119,10 @@ Verbose = Annotated[
     bool, typer.Option("--verbose", callback=_silence_libraries, help="Show the notes and warnings of libraries too.")
 ]
 
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python that ships with the model; no file can ask for it.")
+]
+
 
 @app.command()
 def plan(
@@ -130,6 +134,7 @@ def plan(
     gpu: Annotated[
         str | None, typer.Option(metavar="NAME", help="A GPU to plan for without having it, e.g. rtx-4090.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -141,7 +146,7 @@ def plan(
     with _stdout_for_results():
         from expertune import api
 
-        made = api.make_plan(config, gpu=gpu, memory=memory)
+        made = api.make_plan(config, gpu=gpu, memory=memory, trust_remote_code=trust_remote_code)
     if as_json:
         _print_json(made.to_json())
     else:
@@ -157,6 +162,7 @@ def train(
     run: RunFile,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     verbose: Verbose = False,
 ) -> None:
     """Fine-tune as the run file says. Prints the run folder."""
@@ -167,9 +173,11 @@ def train(
 
             from expertune import api
 
-            finished = api.finetune(config, resume=resume, console=Console(stderr=True, soft_wrap=True))
+            console = Console(stderr=True, soft_wrap=True)
+            finished = api.finetune(config, resume=resume, console=console, trust_remote_code=trust_remote_code)
     except KeyboardInterrupt:
-        command = shlex.join(["expertune", "train", str(run), *(overrides or ()), "--resume"])
+        options = ["--resume", *(["--trust-remote-code"] if trust_remote_code else [])]
+        command = shlex.join(["expertune", "train", str(run), *(overrides or ()), *options])
         _say(f"expertune: interrupted; `{command}` continues from the last checkpoint")
         raise typer.Exit(130) from None
     print(finished.output_dir)
@@ -181,6 +189,7 @@ def evaluate(
     adapter: Adapter = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Rows to answer for the task's metric.")] = None,
     base_only: BaseOnly = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -189,7 +198,9 @@ def evaluate(
     with _stdout_for_results():
         from expertune import api
 
-        scores = api.evaluate(run_dir, adapter=adapter, rows=rows, base_only=base_only)
+        scores = api.evaluate(
+            run_dir, adapter=adapter, rows=rows, base_only=base_only, trust_remote_code=trust_remote_code
+        )
     if as_json:
         _print_json(scores)
     else:
@@ -203,6 +214,7 @@ def generate(
     max_new_tokens: MaxNewTokens = 100,
     base_only: BaseOnly = False,
     adapter: Adapter = None,
+    trust_remote_code: TrustRemoteCode = False,
     verbose: Verbose = False,
 ) -> None:
     """Answer one prompt, put through the run's template. Prints the answer only, stripped of white space around it."""
@@ -213,7 +225,14 @@ def generate(
     with _stdout_for_results():
         from expertune import api
 
-        answer = api.generate(run_dir, text, max_new_tokens=max_new_tokens, base_only=base_only, adapter=adapter)
+        answer = api.generate(
+            run_dir,
+            text,
+            max_new_tokens=max_new_tokens,
+            base_only=base_only,
+            adapter=adapter,
+            trust_remote_code=trust_remote_code,
+        )
     print(answer.strip())
 
 
@@ -223,6 +242,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 256,
     base_only: BaseOnly = False,
     adapter: Adapter = None,
+    trust_remote_code: TrustRemoteCode = False,
     verbose: Verbose = False,
 ) -> None:
     """Talk to a run, one line at a time. /exit or Ctrl-D ends; Ctrl-C stops an answer.
@@ -233,7 +253,7 @@ def chat(
     with _stdout_for_results():
         from expertune import api
 
-        run = api.open_run(run_dir, adapter=adapter)
+        run = api.open_run(run_dir, adapter=adapter, trust_remote_code=trust_remote_code)
     which = "the base model without its adapter" if base_only else f"adapter {adapter or api.ADAPTER_FOLDER}"
     _say(f"{run_dir}: {which} of {run.config.model}. /exit or Ctrl-D ends.")
     with run.model.disable_adapter() if base_only else contextlib.nullcontext():
@@ -255,9 +275,7 @@ def quantize(
         typer.Option(help="Of what stays unquantized; auto keeps each tensor's own."),
     ] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python that ships with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     verify: Annotated[bool, typer.Option("--verify", help="Only hash the files of an NF4 folder anew.")] = False,
     verbose: Verbose = False,
 ) -> None:

@@ -41,6 +41,10 @@ _Loader.add_implicit_resolver(
 )
 
 
+# Said by whoever starts a command, never by a file.
+TRUST_KEY = "trust_remote_code"
+
+
 class Section(BaseModel):
     """A part of the run file. Unknown keys are refused: a misspelt key must never read as its default."""
 
@@ -185,7 +189,6 @@ class RunConfig(Section):
     Attributes:
         model: local folder or hub id of the base model.
         revision: branch, tag or commit of a hub model; the record keeps the commit it resolved to.
-        trust_remote_code: run Python that ships with the model. Off unless asked for.
         training: TrainingArguments by their own names.
         loss: `auto` takes the loss a chunk of rows at a time, without the logits of all, where that is the model's own
             loss; `full` always leaves it to the model.
@@ -198,7 +201,6 @@ class RunConfig(Section):
 
     model: str
     revision: str | None = None
-    trust_remote_code: bool = False
     data: DataConfig
     quantization: QuantizationConfig = QuantizationConfig()
     kernels: KernelsConfig = KernelsConfig()
@@ -210,6 +212,20 @@ class RunConfig(Section):
     offload_activations: bool = False
     memory_budget: str | int | None = None
     output_dir: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _code_is_trusted_by_the_caller(cls, values: Any) -> Any:
+        """`false` is what always holds; anything else would let a file that was received run code."""
+        if not isinstance(values, dict) or TRUST_KEY not in values:
+            return values
+        if values[TRUST_KEY] is not False:
+            raise ValueError(
+                f"{TRUST_KEY} is no key of a run file, which may come from others; if you have read the Python that "
+                "ships with the model and trust it, remove the key and give --trust-remote-code on the command line "
+                f"({TRUST_KEY}=True in Python)"
+            )
+        return {key: value for key, value in values.items() if key != TRUST_KEY}
 
     @model_validator(mode="after")
     def _task_needs_eval_rows(self) -> "RunConfig":
@@ -254,6 +270,15 @@ def parse_config(values: dict[str, Any], where: str = "config") -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_say(error, where)) from None
+
+
+def recorded_config(values: dict[str, Any], where: str) -> RunConfig:
+    """The RunConfig that a record holds. What earlier releases recorded of trusted code is no longer listened to.
+
+    Raises:
+        ConfigError: see `parse_config`.
+    """
+    return parse_config({key: value for key, value in values.items() if key != TRUST_KEY}, where)
 
 
 def check_training_arguments(training: dict[str, Any], where: str = "config") -> None:

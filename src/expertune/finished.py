@@ -17,7 +17,7 @@ from expertune.attention import attend_by_batch
 from expertune.checkpoint.hub import ModelSource, fetch_model
 from expertune.checkpoint.load import LoadedModel, load_model
 from expertune.checkpoint.tokenizer import load_tokenizer
-from expertune.config import DataConfig, LoraSection, RunConfig, parse_config
+from expertune.config import DataConfig, LoraSection, RunConfig, recorded_config
 from expertune.data import TokenizedRows, encode_prompt, make_collator, make_dataset, prepare_rows, render_prompt
 from expertune.errors import CheckpointError, ConfigError
 from expertune.evaluation import evaluation_loss, score_task
@@ -54,12 +54,13 @@ class OpenRun:
         return self.config.data.model_copy(update={"format": report["format"], "template": report["template"]})
 
 
-def open_run(run_dir: str | Path, adapter: str | None = None) -> OpenRun:
+def open_run(run_dir: str | Path, adapter: str | None = None, trust_remote_code: bool = False) -> OpenRun:
     """Load the base model and the adapter of a run.
 
     Args:
         run_dir: a run folder.
         adapter: `checkpoint-N` for an earlier state; None means the final adapter.
+        trust_remote_code: run Python that ships with the model; what the run was started with does not count.
 
     Raises:
         CheckpointError: not a run folder, or no such adapter in it.
@@ -67,13 +68,13 @@ def open_run(run_dir: str | Path, adapter: str | None = None) -> OpenRun:
     run_dir = Path(run_dir)
     bound_host_memory()
     record = RunRecord.load(run_dir)
-    config = parse_config(record["config"], where=str(record.path))
+    config = recorded_config(record["config"], where=str(record.path))
     folder = run_dir / (adapter or ADAPTER_FOLDER)
     if not folder.is_dir():
         have = ", ".join(sorted(path.name for path in run_dir.glob("checkpoint-*"))) or "none"
         raise CheckpointError(f"{folder}: no such adapter; the run may not have finished. Checkpoints here: {have}")
-    source = fetch_model(config.model, record.values.get("model", {}).get("revision"), config.trust_remote_code)
-    tokenizer = load_tokenizer(source.folder, config.trust_remote_code)
+    source = fetch_model(config.model, record.values.get("model", {}).get("revision"), trust_remote_code)
+    tokenizer = load_tokenizer(source.folder, trust_remote_code)
     loaded = load_base(config, source, default_device(), record, record.values.get("placement", {}).get("places", {}))
     model = attach(loaded, LoraSection(init_from=str(folder)), config.model, source.revision)
     model.eval()
@@ -81,7 +82,11 @@ def open_run(run_dir: str | Path, adapter: str | None = None) -> OpenRun:
 
 
 def evaluate(
-    run_dir: str | Path, adapter: str | None = None, rows: int | None = None, base_only: bool = False
+    run_dir: str | Path,
+    adapter: str | None = None,
+    rows: int | None = None,
+    base_only: bool = False,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Loss, and the task's metric where the run has one, on the run's evaluation rows.
 
@@ -90,6 +95,7 @@ def evaluate(
         adapter: `checkpoint-N` for an earlier state.
         rows: how many rows the metric is taken on; None means what the run file says.
         base_only: score the base model without the adapter.
+        trust_remote_code: see `open_run`.
 
     Returns:
         `adapter`, `loss` in nats per token, `task` as `expertune.evaluation.score_task` returns it where the run has a
@@ -100,7 +106,7 @@ def evaluate(
         CheckpointError: see `open_run`.
         DoesNotFitError: memory ran out, and nothing that could be changed is left.
     """
-    run = open_run(run_dir, adapter)
+    run = open_run(run_dir, adapter, trust_remote_code)
     if run.config.data.eval is None:
         raise ConfigError(f"{run_dir}: the run has no data.eval rows to evaluate on")
     eval_rows = prepare_rows(run.config.data, "eval", run.tokenizer)
@@ -131,6 +137,7 @@ def generate(
     max_new_tokens: int = 100,
     base_only: bool = False,
     adapter: str | None = None,
+    trust_remote_code: bool = False,
 ) -> str:
     """Complete a prompt, put through the run's template, greedily.
 
@@ -140,11 +147,12 @@ def generate(
         max_new_tokens: the longest answer.
         base_only: answer without the adapter.
         adapter: `checkpoint-N` for an earlier state.
+        trust_remote_code: see `open_run`.
 
     Raises:
         DoesNotFitError: memory ran out, and nothing that could be changed is left.
     """
-    run = open_run(run_dir, adapter)
+    run = open_run(run_dir, adapter, trust_remote_code)
     recovery = Recovery(run.model, default_device(), tell=_say_aside)
     in_parts = partial(recovery.generation, step=0 if base_only else _steps_of(run.record, adapter))
     ids = encode_prompt(render_prompt(prompt, run.data, run.tokenizer), run.tokenizer)
@@ -164,7 +172,7 @@ def load_base(
         config.quantization,
         dtype,
         device,
-        config.trust_remote_code,
+        source.trust_remote_code,
         read_experts=reading(places, device),
         on_host=[name for name, place in places.items() if place == "host"],
     )

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from expertune.config import RunConfig
+from expertune.config import TRUST_KEY, RunConfig
 from expertune.errors import ConfigError, DataError, ProofError
 from expertune.record import RECORD_NAME, RunRecord, versions
 from expertune.train.checkpoints import list_checkpoints
@@ -50,7 +50,7 @@ def stops_recorded(record: RunRecord) -> Iterator[None]:
 
 def _require_same_config(record: RunRecord, config: RunConfig) -> None:
     old, new = record["config"], config.model_dump(mode="json", exclude_unset=True)
-    for section in sorted((old.keys() | new.keys()) - {"output_dir", "memory_budget", "task"}):
+    for section in sorted((old.keys() | new.keys()) - {"output_dir", "memory_budget", "task", TRUST_KEY}):
         before, now = old.get(section), new.get(section)
         if isinstance(before, dict) and isinstance(now, dict):
             changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]

@@ -153,8 +153,8 @@ def test_of_a_hub_model_only_config_index_and_headers_are_fetched(run_of, hub):
     assert plan.disk.download_bytes == 2 * plan.parameters.total
 
 
-def test_code_is_fetched_only_where_the_run_file_trusts_it(run_of, hub):
-    make_plan(run_of("owner/tiny-mixtral", trust_remote_code=True))
+def test_code_is_fetched_only_where_the_caller_trusts_it(run_of, hub):
+    make_plan(run_of("owner/tiny-mixtral"), trust_remote_code=True)
     assert "*.py" in hub[0][2]
 
 

@@ -17,10 +17,12 @@ class ModelSource:
     Attributes:
         folder: local folder with config, tokenizer and weights.
         revision: the commit that a hub id resolved to; None for a local folder.
+        trust_remote_code: whether Python that ships with the model may run.
     """
 
     folder: Path
     revision: str | None = None
+    trust_remote_code: bool = False
 
 
 def fetch_model(
@@ -31,7 +33,7 @@ def fetch_model(
     Args:
         model: path or hub id.
         revision: branch, tag or commit of a hub id.
-        trust_remote_code: fetch Python that ships with the model.
+        trust_remote_code: fetch Python that ships with the model, and let it run.
         weights: False fetches everything else: config, tokenizer, the index of the shards.
 
     Raises:
@@ -39,7 +41,7 @@ def fetch_model(
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return ModelSource(folder)
+        return ModelSource(folder, trust_remote_code=trust_remote_code)
     if folder.exists() or model.startswith((".", "/", "~")):
         raise CheckpointError(f"model {model}: no such folder")
     from huggingface_hub import snapshot_download
@@ -56,4 +58,16 @@ def fetch_model(
             f"model {model}: no folder of this name here, and the hub did not give it ({reason}). Give the path of a "
             "local copy, or go online (and log in with `hf auth login` for a gated model)"
         ) from None
-    return ModelSource(Path(path), Path(path).name)
+    return ModelSource(Path(path), Path(path).name, trust_remote_code)
+
+
+def refusal(error: Exception) -> str:
+    """Why transformers does not load something, in a line; names the option where a model asks for trust."""
+    text = str(error).strip()
+    reason = text.splitlines()[0] if text else type(error).__name__
+    if "trust_remote_code" not in text:
+        return reason
+    return (
+        "it comes with Python code of its own, which is not run unasked; read the code, and if you trust it give "
+        "--trust-remote-code on the command line (trust_remote_code=True in Python)"
+    )

@@ -24,6 +24,7 @@ from transformers import (
 
 from expertune.attention import attend_by_row
 from expertune.checkpoint.fingerprint import Fingerprint, read_fingerprint
+from expertune.checkpoint.hub import refusal
 from expertune.checkpoint.linears import linears_to_quantize
 from expertune.checkpoint.loader import Loader, Progress, first_names
 from expertune.checkpoint.names import NameMap, read_names
@@ -77,8 +78,8 @@ def build_meta_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: 
         with init_empty_weights(include_buffers=False), _LargeTensorsOnMeta():
             return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{folder / 'config.json'}: transformers cannot build this model: {reason}") from None
+        where = folder / "config.json"
+        raise ConfigError(f"{where}: transformers cannot build this model: {refusal(error)}") from None
 
 
 def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForMultimodalLM]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from expertune.checkpoint.hub import refusal
 from expertune.errors import CheckpointError
 
 
@@ -16,8 +17,7 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTr
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {reason}") from None
+        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {refusal(error)}") from None
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"{folder}: the tokenizer has no end-of-sequence token, so that answers would never end")
     return tokenizer

@@ -177,6 +177,7 @@ def make_plan(
     *,
     gpu: str | None = None,
     memory: str | int | None = None,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """Plan a run. Reads config.json and safetensors headers, no weights.
 
@@ -187,6 +188,7 @@ def make_plan(
         began_with: for a run that resumes, how many micro-batches it ran as one; None chooses.
         gpu: a GPU of the table in `expertune.plan.devices` in place of `device`, or `cuda` for any other.
         memory: memory to plan for, as `memory_budget`, which it stands above.
+        trust_remote_code: run Python that ships with the model.
 
     Raises:
         ConfigError: no config.json, an unknown target, training argument or GPU, a placement that cannot be, or no way
@@ -200,8 +202,8 @@ def make_plan(
     target = torch.device("cuda") if named else default_device() if device is None else torch.device(device)
     budget = _budget(config, target, named, memory)
     compute_dtype = _compute_dtype(config, target, named)
-    folder, on_hub = find_config(config.model, config.revision, config.trust_remote_code)
-    model = build_meta_model(folder, compute_dtype, config.trust_remote_code)
+    folder, on_hub = find_config(config.model, config.revision, trust_remote_code)
+    model = build_meta_model(folder, compute_dtype, trust_remote_code)
     # Creating parameters on the meta device parts those that the config ties.
     model.tie_weights()
     names = read_names(model)
