@@ -31,11 +31,12 @@ from expertune.data import (
 )
 from expertune.finished import OpenRun, evaluate, generate, load_base, open_run, score_run
 from expertune.kernels import routes
-from expertune.placement.device import bound_host_memory, default_device
+from expertune.placement.device import bound_host_memory, training_device
 from expertune.placement.experts import Place, placement_of
 from expertune.plan import MicroBatch, make_plan
 from expertune.plan.memory import PROOF_TOKENS
 from expertune.plan.settings import uses_checkpointing
+from expertune.processes import require_one_process
 from expertune.record import RunRecord
 from expertune.report.plots import plot_summary
 from expertune.report.summary import render_summary
@@ -90,6 +91,7 @@ def finetune(
     """
     if not isinstance(config, RunConfig):
         config = load_config(config, overrides)
+    require_one_process()
     console = console or Console(stderr=True)
     output_dir = Path(config.output_dir)
     with hold_run_directory(output_dir):
@@ -103,6 +105,7 @@ def _finetune(
 ) -> Run:
     """The corridor, in a run directory that nobody else writes to."""
     bound_host_memory()
+    device = training_device()
     check_training_arguments(config.training)
 
     plan = make_plan(config, began_with=merged_before(record, output_dir), trust_remote_code=trust_remote_code)
@@ -114,7 +117,6 @@ def _finetune(
     # Nothing but a lock has been written so far: a mistake in the run file or in a row leaves no folder behind.
     train_rows, eval_rows = _prepare_data(config, tokenizer, output_dir, record, console)
 
-    device = default_device()
     record.update("model", name=config.model, revision=source.revision, device=str(device))
     record.update("plan", **plan.to_json())
     model, recovery = _load_and_adapt(config, source, tokenizer, train_rows, plan.placement, device, record, console)

@@ -298,6 +298,9 @@ def check_training_arguments(training: dict[str, Any], where: str = "config") ->
         "resume_from_checkpoint": "set by the run itself; use --resume instead",
         "logging_nan_inf_filter": "always off: a loss that is not finite stops the run; remove the key",
     }
+    for key in ("fsdp", "deepspeed", "parallelism_config"):
+        if training.get(key):
+            owned[key] = "for several devices, and a run is one process on one device; remove the key"
     for key in training:
         if key in owned:
             raise ConfigError(f"{where}: training.{key} is {owned[key]}")

@@ -328,7 +328,6 @@ def test_a_run_without_accumulation_says_nothing_of_it(run_of):
         ({}, {"neftune_noise_alpha": 5}, "neftune_noise_alpha"),
         ({}, {"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
         ({}, {"optim": "adalomo"}, "steps at every micro-batch"),
-        ({}, {"fsdp": "full_shard"}, "several processes"),
     ],
 )
 def test_settings_under_which_a_larger_micro_batch_is_another_step_keep_them_apart(
@@ -338,12 +337,6 @@ def test_settings_under_which_a_larger_micro_batch_is_another_step_keep_them_apa
     chosen = micro_batch(run_of(tmp_path, data={"train": "rows.jsonl"} | data, training=ACCUMULATING | training))
     assert (chosen.rows, chosen.accumulation, chosen.merged) == (1, 8, 1)
     assert reason in chosen.reason
-
-
-def test_processes_that_share_the_rows_keep_micro_batches_apart(run_of, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    tiny_config().save_pretrained(tmp_path)
-    assert "several processes" in micro_batch(run_of(tmp_path, training=ACCUMULATING)).reason
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ from expertune.checkpoint.store import (
 )
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError
+from expertune.processes import require_one_process
 from expertune.record import write_json, write_text
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -82,8 +83,9 @@ def quantize(
     Raises:
         CheckpointError: the source is damaged or incomplete; `out` holds something else or another source's work, or
             cannot be written; the disk is full (says how many bytes are needed; run again after making room).
-        ConfigError, UnsupportedModelError: see `expertune.checkpoint.load.load_model`.
+        ConfigError, UnsupportedModelError: see `expertune.checkpoint.load.load_model`; one of several processes.
     """
+    require_one_process()
     out = Path(out)
     source = fetch_model(model, revision, trust_remote_code, weights=False)
     if is_nf4_folder(source.folder):

@@ -26,6 +26,21 @@ def default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def training_device() -> torch.device:
+    """The device of a run: `default_device()`, which has to be the one that transformers' Trainer takes.
+
+    Raises:
+        ConfigError: the process has made another GPU than the first that it sees the current one.
+    """
+    device = default_device()
+    if device.type == "cuda" and device.index != 0:
+        raise ConfigError(
+            f"the current GPU is {device}, and transformers' Trainer always takes the first that the process sees; set "
+            f"CUDA_VISIBLE_DEVICES={device.index} before torch is imported, in place of torch.cuda.set_device"
+        )
+    return device
+
+
 def resolve_compute_dtype(name: str, device: torch.device | None = None) -> torch.dtype:
     """Dtype of the matrix products on a device.
 

@@ -11,7 +11,6 @@ data; a smaller rank changes what can be learnt.
 """
 
 import inspect
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,9 +138,6 @@ def _why_apart(config: RunConfig, model: PreTrainedModel) -> str | None:
             training.get("train_sampling_strategy") == "batch_rebalance"
         ),
         "training.optim steps at every micro-batch": "lomo" in str(training.get("optim", "")).lower(),
-        "several processes share the rows": (
-            training.get("fsdp") or training.get("deepspeed") or int(os.environ.get("WORLD_SIZE", "1")) > 1
-        ),
         "the router's auxiliary loss (output_router_logits) is not the same over more rows": getattr(
             text_config, "output_router_logits", False
         ),

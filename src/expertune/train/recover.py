@@ -6,7 +6,7 @@ that failed, a checkpoint is written anew. A resumed run changes at the same ste
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
@@ -43,7 +43,6 @@ class Recovery(TrainerCallback):
         tell: Callable[[Change], None] = lambda _: None,
     ) -> None:
         self.ladder = Ladder(model, device, offload, earlier, tell)
-        self._alone = True
         self._guarded: Optimizer | None = None
         self._has_updated = False
         self._random = RandomState()
@@ -54,7 +53,7 @@ class Recovery(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remember where the step begins."""
-        self.ladder.run_dir, self._alone = str(args.output_dir), args.world_size == 1
+        self.ladder.run_dir = str(args.output_dir)
         self._begin_step(state.global_step + 1)
 
     def micro_batch(
@@ -163,7 +162,7 @@ class Recovery(TrainerCallback):
             self._make_room(during, error, tries, cycles=not failures)
             failures += 1
 
-        with RetriedOperators(make_room) if self._alone else nullcontext():
+        with RetriedOperators(make_room):
             yield
 
     def guard(self, optimizer: Optimizer) -> None:
@@ -236,22 +235,16 @@ class Recovery(TrainerCallback):
             # Not inside the except block: there the error's traceback holds every tensor of the failed try.
             results.clear()
             give_back()
-            self._require_alone(during, said)
             self.ladder.descend(during, said, None if whole else part, whole)
             batches, taken_again = start_over(), True
 
     def _make_room(self, during: Moment, error: str, tries: int, cycles: bool = True) -> None:
         """After a failed try: give back what is unused, and from the second on move expert bytes away."""
         give_back(cycles)
-        self._require_alone(during, error)
         if tries:
             self.ladder.descend(during, error, to_the_byte=True)
         else:
             self.ladder.gave_back(during, error)
-
-    def _require_alone(self, during: Moment, error: str) -> None:
-        if not self._alone:
-            raise self.ladder.stop(during, error, "on one of several processes, which have to take the same steps")
 
     def _update(self, optimizer: Optimizer, step: Callable[[], Any]) -> Any:
         def update() -> Any:

@@ -18,7 +18,6 @@ from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from expertune.attention import ROW_BOUNDS
 from expertune.errors import ConfigError, NonFiniteLossError
 from expertune.train.callbacks import History
 from expertune.train.checkpoints import STAGING_NAME, last_good_checkpoint, publish, seal
@@ -114,9 +113,6 @@ class ExpertTrainer(Trainer):
         """transformers' training step; stops before a loss that is not finite reaches the optimizer."""
         row_ids = inputs.pop("row_ids")
         tokens = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
-        if self.args.n_gpu > 1:
-            # DataParallel cuts every tensor along its first dimension, and these hold one number for each row.
-            inputs = {name: value for name, value in inputs.items() if name not in ROW_BOUNDS}
         loss = super().training_step(model, inputs, num_items_in_batch)
         value = loss.item()
         if not math.isfinite(value):
@@ -209,8 +205,6 @@ class ExpertTrainer(Trainer):
             return "training.label_smoothing_factor smooths over all of them"
         if self.args.torch_compile:
             return "training.torch_compile would compile the model with a stand-in for its head"
-        if self.args.n_gpu > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return "the output head is spread over several devices"
         return None
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -306,6 +300,10 @@ def training_arguments(training: Mapping[str, Any], output_dir: str, device: tor
         "save_strategy": values.get("save_strategy", "steps"),
     }
     try:
-        return TrainingArguments(**values), notes
+        args = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"training: transformers refuses a value: {error}") from None
+    # Of several GPUs that a process sees, transformers would take all: a batch on each, by nn.DataParallel. It has no
+    # argument for one; the attribute was read from releases 5.20 to 5.24, and a test holds it.
+    args._n_gpu = min(args.n_gpu, 1)
+    return args, notes
