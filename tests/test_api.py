@@ -1,5 +1,6 @@
 """The corridor as Python: a finished run can be opened, scored and asked."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import expertune
 from expertune.api import open_run
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError, DataError
-from tests.train.conftest import nine_steps, rows_file, run_values, small_mixtral
+from tests.train.conftest import nine_steps, rows_file, run_values, small_mixtral, write_small_mixtral
 
 __all__ = ["rows_file", "run_values", "small_mixtral"]  # fixtures
 
@@ -55,6 +56,28 @@ def test_opening_something_else_names_what_is_missing(finished: Path, tmp_path: 
         open_run(tmp_path)
     with pytest.raises(CheckpointError, match=r"checkpoint-7: no such adapter.*checkpoint-3"):
         open_run(finished, adapter="checkpoint-7")
+
+
+def test_run_whose_base_was_replaced_answers_only_when_asked_to(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    record = expertune.RunRecord.load(run)
+    record["config"]["model"] = str(write_small_mixtral(tmp_path / "model", seed=1))
+    record.save()
+    with pytest.raises(CheckpointError, match=r"adapter: this adapter was trained on another base.*--other-base"):
+        expertune.generate(run, "What is 1 plus 2?", max_new_tokens=4)
+    with pytest.raises(CheckpointError, match="other weights"):
+        expertune.evaluate(run)
+    assert isinstance(expertune.generate(run, "What is 1 plus 2?", max_new_tokens=4, other_base=True), str)
+
+
+def test_adapter_of_another_base_is_refused_before_the_rows_are_read(
+    finished: Path, run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    values = run_values | {"lora": {"init_from": str(finished / "adapter")}}
+    values |= {"model": str(write_small_mixtral(tmp_path / "model", seed=1)), "output_dir": str(tmp_path / "next")}
+    with pytest.raises(CheckpointError, match="trained on another base model"):
+        expertune.finetune(parse_config(values))
+    assert not (tmp_path / "next").exists()
 
 
 def test_adapter_of_one_run_is_the_start_of_the_next(

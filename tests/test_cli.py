@@ -286,7 +286,9 @@ def test_evaluate_prints_figures_and_examples(run, run_dir, api):
     api.evaluate = lambda run_dir, **options: seen.append(options) or SCORES
     code, out, _ = run("evaluate", run_dir, "--adapter", "checkpoint-50", "--rows", "5", "--base-only")
     assert code == 0
-    assert seen == [{"adapter": "checkpoint-50", "rows": 5, "base_only": True, "trust_remote_code": False}]
+    assert seen == [
+        {"adapter": "checkpoint-50", "rows": 5, "base_only": True, "trust_remote_code": False, "other_base": False}
+    ]
     assert [line.split() for line in out.splitlines()[:5]] == [
         ["adapter", "checkpoint-50"],
         ["loss", "0.2500"],
@@ -316,7 +318,13 @@ def test_generate_prints_the_answer_only(run, run_dir, api):
     api.generate = generate
     arguments = ["generate", run_dir, "--prompt", "I like it.", "--max-new-tokens", "7", "--adapter", "checkpoint-2"]
     assert run(*arguments) == (0, "inform(name[FIFA 12])\n", "a library's note\n")
-    options = {"max_new_tokens": 7, "base_only": False, "adapter": "checkpoint-2", "trust_remote_code": False}
+    options = {
+        "max_new_tokens": 7,
+        "base_only": False,
+        "adapter": "checkpoint-2",
+        "trust_remote_code": False,
+        "other_base": False,
+    }
     assert seen == [("I like it.", options)]
 
 

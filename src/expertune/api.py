@@ -16,10 +16,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from expertune.adapt.attach import attach
+from expertune.adapt.base import require_same_base
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.proof import probe_logits, prove
 from expertune.attention import require_rows_apart
 from expertune.checkpoint.hub import ModelSource, fetch_model
+from expertune.checkpoint.load import fingerprint_of
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import RunConfig, check_training_arguments, load_config
 from expertune.data import (
@@ -113,11 +115,14 @@ def _finetune(
     console.print(plan.parameters.line, soft_wrap=True)
 
     source = fetch_model(config.model, config.revision, trust_remote_code)
+    base = fingerprint_of(source.folder, trust_remote_code)
+    if config.lora.init_from and not config.lora.init_from_other_base:
+        require_same_base(config.lora.init_from, base, config.model)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     # Nothing but a lock has been written so far: a mistake in the run file or in a row leaves no folder behind.
     train_rows, eval_rows = _prepare_data(config, tokenizer, output_dir, record, console)
 
-    record.update("model", name=config.model, revision=source.revision, device=str(device))
+    record.update("model", name=config.model, revision=source.revision, device=str(device), base=base.to_json())
     record.update("plan", **plan.to_json())
     model, recovery = _load_and_adapt(config, source, tokenizer, train_rows, plan.placement, device, record, console)
     if config.task.metric and eval_rows and "before" not in record.values.get("task", {}):

@@ -113,6 +113,12 @@ Adapter = Annotated[
     typer.Option(metavar="CHECKPOINT", help="An earlier state, e.g. checkpoint-50; the final adapter by default."),
 ]
 BaseOnly = Annotated[bool, typer.Option("--base-only", help="Use the base model without the adapter.")]
+OtherBase = Annotated[
+    bool,
+    typer.Option(
+        "--other-base", help="Go on though the model's weights are not those that the adapter was trained on."
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Verbose = Annotated[
@@ -190,6 +196,7 @@ def evaluate(
     rows: Annotated[int | None, typer.Option(min=1, help="Rows to answer for the task's metric.")] = None,
     base_only: BaseOnly = False,
     trust_remote_code: TrustRemoteCode = False,
+    other_base: OtherBase = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -199,7 +206,12 @@ def evaluate(
         from expertune import api
 
         scores = api.evaluate(
-            run_dir, adapter=adapter, rows=rows, base_only=base_only, trust_remote_code=trust_remote_code
+            run_dir,
+            adapter=adapter,
+            rows=rows,
+            base_only=base_only,
+            trust_remote_code=trust_remote_code,
+            other_base=other_base,
         )
     if as_json:
         _print_json(scores)
@@ -215,6 +227,7 @@ def generate(
     base_only: BaseOnly = False,
     adapter: Adapter = None,
     trust_remote_code: TrustRemoteCode = False,
+    other_base: OtherBase = False,
     verbose: Verbose = False,
 ) -> None:
     """Answer one prompt, put through the run's template. Prints the answer only, stripped of white space around it."""
@@ -232,6 +245,7 @@ def generate(
             base_only=base_only,
             adapter=adapter,
             trust_remote_code=trust_remote_code,
+            other_base=other_base,
         )
     print(answer.strip())
 
@@ -243,6 +257,7 @@ def chat(
     base_only: BaseOnly = False,
     adapter: Adapter = None,
     trust_remote_code: TrustRemoteCode = False,
+    other_base: OtherBase = False,
     verbose: Verbose = False,
 ) -> None:
     """Talk to a run, one line at a time. /exit or Ctrl-D ends; Ctrl-C stops an answer.
@@ -253,7 +268,7 @@ def chat(
     with _stdout_for_results():
         from expertune import api
 
-        run = api.open_run(run_dir, adapter=adapter, trust_remote_code=trust_remote_code)
+        run = api.open_run(run_dir, adapter=adapter, trust_remote_code=trust_remote_code, other_base=other_base)
     which = "the base model without its adapter" if base_only else f"adapter {adapter or api.ADAPTER_FOLDER}"
     _say(f"{run_dir}: {which} of {run.config.model}. /exit or Ctrl-D ends.")
     with run.model.disable_adapter() if base_only else contextlib.nullcontext():

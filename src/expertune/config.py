@@ -142,6 +142,8 @@ class LoraSection(Section):
         rslora: rank-stabilised scale (Kalajdzievski 2023).
         dtype: dtype of the adapter's own weights.
         init_from: folder of an existing PEFT adapter to start from.
+        init_from_other_base: take it though it was trained on another base model, and leave layers that it has nothing
+            for as they are.
     """
 
     r: int = Field(default=8, ge=1)
@@ -153,6 +155,7 @@ class LoraSection(Section):
     rslora: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     init_from: str | None = None
+    init_from_other_base: bool = False
 
     @field_validator("targets", mode="before")
     @classmethod

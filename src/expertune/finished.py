@@ -12,10 +12,11 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from expertune.adapt.attach import attach
+from expertune.adapt.base import require_same_base
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.attention import attend_by_batch
 from expertune.checkpoint.hub import ModelSource, fetch_model
-from expertune.checkpoint.load import LoadedModel, load_model
+from expertune.checkpoint.load import LoadedModel, fingerprint_of, load_model
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import DataConfig, LoraSection, RunConfig, recorded_config
 from expertune.data import TokenizedRows, encode_prompt, make_collator, make_dataset, prepare_rows, render_prompt
@@ -54,16 +55,19 @@ class OpenRun:
         return self.config.data.model_copy(update={"format": report["format"], "template": report["template"]})
 
 
-def open_run(run_dir: str | Path, adapter: str | None = None, trust_remote_code: bool = False) -> OpenRun:
+def open_run(
+    run_dir: str | Path, adapter: str | None = None, trust_remote_code: bool = False, other_base: bool = False
+) -> OpenRun:
     """Load the base model and the adapter of a run.
 
     Args:
         run_dir: a run folder.
         adapter: `checkpoint-N` for an earlier state; None means the final adapter.
         trust_remote_code: run Python that ships with the model; what the run was started with does not count.
+        other_base: put the adapter on the model though its weights are not those that it was trained on.
 
     Raises:
-        CheckpointError: not a run folder, or no such adapter in it.
+        CheckpointError: not a run folder, no such adapter in it, or the model's weights are others by now.
     """
     run_dir = Path(run_dir)
     bound_host_memory()
@@ -74,9 +78,13 @@ def open_run(run_dir: str | Path, adapter: str | None = None, trust_remote_code:
         have = ", ".join(sorted(path.name for path in run_dir.glob("checkpoint-*"))) or "none"
         raise CheckpointError(f"{folder}: no such adapter; the run may not have finished. Checkpoints here: {have}")
     source = fetch_model(config.model, record.values.get("model", {}).get("revision"), trust_remote_code)
+    if not other_base:
+        base = fingerprint_of(source.folder, trust_remote_code)
+        require_same_base(folder, base, config.model, allowed_by="give --other-base")
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     loaded = load_base(config, source, default_device(), record, record.values.get("placement", {}).get("places", {}))
-    model = attach(loaded, LoraSection(init_from=str(folder)), config.model, source.revision)
+    lora = LoraSection(init_from=str(folder), init_from_other_base=other_base)
+    model = attach(loaded, lora, config.model, source.revision)
     model.eval()
     return OpenRun(config, record, model, tokenizer)
 
@@ -87,6 +95,7 @@ def evaluate(
     rows: int | None = None,
     base_only: bool = False,
     trust_remote_code: bool = False,
+    other_base: bool = False,
 ) -> dict[str, Any]:
     """Loss, and the task's metric where the run has one, on the run's evaluation rows.
 
@@ -96,6 +105,7 @@ def evaluate(
         rows: how many rows the metric is taken on; None means what the run file says.
         base_only: score the base model without the adapter.
         trust_remote_code: see `open_run`.
+        other_base: see `open_run`.
 
     Returns:
         `adapter`, `loss` in nats per token, `task` as `expertune.evaluation.score_task` returns it where the run has a
@@ -106,7 +116,7 @@ def evaluate(
         CheckpointError: see `open_run`.
         DoesNotFitError: memory ran out, and nothing that could be changed is left.
     """
-    run = open_run(run_dir, adapter, trust_remote_code)
+    run = open_run(run_dir, adapter, trust_remote_code, other_base)
     if run.config.data.eval is None:
         raise ConfigError(f"{run_dir}: the run has no data.eval rows to evaluate on")
     eval_rows = prepare_rows(run.config.data, "eval", run.tokenizer)
@@ -138,6 +148,7 @@ def generate(
     base_only: bool = False,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    other_base: bool = False,
 ) -> str:
     """Complete a prompt, put through the run's template, greedily.
 
@@ -148,11 +159,12 @@ def generate(
         base_only: answer without the adapter.
         adapter: `checkpoint-N` for an earlier state.
         trust_remote_code: see `open_run`.
+        other_base: see `open_run`.
 
     Raises:
         DoesNotFitError: memory ran out, and nothing that could be changed is left.
     """
-    run = open_run(run_dir, adapter, trust_remote_code)
+    run = open_run(run_dir, adapter, trust_remote_code, other_base)
     recovery = Recovery(run.model, default_device(), tell=_say_aside)
     in_parts = partial(recovery.generation, step=0 if base_only else _steps_of(run.record, adapter))
     ids = encode_prompt(render_prompt(prompt, run.data, run.tokenizer), run.tokenizer)

@@ -11,9 +11,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
+from expertune.adapt.base import require_every_layer, require_same_base
 from expertune.adapt.files import (
     PREFIX,
     load_adapter_tensors,
+    read_adapter_base,
     read_adapter_config,
     read_adapter_tensors,
     stock_config,
@@ -43,14 +45,15 @@ def attach(
     Args:
         loaded: the base model with 4-bit experts, and its names.
         lora: the run file's adapter section.
-        base_model: what `adapter_config.json` names as the base: hub id or path.
+        base_model: what `adapter_config.json` names as the base: hub id or path. Of an NF4 folder that is the
+            checkpoint which it was made of, whatever is given here.
         revision: commit of the base.
         adapter_name: name of the adapter.
         onto: a model that already has adapters; None makes a new one.
 
     Raises:
         ConfigError: a target fits nothing, or `init_from` disagrees with a value that the run file sets.
-        CheckpointError: `init_from` is no adapter of this model.
+        CheckpointError: `init_from` is no adapter of this model, or was trained on another base.
     """
     with _without_adapters(loaded.model):
         asked, lora = lora, adopt(lora, loaded.names) if lora.init_from else lora
@@ -58,7 +61,11 @@ def attach(
         targets = resolve_targets(loaded.model, loaded.names, lora, reached)
         if lora.init_from:
             tensors = read_adapter_tensors(lora.init_from)
-            targets = _held_targets(targets, loaded.names, tensors)
+            wanted, targets = targets, _held_targets(targets, loaded.names, tensors)
+            if not lora.init_from_other_base:
+                require_same_base(lora.init_from, loaded.fingerprint, base_model)
+                if read_adapter_base(lora.init_from) is None:
+                    require_every_layer(lora.init_from, wanted, targets)
             _require_same_targets(loaded, asked, lora, targets, reached)
     config = _live_config(targets, lora)
     fused_ranks, fused_alphas = _fused_patterns(targets, lora)
@@ -72,12 +79,16 @@ def attach(
         base_model=base_model,
         revision=revision,
     )
+    if loaded.source is not None:
+        # Others cannot read an NF4 folder: they find the base by the name of what it was made of.
+        stock["base_model_name_or_path"], stock["revision"] = loaded.source
     dtype = torch.bfloat16 if lora.dtype == "bfloat16" else torch.float32
     if onto is None:
         model = ExpertPeftModel(loaded.model, targets, config, stock, loaded.names, adapter_name, dtype)
     else:
         model = onto
         model.attach(adapter_name, targets, config, stock, dtype)
+    model.base = loaded.fingerprint
     if lora.init_from:
         load_adapter_tensors(loaded.model, loaded.names, adapter_name, tensors, where=lora.init_from)
     return model

@@ -7,7 +7,6 @@ Only adapter tensors are written: PEFT by itself copies a whole output head in w
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,13 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.names import NameMap
+from expertune.checkpoint.reader import read_metadata
+from expertune.checkpoint.store import Outgoing, write_tensors
 from expertune.errors import CheckpointError
 from expertune.experts.lora import ExpertsLora
 from expertune.record import write_json
@@ -27,6 +29,9 @@ from expertune.record import write_json
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+
+# In the metadata of the weights' file: the fingerprint of the base model, as JSON.
+_BASE_KEY = "expertune.base"
 
 _COPIES = (".base_layer.weight", "lm_head.weight", "embed_tokens.weight")
 
@@ -55,19 +60,40 @@ def adapter_tensors(model: nn.Module, names: NameMap, adapter: str = "default") 
                     yield f"{PREFIX}{expert_name}.{factor}.weight", stacked[expert]
 
 
-def write_adapter(folder: str | Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json`, each beside itself and then renamed."""
+def write_adapter(
+    folder: str | Path, tensors: dict[str, Tensor], config: dict[str, Any], base: Fingerprint | None = None
+) -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json`, each beside itself and then renamed.
+
+    Args:
+        folder: where to; made where it is not there.
+        tensors: by name on disk. The same tensors give the same bytes.
+        config: content of `adapter_config.json`.
+        base: the base model. It goes into the metadata of the weights' file, which other readers pass over; PEFT takes
+            no key that it does not know in `adapter_config.json`.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # Plain byte order of names: the same adapter gives the same file.
-    plain = {key: tensors[key].detach().to("cpu").contiguous() for key in sorted(tensors)}
-    beside = folder / f".{WEIGHTS_NAME}.{os.getpid()}"
-    try:
-        save_file(plain, beside, metadata={"format": "pt"})
-        beside.replace(folder / WEIGHTS_NAME)
-    finally:
-        beside.unlink(missing_ok=True)
+    outgoing = [
+        Outgoing(key, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)  # type: ignore[misc]
+        for key, tensor in tensors.items()
+    ]
+    metadata = {} if base is None else {_BASE_KEY: json.dumps(base.to_json(), sort_keys=True, separators=(",", ":"))}
+    write_tensors(folder / WEIGHTS_NAME, outgoing, metadata)
     write_json(folder / CONFIG_NAME, config)
+
+
+def read_adapter_base(folder: str | Path) -> Fingerprint | None:
+    """The base model that an adapter was trained on; None where its files do not say.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    metadata = read_metadata(Path(folder) / WEIGHTS_NAME)
+    try:
+        return Fingerprint.from_json(json.loads(metadata.get(_BASE_KEY, "null")))
+    except (ValueError, RecursionError):
+        return None
 
 
 def stock_config(

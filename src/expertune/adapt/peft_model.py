@@ -17,6 +17,7 @@ from expertune.adapt.files import (
     read_adapter_tensors,
     write_adapter,
 )
+from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.experts.lora import ExpertLoraConfig
@@ -44,6 +45,9 @@ class ExpertPeftModel(PeftModelForCausalLM):
         names: the base model's name map.
         adapter_name: name of the first adapter.
         dtype: dtype of the adapter's own weights.
+
+    Attributes:
+        base: what identifies the base model, as far as it is known; adapters carry it.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class ExpertPeftModel(PeftModelForCausalLM):
             )
             super().__init__(model, config, adapter_name, autocast_adapter_dtype=False)
         self.names = names
+        self.base: Fingerprint | None = None
         self.stock_configs: dict[str, StockConfig] = {adapter_name: stock}
         self._finish(adapter_name, targets, config, dtype)
 
@@ -98,7 +103,7 @@ class ExpertPeftModel(PeftModelForCausalLM):
         for adapter in selected_adapters or list(self.peft_config):
             folder = Path(save_directory) / (adapter if adapter != "default" else "")
             tensors = dict(adapter_tensors(self.get_base_model(), self.names, adapter))
-            write_adapter(folder, tensors, self.stock_configs[adapter])
+            write_adapter(folder, tensors, self.stock_configs[adapter], self.base)
 
     def load_adapter(self, model_id: str, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> None:
         """Read an adapter folder into an adapter that is already attached.

@@ -5,13 +5,14 @@ the folder has the live model's names. Imported while transformers is being impo
 `expertune.checkpoint.registration`), so that everything heavy is imported where it is used.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from expertune.checkpoint.reader import read_header
-from expertune.checkpoint.store import METHOD, PADDING, STATE_SUFFIX
+from expertune.checkpoint.store import FOLDER_MARK, METHOD, PADDING, STATE_SUFFIX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,6 +86,7 @@ class Nf4FolderQuantizer(HfQuantizer):
         config = self.quantization_config
         self.names = read_names(model)
         files = kwargs.get("checkpoint_files")
+        self.folder = Path(files[0]).parent if files else None
         stored = _linears_in(files) if files else set(linears_to_quantize(model))
         settings = QuantizationConfig(double_quantization=config.double_quantization)
         swap_experts(model, settings, "meta", scheme=config.scheme)
@@ -138,8 +140,6 @@ class Nf4FolderQuantizer(HfQuantizer):
 
 
 def _linears_in(files: list[str]) -> set[str]:
-    from pathlib import Path
-
     return {
         key.removesuffix(STATE_SUFFIX)
         for file in files
@@ -163,9 +163,16 @@ def as_loaded(model: "PreTrainedModel") -> "LoadedModel":
     Raises:
         ValueError: the model was not loaded from an NF4 folder.
     """
+    from expertune.checkpoint.fingerprint import read_fingerprint
     from expertune.checkpoint.load import LoadedModel
+    from expertune.checkpoint.store import read_nf4_folder
 
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, Nf4FolderQuantizer):
         raise ValueError("the model was not loaded by transformers from an NF4 folder")
-    return LoadedModel(model, quantizer.names)
+    loaded = LoadedModel(model, quantizer.names)
+    if quantizer.folder is not None and (quantizer.folder / FOLDER_MARK).is_file():
+        stored = read_nf4_folder(quantizer.folder)
+        loaded.source = stored.source
+        loaded.fingerprint = read_fingerprint(stored.folder, stored.index.tensors, model, quantizer.names)
+    return loaded

@@ -183,6 +183,30 @@ def read_header(shard: Path) -> dict[str, TensorEntry]:
     Raises:
         CheckpointError: the file is missing, is no safetensors file, or is shorter than its header says.
     """
+    header, start, size = _parse_header(shard)
+    header.pop("__metadata__", None)
+    entries = [_entry(shard, key, value, start) for key, value in header.items()]
+    for entry in entries:
+        if entry.start + entry.nbytes > size:
+            raise CheckpointError(
+                f"{shard}: truncated: tensor {entry.key} ends at byte {entry.start + entry.nbytes}, the file has "
+                f"{size}; download it again"
+            )
+    return {entry.key: entry for entry in sorted(entries, key=lambda entry: entry.start)}
+
+
+def read_metadata(shard: Path) -> dict[str, str]:
+    """The free text entries of a safetensors file's header; empty where it has none.
+
+    Raises:
+        CheckpointError: the file is missing, or is no safetensors file.
+    """
+    metadata = _parse_header(shard)[0].get("__metadata__")
+    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
+
+
+def _parse_header(shard: Path) -> tuple[dict[str, Any], int, int]:
+    """The header's JSON, the byte at which the data begins, and the file's size."""
     try:
         size = shard.stat().st_size
         with shard.open("rb") as file:
@@ -193,21 +217,13 @@ def read_header(shard: Path) -> dict[str, TensorEntry]:
             header = json.loads(file.read(length), object_pairs_hook=_no_key_twice)
         if not isinstance(header, dict):
             raise ValueError("not a mapping of tensors")
+        return header, 8 + length, size
     except FileNotFoundError:
         raise CheckpointError(f"{shard}: shard is missing; download it again") from None
     except OSError as error:
         raise CheckpointError(f"{shard}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise CheckpointError(f"{shard}: the safetensors header is damaged ({error}); download it again") from None
-    header.pop("__metadata__", None)
-    entries = [_entry(shard, key, value, 8 + length) for key, value in header.items()]
-    for entry in entries:
-        if entry.start + entry.nbytes > size:
-            raise CheckpointError(
-                f"{shard}: truncated: tensor {entry.key} ends at byte {entry.start + entry.nbytes}, the file has "
-                f"{size}; download it again"
-            )
-    return {entry.key: entry for entry in sorted(entries, key=lambda entry: entry.start)}
 
 
 def _entry(shard: Path, key: str, value: dict, data_start: int) -> TensorEntry:

@@ -13,7 +13,7 @@ file, each at a multiple of 64 bytes, so that they can be mapped, or read at onc
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -262,18 +262,19 @@ def hash_file(path: Path) -> FileRecord:
     return FileRecord(digest.hexdigest(), size)
 
 
-def write_tensors(path: Path, tensors: Iterable[Outgoing]) -> FileRecord:
+def write_tensors(path: Path, tensors: Iterable[Outgoing], metadata: Mapping[str, str] | None = None) -> FileRecord:
     """Write a safetensors file beside `path`, then rename it; one tensor is asked for at a time.
 
-    The bytes depend on names, shapes and values only. Aligned tensors come first, in the order given, with tensors
-    named `padding.*` after them where their sizes leave a gap: the format allows no holes.
+    The bytes depend on names, shapes, values and `metadata` only: safetensors' own writer puts the entries of the
+    metadata into an order that differs from one process to the next. Aligned tensors come first, in the order given,
+    with tensors named `padding.*` after them where their sizes leave a gap: the format allows no holes.
 
     Raises:
         OSError: the file cannot be written; nothing of it is left.
         ValueError: a tensor that was handed over is not the one that was announced.
     """
     ordered = _in_file_order(list(tensors), path.stem)
-    header = _header(ordered)
+    header = _header(ordered, metadata or {})
     digest, size = hashlib.sha256(header), len(header)
     beside = path.with_name(f".{path.name}.tmp")
     try:
@@ -323,10 +324,10 @@ def _padding(name: str, nbytes: int) -> Outgoing:
     return Outgoing(name, torch.uint8, (nbytes,), lambda: torch.zeros(nbytes, dtype=torch.uint8))
 
 
-def _header(ordered: list[Outgoing]) -> bytes:
+def _header(ordered: list[Outgoing], metadata: Mapping[str, str]) -> bytes:
     """The safetensors header, filled up with blanks so that the data begins at a multiple of `ALIGNMENT`."""
     position = 0
-    values: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    values: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     for outgoing in ordered:
         end = position + outgoing.nbytes
         values[outgoing.name] = {

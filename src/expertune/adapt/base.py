@@ -1,0 +1,75 @@
+"""Whether an adapter belongs to the base model that it is put on.
+
+Shapes cannot tell: an adapter fits every model of its family and size, and one with more layers as well, of which it
+then leaves a part as it was. Adapters carry their base's fingerprint; those that carry none are held to the layers that
+they have tensors for.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from expertune.adapt.files import read_adapter_base, read_adapter_config
+from expertune.checkpoint.fingerprint import Fingerprint
+from expertune.checkpoint.targets import ResolvedTargets
+from expertune.errors import CheckpointError
+
+_LAYER = re.compile(r"(.*?\.\d+)\.(.+)")
+
+
+def require_same_base(
+    folder: str | Path, base: Fingerprint | None, model: str, allowed_by: str = "set lora.init_from_other_base: true"
+) -> None:
+    """Refuse an adapter that was trained on another base model.
+
+    Args:
+        folder: the adapter.
+        base: what identifies the model that it is to be put on; None where that is not known.
+        model: the model's name, for the message.
+        allowed_by: what a user does to have it all the same.
+
+    Raises:
+        CheckpointError: the bases differ; says in what, and which base the adapter names.
+    """
+    theirs = read_adapter_base(folder)
+    differences = theirs.differences(base) if theirs is not None and base is not None else []
+    if differences:
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        named = read_adapter_config(folder).get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{folder}: this adapter was trained on another base model than {model}: {'; '.join(differences[:3])}{more}"
+            f". Give the base that it was trained on ({named}), or {allowed_by} to put it on this one all the same"
+        )
+
+
+def require_every_layer(folder: str | Path, wanted: ResolvedTargets, held: ResolvedTargets) -> None:
+    """Refuse an adapter that leaves layers of the model out which have what it adapts in others.
+
+    Args:
+        folder: the adapter.
+        wanted: everything in the model that has the names which the adapter adapts.
+        held: what of it the adapter has tensors for.
+
+    Raises:
+        CheckpointError: a layer has nothing of it.
+    """
+    adapted = set(_places(held))
+    kinds = {kind for _, kind in adapted}
+    layers = {layer for layer, kind in _places(wanted) if kind in kinds}
+    left = sorted(layers - {layer for layer, _ in adapted}, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
+    if left:
+        raise CheckpointError(
+            f"{folder}: the adapter has no tensors for {len(left)} of {len(layers)} layers of this model, the first is "
+            f"{left[0]}: it was trained on another one. Give the base that it was trained on, or set "
+            "lora.init_from_other_base: true (--other-base for a run that is opened) to leave those layers as they are"
+        )
+
+
+def _places(targets: ResolvedTargets) -> Iterator[tuple[str, str]]:
+    """Of each target the layer, and its name within a layer."""
+    names = [*targets.linears, *targets.router]
+    names += [f"{module}.{projection}" for module, ranks in targets.experts.items() for projection in ranks]
+    for name in names:
+        found = _LAYER.fullmatch(name)
+        if found:
+            yield found[1], found[2]
