@@ -29,7 +29,7 @@ from expertune.data import (
     make_collator,
     make_dataset,
     plot_lengths,
-    prepare_rows,
+    prepare_run,
 )
 from expertune.finished import OpenRun, evaluate, generate, load_base, open_run, score_run
 from expertune.kernels import routes
@@ -148,8 +148,7 @@ def _finetune(
 def _prepare_data(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, output_dir: Path, record: RunRecord, console: Console
 ) -> tuple[TokenizedRows, TokenizedRows | None]:
-    train_rows = prepare_rows(config.data, "train", tokenizer)
-    eval_rows = prepare_rows(config.data, "eval", tokenizer) if config.data.eval else None
+    train_rows, eval_rows = prepare_run(config.data, tokenizer, record.values.get("data", {}))
     reports = {"train": train_rows.report, "eval": eval_rows.report if eval_rows else None}
     require_same_files(record, reports)
     record.update("data", **reports)

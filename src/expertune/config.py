@@ -17,7 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from expertune.errors import ConfigError
 
-DataFormat = Literal["auto", "dolly", "alpaca", "prompt-completion", "messages", "sharegpt", "text"]
+DataFormat = Literal[
+    "auto", "dolly", "alpaca", "prompt-completion", "prompt-completion-messages", "messages", "sharegpt", "text"
+]
 
 
 class _Loader(yaml.SafeLoader):

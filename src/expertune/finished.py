@@ -19,7 +19,15 @@ from expertune.checkpoint.hub import ModelSource, fetch_model
 from expertune.checkpoint.load import LoadedModel, fingerprint_of, load_model
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import DataConfig, LoraSection, RunConfig, recorded_config
-from expertune.data import TokenizedRows, encode_prompt, make_collator, make_dataset, prepare_rows, render_prompt
+from expertune.data import (
+    TokenizedRows,
+    encode_prompt,
+    make_collator,
+    make_dataset,
+    prepare_rows,
+    render_prompt,
+    settled,
+)
 from expertune.errors import CheckpointError, ConfigError
 from expertune.evaluation import evaluation_loss, score_task
 from expertune.generation import complete
@@ -51,8 +59,7 @@ class OpenRun:
     @property
     def data(self) -> DataConfig:
         """The data section with the layout and template that the training rows settled, so that no row is needed."""
-        report = self.record["data"]["train"]
-        return self.config.data.model_copy(update={"format": report["format"], "template": report["template"]})
+        return settled(self.config.data, self.record["data"]["train"])
 
 
 def open_run(
@@ -119,7 +126,7 @@ def evaluate(
     run = open_run(run_dir, adapter, trust_remote_code, other_base)
     if run.config.data.eval is None:
         raise ConfigError(f"{run_dir}: the run has no data.eval rows to evaluate on")
-    eval_rows = prepare_rows(run.config.data, "eval", run.tokenizer)
+    eval_rows = prepare_rows(settled(run.config.data, run.record["data"]["eval"]), "eval", run.tokenizer)
     dataset = make_dataset(eval_rows, run.config.data)
     collator = make_collator(run.config.data, run.tokenizer)
     result: dict[str, Any] = {"adapter": "none" if base_only else adapter or ADAPTER_FOLDER}

@@ -5,7 +5,7 @@ import pytest
 from expertune.config import DataConfig
 from expertune.data.formats import LAYOUTS, find_layout, rename
 from expertune.data.lint import RowError
-from expertune.data.messages import parse_messages, parse_sharegpt, until_last_answer
+from expertune.data.messages import parse_conversation, until_last_answer
 from expertune.errors import DataError
 
 
@@ -19,7 +19,7 @@ def layout(name="auto", columns=()):
         (["instruction", "context", "response", "category"], "dolly", "dolly"),
         (["instruction", "input", "output"], "alpaca", "alpaca"),
         (["instruction", "input", "output", "text"], "alpaca", "alpaca"),
-        (["prompt", "completion"], "prompt-completion", "plain"),
+        (["prompt", "completion"], "prompt-completion", "line-break"),
         (["question", "answer"], "prompt-completion", "question-answer"),
         (["prompt", "messages"], "messages", "chat"),
         (["id", "conversations"], "sharegpt", "chat"),
@@ -95,17 +95,17 @@ def test_real_openai_row_without_a_user_turn_still_has_an_answer(files):
 
 def test_real_typed_content_parts_are_read_where_they_are_text(files):
     row = json.loads((files / "reason-tool-use-first1.jsonl").read_text(encoding="utf-8"))
-    turns = parse_messages(row["messages"][:2])
+    turns = parse_conversation(row["messages"][:2])
     assert turns[1].content == "Can you track my recent refund?"
     with pytest.raises(RowError, match="message 3 has a content part of type 'reasoning'; only text"):
-        parse_messages(row["messages"])
+        parse_conversation(row["messages"])
     with pytest.raises(RowError, match="column tools holds functions"):
         layout("messages").read(row)
 
 
 def test_openai_text_parts_are_joined():
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
-    assert parse_messages([{"role": "user", "content": parts}])[0].content == "one two"
+    assert parse_conversation([{"role": "user", "content": parts}])[0].content == "one two"
 
 
 def test_sharegpt_speakers_become_roles(files):
@@ -133,16 +133,16 @@ def test_sharegpt_speakers_become_roles(files):
 )
 def test_malformed_conversation_says_which_message_and_why(value, message):
     with pytest.raises(RowError, match=message):
-        until_last_answer(parse_messages(value))
+        until_last_answer(parse_conversation(value))
 
 
 def test_unknown_sharegpt_speaker_is_an_error():
-    with pytest.raises(RowError, match="turn 1 is from the unknown 'narrator'"):
-        parse_sharegpt([{"from": "narrator", "value": "hi"}])
+    with pytest.raises(RowError, match="message 1 has the unknown role 'narrator'"):
+        parse_conversation([{"from": "narrator", "value": "hi"}])
 
 
 def test_turns_behind_the_last_answer_are_left_out():
-    turns = parse_messages([{"role": role, "content": "x"} for role in ("user", "assistant", "user")])
+    turns = parse_conversation([{"role": role, "content": "x"} for role in ("user", "assistant", "user")])
     assert [turn.role for turn in until_last_answer(turns)] == ["user", "assistant"]
 
 

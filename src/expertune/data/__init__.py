@@ -9,7 +9,7 @@ from expertune.data.collate import LeftPaddingCollator, PaddingFreeCollator, mak
 from expertune.data.encode import encode_prompt
 from expertune.data.lengths import plot_lengths
 from expertune.data.packing import make_dataset, pack_rows
-from expertune.data.prepare import prepare_rows, render_prompt
+from expertune.data.prepare import prepare_rows, prepare_run, render_prompt, settled
 from expertune.data.rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
 from expertune.data.template import shipped_templates
 
@@ -25,6 +25,8 @@ __all__ = [
     "pack_rows",
     "plot_lengths",
     "prepare_rows",
+    "prepare_run",
     "render_prompt",
+    "settled",
     "shipped_templates",
 ]

@@ -6,6 +6,7 @@ each rendering is a prefix of the next, which is checked.
 """
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import jinja2
@@ -14,7 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from expertune.data.formats import Example
 from expertune.data.lint import RowError
 from expertune.data.messages import Message
-from expertune.data.row_template import Rendered
+from expertune.data.row_template import Rendered, jinja_names
 from expertune.errors import ConfigError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -32,6 +33,8 @@ class ChatTemplate:
         ConfigError: the tokenizer has no chat template of its own.
     """
 
+    takes_messages = True
+
     def __init__(self, name: str, source: str | None, tokenizer: Any) -> None:
         self.name = name
         if source is None:
@@ -43,6 +46,7 @@ class ChatTemplate:
                     "file that loops over messages"
                 ) from None
         self._source = source
+        self.names = jinja_names(source)
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._eos = tokenizer.eos_token
 
@@ -59,7 +63,9 @@ class ChatTemplate:
             spans = self._spans_by_prefix(messages, text)
         if not spans:
             raise RowError(f"template {self.name} renders no assistant turn of this conversation")
-        return self._end(text, [self._up_to_eos(text, span) for span in spans])
+        trained, untrained = self._by_flag(messages, spans)
+        rendered = self._end(text, [self._up_to_eos(text, span) for span in trained])
+        return replace(rendered, untrained=untrained)
 
     def render_prompt(self, example: Example) -> str:
         """The conversation up to where the assistant's next turn starts.
@@ -78,7 +84,7 @@ class ChatTemplate:
         tracks = _GENERATION.search(self._source) is not None
         try:
             texts, spans = render_jinja_template(
-                conversations=[[{"role": message.role, "content": message.content} for message in messages]],
+                conversations=[[message.as_dict() for message in messages]],
                 chat_template=self._source,
                 return_assistant_tokens_mask=tracks,
                 add_generation_prompt=add_generation_prompt,
@@ -105,6 +111,21 @@ class ChatTemplate:
                 )
             spans.append((len(before), len(after)))
         return spans
+
+    def _by_flag(
+        self, messages: list[Message], spans: list[tuple[int, int]]
+    ) -> tuple[list[tuple[int, int]], tuple[tuple[int, int], ...]]:
+        """The turns that are trained, and those that the data exclude."""
+        flags = [message.trained for message in messages if message.role == "assistant"]
+        if all(flags):
+            return spans, ()
+        if len(flags) != len(spans):
+            raise RowError(
+                f"template {self.name} marks {len(spans)} parts for {len(flags)} assistant turns, so the turns that "
+                "are flagged not to be trained cannot be found among them; set data.template to chatml"
+            )
+        pairs = list(zip(spans, flags, strict=True))
+        return [span for span, flag in pairs if flag], tuple(span for span, flag in pairs if not flag)
 
     def _up_to_eos(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
         # Many templates end a turn in EOS and a line break; generation stops at EOS, so the break is never written.

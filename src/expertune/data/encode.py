@@ -74,11 +74,12 @@ def encode_row(rendered: Rendered, train_on: str, tokenizer: Any) -> tuple[list[
     lead = _lead(piece.ids, tokenizer)
     labels = [IGNORE_INDEX] * len(lead)
     for token_id, begin in zip(piece.ids, piece.starts, strict=True):
-        trained = any(start <= begin < end for start, end in rendered.spans)
-        labels.append(token_id if trained else IGNORE_INDEX)
+        trained = train_on == "all" or any(start <= begin < end for start, end in rendered.spans)
+        excluded = any(start <= begin < end for start, end in rendered.untrained)
+        labels.append(token_id if trained and not excluded else IGNORE_INDEX)
     input_ids = lead + piece.ids
     if train_on == "all":
-        labels = list(input_ids)
+        labels[: len(lead)] = lead
     # Nothing stands before the first token that it could be predicted from.
     labels[:1] = [IGNORE_INDEX] * len(labels[:1])
     if rendered.append_eos:

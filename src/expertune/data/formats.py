@@ -1,7 +1,7 @@
 """Row layouts: how a row's columns become a prompt and an answer, or a conversation.
 
-Every layout but `messages` and `sharegpt` also offers its row under the names `prompt` and `completion`, so that any
-template written for these two (`plain`, `viggo`, a user's own) works on all of them.
+Every layout that is not a conversation also offers its row under the names `prompt` and `completion`, so that any
+template written for these two (`line-break`, `viggo`, a user's own) works on all of them.
 """
 
 from collections.abc import Collection, Mapping
@@ -9,9 +9,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from expertune.config import DataConfig
-from expertune.data.lint import RowError, check_answer
-from expertune.data.messages import Message, parse_messages, parse_sharegpt, until_last_answer
+from expertune.data.lint import FlaggedError, RowError, check_answer
+from expertune.data.messages import (
+    FLAGS,
+    Message,
+    is_conversation,
+    parse_conversation,
+    says_untrained,
+    until_last_answer,
+)
 from expertune.errors import DataError
+
+SYSTEM = ("system", "system_prompt", "system_message")
+HISTORY = "history"
+_TOOLS = ("tools", "functions")
+# Flags of a whole example as numbers too; `loss` and `training` only as booleans, for they may be measured there.
+_NUMERIC_FLAGS = ("weight", "train", "trainable")
 
 
 @dataclass(frozen=True)
@@ -22,11 +35,22 @@ class Example:
         values: column -> value; empty for conversations.
         answers: the names in `values` that hold the answer.
         messages: the row as a conversation, None where it has no prompt (plain text).
+        columns: the columns that `messages` were made of.
     """
 
     values: Mapping[str, Any]
     answers: tuple[str, ...]
     messages: list[Message] | None
+    columns: frozenset[str] = frozenset()
+
+    @property
+    def has_empty_prompt(self) -> bool:
+        """Whether the first answer follows nothing, or a user's turn holds no text."""
+        if self.messages is None:
+            return False
+        first = next((i for i, turn in enumerate(self.messages) if turn.role == "assistant"), len(self.messages))
+        silent = any(turn.role == "user" and not turn.content.strip() for turn in self.messages)
+        return silent or not any(turn.content.strip() for turn in self.messages[:first])
 
 
 @dataclass(frozen=True)
@@ -39,6 +63,7 @@ class Layout:
         answer: the column that holds the answer, or the conversation.
         optional: those of `prompt` that a row may lack.
         template: the template where `data.template` names none.
+        is_conversation: whether the columns hold lists of turns.
     """
 
     name: str
@@ -46,16 +71,12 @@ class Layout:
     answer: str
     template: str
     optional: tuple[str, ...] = ()
+    is_conversation: bool = False
 
     @property
     def needed(self) -> tuple[str, ...]:
         """The columns that every row must have."""
         return (*(name for name in self.prompt if name not in self.optional), self.answer)
-
-    @property
-    def is_conversation(self) -> bool:
-        """Whether a row is a list of messages."""
-        return self.name in ("messages", "sharegpt")
 
     @property
     def main_column(self) -> str:
@@ -67,13 +88,19 @@ class Layout:
 
         Raises:
             RowError: a column is missing or of the wrong type, the answer is empty, or a conversation is malformed.
+            FlaggedError: the row, or every answer in it, is flagged not to be trained.
         """
         if missing := [name for name in self.needed if name not in row]:
             raise RowError(f"column {missing[0]} is missing; the row has {_names(row)}")
+        for name in FLAGS:
+            if _is_off(name, row.get(name)) and not any(row[name] is row[column] for column in self.needed):
+                raise FlaggedError(f"{name} is {row[name]!r}")
         if self.is_conversation:
-            if row.get("tools"):
-                raise RowError("column tools holds functions, which are not supported; drop the row or the column")
-            return Example({}, (), until_last_answer(self._parse(row[self.answer])))
+            if tools := [name for name in _TOOLS if row.get(name)]:
+                raise RowError(
+                    f"column {tools[0]} holds functions, which are not supported; drop the row or the column"
+                )
+            return self._conversation(row, until_last_answer([*self._question(row), *self._answer(row)]))
         answer = _text(row, self.answer)
         check_answer(self.answer, answer)
         return self._example(row, answer)
@@ -88,56 +115,86 @@ class Layout:
             raise RowError(f"column {missing[0]} is missing; the question has {_names(row)}")
         if not self.is_conversation:
             return self._example(row, "")
-        value = row[self.answer]
-        return Example({}, (), [Message("user", value)] if isinstance(value, str) else self._parse(value))
+        return self._conversation(row, self._question(row) if self.prompt else _turns(row, self.answer, "user"))
 
-    def _parse(self, value: Any) -> list[Message]:
-        return parse_messages(value) if self.name == "messages" else parse_sharegpt(value)
+    def _question(self, row: Mapping[str, Any]) -> list[Message]:
+        """Turns in a column of their own: all of them are context, so none is trained."""
+        turns = _turns(row, self.prompt[0], "user") if self.prompt else []
+        return [Message(turn.role, turn.content, trained=False, extra=turn.extra) for turn in turns]
+
+    def _answer(self, row: Mapping[str, Any]) -> list[Message]:
+        if self.prompt:
+            return _turns(row, self.answer, "assistant")
+        return parse_conversation(row[self.answer], self.answer)
+
+    def _conversation(self, row: Mapping[str, Any], turns: list[Message]) -> Example:
+        column, system = _system(row)
+        if system and (own := [turn.content for turn in turns if turn.role in ("system", "developer")]):
+            if own[0].strip() != system.strip():
+                raise RowError(f"column {column} and the conversation have different system prompts; keep one of them")
+        elif system:
+            turns = [Message("system", system), *turns]
+        used = {*self.prompt, self.answer} | ({column} if system else set())
+        return Example({}, (), turns, frozenset(used))
 
     def _example(self, row: Mapping[str, Any], answer: str) -> Example:
         parts = {name: _text(row, name) for name in self.prompt}
         prompt = "\n\n".join(part for part in parts.values() if part)
-        messages = [Message("user", prompt), Message("assistant", answer)] if self.prompt else None
+        column, system = _system(row)
+        history = _history(row.get(HISTORY))
         # A file may have columns of its own called prompt or completion; those are what its templates mean then.
         answers = (self.answer,) if "completion" in row else tuple({self.answer: None, "completion": None})
         values = {"prompt": prompt, "completion": answer, **row, **parts, self.answer: answer}
-        return Example(values, answers, messages)
+        if system:
+            values["system"] = system
+        if not self.prompt:
+            return Example(values, answers, None)
+        turns = [Message("system", system)] if system else []
+        turns += [*history, Message("user", prompt), Message("assistant", answer)]
+        used = {*self.prompt, self.answer} | ({column} if system else set()) | ({HISTORY} if history else set())
+        return Example(values, answers, turns, frozenset(used))
 
 
 LAYOUTS = (
-    Layout("messages", (), "messages", "chat"),
-    Layout("sharegpt", (), "conversations", "chat"),
+    Layout("messages", (), "messages", "chat", is_conversation=True),
+    Layout("sharegpt", (), "conversations", "chat", is_conversation=True),
     Layout("dolly", ("instruction", "context"), "response", "dolly", optional=("context",)),
     Layout("alpaca", ("instruction", "input"), "output", "alpaca", optional=("input",)),
-    Layout("prompt-completion", ("prompt",), "completion", "plain"),
+    Layout("prompt-completion", ("prompt",), "completion", "line-break"),
     Layout("prompt-completion", ("question",), "answer", "question-answer"),
+    Layout("prompt-completion-messages", ("prompt",), "completion", "chat", is_conversation=True),
     Layout("text", (), "text", "plain"),
 )
 """Every layout. `auto` takes the first whose needed columns are there, so the more telling ones come first."""
 
+_IN_TURNS = next(layout for layout in LAYOUTS if layout.name == "prompt-completion-messages")
 
-def find_layout(data: DataConfig, columns: Collection[str], source: str = "data.train") -> Layout:
-    """The layout that `data.format` names, or that the columns of the first row show.
+
+def find_layout(
+    data: DataConfig, columns: Collection[str], source: str = "data.train", turns: Collection[str] = ()
+) -> Layout:
+    """The layout that `data.format` names, or that the columns show.
 
     Args:
         data: the run's data section.
         columns: column names after `rename`.
         source: how the error calls the source.
+        turns: those of `columns` that hold lists of turns.
 
     Raises:
         DataError: `auto` recognises none; names the columns found and the ways out.
     """
     candidates = [layout for layout in LAYOUTS if data.format in ("auto", layout.name)]
-    for layout in candidates:
-        if all(name in columns for name in layout.needed):
-            return layout
-    if data.format != "auto":
-        return candidates[0]
-    known = "; ".join(f"{layout.name} ({', '.join(layout.needed)})" for layout in LAYOUTS)
-    raise DataError(
-        f"{source}: no layout fits the columns {_names(columns)}. Set data.format, or name your columns under "
-        f"data.columns, e.g. {{prompt: your_question, completion: your_answer}}. Known: {known}"
-    )
+    fitting = [layout for layout in candidates if all(name in columns for name in layout.needed)]
+    # What the user has named goes before what the file happens to hold besides.
+    named = [layout for layout in fitting if any(name in data.columns for name in (*layout.prompt, layout.answer))]
+    if not fitting:
+        if data.format != "auto":
+            return candidates[0]
+        raise DataError(f"{source}: {_no_layout(columns, turns)}")
+    layout = (named or fitting)[0]
+    in_turns = (layout.prompt, layout.answer) == (_IN_TURNS.prompt, _IN_TURNS.answer)
+    return _IN_TURNS if in_turns and {"prompt", "completion"} & set(turns) else layout
 
 
 def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -156,14 +213,82 @@ def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
     return {**row, **{ours: row[theirs] for ours, theirs in columns.items()}}
 
 
+def _no_layout(columns: Collection[str], turns: Collection[str]) -> str:
+    """What the columns that no layout fits seem to be, and the way out."""
+    found = f"no layout fits the columns {_names(columns)}. "
+    if turns:
+        other = sorted(turns)[0]
+        return f"{found}Column {other} holds turns: set data.columns: {{messages: {other}}}"
+    if "role" in columns or "from" in columns:
+        return f"{found}The rows are single messages; {WHOLE_CONVERSATIONS}"
+    if {"chosen", "rejected"} <= set(columns):
+        return (
+            f"{found}The rows are preferences, which are not supported; to train on the chosen answers alone, set "
+            "data.columns: {prompt: prompt, completion: chosen}"
+        )
+    known = "; ".join(f"{layout.name} ({', '.join(layout.needed)})" for layout in LAYOUTS)
+    return (
+        f"{found}Set data.format, or name your columns under data.columns, e.g. {{prompt: your_question, "
+        f"completion: your_answer}}. Known: {known}"
+    )
+
+
+WHOLE_CONVERSATIONS = (
+    'put each conversation into one row: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", '
+    '"content": "..."}]}'
+)
+
+
+def _turns(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
+    value = row[name]
+    return [Message(role, value)] if isinstance(value, str) else parse_conversation(value, name)
+
+
+def _system(row: Mapping[str, Any]) -> tuple[str, str]:
+    """The column that holds a system prompt, and the prompt; two empty texts where there is none."""
+    for name in SYSTEM:
+        text = row.get(name)
+        if isinstance(text, str) and text.strip():
+            return name, text
+    return "", ""
+
+
+def _history(value: Any) -> list[Message]:
+    """Earlier turns as LLaMA-Factory's alpaca rows hold them: pairs of a question and an answer."""
+    if not isinstance(value, list):
+        return []
+    turns = []
+    for pair in value:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            return []
+        turns += [Message("user", pair[0]), Message("assistant", pair[1])]
+    return turns
+
+
+def _is_off(name: str, value: Any) -> bool:
+    """Whether a row's own flag leaves it out. What is no flag by its value (a weight in kilograms) is left alone."""
+    if isinstance(value, bool):
+        return not value
+    if name not in _NUMERIC_FLAGS or value is None or isinstance(value, list | dict):
+        return False
+    try:
+        return says_untrained(name, value)
+    except RowError:
+        return False
+
+
 def _text(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     if value is None:
         # CSV and Parquet write "nothing here" as null; an answer that is null is caught as an empty one.
         return ""
     if not isinstance(value, str):
-        raise RowError(f"column {name} is {type(value).__name__}, not text; write it as a string")
+        raise RowError(f"column {name} is {_kind(value)}, not text; write it as a string")
     return value
+
+
+def _kind(value: Any) -> str:
+    return "a list of turns" if is_conversation(value) else type(value).__name__
 
 
 def _names(columns: Collection[str]) -> str:

@@ -18,6 +18,10 @@ class RowError(DataError):
     """One row cannot be used. The message says what is wrong and how to mend it; the place is added later."""
 
 
+class FlaggedError(RowError):
+    """The data's own flags say that nothing of the example is trained: it is left out and counted, not refused."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """A row that failed: its place and what is wrong with it."""

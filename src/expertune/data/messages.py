@@ -1,82 +1,123 @@
-"""Conversations: OpenAI's `messages` and ShareGPT's `conversations` as one list of messages."""
+"""Conversations as one list of messages, whether a file calls them `messages` (OpenAI) or `conversations` (ShareGPT).
+
+A turn is `{role, content}` or `{from, value}` under either column: which of the two it is shows from its keys.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from expertune.data.lint import RowError, check_answer
+from expertune.data.lint import FlaggedError, RowError, check_answer
 
-_SHAREGPT_ROLES = {
+_ROLES = {
     "system": "system",
-    "human": "user",
+    "developer": "developer",
     "user": "user",
+    "human": "user",
+    "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
-    "assistant": "assistant",
 }
-_ROLES = ("system", "developer", "user", "assistant")
-_UNSUPPORTED = ("tool_calls", "function_call", "weight")
+_UNSUPPORTED = ("tool_calls", "function_call", "train_detail")
+# OpenAI and Mistral write `weight`, ms-swift `loss`, Axolotl `train` or `training`.
+FLAGS = ("weight", "loss", "train", "training", "trainable")
+_OWN_KEYS = frozenset({"role", "from", "content", "value", *FLAGS, *_UNSUPPORTED})
+_NO = frozenset({"0", "0.0", "false", "no"})
+_YES = frozenset({"1", "1.0", "true", "yes"})
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: its role (`system`, `developer`, `user`, `assistant`) and its text."""
+    """One turn.
+
+    Attributes:
+        role: `system`, `developer`, `user` or `assistant`.
+        content: its text.
+        trained: whether an assistant's turn may take a loss; False where the data say so, or where it is context.
+        extra: what else the turn has (`reasoning_content`, `name`); a chat template may use it.
+    """
 
     role: str
     content: str
+    trained: bool = True
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The turn as chat templates take it."""
+        return {**self.extra, "role": self.role, "content": self.content}
 
 
-def parse_messages(value: Any) -> list[Message]:
-    """Read OpenAI's layout: objects with `role` and `content` (a string or a list of text parts).
+def parse_conversation(value: Any, column: str = "messages") -> list[Message]:
+    """Read a list of turns.
 
-    Raises:
-        RowError: not a list of such objects, an unknown role, or a part that is not text.
-    """
-    turns = []
-    for number, item in enumerate(_items("messages", value), start=1):
-        for name in _UNSUPPORTED:
-            if item.get(name) is not None:
-                raise RowError(f"message {number} has {name}, which is not supported; take it out or drop the row")
-        role = item.get("role")
-        if role not in _ROLES:
-            raise RowError(f"message {number} has the unknown role {role!r}; known: {', '.join(_ROLES)}")
-        turns.append(Message(role, _content(number, item.get("content"))))
-    return turns
-
-
-def parse_sharegpt(value: Any) -> list[Message]:
-    """Read ShareGPT's layout: objects with `from` and `value`.
+    Args:
+        value: objects with `role` and `content`, or with `from` and `value`; the text is a string or a list of text
+            parts. A turn may carry a flag (`weight`, `loss`, `train`) that says whether it is trained.
+        column: how errors call the list.
 
     Raises:
-        RowError: not a list of such objects, or an unknown speaker.
+        RowError: not a list of such objects, an unknown role, a part that is not text, or a flag that is neither 0
+            nor 1.
     """
-    turns = []
-    for number, item in enumerate(_items("conversations", value), start=1):
-        speaker = item.get("from")
-        if speaker not in _SHAREGPT_ROLES:
-            raise RowError(f"turn {number} is from the unknown {speaker!r}; known: {', '.join(_SHAREGPT_ROLES)}")
-        turns.append(Message(_SHAREGPT_ROLES[speaker], _content(number, item.get("value"))))
-    return turns
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise RowError(f"column {column} must be a list of objects, got {type(value).__name__}")
+    return [_message(number, item) for number, item in enumerate(value, start=1)]
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a value is a list of turns, by its shape."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, dict) and bool({"role", "from"} & item.keys()) for item in value)
+    )
+
+
+def says_untrained(name: str, value: Any) -> bool:
+    """Whether a flag says that its turn or example takes no loss.
+
+    Raises:
+        RowError: it says neither yes nor no; a weight in between is not supported.
+    """
+    text = str(value).strip().lower()
+    if text in _NO:
+        return True
+    if text in _YES:
+        return False
+    raise RowError(f"{name} is {value!r}; only 0 and 1 (false and true) are supported: take it out or round it")
 
 
 def until_last_answer(turns: list[Message]) -> list[Message]:
-    """A conversation up to its last assistant turn; what follows leads to nothing that could be learnt.
+    """A conversation up to the last assistant turn that is trained; what follows leads to nothing to be learnt.
 
     Raises:
-        RowError: there is no assistant turn, or one is empty.
+        RowError: there is no assistant turn, or one that is trained is empty.
+        FlaggedError: every assistant turn is flagged not to be trained.
     """
-    answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
-    if not answers:
+    if not any(turn.role == "assistant" for turn in turns):
         raise RowError("no assistant turn, so there is nothing to train on; add one or delete the row")
+    answers = [index for index, turn in enumerate(turns) if turn.role == "assistant" and turn.trained]
+    if not answers:
+        raise FlaggedError("every assistant turn is flagged not to be trained")
     for index in answers:
         check_answer(f"assistant message {index + 1}", turns[index].content)
     return turns[: answers[-1] + 1]
 
 
-def _items(column: str, value: Any) -> list[Mapping[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise RowError(f"column {column} must be a list of objects, got {type(value).__name__}")
-    return value
+def _message(number: int, item: Mapping[str, Any]) -> Message:
+    for name in _UNSUPPORTED:
+        if item.get(name):
+            raise RowError(f"message {number} has {name}, which is not supported; take it out or drop the row")
+    # Parquet and `datasets` give every turn the keys of all turns, null where a turn lacks one.
+    speaker = item.get("role") if item.get("role") is not None else item.get("from")
+    role = _ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise RowError(f"message {number} has the unknown role {speaker!r}; known: {', '.join(_ROLES)}")
+    content = item.get("content") if item.get("content") is not None else item.get("value")
+    flags = {name: item[name] for name in FLAGS if item.get(name) is not None}
+    trained = not any(says_untrained(f"{name} of message {number}", value) for name, value in flags.items())
+    extra = {name: value for name, value in item.items() if name not in _OWN_KEYS and value is not None}
+    return Message(role, _content(number, content), trained, extra)
 
 
 def _content(number: int, content: Any) -> str:

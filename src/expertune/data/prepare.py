@@ -4,13 +4,24 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from expertune.config import DataConfig
+from expertune.data.columns import ColumnUse
 from expertune.data.encode import check_tokenizer, encode_row
 from expertune.data.formats import LAYOUTS, Layout, find_layout, rename
-from expertune.data.lint import Problem, RowError, check_answer, check_tokens, check_unicode, skip_report, stop_or_skip
+from expertune.data.lint import (
+    FlaggedError,
+    Problem,
+    RowError,
+    check_answer,
+    check_tokens,
+    check_unicode,
+    skip_report,
+    stop_or_skip,
+)
+from expertune.data.messages import is_conversation
 from expertune.data.row_template import Rendered, Template
 from expertune.data.rows import IGNORE_INDEX, TokenizedRow, TokenizedRows, length_summary
 from expertune.data.sources import Source, read_source
-from expertune.data.template import load_template
+from expertune.data.template import default_template, is_own_file, load_template
 from expertune.errors import ConfigError, DataError
 
 
@@ -35,19 +46,67 @@ def prepare_rows(data: DataConfig, which: Literal["train", "eval"], tokenizer: A
     if spec is None:
         raise ConfigError("data.eval names no rows; set it to a file, a hub dataset or a slice of one")
     source = read_source(spec)
-    layout = _layout(source, data)
-    template = load_template(data.template, layout, tokenizer)
-    rows, problems = [], []
+    layout, template = _choose(source, data, tokenizer)
+    use = ColumnUse(data, layout, template, is_own_file(data.template))
+    rows, problems, num_flagged = [], [], 0
     for row in source.rows:
         try:
             if row.values is None:
                 raise RowError(row.problem)
             example = layout.read(rename(row.values, data.columns))
-            rows.append(_tokenized(template.render(example), row.place, data, tokenizer))
+            rendered = template.render(example)
+            use.add(row.values, example, rendered.text, row.place)
+            rows.append(_tokenized(rendered, row.place, data, tokenizer))
+        except FlaggedError:
+            num_flagged += 1
         except RowError as error:
             problems.append(Problem(row.place, str(error)))
-    stop_or_skip(problems, len(source.rows), spec, data.on_error)
-    return TokenizedRows(rows, _report(source, layout, template, data, rows) | skip_report(problems))
+    use.require_fit(source.name)
+    stop_or_skip(problems, len(rows) + len(problems), spec, data.on_error)
+    if not rows:
+        raise DataError(f"{spec}: all {num_flagged} examples are flagged not to be trained; nothing is left")
+    report = _report(source, layout, template, data, rows) | use.report() | {"num_flagged": num_flagged}
+    return TokenizedRows(rows, report | skip_report(problems))
+
+
+def prepare_run(
+    data: DataConfig, tokenizer: Any, earlier: Mapping[str, Any] | None = None
+) -> tuple[TokenizedRows, TokenizedRows | None]:
+    """The training and the evaluation rows of a run, both through one template.
+
+    Args:
+        data: the run's data section.
+        tokenizer: see `prepare_rows`.
+        earlier: reports of the same run by part, from its record, where it is resumed.
+
+    Returns:
+        The training rows, and the evaluation rows where the run has any.
+
+    Raises:
+        DataError, ConfigError: see `prepare_rows`.
+    """
+    before, named = earlier or {}, data.format
+    if report := before.get("train"):
+        data = settled(data, report)
+    train = prepare_rows(data, "train", tokenizer)
+    if data.eval is None:
+        return train, None
+    # Only the template: evaluation rows may have columns of their own, but a loss is of the form that was trained.
+    update = {"template": train.report["template"], "format": (before.get("eval") or {}).get("format", named)}
+    return train, prepare_rows(data.model_copy(update=update), "eval", tokenizer)
+
+
+def settled(data: DataConfig, report: Mapping[str, Any]) -> DataConfig:
+    """A run's data section with the layout and template that its rows were read with.
+
+    What is read again later (to resume, to evaluate, to ask a question) must not be chosen anew, by other rows or by
+    the defaults of another version.
+
+    Args:
+        data: the data section as the run file has it.
+        report: the report of the rows, from `prepare_rows` or a record.
+    """
+    return data.model_copy(update={"format": report["format"], "template": report["template"]})
 
 
 def render_prompt(values: Mapping[str, Any] | str, data: DataConfig, tokenizer: Any) -> str:
@@ -69,9 +128,11 @@ def render_prompt(values: Mapping[str, Any] | str, data: DataConfig, tokenizer: 
     """
     named = [layout for layout in LAYOUTS if layout.name == data.format]
     # Two kinds of columns go by one name, which matters only for the default template.
-    decided = len(named) == 1 or (named and data.template)
-    layout = named[0] if decided else _layout(read_source(data.train), data)
-    template = load_template(data.template, layout, tokenizer)
+    decided = bool(named) and (len(named) == 1 or data.template is not None)
+    if decided:
+        layout, template = named[0], load_template(data.template, named[0], tokenizer)
+    else:
+        layout, template = _choose(read_source(data.train), data, tokenizer)
     row = {layout.main_column: values} if isinstance(values, str) else dict(values)
     for ours, theirs in data.columns.items():
         # A question may be given under our names or the file's, and a template may use either.
@@ -82,12 +143,22 @@ def render_prompt(values: Mapping[str, Any] | str, data: DataConfig, tokenizer: 
     return template.render_prompt(layout.read_question(row))
 
 
-def _layout(source: Source, data: DataConfig) -> Layout:
-    for row in source.rows:
-        if row.values is not None:
-            return find_layout(data, [*row.values, *data.columns], source.name)
-    first = source.rows[0]
-    raise DataError(f"{source.name}: not one of {len(source.rows)} rows can be read; {first.place}: {first.problem}")
+def _choose(source: Source, data: DataConfig, tokenizer: Any) -> tuple[Layout, Template]:
+    """The layout by the first row that could be read, and the template by all of them."""
+    rows = [row.values | _renamed(row.values, data) for row in source.rows if row.values is not None]
+    if not rows:
+        first = source.rows[0]
+        raise DataError(
+            f"{source.name}: not one of {len(source.rows)} rows can be read; {first.place}: {first.problem}"
+        )
+    turns = {name for row in rows for name, value in row.items() if is_conversation(value)}
+    layout = find_layout(data, [*rows[0], *data.columns], source.name, turns)
+    return layout, load_template(data.template or default_template(layout, rows), layout, tokenizer)
+
+
+def _renamed(row: Mapping[str, Any], data: DataConfig) -> dict[str, Any]:
+    """Our names of a row's columns; a column that is missing is an error of its row, later."""
+    return {ours: row[theirs] for ours, theirs in data.columns.items() if theirs in row}
 
 
 def _tokenized(rendered: Rendered, place: str, data: DataConfig, tokenizer: Any) -> TokenizedRow:

@@ -27,23 +27,45 @@ class Rendered:
         text: the whole row.
         spans: (start, end) in characters of each trained part, in order; the last one starts where the prompt ends.
         append_eos: whether the tokenizer's EOS still has to follow the text.
+        untrained: (start, end) of answers that take no loss, even where the loss is taken on the whole row.
     """
 
     text: str
     spans: list[tuple[int, int]]
     append_eos: bool
+    untrained: tuple[tuple[int, int], ...] = ()
 
 
 class Template(Protocol):
-    """What renders a row: a Jinja file over its columns, or a chat template over its messages."""
+    """What renders a row: a Jinja file over its columns, or a chat template over its messages.
+
+    Attributes:
+        name: how messages and the record call it.
+        names: every name and key that its Jinja text uses.
+        takes_messages: whether it renders the row as a conversation, and not column by column.
+    """
 
     name: str
+    names: frozenset[str]
+    takes_messages: bool
 
     def render(self, example: Example) -> Rendered:
         """The row as text, with its trained parts. Raises RowError where the row cannot be rendered."""
 
     def render_prompt(self, example: Example) -> str:
         """Only what stands in front of the answer, for generation. Raises RowError likewise."""
+
+
+def jinja_names(source: str) -> frozenset[str]:
+    """Every name, attribute and string key in a Jinja text; none where it cannot be read.
+
+    Lexed, not parsed: chat templates may hold tags that only transformers knows, such as `{% generation %}`.
+    """
+    try:
+        tokens = list(jinja2.Environment().lex(source))
+    except jinja2.TemplateSyntaxError:
+        return frozenset()
+    return frozenset(value.strip("'\"") for _, kind, value in tokens if kind in ("name", "string"))
 
 
 class RowTemplate:
@@ -57,8 +79,11 @@ class RowTemplate:
         ConfigError: the text is not valid Jinja.
     """
 
+    takes_messages = False
+
     def __init__(self, name: str, source: str) -> None:
         self.name = name
+        self.names = jinja_names(source)
         # Sandboxed because a template may come with a downloaded run file; strict because a misspelt column must
         # not read as an empty one.
         environment = ImmutableSandboxedEnvironment(

@@ -1,15 +1,14 @@
 """Which template renders a run's rows: one that ships with Expertune, a user's Jinja file, or the tokenizer's own."""
 
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from expertune.data.chat_template import ChatTemplate
 from expertune.data.formats import Layout
-from expertune.data.row_template import RowTemplate, Template
+from expertune.data.row_template import RowTemplate, Template, jinja_names
 from expertune.errors import ConfigError
 
 
@@ -17,7 +16,7 @@ def load_template(name: str | None, layout: Layout, tokenizer: Any) -> Template:
     """The template of a run.
 
     Args:
-        name: `DataConfig.template`; None means the layout's own.
+        name: `DataConfig.template`, or what `default_template` chose; None means the layout's own.
         layout: the layout of the rows.
         tokenizer: a transformers tokenizer.
 
@@ -26,7 +25,7 @@ def load_template(name: str | None, layout: Layout, tokenizer: Any) -> Template:
     """
     name = name or layout.template
     source = None if name == "chat" else _read_template(name)
-    if source is None or _uses_messages(source):
+    if source is None or "messages" in jinja_names(source):
         if not layout.is_conversation and not layout.prompt:
             raise ConfigError(f"data.template: {name} needs a prompt and an answer; {layout.name} rows hold only text")
         return ChatTemplate(name, source, tokenizer)
@@ -36,6 +35,31 @@ def load_template(name: str | None, layout: Layout, tokenizer: Any) -> Template:
             "use chat, chatml, or a Jinja file that loops over messages"
         )
     return RowTemplate(name, source)
+
+
+def default_template(layout: Layout, rows: Iterable[Mapping[str, Any]]) -> str:
+    """The template of rows where `data.template` names none.
+
+    Rows of a prompt and a completion that bring the white space between the two themselves, as TRL and OpenAI's older
+    fine-tuning files do, are taken as they are. The choice is one for all rows: a prompt must read the same whether or
+    not its answer is known.
+
+    Args:
+        layout: the layout of the rows.
+        rows: every row that could be read, after `rename`.
+    """
+    if layout.template != "line-break":
+        return layout.template
+    pairs = [(row.get(layout.prompt[0]), row.get(layout.answer)) for row in rows]
+    texts = [(prompt, answer) for prompt, answer in pairs if isinstance(prompt, str) and isinstance(answer, str)]
+    texts = [(prompt, answer) for prompt, answer in texts if prompt and answer]
+    spaced = all(prompt[-1].isspace() or answer[0].isspace() for prompt, answer in texts)
+    return "plain" if texts and spaced else layout.template
+
+
+def is_own_file(name: str | None) -> bool:
+    """Whether `data.template` names a file of the user's."""
+    return name is not None and name != "chat" and name not in shipped_templates()
 
 
 def shipped_templates() -> list[str]:
@@ -54,15 +78,6 @@ def _read_template(name: str) -> str:
             f"data.template: {name} is neither a template of Expertune (chat, {', '.join(shipped)}) nor a Jinja file "
             f"that can be read ({error})"
         ) from None
-
-
-def _uses_messages(source: str) -> bool:
-    # Lexed, not parsed: chat templates may hold tags that only transformers knows, such as {% generation %}.
-    try:
-        tokens = list(jinja2.Environment().lex(source))
-    except jinja2.TemplateSyntaxError:
-        return False
-    return any(kind == "name" and value == "messages" for _, kind, value in tokens)
 
 
 def _folder() -> Traversable:
