@@ -34,29 +34,31 @@ _FLOAT32_LOSS_ERROR = 2e-4
 
 
 def run(args: argparse.Namespace, out: Record) -> None:
-    """Train first; what only reads the run, and runs that stand apart, then go side by side."""
+    """Every check side by side, in processes of their own; what reads the trained run waits for it."""
     work = Path(tempfile.mkdtemp(prefix="campaign-product-"))
     product = _Product(work, out.device, 4 if args.small else 40, out.path.with_name("product.log"))
-    try:
-        out.item("doctor", lambda: product.doctor())
-        if out.item("train", product.train) is None:
-            return
-        beside = {
-            "evaluate": product.evaluate,
-            "generate": product.generate,
-            "resume": product.resume,
-            "placement": product.placement,
-            "float32 against the CPU": product.against_cpu,
-            "stock transformers": product.stock_transformers,
-            "plan": product.plan,
-        }
-        # One item after the other in the record, whatever order they end in.
-        with ThreadPoolExecutor(4) as pool:
-            pending = {name: pool.submit(check) for name, check in beside.items()}
+    apart = {
+        "doctor": product.doctor,
+        "train": product.train,
+        "placement": product.placement,
+        "float32 against the CPU": product.against_cpu,
+        "optimizers": product.optimizers,
+        "stock transformers": product.stock_transformers,
+        "plan": product.plan,
+    }
+    of_the_run = {"evaluate": product.evaluate, "generate": product.generate, "resume": product.resume}
+    # On a CPU each process takes all cores by itself.
+    with ThreadPoolExecutor(12 if out.device.type == "cuda" else 1) as pool:
+        try:
+            pending = {name: pool.submit(check) for name, check in apart.items()}
+            if out.item("train", pending.pop("train").result) is not None:
+                pending |= {name: pool.submit(check) for name, check in of_the_run.items()}
+            # One item after the other in the record, whatever order they end in.
             for name, future in pending.items():
                 out.item(name, future.result)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            shutil.rmtree(work, ignore_errors=True)
 
 
 class CommandError(Exception):
@@ -128,11 +130,12 @@ class _Product:
         """Experts on the device, in host memory and on disk, from an NF4 folder: the same losses to the bit."""
         folder = self.work / "nf4"
         self._command("quantize", str(_MODEL), str(folder))
-        found: dict[str, list[float]] = {}
+        found: dict[str, Any] = {}
         for place in ("device", "host", "disk"):
             name = f"placed-{place}"
             self._train(name, [*self._settings(4), f"model={folder}", f"placement={place}"])
             found[place] = _losses(self._record(name))
+            found[f"{place}, layers"] = self._record(name)["placement"]["layers"]
         return {"losses": found, "passed": found["host"] == found["device"] == found["disk"]}
 
     def against_cpu(self) -> Item:
@@ -143,6 +146,15 @@ class _Product:
         ours, theirs = (_losses(self._record(name)) for name in ("float32-device", "float32-cpu"))
         error = max(abs(one - other) / abs(other) for one, other in zip(ours, theirs, strict=True))
         return {"device": ours, "cpu": theirs, "relative_error": error, "passed": error <= _FLOAT32_LOSS_ERROR}
+
+    def optimizers(self) -> Item:
+        """The same run by every optimizer that a GPU run may take: which of them learns as torch's own does."""
+        names = ["adamw_torch", *(["adamw_8bit", "paged_adamw_32bit"] if self.device.type == "cuda" else [])]
+        found: dict[str, list[float]] = {}
+        for name in names:
+            self._train(name, [*self._settings(self.steps), f"training.optim={name}"])
+            found[name] = _losses(self._record(name))
+        return {"losses": found}
 
     def stock_transformers(self) -> Item:
         """`from_pretrained` of an NF4 folder onto the device, beside the CPU."""

@@ -53,17 +53,21 @@ def run(args: argparse.Namespace, out: Record) -> None:
     theirs = _errors(layer, layer.by_bitsandbytes, expected)
     decoded = _errors(layer, lambda *leaves: weights.by_decoding_first(layer, *leaves), expected)
     out.keep("peers' errors", {"bitsandbytes": theirs, "bitsandbytes decode + torch.mm": decoded})
+    forwards = {route: layer.ours(**settings) for route, settings in variants(device).items()}
+    checks: dict[str, list[Item | None]] = {}
     for route, settings in variants(device).items():
-        forward = layer.ours(**settings)
-        checks: list[Item | None] = [
+        forward = forwards[route]
+        checks[route] = [
             out.item(
                 f"layer {route}",
                 lambda forward=forward, wanted=settings["route"]: _compare(layer, forward, wanted, expected, decoded),
             ),
             out.item(f"repeat {route}", lambda forward=forward: _repeat(layer, forward, device)),
         ]
+    for route, forward in forwards.items():
+        # Last of all: a capture that fails leaves torch's random generator unusable.
         graph = out.item(f"graph {route}", lambda forward=forward: _graph(layer, forward, device))
-        passed = [check is not None and check["passed"] for check in checks]
+        passed = [check is not None and check["passed"] for check in checks[route]]
         # A route that cannot be captured is not wrong; one that gives other bytes when captured is.
         captured = graph is None or graph["passed"] is not False
         decoder = decodes or route == SLOW  # which decodes by plain torch
@@ -235,7 +239,9 @@ def _graph(layer: Layer, forward: Forward, device: torch.device) -> Item:
     """The same bytes from a captured graph as without."""
     step = layer.step(forward)
     out, gradients = step()
-    expected = [tensor.clone() for tensor in (out, *gradients)]
+    expected = [tensor.detach().clone() for tensor in (out, *gradients)]
+    # What is kept of an autograd graph ties the next one to its stream, which no capture may wait for.
+    del out, gradients
     try:
         replay = measure.captured(step, device)
     except RuntimeError as error:

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from expertune.adapt.attach import attach
 from expertune.checkpoint.load import LoadedModel
 from expertune.checkpoint.reader import read_header
+from expertune.config import LoraSection
 from expertune.experts.module import Nf4Experts
 from expertune.experts.replay import with_replay
 from expertune.kernels.nf4 import Nf4Bytes
@@ -198,3 +200,18 @@ def test_demote_moves_to_the_host_where_it_is_apart(folder: Path, tmp_path: Path
 
 def test_demote_of_a_model_without_a_placement_moves_nothing(folder: Path) -> None:
     assert demote(load_tiny(folder).model) is None
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_adapters_of_offloaded_experts_live_where_the_experts_compute(
+    folder: Path, tmp_path: Path, place: Place
+) -> None:
+    loaded, on_cpu = placed(folder, tmp_path)
+    # The meta device stands for any that is not the host.
+    placement = Placement(on_cpu.experts, torch.device("meta"), on_cpu.files)
+    placement.put(everywhere(placement, place))
+    assert {module.down.packed.device for module in placement.experts.values()} == {CPU}
+    model = attach(loaded, LoraSection(r=2, targets=["w1", "w2", "w3"]), str(folder))
+    factors = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    assert len(factors) == 6 * LAYERS
+    assert {factor.device.type for factor in factors} == {"meta"}

@@ -94,7 +94,7 @@ class ExpertsLora(nn.Module, LoraLayer):
         """Create the factors of one more adapter (called by PEFT)."""
         experts = self.base_layer
         ranks = config.expert_ranks[kwargs["target_name"]]
-        device = experts.down.packed.device
+        device = experts.device
         factors_a, factors_b = {}, {}
         for projection, (rank, _) in ranks.items():
             rows, columns = experts.spec.shape(projection)

@@ -74,6 +74,7 @@ class Nf4Experts(nn.Module):
         )
         for weight in spec.weight_names:
             original._parameters.pop(weight)
+        self.computes_on: torch.device | None = None
         # What the family computes between the products and after them (activation, clamps, norms) stays its own code.
         # It and this module hold the same tensors and modules, so that these have one name, and are loaded and moved
         # once.
@@ -89,6 +90,11 @@ class Nf4Experts(nn.Module):
             is_swiglu(self._activate, spec),
             self._normalize if spec.has_post_expert_norm else None,
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the experts compute, and their adapters live: offloaded bytes may lie elsewhere (`computes_on`)."""
+        return self.computes_on or self.down.packed.device
 
     @property
     def biases(self) -> tuple[Tensor, Tensor] | None:

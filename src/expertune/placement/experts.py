@@ -50,6 +50,8 @@ class Placement:
         self.experts, self.device, self.files = dict(experts), device, files or {}
         self.host_apart = device.type != "cpu" if host_apart is None else host_apart
         self.places: dict[str, Place] = dict.fromkeys(self.experts, "device")
+        for module in self.experts.values():
+            module.computes_on = device
         self._stream: Stream | None = None
 
     def put(self, places: Mapping[str, Place]) -> None:
