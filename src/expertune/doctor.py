@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from expertune.kernels import gpu, native
+from expertune.kernels.cache import find_cache
 from expertune.kernels.cpu import cpu_instruction_sets
 from expertune.placement.device import default_device, resolve_compute_dtype
 from expertune.plan.table import size
@@ -145,6 +146,12 @@ def _devices() -> Iterator[Finding]:
     else:
         advice = "products on the CPU run by torch and bitsandbytes instead, at a fraction of the speed"
         yield _find("device", "native kernels", f"none: {library.reason}", "warning", advice)
+    folder, reason = find_cache()
+    if reason:
+        advice = "what is built and measured there may be built and measured anew; mend it, or set XDG_CACHE_HOME"
+        yield _find("device", "cache", f"{folder}, because {reason}", "warning", advice)
+    else:
+        yield _find("device", "cache", str(folder))
     device = default_device()
     dtype = str(resolve_compute_dtype("auto", device)).removeprefix("torch.")
     yield _find("device", "a run takes", f"{device}, products in {dtype} (quantization.compute_dtype: auto)")

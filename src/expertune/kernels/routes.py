@@ -22,8 +22,8 @@ from typing import Any, Literal
 import torch
 
 from expertune.kernels import gpu, native
+from expertune.kernels.cache import cache_folder, read_kept
 from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, product_dtype
-from expertune.kernels.native.build import cache_folder
 from expertune.kernels.nf4 import Nf4Stack
 from expertune.record import write_text
 
@@ -205,7 +205,7 @@ def _measured(dtype: torch.dtype, device: torch.device, threads: int) -> dict[st
     """`crossover` and, on a GPU, `gemm`: from the cache, or measured."""
     path = _cache_path(dtype, device, threads)
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_kept(path)
         int(found["crossover"])
         return found
     except (OSError, ValueError, KeyError, TypeError):

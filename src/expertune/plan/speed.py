@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from expertune.checkpoint.targets import ResolvedTargets
+from expertune.kernels.cache import cache_folder, read_kept
 from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, product_dtype
-from expertune.kernels.native.build import cache_folder
 from expertune.plan.devices import Device
 from expertune.plan.inventory import FrozenWeights, Inventory, Layer, count_low_rank
 from expertune.plan.settings import Settings
@@ -181,7 +181,7 @@ def _probe(dtype: torch.dtype, threads: int) -> tuple[float, float]:
     """FLOP/s of a product and bytes/s of a copy: from the cache, or measured."""
     path = _cache_path(dtype, threads)
     with suppress(OSError, ValueError, KeyError, TypeError):
-        found: Mapping[str, float] = json.loads(path.read_text(encoding="utf-8"))
+        found: Mapping[str, float] = read_kept(path)
         return float(found["flops_per_second"]), float(found["bytes_per_second"])
     rows, depth, columns = _PROBE
     x, w = torch.randn(rows, depth).to(dtype), torch.randn(depth, columns).to(dtype)

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from expertune.kernels.cache import cache_folder, read_kept
 from expertune.kernels.dropout import dropout
 from expertune.kernels.expert_mlp.grouped import GroupedRoute
 from expertune.kernels.expert_mlp.plan import Layer, LowRank, differentiable
 from expertune.kernels.gpu import launch, nf4, torch_gemm
-from expertune.kernels.native.build import cache_folder
 from expertune.kernels.nf4 import Nf4Stack
 from expertune.record import write_text
 
@@ -65,7 +65,7 @@ def checked(device: torch.device, dtype: torch.dtype) -> Findings:
     """The findings for a device and a dtype of the products: from the cache, or by running the checks."""
     path = cache_folder() / f"gpu-check-{_identity(device, dtype)}.json"
     try:
-        findings = Findings(**json.loads(path.read_text(encoding="utf-8")))
+        findings = Findings(**read_kept(path))
     except (OSError, ValueError, TypeError):
         findings = check(device, dtype)
         # What did not run may have met a full device: it is tried anew next time.

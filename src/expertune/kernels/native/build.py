@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from expertune.kernels.cache import cache_folder, why_not_private
 from expertune.kernels.cpu import cpu_instruction_sets
 
 FOLDER = Path(__file__).parent
@@ -65,8 +66,10 @@ def status() -> Status:
         return Status(None, "no C compiler found (cc, gcc, clang, or the variable CC); install one, such as gcc")
     try:
         path = _library_path(compiler)
-        if not path.exists():
+        if not path.exists() or why_not_private(path):
             _compile(compiler, path)
+        if reason := why_not_private(path):
+            return Status(None, reason)
         library = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
@@ -92,22 +95,6 @@ def _library_path(compiler: list[str]) -> Path:
     return cache_folder() / f"native-{digest.hexdigest()[:16]}.so"
 
 
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/expertune`, or where that cannot be written a folder of this user's among temporary files."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertune"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    folder = Path(tempfile.gettempdir()) / f"expertune-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
-        raise PermissionError(f"{folder} can be written by others; remove it, or set XDG_CACHE_HOME")
-    return folder
-
-
 def _compile(compiler: list[str], path: Path) -> None:
     """Build beside, then rename, so that processes that start together never load half a library."""
     with tempfile.TemporaryDirectory(dir=path.parent) as beside:
@@ -122,7 +109,8 @@ def _compile(compiler: list[str], path: Path) -> None:
             ctypes.CDLL(str(built), mode=os.RTLD_NOW)
         except OSError:
             _run([*compiler, "-shared", "-fopenmp", *objects, "-o", str(built)])
-        built.rename(path)
+        built.chmod(0o700)  # whatever the umask is: a library that others may write is not loaded
+        built.replace(path)
 
 
 def _run(command: list[str]) -> None:

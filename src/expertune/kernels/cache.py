@@ -1,0 +1,121 @@
+"""What is built or measured once on a machine is kept in one folder, which nobody else can write to.
+
+A library that is loaded, and measurements that decide how products run, must not come from somebody else. So the
+folder is used only where it belongs to the user and is not writable by others, `XDG_CACHE_HOME` included. Else what is
+kept goes to a private folder among temporary files, and that is told once.
+"""
+
+import atexit
+import json
+import logging
+import os
+import shutil
+import stat
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """The folder: `$XDG_CACHE_HOME/expertune` (`~/.cache/expertune`), or a private one; exists on return."""
+    return find_cache()[0]
+
+
+def find_cache() -> tuple[Path, str]:
+    """The folder, and why it is not the usual one; nothing where it is."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        usual = Path(base) / "expertune"
+        reason = _prepare(usual)
+    except RuntimeError as error:  # no home
+        reason = str(error)
+    if not reason:
+        return usual, ""
+    private = Path(tempfile.gettempdir()) / f"expertune-{_user()}"
+    if other := _prepare(private):
+        reason = f"{reason}; {other}"
+        private = _own_folder()
+    _tell_once(f"cache: {reason}; using {private}")
+    return private, reason
+
+
+def read_kept(path: Path) -> Any:
+    """What a JSON file of the folder holds.
+
+    Raises:
+        OSError: no such file, or one that others may have written.
+        ValueError: damaged.
+    """
+    if reason := why_not_private(path):
+        raise PermissionError(reason)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def why_not_private(path: Path) -> str:
+    """Why others may have put there what lies at a path; nothing where only the user (or root) can have.
+
+    Raises:
+        OSError: nothing is there.
+    """
+    path = path.resolve(strict=True)
+    if sys.platform == "win32":  # what lies in a user's profile is the user's
+        return ""
+    status = path.stat()
+    if status.st_uid != os.geteuid():
+        return f"{path} belongs to another user (uid {status.st_uid})"
+    if status.st_mode & _WRITABLE_BY_OTHERS:
+        return f"{path} can be written by others (chmod go-w {path} ends that; look at what is in it first)"
+    if path.parent.stat().st_uid not in (0, os.geteuid()):
+        return f"{path} lies in a folder of another user (uid {path.parent.stat().st_uid})"
+    return _why_reachable(path.parent)
+
+
+def _why_reachable(folder: Path) -> str:
+    """Which folder on the way to a path others could exchange it in; in a sticky one they cannot."""
+    if sys.platform != "win32":
+        for each in (folder, *folder.parents):
+            mode = each.stat().st_mode
+            if mode & _WRITABLE_BY_OTHERS and not mode & stat.S_ISVTX:
+                return f"{each} can be written by others"
+    return ""
+
+
+def _prepare(folder: Path) -> str:
+    """Make a folder unless it is there; why it cannot be used, or nothing."""
+    try:
+        missing = []
+        at = folder.absolute()
+        while not at.exists():
+            missing.append(at)
+            at = at.parent
+        if missing and (reason := _why_reachable(at.resolve())):
+            return reason
+        for each in reversed(missing):
+            each.mkdir(mode=0o700, exist_ok=True)
+        if reason := why_not_private(folder):
+            return reason
+        return "" if os.access(folder, os.W_OK) else f"{folder} cannot be written"
+    except OSError as error:
+        return f"{folder} cannot be made ({error.strerror or error})"
+
+
+def _user() -> str:
+    return str(os.geteuid()) if sys.platform != "win32" else "cache"
+
+
+@cache
+def _own_folder() -> Path:
+    """A folder of this process alone, gone when it ends."""
+    folder = tempfile.mkdtemp(prefix="expertune-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+@cache
+def _tell_once(message: str) -> None:
+    _logger.warning(message)

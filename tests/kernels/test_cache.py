@@ -1,0 +1,120 @@
+"""What is kept on a machine is kept, and believed, where nobody else can write."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from expertune import doctor
+from expertune.kernels import cache
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="another system's rights")
+
+
+@pytest.fixture(autouse=True)
+def temporary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Stands for the folder of temporary files: open to all, and sticky."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    folder.chmod(0o1777)
+    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(folder))
+    cache._tell_once.cache_clear()
+    cache._own_folder.cache_clear()
+    yield folder
+    cache._own_folder.cache_clear()
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    folder = tmp_path / "home" / ".cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+def test_folder_is_made_private_whatever_the_umask_is(home: Path) -> None:
+    before = os.umask(0)
+    try:
+        assert cache.find_cache() == (home / "expertune", "")
+    finally:
+        os.umask(before)
+    for made in (home.parent, home, home / "expertune"):
+        assert made.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777])
+@pytest.mark.parametrize("which", ["the folder", "XDG_CACHE_HOME"])
+def test_folder_that_others_may_write_gives_way_to_a_private_one_and_is_told_once(
+    which: str, mode: int, home: Path, temporary: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.cache_folder()
+    opened = home if which == "XDG_CACHE_HOME" else home / "expertune"
+    opened.chmod(mode)
+    if which == "XDG_CACHE_HOME" and mode == 0o1777:  # as /tmp: nobody can take our folder's place in it
+        assert cache.cache_folder() == home / "expertune"
+        return
+    for _ in range(2):
+        folder, reason = cache.find_cache()
+        assert folder == temporary / f"expertune-{os.geteuid()}"
+        assert folder.stat().st_mode & 0o077 == 0
+        assert reason.startswith(f"{opened} can be written by others")
+    assert [record.getMessage() for record in caplog.records] == [f"cache: {reason}; using {folder}"]
+
+
+def test_nothing_is_made_in_a_folder_that_others_may_write(home: Path) -> None:
+    home.mkdir(parents=True)
+    home.chmod(0o777)
+    cache.cache_folder()
+    assert list(home.iterdir()) == []
+
+
+def test_folder_of_another_user_is_not_used(home: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.cache_folder()
+    owner = os.geteuid()
+    monkeypatch.setattr(cache.os, "geteuid", lambda: owner + 1)
+    folder, reason = cache.find_cache()
+    assert reason.startswith(f"{home / 'expertune'} belongs to another user (uid {owner})")
+    assert folder.parent != home
+
+
+def test_where_the_private_folder_is_squatted_the_process_has_one_of_its_own(home: Path, temporary: Path) -> None:
+    home.parent.mkdir()
+    home.touch()
+    squatted = temporary / f"expertune-{os.geteuid()}"
+    squatted.mkdir()
+    squatted.chmod(0o777)
+    folder, reason = cache.find_cache()
+    assert folder.parent == temporary
+    assert folder != squatted
+    assert cache.why_not_private(folder) == ""
+    assert f"{squatted} can be written by others" in reason
+    assert cache.cache_folder() == folder
+
+
+def test_measurement_that_others_may_have_written_is_not_believed(home: Path) -> None:
+    kept = cache.cache_folder() / "rates.json"
+    kept.write_text(json.dumps({"flops_per_second": 1.0}))
+    kept.chmod(0o644)
+    assert cache.read_kept(kept) == {"flops_per_second": 1.0}
+    kept.chmod(0o666)
+    with pytest.raises(PermissionError, match="can be written by others"):
+        cache.read_kept(kept)
+
+
+def test_link_is_judged_by_where_it_leads(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere").chmod(0o777)
+    home.mkdir(parents=True)
+    (home / "expertune").symlink_to(tmp_path / "elsewhere")
+    assert cache.find_cache()[1].startswith(f"{tmp_path / 'elsewhere'} can be written by others")
+
+
+def test_doctor_shows_the_folder_and_why_it_is_another(home: Path) -> None:
+    def shown() -> doctor.Finding:
+        return next(finding for finding in doctor._devices() if finding["name"] == "cache")
+
+    assert (shown()["value"], shown()["status"]) == (str(home / "expertune"), "ok")
+    (home / "expertune").chmod(0o777)
+    assert shown()["status"] == "warning"
+    assert "can be written by others" in shown()["value"]
