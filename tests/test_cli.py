@@ -245,18 +245,25 @@ def test_train_prints_the_run_folder(run, run_file, api):
     assert seen == [("runs/second", True, True)]
 
 
-@pytest.mark.parametrize("given", [["--resume"], []])
-def test_an_interrupted_run_says_how_to_continue(run, run_file, api, given):
-    def finetune(*_, **__):
+@pytest.mark.parametrize(
+    ("left", "how"),
+    [
+        ([], "no checkpoint had been written, so that `{}` starts again from the first step"),
+        (["adapter"], "no checkpoint had been written, so that `{} --resume` starts again from the first step"),
+        (["checkpoint-3", "checkpoint-12"], "`{} --resume` continues from checkpoint-12"),
+    ],
+)
+def test_an_interrupted_run_says_how_to_continue_by_what_is_there(run, run_file, api, tmp_path, left, how):
+    def interrupt(*args, **kwargs):
+        for name in left:
+            (tmp_path / "runs" / "first" / name).mkdir(parents=True)
         raise KeyboardInterrupt
 
-    api.finetune = finetune
-    code, out, err = run("train", "run.yaml", "data.template=my template.jinja", *given)
+    api.finetune = interrupt
+    code, out, err = run("train", "run.yaml", "data.template=my template.jinja")
     assert (code, out) == (130, "")
-    assert err == (
-        "expertune: interrupted; `expertune train run.yaml 'data.template=my template.jinja' --resume` "
-        "continues from the last checkpoint\n"
-    )
+    command = "expertune train run.yaml 'data.template=my template.jinja'"
+    assert err == f"expertune: interrupted; {how.format(command)}\n"
 
 
 def test_other_commands_are_interrupted_in_one_line(run, run_dir, api):

@@ -42,15 +42,24 @@ from expertune.processes import require_one_process
 from expertune.record import RunRecord
 from expertune.report.plots import plot_summary
 from expertune.report.summary import render_summary
-from expertune.run_folder import ADAPTER_FOLDER, merged_before, open_record, require_same_files, stops_recorded
+from expertune.run_folder import (
+    ADAPTER_FOLDER,
+    finished_line,
+    is_finished,
+    merged_before,
+    open_record,
+    require_same_files,
+    stops_recorded,
+)
 from expertune.run_lock import hold_run_directory
 from expertune.storage import storage_errors_named, told_if_it_fails
 from expertune.train.callbacks import History, ProgressBar, peak_memory_bytes
-from expertune.train.checkpoints import find_resume_point
+from expertune.train.checkpoints import ResumePoint, find_resume_point, require_state_to_go_on
 from expertune.train.ladder import Change
 from expertune.train.loss import LanguageModelLoss
 from expertune.train.offload import has_host_apart
 from expertune.train.recover import Recovery
+from expertune.train.schedule import Evaluations, check_schedule, evaluates_at_ends, require_a_batch
 from expertune.train.trainer import ExpertTrainer, training_arguments
 
 __all__ = ["OpenRun", "Run", "evaluate", "finetune", "generate", "make_plan", "open_run"]
@@ -84,7 +93,7 @@ def finetune(
         config: a run file or its parsed content.
         overrides: `section.key=value` strings on top of a run file.
         resume: continue from the newest whole checkpoint of the run folder; the result is byte-identical to a run
-            that was never interrupted (on the same machine, CPU).
+            that was never interrupted (on the same machine, CPU). A finished run is left as it is.
         console: where to tell what happens; None means stderr.
         trust_remote_code: run Python that ships with the model. No run file can ask for it.
 
@@ -98,6 +107,9 @@ def finetune(
     output_dir = Path(config.output_dir)
     with hold_run_directory(output_dir):
         record = open_record(config, output_dir, resume)
+        if is_finished(record):
+            console.print(finished_line(record), soft_wrap=True)
+            return Run(output_dir, record)
         with stops_recorded(record), storage_errors_named(output_dir, "then give the same command again with --resume"):
             return _finetune(config, output_dir, record, resume, console, trust_remote_code)
 
@@ -109,6 +121,7 @@ def _finetune(
     bound_host_memory()
     device = training_device()
     check_training_arguments(config.training)
+    check_schedule(config)
 
     plan = make_plan(config, began_with=merged_before(record, output_dir), trust_remote_code=trust_remote_code)
     plan.require_fit()
@@ -122,6 +135,10 @@ def _finetune(
     # Nothing but a lock has been written so far: a mistake in the run file or in a row leaves no folder behind.
     train_rows, eval_rows = _prepare_data(config, tokenizer, output_dir, record, console)
 
+    require_a_batch(len(make_dataset(train_rows, config.data)), plan.micro_batch.apply(config.training))
+    point = find_resume_point(output_dir) if resume else ResumePoint(None)
+    if point.checkpoint:
+        require_state_to_go_on(point.checkpoint)
     record.update("model", name=config.model, revision=source.revision, device=str(device), base=base.to_json())
     record.update("plan", **plan.to_json())
     model, recovery = _load_and_adapt(config, source, tokenizer, train_rows, plan.placement, device, record, console)
@@ -131,7 +148,8 @@ def _finetune(
         record.update("task", before=score)
         console.print(_score_line("before", record["task"]["before"]))
 
-    _train(config, plan.micro_batch, model, tokenizer, train_rows, eval_rows, recovery, resume, record, console)
+    resumed = point if resume else None
+    _train(config, plan.micro_batch, model, tokenizer, train_rows, eval_rows, recovery, resumed, record, console)
     recovery.anew("checkpoint", lambda: model.save_pretrained(str(output_dir / ADAPTER_FOLDER)))
 
     if config.task.metric and eval_rows:
@@ -139,8 +157,8 @@ def _finetune(
         record.update("task", after=score)
         console.print(_score_line("after", record["task"]["after"]))
     record.update("memory", peak_bytes=peak_memory_bytes())
-    record.update("run", status="finished")
     told_if_it_fails("summary.png", lambda: plot_summary(record.values, output_dir / "summary.png"), console.print)
+    record.update("run", status="finished")
     console.print(render_summary(record.values, config.output_dir), soft_wrap=True)
     return Run(output_dir, record)
 
@@ -249,19 +267,21 @@ def _train(
     train_rows: TokenizedRows,
     eval_rows: TokenizedRows | None,
     recovery: Recovery,
-    resume: bool,
+    resumed: ResumePoint | None,
     record: RunRecord,
     console: Console,
 ) -> None:
     output_dir, device = Path(config.output_dir), recovery.ladder.device
-    args, notes = training_arguments(micro_batch.apply(config.training), str(output_dir), device)
+    training = micro_batch.apply(config.training)
+    if evaluates_at_ends(config):
+        training.setdefault("eval_on_start", True)
+    args, notes = training_arguments(training, str(output_dir), device)
     if micro_batch.line:
         notes.append(micro_batch.line)
     checkpoint = None
-    if resume:
-        point = find_resume_point(output_dir)
-        checkpoint = str(point.checkpoint) if point.checkpoint else None
-        notes += [f"not resumed from: {reason}" for reason in point.refused]
+    if resumed:
+        checkpoint = str(resumed.checkpoint) if resumed.checkpoint else None
+        notes += [f"not resumed from: {reason}" for reason in resumed.refused]
         notes.append(f"resuming from {checkpoint or 'the first step: no whole checkpoint yet'}")
     if config.offload_activations and not has_host_apart(device):
         notes.append(f"offload_activations: on this {device.type} memory is the host's, and nothing is moved")
@@ -286,6 +306,7 @@ def _train(
         recovery=recovery,
     )
     bar = ProgressBar(lambda: trainer.history, console)
+    trainer.add_callback(Evaluations(at_end=evaluates_at_ends(config)))
     trainer.add_callback(bar)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)

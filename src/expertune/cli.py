@@ -20,6 +20,8 @@ import typer
 
 from expertune import RunRecord, __version__, load_config
 from expertune.errors import ConfigError, DataError, ExpertuneError
+from expertune.run_folder import after_interruption
+from expertune.signals import Terminated
 
 if TYPE_CHECKING:
     from expertune.api import OpenRun
@@ -181,11 +183,11 @@ def train(
 
             console = Console(stderr=True, soft_wrap=True)
             finished = api.finetune(config, resume=resume, console=console, trust_remote_code=trust_remote_code)
-    except KeyboardInterrupt:
-        options = ["--resume", *(["--trust-remote-code"] if trust_remote_code else [])]
+    except (KeyboardInterrupt, Terminated) as stop:
+        options = ["--trust-remote-code"] if trust_remote_code else []
         command = shlex.join(["expertune", "train", str(run), *(overrides or ()), *options])
-        _say(f"expertune: interrupted; `{command}` continues from the last checkpoint")
-        raise typer.Exit(130) from None
+        _say(f"expertune: {str(stop) or 'interrupted'}; {after_interruption(Path(config.output_dir), command)}")
+        raise typer.Exit(stop.exit_code if isinstance(stop, Terminated) else 130) from None
     print(finished.output_dir)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from expertune.config import TRUST_KEY, RunConfig
 from expertune.errors import ConfigError, DataError, ProofError
 from expertune.record import RECORD_NAME, RunRecord, versions
+from expertune.signals import Terminated, signals_raised
 from expertune.train.checkpoints import list_checkpoints
 
 ADAPTER_FOLDER = "adapter"
@@ -18,15 +19,20 @@ _FREE_AT_RESUME = frozenset({"report_to", "run_name", "logging_dir", "save_total
 
 
 def open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:
-    """A fresh record, or the old one of the same configuration; nothing is written yet."""
+    """A fresh record, or the old one of the same configuration; nothing is written yet.
+
+    The record of a finished run that is to be resumed comes back as it is, with its status `finished`.
+    """
     record = RunRecord.start(output_dir)
-    # A run that stopped before its first checkpoint has left nothing that starting over could lose.
-    has_work = bool(list_checkpoints(output_dir)) or (output_dir / ADAPTER_FOLDER).exists()
-    if has_work and not resume:
+    if holds_work(output_dir) and not resume:
         raise ConfigError(f"{output_dir} already holds a run; continue it with --resume, or choose another output_dir")
     if resume and (output_dir / RECORD_NAME).exists():
         record = RunRecord.load(output_dir)
         _require_same_config(record, config)
+        if is_finished(record):
+            return record
+        if record["config"].get("task") != config.model_dump(mode="json", exclude_unset=True).get("task"):
+            record.values.pop("task", None)  # a score of other rows, or by another metric, compares with nothing
         record.values["versions"] = versions()
     record.values["config"] = config.model_dump(mode="json", exclude_unset=True)
     started = record.values.get("run", {}).get("started", time.time())
@@ -34,18 +40,59 @@ def open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:
     return record
 
 
+def holds_work(output_dir: Path) -> bool:
+    """Whether a run folder holds what starting over would lose: a checkpoint or an adapter."""
+    return bool(list_checkpoints(output_dir)) or (output_dir / ADAPTER_FOLDER).exists()
+
+
+def after_interruption(output_dir: Path, command: str) -> str:
+    """How a run that was interrupted is taken up again, by what is in its folder.
+
+    Args:
+        output_dir: the run folder.
+        command: what started the run, without `--resume`.
+    """
+    if checkpoints := list_checkpoints(output_dir):
+        return f"`{command} --resume` continues from {checkpoints[-1].name}"
+    again = f"{command} --resume" if holds_work(output_dir) else command
+    return f"no checkpoint had been written, so that `{again}` starts again from the first step"
+
+
 @contextmanager
 def stops_recorded(record: RunRecord) -> Iterator[None]:
     """Keep in the record that a run stopped, and why; a record says `running` only while the run does."""
     try:
-        yield
+        with signals_raised():
+            yield
     except BaseException as error:
         if isinstance(error, ProofError):
             record.values.setdefault("proof", {}).update(passed=False, failed=str(error))
-        interrupted = isinstance(error, KeyboardInterrupt)
-        why = "interrupted" if interrupted else str(error) or type(error).__name__
+        interrupted = isinstance(error, KeyboardInterrupt | Terminated)
+        why = str(error) or ("interrupted" if interrupted else type(error).__name__)
         record.stop("interrupted" if interrupted else "stopped", why)
         raise
+
+
+def is_finished(record: RunRecord) -> bool:
+    """Whether a run has nothing left to do: it says so, and its adapter is there."""
+    adapter = record.path.parent / ADAPTER_FOLDER / "adapter_model.safetensors"
+    return record.values.get("run", {}).get("status") == "finished" and adapter.is_file()
+
+
+def finished_line(record: RunRecord) -> str:
+    """What is told where a finished run is to be resumed."""
+    run_dir, steps = record.path.parent, record.values.get("train", {}).get("steps", 0)
+    return (
+        f"{run_dir}: this run is finished, after {steps} steps; nothing is done and no file changed. {further(run_dir)}"
+    )
+
+
+def further(run_dir: Path) -> str:
+    """How a run is trained longer than it was planned."""
+    return (
+        f"To train further, start a new run from its adapter: lora.init_from={run_dir / ADAPTER_FOLDER} and another "
+        "output_dir"
+    )
 
 
 def _require_same_config(record: RunRecord, config: RunConfig) -> None:
@@ -57,9 +104,11 @@ def _require_same_config(record: RunRecord, config: RunConfig) -> None:
             changed = [key for key in changed if not (section == "training" and key in _FREE_AT_RESUME)]
             if changed:
                 key = changed[0]
+                length = section == "training" and key in ("max_steps", "num_train_epochs")
                 raise ConfigError(
                     f"--resume: {section}.{key} was {before.get(key)!r} when the run started and is {now.get(key)!r} "
                     "now; resume with the same values, or start a new output_dir"
+                    + (f". {further(record.path.parent)}" if length else "")
                 )
         elif before != now:
             raise ConfigError(f"--resume: {section} was {before!r} when the run started and is {now!r} now")

@@ -1,5 +1,6 @@
 """A run that is killed and resumed ends where an uninterrupted one ends, to the byte."""
 
+import io
 import json
 import shutil
 import signal
@@ -8,11 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from expertune import finetune, load_config
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError, DataError
 from expertune.record import RunRecord
+from expertune.train import checkpoints, trainer
 from expertune.train.checkpoints import MANIFEST_NAME, STAGING_NAME, find_resume_point, seal, verify
 from tests.processes import run_copies
 from tests.train.conftest import nine_steps
@@ -25,6 +28,20 @@ def adapter_bytes(run_dir: Path) -> bytes:
 def losses(run_dir: Path) -> tuple[list[list[float]], list[list[float]]]:
     record = RunRecord.load(run_dir)
     return record["train"]["loss"], record["eval"]["loss"]
+
+
+# Files that hold times or the run's own path.
+TIMED_OF_CHECKPOINT = ("trainer_state.json", "training_args.bin", MANIFEST_NAME)
+TIMED = {"record.json"} | {f"checkpoint-{step}/{name}" for step in (3, 6, 9) for name in TIMED_OF_CHECKPOINT}
+
+
+def content_of(run_dir: Path) -> dict[str, bytes]:
+    """Every file of a run folder by its name."""
+    return {path.relative_to(run_dir).as_posix(): path.read_bytes() for path in run_dir.rglob("*") if not path.is_dir()}
+
+
+def unlike(one: dict[str, bytes], other: dict[str, bytes]) -> set[str]:
+    return {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +88,15 @@ MOMENTS = {
         "trainer.publish = lambda staged, run: (publish(staged, run), staged.name == 'checkpoint-6' and die())[0]",
         {"lengths.png", STAGING_NAME, "checkpoint-3", "checkpoint-6"},
     ),
+    "the last checkpoint is there and nothing that comes after it": (
+        "publish = trainer.publish\n"
+        "trainer.publish = lambda staged, run: (publish(staged, run), staged.name == 'checkpoint-9' and die())[0]",
+        {"lengths.png", STAGING_NAME, "checkpoint-3", "checkpoint-6", "checkpoint-9"},
+    ),
+    "everything is written but the summary": (
+        "from expertune import api\napi.plot_summary = die",
+        {"lengths.png", "adapter", "checkpoint-3", "checkpoint-6", "checkpoint-9"},
+    ),
 }
 
 
@@ -102,7 +128,9 @@ def test_resume_after_kill_gives_identical_adapter_and_losses(
 
     assert adapter_bytes(run_dir) == adapter_bytes(whole_run)
     assert losses(run_dir) == losses(whole_run)
-    assert not (run_dir / STAGING_NAME).exists()
+    assert RunRecord.load(run_dir)["train"]["steps"] == 9
+    assert content_of(run_dir).keys() == content_of(whole_run).keys()
+    assert unlike(content_of(run_dir), content_of(whole_run)) <= TIMED
 
 
 def test_resume_of_a_run_that_logs_and_saves_out_of_step_reports_the_same_means(
@@ -163,6 +191,84 @@ def test_starting_over_a_run_folder_is_refused(run_values: dict[str, Any], unint
     assert adapter_bytes(uninterrupted) == before
 
 
+def test_resume_of_a_finished_run_says_so_and_changes_nothing(whole_run: Path) -> None:
+    config = parse_config(RunRecord.load(whole_run)["config"])
+    before = content_of(whole_run)
+    written = io.StringIO()
+
+    run = finetune(config, resume=True, console=Console(file=written, width=1000))
+
+    assert unlike(before, content_of(whole_run)) == set()
+    assert run.record["run"]["status"] == "finished"
+    assert "finished, after 9 steps" in written.getvalue()
+    assert f"lora.init_from={whole_run}/adapter" in written.getvalue()
+
+
+def test_resume_of_a_finished_run_with_more_steps_is_told_the_way(whole_run: Path) -> None:
+    values = RunRecord.load(whole_run)["config"]
+    before = content_of(whole_run)
+    values["training"]["max_steps"] = 12
+    with pytest.raises(ConfigError, match=r"max_steps was 9 .*lora\.init_from="):
+        finetune(parse_config(values), resume=True)
+    assert unlike(before, content_of(whole_run)) == set()
+
+
+def test_resume_from_checkpoints_without_optimizer_state_is_refused(
+    run_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_values["training"] |= {"save_only_model": True, "max_steps": 2, "save_steps": 1, "eval_strategy": "no"}
+    config, run_dir = parse_config(run_values), tmp_path / "run"
+    monkeypatch.setattr(trainer, "publish", lambda *where: (checkpoints.publish(*where), interrupt())[0])
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config)
+    assert RunRecord.load(run_dir)["run"] | {"started": 0} == {
+        "status": "interrupted",
+        "error": "interrupted",
+        "started": 0,
+    }
+    with pytest.raises(ConfigError, match=r"checkpoint-1 holds the adapter without .*save_only_model.*lora\.init_from"):
+        finetune(config, resume=True)
+    monkeypatch.undo()
+    # With all steps taken there is nothing that an optimizer's state would be needed for.
+    shutil.rmtree(run_dir)
+    finetune(config)
+    adapter = adapter_bytes(run_dir)
+    shutil.rmtree(run_dir / "adapter")
+    finetune(config, resume=True)
+    assert adapter_bytes(run_dir) == adapter
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_resume_has_each_evaluation_once_where_epochs_end_after_their_checkpoint(
+    run_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Five steps an epoch: killed right after the checkpoint of the step that ends the first.
+    del run_values["training"]["eval_steps"]
+    run_values["training"] |= {"eval_strategy": "epoch", "logging_strategy": "epoch", "save_steps": 5, "max_steps": 7}
+    run_values["training"]["eval_on_start"] = True
+    whole = finetune(parse_config(run_values | {"output_dir": str(tmp_path / "whole")}))
+    assert [step for step, _ in whole.record["eval"]["loss"]] == [0, 5, 7]
+
+    monkeypatch.setattr(trainer, "publish", lambda *where: (checkpoints.publish(*where), interrupt())[0])
+    with pytest.raises(KeyboardInterrupt):
+        finetune(parse_config(run_values))
+    monkeypatch.undo()
+    finetune(parse_config(run_values), resume=True)
+
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
+
+    def logged(folder: Path) -> list[dict[str, float]]:
+        state = json.loads((folder / "checkpoint-7" / "trainer_state.json").read_text(encoding="utf-8"))
+        history: list[dict[str, float]] = state["log_history"]
+        return history
+
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+
+
 def test_resume_with_another_learning_rate_is_refused_by_key(run_values: dict[str, Any], uninterrupted: Path) -> None:
     training = run_values["training"] | {"learning_rate": 5e-3}
     with pytest.raises(ConfigError, match=r"training\.learning_rate was 0\.001"):
@@ -178,6 +284,7 @@ def test_resume_over_rows_that_have_changed_is_refused_by_file(
     values["training"] = values["training"] | {"max_steps": 1, "eval_strategy": "no"}
     values["output_dir"] = str(tmp_path / "edited")
     finetune(parse_config(values))
+    shutil.rmtree(tmp_path / "edited" / "adapter")  # as if it had been killed before that was written
     copy.write_bytes(rows_file.read_bytes().replace(b"plus", b"and"))
     with pytest.raises(DataError, match=r"data\.train: rows\.jsonl has changed"):
         finetune(parse_config(values), resume=True)

@@ -13,7 +13,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from expertune.errors import CheckpointError
+from expertune.errors import CheckpointError, ConfigError
 from expertune.record import write_json
 
 MANIFEST_NAME = "manifest.json"
@@ -103,6 +103,21 @@ def find_resume_point(run_dir: Path) -> ResumePoint:
         point.checkpoint = folder
         break
     return point
+
+
+def require_state_to_go_on(checkpoint: Path) -> None:
+    """Refuse a checkpoint that steps cannot go on from as they would have without an interruption.
+
+    Raises:
+        ConfigError: steps are left to take, and the checkpoint has no optimizer state.
+    """
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    if state["global_step"] < state["max_steps"] and not (checkpoint / "optimizer.pt").is_file():
+        raise ConfigError(
+            f"--resume: {checkpoint} holds the adapter without the optimizer's state (training.save_only_model), so "
+            f"that the remaining steps would be other ones; start a new run from it by lora.init_from={checkpoint}, or "
+            "start over in another output_dir"
+        )
 
 
 def _digest(path: Path) -> str:

@@ -86,7 +86,23 @@ class ExpertTrainer(Trainer):
             DoesNotFitError: memory ran out, and nothing that could be changed is left; names the last good checkpoint.
         """
         with self.recovery.stops_clearly():
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+        self._drop_old_checkpoints()  # a run that was killed between its last checkpoint and here has not
+        return result
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' epoch, or nothing where the checkpoint that is resumed from has taken all steps already."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        """transformers' evaluation; the one before the first step is not taken again where a run is resumed."""
+        if skip_scheduler and self.state.global_step:
+            return {}
+        metrics: dict[str, float] = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        return metrics
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -230,8 +246,11 @@ class ExpertTrainer(Trainer):
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
+        self._drop_old_checkpoints()
+
+    def _drop_old_checkpoints(self) -> None:
         rotate_checkpoints(
-            output_dir=str(run_dir),
+            output_dir=self.args.output_dir,
             save_total_limit=self.args.save_total_limit,
             best_model_checkpoint=self.state.best_model_checkpoint,
         )

@@ -1,0 +1,146 @@
+"""When a run takes steps and when it evaluates: checked before a model is loaded, and kept to while training.
+
+Where a run file names evaluation rows and leaves the times open, the run evaluates before its first step and after its
+last one, so that what training changed can be read off.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from expertune.config import RunConfig
+from expertune.errors import ConfigError, DataError
+from expertune.metrics import METRICS
+
+# Schedules that wait for an evaluation.
+_EVALUATED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+
+
+def check_schedule(config: RunConfig) -> None:
+    """Refuse a run that would take no step, or that evaluates on rows or by a metric that it does not have.
+
+    Raises:
+        ConfigError: names the key and the fix.
+    """
+    training = config.training
+    _check_length(training)
+    if config.data.eval is None:
+        for key in _needing_evaluation(training):
+            raise ConfigError(
+                f"training.{key} is {training[key]!r}, but the run has no evaluation rows; set data.eval, or remove "
+                "the key"
+            )
+    best = training.get("metric_for_best_model")
+    if best is not None and (name := str(best).removeprefix("eval_")) not in metric_names(config):
+        known = ", ".join(metric_names(config))
+        more = "" if config.task.metric else "; task.metric adds more"
+        raise ConfigError(
+            f"training.metric_for_best_model is {best!r}, but this run's evaluations give no {name}; choose one of "
+            f"{known}{more}"
+        )
+
+
+def metric_names(config: RunConfig) -> list[str]:
+    """What an evaluation of the run can give: `loss`, and the figures of its task's metric."""
+    return ["loss", *(METRICS[config.task.metric].score([], []) if config.task.metric else ())]
+
+
+def scores_in_training(config: RunConfig) -> bool:
+    """Whether evaluations while training have to answer rows: the best checkpoint is chosen by a figure of the task."""
+    best = config.training.get("metric_for_best_model")
+    return best is not None and str(best).removeprefix("eval_") != "loss"
+
+
+def evaluates_at_ends(config: RunConfig) -> bool:
+    """Whether the run evaluates before its first and after its last step because nothing else is said."""
+    training = config.training
+    return config.data.eval is not None and "eval_strategy" not in training and training.get("do_eval") is not False
+
+
+def require_a_batch(num_examples: int, training: Mapping[str, Any]) -> None:
+    """Refuse training rows of which no batch is made.
+
+    Args:
+        num_examples: examples of the training data set (packs, with `packing: packed`).
+        training: the `training:` section with the batch size as it runs.
+
+    Raises:
+        DataError: names the batch size and the fix.
+    """
+    rows = int(training.get("per_device_train_batch_size", 8))
+    if num_examples < rows and training.get("dataloader_drop_last"):
+        raise DataError(
+            f"data.train has {num_examples} examples, fewer than training.per_device_train_batch_size ({rows}), and "
+            "training.dataloader_drop_last drops them: no step would be taken; lower the batch size, or drop nothing"
+        )
+
+
+def _check_length(training: Mapping[str, Any]) -> None:
+    steps, epochs = training.get("max_steps", -1), training.get("num_train_epochs", 3.0)
+    if _is_number(steps) and (steps == 0 or steps < -1):
+        raise ConfigError(
+            f"training.max_steps is {steps}: the run would take no step; set it to 1 or more, or remove it, so that "
+            "training.num_train_epochs decides"
+        )
+    if _is_number(epochs) and epochs <= 0 and not (_is_number(steps) and steps > 0):
+        raise ConfigError(
+            f"training.num_train_epochs is {epochs}: the run would take no step; set it above 0, or set "
+            "training.max_steps"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _needing_evaluation(training: Mapping[str, Any]) -> list[str]:
+    """Keys that are set such that they need evaluation rows."""
+    needing = {
+        "eval_strategy": training.get("eval_strategy") not in (None, False, "no"),
+        "eval_on_start": bool(training.get("eval_on_start")),
+        "do_eval": bool(training.get("do_eval")),
+        "load_best_model_at_end": bool(training.get("load_best_model_at_end")),
+        "metric_for_best_model": training.get("metric_for_best_model") is not None,
+        "save_strategy": training.get("save_strategy") == "best",
+        "lr_scheduler_type": training.get("lr_scheduler_type") in _EVALUATED_SCHEDULES,
+    }
+    return [key for key, needs in needing.items() if needs]
+
+
+class Evaluations(TrainerCallback):
+    """Has evaluations come before the checkpoint of their step, so that a resumed run has each of them once.
+
+    transformers evaluates `eval_strategy: epoch`, and logs `logging_strategy: epoch`, once the epoch has ended, after
+    the checkpoint of its last step: a run that is killed in between would go on without them. Here they come with that
+    step.
+
+    Args:
+        at_end: evaluate after the last step, whatever the strategy is.
+    """
+
+    def __init__(self, at_end: bool) -> None:
+        self.at_end = at_end
+        self._evaluated_at = -1
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for what is due with this step."""
+        last = state.global_step >= state.max_steps
+        epoch = state.epoch or 0.0
+        ends_epoch = last or epoch == int(epoch)
+        if ends_epoch and args.logging_strategy == IntervalStrategy.EPOCH:
+            control.should_log = True
+        if ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= epoch:
+            control.should_evaluate = True
+        if last and self.at_end:
+            control.should_evaluate = True
+        if control.should_evaluate:
+            self._evaluated_at = state.global_step
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Not a second time; transformers' own callback has asked for it just before."""
+        if self._evaluated_at == state.global_step:
+            control.should_evaluate = False
