@@ -135,7 +135,6 @@ def _finetune(
     # Nothing but a lock has been written so far: a mistake in the run file or in a row leaves no folder behind.
     train_rows, eval_rows = _prepare_data(config, tokenizer, output_dir, record, console)
 
-    require_a_batch(len(make_dataset(train_rows, config.data)), plan.micro_batch.apply(config.training))
     point = find_resume_point(output_dir) if resume else ResumePoint(None)
     if point.checkpoint:
         require_state_to_go_on(point.checkpoint)
@@ -169,6 +168,7 @@ def _prepare_data(
     train_rows, eval_rows = prepare_run(config.data, tokenizer, record.values.get("data", {}))
     reports = {"train": train_rows.report, "eval": eval_rows.report if eval_rows else None}
     require_same_files(record, reports)
+    require_a_batch(len(make_dataset(train_rows, config.data)), config.training)
     record.update("data", **reports)
     lengths = [row.uncut_length for part in (train_rows, eval_rows) if part for row in part.rows]
     histogram = output_dir / "lengths.png"

@@ -89,6 +89,7 @@ def test_train_drops_no_batch_that_is_its_only_one(run_values: dict[str, Any]) -
     training = {"per_device_train_batch_size": 64, "dataloader_drop_last": True, "max_steps": 2}
     with pytest.raises(DataError, match=r"20 examples.*per_device_train_batch_size \(64\).*dataloader_drop_last"):
         finetune(parse_config(run_values | {"training": training}))
+    assert not Path(run_values["output_dir"]).exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -64,7 +64,7 @@ def require_a_batch(num_examples: int, training: Mapping[str, Any]) -> None:
 
     Args:
         num_examples: examples of the training data set (packs, with `packing: packed`).
-        training: the `training:` section with the batch size as it runs.
+        training: the `training:` section; micro-batches that drop examples are never merged.
 
     Raises:
         DataError: names the batch size and the fix.
