@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from expertune.adapt.files import load_adapter_tensors, read_adapter_config, read_adapter_tensors
+from expertune.adapt.factors import read_factors
+from expertune.adapt.files import load_adapter_tensors, read_adapter, read_adapter_config
 from expertune.checkpoint.load import LoadedModel
 from expertune.errors import CheckpointError, ConfigError
 from tests.adapt.conftest import EVERYTHING, FolderOf, adapt, adopt, logits_of, stock_peft, train_a_little
@@ -172,13 +173,47 @@ def test_adapter_that_stock_peft_saved_is_adopted(
     torch.testing.assert_close(logits_of(model, ids), logits_of(stock, ids), rtol=0, atol=1e-5)
 
 
+FUSED: dict[str, dict[str, Any]] = {
+    "gate and up share an A": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    "down alone": {"target_parameters": ["experts.down_proj"]},
+    "with attention, a pattern and rslora": {
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        "target_modules": ["q_proj"],
+        "rank_pattern": {"experts.down_proj": 2},
+        "alpha_pattern": {"experts.gate_up_proj": 5},
+        "use_rslora": True,
+    },
+    "converted by PEFT from per-expert targets": {"target_modules": ["w1", "w2", "w3"]},
+}
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
-def test_adapter_in_stock_pefts_fused_layout_is_refused(mixtral: Path, loaded: LoadedModel, tmp_path: Path) -> None:
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["w1", "w2", "w3"], task_type="CAUSAL_LM")
-    get_peft_model(dequantized(loaded, mixtral), config).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"fused layout \(target_parameters\)"):
-        adopt(loaded, tmp_path)
+@pytest.mark.parametrize("case", FUSED)
+def test_adapter_that_stock_peft_saved_in_its_fused_layout_is_adopted(
+    case: str, mixtral: Path, loaded: LoadedModel, tmp_path: Path, ids: Tensor
+) -> None:
+    config = LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": [], "task_type": "CAUSAL_LM"} | FUSED[case]))
+    stock = get_peft_model(dequantized(loaded, mixtral), config)
+    train_a_little(stock)
+    stock.save_pretrained(tmp_path)
+    model = adopt(loaded, tmp_path)
+    with model.disable_adapter():
+        assert (logits_of(model, ids) - logits_of(stock, ids)).abs().max() > 0.1
+    torch.testing.assert_close(logits_of(model, ids), logits_of(stock, ids), rtol=0, atol=1e-5)
+
+
+def test_read_factors_stacks_the_experts_and_finds_the_linears(loaded: LoadedModel, saved: Path) -> None:
+    file = read_adapter(saved)
+    found = read_factors(file.config, file.tensors, loaded.names, str(saved))
+    assert {name: list(pairs) for name, pairs in found.experts.items()} == {
+        f"model.layers.{layer}.mlp.experts": ["gate", "up", "down"] for layer in range(2)
+    }
+    a, b, _ = found.experts["model.layers.1.mlp.experts"]["gate"]
+    assert (a.shape, b.shape) == ((4, 4, 64), (4, 128, 4))
+    assert torch.equal(a[2], file.tensors[W1])
+    attention = {f"model.layers.{layer}.self_attn.{leaf}_proj" for layer in range(2) for leaf in "qkvo"}
+    assert set(found.linears) == attention | {"lm_head"}
 
 
 CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -265,10 +300,11 @@ def test_damaged_adapter_is_refused(damage: str, saved: Path, mixtral: Path) -> 
 def test_refused_tensors_leave_the_live_adapter_to_the_byte(loaded: LoadedModel, saved: Path) -> None:
     live = loaded.model
     before = {name: tensor.clone() for name, tensor in live.state_dict().items()}
-    tensors = {key: tensor + 1 for key, tensor in read_adapter_tensors(saved).items()}
-    tensors[max(tensors)] = torch.full_like(tensors[max(tensors)], torch.inf)
+    file = read_adapter(saved)
+    tensors = {key: tensor + 1 for key, tensor in file.tensors.items()}
+    file.tensors = tensors | {max(tensors): torch.full_like(tensors[max(tensors)], torch.inf)}
     with pytest.raises(CheckpointError, match="NaN or infinite"):
-        load_adapter_tensors(live, loaded.names, "default", tensors, where="here")
+        load_adapter_tensors(live, loaded.names, "default", file.per_expert(loaded.names))
     assert changed(before, dict(live.state_dict())) == []
 
 

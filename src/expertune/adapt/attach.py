@@ -4,22 +4,15 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from torch import Tensor, nn
+from torch import nn
 
 from expertune.adapt.base import require_every_layer, require_same_base
-from expertune.adapt.files import (
-    PREFIX,
-    load_adapter_tensors,
-    read_adapter_base,
-    read_adapter_config,
-    read_adapter_tensors,
-    stock_config,
-)
+from expertune.adapt.factors import PerExpert, leaves
+from expertune.adapt.files import AdapterFile, load_adapter_tensors, read_adapter, read_adapter_base, stock_config
 from expertune.adapt.peft_model import ExpertPeftModel, leaf_is_rewritten
 from expertune.adapt.reach import reached_modules
 from expertune.checkpoint.linears import is_linear
@@ -55,17 +48,20 @@ def attach(
         ConfigError: a target fits nothing, or `init_from` disagrees with a value that the run file sets.
         CheckpointError: `init_from` is no adapter of this model, or was trained on another base.
     """
+    file = read_adapter(lora.init_from) if lora.init_from else None
+    if lora.init_from and not lora.init_from_other_base:
+        require_same_base(lora.init_from, loaded.fingerprint, base_model)
     with _without_adapters(loaded.model):
-        asked, lora = lora, adopt(lora, loaded.names) if lora.init_from else lora
+        asked = lora
+        plain = file.per_expert(loaded.names) if file else None
+        if file and plain:
+            lora = adopt(lora, loaded.names, file, plain)
         reached = _reached(loaded, asked)
         targets = resolve_targets(loaded.model, loaded.names, lora, reached)
-        if lora.init_from:
-            tensors = read_adapter_tensors(lora.init_from)
-            wanted, targets = targets, _held_targets(targets, loaded.names, tensors)
-            if not lora.init_from_other_base:
-                require_same_base(lora.init_from, loaded.fingerprint, base_model)
-                if read_adapter_base(lora.init_from) is None:
-                    require_every_layer(lora.init_from, wanted, targets)
+        if lora.init_from and plain:
+            wanted, targets = targets, _held_targets(targets, loaded.names, set(plain.modules))
+            if not lora.init_from_other_base and read_adapter_base(lora.init_from) is None:
+                require_every_layer(lora.init_from, wanted, targets)
             _require_same_targets(loaded, asked, lora, targets, reached)
     config = _live_config(targets, lora)
     fused_ranks, fused_alphas = _fused_patterns(targets, lora)
@@ -89,34 +85,34 @@ def attach(
         model = onto
         model.attach(adapter_name, targets, config, stock, dtype)
     model.base = loaded.fingerprint
-    if lora.init_from:
-        load_adapter_tensors(loaded.model, loaded.names, adapter_name, tensors, where=lora.init_from)
+    if plain:
+        load_adapter_tensors(loaded.model, loaded.names, adapter_name, plain)
     return model
 
 
-def adopt(lora: LoraSection, names: NameMap) -> LoraSection:
-    """The adapter section with the shape of the adapter at `init_from`.
+def adopt(lora: LoraSection, names: NameMap, file: AdapterFile, plain: PerExpert) -> LoraSection:
+    """The adapter section with the shape of an adapter that is there already.
+
+    Args:
+        lora: the run file's.
+        names: the base model's name map.
+        file: the adapter.
+        plain: its tensors under per-expert names.
 
     Raises:
         ConfigError: the run file sets a value that the adapter contradicts.
-        CheckpointError: the folder is no adapter.
     """
-    assert lora.init_from is not None
-    stock = read_adapter_config(lora.init_from)
-    # Ranks and alphas that `_fused_patterns` has added name no module of the checkpoint.
-    fused = tuple(_fused_names(names))
-
-    def patterns(key: str) -> dict[str, Any]:
-        return {name: value for name, value in (stock.get(key) or {}).items() if name not in fused}
-
-    found: dict[str, Any] = {
-        "r": stock["r"],
-        "alpha": stock["lora_alpha"],
-        "targets": stock["target_modules"],
-        "rank_pattern": patterns("rank_pattern"),
-        "alpha_pattern": patterns("alpha_pattern"),
-        "rslora": bool(stock.get("use_rslora")),
-    }
+    found = file.settings
+    if found is None and plain.is_plain and not file.config.get("target_parameters"):
+        # Ranks and alphas of stacks name no module of the checkpoint.
+        stacks = {f"{module}.{weight}" for module, spec in names.specs.items() for weight in spec.weight_names}
+        patterns = {
+            key: {name: value for name, value in (file.config.get(key) or {}).items() if name not in stacks}
+            for key in ("rank_pattern", "alpha_pattern")
+        }
+        rslora = bool(file.config.get("use_rslora"))
+        found = {"r": file.config["r"], "alpha": file.config["lora_alpha"], "rslora": rslora, **patterns}
+    found = {**(plain.settings() if found is None else found), "targets": leaves(plain.modules)}
     for key in ("r", "alpha", "rslora", "rank_pattern", "alpha_pattern"):
         if key in lora.model_fields_set and getattr(lora, key) != found[key]:
             raise ConfigError(
@@ -154,13 +150,12 @@ def _reached(loaded: LoadedModel, asked: LoraSection) -> set[str] | None:
     return reached_modules(loaded.model, candidates)
 
 
-def _held_targets(targets: ResolvedTargets, names: NameMap, tensors: dict[str, Tensor]) -> ResolvedTargets:
-    """Those of the targets that an adapter's file holds a tensor of.
+def _held_targets(targets: ResolvedTargets, names: NameMap, held: set[str]) -> ResolvedTargets:
+    """Those of the targets that an adapter holds a tensor of.
 
     An adapter names what it adapts by the last part of a name, which shared experts and dense layers may have in common
     with the experts. Where all tensors of a projection are missing, it was none of the adapter's.
     """
-    held = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors}
 
     def is_held(module: str, projection: str) -> bool:
         experts = range(names.specs[module].num_experts)
@@ -250,11 +245,6 @@ def _fused_patterns(targets: ResolvedTargets, lora: LoraSection) -> tuple[dict[s
         {name: rank.rank for name, rank in by_name.items()},
         {name: rank.alpha for name, rank in by_name.items()},
     )
-
-
-def _fused_names(names: NameMap) -> Iterator[str]:
-    for module in names.specs:
-        yield from (f"{module}.gate_up_proj", f"{module}.down_proj")
 
 
 def _scale(rank: Rank, rslora: bool) -> float:

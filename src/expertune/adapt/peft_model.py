@@ -13,8 +13,7 @@ from torch import nn
 from expertune.adapt.files import (
     adapter_tensors,
     load_adapter_tensors,
-    read_adapter_config,
-    read_adapter_tensors,
+    read_adapter,
     write_adapter,
 )
 from expertune.checkpoint.fingerprint import Fingerprint
@@ -114,9 +113,8 @@ class ExpertPeftModel(PeftModelForCausalLM):
         """
         if adapter_name not in self.peft_config:
             raise KeyError(f"no adapter {adapter_name!r} is attached; attach one first")
-        read_adapter_config(model_id)
-        tensors = read_adapter_tensors(model_id)
-        load_adapter_tensors(self.get_base_model(), self.names, adapter_name, tensors, where=str(model_id))
+        plain = read_adapter(model_id).per_expert(self.names)
+        load_adapter_tensors(self.get_base_model(), self.names, adapter_name, plain)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any

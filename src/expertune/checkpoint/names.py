@@ -140,6 +140,15 @@ class NameMap:
             self._reverse[used] = [each.reverse_transform() for each in reversed(own)]
         return rename_source_key(live_name + ".", self._reverse[used], [])[0].removesuffix(".")
 
+    def live_modules(self) -> list[str]:
+        """Live names of everything outside the experts that has a weight."""
+        stacks = tuple(f"{module}." for module in self.specs)
+        return [
+            key.removesuffix(".weight")
+            for key in self._live_keys
+            if key.endswith(".weight") and not key.startswith(stacks)
+        ]
+
     def expert_on_disk(self, module: str, expert: int, projection: str) -> str:
         """The checkpoint's module name of one expert's projection, e.g. `...experts.3.w1`."""
         return f"{self.on_disk(module)}.{expert}.{self.projection_names[projection]}"

@@ -47,7 +47,7 @@ def are_rows_together(spec: ExpertsSpec, weight: str) -> bool:
 
 def from_matrices(spec: ExpertsSpec, weight: str, matrices: Sequence[Tensor]) -> Tensor:
     """The way back: one expert's slice of a live stack from its matrices."""
-    joined = _join(spec, weight, matrices)
+    joined = join_rows(spec, weight, matrices)
     return joined.T.contiguous() if spec.is_transposed else joined
 
 
@@ -59,7 +59,7 @@ def to_bias(spec: ExpertsSpec, weight: str, live_EN: Tensor) -> Tensor:
 def from_bias(spec: ExpertsSpec, weight: str, bias_EN: Tensor) -> Tensor:
     """The way back: the family's biases of all experts."""
     parts = bias_EN.T.chunk(len(fused_projections(spec, weight)))
-    return _join(spec, weight, parts).T.contiguous()
+    return join_rows(spec, weight, parts).T.contiguous()
 
 
 def to_activation(spec: ExpertsSpec, gate_up: Tensor) -> Tensor:
@@ -69,5 +69,6 @@ def to_activation(spec: ExpertsSpec, gate_up: Tensor) -> Tensor:
     return gate_up.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
-def _join(spec: ExpertsSpec, weight: str, parts: Sequence[Tensor]) -> Tensor:
+def join_rows(spec: ExpertsSpec, weight: str, parts: Sequence[Tensor]) -> Tensor:
+    """The way back from `split_rows`: the family's rows from those of each projection."""
     return torch.cat(tuple(parts)) if spec.is_concatenated else torch.stack(tuple(parts), dim=1).flatten(0, 1)
