@@ -63,6 +63,8 @@ class DataConfig(Section):
         columns: renames before the layout is read: our column name -> the file's, e.g. `{prompt: ref, completion: mr}`.
         template: name of a template that ships with Expertune, path of a Jinja file, `chat` for the tokenizer's own
             chat template, or None for the layout's default.
+        parse_special_tokens: special tokens that the rows' own text spells out (`</s>`) become special tokens. Off,
+            they are text, and only the template writes special tokens.
         max_length: tokens of a row after which it is cut.
         train_on: `completion` takes the loss on the answer only, `all` on the prompt as well (padding never).
         packing: `padding-free` concatenates a micro-batch's rows; `packed` fills rows of `max_length` tokens in
@@ -77,6 +79,7 @@ class DataConfig(Section):
     format: DataFormat = "auto"
     columns: dict[str, str] = {}
     template: str | None = None
+    parse_special_tokens: bool = False
     max_length: int = Field(default=1024, ge=8)
     train_on: Literal["completion", "all"] = "completion"
     packing: Literal["padding-free", "packed", "padded"] = "padding-free"

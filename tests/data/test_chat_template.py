@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -160,3 +161,54 @@ def test_syntax_error_in_a_chat_template_names_the_line(jsonl, template, tiny_to
         prepare_rows(
             DataConfig(train=jsonl(ROW), template=template("{{ messages }}\n{% if %}")), "train", tiny_tokenizer
         )
+
+
+# GLM's kind: no token of its own ends a turn, the token of the next role does.
+NEXT_ROLE_ENDS = """\
+[gMASK]<sop>{% for message in messages %}{{ '<|' + message.role + '|>\\n' }}{{ message.content }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+
+NO_TOKEN_ENDS = """\
+{% for message in messages %}{{ message.role | upper }}: {{ message.content }}
+{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"""
+
+
+@pytest.fixture
+def role_tokenizer(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    roles = ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|im_end|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": roles})
+    return tokenizer
+
+
+def test_turn_that_the_next_role_ends_is_trained_with_that_token(jsonl, template, role_tokenizer):
+    _, text, trained = only_row(DataConfig(train=jsonl(ROW), template=template(NEXT_ROLE_ENDS)), role_tokenizer)
+    assert text == ("<s>[gMASK]<sop><|user|>\nOne?<|assistant|>\nTwo.<|user|>\nThree?<|assistant|>\nFour.</s>")
+    assert trained == "\nTwo.<|user|>\nFour.</s>"
+
+
+def test_turn_ends_are_found_around_generation_blocks_too(jsonl, template, role_tokenizer):
+    source = NEXT_ROLE_ENDS.replace(
+        "{{ message.content }}",
+        "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}{% else %}"
+        "{{ message.content }}{% endif %}",
+    )
+    found = prepare_rows(DataConfig(train=jsonl(ROW), template=template(source)), "train", role_tokenizer)
+    (row,) = found.rows
+    assert role_tokenizer.decode([label for label in row.labels if label != IGNORE_INDEX]) == "Two.<|user|>Four.</s>"
+    assert found.report["warnings"] == []
+
+
+def test_template_that_ends_no_turn_by_a_token_is_told_with_the_number_of_turns(jsonl, template, tiny_tokenizer):
+    data = DataConfig(train=jsonl(ROW, ROW), template=template(NO_TOKEN_ENDS))
+    (warning,) = prepare_rows(data, "train", tiny_tokenizer).report["warnings"]
+    assert "ends 2 assistant turns by plain text and no special token" in warning
+    assert (
+        prepare_rows(DataConfig(train=jsonl(ROW), template="chatml"), "train", tiny_tokenizer).report["warnings"] == []
+    )
+
+
+def test_end_of_the_turn_behind_a_generation_block_is_an_error_though_it_is_not_eos(jsonl, template, role_tokenizer):
+    source = template(END_OUTSIDE.replace("eos_token", "'<|im_end|>'"))
+    with pytest.raises(DataError, match=r"the end of the answer is masked: .* writes '<\|im_end\|>' behind it"):
+        prepare_rows(DataConfig(train=jsonl(ROW), template=source), "train", role_tokenizer)

@@ -83,7 +83,10 @@ def test_true_eos_is_trained_where_padding_is_eos(jsonl, mixtral_tokenizer):
 def test_text_that_holds_the_padding_token_is_an_error(jsonl, tiny_tokenizer):
     path = jsonl({"prompt": "<pad><pad>", "completion": " x"})
     with pytest.raises(DataError, match="the text holds the padding token <pad> 2 times; remove it"):
-        prepare_rows(DataConfig(train=path), "train", tiny_tokenizer)
+        prepare_rows(DataConfig(train=path, parse_special_tokens=True), "train", tiny_tokenizer)
+    # Where only the template writes special tokens, it is a text like any other.
+    (row,) = prepare_rows(DataConfig(train=path), "train", tiny_tokenizer).rows
+    assert tiny_tokenizer.pad_token_id not in row.input_ids
 
 
 def test_half_a_surrogate_pair_is_an_error_of_its_row(tmp_path, tiny_tokenizer):

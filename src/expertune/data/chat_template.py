@@ -16,6 +16,7 @@ from expertune.data.formats import Example
 from expertune.data.lint import RowError
 from expertune.data.messages import Message
 from expertune.data.row_template import Rendered, jinja_names
+from expertune.data.special_tokens import special_contents, special_pattern
 from expertune.errors import ConfigError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -49,6 +50,11 @@ class ChatTemplate:
         self.names = jinja_names(source)
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._eos = tokenizer.eos_token
+        # A token that begins a text ends none, so nobody stops at it.
+        contents = special_contents(tokenizer)
+        ends = [token for token in contents.values() if token != tokenizer.bos_token or token == tokenizer.eos_token]
+        self._end_tokens = tuple(ends)
+        self._end_behind = re.compile(rf"\s*(?:{special_pattern(ends).pattern})")
 
     def render(self, example: Example) -> Rendered:
         """The conversation as text; each assistant turn is a trained part, up to and with its EOS.
@@ -134,9 +140,30 @@ class ChatTemplate:
         return (start, start + len(turn)) if turn.endswith(self._eos) else span
 
     def _end(self, text: str, spans: list[tuple[int, int]]) -> Rendered:
-        last = spans[-1][1]
+        *earlier, (start, last) = spans
+        earlier = [self._with_end(text, span) for span in earlier]
+        num_open = sum(not self._ends_in_token(text[start:end]) for start, end in earlier)
+        spans = [*earlier, (start, last)]
         if text[:last].endswith(self._eos):
-            return Rendered(text[:last], spans, append_eos=False)
+            return Rendered(text[:last], spans, append_eos=False, num_open_turns=num_open)
         rest = text[last:].rstrip()
-        # A template may close the turn outside the part that it marks: kept as written, for the data check to see.
-        return Rendered(text[:last] + rest, spans, append_eos=not rest.endswith(self._eos))
+        if rest and not rest.endswith(self._eos):
+            raise RowError(
+                f"the end of the answer is masked: template {self.name} writes {rest[:40]!r} behind it, outside the "
+                "part that it marks as the assistant's, so the model would not learn to stop; put it inside the "
+                "template's {% generation %} block, or set data.template"
+            )
+        # Closed by an EOS outside the part that the template marks: kept as written, for the data check to see.
+        return Rendered(text[:last] + rest, spans, append_eos=not rest, num_open_turns=num_open)
+
+    def _with_end(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
+        # Some templates (GLM's) end a turn by the token of the next role. It belongs to the turn: a model that never
+        # writes it goes on with the user's words.
+        start, end = span
+        if self._ends_in_token(text[start:end]):
+            return span
+        behind = self._end_behind.match(text, end)
+        return (start, behind.end()) if behind else span
+
+    def _ends_in_token(self, turn: str) -> bool:
+        return turn.rstrip().endswith(self._end_tokens)

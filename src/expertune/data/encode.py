@@ -2,18 +2,29 @@
 
 A row is tokenized as a whole where the prompt's ids are a prefix of the row's. Where a token would straddle the
 boundary, the completion is tokenized as a continuation instead. Either way `encode_prompt(prompt)` is a prefix.
+
+Special tokens that the data spells out (`RenderedText.plain`) are tokenized as the text that they are there.
 """
 
+import copy
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+from tokenizers import AddedToken, Tokenizer
+
+from expertune.data.lint import RowError
 from expertune.data.row_template import Rendered
 from expertune.data.rows import IGNORE_INDEX
+from expertune.data.special_tokens import RenderedText, part_of, plain_places, special_contents, special_pattern
 from expertune.errors import ConfigError
 
 # Tokenizers of the SentencePiece kind put a space in front of whatever text they are given. Behind a line break, which
 # they never join with what follows, a continuation gets the ids it has in the middle of a text.
 _ANCHOR = "\n"
+
+# The first of the private characters (the last block of Unicode's plane 16) that special tokens are renamed to.
+_FIRST_NAME = 0x10E000
 
 
 @dataclass(frozen=True)
@@ -49,11 +60,15 @@ def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
     """Ids that generation starts from: BOS (or what the tokenizer puts first) once, then the prompt, no EOS.
 
     Args:
-        prompt: `TokenizedRow.prompt`, or what `render_prompt` returns.
+        prompt: `TokenizedRow.prompt`, or what `render_prompt` returns; in any other string special tokens that are
+            spelt out are special tokens.
         tokenizer: a fast transformers tokenizer.
 
     Returns:
         Token ids; for a row's prompt they are a prefix of the row's `input_ids`.
+
+    Raises:
+        RowError: the tokenizer cannot write as text what the data spells out.
     """
     ids = _tokenize(prompt, tokenizer).ids
     return _lead(ids, tokenizer) + ids
@@ -69,6 +84,9 @@ def encode_row(rendered: Rendered, train_on: str, tokenizer: Any) -> tuple[list[
 
     Returns:
         (input_ids, labels), equally long; EOS once at the end where the text does not hold it, and always trained.
+
+    Raises:
+        RowError: the tokenizer cannot write as text what the data spells out.
     """
     piece = _tokenize_in_two(rendered.text, rendered.spans[-1][0], tokenizer)
     lead = _lead(piece.ids, tokenizer)
@@ -89,21 +107,106 @@ def encode_row(rendered: Rendered, train_on: str, tokenizer: Any) -> tuple[list[
 
 
 def _tokenize(text: str, tokenizer: Any) -> _Piece:
+    if plain_places(text):
+        return _Literal.of(tokenizer, len(tokenizer)).tokenize(text)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return _Piece(list(encoded["input_ids"]), _starts(encoded["offset_mapping"]))
+
+
+def _starts(offsets: list[tuple[int, int]]) -> list[int]:
     # Some byte-level tokenizers trim spaces off their offsets, which leaves a token of spaces only with an empty range
     # behind itself.
-    starts = [start if start < end else max(start - 1, 0) for start, end in encoded["offset_mapping"]]
-    return _Piece(list(encoded["input_ids"]), starts)
+    return [start if start < end else max(start - 1, 0) for start, end in offsets]
+
+
+class _Literal:
+    """A copy of a tokenizer that takes special tokens for text, and knows each by another name as well.
+
+    The template's special tokens are written by that name, so that everything around them (spaces that a tokenizer
+    adds or strips, what it splits first) is as it always is.
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._contents = special_contents(tokenizer)
+        self._unknown = tokenizer.unk_token_id
+        self._pattern = special_pattern(self._contents.values())
+        self._backend: Tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._names: dict[str, str] = {}
+        self._ids: dict[int, int] = {}
+        for token_id, token in tokenizer.added_tokens_decoder.items():
+            if not token.content or token_id not in self._contents:
+                continue
+            # As long as the token, so that offsets are the text's.
+            name = chr(_FIRST_NAME + len(self._names)) * len(token.content)
+            same = {flag: getattr(token, flag) for flag in ("lstrip", "rstrip", "single_word", "normalized")}
+            self._backend.add_tokens([AddedToken(name, special=False, **same)])
+            self._names[token.content] = name
+            self._ids[self._backend.token_to_id(name)] = token_id
+        self._backend.encode_special_tokens = True
+
+    @staticmethod
+    @lru_cache(maxsize=4)
+    def of(tokenizer: Any, num_tokens: int) -> "_Literal":
+        """The copy of a tokenizer with so many tokens; made once, and not before a row needs it."""
+        return _Literal(tokenizer)
+
+    def tokenize(self, text: str) -> _Piece:
+        """Ids and starts of a `RenderedText`.
+
+        Raises:
+            RowError: a special token that is only text has no other ids.
+        """
+        encoded = self._backend.encode(self._renamed(text), add_special_tokens=False)
+        piece = _Piece([], [])
+        for token_id, (start, end), first in zip(encoded.ids, encoded.offsets, _starts(encoded.offsets), strict=True):
+            if self._is_special_after_all(token_id, text[start:end]):
+                for at in range(start, end):
+                    ids = self._character(text[at])
+                    piece = _Piece(piece.ids + ids, piece.starts + [at] * len(ids))
+            else:
+                piece.ids.append(self._ids.get(token_id, token_id))
+                piece.starts.append(first)
+        return piece
+
+    def _renamed(self, text: str) -> str:
+        hidden = list(text)
+        for start, end in plain_places(text):
+            hidden[start:end] = "\0" * (end - start)
+        renamed = list(text)
+        for match in self._pattern.finditer("".join(hidden)):
+            renamed[slice(*match.span())] = self._names[match[0]]
+        return "".join(renamed)
+
+    def _is_special_after_all(self, token_id: int, text: str) -> bool:
+        # A vocabulary may hold special tokens as words of its own. A character that it does not know is another matter.
+        content = self._contents.get(token_id)
+        return content is not None and (token_id != self._unknown or text.strip() == content)
+
+    def _character(self, char: str) -> list[int]:
+        anchor = self._backend.encode(_ANCHOR, add_special_tokens=False).ids
+        ids: list[int] = self._backend.encode(_ANCHOR + char, add_special_tokens=False).ids
+        ids = ids[len(anchor) :] if ids[: len(anchor)] == anchor else ids
+        if any(self._is_special_after_all(token_id, char) for token_id in ids):
+            raise RowError(
+                f"the row spells out the special token {char}, which this tokenizer cannot write as text; take it out, "
+                "or set data.parse_special_tokens: true"
+            )
+        return ids
 
 
 def _tokenize_in_two(text: str, boundary: int, tokenizer: Any) -> _Piece:
-    prompt = _tokenize(text[:boundary], tokenizer)
+    prompt = _tokenize(part_of(text, 0, boundary), tokenizer)
     whole = _tokenize(text, tokenizer)
     count = len(prompt.ids)
     if whole.ids[:count] == prompt.ids:
         completion = whole.after(count)
     else:
-        completion = _tokenize_continuation(text[boundary:], tokenizer).shifted(boundary)
+        completion = _tokenize_continuation(part_of(text, boundary, len(text)), tokenizer).shifted(boundary)
     # A token of the completion starts in it, whatever its offsets say about the space before its first letter.
     starts = [max(start, boundary) for start in completion.starts]
     return _Piece(prompt.ids + completion.ids, prompt.starts + starts)
@@ -111,7 +214,8 @@ def _tokenize_in_two(text: str, boundary: int, tokenizer: Any) -> _Piece:
 
 def _tokenize_continuation(text: str, tokenizer: Any) -> _Piece:
     anchor = _tokenize(_ANCHOR, tokenizer)
-    anchored = _tokenize(_ANCHOR + text, tokenizer)
+    places = [(start + len(_ANCHOR), end + len(_ANCHOR)) for start, end in plain_places(text)]
+    anchored = _tokenize(RenderedText(_ANCHOR + text, places), tokenizer)
     count = len(anchor.ids)
     if anchored.ids[:count] == anchor.ids:
         return anchored.after(count).shifted(-len(_ANCHOR))

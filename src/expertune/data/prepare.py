@@ -1,5 +1,6 @@
 """The data room's corridor: source -> layout -> template -> tokens -> data check -> rows and report."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from expertune.data.messages import is_conversation
 from expertune.data.row_template import Rendered, Template
 from expertune.data.rows import IGNORE_INDEX, TokenizedRow, TokenizedRows, length_summary
 from expertune.data.sources import Source, read_source
+from expertune.data.special_tokens import SpecialTokens, part_of, without_end
 from expertune.data.template import default_template, is_own_file, load_template
 from expertune.errors import ConfigError, DataError
 
@@ -48,15 +50,18 @@ def prepare_rows(data: DataConfig, which: Literal["train", "eval"], tokenizer: A
     source = read_source(spec)
     layout, template = _choose(source, data, tokenizer)
     use = ColumnUse(data, layout, template, is_own_file(data.template))
-    rows, problems, num_flagged = [], [], 0
+    special_tokens, spelt_out = SpecialTokens(tokenizer, data.parse_special_tokens), Counter[str]()
+    rows, problems, num_flagged, num_open_turns = [], [], 0, 0
     for row in source.rows:
         try:
             if row.values is None:
                 raise RowError(row.problem)
             example = layout.read(rename(row.values, data.columns))
-            rendered = template.render(example)
+            rendered = special_tokens.render(template, example)
             use.add(row.values, example, rendered.text, row.place)
             rows.append(_tokenized(rendered, row.place, data, tokenizer))
+            spelt_out.update(special_tokens.found(rendered.text))
+            num_open_turns += rendered.num_open_turns
         except FlaggedError:
             num_flagged += 1
         except RowError as error:
@@ -66,6 +71,8 @@ def prepare_rows(data: DataConfig, which: Literal["train", "eval"], tokenizer: A
     if not rows:
         raise DataError(f"{spec}: all {num_flagged} examples are flagged not to be trained; nothing is left")
     report = _report(source, layout, template, data, rows) | use.report() | {"num_flagged": num_flagged}
+    report |= {"special_tokens_as_text": dict(spelt_out), "num_open_turns": num_open_turns}
+    report["warnings"] = [*report["warnings"], *_warnings(report)]
     return TokenizedRows(rows, report | skip_report(problems))
 
 
@@ -120,7 +127,8 @@ def render_prompt(values: Mapping[str, Any] | str, data: DataConfig, tokenizer: 
         tokenizer: the run's tokenizer.
 
     Returns:
-        The text that precedes the answer in a training row; `encode_prompt` turns it into ids.
+        The text that precedes the answer in a training row; `encode_prompt` turns it into ids. Special tokens that
+        `values` spell out are text, unless `data.parse_special_tokens` is set.
 
     Raises:
         DataError: the template uses a column that `values` lacks.
@@ -140,7 +148,8 @@ def render_prompt(values: Mapping[str, Any] | str, data: DataConfig, tokenizer: 
             row.setdefault(ours, row[theirs])
         elif ours in row:
             row[theirs] = row[ours]
-    return template.render_prompt(layout.read_question(row))
+    special_tokens = SpecialTokens(tokenizer, data.parse_special_tokens)
+    return special_tokens.render_prompt(template, layout.read_question(row))
 
 
 def _choose(source: Source, data: DataConfig, tokenizer: Any) -> tuple[Layout, Template]:
@@ -163,9 +172,8 @@ def _renamed(row: Mapping[str, Any], data: DataConfig) -> dict[str, Any]:
 
 def _tokenized(rendered: Rendered, place: str, data: DataConfig, tokenizer: Any) -> TokenizedRow:
     start, end = rendered.spans[-1]
-    prompt, completion = rendered.text[:start], rendered.text[start:end]
-    while completion.endswith(tokenizer.eos_token):
-        completion = completion.removesuffix(tokenizer.eos_token)
+    prompt = part_of(rendered.text, 0, start)
+    completion = without_end(part_of(rendered.text, start, end), tokenizer.eos_token)
     check_unicode(rendered.text)
     check_answer("what the template makes of the answer", completion)
     input_ids, labels = encode_row(rendered, data.train_on, tokenizer)
@@ -173,6 +181,23 @@ def _tokenized(rendered: Rendered, place: str, data: DataConfig, tokenizer: Any)
     input_ids, labels = input_ids[: data.max_length], labels[: data.max_length]
     check_tokens(input_ids, labels, uncut_length, tokenizer)
     return TokenizedRow(input_ids, labels, place, prompt, completion, uncut_length)
+
+
+def _warnings(report: Mapping[str, Any]) -> list[str]:
+    """What the rows do that their owner may not have meant, though they can be trained on."""
+    warnings = []
+    if spelt_out := report["special_tokens_as_text"]:
+        tokens = ", ".join(f"{token} in {count} examples" for token, count in sorted(spelt_out.items()))
+        warnings.append(
+            f"the data spells out special tokens ({tokens}); they are read as text. If they are meant as special "
+            "tokens, set data.parse_special_tokens: true"
+        )
+    if report["num_open_turns"]:
+        warnings.append(
+            f"template {report['template']} ends {report['num_open_turns']} assistant turns by plain text and no "
+            "special token, so that only the last turn of a conversation teaches where to stop; chatml ends every turn"
+        )
+    return warnings
 
 
 def _report(

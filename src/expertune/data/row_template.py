@@ -28,12 +28,14 @@ class Rendered:
         spans: (start, end) in characters of each trained part, in order; the last one starts where the prompt ends.
         append_eos: whether the tokenizer's EOS still has to follow the text.
         untrained: (start, end) of answers that take no loss, even where the loss is taken on the whole row.
+        num_open_turns: trained turns before the last that end in no special token, so that their end is not learnt.
     """
 
     text: str
     spans: list[tuple[int, int]]
     append_eos: bool
     untrained: tuple[tuple[int, int], ...] = ()
+    num_open_turns: int = 0
 
 
 class Template(Protocol):

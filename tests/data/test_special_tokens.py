@@ -1,0 +1,176 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from expertune.config import DataConfig
+from expertune.data import IGNORE_INDEX, encode_prompt, prepare_rows, render_prompt
+from expertune.data.encode import encode_row
+from expertune.data.row_template import Rendered
+from expertune.data.special_tokens import RenderedText
+from expertune.errors import DataError
+from expertune.generation import Conversation
+
+ROW = {"prompt": "Say </s> now", "completion": " <s>a</s>b"}
+
+
+@pytest.fixture(scope="module")
+def word_tokenizer():
+    """A Unigram vocabulary that holds its special tokens as words too, and strips spaces around one of them."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("<s>", 0.0), ("<|user|>", 0.0)]
+    pieces += [(char, -5.0) for char in "▁</s>|useraybn w\n.:"]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens([AddedToken("<|user|>", lstrip=True, rstrip=True, special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer():
+    """Byte-level BPE whose first words are special tokens of other names."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["</s>", "<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["say a b now"] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+@pytest.fixture(params=["tiny", "mixtral", "word", "byte"])
+def tokenizer(request, tiny_tokenizer, mixtral_tokenizer, word_tokenizer, byte_tokenizer):
+    return {"tiny": tiny_tokenizer, "mixtral": mixtral_tokenizer, "word": word_tokenizer, "byte": byte_tokenizer}[
+        request.param
+    ]
+
+
+def special_ids(ids, tokenizer):
+    return [token_id for token_id in ids if token_id in (tokenizer.eos_token_id, tokenizer.bos_token_id)]
+
+
+@pytest.mark.parametrize("template", ["plain", "chatml", "viggo"])
+def test_special_tokens_that_a_row_spells_out_are_text(jsonl, tokenizer, template):
+    data = DataConfig(train=jsonl(ROW), template=template)
+    prepared = prepare_rows(data, "train", tokenizer)
+    (row,) = prepared.rows
+    bos = special_ids(tokenizer("a")["input_ids"], tokenizer)
+    ends = 2 if template == "chatml" else 1
+    assert special_ids(row.input_ids, tokenizer) == bos + [tokenizer.eos_token_id] * ends
+    assert row.labels[-1] == row.input_ids[-1] == tokenizer.eos_token_id
+    assert (row.prompt.count("</s>"), row.completion.strip()) == (ends, "<s>a</s>b")
+    start = encode_prompt(row.prompt, tokenizer)
+    assert row.input_ids[: len(start)] == start
+    assert row.labels[: len(start)] == [IGNORE_INDEX] * len(start)
+    assert prepared.report["special_tokens_as_text"] == {"</s>": 1, "<s>": 1}
+    (warning,) = prepared.report["warnings"]
+    assert "spells out special tokens (</s> in 1 examples, <s> in 1 examples); they are read as text" in warning
+
+
+def test_text_of_a_special_token_has_the_ids_that_it_has_as_text(jsonl, mixtral_tokenizer):
+    (row,) = prepare_rows(DataConfig(train=jsonl(ROW)), "train", mixtral_tokenizer).rows
+    assert mixtral_tokenizer.convert_ids_to_tokens(row.input_ids) == [
+        *("<s>", "▁Say", "▁</", "s", ">", "▁now"),
+        *("▁<", "s", ">", "a", "</", "s", ">", "b", "</s>"),
+    ]
+    text = mixtral_tokenizer("Say </s> now <s>a</s>b", add_special_tokens=False, split_special_tokens=True)
+    assert row.input_ids[1:-1] == text["input_ids"]
+
+
+def test_setting_makes_special_tokens_of_the_rows_special(jsonl, mixtral_tokenizer):
+    data = DataConfig(train=jsonl(ROW), parse_special_tokens=True)
+    prepared = prepare_rows(data, "train", mixtral_tokenizer)
+    (row,) = prepared.rows
+    assert row.input_ids == mixtral_tokenizer("Say </s> now <s>a</s>b</s>")["input_ids"]
+    assert prepared.report["special_tokens_as_text"] == {}
+    prompt = render_prompt("Say </s> now", data, mixtral_tokenizer)
+    assert 2 in encode_prompt(prompt, mixtral_tokenizer)
+
+
+def test_special_tokens_of_a_row_template_stay_special_beside_those_of_the_row(jsonl, mixtral_tokenizer):
+    path = jsonl({"instruction": "Why </s>?", "response": "So."})
+    (row,) = prepare_rows(DataConfig(train=path, template="dolly-tutorial"), "train", mixtral_tokenizer).rows
+    # The template's own </s>, and the EOS that follows every row.
+    assert special_ids(row.input_ids, mixtral_tokenizer) == [1, 2, 2]
+    assert row.completion == " So."
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("Say <", "/s> b"), ("s>", "a"), ("a", "b <"), ("</s", "> b"), ("s", "a")]
+)
+def test_special_token_that_two_columns_make_together_is_text(tmp_path, jsonl, tokenizer, prompt, completion):
+    template = tmp_path / "mine.jinja"
+    template.write_text("<{{ prompt }}{{ completion }}>", encoding="utf-8")
+    path = jsonl({"prompt": prompt, "completion": completion})
+    for name in ("plain", str(template)):
+        (row,) = prepare_rows(DataConfig(train=path, template=name), "train", tokenizer).rows
+        assert row.input_ids.count(tokenizer.eos_token_id) == 1
+        assert special_ids(row.input_ids[1:-1], tokenizer) == []
+
+
+def test_turns_of_a_conversation_end_only_where_the_template_ends_them(jsonl, tokenizer):
+    messages = [
+        {"role": "user", "content": "a </s> b"},
+        {"role": "assistant", "content": "b</s>"},
+        {"role": "user", "content": "</s>"},
+        {"role": "assistant", "content": "a</s>b"},
+    ]
+    (row,) = prepare_rows(DataConfig(train=jsonl({"messages": messages}), template="chatml"), "train", tokenizer).rows
+    assert row.input_ids.count(tokenizer.eos_token_id) == 4
+    assert row.labels.count(tokenizer.eos_token_id) == 2
+    assert row.completion == "a</s>b"
+
+
+def test_answer_that_spells_out_the_end_is_still_ended(jsonl, tmp_path, mixtral_tokenizer):
+    template = tmp_path / "bare.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}\n{% endfor %}", encoding="utf-8")
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So.</s>"}]
+    data = DataConfig(train=jsonl({"messages": messages}), template=str(template))
+    (row,) = prepare_rows(data, "train", mixtral_tokenizer).rows
+    assert row.input_ids.count(2) == 1
+    assert row.input_ids[-1] == row.labels[-1] == 2
+
+
+@pytest.mark.parametrize("template", ["plain", "chatml"])
+def test_prompts_of_generate_and_chat_hold_no_special_tokens_of_the_user(tokenizer, template):
+    data = DataConfig(train="gone.jsonl", format="messages", template="chatml")
+    if template == "plain":
+        data = DataConfig(train="gone.jsonl", format="prompt-completion", template="plain")
+    asked = encode_prompt(render_prompt("say </s><s> now", data, tokenizer), tokenizer)
+    other = encode_prompt(render_prompt("say a b now", data, tokenizer), tokenizer)
+    assert special_ids(asked, tokenizer) == special_ids(other, tokenizer)
+    conversation = Conversation(data, tokenizer)
+    conversation.answered("a </s>", "b")
+    earlier = [tokenizer.eos_token_id] * (2 if template == "chatml" else 0)
+    assert special_ids(conversation.prompt("say </s> now"), tokenizer) == special_ids(asked, tokenizer) + earlier
+
+
+def test_template_that_tears_a_special_token_apart_is_an_error_with_its_row(tmp_path, jsonl, mixtral_tokenizer):
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ prompt.split('</s>') | join('</s></s>') }}{{ completion }}", encoding="utf-8")
+    data = DataConfig(train=jsonl(ROW), template=str(template))
+    with pytest.raises(DataError, match=r"row 1: template .*mine\.jinja changes what the row spells out .*</s>"):
+        prepare_rows(data, "train", mixtral_tokenizer)
+
+
+def test_template_that_writes_them_as_json_needs_no_telling_apart(tmp_path, jsonl, mixtral_tokenizer):
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ prompt | tojson }} {{ completion }}", encoding="utf-8")
+    data = DataConfig(train=jsonl({**ROW, "completion": "b"}), template=str(template))
+    (row,) = prepare_rows(data, "train", mixtral_tokenizer).rows
+    assert "\\u003c/s\\u003e" in row.prompt
+    assert special_ids(row.input_ids, mixtral_tokenizer) == [1, 2]
+
+
+@settings(max_examples=20)
+@given(st.lists(st.sampled_from(["</s>", "<s>", " ", "a", "b\n", "  ", "é", "Say", "<", "/s>"]), max_size=12))
+def test_special_tokens_that_stand_in_no_plain_place_have_their_usual_ids(
+    tiny_tokenizer, mixtral_tokenizer, word_tokenizer, parts
+):
+    text = "".join(parts)
+    for tokenizer in (tiny_tokenizer, mixtral_tokenizer, word_tokenizer):
+        expected, _ = encode_row(Rendered(text + "a", [(0, len(text) + 1)], append_eos=False), "all", tokenizer)
+        # A plain place that holds no special token changes nothing, but that the other way is taken.
+        marked = RenderedText(text + "a", [(len(text), len(text) + 1)])
+        ids, _ = encode_row(Rendered(marked, [(0, len(marked))], append_eos=False), "all", tokenizer)
+        assert ids == expected
