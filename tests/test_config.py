@@ -51,6 +51,15 @@ def test_number_in_scientific_notation_is_a_number(text: str, run_file: Path) ->
         ("lora: {targets: []}\n", "lora.targets"),
         ("lora: {rank_pattern: {w1: 0}}\n", "ranks must be 1 or more"),
         ("quantization: {scheme: int8}\n", "quantization.scheme: .*nf4"),
+        ("lora: {r: yes}\n", "lora: r: a number or text is wanted, not true or false"),
+        ("lora: {rank_pattern: {w1: true}}\n", "lora: rank_pattern: a number or text is wanted"),
+        ("lora: {alpha: .inf}\n", "lora.alpha: inf is not a finite number"),
+        ("lora: {alpha_pattern: {w1: 0}}\n", "alphas must be above 0"),
+        ("task: {rows: 1:30}\n", "task.rows: .*got '1:30'"),
+        ("memory_budget: -3\n", "memory_budget: -3 is not a size"),
+        ("memory_budget: inf\n", "memory_budget: 'inf' is not a size"),
+        ("task: {rows: 99999999999999999999}\n", "task.rows: a number of more than 64 bits"),
+        ("revision: [[1]]\n2: 3\n", "2: a key must be text, got 2"),
         ("placement: moon\n", "placement"),
         ("task: {metric: slot-f1}\n", "task.metric needs data.eval"),
     ],
@@ -118,6 +127,65 @@ def test_training_key_that_the_run_owns_points_to_the_right_one() -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("learning_rate", "abc", "has to be a valid number, got 'abc'"),
+        ("learning_rate", "1e-4", "has to be a valid number, got '1e-4'"),
+        ("learning_rate", 0, "has to be above 0, got 0"),
+        ("learning_rate", -1e-4, "has to be above 0"),
+        ("learning_rate", None, "has to be a valid number, got None"),
+        ("max_steps", 0, r"has to be at least 1 \(or -1"),
+        ("max_steps", 2.5, "has to be a valid integer"),
+        ("max_steps", True, "has to be a valid integer"),
+        ("num_train_epochs", 0, "has to be above 0"),
+        ("per_device_train_batch_size", 0, "has to be at least 1"),
+        ("adam_beta2", 1.0, "has to be at least 0 and below 1"),
+        ("seed", -1, "has to be at least 0"),
+        ("save_total_limit", 0, "has to be at least 1"),
+        ("bf16", "yes", "has to be a valid boolean"),
+        ("optim", "adamw_torhc", r"did you mean adamw_torch\?"),
+        ("lr_scheduler_type", "cosin", r"did you mean cosine\?"),
+        ("eval_strategy", "sometimes", "one of no, steps, epoch"),
+        ("lr_scheduler_kwargs", [1], "has to be a valid dictionary or a valid string"),
+        ("report_to", ["tensorbaord"], r"no tracker is called 'tensorbaord'; did you mean tensorboard\?"),
+        ("report_to", "comet_ml", "comet_ml is not installed here; `pip install comet-ml`"),
+    ],
+)
+def test_training_value_of_a_wrong_type_or_out_of_range_is_named(key: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"run\.yaml: training\.{key}: {message}"):
+        check_training_arguments({key: value}, "run.yaml")
+
+
+def test_training_values_that_transformers_takes_are_taken() -> None:
+    check_training_arguments(
+        {
+            "learning_rate": 1,
+            "warmup_steps": 0.1,
+            "max_steps": -1,
+            "optim": "paged_adamw_8bit",
+            "eval_strategy": False,
+            "report_to": ["tensorboard", "wandb"],
+            "save_total_limit": None,
+            "lr_scheduler_kwargs": {"num_cycles": 2},
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            "fsdp": None,
+            "debug": "",
+        }
+    )
+
+
+def test_section_without_keys_is_an_empty_one(run_file: Path) -> None:
+    run_file.write_text(MINIMAL + "training:\nlora:\n", encoding="utf-8")
+    assert load_config(run_file).training == {}
+
+
+def test_text_that_yaml_1_1_would_read_as_a_date_or_an_octal_number_stays_text(run_file: Path) -> None:
+    run_file.write_text(MINIMAL + "revision: 2026-01-31\ntraining: {run_name: 0123}\n", encoding="utf-8")
+    config = load_config(run_file)
+    assert (config.revision, config.training["run_name"]) == ("2026-01-31", "0123")
+
+
+@pytest.mark.parametrize(
     ("text", "size"), [("24GB", 24 * 10**9), ("16GiB", 16 * 2**30), ("1.5 MB", 1_500_000), (4096, 4096), ("4096", 4096)]
 )
 def test_sizes_are_read_in_decimal_and_binary_units(text: Any, size: int) -> None:
@@ -139,5 +207,5 @@ def test_a_section_that_is_there_twice_is_refused_and_not_half_read(tmp_path: Pa
     path = tmp_path / "run.yaml"
     text = "model: m\ndata: {train: t}\noutput_dir: o\ntraining: {max_steps: 3}\ntraining: {seed: 1}\n"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="line 4: training is there twice"):
+    with pytest.raises(ConfigError, match="line 5: training is there twice"):
         load_config(path)

@@ -7,40 +7,24 @@ Nothing here imports torch or transformers, so that `--help` and a typing mistak
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from expertune.errors import ConfigError
+from expertune.run_yaml import parse_value, read_mapping, shortened
+from expertune.training_values import check_training_values
+
+_MAX_PATH, _MAX_PATH_PART = 4096, 255  # of Linux, and no more than elsewhere
+
+# So many wrong keys are named at once.
+_MAX_PROBLEMS = 20
 
 DataFormat = Literal[
     "auto", "dolly", "alpaca", "prompt-completion", "prompt-completion-messages", "messages", "sharegpt", "text"
 ]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which also reads 1e-4 as the number that everybody means (as YAML 1.2 does).
-
-    A key that is there twice is refused: YAML would drop the first, and with it a whole section.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping, each key once."""
-        keys = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value != "<<" and keys.count(key.value) > 1:
-                where = f"line {key.start_mark.line + 1}"
-                raise yaml.YAMLError(f"{where}: {key.value} is there twice; put the two together")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 # Said by whoever starts a command, never by a file.
@@ -50,7 +34,46 @@ TRUST_KEY = "trust_remote_code"
 class Section(BaseModel):
     """A part of the run file. Unknown keys are refused: a misspelt key must never read as its default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_it_is_meant(cls, values: Any) -> Any:
+        """A section without keys is an empty one; pydantic would read `r: yes` as 1."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        for name, value in values.items():
+            annotation = cls.model_fields[name].annotation if name in cls.model_fields else Any
+            if value is None and _is_mapping(annotation):
+                values[name] = {}
+            inside = value.values() if isinstance(value, dict) else [value]
+            if not _takes_bool(annotation) and any(isinstance(each, bool) for each in inside):
+                raise ValueError(f"{name}: a number or text is wanted, not true or false (yes, no, on, off)")
+        return values
+
+
+def _is_a_path(value: str) -> str:
+    """No text that no file system could hold, and no empty one, which would mean the working directory."""
+    if not value.strip():
+        raise ValueError("an empty name; give one, or remove the key")
+    if len(value) > _MAX_PATH or any(len(part.encode()) > _MAX_PATH_PART for part in value.split("/")):
+        raise ValueError(f"a path or name that is too long ({len(value)} characters)")
+    return value
+
+
+PathText = Annotated[str, AfterValidator(_is_a_path)]
+
+
+def _is_a_size(value: str | int) -> str | int:
+    try:
+        parse_size(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+Size = Annotated[str | int, AfterValidator(_is_a_size)]
 
 
 class DataConfig(Section):
@@ -74,11 +97,11 @@ class DataConfig(Section):
         on_error: `stop` refuses the run at a bad row; `skip` drops bad rows and counts them.
     """
 
-    train: str
-    eval: str | None = None
+    train: PathText
+    eval: PathText | None = None
     format: DataFormat = "auto"
     columns: dict[str, str] = {}
-    template: str | None = None
+    template: PathText | None = None
     parse_special_tokens: bool = False
     max_length: int = Field(default=1024, ge=8)
     train_on: Literal["completion", "all"] = "completion"
@@ -115,17 +138,7 @@ class KernelsConfig(Section):
     """
 
     route: Literal["auto", "fused", "decode_then_gemm"] = "auto"
-    working_set: str | int = "auto"
-
-    @field_validator("working_set")
-    @classmethod
-    def _is_a_size(cls, value: str | int) -> str | int:
-        try:
-            if value != "auto":
-                parse_size(value)
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-        return value
+    working_set: Literal["auto"] | Size = "auto"
 
     @property
     def working_set_bytes(self) -> int | None:
@@ -159,7 +172,7 @@ class LoraSection(Section):
     alpha_pattern: dict[str, float] = {}
     rslora: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
-    init_from: str | None = None
+    init_from: PathText | None = None
     init_from_other_base: bool = False
 
     @field_validator("targets", mode="before")
@@ -172,6 +185,13 @@ class LoraSection(Section):
     def _ranks_are_positive(cls, value: dict[str, int]) -> dict[str, int]:
         if bad := {k: v for k, v in value.items() if v < 1}:
             raise ValueError(f"ranks must be 1 or more, got {bad}")
+        return value
+
+    @field_validator("alpha_pattern")
+    @classmethod
+    def _alphas_are_positive(cls, value: dict[str, float]) -> dict[str, float]:
+        if bad := {k: v for k, v in value.items() if v <= 0}:
+            raise ValueError(f"alphas must be above 0, got {bad}")
         return value
 
 
@@ -207,7 +227,7 @@ class RunConfig(Section):
         output_dir: the run folder.
     """
 
-    model: str
+    model: PathText
     revision: str | None = None
     data: DataConfig
     quantization: QuantizationConfig = QuantizationConfig()
@@ -218,8 +238,8 @@ class RunConfig(Section):
     task: TaskConfig = TaskConfig()
     placement: Literal["auto", "device", "host", "disk"] = "auto"
     offload_activations: bool = False
-    memory_budget: str | int | None = None
-    output_dir: str
+    memory_budget: Size | None = None
+    output_dir: PathText
 
     @model_validator(mode="before")
     @classmethod
@@ -251,18 +271,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: the file is missing, is not YAML, or holds an unknown key or a wrong value.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such run file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a UTF-8 text file ({error})") from None
-    try:
-        values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a run file is a mapping of keys (model, data, ...), got {type(values).__name__}")
+    values = read_mapping(path)
     for override in overrides:
         _apply_override(values, override)
     return parse_config(values, where=str(path))
@@ -290,12 +299,12 @@ def recorded_config(values: dict[str, Any], where: str) -> RunConfig:
 
 
 def check_training_arguments(training: dict[str, Any], where: str = "config") -> None:
-    """Refuse keys under `training:` that the installed transformers does not know.
+    """Refuse keys under `training:` that the installed transformers does not know, and values that it cannot use.
 
     Imports transformers, so it runs when a run is planned or started, not when `--help` is printed.
 
     Raises:
-        ConfigError: names the unknown key and the nearest known one, or a key that another section owns.
+        ConfigError: names the unknown key and the nearest known one, a key that another section owns, or a wrong value.
     """
     from transformers import TrainingArguments
 
@@ -313,7 +322,10 @@ def check_training_arguments(training: dict[str, Any], where: str = "config") ->
         if key in owned:
             raise ConfigError(f"{where}: training.{key} is {owned[key]}")
         if key not in known:
-            raise ConfigError(f"{where}: training.{key} is not an argument of TrainingArguments{_nearest(key, known)}")
+            raise ConfigError(
+                f"{where}: training.{shortened(key)} is not an argument of TrainingArguments{_nearest(key, known)}"
+            )
+    check_training_values(training, where)
 
 
 def parse_size(value: str | int) -> int:
@@ -323,6 +335,8 @@ def parse_size(value: str | int) -> int:
         ConfigError: the text is not a size.
     """
     if isinstance(value, int):
+        if value <= 0:
+            raise ConfigError(f"{value} is not a size; write it as 24GB, 16GiB or a number of bytes")
         return value
     text = value.strip().lower()
     units = {"gib": 2**30, "mib": 2**20, "kib": 2**10, "gb": 10**9, "mb": 10**6, "kb": 10**3, "b": 1, "": 1}
@@ -331,47 +345,57 @@ def parse_size(value: str | int) -> int:
             number = text[: len(text) - len(unit)].strip()
             try:
                 size = int(float(number) * factor)
-            except ValueError:
+            except (ValueError, OverflowError):
                 break
             if size > 0:
                 return size
             break
-    raise ConfigError(f"{value!r} is not a size; write it as 24GB, 16GiB or a number of bytes")
+    raise ConfigError(f"{shortened(value)!r} is not a size; write it as 24GB, 16GiB or a number of bytes")
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"override {override!r}: write it as section.key=value")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise ConfigError(f"override {shortened(override)!r}: write it as section.key=value")
+    value = parse_value(text, f"override {shortened(override)!r}")
     *parents, leaf = key.strip().split(".")
     here = values
     for parent in parents:
         child = here.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+            raise ConfigError(f"override {shortened(override)!r}: {shortened(parent)} is a value, not a section")
         here = child
     here[leaf] = value
 
 
 def _say(error: ValidationError, where: str) -> str:
     lines = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"]) or "the run file"
+    problems = error.errors()
+    for problem in problems[:_MAX_PROBLEMS]:
+        key = shortened(".".join(str(part) for part in problem["loc"])) or "the run file"
         if problem["type"] == "extra_forbidden":
             known = _known_keys(problem["loc"][:-1])
             lines.append(f"{where}: unknown key {key}{_nearest(str(problem['loc'][-1]), known)}")
         elif problem["type"] == "missing":
             lines.append(f"{where}: {key} is missing; add it")
         else:
-            message = problem["msg"].removeprefix("Value error, ")
-            lines.append(
-                f"{where}: {key}: {message}, got {problem['input']!r}" if problem["loc"] else f"{where}: {message}"
-            )
+            message = shortened(problem["msg"].removeprefix("Value error, "))
+            found = f", got {shortened(repr(problem['input']))}" if not isinstance(problem["input"], dict) else ""
+            lines.append(f"{where}: {key}: {message}{found}" if problem["loc"] else f"{where}: {message}")
+    if len(problems) > _MAX_PROBLEMS:
+        lines.append(f"{where}: and {len(problems) - _MAX_PROBLEMS} more")
     return "\n".join(lines)
+
+
+def _takes_bool(annotation: Any) -> bool:
+    """Whether a field's type has a place for true and false."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return True  # which looks for itself
+    return annotation in (bool, Any) or any(_takes_bool(part) for part in get_args(annotation))
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return get_origin(annotation) is dict or (isinstance(annotation, type) and issubclass(annotation, Section))
 
 
 def _known_keys(location: Iterable[str | int]) -> set[str]:
@@ -383,5 +407,5 @@ def _known_keys(location: Iterable[str | int]) -> set[str]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    match = difflib.get_close_matches(name[:80], sorted(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]}?" if match else f"; known: {', '.join(sorted(known))}"
