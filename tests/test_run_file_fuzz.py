@@ -49,6 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         assert [path.name for path in folder.iterdir()] == ["run.yaml"]
         return int(ended.value.code or 0), text
 
+    call(GOOD.encode(), [])  # what this imports is not counted
     return call
 
 
