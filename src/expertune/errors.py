@@ -37,6 +37,10 @@ class NonFiniteLossError(ExpertuneError):
     """The loss became NaN or infinite: names the step, the rows and the last good checkpoint."""
 
 
+class NonFiniteGradientError(NonFiniteLossError):
+    """A gradient or a weight became NaN or infinite under a finite loss; names the same, and the parameters."""
+
+
 class ExportError(ExpertuneError):
     """An adapter or model could not be written in the layout asked for, or does not reload to the same logits."""
 

@@ -18,10 +18,18 @@ from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from expertune.errors import ConfigError, NonFiniteLossError
+from expertune.errors import ConfigError, NonFiniteGradientError, NonFiniteLossError
 from expertune.train.callbacks import History
 from expertune.train.checkpoints import STAGING_NAME, last_good_checkpoint, publish, seal
 from expertune.train.cut import Batch
+from expertune.train.finite import (
+    gradients_of,
+    in_words,
+    is_lowered_by_scaler,
+    norm_of_gradients,
+    not_finite,
+    trained_weights_of,
+)
 from expertune.train.loss import LanguageModelLoss
 from expertune.train.offload import activations_on_host
 from expertune.train.out_of_memory import RandomState
@@ -71,6 +79,7 @@ class ExpertTrainer(Trainer):
         if reason := self._needs_logits():
             self.loss.give_up(reason)
         self._staging: Path | None = None
+        self._step_row_ids: list[int] = []
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
 
@@ -84,9 +93,11 @@ class ExpertTrainer(Trainer):
 
         Raises:
             DoesNotFitError: memory ran out, and nothing that could be changed is left; names the last good checkpoint.
+            NonFiniteLossError: a loss, a gradient or a weight is not finite; names the same.
         """
         with self.recovery.stops_clearly():
             result = super().train(*args, **kwargs)
+        self._require_finite_weights()
         self._drop_old_checkpoints()  # a run that was killed between its last checkpoint and here has not
         return result
 
@@ -117,6 +128,7 @@ class ExpertTrainer(Trainer):
         def again() -> None:
             model.zero_grad()
             self.history.drop_step()
+            self._step_row_ids = []
 
         def compute(part: Batch) -> Tensor:
             return self._forward_and_backward(model, dict(part), num_items_in_batch)
@@ -132,7 +144,8 @@ class ExpertTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         value = loss.item()
         if not math.isfinite(value):
-            raise NonFiniteLossError(self._name_bad_step(value, row_ids))
+            raise NonFiniteLossError(self._name_bad_step(f"the loss became {value}", row_ids))
+        self._step_row_ids += row_ids
         self.history.add_micro_batch(value, tokens)
         return loss
 
@@ -162,7 +175,29 @@ class ExpertTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         with self.recovery.operators("clipping"):
-            return super()._get_grad_norm(model, grad_norm)
+            norm = super()._get_grad_norm(model, grad_norm)
+            self._require_finite_gradients(model, norm)
+        return norm
+
+    def _require_finite_gradients(self, model: nn.Module, norm: Tensor | float | None) -> None:
+        """Stop before the update that would carry a gradient that is not finite into the adapter."""
+        value = norm_of_gradients(model, norm)
+        if not math.isfinite(value) and not is_lowered_by_scaler(value, self.accelerator.scaler):
+            names = not_finite(gradients_of(model))
+            where = f" ({in_words(names)})" if names else ""
+            what = f"the norm of the gradients became {value}{where} under a finite loss"
+            raise NonFiniteGradientError(self._name_bad_step(what, self._step_row_ids))
+        self._step_row_ids = []
+
+    def _require_finite_weights(self) -> None:
+        """Refuse to keep an adapter that holds a NaN: finite gradients may still have been divided by zero."""
+        if names := not_finite(trained_weights_of(self.model)):
+            step = self.state.global_step
+            raise NonFiniteGradientError(
+                f"the update of step {step} left weights that are not finite ({in_words(names)}); "
+                f"{last_good_checkpoint(self.args.output_dir)}. Start a new run with a lower learning_rate and "
+                "the optimizer's own training.adam_epsilon"
+            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; the mean loss is taken from the history, which a resume does not forget."""
@@ -231,6 +266,7 @@ class ExpertTrainer(Trainer):
         self.recovery.anew("checkpoint", lambda: self._write_checkpoint(model, trial))
 
     def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._require_finite_weights()
         run_dir = Path(self.args.output_dir)
         self._staging = run_dir / STAGING_NAME
         shutil.rmtree(self._staging, ignore_errors=True)
@@ -255,12 +291,14 @@ class ExpertTrainer(Trainer):
             best_model_checkpoint=self.state.best_model_checkpoint,
         )
 
-    def _name_bad_step(self, loss: float, row_ids: list[int]) -> str:
+    def _name_bad_step(self, what: str, row_ids: list[int]) -> str:
         last = last_good_checkpoint(self.args.output_dir)
+        if last.endswith(f"checkpoint-{self.state.global_step}"):
+            last += " (the weights that this step began with)"
         rows = ", ".join(self.row_places(row_id) for row_id in row_ids[:8])
         more = f" and {len(row_ids) - 8} more" if len(row_ids) > 8 else ""
         return (
-            f"the loss became {loss} in step {self.state.global_step + 1} on {rows}{more}; {last}. Look at these rows, "
+            f"{what} in step {self.state.global_step + 1} on {rows}{more}; {last}. Look at these rows, "
             "or start a new run with a lower training.learning_rate (from this adapter, if you like, by lora.init_from)"
         )
 

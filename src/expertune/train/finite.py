@@ -1,0 +1,57 @@
+"""Gradients and weights that are not finite, found before they reach the adapter or a checkpoint.
+
+A finite loss says little: one factor's gradient may hold a NaN all the same, and the update carries it into the adapter
+for good. The norm over all gradients is computed at every step anyway, and is finite only where all of them are.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_MAX_NAMED = 3
+
+
+def norm_of_gradients(model: nn.Module, norm: Tensor | float | None) -> float:
+    """The norm as transformers computed it, or computed here where it did not.
+
+    Args:
+        model: the model, with the gradients of a step.
+        norm: what `Trainer._get_grad_norm` returned; None where clipping was left to somebody else.
+    """
+    if norm is None:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+    return float(norm)
+
+
+def is_lowered_by_scaler(norm: float, scaler: Any) -> bool:
+    """Whether float16's loss scaling deals with it: it takes no such step, and tries the next at half the scale."""
+    return scaler is not None and not math.isfinite(norm) and scaler.get_scale() > 1
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity; the device is waited for once."""
+    named = list(tensors)
+    if not named:
+        return []
+    finite = torch.stack([torch.isfinite(tensor.detach()).all() for _, tensor in named]).tolist()
+    return [name for (name, _), good in zip(named, finite, strict=True) if not good]
+
+
+def gradients_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The gradients of a model by the names of their parameters."""
+    return ((name, each.grad) for name, each in model.named_parameters() if each.grad is not None)
+
+
+def trained_weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights that are trained, by name."""
+    return ((name, each) for name, each in model.named_parameters() if each.requires_grad)
+
+
+def in_words(names: list[str]) -> str:
+    """The first of some parameters' names, and how many more there are."""
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(names[:_MAX_NAMED]) + more
