@@ -139,8 +139,14 @@ class _Product:
         return {"losses": found, "passed": found["host"] == found["device"] == found["disk"]}
 
     def against_cpu(self) -> Item:
-        """The same steps in float32 on the device and on the CPU."""
-        settings = [*self._settings(8), "quantization.compute_dtype=float32", "training.optim=adamw_torch"]
+        """The same steps in float32 on the device and on the CPU, from the same bytes.
+
+        A 16-bit source would be quantized on either, where the mean of the scales is summed in another order.
+        """
+        folder = self.work / "nf4-float32"
+        self._command("quantize", str(_MODEL), str(folder))
+        same = [f"model={folder}", "quantization.compute_dtype=float32", "training.optim=adamw_torch"]
+        settings = [*self._settings(8), *same]
         self._train("float32-device", settings)
         self._train("float32-cpu", settings, on_cpu=True)
         ours, theirs = (_losses(self._record(name)) for name in ("float32-device", "float32-cpu"))
