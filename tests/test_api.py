@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import expertune
 from expertune.api import open_run
 from expertune.config import parse_config
+from expertune.data import render_prompt
 from expertune.errors import CheckpointError, ConfigError, DataError
 from tests.train.conftest import nine_steps, rows_file, run_values, small_mixtral, write_small_mixtral
 
@@ -21,7 +23,8 @@ def finished(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.Temp
     values = nine_steps(small_mixtral, rows_file, tmp_path_factory.mktemp("finished") / "run")
     values["task"] = {"metric": "exact-match", "rows": 2, "max_new_tokens": 4}
     values["training"] |= {"max_steps": 3}
-    return expertune.finetune(parse_config(values)).output_dir
+    with (Path(values["output_dir"]).parent / "console.txt").open("w", encoding="utf-8") as file:
+        return expertune.finetune(parse_config(values), console=Console(file=file, width=60)).output_dir
 
 
 def test_opened_run_gives_the_evaluation_loss_that_training_recorded(finished: Path) -> None:
@@ -49,6 +52,29 @@ def test_task_is_scored_before_and_after_on_held_out_rows(finished: Path) -> Non
     task = expertune.RunRecord.load(finished)["task"]
     assert task["before"]["rows"] == task["after"]["rows"] == 2
     assert len(task["after"]["examples"]) == 2
+
+
+def test_run_shows_what_it_trains_on_before_it_loads_the_model(finished: Path) -> None:
+    said = (finished.parent / "console.txt").read_text(encoding="utf-8")
+    shown, _, rest = said.partition("loaded with 4-bit experts")
+    assert rest
+    assert "template  line-break, chosen for this layout" in shown
+    assert "columns   used: prompt, completion; ignored: none" in shown
+    assert "  | <s>What is 0 plus 1?\n  | \u27e6It is 1.</s>\u27e7\n" in shown
+    assert "evaluation examples: " in shown
+
+
+def test_run_that_was_recorded_with_another_template_is_used_with_it(finished: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(finished, old)
+    record = expertune.RunRecord.load(old)
+    for part in ("train", "eval"):
+        assert record["data"][part]["template"] == "line-break"
+        record["data"][part] = {**record["data"][part], "template": "plain"}
+    record.save()
+    run = open_run(old)
+    assert render_prompt("What is 1 plus 2?", run.data, run.tokenizer) == "What is 1 plus 2?"
+    assert expertune.evaluate(old)["loss"] != expertune.evaluate(finished)["loss"]
 
 
 def test_opening_something_else_names_what_is_missing(finished: Path, tmp_path: Path) -> None:
@@ -94,7 +120,7 @@ def test_adapter_of_one_run_is_the_start_of_the_next(
 def test_bad_data_stops_before_the_model_is_loaded(run_values: dict[str, Any], tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "completion": ""}\n', encoding="utf-8")
-    values = run_values | {"data": {"train": str(bad)}}
+    values = run_values | {"data": {"train": str(bad), "eval": str(bad)}}
     with pytest.raises(DataError, match=r"bad\.jsonl: row 1"):
         expertune.finetune(parse_config(values))
     assert not (tmp_path / "run").exists()

@@ -17,7 +17,7 @@ from expertune.errors import DataError
 from expertune.record import RunRecord
 
 RUN_FILE = "model: base\ndata: {train: rows.jsonl}\noutput_dir: runs/first\n"
-COMMANDS = ["plan", "train", "evaluate", "generate", "chat", "quantize", "doctor"]
+COMMANDS = ["plan", "data", "train", "evaluate", "generate", "chat", "quantize", "doctor"]
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def type_lines(monkeypatch, *lines):
 # --- what is wrong is said in one message, with exit code 2 -------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["plan", "train"])
+@pytest.mark.parametrize("command", ["plan", "data", "train"])
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
@@ -222,6 +222,44 @@ def test_a_plan_that_does_not_fit_is_exit_code_2(run, run_file, api, options):
     assert code == 2
     assert "23" in out
     assert err == "expertune: error: a model does not fit; see what to give up above\n"
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy_run(tmp_path):
+    """A run file over the embedded model and two rows of questions."""
+    rows = [{"prompt": "What is the capital of Malta?", "completion": "Valletta."}, {"prompt": "", "completion": "Oh."}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = Path(expertune.__file__).parent / "assets" / "tiny-mixtral"
+    (tmp_path / "run.yaml").write_text(f"model: {model}\ndata: {{train: rows.jsonl}}\noutput_dir: out\n")
+
+
+def test_data_shows_what_a_run_would_train_on_and_starts_nothing(run, toy_run, tmp_path):
+    code, out, err = run("data", "run.yaml", "--examples", "1")
+    assert (code, err) == (0, "")
+    assert "layout    prompt-completion, recognised by the columns" in out
+    assert "template  line-break, chosen for this layout" in out
+    assert "1 of 2 examples have an empty prompt" in out
+    assert out.endswith("  | <s>What is the capital of Malta?\n  | \u27e6Valletta.</s>\u27e7\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "run.yaml"]
+
+
+def test_data_as_json_takes_overrides_and_is_json_alone(run, toy_run):
+    code, out, err = run("data", "run.yaml", "data.template=question-answer", "--json", "--examples", "2")
+    shown = json.loads(out)
+    assert (code, err, shown["eval"]) == (0, "", None)
+    assert [example["num_trained"] > 0 for example in shown["train"]["examples"]] == [True, True]
+    assert shown["train"]["examples"][0]["parts"][-1] == {"text": " Valletta.</s>", "trained": True}
+    assert shown["train"]["template"] == "question-answer"
+
+
+def test_data_of_rows_that_a_run_would_refuse_is_exit_code_2(run, toy_run, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "Who?", "role": "prompter", "parent_id": null}\n')
+    code, out, err = run("data", "run.yaml")
+    assert (code, out) == (2, "")
+    assert err.startswith("expertune: error: rows.jsonl: the rows have a column text, but role beside it")
 
 
 # --- train --------------------------------------------------------------------------------------------------------

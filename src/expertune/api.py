@@ -31,6 +31,7 @@ from expertune.data import (
     plot_lengths,
     prepare_run,
 )
+from expertune.data.preview import preview
 from expertune.finished import OpenRun, evaluate, generate, load_base, open_run, score_run
 from expertune.kernels import routes
 from expertune.placement.device import bound_host_memory, training_device
@@ -41,6 +42,7 @@ from expertune.plan.settings import uses_checkpointing
 from expertune.processes import require_one_process
 from expertune.record import RunRecord
 from expertune.report.plots import plot_summary
+from expertune.report.preview import render_preview
 from expertune.report.summary import render_summary
 from expertune.run_folder import (
     ADAPTER_FOLDER,
@@ -173,6 +175,11 @@ def _prepare_data(
     lengths = [row.uncut_length for part in (train_rows, eval_rows) if part for row in part.rows]
     histogram = output_dir / "lengths.png"
     told_if_it_fails("lengths.png", lambda: plot_lengths(lengths, histogram, config.data.max_length), console.print)
+    shown = preview(train_rows, config.data, tokenizer, num_examples=1)
+    console.print(render_preview("train", shown), soft_wrap=False)
+    if eval_rows:
+        shown = preview(eval_rows, config.data, tokenizer, num_examples=0)
+        console.print(render_preview("eval", shown), soft_wrap=False)
     report = train_rows.report
     console.print(
         f"data: {report['num_rows']} training rows, {report['num_truncated']} cut at {config.data.max_length} tokens, "

@@ -166,6 +166,33 @@ def plan(
 
 
 @app.command()
+def data(
+    run: RunFile,
+    overrides: Overrides = None,
+    examples: Annotated[int, typer.Option(min=0, help="How many examples of each source to show.")] = 3,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what a run would be trained on: layout, template, columns, and examples with their trained part marked.
+
+    Checks every row as a run does. Needs the model's tokenizer alone; loads no weights and writes nothing.
+    """
+    config = load_config(run, overrides or ())
+    with _stdout_for_results():
+        from expertune.data.preview import preview_run
+        from expertune.report.preview import render_preview
+
+        shown = preview_run(config, examples, trust_remote_code)
+    if as_json:
+        _print_json(shown)
+        return
+    for part, preview in shown.items():
+        if preview:
+            _print(render_preview(part, preview, max_chars=4000))
+
+
+@app.command()
 def train(
     run: RunFile,
     overrides: Overrides = None,

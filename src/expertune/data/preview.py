@@ -1,0 +1,110 @@
+"""What a run would be trained on, shown before it starts: the choices that were made, and examples as tokens.
+
+Which part of an example is trained is read off its labels, not off what a template meant: what is shown is what the
+loss is taken on.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from expertune.checkpoint.hub import fetch_model
+from expertune.checkpoint.tokenizer import load_tokenizer
+from expertune.config import DataConfig, RunConfig
+from expertune.data.prepare import prepare_run
+from expertune.data.rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
+
+
+def preview_run(config: RunConfig, num_examples: int = 3, trust_remote_code: bool = False) -> dict[str, Any]:
+    """What `expertune data` shows. Fetches the tokenizer of the model, and no weights.
+
+    Args:
+        config: the run.
+        num_examples: how many examples of each source are shown.
+        trust_remote_code: run Python that ships with the model's tokenizer.
+
+    Returns:
+        `train` and `eval` (None where the run has no evaluation rows), each as `preview` returns it.
+
+    Raises:
+        ExpertuneError: what a run would stop at, as far as it concerns data and tokenizer.
+    """
+    source = fetch_model(config.model, config.revision, trust_remote_code, weights=False)
+    tokenizer = load_tokenizer(source.folder, trust_remote_code)
+    train, evaluation = prepare_run(config.data, tokenizer)
+    return {
+        "train": preview(train, config.data, tokenizer, num_examples),
+        "eval": preview(evaluation, config.data, tokenizer, num_examples) if evaluation else None,
+    }
+
+
+def preview(rows: TokenizedRows, data: DataConfig, tokenizer: Any, num_examples: int) -> dict[str, Any]:
+    """A source's report with what was chosen by whom, and its first examples.
+
+    Args:
+        rows: what `prepare_rows` returned.
+        data: the data section as the run file has it.
+        tokenizer: the tokenizer that made the rows.
+        num_examples: how many examples are shown.
+
+    Returns:
+        Plain JSON values: the report, `chosen` (`format` and `template`: `named` by the run file or `default`),
+        `hints`, and `examples` with `place`, `num_tokens`, `num_trained`, `uncut_length` and `parts`, which are texts
+        in order, each with `trained`.
+    """
+    chosen = {
+        "format": "default" if data.format == "auto" else "named",
+        "template": "default" if data.template is None else "named",
+    }
+    return {
+        **rows.report,
+        "chosen": chosen,
+        "hints": _hints(rows.report, data, tokenizer),
+        "examples": [_example(row, tokenizer) for row in rows.rows[:num_examples]],
+    }
+
+
+def _hints(report: dict[str, Any], data: DataConfig, tokenizer: Any) -> list[str]:
+    if (
+        data.template is None
+        and report["template"] != "chat"
+        and report["format"] != "text"
+        and tokenizer.chat_template
+    ):
+        return [
+            "the model's tokenizer has a chat template; data.template: chat puts the examples into the form that the "
+            "model was tuned with"
+        ]
+    return []
+
+
+def _example(row: TokenizedRow, tokenizer: Any) -> dict[str, Any]:
+    flags = [label != IGNORE_INDEX for label in row.labels]
+    runs = [(trained, len(list(group))) for trained, group in groupby(flags)]
+    texts = _texts(row.input_ids, [length for _, length in runs], tokenizer)
+    return {
+        "place": row.place,
+        "num_tokens": len(flags),
+        "num_trained": sum(flags),
+        "uncut_length": row.uncut_length,
+        "parts": [{"text": text, "trained": trained} for text, (trained, _) in zip(texts, runs, strict=True)],
+    }
+
+
+def _texts(ids: Sequence[int], lengths: Sequence[int], tokenizer: Any) -> list[str]:
+    """The text of consecutive runs of tokens: what each adds to the text before it.
+
+    Decoded alone, a run would lose the space that SentencePiece tokenizers strip from the start of a text.
+    """
+    texts, before, end = [], "", 0
+    for length in lengths:
+        start, end = end, end + length
+        text = _decode(ids[:end], tokenizer)
+        # A run may end amid the bytes of a character, which reads as U+FFFD until the character is whole.
+        texts.append(text[len(before) :] if text.startswith(before) else _decode(ids[start:end], tokenizer))
+        before = text
+    return texts
+
+
+def _decode(ids: Sequence[int], tokenizer: Any) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,0 +1,111 @@
+"""What a run is about to train on, on the terminal: choices, columns, warnings, and examples with their trained part.
+
+The marks are characters, so that they survive where there is no colour: in a file, in a pipe, on a plain terminal.
+"""
+
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+_NAMES = {"train": "training examples", "eval": "evaluation examples"}
+_MARKS = (("⟦", "⟧"), ("«", "»"), ("[[", "]]"), ("<<<", ">>>"), ("[TRAINED>", "<TRAINED]"))
+_PARTS_AT_AN_END = 6
+_GUTTER, _CONTINUED = "  | ", "    "
+
+
+def render_preview(part: str, preview: Mapping[str, Any], max_chars: int = 600) -> RenderableType:
+    """One source of a run, before it is trained on.
+
+    Args:
+        part: `train` or `eval`.
+        preview: what `expertune.data.preview.preview` returned, as plain values.
+        max_chars: the middle of a longer piece of text is left out, and how much is said.
+    """
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in _facts(part, preview):
+        style = "yellow" if label == "warning" else ""
+        table.add_row(Text(f"  {label}", style=style), Text(_printable(text), style=style))
+    title = Text(f"{_NAMES[part]}: {preview['source']}", style="bold")
+    return Group(title, table, *(_Example(example, max_chars) for example in preview["examples"]))
+
+
+def _facts(part: str, preview: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    chosen, columns = preview["chosen"], preview["columns"]
+    reason = "chosen for this layout" if part == "train" else "that of the training examples"
+    yield "layout", preview["format"] + (", recognised by the columns" if chosen["format"] == "default" else "")
+    yield "template", preview["template"] + (f", {reason}" if chosen["template"] == "default" else "")
+    ignored = ", ".join(f"{name} (in {count})" for name, count in columns["ignored"].items()) or "none"
+    yield "columns", f"used: {', '.join(columns['used'])}; ignored: {ignored}"
+    counts = [f"{preview['num_rows']} used"]
+    for key, words in (
+        ("num_truncated", f"cut at {preview['max_length']} tokens"),
+        ("num_skipped", "skipped as unusable"),
+        ("num_flagged", "left out, flagged not to be trained"),
+    ):
+        if preview[key]:
+            counts.append(f"{preview[key]} {words}")
+    yield "examples", ", ".join(counts)
+    yield "tokens", f"{preview['num_tokens']:,}, of which {preview['num_label_tokens']:,} are trained"
+    for warning in preview["warnings"]:
+        yield "warning", warning
+    for hint in preview["hints"]:
+        yield "hint", hint
+
+
+class _Example:
+    """An example's text in the width that there is; lines of the text start with a bar, wrapped ones do not."""
+
+    def __init__(self, example: Mapping[str, Any], max_chars: int) -> None:
+        self._example, self._max_chars = example, max_chars
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        example = self._example
+        parts = [(_encodable(_printable(part["text"]), options.encoding), part["trained"]) for part in example["parts"]]
+        start, end = _marks("".join(text for text, _ in parts), options.encoding)
+        cut = example["uncut_length"] - example["num_tokens"]
+        facts = f"{example['num_tokens']} tokens, {example['num_trained']} trained"
+        facts += f", {cut} more cut off" if cut > 0 else ""
+        yield Text(f"  {example['place']}: {facts}; what is trained stands between {start} and {end}")
+        body, left_out = Text(), len(parts) - 2 * _PARTS_AT_AN_END
+        for number, (text, trained) in enumerate(parts):
+            if left_out > 1 and _PARTS_AT_AN_END <= number < _PARTS_AT_AN_END + left_out:
+                body.append(f"\n[... {left_out} more parts ...]\n" if number == _PARTS_AT_AN_END else "", style="dim")
+                continue
+            shown = _shortened(text, self._max_chars)
+            body.append(f"{start}{shown}{end}" if trained else shown, style="bold green" if trained else "")
+        for line in body.split("\n", allow_blank=True):
+            wrapped = line.wrap(console, max(options.max_width - len(_GUTTER), 10), overflow="fold", no_wrap=False)
+            for number, piece in enumerate(wrapped or [Text()]):
+                yield Text.assemble((_CONTINUED if number else _GUTTER, "dim"), piece)
+
+
+def _marks(text: str, encoding: str) -> tuple[str, str]:
+    """The first pair of marks that the text does not hold and the terminal can show."""
+    for start, end in _MARKS:
+        if start not in text and end not in text and _encodable(start + end, encoding) == start + end:
+            return start, end
+    return _MARKS[-1]
+
+
+def _shortened(text: str, max_chars: int) -> str:
+    if len(text) <= max_chars:
+        return text
+    head, tail = 2 * max_chars // 3, max_chars // 3
+    return f"{text[:head]} [... {len(text) - head - tail:,} characters ...] {text[-tail:]}"
+
+
+def _printable(text: str) -> str:
+    """Control characters spelt out: a text must not move the cursor of whoever looks at it."""
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cs") else ascii(char)[1:-1] for char in text
+    )
+
+
+def _encodable(text: str, encoding: str) -> str:
+    return text.encode(encoding, "backslashreplace").decode(encoding)
