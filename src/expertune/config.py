@@ -11,7 +11,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from expertune.errors import ConfigError
 from expertune.run_yaml import parse_value, read_mapping, shortened
@@ -65,6 +74,18 @@ def _is_a_path(value: str) -> str:
 PathText = Annotated[str, AfterValidator(_is_a_path)]
 
 
+def _are_sources(value: Any) -> str | list[str]:
+    several = value if isinstance(value, list) else [value]
+    if not several or not all(isinstance(each, str) for each in several):
+        raise ValueError("wanted is a path, a glob, the name of a hub dataset, or a list of these")
+    for each in several:
+        _is_a_path(each)
+    return value  # type: ignore[no-any-return]  # just checked
+
+
+Sources = Annotated[str | list[str], BeforeValidator(_are_sources)]
+
+
 def _is_a_size(value: str | int) -> str | int:
     try:
         parse_size(value)
@@ -80,7 +101,8 @@ class DataConfig(Section):
     """Where the rows come from and how they become token rows.
 
     Attributes:
-        train: path or hub name of the training rows, with an optional `[a:b]` slice, e.g. `rows.jsonl[0:800]`.
+        train: path, glob or hub name of the training rows, with an optional `[a:b]` slice of each file, e.g.
+            `rows.jsonl[0:800]`; or a list of these.
         eval: the same for evaluation rows; None means no evaluation.
         format: layout of a row; `auto` recognises it from the first row's columns.
         columns: renames before the layout is read: our column name -> the file's, e.g. `{prompt: ref, completion: mr}`.
@@ -97,8 +119,8 @@ class DataConfig(Section):
         on_error: `stop` refuses the run at a bad row; `skip` drops bad rows and counts them.
     """
 
-    train: PathText
-    eval: PathText | None = None
+    train: Sources
+    eval: Sources | None = None
     format: DataFormat = "auto"
     columns: dict[str, str] = {}
     template: PathText | None = None

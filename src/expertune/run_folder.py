@@ -119,10 +119,15 @@ def require_same_files(record: RunRecord, reports: dict[str, Any]) -> None:
     for part, before in record.values.get("data", {}).items():
         now = reports[part]
         if before and now and before["sha256"] != now["sha256"]:
-            changed = [name for name in now["sha256"] if before["sha256"].get(name) != now["sha256"][name]]
+            # A glob may find more files than it did, or fewer.
+            names = [*now["sha256"], *(name for name in before["sha256"] if name not in now["sha256"])]
+            changed = [name for name in names if before["sha256"].get(name) != now["sha256"].get(name)]
+            new = [name for name in changed if name not in before["sha256"]]
+            gone = [name for name in changed if name not in now["sha256"]]
+            what = f" (new: {', '.join(new) or 'none'}; gone: {', '.join(gone) or 'none'})" if new or gone else ""
             raise DataError(
-                f"--resume: data.{part}: {', '.join(changed) or 'a file'} has changed since the run started; restore "
-                "it, or start a new output_dir"
+                f"--resume: data.{part}: {', '.join(changed)} has changed since the run started{what}; restore it, or "
+                "start a new output_dir"
             )
 
 

@@ -1,3 +1,4 @@
+import csv
 import gzip
 import hashlib
 import json
@@ -214,3 +215,119 @@ def test_importing_the_data_room_loads_neither_datasets_nor_pandas():
     code = "import sys, expertune.data; print([m for m in ('datasets', 'pandas', 'matplotlib') if m in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+def write_rows(folder, name, *texts):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def test_several_files_follow_one_another_each_with_its_slice_and_hash(tmp_path):
+    first = write_rows(tmp_path, "b.jsonl", "b1", "b2", "b3")
+    second = write_rows(tmp_path, "a.jsonl", "a1", "a2")
+    source = read_source([f"{first}[1:3]", str(second)])
+    assert [row.values["text"] for row in source.rows] == ["b2", "b3", "a1", "a2"]
+    assert [row.place for row in source.rows][1:3] == ["b.jsonl: row 3", "a.jsonl: row 1"]
+    assert source.num_rows == {"b.jsonl": 2, "a.jsonl": 2}
+    assert source.sha256 == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (first, second)}
+    assert source.name == f"{first}[1:3], {second}"
+
+
+def test_glob_reads_files_in_order_and_a_slice_cuts_each(tmp_path):
+    for name in ("x/2.jsonl", "x/1.jsonl", "x/deep/3.jsonl"):
+        write_rows(tmp_path, name, *(f"{name} {number}" for number in range(3)))
+    assert [row["text"] for row in values(tmp_path / "x" / "*.jsonl[:1]")] == ["x/1.jsonl 0", "x/2.jsonl 0"]
+    assert len(values(tmp_path / "**" / "*.jsonl")) == 9
+    with pytest.raises(DataError, match=r"1\.jsonl \(of .*\): the slice ends at row 4, but there are 3 rows"):
+        values(tmp_path / "x" / "?.jsonl[:4]")
+
+
+def test_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
+    write_rows(tmp_path, "rows[1].jsonl", "one")
+    write_rows(tmp_path, "rows1.jsonl", "other")
+    assert values(tmp_path / "rows[1].jsonl") == [{"text": "one"}]
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    write_rows(tmp_path, "en/rows.jsonl", "a")
+    write_rows(tmp_path, "de/rows.jsonl", "b")
+    source = read_source(str(tmp_path / "*" / "rows.jsonl"))
+    assert [row.place for row in source.rows] == ["de/rows.jsonl: row 1", "en/rows.jsonl: row 1"]
+    assert list(source.sha256) == ["de/rows.jsonl", "en/rows.jsonl"]
+
+
+def test_glob_that_finds_nothing_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(DataError, match=r"\*\.jsonl: no file matches this pattern"):
+        values(tmp_path / "*.jsonl")
+
+
+def test_files_with_different_columns_are_an_error_that_names_both(tmp_path):
+    write_rows(tmp_path, "a.jsonl", "a")
+    (tmp_path / "b.csv").write_text("question,answer\nq,a\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.jsonl has text, and b\.csv has answer, question; give all the same"):
+        read_source([str(tmp_path / "a.jsonl"), str(tmp_path / "b.csv")])
+
+
+def test_key_that_only_some_rows_have_is_a_column_of_the_file(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        rows = [{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": "c", "note": "n"}]
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows if name < "b" else rows[::-1])), encoding="utf-8")
+    assert len(values(tmp_path / "*.jsonl")) == 4
+
+
+def test_csv_field_may_be_longer_than_a_reader_of_python_takes(tmp_path):
+    path = tmp_path / "rows.csv"
+    before = csv.field_size_limit()
+    path.write_text('prompt,completion\nq,"' + "word " * 60_000 + '"\nq,a\n', encoding="utf-8")
+    first, second = values(path)
+    assert len(first["completion"]) == 300_000
+    assert second["completion"] == "a"
+    assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv", b"\xef\xbb\xbf", "the file is empty"),
+        ("rows.csv", b"\n\nprompt,completion\nq,a\n", "the first line must name each column once"),
+        ("rows.json", b'{"text": "a", "text": "b"}', "the key 'text' is there twice"),
+        ("rows.json", b'{"text": ' + b"[" * 200 + b"]" * 200 + b"}", "nested more than 100 levels deep"),
+        ("rows.jsonl.gz", gzip.compress(b"\n" * 2**25), "unpack to more than 200 times as many"),
+        ("rows.csv", "prompt,completion\nq,a\n".encode("utf-16"), "convert the file, e.g. iconv -f utf-16"),
+    ],
+)
+def test_file_that_means_something_else_is_one_error_that_names_it(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_source(str(tmp_path / name))
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "bytes"])
+def test_parquet_file_that_claims_more_than_it_can_hold_is_an_error(tmp_path, kind):
+    text = "x" * (10 if kind == "rows" else 2**20)
+    table = pa.table({"text": pa.array([text] * (300_000 if kind == "rows" else 300))})
+    if kind == "columns":
+        table = pa.table([["a"], ["b"]], names=["text", "text"])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet: .*(claims 300000 rows|each be there once|unpack to more)"):
+        values(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("rows\0.jsonl", "cannot be read"),
+        ("x" * 300 + ".jsonl", "cannot be read"),
+        ("rows.jsonl[" + "9" * 5000 + ":]", r"a slice is written \[a:b\]"),
+        ("/dev/zero", "unknown kind of file"),
+        ("pipe.jsonl", "is a device or a pipe"),
+    ],
+)
+def test_name_that_is_no_file_of_rows_is_one_error(tmp_path, monkeypatch, spec, message):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match=message):
+        read_source(spec)

@@ -46,7 +46,7 @@ def prepare_rows(data: DataConfig, which: Literal["train", "eval"], tokenizer: A
     check_tokenizer(tokenizer)
     spec = data.train if which == "train" else data.eval
     if spec is None:
-        raise ConfigError("data.eval names no rows; set it to a file, a hub dataset or a slice of one")
+        raise ConfigError("data.eval names no rows; set it to files, a hub dataset or a slice of one")
     source = read_source(spec)
     layout, template = _choose(source, data, tokenizer)
     use = ColumnUse(data, layout, template, is_own_file(data.template))
@@ -67,9 +67,9 @@ def prepare_rows(data: DataConfig, which: Literal["train", "eval"], tokenizer: A
         except RowError as error:
             problems.append(Problem(row.place, str(error)))
     use.require_fit(source.name)
-    stop_or_skip(problems, len(rows) + len(problems), spec, data.on_error)
+    stop_or_skip(problems, len(rows) + len(problems), source.name, data.on_error)
     if not rows:
-        raise DataError(f"{spec}: all {num_flagged} examples are flagged not to be trained; nothing is left")
+        raise DataError(f"{source.name}: all {num_flagged} examples are flagged not to be trained; nothing is left")
     report = _report(source, layout, template, data, rows) | use.report() | {"num_flagged": num_flagged}
     report |= {"special_tokens_as_text": dict(spelt_out), "num_open_turns": num_open_turns}
     report["warnings"] = [*report["warnings"], *_warnings(report)]
@@ -207,6 +207,7 @@ def _report(
     return {
         "source": source.name,
         "sha256": source.sha256,
+        "files": source.num_rows,
         "format": layout.name,
         "template": template.name,
         "train_on": data.train_on,

@@ -1,41 +1,25 @@
-"""Where rows come from: a local file or a dataset on the Hugging Face hub, with an optional `[a:b]` slice.
+"""Where rows come from: local files or datasets on the Hugging Face hub, each with an optional `[a:b]` slice.
 
-Local files are read without the `datasets` library: JSONL, JSON, CSV and plain text (each optionally gzipped), and
-Parquet. Every row keeps its place, so that each later message can name it.
+A source is one of them, a glob of files, or a list of these; their rows follow one another in that order.
 """
 
-import csv
 import difflib
-import gzip
+import glob
 import hashlib
-import io
 import json
+import os
 import re
-import zlib
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from expertune.data.hub import is_hub_name, read_hub
+from expertune.data.readers import READERS, SourceRow, read_rows, reader_of
 from expertune.errors import DataError
 
-_SLICE = re.compile(r"(?P<name>.*)\[(?P<start>\d*):(?P<stop>\d*)\]", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class SourceRow:
-    """A row as its source holds it.
-
-    Attributes:
-        place: file and row, counted from 1; in line-based files the row is the line's number.
-        values: column -> value, or None where the row could not be read.
-        problem: why it could not be read, with the mend.
-    """
-
-    place: str
-    values: dict[str, Any] | None
-    problem: str = ""
+_SLICE = re.compile(r"(?P<name>.*)\[(?P<start>\d{0,15}):(?P<stop>\d{0,15})\]", re.DOTALL)
+_NUM_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -46,34 +30,85 @@ class Source:
         name: the source as the run file names it.
         rows: rows in order; unreadable ones are among them, with their problem.
         sha256: name -> hash of the file's bytes as they lie on disk (of a hub dataset: of its rows as JSON).
+        num_rows: name -> how many rows were taken from it.
     """
 
     name: str
     rows: list[SourceRow]
     sha256: dict[str, str]
+    num_rows: dict[str, int]
 
 
-def read_source(spec: str) -> Source:
+@dataclass(frozen=True)
+class _Part:
+    """One file or hub dataset of a source: its name, its slice, and how its rows are called."""
+
+    spec: str
+    name: str
+    start: int
+    stop: int | None
+
+    @property
+    def path(self) -> Path:
+        return _path(self.name)
+
+    @property
+    def is_file(self) -> bool:
+        return _exists(self.path) or not is_hub_name(self.name) or reader_of(self.path) is not None
+
+
+def read_source(spec: str | Sequence[str]) -> Source:
     """Read every row that `spec` names.
 
     Args:
-        spec: a path, or a hub name (`name`, `name:split` or `name:config:split`; the split is `train` by default),
-            then an optional slice `[a:b]`, `[:b]` or `[a:]`, counted from 0 as in Python.
+        spec: a path, a glob (`rows/*.jsonl`, sorted by path) or a hub name (`name`, `name:split` or
+            `name:config:split`; the split is `train` by default), then an optional slice `[a:b]`, `[:b]` or `[a:]`,
+            counted from 0 as in Python, of each file. Or a list of these.
 
     Raises:
-        DataError: the source is missing, empty, of an unknown kind or not readable as a whole, or it has fewer rows
-            than the slice asks for.
+        DataError: a source is missing, empty, of an unknown kind or not readable as a whole, it has fewer rows than
+            its slice asks for, or several have different columns.
     """
+    specs = [spec] if isinstance(spec, str) else list(spec)
+    parts = [part for each in specs for part in _expand(each)]
+    labels = _labels([part.path for part in parts if part.is_file])
+    source = Source(_joined(specs), [], {}, {})
+    columns: dict[str, set[str]] = {}
+    for part in parts:
+        label = labels[part.path] if part.is_file else part.name
+        rows, source.sha256[label] = _read_file(part.path, label) if part.is_file else _read_dataset(part.name)
+        if not rows:
+            raise DataError(f"{part.name}: holds no rows; is it the right file?")
+        rows = _cut(rows, part)
+        source.rows.extend(rows)
+        source.num_rows[label] = source.num_rows.get(label, 0) + len(rows)
+        columns.setdefault(label, set()).update(*(row.values for row in rows if row.values is not None))
+    _require_same_columns(columns, source.name)
+    return source
+
+
+def _expand(spec: str) -> list[_Part]:
     name, start, stop = _split_slice(spec)
-    path = Path(name).expanduser()
-    if path.exists() or not is_hub_name(name) or _reader(path) is not None:
-        rows, sha256 = _read_file(path)
-    else:
-        rows = [SourceRow(place, values) for place, values in read_hub(name)]
-        sha256 = {name: _sha256_of_rows(rows)}
-    if not rows:
-        raise DataError(f"{name}: holds no rows; is it the right file?")
-    return Source(spec, _cut(rows, start, stop, spec), sha256)
+    path = _path(name)
+    if _exists(path) or glob.escape(name) == name:
+        return [_Part(spec, name, start, stop)]
+    # Not Path.glob, which takes no absolute pattern.
+    found = sorted(each for each in glob.glob(str(path), recursive=True) if Path(each).is_file())  # noqa: PTH207
+    if not found:
+        raise DataError(f"{name}: no file matches this pattern (from {Path.cwd()})")
+    return [_Part(spec, each, start, stop) for each in found]
+
+
+def _path(name: str) -> Path:
+    # Not Path.expanduser, which raises where there is no such user.
+    return Path(os.path.expanduser(name))  # noqa: PTH111
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, or a folder that may not be looked into
+        return False
 
 
 def _split_slice(spec: str) -> tuple[str, int, int | None]:
@@ -85,8 +120,39 @@ def _split_slice(spec: str) -> tuple[str, int, int | None]:
     return match["name"], int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
 
 
-def _cut(rows: list[SourceRow], start: int, stop: int | None, spec: str) -> list[SourceRow]:
-    end = len(rows) if stop is None else stop
+def _labels(paths: Sequence[Path]) -> dict[Path, str]:
+    """How rows call their files: by name, with as many folders in front as it takes to tell them apart."""
+    different = set(paths)
+    for depth in range(1, max((len(path.parts) for path in different), default=0) + 1):
+        labels = {path: "/".join(path.parts[-depth:]) for path in different}
+        if len(set(labels.values())) == len(different):
+            return labels
+    return {path: str(path) for path in different}
+
+
+def _joined(specs: Sequence[str]) -> str:
+    more = f" and {len(specs) - _NUM_NAMED} more" if len(specs) > _NUM_NAMED else ""
+    return ", ".join(specs[:_NUM_NAMED]) + more
+
+
+def _require_same_columns(columns: dict[str, set[str]], name: str) -> None:
+    """Rows of one layout only: a template that fits some files would misread the others."""
+    first, *others = [label for label, names in columns.items() if names] or [""]
+    for other in others:
+        if columns[other] != columns[first]:
+            raise DataError(
+                f"{name}: the files have different columns: {first} has {_named(columns[first])}, and {other} has "
+                f"{_named(columns[other])}; give all the same columns, or train on one kind"
+            )
+
+
+def _named(columns: set[str]) -> str:
+    return ", ".join(sorted(columns)) or "none"
+
+
+def _cut(rows: list[SourceRow], part: _Part) -> list[SourceRow]:
+    start, end = part.start, len(rows) if part.stop is None else part.stop
+    spec = part.spec if part.spec.startswith(part.name) else f"{part.name} (of {part.spec})"
     if end > len(rows):
         raise DataError(f"{spec}: the slice ends at row {end}, but there are {len(rows)} rows; write [{start}:]")
     if start >= end:
@@ -94,34 +160,33 @@ def _cut(rows: list[SourceRow], start: int, stop: int | None, spec: str) -> list
     return rows[start:end]
 
 
-def _read_file(path: Path) -> tuple[list[SourceRow], dict[str, str]]:
-    read = _reader(path)
+def _read_dataset(name: str) -> tuple[list[SourceRow], str]:
+    rows = [SourceRow(place, values) for place, values in read_hub(name)]
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row.values, sort_keys=True, default=str).encode() + b"\n")
+    return rows, digest.hexdigest()
+
+
+def _read_file(path: Path, label: str) -> tuple[list[SourceRow], str]:
+    read = reader_of(path)
     try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise DataError(f"{path}: is a folder; name one file in it, or several as {path / '*.jsonl'}")
+        if read is None:
+            raise DataError(
+                f"{path}: unknown kind of file; use one of {', '.join(READERS)} (text kinds may end in .gz)"
+            )
+        if not stat.S_ISREG(mode):
+            raise DataError(f"{path}: is a device or a pipe; rows are read several times, so write them to a file")
         raw = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file{_nearest_file(path)}") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: is a folder; name one file in it") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    if read is None:
-        raise DataError(f"{path}: unknown kind of file; use one of {', '.join(_READERS)} (text kinds may end in .gz)")
-    sha256 = {path.name: hashlib.sha256(raw).hexdigest()}
-    if path.suffix.lower() == ".gz":
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: not a whole gzip file ({error}); copy it again") from None
-    if not raw.strip():
-        raise DataError(f"{path}: the file is empty; is it the right file?")
-    return list(read(path, raw)), sha256
-
-
-def _reader(path: Path) -> Callable[[Path, bytes], Iterator[SourceRow]] | None:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    zipped = suffixes[-1:] == [".gz"]
-    kind = "".join(suffixes[-2:-1] if zipped else suffixes[-1:])
-    return None if zipped and kind == ".parquet" else _READERS.get(kind)
+    except (OSError, ValueError) as error:
+        # A ValueError is a path that no file can have, with a NUL in it.
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    return read_rows(path, label, raw, read), hashlib.sha256(raw).hexdigest()
 
 
 def _nearest_file(path: Path) -> str:
@@ -130,121 +195,3 @@ def _nearest_file(path: Path) -> str:
     names = [other.name for other in path.parent.iterdir()]
     match = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.with_name(match[0])}?" if match else ""
-
-
-def _read_lines(path: Path, raw: bytes) -> Iterator[tuple[str, str, str]]:
-    """(place, text, problem) of each line that is not blank.
-
-    Lines end at the byte "\\n" and nowhere else: `str.splitlines` would also split at U+2028 and its like, which
-    JSON allows inside a string.
-    """
-    offset = 0
-    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        place = f"{path.name}: row {number}"
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            yield place, "", _encoding_problem(error, offset)
-        else:
-            if text.strip():
-                yield place, text.removesuffix("\r"), ""
-        offset += len(line) + 1
-
-
-def _read_jsonl(path: Path, raw: bytes) -> Iterator[SourceRow]:
-    for place, text, problem in _read_lines(path, raw):
-        if problem:
-            yield SourceRow(place, None, problem)
-            continue
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            yield SourceRow(place, None, f"not valid JSON ({error}); each line is one JSON object")
-        else:
-            yield _object_row(place, value)
-
-
-def _read_json(path: Path, raw: bytes) -> Iterator[SourceRow]:
-    try:
-        value = json.loads(_decode(path, raw))
-    except (ValueError, RecursionError) as error:
-        lines = "; one object per line is JSONL: name the file .jsonl" if "Extra data" in str(error) else ""
-        raise DataError(f"{path}: not valid JSON ({error}){lines}") from None
-    items = value if isinstance(value, list) else [value]
-    for number, item in enumerate(items, start=1):
-        yield _object_row(f"{path.name}: row {number}", item)
-
-
-def _object_row(place: str, value: Any) -> SourceRow:
-    if isinstance(value, dict):
-        return SourceRow(place, value)
-    return SourceRow(place, None, f"is {type(value).__name__}, not an object with columns")
-
-
-def _read_csv(path: Path, raw: bytes) -> Iterator[SourceRow]:
-    reader = csv.reader(io.StringIO(_decode(path, raw), newline=""), strict=True)
-    number = 0
-    try:
-        header = next(reader)
-        if len(set(header)) != len(header) or "" in header:
-            raise DataError(f"{path}: the first line must name each column once, got {header}")
-        for number, fields in enumerate(filter(None, reader), start=1):
-            place = f"{path.name}: row {number}"
-            if len(fields) == len(header):
-                yield SourceRow(place, dict(zip(header, fields, strict=True)))
-            else:
-                what = f"has {len(fields)} fields where the header names {len(header)} (ends on line {reader.line_num})"
-                yield SourceRow(place, None, f"{what}; quote fields that hold commas")
-    except csv.Error as error:
-        raise DataError(
-            f"{path}: row {number + 1} (line {reader.line_num}): not valid CSV ({error}); check the quotes"
-        ) from None
-
-
-def _read_text(path: Path, raw: bytes) -> Iterator[SourceRow]:
-    for place, text, problem in _read_lines(path, raw):
-        yield SourceRow(place, None if problem else {"text": text}, problem)
-
-
-def _read_parquet(path: Path, raw: bytes) -> Iterator[SourceRow]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        values = pq.read_table(pa.BufferReader(raw)).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a whole Parquet file ({error}); copy it again") from None
-    for number, row in enumerate(values, start=1):
-        yield SourceRow(f"{path.name}: row {number}", row)
-
-
-_READERS: dict[str, Callable[[Path, bytes], Iterator[SourceRow]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".txt": _read_text,
-}
-
-
-def _decode(path: Path, raw: bytes) -> str:
-    try:
-        return raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}: line {line}: {_encoding_problem(error, 0)}") from None
-
-
-def _encoding_problem(error: UnicodeDecodeError, offset: int) -> str:
-    byte = error.object[error.start]
-    return (
-        f"not UTF-8: byte 0x{byte:02x} at byte offset {offset + error.start}; "
-        "convert the file, e.g. iconv -f latin1 -t utf-8"
-    )
-
-
-def _sha256_of_rows(rows: list[SourceRow]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row.values, sort_keys=True, default=str).encode() + b"\n")
-    return digest.hexdigest()
