@@ -80,7 +80,7 @@ def _are_sources(value: Any) -> str | list[str]:
         raise ValueError("wanted is a path, a glob, the name of a hub dataset, or a list of these")
     for each in several:
         _is_a_path(each)
-    return value  # type: ignore[no-any-return]  # just checked
+    return value
 
 
 Sources = Annotated[str | list[str], BeforeValidator(_are_sources)]

@@ -7,6 +7,8 @@ import pytest
 from expertune.config import DataConfig
 from expertune.data import IGNORE_INDEX, make_collator, make_dataset, prepare_rows
 from expertune.errors import ConfigError, DataError
+from expertune.record import RunRecord
+from expertune.run_folder import require_same_files
 
 GOOD = {"prompt": "One plus one?", "completion": " Two."}
 
@@ -146,3 +148,22 @@ def test_file_of_nothing_but_broken_lines_reports_the_lines(tmp_path, tiny_token
     path.write_text("not json\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"rows\.jsonl: row 1: not valid JSON"):
         prepare_rows(DataConfig(train=str(path)), "train", tiny_tokenizer)
+
+
+def test_resume_names_the_file_of_a_glob_that_is_new_gone_or_other(tmp_path, jsonl, tiny_tokenizer):
+    jsonl(GOOD, name="a.jsonl")
+    jsonl(GOOD, name="b.jsonl")
+    data = DataConfig(train=str(tmp_path / "*.jsonl"))
+
+    def report():
+        return prepare_rows(data, "train", tiny_tokenizer).report
+
+    record = RunRecord(tmp_path / "record.json", {"data": {"train": report()}})
+    require_same_files(record, {"train": report()})
+    jsonl(GOOD, GOOD, name="a.jsonl")
+    with pytest.raises(DataError, match=r"data\.train: a\.jsonl has changed since the run started; restore it"):
+        require_same_files(record, {"train": report()})
+    jsonl(GOOD, name="a.jsonl")
+    (tmp_path / "b.jsonl").rename(tmp_path / "c.jsonl")
+    with pytest.raises(DataError, match=r"c\.jsonl, b\.jsonl has changed .* \(new: c\.jsonl; gone: b\.jsonl\)"):
+        require_same_files(record, {"train": report()})
