@@ -70,8 +70,16 @@ def test_two_layouts_at_once_are_refused_unless_the_columns_are_named(prepare):
 
 
 def test_a_label_of_good_and_bad_completions_is_not_ignored(prepare):
-    with pytest.raises(DataError, match="column label says of each completion whether it is a good one"):
-        prepare({"prompt": "2 + 2?", "completion": "5", "label": False})
+    for row in ({"prompt": "2 + 2?", "completion": "5", "label": False}, {"messages": TURNS, "kto_tag": True}):
+        with pytest.raises(DataError, match=r"a column .* says of each answer whether it is a good one"):
+            prepare(row, template="chatml")
+
+
+def test_preferences_beside_a_conversation_are_not_dropped(prepare):
+    chosen, rejected = {"from": "gpt", "value": "Good."}, {"from": "gpt", "value": "Bad."}
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}, {"from": "human", "value": "Bye"}]
+    with pytest.raises(DataError, match="chosen, rejected would not be used"):
+        prepare({"conversations": turns, "chosen": chosen, "rejected": rejected}, template="chatml")
 
 
 @pytest.mark.parametrize(
@@ -92,6 +100,20 @@ def test_used_and_ignored_columns_are_counted_under_the_names_of_the_file(prepar
     rows = [{"ref": "A game.", "mr": "inform()", "id": 1}, {"ref": "It.", "mr": "f()", "id": 2, "note": ""}]
     report = prepare(*rows, columns={"prompt": "ref", "completion": "mr"}, template="viggo").report
     assert report["columns"] == {"used": ["ref", "mr"], "ignored": {"id": 2}}
+
+
+def test_a_column_of_any_name_and_depth_is_counted(prepare, tmp_path, tiny_tokenizer):
+    path = tmp_path / "rows.jsonl"
+    nested = "[" * 900 + "]" * 900
+    path.write_text('{"prompt": "Who?", "completion": "Me.", "\\ud83d": 1, "context": ' + nested + "}\n")
+    data = DataConfig(train=str(path), format="prompt-completion")
+    report = prepare_rows(data, "train", tiny_tokenizer).report
+    assert report["columns"]["ignored"] == {"\\ud83d": 1, "context": 1}
+
+
+def test_keys_of_turns_that_the_template_does_not_use_are_among_the_ignored(prepare):
+    turns = [{**TURNS[0], "name": "Ann"}, TURNS[1]]
+    assert prepare({"messages": turns}, template="chatml").report["columns"]["ignored"] == {"messages[].name": 1}
 
 
 def test_advice_for_columns_that_no_layout_fits_names_what_they_hold(prepare):

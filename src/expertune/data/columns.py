@@ -79,11 +79,15 @@ class ColumnUse:
                 self._used[name] = None
             elif not _is_blank(value):
                 self._ignored[name] += 1
-                self._is_preference |= name in _LABELS and isinstance(value, bool)
+                self._is_preference |= isinstance(value, bool) and (
+                    name == "kto_tag" or (name in _LABELS and self._layout.answer == "completion")
+                )
                 if self._carries_meaning(name, value) and not _is_copy(name, value, text, parts):
                     self._lost[name] += 1
-        for name in {key for turn in example.messages or () for key in turn.extra} & _THOUGHTS - self._template.names:
-            self._thoughts[name] += 1
+        for key in sorted({key for turn in example.messages or () for key in turn.extra} - self._template.names):
+            self._ignored[f"{self._layout.answer}[].{key}"] += 1
+            if key in _THOUGHTS:
+                self._thoughts[key] += 1
 
     def require_fit(self, source: str) -> None:
         """Refuse a layout that was recognised by some columns and is contradicted by others.
@@ -103,10 +107,10 @@ class ColumnUse:
                 f"conversations, not texts. Choose the answers to learn from and {WHOLE_CONVERSATIONS}; or set {stays} "
                 "to train on the column text alone"
             )
-        if self._layout.answer == "completion" and self._is_preference:
+        if self._is_preference:
             raise DataError(
-                f"{source}: the column label says of each completion whether it is a good one, and training would take "
-                f"all for good. Keep the good rows alone and drop the column, or set {stays} to train on all of them"
+                f"{source}: a column (label or kto_tag) says of each answer whether it is a good one, and training "
+                f"would take all for good. Keep the good rows and drop the column, or set {stays} to train on all rows"
             )
         lost = {name: count for name, count in self._lost.items() if name not in _MEANINGFUL}
         if lost:
@@ -122,9 +126,12 @@ class ColumnUse:
     def report(self) -> dict[str, Any]:
         """Plain values for the run record: `columns`, `num_empty_prompts` and `warnings`."""
         return {
-            "columns": {"used": list(self._used), "ignored": dict(self._ignored)},
+            "columns": {
+                "used": [_writable(name) for name in self._used],
+                "ignored": {_writable(name): count for name, count in self._ignored.items()},
+            },
             "num_empty_prompts": self._num_empty_prompts,
-            "warnings": list(self._warnings()),
+            "warnings": [_writable(line) for line in self._warnings()],
         }
 
     def _warnings(self) -> Iterator[str]:
@@ -180,15 +187,21 @@ def _is_copy(name: str, value: Any, text: str, parts: list[str]) -> bool:
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, dict):
-        for name in ("content", "value", "text"):
-            if name in value:
-                yield from _leaves(value[name])
+    """The texts in a value; without recursion, because a file may nest as deep as it likes."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += [value[name] for name in ("content", "value", "text") if name in value]
+
+
+def _writable(name: str) -> str:
+    """A column's name as UTF-8 can hold it: JSON allows half a surrogate pair in a key."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _of(count: int, total: int) -> str:
