@@ -20,6 +20,7 @@ from expertune.adapt.base import require_same_base
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.proof import probe_logits, prove
 from expertune.attention import require_rows_apart
+from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.hub import ModelSource, fetch_model
 from expertune.checkpoint.load import fingerprint_of
 from expertune.checkpoint.tokenizer import load_tokenizer
@@ -33,6 +34,7 @@ from expertune.data import (
 )
 from expertune.data.preview import preview
 from expertune.finished import OpenRun, evaluate, generate, load_base, open_run, score_run
+from expertune.identity import identify, require_same_identity
 from expertune.kernels import routes
 from expertune.placement.device import bound_host_memory, training_device
 from expertune.placement.experts import Place, placement_of
@@ -50,7 +52,6 @@ from expertune.run_folder import (
     is_finished,
     merged_before,
     open_record,
-    require_same_files,
     stops_recorded,
 )
 from expertune.run_lock import hold_run_directory
@@ -135,9 +136,13 @@ def _finetune(
         require_same_base(config.lora.init_from, base, config.model)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     # Nothing but a lock has been written so far: a mistake in the run file or in a row leaves no folder behind.
-    train_rows, eval_rows = _prepare_data(config, tokenizer, output_dir, record, console)
+    train_rows, eval_rows = _prepare_data(config, tokenizer, base, record, console)
 
-    point = find_resume_point(output_dir) if resume else ResumePoint(None)
+    point = (
+        find_resume_point(output_dir, bool(config.training.get("load_best_model_at_end")))
+        if resume
+        else ResumePoint(None)
+    )
     if point.checkpoint:
         require_state_to_go_on(point.checkpoint)
     record.update("model", name=config.model, revision=source.revision, device=str(device), base=base.to_json())
@@ -165,15 +170,17 @@ def _finetune(
 
 
 def _prepare_data(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, output_dir: Path, record: RunRecord, console: Console
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, base: Fingerprint, record: RunRecord, console: Console
 ) -> tuple[TokenizedRows, TokenizedRows | None]:
     train_rows, eval_rows = prepare_run(config.data, tokenizer, record.values.get("data", {}))
     reports = {"train": train_rows.report, "eval": eval_rows.report if eval_rows else None}
-    require_same_files(record, reports)
+    inputs = identify(config, tokenizer, {"train": train_rows, "eval": eval_rows})
+    require_same_identity(record, config, base, inputs, reports)
     require_a_batch(len(make_dataset(train_rows, config.data)), config.training)
+    record.values["inputs"] = inputs
     record.update("data", **reports)
     lengths = [row.uncut_length for part in (train_rows, eval_rows) if part for row in part.rows]
-    histogram = output_dir / "lengths.png"
+    histogram = Path(config.output_dir) / "lengths.png"
     told_if_it_fails("lengths.png", lambda: plot_lengths(lengths, histogram, config.data.max_length), console.print)
     shown = preview(train_rows, config.data, tokenizer, num_examples=1)
     console.print(render_preview("train", shown), soft_wrap=False)

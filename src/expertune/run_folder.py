@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from expertune.config import TRUST_KEY, RunConfig
-from expertune.errors import ConfigError, DataError, ProofError
+from expertune.errors import CheckpointError, ConfigError, ProofError
 from expertune.record import RECORD_NAME, RunRecord, versions
+from expertune.secrets import without_secrets
 from expertune.signals import Terminated, signals_raised
 from expertune.train.checkpoints import list_checkpoints
 
 ADAPTER_FOLDER = "adapter"
+
+# Keys of the run file that name something which is compared by its content (`expertune.identity`).
+_NAMED_BY_PATH = frozenset({"model", "data.train", "data.eval", "data.template", "lora.init_from"})
 
 # What a resumed run may set otherwise: nothing here changes a single weight.
 _FREE_AT_RESUME = frozenset({"report_to", "run_name", "logging_dir", "save_total_limit", "disable_tqdm", "log_level"})
@@ -26,23 +30,39 @@ def open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:
     record = RunRecord.start(output_dir)
     if holds_work(output_dir) and not resume:
         raise ConfigError(f"{output_dir} already holds a run; continue it with --resume, or choose another output_dir")
+    if resume and holds_work(output_dir) and not (output_dir / RECORD_NAME).exists():
+        raise CheckpointError(
+            f"--resume: {output_dir} holds checkpoints or an adapter, but no {RECORD_NAME} to say of which run; "
+            f"restore it, or start a new run (lora.init_from={_newest(output_dir)} and another output_dir)"
+        )
     if resume and (output_dir / RECORD_NAME).exists():
         record = RunRecord.load(output_dir)
         _require_same_config(record, config)
         if is_finished(record):
             return record
-        if record["config"].get("task") != config.model_dump(mode="json", exclude_unset=True).get("task"):
+        if record["config"].get("task") != recordable(config).get("task"):
             record.values.pop("task", None)  # a score of other rows, or by another metric, compares with nothing
         record.values["versions"] = versions()
-    record.values["config"] = config.model_dump(mode="json", exclude_unset=True)
+    record.values["config"] = recordable(config)
     started = record.values.get("run", {}).get("started", time.time())
     record.values["run"] = {"status": "running", "started": started}
     return record
 
 
+def recordable(config: RunConfig) -> dict[str, Any]:
+    """The run file's keys as plain values, without secrets: a record is shown, sent and published."""
+    values: dict[str, Any] = without_secrets(config.model_dump(mode="json", exclude_unset=True))
+    return values
+
+
 def holds_work(output_dir: Path) -> bool:
     """Whether a run folder holds what starting over would lose: a checkpoint or an adapter."""
     return bool(list_checkpoints(output_dir)) or (output_dir / ADAPTER_FOLDER).exists()
+
+
+def _newest(output_dir: Path) -> Path:
+    checkpoints = list_checkpoints(output_dir)
+    return checkpoints[-1] if checkpoints else output_dir / ADAPTER_FOLDER
 
 
 def after_interruption(output_dir: Path, command: str) -> str:
@@ -96,12 +116,14 @@ def further(run_dir: Path) -> str:
 
 
 def _require_same_config(record: RunRecord, config: RunConfig) -> None:
-    old, new = record["config"], config.model_dump(mode="json", exclude_unset=True)
+    by_content = _NAMED_BY_PATH if "inputs" in record else frozenset()
+    old, new = without_secrets(record["config"]), recordable(config)
     for section in sorted((old.keys() | new.keys()) - {"output_dir", "memory_budget", "task", TRUST_KEY}):
         before, now = old.get(section), new.get(section)
         if isinstance(before, dict) and isinstance(now, dict):
             changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
             changed = [key for key in changed if not (section == "training" and key in _FREE_AT_RESUME)]
+            changed = [key for key in changed if f"{section}.{key}" not in by_content]
             if changed:
                 key = changed[0]
                 length = section == "training" and key in ("max_steps", "num_train_epochs")
@@ -110,25 +132,8 @@ def _require_same_config(record: RunRecord, config: RunConfig) -> None:
                     "now; resume with the same values, or start a new output_dir"
                     + (f". {further(record.path.parent)}" if length else "")
                 )
-        elif before != now:
+        elif before != now and section not in by_content:
             raise ConfigError(f"--resume: {section} was {before!r} when the run started and is {now!r} now")
-
-
-def require_same_files(record: RunRecord, reports: dict[str, Any]) -> None:
-    """A resumed run must read the rows that it started with: their order and text decide every step."""
-    for part, before in record.values.get("data", {}).items():
-        now = reports[part]
-        if before and now and before["sha256"] != now["sha256"]:
-            # A glob may find more files than it did, or fewer.
-            names = [*now["sha256"], *(name for name in before["sha256"] if name not in now["sha256"])]
-            changed = [name for name in names if before["sha256"].get(name) != now["sha256"].get(name)]
-            new = [name for name in changed if name not in before["sha256"]]
-            gone = [name for name in changed if name not in now["sha256"]]
-            what = f" (new: {', '.join(new) or 'none'}; gone: {', '.join(gone) or 'none'})" if new or gone else ""
-            raise DataError(
-                f"--resume: data.{part}: {', '.join(changed)} has changed since the run started{what}; restore it, or "
-                "start a new output_dir"
-            )
 
 
 def merged_before(record: RunRecord, output_dir: Path) -> int | None:

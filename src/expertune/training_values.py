@@ -16,6 +16,7 @@ from pydantic.errors import PydanticSchemaGenerationError
 
 from expertune.errors import ConfigError
 from expertune.run_yaml import shortened
+from expertune.secrets import is_secret
 
 # Argument -> (lowest value, whether it is itself allowed, first value that is too high).
 _RANGES: dict[str, tuple[float, bool, float]] = {
@@ -69,7 +70,8 @@ def check_training_values(training: Mapping[str, Any], where: str) -> None:
             continue  # YAML 1.1 reads a bare `no` as False, and the trainer knows
         problem = _problem_of_type(hints[key], value) or _problem_of_range(key, value)
         if problem:
-            raise ConfigError(f"{where}: training.{key}: {problem}, got {shortened(repr(value))}")
+            found = "" if is_secret(key, str(value)) else f", got {shortened(repr(value))}"
+            raise ConfigError(f"{where}: training.{key}: {problem}{found}")
     _require_trackers(training.get("report_to"), where)
 
 

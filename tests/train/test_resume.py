@@ -31,7 +31,7 @@ def losses(run_dir: Path) -> tuple[list[list[float]], list[list[float]]]:
 
 
 # Files that hold times or the run's own path.
-TIMED_OF_CHECKPOINT = ("trainer_state.json", "training_args.bin", MANIFEST_NAME)
+TIMED_OF_CHECKPOINT = ("trainer_state.json", MANIFEST_NAME)
 TIMED = {"record.json"} | {f"checkpoint-{step}/{name}" for step in (3, 6, 9) for name in TIMED_OF_CHECKPOINT}
 
 

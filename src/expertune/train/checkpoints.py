@@ -48,16 +48,32 @@ def verify(folder: Path) -> None:
     Raises:
         CheckpointError: names the checkpoint and the file that is missing or damaged.
     """
+    manifest = _read_manifest(folder)
+    held = {path.relative_to(folder).as_posix() for path in folder.rglob("[!.]*") if not path.is_dir()} - {
+        MANIFEST_NAME
+    }
+    for name in sorted(manifest.keys() - held):
+        raise CheckpointError(f"{folder}: damaged: {name} is missing")
+    for name in sorted(held - manifest.keys()):
+        raise CheckpointError(f"{folder}: damaged: {MANIFEST_NAME} does not name {name}")
+    for name, (size, digest) in manifest.items():
+        path = folder / name
+        if path.stat().st_size != size or _digest(path) != digest:
+            raise CheckpointError(f"{folder}: damaged: {name} is not the file that was written")
+
+
+def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and sha256 by file name. A manifest is data that a disk may have changed: it is taken as written, or not."""
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise CheckpointError(f"{folder}: no readable {MANIFEST_NAME}; the checkpoint was never finished") from None
-    for name, expected in manifest.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{folder}: damaged: {name} is missing")
-        if path.stat().st_size != expected["bytes"] or _digest(path) != expected["sha256"]:
-            raise CheckpointError(f"{folder}: damaged: {name} is not the file that was written")
+        read = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no {MANIFEST_NAME}; the checkpoint was never finished") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise CheckpointError(f"{folder}: damaged: {MANIFEST_NAME} is not the file that was written") from None
+    if not read:
+        raise CheckpointError(f"{folder}: damaged: {MANIFEST_NAME} names no file")
+    return read
 
 
 def publish(staged: Path, run_dir: Path) -> Path:
@@ -87,22 +103,46 @@ def last_good_checkpoint(run_dir: str | Path) -> str:
     return f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
 
 
-def find_resume_point(run_dir: Path) -> ResumePoint:
+def find_resume_point(run_dir: Path, ends_with_best: bool = False) -> ResumePoint:
     """The newest checkpoint that is whole; damaged ones are skipped and named.
 
     Removes what a kill left half-written.
+
+    Args:
+        run_dir: the run folder.
+        ends_with_best: the run ends with the best checkpoint, which then has to be whole as well.
     """
     shutil.rmtree(run_dir / STAGING_NAME, ignore_errors=True)
     point = ResumePoint(None)
     for folder in reversed(list_checkpoints(run_dir)):
         try:
             verify(folder)
+            best = best_of(folder) if ends_with_best else None
+            if best and best != folder.name:
+                _verify_best(folder, run_dir / best)
         except CheckpointError as error:
             point.refused.append(str(error))
             continue
         point.checkpoint = folder
         break
     return point
+
+
+def _verify_best(checkpoint: Path, best: Path) -> None:
+    """Raises CheckpointError where a run that goes on from a checkpoint could not end with its best one."""
+    if not best.is_dir():
+        raise CheckpointError(f"{checkpoint}: the best checkpoint so far was {best.name}, which is missing")
+    try:
+        verify(best)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint}: the best checkpoint so far was {best.name}: {error}") from None
+
+
+def best_of(checkpoint: Path) -> str | None:
+    """The folder name of the best checkpoint so far, as a checkpoint's trainer_state.json has it."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    best = state.get("best_model_checkpoint")
+    return Path(best).name if best else None
 
 
 def require_state_to_go_on(checkpoint: Path) -> None:

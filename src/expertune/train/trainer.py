@@ -18,9 +18,10 @@ from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from expertune.errors import ConfigError, NonFiniteGradientError, NonFiniteLossError
+from expertune.errors import CheckpointError, ConfigError, NonFiniteGradientError, NonFiniteLossError
+from expertune.train.best import BestCheckpointHere
 from expertune.train.callbacks import History
-from expertune.train.checkpoints import STAGING_NAME, last_good_checkpoint, publish, seal
+from expertune.train.checkpoints import STAGING_NAME, last_good_checkpoint, publish, seal, verify
 from expertune.train.cut import Batch
 from expertune.train.finite import (
     gradients_of,
@@ -95,6 +96,8 @@ class ExpertTrainer(Trainer):
             DoesNotFitError: memory ran out, and nothing that could be changed is left; names the last good checkpoint.
             NonFiniteLossError: a loss, a gradient or a weight is not finite; names the same.
         """
+        if resumed_from := kwargs.get("resume_from_checkpoint"):
+            self.add_callback(BestCheckpointHere(Path(self.args.output_dir), Path(resumed_from)))
         with self.recovery.stops_clearly():
             result = super().train(*args, **kwargs)
         self._require_finite_weights()
@@ -283,6 +286,25 @@ class ExpertTrainer(Trainer):
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
         self._drop_old_checkpoints()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The adapter alone: transformers would also pickle all arguments, with the hub's token if there is one."""
+        self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+
+    def _load_best_model(self) -> None:
+        """transformers' own, of a checkpoint that is as it was written.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        try:
+            verify(Path(self.state.best_model_checkpoint))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"the best checkpoint cannot be taken as the run's result: {error}. --resume takes the steps since the "
+                "checkpoint before it again"
+            ) from None
+        super()._load_best_model()
 
     def _drop_old_checkpoints(self) -> None:
         rotate_checkpoints(
