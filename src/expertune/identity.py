@@ -65,7 +65,7 @@ def require_same_identity(
         raise CheckpointError(
             f"--resume: lora.init_from: {config.lora.init_from} has changed since the run started; {end}"
         )
-    _require_same_files(record, rows)
+    require_same_files(record, rows)
     for part, digest in before.get("rows", {}).items():
         if digest != now["rows"].get(part):
             raise DataError(
@@ -74,7 +74,8 @@ def require_same_identity(
             )
 
 
-def _require_same_files(record: RunRecord, reports: Mapping[str, Any]) -> None:
+def require_same_files(record: RunRecord, reports: Mapping[str, Any]) -> None:
+    """Refuse to resume over files of rows that have changed: their order and text decide every step."""
     for part, before in record.values.get("data", {}).items():
         now = reports.get(part)
         if before and now and before["sha256"] != now["sha256"]:
