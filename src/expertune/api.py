@@ -131,7 +131,7 @@ def _finetune(
     console.print(plan.parameters.line, soft_wrap=True)
 
     source = fetch_model(config.model, config.revision, trust_remote_code)
-    base = fingerprint_of(source.folder, trust_remote_code)
+    base = fingerprint_of(source.folder, trust_remote_code, say=partial(console.print, soft_wrap=True))
     if config.lora.init_from and not config.lora.init_from_other_base:
         require_same_base(config.lora.init_from, base, config.model)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)

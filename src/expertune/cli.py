@@ -350,7 +350,7 @@ def quantize(
 
 def _verify(folder: Path) -> None:
     with _stdout_for_results():
-        from expertune.checkpoint.store import verify
+        from expertune.checkpoint.verified import verify
 
         count = verify(folder)
     print(f"{folder}: {count} files are as they were written")

@@ -86,7 +86,7 @@ def open_run(
         raise CheckpointError(f"{folder}: no such adapter; the run may not have finished. Checkpoints here: {have}")
     source = fetch_model(config.model, record.values.get("model", {}).get("revision"), trust_remote_code)
     if not other_base:
-        base = fingerprint_of(source.folder, trust_remote_code)
+        base = fingerprint_of(source.folder, trust_remote_code, say=_say_line)
         require_same_base(folder, base, config.model, allowed_by="give --other-base")
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     loaded = load_base(config, source, default_device(), record, record.values.get("placement", {}).get("places", {}))
@@ -234,5 +234,9 @@ def _steps_of(record: RunRecord, adapter: str | None) -> int:
 
 
 def _say_aside(change: Change) -> None:
+    _say_line(change.line)
+
+
+def _say_line(line: str) -> None:
     """On stderr: stdout is for results."""
-    Console(stderr=True).print(change.line, soft_wrap=True)
+    Console(stderr=True).print(line, soft_wrap=True)

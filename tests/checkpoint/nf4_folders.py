@@ -6,6 +6,7 @@ from typing import Any
 
 from expertune.checkpoint.load import LoadedModel
 from expertune.checkpoint.quantize import quantize
+from expertune.checkpoint.store import FOLDER_MARK, hash_file, write_manifest
 from tests.tiny_models import changed, frozen_bytes
 
 
@@ -21,8 +22,19 @@ def contents(folder: Path) -> dict[str, bytes]:
     if "expertune.json" in files:
         manifest = json.loads(files["expertune.json"])
         manifest["source"] = {"shards": manifest["source"]["shards"]}
+        del manifest["sha256"]
         files["expertune.json"] = json.dumps(manifest).encode()
     return files
+
+
+def seal(folder: Path, **sections: Any) -> None:
+    """Write the manifest anew for the files as they are, with other sections where given, as a writer of ours would."""
+    manifest = json.loads((folder / FOLDER_MARK).read_text(encoding="utf-8"))
+    for name in manifest["files"]:
+        if (folder / name).is_file():
+            found = hash_file(folder / name)
+            manifest["files"][name] = {"sha256": found.sha256, "bytes": found.nbytes}
+    write_manifest(folder, manifest | sections)
 
 
 def weights(folder: Path) -> dict[str, bytes]:

@@ -1,6 +1,7 @@
 """An NF4 folder in stock transformers: it loads, generates and trains there, once `expertune` is imported."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 import expertune
 from expertune.adapt.attach import attach
 from expertune.checkpoint.hf_quantizer import as_loaded
 from expertune.checkpoint.load import auto_class
 from expertune.config import LoraSection, QuantizationConfig
+from expertune.errors import CheckpointError, ExportError
 from expertune.experts.module import Nf4Experts
 from expertune.nf4_linear import Nf4Linear
 from tests.checkpoint.conftest import FolderOf, Rewrite
@@ -178,8 +180,50 @@ def test_model_of_another_origin_is_not_taken_for_a_folders(mixtral: Path) -> No
 
 
 def test_is_not_saved_as_something_that_it_is_not(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="serializ"):
-        by_transformers(folder).save_pretrained(tmp_path)
+    for model in (by_transformers(folder), load_tiny(folder).model):
+        with pytest.raises(
+            ExportError, match=r"copy its NF4 folder .* Adapters are saved by save_pretrained of the Peft"
+        ):
+            model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_without_its_head_computes_the_same_hidden_states(folder: Path) -> None:
+    rows = random_rows(2, 8)
+    with torch.no_grad():
+        bare = AutoModel.from_pretrained(folder, dtype=torch.float32)(rows).last_hidden_state
+        whole = by_transformers(folder, dtype=torch.float32).model(rows).last_hidden_state
+    assert torch.equal(bare, whole)
+
+
+@pytest.mark.parametrize("ask", ["by name", "auto"])
+def test_device_map_that_leaves_a_part_on_disk_is_refused_by_its_name(ask: str, folder: Path, tmp_path: Path) -> None:
+    modules = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
+    by_name = {"device_map": dict.fromkeys(modules, "cpu") | {"model.layers.1": "disk"}}
+    asked = by_name if ask == "by name" else {"device_map": "auto", "max_memory": {"cpu": 60_000}}
+    with pytest.raises(
+        ValueError, match=r"device_map leaves .+ on disk: an NF4 folder is loaded whole onto one device"
+    ):
+        AutoModelForCausalLM.from_pretrained(folder, offload_folder=str(tmp_path), **asked)
+
+
+@pytest.mark.parametrize("name", ["layer-00001.safetensors", "rest.safetensors", "config.json", "expertune.json"])
+def test_folder_with_one_changed_byte_is_refused(name: str, folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    path = copy / name
+    content = path.read_bytes()
+    # In the middle of the weights; a digit of a JSON file.
+    at = len(content) - 200 if name.endswith(".safetensors") else max(content.rfind(b"%d" % n) for n in range(1, 8))
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        by_transformers(copy)
+
+
+def test_folder_that_has_lost_its_manifest_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / "expertune.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no expertune\.json here"):
+        by_transformers(copy)
 
 
 ORDERS = {

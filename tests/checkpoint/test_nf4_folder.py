@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from expertune.checkpoint.load import LoadedModel, load_model
 from expertune.checkpoint.reader import TensorEntry, read_header
-from expertune.checkpoint.store import hash_file, read_nf4_folder, verify
+from expertune.checkpoint.store import hash_file, read_nf4_folder
+from expertune.checkpoint.verified import verify
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, ConfigError
 from expertune.experts.module import Nf4Experts
 from tests.checkpoint.conftest import FolderOf, Rewrite
-from tests.checkpoint.nf4_folders import assert_same_bytes, quantized, weights
+from tests.checkpoint.nf4_folders import assert_same_bytes, quantized, seal, weights
 from tests.tiny_models import FAMILIES, load_tiny, random_rows, save_tiny_model
 
 
@@ -158,7 +159,7 @@ def test_linears_have_the_names_and_tensors_that_bitsandbytes_saves(mixtral: Pat
 
 def test_every_file_has_its_size_and_sha256_in_the_manifest(mixtral: Path, folder: Path) -> None:
     manifest = json.loads((folder / "expertune.json").read_text(encoding="utf-8"))
-    on_disk = {path.name for path in folder.iterdir()} - {"expertune.json"}
+    on_disk = {path.name for path in folder.iterdir()} - {"expertune.json", "README.md"}
     assert manifest["files"].keys() == on_disk
     for name, record in manifest["files"].items():
         found = hash_file(folder / name)
@@ -184,7 +185,7 @@ def test_config_names_the_method_and_is_the_sources_otherwise(mixtral: Path, fol
 def test_tensors_are_those_that_the_index_names(folder: Path) -> None:
     weight_map = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
     for name in weights(folder):
-        inside = {key for key in load_file(folder / name) if not key.startswith("padding.")}
+        inside = set(load_file(folder / name))
         assert inside == {key for key, file in weight_map.items() if file == name}
     assert {"layer-00000.safetensors", "layer-00001.safetensors", "rest.safetensors"} == set(weight_map.values())
 
@@ -305,10 +306,12 @@ def test_tensor_that_is_missing_or_of_another_shape_is_named(key: str, change: s
             if change == "shape":
                 tensors[key] = torch.cat([value, value])
             save_file(tensors, path)
-            manifest = json.loads((copy / "expertune.json").read_text(encoding="utf-8"))
-            manifest["files"][path.name]["bytes"] = path.stat().st_size
-            rewrite_manifest(copy, files=manifest["files"])
-    (copy / "model.safetensors.index.json").unlink()
+    if change == "missing":
+        index = copy / "model.safetensors.index.json"
+        values = json.loads(index.read_text(encoding="utf-8"))
+        del values["weight_map"][key]
+        index.write_text(json.dumps(values), encoding="utf-8")
+    seal(copy)
     with pytest.raises(CheckpointError, match=rf"(missing tensors: |tensor ){key}"):
         load_tiny(copy)
 
@@ -339,6 +342,7 @@ def test_config_of_another_model_is_refused(copy: Path) -> None:
     path = copy / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(values | {"num_local_experts": 8}), encoding="utf-8")
+    seal(copy)
     with pytest.raises(CheckpointError, match=r"experts\.gate_up\.packed has shape .* quantize the model again"):
         load_tiny(copy)
 

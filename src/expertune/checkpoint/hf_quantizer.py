@@ -55,13 +55,21 @@ class Nf4FolderQuantizer(HfQuantizer):
     requires_calibration = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse a model that is not quantized yet: that is `expertune quantize`'s work.
+        """Refuse a model that is not quantized yet, which is `expertune quantize`'s work, and one that is spread out.
 
         Raises:
-            ValueError: the model is a 16-bit one.
+            ValueError: the model is a 16-bit one, or a part of it is to be left on disk.
         """
         if not self.pre_quantized:
             raise ValueError("transformers can load NF4 folders only; `expertune quantize MODEL OUT` writes one")
+        places = kwargs.get("device_map")
+        left = [name for name, place in places.items() if place == "disk"] if isinstance(places, dict) else []
+        if left:
+            raise ValueError(
+                f"device_map leaves {left[0] or 'the model'} on disk: an NF4 folder is loaded whole onto one device "
+                '(device_map="cpu", or {"": 0} for the first GPU). To keep experts on disk, train and answer with '
+                "`placement: disk` in a run file"
+            )
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter's packed shape is not the model's."""
@@ -86,8 +94,8 @@ class Nf4FolderQuantizer(HfQuantizer):
         config = self.quantization_config
         self.names = read_names(model)
         files = kwargs.get("checkpoint_files")
-        self.folder = Path(files[0]).parent if files else None
-        stored = _linears_in(files) if files else set(linears_to_quantize(model))
+        self.folder = _verified_folder(model, files) if files else None
+        stored = _linears_in(files, model) if files else set(linears_to_quantize(model))
         settings = QuantizationConfig(double_quantization=config.double_quantization)
         swap_experts(model, settings, "meta", scheme=config.scheme)
         dtype = kwargs.get("dtype") or model.dtype
@@ -130,8 +138,14 @@ class Nf4FolderQuantizer(HfQuantizer):
         return self.get_weight_conversions()
 
     def is_serializable(self, **kwargs: Any) -> bool:
-        """False: an NF4 folder is copied as it is, and adapters are saved by themselves."""
-        return False
+        """Refused: an NF4 folder is copied as it is, and adapters are saved by themselves.
+
+        Raises:
+            ExportError: always; transformers asks only where the model is to be saved, and would say less.
+        """
+        from expertune.checkpoint.load import refuse_to_save
+
+        return refuse_to_save()
 
     @property
     def is_trainable(self) -> bool:
@@ -139,13 +153,32 @@ class Nf4FolderQuantizer(HfQuantizer):
         return True
 
 
-def _linears_in(files: list[str]) -> set[str]:
-    return {
+def _linears_in(files: list[str], model: "PreTrainedModel") -> set[str]:
+    """Live names of the linears that the files hold in 4 bits; a model without its head has no prefix before them."""
+    names = {
         key.removesuffix(STATE_SUFFIX)
         for file in files
         for key in read_header(Path(file))
         if key.endswith(STATE_SUFFIX)
     }
+    live = {name for name, _ in model.named_modules()}
+    prefix = f"{model.base_model_prefix}."
+    return {name if name in live else name.removeprefix(prefix) for name in names}
+
+
+def _verified_folder(model: "PreTrainedModel", files: list[str]) -> Path:
+    """The folder that the files lie in, held to its manifest.
+
+    Raises:
+        CheckpointError: files are missing or have changed; names them.
+    """
+    from expertune.checkpoint.verified import require_verified
+
+    folder = Path(files[0]).parent
+    # Of a hub model transformers fetches the weights alone, and the hub's client has compared their hashes.
+    if (folder / FOLDER_MARK).is_file() or Path(model.config._name_or_path).is_dir():
+        require_verified(folder)
+    return folder
 
 
 def register() -> None:

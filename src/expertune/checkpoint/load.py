@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import init_empty_weights
@@ -38,8 +38,9 @@ from expertune.checkpoint.prequantized import (
 from expertune.checkpoint.reader import open_checkpoint
 from expertune.checkpoint.restore import ReadExperts, fill, missing_tensors, settings_of
 from expertune.checkpoint.store import Nf4Folder, is_nf4_folder, read_nf4_folder
+from expertune.checkpoint.verified import require_verified
 from expertune.config import QuantizationConfig
-from expertune.errors import CheckpointError, ConfigError
+from expertune.errors import CheckpointError, ConfigError, ExportError
 from expertune.experts.contract import find_experts
 from expertune.experts.module import Nf4Experts
 from expertune.kernels.nf4 import Scheme
@@ -163,14 +164,25 @@ def load_model(
     return LoadedModel(_finish(model, device), names, unexpected, fingerprint)
 
 
-def fingerprint_of(folder: str | Path, trust_remote_code: bool = False) -> Fingerprint:
+def fingerprint_of(
+    folder: str | Path, trust_remote_code: bool = False, say: Callable[[str], None] | None = None
+) -> Fingerprint:
     """What identifies the weights of a model folder, before it is loaded: from headers and a few rows.
+
+    An NF4 folder is verified first, where it has not been on this machine.
+
+    Args:
+        folder: the model folder, with its weights.
+        trust_remote_code: run Python that ships with the model.
+        say: called with one line where that takes a while.
 
     Raises:
         CheckpointError: weights are missing or damaged.
         ConfigError, UnsupportedModelError: see `build_meta_model` and `read_names`.
     """
     folder = Path(folder)
+    if is_nf4_folder(folder):
+        require_verified(folder, say)
     index = read_nf4_folder(folder).index if is_nf4_folder(folder) else open_checkpoint(folder)
     model = build_meta_model(folder, torch.bfloat16, trust_remote_code)
     return read_fingerprint(folder, index.tensors, model, read_names(model))
@@ -185,6 +197,7 @@ def _load_nf4_folder(
     progress: Progress | None,
     read_experts: ReadExperts | None,
 ) -> LoadedModel:
+    require_verified(stored.folder)
     settings = settings_of(quantization, stored.settings.double_quantization, stored.folder, stored.scheme)
     model = build_meta_model(stored.folder, dtype, trust_remote_code)
     attend_by_row(model)
@@ -207,7 +220,21 @@ def _finish(model: PreTrainedModel, device: torch.device | str) -> PreTrainedMod
     model.requires_grad_(False)
     # PEFT reads this flag to adapt `Linear4bit` layers as 4-bit ones.
     model.is_loaded_in_4bit = True
+    # It would write a folder that nothing can read.
+    model.save_pretrained = refuse_to_save
     return model.eval()
+
+
+def refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:
+    """What `save_pretrained` of a model with 4-bit experts does.
+
+    Raises:
+        ExportError: always; says what is saved instead.
+    """
+    raise ExportError(
+        "a model with 4-bit experts is not written by save_pretrained: copy its NF4 folder (`expertune quantize MODEL "
+        "OUT` writes one). Adapters are saved by save_pretrained of the PeftModel around it, into a folder of their own"
+    )
 
 
 def quantization_method(folder: Path, model: PreTrainedModel, keys: Iterable[str]) -> Method | None:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from expertune.checkpoint.contents import FLOATS, Keeper, layer_tensors, rest_tensors
+from expertune.checkpoint.guide import guide
 from expertune.checkpoint.hub import CODE, SMALL_FILES, ModelSource, fetch_model
 from expertune.checkpoint.jobs import Job, estimate_bytes, few_shards_at_once, make_jobs
 from expertune.checkpoint.linears import decoder_layers, linears_to_quantize
@@ -32,8 +33,8 @@ from expertune.checkpoint.shards import HubShards, LocalShards, OpenShards, Shar
 from expertune.checkpoint.store import (
     FOLDER_MARK,
     FORMAT_VERSION,
+    GUIDE,
     METHOD,
-    PADDING,
     PROGRESS_MARK,
     FileRecord,
     Nf4Folder,
@@ -42,6 +43,7 @@ from expertune.checkpoint.store import (
     read_manifest,
     read_nf4_folder,
     read_progress,
+    write_manifest,
     write_tensors,
 )
 from expertune.config import QuantizationConfig
@@ -291,9 +293,8 @@ class _Work:
         nbytes = 0
         for file in sorted(files):
             for entry in read_header(self.out / file).values():
-                if not entry.key.startswith(PADDING):
-                    weight_map[entry.key] = file
-                    nbytes += entry.nbytes
+                weight_map[entry.key] = file
+                nbytes += entry.nbytes
         write_json(self.out / INDEX_NAME, {"metadata": {"total_size": nbytes}, "weight_map": weight_map})
         copied = _copy_small_files(self.source.folder, self.out, self.trust_remote_code)
         write_text(self.out / "config.json", self._config())
@@ -312,7 +313,9 @@ class _Work:
         self.shards.close()
         for beside in self.out.glob(".*.tmp"):
             beside.unlink()
-        write_json(self.out / FOLDER_MARK, manifest)
+        # Not in the manifest: people may write more into it.
+        write_text(self.out / GUIDE, guide(manifest))
+        write_manifest(self.out, manifest)
         (self.out / PROGRESS_MARK).unlink(missing_ok=True)
 
     def _config(self) -> str:

@@ -5,6 +5,7 @@
     rest.safetensors                             embeddings, last norm, output head
     model.safetensors.index.json                 which tensor lies in which file
     expertune.json                               source, settings, and sha256 of every other file; written last
+    README.md                                    for people: how to load the folder, and where adapters go
 
 Tensors carry the live model's names. The buffers of an experts module lie side by side at the start of their layer's
 file, each at a multiple of 64 bytes, so that they can be mapped, or read at once.
@@ -13,6 +14,7 @@ file, each at a multiple of 64 bytes, so that they can be mapped, or read at onc
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +23,17 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from expertune.checkpoint.reader import CheckpointIndex, TensorEntry, dtype_name, open_checkpoint
+from expertune.checkpoint.reader import INDEX_NAME, CheckpointIndex, TensorEntry, dtype_name, open_checkpoint
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError
 from expertune.kernels.nf4 import Scheme
+from expertune.record import write_json
 
 FOLDER_MARK = "expertune.json"
 PROGRESS_MARK = "expertune.partial.json"
 FORMAT_VERSION = 1
 METHOD = "expertune"
+GUIDE = "README.md"
 REST = "rest.safetensors"
 ALIGNMENT = 64
 
@@ -39,6 +43,11 @@ BUFFERS = ("packed", "absmax", "nested_absmax", "offset")
 PADDING = "padding."
 STATE_SUFFIX = ".weight.quant_state.bitsandbytes__nf4"
 _CHUNK = 2**22
+_DIGEST = "sha256"
+_SECTIONS = ("source", "quantization", "files")
+_KEYS = {"format_version", "dtype", "left_out", _DIGEST, *_SECTIONS}
+
+_AGAIN = "copy the folder again, or quantize the model again"
 
 
 @dataclass(frozen=True)
@@ -159,16 +168,13 @@ def read_nf4_folder(folder: str | Path) -> Nf4Folder:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    scheme, known = manifest["quantization"].get("scheme", "nf4"), get_args(Scheme)
-    if scheme not in known:
-        raise CheckpointError(
-            f"{folder / FOLDER_MARK}: quantization.scheme is {scheme!r}, which is none of {', '.join(known)}; quantize "
-            "the model again"
-        )
     for name, record in manifest["files"].items():
         if name.endswith(".safetensors"):
             _require_size(folder / name, record["bytes"])
     index = open_checkpoint(folder)
+    stray = sorted({entry.shard.name for entry in index.tensors.values()} - manifest["files"].keys())
+    if stray:
+        raise CheckpointError(f"{folder}: {FOLDER_MARK} knows nothing of {stray[0]}; {_AGAIN}")
     tensors = {key: entry for key, entry in index.tensors.items() if not key.startswith(PADDING)}
     return Nf4Folder(folder, manifest, CheckpointIndex(folder, tensors))
 
@@ -177,14 +183,57 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Content of `expertune.json`.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or of another format version.
+        CheckpointError: there is none, it is damaged, or of another format version or scheme.
     """
     path = folder / FOLDER_MARK
     if not path.is_file() and (folder / PROGRESS_MARK).is_file():
         raise CheckpointError(
             f"{folder}: this NF4 folder is unfinished; the `expertune quantize` command that began it goes on with it"
         )
-    return _read_json(path, ("files", "quantization", "source"))
+    manifest = _read_json(path, _SECTIONS)
+    _require_sound(path, manifest)
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write `expertune.json` with a sha256 of its own content, so that damage to it is noticed as well."""
+    write_json(folder / FOLDER_MARK, {**manifest, _DIGEST: _digest_of(manifest)})
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != _DIGEST}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _require_sound(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse a manifest whose content is not what was written; one without a digest of its own is from before."""
+    scheme, known = manifest["quantization"].get("scheme", "nf4"), get_args(Scheme)
+    if scheme not in known:
+        raise CheckpointError(
+            f"{path}: quantization.scheme is {scheme!r}, which is none of {', '.join(known)}; {_AGAIN}"
+        )
+    unknown = sorted(manifest.keys() - _KEYS)
+    bad = next((name for name, record in manifest["files"].items() if not _is_file_record(name, record)), None)
+    if unknown:
+        problem = f"{unknown[0]!r} is no entry of it"
+    elif type(manifest["quantization"].get("double_quantization")) is not bool:
+        problem = "quantization.double_quantization is neither true nor false"
+    elif bad is not None:
+        problem = f"what it says of the file {bad!r} is no sha256 and size"
+    elif missing := {INDEX_NAME, "config.json"} - manifest["files"].keys():
+        problem = f"it says nothing of {sorted(missing)[0]}"
+    elif manifest.get(_DIGEST, _digest_of(manifest)) != _digest_of(manifest):
+        problem = "its content is not what was written"
+    else:
+        return
+    raise CheckpointError(f"{path}: damaged: {problem}; {_AGAIN}")
+
+
+def _is_file_record(name: str, record: Any) -> bool:
+    if Path(name).name != name or not isinstance(record, dict):
+        return False
+    digest, nbytes = record.get("sha256"), record.get("bytes")
+    return isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None and type(nbytes) is int
 
 
 def read_progress(folder: Path) -> dict[str, Any] | None:
@@ -202,8 +251,8 @@ def _read_json(path: Path, sections: Iterable[str]) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: no {path.name} here; is it an NF4 folder?") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); quantize the model again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); {_AGAIN}") from None
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -212,43 +261,15 @@ def _read_json(path: Path, sections: Iterable[str]) -> dict[str, Any]:
         )
     missing = [section for section in sections if not isinstance(values.get(section), dict)]
     if missing:
-        raise CheckpointError(f"{path}: damaged: {missing[0]} is missing; quantize the model again")
+        raise CheckpointError(f"{path}: damaged: {missing[0]} is missing; {_AGAIN}")
     return values
-
-
-def verify(folder: str | Path, progress: Callable[[str], None] | None = None) -> int:
-    """Hash every file of an NF4 folder anew; returns their number.
-
-    Args:
-        folder: a finished NF4 folder.
-        progress: called with each file's name before it is read.
-
-    Raises:
-        CheckpointError: files are missing or have changed; names them.
-    """
-    folder = Path(folder)
-    files = read_manifest(folder)["files"]
-    changed = []
-    for name, record in files.items():
-        if progress:
-            progress(name)
-        path = folder / name
-        if not path.is_file():
-            changed.append(f"{name} (missing)")
-        elif path.stat().st_size != record["bytes"] or hash_file(path).sha256 != record["sha256"]:
-            changed.append(name)
-    if changed:
-        raise CheckpointError(f"{folder}: changed since it was written: {', '.join(changed)}; quantize the model again")
-    return len(files)
 
 
 def _require_size(path: Path, nbytes: int) -> None:
     if not path.is_file():
-        raise CheckpointError(f"{path}: file is missing; quantize the model again")
+        raise CheckpointError(f"{path}: file is missing; {_AGAIN}")
     if path.stat().st_size != nbytes:
-        raise CheckpointError(
-            f"{path}: damaged: {path.stat().st_size} bytes, {nbytes} were written; quantize the model again"
-        )
+        raise CheckpointError(f"{path}: damaged: {path.stat().st_size} bytes, {nbytes} were written; {_AGAIN}")
 
 
 def hash_file(path: Path) -> FileRecord:

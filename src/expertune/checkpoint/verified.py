@@ -1,0 +1,118 @@
+"""The files of an NF4 folder are held to their sha256: once on a machine, and again when one of them has changed.
+
+A damaged byte of a weight raises nothing: the model answers, a little or a lot worse. So a folder is read once before
+it is used, at the speed of the disk, and what was found to be whole is remembered in the user's cache, by size and
+times of each file. Damage to the manifest itself is noticed by the digest that it holds of its own content.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expertune.checkpoint.store import FOLDER_MARK, hash_file, read_manifest
+from expertune.errors import CheckpointError
+from expertune.kernels.cache import cache_folder, read_kept
+from expertune.record import write_json
+
+_MEMORY = "verified-folders.json"
+
+# Times of files advance in steps: a file that was written less than this ago could change again without a trace.
+_STEP_NS = 50_000_000
+
+# Reads at once; more do not make a disk faster.
+_READERS = 4
+
+# Below this nobody waits long enough to be told.
+_WORTH_A_LINE = 2**30
+
+
+def require_verified(folder: str | Path, say: Callable[[str], None] | None = None) -> None:
+    """Refuse an NF4 folder whose files are not what was written.
+
+    What has been verified on this machine, and has the same size and times since, is not read again.
+
+    Args:
+        folder: a finished NF4 folder.
+        say: called with one line before a large folder is read.
+
+    Raises:
+        CheckpointError: files are missing or have changed; names them.
+    """
+    folder = Path(folder).resolve()
+    files = read_manifest(folder)["files"]
+    before = _states(folder, files)
+    if _remembered().get(str(folder)) == before:
+        return
+    nbytes = sum(record["bytes"] for record in files.values())
+    if say and nbytes >= _WORTH_A_LINE:
+        say(f"{folder}: verifying {nbytes / 1e9:.1f} GB against its manifest, once on this machine")
+    _require_same(folder, files)
+    _remember(folder, before)
+
+
+def verify(folder: str | Path) -> int:
+    """Hash every file of an NF4 folder, whatever is remembered of it; returns their number.
+
+    Raises:
+        CheckpointError: files are missing or have changed; names them.
+    """
+    folder = Path(folder).resolve()
+    files = read_manifest(folder)["files"]
+    before = _states(folder, files)
+    _require_same(folder, files)
+    _remember(folder, before)
+    return len(files)
+
+
+def _require_same(folder: Path, files: dict[str, Any]) -> None:
+    def change(name: str) -> str | None:
+        path, record = folder / name, files[name]
+        try:
+            if path.stat().st_size != record["bytes"] or hash_file(path).sha256 != record["sha256"]:
+                return name
+        except FileNotFoundError:
+            return f"{name} (missing)"
+        except OSError as error:
+            return f"{name} (cannot be read: {error.strerror})"
+        return None
+
+    with ThreadPoolExecutor(min(_READERS, torch.get_num_threads())) as pool:
+        changed = [problem for problem in pool.map(change, files) if problem]
+    if changed:
+        raise CheckpointError(
+            f"{folder}: changed since it was written: {', '.join(changed)}; copy the folder again, or quantize the "
+            "model again"
+        )
+
+
+def _states(folder: Path, files: Iterable[str]) -> dict[str, list[int]] | None:
+    """Size and times of the manifest and of each file; None where one is missing."""
+    try:
+        status = {name: (folder / name).stat() for name in (FOLDER_MARK, *files)}
+    except OSError:
+        return None
+    return {name: [each.st_size, each.st_mtime_ns, each.st_ctime_ns] for name, each in status.items()}
+
+
+def _remembered() -> dict[str, Any]:
+    try:
+        known = read_kept(cache_folder() / _MEMORY)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _remember(folder: Path, states: dict[str, list[int]] | None) -> None:
+    """Keep that a folder was whole when its files had these states; folders that are gone are forgotten."""
+    newest = max((max(times) for _, *times in (states or {}).values()), default=0)
+    if states is None or time.time_ns() - newest < _STEP_NS:
+        return
+    known = {path: kept for path, kept in _remembered().items() if Path(path).is_dir()}
+    try:
+        write_json(cache_folder() / _MEMORY, known | {str(folder): states})
+    except OSError:
+        return  # no cache: the folder is read again next time
