@@ -34,6 +34,7 @@ def trained(row, tokenizer):
     [
         OASST,
         {"text": QUESTION, "role": "user"},
+        {"text": QUESTION, "conversation_id": 7},
         {"text": ANSWER, "message_id": "b", "parent_id": "a"},
         {"text": QUESTION, "replies": [{"text": ANSWER, "role": "assistant", "replies": []}]},
     ],
@@ -104,7 +105,7 @@ def test_used_and_ignored_columns_are_counted_under_the_names_of_the_file(prepar
 
 def test_a_column_of_any_name_and_depth_is_counted(prepare, tmp_path, tiny_tokenizer):
     path = tmp_path / "rows.jsonl"
-    nested = "[" * 900 + "]" * 900
+    nested = "[" * 90 + "]" * 90
     path.write_text('{"prompt": "Who?", "completion": "Me.", "\\ud83d": 1, "context": ' + nested + "}\n")
     data = DataConfig(train=str(path), format="prompt-completion")
     report = prepare_rows(data, "train", tiny_tokenizer).report
@@ -140,6 +141,12 @@ def test_rows_that_bring_their_own_white_space_are_taken_as_they_are(prepare, pr
     found = prepare(*[{"prompt": prompt, "completion": completion}] * 2)
     assert found.report["template"] == "plain"
     assert (found.rows[0].prompt, found.rows[0].completion) == (prompt, completion)
+
+
+def test_a_template_that_glues_is_told(prepare):
+    rows = [{"prompt": QUESTION, "completion": ANSWER}, {"prompt": "The sky is", "completion": " blue."}]
+    (warning,) = prepare(*rows, template="plain").report["warnings"]
+    assert warning.startswith("template plain joins prompt and completion without white space in 1 of 2 examples")
 
 
 def test_one_form_for_all_rows_where_only_some_bring_white_space(prepare):
@@ -238,9 +245,8 @@ def test_a_system_prompt_beside_columns_is_used_by_the_template_or_its_loss_is_s
     row = {"system": "Answer in rhyme.", "instruction": QUESTION, "output": ANSWER}
     found = prepare(row, template=template)
     if template == "plain":
-        assert found.report["warnings"] == [
-            "column system holds something in 1 of 1 examples and is not used by template plain"
-        ]
+        lost = "column system holds something in 1 of 1 examples and is not used by template plain"
+        assert lost in found.report["warnings"]
     else:
         assert found.rows[0].prompt.startswith("Answer in rhyme.\n\n### Instruction:\n")
         assert found.report["columns"]["used"] == ["system", "instruction", "output"]
@@ -282,6 +288,28 @@ def test_a_flagged_turn_takes_no_loss(prepare, tiny_tokenizer, flag, train_on):
     assert "Rome" not in text
     assert "Valletta" in text
     assert "Rome" in row.prompt
+
+
+# As Qwen3's: thoughts are written in the last turn alone, so an earlier turn reads otherwise by itself.
+REWRITES = (
+    "{% for message in messages %}{{ message.role }}: "
+    "{% if loop.last and message.role == 'assistant' %}<think></think>{% endif %}"
+    "{{ message.content }}{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_the_last_turn_alone_can_be_trained_where_the_template_rewrites_earlier_ones(prepare, tmp_path, tiny_tokenizer):
+    path = tmp_path / "rewrites.jinja"
+    path.write_text(REWRITES)
+    shot = [{"role": "user", "content": "Italy?"}, {"role": "assistant", "content": "Rome"}]
+    with pytest.raises(DataError, match="or flag all turns but the last"):
+        prepare({"messages": [*shot, *TURNS]}, template=str(path))
+    row = {"prompt": [*shot, TURNS[0]], "completion": [TURNS[1]]}
+    (found,) = prepare(row, template=str(path)).rows
+    assert trained(found, tiny_tokenizer) == f"<think></think>{ANSWER}</s>"
+    assert "assistant: Rome</s>" in found.prompt
+    with pytest.raises(DataError, match="cannot be found in the text under this template"):
+        prepare(row, template=str(path), train_on="all")
 
 
 def test_a_conversation_ends_at_its_last_trained_turn(prepare, tiny_tokenizer):

@@ -6,6 +6,7 @@ each rendering is a prefix of the next, which is checked.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -64,14 +65,15 @@ class ChatTemplate:
             RowError: the template refuses the conversation, or its assistant turns cannot be told apart.
         """
         messages = example.messages or []
-        text, spans = self._render(messages)
-        if not _GENERATION.search(self._source):
-            spans = self._spans_by_prefix(messages, text)
+        text, marked = self._render(messages)
+        tracks = _GENERATION.search(self._source) is not None
+        spans: Sequence[tuple[int, int] | None] = marked if tracks else self._spans_by_prefix(messages, text)
         if not spans:
             raise RowError(f"template {self.name} renders no assistant turn of this conversation")
         trained, untrained = self._by_flag(messages, spans)
         rendered = self._end(text, [self._up_to_eos(text, span) for span in trained])
-        return replace(rendered, untrained=untrained)
+        placed = [span for span in untrained if span is not None]
+        return replace(rendered, untrained=tuple(placed), has_untrained_elsewhere=len(placed) < len(untrained))
 
     def render_prompt(self, example: Example) -> str:
         """The conversation up to where the assistant's next turn starts.
@@ -102,36 +104,40 @@ class ChatTemplate:
             raise RowError(f"template {self.name} refuses this conversation: {error}") from None
         return texts[0], spans[0] if tracks else []
 
-    def _spans_by_prefix(self, messages: list[Message], text: str) -> list[tuple[int, int]]:
-        spans = []
+    def _spans_by_prefix(self, messages: list[Message], text: str) -> list[tuple[int, int] | None]:
+        """Where each assistant turn lies; None for one that is not trained and is written otherwise by itself."""
+        spans: list[tuple[int, int] | None] = []
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 continue
             before, _ = self._render(messages[:index], add_generation_prompt=True)
             after, _ = self._render(messages[: index + 1])
             if not (after.startswith(before) and text.startswith(after)):
+                if not message.trained:
+                    spans.append(None)
+                    continue
                 raise RowError(
                     f"template {self.name} writes message {index + 1} differently once its answer or later turns "
                     "follow, so the trained part cannot be told from the rest; set data.template to chatml, or to a "
-                    "Jinja file with {% generation %} blocks"
+                    "Jinja file with {% generation %} blocks, or flag all turns but the last (weight: 0)"
                 )
             spans.append((len(before), len(after)))
         return spans
 
     def _by_flag(
-        self, messages: list[Message], spans: list[tuple[int, int]]
-    ) -> tuple[list[tuple[int, int]], tuple[tuple[int, int], ...]]:
+        self, messages: list[Message], spans: Sequence[tuple[int, int] | None]
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int] | None]]:
         """The turns that are trained, and those that the data exclude."""
         flags = [message.trained for message in messages if message.role == "assistant"]
         if all(flags):
-            return spans, ()
+            return [span for span in spans if span], []
         if len(flags) != len(spans):
             raise RowError(
                 f"template {self.name} marks {len(spans)} parts for {len(flags)} assistant turns, so the turns that "
                 "are flagged not to be trained cannot be found among them; set data.template to chatml"
             )
         pairs = list(zip(spans, flags, strict=True))
-        return [span for span, flag in pairs if flag], tuple(span for span, flag in pairs if not flag)
+        return [span for span, flag in pairs if flag and span], [span for span, flag in pairs if not flag]
 
     def _up_to_eos(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
         # Many templates end a turn in EOS and a line break; generation stops at EOS, so the break is never written.

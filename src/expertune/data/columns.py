@@ -24,7 +24,12 @@ _CONTENT = frozenset(
 )
 _RENDERED_PROMPTS = frozenset({"prompt", "query", "inputs"})
 # What makes a row a message of a tree or of a table, and no text.
-_TREE = frozenset({"role", "speaker", "parent_id", "message_id", "message_tree_id", "replies"})
+_TREE = frozenset(
+    {
+        *("role", "speaker", "sender", "parent_id", "message_id", "message_tree_id", "replies", "reply_to"),
+        *("conversation_id", "dialogue_id", "dialog_id", "thread_id", "turn_id"),
+    }
+)
 _LABELS = frozenset({"label", "labels"})
 # Conventions that change what an example means and may be left out only if that is said.
 _MEANINGFUL = frozenset(
@@ -55,6 +60,7 @@ class ColumnUse:
         self._lost: Counter[str] = Counter()
         self._thoughts: Counter[str] = Counter()
         self._is_preference = False
+        self._num_glued = 0
         self._num_examples = 0
         self._num_empty_prompts = 0
         self._first_empty_prompt = ""
@@ -72,6 +78,10 @@ class ColumnUse:
         if example.has_empty_prompt:
             self._num_empty_prompts += 1
             self._first_empty_prompt = self._first_empty_prompt or place
+        # Under `plain` nothing but the row itself can stand between the two.
+        if self._template.name == "plain" and self._layout.prompt:
+            prompt, answer = example.values["prompt"], example.values[self._layout.answer]
+            self._num_glued += bool(prompt) and not (prompt[-1].isspace() or answer[0].isspace())
         used = self._used_of(row, example)
         parts = [part for part in self._parts(example) if part.strip()]
         for name, value in row.items():
@@ -140,6 +150,11 @@ class ColumnUse:
             yield (
                 f"{_of(self._num_empty_prompts, total)} examples have an empty prompt, so their answers are learnt as "
                 f"answers to nothing; first: {self._first_empty_prompt}"
+            )
+        if self._num_glued:
+            yield (
+                f"template plain joins prompt and completion without white space in {_of(self._num_glued, total)} "
+                "examples; data.template: line-break puts them on lines of their own"
             )
         for column, count in self._lost.items():
             yield f"column {column} holds something in {_of(count, total)} examples and is not used by template {name}"

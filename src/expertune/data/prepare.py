@@ -176,6 +176,11 @@ def _tokenized(rendered: Rendered, place: str, data: DataConfig, tokenizer: Any)
     completion = without_end(part_of(rendered.text, start, end), tokenizer.eos_token)
     check_unicode(rendered.text)
     check_answer("what the template makes of the answer", completion)
+    if data.train_on == "all" and rendered.has_untrained_elsewhere:
+        raise RowError(
+            "answers that must not be trained cannot be found in the text under this template; set data.train_on: "
+            "completion, or data.template: chatml"
+        )
     input_ids, labels = encode_row(rendered, data.train_on, tokenizer)
     uncut_length = len(input_ids)
     input_ids, labels = input_ids[: data.max_length], labels[: data.max_length]

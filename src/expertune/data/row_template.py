@@ -28,6 +28,7 @@ class Rendered:
         spans: (start, end) in characters of each trained part, in order; the last one starts where the prompt ends.
         append_eos: whether the tokenizer's EOS still has to follow the text.
         untrained: (start, end) of answers that take no loss, even where the loss is taken on the whole row.
+        has_untrained_elsewhere: there are more of these, whose place the template does not show.
         num_open_turns: trained turns before the last that end in no special token, so that their end is not learnt.
     """
 
@@ -35,6 +36,7 @@ class Rendered:
     spans: list[tuple[int, int]]
     append_eos: bool
     untrained: tuple[tuple[int, int], ...] = ()
+    has_untrained_elsewhere: bool = False
     num_open_turns: int = 0
 
 
