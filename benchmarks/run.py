@@ -6,10 +6,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import decode, e2e, layer, quantize, step, suite
+from benchmarks import decode, e2e, layer, quantize, step, suite, wait_policy
 from benchmarks.report import CorrectnessError
 
-_BENCHMARKS = {"decode": decode, "quantize": quantize, "layer": layer, "step": step, "e2e": e2e, "all": suite}
+_BENCHMARKS = {
+    "decode": decode,
+    "quantize": quantize,
+    "layer": layer,
+    "step": step,
+    "e2e": e2e,
+    "wait_policy": wait_policy,
+    "all": suite,
+}
 
 
 def main() -> int:

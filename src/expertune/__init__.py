@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from expertune.checkpoint.registration import register_with_transformers
 from expertune.config import RunConfig, load_config
 from expertune.record import RunRecord
+from expertune.threads import prepare_threads
 
 if TYPE_CHECKING:
     from expertune.api import Run, evaluate, finetune, generate, make_plan
@@ -25,6 +26,8 @@ register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:
+    if name in __all__:
+        prepare_threads()  # what follows imports torch; importing this package sets nothing
     if name == "quantize":
         from expertune.checkpoint.quantize import quantize
 

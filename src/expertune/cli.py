@@ -22,6 +22,7 @@ from expertune import RunRecord, __version__, load_config
 from expertune.errors import ConfigError, DataError, ExpertuneError
 from expertune.run_folder import after_interruption
 from expertune.signals import Terminated
+from expertune.threads import prepare_threads
 
 if TYPE_CHECKING:
     from expertune.api import OpenRun
@@ -64,6 +65,7 @@ def main() -> None:
     Raises:
         SystemExit: always, with the exit code.
     """
+    prepare_threads()  # before the command imports torch
     try:
         try:
             app(prog_name="expertune")

@@ -21,6 +21,7 @@ from expertune.kernels.cache import find_cache
 from expertune.kernels.cpu import cpu_instruction_sets
 from expertune.placement.device import default_device, resolve_compute_dtype
 from expertune.plan.table import size
+from expertune.threads import cgroup_share, usable_cores, waits_passively
 
 Status = Literal["ok", "info", "warning", "error"]
 
@@ -137,8 +138,8 @@ def _devices() -> Iterator[Finding]:
         advice = "experts are computed one by one by torch instead, at a fraction of the speed"
         yield _find("device", "GPU kernels", f"none: {reason}", "warning", advice)
     memory = psutil.virtual_memory()
-    cores = f"{psutil.cpu_count(logical=False) or '?'} cores, {torch.get_num_threads()} threads used"
-    yield _find("device", "cpu", f"{cores}; {', '.join(cpu_instruction_sets()) or 'no vector extensions known'}")
+    yield _find("device", "cpu", ", ".join(cpu_instruction_sets()) or "no vector extensions known")
+    yield _threads()
     yield _find("device", "host memory", f"{size(memory.total)}, {size(memory.available)} available")
     library = native.status()
     if library.library is not None:
@@ -155,6 +156,20 @@ def _devices() -> Iterator[Finding]:
     device = default_device()
     dtype = str(resolve_compute_dtype("auto", device)).removeprefix("torch.")
     yield _find("device", "a run takes", f"{device}, products in {dtype} (quantization.compute_dtype: auto)")
+
+
+def _threads() -> Finding:
+    """How many threads products take, of how many cores, and what they do while they wait for each other."""
+    threads, cores, share = torch.get_num_threads(), usable_cores(), cgroup_share()
+    allowed = f"{cores} cores" + ("" if share is None else f" (this process's share of time: {share:g})")
+    value = f"{threads} on {allowed}, waiting {'asleep' if waits_passively() else 'awake'}"
+    if threads > cores:
+        advice = f"more threads than cores wait for each other; set OMP_NUM_THREADS={cores} before torch is imported"
+        return _find("device", "threads", value, "warning", advice)
+    if threads > 1 and not waits_passively():
+        advice = "beside other work steps may take ten times as long; set OMP_WAIT_POLICY=PASSIVE before torch comes"
+        return _find("device", "threads", value, "warning", advice)
+    return _find("device", "threads", value)
 
 
 def _hub() -> Iterator[Finding]:
