@@ -20,6 +20,7 @@ from expertune.adapt.base import require_same_base
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.proof import probe_logits, prove
 from expertune.attention import require_rows_apart
+from expertune.checkpoint.context import context_length, read_config
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.hub import ModelSource, fetch_model
 from expertune.checkpoint.load import fingerprint_of
@@ -136,7 +137,8 @@ def _finetune(
         require_same_base(config.lora.init_from, base, config.model)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     # Nothing but a lock has been written so far: a mistake in the run file or in a row leaves no folder behind.
-    train_rows, eval_rows = _prepare_data(config, tokenizer, base, record, console)
+    context = context_length(read_config(source.folder, trust_remote_code))
+    train_rows, eval_rows = _prepare_data(config, tokenizer, base, context, record, console)
 
     point = (
         find_resume_point(output_dir, bool(config.training.get("load_best_model_at_end")))
@@ -170,9 +172,14 @@ def _finetune(
 
 
 def _prepare_data(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, base: Fingerprint, record: RunRecord, console: Console
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    base: Fingerprint,
+    context: int | None,
+    record: RunRecord,
+    console: Console,
 ) -> tuple[TokenizedRows, TokenizedRows | None]:
-    train_rows, eval_rows = prepare_run(config.data, tokenizer, record.values.get("data", {}))
+    train_rows, eval_rows = prepare_run(config.data, tokenizer, record.values.get("data", {}), context)
     reports = {"train": train_rows.report, "eval": eval_rows.report if eval_rows else None}
     inputs = identify(config, tokenizer, {"train": train_rows, "eval": eval_rows})
     require_same_identity(record, config, base, inputs, reports)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from expertune.checkpoint.context import context_length
 from expertune.errors import ConfigError, DataError
 
 Progress = Callable[[int, int], None]
@@ -187,12 +188,12 @@ def _room(base: PreTrainedModel, prompts: Sequence[list[int]]) -> int:
     if not all(prompts):
         raise DataError("the prompt holds no tokens; write one")
     longest = max(len(prompt) for prompt in prompts)
-    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(base.config)
     if context is None:
         return 2**31 - longest
     if longest >= context:
         raise DataError(f"the prompt has {longest} tokens, but the model's context holds {context}; shorten it")
-    return int(context) - longest
+    return context - longest
 
 
 def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:

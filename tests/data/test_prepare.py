@@ -5,7 +5,7 @@ import json
 import pytest
 
 from expertune.config import DataConfig
-from expertune.data import IGNORE_INDEX, make_collator, make_dataset, prepare_rows
+from expertune.data import IGNORE_INDEX, make_collator, make_dataset, prepare_rows, prepare_run
 from expertune.errors import ConfigError, DataError
 from expertune.identity import require_same_files
 from expertune.record import RunRecord
@@ -167,3 +167,16 @@ def test_resume_names_the_file_of_a_glob_that_is_new_gone_or_other(tmp_path, jso
     (tmp_path / "b.jsonl").rename(tmp_path / "c.jsonl")
     with pytest.raises(DataError, match=r"c\.jsonl, b\.jsonl has changed .* \(new: c\.jsonl; gone: b\.jsonl\)"):
         require_same_files(record, {"train": report()})
+
+
+def test_examples_longer_than_the_models_context_are_an_error_with_their_number(jsonl, tiny_tokenizer):
+    long = {"prompt": "word " * 40, "completion": "end"}
+    data = DataConfig(train=jsonl(GOOD, long), eval=jsonl(long, {**long, "prompt": "word " * 50}, name="eval.jsonl"))
+    train, evaluation = prepare_run(data, tiny_tokenizer, context=2048)
+    longest = max(row.uncut_length for row in evaluation.rows)
+    assert prepare_run(data, tiny_tokenizer, context=longest)[1].rows == evaluation.rows
+    with pytest.raises(DataError, match=rf"data\.eval: 1 of 2 .* context of {longest - 1} tokens; .*row 2, {longest} "):
+        prepare_run(data, tiny_tokenizer, context=longest - 1)
+    with pytest.raises(DataError, match=r"data\.train: 1 of 2 examples .* Set data\.max_length: 32 to cut them"):
+        prepare_run(data, tiny_tokenizer, context=32)
+    assert train.rows

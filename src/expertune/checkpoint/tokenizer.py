@@ -1,10 +1,14 @@
 """Load a model folder's tokenizer."""
 
+import contextlib
+import json
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from expertune.checkpoint.context import read_config
 from expertune.checkpoint.hub import refusal
+from expertune.checkpoint.sentencepiece_model import converted, needs_conversion
 from expertune.errors import CheckpointError
 
 
@@ -12,12 +16,51 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTr
     """The tokenizer of a model folder.
 
     Raises:
-        CheckpointError: the folder has none, or one that cannot be read or has no end-of-sequence token.
+        CheckpointError: the folder has none, or one that cannot be read, has no end-of-sequence token, or has tokens
+            that the model's embedding has no row for.
     """
+    folder = Path(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {refusal(error)}") from None
+        with converted(folder) if needs_conversion(folder) else contextlib.nullcontext(folder) as readable:
+            tokenizer = AutoTokenizer.from_pretrained(readable, trust_remote_code=trust_remote_code)
+        tokenizer.name_or_path = str(folder)
+        tokenizer.encode("a b")
+    except CheckpointError:
+        raise
+    # What damaged files lead to is of no one kind: the Rust library raises bare exceptions, and panics as well, which
+    # are not even exceptions.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {_reason(folder, error)}") from None
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"{folder}: the tokenizer has no end-of-sequence token, so that answers would never end")
+    _require_rows(tokenizer, folder, trust_remote_code)
     return tokenizer
+
+
+def _reason(folder: Path, error: BaseException) -> str:
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / name
+        try:
+            if path.is_file():
+                json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as broken:
+            return f"{name} is not valid JSON ({broken}); copy it again"
+    reason = refusal(error) if isinstance(error, Exception) and str(error).strip() else type(error).__name__
+    return f"{reason[:300]} ({type(error).__name__})"
+
+
+def _require_rows(tokenizer: PreTrainedTokenizerBase, folder: Path, trust_remote_code: bool) -> None:
+    """Each token needs a row of the embedding; without one, training ends in an index error of the model."""
+    config = read_config(folder, trust_remote_code)
+    num_rows = getattr(config.get_text_config(), "vocab_size", None) if config else None
+    vocabulary = tokenizer.get_vocab()
+    beyond = {token_id: token for token, token_id in vocabulary.items() if num_rows and token_id >= int(num_rows)}
+    if beyond:
+        last = max(beyond)
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {len(beyond)} tokens that the model has no embedding for: {beyond[last]!r} "
+            f"has the id {last}, but config.json says vocab_size {num_rows}. Use the tokenizer that belongs to the "
+            "model, or resize the model's embeddings (resize_token_embeddings) and save it first"
+        )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from expertune.data.rows import IGNORE_INDEX
+from expertune.data.rows import IGNORE_INDEX, TokenizedRows
 from expertune.errors import DataError
 
 NUM_SHOWN = 5
@@ -90,6 +90,28 @@ def check_tokens(input_ids: Sequence[int], labels: Sequence[int], uncut_length: 
         count = list(input_ids).count(pad)
         if count:
             raise RowError(f"the text holds the padding token {tokenizer.pad_token} {count} times; remove it")
+
+
+def check_context(tokenized: TokenizedRows, context: int | None, part: str) -> None:
+    """No example may be longer than the model's context: past it, a model has learnt no positions.
+
+    Args:
+        tokenized: the rows after the cut at `data.max_length`.
+        context: tokens that the model's context holds; None where it names no limit.
+        part: how the error calls the rows.
+
+    Raises:
+        DataError: counts the examples that are longer, and names the longest.
+    """
+    rows = tokenized.rows
+    longer = [row for row in rows if context is not None and len(row.input_ids) > context]
+    if longer:
+        longest = max(longer, key=lambda row: len(row.input_ids))
+        raise DataError(
+            f"{part}: {len(longer)} of {len(rows)} examples are longer than the model's context of {context} tokens; "
+            f"the longest: {longest.place}, {len(longest.input_ids)} tokens. Set data.max_length: {context} to cut "
+            "them there, or shorten them"
+        )
 
 
 def stop_or_skip(problems: Sequence[Problem], num_rows: int, source: str, on_error: str) -> None:

@@ -13,6 +13,7 @@ from expertune.data.lint import (
     Problem,
     RowError,
     check_answer,
+    check_context,
     check_tokens,
     check_unicode,
     skip_report,
@@ -77,7 +78,7 @@ def prepare_rows(data: DataConfig, which: Literal["train", "eval"], tokenizer: A
 
 
 def prepare_run(
-    data: DataConfig, tokenizer: Any, earlier: Mapping[str, Any] | None = None
+    data: DataConfig, tokenizer: Any, earlier: Mapping[str, Any] | None = None, context: int | None = None
 ) -> tuple[TokenizedRows, TokenizedRows | None]:
     """The training and the evaluation rows of a run, both through one template.
 
@@ -85,22 +86,26 @@ def prepare_run(
         data: the run's data section.
         tokenizer: see `prepare_rows`.
         earlier: reports of the same run by part, from its record, where it is resumed.
+        context: tokens that the model's context holds (`expertune.checkpoint.context.context_length`).
 
     Returns:
         The training rows, and the evaluation rows where the run has any.
 
     Raises:
-        DataError, ConfigError: see `prepare_rows`.
+        DataError, ConfigError: see `prepare_rows`; or examples are longer than the model's context.
     """
     before, named = earlier or {}, data.format
     if report := before.get("train"):
         data = settled(data, report)
     train = prepare_rows(data, "train", tokenizer)
+    check_context(train, context, "data.train")
     if data.eval is None:
         return train, None
     # Only the template: evaluation rows may have columns of their own, but a loss is of the form that was trained.
     update = {"template": train.report["template"], "format": (before.get("eval") or {}).get("format", named)}
-    return train, prepare_rows(data.model_copy(update=update), "eval", tokenizer)
+    evaluation = prepare_rows(data.model_copy(update=update), "eval", tokenizer)
+    check_context(evaluation, context, "data.eval")
+    return train, evaluation
 
 
 def settled(data: DataConfig, report: Mapping[str, Any]) -> DataConfig:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+from expertune.checkpoint.context import context_length, read_config
 from expertune.checkpoint.hub import fetch_model
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import DataConfig, RunConfig
@@ -31,7 +32,8 @@ def preview_run(config: RunConfig, num_examples: int = 3, trust_remote_code: boo
     """
     source = fetch_model(config.model, config.revision, trust_remote_code, weights=False)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    train, evaluation = prepare_run(config.data, tokenizer)
+    context = context_length(read_config(source.folder, trust_remote_code))
+    train, evaluation = prepare_run(config.data, tokenizer, context=context)
     return {
         "train": preview(train, config.data, tokenizer, num_examples),
         "eval": preview(evaluation, config.data, tokenizer, num_examples) if evaluation else None,
