@@ -93,8 +93,9 @@ def encode_row(rendered: Rendered, train_on: str, tokenizer: Any) -> tuple[list[
     labels = [IGNORE_INDEX] * len(lead)
     for token_id, begin in zip(piece.ids, piece.starts, strict=True):
         trained = train_on == "all" or any(start <= begin < end for start, end in rendered.spans)
-        excluded = any(start <= begin < end for start, end in rendered.untrained)
-        labels.append(token_id if trained and not excluded else IGNORE_INDEX)
+        if trained and rendered.untrained:
+            trained = not any(start <= begin < end for start, end in rendered.untrained)
+        labels.append(token_id if trained else IGNORE_INDEX)
     input_ids = lead + piece.ids
     if train_on == "all":
         labels[: len(lead)] = lead

@@ -159,15 +159,17 @@ def render_prompt(values: Mapping[str, Any] | str, data: DataConfig, tokenizer: 
 
 def _choose(source: Source, data: DataConfig, tokenizer: Any) -> tuple[Layout, Template]:
     """The layout by the first row that could be read, and the template by all of them."""
-    rows = [row.values | _renamed(row.values, data) for row in source.rows if row.values is not None]
+    rows = [row.values for row in source.rows if row.values is not None]
     if not rows:
         first = source.rows[0]
         raise DataError(
             f"{source.name}: not one of {len(source.rows)} rows can be read; {first.place}: {first.problem}"
         )
     turns = {name for row in rows for name, value in row.items() if is_conversation(value)}
+    turns |= {ours for ours, theirs in data.columns.items() if theirs in turns}
     layout = find_layout(data, [*rows[0], *data.columns], source.name, turns)
-    return layout, load_template(data.template or default_template(layout, rows), layout, tokenizer)
+    renamed = (values | _renamed(values, data) for values in rows)
+    return layout, load_template(data.template or default_template(layout, renamed), layout, tokenizer)
 
 
 def _renamed(row: Mapping[str, Any], data: DataConfig) -> dict[str, Any]:

@@ -50,11 +50,15 @@ def default_template(layout: Layout, rows: Iterable[Mapping[str, Any]]) -> str:
     """
     if layout.template != "line-break":
         return layout.template
-    pairs = [(row.get(layout.prompt[0]), row.get(layout.answer)) for row in rows]
-    texts = [(prompt, answer) for prompt, answer in pairs if isinstance(prompt, str) and isinstance(answer, str)]
-    texts = [(prompt, answer) for prompt, answer in texts if prompt and answer]
-    spaced = all(prompt[-1].isspace() or answer[0].isspace() for prompt, answer in texts)
-    return "plain" if texts and spaced else layout.template
+    num_spaced = 0
+    for row in rows:
+        prompt, answer = row.get(layout.prompt[0]), row.get(layout.answer)
+        if not (isinstance(prompt, str) and isinstance(answer, str) and prompt and answer):
+            continue
+        if not (prompt[-1].isspace() or answer[0].isspace()):
+            return layout.template
+        num_spaced += 1
+    return "plain" if num_spaced else layout.template
 
 
 def is_own_file(name: str | None) -> bool:
