@@ -1,6 +1,5 @@
 """Attach LoRA as the run file says: resolve names, build the PeftModel, start from an existing adapter if asked."""
 
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +11,13 @@ from torch import nn
 
 from expertune.adapt.base import require_every_layer, require_same_base
 from expertune.adapt.factors import PerExpert, leaves
-from expertune.adapt.files import AdapterFile, load_adapter_tensors, read_adapter, read_adapter_base, stock_config
+from expertune.adapt.files import SETTINGS, AdapterFile, Origin, load_adapter_tensors, read_adapter, read_adapter_base
 from expertune.adapt.peft_model import ExpertPeftModel, leaf_is_rewritten
 from expertune.adapt.reach import reached_modules
 from expertune.checkpoint.linears import is_linear
 from expertune.checkpoint.load import LoadedModel
 from expertune.checkpoint.names import NameMap
-from expertune.checkpoint.targets import Rank, ResolvedTargets, resolve_targets
+from expertune.checkpoint.targets import ResolvedTargets, resolve_targets
 from expertune.config import LoraSection
 from expertune.errors import ConfigError
 from expertune.experts.lora import ExpertLoraConfig
@@ -64,29 +63,17 @@ def attach(
                 require_every_layer(lora.init_from, wanted, targets)
             _require_same_targets(loaded, asked, lora, targets, reached)
     config = _live_config(targets, lora)
-    fused_ranks, fused_alphas = _fused_patterns(targets, lora)
-    stock = stock_config(
-        r=lora.r,
-        alpha=lora.alpha,
-        target_modules=sorted(_names_on_disk(targets, loaded.names)),
-        rank_pattern=fused_ranks | lora.rank_pattern,
-        alpha_pattern=fused_alphas | lora.alpha_pattern,
-        rslora=lora.rslora,
-        base_model=base_model,
-        revision=revision,
-    )
-    if loaded.source is not None:
-        # Others cannot read an NF4 folder: they find the base by the name of what it was made of.
-        stock["base_model_name_or_path"], stock["revision"] = loaded.source
+    settings = {key: getattr(lora, key) for key in SETTINGS}
+    origin = Origin(*(loaded.source or (base_model, revision)), settings)
     dtype = torch.bfloat16 if lora.dtype == "bfloat16" else torch.float32
     if onto is None:
-        model = ExpertPeftModel(loaded.model, targets, config, stock, loaded.names, adapter_name, dtype)
+        model = ExpertPeftModel(loaded.model, targets, config, origin, loaded.names, adapter_name, dtype)
     else:
         model = onto
-        model.attach(adapter_name, targets, config, stock, dtype)
+        model.attach(adapter_name, targets, config, origin, dtype)
     model.base = loaded.fingerprint
-    if plain:
-        load_adapter_tensors(loaded.model, loaded.names, adapter_name, plain)
+    if file and plain:
+        load_adapter_tensors(loaded.model, loaded.names, adapter_name, plain, file.live)
     return model
 
 
@@ -212,40 +199,3 @@ def _live_config(targets: ResolvedTargets, lora: LoraSection) -> ExpertLoraConfi
         for module, projections in targets.experts.items()
     }
     return config
-
-
-def _names_on_disk(targets: ResolvedTargets, names: NameMap) -> set[str]:
-    """Projection names as PEFT's `target_modules` has them: the last part of each name on disk."""
-    modules = [*targets.linears, *targets.router]
-    leaves = {names.on_disk(name).rpartition(".")[2] for name in modules}
-    return leaves | {names.projection_names[p] for projections in targets.experts.values() for p in projections}
-
-
-def _fused_patterns(targets: ResolvedTargets, lora: LoraSection) -> tuple[dict[str, int], dict[str, float]]:
-    """Ranks and alphas under the names by which PEFT on transformers 5 knows experts, where its own would be wrong.
-
-    There gate and up become one adapter of the sum of their ranks, and PEFT takes twice `r` and twice `lora_alpha` for
-    it, whatever the patterns say and whatever the scale: wrong with a pattern on experts, and by a factor of sqrt(2)
-    with rsLoRA. No key can express gate and up of different scales; such an adapter loads where experts are separate
-    linears (PEFT on transformers 4), as does one on gate without up, which PEFT refuses by itself.
-    """
-    default = {Rank(lora.r, lora.alpha)}
-    if not lora.rslora and all(set(ranks.values()) == default for ranks in targets.experts.values()):
-        return {}, {}
-    by_name: dict[str, Rank] = {}
-    for module, ranks in targets.experts.items():
-        for parameter, projections in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
-            held = [ranks[projection] for projection in projections if projection in ranks]
-            scales = [_scale(rank, lora.rslora) for rank in held]
-            if len(held) == len(projections) and math.isclose(min(scales), max(scales)):
-                total = sum(rank.rank for rank in held)
-                divisor = math.sqrt(total) if lora.rslora else total
-                by_name[f"{module}.{parameter}"] = Rank(total, scales[0] * divisor)
-    return (
-        {name: rank.rank for name, rank in by_name.items()},
-        {name: rank.alpha for name, rank in by_name.items()},
-    )
-
-
-def _scale(rank: Rank, rslora: bool) -> float:
-    return rank.alpha / (math.sqrt(rank.rank) if rslora else rank.rank)

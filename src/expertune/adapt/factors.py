@@ -197,6 +197,8 @@ class PerExpert:
         scale = scale_in_file(self.config, f"{module}.{weight}", stack.shape[1])
         projections = layout.fused_projections(spec, weight)
         for projection, (part_a, part_b) in zip(projections, separate(stack, parts), strict=True):
+            if not (part_a.any() or part_b.any()):
+                continue  # it has no adapter: an A that is one is never zero
             for expert in range(spec.num_experts):
                 name = self._names.expert_on_disk(module, expert, projection)
                 self.tensors[f"{PREFIX}{name}.lora_A.weight"] = part_a[expert]
@@ -273,7 +275,8 @@ def fuse(spec: ExpertsSpec, weight: str, pairs: Sequence[tuple[Tensor, Tensor]],
         for index, (_, part) in enumerate(pairs)
     ]
     # Rows first, [out, E, rank], which is what the family's order of rows is about.
-    b = layout.join_rows(spec, weight, [part.transpose(0, 1) for part in columns])
+    wide = max((part.dtype for part in columns), key=lambda dtype: dtype.itemsize)
+    b = layout.join_rows(spec, weight, [part.to(wide).transpose(0, 1) for part in columns])
     return a.reshape(-1, a.shape[2]), b.transpose(1, 2).reshape(b.shape[0], -1)
 
 
@@ -314,16 +317,18 @@ def pad(tensor: Tensor, size: int, dim: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
 
 
+def dtype_in_file(dtype: torch.dtype, factor: float) -> torch.dtype:
+    """The dtype of B with a scale in it: float32 where its own would round the scale off."""
+    return dtype if math.frexp(factor)[0] == 0.5 or dtype.itemsize >= 4 else torch.float32
+
+
 def fold(b: Tensor, factor: float) -> Tensor:
-    """B with a scale in it, rounded once; in float32 where its own dtype is narrower and would round the factor off."""
-    if factor == 1:
-        return b
-    exact = math.frexp(factor)[0] == 0.5
-    return (b.double() * factor).to(b.dtype if exact or b.dtype == torch.float64 else torch.float32)
+    """B with a scale in it, rounded once, to `dtype_in_file`."""
+    return b if factor == 1 else (b.double() * factor).to(dtype_in_file(b.dtype, factor))
 
 
 def unfold(b: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    """The way back; exact for every power of two, and for any factor where `fold` widened the dtype."""
+    """The way back; exact for powers of two, and where `fold` widened the dtype."""
     return b.to(dtype) if factor == 1 else (b.double() / factor).to(dtype)
 
 

@@ -1,13 +1,13 @@
-"""Adapter files in stock PEFT's per-expert layout, both ways.
+"""Adapter files as stock PEFT reads them, both ways.
 
-The layout is the one that PEFT wrote when experts were separate linears, with names as in the model's own checkpoint:
-`...block_sparse_moe.experts.3.w1.lora_A.weight`. PEFT on transformers 4 and 5, vLLM and llama.cpp's converter all read
-it.
+Where PEFT on transformers 5 reads it, the layout is the one that PEFT wrote when experts were separate linears, with
+names as in the model's own checkpoint: `...block_sparse_moe.experts.3.w1.lora_A.weight`. PEFT on transformers 4, vLLM
+and llama.cpp's converter read it too. Where it does not, it is PEFT's own for stacks (see `stock_layout`).
 Only adapter tensors are written: PEFT by itself copies a whole output head in when the head is a target.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,28 +15,33 @@ from typing import Any, NamedTuple
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from expertune.adapt.factors import PREFIX, Factors, PerExpert, unfold
+from expertune.adapt.factors import PREFIX, Factors, PerExpert, dtype_in_file, fold, fuse, pad, unfold
+from expertune.adapt.stock_trial import StockLayout
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.reader import read_metadata
 from expertune.checkpoint.store import Outgoing, write_tensors
+from expertune.checkpoint.targets import Rank, ResolvedTargets
 from expertune.errors import CheckpointError
+from expertune.experts.layout import fused_projections
 from expertune.experts.lora import ExpertsLora
 from expertune.record import write_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
-SETTINGS_KEY = "expertune.lora"
-"""Key of the settings in the tensor file's metadata, which other readers leave alone."""
+# No loader takes it for an adapter: some read every file that ends in .safetensors.
+LIVE_NAME = "adapter_live.tensors"
 
 SETTINGS = ("r", "alpha", "rslora", "rank_pattern", "alpha_pattern")
 
-# In the metadata of the weights' file: the fingerprint of the base model, as JSON.
+# In the metadata of the weights' file, as JSON: the run's own settings, and the fingerprint of the base model.
+_SETTINGS_KEY = "expertune.lora"
 _BASE_KEY = "expertune.base"
 
 _COPIES = (".base_layer.weight", "lm_head.weight", "embed_tokens.weight")
@@ -87,27 +92,154 @@ def adapter_tensors(model: nn.Module, names: NameMap, adapter: str = "default") 
         yield f"{PREFIX}{pair.name}.lora_B.weight", pair.b
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where an adapter comes from.
+
+    Attributes:
+        base_model: what `adapter_config.json` names as the base: hub id or path.
+        revision: commit of the base.
+        settings: see `read_adapter_settings`.
+    """
+
+    base_model: str
+    revision: str | None
+    settings: dict[str, Any]
+
+
+def live_targets(model: nn.Module, adapter: str = "default") -> ResolvedTargets:
+    """What an adapter on a live model changes, with its ranks."""
+    found = ResolvedTargets()
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
+            continue
+        if isinstance(module, ExpertsLora):
+            found.experts[name] = {projection: Rank(*rank) for projection, rank in module.ranks[adapter].items()}
+        else:
+            kind = found.router if isinstance(module, ParamWrapper) else found.linears
+            kind[name] = Rank(module.r[adapter], module.lora_alpha[adapter])
+    return found
+
+
+def tensors_in_file(model: nn.Module, names: NameMap, adapter: str, stock: StockLayout) -> list[Outgoing]:
+    """The tensors of an adapter's file: scales folded into B, ranks filled up with zeros, names as the layout has them.
+
+    Nothing is computed before a tensor's turn to be written comes.
+
+    Args:
+        model: the transformers model with adapters attached.
+        names: its name map.
+        adapter: the adapter's name.
+        stock: how the file is laid out.
+    """
+    found: list[Outgoing] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
+            continue
+        if isinstance(module, ExpertsLora) and name in stock.stacks:
+            for weight, stem in stock.stacks[name].items():
+                found += _stack_in_file(module, adapter, weight, stem, stock.expert_ranks[name], stock.r)
+        elif isinstance(module, ExpertsLora):
+            for projection, rank in stock.expert_ranks[name].items():
+                factor = module.scale(adapter, projection) * rank / stock.r
+                pairs = zip(module.lora_A[adapter][projection], module.lora_B[adapter][projection], strict=True)
+                for expert, (a, b) in enumerate(pairs):
+                    found += _pair_in_file(names.expert_on_disk(name, expert, projection), a, b, rank, factor)
+        else:
+            stem = name if name in stock.live_named else names.on_disk(name)
+            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+            rank = stock.ranks[name]
+            found += _pair_in_file(stem, a, b, rank, module.scaling[adapter] * rank / stock.r)
+    return sorted(found, key=lambda outgoing: outgoing.name)
+
+
+def _pair_in_file(stem: str, a: Tensor, b: Tensor, rank: int, factor: float) -> Iterator[Outgoing]:
+    yield Outgoing(f"{PREFIX}{stem}.lora_A.weight", a.dtype, (rank, a.shape[1]), lambda: pad(a, rank, dim=0))
+    yield Outgoing(
+        f"{PREFIX}{stem}.lora_B.weight",
+        dtype_in_file(b.dtype, factor),
+        (b.shape[0], rank),
+        lambda: fold(pad(b, rank, dim=1), factor),
+    )
+
+
+def _stack_in_file(
+    module: ExpertsLora, adapter: str, weight: str, stem: str, ranks: dict[str, int], r: int
+) -> Iterator[Outgoing]:
+    """A and B of a stack as PEFT holds it; a projection without an adapter has zeros."""
+    spec, projections = module.base_layer.spec, fused_projections(module.base_layer.spec, weight)
+    held = [projection for projection in projections if projection in ranks]
+    rank = ranks[held[0]]
+    rows, columns = spec.shape(held[0])
+    a, b = module.lora_A[adapter], module.lora_B[adapter]
+    factors = {projection: module.scale(adapter, projection) * rank / r for projection in held}
+    dtype = max((dtype_in_file(b[each].dtype, factors[each]) for each in held), key=lambda dtype: dtype.itemsize)
+
+    def fused() -> tuple[Tensor, Tensor]:
+        nothing = a[held[0]].new_zeros(spec.num_experts, 0, columns), b[held[0]].new_zeros(spec.num_experts, rows, 0)
+        pairs = [(a[each], fold(b[each], factors[each])) if each in held else nothing for each in projections]
+        return fuse(spec, weight, pairs, rank)
+
+    shape = (spec.num_experts * rank, columns)
+    yield Outgoing(f"{PREFIX}{stem}.lora_A.weight", a[held[0]].dtype, shape, lambda: fused()[0])
+    shape = (rows * len(projections), spec.num_experts * rank)
+    yield Outgoing(f"{PREFIX}{stem}.lora_B.weight", dtype, shape, lambda: fused()[1].to(dtype))
+
+
+@torch.no_grad()
 def write_adapter(
-    folder: str | Path, tensors: dict[str, Tensor], config: dict[str, Any], base: Fingerprint | None = None
+    folder: str | Path,
+    tensors: list[Outgoing],
+    config: dict[str, Any],
+    base: Fingerprint | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json`, each beside itself and then renamed.
 
+    What other readers know nothing of goes into the metadata of the weights' file, which they pass over; PEFT takes no
+    key that it does not know in `adapter_config.json`.
+
     Args:
         folder: where to; made where it is not there.
-        tensors: by name on disk. The same tensors give the same bytes.
+        tensors: see `tensors_in_file`. The same tensors give the same bytes.
         config: content of `adapter_config.json`.
-        base: the base model. It goes into the metadata of the weights' file, which other readers pass over; PEFT takes
-            no key that it does not know in `adapter_config.json`.
+        base: the base model.
+        settings: see `read_adapter_settings`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    outgoing = [
-        Outgoing(key, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)  # type: ignore[misc]
-        for key, tensor in tensors.items()
-    ]
     metadata = {} if base is None else {_BASE_KEY: json.dumps(base.to_json(), sort_keys=True, separators=(",", ":"))}
-    write_tensors(folder / WEIGHTS_NAME, outgoing, metadata)
+    if settings is not None:
+        metadata[_SETTINGS_KEY] = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    write_tensors(folder / WEIGHTS_NAME, tensors, metadata)
     write_json(folder / CONFIG_NAME, config)
+
+
+@torch.no_grad()
+def write_live_factors(folder: str | Path, model: nn.Module, names: NameMap, stock: StockLayout, adapter: str) -> None:
+    """Beside an adapter's files, those factors B that do not come back from them to the bit, so that a run resumes so.
+
+    That a scale is in B costs a rounding where it is no power of two. Nothing is written where there are none.
+
+    Args:
+        folder: the checkpoint; its adapter has been written.
+        model: the transformers model with the adapter attached.
+        names: its name map.
+        stock: how the adapter's file is laid out.
+        adapter: the adapter's name.
+    """
+    given = {outgoing.name: outgoing for outgoing in tensors_in_file(model, names, adapter, stock)}
+    config = stock.config
+    plain = PerExpert(config, {key: outgoing.read() for key, outgoing in given.items()}, names, str(folder))
+    kept = []
+    for pair in live_pairs(model, names, adapter):
+        file = _cut_back(plain, pair)
+        if not torch.equal(unfold(file.b, pair.scale / file.scale, pair.b.dtype), pair.b):
+            kept.append(
+                Outgoing(f"{pair.name}.lora_B", pair.b.dtype, tuple(pair.b.shape), lambda held=pair.b: held)  # type: ignore[misc]
+            )
+    if kept:
+        write_tensors(Path(folder) / LIVE_NAME, sorted(kept, key=lambda outgoing: outgoing.name))
 
 
 def read_adapter_base(folder: str | Path) -> Fingerprint | None:
@@ -123,17 +255,7 @@ def read_adapter_base(folder: str | Path) -> Fingerprint | None:
         return None
 
 
-def stock_config(
-    *,
-    r: int,
-    alpha: float,
-    target_modules: list[str],
-    rank_pattern: dict[str, int],
-    alpha_pattern: dict[str, float],
-    rslora: bool,
-    base_model: str,
-    revision: str | None,
-) -> dict[str, Any]:
+def stock_config(origin: Origin, stock: StockLayout) -> dict[str, Any]:
     """An `adapter_config.json` that every PEFT since 0.10 reads: essential keys only, dropout 0.
 
     Dropout only acts in training, and stock PEFT refuses any other value on fused experts, even to infer.
@@ -141,15 +263,10 @@ def stock_config(
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "revision": revision,
-        "r": r,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "base_model_name_or_path": origin.base_model,
+        "revision": origin.revision,
+        **stock.config,
         "lora_dropout": 0.0,
-        "target_modules": sorted(target_modules),
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-        "use_rslora": rslora,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -167,12 +284,14 @@ class AdapterFile:
         config: `adapter_config.json`.
         tensors: tensors by name on disk.
         settings: see `read_adapter_settings`.
+        live: see `write_live_factors`.
         where: the folder, for errors.
     """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     settings: dict[str, Any] | None
+    live: dict[str, Tensor]
     where: str
 
     def per_expert(self, names: NameMap) -> PerExpert:
@@ -187,7 +306,12 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         CheckpointError: see `read_adapter_config` and `read_adapter_tensors`.
     """
     config, tensors = read_adapter_config(folder), read_adapter_tensors(folder)
-    return AdapterFile(config, tensors, read_adapter_settings(folder), str(folder))
+    live = Path(folder) / LIVE_NAME
+    try:
+        factors = load_file(live) if live.is_file() else {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{live}: damaged ({error})") from None
+    return AdapterFile(config, tensors, read_adapter_settings(folder), factors, str(folder))
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
@@ -230,7 +354,7 @@ def read_adapter_settings(folder: str | Path) -> dict[str, Any] | None:
         CheckpointError: the file is damaged.
     """
     try:
-        values = json.loads(read_metadata(Path(folder) / WEIGHTS_NAME).get(SETTINGS_KEY, "null"))
+        values = json.loads(read_metadata(Path(folder) / WEIGHTS_NAME).get(_SETTINGS_KEY, "null"))
     except (ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) and values.keys() == set(SETTINGS) else None
@@ -254,7 +378,9 @@ def read_adapter_tensors(folder: str | Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_adapter_tensors(model: nn.Module, names: NameMap, adapter: str, plain: PerExpert) -> None:
+def load_adapter_tensors(
+    model: nn.Module, names: NameMap, adapter: str, plain: PerExpert, factors: Mapping[str, Tensor] | None = None
+) -> None:
     """Copy an adapter file's content into the live parameters of an adapter: every tensor, and no other.
 
     Whatever the file's layout and scales, the live adapter computes what the file says: B is divided by the scale that
@@ -265,6 +391,7 @@ def load_adapter_tensors(model: nn.Module, names: NameMap, adapter: str, plain: 
         names: its name map.
         adapter: the adapter's name.
         plain: the file's tensors under per-expert names.
+        factors: factors B as they were live (see `write_live_factors`); taken where the file says the same.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, of another shape, or not finite; nothing has been changed then.
@@ -288,7 +415,11 @@ def load_adapter_tensors(model: nn.Module, names: NameMap, adapter: str, plain: 
     for name, pair in live.items():
         a, b, scale = given[name]
         pair.a.copy_(a)
-        pair.b.copy_(unfold(b, pair.scale / scale, pair.b.dtype))
+        own = (factors or {}).get(f"{name}.lora_B")
+        if own is not None and own.shape == b.shape and torch.equal(fold(own, pair.scale / scale), b):
+            pair.b.copy_(own)
+        else:
+            pair.b.copy_(unfold(b, pair.scale / scale, pair.b.dtype))
 
 
 def _cut_back(plain: PerExpert, live: LivePair) -> Factors:

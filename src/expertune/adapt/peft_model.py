@@ -1,4 +1,4 @@
-"""ExpertPeftModel: a PeftModel whose files are stock PEFT's per-expert layout, whatever the live model holds."""
+"""ExpertPeftModel: a PeftModel whose files stock PEFT reads, whatever the live model holds."""
 
 import warnings
 from collections.abc import Callable
@@ -11,11 +11,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from expertune.adapt.files import (
-    adapter_tensors,
+    Origin,
+    live_targets,
     load_adapter_tensors,
     read_adapter,
+    stock_config,
+    tensors_in_file,
     write_adapter,
+    write_live_factors,
 )
+from expertune.adapt.stock_layout import stock_layout
+from expertune.adapt.stock_trial import StockLayout
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import ResolvedTargets
@@ -26,8 +32,6 @@ from expertune.kernels.dropout import CounterDropout
 # PEFT on transformers 5 rewrites these target names into stacked expert parameters, also where they name a linear of
 # a shared expert or a router; layers of these names are adapted one by one instead.
 _REWRITTEN_BY_PEFT = frozenset({"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"})
-
-StockConfig = dict[str, Any]
 
 
 class ExpertPeftModel(PeftModelForCausalLM):
@@ -40,7 +44,7 @@ class ExpertPeftModel(PeftModelForCausalLM):
         model: the base model with `Nf4Experts`.
         targets: what the first adapter attaches to.
         config: its live configuration.
-        stock: its `adapter_config.json`, in the words of the checkpoint.
+        origin: what its files say of where it comes from.
         names: the base model's name map.
         adapter_name: name of the first adapter.
         dtype: dtype of the adapter's own weights.
@@ -54,7 +58,7 @@ class ExpertPeftModel(PeftModelForCausalLM):
         model: nn.Module,
         targets: ResolvedTargets,
         config: ExpertLoraConfig,
-        stock: StockConfig,
+        origin: Origin,
         names: NameMap,
         adapter_name: str = "default",
         dtype: torch.dtype = torch.float32,
@@ -67,7 +71,8 @@ class ExpertPeftModel(PeftModelForCausalLM):
             super().__init__(model, config, adapter_name, autocast_adapter_dtype=False)
         self.names = names
         self.base: Fingerprint | None = None
-        self.stock_configs: dict[str, StockConfig] = {adapter_name: stock}
+        self.origins = {adapter_name: origin}
+        self._layouts: dict[str, StockLayout] = {}
         self._finish(adapter_name, targets, config, dtype)
 
     def attach(
@@ -75,12 +80,12 @@ class ExpertPeftModel(PeftModelForCausalLM):
         adapter_name: str,
         targets: ResolvedTargets,
         config: ExpertLoraConfig,
-        stock: StockConfig,
+        origin: Origin,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Add a further adapter; it is not active until `set_adapter` says so."""
         super().add_adapter(adapter_name, config)
-        self.stock_configs[adapter_name] = stock
+        self.origins[adapter_name] = origin
         self._finish(adapter_name, targets, config, dtype)
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
@@ -92,17 +97,32 @@ class ExpertPeftModel(PeftModelForCausalLM):
         raise TypeError("use expertune.adapt.attach.attach(model, ..., adapter_name=...) to add an adapter")
 
     def save_pretrained(self, save_directory: str, selected_adapters: list[str] | None = None, **kwargs: Any) -> None:
-        """Write adapters as stock PEFT reads them: adapter tensors only, per expert, dropout 0.
+        """Write adapters as stock PEFT reads them: adapter tensors only, scales in B, dropout 0.
 
         Args:
             save_directory: the adapter `default` goes here, others into folders of their own name.
             selected_adapters: which ones; None means all.
             **kwargs: other arguments of PEFT's method, which do not apply.
         """
+        base = self.get_base_model()
         for adapter in selected_adapters or list(self.peft_config):
             folder = Path(save_directory) / (adapter if adapter != "default" else "")
-            tensors = dict(adapter_tensors(self.get_base_model(), self.names, adapter))
-            write_adapter(folder, tensors, self.stock_configs[adapter], self.base)
+            origin, stock = self.origins[adapter], self.stock_layout(adapter)
+            tensors = tensors_in_file(base, self.names, adapter, stock)
+            write_adapter(folder, tensors, stock_config(origin, stock), self.base, origin.settings)
+
+    def stock_layout(self, adapter: str = "default") -> StockLayout:
+        """How an adapter's file is laid out, and whether stock PEFT reads it; tried once."""
+        if adapter not in self._layouts:
+            base, settings = self.get_base_model(), self.origins[adapter].settings
+            self._layouts[adapter] = stock_layout(
+                base, self.names, live_targets(base, adapter), settings["r"], settings["rank_pattern"]
+            )
+        return self._layouts[adapter]
+
+    def save_live_factors(self, folder: str | Path, adapter: str = "default") -> None:
+        """Beside saved files, what of the adapter does not come back from them to the bit; see `write_live_factors`."""
+        write_live_factors(folder, self.get_base_model(), self.names, self.stock_layout(adapter), adapter)
 
     def load_adapter(self, model_id: str, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> None:
         """Read an adapter folder into an adapter that is already attached.
@@ -113,8 +133,9 @@ class ExpertPeftModel(PeftModelForCausalLM):
         """
         if adapter_name not in self.peft_config:
             raise KeyError(f"no adapter {adapter_name!r} is attached; attach one first")
-        plain = read_adapter(model_id).per_expert(self.names)
-        load_adapter_tensors(self.get_base_model(), self.names, adapter_name, plain)
+        file = read_adapter(model_id)
+        plain = file.per_expert(self.names)
+        load_adapter_tensors(self.get_base_model(), self.names, adapter_name, plain, file.live)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any

@@ -4,6 +4,7 @@ At no moment is there a fused 16-bit stack of experts or a whole 16-bit model: w
 far, its 16-bit rest (embeddings, router, norms, lm_head), and the one tensor being read.
 """
 
+import copy
 import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
@@ -81,6 +82,16 @@ def build_meta_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: 
     except (ValueError, KeyError, OSError, ImportError) as error:
         where = folder / "config.json"
         raise ConfigError(f"{where}: transformers cannot build this model: {refusal(error)}") from None
+
+
+def build_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same class and config with transformers' own modules, its parameters on the meta device."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._attn_implementation = "eager"  # not all that a loaded model may use is known to every part of it
+    with init_empty_weights(include_buffers=False), _LargeTensorsOnMeta():
+        return type(model)(config)
 
 
 def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForMultimodalLM]:

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.errors import CheckpointError, ConfigError, NonFiniteGradientError, NonFiniteLossError
 from expertune.train.best import BestCheckpointHere
 from expertune.train.callbacks import History
@@ -289,7 +290,10 @@ class ExpertTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The adapter alone: transformers would also pickle all arguments, with the hub's token if there is one."""
-        self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+        folder = output_dir or self.args.output_dir
+        self.model.save_pretrained(folder, state_dict=state_dict)
+        if isinstance(self.model, ExpertPeftModel):
+            self.model.save_live_factors(folder)
 
     def _load_best_model(self) -> None:
         """transformers' own, of a checkpoint that is as it was written.

@@ -1,0 +1,209 @@
+"""Which adapter file stock PEFT reads on a model.
+
+PEFT on transformers 5 stacks per-expert factors for the model types that it knows
+(`peft.utils.transformers_weight_conversion`), and drops them in silence for the others. So candidates are tried with
+PEFT's own functions (see `stock_trial`), in this order:
+
+1. Per-expert names, and the projections among `target_modules`: what every release of PEFT and other engines read.
+2. Per-expert names, and stacks and weights that PEFT does not find by themselves among `target_parameters`.
+3. PEFT's own names of stacks, every rank filled up to the rank of gate and up together.
+
+Everywhere `lora_alpha` is `r`, so that readers of lora_alpha / r alone have a factor of one; scales are in B. Where
+gate and up are one adapter of twice the rank (2.), its alpha is twice `r`, under a name that only PEFT knows.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from expertune.adapt.factors import first_match, leaves
+from expertune.adapt.stock_trial import NotReadError, StockLayout, Twin
+from expertune.checkpoint.load import build_twin
+from expertune.checkpoint.names import NameMap
+from expertune.checkpoint.targets import ResolvedTargets
+from expertune.experts import layout
+
+
+def stock_layout(
+    model: PreTrainedModel, names: NameMap, targets: ResolvedTargets, r: int, rank_pattern: Mapping[str, int]
+) -> StockLayout:
+    """The first layout that stock PEFT reads on the 16-bit model of the same class; the per-expert one where none is.
+
+    Args:
+        model: the model, in 4 bits or on the meta device; its class and its config count.
+        names: its name map.
+        targets: what the adapter changes, with ranks.
+        r: rank of what `rank_pattern` does not name.
+        rank_pattern: the run file's.
+    """
+    usual = _usual(names, targets, r, rank_pattern)
+    candidates: list[Callable[[Twin], StockLayout]] = [lambda twin: usual]
+    candidates.append(lambda twin: _explicit(twin, names, targets, r))
+    if targets.experts:
+        candidates.append(lambda twin: _fused(twin, names, targets, r))
+    refusal = ""
+    for make in candidates:
+        try:
+            twin = Twin(build_twin(model))
+        except Exception as error:  # code that comes with a model may raise anything
+            return replace(usual, refusal=f"the model cannot be built without weights: {error}")
+        try:
+            return twin.try_on(make(twin), names, targets)
+        except NotReadError as error:
+            refusal = str(error)
+    return replace(usual, refusal=refusal)
+
+
+def _usual(names: NameMap, targets: ResolvedTargets, r: int, rank_pattern: Mapping[str, int]) -> StockLayout:
+    """Per-expert names, and targets by the last part of names on disk: what PEFT wrote when experts were linears."""
+    found = StockLayout(r, expert_ranks=_expert_ranks(targets))
+    own = {name: rank.rank for name, rank in (*targets.linears.items(), *targets.router.items())}
+    found.ranks = own
+    on_disk = {re.escape(names.on_disk(name)): (names.on_disk(name), rank) for name, rank in own.items()}
+    stacks: dict[str, int] = {}
+    for module, ranks in found.expert_ranks.items():
+        for projection, rank in ranks.items():
+            pattern = rf"{re.escape(names.on_disk(module))}\.\d+\.{names.projection_names[projection]}"
+            on_disk[pattern] = (names.expert_on_disk(module, 0, projection), rank)
+        for weight in names.specs[module].weight_names:
+            held = [
+                ranks[projection]
+                for projection in layout.fused_projections(names.specs[module], weight)
+                if projection in ranks
+            ]
+            if held:
+                stacks[f"{module}.{weight}"] = sum(held)
+    # PEFT gives gate and up together twice `r`, whatever the patterns of experts say.
+    is_default = all(rank == r for ranks in found.expert_ranks.values() for rank in ranks.values())
+    first = {} if is_default else stacks
+    known = {**first, **rank_pattern}
+    changed = {pattern: rank for pattern, (name, rank) in on_disk.items() if first_match(known, name, r) != rank}
+    found.rank_pattern = {**first, **changed, **rank_pattern}
+    found.target_modules = leaves(name for name, _ in on_disk.values())
+    return found
+
+
+def _explicit(twin: "Twin", names: NameMap, targets: ResolvedTargets, r: int) -> StockLayout:
+    """Per-expert names, with targets by live name, and stacks and weights that PEFT does not find among parameters."""
+    found = StockLayout(r, expert_ranks=_expert_ranks(targets))
+    found.ranks = {name: rank.rank for name, rank in (*targets.linears.items(), *targets.router.items())}
+    _target_linears(found, twin, names, targets)
+    stacks: dict[str, int] = {}
+    for module, ranks in found.expert_ranks.items():
+        for weight in names.specs[module].weight_names:
+            projections = layout.fused_projections(names.specs[module], weight)
+            if any(projection in ranks for projection in projections):
+                if not all(projection in ranks for projection in projections):
+                    raise NotReadError(f"PEFT has one adapter for {' and '.join(projections)} together")
+                stacks[f"{module}.{weight}"] = sum(ranks[projection] for projection in projections)
+    _target_stacks(found, twin, stacks)
+    # The scale of each projection by itself is r / rank; of both together it has to be the same.
+    alphas = {
+        name: r * len(layout.fused_projections(names.specs[module], weight))
+        for name in stacks
+        for module, _, weight in [name.rpartition(".")]
+    }
+    found.alpha_pattern = _patterns({name: alpha for name, alpha in alphas.items() if alpha != r}, stacks)
+    experts = [
+        names.expert_on_disk(module, expert, projection)
+        for module, ranks in found.expert_ranks.items()
+        for projection in ranks
+        for expert in range(names.specs[module].num_experts)
+    ]
+    if found.target_modules:
+        # Of no use to PEFT on transformers 5, which would warn of them if they were all; where experts are linears,
+        # these find them.
+        found.target_modules = sorted({*found.target_modules, *_suffixes(experts, twin.modules).values()})
+    return found
+
+
+def _fused(twin: "Twin", names: NameMap, targets: ResolvedTargets, r: int) -> StockLayout:
+    """PEFT's own names of stacks; one rank for all that have no larger one."""
+    parts = [
+        len(layout.fused_projections(names.specs[module], weight))
+        for module, ranks in targets.experts.items()
+        for weight in names.specs[module].weight_names
+        if any(projection in ranks for projection in layout.fused_projections(names.specs[module], weight))
+    ]
+    found = StockLayout(r * max(parts))
+    found.ranks = {name: max(rank.rank, found.r) for name, rank in (*targets.linears.items(), *targets.router.items())}
+    _target_linears(found, twin, names, targets)
+    stacks: dict[str, int] = {}
+    for module, ranks in targets.experts.items():
+        for weight in names.specs[module].weight_names:
+            projections = layout.fused_projections(names.specs[module], weight)
+            held = [ranks[projection].rank for projection in projections if projection in ranks]
+            if held:
+                whole = max(found.r, max(held) * len(projections))
+                # Each projection has an equal share.
+                stacks[f"{module}.{weight}"] = whole + -whole % len(projections)
+                found.expert_ranks.setdefault(module, {}).update(
+                    dict.fromkeys((each for each in projections if each in ranks), stacks[f"{module}.{weight}"])
+                )
+                found.stacks.setdefault(module, {})[weight] = ""
+    _target_stacks(found, twin, stacks)
+    return found
+
+
+def _expert_ranks(targets: ResolvedTargets) -> dict[str, dict[str, int]]:
+    """Ranks of each projection in the file, those of gate and up made equal: PEFT has one scale for the two."""
+    found = {}
+    for module, ranks in targets.experts.items():
+        together = max((rank.rank for projection, rank in ranks.items() if projection != "down"), default=0)
+        found[module] = {
+            projection: rank.rank if projection == "down" else together for projection, rank in ranks.items()
+        }
+    return found
+
+
+def _target_linears(found: StockLayout, twin: "Twin", names: NameMap, targets: ResolvedTargets) -> None:
+    """Linears by the shortest ends of their live names that fit no other module; as parameters where PEFT rewrites."""
+    suffixes = _suffixes(targets.linears, twin.modules)
+    parameters = {name: f"{name}.weight" for name in targets.router}
+    for name, suffix in suffixes.items():
+        if twin.is_kept(suffix):
+            found.target_modules.append(suffix)
+        else:
+            parameters[name] = f"{name}.weight"
+    found.target_modules = sorted(set(found.target_modules))
+    found.target_parameters = sorted(set(_suffixes(parameters.values(), twin.parameters, at_least=3).values()))
+    ranks = {parameters.get(name, name): rank for name, rank in found.ranks.items()}
+    found.rank_pattern = _patterns({name: rank for name, rank in ranks.items() if rank != found.r}, ranks)
+
+
+def _target_stacks(found: StockLayout, twin: "Twin", stacks: dict[str, int]) -> None:
+    suffixes = _suffixes(stacks, twin.parameters, at_least=2)
+    found.target_parameters = sorted({*found.target_parameters, *suffixes.values()})
+    found.rank_pattern |= _patterns({name: rank for name, rank in stacks.items() if rank != found.r}, stacks)
+
+
+def _patterns(values: Mapping[str, Any], among: Iterable[str]) -> dict[str, Any]:
+    """Patterns by the ends of names where all names of that end have the value, else by whole names."""
+    found: dict[str, Any] = {}
+    everything = list(among)
+    for name, value in values.items():
+        end = ".".join(name.rsplit(".", 2)[-2:])
+        alike = [other for other in everything if other == end or other.endswith(f".{end}")]
+        is_common = all(values.get(other) == value for other in alike)
+        found[re.escape(end if is_common else name)] = value
+    return found
+
+
+def _suffixes(wanted: Iterable[str], among: Iterable[str], at_least: int = 1) -> dict[str, str]:
+    """For each wanted name the shortest end, in whole parts, that no other name among these has."""
+    wanted = list(wanted)
+    kept = set(wanted)
+    taken = {end for name in among if name not in kept for end in _ends(name)}
+    found = {}
+    for name in wanted:
+        ends = [end for end in _ends(name) if end.count(".") + 1 >= at_least]
+        found[name] = next((end for end in ends if end not in taken), name)
+    return found
+
+
+def _ends(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[-count:]) for count in range(1, len(parts) + 1))

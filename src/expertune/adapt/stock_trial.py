@@ -1,0 +1,274 @@
+"""How an adapter's file is laid out, and what stock PEFT makes of it: tried on a twin of the model without weights.
+
+The twin is the stock model on the meta device. The adapter is injected into it as `PeftModel.from_pretrained` does, and
+small tensors under the names of the file go through PEFT's conversion. A layout serves where every tensor arrives where
+it belongs, in the right order, and is multiplied by the scale that was meant.
+
+Read from PEFT 0.21.2 and transformers 5.23.
+"""
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModelForCausalLM
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from expertune.adapt.factors import PREFIX, fuse
+from expertune.checkpoint.names import NameMap
+from expertune.checkpoint.targets import ResolvedTargets
+from expertune.experts import layout
+
+_TRIED_EXPERTS = 12
+"""Enough to see whether experts are ordered as numbers."""
+
+
+@dataclass
+class StockLayout:
+    """How an adapter's file is laid out.
+
+    Attributes:
+        r: `r` and `lora_alpha` of the config.
+        target_modules: of the config.
+        target_parameters: of the config.
+        rank_pattern: of the config.
+        alpha_pattern: of the config; names stacks only, which other readers do not know.
+        ranks: rank in the file, by live name of a linear or router.
+        expert_ranks: rank in the file of each projection of an experts module; of a fused stack, its whole rank.
+        stacks: names in the file of fused stacks, by experts module and stack; empty where names are per expert.
+        live_named: linears whose tensors are under live names, the others being under their names on disk.
+        refusal: why stock PEFT does not read the adapter; None where it does.
+    """
+
+    r: int
+    target_modules: list[str] = field(default_factory=list)
+    target_parameters: list[str] = field(default_factory=list)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    expert_ranks: dict[str, dict[str, int]] = field(default_factory=dict)
+    stacks: dict[str, dict[str, str]] = field(default_factory=dict)
+    live_named: set[str] = field(default_factory=set)
+    refusal: str | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The keys of `adapter_config.json` that depend on the layout."""
+        parameters = {"target_parameters": self.target_parameters} if self.target_parameters else {}
+        return {
+            "r": self.r,
+            "lora_alpha": self.r,
+            "target_modules": self.target_modules,
+            **parameters,
+            "rank_pattern": self.rank_pattern,
+            "alpha_pattern": self.alpha_pattern,
+            "use_rslora": False,
+        }
+
+
+class NotReadError(Exception):
+    """A candidate does not serve; the message says why."""
+
+
+class Twin:
+    """The stock model on the meta device, to be given one adapter."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.modules = [name for name, _ in model.named_modules()]
+        self.parameters = [name for name, _ in model.named_parameters()]
+        self._kept: dict[str, bool] = {}
+
+    def is_kept(self, target: str) -> bool:
+        """Whether PEFT leaves a target of this name a module's, rather than making it a stack's."""
+        leaf = target.rpartition(".")[2]
+        if leaf not in self._kept:
+            config = LoraConfig(target_modules=[target])
+            try:
+                convert_peft_config_for_transformers(config, self.model, None)
+                self._kept[leaf] = target in (config.target_modules or ())
+            except ValueError:
+                self._kept[leaf] = False
+        return self._kept[leaf]
+
+    def try_on(self, found: StockLayout, names: NameMap, targets: ResolvedTargets) -> StockLayout:
+        """The layout, with the names that its tensors have in the file.
+
+        Raises:
+            NotReadError: PEFT does not read it.
+        """
+        config = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, inference_mode=True, **copy.deepcopy(found.config))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are for whoever loads an adapter
+            try:
+                model = PeftModelForCausalLM(self.model, config, low_cpu_mem_usage=True)
+            except (ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
+                raise NotReadError(f"PEFT refuses its config: {str(error).splitlines()[0]}") from None
+            layers = dict(_adapted(model.get_base_model()))
+            expected = _expected_ranks(found, names)
+            for name in layers.keys() - expected.keys() - {f"{name}.weight" for name in expected}:
+                raise NotReadError(f"PEFT puts an adapter on {name} as well, which has none")
+            for name, rank in expected.items():
+                found_name = name if name in layers else f"{name}.weight"
+                if found_name not in layers:
+                    raise NotReadError(f"PEFT puts no adapter on {name}")
+                layer = layers[found_name][1]
+                if layer.r["default"] != rank or layer.scaling["default"] != self._scale(found, names, name, rank):
+                    raise NotReadError(
+                        f"PEFT takes rank {layer.r['default']} and scale {layer.scaling['default']:g} for {name}"
+                    )
+            return _Conversion(model, config, {name: stem for name, (stem, _) in layers.items()}).name(
+                found, names, targets
+            )
+
+    @staticmethod
+    def _scale(found: StockLayout, names: NameMap, name: str, rank: int) -> float:
+        """What an update that has no other scale than the file's is multiplied by."""
+        module, _, weight = name.rpartition(".")
+        is_stack = module in names.specs and weight in names.specs[module].weight_names
+        if is_stack and not found.stacks:
+            rank //= len(layout.fused_projections(names.specs[module], weight))
+        return found.r / rank
+
+
+def _expected_ranks(found: StockLayout, names: NameMap) -> dict[str, int]:
+    """Ranks by live name of a linear, router or stack."""
+    ranks = dict(found.ranks)
+    for module, held in found.expert_ranks.items():
+        for weight in names.specs[module].weight_names:
+            each = [held[name] for name in layout.fused_projections(names.specs[module], weight) if name in held]
+            if each:
+                ranks[f"{module}.{weight}"] = each[0] if found.stacks else sum(each)
+    return ranks
+
+
+def _adapted(model: nn.Module) -> Iterator[tuple[str, tuple[str, LoraLayer]]]:
+    """Live name of what each layer of PEFT adapts, a module or a parameter -> the layer's own name, and the layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            adapted = name.replace(".base_layer", "")
+            parameter = f".{module.parameter_name}" if isinstance(module, ParamWrapper) else ""
+            yield f"{adapted}{parameter}", (name, module)
+
+
+class _Conversion:
+    """PEFT's conversion of tensors by name in a file, tried with small ones.
+
+    Names that differ in numbers alone go the same way, so that one of them is tried.
+
+    Args:
+        model: the twin with an adapter.
+        config: the adapter's, as PEFT has converted it.
+        stems: live name of what a layer of PEFT adapts -> the name of that layer.
+    """
+
+    def __init__(self, model: PeftModelForCausalLM, config: LoraConfig, stems: dict[str, str]) -> None:
+        self.model, self.config, self.stems = model, config, stems
+        self._random = torch.Generator().manual_seed(0)
+
+    def name(self, found: StockLayout, names: NameMap, targets: ResolvedTargets) -> StockLayout:
+        """The layout with the names of its tensors; raises `NotReadError` where one does not arrive."""
+        modules = _one_of_each(targets.experts)
+        pairs = {
+            module: {projection: self._pair(names, module, projection) for projection in targets.experts[module]}
+            for module in modules
+        }
+        given: dict[str, Tensor] = {}
+        due: dict[str, Tensor] = {}
+        for module in modules:
+            spec = names.specs[module]
+            for weight in spec.weight_names:
+                projections = layout.fused_projections(spec, weight)
+                if not any(projection in pairs[module] for projection in projections):
+                    continue
+                stem = self.stems[f"{module}.{weight}"]
+                held = [pairs[module].get(projection) for projection in projections]
+                whole = [pair if pair is not None else _nothing(next(filter(None, held))) for pair in held]
+                tried = replace(spec, num_experts=whole[0][0].shape[0])
+                a, b = fuse(tried, weight, whole, sum(2 for _ in whole))
+                due |= _entries(stem, a, b)
+                if found.stacks:
+                    nested = stem.removeprefix(module)
+                    choice = self._first_read(
+                        {f"{each}{nested}": (a, b) for each in (module, names.on_disk(module))}, due
+                    )
+                    for like in targets.experts:
+                        if _kind(like) == _kind(module):
+                            own = like if choice == stem else names.on_disk(like)
+                            found.stacks[like][weight] = f"{own}{nested}"
+                    given |= _entries(choice, a, b)
+                else:
+                    for projection in projections:
+                        for expert, (part_a, part_b) in enumerate(zip(*pairs[module][projection], strict=True)):
+                            given |= _entries(names.expert_on_disk(module, expert, projection), part_a, part_b)
+        is_usual = not (found.stacks or found.target_parameters)
+        for name in _one_of_each((*targets.linears, *targets.router)):
+            a, b = self._toy(2, 3), self._toy(4, 2)
+            stem = self.stems.get(name) or self.stems[f"{name}.weight"]
+            due |= _entries(stem, a, b)
+            choices = [names.on_disk(name)] if is_usual else [names.on_disk(name), name]
+            choice = self._first_read(dict.fromkeys(choices, (a, b)), due)
+            if choice != names.on_disk(name):
+                found.live_named |= {like for like in (*targets.linears, *targets.router) if _kind(like) == _kind(name)}
+            given |= _entries(choice, a, b)
+        self._require(given, due)
+        return found
+
+    def _first_read(self, choices: dict[str, tuple[Tensor, Tensor]], due: dict[str, Tensor]) -> str:
+        """The first name in a file under which a pair arrives where it is due; the first of all where none does."""
+        for name, (a, b) in choices.items():
+            arrived = self._convert(_entries(name, a, b))
+            if all(key in due and torch.equal(tensor, due[key]) for key, tensor in arrived.items()):
+                return name
+        return next(iter(choices))
+
+    def _require(self, given: dict[str, Tensor], due: dict[str, Tensor]) -> None:
+        arrived = self._convert(given)
+        for key, tensor in due.items():
+            if key not in arrived:
+                raise NotReadError(f"PEFT loses the tensors of {key.removeprefix(PREFIX).partition('.lora_')[0]}")
+            if not torch.equal(arrived[key], tensor):
+                raise NotReadError(f"PEFT puts the experts together otherwise than {key} has them")
+
+    def _convert(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        try:
+            return convert_peft_adapter_state_dict_for_transformers(self.model, self.config, dict(given))
+        except (ValueError, TypeError, RuntimeError, KeyError) as error:
+            raise NotReadError(f"PEFT cannot convert its names: {str(error).splitlines()[0]}") from None
+
+    def _pair(self, names: NameMap, module: str, projection: str) -> tuple[Tensor, Tensor]:
+        """A [E, 2, 3] and B [E, 4, 2] of a few experts."""
+        experts = min(names.specs[module].num_experts, _TRIED_EXPERTS)
+        return self._toy(experts, 2, 3), self._toy(experts, 4, 2)
+
+    def _toy(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self._random)
+
+
+def _nothing(like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    a, b = like
+    return a[:, :0], b[:, :, :0]
+
+
+def _entries(stem: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    return {f"{PREFIX}{stem}.lora_A.weight": a, f"{PREFIX}{stem}.lora_B.weight": b}
+
+
+def _one_of_each(names: Iterable[str]) -> list[str]:
+    """The first of all names that differ in numbers alone."""
+    return list({_kind(name): name for name in reversed(list(names))}.values())
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
