@@ -257,9 +257,9 @@ def measure(values: Mapping[str, Any]) -> dict[str, Any]:
 
         return call
 
-    for name in ("make_plan", "_prepare_data", "load_base", "probe_logits", "attach", "prove", "_train", "score_run"):
-        if hasattr(api, name):
-            setattr(api, name, watched(name.strip("_"), getattr(api, name)))
+    for name in ("make_plan", "_prepare_data", "load_base", "probe_logits", "attach", "prove", "_train"):
+        setattr(api, name, watched(name.strip("_"), getattr(api, name)))
+    api.HeldOut.score = watched("score", api.HeldOut.score)  # type: ignore[method-assign]
     phases["libraries"] = _status("VmRSS")
     with _watching_the_allocator() as kept:
         run = api.finetune(parse_config(dict(values)))

@@ -34,7 +34,8 @@ from expertune.data import (
     prepare_run,
 )
 from expertune.data.preview import preview
-from expertune.finished import OpenRun, evaluate, generate, load_base, open_run, score_run
+from expertune.finished import OpenRun, evaluate, generate, load_base, open_run
+from expertune.held_out import HeldOut
 from expertune.identity import identify, require_same_identity
 from expertune.kernels import routes
 from expertune.placement.device import bound_host_memory, training_device
@@ -62,6 +63,7 @@ from expertune.train.checkpoints import ResumePoint, find_resume_point, require_
 from expertune.train.ladder import Change
 from expertune.train.loss import LanguageModelLoss
 from expertune.train.offload import has_host_apart
+from expertune.train.progress import Bars
 from expertune.train.recover import Recovery
 from expertune.train.schedule import Evaluations, check_schedule, evaluates_at_ends, require_a_batch
 from expertune.train.trainer import ExpertTrainer, training_arguments
@@ -149,20 +151,20 @@ def _finetune(
         require_state_to_go_on(point.checkpoint)
     record.update("model", name=config.model, revision=source.revision, device=str(device), base=base.to_json())
     record.update("plan", **plan.to_json())
-    model, recovery = _load_and_adapt(config, source, tokenizer, train_rows, plan.placement, device, record, console)
-    if config.task.metric and eval_rows and "before" not in record.values.get("task", {}):
+    bars = Bars(console)
+    model, recovery = _load_and_adapt(config, source, tokenizer, train_rows, plan.placement, device, record, bars)
+    held_out = HeldOut(config, model, tokenizer, eval_rows, recovery, bars) if eval_rows else None
+    if config.task.metric and held_out and "before" not in record.values.get("task", {}):
         # A folder to resume from may hold the score already; it was taken on the same bytes.
-        score = score_run(config, model, tokenizer, eval_rows, recovery, step=0, base_only=True)
-        record.update("task", before=score)
+        record.update("task", before=held_out.score(step=0, base_only=True))
         console.print(_score_line("before", record["task"]["before"]))
 
     resumed = point if resume else None
-    _train(config, plan.micro_batch, model, tokenizer, train_rows, eval_rows, recovery, resumed, record, console)
+    _train(config, plan.micro_batch, model, tokenizer, train_rows, held_out, recovery, resumed, record, bars)
     recovery.anew("checkpoint", lambda: model.save_pretrained(str(output_dir / ADAPTER_FOLDER)))
 
-    if config.task.metric and eval_rows:
-        score = score_run(config, model, tokenizer, eval_rows, recovery, step=record["train"]["steps"])
-        record.update("task", after=score)
+    if config.task.metric and held_out:
+        record.update("task", after=held_out.score(step=record["train"]["steps"]))
         console.print(_score_line("after", record["task"]["after"]))
     record.update("memory", peak_bytes=peak_memory_bytes())
     told_if_it_fails("summary.png", lambda: plot_summary(record.values, output_dir / "summary.png"), console.print)
@@ -211,9 +213,10 @@ def _load_and_adapt(
     places: Mapping[str, Place],
     device: torch.device,
     record: RunRecord,
-    console: Console,
+    bars: Bars,
 ) -> tuple[ExpertPeftModel, Recovery]:
     """Load, attach and prove; from here on, what is done when memory runs out."""
+    console = bars.console
     started = time.monotonic()
     loaded = load_base(config, source, device, record, places)
     console.print(f"loaded with 4-bit experts in {time.monotonic() - started:.1f} s")
@@ -231,7 +234,8 @@ def _load_and_adapt(
         # As the training that follows: otherwise the proof could need more memory than a step does.
         model.activation_checkpointing_enable()
     # Nothing that changes a logit may give way between the two looks at the base model.
-    proof = recovery.anew("proof", lambda: prove(model, probe, base_logits))
+    with bars.task("preflight check", "passes") as progress:
+        proof = recovery.anew("proof", lambda: prove(model, probe, base_logits, progress))
     record.update("model", dtype=str(model.dtype), unexpected_tensors=loaded.unexpected)
     record.update("proof", **proof)
     learning = proof["learning"]
@@ -286,12 +290,13 @@ def _train(
     model: ExpertPeftModel,
     tokenizer: PreTrainedTokenizerBase,
     train_rows: TokenizedRows,
-    eval_rows: TokenizedRows | None,
+    held_out: HeldOut | None,
     recovery: Recovery,
     resumed: ResumePoint | None,
     record: RunRecord,
-    console: Console,
+    bars: Bars,
 ) -> None:
+    console = bars.console
     output_dir, device = Path(config.output_dir), recovery.ladder.device
     training = micro_batch.apply(config.training)
     if evaluates_at_ends(config):
@@ -319,14 +324,14 @@ def _train(
         model=model,
         args=args,
         train_dataset=make_dataset(train_rows, config.data),
-        eval_dataset=make_dataset(eval_rows, config.data) if eval_rows else None,
+        held_out=held_out,
         collator=make_collator(config.data, tokenizer, keep_row_ids=True),
         history=History(),
         row_places=lambda row_id: train_rows.rows[row_id].place,
         loss=LanguageModelLoss(model, config.loss, say=say),
         recovery=recovery,
     )
-    bar = ProgressBar(lambda: trainer.history, console)
+    bar = ProgressBar(lambda: trainer.history, bars)
     trainer.add_callback(Evaluations(at_end=evaluates_at_ends(config)))
     trainer.add_callback(bar)
     try:
@@ -335,12 +340,23 @@ def _train(
         bar.close()
         history = trainer.history
         record.update("train", loss=history.losses, steps=trainer.state.global_step)
-        record.update("eval", loss=history.eval_losses)
+        record.update("eval", loss=history.eval_losses, scores=history.eval_scores)
         record.update("throughput", tokens_per_second=history.tokens_per_second, tokens=history.tokens)
         record.update("memory", peak_bytes=peak_memory_bytes())
         record.update("kernels", ran=routes.describe(device, model.dtype)["ran"])
         if placement := placement_of(model):
             record.update("placement", places=placement.places, **placement.describe())
+    origin = trainer.adapter_origin
+    record.update("adapter", **origin)
+    # An adapter to start from is not the base model, and neither is a first evaluation after some steps.
+    losses = {int(step): loss for step, loss in history.eval_losses}
+    before = None if config.lora.init_from else losses.get(0)
+    record.update("eval", before=before, after=losses.get(origin["step"]))
+    if origin["checkpoint"]:
+        chosen = f"{origin['checkpoint']}, the best of the evaluated by {origin['metric']} ({origin['value']:.4f})"
+        console.print(f"the adapter is that of {chosen}", soft_wrap=True)
+    elif args.load_best_model_at_end:
+        say("load_best_model_at_end: no checkpoint was found to be the best; the adapter is that of the last step")
 
 
 def _score_line(when: str, score: dict[str, Any]) -> str:

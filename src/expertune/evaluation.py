@@ -33,6 +33,7 @@ def evaluation_loss(
     batch_size: int,
     in_chunks: SummedLoss | None = None,
     in_parts: InParts = whole,
+    progress: Progress | None = None,
 ) -> float:
     """Mean cross entropy over all label tokens, each of them weighing the same.
 
@@ -45,6 +46,7 @@ def evaluation_loss(
         batch_size: rows of a batch.
         in_chunks: takes a batch's loss without its logits, as `expertune.train.loss.LanguageModelLoss.summed` does.
         in_parts: may cut a batch where memory does not suffice, as `expertune.train.recover.Recovery.evaluation` does.
+        progress: called with (rows done, rows in all) after each batch.
 
     Returns:
         The loss in nats per token.
@@ -71,6 +73,8 @@ def evaluation_loss(
             for batch_total, batch_tokens in in_parts(summed, batch):
                 total += batch_total
                 num_tokens += batch_tokens
+            if progress:
+                progress(min(start + batch_size, len(dataset)), len(dataset))
     if not num_tokens:
         raise DataError("the evaluation rows hold no token that takes a loss")
     return total / num_tokens

@@ -1,7 +1,7 @@
 """A finished run in use: its model with the adapter, the score on its evaluation rows, an answer to a prompt."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,23 +20,20 @@ from expertune.checkpoint.load import LoadedModel, fingerprint_of, load_model
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import DataConfig, LoraSection, RunConfig, recorded_config
 from expertune.data import (
-    TokenizedRows,
     encode_prompt,
-    make_collator,
-    make_dataset,
     prepare_rows,
     render_prompt,
     settled,
 )
 from expertune.errors import CheckpointError, ConfigError
-from expertune.evaluation import evaluation_loss, score_task
 from expertune.generation import complete
+from expertune.held_out import HeldOut
 from expertune.placement.device import bound_host_memory, default_device, resolve_compute_dtype, set_up_kernels
 from expertune.placement.experts import Place, place_experts, reading
 from expertune.record import RunRecord
 from expertune.run_folder import ADAPTER_FOLDER
 from expertune.train.ladder import Change
-from expertune.train.loss import LanguageModelLoss
+from expertune.train.progress import Bars
 from expertune.train.recover import Recovery
 
 
@@ -127,8 +124,6 @@ def evaluate(
     if run.config.data.eval is None:
         raise ConfigError(f"{run_dir}: the run has no data.eval rows to evaluate on")
     eval_rows = prepare_rows(settled(run.config.data, run.record["data"]["eval"]), "eval", run.tokenizer)
-    dataset = make_dataset(eval_rows, run.config.data)
-    collator = make_collator(run.config.data, run.tokenizer)
     result: dict[str, Any] = {"adapter": "none" if base_only else adapter or ADAPTER_FOLDER}
     step = 0 if base_only else _steps_of(run.record, adapter)
     changes: list[Change] = []
@@ -138,12 +133,10 @@ def evaluate(
         changes.append(change)
 
     recovery = Recovery(run.model, default_device(), tell=tell)
-    with _adapter_switched(run.model, off=base_only):
-        loss = LanguageModelLoss(run.model, run.config.loss)
-        in_parts = partial(recovery.evaluation, step=step)
-        result["loss"] = evaluation_loss(run.model, dataset, collator, 8, loss.summed, in_parts)
+    held_out = HeldOut(run.config, run.model, run.tokenizer, eval_rows, recovery, Bars(Console(stderr=True)))
+    result["loss"] = held_out.loss(step, base_only)
     if run.config.task.metric:
-        result["task"] = score_run(run.config, run.model, run.tokenizer, eval_rows, recovery, step, rows, base_only)
+        result["task"] = held_out.score(step, rows, base_only)
     result["recoveries"] = [change.to_json() for change in changes]
     return result
 
@@ -175,7 +168,7 @@ def generate(
     recovery = Recovery(run.model, default_device(), tell=_say_aside)
     in_parts = partial(recovery.generation, step=0 if base_only else _steps_of(run.record, adapter))
     ids = encode_prompt(render_prompt(prompt, run.data, run.tokenizer), run.tokenizer)
-    with _adapter_switched(run.model, off=base_only):
+    with run.model.disable_adapter() if base_only else nullcontext():
         return complete(run.model, run.tokenizer, [ids], max_new_tokens, in_parts=in_parts)[0]
 
 
@@ -199,32 +192,6 @@ def load_base(
     if config.data.packing == "padded":
         attend_by_batch(loaded.model)
     return loaded
-
-
-def score_run(
-    config: RunConfig,
-    model: ExpertPeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    eval_rows: TokenizedRows,
-    recovery: Recovery,
-    step: int,
-    rows: int | None = None,
-    base_only: bool = False,
-) -> dict[str, Any]:
-    """The score of the run's task on its evaluation rows, of the base model alone where asked; see `score_task`."""
-    task = config.task if rows is None else config.task.model_copy(update={"rows": rows})
-    with _adapter_switched(model, off=base_only):
-        in_parts = partial(recovery.generation, step=step)
-        return score_task(model, tokenizer, eval_rows.rows, task, in_parts=in_parts)
-
-
-@contextmanager
-def _adapter_switched(model: ExpertPeftModel, off: bool) -> Iterator[None]:
-    if off:
-        with model.disable_adapter():
-            yield
-    else:
-        yield
 
 
 def _steps_of(record: RunRecord, adapter: str | None) -> int:

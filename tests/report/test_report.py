@@ -1,13 +1,15 @@
 """The picture and the last words of a run."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
-from expertune.report.plots import plot_summary
+from expertune.report.plots import _draw_losses, plot_summary
 from expertune.report.summary import render_summary
 
 
@@ -16,7 +18,8 @@ def record() -> dict[str, Any]:
     example = {"prompt": "Sentence: It is fun.\nMeaning:", "expected": "inform(name[X])", "answered": "inform(name[Y])"}
     return {
         "train": {"loss": [[step, 3.0 / step] for step in range(1, 31)]},
-        "eval": {"loss": [[0, 3.2], [30, 0.4]]},
+        "eval": {"loss": [[0, 3.2], [20, 0.25], [30, 0.4]], "before": 3.2, "after": 0.25},
+        "adapter": {"step": 20, "checkpoint": "checkpoint-20", "metric": "loss", "value": 0.25},
         "task": {
             "before": {"rows": 5, "slot_f1": 0.0, "exact_match": 0.0, "examples": []},
             "after": {"rows": 5, "slot_f1": 0.75, "exact_match": 0.5, "examples": [example | {"right": False}]},
@@ -34,14 +37,36 @@ def test_summary_shows_scores_before_and_after_beside_the_losses(record: dict[st
     assert "0.750" in text
     assert "3.200" in text
     assert "1,234" in text or "1,235" in text
+    # What was written is the best checkpoint's, not the last evaluation's.
+    assert re.search(r"loss +3\.200 +0\.250\n", text)
+    assert "0.400" not in text
+    assert "that of checkpoint-20, the best by loss (0.2500)" in text
     assert "answered: inform(name[Y])  (wrong)" in text
     assert "expertune chat runs/demo" in text
+
+
+def test_summary_shows_no_before_that_is_not_the_base_models(record: dict[str, Any]) -> None:
+    record["eval"] |= {"before": None}
+    del record["task"], record["adapter"]
+    written = io.StringIO()
+    Console(width=100, file=written).print(render_summary(record, "runs/demo"))
+    assert re.search(r"loss +- +0\.250\n", written.getvalue())
+    record["eval"] |= {"after": None}
+    Console(width=100, file=written).print(render_summary(record, "runs/demo"))
+    assert written.getvalue().count("held-out") == 1
 
 
 def test_picture_of_a_run_is_a_png_and_nothing_is_left_beside_it(record: dict[str, Any], tmp_path: Path) -> None:
     plot_summary(record, tmp_path / "summary.png")
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["summary.png"]
+
+
+def test_picture_names_the_checkpoint_that_the_adapter_is(record: dict[str, Any]) -> None:
+    axes = Figure().subplots()
+    _draw_losses(axes, record)
+    (line,) = [line for line in axes.get_lines() if line.get_label() == "the adapter: checkpoint-20"]
+    assert list(line.get_xdata()) == [20, 20]
 
 
 def test_run_without_a_task_is_drawn_and_summarised_too(record: dict[str, Any], tmp_path: Path) -> None:

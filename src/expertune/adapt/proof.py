@@ -24,6 +24,9 @@ from expertune.experts.module import Nf4Experts
 
 Batch = dict[str, Tensor]
 
+# Forward and backward with gradients, two forwards with the adapter, and one without.
+_NUM_PASSES = 6
+
 
 def probe_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits [B, S, V] of a model in evaluation mode; its mode is restored."""
@@ -37,13 +40,16 @@ def probe_logits(model: nn.Module, batch: Batch) -> Tensor:
         model.train(was_training)
 
 
-def prove(model: ExpertPeftModel, batch: Batch, base_logits: Tensor) -> dict[str, Any]:
+def prove(
+    model: ExpertPeftModel, batch: Batch, base_logits: Tensor, progress: Callable[[int, int], None] = lambda *_: None
+) -> dict[str, Any]:
     """Run all checks on a model that has its adapter attached.
 
     Args:
         model: the adapted model.
         batch: `input_ids` [B, S] of real rows, with `position_ids` where rows are concatenated.
         base_logits: `probe_logits` of the same batch before the adapter was attached.
+        progress: called with (passes through the model done, in all); a backward counts as two.
 
     Returns:
         What was measured, ready for the run record.
@@ -52,10 +58,15 @@ def prove(model: ExpertPeftModel, batch: Batch, base_logits: Tensor) -> dict[str
         ProofError: a check failed; names the module and what was found.
     """
     started = time.monotonic()
+    progress(0, _NUM_PASSES)
     bits = _prove_four_bits(model)
     with torch.random.fork_rng(devices=_cuda_devices(batch)), _nonzero_factors(model):
         learning = _prove_learning(model, batch)
-        first, second = probe_logits(model, batch), probe_logits(model, batch)
+        progress(3, _NUM_PASSES)
+        first = probe_logits(model, batch)
+        progress(4, _NUM_PASSES)
+        second = probe_logits(model, batch)
+        progress(5, _NUM_PASSES)
         if not torch.equal(first, second):
             raise ProofError(
                 f"two forwards of the same rows differ by up to {_distance(first, second):.3g}, from "
@@ -68,6 +79,7 @@ def prove(model: ExpertPeftModel, batch: Batch, base_logits: Tensor) -> dict[str
         del first
         with model.disable_adapter():
             disabled = probe_logits(model, batch)
+        progress(_NUM_PASSES, _NUM_PASSES)
         if not torch.equal(disabled, base_logits):
             raise ProofError(
                 f"with the adapter disabled the logits differ from the base model's by up to "

@@ -23,7 +23,7 @@ def plot_summary(record: Mapping[str, Any], path: str | Path) -> None:
     """
     path = Path(path)
     task = record.get("task", {})
-    scored = "before" in task and "after" in task
+    scored = "after" in task
     figure = Figure(figsize=(9.0 if scored else 6.0, 3.6), layout="constrained")
     panels = figure.subplots(1, 2, width_ratios=[1.6, 1]) if scored else [figure.subplots()]
     _draw_losses(panels[0], record)
@@ -47,6 +47,10 @@ def _draw_losses(axes: Axes, record: Mapping[str, Any]) -> None:
     if evaluation:
         steps, losses = zip(*evaluation, strict=True)
         axes.plot(steps, losses, color=_EVAL, marker="o", markersize=4, linewidth=1.2, label="held-out rows")
+    adapter = record.get("adapter", {})
+    if adapter.get("checkpoint"):
+        label = f"the adapter: {adapter['checkpoint']}"
+        axes.axvline(adapter["step"], color=_AFTER, linestyle="--", linewidth=1.2, label=label)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per answer token (nats)")
     axes.set_ylim(bottom=0)
@@ -56,8 +60,9 @@ def _draw_losses(axes: Axes, record: Mapping[str, Any]) -> None:
 
 
 def _draw_scores(axes: Axes, task: Mapping[str, Any]) -> None:
-    names = [name for name in _METRICS if name in task["before"] and name in task["after"]]
-    for offset, when, color in ((-0.2, "before", _BEFORE), (0.2, "after", _AFTER)):
+    names = [name for name in _METRICS if name in task["after"]]
+    taken = [part for part in ((-0.2, "before", _BEFORE), (0.2, "after", _AFTER)) if part[1] in task]
+    for offset, when, color in taken:
         bars = axes.bar(
             [at + offset for at in range(len(names))],
             [task[when][name] for name in names],

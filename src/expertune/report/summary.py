@@ -18,27 +18,37 @@ def render_summary(record: Mapping[str, Any], output_dir: str, examples: int = 3
         output_dir: the run folder, for the commands.
         examples: how many answered evaluation rows are shown.
     """
-    task = record.get("task", {})
-    table = Table(title="what the run did", title_justify="left", box=None, pad_edge=False)
+    task, evaluation, train = record.get("task", {}), record.get("eval", {}), record.get("train", {}).get("loss", [])
+    title = "held-out rows: the base model before, the adapter after"
+    compared = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in ("", "before", "after"):
-        table.add_column(column, justify="left" if not column else "right")
-    for key, label in _SHARES.items():
-        if key in task.get("after", {}):
-            table.add_row(label, f"{task['before'][key]:.3f}", f"{task['after'][key]:.3f}")
-    evaluation, train = record.get("eval", {}).get("loss", []), record.get("train", {}).get("loss", [])
-    if len(evaluation) > 1:
-        table.add_row("loss on held-out rows", f"{evaluation[0][1]:.3f}", f"{evaluation[-1][1]:.3f}")
+        compared.add_column(column, justify="left" if not column else "right")
+    rows = [(label, task.get("before", {}).get(key), task.get("after", {}).get(key)) for key, label in _SHARES.items()]
+    rows.append(("loss", evaluation.get("before"), evaluation.get("after")))
+    for label, before, after in rows:
+        if before is not None or after is not None:
+            compared.add_row(label, _figure(before), _figure(after))
+    figures = Table(title="what the run did", title_justify="left", box=None, pad_edge=False, show_header=False)
     if train:
-        table.add_row("training loss, first and last step", f"{train[0][1]:.3f}", f"{train[-1][1]:.3f}")
-    table.add_row("tokens per second", "", f"{record['throughput']['tokens_per_second']:,.0f}")
-    table.add_row("peak memory, GB", "", f"{record['memory']['peak_bytes'] / 1e9:.2f}")
-    parts: list[RenderableType] = ["", table, ""]
+        (first, loss), (last, final) = train[0], train[-1]
+        figures.add_row("training loss", f"{loss:.3f} at step {first}, {final:.3f} at step {last}")
+    figures.add_row("tokens per second", f"{record['throughput']['tokens_per_second']:,.0f}")
+    figures.add_row("peak memory", f"{record['memory']['peak_bytes'] / 1e9:.2f} GB")
+    if chosen := record.get("adapter", {}).get("checkpoint"):
+        adapter = record["adapter"]
+        figures.add_row("adapter", f"that of {chosen}, the best by {adapter['metric']} ({adapter['value']:.4f})")
+    parts: list[RenderableType] = ["", compared, "", figures, ""] if compared.row_count else ["", figures, ""]
     for example in task.get("after", {}).get("examples", [])[:examples]:
         parts.append(_example(example))
     parts.append(Text(f"adapter:  {output_dir}/adapter  (stock PEFT loads it)"))
     parts.append(Text(f"picture:  {output_dir}/summary.png"))
     parts.append(Text(f"try it:   expertune chat {output_dir}"))
     return Group(*parts)
+
+
+def _figure(value: float | str | None) -> str:
+    """A figure, a dash where there is none, and the record's own text where it is not finite."""
+    return "-" if value is None else value if isinstance(value, str) else f"{value:.3f}"
 
 
 def _example(example: Mapping[str, Any]) -> Text:

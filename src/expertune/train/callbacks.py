@@ -3,14 +3,14 @@
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+
+from expertune.train.progress import Bar, Bars
 
 
 class History(TrainerCallback, ExportableState):
@@ -19,6 +19,7 @@ class History(TrainerCallback, ExportableState):
     Attributes:
         losses: [step, loss] for every optimizer step.
         eval_losses: [step, loss] for every evaluation.
+        eval_scores: [step, figures] for every evaluation that answered rows.
         tokens: real tokens (padding excluded) that training steps have seen.
         seconds: time inside training steps, evaluations and checkpoints excluded.
     """
@@ -27,11 +28,13 @@ class History(TrainerCallback, ExportableState):
         self,
         losses: list[list[float]] | None = None,
         eval_losses: list[list[float]] | None = None,
+        eval_scores: list[list[Any]] | None = None,
         tokens: int = 0,
         seconds: float = 0.0,
     ) -> None:
         self.losses = losses or []
         self.eval_losses = eval_losses or []
+        self.eval_scores = eval_scores or []
         self.tokens = tokens
         self.seconds = seconds
         self._step_loss, self._step_tokens = 0.0, 0
@@ -42,6 +45,7 @@ class History(TrainerCallback, ExportableState):
         attributes = {
             "losses": self.losses,
             "eval_losses": self.eval_losses,
+            "eval_scores": self.eval_scores,
             "tokens": self.tokens,
             "seconds": self.seconds,
         }
@@ -58,10 +62,12 @@ class History(TrainerCallback, ExportableState):
         self.tokens -= self._step_tokens
         self._step_loss, self._step_tokens = 0.0, 0
 
-    def add_evaluation(self, step: int, loss: float) -> None:
-        """Add an evaluation; one that a resume takes again is the same and stays single."""
+    def add_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add an evaluation's `loss` and other figures; one that a resume takes again is the same and stays single."""
         if not self.eval_losses or self.eval_losses[-1][0] != step:
-            self.eval_losses.append([step, loss])
+            self.eval_losses.append([step, metrics["loss"]])
+            if scores := {name: value for name, value in metrics.items() if name != "loss"}:
+                self.eval_scores.append([step, scores])
 
     def mean_since(self, step: int) -> float:
         """Mean loss of the steps after `step`, exact also across a resume."""
@@ -90,36 +96,26 @@ class ProgressBar(TrainerCallback):
 
     Args:
         history: gives the run's history as it is now.
-        console: where to draw.
+        bars: where to draw.
     """
 
-    def __init__(self, history: Callable[[], History], console: Console) -> None:
-        self.history, self.console = history, console
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
+    def __init__(self, history: Callable[[], History], bars: Bars) -> None:
+        self.history, self._bars = history, bars
+        self._bar: Bar | None = None
+        self._shown = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Draw the bar."""
-        if args.disable_tqdm or not self.console.is_terminal:
-            return
-        self._progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
-        self._task = self._progress.add_task("train", total=state.max_steps, completed=state.global_step, figures="")
-        self._progress.start()
+        self._shown = self._bars.console.is_terminal and not args.disable_tqdm
+        self._bar = Bar(self._bars, "step", "", stays=True, done=state.global_step, hidden=not self._shown)
+        self._bar.update(state.global_step, state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance."""
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=state.global_step, figures=self._figures())
+        if self._bar is not None:
+            self._bar.update(state.global_step, state.max_steps, self._figures() if self._shown else "")
 
     def on_log(
         self,
@@ -130,11 +126,13 @@ class ProgressBar(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Print a line: evaluations always, losses where there is no bar."""
-        logs = logs or {}
+        logs, step = logs or {}, f"step {state.global_step}/{state.max_steps}"
         if "eval_loss" in logs:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  evaluation loss {logs['eval_loss']:.4f}")
-        elif "loss" in logs and self._progress is None:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {self._figures()}")
+            scores = [f"{name.removeprefix('eval_')} {value:.3f}" for name, value in logs.items() if _is_score(name)]
+            self._bars.console.print("  ".join([step, f"evaluation loss {logs['eval_loss']:.4f}", *scores]))
+        elif "loss" in logs and not self._shown:
+            left = self._bar.estimate.words if self._bar is not None else ""
+            self._bars.console.print("  ".join(filter(None, [step, self._figures(), left])))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -144,15 +142,19 @@ class ProgressBar(TrainerCallback):
 
     def close(self) -> None:
         """Stop drawing; needed where training ends by an error."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._bar is not None:
+            self._bar.close()
 
     def _figures(self) -> str:
         history = self.history()
         loss = history.losses[-1][1] if history.losses else float("nan")
         memory = peak_memory_bytes() / 1e9
         return f"loss {loss:.4f}  {history.tokens_per_second:,.0f} tokens/s  memory {memory:.2f} GB"
+
+
+def _is_score(name: str) -> bool:
+    """Whether a figure of an evaluation is one of the task's."""
+    return name.startswith("eval_") and name != "eval_loss"
 
 
 def peak_memory_bytes() -> int:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,17 @@ from expertune.train.recover import Recovery
 Dataset = Sequence[Mapping[str, Any]]
 
 
+class Evaluation(Protocol):
+    """Evaluation rows, and what a model's figures on them are."""
+
+    @property
+    def dataset(self) -> Any:
+        """The rows as examples."""
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """`loss`, and other figures that the best checkpoint may be chosen by, after an optimizer step."""
+
+
 class ExpertTrainer(Trainer):
     """Trainer for adapted models.
 
@@ -47,7 +58,7 @@ class ExpertTrainer(Trainer):
         model: the adapted model.
         args: from `training_arguments`.
         train_dataset: rows with `input_ids`, `labels` and `row_ids`.
-        eval_dataset: the same, or None.
+        held_out: the evaluation rows, and what a model's figures on them are; None without evaluations.
         collator: makes a micro-batch of rows; must pass `row_ids` through.
         history: filled step by step.
         row_places: says where a row came from, by row id; for the message of a loss that is not finite.
@@ -60,7 +71,7 @@ class ExpertTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         train_dataset: Dataset,
-        eval_dataset: Dataset | None,
+        held_out: Evaluation | None,
         collator: Callable[[Sequence[Any]], dict[str, Any]],
         history: History,
         row_places: Callable[[int], str],
@@ -72,11 +83,13 @@ class ExpertTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            eval_dataset=held_out.dataset if held_out else None,
             data_collator=collator,
             callbacks=[history, self.recovery],
         )
         self.row_places = row_places
+        self.held_out = held_out
+        self.best_loaded: str | None = None
         self.loss = loss or LanguageModelLoss(model)
         if reason := self._needs_logits():
             self.loss.give_up(reason)
@@ -216,33 +229,41 @@ class ExpertTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Mean loss over all label tokens of the evaluation rows (not over batches, whose sizes differ)."""
-        was_training, random_state = self.model.training, RandomState()
-        self.model.eval()
-        total, count = 0.0, 0
-        with torch.no_grad():
-            for batch in self.get_eval_dataloader(eval_dataset):
-                batch.pop("row_ids", None)
-                inputs = self._prepare_inputs(batch)
-                for part, targets in self.recovery.evaluation(self._summed_loss, inputs, self.state.global_step):
-                    total += part
-                    count += targets
-        self.model.train(was_training)
-        random_state.restore()  # a data loader draws a seed: looking on must not change what dropout drops
-        metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
-        self.history.add_evaluation(self.state.global_step, metrics[f"{metric_key_prefix}_loss"])
+        """The run's own evaluation, the same as `expertune evaluate`'s; of the arguments only the prefix is used.
+
+        Raises:
+            ConfigError: the trainer was made without evaluation rows.
+        """
+        if self.held_out is None:
+            raise ConfigError("the run has no evaluation rows; set data.eval")
+        random_state = RandomState()
+        metrics = self.held_out.metrics(self.state.global_step)
+        random_state.restore()  # looking on must not change what dropout drops
+        self.history.add_evaluation(self.state.global_step, metrics)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _summed_loss(self, inputs: Batch) -> tuple[float, int]:
-        """Sum of the loss over an evaluation batch, and how many labels it sums over."""
-        # Labels are shifted by one: the first of a row is nobody's target.
-        targets = int((inputs["labels"][..., 1:] != -100).sum())
-        if not targets:
-            return 0.0, 0  # its mean is not a number
-        with self.loss.in_chunks(inputs):
-            return self.model(**inputs).loss.item() * targets, targets
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.best_loaded = Path(str(self.state.best_model_checkpoint)).name
+
+    @property
+    def adapter_origin(self) -> dict[str, Any]:
+        """Which state of training the adapter is, now that training has ended.
+
+        Returns:
+            `step`; `checkpoint`, `metric` and `value` of the best evaluation where its checkpoint was loaded, or None.
+        """
+        if self.best_loaded is None:
+            return {"step": self.state.global_step, "checkpoint": None, "metric": None, "value": None}
+        return {
+            "step": self.state.best_global_step,
+            "checkpoint": self.best_loaded,
+            "metric": str(self.args.metric_for_best_model).removeprefix("eval_"),
+            "value": self.state.best_metric,
+        }
 
     def _why_whole(self, num_items_in_batch: Tensor | int | None) -> str | None:
         """Why a micro-batch in parts would be another step, or None."""
