@@ -19,13 +19,12 @@ _EVALUATED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
 def check_schedule(config: RunConfig) -> None:
-    """Refuse a run that would take no step, or that evaluates on rows or by a metric that it does not have.
+    """Refuse a run that evaluates on rows or by a metric that it does not have.
 
     Raises:
         ConfigError: names the key and the fix.
     """
     training = config.training
-    _check_length(training)
     if config.data.eval is None:
         for key in _needing_evaluation(training):
             raise ConfigError(
@@ -75,24 +74,6 @@ def require_a_batch(num_examples: int, training: Mapping[str, Any]) -> None:
             f"data.train has {num_examples} examples, fewer than training.per_device_train_batch_size ({rows}), and "
             "training.dataloader_drop_last drops them: no step would be taken; lower the batch size, or drop nothing"
         )
-
-
-def _check_length(training: Mapping[str, Any]) -> None:
-    steps, epochs = training.get("max_steps", -1), training.get("num_train_epochs", 3.0)
-    if _is_number(steps) and (steps == 0 or steps < -1):
-        raise ConfigError(
-            f"training.max_steps is {steps}: the run would take no step; set it to 1 or more, or remove it, so that "
-            "training.num_train_epochs decides"
-        )
-    if _is_number(epochs) and epochs <= 0 and not (_is_number(steps) and steps > 0):
-        raise ConfigError(
-            f"training.num_train_epochs is {epochs}: the run would take no step; set it above 0, or set "
-            "training.max_steps"
-        )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _needing_evaluation(training: Mapping[str, Any]) -> list[str]:
