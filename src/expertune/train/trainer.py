@@ -245,10 +245,6 @@ class ExpertTrainer(Trainer):
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self.best_loaded = Path(str(self.state.best_model_checkpoint)).name
-
     @property
     def adapter_origin(self) -> dict[str, Any]:
         """Which state of training the adapter is, now that training has ended.
@@ -330,6 +326,7 @@ class ExpertTrainer(Trainer):
                 "checkpoint before it again"
             ) from None
         super()._load_best_model()
+        self.best_loaded = Path(str(self.state.best_model_checkpoint)).name
 
     def _drop_old_checkpoints(self) -> None:
         rotate_checkpoints(
