@@ -58,9 +58,9 @@ def test_run_shows_what_it_trains_on_before_it_loads_the_model(finished: Path) -
     said = (finished.parent / "console.txt").read_text(encoding="utf-8")
     shown, _, rest = said.partition("loaded with 4-bit experts")
     assert rest
-    assert "template  line-break, chosen for this layout" in shown
+    assert "template  question-answer, chosen for this layout" in shown
     assert "columns   used: prompt, completion; ignored: none" in shown
-    assert "  | <s>What is 0 plus 1?\n  | \u27e6It is 1.</s>\u27e7\n" in shown
+    assert "  | <s>Question: What is 0 plus 1?\n  | Answer:\u27e6 It is 1.</s>\u27e7\n" in shown
     assert "evaluation examples: " in shown
 
 
@@ -69,7 +69,7 @@ def test_run_that_was_recorded_with_another_template_is_used_with_it(finished: P
     shutil.copytree(finished, old)
     record = expertune.RunRecord.load(old)
     for part in ("train", "eval"):
-        assert record["data"][part]["template"] == "line-break"
+        assert record["data"][part]["template"] == "question-answer"
         record["data"][part] = {**record["data"][part], "template": "plain"}
     record.save()
     run = open_run(old)

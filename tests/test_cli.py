@@ -240,19 +240,19 @@ def test_data_shows_what_a_run_would_train_on_and_starts_nothing(run, toy_run, t
     code, out, err = run("data", "run.yaml", "--examples", "1")
     assert (code, err) == (0, "")
     assert "layout    prompt-completion, recognised by the columns" in out
-    assert "template  line-break, chosen for this layout" in out
+    assert "template  question-answer, chosen for this layout" in out
     assert "1 of 2 examples have an empty prompt" in out
-    assert out.endswith("  | <s>What is the capital of Malta?\n  | \u27e6Valletta.</s>\u27e7\n")
+    assert out.endswith("  | <s>Question: What is the capital of Malta?\n  | Answer:\u27e6 Valletta.</s>\u27e7\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "run.yaml"]
 
 
 def test_data_as_json_takes_overrides_and_is_json_alone(run, toy_run):
-    code, out, err = run("data", "run.yaml", "data.template=question-answer", "--json", "--examples", "2")
+    code, out, err = run("data", "run.yaml", "data.template=viggo", "--json", "--examples", "2")
     shown = json.loads(out)
     assert (code, err, shown["eval"]) == (0, "", None)
     assert [example["num_trained"] > 0 for example in shown["train"]["examples"]] == [True, True]
     assert shown["train"]["examples"][0]["parts"][-1] == {"text": " Valletta.</s>", "trained": True}
-    assert shown["train"]["template"] == "question-answer"
+    assert shown["train"]["template"] == "viggo"
 
 
 def test_data_of_rows_that_a_run_would_refuse_is_exit_code_2(run, toy_run, tmp_path):

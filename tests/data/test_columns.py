@@ -67,7 +67,7 @@ def test_two_layouts_at_once_are_refused_unless_the_columns_are_named(prepare):
     with pytest.raises(DataError, match="question, answer would not be used"):
         prepare(row)
     (chosen,) = prepare(row, columns={"prompt": "question", "completion": "answer"}).rows
-    assert (chosen.prompt, chosen.completion) == ("Two?\n", "Second.")
+    assert (chosen.prompt, chosen.completion) == ("Question: Two?\nAnswer:", " Second.")
 
 
 def test_a_label_of_good_and_bad_completions_is_not_ignored(prepare):
@@ -131,8 +131,8 @@ def test_advice_for_columns_that_no_layout_fits_names_what_they_hold(prepare):
 
 def test_an_answer_is_not_glued_to_its_question(prepare, tiny_tokenizer):
     found = prepare({"prompt": QUESTION, "completion": ANSWER})
-    assert found.report["template"] == "line-break"
-    assert (found.rows[0].prompt, found.rows[0].completion) == (QUESTION + "\n", ANSWER)
+    assert found.report["template"] == "question-answer"
+    assert (found.rows[0].prompt, found.rows[0].completion) == (f"Question: {QUESTION}\nAnswer:", f" {ANSWER}")
     assert trained(found.rows[0], tiny_tokenizer).removesuffix("</s>").strip() == ANSWER
 
 
@@ -151,8 +151,8 @@ def test_a_template_that_glues_is_told(prepare):
 
 def test_one_form_for_all_rows_where_only_some_bring_white_space(prepare):
     found = prepare({"prompt": "Say: ", "completion": "yes"}, {"prompt": "Where?", "completion": "Here."})
-    assert found.report["template"] == "line-break"
-    assert [row.prompt + row.completion for row in found.rows] == ["Say: yes", "Where?\nHere."]
+    assert found.report["template"] == "question-answer"
+    assert [row.completion for row in found.rows] == [" yes", " Here."]
 
 
 def test_a_recorded_template_stays_with_its_run(jsonl, tiny_tokenizer):
@@ -343,4 +343,4 @@ def test_a_weight_between_0_and_1_is_not_taken_for_1(prepare):
         prepare({"messages": turns}, template="chatml")
     row = {"prompt": QUESTION, "completion": ANSWER, "weight": 0.5, "loss": 0.0}
     (warning,) = prepare(row).report["warnings"]
-    assert warning == "column weight holds something in 1 of 1 examples and is not used by template line-break"
+    assert warning == "column weight holds something in 1 of 1 examples and is not used by template question-answer"

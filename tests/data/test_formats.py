@@ -19,7 +19,7 @@ def layout(name="auto", columns=()):
         (["instruction", "context", "response", "category"], "dolly", "dolly"),
         (["instruction", "input", "output"], "alpaca", "alpaca"),
         (["instruction", "input", "output", "text"], "alpaca", "alpaca"),
-        (["prompt", "completion"], "prompt-completion", "line-break"),
+        (["prompt", "completion"], "prompt-completion", "question-answer"),
         (["question", "answer"], "prompt-completion", "question-answer"),
         (["prompt", "messages"], "messages", "chat"),
         (["id", "conversations"], "sharegpt", "chat"),

@@ -53,8 +53,8 @@ def test_marks_and_text_are_the_same_with_colour_and_without(show):
     row = {"prompt": "What is the capital of Malta?", "completion": "Valletta."}
     _, plain = show(row)
     _, coloured = show(row, terminal=True)
-    assert "  | <s>What is the capital of Malta?\n  | ⟦Valletta.</s>⟧\n" in plain
-    assert "⟦Valletta.</s>⟧" in coloured
+    assert "  | <s>Question: What is the capital of Malta?\n  | Answer:⟦ Valletta.</s>⟧\n" in plain
+    assert "⟦ Valletta.</s>⟧" in coloured
     assert "\x1b[1;32m" in coloured
 
 
@@ -70,9 +70,9 @@ def test_parts_are_those_of_the_labels(show, tiny_tokenizer):
 
 
 def test_a_cut_is_shown_where_it_falls(show):
-    shown, text = show({"prompt": "Count.", "completion": "one two three four five six seven"}, max_length=10)
+    shown, text = show({"prompt": "Count.", "completion": "one two three four five six seven"}, max_length=20)
     example = shown["examples"][0]
-    assert f"10 tokens, {example['num_trained']} trained, {example['uncut_length'] - 10} more cut off" in text
+    assert f"20 tokens, {example['num_trained']} trained, {example['uncut_length'] - 20} more cut off" in text
     assert "</s>" not in example["parts"][-1]["text"]
 
 
@@ -81,19 +81,19 @@ def test_text_that_holds_a_mark_or_moves_the_cursor_is_shown_safely(show):
     assert "what is trained stands between « and »" in text
     assert "\\x1b[2J" in text
     assert "\x1b[2J" not in text
-    assert "«[bold]Yes.</s>»" in text
+    assert "« [bold]Yes.</s>»" in text
 
 
 def test_a_terminal_without_these_characters_gets_others(show):
     _, text = show({"prompt": "Naïve?", "completion": "Yes."}, encoding="ascii")
     assert "Na\\xefve?" in text
-    assert "[[Yes.</s>]]" in text
+    assert "[[ Yes.</s>]]" in text
 
 
 def test_the_middle_of_a_long_text_is_left_out_and_said(show):
     row = {"prompt": "word" * 100, "completion": "first " + "x" * 300 + " last"}
     _, text = show(row, max_chars=90)
-    assert "⟦first" in text
+    assert "⟦ first" in text
     assert "last</s>⟧" in text.replace("\n    ", "")
     assert text.count("characters ...]") == 2
 

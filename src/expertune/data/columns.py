@@ -154,7 +154,7 @@ class ColumnUse:
         if self._num_glued:
             yield (
                 f"template plain joins prompt and completion without white space in {_of(self._num_glued, total)} "
-                "examples; data.template: line-break puts them on lines of their own"
+                "examples; data.template: question-answer puts a heading before each"
             )
         for column, count in self._lost.items():
             yield f"column {column} holds something in {_of(count, total)} examples and is not used by template {name}"

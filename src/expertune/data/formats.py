@@ -1,7 +1,7 @@
 """Row layouts: how a row's columns become a prompt and an answer, or a conversation.
 
 Every layout that is not a conversation also offers its row under the names `prompt` and `completion`, so that any
-template written for these two (`line-break`, `viggo`, a user's own) works on all of them.
+template written for these two (`question-answer`, `viggo`, a user's own) works on all of them.
 """
 
 from collections.abc import Collection, Mapping
@@ -160,7 +160,7 @@ LAYOUTS = (
     Layout("sharegpt", (), "conversations", "chat", is_conversation=True),
     Layout("dolly", ("instruction", "context"), "response", "dolly", optional=("context",)),
     Layout("alpaca", ("instruction", "input"), "output", "alpaca", optional=("input",)),
-    Layout("prompt-completion", ("prompt",), "completion", "line-break"),
+    Layout("prompt-completion", ("prompt",), "completion", "question-answer"),
     Layout("prompt-completion", ("question",), "answer", "question-answer"),
     Layout("prompt-completion-messages", ("prompt",), "completion", "chat", is_conversation=True),
     Layout("text", (), "text", "plain"),

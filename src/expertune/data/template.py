@@ -48,7 +48,7 @@ def default_template(layout: Layout, rows: Iterable[Mapping[str, Any]]) -> str:
         layout: the layout of the rows.
         rows: every row that could be read, after `rename`.
     """
-    if layout.template != "line-break":
+    if (layout.name, layout.answer) != ("prompt-completion", "completion"):
         return layout.template
     num_spaced = 0
     for row in rows:
