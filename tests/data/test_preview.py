@@ -70,9 +70,9 @@ def test_parts_are_those_of_the_labels(show, tiny_tokenizer):
 
 
 def test_a_cut_is_shown_where_it_falls(show):
-    shown, text = show({"prompt": "Count.", "completion": "one two three four five six seven"}, max_length=20)
+    shown, text = show({"prompt": "Count.", "completion": "one two three four five six seven"}, max_length=16)
     example = shown["examples"][0]
-    assert f"20 tokens, {example['num_trained']} trained, {example['uncut_length'] - 20} more cut off" in text
+    assert f"16 tokens, {example['num_trained']} trained, {example['uncut_length'] - 16} more cut off" in text
     assert "</s>" not in example["parts"][-1]["text"]
 
 
