@@ -9,6 +9,7 @@ Importing this package is cheap: torch and transformers are imported when a step
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
+from expertune.adapt.registration import register_with_peft
 from expertune.checkpoint.registration import register_with_transformers
 from expertune.config import RunConfig, load_config
 from expertune.record import RunRecord
@@ -23,6 +24,8 @@ __all__ = ["Run", "RunConfig", "RunRecord", "evaluate", "finetune", "generate", 
 
 # From here on `AutoModelForCausalLM.from_pretrained` reads NF4 folders.
 register_with_transformers()
+# And PEFT's calls adapt the experts of such a model.
+register_with_peft()
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 from expertune.adapt.base import require_every_layer, require_same_base
 from expertune.adapt.factors import PerExpert, leaves
 from expertune.adapt.files import SETTINGS, AdapterFile, Origin, load_adapter_tensors, read_adapter, read_adapter_base
-from expertune.adapt.peft_model import ExpertPeftModel, leaf_is_rewritten
+from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.reach import reached_modules
 from expertune.checkpoint.linears import is_linear
 from expertune.checkpoint.load import LoadedModel
@@ -47,10 +47,16 @@ def attach(
         ConfigError: a target fits nothing, or `init_from` disagrees with a value that the run file sets.
         CheckpointError: `init_from` is no adapter of this model, or was trained on another base.
     """
+    if not loaded.model.can_generate() and loaded.model.get_output_embeddings() is None:
+        raise ConfigError(
+            f"attach adapts language models, and {type(loaded.model).__name__} is none: its head would stay as it was "
+            "initialized. For a reward model or a classifier give peft.LoraConfig(task_type='SEQ_CLS', "
+            "target_modules='all-linear') to get_peft_model or to TRL's trainer, which train the head too"
+        )
     file = read_adapter(lora.init_from) if lora.init_from else None
     if lora.init_from and not lora.init_from_other_base:
         require_same_base(lora.init_from, loaded.fingerprint, base_model)
-    with _without_adapters(loaded.model):
+    with without_adapters(loaded.model):
         asked = lora
         plain = file.per_expert(loaded.names) if file else None
         if file and plain:
@@ -67,10 +73,10 @@ def attach(
     origin = Origin(*(loaded.source or (base_model, revision)), settings)
     dtype = torch.bfloat16 if lora.dtype == "bfloat16" else torch.float32
     if onto is None:
-        model = ExpertPeftModel(loaded.model, targets, config, origin, loaded.names, adapter_name, dtype)
+        model = ExpertPeftModel(loaded.model, config, origin, loaded.names, adapter_name, dtype)
     else:
         model = onto
-        model.attach(adapter_name, targets, config, origin, dtype)
+        model.attach(adapter_name, config, origin, dtype)
     model.base = loaded.fingerprint
     if file and plain:
         load_adapter_tensors(loaded.model, loaded.names, adapter_name, plain, file.live)
@@ -110,7 +116,7 @@ def adopt(lora: LoraSection, names: NameMap, file: AdapterFile, plain: PerExpert
 
 
 @contextmanager
-def _without_adapters(model: nn.Module) -> Iterator[None]:
+def without_adapters(model: nn.Module) -> Iterator[None]:
     """The model with its own modules in the places of PEFT's layers around them, while names are resolved."""
     wrapped = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     outermost = {name: module for name, module in wrapped.items() if not name.endswith(".base_layer")}
@@ -179,18 +185,18 @@ def _require_same_targets(
 
 
 def _live_config(targets: ResolvedTargets, lora: LoraSection) -> ExpertLoraConfig:
-    plain = [name for name in targets.linears if not leaf_is_rewritten(name)]
-    matched = [*plain, *targets.experts]
+    matched = [*targets.linears, *targets.experts]
+    # The router's own weight is a parameter that PEFT wraps; it is found by name as well.
+    ranks = targets.linears | {f"{name}.weight": rank for name, rank in targets.router.items()}
     config = ExpertLoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=matched or DUMMY_TARGET_MODULES,
-        rank_pattern={re.escape(name): rank.rank for name, rank in targets.linears.items() if rank.rank != lora.r},
-        alpha_pattern={
-            re.escape(name): rank.alpha for name, rank in targets.linears.items() if rank.alpha != lora.alpha
-        },
+        target_parameters=[f"{name}.weight" for name in targets.router] or None,
+        rank_pattern={re.escape(name): rank.rank for name, rank in ranks.items() if rank.rank != lora.r},
+        alpha_pattern={re.escape(name): rank.alpha for name, rank in ranks.items() if rank.alpha != lora.alpha},
         use_rslora=lora.rslora,
         bias="none",
     )

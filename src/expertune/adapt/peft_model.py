@@ -1,7 +1,6 @@
 """ExpertPeftModel: a PeftModel whose files stock PEFT reads, whatever the live model holds."""
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,9 @@ from expertune.adapt.stock_layout import stock_layout
 from expertune.adapt.stock_trial import StockLayout
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.names import NameMap
-from expertune.checkpoint.targets import ResolvedTargets
 from expertune.experts.lora import ExpertLoraConfig
 from expertune.experts.replay import with_replay
 from expertune.kernels.dropout import CounterDropout
-
-# PEFT on transformers 5 rewrites these target names into stacked expert parameters, also where they name a linear of
-# a shared expert or a router; layers of these names are adapted one by one instead.
-_REWRITTEN_BY_PEFT = frozenset({"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"})
 
 
 class ExpertPeftModel(PeftModelForCausalLM):
@@ -42,7 +36,6 @@ class ExpertPeftModel(PeftModelForCausalLM):
 
     Args:
         model: the base model with `Nf4Experts`.
-        targets: what the first adapter attaches to.
         config: its live configuration.
         origin: what its files say of where it comes from.
         names: the base model's name map.
@@ -56,7 +49,6 @@ class ExpertPeftModel(PeftModelForCausalLM):
     def __init__(
         self,
         model: nn.Module,
-        targets: ResolvedTargets,
         config: ExpertLoraConfig,
         origin: Origin,
         names: NameMap,
@@ -73,12 +65,11 @@ class ExpertPeftModel(PeftModelForCausalLM):
         self.base: Fingerprint | None = None
         self.origins = {adapter_name: origin}
         self._layouts: dict[str, StockLayout] = {}
-        self._finish(adapter_name, targets, config, dtype)
+        self._finish(adapter_name, dtype)
 
     def attach(
         self,
         adapter_name: str,
-        targets: ResolvedTargets,
         config: ExpertLoraConfig,
         origin: Origin,
         dtype: torch.dtype = torch.float32,
@@ -86,7 +77,7 @@ class ExpertPeftModel(PeftModelForCausalLM):
         """Add a further adapter; it is not active until `set_adapter` says so."""
         super().add_adapter(adapter_name, config)
         self.origins[adapter_name] = origin
-        self._finish(adapter_name, targets, config, dtype)
+        self._finish(adapter_name, dtype)
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
         """Refused for a bare PeftConfig: PEFT would rewrite expert targets into a fused layout that learns otherwise.
@@ -154,39 +145,12 @@ class ExpertPeftModel(PeftModelForCausalLM):
         """The older name of `activation_checkpointing_enable`."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
-    def _finish(
-        self, adapter_name: str, targets: ResolvedTargets, config: ExpertLoraConfig, dtype: torch.dtype
-    ) -> None:
-        """Adapt what PEFT's own matching must not see, then bring all factors to one dtype."""
+    def _finish(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Give the adapter's layers Expertune's own dropout, and bring all factors to one dtype."""
         base = self.get_base_model()
-        replace: Callable[..., None] = self.base_model._create_and_replace
-        for name in targets.linears:
-            if leaf_is_rewritten(name):
-                parent, _, leaf = name.rpartition(".")
-                replace(config, adapter_name, base.get_submodule(name), leaf, base.get_submodule(parent), name)
-        dropout, config.lora_dropout = config.lora_dropout, 0.0  # PEFT has no dropout on a wrapped parameter
-        for name in targets.router:
-            parent, _, leaf = name.rpartition(".")
-            replace(
-                config,
-                adapter_name,
-                base.get_submodule(name),
-                leaf,
-                base.get_submodule(parent),
-                name,
-                parameter_name="weight",
-            )
-        config.lora_dropout = dropout
         for module in base.modules():
             if isinstance(module, BaseTunerLayer) and adapter_name in module.lora_A:
                 if type(module.lora_dropout[adapter_name]) is nn.Dropout:
                     module.lora_dropout[adapter_name] = CounterDropout(module.lora_dropout[adapter_name].p)
                 module.lora_A[adapter_name].to(dtype)
                 module.lora_B[adapter_name].to(dtype)
-        self.base_model._mark_only_adapters_as_trainable(base)
-        self.base_model.set_adapter(self.active_adapters)
-
-
-def leaf_is_rewritten(name: str) -> bool:
-    """Whether PEFT's name conversion would turn a linear of this name into something else."""
-    return name.rpartition(".")[2] in _REWRITTEN_BY_PEFT

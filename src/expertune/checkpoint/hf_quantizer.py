@@ -53,6 +53,8 @@ class Nf4FolderQuantizer(HfQuantizer):
     """Builds the model that an NF4 folder's tensors fit into; reads nothing itself."""
 
     requires_calibration = False
+    # Whether transformers has put adapters on the model, which its save_pretrained then writes in place of the weights.
+    has_adapters = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse a model that is not quantized yet, which is `expertune quantize`'s work, and one that is spread out.
@@ -118,6 +120,8 @@ class Nf4FolderQuantizer(HfQuantizer):
                 module.weight.quant_state.dtype = module.compute_dtype
         # PEFT reads this flag to adapt `Linear4bit` layers as 4-bit ones.
         model.is_loaded_in_4bit = True
+        # Adapters are attached and written by these names, whoever attaches them.
+        model.nf4_names = self.names
         return model
 
     def get_weight_conversions(self) -> list[Any]:
@@ -138,14 +142,14 @@ class Nf4FolderQuantizer(HfQuantizer):
         return self.get_weight_conversions()
 
     def is_serializable(self, **kwargs: Any) -> bool:
-        """Refused: an NF4 folder is copied as it is, and adapters are saved by themselves.
+        """False where there are adapters, which are then saved by themselves; else refused.
 
         Raises:
-            ExportError: always; transformers asks only where the model is to be saved, and would say less.
+            ExportError: the base is to be saved; transformers asks only then, and would say less.
         """
         from expertune.checkpoint.load import refuse_to_save
 
-        return refuse_to_save()
+        return False if self.has_adapters else refuse_to_save()
 
     @property
     def is_trainable(self) -> bool:

@@ -172,7 +172,7 @@ def load_model(
     model.tie_weights()
     loader.check_complete(index.folder)
     fingerprint = read_fingerprint(index.folder, index.tensors, model, names)
-    return LoadedModel(_finish(model, device), names, unexpected, fingerprint)
+    return LoadedModel(_finish(model, names, device), names, unexpected, fingerprint)
 
 
 def fingerprint_of(
@@ -220,10 +220,10 @@ def _load_nf4_folder(
     if missing:
         raise CheckpointError(f"{stored.folder}: missing tensors: {first_names(missing)}; quantize the model again")
     fingerprint = read_fingerprint(stored.folder, stored.index.tensors, model, names)
-    return LoadedModel(_finish(model, device), names, unexpected, fingerprint, stored.source)
+    return LoadedModel(_finish(model, names, device), names, unexpected, fingerprint, stored.source)
 
 
-def _finish(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+def _finish(model: PreTrainedModel, names: NameMap, device: torch.device | str) -> PreTrainedModel:
     if getattr(model.config, "quantization_config", None) is not None:
         # It said how the file was packed; transformers would take the model for one of that kind.
         del model.config.quantization_config
@@ -233,6 +233,8 @@ def _finish(model: PreTrainedModel, device: torch.device | str) -> PreTrainedMod
     model.is_loaded_in_4bit = True
     # It would write a folder that nothing can read.
     model.save_pretrained = refuse_to_save
+    # Adapters are attached and written by these names, whoever attaches them.
+    model.nf4_names = names
     return model.eval()
 
 

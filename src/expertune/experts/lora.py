@@ -8,7 +8,7 @@ Shape suffixes: E experts, r rank.
 """
 
 import math
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,11 @@ from torch import Tensor, nn
 
 from expertune.errors import ExportError
 from expertune.experts.module import Nf4Experts, ProjectionAdapter
+
+NO_MERGE = (
+    "4-bit experts cannot absorb an adapter in place: rounding the sum to 4 bits again would lose most of the "
+    "adapter. Keep the adapter beside the base, or merge into 16-bit weights"
+)
 
 # Rank and alpha of each adapted projection: {"gate": (8, 16.0), ...}.
 Ranks = dict[str, tuple[int, float]]
@@ -98,10 +103,10 @@ class ExpertsLora(nn.Module, LoraLayer):
         factors_a, factors_b = {}, {}
         for projection, (rank, _) in ranks.items():
             rows, columns = experts.spec.shape(projection)
-            bound = 1 / math.sqrt(columns)
             factor_a = torch.empty(experts.num_experts, rank, columns, dtype=torch.float32, device=device)
-            factors_a[projection] = nn.Parameter(factor_a.uniform_(-bound, bound))
-            factors_b[projection] = nn.Parameter(torch.zeros(experts.num_experts, rows, rank, device=device))
+            factor_b = torch.zeros(experts.num_experts, rows, rank, dtype=torch.float32, device=device)
+            _initialize(factor_a, factor_b, config.init_lora_weights)
+            factors_a[projection], factors_b[projection] = nn.Parameter(factor_a), nn.Parameter(factor_b)
         self.lora_A[adapter_name] = nn.ParameterDict(factors_a)
         self.lora_B[adapter_name] = nn.ParameterDict(factors_b)
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
@@ -120,9 +125,47 @@ class ExpertsLora(nn.Module, LoraLayer):
         own = alpha / math.sqrt(rank) if self.use_rslora[adapter_name] else alpha / rank
         return own * self.scaling[adapter_name]
 
-    def forward(self, hidden_TD: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor) -> Tensor:
-        """The experts with the active adapters; see `Nf4Experts.forward`."""
-        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+    def forward(
+        self,
+        hidden_TD: Tensor,
+        top_k_index_TK: Tensor,
+        top_k_weights_TK: Tensor,
+        adapter_names: Sequence[str] | None = None,
+    ) -> Tensor:
+        """The experts with the active adapters, or with those that are named; see `Nf4Experts.forward`.
+
+        Args:
+            hidden_TD: [T, D]; as for the rest, `Nf4Experts.forward`.
+            top_k_index_TK: [T, K].
+            top_k_weights_TK: [T, K].
+            adapter_names: of a batch of as many sequences of one length, the adapter of each; `__base__` means none.
+                PEFT hands them over.
+
+        Raises:
+            ValueError: the tokens are no batch of as many sequences as there are names.
+        """
+        if adapter_names is not None:
+            return self._mixed(hidden_TD, top_k_index_TK, top_k_weights_TK, adapter_names)
+        active = [] if self.disable_adapters else self.active_adapters
+        return self._with(active, hidden_TD, top_k_index_TK, top_k_weights_TK)
+
+    def _mixed(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        length, rest = divmod(hidden_TD.shape[0], len(adapter_names))
+        if rest:
+            raise ValueError(
+                f"adapter_names has {len(adapter_names)} names, but the experts were given {hidden_TD.shape[0]} "
+                "tokens, which are no batch of that many sequences; pass one name for each sequence"
+            )
+        out_TD = torch.empty_like(hidden_TD)
+        for name in dict.fromkeys(adapter_names):
+            of_name = torch.tensor([each == name for each in adapter_names], device=hidden_TD.device)
+            tokens = of_name.repeat_interleave(length).nonzero()[:, 0]
+            out_TD[tokens] = self._with([name], hidden_TD[tokens], index_TK[tokens], weights_TK[tokens])
+        return out_TD
+
+    def _with(self, names: Sequence[str], hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The experts with the adapters of these names, as far as this layer has them."""
+        active = [name for name in names if name in self.lora_A]
         adapters = [
             {
                 projection: ProjectionAdapter(
@@ -135,7 +178,7 @@ class ExpertsLora(nn.Module, LoraLayer):
             }
             for name in active
         ]
-        return self.base_layer(hidden_TD, top_k_index_TK, top_k_weights_TK, adapters)
+        return self.base_layer(hidden_TD, index_TK, weights_TK, adapters)
 
     def _dropout(self, adapter_name: str) -> float:
         dropout = self.lora_dropout[adapter_name]
@@ -147,13 +190,26 @@ class ExpertsLora(nn.Module, LoraLayer):
         Raises:
             ExportError: always.
         """
-        raise ExportError(
-            "4-bit experts cannot absorb an adapter in place: rounding the sum to 4 bits again would lose most of the "
-            "adapter. Keep the adapter beside the base, or merge into 16-bit weights"
-        )
+        raise ExportError(NO_MERGE)
 
     def unmerge(self) -> None:
         """Nothing to do: nothing is ever merged."""
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT's method, which looks for a `weight` to learn the device from."""
+        for factors in (self.lora_A, self.lora_B):
+            if not any(factor.is_meta for factor in factors[adapter_name].values()):
+                factors[adapter_name].to(device or self.base_layer.down.packed.device)
+
     def __repr__(self) -> str:
         return "lora." + super().__repr__()
+
+
+def _initialize(factor_a: Tensor, factor_b: Tensor, how: bool | str) -> None:
+    """A and B as PEFT's `init_lora_weights` has them: True (Kaiming), `gaussian`, or False (B is random too)."""
+    if how == "gaussian":
+        factor_a.normal_(std=1 / factor_a.shape[1])
+        return
+    for factor in (factor_a,) if how is True else (factor_a, factor_b):
+        bound = 1 / math.sqrt(factor.shape[2])
+        factor.uniform_(-bound, bound)

@@ -189,6 +189,11 @@ class Nf4Experts(nn.Module):
         return f"num_experts={self.num_experts}, projections={', '.join(self.spec.projections)}"
 
 
+def holds_experts(model: nn.Module) -> bool:
+    """Whether a model has 4-bit experts."""
+    return any(isinstance(module, Nf4Experts) for module in model.modules())
+
+
 def is_columnwise(activate: Callable[[Tensor], Tensor], spec: ExpertsSpec) -> bool:
     """Whether a family's activation can be computed on some columns at a time: tried, on rows of numbers.
 

@@ -1,0 +1,93 @@
+"""The live configuration of an adapter that PEFT's own calls put on 4-bit experts, and what is written of it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from expertune.adapt.factors import leaves
+from expertune.adapt.files import CONFIG_NAME
+from expertune.adapt.stock_targets import StockTargets
+from expertune.checkpoint.names import NameMap
+from expertune.checkpoint.targets import Rank
+from expertune.experts.lora import ExpertLoraConfig
+from expertune.record import write_json
+
+
+class StockLoraConfig(ExpertLoraConfig):
+    """An `ExpertLoraConfig` made from a user's LoraConfig, and written in the checkpoint's words.
+
+    `asked` is the user's, or that of the file that the adapter came from; `file` is the config of a file while it is
+    read into the adapter.
+    """
+
+    file: LoraConfig | None = None
+
+    def remember(self, targets: StockTargets, names: NameMap, asked: LoraConfig) -> None:
+        """Keep what it was made from."""
+        self.targets, self.names, self.asked = targets, names, asked
+
+    def keep(self, modules: set[str]) -> None:
+        """Forget targets that the adapter has no layer for."""
+        targets = self.targets
+        for kind in (targets.linears, targets.others, targets.experts):
+            for name in set(kind) - modules:
+                del kind[name]
+        self.expert_ranks = {name: ranks for name, ranks in self.expert_ranks.items() if name in targets.experts}
+        for name, ranks in self.expert_ranks.items():
+            targets.experts[name] = {projection: Rank(*rank) for projection, rank in ranks.items()}
+        self.target_modules = {*targets.linears, *targets.others, *targets.experts}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, beside itself and then renamed."""
+        values = self.in_file()
+        if kwargs.get("auto_mapping_dict") is not None:
+            values["auto_mapping"] = kwargs["auto_mapping_dict"]
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write_json(Path(save_directory) / CONFIG_NAME, values)
+
+    def in_file(self) -> dict[str, Any]:
+        """The config with names on disk, and without dropout, which stock PEFT refuses on experts even to infer."""
+        settings = self.settings()
+        return self.asked.to_dict() | {
+            "target_modules": sorted({*leaves(name for name, _ in self._on_disk().values()), *self.other_names()}),
+            "target_parameters": list(self.targets.parameters) or None,
+            "exclude_modules": None,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+            "rank_pattern": settings["rank_pattern"],
+            "alpha_pattern": settings["alpha_pattern"],
+            "base_model_name_or_path": self.base_model_name_or_path,
+            "lora_dropout": 0.0,
+            "init_lora_weights": True,
+            "inference_mode": True,
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """Rank and alpha of everything, by patterns of names on disk, as `expertune.adapt.files.Origin` has them."""
+        ranks = {pattern: rank for pattern, (_, rank) in self._on_disk().items()}
+        return {
+            "r": self.r,
+            "alpha": self.lora_alpha,
+            "rslora": self.use_rslora,
+            "rank_pattern": {name: rank.rank for name, rank in ranks.items() if rank.rank != self.r},
+            "alpha_pattern": {name: rank.alpha for name, rank in ranks.items() if rank.alpha != self.lora_alpha},
+        }
+
+    def other_names(self) -> list[str]:
+        """Last parts of the names of what is neither a linear, a router nor an expert."""
+        return leaves(self.names.on_disk(name) for name in self.targets.others)
+
+    def _on_disk(self) -> dict[str, tuple[str, Rank]]:
+        """What is adapted: a pattern of its names on disk -> one of these names, and its rank."""
+        found = {
+            re.escape(name): (name, rank)
+            for live, rank in (self.targets.linears | self.targets.others | self.targets.router).items()
+            for name in [self.names.on_disk(live)]
+        }
+        for module, ranks in self.targets.experts.items():
+            for projection, rank in ranks.items():
+                pattern = rf"{re.escape(self.names.on_disk(module))}\.\d+\.{self.names.projection_names[projection]}"
+                found[pattern] = (self.names.expert_on_disk(module, 0, projection), rank)
+        return found

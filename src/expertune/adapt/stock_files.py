@@ -1,0 +1,63 @@
+"""Files of an adapter that PEFT's own calls have put on 4-bit experts: what the library writes, made what it reads.
+
+The library's own function writes first: trained copies, embeddings, a model card. The adapter's two files are then
+written again, as `expertune.adapt.files` lays them out for this family.
+"""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from expertune.adapt.factors import split_key
+from expertune.adapt.files import WEIGHTS_NAME, live_targets, tensors_in_file, write_adapter
+from expertune.adapt.stock_config import StockLoraConfig
+from expertune.adapt.stock_layout import stock_layout
+from expertune.checkpoint.store import Outgoing
+
+Original = Callable[..., Any]
+
+
+def save_peft_model(original: Original, model: PeftModel, *args: Any, **kwargs: Any) -> None:
+    """`PeftModel.save_pretrained`: the adapter's files are what stock PEFT reads of this family."""
+    original(model, *args, **kwargs)
+    given = _given(original, model, args, kwargs)
+    if type(model).save_pretrained is not PeftModel.save_pretrained or not given.get("is_main_process", True):
+        return
+    for adapter in given.get("selected_adapters") or list(model.peft_config):
+        folder = Path(given["save_directory"]) / (adapter if adapter != "default" else "")
+        _write_again(model.get_base_model(), model.peft_config[adapter], adapter, folder)
+
+
+def save_pretrained(original: Original, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    """`PreTrainedModel.save_pretrained` where transformers itself has put an adapter on the model."""
+    original(model, *args, **kwargs)
+    given = _given(original, model, args, kwargs)
+    if getattr(model, "_hf_peft_config_loaded", False) and given.get("is_main_process", True):
+        adapter = model.active_adapters()[0]
+        _write_again(model, model.peft_config[adapter], adapter, Path(given["save_directory"]))
+
+
+def _given(original: Original, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(inspect.signature(original).bind(model, *args, **kwargs).arguments)
+
+
+def _write_again(base: PreTrainedModel, config: Any, adapter: str, folder: Path) -> None:
+    if not isinstance(config, StockLoraConfig):
+        return
+    # Whatever is no factor: trained copies, embeddings and their factors.
+    rest = {key: tensor for key, tensor in load_file(folder / WEIGHTS_NAME).items() if not split_key(key)[1]}
+    settings = config.settings()
+    layout = stock_layout(base, config.names, live_targets(base, adapter), settings["r"], settings["rank_pattern"])
+    tensors = tensors_in_file(base, config.names, adapter, layout)
+    tensors += [
+        Outgoing(key, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)  # type: ignore[misc]
+        for key, tensor in rest.items()
+    ]
+    values = config.in_file() | {"target_parameters": None} | layout.config
+    values["target_modules"] = sorted({*layout.target_modules, *config.other_names()})
+    write_adapter(folder, sorted(tensors, key=lambda each: each.name), values, settings=settings)

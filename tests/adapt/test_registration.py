@@ -1,0 +1,51 @@
+"""What PEFT and transformers are made to do is there in these releases, and touches no model without 4-bit experts."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from expertune.adapt.registration import WRAPPED
+
+PLACES = [(module, path, taker) for module, names in WRAPPED.items() for path, taker in names.items()]
+
+
+@pytest.mark.parametrize(("module", "path", "taker"), PLACES, ids=[f"{module}:{path}" for module, path, _ in PLACES])
+def test_this_release_still_has_what_is_wrapped(module: str, path: str, taker: str) -> None:
+    found = importlib.import_module(module)
+    for name in path.split("."):
+        found = getattr(found, name)
+    assert getattr(found, "expertune", False)
+    file, _, function = taker.partition(".")
+    assert callable(getattr(importlib.import_module(f"expertune.adapt.{file}"), function))
+
+
+def test_peft_before_expertune_and_a_dense_model_that_is_none_of_our_business(tmp_path: Path) -> None:
+    code = f"""
+import sys, torch
+import peft, transformers, expertune
+from importlib import import_module
+from expertune.adapt.registration import WRAPPED
+for module, names in WRAPPED.items():
+    for path in names:
+        found = import_module(module)
+        for name in path.split("."):
+            found = getattr(found, name)
+        assert found.expertune, path
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+build = lambda: torch.manual_seed(0) and LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+model = get_peft_model(build(), LoraConfig(target_modules="all-linear", init_lora_weights=False))
+model.save_pretrained({str(tmp_path)!r})
+again = PeftModel.from_pretrained(build(), {str(tmp_path)!r})
+ids = torch.arange(8)[None]
+assert torch.equal(model.eval()(ids).logits, again(ids).logits)
+assert type(model.base_model).__name__ == "LoraModel"
+print(sorted(name for name in sys.modules if name.startswith("expertune.adapt.")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["['expertune.adapt.registration']"], done.stderr
