@@ -332,7 +332,14 @@ def test_evaluate_prints_figures_and_examples(run, run_dir, api):
     code, out, _ = run("evaluate", run_dir, "--adapter", "checkpoint-50", "--rows", "5", "--base-only")
     assert code == 0
     assert seen == [
-        {"adapter": "checkpoint-50", "rows": 5, "base_only": True, "trust_remote_code": False, "other_base": False}
+        {
+            "adapter": "checkpoint-50",
+            "rows": 5,
+            "base_only": True,
+            "trust_remote_code": False,
+            "other_base": False,
+            "model": None,
+        }
     ]
     assert [line.split() for line in out.splitlines()[:5]] == [
         ["adapter", "checkpoint-50"],
@@ -369,6 +376,7 @@ def test_generate_prints_the_answer_only(run, run_dir, api):
         "adapter": "checkpoint-2",
         "trust_remote_code": False,
         "other_base": False,
+        "model": None,
     }
     assert seen == [("I like it.", options)]
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from expertune.adapt.registration import register_with_peft
 from expertune.checkpoint.registration import register_with_transformers
-from expertune.config import RunConfig, load_config
+from expertune.config import RunConfig
 from expertune.record import RunRecord
+from expertune.run_source import load_run as load_config
 from expertune.threads import prepare_threads
 
 if TYPE_CHECKING:

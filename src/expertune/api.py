@@ -25,7 +25,7 @@ from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.hub import ModelSource, fetch_model
 from expertune.checkpoint.load import fingerprint_of
 from expertune.checkpoint.tokenizer import load_tokenizer
-from expertune.config import RunConfig, check_training_arguments, load_config
+from expertune.config import RunConfig, check_training_arguments
 from expertune.data import (
     TokenizedRows,
     make_collator,
@@ -57,6 +57,7 @@ from expertune.run_folder import (
     stops_recorded,
 )
 from expertune.run_lock import hold_run_directory
+from expertune.run_source import load_run
 from expertune.storage import storage_errors_named, told_if_it_fails
 from expertune.train.callbacks import History, ProgressBar, peak_memory_bytes
 from expertune.train.checkpoints import ResumePoint, find_resume_point, require_state_to_go_on
@@ -96,7 +97,7 @@ def finetune(
     """Run a whole fine-tuning run and leave its folder behind.
 
     Args:
-        config: a run file or its parsed content.
+        config: a run file, a record of a run or a run folder; or a run file's parsed content.
         overrides: `section.key=value` strings on top of a run file.
         resume: continue from the newest whole checkpoint of the run folder; the result is byte-identical to a run
             that was never interrupted (on the same machine, CPU). A finished run is left as it is.
@@ -107,7 +108,7 @@ def finetune(
         ExpertuneError: anything that the user can mend; see `expertune.errors`.
     """
     if not isinstance(config, RunConfig):
-        config = load_config(config, overrides)
+        config = load_run(config, overrides, resume)
     require_one_process()
     console = console or Console(stderr=True)
     output_dir = Path(config.output_dir)
@@ -116,7 +117,7 @@ def finetune(
         if is_finished(record):
             console.print(finished_line(record), soft_wrap=True)
             return Run(output_dir, record)
-        with stops_recorded(record), storage_errors_named(output_dir, "then give the same command again with --resume"):
+        with stops_recorded(record), storage_errors_named(output_dir):
             return _finetune(config, output_dir, record, resume, console, trust_remote_code)
 
 

@@ -106,7 +106,7 @@ def _options(
     pass
 
 
-RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")]
+RunFile = Annotated[Path, typer.Argument(metavar="RUN", help="A run file; or a run folder or its record.json.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values to use instead of the run file's."),
@@ -117,6 +117,10 @@ Adapter = Annotated[
     typer.Option(metavar="CHECKPOINT", help="An earlier state, e.g. checkpoint-50; the final adapter by default."),
 ]
 BaseOnly = Annotated[bool, typer.Option("--base-only", help="Use the base model without the adapter.")]
+BaseModel = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="Where the base model lies now; as in the run file by default."),
+]
 OtherBase = Annotated[
     bool,
     typer.Option(
@@ -202,8 +206,8 @@ def train(
     trust_remote_code: TrustRemoteCode = False,
     verbose: Verbose = False,
 ) -> None:
-    """Fine-tune as the run file says. Prints the run folder."""
-    config = load_config(run, overrides or ())
+    """Fine-tune as the run file says, or as the run of a record was. Prints the run folder."""
+    config = load_config(run, overrides or (), resume)
     try:
         with _stdout_for_results():
             from rich.console import Console
@@ -227,6 +231,7 @@ def evaluate(
     rows: Annotated[int | None, typer.Option(min=1, help="Rows to answer for the task's metric.")] = None,
     base_only: BaseOnly = False,
     trust_remote_code: TrustRemoteCode = False,
+    model: BaseModel = None,
     other_base: OtherBase = False,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -243,6 +248,7 @@ def evaluate(
             base_only=base_only,
             trust_remote_code=trust_remote_code,
             other_base=other_base,
+            model=model,
         )
     if as_json:
         _print_json(scores)
@@ -258,6 +264,7 @@ def generate(
     base_only: BaseOnly = False,
     adapter: Adapter = None,
     trust_remote_code: TrustRemoteCode = False,
+    model: BaseModel = None,
     other_base: OtherBase = False,
     verbose: Verbose = False,
 ) -> None:
@@ -277,6 +284,7 @@ def generate(
             adapter=adapter,
             trust_remote_code=trust_remote_code,
             other_base=other_base,
+            model=model,
         )
     print(answer.strip())
 
@@ -288,6 +296,7 @@ def chat(
     base_only: BaseOnly = False,
     adapter: Adapter = None,
     trust_remote_code: TrustRemoteCode = False,
+    model: BaseModel = None,
     other_base: OtherBase = False,
     verbose: Verbose = False,
 ) -> None:
@@ -299,7 +308,9 @@ def chat(
     with _stdout_for_results():
         from expertune import api
 
-        run = api.open_run(run_dir, adapter=adapter, trust_remote_code=trust_remote_code, other_base=other_base)
+        run = api.open_run(
+            run_dir, adapter=adapter, trust_remote_code=trust_remote_code, other_base=other_base, model=model
+        )
     which = "the base model without its adapter" if base_only else f"adapter {adapter or api.ADAPTER_FOLDER}"
     _say(f"{run_dir}: {which} of {run.config.model}. /exit or Ctrl-D ends.")
     with run.model.disable_adapter() if base_only else contextlib.nullcontext():

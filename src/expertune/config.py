@@ -7,6 +7,7 @@ Nothing here imports torch or transformers, so that `--help` and a typing mistak
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -66,6 +67,8 @@ def _is_a_path(value: str) -> str:
     """No text that no file system could hold, and no empty one, which would mean the working directory."""
     if not value.strip():
         raise ValueError("an empty name; give one, or remove the key")
+    if value.startswith("~") and os.path.expanduser(value) == value:  # noqa: PTH111 - Path's own raises
+        raise ValueError("there is no such user, whose home this would name")
     if len(value) > _MAX_PATH or any(len(part.encode()) > _MAX_PATH_PART for part in value.split("/")):
         raise ValueError(f"a path or name that is too long ({len(value)} characters)")
     return value
@@ -294,9 +297,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     values = read_mapping(path)
+    apply_overrides(values, overrides)
+    return parse_config(values, where=str(path))
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set `section.key=value` overrides in a mapping of run-file keys.
+
+    Raises:
+        ConfigError: names the override.
+    """
     for override in overrides:
         _apply_override(values, override)
-    return parse_config(values, where=str(path))
 
 
 def parse_config(values: dict[str, Any], where: str = "config") -> RunConfig:

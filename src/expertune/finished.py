@@ -32,6 +32,7 @@ from expertune.placement.device import bound_host_memory, default_device, resolv
 from expertune.placement.experts import Place, place_experts, reading
 from expertune.record import RunRecord
 from expertune.run_folder import ADAPTER_FOLDER
+from expertune.run_source import recorded_values
 from expertune.train.ladder import Change
 from expertune.train.progress import Bars
 from expertune.train.recover import Recovery
@@ -60,7 +61,11 @@ class OpenRun:
 
 
 def open_run(
-    run_dir: str | Path, adapter: str | None = None, trust_remote_code: bool = False, other_base: bool = False
+    run_dir: str | Path,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+    other_base: bool = False,
+    model: str | None = None,
 ) -> OpenRun:
     """Load the base model and the adapter of a run.
 
@@ -69,6 +74,7 @@ def open_run(
         adapter: `checkpoint-N` for an earlier state; None means the final adapter.
         trust_remote_code: run Python that ships with the model; what the run was started with does not count.
         other_base: put the adapter on the model though its weights are not those that it was trained on.
+        model: folder or hub id of the base model, where it lies elsewhere by now than the record says.
 
     Raises:
         CheckpointError: not a run folder, no such adapter in it, or the model's weights are others by now.
@@ -76,21 +82,26 @@ def open_run(
     run_dir = Path(run_dir)
     bound_host_memory()
     record = RunRecord.load(run_dir)
-    config = recorded_config(record["config"], where=str(record.path))
+    values = recorded_values(record)
+    config = recorded_config(values if model is None else values | {"model": model}, where=str(record.path))
     folder = run_dir / (adapter or ADAPTER_FOLDER)
     if not folder.is_dir():
         have = ", ".join(sorted(path.name for path in run_dir.glob("checkpoint-*"))) or "none"
         raise CheckpointError(f"{folder}: no such adapter; the run may not have finished. Checkpoints here: {have}")
-    source = fetch_model(config.model, record.values.get("model", {}).get("revision"), trust_remote_code)
+    revision = record.values.get("model", {}).get("revision") if model is None else None
+    try:
+        source = fetch_model(config.model, revision, trust_remote_code)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. If the model has moved, give --model (model=)") from None
     if not other_base:
         base = fingerprint_of(source.folder, trust_remote_code, say=_say_line)
         require_same_base(folder, base, config.model, allowed_by="give --other-base")
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     loaded = load_base(config, source, default_device(), record, record.values.get("placement", {}).get("places", {}))
     lora = LoraSection(init_from=str(folder), init_from_other_base=other_base)
-    model = attach(loaded, lora, config.model, source.revision)
-    model.eval()
-    return OpenRun(config, record, model, tokenizer)
+    adapted = attach(loaded, lora, config.model, source.revision)
+    adapted.eval()
+    return OpenRun(config, record, adapted, tokenizer)
 
 
 def evaluate(
@@ -100,6 +111,7 @@ def evaluate(
     base_only: bool = False,
     trust_remote_code: bool = False,
     other_base: bool = False,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """Loss, and the task's metric where the run has one, on the run's evaluation rows.
 
@@ -110,6 +122,7 @@ def evaluate(
         base_only: score the base model without the adapter.
         trust_remote_code: see `open_run`.
         other_base: see `open_run`.
+        model: see `open_run`.
 
     Returns:
         `adapter`, `loss` in nats per token, `task` as `expertune.evaluation.score_task` returns it where the run has a
@@ -120,7 +133,7 @@ def evaluate(
         CheckpointError: see `open_run`.
         DoesNotFitError: memory ran out, and nothing that could be changed is left.
     """
-    run = open_run(run_dir, adapter, trust_remote_code, other_base)
+    run = open_run(run_dir, adapter, trust_remote_code, other_base, model)
     if run.config.data.eval is None:
         raise ConfigError(f"{run_dir}: the run has no data.eval rows to evaluate on")
     eval_rows = prepare_rows(settled(run.config.data, run.record["data"]["eval"]), "eval", run.tokenizer)
@@ -149,6 +162,7 @@ def generate(
     adapter: str | None = None,
     trust_remote_code: bool = False,
     other_base: bool = False,
+    model: str | None = None,
 ) -> str:
     """Complete a prompt, put through the run's template, greedily.
 
@@ -160,11 +174,12 @@ def generate(
         adapter: `checkpoint-N` for an earlier state.
         trust_remote_code: see `open_run`.
         other_base: see `open_run`.
+        model: see `open_run`.
 
     Raises:
         DoesNotFitError: memory ran out, and nothing that could be changed is left.
     """
-    run = open_run(run_dir, adapter, trust_remote_code, other_base)
+    run = open_run(run_dir, adapter, trust_remote_code, other_base, model)
     recovery = Recovery(run.model, default_device(), tell=_say_aside)
     in_parts = partial(recovery.generation, step=0 if base_only else _steps_of(run.record, adapter))
     ids = encode_prompt(render_prompt(prompt, run.data, run.tokenizer), run.tokenizer)

@@ -42,18 +42,18 @@ class RunRecord:
         return cls(Path(output_dir) / RECORD_NAME, {"format_version": FORMAT_VERSION, "versions": versions()})
 
     @classmethod
-    def load(cls, output_dir: str | Path) -> "RunRecord":
+    def load(cls, output_dir: str | Path, name: str = RECORD_NAME) -> "RunRecord":
         """Read the record of a run folder.
 
         Raises:
             CheckpointError: there is none, or it is not one of ours.
         """
-        path = Path(output_dir) / RECORD_NAME
+        path = Path(output_dir) / name
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise CheckpointError(f"{output_dir}: no {RECORD_NAME} here; is it a run folder?") from None
-        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{output_dir}: no {name} here; is it a run folder?") from None
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
         if not isinstance(values, dict) or values.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(f"{path}: not a record of format version {FORMAT_VERSION}")
@@ -111,8 +111,10 @@ def write_text(path: Path, text: str) -> None:
         # mkstemp makes files that only their owner can read; a record is as readable as the folder it lies in.
         Path(beside).chmod(0o644)
         Path(beside).replace(path)
-    except BaseException:
+    except BaseException as error:
         Path(beside).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a failed write or flush knows none
         raise
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from expertune.config import TRUST_KEY, RunConfig
 from expertune.errors import CheckpointError, ConfigError, ProofError
 from expertune.record import RECORD_NAME, RunRecord, versions
+from expertune.run_source import directories
 from expertune.secrets import without_secrets
 from expertune.signals import Terminated, signals_raised
 from expertune.train.checkpoints import list_checkpoints
@@ -45,7 +46,7 @@ def open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:
         record.values["versions"] = versions()
     record.values["config"] = recordable(config)
     started = record.values.get("run", {}).get("started", time.time())
-    record.values["run"] = {"status": "running", "started": started}
+    record.values["run"] = {"status": "running", "started": started} | directories(output_dir)
     return record
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,17 +28,16 @@ _REMEDY = {
 }
 
 # torch's archive writer names neither file nor reason; Rust ends its messages with the system's number.
-_OF_TORCH = re.compile(r"inline_container\.cc|PytorchStreamWriter|unexpected pos \d+ vs \d+")
+_OF_TORCH = re.compile(r"inline_container\.cc|PytorchStreamWriter|iostream error")
 _OF_RUST = re.compile(r"\(os error (\d+)\)")
 
 
 @contextmanager
-def storage_errors_named(folder: Path, then: str) -> Iterator[None]:
-    """Turn what a failed read or write raises into a StorageError.
+def storage_errors_named(folder: Path) -> Iterator[None]:
+    """Turn what a failed read or write of a run raises into a StorageError.
 
     Args:
         folder: what is named where the error names no file.
-        then: what to do once the reason is gone, as the end of a sentence.
 
     Raises:
         StorageError: in place of an OSError, or of torch's and safetensors' own errors about files.
@@ -47,7 +47,7 @@ def storage_errors_named(folder: Path, then: str) -> Iterator[None]:
     except Exception as error:
         if (reason := _reason(error, folder)) is None:
             raise
-        raise StorageError(f"{reason}, {then}") from error
+        raise StorageError(f"{reason}, then give the same command again with --resume") from error
 
 
 def _reason(error: Exception, folder: Path) -> str | None:
@@ -67,6 +67,18 @@ def _reason(error: Exception, folder: Path) -> str | None:
     else:
         return None
     return f"{where}: {os.strerror(number)}; {_REMEDY.get(number, 'see to the reason')}"
+
+
+def _error_of_a_write(folder: Path) -> int:
+    """The system's error number of a small write into a folder; 0 where it succeeds."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
 
 
 def told_if_it_fails(what: str, write: Callable[[], object], tell: Callable[[str], None]) -> None:

@@ -20,6 +20,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.errors import CheckpointError, ConfigError, NonFiniteGradientError, NonFiniteLossError
+from expertune.storage import storage_errors_named
 from expertune.train.best import BestCheckpointHere
 from expertune.train.callbacks import History
 from expertune.train.checkpoints import STAGING_NAME, last_good_checkpoint, publish, seal, verify
@@ -292,7 +293,8 @@ class ExpertTrainer(Trainer):
         self._staging = run_dir / STAGING_NAME
         shutil.rmtree(self._staging, ignore_errors=True)
         try:
-            super()._save_checkpoint(model, trial)
+            with storage_errors_named(self._staging):  # while what was written is there to look at
+                super()._save_checkpoint(model, trial)
             staged = self._staging / f"checkpoint-{self.state.global_step}"
             best = self.state.best_model_checkpoint
             if best is not None and Path(best) == staged:
