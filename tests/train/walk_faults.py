@@ -1,8 +1,9 @@
 """Runs of one configuration in which one write each fails, in a process that `write_faults.c` is preloaded into.
 
 Reads a task as JSON from stdin: `values` of the run file, `folder`, and `points` ([place of the write that fails in the
-run, error number, whether those after it fail too]). A place is a number, or a part of all writes (below 1); the writes of
-an undisturbed run are counted first. Writes `results.json` into the folder: how each run and its resume ended.
+run, error number, whether those after it fail too]). A place is a number, or a part of all writes (below 1), for which
+the writes of an undisturbed run are counted first. Writes `results.json` into the folder: how each run and its resume
+ended.
 """
 
 import copy
