@@ -348,6 +348,7 @@ def check_training_arguments(training: dict[str, Any], where: str = "config") ->
         "remove_unused_columns": "set by the run itself; use data instead",
         "resume_from_checkpoint": "set by the run itself; use --resume instead",
         "logging_nan_inf_filter": "always off: a loss that is not finite stops the run; remove the key",
+        "logging_dir": "no longer an argument of TrainingArguments; set the variable TENSORBOARD_LOGGING_DIR",
     }
     for key in ("fsdp", "deepspeed", "parallelism_config"):
         if training.get(key):
@@ -440,6 +441,13 @@ def _known_keys(location: Iterable[str | int]) -> set[str]:
     return set(model.model_fields) if model is not None and hasattr(model, "model_fields") else set()
 
 
+# What PEFT and transformers call a thing that spelling does not lead to, or leads to another.
+_OTHER_NAMES = {"rank": "r", "lora_rank": "r", "lora_r": "r", "max_seq_len": "max_length", "dataset": "train"}
+
+
 def _nearest(name: str, known: Iterable[str]) -> str:
+    known = set(known)
+    if _OTHER_NAMES.get(name) in known:
+        return f"; did you mean {_OTHER_NAMES[name]}?"
     match = difflib.get_close_matches(name[:80], sorted(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]}?" if match else f"; known: {', '.join(sorted(known))}"
