@@ -205,13 +205,34 @@ def test_files_are_read_into_attached_adapters(loaded: LoadedModel, mixtral: Pat
     other = adapt(load_tiny(mixtral))
     other.load_adapter(str(tmp_path), "default")
     assert torch.equal(logits_of(other, ids), logits_of(model, ids))
-    with pytest.raises(KeyError, match="no adapter 'second' is attached"):
-        other.load_adapter(str(tmp_path), "second")
 
 
-def test_bare_peft_config_is_refused(loaded: LoadedModel) -> None:
-    with pytest.raises(TypeError, match=r"use expertune\.adapt\.attach\.attach"):
-        adapt(loaded).add_adapter("second", LoraConfig(target_modules=["w1"]))
+def test_load_adapter_of_a_new_name_attaches_it(
+    loaded: LoadedModel, mixtral: Path, tmp_path: Path, ids: Tensor
+) -> None:
+    model = adapt(loaded, targets=["experts", "router", "q_proj"])
+    train_a_little(model)
+    model.save_pretrained(str(tmp_path))
+    other = adapt(load_tiny(mixtral), targets=["attention"])
+    before = logits_of(other, ids)
+    other.load_adapter(str(tmp_path), "second")
+    assert torch.equal(logits_of(other, ids), before)
+    other.set_adapter("second")
+    assert torch.equal(logits_of(other, ids), logits_of(model, ids))
+    other.save_pretrained(str(tmp_path / "again"), selected_adapters=["second"])
+    assert torch.equal(logits_of(adopt(load_tiny(mixtral), tmp_path / "again" / "second"), ids), logits_of(model, ids))
+
+
+@pytest.mark.parametrize("targets", [["w1", "w2", "w3", "k_proj"], ["k_proj"]])
+def test_add_adapter_takes_a_stock_lora_config(
+    targets: list[str], loaded: LoadedModel, mixtral: Path, tmp_path: Path, ids: Tensor
+) -> None:
+    model = adapt(loaded)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    train_a_little(model)
+    model.set_adapter("second")
+    model.save_pretrained(str(tmp_path), selected_adapters=["second"])
+    assert torch.equal(logits_of(adopt(load_tiny(mixtral), tmp_path / "second"), ids), logits_of(model, ids))
 
 
 @pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit linear may get different generations")

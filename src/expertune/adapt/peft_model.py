@@ -19,6 +19,7 @@ from expertune.adapt.files import (
     write_adapter,
     write_live_factors,
 )
+from expertune.adapt.stock_config import StockLoraConfig, settings_of
 from expertune.adapt.stock_layout import stock_layout
 from expertune.adapt.stock_trial import StockLayout
 from expertune.checkpoint.fingerprint import Fingerprint
@@ -32,7 +33,7 @@ class ExpertPeftModel(PeftModelForCausalLM):
     """A causal language model with LoRA on experts and linears.
 
     It is a PeftModel in every respect (`disable_adapter`, `set_adapter`, Trainer checkpoints). What it overrides is
-    how adapters are created (from `ResolvedTargets`, not from names that PEFT would rewrite) and their files.
+    the adapter's files, and how activations are checkpointed.
 
     Args:
         model: the base model with `Nf4Experts`.
@@ -80,12 +81,23 @@ class ExpertPeftModel(PeftModelForCausalLM):
         self._finish(adapter_name, dtype)
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        """Refused for a bare PeftConfig: PEFT would rewrite expert targets into a fused layout that learns otherwise.
+        """PEFT's method: a stock `LoraConfig` adapts the experts that it names; not active until `set_adapter`.
 
         Raises:
-            TypeError: always; `expertune.adapt.attach.attach` adds adapters.
+            ConfigError: experts cannot have what the config asks for (see `expertune.adapt.stock_targets`).
         """
-        raise TypeError("use expertune.adapt.attach.attach(model, ..., adapter_name=...) to add an adapter")
+        super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+        self.origins[adapter_name] = self._origin_of(self.peft_config[adapter_name])
+        self._finish(adapter_name, torch.float32)
+
+    def _origin_of(self, config: Any) -> Origin:
+        """What the files of an adapter say that was added by its config: of this base, with its own settings."""
+        for adapter, origin in self.origins.items():
+            if self.peft_config.get(adapter) is config:
+                return origin
+        first = next(iter(self.origins.values()))
+        settings = config.settings() if isinstance(config, StockLoraConfig) else None
+        return Origin(first.base_model, first.revision, settings or settings_of(config))
 
     def save_pretrained(self, save_directory: str, selected_adapters: list[str] | None = None, **kwargs: Any) -> None:
         """Write adapters as stock PEFT reads them: adapter tensors only, scales in B, dropout 0.
@@ -115,18 +127,17 @@ class ExpertPeftModel(PeftModelForCausalLM):
         """Beside saved files, what of the adapter does not come back from them to the bit; see `write_live_factors`."""
         write_live_factors(folder, self.get_base_model(), self.names, self.stock_layout(adapter), adapter)
 
-    def load_adapter(self, model_id: str, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> None:
-        """Read an adapter folder into an adapter that is already attached.
+    def load_adapter(self, model_id: str, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
+        """Read an adapter folder: into an adapter that is attached, else, as PEFT does, into a new one of this name.
 
         Raises:
             CheckpointError: the folder is no adapter, is damaged, or holds other tensors than the adapter has.
-            KeyError: no adapter of this name is attached.
         """
         if adapter_name not in self.peft_config:
-            raise KeyError(f"no adapter {adapter_name!r} is attached; attach one first")
+            return super().load_adapter(model_id, adapter_name, is_trainable, **kwargs)
         file = read_adapter(model_id)
         plain = file.per_expert(self.names)
-        load_adapter_tensors(self.get_base_model(), self.names, adapter_name, plain, file.live)
+        return load_adapter_tensors(self.get_base_model(), self.names, adapter_name, plain, file.live)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any

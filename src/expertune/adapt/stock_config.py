@@ -91,3 +91,14 @@ class StockLoraConfig(ExpertLoraConfig):
                 pattern = rf"{re.escape(self.names.on_disk(module))}\.\d+\.{self.names.projection_names[projection]}"
                 found[pattern] = (self.names.expert_on_disk(module, 0, projection), rank)
         return found
+
+
+def settings_of(config: LoraConfig) -> dict[str, Any]:
+    """Rank and alpha of an adapter that is not on experts, in a run file's words."""
+    return {
+        "r": config.r,
+        "alpha": config.lora_alpha,
+        "rslora": config.use_rslora,
+        "rank_pattern": dict(config.rank_pattern or {}),
+        "alpha_pattern": dict(config.alpha_pattern or {}),
+    }
