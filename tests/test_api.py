@@ -1,5 +1,6 @@
 """The corridor as Python: a finished run can be opened, scored and asked."""
 
+import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import expertune
 from expertune.api import open_run
 from expertune.config import parse_config
 from expertune.data import render_prompt
-from expertune.errors import CheckpointError, ConfigError, DataError
+from expertune.errors import CheckpointError, ConfigError, DataError, ExpertuneError
+from tests.families.build import tiny_config
+from tests.tiny_models import save_random
 from tests.train.conftest import nine_steps, rows_file, run_values, small_mixtral, write_small_mixtral
 
 __all__ = ["rows_file", "run_values", "small_mixtral"]  # fixtures
@@ -52,6 +55,12 @@ def test_task_is_scored_before_and_after_on_held_out_rows(finished: Path) -> Non
     task = expertune.RunRecord.load(finished)["task"]
     assert task["before"]["rows"] == task["after"]["rows"] == 2
     assert len(task["after"]["examples"]) == 2
+
+
+def test_finished_run_says_and_records_that_stock_peft_loads_it(finished: Path) -> None:
+    said = (finished.parent / "console.txt").read_text(encoding="utf-8")
+    assert "(stock PEFT loads it)" in " ".join(said.split())
+    assert expertune.RunRecord.load(finished)["adapter"]["stock_peft"] is True
 
 
 def test_run_shows_what_it_trains_on_before_it_loads_the_model(finished: Path) -> None:
@@ -124,6 +133,21 @@ def test_bad_data_stops_before_the_model_is_loaded(run_values: dict[str, Any], t
     with pytest.raises(DataError, match=r"bad\.jsonl: row 1"):
         expertune.finetune(parse_config(values))
     assert not (tmp_path / "run").exists()
+
+
+def test_run_says_before_it_loads_the_model_what_stock_peft_will_not_read(
+    run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    save_random(tmp_path / "model", tiny_config("inkling2_text"))
+    written = io.StringIO()
+    with pytest.raises(ExpertuneError, match="tokenizer"):
+        expertune.finetune(
+            parse_config(
+                run_values | {"model": str(tmp_path / "model"), "lora": {"targets": ["attention", "experts"]}}
+            ),
+            console=Console(file=written, width=400),
+        )
+    assert "will not read all of it: PEFT loses the tensors of model.layers.1.self_attn.v_sconv" in written.getvalue()
 
 
 def test_run_without_evaluation_rows_cannot_be_evaluated(run_values: dict[str, Any], rows_file: Path) -> None:

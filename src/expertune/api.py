@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from expertune.adapt.attach import attach
+from expertune.adapt.attach import attach, expected_layout
 from expertune.adapt.base import require_same_base
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.proof import probe_logits, prove
@@ -138,6 +139,8 @@ def _finetune(
     base = fingerprint_of(source.folder, trust_remote_code, say=partial(console.print, soft_wrap=True))
     if config.lora.init_from and not config.lora.init_from_other_base:
         require_same_base(config.lora.init_from, base, config.model)
+    expected = expected_layout(source.folder, config.lora, trust_remote_code)
+    _tell_if_not_read(expected.refusal, console)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     # Nothing but a lock has been written so far: a mistake in the run file or in a row leaves no folder behind.
     context = context_length(read_config(source.folder, trust_remote_code))
@@ -154,6 +157,10 @@ def _finetune(
     record.update("plan", **plan.to_json())
     bars = Bars(console)
     model, recovery = _load_and_adapt(config, source, tokenizer, train_rows, plan.placement, device, record, bars)
+    refusal = model.stock_layout().refusal
+    record.update("adapter", stock_peft=refusal is None, stock_peft_refusal=refusal)
+    if refusal != expected.refusal:
+        _tell_if_not_read(refusal, console)
     held_out = HeldOut(config, model, tokenizer, eval_rows, recovery, bars) if eval_rows else None
     if config.task.metric and held_out and "before" not in record.values.get("task", {}):
         # A folder to resume from may hold the score already; it was taken on the same bytes.
@@ -162,7 +169,7 @@ def _finetune(
 
     resumed = point if resume else None
     _train(config, plan.micro_batch, model, tokenizer, train_rows, held_out, recovery, resumed, record, bars)
-    recovery.anew("checkpoint", lambda: model.save_pretrained(str(output_dir / ADAPTER_FOLDER)))
+    recovery.anew("checkpoint", partial(_write_adapter, model, output_dir / ADAPTER_FOLDER))
 
     if config.task.metric and held_out:
         record.update("task", after=held_out.score(step=record["train"]["steps"]))
@@ -172,6 +179,21 @@ def _finetune(
     record.update("run", status="finished")
     console.print(render_summary(record.values, config.output_dir), soft_wrap=True)
     return Run(output_dir, record)
+
+
+def _write_adapter(model: ExpertPeftModel, folder: Path) -> None:
+    model.save_pretrained(str(folder))
+    # Opened again, the run gives the very numbers that it recorded.
+    model.save_live_factors(folder)
+
+
+def _tell_if_not_read(refusal: str | None, console: Console) -> None:
+    if refusal:
+        console.print(
+            f"adapter: stock PEFT {peft.__version__} will not read all of it: {refusal}. Expertune reads it; for a "
+            "file that others read too, leave that out of lora.targets",
+            soft_wrap=True,
+        )
 
 
 def _prepare_data(

@@ -56,6 +56,20 @@ def test_summary_shows_no_before_that_is_not_the_base_models(record: dict[str, A
     assert written.getvalue().count("held-out") == 1
 
 
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ({"stock_peft": True, "stock_peft_refusal": None}, "runs/demo/adapter  (stock PEFT loads it)\n"),
+        ({"stock_peft": False, "stock_peft_refusal": "it loses x"}, "adapter  (not for stock PEFT: it loses x)\n"),
+        ({}, "runs/demo/adapter\n"),
+    ],
+)
+def test_summary_says_of_stock_peft_what_was_tried(record: dict[str, Any], adapter: dict[str, Any], said: str) -> None:
+    written = io.StringIO()
+    Console(width=100, file=written).print(render_summary(record | {"adapter": adapter}, "runs/demo"))
+    assert said in "\n".join(line.rstrip() for line in written.getvalue().splitlines()) + "\n"
+
+
 def test_picture_of_a_run_is_a_png_and_nothing_is_left_beside_it(record: dict[str, Any], tmp_path: Path) -> None:
     plot_summary(record, tmp_path / "summary.png")
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,10 +14,12 @@ from expertune.adapt.base import require_every_layer, require_same_base
 from expertune.adapt.factors import PerExpert, leaves
 from expertune.adapt.files import SETTINGS, AdapterFile, Origin, load_adapter_tensors, read_adapter, read_adapter_base
 from expertune.adapt.peft_model import ExpertPeftModel
-from expertune.adapt.reach import reached_modules
+from expertune.adapt.reach import is_refused, reached_modules
+from expertune.adapt.stock_layout import stock_layout
+from expertune.adapt.stock_trial import StockLayout
 from expertune.checkpoint.linears import is_linear
-from expertune.checkpoint.load import LoadedModel
-from expertune.checkpoint.names import NameMap
+from expertune.checkpoint.load import LoadedModel, build_meta_model
+from expertune.checkpoint.names import NameMap, read_names
 from expertune.checkpoint.targets import ResolvedTargets, resolve_targets
 from expertune.config import LoraSection
 from expertune.errors import ConfigError
@@ -81,6 +84,33 @@ def attach(
     if file and plain:
         load_adapter_tensors(loaded.model, loaded.names, adapter_name, plain, file.live)
     return model
+
+
+def expected_layout(folder: str | Path, lora: LoraSection, trust_remote_code: bool = False) -> StockLayout:
+    """How the file of an adapter is going to be laid out, from the model's config alone.
+
+    Modules that no text reaches are known only when the model is there; aliases may mean fewer modules then.
+
+    Args:
+        folder: the base model.
+        lora: the run file's adapter section.
+        trust_remote_code: run Python that ships with the model.
+
+    Raises:
+        ConfigError, CheckpointError: see `attach`.
+    """
+    model = build_meta_model(folder, torch.bfloat16, trust_remote_code)
+    names = read_names(model)
+    modules = {name for name, module in model.named_modules() if is_linear(module) and not is_refused(model, name)}
+    plain = None
+    if lora.init_from:
+        file = read_adapter(lora.init_from)
+        plain = file.per_expert(names)
+        lora = adopt(lora, names, file, plain)
+    targets = resolve_targets(model, names, lora, modules | names.specs.keys())
+    if plain:
+        targets = _held_targets(targets, names, set(plain.modules))
+    return stock_layout(model, names, targets, lora.r, lora.rank_pattern)
 
 
 def adopt(lora: LoraSection, names: NameMap, file: AdapterFile, plain: PerExpert) -> LoraSection:

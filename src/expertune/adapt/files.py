@@ -217,7 +217,9 @@ def write_adapter(
 
 @torch.no_grad()
 def write_live_factors(folder: str | Path, model: nn.Module, names: NameMap, stock: StockLayout, adapter: str) -> None:
-    """Beside an adapter's files, those factors B that do not come back from them to the bit, so that a run resumes so.
+    """Beside an adapter's files, those factors B that do not come back from them to the bit.
+
+    With them a run resumes as if it had not been interrupted, and scores the same when it is opened again.
 
     That a scale is in B costs a rounding where it is no power of two. Nothing is written where there are none.
 
@@ -238,8 +240,11 @@ def write_live_factors(folder: str | Path, model: nn.Module, names: NameMap, sto
             kept.append(
                 Outgoing(f"{pair.name}.lora_B", pair.b.dtype, tuple(pair.b.shape), lambda held=pair.b: held)  # type: ignore[misc]
             )
+    path = Path(folder) / LIVE_NAME
     if kept:
-        write_tensors(Path(folder) / LIVE_NAME, sorted(kept, key=lambda outgoing: outgoing.name))
+        write_tensors(path, sorted(kept, key=lambda outgoing: outgoing.name))
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_adapter_base(folder: str | Path) -> Fingerprint | None:

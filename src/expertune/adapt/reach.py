@@ -48,10 +48,11 @@ def reached_modules(model: PreTrainedModel, candidates: Mapping[str, nn.Module])
             hook.remove()
     gradients = torch.autograd.grad(logits.float().sum(), [output for _, output in outputs], allow_unused=True)
     reached = {name for (name, _), gradient in zip(outputs, gradients, strict=True) if gradient is not None}
-    return {name for name in reached if not _is_refused(model, name)}
+    return {name for name in reached if not is_refused(model, name)}
 
 
-def _is_refused(model: PreTrainedModel, name: str) -> bool:
+def is_refused(model: PreTrainedModel, name: str) -> bool:
+    """Whether PEFT refuses to adapt a module of this name in this model."""
     try:
         _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
     except ValueError:

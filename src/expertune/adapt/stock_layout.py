@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from expertune.adapt.factors import first_match, leaves
@@ -46,14 +47,16 @@ def stock_layout(
         candidates.append(lambda twin: _fused(twin, names, targets, r))
     refusal = ""
     for make in candidates:
-        try:
-            twin = Twin(build_twin(model))
-        except Exception as error:  # code that comes with a model may raise anything
-            return replace(usual, refusal=f"the model cannot be built without weights: {error}")
-        try:
-            return twin.try_on(make(twin), names, targets)
-        except NotReadError as error:
-            refusal = str(error)
+        # Nothing that a run draws may depend on when this is asked.
+        with torch.random.fork_rng(devices=[]):
+            try:
+                twin = Twin(build_twin(model))
+            except Exception as error:  # code that comes with a model may raise anything
+                return replace(usual, refusal=f"the model cannot be built without weights: {error}")
+            try:
+                return twin.try_on(make(twin), names, targets)
+            except NotReadError as error:
+                refusal = str(error)
     return replace(usual, refusal=refusal)
 
 

@@ -40,7 +40,7 @@ def render_summary(record: Mapping[str, Any], output_dir: str, examples: int = 3
     parts: list[RenderableType] = ["", compared, "", figures, ""] if compared.row_count else ["", figures, ""]
     for example in task.get("after", {}).get("examples", [])[:examples]:
         parts.append(_example(example))
-    parts.append(Text(f"adapter:  {output_dir}/adapter  (stock PEFT loads it)"))
+    parts.append(Text(f"adapter:  {output_dir}/adapter{_reader(record.get('adapter', {}))}"))
     parts.append(Text(f"picture:  {output_dir}/summary.png"))
     parts.append(Text(f"try it:   expertune chat {output_dir}"))
     return Group(*parts)
@@ -49,6 +49,17 @@ def render_summary(record: Mapping[str, Any], output_dir: str, examples: int = 3
 def _figure(value: float | str | None) -> str:
     """A figure, a dash where there is none, and the record's own text where it is not finite."""
     return "-" if value is None else value if isinstance(value, str) else f"{value:.3f}"
+
+
+def _reader(adapter: Mapping[str, Any]) -> str:
+    """Who reads the adapter, as far as it was tried."""
+    if "stock_peft" not in adapter:
+        return ""
+    return (
+        "  (stock PEFT loads it)"
+        if adapter["stock_peft"]
+        else f"  (not for stock PEFT: {adapter['stock_peft_refusal']})"
+    )
 
 
 def _example(example: Mapping[str, Any]) -> Text:
