@@ -38,6 +38,13 @@ def test_opened_run_gives_the_evaluation_loss_that_training_recorded(finished: P
     assert result["task"]["rows"] == 2
 
 
+def test_same_adapter_gets_the_same_score_twice_on_a_cpu(finished: Path) -> None:
+    first, second = (expertune.evaluate(finished) for _ in range(2))
+    for result in (first, second):
+        del result["task"]["seconds"]
+    assert first == second
+
+
 def test_earlier_checkpoint_and_base_score_otherwise_than_the_adapter(finished: Path) -> None:
     tuned = expertune.evaluate(finished)["loss"]
     base = expertune.evaluate(finished, base_only=True)["loss"]
