@@ -19,6 +19,7 @@ from expertune.data.messages import Message
 from expertune.data.row_template import Rendered, jinja_names
 from expertune.data.special_tokens import special_contents, special_pattern
 from expertune.errors import ConfigError
+from expertune.run_yaml import shortened
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -100,8 +101,9 @@ class ChatTemplate:
             )
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"template {self.name}: line {error.lineno}: {error.message}") from None
-        except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
-            raise RowError(f"template {self.name} refuses this conversation: {error}") from None
+        except Exception as error:  # a template is a program of someone else's, and may fail in any way
+            reason = shortened(str(error) or type(error).__name__)
+            raise RowError(f"template {self.name} refuses this conversation: {reason}") from None
         return texts[0], spans[0] if tracks else []
 
     def _spans_by_prefix(self, messages: list[Message], text: str) -> list[tuple[int, int] | None]:

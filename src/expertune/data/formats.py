@@ -19,6 +19,7 @@ from expertune.data.messages import (
     until_last_answer,
 )
 from expertune.errors import DataError
+from expertune.run_yaml import shortened
 
 SYSTEM = ("system", "system_prompt", "system_message")
 HISTORY = "history"
@@ -292,4 +293,4 @@ def _kind(value: Any) -> str:
 
 
 def _names(columns: Collection[str]) -> str:
-    return ", ".join(columns) or "no columns"
+    return shortened(", ".join(columns), 500) or "no columns"

@@ -10,6 +10,7 @@ from typing import Any
 
 from expertune.data.rows import IGNORE_INDEX, TokenizedRows
 from expertune.errors import DataError
+from expertune.run_yaml import shortened
 
 NUM_SHOWN = 5
 
@@ -30,7 +31,8 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.message}"
+        # A message may quote the row, which may hold anything.
+        return f"{self.place}: {shortened(self.message, 500)}"
 
 
 def check_answer(name: str, answer: str) -> None:

@@ -25,6 +25,7 @@ from expertune.data.rows import IGNORE_INDEX, TokenizedRow, TokenizedRows, lengt
 from expertune.data.sources import Source, read_source
 from expertune.data.special_tokens import SpecialTokens, part_of, without_end
 from expertune.data.template import default_template, is_own_file, load_template
+from expertune.data.trial import try_template
 from expertune.errors import ConfigError, DataError
 
 
@@ -168,8 +169,11 @@ def _choose(source: Source, data: DataConfig, tokenizer: Any) -> tuple[Layout, T
     turns = {name for row in rows for name, value in row.items() if is_conversation(value)}
     turns |= {ours for ours, theirs in data.columns.items() if theirs in turns}
     layout = find_layout(data, [*rows[0], *data.columns], source.name, turns)
-    renamed = (values | _renamed(values, data) for values in rows)
-    return layout, load_template(data.template or default_template(layout, renamed), layout, tokenizer)
+    renamed = [values | _renamed(values, data) for values in rows]
+    name = data.template or default_template(layout, renamed)
+    if name == "chat" or is_own_file(name):
+        try_template(name, lambda: load_template(name, layout, tokenizer).render(layout.read(renamed[0])))
+    return layout, load_template(name, layout, tokenizer)
 
 
 def _renamed(row: Mapping[str, Any], data: DataConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from expertune.errors import DataError
+from expertune.run_yaml import shortened
 
 # What no text and no table comes near; what a file made to exhaust memory does.
 _MOST_UNPACKED = 200
@@ -160,7 +161,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} is there twice, and only one of its values could be read")
+        raise ValueError(f"the key {shortened(repr(twice))} is there twice, and only one of its values could be read")
     return values
 
 
@@ -190,7 +191,7 @@ def _read_csv(file: RawFile) -> Iterator[SourceRow]:
         try:
             header = next(reader, [])
             if len(set(header)) != len(header) or "" in header or not header:
-                raise DataError(f"{file.path}: the first line must name each column once, got {header}")
+                raise DataError(f"{file.path}: the first line must name each column once, got {shortened(header)}")
             for number, fields in enumerate(filter(None, reader), start=1):
                 if len(fields) == len(header):
                     yield SourceRow(file.place(number), dict(zip(header, fields, strict=True)))
@@ -228,7 +229,7 @@ def _read_parquet(file: RawFile) -> Iterator[SourceRow]:
         table = pq.ParquetFile(pa.BufferReader(file.content))
         names = table.schema_arrow.names
         if len(set(names)) < len(names):
-            raise DataError(f"{file.path}: the columns {names} must each be there once")
+            raise DataError(f"{file.path}: the columns {shortened(names)} must each be there once")
         # A value that repeats takes no space, so that a small file may claim any number of rows.
         if table.metadata.num_rows > max(_ALWAYS_UNPACKED // 1024, len(file.content)):
             raise DataError(f"{file.path}: claims {table.metadata.num_rows} rows in {len(file.content)} bytes")

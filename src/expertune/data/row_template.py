@@ -14,6 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from expertune.data.formats import Example
 from expertune.data.lint import RowError
 from expertune.errors import ConfigError
+from expertune.run_yaml import shortened
 
 # Digits, so that filters such as `upper`, `trim` and `tojson` leave it as it is; too many to stand in a row by chance.
 _SENTINEL = "60486073512907415238264907131859"
@@ -97,6 +98,8 @@ class RowTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"template {name}: line {error.lineno}: {error.message}") from None
+        except Exception as error:  # blocks or brackets too deep for Jinja, or for the Python that it writes
+            raise ConfigError(f"template {name}: cannot be compiled ({type(error).__name__}: {error})") from None
 
     def render(self, example: Example) -> Rendered:
         """The row as text; from the end of the prompt on, everything is trained.
@@ -133,5 +136,6 @@ class RowTemplate:
     def _render(self, values: Mapping[str, Any]) -> str:
         try:
             return self._template.render(values)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
-            raise RowError(f"template {self.name}: {error}; the row has {', '.join(values)}") from None
+        except Exception as error:  # a template is a program of the user's, and may fail in any way
+            reason, names = shortened(str(error) or type(error).__name__), shortened(", ".join(values))
+            raise RowError(f"template {self.name}: {reason}; the row has {names}") from None

@@ -17,6 +17,7 @@ from pathlib import Path
 from expertune.data.hub import is_hub_name, read_hub
 from expertune.data.readers import READERS, SourceRow, read_rows, reader_of
 from expertune.errors import DataError
+from expertune.run_yaml import shortened
 
 _SLICE = re.compile(r"(?P<name>.*)\[(?P<start>\d{0,15}):(?P<stop>\d{0,15})\]", re.DOTALL)
 _NUM_NAMED = 3
@@ -147,7 +148,7 @@ def _require_same_columns(columns: dict[str, set[str]], name: str) -> None:
 
 
 def _named(columns: set[str]) -> str:
-    return ", ".join(sorted(columns)) or "none"
+    return shortened(", ".join(sorted(columns)), 500) or "none"
 
 
 def _cut(rows: list[SourceRow], part: _Part) -> list[SourceRow]:

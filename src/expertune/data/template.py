@@ -1,5 +1,6 @@
 """Which template renders a run's rows: one that ships with Expertune, a user's Jinja file, or the tokenizer's own."""
 
+import stat
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -10,6 +11,8 @@ from expertune.data.chat_template import ChatTemplate
 from expertune.data.formats import Layout
 from expertune.data.row_template import RowTemplate, Template, jinja_names
 from expertune.errors import ConfigError
+
+_MAX_BYTES = 2**20
 
 
 def load_template(name: str | None, layout: Layout, tokenizer: Any) -> Template:
@@ -76,8 +79,13 @@ def _read_template(name: str) -> str:
     if name in shipped:
         return (_folder() / f"{name}.jinja").read_text(encoding="utf-8")
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        path = Path(name).expanduser()
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
+            raise ValueError(f"a folder, a device, or more than {_MAX_BYTES} bytes")
+        return path.read_text(encoding="utf-8")
+    # A ValueError is text that is not UTF-8 too, or a NUL in the name; a RuntimeError is a ~user that does not exist.
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"data.template: {name} is neither a template of Expertune (chat, {', '.join(shipped)}) nor a Jinja file "
             f"that can be read ({error})"
