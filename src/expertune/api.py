@@ -68,6 +68,7 @@ from expertune.train.offload import has_host_apart
 from expertune.train.progress import Bars
 from expertune.train.recover import Recovery
 from expertune.train.schedule import Evaluations, check_schedule, evaluates_at_ends, require_a_batch
+from expertune.train.trackers import Trackers
 from expertune.train.trainer import ExpertTrainer, training_arguments
 
 __all__ = ["OpenRun", "Run", "evaluate", "finetune", "generate", "make_plan", "open_run"]
@@ -357,8 +358,10 @@ def _train(
     bar = ProgressBar(lambda: trainer.history, bars)
     trainer.add_callback(Evaluations(at_end=evaluates_at_ends(config)))
     trainer.add_callback(bar)
+    trackers = Trackers(trainer, output_dir, resumed=checkpoint is not None)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with trackers.open(named="run_name" in config.training):
+            trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         bar.close()
         history = trainer.history

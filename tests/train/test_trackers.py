@@ -5,16 +5,55 @@ import re
 import sqlite3
 import struct
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from expertune import finetune
+from expertune.config import parse_config
 from expertune.record import RunRecord
+from expertune.train.callbacks import History
 from tests.processes import run_copies
 from tests.train.conftest import nine_steps
 
 SETTINGS = {"wandb": {}, "trackio": {"run_name": "named"}}
+
+
+# Three runs in one process, as in a notebook; the third is interrupted after its third step, and resumed.
+SWEEP = """
+import os
+import wandb
+from expertune import finetune
+from expertune.config import parse_config
+from expertune.train.callbacks import History
+
+os.chdir({folder!r})
+values = {values!r}
+values["training"] |= {{"report_to": "wandb", "logging_steps": 1, "eval_strategy": "no", "save_steps": 2}}
+
+def run(name, steps, resume=False):
+    training = values["training"] | {{"max_steps": steps}}
+    finetune(parse_config(values | {{"output_dir": name, "training": training}}), resume=resume)
+    assert wandb.run is None
+
+run("first", 2)
+run("second", 2)
+end_step = History.on_step_end
+
+def interrupt(self, args, state, control, **kwargs):
+    if state.global_step == 4:
+        raise KeyboardInterrupt
+
+History.on_step_end = lambda *args, **kwargs: (interrupt(*args, **kwargs), end_step(*args, **kwargs))[1]
+try:
+    run("third", 5)
+except KeyboardInterrupt:
+    assert wandb.run is None
+History.on_step_end = end_step
+run("third", 5, resume=True)
+"""
 
 
 class Tracked(NamedTuple):
@@ -37,6 +76,10 @@ def tracked(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.TempP
             f"import os, sys; from expertune.cli import main; os.chdir({str(folder / tracker)!r}); "
             "sys.argv[1:] = ['train', 'run.yaml']; main()"
         )
+    (folder / "sweep").mkdir()
+    codes.append(
+        SWEEP.format(folder=str(folder / "sweep"), values=nine_steps(small_mixtral, rows_file, folder / "sweep"))
+    )
     # Their settings and caches lie here too, and a service that is slow to start is waited for.
     places = {f"WANDB_{name}_DIR": str(folder / "wandb-home") for name in ("CONFIG", "CACHE", "DATA")}
     environment = {"WANDB_MODE": "offline", "WANDB_PROJECT": "viggo-finetune", "WANDB_INIT_TIMEOUT": "900"} | places
@@ -44,7 +87,8 @@ def tracked(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.TempP
     (folder / "output").mkdir()
     for ended in run_copies("import expertune.api", codes, folder / "output", **environment):
         assert ended.status == 0, ended.err[-4000:]
-    return {name: Tracked(folder / name, RunRecord.load(folder / name / "run")) for name in SETTINGS}
+    ended = {name: Tracked(folder / name, RunRecord.load(folder / name / "run")) for name in SETTINGS}
+    return ended | {"sweep": Tracked(folder / "sweep", RunRecord.load(folder / "sweep" / "third"))}
 
 
 def logged_means(record: RunRecord) -> list[float]:
@@ -83,3 +127,55 @@ def test_trackio_database_holds_the_losses(tracked: dict[str, Tracked]) -> None:
     assert {name for name, _ in rows} == {"named"}
     losses = [metrics["train/loss"] for metrics in (json.loads(row) for _, row in rows) if "train/loss" in metrics]
     assert losses == pytest.approx(logged_means(tracked["trackio"].record))
+
+
+def test_two_runs_in_one_process_are_two_of_weights_and_biases_and_a_resumed_one_goes_on(
+    tracked: dict[str, Tracked],
+) -> None:
+    files = sorted(
+        tracked["sweep"].folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime
+    )
+    first, second, third, resumed = (file.stem.removeprefix("run-") for file in files)
+    assert len({first, second, third}) == 3
+    assert resumed == third
+    losses = [json.dumps(loss).encode() for _, loss in tracked["sweep"].record["train"]["loss"]]
+    before, after = (without_blocks(file.read_bytes()) for file in files[2:])
+    assert [loss in before for loss in losses] == [True, True, True, False, False]
+    # Resumed from the checkpoint at step 2; step 3 had been told of.
+    assert [loss in after for loss in losses] == [False, False, False, True, True]
+
+
+def test_resumed_run_goes_on_in_tensorboard_with_no_point_twice(
+    run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_values["training"] |= {"report_to": "tensorboard", "logging_steps": 1, "eval_steps": 1, "eval_on_start": True}
+    run_values["training"] |= {"max_steps": 5, "save_steps": 2}
+    config, end_step = parse_config(run_values), History.on_step_end
+
+    def interrupted_in_the_fourth(self: History, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+        end_step(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(History, "on_step_end", interrupted_in_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config)
+    monkeypatch.undo()
+    record = finetune(config, resume=True).record
+
+    files = list(Path(run_values["output_dir"]).rglob("events.out.tfevents*"))
+    assert len(files) == 2
+    assert len({file.parent for file in files}) == 1
+    seen: dict[str, list[tuple[int, float]]] = {}
+    for file in sorted(files):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            seen.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
+        texts = [tag for tag in events.Tags()["tensors"] if tag.startswith("args")]
+        assert texts == ([] if "train/train_loss" in events.Tags()["scalars"] else ["args/text_summary"])
+    for tag, steps in (("train/loss", range(1, 6)), ("eval/loss", range(6)), ("train/train_loss", [5])):
+        assert [step for step, _ in seen[tag]] == list(steps)
+    losses = [loss for _, loss in record["train"]["loss"]]
+    assert [value for _, value in seen["train/loss"]] == pytest.approx(losses)
+    assert seen["train/train_loss"][0][1] == pytest.approx(sum(losses) / 5)

@@ -222,6 +222,8 @@ class ExpertTrainer(Trainer):
         if "loss" in logs and self.history.losses:
             logged = [entry["step"] for entry in self.state.log_history if "loss" in entry]
             logs["loss"] = self.history.mean_since(logged[-1] if logged else 0)
+        if "train_loss" in logs and self.history.losses:
+            logs["train_loss"] = self.history.mean_since(0)  # transformers' is that of the steps since a resume
         super().log(logs, start_time)
 
     def evaluate(
