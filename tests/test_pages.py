@@ -134,3 +134,18 @@ def test_mixtral_on_a_card_of_24_gigabytes_is_what_the_guide_says() -> None:
 def test_peak_with_a_smaller_working_set_is_that_of_the_readme() -> None:
     plan = plan_of("mixtral-dolly.yaml", "memory_budget=40GB", "kernels.working_set=512MiB", device="cuda")
     assert f"({plan.memory.peak_bytes / 1e9:.1f} GB with `kernels.working_set: 512MiB`)" in page("README.md")
+
+
+def test_bytes_and_counts_of_the_concept_pages_are_the_plans() -> None:
+    plan = plan_of("mixtral-dolly.yaml", "memory_budget=40GB", device="cuda")
+    weights, text = plan.weights, page("docs/concepts/4-bit-experts.md")
+    assert f"| experts | {weights.experts_bytes / 1e9:.2f} GB |" in text
+    assert f"| linears of the decoder layers | {weights.linears_bytes / 1e9:.2f} GB |" in text
+    unquantized = weights.unquantized_bytes + weights.buffers_bytes
+    assert f"| embeddings, output head, routers, norms | {unquantized / 1e9:.2f} GB |" in text
+    assert f"| **frozen, in all** | **{weights.frozen_bytes / 1e9:.2f} GB** |" in text
+    experts = 32 * 8 * 3 * 4096 * 14336
+    assert f"{experts:,} of Mixtral-8x7B's {plan.parameters.total:,}" in text
+    assert f"{8 * weights.experts_bytes / experts:.3f} bits a weight, {weights.experts_bytes / 1e9:.2f} GB" in text
+    assert f"| {plan.parameters.trainable:,} |" in page("docs/concepts/adapters.md")
+    assert f"A layer of Mixtral-8x7B is {weights.experts_bytes / 32 / 1e9:.2f} GB" in page("docs/concepts/placement.md")
