@@ -26,6 +26,7 @@ def finished(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.Temp
     values = nine_steps(small_mixtral, rows_file, tmp_path_factory.mktemp("finished") / "run")
     values["task"] = {"metric": "exact-match", "rows": 2, "max_new_tokens": 4}
     values["training"] |= {"max_steps": 3}
+    del values["data"]["template"]
     with (Path(values["output_dir"]).parent / "console.txt").open("w", encoding="utf-8") as file:
         return expertune.finetune(parse_config(values), console=Console(file=file, width=60)).output_dir
 
@@ -127,7 +128,8 @@ def test_adapter_of_one_run_is_the_start_of_the_next(
 ) -> None:
     lora = {"init_from": str(finished / "adapter"), "dropout": 0.0}
     training = run_values["training"] | {"max_steps": 1, "eval_on_start": True}
-    values = run_values | {"lora": lora, "training": training, "output_dir": str(tmp_path / "next")}
+    data = run_values["data"] | {"template": "question-answer"}
+    values = run_values | {"data": data, "lora": lora, "training": training, "output_dir": str(tmp_path / "next")}
     record = expertune.finetune(parse_config(values)).record
     before = expertune.RunRecord.load(finished)["eval"]["loss"][-1][1]
     assert record["eval"]["loss"][0] == [0, pytest.approx(before, abs=1e-5)]
