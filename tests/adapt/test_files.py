@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -154,6 +155,25 @@ def test_stock_peft_computes_the_same_logits_with_shared_and_dense_layers_among_
     folder = family_folder(family)
     targets = ["q_b_proj" if family == "deepseek_v3" else "q_proj", "gate_proj", "up_proj", "down_proj", "router"]
     assert_stock_peft_agrees(folder, load_tiny(folder), tmp_path, ids, targets=targets)
+
+
+def test_experts_that_peft_must_be_told_of_are_found_where_they_are_linears_too(
+    family_folder: FolderOf, tmp_path: Path
+) -> None:
+    """On transformers 4 each projection of each expert is a linear; a name by itself would mean shared experts too."""
+    adapt(load_tiny(family_folder("qwen2_moe")), targets=["attention", "experts"]).save_pretrained(str(tmp_path))
+    config = LoraConfig.from_pretrained(tmp_path)
+    assert config.target_parameters == ["experts.down_proj", "experts.gate_up_proj"]
+    found = {
+        name: bool(check_target_module_exists(config, f"model.layers.1.{name}"))
+        for name in (
+            "self_attn.q_proj",
+            "mlp.experts.3.gate_proj",
+            "mlp.experts.0.down_proj",
+            "mlp.shared_expert.gate_proj",
+        )
+    }
+    assert list(found.values()) == [True, True, True, False]
 
 
 SCALES: dict[str, dict[str, Any]] = {
