@@ -42,6 +42,7 @@ from expertune.kernels import routes
 from expertune.placement.device import bound_host_memory, training_device
 from expertune.placement.experts import Place, placement_of
 from expertune.plan import MicroBatch, make_plan
+from expertune.plan.disk import require_room
 from expertune.plan.memory import PROOF_TOKENS
 from expertune.plan.settings import uses_checkpointing
 from expertune.processes import require_one_process
@@ -131,6 +132,8 @@ def _finetune(
     device = training_device()
     check_training_arguments(config.training)
     check_schedule(config)
+    # Values that do not go together are refused by transformers itself: now, and not after the model is loaded.
+    training_arguments(config.training, str(output_dir), device)
 
     plan = make_plan(config, began_with=merged_before(record, output_dir), trust_remote_code=trust_remote_code)
     plan.require_fit()
@@ -147,6 +150,7 @@ def _finetune(
     context = context_length(read_config(source.folder, trust_remote_code))
     train_rows, eval_rows = _prepare_data(config, tokenizer, base, context, record, console)
 
+    require_room(plan.disk, config.training, len(make_dataset(train_rows, config.data)), output_dir)
     point = (
         find_resume_point(output_dir, bool(config.training.get("load_best_model_at_end")))
         if resume

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from expertune import finetune
 from expertune.attention import row_lengths
 from expertune.config import parse_config
-from expertune.errors import ConfigError, NonFiniteLossError
+from expertune.errors import ConfigError, NonFiniteLossError, StorageError
 from expertune.record import RunRecord
 from expertune.train.trainer import training_arguments
 from tests.train.scarce import adapter_bytes
@@ -171,3 +172,23 @@ def test_paged_optimizer_on_a_cpu_is_replaced_and_said_once() -> None:
 def test_strategy_that_yaml_reads_as_false_means_no() -> None:
     args, _ = training_arguments({"eval_strategy": False}, "unused", torch.device("cpu"))
     assert args.eval_strategy == "no"
+
+
+def test_values_that_do_not_go_together_are_refused_before_the_model_is_loaded(
+    run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expertune.api.fetch_model", None)  # nothing of the model may be touched
+    with pytest.raises(ConfigError, match=r"training: transformers refuses a value: .*load_best_model_at_end"):
+        train(run_values, load_best_model_at_end=True, save_strategy="epoch")
+    assert not Path(run_values["output_dir"]).exists()
+
+
+def test_run_for_which_the_disk_has_no_room_is_refused_before_the_model_is_loaded(
+    run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**5))
+    monkeypatch.setattr("expertune.api.load_base", None)
+    with pytest.raises(StorageError, match=r"the run will write .* 3 checkpoints of .* are free; make room"):
+        train(run_values)
+    assert RunRecord.load(run_values["output_dir"])["run"]["status"] == "stopped"

@@ -1,8 +1,14 @@
-"""What a run reads from the disk and leaves on it."""
+"""What a run reads from the disk and leaves on it, and whether there is room for that."""
 
+import math
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from expertune.config import RunConfig
+from expertune.errors import StorageError
 from expertune.plan.inventory import FrozenWeights
 from expertune.plan.memory import optimizer_bytes
 from expertune.plan.settings import Settings, training_argument
@@ -50,3 +56,62 @@ def count_disk(
         checkpoint_bytes=adapter + optimizer_bytes(num_trainable, settings),
         checkpoints_kept=None if limit is None else int(limit),
     )
+
+
+def require_room(disk: Disk, training: Mapping[str, Any], num_examples: int, run_dir: Path) -> None:
+    """Refuse a run whose adapter and checkpoints do not fit on the disk, before it has computed for hours.
+
+    Args:
+        disk: the plan's sizes.
+        training: the run file's `training:` section.
+        num_examples: examples of the training data set (packs, with `packing: packed`).
+        run_dir: the run folder; what it holds of a run that resumes is not needed a second time.
+
+    Raises:
+        StorageError: says what the run will write and what is free.
+    """
+    count = checkpoints_at_once(training, num_examples)
+    held = sum(path.stat().st_size for path in run_dir.glob("checkpoint-*/*") if path.is_file())
+    needed = disk.adapter_bytes + max(count * disk.checkpoint_bytes - held, 0)
+    free = shutil.disk_usage(run_dir).free
+    if needed > free:
+        sizes = [f"{nbytes / 1e9:,.2f} GB" for nbytes in (needed, disk.adapter_bytes, disk.checkpoint_bytes, free)]
+        raise StorageError(
+            f"{run_dir}: the run will write {sizes[0]} here (adapter {sizes[1]}, up to {count} checkpoints of "
+            f"{sizes[2]} at once), and {sizes[3]} are free; make room, lower training.save_total_limit, or choose "
+            "another output_dir"
+        )
+
+
+def checkpoints_at_once(training: Mapping[str, Any], num_examples: int) -> int:
+    """The most checkpoints that lie in a run folder at one time; one is written before the oldest is removed.
+
+    Args:
+        training: the run file's `training:` section.
+        num_examples: examples of the training data set.
+    """
+
+    def argument(name: str) -> Any:
+        return training_argument(training, name)
+
+    batches = math.ceil(num_examples / int(argument("per_device_train_batch_size")))
+    steps_per_epoch = max(math.ceil(batches / int(argument("gradient_accumulation_steps"))), 1)
+    epochs = float(argument("num_train_epochs"))
+    num_steps = int(argument("max_steps"))
+    if num_steps < 1:
+        num_steps = math.ceil(epochs * steps_per_epoch)
+    strategy, every = argument("save_strategy"), float(argument("save_steps"))
+    if strategy in (False, "no"):
+        return 0
+    if strategy == "best":
+        count = 1  # at least; evaluations decide how many more
+    elif strategy == "epoch":
+        count = math.ceil(num_steps / steps_per_epoch)
+    else:
+        count = math.ceil(num_steps / (every if every >= 1 else max(math.ceil(num_steps * every), 1)))
+    limit = argument("save_total_limit")
+    if limit is None or count <= limit:
+        return count
+    # The newest and the best are both kept, whatever the limit is.
+    kept = max(int(limit), 2) if training.get("load_best_model_at_end") else int(limit)
+    return min(count, kept + 1)
