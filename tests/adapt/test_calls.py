@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from expertune.checkpoint.load import LoadedModel, auto_class
 from expertune.errors import CheckpointError, ConfigError, ExportError
 from expertune.experts.lora import ExpertsLora
+from expertune.experts.module import Nf4Experts
 from tests.adapt.conftest import FolderOf, adapt, logits_of, stock_peft, train_a_little
 from tests.checkpoint.nf4_folders import quantized
 from tests.families import build
@@ -192,6 +193,14 @@ def test_from_pretrained_takes_scales_and_ranks_from_the_files(
     assert torch.allclose(
         logits_of(PeftModel.from_pretrained(by_transformers(nf4), adapter), ids), truth, rtol=1e-4, atol=1e-5
     )
+
+
+def test_all_linear_means_linears_that_compute_as_one(tmp_path: Path) -> None:
+    folder = quantized(save_random(tmp_path / "source", build.tiny_config("deepseek_v4")), tmp_path / "nf4")
+    base = by_transformers(folder)
+    found = get_peft_model(base, lora(target_modules="all-linear"))
+    assert logits_of(found, torch.arange(3, 14)[None]).isfinite().all()
+    assert len(experts_of(found)) == sum(isinstance(module, Nf4Experts) for module in base.modules())
 
 
 @pytest.mark.parametrize("kind", ["gpt_oss", "nemotron_h", "granitemoe"])

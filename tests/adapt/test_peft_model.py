@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -253,6 +254,26 @@ def test_unloading_gives_the_base_back(loaded: LoadedModel, ids: Tensor) -> None
     unloaded = model.unload()
     assert not [module for module in unloaded.modules() if isinstance(module, LoraLayer)]
     assert torch.equal(logits_of(unloaded, ids), base)
+
+
+def test_mixed_batches_are_right_and_weighted_adapters_and_hotswap_are_refused(
+    loaded: LoadedModel, tmp_path: Path, ids: Tensor
+) -> None:
+    model = adapt(loaded, targets=["experts", "q_proj"])
+    adapt(loaded, adapter_name="second", onto=model, r=2, targets=["experts"])
+    train_a_little(model)
+    alone = []
+    for adapter in ("second", "default"):
+        model.set_adapter(adapter)
+        alone.append(logits_of(model, ids[:2]))
+    with torch.no_grad():
+        mixed = model(ids[:2], adapter_names=["second", "default"]).logits
+    assert torch.allclose(mixed, torch.stack([alone[0][0], alone[1][1]]), atol=1e-5)
+    with pytest.raises(ExportError, match="add_weighted_adapter does not mix"):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "third")
+    model.save_pretrained(str(tmp_path))
+    with pytest.raises(ConfigError, match="hotswap: "):
+        hotswap_adapter(model, str(tmp_path), "default")
 
 
 def test_generation_goes_through_the_adapter(loaded: LoadedModel, ids: Tensor) -> None:

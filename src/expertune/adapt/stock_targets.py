@@ -74,7 +74,8 @@ def read_targets(model: nn.Module, names: NameMap, config: LoraConfig) -> StockT
         if not name or name in names.specs or name.startswith(inside):
             continue
         keys = [name, names.on_disk(name)]
-        if reading.takes(keys):
+        # A linear that groups, clips or scales is none that PEFT's own layer computes; it is adapted where it is named.
+        if reading.takes(keys) and (is_linear(module) or not is_all_linear(config)):
             into = found.linears if is_linear(module) else found.router if name in routers else found.others
             into[name] = reading.rank(keys)
         for parameter, _ in module.named_parameters(recurse=False) if config.target_parameters else ():
