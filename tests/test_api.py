@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 import expertune
 from expertune.api import open_run
+from expertune.cli import app
 from expertune.config import parse_config
 from expertune.data import render_prompt
 from expertune.errors import CheckpointError, ConfigError, DataError, ExpertuneError
@@ -111,6 +113,18 @@ def test_run_whose_base_was_replaced_answers_only_when_asked_to(finished: Path, 
     with pytest.raises(CheckpointError, match="other weights"):
         expertune.evaluate(run)
     assert isinstance(expertune.generate(run, "What is 1 plus 2?", max_new_tokens=4, other_base=True), str)
+
+
+def test_generate_over_a_damaged_model_folder_is_one_message_and_exit_code_2(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    record = expertune.RunRecord.load(run)
+    model = Path(shutil.copytree(record["config"]["model"], tmp_path / "model"))
+    (model / "config.json").write_text('{"model_type": "mixtral", "num_hidden_layers": 1000000000}', encoding="utf-8")
+    record["config"]["model"] = str(model)
+    record.save()
+    result = CliRunner().invoke(app, ["generate", str(run), "--prompt", "Who?"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"{model}/config.json: num_hidden_layers is 1000000000" in result.stderr
 
 
 def test_adapter_of_another_base_is_refused_before_the_rows_are_read(

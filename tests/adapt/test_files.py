@@ -391,7 +391,7 @@ def break_config(**changes: Any) -> Callable[[Path], None]:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda folder: (folder / CONFIG).unlink(), r"no adapter_config\.json here"),
-    "config that is no JSON": (lambda folder: (folder / CONFIG).write_text("{"), "cannot be read as JSON"),
+    "config that is no JSON": (lambda folder: (folder / CONFIG).write_text("{"), "damaged: not valid JSON"),
     "config that is a list": (lambda folder: (folder / CONFIG).write_text("[]"), "expected a mapping, got list"),
     "another kind of adapter": (break_config(peft_type="IA3"), "peft_type is 'IA3'"),
     "DoRA": (break_config(use_dora=True), "use_dora is set"),

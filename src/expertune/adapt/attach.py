@@ -11,10 +11,11 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from expertune.adapt.base import require_every_layer, require_same_base
-from expertune.adapt.factors import PerExpert, leaves
+from expertune.adapt.factors import PREFIX, PerExpert, leaves
 from expertune.adapt.files import SETTINGS, AdapterFile, Origin, load_adapter_tensors, read_adapter, read_adapter_base
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.reach import is_refused, reached_modules
+from expertune.adapt.sound import require_ranks_in_file
 from expertune.adapt.stock_layout import stock_layout
 from expertune.adapt.stock_trial import StockLayout
 from expertune.checkpoint.linears import is_linear
@@ -22,7 +23,7 @@ from expertune.checkpoint.load import LoadedModel, build_meta_model
 from expertune.checkpoint.names import NameMap, read_names
 from expertune.checkpoint.targets import ResolvedTargets, resolve_targets
 from expertune.config import LoraSection
-from expertune.errors import ConfigError
+from expertune.errors import CheckpointError, ConfigError
 from expertune.experts.lora import ExpertLoraConfig
 from expertune.experts.module import Nf4Experts
 
@@ -65,11 +66,17 @@ def attach(
         if file and plain:
             lora = adopt(lora, loaded.names, file, plain)
         reached = _reached(loaded, asked)
-        targets = resolve_targets(loaded.model, loaded.names, lora, reached)
+        try:
+            targets = resolve_targets(loaded.model, loaded.names, lora, reached)
+        except ConfigError as error:
+            if lora.init_from is None or "targets" in asked.model_fields_set:
+                raise
+            raise CheckpointError(f"{lora.init_from}: no adapter of this model: {error}") from None
         if lora.init_from and plain:
             wanted, targets = targets, _held_targets(targets, loaded.names, set(plain.modules))
             if not lora.init_from_other_base and read_adapter_base(lora.init_from) is None:
                 require_every_layer(lora.init_from, wanted, targets)
+            require_ranks_in_file(lora.init_from, targets, loaded.names, plain.tensors, PREFIX)
             _require_same_targets(loaded, asked, lora, targets, reached)
     config = _live_config(targets, lora)
     settings = {key: getattr(lora, key) for key in SETTINGS}

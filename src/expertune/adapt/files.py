@@ -21,8 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from expertune.adapt.factors import PREFIX, Factors, PerExpert, dtype_in_file, fold, fuse, pad, unfold
+from expertune.adapt.sound import require_sound_config, require_sound_tensors
 from expertune.adapt.stock_trial import StockLayout
 from expertune.checkpoint.fingerprint import Fingerprint
+from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.reader import read_metadata
 from expertune.checkpoint.store import Outgoing, write_tensors
@@ -326,14 +328,9 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
         CheckpointError: there is none, it is damaged, or it is not a LoRA with one pair of factors per projection.
     """
     path = Path(folder) / CONFIG_NAME
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no {CONFIG_NAME} here; is it an adapter folder?") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a mapping, got {type(config).__name__}")
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no {CONFIG_NAME} here; is it an adapter folder?")
+    config = read_mapping(path, fix="copy the adapter again")
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be read")
     for key in ("use_dora", "modules_to_save", "alora_invocation_tokens", "layers_to_transform"):
@@ -341,11 +338,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: {key} is set, which Expertune does not read")
     if config.get("bias", "none") != "none":
         raise CheckpointError(f"{path}: bias is {config['bias']!r}; only adapters without trained biases can be read")
-    if not isinstance(config.get("target_modules") or [], list):
-        raise CheckpointError(f"{path}: target_modules must be a list of projection names")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float):
-            raise CheckpointError(f"{path}: {key} must be a number, got {config.get(key)!r}")
+    require_sound_config(path, config)
     return config
 
 
@@ -362,7 +355,11 @@ def read_adapter_settings(folder: str | Path) -> dict[str, Any] | None:
         values = json.loads(read_metadata(Path(folder) / WEIGHTS_NAME).get(_SETTINGS_KEY, "null"))
     except (ValueError, RecursionError):
         return None
-    return values if isinstance(values, dict) and values.keys() == set(SETTINGS) else None
+    if not isinstance(values, dict) or values.keys() != set(SETTINGS):
+        return None
+    named = {"lora_alpha": values["alpha"], "use_rslora": values["rslora"]}
+    require_sound_config(Path(folder) / WEIGHTS_NAME, values | named)
+    return values
 
 
 def read_adapter_tensors(folder: str | Path) -> dict[str, Tensor]:
@@ -377,9 +374,11 @@ def read_adapter_tensors(folder: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {WEIGHTS_NAME} here (pickled adapters are never loaded)")
     try:
-        return {key: tensor for key, tensor in load_file(path).items() if not key.endswith(_COPIES)}
+        tensors = {key: tensor for key, tensor in load_file(path).items() if not key.endswith(_COPIES)}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged ({error})") from None
+    require_sound_tensors(path, tensors)
+    return tensors
 
 
 @torch.no_grad()

@@ -64,7 +64,11 @@ def fetch_model(
 def refusal(error: Exception) -> str:
     """Why transformers does not load something, in a line; names the option where a model asks for trust."""
     text = str(error).strip()
-    reason = text.splitlines()[0] if text else type(error).__name__
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    reason = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    if not isinstance(error, ValueError | OSError | ImportError) or not reason:
+        reason = f"{type(error).__name__}: {reason}".removesuffix(": ")
+    reason = reason if len(reason) <= 400 else f"{reason[:400]} ..."
     if "trust_remote_code" not in text:
         return reason
     return (

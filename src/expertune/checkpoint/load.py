@@ -26,6 +26,7 @@ from transformers import (
 from expertune.attention import attend_by_row
 from expertune.checkpoint.fingerprint import Fingerprint, read_fingerprint
 from expertune.checkpoint.hub import refusal
+from expertune.checkpoint.json_file import read_config
 from expertune.checkpoint.linears import linears_to_quantize
 from expertune.checkpoint.loader import Loader, Progress, first_names
 from expertune.checkpoint.names import NameMap, read_names
@@ -36,7 +37,7 @@ from expertune.checkpoint.prequantized import (
     method_of,
     scheme_of,
 )
-from expertune.checkpoint.reader import open_checkpoint
+from expertune.checkpoint.reader import CheckpointIndex, open_checkpoint
 from expertune.checkpoint.restore import ReadExperts, fill, missing_tensors, settings_of
 from expertune.checkpoint.store import Nf4Folder, is_nf4_folder, read_nf4_folder
 from expertune.checkpoint.verified import require_verified
@@ -70,16 +71,16 @@ def build_meta_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: 
     """The model that a folder's config.json describes, with parameters on the meta device and real buffers.
 
     Raises:
-        ConfigError: no config.json, or transformers cannot build a causal language model from it.
+        ConfigError: no config.json, a damaged one, or transformers cannot build a causal language model from it.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder}: no config.json here; is it a model folder?")
+    read_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with init_empty_weights(include_buffers=False), _LargeTensorsOnMeta():
             return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except Exception as error:
+        # Values of wrong types and sizes end in whatever the family's own code stumbles over.
         where = folder / "config.json"
         raise ConfigError(f"{where}: transformers cannot build this model: {refusal(error)}") from None
 
@@ -160,6 +161,7 @@ def load_model(
     method = quantization_method(index.folder, model, index.tensors)
     attend_by_row(model)
     names = read_names(model)
+    _require_enough_bytes(model, index)
     pieces = find_pieces(index.tensors, method)
     stored = double_quantization_of(pieces, names)
     if stored is not None:
@@ -248,6 +250,18 @@ def refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:
         "a model with 4-bit experts is not written by save_pretrained: copy its NF4 folder (`expertune quantize MODEL "
         "OUT` writes one). Adapters are saved by save_pretrained of the PeftModel around it, into a folder of their own"
     )
+
+
+def _require_enough_bytes(model: PreTrainedModel, index: CheckpointIndex) -> None:
+    """Refuse a config whose model is far larger than what the files can hold, before memory is taken for it."""
+    head = model.get_output_embeddings()
+    tied = 0 if head is None else sum(parameter.numel() for parameter in head.parameters())
+    count = sum(parameter.numel() for parameter in model.parameters()) - tied
+    if count > 2 * index.nbytes:  # two to a byte, if all were in 4 bits
+        raise CheckpointError(
+            f"{index.folder}: config.json describes a model of {count} weights, and the files hold {index.nbytes} "
+            "bytes: they do not belong together; download the folder again"
+        )
 
 
 def quantization_method(folder: Path, model: PreTrainedModel, keys: Iterable[str]) -> Method | None:

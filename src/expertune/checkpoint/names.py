@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from expertune.errors import UnsupportedModelError
 from expertune.experts.contract import ExpertsSpec, require_experts
 from expertune.experts.router import find_router
 
@@ -160,7 +161,11 @@ def read_names(model: nn.Module) -> NameMap:
     Raises:
         UnsupportedModelError: the model has no experts that can be packed.
     """
-    specs = require_experts(model)
+    try:
+        specs = require_experts(model)
+    except UnsupportedModelError as error:
+        folder = getattr(getattr(model, "config", None), "_name_or_path", "")
+        raise UnsupportedModelError(f"{folder}: {error}" if folder else str(error)) from None
     transforms = get_model_conversion_mapping(model)
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     # Renamings of long ago come last; nothing is written by them.

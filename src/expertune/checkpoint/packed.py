@@ -148,10 +148,14 @@ def read_packed(key: str, entries: Mapping[str, TensorEntry]) -> Packed:
         UnsupportedModelError: packed in other blocks, or with another codebook.
     """
     if any(part.startswith("quant_state.") and part != NF4_STATE for part in entries):
-        raise UnsupportedModelError(f"{key}: 4-bit values of another kind than nf4: give the 16-bit checkpoint")
+        shard = next(iter(entries.values())).shard
+        raise UnsupportedModelError(
+            f"{shard}: {key}: 4-bit values of another kind than nf4: give the 16-bit checkpoint"
+        )
     for part in ("weight", "absmax", "quant_map", NF4_STATE):
         if part not in entries:
-            raise CheckpointError(f"{key}: its {part} is missing; download the checkpoint again")
+            shard = next(iter(entries.values())).shard
+            raise CheckpointError(f"{shard}: {key}: its {part} is missing; download the checkpoint again")
     entry = entries["weight"]
     try:
         state = json.loads(bytes(entries[NF4_STATE].read().numpy()))

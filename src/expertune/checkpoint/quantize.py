@@ -23,6 +23,7 @@ from expertune.checkpoint.contents import FLOATS, Keeper, layer_tensors, rest_te
 from expertune.checkpoint.guide import guide
 from expertune.checkpoint.hub import CODE, SMALL_FILES, ModelSource, fetch_model
 from expertune.checkpoint.jobs import Job, estimate_bytes, few_shards_at_once, make_jobs
+from expertune.checkpoint.json_file import read_config
 from expertune.checkpoint.linears import decoder_layers, linears_to_quantize
 from expertune.checkpoint.load import build_meta_model, quantization_method, swap_experts
 from expertune.checkpoint.names import read_names
@@ -47,7 +48,7 @@ from expertune.checkpoint.store import (
     write_tensors,
 )
 from expertune.config import QuantizationConfig
-from expertune.errors import CheckpointError
+from expertune.errors import CheckpointError, ExpertuneError
 from expertune.processes import require_one_process
 from expertune.record import write_json, write_text
 
@@ -99,9 +100,21 @@ def quantize(
         shards = _find_shards(model, source, out)
     name = model if source.revision else str(source.folder.resolve())
     work = _Work.plan(name, source, out, shards, quantization or QuantizationConfig(), dtype, trust_remote_code)
+    was_there, is_fresh = out.exists(), not is_nf4_folder(out)
     try:
         if not work.is_finished():
             work.run(progress)
+    except ExpertuneError as error:
+        if work.files:
+            files = "1 finished file is" if len(work.files) == 1 else f"{len(work.files)} finished files are"
+            kept = f"{files} kept in {out}, and the same command goes on from there"
+            raise type(error)(f"{error}. {kept}") from None
+        if is_fresh:
+            # A source that cannot be read leaves nothing behind; what is finished is kept for the same command.
+            (out / PROGRESS_MARK).unlink(missing_ok=True)
+            if out.is_dir() and not was_there and not any(out.iterdir()):
+                out.rmdir()
+        raise
     except OSError as error:
         raise _cannot_write(out, error, work.bytes_left()) from None
     return read_nf4_folder(out)
@@ -158,8 +171,8 @@ class _Work:
         trust_remote_code: bool,
     ) -> "_Work":
         """What is to be done, from the config and the names of the tensors alone."""
-        config_text = (source.folder / "config.json").read_text(encoding="utf-8") if _has_config(source) else "{}"
-        compute = FLOATS[dtype] if dtype != "auto" else config_dtype(json.loads(config_text))
+        values = read_config(source.folder)
+        compute = FLOATS[dtype] if dtype != "auto" else config_dtype(values)
         model = build_meta_model(source.folder, compute, trust_remote_code)
         method = quantization_method(source.folder, model, shards.weight_map)
         names = read_names(model)
@@ -179,7 +192,7 @@ class _Work:
         identity = {
             "model": name,
             "revision": source.revision,
-            "config_sha256": hashlib.sha256(config_text.encode()).hexdigest(),
+            "config_sha256": hash_file(source.folder / "config.json").sha256,
             "tensors_sha256": hashlib.sha256(weight_map.encode()).hexdigest(),
             "quantization": {"scheme": scheme} | settings.model_dump(include={"double_quantization", "block_size"}),
             "dtype": dtype,
@@ -319,7 +332,7 @@ class _Work:
         (self.out / PROGRESS_MARK).unlink(missing_ok=True)
 
     def _config(self) -> str:
-        values = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
+        values = read_config(self.source.folder)
         for section in [values, *(value for value in values.values() if isinstance(value, dict))]:
             section.pop("quantization_config", None)
         if self.dtype != "auto":
@@ -329,13 +342,10 @@ class _Work:
         return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
-def _has_config(source: ModelSource) -> bool:
-    return (source.folder / "config.json").is_file()
-
-
 def config_dtype(config: dict[str, Any]) -> torch.dtype:
     """The dtype that a config names for its model; bfloat16 where it names none of ours."""
-    text = config.get("text_config") or {}
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else {}
     named = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
     return FLOATS.get(str(named), torch.bfloat16)
 

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertune.checkpoint.json_file import read_mapping
 from expertune.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100 * 2**20
+_MAX_DIMENSIONS = 16
 
 _DTYPES = {
     "F64": torch.float64,
@@ -185,14 +187,22 @@ def read_header(shard: Path) -> dict[str, TensorEntry]:
     """
     header, start, size = _parse_header(shard)
     header.pop("__metadata__", None)
-    entries = [_entry(shard, key, value, start) for key, value in header.items()]
+    entries = sorted((_entry(shard, key, value, start) for key, value in header.items()), key=lambda each: each.start)
+    end, before = start, ""
     for entry in entries:
         if entry.start + entry.nbytes > size:
             raise CheckpointError(
-                f"{shard}: truncated: tensor {entry.key} ends at byte {entry.start + entry.nbytes}, the file has "
-                f"{size}; download it again"
+                f"{shard}: truncated: tensor {short(entry.key)} ends at byte {entry.start + entry.nbytes}, the file "
+                f"has {size}; download it again"
             )
-    return {entry.key: entry for entry in sorted(entries, key=lambda entry: entry.start)}
+        if entry.nbytes and entry.start < end:
+            raise CheckpointError(
+                f"{shard}: the header is damaged: tensors {short(before)} and {short(entry.key)} share bytes; download "
+                "it again"
+            )
+        if entry.nbytes:
+            end, before = entry.start + entry.nbytes, entry.key
+    return {entry.key: entry for entry in entries}
 
 
 def read_metadata(shard: Path) -> dict[str, str]:
@@ -208,6 +218,8 @@ def read_metadata(shard: Path) -> dict[str, str]:
 def _parse_header(shard: Path) -> tuple[dict[str, Any], int, int]:
     """The header's JSON, the byte at which the data begins, and the file's size."""
     try:
+        if shard.exists() and not shard.is_file():  # a pipe would never end
+            raise CheckpointError(f"{shard}: not a file; download it again")
         size = shard.stat().st_size
         with shard.open("rb") as file:
             prefix = file.read(8)
@@ -222,21 +234,32 @@ def _parse_header(shard: Path) -> tuple[dict[str, Any], int, int]:
         raise CheckpointError(f"{shard}: shard is missing; download it again") from None
     except OSError as error:
         raise CheckpointError(f"{shard}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{shard}: the safetensors header is damaged ({error}); download it again") from None
 
 
-def _entry(shard: Path, key: str, value: dict, data_start: int) -> TensorEntry:
+def _entry(shard: Path, key: str, value: Any, data_start: int) -> TensorEntry:
     try:
-        dtype, shape = _DTYPES[value["dtype"]], tuple(int(size) for size in value["shape"])
-        begin, end = (int(offset) for offset in value["data_offsets"])
-        if min(shape, default=0) < 0:
-            raise ValueError(f"shape {shape}")
+        dtype, shape, (begin, end) = _DTYPES[value["dtype"]], tuple(value["shape"]), value["data_offsets"]
+        numbers = [*shape, begin, end]
+        if any(type(number) is not int for number in numbers) or min(numbers) < 0 or len(shape) > _MAX_DIMENSIONS:
+            raise ValueError(f"shape and offsets {str(value)[:100]}")
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{shard}: the header of tensor {key} is damaged or of unknown dtype ({error})") from None
-    if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
-        raise CheckpointError(f"{shard}: tensor {key} of shape {shape} and {dtype} cannot lie in {end - begin} bytes")
+        raise CheckpointError(
+            f"{shard}: the header of tensor {short(key)} is damaged or of unknown dtype ({str(error)[:200]}); download "
+            "it again"
+        ) from None
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise CheckpointError(
+            f"{shard}: tensor {short(key)} of shape {shape} and {dtype} cannot lie in {end - begin} bytes; download it "
+            "again"
+        )
     return TensorEntry(key, shard, dtype, shape, data_start + begin, end - begin)
+
+
+def short(key: str) -> str:
+    """A tensor's name for a message: names of a damaged file may be as long as the file."""
+    return key if len(key) <= 200 else f"{key[:200]}..."
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -255,16 +278,26 @@ def read_weight_map(folder: Path) -> dict[str, str]:
     path = folder / INDEX_NAME
     if not path.exists():
         return {}
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged index ({error!r}); download it again") from None
+    weight_map = read_mapping(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: its weight_map names no tensors")
+        raise CheckpointError(f"{path}: damaged: its weight_map names no tensors; download it again")
     for key, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{path}: tensor {key} lies in {name!r}, which is no file name")
+        if not isinstance(name, str) or not _is_file_name(name):
+            raise CheckpointError(
+                f"{path}: tensor {short(key)} lies in {repr(name)[:100]}, which is no file name; download it again"
+            )
     return weight_map
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a name is one of a file in the same folder."""
+    return (
+        Path(name).name == name
+        and name not in ("", "..")
+        and "\0" not in name
+        and name.isprintable()
+        and len(name) < 256
+    )
 
 
 def _loose_shards(folder: Path) -> list[Path]:

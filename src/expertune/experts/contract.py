@@ -129,7 +129,7 @@ def read_spec(name: str, module: nn.Module) -> ExpertsSpec:
     if spec.has_post_expert_norm and not isinstance(getattr(module, "post_expert_norm", None), nn.Module):
         raise UnsupportedModelError(f"{name}: has_post_expert_norm is set, but there is no module post_expert_norm")
     for what, size in (("hidden size", hidden_size), ("intermediate size", intermediate_size)):
-        if size % BLOCK_SIZE:
+        if size % BLOCK_SIZE or not size:
             raise UnsupportedModelError(
                 f"{name}: {what} {size} is no multiple of {BLOCK_SIZE}, the number of weights that share one scale, so "
                 "its experts cannot be held in 4 bits; choose a model of other sizes, or tune this one with plain PEFT"

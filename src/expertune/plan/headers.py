@@ -4,15 +4,16 @@ Of a hub model nothing is downloaded beyond config.json, the index and the heade
 shard, by a range request).
 """
 
-import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
+from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.names import Destination, NameMap
-from expertune.checkpoint.reader import INDEX_NAME, open_checkpoint
+from expertune.checkpoint.reader import INDEX_NAME, open_checkpoint, read_weight_map
 from expertune.errors import CheckpointError, ConfigError
 from expertune.experts.contract import ExpertsSpec
 from expertune.experts.layout import fused_projections
@@ -20,6 +21,9 @@ from expertune.experts.layout import fused_projections
 # The hub folder's own files: enough to build the model without weights. Code only where the run file trusts it.
 _FILES = ["config.json", INDEX_NAME]
 _CODE = ["*.py"]
+
+# Missing tensors that a message names.
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -152,41 +156,45 @@ def _require_shape(headers: Headers, key: str, shape: tuple[int, ...] | None, ex
 def _require_all(
     headers: Headers, model: nn.Module, names: NameMap, found: set[tuple[str, str | None, int | None]]
 ) -> None:
-    missing = [
-        names.expert_on_disk(module, expert, projection) + ".weight"
-        for module, spec in names.specs.items()
-        for projection in spec.projections
-        for expert in range(spec.num_experts)
-        if (module, projection, expert) not in found
-    ]
+    # A config may ask for millions of experts: only as many are named as are told.
+    missing: list[str] = []
+    num_missing = 0
+    counts = Counter((module, projection) for module, projection, expert in found if expert is not None)
+    for module, spec in names.specs.items():
+        for projection in spec.projections:
+            have = counts[module, projection]
+            num_missing += spec.num_experts - have
+            for expert in range(spec.num_experts if have < spec.num_experts else 0):
+                if len(missing) == _NAMED:
+                    break
+                if (module, projection, expert) not in found:
+                    missing.append(names.expert_on_disk(module, expert, projection) + ".weight")
     # A tied weight is stored under any one of its names.
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name.rpartition(".")[0] not in names.specs:
             aliases.setdefault(id(parameter), []).append(name)
-    missing += [
+    plain = [
         names.on_disk(shared[0])
         for shared in aliases.values()
         if not any((name, None, None) in found for name in shared)
     ]
+    missing, num_missing = [*missing, *plain][:_NAMED], num_missing + len(plain)
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        more = f" and {num_missing - _NAMED} more" if num_missing > _NAMED else ""
         raise CheckpointError(
-            f"{headers.source}: the config asks for tensors that the checkpoint lacks: {', '.join(missing[:3])}{more}"
+            f"{headers.source}: the config asks for tensors that the checkpoint lacks: {', '.join(missing)}{more}"
         )
 
 
 def _index_alone(model: str, folder: Path) -> Headers | None:
     """Names by the index of a folder whose shards are not here."""
-    path = folder / INDEX_NAME
-    if not path.is_file():
+    weight_map = read_weight_map(folder)
+    if not weight_map:
         return None
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        names, size = dict.fromkeys(index["weight_map"]), index.get("metadata", {}).get("total_size")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: damaged index ({error!r}); download it again") from None
-    return Headers(model, names, int(size) if size is not None else None)
+    metadata = read_mapping(folder / INDEX_NAME).get("metadata")
+    size = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return Headers(model, dict.fromkeys(weight_map), size if isinstance(size, int) and size >= 0 else None)
 
 
 def _fetch_config(model: str, revision: str | None, trust_remote_code: bool) -> Path:
