@@ -220,7 +220,9 @@ def run_file(shape: Shape, folder: Path, rows: Path, output_dir: Path) -> dict[s
     data = dict(shape.run["data"])
     evaluated = shape.run["training"].get("per_device_eval_batch_size", 0)
     if "task" in shape.run:
-        rows, data["format"], evaluated = folder / QUESTIONS, "prompt-completion", shape.run["task"]["batch_size"]
+        rows, evaluated = folder / QUESTIONS, shape.run["task"]["batch_size"]
+        # As they were cut: headings would make them longer than a row may be.
+        data |= {"format": "prompt-completion", "template": "plain"}
     data["train"] = f"{rows}[0:{_ROWS // 2}]"
     if "eval" in data:
         data["eval"] = f"{rows}[{_ROWS // 2}:{_ROWS // 2 + evaluated}]"
