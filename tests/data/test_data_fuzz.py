@@ -3,8 +3,10 @@
 import gzip
 import io
 import json
+import os
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from expertune.checkpoint.tokenizer import load_tokenizer
+from expertune.cli import main
 from expertune.config import DataConfig
 from expertune.data import prepare_rows, trial
 from expertune.errors import ExpertuneError
@@ -287,3 +290,36 @@ def test_tokenizer_file_of_any_bytes_is_refused_or_read(model, name, content):
     finally:
         path.unlink() if before is None else path.write_bytes(before)
         (model / "tokenizer.json").write_bytes(hidden)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("rows.jsonl", b'{"prompt": "a", "prompt": "b"}\n\xff\n', "rows.jsonl: row 1: not valid JSON"),
+        ("mine.jinja", b"{{ 10**(10**10) }}{{ prompt }}{{ completion }}", "mine.jinja: one example takes more than"),
+        ("model/tokenizer.json", b'{"model": 1}', "its tokenizer cannot be loaded"),
+    ],
+)
+def test_train_on_a_bad_file_ends_with_exit_code_2_and_leaves_nothing(
+    tmp_path, monkeypatch, capsys, name, content, named
+):
+    monkeypatch.setattr(trial, "SECONDS", 1)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TINY, tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW), encoding="utf-8")
+    (tmp_path / "mine.jinja").write_text("{{ prompt }} {{ completion }}", encoding="utf-8")
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "run.yaml").write_text(
+        "model: model\ndata: {train: rows.jsonl, template: mine.jinja}\noutput_dir: out\n"
+    )
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["expertune", "train", "run.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert named in said
+    assert said.count("expertune: error: ") == 1
+    assert "Traceback" not in said
+    assert sorted(tmp_path.rglob("*")) == before

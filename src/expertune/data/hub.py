@@ -29,7 +29,7 @@ def read_hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     split = rest[-1] if rest else "train"
     config = rest[0] if len(rest) == 2 else None
     try:
-        dataset = load_dataset(dataset_name, config, split=split)
+        rows = [dict(row) for row in load_dataset(dataset_name, config, split=split)]
     except Exception as error:  # the client lets errors of several libraries through (http, file system, its own)
         raise DataError(
             f"{name}: neither a local file nor a dataset that the hub gave us "
@@ -37,8 +37,8 @@ def read_hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             f"connected machine run `hf download --repo-type dataset {dataset_name} --local-dir rows`, copy the "
             "folder here, and set data.train or data.eval to the .jsonl, .json, .csv or .parquet file in it"
         ) from error
-    for number, row in enumerate(dataset, start=1):
-        yield f"{dataset_name}:{split}: row {number}", dict(row)
+    for number, row in enumerate(rows, start=1):
+        yield f"{dataset_name}:{split}: row {number}", row
 
 
 def _first_line(error: Exception) -> str:
