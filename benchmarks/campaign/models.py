@@ -62,6 +62,7 @@ def random_model(model: Model, dtype: torch.dtype, device: torch.device) -> Expe
     built.is_loaded_in_4bit = True  # PEFT reads this flag to adapt `Linear4bit` layers as 4-bit ones
     built.eval()
     lora = LoraSection(r=model.lora.r, alpha=model.lora.alpha, dropout=model.lora.dropout, targets=list(model.targets))
+    built.nf4_names = names  # as a loaded model carries them
     adapted = attach(LoadedModel(built, names), lora, "benchmark")
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and "lora_B" in name:
