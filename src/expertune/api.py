@@ -362,7 +362,7 @@ def _train(
     bar = ProgressBar(lambda: trainer.history, bars)
     trainer.add_callback(Evaluations(at_end=evaluates_at_ends(config)))
     trainer.add_callback(bar)
-    trackers = Trackers(trainer, output_dir, resumed=checkpoint is not None)
+    trackers = Trackers(trainer, output_dir, resumed=resumed is not None)
     try:
         with trackers.open(named="run_name" in config.training):
             trainer.train(resume_from_checkpoint=checkpoint)

@@ -34,7 +34,7 @@ class Trackers:
     Args:
         trainer: the trainer, with the trackers' callbacks.
         run_dir: the run folder; `trackers.json` in it keeps what a resumed run goes on with.
-        resumed: whether the run goes on from a checkpoint.
+        resumed: whether the run goes on with what was begun, from a checkpoint or from its first step.
     """
 
     def __init__(self, trainer: Trainer, run_dir: Path, resumed: bool) -> None:
