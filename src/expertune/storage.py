@@ -59,11 +59,14 @@ def _reason(error: Exception, folder: Path) -> str | None:
         where, number = str(error.filename or folder), error.errno
     elif match := _OF_RUST.search(text):
         where, number = str(folder), int(match[1])
-    elif _OF_TORCH.search(text):
-        free = shutil.disk_usage(folder).free / 1e6 if folder.exists() else 0
-        return (
-            f"{folder}: a file could not be written to its end, with {free:,.0f} MB free there; make room or check it"
-        )
+    elif isinstance(error, RuntimeError) and _OF_TORCH.search(text):
+        # Neither file nor reason is in it: the last file that was begun, and what a write there meets now.
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        where = str(max(files, key=lambda path: path.stat().st_mtime_ns, default=folder))
+        number = _error_of_a_write(folder)
+        if not number:
+            free = shutil.disk_usage(folder).free / 1e6
+            return f"{where}: could not be written to its end, with {free:,.0f} MB free there; check the disk"
     else:
         return None
     return f"{where}: {os.strerror(number)}; {_REMEDY.get(number, 'see to the reason')}"

@@ -13,6 +13,7 @@ from expertune.plan.inventory import FrozenWeights
 from expertune.plan.memory import optimizer_bytes
 from expertune.plan.settings import Settings, training_argument
 from expertune.plan.source import Source
+from expertune.plan.table import size
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def require_room(disk: Disk, training: Mapping[str, Any], num_examples: int, run
     needed = disk.adapter_bytes + max(count * disk.checkpoint_bytes - held, 0)
     free = shutil.disk_usage(run_dir).free
     if needed > free:
-        sizes = [f"{nbytes / 1e9:,.2f} GB" for nbytes in (needed, disk.adapter_bytes, disk.checkpoint_bytes, free)]
+        sizes = [size(nbytes) for nbytes in (needed, disk.adapter_bytes, disk.checkpoint_bytes, free)]
         raise StorageError(
             f"{run_dir}: the run will write {sizes[0]} here (adapter {sizes[1]}, up to {count} checkpoints of "
             f"{sizes[2]} at once), and {sizes[3]} are free; make room, lower training.save_total_limit, or choose "

@@ -1,0 +1,64 @@
+"""What a failed write is called, whichever library wrote."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from expertune import storage
+from expertune.errors import StorageError
+from expertune.storage import storage_errors_named, told_if_it_fails
+
+
+class FullDisk:
+    """A file that takes no byte."""
+
+    def write(self, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def flush(self) -> None:
+        pass
+
+
+TORCH = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 46 vs 0")
+
+
+def named(folder: Path, error: Exception) -> str:
+    with pytest.raises(StorageError) as said, storage_errors_named(folder):
+        raise error
+    return str(said.value)
+
+
+def test_error_of_torchs_archive_names_the_last_file_and_what_a_write_meets_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "optimizer.pt").touch()
+    assert "optimizer.pt: could not be written to its end" in named(tmp_path, TORCH)
+    monkeypatch.setattr(storage, "_error_of_a_write", lambda folder: errno.ENOSPC)
+    assert "optimizer.pt: No space left on device; make room on this disk, then give" in named(tmp_path, TORCH)
+
+
+def test_error_that_torchs_archive_raises_today_is_known(tmp_path: Path) -> None:
+    with pytest.raises((RuntimeError, OSError)) as raised:
+        torch.save({"a": torch.ones(100)}, FullDisk())
+    assert isinstance(raised.value, OSError) or storage._OF_TORCH.search(str(raised.value))
+
+
+def test_systems_error_in_a_message_of_safetensors_is_read(tmp_path: Path) -> None:
+    error = ValueError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert f"{tmp_path}: {os.strerror(errno.ENOSPC)}; make room" in named(tmp_path, error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError("own words"), ConnectionError(111, "x")])
+def test_other_errors_pass_as_they_are(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(error)) as said, storage_errors_named(tmp_path):
+        raise error
+    assert said.value is error
+
+
+def test_picture_that_cannot_be_written_is_told_and_stops_nothing(tmp_path: Path) -> None:
+    told: list[str] = []
+    told_if_it_fails("summary.png", (tmp_path / "missing" / "summary.png").touch, told.append)
+    assert told == ["summary.png could not be written (No such file or directory); the run goes on without it"]
