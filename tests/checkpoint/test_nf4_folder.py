@@ -269,7 +269,15 @@ def test_manifest_of_an_unknown_scheme_is_refused(copy: Path) -> None:
 
 def test_manifest_that_is_no_json_is_refused(copy: Path) -> None:
     (copy / "expertune.json").write_text("{", encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"expertune\.json: cannot be read as JSON"):
+    with pytest.raises(CheckpointError, match=r"expertune\.json: damaged: not valid JSON"):
+        load_tiny(copy)
+
+
+def test_folder_that_has_lost_its_manifest_says_so(copy: Path) -> None:
+    (copy / "expertune.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"an NF4 folder that has lost its expertune\.json; copy the whole folder"
+    ):
         load_tiny(copy)
 
 

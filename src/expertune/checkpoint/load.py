@@ -39,7 +39,7 @@ from expertune.checkpoint.prequantized import (
 )
 from expertune.checkpoint.reader import CheckpointIndex, open_checkpoint
 from expertune.checkpoint.restore import ReadExperts, fill, missing_tensors, settings_of
-from expertune.checkpoint.store import Nf4Folder, is_nf4_folder, read_nf4_folder
+from expertune.checkpoint.store import FOLDER_MARK, METHOD, Nf4Folder, is_nf4_folder, read_nf4_folder
 from expertune.checkpoint.verified import require_verified
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, ConfigError, ExportError
@@ -268,10 +268,14 @@ def quantization_method(folder: Path, model: PreTrainedModel, keys: Iterable[str
     """How the checkpoint of a meta model is quantized, by its config or its tensors' names; None where it is not.
 
     Raises:
+        CheckpointError: it is an NF4 folder without its manifest.
         UnsupportedModelError: in a way that cannot be read.
     """
     scheme = getattr(model.config, "quantization_config", None)
-    return method_of(scheme if scheme is None or isinstance(scheme, dict) else scheme.to_dict(), keys, str(folder))
+    values = scheme if scheme is None or isinstance(scheme, dict) else scheme.to_dict()
+    if values is not None and values.get("quant_method") == METHOD:
+        raise CheckpointError(f"{folder}: an NF4 folder that has lost its {FOLDER_MARK}; copy the whole folder again")
+    return method_of(values, keys, str(folder))
 
 
 def swap_experts(

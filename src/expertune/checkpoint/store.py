@@ -23,6 +23,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.reader import INDEX_NAME, CheckpointIndex, TensorEntry, dtype_name, open_checkpoint
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError
@@ -247,13 +248,10 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
 
 
 def _read_json(path: Path, sections: Iterable[str]) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: no {path.name} here; is it an NF4 folder?") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); {_AGAIN}") from None
-    version = values.get("format_version") if isinstance(values, dict) else None
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent}: no {path.name} here; is it an NF4 folder?")
+    values = read_mapping(path, fix=_AGAIN)
+    version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format version {version}, this Expertune reads {FORMAT_VERSION}; quantize the model again, or "
