@@ -116,7 +116,9 @@ def test_train_that_keeps_the_best_names_it_and_its_value_and_writes_that_adapte
     monkeypatch.setattr(HeldOut, "metrics", lambda self, step: {"loss": next(losses)})
     record, said = run(run_values, load_best_model_at_end=True)
     run_dir = Path(run_values["output_dir"])
-    assert record["adapter"] == {"step": 6, "checkpoint": "checkpoint-6", "metric": "loss", "value": 2.0}
+    assert (
+        record["adapter"].items() >= {"step": 6, "checkpoint": "checkpoint-6", "metric": "loss", "value": 2.0}.items()
+    )
     assert record["eval"]["after"] == 2.0
     assert "that of checkpoint-6, the best by loss (2.0000)" in said
     adapters = [
@@ -136,7 +138,10 @@ def test_train_chooses_its_best_checkpoint_by_the_tasks_score(
     training = {"metric_for_best_model": "eval_exact_match", "load_best_model_at_end": True}
     record, said = run(values, **training)
     assert record["eval"]["scores"] == [[3, {"exact_match": 0.5}], [6, {"exact_match": 1.0}], [9, {"exact_match": 0.5}]]
-    assert record["adapter"] == {"step": 6, "checkpoint": "checkpoint-6", "metric": "exact_match", "value": 1.0}
+    assert (
+        record["adapter"].items()
+        >= {"step": 6, "checkpoint": "checkpoint-6", "metric": "exact_match", "value": 1.0}.items()
+    )
     assert record["eval"]["after"] == dict(record["eval"]["loss"])[6]
     assert "exact_match 1.000" in said
 
