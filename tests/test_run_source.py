@@ -85,6 +85,17 @@ def test_commit_that_a_branch_resolved_to_is_taken_again(project: Path) -> None:
     assert load_config(path, ["output_dir=second"]).revision == "0a1b2c"
 
 
+def test_run_of_a_record_takes_the_template_that_its_rows_had_and_not_todays_choice(project: Path) -> None:
+    record = RunRecord.load(project / "runs/first")
+    record.values["config"] = RUN_FILE | {"data": {"train": "rows/*.jsonl"}}
+    record.update("data", train={"format": "prompt-completion", "template": "plain"})
+    again = load_config(project / "runs/first", ["output_dir=second"])
+    assert (again.data.format, again.data.template) == ("prompt-completion", "plain")
+    # Other rows are looked at anew.
+    other = load_config(project / "runs/first", ["output_dir=second", "data.train=other.jsonl"])
+    assert (other.data.format, other.data.template) == ("auto", None)
+
+
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [

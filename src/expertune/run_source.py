@@ -17,7 +17,7 @@ from expertune.config import RunConfig, apply_overrides, load_config, recorded_c
 from expertune.errors import CheckpointError, ConfigError
 from expertune.record import RECORD_NAME, RunRecord
 
-_PATHS = (("", "model"), ("data", "train"), ("data", "eval"), ("data", "template"), ("lora", "init_from"))
+_PATHS = ((None, "model"), ("data", "train"), ("data", "eval"), ("data", "template"), ("lora", "init_from"))
 _SLICE = re.compile(r"\[\d*:\d*\]$")
 
 
@@ -44,8 +44,13 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), resume: bool = Fal
     values = recorded_values(record)
     if resume:
         values["output_dir"] = str(folder)
-    elif commit := record.values.get("model", {}).get("revision"):
-        values["revision"] = commit  # a branch may have moved on
+    else:
+        if commit := record.values.get("model", {}).get("revision"):
+            values["revision"] = commit  # a branch may have moved on
+        report = record.values.get("data", {}).get("train")
+        if report and not any(override.startswith("data.") for override in overrides):
+            # The same text again, also where this version would choose another template for such columns.
+            values["data"] = {key: report[key] for key in ("format", "template") if key in report} | values["data"]
     apply_overrides(values, overrides)
     config = recorded_config(values, where=str(record.path))
     if not resume and Path(config.output_dir).resolve() == folder.resolve():
@@ -74,13 +79,7 @@ def recorded_values(record: RunRecord) -> dict[str, Any]:
         bases.append(Path(os.path.normpath(record.path.parent.absolute() / was["directory_from_run"])))
     if isinstance(was.get("directory"), str):
         bases.append(Path(was["directory"]))
-    for section, key in (
-        (None, "model"),
-        ("data", "train"),
-        ("data", "eval"),
-        ("data", "template"),
-        ("lora", "init_from"),
-    ):
+    for section, key in _PATHS:
         held = values if section is None else values.get(section)
         if isinstance(held, dict) and key in held:
             held[key] = _found(held[key], bases)
