@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from expertune import storage
+from expertune.cli import app
 from expertune.errors import StorageError
 from expertune.storage import storage_errors_named, told_if_it_fails
 
@@ -62,3 +64,17 @@ def test_picture_that_cannot_be_written_is_told_and_stops_nothing(tmp_path: Path
     told: list[str] = []
     told_if_it_fails("summary.png", (tmp_path / "missing" / "summary.png").touch, told.append)
     assert told == ["summary.png could not be written (No such file or directory); the run goes on without it"]
+
+
+@pytest.mark.parametrize("arguments", [["evaluate", "runs/a"], ["generate", "runs/a", "--prompt", "x"]])
+def test_disk_that_fails_under_any_command_is_one_error(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(run_dir: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", f"{run_dir}/record.json")
+
+    monkeypatch.setattr("expertune.cli.RunRecord.load", load)
+    ended = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert ended.exit_code == 2
+    assert (
+        ended.stderr
+        == "expertune: error: runs/a/record.json: Input/output error; check the disk, or take another one\n"
+    )

@@ -6,31 +6,33 @@ mistake or a bad run file answers at once.
 """
 
 import contextlib
-import json
 import logging
 import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from expertune import RunRecord, __version__, load_config
-from expertune.errors import ConfigError, DataError, ExpertuneError
+from expertune.errors import ConfigError, ExpertuneError
 from expertune.run_folder import after_interruption
 from expertune.signals import Terminated
+from expertune.storage import failure
+from expertune.terminal import (
+    converse,
+    print_json,
+    print_scores,
+    print_table,
+    quantizing,
+    say,
+    stdout_for_results,
+)
 from expertune.threads import prepare_threads
 
-if TYPE_CHECKING:
-    from expertune.api import OpenRun
-
 _LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "torch", "transformers")
-
-# Width of a table that is not read on a terminal.
-_FILE_WIDTH = 120
 
 
 class _Commands(typer.core.TyperGroup):
@@ -42,10 +44,16 @@ class _Commands(typer.core.TyperGroup):
             try:
                 return super().invoke(ctx)
             except ExpertuneError as error:
-                _say(f"expertune: error: {error}")
+                say(f"expertune: error: {error}")
+                raise typer.Exit(2) from None
+            except OSError as error:
+                # A file or a disk that a command meets is the user's to see to; the reader of a pipe is `main`'s.
+                if (reason := failure(error)) is None:
+                    raise
+                say(f"expertune: error: {reason}")
                 raise typer.Exit(2) from None
             except KeyboardInterrupt:
-                _say("expertune: interrupted")
+                say("expertune: interrupted")
                 raise typer.Exit(130) from None
 
 
@@ -157,17 +165,17 @@ def plan(
     Exit code 2 where it does not fit.
     """
     config = load_config(run, overrides or ())
-    with _stdout_for_results():
+    with stdout_for_results():
         from expertune import api
 
         made = api.make_plan(config, gpu=gpu, memory=memory, trust_remote_code=trust_remote_code)
     if as_json:
-        _print_json(made.to_json())
+        print_json(made.to_json())
     else:
-        _print(made.render())
+        print_table(made.render())
     if not made.fits:
         # The table above has said it all; a second one in the error would only push it off the screen.
-        _say(f"expertune: error: {made.model} does not fit; see what to give up above")
+        say(f"expertune: error: {made.model} does not fit; see what to give up above")
         raise typer.Exit(2)
 
 
@@ -185,17 +193,17 @@ def data(
     Checks every row as a run does. Needs the model's tokenizer alone; loads no weights and writes nothing.
     """
     config = load_config(run, overrides or ())
-    with _stdout_for_results():
+    with stdout_for_results():
         from expertune.data.preview import preview_run
         from expertune.report.preview import render_preview
 
         shown = preview_run(config, examples, trust_remote_code)
     if as_json:
-        _print_json(shown)
+        print_json(shown)
         return
     for part, preview in shown.items():
         if preview:
-            _print(render_preview(part, preview, max_chars=4000))
+            print_table(render_preview(part, preview, max_chars=4000))
 
 
 @app.command()
@@ -209,7 +217,7 @@ def train(
     """Fine-tune as the run file says, or as the run of a record was. Prints the run folder."""
     config = load_config(run, overrides or (), resume)
     try:
-        with _stdout_for_results():
+        with stdout_for_results():
             from rich.console import Console
 
             from expertune import api
@@ -219,7 +227,7 @@ def train(
     except (KeyboardInterrupt, Terminated) as stop:
         options = ["--trust-remote-code"] if trust_remote_code else []
         command = shlex.join(["expertune", "train", str(run), *(overrides or ()), *options])
-        _say(f"expertune: {str(stop) or 'interrupted'}; {after_interruption(Path(config.output_dir), command)}")
+        say(f"expertune: {str(stop) or 'interrupted'}; {after_interruption(Path(config.output_dir), command)}")
         raise typer.Exit(stop.exit_code if isinstance(stop, Terminated) else 130) from None
     print(finished.output_dir)
 
@@ -238,7 +246,7 @@ def evaluate(
 ) -> None:
     """Score a run on its evaluation rows: the loss, and the task's metric where it has one."""
     RunRecord.load(run_dir)
-    with _stdout_for_results():
+    with stdout_for_results():
         from expertune import api
 
         scores = api.evaluate(
@@ -251,9 +259,9 @@ def evaluate(
             model=model,
         )
     if as_json:
-        _print_json(scores)
+        print_json(scores)
     else:
-        _print_scores(scores)
+        print_scores(scores)
 
 
 @app.command()
@@ -273,7 +281,7 @@ def generate(
     if not text.strip():
         raise ConfigError("the prompt holds no text; give it as --prompt TEXT, or as --prompt - on stdin")
     RunRecord.load(run_dir)
-    with _stdout_for_results():
+    with stdout_for_results():
         from expertune import api
 
         answer = api.generate(
@@ -305,16 +313,16 @@ def chat(
     Earlier turns are remembered only where the run's template is a chat template.
     """
     RunRecord.load(run_dir)
-    with _stdout_for_results():
+    with stdout_for_results():
         from expertune import api
 
         run = api.open_run(
             run_dir, adapter=adapter, trust_remote_code=trust_remote_code, other_base=other_base, model=model
         )
     which = "the base model without its adapter" if base_only else f"adapter {adapter or api.ADAPTER_FOLDER}"
-    _say(f"{run_dir}: {which} of {run.config.model}. /exit or Ctrl-D ends.")
+    say(f"{run_dir}: {which} of {run.config.model}. /exit or Ctrl-D ends.")
     with run.model.disable_adapter() if base_only else contextlib.nullcontext():
-        _converse(run, max_new_tokens)
+        converse(run, max_new_tokens)
 
 
 @app.command()
@@ -347,139 +355,36 @@ def quantize(
     if out is None:
         raise typer.BadParameter("give the folder to write", param_hint="OUT")
     try:
-        with _stdout_for_results():
+        with stdout_for_results():
             from expertune.checkpoint.quantize import quantize as write
             from expertune.config import QuantizationConfig
 
             # What is quantized already decides by itself, unless the user has.
             asked = None if double_quantization is None else QuantizationConfig(double_quantization=double_quantization)
-            with _progress() as tell:
+            with quantizing() as tell:
                 write(model, out, asked, dtype, revision, trust_remote_code, tell)
     except KeyboardInterrupt:
-        _say(f"expertune: interrupted; the same command goes on with {out}")
+        say(f"expertune: interrupted; the same command goes on with {out}")
         raise typer.Exit(130) from None
     print(out)
 
 
 def _verify(folder: Path) -> None:
-    with _stdout_for_results():
+    with stdout_for_results():
         from expertune.checkpoint.verified import verify
 
         count = verify(folder)
     print(f"{folder}: {count} files are as they were written")
 
 
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal; elsewhere a line on stderr for each tenth of the work."""
-    if not sys.stderr.isatty():
-        said = -1
-
-        def line(file: str, done: int, total: int) -> None:
-            nonlocal said
-            tenth = 10 * done // max(total, 1)
-            if tenth > said:
-                said = tenth
-                _say(f"{file}: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
-
-        yield line
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("quantize", total=None)
-        yield lambda file, done, total: bar.update(task, description=file, completed=done, total=total)
-
-
 @app.command()
 def doctor(as_json: Json = False, verbose: Verbose = False) -> None:
     """Say what this machine has, and what of it Expertune will use."""
-    with _stdout_for_results():
+    with stdout_for_results():
         from expertune.doctor import collect, render
 
         found = collect()
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
-        _print(render(found))
-
-
-def _converse(run: "OpenRun", max_new_tokens: int) -> None:
-    from expertune.generation import Conversation, stream
-
-    conversation = Conversation(run.data, run.tokenizer)
-    for message in _lines():
-        answer = ""
-        try:
-            with contextlib.closing(
-                stream(run.model, run.tokenizer, conversation.prompt(message), max_new_tokens)
-            ) as pieces:
-                for piece in pieces:
-                    print(piece if answer.strip() else piece.lstrip(), end="", flush=True)
-                    answer += piece
-        except KeyboardInterrupt:
-            print(" ...", end="")
-        except DataError as error:
-            # One message that cannot be asked (too long, say) does not end the conversation.
-            _say(f"expertune: error: {error}")
-            continue
-        print(flush=True)
-        conversation.answered(message, answer)
-
-
-def _lines() -> Iterator[str]:
-    """The user's lines up to /exit or the end of stdin, blank ones left out."""
-    on_terminal = sys.stdin.isatty()
-    if on_terminal:
-        with contextlib.suppress(ImportError):  # Windows has none
-            import readline  # noqa: F401  (gives `input` its line editing)
-    while True:
-        try:
-            line = input("> " if on_terminal else "")
-        except EOFError:
-            return
-        if line.strip() == "/exit":
-            return
-        if line.strip():
-            yield line
-
-
-@contextlib.contextmanager
-def _stdout_for_results() -> Iterator[None]:
-    """While libraries run, what they print goes to stderr: stdout is what other programs read."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-
-
-def _say(message: str) -> None:
-    """One message on stderr, as it is: a wrapped path cannot be copied."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _print(renderable: Any) -> None:
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else _FILE_WIDTH
-    Console(file=sys.stdout, width=width, markup=False, highlight=False).print(renderable)
-
-
-def _print_scores(scores: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    task = scores.get("task", {})
-    for name, value in [*scores.items(), *task.items()]:
-        if isinstance(value, float):
-            table.add_row(name, f"{value:.4f}")
-        elif not isinstance(value, dict | list):
-            table.add_row(name, str(value))
-    _print(table)
-    for example in task.get("examples", []):
-        verdict = "right" if example["right"] else "wrong"
-        print(f"\n{example['prompt']}\n  expected: {example['expected']}\n  {verdict}: {example['answered']}")
+        print_table(render(found))

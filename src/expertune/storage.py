@@ -50,14 +50,27 @@ def storage_errors_named(folder: Path) -> Iterator[None]:
         raise StorageError(f"{reason}, then give the same command again with --resume") from error
 
 
+def failure(error: OSError, folder: Path | None = None) -> str | None:
+    """File, reason and remedy of a failed read or write, in words.
+
+    Args:
+        error: what Python raised.
+        folder: what is named where the error names no file.
+
+    Returns:
+        None where the error is a library's own words or about the network.
+    """
+    if error.errno is None or isinstance(error, ConnectionError | TimeoutError | socket.gaierror):
+        return None
+    return _words(str(error.filename or folder or "a file"), error.errno)
+
+
 def _reason(error: Exception, folder: Path) -> str | None:
-    """File, reason and remedy of a failed read or write; None for any other error."""
+    """As `failure`, of torch's and safetensors' errors too; None for any other error."""
     text = str(error)
     if isinstance(error, OSError):
-        if error.errno is None or isinstance(error, ConnectionError | TimeoutError | socket.gaierror):
-            return None  # a library's own words, or the network's
-        where, number = str(error.filename or folder), error.errno
-    elif match := _OF_RUST.search(text):
+        return failure(error, folder)
+    if match := _OF_RUST.search(text):
         where, number = str(folder), int(match[1])
     elif isinstance(error, RuntimeError) and _OF_TORCH.search(text):
         # Neither file nor reason is in it: the last file that was begun, and what a write there meets now.
@@ -69,6 +82,10 @@ def _reason(error: Exception, folder: Path) -> str | None:
             return f"{where}: could not be written to its end, with {free:,.0f} MB free there; check the disk"
     else:
         return None
+    return _words(where, number)
+
+
+def _words(where: str, number: int) -> str:
     return f"{where}: {os.strerror(number)}; {_REMEDY.get(number, 'see to the reason')}"
 
 

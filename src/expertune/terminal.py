@@ -1,0 +1,125 @@
+"""What the command line reads and writes: results on stdout, everything else on stderr.
+
+rich and the model's code are imported where they are used, so that a typing mistake answers at once.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from expertune.errors import DataError
+
+if TYPE_CHECKING:
+    from expertune.api import OpenRun
+
+# Width of a table that is not read on a terminal.
+_FILE_WIDTH = 120
+
+
+@contextlib.contextmanager
+def stdout_for_results() -> Iterator[None]:
+    """While libraries run, what they print goes to stderr: stdout is what other programs read."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def say(message: str) -> None:
+    """One message on stderr, as it is: a wrapped path cannot be copied."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """JSON for other programs, on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(renderable: Any) -> None:
+    """Something that rich lays out, on stdout; in a file as wide as `_FILE_WIDTH`."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else _FILE_WIDTH
+    Console(file=sys.stdout, width=width, markup=False, highlight=False).print(renderable)
+
+
+def print_scores(scores: dict[str, Any]) -> None:
+    """What `expertune.evaluate` returns, as a table, and the answered examples below it."""
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    task = scores.get("task", {})
+    for name, value in [*scores.items(), *task.items()]:
+        if isinstance(value, float):
+            table.add_row(name, f"{value:.4f}")
+        elif not isinstance(value, dict | list):
+            table.add_row(name, str(value))
+    print_table(table)
+    for example in task.get("examples", []):
+        verdict = "right" if example["right"] else "wrong"
+        print(f"\n{example['prompt']}\n  expected: {example['expected']}\n  {verdict}: {example['answered']}")
+
+
+@contextlib.contextmanager
+def quantizing() -> Iterator[Callable[[str, int, int], None]]:
+    """How far `expertune quantize` is: a bar on a terminal; elsewhere a line on stderr for each tenth of the work."""
+    if not sys.stderr.isatty():
+        said = -1
+
+        def line(file: str, done: int, total: int) -> None:
+            nonlocal said
+            tenth = 10 * done // max(total, 1)
+            if tenth > said:
+                said = tenth
+                say(f"{file}: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("quantize", total=None)
+        yield lambda file, done, total: bar.update(task, description=file, completed=done, total=total)
+
+
+def converse(run: "OpenRun", max_new_tokens: int) -> None:
+    """Read lines and stream the answers, until /exit or the end of stdin."""
+    from expertune.generation import Conversation, stream
+
+    conversation = Conversation(run.data, run.tokenizer)
+    for message in _lines():
+        answer = ""
+        try:
+            with contextlib.closing(
+                stream(run.model, run.tokenizer, conversation.prompt(message), max_new_tokens)
+            ) as pieces:
+                for piece in pieces:
+                    print(piece if answer.strip() else piece.lstrip(), end="", flush=True)
+                    answer += piece
+        except KeyboardInterrupt:
+            print(" ...", end="")
+        except DataError as error:
+            # One message that cannot be asked (too long, say) does not end the conversation.
+            say(f"expertune: error: {error}")
+            continue
+        print(flush=True)
+        conversation.answered(message, answer)
+
+
+def _lines() -> Iterator[str]:
+    """The user's lines up to /exit or the end of stdin, blank ones left out."""
+    on_terminal = sys.stdin.isatty()
+    if on_terminal:
+        with contextlib.suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401  (gives `input` its line editing)
+    while True:
+        try:
+            line = input("> " if on_terminal else "")
+        except EOFError:
+            return
+        if line.strip() == "/exit":
+            return
+        if line.strip():
+            yield line
