@@ -1,8 +1,9 @@
-"""A folder whose tokenizer is a SentencePiece `tokenizer.model` alone, as older Llama and Mixtral folders are.
+"""A folder whose tokenizer is a SentencePiece `tokenizer.model` alone, as folders of older models are.
 
 transformers 5 converts such a file only with further packages, and then to other ids: it orders a BPE's merges
-otherwise than SentencePiece does (5.23: 43 of 304 texts of a Mixtral folder differ, all of them without a
-`tokenizer_class`). So the file is converted here, and transformers is given the `tokenizer.json` that is missing.
+otherwise than SentencePiece does (5.23, a published vocabulary of 32,000 pieces: 43 of 304 texts differ, and all of
+them without a `tokenizer_class`). So the file is converted here, and transformers is given the `tokenizer.json` that is
+missing.
 """
 
 import json
