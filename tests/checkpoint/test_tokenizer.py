@@ -38,6 +38,18 @@ def test_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("kept", [(), ("tokenizer_config.json",)])
+@pytest.mark.parametrize("kind", ["qwen2_moe", "qwen3_5_moe_text"])
+def test_folder_without_a_vocabulary_is_refused_where_transformers_makes_an_empty_tokenizer(kind, kept, tmp_path):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    added = {str(1 + at): {"content": token, "special": False} for at, token in enumerate(["<tool>", "<think>"])}
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>", "added_tokens_decoder": added}
+    for name in kept:
+        (tmp_path / name).write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"no token for ordinary text .*tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
 def test_damaged_tokenizer_is_refused(folder: Path) -> None:
     (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {', encoding="utf-8")
     with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded"):

@@ -11,20 +11,23 @@ from expertune.checkpoint.hub import refusal
 from expertune.checkpoint.sentencepiece_model import converted, needs_conversion
 from expertune.errors import CheckpointError
 
+# Ordinary text in several scripts, and single letters: whatever a vocabulary is made for, it has a token for a part.
+_ORDINARY_TEXT = "a b A B 0 1 The quick brown fox, na\u00efve \u041f\u0440\u0438\u0432\u0435\u0442 \u4e2d\u6587"
+
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder.
 
     Raises:
-        CheckpointError: the folder has none, or one that cannot be read, has no end-of-sequence token, or has tokens
-            that the model's embedding has no row for.
+        CheckpointError: the folder has none, or one that cannot be read, has no vocabulary, has no end-of-sequence
+            token, or has tokens that the model's embedding has no row for.
     """
     folder = Path(folder)
     try:
         with converted(folder) if needs_conversion(folder) else contextlib.nullcontext(folder) as readable:
             tokenizer = AutoTokenizer.from_pretrained(readable, trust_remote_code=trust_remote_code)
         tokenizer.name_or_path = str(folder)
-        tokenizer.encode("a b")
+        ids = tokenizer.encode(_ORDINARY_TEXT, add_special_tokens=False)
     except CheckpointError:
         raise
     # What damaged files lead to is of no one kind: the Rust library raises bare exceptions, and panics as well, which
@@ -33,6 +36,15 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTr
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {_reason(folder, error)}") from None
+    # For some families transformers makes a tokenizer without a vocabulary where the folder has no files of one. All
+    # that it can encode is special tokens, so that every example would be empty.
+    if set(ids) <= set(tokenizer.all_special_ids):
+        files = " or ".join(dict.fromkeys(["tokenizer.json", *tokenizer.vocab_files_names.values()]))
+        raise CheckpointError(
+            f"{folder}: its tokenizer cannot be used: it has no token for ordinary text (its vocabulary is of size "
+            f"{len(tokenizer.get_vocab())}), as where the tokenizer's files are missing. Put those of the same model "
+            f"into the folder: {files}, and tokenizer_config.json"
+        )
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"{folder}: the tokenizer has no end-of-sequence token, so that answers would never end")
     _require_rows(tokenizer, folder, trust_remote_code)
