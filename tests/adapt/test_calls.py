@@ -355,6 +355,9 @@ SAVED = {
     "scales and ranks": lora(use_rslora=True, lora_dropout=0.1),
     "with a head of its own": lora(target_modules="all-linear", modules_to_save=["lm_head"]),
     "with the router": lora(target_modules=["gate", "down_proj"]),
+    "with embeddings": lora(
+        lora_alpha=7, target_modules=["embed_tokens", "down_proj"], rank_pattern={"embed_tokens": 6}
+    ),
 }
 
 
@@ -376,6 +379,36 @@ def test_a_saved_adapter_is_what_stock_peft_and_an_nf4_folder_read(
     assert torch.allclose(logits_of(stock_peft(dequantized(loaded, mixtral), tmp_path), ids), truth, atol=1e-4)
     names = load_file(tmp_path / "adapter_model.safetensors")
     assert any(".experts." in name for name in names)
+
+
+def test_an_embeddings_factors_are_read_at_the_files_scale_into_an_adapter_of_another(
+    model: PreTrainedModel, nf4: Path, tmp_path: Path, ids: Tensor
+) -> None:
+    targets = ["embed_tokens", "w2"]
+    found = get_peft_model(model, lora(lora_alpha=12, target_modules=targets))
+    train_a_little(found)
+    found.save_pretrained(tmp_path)
+    other = get_peft_model(by_transformers(nf4), lora(lora_alpha=64, target_modules=targets))
+    other.load_adapter(str(tmp_path), "default")
+    assert torch.allclose(logits_of(other, ids), logits_of(found, ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_alpha": 12}, {"r": 2}], ids=str)
+def test_a_stack_and_an_embedding_saved_together_load_in_stock_peft(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Where the file's r is that of gate and up together, an embedding's factors are filled up to it too."""
+    source = save_random(tmp_path / "source", build.tiny_config("gpt_oss"))
+    folder = quantized(source, tmp_path / "nf4")
+    targets = ["embed_tokens", "gate_up_proj"]
+    found = get_peft_model(by_transformers(folder), lora(target_modules=targets, **settings))
+    train_a_little(found)
+    found.save_pretrained(tmp_path / "adapter")
+    ids = random_rows(2, 12)
+    base = dequantized(load_tiny(folder), source)
+    for again in (
+        PeftModel.from_pretrained(by_transformers(folder), tmp_path / "adapter"),
+        stock_peft(base, tmp_path / "adapter"),
+    ):
+        assert torch.allclose(logits_of(again, ids), logits_of(found, ids), atol=1e-4)
 
 
 def test_transformers_own_add_adapter_trains_and_saves_the_experts(

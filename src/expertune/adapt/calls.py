@@ -22,6 +22,7 @@ from expertune.adapt.factors import PREFIX, AdapterFactors, Factors, read_factor
 from expertune.adapt.stock_config import StockLoraConfig
 from expertune.adapt.stock_targets import (
     exact_names,
+    rank_by_patterns,
     read_targets,
     refuse_other_methods,
     refuse_whole_experts,
@@ -174,12 +175,24 @@ def convert_state_dict(
     pairs = {key: tensor for key, tensor in adapter_state_dict.items() if split_key(key)[1]}
     factors = read_factors(words.to_dict(), pairs, names, f"adapter {adapter_name!r}")
     _fit(base, layers, adapter_name, peft_config, factors)
-    # Embeddings, trained copies, magnitudes and the like are PEFT's own matter.
+    # Trained copies, magnitudes and the like are PEFT's own matter.
     live = {names.on_disk(name): name for name in layers}
+    embeddings = {
+        names.on_disk(name): (name, module)
+        for name, module in base.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_embedding_A
+    }
     out: dict[str, Tensor] = {}
     for key in adapter_state_dict.keys() - pairs.keys():
+        tensor = adapter_state_dict[key]
         module, dot, factor = key.removeprefix(PREFIX).rpartition(".lora_")
-        out[f"{PREFIX}{live[module]}.lora_{factor}" if dot and module in live else key] = adapter_state_dict[key]
+        if module in embeddings and factor in ("embedding_A", "embedding_B"):
+            name, layer = embeddings[module]
+            if factor == "embedding_B":
+                tensor = _embedding_at_scale(words, [name, module], tensor, layer.scaling[adapter_name])
+            out[f"{PREFIX}{name}.lora_{factor}"] = tensor
+        else:
+            out[f"{PREFIX}{live[module]}.lora_{factor}" if dot and module in live else key] = tensor
     for name, pair in factors.linears.items():
         scale = layers[name].scaling[adapter_name] if name in layers else pair.scale
         out[f"{PREFIX}{name}.lora_A.weight"] = pair.a
@@ -197,6 +210,13 @@ def convert_state_dict(
 def _at_scale(pair: Factors, scale: float) -> Tensor:
     """B by which a layer of this scale computes what the file says."""
     return unfold(pair.b, scale / pair.scale, pair.b.dtype) if scale and pair.scale else pair.b
+
+
+def _embedding_at_scale(words: LoraConfig, keys: list[str], b: Tensor, scale: float) -> Tensor:
+    """B [D, r] of an embedding, by which a layer of this scale computes what the file says."""
+    rank = b.shape[1]
+    own = rank_by_patterns(words, keys).alpha / (math.sqrt(rank) if words.use_rslora else rank)
+    return _at_scale(Factors(b, b, own), scale)
 
 
 def _fit(

@@ -5,18 +5,22 @@ written again, as `expertune.adapt.files` lays them out for this family.
 """
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from expertune.adapt.factors import split_key
+from expertune.adapt.factors import PREFIX, dtype_in_file, fold, pad, split_key
 from expertune.adapt.files import WEIGHTS_NAME, live_targets, tensors_in_file, write_adapter
 from expertune.adapt.stock_config import StockLoraConfig
 from expertune.adapt.stock_layout import stock_layout
+from expertune.adapt.stock_trial import StockLayout
 from expertune.checkpoint.store import Outgoing
 
 Original = Callable[..., Any]
@@ -49,15 +53,42 @@ def _given(original: Original, model: Any, args: tuple[Any, ...], kwargs: dict[s
 def _write_again(base: PreTrainedModel, config: Any, adapter: str, folder: Path) -> None:
     if not isinstance(config, StockLoraConfig):
         return
-    # Whatever is no factor: trained copies, embeddings and their factors.
+    # Whatever is no factor of a matrix: trained copies, embeddings and their factors.
     rest = {key: tensor for key, tensor in load_file(folder / WEIGHTS_NAME).items() if not split_key(key)[1]}
     settings = config.settings()
     layout = stock_layout(base, config.names, live_targets(base, adapter), settings["r"], settings["rank_pattern"])
     tensors = tensors_in_file(base, config.names, adapter, layout)
-    tensors += [
-        Outgoing(key, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)  # type: ignore[misc]
-        for key, tensor in rest.items()
-    ]
+    embeddings = _embeddings(base, config, adapter)
+    for key, tensor in rest.items():
+        name, _, factor = key.removeprefix(PREFIX).rpartition(".lora_embedding_")
+        tensors.append(
+            _factor_in_file(key, tensor, factor, layout, embeddings[name][1].scaling[adapter])
+            if name in embeddings
+            else Outgoing(key, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)  # type: ignore[misc]
+        )
+    ranks = {re.escape(live): layer.r[adapter] for live, layer in embeddings.values()}
+    layout.rank_pattern = {name: rank for name, rank in ranks.items() if rank > layout.r} | layout.rank_pattern
     values = config.in_file() | {"target_parameters": None} | layout.config
     values["target_modules"] = sorted({*layout.target_modules, *config.other_names()})
     write_adapter(folder, sorted(tensors, key=lambda each: each.name), values, settings=settings)
+
+
+def _embeddings(base: PreTrainedModel, config: StockLoraConfig, adapter: str) -> dict[str, tuple[str, LoraLayer]]:
+    """Name in the file of each embedding that an adapter is on -> its live name, and PEFT's layer."""
+    return {
+        config.names.on_disk(name): (name, layer)
+        for name, layer in base.named_modules()
+        if isinstance(layer, LoraLayer) and adapter in layer.lora_embedding_A
+    }
+
+
+def _factor_in_file(key: str, tensor: Tensor, factor: str, layout: StockLayout, scale: float) -> Outgoing:
+    """A [r, V] or B [D, r] of an embedding, by the rule of all factors: no smaller than the file's `r`, the scale in B.
+
+    The file's alpha is its `r`, so that what multiplies the update there is r / rank.
+    """
+    dim = 0 if factor == "A" else 1
+    rank = max(tensor.shape[dim], layout.r)
+    by = scale * rank / layout.r if factor == "B" else 1.0
+    shape = (rank, tensor.shape[1]) if factor == "A" else (tensor.shape[0], rank)
+    return Outgoing(key, dtype_in_file(tensor.dtype, by), shape, lambda: fold(pad(tensor, rank, dim), by))

@@ -148,7 +148,7 @@ class _Reading:
 
     def rank(self, keys: list[str]) -> Rank:
         """Rank and alpha by the patterns, for a module of these names."""
-        return _rank(self._config, keys)
+        return rank_by_patterns(self._config, keys)
 
     def _note(self, kind: str, keys: list[str]) -> None:
         self._unused[kind] -= {each for each in self._unused[kind] for key in keys if f".{key}".endswith(f".{each}")}
@@ -190,7 +190,7 @@ def rank_of(names: NameMap, config: LoraConfig, module: str, projection: str) ->
         ConfigError: the patterns give the experts different ranks.
     """
     shared, experts = _names_of(names, module, projection)
-    ranks = {_rank(config, [*shared, *keys]) for keys in experts}
+    ranks = {rank_by_patterns(config, [*shared, *keys]) for keys in experts}
     if len(ranks) > 1:
         raise ConfigError(
             f"rank_pattern, alpha_pattern: the experts of {module} share a rank and an alpha, but the patterns give "
@@ -199,7 +199,8 @@ def rank_of(names: NameMap, config: LoraConfig, module: str, projection: str) ->
     return ranks.pop()
 
 
-def _rank(config: LoraConfig, keys: list[str]) -> Rank:
+def rank_by_patterns(config: LoraConfig, keys: list[str]) -> Rank:
+    """Rank and alpha that a config gives a module of these names: by its live one, or by its name on disk."""
     return Rank(
         int(_by_pattern(config.rank_pattern or {}, keys, config.r)),
         _by_pattern(config.alpha_pattern or {}, keys, config.lora_alpha),
