@@ -88,6 +88,12 @@ def open_run(
     if not folder.is_dir():
         have = ", ".join(sorted(path.name for path in run_dir.glob("checkpoint-*"))) or "none"
         raise CheckpointError(f"{folder}: no such adapter; the run may not have finished. Checkpoints here: {have}")
+    for part, rows in (("train", config.data.train), ("eval", config.data.eval)):
+        if rows is not None and not record.values.get("data", {}).get(part):
+            raise CheckpointError(
+                f"{record.path}: it holds no data.{part}, which says how the rows were read; take the record as the "
+                "run wrote it"
+            )
     revision = record.values.get("model", {}).get("revision") if model is None else None
     try:
         source = fetch_model(config.model, revision, trust_remote_code)

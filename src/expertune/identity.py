@@ -78,7 +78,7 @@ def require_same_files(record: RunRecord, reports: Mapping[str, Any]) -> None:
     """Refuse to resume over files of rows that have changed: their order and text decide every step."""
     for part, before in record.values.get("data", {}).items():
         now = reports.get(part)
-        if before and now and before["sha256"] != now["sha256"]:
+        if before and now and "sha256" in before and before["sha256"] != now["sha256"]:
             # A glob may find more files than it did, or fewer.
             names = [*now["sha256"], *(name for name in before["sha256"] if name not in now["sha256"])]
             changed = [name for name in names if before["sha256"].get(name) != now["sha256"].get(name)]

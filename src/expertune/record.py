@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from expertune.errors import CheckpointError
+from expertune.record_sections import require_sections
 
 RECORD_NAME = "record.json"
 FORMAT_VERSION = 1
@@ -46,7 +47,7 @@ class RunRecord:
         """Read the record of a run folder.
 
         Raises:
-            CheckpointError: there is none, or it is not one of ours.
+            CheckpointError: there is none, it is not one of ours, or a section is not as it is written.
         """
         path = Path(output_dir) / name
         try:
@@ -57,6 +58,7 @@ class RunRecord:
             raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
         if not isinstance(values, dict) or values.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(f"{path}: not a record of format version {FORMAT_VERSION}")
+        require_sections(path, values)
         return cls(path, values)
 
     def __getitem__(self, section: str) -> Any:

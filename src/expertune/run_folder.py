@@ -9,7 +9,7 @@ from typing import Any
 from expertune.config import TRUST_KEY, RunConfig
 from expertune.errors import CheckpointError, ConfigError, ProofError
 from expertune.record import RECORD_NAME, RunRecord, versions
-from expertune.run_source import directories
+from expertune.run_source import directories, recorded_values
 from expertune.secrets import without_secrets
 from expertune.signals import Terminated, signals_raised
 from expertune.train.checkpoints import list_checkpoints
@@ -38,6 +38,7 @@ def open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:
         )
     if resume and (output_dir / RECORD_NAME).exists():
         record = RunRecord.load(output_dir)
+        recorded_values(record)  # refuses the record of no run
         _require_same_config(record, config)
         if is_finished(record):
             return record
