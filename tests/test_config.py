@@ -129,6 +129,20 @@ def test_training_key_that_the_run_owns_points_to_the_right_one() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
+        ("push_to_hub", True, "is not supported: a run uploads nothing; .*hf upload REPOSITORY OUTPUT_DIR/adapter"),
+        ("do_train", False, "is false, and a run trains; `expertune evaluate"),
+        ("do_predict", True, "is not supported: task.metric"),
+    ],
+)
+def test_training_key_that_asks_for_what_a_run_does_not_do_is_refused(key: str, value: bool, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"run\.yaml: training\.{key} {message}"):
+        check_training_arguments({key: value}, "run.yaml")
+    check_training_arguments({key: not value}, "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
         ("learning_rate", "abc", "has to be a valid number, got 'abc'"),
         ("learning_rate", "1e-4", "has to be a valid number, got '1e-4'"),
         ("learning_rate", 0, "has to be above 0, got 0"),

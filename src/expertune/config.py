@@ -25,6 +25,7 @@ from pydantic import (
 
 from expertune.errors import ConfigError
 from expertune.run_yaml import parse_value, read_mapping, shortened
+from expertune.training_keys import refused_keys
 from expertune.training_values import check_training_values
 
 _MAX_PATH, _MAX_PATH_PART = 4096, 255  # of Linux, and no more than elsewhere
@@ -338,21 +339,12 @@ def check_training_arguments(training: dict[str, Any], where: str = "config") ->
     Imports transformers, so it runs when a run is planned or started, not when `--help` is printed.
 
     Raises:
-        ConfigError: names the unknown key and the nearest known one, a key that another section owns, or a wrong value.
+        ConfigError: names the unknown key and the nearest known one, a key that a run does not take, or a wrong value.
     """
     from transformers import TrainingArguments
 
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    owned = {
-        "output_dir": "set by the run itself; use output_dir instead",
-        "remove_unused_columns": "set by the run itself; use data instead",
-        "resume_from_checkpoint": "set by the run itself; use --resume instead",
-        "logging_nan_inf_filter": "always off: a loss that is not finite stops the run; remove the key",
-        "logging_dir": "no longer an argument of TrainingArguments; set the variable TENSORBOARD_LOGGING_DIR",
-    }
-    for key in ("fsdp", "deepspeed", "parallelism_config"):
-        if training.get(key):
-            owned[key] = "for several devices, and a run is one process on one device; remove the key"
+    owned = refused_keys(training)
     for key in training:
         if key in owned:
             raise ConfigError(f"{where}: training.{key} is {owned[key]}")

@@ -169,6 +169,30 @@ def test_paged_optimizer_on_a_cpu_is_replaced_and_said_once() -> None:
     assert "paged_adamw_8bit" in notes[0]
 
 
+def test_training_keys_that_decide_nothing_are_each_told_and_kept_in_the_record(run_values: dict[str, Any]) -> None:
+    unused = {
+        "fp16": True,
+        "hub_model_id": "me/mine",
+        "include_for_metrics": ["loss"],
+        "fp16_full_eval": True,
+        "eval_do_concat_batches": False,
+        "restore_callback_states_from_checkpoint": False,
+        "use_cpu": False,
+        "length_column_name": "size",
+        "ddp_bucket_cap_mb": 25,
+        "auto_find_batch_size": True,
+    }
+    used = {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no", "do_train": True, "bf16": False}
+    notes = train(run_values, **unused, **used)["train"]["notes"]
+    told = {note.split(".")[1].split()[0].rstrip(":") for note in notes if note.startswith("training.")}
+    assert told == set(unused)
+
+
+def test_cpu_is_refused_by_key_where_the_model_is_on_a_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"training\.use_cpu is true, but the model is on the GPU"):
+        training_arguments({"use_cpu": True}, "unused", torch.device("cuda", 0))
+
+
 def test_strategy_that_yaml_reads_as_false_means_no() -> None:
     args, _ = training_arguments({"eval_strategy": False}, "unused", torch.device("cpu"))
     assert args.eval_strategy == "no"

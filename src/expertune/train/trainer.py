@@ -37,6 +37,7 @@ from expertune.train.loss import LanguageModelLoss
 from expertune.train.offload import activations_on_host
 from expertune.train.out_of_memory import RandomState
 from expertune.train.recover import Recovery
+from expertune.training_keys import unused_keys
 
 Dataset = Sequence[Mapping[str, Any]]
 
@@ -368,7 +369,7 @@ def training_arguments(training: Mapping[str, Any], output_dir: str, device: tor
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     # YAML 1.1 reads a bare `no` as False.
     values = {key: "no" if key.endswith("_strategy") and value is False else value for key, value in training.items()}
-    notes: list[str] = []
+    notes = unused_keys(values, on_cpu=device.type == "cpu")
     # transformers renamed these two; run files may use either name.
     for old, new in (
         ("gradient_checkpointing", "activation_checkpointing"),
@@ -385,12 +386,17 @@ def training_arguments(training: Mapping[str, Any], output_dir: str, device: tor
     given: Any = values.get(kwargs) or {}
     values[kwargs] = {"use_reentrant": False, **given}
     if device.type == "cpu":
-        values["use_cpu"] = True
+        values |= {"use_cpu": True, "fp16": False}
         if "8bit" in str(values.get("optim", "")) or "paged" in str(values.get("optim", "")):
             notes.append(f"training.optim: {values['optim']} needs a CUDA device; using adamw_torch on this CPU")
             values["optim"] = "adamw_torch"
         values.setdefault("optim", "adamw_torch")
         values.setdefault("dataloader_pin_memory", False)
+    elif values.get("use_cpu"):
+        raise ConfigError(
+            "training.use_cpu is true, but the model is on the GPU that this process sees; hide it with "
+            "CUDA_VISIBLE_DEVICES= (nothing after the sign) in the environment, and remove the key"
+        )
     else:
         values.setdefault("optim", "paged_adamw_8bit")
     values.setdefault("report_to", "none")
