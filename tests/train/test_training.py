@@ -142,10 +142,15 @@ def test_only_as_many_checkpoints_stay_as_asked_for_and_the_best_is_one(run_valu
     assert Path(state["best_model_checkpoint"]).parent == run_dir
 
 
-def test_adapter_in_bfloat16_is_saved_in_bfloat16(run_values: dict[str, Any]) -> None:
-    train(run_values | {"lora": run_values["lora"] | {"dtype": "bfloat16"}}, max_steps=1)
+@pytest.mark.parametrize(("alpha", "b_dtype"), [(8, torch.bfloat16), (6, torch.float32)])
+def test_adapter_in_bfloat16_is_saved_in_bfloat16_where_its_scale_folds_exactly(
+    alpha: int, b_dtype: torch.dtype, run_values: dict[str, Any]
+) -> None:
+    """At r 4: a scale of 2 moves the exponent alone; 1.5 needs one more bit than bfloat16 has."""
+    train(run_values | {"lora": run_values["lora"] | {"dtype": "bfloat16", "alpha": alpha}}, max_steps=1)
     tensors = load_file(Path(run_values["output_dir"]) / "adapter" / "adapter_model.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert {tensor.dtype for name, tensor in tensors.items() if ".lora_A." in name} == {torch.bfloat16}
+    assert {tensor.dtype for name, tensor in tensors.items() if ".lora_B." in name} == {b_dtype}
 
 
 def test_tensorboard_events_read_back_the_losses(run_values: dict[str, Any], tmp_path: Path) -> None:
