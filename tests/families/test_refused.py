@@ -9,7 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 from expertune.checkpoint.load import auto_class, build_meta_model, load_model
 from expertune.checkpoint.names import read_names
 from expertune.config import QuantizationConfig
-from expertune.errors import ConfigError, UnsupportedModelError
+from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from tests.families.build import tiny_config
 from tests.tiny_models import tiny_config as tiny_mixtral
 
@@ -70,3 +70,23 @@ def test_transposed_stack_of_the_wrong_width_is_refused_by_the_familys_layout(tm
     config.intermediate_size = 96
     with pytest.raises(UnsupportedModelError, match=r"mlp\.experts: intermediate size 96 is no multiple of 64"):
         load(tmp_path, config)
+
+
+@pytest.mark.parametrize("value", [99, 5, 0])
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("qwen3_moe", "num_experts_per_tok"),
+        ("hunyuan_v1_moe", "moe_topk"),
+        ("ernie4_5_moe", "moe_k"),
+        ("gemma4_text", "top_k_experts"),  # its router asks the config each time
+    ],
+)
+def test_config_that_routes_a_token_to_more_experts_than_there_are_or_to_none_is_refused(
+    kind: str, key: str, value: int, tmp_path: Path
+) -> None:
+    config = tiny_config(kind)
+    setattr(config, key, value)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"config\.json: {key} .* is {value}, but \S+\.experts has 4 experts"):
+        read_names(build_meta_model(tmp_path, torch.bfloat16))

@@ -90,6 +90,13 @@ def test_an_expert_beyond_the_config_is_refused(run_of, tiny_mixtral):
         make_plan(run_of(tiny_mixtral))
 
 
+def test_more_experts_for_each_token_than_there_are_are_refused(run_of, tiny_mixtral):
+    config = json.loads((tiny_mixtral / "config.json").read_text())
+    (tiny_mixtral / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 99}))
+    with pytest.raises(CheckpointError, match=r"config\.json: num_experts_per_tok .* is 99, but model\.layers\.0\."):
+        make_plan(run_of(tiny_mixtral))
+
+
 def test_a_tensor_without_a_place_is_noted(run_of, tiny_mixtral):
     rewrite(tiny_mixtral, lambda tensors: tensors.update(extra=tensors["model.norm.weight"].clone()))
     assert make_plan(run_of(tiny_mixtral)).notes == ("tensors that the model has no place for are left out: extra",)

@@ -14,13 +14,17 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from expertune.errors import UnsupportedModelError
+from expertune.errors import CheckpointError, UnsupportedModelError
 
 # A projection's canonical name says what it does; its name on disk (w1, gate_proj, ...) belongs to the checkpoint.
 GATED_PROJECTIONS = ("gate", "up", "down")
 UNGATED_PROJECTIONS = ("up", "down")
 
 BLOCK_SIZE = 64
+
+# Experts per token, as configs and the modules that route name it.
+TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
+_ROUTER_TOP_K_NAMES = (*TOP_K_NAMES, "top_k", "topk")
 
 
 @dataclass(frozen=True)
@@ -147,9 +151,12 @@ def require_experts(model: nn.Module) -> dict[str, ExpertsSpec]:
 
     Raises:
         UnsupportedModelError: there are none, or one cannot be packed.
+        CheckpointError: tokens are to be routed to more experts than there are, or to none.
     """
     specs = {name: read_spec(name, module) for name, module in find_experts(model)}
     if specs:
+        for name, spec in specs.items():
+            _require_routes(model, name, spec)
         return specs
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts"):
@@ -161,3 +168,38 @@ def require_experts(model: nn.Module) -> dict[str, ExpertsSpec]:
         f"{type(model).__name__} has no experts behind transformers' experts contract; Expertune tunes "
         "mixture-of-experts models (use plain PEFT with bitsandbytes for a dense one)"
     )
+
+
+def _require_routes(model: nn.Module, name: str, spec: ExpertsSpec) -> None:
+    for what, value in _experts_per_token(model, name).items():
+        if not 1 <= value <= spec.num_experts:
+            raise CheckpointError(
+                f"config.json: {what} (experts for each token) is {value}, but {name} has {spec.num_experts} experts; "
+                f"set it to a number from 1 to {spec.num_experts}, as the model was trained with"
+            )
+
+
+def _experts_per_token(model: nn.Module, name: str) -> dict[str, int]:
+    """Experts for each token by the key of the config, as far as what routes to an experts module says it.
+
+    What routes lies in the experts' own block: a module beside them, a part of it, or the block itself. Most keep the
+    number; others ask their config each time.
+    """
+    parent, _, leaf = name.rpartition(".")
+    block = model.get_submodule(parent)
+    beside = [child for child_name, child in block.named_children() if child_name != leaf]
+    modules = [block, *(part for child in beside for part in child.modules())]
+    text = model.config.get_text_config() if hasattr(model, "config") else None  # type: ignore[operator, union-attr]
+    # As the config keeps them: one that differs by layer refuses to say one value for all.
+    by_key = _numbers(text, TOP_K_NAMES)
+    kept: dict[str, int] = {}
+    for module in modules:
+        for attribute, value in _numbers(module, _ROUTER_TOP_K_NAMES).items():
+            kept[next((key for key, number in by_key.items() if number == value), attribute)] = value
+    # Of several keys of a config, nothing says which one is used.
+    return kept or (by_key if len(by_key) == 1 else {})
+
+
+def _numbers(holder: object, names: tuple[str, ...]) -> dict[str, int]:
+    held = vars(holder) if holder is not None else {}
+    return {name: held[name] for name in names if type(held.get(name)) is int}

@@ -16,7 +16,7 @@ from expertune.attention import SHORT_ROW
 from expertune.checkpoint.linears import decoder_layers
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import ResolvedTargets
-from expertune.experts.contract import ExpertsSpec
+from expertune.experts.contract import TOP_K_NAMES, ExpertsSpec
 from expertune.experts.router import find_router
 from expertune.kernels.nf4 import BLOCK_SIZE, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE, Scheme
 
@@ -319,7 +319,7 @@ def config_value(config: Any, name: str) -> Any:
 def _top_k(model: nn.Module, specs: Mapping[str, ExpertsSpec]) -> int:
     """Experts per token by config, under the names that families use; all of them where none is found."""
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"):
+    for name in TOP_K_NAMES:
         value = config_value(config, name)
         value = max(value, default=None) if isinstance(value, list) else value
         if isinstance(value, int) and value > 0:
