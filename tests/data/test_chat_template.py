@@ -1,5 +1,6 @@
 import copy
 import json
+from itertools import groupby
 
 import pytest
 
@@ -212,3 +213,61 @@ def test_end_of_the_turn_behind_a_generation_block_is_an_error_though_it_is_not_
     source = template(END_OUTSIDE.replace("eos_token", "'<|im_end|>'"))
     with pytest.raises(DataError, match=r"the end of the answer is masked: .* writes '<\|im_end\|>' behind it"):
         prepare_rows(DataConfig(train=jsonl(ROW), template=source), "train", role_tokenizer)
+
+
+# The header of an answer ends in a space, which most tokenizers join with the word behind it.
+SPACE_BEFORE = """\
+{% for message in messages %}{{ message.role + ': ' + message.content + eos_token + '\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+
+SPACE_BEFORE_BLOCK = """\
+{% for message in messages %}{{ message.role + ': ' }}{% if message.role == 'assistant' %}
+{%- generation %}{{ message.content + eos_token }}{% endgeneration %}{% else %}{{ message.content }}{% endif %}
+{{- '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+
+SHORT = [("Is it?", "Yes"), ("Sure?", "No"), ("And </s> now?", "Yes")]
+SHORT_TURNS = [turn for q, a in SHORT for turn in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
+
+
+@pytest.mark.parametrize("flag", [1, 0])
+@pytest.mark.parametrize("train_on", ["completion", "all"])
+@pytest.mark.parametrize("source", [SPACE_BEFORE, SPACE_BEFORE_BLOCK])
+def test_answers_behind_a_space_are_trained_whole_in_every_turn(
+    jsonl, template, mixtral_tokenizer, source, train_on, flag
+):
+    turns = [SHORT_TURNS[0], SHORT_TURNS[1] | {"weight": flag}, *SHORT_TURNS[2:]]
+    data = DataConfig(train=jsonl({"messages": turns}), template=template(source), train_on=train_on)
+    row, _, _ = only_row(data, mixtral_tokenizer)
+    tokens = mixtral_tokenizer.convert_ids_to_tokens(row.input_ids)
+    runs = [
+        (flag, [token for _, token in group])
+        for flag, group in groupby(
+            zip([label != IGNORE_INDEX for label in row.labels], tokens, strict=True), key=lambda pair: pair[0]
+        )
+    ]
+    assert [each for each, token in zip(tokens[1:], tokens, strict=False) if token == "▁" and each in ("Yes", "No")]
+    if train_on == "completion":
+        expected = [["Yes", "</s>"], ["No", "</s>"], ["Yes", "</s>"]][1 - flag :]
+        assert [run for trained, run in runs if trained] == expected
+    else:
+        # The line break behind a turn belongs to it under templates without blocks.
+        untrained = [run[:2] for trained, run in runs if not trained]
+        assert untrained == [["<s>"]] + [["Yes", "</s>"]] * (1 - flag)
+    # The same conversation, asked.
+    question = render_prompt({"messages": SHORT_TURNS[:5]}, data, mixtral_tokenizer)
+    start = encode_prompt(question, mixtral_tokenizer)
+    assert row.input_ids[: len(start)] == start
+
+
+def test_answers_that_no_token_straddles_keep_the_ids_of_the_whole_text(jsonl, template, mixtral_tokenizer):
+    row, _, _ = only_row(DataConfig(train=jsonl(ROW), template=template(BRACKETS)), mixtral_tokenizer)
+    assert row.input_ids == mixtral_tokenizer(row.prompt + row.completion + "</s>", add_special_tokens=False).input_ids
+
+
+def test_answer_that_starts_inside_a_special_token_is_an_error(jsonl, template, mixtral_tokenizer):
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}[<{% generation %}s>{{ m.content }}</s>"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(DataError, match=r"row 1: an answer starts inside the token <s>, which cannot be split"):
+        prepare_rows(DataConfig(train=jsonl(ROW), template=template(source)), "train", mixtral_tokenizer)

@@ -17,7 +17,7 @@ from expertune.data.formats import Example
 from expertune.data.lint import RowError
 from expertune.data.messages import Message
 from expertune.data.row_template import Rendered, jinja_names
-from expertune.data.special_tokens import special_contents, special_pattern
+from expertune.data.special_tokens import RenderedText, special_contents, special_pattern
 from expertune.errors import ConfigError
 from expertune.run_yaml import shortened
 
@@ -49,6 +49,7 @@ class ChatTemplate:
                     "file that loops over messages"
                 ) from None
         self._source = source
+        self._tracks = _GENERATION.search(source) is not None
         self.names = jinja_names(source)
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._eos = tokenizer.eos_token
@@ -67,8 +68,7 @@ class ChatTemplate:
         """
         messages = example.messages or []
         text, marked = self._render(messages)
-        tracks = _GENERATION.search(self._source) is not None
-        spans: Sequence[tuple[int, int] | None] = marked if tracks else self._spans_by_prefix(messages, text)
+        spans: Sequence[tuple[int, int] | None] = marked if self._tracks else self._spans_by_prefix(messages, text)
         if not spans:
             raise RowError(f"template {self.name} renders no assistant turn of this conversation")
         trained, untrained = self._by_flag(messages, spans)
@@ -85,17 +85,21 @@ class ChatTemplate:
         messages = example.messages or []
         if messages and messages[-1].role == "assistant":
             messages = messages[:-1]
-        return self._render(messages, add_generation_prompt=True)[0]
+        text, marked = self._render(messages, add_generation_prompt=True)
+        if not self._tracks:
+            answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+            marked = [span for index in answers if (span := self._span_by_prefix(messages, index, text))]
+        # Earlier answers are tokenized as they are in a training row.
+        return RenderedText(text, answer_starts=[start for start, _ in marked])
 
     def _render(
         self, messages: list[Message], add_generation_prompt: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
-        tracks = _GENERATION.search(self._source) is not None
         try:
             texts, spans = render_jinja_template(
                 conversations=[[message.as_dict() for message in messages]],
                 chat_template=self._source,
-                return_assistant_tokens_mask=tracks,
+                return_assistant_tokens_mask=self._tracks,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
@@ -104,7 +108,7 @@ class ChatTemplate:
         except Exception as error:  # a template is a program of someone else's, and may fail in any way
             reason = shortened(str(error) or type(error).__name__)
             raise RowError(f"template {self.name} refuses this conversation: {reason}") from None
-        return texts[0], spans[0] if tracks else []
+        return texts[0], spans[0] if self._tracks else []
 
     def _spans_by_prefix(self, messages: list[Message], text: str) -> list[tuple[int, int] | None]:
         """Where each assistant turn lies; None for one that is not trained and is written otherwise by itself."""
@@ -112,19 +116,23 @@ class ChatTemplate:
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            before, _ = self._render(messages[:index], add_generation_prompt=True)
-            after, _ = self._render(messages[: index + 1])
-            if not (after.startswith(before) and text.startswith(after)):
-                if not message.trained:
-                    spans.append(None)
-                    continue
+            span = self._span_by_prefix(messages, index, text)
+            if span is None and message.trained:
                 raise RowError(
                     f"template {self.name} writes message {index + 1} differently once its answer or later turns "
                     "follow, so the trained part cannot be told from the rest; set data.template to chatml, or to a "
                     "Jinja file with {% generation %} blocks, or flag all turns but the last (weight: 0)"
                 )
-            spans.append((len(before), len(after)))
+            spans.append(span)
         return spans
+
+    def _span_by_prefix(self, messages: list[Message], index: int, text: str) -> tuple[int, int] | None:
+        """Where one assistant turn lies in the whole; None where it is written otherwise by itself."""
+        before, _ = self._render(messages[:index], add_generation_prompt=True)
+        after, _ = self._render(messages[: index + 1])
+        if after.startswith(before) and text.startswith(after):
+            return len(before), len(after)
+        return None
 
     def _by_flag(
         self, messages: list[Message], spans: Sequence[tuple[int, int] | None]

@@ -1,14 +1,18 @@
 """From text to token ids, so that generation starts from the very ids that training saw.
 
 A row is tokenized as a whole where the prompt's ids are a prefix of the row's. Where a token would straddle the
-boundary, the completion is tokenized as a continuation instead. Either way `encode_prompt(prompt)` is a prefix.
+boundary, the completion is tokenized as a continuation instead. Either way `encode_prompt(prompt)` is a prefix. Earlier
+answers of a conversation are treated likewise: where a token would straddle the start of one, the text is split there.
 
 Special tokens that the data spells out (`RenderedText.plain`) are tokenized as the text that they are there.
 """
 
 import copy
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
@@ -16,7 +20,15 @@ from tokenizers import AddedToken, Tokenizer
 from expertune.data.lint import RowError
 from expertune.data.row_template import Rendered
 from expertune.data.rows import IGNORE_INDEX
-from expertune.data.special_tokens import RenderedText, part_of, plain_places, special_contents, special_pattern
+from expertune.data.special_tokens import (
+    RenderedText,
+    answer_starts,
+    part_of,
+    plain_places,
+    special_contents,
+    special_pattern,
+    text_of,
+)
 from expertune.errors import ConfigError
 
 # Tokenizers of the SentencePiece kind put a space in front of whatever text they are given. Behind a line break, which
@@ -29,16 +41,22 @@ _FIRST_NAME = 0x10E000
 
 @dataclass(frozen=True)
 class _Piece:
-    """Ids of a text and the character at which each starts."""
+    """Ids of a text and the characters between which each lies."""
 
     ids: list[int]
     starts: list[int]
+    ends: list[int]
 
     def after(self, count: int) -> "_Piece":
-        return _Piece(self.ids[count:], self.starts[count:])
+        return _Piece(self.ids[count:], self.starts[count:], self.ends[count:])
 
-    def shifted(self, by: int) -> "_Piece":
-        return _Piece(self.ids, [start + by for start in self.starts])
+    def placed(self, at: int) -> "_Piece":
+        """The piece of a text that starts at this character of the whole."""
+        # A token starts in its own text, whatever its offsets say about the space before its first letter.
+        return _Piece(self.ids, [max(start, 0) + at for start in self.starts], [end + at for end in self.ends])
+
+    def __add__(self, other: "_Piece") -> "_Piece":
+        return _Piece(self.ids + other.ids, self.starts + other.starts, self.ends + other.ends)
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -70,7 +88,7 @@ def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
     Raises:
         RowError: the tokenizer cannot write as text what the data spells out.
     """
-    ids = _tokenize(prompt, tokenizer).ids
+    ids = _tokenize_answers(prompt, tokenizer)[0].ids
     return _lead(ids, tokenizer) + ids
 
 
@@ -86,9 +104,10 @@ def encode_row(rendered: Rendered, train_on: str, tokenizer: Any) -> tuple[list[
         (input_ids, labels), equally long; EOS once at the end where the text does not hold it, and always trained.
 
     Raises:
-        RowError: the tokenizer cannot write as text what the data spells out.
+        RowError: the tokenizer cannot write as text what the data spells out, or an answer starts inside a token that
+            cannot be split.
     """
-    piece = _tokenize_in_two(rendered.text, rendered.spans[-1][0], tokenizer)
+    piece = _tokenize_in_two(text_of(rendered), rendered.spans[-1][0], tokenizer)
     lead = _lead(piece.ids, tokenizer)
     labels = [IGNORE_INDEX] * len(lead)
     for token_id, begin in zip(piece.ids, piece.starts, strict=True):
@@ -111,7 +130,8 @@ def _tokenize(text: str, tokenizer: Any) -> _Piece:
     if plain_places(text):
         return _Literal.of(tokenizer, len(tokenizer)).tokenize(text)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return _Piece(list(encoded["input_ids"]), _starts(encoded["offset_mapping"]))
+    offsets = encoded["offset_mapping"]
+    return _Piece(list(encoded["input_ids"]), _starts(offsets), [end for _, end in offsets])
 
 
 def _starts(offsets: list[tuple[int, int]]) -> list[int]:
@@ -163,15 +183,16 @@ class _Literal:
             RowError: a special token that is only text has no other ids.
         """
         encoded = self._backend.encode(self._renamed(text), add_special_tokens=False)
-        piece = _Piece([], [])
+        piece = _Piece([], [], [])
         for token_id, (start, end), first in zip(encoded.ids, encoded.offsets, _starts(encoded.offsets), strict=True):
             if self._is_special_after_all(token_id, text[start:end]):
                 for at in range(start, end):
                     ids = self._character(text[at])
-                    piece = _Piece(piece.ids + ids, piece.starts + [at] * len(ids))
+                    piece += _Piece(ids, [at] * len(ids), [at + 1] * len(ids))
             else:
                 piece.ids.append(self._ids.get(token_id, token_id))
                 piece.starts.append(first)
+                piece.ends.append(end)
         return piece
 
     def _renamed(self, text: str) -> str:
@@ -201,16 +222,61 @@ class _Literal:
 
 
 def _tokenize_in_two(text: str, boundary: int, tokenizer: Any) -> _Piece:
-    prompt = _tokenize(part_of(text, 0, boundary), tokenizer)
-    whole = _tokenize(text, tokenizer)
-    count = len(prompt.ids)
-    if whole.ids[:count] == prompt.ids:
+    prompt, split = _tokenize_answers(part_of(text, 0, boundary), tokenizer)
+    # What stands before the last split is tokenized by itself, so only the rest can straddle the boundary.
+    before = _tokenize_part(text, split, boundary, tokenizer) if split else prompt
+    whole = _tokenize_part(text, split, len(text), tokenizer)
+    count = len(before.ids)
+    if whole.ids[:count] == before.ids:
         completion = whole.after(count)
-    else:
-        completion = _tokenize_continuation(part_of(text, boundary, len(text)), tokenizer).shifted(boundary)
-    # A token of the completion starts in it, whatever its offsets say about the space before its first letter.
-    starts = [max(start, boundary) for start in completion.starts]
-    return _Piece(prompt.ids + completion.ids, prompt.starts + starts)
+        starts = [max(start, boundary) for start in completion.starts]
+        return prompt + _Piece(completion.ids, starts, completion.ends)
+    return prompt + _tokenize_part(text, boundary, len(text), tokenizer)
+
+
+def _tokenize_answers(text: str, tokenizer: Any) -> tuple[_Piece, int]:
+    """Tokenize a text, split where a token would straddle the start of an answer; the last such place, 0 for none.
+
+    Raises:
+        RowError: a token that is straddling cannot be split.
+    """
+    whole, places = _tokenize(text, tokenizer), answer_starts(text)
+    splits = _straddled(places, text, whole, tokenizer) if places else []
+    if not splits:
+        return whole, 0
+    edges = [0, *splits, len(text)]
+    piece = _Piece([], [], [])
+    for start, end in pairwise(edges):
+        piece += _tokenize_part(text, start, end, tokenizer)
+    return piece, splits[-1]
+
+
+def _straddled(places: Sequence[int], text: str, piece: _Piece, tokenizer: Any) -> list[int]:
+    """Those of the places that lie inside a token."""
+    found, behind, added = set(), 0, tokenizer.added_tokens_decoder
+    for token_id, start, end in zip(piece.ids, piece.starts, piece.ends, strict=True):
+        # Offsets that leave out a space leave it between the token before and its own.
+        begin, behind = min(start, behind), max(end, behind)
+        for place in places[bisect_right(places, begin) : bisect_left(places, end)]:
+            if token_id not in added:
+                found.add(place)
+                continue
+            # Added tokens may take in the spaces around them: those before can be split off, those behind are lost.
+            spelt = text[start:end]
+            if place >= start + len(spelt.rstrip()):
+                continue
+            if place > start + len(spelt) - len(spelt.lstrip()):
+                raise RowError(
+                    f"an answer starts inside the token {added[token_id].content}, which cannot be split; the template "
+                    "must write the whole token before the answer, or in it"
+                )
+            found.add(place)
+    return sorted(found)
+
+
+def _tokenize_part(text: str, start: int, end: int, tokenizer: Any) -> _Piece:
+    part = part_of(text, start, end)
+    return (_tokenize_continuation if start else _tokenize)(part, tokenizer).placed(start)
 
 
 def _tokenize_continuation(text: str, tokenizer: Any) -> _Piece:
@@ -219,7 +285,8 @@ def _tokenize_continuation(text: str, tokenizer: Any) -> _Piece:
     anchored = _tokenize(RenderedText(_ANCHOR + text, places), tokenizer)
     count = len(anchor.ids)
     if anchored.ids[:count] == anchor.ids:
-        return anchored.after(count).shifted(-len(_ANCHOR))
+        behind, shift = anchored.after(count), len(_ANCHOR)
+        return _Piece(behind.ids, [at - shift for at in behind.starts], [at - shift for at in behind.ends])
     return _tokenize(text, tokenizer)
 
 

@@ -23,7 +23,7 @@ from expertune.data.messages import is_conversation
 from expertune.data.row_template import Rendered, Template
 from expertune.data.rows import IGNORE_INDEX, TokenizedRow, TokenizedRows, length_summary
 from expertune.data.sources import Source, read_source
-from expertune.data.special_tokens import SpecialTokens, part_of, without_end
+from expertune.data.special_tokens import SpecialTokens, part_of, text_of, without_end
 from expertune.data.template import default_template, is_own_file, load_template
 from expertune.data.trial import try_template
 from expertune.errors import ConfigError, DataError
@@ -183,7 +183,7 @@ def _renamed(row: Mapping[str, Any], data: DataConfig) -> dict[str, Any]:
 
 def _tokenized(rendered: Rendered, place: str, data: DataConfig, tokenizer: Any) -> TokenizedRow:
     start, end = rendered.spans[-1]
-    prompt = part_of(rendered.text, 0, start)
+    prompt = part_of(text_of(rendered), 0, start)
     completion = without_end(part_of(rendered.text, start, end), tokenizer.eos_token)
     check_unicode(rendered.text)
     check_answer("what the template makes of the answer", completion)

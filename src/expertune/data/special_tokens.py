@@ -19,18 +19,23 @@ _PRIVATE = 0x100000
 
 
 class RenderedText(str):
-    """Rendered text that knows where the data spells out (a part of) a special token.
+    """Rendered text that knows where the data spells out (a part of) a special token, and where answers start.
 
     Attributes:
         plain: (start, end) in characters of each such place, in order; what overlaps them is never a special token.
+        answer_starts: the character at which each answer starts, in order; no token lies across one.
     """
 
     plain: tuple[tuple[int, int], ...]
+    answer_starts: tuple[int, ...]
 
-    def __new__(cls, text: str, plain: Iterable[tuple[int, int]] = ()) -> "RenderedText":
-        """Text with its plain places."""
+    def __new__(
+        cls, text: str, plain: Iterable[tuple[int, int]] = (), answer_starts: Iterable[int] = ()
+    ) -> "RenderedText":
+        """Text with its plain places and the starts of its answers."""
         self = super().__new__(cls, text)
         self.plain = tuple(plain)
+        self.answer_starts = tuple(answer_starts)
         return self
 
 
@@ -39,10 +44,22 @@ def plain_places(text: str) -> tuple[tuple[int, int], ...]:
     return text.plain if isinstance(text, RenderedText) else ()
 
 
+def answer_starts(text: str) -> tuple[int, ...]:
+    """Where answers start in `text`; nowhere in a string that is not a `RenderedText`."""
+    return text.answer_starts if isinstance(text, RenderedText) else ()
+
+
+def text_of(rendered: Rendered) -> str:
+    """The text of a row that knows where its answers start, those that take no loss among them."""
+    starts = sorted({start for start, _ in (*rendered.spans, *rendered.untrained)})
+    return RenderedText(rendered.text, plain_places(rendered.text), starts)
+
+
 def part_of(text: str, start: int, end: int) -> str:
-    """`text[start:end]` that keeps its plain places."""
+    """`text[start:end]` that keeps its plain places, and the answers that start inside it."""
     kept = [(max(a, start) - start, min(b, end) - start) for a, b in plain_places(text) if a < end and b > start]
-    return RenderedText(text[start:end], kept) if kept else str(text[start:end])
+    starts = [each - start for each in answer_starts(text) if start < each < end]
+    return RenderedText(text[start:end], kept, starts) if kept or starts else str(text[start:end])
 
 
 def without_end(text: str, eos: str) -> str:
@@ -112,7 +129,9 @@ class SpecialTokens:
 
     def _told_apart(self, template: Template, text: str, marked: str) -> str:
         restored = RenderedText(
-            marked.translate(self._from_private), (match.span() for match in self._private.finditer(marked))
+            marked.translate(self._from_private),
+            (match.span() for match in self._private.finditer(marked)),
+            answer_starts(marked),
         )
         # The end of a text may differ: an EOS that the data spells out looked like the template's.
         if restored.startswith(text) or text.startswith(restored):
