@@ -16,7 +16,7 @@ from expertune.config import parse_config
 from expertune.data import render_prompt
 from expertune.errors import CheckpointError, ConfigError, DataError, ExpertuneError
 from tests.families.build import tiny_config
-from tests.tiny_models import save_random
+from tests.tiny_models import save_random, save_tiny_model
 from tests.train.conftest import nine_steps, rows_file, run_values, small_mixtral, write_small_mixtral
 
 __all__ = ["rows_file", "run_values", "small_mixtral"]  # fixtures
@@ -171,6 +171,20 @@ def test_run_says_before_it_loads_the_model_what_stock_peft_will_not_read(
             console=Console(file=written, width=400),
         )
     assert "will not read all of it: PEFT loses the tensors of model.layers.1.self_attn.v_sconv" in written.getvalue()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_run_says_before_it_loads_the_model_that_a_tied_head_is_not_merged_as_it_stands(
+    tied: bool, run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    save_tiny_model(tmp_path / "model", tie_word_embeddings=tied)
+    written = io.StringIO()
+    with pytest.raises(ExpertuneError, match="tokenizer"):
+        expertune.finetune(
+            parse_config(run_values | {"model": str(tmp_path / "model"), "lora": {"targets": ["lm_head", "w1"]}}),
+            console=Console(file=written, width=400),
+        )
+    assert ("lm_head shares its weight with this model's embedding" in written.getvalue()) == tied
 
 
 def test_run_without_evaluation_rows_cannot_be_evaluated(run_values: dict[str, Any], rows_file: Path) -> None:

@@ -145,6 +145,8 @@ def _finetune(
         require_same_base(config.lora.init_from, base, config.model)
     expected = expected_layout(source.folder, config.lora, trust_remote_code)
     _tell_if_not_read(expected.refusal, console)
+    if expected.merging:
+        console.print(f"adapter: {expected.merging}", soft_wrap=True)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     # Nothing but a lock has been written so far: a mistake in the run file or in a row leaves no folder behind.
     context = context_length(read_config(source.folder, trust_remote_code))

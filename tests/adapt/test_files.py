@@ -25,7 +25,8 @@ from expertune.adapt.files import (
 from expertune.checkpoint.load import LoadedModel
 from expertune.errors import CheckpointError, ConfigError
 from tests.adapt.conftest import EVERYTHING, FolderOf, adapt, adopt, logits_of, stock_peft, train_a_little
-from tests.tiny_models import changed, dequantized, load_tiny
+from tests.families import build
+from tests.tiny_models import changed, dequantized, load_tiny, save_random, stock_model
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 W1 = "base_model.model.model.layers.1.block_sparse_moe.experts.2.w1.lora_A.weight"
@@ -444,3 +445,26 @@ def test_refused_tensors_leave_the_live_adapter_to_the_byte(loaded: LoadedModel,
 def test_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is it an adapter folder"):
         read_adapter_config(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_vl_moe"])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
+def test_a_tied_head_merges_rightly_once_it_has_a_weight_of_its_own(kind: str, tmp_path: Path, ids: Tensor) -> None:
+    config = build.tiny_config(kind)
+    for each in (config, config.get_text_config()):
+        each.tie_word_embeddings = True
+    folder = save_random(tmp_path / "tied", config)
+    loaded = load_tiny(folder)
+    base = dequantized(loaded, folder)
+    live = adapt(loaded, targets=["lm_head", "experts"])
+    train_a_little(live)
+    live.save_pretrained(str(tmp_path / "adapter"))
+    # As docs/guides/use-the-adapter.md has it.
+    head = base.get_output_embeddings()
+    assert head.weight is base.get_input_embeddings().weight
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    for each in (base.config, base.config.get_text_config()):
+        each.tie_word_embeddings = False
+    stock_peft(base, tmp_path / "adapter").merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits_of(stock_model(tmp_path / "merged"), ids), logits_of(live, ids), atol=1e-4)

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
+from transformers import PreTrainedModel
 
 from expertune.adapt.base import require_every_layer, require_same_base
 from expertune.adapt.factors import PREFIX, PerExpert, leaves
@@ -117,7 +119,20 @@ def expected_layout(folder: str | Path, lora: LoraSection, trust_remote_code: bo
     targets = resolve_targets(model, names, lora, modules | names.specs.keys())
     if plain:
         targets = _held_targets(targets, names, set(plain.modules))
-    return stock_layout(model, names, targets, lora.r, lora.rank_pattern)
+    found = stock_layout(model, names, targets, lora.r, lora.rank_pattern)
+    return replace(found, merging=_why_not_merged(model, names, targets))
+
+
+def _why_not_merged(model: PreTrainedModel, names: NameMap, targets: ResolvedTargets) -> str | None:
+    model.tie_weights()  # creating parameters on the meta device parts those that the config ties
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return None
+    name = next((names.on_disk(name) for name in targets.linears if model.get_submodule(name) is head), None)
+    return name and (
+        f"{name} shares its weight with this model's embedding. Unmerged, the adapter is right; merged as it stands, "
+        "it would change the embedding too: untie the two first, as docs/guides/use-the-adapter.md shows"
+    )
 
 
 def adopt(lora: LoraSection, names: NameMap, file: AdapterFile, plain: PerExpert) -> LoraSection:

@@ -49,6 +49,7 @@ class StockLayout:
         stacks: names in the file of fused stacks, by experts module and stack; empty where names are per expert.
         live_named: linears whose tensors are under live names, the others being under their names on disk.
         refusal: why stock PEFT does not read the adapter; None where it does.
+        merging: why the adapter cannot be merged into the model as it stands; None where it can, or nobody has looked.
     """
 
     r: int
@@ -61,6 +62,7 @@ class StockLayout:
     stacks: dict[str, dict[str, str]] = field(default_factory=dict)
     live_named: set[str] = field(default_factory=set)
     refusal: str | None = None
+    merging: str | None = None
 
     @property
     def config(self) -> dict[str, Any]:
