@@ -12,7 +12,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/expertune train examples/demo.yaml
 
 test: $(VENV)/.development .triton-oldest/.ready
-	$(BIN)/python -m pytest
+	tools/run_tests.sh $(BIN)/python
 
 # Tests that need minutes, or the tutorial's own stack in an environment beside ours.
 test-slow: $(VENV)/.development .venv-legacy/.ready .triton-oldest/.ready
