@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import expertune
 from expertune import load_config
+from expertune.cli import app
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError
 from expertune.record import RunRecord
@@ -78,6 +80,13 @@ def test_run_of_a_folder_is_not_started_over_in_it(given: str, project: Path, mo
         load_config(given, ["output_dir=."])
 
 
+@pytest.mark.parametrize("given", ["runs/first", "runs/first/record.json"])
+def test_run_that_is_only_looked_at_needs_no_other_folder(given: str, project: Path) -> None:
+    moved = project / given
+    config = load_config(moved, ["output_dir=" + str(project / "runs/first"), "lora.r=4"], starts=False)
+    assert (config.model, config.lora.r) == (str(project / "models/base"), 4)
+
+
 def test_commit_that_a_branch_resolved_to_is_taken_again(project: Path) -> None:
     path = project / "runs" / "first" / "record.json"
     values = json.loads(path.read_text(encoding="utf-8"))
@@ -99,7 +108,7 @@ def test_run_of_a_record_takes_the_template_that_its_rows_had_and_not_todays_cho
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        ("{", CheckpointError, "cannot be read as JSON"),
+        ("{", CheckpointError, r"cannot be read as JSON.*Restore it from a copy, or start a new run.*lora\.init_from"),
         ("[" * 100_000, CheckpointError, "cannot be read as JSON"),
         ('{"format_version": 99}', CheckpointError, "not a record of format version"),
         ('{"format_version": 1}', CheckpointError, "it holds no `config`"),
@@ -138,6 +147,9 @@ def test_run_starts_again_from_its_folder_on_another_machine_and_is_used_where_i
     expertune.finetune(parse_config(values))
     monkeypatch.chdir(tmp_path)
     here.rename(there)
+    for command in ("data", "plan"):  # which start nothing
+        shown = CliRunner().invoke(app, [command, str(there / "runs" / "first")])
+        assert shown.exit_code == 0, shown.output
 
     expertune.finetune(there / "runs" / "first", [f"output_dir={tmp_path / 'second'}"])
 

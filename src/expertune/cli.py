@@ -164,7 +164,7 @@ def plan(
 
     Exit code 2 where it does not fit.
     """
-    config = load_config(run, overrides or ())
+    config = load_config(run, overrides or (), starts=False)
     with stdout_for_results():
         from expertune import api
 
@@ -192,7 +192,7 @@ def data(
 
     Checks every row as a run does. Needs the model's tokenizer alone; loads no weights and writes nothing.
     """
-    config = load_config(run, overrides or ())
+    config = load_config(run, overrides or (), starts=False)
     with stdout_for_results():
         from expertune.data.preview import preview_run
         from expertune.report.preview import render_preview

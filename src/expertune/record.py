@@ -54,8 +54,14 @@ class RunRecord:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(f"{output_dir}: no {name} here; is it a run folder?") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path}: cannot be read as JSON ({error}); it is damaged. Restore it from a copy, or start a new run "
+                "with another output_dir, from what this one learned by lora.init_from=FOLDER of its adapter or of a "
+                "checkpoint"
+            ) from None
         if not isinstance(values, dict) or values.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(f"{path}: not a record of format version {FORMAT_VERSION}")
         require_sections(path, values)

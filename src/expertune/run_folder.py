@@ -27,15 +27,24 @@ def open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:
     """A fresh record, or the old one of the same configuration; nothing is written yet.
 
     The record of a finished run that is to be resumed comes back as it is, with its status `finished`.
+
+    Raises:
+        ConfigError: the folder holds a run that is not to be resumed, or one of another configuration.
+        CheckpointError: it holds what a run left behind, and no record that can be read.
     """
     record = RunRecord.start(output_dir)
-    if holds_work(output_dir) and not resume:
-        raise ConfigError(f"{output_dir} already holds a run; continue it with --resume, or choose another output_dir")
-    if resume and holds_work(output_dir) and not (output_dir / RECORD_NAME).exists():
-        raise CheckpointError(
-            f"--resume: {output_dir} holds checkpoints or an adapter, but no {RECORD_NAME} to say of which run; "
-            f"restore it, or start a new run (lora.init_from={_newest(output_dir)} and another output_dir)"
-        )
+    if holds_work(output_dir):
+        if not (output_dir / RECORD_NAME).exists():
+            raise CheckpointError(
+                f"{output_dir} holds checkpoints or an adapter, but no {RECORD_NAME} to say of which run: it cannot be "
+                f"continued. Restore the record, or start a new run (lora.init_from={_newest(output_dir)} and another "
+                "output_dir)"
+            )
+        if not resume:
+            RunRecord.load(output_dir)  # else the advice that follows could not be taken
+            raise ConfigError(
+                f"{output_dir} already holds a run; continue it with --resume, or choose another output_dir"
+            )
     if resume and (output_dir / RECORD_NAME).exists():
         record = RunRecord.load(output_dir)
         recorded_values(record)  # refuses the record of no run

@@ -21,13 +21,14 @@ _PATHS = ((None, "model"), ("data", "train"), ("data", "eval"), ("data", "templa
 _SLICE = re.compile(r"\[\d*:\d*\]$")
 
 
-def load_run(path: str | Path, overrides: Sequence[str] = (), resume: bool = False) -> RunConfig:
+def load_run(path: str | Path, overrides: Sequence[str] = (), resume: bool = False, starts: bool = True) -> RunConfig:
     """The run that a run file, a `record.json` or a run folder describes, with `section.key=value` overrides.
 
     Args:
         path: any of the three.
         overrides: values to use instead.
         resume: the run is to be continued: a record's run then lies where its record does.
+        starts: the run is to be started; False where it is only looked at, as by `plan` and `data`.
 
     Raises:
         ConfigError: there is no run to be read here, an unknown key or a wrong value, or a record's run would start
@@ -53,7 +54,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), resume: bool = Fal
             values["data"] = {key: report[key] for key in ("format", "template") if key in report} | values["data"]
     apply_overrides(values, overrides)
     config = recorded_config(values, where=str(record.path))
-    if not resume and Path(config.output_dir).resolve() == folder.resolve():
+    if starts and not resume and Path(config.output_dir).resolve() == folder.resolve():
         raise ConfigError(
             f"{path}: the run of this record lies in {folder}; continue it with --resume, or start it again elsewhere "
             "with output_dir=FOLDER"

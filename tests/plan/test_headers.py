@@ -117,6 +117,29 @@ def test_a_quantized_checkpoint_is_refused(run_of):
         make_plan(run_of("deepseek-r1"))
 
 
+# --- an adapter to start from ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "error", "message"),
+    [
+        (None, ConfigError, "no such folder; give the folder of an adapter"),
+        ([], CheckpointError, r"no adapter_config\.json here; is it an adapter folder"),
+        (["adapter_config.json"], CheckpointError, r"no adapter_model\.safetensors here \(pickled"),
+        (["adapter/adapter_config.json"], ConfigError, r"the folder of a run; its adapter is .*first.adapter"),
+    ],
+)
+def test_plan_names_an_adapter_to_start_from_that_is_not_there(run_of, tmp_path, files, error, message):
+    folder = tmp_path / "first"
+    for name in files or ():
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).touch()
+    if files == []:
+        folder.mkdir()
+    with pytest.raises(error, match=rf"lora\.init_from: .*{message}"):
+        make_plan(run_of("deepseek-r1", lora={"init_from": str(folder)}))
+
+
 # --- the hub --------------------------------------------------------------------------------------------------------
 
 

@@ -119,13 +119,27 @@ def test_secret_of_the_run_file_is_in_no_file_of_the_run(unfinished: Path) -> No
     assert not [path for path in files if path.suffix == ".bin"]
 
 
-def test_resume_of_checkpoints_without_a_record_is_refused(unfinished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"no record\.json to say of which run: it cannot be continued.*init_from=.*checkpoint-1"),
+        ("{", r"record\.json: cannot be read as JSON.*start a new run with another output_dir"),
+    ],
+)
+def test_run_over_checkpoints_without_a_sound_record_has_one_advice_with_and_without_resume(
+    content: str | None, message: str, resume: bool, unfinished: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(unfinished, folder)
-    (folder / "run" / "record.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no record\.json to say of which run.*init_from=.*checkpoint-1"):
-        finetune(parse_config(values_in(folder)), resume=True)
-    assert not (folder / "run" / "record.json").exists()
+    record = folder / "run" / "record.json"
+    record.unlink()
+    if content is not None:
+        record.write_text(content, encoding="utf-8")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(CheckpointError, match=message):
+        finetune(parse_config(values_in(folder)), resume=resume)
+    assert sorted(path for path in folder.rglob("*") if path.name != ".lock.json") == before
 
 
 # --- the best checkpoint ------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from expertune.adapt.factors import PREFIX, Factors, PerExpert, dtype_in_file, fold, fuse, pad, unfold
 from expertune.adapt.sound import require_sound_config, require_sound_tensors
 from expertune.adapt.stock_trial import StockLayout
+from expertune.checkpoint.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.names import NameMap
@@ -33,9 +34,6 @@ from expertune.errors import CheckpointError
 from expertune.experts.layout import fused_projections
 from expertune.experts.lora import ExpertsLora
 from expertune.record import write_json
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 
 # No loader takes it for an adapter: some read every file that ends in .safetensors.
 LIVE_NAME = "adapter_live.tensors"

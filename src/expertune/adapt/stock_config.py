@@ -7,8 +7,8 @@ from typing import Any
 from peft import LoraConfig
 
 from expertune.adapt.factors import leaves
-from expertune.adapt.files import CONFIG_NAME
 from expertune.adapt.stock_targets import StockTargets
+from expertune.checkpoint.adapter_folder import CONFIG_NAME
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import Rank
 from expertune.experts.lora import ExpertLoraConfig

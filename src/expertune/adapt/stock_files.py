@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from expertune.adapt.factors import PREFIX, dtype_in_file, fold, pad, split_key
-from expertune.adapt.files import WEIGHTS_NAME, live_targets, tensors_in_file, write_adapter
+from expertune.adapt.files import live_targets, tensors_in_file, write_adapter
 from expertune.adapt.stock_config import StockLoraConfig
 from expertune.adapt.stock_layout import stock_layout
 from expertune.adapt.stock_trial import StockLayout
+from expertune.checkpoint.adapter_folder import WEIGHTS_NAME
 from expertune.checkpoint.store import Outgoing
 
 Original = Callable[..., Any]

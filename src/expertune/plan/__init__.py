@@ -14,6 +14,7 @@ import psutil
 import torch
 from rich.console import RenderableType
 
+from expertune.checkpoint.adapter_folder import require_adapter_folder
 from expertune.checkpoint.load import build_meta_model
 from expertune.checkpoint.names import read_names
 from expertune.checkpoint.targets import ResolvedTargets, resolve_targets
@@ -193,11 +194,13 @@ def make_plan(
     Raises:
         ConfigError: no config.json, an unknown target, training argument or GPU, a placement that cannot be, or no way
             to know the memory of `device`.
-        CheckpointError: a damaged header, or tensors that do not belong to the config.
+        CheckpointError: a damaged header, tensors that do not belong to the config, or no adapter in `lora.init_from`.
         UnsupportedModelError: no experts that can be packed, or a checkpoint that is quantized in a way that cannot be
             read.
     """
     check_training_arguments(config.training)
+    if config.lora.init_from:
+        require_adapter_folder(config.lora.init_from)
     named = find_device(gpu) if gpu is not None else None
     target = torch.device("cuda") if named else default_device() if device is None else torch.device(device)
     budget = _budget(config, target, named, memory)
