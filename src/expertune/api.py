@@ -130,7 +130,7 @@ def _finetune(
     """The corridor, in a run directory that nobody else writes to."""
     bound_host_memory()
     device = training_device()
-    check_training_arguments(config.training)
+    check_training_arguments(config.training, config.where)
     check_schedule(config)
     # Values that do not go together are refused by transformers itself: now, and not after the model is loaded.
     training_arguments(config.training, str(output_dir), device)

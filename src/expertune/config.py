@@ -18,6 +18,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     field_validator,
     model_validator,
@@ -237,6 +238,13 @@ class TaskConfig(Section):
     batch_size: int = Field(default=32, ge=1)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Origin:
+    """Where a config was read from; configs of the same keys are equal wherever that was."""
+
+    name: str = dataclasses.field(default="config", compare=False)
+
+
 class RunConfig(Section):
     """A whole run.
 
@@ -266,6 +274,12 @@ class RunConfig(Section):
     offload_activations: bool = False
     memory_budget: Size | None = None
     output_dir: PathText
+    _origin: _Origin = PrivateAttr(default=_Origin())
+
+    @property
+    def where(self) -> str:
+        """What errors name: the file that the keys were read from, or `config`."""
+        return self._origin.name
 
     @model_validator(mode="before")
     @classmethod
@@ -319,9 +333,11 @@ def parse_config(values: dict[str, Any], where: str = "config") -> RunConfig:
         ConfigError: names each wrong key, what was found there, and the nearest known key.
     """
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_say(error, where)) from None
+    config._origin = _Origin(where)
+    return config
 
 
 def recorded_config(values: dict[str, Any], where: str) -> RunConfig:

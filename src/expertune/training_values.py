@@ -80,8 +80,10 @@ def _problem_of_type(hint: Any, value: Any) -> str | None:
     if choices and isinstance(value, str):
         if value in choices:
             return None
-        near = difflib.get_close_matches(value[:80], choices, n=1)
-        return f"did you mean {near[0]}?" if near else f"one of {', '.join(map(str, choices))}"
+        # `adamw` is not near to `adamw_torch` as a whole: it is the first word of several.
+        meant = {choice.partition("_")[0]: choice for choice in reversed(choices)} | {each: each for each in choices}
+        near = difflib.get_close_matches(value[:80], meant, n=1)
+        return f"did you mean {meant[near[0]]}?" if near else f"one of {', '.join(map(str, choices))}"
     try:
         # As it stands: transformers takes the text "1e-4" for a number no more than "abc".
         adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))

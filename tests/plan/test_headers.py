@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file, save_file
 
+from expertune import load_config
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from expertune.plan import make_plan
 
@@ -115,6 +116,14 @@ def test_a_dense_model_is_refused(run_of, tmp_path):
 def test_a_quantized_checkpoint_is_refused(run_of):
     with pytest.raises(UnsupportedModelError, match=r"already quantized \(fp8\)"):
         make_plan(run_of("deepseek-r1"))
+
+
+def test_plan_names_the_run_file_of_a_wrong_training_key(run_of, tmp_path):
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(json.dumps(run_of("deepseek-r1").model_dump(mode="json", exclude_unset=True)))
+    with pytest.raises(ConfigError, match=r"run\.yaml: training\.optim: did you mean adamw_torch\?"):
+        make_plan(load_config(run_file, ["training.optim=adamm"]))
+    assert load_config(run_file) == run_of("deepseek-r1")
 
 
 # --- an adapter to start from ---------------------------------------------------------------------------------------

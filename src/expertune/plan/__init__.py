@@ -198,7 +198,7 @@ def make_plan(
         UnsupportedModelError: no experts that can be packed, or a checkpoint that is quantized in a way that cannot be
             read.
     """
-    check_training_arguments(config.training)
+    check_training_arguments(config.training, config.where)
     if config.lora.init_from:
         require_adapter_folder(config.lora.init_from)
     named = find_device(gpu) if gpu is not None else None
