@@ -84,6 +84,13 @@ def test_text_that_holds_a_mark_or_moves_the_cursor_is_shown_safely(show):
     assert "« [bold]Yes.</s>»" in text
 
 
+@pytest.mark.parametrize("char", ["\u202e", "\u200b", "\ufeff", "\u2066", "\u2028"])
+def test_characters_that_hide_or_turn_round_text_are_spelt_out(show, char):
+    _, text = show({"prompt": "p", "completion": f"abc {char} def"}, terminal=True)
+    assert char not in text
+    assert ascii(char)[1:-1] in text
+
+
 def test_a_terminal_without_these_characters_gets_others(show):
     _, text = show({"prompt": "Naïve?", "completion": "Yes."}, encoding="ascii")
     assert "Na\\xefve?" in text
