@@ -4,7 +4,7 @@ import pytest
 
 from expertune.config import DataConfig
 from expertune.data import IGNORE_INDEX, prepare_rows, prepare_run, render_prompt, settled
-from expertune.errors import DataError
+from expertune.errors import ConfigError, DataError
 
 QUESTION, ANSWER = "What is the capital of Malta?", "Valletta."
 TURNS = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
@@ -42,6 +42,8 @@ def trained(row, tokenizer):
 def test_messages_of_a_tree_are_not_taken_for_texts(prepare, row):
     with pytest.raises(DataError, match=r"they are single messages.*put each conversation into one row: {\"messages\""):
         prepare(row)
+    with pytest.raises(DataError, match="they are single messages"):
+        prepare(row, template="chatml")
     assert prepare(row, format="text").rows[0].completion == row["text"]
 
 
@@ -344,3 +346,23 @@ def test_a_weight_between_0_and_1_is_not_taken_for_1(prepare):
     row = {"prompt": QUESTION, "completion": ANSWER, "weight": 0.5, "loss": 0.0}
     (warning,) = prepare(row).report["warnings"]
     assert warning == "column weight holds something in 1 of 1 examples and is not used by template question-answer"
+
+
+def test_a_renamed_column_that_nothing_reads_is_an_error_with_the_nearest_name(prepare, tmp_path):
+    row = {"ref": QUESTION, "mr": ANSWER, "sys": "Be brief."}
+    columns = {"prompt": "ref", "completion": "mr", "sytem": "sys"}
+    with pytest.raises(ConfigError, match=r"data\.columns: sytem is a name .*; did you mean system\?"):
+        prepare(row, columns=columns)
+    with pytest.raises(ConfigError, match=r"data\.columns: promt is a name .*; did you mean prompt\?"):
+        prepare(row, columns={"promt": "ref", "completion": "mr"})
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ sytem }} {{ prompt }}: {{ completion }}", encoding="utf-8")
+    assert prepare(row, columns=columns, template=str(own)).rows[0].prompt == f"Be brief. {QUESTION}:"
+
+
+def test_a_completion_of_turns_without_an_answer_is_a_bad_row(prepare):
+    rows = [{"prompt": TURNS, "completion": [TURNS[0]]}, {"prompt": TURNS[:1], "completion": TURNS[1:]}]
+    with pytest.raises(DataError, match=r"1 of 2 rows .*\n.*row 1: no assistant turn in the completion"):
+        prepare(*rows, template="chatml")
+    report = prepare(*rows, template="chatml", on_error="skip").report
+    assert (report["num_skipped"], report["num_flagged"]) == (1, 0)

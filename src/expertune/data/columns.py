@@ -5,14 +5,15 @@ A column that is not used is harmless where its text stands in the example anywa
 and one that the user has named is told with the number of examples.
 """
 
+import difflib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from expertune.config import DataConfig
-from expertune.data.formats import WHOLE_CONVERSATIONS, Example, Layout
+from expertune.data.formats import COLUMNS, WHOLE_CONVERSATIONS, Example, Layout
 from expertune.data.row_template import Template
-from expertune.errors import DataError
+from expertune.errors import ConfigError, DataError
 
 # Names under which data sets hold what an example is made of.
 _CONTENT = frozenset(
@@ -111,12 +112,6 @@ class ColumnUse:
         if not self._is_guess:
             return
         stays = f"data.format: {self._layout.name}"
-        if self._layout.name == "text" and (tree := sorted(self._ignored.keys() & _TREE)):
-            raise DataError(
-                f"{source}: the rows have a column text, but {', '.join(tree)} beside it: they are single messages of "
-                f"conversations, not texts. Choose the answers to learn from and {WHOLE_CONVERSATIONS}; or set {stays} "
-                "to train on the column text alone"
-            )
         if self._is_preference:
             raise DataError(
                 f"{source}: a column (label or kto_tag) says of each answer whether it is a good one, and training "
@@ -185,6 +180,45 @@ class ColumnUse:
         if name == "weight":
             return value not in (1, True, "1", "1.0", "true")
         return name in _CONTENT or name in _MEANINGFUL
+
+
+def check_names(columns: Mapping[str, str], template_names: Collection[str]) -> None:
+    """Refuse names of ours that nothing reads: their column would be dropped without a word.
+
+    Args:
+        columns: `DataConfig.columns`.
+        template_names: names that the user's own template uses.
+
+    Raises:
+        ConfigError: names the first such name and the nearest one that is read.
+    """
+    known = sorted(COLUMNS.union(template_names))
+    for name in columns:
+        if name not in known:
+            match = difflib.get_close_matches(name[:80], known, n=1)
+            nearest = f"did you mean {match[0]}?" if match else f"known: {', '.join(sorted(COLUMNS))}"
+            raise ConfigError(
+                f"data.columns: {_writable(name)} is a name that neither a layout nor a template file of your own "
+                f"uses; {nearest}"
+            )
+
+
+def refuse_tree(rows: Iterable[Mapping[str, Any]], source: str) -> None:
+    """Refuse rows that a layout of single texts was recognised for and that are messages of a tree.
+
+    Args:
+        rows: the rows, as the file names their columns.
+        source: how the error calls the source.
+
+    Raises:
+        DataError: names the columns that show it, and the ways out.
+    """
+    if tree := sorted({name for row in rows for name in _TREE & row.keys() if not _is_blank(row[name])}):
+        raise DataError(
+            f"{source}: the rows have a column text, but {', '.join(tree)} beside it: they are single messages of "
+            f"conversations, not texts. Choose the answers to learn from and {WHOLE_CONVERSATIONS}; or set "
+            "data.format: text to train on the column text alone"
+        )
 
 
 def _is_blank(value: Any) -> bool:

@@ -101,7 +101,10 @@ class Layout:
                 raise RowError(
                     f"column {tools[0]} holds functions, which are not supported; drop the row or the column"
                 )
-            return self._conversation(row, until_last_answer([*self._question(row), *self._answer(row)]))
+            answer = self._answer(row)
+            if self.prompt and not any(turn.role == "assistant" for turn in answer):
+                raise RowError(f"no assistant turn in the {self.answer}, so there is nothing to train on; add one")
+            return self._conversation(row, until_last_answer([*self._question(row), *answer]))
         answer = _text(row, self.answer)
         check_answer(self.answer, answer)
         return self._example(row, answer)
@@ -167,6 +170,11 @@ LAYOUTS = (
     Layout("text", (), "text", "plain"),
 )
 """Every layout. `auto` takes the first whose needed columns are there, so the more telling ones come first."""
+
+COLUMNS = frozenset({name for layout in LAYOUTS for name in (*layout.prompt, layout.answer)}).union(
+    SYSTEM, (HISTORY,), _TOOLS, FLAGS
+)
+"""Every column that a layout reads."""
 
 _IN_TURNS = next(layout for layout in LAYOUTS if layout.name == "prompt-completion-messages")
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from expertune.config import DataConfig
-from expertune.data.columns import ColumnUse
+from expertune.data.columns import ColumnUse, check_names, refuse_tree
 from expertune.data.encode import check_tokenizer, encode_row
 from expertune.data.formats import LAYOUTS, Layout, find_layout, rename
 from expertune.data.lint import (
@@ -24,7 +24,7 @@ from expertune.data.row_template import Rendered, Template
 from expertune.data.rows import IGNORE_INDEX, TokenizedRow, TokenizedRows, length_summary
 from expertune.data.sources import Source, read_source
 from expertune.data.special_tokens import SpecialTokens, part_of, text_of, without_end
-from expertune.data.template import default_template, is_own_file, load_template
+from expertune.data.template import default_template, is_own_file, load_template, own_file_names
 from expertune.data.trial import try_template
 from expertune.errors import ConfigError, DataError
 
@@ -166,9 +166,12 @@ def _choose(source: Source, data: DataConfig, tokenizer: Any) -> tuple[Layout, T
         raise DataError(
             f"{source.name}: not one of {len(source.rows)} rows can be read; {first.place}: {first.problem}"
         )
+    check_names(data.columns, own_file_names(data.template))
     turns = {name for row in rows for name, value in row.items() if is_conversation(value)}
     turns |= {ours for ours, theirs in data.columns.items() if theirs in turns}
     layout = find_layout(data, [*rows[0], *data.columns], source.name, turns)
+    if layout.name == "text" and data.format == "auto" and not data.columns and not is_own_file(data.template):
+        refuse_tree(rows, source.name)
     renamed = [values | _renamed(values, data) for values in rows]
     name = data.template or default_template(layout, renamed)
     if name == "chat" or is_own_file(name):

@@ -69,6 +69,15 @@ def is_own_file(name: str | None) -> bool:
     return name is not None and name != "chat" and name not in shipped_templates()
 
 
+def own_file_names(name: str | None) -> frozenset[str]:
+    """Every name that the user's own Jinja file uses; none where `data.template` names no such file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    return jinja_names(_read_template(name)) if name is not None and is_own_file(name) else frozenset()
+
+
 def shipped_templates() -> list[str]:
     """Names of the templates that ship with Expertune."""
     return sorted(entry.name.removesuffix(".jinja") for entry in _folder().iterdir() if entry.name.endswith(".jinja"))
