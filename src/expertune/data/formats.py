@@ -101,10 +101,10 @@ class Layout:
                 raise RowError(
                     f"column {tools[0]} holds functions, which are not supported; drop the row or the column"
                 )
-            answer = self._answer(row)
-            if self.prompt and not any(turn.role == "assistant" for turn in answer):
+            turns = self._answer(row)
+            if self.prompt and not any(turn.role == "assistant" for turn in turns):
                 raise RowError(f"no assistant turn in the {self.answer}, so there is nothing to train on; add one")
-            return self._conversation(row, until_last_answer([*self._question(row), *answer]))
+            return self._conversation(row, until_last_answer([*self._question(row), *turns]))
         answer = _text(row, self.answer)
         check_answer(self.answer, answer)
         return self._example(row, answer)
