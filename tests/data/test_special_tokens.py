@@ -87,6 +87,31 @@ def test_setting_makes_special_tokens_of_the_rows_special(jsonl, mixtral_tokeniz
     assert 2 in encode_prompt(prompt, mixtral_tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("row", "template"),
+    [
+        ({"text": "<s>hey</s>"}, None),
+        ({"text": "<s>hey</s>\n"}, None),
+        ({"prompt": "Say: ", "completion": "hey</s>"}, "plain"),
+        ({"instruction": "Say", "response": "hey</s> "}, "dolly"),
+    ],
+)
+@pytest.mark.parametrize("train_on", ["completion", "all"])
+def test_eos_that_a_row_brings_itself_ends_it_once(jsonl, mixtral_tokenizer, row, template, train_on):
+    data = DataConfig(train=jsonl(row), template=template, parse_special_tokens=True, train_on=train_on)
+    (prepared,) = prepare_rows(data, "train", mixtral_tokenizer).rows
+    assert special_ids(prepared.input_ids, mixtral_tokenizer) == [1, 2]
+    assert prepared.input_ids[-1] == prepared.labels[-1] == 2
+    assert prepared.completion.endswith("hey")
+
+
+def test_eos_of_a_row_template_stays_beside_the_one_that_follows_every_row(jsonl, mixtral_tokenizer):
+    path = jsonl({"instruction": "Why?", "response": "So."})
+    data = DataConfig(train=path, template="dolly-tutorial", parse_special_tokens=True)
+    (row,) = prepare_rows(data, "train", mixtral_tokenizer).rows
+    assert special_ids(row.input_ids, mixtral_tokenizer) == [1, 2, 2]
+
+
 def test_special_tokens_of_a_row_template_stay_special_beside_those_of_the_row(jsonl, mixtral_tokenizer):
     path = jsonl({"instruction": "Why </s>?", "response": "So."})
     (row,) = prepare_rows(DataConfig(train=path, template="dolly-tutorial"), "train", mixtral_tokenizer).rows

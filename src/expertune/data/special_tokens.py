@@ -91,6 +91,7 @@ class SpecialTokens:
     def __init__(self, tokenizer: Any, parse: bool) -> None:
         contents = set(special_contents(tokenizer).values())
         self._parse = parse
+        self._eos: str = tokenizer.eos_token
         self._pattern = special_pattern(contents)
         # A token may also come about where the data meets the template, or one column the next: "<" and "/s>".
         self._starts = {token[:end] for token in contents for end in range(1, len(token))}
@@ -113,6 +114,8 @@ class SpecialTokens:
             RowError: see `Template`, or the template changes such a text so that it cannot be followed.
         """
         rendered = template.render(example)
+        if self._parse:
+            return self._ended_once(rendered, example)
         if not self._in_data(example):
             return rendered
         marked = template.render(self._marked(example))
@@ -126,6 +129,17 @@ class SpecialTokens:
         if not self._in_data(example):
             return prompt
         return self._told_apart(template, prompt, template.render_prompt(self._marked(example)))
+
+    def _ended_once(self, rendered: Rendered, example: Example) -> Rendered:
+        """A row whose answer brings its EOS, as text that was rendered before does, ends in that one."""
+        answers = [example.values[name] for name in example.answers]
+        is_ended = any(isinstance(answer, str) and answer.rstrip().endswith(self._eos) for answer in answers)
+        text = rendered.text.rstrip()
+        if not (rendered.append_eos and is_ended and text.endswith(self._eos)):
+            return rendered
+        # Generation stops at EOS, so a line break behind it is never written.
+        spans = [(start, min(end, len(text))) for start, end in rendered.spans]
+        return dataclasses.replace(rendered, text=text, spans=spans, append_eos=False)
 
     def _told_apart(self, template: Template, text: str, marked: str) -> str:
         restored = RenderedText(
