@@ -82,6 +82,8 @@ def unused_keys(training: Mapping[str, Any], on_cpu: bool) -> list[str]:
         if key in training and training[key] is not default:
             reason = reasons["label_names"] if key.startswith("eval") else "a resumed run is the uninterrupted one"
             notes.append(f"training.{key}: {training[key]} is not used: {reason}")
+    if training.get("do_eval") is False and training.get("eval_strategy") not in (None, False, "no"):
+        notes.append("training.do_eval: False is not used: training.eval_strategy asks for evaluations")
     if on_cpu and training.get("use_cpu") is False:
         notes.append("training.use_cpu: False is not used: no GPU is found on this machine")
     return notes

@@ -193,6 +193,13 @@ def test_training_keys_that_decide_nothing_are_each_told_and_kept_in_the_record(
     assert told == set(unused)
 
 
+def test_evaluations_that_are_asked_for_and_not_at_once_are_told() -> None:
+    args, notes = training_arguments({"do_eval": False, "eval_strategy": "epoch"}, "unused", torch.device("cpu"))
+    assert args.do_eval
+    assert notes == ["training.do_eval: False is not used: training.eval_strategy asks for evaluations"]
+    assert training_arguments({"do_eval": False}, "unused", torch.device("cpu"))[1] == []
+
+
 def test_cpu_is_refused_by_key_where_the_model_is_on_a_gpu() -> None:
     with pytest.raises(ConfigError, match=r"training\.use_cpu is true, but the model is on the GPU"):
         training_arguments({"use_cpu": True}, "unused", torch.device("cuda", 0))
