@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,51 @@ def test_all_linear_means_linears_that_compute_as_one(tmp_path: Path) -> None:
     found = get_peft_model(base, lora(target_modules="all-linear"))
     assert logits_of(found, torch.arange(3, 14)[None]).isfinite().all()
     assert len(experts_of(found)) == sum(isinstance(module, Nf4Experts) for module in base.modules())
+
+
+def test_all_linear_leaves_out_a_linear_whose_weight_the_16_bit_model_uses_without_calling_it(tmp_path: Path) -> None:
+    source = save_random(tmp_path / "source", build.tiny_config("jamba"))
+    folder = quantized(source, tmp_path / "nf4")
+    found = get_peft_model(by_transformers(folder), lora(target_modules="all-linear"))
+    assert "in_proj" in linears_of(found)
+    assert "dt_proj" not in linears_of(found)
+    train_a_little(found)
+    found.save_pretrained(tmp_path / "adapter")
+    ids = random_rows(2, 12)
+    stock = stock_peft(dequantized(load_tiny(folder), source), tmp_path / "adapter")
+    assert torch.allclose(logits_of(stock, ids), logits_of(found, ids), atol=1e-4)
+
+
+def test_get_peft_model_on_a_peft_model_is_refused_by_name(model: PreTrainedModel) -> None:
+    found = get_peft_model(model, lora())
+    with (
+        pytest.warns(UserWarning, match=r"second time|Already found"),
+        pytest.raises(ConfigError, match="is a PeftModel already"),
+    ):
+        get_peft_model(found, lora(target_modules=["w2"]))
+
+
+def test_an_adapter_saved_without_a_task_type_loads_by_its_auto_mapping(
+    model: PreTrainedModel, nf4: Path, tmp_path: Path, ids: Tensor
+) -> None:
+    found = get_peft_model(model, lora(task_type=None))
+    train_a_little(found)
+    found.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": str(nf4)}
+    assert config["auto_mapping"]["base_model_class"] == "MixtralForCausalLM"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.allclose(logits_of(again, ids), logits_of(found, ids), atol=1e-5)
+
+
+def test_get_peft_model_with_experts_named_as_modules_and_as_stacks_does_not_warn(nf4_of: FolderOf) -> None:
+    """As the files of families do that stock PEFT reads by both names."""
+    config = lora(target_modules=["q_proj", "down_proj"], target_parameters=["experts.down_proj"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="target_parameters: nothing in this model")
+        found = get_peft_model(by_transformers(nf4_of("qwen2_moe")), config)
+    assert all(set(ranks) == {"down"} for ranks in experts_of(found).values())
 
 
 @pytest.mark.parametrize("kind", ["gpt_oss", "nemotron_h", "granitemoe"])

@@ -80,8 +80,14 @@ def inject_adapter(
     """`BaseTuner.inject_adapter`: experts that a LoraConfig names get `ExpertsLora`.
 
     Raises:
-        ConfigError: the experts cannot have what the config asks for, or the method is none that can adapt them.
+        ConfigError: the experts cannot have what the config asks for, the method is none that can adapt them, or the
+            model is a PeftModel itself.
     """
+    if isinstance(model, PeftModel):
+        raise ConfigError(
+            "this model is a PeftModel already, and on 4-bit experts no second one goes around it: add an adapter "
+            "with model.add_adapter('second', config), or take the first one off with model.unload()"
+        )
     config, names = tuner.peft_config[adapter_name], names_of(model)
     if type(tuner) is LoraModel:
         tuner.__class__ = ExpertLoraModel

@@ -4,7 +4,10 @@ A family may have linears beside those that its logits depend on smoothly: an in
 kernel takes from its module without calling it, experts for pictures. An adapter there would never get a gradient.
 """
 
+import inspect
+import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -58,3 +61,31 @@ def is_refused(model: PreTrainedModel, name: str) -> bool:
     except ValueError:
         return True
     return False
+
+
+def is_weight_used_alone(model: nn.Module, name: str) -> bool:
+    """Whether the block around a module takes its weight as an operand, as `self.x.weight @ y` or a kernel's argument.
+
+    An adapter is a module's own output and has no part in that. Some families call the module where the model is
+    quantized and nowhere else, so that trying it in 4 bits would not tell: the block's source is read.
+
+    Args:
+        model: the model that holds the module.
+        name: the module's.
+    """
+    parent, _, leaf = name.rpartition(".")
+    return leaf in _weights_used_alone(type(model.get_submodule(parent)))  # type: ignore[arg-type] # types are hashable
+
+
+@cache
+def _weights_used_alone(kind: type[nn.Module]) -> frozenset[str]:
+    try:
+        lines = inspect.getsource(kind).splitlines()
+    except (OSError, TypeError):  # made without a file
+        return frozenset()
+    return frozenset(
+        found
+        for line in lines
+        if not re.search(r"\b(isinstance|getattr|hasattr)\(|\binit\.", line)
+        for found in re.findall(r"\bself\.(\w+)\.weight\s*(?:@|,|\))", line)
+    )

@@ -21,7 +21,8 @@ from expertune.adapt.files import live_targets, tensors_in_file, write_adapter
 from expertune.adapt.stock_config import StockLoraConfig
 from expertune.adapt.stock_layout import stock_layout
 from expertune.adapt.stock_trial import StockLayout
-from expertune.checkpoint.adapter_folder import WEIGHTS_NAME
+from expertune.checkpoint.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
+from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.store import Outgoing
 
 Original = Callable[..., Any]
@@ -70,6 +71,8 @@ def _write_again(base: PreTrainedModel, config: Any, adapter: str, folder: Path)
     ranks = {re.escape(live): layer.r[adapter] for live, layer in embeddings.values()}
     layout.rank_pattern = {name: rank for name, rank in ranks.items() if rank > layout.r} | layout.rank_pattern
     values = config.in_file() | {"target_parameters": None} | layout.config
+    # By these the model's class is found where no task_type says it; the library knows it, and has written it.
+    values["auto_mapping"] = read_mapping(folder / CONFIG_NAME, fix="save the adapter again").get("auto_mapping")
     values["target_modules"] = sorted({*layout.target_modules, *config.other_names()})
     write_adapter(folder, sorted(tensors, key=lambda each: each.name), values, settings=settings)
 

@@ -23,6 +23,7 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from expertune.adapt.reach import is_weight_used_alone
 from expertune.checkpoint.linears import is_linear
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import Rank, ResolvedTargets
@@ -74,8 +75,10 @@ def read_targets(model: nn.Module, names: NameMap, config: LoraConfig) -> StockT
         if not name or name in names.specs or name.startswith(inside):
             continue
         keys = [name, names.on_disk(name)]
-        # A linear that groups, clips or scales is none that PEFT's own layer computes; it is adapted where it is named.
-        if reading.takes(keys) and (is_linear(module) or not is_all_linear(config)):
+        # A linear that groups, clips or scales is none that PEFT's own layer computes, and one whose weight is used
+        # without calling it would have no effect there; they are adapted where they are named.
+        plain = is_linear(module) and not is_weight_used_alone(model, name)
+        if reading.takes(keys) and (plain or not is_all_linear(config)):
             into = found.linears if is_linear(module) else found.router if name in routers else found.others
             into[name] = reading.rank(keys)
         for parameter, _ in module.named_parameters(recurse=False) if config.target_parameters else ():
@@ -124,7 +127,9 @@ class _Reading:
     def projection(self, module: str, projection: str) -> Rank | None:
         """The rank of one projection of all experts of a module; None where it is no target."""
         shared, experts = _names_of(self._names, module, projection)
-        if not self._is_taken(module, projection, shared, experts) and not self.takes_parameter(shared):
+        # Both are asked, so that a name which means what another one has taken already is not told as one of no use.
+        taken = [self._is_taken(module, projection, shared, experts), self.takes_parameter(shared)]
+        if not any(taken):
             return None
         return rank_of(self._names, self._config, module, projection)
 
