@@ -10,14 +10,17 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.proof import probe_logits, prove
 from expertune.checkpoint.load import LoadedModel
-from expertune.errors import ProofError
+from expertune.config import LoraSection
+from expertune.errors import ConfigError, ProofError
 from expertune.experts.lora import ExpertsLora
 from expertune.experts.module import Nf4Experts
 from tests.adapt.conftest import EVERYTHING, FolderOf, adapt, train_a_little
-from tests.tiny_models import FAMILIES, VOCABULARY, changed, load_tiny, random_rows, stock_model
+from tests.families.build import tiny_config
+from tests.tiny_models import FAMILIES, VOCABULARY, changed, load_tiny, random_rows, save_random, stock_model
 
 EXPERTS = "model.layers.1.mlp.experts"
 Batch = dict[str, Tensor]
@@ -206,6 +209,33 @@ def test_factor_of_an_attention_linear_that_is_cut_from_the_graph_is_named(loade
     linear = loaded.model.get_submodule("model.layers.0.self_attn.q_proj").lora_B["default"]
     linear.forward = lambda x: nn.functional.linear(x, linear.weight.detach())
     expect_failure(model, batch, base, r"layers\.0\.self_attn\.q_proj\.lora_B: the gradient is missing")
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "module"),
+    [
+        ("jamba", "dt_proj", r"mamba\.dt_proj"),  # its weight is taken, it is never called
+        ("deepseek_v32", "wq_b", r"indexer\.wq_b"),  # picks tokens, without a gradient
+        ("ernie4_5_vl_moe", "gate_proj", r"vision_moe\.experts"),  # experts for pictures
+    ],
+)
+def test_target_that_no_text_trains_is_an_error_of_the_run_file(
+    kind: str, target: str, module: str, tmp_path: Path
+) -> None:
+    loaded = load_tiny(save_random(tmp_path, tiny_config(kind)))
+    ids = torch.randint(3, 60, (2, 16))
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    base = probe_logits(loaded.model, batch)
+    model = attach(loaded, LoraSection(r=2, dropout=0.0, targets=["experts", target]), str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"^lora\.targets: no adapter can learn in model\.\S*{module}: .*Leave "):
+        prove(model, batch, base)
+
+
+def test_router_whose_choice_has_no_gradient_is_told_with_what_to_do(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    experts_layer(loaded).set_scale("default", 0.0)
+    expect_failure(model, batch, base, r"zero everywhere.* for a router .*leave router out of lora\.targets, or give")
 
 
 def test_expert_adapter_whose_output_is_dropped_is_named(loaded: LoadedModel) -> None:

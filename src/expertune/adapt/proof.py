@@ -17,7 +17,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from expertune.adapt.peft_model import ExpertPeftModel
-from expertune.errors import ProofError
+from expertune.adapt.reach import reached_modules
+from expertune.checkpoint.linears import is_linear
+from expertune.errors import ConfigError, ProofError
 from expertune.experts.contract import is_experts
 from expertune.experts.lora import ExpertsLora
 from expertune.experts.module import Nf4Experts
@@ -56,6 +58,7 @@ def prove(
 
     Raises:
         ProofError: a check failed; names the module and what was found.
+        ConfigError: a target is a module that no text of this model has a gradient to.
     """
     started = time.monotonic()
     progress(0, _NUM_PASSES)
@@ -140,10 +143,13 @@ def _prove_learning(model: ExpertPeftModel, batch: Batch) -> dict[str, Any]:
             if gradient is _NO_TOKENS:
                 idle += 1
                 continue
-            if gradient is None or not torch.isfinite(gradient).all():
-                raise ProofError(f"{what}: the gradient is {'missing' if gradient is None else 'not finite'}")
+            if gradient is None:
+                _require_reached(model, what.partition(":")[0].removesuffix(".lora_A").removesuffix(".lora_B"))
+                raise ProofError(f"{what}: the gradient is missing")
+            if not torch.isfinite(gradient).all():
+                raise ProofError(f"{what}: the gradient is not finite")
             if not gradient.any():
-                raise ProofError(f"{what}: the gradient is zero everywhere, so that it would never learn")
+                raise ProofError(f"{what}: the gradient is zero everywhere, so that it would not learn; {_WHY_ZERO}")
             checked += 1
     finally:
         model.zero_grad(set_to_none=True)
@@ -151,11 +157,32 @@ def _prove_learning(model: ExpertPeftModel, batch: Batch) -> dict[str, Any]:
     return {"factors_learning": checked, "factors_without_tokens": idle}
 
 
+_WHY_ZERO = (
+    "for a router it can be that the scores of all tokens are saturated, or that one expert is chosen with a weight of "
+    "1, by these rows and this seed: leave router out of lora.targets, or give another training.seed. For any other "
+    "module its part of the model gives nothing for these rows: leave it out of lora.targets"
+)
+
 # Stands for the gradient of an expert that the probe's rows did not reach.
 _NO_TOKENS = torch.empty(0)
 
 
-def _factor_gradients(model: nn.Module, tokens: dict[str, Tensor]) -> Iterator[tuple[str, Tensor | None]]:
+def _require_reached(model: ExpertPeftModel, name: str) -> None:
+    """Refuse a target whose own output no text has a gradient to: not the adapter is at fault, but where it is."""
+    base = model.get_submodule(name).get_base_layer()  # type: ignore[operator]
+    if not is_linear(base) and not isinstance(base, Nf4Experts):
+        return
+    model.eval()  # without activation checkpointing, whose second forward would be counted too
+    if not reached_modules(model.get_base_model(), {name: base}):
+        name = name.removeprefix("base_model.model.")
+        raise ConfigError(
+            f"lora.targets: no adapter can learn in {name}: a text's loss has no gradient to what it computes (the "
+            "model takes its weight without calling it, only picks by it, or does not use it for text). Leave "
+            f"{name.rpartition('.')[2]} out of lora.targets; the aliases attention and experts leave such modules out"
+        )
+
+
+def _factor_gradients(model: ExpertPeftModel, tokens: dict[str, Tensor]) -> Iterator[tuple[str, Tensor | None]]:
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
@@ -168,6 +195,7 @@ def _factor_gradients(model: nn.Module, tokens: dict[str, Tensor]) -> Iterator[t
                     yield f"{name}.{factor}", held.weight.grad
                     continue
                 if name not in tokens:
+                    _require_reached(model, name)
                     raise ProofError(f"{name}: the forward never passes through these experts, so that none can learn")
                 for projection, stacked in held.items():
                     for expert, count in enumerate(tokens[name].tolist()):

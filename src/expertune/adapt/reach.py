@@ -49,6 +49,8 @@ def reached_modules(model: PreTrainedModel, candidates: Mapping[str, nn.Module])
     finally:
         for hook in hooks:
             hook.remove()
+    if not outputs or not logits.requires_grad:
+        return set()
     gradients = torch.autograd.grad(logits.float().sum(), [output for _, output in outputs], allow_unused=True)
     reached = {name for (name, _), gradient in zip(outputs, gradients, strict=True) if gradient is not None}
     return {name for name in reached if not is_refused(model, name)}
