@@ -124,6 +124,22 @@ def test_file_that_is_no_record_is_refused_by_name(
     assert "record.json" in str(said.value)
 
 
+@pytest.mark.parametrize(
+    ("left", "newest"), [(["checkpoint-9", "checkpoint-10"], "checkpoint-10"), (["adapter"], "adapter")]
+)
+@pytest.mark.parametrize("resume", [True, False])
+def test_folder_of_a_run_whose_record_is_missing_is_refused_by_what_is_missing(
+    resume: bool, left: list[str], newest: str, tmp_path: Path
+) -> None:
+    for name in left:
+        (tmp_path / name).mkdir()
+    missing = rf"record\.json: missing, though \S+ holds {newest}: .* lora\.init_from={tmp_path / newest}$"
+    with pytest.raises(CheckpointError, match=missing):
+        load_config(tmp_path, resume=resume)
+    with pytest.raises(CheckpointError, match=missing):
+        RunRecord.load(tmp_path)
+
+
 def test_folder_without_a_record_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a folder without a record\.json"):
         load_config(tmp_path)

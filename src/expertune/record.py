@@ -53,6 +53,12 @@ class RunRecord:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
+            if learned := left_by_a_run(Path(output_dir)):
+                raise CheckpointError(
+                    f"{path}: missing, though {output_dir} holds {learned}: without it nothing says of which run that "
+                    "is. Restore it from a copy, or start a new run with another output_dir, from what this one "
+                    f"learned by lora.init_from={Path(output_dir) / learned}"
+                ) from None
             raise CheckpointError(f"{output_dir}: no {name} here; is it a run folder?") from None
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
@@ -100,6 +106,14 @@ class RunRecord:
         """Write the whole file beside itself, then rename."""
         self._saved = True
         write_json(self.path, self.values)
+
+
+def left_by_a_run(folder: Path) -> str | None:
+    """The adapter of a run folder or its newest checkpoint, by name; None where there is none."""
+    if (folder / "adapter").is_dir():
+        return "adapter"
+    steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    return f"checkpoint-{max(numbers)}" if (numbers := [int(step) for step in steps if step.isdecimal()]) else None
 
 
 def write_json(path: Path, values: Any) -> None:

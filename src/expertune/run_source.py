@@ -15,7 +15,7 @@ from typing import Any
 
 from expertune.config import RunConfig, apply_overrides, load_config, recorded_config
 from expertune.errors import CheckpointError, ConfigError
-from expertune.record import RECORD_NAME, RunRecord
+from expertune.record import RECORD_NAME, RunRecord, left_by_a_run
 
 _PATHS = ((None, "model"), ("data", "train"), ("data", "eval"), ("data", "template"), ("lora", "init_from"))
 _SLICE = re.compile(r"\[\d*:\d*\]$")
@@ -39,7 +39,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), resume: bool = Fal
     folder = path if path.is_dir() else path.parent
     if not path.is_dir() and not _is_record(path):
         return load_config(path, overrides)
-    if path.is_dir() and not (folder / RECORD_NAME).is_file():
+    if path.is_dir() and not (folder / RECORD_NAME).is_file() and not left_by_a_run(folder):
         raise ConfigError(f"{path}: a folder without a {RECORD_NAME}; give a run file, a run folder or its record")
     record = RunRecord.load(folder, path.name if path.is_file() else RECORD_NAME)
     values = recorded_values(record)
