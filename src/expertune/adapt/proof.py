@@ -169,7 +169,7 @@ _NO_TOKENS = torch.empty(0)
 
 def _require_reached(model: ExpertPeftModel, name: str) -> None:
     """Refuse a target whose own output no text has a gradient to: not the adapter is at fault, but where it is."""
-    base = model.get_submodule(name).get_base_layer()  # type: ignore[operator]
+    base = model.get_submodule(name).get_base_layer()
     if not is_linear(base) and not isinstance(base, Nf4Experts):
         return
     model.eval()  # without activation checkpointing, whose second forward would be counted too
