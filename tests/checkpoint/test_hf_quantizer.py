@@ -243,3 +243,16 @@ print(json.dumps(type(model.model.layers[0].mlp.experts).__name__))
 """
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == "Nf4Experts"
+
+
+def test_without_the_import_transformers_says_what_the_folders_readme_names(folder: Path) -> None:
+    code = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    readme = " ".join((folder / "README.md").read_text(encoding="utf-8").split())
+    for said in (
+        "Unknown quantization type, got expertune",
+        "RuntimeError: You set `ignore_mismatched_sizes` to `False`, thus raising an error",
+    ):
+        assert said in done.stderr
+        assert said in readme

@@ -85,13 +85,6 @@ def live_pairs(model: nn.Module, names: NameMap, adapter: str = "default") -> It
                 yield LivePair(names.expert_on_disk(name, expert, projection), expert_a, expert_b, scale)
 
 
-def adapter_tensors(model: nn.Module, names: NameMap, adapter: str = "default") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of an adapter by per-expert name on disk: views into the live parameters; see `live_pairs`."""
-    for pair in live_pairs(model, names, adapter):
-        yield f"{PREFIX}{pair.name}.lora_A.weight", pair.a
-        yield f"{PREFIX}{pair.name}.lora_B.weight", pair.b
-
-
 @dataclass(frozen=True)
 class Origin:
     """Where an adapter comes from.

@@ -13,8 +13,7 @@ the source.
 ## Load it
 
 The weights are packed for Expertune, and nothing else reads them. In a run file, `model:` is the path of this folder.
-In Python, import `expertune` before the model is loaded; without that, transformers says "Unknown quantization type,
-got expertune":
+In Python, import `expertune` before the model is loaded:
 
 ```python
 import expertune
@@ -22,6 +21,10 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("this-folder")
 ```
+
+Without `import expertune`, transformers prints a line "Unknown quantization type, got expertune" and a table of the
+weights' shapes, and ends in "RuntimeError: You set `ignore_mismatched_sizes` to `False`, thus raising an error". Leave
+that argument as it is: with True the weights would be random.
 
 Load it whole onto one device: weights cannot be left on disk or in the host's memory by `device_map`. In a run file,
 `placement: disk` and `placement: host` do that.
