@@ -45,7 +45,7 @@ from expertune.checkpoint.store import (
 )
 from expertune.config import QuantizationConfig
 from expertune.experts.module import Nf4Experts
-from expertune.record import write_json
+from expertune.storage import write_json
 
 MIXTRAL = Shape(hidden=4096, intermediate=14336, layers=32, experts=8, top_k=2)
 TOKENS = 320

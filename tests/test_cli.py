@@ -14,7 +14,7 @@ import expertune
 from expertune.cli import _LIBRARIES, main
 from expertune.config import DataConfig
 from expertune.errors import DataError
-from expertune.record import RunRecord
+from expertune.run.record import RunRecord
 
 RUN_FILE = "model: base\ndata: {train: rows.jsonl}\noutput_dir: runs/first\n"
 COMMANDS = ["plan", "data", "train", "evaluate", "generate", "chat", "quantize", "doctor"]
@@ -429,8 +429,8 @@ def chat(run, run_dir, api, monkeypatch):
         def answered(self, message, answer):
             pass
 
-    monkeypatch.setattr("expertune.generation.stream", stream)
-    monkeypatch.setattr("expertune.generation.Conversation", Conversation)
+    monkeypatch.setattr("expertune.generation.chat.stream", stream)
+    monkeypatch.setattr("expertune.generation.chat.Conversation", Conversation)
     api.open_run = open_run
 
     def talk(*lines, options=()):

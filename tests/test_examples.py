@@ -11,12 +11,12 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from expertune.config import RunConfig, Section, check_training_arguments, load_config
-from expertune.plan import make_plan
+from expertune.planning import make_plan
 from expertune.train.trainer import training_arguments
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
-MIXTRAL = ROOT / "tests" / "plan" / "files" / "mixtral-8x7b-v0.1"
+MIXTRAL = ROOT / "tests" / "planning" / "files" / "mixtral-8x7b-v0.1"
 
 RECIPE_LINE = "trainable params: 120350720 || all params: 23602952192 || trainable%: 0.5098968934945001"
 

@@ -19,7 +19,7 @@ MISTAKES = [
     ["chat", "no-such-folder"],
     ["trian"],
 ]
-MODULES = ["expertune", "expertune.config", "expertune.metrics", "expertune.record"]
+MODULES = ["expertune", "expertune.config", "expertune.evaluation.metrics", "expertune.run.record"]
 
 TELL = f"""
 import json, sys

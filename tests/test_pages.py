@@ -14,12 +14,12 @@ from transformers import TrainingArguments
 from expertune.cli import app
 from expertune.config import check_training_arguments, load_config, parse_config
 from expertune.errors import ConfigError
-from expertune.plan import Plan, make_plan
-from expertune.run_folder import _FREE_AT_RESUME
+from expertune.planning import Plan, make_plan
+from expertune.run.directory import _FREE_AT_RESUME
 
 ROOT = Path(__file__).parents[1]
 GUIDES = ROOT / "docs" / "guides"
-MIXTRAL = ROOT / "tests" / "plan" / "files" / "mixtral-8x7b-v0.1"
+MIXTRAL = ROOT / "tests" / "planning" / "files" / "mixtral-8x7b-v0.1"
 VALUES = {"model": "m", "data": {"train": "t"}, "output_dir": "o"}
 
 # Said by a library, or by the program with a word in it that is no constant of its source.

@@ -13,7 +13,7 @@ import expertune
 from expertune.cli import app
 from expertune.config import load_config, parse_config
 from expertune.errors import CheckpointError, ConfigError
-from expertune.record import RunRecord
+from expertune.run.record import RunRecord
 from tests.train.conftest import nine_steps, rows_file, run_file, run_values, small_mixtral
 from tests.train.scarce import run
 

@@ -14,7 +14,6 @@ from benchmarks.campaign import weights
 from benchmarks.campaign.shapes import Model
 from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
-from expertune.attention import attend_by_row
 from expertune.checkpoint.linears import linears_to_quantize
 from expertune.checkpoint.load import LoadedModel, build_meta_model
 from expertune.checkpoint.loader import quantized_linear
@@ -22,6 +21,7 @@ from expertune.checkpoint.names import read_names
 from expertune.config import LoraSection, QuantizationConfig
 from expertune.experts.contract import find_experts
 from expertune.experts.module import Nf4Experts
+from expertune.layers.varlen_attention import attend_by_row
 from expertune.train.callbacks import History
 from expertune.train.loss import LanguageModelLoss
 from expertune.train.trainer import ExpertTrainer, training_arguments

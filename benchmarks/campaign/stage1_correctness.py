@@ -16,10 +16,10 @@ from benchmarks.campaign import ahead, measure, record, shapes, weights
 from benchmarks.campaign.record import Item, Record
 from benchmarks.layer import Forward, Layer
 from benchmarks.peers.bitsandbytes_weight import bitsandbytes_weight
-from expertune import attention
 from expertune.kernels import native, routes
 from expertune.kernels.expert_mlp import Activation, ExpertUpdate, reference
 from expertune.kernels.nf4 import Nf4Stack, decode
+from expertune.layers import varlen_attention as attention
 
 LIMIT_S = 150
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -18,7 +18,7 @@ from benchmarks.report import CorrectnessError
 from benchmarks.workload import text_batch
 from expertune.experts.module import Nf4Experts
 from expertune.placement.experts import Placement
-from expertune.plan.places import spread
+from expertune.planning.places import spread
 
 LIMIT_S = 500
 

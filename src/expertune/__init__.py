@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from expertune.adapt.registration import register_with_peft
 from expertune.checkpoint.registration import register_with_transformers
 from expertune.config import RunConfig
-from expertune.record import RunRecord
-from expertune.run_source import load_run as load_config
-from expertune.threads import prepare_threads
+from expertune.kernels.threads import prepare_threads
+from expertune.run.record import RunRecord
+from expertune.run.source import load_run as load_config
 
 if TYPE_CHECKING:
     from expertune.api import Run, evaluate, finetune, generate, make_plan

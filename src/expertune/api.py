@@ -20,7 +20,6 @@ from expertune.adapt.attach import attach, expected_layout
 from expertune.adapt.base import require_same_base
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.proof import probe_logits, prove
-from expertune.attention import require_rows_apart
 from expertune.checkpoint.context import context_length, read_config
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.hub import ModelSource, fetch_model
@@ -35,22 +34,20 @@ from expertune.data import (
     prepare_run,
 )
 from expertune.data.preview import preview
-from expertune.finished import OpenRun, evaluate, generate, load_base, open_run
-from expertune.held_out import HeldOut
-from expertune.identity import identify, require_same_identity
+from expertune.distributed.processes import require_one_process
+from expertune.evaluation.held_out import HeldOut
 from expertune.kernels import routes
+from expertune.layers.varlen_attention import require_rows_apart
 from expertune.placement.device import bound_host_memory, training_device
 from expertune.placement.experts import Place, placement_of
-from expertune.plan import MicroBatch, make_plan
-from expertune.plan.disk import require_room
-from expertune.plan.memory import PROOF_TOKENS
-from expertune.plan.settings import uses_checkpointing
-from expertune.processes import require_one_process
-from expertune.record import RunRecord
+from expertune.planning import MicroBatch, make_plan
+from expertune.planning.disk import require_room
+from expertune.planning.memory import PROOF_TOKENS
+from expertune.planning.settings import uses_checkpointing
 from expertune.report.plots import plot_summary
 from expertune.report.preview import render_preview
 from expertune.report.summary import render_summary
-from expertune.run_folder import (
+from expertune.run.directory import (
     ADAPTER_FOLDER,
     finished_line,
     is_finished,
@@ -58,8 +55,11 @@ from expertune.run_folder import (
     open_record,
     stops_recorded,
 )
-from expertune.run_lock import hold_run_directory
-from expertune.run_source import load_run
+from expertune.run.identity import identify, require_same_identity
+from expertune.run.inference import OpenRun, evaluate, generate, load_base, open_run
+from expertune.run.lock import hold_run_directory
+from expertune.run.record import RunRecord
+from expertune.run.source import load_run
 from expertune.storage import storage_errors_named, told_if_it_fails
 from expertune.train.callbacks import History, ProgressBar, peak_memory_bytes
 from expertune.train.checkpoints import ResumePoint, find_resume_point, require_state_to_go_on

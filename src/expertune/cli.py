@@ -18,8 +18,9 @@ import typer
 
 from expertune import RunRecord, __version__, load_config
 from expertune.errors import ConfigError, ExpertuneError
-from expertune.run_folder import after_interruption
-from expertune.signals import Terminated
+from expertune.kernels.threads import prepare_threads
+from expertune.run.directory import after_interruption
+from expertune.run.signals import Terminated
 from expertune.storage import failure
 from expertune.terminal import (
     converse,
@@ -30,7 +31,6 @@ from expertune.terminal import (
     say,
     stdout_for_results,
 )
-from expertune.threads import prepare_threads
 
 _LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "torch", "transformers")
 

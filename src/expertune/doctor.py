@@ -19,9 +19,9 @@ from rich.text import Text
 from expertune.kernels import gpu, native
 from expertune.kernels.cache import find_cache
 from expertune.kernels.cpu import cpu_instruction_sets
+from expertune.kernels.threads import cgroup_share, usable_cores, waits_passively
 from expertune.placement.device import default_device, resolve_compute_dtype
-from expertune.plan.table import size
-from expertune.threads import cgroup_share, usable_cores, waits_passively
+from expertune.planning.table import size
 
 Status = Literal["ok", "info", "warning", "error"]
 

@@ -5,6 +5,8 @@ their text or with none at all.
 """
 
 import errno
+import json
+import math
 import os
 import re
 import shutil
@@ -13,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from expertune.errors import StorageError
 
@@ -107,3 +110,40 @@ def told_if_it_fails(what: str, write: Callable[[], object], tell: Callable[[str
         write()
     except OSError as error:
         tell(f"{what} could not be written ({error.strerror or error}); the run goes on without it")
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON so that readers see either the old file or the new one, never a part."""
+    write_text(path, json.dumps(_plain(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file beside `path`, flush it to disk, then rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files that only their owner can read; a record is as readable as the folder it lies in.
+        Path(beside).chmod(0o644)
+        Path(beside).replace(path)
+    except BaseException as error:
+        Path(beside).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a failed write or flush knows none
+        raise
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: a loss that is not finite is kept as text, so that the file stays readable everywhere."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Path):
+        return str(value)
+    return value

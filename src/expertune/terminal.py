@@ -86,7 +86,7 @@ def quantizing() -> Iterator[Callable[[str, int, int], None]]:
 
 def converse(run: "OpenRun", max_new_tokens: int) -> None:
     """Read lines and stream the answers, until /exit or the end of stdin."""
-    from expertune.generation import Conversation, stream
+    from expertune.generation.chat import Conversation, stream
 
     conversation = Conversation(run.data, run.tokenizer)
     for message in _lines():

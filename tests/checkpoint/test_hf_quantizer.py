@@ -20,7 +20,7 @@ from expertune.checkpoint.load import auto_class
 from expertune.config import LoraSection, QuantizationConfig
 from expertune.errors import CheckpointError, ExportError
 from expertune.experts.module import Nf4Experts
-from expertune.nf4_linear import Nf4Linear
+from expertune.layers.nf4_linear import Nf4Linear
 from tests.checkpoint.conftest import FolderOf, Rewrite
 from tests.checkpoint.nf4_folders import quantized
 from tests.families import build

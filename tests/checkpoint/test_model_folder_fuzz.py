@@ -29,7 +29,7 @@ from expertune.checkpoint.reader import INDEX_NAME
 from expertune.cli import app
 from expertune.config import parse_config
 from expertune.errors import ExpertuneError
-from expertune.plan import make_plan
+from expertune.planning import make_plan
 from tests.tiny_models import load_tiny, save_tiny_model
 
 SHARD = "model.safetensors"

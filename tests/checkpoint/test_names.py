@@ -14,7 +14,7 @@ from expertune.checkpoint.reader import INDEX_NAME
 from tests.checkpoint.conftest import FolderOf
 from tests.tiny_models import FAMILIES, tiny_config
 
-REAL = Path(__file__).parents[1] / "plan" / "files" / "mixtral-8x7b-v0.1"
+REAL = Path(__file__).parents[1] / "planning" / "files" / "mixtral-8x7b-v0.1"
 
 
 def names_of(family: str) -> NameMap:

@@ -18,10 +18,10 @@ from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from expertune.experts.contract import find_experts, read_spec
 from expertune.experts.module import Nf4Experts
-from expertune.plan import make_plan
+from expertune.planning import make_plan
 from tests.checkpoint.nf4_folders import assert_same_bytes, quantized
 from tests.families import build
-from tests.plan.test_counts import resident_bytes
+from tests.planning.test_counts import resident_bytes
 from tests.tiny_models import load_tiny, random_rows, save_random, stock_model, tiny_config
 
 Tensors = dict[str, Tensor]

@@ -15,7 +15,7 @@ from torch import Tensor
 from expertune.checkpoint.load import LoadedModel
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from expertune.experts.module import Nf4Experts
-from expertune.nf4_linear import Nf4Linear
+from expertune.layers.nf4_linear import Nf4Linear
 from tests.checkpoint.conftest import Rewrite
 from tests.checkpoint.nf4_folders import assert_same_bytes, quantized
 from tests.tiny_models import load_tiny, random_rows

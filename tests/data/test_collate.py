@@ -2,7 +2,6 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening, MixtralConfig, MixtralForCausalLM
 
-from expertune.attention import ROW_BOUNDS
 from expertune.config import DataConfig
 from expertune.data import (
     IGNORE_INDEX,
@@ -13,6 +12,7 @@ from expertune.data import (
     pack_rows,
 )
 from expertune.errors import DataError
+from expertune.layers.varlen_attention import ROW_BOUNDS
 
 FIRST = {"input_ids": [1, 11, 12, 2], "labels": [IGNORE_INDEX, 11, 12, 2], "row_ids": [4]}
 SECOND = {"input_ids": [1, 21, 2], "labels": [1, 21, 2], "row_ids": [7]}

@@ -7,8 +7,8 @@ import pytest
 from expertune.config import DataConfig
 from expertune.data import IGNORE_INDEX, make_collator, make_dataset, prepare_rows, prepare_run
 from expertune.errors import ConfigError, DataError
-from expertune.identity import require_same_files
-from expertune.record import RunRecord
+from expertune.run.identity import require_same_files
+from expertune.run.record import RunRecord
 
 GOOD = {"prompt": "One plus one?", "completion": " Two."}
 

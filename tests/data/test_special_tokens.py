@@ -10,7 +10,7 @@ from expertune.data.encode import encode_row
 from expertune.data.row_template import Rendered
 from expertune.data.special_tokens import RenderedText
 from expertune.errors import DataError
-from expertune.generation import Conversation
+from expertune.generation.chat import Conversation
 
 ROW = {"prompt": "Say </s> now", "completion": " <s>a</s>b"}
 

@@ -19,7 +19,6 @@ from transformers import AutoModelForMultimodalLM, PreTrainedModel
 import expertune
 from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
-from expertune.attention import NAME, attend_by_batch, require_rows_apart
 from expertune.checkpoint.load import auto_class, build_meta_model
 from expertune.checkpoint.names import read_names
 from expertune.checkpoint.quantize import quantize
@@ -29,7 +28,8 @@ from expertune.errors import CheckpointError, UnsupportedModelError
 from expertune.experts import layout
 from expertune.experts.contract import find_experts
 from expertune.experts.lora import ExpertsLora
-from expertune.plan.headers import check_headers, read_headers
+from expertune.layers.varlen_attention import NAME, attend_by_batch, require_rows_apart
+from expertune.planning.headers import check_headers, read_headers
 from tests.experts.families import experts_classes
 from tests.families.build import FIRST_SPECIAL, families, model_type, tiny_config
 from tests.tiny_models import (

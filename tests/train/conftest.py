@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from expertune.kernels import routes
-from expertune.record import RunRecord
+from expertune.run.record import RunRecord
 from tests.train.scarce import Reference, adapter_bytes, run
 
 ASSETS = Path(__file__).parents[2] / "src" / "expertune" / "assets"

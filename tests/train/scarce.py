@@ -15,10 +15,11 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from expertune import api, decoding, finetune
+from expertune import api, finetune
 from expertune.config import parse_config
 from expertune.experts import module
-from expertune.record import RunRecord
+from expertune.generation import greedy as decoding
+from expertune.run.record import RunRecord
 
 # Any row of the fixture fits, two of them do not.
 ONE_ROW = 24

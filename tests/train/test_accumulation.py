@@ -12,7 +12,7 @@ from torch import Tensor
 
 from expertune import finetune, make_plan
 from expertune.config import parse_config
-from expertune.record import RunRecord
+from expertune.run.record import RunRecord
 
 ROUNDING = 1e-6  # of float32 sums over a step, taken in another order
 # What AdamW makes of it where a gradient is nearly zero: a hundredth of one of its steps, which are the learning rate.

@@ -11,7 +11,7 @@ from torch import nn
 from expertune import api, finetune
 from expertune.config import parse_config
 from expertune.errors import NonFiniteGradientError, NonFiniteLossError
-from expertune.record import RunRecord
+from expertune.run.record import RunRecord
 from expertune.train.finite import is_lowered_by_scaler, norm_of_gradients
 from expertune.train.trainer import ExpertTrainer
 

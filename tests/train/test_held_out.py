@@ -13,8 +13,8 @@ from rich.console import Console
 import expertune
 from expertune import api, finetune
 from expertune.config import parse_config
-from expertune.held_out import HeldOut
-from expertune.record import RunRecord
+from expertune.evaluation.held_out import HeldOut
+from expertune.run.record import RunRecord
 from tests.train.conftest import nine_steps
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from expertune import finetune
 from expertune.config import parse_config
 from expertune.experts import replay
-from expertune.record import RunRecord
+from expertune.run.record import RunRecord
 from expertune.train import trainer
 from expertune.train.offload import Offloaded, activations_on_host, has_host_apart
 

@@ -22,7 +22,7 @@ from expertune.errors import DoesNotFitError
 from expertune.experts import module
 from expertune.kernels import routes, workspace
 from expertune.placement import experts as placement
-from expertune.record import RunRecord
+from expertune.run.record import RunRecord
 from expertune.train import ladder, offload
 from expertune.train.ladder import LEAST_WORKING_SET_BYTES
 from expertune.train.trainer import ExpertTrainer

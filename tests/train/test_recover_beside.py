@@ -12,7 +12,7 @@ import expertune
 from expertune import api
 from expertune.errors import DoesNotFitError
 from expertune.kernels import routes
-from expertune.record import RunRecord
+from expertune.run.record import RunRecord
 from expertune.train import ladder
 from expertune.train.checkpoints import STAGING_NAME, list_checkpoints, verify
 from expertune.train.trainer import ExpertTrainer

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from expertune.errors import DoesNotFitError
-from expertune.record import RunRecord
+from expertune.run.record import RunRecord
 from expertune.train import ladder
 from expertune.train.trainer import ExpertTrainer
 from tests.train.scarce import Reference, ScarceOperators, adapter_bytes, out_of_memory, run

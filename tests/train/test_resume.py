@@ -14,7 +14,7 @@ from rich.console import Console
 from expertune import finetune, load_config
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError, DataError
-from expertune.record import RunRecord
+from expertune.run.record import RunRecord
 from expertune.train import checkpoints, trainer
 from expertune.train.checkpoints import MANIFEST_NAME, STAGING_NAME, find_resume_point, seal, verify
 from tests.processes import run_copies

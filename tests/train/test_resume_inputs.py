@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from expertune import finetune
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError, DataError, ExpertuneError
-from expertune.record import RunRecord
+from expertune.run.record import RunRecord
 from expertune.train import trainer
 from expertune.train.checkpoints import MANIFEST_NAME, find_resume_point, seal
 from tests.train.conftest import nine_steps

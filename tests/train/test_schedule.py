@@ -10,8 +10,8 @@ import pytest
 from expertune import finetune
 from expertune.config import parse_config
 from expertune.errors import ConfigError, DataError
-from expertune.record import RunRecord
-from expertune.signals import Terminated
+from expertune.run.record import RunRecord
+from expertune.run.signals import Terminated
 from expertune.train.callbacks import History
 from expertune.train.schedule import check_schedule, evaluates_at_ends
 

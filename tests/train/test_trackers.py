@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from expertune import finetune
 from expertune.config import parse_config
-from expertune.record import RunRecord
+from expertune.run.record import RunRecord
 from expertune.train.callbacks import History
 from tests.processes import run_copies
 from tests.train.conftest import nine_steps

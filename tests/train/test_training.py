@@ -13,10 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from expertune import finetune
-from expertune.attention import row_lengths
 from expertune.config import parse_config
 from expertune.errors import ConfigError, NonFiniteLossError, StorageError
-from expertune.record import RunRecord
+from expertune.layers.varlen_attention import row_lengths
+from expertune.run.record import RunRecord
 from expertune.train.trainer import training_arguments
 from tests.train.scarce import adapter_bytes
 
@@ -83,7 +83,7 @@ def test_where_rows_begin_reaches_every_layer_of_every_step(
         assert (position_ids == 0).sum() == 1
         return row_lengths(position_ids)
 
-    monkeypatch.setattr("expertune.attention.row_lengths", look)
+    monkeypatch.setattr("expertune.layers.varlen_attention.row_lengths", look)
     data = run_values["data"] | {"packing": packing}
     record = train(run_values | {"data": data}, gradient_checkpointing=checkpointing, max_steps=3)
     assert len(record["train"]["loss"]) == 3

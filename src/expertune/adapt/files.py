@@ -33,7 +33,7 @@ from expertune.checkpoint.targets import Rank, ResolvedTargets
 from expertune.errors import CheckpointError
 from expertune.experts.layout import fused_projections
 from expertune.experts.lora import ExpertsLora
-from expertune.record import write_json
+from expertune.storage import write_json
 
 # No loader takes it for an adapter: some read every file that ends in .safetensors.
 LIVE_NAME = "adapter_live.tensors"

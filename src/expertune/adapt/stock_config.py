@@ -12,7 +12,7 @@ from expertune.checkpoint.adapter_folder import CONFIG_NAME
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import Rank
 from expertune.experts.lora import ExpertLoraConfig
-from expertune.record import write_json
+from expertune.storage import write_json
 
 
 class StockLoraConfig(ExpertLoraConfig):

@@ -75,7 +75,7 @@ class Nf4FolderQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter's packed shape is not the model's."""
-        from expertune.nf4_linear import Nf4Linear
+        from expertune.layers.nf4_linear import Nf4Linear
 
         name, _, leaf = param_name.rpartition(".")
         return leaf == "weight" and isinstance(model.get_submodule(name), Nf4Linear)
@@ -112,7 +112,7 @@ class Nf4FolderQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
-        from expertune.nf4_linear import Nf4Linear
+        from expertune.layers.nf4_linear import Nf4Linear
 
         for module in model.modules():
             if isinstance(module, Nf4Linear):

@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from expertune.attention import attend_by_row
 from expertune.checkpoint.fingerprint import Fingerprint, read_fingerprint
 from expertune.checkpoint.hub import refusal
 from expertune.checkpoint.json_file import read_config
@@ -46,6 +45,7 @@ from expertune.errors import CheckpointError, ConfigError, ExportError
 from expertune.experts.contract import find_experts
 from expertune.experts.module import Nf4Experts
 from expertune.kernels.nf4 import Scheme
+from expertune.layers.varlen_attention import attend_by_row
 
 
 @dataclass

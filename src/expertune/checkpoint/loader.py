@@ -17,7 +17,7 @@ from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, UnsupportedModelError
 from expertune.experts import layout
 from expertune.experts.module import Nf4Experts
-from expertune.nf4_linear import Nf4Linear
+from expertune.layers.nf4_linear import Nf4Linear
 
 Progress = Callable[[int, int], None]
 

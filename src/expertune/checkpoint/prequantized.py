@@ -32,7 +32,7 @@ from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, UnsupportedModelError
 from expertune.experts.module import Nf4Experts
 from expertune.kernels.nf4 import BLOCK_SIZE, Scheme
-from expertune.nf4_linear import Nf4Linear
+from expertune.layers.nf4_linear import Nf4Linear
 
 Method = Literal["bitsandbytes", "mxfp4"]
 

@@ -48,9 +48,9 @@ from expertune.checkpoint.store import (
     write_tensors,
 )
 from expertune.config import QuantizationConfig
+from expertune.distributed.processes import require_one_process
 from expertune.errors import CheckpointError, ExpertuneError
-from expertune.processes import require_one_process
-from expertune.record import write_json, write_text
+from expertune.storage import write_json, write_text
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 # The file that is being worked on, bytes written so far, bytes in all.

@@ -28,7 +28,7 @@ from expertune.checkpoint.reader import INDEX_NAME, CheckpointIndex, TensorEntry
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError
 from expertune.kernels.nf4 import Scheme
-from expertune.record import write_json
+from expertune.storage import write_json
 
 FOLDER_MARK = "expertune.json"
 PROGRESS_MARK = "expertune.partial.json"

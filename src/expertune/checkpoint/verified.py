@@ -16,7 +16,7 @@ import torch
 from expertune.checkpoint.store import FOLDER_MARK, hash_file, read_manifest
 from expertune.errors import CheckpointError
 from expertune.kernels.cache import cache_folder, read_kept
-from expertune.record import write_json
+from expertune.storage import write_json
 
 _MEMORY = "verified-folders.json"
 

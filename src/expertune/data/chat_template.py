@@ -13,13 +13,13 @@ from typing import Any
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from expertune.config.yaml_file import shortened
 from expertune.data.formats import Example
 from expertune.data.lint import RowError
 from expertune.data.messages import Message
 from expertune.data.row_template import Rendered, jinja_names
 from expertune.data.special_tokens import RenderedText, special_contents, special_pattern
 from expertune.errors import ConfigError
-from expertune.run_yaml import shortened
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from expertune.config import DataConfig
+from expertune.config.yaml_file import shortened
 from expertune.data.lint import FlaggedError, RowError, check_answer
 from expertune.data.messages import (
     FLAGS,
@@ -19,7 +20,6 @@ from expertune.data.messages import (
     until_last_answer,
 )
 from expertune.errors import DataError
-from expertune.run_yaml import shortened
 
 SYSTEM = ("system", "system_prompt", "system_message")
 HISTORY = "history"

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from expertune.config.yaml_file import shortened
 from expertune.data.rows import IGNORE_INDEX, TokenizedRows
 from expertune.errors import DataError
-from expertune.run_yaml import shortened
 
 NUM_SHOWN = 5
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expertune.config.yaml_file import shortened
 from expertune.errors import DataError
-from expertune.run_yaml import shortened
 
 # What no text and no table comes near; what a file made to exhaust memory does.
 _MOST_UNPACKED = 200

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from expertune.config.yaml_file import shortened
 from expertune.data.formats import Example
 from expertune.data.lint import RowError
 from expertune.errors import ConfigError
-from expertune.run_yaml import shortened
 
 # Digits, so that filters such as `upper`, `trim` and `tojson` leave it as it is; too many to stand in a row by chance.
 _SENTINEL = "60486073512907415238264907131859"

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from expertune.config.yaml_file import shortened
 from expertune.data.hub import is_hub_name, read_hub
 from expertune.data.readers import READERS, SourceRow, read_rows, reader_of
 from expertune.errors import DataError
-from expertune.run_yaml import shortened
 
 _SLICE = re.compile(r"(?P<name>.*)\[(?P<start>\d{0,15}):(?P<stop>\d{0,15})\]", re.DOTALL)
 _NUM_NAMED = 3

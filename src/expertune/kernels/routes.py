@@ -25,7 +25,7 @@ from expertune.kernels import gpu, native
 from expertune.kernels.cache import cache_folder, read_kept
 from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, product_dtype
 from expertune.kernels.nf4 import Nf4Stack
-from expertune.record import write_text
+from expertune.storage import write_text
 
 Route = Literal["fused", "decode_then_gemm", "expert_by_expert"]
 

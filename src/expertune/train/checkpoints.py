@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from expertune.errors import CheckpointError, ConfigError
-from expertune.record import write_json
+from expertune.storage import write_json
 
 MANIFEST_NAME = "manifest.json"
 STAGING_NAME = ".checkpoint-being-written"

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from expertune.decoding import evaluation_mode
+from expertune.generation.greedy import evaluation_mode
 from expertune.kernels.linear_cross_entropy import IGNORE_INDEX, LoraUpdate, linear_cross_entropy
 from expertune.train.out_of_memory import is_out_of_memory
 

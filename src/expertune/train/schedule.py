@@ -12,7 +12,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from expertune.config import RunConfig
 from expertune.errors import ConfigError, DataError
-from expertune.metrics import METRICS
+from expertune.evaluation.metrics import METRICS
 
 # Schedules that wait for an evaluation.
 _EVALUATED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")

@@ -23,7 +23,7 @@ from transformers.integrations import (
     get_reporting_integration_callbacks,
 )
 
-from expertune.record import write_json
+from expertune.storage import write_json
 
 TRACKERS_NAME = "trackers.json"
 

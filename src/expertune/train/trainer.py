@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from expertune.adapt.peft_model import ExpertPeftModel
+from expertune.config.training_keys import unused_keys
 from expertune.errors import CheckpointError, ConfigError, NonFiniteGradientError, NonFiniteLossError
 from expertune.storage import storage_errors_named
 from expertune.train.best import BestCheckpointHere
@@ -37,7 +38,6 @@ from expertune.train.loss import LanguageModelLoss
 from expertune.train.offload import activations_on_host
 from expertune.train.out_of_memory import RandomState
 from expertune.train.recover import Recovery
-from expertune.training_keys import unused_keys
 
 Dataset = Sequence[Mapping[str, Any]]
 

@@ -25,7 +25,7 @@ from expertune.kernels.expert_mlp.grouped import GroupedRoute
 from expertune.kernels.expert_mlp.plan import Layer, LowRank, differentiable
 from expertune.kernels.gpu import launch, nf4, torch_gemm
 from expertune.kernels.nf4 import Nf4Stack
-from expertune.record import write_text
+from expertune.storage import write_text
 
 # Experts, hidden and intermediate size, experts per token, rank, tokens: no multiple of any tile.
 SHAPE = (5, 192, 320, 2, 3, 77)

@@ -1,0 +1,146 @@
+"""Values under `training:` against the types that transformers declares, and against what training can use.
+
+TrainingArguments is a dataclass, which checks no type: `learning_rate: abc` would be an error of the optimizer, after
+the model is loaded. Types are read from the installed transformers; ranges of the well-known arguments stand here.
+"""
+
+import difflib
+import importlib.util
+import math
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, get_args, get_type_hints
+
+from pydantic import ConfigDict, PydanticUndefinedAnnotation, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
+
+from expertune.config.secrets import is_secret
+from expertune.config.yaml_file import shortened
+from expertune.errors import ConfigError
+
+# Argument -> (lowest value, whether it is itself allowed, first value that is too high).
+_RANGES: dict[str, tuple[float, bool, float]] = {
+    "per_device_train_batch_size": (1, True, math.inf),
+    "per_device_eval_batch_size": (1, True, math.inf),
+    "gradient_accumulation_steps": (1, True, math.inf),
+    "num_train_epochs": (0, False, math.inf),
+    "learning_rate": (0, False, math.inf),
+    "warmup_steps": (0, True, math.inf),
+    "warmup_ratio": (0, True, 1),
+    "weight_decay": (0, True, math.inf),
+    "adam_beta1": (0, True, 1),
+    "adam_beta2": (0, True, 1),
+    "adam_epsilon": (0, False, math.inf),
+    "max_grad_norm": (0, True, math.inf),
+    "label_smoothing_factor": (0, True, 1),
+    "neftune_noise_alpha": (0, True, math.inf),
+    "logging_steps": (0, False, math.inf),
+    "eval_steps": (0, False, math.inf),
+    "eval_delay": (0, True, math.inf),
+    "eval_accumulation_steps": (1, True, math.inf),
+    "save_steps": (0, False, math.inf),
+    "save_total_limit": (1, True, math.inf),
+    "torch_empty_cache_steps": (1, True, math.inf),
+    "seed": (0, True, 2**32),
+    "data_seed": (0, True, 2**32),
+    "dataloader_num_workers": (0, True, 1024),
+    "dataloader_prefetch_factor": (1, True, math.inf),
+    "ddp_timeout": (1, True, math.inf),
+}
+
+# What these packages are called where they are installed from.
+_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "flyte": "flytekitplugins-deck-standard"}
+
+
+def check_training_values(training: Mapping[str, Any], where: str) -> None:
+    """Refuse values of a wrong type, out of range or of an unknown name, and trackers that are not installed.
+
+    Args:
+        training: the section; its keys are names of TrainingArguments.
+        where: what is named in errors.
+
+    Raises:
+        ConfigError: names the key, what it can be and what was found.
+    """
+    from transformers import TrainingArguments
+
+    hints = get_type_hints(TrainingArguments)
+    for key, value in training.items():
+        if key.endswith("_strategy") and value is False:
+            continue  # YAML 1.1 reads a bare `no` as False, and the trainer knows
+        problem = _problem_of_type(hints[key], value) or _problem_of_range(key, value)
+        if problem:
+            found = "" if is_secret(key, str(value)) else f", got {shortened(repr(value))}"
+            raise ConfigError(f"{where}: training.{key}: {problem}{found}")
+    _require_trackers(training.get("report_to"), where)
+
+
+def _problem_of_type(hint: Any, value: Any) -> str | None:
+    choices = [each.value for part in (hint, *get_args(hint)) if _is_enum(part) for each in part]
+    if choices and isinstance(value, str):
+        if value in choices:
+            return None
+        # `adamw` is not near to `adamw_torch` as a whole: it is the first word of several.
+        meant = {choice.partition("_")[0]: choice for choice in reversed(choices)} | {each: each for each in choices}
+        near = difflib.get_close_matches(value[:80], meant, n=1)
+        return f"did you mean {meant[near[0]]}?" if near else f"one of {', '.join(map(str, choices))}"
+    try:
+        # As it stands: transformers takes the text "1e-4" for a number no more than "abc".
+        adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+    except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation, TypeError):
+        return None
+    try:
+        adapter.validate_python(value)
+    except ValidationError as error:
+        wanted = list(dict.fromkeys(problem["msg"].removeprefix("Input should be ") for problem in error.errors()))
+        return f"has to be {' or '.join(wanted[:3])}"
+    return None
+
+
+def _problem_of_range(key: str, value: Any) -> str | None:
+    if key == "max_steps":
+        # -1 is transformers' own word for "by epochs".
+        return None if value == -1 or value >= 1 else "has to be at least 1 (or -1, to go by num_train_epochs)"
+    if key not in _RANGES or not isinstance(value, int | float):
+        return None
+    lowest, is_allowed, too_high = _RANGES[key]
+    if (value >= lowest if is_allowed else value > lowest) and value < too_high:
+        return None
+    below = f" and below {too_high:,}" if too_high != math.inf else ""
+    return f"has to be {'at least' if is_allowed else 'above'} {lowest}{below}"
+
+
+def _require_trackers(report_to: Any, where: str) -> None:
+    """Refuse a tracker that transformers does not know, or whose package is missing here."""
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    if not set(names) - {"none", "all"}:
+        return
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    for name in names:
+        if name in ("none", "all"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            near = difflib.get_close_matches(name[:80], INTEGRATION_TO_CALLBACK, n=1)
+            known = f"did you mean {near[0]}?" if near else f"known: none, {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            raise ConfigError(f"{where}: training.report_to: no tracker is called {shortened(name)!r}; {known}")
+        if name not in get_available_reporting_integrations() and not _is_installed(name):
+            raise ConfigError(
+                f"{where}: training.report_to: {name} is not installed here; "
+                f"`pip install {_PACKAGES.get(name, name)}`, or set training.report_to to none"
+            )
+
+
+def _is_installed(name: str) -> bool:
+    """For trackers that transformers' own list leaves out."""
+    try:
+        return importlib.util.find_spec({"flyte": "flytekit"}.get(name, name)) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Enum)

@@ -1,0 +1,1 @@
+"""A model held to its evaluation examples."""

@@ -1,0 +1,116 @@
+"""A model held to the evaluation rows of its run: one evaluation while training, before and after it, and on command.
+
+Legend: nats are natural-logarithm units of loss per label token.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from expertune.adapt.peft_model import ExpertPeftModel
+from expertune.config import RunConfig
+from expertune.data import TokenizedRows, make_collator, make_dataset
+from expertune.evaluation.scoring import evaluation_loss, score_task
+from expertune.planning.settings import training_argument
+from expertune.train.loss import LanguageModelLoss
+from expertune.train.progress import Bars
+from expertune.train.recover import Recovery
+from expertune.train.schedule import metric_names, scores_in_training
+
+
+class HeldOut:
+    """The evaluation of a run.
+
+    It calls the model inside of the adapter's wrapper, because transformers' Trainer puts autocast around that one for
+    `bf16` and `fp16`: the number would be another than that of the adapter in use.
+
+    Args:
+        config: the run file.
+        model: the adapted model.
+        tokenizer: the base model's tokenizer.
+        rows: the evaluation rows.
+        recovery: what is done when memory runs out.
+        bars: where progress is shown.
+
+    Attributes:
+        dataset: the rows as examples for batches.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: ExpertPeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: TokenizedRows,
+        recovery: Recovery,
+        bars: Bars,
+    ) -> None:
+        self.dataset = make_dataset(rows, config.data)
+        self._config, self._model, self._tokenizer, self._rows = config, model, tokenizer, rows
+        self._recovery, self._bars = recovery, bars
+        self._collator = make_collator(config.data, tokenizer)
+        self._batch_size = int(training_argument(config.training, "per_device_eval_batch_size"))
+        self._in_chunks = LanguageModelLoss(model.get_base_model(), config.loss)
+
+    def loss(self, step: int, base_only: bool = False) -> float:
+        """Mean cross entropy over all label tokens, in nats; a router's auxiliary loss is no part of it.
+
+        Args:
+            step: the optimizer step that was taken last; 0 before the first.
+            base_only: of the base model without the adapter.
+
+        Raises:
+            DataError: no row holds a token that takes a loss.
+            DoesNotFitError: memory ran out, and nothing that could be changed is left.
+        """
+        with _adapter_switched(self._model, off=base_only), self._bars.task("evaluation", "examples") as progress:
+            progress(0, len(self.dataset))
+            return evaluation_loss(
+                self._model.get_base_model(),
+                self.dataset,
+                self._collator,
+                self._batch_size,
+                self._in_chunks.summed,
+                partial(self._recovery.evaluation, step=step),
+                progress,
+            )
+
+    def score(self, step: int, rows: int | None = None, base_only: bool = False) -> dict[str, Any]:
+        """The score of the run's task; see `expertune.evaluation.scoring.score_task`.
+
+        Args:
+            step: as for `loss`.
+            rows: how many rows are answered; None means what the run file says.
+            base_only: of the base model without the adapter.
+        """
+        task = self._config.task if rows is None else self._config.task.model_copy(update={"rows": rows})
+        what = "scoring the base model" if base_only else "scoring the adapter"
+        with _adapter_switched(self._model, off=base_only), self._bars.task(what, "rows answered") as progress:
+            progress(0, len(self._rows.rows[: task.rows]))
+            in_parts = partial(self._recovery.generation, step=step)
+            return score_task(self._model, self._tokenizer, self._rows.rows, task, progress, in_parts)
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """What an evaluation while training gives.
+
+        Returns:
+            `loss`, and the figures of the task where the best checkpoint is chosen by one of them: answering rows
+            takes long.
+        """
+        found = {"loss": self.loss(step)}
+        if scores_in_training(self._config):
+            score = self.score(step)
+            found |= {name: score[name] for name in metric_names(self._config) if name in score}
+        return found
+
+
+@contextmanager
+def _adapter_switched(model: ExpertPeftModel, off: bool) -> Iterator[None]:
+    if off:
+        with model.disable_adapter():
+            yield
+    else:
+        yield

@@ -1,0 +1,144 @@
+"""How good a model is on rows: its loss, and the task's metric on answers that it writes.
+
+Legend: T tokens, V vocabulary, N label tokens.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from expertune.config import TaskConfig
+from expertune.data import IGNORE_INDEX, TokenizedRow, encode_prompt
+from expertune.errors import ConfigError, DataError
+from expertune.evaluation.metrics import METRICS
+from expertune.generation.greedy import InParts, Progress, complete, evaluation_mode, whole
+
+_NUM_EXAMPLES = 8
+
+Feature = Mapping[str, Any]
+
+# (inputs, labels [B, T]) -> summed loss and number of labels, or None where only the logits will do.
+SummedLoss = Callable[[Mapping[str, Tensor], Tensor], tuple[float, int] | None]
+
+
+def evaluation_loss(
+    model: nn.Module,
+    dataset: Sequence[Feature],
+    collator: Callable[[Sequence[Feature]], dict[str, Any]],
+    batch_size: int,
+    in_chunks: SummedLoss | None = None,
+    in_parts: InParts = whole,
+    progress: Progress | None = None,
+) -> float:
+    """Mean cross entropy over all label tokens, each of them weighing the same.
+
+    Only the language-model loss: a router's auxiliary loss, which some models add while training, is no part of it.
+
+    Args:
+        model: the model in any mode; its mode is restored.
+        dataset: rows as `expertune.data.make_dataset` returns them.
+        collator: rows -> batch, as `expertune.data.make_collator` returns it.
+        batch_size: rows of a batch.
+        in_chunks: takes a batch's loss without its logits, as `expertune.train.loss.LanguageModelLoss.summed` does.
+        in_parts: may cut a batch where memory does not suffice, as `expertune.train.recover.Recovery.evaluation` does.
+        progress: called with (rows done, rows in all) after each batch.
+
+    Returns:
+        The loss in nats per token.
+
+    Raises:
+        DataError: no row holds a token that takes a loss.
+    """
+    device = next(model.parameters()).device
+
+    def summed(batch: Mapping[str, Any]) -> tuple[float, int]:
+        inputs = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+            if name not in ("row_ids", "use_cache")
+        }
+        labels = inputs.pop("labels")
+        taken = in_chunks(inputs, labels) if in_chunks else None
+        return taken or _summed_loss(model(**inputs, use_cache=False).logits, labels)
+
+    total, num_tokens = 0.0, 0
+    with evaluation_mode(model), torch.no_grad():
+        for start in range(0, len(dataset), batch_size):
+            batch = collator([dataset[index] for index in range(start, min(start + batch_size, len(dataset)))])
+            for batch_total, batch_tokens in in_parts(summed, batch):
+                total += batch_total
+                num_tokens += batch_tokens
+            if progress:
+                progress(min(start + batch_size, len(dataset)), len(dataset))
+    if not num_tokens:
+        raise DataError("the evaluation rows hold no token that takes a loss")
+    return total / num_tokens
+
+
+def score_task(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[TokenizedRow],
+    task: TaskConfig,
+    progress: Progress | None = None,
+    in_parts: InParts = whole,
+) -> dict[str, Any]:
+    """Let the model answer rows and measure the answers.
+
+    Args:
+        model: the model in any mode; its mode is restored.
+        tokenizer: the model's tokenizer.
+        rows: evaluation rows; the first `task.rows` of them are answered.
+        task: metric, longest answer and batch size.
+        progress: called with (rows answered, rows in all).
+        in_parts: see `expertune.generation.greedy.complete`.
+
+    Returns:
+        `metric`, `rows` (how many were answered), the figures of the metric in [0, 1] (`slot_f1`, `precision`,
+        `recall`, `exact_match` for `slot-f1`; `exact_match` for `exact-match`), `seconds`, and `examples`: the first
+        rows as `prompt`, `expected`, `answered`, `right`.
+
+    Raises:
+        ConfigError: the task names no metric.
+        DataError: a row's answer is no reference for the metric, or a prompt leaves no room in the model's context.
+    """
+    if task.metric is None:
+        raise ConfigError("task.metric names no metric; set it to slot-f1 or exact-match")
+    metric = METRICS[task.metric]
+    rows = rows[: task.rows]
+    for row in rows:
+        if not metric.accepts(row.completion):
+            raise DataError(
+                f"{row.place}: the answer {row.completion.strip()!r} is no meaning representation such as "
+                "inform(name[FIFA 12]); set task.metric to exact-match, or correct the row"
+            )
+    started = time.monotonic()
+    prompts = [encode_prompt(row.prompt, tokenizer) for row in rows]
+    answers = complete(model, tokenizer, prompts, task.max_new_tokens, task.batch_size, progress, in_parts)
+    seconds = time.monotonic() - started
+    examples = [
+        {
+            "prompt": row.prompt,
+            "expected": row.completion.strip(),
+            "answered": answer.strip(),
+            "right": metric.is_right(row.completion, answer),
+        }
+        for row, answer in zip(rows[:_NUM_EXAMPLES], answers[:_NUM_EXAMPLES], strict=True)
+    ]
+    figures = metric.score([row.completion for row in rows], answers)
+    return {"metric": task.metric, "rows": len(rows), **figures, "seconds": seconds, "examples": examples}
+
+
+def _summed_loss(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[float, int]:
+    """Summed cross entropy of the next token, and how many tokens it sums over."""
+    targets = labels_BT[:, 1:]
+    trained = targets != IGNORE_INDEX
+    # Only label positions go to float32: on long prompts they are few, and logits are the largest tensor there is.
+    logits_NV = logits_BTV[:, :-1][trained].float()
+    loss = F.cross_entropy(logits_NV, targets[trained], reduction="sum")
+    return loss.item(), logits_NV.shape[0]

@@ -1,0 +1,1 @@
+"""Answers: in batches, or one at a time as they come."""

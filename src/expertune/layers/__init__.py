@@ -1,0 +1,1 @@
+"""Layers beside the experts: dense 4-bit linears, variable-length attention."""

@@ -1,0 +1,118 @@
+"""What a run reads from the disk and leaves on it, and whether there is room for that."""
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expertune.config import RunConfig
+from expertune.errors import StorageError
+from expertune.planning.inventory import FrozenWeights
+from expertune.planning.memory import optimizer_bytes
+from expertune.planning.settings import Settings, training_argument
+from expertune.planning.source import Source
+from expertune.planning.table import size
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Sizes of files by their tensors; headers and tokenizers, a few MB, are left out.
+
+    Attributes:
+        download_bytes: the checkpoint; None where nothing says.
+        nf4_folder_bytes: the folder that `expertune quantize` writes of it.
+        adapter_bytes: the adapter.
+        checkpoint_bytes: one checkpoint of the run: the adapter and the optimizer's states.
+        checkpoints_kept: `training.save_total_limit`, or None: all that `save_steps` asks for.
+    """
+
+    download_bytes: int | None
+    nf4_folder_bytes: int
+    adapter_bytes: int
+    checkpoint_bytes: int
+    checkpoints_kept: int | None
+
+
+def count_disk(
+    config: RunConfig, source: Source, weights: FrozenWeights, num_trainable: int, settings: Settings
+) -> Disk:
+    """Sizes of a run's files.
+
+    Args:
+        config: the run.
+        source: the checkpoint.
+        weights: bytes of the base model as it is held.
+        num_trainable: weights of the adapter.
+        settings: what the run file says.
+    """
+    adapter = num_trainable * settings.adapter_dtype.itemsize
+    limit = training_argument(config.training, "save_total_limit")
+    folder = source.nbytes if source.holds_nf4 and source.nbytes is not None else weights.frozen_bytes
+    return Disk(
+        download_bytes=source.nbytes,
+        nf4_folder_bytes=folder,
+        adapter_bytes=adapter,
+        checkpoint_bytes=adapter + optimizer_bytes(num_trainable, settings),
+        checkpoints_kept=None if limit is None else int(limit),
+    )
+
+
+def require_room(disk: Disk, training: Mapping[str, Any], num_examples: int, run_dir: Path) -> None:
+    """Refuse a run whose adapter and checkpoints do not fit on the disk, before it has computed for hours.
+
+    Args:
+        disk: the plan's sizes.
+        training: the run file's `training:` section.
+        num_examples: examples of the training data set (packs, with `packing: packed`).
+        run_dir: the run folder; what it holds of a run that resumes is not needed a second time.
+
+    Raises:
+        StorageError: says what the run will write and what is free.
+    """
+    count = checkpoints_at_once(training, num_examples)
+    held = sum(path.stat().st_size for path in run_dir.glob("checkpoint-*/*") if path.is_file())
+    needed = disk.adapter_bytes + max(count * disk.checkpoint_bytes - held, 0)
+    free = shutil.disk_usage(run_dir).free
+    if needed > free:
+        sizes = [size(nbytes) for nbytes in (needed, disk.adapter_bytes, disk.checkpoint_bytes, free)]
+        raise StorageError(
+            f"{run_dir}: the run will write {sizes[0]} here (adapter {sizes[1]}, up to {count} checkpoints of "
+            f"{sizes[2]} at once), and {sizes[3]} are free; make room, lower training.save_total_limit, or choose "
+            "another output_dir"
+        )
+
+
+def checkpoints_at_once(training: Mapping[str, Any], num_examples: int) -> int:
+    """The most checkpoints that lie in a run folder at one time; one is written before the oldest is removed.
+
+    Args:
+        training: the run file's `training:` section.
+        num_examples: examples of the training data set.
+    """
+
+    def argument(name: str) -> Any:
+        return training_argument(training, name)
+
+    batches = math.ceil(num_examples / int(argument("per_device_train_batch_size")))
+    steps_per_epoch = max(math.ceil(batches / int(argument("gradient_accumulation_steps"))), 1)
+    epochs = float(argument("num_train_epochs"))
+    num_steps = int(argument("max_steps"))
+    if num_steps < 1:
+        num_steps = math.ceil(epochs * steps_per_epoch)
+    strategy, every = argument("save_strategy"), float(argument("save_steps"))
+    if strategy in (False, "no"):
+        return 0
+    if strategy == "best":
+        count = 1  # at least; evaluations decide how many more
+    elif strategy == "epoch":
+        count = math.ceil(num_steps / steps_per_epoch)
+    else:
+        count = math.ceil(num_steps / (every if every >= 1 else max(math.ceil(num_steps * every), 1)))
+    limit = argument("save_total_limit")
+    if limit is None or count <= limit:
+        return count
+    # The newest and the best are both kept, whatever the limit is.
+    kept = max(int(limit), 2) if training.get("load_best_model_at_end") else int(limit)
+    return min(count, kept + 1)

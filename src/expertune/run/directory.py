@@ -1,0 +1,154 @@
+"""A run folder that is begun, or gone on with: its record, and what a resumed run must have as it was."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from expertune.config import TRUST_KEY, RunConfig
+from expertune.config.secrets import without_secrets
+from expertune.errors import CheckpointError, ConfigError, ProofError
+from expertune.run.record import RECORD_NAME, RunRecord, versions
+from expertune.run.signals import Terminated, signals_raised
+from expertune.run.source import directories, recorded_values
+from expertune.train.checkpoints import list_checkpoints
+
+ADAPTER_FOLDER = "adapter"
+
+# Keys of the run file that name something which is compared by its content (`expertune.run.identity`).
+_NAMED_BY_PATH = frozenset({"model", "data.train", "data.eval", "data.template", "lora.init_from"})
+
+# What a resumed run may set otherwise: nothing here changes a single weight.
+_FREE_AT_RESUME = frozenset({"report_to", "run_name", "save_total_limit", "disable_tqdm", "log_level"})
+
+
+def open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:
+    """A fresh record, or the old one of the same configuration; nothing is written yet.
+
+    The record of a finished run that is to be resumed comes back as it is, with its status `finished`.
+
+    Raises:
+        ConfigError: the folder holds a run that is not to be resumed, or one of another configuration.
+        CheckpointError: it holds what a run left behind, and no record that can be read.
+    """
+    record = RunRecord.start(output_dir)
+    if holds_work(output_dir):
+        if not (output_dir / RECORD_NAME).exists():
+            raise CheckpointError(
+                f"{output_dir} holds checkpoints or an adapter, but no {RECORD_NAME} to say of which run: it cannot be "
+                f"continued. Restore the record, or start a new run (lora.init_from={_newest(output_dir)} and another "
+                "output_dir)"
+            )
+        if not resume:
+            RunRecord.load(output_dir)  # else the advice that follows could not be taken
+            raise ConfigError(
+                f"{output_dir} already holds a run; continue it with --resume, or choose another output_dir"
+            )
+    if resume and (output_dir / RECORD_NAME).exists():
+        record = RunRecord.load(output_dir)
+        recorded_values(record)  # refuses the record of no run
+        _require_same_config(record, config)
+        if is_finished(record):
+            return record
+        if record["config"].get("task") != recordable(config).get("task"):
+            record.values.pop("task", None)  # a score of other rows, or by another metric, compares with nothing
+        record.values["versions"] = versions()
+    record.values["config"] = recordable(config)
+    started = record.values.get("run", {}).get("started", time.time())
+    record.values["run"] = {"status": "running", "started": started} | directories(output_dir)
+    return record
+
+
+def recordable(config: RunConfig) -> dict[str, Any]:
+    """The run file's keys as plain values, without secrets: a record is shown, sent and published."""
+    values: dict[str, Any] = without_secrets(config.model_dump(mode="json", exclude_unset=True))
+    return values
+
+
+def holds_work(output_dir: Path) -> bool:
+    """Whether a run folder holds what starting over would lose: a checkpoint or an adapter."""
+    return bool(list_checkpoints(output_dir)) or (output_dir / ADAPTER_FOLDER).exists()
+
+
+def _newest(output_dir: Path) -> Path:
+    checkpoints = list_checkpoints(output_dir)
+    return checkpoints[-1] if checkpoints else output_dir / ADAPTER_FOLDER
+
+
+def after_interruption(output_dir: Path, command: str) -> str:
+    """How a run that was interrupted is taken up again, by what is in its folder.
+
+    Args:
+        output_dir: the run folder.
+        command: what started the run, without `--resume`.
+    """
+    if checkpoints := list_checkpoints(output_dir):
+        return f"`{command} --resume` continues from {checkpoints[-1].name}"
+    again = f"{command} --resume" if holds_work(output_dir) else command
+    return f"no checkpoint had been written, so that `{again}` starts again from the first step"
+
+
+@contextmanager
+def stops_recorded(record: RunRecord) -> Iterator[None]:
+    """Keep in the record that a run stopped, and why; a record says `running` only while the run does."""
+    try:
+        with signals_raised():
+            yield
+    except BaseException as error:
+        if isinstance(error, ProofError):
+            record.values.setdefault("proof", {}).update(passed=False, failed=str(error))
+        interrupted = isinstance(error, KeyboardInterrupt | Terminated)
+        why = str(error) or ("interrupted" if interrupted else type(error).__name__)
+        record.stop("interrupted" if interrupted else "stopped", why)
+        raise
+
+
+def is_finished(record: RunRecord) -> bool:
+    """Whether a run has nothing left to do: it says so, and its adapter is there."""
+    adapter = record.path.parent / ADAPTER_FOLDER / "adapter_model.safetensors"
+    return record.values.get("run", {}).get("status") == "finished" and adapter.is_file()
+
+
+def finished_line(record: RunRecord) -> str:
+    """What is told where a finished run is to be resumed."""
+    run_dir, steps = record.path.parent, record.values.get("train", {}).get("steps", 0)
+    return (
+        f"{run_dir}: this run is finished, after {steps} steps; nothing is done and no file changed. {further(run_dir)}"
+    )
+
+
+def further(run_dir: Path) -> str:
+    """How a run is trained longer than it was planned."""
+    return (
+        f"To train further, start a new run from its adapter: lora.init_from={run_dir / ADAPTER_FOLDER} and another "
+        "output_dir"
+    )
+
+
+def _require_same_config(record: RunRecord, config: RunConfig) -> None:
+    by_content = _NAMED_BY_PATH if "inputs" in record else frozenset()
+    old, new = without_secrets(record["config"]), recordable(config)
+    for section in sorted((old.keys() | new.keys()) - {"output_dir", "memory_budget", "task", TRUST_KEY}):
+        before, now = old.get(section), new.get(section)
+        if isinstance(before, dict) and isinstance(now, dict):
+            changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+            changed = [key for key in changed if not (section == "training" and key in _FREE_AT_RESUME)]
+            changed = [key for key in changed if f"{section}.{key}" not in by_content]
+            if changed:
+                key = changed[0]
+                length = section == "training" and key in ("max_steps", "num_train_epochs")
+                raise ConfigError(
+                    f"--resume: {section}.{key} was {before.get(key)!r} when the run started and is {now.get(key)!r} "
+                    "now; resume with the same values, or start a new output_dir"
+                    + (f". {further(record.path.parent)}" if length else "")
+                )
+        elif before != now and section not in by_content:
+            raise ConfigError(f"--resume: {section} was {before!r} when the run started and is {now!r} now")
+
+
+def merged_before(record: RunRecord, output_dir: Path) -> int | None:
+    """How many micro-batches ran as one until the newest checkpoint; None where there is none to go on from."""
+    if not list_checkpoints(output_dir):
+        return None
+    return int(record.values.get("train", {}).get("micro_batch", {}).get("merged", 1))

@@ -1,0 +1,124 @@
+"""What a run reads beside its run file, by content: a resumed run must find it as it was, wherever it lies now."""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from expertune.checkpoint.fingerprint import Fingerprint
+from expertune.config import RunConfig
+from expertune.data import TokenizedRows
+from expertune.errors import CheckpointError, ConfigError, DataError
+from expertune.run.record import RunRecord
+
+
+def identify(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, TokenizedRows | None]
+) -> dict[str, Any]:
+    """Hashes of all that decides what a run is trained on, as plain values.
+
+    Args:
+        config: the run.
+        tokenizer: the base model's.
+        rows: `train` and `eval`.
+    """
+    template = Path(config.data.template).expanduser() if config.data.template else None
+    adapter = Path(config.lora.init_from) / "adapter_model.safetensors" if config.lora.init_from else None
+    return {
+        "tokenizer": _of_tokenizer(tokenizer),
+        "template": _of_file(template),
+        "init_from": _of_file(adapter),
+        "rows": {part: _of_rows(held) for part, held in rows.items() if held},
+    }
+
+
+def require_same_identity(
+    record: RunRecord, config: RunConfig, base: Fingerprint, now: Mapping[str, Any], rows: Mapping[str, Any]
+) -> None:
+    """Refuse to resume over another base model, tokenizer, template, adapter to start from, or other rows.
+
+    Args:
+        record: of the run; of a fresh one there is nothing to compare.
+        config: the run as it is asked for now.
+        base: the fingerprint of the base model.
+        now: what `identify` gives now.
+        rows: reports of `train` and `eval`, whose files are named where they have changed.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: names what has changed.
+    """
+    before, end = record.values.get("inputs", {}), "restore it, or start a new output_dir"
+    kept = Fingerprint.from_json(record.values.get("model", {}).get("base"))
+    if kept is not None and (found := kept.differences(base)):
+        raise CheckpointError(
+            f"--resume: model {config.model} is not the one that the run started with: {'; '.join(found[:3])}; {end}"
+        )
+    if _differ(before, now, "tokenizer"):
+        raise CheckpointError(f"--resume: the tokenizer of {config.model} has changed since the run started; {end}")
+    if _differ(before, now, "template"):
+        raise ConfigError(f"--resume: data.template: {config.data.template} has changed since the run started; {end}")
+    if _differ(before, now, "init_from"):
+        raise CheckpointError(
+            f"--resume: lora.init_from: {config.lora.init_from} has changed since the run started; {end}"
+        )
+    require_same_files(record, rows)
+    for part, digest in before.get("rows", {}).items():
+        if digest != now["rows"].get(part):
+            raise DataError(
+                f"--resume: data.{part}: its rows are not read or encoded as they were when the run started (another "
+                "slice, or another release of Expertune or of a library); restore that, or start a new output_dir"
+            )
+
+
+def require_same_files(record: RunRecord, reports: Mapping[str, Any]) -> None:
+    """Refuse to resume over files of rows that have changed: their order and text decide every step."""
+    for part, before in record.values.get("data", {}).items():
+        now = reports.get(part)
+        if before and now and "sha256" in before and before["sha256"] != now["sha256"]:
+            # A glob may find more files than it did, or fewer.
+            names = [*now["sha256"], *(name for name in before["sha256"] if name not in now["sha256"])]
+            changed = [name for name in names if before["sha256"].get(name) != now["sha256"].get(name)]
+            new = [name for name in changed if name not in before["sha256"]]
+            gone = [name for name in changed if name not in now["sha256"]]
+            what = f" (new: {', '.join(new) or 'none'}; gone: {', '.join(gone) or 'none'})" if new or gone else ""
+            raise DataError(
+                f"--resume: data.{part}: {', '.join(changed)} has changed since the run started{what}; restore it, or "
+                "start a new output_dir"
+            )
+
+
+def _differ(before: Mapping[str, Any], now: Mapping[str, Any], key: str) -> bool:
+    return key in before and before[key] != now[key]
+
+
+def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of what decides ids, whatever files it was read from and whatever it has encoded meanwhile."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    held = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
+    held |= {"truncation": None, "padding": None}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return _digest([held, special, tokenizer.chat_template])
+
+
+def _of_rows(rows: TokenizedRows) -> str:
+    digest = hashlib.sha256()
+    for row in rows.rows:
+        for values in (row.input_ids, row.labels):
+            digest.update(array("q", [len(values), *values]).tobytes())
+    return digest.hexdigest()
+
+
+def _of_file(path: Path | None) -> str | None:
+    """Of a file's content; None where there is no such file, as for a template that ships with the program."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path else None
+    except OSError:
+        return None
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,125 @@
+"""RunRecord: what a run did, as one JSON file that every later room reads.
+
+The file is rewritten whole, beside and then renamed, so that a reader never sees half of it. Sections are plain
+mappings: `config`, `versions`, `model`, `data`, `plan`, `proof`, `train`, `eval`, `task`, `throughput`, `memory`.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from expertune.errors import CheckpointError
+from expertune.run.record_sections import require_sections
+from expertune.storage import write_json
+
+RECORD_NAME = "record.json"
+FORMAT_VERSION = 1
+
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers")
+
+
+class RunRecord:
+    """The record of one run folder.
+
+    Args:
+        path: the JSON file; it need not exist yet.
+        values: its content.
+    """
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        self.path = path
+        self.values = values
+        self._saved = False
+
+    @classmethod
+    def start(cls, output_dir: str | Path) -> "RunRecord":
+        """A fresh record for a run folder; nothing is written until `save`."""
+        return cls(Path(output_dir) / RECORD_NAME, {"format_version": FORMAT_VERSION, "versions": versions()})
+
+    @classmethod
+    def load(cls, output_dir: str | Path, name: str = RECORD_NAME) -> "RunRecord":
+        """Read the record of a run folder.
+
+        Raises:
+            CheckpointError: there is none, it is not one of ours, or a section is not as it is written.
+        """
+        path = Path(output_dir) / name
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            if learned := left_by_a_run(Path(output_dir)):
+                raise CheckpointError(
+                    f"{path}: missing, though {output_dir} holds {learned}: without it nothing says of which run that "
+                    "is. Restore it from a copy, or start a new run with another output_dir, from what this one "
+                    f"learned by lora.init_from={Path(output_dir) / learned}"
+                ) from None
+            raise CheckpointError(f"{output_dir}: no {name} here; is it a run folder?") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path}: cannot be read as JSON ({error}); it is damaged. Restore it from a copy, or start a new run "
+                "with another output_dir, from what this one learned by lora.init_from=FOLDER of its adapter or of a "
+                "checkpoint"
+            ) from None
+        if not isinstance(values, dict) or values.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(f"{path}: not a record of format version {FORMAT_VERSION}")
+        require_sections(path, values)
+        return cls(path, values)
+
+    def __getitem__(self, section: str) -> Any:
+        return self.values[section]
+
+    def __contains__(self, section: str) -> bool:
+        return section in self.values
+
+    def update(self, section: str, **values: Any) -> None:
+        """Merge values into a section and save."""
+        self.values.setdefault(section, {}).update(values)
+        self.save()
+
+    def stop(self, status: str, error: str) -> None:
+        """Say that the run has stopped, unless nothing was saved since it was opened.
+
+        Where the disk takes no new file, it says at least that the run is `running` no longer.
+        """
+        if not self._saved:
+            return
+        self.values.setdefault("run", {}).update(status=status, error=error)
+        try:
+            self.save()
+        except OSError:
+            # Seven bytes over seven bytes: a full disk takes these.
+            with contextlib.suppress(OSError), self.path.open("r+b") as file:
+                at = file.read().find(b'"status": "running"')
+                if at >= 0:
+                    file.seek(at + len(b'"status": "'))
+                    file.write(b"stopped")
+
+    def save(self) -> None:
+        """Write the whole file beside itself, then rename."""
+        self._saved = True
+        write_json(self.path, self.values)
+
+
+def left_by_a_run(folder: Path) -> str | None:
+    """The adapter of a run folder or its newest checkpoint, by name; None where there is none."""
+    if (folder / "adapter").is_dir():
+        return "adapter"
+    steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    return f"checkpoint-{max(numbers)}" if (numbers := [int(step) for step in steps if step.isdecimal()]) else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and the libraries that decide a run's numbers."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "executable": sys.executable}
+    for name in ("expertune", *_PACKAGES):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found

@@ -1,0 +1,139 @@
+"""What the sections of a run's record must look like for what is read from them later.
+
+A record that comes with a received run, or that was edited by hand, may hold anything. Only keys that are read are
+named here; a section may hold others, and may be missing where a run stopped before it.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from expertune.config.yaml_file import shortened
+from expertune.errors import CheckpointError
+
+_Count = Annotated[int, Field(ge=0)]
+_AtLeastOne = Annotated[int, Field(ge=1)]
+_Figure = float | str | None  # text where it is not finite
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+
+class _Run(_Section):
+    status: str = ""
+    started: float = 0
+    error: str = ""
+
+
+class _Model(_Section):
+    revision: str | None = None
+
+
+class _Rows(_Section):
+    format: str
+    template: str | None
+    sha256: dict[str, str] = {}
+
+
+class _Data(_Section):
+    train: _Rows | None = None
+    eval: _Rows | None = None
+
+
+class _Inputs(_Section):
+    rows: dict[str, str] = {}
+
+
+class _Kernels(_Section):
+    crossover: _Count = 0
+    gemm: Literal["torch", "triton"] = "torch"
+
+
+class _Placement(_Section):
+    places: dict[str, Literal["device", "host", "disk"]] = {}
+
+
+class _Setting(_Section):
+    micro_batch_tokens: _AtLeastOne = 1
+    evaluation_tokens: _AtLeastOne = 1
+    proof_tokens: _AtLeastOne = 1
+    generation_rows: _AtLeastOne = 1
+    working_set_bytes: _AtLeastOne = 1
+
+
+class _Recovery(_Section):
+    model_config = ConfigDict(extra="forbid")
+
+    step: _Count
+    during: str
+    error: str
+    change: str
+    setting: _Setting = _Setting()
+
+
+class _MicroBatch(_Section):
+    merged: _AtLeastOne = 1
+
+
+class _Train(_Section):
+    steps: _Count = 0
+    micro_batch: _MicroBatch = _MicroBatch()
+    recoveries: list[_Recovery] = []
+
+
+class _Score(_Section):
+    exact_match: _Figure = None
+    slot_f1: _Figure = None
+    seconds: float = 0
+
+
+class _Task(_Section):
+    before: _Score = _Score()
+
+
+class _Eval(_Section):
+    before: _Figure = None
+
+
+# All others are mappings too: a run that goes on merges its values into them.
+_READ: dict[str, type[_Section]] = {
+    "run": _Run,
+    "model": _Model,
+    "data": _Data,
+    "inputs": _Inputs,
+    "kernels": _Kernels,
+    "placement": _Placement,
+    "train": _Train,
+    "task": _Task,
+    "eval": _Eval,
+}
+_PLAIN = ("config", "versions", "plan", "proof", "adapter", "throughput", "memory")
+_Record = create_model(  # type: ignore[call-overload]
+    "_Record",
+    __base__=_Section,
+    **{name: (kind, None) for name, kind in _READ.items()},
+    **dict.fromkeys(_PLAIN, (dict[str, Any], None)),
+)
+
+
+def require_sections(path: Path, values: dict[str, Any]) -> None:
+    """Hold a record's sections to what is read from them.
+
+    Args:
+        path: the record, for messages.
+        values: its content.
+
+    Raises:
+        CheckpointError: a section, or a value of it, is of another type or out of range; names the file and the key.
+    """
+    try:
+        _Record.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = shortened(".".join(str(part) for part in problem["loc"]))
+        found = "" if problem["type"] == "missing" else f", got {shortened(repr(problem['input']))}"
+        raise CheckpointError(
+            f"{path}: damaged at {key}: {problem['msg']}{found}; take the record as the run wrote it"
+        ) from None

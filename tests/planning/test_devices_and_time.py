@@ -1,0 +1,198 @@
+"""Devices by name, where experts wait, how long a step takes, and changes as lines of a run file."""
+
+import pytest
+import yaml
+
+from expertune.config import load_config
+from expertune.errors import ConfigError
+from expertune.planning import make_plan, speed
+from expertune.planning.devices import DEVICES, device_of_this_name, find_device
+from expertune.planning.fit import as_yaml
+from expertune.planning.places import Choice, spread
+from tests.tiny_models import tiny_config
+
+MIXTRAL = "mixtral-8x7b-v0.1"
+AUTO = {"placement": "auto", "memory_budget": None}
+
+
+@pytest.mark.parametrize("name", ["rtx-4090", "RTX 4090", "NVIDIA GeForce RTX 4090", "rtx_4090"])
+def test_a_gpu_is_found_however_it_is_written(name):
+    assert find_device(name).name == "rtx-4090"
+
+
+def test_a_gpu_that_is_not_there_names_the_nearest(run_of):
+    with pytest.raises(ConfigError, match=r"--gpu rtx-4900: not in the table; did you mean rtx-4090\?"):
+        make_plan(run_of(MIXTRAL), gpu="rtx-4900")
+
+
+def test_any_other_gpu_needs_its_memory(run_of):
+    with pytest.raises(ConfigError, match="--memory 24GB"):
+        make_plan(run_of(MIXTRAL, **AUTO), gpu="cuda")
+    plan = make_plan(run_of(MIXTRAL, **AUTO), gpu="cuda", memory="48GB")
+    assert (plan.budget_bytes, plan.time) == (48_000_000_000, None)
+
+
+@pytest.mark.parametrize(
+    ("reported", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA L40S", "l40s"),
+        ("Tesla K80", None),
+    ],
+)
+def test_a_driver_s_name_finds_the_row_of_the_table(reported, name):
+    assert device_of_this_name(reported) == (DEVICES[name] if name else None)
+
+
+def test_given_memory_stands_above_the_run_file_and_the_table(run_of):
+    assert make_plan(run_of(MIXTRAL), gpu="h100").budget_bytes == DEVICES["h100"].memory_bytes
+    assert make_plan(run_of(MIXTRAL), gpu="h100", memory="30GB").budget_bytes == 30_000_000_000
+    assert make_plan(run_of(MIXTRAL), device="cpu", memory="30GB").budget_bytes == 30_000_000_000
+
+
+def test_a_gpu_without_bfloat16_is_planned_in_float16(run_of):
+    assert make_plan(run_of(MIXTRAL, **AUTO), gpu="t4").compute_dtype == "float16"
+
+
+# --- where experts wait ---------------------------------------------------------------------------------------------
+
+
+def test_experts_stay_on_the_device_where_they_fit(run_of):
+    plan = make_plan(run_of(MIXTRAL, **AUTO), gpu="h100")
+    assert set(plan.placement.values()) == {"device"}
+    assert plan.places.reason is None
+    assert plan.memory.host_bytes == 0
+
+
+def test_as_many_layers_as_needed_wait_on_the_host_and_no_more(run_of):
+    plan = make_plan(run_of(MIXTRAL, **AUTO), gpu="rtx-4090")
+    waiting = plan.places.counts["host"]
+    assert plan.fits
+    assert 2 < waiting < 32
+    one = plan.weights.experts_bytes // 32
+    assert plan.memory.host_bytes == waiting * one
+    assert plan.memory.components["slots"] == 2 * one
+    assert plan.memory.components["weights"] == plan.weights.frozen_bytes - waiting * one
+    # With one layer more on the device, less than the share that is left free would be.
+    assert plan.memory.peak_bytes + one > 0.95 * plan.budget_bytes
+    assert plan.time.brought_bytes == 2 * (waiting - 1) * one
+    assert f"experts of {waiting} of 32 layers wait in the host's memory" in plan.places.reason
+
+
+def test_layers_that_wait_are_evenly_spread():
+    names = [str(number) for number in range(32)]
+    assert spread(names, 4) == ["4", "12", "20", "28"]
+    assert spread(names, 32) == names
+    assert len(set(spread(names, 31))) == 31
+
+
+def test_explicit_placement_puts_all_layers_there(run_of):
+    plan = make_plan(run_of(MIXTRAL, placement="host"), device="cuda")
+    assert plan.places.counts == {"host": 32}
+    on_cpu = make_plan(run_of(MIXTRAL, placement="host"), device="cpu")
+    assert on_cpu.memory == make_plan(run_of(MIXTRAL), device="cpu").memory
+
+
+def test_disk_without_an_nf4_folder_names_the_command_that_writes_one(run_of, tmp_path):
+    tiny_config().save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"run `expertune quantize \S+/model model-nf4`"):
+        make_plan(run_of(tmp_path / "model", placement="disk"), device="cpu")
+
+
+def test_on_a_cpu_layers_of_an_nf4_folder_wait_on_the_disk():
+    sizes = dict.fromkeys("abcd", 100)
+    choice = Choice(sizes, "cpu", holds_nf4=True, here=True)
+
+    def peak(places):
+        return 1000 - places.streaming.waiting_bytes + places.streaming.slot_bytes
+
+    assert choice.fitting(1000, peak).counts == {"device": 4}
+    assert choice.fitting(980, peak).counts == {"device": 1, "disk": 3}
+    assert choice.fitting(100, peak).counts == {"disk": 4}
+    assert Choice(sizes, "cpu", holds_nf4=False, here=True).fitting(100, peak).counts == {"device": 4}
+
+
+def test_at_a_turn_of_the_way_one_mapped_layer_is_there_and_both_slots_of_a_gpu():
+    sizes = dict.fromkeys("abcd", 100)
+    mapped = Choice(sizes, "cpu", holds_nf4=True, here=True).streaming(list(sizes), "disk")
+    copied = Choice(sizes, "cuda", holds_nf4=True, here=True).streaming(list(sizes), "disk")
+    assert (mapped.slot_bytes, mapped.turn_bytes) == (200, 100)
+    assert (copied.slot_bytes, copied.turn_bytes) == (200, 200)
+
+
+def test_activations_that_wait_on_the_host_leave_one_layer_s_on_the_device(run_of):
+    here = make_plan(run_of(MIXTRAL), device="cuda").memory
+    offloaded = make_plan(run_of(MIXTRAL, offload_activations=True), device="cuda").memory
+    kept = here.moments["loss"]["activations"]
+    assert offloaded.moments["loss"]["activations"] == kept // 32
+    assert offloaded.host_bytes == kept
+    on_cpu = run_of(MIXTRAL, offload_activations=True)
+    assert make_plan(on_cpu, device="cpu").memory == make_plan(run_of(MIXTRAL), device="cpu").memory
+
+
+# --- time -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_of_mixtral_on_an_h100_comes_near_the_floor_that_is_known_for_it(run_of):
+    # 202 ms at 798 TFLOP/s for 2048 tokens with checkpointing, by counting products by hand.
+    data = {"train": "rows.jsonl", "max_length": 2048}
+    time = make_plan(run_of(MIXTRAL, data=data, **AUTO), gpu="h100").time
+    assert time.flops / 798e12 == pytest.approx(0.202, rel=0.1)
+    assert time.floor_seconds == pytest.approx(time.flops / 989e12)
+    assert time.seconds == pytest.approx(time.floor_seconds / speed.EFFICIENCY["cuda"])
+    assert time.rates.source == "tabled"
+
+
+def test_few_tokens_are_bound_by_reading_the_weights(run_of):
+    data = {"train": "rows.jsonl", "max_length": 8}
+    plan = make_plan(run_of(MIXTRAL, data=data, **AUTO), gpu="h100")
+    assert plan.time.floor_seconds == pytest.approx(2 * plan.weights.quantized_bytes / 3.35e12)
+
+
+def test_accumulated_micro_batches_take_as_long_as_they_are_many(run_of):
+    training = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
+    data = {"train": "rows.jsonl", "merge_accumulation": False}
+    four = make_plan(run_of(MIXTRAL, data=data, training=training, **AUTO), gpu="h100").time
+    one = make_plan(
+        run_of(MIXTRAL, data=data, training=training | {"gradient_accumulation_steps": 1}, **AUTO), gpu="h100"
+    )
+    assert four.seconds == pytest.approx(4 * one.time.seconds)
+    assert four.tokens == 4 * one.time.tokens
+
+
+def test_on_a_cpu_the_rate_is_measured_once_and_kept(run_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "cache_folder", lambda: tmp_path)
+    speed._probe.cache_clear()
+    first = make_plan(run_of(MIXTRAL), device="cpu").time
+    assert first.rates.source == "measured"
+    assert first.rates.flops_per_second > 1e8
+    (kept,) = tmp_path.glob("rates-*.json")
+    kept.write_text('{"flops_per_second": 1e15, "bytes_per_second": 1e15}')
+    speed._probe.cache_clear()
+    assert make_plan(run_of(MIXTRAL), device="cpu").time.rates.flops_per_second == 1e15
+    speed._probe.cache_clear()
+
+
+# --- changes as lines of a run file ---------------------------------------------------------------------------------
+
+
+def test_changes_come_as_lines_of_a_run_file(run_of, tmp_path):
+    training = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    data = {"train": "rows.jsonl", "max_length": 320, "merge_accumulation": False}
+    run = run_of(MIXTRAL, training=training, data=data, memory_budget="28GB")
+    plan = make_plan(run, device="cuda")
+    values = run.model_dump()
+    for section, changed in yaml.safe_load(plan.yaml).items():
+        values[section] = {**values[section], **changed} if isinstance(changed, dict) else changed
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    changed = make_plan(load_config(path), device="cuda")
+    assert changed.fits
+    assert changed.memory.peak_bytes == plan.smallest_peak_bytes
+    assert [change["yaml"] for change in plan.to_json()["what_to_change"]] == [c.yaml for c in plan.what_to_change]
+
+
+def test_keys_of_one_section_stand_together():
+    settings = {"training.a": 1, "placement": "host", "training.b": True}
+    assert as_yaml(settings) == "training:\n  a: 1\n  b: true\nplacement: host\n"

@@ -1,0 +1,408 @@
+"""Peak memory, the budget, and what to give up."""
+
+import json
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoConfig, MixtralForCausalLM
+
+from expertune.errors import ConfigError, DoesNotFitError
+from expertune.planning import MicroBatch, make_plan
+from tests.tiny_models import tiny_config
+
+from .conftest import TUTORIAL_LORA
+
+MIXTRAL = "mixtral-8x7b-v0.1"
+LONG = {"train": "rows.jsonl", "max_length": 4096}
+HUNGRY = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+
+
+def memory_of(run, device="cuda"):
+    return make_plan(run, device=device).memory
+
+
+def shown(plan, width):
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(plan.render())
+    return capture.get()
+
+
+def test_what_follows_from_shapes_is_exact(run_of):
+    components = memory_of(run_of(MIXTRAL, lora=TUTORIAL_LORA)).components
+    assert components["weights"] == 24_483_540_992
+    assert components["adapter"] == components["gradients"] == 120_350_720 * 4
+
+
+def test_an_adapter_in_bfloat16_takes_half(run_of):
+    components = memory_of(run_of(MIXTRAL, lora={**TUTORIAL_LORA, "dtype": "bfloat16"})).components
+    assert components["adapter"] == 120_350_720 * 2
+
+
+@pytest.mark.parametrize(
+    ("device", "optim", "bytes_per_weight"),
+    [
+        ("cuda", "adamw_torch", 8),
+        ("cuda", "paged_adamw_8bit", 2 * (1 + 4 / 256)),
+        ("cuda", "lion_8bit", 1 + 4 / 256),
+        ("cuda", "sgd", 0),
+        ("cuda", None, 2 * (1 + 4 / 256)),
+        ("cpu", "paged_adamw_8bit", 8),
+        ("cpu", None, 8),
+    ],
+)
+def test_optimizer_states_by_name_and_device(run_of, device, optim, bytes_per_weight):
+    training = {"per_device_train_batch_size": 1, **({"optim": optim} if optim else {})}
+    memory = memory_of(run_of(MIXTRAL, lora=TUTORIAL_LORA, training=training), device)
+    assert memory.moments["update"]["optimizer"] == int(120_350_720 * bytes_per_weight)
+
+
+def test_full_logits_and_checkpointed_inputs_grow_with_tokens(run_of):
+    components = memory_of(run_of(MIXTRAL, loss="full")).moments["loss"]
+    assert components["logits"] == 320 * 32000 * 14
+    # A layer's input and what its experts returned, and x @ A of rank 8 for w1, w2 and w3 of two experts a token.
+    assert components["activations"] == 32 * 320 * (2 * 4096 * 2 + 2 * 3 * 8 * 4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_loss_in_chunks_needs_no_more_for_more_tokens_than_their_hidden_states(run_of, device):
+    few, many = (
+        memory_of(run_of(MIXTRAL, training={"per_device_train_batch_size": batch}), device) for batch in (16, 32)
+    )
+    itemsize = 4 if few.components["weights"] > 25e9 else 2  # a CPU without 16-bit products takes float32
+    few, many = few.moments["loss"]["logits"], many.moments["loss"]["logits"]
+    assert many - few == 16 * 320 * 4096 * 2 * itemsize
+    assert many < 32 * 320 * 32000 * 4
+
+
+@pytest.mark.parametrize("training", [{"label_smoothing_factor": 0.1}, {"torch_compile": True}])
+def test_settings_that_need_all_logits_are_planned_with_them(run_of, training):
+    training = {"per_device_train_batch_size": 1, **training}
+    assert memory_of(run_of(MIXTRAL, training=training)).moments["loss"]["logits"] == 320 * 32000 * 14
+
+
+def test_without_checkpointing_every_layer_keeps_what_one_did(run_of):
+    with_it = memory_of(run_of(MIXTRAL)).moments["layer"]
+    without = memory_of(run_of(MIXTRAL, training={"per_device_train_batch_size": 1})).moments["layer"]
+    assert without["activations"] > 8 * with_it["activations"]
+    assert without["working_set"] < with_it["working_set"]
+
+
+def test_working_set_of_experts_is_bounded_whatever_the_batch(run_of):
+    few, many = (
+        memory_of(run_of(MIXTRAL, kernels={"working_set": "64MiB"}, training={"per_device_train_batch_size": batch}))
+        for batch in (16, 17)
+    )
+    grown = many.moments["layer"]["working_set"] - few.moments["layer"]["working_set"]
+    rows = 320 * 2 * 4 * 5 * 14336  # what the rows of 320 more tokens would take between the products
+    assert 0 < grown < rows / 4
+
+
+def test_both_names_of_checkpointing_count(run_of):
+    new = run_of(MIXTRAL, training={"per_device_train_batch_size": 1, "activation_checkpointing": True})
+    assert memory_of(new) == memory_of(run_of(MIXTRAL))
+
+
+def test_dropout_keeps_copies(run_of):
+    plain = memory_of(run_of(MIXTRAL, lora={**TUTORIAL_LORA, "dropout": 0})).moments["layer"]
+    assert memory_of(run_of(MIXTRAL, lora=TUTORIAL_LORA)).moments["layer"]["working_set"] > plain["working_set"]
+
+
+def test_the_peak_counts_one_moment_only(run_of):
+    training = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 128, "gradient_checkpointing": True}
+    data = {"train": "a.jsonl", "eval": "b.jsonl", "max_length": 1024}
+    memory = memory_of(run_of("qwen3-30b-a3b", data=data, training=training))
+    components = memory.components
+    assert memory.moment == "evaluation"
+    always = sum(components[name] for name in ("weights", "adapter", "optimizer", "framework"))
+    assert memory.peak_bytes == always + components["evaluation"]
+    assert memory.peak_bytes == memory.totals["evaluation"] == max(memory.totals.values())
+    assert "logits" not in components
+
+
+def test_before_a_single_step_there_are_no_optimizer_states(run_of):
+    data = {"train": "a.jsonl", "eval": "b.jsonl", "max_length": 320}
+    training = {"per_device_train_batch_size": 1, "gradient_checkpointing": True}
+    one, two = (memory_of(run_of(MIXTRAL, data=data, training=training | {"max_steps": n})) for n in (1, 2))
+    states = two.moments["update"]["optimizer"]
+    assert states > 0
+    for moment in ("loss", "layer"):
+        assert two.totals[moment] - one.totals[moment] == states
+    for moment in ("proof", "update", "evaluation"):
+        assert one.moments[moment] == two.moments[moment]
+
+
+def test_the_proofs_loss_and_its_layers_are_not_at_the_same_time(run_of):
+    of_layer = memory_of(run_of(MIXTRAL)).moments["proof"]
+    assert of_layer["logits"] == 320 * 32000 * 2
+    assert of_layer["working_set"] > 0
+    # A large vocabulary, and few gradients.
+    run = run_of("qwen3-30b-a3b", quantization={"compute_dtype": "bfloat16"}, lora={"targets": ["attention"]})
+    of_loss = memory_of(run, "cpu").moments["proof"]
+    assert of_loss["logits"] == 320 * 151_936 * (2 + 14)
+    assert "working_set" not in of_loss
+
+
+def test_no_evaluation_rows_no_evaluation_memory(run_of):
+    assert "evaluation" not in memory_of(run_of(MIXTRAL)).moments
+
+
+# --- the budget -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_within_its_budget_fits(run_of):
+    plan = make_plan(run_of(MIXTRAL, memory_budget="32GB"), device="cuda")
+    assert plan.fits
+    assert plan.what_to_change == ()
+    assert plan.require_fit() is plan
+
+
+def test_the_budget_is_the_hosts_memory_on_a_cpu(run_of, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=12345))
+    plan = make_plan(run_of(MIXTRAL, memory_budget=None), device="cpu")
+    assert plan.budget_bytes == 12345
+    assert not plan.fits
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to ask")
+def test_a_plan_for_a_gpu_that_is_not_here_needs_its_size(run_of):
+    with pytest.raises(ConfigError, match="set memory_budget"):
+        make_plan(run_of(MIXTRAL, memory_budget=None), device="cuda")
+
+
+def test_what_does_not_fit_is_an_error_that_shows_the_plan_and_what_to_give_up(run_of):
+    plan = make_plan(run_of(MIXTRAL, memory_budget="32GB", training=HUNGRY), device="cuda")
+    with pytest.raises(DoesNotFitError) as caught:
+        plan.require_fit()
+    message = str(caught.value)
+    assert "frozen weights" in message
+    assert "does not fit" in message
+    assert "training.per_device_train_batch_size=" in message
+    assert "kernels:\n  working_set: 512MiB" in message
+
+
+def test_changes_are_offered_cheapest_first_until_the_run_fits(run_of):
+    data = {"train": "a.jsonl", "eval": "b.jsonl", "max_length": 2048}
+    training = {**HUNGRY, "per_device_eval_batch_size": 64}
+    run = run_of("qwen3-30b-a3b", data=data, training=training, lora={"r": 16}, memory_budget="10GB")
+    plan = make_plan(run, device="cuda")
+    changed = [line.partition("=")[0] for change in plan.what_to_change for line in change.lines]
+    order = [
+        "kernels.working_set",
+        "training.per_device_eval_batch_size",
+        "training.per_device_train_batch_size",
+        "training.gradient_accumulation_steps",
+        "training.gradient_checkpointing",
+        "offload_activations",
+        "placement",
+        "data.max_length",
+        "lora.r",
+    ]
+    assert set(changed) <= set(order)
+    first = {key: changed.index(key) for key in order if key in changed}
+    assert first["training.per_device_train_batch_size"] < first["training.gradient_checkpointing"] < first["placement"]
+    assert first["training.gradient_checkpointing"] < first["training.per_device_eval_batch_size"]  # by then the peak
+    assert first["placement"] < first["lora.r"]
+    assert all(change.saves_bytes > 0 for change in plan.what_to_change)
+    assert plan.what_to_change[-1].peak_bytes <= plan.budget_bytes < plan.what_to_change[-2].peak_bytes
+
+
+def test_a_split_batch_keeps_the_tokens_of_a_step(run_of):
+    run = run_of(MIXTRAL, training=HUNGRY, memory_budget="27GB", kernels={"working_set": "128MiB"})
+    plan = make_plan(run, device="cuda")
+    assert plan.what_to_change[0].lines == [
+        "training.per_device_train_batch_size=1",
+        "training.gradient_accumulation_steps=16",
+    ]
+
+
+def test_the_changed_run_has_the_peak_that_was_promised(run_of, tmp_path):
+    from expertune.config import load_config
+
+    data = {"train": "rows.jsonl", "max_length": 320, "merge_accumulation": False}
+    run = run_of(MIXTRAL, training=HUNGRY, data=data, memory_budget="28GB")
+    plan = make_plan(run, device="cuda")
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(run.model_dump()))  # JSON is YAML
+    overrides = [line for change in plan.what_to_change for line in change.lines]
+    changed = make_plan(load_config(path, overrides), device="cuda")
+    assert changed.fits
+    assert changed.memory.peak_bytes == plan.what_to_change[-1].peak_bytes
+
+
+def test_a_device_below_the_frozen_weights_is_told_so(run_of):
+    plan = make_plan(run_of(MIXTRAL, memory_budget="3GB"), device="cuda")
+    assert not plan.fits
+    assert "Even with all of these it does not fit: the smallest peak is" in shown(plan, 120)
+    smallest = f"{plan.smallest_peak_bytes / 1e9:.2f} GB of 3.00 GB"
+    with pytest.raises(
+        DoesNotFitError, match=f"smallest peak that can be reached is {smallest}, with .*placement=host"
+    ):
+        plan.require_fit()
+
+
+# --- micro-batches of a step ----------------------------------------------------------------------------------------
+
+ACCUMULATING = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "gradient_checkpointing": True}
+
+
+def micro_batch(run, **arguments):
+    return make_plan(run, device="cuda", **arguments).micro_batch
+
+
+def test_a_step_that_fits_at_once_is_one_micro_batch(run_of):
+    plan = make_plan(run_of(MIXTRAL, training=ACCUMULATING), device="cuda")
+    assert plan.micro_batch == MicroBatch(rows=8, accumulation=1, merged=8)
+    at_once = {"per_device_train_batch_size": 8, "gradient_checkpointing": True}
+    assert plan.memory == memory_of(run_of(MIXTRAL, training=at_once))
+    assert plan.to_json()["micro_batch"] == {"rows": 8, "accumulation": 1, "merged": 8, "reason": None}
+    assert "8 rows a step, run as 1 x 8 in place of 8 x 1" in shown(plan, 80)
+
+
+def test_memory_decides_how_many_are_merged_and_a_tenth_of_it_stays_free(run_of):
+    run = run_of(MIXTRAL, data=LONG, training=ACCUMULATING)
+    of_four = ACCUMULATING | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    four = run_of(MIXTRAL, data=LONG | {"merge_accumulation": False}, training=of_four)
+    peak = memory_of(four).peak_bytes
+    enough = micro_batch(run.model_copy(update={"memory_budget": int(peak / 0.9) + 2}))
+    assert (enough.rows, enough.accumulation, enough.merged) == (4, 2, 4)
+    assert enough.reason.startswith("8 rows at once would take ")
+    short = micro_batch(run.model_copy(update={"memory_budget": int(peak / 0.9) - 2}))
+    assert (short.rows, short.accumulation, short.merged) == (2, 4, 2)
+
+
+def test_only_divisors_of_the_accumulation_are_merged(run_of):
+    six = run_of(MIXTRAL, data=LONG, training=ACCUMULATING | {"gradient_accumulation_steps": 6})
+    of_four = ACCUMULATING | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    four = run_of(MIXTRAL, data=LONG, training=of_four)
+    budget = int(memory_of(four).peak_bytes / 0.9) + 2
+    assert micro_batch(six.model_copy(update={"memory_budget": budget})).merged == 3
+
+
+def test_on_a_cpu_merging_ends_where_products_gain_nothing(run_of, tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    run = run_of(tmp_path, data={"train": "rows.jsonl", "max_length": 4096}, training=ACCUMULATING)
+    chosen = make_plan(run, device="cpu").micro_batch
+    assert (chosen.rows, chosen.accumulation, chosen.merged) == (2, 4, 2)
+    assert "beyond 8192 tokens" in chosen.reason
+    assert make_plan(run, device="cpu", began_with=8).micro_batch.merged == 8
+    assert micro_batch(run).merged == 8
+
+
+def test_a_run_that_fits_only_as_it_is_written_is_left_so(run_of):
+    apart = memory_of(run_of(MIXTRAL, data=LONG | {"merge_accumulation": False}, training=ACCUMULATING))
+    run = run_of(MIXTRAL, data=LONG, training=ACCUMULATING, memory_budget=apart.peak_bytes)
+    plan = make_plan(run, device="cuda")
+    assert plan.fits
+    assert plan.micro_batch.merged == 1
+    assert plan.memory == apart
+
+
+def test_a_resumed_run_merges_as_many_as_it_began_with_or_fewer_where_memory_has_gone(run_of):
+    run = run_of(MIXTRAL, training=ACCUMULATING)
+    assert micro_batch(run, began_with=2) == MicroBatch(2, 4, 2, "as the run began")
+    assert micro_batch(run, began_with=1) == MicroBatch(1, 8, 1, "as the run began")
+    peak = make_plan(run, device="cuda").memory.peak_bytes
+    assert micro_batch(run.model_copy(update={"memory_budget": peak}), began_with=8).merged == 8
+    fewer = micro_batch(run.model_copy(update={"memory_budget": peak - 1}), began_with=8)
+    assert fewer.merged < 8
+    assert "the run began with 8, and continues to rounding" in fewer.reason
+
+
+def test_a_run_without_accumulation_says_nothing_of_it(run_of):
+    plan = make_plan(run_of(MIXTRAL), device="cuda")
+    assert plan.micro_batch == MicroBatch(rows=1, accumulation=1)
+    assert "rows a step" not in shown(plan, 80)
+
+
+@pytest.mark.parametrize(
+    ("data", "training", "reason"),
+    [
+        ({"merge_accumulation": False}, {}, "merge_accumulation"),
+        ({"packing": "padded"}, {}, "packing=padded"),
+        ({}, {"dataloader_drop_last": True}, "dataloader_drop_last"),
+        ({}, {"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({}, {"neftune_noise_alpha": 5}, "neftune_noise_alpha"),
+        ({}, {"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
+        ({}, {"optim": "adalomo"}, "steps at every micro-batch"),
+    ],
+)
+def test_settings_under_which_a_larger_micro_batch_is_another_step_keep_them_apart(
+    run_of, tmp_path, data, training, reason
+):
+    tiny_config().save_pretrained(tmp_path)
+    chosen = micro_batch(run_of(tmp_path, data={"train": "rows.jsonl"} | data, training=ACCUMULATING | training))
+    assert (chosen.rows, chosen.accumulation, chosen.merged) == (1, 8, 1)
+    assert reason in chosen.reason
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("mixtral", {}, None),
+        ("qwen3_moe", {}, None),
+        ("deepseek_v3", {}, None),
+        ("mixtral", {"output_router_logits": True}, "auxiliary loss"),
+        ("mixtral", {"sliding_window": 16}, "by itself"),
+        ("mixtral", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rotary"),
+    ],
+)
+def test_models_whose_rows_or_loss_depend_on_the_batch_keep_micro_batches_apart(
+    run_of, tmp_path, family, changes, reason
+):
+    tiny_config(family, head_dim=16, **changes).save_pretrained(tmp_path)
+    chosen = micro_batch(run_of(tmp_path, training=ACCUMULATING))
+    assert chosen.merged == (1 if reason else 8)
+    assert (reason or "") in (chosen.reason or "")
+
+
+@pytest.mark.parametrize(("kind", "apart"), [("linear_attention", True), ("full_attention", False)])
+def test_layers_that_carry_a_state_from_row_to_row_keep_micro_batches_apart(run_of, tmp_path, kind, apart):
+    AutoConfig.for_model("minimax", num_hidden_layers=2, layer_types=[kind, "full_attention"]).save_pretrained(tmp_path)
+    chosen = micro_batch(run_of(tmp_path, training=ACCUMULATING, lora={"targets": ["experts"]}))
+    assert (chosen.merged == 1) == apart
+
+
+def test_a_model_that_cannot_normalise_by_the_step_keeps_micro_batches_apart(run_of, tmp_path, monkeypatch):
+    tiny_config().save_pretrained(tmp_path)
+    monkeypatch.setattr(MixtralForCausalLM, "accepts_loss_kwargs", False, raising=False)
+    assert "not over the step's" in micro_batch(run_of(tmp_path, training=ACCUMULATING)).reason
+
+
+# --- what is shown --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_fits_a_terminal(run_of, width):
+    data = {"train": "a.jsonl", "eval": "b.jsonl", "max_length": 2048}
+    plan = make_plan(run_of(MIXTRAL, data=data, training=HUNGRY, memory_budget="26GB"), device="cuda")
+    text = shown(plan, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    for change in plan.what_to_change:
+        assert all(line in text for line in change.lines)
+
+
+def test_json_holds_the_documented_keys(run_of):
+    plan = make_plan(run_of(MIXTRAL, lora=TUTORIAL_LORA, memory_budget="20GB"), device="cuda")
+    values = json.loads(json.dumps(plan.to_json()))
+    assert values["parameters"]["line"] == plan.parameters.line == plan.parameters_line
+    assert values["weights"]["frozen_bytes"] == plan.weights.frozen_bytes
+    assert values["memory"]["peak_bytes"] == plan.memory.peak_bytes
+    assert values["disk"] == {
+        "adapter_bytes": 481_402_880,
+        "download_bytes": 93_405_585_408,
+        "nf4_folder_bytes": 24_483_540_992,
+        "checkpoint_bytes": 481_402_880 + plan.memory.moments["update"]["optimizer"],
+        "checkpoints_kept": None,
+    }
+    assert values["fits"] is False
+    assert values["what_to_change"][0]["lines"]
+
+
+def test_a_misspelt_training_argument_is_told_before_anything_is_read(run_of):
+    with pytest.raises(ConfigError, match="did you mean per_device_train_batch_size"):
+        make_plan(run_of("./nowhere", training={"per_device_train_batchsize": 1}))

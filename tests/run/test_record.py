@@ -1,0 +1,41 @@
+"""The run record: whole or absent, readable everywhere."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from expertune.errors import CheckpointError
+from expertune.run.record import RunRecord
+from expertune.storage import write_json
+
+
+def test_record_is_there_after_each_update_and_read_back(tmp_path: Path) -> None:
+    record = RunRecord.start(tmp_path)
+    record.update("train", loss=[[1, 2.5]])
+    record.update("train", steps=1)
+    again = RunRecord.load(tmp_path)
+    assert again["train"] == {"loss": [[1, 2.5]], "steps": 1}
+    assert "expertune" in again["versions"]
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
+    assert os.listdir(tmp_path) == ["record.json"]  # noqa: PTH208 - hidden files too
+
+
+def test_loss_that_is_not_finite_stays_valid_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "r.json", {"loss": [float("nan"), float("inf")]})
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8")) == {"loss": ["nan", "inf"]}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format_version": 99}'])
+def test_file_that_is_no_record_is_refused_by_name(content: str, tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text(content, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"record\.json"):
+        RunRecord.load(tmp_path)
