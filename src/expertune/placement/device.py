@@ -8,7 +8,7 @@ import torch
 
 from expertune.config import KernelsConfig
 from expertune.errors import ConfigError
-from expertune.kernels import heap, routes
+from expertune.kernels import routes, trim
 from expertune.kernels.cpu import product_dtype
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -99,7 +99,7 @@ def bound_host_memory() -> None:
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
-    if heap.is_users_own() or sys.platform != "linux":
+    if trim.is_users_own() or sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none, and no such habit
     if mallopt is not None:

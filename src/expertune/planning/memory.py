@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 
 from expertune.checkpoint.targets import ResolvedTargets
-from expertune.kernels import heap
+from expertune.kernels import trim
 from expertune.kernels.linear_cross_entropy import working_set_bytes
 from expertune.planning.generation import cache_bytes, prefill_bytes
 from expertune.planning.inventory import FrozenWeights, Inventory, count_adapter
@@ -32,7 +32,7 @@ _FLOAT32_BYTES = 4
 FRAMEWORK_BYTES = {"cpu": 750 * 10**6, "cuda": 1000 * 10**6}
 
 # What the C allocator may keep of freed blocks before it is made to give them back.
-ALLOCATOR_BYTES = {"cpu": heap.SLACK_BYTES, "cuda": 0}
+ALLOCATOR_BYTES = {"cpu": trim.SLACK_BYTES, "cuda": 0}
 
 # Tokens of the proof after attaching: enough for every expert of a layer to be reached, few enough to cost a second.
 PROOF_TOKENS = 512

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from expertune.kernels import heap, routes
+from expertune.kernels import routes, trim
 from expertune.kernels.expert_mlp import decode_then_gemm, fused
 from expertune.kernels.expert_mlp.plan import Layer, LowRank, chunk_tokens
 from expertune.kernels.grouped_linear import own_dtypes
@@ -215,7 +215,7 @@ def _forward(
                 out[tokens],
             )
     if hidden.device.type == "cpu":
-        heap.bound()
+        trim.trim()
     return out, h
 
 
@@ -261,7 +261,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     if hidden.device.type == "cpu":
         # Here a step holds most: what attention, the loss or the layer above have freed must not lie below it.
-        heap.bound()
+        trim.trim()
     top_k = top_k_index.shape[1]
     dhidden, dweights = torch.empty_like(hidden), torch.empty_like(top_k_weights)
     with own_dtypes(hidden), _brought(weights, activation, backward=True) as weights:
@@ -290,7 +290,7 @@ def _backward(
             )
     da, db = ([g.to(f.dtype) for g, f in zip(*pair, strict=True)] for pair in ((da, a), (db, b)))
     if hidden.device.type == "cpu":
-        heap.bound()
+        trim.trim()
     return dhidden, dweights, da, db
 
 

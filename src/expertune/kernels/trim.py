@@ -42,7 +42,7 @@ def is_users_own() -> bool:
     return any(name.startswith("MALLOC_") for name in os.environ)
 
 
-def bound() -> None:
+def trim() -> None:
     """Call between operators. A process whose user has set glibc's own variables (MALLOC_...) is left alone."""
     global _lowest
     if _malloc_trim is None or is_users_own():

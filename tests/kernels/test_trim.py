@@ -1,0 +1,47 @@
+"""Freed blocks of the C allocator go back to the system."""
+
+import sys
+
+import pytest
+import torch
+
+from expertune.kernels import trim
+
+pytestmark = pytest.mark.skipif(trim._malloc_trim is None, reason="glibc alone has malloc_trim")
+
+
+def leave_holes() -> list[torch.Tensor]:
+    """Blocks of 64 KiB of which every eighth lives on; what lies between cannot go back at the heap's end."""
+    blocks = [torch.ones(16 * 1024) for _ in range(1200)]
+    return blocks[::8]
+
+
+def test_bound_gives_back_what_was_freed_once_memory_has_grown_by_the_slack(monkeypatch):
+    assert trim._malloc_trim is not None
+    trim._malloc_trim(0)  # else blocks may come of memory that earlier tests have freed, and nothing grows
+    monkeypatch.setattr(trim, "SLACK_BYTES", 32 * 2**20)
+    monkeypatch.setattr(trim, "_lowest", trim._beyond_blocks_in_use())
+    kept = leave_holes()
+    before = trim._resident_bytes()
+    trim.trim()
+    assert before - trim._resident_bytes() > 40 * 2**20
+    assert all(block.eq(1).all() for block in kept)
+
+
+@pytest.mark.skipif(trim._mallinfo2 is None, reason="glibc before 2.33 does not say what is in use")
+def test_blocks_in_use_are_nothing_that_bound_could_give_back(monkeypatch):
+    monkeypatch.setattr(trim, "SLACK_BYTES", 32 * 2**20)
+    monkeypatch.setattr(trim, "_lowest", trim._beyond_blocks_in_use())
+    monkeypatch.setattr(trim, "_malloc_trim", lambda _: pytest.fail("looked for holes among blocks in use"))
+    kept = [torch.ones(16 * 1024) for _ in range(1200)]
+    trim.trim()
+    assert len(kept) == 1200
+
+
+@pytest.mark.parametrize("why", ["memory has not grown", "the user has set glibc's own variables"])
+def test_bound_leaves_the_heap_alone_where(monkeypatch, why):
+    monkeypatch.setattr(trim, "_lowest", 0 if why.startswith("the user") else sys.maxsize)
+    if why.startswith("the user"):
+        monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+    monkeypatch.setattr(trim, "_malloc_trim", lambda _: pytest.fail("gave memory back"))
+    trim.trim()
