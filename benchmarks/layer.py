@@ -257,7 +257,7 @@ def _extra_bytes(run: Callable[[], object]) -> int | None:
 
 
 def _routes() -> list[str]:
-    return [routes.FUSED, routes.DECODE_THEN_GEMM] if native.available() else [routes.DECODE_THEN_GEMM]
+    return [routes.FUSED, routes.DEQUANT_GEMM] if native.available() else [routes.DEQUANT_GEMM]
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:

@@ -214,6 +214,13 @@ def test_text_that_is_no_size_is_refused(text: str) -> None:
         parse_size(text)
 
 
+def test_value_of_an_earlier_name_is_read_with_a_note(run_file: Path) -> None:
+    config = load_config(run_file, ["kernels.route=decode_then_gemm"])
+    assert config.kernels.route == "dequant_gemm"
+    assert config.notes == ("kernels.route: decode_then_gemm is now called dequant_gemm",)
+    assert config == load_config(run_file, ["kernels.route=dequant_gemm"])
+
+
 def test_config_survives_the_record(run_file: Path) -> None:
     config = load_config(run_file, ["lora.r=32"])
     assert parse_config(config.model_dump(mode="json", exclude_unset=True)) == config

@@ -69,7 +69,7 @@ def layer(name: str, tokens: int, decode_first: bool, text: Path) -> None:
     model = shapes.MODELS[name](False)
     one = Layer(model.layer, model.lora, tokens, text, torch.bfloat16, "cuda", weights.fill)
     # With no choice left open: what would be measured for it here, beside other processes, would be kept.
-    run = one.step(one.ours(routes.DECODE_THEN_GEMM if decode_first else routes.FUSED, gemm="triton"))
+    run = one.step(one.ours(routes.DEQUANT_GEMM if decode_first else routes.FUSED, gemm="triton"))
     for one.dropout in (0.05, 0.0):
         run()
     torch.cuda.synchronize()

@@ -30,7 +30,7 @@ _MOST_ERROR = 1e-2
 _NOISE = 1.05
 
 # Names of variants.
-FUSED, TRITON, TORCH, SLOW = "fused", "decode_then_gemm, triton", "decode_then_gemm, torch, 8 GiB", "expert_by_expert"
+FUSED, TRITON, TORCH, SLOW = "fused", "dequant_gemm, triton", "dequant_gemm, torch, 8 GiB", "expert_by_expert"
 
 
 def run(args: argparse.Namespace, out: Record) -> None:
@@ -86,12 +86,12 @@ def variants(device: torch.device) -> dict[str, dict[str, Any]]:
     """
     if device.type != "cuda":
         fused: dict[str, dict[str, Any]] = {FUSED: {"route": routes.FUSED}} if native.available() else {}
-        return fused | {"decode_then_gemm": {"route": routes.DECODE_THEN_GEMM}}
+        return fused | {"dequant_gemm": {"route": routes.DEQUANT_GEMM}}
     usual: dict[str, Any] = {"working_set_bytes": None, "gemm": "triton"}
-    large = {"route": routes.DECODE_THEN_GEMM, "working_set_bytes": 2**33}
+    large = {"route": routes.DEQUANT_GEMM, "working_set_bytes": 2**33}
     return {
         FUSED: {"route": routes.FUSED} | usual,
-        TRITON: {"route": routes.DECODE_THEN_GEMM} | usual,
+        TRITON: {"route": routes.DEQUANT_GEMM} | usual,
         f"{TRITON}, 8 GiB": large | {"gemm": "triton"},
         TORCH: large | {"gemm": "torch"},
         SLOW: {"route": routes.EXPERT_BY_EXPERT} | usual,
@@ -121,12 +121,12 @@ def use_passed(folder: Path, device: torch.device) -> dict[str, Any]:
         CorrectnessError: neither fast route passed.
     """
     passed, word = passed_variants(folder, device)
-    fast = {settings["route"] for settings in passed.values()} & {routes.FUSED, routes.DECODE_THEN_GEMM}
+    fast = {settings["route"] for settings in passed.values()} & {routes.FUSED, routes.DEQUANT_GEMM}
     if not fast:
         raise report.CorrectnessError("no route passed its check: no speed is reported")
     wanted = {settings["route"] for settings in variants(device).values()} - {routes.EXPERT_BY_EXPERT}
     chosen: dict[str, Any] = {"route": "auto" if fast == wanted else fast.pop()}
-    gemms = {settings.get("gemm") for settings in passed.values() if settings["route"] == routes.DECODE_THEN_GEMM}
+    gemms = {settings.get("gemm") for settings in passed.values() if settings["route"] == routes.DEQUANT_GEMM}
     if device.type == "cuda" and len(gemms) == 1:
         chosen |= {"gemm": gemms.pop()}
     routes.configure(**chosen)
@@ -265,7 +265,7 @@ def _interpreted(small: bool) -> Item:
     if not small:
         return dataclasses.asdict(selfcheck.check(cpu, torch.float32))
     errors = {"decode": selfcheck.decode_error(cpu, torch.float32)}
-    for name, decode_first in ((routes.FUSED, False), (routes.DECODE_THEN_GEMM, True)):
+    for name, decode_first in ((routes.FUSED, False), (routes.DEQUANT_GEMM, True)):
         errors[name] = _tiny_layer_error(GroupedRoute(decode_first, buffer_bytes=1))
     return {"errors": errors, "passed": all(error <= 1e-4 for error in errors.values())}
 

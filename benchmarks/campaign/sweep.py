@@ -53,7 +53,7 @@ def run(args: argparse.Namespace, out: Record) -> None:
 
     allowed, word = passed_variants(args.out, device)
     out.values["routes"] = {"timed": list(allowed), "by": word}
-    dense = TRITON if device.type == "cuda" else "decode_then_gemm"
+    dense = TRITON if device.type == "cuda" else "dequant_gemm"
     kinds = [kind for kind in KINDS if (FUSED if kind.nf4 else dense) in allowed]
     plans = []
     for tokens in (8,) if args.small else shapes.tokens(False):

@@ -250,6 +250,8 @@ def _load_and_adapt(
     started = time.monotonic()
     loaded = load_base(config, source, device, record, places)
     console.print(f"loaded with 4-bit experts in {time.monotonic() - started:.1f} s")
+    for note in config.notes:
+        console.print(note, soft_wrap=True)
     kernels = routes.describe(device, loaded.model.dtype)
     record.update("kernels", **kernels)
     console.print(f"kernels: {routes.say(kernels)}", soft_wrap=True)

@@ -36,7 +36,7 @@ def test_result_has_ours_and_peers_and_what_decides_them(module: ModuleType, tmp
 
 def test_layer_holds_every_route_and_peer_to_plain_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = measured(layer, tmp_path)["seconds"]
-    assert {"ours, decode_then_gemm", "bitsandbytes, per expert", "grouped_mm on decoded weights"} <= seconds.keys()
+    assert {"ours, dequant_gemm", "bitsandbytes, per expert", "grouped_mm on decoded weights"} <= seconds.keys()
     plain = layer.Layer.by_grouped_mm
     monkeypatch.setattr(layer.Layer, "by_grouped_mm", lambda self, *args: plain(self, *args) * 1.1)
     with pytest.raises(report.CorrectnessError, match="grouped_mm on decoded weights: output is off by"):

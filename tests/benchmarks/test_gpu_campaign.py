@@ -66,10 +66,10 @@ def test_placement_is_measured_where_results_are_those_of_the_device(tmp_path: P
 
 
 def test_a_route_that_failed_is_not_timed(tmp_path: Path) -> None:
-    gate = {"passed": {"decode_then_gemm": []}, "failed": {"fused": ["layer"]}}
+    gate = {"passed": {"dequant_gemm": []}, "failed": {"fused": ["layer"]}}
     (tmp_path / "stage1.json").write_text(json.dumps({"gate": gate}), encoding="utf-8")
     cpu = torch.device("cpu")
-    assert list(stage1_correctness.passed_variants(tmp_path, cpu)[0]) == ["decode_then_gemm"]
+    assert list(stage1_correctness.passed_variants(tmp_path, cpu)[0]) == ["dequant_gemm"]
     (tmp_path / "stage1.json").write_text(json.dumps({"gate": {"passed": {}, "failed": gate["failed"]}}))
     assert stage1_correctness.passed_variants(tmp_path, cpu)[0] == {}
     with pytest.raises(Exception, match="no speed is reported"):
@@ -90,8 +90,8 @@ def test_on_a_gpu_the_choice_is_among_what_passed(tmp_path: Path, monkeypatch: p
 
     assert chosen(*names) == {"route": "auto"}
     assert chosen("fused", "expert_by_expert") == {"route": "fused"}
-    assert chosen("decode_then_gemm, torch, 8 GiB") == {"route": "decode_then_gemm", "gemm": "torch"}
-    assert chosen("fused", "decode_then_gemm, triton") == {"route": "auto", "gemm": "triton"}
+    assert chosen("dequant_gemm, torch, 8 GiB") == {"route": "dequant_gemm", "gemm": "torch"}
+    assert chosen("fused", "dequant_gemm, triton") == {"route": "auto", "gemm": "triton"}
     with pytest.raises(Exception, match="no speed is reported"):
         chosen("expert_by_expert")
 

@@ -30,7 +30,7 @@ def count_forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from expertune.kernels import expert_mlp
 
     computed: list[int] = []
-    for route in (expert_mlp.fused, expert_mlp.decode_then_gemm):
+    for route in (expert_mlp.fused, expert_mlp.dequant_gemm):
         forward = route.forward
         monkeypatch.setattr(route, "forward", lambda *args, f=forward: computed.append(1) or f(*args))
     return computed

@@ -7,7 +7,7 @@ import pytest
 from expertune.kernels import cpu, native, routes
 
 
-@pytest.fixture(params=["decode_then_gemm", "fused"])
+@pytest.fixture(params=["dequant_gemm", "fused"])
 def route(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each route in turn; the fused one where the native library could be built."""
     if request.param == "fused" and not native.available():

@@ -25,14 +25,14 @@ needs_native = pytest.mark.skipif(not native.available(), reason="the native lib
 
 
 @needs_native
-@pytest.mark.parametrize(("rows", "route"), [(1, "fused"), (63.5, "fused"), (64, "decode_then_gemm")])
+@pytest.mark.parametrize(("rows", "route"), [(1, "fused"), (63.5, "fused"), (64, "dequant_gemm")])
 def test_tokens_per_expert_choose_against_the_crossover(rows: float, route: str) -> None:
     routes.configure(route="auto", crossover=64)
     assert routes.choose(CPU, rows, torch.float32) == route
 
 
 @needs_native
-@pytest.mark.parametrize("route", ["fused", "decode_then_gemm"])
+@pytest.mark.parametrize("route", ["fused", "dequant_gemm"])
 def test_one_setting_overrides_and_the_record_names_what_ran(route: str) -> None:
     set_up_kernels(KernelsConfig(route=route), crossover=64)
     for rows in (1, 1000):
@@ -57,7 +57,7 @@ def test_fused_route_that_cannot_run_is_refused_with_the_reason(monkeypatch: pyt
 def test_without_the_library_every_product_decodes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "available", lambda: False)
     routes.configure(route="auto", crossover=64)
-    assert routes.choose(CPU, 1, torch.float32) == "decode_then_gemm"
+    assert routes.choose(CPU, 1, torch.float32) == "dequant_gemm"
 
 
 def test_other_devices_go_expert_by_expert() -> None:
@@ -97,7 +97,7 @@ class TestOnAGpu:
         from expertune.kernels.expert_mlp import selfcheck
 
         self.findings = selfcheck.Findings(
-            {"shuffle": 0.0, "fused": 0.003, "decode_then_gemm": 0.004}, {}, ["shuffle", "fused", "decode_then_gemm"]
+            {"shuffle": 0.0, "fused": 0.003, "dequant_gemm": 0.004}, {}, ["shuffle", "fused", "dequant_gemm"]
         )
         monkeypatch.setattr(gpu, "unavailable", lambda device: "")
         monkeypatch.setattr(selfcheck, "checked", lambda device, dtype: self.findings)
@@ -106,7 +106,7 @@ class TestOnAGpu:
 
     def test_routes_cross_where_this_device_was_measured_to(self) -> None:
         assert routes.choose(self.device, 383, torch.bfloat16) == "fused"
-        assert routes.choose(self.device, 384, torch.bfloat16) == "decode_then_gemm"
+        assert routes.choose(self.device, 384, torch.bfloat16) == "dequant_gemm"
         described = routes.describe(self.device, torch.bfloat16)
         assert described["crossover"] == 384
         assert described["gemm"] == "torch"
@@ -116,7 +116,7 @@ class TestOnAGpu:
         self.findings.passed.remove("fused")
         self.findings.messages["fused"] = "RuntimeError: misaligned address"
         routes.configure(route="fused")
-        assert routes.choose(self.device, 1, torch.bfloat16) == "decode_then_gemm"
+        assert routes.choose(self.device, 1, torch.bfloat16) == "dequant_gemm"
         described = routes.describe(self.device, torch.bfloat16)
         assert described["self_check"]["fused"] == "RuntimeError: misaligned address, not used"
         assert described["self_check"]["shuffle"] == "relative error 0.0e+00"
@@ -131,7 +131,7 @@ class TestOnAGpu:
 
     def test_continued_run_keeps_what_it_multiplied_with(self) -> None:
         set_up_kernels(KernelsConfig(), crossover=64, gemm="triton")
-        assert routes.choose(self.device, 100, torch.bfloat16) == "decode_then_gemm"
+        assert routes.choose(self.device, 100, torch.bfloat16) == "dequant_gemm"
         assert routes.gemm(torch.bfloat16, self.device) == "triton"
 
     def test_without_triton_the_terminal_says_why(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,9 @@ DataFormat = Literal[
 ]
 
 
+# Section, key, the value's earlier name, and its name now.
+_RENAMED_VALUES = (("kernels", "route", "decode_then_gemm", "dequant_gemm"),)
+
 # Said by whoever starts a command, never by a file.
 TRUST_KEY = "trust_remote_code"
 
@@ -158,13 +161,13 @@ class KernelsConfig(Section):
     """How products of 4-bit weights run.
 
     Attributes:
-        route: `fused` decodes inside the product, `decode_then_gemm` decodes first and multiplies what it decoded;
+        route: `fused` dequantizes inside the GEMM, `dequant_gemm` dequantizes first and multiplies the result;
             `auto` takes the faster by tokens per expert, against a crossover that is measured once per machine.
         working_set: most bytes that an expert layer takes between its products, whatever the batch is; `auto` is
             512MiB on a CPU and 2GiB on a GPU.
     """
 
-    route: Literal["auto", "fused", "decode_then_gemm"] = "auto"
+    route: Literal["auto", "fused", "dequant_gemm"] = "auto"
     working_set: Literal["auto"] | Size = "auto"
 
     @property
@@ -240,9 +243,10 @@ class TaskConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class _Origin:
-    """Where a config was read from; configs of the same keys are equal wherever that was."""
+    """Where a config was read from, and what to tell about it; configs of the same keys are equal wherever that was."""
 
     name: str = dataclasses.field(default="config", compare=False)
+    notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
 
 class RunConfig(Section):
@@ -280,6 +284,11 @@ class RunConfig(Section):
     def where(self) -> str:
         """What errors name: the file that the keys were read from, or `config`."""
         return self._origin.name
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A sentence for each value that was read under an earlier name."""
+        return self._origin.notes
 
     @model_validator(mode="before")
     @classmethod
@@ -332,12 +341,24 @@ def parse_config(values: dict[str, Any], where: str = "config") -> RunConfig:
     Raises:
         ConfigError: names each wrong key, what was found there, and the nearest known key.
     """
+    values, notes = _with_todays_names(values)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_say(error, where)) from None
-    config._origin = _Origin(where)
+    config._origin = _Origin(where, notes)
     return config
+
+
+def _with_todays_names(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Values that earlier releases called otherwise under the names that they have now, and a sentence for each."""
+    notes = []
+    for section, key, old, new in _RENAMED_VALUES:
+        found = values.get(section)
+        if isinstance(found, dict) and found.get(key) == old:
+            values = {**values, section: {**found, key: new}}
+            notes.append(f"{section}.{key}: {old} is now called {new}")
+    return values, tuple(notes)
 
 
 def recorded_config(values: dict[str, Any], where: str) -> RunConfig:

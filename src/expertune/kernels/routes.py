@@ -1,6 +1,6 @@
 """Which route a product of 4-bit weights takes: by tokens per expert, against a crossover measured once per machine.
 
-`fused` decodes inside the product, and wins where each decoded weight meets few rows; `decode_then_gemm` decodes first
+`fused` decodes inside the product, and wins where each decoded weight meets few rows; `dequant_gemm` decodes first
 and multiplies what it decoded, which wins where rows are many and the machine has matrix units. Where they cross is
 measured the first time, and kept in the user's cache. On a GPU a route has to pass its check there before it is used
 (`expert_mlp/selfcheck.py`); where none does, or Triton is missing, experts are computed one by one by torch.
@@ -27,11 +27,11 @@ from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, product_dtype
 from expertune.kernels.nf4 import Nf4Stack
 from expertune.storage import write_text
 
-Route = Literal["fused", "decode_then_gemm", "expert_by_expert"]
+Route = Literal["fused", "dequant_gemm", "expert_by_expert"]
 
 FUSED: Route = "fused"
-DECODE_THEN_GEMM: Route = "decode_then_gemm"
-# On a GPU without usable kernels: the loop over experts that a CPU's `decode_then_gemm` is too.
+DEQUANT_GEMM: Route = "dequant_gemm"
+# On a GPU without usable kernels: the loop over experts that a CPU's `dequant_gemm` is too.
 EXPERT_BY_EXPERT: Route = "expert_by_expert"
 
 # Working sets where the run file leaves the choice: a GPU decodes all experts' weights again for each chunk of tokens.
@@ -57,7 +57,7 @@ class Settings:
         route: a route for all products, or `auto`.
         working_set_bytes: most bytes that one expert layer computes on at once, whatever the batch; None takes the
             device's own, see `working_set_bytes`.
-        crossover: rows for each expert from which `decode_then_gemm` is taken; None measures it.
+        crossover: rows for each expert from which `dequant_gemm` is taken; None measures it.
         gemm: what multiplies decoded weights on a GPU, `torch` or `triton`; None measures which is faster.
     """
 
@@ -114,13 +114,13 @@ def choose(
         usable = tuple(route for route in usable if route != FUSED)
     route: Route
     if not usable:
-        route = EXPERT_BY_EXPERT if device.type != "cpu" else DECODE_THEN_GEMM
+        route = EXPERT_BY_EXPERT if device.type != "cpu" else DEQUANT_GEMM
     elif len(usable) == 1:
         route = usable[0]
     elif _settings.route != "auto":
         route = _settings.route
     else:
-        route = FUSED if rows_per_expert < crossover(dtype, device) else DECODE_THEN_GEMM
+        route = FUSED if rows_per_expert < crossover(dtype, device) else DEQUANT_GEMM
     _ran[route] += 1
     return route
 
@@ -128,17 +128,17 @@ def choose(
 def usable_routes(device: torch.device, dtype: torch.dtype) -> tuple[Route, ...]:
     """Routes that can run on a device: on a GPU those that passed their check there."""
     if device.type == "cpu":
-        return (FUSED, DECODE_THEN_GEMM) if native.available() else (DECODE_THEN_GEMM,)
+        return (FUSED, DEQUANT_GEMM) if native.available() else (DEQUANT_GEMM,)
     if gpu.unavailable(device):
         return ()
     from expertune.kernels.expert_mlp.selfcheck import checked
 
     passed = checked(device, dtype).passed
-    return tuple(route for route in (FUSED, DECODE_THEN_GEMM) if route in passed)
+    return tuple(route for route in (FUSED, DEQUANT_GEMM) if route in passed)
 
 
 def crossover(dtype: torch.dtype, device: torch.device = _CPU) -> int:
-    """Rows for each expert from which `decode_then_gemm` is the faster route on this device, for x of `dtype`."""
+    """Rows for each expert from which `dequant_gemm` is the faster route on this device, for x of `dtype`."""
     if _settings.crossover is not None:
         return _settings.crossover
     return int(_measured(product_dtype(dtype, device), device, torch.get_num_threads())["crossover"])
@@ -177,7 +177,7 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         }
         if len(usable_routes(device, dtype)) == 2:
             described["crossover"] = crossover(dtype, device)
-        if DECODE_THEN_GEMM in usable_routes(device, dtype):
+        if DEQUANT_GEMM in usable_routes(device, dtype):
             described["gemm"] = gemm(dtype, device)
     return described
 
@@ -196,7 +196,7 @@ def say(described: dict[str, Any]) -> str:
     if described["setting"] != "auto":
         return f"{products}, {described['setting']} as kernels.route says{told}"
     below = described["crossover"]
-    limit = "" if below == _NEVER else f" below {below} tokens per expert, {DECODE_THEN_GEMM} from there on"
+    limit = "" if below == _NEVER else f" below {below} tokens per expert, {DEQUANT_GEMM} from there on"
     return f"{products}, {FUSED}{limit}{told}"
 
 
@@ -231,7 +231,7 @@ def _cache_path(dtype: torch.dtype, device: torch.device, threads: int) -> Path:
 
 def _measure(dtype: torch.dtype) -> int:
     """The first number of rows at which decoding first is no slower, or a number that is never reached."""
-    from expertune.kernels.grouped_linear import decode_then_gemm, fused
+    from expertune.kernels.grouped_linear import dequant_gemm, fused
 
     generator = torch.Generator().manual_seed(0)
     weight = Nf4Stack(1, *_MATRIX)
@@ -239,7 +239,7 @@ def _measure(dtype: torch.dtype) -> int:
     for rows in _ROWS:
         x = torch.randn(rows, _MATRIX[1], generator=generator).to(dtype)
         arguments = [x, weight.bytes, torch.tensor([rows]), *([] for _ in range(5))]
-        decoded_first, decoded_inside = _fastest([decode_then_gemm.forward, fused.forward], arguments)
+        decoded_first, decoded_inside = _fastest([dequant_gemm.forward, fused.forward], arguments)
         if decoded_first <= decoded_inside:
             return rows
     return _NEVER

@@ -7,7 +7,7 @@ K experts per token, R = T * K routed rows, r rank.
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.experts.contract import ExpertsSpec
 from expertune.kernels.expert_mlp.plan import bytes_per_row
-from expertune.kernels.grouped_linear.decode_then_gemm import TILE_BYTES
+from expertune.kernels.grouped_linear.dequant_gemm import TILE_BYTES
 from expertune.planning.inventory import Inventory, Layer
 from expertune.planning.settings import Settings
 

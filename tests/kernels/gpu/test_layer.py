@@ -40,18 +40,18 @@ FEW = {
 DECODED = {"rows that are a multiple of nothing", "every expert chosen", "a gate with limits", "experts without a gate"}
 
 
-@pytest.fixture(params=[False, True], ids=["fused", "decode_then_gemm"])
+@pytest.fixture(params=[False, True], ids=["fused", "dequant_gemm"])
 def on_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Layers take a GPU's route, in Triton's interpreter; decoded weights are held for one expert at a time."""
     monkeypatch.setattr(operator, "_route", lambda *_: GroupedRoute(request.param, buffer_bytes=1))
     before = routes.settings()
-    yield "decode_then_gemm" if request.param else "fused"
+    yield "dequant_gemm" if request.param else "fused"
     routes.configure(**vars(before))
 
 
 @pytest.mark.parametrize("shape", sorted(set(SHAPES) - LEFT_OUT))
 def test_output_and_gradients_are_those_of_plain_arithmetic(on_gpu: str, shape: str) -> None:
-    if on_gpu == "decode_then_gemm" and shape not in DECODED:
+    if on_gpu == "dequant_gemm" and shape not in DECODED:
         pytest.skip("the same groups as another shape's")
     assert_same_as_plain(make_case(**SMALL | SHAPES[shape] | FEW.get(shape, {})), FLOAT32)
 
@@ -105,7 +105,7 @@ def test_two_runs_give_identical_bytes() -> None:
     assert all(torch.equal(one, other) for one, other in zip(gradients(case), gradients(case), strict=True))
 
 
-@pytest.mark.parametrize("decode_first", [False, True], ids=["fused", "decode_then_gemm"])
+@pytest.mark.parametrize("decode_first", [False, True], ids=["fused", "dequant_gemm"])
 def test_grouped_linear_and_its_gradients_are_those_of_plain_arithmetic(
     monkeypatch: pytest.MonkeyPatch, decode_first: bool
 ) -> None:
@@ -185,7 +185,7 @@ def test_decoded_groups_add_launches_only_as_the_buffer_forces_them() -> None:
 def test_check_finds_every_route_right_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selfcheck, "SHAPE", (3, 64, 64, 2, 3, 9))
     findings = selfcheck.check(CPU, torch.float32)
-    assert findings.passed == ["shuffle", "fused", "decode_then_gemm"]
+    assert findings.passed == ["shuffle", "fused", "dequant_gemm"]
     assert findings.messages == {}
 
 
@@ -203,7 +203,7 @@ def test_route_that_computes_wrongly_or_not_at_all_fails_its_check(monkeypatch: 
     findings = selfcheck.check(CPU, torch.float32)
     assert findings.passed == ["shuffle"]
     assert findings.errors["fused"] > selfcheck.LIMITS[torch.float32]
-    assert "shared memory" in findings.messages["decode_then_gemm"]
+    assert "shared memory" in findings.messages["dequant_gemm"]
 
 
 def test_check_may_be_asked_for_inside_an_operator_and_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +217,7 @@ def test_check_may_be_asked_for_inside_an_operator_and_in_inference_mode(monkeyp
 
     with torch.inference_mode():
         asks(torch.ones(1))
-    assert answers == [["shuffle", "fused", "decode_then_gemm"]]
+    assert answers == [["shuffle", "fused", "dequant_gemm"]]
 
 
 def test_findings_are_kept_unless_a_part_did_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

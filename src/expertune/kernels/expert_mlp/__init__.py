@@ -9,7 +9,7 @@ whatever the batch is. Rows are sorted by expert, stably, and combined by the in
 runs give identical bytes. Experts with biases have them added after each product; where something comes after each
 expert (a norm), it is differentiated by autograd from the expert's output, computed anew.
 
-Routes on a CPU: `fused.py` decodes inside the product, all experts in one call; `decode_then_gemm.py` decodes a tile
+Routes on a CPU: `fused.py` decodes inside the product, all experts in one call; `dequant_gemm.py` decodes a tile
 once for the recomputation and for the gradient, expert by expert, and runs on any device. On a GPU both are
 `grouped.py`, all experts in each launch. `reference.py` is plain float32 with autograd, what all are tested against.
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from expertune.kernels import routes, trim
-from expertune.kernels.expert_mlp import decode_then_gemm, fused
+from expertune.kernels.expert_mlp import dequant_gemm, fused
 from expertune.kernels.expert_mlp.plan import Layer, LowRank, chunk_tokens
 from expertune.kernels.grouped_linear import own_dtypes
 from expertune.kernels.nf4 import Nf4Bytes, Nf4Stack
@@ -378,7 +378,7 @@ def _chunks(
     step = chunk_tokens(layer, top_k, any(dropouts), held_bytes // (1 if device.type == "cpu" else 2))
     rows_per_expert = min(hidden.shape[0], step) * top_k / layer.num_experts
     grouped = layer.num_parts <= 2 and len(set(parts)) == len(parts)
-    route: _Route = decode_then_gemm
+    route: _Route = dequant_gemm
     if layer.after is None:
         name = routes.choose(device, rows_per_expert, hidden.dtype, grouped, fusable=layer.gate_up.scheme == "nf4")
         route = _route(name, device, hidden.dtype, held_bytes // 2)
@@ -388,12 +388,12 @@ def _chunks(
 
 def _route(name: routes.Route, device: torch.device, dtype: torch.dtype, buffer_bytes: int) -> _Route:
     if device.type == "cpu":
-        return fused if name == routes.FUSED else decode_then_gemm
+        return fused if name == routes.FUSED else dequant_gemm
     if name == routes.EXPERT_BY_EXPERT:
-        return decode_then_gemm
+        return dequant_gemm
     from expertune.kernels.expert_mlp.grouped import GroupedRoute
 
-    decode_first = name == routes.DECODE_THEN_GEMM
+    decode_first = name == routes.DEQUANT_GEMM
     return GroupedRoute(decode_first, buffer_bytes, decode_first and routes.gemm(dtype, device) == "torch")
 
 

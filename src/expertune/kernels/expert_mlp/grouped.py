@@ -1,6 +1,6 @@
 """The expert layer on a GPU: all experts in each launch, nothing read back to the host, so that a step can be captured.
 
-Two ways to multiply, otherwise the same: `fused` decodes NF4 inside the product; `decode_then_gemm` decodes the
+Two ways to multiply, otherwise the same: `fused` decodes NF4 inside the product; `dequant_gemm` decodes the
 matrices of as many experts as the working set holds at memory speed, and multiplies these. In backward a decoded group
 serves the recomputation and the input's gradient.
 

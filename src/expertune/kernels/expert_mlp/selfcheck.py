@@ -39,7 +39,7 @@ class Findings:
     """What was found of each part.
 
     Attributes:
-        errors: largest relative error by part (`shuffle`, `fused`, `decode_then_gemm`, `grouped_mm`); infinity where
+        errors: largest relative error by part (`shuffle`, `fused`, `dequant_gemm`, `grouped_mm`); infinity where
             it did not run.
         messages: why a part did not run.
         passed: parts within their limit.
@@ -84,7 +84,7 @@ def check(device: torch.device, dtype: torch.dtype) -> Findings:
     findings.note("shuffle", 0.0, lambda: decode_error(device, dtype))
     launch.allow_shuffle("shuffle" in findings.passed)
     # A buffer of one expert's matrices, so that groups are walked over.
-    kinds = {"fused": GroupedRoute(False), "decode_then_gemm": GroupedRoute(True, buffer_bytes=1)}
+    kinds = {"fused": GroupedRoute(False), "dequant_gemm": GroupedRoute(True, buffer_bytes=1)}
     if torch_gemm.available(device, dtype):
         kinds["grouped_mm"] = GroupedRoute(True, torch_gemm=True)
     for part, route in kinds.items():

@@ -4,7 +4,7 @@ W is an `Nf4Stack` of E * P matrices; the P matrices of an expert lie side by si
 The operator `expertune::grouped_linear` is registered with torch, so that activation checkpointing and `torch.compile`
 see one node; its backward gives dX, dA and dB, and never a dW, because the weights are frozen.
 
-Routes (`expertune.kernels.routes` chooses): `decode_then_gemm.py` decodes a tile of bytes and multiplies it while it is
+Routes (`expertune.kernels.routes` chooses): `dequant_gemm.py` decodes a tile of bytes and multiplies it while it is
 in cache, on any device; `fused.py` decodes inside the product, on a CPU; `grouped.py` does either on a GPU, all experts
 in each launch. `reference.py` is plain float32 and what they are tested against.
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from expertune.kernels import routes
-from expertune.kernels.grouped_linear import decode_then_gemm, fused
+from expertune.kernels.grouped_linear import dequant_gemm, fused
 from expertune.kernels.nf4 import Nf4Bytes, Nf4Stack
 
 __all__ = ["LoraUpdate", "grouped_linear"]
@@ -198,12 +198,12 @@ def _route(x: Tensor, offsets: Tensor, weight: Nf4Bytes, parts: list[int]) -> An
     grouped = weight.packed.shape[0] <= 2 * offsets.shape[0] and len(set(parts)) == len(parts)
     route = routes.choose(x.device, x.shape[0] / offsets.shape[0], x.dtype, grouped, weight.scheme == "nf4")
     if x.device.type == "cpu":
-        return fused if route == routes.FUSED else decode_then_gemm
+        return fused if route == routes.FUSED else dequant_gemm
     if route == routes.EXPERT_BY_EXPERT:
-        return decode_then_gemm
+        return dequant_gemm
     from expertune.kernels.grouped_linear.grouped import GroupedRoute
 
-    return GroupedRoute(route == routes.DECODE_THEN_GEMM)
+    return GroupedRoute(route == routes.DEQUANT_GEMM)
 
 
 def own_dtypes(x: Tensor) -> torch.autocast:

@@ -20,7 +20,7 @@ def forward(
     b: list[Tensor],
     x_updates: list[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
-    """The product and, for each update, h = x @ A.T; see `decode_then_gemm.forward`."""
+    """The product and, for each update, h = x @ A.T; see `dequant_gemm.forward`."""
     rows, x = weight.rows, plain(x_RK)
     h, updates = [], []
     for part, scaling, factor_a, factor_b, x_update in zip(parts, scalings, a, b, x_updates, strict=True):
@@ -44,7 +44,7 @@ def backward(
     x_updates: list[Tensor],
     h: list[Tensor],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """dX of the frozen product, and dA, dB, dX of each update; see `decode_then_gemm.backward`."""
+    """dX of the frozen product, and dA, dB, dX of each update; see `dequant_gemm.backward`."""
     dy, rows = plain(dy_RN), weight.rows
     dx_RK = dy.new_empty(dy.shape[0], weight.columns)
     native.product(dy, weight, offsets_E, dx_RK, transposed=False)

@@ -15,7 +15,7 @@ from expertune.kernels import trim
 from expertune.kernels.cpu import pad_rows, product_dtype
 from expertune.kernels.dropout import dropout
 from expertune.kernels.expert_mlp.plan import Layer, LowRank, bias_gradient, combine, differentiable, sort_rows
-from expertune.kernels.grouped_linear.decode_then_gemm import Scratch, multiply, multiply_transposed, spans
+from expertune.kernels.grouped_linear.dequant_gemm import Scratch, multiply, multiply_transposed, spans
 from expertune.kernels.nf4 import decode
 
 # Gradients of A and B are added to what is there.
