@@ -58,6 +58,7 @@ from expertune.run.directory import (
 from expertune.run.identity import identify, require_same_identity
 from expertune.run.inference import OpenRun, evaluate, generate, load_base, open_run
 from expertune.run.lock import hold_run_directory
+from expertune.run.progress import Bars
 from expertune.run.record import RunRecord
 from expertune.run.source import load_run
 from expertune.storage import storage_errors_named, told_if_it_fails
@@ -66,7 +67,6 @@ from expertune.train.checkpoints import ResumePoint, find_resume_point, require_
 from expertune.train.ladder import Change
 from expertune.train.loss import LanguageModelLoss
 from expertune.train.offload import has_host_apart
-from expertune.train.progress import Bars
 from expertune.train.recover import Recovery
 from expertune.train.schedule import Evaluations, check_schedule, evaluates_at_ends, require_a_batch
 from expertune.train.trackers import Trackers

@@ -1,20 +1,32 @@
-"""A run is one process on one device: what was started as several is refused before anything is written."""
+"""The processes of a run. A run is one process on one device today: several are refused before anything is written."""
 
 import os
 import sys
+from dataclasses import dataclass
 
 from expertune.errors import ConfigError
 
-# Where launchers say how many processes they have started: torchrun and accelerate, MPICH and Intel MPI, Open MPI,
-# MVAPICH. The same that accelerate reads. What a batch system has allocated (SLURM_NTASKS) says nothing of it: a job
-# script of four tasks may start one process. Processes that it does start on one folder meet the folder's lock.
+# The variables in which launchers give the number of processes: torchrun and accelerate, MPICH and Intel MPI, Open MPI,
+# MVAPICH. accelerate reads the same. What a batch system has allocated (SLURM_NTASKS) is no such number: a job script
+# of four tasks may start one process. Processes that do start on one run directory meet its lock.
 _COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 _PLUGINS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
 
-def require_one_process() -> None:
+@dataclass(frozen=True)
+class Ranks:
+    """Which of a run's processes this is, and how many there are."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+def require_one_process() -> Ranks:
     """Refuse to be one of several processes. Imports no heavy library.
+
+    Returns:
+        Rank 0 of 1.
 
     Raises:
         ConfigError: a launcher has started several, or they have found each other through torch.distributed; names the
@@ -32,6 +44,7 @@ def require_one_process() -> None:
         count = distributed.get_world_size()
         if count > 1:
             _refuse(f"this is one of {count} processes of a torch.distributed group")
+    return Ranks()
 
 
 def _refuse(found: str) -> None:

@@ -31,10 +31,10 @@ from expertune.layers.varlen_attention import attend_by_batch
 from expertune.placement.device import bound_host_memory, default_device, resolve_compute_dtype, set_up_kernels
 from expertune.placement.experts import Place, place_experts, reading
 from expertune.run.directory import ADAPTER_FOLDER
+from expertune.run.progress import Bars
 from expertune.run.record import RunRecord
 from expertune.run.source import recorded_values
 from expertune.train.ladder import Change
-from expertune.train.progress import Bars
 from expertune.train.recover import Recovery
 
 

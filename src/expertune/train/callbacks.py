@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from expertune.train.progress import Bar, Bars
+from expertune.run.progress import Bar, Bars
 
 
 class History(TrainerCallback, ExportableState):

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from expertune.train.progress import Bar, Bars, Estimate, in_words
+from expertune.run.progress import Bar, Bars, Estimate, in_words
 
 
 class Clock:

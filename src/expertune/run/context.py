@@ -1,0 +1,65 @@
+"""RunContext: what every step of a run is handed as one thing."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from expertune.config import RunConfig
+from expertune.distributed.processes import Ranks
+from expertune.run.progress import Bars
+from expertune.run.record import RunRecord
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Made once for a run, in `expertune.api`; made without training arguments where a finished run is opened.
+
+    Attributes:
+        config: the run file.
+        record: what the run has done so far.
+        device: where the model computes.
+        bars: where progress is shown.
+        ranks: which of the run's processes this is.
+        resume: whether the run continues from its newest checkpoint.
+        trust_remote_code: whether Python that ships with the model may run.
+        arguments: transformers' TrainingArguments, built once, after the plan has settled the micro-batch.
+        notes: lines that the record keeps as `train.notes`.
+    """
+
+    config: RunConfig
+    record: RunRecord
+    device: torch.device
+    bars: Bars
+    ranks: Ranks = field(default_factory=Ranks)
+    resume: bool = False
+    trust_remote_code: bool = False
+    arguments: Any = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def output_dir(self) -> Path:
+        """The run directory, where the record lies."""
+        return self.record.path.parent
+
+    @property
+    def console(self) -> Console:
+        """Where the run's messages go."""
+        return self.bars.console
+
+    @property
+    def seed(self) -> int:
+        """The seed of the adapter's first values and of the training, with transformers' own default."""
+        return int(self.config.training.get("seed", 42))
+
+    def notify(self, line: str) -> None:
+        """Show one line without wrapping it, so that a path in it can be copied."""
+        self.console.print(line, soft_wrap=True)
+
+    def note(self, line: str) -> None:
+        """Show a line and keep it in the record."""
+        self.notes.append(line)
+        self.notify(line)
+        self.record.update("train", notes=self.notes)
