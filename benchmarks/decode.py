@@ -11,7 +11,7 @@ from benchmarks import report
 from benchmarks.peers.bitsandbytes_weight import bitsandbytes_weight
 from benchmarks.timing import interleave, median_ratio
 from expertune.kernels.grouped_linear.dequant_gemm import Scratch
-from expertune.kernels.nf4 import Nf4Stack, decode
+from expertune.kernels.nf4 import Nf4Stack, dequantize
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,13 +35,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     step = scratch.tile_size(args.rows, args.columns)
     transposed, state = bitsandbytes_weight(stack, 0, dtype)
     packed = transposed.t()
-    if not torch.equal(stack.decode(0, dtype), bnb.dequantize_4bit(packed, state)):
+    if not torch.equal(stack.dequantize(0, dtype), bnb.dequantize_4bit(packed, state)):
         raise report.CorrectnessError("decoded values are not bitsandbytes'")
 
     def tiles() -> None:
         for start in range(0, args.rows, step):
             rows = slice(start, min(start + step, args.rows))
-            decode(stack.bytes, 0, scratch.tile(rows.stop - start, args.columns), rows=rows)
+            dequantize(stack.bytes, 0, scratch.tile(rows.stop - start, args.columns), rows=rows)
 
     source = torch.empty(args.rows, args.columns, dtype=dtype)
     target = torch.empty_like(source)

@@ -217,8 +217,8 @@ class Layer:
         """All experts in one product over 16- or 32-bit weights, as transformers 5 runs them."""
         if self._decoded is None:
             E, size, D = self.shape.experts, self.shape.intermediate, self.shape.hidden
-            first = torch.stack([self.gate_up.decode(index, self.dtype) for index in range(2 * E)])
-            second = torch.stack([self.down.decode(index, self.dtype) for index in range(E)])
+            first = torch.stack([self.gate_up.dequantize(index, self.dtype) for index in range(2 * E)])
+            second = torch.stack([self.down.dequantize(index, self.dtype) for index in range(E)])
             self._decoded = first.view(E, 2 * size, D).transpose(1, 2), second.transpose(1, 2)
         order_R = self.index_TK.flatten().argsort(stable=True)
         offsets_E = torch.bincount(self.index_TK.flatten(), minlength=self.shape.experts).cumsum(0).int()

@@ -120,7 +120,7 @@ def stacked_weights(experts: Nf4Experts, dtype: torch.dtype) -> dict[str, Tensor
                     experts.spec,
                     weight,
                     [
-                        experts.decode(expert, projection, dtype)
+                        experts.dequantize(expert, projection, dtype)
                         for projection in layout.fused_projections(experts.spec, weight)
                     ],
                 )

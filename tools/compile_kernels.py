@@ -103,7 +103,7 @@ def published_blocks_launches(shape: Shape, target: Target) -> list[Launch]:
     E, D, F, *_ = shape
     stack = Nf4Stack(E, D, F, device=META, scheme="mxfp4")
     with recording(target) as notes:
-        nf4.decode(stack.bytes, slice(0, E), _empty(E * D, F, dtype=torch.bfloat16))
+        nf4.dequantize(stack.bytes, slice(0, E), _empty(E * D, F, dtype=torch.bfloat16))
     return notes
 
 

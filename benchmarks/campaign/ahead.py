@@ -62,33 +62,33 @@ def layer_jobs(text: Path) -> list[Job]:
 _LAYERS = (("mixtral", 320), ("qwen3", 320), ("qwen3", 2048))
 
 
-def layer(name: str, tokens: int, decode_first: bool, text: Path) -> None:
+def layer(name: str, tokens: int, dequantize_first: bool, text: Path) -> None:
     """Forward and backward of one layer by one route, with dropout."""
     from expertune.kernels import routes
 
     model = shapes.MODELS[name](False)
     one = Layer(model.layer, model.lora, tokens, text, torch.bfloat16, "cuda", weights.fill)
     # With no choice left open: what would be measured for it here, beside other processes, would be kept.
-    run = one.step(one.ours(routes.DEQUANT_GEMM if decode_first else routes.FUSED, gemm="triton"))
+    run = one.step(one.ours(routes.DEQUANT_GEMM if dequantize_first else routes.FUSED, gemm="triton"))
     for one.dropout in (0.05, 0.0):
         run()
     torch.cuda.synchronize()
 
 
-def self_check(dtype: str, decode_first: bool) -> None:
+def self_check(dtype: str, dequantize_first: bool) -> None:
     """One route of the start-up check."""
     from expertune.kernels.expert_mlp import selfcheck
     from expertune.kernels.expert_mlp.grouped import GroupedRoute
 
     device = torch.device("cuda", torch.cuda.current_device())
-    selfcheck.decode_error(device, getattr(torch, dtype))
-    selfcheck.layer_error(GroupedRoute(decode_first, buffer_bytes=1), device, getattr(torch, dtype))
+    selfcheck.dequantize_error(device, getattr(torch, dtype))
+    selfcheck.layer_error(GroupedRoute(dequantize_first, buffer_bytes=1), device, getattr(torch, dtype))
 
 
-def crossover(rows: int, decode_first: bool) -> None:
+def crossover(rows: int, dequantize_first: bool) -> None:
     """The layer from which the crossover is measured; its time here is of no use."""
     from expertune.kernels.expert_mlp import calibrate
     from expertune.kernels.expert_mlp.grouped import GroupedRoute
 
     device = torch.device("cuda", torch.cuda.current_device())
-    calibrate.layer_seconds(GroupedRoute(decode_first), rows, torch.bfloat16, device)
+    calibrate.layer_seconds(GroupedRoute(dequantize_first), rows, torch.bfloat16, device)

@@ -18,7 +18,7 @@ from benchmarks.layer import Forward, Layer
 from benchmarks.peers.bitsandbytes_weight import bitsandbytes_weight
 from expertune.kernels import native, routes
 from expertune.kernels.expert_mlp import Activation, ExpertUpdate, reference
-from expertune.kernels.nf4 import Nf4Stack, decode
+from expertune.kernels.nf4 import Nf4Stack, dequantize
 from expertune.layers import varlen_attention as attention
 
 LIMIT_S = 150
@@ -158,21 +158,21 @@ def _decode(shape: Any, device: torch.device) -> Item:
         weights.fill(stack)
         for dtype in _DTYPES:
             ours = torch.empty(2 * stack.rows, stack.columns, dtype=dtype, device=device)
-            decode_all(stack, ours)
+            dequantize_all(stack, ours)
             theirs = torch.cat([_by_bitsandbytes(stack, index, dtype) for index in range(2)])
             same[f"{report.name_of(dtype)}, {'double' if double else 'single'}"] = torch.equal(ours, theirs)
     return {"identical": same, "passed": all(same.values())}
 
 
-def decode_all(stack: Nf4Stack, out: Tensor) -> None:
+def dequantize_all(stack: Nf4Stack, out: Tensor) -> None:
     """All matrices of a stack into [M * N, K], by the kernel on a GPU."""
     if out.device.type == "cuda":
         from expertune.kernels.gpu import nf4
 
-        nf4.decode(stack.bytes, slice(0, stack.num_matrices), out)
+        nf4.dequantize(stack.bytes, slice(0, stack.num_matrices), out)
         return
     for index, target in enumerate(out.unflatten(0, (stack.num_matrices, stack.rows))):
-        decode(stack.bytes, index, target)
+        dequantize(stack.bytes, index, target)
 
 
 def _by_bitsandbytes(stack: Nf4Stack, index: int, dtype: torch.dtype) -> Tensor:
@@ -264,9 +264,9 @@ def _interpreted(small: bool) -> Item:
     cpu = torch.device("cpu")
     if not small:
         return dataclasses.asdict(selfcheck.check(cpu, torch.float32))
-    errors = {"decode": selfcheck.decode_error(cpu, torch.float32)}
-    for name, decode_first in ((routes.FUSED, False), (routes.DEQUANT_GEMM, True)):
-        errors[name] = _tiny_layer_error(GroupedRoute(decode_first, buffer_bytes=1))
+    errors = {"decode": selfcheck.dequantize_error(cpu, torch.float32)}
+    for name, dequantize_first in ((routes.FUSED, False), (routes.DEQUANT_GEMM, True)):
+        errors[name] = _tiny_layer_error(GroupedRoute(dequantize_first, buffer_bytes=1))
     return {"errors": errors, "passed": all(error <= 1e-4 for error in errors.values())}
 
 

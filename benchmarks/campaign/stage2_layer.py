@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.campaign import floors, measure, record, shapes, weights
 from benchmarks.campaign.record import Item, Record
-from benchmarks.campaign.stage1_correctness import SLOW, decode_all, passed_variants
+from benchmarks.campaign.stage1_correctness import SLOW, dequantize_all, passed_variants
 from benchmarks.layer import Layer
 from benchmarks.peers import grouped_nf4_gemm as grouped
 from benchmarks.peers.bitsandbytes_weight import bitsandbytes_weight
@@ -70,7 +70,7 @@ def _decode(shape: Any, rates: Item, out: Record) -> Item:
 
     source = torch.empty_like(ours)
     runs = {
-        "ours": lambda: decode_all(stack, ours.flatten(0, 1)),
+        "ours": lambda: dequantize_all(stack, ours.flatten(0, 1)),
         "bitsandbytes": by_bitsandbytes,
         "copy of the decoded matrices": lambda: source.copy_(ours),
     }
@@ -241,5 +241,5 @@ def _grouped(layer: Layer, result: Item) -> Step:
 
 
 def _experts(stack: Nf4Stack, num_experts: int) -> Any:
-    absmax = torch.stack([nf4.decode_absmax(stack.bytes, index) for index in range(stack.num_matrices)])
+    absmax = torch.stack([nf4.dequantize_absmax(stack.bytes, index) for index in range(stack.num_matrices)])
     return grouped.experts_from_flat(stack.packed, absmax, num_experts, stack.num_matrices // num_experts * stack.rows)

@@ -134,7 +134,7 @@ class _Problem:
 
     def _weight(self, kind: Kind) -> Any:
         from expertune.kernels.gpu import nf4
-        from expertune.kernels.gpu.product import Decoded
+        from expertune.kernels.gpu.product import Dequantized
 
         if kind.nf4:
             return Nf4Bytes(*self.stack.bytes)
@@ -142,8 +142,8 @@ class _Problem:
             size = (self.stack.num_matrices, self.stack.rows, self.stack.columns)
             self.decoded = torch.empty(size, dtype=torch.bfloat16, device=self.device)
             if self.device.type != "meta":
-                nf4.decode(self.stack.bytes, slice(0, self.stack.num_matrices), self.decoded.flatten(0, 1))
-        return Decoded(self.decoded)
+                nf4.dequantize(self.stack.bytes, slice(0, self.stack.num_matrices), self.decoded.flatten(0, 1))
+        return Dequantized(self.decoded)
 
 
 def _sweep(problem: _Problem, kind: Kind, found: list[Any], out: Record) -> Item:

@@ -59,7 +59,7 @@ def in_float64(layer: Layer) -> list[Tensor]:
 
     def linear(stack: Nf4Stack, index: int, x: Tensor, part: int, expert: int) -> Tensor:
         a, b = (factor[expert] for factor in factors[2 * part : 2 * part + 2])
-        return x @ stack.decode(index, torch.float32).double().t() + layer.scaling * (x @ a.t()) @ b.t()
+        return x @ stack.dequantize(index, torch.float32).double().t() + layer.scaling * (x @ a.t()) @ b.t()
 
     for expert in range(layer.shape.experts):
         tokens, choices = (layer.index_TK == expert).nonzero(as_tuple=True)

@@ -128,7 +128,7 @@ def test_blocks_are_kept_and_logits_are_those_of_stock_transformers_over_them(
             rows = live.T
             parts = {"gate": rows[0::2], "up": rows[1::2]} if "gate_up" in name else {"down": rows}
             for projection, matrix in parts.items():
-                assert torch.equal(module.decode(expert, projection, torch.float32), matrix)
+                assert torch.equal(module.dequantize(expert, projection, torch.float32), matrix)
     torch.testing.assert_close(logits(loaded.model), logits(stock(sixteen_bit, folder, loaded)), rtol=1e-5, atol=2e-5)
 
 

@@ -50,7 +50,7 @@ def naive(layer: ExpertsLora, scales: dict[tuple[str, str], float], hidden: Tens
     experts = layer.base_layer
 
     def weight(expert: int, projection: str) -> Tensor:
-        matrix = experts.decode(expert, projection, torch.float32)
+        matrix = experts.dequantize(expert, projection, torch.float32)
         for (adapter, adapted_projection), scale in scales.items():
             if adapted_projection == projection:
                 factor_a = layer.lora_A[adapter][projection][expert]

@@ -1,4 +1,4 @@
-"""Nf4Experts computes what transformers' own experts compute over the decoded weights, for every family."""
+"""Nf4Experts computes what transformers' own experts compute over the dequantized weights, for every family."""
 
 import copy
 
@@ -13,7 +13,7 @@ from tests.experts.families import build_experts, experts_classes, random_routin
 
 @torch.no_grad()
 def fill(experts: Nf4Experts, original: nn.Module) -> None:
-    """Quantize the original's weights into place, and put what they decode to back into the original."""
+    """Quantize the original's weights into place, and put what they dequantize to back into the original."""
     spec = experts.spec
     for weight in spec.weight_names:
         stack = original.get_parameter(weight)
@@ -21,15 +21,15 @@ def fill(experts: Nf4Experts, original: nn.Module) -> None:
             projections = layout.fused_projections(spec, weight)
             for projection, matrix in zip(projections, layout.to_matrices(spec, weight, live), strict=True):
                 experts.write(expert, projection, matrix.contiguous())
-            decoded = [experts.decode(expert, projection, torch.float32) for projection in projections]
-            stack[expert] = layout.from_matrices(spec, weight, decoded)
+            dequantized = [experts.dequantize(expert, projection, torch.float32) for projection in projections]
+            stack[expert] = layout.from_matrices(spec, weight, dequantized)
     for name, parameter in experts.named_parameters():
         if name.endswith("_bias"):
             parameter.copy_(experts.arrange(name, original.get_parameter(name)))
 
 
 def quantized_pair(class_name: str) -> tuple[Nf4Experts, nn.Module]:
-    """Our experts, and the family's own over the decoded weights."""
+    """Our experts, and the family's own over the dequantized weights."""
     original = build_experts(class_name)
     experts = Nf4Experts(copy.deepcopy(original))
     fill(experts, original)
@@ -81,14 +81,14 @@ def test_swapping_reads_no_weight() -> None:
 def test_one_expert_and_projection_is_written_without_touching_the_others() -> None:
     experts, _ = quantized_pair("MixtralExperts")
     before = {
-        (expert, name): experts.decode(expert, name, torch.float32)
+        (expert, name): experts.dequantize(expert, name, torch.float32)
         for expert in range(4)
         for name in experts.spec.projections
     }
     matrix = torch.randn(128, 64)
     experts.write(2, "up", matrix)
-    for (expert, name), decoded in before.items():
-        same = torch.equal(experts.decode(expert, name, torch.float32), decoded)
+    for (expert, name), dequantized in before.items():
+        same = torch.equal(experts.dequantize(expert, name, torch.float32), dequantized)
         assert same == ((expert, name) != (2, "up"))
 
 

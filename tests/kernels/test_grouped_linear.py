@@ -151,7 +151,7 @@ def test_parts_lie_side_by_side(num_parts: int, double_quantization: bool) -> No
     case = make_case([3, 4], num_parts=num_parts, double_quantization=double_quantization)
     assert_same_as_plain(case, FLOAT32)
     y = grouped_linear(case.x, case.weight, case.offsets)
-    second = case.weight.decode(num_parts, torch.float32)
+    second = case.weight.dequantize(num_parts, torch.float32)
     torch.testing.assert_close(y[3:, :40], case.x[3:] @ second.t(), **FLOAT32)
 
 

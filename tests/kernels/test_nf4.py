@@ -75,9 +75,9 @@ def one_matrix(packed: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Te
     return Nf4Bytes(packed[None], absmax[None], nested_absmax[None], offset)
 
 
-def decode_whole(codec: ModuleType, weight: Nf4Bytes, dtype: torch.dtype) -> Tensor:
+def dequantize_whole(codec: ModuleType, weight: Nf4Bytes, dtype: torch.dtype) -> Tensor:
     out = torch.full((weight.rows, weight.columns), float("nan"), dtype=dtype)
-    return codec.decode(weight, 0, out, slice(0, weight.rows), slice(0, weight.columns))
+    return codec.dequantize(weight, 0, out, slice(0, weight.rows), slice(0, weight.columns))
 
 
 @pytest.fixture(params=MATRICES, ids=str)
@@ -111,12 +111,12 @@ def test_bytes_and_scales_are_those_of_bitsandbytes_without_double_quantization(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_stack_decodes_to_what_bitsandbytes_decodes(matrix: Tensor, dtype: torch.dtype) -> None:
+def test_stack_dequantizes_to_what_bitsandbytes_dequantizes(matrix: Tensor, dtype: torch.dtype) -> None:
     stack = Nf4Stack(1, *matrix.shape)
     stack.write(0, matrix)
     packed, state = bitsandbytes_state(matrix.contiguous(), double_quantization=True)
     state.dtype = dtype
-    assert torch.equal(stack.decode(0, dtype), bnb_functional.dequantize_4bit(packed, state))
+    assert torch.equal(stack.dequantize(0, dtype), bnb_functional.dequantize_4bit(packed, state))
 
 
 def test_codebook_values_pack_into_ascending_nibbles() -> None:
@@ -125,23 +125,25 @@ def test_codebook_values_pack_into_ascending_nibbles() -> None:
     assert packed.tolist() == [[0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF] * 4]
     assert absmax.tolist() == [2.5]
     weight = one_matrix(packed, absmax, torch.empty(0), torch.empty(0))
-    assert torch.equal(decode_whole(nf4, weight, torch.float32), row)
+    assert torch.equal(dequantize_whole(nf4, weight, torch.float32), row)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("double_quantization", [True, False])
-def test_plain_decoder_gives_the_same_bits(matrix: Tensor, double_quantization: bool, dtype: torch.dtype) -> None:
+def test_plain_dequantization_gives_the_same_bits(
+    matrix: Tensor, double_quantization: bool, dtype: torch.dtype
+) -> None:
     weight = one_matrix(*quantize_matrix(matrix, double_quantization))
-    assert torch.equal(nf4.decode_absmax(weight, 0), reference.decode_absmax(weight, 0))
-    assert torch.equal(decode_whole(nf4, weight, dtype), decode_whole(reference, weight, dtype))
+    assert torch.equal(nf4.dequantize_absmax(weight, 0), reference.dequantize_absmax(weight, 0))
+    assert torch.equal(dequantize_whole(nf4, weight, dtype), dequantize_whole(reference, weight, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_part_of_a_matrix_decodes_as_in_the_whole(dtype: torch.dtype) -> None:
+def test_part_of_a_matrix_dequantizes_as_in_the_whole(dtype: torch.dtype) -> None:
     stack, _ = written_stack()
-    whole = stack.decode(1, dtype)
+    whole = stack.dequantize(1, dtype)
     wide = torch.zeros(3, 200, dtype=dtype)
-    part = nf4.decode(stack.bytes, 1, wide[:, 8:72], slice(2, 5), slice(64, 128))
+    part = nf4.dequantize(stack.bytes, 1, wide[:, 8:72], slice(2, 5), slice(64, 128))
     assert torch.equal(part, whole[2:5, 64:])
     assert not wide[:, :8].any()
     assert not wide[:, 72:].any()
@@ -150,13 +152,13 @@ def test_part_of_a_matrix_decodes_as_in_the_whole(dtype: torch.dtype) -> None:
 def test_part_that_cuts_a_block_is_refused_with_its_columns() -> None:
     stack, _ = written_stack()
     with pytest.raises(ValueError, match="whole blocks of 64, got 32:128"):
-        nf4.decode(stack.bytes, 0, torch.empty(6, 96), columns=slice(32, 128))
+        nf4.dequantize(stack.bytes, 0, torch.empty(6, 96), columns=slice(32, 128))
 
 
 def test_output_of_another_shape_is_refused_with_both_shapes() -> None:
     stack, _ = written_stack()
     with pytest.raises(ValueError, match=r"out must be \(6, 128\) .* got \(6, 64\)"):
-        nf4.decode(stack.bytes, 0, torch.empty(6, 64))
+        nf4.dequantize(stack.bytes, 0, torch.empty(6, 64))
 
 
 # Below the smallest normal number 1/absmax overflows, and each codec has its own way out.
@@ -177,7 +179,7 @@ def test_plain_quantizer_differs_by_one_step_at_most_and_only_at_ties(name: str,
     torch.testing.assert_close(plain_nested, nested_absmax, rtol=1e-6, atol=0)
     torch.testing.assert_close(plain_offset, offset, rtol=1e-6, atol=0)
     if double_quantization:
-        # Under a nested scale of zero every code decodes to the mean.
+        # Under a nested scale of zero every code dequantizes to the mean.
         matters = nested_absmax.repeat_interleave(nf4.NESTED_BLOCK_SIZE)[: len(absmax)] > 0
         assert not ((absmax.int() - plain_absmax.int()).abs() > 1)[matters].any()
     else:
@@ -201,10 +203,10 @@ def random_matrices(draw: st.DrawFn) -> Tensor:
 
 
 @given(random_matrices())
-def test_a_decoded_weight_is_within_half_the_largest_gap_of_its_block(matrix: Tensor) -> None:
+def test_a_dequantized_weight_is_within_half_the_largest_gap_of_its_block(matrix: Tensor) -> None:
     packed, absmax, *none = quantize_matrix(matrix, double_quantization=False)
-    decoded = decode_whole(nf4, one_matrix(packed, absmax, *none), torch.float32)
-    error = (decoded - matrix.float()).view(-1, BLOCK_SIZE).abs().amax(dim=1)
+    dequantized = dequantize_whole(nf4, one_matrix(packed, absmax, *none), torch.float32)
+    error = (dequantized - matrix.float()).view(-1, BLOCK_SIZE).abs().amax(dim=1)
     assert (error <= absmax * (LARGEST_GAP / 2 + 1e-6)).all()
 
 
@@ -213,17 +215,17 @@ def test_double_quantization_adds_at_most_half_a_step_of_its_own_map(matrix: Ten
     _, exact, _, _ = quantize_matrix(matrix, double_quantization=False)
     packed, absmax, nested_absmax, offset = quantize_matrix(matrix)
     weight = one_matrix(packed, absmax, nested_absmax, offset)
-    error = (nf4.decode_absmax(weight, 0).flatten() - exact).abs()
+    error = (nf4.dequantize_absmax(weight, 0).flatten() - exact).abs()
     half_step = float(reference.dynamic_codebook(torch.device("cpu")).diff().max()) / 2
     largest = nested_absmax.repeat_interleave(nf4.NESTED_BLOCK_SIZE)[: len(error)]
     assert (error <= largest * half_step + 1e-5 * exact).all()
 
 
 @given(random_matrices())
-def test_decoded_weights_quantize_to_the_same_codes_again(matrix: Tensor) -> None:
+def test_dequantized_weights_quantize_to_the_same_codes_again(matrix: Tensor) -> None:
     packed, absmax, *none = quantize_matrix(matrix, double_quantization=False)
-    decoded = decode_whole(nf4, one_matrix(packed, absmax, *none), torch.float32)
-    again, absmax_again, _, _ = quantize_matrix(decoded, double_quantization=False)
+    dequantized = dequantize_whole(nf4, one_matrix(packed, absmax, *none), torch.float32)
+    again, absmax_again, _, _ = quantize_matrix(dequantized, double_quantization=False)
     assert torch.equal(again, packed)
     assert torch.equal(absmax_again, absmax)
 
@@ -265,12 +267,12 @@ def written_stack(double_quantization: bool = True) -> tuple[Nf4Stack, list[Tens
 
 
 @pytest.mark.parametrize("double_quantization", [True, False])
-def test_each_matrix_of_a_stack_decodes_as_if_it_were_alone(double_quantization: bool) -> None:
+def test_each_matrix_of_a_stack_dequantizes_as_if_it_were_alone(double_quantization: bool) -> None:
     stack, matrices = written_stack(double_quantization)
     for index, matrix in enumerate(matrices):
         alone = Nf4Stack(1, 6, 128, double_quantization)
         alone.write(0, matrix)
-        assert torch.equal(stack.decode(index, torch.float32), alone.decode(0, torch.float32))
+        assert torch.equal(stack.dequantize(index, torch.float32), alone.dequantize(0, torch.float32))
 
 
 @pytest.mark.parametrize("double_quantization", [True, False])
@@ -298,7 +300,7 @@ def test_state_dict_round_trip_gives_the_same_weights(double_quantization: bool)
     copy = Nf4Stack(3, 6, 128, double_quantization)
     copy.load_state_dict(stack.state_dict())
     for index in range(3):
-        assert torch.equal(copy.decode(index, torch.float32), stack.decode(index, torch.float32))
+        assert torch.equal(copy.dequantize(index, torch.float32), stack.dequantize(index, torch.float32))
 
 
 def test_nothing_of_a_stack_is_trainable() -> None:

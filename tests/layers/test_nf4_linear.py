@@ -11,7 +11,7 @@ from expertune.layers.nf4_linear import Nf4Linear
 
 
 def pair(bias: bool = True, double: bool = True, dtype: torch.dtype = torch.float32) -> tuple[Nf4Linear, nn.Linear]:
-    """Our layer, and a plain linear over its decoded weight."""
+    """Our layer, and a plain linear over its dequantized weight."""
     plain = nn.Linear(128, 80, bias=bias)
     quantization = QuantizationConfig(double_quantization=double)
     ours = quantized_linear(plain, plain.weight.detach(), quantization, dtype, torch.device("cpu"))
@@ -23,7 +23,9 @@ def pair(bias: bool = True, double: bool = True, dtype: torch.dtype = torch.floa
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(3, 5, 128), (1, 128), (128,), (2, 0, 128)])
-def test_output_and_gradient_are_those_of_the_decoded_weight(shape: tuple[int, ...], bias: bool, double: bool) -> None:
+def test_output_and_gradient_are_those_of_the_dequantized_weight(
+    shape: tuple[int, ...], bias: bool, double: bool
+) -> None:
     ours, plain = pair(bias, double)
     x = torch.randn(shape, requires_grad=True)
     results: list[tuple[Tensor, Tensor]] = []

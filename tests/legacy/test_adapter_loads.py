@@ -46,7 +46,7 @@ def dequantized(loaded: LoadedModel) -> dict[str, Tensor]:
             for projection in module.spec.projections:
                 for expert in range(module.num_experts):
                     key = loaded.names.expert_on_disk(name, expert, projection)
-                    tensors[f"{key}.weight"] = module.decode(expert, projection, torch.float32)
+                    tensors[f"{key}.weight"] = module.dequantize(expert, projection, torch.float32)
         elif isinstance(module, Linear4bit):
             weight = module.weight
             decoded = bnb.dequantize_4bit(weight.data, weight.quant_state).to(torch.float32)

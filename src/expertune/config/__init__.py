@@ -145,7 +145,7 @@ class QuantizationConfig(Section):
 
     Attributes:
         scheme: `nf4`, the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, section 3). `auto` is the same, but that
-            experts which the checkpoint holds in MXFP4 stay as they are; `nf4` decodes and quantizes these anew.
+            experts which the checkpoint holds in MXFP4 stay as they are; `nf4` dequantizes and quantizes these anew.
         double_quantization: absmax values are themselves held in 8 bits (QLoRA, section 3, "Double Quantization").
         block_size: weights that share one absmax value.
         compute_dtype: dtype of the matrix products; `auto` is bfloat16 where the device multiplies it faster.

@@ -131,10 +131,10 @@ class Nf4Experts(nn.Module):
         parts = len(self.spec.projections) - 1
         return self.gate_up, expert * parts + self.spec.projections.index(projection)
 
-    def decode(self, expert: int, projection: str, dtype: torch.dtype) -> Tensor:
-        """One expert's matrix [out_features, in_features], decoded."""
+    def dequantize(self, expert: int, projection: str, dtype: torch.dtype) -> Tensor:
+        """One expert's matrix [out_features, in_features], dequantized."""
         stack, index = self.locate(expert, projection)
-        return stack.decode(index, dtype)
+        return stack.dequantize(index, dtype)
 
     def forward(
         self,

@@ -1,9 +1,10 @@
 """Which route a product of 4-bit weights takes: by tokens per expert, against a crossover measured once per machine.
 
-`fused` decodes inside the product, and wins where each decoded weight meets few rows; `dequant_gemm` decodes first
-and multiplies what it decoded, which wins where rows are many and the machine has matrix units. Where they cross is
-measured the first time, and kept in the user's cache. On a GPU a route has to pass its check there before it is used
-(`expert_mlp/selfcheck.py`); where none does, or Triton is missing, experts are computed one by one by torch.
+`fused` dequantizes inside the product, and wins where each dequantized weight meets few rows; `dequant_gemm`
+dequantizes first and multiplies what it dequantized, which wins where rows are many and the machine has matrix units.
+Where they cross is measured the first time, and kept in the user's cache. On a GPU a route has to pass its check there
+before it is used (`expert_mlp/selfcheck.py`); where none does, or Triton is missing, experts are computed one by one by
+torch.
 """
 
 import contextlib
@@ -34,10 +35,12 @@ DEQUANT_GEMM: Route = "dequant_gemm"
 # On a GPU without usable kernels: the loop over experts that a CPU's `dequant_gemm` is too.
 EXPERT_BY_EXPERT: Route = "expert_by_expert"
 
-# Working sets where the run file leaves the choice: a GPU decodes all experts' weights again for each chunk of tokens.
+# Working sets where the run file leaves the choice: a GPU dequantizes all experts' weights again for each chunk of
+# tokens.
 _WORKING_SET_BYTES = {"cpu": 2**29, "cuda": 2**31}
 
-# What is tried, in rows for each expert, and a matrix that is large enough not to fit a core's own cache when decoded.
+# What is tried, in rows for each expert, and a matrix that is large enough not to fit a core's own cache when
+# dequantized.
 _ROWS = (4, 8, 16, 32, 64, 128, 256, 1024)
 _GPU_ROWS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 2048)
 _MATRIX = (1024, 2048)
@@ -58,7 +61,7 @@ class Settings:
         working_set_bytes: most bytes that one expert layer computes on at once, whatever the batch; None takes the
             device's own, see `working_set_bytes`.
         crossover: rows for each expert from which `dequant_gemm` is taken; None measures it.
-        gemm: what multiplies decoded weights on a GPU, `torch` or `triton`; None measures which is faster.
+        gemm: what multiplies dequantized weights on a GPU, `torch` or `triton`; None measures which is faster.
     """
 
     route: Route | Literal["auto"] = "auto"
@@ -106,8 +109,8 @@ def choose(
 ) -> Route:
     """The route of a product whose x has `dtype`, and note that it ran.
 
-    `grouped` says whether the GPU's kernels can serve this layer at all, `fusable` whether those that decode inside the
-    product can.
+    `grouped` says whether the GPU's kernels can serve this layer at all, `fusable` whether those that dequantize inside
+    the product can.
     """
     usable = usable_routes(device, dtype) if grouped or device.type == "cpu" else ()
     if not fusable and device.type != "cpu":
@@ -145,7 +148,7 @@ def crossover(dtype: torch.dtype, device: torch.device = _CPU) -> int:
 
 
 def gemm(dtype: torch.dtype, device: torch.device) -> str:
-    """What multiplies decoded weights on a GPU: `torch`'s grouped_mm or our own kernel in `triton`."""
+    """What multiplies dequantized weights on a GPU: `torch`'s grouped_mm or our own kernel in `triton`."""
     if _settings.gemm is not None:
         return _settings.gemm
     return str(_measured(dtype, device, torch.get_num_threads())["gemm"])
@@ -230,7 +233,7 @@ def _cache_path(dtype: torch.dtype, device: torch.device, threads: int) -> Path:
 
 
 def _measure(dtype: torch.dtype) -> int:
-    """The first number of rows at which decoding first is no slower, or a number that is never reached."""
+    """The first number of rows at which dequantizing first is no slower, or a number that is never reached."""
     from expertune.kernels.grouped_linear import dequant_gemm, fused
 
     generator = torch.Generator().manual_seed(0)
@@ -239,14 +242,14 @@ def _measure(dtype: torch.dtype) -> int:
     for rows in _ROWS:
         x = torch.randn(rows, _MATRIX[1], generator=generator).to(dtype)
         arguments = [x, weight.bytes, torch.tensor([rows]), *([] for _ in range(5))]
-        decoded_first, decoded_inside = _fastest([dequant_gemm.forward, fused.forward], arguments)
-        if decoded_first <= decoded_inside:
+        dequantized_first, dequantized_inside = _fastest([dequant_gemm.forward, fused.forward], arguments)
+        if dequantized_first <= dequantized_inside:
             return rows
     return _NEVER
 
 
 def _measure_gpu(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What multiplies decoded weights fastest on a GPU, and where it overtakes the fused route; of whole layers."""
+    """What multiplies dequantized weights fastest on a GPU, and where it overtakes the fused route; of whole layers."""
     from expertune.kernels.expert_mlp import calibrate
     from expertune.kernels.expert_mlp.grouped import GroupedRoute
     from expertune.kernels.expert_mlp.selfcheck import checked

@@ -1,7 +1,7 @@
 """A dense 4-bit linear (attention, shared experts): bitsandbytes' `Linear4bit`, multiplied on a CPU by our operator.
 
-The layer is bitsandbytes' in bytes, in what it saves, and in what PEFT takes it for. On a CPU bitsandbytes decodes the
-whole matrix for each product; `expertune.kernels.grouped_linear` takes it as one expert instead. On other devices
+The layer is bitsandbytes' in bytes, in what it saves, and in what PEFT takes it for. On a CPU bitsandbytes dequantizes
+the whole matrix for each product; `expertune.kernels.grouped_linear` takes it as one expert instead. On other devices
 bitsandbytes' own product runs.
 """
 

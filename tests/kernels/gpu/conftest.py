@@ -41,13 +41,13 @@ def stack_of(num_matrices: int, rows: int, columns: int, double_quantization: bo
 
 
 def dense(weight: Nf4Bytes, dtype: torch.dtype = torch.float32) -> Tensor:
-    """All matrices [M, N, K], decoded on the CPU."""
-    from expertune.kernels.nf4 import decode
+    """All matrices [M, N, K], dequantized on the CPU."""
+    from expertune.kernels.nf4 import dequantize
 
     shape = (weight.packed.shape[0], weight.rows, weight.columns)
     out = torch.empty(shape, dtype=dtype)
     for index in range(shape[0]):
-        decode(weight, index, out[index])
+        dequantize(weight, index, out[index])
     return out
 
 

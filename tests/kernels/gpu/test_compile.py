@@ -19,8 +19,8 @@ TARGETS = {"sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"}
 # With the oldest Triton those that tiles are chosen apart for; all of them in the slow test.
 OLDEST_TARGETS = {"sm_80", "sm_100", "gfx942"}
 KERNELS = {
-    "decode_kernel",
-    "decode_mxfp4_kernel",
+    "dequantize_kernel",
+    "dequantize_mxfp4_kernel",
     "product_kernel",
     "product_transposed_kernel",
     "shrink_kernel",

@@ -36,13 +36,18 @@ FEW = {
     "most experts without tokens": {"num_experts": 6, "tokens": 1},
     "biases, limits and experts without tokens": {"num_experts": 6, "tokens": 1},
 }
-# Where decoded groups differ from one product of all experts.
-DECODED = {"rows that are a multiple of nothing", "every expert chosen", "a gate with limits", "experts without a gate"}
+# Where dequantized groups differ from one product of all experts.
+DEQUANTIZED = {
+    "rows that are a multiple of nothing",
+    "every expert chosen",
+    "a gate with limits",
+    "experts without a gate",
+}
 
 
 @pytest.fixture(params=[False, True], ids=["fused", "dequant_gemm"])
 def on_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Layers take a GPU's route, in Triton's interpreter; decoded weights are held for one expert at a time."""
+    """Layers take a GPU's route, in Triton's interpreter; dequantized weights are held for one expert at a time."""
     monkeypatch.setattr(operator, "_route", lambda *_: GroupedRoute(request.param, buffer_bytes=1))
     before = routes.settings()
     yield "dequant_gemm" if request.param else "fused"
@@ -51,7 +56,7 @@ def on_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 @pytest.mark.parametrize("shape", sorted(set(SHAPES) - LEFT_OUT))
 def test_output_and_gradients_are_those_of_plain_arithmetic(on_gpu: str, shape: str) -> None:
-    if on_gpu == "dequant_gemm" and shape not in DECODED:
+    if on_gpu == "dequant_gemm" and shape not in DEQUANTIZED:
         pytest.skip("the same groups as another shape's")
     assert_same_as_plain(make_case(**SMALL | SHAPES[shape] | FEW.get(shape, {})), FLOAT32)
 
@@ -105,11 +110,11 @@ def test_two_runs_give_identical_bytes() -> None:
     assert all(torch.equal(one, other) for one, other in zip(gradients(case), gradients(case), strict=True))
 
 
-@pytest.mark.parametrize("decode_first", [False, True], ids=["fused", "dequant_gemm"])
+@pytest.mark.parametrize("dequantize_first", [False, True], ids=["fused", "dequant_gemm"])
 def test_grouped_linear_and_its_gradients_are_those_of_plain_arithmetic(
-    monkeypatch: pytest.MonkeyPatch, decode_first: bool
+    monkeypatch: pytest.MonkeyPatch, dequantize_first: bool
 ) -> None:
-    monkeypatch.setattr(linear, "_route", lambda *_: LinearRoute(decode_first))
+    monkeypatch.setattr(linear, "_route", lambda *_: LinearRoute(dequantize_first))
     counts, K, N = torch.tensor([0, 19, 1]), 128, 40
     weight, x = Nf4Stack(6, N, K), torch.randn(20, K, requires_grad=True)
     for index in range(6):
@@ -143,7 +148,7 @@ class Work(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches_of_a_layer(decode_first: bool, tokens: int, dropout: float, buffer_bytes: int) -> tuple[int, int]:
+def launches_of_a_layer(dequantize_first: bool, tokens: int, dropout: float, buffer_bytes: int) -> tuple[int, int]:
     """Launches of forward and of backward of Mixtral's layer; on `meta` nothing can be read, so a wait would raise."""
     E, D, F, K, r = 8, 4096, 14336, 2, 8
 
@@ -159,7 +164,7 @@ def launches_of_a_layer(decode_first: bool, tokens: int, dropout: float, buffer_
     hidden, weights = empty(tokens, D, dtype=torch.bfloat16), empty(tokens, K, dtype=torch.bfloat16)
     index, h = empty(tokens, K, dtype=torch.int64), [empty(tokens * K, r) for _ in low_rank]
     da, db = [torch.empty_like(u.a) for u in low_rank], [torch.empty_like(u.b) for u in low_rank]
-    route = GroupedRoute(decode_first, buffer_bytes)
+    route = GroupedRoute(dequantize_first, buffer_bytes)
     nf4.tables(hidden.device)  # made once for a device
     with launch.recording(Target("cuda", 90)) as forward, Work() as work_forward:
         route.forward(hidden, index, weights, layer, low_rank, h, 0, torch.empty_like(hidden))
@@ -177,7 +182,7 @@ def test_layer_of_mixtral_is_at_most_15_launches_a_pass_and_waits_for_nothing(to
     assert launches_of_a_layer(False, tokens, dropout, 2**30) == (7, 15)
 
 
-def test_decoded_groups_add_launches_only_as_the_buffer_forces_them() -> None:
+def test_dequantized_groups_add_launches_only_as_the_buffer_forces_them() -> None:
     assert launches_of_a_layer(True, 2048, 0.05, 2**32) == (9, 17)
     assert launches_of_a_layer(True, 2048, 0.05, 2**30) == (11, 33)
 
@@ -194,7 +199,7 @@ def test_route_that_computes_wrongly_or_not_at_all_fails_its_check(monkeypatch: 
     real = GroupedRoute.forward
 
     def wrong(self: GroupedRoute, *arguments: Any) -> None:
-        if self.decode_first:
+        if self.dequantize_first:
             raise RuntimeError("out of resource: shared memory")
         real(self, *arguments)
         arguments[-1][0, 0] += 1
@@ -250,8 +255,8 @@ def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
 
 
 @pytest.mark.usefixtures("on_gpu")
-def test_error_is_no_larger_than_that_of_decoding_and_multiplying_in_16_bits() -> None:
-    """Against float64: bitsandbytes' decoded values, products and activation in float16, expert by expert."""
+def test_error_is_no_larger_than_that_of_dequantizing_and_multiplying_in_16_bits() -> None:
+    """Against float64: bitsandbytes' dequantized values, products and activation in float16, expert by expert."""
     case = make_case(24, num_experts=3, ranks=(), dtype=torch.float16, hidden=128, intermediate=128)
     hidden, weights = case.hidden, case.weights
 
@@ -259,10 +264,10 @@ def test_error_is_no_larger_than_that_of_decoding_and_multiplying_in_16_bits() -
         out = torch.zeros(hidden.shape, dtype=dtype)
         for expert in range(3):
             token, choice = (case.index == expert).nonzero(as_tuple=True)
-            decoded = torch.float32 if dtype == torch.float64 else dtype
-            gate, up = (case.gate_up.decode(expert * 2 + part, decoded).to(dtype) for part in range(2))
+            dequantized = torch.float32 if dtype == torch.float64 else dtype
+            gate, up = (case.gate_up.dequantize(expert * 2 + part, dequantized).to(dtype) for part in range(2))
             inter = torch.nn.functional.silu(hidden[token] @ gate.t()) * (hidden[token] @ up.t())
-            y = inter @ case.down.decode(expert, decoded).to(dtype).t()
+            y = inter @ case.down.dequantize(expert, dequantized).to(dtype).t()
             out = out.index_add(0, token, y * weights[token, choice, None])
         return out
 

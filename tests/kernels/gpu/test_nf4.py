@@ -1,4 +1,4 @@
-"""Decoding on a GPU gives the bits that bitsandbytes' decoder gives, whole or a part, in any place of a stack."""
+"""Dequantizing on a GPU gives the bits that bitsandbytes gives, whole or a part, in any place of a stack."""
 
 import itertools
 
@@ -23,31 +23,31 @@ from .conftest import CPU, dense, nan, stack_of
     double=st.booleans(),
     half=st.booleans(),
 )
-def test_any_shape_decodes_to_the_bits_of_the_cpu(matrices, rows, blocks, double, half):
+def test_any_shape_dequantizes_to_the_bits_of_the_cpu(matrices, rows, blocks, double, half):
     dtype = torch.float16 if half else torch.float32
     stack = stack_of(matrices, rows, 64 * blocks, double)
     out = nan(matrices * rows, 64 * blocks, dtype=dtype)
-    nf4.decode(stack.bytes, slice(0, matrices), out)
+    nf4.dequantize(stack.bytes, slice(0, matrices), out)
     assert torch.equal(out.view(matrices, rows, -1), dense(stack.bytes, dtype))
 
 
 def test_part_of_some_matrices_is_cut_from_the_whole(dtype):
     stack = stack_of(4, 7, 320)
     out = nan(2 * 3, 200, dtype=dtype)[:, :128]
-    nf4.decode(stack.bytes, slice(1, 3), out, rows=slice(2, 5), columns=slice(64, 192))
+    nf4.dequantize(stack.bytes, slice(1, 3), out, rows=slice(2, 5), columns=slice(64, 192))
     assert torch.equal(out.view(2, 3, 128), dense(stack.bytes, dtype)[1:3, 2:5, 64:192])
 
 
 def test_blocks_beyond_the_first_nested_scale_are_found():
     stack = stack_of(2, 40, 64 * 9)  # 360 blocks, two nested scales
     out = nan(2 * 40, 64 * 9)
-    nf4.decode(stack.bytes, slice(0, 2), out)
+    nf4.dequantize(stack.bytes, slice(0, 2), out)
     assert torch.equal(out.view(2, 40, -1), dense(stack.bytes))
 
 
-def test_nothing_to_decode_writes_nothing():
+def test_nothing_to_dequantize_writes_nothing():
     out = nan(0, 64)
-    assert nf4.decode(stack_of(1, 4, 64).bytes, slice(1, 1), out) is out
+    assert nf4.dequantize(stack_of(1, 4, 64).bytes, slice(1, 1), out) is out
 
 
 def test_matrix_beyond_two_to_the_31_bytes_is_found():
@@ -59,7 +59,7 @@ def test_matrix_beyond_two_to_the_31_bytes_is_found():
     absmax[2, -1024:-1022] = torch.tensor([0.5, 2.0])
     weight = Nf4Bytes(packed, absmax, torch.empty(3, 0), torch.empty(0))
     out = nan(1, 128)
-    nf4.decode(weight, slice(2, 3), out, rows=slice(rows - 1, rows), columns=slice(0, 128))
+    nf4.dequantize(weight, slice(2, 3), out, rows=slice(rows - 1, rows), columns=slice(0, 128))
     codes = torch.stack((torch.arange(64) >> 4, torch.arange(64) & 15), dim=1).flatten()
     assert torch.equal(out[0], nf4_codebook(CPU)[codes] * torch.tensor([0.5, 2.0]).repeat_interleave(64))
 

@@ -1,10 +1,10 @@
-"""Grouped products of the GPU, with 4-bit and with decoded weights, against plain float32 arithmetic row by row."""
+"""Grouped products of the GPU, with 4-bit and with dequantized weights, against plain float32 arithmetic row by row."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from expertune.kernels.gpu.product import Decoded, Update, product, product_transposed
+from expertune.kernels.gpu.product import Dequantized, Update, product, product_transposed
 from expertune.kernels.nf4 import Nf4Bytes
 
 from .conftest import RELATIVE, assert_near, dense, nan, routing, stack_of
@@ -13,8 +13,8 @@ from .conftest import RELATIVE, assert_near, dense, nan, routing, stack_of
 COUNTS = [0, 19, 1, 7, 0]
 
 
-def held(weight: Nf4Bytes, decoded: bool, dtype: torch.dtype) -> Nf4Bytes | Decoded:
-    return Decoded(dense(weight, dtype)) if decoded else weight
+def held(weight: Nf4Bytes, dequantized: bool, dtype: torch.dtype) -> Nf4Bytes | Dequantized:
+    return Dequantized(dense(weight, dtype)) if dequantized else weight
 
 
 def rowwise(x_RK: Tensor, expert_R: Tensor, weights: Tensor, parts: int) -> Tensor:
@@ -23,13 +23,13 @@ def rowwise(x_RK: Tensor, expert_R: Tensor, weights: Tensor, parts: int) -> Tens
     return torch.einsum("rk,rnk->rn", x_RK.float(), stacked[expert_R])
 
 
-@pytest.mark.parametrize("decoded", [False, True], ids=["nf4", "decoded"])
+@pytest.mark.parametrize("dequantized", [False, True], ids=["nf4", "dequantized"])
 @pytest.mark.parametrize(("parts", "rows", "columns"), [(1, 40, 64), (2, 32, 192)])
-def test_rows_meet_the_matrices_of_their_expert(dtype, decoded, parts, rows, columns):
+def test_rows_meet_the_matrices_of_their_expert(dtype, dequantized, parts, rows, columns):
     weight, routed = stack_of(len(COUNTS) * parts, rows, columns).bytes, routing(COUNTS, tokens=13)
     x = torch.randn(13, columns).to(dtype)
     out = nan(sum(COUNTS), parts * rows, dtype=dtype)
-    product(x, held(weight, decoded, dtype), routed.offsets_E, out, token_R=routed.token_R)
+    product(x, held(weight, dequantized, dtype), routed.offsets_E, out, token_R=routed.token_R)
     assert_near(out, rowwise(x[routed.token_R], routed.expert_R, dense(weight, dtype), parts), RELATIVE[dtype])
 
 
@@ -51,14 +51,14 @@ def test_low_rank_updates_reach_their_own_part_scaled(dtype, ranks):
     assert_near(out, expected.flatten(1), 2e-6 if dtype == torch.float32 else 2e-5)
 
 
-@pytest.mark.parametrize("decoded", [False, True], ids=["nf4", "decoded"])
-def test_gate_and_the_routers_weight_are_applied_before_rounding(dtype, decoded):
+@pytest.mark.parametrize("dequantized", [False, True], ids=["nf4", "dequantized"])
+def test_gate_and_the_routers_weight_are_applied_before_rounding(dtype, dequantized):
     rows, columns = 40, 128
     weight, routed = stack_of(len(COUNTS) * 2, rows, columns).bytes, routing(COUNTS, tokens=13)
     x, router_R = torch.randn(13, columns).to(dtype), torch.rand(sum(COUNTS))
     updates = [Update(torch.randn(sum(COUNTS), 4), torch.randn(len(COUNTS), rows, 4), part, 2.0) for part in (0, 1)]
     out = nan(sum(COUNTS), rows)
-    product(x, held(weight, decoded, dtype), routed.offsets_E, out, updates, routed.token_R, router_R, swiglu=True)
+    product(x, held(weight, dequantized, dtype), routed.offsets_E, out, updates, routed.token_R, router_R, swiglu=True)
     both = rowwise(x[routed.token_R], routed.expert_R, dense(weight, dtype), 2).view(-1, 2, rows)
     for u in updates:
         both[:, u.part] += u.scaling * torch.einsum("rp,rnp->rn", u.low_Rr, u.factor[routed.expert_R])
@@ -66,19 +66,19 @@ def test_gate_and_the_routers_weight_are_applied_before_rounding(dtype, decoded)
     assert_near(out, expected, 3e-6 if dtype == torch.float32 else 2e-5)
 
 
-@pytest.mark.parametrize("decoded", [False, True], ids=["nf4", "decoded"])
+@pytest.mark.parametrize("dequantized", [False, True], ids=["nf4", "dequantized"])
 @pytest.mark.parametrize(("parts", "rows", "columns"), [(1, 40, 64), (2, 32, 192)])
-def test_transposed_product_sums_over_all_parts(dtype, decoded, parts, rows, columns):
+def test_transposed_product_sums_over_all_parts(dtype, dequantized, parts, rows, columns):
     weight, routed = stack_of(len(COUNTS) * parts, rows, columns).bytes, routing(COUNTS, tokens=13)
     dy = torch.randn(13, parts * rows).to(dtype)
     out = nan(sum(COUNTS), columns, dtype=dtype)
-    product_transposed(dy, held(weight, decoded, dtype), routed.offsets_E, out, routed.token_R)
+    product_transposed(dy, held(weight, dequantized, dtype), routed.offsets_E, out, routed.token_R)
     stacked = dense(weight, dtype).float().view(-1, parts * rows, columns)
     expected = torch.einsum("rn,rnk->rk", dy[routed.token_R].float(), stacked[routed.expert_R])
     assert_near(out, expected, RELATIVE[dtype])
     start = torch.randn_like(expected)
     added = start.clone()
-    product_transposed(dy, held(weight, decoded, dtype), routed.offsets_E, added, routed.token_R, add=True)
+    product_transposed(dy, held(weight, dequantized, dtype), routed.offsets_E, added, routed.token_R, add=True)
     assert_near(added - start, expected, 2e-6)
 
 
@@ -87,7 +87,7 @@ def test_some_experts_leave_other_experts_rows_alone(dtype):
     x, chosen = torch.randn(sum(COUNTS), 64).to(dtype), slice(2, 4)
     here = (routed.expert_R >= 2) & (routed.expert_R < 4)
     weights = dense(weight, dtype)
-    for each in (weight, Decoded(weights[chosen], first=2)):
+    for each in (weight, Dequantized(weights[chosen], first=2)):
         out = nan(sum(COUNTS), 32)
         product(x, each, routed.offsets_E, out, experts=chosen)
         assert_near(out[here], rowwise(x, routed.expert_R, weights, 1)[here], 2e-6)
@@ -129,7 +129,7 @@ def test_stack_beyond_two_to_the_31_bytes_is_addressed():
         assert_near(dx, dy @ matrix, 2e-6)
 
 
-def test_decoded_weights_of_other_experts_are_refused():
+def test_dequantized_weights_of_other_experts_are_refused():
     weights = dense(stack_of(4, 16, 64).bytes)
-    with pytest.raises(ValueError, match="decoded weights begin at expert 0, rows at expert 1"):
-        product(torch.empty(2, 64), Decoded(weights), torch.tensor([1, 2, 2, 2]), nan(2, 16), experts=slice(1, 3))
+    with pytest.raises(ValueError, match="dequantized weights begin at expert 0, rows at expert 1"):
+        product(torch.empty(2, 64), Dequantized(weights), torch.tensor([1, 2, 2, 2]), nan(2, 16), experts=slice(1, 3))

@@ -9,8 +9,8 @@ whatever the batch is. Rows are sorted by expert, stably, and combined by the in
 runs give identical bytes. Experts with biases have them added after each product; where something comes after each
 expert (a norm), it is differentiated by autograd from the expert's output, computed anew.
 
-Routes on a CPU: `fused.py` decodes inside the product, all experts in one call; `dequant_gemm.py` decodes a tile
-once for the recomputation and for the gradient, expert by expert, and runs on any device. On a GPU both are
+Routes on a CPU: `fused.py` dequantizes inside the product, all experts in one call; `dequant_gemm.py` dequantizes a
+tile once for the recomputation and for the gradient, expert by expert, and runs on any device. On a GPU both are
 `grouped.py`, all experts in each launch. `reference.py` is plain float32 with autograd, what all are tested against.
 
 Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R = T * K routed rows, E experts, P
@@ -374,7 +374,7 @@ def _chunks(
     """Tokens of each chunk and the route for it; forward and backward cut alike."""
     top_k, device = top_k_index.shape[1], hidden.device
     held_bytes = routes.working_set_bytes(device.type)
-    # On a GPU one half is for rows and one for decoded weights; whichever the route, chunks are the same.
+    # On a GPU one half is for rows and one for dequantized weights; whichever the route, chunks are the same.
     step = chunk_tokens(layer, top_k, any(dropouts), held_bytes // (1 if device.type == "cpu" else 2))
     rows_per_expert = min(hidden.shape[0], step) * top_k / layer.num_experts
     grouped = layer.num_parts <= 2 and len(set(parts)) == len(parts)
@@ -393,8 +393,8 @@ def _route(name: routes.Route, device: torch.device, dtype: torch.dtype, buffer_
         return dequant_gemm
     from expertune.kernels.expert_mlp.grouped import GroupedRoute
 
-    decode_first = name == routes.DEQUANT_GEMM
-    return GroupedRoute(decode_first, buffer_bytes, decode_first and routes.gemm(dtype, device) == "torch")
+    dequantize_first = name == routes.DEQUANT_GEMM
+    return GroupedRoute(dequantize_first, buffer_bytes, dequantize_first and routes.gemm(dtype, device) == "torch")
 
 
 def _check(

@@ -1,6 +1,6 @@
-"""The expert layer expert by expert: decode a tile, use it for every product that needs it, go on. Any device.
+"""The expert layer expert by expert: dequantize a tile, use it for every product that needs it, go on. Any device.
 
-In backward a tile of gate_up's rows serves the recomputation and the input's gradient, so that a step decodes each
+In backward a tile of gate_up's rows serves the recomputation and the input's gradient, so that a step dequantizes each
 weight twice and not three times. Tiles run along the intermediate size; the input's gradient is summed over them in
 float32.
 
@@ -16,7 +16,7 @@ from expertune.kernels.cpu import pad_rows, product_dtype
 from expertune.kernels.dropout import dropout
 from expertune.kernels.expert_mlp.plan import Layer, LowRank, bias_gradient, combine, differentiable, sort_rows
 from expertune.kernels.grouped_linear.dequant_gemm import Scratch, multiply, multiply_transposed, spans
-from expertune.kernels.nf4 import decode
+from expertune.kernels.nf4 import dequantize
 
 # Gradients of A and B are added to what is there.
 overwrites = False
@@ -193,7 +193,7 @@ def _expert_backward(
         w_gate_up = scratch.tile(num_parts * width, layer.hidden_size)
         for part in range(num_parts):
             target = w_gate_up[part * width : (part + 1) * width]
-            decode(layer.gate_up, expert * num_parts + part, target, rows=columns)
+            dequantize(layer.gate_up, expert * num_parts + part, target, rows=columns)
 
         gate_up = (x_MD @ w_gate_up.t())[rows]
         for u, update in enumerate(low_rank):

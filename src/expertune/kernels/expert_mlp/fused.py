@@ -1,4 +1,4 @@
-"""The expert layer by products that decode inside: every product is one call for all experts. CPU; float32 arithmetic.
+"""The expert layer by GEMMs that dequantize inside: each is one call for all experts. CPU; float32 arithmetic.
 
 The library gathers tokens as it reads them, so that rows are never copied to their experts, and adds the low-rank
 updates where it sums the product.

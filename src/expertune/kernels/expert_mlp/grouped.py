@@ -1,8 +1,8 @@
 """The expert layer on a GPU: all experts in each launch, nothing read back to the host, so that a step can be captured.
 
-Two ways to multiply, otherwise the same: `fused` decodes NF4 inside the product; `dequant_gemm` decodes the
-matrices of as many experts as the working set holds at memory speed, and multiplies these. In backward a decoded group
-serves the recomputation and the input's gradient.
+Two ways to multiply, otherwise the same: `fused` dequantizes NF4 inside the product; `dequant_gemm` dequantizes the
+matrices of as many experts as the working set holds at memory speed, and multiplies these. In backward a dequantized
+group serves the recomputation and the input's gradient.
 
 Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R routed rows, E experts, P parts of
 the first product, r rank.
@@ -19,11 +19,11 @@ from expertune.kernels.expert_mlp.plan import Layer, LowRank, Sorted, bias_gradi
 from expertune.kernels.gpu import low_rank as thin
 from expertune.kernels.gpu import nf4, rows, torch_gemm
 from expertune.kernels.gpu.low_rank import Expand, Outer, Shrink
-from expertune.kernels.gpu.product import Decoded, Update, product, product_transposed
+from expertune.kernels.gpu.product import Dequantized, Update, product, product_transposed
 from expertune.kernels.nf4 import Nf4Bytes
 
-# Experts of one group of decoded matrices, or None for all, and their matrices.
-Group = tuple[slice | None, "Nf4Bytes | Decoded"]
+# Experts of one group of dequantized matrices, or None for all, and their matrices.
+Group = tuple[slice | None, "Nf4Bytes | Dequantized"]
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class GroupedRoute:
     """A route of `expertune.kernels.expert_mlp`, for layers of at most two parts and one adapter of each projection.
 
     Attributes:
-        decode_first: whether weights are decoded before they are multiplied.
-        buffer_bytes: most bytes of decoded weights; one expert's matrices are held in any case.
-        torch_gemm: multiply decoded weights by torch's `grouped_mm`, where those of all experts fit the buffer.
+        dequantize_first: whether weights are dequantized before they are multiplied.
+        buffer_bytes: most bytes of dequantized weights; one expert's matrices are held in any case.
+        torch_gemm: multiply dequantized weights by torch's `grouped_mm`, where those of all experts fit the buffer.
     """
 
-    decode_first: bool
+    dequantize_first: bool
     buffer_bytes: int = 2**30
     torch_gemm: bool = False
     overwrites: ClassVar[bool] = True
@@ -117,13 +117,15 @@ class GroupedRoute:
         gradients_in = [_input_gradient(u, dh[id(u)]) for u, _ in outer]
         expanded = thin.expand(dinter_RF, offsets_E, gradients_in, dinter_RF.dtype, routed.number_R)
 
-        def recompute(experts: slice | None, gate_up_weight: Nf4Bytes | Decoded, down: Nf4Bytes | Decoded) -> None:
+        def recompute(
+            experts: slice | None, gate_up_weight: Nf4Bytes | Dequantized, down: Nf4Bytes | Dequantized
+        ) -> None:
             updates = [Update(low, u.b, u.part, u.scaling) for u, low in inner]
             self._product(hidden_TD, gate_up_weight, offsets_E, gate_up, updates, routed.token_R, experts=experts)
             # Before the router's weight is applied, so that <inter, dInter> is the weight's own gradient.
             self._product_transposed(dout_TD, down, offsets_E, dinter_RF, routed.token_R, experts, expanded)
 
-        def input_gradient(experts: slice | None, gate_up_weight: Nf4Bytes | Decoded, dgate_up: Tensor) -> None:
+        def input_gradient(experts: slice | None, gate_up_weight: Nf4Bytes | Dequantized, dgate_up: Tensor) -> None:
             shrinks = [
                 Shrink(u.b, dh[id(u)], transposed=True, scaling=u.scaling, column=u.part * size) for u, _ in inner
             ]
@@ -161,7 +163,7 @@ class GroupedRoute:
     def _product(
         self,
         x: Tensor,
-        weight: Nf4Bytes | Decoded,
+        weight: Nf4Bytes | Dequantized,
         offsets_E: Tensor,
         out: Tensor,
         updates: Sequence[Update],
@@ -170,7 +172,7 @@ class GroupedRoute:
         experts: slice | None = None,
         swiglu: bool = False,
     ) -> None:
-        if self.torch_gemm and isinstance(weight, Decoded) and _are_all(experts, offsets_E):
+        if self.torch_gemm and isinstance(weight, Dequantized) and _are_all(experts, offsets_E):
             torch_gemm.product(x, weight, offsets_E, out, updates, token_R, router_R, swiglu)
         else:
             product(x, weight, offsets_E, out, updates, token_R, router_R, experts, swiglu)
@@ -178,35 +180,35 @@ class GroupedRoute:
     def _product_transposed(
         self,
         dy: Tensor,
-        weight: Nf4Bytes | Decoded,
+        weight: Nf4Bytes | Dequantized,
         offsets_E: Tensor,
         out: Tensor,
         token_R: Tensor | None,
         experts: slice | None,
         add: bool,
     ) -> None:
-        if self.torch_gemm and isinstance(weight, Decoded) and _are_all(experts, offsets_E):
+        if self.torch_gemm and isinstance(weight, Dequantized) and _are_all(experts, offsets_E):
             torch_gemm.product_transposed(dy, weight, offsets_E, out, token_R, add)
         else:
             product_transposed(dy, weight, offsets_E, out, token_R, experts, add)
 
     def _groups(self, stack: Nf4Bytes, num_experts: int, dtype: torch.dtype) -> Iterator[Group]:
-        """All experts' bytes at once; or decoded, as many experts as the buffer holds."""
-        if not self.decode_first:
+        """All experts' bytes at once; or dequantized, as many experts as the buffer holds."""
+        if not self.dequantize_first:
             yield None, stack
             return
         parts = stack.packed.shape[0] // num_experts
         size = self._group_size(num_experts, parts * stack.rows * stack.columns * dtype.itemsize)
         buffer = stack.packed.new_empty(size * parts, stack.rows, stack.columns, dtype=dtype)
         for experts in _ranges(num_experts, size):
-            yield experts, _decoded(stack, experts, parts, buffer)
+            yield experts, _dequantized(stack, experts, parts, buffer)
 
     def _pairs(
         self, layer: Layer, dtype: torch.dtype
-    ) -> Iterator[tuple[slice | None, Nf4Bytes | Decoded, Nf4Bytes | Decoded]]:
+    ) -> Iterator[tuple[slice | None, Nf4Bytes | Dequantized, Nf4Bytes | Dequantized]]:
         """The same of both stacks."""
         gate_up, down = layer.gate_up, layer.down
-        if not self.decode_first:
+        if not self.dequantize_first:
             yield None, gate_up, down
             return
         count, parts = layer.num_experts, layer.num_parts
@@ -214,7 +216,7 @@ class GroupedRoute:
         first = gate_up.packed.new_empty(size * parts, gate_up.rows, gate_up.columns, dtype=dtype)
         second = down.packed.new_empty(size, down.rows, down.columns, dtype=dtype)
         for experts in _ranges(count, size):
-            yield experts, _decoded(gate_up, experts, parts, first), _decoded(down, experts, 1, second)
+            yield experts, _dequantized(gate_up, experts, parts, first), _dequantized(down, experts, 1, second)
 
     def _group_size(self, num_experts: int, bytes_of_expert: int) -> int:
         """Experts of a group, as even as the buffer allows."""
@@ -231,11 +233,11 @@ def _ranges(num_experts: int, size: int) -> Iterator[slice]:
         yield slice(first, min(first + size, num_experts))
 
 
-def _decoded(stack: Nf4Bytes, experts: slice, parts: int, buffer: Tensor) -> Decoded:
+def _dequantized(stack: Nf4Bytes, experts: slice, parts: int, buffer: Tensor) -> Dequantized:
     matrices = slice(experts.start * parts, experts.stop * parts)
     weights = buffer[: matrices.stop - matrices.start]
-    nf4.decode(stack, matrices, weights.flatten(0, 1))
-    return Decoded(weights, experts.start)
+    nf4.dequantize(stack, matrices, weights.flatten(0, 1))
+    return Dequantized(weights, experts.start)
 
 
 def _split(

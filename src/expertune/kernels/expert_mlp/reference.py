@@ -1,4 +1,4 @@
-"""The expert layer in plain torch: every expert decoded to float32, differentiated by autograd."""
+"""The expert layer in plain torch: every expert dequantized to float32, differentiated by autograd."""
 
 from collections.abc import Sequence
 
@@ -29,11 +29,11 @@ def expert_mlp(
     for expert in range(down.num_matrices):
         tokens, choices = (top_k_index_TK == expert).nonzero(as_tuple=True)
         x = hidden_TD[tokens].float()
-        matrices = [gate_up.decode(expert * num_parts + part, torch.float32) for part in range(num_parts)]
+        matrices = [gate_up.dequantize(expert * num_parts + part, torch.float32) for part in range(num_parts)]
         inner = [x @ matrix.t() + _low_rank(x, expert, part, updates) for part, matrix in enumerate(matrices)]
         gate_up_row = torch.cat(inner, dim=1)
         inter = activation.function(gate_up_row if biases is None else gate_up_row + biases[0][expert].float())
-        y = inter @ down.decode(expert, torch.float32).t() + _low_rank(inter, expert, num_parts, updates)
+        y = inter @ down.dequantize(expert, torch.float32).t() + _low_rank(inter, expert, num_parts, updates)
         y = y if biases is None else y + biases[1][expert].float()
         y = y if activation.after is None else activation.after(y)
         out = out.index_add(0, tokens, y * top_k_weights_TK[tokens, choices, None].float())

@@ -81,7 +81,7 @@ def check(device: torch.device, dtype: torch.dtype) -> Findings:
     """Run the checks on a device."""
     findings = Findings()
     launch.allow_shuffle(True)
-    findings.note("shuffle", 0.0, lambda: decode_error(device, dtype))
+    findings.note("shuffle", 0.0, lambda: dequantize_error(device, dtype))
     launch.allow_shuffle("shuffle" in findings.passed)
     # A buffer of one expert's matrices, so that groups are walked over.
     kinds = {"fused": GroupedRoute(False), "dequant_gemm": GroupedRoute(True, buffer_bytes=1)}
@@ -92,12 +92,12 @@ def check(device: torch.device, dtype: torch.dtype) -> Findings:
     return findings
 
 
-def decode_error(device: torch.device, dtype: torch.dtype) -> float:
-    """Share of decoded weights whose bits are not those of the definition."""
+def dequantize_error(device: torch.device, dtype: torch.dtype) -> float:
+    """Share of dequantized weights whose bits are not those of the definition."""
     stack = _stack(2, 72, 192, seed=0)
-    expected = torch.stack([stack.decode(index, dtype) for index in range(2)])
+    expected = torch.stack([stack.dequantize(index, dtype) for index in range(2)])
     out = torch.full((2 * 72, 192), math.nan, dtype=dtype, device=device)
-    nf4.decode(stack.to(device).bytes, slice(0, 2), out)
+    nf4.dequantize(stack.to(device).bytes, slice(0, 2), out)
     return (out.cpu().view(2, 72, 192) != expected).double().mean().item()
 
 
@@ -156,7 +156,7 @@ def _definition(
         u = low_rank[part]
         kept = dropout(torch.ones_like(x, dtype=torch.float32), number, u.seed, u.dropout).double()
         update = (x * kept) @ a[part][expert].t() @ b[part][expert].t()
-        return x @ stack.decode(matrix, torch.float32).double().t() + u.scaling * update
+        return x @ stack.dequantize(matrix, torch.float32).double().t() + u.scaling * update
 
     # The first product of a process may ask for this from inside an operator.
     with differentiable():

@@ -45,7 +45,7 @@ def product_config(
     Args:
         target: what it runs on.
         dtype: of the product.
-        nf4: decoded inside the loop.
+        nf4: dequantized inside the loop.
         swiglu: two sums are kept, of gate and up.
         transposed: the sum runs over the rows of the matrix, and BK is the width of the output.
         rows_per_expert: on average.
@@ -73,7 +73,8 @@ def product_config(
             BN = 32
         elif target.arch in (100, 103):
             BK = 64
-    # As many programs as run at once: with four warps two share a multiprocessor, one decoding while one multiplies.
+    # As many programs as run at once: with four warps two share a multiprocessor, one dequantizing while one
+    # multiplies.
     return Config(BM, BN, BK, num_warps, num_stages, target.multiprocessors * (1 if num_warps == 8 else 2))
 
 

@@ -80,7 +80,7 @@ def recording(target: Target) -> Iterator[list[Launch]]:
 
 
 def allow_shuffle(allowed: bool) -> None:
-    """Whether NVIDIA's inline assembly decodes, or its twin in plain Triton."""
+    """Whether NVIDIA's inline assembly dequantizes, or its twin in plain Triton."""
     _state.shuffle = allowed
 
 

@@ -1,4 +1,4 @@
-"""MXFP4 on a GPU: decode whole matrices or parts of them; products then multiply what was decoded.
+"""MXFP4 on a GPU: dequantize whole matrices or parts of them; products then multiply what was dequantized.
 
 A weight is a sign, two bits of exponent and one of mantissa, and 32 of them share a power of two: both multiplied are
 exact in float32 and bfloat16, and need no table.
@@ -26,7 +26,7 @@ def value_of(code):
 
 
 @triton.jit
-def decode_mxfp4_kernel(
+def dequantize_mxfp4_kernel(
     packed_ptr,
     exponent_ptr,
     out_ptr,
@@ -61,10 +61,10 @@ def decode_mxfp4_kernel(
     tl.store(target + tl.arange(0, 32)[None, :], weights, mask=inside[:, None])
 
 
-def decode(
+def dequantize(
     weight: Nf4Bytes, matrices: slice, out: Tensor, rows: slice | None = None, columns: slice | None = None
 ) -> Tensor:
-    """The same as `expertune.kernels.gpu.nf4.decode`, of MXFP4 matrices; columns are whole blocks of 32."""
+    """The same as `expertune.kernels.gpu.nf4.dequantize`, of MXFP4 matrices; columns are whole blocks of 32."""
     rows = slice(0, weight.rows) if rows is None else rows
     columns = slice(0, weight.columns) if columns is None else columns
     num_rows, row_blocks = rows.stop - rows.start, (columns.stop - columns.start) // MXFP4_BLOCK_SIZE
@@ -73,7 +73,7 @@ def decode(
         return out
     blocks = 128
     launch(
-        decode_mxfp4_kernel,
+        dequantize_mxfp4_kernel,
         (triton.cdiv(num_rows * row_blocks, blocks), count),
         weight.packed,
         weight.absmax,

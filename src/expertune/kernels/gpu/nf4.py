@@ -1,8 +1,8 @@
-"""NF4 on a GPU: bytes to values inside any kernel, and the kernel that decodes whole matrices at memory speed.
+"""NF4 on a GPU: bytes to values inside any kernel, and the kernel that dequantizes whole matrices at memory speed.
 
-`decode_pairs` turns a tile of bytes into float32 codebook values. On NVIDIA it is one warp shuffle for each weight,
+`dequantize_pairs` turns a tile of bytes into float32 codebook values. On NVIDIA it is one warp shuffle for each weight,
 from a table that lies across the lanes; its twin in plain Triton is a tree of selections, which runs anywhere. Both are
-exact, so that a weight is rounded once, to the same bits as bitsandbytes' decoder gives.
+exact, so that a weight is rounded once, to the same bits as bitsandbytes' dequantization gives.
 
 Shape suffixes: M matrices, N rows, K columns, S blocks of 64 weights in a tile.
 """
@@ -68,7 +68,7 @@ def select_value(code):
 
 
 @triton.jit
-def decode_pairs(packed, codebook_ptr, SHUFFLE: tl.constexpr):
+def dequantize_pairs(packed, codebook_ptr, SHUFFLE: tl.constexpr):
     """Bytes uint8 -> (weights of even columns, weights of odd columns) float32, before their block's scale."""
     if SHUFFLE:
         return tl.inline_asm_elementwise(
@@ -95,18 +95,18 @@ def load_scales(absmax_ptr, nested_ptr, dynamic_ptr, offset, block, mask, DOUBLE
 
 
 @triton.jit
-def decode_tile(packed, scale, codebook_ptr, SHUFFLE: tl.constexpr, DTYPE: tl.constexpr):
+def dequantize_tile(packed, scale, codebook_ptr, SHUFFLE: tl.constexpr, DTYPE: tl.constexpr):
     """Bytes [A, 32 * S] and scales [A, S] -> weights [A, 64 * S] of DTYPE, each rounded once from float32."""
     A: tl.constexpr = packed.shape[0]
     S: tl.constexpr = scale.shape[1]
-    even, odd = decode_pairs(packed, codebook_ptr, SHUFFLE)
+    even, odd = dequantize_pairs(packed, codebook_ptr, SHUFFLE)
     even = tl.reshape(tl.reshape(even, (A, S, 32)) * scale[:, :, None], (A, 32 * S)).to(DTYPE)
     odd = tl.reshape(tl.reshape(odd, (A, S, 32)) * scale[:, :, None], (A, 32 * S)).to(DTYPE)
     return tl.reshape(tl.join(even, odd), (A, 64 * S))
 
 
 @triton.jit
-def decode_kernel(
+def dequantize_kernel(
     packed_ptr,
     absmax_ptr,
     nested_ptr,
@@ -156,7 +156,7 @@ def decode_kernel(
         inside,
         DOUBLE,
     )
-    weights = decode_tile(packed, scale[:, None], codebook_ptr, SHUFFLE, DTYPE)
+    weights = dequantize_tile(packed, scale[:, None], codebook_ptr, SHUFFLE, DTYPE)
     target = out_ptr + (matrix * num_rows + row)[:, None] * out_stride + column[:, None] * 64
     tl.store(target + tl.arange(0, 64)[None, :], weights, mask=inside[:, None])
 
@@ -168,14 +168,14 @@ def tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return dynamic_codebook(device).contiguous(), nf4_codebook(device).contiguous()
 
 
-def decode(
+def dequantize(
     weight: Nf4Bytes,
     matrices: slice,
     out: Tensor,
     rows: slice | None = None,
     columns: slice | None = None,
 ) -> Tensor:
-    """Decode a range of matrices, or the same part of each, in one launch.
+    """Dequantize a range of matrices, or the same part of each, in one launch.
 
     Args:
         weight: M matrices [N, K].
@@ -188,7 +188,7 @@ def decode(
         `out`, each value rounded once from float32.
     """
     if weight.scheme == "mxfp4":
-        return mxfp4.decode(weight, matrices, out, rows, columns)
+        return mxfp4.dequantize(weight, matrices, out, rows, columns)
     rows = slice(0, weight.rows) if rows is None else rows
     columns = slice(0, weight.columns) if columns is None else columns
     num_rows, row_blocks = rows.stop - rows.start, (columns.stop - columns.start) // BLOCK_SIZE
@@ -198,7 +198,7 @@ def decode(
     dynamic, codebook = tables(weight.packed.device)
     blocks = 64
     launch(
-        decode_kernel,
+        dequantize_kernel,
         (triton.cdiv(num_rows * row_blocks, blocks), count),
         weight.packed,
         weight.absmax,

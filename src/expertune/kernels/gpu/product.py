@@ -1,9 +1,9 @@
-"""Grouped products with 4-bit or decoded weights, all experts in one launch: y = x @ W[e].T, and dx = dy @ W[e].
+"""Grouped products with 4-bit or dequantized weights, all experts in one launch: y = x @ W[e].T, and dx = dy @ W[e].
 
-Persistent programs walk over tiles that they find on the device. With NF4 bytes a tile of weights is decoded in
-registers, inside the loop of the product, and each weight is rounded once, to the bits that bitsandbytes' decoder
-gives; scales are loaded one step ahead. With decoded weights the same loop is an ordinary grouped GEMM. Low-rank
-updates, the gate, and the router's weight are applied to the sums before they are rounded.
+Persistent programs walk over tiles that they find on the device. With NF4 bytes a tile of weights is dequantized in
+registers, inside the loop of the product, and each weight is rounded once, to the bits that bitsandbytes'
+dequantization gives; scales are loaded one step ahead. With dequantized weights the same loop is an ordinary grouped
+GEMM. Low-rank updates, the gate, and the router's weight are applied to the sums before they are rounded.
 
 Each output tile is summed by one program in a fixed order: two runs give identical bytes.
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from expertune.kernels.gpu.configs import product_config
 from expertune.kernels.gpu.launch import launch, target_of
-from expertune.kernels.gpu.nf4 import decode_tile, load_scales, tables
+from expertune.kernels.gpu.nf4 import dequantize_tile, load_scales, tables
 from expertune.kernels.gpu.tiles import expert_tiles, locate
 from expertune.kernels.nf4.bytes import Nf4Bytes
 
@@ -41,8 +41,8 @@ class Update(NamedTuple):
     scaling: float = 1.0
 
 
-class Decoded(NamedTuple):
-    """Decoded matrices of experts `first` .. `first + G - 1`.
+class Dequantized(NamedTuple):
+    """Dequantized matrices of experts `first` .. `first + G - 1`.
 
     Attributes:
         weights: [G * P, N, K].
@@ -186,7 +186,7 @@ def product_kernel(
                 blocks = first_blocks + block[None, :]
                 ahead = n_mask[:, None] & (block < num_columns // 64)[None, :]
                 next0 = load_scales(absmax0, nested0, dynamic_ptr, offset0, blocks, ahead, DOUBLE)
-                w0 = decode_tile(w0, scale0, codebook_ptr, SHUFFLE, DTYPE)
+                w0 = dequantize_tile(w0, scale0, codebook_ptr, SHUFFLE, DTYPE)
                 scale0 = next0
             acc0 = tl.dot(x, tl.trans(w0), acc0, input_precision=PRECISION)
             if SWIGLU:
@@ -196,7 +196,7 @@ def product_kernel(
                     w1 = tl.load(w1_ptrs, mask=n_mask[:, None], other=0)
                 if NF4:
                     next1 = load_scales(absmax1, nested1, dynamic_ptr, offset1, blocks, ahead, DOUBLE)
-                    w1 = decode_tile(w1, scale1, codebook_ptr, SHUFFLE, DTYPE)
+                    w1 = dequantize_tile(w1, scale1, codebook_ptr, SHUFFLE, DTYPE)
                     scale1 = next1
                 acc1 = tl.dot(x, tl.trans(w1), acc1, input_precision=PRECISION)
                 w1_ptrs += BYTES
@@ -340,7 +340,7 @@ def product_transposed_kernel(
                     blocks += BN * (num_columns // 64)
                     mask = (step + BN + n < num_rows)[:, None] & block_mask[None, :]
                     ahead = load_scales(absmax, nested, dynamic_ptr, offset, blocks, mask, DOUBLE)
-                    w = decode_tile(w, scale, codebook_ptr, SHUFFLE, DTYPE)
+                    w = dequantize_tile(w, scale, codebook_ptr, SHUFFLE, DTYPE)
                     scale = ahead
                 acc = tl.dot(dy, w, acc, input_precision=PRECISION)
                 dy_ptrs += BN
@@ -355,7 +355,7 @@ def product_transposed_kernel(
 
 def product(
     x: Tensor,
-    weight: Nf4Bytes | Decoded,
+    weight: Nf4Bytes | Dequantized,
     offsets_E: Tensor,
     out: Tensor,
     updates: Sequence[Update] = (),
@@ -369,7 +369,7 @@ def product(
 
     Args:
         x: [R, K], or [T, K] with `token_R`; its dtype is the dtype of the product.
-        weight: E * P matrices [N, K], 4-bit, or decoded ones of `experts`.
+        weight: E * P matrices [N, K], 4-bit, or dequantized ones of `experts`.
         offsets_E: int64 [E], the end of each expert's rows.
         out: [R, P * N], or [R, N] of silu(part 0) * part 1 if `swiglu`; of any floating dtype, its rows may lie apart.
         updates: at most one of each part, and of the first two parts only.
@@ -428,7 +428,7 @@ def product(
 
 def product_transposed(
     dy: Tensor,
-    weight: Nf4Bytes | Decoded,
+    weight: Nf4Bytes | Dequantized,
     offsets_E: Tensor,
     out: Tensor,
     token_R: Tensor | None = None,
@@ -502,15 +502,15 @@ class _Plan(NamedTuple):
 
 
 def _weights(
-    weight: Nf4Bytes | Decoded, offsets_E: Tensor, experts: slice | None
+    weight: Nf4Bytes | Dequantized, offsets_E: Tensor, experts: slice | None
 ) -> tuple[tuple[Tensor | None, ...], _Plan]:
     """The kernels' six arguments about weights, and their shapes."""
     num_experts = offsets_E.shape[0]
     first, end = (experts.start, experts.stop) if experts else (0, num_experts)
-    if isinstance(weight, Decoded):
+    if isinstance(weight, Dequantized):
         matrices, rows, columns = weight.weights.shape
         if weight.first != first:
-            raise ValueError(f"decoded weights begin at expert {weight.first}, rows at expert {first}")
+            raise ValueError(f"dequantized weights begin at expert {weight.first}, rows at expert {first}")
         parts = matrices // (end - first)
         strides = (weight.weights.stride(1), 0, 0)
         plan = _Plan(parts, rows, columns, first, end, False, False, strides)

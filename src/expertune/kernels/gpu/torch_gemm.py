@@ -1,4 +1,4 @@
-"""Grouped products of decoded weights by torch's own `grouped_mm`, beside `product.py`'s and with its arguments.
+"""Grouped products of dequantized weights by torch's own `grouped_mm`, beside `product.py`'s and with its arguments.
 
 On compute capability 9.0 and 10.0 torch multiplies groups in one launch, by CUTLASS; below and beside these it loops
 over experts and waits for the host, and is not used. What an epilogue does in `product.py` takes a launch of its own
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from expertune.kernels.gpu.product import Decoded, Update
+from expertune.kernels.gpu.product import Dequantized, Update
 from expertune.kernels.gpu.product import product as fused_product
 
 _CAPABILITIES = ((9, 0), (10, 0))
@@ -27,7 +27,7 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
 
 def product(
     x: Tensor,
-    weight: Decoded,
+    weight: Dequantized,
     offsets_E: Tensor,
     out: Tensor,
     updates: Sequence[Update] = (),
@@ -42,11 +42,13 @@ def product(
         out.copy_(base)
         return
     # Matrices without columns: what is left of the product is its epilogue.
-    fused_product(rows, Decoded(weight.weights[:, :, :0]), offsets_E, out, updates, None, router_R, None, swiglu, base)
+    fused_product(
+        rows, Dequantized(weight.weights[:, :, :0]), offsets_E, out, updates, None, router_R, None, swiglu, base
+    )
 
 
 def product_transposed(
-    dy: Tensor, weight: Decoded, offsets_E: Tensor, out: Tensor, token_R: Tensor | None = None, add: bool = False
+    dy: Tensor, weight: Dequantized, offsets_E: Tensor, out: Tensor, token_R: Tensor | None = None, add: bool = False
 ) -> None:
     """See `expertune.kernels.gpu.product.product_transposed`; the weights are those of all experts."""
     rows = dy if token_R is None else dy[token_R]
@@ -57,7 +59,7 @@ def product_transposed(
         out.copy_(result)
 
 
-def _of_experts(weight: Decoded, offsets_E: Tensor) -> Tensor:
+def _of_experts(weight: Dequantized, offsets_E: Tensor) -> Tensor:
     """[E, P * N, K]."""
     return weight.weights.view(offsets_E.shape[0], -1, weight.weights.shape[2])
 

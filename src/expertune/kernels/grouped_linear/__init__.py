@@ -4,9 +4,9 @@ W is an `Nf4Stack` of E * P matrices; the P matrices of an expert lie side by si
 The operator `expertune::grouped_linear` is registered with torch, so that activation checkpointing and `torch.compile`
 see one node; its backward gives dX, dA and dB, and never a dW, because the weights are frozen.
 
-Routes (`expertune.kernels.routes` chooses): `dequant_gemm.py` decodes a tile of bytes and multiplies it while it is
-in cache, on any device; `fused.py` decodes inside the product, on a CPU; `grouped.py` does either on a GPU, all experts
-in each launch. `reference.py` is plain float32 and what they are tested against.
+Routes (`expertune.kernels.routes` chooses): `dequant_gemm.py` dequantizes a tile of bytes and multiplies it while it is
+in cache, on any device; `fused.py` dequantizes inside the product, on a CPU; `grouped.py` does either on a GPU, all
+experts in each launch. `reference.py` is plain float32 and what they are tested against.
 
 Shape suffixes: R routed rows, K in_features, N out_features of one matrix, E experts, P matrices per expert, r rank.
 """

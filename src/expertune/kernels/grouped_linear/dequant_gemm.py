@@ -1,4 +1,4 @@
-"""Decode a tile of an expert's bytes, multiply it while it is in cache, go on: the route that any device can run.
+"""Dequantize a tile of an expert's bytes, multiply it while it is in cache, go on: the route that any device can run.
 
 Shape suffixes: R routed rows, K in_features, N out_features of one matrix, E experts, r rank.
 """
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from expertune.kernels.cpu import pad_rows, product_dtype
-from expertune.kernels.nf4 import BLOCK_SIZE, Nf4Bytes, decode
+from expertune.kernels.nf4 import BLOCK_SIZE, Nf4Bytes, dequantize
 
-# Most bytes of one decoded tile. On a CPU a tile has to leave room for x and y in the last-level cache, and to stay
+# Most bytes of one dequantized tile. On a CPU a tile has to leave room for x and y in the last-level cache, and to stay
 # below the 8 MiB from which on the allocator maps a block afresh (see `bound_host_memory`): a tile is fast because its
 # pages come back warm. On a GPU launches cost more than memory, so that a tile is as large as the working set may be.
 TILE_BYTES = {"cpu": 7 * 2**20, "cuda": 512 * 2**20}
@@ -88,7 +88,7 @@ def backward(
 
 
 class Scratch:
-    """Memory that decoded tiles take turns in, so that it stays in cache.
+    """Memory that dequantized tiles take turns in, so that it stays in cache.
 
     Args:
         device: where the tiles are.
@@ -131,7 +131,7 @@ def multiply(x_RK: Tensor, weight: Nf4Bytes, index: int, out_RN: Tensor, scratch
     step = scratch.tile_size(weight.rows, weight.columns)
     for start in range(0, weight.rows, step):
         rows = slice(start, min(start + step, weight.rows))
-        tile = decode(weight, index, scratch.tile(rows.stop - start, weight.columns), rows=rows)
+        tile = dequantize(weight, index, scratch.tile(rows.stop - start, weight.columns), rows=rows)
         matmul_into(out_RN[:, rows], x_RK, tile.t())
 
 
@@ -157,5 +157,5 @@ def multiply_transposed(
         columns = slice(start, min(start + step, weight.columns))
         tile = scratch.tile(num_parts * rows, columns.stop - start)
         for part in range(num_parts):
-            decode(weight, first + part, tile[part * rows : (part + 1) * rows], columns=columns)
+            dequantize(weight, first + part, tile[part * rows : (part + 1) * rows], columns=columns)
         matmul_into(out_RK[:, columns], dy_RN, tile)

@@ -1,4 +1,4 @@
-"""Decode inside the product, in the native library: weights never reach memory. CPU; float32 arithmetic.
+"""Dequantize inside the product, in the native library: weights never reach memory. CPU; float32 arithmetic.
 
 Shape suffixes: R routed rows, K in_features, N out_features of one matrix, E experts, P matrices per expert, r rank.
 """

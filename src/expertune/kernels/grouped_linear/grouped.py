@@ -1,4 +1,4 @@
-"""`grouped_linear` on a GPU: all experts in each launch, decoded inside the product or before it.
+"""`grouped_linear` on a GPU: all experts in each launch, dequantized inside the product or before it.
 
 Shape suffixes: R routed rows, K in_features, N out_features of one matrix, E experts, P matrices per expert, r rank.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from expertune.kernels.gpu import nf4
 from expertune.kernels.gpu.low_rank import Expand, Outer, Shrink, expand, outer, shrink
-from expertune.kernels.gpu.product import Decoded, Update, product, product_transposed
+from expertune.kernels.gpu.product import Dequantized, Update, product, product_transposed
 from expertune.kernels.nf4 import Nf4Bytes
 
 
@@ -19,10 +19,10 @@ class GroupedRoute:
     """A route of `expertune.kernels.grouped_linear`, for at most two parts and one update of each.
 
     Attributes:
-        decode_first: whether weights are decoded before they are multiplied, all of them at once.
+        dequantize_first: whether weights are dequantized before they are multiplied, all of them at once.
     """
 
-    decode_first: bool
+    dequantize_first: bool
 
     def forward(
         self,
@@ -77,9 +77,9 @@ class GroupedRoute:
             dx_updates.append(dx_update)
         return dx_RK, da, db, dx_updates
 
-    def _held(self, weight: Nf4Bytes, dtype: torch.dtype) -> Nf4Bytes | Decoded:
-        if not self.decode_first:
+    def _held(self, weight: Nf4Bytes, dtype: torch.dtype) -> Nf4Bytes | Dequantized:
+        if not self.dequantize_first:
             return weight
-        decoded = weight.packed.new_empty(weight.packed.shape[0], weight.rows, weight.columns, dtype=dtype)
-        nf4.decode(weight, slice(0, weight.packed.shape[0]), decoded.flatten(0, 1))
-        return Decoded(decoded)
+        dequantized = weight.packed.new_empty(weight.packed.shape[0], weight.rows, weight.columns, dtype=dtype)
+        nf4.dequantize(weight, slice(0, weight.packed.shape[0]), dequantized.flatten(0, 1))
+        return Dequantized(dequantized)

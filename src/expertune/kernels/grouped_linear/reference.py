@@ -1,4 +1,4 @@
-"""The grouped product in plain torch: every expert decoded to float32, differentiated by autograd."""
+"""The grouped product in plain torch: every expert dequantized to float32, differentiated by autograd."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ def grouped_linear(x_RK: Tensor, weight: Nf4Stack, offsets_E: Tensor, updates: S
     pieces, start = [], 0
     for expert, end in enumerate(offsets_E.tolist()):
         x = x_RK[start:end].float()
-        outputs = [x @ weight.decode(expert * num_parts + part, torch.float32).t() for part in range(num_parts)]
+        outputs = [x @ weight.dequantize(expert * num_parts + part, torch.float32).t() for part in range(num_parts)]
         for update in updates:
             x_update = x if update.x_RK is None else update.x_RK[start:end].float()
             low_rank = x_update @ update.a_ErK[expert].float().t() @ update.b_ENr[expert].float().t()

@@ -21,8 +21,8 @@ __all__ = [
     "Status",
     "Update",
     "available",
-    "decode",
-    "decode_absmax",
+    "dequantize",
+    "dequantize_absmax",
     "dropout",
     "outer",
     "product",
@@ -76,18 +76,20 @@ def quantize(matrix_NK: Tensor, packed: Tensor, absmax: Tensor) -> bool:
     return bad_blocks == 0
 
 
-def decode_absmax(weight: Nf4Bytes, index: int, out: Tensor) -> None:
+def dequantize_absmax(weight: Nf4Bytes, index: int, out: Tensor) -> None:
     """Scales of the blocks of one matrix -> contiguous float32 [N*K/64]."""
     view = _Nf4.of(weight)
-    _call("expertune_decode_absmax", ctypes.byref(view), ctypes.c_int64(index), _pointer(out), torch.get_num_threads())
+    _call(
+        "expertune_dequantize_absmax", ctypes.byref(view), ctypes.c_int64(index), _pointer(out), torch.get_num_threads()
+    )
 
 
-def decode(weight: Nf4Bytes, index: int, rows: tuple[int, int], columns: tuple[int, int], out: Tensor) -> None:
+def dequantize(weight: Nf4Bytes, index: int, rows: tuple[int, int], columns: tuple[int, int], out: Tensor) -> None:
     """Part of one matrix -> out [rows, columns], float32 or bfloat16; columns begin and end with blocks of 64."""
     view = _Nf4.of(weight)
     bounds = [ctypes.c_int64(value) for value in (*rows, *columns)]
     _call(
-        "expertune_decode",
+        "expertune_dequantize",
         ctypes.byref(view),
         ctypes.c_int64(index),
         *bounds,

@@ -71,7 +71,7 @@ INLINE __m256i round_bfloat16(__m256 values)
 }
 
 /* The 64 weights of a block -> four runs of 16 floats, `skip` floats apart (16: one behind the other). */
-INLINE void decode_block_float(const Nf4 *w, int64_t matrix, int64_t block, const uint8_t *packed, float *out, int64_t skip)
+INLINE void dequantize_block_float(const Nf4 *w, int64_t matrix, int64_t block, const uint8_t *packed, float *out, int64_t skip)
 {
     __m256 low, high;
     for (int half = 0; half < 2; half++) {

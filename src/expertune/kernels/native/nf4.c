@@ -1,4 +1,4 @@
-/* The NF4 codec: quantize and decode blocks of 64 weights. The bytes and values are those of bitsandbytes. */
+/* The NF4 codec: quantize and dequantize blocks of 64 weights. The bytes and values are those of bitsandbytes. */
 #include "common.h"
 
 /* Bounds between neighbouring codes; a value's code is the number of bounds below it, as torch.bucketize counts. */
@@ -78,7 +78,7 @@ EXPORT int64_t expertune_quantize(
 }
 
 /* Scales of the blocks of one matrix -> float32 [rows * columns / 64]. */
-EXPORT void expertune_decode_absmax(const Nf4 *w, int64_t matrix, float *out, int threads)
+EXPORT void expertune_dequantize_absmax(const Nf4 *w, int64_t matrix, float *out, int threads)
 {
     int64_t blocks = w->rows * w->columns / BLOCK;
 #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 16384)
@@ -87,13 +87,13 @@ EXPORT void expertune_decode_absmax(const Nf4 *w, int64_t matrix, float *out, in
 }
 
 /* A block has 16 values only: they are scaled and rounded once, and then looked up a byte at a time. */
-INLINE void decode_block_bfloat(const Nf4 *w, int64_t matrix, int64_t block, const uint8_t *packed, uint16_t *out)
+INLINE void dequantize_block_bfloat(const Nf4 *w, int64_t matrix, int64_t block, const uint8_t *packed, uint16_t *out)
 {
     if (w->halves) {
         /* Four significant bits: they fit bfloat16 as they are. */
         float values[BLOCK];
         uint32_t bits[BLOCK];
-        decode_block_float(w, matrix, block, packed, values, 16);
+        dequantize_block_float(w, matrix, block, packed, values, 16);
         memcpy(bits, values, sizeof bits);
         for (int i = 0; i < BLOCK; i++)
             out[i] = (uint16_t)(bits[i] >> 16);
@@ -131,7 +131,7 @@ INLINE void decode_block_bfloat(const Nf4 *w, int64_t matrix, int64_t block, con
 #define ROWS_AHEAD 16
 
 /* Ask for blocks `first` .. `last` of the row ROWS_AHEAD further on. A few columns of each row lie too far apart for the
-   machine to see what comes next: without this it decodes them at a third of the speed. */
+   machine to see what comes next: without this it dequantizes them at a third of the speed. */
 INLINE void fetch_ahead(const Nf4 *w, int64_t matrix, int64_t row, int64_t first, int64_t last)
 {
     int64_t next = row + ROWS_AHEAD < w->rows ? row + ROWS_AHEAD : w->rows - 1;
@@ -143,7 +143,7 @@ INLINE void fetch_ahead(const Nf4 *w, int64_t matrix, int64_t row, int64_t first
 
 /* Rows and columns of one matrix -> out [row_end - row, column_end - column]. Columns are whole blocks; strides count
    elements. kind: 0 float32, 1 bfloat16. */
-EXPORT void expertune_decode(
+EXPORT void expertune_dequantize(
     const Nf4 *w, int64_t matrix, int64_t row, int64_t row_end, int64_t column, int64_t column_end, int kind, void *out,
     int64_t out_stride, int threads)
 {
@@ -157,9 +157,9 @@ EXPORT void expertune_decode(
             const uint8_t *from = packed + (r * blocks + b) * BLOCK_BYTES;
             int64_t to = (r - row) * out_stride + (b - first) * BLOCK;
             if (kind == 0)
-                decode_block_float(w, matrix, r * blocks + b, from, (float *)out + to, 16);
+                dequantize_block_float(w, matrix, r * blocks + b, from, (float *)out + to, 16);
             else
-                decode_block_bfloat(w, matrix, r * blocks + b, from, (uint16_t *)out + to);
+                dequantize_block_bfloat(w, matrix, r * blocks + b, from, (uint16_t *)out + to);
         }
     }
 }

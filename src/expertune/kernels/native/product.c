@@ -1,16 +1,16 @@
-/* Grouped products in float32: y[rows of e] = x[rows of e] @ B[e], decoding B a panel at a time inside the loop.
+/* Grouped products in float32: y[rows of e] = x[rows of e] @ B[e], dequantizing B a panel at a time inside the loop.
 
    The plan is that of Goto and van de Geijn (2008): B is brought into panels of 16 columns that stay in the first-level
    cache, x into panels of 6 rows that stay in the second, and a kernel of 12 accumulators runs over the contraction. What
-   is decoded is used for all rows of the expert and never written to memory. Each element of y is summed by one thread in
+   is dequantized is used for all rows of the expert and never written to memory. Each element of y is summed by one thread in
    one order, whatever the number of threads: two runs give identical bytes. */
 #include "common.h"
 
 #define MR 6      /* rows of a panel of x */
 #define NR 16     /* columns of a panel of B */
 #define KC 256    /* contraction of one pass; a multiple of BLOCK */
-#define MC 768    /* most rows for which a decoded panel is used at once */
-#define STRIPE 64 /* columns that are decoded together where B lies along its columns */
+#define MC 768    /* most rows for which a dequantized panel is used at once */
+#define STRIPE 64 /* columns that are dequantized together where B lies along its columns */
 
 enum { NF4_WEIGHT = 0, FLOAT_WEIGHT = 1, BFLOAT_WEIGHT = 2 };
 
@@ -149,7 +149,7 @@ static void pack_nf4_columns(float *to, const Nf4 *w, int64_t first_matrix, int6
         int64_t matrix = first_matrix + (k + d) / w->rows, row = (k + d) % w->rows;
         int64_t block = row * blocks + column / BLOCK;
         const uint8_t *from = w->packed + matrix * w->rows * (w->columns / 2) + block * BLOCK_BYTES;
-        decode_block_float(w, matrix, block, from, to + d * NR, KC * NR);
+        dequantize_block_float(w, matrix, block, from, to + d * NR, KC * NR);
     }
 }
 

@@ -34,8 +34,8 @@ __all__ = [
     "Nf4Bytes",
     "Nf4Stack",
     "Scheme",
-    "decode",
-    "decode_absmax",
+    "dequantize",
+    "dequantize_absmax",
     "quantize_matrix",
 ]
 
@@ -64,15 +64,15 @@ def quantize_matrix(matrix_NK: Tensor, double_quantization: bool = True) -> tupl
     return cpu.quantize_matrix(matrix_NK, double_quantization)
 
 
-def decode_absmax(weight: Nf4Bytes, index: int) -> Tensor:
+def dequantize_absmax(weight: Nf4Bytes, index: int) -> Tensor:
     """Scales of matrix `index`, float32 [N, K/64]; of MXFP4 [N, K/32]."""
-    return _codec(weight).decode_absmax(weight, index)
+    return _codec(weight).dequantize_absmax(weight, index)
 
 
-def decode(
+def dequantize(
     weight: Nf4Bytes, index: int, out: Tensor, rows: slice | None = None, columns: slice | None = None
 ) -> Tensor:
-    """Decode one matrix, or a part of it, into `out`.
+    """Dequantize one matrix, or a part of it, into `out`.
 
     Args:
         weight: M matrices [N, K].
@@ -94,7 +94,7 @@ def decode(
     shape = (rows.stop - rows.start, columns.stop - columns.start)
     if tuple(out.shape) != shape or out.stride(1) != 1:
         raise ValueError(f"out must be {shape} with adjoining columns, got {tuple(out.shape)}, strides {out.stride()}")
-    return _codec(weight).decode(weight, index, out, rows, columns)
+    return _codec(weight).dequantize(weight, index, out, rows, columns)
 
 
 def _codec(weight: Nf4Bytes) -> ModuleType:
@@ -191,9 +191,11 @@ class Nf4Stack(nn.Module):
         self.absmax, self.nested_absmax, self.offset = held.absmax, held.nested_absmax, held.offset
         self.stays = stays
 
-    def decode(self, index: int, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, index: int, dtype: torch.dtype) -> Tensor:
         """Matrix `index` as [N, K] of `dtype`."""
-        return decode(self.bytes, index, torch.empty(self.rows, self.columns, dtype=dtype, device=self.packed.device))
+        return dequantize(
+            self.bytes, index, torch.empty(self.rows, self.columns, dtype=dtype, device=self.packed.device)
+        )
 
     @property
     def nbytes(self) -> int:

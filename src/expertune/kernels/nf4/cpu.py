@@ -41,15 +41,15 @@ def quantize_matrix(matrix_NK: Tensor, double_quantization: bool) -> tuple[Tenso
     return packed, codes, state.absmax, offset.reshape(1)
 
 
-def decode_absmax(weight: Nf4Bytes, index: int) -> Tensor:
+def dequantize_absmax(weight: Nf4Bytes, index: int) -> Tensor:
     """Scales of one matrix, float32 [N, K/64]; of MXFP4 [N, K/32]."""
     if weight.scheme == "mxfp4":
-        return reference.decode_absmax(weight, index)
+        return reference.dequantize_absmax(weight, index)
     if not weight.double_quantization:
         return weight.absmax[index].view(weight.rows, -1)
     if native.available():
         out = torch.empty(weight.absmax.shape[1], dtype=torch.float32)
-        native.decode_absmax(weight, index, out)
+        native.dequantize_absmax(weight, index, out)
     else:
         out = torch.ops.bitsandbytes.dequantize_blockwise(
             weight.absmax[index],
@@ -61,18 +61,20 @@ def decode_absmax(weight: Nf4Bytes, index: int) -> Tensor:
     return out.view(weight.rows, -1)
 
 
-def decode(weight: Nf4Bytes, index: int, out: Tensor, rows: slice, columns: slice) -> Tensor:
-    """Part of one matrix into `out`; see `expertune.kernels.nf4.decode`.
+def dequantize(weight: Nf4Bytes, index: int, out: Tensor, rows: slice, columns: slice) -> Tensor:
+    """Part of one matrix into `out`; see `expertune.kernels.nf4.dequantize`.
 
     A tile of a few MiB that is written again and again stays in cache, from where the product after it reads it.
     """
     if native.available() and out.dtype != torch.float16:
-        native.decode(weight, index, (rows.start, rows.stop), (columns.start, columns.stop), out)
+        native.dequantize(weight, index, (rows.start, rows.stop), (columns.start, columns.stop), out)
         return out
     if weight.scheme == "mxfp4":
-        return reference.decode(weight, index, out, rows, columns)
+        return reference.dequantize(weight, index, out, rows, columns)
     packed = weight.packed[index][rows, columns.start // 2 : columns.stop // 2].contiguous()
-    absmax = decode_absmax(weight, index)[rows, columns.start // BLOCK_SIZE : columns.stop // BLOCK_SIZE].contiguous()
+    absmax = dequantize_absmax(weight, index)[
+        rows, columns.start // BLOCK_SIZE : columns.stop // BLOCK_SIZE
+    ].contiguous()
     return out.copy_(
         torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, BLOCK_SIZE, "nf4", list(out.shape), out.dtype)
     )

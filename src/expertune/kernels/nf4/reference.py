@@ -78,7 +78,7 @@ def dynamic_codebook(device: torch.device) -> Tensor:
 def quantize_matrix(matrix_NK: Tensor, double_quantization: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantize [N, K] by nearest codebook value; the same outputs as `expertune.kernels.nf4.quantize_matrix`.
 
-    Ties and the last bit of a scale may fall otherwise than in bitsandbytes; decoded values are within one step.
+    Ties and the last bit of a scale may fall otherwise than in bitsandbytes; dequantized values are within one step.
     """
     blocks = matrix_NK.float().reshape(-1, BLOCK_SIZE)
     absmax = blocks.abs().amax(dim=1)
@@ -97,7 +97,7 @@ def quantize_matrix(matrix_NK: Tensor, double_quantization: bool = True) -> tupl
     return packed, codes.reshape(-1)[: len(centred)], nested, offset[None]
 
 
-def decode_absmax(weight: Nf4Bytes, index: int) -> Tensor:
+def dequantize_absmax(weight: Nf4Bytes, index: int) -> Tensor:
     """Scales of one matrix, float32 [N, K/64]; of MXFP4 [N, K/32]."""
     absmax = weight.absmax[index]
     if weight.scheme == "mxfp4":
@@ -111,11 +111,11 @@ def decode_absmax(weight: Nf4Bytes, index: int) -> Tensor:
     return absmax.view(weight.rows, -1)
 
 
-def decode(weight: Nf4Bytes, index: int, out: Tensor, rows: slice, columns: slice) -> Tensor:
-    """Part of one matrix into `out`, each value rounded once from float32; see `expertune.kernels.nf4.decode`."""
+def dequantize(weight: Nf4Bytes, index: int, out: Tensor, rows: slice, columns: slice) -> Tensor:
+    """Part of one matrix into `out`, each value rounded once from float32; see `expertune.kernels.nf4.dequantize`."""
     packed = weight.packed[index][rows, columns.start // 2 : columns.stop // 2]
     size = MXFP4_BLOCK_SIZE if weight.scheme == "mxfp4" else BLOCK_SIZE
-    absmax = decode_absmax(weight, index)[rows, columns.start // size : columns.stop // size]
+    absmax = dequantize_absmax(weight, index)[rows, columns.start // size : columns.stop // size]
     codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
     values = codebook(weight.scheme, packed.device)[codes.int()]
     return out.copy_((values.unflatten(1, (-1, size)) * absmax[..., None]).flatten(1))
