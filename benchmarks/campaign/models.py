@@ -21,7 +21,7 @@ from expertune.checkpoint.names import read_names
 from expertune.config import LoraSection, QuantizationConfig
 from expertune.experts.contract import find_experts
 from expertune.experts.module import Nf4Experts
-from expertune.layers.varlen_attention import attend_by_row
+from expertune.layers.varlen_attention import use_varlen_attention
 from expertune.train.callbacks import History
 from expertune.train.loss import LanguageModelLoss
 from expertune.train.trainer import ExpertTrainer, training_arguments
@@ -38,7 +38,7 @@ def random_model(model: Model, dtype: torch.dtype, device: torch.device) -> Expe
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(model.config), encoding="utf-8")
         built = build_meta_model(folder, dtype)
-    attend_by_row(built)
+    use_varlen_attention(built)
     names, quantization = read_names(built), QuantizationConfig()
     linears = linears_to_quantize(built)
     for name, experts in list(find_experts(built)):

@@ -37,7 +37,7 @@ from expertune.data.preview import preview
 from expertune.distributed.processes import require_one_process
 from expertune.evaluation.held_out import HeldOut
 from expertune.kernels import routes
-from expertune.layers.varlen_attention import require_rows_apart
+from expertune.layers.varlen_attention import require_no_leakage
 from expertune.placement.device import bound_host_memory, training_device
 from expertune.placement.experts import Place, placement_of
 from expertune.planning import MicroBatch, make_plan
@@ -256,7 +256,7 @@ def _load_and_adapt(
     record.update("kernels", **kernels)
     console.print(f"kernels: {routes.say(kernels)}", soft_wrap=True)
     if config.data.packing != "padded":
-        require_rows_apart(loaded.model)
+        require_no_leakage(loaded.model)
     probe = _probe_batch(config, tokenizer, rows, device)
     recovery = _recovery(config, loaded.model, device, record, console)
     base_logits, probe = recovery.proof_batch(partial(probe_logits, loaded.model), probe)

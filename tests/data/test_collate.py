@@ -12,7 +12,7 @@ from expertune.data import (
     pack_rows,
 )
 from expertune.errors import DataError
-from expertune.layers.varlen_attention import ROW_BOUNDS
+from expertune.layers.varlen_attention import SEQUENCE_BOUNDS
 
 FIRST = {"input_ids": [1, 11, 12, 2], "labels": [IGNORE_INDEX, 11, 12, 2], "row_ids": [4]}
 SECOND = {"input_ids": [1, 21, 2], "labels": [1, 21, 2], "row_ids": [7]}
@@ -73,7 +73,7 @@ def test_padding_free_batch_says_where_its_rows_begin():
 
 
 def test_padded_batch_has_no_row_bounds():
-    assert not set(ROW_BOUNDS) & LeftPaddingCollator(max_length=6, pad_token_id=2)([FIRST, SECOND]).keys()
+    assert not set(SEQUENCE_BOUNDS) & LeftPaddingCollator(max_length=6, pad_token_id=2)([FIRST, SECOND]).keys()
 
 
 def test_left_padding_fills_to_the_length_and_trains_the_true_eos():

@@ -67,7 +67,7 @@ def test_where_rows_begin_is_told_and_not_looked_for(model, tokenizer, tokenized
     def look(position_ids):
         raise AssertionError("looked for rows in the positions")
 
-    monkeypatch.setattr("expertune.layers.varlen_attention.row_lengths", look)
+    monkeypatch.setattr("expertune.layers.varlen_attention.sequence_lengths", look)
     data = viggo_data(packing=packing)
     loss = evaluation_loss(model, make_dataset(tokenized, data), make_collator(data, tokenizer), 4)
     assert loss == pytest.approx(mean_loss, rel=1e-5)

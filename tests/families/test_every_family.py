@@ -28,7 +28,7 @@ from expertune.errors import CheckpointError, UnsupportedModelError
 from expertune.experts import layout
 from expertune.experts.contract import find_experts
 from expertune.experts.lora import ExpertsLora
-from expertune.layers.varlen_attention import NAME, attend_by_batch, require_rows_apart
+from expertune.layers.varlen_attention import NAME, require_no_leakage, use_sdpa_attention
 from expertune.planning.headers import check_headers, read_headers
 from tests.experts.families import experts_classes
 from tests.families.build import FIRST_SPECIAL, families, model_type, tiny_config
@@ -294,10 +294,10 @@ def test_rows_end_to_end_are_kept_apart_or_refused(family: Family) -> None:
     except (UnsupportedModelError, ValueError):
         apart = False  # the family says so by itself
     if apart:
-        require_rows_apart(model)
+        require_no_leakage(model)
     else:
         with pytest.raises(UnsupportedModelError, match=r"set data\.packing=padded to train this model$"):
-            require_rows_apart(model)
+            require_no_leakage(model)
 
 
 @torch.no_grad()
@@ -308,7 +308,7 @@ def test_left_padded_rows_have_the_logits_of_each_row_alone_or_are_listed(family
     batch = LeftPaddingCollator(max_length=16, pad_token_id=0)(features)
     del batch["labels"]
     usual = model.config._attn_implementation
-    attend_by_batch(model)
+    use_sdpa_attention(model)
     try:
         padded = model(**batch, use_cache=False).logits
         alone = [model(input_ids=row[None], use_cache=False).logits[0] for row in rows]

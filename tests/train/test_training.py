@@ -15,7 +15,7 @@ from torch import Tensor
 from expertune import finetune
 from expertune.config import parse_config
 from expertune.errors import ConfigError, NonFiniteLossError, StorageError
-from expertune.layers.varlen_attention import row_lengths
+from expertune.layers.varlen_attention import sequence_lengths
 from expertune.run.record import RunRecord
 from expertune.train.trainer import training_arguments
 from tests.train.scarce import adapter_bytes
@@ -81,9 +81,9 @@ def test_where_rows_begin_reaches_every_layer_of_every_step(
     def look(position_ids: Tensor) -> list[int]:
         # The loss compares itself on a few tokens of one row, which are no batch of the collator.
         assert (position_ids == 0).sum() == 1
-        return row_lengths(position_ids)
+        return sequence_lengths(position_ids)
 
-    monkeypatch.setattr("expertune.layers.varlen_attention.row_lengths", look)
+    monkeypatch.setattr("expertune.layers.varlen_attention.sequence_lengths", look)
     data = run_values["data"] | {"packing": packing}
     record = train(run_values | {"data": data}, gradient_checkpointing=checkpointing, max_steps=3)
     assert len(record["train"]["loss"]) == 3

@@ -45,7 +45,7 @@ from expertune.errors import CheckpointError, ConfigError, ExportError
 from expertune.experts.contract import find_experts
 from expertune.experts.module import Nf4Experts
 from expertune.kernels.nf4 import Scheme
-from expertune.layers.varlen_attention import attend_by_row
+from expertune.layers.varlen_attention import use_varlen_attention
 
 
 @dataclass
@@ -159,7 +159,7 @@ def load_model(
     index = open_checkpoint(folder)
     model = build_meta_model(folder, dtype, trust_remote_code)
     method = quantization_method(index.folder, model, index.tensors)
-    attend_by_row(model)
+    use_varlen_attention(model)
     names = read_names(model)
     _require_enough_bytes(model, index)
     pieces = find_pieces(index.tensors, method)
@@ -213,7 +213,7 @@ def _load_nf4_folder(
     require_verified(stored.folder)
     settings = settings_of(quantization, stored.settings.double_quantization, stored.folder, stored.scheme)
     model = build_meta_model(stored.folder, dtype, trust_remote_code)
-    attend_by_row(model)
+    use_varlen_attention(model)
     names = read_names(model)
     swap_experts(model, settings, "meta", scheme=stored.scheme)
     unexpected = fill(model, stored, dtype, torch.device(device), read_experts, progress)

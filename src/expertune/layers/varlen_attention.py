@@ -1,12 +1,13 @@
-"""Attention over concatenated rows that costs per row, not per square of the batch.
+"""Attention over concatenated sequences that costs per sequence, not per square of the batch.
 
-transformers keeps attention inside each row of a concatenated batch by a mask of [T, T]: right, but every token is
-multiplied with every other. Here rows attend by themselves, with no mask at all: on a GPU all of them in one call of
-torch's variable-length attention, elsewhere each in a call of scaled-dot-product attention. Where rows begin is what
-the batch says (`cu_seq_lens_q`, `max_length_q`: transformers' names), else where its positions restart. Registered
+transformers keeps attention inside each sequence of a concatenated batch by a mask of [T, T]: right, but every token is
+multiplied with every other. Here sequences attend by themselves, with no mask at all: on a GPU all of them in one call
+of torch's variable-length attention, elsewhere each in a call of scaled-dot-product attention. Where sequences begin is
+what the batch says (`cu_seq_lens_q`, `max_length_q`: transformers' names), else where its positions restart. Registered
 through transformers' own attention interface; generation and padded batches take transformers' sdpa path.
 
-Shape suffixes: H query heads, K key and value heads, T tokens of all rows, D head size, V size of a value, N rows.
+Shape suffixes: H query heads, K key and value heads, T tokens of all sequences, D head size, V size of a value, N
+sequences.
 """
 
 import functools
@@ -33,17 +34,17 @@ try:
 except ImportError:  # torch 2.9
     varlen_attn = None
 
-NAME = "expertune_rows"
+NAME = "expertune_varlen"
 
-ROW_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""What a concatenated batch says about its rows, by the names of transformers' `FlashAttentionKwargs`."""
+SEQUENCE_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""What a concatenated batch says about its sequences, by the names of transformers' `FlashAttentionKwargs`."""
 
-SHORT_ROW = 256
-"""Tokens up to which a row attends in float32 on a CPU, whatever its dtype.
+SHORT_SEQUENCE = 256
+"""Tokens up to which a sequence attends in float32 on a CPU, whatever its dtype.
 
 torch's attention in 16 bits makes code for each length that it meets: 3 ms on a CPU with AVX512-BF16, where float32
-needs 0.3 ms for all of a short row's backward. From some 256 tokens on 16 bits are the faster. Float32 is also the more
-exact.
+needs 0.3 ms for all of a short sequence's backward. From some 256 tokens on 16 bits are the faster. Float32 is also the
+more exact.
 """
 
 # Terms that some families add inside the attention and that are laid out over the whole batch.
@@ -57,25 +58,26 @@ _WITH_A_MASK = ("indexed_attention", "compressed_attention", "sparse_attention")
 _LENGTHS = WeakTensorKeyDictionary()
 _BOUNDS = WeakTensorKeyDictionary()
 
-# The window of each mask that says nothing but causal, within a window, inside each row.
+# The window of each mask that says nothing but causal, within a window, inside each sequence.
 _WINDOWS = WeakTensorKeyDictionary()
 
 _Derived = TypeVar("_Derived")
 
 
-class _Rows(NamedTuple):
-    """Rows of a concatenated batch: token `bounds[n]` to `bounds[n + 1]` is row n."""
+class _Sequences(NamedTuple):
+    """Sequences of a concatenated batch: token `bounds[n]` to `bounds[n + 1]` is sequence n."""
 
     bounds: Tensor
     """int32 [N + 1], on the device of the batch."""
     longest: int
-    """Tokens of the longest row."""
+    """Tokens of the longest sequence."""
 
 
-def attend_by_row(model: PreTrainedModel) -> bool:
-    """Switch a model to attention by row; False where its family has no scaled-dot-product attention to switch.
+def use_varlen_attention(model: PreTrainedModel) -> bool:
+    """Switch a model to variable-length attention; False where its family has no scaled-dot-product attention.
 
-    In either case the model's forward may be called with `ROW_BOUNDS`; one that has no use for them does not see them.
+    In either case the model's forward may be called with `SEQUENCE_BOUNDS`; one that has no use for them does not see
+    them.
     """
     _accept_bounds(model)
     if not getattr(model, "_supports_sdpa", False) or model.config._attn_implementation != "sdpa":
@@ -87,24 +89,24 @@ def attend_by_row(model: PreTrainedModel) -> bool:
     return True
 
 
-def attend_by_batch(model: PreTrainedModel) -> None:
+def use_sdpa_attention(model: PreTrainedModel) -> None:
     """Back to transformers' own attention: padded batches have no use for another one."""
     if model.config._attn_implementation == NAME:
         model.set_attn_implementation("sdpa")
 
 
-def require_rows_apart(model: PreTrainedModel) -> None:
-    """Try, on two short rows end to end, that the second one knows nothing of the first.
+def require_no_leakage(model: PreTrainedModel) -> None:
+    """Try, on two short sequences, concatenated, that the second one knows nothing of the first.
 
-    A layer that carries a state along, or a mask that is made without asking where rows begin, would train on other
-    rows' tokens, and nothing would show it. Decided by gradients: what the second row's logits say of the first row's
-    embeddings is exactly nothing where rows are kept apart, whatever the dtype's rounding.
+    A layer that carries a state along, or a mask that is made without asking where sequences begin, would train on
+    other sequences' tokens, and nothing would show it. Decided by gradients: what the second sequence's logits say of
+    the first sequence's embeddings is exactly nothing where sequences are kept apart, whatever the dtype's rounding.
 
     Args:
-        model: a causal language model with its weights, `attend_by_row` called; its gradients are left alone.
+        model: a causal language model with its weights, `use_varlen_attention` called; its gradients are left alone.
 
     Raises:
-        UnsupportedModelError: rows mix, or the family refuses them by itself; names what to set instead.
+        UnsupportedModelError: sequences mix, or the family refuses them by itself; names what to set instead.
     """
     lengths = (16, 9)
     embeddings = model.get_input_embeddings()
@@ -113,7 +115,7 @@ def require_rows_apart(model: PreTrainedModel) -> None:
     batch: dict[str, Any] = {
         "input_ids": torch.arange(1, sum(lengths) + 1, device=device)[None] % model.config.get_text_config().vocab_size,
         "position_ids": torch.cat([torch.arange(length, device=device) for length in lengths])[None],
-        **dict(zip(ROW_BOUNDS, (bounds, bounds, max(lengths), max(lengths)), strict=True)),
+        **dict(zip(SEQUENCE_BOUNDS, (bounds, bounds, max(lengths), max(lengths)), strict=True)),
         "use_cache": False,
     }
     leaves: list[Tensor] = []
@@ -122,24 +124,26 @@ def require_rows_apart(model: PreTrainedModel) -> None:
         leaves.append(embedded.detach().requires_grad_())
         return leaves[-1]
 
-    mend = "set data.packing=padded to train this model"
+    fix = "set data.packing=padded to train this model"
     hook = embeddings.register_forward_hook(cut)
     try:
         with torch.enable_grad():
             second = model(**batch).logits[:, lengths[0] :].float().sum()
     except ValueError as error:
-        raise UnsupportedModelError(f"{type(model).__name__} takes no rows end to end ({error}); {mend}") from None
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes no concatenated sequences ({error}); {fix}"
+        ) from None
     finally:
         hook.remove()
     (gradient,) = torch.autograd.grad(second, leaves[:1])
     if gradient[:, : lengths[0]].any():
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not keep rows apart that lie end to end: what one row says reaches the next "
-            f"one; {mend}"
+            f"{type(model).__name__} does not keep concatenated sequences apart: what one says reaches the next "
+            f"one; {fix}"
         )
 
 
-def rows_attention(
+def varlen_attention(
     module: nn.Module,
     query_HTD: Tensor,
     key_KTD: Tensor,
@@ -150,12 +154,12 @@ def rows_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: [1, H, T, D] queries, [1, K, T, D] keys and values -> [1, T, H, V].
 
-    Rows are those of `cu_seq_lens_q`, int32 [N + 1], the longest of `max_length_q` tokens (an int); where these are not
-    given, rows begin where `position_ids` [1, T] is 0. With both given nothing is read back from a GPU. With a mask
-    that is more than a sliding window, a cache or more than one batch row this is transformers' own sdpa.
+    Sequences are those of `cu_seq_lens_q`, int32 [N + 1], the longest of `max_length_q` tokens (an int); where these
+    are not given, sequences begin where `position_ids` [1, T] is 0. With both given nothing is read back from a GPU.
+    With a mask that is more than a sliding window, a cache or a batch of several this is transformers' own sdpa.
 
     Raises:
-        UnsupportedModelError: the family does not say where rows begin, or adds terms over the whole batch.
+        UnsupportedModelError: the family does not say where sequences begin, or adds terms over the whole batch.
     """
     tokens = query_HTD.shape[2]
     window: int | None = None
@@ -166,46 +170,49 @@ def rows_attention(
             return sdpa_attention_forward(module, query_HTD, key_KTD, value_KTV, attention_mask, **kwargs)
     if query_HTD.shape[0] != 1 or key_KTD.shape[2] != tokens or tokens == 1:
         return sdpa_attention_forward(module, query_HTD, key_KTD, value_KTV, attention_mask, **kwargs)
-    rows = _rows(position_ids, kwargs)
-    if rows is None or any(kwargs.get(term) is not None for term in _BATCH_WIDE):
+    sequences = _sequences(position_ids, kwargs)
+    if sequences is None or any(kwargs.get(term) is not None for term in _BATCH_WIDE):
         if attention_mask is not None:
             return sdpa_attention_forward(module, query_HTD, key_KTD, value_KTV, attention_mask, **kwargs)
         raise UnsupportedModelError(
-            f"{type(module).__name__} cannot attend row by row; set data.packing=padded to train this model"
+            f"{type(module).__name__} cannot attend to one sequence at a time; set data.packing=padded to train "
+            "this model"
         )
-    if window is not None and window >= rows.longest:
-        window = attention_mask = None  # no row is long enough for it
-    if rows.longest == tokens and window is None:
+    if window is not None and window >= sequences.longest:
+        window = attention_mask = None  # no sequence is long enough for it
+    if sequences.longest == tokens and window is None:
         return _attend(module, query_HTD, key_KTD, value_KTV, kwargs), None
-    output = _varlen(module, query_HTD, key_KTD, value_KTV, rows, window, kwargs)
+    output = _varlen(module, query_HTD, key_KTD, value_KTV, sequences, window, kwargs)
     if output is not None:
         return output, None
     if attention_mask is not None:
         return sdpa_attention_forward(module, query_HTD, key_KTD, value_KTV, attention_mask, **kwargs)
-    lengths = _once(_LENGTHS, rows.bounds, _lengths)
-    by_row = zip(*(tensor.split(lengths, dim=2) for tensor in (query_HTD, key_KTD, value_KTV)), strict=True)
-    return torch.cat([_attend(module, query, key, value, kwargs) for query, key, value in by_row], dim=1), None
+    lengths = _once(_LENGTHS, sequences.bounds, _lengths)
+    separate = zip(*(tensor.split(lengths, dim=2) for tensor in (query_HTD, key_KTD, value_KTV)), strict=True)
+    return torch.cat([_attend(module, query, key, value, kwargs) for query, key, value in separate], dim=1), None
 
 
 def _attend(module: nn.Module, query_HTD: Tensor, key_KTD: Tensor, value_KTV: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """One row by scaled-dot-product attention: [1, T, H, V] of the queries' dtype."""
+    """One sequence by scaled-dot-product attention: [1, T, H, V] of the queries' dtype."""
     dtype = query_HTD.dtype
-    if query_HTD.device.type != "cpu" or dtype == torch.float32 or query_HTD.shape[2] > SHORT_ROW:
+    if query_HTD.device.type != "cpu" or dtype == torch.float32 or query_HTD.shape[2] > SHORT_SEQUENCE:
         return sdpa_attention_forward(module, query_HTD, key_KTD, value_KTV, None, **kwargs)[0]
     exact = sdpa_attention_forward(module, query_HTD.float(), key_KTD.float(), value_KTV.float(), None, **kwargs)[0]
     return exact.to(dtype)
 
 
-def row_lengths(position_ids: Tensor) -> list[int]:
-    """Tokens of each row of a concatenated batch, from `position_ids` [1, T] that restart at 0."""
+def sequence_lengths(position_ids: Tensor) -> list[int]:
+    """Tokens of each sequence of a concatenated batch, from `position_ids` [1, T] that restart at 0."""
     starts = (position_ids.reshape(-1) == 0).nonzero().reshape(-1)
-    # A batch whose first token is not at 0 continues a row; it is one all the same.
+    # A batch whose first token is not at 0 continues a sequence; it is one all the same.
     bounds = [0, *(start for start in starts.tolist() if start), position_ids.numel()]
     return [end - start for start, end in pairwise(bounds)]
 
 
-def rows_mask(*args: Any, attention_mask: Tensor | None = None, use_vmap: bool = False, **kwargs: Any) -> Tensor | None:
-    """transformers' mask function: none where rows are attended to one by one, else sdpa's own."""
+def varlen_mask(
+    *args: Any, attention_mask: Tensor | None = None, use_vmap: bool = False, **kwargs: Any
+) -> Tensor | None:
+    """transformers' mask function: none where sequences are attended to one at a time, else sdpa's own."""
     plain = attention_mask is None and not use_vmap
     plain = plain and kwargs["q_length"] == kwargs["kv_length"] and kwargs["batch_size"] == 1
     window = kwargs.get("local_size")
@@ -218,9 +225,9 @@ def rows_mask(*args: Any, attention_mask: Tensor | None = None, use_vmap: bool =
 
 
 def check_varlen(device: torch.device | str) -> float:
-    """How far attention in one call is from attention row by row, on a device.
+    """How far attention in one call is from attention one sequence at a time, on a device.
 
-    Random bfloat16 rows of odd lengths, in one call, against the same values in float32, each row by
+    Random bfloat16 sequences of odd lengths, in one call, against the same values in float32, each sequence by
     scaled-dot-product attention: outputs and the gradients of queries, keys and values, with grouped queries, values
     that are narrower than keys, and a sliding window where torch's release has one.
 
@@ -234,7 +241,7 @@ def check_varlen(device: torch.device | str) -> float:
     generator = torch.Generator().manual_seed(0)
     lengths = [1, 3, 129, 64, 257, 31]
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-    rows = _Rows(bounds, max(lengths))
+    sequences = _Sequences(bounds, max(lengths))
     worst = 0.0
     for num_key_heads, value_size, window in ((8, 64, None), (2, 64, None), (8, 32, None), (2, 64, 17)):
         if window is not None and "window_size" not in _parameters(varlen_attn):
@@ -246,7 +253,7 @@ def check_varlen(device: torch.device | str) -> float:
         )
         gradient = gradient.transpose(1, 2)
         ours = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
-        output = _varlen(nn.Module(), ours[0], ours[1], ours[2], rows, window, {"scaling": 64**-0.5})
+        output = _varlen(nn.Module(), ours[0], ours[1], ours[2], sequences, window, {"scaling": 64**-0.5})
         if output is None:
             raise RuntimeError(f"torch {torch.__version__} has no variable-length attention on {device}")
         output.backward(gradient)
@@ -266,7 +273,7 @@ def check_varlen(device: torch.device | str) -> float:
 def _attend_in_full(
     query_HTD: Tensor, key_KTD: Tensor, value_KTV: Tensor, lengths: list[int], window: int | None
 ) -> Tensor:
-    """[1, T, H, V]: each row by scaled-dot-product attention, its window as a mask."""
+    """[1, T, H, V]: each sequence by scaled-dot-product attention, its window as a mask."""
     outputs = []
     for query, key, value in zip(*(x.split(lengths, dim=2) for x in (query_HTD, key_KTD, value_KTV)), strict=True):
         seen = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril()
@@ -281,11 +288,11 @@ def _varlen(
     query_HTD: Tensor,
     key_KTD: Tensor,
     value_KTV: Tensor,
-    rows: _Rows,
+    sequences: _Sequences,
     window: int | None,
     kwargs: dict[str, Any],
 ) -> Tensor | None:
-    """[1, T, H, V] of all rows in one call, or None where torch's variable-length attention cannot do it.
+    """[1, T, H, V] of all sequences in one call, or None where torch's variable-length attention cannot do it.
 
     A window of W lets a token see itself and W - 1 before it.
     """
@@ -310,7 +317,7 @@ def _varlen(
             terms["enable_gqa"] = True
         else:
             key_TKD, value_TKD = (tensor.repeat_interleave(groups, dim=1) for tensor in (key_TKD, value_TKD))
-    bounds, longest = rows
+    bounds, longest = sequences
     output: Tensor = varlen_attn(query_THD, key_TKD, value_TKD, bounds, bounds, longest, longest, **terms)
     return output.narrow(-1, 0, value_size).unsqueeze(0)
 
@@ -362,17 +369,17 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
 
 
-def _rows(position_ids: Tensor | None, kwargs: dict[str, Any]) -> _Rows | None:
-    """The batch's rows as it says itself, else from its positions; None where neither is given."""
+def _sequences(position_ids: Tensor | None, kwargs: dict[str, Any]) -> _Sequences | None:
+    """The batch's sequences as it says itself, else from its positions; None where neither is given."""
     bounds, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
     if not isinstance(bounds, Tensor):
         if position_ids is None:
             return None
-        lengths = _once(_LENGTHS, position_ids, row_lengths)
-        return _Rows(_once(_BOUNDS, position_ids, functools.partial(_bounds, lengths)), max(lengths))
+        lengths = _once(_LENGTHS, position_ids, sequence_lengths)
+        return _Sequences(_once(_BOUNDS, position_ids, functools.partial(_bounds, lengths)), max(lengths))
     if not isinstance(longest, int):
         longest = max(_once(_LENGTHS, bounds, _lengths))
-    return _Rows(bounds, longest)
+    return _Sequences(bounds, longest)
 
 
 def _bounds(lengths: list[int], position_ids: Tensor) -> Tensor:
@@ -397,12 +404,12 @@ def _once(known: WeakTensorKeyDictionary, tensor: Tensor, derive: Callable[[Tens
 
 
 def _accept_bounds(model: PreTrainedModel) -> None:
-    """Keep `ROW_BOUNDS` from a forward that would refuse them."""
+    """Keep `SEQUENCE_BOUNDS` from a forward that would refuse them."""
     forward = model.forward
     parameters = inspect.signature(forward).parameters
     if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         return
-    unknown = {name for name in ROW_BOUNDS if name not in parameters}
+    unknown = {name for name in SEQUENCE_BOUNDS if name not in parameters}
 
     @functools.wraps(forward)
     def without_bounds(*args: Any, **kwargs: Any) -> Any:
@@ -412,5 +419,5 @@ def _accept_bounds(model: PreTrainedModel) -> None:
     model.forward = without_bounds
 
 
-AttentionInterface.register(NAME, rows_attention)
-AttentionMaskInterface.register(NAME, rows_mask)
+AttentionInterface.register(NAME, varlen_attention)
+AttentionMaskInterface.register(NAME, varlen_mask)

@@ -18,7 +18,7 @@ from expertune.checkpoint.targets import ResolvedTargets
 from expertune.experts.contract import TOP_K_NAMES, ExpertsSpec
 from expertune.experts.router import find_router
 from expertune.kernels.nf4 import BLOCK_SIZE, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE, Scheme
-from expertune.layers.varlen_attention import SHORT_ROW
+from expertune.layers.varlen_attention import SHORT_SEQUENCE
 
 _FLOAT32_BYTES = 4
 
@@ -120,7 +120,7 @@ class Attention:
         if device == "cpu" and self.uneven:
             # In float32: queries, keys and values of all heads, and the scores.
             return _FLOAT32_BYTES * (2 * self.query + self.output + self.heads * row_length)
-        if device == "cpu" and row_length <= SHORT_ROW:
+        if device == "cpu" and row_length <= SHORT_SEQUENCE:
             itemsize = _FLOAT32_BYTES
         return itemsize * (self.query + self.key + self.value + self.output) + _FLOAT32_BYTES * self.heads
 

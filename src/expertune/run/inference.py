@@ -27,7 +27,7 @@ from expertune.data import (
 from expertune.errors import CheckpointError, ConfigError
 from expertune.evaluation.held_out import HeldOut
 from expertune.generation.chat import complete
-from expertune.layers.varlen_attention import attend_by_batch
+from expertune.layers.varlen_attention import use_sdpa_attention
 from expertune.placement.device import bound_host_memory, default_device, resolve_compute_dtype, set_up_kernels
 from expertune.placement.experts import Place, place_experts, reading
 from expertune.run.directory import ADAPTER_FOLDER
@@ -211,7 +211,7 @@ def load_base(
     )
     place_experts(loaded.model, places, device, source.folder)
     if config.data.packing == "padded":
-        attend_by_batch(loaded.model)
+        use_sdpa_attention(loaded.model)
     return loaded
 
 
