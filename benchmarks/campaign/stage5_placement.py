@@ -38,19 +38,19 @@ def run(args: argparse.Namespace, out: Record) -> None:
     adapted = models.random_model(model, torch.bfloat16, device)
     training = models.begin(adapted, Path(tempfile.mkdtemp(prefix="campaign-")), device)
     experts = {name: module for name, module in adapted.named_modules() if isinstance(module, Nf4Experts)}
-    placement = Placement(experts, device, host_apart=True)
+    placement = Placement(experts, device, separate_host=True)
     layer_bytes = max(module.gate_up.nbytes + module.down.nbytes for module in experts.values())
     copies = out.item("copies", lambda: _copies(next(iter(experts.values())), device))
     for tokens in (64,) if args.small else (320, 2048, 8192):
         batches = [models.on_device(text_batch(tokens, args.text)[0], device)]
-        placement.put(dict.fromkeys(experts, "device"))
+        placement.move(dict.fromkeys(experts, "device"))
         resident = out.item(f"resident T={tokens}", lambda batches=batches: _steps(training, batches, device))
         if resident is None or copies is None:
             return
         for budget in BUDGETS_GB:
             waiting = _waiting(resident["peak_bytes"], budget * 10**9, layer_bytes, len(experts), args.small)
-            placement.put(dict.fromkeys(experts, "device"))
-            placement.put(dict.fromkeys(spread(list(experts), waiting), "host"))
+            placement.move(dict.fromkeys(experts, "device"))
+            placement.move(dict.fromkeys(spread(list(experts), waiting), "host"))
 
             def streamed(
                 budget: int = budget, waiting: int = waiting, batches: Any = batches, resident: Item = resident

@@ -39,7 +39,7 @@ from expertune.evaluation.held_out import HeldOut
 from expertune.kernels import routes
 from expertune.layers.varlen_attention import require_no_leakage
 from expertune.placement.device import bound_host_memory, training_device
-from expertune.placement.experts import Place, placement_of
+from expertune.placement.experts import Location, placement_of
 from expertune.planning import MicroBatch, make_plan
 from expertune.planning.disk import require_room
 from expertune.planning.memory import PROOF_TOKENS
@@ -66,7 +66,7 @@ from expertune.train.callbacks import History, ProgressBar, peak_memory_bytes
 from expertune.train.checkpoints import ResumePoint, find_resume_point, require_state_to_go_on
 from expertune.train.ladder import Change
 from expertune.train.loss import LanguageModelLoss
-from expertune.train.offload import has_host_apart
+from expertune.train.offload import has_separate_host
 from expertune.train.recover import Recovery
 from expertune.train.schedule import Evaluations, check_schedule, evaluates_at_ends, require_a_batch
 from expertune.train.trackers import Trackers
@@ -240,7 +240,7 @@ def _load_and_adapt(
     source: ModelSource,
     tokenizer: PreTrainedTokenizerBase,
     rows: TokenizedRows,
-    places: Mapping[str, Place],
+    places: Mapping[str, Location],
     device: torch.device,
     record: RunRecord,
     bars: Bars,
@@ -341,7 +341,7 @@ def _train(
         checkpoint = str(resumed.checkpoint) if resumed.checkpoint else None
         notes += [f"not resumed from: {reason}" for reason in resumed.refused]
         notes.append(f"resuming from {checkpoint or 'the first step: no whole checkpoint yet'}")
-    if config.offload_activations and not has_host_apart(device):
+    if config.offload_activations and not has_separate_host(device):
         notes.append(f"offload_activations: on this {device.type} memory is the host's, and nothing is moved")
     for note in notes:
         console.print(note, soft_wrap=True)
@@ -379,7 +379,7 @@ def _train(
         record.update("memory", peak_bytes=peak_memory_bytes())
         record.update("kernels", ran=routes.describe(device, model.dtype)["ran"])
         if placement := placement_of(model):
-            record.update("placement", places=placement.places, **placement.describe())
+            record.update("placement", places=placement.locations, **placement.describe())
     origin = trainer.adapter_origin
     record.update("adapter", **origin)
     # An adapter to start from is not the base model, and neither is a first evaluation after some steps.

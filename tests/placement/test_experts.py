@@ -1,4 +1,4 @@
-"""Experts that wait in the host's memory or on disk: the same bytes, the same results, two layers at a time."""
+"""Experts offloaded to the host or to disk: the same bytes, the same results, two layers at a time."""
 
 import copy
 import re
@@ -16,7 +16,7 @@ from expertune.config import LoraSection
 from expertune.experts.module import Nf4Experts
 from expertune.experts.replay import with_replay
 from expertune.kernels.nf4 import Nf4Bytes
-from expertune.placement.experts import Place, Placement, demote, placement_of
+from expertune.placement.experts import Location, Placement, offload_more, placement_of
 from tests.tiny_models import load_tiny, random_rows, save_tiny_model
 
 LAYERS = 4
@@ -67,71 +67,71 @@ def assert_identical(found: list[Tensor], expected: list[Tensor]) -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def everywhere(placement: Placement, place: Place) -> dict[str, Place]:
-    return dict.fromkeys(placement.experts, place)
+def everywhere(placement: Placement, location: Location) -> dict[str, Location]:
+    return dict.fromkeys(placement.experts, location)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "no checkpointing"])
 @pytest.mark.parametrize(
-    ("place", "host_apart"),
+    ("location", "separate_host"),
     [("disk", False), ("disk", True), ("host", True)],
     ids=["mapped", "disk to slots", "host to slots"],
 )
-def test_a_step_is_byte_identical_wherever_experts_wait_and_takes_two_transfers_of_each_layer(
-    folder: Path, tmp_path: Path, place: Place, host_apart: bool, checkpointing: bool
+def test_step_is_byte_identical_wherever_experts_are_held_and_takes_two_transfers_of_each_layer(
+    folder: Path, tmp_path: Path, location: Location, separate_host: bool, checkpointing: bool
 ) -> None:
     loaded, placement = placed(folder, tmp_path)
     expected = step(loaded.model, checkpointing)
-    # What a GPU does with layers that wait elsewhere, with the CPU as the device that computes.
-    placement.host_apart = host_apart
-    placement.put(everywhere(placement, place))
+    # What a GPU does with offloaded layers, with the CPU as the device that computes.
+    placement.separate_host = separate_host
+    placement.move(everywhere(placement, location))
     assert_identical(step(loaded.model, checkpointing), expected)
     first = placement.describe()
-    assert first["layers"] == {place: LAYERS}
+    assert first["layers"] == {location: LAYERS}
     # The last layer of forward is the first of backward, and the last of backward the first of the next step.
     assert first["transfers"] == 2 * LAYERS - 1
     assert_identical(step(loaded.model, checkpointing), expected)
     assert placement.describe()["transfers"] == first["transfers"] + 2 * LAYERS - 2
 
 
-def test_a_recomputation_without_replay_shares_its_transfer_with_backward(folder: Path, tmp_path: Path) -> None:
+def test_recomputation_without_replay_shares_its_transfer_with_backward(folder: Path, tmp_path: Path) -> None:
     loaded, placement = placed(folder, tmp_path)
     expected = step(loaded.model, checkpointing=True)
-    placement.put(everywhere(placement, "disk"))
+    placement.move(everywhere(placement, "disk"))
     loaded.model.activation_checkpointing_enable({"use_reentrant": False})
     assert_identical(step(loaded.model, checkpointing=False), expected)
     assert placement.describe()["transfers"] == 2 * LAYERS - 1
 
 
-def test_evaluation_brings_the_first_layer_again_while_the_last_one_computes(folder: Path, tmp_path: Path) -> None:
+def test_evaluation_prefetches_the_first_layer_while_the_last_one_computes(folder: Path, tmp_path: Path) -> None:
     loaded, placement = placed(folder, tmp_path)
     rows = random_rows()
     with torch.no_grad():
         expected = loaded.model(rows, use_cache=False).logits
-        placement.put(everywhere(placement, "disk"))
+        placement.move(everywhere(placement, "disk"))
         for _ in range(2):
             assert torch.equal(loaded.model(rows, use_cache=False).logits, expected)
     assert placement.describe()["transfers"] == 2 * LAYERS + 1
 
 
-def test_layers_may_wait_in_different_places(folder: Path, tmp_path: Path) -> None:
+def test_layers_may_be_held_at_different_locations(folder: Path, tmp_path: Path) -> None:
     loaded, placement = placed(folder, tmp_path)
     expected = step(loaded.model, checkpointing=True)
     first, *_, last = placement.experts
-    placement.put({first: "disk", last: "disk"})
+    placement.move({first: "disk", last: "disk"})
     assert_identical(step(loaded.model, checkpointing=True), expected)
     assert placement.describe()["layers"] == {"disk": 2, "device": LAYERS - 2}
-    placement.put(everywhere(placement, "device"))
+    placement.move(everywhere(placement, "device"))
     assert_identical(step(loaded.model, checkpointing=True), expected)
     assert placement.describe() == {"layers": {"device": 4}, "streamed_bytes": 0, "transfers": 0, "waited_seconds": 0.0}
 
 
-def test_a_layer_without_a_file_cannot_wait_on_disk(folder: Path) -> None:
+def test_layer_without_a_file_cannot_be_offloaded_to_disk(folder: Path) -> None:
     loaded = load_tiny(folder)
     modules = {name: module for name, module in loaded.model.named_modules() if isinstance(module, Nf4Experts)}
     placement = Placement(modules, CPU)
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts: no NF4 folder holds these experts"):
-        placement.put(everywhere(placement, "disk"))
+        placement.move(everywhere(placement, "disk"))
 
 
 def resident_bytes(folder: Path) -> dict[str, int]:
@@ -150,7 +150,7 @@ def resident_bytes(folder: Path) -> dict[str, int]:
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="resident pages by file are read from /proc")
 def test_no_more_than_two_layers_on_disk_are_resident(folder: Path, tmp_path: Path) -> None:
     loaded, placement = placed(folder, tmp_path)
-    placement.put(everywhere(placement, "disk"))
+    placement.move(everywhere(placement, "disk"))
     seen: list[int] = []
 
     def look(*_: object) -> None:
@@ -163,9 +163,9 @@ def test_no_more_than_two_layers_on_disk_are_resident(folder: Path, tmp_path: Pa
     assert 1 <= max(seen) <= 2
 
 
-def test_the_model_moved_or_copied_leaves_bytes_on_disk_where_they_are(folder: Path, tmp_path: Path) -> None:
+def test_model_moved_or_copied_leaves_bytes_on_disk_where_they_are(folder: Path, tmp_path: Path) -> None:
     loaded, placement = placed(folder, tmp_path)
-    placement.put(everywhere(placement, "disk"))
+    placement.move(everywhere(placement, "disk"))
     before = next(iter(placement.experts.values())).gate_up.packed.data_ptr()
     loaded.model.to(torch.bfloat16)
     assert next(iter(placement.experts.values())).gate_up.packed.data_ptr() == before
@@ -175,41 +175,41 @@ def test_the_model_moved_or_copied_leaves_bytes_on_disk_where_they_are(folder: P
         assert torch.equal(copy.deepcopy(loaded.model)(rows).logits, loaded.model(rows).logits)
 
 
-def test_demote_moves_half_of_what_is_resident_until_nothing_is_left(folder: Path, tmp_path: Path) -> None:
+def test_offload_more_moves_half_of_what_is_resident_until_nothing_is_left(folder: Path, tmp_path: Path) -> None:
     loaded, placement = placed(folder, tmp_path)
     expected = step(loaded.model, checkpointing=True)
     assert placement_of(loaded.model) is placement
-    assert demote(loaded.model) == "experts of 2 layers wait on disk"
+    assert offload_more(loaded.model) == "experts of 2 layers are offloaded to disk"
     assert_identical(step(loaded.model, checkpointing=True), expected)
-    assert demote(loaded.model) == "experts of 1 layers wait on disk"
-    assert demote(loaded.model) == "experts of 1 layers wait on disk"
-    assert demote(loaded.model) is None
+    assert offload_more(loaded.model) == "experts of 1 layers are offloaded to disk"
+    assert offload_more(loaded.model) == "experts of 1 layers are offloaded to disk"
+    assert offload_more(loaded.model) is None
     assert_identical(step(loaded.model, checkpointing=True), expected)
 
 
-def test_demote_moves_to_the_host_where_it_is_apart(folder: Path, tmp_path: Path) -> None:
+def test_offload_more_moves_to_the_host_where_its_memory_is_separate(folder: Path, tmp_path: Path) -> None:
     loaded, placement = placed(folder, tmp_path)
     expected = step(loaded.model, checkpointing=True)
-    placement.host_apart = True
-    assert demote(loaded.model) == "experts of 2 layers wait on the host"
+    placement.separate_host = True
+    assert offload_more(loaded.model) == "experts of 2 layers are offloaded to the host"
     assert placement.describe()["layers"] == {"host": 2, "device": 2}
     assert_identical(step(loaded.model, checkpointing=True), expected)
-    assert [demote(loaded.model) for _ in range(3)][-1] == "experts of 2 layers wait on disk"
+    assert [offload_more(loaded.model) for _ in range(3)][-1] == "experts of 2 layers are offloaded to disk"
     assert_identical(step(loaded.model, checkpointing=True), expected)
 
 
-def test_demote_of_a_model_without_a_placement_moves_nothing(folder: Path) -> None:
-    assert demote(load_tiny(folder).model) is None
+def test_offload_more_of_a_model_without_a_placement_moves_nothing(folder: Path) -> None:
+    assert offload_more(load_tiny(folder).model) is None
 
 
-@pytest.mark.parametrize("place", ["host", "disk"])
+@pytest.mark.parametrize("location", ["host", "disk"])
 def test_adapters_of_offloaded_experts_live_where_the_experts_compute(
-    folder: Path, tmp_path: Path, place: Place
+    folder: Path, tmp_path: Path, location: Location
 ) -> None:
     loaded, on_cpu = placed(folder, tmp_path)
     # The meta device stands for any that is not the host.
     placement = Placement(on_cpu.experts, torch.device("meta"), on_cpu.files)
-    placement.put(everywhere(placement, place))
+    placement.move(everywhere(placement, location))
     assert {module.down.packed.device for module in placement.experts.values()} == {CPU}
     model = attach(loaded, LoraSection(r=2, targets=["w1", "w2", "w3"]), str(folder))
     factors = [parameter for name, parameter in model.named_parameters() if "lora_" in name]

@@ -16,7 +16,7 @@ from expertune.config import parse_config
 from expertune.experts import replay
 from expertune.run.record import RunRecord
 from expertune.train import trainer
-from expertune.train.offload import Offloaded, activations_on_host, has_host_apart
+from expertune.train.offload import Offloaded, activations_on_host, has_separate_host
 
 
 class Layer(nn.Module):
@@ -168,8 +168,8 @@ def test_tape_of_the_experts_is_put_away_too() -> None:
 
 
 def test_a_cpu_has_no_host_apart() -> None:
-    assert not has_host_apart(torch.device("cpu"))
-    assert has_host_apart(torch.device("cuda"))
+    assert not has_separate_host(torch.device("cpu"))
+    assert has_separate_host(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "plain"])

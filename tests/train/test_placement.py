@@ -1,4 +1,4 @@
-"""Runs whose experts wait on disk: the same adapter to the byte, told in the record, resumed and opened again alike."""
+"""Runs whose experts are offloaded to disk: the same adapter to the byte, recorded, resumed and opened again alike."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def test_finetune_gives_the_same_adapter_whether_experts_lie_in_memory_or_on_dis
     assert straight.record["placement"]["layers"] == {"device": 2}
 
 
-def test_evaluate_takes_the_places_of_the_run(nf4_values: Values, tmp_path: Path) -> None:
+def test_evaluate_uses_the_placement_of_the_run(nf4_values: Values, tmp_path: Path) -> None:
     run = finetune(parse_config(nf4_values | {"placement": "disk"}))
     loss = evaluate(nf4_values["output_dir"])["loss"]
     assert loss == pytest.approx(run.record["eval"]["loss"][-1][1], rel=1e-6)

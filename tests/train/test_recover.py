@@ -224,7 +224,7 @@ def test_rungs_are_taken_in_order_and_the_last_error_tells_all(
 ) -> None:
     monkeypatch.setattr(offload, "_DEVICE_TYPE", "cpu")
     layers = iter(["layer 1 waits on the host", "layer 0 waits on the host"])
-    monkeypatch.setattr(ladder, "demote", lambda model: next(layers, None))
+    monkeypatch.setattr(ladder, "offload_more", lambda model: next(layers, None))
     Scarce(NO_ROW, first_layer=4 * 2 + 1).install(monkeypatch)  # in step 3
     with pytest.raises(DoesNotFitError) as raised:
         run(values, tmp_path / "run")
@@ -370,7 +370,7 @@ def test_experts_that_move_to_the_host_in_mid_run_change_nothing_but_their_place
     values["training"] |= {"max_steps": 4}
     undisturbed, adapter = reference("four")
     # The CPU stands for a device whose memory is another than the host's.
-    monkeypatch.setattr(placement, "Placement", partial(placement.Placement, host_apart=True))
+    monkeypatch.setattr(placement, "Placement", partial(placement.Placement, separate_host=True))
     monkeypatch.setattr(ExpertTrainer, "_why_whole", lambda *_: "the bytes are to be compared")
     monkeypatch.setattr(ladder, "LEAST_WORKING_SET_BYTES", 2**40)
     scarce = Scarce(NO_ROW, backward=True, first_layer=4 + 1).install(monkeypatch)  # in step 2

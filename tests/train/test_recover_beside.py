@@ -86,7 +86,7 @@ def test_score_that_fits_no_single_row_descends_to_the_end_of_the_ladder(
     scored: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers = iter(["layer 1 waits on the host"])
-    monkeypatch.setattr(ladder, "demote", lambda model: next(layers, None))
+    monkeypatch.setattr(ladder, "offload_more", lambda model: next(layers, None))
     Scarce(NO_ROW, when=generating).install(monkeypatch)
     with pytest.raises(
         DoesNotFitError,
@@ -179,7 +179,7 @@ def test_proof_out_of_memory_is_made_anew_with_nothing_changed_that_shows_in_a_l
 ) -> None:
     values["training"] |= {"max_steps": 2, "eval_strategy": "no"}
     _, adapter = reference("two")
-    monkeypatch.setattr(ladder, "demote", lambda model: "layer 0 waits on the host")
+    monkeypatch.setattr(ladder, "offload_more", lambda model: "layer 0 waits on the host")
     tries, real = [], api.prove
 
     def prove(*arguments: Any) -> Any:

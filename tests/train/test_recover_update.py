@@ -77,13 +77,13 @@ def test_update_goes_on_once_expert_bytes_have_moved(
     values: dict[str, Any], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, adapter = reference("four")
-    monkeypatch.setattr(ladder, "demote", lambda model: "layer 0 waits on the host")
+    monkeypatch.setattr(ladder, "offload_more", lambda model: "layer 0 waits on the host")
     counted = ScarceOperators(lambda *_: False).install(monkeypatch)
     run(values, tmp_path / "counted")
     middle_of_third = counted.num_operators * 5 // 8
     monkeypatch.undo()
 
-    monkeypatch.setattr(ladder, "demote", lambda model: "layer 0 waits on the host")
+    monkeypatch.setattr(ladder, "offload_more", lambda model: "layer 0 waits on the host")
     ScarceOperators(lambda number, tries: number == middle_of_third and tries < 3).install(monkeypatch)
     record = run(values, tmp_path / "recovered")
     assert [(change["step"], change["setting"]) for change in record["train"]["recoveries"]] == [

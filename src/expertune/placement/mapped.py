@@ -1,7 +1,7 @@
-"""Expert bytes on disk, used on a CPU straight from the mapped file: a layer is paged in before its use, and out after.
+"""Expert bytes on disk, used on a CPU from the mapped file itself: a layer is paged in before its use and out after it.
 
 Pages of a mapped file count as resident memory while they are mapped, though the kernel may take them back. Paging out
-leaves them in the page cache, from where the next use maps them again without a read as long as memory lasts.
+leaves them in the page cache, and the next use maps them again without a read as long as memory suffices.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ _MADV_POPULATE_READ = 22
 
 
 def map_tensor(entry: TensorEntry) -> Tensor:
-    """The tensor as a view of its mapped file; nothing is read before it is used. Not to be written to.
+    """The tensor as a read-only view of its mapped file; nothing is read before it is used.
 
     Args:
         entry: a tensor whose place in the file is a multiple of its items' size.
@@ -32,7 +32,7 @@ def map_tensor(entry: TensorEntry) -> Tensor:
 
 
 class MappedLayers:
-    """A `Carrier` for layers whose tensors are mapped and used where they are.
+    """A `Backend` for layers whose tensors are mapped, and used in place.
 
     Args:
         layers: the mapped tensors of each layer.
@@ -40,16 +40,16 @@ class MappedLayers:
 
     def __init__(self, layers: Sequence[list[Tensor]]) -> None:
         self._layers = list(layers)
-        self._coming: dict[int, Future[None]] = {}
+        self._loading: dict[int, Future[None]] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="expert-bytes")
 
     def start(self, layer: int) -> None:
         """Page the layer in, on a thread of its own."""
-        self._coming[layer] = self._reader.submit(_page_in, self._layers[layer])
+        self._loading[layer] = self._reader.submit(_page_in, self._layers[layer])
 
     def wait(self, layer: int) -> list[Tensor]:
-        """The layer's tensors; every page is there."""
-        self._coming[layer].result()
+        """The layer's tensors; every page is resident."""
+        self._loading[layer].result()
         return self._layers[layer]
 
     def used(self, layer: int) -> None:
@@ -57,7 +57,7 @@ class MappedLayers:
 
     def drop(self, layer: int) -> None:
         """Page the layer out."""
-        self._coming.pop(layer).result()
+        self._loading.pop(layer).result()
         for tensor in self._layers[layer]:
             _advise(tensor, getattr(mmap, "MADV_DONTNEED", None))
 
@@ -69,17 +69,17 @@ class MappedLayers:
 def _page_in(tensors: list[Tensor]) -> None:
     for tensor in tensors:
         if not _advise(tensor, _MADV_POPULATE_READ if sys.platform == "linux" else None):
-            # An older kernel or another system: the read itself brings the pages.
+            # An older kernel or another system: reading a byte of each page loads it.
             tensor.view(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
 
 
 def _advise(tensor: Tensor, advice: int | None) -> bool:
-    """Tell the kernel about the pages of a tensor; whether it has taken the advice."""
+    """Advise the kernel about the pages of a tensor; whether it took the advice."""
     if advice is None or not tensor.nbytes:
         return not tensor.nbytes
     first = tensor.data_ptr() & ~(mmap.PAGESIZE - 1)
     length = tensor.data_ptr() + tensor.nbytes - first
-    # Releases the interpreter's lock, so that paging in goes on beside the products.
+    # Releases the interpreter's lock, so that paging in runs beside the computation.
     return bool(_madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), advice) == 0)
 
 

@@ -1,9 +1,7 @@
-"""Expert bytes in the host's memory or on disk, copied into two slots on the device: one in use, one being filled.
+"""Expert bytes on the host or on disk, copied into two slots on the device: one in use, one being filled.
 
-On CUDA the copies run on a stream of their own, from pinned memory, beside the products. A layer on disk is read into
-a pinned buffer on a thread first. Elsewhere the same code copies on the thread alone.
-
-Shape suffixes: none; a slot is a run of bytes that is cut into a layer's tensors.
+On CUDA the copies run on a stream of their own, from pinned memory, beside the computation. A layer on disk is first
+read into a pinned buffer by a thread. On other devices the thread copies.
 """
 
 from collections.abc import Sequence
@@ -21,11 +19,11 @@ NUM_SLOTS = 2
 
 
 class SlotLayers:
-    """A `Carrier` for layers that wait in the host's memory.
+    """A `Backend` for layers that are offloaded to the host or to disk.
 
     Args:
-        layers: the tensors of each layer where they wait, pinned or mapped.
-        device: where they are used.
+        layers: the offloaded tensors of each layer, pinned or mapped.
+        device: the device that computes.
     """
 
     def __init__(self, layers: Sequence[list[Tensor]], device: torch.device) -> None:
@@ -35,30 +33,30 @@ class SlotLayers:
         self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
         self._free = list(range(NUM_SLOTS))
         self._slot_of: dict[int, int] = {}
-        self._coming: dict[int, Future[Any]] = {}
+        self._loading: dict[int, Future[Any]] = {}
         self._used: list[Any] = [None] * NUM_SLOTS
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="expert-bytes")
         self._stream = torch.cuda.Stream(device) if self._cuda else None
-        waits_pageable = any(not tensor.is_pinned() for tensors in self._layers for tensor in tensors)
-        staged = self._cuda and waits_pageable
+        is_pageable = any(not tensor.is_pinned() for tensors in self._layers for tensor in tensors)
+        staged = self._cuda and is_pageable
         self._staging = torch.empty(size, dtype=torch.uint8, pin_memory=True) if staged else None
         self._staged: Any = None
 
     def start(self, layer: int) -> None:
-        """Begin to fill a free slot."""
+        """Start to fill a free slot."""
         slot = self._free.pop()
         self._slot_of[layer] = slot
-        self._coming[layer] = self._copier.submit(self._fill, layer, slot)
+        self._loading[layer] = self._copier.submit(self._fill, layer, slot)
 
     def wait(self, layer: int) -> list[Tensor]:
-        """The layer's tensors in its slot; work that is issued from here on finds them filled."""
-        filled = self._coming[layer].result()
+        """The layer's tensors in its slot; work that is issued after this sees them filled."""
+        filled = self._loading[layer].result()
         if filled is not None:
             torch.cuda.current_stream(self._device).wait_event(filled)
         return cut(self._slots[self._slot_of[layer]], self._layers[layer])
 
     def used(self, layer: int) -> None:
-        """Note the end of the work on the slot."""
+        """Record the end of the work on the slot."""
         if self._cuda:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self._device))
@@ -66,21 +64,21 @@ class SlotLayers:
 
     def drop(self, layer: int) -> None:
         """Free the layer's slot."""
-        self._coming.pop(layer).result()
+        self._loading.pop(layer).result()
         self._free.append(self._slot_of.pop(layer))
 
     def close(self) -> None:
-        """End the thread and give the slots back."""
+        """End the thread and free the slots."""
         self._copier.shutdown()
         self._slots.clear()
         self._staging = None
 
     def _fill(self, layer: int, slot: int) -> Any:
-        """Copy a layer into a slot; the event after which it is there, None where it is there on return."""
+        """Copy a layer into a slot; the event after which it is loaded, None where it is loaded on return."""
         sources, targets = self._layers[layer], cut(self._slots[slot], self._layers[layer])
         if self._staging is not None and any(not source.is_pinned() for source in sources):
             if self._staged is not None:
-                self._staged.synchronize()  # the buffer's last bytes have left it
+                self._staged.synchronize()  # the buffer's last copy has ended
             staged = cut(self._staging, sources)
             for to, source in zip(staged, sources, strict=True):
                 to.copy_(source)
@@ -104,7 +102,7 @@ def slot_bytes(layers: Sequence[Sequence[Tensor]]) -> int:
 
 
 def cut(slot: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of a slot with the shapes and dtypes of `like`, one behind the other."""
+    """Views of a slot with the shapes and dtypes of `like`, one after the other."""
     views, at = [], 0
     for tensor in like:
         views.append(slot[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape))

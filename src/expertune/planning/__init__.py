@@ -37,7 +37,7 @@ from expertune.planning.inventory import (
     weigh,
 )
 from expertune.planning.memory import Memory, estimate_memory
-from expertune.planning.places import Choice, Place, Places
+from expertune.planning.places import Choice, Location, Places
 from expertune.planning.settings import Settings, answers_rows, read_settings
 from expertune.planning.source import read_source
 from expertune.planning.speed import Rates, StepTime, estimate_step, measured_rates, tabled_rates
@@ -96,7 +96,7 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @property
-    def placement(self) -> Mapping[str, Place]:
+    def placement(self) -> Mapping[str, Location]:
         """Where each experts module's bytes wait, by dotted name."""
         return self.places.of
 

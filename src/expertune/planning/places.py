@@ -14,7 +14,7 @@ import psutil
 
 from expertune.config import RunConfig
 from expertune.errors import ConfigError
-from expertune.placement.experts import Place
+from expertune.placement.experts import Location
 
 # How much of the budget may be filled when layers are chosen to wait elsewhere: the peak is an estimate, and a few
 # layers more cost little.
@@ -40,7 +40,7 @@ class Streaming:
     slot_bytes: int = 0
     turn_bytes: int = 0
     brought_bytes: tuple[int, int] = (0, 0)
-    place: Place = "device"
+    place: Location = "device"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Places:
         streaming: what that means in bytes.
     """
 
-    of: Mapping[str, Place]
+    of: Mapping[str, Location]
     reason: str | None
     streaming: Streaming
 
@@ -101,7 +101,7 @@ class Choice:
         """Everything on the device."""
         return Places(dict.fromkeys(self.sizes, "device"), None, Streaming())
 
-    def elsewhere(self) -> Place | None:
+    def elsewhere(self) -> Location | None:
         """Where layers can wait that do not fit; None where there is nowhere."""
         if self.device == "cpu":
             return "disk" if self.holds_nf4 else None
@@ -120,7 +120,7 @@ class Choice:
             low, high = (low, middle) if peak_of(self._waiting(middle, place)) <= allowed else (middle + 1, high)
         return self._waiting(low, place)
 
-    def streaming(self, names: Sequence[str], place: Place) -> Streaming:
+    def streaming(self, names: Sequence[str], place: Location) -> Streaming:
         """Bytes of a placement in which these modules wait."""
         sizes = [self.sizes[name] for name in names]
         if not sizes or place == "device":
@@ -131,9 +131,9 @@ class Choice:
         turn = slots if self.device != "cpu" else max(sizes)
         return Streaming(sum(sizes), slots, turn, (sum(sizes[1:]), sum(sizes[:-1])), place)
 
-    def _waiting(self, count: int, place: Place) -> Places:
+    def _waiting(self, count: int, place: Location) -> Places:
         names = spread(list(self.sizes), count)
-        of: dict[str, Place] = {name: place if name in names else "device" for name in self.sizes}
+        of: dict[str, Location] = {name: place if name in names else "device" for name in self.sizes}
         share = "all layers" if count == len(self.sizes) else f"{count} of {len(self.sizes)} layers"
         where = "in the host's memory" if place == "host" else "on the disk"
         reason = f"experts of {share} wait {where}, since more do not fit on the device"

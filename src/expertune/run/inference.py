@@ -29,7 +29,7 @@ from expertune.evaluation.held_out import HeldOut
 from expertune.generation.chat import complete
 from expertune.layers.varlen_attention import use_sdpa_attention
 from expertune.placement.device import bound_host_memory, default_device, resolve_compute_dtype, set_up_kernels
-from expertune.placement.experts import Place, place_experts, reading
+from expertune.placement.experts import Location, expert_reader, place_experts
 from expertune.run.directory import ADAPTER_FOLDER
 from expertune.run.progress import Bars
 from expertune.run.record import RunRecord
@@ -194,7 +194,7 @@ def generate(
 
 
 def load_base(
-    config: RunConfig, source: ModelSource, device: torch.device, record: RunRecord, places: Mapping[str, Place]
+    config: RunConfig, source: ModelSource, device: torch.device, record: RunRecord, places: Mapping[str, Location]
 ) -> LoadedModel:
     """The model with its experts where they are to wait; a run that is opened again has what its record says."""
     kept = record.values.get("kernels", {})
@@ -206,7 +206,7 @@ def load_base(
         dtype,
         device,
         source.trust_remote_code,
-        read_experts=reading(places, device),
+        read_experts=expert_reader(places, device),
         on_host=[name for name, place in places.items() if place == "host"],
     )
     place_experts(loaded.model, places, device, source.folder)

@@ -21,11 +21,11 @@ from torch import nn
 
 from expertune.errors import DoesNotFitError
 from expertune.kernels import routes
-from expertune.placement.experts import demote
+from expertune.placement.experts import offload_more
 from expertune.train.callbacks import peak_memory_bytes
 from expertune.train.checkpoints import last_good_checkpoint
 from expertune.train.cut import halve, size
-from expertune.train.offload import has_host_apart
+from expertune.train.offload import has_separate_host
 from expertune.train.out_of_memory import in_one_line, is_out_of_memory
 
 # Below this an expert layer decodes more than it multiplies.
@@ -101,7 +101,7 @@ class Ladder:
         self.step = 0
         self.run_dir: str | None = None
         self.most: dict[str, int] = {}
-        self.offload = offload and has_host_apart(device)
+        self.offload = offload and has_separate_host(device)
         self.tried: list[str] = []
         self._last_given_back: tuple[int, Moment] | None = None
         self._earlier = sorted((Change(**change) for change in earlier), key=lambda change: change.step)
@@ -180,7 +180,7 @@ class Ladder:
         if halves:
             most = max(size(half) for half in halves)
             return _SMALLER[during].format(most), {_LIMIT[during]: most}
-        if during == "training" and not self.offload and has_host_apart(self.device):
+        if during == "training" and not self.offload and has_separate_host(self.device):
             return "activations wait in host memory", {"offload_activations": True}
         half_bytes = routes.working_set_bytes(self.device.type) // 2
         if not to_the_byte and half_bytes >= LEAST_WORKING_SET_BYTES:
@@ -191,7 +191,7 @@ class Ladder:
     def _demote(self, during: Moment) -> str | None:
         """Move frozen bytes of some layers away; says what was moved, None where there is nothing."""
         try:
-            return demote(self.model)
+            return offload_more(self.model)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -204,7 +204,7 @@ class Ladder:
             if name in setting:
                 self.most[name] = min(setting[name], self.most.get(name, setting[name]))
         if "offload_activations" in setting:
-            self.offload = has_host_apart(self.device)
+            self.offload = has_separate_host(self.device)
         if "working_set_bytes" in setting:
             held = routes.working_set_bytes(self.device.type)
             routes.configure(working_set_bytes=min(setting["working_set_bytes"], held))

@@ -26,7 +26,7 @@ _LEAST_BYTES = 2**16
 _DEVICE_TYPE = "cuda"
 
 
-def has_host_apart(device: torch.device) -> bool:
+def has_separate_host(device: torch.device) -> bool:
     """Whether a device's memory is another than the host's, so that something can be moved from one to the other."""
     return device.type == _DEVICE_TYPE
 

@@ -32,7 +32,7 @@ from expertune.kernels.expert_mlp.plan import Layer, LowRank, chunk_tokens
 from expertune.kernels.grouped_linear import own_dtypes
 from expertune.kernels.nf4 import Nf4Bytes, Nf4Stack
 
-__all__ = ["Activation", "ExpertUpdate", "Transport", "expert_mlp"]
+__all__ = ["Activation", "ExpertUpdate", "LayerHandle", "expert_mlp"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -49,16 +49,18 @@ class _Route(Protocol):
     def backward(self, *arguments: Any) -> None: ...
 
 
-class Transport(Protocol):
-    """How a layer's frozen bytes, which wait elsewhere, are where they are used; see `expertune.placement.stream`."""
+class LayerHandle(Protocol):
+    """Acquires a layer's offloaded bytes on the device that computes; see `expertune.placement.prefetch`."""
 
-    def expect(self, backward: bool) -> None:
-        """Told before each forward: whether a backward of the same tokens follows."""
+    def announce(self, backward: bool) -> None:
+        """Called before each forward: whether a backward of the same tokens follows."""
 
-    def bring(self, weights: list[Tensor], backward: bool, again: bool = False) -> AbstractContextManager[list[Tensor]]:
-        """The tensors on the device that computes, as long as the block runs; `weights` are these where they wait.
+    def acquire(
+        self, weights: list[Tensor], backward: bool, reused: bool = False
+    ) -> AbstractContextManager[list[Tensor]]:
+        """The tensors on the device that computes while the block runs; `weights` are the offloaded ones.
 
-        `backward` says which way through the layers this is, `again` that the same layer is used once more after it.
+        `backward` is the direction in which the layers are passed; `reused`: the same layer is used once more next.
         """
 
 
@@ -72,14 +74,14 @@ class Activation:
             columns at a time.
         swiglu: it is silu(gate) * up to the last bits, for which there is a kernel.
         after: [rows, D] -> [rows, D], applied to what an expert gives before the router's weight; None applies nothing.
-        transport: brings the layer's frozen bytes; None where they are on the device for good.
+        layer_handle: acquires the layer's offloaded bytes; None where they stay on the device.
     """
 
     function: Callable[[Tensor], Tensor]
     columnwise: bool = False
     swiglu: bool = False
     after: Callable[[Tensor], Tensor] | None = None
-    transport: Transport | None = None
+    layer_handle: LayerHandle | None = None
     handle: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,7 +90,7 @@ class Activation:
 
     def __reduce__(self) -> tuple[type["Activation"], tuple[Any, ...]]:
         # A copy is found under a number of its own.
-        return Activation, (self.function, self.columnwise, self.swiglu, self.after, self.transport)
+        return Activation, (self.function, self.columnwise, self.swiglu, self.after, self.layer_handle)
 
 
 # Operators take numbers, not functions: the owner of an activation keeps it alive, and here it is found by number.
@@ -146,9 +148,9 @@ def expert_mlp(
         ValueError: a shape, dtype or device does not fit; names the value received.
     """
     _check(hidden_TD, top_k_index_TK, top_k_weights_TK, gate_up, down, activation, updates, biases)
-    if activation.transport is not None:
+    if activation.layer_handle is not None:
         leaves = (hidden_TD, top_k_weights_TK, *(factor for update in updates for factor in (update.a, update.b)))
-        activation.transport.expect(torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves))
+        activation.layer_handle.announce(torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves))
     dropped = any(update.dropout > 0 for update in updates)
     # Drawn from torch's own generator of the device, so that a run's seed decides, and checkpointing draws the same
     # again; on a GPU they stay there, and a captured graph draws new ones each time.
@@ -199,7 +201,7 @@ def _forward(
     top_k = top_k_index.shape[1]
     out = torch.empty_like(hidden)
     h = [factor.new_empty(top_k_index.numel(), factor.shape[1]) for factor in a]
-    with own_dtypes(hidden), _brought(weights, activation, backward=False) as weights:
+    with own_dtypes(hidden), _acquired(weights, activation, backward=False) as weights:
         layer, low_rank = _layer(weights, activation, parts, scalings, dropouts, seeds, a, b)
         for tokens, route in _chunks(hidden, top_k_index, layer, parts, dropouts):
             rows = slice(tokens.start * top_k, tokens.stop * top_k)
@@ -264,7 +266,7 @@ def _backward(
         trim.trim()
     top_k = top_k_index.shape[1]
     dhidden, dweights = torch.empty_like(hidden), torch.empty_like(top_k_weights)
-    with own_dtypes(hidden), _brought(weights, activation, backward=True) as weights:
+    with own_dtypes(hidden), _acquired(weights, activation, backward=True) as weights:
         layer, low_rank = _layer(weights, activation, parts, scalings, dropouts, seeds, a, b)
         chunks = list(_chunks(hidden, top_k_index, layer, parts, dropouts))
         # Summed over chunks in float32, whatever the factors' dtype.
@@ -341,13 +343,13 @@ def _autograd(ctx: Any, dout: Tensor, _dh: list[Tensor]) -> tuple[Any, ...]:
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _brought(weights: list[Tensor], activation: int, backward: bool) -> AbstractContextManager[list[Tensor]]:
-    transport = _activations[activation].transport
-    if transport is None:
+def _acquired(weights: list[Tensor], activation: int, backward: bool) -> AbstractContextManager[list[Tensor]]:
+    layer_handle = _activations[activation].layer_handle
+    if layer_handle is None:
         return nullcontext(weights)
-    # A forward that backward runs again (checkpointing without replay) is on backward's way through the layers.
+    # A forward that backward runs again (checkpointing without replay) passes the layers in backward's order.
     recomputed = not backward and torch._C._current_graph_task_id() != -1
-    return transport.bring(weights, backward or recomputed, again=recomputed)
+    return layer_handle.acquire(weights, backward or recomputed, reused=recomputed)
 
 
 def _layer(
@@ -424,7 +426,7 @@ def _check(
     if num_experts == 0 or gate_up.num_matrices % num_experts:
         raise ValueError(f"{gate_up.num_matrices} matrices cannot be shared out to {num_experts} experts")
     parts = gate_up.num_matrices // num_experts
-    stacks = [] if activation.transport is not None else [(gate_up.packed, "gate_up"), (down.packed, "down")]
+    stacks = [] if activation.layer_handle is not None else [(gate_up.packed, "gate_up"), (down.packed, "down")]
     for tensor, what in (*stacks, (index, "top_k_index")):
         if tensor.device != hidden.device:
             raise ValueError(f"{what} is on {tensor.device}, hidden is on {hidden.device}")
