@@ -22,8 +22,8 @@ from expertune.config import LoraSection, QuantizationConfig
 from expertune.experts.contract import find_experts
 from expertune.experts.module import Nf4Experts
 from expertune.layers.varlen_attention import use_varlen_attention
+from expertune.objectives.chunked_loss import LanguageModelLoss
 from expertune.train.callbacks import History
-from expertune.train.loss import LanguageModelLoss
 from expertune.train.trainer import ExpertTrainer, training_arguments
 
 _LORA_B_STD = 0.01

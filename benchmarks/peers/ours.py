@@ -8,8 +8,8 @@ from benchmarks.peers.driver import Stack, serve
 from expertune.adapt.attach import attach
 from expertune.checkpoint.load import load_model
 from expertune.config import LoraSection, QuantizationConfig
+from expertune.objectives.chunked_loss import LanguageModelLoss
 from expertune.placement.device import bound_host_memory
-from expertune.train.loss import LanguageModelLoss
 
 
 def build(args: argparse.Namespace) -> Stack:

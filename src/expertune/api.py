@@ -38,6 +38,7 @@ from expertune.distributed.processes import require_one_process
 from expertune.evaluation.held_out import HeldOut
 from expertune.kernels import routes
 from expertune.layers.varlen_attention import require_no_leakage
+from expertune.objectives.chunked_loss import LanguageModelLoss
 from expertune.placement.device import bound_host_memory, training_device
 from expertune.placement.experts import Location, placement_of
 from expertune.planning import MicroBatch, make_plan
@@ -65,7 +66,6 @@ from expertune.storage import storage_errors_named, told_if_it_fails
 from expertune.train.callbacks import History, ProgressBar, peak_memory_bytes
 from expertune.train.checkpoints import ResumePoint, find_resume_point, require_state_to_go_on
 from expertune.train.ladder import Change
-from expertune.train.loss import LanguageModelLoss
 from expertune.train.offload import has_separate_host
 from expertune.train.recover import Recovery
 from expertune.train.schedule import Evaluations, check_schedule, evaluates_at_ends, require_a_batch

@@ -10,7 +10,8 @@ import numpy
 import pytest
 import torch
 
-from expertune.train.out_of_memory import RandomState, RetriedOperators, is_out_of_memory
+from expertune.placement.out_of_memory import is_out_of_memory
+from expertune.train.out_of_memory import RandomState, RetriedOperators
 from tests.train.scarce import ScarceOperators
 
 

@@ -14,9 +14,9 @@ from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.config import RunConfig
 from expertune.data import TokenizedRows, make_collator, make_dataset
 from expertune.evaluation.scoring import evaluation_loss, score_task
+from expertune.objectives.chunked_loss import LanguageModelLoss
 from expertune.planning.settings import training_argument
 from expertune.run.progress import Bars
-from expertune.train.loss import LanguageModelLoss
 from expertune.train.recover import Recovery
 from expertune.train.schedule import metric_names, scores_in_training
 

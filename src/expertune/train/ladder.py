@@ -22,11 +22,11 @@ from torch import nn
 from expertune.errors import DoesNotFitError
 from expertune.kernels import routes
 from expertune.placement.experts import offload_more
+from expertune.placement.out_of_memory import in_one_line, is_out_of_memory
 from expertune.train.callbacks import peak_memory_bytes
 from expertune.train.checkpoints import last_good_checkpoint
 from expertune.train.cut import halve, size
 from expertune.train.offload import has_separate_host
-from expertune.train.out_of_memory import in_one_line, is_out_of_memory
 
 # Below this an expert layer decodes more than it multiplies.
 LEAST_WORKING_SET_BYTES = 2**26

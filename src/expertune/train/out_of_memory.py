@@ -7,10 +7,8 @@ one that writes a list of tensors it cannot be known how far it came. (None of t
 tensors of a list, unless their dtypes are mixed.)
 """
 
-import errno
 import gc
 import random
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,28 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertune.kernels import workspace
-
-# What allocators say in a plain RuntimeError.
-_OUT_OF_MEMORY = re.compile(
-    r"can't allocate memory|not enough memory|out of memory|std::bad_alloc|ALLOC_FAILED|Cannot allocate memory",
-    re.IGNORECASE,
-)
-_LONGEST_ERROR = 300
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: of a CUDA device, of torch's CPU allocator, of Python or of the OS."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
-
-
-def in_one_line(error: BaseException) -> str:
-    """What an allocator said, without torch's place in its source."""
-    text = re.sub(r"^\[enforce fail at [^\]]*\]\s*\S* == \S*\.\s*", "", " ".join(str(error).split()))
-    return text[:_LONGEST_ERROR].rstrip(". ") or type(error).__name__
+from expertune.placement.out_of_memory import in_one_line, is_out_of_memory
 
 
 def give_back(cycles: bool = True) -> None:

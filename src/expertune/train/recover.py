@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from expertune.placement.out_of_memory import in_one_line, is_out_of_memory
 from expertune.train.cut import Batch, cut
 from expertune.train.ladder import Change, Ladder, Moment
-from expertune.train.out_of_memory import RandomState, RetriedOperators, give_back, in_one_line, is_out_of_memory
+from expertune.train.out_of_memory import RandomState, RetriedOperators, give_back
 
 _Result = TypeVar("_Result")
 

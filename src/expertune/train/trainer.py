@@ -21,6 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.config.training_keys import unused_keys
 from expertune.errors import CheckpointError, ConfigError, NonFiniteGradientError, NonFiniteLossError
+from expertune.objectives.chunked_loss import LanguageModelLoss
 from expertune.storage import storage_errors_named
 from expertune.train.best import BestCheckpointHere
 from expertune.train.callbacks import History
@@ -34,7 +35,6 @@ from expertune.train.finite import (
     not_finite,
     trained_weights_of,
 )
-from expertune.train.loss import LanguageModelLoss
 from expertune.train.offload import activations_on_host
 from expertune.train.out_of_memory import RandomState
 from expertune.train.recover import Recovery

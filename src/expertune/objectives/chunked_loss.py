@@ -28,7 +28,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertune.generation.greedy import evaluation_mode
 from expertune.kernels.linear_cross_entropy import IGNORE_INDEX, LoraUpdate, linear_cross_entropy
-from expertune.train.out_of_memory import is_out_of_memory
+from expertune.placement.out_of_memory import is_out_of_memory
 
 # Tokens of the comparison on the first batch: each carries one value at the head's place.
 _PROBE_TOKENS = 32

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from expertune import finetune
 from expertune.config import parse_config
 from expertune.evaluation.scoring import evaluation_loss
+from expertune.objectives.chunked_loss import LanguageModelLoss
 from expertune.run.record import RunRecord
-from expertune.train.loss import LanguageModelLoss
 from tests.tiny_models import FAMILIES as STRUCTURES
 from tests.tiny_models import VOCABULARY, tiny_config
 
