@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from expertune.adapt.files import PREFIX, stock_config, write_adapter
+from expertune.adapt.files import PREFIX
 from expertune.config import DataConfig
 from expertune.data import make_collator, make_dataset, prepare_rows
 
@@ -213,17 +213,14 @@ def _write_lora(folder: Path, shape: Shape, lora: Lora) -> None:
         factor_a.uniform_(-1 / math.sqrt(columns), 1 / math.sqrt(columns), generator=generator)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = factor_a
         tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.randn(rows, lora.r, generator=generator) * _LORA_B_STD
-    config = stock_config(
-        r=lora.r,
-        alpha=lora.alpha,
-        target_modules=list(TARGETS),
-        rank_pattern={},
-        alpha_pattern={},
-        rslora=False,
-        base_model="benchmark",
-        revision=None,
-    )
-    write_adapter(folder, tensors, config)
+    config = {
+        **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "benchmark"},
+        **{"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none"},
+        **{"target_modules": list(TARGETS), "inference_mode": True},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def token_ids(text: Path, tokens: int) -> Tensor:
