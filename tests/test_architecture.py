@@ -107,11 +107,11 @@ def test_the_walks_name_real_functions() -> None:
 
 
 def recorded_keys() -> set[tuple[str, str]]:
-    """(section, key) of every `record.update(...)` in api.py."""
-    tree = ast.parse((PACKAGE / "api.py").read_text(encoding="utf-8"))
+    """(section, key) of every `record.update(...)` in the corridor."""
     calls = [
         node
-        for node in ast.walk(tree)
+        for file in ("api.py", "run/inputs.py", "run/context.py")
+        for node in ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "update"
     ]
     return {

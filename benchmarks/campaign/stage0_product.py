@@ -94,7 +94,7 @@ class _Product:
             "said": said[-_MOST_WORDS:],
             "device": record["model"]["device"],
             "dtype": record["model"]["dtype"],
-            "proof": record.get("proof"),
+            "preflight": record.get("preflight"),
             "kernels": record.get("kernels"),
             "throughput": record.get("throughput"),
             "memory": record.get("memory"),

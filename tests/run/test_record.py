@@ -20,6 +20,12 @@ def test_record_is_there_after_each_update_and_read_back(tmp_path: Path) -> None
     assert "expertune" in again["versions"]
 
 
+def test_section_of_the_preflight_check_is_read_under_its_earlier_name(tmp_path: Path) -> None:
+    record = RunRecord.start(tmp_path)
+    record.update("proof", passed=True)
+    assert RunRecord.load(tmp_path)["preflight"] == {"passed": True}
+
+
 def test_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     write_json(path, {"a": 1})

@@ -170,7 +170,7 @@ def test_proof_takes_fewer_rows_where_the_first_look_runs_out_of_memory(
     changes = record["train"]["recoveries"]
     assert {(change["step"], change["during"]) for change in changes} == {(0, "proof")}
     assert changes[-1]["setting"]["proof_tokens"] <= 4 * ONE_ROW
-    assert record["proof"]["passed"]
+    assert record["preflight"]["passed"]
     assert adapter_bytes(tmp_path / "recovered") == adapter
 
 

@@ -33,7 +33,7 @@ def test_run_leaves_record_adapter_checkpoints_and_histogram(run_values: dict[st
     assert record["train"]["loss"][-1][1] < record["train"]["loss"][0][1]
     assert record["throughput"]["tokens_per_second"] > 0
     assert record["memory"]["peak_bytes"] > 0
-    assert record["proof"]["passed"] is True
+    assert record["preflight"]["passed"] is True
     assert len(record["data"]["train"]["sha256"]) == 1
     assert record["versions"]["torch"] == torch.__version__
     assert (run_dir / "lengths.png").read_bytes().startswith(b"\x89PNG")
@@ -213,7 +213,7 @@ def test_strategy_that_yaml_reads_as_false_means_no() -> None:
 def test_values_that_do_not_go_together_are_refused_before_the_model_is_loaded(
     run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("expertune.api.fetch_model", None)  # nothing of the model may be touched
+    monkeypatch.setattr("expertune.run.inputs.fetch_model", None)  # nothing of the model may be touched
     with pytest.raises(ConfigError, match=r"training: transformers refuses a value: .*load_best_model_at_end"):
         train(run_values, load_best_model_at_end=True, save_strategy="epoch")
     assert not Path(run_values["output_dir"]).exists()

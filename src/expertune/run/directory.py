@@ -97,7 +97,7 @@ def stops_recorded(record: RunRecord) -> Iterator[None]:
             yield
     except BaseException as error:
         if isinstance(error, ProofError):
-            record.values.setdefault("proof", {}).update(passed=False, failed=str(error))
+            record.values.setdefault("preflight", {}).update(passed=False, failed=str(error))
         interrupted = isinstance(error, KeyboardInterrupt | Terminated)
         why = str(error) or ("interrupted" if interrupted else type(error).__name__)
         record.stop("interrupted" if interrupted else "stopped", why)

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
@@ -30,6 +29,7 @@ from expertune.generation.chat import complete
 from expertune.layers.varlen_attention import use_sdpa_attention
 from expertune.placement.device import bound_host_memory, default_device, resolve_compute_dtype, set_up_kernels
 from expertune.placement.experts import Location, expert_reader, place_experts
+from expertune.run.context import RunContext
 from expertune.run.directory import ADAPTER_FOLDER
 from expertune.run.progress import Bars
 from expertune.run.record import RunRecord
@@ -103,7 +103,8 @@ def open_run(
         base = fingerprint_of(source.folder, trust_remote_code, say=_say_line)
         require_same_base(folder, base, config.model, allowed_by="give --other-base")
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    loaded = load_base(config, source, default_device(), record, record.values.get("placement", {}).get("places", {}))
+    context = RunContext(config, record, default_device(), Bars(Console(stderr=True)))
+    loaded = load_base(context, source, record.values.get("placement", {}).get("places", {}))
     lora = LoraSection(init_from=str(folder), init_from_other_base=other_base)
     adapted = attach(loaded, lora, config.model, source.revision)
     adapted.eval()
@@ -193,12 +194,11 @@ def generate(
         return complete(run.model, run.tokenizer, [ids], max_new_tokens, in_parts=in_parts)[0]
 
 
-def load_base(
-    config: RunConfig, source: ModelSource, device: torch.device, record: RunRecord, places: Mapping[str, Location]
-) -> LoadedModel:
-    """The model with its experts where they are to wait; a run that is opened again has what its record says."""
-    kept = record.values.get("kernels", {})
-    set_up_kernels(config.kernels, kept.get("crossover"), kept.get("gemm"))
+def load_base(context: RunContext, source: ModelSource, places: Mapping[str, Location]) -> LoadedModel:
+    """The model with its experts at their locations; a run that is opened again has what its record says."""
+    config, device = context.config, context.device
+    recorded = context.record.values.get("kernels", {})
+    set_up_kernels(config.kernels, recorded.get("crossover"), recorded.get("gemm"))
     dtype = resolve_compute_dtype(config.quantization.compute_dtype, device)
     loaded = load_model(
         source.folder,

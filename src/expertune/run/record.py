@@ -1,7 +1,7 @@
 """RunRecord: what a run did, as one JSON file that every later room reads.
 
 The file is rewritten whole, beside and then renamed, so that a reader never sees half of it. Sections are plain
-mappings: `config`, `versions`, `model`, `data`, `plan`, `proof`, `train`, `eval`, `task`, `throughput`, `memory`.
+mappings: `config`, `versions`, `model`, `data`, `plan`, `preflight`, `train`, `eval`, `task`, `throughput`, `memory`.
 """
 
 import contextlib
@@ -18,6 +18,9 @@ from expertune.storage import write_json
 
 RECORD_NAME = "record.json"
 FORMAT_VERSION = 1
+
+# Sections that earlier releases wrote under another name.
+_RENAMED = {"proof": "preflight"}
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers")
 
@@ -68,6 +71,7 @@ class RunRecord:
             ) from None
         if not isinstance(values, dict) or values.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(f"{path}: not a record of format version {FORMAT_VERSION}")
+        values = {_RENAMED.get(section, section): content for section, content in values.items()}
         require_sections(path, values)
         return cls(path, values)
 

@@ -109,7 +109,7 @@ _READ: dict[str, type[_Section]] = {
     "task": _Task,
     "eval": _Eval,
 }
-_PLAIN = ("config", "versions", "plan", "proof", "adapter", "throughput", "memory")
+_PLAIN = ("config", "versions", "plan", "preflight", "adapter", "throughput", "memory")
 _Record = create_model(  # type: ignore[call-overload]
     "_Record",
     __base__=_Section,

@@ -1,0 +1,123 @@
+"""What a run reads before a weight is loaded: the base model's identity and tokenizer, and its examples."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from expertune.adapt.attach import expected_layout
+from expertune.adapt.base import require_same_base
+from expertune.checkpoint.context import context_length, read_config
+from expertune.checkpoint.fingerprint import Fingerprint
+from expertune.checkpoint.hub import ModelSource, fetch_model
+from expertune.checkpoint.load import fingerprint_of
+from expertune.checkpoint.tokenizer import load_tokenizer
+from expertune.data import TokenizedRows, make_collator, make_dataset, plot_lengths, prepare_run
+from expertune.data.preview import preview
+from expertune.planning.memory import PROOF_TOKENS
+from expertune.report.preview import render_preview
+from expertune.run.context import RunContext
+from expertune.run.identity import identify, require_same_identity
+from expertune.storage import told_if_it_fails
+from expertune.train.schedule import require_a_batch
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a run reads before a weight is loaded.
+
+    Attributes:
+        source: where the base model lies.
+        fingerprint: what identifies its weights.
+        tokenizer: the base model's.
+        stock_refusal: why stock PEFT is expected not to read the whole adapter, or None.
+        train: the training examples.
+        eval: the evaluation examples, or None.
+    """
+
+    source: ModelSource
+    fingerprint: Fingerprint
+    tokenizer: PreTrainedTokenizerBase
+    stock_refusal: str | None
+    train: TokenizedRows
+    eval: TokenizedRows | None
+
+
+def read_inputs(context: RunContext) -> Inputs:
+    """Read and check everything, record what it is by content, and show it.
+
+    Raises:
+        ExpertuneError: a part is missing or wrong, or is not what a resumed run started with.
+    """
+    config, trust = context.config, context.trust_remote_code
+    source = fetch_model(config.model, config.revision, trust)
+    base = fingerprint_of(source.folder, trust, say=context.notify)
+    if config.lora.init_from and not config.lora.init_from_other_base:
+        require_same_base(config.lora.init_from, base, config.model)
+    expected = expected_layout(source.folder, config.lora, trust)
+    note_stock_refusal(context, expected.refusal)
+    if expected.merging:
+        context.notify(f"adapter: {expected.merging}")
+    tokenizer = load_tokenizer(source.folder, trust)
+    max_tokens = context_length(read_config(source.folder, trust))
+    train, evaluation = prepare_run(config.data, tokenizer, context.record.values.get("data", {}), max_tokens)
+    inputs = Inputs(source, base, tokenizer, expected.refusal, train, evaluation)
+    _record_inputs(context, inputs)
+    _show_data(context, inputs)
+    return inputs
+
+
+def note_stock_refusal(context: RunContext, refusal: str | None) -> None:
+    """Show why stock PEFT will not read the adapter, where it will not."""
+    if refusal:
+        context.notify(
+            f"adapter: stock PEFT {peft.__version__} will not read all of it: {refusal}. Expertune reads it; for a "
+            "file that others read too, leave that out of lora.targets"
+        )
+
+
+def _record_inputs(context: RunContext, inputs: Inputs) -> None:
+    """Keep what the run reads by its content; refuse to resume over anything else."""
+    config, record = context.config, context.record
+    reports = {"train": inputs.train.report, "eval": inputs.eval.report if inputs.eval else None}
+    identity = identify(config, inputs.tokenizer, {"train": inputs.train, "eval": inputs.eval})
+    require_same_identity(record, config, inputs.fingerprint, identity, reports)
+    require_a_batch(len(make_dataset(inputs.train, config.data)), config.training)
+    record.values["inputs"] = identity
+    record.update("data", **reports)
+
+
+def _show_data(context: RunContext, inputs: Inputs) -> None:
+    data, console = context.config.data, context.console
+    lengths = [row.uncut_length for part in (inputs.train, inputs.eval) if part for row in part.rows]
+    histogram = Path(context.config.output_dir) / "lengths.png"
+    told_if_it_fails("lengths.png", lambda: plot_lengths(lengths, histogram, data.max_length), console.print)
+    for name, part, num_examples in (("train", inputs.train, 1), ("eval", inputs.eval, 0)):
+        if part:
+            shown = preview(part, data, inputs.tokenizer, num_examples=num_examples)
+            console.print(render_preview(name, shown), soft_wrap=False)
+    report = inputs.train.report
+    context.notify(
+        f"data: {report['num_rows']} training examples, {report['num_truncated']} cut at {data.max_length} tokens, "
+        f"{report['num_skipped']} skipped; lengths in {histogram}"
+    )
+
+
+def probe_batch(context: RunContext, inputs: Inputs) -> dict[str, Any]:
+    """The first training examples, as many as the preflight check's tokens allow, collated as in training."""
+    data = context.config.data
+    chosen: list[Any] = []
+    tokens = 0
+    for row in make_dataset(inputs.train, data):
+        # Of a long example its beginning is enough; whole, it could need more memory than the run itself.
+        row = {key: value if key == "row_ids" else value[:PROOF_TOKENS] for key, value in row.items()}
+        length = data.max_length if data.packing == "padded" else len(row["input_ids"])
+        if chosen and tokens + length > PROOF_TOKENS:
+            break
+        chosen.append(row)
+        tokens += length
+    batch = make_collator(data, inputs.tokenizer)(chosen)
+    return {key: value.to(context.device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
