@@ -36,6 +36,7 @@ from expertune.train.finite import (
     trained_weights_of,
 )
 from expertune.train.offload import activations_on_host
+from expertune.train.optim import default_optimizer, usable_optimizer
 from expertune.train.out_of_memory import RandomState
 from expertune.train.recover import Recovery
 
@@ -387,18 +388,16 @@ def training_arguments(training: Mapping[str, Any], output_dir: str, device: tor
     values[kwargs] = {"use_reentrant": False, **given}
     if device.type == "cpu":
         values |= {"use_cpu": True, "fp16": False}
-        if "8bit" in str(values.get("optim", "")) or "paged" in str(values.get("optim", "")):
-            notes.append(f"training.optim: {values['optim']} needs a CUDA device; using adamw_torch on this CPU")
-            values["optim"] = "adamw_torch"
-        values.setdefault("optim", "adamw_torch")
         values.setdefault("dataloader_pin_memory", False)
     elif values.get("use_cpu"):
         raise ConfigError(
             "training.use_cpu is true, but the model is on the GPU that this process sees; hide it with "
             "CUDA_VISIBLE_DEVICES= (nothing after the sign) in the environment, and remove the key"
         )
-    else:
-        values.setdefault("optim", "paged_adamw_8bit")
+    named = str(values.get("optim") or default_optimizer(device.type))
+    values["optim"] = usable_optimizer(named, device.type)
+    if values["optim"] != named:
+        notes.append(f"training.optim: {named} needs a CUDA device; using {values['optim']} on this CPU")
     values.setdefault("report_to", "none")
     values.setdefault("disable_tqdm", False)
     values.setdefault("run_name", f"{Path(output_dir).name}-{time.strftime('%Y-%m-%d-%H-%M')}")
