@@ -9,10 +9,9 @@ Importing this package is cheap: torch and transformers are imported when a step
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
-from expertune.adapt.registration import register_with_peft
-from expertune.checkpoint.registration import register_with_transformers
 from expertune.config import RunConfig
 from expertune.kernels.threads import prepare_threads
+from expertune.registration import register as _register
 from expertune.run.record import RunRecord
 from expertune.run.source import load_run as load_config
 
@@ -23,10 +22,8 @@ if TYPE_CHECKING:
 __version__ = _version("expertune")
 __all__ = ["Run", "RunConfig", "RunRecord", "evaluate", "finetune", "generate", "load_config", "make_plan", "quantize"]
 
-# From here on `AutoModelForCausalLM.from_pretrained` reads NF4 folders.
-register_with_transformers()
-# And PEFT's calls adapt the experts of such a model.
-register_with_peft()
+# From here on `AutoModelForCausalLM.from_pretrained` reads NF4 folders, and PEFT's calls adapt experts.
+_register()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What PEFT's and transformers' adapter calls do on a model with 4-bit experts (see `expertune.adapt.registration`).
+"""What PEFT's and transformers' adapter calls do on a model with 4-bit experts (see `expertune.registration`).
 
 Each function here takes the place of a library's for such a model; its first argument is that function. An adapter of
 such a model has an `ExpertLoraConfig`, made from the user's `LoraConfig`, so that `Nf4Experts` get `ExpertsLora` and

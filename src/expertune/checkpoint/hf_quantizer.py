@@ -2,7 +2,7 @@
 
 Experts and linears are swapped on the meta device, and transformers' own loader then reads every tensor into its place:
 the folder has the live model's names. Imported while transformers is being imported (see
-`expertune.checkpoint.registration`), so that everything heavy is imported where it is used.
+`expertune.registration`), so that everything heavy is imported where it is used.
 """
 
 from pathlib import Path

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from expertune.adapt.registration import WRAPPED
+from expertune.registration import WRAPPED
 
 PLACES = [(module, path, taker) for module, names in WRAPPED.items() for path, taker in names.items()]
 
@@ -27,7 +27,7 @@ def test_peft_before_expertune_and_a_dense_model_that_is_none_of_our_business(tm
 import sys, torch
 import peft, transformers, expertune
 from importlib import import_module
-from expertune.adapt.registration import WRAPPED
+from expertune.registration import WRAPPED
 for module, names in WRAPPED.items():
     for path in names:
         found = import_module(module)
@@ -45,7 +45,23 @@ again = PeftModel.from_pretrained(build(), {str(tmp_path)!r})
 ids = torch.arange(8)[None]
 assert torch.equal(model.eval()(ids).logits, again(ids).logits)
 assert type(model.base_model).__name__ == "LoraModel"
-print(sorted(name for name in sys.modules if name.startswith("expertune.adapt.")))
+print(sorted(name for name in sys.modules if name.startswith("expertune.adapt")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1:] == ["['expertune.adapt.registration']"], done.stderr
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
+
+
+def test_expertune_before_the_libraries_even_where_a_module_was_only_looked_for_at_first() -> None:
+    code = """
+import sys, importlib.util
+import expertune
+assert not {"torch", "transformers", "peft"} & sys.modules.keys()
+importlib.util.find_spec("peft.peft_model")
+importlib.util.find_spec("transformers.quantizers.auto")
+from peft import PeftModel
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+assert PeftModel.load_adapter.expertune
+assert "expertune" in AUTO_QUANTIZER_MAPPING
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
