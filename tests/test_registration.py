@@ -18,7 +18,7 @@ def test_this_release_still_has_what_is_wrapped(module: str, path: str, taker: s
     for name in path.split("."):
         found = getattr(found, name)
     assert getattr(found, "expertune", False)
-    file, _, function = taker.partition(".")
+    file, _, function = taker.rpartition(".")
     assert callable(getattr(importlib.import_module(f"expertune.adapt.{file}"), function))
 
 

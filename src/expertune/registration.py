@@ -96,7 +96,7 @@ def _guarded(original: Callable[..., Any], taker: str) -> Callable[..., Any]:
             from expertune.experts.module import holds_experts
 
             if any(holds_experts(each) for each in (*args, *kwargs.values()) if isinstance(each, nn.Module)):
-                file, _, name = taker.partition(".")
+                file, _, name = taker.rpartition(".")
                 return getattr(import_module(f"expertune.adapt.{file}"), name)(original, *args, **kwargs)
         return original(*args, **kwargs)
 
