@@ -16,7 +16,7 @@ from transformers import set_seed
 
 from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
-from expertune.adapt.proof import probe_logits, prove
+from expertune.adapt.preflight import preflight, probe_logits
 from expertune.config import RunConfig, check_training_arguments
 from expertune.data import (
     make_collator,
@@ -227,7 +227,7 @@ def _load_and_adapt(
         model.activation_checkpointing_enable()
     # Nothing that changes a logit may change between the two forwards of the base model.
     with context.bars.task("preflight check", "passes") as progress:
-        found = recovery.anew("proof", lambda: prove(model, probe, base_logits, progress))
+        found = recovery.anew("proof", lambda: preflight(model, probe, base_logits, progress))
     record.update("model", dtype=str(model.dtype), unexpected_tensors=loaded.unexpected)
     record.update("preflight", **found)
     learning = found["learning"]

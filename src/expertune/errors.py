@@ -29,8 +29,12 @@ class DoesNotFitError(ExpertuneError):
     """More memory is needed than there is: by the plan, which the message shows with what to give up, or in mid-run."""
 
 
-class ProofError(ExpertuneError):
+class PreflightError(ExpertuneError):
     """A check after attaching the adapter failed: not 4-bit, not learning, not repeatable, or not effective."""
+
+
+PreflightError = PreflightError
+"""The older name of `PreflightError`, for code that catches it."""
 
 
 class NonFiniteLossError(ExpertuneError):

@@ -180,15 +180,15 @@ def test_proof_out_of_memory_is_made_anew_with_nothing_changed_that_shows_in_a_l
     values["training"] |= {"max_steps": 2, "eval_strategy": "no"}
     _, adapter = reference("two")
     monkeypatch.setattr(ladder, "offload_more", lambda model: "layer 0 waits on the host")
-    tries, real = [], api.prove
+    tries, real = [], api.preflight
 
-    def prove(*arguments: Any) -> Any:
+    def preflight(*arguments: Any) -> Any:
         tries.append(routes.working_set_bytes("cpu"))
         if len(tries) < 3:
             raise out_of_memory()
         return real(*arguments)
 
-    monkeypatch.setattr(api, "prove", prove)
+    monkeypatch.setattr(api, "preflight", preflight)
     record = run(values, tmp_path / "recovered")
     assert tries == [routes.working_set_bytes("cpu")] * 3
     changes = record["train"]["recoveries"]

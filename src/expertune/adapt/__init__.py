@@ -1,1 +1,1 @@
-"""Adapt: attach LoRA to experts and linears as one PeftModel, prove that it works, write it as stock PEFT reads it."""
+"""Adapt: attach LoRA to experts and linears as one PeftModel, check it, write files that stock PEFT reads."""

@@ -12,14 +12,14 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers import PreTrainedModel
 
-from expertune.adapt.base import require_every_layer, require_same_base
+from expertune.adapt.base_model import require_every_layer, require_same_base
 from expertune.adapt.factors import PREFIX, PerExpert, leaves
 from expertune.adapt.files import SETTINGS, AdapterFile, Origin, load_adapter_tensors, read_adapter, read_adapter_base
 from expertune.adapt.peft_model import ExpertPeftModel
-from expertune.adapt.reach import is_refused, reached_modules
-from expertune.adapt.sound import require_ranks_in_file
+from expertune.adapt.reachability import is_refused, reachable_modules
 from expertune.adapt.stock_layout import stock_layout
 from expertune.adapt.stock_trial import StockLayout
+from expertune.adapt.validation import require_ranks_in_file
 from expertune.checkpoint.linears import is_linear
 from expertune.checkpoint.load import LoadedModel, build_meta_model
 from expertune.checkpoint.names import NameMap, read_names
@@ -192,7 +192,7 @@ def _reached(loaded: LoadedModel, asked: LoraSection) -> set[str] | None:
         for name, module in loaded.model.named_modules()
         if is_linear(module) or isinstance(module, Nf4Experts)
     }
-    return reached_modules(loaded.model, candidates)
+    return reachable_modules(loaded.model, candidates)
 
 
 def _held_targets(targets: ResolvedTargets, names: NameMap, held: set[str]) -> ResolvedTargets:

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from expertune.adapt.factors import PREFIX, Factors, PerExpert, dtype_in_file, fold, fuse, pad, unfold
-from expertune.adapt.sound import require_sound_config, require_sound_tensors
 from expertune.adapt.stock_trial import StockLayout
+from expertune.adapt.validation import require_valid_config, require_valid_tensors
 from expertune.checkpoint.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.json_file import read_mapping
@@ -329,7 +329,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: {key} is set, which Expertune does not read")
     if config.get("bias", "none") != "none":
         raise CheckpointError(f"{path}: bias is {config['bias']!r}; only adapters without trained biases can be read")
-    require_sound_config(path, config)
+    require_valid_config(path, config)
     return config
 
 
@@ -349,7 +349,7 @@ def read_adapter_settings(folder: str | Path) -> dict[str, Any] | None:
     if not isinstance(values, dict) or values.keys() != set(SETTINGS):
         return None
     named = {"lora_alpha": values["alpha"], "use_rslora": values["rslora"]}
-    require_sound_config(Path(folder) / WEIGHTS_NAME, values | named)
+    require_valid_config(Path(folder) / WEIGHTS_NAME, values | named)
     return values
 
 
@@ -368,7 +368,7 @@ def read_adapter_tensors(folder: str | Path) -> dict[str, Tensor]:
         tensors = {key: tensor for key, tensor in load_file(path).items() if not key.endswith(_COPIES)}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged ({error})") from None
-    require_sound_tensors(path, tensors)
+    require_valid_tensors(path, tensors)
     return tensors
 
 

@@ -23,7 +23,7 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from expertune.adapt.reach import is_weight_used_alone
+from expertune.adapt.reachability import is_weight_used_alone
 from expertune.checkpoint.linears import is_linear
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import Rank, ResolvedTargets

@@ -8,7 +8,7 @@ from typing import Any
 
 from expertune.config import TRUST_KEY, RunConfig
 from expertune.config.secrets import without_secrets
-from expertune.errors import CheckpointError, ConfigError, ProofError
+from expertune.errors import CheckpointError, ConfigError, PreflightError
 from expertune.run.record import RECORD_NAME, RunRecord, versions
 from expertune.run.signals import Terminated, signals_raised
 from expertune.run.source import directories, recorded_values
@@ -96,7 +96,7 @@ def stops_recorded(record: RunRecord) -> Iterator[None]:
         with signals_raised():
             yield
     except BaseException as error:
-        if isinstance(error, ProofError):
+        if isinstance(error, PreflightError):
             record.values.setdefault("preflight", {}).update(passed=False, failed=str(error))
         interrupted = isinstance(error, KeyboardInterrupt | Terminated)
         why = str(error) or ("interrupted" if interrupted else type(error).__name__)

@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from expertune.adapt.attach import attach
-from expertune.adapt.base import require_same_base
+from expertune.adapt.base_model import require_same_base
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.checkpoint.hub import ModelSource, fetch_model
 from expertune.checkpoint.load import LoadedModel, fingerprint_of, load_model

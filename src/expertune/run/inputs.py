@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from expertune.adapt.attach import expected_layout
-from expertune.adapt.base import require_same_base
+from expertune.adapt.base_model import require_same_base
 from expertune.checkpoint.context import context_length, read_config
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.hub import ModelSource, fetch_model

@@ -16,7 +16,7 @@ from expertune.errors import CheckpointError
 _LARGEST_RANK = 2**16
 
 
-def require_sound_config(path: Path, config: Mapping[str, Any]) -> None:
+def require_valid_config(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse an `adapter_config.json` whose values are of the wrong kind.
 
     Raises:
@@ -49,7 +49,7 @@ def require_sound_config(path: Path, config: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path}: {problem}")
 
 
-def require_sound_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def require_valid_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Refuse tensors that are no factors of an update.
 
     Raises:

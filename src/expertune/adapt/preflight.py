@@ -1,8 +1,8 @@
-"""Proof after attaching: is it 4-bit, does it learn, does it repeat itself, and does the adapter matter?
+"""Preflight check after attaching: is it 4-bit, does it learn, is it repeatable, and does the adapter matter?
 
-What has gone wrong in silence elsewhere is measured here before the first step: experts left in 16 bits, factors that
-never get a gradient, forwards that drift, adapters that change nothing. The probe uses a few training rows, makes every
-B factor non-zero so that A can show a gradient, and restores the factors to the byte.
+Failures that are silent elsewhere are measured here before the first step: experts left in 16 bits, factors that never
+get a gradient, forwards that drift, adapters that change nothing. The check uses a few training sequences, makes every
+B factor non-zero so that A can get a gradient, and restores the factors to the byte.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from expertune.adapt.peft_model import ExpertPeftModel
-from expertune.adapt.reach import reached_modules
+from expertune.adapt.reachability import reachable_modules
 from expertune.checkpoint.linears import is_linear
-from expertune.errors import ConfigError, ProofError
+from expertune.errors import ConfigError, PreflightError
 from expertune.experts.contract import is_experts
 from expertune.experts.lora import ExpertsLora
 from expertune.experts.module import Nf4Experts
@@ -42,7 +42,7 @@ def probe_logits(model: nn.Module, batch: Batch) -> Tensor:
         model.train(was_training)
 
 
-def prove(
+def preflight(
     model: ExpertPeftModel, batch: Batch, base_logits: Tensor, progress: Callable[[int, int], None] = lambda *_: None
 ) -> dict[str, Any]:
     """Run all checks on a model that has its adapter attached.
@@ -57,34 +57,36 @@ def prove(
         What was measured, ready for the run record.
 
     Raises:
-        ProofError: a check failed; names the module and what was found.
+        PreflightError: a check failed; names the module and what was found.
         ConfigError: a target is a module that no text of this model has a gradient to.
     """
     started = time.monotonic()
     progress(0, _NUM_PASSES)
-    bits = _prove_four_bits(model)
+    bits = _check_four_bits(model)
     with torch.random.fork_rng(devices=_cuda_devices(batch)), _nonzero_factors(model):
-        learning = _prove_learning(model, batch)
+        learning = _check_learning(model, batch)
         progress(3, _NUM_PASSES)
         first = probe_logits(model, batch)
         progress(4, _NUM_PASSES)
         second = probe_logits(model, batch)
         progress(5, _NUM_PASSES)
         if not torch.equal(first, second):
-            raise ProofError(
+            raise PreflightError(
                 f"two forwards of the same rows differ by up to {_distance(first, second):.3g}, from "
                 f"{_first_to_differ(model, batch)} on; the model is not repeatable, so that a resumed run would drift"
             )
-        del second  # logits of all tokens are the most that a proof holds
+        del second  # logits of all tokens are the most memory that the check takes
         change = _distance(first, base_logits)
         if change == 0:
-            raise ProofError("a non-zero adapter does not change the logits: it is attached to nothing that is used")
+            raise PreflightError(
+                "a non-zero adapter does not change the logits: it is attached to nothing that is used"
+            )
         del first
         with model.disable_adapter():
             disabled = probe_logits(model, batch)
         progress(_NUM_PASSES, _NUM_PASSES)
         if not torch.equal(disabled, base_logits):
-            raise ProofError(
+            raise PreflightError(
                 f"with the adapter disabled the logits differ from the base model's by up to "
                 f"{_distance(disabled, base_logits):.3g}; attaching the adapter has changed the base"
             )
@@ -98,26 +100,26 @@ def prove(
     }
 
 
-def _prove_four_bits(model: nn.Module) -> dict[str, Any]:
+def _check_four_bits(model: nn.Module) -> dict[str, Any]:
     expert_weights = linear_weights = expert_bytes = linear_bytes = 0
     for name, module in model.named_modules():
         if isinstance(module, Nf4Experts):
             for stack in (module.gate_up, module.down):
                 if stack.packed.dtype != torch.uint8 or stack.packed.is_meta:
-                    raise ProofError(f"{name}: expert matrices are {stack.packed.dtype}, not packed 4-bit bytes")
+                    raise PreflightError(f"{name}: expert matrices are {stack.packed.dtype}, not packed 4-bit bytes")
                 expert_weights += stack.num_matrices * stack.rows * stack.columns
                 expert_bytes += stack.nbytes
         elif isinstance(module, bnb.nn.Linear4bit):
             state = getattr(module.weight, "quant_state", None)
             if module.weight.dtype != torch.uint8 or state is None:
-                raise ProofError(f"{name}: the weight is {module.weight.dtype}, not packed 4-bit bytes")
+                raise PreflightError(f"{name}: the weight is {module.weight.dtype}, not packed 4-bit bytes")
             linear_weights += state.shape.numel()
             linear_bytes += module.weight.nbytes + _state_bytes(state)
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if is_experts(module) and parameter.is_floating_point() and parameter.ndim == 3:
-                raise ProofError(f"{name}.{parameter_name}: experts are held as {parameter.dtype}, not in 4 bits")
+                raise PreflightError(f"{name}.{parameter_name}: experts are held as {parameter.dtype}, not in 4 bits")
     if not expert_weights:
-        raise ProofError("no 4-bit experts in the model")
+        raise PreflightError("no 4-bit experts in the model")
     return {
         "expert_weights": expert_weights,
         "expert_bytes": expert_bytes,
@@ -127,7 +129,7 @@ def _prove_four_bits(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _prove_learning(model: ExpertPeftModel, batch: Batch) -> dict[str, Any]:
+def _check_learning(model: ExpertPeftModel, batch: Batch) -> dict[str, Any]:
     """Every factor that can receive a gradient gets a finite, non-zero one."""
     was_training = model.training
     model.train()
@@ -136,7 +138,7 @@ def _prove_learning(model: ExpertPeftModel, batch: Batch) -> dict[str, Any]:
             # Every token is a target here, so that a masked prompt does not starve the experts that serve it.
             loss = model(**{**batch, "labels": _all_labels(batch)}, use_cache=False).loss
         if not loss.requires_grad:
-            raise ProofError("no factor of the adapter takes part in the loss, so that none can learn")
+            raise PreflightError("no factor of the adapter takes part in the loss, so that none can learn")
         loss.backward()
         checked, idle = 0, 0
         for what, gradient in _factor_gradients(model, tokens):
@@ -145,11 +147,13 @@ def _prove_learning(model: ExpertPeftModel, batch: Batch) -> dict[str, Any]:
                 continue
             if gradient is None:
                 _require_reached(model, what.partition(":")[0].removesuffix(".lora_A").removesuffix(".lora_B"))
-                raise ProofError(f"{what}: the gradient is missing")
+                raise PreflightError(f"{what}: the gradient is missing")
             if not torch.isfinite(gradient).all():
-                raise ProofError(f"{what}: the gradient is not finite")
+                raise PreflightError(f"{what}: the gradient is not finite")
             if not gradient.any():
-                raise ProofError(f"{what}: the gradient is zero everywhere, so that it would not learn; {_WHY_ZERO}")
+                raise PreflightError(
+                    f"{what}: the gradient is zero everywhere, so that it would not learn; {_WHY_ZERO}"
+                )
             checked += 1
     finally:
         model.zero_grad(set_to_none=True)
@@ -173,7 +177,7 @@ def _require_reached(model: ExpertPeftModel, name: str) -> None:
     if not is_linear(base) and not isinstance(base, Nf4Experts):
         return
     model.eval()  # without activation checkpointing, whose second forward would be counted too
-    if not reached_modules(model.get_base_model(), {name: base}):
+    if not reachable_modules(model.get_base_model(), {name: base}):
         name = name.removeprefix("base_model.model.")
         raise ConfigError(
             f"lora.targets: no adapter can learn in {name}: a text's loss has no gradient to what it computes (the "
@@ -196,7 +200,9 @@ def _factor_gradients(model: ExpertPeftModel, tokens: dict[str, Tensor]) -> Iter
                     continue
                 if name not in tokens:
                     _require_reached(model, name)
-                    raise ProofError(f"{name}: the forward never passes through these experts, so that none can learn")
+                    raise PreflightError(
+                        f"{name}: the forward never passes through these experts, so that none can learn"
+                    )
                 for projection, stacked in held.items():
                     for expert, count in enumerate(tokens[name].tolist()):
                         gradient = None if stacked.grad is None else stacked.grad[expert]
@@ -256,7 +262,7 @@ def _nonzero_factors(model: nn.Module) -> Iterator[None]:
             for factor, old in zip(factors, before, strict=True):
                 factor.copy_(old)
     if _digest(factors) != digest:
-        raise ProofError("the adapter's factors could not be restored after the probe")
+        raise PreflightError("the adapter's factors could not be restored after the probe")
 
 
 def _all_labels(batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 
 from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
-from expertune.adapt.reach import reached_modules
+from expertune.adapt.reachability import reachable_modules
 from expertune.checkpoint.linears import is_linear
 from expertune.config import LoraSection
 from expertune.errors import ConfigError
@@ -35,7 +35,7 @@ def test_every_linear_and_all_experts_of_a_plain_family_are_reached(tmp_path: Pa
     candidates = {name: each for name, each in model.named_modules() if is_linear(each) or isinstance(each, Nf4Experts)}
     assert len(candidates) == 2 * (4 + 1) + 1
     before = frozen_bytes(model)
-    assert reached_modules(model, candidates) == candidates.keys()
+    assert reachable_modules(model, candidates) == candidates.keys()
     assert frozen_bytes(model).keys() == before.keys()
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())

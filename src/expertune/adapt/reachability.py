@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 _TOKENS = 16
 
 
-def reached_modules(model: PreTrainedModel, candidates: Mapping[str, nn.Module]) -> set[str]:
+def reachable_modules(model: PreTrainedModel, candidates: Mapping[str, nn.Module]) -> set[str]:
     """Names of the candidates whose output the logits of a text have a gradient to.
 
     Args:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
-from expertune.adapt.proof import probe_logits, prove
+from expertune.adapt.preflight import preflight, probe_logits
 from expertune.checkpoint.load import LoadedModel
 from expertune.config import LoraSection
-from expertune.errors import ConfigError, ProofError
+from expertune.errors import ConfigError, PreflightError
 from expertune.experts.lora import ExpertsLora
 from expertune.experts.module import Nf4Experts
 from tests.adapt.conftest import EVERYTHING, FolderOf, adapt, train_a_little
@@ -56,7 +56,7 @@ def prepared(loaded: LoadedModel, batch: Batch, **lora: Any) -> tuple[ExpertPeft
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_healthy_model_passes(make: Any, dropout: float, loaded: LoadedModel) -> None:
     batch = make()
-    report = prove(*_order(prepared(loaded, batch, dropout=dropout), batch))
+    report = preflight(*_order(prepared(loaded, batch, dropout=dropout), batch))
     assert report["passed"]
     assert report["learning"]["factors_learning"] + report["learning"]["factors_without_tokens"] == 2 * (
         2 * 4 * 3 + 2 * 4 + 2 + 1
@@ -72,7 +72,7 @@ def _order(pair: tuple[ExpertPeftModel, Tensor], batch: Batch) -> tuple[ExpertPe
 
 def test_four_bit_figures_follow_from_the_sizes(loaded: LoadedModel) -> None:
     batch = batch_of()
-    bits = prove(*_order(prepared(loaded, batch), batch))["four_bit"]
+    bits = preflight(*_order(prepared(loaded, batch), batch))["four_bit"]
     weights = 2 * 4 * 3 * 64 * 128
     assert bits["expert_weights"] == weights
     # A byte of absmax for 64 weights; per matrix of 128 blocks one nested absmax and one offset of 4 bytes.
@@ -84,13 +84,13 @@ def test_four_bit_figures_follow_from_the_sizes(loaded: LoadedModel) -> None:
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
 def test_healthy_models_of_other_families_pass(family: str, family_folder: FolderOf) -> None:
     loaded, batch = load_tiny(family_folder(family)), batch_of(8, 32)
-    assert prove(*_order(prepared(loaded, batch), batch))["passed"]
+    assert preflight(*_order(prepared(loaded, batch), batch))["passed"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_healthy_half_precision_model_passes(dtype: torch.dtype, mixtral: Path) -> None:
     loaded, batch = load_tiny(mixtral, dtype), batch_of()
-    assert prove(*_order(prepared(loaded, batch, dtype="bfloat16"), batch))["passed"]
+    assert preflight(*_order(prepared(loaded, batch, dtype="bfloat16"), batch))["passed"]
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
@@ -98,12 +98,12 @@ def test_healthy_model_passes_under_activation_checkpointing(loaded: LoadedModel
     batch = batch_of()
     model, base = prepared(loaded, batch)
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    assert prove(model, batch, base)["passed"]
+    assert preflight(model, batch, base)["passed"]
 
 
 def test_experts_that_the_rows_do_not_reach_are_counted_not_blamed(loaded: LoadedModel) -> None:
     batch = batch_of(1, 3)
-    report = prove(*_order(prepared(loaded, batch), batch))
+    report = preflight(*_order(prepared(loaded, batch), batch))
     assert report["learning"]["factors_without_tokens"] > 0
 
 
@@ -114,7 +114,7 @@ def test_factors_mode_gradients_and_random_state_are_as_before(loaded: LoadedMod
     model.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    prove(model, batch, base)
+    preflight(model, batch, base)
     assert changed(before, dict(model.state_dict())) == []
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert np.array_equal(np.random.get_state()[1], numpy_state)
@@ -127,8 +127,8 @@ def test_factors_are_restored_when_a_check_fails(loaded: LoadedModel) -> None:
     batch = batch_of()
     model, base = prepared(loaded, batch)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ProofError):
-        prove(model, batch, base + 1)
+    with pytest.raises(PreflightError):
+        preflight(model, batch, base + 1)
     assert changed(before, dict(model.state_dict())) == []
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -136,7 +136,7 @@ def test_factors_are_restored_when_a_check_fails(loaded: LoadedModel) -> None:
 def test_second_proof_gives_the_same_report(loaded: LoadedModel) -> None:
     batch = batch_of()
     model, base = prepared(loaded, batch)
-    first, second = prove(model, batch, base), prove(model, batch, base)
+    first, second = preflight(model, batch, base), preflight(model, batch, base)
     assert first["four_bit"] == second["four_bit"]
     assert first["learning"] == second["learning"]
 
@@ -145,8 +145,8 @@ def test_second_proof_gives_the_same_report(loaded: LoadedModel) -> None:
 
 
 def expect_failure(model: ExpertPeftModel, batch: Batch, base: Tensor, message: str) -> None:
-    with pytest.raises(ProofError, match=message):
-        prove(model, batch, base)
+    with pytest.raises(PreflightError, match=message):
+        preflight(model, batch, base)
 
 
 def test_experts_left_in_sixteen_bits_are_named(mixtral: Path, loaded: LoadedModel) -> None:
@@ -180,7 +180,7 @@ def test_convolution_beside_the_experts_is_no_expert(loaded: LoadedModel) -> Non
     batch = batch_of()
     model, base = prepared(loaded, batch)
     loaded.model.get_submodule("model.layers.0").conv1d = nn.Conv1d(64, 64, 4)
-    assert prove(model, batch, base)["passed"]
+    assert preflight(model, batch, base)["passed"]
 
 
 def experts_layer(loaded: LoadedModel) -> ExpertsLora:
@@ -228,7 +228,7 @@ def test_target_that_no_text_trains_is_an_error_of_the_run_file(
     base = probe_logits(loaded.model, batch)
     model = attach(loaded, LoraSection(r=2, dropout=0.0, targets=["experts", target]), str(tmp_path))
     with pytest.raises(ConfigError, match=rf"^lora\.targets: no adapter can learn in model\.\S*{module}: .*Leave "):
-        prove(model, batch, base)
+        preflight(model, batch, base)
 
 
 def test_router_whose_choice_has_no_gradient_is_told_with_what_to_do(loaded: LoadedModel) -> None:
