@@ -34,15 +34,8 @@ from expertune.checkpoint.linears import decoder_layers, linears_to_quantize
 from expertune.checkpoint.load import build_meta_model
 from expertune.checkpoint.loader import quantized_linear
 from expertune.checkpoint.names import read_names
-from expertune.checkpoint.store import (
-    FOLDER_MARK,
-    FORMAT_VERSION,
-    METHOD,
-    REST,
-    Outgoing,
-    hash_file,
-    write_tensors,
-)
+from expertune.checkpoint.store import FOLDER_MARK, FORMAT_VERSION, METHOD, REST
+from expertune.checkpoint.writer import Outgoing, hash_file, write_tensors
 from expertune.config import QuantizationConfig
 from expertune.experts.module import Nf4Experts
 from expertune.storage import write_json

@@ -96,10 +96,10 @@ def test_mistakes_are_one_message_and_exit_code_2(
 def test_interrupted_command_says_how_to_go_on(small_mixtral: Path, tmp_path: Path) -> None:
     code = """
 import sys
-from expertune.checkpoint import store
+from expertune.checkpoint.writer import HashedFile
 def interrupt(file, view):
     raise KeyboardInterrupt
-store._write_all = interrupt
+HashedFile.write = interrupt
 from expertune.cli import main
 main()
 """

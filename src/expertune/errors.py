@@ -1,12 +1,15 @@
 """Every error that Expertune raises on purpose, as one tree.
 
 The command line turns any `ExpertuneError` into exit code 2 and one message on stderr. Each message names what is
-wrong, where (file, row, key or tensor), and how to mend it. Anything else that escapes is a bug.
+wrong, where (file, row, key or tensor), and how to fix it. Anything else that escapes is a bug.
 """
+
+import difflib
+from collections.abc import Iterable
 
 
 class ExpertuneError(Exception):
-    """Base of all errors below; catch this to catch everything that a user can mend."""
+    """Base of all errors below; catch this to catch everything that a user can fix."""
 
 
 class ConfigError(ExpertuneError):
@@ -14,7 +17,7 @@ class ConfigError(ExpertuneError):
 
 
 class DataError(ExpertuneError):
-    """The rows cannot be trained on as they are: names the file, the row and the mend."""
+    """The rows cannot be trained on as they are: names the file, the row and the fix."""
 
 
 class CheckpointError(ExpertuneError):
@@ -51,3 +54,13 @@ class ExportError(ExpertuneError):
 
 class StorageError(ExpertuneError):
     """A file of a run could not be read or written: names the file, the system's reason, and what to do."""
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that is most like a misspelt one, for "did you mean"; None where none is like it."""
+    return next(iter(difflib.get_close_matches(name[:80], list(known), n=1, cutoff=cutoff)), None)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library's error says, or the name of its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

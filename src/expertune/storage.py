@@ -9,15 +9,19 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from expertune.errors import StorageError
+
+BESIDE = ".tmp"
+"""How the names of files end that are still being written."""
 
 _REMEDY = {
     errno.ENOSPC: "make room on this disk",
@@ -104,12 +108,12 @@ def _error_of_a_write(folder: Path) -> int:
     return 0
 
 
-def told_if_it_fails(what: str, write: Callable[[], object], tell: Callable[[str], None]) -> None:
-    """Write something that a run can do without; a failed write is told and nothing more."""
+def logged_if_it_fails(what: str, write: Callable[[], object], log: Callable[[str], None]) -> None:
+    """Write something that a run can do without; a failed write is logged and nothing more."""
     try:
         write()
     except OSError as error:
-        tell(f"{what} could not be written ({error.strerror or error}); the run goes on without it")
+        log(f"{what} could not be written ({error.strerror or error}); the run goes on without it")
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -118,19 +122,30 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file beside `path`, flush it to disk, then rename it into place."""
+    """Write a UTF-8 text file, whole or not at all."""
+    with write_whole(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def write_whole(path: Path) -> Iterator[BinaryIO]:
+    """Write a file beside `path`, flush it to disk, then rename it into place: readers never see a part of it.
+
+    Yields:
+        the file beside; it is deleted where the block raises.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}{BESIDE}")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        # The user's umask may take rights away; a group's is never given, as the cache refuses such files.
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files that only their owner can read; a record is as readable as the folder it lies in.
-        Path(beside).chmod(0o644)
-        Path(beside).replace(path)
+        beside.replace(path)
     except BaseException as error:
-        Path(beside).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # a failed write or flush knows none
         raise

@@ -6,7 +6,8 @@ from typing import Any
 
 from expertune.checkpoint.load import LoadedModel
 from expertune.checkpoint.quantize import quantize
-from expertune.checkpoint.store import FOLDER_MARK, hash_file, write_manifest
+from expertune.checkpoint.store import FOLDER_MARK, write_manifest
+from expertune.checkpoint.writer import hash_file
 from tests.tiny_models import changed, frozen_bytes
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from expertune.checkpoint.load import LoadedModel, load_model
 from expertune.checkpoint.reader import TensorEntry, read_header
-from expertune.checkpoint.store import hash_file, read_nf4_folder
+from expertune.checkpoint.store import read_nf4_folder
 from expertune.checkpoint.verified import verify
+from expertune.checkpoint.writer import hash_file
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, ConfigError
 from expertune.experts.module import Nf4Experts

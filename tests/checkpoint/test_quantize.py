@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from expertune.checkpoint import quantize as quantize_module
-from expertune.checkpoint import store
 from expertune.checkpoint.quantize import quantize
 from expertune.checkpoint.verified import verify
+from expertune.checkpoint.writer import HashedFile
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from tests.checkpoint.conftest import Rewrite
@@ -72,13 +72,13 @@ class Killed(BaseException):
 
 def stop_after(count: int, error: BaseException) -> Callable[..., None]:
     """What writes bytes, until so many writes have been made."""
-    write, calls = store._write_all, 0
+    write, calls = HashedFile.write, 0
 
-    def write_some(file: Any, view: memoryview) -> None:
+    def write_some(file: HashedFile, view: memoryview) -> None:
         nonlocal calls
         calls += 1
         if calls > count:
-            file.write(view[: len(view) // 2])
+            file.file.write(view[: len(view) // 2])
             raise error
         write(file, view)
 
@@ -87,22 +87,22 @@ def stop_after(count: int, error: BaseException) -> Callable[..., None]:
 
 KILL = """
 import os
-from expertune.checkpoint import store
 from expertune.checkpoint.quantize import quantize
+from expertune.checkpoint.writer import HashedFile
 
 def quantize_until_killed(source, out, count):
-    write, calls = store._write_all, 0
+    write, calls = HashedFile.write, 0
 
     def write_some(file, view):
         nonlocal calls
         calls += 1
         if calls > count:
-            file.write(view[: len(view) // 2])
-            file.flush()
+            file.file.write(view[: len(view) // 2])
+            file.file.flush()
             os._exit(9)
         write(file, view)
 
-    store._write_all = write_some
+    HashedFile.write = write_some
     quantize(source, out)
 """
 COUNTS = [0, 9, 40, 80]
@@ -135,7 +135,7 @@ def test_finished_files_are_kept_and_not_written_again(
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_write_all", stop_after(40, Killed()))
+        patch.setattr(HashedFile, "write", stop_after(40, Killed()))
         with pytest.raises(Killed):
             quantize(str(mixtral), out)
     assert sorted(weights(out)) == ["layer-00000.safetensors"]
@@ -153,7 +153,7 @@ def test_finished_file_that_is_no_longer_whole_is_written_again(
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_write_all", stop_after(40, Killed()))
+        patch.setattr(HashedFile, "write", stop_after(40, Killed()))
         with pytest.raises(Killed):
             quantize(str(mixtral), out)
     path = out / "layer-00000.safetensors"
@@ -179,7 +179,7 @@ def begun(request: pytest.FixtureRequest, mixtral: Path, tmp_path: Path, monkeyp
     if request.param == "finished":
         return quantized(mixtral, out)
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_write_all", stop_after(40, Killed()))
+        patch.setattr(HashedFile, "write", stop_after(40, Killed()))
         with pytest.raises(Killed):
             quantize(str(mixtral), out)
     return out
@@ -211,7 +211,7 @@ def test_source_that_has_changed_meanwhile_is_named(
 ) -> None:
     source, out = rewrite(), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_write_all", stop_after(40, Killed()))
+        patch.setattr(HashedFile, "write", stop_after(40, Killed()))
         with pytest.raises(Killed):
             quantize(str(source), out)
     shard = next(source.glob("*.safetensors"))
@@ -232,7 +232,7 @@ def test_full_disk_says_what_is_needed_leaves_no_half_file_and_goes_on(
     out = tmp_path / "out"
     whole = {name: len(content) for name, content in weights(folder).items()}
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_write_all", stop_after(count, OSError(errno.ENOSPC, "No space left on device")))
+        patch.setattr(HashedFile, "write", stop_after(count, OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(CheckpointError, match=r"the disk is full; \d+ bytes more are needed") as caught:
             quantize(str(mixtral), out)
     kept = weights(out)

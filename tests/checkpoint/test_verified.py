@@ -12,8 +12,8 @@ import pytest
 
 from expertune.checkpoint import verified
 from expertune.checkpoint.load import fingerprint_of
-from expertune.checkpoint.store import hash_file
 from expertune.checkpoint.verified import require_verified, verify
+from expertune.checkpoint.writer import hash_file
 from expertune.errors import CheckpointError
 from tests.checkpoint.nf4_folders import quantized
 from tests.tiny_models import load_tiny

@@ -28,8 +28,8 @@ from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.reader import read_metadata
-from expertune.checkpoint.store import Outgoing, write_tensors
 from expertune.checkpoint.targets import Rank, ResolvedTargets
+from expertune.checkpoint.writer import Outgoing, write_tensors
 from expertune.errors import CheckpointError
 from expertune.experts.layout import fused_projections
 from expertune.experts.lora import ExpertsLora

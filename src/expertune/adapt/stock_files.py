@@ -23,7 +23,7 @@ from expertune.adapt.stock_layout import stock_layout
 from expertune.adapt.stock_trial import StockLayout
 from expertune.checkpoint.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
 from expertune.checkpoint.json_file import read_mapping
-from expertune.checkpoint.store import Outgoing
+from expertune.checkpoint.writer import Outgoing
 
 Original = Callable[..., Any]
 

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from expertune.adapt.factors import PREFIX, fuse
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import ResolvedTargets
+from expertune.errors import first_line
 from expertune.experts import layout
 
 _TRIED_EXPERTS = 12
@@ -116,7 +117,7 @@ class Twin:
             try:
                 model = PeftModelForCausalLM(self.model, config, low_cpu_mem_usage=True)
             except (ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
-                raise NotReadError(f"PEFT refuses its config: {str(error).splitlines()[0]}") from None
+                raise NotReadError(f"PEFT refuses its config: {first_line(error)}") from None
             layers = dict(_adapted(model.get_base_model()))
             expected = _expected_ranks(found, names)
             for name in layers.keys() - expected.keys() - {f"{name}.weight" for name in expected}:
@@ -247,7 +248,7 @@ class _Conversion:
         try:
             return convert_peft_adapter_state_dict_for_transformers(self.model, self.config, dict(given))
         except (ValueError, TypeError, RuntimeError, KeyError) as error:
-            raise NotReadError(f"PEFT cannot convert its names: {str(error).splitlines()[0]}") from None
+            raise NotReadError(f"PEFT cannot convert its names: {first_line(error)}") from None
 
     def _pair(self, names: NameMap, module: str, projection: str) -> tuple[Tensor, Tensor]:
         """A [E, 2, 3] and B [E, 4, 2] of a few experts."""

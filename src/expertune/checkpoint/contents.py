@@ -10,7 +10,8 @@ from expertune.checkpoint.jobs import saved_tensors
 from expertune.checkpoint.loader import Loader
 from expertune.checkpoint.prequantized import Piece, place_piece
 from expertune.checkpoint.reader import TensorEntry
-from expertune.checkpoint.store import BUFFERS, STACKS, Outgoing
+from expertune.checkpoint.store import BUFFERS, STACKS
+from expertune.checkpoint.writer import Outgoing
 from expertune.errors import CheckpointError
 from expertune.experts.module import Nf4Experts
 from expertune.kernels.nf4 import Nf4Stack

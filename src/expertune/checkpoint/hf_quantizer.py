@@ -12,7 +12,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from expertune.checkpoint.reader import read_header
-from expertune.checkpoint.store import FOLDER_MARK, METHOD, PADDING, STATE_SUFFIX
+from expertune.checkpoint.store import FOLDER_MARK, METHOD, STATE_SUFFIX
+from expertune.checkpoint.writer import PADDING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

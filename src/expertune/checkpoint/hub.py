@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from expertune.errors import CheckpointError
+from expertune.errors import CheckpointError, ExpertuneError, first_line
 
 CODE = ["*.py"]
 SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
@@ -39,26 +39,49 @@ def fetch_model(
     Raises:
         CheckpointError: neither a folder nor a repository that can be reached; says what to do.
     """
+    patterns = SMALL_FILES + (_WEIGHTS if weights else []) + (CODE if trust_remote_code else [])
+    folder, on_hub = find_folder(model, revision, patterns)
+    return ModelSource(folder, folder.name if on_hub else None, trust_remote_code)
+
+
+def find_folder(
+    model: str,
+    revision: str | None,
+    patterns: list[str],
+    error: type[ExpertuneError] = CheckpointError,
+    what: str = "it",
+    note: str = "",
+) -> tuple[Path, bool]:
+    """A local folder as it is, or a hub repository's files of these patterns; and whether it is the hub's.
+
+    Args:
+        model: path or hub id.
+        revision: branch, tag or commit of a hub id.
+        patterns: which files are downloaded where they are not in the hub's cache.
+        error: what is raised.
+        what: what the hub did not give, for the message.
+        note: what is said of a local copy in the message.
+
+    Raises:
+        ExpertuneError: neither a folder nor a repository that can be reached; says what to do.
+    """
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return ModelSource(folder, trust_remote_code=trust_remote_code)
+        return folder, False
     if folder.exists() or model.startswith((".", "/", "~")):
-        raise CheckpointError(f"model {model}: no such folder")
+        raise error(f"model {model}: no such folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = SMALL_FILES + (_WEIGHTS if weights else []) + (CODE if trust_remote_code else [])
     try:
-        path = snapshot_download(model, revision=revision, allow_patterns=patterns)
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns)), True
     except HFValidationError:
-        raise CheckpointError(f"model {model}: neither a folder here nor a hub id of the form owner/name") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"model {model}: no folder of this name here, and the hub did not give it ({reason}). Give the path of a "
-            "local copy, or go online (and log in with `hf auth login` for a gated model)"
+        raise error(f"model {model}: neither a folder here nor a hub id of the form owner/name") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as refused:
+        raise error(
+            f"model {model}: no folder of this name here, and the hub did not give {what} ({first_line(refused)}). "
+            f"Give the path of a local copy{note}, or go online (and log in with `hf auth login` for a gated model)"
         ) from None
-    return ModelSource(Path(path), Path(path).name, trust_remote_code)
 
 
 def refusal(error: Exception) -> str:

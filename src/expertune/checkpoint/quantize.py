@@ -37,20 +37,18 @@ from expertune.checkpoint.store import (
     GUIDE,
     METHOD,
     PROGRESS_MARK,
-    FileRecord,
     Nf4Folder,
-    hash_file,
     is_nf4_folder,
     read_manifest,
     read_nf4_folder,
     read_progress,
     write_manifest,
-    write_tensors,
 )
+from expertune.checkpoint.writer import FileRecord, hash_file, write_tensors
 from expertune.config import QuantizationConfig
 from expertune.distributed.processes import require_one_process
 from expertune.errors import CheckpointError, ExpertuneError
-from expertune.storage import write_json, write_text
+from expertune.storage import BESIDE, write_json, write_text
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 # The file that is being worked on, bytes written so far, bytes in all.
@@ -231,6 +229,8 @@ class _Work:
                     del self.files[file]
         else:
             self.notes = {"format_version": FORMAT_VERSION, "plan": self.identity, "shards": {}, "files": {}}
+        for beside in out.glob(f".*{BESIDE}"):
+            beside.unlink()  # of a process that was killed
         needed = self.bytes_left()
         free = shutil.disk_usage(_existing(out)).free
         if needed > free:
@@ -324,8 +324,6 @@ class _Work:
             "files": dict(sorted(files.items())),
         }
         self.shards.close()
-        for beside in self.out.glob(".*.tmp"):
-            beside.unlink()
         # Not in the manifest: people may write more into it.
         write_text(self.out / GUIDE, guide(manifest))
         write_manifest(self.out, manifest)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from expertune.checkpoint.reader import TensorEntry, open_checkpoint, read_header, read_weight_map
-from expertune.errors import CheckpointError
+from expertune.errors import CheckpointError, first_line
 
 SINGLE_SHARD = "model.safetensors"
 
@@ -117,9 +117,9 @@ class HubShards:
             from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
             if isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | ConnectionError):
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise CheckpointError(
-                    f"{self.repository}: the hub did not give {shard} ({reason}); the same command goes on from here"
+                    f"{self.repository}: the hub did not give {shard} ({first_line(error)}); the same command "
+                    "resumes from here"
                 ) from None
             raise
 

@@ -13,18 +13,15 @@ file, each at a multiple of 64 bytes, so that they can be mapped, or read at onc
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-from torch import Tensor
-
 from expertune.checkpoint.json_file import read_mapping
-from expertune.checkpoint.reader import INDEX_NAME, CheckpointIndex, TensorEntry, dtype_name, open_checkpoint
+from expertune.checkpoint.reader import INDEX_NAME, CheckpointIndex, TensorEntry, open_checkpoint
+from expertune.checkpoint.writer import PADDING
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError
 from expertune.kernels.nf4 import Scheme
@@ -36,56 +33,16 @@ FORMAT_VERSION = 1
 METHOD = "expertune"
 GUIDE = "README.md"
 REST = "rest.safetensors"
-ALIGNMENT = 64
 
 STACKS = ("gate_up", "down")
 BUFFERS = ("packed", "absmax", "nested_absmax", "offset")
 
-PADDING = "padding."
 STATE_SUFFIX = ".weight.quant_state.bitsandbytes__nf4"
-_CHUNK = 2**22
 _DIGEST = "sha256"
 _SECTIONS = ("source", "quantization", "files")
 _KEYS = {"format_version", "dtype", "left_out", _DIGEST, *_SECTIONS}
 
 _AGAIN = "copy the folder again, or quantize the model again"
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What is known of a file that was written.
-
-    Attributes:
-        sha256: of its content, as hexadecimal digits.
-        nbytes: its size.
-    """
-
-    sha256: str
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Outgoing:
-    """A tensor that is about to be written.
-
-    Attributes:
-        name: live name.
-        dtype: torch dtype.
-        shape: sizes.
-        read: gives the tensor when its turn comes.
-        aligned: begin at a multiple of `ALIGNMENT` bytes, before all tensors that need not.
-    """
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
-    aligned: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -268,93 +225,3 @@ def _require_size(path: Path, nbytes: int) -> None:
         raise CheckpointError(f"{path}: file is missing; {_AGAIN}")
     if path.stat().st_size != nbytes:
         raise CheckpointError(f"{path}: damaged: {path.stat().st_size} bytes, {nbytes} were written; {_AGAIN}")
-
-
-def hash_file(path: Path) -> FileRecord:
-    """sha256 and size of a file, read in pieces."""
-    digest, size = hashlib.sha256(), 0
-    buffer = memoryview(bytearray(_CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            size += count
-    return FileRecord(digest.hexdigest(), size)
-
-
-def write_tensors(path: Path, tensors: Iterable[Outgoing], metadata: Mapping[str, str] | None = None) -> FileRecord:
-    """Write a safetensors file beside `path`, then rename it; one tensor is asked for at a time.
-
-    The bytes depend on names, shapes, values and `metadata` only: safetensors' own writer puts the entries of the
-    metadata into an order that differs from one process to the next. Aligned tensors come first, in the order given,
-    with tensors named `padding.*` after them where their sizes leave a gap: the format allows no holes.
-
-    Raises:
-        OSError: the file cannot be written; nothing of it is left.
-        ValueError: a tensor that was handed over is not the one that was announced.
-    """
-    ordered = _in_file_order(list(tensors), path.stem)
-    header = _header(ordered, metadata or {})
-    digest, size = hashlib.sha256(header), len(header)
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        with beside.open("wb", buffering=0) as file:
-            _write_all(file, memoryview(header))
-            for outgoing in ordered:
-                tensor = outgoing.read()
-                if tuple(tensor.shape) != outgoing.shape or tensor.dtype != outgoing.dtype:
-                    raise ValueError(f"{outgoing.name}: {tuple(tensor.shape)} of {tensor.dtype} is not as announced")
-                if tensor.numel():
-                    view = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-                    _write_all(file, view)
-                    digest.update(view)
-                    size += len(view)
-                    del view  # or this tensor would stay while the next is read
-                del tensor
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    return FileRecord(digest.hexdigest(), size)
-
-
-def _write_all(file: Any, view: memoryview) -> None:
-    done = 0
-    while done < len(view):
-        done += file.write(view[done : done + _CHUNK])
-
-
-def _in_file_order(tensors: list[Outgoing], file: str) -> list[Outgoing]:
-    ordered: list[Outgoing] = []
-    position = num_paddings = 0
-    for outgoing in (tensor for tensor in tensors if tensor.aligned):
-        ordered.append(outgoing)
-        position += outgoing.nbytes
-        gap = -position % ALIGNMENT
-        if gap:
-            ordered.append(_padding(f"{PADDING}{file}.{num_paddings}", gap))
-            position, num_paddings = position + gap, num_paddings + 1
-    # Wide dtypes first: each tensor then begins at a multiple of its item's size.
-    rest = sorted((t for t in tensors if not t.aligned), key=lambda t: (-t.dtype.itemsize, t.name))
-    return ordered + rest
-
-
-def _padding(name: str, nbytes: int) -> Outgoing:
-    return Outgoing(name, torch.uint8, (nbytes,), lambda: torch.zeros(nbytes, dtype=torch.uint8))
-
-
-def _header(ordered: list[Outgoing], metadata: Mapping[str, str]) -> bytes:
-    """The safetensors header, filled up with blanks so that the data begins at a multiple of `ALIGNMENT`."""
-    position = 0
-    values: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    for outgoing in ordered:
-        end = position + outgoing.nbytes
-        values[outgoing.name] = {
-            "dtype": dtype_name(outgoing.dtype),
-            "shape": list(outgoing.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(values, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text

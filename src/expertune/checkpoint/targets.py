@@ -5,7 +5,6 @@ Names are the checkpoint's own (`w1` in some families, `gate_proj` in most), mat
 experts alike means both.
 """
 
-import difflib
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from torch import nn
 from expertune.checkpoint.linears import decoder_layers, is_linear
 from expertune.checkpoint.names import NameMap
 from expertune.config import LoraSection
-from expertune.errors import ConfigError
+from expertune.errors import ConfigError, nearest
 from expertune.experts.router import find_router, router_blocks
 
 ALIASES = ("attention", "experts", "router", "lm_head")
@@ -228,6 +227,6 @@ def _ends_in(name: str, target: str) -> bool:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f"; did you mean {match[0]}?" if match else ""
+    meant = nearest(name, known)
+    hint = f"; did you mean {meant}?" if meant else ""
     return f"{hint} (this model has {', '.join(known)})"

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from expertune.checkpoint.store import FOLDER_MARK, hash_file, read_manifest
+from expertune.checkpoint.store import FOLDER_MARK, read_manifest
+from expertune.checkpoint.writer import hash_file
 from expertune.errors import CheckpointError
 from expertune.kernels.cache import cache_folder, read_kept
 from expertune.storage import write_json

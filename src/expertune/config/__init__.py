@@ -6,7 +6,6 @@ Nothing here imports torch or transformers, so that `--help` and a typing mistak
 """
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from pydantic import (
 from expertune.config.training_keys import refused_keys
 from expertune.config.training_values import check_training_values
 from expertune.config.yaml_file import parse_value, read_mapping, shortened
-from expertune.errors import ConfigError
+from expertune.errors import ConfigError, nearest
 
 _MAX_PATH, _MAX_PATH_PART = 4096, 255  # of Linux, and no more than elsewhere
 
@@ -478,5 +477,5 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     known = set(known)
     if _OTHER_NAMES.get(name) in known:
         return f"; did you mean {_OTHER_NAMES[name]}?"
-    match = difflib.get_close_matches(name[:80], sorted(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else f"; known: {', '.join(sorted(known))}"
+    meant = nearest(name, sorted(known), cutoff=0.5)
+    return f"; did you mean {meant}?" if meant else f"; known: {', '.join(sorted(known))}"

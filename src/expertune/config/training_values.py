@@ -4,7 +4,6 @@ TrainingArguments is a dataclass, which checks no type: `learning_rate: abc` wou
 the model is loaded. Types are read from the installed transformers; ranges of the well-known arguments stand here.
 """
 
-import difflib
 import importlib.util
 import math
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from pydantic.errors import PydanticSchemaGenerationError
 
 from expertune.config.secrets import is_secret
 from expertune.config.yaml_file import shortened
-from expertune.errors import ConfigError
+from expertune.errors import ConfigError, nearest
 
 # Argument -> (lowest value, whether it is itself allowed, first value that is too high).
 _RANGES: dict[str, tuple[float, bool, float]] = {
@@ -82,8 +81,8 @@ def _problem_of_type(hint: Any, value: Any) -> str | None:
             return None
         # `adamw` is not near to `adamw_torch` as a whole: it is the first word of several.
         meant = {choice.partition("_")[0]: choice for choice in reversed(choices)} | {each: each for each in choices}
-        near = difflib.get_close_matches(value[:80], meant, n=1)
-        return f"did you mean {meant[near[0]]}?" if near else f"one of {', '.join(map(str, choices))}"
+        near = nearest(value, meant)
+        return f"did you mean {meant[near]}?" if near else f"one of {', '.join(map(str, choices))}"
     try:
         # As it stands: transformers takes the text "1e-4" for a number no more than "abc".
         adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
@@ -124,8 +123,8 @@ def _require_trackers(report_to: Any, where: str) -> None:
         if name in ("none", "all"):
             continue
         if name not in INTEGRATION_TO_CALLBACK:
-            near = difflib.get_close_matches(name[:80], INTEGRATION_TO_CALLBACK, n=1)
-            known = f"did you mean {near[0]}?" if near else f"known: none, {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            near = nearest(name, INTEGRATION_TO_CALLBACK)
+            known = f"did you mean {near}?" if near else f"known: none, {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
             raise ConfigError(f"{where}: training.report_to: no tracker is called {shortened(name)!r}; {known}")
         if name not in get_available_reporting_integrations() and not _is_installed(name):
             raise ConfigError(

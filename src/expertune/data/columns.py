@@ -5,7 +5,6 @@ A column that is not used is harmless where its text stands in the example anywa
 and one that the user has named is told with the number of examples.
 """
 
-import difflib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from expertune.config import DataConfig
 from expertune.data.formats import COLUMNS, WHOLE_CONVERSATIONS, Example, Layout
 from expertune.data.row_template import Template
-from expertune.errors import ConfigError, DataError
+from expertune.errors import ConfigError, DataError, nearest
 
 # Names under which data sets hold what an example is made of.
 _CONTENT = frozenset(
@@ -195,11 +194,11 @@ def check_names(columns: Mapping[str, str], template_names: Collection[str]) -> 
     known = sorted(COLUMNS.union(template_names))
     for name in columns:
         if name not in known:
-            match = difflib.get_close_matches(name[:80], known, n=1)
-            nearest = f"did you mean {match[0]}?" if match else f"known: {', '.join(sorted(COLUMNS))}"
+            meant = nearest(name, known)
+            hint = f"did you mean {meant}?" if meant else f"known: {', '.join(sorted(COLUMNS))}"
             raise ConfigError(
                 f"data.columns: {_writable(name)} is a name that neither a layout nor a template file of your own "
-                f"uses; {nearest}"
+                f"uses; {hint}"
             )
 
 

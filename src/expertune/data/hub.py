@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from expertune.errors import DataError
+from expertune.errors import DataError, first_line
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+){0,2}")
 
@@ -33,13 +33,9 @@ def read_hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     except Exception as error:  # the client lets errors of several libraries through (http, file system, its own)
         raise DataError(
             f"{name}: neither a local file nor a dataset that the hub gave us "
-            f"({type(error).__name__}: {_first_line(error)}). Without a connection, bring the rows as a file: on a "
+            f"({type(error).__name__}: {first_line(error)}). Without a connection, bring the rows as a file: on a "
             f"connected machine run `hf download --repo-type dataset {dataset_name} --local-dir rows`, copy the "
             "folder here, and set data.train or data.eval to the .jsonl, .json, .csv or .parquet file in it"
         ) from error
     for number, row in enumerate(rows, start=1):
         yield f"{dataset_name}:{split}: row {number}", row
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

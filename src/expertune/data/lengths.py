@@ -1,9 +1,9 @@
 """The histogram of row lengths: what `max_length` should be is seen in it."""
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from expertune.storage import write_whole
 
 
 def plot_lengths(lengths: Sequence[int], path: str | Path, max_length: int) -> None:
@@ -11,7 +11,7 @@ def plot_lengths(lengths: Sequence[int], path: str | Path, max_length: int) -> N
 
     Args:
         lengths: tokens of each row before the cut (`TokenizedRow.uncut_length`).
-        path: the PNG file; it is written beside itself and then renamed.
+        path: the PNG file.
         max_length: where the line is drawn.
     """
     from matplotlib.figure import Figure
@@ -29,14 +29,5 @@ def plot_lengths(lengths: Sequence[int], path: str | Path, max_length: int) -> N
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            figure.savefig(file, format="png", dpi=120)
-        Path(beside).chmod(0o644)
-        Path(beside).replace(path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+    with write_whole(Path(path)) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from expertune.config.yaml_file import shortened
-from expertune.errors import DataError
+from expertune.errors import DataError, first_line
 
 # What no text and no table comes near; what a file made to exhaust memory does.
 _MOST_UNPACKED = 200
@@ -246,7 +246,7 @@ def _read_parquet(file: RawFile) -> Iterator[SourceRow]:
     except DataError:
         raise
     except Exception as error:  # Arrow raises errors of many kinds for a damaged file
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise DataError(
             f"{file.path}: not a whole Parquet file, or one with values that cannot be read ({reason}); copy it again"
         ) from None

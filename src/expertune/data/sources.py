@@ -3,7 +3,6 @@
 A source is one of them, a glob of files, or a list of these; their rows follow one another in that order.
 """
 
-import difflib
 import glob
 import hashlib
 import json
@@ -17,7 +16,7 @@ from pathlib import Path
 from expertune.config.yaml_file import shortened
 from expertune.data.hub import is_hub_name, read_hub
 from expertune.data.readers import READERS, SourceRow, read_rows, reader_of
-from expertune.errors import DataError
+from expertune.errors import DataError, nearest
 
 _SLICE = re.compile(r"(?P<name>.*)\[(?P<start>\d{0,15}):(?P<stop>\d{0,15})\]", re.DOTALL)
 _NUM_NAMED = 3
@@ -193,6 +192,5 @@ def _read_file(path: Path, label: str) -> tuple[list[SourceRow], str]:
 def _nearest_file(path: Path) -> str:
     if not path.parent.is_dir():
         return f", nor the folder {path.parent}"
-    names = [other.name for other in path.parent.iterdir()]
-    match = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.with_name(match[0])}?" if match else ""
+    meant = nearest(path.name, (other.name for other in path.parent.iterdir()))
+    return f"; did you mean {path.with_name(meant)}?" if meant else ""

@@ -5,10 +5,9 @@ without sparsity, bfloat16 with sums in float32. The host link is PCI Express x1
 pinned memory reach, about 0.8 of its nominal rate.
 """
 
-import difflib
 from dataclasses import dataclass
 
-from expertune.errors import ConfigError
+from expertune.errors import ConfigError, nearest
 
 _GIB = 2**30
 _PCIE = {3: 12e9, 4: 25e9, 5: 50e9}
@@ -87,10 +86,10 @@ def find_device(name: str) -> Device:
         return Device(ANY_GPU, 0, 0.0, 0.0, 0.0)
     if asked in plain:
         return plain[asked]
-    match = difflib.get_close_matches(asked, plain, n=1, cutoff=0.5)
-    nearest = f"; did you mean {plain[match[0]].name}?" if match else "."
+    meant = nearest(asked, plain, cutoff=0.5)
+    hint = f"; did you mean {plain[meant].name}?" if meant else "."
     raise ConfigError(
-        f"--gpu {name}: not in the table{nearest} Known: {', '.join(DEVICES)}; for any other say "
+        f"--gpu {name}: not in the table{hint} Known: {', '.join(DEVICES)}; for any other say "
         f"--gpu {ANY_GPU} --memory 24GB"
     )
 

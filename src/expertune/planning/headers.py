@@ -11,16 +11,16 @@ from pathlib import Path
 
 from torch import nn
 
+from expertune.checkpoint.hub import CODE, find_folder
 from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.names import Destination, NameMap
 from expertune.checkpoint.reader import INDEX_NAME, open_checkpoint, read_weight_map
-from expertune.errors import CheckpointError, ConfigError
+from expertune.errors import CheckpointError, ConfigError, first_line
 from expertune.experts.contract import ExpertsSpec
 from expertune.experts.layout import fused_projections
 
-# The hub folder's own files: enough to build the model without weights. Code only where the run file trusts it.
+# Enough of a hub repository to build the model without weights.
 _FILES = ["config.json", INDEX_NAME]
-_CODE = ["*.py"]
 
 # Missing tensors that a message names.
 _NAMED = 3
@@ -47,14 +47,14 @@ def find_config(model: str, revision: str | None = None, trust_remote_code: bool
     Raises:
         ConfigError: there is no such folder, it has no config.json, or the hub did not give it; says what to do.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{folder / 'config.json'}: no such file; is {model} a model folder?")
-        return folder, False
-    if folder.exists() or model.startswith((".", "/", "~")):
-        raise ConfigError(f"model {model}: no such folder")
-    return _fetch_config(model, revision, trust_remote_code), True
+    patterns = _FILES + (CODE if trust_remote_code else [])
+    note = " (config.json alone is enough to plan)"
+    folder, on_hub = find_folder(model, revision, patterns, ConfigError, "its config.json", note)
+    if (folder / "config.json").is_file():
+        return folder, on_hub
+    if on_hub:
+        raise ConfigError(f"model {model}: the repository has no config.json; is it a transformers model?")
+    raise ConfigError(f"{folder / 'config.json'}: no such file; is {model} a model folder?")
 
 
 def read_headers(model: str, folder: Path, revision: str | None, on_hub: bool) -> Headers | None:
@@ -197,26 +197,6 @@ def _index_alone(model: str, folder: Path) -> Headers | None:
     return Headers(model, dict.fromkeys(weight_map), size if isinstance(size, int) and size >= 0 else None)
 
 
-def _fetch_config(model: str, revision: str | None, trust_remote_code: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = _FILES + (_CODE if trust_remote_code else [])
-    try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except HFValidationError:
-        raise ConfigError(f"model {model}: neither a folder here nor a hub id of the form owner/name") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"model {model}: no folder of this name here, and the hub did not give its config.json "
-            f"({_first_line(error)}). Give the path of a local copy (config.json alone is enough to plan), or go "
-            "online (and log in with `hf auth login` for a gated model)"
-        ) from None
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"model {model}: the repository has no config.json; is it a transformers model?")
-    return folder
-
-
 def _fetch_headers(model: str, revision: str | None) -> Headers | None:
     import httpx
     from huggingface_hub import get_safetensors_metadata
@@ -229,7 +209,7 @@ def _fetch_headers(model: str, revision: str | None) -> Headers | None:
             f"model {model}: the repository holds no safetensors; pickles are never loaded, so convert it first"
         ) from None
     except SafetensorsParsingError as error:
-        raise CheckpointError(f"model {model}: a safetensors header is damaged ({_first_line(error)})") from None
+        raise CheckpointError(f"model {model}: a safetensors header is damaged ({first_line(error)})") from None
     except (httpx.HTTPError, OSError):
         return None  # The config came from the cache; without a connection the plan rests on it alone, and says so.
     shapes: dict[str, tuple[int, ...] | None] = {}
@@ -240,7 +220,3 @@ def _fetch_headers(model: str, revision: str | None) -> Headers | None:
             begin, end = tensor.data_offsets
             nbytes += end - begin
     return Headers(model, shapes, nbytes)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,12 +1,13 @@
 """Pictures of a run, drawn from its record."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from expertune.storage import write_whole
 
 # A palette that survives greyscale printing and the common colour-vision deficiencies (Okabe and Ito 2008).
 _TRAIN, _EVAL, _BEFORE, _AFTER = "#56B4E9", "#D55E00", "#999999", "#009E73"
@@ -19,9 +20,8 @@ def plot_summary(record: Mapping[str, Any], path: str | Path) -> None:
 
     Args:
         record: the run record's values.
-        path: where the PNG goes; written beside and then renamed.
+        path: where the PNG goes.
     """
-    path = Path(path)
     task = record.get("task", {})
     scored = "after" in task
     figure = Figure(figsize=(9.0 if scored else 6.0, 3.6), layout="constrained")
@@ -29,12 +29,8 @@ def plot_summary(record: Mapping[str, Any], path: str | Path) -> None:
     _draw_losses(panels[0], record)
     if scored:
         _draw_scores(panels[1], task)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(beside, format="png", dpi=150)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with write_whole(Path(path)) as file:
+        figure.savefig(file, format="png", dpi=150)
 
 
 def _draw_losses(axes: Axes, record: Mapping[str, Any]) -> None:
