@@ -49,7 +49,7 @@ from expertune.run.lock import hold_run_directory
 from expertune.run.progress import Bars
 from expertune.run.record import RunRecord
 from expertune.run.source import load_run
-from expertune.storage import storage_errors_named, logged_if_it_fails
+from expertune.storage import logged_if_it_fails, storage_errors_named
 from expertune.train.callbacks import History, ProgressBar, peak_memory_bytes
 from expertune.train.checkpoints import ResumePoint, find_resume_point, require_state_to_go_on
 from expertune.train.ladder import Change
