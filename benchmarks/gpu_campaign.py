@@ -29,7 +29,6 @@ from benchmarks.campaign import (
 )
 from benchmarks.campaign.record import Record, describe
 from benchmarks.workload import DOLLY_SAMPLE
-from expertune.placement.device import bound_host_memory
 
 STAGES: dict[str, ModuleType] = {
     "0": stage0_product,
@@ -77,7 +76,6 @@ def run_stage(name: str, args: argparse.Namespace) -> Record:
     if args.small and args.device == "cpu":
         torch.set_num_threads(1)  # a second thread only waits, on shapes this small
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    bound_host_memory()
     out = Record(path_of(args.out, name), name, args.limit or stage.LIMIT_S, device, args.small)
     try:
         stage.run(args, out)

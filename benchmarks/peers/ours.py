@@ -9,11 +9,9 @@ from expertune.adapt.attach import attach
 from expertune.checkpoint.load import load_model
 from expertune.config import LoraSection, QuantizationConfig
 from expertune.objectives.chunked_loss import LanguageModelLoss
-from expertune.placement.device import bound_host_memory
 
 
 def build(args: argparse.Namespace) -> Stack:
-    bound_host_memory()  # as every run of ours begins
     loaded = load_model(args.model, QuantizationConfig(), getattr(torch, args.dtype), args.device)
     fresh = {"r": args.rank, "alpha": args.alpha}
     given = fresh if args.adapter is None else {"init_from": str(args.adapter)}

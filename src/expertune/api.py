@@ -27,7 +27,7 @@ from expertune.evaluation.held_out import HeldOut
 from expertune.kernels import routes
 from expertune.layers.varlen_attention import require_no_leakage
 from expertune.objectives.chunked_loss import LanguageModelLoss
-from expertune.placement.device import bound_host_memory, training_device
+from expertune.placement.device import training_device
 from expertune.placement.experts import Location, placement_of
 from expertune.planning import MicroBatch, make_plan
 from expertune.planning.disk import require_room
@@ -116,7 +116,6 @@ def finetune(
 def _finetune(context: RunContext) -> None:
     """The corridor, in a run directory that nobody else writes to."""
     config, record, output_dir = context.config, context.record, context.output_dir
-    bound_host_memory()
     check_training_arguments(config.training, config.where)
     check_schedule(config)
     plan = make_plan(config, began_with=merged_before(record, output_dir), trust_remote_code=context.trust_remote_code)

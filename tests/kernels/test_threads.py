@@ -104,7 +104,7 @@ def test_cores_are_physical_ones_of_the_affinity_and_within_the_share(
         ({}, 16, {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}),
         ({"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "5"}, 2, {}),
         ({"GOMP_SPINCOUNT": "100"}, None, {}),
-        ({"KMP_BLOCKTIME": "infinite"}, 1, {"OMP_NUM_THREADS": "1"}),
+        ({"KMP_BLOCKTIME": "infinite", "LRU_CACHE_CAPACITY": "7"}, 1, {"OMP_NUM_THREADS": "1"}),
     ],
 )
 def test_what_is_said_to_openmp_leaves_the_users_own_settings(
@@ -117,7 +117,8 @@ def test_what_is_said_to_openmp_leaves_the_users_own_settings(
     assert threads.os.environ == own  # torch is here already: too late
     monkeypatch.delitem(sys.modules, "torch")
     threads.prepare_threads()
-    assert threads.os.environ == own | expected
+    caches = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+    assert threads.os.environ == caches | own | expected
 
 
 SPY = """

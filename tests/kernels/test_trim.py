@@ -1,5 +1,6 @@
 """Freed blocks of the C allocator go back to the system."""
 
+import subprocess
 import sys
 
 import pytest
@@ -16,7 +17,7 @@ def leave_holes() -> list[torch.Tensor]:
     return blocks[::8]
 
 
-def test_bound_gives_back_what_was_freed_once_memory_has_grown_by_the_slack(monkeypatch):
+def test_trim_gives_back_what_was_freed_once_memory_has_grown_by_the_slack(monkeypatch):
     assert trim._malloc_trim is not None
     trim._malloc_trim(0)  # else blocks may come of memory that earlier tests have freed, and nothing grows
     monkeypatch.setattr(trim, "SLACK_BYTES", 32 * 2**20)
@@ -29,7 +30,7 @@ def test_bound_gives_back_what_was_freed_once_memory_has_grown_by_the_slack(monk
 
 
 @pytest.mark.skipif(trim._mallinfo2 is None, reason="glibc before 2.33 does not say what is in use")
-def test_blocks_in_use_are_nothing_that_bound_could_give_back(monkeypatch):
+def test_blocks_in_use_are_nothing_that_trim_could_give_back(monkeypatch):
     monkeypatch.setattr(trim, "SLACK_BYTES", 32 * 2**20)
     monkeypatch.setattr(trim, "_lowest", trim._beyond_blocks_in_use())
     monkeypatch.setattr(trim, "_malloc_trim", lambda _: pytest.fail("looked for holes among blocks in use"))
@@ -39,9 +40,38 @@ def test_blocks_in_use_are_nothing_that_bound_could_give_back(monkeypatch):
 
 
 @pytest.mark.parametrize("why", ["memory has not grown", "the user has set glibc's own variables"])
-def test_bound_leaves_the_heap_alone_where(monkeypatch, why):
+def test_trim_leaves_the_heap_alone_where(monkeypatch, why):
     monkeypatch.setattr(trim, "_lowest", 0 if why.startswith("the user") else sys.maxsize)
     if why.startswith("the user"):
         monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
     monkeypatch.setattr(trim, "_malloc_trim", lambda _: pytest.fail("gave memory back"))
     trim.trim()
+
+
+FRAGMENT = """
+import torch
+from expertune.kernels.trim import map_large_blocks
+
+def resident():
+    # Without pages of libraries, of which as many are resident as the page cache had at hand.
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
+
+{call}
+keep = []
+for size in range(8):  # blocks that are given back between blocks that stay, as layers leave their inputs behind
+    large = [torch.ones(2**20 * 12, dtype=torch.uint8) for _ in range(8)]
+    keep.append(torch.ones(2**17, dtype=torch.uint8))
+    del large
+    torch.ones(2**20 * 20, dtype=torch.uint8)
+    before = resident()
+print(before)
+"""
+
+
+def test_memory_that_tensors_gave_back_leaves_the_process():
+    def run(call):
+        source = FRAGMENT.format(call=call)
+        done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
+    assert run("map_large_blocks()") < run("") - 20

@@ -1,8 +1,5 @@
 """Device, compute dtype, and what a host gives back."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +7,7 @@ import torch
 
 from expertune.errors import ConfigError
 from expertune.kernels import cpu
-from expertune.placement.device import bound_host_memory, resolve_compute_dtype
+from expertune.placement.device import resolve_compute_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -49,43 +46,3 @@ def test_an_unknown_dtype_is_told():
 def test_instruction_sets_on_a_torch_without_its_table_of_features(monkeypatch):
     monkeypatch.setattr(torch, "cpu", SimpleNamespace(_is_avx512_bf16_supported=lambda: True))
     assert [name for name, there in cpu._cpu_capabilities().items() if there] == ["avx512_bf16"]
-
-
-def test_settings_of_the_user_stay(monkeypatch):
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    os.environ["MALLOC_ARENA_MAX"] = "4"  # so that this process keeps its allocator as it is
-    os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "7"
-    os.environ.pop("LRU_CACHE_CAPACITY", None)
-    bound_host_memory()
-    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
-    assert os.environ["LRU_CACHE_CAPACITY"] == "128"
-
-
-FRAGMENT = """
-import torch
-from expertune.placement.device import bound_host_memory
-
-def resident():
-    # Without pages of libraries, of which as many are resident as the page cache had at hand.
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
-
-{call}
-keep = []
-for size in range(8):  # blocks that are given back between blocks that stay, as layers leave their inputs behind
-    large = [torch.ones(2**20 * 12, dtype=torch.uint8) for _ in range(8)]
-    keep.append(torch.ones(2**17, dtype=torch.uint8))
-    del large
-    torch.ones(2**20 * 20, dtype=torch.uint8)
-    before = resident()
-print(before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the allocator is glibc's")
-def test_memory_that_tensors_gave_back_leaves_the_process():
-    def run(call):
-        source = FRAGMENT.format(call=call)
-        done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
-        return float(done.stdout)
-
-    assert run("bound_host_memory()") < run("") - 20

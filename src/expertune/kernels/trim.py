@@ -1,15 +1,16 @@
-"""Give freed blocks of the C allocator back to the system, as soon as they have come to much. Linux, glibc.
+"""Give freed blocks of the C allocator back to the system, where experts are on disk. Linux, glibc.
 
 Blocks below the mmap threshold lie on heaps, between others that live longer: a heap that only shrinks at its end keeps
-what a layer has freed, and since every expert has its own number of rows, the next layer's blocks fit few of the holes.
-In a training step of six layers of hidden 1024 and 3072 tokens, 765 of 2486 MB were such holes.
+what a layer has freed, and since every expert has its own number of tokens, the next layer's blocks fit few of the
+holes. In a training step of six layers of hidden 1024 and 3072 tokens, 765 of 2486 MB were such holes. glibc also
+raises the threshold with the blocks that it frees, so that ever larger ones come from a heap.
 
-What they come to is not a count of the allocator's, which goes on counting a block that has been given back. It is
+Pages that are given back are zeroed again when they are next used: that costs a small model a third of its step. So
+nothing is given back unless memory is so short that experts are on disk, and then between layers.
+
+What the holes come to is not a count of the allocator's, which goes on counting a block that has been given back. It is
 what the process has resident beyond the blocks in use, less what that was after the last time: whatever memory the
 layers themselves take, only freed blocks can make it grow.
-
-A look costs microseconds, giving back tens of milliseconds; it is done only when `SLACK_BYTES` can be had, so that a
-small model never does it.
 """
 
 import ctypes
@@ -20,6 +21,10 @@ from typing import ClassVar
 
 # What freed blocks may come to.
 SLACK_BYTES = 64 * 2**20
+
+# From malloc.h.
+_M_MMAP_THRESHOLD = -3
+_MMAP_THRESHOLD_BYTES = 8 * 2**20
 
 _STATM = Path("/proc/self/statm")
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -42,8 +47,18 @@ def is_users_own() -> bool:
     return any(name.startswith("MALLOC_") for name in os.environ)
 
 
+def map_large_blocks() -> None:
+    """Have blocks of 8 MiB and more mapped one by one, so that the system has them back when they are freed.
+
+    Smaller ones stay on the heap: dequantized tiles are such, and are fast because they come back warm.
+    """
+    mallopt = getattr(_libc, "mallopt", None)  # musl has none
+    if mallopt is not None and not is_users_own():
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+
+
 def trim() -> None:
-    """Call between operators. A process whose user has set glibc's own variables (MALLOC_...) is left alone."""
+    """Call between layers. A process whose user has set glibc's own variables (MALLOC_...) is left alone."""
     global _lowest
     if _malloc_trim is None or is_users_own():
         return

@@ -1,24 +1,16 @@
 """Which device a run computes on, in which dtype, and how a host gives memory back."""
 
-import ctypes
-import os
-import sys
-
 import torch
 
 from expertune.config import KernelsConfig
 from expertune.errors import ConfigError
-from expertune.kernels import routes, trim
+from expertune.kernels import routes
 from expertune.kernels.cpu import product_dtype
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 # Capability 8.0 (Ampere) is the first NVIDIA generation with bfloat16 matrix units.
 _FIRST_BFLOAT16_CAPABILITY = (8, 0)
-
-# From malloc.h. Setting the threshold also ends its growth.
-_M_MMAP_THRESHOLD = -3
-_MMAP_THRESHOLD_BYTES = 8 * 2**20
 
 
 def default_device() -> torch.device:
@@ -83,24 +75,3 @@ def set_up_kernels(kernels: KernelsConfig, crossover: int | None = None, gemm: s
         )
     except ValueError as error:
         raise ConfigError(f"kernels.route: {error}") from None
-
-
-def bound_host_memory() -> None:
-    """Keep the C allocator and oneDNN from holding on to memory that tensors have given back. Linux, before training.
-
-    glibc raises its mmap threshold with the blocks it frees; tensors of a layer then come from a heap that only shrinks
-    at its end, and what a training step has freed stays resident. oneDNN keeps the scratch memory of a thousand
-    products, one for each number of rows, and every expert has its own number of rows. On a 4-layer model of hidden
-    1024 and 8 experts, a step of 1024 tokens rose 730 MB above the loaded model; with this, 209 MB.
-
-    Blocks of less than 8 MiB stay on the heap: decoded tiles are such, and are fast because they come back warm.
-
-    A variable that the user has set stays. The caches read theirs at the first product, so call this before it.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
-    if trim.is_users_own() or sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none, and no such habit
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from expertune.checkpoint.reader import TensorEntry
+from expertune.kernels import trim
 
 # From linux/mman.h (5.14): read pages and map them, all in one call, without touching them one by one.
 _MADV_POPULATE_READ = 22
@@ -42,6 +43,7 @@ class MappedLayers:
         self._layers = list(layers)
         self._loading: dict[int, Future[None]] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="expert-bytes")
+        trim.map_large_blocks()
 
     def start(self, layer: int) -> None:
         """Page the layer in, on a thread of its own."""
@@ -56,10 +58,11 @@ class MappedLayers:
         """Nothing to do: work on a CPU is done when it returns."""
 
     def drop(self, layer: int) -> None:
-        """Page the layer out."""
+        """Page the layer out, and give back what it has left on the heap."""
         self._loading.pop(layer).result()
         for tensor in self._layers[layer]:
             _advise(tensor, getattr(mmap, "MADV_DONTNEED", None))
+        trim.trim()
 
     def close(self) -> None:
         """End the thread."""

@@ -27,7 +27,7 @@ from expertune.errors import CheckpointError, ConfigError
 from expertune.evaluation.held_out import HeldOut
 from expertune.generation.chat import complete
 from expertune.layers.varlen_attention import use_sdpa_attention
-from expertune.placement.device import bound_host_memory, default_device, resolve_compute_dtype, set_up_kernels
+from expertune.placement.device import default_device, resolve_compute_dtype, set_up_kernels
 from expertune.placement.experts import Location, expert_reader, place_experts
 from expertune.run.context import RunContext
 from expertune.run.directory import ADAPTER_FOLDER
@@ -80,7 +80,6 @@ def open_run(
         CheckpointError: not a run folder, no such adapter in it, or the model's weights are others by now.
     """
     run_dir = Path(run_dir)
-    bound_host_memory()
     record = RunRecord.load(run_dir)
     values = recorded_values(record)
     config = recorded_config(values if model is None else values | {"model": model}, where=str(record.path))

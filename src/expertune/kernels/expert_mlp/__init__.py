@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from expertune.kernels import routes, trim
+from expertune.kernels import routes
 from expertune.kernels.expert_mlp import dequant_gemm, fused
 from expertune.kernels.expert_mlp.plan import Layer, LowRank, chunk_tokens
 from expertune.kernels.grouped_linear import own_dtypes
@@ -216,8 +216,6 @@ def _forward(
                 rows.start,
                 out[tokens],
             )
-    if hidden.device.type == "cpu":
-        trim.trim()
     return out, h
 
 
@@ -261,9 +259,6 @@ def _backward(
     b: list[Tensor],
     h: list[Tensor],
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    if hidden.device.type == "cpu":
-        # Here a step holds most: what attention, the loss or the layer above have freed must not lie below it.
-        trim.trim()
     top_k = top_k_index.shape[1]
     dhidden, dweights = torch.empty_like(hidden), torch.empty_like(top_k_weights)
     with own_dtypes(hidden), _acquired(weights, activation, backward=True) as weights:
@@ -291,8 +286,6 @@ def _backward(
                 dweights[tokens],
             )
     da, db = ([g.to(f.dtype) for g, f in zip(*pair, strict=True)] for pair in ((da, a), (db, b)))
-    if hidden.device.type == "cpu":
-        trim.trim()
     return dhidden, dweights, da, db
 
 

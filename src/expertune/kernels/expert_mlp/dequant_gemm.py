@@ -11,7 +11,6 @@ of one expert, M those with what pads them, E experts, P parts of the first prod
 import torch
 from torch import Tensor
 
-from expertune.kernels import trim
 from expertune.kernels.cpu import pad_rows, product_dtype
 from expertune.kernels.dropout import dropout
 from expertune.kernels.expert_mlp.plan import Layer, LowRank, bias_gradient, combine, differentiable, sort_rows
@@ -20,9 +19,6 @@ from expertune.kernels.nf4 import dequantize
 
 # Gradients of A and B are added to what is there.
 overwrites = False
-
-# Bytes of an expert's rows from which on a look at what it has freed costs nothing beside its products.
-_MANY_BYTES = 2**20
 
 
 def forward(
@@ -99,9 +95,6 @@ def backward(
         )
         if dweight_N is not None:
             dweight_R[span] = dweight_N
-        if hidden_TD.device.type == "cpu" and x_ND.nbytes >= _MANY_BYTES:
-            # Each expert has its own number of rows, so that its blocks lie in other holes than those of the last one.
-            trim.trim()
     if layer.outer_bias is not None and layer.after is None:
         dweight_R += bias_gradient(dout_TD, layer.outer_bias, rows)
     dweights_TK.copy_(dweight_R[rows.inverse_R].view(top_k_weights_TK.shape))
