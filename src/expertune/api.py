@@ -24,6 +24,7 @@ from expertune.data import (
 )
 from expertune.distributed.processes import require_one_process
 from expertune.evaluation.held_out import HeldOut
+from expertune.evaluation.metrics import shown_figures
 from expertune.kernels import routes
 from expertune.layers.varlen_attention import require_no_leakage
 from expertune.objectives.chunked_loss import LanguageModelLoss
@@ -32,7 +33,7 @@ from expertune.placement.experts import Location, placement_of
 from expertune.planning import MicroBatch, make_plan
 from expertune.planning.disk import require_room
 from expertune.planning.settings import uses_checkpointing
-from expertune.report.plots import plot_summary
+from expertune.report.figures import summary_figure, write_png
 from expertune.report.summary import render_summary
 from expertune.run.context import RunContext
 from expertune.run.directory import (
@@ -55,7 +56,7 @@ from expertune.train.checkpoints import ResumePoint, find_resume_point, require_
 from expertune.train.ladder import Change
 from expertune.train.offload import has_separate_host
 from expertune.train.recover import Recovery
-from expertune.train.schedule import Evaluations, check_schedule, evaluates_at_ends
+from expertune.train.schedule import Evaluations, check_schedule, evaluates_at_ends, lower_is_better
 from expertune.train.trackers import Trackers
 from expertune.train.trainer import ExpertTrainer, training_arguments
 
@@ -154,7 +155,9 @@ def _finetune(context: RunContext) -> None:
         _show_score(context, "after")
     record.update("memory", peak_bytes=peak_memory_bytes())
     logged_if_it_fails(
-        "summary.png", lambda: plot_summary(record.values, output_dir / "summary.png"), context.console.print
+        "summary.png",
+        lambda: write_png(summary_figure(record.values), output_dir / "summary.png"),
+        context.console.print,
     )
     record.update("run", status="finished")
     context.console.print(render_summary(record.values, config.output_dir), soft_wrap=True)
@@ -166,6 +169,8 @@ def _with_arguments(context: RunContext, micro_batch: MicroBatch) -> RunContext:
     training = micro_batch.apply(config.training)
     if evaluates_at_ends(config):
         training.setdefault("eval_on_start", True)
+    if lower_is_better(config):
+        training.setdefault("greater_is_better", False)
     arguments, notes = training_arguments(training, str(config.output_dir), context.device)
     if micro_batch.line:
         notes.append(micro_batch.line)
@@ -313,5 +318,5 @@ def _train(
 
 def _show_score(context: RunContext, when: str) -> None:
     score = context.record["task"][when]
-    figures = ", ".join(f"{name} {score[name]:.3f}" for name in ("slot_f1", "exact_match") if name in score)
+    figures = ", ".join(f"{each.name} {score[each.name]:.3f}" for each in shown_figures(score))
     context.console.print(f"{when}: {figures} on {score['rows']} evaluation examples")

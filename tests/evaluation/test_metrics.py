@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertune.evaluation.metrics import FUNCTION_SLOT, METRICS, parse_meaning
+from expertune.evaluation.metrics import FUNCTION_SLOT, METRICS, parse_meaning, shown_figures
 
 VIGGO = Path(__file__).parents[1] / "files" / "viggo-test-sample.csv"
 SLOT_F1, EXACT_MATCH = METRICS["slot-f1"], METRICS["exact-match"]
@@ -94,7 +94,7 @@ def test_counts_are_taken_over_all_rows_together():
 
 def test_perfect_answers_score_one_on_viggo(viggo):
     assert len(viggo) == 14
-    assert all(SLOT_F1.accepts(meaning) for meaning in viggo)
+    assert not any(SLOT_F1.problem(meaning) for meaning in viggo)
     assert set(SLOT_F1.score(viggo, viggo).values()) == {1.0}
 
 
@@ -131,7 +131,7 @@ def test_an_answer_equal_to_its_reference_is_right(references):
 
 
 def test_exact_match_looks_at_the_text_only():
-    assert EXACT_MATCH.accepts("any text")
+    assert EXACT_MATCH.problem("any text") is None
     assert EXACT_MATCH.is_right("Paris", " Paris\n")
     assert not EXACT_MATCH.is_right("Paris", "paris")
     assert EXACT_MATCH.score(["Paris", "Rome"], ["Paris", "Oslo"]) == {"exact_match": 0.5}
@@ -141,3 +141,8 @@ def test_exact_match_looks_at_the_text_only():
 def test_each_row_needs_its_answer(metric):
     with pytest.raises(ValueError, match="zip"):
         metric.score(["inform(name[a])"], [])
+
+
+def test_figures_of_a_metric_that_is_not_registered_here_are_shown_by_their_keys():
+    score = {"metric": "of-another-installation", "rows": 2, "word_error": 0.5, "seconds": 1.0, "examples": []}
+    assert [(figure.name, figure.label) for figure in shown_figures(score)] == [("word_error", "word error")]

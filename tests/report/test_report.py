@@ -6,23 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 from rich.console import Console
 
-from expertune.report.plots import _draw_losses, plot_summary
+from expertune.report.figures import summary_figure, write_png
 from expertune.report.summary import render_summary
 
 
 @pytest.fixture
 def record() -> dict[str, Any]:
+    score = {"metric": "slot-f1", "rows": 5, "examples": []}
     example = {"prompt": "Sentence: It is fun.\nMeaning:", "expected": "inform(name[X])", "answered": "inform(name[Y])"}
     return {
         "train": {"loss": [[step, 3.0 / step] for step in range(1, 31)]},
         "eval": {"loss": [[0, 3.2], [20, 0.25], [30, 0.4]], "before": 3.2, "after": 0.25},
         "adapter": {"step": 20, "checkpoint": "checkpoint-20", "metric": "loss", "value": 0.25},
         "task": {
-            "before": {"rows": 5, "slot_f1": 0.0, "exact_match": 0.0, "examples": []},
-            "after": {"rows": 5, "slot_f1": 0.75, "exact_match": 0.5, "examples": [example | {"right": False}]},
+            "before": score | {"slot_f1": 0.0, "exact_match": 0.0},
+            "after": score | {"slot_f1": 0.75, "exact_match": 0.5, "examples": [example | {"right": False}]},
         },
         "throughput": {"tokens_per_second": 1234.5},
         "memory": {"peak_bytes": 2_500_000_000},
@@ -53,7 +53,7 @@ def test_summary_shows_no_before_that_is_not_the_base_models(record: dict[str, A
     assert re.search(r"loss +- +0\.250\n", written.getvalue())
     record["eval"] |= {"after": None}
     Console(width=100, file=written).print(render_summary(record, "runs/demo"))
-    assert written.getvalue().count("held-out") == 1
+    assert written.getvalue().count("evaluation") == 1
 
 
 @pytest.mark.parametrize(
@@ -71,20 +71,19 @@ def test_summary_says_of_stock_peft_what_was_tried(record: dict[str, Any], adapt
 
 
 def test_picture_of_a_run_is_a_png_and_nothing_is_left_beside_it(record: dict[str, Any], tmp_path: Path) -> None:
-    plot_summary(record, tmp_path / "summary.png")
+    write_png(summary_figure(record), tmp_path / "summary.png")
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["summary.png"]
 
 
 def test_picture_names_the_checkpoint_that_the_adapter_is(record: dict[str, Any]) -> None:
-    axes = Figure().subplots()
-    _draw_losses(axes, record)
+    axes, _ = summary_figure(record).axes
     (line,) = [line for line in axes.get_lines() if line.get_label() == "the adapter: checkpoint-20"]
     assert list(line.get_xdata()) == [20, 20]
 
 
 def test_run_without_a_task_is_drawn_and_summarised_too(record: dict[str, Any], tmp_path: Path) -> None:
     del record["task"]
-    plot_summary(record, tmp_path / "summary.png")
+    write_png(summary_figure(record), tmp_path / "summary.png")
     render_summary(record, "runs/x")
     assert (tmp_path / "summary.png").stat().st_size > 1000

@@ -13,7 +13,10 @@ from rich.console import Console
 import expertune
 from expertune import api, finetune
 from expertune.config import parse_config
+from expertune.errors import ConfigError
 from expertune.evaluation.held_out import HeldOut
+from expertune.evaluation.metrics import METRICS, metric
+from expertune.report.figures import summary_figure
 from expertune.run.record import RunRecord
 from tests.train.conftest import nine_steps
 
@@ -144,6 +147,31 @@ def test_train_chooses_its_best_checkpoint_by_the_tasks_score(
     )
     assert record["eval"]["after"] == dict(record["eval"]["loss"])[6]
     assert "exact_match 1.000" in said
+
+
+def test_a_metric_registered_by_one_function_is_validated_recorded_shown_and_chooses_the_best_checkpoint(
+    run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METRICS, "length-gap", METRICS["exact-match"])  # removed again with the test
+
+    @metric("length-gap", label="difference in length", higher_is_better=False)
+    def length_gap(expected: str, answered: str) -> float:
+        return float(abs(len(expected.strip()) - len(answered.strip())))
+
+    values = run_values | {"task": {"metric": "length-gap", "rows": 2, "max_new_tokens": 4}}
+    with pytest.raises(ConfigError, match="did you mean length-gap"):
+        parse_config(values | {"task": {"metric": "length-gab"}})
+    record, said = run(values, max_steps=6, metric_for_best_model="length_gap", load_best_model_at_end=True)
+
+    scores = {step: score["length_gap"] for step, score in record["eval"]["scores"]}
+    assert record["adapter"]["value"] == min(scores.values()) < 100
+    assert record["task"]["after"]["length_gap"] == scores[record["adapter"]["step"]]
+    shown = f"length_gap {record['task']['after']['length_gap']:.3f}"
+    assert f"after: {shown} on 2 evaluation examples" in said
+    assert "difference in length" in said  # the summary's table
+    labels = [label.get_text() for axes in summary_figure(record.values).axes for label in axes.get_xticklabels()]
+    assert "difference in length" in labels
+    assert expertune.evaluate(values["output_dir"])["task"]["length_gap"] == record["task"]["after"]["length_gap"]
 
 
 def test_score_of_another_task_is_not_kept_as_before_when_a_run_is_resumed(

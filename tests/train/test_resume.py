@@ -94,7 +94,7 @@ MOMENTS = {
         {"lengths.png", STAGING_NAME, "checkpoint-3", "checkpoint-6", "checkpoint-9"},
     ),
     "everything is written but the summary": (
-        "from expertune import api\napi.plot_summary = die",
+        "from expertune import api\napi.summary_figure = die",
         {"lengths.png", "adapter", "checkpoint-3", "checkpoint-6", "checkpoint-9"},
     ),
 }

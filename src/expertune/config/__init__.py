@@ -27,6 +27,7 @@ from expertune.config.training_keys import refused_keys
 from expertune.config.training_values import check_training_values
 from expertune.config.yaml_file import parse_value, read_mapping, shortened
 from expertune.errors import ConfigError, nearest
+from expertune.evaluation.metrics import METRICS
 
 _MAX_PATH, _MAX_PATH_PART = 4096, 255  # of Linux, and no more than elsewhere
 
@@ -228,16 +229,24 @@ class TaskConfig(Section):
     """What the model is scored on by generating answers to evaluation rows, before and after training.
 
     Attributes:
-        metric: `slot-f1` for meaning representations such as ViGGO's, `exact-match` for any text, or None.
+        metric: a registered metric (`expertune.evaluation.metrics`): `slot-f1` for meaning representations such as
+            ViGGO's, `exact-match` for any text; or None.
         rows: how many evaluation rows are answered; None means all of them.
         max_new_tokens: the longest answer.
         batch_size: rows answered at once.
     """
 
-    metric: Literal["slot-f1", "exact-match"] | None = None
+    metric: str | None = None
     rows: int | None = Field(default=None, ge=1)
     max_new_tokens: int = Field(default=128, ge=1)
     batch_size: int = Field(default=32, ge=1)
+
+    @field_validator("metric")
+    @classmethod
+    def _is_registered(cls, value: str | None) -> str | None:
+        if value is not None and value not in METRICS:
+            raise ValueError(f"no metric of this name is registered{_nearest(value, METRICS)}")
+        return value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,8 +99,7 @@ def score_task(
         in_parts: see `expertune.generation.greedy.complete`.
 
     Returns:
-        `metric`, `rows` (how many were answered), the figures of the metric in [0, 1] (`slot_f1`, `precision`,
-        `recall`, `exact_match` for `slot-f1`; `exact_match` for `exact-match`), `seconds`, and `examples`: the first
+        `metric`, `rows` (how many were answered), the figures of the metric, `seconds`, and `examples`: the first
         rows as `prompt`, `expected`, `answered`, `right`.
 
     Raises:
@@ -108,15 +107,12 @@ def score_task(
         DataError: a row's answer is no reference for the metric, or a prompt leaves no room in the model's context.
     """
     if task.metric is None:
-        raise ConfigError("task.metric names no metric; set it to slot-f1 or exact-match")
+        raise ConfigError(f"task.metric names no metric; set it to one of {', '.join(METRICS)}")
     metric = METRICS[task.metric]
     rows = rows[: task.rows]
     for row in rows:
-        if not metric.accepts(row.completion):
-            raise DataError(
-                f"{row.place}: the answer {row.completion.strip()!r} is no meaning representation such as "
-                "inform(name[FIFA 12]); set task.metric to exact-match, or correct the row"
-            )
+        if problem := metric.problem(row.completion):
+            raise DataError(f"{row.place}: the answer {row.completion.strip()!r} {problem}, or correct the row")
     started = time.monotonic()
     prompts = [encode_prompt(row.prompt, tokenizer) for row in rows]
     answers = complete(model, tokenizer, prompts, task.max_new_tokens, task.batch_size, progress, in_parts)

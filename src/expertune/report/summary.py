@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-_SHARES = {"slot_f1": "slot F1", "exact_match": "exact match"}
+from expertune.evaluation.metrics import shown_figures
 
 
 def render_summary(record: Mapping[str, Any], output_dir: str, examples: int = 3) -> RenderableType:
@@ -19,11 +19,12 @@ def render_summary(record: Mapping[str, Any], output_dir: str, examples: int = 3
         examples: how many answered evaluation rows are shown.
     """
     task, evaluation, train = record.get("task", {}), record.get("eval", {}), record.get("train", {}).get("loss", [])
-    title = "held-out rows: the base model before, the adapter after"
+    title = "evaluation: the base model before, the adapter after"
     compared = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in ("", "before", "after"):
         compared.add_column(column, justify="left" if not column else "right")
-    rows = [(label, task.get("before", {}).get(key), task.get("after", {}).get(key)) for key, label in _SHARES.items()]
+    before, after = task.get("before", {}), task.get("after", {})
+    rows = [(each.label, before.get(each.name), after.get(each.name)) for each in shown_figures(after or before)]
     rows.append(("loss", evaluation.get("before"), evaluation.get("after")))
     for label, before, after in rows:
         if before is not None or after is not None:

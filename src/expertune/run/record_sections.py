@@ -84,9 +84,12 @@ class _Train(_Section):
 
 
 class _Score(_Section):
-    exact_match: _Figure = None
-    slot_f1: _Figure = None
+    __pydantic_extra__: dict[str, _Figure] = Field(init=False)  # the figures of whichever metric it is
+
+    metric: str = ""
+    rows: _Count = 0
     seconds: float = 0
+    examples: list[Any] = []
 
 
 class _Task(_Section):

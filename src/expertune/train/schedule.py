@@ -12,7 +12,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from expertune.config import RunConfig
 from expertune.errors import ConfigError, DataError
-from expertune.evaluation.metrics import METRICS
+from expertune.evaluation.metrics import METRICS, Figure
 
 # Schedules that wait for an evaluation.
 _EVALUATED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
@@ -43,7 +43,17 @@ def check_schedule(config: RunConfig) -> None:
 
 def metric_names(config: RunConfig) -> list[str]:
     """What an evaluation of the run can give: `loss`, and the figures of its task's metric."""
-    return ["loss", *(METRICS[config.task.metric].score([], []) if config.task.metric else ())]
+    return ["loss", *(figure.name for figure in _task_figures(config))]
+
+
+def _task_figures(config: RunConfig) -> tuple[Figure, ...]:
+    return METRICS[config.task.metric].figures if config.task.metric else ()
+
+
+def lower_is_better(config: RunConfig) -> bool:
+    """Whether the best checkpoint is the one with the lowest figure of the task; of a loss, transformers knows it."""
+    best = str(config.training.get("metric_for_best_model")).removeprefix("eval_")
+    return any(figure.name == best and not figure.higher_is_better for figure in _task_figures(config))
 
 
 def scores_in_training(config: RunConfig) -> bool:

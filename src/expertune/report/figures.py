@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from its record."""
+"""Figures of a run, drawn from its record: each function returns a matplotlib figure, and `write_png` writes one."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,20 +7,24 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from expertune.evaluation.metrics import shown_figures
 from expertune.storage import write_whole
 
 # A palette that survives greyscale printing and the common colour-vision deficiencies (Okabe and Ito 2008).
 _TRAIN, _EVAL, _BEFORE, _AFTER = "#56B4E9", "#D55E00", "#999999", "#009E73"
 
-_METRICS = {"slot_f1": "slot F1", "exact_match": "exact match"}
+
+def write_png(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG; the file is complete or absent."""
+    with write_whole(Path(path)) as file:
+        figure.savefig(file, format="png", dpi=150)
 
 
-def plot_summary(record: Mapping[str, Any], path: str | Path) -> None:
-    """Draw loss by step, and the task's scores before and after where the run has them, as one PNG.
+def summary_figure(record: Mapping[str, Any]) -> Figure:
+    """The loss by step, and the task's scores before and after where the run has them.
 
     Args:
         record: the run record's values.
-        path: where the PNG goes.
     """
     task = record.get("task", {})
     scored = "after" in task
@@ -29,8 +33,7 @@ def plot_summary(record: Mapping[str, Any], path: str | Path) -> None:
     _draw_losses(panels[0], record)
     if scored:
         _draw_scores(panels[1], task)
-    with write_whole(Path(path)) as file:
-        figure.savefig(file, format="png", dpi=150)
+    return figure
 
 
 def _draw_losses(axes: Axes, record: Mapping[str, Any]) -> None:
@@ -42,7 +45,7 @@ def _draw_losses(axes: Axes, record: Mapping[str, Any]) -> None:
         axes.plot(steps, _smooth(losses), color="#0072B2", linewidth=1.6, label="training, running mean")
     if evaluation:
         steps, losses = zip(*evaluation, strict=True)
-        axes.plot(steps, losses, color=_EVAL, marker="o", markersize=4, linewidth=1.2, label="held-out rows")
+        axes.plot(steps, losses, color=_EVAL, marker="o", markersize=4, linewidth=1.2, label="evaluation examples")
     adapter = record.get("adapter", {})
     if adapter.get("checkpoint"):
         label = f"the adapter: {adapter['checkpoint']}"
@@ -56,21 +59,19 @@ def _draw_losses(axes: Axes, record: Mapping[str, Any]) -> None:
 
 
 def _draw_scores(axes: Axes, task: Mapping[str, Any]) -> None:
-    names = [name for name in _METRICS if name in task["after"]]
-    taken = [part for part in ((-0.2, "before", _BEFORE), (0.2, "after", _AFTER)) if part[1] in task]
-    for offset, when, color in taken:
-        bars = axes.bar(
-            [at + offset for at in range(len(names))],
-            [task[when][name] for name in names],
-            0.38,
-            color=color,
-            label=when,
-        )
-        axes.bar_label(bars, fmt="%.2f", fontsize=9, padding=2)
-    axes.set_xticks(range(len(names)), [_METRICS[name] for name in names])
-    axes.set_ylim(0, 1.1)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
-    axes.set_title(f"{task['after']['rows']} held-out rows", fontsize=9)
+    figures = shown_figures(task["after"])
+    highest = 1.0
+    for offset, when, color in ((-0.2, "before", _BEFORE), (0.2, "after", _AFTER)):
+        if when in task:
+            values = [task[when][figure.name] for figure in figures]
+            bars = axes.bar([at + offset for at in range(len(figures))], values, 0.38, color=color, label=when)
+            axes.bar_label(bars, fmt="%.2f", fontsize=9, padding=2)
+            highest = max(highest, *values)
+    axes.set_xticks(range(len(figures)), [figure.label for figure in figures])
+    axes.set_ylim(0, 1.1 * highest)
+    if highest == 1:
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
+    axes.set_title(f"{task['after']['rows']} evaluation examples", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
 
