@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 from benchmarks import report
 from benchmarks.workload import DOLLY_SAMPLE, TOKENIZER, Shape
-from expertune.checkpoint.linears import decoder_layers, linears_to_quantize
+from expertune.checkpoint.formats.nf4_folder import FOLDER_MARK, FORMAT_VERSION, METHOD, REST
+from expertune.checkpoint.linears import decoder_layers, quantized_linear
 from expertune.checkpoint.load import build_meta_model
-from expertune.checkpoint.loader import quantized_linear
 from expertune.checkpoint.names import read_names
-from expertune.checkpoint.store import FOLDER_MARK, FORMAT_VERSION, METHOD, REST
+from expertune.checkpoint.recipe import linears_to_quantize
 from expertune.checkpoint.writer import Outgoing, hash_file, write_tensors
 from expertune.config import QuantizationConfig
 from expertune.experts.module import Nf4Experts
@@ -202,7 +202,9 @@ def _random_bytes(name: str, held: Tensor, random: np.random.Generator) -> Outgo
 
 def _random_linear(linear: nn.Linear, settings: QuantizationConfig, random: np.random.Generator) -> nn.Module:
     weight = random.standard_normal((linear.out_features, linear.in_features), dtype=np.float32) * _STD
-    return quantized_linear(linear, torch.from_numpy(weight), settings, torch.bfloat16, torch.device("cpu"))
+    return quantized_linear(
+        linear, torch.from_numpy(weight), settings.double_quantization, torch.bfloat16, torch.device("cpu")
+    )
 
 
 def _random_weight(name: str, parameter: Tensor, random: np.random.Generator) -> Outgoing:

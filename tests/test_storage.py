@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from expertune import storage
 from expertune.cli import app
 from expertune.errors import StorageError
-from expertune.storage import logged_if_it_fails, storage_errors_named
+from expertune.storage import notify_if_it_fails, storage_errors_named
 
 
 class FullDisk:
@@ -62,7 +62,7 @@ def test_other_errors_pass_as_they_are(error: Exception, tmp_path: Path) -> None
 
 def test_picture_that_cannot_be_written_is_told_and_stops_nothing(tmp_path: Path) -> None:
     told: list[str] = []
-    logged_if_it_fails("summary.png", (tmp_path / "missing" / "summary.png").touch, told.append)
+    notify_if_it_fails("summary.png", (tmp_path / "missing" / "summary.png").touch, told.append)
     assert told == ["summary.png could not be written (No such file or directory); the run goes on without it"]
 
 

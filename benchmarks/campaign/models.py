@@ -14,10 +14,10 @@ from benchmarks.campaign import weights
 from benchmarks.campaign.shapes import Model
 from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
-from expertune.checkpoint.linears import linears_to_quantize
+from expertune.checkpoint.linears import quantized_linear
 from expertune.checkpoint.load import LoadedModel, build_meta_model
-from expertune.checkpoint.loader import quantized_linear
 from expertune.checkpoint.names import read_names
+from expertune.checkpoint.recipe import linears_to_quantize
 from expertune.config import LoraSection, QuantizationConfig
 from expertune.experts.contract import find_experts
 from expertune.experts.module import Nf4Experts
@@ -50,7 +50,7 @@ def random_model(model: Model, dtype: torch.dtype, device: torch.device) -> Expe
     for name, linear in linears.items():
         size = (linear.out_features, linear.in_features)
         matrix = (torch.randn(*size, device=device) * size[1] ** -0.5).to(dtype)
-        _replace(built, name, quantized_linear(linear, matrix, quantization, dtype, device))
+        _replace(built, name, quantized_linear(linear, matrix, quantization.double_quantization, dtype, device))
     for module in built.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:

@@ -50,7 +50,7 @@ from expertune.run.lock import hold_run_directory
 from expertune.run.progress import Bars
 from expertune.run.record import RunRecord
 from expertune.run.source import load_run
-from expertune.storage import logged_if_it_fails, storage_errors_named
+from expertune.storage import notify_if_it_fails, storage_errors_named
 from expertune.train.callbacks import History, ProgressBar, peak_memory_bytes
 from expertune.train.checkpoints import ResumePoint, find_resume_point, require_state_to_go_on
 from expertune.train.ladder import Change
@@ -154,7 +154,7 @@ def _finetune(context: RunContext) -> None:
         record.update("task", after=held_out.score(step=record["train"]["steps"]))
         _show_score(context, "after")
     record.update("memory", peak_bytes=peak_memory_bytes())
-    logged_if_it_fails(
+    notify_if_it_fails(
         "summary.png",
         lambda: write_png(summary_figure(record.values), output_dir / "summary.png"),
         context.console.print,

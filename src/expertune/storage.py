@@ -108,12 +108,12 @@ def _error_of_a_write(folder: Path) -> int:
     return 0
 
 
-def logged_if_it_fails(what: str, write: Callable[[], object], log: Callable[[str], None]) -> None:
-    """Write something that a run can do without; a failed write is logged and nothing more."""
+def notify_if_it_fails(what: str, write: Callable[[], object], notify: Callable[[str], None]) -> None:
+    """Write something that a run can do without; a failed write is notified and nothing more."""
     try:
         write()
     except OSError as error:
-        log(f"{what} could not be written ({error.strerror or error}); the run goes on without it")
+        notify(f"{what} could not be written ({error.strerror or error}); the run goes on without it")
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from expertune.checkpoint.formats.nf4_folder import FOLDER_MARK, write_manifest
 from expertune.checkpoint.load import LoadedModel
 from expertune.checkpoint.quantize import quantize
-from expertune.checkpoint.store import FOLDER_MARK, write_manifest
 from expertune.checkpoint.writer import hash_file
 from tests.tiny_models import changed, frozen_bytes
 

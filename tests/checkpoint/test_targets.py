@@ -6,8 +6,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM as Auto
 from transformers import DeepseekV2Config, MixtralConfig, NemotronHConfig, Qwen3NextConfig
 
-from expertune.checkpoint.linears import linears_to_quantize
 from expertune.checkpoint.names import read_names
+from expertune.checkpoint.recipe import linears_to_quantize
 from expertune.checkpoint.targets import Rank, resolve_targets
 from expertune.config import LoraSection
 from expertune.errors import ConfigError

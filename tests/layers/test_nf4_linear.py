@@ -5,16 +5,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from expertune.checkpoint.loader import quantized_linear
-from expertune.config import QuantizationConfig
+from expertune.checkpoint.linears import quantized_linear
 from expertune.layers.nf4_linear import Nf4Linear
 
 
 def pair(bias: bool = True, double: bool = True, dtype: torch.dtype = torch.float32) -> tuple[Nf4Linear, nn.Linear]:
     """Our layer, and a plain linear over its dequantized weight."""
     plain = nn.Linear(128, 80, bias=bias)
-    quantization = QuantizationConfig(double_quantization=double)
-    ours = quantized_linear(plain, plain.weight.detach(), quantization, dtype, torch.device("cpu"))
+    ours = quantized_linear(plain, plain.weight.detach(), double, dtype, torch.device("cpu"))
     with torch.no_grad():
         plain.weight.copy_(bnb.functional.dequantize_4bit(ours.weight.data, ours.weight.quant_state))
     return ours, plain

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from expertune.checkpoint.formats.interface import Piece
+from expertune.checkpoint.formats.nf4_folder import BUFFERS, STACKS
 from expertune.checkpoint.jobs import saved_tensors
 from expertune.checkpoint.loader import Loader
-from expertune.checkpoint.prequantized import Piece, place_piece
 from expertune.checkpoint.reader import TensorEntry
-from expertune.checkpoint.store import BUFFERS, STACKS
 from expertune.checkpoint.writer import Outgoing
 from expertune.errors import CheckpointError
 from expertune.experts.module import Nf4Experts
@@ -19,32 +19,9 @@ from expertune.kernels.nf4 import Nf4Stack
 # A weight of the source and its tensors by part.
 Weight = tuple[Piece, dict[str, TensorEntry]]
 
-FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-class Keeper(Loader):
-    """A loader that leaves what stays unquantized in the dtype of its source, where no other is asked for."""
-
-    keep = True
-    source: torch.dtype = torch.float32
-
-    def claim(self, entry: TensorEntry, name: str, projection: str | None, expert: int | None) -> None:
-        """Note what fills a weight, and the dtype it comes in."""
-        self.source = entry.dtype
-        super().claim(entry, name, projection, expert)
-
-    def stored_dtype(self, name: str, current: Tensor, source: torch.dtype) -> torch.dtype:
-        """The dtype that a tensor is written in."""
-        if not self.keep:
-            return super()._dtype_of(name, current)
-        return torch.float32 if source.is_floating_point and source not in FLOATS.values() else source
-
-    def _dtype_of(self, name: str, current: Tensor) -> torch.dtype:
-        return self.stored_dtype(name, current, self.source)
-
 
 def layer_tensors(
-    loader: Keeper, layer_name: str, weights: list[Weight], where: Path
+    loader: Loader, layer_name: str, weights: list[Weight], where: Path
 ) -> tuple[list[Outgoing], list[str]]:
     """Place the weights of one decoder layer, and hand out what the layer then holds.
 
@@ -64,7 +41,7 @@ def layer_tensors(
     for module in layer.modules():
         if isinstance(module, Nf4Stack):
             module.to_empty(device="cpu")
-    left_out = [piece.key for piece, entries in weights if not place_piece(loader, piece, entries)]
+    left_out = [piece.key for piece, entries in weights if not loader.place_piece(piece, entries)]
     left_out += loader.place_converted()
     loader.check_complete(where, lambda name: name.startswith(f"{layer_name}."))
     buffers = [f"{stack}.{buffer}" for stack in STACKS for buffer in BUFFERS]
@@ -78,14 +55,14 @@ def layer_tensors(
 
 
 def rest_tensors(
-    loader: Keeper, layers: tuple[str, ...], weights: list[Weight], where: Path
+    loader: Loader, layers: tuple[str, ...], weights: list[Weight], where: Path
 ) -> tuple[list[Outgoing], list[str]]:
     """Everything outside the decoder layers, each read when its turn comes: embeddings may be larger than a layer.
 
     Arguments and results are `layer_tensors`' own; `layers` are the live names of all decoder layers.
 
     Raises:
-        CheckpointError: a tensor is missing; names it. A wrong one is told when it is read.
+        CheckpointError: a tensor is missing; names it. A wrong one is named when it is read.
     """
     model, names = loader.model, loader.names
     model.tie_weights()
@@ -96,14 +73,14 @@ def rest_tensors(
     for piece, entries in weights:
         destination = names.locate(piece.key)
         current = wanted.get(destination.name)
-        if piece.method is None and destination.converter is None and current is not None:
+        if piece.format is None and destination.converter is None and current is not None:
             entry = entries["weight"]
             dtype = loader.stored_dtype(destination.name, current, entry.dtype)
             outgoing.append(
                 Outgoing(destination.name, dtype, tuple(current.shape), partial(_take, loader, piece, entries))
             )
-        elif destination.converter is not None or piece.method is not None:
-            if not place_piece(loader, piece, entries):
+        elif destination.converter is not None or piece.format is not None:
+            if not loader.place_piece(piece, entries):
                 left_out.append(piece.key)
         elif destination.name not in known:
             left_out.append(piece.key)
@@ -120,9 +97,9 @@ def rest_tensors(
     return outgoing, left_out
 
 
-def _take(loader: Keeper, piece: Piece, entries: dict[str, TensorEntry]) -> Tensor:
+def _take(loader: Loader, piece: Piece, entries: dict[str, TensorEntry]) -> Tensor:
     """Place one tensor, with all checks of it, and take it out of the model again."""
-    place_piece(loader, piece, entries)
+    loader.place_piece(piece, entries)
     module_name, _, leaf = loader.names.locate(piece.key).name.rpartition(".")
     module = loader.model.get_submodule(module_name)
     slots = module._parameters if leaf in module._parameters else module._buffers

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertune.checkpoint.linears import linears_to_quantize
+from expertune.checkpoint.formats.nf4_folder import is_nf4_folder
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.reader import TensorEntry
-from expertune.checkpoint.store import is_nf4_folder
+from expertune.checkpoint.recipe import linears_to_quantize
 from expertune.experts.contract import ExpertsSpec
 from expertune.experts.router import find_router
 from expertune.kernels.nf4 import BLOCK_SIZE, quantize_matrix

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from expertune.checkpoint.formats.nf4_folder import FOLDER_MARK, METHOD, STATE_SUFFIX
 from expertune.checkpoint.reader import read_header
-from expertune.checkpoint.store import FOLDER_MARK, METHOD, STATE_SUFFIX
 from expertune.checkpoint.writer import PADDING
+from expertune.kernels.nf4 import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +45,7 @@ class Nf4FolderConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, scheme: str = "nf4", double_quantization: bool = True, block_size: int = 64, **kwargs: Any
+        self, scheme: str = "nf4", double_quantization: bool = True, block_size: int = BLOCK_SIZE, **kwargs: Any
     ) -> None:
         self.quant_method = METHOD
         self.scheme, self.double_quantization, self.block_size = scheme, double_quantization, block_size
@@ -88,19 +89,17 @@ class Nf4FolderQuantizer(HfQuantizer):
         return dtype if is_float and dtype is not None and dtype.is_floating_point else None
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
-        from expertune.checkpoint.linears import linears_to_quantize
+        from expertune.checkpoint.linears import empty_linear
         from expertune.checkpoint.load import swap_experts
         from expertune.checkpoint.names import read_names
-        from expertune.checkpoint.prequantized import empty_linear
-        from expertune.config import QuantizationConfig
+        from expertune.checkpoint.recipe import Recipe, linears_to_quantize
 
         config = self.quantization_config
         self.names = read_names(model)
         files = kwargs.get("checkpoint_files")
         self.folder = _verified_folder(model, files) if files else None
         stored = _linears_in(files, model) if files else set(linears_to_quantize(model))
-        settings = QuantizationConfig(double_quantization=config.double_quantization)
-        swap_experts(model, settings, "meta", scheme=config.scheme)
+        swap_experts(model, Recipe(config.scheme, config.double_quantization), "meta")
         dtype = kwargs.get("dtype") or model.dtype
         for name in stored:
             parent, _, child = name.rpartition(".")
@@ -172,7 +171,7 @@ def _linears_in(files: list[str], model: "PreTrainedModel") -> set[str]:
 
 
 def _verified_folder(model: "PreTrainedModel", files: list[str]) -> Path:
-    """The folder that the files lie in, held to its manifest.
+    """The folder that the files lie in, checked against its manifest.
 
     Raises:
         CheckpointError: files are missing or have changed; names them.
@@ -202,8 +201,8 @@ def as_loaded(model: "PreTrainedModel") -> "LoadedModel":
         ValueError: the model was not loaded from an NF4 folder.
     """
     from expertune.checkpoint.fingerprint import read_fingerprint
+    from expertune.checkpoint.formats.nf4_folder import read_nf4_folder
     from expertune.checkpoint.load import LoadedModel
-    from expertune.checkpoint.store import read_nf4_folder
 
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, Nf4FolderQuantizer):

@@ -1,13 +1,14 @@
 """What is to be written of an NF4 folder, one file after the other: which weights go into which, and in what order."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from expertune.checkpoint.formats.interface import Piece
+from expertune.checkpoint.formats.nf4_folder import REST
 from expertune.checkpoint.names import NameMap
-from expertune.checkpoint.prequantized import Piece
-from expertune.checkpoint.store import REST
-from expertune.config import QuantizationConfig
+from expertune.checkpoint.recipe import Recipe
 
 # Of a 4-bit linear, beside its weight and scales: the codebooks and the state's JSON.
 _LINEAR_STATE_BYTES = 2048
@@ -32,7 +33,7 @@ class Job:
         return {weight_map[key] for piece in self.pieces for key in piece.parts.values()}
 
 
-def make_jobs(layers: list[str], names: NameMap, pieces: list[Piece]) -> list[Job]:
+def make_jobs(layers: list[str], names: NameMap, pieces: Sequence[Piece]) -> list[Job]:
     """A job for each decoder layer in model order, and one for the rest."""
     jobs = {layer: Job(f"layer-{number:05d}.safetensors", layer) for number, layer in enumerate(layers)}
     rest = Job(REST, None)
@@ -56,17 +57,14 @@ def few_shards_at_once(jobs: list[Job], weight_map: dict[str, str]) -> list[Job]
     return ordered
 
 
-def estimate_bytes(
-    model: nn.Module, job: Job, layers: list[str], linears: set[str], settings: QuantizationConfig
-) -> int:
+def estimate_bytes(model: nn.Module, job: Job, layers: list[str], recipe: Recipe) -> int:
     """Bytes of a file, from shapes: exact but for the header and dtypes that differ from the config's."""
     prefixes = tuple(f"{layer}." for layer in layers)
-    per_block = 1 + 4 / 256 if settings.double_quantization else 4
     total = 0
     for name, tensor in saved_tensors(model).items():
         if name.startswith(f"{job.layer}.") if job.layer else not name.startswith(prefixes):
-            if name.removesuffix(".weight") in linears and name.endswith(".weight"):
-                total += int(tensor.numel() * (0.5 + per_block / settings.block_size)) + _LINEAR_STATE_BYTES
+            if name.removesuffix(".weight") in recipe.linears and name.endswith(".weight"):
+                total += int(tensor.numel() * recipe.bytes_per_weight) + _LINEAR_STATE_BYTES
             else:
                 total += tensor.nbytes
     return total

@@ -1,46 +1,22 @@
-"""Which linear layers, beside the experts, are held in 4 bits.
-
-The loader replaces exactly these by bitsandbytes' `Linear4bit`; the plan counts exactly these. What stays 16-bit is
-small or decides much: routers, embeddings, the output head, norms.
-"""
+"""Linear layers beside the experts: which there are, and how one of them becomes bitsandbytes' `Linear4bit`."""
 
 from collections.abc import Iterator, Mapping
+from typing import TypeGuard
 
+import bitsandbytes as bnb
+import torch
 from bitsandbytes.nn import Linear4bit
-from torch import nn
+from torch import Tensor, nn
 
-from expertune.experts.contract import BLOCK_SIZE, ExpertsSpec, require_experts
-from expertune.experts.router import router_blocks
+from expertune.experts.contract import ExpertsSpec
+from expertune.kernels.nf4 import BLOCK_SIZE
+from expertune.layers.nf4_linear import Nf4Linear
 
-
-def linears_to_quantize(model: nn.Module, specs: Mapping[str, ExpertsSpec] | None = None) -> dict[str, nn.Linear]:
-    """Linear layers of the decoder layers that become 4-bit, by dotted name in model order.
-
-    A linear stays as it is when it belongs to a router, is the output head, or has an input width that is no multiple
-    of the quantization block: one scale would then cover the end of one row and the start of the next.
-
-    Args:
-        model: a causal language model; the meta device is enough.
-        specs: its experts modules; needed where they have already been swapped, read from the model otherwise.
-
-    Raises:
-        UnsupportedModelError: `specs` was not given and the model has no experts that can be packed.
-    """
-    specs = require_experts(model) if specs is None else specs
-    routers = router_blocks(model, specs)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return {
-        name: module
-        for layer_name, layer in decoder_layers(model, specs)
-        for name, module in layer.named_modules(prefix=layer_name)
-        if is_linear(module)
-        and module is not head
-        and module.in_features % BLOCK_SIZE == 0
-        and not any(name == router or name.startswith(f"{router}.") for router in routers)
-    }
+NF4_STATE = "quant_state.bitsandbytes__nf4"
+"""The part of a saved 4-bit weight that is JSON, by bitsandbytes' name."""
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module computes x @ W.T + b and nothing else: a subclass may group, clip or scale."""
     if isinstance(module, Linear4bit):
         return True
@@ -64,3 +40,71 @@ def decoder_layers(model: nn.Module, specs: Mapping[str, ExpertsSpec]) -> Iterat
                     seen.add(name)
                     yield from ((f"{name}.{index}", layer) for index, layer in enumerate(module))
                 break
+
+
+def quantized_linear(
+    linear: nn.Module,
+    matrix: Tensor,
+    double_quantization: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Nf4Linear:
+    """A `Linear4bit` of bitsandbytes with the NF4 bytes of `matrix`, keeping the bias of `linear`."""
+    out_features, in_features = matrix.shape
+    quantized = Nf4Linear(
+        in_features,
+        out_features,
+        bias=False,
+        compute_dtype=dtype,
+        compress_statistics=double_quantization,
+        quant_type="nf4",
+        device="meta",
+    )
+    quantized.weight = bnb.nn.Params4bit(
+        matrix,
+        requires_grad=False,
+        compress_statistics=double_quantization,
+        quant_type="nf4",
+        blocksize=BLOCK_SIZE,
+        module=quantized,
+    ).to(device)
+    # bitsandbytes dequantizes to the source's dtype in training and to the input's in evaluation; here both are one.
+    quantized.weight.quant_state.dtype = dtype
+    quantized.bias = linear.bias
+    # In evaluation on a CPU with AVX512-BF16, bitsandbytes would repack the weight and round its scales to bfloat16
+    # for good: the first evaluation would change the frozen weights under a training run.
+    quantized.support_avx512bf16_for_cpu = False
+    return quantized
+
+
+def linear_of_bytes(
+    linear: nn.Linear, packed: Tensor, state: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str
+) -> Nf4Linear:
+    """A `Linear4bit` of bitsandbytes around packed bytes, in the place of `linear`, whose bias it keeps.
+
+    Args:
+        linear: the model's own layer; its weight is not read.
+        packed: uint8 [N*K/2, 1].
+        state: bitsandbytes' state by part, e.g. `absmax`, `quant_state.bitsandbytes__nf4`.
+        dtype: dtype of the products.
+        device: where the bytes live.
+    """
+    quantized = empty_linear(linear, dtype)
+    quantized.weight = bnb.nn.Params4bit.from_prequantized(packed, state, device=device, module=quantized)
+    quantized.compress_statistics = quantized.weight.compress_statistics
+    # Whatever the file's weights were before, products run in this dtype.
+    quantized.weight.quant_state.dtype = dtype
+    return quantized
+
+
+def empty_linear(linear: nn.Linear, dtype: torch.dtype) -> Nf4Linear:
+    """A 4-bit linear without bytes, on the meta device, in the place of `linear`, whose bias it keeps."""
+    quantized = Nf4Linear(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
+    )
+    packed = torch.empty(linear.in_features * linear.out_features // 2, 1, dtype=torch.uint8, device="meta")
+    quantized.weight = bnb.nn.Params4bit(packed, requires_grad=False, bnb_quantized=True, module=quantized)
+    quantized.bias = linear.bias
+    # See `quantized_linear`.
+    quantized.support_avx512bf16_for_cpu = False
+    return quantized

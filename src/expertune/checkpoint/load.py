@@ -6,7 +6,7 @@ far, its 16-bit rest (embeddings, router, norms, lm_head), and the one tensor be
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,27 +24,19 @@ from transformers import (
 )
 
 from expertune.checkpoint.fingerprint import Fingerprint, read_fingerprint
+from expertune.checkpoint.formats.nf4_folder import Nf4Folder, is_nf4_folder, read_nf4_folder
 from expertune.checkpoint.hub import refusal
 from expertune.checkpoint.json_file import read_config
-from expertune.checkpoint.linears import linears_to_quantize
 from expertune.checkpoint.loader import Loader, Progress, first_names
 from expertune.checkpoint.names import NameMap, read_names
-from expertune.checkpoint.prequantized import (
-    Method,
-    double_quantization_of,
-    find_pieces,
-    method_of,
-    scheme_of,
-)
 from expertune.checkpoint.reader import CheckpointIndex, open_checkpoint
-from expertune.checkpoint.restore import ReadExperts, fill, missing_tensors, settings_of
-from expertune.checkpoint.store import FOLDER_MARK, METHOD, Nf4Folder, is_nf4_folder, read_nf4_folder
+from expertune.checkpoint.recipe import Recipe, read_recipe, recipe_of_folder
+from expertune.checkpoint.restore import ReadExperts, fill, missing_tensors
 from expertune.checkpoint.verified import require_verified
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, ConfigError, ExportError
 from expertune.experts.contract import find_experts
 from expertune.experts.module import Nf4Experts
-from expertune.kernels.nf4 import Scheme
 from expertune.layers.varlen_attention import use_varlen_attention
 
 
@@ -150,7 +142,7 @@ def load_model(
 
     Raises:
         CheckpointError: a tensor is missing, stored twice, truncated, of another shape, or not finite; names it.
-        ConfigError, UnsupportedModelError: see `build_meta_model`, `read_names` and `settings_of`.
+        ConfigError, UnsupportedModelError: see `build_meta_model`, `read_names` and `read_recipe`.
     """
     if is_nf4_folder(folder):
         return _load_nf4_folder(
@@ -158,19 +150,13 @@ def load_model(
         )
     index = open_checkpoint(folder)
     model = build_meta_model(folder, dtype, trust_remote_code)
-    method = quantization_method(index.folder, model, index.tensors)
     use_varlen_attention(model)
     names = read_names(model)
     _require_enough_bytes(model, index)
-    pieces = find_pieces(index.tensors, method)
-    stored = double_quantization_of(pieces, names)
-    if stored is not None:
-        quantization = settings_of(quantization, stored, index.folder)
-    # Which linears of a bitsandbytes checkpoint are 4-bit is as in its file.
-    linears = set() if method == "bitsandbytes" else set(linears_to_quantize(model))
-    swap_experts(model, quantization, device, on_host, scheme_of(pieces, names, quantization))
-    loader = Loader(model, names, linears, quantization, dtype, torch.device(device))
-    unexpected = loader.stream(index, pieces, progress)
+    recipe = read_recipe(model, names, index.tensors, quantization, index.folder)
+    swap_experts(model, recipe, device, on_host)
+    loader = Loader(model, names, recipe, dtype, torch.device(device))
+    unexpected = loader.stream(index, progress)
     model.tie_weights()
     loader.check_complete(index.folder)
     fingerprint = read_fingerprint(index.folder, index.tensors, model, names)
@@ -178,7 +164,7 @@ def load_model(
 
 
 def fingerprint_of(
-    folder: str | Path, trust_remote_code: bool = False, say: Callable[[str], None] | None = None
+    folder: str | Path, trust_remote_code: bool = False, notify: Callable[[str], None] | None = None
 ) -> Fingerprint:
     """What identifies the weights of a model folder, before it is loaded: from headers and a few rows.
 
@@ -187,7 +173,7 @@ def fingerprint_of(
     Args:
         folder: the model folder, with its weights.
         trust_remote_code: run Python that ships with the model.
-        say: called with one line where that takes a while.
+        notify: called with one line where that takes a while.
 
     Raises:
         CheckpointError: weights are missing or damaged.
@@ -195,7 +181,7 @@ def fingerprint_of(
     """
     folder = Path(folder)
     if is_nf4_folder(folder):
-        require_verified(folder, say)
+        require_verified(folder, notify)
     index = read_nf4_folder(folder).index if is_nf4_folder(folder) else open_checkpoint(folder)
     model = build_meta_model(folder, torch.bfloat16, trust_remote_code)
     return read_fingerprint(folder, index.tensors, model, read_names(model))
@@ -211,11 +197,11 @@ def _load_nf4_folder(
     read_experts: ReadExperts | None,
 ) -> LoadedModel:
     require_verified(stored.folder)
-    settings = settings_of(quantization, stored.settings.double_quantization, stored.folder, stored.scheme)
     model = build_meta_model(stored.folder, dtype, trust_remote_code)
+    recipe = recipe_of_folder(stored, model, quantization)
     use_varlen_attention(model)
     names = read_names(model)
-    swap_experts(model, settings, "meta", scheme=stored.scheme)
+    swap_experts(model, recipe, "meta")
     unexpected = fill(model, stored, dtype, torch.device(device), read_experts, progress)
     model.tie_weights()
     missing = missing_tensors(model, stored)
@@ -264,31 +250,16 @@ def _require_enough_bytes(model: PreTrainedModel, index: CheckpointIndex) -> Non
         )
 
 
-def quantization_method(folder: Path, model: PreTrainedModel, keys: Iterable[str]) -> Method | None:
-    """How the checkpoint of a meta model is quantized, by its config or its tensors' names; None where it is not.
-
-    Raises:
-        CheckpointError: it is an NF4 folder without its manifest.
-        UnsupportedModelError: in a way that cannot be read.
-    """
-    scheme = getattr(model.config, "quantization_config", None)
-    values = scheme if scheme is None or isinstance(scheme, dict) else scheme.to_dict()
-    if values is not None and values.get("quant_method") == METHOD:
-        raise CheckpointError(f"{folder}: an NF4 folder that has lost its {FOLDER_MARK}; copy the whole folder again")
-    return method_of(values, keys, str(folder))
-
-
 def swap_experts(
     model: nn.Module,
-    quantization: QuantizationConfig,
+    recipe: Recipe,
     device: torch.device | str,
     on_host: Collection[str] = (),
-    scheme: Scheme = "nf4",
 ) -> None:
     """Put an `Nf4Experts` without bytes in the place of every experts module; those on the host are to stay there."""
     for name, experts in list(find_experts(model)):
         parent, _, child = name.rpartition(".")
         stays = name in on_host
-        swapped = Nf4Experts(experts, name, quantization.double_quantization, "cpu" if stays else device, scheme)
+        swapped = Nf4Experts(experts, name, recipe.double_quantization, "cpu" if stays else device, recipe.scheme)
         swapped.gate_up.stays = swapped.down.stays = stays
         setattr(model.get_submodule(parent), child, swapped)

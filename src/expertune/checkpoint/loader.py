@@ -1,59 +1,82 @@
 """Places a checkpoint's tensors in a model whose experts have been swapped: one matrix at a time, each checked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from expertune.checkpoint.convert import Sources, parts_of
+from expertune.checkpoint.formats.interface import Piece
+from expertune.checkpoint.linears import quantized_linear
 from expertune.checkpoint.names import Destination, NameMap
-from expertune.checkpoint.prequantized import Piece, place_piece
 from expertune.checkpoint.reader import CheckpointIndex, TensorEntry
+from expertune.checkpoint.recipe import Recipe
 from expertune.checkpoint.restore import kept_dtype
-from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, UnsupportedModelError
 from expertune.experts import layout
 from expertune.experts.module import Nf4Experts
-from expertune.layers.nf4_linear import Nf4Linear
 
 Progress = Callable[[int, int], None]
 
-_QUANTIZABLE = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class Loader:
-    """Places checkpoint tensors in a model whose experts have been swapped."""
+    """Places checkpoint tensors in a model whose experts have been swapped.
+
+    Args:
+        model: the model.
+        names: its name map.
+        recipe: what of it is held in 4 bits, and how.
+        dtype: dtype of the unquantized rest and of all products.
+        device: where everything lives.
+        preserves_dtypes: leave what stays unquantized in the dtype of its source instead.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
         names: NameMap,
-        linears: set[str],
-        quantization: QuantizationConfig,
+        recipe: Recipe,
         dtype: torch.dtype,
         device: torch.device,
+        preserves_dtypes: bool = False,
     ) -> None:
-        self.model, self.names, self.linears = model, names, linears
-        self.quantization, self.dtype, self.device = quantization, dtype, device
+        self.model, self.names, self.recipe = model, names, recipe
+        self.dtype, self.device, self.preserves_dtypes = dtype, device, preserves_dtypes
+        self.requantizes = recipe.requantizes
         # What a family keeps in float32 whatever the dtype, such as a router's correction bias: name part -> dtype.
         self.kept: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
         self.filled: dict[tuple[str, str | None, int | None], str] = {}
         self._waiting: dict[str, Sources] = {}
 
-    def stream(self, index: CheckpointIndex, pieces: list[Piece], progress: Progress | None) -> list[str]:
+    def stream(self, index: CheckpointIndex, progress: Progress | None) -> list[str]:
         """Place all weights; returns the names of those that the model has no place for."""
         done, total, unexpected = 0, index.nbytes, []
-        for piece in pieces:
+        for piece in self.recipe.pieces:
             entries = {part: index.tensors[key] for part, key in piece.parts.items()}
-            if not place_piece(self, piece, entries):
+            if not self.place_piece(piece, entries):
                 unexpected.append(piece.key)
             done += sum(entry.nbytes for entry in entries.values())
             if progress:
                 progress(done, total)
         return unexpected + self.place_converted()
+
+    def place_piece(self, piece: Piece, entries: Mapping[str, TensorEntry]) -> bool:
+        """Place one weight, however it is packed; False where the model has no place for it.
+
+        Args:
+            piece: the weight.
+            entries: its tensors by part.
+
+        Raises:
+            CheckpointError, UnsupportedModelError: it is damaged, or packed otherwise than can be read; names it.
+        """
+        if piece.format is not None:
+            return piece.format.place(self, piece, entries)
+        return self.place(entries["weight"], self.names.locate(piece.key))
 
     def place(self, entry: TensorEntry, destination: Destination) -> bool:
         """Place one tensor; False where the model has no place for it.
@@ -160,7 +183,7 @@ class Loader:
         try:
             matrix = read().to(self.device)
             # Sixteen-bit and float32 sources are quantized as they are; others, by way of float32.
-            experts.write(expert, projection, matrix if matrix.dtype in _QUANTIZABLE else matrix.float())
+            experts.write(expert, projection, matrix if matrix.dtype in FLOATS.values() else matrix.float())
         except ValueError as error:
             raise CheckpointError(f"{entry.shard}: tensor {entry.key}: {error}") from None
 
@@ -185,24 +208,27 @@ class Loader:
         if isinstance(module, Nf4Experts):
             tensor = module.arrange(leaf, tensor)
         if leaf not in module._parameters:
-            module._buffers[leaf] = tensor.to(self.device, self._dtype_of(name, current))
+            module._buffers[leaf] = tensor.to(self.device, self.stored_dtype(name, current, entry.dtype))
             return True
-        tensor = tensor if tensor.dtype in _QUANTIZABLE else tensor.float()
+        tensor = tensor if tensor.dtype in FLOATS.values() else tensor.float()
         if not _is_finite(tensor):
             raise CheckpointError(f"{entry.shard}: tensor {entry.key} holds NaN or infinite weights")
-        if module_name in self.linears and leaf == "weight":
+        if module_name in self.recipe.linears and leaf == "weight":
             self._quantize_linear(module_name, tensor)
         else:
-            placed = tensor.to(self.device, self._dtype_of(name, current))
+            placed = tensor.to(self.device, self.stored_dtype(name, current, entry.dtype))
             module._parameters[leaf] = nn.Parameter(placed, requires_grad=False)
         return True
 
-    def _dtype_of(self, name: str, current: Tensor) -> torch.dtype:
-        return kept_dtype(self.kept, name, current.dtype)
+    def stored_dtype(self, name: str, current: Tensor, source: torch.dtype) -> torch.dtype:
+        """The dtype that a tensor which stays unquantized is held in."""
+        if not self.preserves_dtypes:
+            return kept_dtype(self.kept, name, current.dtype)
+        return torch.float32 if source.is_floating_point and source not in FLOATS.values() else source
 
     def _quantize_linear(self, name: str, matrix: Tensor) -> None:
         linear = self.model.get_submodule(name)
-        quantized = quantized_linear(linear, matrix, self.quantization, self.dtype, self.device)
+        quantized = quantized_linear(linear, matrix, self.recipe.double_quantization, self.dtype, self.device)
         parent, _, child = name.rpartition(".")
         setattr(self.model.get_submodule(parent), child, quantized)
 
@@ -230,38 +256,3 @@ def _require_floats(entry: TensorEntry) -> None:
             f"{entry.shard}: tensor {entry.key} is {str(entry.dtype).removeprefix('torch.')}; it looks "
             "already quantized, and config.json does not say how (quantization_config): give the 16-bit checkpoint"
         )
-
-
-def quantized_linear(
-    linear: nn.Module,
-    matrix: Tensor,
-    quantization: QuantizationConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Nf4Linear:
-    """A `Linear4bit` of bitsandbytes with the NF4 bytes of `matrix`, keeping the bias of `linear`."""
-    rows, columns = matrix.shape
-    quantized = Nf4Linear(
-        columns,
-        rows,
-        bias=False,
-        compute_dtype=dtype,
-        compress_statistics=quantization.double_quantization,
-        quant_type="nf4",
-        device="meta",
-    )
-    quantized.weight = bnb.nn.Params4bit(
-        matrix,
-        requires_grad=False,
-        compress_statistics=quantization.double_quantization,
-        quant_type="nf4",
-        blocksize=quantization.block_size,
-        module=quantized,
-    ).to(device)
-    # bitsandbytes decodes to the source's dtype in training and to the input's in evaluation; here both are one.
-    quantized.weight.quant_state.dtype = dtype
-    quantized.bias = linear.bias
-    # In evaluation on a CPU with AVX512-BF16, bitsandbytes would repack the weight and round its scales to bfloat16
-    # for good: the first evaluation would change the frozen weights under a training run.
-    quantized.support_avx512bf16_for_cpu = False
-    return quantized

@@ -19,19 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from expertune.checkpoint.contents import FLOATS, Keeper, layer_tensors, rest_tensors
-from expertune.checkpoint.guide import guide
-from expertune.checkpoint.hub import CODE, SMALL_FILES, ModelSource, fetch_model
-from expertune.checkpoint.jobs import Job, estimate_bytes, few_shards_at_once, make_jobs
-from expertune.checkpoint.json_file import read_config
-from expertune.checkpoint.linears import decoder_layers, linears_to_quantize
-from expertune.checkpoint.load import build_meta_model, quantization_method, swap_experts
-from expertune.checkpoint.names import read_names
-from expertune.checkpoint.prequantized import double_quantization_of, find_pieces, scheme_of
-from expertune.checkpoint.reader import INDEX_NAME, read_header
-from expertune.checkpoint.restore import settings_of
-from expertune.checkpoint.shards import HubShards, LocalShards, OpenShards, Shards
-from expertune.checkpoint.store import (
+from expertune.checkpoint.contents import layer_tensors, rest_tensors
+from expertune.checkpoint.formats.nf4_folder import (
     FOLDER_MARK,
     FORMAT_VERSION,
     GUIDE,
@@ -44,6 +33,17 @@ from expertune.checkpoint.store import (
     read_progress,
     write_manifest,
 )
+from expertune.checkpoint.guide import guide
+from expertune.checkpoint.hub import CODE, SMALL_FILES, ModelSource, fetch_model
+from expertune.checkpoint.jobs import Job, estimate_bytes, few_shards_at_once, make_jobs
+from expertune.checkpoint.json_file import read_config
+from expertune.checkpoint.linears import decoder_layers
+from expertune.checkpoint.load import build_meta_model, swap_experts
+from expertune.checkpoint.loader import FLOATS, Loader
+from expertune.checkpoint.names import read_names
+from expertune.checkpoint.reader import INDEX_NAME, read_header
+from expertune.checkpoint.recipe import read_recipe
+from expertune.checkpoint.shards import HubShards, LocalShards, OpenShards, Shards
 from expertune.checkpoint.writer import FileRecord, hash_file, write_tensors
 from expertune.config import QuantizationConfig
 from expertune.distributed.processes import require_one_process
@@ -97,7 +97,7 @@ def quantize(
     if shards is None:
         shards = _find_shards(model, source, out)
     name = model if source.revision else str(source.folder.resolve())
-    work = _Work.plan(name, source, out, shards, quantization or QuantizationConfig(), dtype, trust_remote_code)
+    work = _Work.plan(name, source, out, shards, quantization or QuantizationConfig(), dtype)
     was_there, is_fresh = out.exists(), not is_nf4_folder(out)
     try:
         if not work.is_finished():
@@ -148,13 +148,11 @@ class _Work:
     out: Path
     source: ModelSource
     shards: Shards
-    loader: Keeper
-    settings: QuantizationConfig
+    loader: Loader
     dtype: Dtype
     identity: dict[str, Any]
     jobs: list[Job]
     sizes: dict[str, int]
-    trust_remote_code: bool
     notes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -166,37 +164,29 @@ class _Work:
         shards: Shards,
         asked: QuantizationConfig,
         dtype: Dtype,
-        trust_remote_code: bool,
     ) -> "_Work":
         """What is to be done, from the config and the names of the tensors alone."""
         values = read_config(source.folder)
         compute = FLOATS[dtype] if dtype != "auto" else config_dtype(values)
-        model = build_meta_model(source.folder, compute, trust_remote_code)
-        method = quantization_method(source.folder, model, shards.weight_map)
+        model = build_meta_model(source.folder, compute, source.trust_remote_code)
         names = read_names(model)
-        pieces = find_pieces(shards.weight_map, method)
-        stored = double_quantization_of(pieces, names)
-        settings = asked if stored is None else settings_of(asked, stored, source.folder)
-        linears = set() if method == "bitsandbytes" else set(linears_to_quantize(model))
+        recipe = read_recipe(model, names, shards.weight_map, asked, source.folder)
         layers = [layer for layer, _ in decoder_layers(model, names.specs)]
-        jobs = make_jobs(layers, names, pieces)
-        scheme = scheme_of(pieces, names, settings)
-        swap_experts(model, settings, "meta", scheme=scheme)
-        four_bit = {names.locate(p.key).name.removesuffix(".weight") for p in pieces if p.method == "bitsandbytes"}
-        sizes = {job.file: estimate_bytes(model, job, layers, linears | four_bit, settings) for job in jobs}
-        loader = Keeper(model, names, linears, settings, compute, torch.device("cpu"))
-        loader.keep = dtype == "auto"
+        jobs = make_jobs(layers, names, recipe.pieces)
+        swap_experts(model, recipe, "meta")
+        sizes = {job.file: estimate_bytes(model, job, layers, recipe) for job in jobs}
+        loader = Loader(model, names, recipe, compute, torch.device("cpu"), preserves_dtypes=dtype == "auto")
         weight_map = json.dumps(sorted(shards.weight_map.items()))
         identity = {
             "model": name,
             "revision": source.revision,
             "config_sha256": hash_file(source.folder / "config.json").sha256,
             "tensors_sha256": hashlib.sha256(weight_map.encode()).hexdigest(),
-            "quantization": {"scheme": scheme} | settings.model_dump(include={"double_quantization", "block_size"}),
+            "quantization": recipe.to_json(),
             "dtype": dtype,
         }
         ordered = few_shards_at_once(jobs, shards.weight_map)
-        return cls(out, source, shards, loader, settings, dtype, identity, ordered, sizes, trust_remote_code)
+        return cls(out, source, shards, loader, dtype, identity, ordered, sizes)
 
     @property
     def files(self) -> dict[str, Any]:
@@ -309,7 +299,7 @@ class _Work:
                 weight_map[entry.key] = file
                 nbytes += entry.nbytes
         write_json(self.out / INDEX_NAME, {"metadata": {"total_size": nbytes}, "weight_map": weight_map})
-        copied = _copy_small_files(self.source.folder, self.out, self.trust_remote_code)
+        copied = _copy_small_files(self.source, self.out)
         write_text(self.out / "config.json", self._config())
         for name in [INDEX_NAME, "config.json", *copied]:
             record = hash_file(self.out / name)
@@ -348,13 +338,13 @@ def config_dtype(config: dict[str, Any]) -> torch.dtype:
     return FLOATS.get(str(named), torch.bfloat16)
 
 
-def _copy_small_files(source: Path, out: Path, trust_remote_code: bool) -> list[str]:
+def _copy_small_files(source: ModelSource, out: Path) -> list[str]:
     """Tokenizer, generation config and the like, as they are; names of what was copied."""
-    patterns = SMALL_FILES + (CODE if trust_remote_code else [])
-    names = sorted({path.name for pattern in patterns for path in source.glob(pattern) if path.is_file()})
+    patterns = SMALL_FILES + (CODE if source.trust_remote_code else [])
+    names = sorted({path.name for pattern in patterns for path in source.folder.glob(pattern) if path.is_file()})
     names = [name for name in names if name != "config.json" and not name.endswith(".index.json")]
     for name in names:
-        shutil.copyfile(source / name, out / name)
+        shutil.copyfile(source.folder / name, out / name)
     return names
 
 

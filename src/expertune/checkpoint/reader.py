@@ -118,18 +118,18 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
-class DecodedEntry(TensorEntry):
+class DequantizedEntry(TensorEntry):
     """A packed tensor that reads as the floats it stands for."""
 
-    decode: Callable[..., Tensor] = lambda: torch.empty(0)
+    dequantize: Callable[..., Tensor] = lambda: torch.empty(0)
 
     def read(self) -> Tensor:
         """All of it."""
-        return self.decode()
+        return self.dequantize()
 
     def read_part(self, index: int) -> Tensor:
         """Element `index` of the first dimension."""
-        return self.decode(index)
+        return self.dequantize(index)
 
 
 @dataclass(frozen=True)
@@ -307,5 +307,5 @@ def _loose_shards(folder: Path) -> list[Path]:
     if shards:
         return shards
     pickles = next(folder.glob("*.bin"), None)
-    mend = f"; {pickles.name} is a pickle, which is never loaded: convert it to safetensors" if pickles else ""
-    raise CheckpointError(f"{folder}: no *.safetensors weights here{mend}")
+    fix = f"; {pickles.name} is a pickle, which is never loaded: convert it to safetensors" if pickles else ""
+    raise CheckpointError(f"{folder}: no *.safetensors weights here{fix}")

@@ -7,13 +7,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from expertune.checkpoint.prequantized import linear_of_bytes
+from expertune.checkpoint.formats.nf4_folder import STACKS, Nf4Folder
+from expertune.checkpoint.linears import linear_of_bytes
 from expertune.checkpoint.reader import TensorEntry
-from expertune.checkpoint.store import STACKS, Nf4Folder
-from expertune.config import QuantizationConfig
-from expertune.errors import CheckpointError, ConfigError
+from expertune.errors import CheckpointError
 from expertune.experts.module import Nf4Experts
-from expertune.kernels.nf4 import Scheme
 
 # Name of an experts module and its buffers in the file, by name below the module -> the buffers as tensors.
 ReadExperts = Callable[[str, Mapping[str, TensorEntry]], Mapping[str, Tensor]]
@@ -47,7 +45,7 @@ def fill(
     total = folder.index.nbytes
     done = 0
 
-    def tell(entries: Mapping[str, TensorEntry]) -> None:
+    def report(entries: Mapping[str, TensorEntry]) -> None:
         nonlocal done
         done += sum(entry.nbytes for entry in entries.values())
         if progress:
@@ -58,19 +56,19 @@ def fill(
         _, entries = folder.experts_entries(name)
         _fill_experts(_module_of(model, name, folder), entries, name, device, read_experts)
         taken.update(entry.key for entry in entries.values())
-        tell(entries)
+        report(entries)
     for name in folder.linears:
         entries = folder.linear_entries(name)
         _fill_linear(model, name, entries, dtype, device, folder)
         taken.update(entry.key for entry in entries.values())
-        tell(entries)
+        report(entries)
     kept: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
     unexpected = []
     for key, entry in folder.index.tensors.items():
         if key not in taken:
             if not _fill_plain(model, entry, kept, device):
                 unexpected.append(key)
-            tell({key: entry})
+            report({key: entry})
     return unexpected
 
 
@@ -80,28 +78,6 @@ def missing_tensors(model: nn.Module, folder: Nf4Folder) -> list[str]:
     parameters = {name for name, parameter in model.named_parameters() if parameter.is_meta}
     buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
     return sorted(name for name in parameters | buffers if name not in have)
-
-
-def settings_of(
-    asked: QuantizationConfig, double_quantization: bool, where: object, scheme: Scheme = "nf4"
-) -> QuantizationConfig:
-    """The settings of weights that are quantized already, which a run cannot choose any more.
-
-    Raises:
-        ConfigError: the run file sets another value.
-    """
-    if "double_quantization" in asked.model_fields_set and asked.double_quantization != double_quantization:
-        raise ConfigError(
-            f"quantization.double_quantization is {str(asked.double_quantization).lower()}, but {where} "
-            f"{'was quantized with it' if double_quantization else 'gives float32 scales'}; remove the key, or give "
-            "the 16-bit checkpoint"
-        )
-    if asked.scheme != "auto" and asked.scheme != scheme:
-        raise ConfigError(
-            f"quantization.scheme is {asked.scheme}, but {where} holds {scheme}; remove the key, or quantize the "
-            "source again"
-        )
-    return asked.model_copy(update={"double_quantization": double_quantization})
 
 
 def kept_dtype(plan: Mapping[str, torch.dtype], name: str, otherwise: torch.dtype) -> torch.dtype:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from expertune.checkpoint.store import FOLDER_MARK, read_manifest
+from expertune.checkpoint.formats.nf4_folder import FOLDER_MARK, read_manifest
 from expertune.checkpoint.writer import hash_file
 from expertune.errors import CheckpointError
 from expertune.kernels.cache import cache_folder, read_kept
@@ -27,18 +27,18 @@ _STEP_NS = 50_000_000
 # Reads at once; more do not make a disk faster.
 _READERS = 4
 
-# Below this nobody waits long enough to be told.
+# Below this nobody waits long enough to be worth a line.
 _WORTH_A_LINE = 2**30
 
 
-def require_verified(folder: str | Path, say: Callable[[str], None] | None = None) -> None:
+def require_verified(folder: str | Path, notify: Callable[[str], None] | None = None) -> None:
     """Refuse an NF4 folder whose files are not what was written.
 
     What has been verified on this machine, and has the same size and times since, is not read again.
 
     Args:
         folder: a finished NF4 folder.
-        say: called with one line before a large folder is read.
+        notify: called with one line before a large folder is read.
 
     Raises:
         CheckpointError: files are missing or have changed; names them.
@@ -49,8 +49,8 @@ def require_verified(folder: str | Path, say: Callable[[str], None] | None = Non
     if _remembered().get(str(folder)) == before:
         return
     nbytes = sum(record["bytes"] for record in files.values())
-    if say and nbytes >= _WORTH_A_LINE:
-        say(f"{folder}: verifying {nbytes / 1e9:.1f} GB against its manifest, once on this machine")
+    if notify and nbytes >= _WORTH_A_LINE:
+        notify(f"{folder}: verifying {nbytes / 1e9:.1f} GB against its manifest, once on this machine")
     _require_same(folder, files)
     _remember(folder, before)
 

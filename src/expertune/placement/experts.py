@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from expertune.checkpoint.formats.nf4_folder import BUFFERS, STACKS, is_nf4_folder, read_nf4_folder
 from expertune.checkpoint.reader import TensorEntry
 from expertune.checkpoint.restore import ReadExperts
-from expertune.checkpoint.store import BUFFERS, STACKS, is_nf4_folder, read_nf4_folder
 from expertune.experts.module import Nf4Experts
 from expertune.kernels.nf4 import Nf4Bytes
 from expertune.placement.mapped import MappedLayers, map_tensor

@@ -4,21 +4,19 @@ A 16-bit checkpoint becomes 4-bit when it is loaded; one in bitsandbytes' nf4, a
 MXFP4 experts do too, unless the run file asks for NF4.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from expertune.checkpoint.linears import linears_to_quantize
-from expertune.checkpoint.load import quantization_method
+from expertune.checkpoint.formats.interface import Piece
+from expertune.checkpoint.formats.nf4_folder import is_nf4_folder, read_nf4_folder
 from expertune.checkpoint.names import NameMap
-from expertune.checkpoint.prequantized import Method, Piece, double_quantization_of, find_pieces, scheme_of
-from expertune.checkpoint.restore import settings_of
-from expertune.checkpoint.store import is_nf4_folder, read_nf4_folder
+from expertune.checkpoint.recipe import linears_to_quantize, read_recipe, recipe_of_folder
 from expertune.config import RunConfig
-from expertune.kernels.nf4 import BLOCK_SIZE, Scheme
+from expertune.kernels.nf4 import Scheme
 from expertune.planning.headers import Headers, check_headers, read_headers
 
 
@@ -58,53 +56,29 @@ def read_source(config: RunConfig, folder: Path, on_hub: bool, model: PreTrained
         ConfigError: the run file asks for other scales than the weights have.
         UnsupportedModelError: weights that are quantized in a way that cannot be read.
     """
-    quantization = config.quantization
     if is_nf4_folder(folder):
         stored = read_nf4_folder(folder)
-        settings = settings_of(quantization, stored.settings.double_quantization, folder, stored.scheme)
-        linears = {name: module for name, module in _linears(model).items() if name in set(stored.linears)}
-        return Source(True, linears, settings.double_quantization, stored.scheme, stored.index.nbytes, ())
+        recipe = recipe_of_folder(stored, model, config.quantization)
+        return Source(True, recipe.linears, recipe.double_quantization, recipe.scheme, stored.index.nbytes, ())
     headers = read_headers(config.model, folder, config.revision, on_hub)
-    method = quantization_method(Path(config.model) if on_hub else folder, model, headers.shapes if headers else ())
-    linears = linears_to_quantize(model, names.specs)
+    keys = headers.shapes if headers else ()
+    recipe = read_recipe(model, names, keys, config.quantization, config.model if on_hub else folder)
     if headers is None:
         alone = "no weights to look at; the counts rest on config.json alone"
-        return Source(False, linears, quantization.double_quantization, "nf4", None, (alone,))
-    pieces = find_pieces(headers.shapes, method)
-    notes = _check(headers, pieces, model, names)
-    double_quantization = double_quantization_of(pieces, names)
-    if double_quantization is not None:
-        quantization = settings_of(quantization, double_quantization, config.model)
-    if method == "bitsandbytes":
-        linears = _packed_linears(pieces, model, names)
-    scheme = scheme_of(pieces, names, quantization)
-    return Source(False, linears, quantization.double_quantization, scheme, headers.nbytes, tuple(notes))
+        linears = linears_to_quantize(model, names.specs)
+        return Source(False, linears, recipe.double_quantization, recipe.scheme, None, (alone,))
+    notes = _check(headers, recipe.pieces, model, names)
+    return Source(False, recipe.linears, recipe.double_quantization, recipe.scheme, headers.nbytes, tuple(notes))
 
 
-def _check(headers: Headers, pieces: list[Piece], model: PreTrainedModel, names: NameMap) -> list[str]:
+def _check(headers: Headers, pieces: Sequence[Piece], model: PreTrainedModel, names: NameMap) -> list[str]:
     notes = []
     if None in headers.shapes.values():
         notes.append("the shards were not found; tensors were checked by the names in the index alone")
     # The shape of a packed tensor is not its weight's.
-    shapes = {piece.key: headers.shapes[piece.parts["weight"]] if piece.method is None else None for piece in pieces}
+    shapes = {piece.key: headers.shapes[piece.parts["weight"]] if piece.format is None else None for piece in pieces}
     unused = check_headers(replace(headers, shapes=shapes), model, names)
     if unused:
         more = f" and {len(unused) - 2} more" if len(unused) > 2 else ""
         notes.append(f"tensors that the model has no place for are left out: {', '.join(unused[:2])}{more}")
     return notes
-
-
-def _packed_linears(pieces: list[Piece], model: PreTrainedModel, names: NameMap) -> dict[str, nn.Linear]:
-    """Linears that are 4-bit in the file; the others stay as they are."""
-    packed: set[str] = set()
-    method: Method = "bitsandbytes"
-    for piece in pieces:
-        name, _, leaf = names.locate(piece.key).name.rpartition(".")
-        if piece.method == method and leaf == "weight":
-            packed.add(name)
-    linears = _linears(model)
-    return {name: linear for name, linear in linears.items() if name in packed and not linear.in_features % BLOCK_SIZE}
-
-
-def _linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}

@@ -99,7 +99,7 @@ def open_run(
     except CheckpointError as error:
         raise CheckpointError(f"{error}. If the model has moved, give --model (model=)") from None
     if not other_base:
-        base = fingerprint_of(source.folder, trust_remote_code, say=_say_line)
+        base = fingerprint_of(source.folder, trust_remote_code, notify=_say_line)
         require_same_base(folder, base, config.model, allowed_by="give --other-base")
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     context = RunContext(config, record, default_device(), Bars(Console(stderr=True)))

@@ -21,7 +21,7 @@ from expertune.planning.memory import PROOF_TOKENS
 from expertune.report.preview import render_preview
 from expertune.run.context import RunContext
 from expertune.run.identity import identify, require_same_identity
-from expertune.storage import logged_if_it_fails
+from expertune.storage import notify_if_it_fails
 from expertune.train.schedule import require_a_batch
 
 
@@ -54,7 +54,7 @@ def read_inputs(context: RunContext) -> Inputs:
     """
     config, trust = context.config, context.trust_remote_code
     source = fetch_model(config.model, config.revision, trust)
-    base = fingerprint_of(source.folder, trust, say=context.notify)
+    base = fingerprint_of(source.folder, trust, notify=context.notify)
     if config.lora.init_from and not config.lora.init_from_other_base:
         require_same_base(config.lora.init_from, base, config.model)
     expected = expected_layout(source.folder, config.lora, trust)
@@ -94,7 +94,7 @@ def _show_data(context: RunContext, inputs: Inputs) -> None:
     data, console = context.config.data, context.console
     lengths = [row.uncut_length for part in (inputs.train, inputs.eval) if part for row in part.rows]
     histogram = Path(context.config.output_dir) / "lengths.png"
-    logged_if_it_fails("lengths.png", lambda: plot_lengths(lengths, histogram, data.max_length), console.print)
+    notify_if_it_fails("lengths.png", lambda: plot_lengths(lengths, histogram, data.max_length), console.print)
     for name, part, num_examples in (("train", inputs.train, 1), ("eval", inputs.eval, 0)):
         if part:
             shown = preview(part, data, inputs.tokenizer, num_examples=num_examples)

@@ -22,7 +22,6 @@ from typing import Any, get_args
 from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.reader import INDEX_NAME, CheckpointIndex, TensorEntry, open_checkpoint
 from expertune.checkpoint.writer import PADDING
-from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError
 from expertune.kernels.nf4 import Scheme
 from expertune.storage import write_json
@@ -60,9 +59,9 @@ class Nf4Folder:
     index: CheckpointIndex
 
     @property
-    def settings(self) -> QuantizationConfig:
-        """How the weights were quantized."""
-        return QuantizationConfig(double_quantization=self.manifest["quantization"]["double_quantization"])
+    def double_quantization(self) -> bool:
+        """Whether scales are held in 8 bits."""
+        return bool(self.manifest["quantization"]["double_quantization"])
 
     @property
     def scheme(self) -> Scheme:
@@ -146,7 +145,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / FOLDER_MARK
     if not path.is_file() and (folder / PROGRESS_MARK).is_file():
         raise CheckpointError(
-            f"{folder}: this NF4 folder is unfinished; the `expertune quantize` command that began it goes on with it"
+            f"{folder}: this NF4 folder is unfinished; the `expertune quantize` command that started it resumes it"
         )
     manifest = _read_json(path, _SECTIONS)
     _require_sound(path, manifest)

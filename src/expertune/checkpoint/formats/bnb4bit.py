@@ -1,29 +1,36 @@
-"""bitsandbytes' 4-bit weights of experts: taken byte by byte, in whatever pieces a checkpoint holds them.
+"""bitsandbytes' 4-bit checkpoints: weights taken byte by byte, in whatever pieces a checkpoint holds them.
 
-A piece is one projection of one expert, one expert's gate and up in one linear, or a whole stack [E, rows, columns].
-In each of them a row's blocks of 64 weights are its own and its codes are whole bytes, so that rows go where they
-belong without being decoded, also where a family alternates gate and up rows. Float32 scales go with their blocks.
-Scales in 8 bits share one float32 among 256 of them, whichever matrix these belong to: they stay as they are where
-every matrix begins with such a group, and are held as the float32 they stand for where one does not.
+A 4-bit weight is `X` (uint8 [N*K/2, 1]) and its state beside it: `X.absmax`, `X.quant_map`, `X.nested_absmax`,
+`X.nested_quant_map`, and `X.quant_state.bitsandbytes__nf4`, which is JSON. Which linears are 4-bit is as in the file.
 
-A family that multiplies from the other side has stacks whose blocks run across the rows of ours: their bytes cannot be
-taken, only what they decode to.
+Experts come as one projection of one expert, one expert's gate and up in one linear, or a whole stack [E, N, K]. In
+each of them an output feature's blocks of 64 weights are its own and its codes are whole bytes, so that output features
+go where they belong without being dequantized, also where a family alternates those of gate and up. Float32 scales go
+with their blocks. Scales in 8 bits share one float32 among 256 of them, whichever matrix these belong to: they stay as
+they are where every matrix begins with such a group, and are held as the float32 they stand for where one does not.
 
-Shape suffixes: E experts, N rows and K columns of one expert's piece, B = K / 64 blocks of a row.
+A family that multiplies from the other side has stacks whose blocks run across the output features of ours: their bytes
+cannot be taken, only the weights that they stand for.
+
+Shape suffixes: E experts, N output features and K input features of one expert's piece, B = K / 64 blocks of an output
+feature.
 """
 
 import functools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeGuard
 
 import bitsandbytes as bnb
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from expertune.checkpoint.formats.interface import Kept, Piece, Target
+from expertune.checkpoint.linears import NF4_STATE, linear_of_bytes
 from expertune.checkpoint.names import Destination, NameMap
-from expertune.checkpoint.reader import DecodedEntry, TensorEntry
+from expertune.checkpoint.reader import DequantizedEntry, TensorEntry
 from expertune.errors import CheckpointError, UnsupportedModelError
 from expertune.experts import layout
 from expertune.experts.contract import ExpertsSpec
@@ -31,14 +38,110 @@ from expertune.experts.module import Nf4Experts
 from expertune.kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Nf4Stack
 from expertune.kernels.nf4.reference import dynamic_codebook, nf4_codebook
 
-if TYPE_CHECKING:
-    from expertune.checkpoint.prequantized import Loader
+_STATE_PART = re.compile(r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+)")
 
-NF4_STATE = "quant_state.bitsandbytes__nf4"
+
+def recognizes(config: Mapping[str, Any] | None, keys: Iterable[str]) -> bool:
+    """See `Format`; where the config says nothing, the state's name does."""
+    if config is None:
+        return any(key.endswith(f".{NF4_STATE}") for key in keys)
+    return config.get("quant_method") == "bitsandbytes" or ("load_in_4bit" in config and not config.get("quant_method"))
+
+
+def unreadable(config: Mapping[str, Any]) -> str | None:
+    """See `Format`; all but nf4 in bytes is."""
+    if not config.get("load_in_4bit", config.get("_load_in_4bit", False)):
+        return "bitsandbytes, 8 bits"
+    if config.get("bnb_4bit_quant_type", "nf4") != "nf4":
+        return f"bitsandbytes, {config['bnb_4bit_quant_type']}"
+    if config.get("bnb_4bit_quant_storage", "uint8") != "uint8":
+        return f"bitsandbytes, packed into {config['bnb_4bit_quant_storage']}"
+    return None
+
+
+def parts_of(keys: Sequence[str]) -> dict[str, dict[str, str]]:
+    """See `Format`; a weight is its codes, `weight`, and its state, part by part."""
+    ends = (f".{NF4_STATE}", ".absmax")
+    parts: dict[str, dict[str, str]] = {key.removesuffix(end): {} for end in ends for key in keys if key.endswith(end)}
+    for key in keys:
+        state = _STATE_PART.fullmatch(key)
+        if key in parts:
+            parts[key]["weight"] = key
+        elif state and state[1] in parts:
+            parts[state[1]][state[2]] = key
+    return parts
+
+
+def kept(pieces: Sequence[Piece], model: nn.Module, names: NameMap) -> Kept:
+    """See `Format`; the 4-bit linears are those of the file.
+
+    Scales stay in 8 bits where all experts have such scales, which can all stay as they are. Otherwise all are held as
+    float32, which is what the file has or what its 8-bit ones stand for, exactly.
+    """
+    destinations = [(piece, names.locate(piece.key)) for piece in pieces if piece.format is not None]
+    nested = [
+        "nested_absmax" in piece.parts and weight.keeps_nested_scales
+        for piece, destination in destinations
+        if (weight := _expert_weight(names, destination)) is not None and not weight.lies_across
+    ]
+    packed = {destination.name for _, destination in destinations if destination.converter is None}
+    linears = {
+        name: module for name, module in model.named_modules() if f"{name}.weight" in packed and _stays_packed(module)
+    }
+    return Kept("nf4", all(nested), linears) if nested else Kept(linears=linears)
+
+
+def place(target: Target, piece: Piece, entries: Mapping[str, TensorEntry]) -> bool:
+    """See `Format`; experts and linears keep their bytes, what is neither in the live model is dequantized."""
+    packed, destination = _read_packed(piece.key, entries), target.names.locate(piece.key)
+    weight = _expert_weight(target.names, destination)
+    if weight is not None:
+        return _place_experts(target, packed, weight, destination)
+    if destination.converter is not None and target.names.weight_of(destination.name):
+        raise UnsupportedModelError(
+            f"{packed.entry.shard}: the bytes of {piece.key} lie otherwise than this family's experts are multiplied: "
+            "give the 16-bit checkpoint"
+        )
+    name, _, leaf = destination.name.rpartition(".")
+    try:
+        module = target.model.get_submodule(name)
+    except AttributeError:
+        return False
+    if destination.converter is not None or leaf != "weight" or not _stays_packed(module):
+        # Such as a router: with the values of its 4 bits.
+        return target.place(packed.dequantized, destination)
+    if packed.shape != (module.out_features, module.in_features):
+        raise CheckpointError(
+            f"{packed.entry.shard}: tensor {piece.key} has shape {packed.shape}, the model expects "
+            f"{(module.out_features, module.in_features)}"
+        )
+    target.claim(packed.entry, destination.name, None, None)
+    linear = linear_of_bytes(module, packed.entry.read(), packed.read_state(), target.dtype, target.device)
+    parent, _, child = name.rpartition(".")
+    setattr(target.model.get_submodule(parent), child, linear)
+    return True
+
+
+def _stays_packed(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module's weight stays in 4 bits where a checkpoint has packed it."""
+    return isinstance(module, nn.Linear) and module.in_features % BLOCK_SIZE == 0
+
+
+def _place_experts(target: Target, packed: "_Packed", weight: "_ExpertWeight", destination: Destination) -> bool:
+    if not weight.lies_across:
+        _copy_weight(target, packed, weight)
+        return True
+    if not target.requantizes:
+        raise UnsupportedModelError(
+            f"{packed.entry.shard}: {packed.entry.key} packs all experts from the other side: its blocks of "
+            f"{BLOCK_SIZE} run across the output features that are multiplied, so its bytes cannot be taken. Give the "
+            "16-bit checkpoint, or set quantization.scheme to nf4, and its dequantized weights are quantized again"
+        )
+    return target.place(_dequantized_stack(packed, weight), destination)
 
 
 @dataclass(frozen=True)
-class Packed:
+class _Packed:
     """A weight as bitsandbytes packed it; `state` is the JSON of its quantization state."""
 
     entry: TensorEntry
@@ -56,27 +159,30 @@ class Packed:
         return "nested_absmax" in self.parts
 
     @property
-    def decoded(self) -> DecodedEntry:
-        """The weight that was packed, of its dtype then, by bitsandbytes' own decoder."""
+    def dequantized(self) -> DequantizedEntry:
+        """The weight that was packed, of its dtype then, by bitsandbytes' own code."""
         header = replace(self.entry, shape=self.shape, dtype=getattr(torch, self.state["dtype"]))
-        return DecodedEntry(
-            **vars(header), decode=lambda: bnb.functional.dequantize_4bit(self.entry.read(), self._quant_state())
+        return DequantizedEntry(
+            **vars(header), dequantize=lambda: bnb.functional.dequantize_4bit(self.entry.read(), self._quant_state())
         )
 
     def scales(self) -> Tensor:
-        """Scale of each block, float32 [N*K/64], by bitsandbytes' own decoder."""
+        """Scale of each block, float32 [N*K/64], by bitsandbytes' own code."""
         state = self._quant_state()
         if not self.nested:
             return state.absmax.view(-1)
         return (bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset).view(-1)
 
+    def read_state(self) -> dict[str, Tensor]:
+        """Its quantization state by part."""
+        return {part: entry.read() for part, entry in self.parts.items() if part != "weight"}
+
     def _quant_state(self) -> bnb.functional.QuantState:
-        stats = {part: entry.read() for part, entry in self.parts.items() if part != "weight"}
-        return bnb.functional.QuantState.from_dict(stats, torch.device("cpu"))
+        return bnb.functional.QuantState.from_dict(self.read_state(), torch.device("cpu"))
 
 
 @dataclass(frozen=True)
-class ExpertWeight:
+class _ExpertWeight:
     """What of the experts a packed weight is.
 
     Attributes:
@@ -121,22 +227,22 @@ class ExpertWeight:
         return (rows,) if len(self.projections) == 1 else layout.split_rows(self.spec, self.weight, rows)
 
 
-def expert_weight(names: NameMap, destination: Destination) -> ExpertWeight | None:
+def _expert_weight(names: NameMap, destination: Destination) -> _ExpertWeight | None:
     """What of the experts a packed weight is by its name; None for one beside them, or one that is converted."""
     if names.is_listed(destination):
         module, weight = names.weight_of(destination.name) or ("", "")
         spec = names.specs[module]
-        return ExpertWeight(module, spec, layout.fused_projections(spec, weight), destination.expert)
+        return _ExpertWeight(module, spec, layout.fused_projections(spec, weight), destination.expert)
     if destination.converter is not None or destination.projection is None:
         return None
     spec, projection = names.specs[destination.name], destination.projection
     if destination.expert is not None:
-        return ExpertWeight(destination.name, spec, (projection,), destination.expert)
+        return _ExpertWeight(destination.name, spec, (projection,), destination.expert)
     weight = spec.weight_names[projection == "down"]
-    return ExpertWeight(destination.name, spec, layout.fused_projections(spec, weight), None)
+    return _ExpertWeight(destination.name, spec, layout.fused_projections(spec, weight), None)
 
 
-def read_packed(key: str, entries: Mapping[str, TensorEntry]) -> Packed:
+def _read_packed(key: str, entries: Mapping[str, TensorEntry]) -> _Packed:
     """The state of a packed weight, checked against what our kernels multiply.
 
     Args:
@@ -167,7 +273,7 @@ def read_packed(key: str, entries: Mapping[str, TensorEntry]) -> Packed:
         raise CheckpointError(
             f"{entry.shard}: the quantization state of {key} is damaged ({error!r}); download it again"
         ) from None
-    packed = Packed(entry, entries, state)
+    packed = _Packed(entry, entries, state)
     if block_size != BLOCK_SIZE or (packed.nested and nested != NESTED_BLOCK_SIZE):
         raise UnsupportedModelError(
             f"{entry.shard}: {key} has blocks of {block_size}, and of {nested} for their scales; only "
@@ -191,27 +297,27 @@ def read_packed(key: str, entries: Mapping[str, TensorEntry]) -> Packed:
     return packed
 
 
-def copy_weight(loader: "Loader", packed: Packed, weight: ExpertWeight) -> None:
+def _copy_weight(target: Target, packed: _Packed, weight: _ExpertWeight) -> None:
     """The bytes of one expert's weight, or of a stack, as they are, into their module.
 
     Raises:
         CheckpointError: it is of another shape, of an expert that the model does not have, or stored twice.
     """
-    experts = loader.model.get_submodule(weight.module)
+    experts = target.model.get_submodule(weight.module)
     assert isinstance(experts, Nf4Experts)
     codes_ENK = _codes(packed, weight)
     split_scales = _scales(packed, weight, experts.locate(0, weight.projections[0])[0].double_quantization)
     for position, expert in enumerate(range(weight.shape[0]) if weight.expert is None else [weight.expert]):
         codes = weight.by_projection(codes_ENK.read_part(position))
         for part, projection in enumerate(weight.projections):
-            loader.claim(packed.entry, weight.module, projection, expert)
+            target.claim(packed.entry, weight.module, projection, expert)
             stack, index = experts.locate(expert, projection)
             with torch.no_grad():
                 stack.packed[index].copy_(codes[part])
                 split_scales.copy(stack, index, position, part)
 
 
-def decoded_weight(packed: Packed, weight: ExpertWeight) -> DecodedEntry:
+def _dequantized_stack(packed: _Packed, weight: _ExpertWeight) -> DequantizedEntry:
     """A stack whose blocks run across the rows, as float32 in the family's layout, decoded an expert at a time.
 
     Raises:
@@ -223,7 +329,7 @@ def decoded_weight(packed: Packed, weight: ExpertWeight) -> DecodedEntry:
     scales = functools.cache(lambda: packed.scales().view(stacked[0], -1))
 
     @functools.lru_cache(maxsize=1)  # gate and up are asked for one after the other
-    def decode(expert: int) -> Tensor:
+    def dequantize(expert: int) -> Tensor:
         state = bnb.functional.QuantState(
             scales()[expert],
             torch.Size(stacked[1:]),
@@ -234,10 +340,10 @@ def decoded_weight(packed: Packed, weight: ExpertWeight) -> DecodedEntry:
         )
         return bnb.functional.dequantize_4bit(codes.read_part(expert), state)
 
-    return DecodedEntry(**vars(replace(packed.entry, shape=stacked, dtype=torch.float32)), decode=decode)
+    return DequantizedEntry(**vars(replace(packed.entry, shape=stacked, dtype=torch.float32)), dequantize=dequantize)
 
 
-def _codes(packed: Packed, weight: ExpertWeight) -> TensorEntry:
+def _codes(packed: _Packed, weight: _ExpertWeight) -> TensorEntry:
     """The codes as uint8 [E, N, K/2], of the shape that the model expects."""
     experts, rows, columns = weight.shape
     entry = packed.entry
@@ -253,7 +359,7 @@ def _codes(packed: Packed, weight: ExpertWeight) -> TensorEntry:
     return replace(entry, shape=(experts, rows, columns // 2))
 
 
-def _require_shape(packed: Packed, expected: set[tuple[int, ...]]) -> None:
+def _require_shape(packed: _Packed, expected: set[tuple[int, ...]]) -> None:
     if packed.shape not in expected:
         raise CheckpointError(
             f"{packed.entry.shard}: tensor {packed.entry.key} has shape {packed.shape}, expected shape "
@@ -265,7 +371,7 @@ def _require_shape(packed: Packed, expected: set[tuple[int, ...]]) -> None:
 class _Scales:
     """Scales of a packed weight, [E, N, B] or by groups, to be copied into the stacks of its projections."""
 
-    weight: ExpertWeight
+    weight: _ExpertWeight
     absmax_ENB: Tensor
     nested: Tensor | None
     offset: float
@@ -280,7 +386,7 @@ class _Scales:
             stack.offset[index] = self.offset
 
 
-def _scales(packed: Packed, weight: ExpertWeight, double_quantization: bool) -> _Scales:
+def _scales(packed: _Packed, weight: _ExpertWeight, double_quantization: bool) -> _Scales:
     shape = (*weight.shape[:2], -1)
     if not double_quantization:
         return _Scales(weight, packed.scales().view(shape), None, 0.0)

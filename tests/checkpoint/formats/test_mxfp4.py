@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from expertune.adapt.attach import attach
+from expertune.checkpoint.formats.mxfp4 import dequantize_mxfp4
+from expertune.checkpoint.formats.nf4_folder import read_nf4_folder
 from expertune.checkpoint.load import LoadedModel, load_model
-from expertune.checkpoint.mxfp4 import decode_mxfp4
-from expertune.checkpoint.store import read_nf4_folder
 from expertune.config import LoraSection, QuantizationConfig
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from expertune.experts.module import Nf4Experts
@@ -107,7 +107,7 @@ def test_every_block_decodes_as_transformers_decodes_it() -> None:
     blocks = torch.randint(0, 256, (3, 8, 4, 16), dtype=torch.uint8)
     scales = torch.randint(90, 160, (3, 8, 4), dtype=torch.uint8)
     theirs = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).transpose(1, 2)
-    assert torch.equal(decode_mxfp4(blocks, scales), theirs)
+    assert torch.equal(dequantize_mxfp4(blocks, scales), theirs)
 
 
 def test_blocks_are_kept_and_logits_are_those_of_stock_transformers_over_them(

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from expertune.checkpoint.formats.nf4_folder import read_nf4_folder
 from expertune.checkpoint.load import LoadedModel, load_model
 from expertune.checkpoint.reader import TensorEntry, read_header
-from expertune.checkpoint.store import read_nf4_folder
 from expertune.checkpoint.verified import verify
 from expertune.checkpoint.writer import hash_file
 from expertune.config import QuantizationConfig
@@ -289,9 +289,9 @@ def test_manifest_without_a_section_is_refused(section: str, copy: Path) -> None
         load_tiny(copy)
 
 
-def test_unfinished_folder_says_how_to_go_on(copy: Path) -> None:
+def test_unfinished_folder_says_how_to_resume(copy: Path) -> None:
     (copy / "expertune.json").rename(copy / "expertune.partial.json")
-    with pytest.raises(CheckpointError, match=r"unfinished; the `expertune quantize` command that began it goes on"):
+    with pytest.raises(CheckpointError, match=r"unfinished; the `expertune quantize` command that started it"):
         load_tiny(copy)
 
 
