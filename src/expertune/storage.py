@@ -80,7 +80,7 @@ def _reason(error: Exception, folder: Path) -> str | None:
     if match := _OF_RUST.search(text):
         where, number = str(folder), int(match[1])
     elif isinstance(error, RuntimeError) and _OF_TORCH.search(text):
-        # Neither file nor reason is in it: the last file that was begun, and what a write there meets now.
+        # Neither file nor reason is in it: the last file that was started, and what a write there meets now.
         files = [path for path in folder.rglob("*") if path.is_file()]
         where = str(max(files, key=lambda path: path.stat().st_mtime_ns, default=folder))
         number = _error_of_a_write(folder)
@@ -113,7 +113,7 @@ def notify_if_it_fails(what: str, write: Callable[[], object], notify: Callable[
     try:
         write()
     except OSError as error:
-        notify(f"{what} could not be written ({error.strerror or error}); the run goes on without it")
+        notify(f"{what} could not be written ({error.strerror or error}); the run continues without it")
 
 
 def write_json(path: Path, values: Any) -> None:

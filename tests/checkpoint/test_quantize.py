@@ -63,7 +63,7 @@ def test_small_files_come_along_and_code_only_where_it_is_trusted(rewrite: Rewri
     assert verify(out) == len(copied) - 2  # the manifest, and what people may write to: README.md
 
 
-# ---- going on
+# ---- resuming
 
 
 class Killed(BaseException):
@@ -173,7 +173,7 @@ def test_finished_folder_is_left_as_it_is(mixtral: Path, tmp_path: Path) -> None
 
 
 @pytest.fixture(params=["unfinished", "finished"])
-def begun(request: pytest.FixtureRequest, mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def started(request: pytest.FixtureRequest, mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with work of the tiny Mixtral in it."""
     out = tmp_path / "out"
     if request.param == "finished":
@@ -192,18 +192,18 @@ def begun(request: pytest.FixtureRequest, mixtral: Path, tmp_path: Path, monkeyp
         ({"quantization": QuantizationConfig(double_quantization=False)}, r'with quantization .*"double_quantization"'),
     ],
 )
-def test_work_with_other_settings_is_not_gone_on_with(
-    settings: dict[str, Any], told: str, begun: Path, mixtral: Path
+def test_work_with_other_settings_is_not_resumed(
+    settings: dict[str, Any], told: str, started: Path, mixtral: Path
 ) -> None:
-    before = contents(begun)
+    before = contents(started)
     with pytest.raises(CheckpointError, match=rf"{told}.*choose another folder, or delete this one"):
-        quantize(str(mixtral), begun, **settings)
-    assert contents(begun) == before
+        quantize(str(mixtral), started, **settings)
+    assert contents(started) == before
 
 
-def test_work_on_another_source_is_not_gone_on_with(begun: Path, rewrite: Rewrite) -> None:
-    with pytest.raises(CheckpointError, match=r"was begun with model .*choose another folder, or delete this one"):
-        quantize(str(rewrite()), begun)
+def test_work_on_another_source_is_not_resumed(started: Path, rewrite: Rewrite) -> None:
+    with pytest.raises(CheckpointError, match=r"was started with model .*choose another folder, or delete this one"):
+        quantize(str(rewrite()), started)
 
 
 def test_source_that_has_changed_meanwhile_is_named(
@@ -218,7 +218,7 @@ def test_source_that_has_changed_meanwhile_is_named(
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"{shard.name}: has changed since this NF4 folder was begun"):
+    with pytest.raises(CheckpointError, match=rf"{shard.name}: has changed since this NF4 folder was started"):
         quantize(str(source), out)
 
 

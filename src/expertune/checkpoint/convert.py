@@ -1,9 +1,10 @@
 """Checkpoint tensors that a live parameter is computed from: by transformers' own operations, an expert at a time.
 
 Most experts lie on disk as the matrices that they are here, and need none of this (`NameMap.locate` says which). Others
-are transposed, alternate gate and up rows, or share one list among several stacks; and beside the experts a family may
-keep fused what it has apart in the live model. transformers says how, as a list of operations. Where these work on each
-expert by itself they are handed one expert at a time, so that no stack of experts is ever in memory.
+are transposed, alternate the output features of gate and up, or share one list among several stacks; and beside the
+experts a family may keep fused what it has apart in the live model. transformers says how, as a list of operations.
+Where these work on each expert by itself they are handed one expert at a time, so that no stack of experts is ever in
+memory.
 """
 
 import copy

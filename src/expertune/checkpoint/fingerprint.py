@@ -1,12 +1,13 @@
 """What identifies a base model: its config's values, and hashes of a few of its weights.
 
 An adapter is only worth something on the weights that it was trained on, and shapes alone do not tell two models of one
-family apart. The fingerprint is small enough to travel with every adapter, costs a few reads of some rows each, and is
+family apart. The fingerprint is small enough to travel with every adapter, costs a few short reads, and is
 the same for a checkpoint and for the NF4 folder that was made of it: what stays unquantized is compared as bfloat16,
-and of what is quantized the 4-bit codes of a few rows, which do not depend on how scales are held.
+and of what is quantized the 4-bit codes of a few output features, which do not depend on how scales are held.
 
-A part of the fingerprint that cannot be read from a checkpoint's headers and a few rows (experts that lie across, fused
-attention, weights that were packed elsewhere) is absent. Two fingerprints are compared by what both have.
+A part of the fingerprint that cannot be read from a checkpoint's headers and a few output features (experts that are
+stored transposed, fused attention, weights that other tools packed) is absent. Two fingerprints are compared by what
+both have.
 """
 
 import hashlib
@@ -31,9 +32,9 @@ from expertune.kernels.nf4 import BLOCK_SIZE, quantize_matrix
 
 _VERSION = 1
 
-# Experts of a layer that are looked at, and rows of a matrix that are hashed, spread over all of it.
+# Experts of a layer that are looked at, and output features of a matrix that are hashed, spread over all of it.
 _NUM_EXPERTS = 8
-_NUM_ROWS = {"embeddings": 32, "output_head": 32, "routers": 8, "linears": 4, "experts": 2}
+_NUM_FEATURES = {"embeddings": 32, "output_head": 32, "routers": 8, "linears": 4, "experts": 2}
 
 # Values of a config that do not change what the model computes, or that are written otherwise by other versions.
 _NOT_THE_MODEL = (
@@ -141,7 +142,7 @@ def _samples(
     """By kind, what is hashed: a name that is the same however the weight is stored, and how its sample is read."""
 
     def floats(kind: str, name: str) -> Sample:
-        return name, lambda: _floats(entries.get((name, None, None)), _NUM_ROWS.get(kind))
+        return name, lambda: _floats(entries.get((name, None, None)), _NUM_FEATURES.get(kind))
 
     samples: dict[str, list[Sample]] = {
         "embeddings": [floats("embeddings", name) for name in _weight_of(model, "get_input_embeddings")],
@@ -179,45 +180,51 @@ def _weight_of(model: nn.Module, getter: str) -> Iterator[str]:
             yield name
 
 
-def _floats(entry: TensorEntry | None, num_rows: int | None) -> Tensor | None:
-    """A weight's rows, or all of it, as bytes that hold whatever float dtype it is stored in."""
+def _floats(entry: TensorEntry | None, num_features: int | None) -> Tensor | None:
+    """Some output features of a weight, or all of it, as bytes that hold whatever float dtype it is stored in."""
     if entry is None or not entry.dtype.is_floating_point or not entry.numel:
         return None
-    values = entry.read() if num_rows is None else entry.read_rows(_spread(entry.numel // entry.shape[-1], num_rows))
+    values = (
+        entry.read()
+        if num_features is None
+        else entry.read_features(_spread(entry.numel // entry.shape[-1], num_features))
+    )
     # What float16 cannot hold of a bfloat16 is left out: a folder may have been written in either.
     values = values.to(torch.bfloat16).clamp(-65280, 65280)
     return values.where(values.abs() >= 2**-14, 0).contiguous().view(-1).view(torch.uint8)
 
 
 def _linear_codes(entry: TensorEntry | None, shape: tuple[int, int], stored: bool) -> Tensor | None:
-    """4-bit codes of some rows of a linear."""
-    num_rows, columns = shape
-    rows = _spread(num_rows, _NUM_ROWS["linears"])
+    """4-bit codes of some output features of a linear."""
+    out_features, in_features = shape
+    features = _spread(out_features, _NUM_FEATURES["linears"])
     if entry is None:
         return None
     if stored:
-        return _read_codes(entry, rows, num_rows * columns // 2, columns // 2)
-    return _codes(entry, rows) if entry.shape == shape else None
+        return _read_codes(entry, features, out_features * in_features // 2, in_features // 2)
+    return _codes(entry, features) if entry.shape == shape else None
 
 
 def _expert_codes(entries: Mapping[Place, TensorEntry], place: Any, spec: ExpertsSpec, stored: bool) -> Tensor | None:
-    """4-bit codes of some rows of one expert's projection."""
+    """4-bit codes of some output features of one expert's projection."""
     module, projection, expert = place
-    num_rows, columns = spec.shape(projection)
-    rows = _spread(num_rows, _NUM_ROWS["experts"])
+    out_features, in_features = spec.shape(projection)
+    features = _spread(out_features, _NUM_FEATURES["experts"])
     parts = 1 if projection == "down" else len(spec.projections) - 1
     matrix = expert * parts + (0 if projection == "down" else spec.projections.index(projection))
-    in_stack = [matrix * num_rows + row for row in rows]
+    in_stack = [matrix * out_features + feature for feature in features]
     if stored:
         stack = "down" if projection == "down" else "gate_up"
         entry = entries.get((f"{module}.{stack}.packed", None, None))
         scales = entries.get((f"{module}.{stack}.absmax", None, None))
         if entry is None or scales is None or scales.numel * BLOCK_SIZE != entry.numel * 2:
             return None  # MXFP4's codes stand for other values than those that the same source becomes in NF4
-        return _read_codes(entry, in_stack, spec.num_experts * parts * num_rows * columns // 2, columns // 2)
+        return _read_codes(
+            entry, in_stack, spec.num_experts * parts * out_features * in_features // 2, in_features // 2
+        )
     entry = entries.get((module, projection, expert))
     if entry is not None:
-        return _codes(entry, rows) if entry.shape == (num_rows, columns) else None
+        return _codes(entry, features) if entry.shape == (out_features, in_features) else None
     fused = entries.get((module, "down" if projection == "down" else "gate_up", None)) or entries.get(
         (module, projection, None)
     )
@@ -227,17 +234,17 @@ def _expert_codes(entries: Mapping[Place, TensorEntry], place: Any, spec: Expert
     return _codes(fused, in_stack) if fused.shape == spec.stack_shape(weight) else None
 
 
-def _read_codes(entry: TensorEntry, rows: list[int], nbytes: int, row_bytes: int) -> Tensor | None:
+def _read_codes(entry: TensorEntry, features: list[int], nbytes: int, feature_bytes: int) -> Tensor | None:
     if entry.dtype != torch.uint8 or entry.nbytes != nbytes:
         return None
-    return entry.read_rows(rows, row_bytes).view(-1)
+    return entry.read_features(features, feature_bytes).view(-1)
 
 
-def _codes(entry: TensorEntry, rows: list[int]) -> Tensor | None:
-    """What these rows quantize to: each block of 64 weights by itself, so that a row's codes are its own."""
+def _codes(entry: TensorEntry, features: list[int]) -> Tensor | None:
+    """What these output features quantize to: each block of 64 weights by itself, so that their codes are their own."""
     if not entry.dtype.is_floating_point:
         return None
-    values = entry.read_rows(rows)
+    values = entry.read_features(features)
     if values.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         values = values.float()
     try:
@@ -246,10 +253,10 @@ def _codes(entry: TensorEntry, rows: list[int]) -> Tensor | None:
         return None  # NaN, or a width that is not packed: the loader says so
 
 
-def _spread(num_rows: int, count: int) -> list[int]:
+def _spread(total: int, count: int) -> list[int]:
     """About as many indices as asked for, evenly over all of them, the last one included."""
-    count = min(count, num_rows)
-    return sorted({index * num_rows // count for index in range(count)} | {num_rows - 1})
+    count = min(count, total)
+    return sorted({index * total // count for index in range(count)} | {total - 1})
 
 
 def _hash(samples: list[Sample]) -> str | None:

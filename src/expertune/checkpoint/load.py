@@ -166,7 +166,7 @@ def load_model(
 def fingerprint_of(
     folder: str | Path, trust_remote_code: bool = False, notify: Callable[[str], None] | None = None
 ) -> Fingerprint:
-    """What identifies the weights of a model folder, before it is loaded: from headers and a few rows.
+    """What identifies the weights of a model folder, before it is loaded: from headers and a few output features.
 
     An NF4 folder is verified first, where it has not been on this machine.
 

@@ -50,7 +50,7 @@ class Loader:
         # What a family keeps in float32 whatever the dtype, such as a router's correction bias: name part -> dtype.
         self.kept: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
         self.filled: dict[tuple[str, str | None, int | None], str] = {}
-        self._waiting: dict[str, Sources] = {}
+        self._deferred: dict[str, Sources] = {}
 
     def stream(self, index: CheckpointIndex, progress: Progress | None) -> list[str]:
         """Place all weights; returns the names of those that the model has no place for."""
@@ -81,10 +81,10 @@ class Loader:
     def place(self, entry: TensorEntry, destination: Destination) -> bool:
         """Place one tensor; False where the model has no place for it.
 
-        One that transformers converts together with others waits for `place_converted`.
+        One that transformers converts together with others is deferred to `place_converted`.
         """
         if destination.converter is not None:
-            self._waiting.setdefault(destination.name, []).append((entry, destination))
+            self._deferred.setdefault(destination.name, []).append((entry, destination))
         elif destination.projection is not None:
             self._place_expert(entry, destination)
         else:
@@ -92,9 +92,9 @@ class Loader:
         return True
 
     def place_converted(self) -> list[str]:
-        """Place what is made of the tensors that have been waiting; names of those the model has no place for."""
-        waiting, self._waiting = self._waiting, {}
-        return [key for sources in waiting.values() for key in self._place_converted(sources)]
+        """Place what is made of the deferred tensors; names of those the model has no place for."""
+        deferred, self._deferred = self._deferred, {}
+        return [key for sources in deferred.values() for key in self._place_converted(sources)]
 
     def check_complete(self, folder: Path, belongs: Callable[[str], bool] = lambda name: True) -> None:
         """Raise CheckpointError naming the first tensors that nothing filled, of those whose live names belong."""

@@ -5,8 +5,8 @@ A checkpoint may say `model.layers.0.block_sparse_moe.experts.3.w1.weight` where
 asks it, and keeps no table of its own.
 
 It cannot know of tools that took a stack of experts apart into linears of their own, to let bitsandbytes pack these:
-`...experts.gate_up_projs.3.weight` [out, in], its rows in the family's order, `...gate_up_projs.3.bias`, and a router
-that became `router.linear`. Such lists are read for every family alike.
+`...experts.gate_up_projs.3.weight` [out, in], its output features in the family's order, `...gate_up_projs.3.bias`, and
+a router that became `router.linear`. Such lists are read for every family alike.
 """
 
 import re
@@ -103,7 +103,7 @@ class NameMap:
         return module, weight
 
     def is_listed(self, destination: Destination) -> bool:
-        """Whether a tensor is the linear of one expert that tools made of a stack: [out, in], rows as the family's."""
+        """Whether a tensor is the linear of one expert that tools made of a stack: [out, in], in the family's order."""
         return (
             any(destination.converter is each for each in self._listed) and self.weight_of(destination.name) is not None
         )

@@ -1,7 +1,7 @@
 """Write an NF4 folder from a checkpoint of any size: a decoder layer at a time, one source tensor at a time.
 
 Layers are written in the order that keeps few shards open, each file beside itself and then renamed; what is finished
-is noted, so that a run that was killed goes on. The bytes are those that loading the source gives: the same code
+is noted, so that a run that was killed resumes. The bytes are those that loading the source gives: the same code
 places them (`expertune.checkpoint.loader.Loader`).
 """
 
@@ -69,7 +69,7 @@ def quantize(
     progress: Progress | None = None,
     shards: Shards | None = None,
 ) -> Nf4Folder:
-    """Write the NF4 folder of a model, or go on with one that was interrupted.
+    """Write the NF4 folder of a model, or resume one that was interrupted.
 
     Args:
         model: folder, or hub id: its shards are then fetched one by one and deleted after use.
@@ -105,7 +105,7 @@ def quantize(
     except ExpertuneError as error:
         if work.files:
             files = "1 finished file is" if len(work.files) == 1 else f"{len(work.files)} finished files are"
-            kept = f"{files} kept in {out}, and the same command goes on from there"
+            kept = f"{files} kept in {out}, and the same command resumes from there"
             raise type(error)(f"{error}. {kept}") from None
         if is_fresh:
             # A source that cannot be read leaves nothing behind; what is finished is kept for the same command.
@@ -119,7 +119,7 @@ def quantize(
 
 
 def _require_room_for_ours(out: Path) -> None:
-    """Refuse a file, and a folder with anything in it that this module has not begun."""
+    """Refuse a file, and a folder with anything in it that this module has not started."""
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out}: a file; choose a folder to write")
     if out.is_dir() and not is_nf4_folder(out) and any(path.name != _DOWNLOADS for path in out.iterdir()):
@@ -136,7 +136,7 @@ def _cannot_write(out: Path, error: OSError, needed: int) -> CheckpointError:
     if error.errno in _FULL:
         return CheckpointError(
             f"{out}: the disk is full; {needed} bytes more are needed ({_gigabytes(needed)}). What is finished is "
-            "kept: make room, and the same command goes on"
+            "kept: make room, and the same command resumes"
         )
     return CheckpointError(f"{error.filename or out}: cannot be written or read ({error.strerror or error})")
 
@@ -235,7 +235,7 @@ class _Work:
         for key, now in self.identity.items():
             if before.get(key) != now:
                 raise CheckpointError(
-                    f"{self.out}: was begun with {key.removesuffix('_sha256')} {json.dumps(before.get(key))}, and is "
+                    f"{self.out}: was started with {key.removesuffix('_sha256')} {json.dumps(before.get(key))}, and is "
                     f"asked for with {json.dumps(now)}; choose another folder, or delete this one"
                 )
 
@@ -281,7 +281,7 @@ class _Work:
         now = {"sha256": found.sha256, "bytes": found.nbytes}
         if before is not None and before != now:
             raise CheckpointError(
-                f"{path}: has changed since this NF4 folder was begun; restore it, or begin anew in another folder"
+                f"{path}: has changed since this NF4 folder was started; restore it, or start again in another folder"
             )
         self.notes["shards"][shard] = now
         self._save_notes()

@@ -87,22 +87,22 @@ class TensorEntry:
         size = self.nbytes // self.shape[0]
         return self._read(self.start + index * size, size).view(self.shape[1:])
 
-    def read_rows(self, rows: Sequence[int], row_bytes: int | None = None) -> Tensor:
-        """Some rows of the last dimension, all dimensions before it taken as one, without reading the others.
+    def read_features(self, features: Sequence[int], feature_bytes: int | None = None) -> Tensor:
+        """Some output features of a weight whose last dimension is its input, without reading the others.
 
         Args:
-            rows: which ones.
-            row_bytes: bytes of a row, where the tensor's shape does not say it; the result is then uint8.
+            features: which ones, all dimensions before the last taken as one.
+            feature_bytes: bytes of each, where the tensor's shape does not say it; the result is then uint8.
 
         Returns:
-            [rows, columns].
+            [features, in_features].
 
         Raises:
-            CheckpointError: the file ends before a row does.
+            CheckpointError: the file ends before one does.
         """
-        size = self.shape[-1] * self.dtype.itemsize if row_bytes is None else row_bytes
-        read = torch.stack([self._read(self.start + row * size, size).view(torch.uint8) for row in rows])
-        return read.view(self.dtype) if row_bytes is None else read
+        size = self.shape[-1] * self.dtype.itemsize if feature_bytes is None else feature_bytes
+        read = torch.stack([self._read(self.start + feature * size, size).view(torch.uint8) for feature in features])
+        return read.view(self.dtype) if feature_bytes is None else read
 
     def _read(self, start: int, nbytes: int) -> Tensor:
         buffer = torch.empty(nbytes, dtype=torch.uint8)

@@ -20,7 +20,7 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTr
 
     Raises:
         CheckpointError: the folder has none, or one that cannot be read, has no vocabulary, has no end-of-sequence
-            token, or has tokens that the model's embedding has no row for.
+            token, or has tokens that the model has no embedding for.
     """
     folder = Path(folder)
     try:
@@ -47,7 +47,7 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTr
         )
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"{folder}: the tokenizer has no end-of-sequence token, so that answers would never end")
-    _require_rows(tokenizer, folder, trust_remote_code)
+    _require_embeddings(tokenizer, folder, trust_remote_code)
     return tokenizer
 
 
@@ -63,16 +63,16 @@ def _reason(folder: Path, error: BaseException) -> str:
     return f"{reason[:300]} ({type(error).__name__})"
 
 
-def _require_rows(tokenizer: PreTrainedTokenizerBase, folder: Path, trust_remote_code: bool) -> None:
-    """Each token needs a row of the embedding; without one, training ends in an index error of the model."""
+def _require_embeddings(tokenizer: PreTrainedTokenizerBase, folder: Path, trust_remote_code: bool) -> None:
+    """Each token needs an embedding; without one, training ends in an index error of the model."""
     config = read_config(folder, trust_remote_code)
-    num_rows = getattr(config.get_text_config(), "vocab_size", None) if config else None
+    vocab_size = getattr(config.get_text_config(), "vocab_size", None) if config else None
     vocabulary = tokenizer.get_vocab()
-    beyond = {token_id: token for token, token_id in vocabulary.items() if num_rows and token_id >= int(num_rows)}
+    beyond = {token_id: token for token, token_id in vocabulary.items() if vocab_size and token_id >= int(vocab_size)}
     if beyond:
         last = max(beyond)
         raise CheckpointError(
             f"{folder}: the tokenizer has {len(beyond)} tokens that the model has no embedding for: {beyond[last]!r} "
-            f"has the id {last}, but config.json says vocab_size {num_rows}. Use the tokenizer that belongs to the "
+            f"has the id {last}, but config.json says vocab_size {vocab_size}. Use the tokenizer that belongs to the "
             "model, or resize the model's embeddings (resize_token_embeddings) and save it first"
         )

@@ -1,4 +1,4 @@
-"""The files of an NF4 folder are held to their sha256: once on a machine, and again when one of them has changed.
+"""The files of an NF4 folder are checked against their sha256: once on a machine, and again after a change.
 
 A damaged byte of a weight raises nothing: the model answers, a little or a lot worse. So a folder is read once before
 it is used, at the speed of the disk, and what was found to be whole is remembered in the user's cache, by size and

@@ -188,7 +188,7 @@ class _ExpertWeight:
     Attributes:
         module: the experts module.
         spec: its shapes.
-        projections: which projections its rows are.
+        projections: which projections its output features belong to.
         expert: whose; None for all of them, in a stack.
     """
 
@@ -204,7 +204,7 @@ class _ExpertWeight:
 
     @property
     def lies_across(self) -> bool:
-        """Whether its blocks run across the rows that are multiplied."""
+        """Whether its blocks run across output features."""
         return self.expert is None and self.spec.is_transposed
 
     @property
@@ -212,19 +212,20 @@ class _ExpertWeight:
         """Whether 8-bit scales can be cut into those of its matrices."""
         if self.expert is not None and len(self.projections) == 1:
             return True
-        rows, columns = self.spec.shape(self.projections[0])
+        out_features, in_features = self.spec.shape(self.projections[0])
         together = layout.are_rows_together(self.spec, self.weight)
-        return together and rows * columns % (BLOCK_SIZE * NESTED_BLOCK_SIZE) == 0
+        return together and out_features * in_features % (BLOCK_SIZE * NESTED_BLOCK_SIZE) == 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """[E, N, K], or [1, N, K] of one expert; rows are output features."""
-        rows, columns = self.spec.shape(self.projections[0])
-        return (self.spec.num_experts if self.expert is None else 1), rows * len(self.projections), columns
+        """[E, N, K], or [1, N, K] of one expert."""
+        out_features, in_features = self.spec.shape(self.projections[0])
+        num_experts = self.spec.num_experts if self.expert is None else 1
+        return num_experts, out_features * len(self.projections), in_features
 
-    def by_projection(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """One expert's rows [N, ...] for each projection."""
-        return (rows,) if len(self.projections) == 1 else layout.split_rows(self.spec, self.weight, rows)
+    def by_projection(self, values_N: Tensor) -> tuple[Tensor, ...]:
+        """One expert's values [N, ...] by output feature, for each projection."""
+        return (values_N,) if len(self.projections) == 1 else layout.split_rows(self.spec, self.weight, values_N)
 
 
 def _expert_weight(names: NameMap, destination: Destination) -> _ExpertWeight | None:
@@ -318,7 +319,7 @@ def _copy_weight(target: Target, packed: _Packed, weight: _ExpertWeight) -> None
 
 
 def _dequantized_stack(packed: _Packed, weight: _ExpertWeight) -> DequantizedEntry:
-    """A stack whose blocks run across the rows, as float32 in the family's layout, decoded an expert at a time.
+    """A stack whose blocks run across output features, as float32 in the family's layout, an expert at a time.
 
     Raises:
         CheckpointError: it is of another shape.
@@ -345,18 +346,18 @@ def _dequantized_stack(packed: _Packed, weight: _ExpertWeight) -> DequantizedEnt
 
 def _codes(packed: _Packed, weight: _ExpertWeight) -> TensorEntry:
     """The codes as uint8 [E, N, K/2], of the shape that the model expects."""
-    experts, rows, columns = weight.shape
+    num_experts, out_features, in_features = weight.shape
     entry = packed.entry
     if weight.expert is None:
-        _require_shape(packed, {weight.shape, (experts * rows, columns)})
+        _require_shape(packed, {weight.shape, (num_experts * out_features, in_features)})
     else:
         if weight.expert >= weight.spec.num_experts:
             raise CheckpointError(
                 f"{entry.shard}: tensor {entry.key} belongs to expert {weight.expert}, but the model has "
                 f"{weight.spec.num_experts}"
             )
-        _require_shape(packed, {(rows, columns)})
-    return replace(entry, shape=(experts, rows, columns // 2))
+        _require_shape(packed, {(out_features, in_features)})
+    return replace(entry, shape=(num_experts, out_features, in_features // 2))
 
 
 def _require_shape(packed: _Packed, expected: set[tuple[int, ...]]) -> None:

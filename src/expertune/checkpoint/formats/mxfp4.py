@@ -115,8 +115,8 @@ def _copy_blocks(
     if shape != expected:
         raise CheckpointError(f"{blocks.shard}: tensor {blocks.key} holds {shape} weights, expected {expected}")
 
-    def by_projection(rows: Tensor) -> tuple[Tensor, ...]:
-        return layout.to_matrices(spec, weight, rows.T if spec.is_transposed else rows)
+    def by_projection(values_N: Tensor) -> tuple[Tensor, ...]:
+        return layout.to_matrices(spec, weight, values_N.T if spec.is_transposed else values_N)
 
     for expert in range(spec.num_experts):
         packed = blocks.read_part(expert).flatten(1)
