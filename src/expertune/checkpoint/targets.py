@@ -18,8 +18,6 @@ from expertune.config import LoraSection
 from expertune.errors import ConfigError, nearest
 from expertune.experts.router import find_router, router_blocks
 
-ALIASES = ("attention", "experts", "router", "lm_head")
-
 
 class Rank(NamedTuple):
     """Size and numerator of the scale of one adapter pair (A is [rank, in], B is [out, rank])."""

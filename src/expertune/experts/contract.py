@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from expertune.errors import CheckpointError, UnsupportedModelError
+from expertune.kernels.nf4 import BLOCK_SIZE
 
 # A projection's canonical name says what it does; its name on disk (w1, gate_proj, ...) belongs to the checkpoint.
 GATED_PROJECTIONS = ("gate", "up", "down")
 UNGATED_PROJECTIONS = ("up", "down")
-
-BLOCK_SIZE = 64
 
 # Experts per token, as configs and the modules that route name it.
 TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
