@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from expertune.checkpoint.load import LoadedModel, build_meta_model, load_model
-from expertune.config import QuantizationConfig
+from expertune.checkpoint.load import LoadedModel, build_meta_model
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from expertune.experts.module import Nf4Experts
 from tests.checkpoint.conftest import FolderOf, Rewrite, write_shards
@@ -223,14 +222,6 @@ def test_tensor_without_a_place_is_reported_and_left_out(rewrite: Rewrite, loade
     loaded = load_tiny(folder)
     assert loaded.unexpected == ["model.layers.0.self_attn.rotary_emb.inv_freq"]
     assert_same_bytes(loaded, loaded_mixtral)
-
-
-def test_progress_ends_at_the_size_of_the_checkpoint(mixtral: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    load_model(mixtral, QuantizationConfig(), torch.float32, "cpu", progress=lambda *step: seen.append(step))
-    total = sum(tensor.nbytes for tensor in load_file(mixtral / "model.safetensors").values())
-    assert seen[-1] == (total, total)
-    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
 
 
 # ---- what is wrong is told

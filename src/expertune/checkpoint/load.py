@@ -27,7 +27,7 @@ from expertune.checkpoint.fingerprint import Fingerprint, read_fingerprint
 from expertune.checkpoint.formats.nf4_folder import Nf4Folder, is_nf4_folder, read_nf4_folder
 from expertune.checkpoint.hub import refusal
 from expertune.checkpoint.json_file import read_config
-from expertune.checkpoint.loader import Loader, Progress, first_names
+from expertune.checkpoint.loader import Loader, first_names
 from expertune.checkpoint.names import NameMap, read_names
 from expertune.checkpoint.reader import CheckpointIndex, open_checkpoint
 from expertune.checkpoint.recipe import Recipe, read_recipe, recipe_of_folder
@@ -57,6 +57,19 @@ class LoadedModel:
     unexpected: list[str] = field(default_factory=list)
     fingerprint: Fingerprint | None = None
     source: tuple[str, str | None] | None = None
+
+
+@dataclass(frozen=True)
+class OffloadedExperts:
+    """Experts that are not loaded onto the device.
+
+    Attributes:
+        read: of an NF4 folder, gives an experts module its bytes (see `expertune.checkpoint.restore`).
+        on_host: of another folder, experts modules whose bytes stay in the host's memory.
+    """
+
+    read: ReadExperts | None = None
+    on_host: Collection[str] = ()
 
 
 def build_meta_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -123,9 +136,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | str,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
-    read_experts: ReadExperts | None = None,
-    on_host: Collection[str] = (),
+    offloaded: OffloadedExperts | None = None,
 ) -> LoadedModel:
     """Load a model folder with NF4 experts and NF4 decoder linears onto a device.
 
@@ -136,27 +147,25 @@ def load_model(
         dtype: dtype of the 16-bit rest and of all products.
         device: where everything lives.
         trust_remote_code: run Python that ships with the model.
-        progress: called with (bytes read, bytes in all) after each tensor.
-        read_experts: of an NF4 folder, what gives an experts module its bytes (see `expertune.checkpoint.restore`).
-        on_host: of another folder, experts modules whose bytes stay in the host's memory.
+        offloaded: which experts are not loaded onto the device.
 
     Raises:
         CheckpointError: a tensor is missing, stored twice, truncated, of another shape, or not finite; names it.
         ConfigError, UnsupportedModelError: see `build_meta_model`, `read_names` and `read_recipe`.
     """
+    offloaded = offloaded or OffloadedExperts()
     if is_nf4_folder(folder):
-        return _load_nf4_folder(
-            read_nf4_folder(folder), quantization, dtype, device, trust_remote_code, progress, read_experts
-        )
+        stored = read_nf4_folder(folder)
+        return _load_nf4_folder(stored, quantization, dtype, device, trust_remote_code, offloaded.read)
     index = open_checkpoint(folder)
     model = build_meta_model(folder, dtype, trust_remote_code)
     use_varlen_attention(model)
     names = read_names(model)
     _require_enough_bytes(model, index)
     recipe = read_recipe(model, names, index.tensors, quantization, index.folder)
-    swap_experts(model, recipe, device, on_host)
+    swap_experts(model, recipe, device, offloaded.on_host)
     loader = Loader(model, names, recipe, dtype, torch.device(device))
-    unexpected = loader.stream(index, progress)
+    unexpected = loader.stream(index)
     model.tie_weights()
     loader.check_complete(index.folder)
     fingerprint = read_fingerprint(index.folder, index.tensors, model, names)
@@ -193,7 +202,6 @@ def _load_nf4_folder(
     dtype: torch.dtype,
     device: torch.device | str,
     trust_remote_code: bool,
-    progress: Progress | None,
     read_experts: ReadExperts | None,
 ) -> LoadedModel:
     require_verified(stored.folder)
@@ -202,7 +210,7 @@ def _load_nf4_folder(
     use_varlen_attention(model)
     names = read_names(model)
     swap_experts(model, recipe, "meta")
-    unexpected = fill(model, stored, dtype, torch.device(device), read_experts, progress)
+    unexpected = fill(model, stored, dtype, torch.device(device), read_experts)
     model.tie_weights()
     missing = missing_tensors(model, stored)
     if missing:

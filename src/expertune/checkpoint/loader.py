@@ -18,8 +18,6 @@ from expertune.errors import CheckpointError, UnsupportedModelError
 from expertune.experts import layout
 from expertune.experts.module import Nf4Experts
 
-Progress = Callable[[int, int], None]
-
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -52,16 +50,13 @@ class Loader:
         self.filled: dict[tuple[str, str | None, int | None], str] = {}
         self._deferred: dict[str, Sources] = {}
 
-    def stream(self, index: CheckpointIndex, progress: Progress | None) -> list[str]:
+    def stream(self, index: CheckpointIndex) -> list[str]:
         """Place all weights; returns the names of those that the model has no place for."""
-        done, total, unexpected = 0, index.nbytes, []
+        unexpected = []
         for piece in self.recipe.pieces:
             entries = {part: index.tensors[key] for part, key in piece.parts.items()}
             if not self.place_piece(piece, entries):
                 unexpected.append(piece.key)
-            done += sum(entry.nbytes for entry in entries.values())
-            if progress:
-                progress(done, total)
         return unexpected + self.place_converted()
 
     def place_piece(self, piece: Piece, entries: Mapping[str, TensorEntry]) -> bool:

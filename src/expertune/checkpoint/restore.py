@@ -23,7 +23,6 @@ def fill(
     dtype: torch.dtype,
     device: torch.device,
     read_experts: ReadExperts | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Read all tensors of a folder into a model whose experts have been swapped on the meta device.
 
@@ -34,7 +33,6 @@ def fill(
         device: where everything lives.
         read_experts: gives the buffers of an experts module, e.g. as views of the mapped file; None reads them onto
             the device.
-        progress: called with (bytes read, bytes in all) after each tensor, or each experts module.
 
     Returns:
         Names of tensors that the model has no place for.
@@ -42,33 +40,20 @@ def fill(
     Raises:
         CheckpointError: a tensor is of another shape than the model's, or the file ends inside it; names it.
     """
-    total = folder.index.nbytes
-    done = 0
-
-    def report(entries: Mapping[str, TensorEntry]) -> None:
-        nonlocal done
-        done += sum(entry.nbytes for entry in entries.values())
-        if progress:
-            progress(done, total)
-
     taken: set[str] = set()
     for name in folder.experts:
         _, entries = folder.experts_entries(name)
         _fill_experts(_module_of(model, name, folder), entries, name, device, read_experts)
         taken.update(entry.key for entry in entries.values())
-        report(entries)
     for name in folder.linears:
         entries = folder.linear_entries(name)
         _fill_linear(model, name, entries, dtype, device, folder)
         taken.update(entry.key for entry in entries.values())
-        report(entries)
     kept: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
     unexpected = []
     for key, entry in folder.index.tensors.items():
-        if key not in taken:
-            if not _fill_plain(model, entry, kept, device):
-                unexpected.append(key)
-            report({key: entry})
+        if key not in taken and not _fill_plain(model, entry, kept, device):
+            unexpected.append(key)
     return unexpected
 
 

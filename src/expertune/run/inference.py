@@ -14,7 +14,7 @@ from expertune.adapt.attach import attach
 from expertune.adapt.base_model import require_same_base
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.checkpoint.hub import ModelSource, fetch_model
-from expertune.checkpoint.load import LoadedModel, fingerprint_of, load_model
+from expertune.checkpoint.load import LoadedModel, OffloadedExperts, fingerprint_of, load_model
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import DataConfig, LoraSection, RunConfig, recorded_config
 from expertune.data import (
@@ -205,8 +205,7 @@ def load_base(context: RunContext, source: ModelSource, places: Mapping[str, Loc
         dtype,
         device,
         source.trust_remote_code,
-        read_experts=expert_reader(places, device),
-        on_host=[name for name, place in places.items() if place == "host"],
+        OffloadedExperts(expert_reader(places, device), [name for name, place in places.items() if place == "host"]),
     )
     place_experts(loaded.model, places, device, source.folder)
     if config.data.packing == "padded":

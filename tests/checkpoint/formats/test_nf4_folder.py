@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from expertune.checkpoint.formats.nf4_folder import read_nf4_folder
-from expertune.checkpoint.load import LoadedModel, load_model
+from expertune.checkpoint.load import LoadedModel, OffloadedExperts, load_model
 from expertune.checkpoint.reader import TensorEntry, read_header
 from expertune.checkpoint.verified import verify
 from expertune.checkpoint.writer import hash_file
@@ -205,7 +205,7 @@ def test_experts_can_be_given_as_views_of_the_file(folder: Path) -> None:
             for key, entry in entries.items()
         }
 
-    loaded = load_model(folder, QuantizationConfig(), torch.float32, "cpu", read_experts=mapped)
+    loaded = load_model(folder, QuantizationConfig(), torch.float32, "cpu", offloaded=OffloadedExperts(mapped))
     assert given == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
     experts = loaded.model.get_submodule(given[0])
     assert isinstance(experts, Nf4Experts)
@@ -215,14 +215,6 @@ def test_experts_can_be_given_as_views_of_the_file(folder: Path) -> None:
 
 def _size(entries: Mapping[str, TensorEntry]) -> int:
     return next(iter(entries.values())).shard.stat().st_size
-
-
-def test_progress_ends_at_the_size_of_the_folders_tensors(folder: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    load_model(folder, QuantizationConfig(), torch.float32, "cpu", progress=lambda *step: seen.append(step))
-    total = read_nf4_folder(folder).index.nbytes
-    assert seen[-1] == (total, total)
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
 # ---- what is wrong is told
