@@ -84,6 +84,34 @@ def find_folder(
         ) from None
 
 
+def fetch_headers(model: str, revision: str | None) -> tuple[dict[str, tuple[int, ...]], int] | None:
+    """Shapes by name, and bytes in all, of a hub repository's tensors, by range requests for the headers alone.
+
+    Returns:
+        None without a connection.
+
+    Raises:
+        CheckpointError: the repository holds no safetensors, or a damaged header.
+    """
+    import httpx
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    try:
+        metadata = get_safetensors_metadata(model, revision=revision)
+    except NotASafetensorsRepoError:
+        raise CheckpointError(
+            f"model {model}: the repository holds no safetensors; pickles are never loaded, so convert it first"
+        ) from None
+    except SafetensorsParsingError as error:
+        raise CheckpointError(f"model {model}: a safetensors header is damaged ({first_line(error)})") from None
+    except (httpx.HTTPError, OSError):
+        return None
+    tensors = {key: tensor for shard in metadata.files_metadata.values() for key, tensor in shard.tensors.items()}
+    nbytes = sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in tensors.values())
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}, nbytes
+
+
 def refusal(error: Exception) -> str:
     """Why transformers does not load something, in a line; names the option where a model asks for trust."""
     text = str(error).strip()

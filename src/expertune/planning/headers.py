@@ -11,11 +11,11 @@ from pathlib import Path
 
 from torch import nn
 
-from expertune.checkpoint.hub import CODE, find_folder
+from expertune.checkpoint.hub import CODE, fetch_headers, find_folder
 from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.names import Destination, NameMap
 from expertune.checkpoint.reader import INDEX_NAME, open_checkpoint, read_weight_map
-from expertune.errors import CheckpointError, ConfigError, first_line
+from expertune.errors import CheckpointError, ConfigError
 from expertune.experts.contract import ExpertsSpec
 from expertune.experts.layout import fused_projections
 
@@ -70,7 +70,8 @@ def read_headers(model: str, folder: Path, revision: str | None, on_hub: bool) -
         CheckpointError: a shard's header is damaged, or the repository holds no safetensors.
     """
     if on_hub:
-        return _fetch_headers(model, revision) or _index_alone(model, folder)
+        fetched = fetch_headers(model, revision)
+        return Headers(model, *fetched) if fetched else _index_alone(model, folder)
     if next(folder.glob("*.safetensors"), None) is None:
         return _index_alone(model, folder)
     index = open_checkpoint(folder)
@@ -195,28 +196,3 @@ def _index_alone(model: str, folder: Path) -> Headers | None:
     metadata = read_mapping(folder / INDEX_NAME).get("metadata")
     size = metadata.get("total_size") if isinstance(metadata, dict) else None
     return Headers(model, dict.fromkeys(weight_map), size if isinstance(size, int) and size >= 0 else None)
-
-
-def _fetch_headers(model: str, revision: str | None) -> Headers | None:
-    import httpx
-    from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
-
-    try:
-        metadata = get_safetensors_metadata(model, revision=revision)
-    except NotASafetensorsRepoError:
-        raise CheckpointError(
-            f"model {model}: the repository holds no safetensors; pickles are never loaded, so convert it first"
-        ) from None
-    except SafetensorsParsingError as error:
-        raise CheckpointError(f"model {model}: a safetensors header is damaged ({first_line(error)})") from None
-    except (httpx.HTTPError, OSError):
-        return None  # The config came from the cache; without a connection the plan rests on it alone, and says so.
-    shapes: dict[str, tuple[int, ...] | None] = {}
-    nbytes = 0
-    for shard in metadata.files_metadata.values():
-        for key, tensor in shard.tensors.items():
-            shapes[key] = tuple(tensor.shape)
-            begin, end = tensor.data_offsets
-            nbytes += end - begin
-    return Headers(model, shapes, nbytes)
