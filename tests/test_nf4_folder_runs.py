@@ -45,14 +45,12 @@ def run(*arguments: str) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_command_prints_the_folder_and_tells_little_elsewhere(
-    small_mixtral: Path, folder: Path, tmp_path: Path
-) -> None:
+def test_command_prints_the_folder_and_little_else(small_mixtral: Path, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code, said, told = run("quantize", str(small_mixtral), str(out))
+    code, said, messages = run("quantize", str(small_mixtral), str(out))
     assert (code, said) == (0, f"{out}\n")
-    assert 1 <= len(told.splitlines()) <= 12
-    assert "layer-00000.safetensors: 0.00 of 0.00 GB" in told
+    assert 1 <= len(messages.splitlines()) <= 12
+    assert "layer-00000.safetensors: 0.00 of 0.00 GB" in messages
     for path in folder.glob("*.safetensors"):
         assert (out / path.name).read_bytes() == path.read_bytes()
 

@@ -60,10 +60,10 @@ def test_other_errors_pass_as_they_are(error: Exception, tmp_path: Path) -> None
     assert said.value is error
 
 
-def test_picture_that_cannot_be_written_is_told_and_stops_nothing(tmp_path: Path) -> None:
-    told: list[str] = []
-    notify_if_it_fails("summary.png", (tmp_path / "missing" / "summary.png").touch, told.append)
-    assert told == ["summary.png could not be written (No such file or directory); the run continues without it"]
+def test_picture_that_cannot_be_written_is_reported_and_stops_nothing(tmp_path: Path) -> None:
+    notified: list[str] = []
+    notify_if_it_fails("summary.png", (tmp_path / "missing" / "summary.png").touch, notified.append)
+    assert notified == ["summary.png could not be written (No such file or directory); the run continues without it"]
 
 
 @pytest.mark.parametrize("arguments", [["evaluate", "runs/a"], ["generate", "runs/a", "--prompt", "x"]])

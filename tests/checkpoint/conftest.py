@@ -1,4 +1,4 @@
-"""Tiny checkpoints, and ways to lay their tensors out anew or damage them."""
+"""Tiny checkpoints, and ways to lay their tensors out again or damage them."""
 
 import json
 from collections.abc import Callable

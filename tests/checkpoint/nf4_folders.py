@@ -29,7 +29,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def seal(folder: Path, **sections: Any) -> None:
-    """Write the manifest anew for the files as they are, with other sections where given, as a writer of ours would."""
+    """Write the manifest again for the files as they are, with other sections where given, as `quantize` would."""
     manifest = json.loads((folder / FOLDER_MARK).read_text(encoding="utf-8"))
     for name in manifest["files"]:
         if (folder / name).is_file():

@@ -61,7 +61,7 @@ def test_fingerprint_survives_other_shards_dtypes_and_config_keys_without_meanin
         ("model.layers.1.block_sparse_moe.experts.2.w3.weight", "experts"),
     ],
 )
-def test_fingerprint_tells_weights_apart_that_one_tensor_sets_apart(
+def test_fingerprint_distinguishes_weights_that_one_tensor_sets_apart(
     key: str, kind: str, rewrite: Rewrite, of_mixtral: Fingerprint
 ) -> None:
     other = fingerprint_of(rewrite(lambda tensors: tensors.update({key: tensors[key] * -1.25})))

@@ -36,7 +36,7 @@ def test_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["one/two/three", "owner/na me", "owner/--name"])
-def test_name_that_is_neither_folder_nor_hub_id_is_told_so(model: str) -> None:
+def test_name_that_is_neither_folder_nor_hub_id_is_reported_so(model: str) -> None:
     with pytest.raises(CheckpointError, match="neither a folder here nor a hub id"):
         fetch_model(model)
 
@@ -54,7 +54,7 @@ for revision in (None, "main"):
 """
 
 
-def test_model_in_the_hubs_cache_needs_no_connection_and_tells_its_commit(tmp_path: Path) -> None:
+def test_model_in_the_hubs_cache_needs_no_connection_and_names_its_commit(tmp_path: Path) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "hub" / "models--owner--name"
     (repository / "refs").mkdir(parents=True)

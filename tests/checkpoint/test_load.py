@@ -42,7 +42,7 @@ def assert_same_logits(loaded: LoadedModel, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_stock_transformers_over_the_decoded_weights(family: str, family_folder: FolderOf) -> None:
+def test_logits_are_those_of_transformers_over_the_dequantized_weights(family: str, family_folder: FolderOf) -> None:
     folder = family_folder(family)
     loaded = load_tiny(folder)
     assert loaded.unexpected == []
@@ -224,7 +224,7 @@ def test_tensor_without_a_place_is_reported_and_left_out(rewrite: Rewrite, loade
     assert_same_bytes(loaded, loaded_mixtral)
 
 
-# ---- what is wrong is told
+# ---- errors
 
 
 def replace(key: str, change: Callable[[Tensor], Tensor]) -> Callable[[Tensors], None]:

@@ -186,17 +186,17 @@ def started(request: pytest.FixtureRequest, mixtral: Path, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"dtype": "float32"}, 'with dtype "auto", and is asked for with "float32"'),
         ({"quantization": QuantizationConfig(double_quantization=False)}, r'with quantization .*"double_quantization"'),
     ],
 )
 def test_work_with_other_settings_is_not_resumed(
-    settings: dict[str, Any], told: str, started: Path, mixtral: Path
+    settings: dict[str, Any], message: str, started: Path, mixtral: Path
 ) -> None:
     before = contents(started)
-    with pytest.raises(CheckpointError, match=rf"{told}.*choose another folder, or delete this one"):
+    with pytest.raises(CheckpointError, match=rf"{message}.*choose another folder, or delete this one"):
         quantize(str(mixtral), started, **settings)
     assert contents(started) == before
 
@@ -245,7 +245,7 @@ def test_full_disk_says_what_is_needed_leaves_no_half_file_and_goes_on(
     assert contents(out) == contents(folder)
 
 
-def test_too_little_room_is_told_before_anything_is_written(
+def test_too_little_room_is_refused_before_anything_is_written(
     mixtral: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantize_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))

@@ -116,7 +116,7 @@ def test_hub_model_of_one_shard_needs_no_index(mixtral: Path, tmp_path: Path) ->
     assert weights(out) == weights(quantized(mixtral, tmp_path / "local"))
 
 
-def test_hub_that_fails_half_way_is_told_and_gone_on_with(hub: Hub, local: dict[str, bytes], tmp_path: Path) -> None:
+def test_hub_that_fails_half_way_is_reported_and_resumed(hub: Hub, local: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     files = small_files(hub.repository, tmp_path / "files")
     shards = hub.shards(files, out / ".source")
@@ -197,7 +197,7 @@ def test_hub_model_in_the_cache_needs_no_connection_and_leaves_the_cache_as_it_i
     assert not (whole.out / ".source").exists()
 
 
-def test_hub_model_of_which_the_cache_lacks_a_shard_is_told_by_the_shard(offline: dict[str, Offline]) -> None:
+def test_hub_model_of_which_the_cache_lacks_a_shard_is_named_by_the_shard(offline: dict[str, Offline]) -> None:
     lacking = offline["lacking"]
     assert contents(lacking.cache) == lacking.before
     assert "owner/lacking: the hub did not give model-00005.safetensors (" in lacking.said

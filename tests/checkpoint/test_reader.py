@@ -1,4 +1,4 @@
-"""Safetensors folders are read tensor by tensor; whatever is wrong with one is told by file and tensor."""
+"""Safetensors folders are read tensor by tensor; whatever is wrong with one is named by file and tensor."""
 
 import json
 import struct

@@ -1,4 +1,4 @@
-"""`lora.targets` resolved against models: names on disk, aliases, rank patterns, and how a mistake is told."""
+"""`lora.targets` resolved against models: names on disk, aliases, rank patterns, and how a mistake is reported."""
 
 import pytest
 import torch
@@ -175,7 +175,7 @@ def test_a_pattern_that_is_no_expression_is_an_error(mixtral):
         ("experts.0.w1", "no module is called"),  # one expert alone is no target
     ],
 )
-def test_an_unknown_target_is_told_with_the_names_that_exist(mixtral, target, message):
+def test_an_unknown_target_is_named_with_the_names_that_exist(mixtral, target, message):
     with pytest.raises(ConfigError, match=message):
         resolve(mixtral, target)
 
@@ -191,7 +191,7 @@ def test_linears_of_all_decoder_layers_become_4_bit_but_head_and_router_do_not(d
     assert not any("lm_head" in name or name.endswith("mlp.gate") for name in names)
 
 
-def test_a_linear_whose_rows_do_not_divide_into_blocks_stays_as_it_is(mixtral):
+def test_a_linear_whose_inputs_do_not_divide_into_blocks_stays_as_it_is(mixtral):
     model = build(MixtralConfig(**SIZES, num_local_experts=4))
     model.model.layers[0].self_attn.o_proj = nn.Linear(96, 64, device="meta")
     assert "model.layers.0.self_attn.o_proj" not in linears_to_quantize(model)

@@ -159,7 +159,7 @@ def test_file_that_is_no_sentencepiece_model_is_an_error_with_advice(tmp_path, c
     assert "put the tokenizer.json of the same model into" in str(caught.value)
 
 
-def test_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(tmp_path):
+def test_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         if (ASSET / name).exists():
             shutil.copyfile(ASSET / name, tmp_path / name)

@@ -35,7 +35,7 @@ ROUTER = "model.layers.0.block_sparse_moe.gate.weight"
 
 
 def is_packed(key: str) -> bool:
-    """The linears that bitsandbytes packs unless told otherwise: experts and attention."""
+    """The linears that bitsandbytes packs by default: experts and attention."""
     return ".experts." in key or "_proj.weight" in key
 
 
@@ -142,7 +142,7 @@ def test_run_file_that_contradicts_the_checkpoint_is_refused(rewrite: Rewrite) -
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"bnb_4bit_quant_type": "fp4"}, r"bitsandbytes, fp4"),
         ({"load_in_4bit": False, "load_in_8bit": True}, r"bitsandbytes, 8 bits"),
@@ -153,9 +153,9 @@ def test_run_file_that_contradicts_the_checkpoint_is_refused(rewrite: Rewrite) -
         ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
     ],
 )
-def test_other_methods_are_refused_by_name(changes: dict[str, Any], told: str, rewrite: Rewrite) -> None:
+def test_other_methods_are_refused_by_name(changes: dict[str, Any], message: str, rewrite: Rewrite) -> None:
     folder = rewrite(quantization_config=BITSANDBYTES | changes)
-    with pytest.raises(UnsupportedModelError, match=rf"already quantized \({told}\), .* give the 16-bit one"):
+    with pytest.raises(UnsupportedModelError, match=rf"already quantized \({message}\), .* give the 16-bit one"):
         load_tiny(folder)
 
 
@@ -195,7 +195,7 @@ def test_experts_some_of_which_have_scales_in_8_bits_are_held_with_float32_scale
 
 @pytest.mark.parametrize("key", [EXPERT, Q_PROJ])
 @pytest.mark.parametrize("part", ["absmax", "quant_map", "quant_state.bitsandbytes__nf4", "nested_absmax"])
-def test_missing_part_of_a_state_is_told_with_its_weight(key: str, part: str, rewrite: Rewrite) -> None:
+def test_missing_part_of_a_state_is_named_with_its_weight(key: str, part: str, rewrite: Rewrite) -> None:
     def drop(tensors: Tensors) -> None:
         pack(tensors)
         del tensors[f"{key}.{part}"]

@@ -68,7 +68,7 @@ def stored_state(stored: Tensors, key: str) -> QuantState:
 
 
 def scales_of(stored: Tensors, key: str) -> Tensor:
-    """Float32 scales of a packed weight, as bitsandbytes' own decoder has them."""
+    """Float32 scales of a packed weight, as bitsandbytes' own code has them."""
     state = stored_state(stored, key)
     return dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
 
@@ -191,7 +191,7 @@ def test_plan_of_packed_stacks_counts_the_bytes_that_loading_gives(
     assert planned_bytes(folder) == resident_bytes(load_tiny(folder).model)
 
 
-def test_stacks_packed_across_the_rows_are_refused_or_quantized_anew_where_asked(
+def test_stacks_packed_across_output_features_are_refused_or_quantized_again_where_asked(
     packed_stacks: Callable[..., tuple[Path, PreTrainedModel]], tmp_path: Path
 ) -> None:
     config = build.tiny_config("gpt_oss")
@@ -200,17 +200,17 @@ def test_stacks_packed_across_the_rows_are_refused_or_quantized_anew_where_asked
         UnsupportedModelError, match=r"experts\.\w+_proj packs all experts from the other side.*scheme to nf4"
     ):
         load_tiny(folder)
-    decoded = {
+    dequantized = {
         f"{module}.{weight}": getattr(experts, weight).detach()
         for module, experts in find_experts(theirs)
         for weight in ("gate_up_proj", "down_proj")
     }
-    assert len(decoded) == 2 * config.num_hidden_layers
+    assert len(dequantized) == 2 * config.num_hidden_layers
     rest = {key: value for key, value in load_file(folder / "model.safetensors").items() if "experts" not in key}
     biases = {key: value for key, value in theirs.state_dict().items() if key.endswith("_proj_bias")}
-    dense = save(tmp_path / "dense", AutoConfig.from_pretrained(folder), rest | biases | decoded)
-    anew, expected = load_tiny(folder, scheme="nf4"), load_tiny(dense)
-    for (_, one), (_, other) in zip(experts_of(anew), experts_of(expected), strict=True):
+    dense = save(tmp_path / "dense", AutoConfig.from_pretrained(folder), rest | biases | dequantized)
+    again, expected = load_tiny(folder, scheme="nf4"), load_tiny(dense)
+    for (_, one), (_, other) in zip(experts_of(again), experts_of(expected), strict=True):
         for stack in ("gate_up", "down"):
             assert all(map(torch.equal, one.get_submodule(stack).bytes, other.get_submodule(stack).bytes))
 
@@ -274,10 +274,10 @@ def test_lists_of_4_bit_linears_keep_their_bytes_and_logits(
                 assert torch.equal(scales, scales_of(stored, key).view(rows, -1)[order])
                 state = stored_state(stored, key)
                 state.dtype = torch.float32  # the dtype of the products here
-                decoded = dequantize_4bit(stored[key], state)
+                dequantized = dequantize_4bit(stored[key], state)
                 stack = expected.get_submodule(name).get_parameter(weight)
                 with torch.no_grad():
-                    stack[expert] = decoded.T if spec.is_transposed else decoded
+                    stack[expert] = dequantized.T if spec.is_transposed else dequantized
     torch.testing.assert_close(logits(loaded.model), logits(expected), rtol=1e-5, atol=1e-5)
 
 
@@ -299,10 +299,10 @@ def test_lists_in_16_bits_are_quantized_as_the_stacks_are(
 def test_missing_linear_of_a_list_is_told(listed: tuple[PreTrainedModel, Tensors], tmp_path: Path) -> None:
     model, lists = listed
     packed = {key: value for key, value in pack(lists, True).items() if ".1.mlp.experts.down_projs.3." not in key}
-    told = (
+    message = (
         r"experts\.down_proj_bias, made of .*down_projs\.0\.bias and its like, has shape \(3, 64\)"
         if any(key.endswith("_projs.0.bias") for key in lists)
         else r"missing tensors: model\.layers\.1\.mlp\.experts\.3\.down_proj\.weight$"
     )
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         load_tiny(save(tmp_path / "packed", model.config, packed))

@@ -1,4 +1,4 @@
-"""Checkpoints in MXFP4: experts stay as they are, or are decoded exactly and quantized like any other."""
+"""Checkpoints in MXFP4: experts stay as they are, or are dequantized exactly and quantized like any other."""
 
 import json
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def packed(sixteen_bit: Path, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def decoded_by_transformers(folder: Path, dtype: torch.dtype) -> Tensors:
+def dequantized_by_transformers(folder: Path, dtype: torch.dtype) -> Tensors:
     """Experts' weights as transformers itself reads the blocks, under live names."""
     tensors = load_file(folder / "model.safetensors")
     return {
@@ -84,12 +84,12 @@ def decoded_by_transformers(folder: Path, dtype: torch.dtype) -> Tensors:
 
 
 def stock(sixteen_bit: Path, folder: Path, loaded: LoadedModel) -> PreTrainedModel:
-    """transformers' own model over transformers' own decoding; attention as the 4-bit model has it."""
+    """transformers' own model over transformers' own dequantizing; attention as the 4-bit model has it."""
     model = AutoModelForCausalLM.from_pretrained(sixteen_bit, dtype=torch.float32, experts_implementation="eager")
     from tests.tiny_models import linear_weight
 
     with torch.no_grad():
-        for name, weights in decoded_by_transformers(folder, torch.float32).items():
+        for name, weights in dequantized_by_transformers(folder, torch.float32).items():
             model.get_parameter(name).copy_(weights)
         for name, module in loaded.model.named_modules():
             if type(module).__name__ == "Nf4Linear":
@@ -103,7 +103,7 @@ def logits(model: PreTrainedModel) -> Tensor:
         return model(random_rows(3, 16)).logits
 
 
-def test_every_block_decodes_as_transformers_decodes_it() -> None:
+def test_every_block_dequantizes_as_in_transformers() -> None:
     blocks = torch.randint(0, 256, (3, 8, 4, 16), dtype=torch.uint8)
     scales = torch.randint(90, 160, (3, 8, 4), dtype=torch.uint8)
     theirs = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).transpose(1, 2)
@@ -121,7 +121,7 @@ def test_blocks_are_kept_and_logits_are_those_of_stock_transformers_over_them(
     assert experts.gate_up.scheme == experts.down.scheme == "mxfp4"
     stored = load_file(folder / "model.safetensors")
     assert experts.gate_up.nbytes == sum(stored[f"{NAME}.gate_up_proj_{part}"].nbytes for part in ("blocks", "scales"))
-    for name, weights in decoded_by_transformers(folder, torch.float32).items():
+    for name, weights in dequantized_by_transformers(folder, torch.float32).items():
         module = loaded.model.get_submodule(name.rpartition(".")[0])
         assert isinstance(module, Nf4Experts)
         for expert, live in enumerate(weights):
@@ -132,24 +132,25 @@ def test_blocks_are_kept_and_logits_are_those_of_stock_transformers_over_them(
     torch.testing.assert_close(logits(loaded.model), logits(stock(sixteen_bit, folder, loaded)), rtol=1e-5, atol=2e-5)
 
 
-def test_scheme_nf4_quantizes_the_decoded_values(
+def test_scheme_nf4_quantizes_the_dequantized_values(
     packed: Callable[..., Path], sixteen_bit: Path, tmp_path: Path
 ) -> None:
     folder = packed()
-    decoded = tmp_path / "decoded"
-    decoded.mkdir()
+    dequantized = tmp_path / "dequantized"
+    dequantized.mkdir()
     tensors = load_file(sixteen_bit / "model.safetensors")
     save_file(
-        tensors | {name: value.contiguous() for name, value in decoded_by_transformers(folder, torch.float32).items()},
-        decoded / "model.safetensors",
+        tensors
+        | {name: value.contiguous() for name, value in dequantized_by_transformers(folder, torch.float32).items()},
+        dequantized / "model.safetensors",
         metadata={"format": "pt"},
     )
-    (decoded / "config.json").write_bytes((sixteen_bit / "config.json").read_bytes())
-    assert_same_bytes(load_tiny(folder, scheme="nf4"), load_tiny(decoded))
+    (dequantized / "config.json").write_bytes((sixteen_bit / "config.json").read_bytes())
+    assert_same_bytes(load_tiny(folder, scheme="nf4"), load_tiny(dequantized))
 
 
 @pytest.mark.parametrize("scheme", ["auto", "nf4"])
-def test_nf4_folder_holds_the_same_bytes_and_tells_the_scheme(
+def test_nf4_folder_holds_the_same_bytes_and_names_the_scheme(
     scheme: str, packed: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = packed()

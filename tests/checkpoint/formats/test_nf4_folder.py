@@ -217,7 +217,7 @@ def _size(entries: Mapping[str, TensorEntry]) -> int:
     return next(iter(entries.values())).shard.stat().st_size
 
 
-# ---- what is wrong is told
+# ---- errors
 
 
 def rewrite_manifest(folder: Path, **changes: Any) -> None:
@@ -230,12 +230,12 @@ def cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["layer-00001.safetensors", "rest.safetensors"])
-@pytest.mark.parametrize(("damage", "told"), [(Path.unlink, "missing"), (cut, "damaged: .* were written")])
+@pytest.mark.parametrize(("damage", "message"), [(Path.unlink, "missing"), (cut, "damaged: .* were written")])
 def test_file_that_is_missing_or_cut_off_is_named(
-    name: str, damage: Callable[[Path], None], told: str, copy: Path
+    name: str, damage: Callable[[Path], None], message: str, copy: Path
 ) -> None:
     damage(copy / name)
-    with pytest.raises(CheckpointError, match=rf"{name}: .*{told}"):
+    with pytest.raises(CheckpointError, match=rf"{name}: .*{message}"):
         load_tiny(copy)
 
 
