@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.peers.processes import ROOT
-from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, product_dtype
+from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, gemm_dtype
 
 _PACKAGES = ("expertune", "torch", "transformers", "peft", "bitsandbytes")
 
@@ -53,7 +53,7 @@ def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
     """The dtype that `--dtype` means on a device."""
-    return product_dtype(torch.bfloat16, torch.device(device)) if name == "auto" else getattr(torch, name)
+    return gemm_dtype(torch.bfloat16, torch.device(device)) if name == "auto" else getattr(torch, name)
 
 
 def name_of(dtype: torch.dtype) -> str:

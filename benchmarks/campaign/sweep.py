@@ -116,25 +116,25 @@ class _Problem:
 
     def product(self, kind: Kind) -> tuple[Callable[[], None], Tensor]:
         """The product of a kind, and where it writes."""
-        from expertune.kernels.gpu.product import Update, product, product_transposed
+        from expertune.kernels.gpu.grouped_gemm import Update, grouped_gemm, input_gradient
 
         rows, size = self.token_R.shape[0], self.shape.intermediate
         weight = self._weight(kind)
         if kind.transposed:
             out = torch.zeros(rows, self.shape.hidden, device=self.device)
             # Added to what is there, as the layer adds it to the low-rank part.
-            return lambda: product_transposed(self.dgate_up, weight, self.offsets_E, out, add=True), out
+            return lambda: input_gradient(self.dgate_up, weight, self.offsets_E, out, add=True), out
         width = size if kind.swiglu else 2 * size
         out = torch.empty(rows, width, dtype=torch.bfloat16, device=self.device)
         updates = [Update(low, b, part, 2.0) for part, (low, b) in enumerate(zip(self.low, self.b, strict=True))]
         return (
-            lambda: product(self.hidden, weight, self.offsets_E, out, updates, self.token_R, swiglu=kind.swiglu),
+            lambda: grouped_gemm(self.hidden, weight, self.offsets_E, out, updates, self.token_R, swiglu=kind.swiglu),
             out,
         )
 
     def _weight(self, kind: Kind) -> Any:
         from expertune.kernels.gpu import nf4
-        from expertune.kernels.gpu.product import Dequantized
+        from expertune.kernels.gpu.grouped_gemm import Dequantized
 
         if kind.nf4:
             return Nf4Bytes(*self.stack.bytes)

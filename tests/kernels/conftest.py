@@ -1,4 +1,4 @@
-"""Routes for the tests of products: what is claimed of one holds on all."""
+"""Routes for the tests of GEMMs: what is claimed of one holds on all."""
 
 from collections.abc import Iterator
 

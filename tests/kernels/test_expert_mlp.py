@@ -18,7 +18,7 @@ from expertune.kernels.expert_mlp.plan import combine, sort_rows
 from expertune.kernels.nf4 import Nf4Stack
 
 FLOAT32 = {"rtol": 1e-5, "atol": 2e-5}
-# W, the activations and each product are rounded to 16 bits on the way; see tests/kernels/test_grouped_linear.py.
+# W, the activations and each GEMM are rounded to 16 bits on the way; see tests/kernels/test_grouped_linear.py.
 HALF = {torch.bfloat16: {"rtol": 2**-5, "atol": 2**-5}, torch.float16: {"rtol": 2**-8, "atol": 2**-8}}
 
 D, F = 128, 192
@@ -288,7 +288,7 @@ def test_dropout_is_the_same_in_backward_as_in_forward(route: str) -> None:
     assert float((gradient * step).sum()) == pytest.approx(plus - minus, rel=2e-2)
 
 
-def test_dropout_leaves_the_frozen_product_alone_and_keeps_the_mean(route: str) -> None:
+def test_dropout_leaves_the_frozen_gemm_alone_and_keeps_the_mean(route: str) -> None:
     case = make_case(64, ranks=((2, 4),), dropout=0.5)
     with torch.no_grad():
         base, _ = expert_mlp(*case._replace(updates=[]))

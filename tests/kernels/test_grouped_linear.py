@@ -1,4 +1,4 @@
-"""The grouped product of 4-bit experts against plain float32, forward and backward, at every awkward shape."""
+"""The grouped GEMM of 4-bit experts against plain float32, forward and backward, at every awkward shape."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ from expertune.kernels.nf4 import Nf4Stack
 
 # Where sums are taken in another order the last bits differ: K is at most a few thousand here, values about one.
 FLOAT32 = {"rtol": 1e-5, "atol": 2e-5}
-# Products of 16-bit numbers are summed in float32 and rounded once, but W itself is rounded to 16 bits before: each
+# GEMMs of 16-bit numbers are summed in float32 and rounded once, but W itself is rounded to 16 bits before: each
 # of K terms is off by half a unit in the last place at random. bfloat16 keeps 8 bits, float16 keeps 11.
 TOLERANCES = {
     torch.float32: FLOAT32,
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("route")
 
 
 class Case(NamedTuple):
-    """A product with its leaves: `x`, the updates' own inputs, A and B all want gradients."""
+    """A GEMM with its leaves: `x`, the updates' own inputs, A and B all want gradients."""
 
     x: Tensor
     weight: Nf4Stack
@@ -115,14 +115,14 @@ SHAPES = {
 
 @pytest.mark.parametrize("own_x", [False, True], ids=["shared input", "own input after dropout"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_float32_product_and_gradients_are_those_of_plain_arithmetic(shape: str, own_x: bool) -> None:
+def test_float32_gemm_and_gradients_are_those_of_plain_arithmetic(shape: str, own_x: bool) -> None:
     assert_same_as_plain(make_case(*SHAPES[shape], own_x=own_x), FLOAT32)
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.usefixtures("products")
-def test_half_precision_product_stays_within_its_rounding(dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
+def test_half_precision_gemm_stays_within_its_rounding(dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     case = make_case([5, 0, 12], [(0, 8), (1, 3)], dtype=dtype, adapter_dtype=adapter_dtype)
     coarsest = max((dtype, adapter_dtype), key=lambda kind: TOLERANCES[kind]["atol"])
     assert_same_as_plain(case, TOLERANCES[coarsest])
@@ -134,7 +134,7 @@ def test_update_of_float32_factors_is_rounded_once_to_the_rows_dtype() -> None:
     alone = grouped_linear(case.x, case.weight, case.offsets).float()
     low_rank = update.scaling * (case.x.float() @ update.a_ErK[0].t()) @ update.b_ENr[0].t()
     y = grouped_linear(case.x, case.weight, case.offsets, case.updates).float()
-    # Half a unit in the last of bfloat16's 8 bits for the frozen product, and for the sum: none for the update.
+    # Half a unit in the last of bfloat16's 8 bits for the frozen GEMM, and for the sum: none for the update.
     assert ((y - (alone + low_rank)).abs() <= 2**-8 * (alone.abs() + y.abs()) * 1.01).all()
 
 
@@ -179,7 +179,7 @@ def cases(draw: st.DrawFn) -> Case:
 @given(cases())
 # The route holds for all examples; how long drawing one takes says nothing.
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-def test_any_distribution_of_rows_gives_the_plain_product(case: Case) -> None:
+def test_any_distribution_of_rows_gives_the_plain_gemm(case: Case) -> None:
     assert_same_as_plain(case, FLOAT32)
 
 
@@ -252,7 +252,7 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
         assert torch.equal(one, other)
 
 
-def test_compiled_product_is_one_graph_with_the_same_gradients() -> None:
+def test_compiled_gemm_is_one_graph_with_the_same_gradients() -> None:
     case = make_case([4, 0, 5], [(0, 4), (1, 4)], own_x=True)
 
     def block(x: Tensor) -> Tensor:
@@ -264,7 +264,7 @@ def test_compiled_product_is_one_graph_with_the_same_gradients() -> None:
         assert torch.equal(one, other)
 
 
-def test_autocast_leaves_the_product_in_the_dtype_of_its_rows() -> None:
+def test_autocast_leaves_the_gemm_in_the_dtype_of_its_rows() -> None:
     case = make_case([4, 5], [(0, 4)])
     expected = grouped_linear(case.x, case.weight, case.offsets, case.updates)
     with torch.autocast("cpu", dtype=torch.bfloat16):

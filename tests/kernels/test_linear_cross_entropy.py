@@ -152,8 +152,8 @@ def test_many_chunks_and_tiles_with_short_last_ones_give_the_same(shape: str, ow
 def test_half_precision_stays_within_its_rounding(
     dtype: torch.dtype, adapter_dtype: torch.dtype, has_instructions: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Products in float32 over converted tiles of the weight, or in the dtype itself.
-    monkeypatch.setattr(chunked, "product_dtype", lambda dtype, device: dtype if has_instructions else torch.float32)
+    # GEMMs in float32 over converted tiles of the weight, or in the dtype itself.
+    monkeypatch.setattr(chunked, "gemm_dtype", lambda dtype, device: dtype if has_instructions else torch.float32)
     case = make_case(dtype=dtype, adapter_dtype=adapter_dtype, ranks=(3, 5), bias=True)
     coarsest = max((dtype, adapter_dtype), key=lambda kind: TOLERANCES[kind]["atol"])
     assert_same_as_plain(case, TOLERANCES[coarsest])
@@ -161,7 +161,7 @@ def test_half_precision_stays_within_its_rounding(
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.usefixtures("small_chunks")
-def test_weight_of_another_dtype_is_converted_and_the_product_is_exact(weight_dtype: torch.dtype) -> None:
+def test_weight_of_another_dtype_is_converted_and_the_gemm_is_exact(weight_dtype: torch.dtype) -> None:
     assert_same_as_plain(make_case(weight_dtype=weight_dtype, bias=True))
 
 

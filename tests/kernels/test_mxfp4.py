@@ -1,4 +1,4 @@
-"""MXFP4, the second codebook: the same values as transformers dequantizes, the same products as plain arithmetic."""
+"""MXFP4, the second codebook: the same values as transformers dequantizes, the same GEMMs as plain arithmetic."""
 
 import pytest
 import torch

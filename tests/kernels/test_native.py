@@ -59,7 +59,7 @@ def said_without(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("reason", WITHOUT)
-def test_without_the_library_products_run_and_the_reason_is_said(reason: str, said_without: dict[str, str]) -> None:
+def test_without_the_library_gemms_run_and_the_reason_is_said(reason: str, said_without: dict[str, str]) -> None:
     said = said_without[reason]
     assert said.startswith("False")
     assert said.count(reason) == 2

@@ -1,4 +1,4 @@
-"""The route of a product: by tokens per expert against a crossover, or as one setting says; what ran is known."""
+"""The route of a GEMM: by tokens per expert against a crossover, or as one setting says; what ran is known."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_fused_route_that_cannot_run_is_refused_with_the_reason(monkeypatch: pyt
         set_up_kernels(KernelsConfig(route="fused"))
 
 
-def test_without_the_library_every_product_dequantizes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_every_gemm_dequantizes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "available", lambda: False)
     routes.configure(route="auto", crossover=64)
     assert routes.choose(CPU, 1, torch.float32) == "dequant_gemm"

@@ -1,6 +1,6 @@
 """What is built or measured once on a machine is kept in one folder, which nobody else can write to.
 
-A library that is loaded, and measurements that decide how products run, must not come from somebody else. So the
+A library that is loaded, and measurements that decide how GEMMs run, must not come from somebody else. So the
 folder is used only where it belongs to the user and is not writable by others, `XDG_CACHE_HOME` included. Else what is
 kept goes to a private folder among temporary files, and that is told once.
 """

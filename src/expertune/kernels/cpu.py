@@ -1,4 +1,4 @@
-"""What this CPU multiplies fast: its vector and matrix instructions, and the dtype that its products should run in."""
+"""What this CPU multiplies fast: its vector and matrix instructions, and the dtype that its GEMMs should run in."""
 
 import platform
 from collections.abc import Callable
@@ -26,18 +26,18 @@ def cpu_instruction_sets() -> tuple[str, ...]:
     return tuple(name for name in wanted if capabilities.get(name))
 
 
-def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which products of tensors of `dtype` run: float32 on a CPU that has no instructions for 16 bits."""
+def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which GEMMs of tensors of `dtype` run: float32 on a CPU that has no instructions for 16 bits."""
     if device.type != "cpu" or dtype not in _MULTIPLIES:
         return dtype
     return dtype if _MULTIPLIES[dtype] & set(cpu_instruction_sets()) else torch.float32
 
 
 def pad_rows(x_NK: Tensor) -> Tensor:
-    """x of a product in 16 bits on a CPU, with rows of zeros below it up to one of few numbers of rows; else x itself.
+    """x of a GEMM in 16 bits on a CPU, with rows of zeros below it up to one of few numbers of rows; else x itself.
 
     oneDNN makes code for each number of rows that it meets. That takes 0.6 ms on a CPU with AVX512-BF16, ten times a
-    small expert's product, and every expert of every batch has a number of its own. Up to 128 rows numbers go by
+    small expert's GEMM, and every expert of every batch has a number of its own. Up to 128 rows numbers go by
     eights, from there on by sixteenths of the next power of two: 3 % more rows.
     """
     if x_NK.device.type != "cpu" or x_NK.dtype == torch.float32:

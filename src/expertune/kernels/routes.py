@@ -1,6 +1,6 @@
-"""Which route a product of 4-bit weights takes: by tokens per expert, against a crossover measured once per machine.
+"""Which route a GEMM of 4-bit weights takes: by tokens per expert, against a crossover measured once per machine.
 
-`fused` dequantizes inside the product, and wins where each dequantized weight meets few rows; `dequant_gemm`
+`fused` dequantizes inside the GEMM, and wins where each dequantized weight meets few rows; `dequant_gemm`
 dequantizes first and multiplies what it dequantized, which wins where rows are many and the machine has matrix units.
 Where they cross is measured the first time, and kept in the user's cache. On a GPU a route has to pass its check there
 before it is used (`expert_mlp/selfcheck.py`); where none does, or Triton is missing, experts are computed one by one by
@@ -24,7 +24,7 @@ import torch
 
 from expertune.kernels import gpu, native
 from expertune.kernels.cache import cache_folder, read_kept
-from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, product_dtype
+from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, gemm_dtype
 from expertune.kernels.nf4 import Nf4Stack
 from expertune.storage import write_text
 
@@ -54,10 +54,10 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Settings:
-    """How products run; one per process.
+    """How GEMMs run; one per process.
 
     Attributes:
-        route: a route for all products, or `auto`.
+        route: a route for all GEMMs, or `auto`.
         working_set_bytes: most bytes that one expert layer computes on at once, whatever the batch; None takes the
             device's own, see `working_set_bytes`.
         crossover: rows for each expert from which `dequant_gemm` is taken; None measures it.
@@ -80,7 +80,7 @@ def settings() -> Settings:
 
 
 def working_set_bytes(device_type: str) -> int:
-    """Most bytes of an expert layer between its products: the setting, or 512 MiB on a CPU and 2 GiB on a GPU."""
+    """Most bytes of an expert layer between its GEMMs: the setting, or 512 MiB on a CPU and 2 GiB on a GPU."""
     chosen = _settings.working_set_bytes
     return default_working_set_bytes(device_type) if chosen is None else chosen
 
@@ -107,10 +107,10 @@ def configure(**changes: Any) -> None:
 def choose(
     device: torch.device, rows_per_expert: float, dtype: torch.dtype, grouped: bool = True, fusable: bool = True
 ) -> Route:
-    """The route of a product whose x has `dtype`, and note that it ran.
+    """The route of a GEMM whose x has `dtype`, and note that it ran.
 
     `grouped` says whether the GPU's kernels can serve this layer at all, `fusable` whether those that dequantize inside
-    the product can.
+    the GEMM can.
     """
     usable = usable_routes(device, dtype) if grouped or device.type == "cpu" else ()
     if not fusable and device.type != "cpu":
@@ -144,7 +144,7 @@ def crossover(dtype: torch.dtype, device: torch.device = _CPU) -> int:
     """Rows for each expert from which `dequant_gemm` is the faster route on this device, for x of `dtype`."""
     if _settings.crossover is not None:
         return _settings.crossover
-    return int(_measured(product_dtype(dtype, device), device, torch.get_num_threads())["crossover"])
+    return int(_measured(gemm_dtype(dtype, device), device, torch.get_num_threads())["crossover"])
 
 
 def gemm(dtype: torch.dtype, device: torch.device) -> str:
@@ -159,7 +159,7 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     described: dict[str, Any] = {
         "setting": _settings.route,
         "working_set_bytes": working_set_bytes(device.type),
-        "product_dtype": str(product_dtype(dtype, device)).removeprefix("torch."),
+        "product_dtype": str(gemm_dtype(dtype, device)).removeprefix("torch."),
         "ran": dict(_ran),
     }
     if device.type == "cpu":

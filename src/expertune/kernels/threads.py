@@ -1,4 +1,4 @@
-"""How many threads products take on a CPU, and how they wait for each other: said to OpenMP before torch is imported.
+"""How many threads GEMMs take on a CPU, and how they wait for each other: said to OpenMP before torch is imported.
 
 OpenMP's threads spin at the end of each parallel part, in libgomp for about ten milliseconds, before they sleep. Where
 anything else wants the cores that is time taken from it, and from the threads that are waited for: a step takes up to

@@ -5,7 +5,7 @@ import torch
 from expertune.config import KernelsConfig
 from expertune.errors import ConfigError
 from expertune.kernels import routes
-from expertune.kernels.cpu import product_dtype
+from expertune.kernels.cpu import gemm_dtype
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -54,7 +54,7 @@ def resolve_compute_dtype(name: str, device: torch.device | None = None) -> torc
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= _FIRST_BFLOAT16_CAPABILITY
         return torch.bfloat16 if native else torch.float16
-    return product_dtype(torch.bfloat16, device)
+    return gemm_dtype(torch.bfloat16, device)
 
 
 def set_up_kernels(kernels: KernelsConfig, crossover: int | None = None, gemm: str | None = None) -> None:

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from expertune.config import RunConfig
-from expertune.kernels.cpu import product_dtype
+from expertune.kernels.cpu import gemm_dtype
 from expertune.kernels.routes import default_working_set_bytes
 
 
@@ -77,7 +77,7 @@ def read_settings(config: RunConfig, device: str, compute_dtype: torch.dtype) ->
         accumulates=int(training_argument(training, "gradient_accumulation_steps")) > 1,
         offload=config.offload_activations and device != "cpu",
         padded=config.data.packing == "padded",
-        expert_by_expert=device == "cpu" and product_dtype(compute_dtype, torch.device("cpu")) != torch.float32,
+        expert_by_expert=device == "cpu" and gemm_dtype(compute_dtype, torch.device("cpu")) != torch.float32,
         # The trainer's own default on either device.
         optimizer=str(training.get("optim", "paged_adamw_8bit" if device == "cuda" else "adamw_torch")),
         one_step=training_argument(training, "max_steps") == 1,

@@ -24,7 +24,7 @@ import torch
 
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.kernels.cache import cache_folder, read_kept
-from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, product_dtype
+from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, gemm_dtype
 from expertune.planning.devices import Device
 from expertune.planning.inventory import FrozenWeights, Inventory, Layer, count_low_rank
 from expertune.planning.settings import Settings
@@ -154,7 +154,7 @@ def flops_of(inventory: Inventory, targets: ResolvedTargets, settings: Settings)
 
 def measured_rates(dtype: torch.dtype) -> Rates:
     """What this CPU does, measured in a second and kept in the user's cache."""
-    flops, num_bytes = _probe(product_dtype(dtype, torch.device("cpu")), torch.get_num_threads())
+    flops, num_bytes = _probe(gemm_dtype(dtype, torch.device("cpu")), torch.get_num_threads())
     return Rates("measured", flops, num_bytes, DISK_BYTES_PER_SECOND)
 
 

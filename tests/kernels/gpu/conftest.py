@@ -10,7 +10,7 @@ from expertune.kernels.nf4 import Nf4Bytes, Nf4Stack
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16]
-# Of a product's result, relative to its norm: sums in float32; operands and results rounded to the dtype.
+# Of a GEMM's result, relative to its norm: sums in float32; operands and results rounded to the dtype.
 RELATIVE = {torch.float32: 2e-6, torch.float16: 1e-3}
 
 
@@ -66,5 +66,5 @@ def assert_near(found: Tensor, expected: Tensor, relative: float) -> None:
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    """Of the products."""
+    """Of the GEMMs."""
     return request.param

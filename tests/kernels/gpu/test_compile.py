@@ -21,8 +21,8 @@ OLDEST_TARGETS = {"sm_80", "sm_100", "gfx942"}
 KERNELS = {
     "dequantize_kernel",
     "dequantize_mxfp4_kernel",
-    "product_kernel",
-    "product_transposed_kernel",
+    "grouped_gemm_kernel",
+    "input_gradient_kernel",
     "shrink_kernel",
     "expand_kernel",
     "outer_kernel",

@@ -36,7 +36,7 @@ FEW = {
     "most experts without tokens": {"num_experts": 6, "tokens": 1},
     "biases, limits and experts without tokens": {"num_experts": 6, "tokens": 1},
 }
-# Where dequantized groups differ from one product of all experts.
+# Where dequantized groups differ from one GEMM of all experts.
 DEQUANTIZED = {
     "rows that are a multiple of nothing",
     "every expert chosen",
@@ -256,7 +256,7 @@ def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
 
 @pytest.mark.usefixtures("on_gpu")
 def test_error_is_no_larger_than_that_of_dequantizing_and_multiplying_in_16_bits() -> None:
-    """Against float64: bitsandbytes' dequantized values, products and activation in float16, expert by expert."""
+    """Against float64: bitsandbytes' dequantized values, GEMMs and activation in float16, expert by expert."""
     case = make_case(24, num_experts=3, ranks=(), dtype=torch.float16, hidden=128, intermediate=128)
     hidden, weights = case.hidden, case.weights
 

@@ -1,4 +1,4 @@
-"""The thin products of adapters on a GPU: x @ A, its gradients and the input's, with the counter's dropout."""
+"""The thin GEMMs of adapters on a GPU: x @ A, its gradients and the input's, with the counter's dropout."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Rows between the products on a GPU: the stable sort, the gate's gradient, the sum over a token's experts."""
+"""Rows between the GEMMs on a GPU: the stable sort, the gate's gradient, the sum over a token's experts."""
 
 import pytest
 import torch

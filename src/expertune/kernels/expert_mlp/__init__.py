@@ -1,20 +1,20 @@
 """The whole expert layer: y[t] = sum over k of w[t, k] * down(gate(gate_up(x[t]))) of expert index[t, k], with LoRA.
 
 One operator, `expertune::expert_mlp`, whose backward keeps the layer's input, the routing and x @ A, computes gate and
-up again, and needs no product of down_proj for that: the router's gradient is <inter, dInter> with dInter taken before
+up again, and needs no GEMM of down_proj for that: the router's gradient is <inter, dInter> with dInter taken before
 the router's weight is applied. Gradients go to the input, the router's weights, A and B; the weights are frozen.
 
-Tokens are worked on in chunks, so that what lies between the products stays within `routes.Settings.working_set_bytes`
+Tokens are worked on in chunks, so that what lies between the GEMMs stays within `routes.Settings.working_set_bytes`
 whatever the batch is. Rows are sorted by expert, stably, and combined by the inverse permutation: no atomics, and two
-runs give identical bytes. Experts with biases have them added after each product; where something comes after each
+runs give identical bytes. Experts with biases have them added after each GEMM; where something comes after each
 expert (a norm), it is differentiated by autograd from the expert's output, computed anew.
 
-Routes on a CPU: `fused.py` dequantizes inside the product, all experts in one call; `dequant_gemm.py` dequantizes a
+Routes on a CPU: `fused.py` dequantizes inside the GEMM, all experts in one call; `dequant_gemm.py` dequantizes a
 tile once for the recomputation and for the gradient, expert by expert, and runs on any device. On a GPU both are
 `grouped.py`, all experts in each launch. `reference.py` is plain float32 with autograd, what all are tested against.
 
 Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R = T * K routed rows, E experts, P
-parts of the first product (gate and up: 2; ungated: 1), r rank.
+parts of the first GEMM (gate and up: 2; ungated: 1), r rank.
 """
 
 import weakref
@@ -66,7 +66,7 @@ class LayerHandle(Protocol):
 
 @dataclass(eq=False)
 class Activation:
-    """What a family computes between the products and after them, and how the layer's bytes come to be there.
+    """What a family computes between the GEMMs and after them, and how the layer's bytes come to be there.
 
     Attributes:
         function: [rows, P * F] -> [rows, F], the parts side by side; differentiable by autograd.
@@ -102,7 +102,7 @@ class ExpertUpdate:
     """A low-rank update of one projection of every expert: y += scaling * B[e] @ A[e] @ dropout(x).
 
     Attributes:
-        part: 0 .. P-1 for a part of the first product, P for down.
+        part: 0 .. P-1 for a part of the first GEMM, P for down.
         a: [E, r, in_features].
         b: [E, out_features, r], of A's dtype.
         scaling: alpha / r, or alpha / sqrt(r).
@@ -135,11 +135,11 @@ def expert_mlp(
         top_k_weights_TK: [T, K], floating point.
         gate_up: E * P matrices [F, D]; matrix e * P + p is part p of expert e.
         down: E matrices [D, F].
-        activation: what is between the products.
+        activation: what is between the GEMMs.
         updates: low-rank updates; those of one projection are summed.
         replay: what an earlier call with the same arguments returned, laid flat; it is returned again and not computed,
             which is how activation checkpointing is spared the second forward.
-        biases: frozen, floating point: of the first product [E, P * F], its parts side by side, and of down [E, D].
+        biases: frozen, floating point: of the first GEMM [E, P * F], its parts side by side, and of down [E, D].
 
     Returns:
         [T, D] of hidden's dtype, and for each update x @ A [R, r] in A's dtype, rows sorted within a chunk of tokens.

@@ -1,17 +1,17 @@
-"""The expert layer expert by expert: dequantize a tile, use it for every product that needs it, go on. Any device.
+"""The expert layer expert by expert: dequantize a tile, use it for every GEMM that needs it, go on. Any device.
 
 In backward a tile of gate_up's rows serves the recomputation and the input's gradient, so that a step dequantizes each
 weight twice and not three times. Tiles run along the intermediate size; the input's gradient is summed over them in
 float32.
 
 Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R routed rows of all experts, N rows
-of one expert, M those with what pads them, E experts, P parts of the first product, r rank.
+of one expert, M those with what pads them, E experts, P parts of the first GEMM, r rank.
 """
 
 import torch
 from torch import Tensor
 
-from expertune.kernels.cpu import pad_rows, product_dtype
+from expertune.kernels.cpu import gemm_dtype, pad_rows
 from expertune.kernels.dropout import dropout
 from expertune.kernels.expert_mlp.plan import Layer, LowRank, bias_gradient, combine, differentiable, sort_rows
 from expertune.kernels.grouped_linear.dequant_gemm import Scratch, multiply, multiply_transposed, spans
@@ -33,7 +33,7 @@ def forward(
 ) -> None:
     """Writes the layer's output to `out_TD` and x @ A of each update to `h`; `first_row` places the chunk."""
     rows = sort_rows(top_k_index_TK, top_k_weights_TK, layer.num_experts, first_row)
-    dtype = product_dtype(hidden_TD.dtype, hidden_TD.device)
+    dtype = gemm_dtype(hidden_TD.dtype, hidden_TD.device)
     y_RD = torch.empty(rows.token_R.shape[0], layer.hidden_size, dtype=torch.float32, device=hidden_TD.device)
     scratch = Scratch(hidden_TD.device, dtype)
     for expert, span in spans(rows.offsets_E):
@@ -68,7 +68,7 @@ def backward(
 ) -> None:
     """Writes gradients of hidden and of the router's weights; adds to `da` and `db`."""
     rows = sort_rows(top_k_index_TK, top_k_weights_TK, layer.num_experts, first_row)
-    dtype = product_dtype(hidden_TD.dtype, hidden_TD.device)
+    dtype = gemm_dtype(hidden_TD.dtype, hidden_TD.device)
     dx_RD = torch.empty(rows.token_R.shape[0], layer.hidden_size, dtype=torch.float32, device=hidden_TD.device)
     dweight_R = torch.empty_like(rows.weight_R)
     scratch = Scratch(hidden_TD.device, dtype)
@@ -104,7 +104,7 @@ def backward(
 def _gate_up(
     x_ND: Tensor, expert: int, layer: Layer, low_rank: list[LowRank], h: list[Tensor], scratch: Scratch
 ) -> Tensor:
-    """An expert's first product [N, P * F] with its updates, whose x @ A are in `h`, and its bias."""
+    """An expert's first GEMM [N, P * F] with its updates, whose x @ A are in `h`, and its bias."""
     size, num_parts = layer.intermediate_size, layer.num_parts
     gate_up = x_ND.new_empty(x_ND.shape[0], num_parts * size)
     x_MD = pad_rows(x_ND)
@@ -119,7 +119,7 @@ def _gate_up(
 def _down(
     x_NF: Tensor, expert: int, layer: Layer, low_rank: list[LowRank], h: list[Tensor], scratch: Scratch
 ) -> Tensor:
-    """An expert's second product [N, D] with its updates and its bias."""
+    """An expert's second GEMM [N, D] with its updates and its bias."""
     y_ND = x_NF.new_empty(x_NF.shape[0], layer.hidden_size)
     multiply(x_NF, layer.down, expert, y_ND, scratch)
     for update, low in zip(low_rank, h, strict=True):

@@ -1,10 +1,10 @@
 """The expert layer by GEMMs that dequantize inside: each is one call for all experts. CPU; float32 arithmetic.
 
 The library gathers tokens as it reads them, so that rows are never copied to their experts, and adds the low-rank
-updates where it sums the product.
+updates where it sums each output.
 
 Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R routed rows, E experts, P parts of
-the first product, r rank.
+the first GEMM, r rank.
 """
 
 import torch
@@ -52,7 +52,7 @@ def forward(
     y_RD = workspace.take("rows", x_RF.shape[0], layer.hidden_size)
     updates = [_update(update, low, 0, layer.hidden_size) for update, low in _outer(layer, low_rank, h)]
     updates += _bias(layer.outer_bias, rows)
-    native.product(x_RF, layer.down, rows.offsets_E, y_RD, transposed=True, updates=updates)
+    native.grouped_gemm(x_RF, layer.down, rows.offsets_E, y_RD, transposed=True, updates=updates)
     out_TD.copy_(combine(y_RD.mul_(rows.weight_R[:, None]), rows.inverse_R, hidden_TD.shape[0]))
 
 
@@ -81,13 +81,15 @@ def backward(
     for u, (update, low) in enumerate(zip(low_rank, h, strict=True)):
         if update.part == layer.num_parts:
             dh_down[u] = low.new_empty(low.shape, dtype=torch.float32)
-            native.product(dout_TD, plain(update.b), rows.offsets_E, dh_down[u], transposed=False, index=rows.token_R)
+            native.grouped_gemm(
+                dout_TD, plain(update.b), rows.offsets_E, dh_down[u], transposed=False, index=rows.token_R
+            )
             dh_down[u] *= update.scaling
     dinter_RF = workspace.take("intermediate", gate_up.shape[0], size)
     undropped = [
         native.Update(dh, plain(low_rank[u].a), 0, size) for u, dh in dh_down.items() if not low_rank[u].dropout
     ]
-    native.product(
+    native.grouped_gemm(
         dout_TD, layer.down, rows.offsets_E, dinter_RF, transposed=False, updates=undropped, index=rows.token_R
     )
     for u, dh in dh_down.items():
@@ -113,7 +115,7 @@ def backward(
             continue
         dpart = dgate_up[:, update.part * size : (update.part + 1) * size]
         dh = low.new_empty(low.shape, dtype=torch.float32)
-        native.product(dpart, plain(update.b), rows.offsets_E, dh, transposed=False)
+        native.grouped_gemm(dpart, plain(update.b), rows.offsets_E, dh, transposed=False)
         dh *= update.scaling
         _add_outer(db[u], dpart, low.float() * update.scaling, rows)
         if update.dropout:
@@ -123,7 +125,7 @@ def backward(
             _add_outer(da[u], dh, x_TD, rows, rows.token_R)
             updates.append(native.Update(dh, plain(update.a), 0, layer.hidden_size))
     dx_RD = workspace.take("rows", dgate_up.shape[0], layer.hidden_size)
-    native.product(dgate_up, layer.gate_up, rows.offsets_E, dx_RD, transposed=False, updates=updates)
+    native.grouped_gemm(dgate_up, layer.gate_up, rows.offsets_E, dx_RD, transposed=False, updates=updates)
     for update, dh in dropped_dh:
         dx_RD += _low_rank_input(dh, update, rows)
     dweights_TK.copy_(dweight_R[rows.inverse_R].view(top_k_weights_TK.shape))
@@ -131,14 +133,14 @@ def backward(
 
 
 def _gate_up(x_TD: Tensor, rows: Sorted, layer: Layer, low_rank: list[LowRank], h: list[Tensor]) -> Tensor:
-    """The first product with its updates, float32 [R, P * F]."""
+    """The first GEMM with its updates, float32 [R, P * F]."""
     size = layer.intermediate_size
     out = workspace.take("gate_up", rows.token_R.shape[0], layer.num_parts * size)
     updates = [
         _update(update, low, update.part * size, (update.part + 1) * size) for update, low in _inner(layer, low_rank, h)
     ]
     updates += _bias(layer.inner_bias, rows)
-    native.product(x_TD, layer.gate_up, rows.offsets_E, out, transposed=True, updates=updates, index=rows.token_R)
+    native.grouped_gemm(x_TD, layer.gate_up, rows.offsets_E, out, transposed=True, updates=updates, index=rows.token_R)
     return out
 
 
@@ -195,14 +197,14 @@ def _dropped(x: Tensor, update: LowRank, rows: Sorted, index: Tensor | None = No
 def _dense(x: Tensor, a_ErK: Tensor, rows: Sorted, out_Rr: Tensor, index: Tensor | None = None) -> None:
     """out = x @ A[e].T, rounded to out's dtype."""
     low = torch.empty(out_Rr.shape, dtype=torch.float32)
-    native.product(x, plain(a_ErK), rows.offsets_E, low, transposed=True, index=index)
+    native.grouped_gemm(x, plain(a_ErK), rows.offsets_E, low, transposed=True, index=index)
     out_Rr.copy_(low)
 
 
 def _low_rank_input(dh_Rr: Tensor, update: LowRank, rows: Sorted) -> Tensor:
     """Gradient of a dropped input: dh @ A[e] where it was kept, float32 [R, K]."""
     out = workspace.take("low_rank", dh_Rr.shape[0], update.a.shape[2])
-    native.product(dh_Rr, plain(update.a), rows.offsets_E, out, transposed=False)
+    native.grouped_gemm(dh_Rr, plain(update.a), rows.offsets_E, out, transposed=False)
     return dropout(out, rows.number_R, update.seed, update.dropout, out=out)
 
 

@@ -1,11 +1,11 @@
 """The expert layer on a GPU: all experts in each launch, nothing read back to the host, so that a step can be captured.
 
-Two ways to multiply, otherwise the same: `fused` dequantizes NF4 inside the product; `dequant_gemm` dequantizes the
+Two ways to multiply, otherwise the same: `fused` dequantizes NF4 inside the GEMM; `dequant_gemm` dequantizes the
 matrices of as many experts as the working set holds at memory speed, and multiplies these. In backward a dequantized
 group serves the recomputation and the input's gradient.
 
 Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R routed rows, E experts, P parts of
-the first product, r rank.
+the first GEMM, r rank.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,8 +18,8 @@ from torch import Tensor
 from expertune.kernels.expert_mlp.plan import Layer, LowRank, Sorted, bias_gradient, differentiable, expert_of_rows
 from expertune.kernels.gpu import low_rank as thin
 from expertune.kernels.gpu import nf4, rows, torch_gemm
+from expertune.kernels.gpu.grouped_gemm import Dequantized, Update, grouped_gemm, input_gradient
 from expertune.kernels.gpu.low_rank import Expand, Outer, Shrink
-from expertune.kernels.gpu.product import Dequantized, Update, product, product_transposed
 from expertune.kernels.nf4 import Nf4Bytes
 
 # Experts of one group of dequantized matrices, or None for all, and their matrices.
@@ -59,12 +59,12 @@ class GroupedRoute:
         thin.shrink(hidden_TD, routed.offsets_E, [_shrink(u, low) for u, low in inner], routed.token_R, routed.number_R)
         updates = [Update(low, u.b, u.part, u.scaling) for u, low in inner]
         count = routed.token_R.shape[0]
-        if layer.swiglu_in_product:
+        if layer.swiglu_in_gemm:
             inter_RF = hidden_TD.new_empty(count, layer.intermediate_size)
         else:
             inter_RF = hidden_TD.new_empty(count, layer.num_parts * layer.intermediate_size)
         for experts, weight in self._groups(layer.gate_up, layer.num_experts, hidden_TD.dtype):
-            self._product(
+            self._grouped_gemm(
                 hidden_TD,
                 weight,
                 routed.offsets_E,
@@ -72,15 +72,17 @@ class GroupedRoute:
                 updates,
                 routed.token_R,
                 experts=experts,
-                swiglu=layer.swiglu_in_product,
+                swiglu=layer.swiglu_in_gemm,
             )
-        if not layer.swiglu_in_product:
+        if not layer.swiglu_in_gemm:
             inter_RF = layer.function(_add_inner_bias(inter_RF, layer, routed)).contiguous()
         thin.shrink(inter_RF, routed.offsets_E, [_shrink(u, low) for u, low in outer], number_R=routed.number_R)
         updates = [Update(low, u.b, 0, u.scaling) for u, low in outer]
         y_RD = torch.empty(count, layer.hidden_size, dtype=torch.float32, device=hidden_TD.device)
         for experts, weight in self._groups(layer.down, layer.num_experts, hidden_TD.dtype):
-            self._product(inter_RF, weight, routed.offsets_E, y_RD, updates, router_R=routed.weight_R, experts=experts)
+            self._grouped_gemm(
+                inter_RF, weight, routed.offsets_E, y_RD, updates, router_R=routed.weight_R, experts=experts
+            )
         if layer.outer_bias is not None:
             y_RD.addcmul_(layer.outer_bias[expert_of_rows(routed)], routed.weight_R[:, None])
         rows.combine(y_RD, routed.inverse_R, out_TD)
@@ -114,31 +116,31 @@ class GroupedRoute:
         dinter_RF, inter_RF = hidden_TD.new_empty(2, count, size)
         dx_RD = torch.empty(count, layer.hidden_size, dtype=torch.float32, device=hidden_TD.device)
         drouter_R = torch.empty_like(routed.weight_R)
-        gradients_in = [_input_gradient(u, dh[id(u)]) for u, _ in outer]
+        gradients_in = [_expand(u, dh[id(u)]) for u, _ in outer]
         expanded = thin.expand(dinter_RF, offsets_E, gradients_in, dinter_RF.dtype, routed.number_R)
 
         def recompute(
             experts: slice | None, gate_up_weight: Nf4Bytes | Dequantized, down: Nf4Bytes | Dequantized
         ) -> None:
             updates = [Update(low, u.b, u.part, u.scaling) for u, low in inner]
-            self._product(hidden_TD, gate_up_weight, offsets_E, gate_up, updates, routed.token_R, experts=experts)
+            self._grouped_gemm(hidden_TD, gate_up_weight, offsets_E, gate_up, updates, routed.token_R, experts=experts)
             # Before the router's weight is applied, so that <inter, dInter> is the weight's own gradient.
-            self._product_transposed(dout_TD, down, offsets_E, dinter_RF, routed.token_R, experts, expanded)
+            self._input_gradient(dout_TD, down, offsets_E, dinter_RF, routed.token_R, experts, expanded)
 
-        def input_gradient(experts: slice | None, gate_up_weight: Nf4Bytes | Dequantized, dgate_up: Tensor) -> None:
+        def through_gate_up(experts: slice | None, gate_up_weight: Nf4Bytes | Dequantized, dgate_up: Tensor) -> None:
             shrinks = [
                 Shrink(u.b, dh[id(u)], transposed=True, scaling=u.scaling, column=u.part * size) for u, _ in inner
             ]
             thin.shrink(dgate_up, offsets_E, shrinks, experts=experts)
-            gradients_in = [_input_gradient(u, dh[id(u)]) for u, _ in inner]
+            gradients_in = [_expand(u, dh[id(u)]) for u, _ in inner]
             added = thin.expand(dx_RD, offsets_E, gradients_in, dgate_up.dtype, routed.number_R, experts)
-            self._product_transposed(dgate_up, gate_up_weight, offsets_E, dx_RD, None, experts, added)
+            self._input_gradient(dgate_up, gate_up_weight, offsets_E, dx_RD, None, experts, added)
 
-        if layer.swiglu_in_product:
+        if layer.swiglu_in_gemm:
             for experts, weight, down in self._pairs(layer, hidden_TD.dtype):
                 recompute(experts, weight, down)
                 rows.gate_backward(gate_up, dinter_RF, routed.weight_R, inter_RF, drouter_R, offsets_E, experts)
-                input_gradient(experts, weight, gate_up)
+                through_gate_up(experts, weight, gate_up)
         else:
             for experts, weight, down in self._pairs(layer, hidden_TD.dtype):
                 recompute(experts, weight, down)
@@ -147,7 +149,7 @@ class GroupedRoute:
             if layer.outer_bias is not None:
                 drouter_R += bias_gradient(dout_TD, layer.outer_bias, routed)
             for experts, weight in self._groups(layer.gate_up, layer.num_experts, hidden_TD.dtype):
-                input_gradient(experts, weight, gate_up)
+                through_gate_up(experts, weight, gate_up)
 
         add, token_R, number_R = first_row > 0, routed.token_R, routed.number_R
         items = [Outer(low, gradients[id(u)][1], transposed=True, scaling=u.scaling) for u, low in outer]
@@ -160,7 +162,7 @@ class GroupedRoute:
         thin.outer(hidden_TD, offsets_E, items, token_R, number_R, add=add)
         rows.combine(dx_RD, routed.inverse_R, dhidden_TD, drouter_R, dweights_TK)
 
-    def _product(
+    def _grouped_gemm(
         self,
         x: Tensor,
         weight: Nf4Bytes | Dequantized,
@@ -173,11 +175,11 @@ class GroupedRoute:
         swiglu: bool = False,
     ) -> None:
         if self.torch_gemm and isinstance(weight, Dequantized) and _are_all(experts, offsets_E):
-            torch_gemm.product(x, weight, offsets_E, out, updates, token_R, router_R, swiglu)
+            torch_gemm.grouped_gemm(x, weight, offsets_E, out, updates, token_R, router_R, swiglu)
         else:
-            product(x, weight, offsets_E, out, updates, token_R, router_R, experts, swiglu)
+            grouped_gemm(x, weight, offsets_E, out, updates, token_R, router_R, experts, swiglu)
 
-    def _product_transposed(
+    def _input_gradient(
         self,
         dy: Tensor,
         weight: Nf4Bytes | Dequantized,
@@ -188,9 +190,9 @@ class GroupedRoute:
         add: bool,
     ) -> None:
         if self.torch_gemm and isinstance(weight, Dequantized) and _are_all(experts, offsets_E):
-            torch_gemm.product_transposed(dy, weight, offsets_E, out, token_R, add)
+            torch_gemm.input_gradient(dy, weight, offsets_E, out, token_R, add)
         else:
-            product_transposed(dy, weight, offsets_E, out, token_R, experts, add)
+            input_gradient(dy, weight, offsets_E, out, token_R, experts, add)
 
     def _groups(self, stack: Nf4Bytes, num_experts: int, dtype: torch.dtype) -> Iterator[Group]:
         """All experts' bytes at once; or dequantized, as many experts as the buffer holds."""
@@ -243,7 +245,7 @@ def _dequantized(stack: Nf4Bytes, experts: slice, parts: int, buffer: Tensor) ->
 def _split(
     layer: Layer, low_rank: list[LowRank], h: list[Tensor]
 ) -> tuple[list[tuple[LowRank, Tensor]], list[tuple[LowRank, Tensor]]]:
-    """Updates of the first product, by part, and those of down, each with its x @ A."""
+    """Updates of the first GEMM, by part, and those of down, each with its x @ A."""
     pairs = sorted(zip(low_rank, h, strict=True), key=lambda pair: pair[0].part)
     return (
         [pair for pair in pairs if pair[0].part < layer.num_parts],
@@ -255,7 +257,7 @@ def _shrink(update: LowRank, low_Rr: Tensor) -> Shrink:
     return Shrink(update.a, low_Rr, dropout=update.dropout, seed=update.seed)
 
 
-def _input_gradient(update: LowRank, dh_Rr: Tensor) -> Expand:
+def _expand(update: LowRank, dh_Rr: Tensor) -> Expand:
     return Expand(dh_Rr, update.a, update.dropout, update.seed)
 
 

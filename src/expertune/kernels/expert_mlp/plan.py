@@ -26,8 +26,8 @@ class Layer(NamedTuple):
     after: Callable[[Tensor], Tensor] | None = None
 
     @property
-    def swiglu_in_product(self) -> bool:
-        """Whether the product itself can apply the activation: a bias would have to be added before it."""
+    def swiglu_in_gemm(self) -> bool:
+        """Whether the GEMM itself can apply the activation: a bias would have to be added before it."""
         return self.swiglu and self.inner_bias is None
 
     @property
@@ -135,7 +135,7 @@ def combine(rows_RD: Tensor, inverse_R: Tensor, num_tokens: int) -> Tensor:
 def bytes_per_row(
     hidden_size: int, intermediate_size: int, num_parts: int, swiglu: bool, dropout: bool, device_type: str = "cpu"
 ) -> int:
-    """Bytes that a routed row takes between the products, in backward.
+    """Bytes that a routed row takes between the GEMMs, in backward.
 
     On a CPU float32 throughout: gate and up, which their gradients replace, and the intermediate row; the row's input
     gradient. Where an activation is differentiated by autograd: its result, its gradients, and two rows that it keeps.
@@ -152,6 +152,6 @@ def bytes_per_row(
 def chunk_tokens(layer: Layer, top_k: int, dropout: bool, working_set_bytes: int) -> int:
     """Tokens that are worked on at once; at least one."""
     device = layer.down.packed.device.type
-    swiglu = layer.swiglu if device == "cpu" else layer.swiglu_in_product
+    swiglu = layer.swiglu if device == "cpu" else layer.swiglu_in_gemm
     row = bytes_per_row(layer.hidden_size, layer.intermediate_size, layer.num_parts, swiglu, dropout, device)
     return max(working_set_bytes // (max(top_k, 1) * row), 1)

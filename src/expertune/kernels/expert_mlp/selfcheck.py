@@ -30,7 +30,7 @@ from expertune.storage import write_text
 # Experts, hidden and intermediate size, experts per token, rank, tokens: no multiple of any tile.
 SHAPE = (5, 192, 320, 2, 3, 77)
 
-# Most relative error of any result. Rows between the products are rounded to the dtype, as everywhere.
+# Most relative error of any result. Rows between the GEMMs are rounded to the dtype, as everywhere.
 LIMITS = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 
 
@@ -62,7 +62,7 @@ class Findings:
 
 @cache
 def checked(device: torch.device, dtype: torch.dtype) -> Findings:
-    """The findings for a device and a dtype of the products: from the cache, or by running the checks."""
+    """The findings for a device and a dtype of the GEMMs: from the cache, or by running the checks."""
     path = cache_folder() / f"gpu-check-{_identity(device, dtype)}.json"
     try:
         findings = Findings(**read_kept(path))
@@ -158,7 +158,7 @@ def _definition(
         update = (x * kept) @ a[part][expert].t() @ b[part][expert].t()
         return x @ stack.dequantize(matrix, torch.float32).double().t() + u.scaling * update
 
-    # The first product of a process may ask for this from inside an operator.
+    # The first GEMM of a process may ask for this from inside an operator.
     with differentiable():
         for expert in range(down.num_matrices):
             token, choice = (index_TK == expert).nonzero(as_tuple=True)

@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-# First compute capability whose tensor cores multiply bfloat16, and for which Triton's products are built.
+# First compute capability whose tensor cores multiply bfloat16, and for which Triton's GEMMs are built.
 _FIRST_CAPABILITY = (8, 0)
 
 

@@ -1,4 +1,4 @@
-"""Tile shapes of the grouped products, by device, dtype and rows for each expert: a table, and no search at run time.
+"""Tile shapes of the grouped GEMMs, by device, dtype and rows for each expert: a table, and no search at run time.
 
 A search would pick by the clock, so that two runs could sum in different orders; here the same shapes give the same
 bytes. `benchmarks/gpu_campaign.py` sweeps `candidates` on a device, which is how the table is to be corrected.
@@ -29,7 +29,7 @@ _forced: list[Config] = []
 
 @contextmanager
 def forced(config: Config) -> Iterator[None]:
-    """Within, every product takes this tile."""
+    """Within, every GEMM takes this tile."""
     _forced.append(config)
     try:
         yield
@@ -37,14 +37,14 @@ def forced(config: Config) -> Iterator[None]:
         _forced.pop()
 
 
-def product_config(
+def gemm_config(
     target: Target, dtype: torch.dtype, nf4: bool, swiglu: bool, transposed: bool, rows_per_expert: float
 ) -> Config:
-    """The tile of a grouped product.
+    """The tile of a grouped GEMM.
 
     Args:
         target: what it runs on.
-        dtype: of the product.
+        dtype: of the GEMM.
         nf4: dequantized inside the loop.
         swiglu: two sums are kept, of gate and up.
         transposed: the sum runs over the rows of the matrix, and BK is the width of the output.
@@ -82,7 +82,7 @@ def candidates(
     target: Target, dtype: torch.dtype, nf4: bool, swiglu: bool, transposed: bool, rows_per_expert: float
 ) -> list[Config]:
     """Tiles worth timing beside the table's own, which comes first; some may not compile or fit."""
-    own = product_config(target, dtype, nf4, swiglu, transposed, rows_per_expert)
+    own = gemm_config(target, dtype, nf4, swiglu, transposed, rows_per_expert)
     tall = [size for size in (16, 32, 64, 128) if size <= 2 * max(rows_per_expert, 16)][-2:]
     wide = [(64, 128), (32, 128), (64, 64)] if transposed else [(64, 64), (128, 64), (128, 128), (256, 64)]
     found = [own]

@@ -119,7 +119,7 @@ def launch(
         kernel: a `triton.jit` function whose plain arguments come first and whose constants are named.
         grid: programs along each axis.
         *arguments: tensors and numbers.
-        dtype: of the products: the constants DTYPE, and PRECISION of those in float32, where the kernel takes them.
+        dtype: of the GEMMs: the constants DTYPE, and PRECISION of those in float32, where the kernel takes them.
         num_warps: of a program.
         num_stages: of its pipelined loops.
         **constants: the kernel's other constants.
@@ -132,7 +132,7 @@ def launch(
     if dtype is not None and "DTYPE" in names:
         constants["DTYPE"] = _DTYPES[dtype]
     if dtype is not None and "PRECISION" in names:
-        # Low-rank factors are float32 whatever the products are: beside 16-bit products, TF32 keeps more than these do.
+        # Low-rank factors are float32 whatever the GEMMs are: beside 16-bit GEMMs, TF32 keeps more than these do.
         constants["PRECISION"] = "ieee" if dtype == torch.float32 or target.backend == "interpreter" else "tf32"
     # No contraction: bitsandbytes rounds a scale twice, and the same bytes have to give the same weights here.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}

@@ -1,6 +1,6 @@
-"""The thin products of low-rank adapters over rows sorted by expert: x @ A, and the gradients of A and B.
+"""The thin GEMMs of low-rank adapters over rows sorted by expert: x @ A, and the gradients of A and B.
 
-Each is small beside the layer's products, and reads a wide matrix of rows once. Sums run in a fixed order, one program
+Each is small beside the layer's GEMMs, and reads a wide matrix of rows once. Sums run in a fixed order, one program
 each: no atomics. Factors are float32 as a rule and are multiplied so.
 
 Shape suffixes: T tokens, R routed rows sorted by expert, E experts, r rank.
@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from expertune.kernels.gpu.dropout import kept, threshold
+from expertune.kernels.gpu.grouped_gemm import accurate_dot, padded, padded_rank, rows_of_low
 from expertune.kernels.gpu.launch import launch
-from expertune.kernels.gpu.product import accurate_dot, padded, padded_rank, rows_of_low
 from expertune.kernels.gpu.tiles import expert_tiles, locate
 
 
@@ -400,7 +400,7 @@ def expand(
         out: [R, K], of any floating dtype.
         offsets_E: int64 [E], the end of each expert's rows.
         items: none, one or two.
-        dtype: of the products around it.
+        dtype: of the GEMMs around it.
         number_R: int64 [R], by which dropout knows a row.
         experts: whose rows are computed; None means all.
 

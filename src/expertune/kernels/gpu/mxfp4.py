@@ -1,4 +1,4 @@
-"""MXFP4 on a GPU: dequantize whole matrices or parts of them; products then multiply what was dequantized.
+"""MXFP4 on a GPU: dequantize whole matrices or parts of them; GEMMs then multiply what was dequantized.
 
 A weight is a sign, two bits of exponent and one of mantissa, and 32 of them share a power of two: both multiplied are
 exact in float32 and bfloat16, and need no table.

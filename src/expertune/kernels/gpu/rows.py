@@ -1,4 +1,4 @@
-"""What is done to rows between the products: sorting by expert, the gate's gradient, the sum over a token's experts.
+"""What is done to rows between the GEMMs: sorting by expert, the gate's gradient, the sum over a token's experts.
 
 None of it uses atomics: counts are prefix sums, and each output is written by one program.
 
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from expertune.kernels.gpu.grouped_gemm import padded
 from expertune.kernels.gpu.launch import launch
-from expertune.kernels.gpu.product import padded
 
 # Most programs of the sort, so that each can add up what all before it have counted.
 _BLOCKS = 64

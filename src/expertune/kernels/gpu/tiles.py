@@ -1,4 +1,4 @@
-"""Which rows of which expert a tile of a grouped product has, found on the device from the ends of experts' rows.
+"""Which rows of which expert a tile of a grouped GEMM has, found on the device from the ends of experts' rows.
 
 Tiles of one expert are numbered together, its row tiles fastest, so that programs that run at the same time share a
 tile of weights. Nothing about the number of rows of an expert is known on the host.

@@ -1,11 +1,11 @@
-"""y = x @ W[e].T + LoRA: one product for all experts, over rows that are sorted by expert.
+"""y = x @ W[e].T + LoRA: one GEMM for all experts, over rows that are sorted by expert.
 
 W is an `Nf4Stack` of E * P matrices; the P matrices of an expert lie side by side in its output (gate and up: P = 2).
 The operator `expertune::grouped_linear` is registered with torch, so that activation checkpointing and `torch.compile`
 see one node; its backward gives dX, dA and dB, and never a dW, because the weights are frozen.
 
 Routes (`expertune.kernels.routes` chooses): `dequant_gemm.py` dequantizes a tile of bytes and multiplies it while it is
-in cache, on any device; `fused.py` dequantizes inside the product, on a CPU; `grouped.py` does either on a GPU, all
+in cache, on any device; `fused.py` dequantizes inside the GEMM, on a CPU; `grouped.py` does either on a GPU, all
 experts in each launch. `reference.py` is plain float32 and what they are tested against.
 
 Shape suffixes: R routed rows, K in_features, N out_features of one matrix, E experts, P matrices per expert, r rank.
@@ -52,7 +52,7 @@ def grouped_linear(
     """Multiply each row by its expert's matrices and add the expert's low-rank updates.
 
     Args:
-        x_RK: [R, K], rows sorted by expert; its dtype is the dtype of the product.
+        x_RK: [R, K], rows sorted by expert; its dtype is the dtype of the GEMM.
         weight: E * P matrices [N, K]; matrix e * P + p is part p of expert e.
         offsets_E: int64 [E], the end of each expert's rows; the last one is R.
         updates: any number of low-rank updates; they are summed.

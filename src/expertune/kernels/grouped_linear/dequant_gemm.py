@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from expertune.kernels.cpu import pad_rows, product_dtype
+from expertune.kernels.cpu import gemm_dtype, pad_rows
 from expertune.kernels.nf4 import BLOCK_SIZE, Nf4Bytes, dequantize
 
 # Most bytes of one dequantized tile. On a CPU a tile has to leave room for x and y in the last-level cache, and to stay
@@ -27,12 +27,12 @@ def forward(
     b: list[Tensor],
     x_updates: list[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
-    """The product and, for each update, h = x @ A.T (kept for backward, [R, r]).
+    """The GEMM and, for each update, h = x @ A.T (kept for backward, [R, r]).
 
     Args and shapes: see `expertune.kernels.grouped_linear.grouped_linear`. Updates whose input is x itself share one
     conversion to the adapter's dtype.
     """
-    dtype, rows = product_dtype(x_RK.dtype, x_RK.device), weight.rows
+    dtype, rows = gemm_dtype(x_RK.dtype, x_RK.device), weight.rows
     y_RN = x_RK.new_empty(x_RK.shape[0], weight.rows_of(offsets_E.shape[0]))
     h = [factor.new_empty(x_RK.shape[0], factor.shape[1]) for factor in a]
     num_parts = y_RN.shape[1] // rows
@@ -65,11 +65,11 @@ def backward(
     x_updates: list[Tensor],
     h: list[Tensor],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """dX of the frozen product, and dA, dB, dX of each update. Experts without rows get zeros.
+    """dX of the frozen GEMM, and dA, dB, dX of each update. Experts without rows get zeros.
 
     Args and shapes: see `forward`; dy_RN is [R, P * N].
     """
-    dtype, rows = product_dtype(dy_RN.dtype, dy_RN.device), weight.rows
+    dtype, rows = gemm_dtype(dy_RN.dtype, dy_RN.device), weight.rows
     dy_RN = dy_RN.contiguous()
     dx_RK = dy_RN.new_empty(dy_RN.shape[0], weight.columns)
     da, db = [torch.zeros_like(factor) for factor in a], [torch.zeros_like(factor) for factor in b]
@@ -92,7 +92,7 @@ class Scratch:
 
     Args:
         device: where the tiles are.
-        dtype: of the products.
+        dtype: of the GEMMs.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -108,7 +108,7 @@ class Scratch:
     def tile_size(self, count: int, length: int) -> int:
         """How many of `count` rows (or columns) of `length` weights make a tile: even tiles, in whole blocks.
 
-        A product of few or odd columns runs at half the speed, so that no small rest must be left for a last tile.
+        A GEMM of few or odd columns runs at half the speed, so that no small rest must be left for a last tile.
         """
         budget = TILE_BYTES.get(self.device.type, TILE_BYTES["cuda"])
         most = max(budget // (length * self.dtype.itemsize) // BLOCK_SIZE, 1) * BLOCK_SIZE
@@ -126,7 +126,7 @@ def spans(offsets_E: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def multiply(x_RK: Tensor, weight: Nf4Bytes, index: int, out_RN: Tensor, scratch: Scratch) -> None:
-    """out = x @ W.T, a tile of W's rows at a time; x has the products' dtype, out any."""
+    """out = x @ W.T, a tile of W's rows at a time; x has the GEMMs' dtype, out any."""
     x_RK = pad_rows(x_RK)
     step = scratch.tile_size(weight.rows, weight.columns)
     for start in range(0, weight.rows, step):
@@ -148,7 +148,7 @@ def multiply_transposed(
 ) -> None:
     """out = dy @ [W of part 0; W of part 1; ...], a tile of W's columns at a time.
 
-    Tiles run along K, not along N: each output element is then summed in one product, and rounded once. They are as
+    Tiles run along K, not along N: each output element is then summed in one GEMM, and rounded once. They are as
     wide as they can be: few columns of every row are a page of memory each.
     """
     dy_RN, rows = pad_rows(dy_RN), weight.rows

@@ -1,4 +1,4 @@
-"""`grouped_linear` on a GPU: all experts in each launch, dequantized inside the product or before it.
+"""`grouped_linear` on a GPU: all experts in each launch, dequantized inside the GEMM or before it.
 
 Shape suffixes: R routed rows, K in_features, N out_features of one matrix, E experts, P matrices per expert, r rank.
 """
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from expertune.kernels.gpu import nf4
+from expertune.kernels.gpu.grouped_gemm import Dequantized, Update, grouped_gemm, input_gradient
 from expertune.kernels.gpu.low_rank import Expand, Outer, Shrink, expand, outer, shrink
-from expertune.kernels.gpu.product import Dequantized, Update, product, product_transposed
 from expertune.kernels.nf4 import Nf4Bytes
 
 
@@ -35,14 +35,14 @@ class GroupedRoute:
         b: list[Tensor],
         x_updates: list[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
-        """The product and, for each update, h = x @ A.T (kept for backward, [R, r])."""
+        """The GEMM and, for each update, h = x @ A.T (kept for backward, [R, r])."""
         x_RK = x_RK.contiguous()
         y_RN = x_RK.new_empty(x_RK.shape[0], weight.rows_of(offsets_E.shape[0]))
         h = [factor.new_empty(x_RK.shape[0], factor.shape[1]) for factor in a]
         for factor, x, low in zip(a, x_updates, h, strict=True):
             shrink(x.contiguous(), offsets_E, [Shrink(factor, low)])
         updates = [Update(*values) for values in zip(h, b, parts, scalings, strict=True)]
-        product(x_RK, self._held(weight, x_RK.dtype), offsets_E, y_RN, updates)
+        grouped_gemm(x_RK, self._held(weight, x_RK.dtype), offsets_E, y_RN, updates)
         return y_RN, h
 
     def backward(
@@ -57,10 +57,10 @@ class GroupedRoute:
         x_updates: list[Tensor],
         h: list[Tensor],
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-        """dX of the frozen product, and dA, dB, dX of each update. Experts without rows get zeros."""
+        """dX of the frozen GEMM, and dA, dB, dX of each update. Experts without rows get zeros."""
         dy_RN = dy_RN.contiguous()
         dx_RK = dy_RN.new_empty(dy_RN.shape[0], weight.columns)
-        product_transposed(dy_RN, self._held(weight, dy_RN.dtype), offsets_E, dx_RK)
+        input_gradient(dy_RN, self._held(weight, dy_RN.dtype), offsets_E, dx_RK)
         da, db, dx_updates = [], [], []
         for u, part in enumerate(parts):
             column, x = part * weight.rows, x_updates[u].contiguous()

@@ -1,4 +1,4 @@
-"""The grouped product in plain torch: every expert dequantized to float32, differentiated by autograd."""
+"""The grouped GEMM in plain torch: every expert dequantized to float32, differentiated by autograd."""
 
 from collections.abc import Sequence
 

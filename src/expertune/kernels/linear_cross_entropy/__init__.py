@@ -58,7 +58,7 @@ def linear_cross_entropy(
     """Sum the cross entropy of all rows with a label, and prepare the gradients that will be asked for.
 
     Args:
-        hidden_TD: [T, D], input of the head; its dtype is the dtype of the product. Softmax and loss are float32.
+        hidden_TD: [T, D], input of the head; its dtype is the dtype of the GEMM. Softmax and loss are float32.
         weight_VD: [V, D], frozen; float32, float16 or bfloat16, converted a tile at a time where hidden has another.
         labels_T: int64 [T], the label of each row itself (already shifted); -100 is none.
         bias_V: [V], frozen.
@@ -117,7 +117,7 @@ def _forward(
     update_gradients: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     head = chunked.Head(weight, bias, scale, softcap, scalings, has_own_input, a, b)
-    # No autocast inside the operator: it would round float32 products to half precision on the way.
+    # No autocast inside the operator: it would round float32 GEMMs to half precision on the way.
     with torch.autocast(hidden.device.type, enabled=False):
         return chunked.forward(hidden, head, labels, own_inputs, hidden_gradient, update_gradients)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from expertune.kernels.cpu import product_dtype
+from expertune.kernels.cpu import gemm_dtype
 
 IGNORE_INDEX = -100
 
@@ -94,7 +94,7 @@ def forward(
     for start in range(0, rows_N.shape[0], step):
         chunk = slice(start, start + step)
         rows_n, labels_n = rows_N[chunk], labels_N[chunk]
-        x_nD = hidden_TD[rows_n].to(product_dtype(hidden_TD.dtype, hidden_TD.device))
+        x_nD = hidden_TD[rows_n].to(gemm_dtype(hidden_TD.dtype, hidden_TD.device))
         updates = _updates(head, x_updates, rows_n)
         weight = _Weight(head.weight_VD, x_nD)
         logits, losses_N[chunk], lse_n = _logits(x_nD, head, updates, weight, labels_n)
@@ -148,7 +148,7 @@ def working_set_bytes(num_rows: int, vocabulary: int, hidden_size: int, dtype: t
     rows = min(num_rows, _most_rows(vocabulary, device))
     logits = rows * vocabulary * torch.float32.itemsize
     # On a CPU a tile of logits on their way to the next step, its gradient, and weights that were converted; elsewhere
-    # a tile is all of the chunk's logits: in float32, and in the dtype of the product.
+    # a tile is all of the chunk's logits: in float32, and in the dtype of the GEMM.
     cpu_tiles = 3 * min(TILE_BYTES["cpu"], logits)
     tiles = cpu_tiles if device == "cpu" else logits + rows * vocabulary * dtype.itemsize
     return logits + tiles + 2 * rows * hidden_size * torch.float32.itemsize
@@ -227,7 +227,7 @@ def _columns_of_labels(labels_n: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
 
 
 class _Weight:
-    """The head's weight in slices of the vocabulary ("tiles"), each in the dtype of the product when it is used."""
+    """The head's weight in slices of the vocabulary ("tiles"), each in the dtype of the GEMM when it is used."""
 
     def __init__(self, weight_VD: Tensor, x_nD: Tensor) -> None:
         self._weight_VD = weight_VD

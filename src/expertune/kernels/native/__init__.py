@@ -24,8 +24,8 @@ __all__ = [
     "dequantize",
     "dequantize_absmax",
     "dropout",
+    "grouped_gemm",
     "outer",
-    "product",
     "quantize",
     "status",
     "swiglu",
@@ -42,7 +42,7 @@ class Update(NamedTuple):
 
     Attributes:
         h_Rr: float32 [R, r], already scaled.
-        b: float32, contiguous: [E, column_end - column, r] where the product is transposed, [E, r, column_end - column]
+        b: float32, contiguous: [E, column_end - column, r] where the GEMM is transposed, [E, r, column_end - column]
             where it is not.
         column, column_end: the columns of y.
     """
@@ -100,7 +100,7 @@ def dequantize(weight: Nf4Bytes, index: int, rows: tuple[int, int], columns: tup
     )
 
 
-def product(
+def grouped_gemm(
     x: Tensor,
     weight: Nf4Bytes | Tensor,
     offsets_E: Tensor,
@@ -148,7 +148,7 @@ def product(
         num_updates=len(held),
         threads=torch.get_num_threads(),
     )
-    _call("expertune_product", ctypes.byref(arguments))
+    _call("expertune_grouped_gemm", ctypes.byref(arguments))
 
 
 def outer(u_Rp: Tensor, v: Tensor, offsets_E: Tensor, out_Epq: Tensor, index: Tensor | None = None) -> None:
@@ -255,7 +255,7 @@ class _Nf4(ctypes.Structure):
 
 
 class _Update(ctypes.Structure):
-    """`Update` of product.c."""
+    """`Update` of grouped_gemm.c."""
 
     _fields_ = (
         ("h", ctypes.c_void_p),
@@ -265,7 +265,7 @@ class _Update(ctypes.Structure):
 
 
 class _Product(ctypes.Structure):
-    """`Product` of product.c."""
+    """`Product` of grouped_gemm.c."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "index", "offsets", "nf4", "dense", "updates", "y")),

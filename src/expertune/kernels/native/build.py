@@ -26,7 +26,7 @@ from expertune.kernels.cache import cache_folder, why_not_private
 from expertune.kernels.cpu import cpu_instruction_sets
 
 FOLDER = Path(__file__).parent
-SOURCES = ("nf4.c", "product.c", "swiglu.c", "dropout.c")
+SOURCES = ("nf4.c", "grouped_gemm.c", "swiglu.c", "dropout.c")
 HEADERS = ("common.h",)
 # No contraction into fused multiply-add where the source does not ask for it: scales must round as bitsandbytes' do.
 FLAGS = (

@@ -1,4 +1,4 @@
-/* SwiGLU between the products, and its gradient in place: out = gate * sigmoid(gate) * up. */
+/* SwiGLU between the GEMMs, and its gradient in place: out = gate * sigmoid(gate) * up. */
 #include "common.h"
 
 /* exp to about one unit in the last place: 2**n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes, expf). */

@@ -7,7 +7,7 @@ absmax values, less their mean, are themselves held in 8 bits, 256 to a block.
 MXFP4 (OCP Microscaling Formats 1.0), in which some checkpoints are published, is a second codebook behind the same
 operations: blocks of 32, whose scale is a power of two. Its blocks are kept as they are, never quantized anew.
 
-`Nf4Stack` holds M such matrices of one shape, and is what the grouped products read. Layout:
+`Nf4Stack` holds M such matrices of one shape, and is what the grouped GEMMs read. Layout:
 
     packed         uint8   [M, N, K/2]        row-major; no block crosses a row, no row crosses a matrix
     absmax         uint8   [M, N*K/64]        8-bit codes of the absmax (float32 itself without double quantization)

@@ -64,7 +64,7 @@ def dequantize_absmax(weight: Nf4Bytes, index: int) -> Tensor:
 def dequantize(weight: Nf4Bytes, index: int, out: Tensor, rows: slice, columns: slice) -> Tensor:
     """Part of one matrix into `out`; see `expertune.kernels.nf4.dequantize`.
 
-    A tile of a few MiB that is written again and again stays in cache, from where the product after it reads it.
+    A tile of a few MiB that is written again and again stays in cache, from where the GEMM after it reads it.
     """
     if native.available() and out.dtype != torch.float16:
         native.dequantize(weight, index, (rows.start, rows.stop), (columns.start, columns.stop), out)

@@ -1,10 +1,10 @@
-"""Grouped products of the GPU, with 4-bit and with dequantized weights, against plain float32 arithmetic row by row."""
+"""Grouped GEMMs of the GPU, with 4-bit and with dequantized weights, against plain float32 arithmetic row by row."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from expertune.kernels.gpu.product import Dequantized, Update, product, product_transposed
+from expertune.kernels.gpu.grouped_gemm import Dequantized, Update, grouped_gemm, input_gradient
 from expertune.kernels.nf4 import Nf4Bytes
 
 from .conftest import RELATIVE, assert_near, dense, nan, routing, stack_of
@@ -29,7 +29,7 @@ def test_rows_meet_the_matrices_of_their_expert(dtype, dequantized, parts, rows,
     weight, routed = stack_of(len(COUNTS) * parts, rows, columns).bytes, routing(COUNTS, tokens=13)
     x = torch.randn(13, columns).to(dtype)
     out = nan(sum(COUNTS), parts * rows, dtype=dtype)
-    product(x, held(weight, dequantized, dtype), routed.offsets_E, out, token_R=routed.token_R)
+    grouped_gemm(x, held(weight, dequantized, dtype), routed.offsets_E, out, token_R=routed.token_R)
     assert_near(out, rowwise(x[routed.token_R], routed.expert_R, dense(weight, dtype), parts), RELATIVE[dtype])
 
 
@@ -43,11 +43,11 @@ def test_low_rank_updates_reach_their_own_part_scaled(dtype, ranks):
         for part, rank in enumerate(ranks)
     ]
     out = nan(sum(COUNTS), parts * rows)
-    product(x, weight, routed.offsets_E, out, updates)
+    grouped_gemm(x, weight, routed.offsets_E, out, updates)
     expected = rowwise(x, routed.expert_R, dense(weight, dtype), parts).view(-1, parts, rows)
     for u in updates:
         expected[:, u.part] += u.scaling * torch.einsum("rp,rnp->rn", u.low_Rr, u.factor[routed.expert_R])
-    # Beside 16-bit products the update keeps 16 bits of its own; here the sum is not rounded.
+    # Beside 16-bit GEMMs the update keeps 16 bits of its own; here the sum is not rounded.
     assert_near(out, expected.flatten(1), 2e-6 if dtype == torch.float32 else 2e-5)
 
 
@@ -58,7 +58,9 @@ def test_gate_and_the_routers_weight_are_applied_before_rounding(dtype, dequanti
     x, router_R = torch.randn(13, columns).to(dtype), torch.rand(sum(COUNTS))
     updates = [Update(torch.randn(sum(COUNTS), 4), torch.randn(len(COUNTS), rows, 4), part, 2.0) for part in (0, 1)]
     out = nan(sum(COUNTS), rows)
-    product(x, held(weight, dequantized, dtype), routed.offsets_E, out, updates, routed.token_R, router_R, swiglu=True)
+    grouped_gemm(
+        x, held(weight, dequantized, dtype), routed.offsets_E, out, updates, routed.token_R, router_R, swiglu=True
+    )
     both = rowwise(x[routed.token_R], routed.expert_R, dense(weight, dtype), 2).view(-1, 2, rows)
     for u in updates:
         both[:, u.part] += u.scaling * torch.einsum("rp,rnp->rn", u.low_Rr, u.factor[routed.expert_R])
@@ -68,17 +70,17 @@ def test_gate_and_the_routers_weight_are_applied_before_rounding(dtype, dequanti
 
 @pytest.mark.parametrize("dequantized", [False, True], ids=["nf4", "dequantized"])
 @pytest.mark.parametrize(("parts", "rows", "columns"), [(1, 40, 64), (2, 32, 192)])
-def test_transposed_product_sums_over_all_parts(dtype, dequantized, parts, rows, columns):
+def test_input_gradient_sums_over_all_parts(dtype, dequantized, parts, rows, columns):
     weight, routed = stack_of(len(COUNTS) * parts, rows, columns).bytes, routing(COUNTS, tokens=13)
     dy = torch.randn(13, parts * rows).to(dtype)
     out = nan(sum(COUNTS), columns, dtype=dtype)
-    product_transposed(dy, held(weight, dequantized, dtype), routed.offsets_E, out, routed.token_R)
+    input_gradient(dy, held(weight, dequantized, dtype), routed.offsets_E, out, routed.token_R)
     stacked = dense(weight, dtype).float().view(-1, parts * rows, columns)
     expected = torch.einsum("rn,rnk->rk", dy[routed.token_R].float(), stacked[routed.expert_R])
     assert_near(out, expected, RELATIVE[dtype])
     start = torch.randn_like(expected)
     added = start.clone()
-    product_transposed(dy, held(weight, dequantized, dtype), routed.offsets_E, added, routed.token_R, add=True)
+    input_gradient(dy, held(weight, dequantized, dtype), routed.offsets_E, added, routed.token_R, add=True)
     assert_near(added - start, expected, 2e-6)
 
 
@@ -89,7 +91,7 @@ def test_some_experts_leave_other_experts_rows_alone(dtype):
     weights = dense(weight, dtype)
     for each in (weight, Dequantized(weights[chosen], first=2)):
         out = nan(sum(COUNTS), 32)
-        product(x, each, routed.offsets_E, out, experts=chosen)
+        grouped_gemm(x, each, routed.offsets_E, out, experts=chosen)
         assert_near(out[here], rowwise(x, routed.expert_R, weights, 1)[here], 2e-6)
         assert out[~here].isnan().all()
 
@@ -98,8 +100,8 @@ def test_without_double_quantization_the_scales_are_taken_as_they_are(dtype):
     weight, routed = stack_of(len(COUNTS), 32, 128, double_quantization=False).bytes, routing(COUNTS, tokens=13)
     x, dy = torch.randn(sum(COUNTS), 128).to(dtype), torch.randn(sum(COUNTS), 32).to(dtype)
     out, dx = nan(sum(COUNTS), 32), nan(sum(COUNTS), 128)
-    product(x, weight, routed.offsets_E, out)
-    product_transposed(dy, weight, routed.offsets_E, dx)
+    grouped_gemm(x, weight, routed.offsets_E, out)
+    input_gradient(dy, weight, routed.offsets_E, dx)
     weights = dense(weight, dtype)
     assert_near(out, rowwise(x, routed.expert_R, weights, 1), 2e-6)
     assert_near(dx, torch.einsum("rn,rnk->rk", dy.float(), weights.float()[routed.expert_R]), 2e-6)
@@ -108,8 +110,8 @@ def test_without_double_quantization_the_scales_are_taken_as_they_are(dtype):
 def test_no_rows_at_all_is_no_work():
     weight = stack_of(3, 32, 64).bytes
     out = nan(0, 32)
-    product(torch.empty(0, 64), weight, torch.zeros(3, dtype=torch.int64), out)
-    product_transposed(torch.empty(0, 32), weight, torch.zeros(3, dtype=torch.int64), nan(0, 64))
+    grouped_gemm(torch.empty(0, 64), weight, torch.zeros(3, dtype=torch.int64), out)
+    input_gradient(torch.empty(0, 32), weight, torch.zeros(3, dtype=torch.int64), nan(0, 64))
 
 
 def test_stack_beyond_two_to_the_31_bytes_is_addressed():
@@ -122,8 +124,8 @@ def test_stack_beyond_two_to_the_31_bytes_is_addressed():
     x, dy = torch.randn(5, 64), torch.randn(5, 16)
     for weight in (small.bytes, far):
         out, dx = nan(5, 16), nan(5, 64)
-        product(x, weight, routed.offsets_E, out)
-        product_transposed(dy, weight, routed.offsets_E, dx)
+        grouped_gemm(x, weight, routed.offsets_E, out)
+        input_gradient(dy, weight, routed.offsets_E, dx)
         matrix = dense(small.bytes)[2]
         assert_near(out, x @ matrix.t(), 2e-6)
         assert_near(dx, dy @ matrix, 2e-6)
@@ -132,4 +134,6 @@ def test_stack_beyond_two_to_the_31_bytes_is_addressed():
 def test_dequantized_weights_of_other_experts_are_refused():
     weights = dense(stack_of(4, 16, 64).bytes)
     with pytest.raises(ValueError, match="dequantized weights begin at expert 0, rows at expert 1"):
-        product(torch.empty(2, 64), Dequantized(weights), torch.tensor([1, 2, 2, 2]), nan(2, 16), experts=slice(1, 3))
+        grouped_gemm(
+            torch.empty(2, 64), Dequantized(weights), torch.tensor([1, 2, 2, 2]), nan(2, 16), experts=slice(1, 3)
+        )

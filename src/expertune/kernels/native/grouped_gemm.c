@@ -1,4 +1,4 @@
-/* Grouped products in float32: y[rows of e] = x[rows of e] @ B[e], dequantizing B a panel at a time inside the loop.
+/* Grouped GEMMs in float32: y[rows of e] = x[rows of e] @ B[e], dequantizing B a panel at a time inside the loop.
 
    The plan is that of Goto and van de Geijn (2008): B is brought into panels of 16 columns that stay in the first-level
    cache, x into panels of 6 rows that stay in the second, and a kernel of 12 accumulators runs over the contraction. What
@@ -304,7 +304,7 @@ static int64_t item_columns(const Product *p)
     return (width < 1 ? 1 : width > 16 ? 16 : width) * STRIPE;
 }
 
-EXPORT void expertune_product(const Product *p)
+EXPORT void expertune_grouped_gemm(const Product *p)
 {
     int64_t width = item_columns(p), across = (p->columns + width - 1) / width;
 #pragma omp parallel num_threads(p->threads)

@@ -1,7 +1,7 @@
-"""Grouped products with 4-bit or dequantized weights, all experts in one launch: y = x @ W[e].T, and dx = dy @ W[e].
+"""Grouped GEMMs with 4-bit or dequantized weights, all experts in one launch: y = x @ W[e].T, and dx = dy @ W[e].
 
 Persistent programs walk over tiles that they find on the device. With NF4 bytes a tile of weights is dequantized in
-registers, inside the loop of the product, and each weight is rounded once, to the bits that bitsandbytes'
+registers, inside the loop of the GEMM, and each weight is rounded once, to the bits that bitsandbytes'
 dequantization gives; scales are loaded one step ahead. With dequantized weights the same loop is an ordinary grouped
 GEMM. Low-rank updates, the gate, and the router's weight are applied to the sums before they are rounded.
 
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertune.kernels.gpu.configs import product_config
+from expertune.kernels.gpu.configs import gemm_config
 from expertune.kernels.gpu.launch import launch, target_of
 from expertune.kernels.gpu.nf4 import dequantize_tile, load_scales, tables
 from expertune.kernels.gpu.tiles import expert_tiles, locate
@@ -26,7 +26,7 @@ from expertune.kernels.nf4.bytes import Nf4Bytes
 
 
 class Update(NamedTuple):
-    """A low-rank update of one part of `product`'s output: out += scaling * low @ factor[e].T.
+    """A low-rank update of one part of `grouped_gemm`'s output: out += scaling * low @ factor[e].T.
 
     Attributes:
         low_Rr: x @ A, [R, r], rows sorted by expert, contiguous.
@@ -54,7 +54,7 @@ class Dequantized(NamedTuple):
 
 
 @triton.jit
-def product_kernel(
+def grouped_gemm_kernel(
     x_ptr,
     token_ptr,
     weight_ptr,
@@ -181,7 +181,7 @@ def product_kernel(
             else:
                 w0 = tl.load(w0_ptrs, mask=n_mask[:, None], other=0)
             if NF4:
-                # The next step's scales, asked for before this step's product: their two lookups are not waited for.
+                # The next step's scales, asked for before this step's GEMM: their two lookups are not waited for.
                 block += SCALES
                 blocks = first_blocks + block[None, :]
                 ahead = n_mask[:, None] & (block < num_columns // 64)[None, :]
@@ -256,7 +256,7 @@ def accurate_dot(acc, a, b, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def product_transposed_kernel(
+def input_gradient_kernel(
     dy_ptr,
     token_ptr,
     weight_ptr,
@@ -353,7 +353,7 @@ def product_transposed_kernel(
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
-def product(
+def grouped_gemm(
     x: Tensor,
     weight: Nf4Bytes | Dequantized,
     offsets_E: Tensor,
@@ -368,7 +368,7 @@ def product(
     """out = x @ W[e].T with low-rank updates, for each row's expert e; the P parts of an expert side by side.
 
     Args:
-        x: [R, K], or [T, K] with `token_R`; its dtype is the dtype of the product.
+        x: [R, K], or [T, K] with `token_R`; its dtype is the dtype of the GEMM.
         weight: E * P matrices [N, K], 4-bit, or dequantized ones of `experts`.
         offsets_E: int64 [E], the end of each expert's rows.
         out: [R, P * N], or [R, N] of silu(part 0) * part 1 if `swiglu`; of any floating dtype, its rows may lie apart.
@@ -380,11 +380,11 @@ def product(
         base: [R, P * N], what the sums begin with in place of zero.
     """
     held, plan = _weights(weight, offsets_E, experts)
-    config = product_config(target_of(x.device), x.dtype, plan.nf4, swiglu, False, out.shape[0] / offsets_E.shape[0])
+    config = gemm_config(target_of(x.device), x.dtype, plan.nf4, swiglu, False, out.shape[0] / offsets_E.shape[0])
     by_part = {update.part: update for update in updates}
     first, second = by_part.get(0), by_part.get(1)
     launch(
-        product_kernel,
+        grouped_gemm_kernel,
         (config.programs,),
         x,
         token_R,
@@ -426,7 +426,7 @@ def product(
     )
 
 
-def product_transposed(
+def input_gradient(
     dy: Tensor,
     weight: Nf4Bytes | Dequantized,
     offsets_E: Tensor,
@@ -438,18 +438,18 @@ def product_transposed(
     """out = dy @ W[e], the P matrices of an expert one below the other.
 
     Args:
-        dy: [R, P * N], or [T, P * N] with `token_R`; its dtype is the dtype of the product.
-        weight: see `product`.
-        offsets_E: see `product`.
+        dy: [R, P * N], or [T, P * N] with `token_R`; its dtype is the dtype of the GEMM.
+        weight: see `grouped_gemm`.
+        offsets_E: see `grouped_gemm`.
         out: [R, K], of any floating dtype.
-        token_R: see `product`.
-        experts: see `product`.
+        token_R: see `grouped_gemm`.
+        experts: see `grouped_gemm`.
         add: to what `out` holds.
     """
     held, plan = _weights(weight, offsets_E, experts)
-    config = product_config(target_of(dy.device), dy.dtype, plan.nf4, False, True, out.shape[0] / offsets_E.shape[0])
+    config = gemm_config(target_of(dy.device), dy.dtype, plan.nf4, False, True, out.shape[0] / offsets_E.shape[0])
     launch(
-        product_transposed_kernel,
+        input_gradient_kernel,
         (config.programs,),
         dy,
         token_R,
@@ -486,7 +486,7 @@ def padded(size: int) -> int:
 
 
 def padded_rank(low_Rr: Tensor) -> int:
-    """The least inner size of a product in which the rank fits."""
+    """The least inner size of a GEMM in which the rank fits."""
     return padded(low_Rr.shape[1])
 
 
