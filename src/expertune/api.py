@@ -53,9 +53,8 @@ from expertune.run.source import load_run
 from expertune.storage import notify_if_it_fails, storage_errors_named
 from expertune.train.callbacks import History, ProgressBar, peak_memory_bytes
 from expertune.train.checkpoints import ResumePoint, find_resume_point, require_state_to_go_on
-from expertune.train.ladder import Change
 from expertune.train.offload import has_separate_host
-from expertune.train.recover import Recovery
+from expertune.train.oom import Change, OutOfMemory
 from expertune.train.schedule import Evaluations, check_schedule, evaluates_at_ends, lower_is_better
 from expertune.train.trackers import Trackers
 from expertune.train.trainer import ExpertTrainer, training_arguments
@@ -148,7 +147,7 @@ def _finetune(context: RunContext) -> None:
 
     _record_notes(context, plan.micro_batch, point)
     _train(context, inputs, model, held_out, recovery, point)
-    recovery.anew("checkpoint", partial(_write_adapter, model, output_dir / ADAPTER_FOLDER))
+    recovery.retry("checkpoint", partial(_write_adapter, model, output_dir / ADAPTER_FOLDER))
 
     if config.task.metric and held_out:
         record.update("task", after=held_out.score(step=record["train"]["steps"]))
@@ -208,7 +207,7 @@ def _write_adapter(model: ExpertPeftModel, folder: Path) -> None:
 
 def _load_and_adapt(
     context: RunContext, inputs: Inputs, placement: Mapping[str, Location]
-) -> tuple[ExpertPeftModel, Recovery]:
+) -> tuple[ExpertPeftModel, OutOfMemory]:
     """Load, attach and check; from here on, what is done when memory runs out."""
     config, record, source = context.config, context.record, inputs.source
     started = time.monotonic()
@@ -223,7 +222,7 @@ def _load_and_adapt(
         require_no_leakage(loaded.model)
     probe = probe_batch(context, inputs)
     recovery = _recovery(context, loaded.model)
-    base_logits, probe = recovery.proof_batch(partial(probe_logits, loaded.model), probe)
+    base_logits, probe = recovery.preflight(partial(probe_logits, loaded.model), probe)
     set_seed(context.seed)
     model = attach(loaded, config.lora, config.model, source.revision)
     if uses_checkpointing(config.training) and model.get_base_model().supports_gradient_checkpointing:
@@ -231,7 +230,7 @@ def _load_and_adapt(
         model.activation_checkpointing_enable()
     # Nothing that changes a logit may change between the two forwards of the base model.
     with context.bars.task("preflight check", "passes") as progress:
-        found = recovery.anew("proof", lambda: preflight(model, probe, base_logits, progress))
+        found = recovery.retry("proof", lambda: preflight(model, probe, base_logits, progress))
     record.update("model", dtype=str(model.dtype), unexpected_tensors=loaded.unexpected)
     record.update("preflight", **found)
     learning = found["learning"]
@@ -247,7 +246,7 @@ def _load_and_adapt(
     return model, recovery
 
 
-def _recovery(context: RunContext, model: nn.Module) -> Recovery:
+def _recovery(context: RunContext, model: nn.Module) -> OutOfMemory:
     """What a run does when memory runs out: each change is shown, and kept in the record."""
     record = context.record
     recoveries = record.values.get("train", {}).get("recoveries", [])
@@ -259,8 +258,8 @@ def _recovery(context: RunContext, model: nn.Module) -> Recovery:
         record.update("train", recoveries=recoveries)
 
     offload = context.config.offload_activations
-    recovery = Recovery(model, context.device, offload, earlier=recoveries, tell=keep)
-    recovery.ladder.run_dir = context.config.output_dir
+    recovery = OutOfMemory(model, context.device, offload, earlier=recoveries, notify=keep)
+    recovery.run_dir = context.config.output_dir
     return recovery
 
 
@@ -269,7 +268,7 @@ def _train(
     inputs: Inputs,
     model: ExpertPeftModel,
     held_out: HeldOut | None,
-    recovery: Recovery,
+    recovery: OutOfMemory,
     point: ResumePoint | None,
 ) -> None:
     config, record, device = context.config, context.record, context.device

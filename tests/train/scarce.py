@@ -1,19 +1,15 @@
-"""Memory that runs out on purpose: the expert layer's operator fails where a batch is too large for it, or any operator
-where a test says so.
-"""
+"""Memory that runs out on purpose: the expert layer's operator fails where a batch is too large for it."""
 
 import inspect
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertune import api, finetune
 from expertune.config import parse_config
@@ -21,9 +17,9 @@ from expertune.experts import module
 from expertune.generation import greedy as decoding
 from expertune.run.record import RunRecord
 
-# Any row of the fixture fits, two of them do not.
-ONE_ROW = 24
-NO_ROW = 4
+# Any sequence of the fixture fits, two of them do not.
+ONE_SEQUENCE = 24
+NO_SEQUENCE = 4
 
 SMALL = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
 
@@ -60,7 +56,7 @@ def generating(scarce: "Scarce") -> bool:
     return scarce.generating
 
 
-def elsewhere(scarce: "Scarce") -> bool:
+def outside_training(scarce: "Scarce") -> bool:
     """Without gradients, before or after training, and not generating."""
     return scarce.trainer is None and not scarce.generating and not torch.is_grad_enabled()
 
@@ -136,63 +132,5 @@ class Scarce:
 
         patch.setattr(module, "expert_mlp", expert_mlp)
         patch.setattr(decoding, "greedy", marked)
-        patch.setattr(api, "ExpertTrainer", Trainer)
-        return self
-
-
-class ScarceOperators(TorchDispatchMode):
-    """Operators fail before they run, as where they cannot allocate what they return.
-
-    Args:
-        fails: whether an operator fails, by its number, from 0, and how often it has failed already; one that is
-            run again keeps its number. Those that write several tensors allocate nothing, and do not fail.
-        error: makes what is raised.
-    """
-
-    def __init__(self, fails: Callable[[int, int], bool], error: Callable[[], Exception] = out_of_memory) -> None:
-        super().__init__()
-        self.fails, self.error = fails, error
-        self.num_failures = self.num_operators = 0
-        self._tries = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        written = [
-            str(argument.type)
-            for argument in func._schema.arguments
-            if argument.alias_info and argument.alias_info.is_write
-        ]
-        writes_several = len(written) > 1 or any(kind.startswith("List") for kind in written)
-        if not writes_several and self.fails(self.num_operators, self._tries):
-            self._tries += 1
-            self.num_failures += 1
-            raise self.error()
-        self._tries = 0
-        self.num_operators += 1
-        return func(*args, **(kwargs or {}))
-
-    def install(self, patch: pytest.MonkeyPatch, clipping: bool = False) -> "ScarceOperators":
-        """Around optimizer updates, or around the clipping of gradients."""
-        scarce = self
-
-        class Trainer(api.ExpertTrainer):
-            def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-                optimizer = super().create_optimizer(*args, **kwargs)
-                step = optimizer.step
-
-                def update(_: Any, *args: Any, **kwargs: Any) -> Any:
-                    with scarce:
-                        return step(*args, **kwargs)
-
-                if not clipping and not hasattr(step, "scarce"):
-                    update.scarce = True  # type: ignore[attr-defined]
-                    optimizer.step = MethodType(update, optimizer)  # type: ignore[method-assign]
-                return optimizer
-
-            def _clip_grad_norm(self, model: Any) -> Any:
-                if not clipping:
-                    return super()._clip_grad_norm(model)
-                with scarce:
-                    return super()._clip_grad_norm(model)
-
         patch.setattr(api, "ExpertTrainer", Trainer)
         return self

@@ -17,7 +17,7 @@ from expertune.evaluation.scoring import evaluation_loss, score_task
 from expertune.objectives.chunked_loss import LanguageModelLoss
 from expertune.planning.settings import training_argument
 from expertune.run.progress import Bars
-from expertune.train.recover import Recovery
+from expertune.train.oom import OutOfMemory
 from expertune.train.schedule import metric_names, scores_in_training
 
 
@@ -45,7 +45,7 @@ class HeldOut:
         model: ExpertPeftModel,
         tokenizer: PreTrainedTokenizerBase,
         rows: TokenizedRows,
-        recovery: Recovery,
+        recovery: OutOfMemory,
         bars: Bars,
     ) -> None:
         self.dataset = make_dataset(rows, config.data)
@@ -74,7 +74,7 @@ class HeldOut:
                 self._collator,
                 self._batch_size,
                 self._in_chunks.summed,
-                partial(self._recovery.evaluation, step=step),
+                partial(self._recovery.in_parts, "evaluation", step=step),
                 progress,
             )
 
@@ -90,7 +90,7 @@ class HeldOut:
         what = "scoring the base model" if base_only else "scoring the adapter"
         with _adapter_switched(self._model, off=base_only), self._bars.task(what, "rows answered") as progress:
             progress(0, len(self._rows.rows[: task.rows]))
-            in_parts = partial(self._recovery.generation, step=step)
+            in_parts = partial(self._recovery.in_parts, "generation", step=step)
             return score_task(self._model, self._tokenizer, self._rows.rows, task, progress, in_parts)
 
     def metrics(self, step: int) -> dict[str, float]:

@@ -45,7 +45,7 @@ def evaluation_loss(
         collator: rows -> batch, as `expertune.data.make_collator` returns it.
         batch_size: rows of a batch.
         in_chunks: takes a batch's loss without its logits, as `LanguageModelLoss.summed` does.
-        in_parts: may cut a batch where memory does not suffice, as `expertune.train.recover.Recovery.evaluation` does.
+        in_parts: may split a batch where memory does not suffice, as `expertune.train.oom.OutOfMemory.in_parts` does.
         progress: called with (rows done, rows in all) after each batch.
 
     Returns:

@@ -45,7 +45,7 @@ def complete(
         max_new_tokens: the longest answer. An answer also ends where the model's context does.
         batch_size: prompts answered at once.
         progress: called with (prompts answered, prompts in all) after each batch.
-        in_parts: may cut a batch where memory does not suffice, as `expertune.train.recover.Recovery.generation` does.
+        in_parts: may split a batch where memory does not suffice, as `expertune.train.oom.OutOfMemory.in_parts` does.
 
     Returns:
         The text of each completion, in the order of `prompts`, without the prompt and without special tokens.

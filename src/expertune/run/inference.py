@@ -34,8 +34,7 @@ from expertune.run.directory import ADAPTER_FOLDER
 from expertune.run.progress import Bars
 from expertune.run.record import RunRecord
 from expertune.run.source import recorded_values
-from expertune.train.ladder import Change
-from expertune.train.recover import Recovery
+from expertune.train.oom import Change, OutOfMemory
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def evaluate(
         _say_aside(change)
         changes.append(change)
 
-    recovery = Recovery(run.model, default_device(), tell=tell)
+    recovery = OutOfMemory(run.model, default_device(), notify=tell)
     held_out = HeldOut(run.config, run.model, run.tokenizer, eval_rows, recovery, Bars(Console(stderr=True)))
     result["loss"] = held_out.loss(step, base_only)
     if run.config.task.metric:
@@ -186,8 +185,8 @@ def generate(
         DoesNotFitError: memory ran out, and nothing that could be changed is left.
     """
     run = open_run(run_dir, adapter, trust_remote_code, other_base, model)
-    recovery = Recovery(run.model, default_device(), tell=_say_aside)
-    in_parts = partial(recovery.generation, step=0 if base_only else _steps_of(run.record, adapter))
+    recovery = OutOfMemory(run.model, default_device(), notify=_say_aside)
+    in_parts = partial(recovery.in_parts, "generation", step=0 if base_only else _steps_of(run.record, adapter))
     ids = encode_prompt(render_prompt(prompt, run.data, run.tokenizer), run.tokenizer)
     with run.model.disable_adapter() if base_only else nullcontext():
         return complete(run.model, run.tokenizer, [ids], max_new_tokens, in_parts=in_parts)[0]

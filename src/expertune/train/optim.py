@@ -1,8 +1,14 @@
 """What an optimizer's name under `training.optim` stands for.
 
 transformers builds the optimizer from its name, with two parameter groups: with weight decay and without. Here stands
-what the trainer and the plan both need to know of it: the default, the replacement without CUDA, and the state's bytes.
+what the trainer and the plan both need to know of it: the default, the replacement without CUDA, the state's bytes, and
+how the state is allocated before the first update.
 """
+
+import inspect
+from typing import Any
+
+import torch
 
 _DEFAULT = {"cpu": "adamw_torch", "cuda": "paged_adamw_8bit"}
 
@@ -36,3 +42,39 @@ def state_bytes(name: str, num_parameters: int, itemsize: int, device_type: str)
     name = usable_optimizer(name.lower(), device_type)
     numbers = 0 if name == "sgd" else next((n for part, n in _STATE_NUMBERS.items() if part in name), 2)
     return int(num_parameters * numbers * (_BYTES_8BIT if "8bit" in name else itemsize))
+
+
+def allocate_states(optimizer: Any) -> None:
+    """Allocate the states that an optimizer's first update would allocate, with the values that it would give them.
+
+    torch's optimizers do this in `_init_group` (read in torch 2.9 to 2.13), which looks at the gradients' shapes alone;
+    bitsandbytes' in `init_state` (read in 0.50). Other optimizers allocate in their first update: transformers'
+    Adafactor, torch's SGD with momentum, and those of further packages.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    groups = optimizer.param_groups
+    new = [parameter for group in groups for parameter in group["params"] if not optimizer.state.get(parameter)]
+    try:
+        if hasattr(optimizer, "init_state"):
+            if not optimizer.initialized:
+                optimizer.check_overrides()
+                optimizer.to_gpu()
+                optimizer.initialized = True
+            for number, group in enumerate(groups):
+                for index, parameter in enumerate(group["params"]):
+                    if not optimizer.state.get(parameter):
+                        optimizer.init_state(group, parameter, number, index)
+        elif hasattr(optimizer, "_init_group"):
+            for parameter in new:
+                parameter.grad = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand_as(parameter)
+            num_lists = len(inspect.signature(optimizer._init_group).parameters) - 1
+            with torch.no_grad():
+                for group in groups:
+                    optimizer._init_group(group, *([] for _ in range(num_lists)))
+    except Exception:
+        for parameter in new:
+            optimizer.state.pop(parameter, None)
+        raise
+    finally:
+        for parameter in new:
+            parameter.grad = None

@@ -20,13 +20,13 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.config.training_keys import unused_keys
+from expertune.data.split import Batch
 from expertune.errors import CheckpointError, ConfigError, NonFiniteGradientError, NonFiniteLossError
 from expertune.objectives.chunked_loss import LanguageModelLoss
 from expertune.storage import storage_errors_named
 from expertune.train.best import BestCheckpointHere
 from expertune.train.callbacks import History
 from expertune.train.checkpoints import STAGING_NAME, last_good_checkpoint, publish, seal, verify
-from expertune.train.cut import Batch
 from expertune.train.finite import (
     gradients_of,
     in_words,
@@ -36,9 +36,8 @@ from expertune.train.finite import (
     trained_weights_of,
 )
 from expertune.train.offload import activations_on_host
+from expertune.train.oom import OutOfMemory, RandomState
 from expertune.train.optim import default_optimizer, usable_optimizer
-from expertune.train.out_of_memory import RandomState
-from expertune.train.recover import Recovery
 
 Dataset = Sequence[Mapping[str, Any]]
 
@@ -66,7 +65,7 @@ class ExpertTrainer(Trainer):
         history: filled step by step.
         row_places: says where a row came from, by row id; for the message of a loss that is not finite.
         loss: how the model's loss is taken; None means in chunks, where that is the same.
-        recovery: what is done when memory runs out; None means the whole ladder, with nothing said.
+        recovery: what is done when memory runs out; None means every fallback, without messages.
     """
 
     def __init__(
@@ -79,9 +78,9 @@ class ExpertTrainer(Trainer):
         history: History,
         row_places: Callable[[int], str],
         loss: LanguageModelLoss | None = None,
-        recovery: Recovery | None = None,
+        recovery: OutOfMemory | None = None,
     ) -> None:
-        self.recovery = recovery or Recovery(model, next(model.parameters()).device)
+        self.recovery = recovery or OutOfMemory(model, next(model.parameters()).device)
         super().__init__(
             model=model,
             args=args,
@@ -115,7 +114,7 @@ class ExpertTrainer(Trainer):
         """
         if resumed_from := kwargs.get("resume_from_checkpoint"):
             self.add_callback(BestCheckpointHere(Path(self.args.output_dir), Path(resumed_from)))
-        with self.recovery.stops_clearly():
+        with self.recovery.reraise():
             result = super().train(*args, **kwargs)
         self._require_finite_weights()
         self._drop_old_checkpoints()  # a run that was killed between its last checkpoint and here has not
@@ -145,7 +144,7 @@ class ExpertTrainer(Trainer):
             DoesNotFitError: see `train`.
         """
 
-        def again() -> None:
+        def reset() -> None:
             model.zero_grad()
             self.history.drop_step()
             self._step_row_ids = []
@@ -153,7 +152,7 @@ class ExpertTrainer(Trainer):
         def compute(part: Batch) -> Tensor:
             return self._forward_and_backward(model, dict(part), num_items_in_batch)
 
-        return self.recovery.micro_batch(compute, inputs, again, self._why_whole(num_items_in_batch))
+        return self.recovery.step(compute, inputs, reset, self._why_whole(num_items_in_batch))
 
     def _forward_and_backward(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
@@ -178,25 +177,14 @@ class ExpertTrainer(Trainer):
     ) -> Any:
         """The model's loss on a micro-batch, without the logits unless its outputs are asked for."""
         with (
-            activations_on_host(model) if self.recovery.ladder.offload else nullcontext(),
+            activations_on_host(model) if self.recovery.offload_activations else nullcontext(),
             nullcontext() if return_outputs else self.loss.in_chunks(inputs),
         ):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """transformers' optimizer; an update of it in which memory runs out is taken to its end."""
-        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        self.recovery.guard(optimizer)
-        return optimizer
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        with self.recovery.operators("clipping"):
-            return super()._clip_grad_norm(model)
-
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        with self.recovery.operators("clipping"):
-            norm = super()._get_grad_norm(model, grad_norm)
-            self._require_finite_gradients(model, norm)
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._require_finite_gradients(model, norm)
         return norm
 
     def _require_finite_gradients(self, model: nn.Module, norm: Tensor | float | None) -> None:
@@ -288,8 +276,8 @@ class ExpertTrainer(Trainer):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Written beside and renamed, so that one that was begun can be begun again.
-        self.recovery.anew("checkpoint", lambda: self._write_checkpoint(model, trial))
+        # Written beside and renamed, so that one that failed can be written again.
+        self.recovery.retry("checkpoint", lambda: self._write_checkpoint(model, trial))
 
     def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._require_finite_weights()

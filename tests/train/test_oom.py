@@ -1,7 +1,9 @@
-"""A run that runs out of memory goes on with the next cheaper setting, and ends where it would have ended with it."""
+"""A step that runs out of memory is run again with the next fallback; the run ends as if it had started with it."""
 
+import importlib
 import io
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -10,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from rich.console import Console
@@ -23,16 +26,21 @@ from expertune.experts import module
 from expertune.kernels import routes, workspace
 from expertune.placement import experts as placement
 from expertune.run.record import RunRecord
-from expertune.train import ladder, offload
-from expertune.train.ladder import LEAST_WORKING_SET_BYTES
+from expertune.train import offload, oom
+from expertune.train.oom import RandomState
 from expertune.train.trainer import ExpertTrainer
-from tests.train.scarce import NO_ROW, ONE_ROW, SMALL, Reference, Scarce, adapter_bytes, out_of_memory, run
+from tests.train.scarce import NO_SEQUENCE, ONE_SEQUENCE, SMALL, Reference, Scarce, adapter_bytes, out_of_memory, run
 
 pytestmark = pytest.mark.usefixtures("own_settings")
 
+ADAM = importlib.import_module("torch.optim.adam")
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("layer", [1, 2, 3, 4], ids=["first", "first-deeper", "second", "second-deeper"])
+
+@pytest.mark.parametrize(
+    ("layer", "backward"),
+    [(1, False), (2, True), (3, True), (4, False)],
+    ids=["first forward", "first backward", "second backward", "second forward"],
+)
 def test_step_out_of_memory_ends_as_if_micro_batches_had_been_smaller_from_the_start(
     layer: int,
     backward: bool,
@@ -43,12 +51,12 @@ def test_step_out_of_memory_ends_as_if_micro_batches_had_been_smaller_from_the_s
 ) -> None:
     values["training"] |= {"max_steps": 2}
     small, adapter = reference("two small", **SMALL)
-    scarce = Scarce(ONE_ROW, backward, first_layer=layer).install(monkeypatch)
+    scarce = Scarce(ONE_SEQUENCE, backward, first_layer=layer).install(monkeypatch)
     recovered = run(values, tmp_path / "recovered")
 
-    # Dropout included: what the failed try drew has been put back.
+    # Dropout included: the random state of the step's start was restored.
     assert scarce.num_failures == 1
-    assert scarce.most_seen <= 2 * ONE_ROW
+    assert scarce.most_seen <= 2 * ONE_SEQUENCE
     assert adapter_bytes(tmp_path / "recovered") == adapter
     assert recovered["train"]["loss"] == small["train"]["loss"]
     assert recovered["eval"]["loss"] == small["eval"]["loss"]
@@ -69,7 +77,7 @@ def test_run_that_recovers_midway_gives_the_adapter_of_the_undisturbed_one_to_ro
     values["training"] |= {"max_steps": 4, "eval_strategy": "no"}
     undisturbed = run(values, tmp_path / "undisturbed")
     # Steps 1 and 2 go through whole; step 3 fails in its second micro-batch.
-    scarce = Scarce(32 if packing == "packed" else 64 if packing == "padded" else ONE_ROW, first_layer=11)
+    scarce = Scarce(32 if packing == "packed" else 64 if packing == "padded" else ONE_SEQUENCE, first_layer=11)
     scarce.install(monkeypatch)
     recovered = run(values, tmp_path / "recovered")
 
@@ -88,11 +96,11 @@ def test_run_that_recovers_midway_gives_the_adapter_of_the_undisturbed_one_to_ro
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=2e-6)
 
 
-def test_running_loss_of_transformers_counts_a_step_that_was_taken_again_once(
+def test_running_loss_of_transformers_counts_a_step_that_was_run_again_once(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: dict[str, Any] = {}
-    scarce = Scarce(ONE_ROW, first_layer=3).install(monkeypatch)
+    scarce = Scarce(ONE_SEQUENCE, first_layer=3).install(monkeypatch)
 
     class Watched(api.ExpertTrainer):  # type: ignore[name-defined, misc]
         def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -116,21 +124,21 @@ def test_micro_batches_are_halved_again_until_they_fit(
     values["training"] |= {"max_steps": 2, "save_steps": 2, "eval_strategy": "no"}
     wide = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     _, adapter = reference("two small", **SMALL)
-    scarce = Scarce(ONE_ROW).install(monkeypatch)
+    scarce = Scarce(ONE_SEQUENCE).install(monkeypatch)
     recovered = run(values, tmp_path / "recovered", training=wide)
     assert scarce.num_failures == 2
     first, second = (change["setting"]["micro_batch_tokens"] for change in recovered["train"]["recoveries"])
-    assert first > ONE_ROW >= second
+    assert first > ONE_SEQUENCE >= second
     assert adapter_bytes(tmp_path / "recovered") == adapter
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_failed_try_has_left_nothing_when_the_step_is_taken_again(
+def test_failed_attempt_has_left_nothing_when_the_step_is_run_again(
     backward: bool, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values["training"] |= {"max_steps": 1, "save_steps": 1, "eval_strategy": "no"}
-    scarce = Scarce(ONE_ROW, backward).install(monkeypatch)
-    of_failed_try: list[StorageWeakRef] = []
+    scarce = Scarce(ONE_SEQUENCE, backward).install(monkeypatch)
+    of_failed_attempt: list[StorageWeakRef] = []
     left: list[int] = []
     real = module.expert_mlp
 
@@ -140,28 +148,26 @@ def test_failed_try_has_left_nothing_when_the_step_is_taken_again(
                 workspace.take("held over", 2**16)
                 cycle: list[Any] = [hidden]
                 cycle.append(cycle)
-                of_failed_try.append(StorageWeakRef(hidden.untyped_storage()))
+                of_failed_attempt.append(StorageWeakRef(hidden.untyped_storage()))
             elif not left:
-                left.append(sum(not storage.expired() for storage in of_failed_try))
+                left.append(sum(not storage.expired() for storage in of_failed_attempt))
                 assert "held over" not in vars(workspace._local)
         return real(hidden, *arguments, **kwargs)
 
     monkeypatch.setattr(module, "expert_mlp", watched)
     run(values, tmp_path / "run")
     assert scarce.num_failures == 1
-    assert len(of_failed_try) >= 1
+    assert len(of_failed_attempt) >= 1
     assert left == [0]
 
 
-def test_recovery_is_told_on_the_terminal(
-    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_change_is_printed(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values["training"] |= {"max_steps": 2, "save_steps": 2, "eval_strategy": "no"}
-    Scarce(ONE_ROW).install(monkeypatch)
+    Scarce(ONE_SEQUENCE).install(monkeypatch)
     screen = io.StringIO()
     finetune(parse_config(values | {"output_dir": str(tmp_path / "run")}), console=Console(file=screen, width=200))
-    told = screen.getvalue()
-    assert "step 1 ran out of memory (Tried to allocate 2.00 GiB); from here on micro-batches of at most" in told
+    printed = screen.getvalue()
+    assert "step 1 ran out of memory (Tried to allocate 2.00 GiB); from here on micro-batches of at most" in printed
 
 
 @pytest.mark.parametrize("scarce_again", [True, False], ids=["as-scarce", "plenty"])
@@ -169,7 +175,7 @@ def test_resumed_run_changes_at_the_step_where_the_interrupted_one_did(
     scarce_again: bool, values: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        Scarce(ONE_ROW, first_layer=4 * 3 + 1).install(patch)  # in step 4
+        Scarce(ONE_SEQUENCE, first_layer=4 * 3 + 1).install(patch)  # in step 4
         whole = run(values, tmp_path / "whole")
     assert [change["step"] for change in whole["train"]["recoveries"]] == [4]
     for checkpoint, layers_before in ((2, 4), (4, 0)):  # of the first step whose micro-batches are smaller
@@ -179,7 +185,7 @@ def test_resumed_run_changes_at_the_step_where_the_interrupted_one_did(
         for later in range(checkpoint + 2, 7, 2):
             shutil.rmtree(folder / f"checkpoint-{later}")
         with pytest.MonkeyPatch.context() as patch:
-            scarce = Scarce(ONE_ROW, first_layer=layers_before + 1)
+            scarce = Scarce(ONE_SEQUENCE, first_layer=layers_before + 1)
             if scarce_again:
                 scarce.install(patch)
             resumed = run(values, folder, resume=True)
@@ -192,21 +198,21 @@ def test_resumed_run_changes_at_the_step_where_the_interrupted_one_did(
 def test_run_killed_after_a_recovery_resumes_to_the_identical_adapter(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Scarce(ONE_ROW, first_layer=4 * 3 + 1).install(monkeypatch)  # in step 4
+    Scarce(ONE_SEQUENCE, first_layer=4 * 3 + 1).install(monkeypatch)  # in step 4
     run(values, tmp_path / "whole")
     script = f"""
 import os, pytest, signal
 from expertune import finetune
 from expertune.config import parse_config
 from expertune.train.callbacks import History
-from tests.train.scarce import NO_ROW, ONE_ROW, SMALL, Reference, Scarce, adapter_bytes, out_of_memory, run
+from tests.train.scarce import Scarce
 
 def die(self, args, state, control, **kwargs):
     if state.global_step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    Scarce({ONE_ROW}, first_layer={4 * 3 + 1}).install(pytest.MonkeyPatch())
+    Scarce({ONE_SEQUENCE}, first_layer={4 * 3 + 1}).install(pytest.MonkeyPatch())
     History.on_pre_optimizer_step = die
     finetune(parse_config({values | {"output_dir": str(tmp_path / "killed")}!r}))
 """
@@ -219,25 +225,25 @@ if __name__ == "__main__":
     assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
 
 
-def test_rungs_are_taken_in_order_and_the_last_error_tells_all(
+def offloads(monkeypatch: pytest.MonkeyPatch, *moved: str) -> None:
+    """A placement that has these left to offload."""
+    left = iter(moved)
+    monkeypatch.setattr(placement.Placement, "offload_more", lambda _: next(left, None))
+
+
+def test_fallbacks_are_used_in_order_and_the_last_error_names_all(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(offload, "_DEVICE_TYPE", "cpu")
-    layers = iter(["layer 1 waits on the host", "layer 0 waits on the host"])
-    monkeypatch.setattr(ladder, "offload_more", lambda model: next(layers, None))
-    Scarce(NO_ROW, first_layer=4 * 2 + 1).install(monkeypatch)  # in step 3
+    offloads(monkeypatch, "experts of layer 1 are offloaded", "experts of layer 0 are offloaded")
+    Scarce(NO_SEQUENCE, first_layer=4 * 2 + 1).install(monkeypatch)  # in step 3
     with pytest.raises(DoesNotFitError) as raised:
         run(values, tmp_path / "run")
     record = RunRecord.load(tmp_path / "run")
     settings = [next(iter(change["setting"])) for change in record["train"]["recoveries"]]
-    assert settings == [
-        *["micro_batch_tokens", "offload_activations"],
-        *["working_set_bytes"] * 3,  # 512 MiB to 64 MiB
-        *["demoted"] * 2,
-    ]
-    assert routes.working_set_bytes("cpu") == LEAST_WORKING_SET_BYTES
+    assert settings == ["micro_batch_tokens", "offload_activations", "demoted", "demoted"]
     message = str(raised.value)
-    assert message.startswith("step 3 ran out of memory in forward or backward, and there is nothing cheaper left: ")
+    assert message.startswith("step 3 ran out of memory in forward or backward, and no fallback is left: ")
     assert "Tried to allocate 2.00 GiB" in message
     for change in record["train"]["recoveries"]:
         assert change["change"] in message
@@ -252,7 +258,7 @@ def test_run_stopped_for_memory_resumes_where_there_is_more(
 ) -> None:
     values["training"] |= {"max_steps": 4}
     with pytest.MonkeyPatch.context() as patch:
-        Scarce(NO_ROW, first_layer=4 * 2 + 1).install(patch)  # in step 3
+        Scarce(NO_SEQUENCE, first_layer=4 * 2 + 1).install(patch)  # in step 3
         with pytest.raises(DoesNotFitError):
             run(values, tmp_path / "run")
     resumed = run(values, tmp_path / "run", resume=True)
@@ -261,18 +267,18 @@ def test_run_stopped_for_memory_resumes_where_there_is_more(
     assert adapter_bytes(tmp_path / "run")
 
 
-def test_router_loss_keeps_micro_batches_whole(
+def test_micro_batches_whose_parts_are_another_step_are_not_split(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ExpertTrainer, "_why_whole", lambda *_: "its parts are another step")
-    Scarce(ONE_ROW).install(monkeypatch)
-    with pytest.raises(DoesNotFitError, match="micro-batches stay whole: its parts are another step"):
+    Scarce(ONE_SEQUENCE).install(monkeypatch)
+    with pytest.raises(DoesNotFitError, match="micro-batches are not split: its parts are another step"):
         run(values, tmp_path / "run")
     changes = RunRecord.load(tmp_path / "run")["train"]["recoveries"]
     assert all("micro_batch_tokens" not in change["setting"] for change in changes)
 
 
-def test_activation_offload_is_the_rung_that_helps_where_micro_batches_stay_whole(
+def test_activations_are_offloaded_where_micro_batches_are_not_split(
     values: dict[str, Any],
     reference: Reference,
     tmp_path: Path,
@@ -283,8 +289,8 @@ def test_activation_offload_is_the_rung_that_helps_where_micro_batches_stay_whol
     monkeypatch.setattr(offload, "_DEVICE_TYPE", "cpu")
     monkeypatch.setattr(offload, "_LEAST_BYTES", 1)
     monkeypatch.setattr(ExpertTrainer, "_why_whole", lambda *_: "the bytes are to be compared")
-    scarce = Scarce(NO_ROW, first_layer=4 + 3).install(monkeypatch)  # in the second micro-batch of step 2
-    monkeypatch.setattr(scarce, "too_large", lambda tokens: not scarce.trainer.recovery.ladder.offload)
+    scarce = Scarce(NO_SEQUENCE, first_layer=4 + 3).install(monkeypatch)  # in the second micro-batch of step 2
+    monkeypatch.setattr(scarce, "too_large", lambda tokens: not scarce.trainer.recovery.offload_activations)
     recovered = run(values, tmp_path / "recovered")
     assert scarce.num_failures == 1
     assert [(change["step"], change["setting"]) for change in recovered["train"]["recoveries"]] == [
@@ -293,7 +299,7 @@ def test_activation_offload_is_the_rung_that_helps_where_micro_batches_stay_whol
     assert adapter_bytes(tmp_path / "recovered") == adapter
 
 
-def test_memory_that_runs_out_elsewhere_ends_in_one_clear_error(
+def test_memory_that_runs_out_where_nothing_is_run_again_ends_in_one_clear_error(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def clip(trainer: ExpertTrainer, model: Any) -> float:
@@ -302,7 +308,7 @@ def test_memory_that_runs_out_elsewhere_ends_in_one_clear_error(
         return 1.0
 
     monkeypatch.setattr(ExpertTrainer, "_clip_grad_norm", clip)
-    with pytest.raises(DoesNotFitError, match=r"step 3 ran out of memory outside of .*checkpoint-2\. "):
+    with pytest.raises(DoesNotFitError, match=r"step 3 ran out of memory where nothing is run again.*checkpoint-2\. "):
         run(values, tmp_path / "run")
     assert RunRecord.load(tmp_path / "run")["run"]["status"] == "stopped"
 
@@ -310,7 +316,7 @@ def test_memory_that_runs_out_elsewhere_ends_in_one_clear_error(
 def test_other_errors_of_a_step_are_not_taken_for_memory(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Scarce(ONE_ROW, error=lambda: RuntimeError("a bug")).install(monkeypatch)
+    Scarce(ONE_SEQUENCE, error=lambda: RuntimeError("a bug")).install(monkeypatch)
     with pytest.raises(RuntimeError, match="a bug"):
         run(values, tmp_path / "run")
 
@@ -334,7 +340,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA bounds anonymous memory on Linux only")
-def test_run_under_a_limit_of_the_system_recovers_and_finishes(values: dict[str, Any], tmp_path: Path) -> None:
+def test_run_under_a_limit_of_the_system_finishes(values: dict[str, Any], tmp_path: Path) -> None:
     rows = [
         {"prompt": f"{row}:", "completion": " ".join(f"word{(7 * row + word) % 50}" for word in range(400))}
         for row in range(16)
@@ -361,7 +367,7 @@ def test_run_under_a_limit_of_the_system_recovers_and_finishes(values: dict[str,
         assert loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_experts_that_move_to_the_host_in_mid_run_change_nothing_but_their_place(
+def test_experts_offloaded_during_a_run_change_nothing_but_their_location(
     values: dict[str, Any],
     reference: Reference,
     tmp_path: Path,
@@ -372,8 +378,7 @@ def test_experts_that_move_to_the_host_in_mid_run_change_nothing_but_their_place
     # The CPU stands for a device whose memory is another than the host's.
     monkeypatch.setattr(placement, "Placement", partial(placement.Placement, separate_host=True))
     monkeypatch.setattr(ExpertTrainer, "_why_whole", lambda *_: "the bytes are to be compared")
-    monkeypatch.setattr(ladder, "LEAST_WORKING_SET_BYTES", 2**40)
-    scarce = Scarce(NO_ROW, backward=True, first_layer=4 + 1).install(monkeypatch)  # in step 2
+    scarce = Scarce(NO_SEQUENCE, backward=True, first_layer=4 + 1).install(monkeypatch)  # in step 2
     moved: list[str] = []
 
     def too_large(tokens: int) -> bool:
@@ -391,3 +396,92 @@ def test_experts_that_move_to_the_host_in_mid_run_change_nothing_but_their_place
     ]
     assert recovered["train"]["loss"] == undisturbed["train"]["loss"]
     assert adapter_bytes(tmp_path / "recovered") == adapter
+
+
+class FailingUpdate:
+    """AdamW's arithmetic, which fails once after half of a group's parameters; it is called for two groups a step."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.calls = at, 0
+        self.real = ADAM.adam
+
+    def __call__(self, parameters: list[Any], *lists: Any, **settings: Any) -> None:
+        self.calls += 1
+        if self.calls != self.at:
+            return self.real(parameters, *lists, **settings)
+        half = len(parameters) // 2
+        halved = [entry[:half] if isinstance(entry, list) else entry for entry in lists]
+        self.real(parameters[:half], *halved, **settings)
+        raise out_of_memory()
+
+
+def test_update_out_of_memory_stops_the_run_which_resumes_to_the_adapter_of_the_undisturbed_one(
+    values: dict[str, Any], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values["training"] |= {"max_steps": 4}
+    _, adapter = reference("four")
+    monkeypatch.setattr(ADAM, "adam", FailingUpdate(at=6))
+    with pytest.raises(DoesNotFitError, match=r"step 3 .*the adapter is not saved: .*checkpoint-2\. "):
+        run(values, tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()
+    monkeypatch.undo()
+    run(values, tmp_path / "run", resume=True)
+    assert adapter_bytes(tmp_path / "run") == adapter
+
+
+def test_optimizer_states_are_allocated_before_the_first_step_and_again_once_experts_are_offloaded(
+    values: dict[str, Any], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values["training"] |= {"max_steps": 2}
+    _, adapter = reference("two whole")
+    offloads(monkeypatch, "experts of layer 0 are offloaded")
+    steps, real = [], oom.allocate_states
+
+    def allocate(optimizer: Any) -> None:
+        steps.append(len(optimizer.state))
+        if len(steps) < 3:
+            raise out_of_memory()
+        real(optimizer)
+        steps.append(len(optimizer.state))
+
+    monkeypatch.setattr(oom, "allocate_states", allocate)
+    record = run(values, tmp_path / "run")
+    changes = record["train"]["recoveries"]
+    assert [(change["step"], change["during"], change["setting"]) for change in changes] == [
+        (1, "optimizer", {}),
+        (1, "optimizer", {"demoted": 1}),
+    ]
+    assert steps[:3] == [0, 0, 0]
+    assert steps[3] > 0
+    assert adapter_bytes(tmp_path / "run") == adapter
+
+
+def test_resumed_run_repeats_the_changes_of_a_record_of_an_earlier_release(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    values["training"] |= {"max_steps": 4, "eval_strategy": "no"}
+    run(values, tmp_path / "run")
+    before = adapter_bytes(tmp_path / "run")
+    record = RunRecord.load(tmp_path / "run")
+    earlier = [
+        {"step": 2, "during": "clipping", "error": "e", "change": "memory that nothing uses has been given back"},
+        {"step": 3, "during": "training", "error": "e", "change": "less", "setting": {"working_set_bytes": 2**27}},
+    ]
+    record.update("train", recoveries=earlier)
+    for name in ("adapter", "checkpoint-4"):
+        shutil.rmtree(tmp_path / "run" / name)
+    resumed = run(values, tmp_path / "run", resume=True)
+    assert routes.working_set_bytes("cpu") == 2**27
+    assert resumed["train"]["recoveries"] == earlier
+    assert adapter_bytes(tmp_path / "run") == before
+
+
+def test_random_state_draws_again_what_was_drawn() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(numpy.random.rand()), float(torch.rand(()))
+
+    state = RandomState()
+    first = draw()
+    assert draw() != first
+    state.restore()
+    assert draw() == first

@@ -1,4 +1,4 @@
-"""Parts of a micro-batch are what the collator makes of fewer rows."""
+"""Parts of a micro-batch are what the collator makes of fewer sequences."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from expertune.data.collate import LeftPaddingCollator, PaddingFreeCollator
-from expertune.train.cut import cut, halve, num_tokens
+from expertune.data.split import halve, size, split
 
 
 def rows(*lengths: int) -> list[dict[str, Any]]:
@@ -55,44 +55,44 @@ def test_halve_gives_what_is_collated_of_each_half(collate: Any) -> None:
     assert_same_batch(halves[1], collate(made[2:]))
 
 
-def test_halve_cuts_packs_between_rows_also_inside_a_pack() -> None:
+def test_halve_splits_packs_between_sequences_also_inside_a_pack() -> None:
     made = rows(2, 3, 9, 3)
     collate = COLLATORS["padding-free"]
     halves = halve(collate([pack(made[:2]), pack(made[2:])]))
     assert_same_batch(halves[0], collate([pack(made[:2])]))
     assert_same_batch(halves[1], collate([pack(made[2:])]))
-    again = halve(halves[1])
-    assert_same_batch(again[0], collate([made[2]]))
-    assert_same_batch(again[1], collate([made[3]]))
+    quarters = halve(halves[1])
+    assert_same_batch(quarters[0], collate([made[2]]))
+    assert_same_batch(quarters[1], collate([made[3]]))
 
 
 @pytest.mark.parametrize("collate", COLLATORS.values(), ids=COLLATORS)
-def test_halve_of_a_single_row_is_empty(collate: Any) -> None:
+def test_halve_of_a_single_sequence_is_empty(collate: Any) -> None:
     assert halve(collate(rows(7))) == []
 
 
 @pytest.mark.parametrize("collate", COLLATORS.values(), ids=COLLATORS)
-def test_halve_of_three_like_rows_is_two_and_one(collate: Any) -> None:
+def test_halve_of_three_sequences_of_one_length_is_two_and_one(collate: Any) -> None:
     made = rows(4, 4, 4)
     halves = halve(collate(made))
     assert_same_batch(halves[0], collate(made[:2]))
     assert_same_batch(halves[1], collate(made[2:]))
 
 
-def test_cut_keeps_every_row_in_order_and_each_part_within_the_limit() -> None:
+def test_split_keeps_every_sequence_in_order_and_each_part_within_the_limit() -> None:
     made = rows(3, 8, 1, 4, 5, 2, 2)
-    parts = cut(COLLATORS["padding-free"](made), 6)
+    parts = split(COLLATORS["padding-free"](made), 6)
     assert [row_id for part in parts for row_id in part["row_ids"]] == list(range(7))
-    assert all(num_tokens(part) <= 6 or len(part["row_ids"]) == 1 for part in parts)
+    assert all(size(part) <= 6 or len(part["row_ids"]) == 1 for part in parts)
     assert torch.cat([part["labels"] for part in parts], dim=1).tolist() == [
         [label for row in made for label in row["labels"]]
     ]
 
 
-def test_cut_leaves_a_batch_within_the_limit_as_it_is() -> None:
+def test_split_leaves_a_batch_within_the_limit_as_it_is() -> None:
     batch = COLLATORS["padding-free"](rows(3, 3))
-    assert cut(batch, 6) == [batch]
-    assert cut(batch, 6)[0] is batch
-    assert cut(batch, None)[0] is batch
+    assert split(batch, 6) == [batch]
+    assert split(batch, 6)[0] is batch
+    assert split(batch, None)[0] is batch
     single = COLLATORS["padding-free"](rows(9))
-    assert cut(single, 6)[0] is single
+    assert split(single, 6)[0] is single

@@ -1,4 +1,4 @@
-"""What runs beside the steps goes on as well where memory runs out: evaluations, scores, the proof, checkpoints."""
+"""Memory that runs out beside the steps: in evaluations, scores, the preflight check and checkpoints."""
 
 import copy
 import json
@@ -11,27 +11,24 @@ import pytest
 import expertune
 from expertune import api
 from expertune.errors import DoesNotFitError
-from expertune.kernels import routes
+from expertune.placement.experts import Placement
 from expertune.run.record import RunRecord
-from expertune.train import ladder
 from expertune.train.checkpoints import STAGING_NAME, list_checkpoints, verify
 from expertune.train.trainer import ExpertTrainer
 from tests.train.scarce import (
-    NO_ROW,
-    ONE_ROW,
+    NO_SEQUENCE,
+    ONE_SEQUENCE,
     Reference,
     Scarce,
     adapter_bytes,
-    elsewhere,
     evaluating,
     generating,
     out_of_memory,
+    outside_training,
     run,
 )
 
-pytestmark = pytest.mark.usefixtures("own_settings")
-
-# Two prompts of the fixture fit, four do not; later tokens come one a row.
+# Two prompts of the fixture fit, four do not; later tokens come one for each.
 TWO_PROMPTS = 32
 
 TASK = {"metric": "exact-match", "rows": 4, "max_new_tokens": 4, "batch_size": 4}
@@ -56,7 +53,7 @@ def test_evaluation_out_of_memory_halves_its_batches_and_leaves_training_as_it_i
 ) -> None:
     values["training"] |= {"max_steps": 4}
     undisturbed, adapter = reference("four")
-    scarce = Scarce(2 * ONE_ROW, when=evaluating).install(monkeypatch)
+    scarce = Scarce(2 * ONE_SEQUENCE, when=evaluating).install(monkeypatch)
     recovered = run(values, tmp_path / "recovered")
     assert scarce.num_failures == 1
     assert [(change["step"], change["during"]) for change in recovered["train"]["recoveries"]] == [(2, "evaluation")]
@@ -66,7 +63,7 @@ def test_evaluation_out_of_memory_halves_its_batches_and_leaves_training_as_it_i
         assert loss == pytest.approx(expected, rel=1e-6)
 
 
-def test_score_out_of_memory_answers_fewer_rows_at_once_and_leaves_training_as_it_is(
+def test_score_out_of_memory_answers_fewer_prompts_at_once_and_leaves_training_as_it_is(
     scored: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = run(copy.deepcopy(scored) | {"task": TASK | {"batch_size": 2}}, tmp_path / "small")
@@ -75,66 +72,68 @@ def test_score_out_of_memory_answers_fewer_rows_at_once_and_leaves_training_as_i
     assert scarce.num_failures == 1
     (change,) = recovered["train"]["recoveries"]
     assert (change["step"], change["during"], change["setting"]) == (0, "generation", {"generation_rows": 2})
-    assert change["change"] == "at most 2 rows generated at once"
+    assert change["change"] == "at most 2 prompts answered at once"
     for when in ("before", "after"):
         assert answers(recovered["task"][when]) == answers(small["task"][when])
         assert recovered["task"][when]["exact_match"] == small["task"][when]["exact_match"]
     assert adapter_bytes(tmp_path / "recovered") == adapter_bytes(tmp_path / "small")
 
 
-def test_score_that_fits_no_single_row_descends_to_the_end_of_the_ladder(
+def test_score_that_fits_no_single_prompt_uses_every_fallback(
     scored: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layers = iter(["layer 1 waits on the host"])
-    monkeypatch.setattr(ladder, "offload_more", lambda model: next(layers, None))
-    Scarce(NO_ROW, when=generating).install(monkeypatch)
+    left = iter(["experts of layer 1 are offloaded"])
+    monkeypatch.setattr(Placement, "offload_more", lambda _: next(left, None))
+    Scarce(NO_SEQUENCE, when=generating).install(monkeypatch)
     with pytest.raises(
         DoesNotFitError,
-        match=r"^generation before the first step ran out of memory, and there is nothing cheaper left: Tried to alloc",
+        match=r"^generation before the first step ran out of memory, and no fallback is left: Tried to alloc",
     ):
         run(scored, tmp_path / "run")
     record = RunRecord.load(tmp_path / "run")
     assert [next(iter(change["setting"])) for change in record["train"]["recoveries"]] == [
         *["generation_rows"] * 2,
-        *["working_set_bytes"] * 3,  # 512 MiB to 64 MiB
         "demoted",
     ]
     assert record["run"]["status"] == "stopped"
 
 
-def test_resumed_run_has_the_settings_that_the_score_before_it_settled(
+def test_resumed_run_repeats_the_changes_of_the_score_before_it(
     scored: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored["training"] |= {"max_steps": 4}
-    held = routes.working_set_bytes("cpu")
-    scarce = Scarce(NO_ROW, when=generating)
-    monkeypatch.setattr(scarce, "too_large", lambda tokens: routes.working_set_bytes("cpu") == held)
-    scarce.install(monkeypatch)
-    whole = run(scored, tmp_path / "run")
-    settled = routes.working_set_bytes("cpu")
-    assert settled == held // 2
+    moved: list[str] = []
+
+    def offload_more(_: Placement) -> str:
+        moved.append("experts of a layer are offloaded")
+        return moved[-1]
+
+    monkeypatch.setattr(Placement, "offload_more", offload_more)
+    with pytest.MonkeyPatch.context() as patch:
+        scarce = Scarce(NO_SEQUENCE, when=generating)
+        patch.setattr(scarce, "too_large", lambda tokens: not moved)
+        scarce.install(patch)
+        whole = run(scored, tmp_path / "run")
+    assert len(moved) == 1
     before = adapter_bytes(tmp_path / "run")
 
-    monkeypatch.undo()
     shutil.rmtree(tmp_path / "run" / "adapter")
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
-    routes.configure(working_set_bytes=held)
     resumed = run(scored, tmp_path / "run", resume=True)
-    assert routes.working_set_bytes("cpu") == settled
+    assert len(moved) == 2
     assert resumed["train"]["recoveries"] == whole["train"]["recoveries"]
     assert adapter_bytes(tmp_path / "run") == before
 
 
-def test_evaluating_and_asking_a_finished_run_recover_and_say_so(
+def test_evaluating_and_asking_a_finished_run_use_smaller_batches_and_report_it(
     scored: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(scored, tmp_path / "run")
     plenty = expertune.evaluate(tmp_path / "run")
-    answer = expertune.generate(tmp_path / "run", "What is 1 plus 2?", max_new_tokens=4)
     assert plenty["recoveries"] == []
 
     with pytest.MonkeyPatch.context() as patch:
-        Scarce(2 * ONE_ROW, when=elsewhere).install(patch)
+        Scarce(2 * ONE_SEQUENCE, when=outside_training).install(patch)
         loss = expertune.evaluate(tmp_path / "run")
     assert loss["loss"] == pytest.approx(plenty["loss"], rel=1e-6)
     assert loss["task"]["exact_match"] == plenty["task"]["exact_match"]
@@ -148,55 +147,49 @@ def test_evaluating_and_asking_a_finished_run_recover_and_say_so(
     assert answers(score["task"]) == answers(plenty["task"])
     assert [(change["step"], change["setting"]) for change in score["recoveries"]] == [(2, {"generation_rows": 2})]
 
-    held = routes.working_set_bytes("cpu")
-    scarce = Scarce(NO_ROW, when=generating)
-    monkeypatch.setattr(scarce, "too_large", lambda tokens: routes.working_set_bytes("cpu") == held)
-    scarce.install(monkeypatch)
-    assert expertune.generate(tmp_path / "run", "What is 1 plus 2?", max_new_tokens=4) == answer
-    monkeypatch.undo()
-    Scarce(NO_ROW, when=generating).install(monkeypatch)
+    Scarce(NO_SEQUENCE, when=generating).install(monkeypatch)
     with pytest.raises(DoesNotFitError, match=r"generation after step 2 ran .*Try again where there is more memory"):
         expertune.generate(tmp_path / "run", "What is 1 plus 2?", max_new_tokens=4)
 
 
-def test_proof_takes_fewer_rows_where_the_first_look_runs_out_of_memory(
+def test_preflight_check_uses_fewer_sequences_where_its_first_forward_runs_out_of_memory(
     values: dict[str, Any], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values["training"] |= {"max_steps": 2, "eval_strategy": "no"}
     _, adapter = reference("two")
-    scarce = Scarce(4 * ONE_ROW, when=elsewhere).install(monkeypatch)
+    scarce = Scarce(4 * ONE_SEQUENCE, when=outside_training).install(monkeypatch)
     record = run(values, tmp_path / "recovered")
     assert scarce.num_failures >= 1
     changes = record["train"]["recoveries"]
     assert {(change["step"], change["during"]) for change in changes} == {(0, "proof")}
-    assert changes[-1]["setting"]["proof_tokens"] <= 4 * ONE_ROW
+    assert changes[-1]["setting"]["proof_tokens"] <= 4 * ONE_SEQUENCE
     assert record["preflight"]["passed"]
     assert adapter_bytes(tmp_path / "recovered") == adapter
 
 
-def test_proof_out_of_memory_is_made_anew_with_nothing_changed_that_shows_in_a_logit(
+def test_preflight_check_out_of_memory_is_run_again_with_nothing_changed_that_shows_in_a_logit(
     values: dict[str, Any], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values["training"] |= {"max_steps": 2, "eval_strategy": "no"}
     _, adapter = reference("two")
-    monkeypatch.setattr(ladder, "offload_more", lambda model: "layer 0 waits on the host")
+    monkeypatch.setattr(Placement, "offload_more", lambda _: "experts of layer 0 are offloaded")
     tries, real = [], api.preflight
 
     def preflight(*arguments: Any) -> Any:
-        tries.append(routes.working_set_bytes("cpu"))
+        tries.append(arguments)
         if len(tries) < 3:
             raise out_of_memory()
         return real(*arguments)
 
     monkeypatch.setattr(api, "preflight", preflight)
     record = run(values, tmp_path / "recovered")
-    assert tries == [routes.working_set_bytes("cpu")] * 3
+    assert len(tries) == 3
     changes = record["train"]["recoveries"]
     assert [(change["during"], change["setting"]) for change in changes] == [("proof", {}), ("proof", {"demoted": 1})]
     assert adapter_bytes(tmp_path / "recovered") == adapter
 
 
-def test_checkpoint_out_of_memory_is_written_anew(
+def test_checkpoint_out_of_memory_is_written_again(
     values: dict[str, Any], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values["training"] |= {"max_steps": 4, "eval_strategy": "no"}
@@ -239,14 +232,15 @@ def test_checkpoint_that_never_fits_stops_and_leaves_those_before_it(
 
     monkeypatch.setattr(ExpertTrainer, "_save_rng_state", save)
     with pytest.raises(
-        DoesNotFitError, match=r"^the checkpoint after step 4 ran out of memory, and there is nothing.*checkpoint-2\. "
+        DoesNotFitError,
+        match=r"^the checkpoint after step 4 ran out of memory, and no fallback.*checkpoint-2\. ",
     ):
         run(values, tmp_path / "run")
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
     assert not (tmp_path / "run" / STAGING_NAME).exists()
 
 
-def test_final_adapter_out_of_memory_is_written_anew(
+def test_final_adapter_out_of_memory_is_written_again(
     values: dict[str, Any], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values["training"] |= {"max_steps": 4, "eval_strategy": "no"}
