@@ -167,7 +167,7 @@ def test_tape_of_the_experts_is_put_away_too() -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(seen, kept, strict=True))
 
 
-def test_a_cpu_has_no_host_apart() -> None:
+def test_cpu_has_no_separate_host() -> None:
     assert not has_separate_host(torch.device("cpu"))
     assert has_separate_host(torch.device("cuda"))
 

@@ -78,15 +78,13 @@ def test_updates_after_allocation_are_those_without_it_and_allocate_no_further_s
             update(parameters, optimizer)
     assert allocated(other) == held
     assert all(torch.equal(parameter, twin) for parameter, twin in zip(plain, early, strict=True))
-    states = one.state_dict()["state"], other.state_dict()["state"]
-    assert states[0].keys() == states[1].keys()
-    for number, state in states[0].items():
-        assert state.keys() == states[1][number].keys()
+    for state, twin in zip(one.state.values(), other.state.values(), strict=True):
+        assert state.keys() == twin.keys()
         for key, value in state.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][number][key])), key
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(twin[key])), key
 
 
-def test_states_of_a_checkpoint_stay(recwarn: pytest.WarningsRecorder) -> None:
+def test_states_of_a_checkpoint_stay() -> None:
     parameters, optimizer = start(OPTIMIZERS["adamw"], torch.float32)
     update(parameters, optimizer)
     held, values = allocated(optimizer), optimizer.state[parameters[0]]["exp_avg"].clone()

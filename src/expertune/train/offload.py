@@ -1,7 +1,7 @@
-"""What forward keeps for backward waits in host memory.
+"""What forward saves for backward is offloaded to the host.
 
 torch hands every tensor that an operator saves to a pair of hooks; here a tensor is copied to the host when it is saved
-and back when backward asks for it, bit for bit and in the same layout, on the stream that computes. With activation
+and back when backward asks for it, bit for bit and in the same layout, on the computing stream. With activation
 checkpointing that is the input of each checkpointed layer, and the tape of its experts' outputs
 (`expertune.experts.replay`) goes the same way. torch's own `save_on_cpu` would copy the model's frozen weights as well,
 and a tensor that four operators save four times.
@@ -22,12 +22,12 @@ from expertune.experts import replay
 # Below this a copy takes longer to start than to make.
 _LEAST_BYTES = 2**16
 
-# Where memory is another than the host's.
+# Devices whose memory is not the host's.
 _DEVICE_TYPE = "cuda"
 
 
 def has_separate_host(device: torch.device) -> bool:
-    """Whether a device's memory is another than the host's, so that something can be moved from one to the other."""
+    """Whether a device's memory is not the host's, so that something can be offloaded."""
     return device.type == _DEVICE_TYPE
 
 
@@ -35,10 +35,10 @@ def has_separate_host(device: torch.device) -> bool:
 def activations_on_host(
     model: nn.Module, _device_type: str | None = None, _least_bytes: int | None = None
 ) -> Iterator["Offloaded"]:
-    """Around a forward: what it saves for backward waits in host memory, pinned where there is a CUDA device.
+    """Around a forward: what it saves for backward is held on the host, in pinned memory under a CUDA device.
 
-    Parameters and buffers of the model stay where they are, and so does what is small or not floating-point. Gradients
-    are the same to the byte. Without gradients nothing is saved, and nothing is copied.
+    Parameters and buffers of the model stay on the device, and so do tensors that are small or not floating-point.
+    Gradients are byte-identical. Without gradients nothing is saved, and nothing is copied.
 
     Args:
         model: the model whose forward runs.
@@ -86,10 +86,10 @@ class Offloaded:
         if isinstance(packed, Tensor):
             return packed
         self.num_unpacked += 1
-        return packed.bring()
+        return packed.on_device()
 
     def hold(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Put a tensor away that no operator saves; call what is returned to have it back."""
+        """Offload a tensor that no operator saves; call what is returned to get it back."""
         if not self._moves(tensor):
             kept = tensor.clone()
             return lambda: kept
@@ -98,7 +98,7 @@ class Offloaded:
         return lambda: self.unpack(copy)
 
     def forget(self) -> None:
-        """The forward is over: copies live as long as the graph needs them."""
+        """The forward has ended: copies live as long as the graph needs them."""
         self._copies.clear()
 
     def _moves(self, tensor: Tensor) -> bool:
@@ -123,7 +123,7 @@ class _Copy:
         with torch.no_grad():
             self._host.copy_(tensor, non_blocking=pinned)
 
-    def bring(self) -> Tensor:
+    def on_device(self) -> Tensor:
         return self._host.to(self._device, non_blocking=True, copy=True)
 
 
