@@ -1,7 +1,7 @@
 """A step that runs out of memory is run again with the next fallback; the run ends as if it had started with it."""
 
+import copy
 import importlib
-import io
 import json
 import random
 import shutil
@@ -15,12 +15,10 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from expertune import api, finetune
-from expertune.config import parse_config
+from expertune import api
 from expertune.errors import DoesNotFitError
 from expertune.experts import module
 from expertune.kernels import routes, workspace
@@ -74,18 +72,18 @@ def test_run_that_recovers_midway_gives_the_adapter_of_the_undisturbed_one_to_ro
 ) -> None:
     values["lora"]["dropout"] = 0.0
     values["data"]["packing"] = packing
-    values["training"] |= {"max_steps": 4, "eval_strategy": "no"}
+    values["training"] |= {"max_steps": 3, "eval_strategy": "no"}
     undisturbed = run(values, tmp_path / "undisturbed")
-    # Steps 1 and 2 go through whole; step 3 fails in its second micro-batch.
-    scarce = Scarce(32 if packing == "packed" else 64 if packing == "padded" else ONE_SEQUENCE, first_layer=11)
+    # Step 1 goes through whole; step 2 fails in its second micro-batch.
+    scarce = Scarce(32 if packing == "packed" else 64 if packing == "padded" else ONE_SEQUENCE, first_layer=7)
     scarce.install(monkeypatch)
     recovered = run(values, tmp_path / "recovered")
 
     assert scarce.num_failures >= 1
-    assert {change["step"] for change in recovered["train"]["recoveries"]} == {3}
-    assert recovered["train"]["steps"] == 4
-    assert [step for step, _ in recovered["train"]["loss"]] == [1, 2, 3, 4]
-    assert recovered["train"]["loss"][:2] == undisturbed["train"]["loss"][:2]
+    assert {change["step"] for change in recovered["train"]["recoveries"]} == {2}
+    assert recovered["train"]["steps"] == 3
+    assert [step for step, _ in recovered["train"]["loss"]] == [1, 2, 3]
+    assert recovered["train"]["loss"][:1] == undisturbed["train"]["loss"][:1]
     for (_, loss), (_, expected) in zip(recovered["train"]["loss"], undisturbed["train"]["loss"], strict=True):
         assert loss == pytest.approx(expected, rel=1e-6)
     assert recovered["throughput"]["tokens"] == undisturbed["throughput"]["tokens"]
@@ -99,6 +97,7 @@ def test_run_that_recovers_midway_gives_the_adapter_of_the_undisturbed_one_to_ro
 def test_running_loss_of_transformers_counts_a_step_that_was_run_again_once(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    values["training"] |= {"max_steps": 3, "eval_strategy": "no"}
     kept: dict[str, Any] = {}
     scarce = Scarce(ONE_SEQUENCE, first_layer=3).install(monkeypatch)
 
@@ -161,45 +160,54 @@ def test_failed_attempt_has_left_nothing_when_the_step_is_run_again(
     assert left == [0]
 
 
-def test_change_is_printed(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values["training"] |= {"max_steps": 2, "save_steps": 2, "eval_strategy": "no"}
-    Scarce(ONE_SEQUENCE).install(monkeypatch)
-    screen = io.StringIO()
-    finetune(parse_config(values | {"output_dir": str(tmp_path / "run")}), console=Console(file=screen, width=200))
-    printed = screen.getvalue()
-    assert "step 1 ran out of memory (Tried to allocate 2.00 GiB); from here on micro-batches of at most" in printed
-
-
-@pytest.mark.parametrize("scarce_again", [True, False], ids=["as-scarce", "plenty"])
-def test_resumed_run_changes_at_the_step_where_the_interrupted_one_did(
-    scarce_again: bool, values: dict[str, Any], tmp_path: Path
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        Scarce(ONE_SEQUENCE, first_layer=4 * 3 + 1).install(patch)  # in step 4
-        whole = run(values, tmp_path / "whole")
-    assert [change["step"] for change in whole["train"]["recoveries"]] == [4]
-    for checkpoint, layers_before in ((2, 4), (4, 0)):  # of the first step whose micro-batches are smaller
-        folder = tmp_path / f"from-{checkpoint}"
-        shutil.copytree(tmp_path / "whole", folder)
-        shutil.rmtree(folder / "adapter")
-        for later in range(checkpoint + 2, 7, 2):
-            shutil.rmtree(folder / f"checkpoint-{later}")
+@pytest.fixture
+def changed_in_step_4(
+    values: dict[str, Any], references: dict[str, tuple[RunRecord, bytes]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunRecord, bytes, Path]:
+    """A whole run whose micro-batches become smaller in step 4; run once."""
+    if "changed" not in references:
+        folder = tmp_path_factory.mktemp("changed") / "run"
         with pytest.MonkeyPatch.context() as patch:
-            scarce = Scarce(ONE_SEQUENCE, first_layer=layers_before + 1)
-            if scarce_again:
-                scarce.install(patch)
-            resumed = run(values, folder, resume=True)
-        assert scarce.num_failures == 0
-        assert adapter_bytes(folder) == adapter_bytes(tmp_path / "whole")
-        assert resumed["train"]["loss"] == whole["train"]["loss"]
-        assert resumed["train"]["recoveries"] == whole["train"]["recoveries"]
+            Scarce(ONE_SEQUENCE, first_layer=4 * 3 + 1).install(patch)
+            references["changed"] = (run(copy.deepcopy(values), folder), adapter_bytes(folder))
+    record, adapter = references["changed"]
+    assert [change["step"] for change in record["train"]["recoveries"]] == [4]
+    return record, adapter, Path(record["config"]["output_dir"])
 
 
-def test_run_killed_after_a_recovery_resumes_to_the_identical_adapter(
-    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("checkpoint", "layers_before", "scarce_again"),
+    [(2, 4, True), (2, 4, False), (4, 0, False)],
+    ids=["a step before, as scarce", "a step before, plenty", "at that step, plenty"],
+)
+def test_resumed_run_changes_at_the_step_where_the_interrupted_one_did(
+    checkpoint: int,
+    layers_before: int,
+    scarce_again: bool,
+    values: dict[str, Any],
+    changed_in_step_4: tuple[RunRecord, bytes, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    Scarce(ONE_SEQUENCE, first_layer=4 * 3 + 1).install(monkeypatch)  # in step 4
-    run(values, tmp_path / "whole")
+    whole, adapter, folder = changed_in_step_4
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    for later in range(checkpoint + 2, 7, 2):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{later}")
+    scarce = Scarce(ONE_SEQUENCE, first_layer=layers_before + 1)
+    if scarce_again:
+        scarce.install(monkeypatch)
+    resumed = run(values, tmp_path / "run", resume=True)
+    assert scarce.num_failures == 0
+    assert adapter_bytes(tmp_path / "run") == adapter
+    assert resumed["train"]["loss"] == whole["train"]["loss"]
+    assert resumed["train"]["recoveries"] == whole["train"]["recoveries"]
+
+
+def test_run_killed_after_a_change_has_printed_it_and_resumes_to_the_identical_adapter(
+    values: dict[str, Any], changed_in_step_4: tuple[RunRecord, bytes, Path], tmp_path: Path
+) -> None:
+    _, adapter, _ = changed_in_step_4
     script = f"""
 import os, pytest, signal
 from expertune import finetune
@@ -219,10 +227,10 @@ if __name__ == "__main__":
     process = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True)
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
     assert [change["step"] for change in RunRecord.load(tmp_path / "killed")["train"]["recoveries"]] == [4]
-
-    monkeypatch.undo()
+    printed = process.stdout.decode()
+    assert "step 4 ran out of memory (Tried to allocate 2.00 GiB); from here on micro-batches of at most" in printed
     run(values, tmp_path / "killed", resume=True)
-    assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
+    assert adapter_bytes(tmp_path / "killed") == adapter
 
 
 def offloads(monkeypatch: pytest.MonkeyPatch, *moved: str) -> None:
