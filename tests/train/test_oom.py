@@ -224,7 +224,7 @@ if __name__ == "__main__":
     History.on_pre_optimizer_step = die
     finetune(parse_config({values | {"output_dir": str(tmp_path / "killed")}!r}))
 """
-    process = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True)
+    process = subprocess.run([sys.executable, "-u", "-c", script], cwd=Path(__file__).parents[2], capture_output=True)
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
     assert [change["step"] for change in RunRecord.load(tmp_path / "killed")["train"]["recoveries"]] == [4]
     printed = process.stdout.decode()
@@ -392,7 +392,7 @@ def test_experts_offloaded_during_a_run_change_nothing_but_their_location(
     def too_large(tokens: int) -> bool:
         held = placement.placement_of(scarce.trainer.model)
         assert held is not None
-        moved[:] = [place for place in held.places.values() if place == "host"]
+        moved[:] = [place for place in held.locations.values() if place == "host"]
         return len(moved) < 2
 
     monkeypatch.setattr(scarce, "too_large", too_large)

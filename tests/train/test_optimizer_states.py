@@ -35,7 +35,6 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "rprop": lambda parameters: optim.Rprop(parameters, lr=1e-2),
     "sgd": lambda parameters: optim.SGD(parameters, lr=1e-2),
     "bitsandbytes adamw": bnb("AdamW8bit"),
-    "bitsandbytes paged adamw": bnb("PagedAdamW8bit"),
     "bitsandbytes lion": bnb("Lion8bit"),
 }
 
