@@ -224,10 +224,10 @@ if __name__ == "__main__":
     History.on_pre_optimizer_step = die
     finetune(parse_config({values | {"output_dir": str(tmp_path / "killed")}!r}))
 """
-    process = subprocess.run([sys.executable, "-u", "-c", script], cwd=Path(__file__).parents[2], capture_output=True)
+    process = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True)
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
     assert [change["step"] for change in RunRecord.load(tmp_path / "killed")["train"]["recoveries"]] == [4]
-    printed = process.stdout.decode()
+    printed = process.stderr.decode()
     assert "step 4 ran out of memory (Tried to allocate 2.00 GiB); from here on micro-batches of at most" in printed
     run(values, tmp_path / "killed", resume=True)
     assert adapter_bytes(tmp_path / "killed") == adapter
