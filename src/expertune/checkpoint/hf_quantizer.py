@@ -102,8 +102,7 @@ class Nf4FolderQuantizer(HfQuantizer):
         swap_experts(model, Recipe(config.scheme, config.double_quantization), "meta")
         dtype = kwargs.get("dtype") or model.dtype
         for name in stored:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, empty_linear(model.get_submodule(name), dtype))
+            model.set_submodule(name, empty_linear(model.get_submodule(name), dtype))
         for name in self.names.specs:
             # Some families initialize the experts from the block around them, by names that are gone.
             model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True

@@ -266,8 +266,7 @@ def swap_experts(
 ) -> None:
     """Put an `Nf4Experts` without bytes in the place of every experts module; those on the host are to stay there."""
     for name, experts in list(find_experts(model)):
-        parent, _, child = name.rpartition(".")
         stays = name in on_host
         swapped = Nf4Experts(experts, name, recipe.double_quantization, "cpu" if stays else device, recipe.scheme)
         swapped.gate_up.stays = swapped.down.stays = stays
-        setattr(model.get_submodule(parent), child, swapped)
+        model.set_submodule(name, swapped)

@@ -209,7 +209,9 @@ class Loader:
         if not _is_finite(tensor):
             raise CheckpointError(f"{entry.shard}: tensor {entry.key} holds NaN or infinite weights")
         if module_name in self.recipe.linears and leaf == "weight":
-            self._quantize_linear(module_name, tensor)
+            double_quantization = self.recipe.double_quantization
+            quantized = quantized_linear(module, tensor, double_quantization, self.dtype, self.device)
+            self.model.set_submodule(module_name, quantized)
         else:
             placed = tensor.to(self.device, self.stored_dtype(name, current, entry.dtype))
             module._parameters[leaf] = nn.Parameter(placed, requires_grad=False)
@@ -220,12 +222,6 @@ class Loader:
         if not self.preserves_dtypes:
             return kept_dtype(self.kept, name, current.dtype)
         return torch.float32 if source.is_floating_point and source not in FLOATS.values() else source
-
-    def _quantize_linear(self, name: str, matrix: Tensor) -> None:
-        linear = self.model.get_submodule(name)
-        quantized = quantized_linear(linear, matrix, self.recipe.double_quantization, self.dtype, self.device)
-        parent, _, child = name.rpartition(".")
-        setattr(self.model.get_submodule(parent), child, quantized)
 
     def claim(self, entry: TensorEntry, name: str, projection: str | None, expert: int | None) -> None:
         """Note what fills a weight; raise CheckpointError with both names where something else has."""

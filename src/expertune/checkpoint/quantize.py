@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -215,7 +215,7 @@ class _Work:
             self.notes = notes
             for file, record in list(self.files.items()):
                 path = out / file
-                if not path.is_file() or asdict(hash_file(path)) != _record(record):
+                if not path.is_file() or hash_file(path).to_json() != _file_record(record):
                     del self.files[file]
         else:
             self.notes = {"format_version": FORMAT_VERSION, "plan": self.identity, "shards": {}, "files": {}}
@@ -252,7 +252,7 @@ class _Work:
             if progress:
                 progress(job.file, total - self.bytes_left(), total)
             record, left_out = self._write(job, opened)
-            self.files[job.file] = {"sha256": record.sha256, "bytes": record.nbytes, "left_out": left_out}
+            self.files[job.file] = record.to_json() | {"left_out": left_out}
             self._save_notes()
         if progress:
             progress(FOLDER_MARK, total, total)
@@ -268,17 +268,14 @@ class _Work:
             outgoing, left_out = layer_tensors(self.loader, job.layer, weights, self.source.folder)
         record = write_tensors(self.out / job.file, outgoing)
         if job.layer is not None:
-            parent, _, child = job.layer.rpartition(".")
-            setattr(self.loader.model.get_submodule(parent), child, nn.Identity())
+            self.loader.model.set_submodule(job.layer, nn.Identity())
             # Modules and their parameters refer to each other: the layer's memory comes back with the next collection.
             del outgoing
             gc.collect()
         return record, left_out
 
     def _note_shard(self, shard: str, path: Path) -> None:
-        found = hash_file(path)
-        before = self.notes["shards"].get(shard)
-        now = {"sha256": found.sha256, "bytes": found.nbytes}
+        before, now = self.notes["shards"].get(shard), hash_file(path).to_json()
         if before is not None and before != now:
             raise CheckpointError(
                 f"{path}: has changed since this NF4 folder was started; restore it, or start again in another folder"
@@ -291,7 +288,7 @@ class _Work:
 
     def _finish(self) -> None:
         """Everything beside the weights, and the manifest last."""
-        files = {file: {"sha256": record["sha256"], "bytes": record["bytes"]} for file, record in self.files.items()}
+        files = {file: _file_record(record) for file, record in self.files.items()}
         weight_map: dict[str, str] = {}
         nbytes = 0
         for file in sorted(files):
@@ -302,8 +299,7 @@ class _Work:
         copied = _copy_small_files(self.source, self.out)
         write_text(self.out / "config.json", self._config())
         for name in [INDEX_NAME, "config.json", *copied]:
-            record = hash_file(self.out / name)
-            files[name] = {"sha256": record.sha256, "bytes": record.nbytes}
+            files[name] = hash_file(self.out / name).to_json()
         identity = {key: value for key, value in self.identity.items() if key not in ("quantization", "dtype")}
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -357,8 +353,8 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _record(values: dict[str, Any]) -> dict[str, Any]:
-    return {"sha256": values["sha256"], "nbytes": values["bytes"]}
+def _file_record(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: record[key] for key in ("sha256", "bytes")}
 
 
 def _gigabytes(nbytes: int) -> str:

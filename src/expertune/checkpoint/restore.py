@@ -139,8 +139,7 @@ def _fill_linear(
         raise CheckpointError(
             f"{weight.shard}: the quantization state of {name} is damaged ({error!r}); quantize the model again"
         ) from None
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, quantized)
+    model.set_submodule(name, quantized)
 
 
 def _fill_plain(model: nn.Module, entry: TensorEntry, kept: Mapping[str, torch.dtype], device: torch.device) -> bool:

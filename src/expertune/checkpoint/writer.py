@@ -30,6 +30,10 @@ class FileRecord:
     sha256: str
     nbytes: int
 
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest of an NF4 folder has it."""
+        return {"sha256": self.sha256, "bytes": self.nbytes}
+
 
 @dataclass(frozen=True)
 class Outgoing:

@@ -117,8 +117,7 @@ def place(target: Target, piece: Piece, entries: Mapping[str, TensorEntry]) -> b
         )
     target.claim(packed.entry, destination.name, None, None)
     linear = linear_of_bytes(module, packed.entry.read(), packed.read_state(), target.dtype, target.device)
-    parent, _, child = name.rpartition(".")
-    setattr(target.model.get_submodule(parent), child, linear)
+    target.model.set_submodule(name, linear)
     return True
 
 
