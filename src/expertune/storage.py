@@ -1,7 +1,7 @@
-"""What a failed write is called: one error that names the file and the reason, whichever library wrote.
+"""Files that are written whole or not at all; a failed write is one error that names the file and the reason.
 
 Python raises OSError. safetensors' writer and torch's archive raise types of their own, with the system's reason in
-their text or with none at all.
+their text or without one.
 """
 
 import errno
@@ -93,7 +93,7 @@ def _reason(error: Exception, folder: Path) -> str | None:
 
 
 def _words(where: str, number: int) -> str:
-    return f"{where}: {os.strerror(number)}; {_REMEDY.get(number, 'see to the reason')}"
+    return f"{where}: {os.strerror(number)}; {_REMEDY.get(number, 'fix the cause')}"
 
 
 def _error_of_a_write(folder: Path) -> int:
