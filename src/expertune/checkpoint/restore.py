@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from expertune.checkpoint.formats.nf4_folder import STACKS, Nf4Folder
+from expertune.checkpoint.formats.nf4_folder import BUFFERS, STACKS, Nf4Folder
 from expertune.checkpoint.linears import linear_of_bytes
 from expertune.checkpoint.reader import TensorEntry
 from expertune.errors import CheckpointError
 from expertune.experts.module import Nf4Experts
+from expertune.kernels.nf4 import Nf4Bytes, Nf4Stack
 
 # Name of an experts module and its buffers in the file, by name below the module -> the buffers as tensors.
 ReadExperts = Callable[[str, Mapping[str, TensorEntry]], Mapping[str, Tensor]]
@@ -91,21 +92,19 @@ def _fill_experts(
     if not isinstance(experts, Nf4Experts):
         raise CheckpointError(f"{shard}: {name} has no experts in the model of config.json; quantize the model again")
     for key, entry in entries.items():
-        _require_shape(entry, experts.get_submodule(key.partition(".")[0]), key.partition(".")[2])
-    tensors = (
-        read_experts(name, entries)
-        if read_experts
-        else {key: entry.read().to(device) for key, entry in entries.items()}
-    )
+        stack_name, _, buffer = key.partition(".")
+        _require_shape(entry, experts.get_submodule(stack_name), buffer)
+    if read_experts:
+        tensors = read_experts(name, entries)
+    else:
+        tensors = {key: entry.read().to(device) for key, entry in entries.items()}
     for stack_name in STACKS:
         stack = experts.get_submodule(stack_name)
-        # What somebody else has read lies where it is to stay.
-        stack.stays = read_experts is not None  # type: ignore[assignment]
-        for buffer, slots in ((key.partition(".")[2], key) for key in entries if key.startswith(f"{stack_name}.")):
-            if buffer in stack._parameters:
-                stack._parameters[buffer] = nn.Parameter(tensors[slots], requires_grad=False)
-            else:
-                stack._buffers[buffer] = tensors[slots]
+        assert isinstance(stack, Nf4Stack)
+        # What `read_experts` gives is where it is to stay.
+        stack.place(
+            Nf4Bytes(*(tensors[f"{stack_name}.{buffer}"] for buffer in BUFFERS)), stays=read_experts is not None
+        )
 
 
 def _require_shape(entry: TensorEntry, module: nn.Module, leaf: str) -> None:

@@ -23,7 +23,7 @@ from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.reader import INDEX_NAME, CheckpointIndex, TensorEntry, open_checkpoint
 from expertune.checkpoint.writer import PADDING
 from expertune.errors import CheckpointError
-from expertune.kernels.nf4 import Scheme
+from expertune.kernels.nf4 import Nf4Bytes, Scheme
 from expertune.storage import write_json
 
 FOLDER_MARK = "expertune.json"
@@ -34,7 +34,7 @@ GUIDE = "README.md"
 REST = "rest.safetensors"
 
 STACKS = ("gate_up", "down")
-BUFFERS = ("packed", "absmax", "nested_absmax", "offset")
+BUFFERS = Nf4Bytes._fields
 
 STATE_SUFFIX = ".weight.quant_state.bitsandbytes__nf4"
 _DIGEST = "sha256"
