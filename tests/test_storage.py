@@ -1,4 +1,4 @@
-"""What a failed write is called, whichever library wrote."""
+"""A file is written whole or not at all; what a failed write is called, whichever library wrote."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from expertune import storage
 from expertune.cli import app
 from expertune.errors import StorageError
-from expertune.storage import notify_if_it_fails, storage_errors_named
+from expertune.storage import notify_if_it_fails, storage_errors_named, write_whole
 
 
 class FullDisk:
@@ -78,3 +78,30 @@ def test_disk_that_fails_under_any_command_is_one_error(arguments: list[str], mo
         ended.stderr
         == "expertune: error: runs/a/record.json: Input/output error; check the disk, or take another one\n"
     )
+
+
+def test_file_whose_writer_stops_half_way_is_the_old_one_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "summary.png"
+    path.write_bytes(b"old")
+
+    def write_half() -> None:
+        with write_whole(path) as file:
+            file.write(b"new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("summary.png", b"old")]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o644), (0o077, 0o600)])
+def test_file_is_never_writable_by_a_group_and_no_more_readable_than_the_umask_allows(
+    umask: int, mode: int, tmp_path: Path
+) -> None:
+    before = os.umask(umask)
+    try:
+        with write_whole(tmp_path / "new" / "record.json") as file:
+            file.write(b"{}")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new" / "record.json").stat().st_mode & 0o777 == mode
