@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
 import expertune
-from expertune.api import open_run
 from expertune.cli import app
 from expertune.config import parse_config
 from expertune.data import render_prompt
@@ -23,14 +23,53 @@ __all__ = ["rows_file", "run_values", "small_mixtral"]  # fixtures
 
 
 @pytest.fixture(scope="module")
-def finished(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three steps; tests must not change its folder."""
+def trained(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> expertune.Run:
+    """A run of three steps; tests must not change its directory."""
     values = nine_steps(small_mixtral, rows_file, tmp_path_factory.mktemp("finished") / "run")
     values["task"] = {"metric": "exact-match", "rows": 2, "max_new_tokens": 4}
-    values["training"] |= {"max_steps": 3}
+    values["training"] |= {"max_steps": 3, "gradient_checkpointing": True}
     del values["data"]["template"]
     with (Path(values["output_dir"]).parent / "console.txt").open("w", encoding="utf-8") as file:
-        return expertune.finetune(parse_config(values), console=Console(file=file, width=60)).output_dir
+        return expertune.finetune(parse_config(values), console=Console(file=file, width=60))
+
+
+@pytest.fixture(scope="module")
+def finished(trained: expertune.Run) -> Path:
+    return trained.output_dir
+
+
+def test_model_of_a_run_is_the_trained_one_and_the_one_that_is_loaded_again(
+    trained: expertune.Run, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.arange(3, 15)[None]
+    live = trained.model
+    assert live is trained.model
+    assert not live.training
+    assert not live.get_base_model().is_gradient_checkpointing
+    with torch.no_grad():
+        logits = live(ids).logits
+        trained.close()
+        loaded = trained.model
+        assert loaded is not live
+        assert torch.equal(loaded(ids).logits, logits)
+        assert torch.equal(expertune.open_run(finished).model(ids).logits, logits)
+
+
+def test_run_object_takes_the_place_of_its_directory_and_of_no_other_adapter(
+    trained: expertune.Run, finished: Path
+) -> None:
+    assert expertune.evaluate(trained)["loss"] == expertune.evaluate(finished)["loss"]
+    question = {"prompt": "What is 1 plus 2?"}
+    assert expertune.generate(trained, question, 4) == expertune.generate(finished, question["prompt"], 4)
+    with pytest.raises(ConfigError, match=r"adapter: Run\('.*', finished\) is made already; give its directory"):
+        expertune.generate(trained, "Who?", adapter="checkpoint-3")
+
+
+def test_run_shows_its_summary_in_a_notebook(trained: expertune.Run) -> None:
+    shown = trained._repr_html_()
+    assert shown.startswith("<pre>")
+    assert "training loss" in shown
+    assert trained.output_dir.name in shown
 
 
 def test_opened_run_gives_the_evaluation_loss_that_training_recorded(finished: Path) -> None:
@@ -91,16 +130,16 @@ def test_run_that_was_recorded_with_another_template_is_used_with_it(finished: P
         assert record["data"][part]["template"] == "question-answer"
         record["data"][part] = {**record["data"][part], "template": "plain"}
     record.save()
-    run = open_run(old)
+    run = expertune.open_run(old)
     assert render_prompt("What is 1 plus 2?", run.data, run.tokenizer) == "What is 1 plus 2?"
     assert expertune.evaluate(old)["loss"] != expertune.evaluate(finished)["loss"]
 
 
 def test_opening_something_else_names_what_is_missing(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is it a run folder"):
-        open_run(tmp_path)
+        expertune.open_run(tmp_path)
     with pytest.raises(CheckpointError, match=r"checkpoint-7: no such adapter.*checkpoint-3"):
-        open_run(finished, adapter="checkpoint-7")
+        expertune.open_run(finished, adapter="checkpoint-7")
 
 
 def test_run_whose_base_was_replaced_answers_only_when_asked_to(finished: Path, tmp_path: Path) -> None:

@@ -56,11 +56,13 @@ def run_dir(tmp_path):
 
 @pytest.fixture
 def api(monkeypatch):
-    """Stands for `expertune.api`; a test gives it the functions it needs."""
-    fake = SimpleNamespace(ADAPTER_FOLDER="adapter")
-    monkeypatch.setitem(sys.modules, "expertune.api", fake)
-    monkeypatch.setattr(expertune, "api", fake, raising=False)
-    return fake
+    """Stands for the functions of `expertune`; a test sets those that it needs."""
+
+    class Functions:
+        def __setattr__(self, name, function):
+            monkeypatch.setattr(expertune, name, function, raising=False)
+
+    return Functions()
 
 
 def type_lines(monkeypatch, *lines):
@@ -164,7 +166,7 @@ def test_a_bug_is_a_traceback_and_not_an_error_message(run_file, api, monkeypatc
     def make_plan(config, **options):
         raise ZeroDivisionError
 
-    api.make_plan = make_plan
+    api.plan = make_plan
     monkeypatch.setattr(sys, "argv", ["expertune", "plan", str(run_file)])
     with pytest.raises(ZeroDivisionError):
         main()
@@ -195,7 +197,7 @@ def plan_of(fits):
 
 def test_plan_prints_its_table(run, run_file, api):
     seen = []
-    api.make_plan = lambda config, **options: seen.extend((config, options)) or plan_of(fits=True)
+    api.plan = lambda config, **options: seen.extend((config, options)) or plan_of(fits=True)
     asked = ("lora.r=16", "training.learning_rate=1e-4", "--gpu", "rtx-4090", "--memory", "20GB")
     assert run("plan", "run.yaml", *asked) == (0, "peak 23 GB\n", "")
     assert seen[1] == {"gpu": "rtx-4090", "memory": "20GB", "trust_remote_code": False}
@@ -208,7 +210,7 @@ def test_plan_as_json_is_json_and_nothing_else(run, run_file, api):
         print("a library's note")
         return plan_of(fits=True)
 
-    api.make_plan = make_plan
+    api.plan = make_plan
     code, out, err = run("plan", "run.yaml", "--json")
     assert code == 0
     assert json.loads(out) == {"peak_bytes": 23, "fits": True}
@@ -217,7 +219,7 @@ def test_plan_as_json_is_json_and_nothing_else(run, run_file, api):
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_a_plan_that_does_not_fit_is_exit_code_2(run, run_file, api, options):
-    api.make_plan = lambda config, **options: plan_of(fits=False)
+    api.plan = lambda config, **options: plan_of(fits=False)
     code, out, err = run("plan", "run.yaml", *options)
     assert code == 2
     assert "23" in out
@@ -411,7 +413,8 @@ def chat(run, run_dir, api, monkeypatch):
 
     def open_run(run_dir, adapter, **_):
         data = DataConfig(train="rows.jsonl", template="viggo")
-        return SimpleNamespace(model=model, tokenizer=None, config=SimpleNamespace(model="base"), data=data)
+        config = SimpleNamespace(model="base")
+        return SimpleNamespace(model=model, tokenizer=None, config=config, data=data, adapter=adapter or "adapter")
 
     def stream(model, tokenizer, prompt, max_new_tokens):
         for word in prompt.split(" "):

@@ -1,6 +1,7 @@
 """What the pages tell a reader to type, open or import is there."""
 
 import ast
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import typer
 import yaml
 
+import expertune
 from expertune.cli import app
 from expertune.config import parse_config
 
@@ -90,33 +92,47 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
             assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
 
 
+def public_names_only(code: str) -> None:
+    """Compiles a piece of Python and holds what it uses of the package to the public names."""
+    public = {*expertune.__all__, "__version__"}
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "expertune":
+            assert node.module == "expertune"
+            assert {alias.name for alias in node.names} <= public
+        if isinstance(node, ast.Import):
+            assert not [alias.name for alias in node.names if alias.name.startswith("expertune.")]
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "expertune":
+            assert node.attr in public
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_python_snippets_compile_and_import_what_exists(page: Path) -> None:
+def test_python_snippets_compile_and_use_only_public_names(page: Path) -> None:
     for snippet in fenced(page, "python"):
-        for node in ast.walk(ast.parse(snippet)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "expertune":
-                file = ROOT.joinpath("src", *(node.module or "").split("."))
-                file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
-                assert {alias.name for alias in node.names} <= names_in(file)
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "expertune":
-                exported = names_in(ROOT / "src" / "expertune" / "__init__.py")
-                assert node.attr in exported or (ROOT / "src" / "expertune" / node.attr).is_dir()
+        public_names_only(snippet)
 
 
-def names_in(file: Path) -> set[str]:
-    """Names that a module defines or imports at its top, and what its `__all__` lists."""
-    names: set[str] = set()
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.add(node.name)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            names |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.Assign):
-            assigned = {target.id for target in node.targets if isinstance(target, ast.Name)}
-            names |= assigned
-            if "__all__" in assigned and isinstance(node.value, ast.List):
-                names |= {item.value for item in node.value.elts if isinstance(item, ast.Constant)}
-    return names
+def test_notebooks_use_only_public_names() -> None:
+    for notebook in sorted(ROOT.glob("examples/**/*.ipynb")):
+        for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                lines = "".join(cell["source"]).splitlines()
+                public_names_only("\n".join(line for line in lines if not line.startswith(("!", "%"))))
+
+
+def test_every_public_name_has_its_place_in_the_reference() -> None:
+    page = ROOT / "docs" / "reference" / "python.md"
+    headings = re.findall(r"^## (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    named = set(re.findall(r"`(\w+)`", " ".join(headings)))
+    assert named == set(expertune.__all__)
+    for name in expertune.__all__:
+        assert getattr(expertune, name).__doc__
+    used = {
+        node.attr
+        for snippet in fenced(page, "python")
+        for node in ast.walk(ast.parse(snippet))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "expertune"
+    }
+    assert set(expertune.__all__) - used <= {"Run", "RunConfig"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

@@ -3,38 +3,67 @@
     import expertune
     run = expertune.finetune("run.yaml")
 
-Importing this package is cheap: torch and transformers are imported when a step needs them.
+Everything public is here and is documented in `docs/reference/python.md`. Importing this package is cheap: torch and
+transformers are imported when a name is used that needs them.
 """
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 from expertune.config import RunConfig
+from expertune.errors import ExpertuneError
 from expertune.kernels.threads import prepare_threads
 from expertune.registration import register as _register
 from expertune.run.record import RunRecord
 from expertune.run.source import load_run as load_config
 
 if TYPE_CHECKING:
-    from expertune.api import Run, evaluate, finetune, generate, make_plan
+    from expertune.api import finetune, plan
     from expertune.checkpoint.quantize import quantize
+    from expertune.models import attach, load_adapter, load_model
+    from expertune.run.inference import Run, evaluate, generate, open_run
 
 __version__ = _version("expertune")
-__all__ = ["Run", "RunConfig", "RunRecord", "evaluate", "finetune", "generate", "load_config", "make_plan", "quantize"]
+__all__ = [
+    "ExpertuneError",
+    "Run",
+    "RunConfig",
+    "RunRecord",
+    "attach",
+    "evaluate",
+    "finetune",
+    "generate",
+    "load_adapter",
+    "load_config",
+    "load_model",
+    "open_run",
+    "plan",
+    "prepare_threads",
+    "quantize",
+]
+
+# Where the names lie that need torch.
+_MODULES = {
+    "api": ("finetune", "plan"),
+    "checkpoint.quantize": ("quantize",),
+    "models": ("attach", "load_adapter", "load_model"),
+    "planning": ("make_plan",),  # the earlier name of `plan`, of a RunConfig alone
+    "run.inference": ("Run", "evaluate", "generate", "open_run"),
+}
 
 # From here on `AutoModelForCausalLM.from_pretrained` reads NF4 folders, and PEFT's calls adapt experts.
 _register()
 
 
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        prepare_threads()  # what follows imports torch; importing this package sets nothing
-    if name == "quantize":
-        from expertune.checkpoint.quantize import quantize
+if not TYPE_CHECKING:  # which would take every name for one of the package's
 
-        return quantize
-    if name in __all__:
-        from expertune import api
+    def __getattr__(name: str) -> Any:
+        for module, names in _MODULES.items():
+            if name in names:
+                return getattr(_import_module(f"expertune.{module}"), name)
+        raise AttributeError(f"module 'expertune' has no attribute {name!r}")
 
-        return getattr(api, name)
-    raise AttributeError(f"module 'expertune' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -5,7 +5,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from expertune.layers.varlen_attention import require_no_leakage
 from expertune.objectives.chunked_loss import LanguageModelLoss
 from expertune.placement.device import training_device
 from expertune.placement.experts import Location, placement_of
-from expertune.planning import MicroBatch, make_plan
+from expertune.planning import MicroBatch, Plan, make_plan
 from expertune.planning.disk import require_room
 from expertune.planning.settings import uses_checkpointing
 from expertune.report.figures import summary_figure, write_png
@@ -44,11 +44,10 @@ from expertune.run.directory import (
     open_record,
     stops_recorded,
 )
-from expertune.run.inference import OpenRun, evaluate, generate, load_base, open_run
+from expertune.run.inference import OpenOptions, Run, after_training, load_base
 from expertune.run.inputs import Inputs, note_stock_refusal, probe_batch, read_inputs
 from expertune.run.lock import hold_run_directory
 from expertune.run.progress import Bars
-from expertune.run.record import RunRecord
 from expertune.run.source import load_run
 from expertune.storage import notify_if_it_fails, storage_errors_named
 from expertune.train.callbacks import History, ProgressBar, peak_memory_bytes
@@ -59,20 +58,29 @@ from expertune.train.schedule import Evaluations, check_schedule, evaluates_at_e
 from expertune.train.trackers import Trackers
 from expertune.train.trainer import ExpertTrainer, training_arguments
 
-__all__ = ["OpenRun", "Run", "evaluate", "finetune", "generate", "make_plan", "open_run"]
 
+def plan(
+    config: RunConfig | str | Path,
+    overrides: Sequence[str] = (),
+    memory: str | None = None,
+    gpu: str | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """What a run needs, tensor by tensor, whether it fits, and how long a step takes; no weights are loaded.
 
-@dataclass(frozen=True)
-class Run:
-    """A finished run.
+    Args:
+        config: see `finetune`.
+        overrides: see `finetune`.
+        memory: memory to plan for, e.g. `24GB`, above the run file's `memory_budget`.
+        gpu: a GPU to plan for without having it, e.g. `rtx-4090`.
+        trust_remote_code: see `finetune`.
 
-    Attributes:
-        output_dir: the run folder.
-        record: what the run did.
+    Raises:
+        ExpertuneError: the run file or the model cannot be read.
     """
-
-    output_dir: Path
-    record: RunRecord
+    if not isinstance(config, RunConfig):
+        config = load_run(config, overrides, starts=False)
+    return make_plan(config, gpu=gpu, memory=memory, trust_remote_code=trust_remote_code)
 
 
 @torch.inference_mode(False)  # a caller may be in inference mode, or without gradients: training is not
@@ -104,29 +112,28 @@ def finetune(
     output_dir = Path(config.output_dir)
     with hold_run_directory(output_dir):
         record = open_record(config, output_dir, resume)
+        context = RunContext(config, record, training_device(), bars, ranks, resume, trust_remote_code)
         if is_finished(record):
             bars.console.print(finished_line(record), soft_wrap=True)
-            return Run(output_dir, record)
+            return Run(context, options=OpenOptions(trust_remote_code=trust_remote_code))
         with stops_recorded(record), storage_errors_named(output_dir):
-            context = RunContext(config, record, training_device(), bars, ranks, resume, trust_remote_code)
-            _finetune(context)
-    return Run(output_dir, record)
+            return _finetune(context)
 
 
-def _finetune(context: RunContext) -> None:
+def _finetune(context: RunContext) -> Run:
     """The corridor, in a run directory that nobody else writes to."""
     config, record, output_dir = context.config, context.record, context.output_dir
     check_training_arguments(config.training, config.where)
     check_schedule(config)
-    plan = make_plan(config, began_with=merged_before(record, output_dir), trust_remote_code=context.trust_remote_code)
+    made = make_plan(config, began_with=merged_before(record, output_dir), trust_remote_code=context.trust_remote_code)
     # Values that do not go together are refused by transformers itself: before anything is loaded.
-    context = _with_arguments(context, plan.micro_batch)
-    plan.require_fit()
-    context.notify(plan.parameters.line)
+    context = _with_arguments(context, made.micro_batch)
+    made.require_fit()
+    context.notify(made.parameters.line)
 
     # Nothing but a lock has been written so far: a mistake in the run file or in an example leaves no directory behind.
     inputs = read_inputs(context)
-    require_room(plan.disk, config.training, len(make_dataset(inputs.train, config.data)), output_dir)
+    require_room(made.disk, config.training, len(make_dataset(inputs.train, config.data)), output_dir)
     point = _resume_point(context)
     record.update(
         "model",
@@ -135,8 +142,8 @@ def _finetune(context: RunContext) -> None:
         device=str(context.device),
         base=inputs.fingerprint.to_json(),
     )
-    record.update("plan", **plan.to_json())
-    model, recovery = _load_and_adapt(context, inputs, plan.placement)
+    record.update("plan", **made.to_json())
+    model, recovery = _load_and_adapt(context, inputs, made.placement)
     held_out = None
     if inputs.eval:
         held_out = HeldOut(config, model, inputs.tokenizer, inputs.eval, recovery, context.bars)
@@ -145,7 +152,7 @@ def _finetune(context: RunContext) -> None:
         record.update("task", before=held_out.score(step=0, base_only=True))
         _show_score(context, "before")
 
-    _record_notes(context, plan.micro_batch, point)
+    _record_notes(context, made.micro_batch, point)
     _train(context, inputs, model, held_out, recovery, point)
     recovery.retry("checkpoint", partial(_write_adapter, model, output_dir / ADAPTER_FOLDER))
 
@@ -160,6 +167,8 @@ def _finetune(context: RunContext) -> None:
     )
     record.update("run", status="finished")
     context.console.print(render_summary(record.values, config.output_dir), soft_wrap=True)
+    options = OpenOptions(trust_remote_code=context.trust_remote_code)
+    return Run(context, (after_training(model), inputs.tokenizer), options)
 
 
 def _with_arguments(context: RunContext, micro_batch: MicroBatch) -> RunContext:

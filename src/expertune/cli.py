@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from expertune import RunRecord, __version__, load_config
+import expertune
+from expertune import RunRecord, load_config
 from expertune.errors import ConfigError, ExpertuneError
 from expertune.kernels.threads import prepare_threads
 from expertune.run.directory import after_interruption
@@ -87,7 +88,7 @@ def main() -> None:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"expertune {__version__}")
+        print(f"expertune {expertune.__version__}")
         raise typer.Exit
 
 
@@ -166,9 +167,7 @@ def plan(
     """
     config = load_config(run, overrides or (), starts=False)
     with stdout_for_results():
-        from expertune import api
-
-        made = api.make_plan(config, gpu=gpu, memory=memory, trust_remote_code=trust_remote_code)
+        made = expertune.plan(config, gpu=gpu, memory=memory, trust_remote_code=trust_remote_code)
     if as_json:
         print_json(made.to_json())
     else:
@@ -220,10 +219,8 @@ def train(
         with stdout_for_results():
             from rich.console import Console
 
-            from expertune import api
-
             console = Console(stderr=True, soft_wrap=True)
-            finished = api.finetune(config, resume=resume, console=console, trust_remote_code=trust_remote_code)
+            finished = expertune.finetune(config, resume=resume, console=console, trust_remote_code=trust_remote_code)
     except (KeyboardInterrupt, Terminated) as stop:
         options = ["--trust-remote-code"] if trust_remote_code else []
         command = shlex.join(["expertune", "train", str(run), *(overrides or ()), *options])
@@ -247,9 +244,7 @@ def evaluate(
     """Score a run on its evaluation rows: the loss, and the task's metric where it has one."""
     RunRecord.load(run_dir)
     with stdout_for_results():
-        from expertune import api
-
-        scores = api.evaluate(
+        scores = expertune.evaluate(
             run_dir,
             adapter=adapter,
             rows=rows,
@@ -282,9 +277,7 @@ def generate(
         raise ConfigError("the prompt holds no text; give it as --prompt TEXT, or as --prompt - on stdin")
     RunRecord.load(run_dir)
     with stdout_for_results():
-        from expertune import api
-
-        answer = api.generate(
+        answer = expertune.generate(
             run_dir,
             text,
             max_new_tokens=max_new_tokens,
@@ -314,12 +307,10 @@ def chat(
     """
     RunRecord.load(run_dir)
     with stdout_for_results():
-        from expertune import api
-
-        run = api.open_run(
+        run = expertune.open_run(
             run_dir, adapter=adapter, trust_remote_code=trust_remote_code, other_base=other_base, model=model
         )
-    which = "the base model without its adapter" if base_only else f"adapter {adapter or api.ADAPTER_FOLDER}"
+    which = "the base model without its adapter" if base_only else f"adapter {run.adapter}"
     say(f"{run_dir}: {which} of {run.config.model}. /exit or Ctrl-D ends.")
     with run.model.disable_adapter() if base_only else contextlib.nullcontext():
         converse(run, max_new_tokens)
@@ -356,13 +347,12 @@ def quantize(
         raise typer.BadParameter("give the folder to write", param_hint="OUT")
     try:
         with stdout_for_results():
-            from expertune.checkpoint.quantize import quantize as write
             from expertune.config import QuantizationConfig
 
             # What is quantized already decides by itself, unless the user has.
             asked = None if double_quantization is None else QuantizationConfig(double_quantization=double_quantization)
             with quantizing() as tell:
-                write(model, out, asked, dtype, revision, trust_remote_code, tell)
+                expertune.quantize(model, out, asked, dtype, revision, trust_remote_code, tell)
     except KeyboardInterrupt:
         say(f"expertune: interrupted; the same command goes on with {out}")
         raise typer.Exit(130) from None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from expertune.errors import DataError
 
 if TYPE_CHECKING:
-    from expertune.api import OpenRun
+    from expertune import Run
 
 # Width of a table that is not read on a terminal.
 _FILE_WIDTH = 120
@@ -84,7 +84,7 @@ def quantizing() -> Iterator[Callable[[str, int, int], None]]:
         yield lambda file, done, total: bar.update(task, description=file, completed=done, total=total)
 
 
-def converse(run: "OpenRun", max_new_tokens: int) -> None:
+def converse(run: "Run", max_new_tokens: int) -> None:
     """Read lines and stream the answers, until /exit or the end of stdin."""
     from expertune.generation.chat import Conversation, stream
 

@@ -136,15 +136,15 @@ STARTS = {
     "expertune doctor": "import sys; sys.argv[1:] = ['doctor']; from expertune.cli import main; main()",
     "python -m expertune doctor": "import runpy, sys; sys.argv[1:] = ['doctor']; "
     "runpy.run_module('expertune', run_name='__main__')",
-    "import expertune; expertune.finetune": "import expertune; expertune.finetune",
-    "import expertune; import torch": "import expertune; import torch",
+    "expertune.prepare_threads()": "import expertune; expertune.prepare_threads(); expertune.finetune",
+    "expertune.finetune": "import expertune; expertune.finetune",
 }
 
 
-def test_commands_and_the_corridor_say_it_before_torch_is_imported_and_an_import_says_nothing(tmp_path: Path) -> None:
+def test_commands_say_it_before_torch_is_imported_and_a_library_call_only_when_it_is_asked_to(tmp_path: Path) -> None:
     ended = run_copies("import typer", [SPY + code for code in STARTS.values()], tmp_path)
     seen = dict(zip(STARTS, (process.out.strip() for process in ended), strict=True))
-    assert seen == dict.fromkeys(STARTS, "PASSIVE") | {"import expertune; import torch": "None"}
+    assert seen == dict.fromkeys(STARTS, "PASSIVE") | {"expertune.finetune": "None"}
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ class Conversation:
     """The user's messages as prompts of a run's template.
 
     Args:
-        data: the run's data section, with the layout and template that its rows were read with (`OpenRun.data`).
+        data: the run's data section, with the layout and template that its rows were read with (`Run.data`).
         tokenizer: the run's tokenizer.
     """
 

@@ -1,12 +1,14 @@
 """A finished run in use: its model with the adapter, the score on its evaluation rows, an answer to a prompt."""
 
+import html
+import io
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
+from accelerate.utils import extract_model_from_parallel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
@@ -29,6 +31,7 @@ from expertune.generation.chat import complete
 from expertune.layers.varlen_attention import use_sdpa_attention
 from expertune.placement.device import default_device, resolve_compute_dtype, set_up_kernels
 from expertune.placement.experts import Location, expert_reader, place_experts
+from expertune.report.summary import render_summary
 from expertune.run.context import RunContext
 from expertune.run.directory import ADAPTER_FOLDER
 from expertune.run.progress import Bars
@@ -37,26 +40,109 @@ from expertune.run.source import recorded_values
 from expertune.train.oom import Change, OutOfMemory
 
 
-@dataclass(frozen=True)
-class OpenRun:
-    """A run folder opened for use.
+class OpenOptions(TypedDict, total=False):
+    """How a run directory is opened.
 
-    Attributes:
-        config: the run file as it was.
-        record: what the run did.
-        model: the adapted model, in evaluation mode.
-        tokenizer: the base model's tokenizer.
+    Keys:
+        adapter: `checkpoint-N` for an earlier state; None means the final adapter.
+        model: directory or hub id of the base model, where it lies elsewhere by now than the record says.
+        other_base: put the adapter on the model though its weights are not those that it was trained on.
+        trust_remote_code: run Python that ships with the model; what the run was started with does not count.
     """
 
-    config: RunConfig
-    record: RunRecord
-    model: ExpertPeftModel
-    tokenizer: PreTrainedTokenizerBase
+    adapter: str | None
+    model: str | None
+    other_base: bool
+    trust_remote_code: bool
+
+
+Opened = tuple[ExpertPeftModel, PreTrainedTokenizerBase]
+
+
+class Run:
+    """A run: what it did, and its model.
+
+    Args:
+        context: what the run was made with, or opened with.
+        opened: the model and its tokenizer where they are in memory; None means that they are loaded when first used.
+        options: how the run directory is opened then.
+    """
+
+    def __init__(self, context: RunContext, opened: Opened | None = None, options: OpenOptions | None = None) -> None:
+        self.context = context
+        self._opened, self._options = opened, options or OpenOptions()
+
+    @property
+    def config(self) -> RunConfig:
+        """The run file."""
+        return self.context.config
+
+    @property
+    def record(self) -> RunRecord:
+        """What the run did; `run.record["eval"]["loss"]`."""
+        return self.context.record
+
+    @property
+    def output_dir(self) -> Path:
+        """The run directory."""
+        return self.context.output_dir
+
+    @property
+    def adapter(self) -> str:
+        """The name of the adapter that the model has: `adapter`, or `checkpoint-N`."""
+        return self._options.get("adapter") or ADAPTER_FOLDER
+
+    @property
+    def model(self) -> ExpertPeftModel:
+        """The adapted model in evaluation mode, a `PeftModel`. It stays in memory until `close` or the run's end."""
+        return self._open()[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer."""
+        return self._open()[1]
 
     @property
     def data(self) -> DataConfig:
-        """The data section with the layout and template that the training rows settled, so that no row is needed."""
+        """The data section with the layout and template of the training examples, so that none of these is needed."""
         return settled(self.config.data, self.record["data"]["train"])
+
+    @property
+    def steps(self) -> int:
+        """How many optimizer steps the adapter has taken."""
+        at = self.adapter.removeprefix("checkpoint-")
+        return int(at) if at.isdigit() else int(self.record.values.get("train", {}).get("steps", 0))
+
+    def close(self) -> None:
+        """Free the model's memory; it is loaded again when it is used again."""
+        self._opened = None
+
+    def _open(self) -> Opened:
+        if self._opened is None:
+            self._opened = open_run(self.output_dir, **self._options)._opened
+            assert self._opened is not None
+        return self._opened
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.output_dir)!r}, {self.record.values.get('run', {}).get('status', 'not started')})"
+
+    def _repr_html_(self) -> str:
+        """The summary that ends a run, for a notebook."""
+        if self.record.values.get("run", {}).get("status") != "finished":
+            return f"<pre>{html.escape(repr(self))}</pre>"
+        console = Console(file=io.StringIO(), record=True, width=100)
+        console.print(render_summary(self.record.values, str(self.output_dir)))
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def after_training(model: ExpertPeftModel) -> ExpertPeftModel:
+    """A model that was trained just now, as `open_run` gives it."""
+    extract_model_from_parallel(model, keep_fp32_wrapper=False)  # accelerate's autocast around its forward
+    base = model.get_base_model()
+    if base.is_gradient_checkpointing:
+        base.gradient_checkpointing_disable()
+    model.zero_grad(set_to_none=True)
+    return model.eval()
 
 
 def open_run(
@@ -65,18 +151,18 @@ def open_run(
     trust_remote_code: bool = False,
     other_base: bool = False,
     model: str | None = None,
-) -> OpenRun:
+) -> Run:
     """Load the base model and the adapter of a run.
 
     Args:
-        run_dir: a run folder.
-        adapter: `checkpoint-N` for an earlier state; None means the final adapter.
-        trust_remote_code: run Python that ships with the model; what the run was started with does not count.
-        other_base: put the adapter on the model though its weights are not those that it was trained on.
-        model: folder or hub id of the base model, where it lies elsewhere by now than the record says.
+        run_dir: a run directory.
+        adapter: see `OpenOptions`, as for all that follow.
+        trust_remote_code: run Python that ships with the model.
+        other_base: take another base model than the adapter's.
+        model: where the base model lies now.
 
     Raises:
-        CheckpointError: not a run folder, no such adapter in it, or the model's weights are others by now.
+        CheckpointError: not a run directory, no such adapter in it, or the model's weights are others by now.
     """
     run_dir = Path(run_dir)
     record = RunRecord.load(run_dir)
@@ -86,72 +172,59 @@ def open_run(
     if not folder.is_dir():
         have = ", ".join(sorted(path.name for path in run_dir.glob("checkpoint-*"))) or "none"
         raise CheckpointError(f"{folder}: no such adapter; the run may not have finished. Checkpoints here: {have}")
-    for part, rows in (("train", config.data.train), ("eval", config.data.eval)):
-        if rows is not None and not record.values.get("data", {}).get(part):
+    for part, examples in (("train", config.data.train), ("eval", config.data.eval)):
+        if examples is not None and not record.values.get("data", {}).get(part):
             raise CheckpointError(
-                f"{record.path}: it holds no data.{part}, which says how the rows were read; take the record as the "
-                "run wrote it"
+                f"{record.path}: it holds no data.{part}, which says how the examples were read; take the record as "
+                "the run wrote it"
             )
     revision = record.values.get("model", {}).get("revision") if model is None else None
     try:
         source = fetch_model(config.model, revision, trust_remote_code)
     except CheckpointError as error:
         raise CheckpointError(f"{error}. If the model has moved, give --model (model=)") from None
+    # On stderr: stdout is for results.
+    context = RunContext(config, record, default_device(), Bars(Console(stderr=True)))
     if not other_base:
-        base = fingerprint_of(source.folder, trust_remote_code, notify=_say_line)
+        base = fingerprint_of(source.folder, trust_remote_code, notify=context.notify)
         require_same_base(folder, base, config.model, allowed_by="give --other-base")
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    context = RunContext(config, record, default_device(), Bars(Console(stderr=True)))
     loaded = load_base(context, source, record.values.get("placement", {}).get("places", {}))
     lora = LoraSection(init_from=str(folder), init_from_other_base=other_base)
     adapted = attach(loaded, lora, config.model, source.revision)
-    adapted.eval()
-    return OpenRun(config, record, adapted, tokenizer)
+    options = OpenOptions(adapter=adapter, trust_remote_code=trust_remote_code, other_base=other_base, model=model)
+    return Run(context, (adapted.eval(), tokenizer), options)
 
 
 def evaluate(
-    run_dir: str | Path,
-    adapter: str | None = None,
-    rows: int | None = None,
-    base_only: bool = False,
-    trust_remote_code: bool = False,
-    other_base: bool = False,
-    model: str | None = None,
+    run: Run | str | Path, rows: int | None = None, base_only: bool = False, **opening: Unpack[OpenOptions]
 ) -> dict[str, Any]:
-    """Loss, and the task's metric where the run has one, on the run's evaluation rows.
+    """Loss, and the task's metric where the run has one, on the run's evaluation examples.
 
     Args:
-        run_dir: a run folder.
-        adapter: `checkpoint-N` for an earlier state.
-        rows: how many rows the metric is taken on; None means what the run file says.
+        run: a run directory, or a run.
+        rows: how many examples the metric is taken on; None means what the run file says.
         base_only: score the base model without the adapter.
-        trust_remote_code: see `open_run`.
-        other_base: see `open_run`.
-        model: see `open_run`.
+        **opening: how a run directory is opened; see `OpenOptions`.
 
     Returns:
         `adapter`, `loss` in nats per token, `task` as `expertune.evaluation.scoring.score_task` returns it where the
         run has a metric, and `recoveries`: what was changed when memory ran out, as in the record.
 
     Raises:
-        ConfigError: the run has no evaluation rows.
+        ConfigError: the run has no evaluation examples.
         CheckpointError: see `open_run`.
         DoesNotFitError: memory ran out, and nothing that could be changed is left.
     """
-    run = open_run(run_dir, adapter, trust_remote_code, other_base, model)
+    run = _opened_run(run, opening)
     if run.config.data.eval is None:
-        raise ConfigError(f"{run_dir}: the run has no data.eval rows to evaluate on")
-    eval_rows = prepare_rows(settled(run.config.data, run.record["data"]["eval"]), "eval", run.tokenizer)
-    result: dict[str, Any] = {"adapter": "none" if base_only else adapter or ADAPTER_FOLDER}
-    step = 0 if base_only else _steps_of(run.record, adapter)
+        raise ConfigError(f"{run.output_dir}: the run has no data.eval examples to evaluate on")
+    examples = prepare_rows(settled(run.config.data, run.record["data"]["eval"]), "eval", run.tokenizer)
+    result: dict[str, Any] = {"adapter": "none" if base_only else run.adapter}
+    step = 0 if base_only else run.steps
     changes: list[Change] = []
-
-    def tell(change: Change) -> None:
-        _say_aside(change)
-        changes.append(change)
-
-    recovery = OutOfMemory(run.model, default_device(), notify=tell)
-    held_out = HeldOut(run.config, run.model, run.tokenizer, eval_rows, recovery, Bars(Console(stderr=True)))
+    recovery = _recovery(run, changes)
+    held_out = HeldOut(run.config, run.model, run.tokenizer, examples, recovery, run.context.bars)
     result["loss"] = held_out.loss(step, base_only)
     if run.config.task.metric:
         result["task"] = held_out.score(step, rows, base_only)
@@ -160,36 +233,45 @@ def evaluate(
 
 
 def generate(
-    run_dir: str | Path,
-    prompt: str,
+    run: Run | str | Path,
+    prompt: str | Mapping[str, Any],
     max_new_tokens: int = 100,
     base_only: bool = False,
-    adapter: str | None = None,
-    trust_remote_code: bool = False,
-    other_base: bool = False,
-    model: str | None = None,
+    **opening: Unpack[OpenOptions],
 ) -> str:
     """Complete a prompt, put through the run's template, greedily.
 
     Args:
-        run_dir: a run folder.
-        prompt: the user's text.
+        run: a run directory, or a run.
+        prompt: the user's text; or the columns of an example without its answer, e.g. `instruction` and `context`.
         max_new_tokens: the longest answer.
         base_only: answer without the adapter.
-        adapter: `checkpoint-N` for an earlier state.
-        trust_remote_code: see `open_run`.
-        other_base: see `open_run`.
-        model: see `open_run`.
+        **opening: how a run directory is opened; see `OpenOptions`.
 
     Raises:
         DoesNotFitError: memory ran out, and nothing that could be changed is left.
     """
-    run = open_run(run_dir, adapter, trust_remote_code, other_base, model)
-    recovery = OutOfMemory(run.model, default_device(), notify=_say_aside)
-    in_parts = partial(recovery.in_parts, "generation", step=0 if base_only else _steps_of(run.record, adapter))
+    run = _opened_run(run, opening)
+    in_parts = partial(_recovery(run, []).in_parts, "generation", step=0 if base_only else run.steps)
     ids = encode_prompt(render_prompt(prompt, run.data, run.tokenizer), run.tokenizer)
     with run.model.disable_adapter() if base_only else nullcontext():
         return complete(run.model, run.tokenizer, [ids], max_new_tokens, in_parts=in_parts)[0]
+
+
+def _opened_run(run: Run | str | Path, opening: OpenOptions) -> Run:
+    if not isinstance(run, Run):
+        return open_run(run, **opening)
+    if opening:
+        raise ConfigError(f"{', '.join(opening)}: {run!r} is made already; give its directory to open it otherwise")
+    return run
+
+
+def _recovery(run: Run, changes: list[Change]) -> OutOfMemory:
+    def keep(change: Change) -> None:
+        run.context.notify(change.line)
+        changes.append(change)
+
+    return OutOfMemory(run.model, run.context.device, notify=keep)
 
 
 def load_base(context: RunContext, source: ModelSource, places: Mapping[str, Location]) -> LoadedModel:
@@ -210,18 +292,3 @@ def load_base(context: RunContext, source: ModelSource, places: Mapping[str, Loc
     if config.data.packing == "padded":
         use_sdpa_attention(loaded.model)
     return loaded
-
-
-def _steps_of(record: RunRecord, adapter: str | None) -> int:
-    """How many optimizer steps an adapter has taken."""
-    at = (adapter or "").removeprefix("checkpoint-")
-    return int(at) if at.isdigit() else int(record.values.get("train", {}).get("steps", 0))
-
-
-def _say_aside(change: Change) -> None:
-    _say_line(change.line)
-
-
-def _say_line(line: str) -> None:
-    """On stderr: stdout is for results."""
-    Console(stderr=True).print(line, soft_wrap=True)

@@ -1,0 +1,356 @@
+"""The schema of a run file: one YAML file describes a run.
+
+Nothing here imports torch or transformers, so that `--help` and a typing mistake answer at once.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    field_validator,
+    model_validator,
+)
+
+from expertune.config.yaml_file import shortened
+from expertune.errors import ConfigError, nearest
+from expertune.evaluation.metrics import METRICS
+
+_MAX_PATH, _MAX_PATH_PART = 4096, 255  # of Linux, and no more than elsewhere
+
+DataFormat = Literal[
+    "auto", "dolly", "alpaca", "prompt-completion", "prompt-completion-messages", "messages", "sharegpt", "text"
+]
+
+
+# Given by whoever starts a command, never by a file.
+TRUST_KEY = "trust_remote_code"
+
+
+class Section(BaseModel):
+    """A part of the run file. Unknown keys are refused: a misspelt key must never read as its default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_it_is_meant(cls, values: Any) -> Any:
+        """A section without keys is an empty one; pydantic would read `r: yes` as 1."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        for name, value in values.items():
+            annotation = cls.model_fields[name].annotation if name in cls.model_fields else Any
+            if value is None and _is_mapping(annotation):
+                values[name] = {}
+            inside = value.values() if isinstance(value, dict) else [value]
+            if not _takes_bool(annotation) and any(isinstance(each, bool) for each in inside):
+                raise ValueError(f"{name}: a number or text is wanted, not true or false (yes, no, on, off)")
+        return values
+
+
+def _is_a_path(value: str) -> str:
+    """No text that no file system could hold, and no empty one, which would mean the working directory."""
+    if not value.strip():
+        raise ValueError("an empty name; give one, or remove the key")
+    if value.startswith("~") and os.path.expanduser(value) == value:  # noqa: PTH111 - Path's own raises
+        raise ValueError("there is no such user, whose home this would name")
+    if len(value) > _MAX_PATH or any(len(part.encode()) > _MAX_PATH_PART for part in value.split("/")):
+        raise ValueError(f"a path or name that is too long ({len(value)} characters)")
+    return value
+
+
+PathText = Annotated[str, AfterValidator(_is_a_path)]
+
+
+def _are_sources(value: Any) -> str | list[str]:
+    several = value if isinstance(value, list) else [value]
+    if not several or not all(isinstance(each, str) for each in several):
+        raise ValueError("wanted is a path, a glob, the name of a hub dataset, or a list of these")
+    for each in several:
+        _is_a_path(each)
+    return value
+
+
+Sources = Annotated[str | list[str], BeforeValidator(_are_sources)]
+
+
+def _is_a_size(value: str | int) -> str | int:
+    try:
+        parse_size(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+Size = Annotated[str | int, AfterValidator(_is_a_size)]
+
+
+class DataConfig(Section):
+    """Where the rows come from and how they become token rows.
+
+    Attributes:
+        train: path, glob or hub name of the training rows, with an optional `[a:b]` slice of each file, e.g.
+            `rows.jsonl[0:800]`; or a list of these.
+        eval: the same for evaluation rows; None means no evaluation.
+        format: layout of a row; `auto` recognises it from the first row's columns.
+        columns: renames before the layout is read: our column name -> the file's, e.g. `{prompt: ref, completion: mr}`.
+        template: name of a template that ships with Expertune, path of a Jinja file, `chat` for the tokenizer's own
+            chat template, or None for the layout's default.
+        parse_special_tokens: special tokens that the rows' own text spells out (`</s>`) become special tokens. Off,
+            they are text, and only the template writes special tokens.
+        max_length: tokens of a row after which it is cut.
+        train_on: `completion` takes the loss on the answer only, `all` on the prompt as well (padding never).
+        packing: `padding-free` concatenates a micro-batch's rows; `packed` fills rows of `max_length` tokens in
+            advance; `padded` pads every row on the left to `max_length`. Attention never crosses rows.
+        merge_accumulation: run a step's accumulated micro-batches as one, or as few, where the plan's memory allows it
+            and the step stays the same; not with `padded`.
+        on_error: `stop` refuses the run at a bad row; `skip` drops bad rows and counts them.
+    """
+
+    train: Sources
+    eval: Sources | None = None
+    format: DataFormat = "auto"
+    columns: dict[str, str] = {}
+    template: PathText | None = None
+    parse_special_tokens: bool = False
+    max_length: int = Field(default=1024, ge=8)
+    train_on: Literal["completion", "all"] = "completion"
+    packing: Literal["padding-free", "packed", "padded"] = "padding-free"
+    merge_accumulation: bool = True
+    on_error: Literal["stop", "skip"] = "stop"
+
+
+class QuantizationConfig(Section):
+    """How the frozen weights are held.
+
+    Attributes:
+        scheme: `nf4`, the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, section 3). `auto` is the same, but that
+            experts which the checkpoint holds in MXFP4 stay as they are; `nf4` dequantizes and quantizes these anew.
+        double_quantization: absmax values are themselves held in 8 bits (QLoRA, section 3, "Double Quantization").
+        block_size: weights that share one absmax value.
+        compute_dtype: dtype of the matrix products; `auto` is bfloat16 where the device multiplies it faster.
+    """
+
+    scheme: Literal["auto", "nf4"] = "auto"
+    double_quantization: bool = True
+    block_size: Literal[64] = 64
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+
+
+class KernelsConfig(Section):
+    """How products of 4-bit weights run.
+
+    Attributes:
+        route: `fused` dequantizes inside the GEMM, `dequant_gemm` dequantizes first and multiplies the result;
+            `auto` takes the faster by tokens per expert, against a crossover that is measured once per machine.
+        working_set: most bytes that an expert layer takes between its products, whatever the batch is; `auto` is
+            512MiB on a CPU and 2GiB on a GPU.
+    """
+
+    route: Literal["auto", "fused", "dequant_gemm"] = "auto"
+    working_set: Literal["auto"] | Size = "auto"
+
+    @property
+    def working_set_bytes(self) -> int | None:
+        """The size in bytes; None where the device decides."""
+        return None if self.working_set == "auto" else parse_size(self.working_set)
+
+
+class LoraSection(Section):
+    """The adapter.
+
+    Attributes:
+        r: rank of every factor that `rank_pattern` does not name.
+        alpha: scale; the update is multiplied by alpha / r (alpha / sqrt(r) with `rslora`).
+        dropout: probability on the adapter's input while training; works on experts too.
+        targets: the checkpoint's own projection names (`q_proj`, `w1`, `gate_proj`) and the aliases `attention`,
+            `experts`, `router`, `lm_head`.
+        rank_pattern: projection name (or a regular expression over module names) -> rank.
+        alpha_pattern: the same for alpha.
+        rslora: rank-stabilised scale (Kalajdzievski 2023).
+        dtype: dtype of the adapter's own weights.
+        init_from: folder of an existing PEFT adapter to start from.
+        init_from_other_base: take it though it was trained on another base model, and leave layers that it has nothing
+            for as they are.
+    """
+
+    r: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16, gt=0)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    targets: list[str] = Field(default=["attention", "experts"], min_length=1)
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    rslora: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    init_from: PathText | None = None
+    init_from_other_base: bool = False
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_name_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("rank_pattern")
+    @classmethod
+    def _ranks_are_positive(cls, value: dict[str, int]) -> dict[str, int]:
+        if bad := {k: v for k, v in value.items() if v < 1}:
+            raise ValueError(f"ranks must be 1 or more, got {bad}")
+        return value
+
+    @field_validator("alpha_pattern")
+    @classmethod
+    def _alphas_are_positive(cls, value: dict[str, float]) -> dict[str, float]:
+        if bad := {k: v for k, v in value.items() if v <= 0}:
+            raise ValueError(f"alphas must be above 0, got {bad}")
+        return value
+
+
+class TaskConfig(Section):
+    """What the model is scored on by generating answers to evaluation rows, before and after training.
+
+    Attributes:
+        metric: a registered metric (`expertune.evaluation.metrics`): `slot-f1` for meaning representations such as
+            ViGGO's, `exact-match` for any text; or None.
+        rows: how many evaluation rows are answered; None means all of them.
+        max_new_tokens: the longest answer.
+        batch_size: rows answered at once.
+    """
+
+    metric: str | None = None
+    rows: int | None = Field(default=None, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+
+    @field_validator("metric")
+    @classmethod
+    def _is_registered(cls, value: str | None) -> str | None:
+        if value is not None and value not in METRICS:
+            raise ValueError(f"no metric of this name is registered{nearest_key(value, METRICS)}")
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a config was read from, with notes on it; configs of the same keys are equal wherever that was."""
+
+    name: str = dataclasses.field(default="config", compare=False)
+    notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+
+
+class RunConfig(Section):
+    """A whole run.
+
+    Attributes:
+        model: local folder or hub id of the base model.
+        revision: branch, tag or commit of a hub model; the record keeps the commit it resolved to.
+        training: TrainingArguments by their own names.
+        loss: `auto` takes the loss a chunk of rows at a time, without the logits of all, where that is the model's own
+            loss; `full` always leaves it to the model.
+        placement: where frozen expert bytes wait until they are used: in the `device`'s memory, in the `host`'s
+            (pinned, for a GPU), or on `disk`, mapped from an NF4 folder; `auto` decides by the plan, layer by layer.
+        offload_activations: what forward keeps for backward waits in the host's memory.
+        memory_budget: most bytes a run may plan for, e.g. `24GB`; None means what the device has.
+        output_dir: the run folder.
+    """
+
+    model: PathText
+    revision: str | None = None
+    data: DataConfig
+    quantization: QuantizationConfig = QuantizationConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    lora: LoraSection = LoraSection()
+    training: dict[str, Any] = {}
+    loss: Literal["auto", "full"] = "auto"
+    task: TaskConfig = TaskConfig()
+    placement: Literal["auto", "device", "host", "disk"] = "auto"
+    offload_activations: bool = False
+    memory_budget: Size | None = None
+    output_dir: PathText
+    _origin: Origin = PrivateAttr(default=Origin())
+
+    @property
+    def where(self) -> str:
+        """What errors name: the file that the keys were read from, or `config`."""
+        return self._origin.name
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A sentence for each value that was read under an earlier name."""
+        return self._origin.notes
+
+    @model_validator(mode="before")
+    @classmethod
+    def _code_is_trusted_by_the_caller(cls, values: Any) -> Any:
+        """`false` is what always holds; anything else would let a file that was received run code."""
+        if not isinstance(values, dict) or TRUST_KEY not in values:
+            return values
+        if values[TRUST_KEY] is not False:
+            raise ValueError(
+                f"{TRUST_KEY} is no key of a run file, which may come from others; if you have read the Python that "
+                "ships with the model and trust it, remove the key and give --trust-remote-code on the command line "
+                f"({TRUST_KEY}=True in Python)"
+            )
+        return {key: value for key, value in values.items() if key != TRUST_KEY}
+
+    @model_validator(mode="after")
+    def _task_needs_eval_rows(self) -> "RunConfig":
+        if self.task.metric and not self.data.eval:
+            raise ValueError("task.metric needs data.eval: the metric is taken on evaluation rows")
+        return self
+
+
+def parse_size(value: str | int) -> int:
+    """Bytes in `24GB`, `16GiB`, `512MB` or a plain number. GB is 1e9 bytes, GiB is 2**30.
+
+    Raises:
+        ConfigError: the text is not a size.
+    """
+    if isinstance(value, int):
+        if value <= 0:
+            raise ConfigError(f"{value} is not a size; write it as 24GB, 16GiB or a number of bytes")
+        return value
+    text = value.strip().lower()
+    units = {"gib": 2**30, "mib": 2**20, "kib": 2**10, "gb": 10**9, "mb": 10**6, "kb": 10**3, "b": 1, "": 1}
+    for unit, factor in units.items():
+        if text.endswith(unit):
+            number = text[: len(text) - len(unit)].strip()
+            try:
+                size = int(float(number) * factor)
+            except (ValueError, OverflowError):
+                break
+            if size > 0:
+                return size
+            break
+    raise ConfigError(f"{shortened(value)!r} is not a size; write it as 24GB, 16GiB or a number of bytes")
+
+
+def _takes_bool(annotation: Any) -> bool:
+    """Whether a field's type has a place for true and false."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return True  # which looks for itself
+    return annotation in (bool, Any) or any(_takes_bool(part) for part in get_args(annotation))
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return get_origin(annotation) is dict or (isinstance(annotation, type) and issubclass(annotation, Section))
+
+
+# What PEFT and transformers call a thing that spelling does not lead to, or leads to another.
+_OTHER_NAMES = {"rank": "r", "lora_rank": "r", "lora_r": "r", "max_seq_len": "max_length", "dataset": "train"}
+
+
+def nearest_key(name: str, known: Iterable[str]) -> str:
+    """What a message says of an unknown name: the one that is meant, or all that are known."""
+    known = set(known)
+    if _OTHER_NAMES.get(name) in known:
+        return f"; did you mean {_OTHER_NAMES[name]}?"
+    meant = nearest(name, sorted(known), cutoff=0.5)
+    return f"; did you mean {meant}?" if meant else f"; known: {', '.join(sorted(known))}"

@@ -1,0 +1,73 @@
+"""Models for a program of one's own: loaded, given adapters and asked, by the public names alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import expertune
+from expertune.config import LoraSection
+from expertune.errors import CheckpointError, ConfigError
+from expertune.models import LoraOptions
+from tests.tiny_models import random_rows, save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "mixtral")
+
+
+def with_values(model: PeftModel) -> PeftModel:
+    """B of every adapter away from zero, so that it changes the logits."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_adapter_of_a_loaded_model_is_saved_and_put_on_another(folder: Path, tmp_path: Path) -> None:
+    ids = random_rows()
+    model = expertune.attach(expertune.load_model(folder, "float32", "cpu"), r=4, targets=["attention", "experts"])
+    with_values(model).eval().save_pretrained(str(tmp_path))
+    again = expertune.load_adapter(expertune.load_model(folder, "float32", "cpu"), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        with again.disable_adapter():
+            base = again(ids).logits
+        assert not torch.equal(again(ids).logits, base)
+        # A second one beside it, which is not active yet.
+        expertune.load_adapter(again, tmp_path, "second")
+        again.set_adapter("second")
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    assert not again.training
+    assert again.peft_config["default"].base_model_name_or_path == str(folder)
+
+
+def test_nf4_folder_is_the_same_by_transformers_and_by_load_model(folder: Path, tmp_path: Path) -> None:
+    expertune.quantize(str(folder), tmp_path / "nf4")
+    ids = random_rows()
+    models = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", dtype=torch.float32),
+        expertune.load_model(tmp_path / "nf4", "float32", "cpu"),
+    ]
+    adapted = [expertune.attach(model, targets="experts", r=2).eval() for model in models]  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert torch.equal(*(model(ids).logits for model in adapted))
+    origins = [model.origins["default"] for model in adapted]
+    assert origins[0] == origins[1]
+
+
+def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
+    model = expertune.load_model(folder, "float32", "cpu")
+    with pytest.raises(ConfigError, match="lora: unknown key rank; did you mean r"):
+        expertune.attach(model, rank=8)  # type: ignore[call-arg]
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+        expertune.load_adapter(model, tmp_path)
+    with pytest.raises(ConfigError, match=r"take a model from expertune\.load_model"):
+        expertune.attach(AutoModelForCausalLM.from_pretrained(folder))
+
+
+def test_options_of_attach_are_the_keys_of_the_run_files_section() -> None:
+    assert LoraOptions.__annotations__.keys() == LoraSection.model_fields.keys()
