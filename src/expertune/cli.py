@@ -1,6 +1,6 @@
 """The command line: thin commands over `expertune.api`.
 
-Results go to stdout, everything else to stderr. Exit code 0 is success, 2 an error that the user can mend, 130 Ctrl-C;
+Results go to stdout, everything else to stderr. Exit code 0 is success, 2 an error that the user can fix, 130 Ctrl-C;
 a traceback means a bug. torch and transformers are imported by the command that needs them, so that `--help`, a typing
 mistake or a bad run file answers at once.
 """
@@ -25,11 +25,11 @@ from expertune.run.signals import Terminated
 from expertune.storage import failure
 from expertune.terminal import (
     converse,
+    log,
     print_json,
     print_scores,
     print_table,
     quantizing,
-    say,
     stdout_for_results,
 )
 
@@ -37,7 +37,7 @@ _LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft
 
 
 class _Commands(typer.core.TyperGroup):
-    """The commands, with the errors that a user can mend turned into one message and an exit code."""
+    """The commands, which turn an error that a user can fix into one message and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that the arguments name."""
@@ -45,16 +45,16 @@ class _Commands(typer.core.TyperGroup):
             try:
                 return super().invoke(ctx)
             except ExpertuneError as error:
-                say(f"expertune: error: {error}")
+                log(f"expertune: error: {error}")
                 raise typer.Exit(2) from None
             except OSError as error:
-                # A file or a disk that a command meets is the user's to see to; the reader of a pipe is `main`'s.
+                # A failed read or write is the user's to fix; a closed pipe is handled by `main`.
                 if (reason := failure(error)) is None:
                     raise
-                say(f"expertune: error: {reason}")
+                log(f"expertune: error: {reason}")
                 raise typer.Exit(2) from None
             except KeyboardInterrupt:
-                say("expertune: interrupted")
+                log("expertune: interrupted")
                 raise typer.Exit(130) from None
 
 
@@ -133,7 +133,7 @@ BaseModel = Annotated[
 OtherBase = Annotated[
     bool,
     typer.Option(
-        "--other-base", help="Go on though the model's weights are not those that the adapter was trained on."
+        "--other-base", help="Continue although the model's weights are not those that the adapter was trained on."
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
@@ -161,7 +161,7 @@ def plan(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Say what a run needs, tensor by tensor, whether it fits, and how long a step takes. Loads no weights.
+    """Show what a run needs, tensor by tensor, whether it fits, and how long a step takes. Loads no weights.
 
     Exit code 2 where it does not fit.
     """
@@ -173,8 +173,8 @@ def plan(
     else:
         print_table(made.render())
     if not made.fits:
-        # The table above has said it all; a second one in the error would only push it off the screen.
-        say(f"expertune: error: {made.model} does not fit; see what to give up above")
+        # The table above has all of it; a second one in the error would only push it off the screen.
+        log(f"expertune: error: {made.model} does not fit; see what to give up above")
         raise typer.Exit(2)
 
 
@@ -189,7 +189,7 @@ def data(
 ) -> None:
     """Show what a run would be trained on: layout, template, columns, and examples with their trained part marked.
 
-    Checks every row as a run does. Needs the model's tokenizer alone; loads no weights and writes nothing.
+    Checks every example as a run does. Needs the model's tokenizer alone; loads no weights and writes nothing.
     """
     config = load_config(run, overrides or (), starts=False)
     with stdout_for_results():
@@ -224,7 +224,7 @@ def train(
     except (KeyboardInterrupt, Terminated) as stop:
         options = ["--trust-remote-code"] if trust_remote_code else []
         command = shlex.join(["expertune", "train", str(run), *(overrides or ()), *options])
-        say(f"expertune: {str(stop) or 'interrupted'}; {after_interruption(Path(config.output_dir), command)}")
+        log(f"expertune: {str(stop) or 'interrupted'}; {after_interruption(Path(config.output_dir), command)}")
         raise typer.Exit(stop.exit_code if isinstance(stop, Terminated) else 130) from None
     print(finished.output_dir)
 
@@ -233,7 +233,7 @@ def train(
 def evaluate(
     run_dir: RunDir,
     adapter: Adapter = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Rows to answer for the task's metric.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Examples to answer for the task's metric.")] = None,
     base_only: BaseOnly = False,
     trust_remote_code: TrustRemoteCode = False,
     model: BaseModel = None,
@@ -241,7 +241,7 @@ def evaluate(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Score a run on its evaluation rows: the loss, and the task's metric where it has one."""
+    """Score a run on its evaluation examples: the loss, and the task's metric where it has one."""
     RunRecord.load(run_dir)
     with stdout_for_results():
         scores = expertune.evaluate(
@@ -311,7 +311,7 @@ def chat(
             run_dir, adapter=adapter, trust_remote_code=trust_remote_code, other_base=other_base, model=model
         )
     which = "the base model without its adapter" if base_only else f"adapter {run.adapter}"
-    say(f"{run_dir}: {which} of {run.config.model}. /exit or Ctrl-D ends.")
+    log(f"{run_dir}: {which} of {run.config.model}. /exit or Ctrl-D ends.")
     with run.model.disable_adapter() if base_only else contextlib.nullcontext():
         converse(run, max_new_tokens)
 
@@ -332,12 +332,12 @@ def quantize(
     ] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     trust_remote_code: TrustRemoteCode = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Only hash the files of an NF4 folder anew.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Only hash the files of an NF4 folder again.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Write a model's 4-bit weights into a folder that loads at reading speed. Prints the folder.
 
-    Shards of a hub model are fetched one by one and deleted after use. The same command goes on after an interruption.
+    Shards of a hub model are fetched one by one and deleted after use. The same command resumes after an interruption.
     `expertune quantize --verify FOLDER` checks a folder.
     """
     if verify:
@@ -351,10 +351,10 @@ def quantize(
 
             # What is quantized already decides by itself, unless the user has.
             asked = None if double_quantization is None else QuantizationConfig(double_quantization=double_quantization)
-            with quantizing() as tell:
-                expertune.quantize(model, out, asked, dtype, revision, trust_remote_code, tell)
+            with quantizing() as progress:
+                expertune.quantize(model, out, asked, dtype, revision, trust_remote_code, progress)
     except KeyboardInterrupt:
-        say(f"expertune: interrupted; the same command goes on with {out}")
+        log(f"expertune: interrupted; the same command resumes {out}")
         raise typer.Exit(130) from None
     print(out)
 
@@ -369,7 +369,7 @@ def _verify(folder: Path) -> None:
 
 @app.command()
 def doctor(as_json: Json = False, verbose: Verbose = False) -> None:
-    """Say what this machine has, and what of it Expertune will use."""
+    """Show what this machine has, and what of it Expertune will use."""
     with stdout_for_results():
         from expertune.doctor import collect, render
 

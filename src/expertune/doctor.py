@@ -91,12 +91,12 @@ def _packages() -> Iterator[Finding]:
 
 
 def _package(requirement: Requirement) -> Finding:
-    mend = f"pip install '{requirement.name}{requirement.specifier}'"
+    fix = f"pip install '{requirement.name}{requirement.specifier}'"
     found = _version(requirement.name)
     if found is None:
-        return _find("packages", requirement.name, "missing", "error", mend)
+        return _find("packages", requirement.name, "missing", "error", fix)
     if not requirement.specifier.contains(found, prereleases=True):
-        return _find("packages", requirement.name, f"{found}, needs {requirement.specifier}", "error", mend)
+        return _find("packages", requirement.name, f"{found}, needs {requirement.specifier}", "error", fix)
     return _find("packages", requirement.name, found)
 
 
@@ -149,7 +149,7 @@ def _devices() -> Iterator[Finding]:
         yield _find("device", "native kernels", f"none: {library.reason}", "warning", advice)
     folder, reason = find_cache()
     if reason:
-        advice = "what is built and measured there may be built and measured anew; mend it, or set XDG_CACHE_HOME"
+        advice = "what is built and measured there may be built and measured again; fix that, or set XDG_CACHE_HOME"
         yield _find("device", "cache", f"{folder}, because {reason}", "warning", advice)
     else:
         yield _find("device", "cache", str(folder))
@@ -159,7 +159,7 @@ def _devices() -> Iterator[Finding]:
 
 
 def _threads() -> Finding:
-    """How many threads products take, of how many cores, and what they do while they wait for each other."""
+    """How many threads matrix products use, of how many cores, and how they wait for each other."""
     threads, cores, share = torch.get_num_threads(), usable_cores(), cgroup_share()
     allowed = f"{cores} cores" + ("" if share is None else f" (this process's share of time: {share:g})")
     value = f"{threads} on {allowed}, waiting {'asleep' if waits_passively() else 'awake'}"

@@ -49,7 +49,7 @@ WRAPPED = {
 
 
 def register() -> None:
-    """Change what has been imported, and see to the rest when it is; a second call changes nothing."""
+    """Change what has been imported now, and the rest when it is imported; a second call changes nothing."""
     for name in (QUANTIZERS, *WRAPPED):
         module = sys.modules.get(name)
         # A module that is being imported just now is in `sys.modules` too, and has none of its names yet.

@@ -25,7 +25,7 @@ def stdout_for_results() -> Iterator[None]:
         yield
 
 
-def say(message: str) -> None:
+def log(message: str) -> None:
     """One message on stderr, as it is: a wrapped path cannot be copied."""
     print(message, file=sys.stderr, flush=True)
 
@@ -64,14 +64,14 @@ def print_scores(scores: dict[str, Any]) -> None:
 def quantizing() -> Iterator[Callable[[str, int, int], None]]:
     """How far `expertune quantize` is: a bar on a terminal; elsewhere a line on stderr for each tenth of the work."""
     if not sys.stderr.isatty():
-        said = -1
+        logged = -1
 
         def line(file: str, done: int, total: int) -> None:
-            nonlocal said
+            nonlocal logged
             tenth = 10 * done // max(total, 1)
-            if tenth > said:
-                said = tenth
-                say(f"{file}: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
+            if tenth > logged:
+                logged = tenth
+                log(f"{file}: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
 
         yield line
         return
@@ -101,8 +101,8 @@ def converse(run: "Run", max_new_tokens: int) -> None:
         except KeyboardInterrupt:
             print(" ...", end="")
         except DataError as error:
-            # One message that cannot be asked (too long, say) does not end the conversation.
-            say(f"expertune: error: {error}")
+            # One message that cannot be asked (one that is too long, for example) does not end the conversation.
+            log(f"expertune: error: {error}")
             continue
         print(flush=True)
         conversation.answered(message, answer)

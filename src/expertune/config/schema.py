@@ -94,25 +94,25 @@ Size = Annotated[str | int, AfterValidator(_is_a_size)]
 
 
 class DataConfig(Section):
-    """Where the rows come from and how they become token rows.
+    """Where the examples come from and how they become token sequences.
 
     Attributes:
-        train: path, glob or hub name of the training rows, with an optional `[a:b]` slice of each file, e.g.
+        train: path, glob or hub name of the training examples, with an optional `[a:b]` slice of each file, e.g.
             `rows.jsonl[0:800]`; or a list of these.
-        eval: the same for evaluation rows; None means no evaluation.
-        format: layout of a row; `auto` recognises it from the first row's columns.
+        eval: the same for evaluation examples; None means no evaluation.
+        format: layout of an example; `auto` recognises it from the first example's columns.
         columns: renames before the layout is read: our column name -> the file's, e.g. `{prompt: ref, completion: mr}`.
         template: name of a template that ships with Expertune, path of a Jinja file, `chat` for the tokenizer's own
             chat template, or None for the layout's default.
-        parse_special_tokens: special tokens that the rows' own text spells out (`</s>`) become special tokens. Off,
+        parse_special_tokens: special tokens that the examples' own text spells out (`</s>`) become special tokens. Off,
             they are text, and only the template writes special tokens.
-        max_length: tokens of a row after which it is cut.
+        max_length: tokens of an example after which it is cut.
         train_on: `completion` takes the loss on the answer only, `all` on the prompt as well (padding never).
-        packing: `padding-free` concatenates a micro-batch's rows; `packed` fills rows of `max_length` tokens in
-            advance; `padded` pads every row on the left to `max_length`. Attention never crosses rows.
+        packing: `padding-free` concatenates a micro-batch's sequences; `packed` fills sequences of `max_length` tokens
+            in advance; `padded` pads every sequence on the left to `max_length`. Attention never crosses examples.
         merge_accumulation: run a step's accumulated micro-batches as one, or as few, where the plan's memory allows it
             and the step stays the same; not with `padded`.
-        on_error: `stop` refuses the run at a bad row; `skip` drops bad rows and counts them.
+        on_error: `stop` refuses the run at a bad example; `skip` drops bad examples and counts them.
     """
 
     train: Sources
@@ -133,7 +133,7 @@ class QuantizationConfig(Section):
 
     Attributes:
         scheme: `nf4`, the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, section 3). `auto` is the same, but that
-            experts which the checkpoint holds in MXFP4 stay as they are; `nf4` dequantizes and quantizes these anew.
+            experts which the checkpoint holds in MXFP4 stay as they are; `nf4` dequantizes and quantizes these again.
         double_quantization: absmax values are themselves held in 8 bits (QLoRA, section 3, "Double Quantization").
         block_size: weights that share one absmax value.
         compute_dtype: dtype of the matrix products; `auto` is bfloat16 where the device multiplies it faster.
@@ -214,14 +214,14 @@ class LoraSection(Section):
 
 
 class TaskConfig(Section):
-    """What the model is scored on by generating answers to evaluation rows, before and after training.
+    """What the model is scored on by generating answers to evaluation examples, before and after training.
 
     Attributes:
         metric: a registered metric (`expertune.evaluation.metrics`): `slot-f1` for meaning representations such as
             ViGGO's, `exact-match` for any text; or None.
-        rows: how many evaluation rows are answered; None means all of them.
+        rows: how many evaluation examples are answered; None means all of them.
         max_new_tokens: the longest answer.
-        batch_size: rows answered at once.
+        batch_size: examples answered at once.
     """
 
     metric: str | None = None
@@ -252,11 +252,11 @@ class RunConfig(Section):
         model: local folder or hub id of the base model.
         revision: branch, tag or commit of a hub model; the record keeps the commit it resolved to.
         training: TrainingArguments by their own names.
-        loss: `auto` takes the loss a chunk of rows at a time, without the logits of all, where that is the model's own
-            loss; `full` always leaves it to the model.
-        placement: where frozen expert bytes wait until they are used: in the `device`'s memory, in the `host`'s
+        loss: `auto` takes the loss a chunk of tokens at a time, without the logits of all, where that is the model's
+            own loss; `full` always leaves it to the model.
+        placement: where frozen expert bytes lie until they are used: in the `device`'s memory, in the `host`'s
             (pinned, for a GPU), or on `disk`, mapped from an NF4 folder; `auto` decides by the plan, layer by layer.
-        offload_activations: what forward keeps for backward waits in the host's memory.
+        offload_activations: activations that forward keeps for backward lie in the host's memory.
         memory_budget: most bytes a run may plan for, e.g. `24GB`; None means what the device has.
         output_dir: the run folder.
     """
@@ -303,7 +303,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _task_needs_eval_rows(self) -> "RunConfig":
         if self.task.metric and not self.data.eval:
-            raise ValueError("task.metric needs data.eval: the metric is taken on evaluation rows")
+            raise ValueError("task.metric needs data.eval: the metric is taken on evaluation examples")
         return self
 
 

@@ -1,7 +1,7 @@
-"""Keys under `training:` that a run does not leave to transformers: refused by name, or told as not used.
+"""Keys under `training:` that a run does not leave to transformers: refused by name, or noted as not used.
 
-TrainingArguments serves many kinds of training. What of it this program sets itself, or never comes to, may not be
-dropped without a word: the run file's writer would take it for done.
+TrainingArguments serves many kinds of training. What this program sets itself, or never reaches, may not be dropped
+without a note: the writer of the run file would take it for done.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ _NO_UPLOAD = "a run uploads nothing; when it is finished, `hf upload REPOSITORY 
 
 
 def refused_keys(training: Mapping[str, Any]) -> dict[str, str]:
-    """Keys that a run file cannot set, or not to such a value, with what is said after `training.KEY is`.
+    """Keys that a run file cannot set, or not to such a value, with what the message says after `training.KEY is`.
 
     Args:
         training: the `training:` section.
@@ -57,7 +57,7 @@ def refused_keys(training: Mapping[str, Any]) -> dict[str, str]:
         refused["do_train"] = "false, and a run trains; `expertune evaluate RUN_DIR` scores one. Remove the key"
     if training.get("do_predict"):
         refused["do_predict"] = (
-            "not supported: task.metric has evaluation rows answered and scored, `expertune generate` answers a "
+            "not supported: task.metric has evaluation examples answered and scored, `expertune generate` answers a "
             "prompt. Remove the key"
         )
     return refused

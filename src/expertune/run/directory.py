@@ -1,4 +1,4 @@
-"""A run folder that is begun, or gone on with: its record, and what a resumed run must have as it was."""
+"""A run directory that is started or resumed: its record, and what must not have changed for a resumed run."""
 
 import time
 from collections.abc import Iterator
@@ -77,7 +77,7 @@ def _newest(output_dir: Path) -> Path:
 
 
 def after_interruption(output_dir: Path, command: str) -> str:
-    """How a run that was interrupted is taken up again, by what is in its folder.
+    """How an interrupted run is resumed, by what is in its directory.
 
     Args:
         output_dir: the run folder.
@@ -105,13 +105,13 @@ def stops_recorded(record: RunRecord) -> Iterator[None]:
 
 
 def is_finished(record: RunRecord) -> bool:
-    """Whether a run has nothing left to do: it says so, and its adapter is there."""
+    """Whether a run has nothing left to do: its record says so, and its adapter is there."""
     adapter = record.path.parent / ADAPTER_FOLDER / "adapter_model.safetensors"
     return record.values.get("run", {}).get("status") == "finished" and adapter.is_file()
 
 
 def finished_line(record: RunRecord) -> str:
-    """What is told where a finished run is to be resumed."""
+    """The message where a finished run is to be resumed."""
     run_dir, steps = record.path.parent, record.values.get("train", {}).get("steps", 0)
     return (
         f"{run_dir}: this run is finished, after {steps} steps; nothing is done and no file changed. {further(run_dir)}"
@@ -148,7 +148,7 @@ def _require_same_config(record: RunRecord, config: RunConfig) -> None:
 
 
 def merged_before(record: RunRecord, output_dir: Path) -> int | None:
-    """How many micro-batches ran as one until the newest checkpoint; None where there is none to go on from."""
+    """How many micro-batches ran as one until the newest checkpoint; None where there is none to resume from."""
     if not list_checkpoints(output_dir):
         return None
     return int(record.values.get("train", {}).get("micro_batch", {}).get("merged", 1))

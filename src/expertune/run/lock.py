@@ -24,7 +24,7 @@ except ImportError:  # Windows has none
 LOCK_NAME = ".lock.json"
 
 # Descriptors of locks that this process holds. A copy of the process (a data loader's worker) closes its own, or it
-# would go on holding the run of a process that was killed.
+# would keep the lock of a process that was killed.
 _held: set[int] = set()
 
 
@@ -96,9 +96,9 @@ def _lock(run_dir: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            said = _read(descriptor)
-            if not _take(descriptor, said):
-                raise ConfigError(_refusal(run_dir, said))
+            holder = _read(descriptor)
+            if not _take(descriptor, holder):
+                raise ConfigError(_refusal(run_dir, holder))
             try:
                 is_current = os.stat(path).st_ino == os.fstat(descriptor).st_ino  # noqa: PTH116 - beside fstat
             except FileNotFoundError:
@@ -114,7 +114,7 @@ def _lock(run_dir: Path) -> int:
         os.close(descriptor)  # its holder ended, and removed it, after it was opened here
 
 
-def _take(descriptor: int, said: dict[str, Any]) -> bool:
+def _take(descriptor: int, holder: dict[str, Any]) -> bool:
     """Lock the file if nobody else has; where the file system has no locks, by what the file says."""
     if fcntl is not None:
         try:
@@ -125,15 +125,15 @@ def _take(descriptor: int, said: dict[str, Any]) -> bool:
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
                 raise
-    return not _is_alive(said)
+    return not _is_alive(holder)
 
 
-def _is_alive(said: dict[str, Any]) -> bool:
+def _is_alive(holder: dict[str, Any]) -> bool:
     """Whether the process that a file names runs, as far as this machine can tell."""
-    pid = said.get("pid")
+    pid = holder.get("pid")
     if not isinstance(pid, int) or pid <= 0:
         return False
-    if said.get("host") != socket.gethostname():
+    if holder.get("host") != socket.gethostname():
         return True  # not to be seen from here, so it is believed
     try:
         os.kill(pid, 0)
@@ -152,9 +152,10 @@ def _read(descriptor: int) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _refusal(run_dir: Path, said: dict[str, Any]) -> str:
-    who = f"process {said['pid']} on {said.get('host', 'an unknown host')}" if "pid" in said else "another process"
-    since = said.get("started")
+def _refusal(run_dir: Path, holder: dict[str, Any]) -> str:
+    host = holder.get("host", "an unknown host")
+    who = f"process {holder['pid']} on {host}" if "pid" in holder else "another process"
+    since = holder.get("started")
     when = (
         f", since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(since))}" if isinstance(since, int | float) else ""
     )

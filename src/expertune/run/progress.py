@@ -22,7 +22,7 @@ class Estimate:
 
     Args:
         total: how much there is to do.
-        done: how much was done before it began.
+        done: how much was done before it started.
         clock: seconds that only grow.
     """
 
@@ -31,7 +31,7 @@ class Estimate:
         self._began = self._updated = clock()
 
     def update(self, done: int, total: int) -> None:
-        """Say how much has been done by now; the same again changes nothing."""
+        """Set how much has been done by now; the same again changes nothing."""
         if done != self._done:
             self._updated = self._clock()
         self.total, self._done = total, done
@@ -119,7 +119,7 @@ class Bar:
         what: what is done.
         unit: what is counted; empty where lines are written by somebody else.
         stays: the bar is left on the screen when it is closed.
-        done: how much was done before it began.
+        done: how much was done before it started.
         hidden: only the estimate is kept.
     """
 

@@ -87,9 +87,9 @@ class RunRecord:
         self.save()
 
     def stop(self, status: str, error: str) -> None:
-        """Say that the run has stopped, unless nothing was saved since it was opened.
+        """Record that the run has stopped, unless nothing was saved since it was opened.
 
-        Where the disk takes no new file, it says at least that the run is `running` no longer.
+        Where the disk takes no new file, at least the status `running` is replaced.
         """
         if not self._saved:
             return

@@ -100,7 +100,7 @@ class _Eval(_Section):
     before: _Figure = None
 
 
-# All others are mappings too: a run that goes on merges its values into them.
+# All others are mappings too: a resumed run merges its values into them.
 _READ: dict[str, type[_Section]] = {
     "run": _Run,
     "model": _Model,
@@ -122,7 +122,7 @@ _Record = create_model(  # type: ignore[call-overload]
 
 
 def require_sections(path: Path, values: dict[str, Any]) -> None:
-    """Hold a record's sections to what is read from them.
+    """Check a record's sections against what is read from them.
 
     Args:
         path: the record, for messages.

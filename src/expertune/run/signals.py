@@ -1,4 +1,4 @@
-"""Signals that ask a process to end, as an exception: what was begun is then put away as at any other end."""
+"""Signals that ask a process to end, as an exception, so that cleanup runs as at any other end."""
 
 import signal
 import threading
