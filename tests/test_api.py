@@ -136,7 +136,7 @@ def test_run_that_was_recorded_with_another_template_is_used_with_it(finished: P
 
 
 def test_opening_something_else_names_what_is_missing(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is it a run folder"):
+    with pytest.raises(CheckpointError, match="is it a run directory"):
         expertune.open_run(tmp_path)
     with pytest.raises(CheckpointError, match=r"checkpoint-7: no such adapter.*checkpoint-3"):
         expertune.open_run(finished, adapter="checkpoint-7")

@@ -110,7 +110,7 @@ def test_a_wrong_run_file_or_override_is_named(run, tmp_path, command, text, ove
 def test_a_folder_without_a_record_is_no_run_folder(run, tmp_path, command):
     code, out, err = run(*command, str(tmp_path))
     assert (code, out) == (2, "")
-    assert err == f"expertune: error: {tmp_path}: no record.json here; is it a run folder?\n"
+    assert err == f"expertune: error: {tmp_path}: no record.json here; is it a run directory?\n"
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n"])

@@ -115,12 +115,12 @@ def _options(
     pass
 
 
-RunFile = Annotated[Path, typer.Argument(metavar="RUN", help="A run file; or a run folder or its record.json.")]
+RunFile = Annotated[Path, typer.Argument(metavar="RUN", help="A run file; or a run directory or its record.json.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values to use instead of the run file's."),
 ]
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run (its output_dir).")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory (an output_dir).")]
 Adapter = Annotated[
     str | None,
     typer.Option(metavar="CHECKPOINT", help="An earlier state, e.g. checkpoint-50; the final adapter by default."),
@@ -213,7 +213,7 @@ def train(
     trust_remote_code: TrustRemoteCode = False,
     verbose: Verbose = False,
 ) -> None:
-    """Fine-tune as the run file says, or as the run of a record was. Prints the run folder."""
+    """Fine-tune as the run file says, or as the run of a record was. Prints the run directory."""
     config = load_config(run, overrides or (), resume)
     try:
         with stdout_for_results():

@@ -135,7 +135,7 @@ def test_plan_names_the_run_file_of_a_wrong_training_key(run_of, tmp_path):
         (None, ConfigError, "no such folder; give the folder of an adapter"),
         ([], CheckpointError, r"no adapter_config\.json here; is it an adapter folder"),
         (["adapter_config.json"], CheckpointError, r"no adapter_model\.safetensors here \(pickled"),
-        (["adapter/adapter_config.json"], ConfigError, r"the folder of a run; its adapter is .*first.adapter"),
+        (["adapter/adapter_config.json"], ConfigError, r"a run directory; its adapter is .*first.adapter"),
     ],
 )
 def test_plan_names_an_adapter_to_start_from_that_is_not_there(run_of, tmp_path, files, error, message):

@@ -1,4 +1,4 @@
-"""A record, or the folder of a run, in place of a run file."""
+"""A record, or a run directory, in place of a run file."""
 
 import json
 import shutil
@@ -141,7 +141,7 @@ def test_folder_of_a_run_whose_record_is_missing_is_refused_by_what_is_missing(
 
 
 def test_folder_without_a_record_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"a folder without a record\.json"):
+    with pytest.raises(CheckpointError, match=r"no record\.json here; is it a run directory"):
         load_config(tmp_path)
 
 

@@ -36,7 +36,7 @@ TIMED = {"record.json"} | {f"checkpoint-{step}/{name}" for step in (3, 6, 9) for
 
 
 def content_of(run_dir: Path) -> dict[str, bytes]:
-    """Every file of a run folder by its name."""
+    """Every file of a run directory by its name."""
     return {path.relative_to(run_dir).as_posix(): path.read_bytes() for path in run_dir.rglob("*") if not path.is_dir()}
 
 

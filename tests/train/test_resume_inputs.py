@@ -123,7 +123,7 @@ def test_secret_of_the_run_file_is_in_no_file_of_the_run(unfinished: Path) -> No
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"no record\.json to say of which run: it cannot be continued.*init_from=.*checkpoint-1"),
+        (None, r"record\.json: missing, though .* start a new run with .*lora\.init_from=\S+checkpoint-"),
         ("{", r"record\.json: cannot be read as JSON.*start a new run with another output_dir"),
     ],
 )

@@ -23,13 +23,13 @@ def require_adapter_folder(name: str) -> None:
         problem = "not a folder" if folder.exists() else "no such folder"
         raise ConfigError(
             f"lora.init_from: {name}: {problem}; give the folder of an adapter, such as `adapter` or a checkpoint in "
-            "the folder of a run"
+            "a run directory"
         )
     missing = [each for each in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / each).is_file()]
     if not missing:
         return
     if (folder / "adapter" / CONFIG_NAME).is_file():
-        raise ConfigError(f"lora.init_from: {name}: the folder of a run; its adapter is {folder / 'adapter'}")
+        raise ConfigError(f"lora.init_from: {name}: a run directory; its adapter is {folder / 'adapter'}")
     pickled = " (pickled adapters are never loaded)" if missing == [WEIGHTS_NAME] else ""
     raise CheckpointError(
         f"lora.init_from: {name}: no {missing[0]} here{pickled}; is it an adapter folder? Give another, or copy the "

@@ -258,7 +258,7 @@ class RunConfig(Section):
             (pinned, for a GPU), or on `disk`, mapped from an NF4 folder; `auto` decides by the plan, layer by layer.
         offload_activations: activations that forward keeps for backward lie in the host's memory.
         memory_budget: most bytes a run may plan for, e.g. `24GB`; None means what the device has.
-        output_dir: the run folder.
+        output_dir: the run directory.
     """
 
     model: PathText

@@ -66,7 +66,7 @@ def require_room(disk: Disk, training: Mapping[str, Any], num_examples: int, run
         disk: the plan's sizes.
         training: the run file's `training:` section.
         num_examples: examples of the training data set (packs, with `packing: packed`).
-        run_dir: the run folder; what it holds of a run that resumes is not needed a second time.
+        run_dir: the run directory; what it holds of a run that resumes is not needed a second time.
 
     Raises:
         StorageError: says what the run will write and what is free.
@@ -85,7 +85,7 @@ def require_room(disk: Disk, training: Mapping[str, Any], num_examples: int, run
 
 
 def checkpoints_at_once(training: Mapping[str, Any], num_examples: int) -> int:
-    """The most checkpoints that lie in a run folder at one time; one is written before the oldest is removed.
+    """The most checkpoints that lie in a run directory at one time; one is written before the oldest is removed.
 
     Args:
         training: the run file's `training:` section.

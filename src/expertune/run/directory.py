@@ -8,7 +8,7 @@ from typing import Any
 
 from expertune.config import TRUST_KEY, RunConfig
 from expertune.config.secrets import without_secrets
-from expertune.errors import CheckpointError, ConfigError, PreflightError
+from expertune.errors import ConfigError, PreflightError
 from expertune.run.record import RECORD_NAME, RunRecord, versions
 from expertune.run.signals import Terminated, signals_raised
 from expertune.run.source import directories, recorded_values
@@ -34,14 +34,8 @@ def open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:
     """
     record = RunRecord.start(output_dir)
     if holds_work(output_dir):
-        if not (output_dir / RECORD_NAME).exists():
-            raise CheckpointError(
-                f"{output_dir} holds checkpoints or an adapter, but no {RECORD_NAME} to say of which run: it cannot be "
-                f"continued. Restore the record, or start a new run (lora.init_from={_newest(output_dir)} and another "
-                "output_dir)"
-            )
+        RunRecord.load(output_dir)  # without it the run cannot be continued
         if not resume:
-            RunRecord.load(output_dir)  # else the advice that follows could not be taken
             raise ConfigError(
                 f"{output_dir} already holds a run; continue it with --resume, or choose another output_dir"
             )
@@ -67,20 +61,15 @@ def recordable(config: RunConfig) -> dict[str, Any]:
 
 
 def holds_work(output_dir: Path) -> bool:
-    """Whether a run folder holds what starting over would lose: a checkpoint or an adapter."""
+    """Whether a run directory holds what starting over would lose: a checkpoint or an adapter."""
     return bool(list_checkpoints(output_dir)) or (output_dir / ADAPTER_FOLDER).exists()
-
-
-def _newest(output_dir: Path) -> Path:
-    checkpoints = list_checkpoints(output_dir)
-    return checkpoints[-1] if checkpoints else output_dir / ADAPTER_FOLDER
 
 
 def after_interruption(output_dir: Path, command: str) -> str:
     """How an interrupted run is resumed, by what is in its directory.
 
     Args:
-        output_dir: the run folder.
+        output_dir: the run directory.
         command: what started the run, without `--resume`.
     """
     if checkpoints := list_checkpoints(output_dir):

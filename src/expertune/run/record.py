@@ -26,7 +26,7 @@ _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "dat
 
 
 class RunRecord:
-    """The record of one run folder.
+    """The record of one run directory.
 
     Args:
         path: the JSON file; it need not exist yet.
@@ -40,12 +40,12 @@ class RunRecord:
 
     @classmethod
     def start(cls, output_dir: str | Path) -> "RunRecord":
-        """A fresh record for a run folder; nothing is written until `save`."""
+        """A fresh record for a run directory; nothing is written until `save`."""
         return cls(Path(output_dir) / RECORD_NAME, {"format_version": FORMAT_VERSION, "versions": versions()})
 
     @classmethod
     def load(cls, output_dir: str | Path, name: str = RECORD_NAME) -> "RunRecord":
-        """Read the record of a run folder.
+        """Read the record of a run directory.
 
         Raises:
             CheckpointError: there is none, it is not one of ours, or a section is not as it is written.
@@ -60,7 +60,7 @@ class RunRecord:
                     "is. Restore it from a copy, or start a new run with another output_dir, from what this one "
                     f"learned by lora.init_from={Path(output_dir) / learned}"
                 ) from None
-            raise CheckpointError(f"{output_dir}: no {name} here; is it a run folder?") from None
+            raise CheckpointError(f"{output_dir}: no {name} here; is it a run directory?") from None
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
         except (ValueError, RecursionError) as error:
@@ -111,7 +111,7 @@ class RunRecord:
 
 
 def left_by_a_run(folder: Path) -> str | None:
-    """The adapter of a run folder or its newest checkpoint, by name; None where there is none."""
+    """The adapter of a run directory or its newest checkpoint, by name; None where there is none."""
     if (folder / "adapter").is_dir():
         return "adapter"
     steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]

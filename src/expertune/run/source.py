@@ -1,7 +1,8 @@
-"""What a command is given for a run: a run file, the record of a run, or the run's folder.
+"""What a command is given for a run: a run file, the record of a run, or the run directory.
 
 A record holds the run file as it was. Its relative paths were relative to the working directory of that time; they are
-looked for from where the run folder lies now (a project that was copied whole), then where they were, then from here.
+looked for relative to the run directory's present place (a project that was copied whole), then where they were, then
+relative to the working directory.
 """
 
 import copy
@@ -15,14 +16,14 @@ from typing import Any
 
 from expertune.config import RunConfig, apply_overrides, load_config, recorded_config
 from expertune.errors import CheckpointError, ConfigError
-from expertune.run.record import RECORD_NAME, RunRecord, left_by_a_run
+from expertune.run.record import RECORD_NAME, RunRecord
 
 _PATHS = ((None, "model"), ("data", "train"), ("data", "eval"), ("data", "template"), ("lora", "init_from"))
 _SLICE = re.compile(r"\[\d*:\d*\]$")
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = (), resume: bool = False, starts: bool = True) -> RunConfig:
-    """The run that a run file, a `record.json` or a run folder describes, with `section.key=value` overrides.
+    """The run that a run file, a `record.json` or a run directory describes, with `section.key=value` overrides.
 
     Args:
         path: any of the three.
@@ -31,16 +32,14 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), resume: bool = Fal
         starts: the run is to be started; False where it is only looked at, as by `plan` and `data`.
 
     Raises:
-        ConfigError: there is no run to be read here, an unknown key or a wrong value, or a record's run would start
+        ConfigError: an unknown key or a wrong value, or a record's run would start
             over in its own folder.
-        CheckpointError: the record cannot be read.
+        CheckpointError: there is no record, or it cannot be read.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     if not path.is_dir() and not _is_record(path):
         return load_config(path, overrides)
-    if path.is_dir() and not (folder / RECORD_NAME).is_file() and not left_by_a_run(folder):
-        raise ConfigError(f"{path}: a folder without a {RECORD_NAME}; give a run file, a run folder or its record")
     record = RunRecord.load(folder, path.name if path.is_file() else RECORD_NAME)
     values = recorded_values(record)
     if resume:
@@ -88,7 +87,7 @@ def recorded_values(record: RunRecord) -> dict[str, Any]:
 
 
 def directories(output_dir: Path) -> dict[str, str]:
-    """Where relative paths of a run file are relative to, as a record keeps it: as it is, and from the run folder."""
+    """What relative paths of a run file are relative to, as a record keeps it: absolute, and from the run directory."""
     here = Path.cwd()
     return {"directory": str(here), "directory_from_run": os.path.relpath(here, output_dir.absolute())}
 

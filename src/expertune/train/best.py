@@ -1,4 +1,4 @@
-"""The best checkpoint of a run, found again where the run folder lies now, and loaded only if it is whole."""
+"""The best checkpoint of a run, found again where the run directory lies now, and loaded only if it is whole."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ class BestCheckpointHere(TrainerCallback):
     folder has been moved or is named by another relative path.
 
     Args:
-        run_dir: the run folder as it is named now.
+        run_dir: the run directory as it is named now.
         resumed_from: the checkpoint.
     """
 

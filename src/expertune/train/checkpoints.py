@@ -77,7 +77,7 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def publish(staged: Path, run_dir: Path) -> Path:
-    """Move a sealed checkpoint to its place in the run folder, and return that place."""
+    """Move a sealed checkpoint to its place in the run directory, and return that place."""
     target = run_dir / staged.name
     if target.exists():
         # Only a checkpoint that was refused at resume can stand in the way of its own step.
@@ -109,7 +109,7 @@ def find_resume_point(run_dir: Path, ends_with_best: bool = False) -> ResumePoin
     Removes what a kill left half-written.
 
     Args:
-        run_dir: the run folder.
+        run_dir: the run directory.
         ends_with_best: the run ends with the best checkpoint, which then has to be whole as well.
     """
     shutil.rmtree(run_dir / STAGING_NAME, ignore_errors=True)

@@ -33,7 +33,7 @@ class Trackers:
 
     Args:
         trainer: the trainer, with the trackers' callbacks.
-        run_dir: the run folder; `trackers.json` in it keeps what a resumed run goes on with.
+        run_dir: the run directory; `trackers.json` in it keeps what a resumed run goes on with.
         resumed: whether the run goes on with what was begun, from a checkpoint or from its first step.
     """
 

@@ -346,7 +346,7 @@ def training_arguments(training: Mapping[str, Any], output_dir: str, device: tor
 
     Args:
         training: the section; its keys have been checked.
-        output_dir: the run folder.
+        output_dir: the run directory.
         device: where the model is.
 
     Returns:
