@@ -106,6 +106,19 @@ def test_the_walks_name_real_functions() -> None:
     assert len(walked_names()) > 30
 
 
+def test_function_of_the_corridor_takes_at_most_six_parameters() -> None:
+    files = [PACKAGE / "api.py", PACKAGE / "models.py", *PACKAGE.glob("run/*.py"), *PACKAGE.glob("config/*.py")]
+    counts = {
+        f"{file.name}: {node.name}": len(
+            [each.arg for each in node.args.args + node.args.kwonlyargs if each.arg != "self"]
+        )
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert {name: count for name, count in counts.items() if count > 6} == {}
+
+
 def recorded_keys() -> set[tuple[str, str]]:
     """(section, key) of every `record.update(...)` in the corridor."""
     calls = [

@@ -244,7 +244,7 @@ def _load_and_adapt(
     record.update("preflight", **found)
     learning = found["learning"]
     context.notify(
-        f"preflight: experts at {found['four_bit']['bits_per_expert_weight']:.2f} bits a weight, "
+        f"preflight check: experts at {found['four_bit']['bits_per_expert_weight']:.2f} bits a weight, "
         f"{learning['factors_learning']} adapter factors learn "
         f"({learning['factors_without_tokens']} saw no token), forward repeatable, adapter effective"
     )
