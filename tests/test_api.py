@@ -45,7 +45,7 @@ def test_model_of_a_run_is_the_trained_one_and_the_one_that_is_loaded_again(
     live = trained.model
     assert live is trained.model
     assert not live.training
-    assert not live.get_base_model().is_gradient_checkpointing
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in live.modules())
     with torch.no_grad():
         logits = live(ids).logits
         trained.close()
@@ -229,5 +229,5 @@ def test_run_says_before_it_loads_the_model_that_a_tied_head_is_not_merged_as_it
 def test_run_without_evaluation_rows_cannot_be_evaluated(run_values: dict[str, Any], rows_file: Path) -> None:
     training = run_values["training"] | {"max_steps": 1, "eval_strategy": "no"}
     values = run_values | {"data": {"train": str(rows_file)}, "training": training}
-    with pytest.raises(ConfigError, match=r"no data\.eval rows"):
+    with pytest.raises(ConfigError, match=r"no data\.eval examples"):
         expertune.evaluate(expertune.finetune(parse_config(values)).output_dir)

@@ -139,8 +139,10 @@ def after_training(model: ExpertPeftModel) -> ExpertPeftModel:
     """A model that was trained just now, as `open_run` gives it."""
     extract_model_from_parallel(model, keep_fp32_wrapper=False)  # accelerate's autocast around its forward
     base = model.get_base_model()
-    if base.is_gradient_checkpointing:
-        base.gradient_checkpointing_disable()
+    if base.supports_gradient_checkpointing:
+        # transformers before 5.21 has the older name only.
+        old = base.gradient_checkpointing_disable
+        getattr(base, "activation_checkpointing_disable", old)()
     model.zero_grad(set_to_none=True)
     return model.eval()
 
