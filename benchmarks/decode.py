@@ -10,7 +10,7 @@ import torch
 from benchmarks import report
 from benchmarks.peers.bitsandbytes_weight import bitsandbytes_weight
 from benchmarks.timing import interleave, median_ratio
-from expertune.kernels.grouped_linear.dequant_gemm import Scratch
+from expertune.kernels.dequant_gemm import Scratch
 from expertune.kernels.nf4 import Nf4Stack, dequantize
 
 

@@ -24,7 +24,7 @@ from benchmarks.peers.bitsandbytes_weight import bitsandbytes_weight
 from benchmarks.timing import extra_bytes, interleave, median_ratio
 from benchmarks.workload import DOLLY_SAMPLE, Lora, Shape, token_ids
 from expertune.kernels import native, routes, workspace
-from expertune.kernels.expert_mlp import Activation, ExpertUpdate, expert_mlp, reference
+from expertune.kernels.expert_mlp import Activation, ExpertLayer, LoraUpdate, expert_mlp, reference
 from expertune.kernels.nf4 import Nf4Stack
 
 # Relative to the largest value of each tensor; float32 differs by the order of sums, bfloat16 by its rounding.
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     shape = Shape(args.hidden, args.intermediate, 1, args.experts, args.top_k)
     dtype = report.resolve_dtype(args.dtype, "cpu")
     layer = Layer(shape, Lora(), args.tokens, args.text, dtype)
-    route = routes.choose(torch.device("cpu"), args.tokens * args.top_k / args.experts, dtype)
+    route = routes.KernelSettings().choose(torch.device("cpu"), args.tokens * args.top_k / args.experts, dtype)
     stacks: dict[str, Forward] = {f"ours, {route}": layer.ours(route) for route in _routes()}
     stacks |= {"bitsandbytes, per expert": layer.by_bitsandbytes, "grouped_mm on decoded weights": layer.by_grouped_mm}
     for name, forward in stacks.items():
@@ -152,8 +152,8 @@ class Layer:
         return [self.hidden_TD, self.weights_TK, *(factor for pair in self.factors for factor in pair)]
 
     @property
-    def updates(self) -> list[ExpertUpdate]:
-        return [ExpertUpdate(part, a, b, self.scaling, self.dropout) for part, (a, b) in enumerate(self.factors)]
+    def updates(self) -> list[LoraUpdate]:
+        return [LoraUpdate(part, a, b, self.scaling, self.dropout) for part, (a, b) in enumerate(self.factors)]
 
     def step(self, forward: Forward) -> Callable[[], object]:
         """Forward and backward; returns output and gradients."""
@@ -181,14 +181,15 @@ class Layer:
                 raise report.CorrectnessError(f"{name}: {what} is off by {error:.1e} of its largest value")
 
     def ours(self, route: str, lora: bool = True, **settings: Any) -> Forward:
-        """The layer by a route, under other settings of `routes.configure` where some are given."""
-        frozen, changes = (self.gate_up, self.down, self.activation), {"route": route, **settings}
+        """The layer by a route, with other values of `KernelSettings` where some are given."""
+        kernels = routes.KernelSettings(route, name="benchmark", **settings)
+        frozen = self.gate_up, self.down, ExpertLayer(self.activation, settings=kernels)
 
         def forward(hidden: Tensor, weights: Tensor) -> Tensor:
-            routes.configure(**changes)
             out, _ = expert_mlp(hidden, self.index_TK, weights, *frozen, self.updates if lora else [])
-            return _Routed.apply(out, changes)
+            return out
 
+        forward.settings = kernels  # what ran is known there
         return forward
 
     def by_bitsandbytes(self, hidden: Tensor, weights: Tensor) -> Tensor:
@@ -234,20 +235,6 @@ class Layer:
     def _grouped_lora(self, x: Tensor, update: int, offsets_E: Tensor) -> Tensor:
         a, b = (factor.to(x.dtype).transpose(1, 2) for factor in self.factors[update])
         return F.grouped_mm(F.grouped_mm(x, a, offs=offsets_E), b, offs=offsets_E) * self.scaling
-
-
-class _Routed(torch.autograd.Function):
-    """Backward under the same settings as forward."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, changes: dict[str, Any]) -> Tensor:
-        ctx.changes = changes
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        routes.configure(**ctx.changes)
-        return grads[0], None
 
 
 def _extra_bytes(run: Callable[[], object]) -> int | None:

@@ -13,6 +13,7 @@ from expertune.checkpoint.load import LoadedModel, auto_class, load_model
 from expertune.config import QuantizationConfig
 from expertune.experts import layout
 from expertune.experts.module import Nf4Experts
+from tests.experts.families import from_matrices
 
 VOCABULARY = 96
 
@@ -116,7 +117,7 @@ def stacked_weights(experts: Nf4Experts, dtype: torch.dtype) -> dict[str, Tensor
     return {
         weight: torch.stack(
             [
-                layout.from_matrices(
+                from_matrices(
                     experts.spec,
                     weight,
                     [

@@ -27,11 +27,12 @@ import triton
 from torch import Tensor
 
 from expertune.kernels.expert_mlp.grouped import GroupedRoute
-from expertune.kernels.expert_mlp.plan import Layer, LowRank
+from expertune.kernels.expert_mlp.plan import Activation, Chunk, FrozenLayer, Gradients
 from expertune.kernels.gpu import nf4
-from expertune.kernels.gpu.compile import TARGETS, compile_launch, distinct
 from expertune.kernels.gpu.launch import Launch, Target, recording
+from expertune.kernels.lora import LoraUpdate
 from expertune.kernels.nf4 import Nf4Stack
+from launch_compiler import TARGETS, compile_launch, distinct
 
 
 class Shape(NamedTuple):
@@ -57,39 +58,28 @@ def layer_launches(shape: Shape, tokens: int, route: GroupedRoute, dropout: floa
     """What forward and backward of one layer launch, in order."""
     E, D, F, K, r = shape
     gate_up, down = Nf4Stack(2 * E, F, D, device=META), Nf4Stack(E, D, F, device=META)
-    layer = Layer(gate_up.bytes, down.bytes, _never_called, columnwise=True, swiglu=True)
+    layer = FrozenLayer(gate_up.bytes, down.bytes, Activation(_never_called, columnwise=True, swiglu=True))
     seeds = torch.zeros(3, dtype=torch.int64, device=META).unbind()
     widths = ((D, F), (D, F), (F, D))
-    low_rank = [
-        LowRank(part, _empty(E, r, columns), _empty(E, rows, r), 2.0, dropout, seeds[part])
+    updates = [
+        LoraUpdate(part, _empty(E, r, columns), _empty(E, rows, r), 2.0, dropout, seeds[part])
         for part, (columns, rows) in enumerate(widths)
     ]
     hidden, index = _empty(tokens, D, dtype=torch.bfloat16), _empty(tokens, K, dtype=torch.int64)
-    weights, h = _empty(tokens, K, dtype=torch.bfloat16), [_empty(tokens * K, r) for _ in low_rank]
-    da, db = [torch.empty_like(u.a) for u in low_rank], [torch.empty_like(u.b) for u in low_rank]
+    weights, h = _empty(tokens, K, dtype=torch.bfloat16), [_empty(tokens * K, r) for _ in updates]
+    da, db = [torch.empty_like(u.a) for u in updates], [torch.empty_like(u.b) for u in updates]
+    chunk = Chunk(hidden, index, weights)
+    gradients = Gradients(torch.empty_like(hidden), torch.empty_like(weights), da, db)
     with recording(target) as notes:
-        route.forward(hidden, index, weights, layer, low_rank, h, 0, torch.empty_like(hidden))
-        route.backward(
-            torch.empty_like(hidden),
-            hidden,
-            index,
-            weights,
-            layer,
-            low_rank,
-            h,
-            da,
-            db,
-            0,
-            torch.empty_like(hidden),
-            torch.empty_like(weights),
-        )
+        route.forward(chunk, layer, updates, h, torch.empty_like(hidden))
+        route.backward(torch.empty_like(hidden), chunk, layer, updates, h, gradients)
     return notes
 
 
 def kernels(target: Target, shapes: Sequence[str], tokens: Sequence[int], quick: bool) -> list[Launch]:
     """Every distinct kernel that layers of these shapes launch in bfloat16."""
     notes: list[Launch] = []
-    # Groups of decoded experts begin at numbers that Triton compiles for anew: 0, 1, multiples of 16, others.
+    # Groups of dequantized experts begin at numbers that Triton compiles for again: 0, 1, multiples of 16, others.
     routes = (GroupedRoute(False), GroupedRoute(True, buffer_bytes=2**33 if quick else 2**30))
     for name, count, route, dropout in product(shapes, tokens, routes, (0.05,) if quick else (0.0, 0.05)):
         notes += layer_launches(SHAPES[name], count, route, dropout, target)
@@ -99,7 +89,7 @@ def kernels(target: Target, shapes: Sequence[str], tokens: Sequence[int], quick:
 
 
 def published_blocks_launches(shape: Shape, target: Target) -> list[Launch]:
-    """Decoding of MXFP4 experts: all there is beside NF4's kernels."""
+    """Dequantizing MXFP4 experts: all there is beside NF4's kernels."""
     E, D, F, *_ = shape
     stack = Nf4Stack(E, D, F, device=META, scheme="mxfp4")
     with recording(target) as notes:

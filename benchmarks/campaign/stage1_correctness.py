@@ -17,7 +17,7 @@ from benchmarks.campaign.record import Item, Record
 from benchmarks.layer import Forward, Layer
 from benchmarks.peers.bitsandbytes_weight import bitsandbytes_weight
 from expertune.kernels import native, routes
-from expertune.kernels.expert_mlp import Activation, ExpertUpdate, reference
+from expertune.kernels.expert_mlp import Activation, LoraUpdate, reference
 from expertune.kernels.nf4 import Nf4Stack, dequantize
 from expertune.layers import varlen_attention as attention
 
@@ -80,9 +80,9 @@ def run(args: argparse.Namespace, out: Record) -> None:
 
 
 def variants(device: torch.device) -> dict[str, dict[str, Any]]:
-    """Every way in which the layer can run on a device, by name: settings of `routes.configure`.
+    """Every way in which the layer can run on a device, by name: values of `KernelSettings`.
 
-    torch's grouped product takes the weights of all experts at once, which the usual working set does not hold.
+    torch's grouped GEMM takes the weights of all experts at once, which the usual working set does not hold.
     """
     if device.type != "cuda":
         fused: dict[str, dict[str, Any]] = {FUSED: {"route": routes.FUSED}} if native.available() else {}
@@ -114,8 +114,8 @@ def passed_variants(folder: Path, device: torch.device) -> tuple[dict[str, dict[
     return allowed, "the start-up check alone: stage 1 has not run"
 
 
-def use_passed(folder: Path, device: torch.device) -> dict[str, Any]:
-    """Let this process choose among what passed, and among nothing else.
+def passed_settings(folder: Path, device: torch.device) -> tuple[routes.KernelSettings, dict[str, Any]]:
+    """Settings that choose among what passed and among nothing else, and a description of them.
 
     Raises:
         CorrectnessError: neither fast route passed.
@@ -129,8 +129,7 @@ def use_passed(folder: Path, device: torch.device) -> dict[str, Any]:
     gemms = {settings.get("gemm") for settings in passed.values() if settings["route"] == routes.DEQUANT_GEMM}
     if device.type == "cuda" and len(gemms) == 1:
         chosen |= {"gemm": gemms.pop()}
-    routes.configure(**chosen)
-    return chosen | {"passed": list(passed), "by": word}
+    return routes.KernelSettings(**chosen), chosen | {"passed": list(passed), "by": word}
 
 
 def _self_check(device: torch.device, dtype: torch.dtype) -> Item:
@@ -205,7 +204,7 @@ def _errors(layer: Layer, forward: Any, expected: list[Tensor]) -> dict[str, flo
 def _compare(layer: Layer, forward: Forward, wanted: str, expected: list[Tensor], theirs: dict[str, float]) -> Item:
     """Against float64, beside decoding first and multiplying in bfloat16."""
     errors = _errors(layer, forward, expected)
-    ran = routes.describe(layer.hidden_TD.device, layer.dtype)["ran"]
+    ran = dict(forward.settings.ran)
     close = all(error <= _MOST_ERROR for error in errors.values())
     no_worse = all(errors[name] <= theirs[name] * _NOISE for name in errors)
     return {
@@ -272,8 +271,7 @@ def _interpreted(small: bool) -> Item:
 
 def _tiny_layer_error(route: Any) -> float:
     """Largest relative error of a layer of 2 experts of 64 x 64 and 5 tokens: seconds in the interpreter."""
-    from expertune.kernels.expert_mlp.plan import Layer as Frozen
-    from expertune.kernels.expert_mlp.plan import LowRank
+    from expertune.kernels.expert_mlp.plan import Chunk, FrozenLayer, Gradients
 
     E, size, rank, tokens = 2, 64, 2, 5
     gate_up, down = Nf4Stack(2 * E, size, size), Nf4Stack(E, size, size)
@@ -289,17 +287,16 @@ def _tiny_layer_error(route: Any) -> float:
     a, b = [leaf(E, rank, size) for _ in range(3)], [leaf(E, size, rank) for _ in range(3)]
     dout, index = torch.randn(tokens, size, generator=generator), torch.arange(tokens)[:, None] % E
     activation = Activation(_swiglu, columnwise=True, swiglu=True)
-    updates = [ExpertUpdate(part, a[part], b[part], 2.0) for part in range(3)]
+    updates = [LoraUpdate(part, a[part], b[part], 2.0) for part in range(3)]
     plain = reference.expert_mlp(hidden, index, router, gate_up, down, activation, updates)
     expected = [plain, *torch.autograd.grad(plain, [hidden, router, *a, *b], dout)]
     with torch.no_grad():
-        there = [LowRank(part, a[part], b[part], 2.0, 0.0, 0) for part in range(3)]
-        frozen = Frozen(gate_up.bytes, down.bytes, _swiglu, columnwise=True, swiglu=True)
-        h = [torch.empty(tokens, rank) for _ in there]
+        frozen, chunk = FrozenLayer(gate_up.bytes, down.bytes, activation), Chunk(hidden, index, router)
+        h = [torch.empty(tokens, rank) for _ in updates]
         out, dhidden, drouter = (torch.empty_like(x) for x in (hidden, hidden, router))
         da, db = [torch.empty_like(x) for x in a], [torch.empty_like(x) for x in b]
-        route.forward(hidden, index, router, frozen, there, h, 0, out)
-        route.backward(dout, hidden, index, router, frozen, there, h, da, db, 0, dhidden, drouter)
+        route.forward(chunk, frozen, updates, h, out)
+        route.backward(dout, chunk, frozen, updates, h, Gradients(dhidden, drouter, da, db))
         pairs = zip([out, dhidden, drouter, *da, *db], expected, strict=True)
         return max(float((one - other).norm() / other.norm()) for one, other in pairs)
 

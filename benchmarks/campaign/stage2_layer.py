@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, out: Record) -> None:
     for name, make in shapes.MODELS.items():
         out.item(f"decode {name}", lambda make=make: _decode(make(args.small).layer, rates, out))
     if device.type == "cuda" and len(routes.usable_routes(device, torch.bfloat16)) == 2:
-        out.item("crossover", lambda: {"rows_per_expert": routes.crossover(torch.bfloat16, device)})
+        out.item("crossover", lambda: {"rows_per_expert": routes.KernelSettings().crossover_on(device, torch.bfloat16)})
     # The sizes that decide first, so that a short session has them.
     for tokens in shapes.tokens(args.small):
         for name, make in shapes.MODELS.items():
@@ -195,7 +195,7 @@ def _passes(layer: Layer, settings: dict[str, Any], device: torch.device) -> Ite
         before = launch.launches()
         both()
         found["of_our_kernels"] = launch.launches() - before
-    found["ran"] = routes.describe(device, layer.dtype)["ran"]
+    found["ran"] = dict(forward.settings.ran)
     return found
 
 

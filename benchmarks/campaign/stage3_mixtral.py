@@ -10,8 +10,9 @@ import torch
 
 from benchmarks.campaign import measure, models, shapes, steps
 from benchmarks.campaign.record import Item, Record
-from benchmarks.campaign.stage1_correctness import use_passed
+from benchmarks.campaign.stage1_correctness import passed_settings
 from benchmarks.workload import text_batch
+from expertune.kernels.routes import KernelSettings, use_settings
 
 LIMIT_S = 400
 
@@ -23,11 +24,11 @@ def run(args: argparse.Namespace, out: Record) -> None:
         CorrectnessError: no route passed its check.
     """
     device = out.device
-    out.values["routes"] = use_passed(args.out, device)
+    settings, out.values["routes"] = passed_settings(args.out, device)
     rates = steps.rates(out)
     model = shapes.mixtral(args.small)
     built: list[models.Training] = []
-    out.item("model", lambda: _build(model, device, built))
+    out.item("model", lambda: _build(model, device, built, settings))
     if not built:
         return
     (training,) = built
@@ -44,10 +45,11 @@ def run(args: argparse.Namespace, out: Record) -> None:
         out.item(item, measured)
 
 
-def _build(model: shapes.Model, device: torch.device, built: list[Any]) -> Item:
+def _build(model: shapes.Model, device: torch.device, built: list[Any], settings: KernelSettings) -> Item:
     started = time.monotonic()
     measure.reset_peak(device)
     adapted = models.random_model(model, torch.bfloat16, device)
+    use_settings(adapted, settings)
     seconds = time.monotonic() - started
     training = models.begin(adapted, Path(tempfile.mkdtemp(prefix="campaign-")), device)
     built.append(training)

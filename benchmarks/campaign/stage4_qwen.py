@@ -22,9 +22,10 @@ from torch import Tensor
 from benchmarks import report, step
 from benchmarks.campaign import measure, models, shapes, steps
 from benchmarks.campaign.record import Item, Record
-from benchmarks.campaign.stage1_correctness import use_passed
+from benchmarks.campaign.stage1_correctness import passed_settings
 from benchmarks.peers.processes import Driver
 from benchmarks.workload import HERE, token_rows
+from expertune.kernels.routes import use_settings
 
 LIMIT_S = 420
 _TEMPLATE = HERE / "data" / "alpaca-prompt.jinja"
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace, out: Record) -> None:
     Raises:
         CorrectnessError: no route passed its check.
     """
-    out.values["routes"] = use_passed(args.out, out.device)
+    out.values["routes"] = passed_settings(args.out, out.device)[1]
     rates = steps.rates(out)
     rows, collate = token_rows(args.alpaca or args.text, str(_TEMPLATE), 48 if args.small else _MOST_TOKENS)
     rows = rows[: _ROWS * _ACCUMULATION]
@@ -66,6 +67,7 @@ def _full_depth(args: argparse.Namespace, out: Record, packed: list[Row], merged
     def build() -> Item:
         measure.reset_peak(device)
         adapted = models.random_model(model, torch.bfloat16, device)
+        use_settings(adapted, passed_settings(args.out, device)[0])
         built.append(models.begin(adapted, Path(tempfile.mkdtemp(prefix="campaign-")), device))
         return {
             "config": model.config,

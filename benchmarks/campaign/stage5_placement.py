@@ -13,10 +13,11 @@ import torch
 
 from benchmarks.campaign import measure, models, shapes
 from benchmarks.campaign.record import Item, Record
-from benchmarks.campaign.stage1_correctness import use_passed
+from benchmarks.campaign.stage1_correctness import passed_settings
 from benchmarks.report import CorrectnessError
 from benchmarks.workload import text_batch
 from expertune.experts.module import Nf4Experts
+from expertune.kernels.routes import use_settings
 from expertune.placement.experts import Placement
 from expertune.planning.places import spread
 
@@ -33,9 +34,10 @@ def run(args: argparse.Namespace, out: Record) -> None:
         CorrectnessError: no route passed its check, or a placement changed a result.
     """
     device = out.device
-    out.values["routes"] = use_passed(args.out, device)
+    settings, out.values["routes"] = passed_settings(args.out, device)
     model = shapes.mixtral(args.small)
     adapted = models.random_model(model, torch.bfloat16, device)
+    use_settings(adapted, settings)
     training = models.begin(adapted, Path(tempfile.mkdtemp(prefix="campaign-")), device)
     experts = {name: module for name, module in adapted.named_modules() if isinstance(module, Nf4Experts)}
     placement = Placement(experts, device, separate_host=True)

@@ -9,7 +9,7 @@ import torch
 from benchmarks.campaign import floors, measure, models
 from benchmarks.campaign.record import Item, Record
 from benchmarks.campaign.shapes import Model
-from expertune.kernels import routes
+from expertune.kernels.routes import settings_of
 
 _WARM_UP, _STEPS = 2, 5
 
@@ -25,7 +25,8 @@ def timed(
     """Median seconds of a step, tokens per second, peak memory and share of the floor; then a profile of one step."""
     device = out.device
     real = sum(_real_tokens(batch) for batch in batches)
-    routes.configure()  # forgets what ran before
+    kernels = settings_of(training.model)
+    kernels.ran.clear()
     losses = [training.step(batches) for _ in range(_WARM_UP)]
     measure.reset_peak(device)
     seconds: list[float] = []
@@ -51,7 +52,7 @@ def timed(
         "memory": measure.memory(device),
         "floor": floor,
         "share_of_floor": floors.seconds(floor) / median,
-        "kernels": routes.describe(device, training.model.dtype),
+        "kernels": kernels.describe(device, training.model.dtype),
         "notes": training.notes,
     }
     out.keep(item, result)

@@ -224,7 +224,7 @@ def _load_and_adapt(
     context.console.print(f"loaded with 4-bit experts in {time.monotonic() - started:.1f} s")
     for note in config.notes:
         context.notify(note)
-    kernels = routes.describe(context.device, loaded.model.dtype)
+    kernels = routes.settings_of(loaded.model).describe(context.device, loaded.model.dtype)
     record.update("kernels", **kernels)
     context.notify(f"kernels: {routes.say(kernels)}")
     if config.data.packing != "padded":
@@ -280,7 +280,7 @@ def _train(
     recovery: OutOfMemory,
     point: ResumePoint | None,
 ) -> None:
-    config, record, device = context.config, context.record, context.device
+    config, record = context.config, context.record
     trainer = ExpertTrainer(
         model=model,
         args=context.arguments,
@@ -306,7 +306,7 @@ def _train(
         record.update("eval", loss=history.eval_losses, scores=history.eval_scores)
         record.update("throughput", tokens_per_second=history.tokens_per_second, tokens=history.tokens)
         record.update("memory", peak_bytes=peak_memory_bytes())
-        record.update("kernels", ran=routes.describe(device, model.dtype)["ran"])
+        record.update("kernels", ran=dict(routes.settings_of(model).ran))
         if placement := placement_of(model):
             record.update("placement", places=placement.locations, **placement.describe())
     origin = trainer.adapter_origin

@@ -24,12 +24,9 @@ def stage(name: str, out: Path, *more: str) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def _settings_as_before():
-    from expertune.kernels import routes
-
-    before, threads = routes.settings(), torch.get_num_threads()
+def _threads_as_before():
+    threads = torch.get_num_threads()
     yield
-    routes.configure(**vars(before))
     torch.set_num_threads(threads)
 
 
@@ -73,20 +70,18 @@ def test_a_route_that_failed_is_not_timed(tmp_path: Path) -> None:
     (tmp_path / "stage1.json").write_text(json.dumps({"gate": {"passed": {}, "failed": gate["failed"]}}))
     assert stage1_correctness.passed_variants(tmp_path, cpu)[0] == {}
     with pytest.raises(Exception, match="no speed is reported"):
-        stage1_correctness.use_passed(tmp_path, cpu)
+        stage1_correctness.passed_settings(tmp_path, cpu)
 
 
 def test_on_a_gpu_the_choice_is_among_what_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: dict[str, Any] = {}
-    monkeypatch.setattr(stage1_correctness.routes, "configure", found.update)
     names = list(stage1_correctness.variants(torch.device("cuda")))
 
     def chosen(*passed: str) -> dict[str, Any]:
-        found.clear()
         gate = {"passed": {name: [] for name in passed}, "failed": {"other": ["layer"]}}
         (tmp_path / "stage1.json").write_text(json.dumps({"gate": gate}), encoding="utf-8")
-        stage1_correctness.use_passed(tmp_path, torch.device("cuda"))
-        return dict(found)
+        settings, described = stage1_correctness.passed_settings(tmp_path, torch.device("cuda"))
+        assert settings.route == described["route"]
+        return {name: value for name, value in described.items() if name in ("route", "gemm")}
 
     assert chosen(*names) == {"route": "auto"}
     assert chosen("fused", "expert_by_expert") == {"route": "fused"}

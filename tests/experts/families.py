@@ -4,12 +4,16 @@ import functools
 import importlib
 import inspect
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
 from transformers import PretrainedConfig
+
+from expertune.experts import layout
+from expertune.experts.contract import ExpertsSpec
 
 MODELS = Path(transformers.__file__).parent / "models"
 DECORATED = re.compile(r"^@use_experts_implementation.*\nclass (\w+)", re.MULTILINE)
@@ -74,3 +78,9 @@ def random_routing(num_tokens: int, num_experts: int, top_k: int = 2) -> tuple[t
     """Indices and scores [T, K] as a router gives them: no expert twice for a token, scores that sum to one."""
     index = torch.stack([torch.randperm(num_experts)[:top_k] for _ in range(num_tokens)])
     return index, torch.rand(num_tokens, top_k).softmax(dim=-1)
+
+
+def from_matrices(spec: ExpertsSpec, weight: str, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One expert's slice of a family's stack from its matrices: the way back from `layout.to_matrices`."""
+    joined = layout.join_rows(spec, weight, matrices)
+    return joined.T.contiguous() if spec.is_transposed else joined

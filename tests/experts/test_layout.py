@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from expertune.experts import layout
 from expertune.experts.contract import ExpertsSpec
+from tests.experts.families import from_matrices
 
 E, D, N = 3, 4, 5
 LAYOUTS = [(transposed, concatenated) for transposed in (False, True) for concatenated in (False, True)]
@@ -53,9 +54,10 @@ def test_the_way_back_gives_the_familys_tensors_bit_for_bit(
     spec = spec_of(transposed, concatenated, has_gate)
     for weight in spec.weight_names:
         live = torch.randn(spec.stack_shape(weight))
-        back = layout.from_matrices(spec, weight, layout.to_matrices(spec, weight, live[0]))
+        back = from_matrices(spec, weight, layout.to_matrices(spec, weight, live[0]))
         assert torch.equal(back, live[0])
         shape = [spec.shape(projection) for projection in layout.fused_projections(spec, weight)]
         assert [tuple(matrix.shape) for matrix in layout.to_matrices(spec, weight, live[0])] == shape
         bias = torch.randn(E, sum(rows for rows, _ in shape))
-        assert torch.equal(layout.from_bias(spec, weight, layout.to_bias(spec, weight, bias)), bias)
+        parts = layout.to_bias(spec, weight, bias).T.chunk(len(shape))
+        assert torch.equal(layout.join_rows(spec, weight, parts).T, bias)

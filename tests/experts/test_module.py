@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from expertune.experts import layout
 from expertune.experts.module import Nf4Experts
-from tests.experts.families import build_experts, experts_classes, random_routing
+from tests.experts.families import build_experts, experts_classes, from_matrices, random_routing
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def fill(experts: Nf4Experts, original: nn.Module) -> None:
             for projection, matrix in zip(projections, layout.to_matrices(spec, weight, live), strict=True):
                 experts.write(expert, projection, matrix.contiguous())
             dequantized = [experts.dequantize(expert, projection, torch.float32) for projection in projections]
-            stack[expert] = layout.from_matrices(spec, weight, dequantized)
+            stack[expert] = from_matrices(spec, weight, dequantized)
     for name, parameter in experts.named_parameters():
         if name.endswith("_bias"):
             parameter.copy_(experts.arrange(name, original.get_parameter(name)))

@@ -30,7 +30,7 @@ from expertune.experts.contract import find_experts
 from expertune.experts.lora import ExpertsLora
 from expertune.layers.varlen_attention import NAME, require_no_leakage, use_sdpa_attention
 from expertune.planning.headers import check_headers, read_headers
-from tests.experts.families import experts_classes
+from tests.experts.families import experts_classes, from_matrices
 from tests.families.build import FIRST_SPECIAL, families, model_type, tiny_config
 from tests.tiny_models import (
     changed,
@@ -184,7 +184,7 @@ def with_updates(family: Family, factors: Mapping[Factor, Tensor]) -> dict[str, 
             ]
             dense[f"{live_name(name)}.{stack}"] = torch.stack(
                 [
-                    whole + layout.from_matrices(spec, stack, [update[expert] for update in updates])
+                    whole + from_matrices(spec, stack, [update[expert] for update in updates])
                     for expert, whole in enumerate(decoded)
                 ]
             )

@@ -4,7 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from expertune.kernels import cpu, native, routes
+from expertune.kernels import cpu, native
+from expertune.kernels.routes import KernelSettings
+
+SETTINGS = KernelSettings(name="tests")
+"""Of the layers that tests make; the fixture `route` puts each route in turn there."""
 
 
 @pytest.fixture(params=["dequant_gemm", "fused"])
@@ -12,10 +16,9 @@ def route(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each route in turn; the fused one where the native library could be built."""
     if request.param == "fused" and not native.available():
         pytest.skip(native.status().reason)
-    before = routes.settings()
-    routes.configure(route=request.param)
+    SETTINGS.route = request.param
     yield request.param
-    routes.configure(**vars(before))
+    SETTINGS.route, SETTINGS.working_set_bytes = "auto", None
 
 
 @pytest.fixture(params=["as this CPU multiplies", "in 16 bits"])

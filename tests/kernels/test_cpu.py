@@ -1,4 +1,4 @@
-"""What this CPU multiplies fast, and how GEMMs are brought to that."""
+"""What this CPU multiplies fast, and how GEMMs are padded for it."""
 
 import pytest
 import torch

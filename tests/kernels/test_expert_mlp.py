@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from expertune.kernels import routes
-from expertune.kernels.expert_mlp import Activation, ExpertUpdate, expert_mlp, reference
-from expertune.kernels.expert_mlp.plan import combine, sort_rows
+from expertune.kernels.expert_mlp import Activation, ExpertLayer, LoraUpdate, expert_mlp, reference
+from expertune.kernels.expert_mlp.plan import Chunk, combine, sort_by_expert
+from expertune.kernels.lora import pack
 from expertune.kernels.nf4 import Nf4Stack
+from tests.kernels.conftest import SETTINGS
 
 FLOAT32 = {"rtol": 1e-5, "atol": 2e-5}
-# W, the activations and each GEMM are rounded to 16 bits on the way; see tests/kernels/test_grouped_linear.py.
+# W, the activations and each GEMM are rounded to 16 bits on the way; see tests/kernels/test_linear.py.
 HALF = {torch.bfloat16: {"rtol": 2**-5, "atol": 2**-5}, torch.float16: {"rtol": 2**-8, "atol": 2**-8}}
 
 D, F = 128, 192
@@ -58,8 +59,8 @@ class Case(NamedTuple):
     weights: Tensor
     gate_up: Nf4Stack
     down: Nf4Stack
-    activation: Activation
-    updates: list[ExpertUpdate]
+    layer: ExpertLayer
+    updates: list[LoraUpdate]
     replay: Sequence[Tensor] = ()
     biases: tuple[Tensor, Tensor] | None = None
 
@@ -98,14 +99,14 @@ def make_case(
         width, height = (intermediate, hidden) if part == num_parts else (hidden, intermediate)
         a = (torch.randn(num_experts, rank, width) / width**0.5).to(adapter_dtype).requires_grad_()
         b = (torch.randn(num_experts, height, rank) / rank**0.5).to(adapter_dtype).requires_grad_()
-        updates.append(ExpertUpdate(part, a, b, scaling=0.5 + u / 4, dropout=dropout))
+        updates.append(LoraUpdate(part, a, b, scaling=0.5 + u / 4, dropout=dropout))
     return Case(
         torch.randn(tokens, hidden).to(dtype).requires_grad_(),
         torch.empty(0, top_k, dtype=torch.int64) if index is None else index,
         torch.rand(tokens, top_k).to(dtype).requires_grad_(),
         stack_of(num_experts * num_parts, intermediate, hidden, double_quantization),
         stack_of(num_experts, hidden, intermediate, double_quantization),
-        activation,
+        ExpertLayer(activation, settings=SETTINGS),
         updates,
         biases=(torch.randn(num_experts, num_parts * intermediate), torch.randn(num_experts, hidden))
         if biased
@@ -116,7 +117,7 @@ def make_case(
 def assert_same_as_plain(case: Case, tolerance: dict[str, float]) -> None:
     """Output and the gradient of every leaf agree with plain float32 arithmetic."""
     out, _ = expert_mlp(*case)
-    expected = reference.expert_mlp(*case[:7], case.biases)
+    expected = reference.expert_mlp(*case[:5], case.layer.activation, case.updates, case.biases)
     assert out.dtype == case.hidden.dtype
     # The error of a sum grows with the sum, and its order is the CPU's: scale the tolerance to the largest value.
     size = max(float(expected.detach().abs().max()), 1.0) if expected.numel() else 1.0
@@ -208,7 +209,7 @@ def test_working_set_of_a_few_tokens_gives_the_same_layer(route: str, dropout: f
         return [out, *torch.autograd.grad(out.square().sum(), case.leaves)]
 
     whole = run()
-    routes.configure(working_set_bytes=2**16)  # four tokens
+    SETTINGS.working_set_bytes = 2**16  # four tokens
     for one, other in zip(whole, run(), strict=True):
         size = max(float(one.detach().abs().max()), 1.0)
         torch.testing.assert_close(one / size, other / size, **FLOAT32)
@@ -275,7 +276,7 @@ def test_dropout_is_the_same_in_backward_as_in_forward(route: str) -> None:
     case = case._replace(hidden=case.hidden.detach().double().float().requires_grad_())
     step = 1e-2 * torch.randn_like(case.updates[0].b)
 
-    def run(updates: list[ExpertUpdate]) -> Tensor:
+    def run(updates: list[LoraUpdate]) -> Tensor:
         torch.manual_seed(5)
         return expert_mlp(*case._replace(updates=updates))[0].sum()
 
@@ -352,24 +353,27 @@ def test_operator_fulfils_torchs_contract_for_custom_operators(route: str) -> No
             case.index,
             case.weights,
             [*case.gate_up.bytes, *case.down.bytes],
-            case.activation.handle,
-            [update.part for update in case.updates],
-            [update.scaling for update in case.updates],
-            [0.0, 0.0],
-            torch.zeros(2, dtype=torch.int64),
-            [update.a for update in case.updates],
-            [update.b for update in case.updates],
+            case.layer.name,
+            *pack(case.updates, torch.zeros(2, dtype=torch.int64)),
             [],
+            True,
         ),
     )
 
 
-def test_copy_of_an_activation_is_found_under_its_own_number() -> None:
-    original = Activation(swiglu, columnwise=True, swiglu=True)
-    copied = copy.deepcopy(original)
-    assert copied.handle != original.handle
-    case = make_case(5, activation=copied)
-    assert torch.equal(expert_mlp(*case)[0], expert_mlp(*case._replace(activation=original))[0])
+def test_copy_of_a_layer_is_found_under_its_own_name() -> None:
+    case = make_case(5)
+    copied = copy.deepcopy(case.layer)
+    assert copied.name != case.layer.name
+    assert torch.equal(expert_mlp(*case)[0], expert_mlp(*case._replace(layer=copied))[0])
+
+
+def test_name_of_a_layer_is_free_again_when_the_layer_is_gone() -> None:
+    first = ExpertLayer(SWIGLU, "a layer")
+    second = ExpertLayer(SWIGLU, "a layer")
+    assert (first.name, second.name) == ("a layer", "a layer#2")
+    del first
+    assert ExpertLayer(SWIGLU, "a layer").name == "a layer"
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -423,24 +427,25 @@ def choices(draw: st.DrawFn) -> tuple[Tensor, int]:
 
 
 @given(choices(), st.integers(0, 100))
-def test_sorted_rows_are_grouped_by_expert_and_keep_their_order_inside(case: tuple[Tensor, int], first: int) -> None:
+def test_sorted_tokens_are_grouped_by_expert_and_keep_their_order_inside(case: tuple[Tensor, int], first: int) -> None:
     index, num_experts = case
     weights = torch.rand(index.shape)
-    rows = sort_rows(index, weights, num_experts, first)
+    routed = sort_by_expert(Chunk(weights, index, weights, first), num_experts)
     flat = index.flatten().tolist()
     by_expert = [row for expert in range(num_experts) for row in range(len(flat)) if flat[row] == expert]
-    assert rows.number_R.tolist() == [first + row for row in by_expert]
-    assert rows.token_R.tolist() == [row // index.shape[1] for row in by_expert]
-    assert torch.equal(rows.weight_R, weights.flatten()[by_expert])
-    assert rows.offsets_E.tolist() == [sum(chosen <= expert for chosen in flat) for expert in range(num_experts)]
+    assert routed.number_R.tolist() == [first + row for row in by_expert]
+    assert routed.token_R.tolist() == [row // index.shape[1] for row in by_expert]
+    assert torch.equal(routed.weight_R, weights.flatten()[by_expert])
+    assert routed.offsets_E.tolist() == [sum(chosen <= expert for chosen in flat) for expert in range(num_experts)]
 
 
 @given(choices())
-def test_combine_brings_each_tokens_rows_together(case: tuple[Tensor, int]) -> None:
+def test_combine_sums_what_each_tokens_experts_gave(case: tuple[Tensor, int]) -> None:
     index, num_experts = case
-    rows = sort_rows(index, torch.ones(index.shape), num_experts, 0)
+    weights = torch.ones(index.shape)
+    routed = sort_by_expert(Chunk(weights, index, weights), num_experts)
     values = torch.randn(index.shape[0], index.shape[1], 3)
-    combined = combine(values.flatten(0, 1)[rows.number_R], rows.inverse_R, index.shape[0])
+    combined = combine(values.flatten(0, 1)[routed.number_R], routed.inverse_R, index.shape[0])
     torch.testing.assert_close(combined, values.sum(dim=1))
 
 

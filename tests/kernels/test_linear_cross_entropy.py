@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from expertune.kernels.linear_cross_entropy import LoraUpdate, chunked, linear_cross_entropy, reference
+from expertune.kernels.linear_cross_entropy import HeadUpdate, chunked, linear_cross_entropy, reference
 
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
 # Half a unit in the last place of 8 and 11 bits, a few times over: rows, logit gradients and results are rounded.
@@ -29,7 +29,7 @@ class Case(NamedTuple):
     weight: Tensor
     labels: Tensor
     bias: Tensor | None
-    updates: list[LoraUpdate]
+    updates: list[HeadUpdate]
     scale: float = 1.0
     softcap: float | None = None
 
@@ -71,7 +71,7 @@ def make_case(
     labels = torch.randint(0, vocabulary, (rows,))
     labels[torch.rand(rows) >= labelled] = -100
     updates = [
-        LoraUpdate(
+        HeadUpdate(
             (torch.randn(rank, width) / width**0.5).to(adapter_dtype).requires_grad_(),
             (torch.randn(vocabulary, rank) / rank**0.5).to(adapter_dtype).requires_grad_(),
             scaling=0.5 + index,

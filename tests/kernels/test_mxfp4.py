@@ -5,9 +5,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from expertune.kernels import expert_mlp as operator
 from expertune.kernels import native
-from expertune.kernels.expert_mlp import Activation
+from expertune.kernels.expert_mlp import Activation, operator
 from expertune.kernels.expert_mlp.grouped import GroupedRoute
 from expertune.kernels.gpu import mxfp4
 from expertune.kernels.nf4 import MXFP4_BLOCK_SIZE, Nf4Stack, cpu, dequantize, reference

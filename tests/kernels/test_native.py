@@ -13,8 +13,8 @@ IMPORTS = """
 import os
 import torch
 from expertune.kernels import native, routes
+from expertune.kernels.linear import nf4_linear
 from expertune.kernels.nf4 import Nf4Stack
-from expertune.kernels.grouped_linear import grouped_linear
 
 def probe(**environment):
     os.environ.pop("EXPERTUNE_NATIVE", None)
@@ -23,13 +23,12 @@ def probe(**environment):
     if native.available():
         file = os.stat(native.status().reason)
         print(file.st_ino, file.st_mtime_ns)
-    stack = Nf4Stack(2, 64, 64)
-    for index in range(2):
-        stack.write(index, torch.eye(64))
-    out = grouped_linear(torch.eye(64), stack, torch.tensor([64]))
-    assert out.shape == (64, 128) and float(out.trace()) > 60
-    routes.configure(crossover=64)  # measuring it takes seconds
-    print(routes.say(routes.describe(torch.device("cpu"), torch.float32)))
+    stack = Nf4Stack(1, 64, 64)
+    stack.write(0, torch.eye(64))
+    settings = routes.KernelSettings(crossover=64)  # measuring it takes seconds
+    out = nf4_linear(torch.eye(64), stack.bytes, settings)
+    assert out.shape == (64, 64) and float(out.trace()) > 60
+    print(routes.say(settings.describe(torch.device("cpu"), torch.float32)))
 """
 
 # Why there is no library, and the environment in which there is none; PATH is emptied where no compiler is to be found.

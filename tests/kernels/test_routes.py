@@ -1,6 +1,5 @@
 """The route of a GEMM: by tokens per expert against a crossover, or as one setting says; what ran is known."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,59 +8,51 @@ import torch
 from expertune.config import KernelsConfig
 from expertune.errors import ConfigError
 from expertune.kernels import native, routes
-from expertune.placement.device import set_up_kernels
+from expertune.kernels.routes import KernelSettings
+from expertune.placement.device import make_kernel_settings
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _settings() -> Iterator[None]:
-    before = routes.settings()
-    yield
-    routes.configure(**vars(before))
 
 
 needs_native = pytest.mark.skipif(not native.available(), reason="the native library could not be built here")
 
 
 @needs_native
-@pytest.mark.parametrize(("rows", "route"), [(1, "fused"), (63.5, "fused"), (64, "dequant_gemm")])
-def test_tokens_per_expert_choose_against_the_crossover(rows: float, route: str) -> None:
-    routes.configure(route="auto", crossover=64)
-    assert routes.choose(CPU, rows, torch.float32) == route
+@pytest.mark.parametrize(("tokens", "route"), [(1, "fused"), (63.5, "fused"), (64, "dequant_gemm")])
+def test_tokens_per_expert_choose_against_the_crossover(tokens: float, route: str) -> None:
+    assert KernelSettings(crossover=64).choose(CPU, tokens, torch.float32) == route
 
 
 @needs_native
 @pytest.mark.parametrize("route", ["fused", "dequant_gemm"])
 def test_one_setting_overrides_and_the_record_names_what_ran(route: str) -> None:
-    set_up_kernels(KernelsConfig(route=route), crossover=64)
-    for rows in (1, 1000):
-        assert routes.choose(CPU, rows, torch.float32) == route
-    described = routes.describe(CPU, torch.float32)
+    settings = make_kernel_settings(KernelsConfig(route=route), crossover=64)
+    for tokens in (1, 1000):
+        assert settings.choose(CPU, tokens, torch.float32) == route
+    described = settings.describe(CPU, torch.float32)
     assert described["setting"] == route
     assert described["ran"] == {route: 2}
     assert route in routes.say(described)
 
 
 def test_working_set_of_the_run_file_is_the_operators() -> None:
-    set_up_kernels(KernelsConfig(working_set="64MiB"))
-    assert routes.settings().working_set_bytes == 64 * 2**20
+    settings = make_kernel_settings(KernelsConfig(working_set="64MiB"))
+    assert settings.working_set_on("cpu") == settings.working_set_on("cuda") == 64 * 2**20
 
 
 def test_fused_route_that_cannot_run_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "available", lambda: False)
     with pytest.raises(ConfigError, match=r"kernels\.route: the fused route cannot run here: "):
-        set_up_kernels(KernelsConfig(route="fused"))
+        make_kernel_settings(KernelsConfig(route="fused"))
 
 
 def test_without_the_library_every_gemm_dequantizes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "available", lambda: False)
-    routes.configure(route="auto", crossover=64)
-    assert routes.choose(CPU, 1, torch.float32) == "dequant_gemm"
+    assert KernelSettings(crossover=64).choose(CPU, 1, torch.float32) == "dequant_gemm"
 
 
 def test_other_devices_go_expert_by_expert() -> None:
-    assert routes.choose(torch.device("meta"), 1, torch.bfloat16) == "expert_by_expert"
+    assert KernelSettings().choose(torch.device("meta"), 1, torch.bfloat16) == "expert_by_expert"
 
 
 @needs_native
@@ -74,7 +65,7 @@ def test_crossover_is_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tm
         assert routes._measured(torch.float32, CPU, 2)["crossover"] == 48
     assert measured == [torch.float32]
     (path,) = tmp_path.iterdir()
-    path.write_text("{}", encoding="utf-8")  # damaged: measured anew
+    path.write_text("{}", encoding="utf-8")  # damaged: measured again
     routes._measured.cache_clear()
     assert routes._measured(torch.float32, CPU, 2)["crossover"] == 48
     assert len(measured) == 2
@@ -82,8 +73,8 @@ def test_crossover_is_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @needs_native
-def test_measuring_finds_one_of_the_row_counts_it_tries() -> None:
-    assert routes._measure(torch.float32) in (*routes._ROWS, routes._NEVER)
+def test_measuring_finds_one_of_the_token_counts_it_tries() -> None:
+    assert routes._measure(torch.float32) in (*routes._TOKENS, routes._NEVER)
 
 
 class TestOnAGpu:
@@ -102,12 +93,12 @@ class TestOnAGpu:
         monkeypatch.setattr(gpu, "unavailable", lambda device: "")
         monkeypatch.setattr(selfcheck, "checked", lambda device, dtype: self.findings)
         monkeypatch.setattr(routes, "_measured", lambda *_: {"crossover": 384, "gemm": "torch"})
-        routes.configure(route="auto", crossover=None)
+        self.settings = KernelSettings()
 
     def test_routes_cross_where_this_device_was_measured_to(self) -> None:
-        assert routes.choose(self.device, 383, torch.bfloat16) == "fused"
-        assert routes.choose(self.device, 384, torch.bfloat16) == "dequant_gemm"
-        described = routes.describe(self.device, torch.bfloat16)
+        assert self.settings.choose(self.device, 383, torch.bfloat16) == "fused"
+        assert self.settings.choose(self.device, 384, torch.bfloat16) == "dequant_gemm"
+        described = self.settings.describe(self.device, torch.bfloat16)
         assert described["crossover"] == 384
         assert described["gemm"] == "torch"
         assert "fused below 384 tokens per expert" in routes.say(described)
@@ -115,34 +106,34 @@ class TestOnAGpu:
     def test_route_that_failed_its_check_is_not_used_and_the_record_says_so(self) -> None:
         self.findings.passed.remove("fused")
         self.findings.messages["fused"] = "RuntimeError: misaligned address"
-        routes.configure(route="fused")
-        assert routes.choose(self.device, 1, torch.bfloat16) == "dequant_gemm"
-        described = routes.describe(self.device, torch.bfloat16)
+        self.settings.route = "fused"
+        assert self.settings.choose(self.device, 1, torch.bfloat16) == "dequant_gemm"
+        described = self.settings.describe(self.device, torch.bfloat16)
         assert described["self_check"]["fused"] == "RuntimeError: misaligned address, not used"
         assert described["self_check"]["shuffle"] == "relative error 0.0e+00"
         assert "fused failed the check on this device" in routes.say(described)
 
     def test_without_a_usable_route_experts_are_computed_one_by_one(self) -> None:
         self.findings.passed.clear()
-        assert routes.choose(self.device, 1, torch.bfloat16) == "expert_by_expert"
+        assert self.settings.choose(self.device, 1, torch.bfloat16) == "expert_by_expert"
 
     def test_layer_that_the_kernels_cannot_serve_goes_expert_by_expert(self) -> None:
-        assert routes.choose(self.device, 1, torch.bfloat16, grouped=False) == "expert_by_expert"
+        assert self.settings.choose(self.device, 1, torch.bfloat16, grouped=False) == "expert_by_expert"
 
     def test_continued_run_keeps_what_it_multiplied_with(self) -> None:
-        set_up_kernels(KernelsConfig(), crossover=64, gemm="triton")
-        assert routes.choose(self.device, 100, torch.bfloat16) == "dequant_gemm"
-        assert routes.gemm(torch.bfloat16, self.device) == "triton"
+        settings = make_kernel_settings(KernelsConfig(), crossover=64, gemm="triton")
+        assert settings.choose(self.device, 100, torch.bfloat16) == "dequant_gemm"
+        assert settings.gemm_on(self.device, torch.bfloat16) == "triton"
 
     def test_without_triton_the_terminal_says_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from expertune.kernels import gpu
 
         monkeypatch.setattr(gpu, "unavailable", lambda device: "triton is not installed")
-        assert routes.choose(self.device, 1, torch.bfloat16) == "expert_by_expert"
-        said = routes.say(routes.describe(self.device, torch.bfloat16))
+        assert self.settings.choose(self.device, 1, torch.bfloat16) == "expert_by_expert"
+        said = routes.say(self.settings.describe(self.device, torch.bfloat16))
         assert said == "products in bfloat16, expert by expert, without Triton's kernels: triton is not installed"
 
 
 def test_working_set_left_to_the_device_is_larger_on_a_gpu() -> None:
-    set_up_kernels(KernelsConfig())
-    assert (routes.working_set_bytes("cpu"), routes.working_set_bytes("cuda")) == (2**29, 2**31)
+    settings = make_kernel_settings(KernelsConfig())
+    assert (settings.working_set_on("cpu"), settings.working_set_on("cuda")) == (2**29, 2**31)

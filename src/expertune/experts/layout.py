@@ -45,21 +45,9 @@ def are_rows_together(spec: ExpertsSpec, weight: str) -> bool:
     return spec.is_concatenated or len(fused_projections(spec, weight)) == 1
 
 
-def from_matrices(spec: ExpertsSpec, weight: str, matrices: Sequence[Tensor]) -> Tensor:
-    """The way back: one expert's slice of a live stack from its matrices."""
-    joined = join_rows(spec, weight, matrices)
-    return joined.T.contiguous() if spec.is_transposed else joined
-
-
 def to_bias(spec: ExpertsSpec, weight: str, live_EN: Tensor) -> Tensor:
     """Biases of all experts, part by part, from the family's: both [E, P * F] or [E, D]."""
     return torch.cat(split_rows(spec, weight, live_EN.T), dim=0).T.contiguous()
-
-
-def from_bias(spec: ExpertsSpec, weight: str, bias_EN: Tensor) -> Tensor:
-    """The way back: the family's biases of all experts."""
-    parts = bias_EN.T.chunk(len(fused_projections(spec, weight)))
-    return join_rows(spec, weight, parts).T.contiguous()
 
 
 def to_activation(spec: ExpertsSpec, gate_up: Tensor) -> Tensor:

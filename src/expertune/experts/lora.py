@@ -17,7 +17,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from expertune.errors import ExportError
-from expertune.experts.module import Nf4Experts, ProjectionAdapter
+from expertune.experts.module import Nf4Experts
+from expertune.kernels.lora import LoraUpdate
 
 NO_MERGE = (
     "4-bit experts cannot absorb an adapter in place: rounding the sum to 4 bits again would lose most of the "
@@ -166,19 +167,19 @@ class ExpertsLora(nn.Module, LoraLayer):
     def _with(self, names: Sequence[str], hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts with the adapters of these names, as far as this layer has them."""
         active = [name for name in names if name in self.lora_A]
-        adapters = [
-            {
-                projection: ProjectionAdapter(
-                    self.lora_A[name][projection],
-                    self.lora_B[name][projection],
-                    self.scale(name, projection),
-                    self._dropout(name),
-                )
-                for projection in self.ranks[name]
-            }
+        updates = [
+            LoraUpdate(
+                self.base_layer.spec.projections.index(projection),
+                self.lora_A[name][projection],
+                self.lora_B[name][projection],
+                self.scale(name, projection),
+                self._dropout(name),
+            )
             for name in active
+            for projection in self.base_layer.spec.projections
+            if projection in self.ranks[name]
         ]
-        return self.base_layer(hidden_TD, index_TK, weights_TK, adapters)
+        return self.base_layer(hidden_TD, index_TK, weights_TK, updates)
 
     def _dropout(self, adapter_name: str) -> float:
         dropout = self.lora_dropout[adapter_name]

@@ -3,36 +3,20 @@
 Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, E experts, r rank.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from expertune.experts import layout, replay
 from expertune.experts.contract import ExpertsSpec, read_spec
-from expertune.kernels.expert_mlp import Activation, ExpertUpdate, expert_mlp
+from expertune.kernels.expert_mlp import Activation, ExpertLayer, LoraUpdate, expert_mlp
 from expertune.kernels.nf4 import Nf4Stack, Scheme
+from expertune.kernels.routes import HasKernelSettings, KernelSettings
 
 
-@dataclass
-class ProjectionAdapter:
-    """LoRA of one projection of every expert, as the forward pass needs it.
-
-    Attributes:
-        a_ErK: [E, r, in_features].
-        b_ENr: [E, out_features, r].
-        scaling: factor of the update.
-        dropout: probability on the projection's input; 0 outside training.
-    """
-
-    a_ErK: Tensor
-    b_ENr: Tensor
-    scaling: float
-    dropout: float = 0.0
-
-
-class Nf4Experts(nn.Module):
+class Nf4Experts(nn.Module, HasKernelSettings):
     """All experts of one MoE block as NF4 bytes, with transformers' experts forward.
 
     Biases, where the family has them, are frozen parameters of the model's dtype under the family's own names
@@ -42,7 +26,7 @@ class Nf4Experts(nn.Module):
     Args:
         original: the model's own experts module, on any device (meta is enough); its weights are not read. Its
             `_apply_gate` and activation are what this module computes between the products.
-        name: dotted name, for errors.
+        name: dotted name in the model, for errors and for the layer's operator.
         double_quantization: hold the absmax values in 8 bits.
         device: where the bytes live.
         scheme: `nf4`, or `mxfp4` for experts that are kept as a checkpoint has them.
@@ -84,16 +68,23 @@ class Nf4Experts(nn.Module):
         self._modules.update(original._modules)
         original._parameters, original._buffers, original._modules = self._parameters, self._buffers, self._modules
         self.__dict__["family"] = original
-        self.between = Activation(
-            self._activate,
-            is_columnwise(self._activate, spec),
-            is_swiglu(self._activate, spec),
-            self._normalize if spec.has_post_expert_norm else None,
-        )
+        activate = partial(_activate, original, spec)
+        after = partial(_normalize, original) if spec.has_post_expert_norm else None
+        activation = Activation(activate, is_columnwise(activate, spec), is_swiglu(activate, spec), after)
+        self.layer = ExpertLayer(activation, name)
+
+    @property
+    def kernel_settings(self) -> KernelSettings:
+        """How the GEMMs run."""
+        return self.layer.settings
+
+    @kernel_settings.setter
+    def kernel_settings(self, settings: KernelSettings) -> None:
+        self.layer.settings = settings
 
     @property
     def device(self) -> torch.device:
-        """Where the experts compute, and their adapters live: offloaded bytes may lie elsewhere (`computes_on`)."""
+        """Where the experts compute and their adapters live; offloaded weights may lie on another device."""
         return self.computes_on or self.down.packed.device
 
     @property
@@ -141,7 +132,7 @@ class Nf4Experts(nn.Module):
         hidden_TD: Tensor,
         top_k_index_TK: Tensor,
         top_k_weights_TK: Tensor,
-        adapters: Sequence[Mapping[str, ProjectionAdapter]] = (),
+        updates: Sequence[LoraUpdate] = (),
     ) -> Tensor:
         """Send each token through its experts and sum what comes back.
 
@@ -149,44 +140,34 @@ class Nf4Experts(nn.Module):
             hidden_TD: [T, D].
             top_k_index_TK: integer [T, K].
             top_k_weights_TK: [T, K] router scores.
-            adapters: active adapters; each maps a canonical projection to its LoRA.
+            updates: of the active adapters; part p is the projection `spec.projections[p]`.
 
         Returns:
             [T, D] of hidden's dtype.
         """
         index_TK = top_k_index_TK.long()
-        updates = [
-            ExpertUpdate(
-                part,
-                adapter[projection].a_ErK,
-                adapter[projection].b_ENr,
-                adapter[projection].scaling,
-                adapter[projection].dropout,
-            )
-            for adapter in adapters
-            for part, projection in enumerate(self.spec.projections)
-            if projection in adapter
-        ]
 
         def compute(recorded: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
             weights = self.gate_up, self.down
             return expert_mlp(
-                hidden_TD, index_TK, top_k_weights_TK, *weights, self.between, updates, recorded, biases=self.biases
+                hidden_TD, index_TK, top_k_weights_TK, *weights, self.layer, updates, recorded, biases=self.biases
             )
 
         return replay.run(compute)[0]
 
-    def _activate(self, gate_up: Tensor) -> Tensor:
-        if self.spec.has_gate:
-            return self.family._apply_gate(layout.to_activation(self.spec, gate_up))  # type: ignore[operator]
-        return self.family.act_fn(gate_up)  # type: ignore[operator]
-
-    def _normalize(self, rows_RD: Tensor) -> Tensor:
-        return self.family.post_expert_norm(rows_RD)  # type: ignore[operator]
-
     def extra_repr(self) -> str:
         """Shape for `print(model)`."""
         return f"num_experts={self.num_experts}, projections={', '.join(self.spec.projections)}"
+
+
+def _activate(family: nn.Module, spec: ExpertsSpec, gate_up: Tensor) -> Tensor:
+    if spec.has_gate:
+        return family._apply_gate(layout.to_activation(spec, gate_up))  # type: ignore[operator]
+    return family.act_fn(gate_up)  # type: ignore[operator]
+
+
+def _normalize(family: nn.Module, y_RD: Tensor) -> Tensor:
+    return family.post_expert_norm(y_RD)  # type: ignore[operator]
 
 
 def holds_experts(model: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Experts under activation checkpointing: computed once in forward, replayed in the recomputation.
 
 Checkpointing runs a decoder layer a second time in backward, so that whatever the layer's operators save for their
-gradients is there again. The experts' operator saves its inputs only, and computes gate and up anew by itself. What it
+gradients is there again. The experts' operator saves its inputs only, and computes gate and up again by itself. What it
 returned is therefore kept (the layer's output [T, D] and x @ A), and handed out again instead of being computed. Where
 it is kept is the caller's to say (`held_by`): on the device, or away from it.
 

@@ -2,7 +2,7 @@
 
 A library that is loaded, and measurements that decide how GEMMs run, must not come from somebody else. So the
 folder is used only where it belongs to the user and is not writable by others, `XDG_CACHE_HOME` included. Else what is
-kept goes to a private folder among temporary files, and that is told once.
+kept goes to a private folder among temporary files, and that is reported once.
 """
 
 import atexit

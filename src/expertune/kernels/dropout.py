@@ -33,7 +33,7 @@ def dropout(
         x: float32 [R, K], or [T, K] where `index` says which row each of R rows is.
         number_R: int64 [R], a number for each row: equal numbers drop equal elements, wherever the row lies.
         seed: 0 <= seed < 2**63; off the CPU it may be int64 [] there.
-        probability: of an element to be dropped, 0 <= probability < 1; held to 1 / 2**32.
+        probability: of an element to be dropped, 0 <= probability < 1; rounded to 1 / 2**32.
         index: int64 [R].
         first_column: where x's columns lie in the whole, so that a part is dropped as in it.
         columns: of the whole; None means K.

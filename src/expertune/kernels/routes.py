@@ -1,7 +1,7 @@
 """Which route a GEMM of 4-bit weights takes: by tokens per expert, against a crossover measured once per machine.
 
-`fused` dequantizes inside the GEMM, and wins where each dequantized weight meets few rows; `dequant_gemm`
-dequantizes first and multiplies what it dequantized, which wins where rows are many and the machine has matrix units.
+`fused` dequantizes inside the GEMM, and wins where each dequantized weight meets few tokens; `dequant_gemm`
+dequantizes first and multiplies what it dequantized, which wins where tokens are many and the machine has matrix units.
 Where they cross is measured the first time, and kept in the user's cache. On a GPU a route has to pass its check there
 before it is used (`expert_mlp/selfcheck.py`); where none does, or Triton is missing, experts are computed one by one by
 torch.
@@ -15,14 +15,14 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
-from expertune.kernels import gpu, native
+from expertune.kernels import gpu, native, operators
 from expertune.kernels.cache import cache_folder, read_kept
 from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, gemm_dtype
 from expertune.kernels.nf4 import Nf4Stack
@@ -39,93 +39,161 @@ EXPERT_BY_EXPERT: Route = "expert_by_expert"
 # tokens.
 _WORKING_SET_BYTES = {"cpu": 2**29, "cuda": 2**31}
 
-# What is tried, in rows for each expert, and a matrix that is large enough not to fit a core's own cache when
+# What is tried, in tokens per expert, and a matrix that is large enough not to fit a core's own cache when
 # dequantized.
-_ROWS = (4, 8, 16, 32, 64, 128, 256, 1024)
-_GPU_ROWS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 2048)
+_TOKENS = (4, 8, 16, 32, 64, 128, 256, 1024)
+_GPU_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 2048)
 _MATRIX = (1024, 2048)
-# Changes with how the routes run or are measured: what older code has measured is measured anew.
+# Changes with how the routes run or are measured: what older code has measured is measured again.
 _MEASURED_HOW = "2"
 _NEVER = 2**62
 # Where a full device leaves no room to measure: an estimate.
 _UNMEASURED = {"crossover": 384, "gemm": "triton"}
-_CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How GEMMs run; one per process.
+class KernelSettings:
+    """How the GEMMs of a model run, and which routes they took: carried by the model's layers (`use_settings`).
 
     Attributes:
         route: a route for all GEMMs, or `auto`.
         working_set_bytes: most bytes that one expert layer computes on at once, whatever the batch; None takes the
-            device's own, see `working_set_bytes`.
-        crossover: rows for each expert from which `dequant_gemm` is taken; None measures it.
+            device's own, see `working_set_on`.
+        crossover: tokens per expert from which `dequant_gemm` is taken; None measures it.
         gemm: what multiplies dequantized weights on a GPU, `torch` or `triton`; None measures which is faster.
+        ran: how often each route was taken.
+        name: under which operators find it.
+
+    Raises:
+        ValueError: the fused route is asked for where it cannot run; says why.
     """
 
-    route: Route | Literal["auto"] = "auto"
-    working_set_bytes: int | None = None
-    crossover: int | None = None
-    gemm: Literal["torch", "triton"] | None = None
+    def __init__(
+        self,
+        route: Route | Literal["auto"] = "auto",
+        working_set_bytes: int | None = None,
+        crossover: int | None = None,
+        gemm: Literal["torch", "triton"] | None = None,
+        name: str = "kernels",
+    ) -> None:
+        if route == FUSED and not native.available() and not torch.cuda.is_available():
+            raise ValueError(f"the fused route cannot run here: {native.status().reason}")
+        self.route, self.working_set_bytes, self.crossover, self.gemm = route, working_set_bytes, crossover, gemm
+        self.ran: Counter[str] = Counter()
+        self.name = operators.register(self, name)
+
+    def __deepcopy__(self, memo: object) -> "KernelSettings":
+        # A copy of a model runs as the model does.
+        return self
+
+    def __reduce__(self) -> tuple[type["KernelSettings"], tuple[Any, ...]]:
+        return KernelSettings, (self.route, self.working_set_bytes, self.crossover, self.gemm)
+
+    def working_set_on(self, device_type: str) -> int:
+        """Most bytes of an expert layer between its GEMMs: the setting, or 512 MiB on a CPU and 2 GiB on a GPU."""
+        chosen = self.working_set_bytes
+        return default_working_set_bytes(device_type) if chosen is None else chosen
+
+    def choose(
+        self,
+        device: torch.device,
+        tokens_per_expert: float,
+        dtype: torch.dtype,
+        grouped: bool = True,
+        fusable: bool = True,
+    ) -> Route:
+        """The route of a GEMM whose x has `dtype`, and note that it ran.
+
+        `grouped` says whether the GPU's kernels can serve this layer at all, `fusable` whether those that dequantize
+        inside the GEMM can.
+        """
+        usable = usable_routes(device, dtype) if grouped or device.type == "cpu" else ()
+        if not fusable and device.type != "cpu":
+            usable = tuple(route for route in usable if route != FUSED)
+        route: Route
+        if not usable:
+            route = EXPERT_BY_EXPERT if device.type != "cpu" else DEQUANT_GEMM
+        elif len(usable) == 1:
+            route = usable[0]
+        elif self.route != "auto":
+            route = self.route
+        else:
+            route = FUSED if tokens_per_expert < self.crossover_on(device, dtype) else DEQUANT_GEMM
+        self.ran[route] += 1
+        return route
+
+    def crossover_on(self, device: torch.device, dtype: torch.dtype) -> int:
+        """Tokens per expert from which `dequant_gemm` is the faster route on a device, for x of `dtype`."""
+        if self.crossover is not None:
+            return self.crossover
+        return int(_measured(gemm_dtype(dtype, device), device, torch.get_num_threads())["crossover"])
+
+    def gemm_on(self, device: torch.device, dtype: torch.dtype) -> str:
+        """What multiplies dequantized weights on a GPU: `torch`'s grouped_mm or our own kernel in `triton`."""
+        if self.gemm is not None:
+            return self.gemm
+        return str(_measured(dtype, device, torch.get_num_threads())["gemm"])
+
+    def describe(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        """What ran and why, for the run's record: plain values."""
+        described: dict[str, Any] = {
+            "setting": self.route,
+            "working_set_bytes": self.working_set_on(device.type),
+            "product_dtype": str(gemm_dtype(dtype, device)).removeprefix("torch."),
+            "ran": dict(self.ran),
+        }
+        if device.type == "cpu":
+            usable = native.available()
+            described["native"] = "in use" if usable else native.status().reason
+            described["crossover"] = self.crossover_on(device, dtype) if usable else 0
+            return described
+        reason = gpu.unavailable(device)
+        described["triton"] = reason or "in use"
+        if not reason:
+            from expertune.kernels.expert_mlp.selfcheck import checked
+
+            findings = checked(device, dtype)
+            described["self_check"] = {
+                part: findings.messages.get(part, f"relative error {error:.1e}")
+                + ("" if part in findings.passed else ", not used")
+                for part, error in findings.errors.items()
+            }
+            if len(usable_routes(device, dtype)) == 2:
+                described["crossover"] = self.crossover_on(device, dtype)
+            if DEQUANT_GEMM in usable_routes(device, dtype):
+                described["gemm"] = self.gemm_on(device, dtype)
+        return described
 
 
-_settings = Settings()
-_ran: Counter[str] = Counter()
+DEFAULT_SETTINGS = KernelSettings(name="default")
+"""Of layers that nobody gave others."""
 
 
-def settings() -> Settings:
-    """The settings in force."""
-    return _settings
+class HasKernelSettings:
+    """A layer whose GEMMs run as its `kernel_settings` say."""
+
+    kernel_settings: KernelSettings = DEFAULT_SETTINGS
 
 
-def working_set_bytes(device_type: str) -> int:
-    """Most bytes of an expert layer between its GEMMs: the setting, or 512 MiB on a CPU and 2 GiB on a GPU."""
-    chosen = _settings.working_set_bytes
-    return default_working_set_bytes(device_type) if chosen is None else chosen
+def use_settings(model: nn.Module, settings: KernelSettings) -> None:
+    """Give all layers of a model the same settings."""
+    for module in model.modules():
+        if isinstance(module, HasKernelSettings):
+            module.kernel_settings = settings
+
+
+def settings_of(model: nn.Module) -> KernelSettings:
+    """The settings that a model's layers share; made here where nobody gave any."""
+    layers = (module for module in model.modules() if isinstance(module, HasKernelSettings))
+    settings = next((layer.kernel_settings for layer in layers), DEFAULT_SETTINGS)
+    if settings is DEFAULT_SETTINGS:
+        settings = KernelSettings()
+        use_settings(model, settings)
+    return settings
 
 
 def default_working_set_bytes(device_type: str) -> int:
     """The working set where nothing is set."""
     return _WORKING_SET_BYTES.get(device_type, _WORKING_SET_BYTES["cuda"])
-
-
-def configure(**changes: Any) -> None:
-    """Change settings by name, and forget what ran.
-
-    Raises:
-        ValueError: the fused route is asked for where it cannot run; says why.
-    """
-    global _settings
-    chosen = replace(_settings, **changes)
-    if chosen.route == FUSED and not native.available() and not torch.cuda.is_available():
-        raise ValueError(f"the fused route cannot run here: {native.status().reason}")
-    _settings = chosen
-    _ran.clear()
-
-
-def choose(
-    device: torch.device, rows_per_expert: float, dtype: torch.dtype, grouped: bool = True, fusable: bool = True
-) -> Route:
-    """The route of a GEMM whose x has `dtype`, and note that it ran.
-
-    `grouped` says whether the GPU's kernels can serve this layer at all, `fusable` whether those that dequantize inside
-    the GEMM can.
-    """
-    usable = usable_routes(device, dtype) if grouped or device.type == "cpu" else ()
-    if not fusable and device.type != "cpu":
-        usable = tuple(route for route in usable if route != FUSED)
-    route: Route
-    if not usable:
-        route = EXPERT_BY_EXPERT if device.type != "cpu" else DEQUANT_GEMM
-    elif len(usable) == 1:
-        route = usable[0]
-    elif _settings.route != "auto":
-        route = _settings.route
-    else:
-        route = FUSED if rows_per_expert < crossover(dtype, device) else DEQUANT_GEMM
-    _ran[route] += 1
-    return route
 
 
 def usable_routes(device: torch.device, dtype: torch.dtype) -> tuple[Route, ...]:
@@ -138,51 +206,6 @@ def usable_routes(device: torch.device, dtype: torch.dtype) -> tuple[Route, ...]
 
     passed = checked(device, dtype).passed
     return tuple(route for route in (FUSED, DEQUANT_GEMM) if route in passed)
-
-
-def crossover(dtype: torch.dtype, device: torch.device = _CPU) -> int:
-    """Rows for each expert from which `dequant_gemm` is the faster route on this device, for x of `dtype`."""
-    if _settings.crossover is not None:
-        return _settings.crossover
-    return int(_measured(gemm_dtype(dtype, device), device, torch.get_num_threads())["crossover"])
-
-
-def gemm(dtype: torch.dtype, device: torch.device) -> str:
-    """What multiplies dequantized weights on a GPU: `torch`'s grouped_mm or our own kernel in `triton`."""
-    if _settings.gemm is not None:
-        return _settings.gemm
-    return str(_measured(dtype, device, torch.get_num_threads())["gemm"])
-
-
-def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What ran and why, for the run's record: plain values."""
-    described: dict[str, Any] = {
-        "setting": _settings.route,
-        "working_set_bytes": working_set_bytes(device.type),
-        "product_dtype": str(gemm_dtype(dtype, device)).removeprefix("torch."),
-        "ran": dict(_ran),
-    }
-    if device.type == "cpu":
-        usable = native.available()
-        described["native"] = "in use" if usable else native.status().reason
-        described["crossover"] = crossover(dtype) if usable else 0
-        return described
-    reason = gpu.unavailable(device)
-    described["triton"] = reason or "in use"
-    if not reason:
-        from expertune.kernels.expert_mlp.selfcheck import checked
-
-        findings = checked(device, dtype)
-        described["self_check"] = {
-            part: findings.messages.get(part, f"relative error {error:.1e}")
-            + ("" if part in findings.passed else ", not used")
-            for part, error in findings.errors.items()
-        }
-        if len(usable_routes(device, dtype)) == 2:
-            described["crossover"] = crossover(dtype, device)
-        if DEQUANT_GEMM in usable_routes(device, dtype):
-            described["gemm"] = gemm(dtype, device)
-    return described
 
 
 def say(described: dict[str, Any]) -> str:
@@ -217,7 +240,7 @@ def _measured(dtype: torch.dtype, device: torch.device, threads: int) -> dict[st
         found = {"crossover": _measure(dtype)} if device.type == "cpu" else _measure_gpu(dtype, device)
     except torch.OutOfMemoryError:
         return _UNMEASURED
-    with contextlib.suppress(OSError):  # measured anew next time
+    with contextlib.suppress(OSError):  # measured again next time
         write_text(path, json.dumps(found))
     return found
 
@@ -233,18 +256,17 @@ def _cache_path(dtype: torch.dtype, device: torch.device, threads: int) -> Path:
 
 
 def _measure(dtype: torch.dtype) -> int:
-    """The first number of rows at which dequantizing first is no slower, or a number that is never reached."""
-    from expertune.kernels.grouped_linear import dequant_gemm, fused
+    """The first number of tokens at which dequantizing first is no slower, or a number that is never reached."""
+    from expertune.kernels.linear import dequant_gemm_forward, fused_forward
 
     generator = torch.Generator().manual_seed(0)
     weight = Nf4Stack(1, *_MATRIX)
     weight.write(0, torch.randn(*_MATRIX, generator=generator))
-    for rows in _ROWS:
-        x = torch.randn(rows, _MATRIX[1], generator=generator).to(dtype)
-        arguments = [x, weight.bytes, torch.tensor([rows]), *([] for _ in range(5))]
-        dequantized_first, dequantized_inside = _fastest([dequant_gemm.forward, fused.forward], arguments)
+    for tokens in _TOKENS:
+        x = torch.randn(tokens, _MATRIX[1], generator=generator).to(dtype)
+        dequantized_first, dequantized_inside = _fastest([dequant_gemm_forward, fused_forward], [x, weight.bytes])
         if dequantized_first <= dequantized_inside:
-            return rows
+            return tokens
     return _NEVER
 
 
@@ -254,16 +276,18 @@ def _measure_gpu(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     from expertune.kernels.expert_mlp.grouped import GroupedRoute
     from expertune.kernels.expert_mlp.selfcheck import checked
 
-    kinds = {"triton": GroupedRoute(True)}
-    if "grouped_mm" in checked(device, dtype).passed:
-        kinds["torch"] = GroupedRoute(True, torch_gemm=True)
+    passed = checked(device, dtype).passed
+    shuffle = "shuffle" in passed
+    fused, kinds = GroupedRoute(False, shuffle=shuffle), {"triton": GroupedRoute(True, shuffle=shuffle)}
+    if "grouped_mm" in passed:
+        kinds["torch"] = GroupedRoute(True, torch_gemm=True, shuffle=shuffle)
 
-    def seconds(route: GroupedRoute, rows: int) -> float:
-        return calibrate.layer_seconds(route, rows, dtype, device)
+    def seconds(route: GroupedRoute, tokens: int) -> float:
+        return calibrate.layer_seconds(route, tokens, dtype, device)
 
     try:
-        fastest = min(kinds, key=lambda kind: seconds(kinds[kind], _GPU_ROWS[-1]))
-        crossing = (rows for rows in _GPU_ROWS if seconds(kinds[fastest], rows) <= seconds(GroupedRoute(False), rows))
+        fastest = min(kinds, key=lambda kind: seconds(kinds[kind], _GPU_TOKENS[-1]))
+        crossing = (tokens for tokens in _GPU_TOKENS if seconds(kinds[fastest], tokens) <= seconds(fused, tokens))
         return {"crossover": next(crossing, _NEVER), "gemm": fastest}
     finally:
         calibrate.release(device)

@@ -1,6 +1,6 @@
 """Memory that operators of one thread take turns in.
 
-A tensor of tens of megabytes that is made anew for each layer is mapped and zeroed by the kernel page by page, which
+A tensor of tens of megabytes that is allocated for each layer is mapped and zeroed by the kernel page by page, which
 takes as long as a fifth of the layer's GEMMs. What is taken here stays mapped. It is bounded by the largest layer's
 working set.
 """

@@ -1,28 +1,27 @@
 """A dense 4-bit linear (attention, shared experts): bitsandbytes' `Linear4bit`, multiplied on a CPU by our operator.
 
 The layer is bitsandbytes' in bytes, in what it saves, and in what PEFT takes it for. On a CPU bitsandbytes dequantizes
-the whole matrix for each product; `expertune.kernels.grouped_linear` takes it as one expert instead. On other devices
-bitsandbytes' own product runs.
+the whole matrix for each GEMM; there `expertune.kernels.linear` runs instead. On other devices bitsandbytes' own GEMM
+runs.
 """
 
 import bitsandbytes as bnb
-import torch
 from torch import Tensor
 
-from expertune.kernels.grouped_linear import grouped_linear
+from expertune.kernels.linear import nf4_linear
 from expertune.kernels.nf4 import BLOCK_SIZE, Nf4Bytes
+from expertune.kernels.routes import HasKernelSettings
 
 
-class Nf4Linear(bnb.nn.Linear4bit):
+class Nf4Linear(bnb.nn.Linear4bit, HasKernelSettings):
     """y = x @ W.T + bias with W [out_features, in_features] in NF4; arguments and files are `Linear4bit`'s."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features] of x's dtype; the product runs in `compute_dtype`."""
+        """[..., in_features] -> [..., out_features] of x's dtype; the GEMM runs in `compute_dtype`."""
         if x.device.type != "cpu":
             return super().forward(x)
-        rows = x.reshape(-1, self.in_features).to(self.compute_dtype or x.dtype)
-        offsets = torch.tensor([rows.shape[0]])
-        y = grouped_linear(rows, self.nf4_bytes(), offsets).to(x.dtype)
+        x_RK = x.reshape(-1, self.in_features).to(self.compute_dtype or x.dtype)
+        y = nf4_linear(x_RK, self.nf4_bytes(), self.kernel_settings).to(x.dtype)
         if self.bias is not None:
             y = y + self.bias.to(x.dtype)
         return y.view(*x.shape[:-1], self.out_features)

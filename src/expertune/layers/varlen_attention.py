@@ -323,7 +323,7 @@ def _varlen(
 
 
 def _terms(size: int, scale: float | None, window: int | None) -> dict[str, Any] | None:
-    """Scale and causal mask, or sliding window, as this torch's `varlen_attn` wants to be told; None where it cannot.
+    """Scale and causal mask, or sliding window, as this torch's `varlen_attn` takes them; None where it cannot.
 
     torch 2.10 has `is_causal`, and no other scale than 1 / sqrt(D); 2.11 `window_size` in its place, and `scale`.
     """

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertune.generation.greedy import evaluation_mode
-from expertune.kernels.linear_cross_entropy import IGNORE_INDEX, LoraUpdate, linear_cross_entropy
+from expertune.kernels.linear_cross_entropy import IGNORE_INDEX, HeadUpdate, linear_cross_entropy
 from expertune.placement.out_of_memory import is_out_of_memory
 
 # Tokens of the comparison on the first batch: each carries one value at the head's place.
@@ -264,7 +264,7 @@ def _weight(head: Any) -> Tensor:
     return weight
 
 
-def _updates(head: Any, x_BTD: Tensor) -> list[LoraUpdate]:
+def _updates(head: Any, x_BTD: Tensor) -> list[HeadUpdate]:
     """The head's active adapters, as PEFT's layer applies them."""
     if not isinstance(head, LoraLinear) or head.disable_adapters:
         return []
@@ -277,7 +277,7 @@ def _updates(head: Any, x_BTD: Tensor) -> list[LoraUpdate]:
         if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0:
             # On all tokens, although few have a label: the random numbers are then those of the model's own path.
             own_x = dropout(x_BTD.to(a_rD.dtype)).reshape(-1, a_rD.shape[1])
-        updates.append(LoraUpdate(a_rD, b_Vr, head.scaling[name], own_x))
+        updates.append(HeadUpdate(a_rD, b_Vr, head.scaling[name], own_x))
     return updates
 
 

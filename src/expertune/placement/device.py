@@ -1,11 +1,13 @@
 """Which device a run computes on, in which dtype, and how a host gives memory back."""
 
+from typing import Literal
+
 import torch
 
 from expertune.config import KernelsConfig
 from expertune.errors import ConfigError
-from expertune.kernels import routes
 from expertune.kernels.cpu import gemm_dtype
+from expertune.kernels.routes import KernelSettings
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -57,21 +59,21 @@ def resolve_compute_dtype(name: str, device: torch.device | None = None) -> torc
     return gemm_dtype(torch.bfloat16, device)
 
 
-def set_up_kernels(kernels: KernelsConfig, crossover: int | None = None, gemm: str | None = None) -> None:
-    """Make the products of this process run as the run file says.
+def make_kernel_settings(
+    kernels: KernelsConfig, crossover: int | None = None, gemm: Literal["torch", "triton"] | None = None
+) -> KernelSettings:
+    """How a model's GEMMs run, as the run file says; `expertune.kernels.routes.use_settings` gives them to a model.
 
     Args:
         kernels: the run file's section.
-        crossover: tokens per expert at which the run has changed routes so far, where it is being continued: measured
-            anew it might come out otherwise, and with it the last bits of every product.
-        gemm: what has multiplied decoded weights so far, likewise.
+        crossover: tokens per expert at which the run has changed routes so far, where it is resumed: measured again it
+            might come out otherwise, and with it the last bits of every GEMM.
+        gemm: what has multiplied dequantized weights so far, likewise.
 
     Raises:
         ConfigError: the route cannot run here; says why.
     """
     try:
-        routes.configure(
-            route=kernels.route, working_set_bytes=kernels.working_set_bytes, crossover=crossover, gemm=gemm
-        )
+        return KernelSettings(kernels.route, kernels.working_set_bytes, crossover, gemm)
     except ValueError as error:
         raise ConfigError(f"kernels.route: {error}") from None

@@ -120,14 +120,14 @@ class Placement:
     def _connect(self) -> None:
         names = self._offloaded()
         for module in self.experts.values():
-            module.between.layer_handle = None
+            module.layer.handle = None
         self._prefetcher = None
         if not names:
             return
         layers = [_tensors(self.experts[name]) for name in names]
         self._prefetcher = Prefetcher(make_backend(layers, self.device, self.separate_host), len(layers))
         for name, handle in zip(names, self._prefetcher.handles(), strict=True):
-            self.experts[name].between.layer_handle = handle
+            self.experts[name].layer.handle = handle
 
     def __deepcopy__(self, memo: Any) -> "Placement":
         # A copy of the model reads the same bytes.

@@ -6,8 +6,8 @@ K experts per token, R = T * K routed rows, r rank.
 
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.experts.contract import ExpertsSpec
-from expertune.kernels.expert_mlp.plan import bytes_per_row
-from expertune.kernels.grouped_linear.dequant_gemm import TILE_BYTES
+from expertune.kernels.dequant_gemm import TILE_BYTES
+from expertune.kernels.expert_mlp.plan import bytes_per_routed_token
 from expertune.planning.inventory import Inventory, Layer
 from expertune.planning.settings import Settings
 
@@ -94,7 +94,7 @@ def _between_products(spec: ExpertsSpec, inventory: Inventory, settings: Setting
     On a GPU half of the working set is for rows and half for decoded weights, of one expert at least.
     """
     parts = len(spec.projections) - 1
-    row = bytes_per_row(
+    row = bytes_per_routed_token(
         spec.hidden_size, spec.intermediate_size, parts, spec.has_gate, settings.dropout, settings.device
     )
     whole = settings.tokens * inventory.top_k * row

@@ -28,8 +28,9 @@ from expertune.data import (
 from expertune.errors import CheckpointError, ConfigError
 from expertune.evaluation.held_out import HeldOut
 from expertune.generation.chat import complete
+from expertune.kernels.routes import use_settings
 from expertune.layers.varlen_attention import use_sdpa_attention
-from expertune.placement.device import default_device, resolve_compute_dtype, set_up_kernels
+from expertune.placement.device import default_device, make_kernel_settings, resolve_compute_dtype
 from expertune.placement.experts import Location, expert_reader, place_experts
 from expertune.report.summary import render_summary
 from expertune.run.context import RunContext
@@ -280,7 +281,7 @@ def load_base(context: RunContext, source: ModelSource, places: Mapping[str, Loc
     """The model with its experts at their locations; a run that is opened again has what its record says."""
     config, device = context.config, context.device
     recorded = context.record.values.get("kernels", {})
-    set_up_kernels(config.kernels, recorded.get("crossover"), recorded.get("gemm"))
+    settings = make_kernel_settings(config.kernels, recorded.get("crossover"), recorded.get("gemm"))
     dtype = resolve_compute_dtype(config.quantization.compute_dtype, device)
     loaded = load_model(
         source.folder,
@@ -290,6 +291,7 @@ def load_base(context: RunContext, source: ModelSource, places: Mapping[str, Loc
         source.trust_remote_code,
         OffloadedExperts(expert_reader(places, device), [name for name, place in places.items() if place == "host"]),
     )
+    use_settings(loaded.model, settings)
     place_experts(loaded.model, places, device, source.folder)
     if config.data.packing == "padded":
         use_sdpa_attention(loaded.model)

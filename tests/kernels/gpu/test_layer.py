@@ -9,20 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from expertune.kernels import expert_mlp as operator
-from expertune.kernels import grouped_linear as linear
-from expertune.kernels import routes
-from expertune.kernels.expert_mlp import expert_mlp, selfcheck
+from expertune.kernels.expert_mlp import Activation, expert_mlp, operator, selfcheck
 from expertune.kernels.expert_mlp.grouped import GroupedRoute
-from expertune.kernels.expert_mlp.plan import Layer, LowRank
+from expertune.kernels.expert_mlp.plan import Chunk, FrozenLayer, Gradients
 from expertune.kernels.gpu import launch, nf4
 from expertune.kernels.gpu.launch import Target
-from expertune.kernels.grouped_linear import LoraUpdate, grouped_linear
-from expertune.kernels.grouped_linear import reference as linear_reference
-from expertune.kernels.grouped_linear.grouped import GroupedRoute as LinearRoute
+from expertune.kernels.lora import LoraUpdate
 from expertune.kernels.nf4 import Nf4Stack
 from tests.kernels.test_expert_mlp import SHAPES, Case, assert_same_as_plain, make_case
 
+from ..conftest import SETTINGS
 from .conftest import CPU
 
 FLOAT32 = {"rtol": 1e-5, "atol": 2e-5}
@@ -49,9 +45,8 @@ DEQUANTIZED = {
 def on_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Layers take a GPU's route, in Triton's interpreter; dequantized weights are held for one expert at a time."""
     monkeypatch.setattr(operator, "_route", lambda *_: GroupedRoute(request.param, buffer_bytes=1))
-    before = routes.settings()
     yield "dequant_gemm" if request.param else "fused"
-    routes.configure(**vars(before))
+    SETTINGS.working_set_bytes = None
 
 
 @pytest.mark.parametrize("shape", sorted(set(SHAPES) - LEFT_OUT))
@@ -98,7 +93,7 @@ def test_dropout_falls_where_it_falls_on_a_cpu(monkeypatch: pytest.MonkeyPatch) 
 def test_chunks_of_a_few_tokens_give_the_same_layer() -> None:
     case = make_case(7, hidden=64, intermediate=64, dropout=0.3)
     whole = gradients(case)
-    routes.configure(working_set_bytes=2**14)
+    SETTINGS.working_set_bytes = 2**14
     chunked = gradients(case)
     for one, other in zip(whole, chunked, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
@@ -108,30 +103,6 @@ def test_chunks_of_a_few_tokens_give_the_same_layer() -> None:
 def test_two_runs_give_identical_bytes() -> None:
     case = make_case(9, hidden=64, intermediate=64, dropout=0.3)
     assert all(torch.equal(one, other) for one, other in zip(gradients(case), gradients(case), strict=True))
-
-
-@pytest.mark.parametrize("dequantize_first", [False, True], ids=["fused", "dequant_gemm"])
-def test_grouped_linear_and_its_gradients_are_those_of_plain_arithmetic(
-    monkeypatch: pytest.MonkeyPatch, dequantize_first: bool
-) -> None:
-    monkeypatch.setattr(linear, "_route", lambda *_: LinearRoute(dequantize_first))
-    counts, K, N = torch.tensor([0, 19, 1]), 128, 40
-    weight, x = Nf4Stack(6, N, K), torch.randn(20, K, requires_grad=True)
-    for index in range(6):
-        weight.write(index, torch.randn(N, K))
-    updates = [
-        LoraUpdate(part, torch.randn(3, r, K, requires_grad=True), torch.randn(3, N, r, requires_grad=True), 0.5, other)
-        for part, r, other in ((0, 3, None), (1, 17, torch.randn(20, K, requires_grad=True)))
-    ]
-    leaves = [x, updates[1].x_RK, *(f for u in updates for f in (u.a_ErK, u.b_ENr))]
-    found = grouped_linear(x, weight, counts.cumsum(0), updates)
-    expected = linear_reference.grouped_linear(x, weight, counts.cumsum(0), updates)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
-    dy = torch.randn_like(found)
-    for one, other in zip(
-        torch.autograd.grad(found, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True
-    ):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
 
 
 class Work(TorchDispatchMode):
@@ -156,21 +127,22 @@ def launches_of_a_layer(dequantize_first: bool, tokens: int, dropout: float, buf
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     gate_up, down = Nf4Stack(2 * E, F, D, device="meta"), Nf4Stack(E, D, F, device="meta")
-    layer = Layer(gate_up.bytes, down.bytes, torch.sigmoid, columnwise=True, swiglu=True)
-    low_rank = [
-        LowRank(part, empty(E, r, columns), empty(E, rows, r), 2.0, dropout, empty(1, dtype=torch.int64)[0])
+    layer = FrozenLayer(gate_up.bytes, down.bytes, Activation(torch.sigmoid, columnwise=True, swiglu=True))
+    updates = [
+        LoraUpdate(part, empty(E, r, columns), empty(E, rows, r), 2.0, dropout, empty(1, dtype=torch.int64)[0])
         for part, (rows, columns) in enumerate(((F, D), (F, D), (D, F)))
     ]
     hidden, weights = empty(tokens, D, dtype=torch.bfloat16), empty(tokens, K, dtype=torch.bfloat16)
-    index, h = empty(tokens, K, dtype=torch.int64), [empty(tokens * K, r) for _ in low_rank]
-    da, db = [torch.empty_like(u.a) for u in low_rank], [torch.empty_like(u.b) for u in low_rank]
+    index, h = empty(tokens, K, dtype=torch.int64), [empty(tokens * K, r) for _ in updates]
+    da, db = [torch.empty_like(u.a) for u in updates], [torch.empty_like(u.b) for u in updates]
     route = GroupedRoute(dequantize_first, buffer_bytes)
     nf4.tables(hidden.device)  # made once for a device
     with launch.recording(Target("cuda", 90)) as forward, Work() as work_forward:
-        route.forward(hidden, index, weights, layer, low_rank, h, 0, torch.empty_like(hidden))
+        route.forward(Chunk(hidden, index, weights), layer, updates, h, torch.empty_like(hidden))
     out, dweights = torch.empty_like(hidden), torch.empty_like(weights)
     with launch.recording(Target("cuda", 90)) as backward, Work() as work_backward:
-        route.backward(out, hidden, index, weights, layer, low_rank, h, da, db, 0, torch.empty_like(out), dweights)
+        gradients = Gradients(torch.empty_like(out), dweights, da, db)
+        route.backward(out, Chunk(hidden, index, weights), layer, updates, h, gradients)
     assert work_forward.operators == []
     assert work_backward.operators == []
     return len(forward), len(backward)

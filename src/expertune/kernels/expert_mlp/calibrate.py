@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from expertune.kernels.expert_mlp.grouped import GroupedRoute
-from expertune.kernels.expert_mlp.plan import Layer
+from expertune.kernels.expert_mlp.plan import Activation, Chunk, FrozenLayer, Gradients
 from expertune.kernels.nf4 import BLOCK_SIZE, Nf4Bytes
 from expertune.kernels.nf4.reference import NESTED_BLOCK_SIZE
 
@@ -33,11 +33,11 @@ def random_bytes(num_matrices: int, rows: int, columns: int, device: torch.devic
 
 
 @cache
-def _layer(device: torch.device) -> Layer:
+def _layer(device: torch.device) -> FrozenLayer:
     experts, hidden_size, size = _SHAPE
     gate_up = random_bytes(2 * experts, size, hidden_size, device)
     down = random_bytes(experts, hidden_size, size, device)
-    return Layer(gate_up, down, _never_called, columnwise=True, swiglu=True)
+    return FrozenLayer(gate_up, down, Activation(_never_called, columnwise=True, swiglu=True))
 
 
 def release(device: torch.device) -> None:
@@ -47,21 +47,22 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def layer_seconds(route: GroupedRoute, rows_per_expert: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Median seconds of forward and backward of a layer without adapters, every expert with as many rows."""
+def layer_seconds(route: GroupedRoute, tokens_per_expert: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Median seconds of forward and backward of a layer without adapters, every expert with as many tokens."""
     layer = _layer(device)
-    tokens = rows_per_expert * layer.num_experts // 2
+    tokens = tokens_per_expert * layer.num_experts // 2
     hidden = torch.randn(tokens, layer.hidden_size, dtype=dtype, device=device)
     index = torch.stack([torch.arange(tokens, device=device) % layer.num_experts for _ in range(2)], dim=1)
     index[:, 1] = (index[:, 1] + 1) % layer.num_experts
     weights = torch.full((tokens, 2), 0.5, device=device)
-    out, dhidden, dweights = torch.empty_like(hidden), torch.empty_like(hidden), torch.empty_like(weights)
+    chunk, out = Chunk(hidden, index, weights), torch.empty_like(hidden)
+    gradients = Gradients(torch.empty_like(hidden), torch.empty_like(weights), [], [])
     seconds = []
     for round_ in range(5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        route.forward(hidden, index, weights, layer, [], [], 0, out)
-        route.backward(hidden, hidden, index, weights, layer, [], [], [], [], 0, dhidden, dweights)
+        route.forward(chunk, layer, [], [], out)
+        route.backward(hidden, chunk, layer, [], [], gradients)
         end.record()
         end.synchronize()
         if round_ > 1:

@@ -1,84 +1,79 @@
-"""The expert layer expert by expert: dequantize a tile, use it for every GEMM that needs it, go on. Any device.
+"""The expert layer expert by expert: dequantize a tile, use it for every GEMM that needs it, continue. Any device.
 
 In backward a tile of gate_up's rows serves the recomputation and the input's gradient, so that a step dequantizes each
 weight twice and not three times. Tiles run along the intermediate size; the input's gradient is summed over them in
 float32.
 
-Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R routed rows of all experts, N rows
-of one expert, M those with what pads them, E experts, P parts of the first GEMM, r rank.
+Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R routed tokens of all experts, N of
+one expert, M those with what pads them, E experts, P parts of the first GEMM, r rank.
 """
 
 import torch
 from torch import Tensor
 
 from expertune.kernels.cpu import gemm_dtype, pad_rows
+from expertune.kernels.dequant_gemm import Scratch, multiply, multiply_input_gradient, spans
 from expertune.kernels.dropout import dropout
-from expertune.kernels.expert_mlp.plan import Layer, LowRank, bias_gradient, combine, differentiable, sort_rows
-from expertune.kernels.grouped_linear.dequant_gemm import Scratch, multiply, multiply_transposed, spans
+from expertune.kernels.expert_mlp.plan import (
+    Chunk,
+    FrozenLayer,
+    Gradients,
+    bias_gradient,
+    combine,
+    differentiable,
+    sort_by_expert,
+)
+from expertune.kernels.lora import LoraUpdate
 from expertune.kernels.nf4 import dequantize
 
 # Gradients of A and B are added to what is there.
 overwrites = False
 
 
-def forward(
-    hidden_TD: Tensor,
-    top_k_index_TK: Tensor,
-    top_k_weights_TK: Tensor,
-    layer: Layer,
-    low_rank: list[LowRank],
-    h: list[Tensor],
-    first_row: int,
-    out_TD: Tensor,
-) -> None:
-    """Writes the layer's output to `out_TD` and x @ A of each update to `h`; `first_row` places the chunk."""
-    rows = sort_rows(top_k_index_TK, top_k_weights_TK, layer.num_experts, first_row)
-    dtype = gemm_dtype(hidden_TD.dtype, hidden_TD.device)
-    y_RD = torch.empty(rows.token_R.shape[0], layer.hidden_size, dtype=torch.float32, device=hidden_TD.device)
-    scratch = Scratch(hidden_TD.device, dtype)
-    for expert, span in spans(rows.offsets_E):
-        x_ND = hidden_TD[rows.token_R[span]].to(dtype)
-        for update, low in zip(low_rank, h, strict=True):
+def forward(chunk: Chunk, layer: FrozenLayer, updates: list[LoraUpdate], h: list[Tensor], out_TD: Tensor) -> None:
+    """Writes the layer's output to `out_TD` and x @ A of each update to `h`; see `operator.Route`."""
+    routed = sort_by_expert(chunk, layer.num_experts)
+    dtype = gemm_dtype(chunk.hidden_TD.dtype, chunk.hidden_TD.device)
+    y_RD = torch.empty(routed.token_R.shape[0], layer.hidden_size, dtype=torch.float32, device=chunk.hidden_TD.device)
+    scratch = Scratch(chunk.hidden_TD.device, dtype)
+    for expert, span in spans(routed.offsets_E):
+        x_ND = chunk.hidden_TD[routed.token_R[span]].to(dtype)
+        for update, low in zip(updates, h, strict=True):
             if update.part < layer.num_parts:
-                _shrink(x_ND, update, expert, low[span], rows.number_R[span])
-        x_NF = layer.function(_gate_up(x_ND, expert, layer, low_rank, [low[span] for low in h], scratch))
-        for update, low in zip(low_rank, h, strict=True):
+                _shrink(x_ND, update, expert, low[span], routed.number_R[span])
+        x_NF = layer.activation.function(_gate_up(x_ND, expert, layer, updates, [low[span] for low in h], scratch))
+        for update, low in zip(updates, h, strict=True):
             if update.part == layer.num_parts:
-                _shrink(x_NF, update, expert, low[span], rows.number_R[span])
-        y_ND = _down(x_NF, expert, layer, low_rank, [low[span] for low in h], scratch)
-        if layer.after is not None:
-            y_ND = layer.after(y_ND)
-        torch.mul(y_ND, rows.weight_R[span, None], out=y_RD[span])
-    out_TD.copy_(combine(y_RD, rows.inverse_R, hidden_TD.shape[0]))
+                _shrink(x_NF, update, expert, low[span], routed.number_R[span])
+        y_ND = _down(x_NF, expert, layer, updates, [low[span] for low in h], scratch)
+        if layer.activation.after is not None:
+            y_ND = layer.activation.after(y_ND)
+        torch.mul(y_ND, routed.weight_R[span, None], out=y_RD[span])
+    out_TD.copy_(combine(y_RD, routed.inverse_R, chunk.hidden_TD.shape[0]))
 
 
 def backward(
     dout_TD: Tensor,
-    hidden_TD: Tensor,
-    top_k_index_TK: Tensor,
-    top_k_weights_TK: Tensor,
-    layer: Layer,
-    low_rank: list[LowRank],
+    chunk: Chunk,
+    layer: FrozenLayer,
+    updates: list[LoraUpdate],
     h: list[Tensor],
-    da: list[Tensor],
-    db: list[Tensor],
-    first_row: int,
-    dhidden_TD: Tensor,
-    dweights_TK: Tensor,
+    gradients: Gradients,
 ) -> None:
-    """Writes gradients of hidden and of the router's weights; adds to `da` and `db`."""
-    rows = sort_rows(top_k_index_TK, top_k_weights_TK, layer.num_experts, first_row)
-    dtype = gemm_dtype(hidden_TD.dtype, hidden_TD.device)
-    dx_RD = torch.empty(rows.token_R.shape[0], layer.hidden_size, dtype=torch.float32, device=hidden_TD.device)
-    dweight_R = torch.empty_like(rows.weight_R)
-    scratch = Scratch(hidden_TD.device, dtype)
-    for expert, span in spans(rows.offsets_E):
-        tokens, h_N = rows.token_R[span], [low[span] for low in h]
-        dout_ND, x_ND, weight_N1 = dout_TD[tokens].to(dtype), hidden_TD[tokens].to(dtype), rows.weight_R[span, None]
+    """Writes gradients of hidden and of the router's weights; adds to those of A and B."""
+    routed = sort_by_expert(chunk, layer.num_experts)
+    dtype = gemm_dtype(chunk.hidden_TD.dtype, chunk.hidden_TD.device)
+    dx_RD = torch.empty(routed.token_R.shape[0], layer.hidden_size, dtype=torch.float32, device=chunk.hidden_TD.device)
+    dweight_R = torch.empty_like(routed.weight_R)
+    scratch = Scratch(chunk.hidden_TD.device, dtype)
+    for expert, span in spans(routed.offsets_E):
+        tokens, h_N = routed.token_R[span], [low[span] for low in h]
+        dout_ND, x_ND = dout_TD[tokens].to(dtype), chunk.hidden_TD[tokens].to(dtype)
+        weight_N1 = routed.weight_R[span, None]
         dweight_N = None
-        if layer.after is not None:
+        if layer.activation.after is not None:
             # From here on dOut is the gradient of what `after` was given, with the router's weight in it.
-            dout_ND, dweight_N = _after_backward(dout_ND, x_ND, weight_N1, expert, layer, low_rank, h_N, scratch)
+            dout_ND, dweight_N = _after_backward(dout_ND, x_ND, weight_N1, expert, layer, updates, h_N, scratch)
             weight_N1 = torch.ones_like(weight_N1)
         dx_RD[span], dweight_R[span] = _expert_backward(
             dout_ND,
@@ -86,23 +81,23 @@ def backward(
             weight_N1,
             expert,
             layer,
-            low_rank,
+            updates,
             h_N,
-            [total[expert] for total in da],
-            [total[expert] for total in db],
-            rows.number_R[span],
+            [total[expert] for total in gradients.a],
+            [total[expert] for total in gradients.b],
+            routed.number_R[span],
             scratch,
         )
         if dweight_N is not None:
             dweight_R[span] = dweight_N
-    if layer.outer_bias is not None and layer.after is None:
-        dweight_R += bias_gradient(dout_TD, layer.outer_bias, rows)
-    dweights_TK.copy_(dweight_R[rows.inverse_R].view(top_k_weights_TK.shape))
-    dhidden_TD.copy_(combine(dx_RD, rows.inverse_R, hidden_TD.shape[0]))
+    if layer.outer_bias is not None and layer.activation.after is None:
+        dweight_R += bias_gradient(dout_TD, layer.outer_bias, routed)
+    gradients.top_k_weights_TK.copy_(dweight_R[routed.inverse_R].view_as(gradients.top_k_weights_TK))
+    gradients.hidden_TD.copy_(combine(dx_RD, routed.inverse_R, chunk.hidden_TD.shape[0]))
 
 
 def _gate_up(
-    x_ND: Tensor, expert: int, layer: Layer, low_rank: list[LowRank], h: list[Tensor], scratch: Scratch
+    x_ND: Tensor, expert: int, layer: FrozenLayer, updates: list[LoraUpdate], h: list[Tensor], scratch: Scratch
 ) -> Tensor:
     """An expert's first GEMM [N, P * F] with its updates, whose x @ A are in `h`, and its bias."""
     size, num_parts = layer.intermediate_size, layer.num_parts
@@ -110,19 +105,19 @@ def _gate_up(
     x_MD = pad_rows(x_ND)
     for part in range(num_parts):
         multiply(x_MD, layer.gate_up, expert * num_parts + part, _part(gate_up, part, size), scratch)
-    for update, low in zip(low_rank, h, strict=True):
+    for update, low in zip(updates, h, strict=True):
         if update.part < num_parts:
             _add_expanded(_part(gate_up, update.part, size), low, update, update.b[expert])
     return gate_up if layer.inner_bias is None else gate_up.add_(layer.inner_bias[expert])
 
 
 def _down(
-    x_NF: Tensor, expert: int, layer: Layer, low_rank: list[LowRank], h: list[Tensor], scratch: Scratch
+    x_NF: Tensor, expert: int, layer: FrozenLayer, updates: list[LoraUpdate], h: list[Tensor], scratch: Scratch
 ) -> Tensor:
     """An expert's second GEMM [N, D] with its updates and its bias."""
     y_ND = x_NF.new_empty(x_NF.shape[0], layer.hidden_size)
     multiply(x_NF, layer.down, expert, y_ND, scratch)
-    for update, low in zip(low_rank, h, strict=True):
+    for update, low in zip(updates, h, strict=True):
         if update.part == layer.num_parts:
             _add_expanded(y_ND, low, update, update.b[expert])
     return y_ND if layer.outer_bias is None else y_ND.add_(layer.outer_bias[expert])
@@ -133,20 +128,20 @@ def _after_backward(
     x_ND: Tensor,
     weight_N1: Tensor,
     expert: int,
-    layer: Layer,
-    low_rank: list[LowRank],
+    layer: FrozenLayer,
+    updates: list[LoraUpdate],
     h: list[Tensor],
     scratch: Scratch,
 ) -> tuple[Tensor, Tensor]:
     """Through what comes after an expert: gradient of what it was given [N, D], and of the router's weight [N].
 
-    It needs the expert's output, which is computed anew.
+    It needs the expert's output, which is computed again.
     """
-    assert layer.after is not None
-    x_NF = layer.function(_gate_up(x_ND, expert, layer, low_rank, h, scratch))
-    y_ND = _down(x_NF, expert, layer, low_rank, h, scratch).detach().requires_grad_()
+    assert layer.activation.after is not None
+    x_NF = layer.activation.function(_gate_up(x_ND, expert, layer, updates, h, scratch))
+    y_ND = _down(x_NF, expert, layer, updates, h, scratch).detach().requires_grad_()
     with differentiable():
-        out_ND = layer.after(y_ND)
+        out_ND = layer.activation.after(y_ND)
     dweight_N = torch.linalg.vecdot(out_ND.detach().float(), dout_ND.float())
     (dy_ND,) = torch.autograd.grad(out_ND, y_ND, (dout_ND * weight_N1).to(out_ND.dtype))
     return dy_ND, dweight_N
@@ -157,8 +152,8 @@ def _expert_backward(
     x_ND: Tensor,
     weight_N1: Tensor,
     expert: int,
-    layer: Layer,
-    low_rank: list[LowRank],
+    layer: FrozenLayer,
+    updates: list[LoraUpdate],
     h: list[Tensor],
     da: list[Tensor],
     db: list[Tensor],
@@ -170,16 +165,16 @@ def _expert_backward(
     dx_ND = torch.zeros(x_ND.shape, dtype=torch.float32, device=x_ND.device)
     dweight_N = dx_ND.new_zeros(dx_ND.shape[0])
     dh = [torch.zeros_like(low, dtype=torch.float32) for low in h]
-    for u, update in enumerate(low_rank):
+    for u, update in enumerate(updates):
         if update.part == num_parts:
             dout = dout_ND.to(update.b.dtype)
             dh[u] = (dout @ update.b[expert]).float() * update.scaling
             db[u] += dout.t().float() @ (h[u].float() * weight_N1 * update.scaling)
 
     dinter_of_down_NF = dout_ND.new_empty(dout_ND.shape[0], size)
-    multiply_transposed(dout_ND, layer.down, expert, 1, dinter_of_down_NF, scratch)
+    multiply_input_gradient(dout_ND, layer.down, expert, 1, dinter_of_down_NF, scratch)
     rows, x_MD = slice(x_ND.shape[0]), pad_rows(x_ND)
-    step = scratch.tile_size(size, num_parts * layer.hidden_size) if layer.columnwise else size
+    step = scratch.tile_size(size, num_parts * layer.hidden_size) if layer.activation.columnwise else size
     for start in range(0, size, step):
         columns = slice(start, min(start + step, size))
         width = columns.stop - start
@@ -189,19 +184,19 @@ def _expert_backward(
             dequantize(layer.gate_up, expert * num_parts + part, target, rows=columns)
 
         gate_up = (x_MD @ w_gate_up.t())[rows]
-        for u, update in enumerate(low_rank):
+        for u, update in enumerate(updates):
             if update.part < num_parts:
                 _add_expanded(_part(gate_up, update.part, width), h[u], update, update.b[expert, columns])
         if layer.inner_bias is not None:
             gate_up += layer.inner_bias[expert].view(num_parts, size)[:, columns].flatten()
         gate_up.requires_grad_()
         with differentiable():
-            x_NF = layer.function(gate_up)
+            x_NF = layer.activation.function(gate_up)
         inter_NF = x_NF.detach()
 
         # Before the router's weight is applied, so that <inter, dInter> is the weight's own gradient.
         dinter_NF = dinter_of_down_NF[:, columns]
-        for u, update in enumerate(low_rank):
+        for u, update in enumerate(updates):
             if update.part == num_parts:
                 low = dh[u] @ update.a[expert, :, columns].float()
                 dinter_NF += _drop(low, update, number_N, start, size)
@@ -214,12 +209,12 @@ def _expert_backward(
             dx_ND.addmm_(dgate_up, w_gate_up)
         else:
             dx_ND += (pad_rows(dgate_up) @ w_gate_up)[rows]
-        for u, update in enumerate(low_rank):
+        for u, update in enumerate(updates):
             if update.part < num_parts:
                 dpart = _part(dgate_up, update.part, width).float()
                 dh[u].addmm_(dpart, update.b[expert, columns].float(), alpha=update.scaling)
                 db[u][columns] += dpart.t() @ (h[u].float() * update.scaling)
-    for u, update in enumerate(low_rank):
+    for u, update in enumerate(updates):
         if update.part < num_parts:
             da[u] += dh[u].t() @ _drop(x_ND.float(), update, number_N)
             dx_ND += _drop(dh[u] @ update.a[expert].float(), update, number_N)
@@ -230,19 +225,19 @@ def _part(tensor: Tensor, part: int, size: int) -> Tensor:
     return tensor[:, part * size : (part + 1) * size]
 
 
-def _drop(x: Tensor, update: LowRank, number_N: Tensor, first_column: int = 0, columns: int | None = None) -> Tensor:
+def _drop(x: Tensor, update: LoraUpdate, number_N: Tensor, first_column: int = 0, columns: int | None = None) -> Tensor:
     if not update.dropout:
         return x
     return dropout(x, number_N, update.seed, update.dropout, None, first_column, columns)
 
 
-def _shrink(x_NK: Tensor, update: LowRank, expert: int, out_Nr: Tensor, number_N: Tensor) -> None:
+def _shrink(x_NK: Tensor, update: LoraUpdate, expert: int, out_Nr: Tensor, number_N: Tensor) -> None:
     """out = dropout(x) @ A.T, in the adapter's dtype."""
     dropped = _drop(x_NK.float(), update, number_N) if update.dropout else x_NK
     torch.mm(dropped.to(update.a.dtype), update.a[expert].t(), out=out_Nr)
 
 
-def _add_expanded(y_NM: Tensor, h_Nr: Tensor, update: LowRank, b_Mr: Tensor) -> None:
+def _add_expanded(y_NM: Tensor, h_Nr: Tensor, update: LoraUpdate, b_Mr: Tensor) -> None:
     """y += scaling * h @ B.T, computed in the adapter's dtype and rounded once to y's."""
     if y_NM.dtype == h_Nr.dtype:
         y_NM.addmm_(h_Nr, b_Mr.t(), alpha=update.scaling)

@@ -4,8 +4,8 @@ Two ways to multiply, otherwise the same: `fused` dequantizes NF4 inside the GEM
 matrices of as many experts as the working set holds at memory speed, and multiplies these. In backward a dequantized
 group serves the recomputation and the input's gradient.
 
-Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R routed rows, E experts, P parts of
-the first GEMM, r rank.
+Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R routed tokens, E experts, P parts
+of the first GEMM, r rank.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,11 +15,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from expertune.kernels.expert_mlp.plan import Layer, LowRank, Sorted, bias_gradient, differentiable, expert_of_rows
+from expertune.kernels.expert_mlp.plan import (
+    Chunk,
+    FrozenLayer,
+    Gradients,
+    RoutedTokens,
+    bias_gradient,
+    differentiable,
+    expert_of_each,
+)
+from expertune.kernels.gpu import launch, nf4, routing, torch_gemm
 from expertune.kernels.gpu import low_rank as thin
-from expertune.kernels.gpu import nf4, rows, torch_gemm
 from expertune.kernels.gpu.grouped_gemm import Dequantized, Update, grouped_gemm, input_gradient
 from expertune.kernels.gpu.low_rank import Expand, Outer, Shrink
+from expertune.kernels.lora import LoraUpdate
 from expertune.kernels.nf4 import Nf4Bytes
 
 # Experts of one group of dequantized matrices, or None for all, and their matrices.
@@ -34,30 +43,37 @@ class GroupedRoute:
         dequantize_first: whether weights are dequantized before they are multiplied.
         buffer_bytes: most bytes of dequantized weights; one expert's matrices are held in any case.
         torch_gemm: multiply dequantized weights by torch's `grouped_mm`, where those of all experts fit the buffer.
+        shuffle: dequantize by NVIDIA's inline assembly, where there is any.
     """
 
     dequantize_first: bool
     buffer_bytes: int = 2**30
     torch_gemm: bool = False
+    shuffle: bool = True
     overwrites: ClassVar[bool] = True
 
     def forward(
         self,
-        hidden_TD: Tensor,
-        top_k_index_TK: Tensor,
-        top_k_weights_TK: Tensor,
-        layer: Layer,
-        low_rank: list[LowRank],
+        chunk: Chunk,
+        layer: FrozenLayer,
+        updates: list[LoraUpdate],
         h: list[Tensor],
-        first_row: int,
         out_TD: Tensor,
     ) -> None:
-        """Writes the layer's output to `out_TD` and x @ A of each update to `h`; first_row places the chunk."""
-        hidden_TD = hidden_TD.contiguous()
-        routed = Sorted(*rows.sort_rows(top_k_index_TK, top_k_weights_TK, layer.num_experts, first_row))
-        inner, outer = _split(layer, low_rank, h)
+        """Writes the layer's output to `out_TD` and x @ A of each update to `h`; see `operator.Route`."""
+        with launch.shuffling(self.shuffle):
+            self._forward(chunk, layer, updates, h, out_TD)
+
+    def _forward(
+        self, chunk: Chunk, layer: FrozenLayer, updates: list[LoraUpdate], h: list[Tensor], out_TD: Tensor
+    ) -> None:
+        hidden_TD = chunk.hidden_TD.contiguous()
+        routed = RoutedTokens(
+            *routing.sort_by_expert(chunk.top_k_index_TK, chunk.top_k_weights_TK, layer.num_experts, chunk.first)
+        )
+        inner, outer = _split(layer, updates, h)
         thin.shrink(hidden_TD, routed.offsets_E, [_shrink(u, low) for u, low in inner], routed.token_R, routed.number_R)
-        updates = [Update(low, u.b, u.part, u.scaling) for u, low in inner]
+        terms = [Update(low, u.b, u.part, u.scaling) for u, low in inner]
         count = routed.token_R.shape[0]
         if layer.swiglu_in_gemm:
             inter_RF = hidden_TD.new_empty(count, layer.intermediate_size)
@@ -69,77 +85,85 @@ class GroupedRoute:
                 weight,
                 routed.offsets_E,
                 inter_RF,
-                updates,
+                terms,
                 routed.token_R,
                 experts=experts,
                 swiglu=layer.swiglu_in_gemm,
             )
         if not layer.swiglu_in_gemm:
-            inter_RF = layer.function(_add_inner_bias(inter_RF, layer, routed)).contiguous()
+            inter_RF = layer.activation.function(_add_inner_bias(inter_RF, layer, routed)).contiguous()
         thin.shrink(inter_RF, routed.offsets_E, [_shrink(u, low) for u, low in outer], number_R=routed.number_R)
-        updates = [Update(low, u.b, 0, u.scaling) for u, low in outer]
+        terms = [Update(low, u.b, 0, u.scaling) for u, low in outer]
         y_RD = torch.empty(count, layer.hidden_size, dtype=torch.float32, device=hidden_TD.device)
         for experts, weight in self._groups(layer.down, layer.num_experts, hidden_TD.dtype):
             self._grouped_gemm(
-                inter_RF, weight, routed.offsets_E, y_RD, updates, router_R=routed.weight_R, experts=experts
+                inter_RF, weight, routed.offsets_E, y_RD, terms, router_R=routed.weight_R, experts=experts
             )
         if layer.outer_bias is not None:
-            y_RD.addcmul_(layer.outer_bias[expert_of_rows(routed)], routed.weight_R[:, None])
-        rows.combine(y_RD, routed.inverse_R, out_TD)
+            y_RD.addcmul_(layer.outer_bias[expert_of_each(routed)], routed.weight_R[:, None])
+        routing.combine(y_RD, routed.inverse_R, out_TD)
 
     def backward(
         self,
         dout_TD: Tensor,
-        hidden_TD: Tensor,
-        top_k_index_TK: Tensor,
-        top_k_weights_TK: Tensor,
-        layer: Layer,
-        low_rank: list[LowRank],
+        chunk: Chunk,
+        layer: FrozenLayer,
+        updates: list[LoraUpdate],
         h: list[Tensor],
-        da: list[Tensor],
-        db: list[Tensor],
-        first_row: int,
-        dhidden_TD: Tensor,
-        dweights_TK: Tensor,
+        gradients: Gradients,
     ) -> None:
-        """Writes gradients of hidden and of the router's weights; the first chunk writes `da`, `db`, others add."""
-        dout_TD, hidden_TD = dout_TD.contiguous(), hidden_TD.contiguous()
-        routed = Sorted(*rows.sort_rows(top_k_index_TK, top_k_weights_TK, layer.num_experts, first_row))
-        offsets_E, count, size = routed.offsets_E, routed.token_R.shape[0], layer.intermediate_size
-        inner, outer = _split(layer, low_rank, h)
-        gradients = {id(u): (a, b) for u, a, b in zip(low_rank, da, db, strict=True)}
-        dh = {id(u): torch.empty(low.shape, dtype=torch.float32, device=low.device) for u, low in (*inner, *outer)}
+        """Writes a chunk's gradients; the first chunk writes those of A and B, others add."""
+        with launch.shuffling(self.shuffle):
+            self._backward(dout_TD, chunk, layer, updates, h, gradients)
 
-        shrinks = [Shrink(u.b, dh[id(u)], transposed=True, scaling=u.scaling) for u, _ in outer]
+    def _backward(
+        self,
+        dout_TD: Tensor,
+        chunk: Chunk,
+        layer: FrozenLayer,
+        updates: list[LoraUpdate],
+        h: list[Tensor],
+        gradients: Gradients,
+    ) -> None:
+        dout_TD, hidden_TD = dout_TD.contiguous(), chunk.hidden_TD.contiguous()
+        routed = RoutedTokens(
+            *routing.sort_by_expert(chunk.top_k_index_TK, chunk.top_k_weights_TK, layer.num_experts, chunk.first)
+        )
+        offsets_E, count, size = routed.offsets_E, routed.token_R.shape[0], layer.intermediate_size
+        inner, outer = _split(layer, updates, h)
+        totals = {u.part: (a, b) for u, a, b in zip(updates, gradients.a, gradients.b, strict=True)}
+        dh = {u.part: torch.empty(low.shape, dtype=torch.float32, device=low.device) for u, low in (*inner, *outer)}
+
+        shrinks = [Shrink(u.b, dh[u.part], transposed=True, scaling=u.scaling) for u, _ in outer]
         thin.shrink(dout_TD, offsets_E, shrinks, routed.token_R)
         gate_up = hidden_TD.new_empty(count, layer.num_parts * size)
         dinter_RF, inter_RF = hidden_TD.new_empty(2, count, size)
         dx_RD = torch.empty(count, layer.hidden_size, dtype=torch.float32, device=hidden_TD.device)
         drouter_R = torch.empty_like(routed.weight_R)
-        gradients_in = [_expand(u, dh[id(u)]) for u, _ in outer]
+        gradients_in = [_expand(u, dh[u.part]) for u, _ in outer]
         expanded = thin.expand(dinter_RF, offsets_E, gradients_in, dinter_RF.dtype, routed.number_R)
 
         def recompute(
             experts: slice | None, gate_up_weight: Nf4Bytes | Dequantized, down: Nf4Bytes | Dequantized
         ) -> None:
-            updates = [Update(low, u.b, u.part, u.scaling) for u, low in inner]
-            self._grouped_gemm(hidden_TD, gate_up_weight, offsets_E, gate_up, updates, routed.token_R, experts=experts)
+            terms = [Update(low, u.b, u.part, u.scaling) for u, low in inner]
+            self._grouped_gemm(hidden_TD, gate_up_weight, offsets_E, gate_up, terms, routed.token_R, experts=experts)
             # Before the router's weight is applied, so that <inter, dInter> is the weight's own gradient.
             self._input_gradient(dout_TD, down, offsets_E, dinter_RF, routed.token_R, experts, expanded)
 
         def through_gate_up(experts: slice | None, gate_up_weight: Nf4Bytes | Dequantized, dgate_up: Tensor) -> None:
             shrinks = [
-                Shrink(u.b, dh[id(u)], transposed=True, scaling=u.scaling, column=u.part * size) for u, _ in inner
+                Shrink(u.b, dh[u.part], transposed=True, scaling=u.scaling, column=u.part * size) for u, _ in inner
             ]
             thin.shrink(dgate_up, offsets_E, shrinks, experts=experts)
-            gradients_in = [_expand(u, dh[id(u)]) for u, _ in inner]
+            gradients_in = [_expand(u, dh[u.part]) for u, _ in inner]
             added = thin.expand(dx_RD, offsets_E, gradients_in, dgate_up.dtype, routed.number_R, experts)
             self._input_gradient(dgate_up, gate_up_weight, offsets_E, dx_RD, None, experts, added)
 
         if layer.swiglu_in_gemm:
             for experts, weight, down in self._pairs(layer, hidden_TD.dtype):
                 recompute(experts, weight, down)
-                rows.gate_backward(gate_up, dinter_RF, routed.weight_R, inter_RF, drouter_R, offsets_E, experts)
+                routing.gate_backward(gate_up, dinter_RF, routed.weight_R, inter_RF, drouter_R, offsets_E, experts)
                 through_gate_up(experts, weight, gate_up)
         else:
             for experts, weight, down in self._pairs(layer, hidden_TD.dtype):
@@ -151,16 +175,16 @@ class GroupedRoute:
             for experts, weight in self._groups(layer.gate_up, layer.num_experts, hidden_TD.dtype):
                 through_gate_up(experts, weight, gate_up)
 
-        add, token_R, number_R = first_row > 0, routed.token_R, routed.number_R
-        items = [Outer(low, gradients[id(u)][1], transposed=True, scaling=u.scaling) for u, low in outer]
+        add, token_R, number_R = chunk.first > 0, routed.token_R, routed.number_R
+        items = [Outer(low, totals[u.part][1], transposed=True, scaling=u.scaling) for u, low in outer]
         thin.outer(dout_TD, offsets_E, items, token_R, router_R=routed.weight_R, add=add)
-        items = [_input_outer(u, dh[id(u)], gradients[id(u)][0]) for u, _ in outer]
+        items = [_input_outer(u, dh[u.part], totals[u.part][0]) for u, _ in outer]
         thin.outer(inter_RF, offsets_E, items, number_R=number_R, router_R=routed.weight_R, add=add)
-        items = [Outer(low, gradients[id(u)][1], True, u.scaling, column=u.part * size) for u, low in inner]
+        items = [Outer(low, totals[u.part][1], True, u.scaling, column=u.part * size) for u, low in inner]
         thin.outer(gate_up, offsets_E, items, add=add)
-        items = [_input_outer(u, dh[id(u)], gradients[id(u)][0]) for u, _ in inner]
+        items = [_input_outer(u, dh[u.part], totals[u.part][0]) for u, _ in inner]
         thin.outer(hidden_TD, offsets_E, items, token_R, number_R, add=add)
-        rows.combine(dx_RD, routed.inverse_R, dhidden_TD, drouter_R, dweights_TK)
+        routing.combine(dx_RD, routed.inverse_R, gradients.hidden_TD, drouter_R, gradients.top_k_weights_TK)
 
     def _grouped_gemm(
         self,
@@ -206,7 +230,7 @@ class GroupedRoute:
             yield experts, _dequantized(stack, experts, parts, buffer)
 
     def _pairs(
-        self, layer: Layer, dtype: torch.dtype
+        self, layer: FrozenLayer, dtype: torch.dtype
     ) -> Iterator[tuple[slice | None, Nf4Bytes | Dequantized, Nf4Bytes | Dequantized]]:
         """The same of both stacks."""
         gate_up, down = layer.gate_up, layer.down
@@ -226,6 +250,11 @@ class GroupedRoute:
         return -(-num_experts // -(-num_experts // most))
 
 
+def _sort_by_expert(chunk: Chunk, num_experts: int) -> RoutedTokens:
+    _, index_TK, weights_TK, first = chunk
+    return RoutedTokens(*routing.sort_by_expert(index_TK, weights_TK, num_experts, first))
+
+
 def _are_all(experts: slice | None, offsets_E: Tensor) -> bool:
     return experts is None or (experts.start, experts.stop) == (0, offsets_E.shape[0])
 
@@ -243,42 +272,42 @@ def _dequantized(stack: Nf4Bytes, experts: slice, parts: int, buffer: Tensor) ->
 
 
 def _split(
-    layer: Layer, low_rank: list[LowRank], h: list[Tensor]
-) -> tuple[list[tuple[LowRank, Tensor]], list[tuple[LowRank, Tensor]]]:
+    layer: FrozenLayer, updates: list[LoraUpdate], h: list[Tensor]
+) -> tuple[list[tuple[LoraUpdate, Tensor]], list[tuple[LoraUpdate, Tensor]]]:
     """Updates of the first GEMM, by part, and those of down, each with its x @ A."""
-    pairs = sorted(zip(low_rank, h, strict=True), key=lambda pair: pair[0].part)
+    pairs = sorted(zip(updates, h, strict=True), key=lambda pair: pair[0].part)
     return (
         [pair for pair in pairs if pair[0].part < layer.num_parts],
         [pair for pair in pairs if pair[0].part == layer.num_parts],
     )
 
 
-def _shrink(update: LowRank, low_Rr: Tensor) -> Shrink:
+def _shrink(update: LoraUpdate, low_Rr: Tensor) -> Shrink:
     return Shrink(update.a, low_Rr, dropout=update.dropout, seed=update.seed)
 
 
-def _expand(update: LowRank, dh_Rr: Tensor) -> Expand:
+def _expand(update: LoraUpdate, dh_Rr: Tensor) -> Expand:
     return Expand(dh_Rr, update.a, update.dropout, update.seed)
 
 
-def _input_outer(update: LowRank, dh_Rr: Tensor, da: Tensor) -> Outer:
+def _input_outer(update: LoraUpdate, dh_Rr: Tensor, da: Tensor) -> Outer:
     return Outer(dh_Rr, da, dropout=update.dropout, seed=update.seed)
 
 
-def _add_inner_bias(gate_up: Tensor, layer: Layer, routed: Sorted) -> Tensor:
-    """In place: each row's expert's bias, added in float32 and rounded once."""
+def _add_inner_bias(gate_up: Tensor, layer: FrozenLayer, routed: RoutedTokens) -> Tensor:
+    """In place: each token's expert's bias, added in float32 and rounded once."""
     if layer.inner_bias is None:
         return gate_up
-    return gate_up.add_(layer.inner_bias[expert_of_rows(routed)])
+    return gate_up.add_(layer.inner_bias[expert_of_each(routed)])
 
 
 def _activation_backward(
-    layer: Layer, gate_up: Tensor, dinter_RF: Tensor, weight_R: Tensor
+    layer: FrozenLayer, gate_up: Tensor, dinter_RF: Tensor, weight_R: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A family's own activation by autograd: gradient of its input, its output, and <inter, dInter>."""
     gate_up.requires_grad_()
     with differentiable():
-        x_RF = layer.function(gate_up)
+        x_RF = layer.activation.function(gate_up)
     inter_RF = x_RF.detach().contiguous()
     drouter_R = torch.linalg.vecdot(inter_RF.float(), dinter_RF.float())
     (dgate_up,) = torch.autograd.grad(x_RF, gate_up, (dinter_RF * weight_R[:, None]).to(x_RF.dtype))

@@ -1,7 +1,8 @@
-"""What both routes of the expert layer are handed, and how many tokens they take at once."""
+"""What the routes of the expert layer are handed, and how many tokens they take at once."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,26 @@ from torch import Tensor
 from expertune.kernels.nf4 import Nf4Bytes
 
 
-class Layer(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """What a family computes between the GEMMs and after them.
+
+    Attributes:
+        function: [tokens, P * F] -> [tokens, F], the parts side by side; differentiable by autograd.
+        columnwise: column f of the result depends on column f of each part alone, so that it may be computed on some
+            columns at a time.
+        swiglu: it is silu(gate) * up to the last bits, for which there is a kernel.
+        after: [tokens, D] -> [tokens, D], applied to what an expert gives before the router's weight; None applies
+            nothing.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    columnwise: bool = False
+    swiglu: bool = False
+    after: Callable[[Tensor], Tensor] | None = None
+
+
+class FrozenLayer(NamedTuple):
     """The frozen half of an expert layer; see `expertune.kernels.expert_mlp.expert_mlp`.
 
     `inner_bias` [E, P * F] and `outer_bias` [E, D] are float32 and come together, or not at all.
@@ -18,17 +38,14 @@ class Layer(NamedTuple):
 
     gate_up: Nf4Bytes
     down: Nf4Bytes
-    function: Callable[[Tensor], Tensor]
-    columnwise: bool
-    swiglu: bool
+    activation: Activation
     inner_bias: Tensor | None = None
     outer_bias: Tensor | None = None
-    after: Callable[[Tensor], Tensor] | None = None
 
     @property
     def swiglu_in_gemm(self) -> bool:
         """Whether the GEMM itself can apply the activation: a bias would have to be added before it."""
-        return self.swiglu and self.inner_bias is None
+        return self.activation.swiglu and self.inner_bias is None
 
     @property
     def num_experts(self) -> int:
@@ -51,26 +68,40 @@ class Layer(NamedTuple):
         return self.down.columns
 
 
-class LowRank(NamedTuple):
-    """An `ExpertUpdate` as the routes take it, with the seed of its dropout, int64 [] on the device."""
-
-    part: int
-    a: Tensor
-    b: Tensor
-    scaling: float
-    dropout: float
-    seed: Tensor
-
-
-class Sorted(NamedTuple):
-    """A chunk's routed rows, sorted by expert.
+class Chunk(NamedTuple):
+    """Tokens that are worked on at once.
 
     Attributes:
-        token_R: int64 [R], the token of each sorted row.
+        hidden_TD: [T, D].
+        top_k_index_TK: int64 [T, K].
+        top_k_weights_TK: [T, K].
+        first: number in the whole batch of the first routed token.
+    """
+
+    hidden_TD: Tensor
+    top_k_index_TK: Tensor
+    top_k_weights_TK: Tensor
+    first: int = 0
+
+
+class Gradients(NamedTuple):
+    """Where a chunk's backward writes: [T, D] and [T, K], and of each update float32 [E, r, *] and [E, *, r]."""
+
+    hidden_TD: Tensor
+    top_k_weights_TK: Tensor
+    a: list[Tensor]
+    b: list[Tensor]
+
+
+class RoutedTokens(NamedTuple):
+    """A chunk's routed tokens, sorted by expert.
+
+    Attributes:
+        token_R: int64 [R], the token of each.
         number_R: int64 [R], its number in the whole batch before sorting, by which dropout knows it.
-        inverse_R: int64 [R], where routed row t * K + k lies among the sorted ones.
-        weight_R: float32 [R], the router's weight of each sorted row.
-        offsets_E: int64 [E], the end of each expert's rows.
+        inverse_R: int64 [R], where routed token t * K + k lies among the sorted ones.
+        weight_R: float32 [R], its router's weight.
+        offsets_E: int64 [E], the end of each expert's tokens.
     """
 
     token_R: Tensor
@@ -80,11 +111,9 @@ class Sorted(NamedTuple):
     offsets_E: Tensor
 
 
-def sort_rows(top_k_index_TK: Tensor, top_k_weights_TK: Tensor, num_experts: int, first_row: int) -> Sorted:
-    """Sort routed rows by expert, stably, without a host synchronisation.
-
-    `first_row` is the number in the whole batch of the chunk's first routed row.
-    """
+def sort_by_expert(chunk: Chunk, num_experts: int) -> RoutedTokens:
+    """Sort routed tokens by expert, stably, without a host synchronisation."""
+    _, top_k_index_TK, top_k_weights_TK, first = chunk
     flat_R = top_k_index_TK.reshape(-1)
     sorted_R, order_R = torch.sort(flat_R, stable=True)
     inverse_R = torch.empty_like(order_R)
@@ -93,18 +122,19 @@ def sort_rows(top_k_index_TK: Tensor, top_k_weights_TK: Tensor, num_experts: int
     # searchsorted counts without atomics.
     offsets_E = torch.searchsorted(sorted_R, experts_E, right=True)
     token_R = torch.div(order_R, max(top_k_index_TK.shape[1], 1), rounding_mode="floor")
-    return Sorted(token_R, order_R + first_row, inverse_R, top_k_weights_TK.reshape(-1)[order_R].float(), offsets_E)
+    weight_R = top_k_weights_TK.reshape(-1)[order_R].float()
+    return RoutedTokens(token_R, order_R + first, inverse_R, weight_R, offsets_E)
 
 
-def expert_of_rows(rows: Sorted) -> Tensor:
-    """The expert of each sorted row, int64 [R], without a host synchronisation."""
-    number_R = torch.arange(rows.token_R.shape[0], device=rows.offsets_E.device)
-    return torch.searchsorted(rows.offsets_E, number_R, right=True)
+def expert_of_each(routed: RoutedTokens) -> Tensor:
+    """The expert of each sorted token, int64 [R], without a host synchronisation."""
+    number_R = torch.arange(routed.token_R.shape[0], device=routed.offsets_E.device)
+    return torch.searchsorted(routed.offsets_E, number_R, right=True)
 
 
-def bias_gradient(dout_TD: Tensor, bias_ED: Tensor, rows: Sorted) -> Tensor:
-    """<bias, dOut> of each sorted row, float32 [R]: the part of the router's gradient that a bias of down gives."""
-    return (dout_TD.float() @ bias_ED.t())[rows.token_R, expert_of_rows(rows)]
+def bias_gradient(dout_TD: Tensor, bias_ED: Tensor, routed: RoutedTokens) -> Tensor:
+    """<bias, dOut> of each sorted token, float32 [R]: the part of the router's gradient that a bias of down gives."""
+    return (dout_TD.float() @ bias_ED.t())[routed.token_R, expert_of_each(routed)]
 
 
 @contextmanager
@@ -120,27 +150,28 @@ def differentiable() -> Iterator[None]:
         yield
 
 
-def combine(rows_RD: Tensor, inverse_R: Tensor, num_tokens: int) -> Tensor:
-    """Sum each token's sorted rows: [R, D] -> float32 [T, D], in the order of the token's choices."""
+def combine(y_RD: Tensor, inverse_R: Tensor, num_tokens: int) -> Tensor:
+    """Sum what each token's experts gave: [R, D] -> float32 [T, D], in the order of the token's choices."""
     top_k = inverse_R.numel() // max(num_tokens, 1)
     if top_k == 0:
-        return rows_RD.new_zeros(num_tokens, rows_RD.shape[1], dtype=torch.float32)
+        return y_RD.new_zeros(num_tokens, y_RD.shape[1], dtype=torch.float32)
     chosen = inverse_R.view(num_tokens, top_k)
-    total = rows_RD[chosen[:, 0]].float()
+    total = y_RD[chosen[:, 0]].float()
     for k in range(1, top_k):
-        total += rows_RD[chosen[:, k]]
+        total += y_RD[chosen[:, k]]
     return total
 
 
-def bytes_per_row(
+def bytes_per_routed_token(
     hidden_size: int, intermediate_size: int, num_parts: int, swiglu: bool, dropout: bool, device_type: str = "cpu"
 ) -> int:
-    """Bytes that a routed row takes between the GEMMs, in backward.
+    """Bytes that a routed token takes between the GEMMs, in backward.
 
-    On a CPU float32 throughout: gate and up, which their gradients replace, and the intermediate row; the row's input
-    gradient. Where an activation is differentiated by autograd: its result, its gradients, and two rows that it keeps.
-    With dropout: a dropped row and the gradient of one, of either width. Elsewhere rows are 16-bit but for the input's
-    gradient, the intermediate row has its gradient beside it, and nothing is kept for dropout.
+    On a CPU float32 throughout: gate and up, which their gradients replace, and the intermediate values; the input's
+    gradient. Where an activation is differentiated by autograd: its result, its gradients, and two tensors of the
+    intermediate size that it keeps. With dropout: a dropped input and the gradient of one, of either width. Elsewhere
+    all is 16-bit but for the input's gradient, the intermediate values have their gradient beside them, and nothing is
+    kept for dropout.
     """
     if device_type == "cpu":
         inner = num_parts + 1 + (0 if swiglu else num_parts + 3) + (2 if dropout else 0)
@@ -149,9 +180,9 @@ def bytes_per_row(
     return 2 * inner * intermediate_size + 4 * hidden_size
 
 
-def chunk_tokens(layer: Layer, top_k: int, dropout: bool, working_set_bytes: int) -> int:
+def chunk_tokens(layer: FrozenLayer, top_k: int, dropout: bool, working_set_bytes: int) -> int:
     """Tokens that are worked on at once; at least one."""
     device = layer.down.packed.device.type
-    swiglu = layer.swiglu if device == "cpu" else layer.swiglu_in_gemm
-    row = bytes_per_row(layer.hidden_size, layer.intermediate_size, layer.num_parts, swiglu, dropout, device)
-    return max(working_set_bytes // (max(top_k, 1) * row), 1)
+    swiglu = layer.activation.swiglu if device == "cpu" else layer.swiglu_in_gemm
+    size = bytes_per_routed_token(layer.hidden_size, layer.intermediate_size, layer.num_parts, swiglu, dropout, device)
+    return max(working_set_bytes // (max(top_k, 1) * size), 1)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from expertune.kernels.expert_mlp import Activation, ExpertUpdate
+from expertune.kernels.expert_mlp import Activation, LoraUpdate
 from expertune.kernels.nf4 import Nf4Stack
 
 
@@ -16,7 +16,7 @@ def expert_mlp(
     gate_up: Nf4Stack,
     down: Nf4Stack,
     activation: Activation,
-    updates: Sequence[ExpertUpdate] = (),
+    updates: Sequence[LoraUpdate] = (),
     biases: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The same as `expertune.kernels.expert_mlp.expert_mlp` without dropout, in float32 whatever hidden's dtype.
@@ -40,7 +40,7 @@ def expert_mlp(
     return out
 
 
-def _low_rank(x: Tensor, expert: int, part: int, updates: Sequence[ExpertUpdate]) -> Tensor | float:
+def _low_rank(x: Tensor, expert: int, part: int, updates: Sequence[LoraUpdate]) -> Tensor | float:
     return sum(
         (
             update.scaling * x @ update.a[expert].float().t() @ update.b[expert].float().t()

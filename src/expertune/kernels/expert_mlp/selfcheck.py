@@ -2,8 +2,8 @@
 
 Triton has miscompiled kernels before, on one device and release and not on another. So before a route is used on a
 device, a small layer with odd shapes, a skewed routing, an expert without tokens, adapters and dropout goes through it,
-forward and backward, and is held to the definition. The answer is kept in the user's cache, by device, driver's torch,
-Triton and the kernels' own source; a route that fails is not used, and the run's record says so.
+forward and backward, and is checked against the definition. The answer is kept in the user's cache, by device, driver's
+torch, Triton and the kernels' own source; a route that fails is not used, and the run's record says so.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -22,15 +22,16 @@ from torch import Tensor
 from expertune.kernels.cache import cache_folder, read_kept
 from expertune.kernels.dropout import dropout
 from expertune.kernels.expert_mlp.grouped import GroupedRoute
-from expertune.kernels.expert_mlp.plan import Layer, LowRank, differentiable
+from expertune.kernels.expert_mlp.plan import Activation, Chunk, FrozenLayer, Gradients, differentiable
 from expertune.kernels.gpu import launch, nf4, torch_gemm
+from expertune.kernels.lora import LoraUpdate
 from expertune.kernels.nf4 import Nf4Stack
 from expertune.storage import write_text
 
 # Experts, hidden and intermediate size, experts per token, rank, tokens: no multiple of any tile.
 SHAPE = (5, 192, 320, 2, 3, 77)
 
-# Most relative error of any result. Rows between the GEMMs are rounded to the dtype, as everywhere.
+# Most relative error of any result. What is between the GEMMs is rounded to the dtype, as everywhere.
 LIMITS = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 
 
@@ -68,11 +69,10 @@ def checked(device: torch.device, dtype: torch.dtype) -> Findings:
         findings = Findings(**read_kept(path))
     except (OSError, ValueError, TypeError):
         findings = check(device, dtype)
-        # What did not run may have met a full device: it is tried anew next time.
+        # What did not run may have met a full device: it is tried again next time.
         if not findings.messages:
-            with contextlib.suppress(OSError):  # checked anew next time
+            with contextlib.suppress(OSError):  # checked again next time
                 write_text(path, json.dumps(asdict(findings)))
-    launch.allow_shuffle("shuffle" in findings.passed)
     return findings
 
 
@@ -80,13 +80,15 @@ def checked(device: torch.device, dtype: torch.dtype) -> Findings:
 def check(device: torch.device, dtype: torch.dtype) -> Findings:
     """Run the checks on a device."""
     findings = Findings()
-    launch.allow_shuffle(True)
     findings.note("shuffle", 0.0, lambda: dequantize_error(device, dtype))
-    launch.allow_shuffle("shuffle" in findings.passed)
+    shuffle = "shuffle" in findings.passed
     # A buffer of one expert's matrices, so that groups are walked over.
-    kinds = {"fused": GroupedRoute(False), "dequant_gemm": GroupedRoute(True, buffer_bytes=1)}
+    kinds = {
+        "fused": GroupedRoute(False, shuffle=shuffle),
+        "dequant_gemm": GroupedRoute(True, buffer_bytes=1, shuffle=shuffle),
+    }
     if torch_gemm.available(device, dtype):
-        kinds["grouped_mm"] = GroupedRoute(True, torch_gemm=True)
+        kinds["grouped_mm"] = GroupedRoute(True, torch_gemm=True, shuffle=shuffle)
     for part, route in kinds.items():
         findings.note(part, LIMITS[dtype], lambda route=route: layer_error(route, device, dtype))  # type: ignore[misc]
     return findings
@@ -120,17 +122,19 @@ def layer_error(route: GroupedRoute, device: torch.device, dtype: torch.dtype) -
     a = [random(E, r, columns, scale=columns**-0.5) for columns, _ in shapes.values()]
     b = [random(E, rows, r, scale=0.2) for _, rows in shapes.values()]
     seeds = [torch.tensor(2**61 + part) for part in shapes]
-    host = [LowRank(part, a[part], b[part], 2.0, 0.1, seeds[part]) for part in shapes]
+    host = [LoraUpdate(part, a[part], b[part], 2.0, 0.1, seeds[part]) for part in shapes]
     expected = _definition(hidden_TD, dout_TD, index_TK, weights_TK, gate_up, down, host)
 
-    there = [LowRank(u.part, u.a.to(device), u.b.to(device), u.scaling, u.dropout, u.seed.to(device)) for u in host]
-    layer = Layer(gate_up.to(device).bytes, down.to(device).bytes, _swiglu, columnwise=True, swiglu=True)
+    there = [replace(u, a=u.a.to(device), b=u.b.to(device), seed=seeds[u.part].to(device)) for u in host]
+    activation = Activation(_swiglu, columnwise=True, swiglu=True)
+    layer = FrozenLayer(gate_up.to(device).bytes, down.to(device).bytes, activation)
     hidden, dout, index, weights = (t.to(device) for t in (hidden_TD, dout_TD, index_TK, weights_TK))
     h = [torch.empty(tokens * K, r, device=device) for _ in there]
     out, dhidden, dweights = torch.empty_like(hidden), torch.empty_like(hidden), torch.empty_like(weights)
     da, db = [torch.empty_like(u.a) for u in there], [torch.empty_like(u.b) for u in there]
-    route.forward(hidden, index, weights, layer, there, h, 0, out)
-    route.backward(dout, hidden, index, weights, layer, there, h, da, db, 0, dhidden, dweights)
+    chunk = Chunk(hidden, index, weights)
+    route.forward(chunk, layer, there, h, out)
+    route.backward(dout, chunk, layer, there, h, Gradients(dhidden, dweights, da, db))
     found = [out, dhidden, dweights, *da, *db]
     return max(_relative(x.cpu().double(), y) for x, y in zip(found, expected, strict=True))
 
@@ -142,21 +146,21 @@ def _definition(
     weights_TK: Tensor,
     gate_up: Nf4Stack,
     down: Nf4Stack,
-    low_rank: list[LowRank],
+    updates: list[LoraUpdate],
 ) -> list[Tensor]:
     """Output and gradients in float64, by autograd, token by token's experts; dropout as the counter has it."""
     tokens, K = index_TK.shape
     hidden, weights = hidden_TD.double(), weights_TK.double()
-    a, b = [u.a.double() for u in low_rank], [u.b.double() for u in low_rank]
+    a, b = [u.a.double() for u in updates], [u.b.double() for u in updates]
     for leaf in (hidden, weights, *a, *b):
         leaf.requires_grad_()
     out = torch.zeros(tokens, hidden.shape[1], dtype=torch.float64)
 
     def project(x: Tensor, part: int, stack: Nf4Stack, expert: int, matrix: int, number: Tensor) -> Tensor:
-        u = low_rank[part]
+        u = updates[part]
         kept = dropout(torch.ones_like(x, dtype=torch.float32), number, u.seed, u.dropout).double()
-        update = (x * kept) @ a[part][expert].t() @ b[part][expert].t()
-        return x @ stack.dequantize(matrix, torch.float32).double().t() + u.scaling * update
+        low = (x * kept) @ a[part][expert].t() @ b[part][expert].t()
+        return x @ stack.dequantize(matrix, torch.float32).double().t() + u.scaling * low
 
     # The first GEMM of a process may ask for this from inside an operator.
     with differentiable():

@@ -1,7 +1,7 @@
 """The Triton kernels of the GPU routes. Import its modules only where `available` says that triton is there.
 
 Nothing here reads a value back from the device: shapes on the host decide which kernel runs, and what depends on the
-routing (rows of an expert, tiles) is found on the device. So a step can be captured in a CUDA graph.
+routing (tokens of an expert, tiles) is found on the device. So a step can be captured in a CUDA graph.
 """
 
 import importlib.util

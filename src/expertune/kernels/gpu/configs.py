@@ -1,4 +1,4 @@
-"""Tile shapes of the grouped GEMMs, by device, dtype and rows for each expert: a table, and no search at run time.
+"""Tile shapes of the grouped GEMMs, by device, dtype and tokens per expert: a table, and no search at run time.
 
 A search would pick by the clock, so that two runs could sum in different orders; here the same shapes give the same
 bytes. `benchmarks/gpu_campaign.py` sweeps `candidates` on a device, which is how the table is to be corrected.
@@ -6,6 +6,7 @@ bytes. `benchmarks/gpu_campaign.py` sweeps `candidates` on a device, which is ho
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from expertune.kernels.gpu.launch import Target
 
 
 class Config(NamedTuple):
-    """Tile of BM rows, BN rows of a matrix, BK columns; warps and stages of a program; programs that run."""
+    """Tile of BM tokens, BN output features, BK input features; warps and stages of a program; programs that run."""
 
     BM: int
     BN: int
@@ -24,21 +25,21 @@ class Config(NamedTuple):
     programs: int
 
 
-_forced: list[Config] = []
+_forced: ContextVar[Config | None] = ContextVar("forced", default=None)
 
 
 @contextmanager
 def forced(config: Config) -> Iterator[None]:
     """Within, every GEMM takes this tile."""
-    _forced.append(config)
+    token = _forced.set(config)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.reset(token)
 
 
 def gemm_config(
-    target: Target, dtype: torch.dtype, nf4: bool, swiglu: bool, transposed: bool, rows_per_expert: float
+    target: Target, dtype: torch.dtype, nf4: bool, swiglu: bool, transposed: bool, tokens_per_expert: float
 ) -> Config:
     """The tile of a grouped GEMM.
 
@@ -48,14 +49,15 @@ def gemm_config(
         nf4: dequantized inside the loop.
         swiglu: two sums are kept, of gate and up.
         transposed: the sum runs over the rows of the matrix, and BK is the width of the output.
-        rows_per_expert: on average.
+        tokens_per_expert: on average.
     """
-    if _forced:
-        return _forced[-1]
+    forced_config = _forced.get()
+    if forced_config is not None:
+        return forced_config
     if target.backend == "interpreter":
         return Config(16, 16 if transposed else 32, 64, 4, 1, target.multiprocessors)
     wide = dtype == torch.float32
-    BM = next((size for size in (16, 32, 64) if rows_per_expert <= size), 128)
+    BM = next((size for size in (16, 32, 64) if tokens_per_expert <= size), 128)
     if wide:
         BM = min(BM, 64)
     if transposed:
@@ -79,11 +81,11 @@ def gemm_config(
 
 
 def candidates(
-    target: Target, dtype: torch.dtype, nf4: bool, swiglu: bool, transposed: bool, rows_per_expert: float
+    target: Target, dtype: torch.dtype, nf4: bool, swiglu: bool, transposed: bool, tokens_per_expert: float
 ) -> list[Config]:
     """Tiles worth timing beside the table's own, which comes first; some may not compile or fit."""
-    own = gemm_config(target, dtype, nf4, swiglu, transposed, rows_per_expert)
-    tall = [size for size in (16, 32, 64, 128) if size <= 2 * max(rows_per_expert, 16)][-2:]
+    own = gemm_config(target, dtype, nf4, swiglu, transposed, tokens_per_expert)
+    tall = [size for size in (16, 32, 64, 128) if size <= 2 * max(tokens_per_expert, 16)][-2:]
     wide = [(64, 128), (32, 128), (64, 64)] if transposed else [(64, 64), (128, 64), (128, 128), (256, 64)]
     found = [own]
     for BM in tall:

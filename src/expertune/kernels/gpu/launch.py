@@ -2,13 +2,15 @@
 
 Kernels are chosen by shapes alone, never by what a tensor holds, so that no launch waits for the device. `recording`
 replaces launches by notes of them: run on `meta` tensors, a whole layer then tells which kernels it needs, in which
-order, with which constants, and each can be compiled for any target (`expertune.kernels.gpu.compile`).
+order, with which constants, and each can be compiled for any target (`tools/compile_kernels.py`).
 """
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,43 +58,44 @@ class Launch:
     options: dict[str, Any]
 
 
-@dataclass
-class _State:
-    target: Target | None = None
-    notes: list[Launch] = field(default_factory=list)
-    recording: bool = False
-    count: int = 0
-    shuffle: bool = True
+# What a block of code asks for, seen by the launches that it makes and by no other thread.
+_recording: ContextVar[tuple[Target, list[Launch]] | None] = ContextVar("recording", default=None)
+_shuffle: ContextVar[bool] = ContextVar("shuffle", default=True)
 
-
-_state = _State()
+_launched = Counter[str]()
 
 
 @contextmanager
 def recording(target: Target) -> Iterator[list[Launch]]:
     """Note launches instead of making them, as they would be made for `target`."""
-    before = _state.target, _state.notes, _state.recording
-    _state.target, _state.notes, _state.recording = target, [], True
+    notes: list[Launch] = []
+    token = _recording.set((target, notes))
     try:
-        yield _state.notes
+        yield notes
     finally:
-        _state.target, _state.notes, _state.recording = before
+        _recording.reset(token)
 
 
-def allow_shuffle(allowed: bool) -> None:
-    """Whether NVIDIA's inline assembly dequantizes, or its twin in plain Triton."""
-    _state.shuffle = allowed
+@contextmanager
+def shuffling(allowed: bool) -> Iterator[None]:
+    """Within, NVIDIA's inline assembly dequantizes, or its twin in plain Triton."""
+    token = _shuffle.set(allowed)
+    try:
+        yield
+    finally:
+        _shuffle.reset(token)
 
 
 def launches() -> int:
     """Kernels of ours launched by this process so far."""
-    return _state.count
+    return _launched.total()
 
 
 def target_of(device: torch.device) -> Target:
     """The target of kernels that work on tensors of `device`."""
-    if _state.target is not None:
-        return _state.target
+    recorded = _recording.get()
+    if recorded is not None:
+        return recorded[0]
     return INTERPRETER if triton.knobs.runtime.interpret else _device_target(device)
 
 
@@ -128,7 +131,7 @@ def launch(
     names = kernel.arg_names
     target = target_of(device)
     if "SHUFFLE" in names:
-        constants["SHUFFLE"] = _state.shuffle and target.backend == "cuda"
+        constants["SHUFFLE"] = _shuffle.get() and target.backend == "cuda"
     if dtype is not None and "DTYPE" in names:
         constants["DTYPE"] = _DTYPES[dtype]
     if dtype is not None and "PRECISION" in names:
@@ -136,10 +139,11 @@ def launch(
         constants["PRECISION"] = "ieee" if dtype == torch.float32 or target.backend == "interpreter" else "tf32"
     # No contraction: bitsandbytes rounds a scale twice, and the same bytes have to give the same weights here.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
-    if _state.recording:
-        _state.notes.append(Launch(kernel, grid, arguments, constants, options))
+    recorded = _recording.get()
+    if recorded is not None:
+        recorded[1].append(Launch(kernel, grid, arguments, constants, options))
         return
-    _state.count += 1
+    _launched[kernel.__name__] += 1
     if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
         with torch.cuda.device(device):
             kernel[grid](*arguments, **constants, **options)

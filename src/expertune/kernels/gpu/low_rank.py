@@ -1,9 +1,9 @@
-"""The thin GEMMs of low-rank adapters over rows sorted by expert: x @ A, and the gradients of A and B.
+"""The thin GEMMs of low-rank adapters over tokens sorted by expert: x @ A, and the gradients of A and B.
 
-Each is small beside the layer's GEMMs, and reads a wide matrix of rows once. Sums run in a fixed order, one program
+Each is small beside the layer's GEMMs, and reads a wide matrix of tokens once. Sums run in a fixed order, one program
 each: no atomics. Factors are float32 as a rule and are multiplied so.
 
-Shape suffixes: T tokens, R routed rows sorted by expert, E experts, r rank.
+Shape suffixes: T tokens, R routed tokens sorted by expert, E experts, r rank.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,12 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from expertune.kernels.gpu.dropout import kept, threshold
-from expertune.kernels.gpu.grouped_gemm import accurate_dot, padded, padded_rank, rows_of_low
+from expertune.kernels.gpu.dropout import threshold
+from expertune.kernels.gpu.grouped_gemm import padded, padded_rank
 from expertune.kernels.gpu.launch import launch
-from expertune.kernels.gpu.tiles import expert_tiles, locate
+from expertune.kernels.gpu.low_rank_kernels import expand_kernel, outer_kernel, shrink_kernel
 
 
 class Shrink(NamedTuple):
@@ -39,11 +38,11 @@ class Shrink(NamedTuple):
     scaling: float = 1.0
     column: int = 0
     dropout: float = 0.0
-    seed: Tensor | None = None
+    seed: Tensor | int = 0
 
 
 class Outer(NamedTuple):
-    """total[e] = scaling * low[rows of e].T @ drop(v)[rows of e, column : column + width] of `outer`, or added.
+    """total[e] = scaling * low[tokens of e].T @ drop(v)[tokens of e, column : column + width] of `outer`, or added.
 
     Attributes:
         low_Rr: [R, r], contiguous.
@@ -61,7 +60,7 @@ class Outer(NamedTuple):
     scaling: float = 1.0
     column: int = 0
     dropout: float = 0.0
-    seed: Tensor | None = None
+    seed: Tensor | int = 0
 
 
 class Expand(NamedTuple):
@@ -77,313 +76,10 @@ class Expand(NamedTuple):
     low_Rr: Tensor
     factor: Tensor
     dropout: float = 0.0
-    seed: Tensor | None = None
+    seed: Tensor | int = 0
 
 
 _Item = Shrink | Outer | Expand
-
-
-@triton.jit
-def _shrink_tile(
-    x_ptr,
-    factor_ptr,
-    out_ptr,
-    seed_ptr,
-    expert,
-    source,
-    number_ptr,
-    m,
-    m_mask,
-    width,
-    column,
-    x_stride,
-    rank,
-    scaling,
-    TRANSPOSED: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    KEEP: tl.constexpr,
-    RANK: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    r = tl.arange(0, RANK)
-    r_mask = r < rank
-    acc = tl.zeros((BM, RANK), dtype=tl.float32)
-    if THRESHOLD > 0:
-        number = tl.load(number_ptr + m, mask=m_mask, other=0)
-        seed = tl.load(seed_ptr)
-    factor_of_expert = factor_ptr + expert.to(tl.int64) * rank * width
-    for first in range(0, width, BK):
-        k = first + tl.arange(0, BK)
-        k_mask = k < width
-        x_ptrs = x_ptr + source[:, None] * x_stride + (column + k)[None, :]
-        x = tl.load(x_ptrs, mask=m_mask[:, None] & k_mask[None, :], other=0.0).to(tl.float32)
-        if THRESHOLD > 0:
-            x = tl.where(kept(number, k, width, seed, THRESHOLD), x * KEEP, 0.0)
-        if TRANSPOSED:
-            factor_ptrs = factor_of_expert + k[:, None] * rank + r[None, :]
-            factor = tl.load(factor_ptrs, mask=k_mask[:, None] & r_mask[None, :], other=0.0)
-        else:
-            factor_ptrs = factor_of_expert + r[:, None] * width + k[None, :]
-            factor = tl.trans(tl.load(factor_ptrs, mask=r_mask[:, None] & k_mask[None, :], other=0.0))
-        acc = tl.dot(x, factor.to(tl.float32), acc, input_precision=PRECISION)
-    out_ptrs = out_ptr + m.to(tl.int64)[:, None] * rank + r[None, :]
-    tl.store(out_ptrs, (acc * scaling).to(out_ptr.dtype.element_ty), mask=m_mask[:, None] & r_mask[None, :])
-
-
-@triton.jit
-def shrink_kernel(
-    x_ptr,
-    token_ptr,
-    number_ptr,
-    offsets_ptr,
-    factor0_ptr,
-    out0_ptr,
-    seed0_ptr,
-    factor1_ptr,
-    out1_ptr,
-    seed1_ptr,
-    first_expert,
-    end_expert,
-    width,
-    x_stride,
-    column0,
-    column1,
-    rank0,
-    rank1,
-    scaling0,
-    scaling1,
-    PAIR: tl.constexpr,
-    GATHER: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    THRESHOLD0: tl.constexpr,
-    THRESHOLD1: tl.constexpr,
-    KEEP0: tl.constexpr,
-    KEEP1: tl.constexpr,
-    RANK: tl.constexpr,
-    E_PAD: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A tile of rows for each program_id(0), an update for each program_id(1)."""
-    tile = tl.program_id(0)
-    experts, start, stop, tiles, so_far = expert_tiles(offsets_ptr, first_expert, end_expert, BM, E_PAD)
-    if tile < tl.max(so_far, 0):
-        expert, row, row_end, _ = locate(tile, experts, start, stop, tiles, so_far, 1, BM)
-        m = row + tl.arange(0, BM)
-        m_mask = m < row_end
-        source = m.to(tl.int64)
-        if GATHER:
-            source = tl.load(token_ptr + m, mask=m_mask, other=0)
-        if not PAIR or tl.program_id(1) == 0:
-            _shrink_tile(
-                x_ptr, factor0_ptr, out0_ptr, seed0_ptr, expert, source, number_ptr, m, m_mask, width, column0,
-                x_stride, rank0, scaling0, TRANSPOSED, THRESHOLD0, KEEP0, RANK, BM, BK, PRECISION,
-            )  # fmt: skip
-        elif PAIR:
-            _shrink_tile(
-                x_ptr, factor1_ptr, out1_ptr, seed1_ptr, expert, source, number_ptr, m, m_mask, width, column1,
-                x_stride, rank1, scaling1, TRANSPOSED, THRESHOLD1, KEEP1, RANK, BM, BK, PRECISION,
-            )  # fmt: skip
-
-
-@triton.jit
-def _outer_tile(
-    low_ptr,
-    v_ptr,
-    total_ptr,
-    seed_ptr,
-    token_ptr,
-    number_ptr,
-    router_ptr,
-    expert,
-    row,
-    row_end,
-    k,
-    width,
-    column,
-    v_stride,
-    rank,
-    scaling,
-    GATHER: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    KEEP: tl.constexpr,
-    RANK: tl.constexpr,
-    ADD: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    r = tl.arange(0, RANK)
-    r_mask, k_mask = r < rank, k < width
-    acc = tl.zeros((RANK, BK), dtype=tl.float32)
-    if THRESHOLD > 0:
-        seed = tl.load(seed_ptr)
-    for first in range(row, row_end, BM):
-        m = first + tl.arange(0, BM)
-        m_mask = m < row_end
-        source = m.to(tl.int64)
-        if GATHER:
-            source = tl.load(token_ptr + m, mask=m_mask, other=0)
-        low_ptrs = low_ptr + m.to(tl.int64)[:, None] * rank + r[None, :]
-        low = tl.load(low_ptrs, mask=m_mask[:, None] & r_mask[None, :], other=0.0).to(tl.float32)
-        if WEIGHTED:
-            low = low * tl.load(router_ptr + m, mask=m_mask, other=0.0)[:, None]
-        v_ptrs = v_ptr + source[:, None] * v_stride + (column + k)[None, :]
-        v = tl.load(v_ptrs, mask=m_mask[:, None] & k_mask[None, :], other=0.0).to(tl.float32)
-        if THRESHOLD > 0:
-            number = tl.load(number_ptr + m, mask=m_mask, other=0)
-            v = tl.where(kept(number, k, width, seed, THRESHOLD), v * KEEP, 0.0)
-        acc = tl.dot(tl.trans(low), v, acc, input_precision=PRECISION)
-    if TRANSPOSED:
-        total_ptrs = total_ptr + expert.to(tl.int64) * rank * width + k[None, :] * rank + r[:, None]
-    else:
-        total_ptrs = total_ptr + expert.to(tl.int64) * rank * width + r[:, None] * width + k[None, :]
-    mask = r_mask[:, None] & k_mask[None, :]
-    acc = acc * scaling
-    if ADD:
-        acc += tl.load(total_ptrs, mask=mask, other=0.0)
-    tl.store(total_ptrs, acc, mask=mask)
-
-
-@triton.jit
-def outer_kernel(
-    v_ptr,
-    token_ptr,
-    number_ptr,
-    router_ptr,
-    offsets_ptr,
-    low0_ptr,
-    total0_ptr,
-    seed0_ptr,
-    low1_ptr,
-    total1_ptr,
-    seed1_ptr,
-    width,
-    v_stride,
-    column0,
-    column1,
-    rank0,
-    rank1,
-    scaling0,
-    scaling1,
-    PAIR: tl.constexpr,
-    GATHER: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    THRESHOLD0: tl.constexpr,
-    THRESHOLD1: tl.constexpr,
-    KEEP0: tl.constexpr,
-    KEEP1: tl.constexpr,
-    RANK: tl.constexpr,
-    ADD: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A tile of columns for each program_id(0), an expert for each program_id(1), an update for each program_id(2)."""
-    expert = tl.program_id(1)
-    row_end = tl.load(offsets_ptr + expert).to(tl.int32)
-    row = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0).to(tl.int32)
-    k = tl.program_id(0) * BK + tl.arange(0, BK)
-    if not PAIR or tl.program_id(2) == 0:
-        _outer_tile(
-            low0_ptr, v_ptr, total0_ptr, seed0_ptr, token_ptr, number_ptr, router_ptr, expert, row, row_end, k,
-            width, column0, v_stride, rank0, scaling0,
-            GATHER, WEIGHTED, TRANSPOSED, THRESHOLD0, KEEP0, RANK, ADD, BM, BK, PRECISION,
-        )  # fmt: skip
-    elif PAIR:
-        _outer_tile(
-            low1_ptr, v_ptr, total1_ptr, seed1_ptr, token_ptr, number_ptr, router_ptr, expert, row, row_end, k,
-            width, column1, v_stride, rank1, scaling1,
-            GATHER, WEIGHTED, TRANSPOSED, THRESHOLD1, KEEP1, RANK, ADD, BM, BK, PRECISION,
-        )  # fmt: skip
-
-
-@triton.jit
-def _expand_tile(
-    low_ptr,
-    factor_ptr,
-    seed_ptr,
-    expert,
-    number_ptr,
-    m,
-    m_mask,
-    k,
-    k_mask,
-    width,
-    rank,
-    THRESHOLD: tl.constexpr,
-    KEEP: tl.constexpr,
-    RANK: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-):
-    r = tl.arange(0, RANK)
-    factor_ptrs = factor_ptr + (expert.to(tl.int64) * rank + r)[:, None] * width + k[None, :]
-    factor = tl.load(factor_ptrs, mask=(r < rank)[:, None] & k_mask[None, :], other=0.0).to(tl.float32)
-    low = rows_of_low(low_ptr, m, m_mask, 0, rank, RANK)
-    out = accurate_dot(tl.zeros((BM, BK), dtype=tl.float32), low * KEEP, factor, DTYPE, PRECISION)
-    if THRESHOLD > 0:
-        number = tl.load(number_ptr + m, mask=m_mask, other=0)
-        out = tl.where(kept(number, k, width, tl.load(seed_ptr), THRESHOLD), out, 0.0)
-    return out
-
-
-@triton.jit
-def expand_kernel(
-    out_ptr,
-    number_ptr,
-    offsets_ptr,
-    low0_ptr,
-    factor0_ptr,
-    seed0_ptr,
-    low1_ptr,
-    factor1_ptr,
-    seed1_ptr,
-    first_expert,
-    end_expert,
-    width,
-    out_stride,
-    rank0,
-    rank1,
-    PAIR: tl.constexpr,
-    THRESHOLD0: tl.constexpr,
-    THRESHOLD1: tl.constexpr,
-    KEEP0: tl.constexpr,
-    KEEP1: tl.constexpr,
-    RANK: tl.constexpr,
-    E_PAD: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A tile of rows for each program_id(0), of columns for each program_id(1)."""
-    tile = tl.program_id(0)
-    experts, start, stop, tiles, so_far = expert_tiles(offsets_ptr, first_expert, end_expert, BM, E_PAD)
-    if tile < tl.max(so_far, 0):
-        expert, row, row_end, _ = locate(tile, experts, start, stop, tiles, so_far, 1, BM)
-        m = row + tl.arange(0, BM)
-        k = tl.program_id(1) * BK + tl.arange(0, BK)
-        m_mask, k_mask = m < row_end, k < width
-        out = _expand_tile(
-            low0_ptr, factor0_ptr, seed0_ptr, expert, number_ptr, m, m_mask, k, k_mask, width, rank0,
-            THRESHOLD0, KEEP0, RANK, DTYPE, PRECISION, BM, BK,
-        )  # fmt: skip
-        if PAIR:
-            out += _expand_tile(
-                low1_ptr, factor1_ptr, seed1_ptr, expert, number_ptr, m, m_mask, k, k_mask, width, rank1,
-                THRESHOLD1, KEEP1, RANK, DTYPE, PRECISION, BM, BK,
-            )  # fmt: skip
-        out_ptrs = out_ptr + m.to(tl.int64)[:, None] * out_stride + k[None, :]
-        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=m_mask[:, None] & k_mask[None, :])
 
 
 def expand(
@@ -398,11 +94,11 @@ def expand(
 
     Args:
         out: [R, K], of any floating dtype.
-        offsets_E: int64 [E], the end of each expert's rows.
+        offsets_E: int64 [E], the end of each expert's tokens.
         items: none, one or two.
         dtype: of the GEMMs around it.
-        number_R: int64 [R], by which dropout knows a row.
-        experts: whose rows are computed; None means all.
+        number_R: int64 [R], by which dropout knows a token.
+        experts: whose tokens are computed; None means all.
 
     Returns:
         Whether `out` was written: not without items.
@@ -448,11 +144,11 @@ def shrink(
 
     Args:
         x: [R, *], or [T, *] with `token_R`.
-        offsets_E: int64 [E], the end of each expert's rows.
+        offsets_E: int64 [E], the end of each expert's tokens.
         items: one or two, whose factors have one width.
-        token_R: int64 [R], the row of x that each routed row is.
-        number_R: int64 [R], by which dropout knows a row.
-        experts: whose rows are computed; None means all.
+        token_R: int64 [R], the token of x that each routed token is.
+        number_R: int64 [R], by which dropout knows a token.
+        experts: whose tokens are computed; None means all.
     """
     if not items:
         return
@@ -499,15 +195,15 @@ def outer(
     router_R: Tensor | None = None,
     add: bool = True,
 ) -> None:
-    """total[e] = scaling * low[rows of e].T @ drop(v)[rows of e], for one or two adapters in one launch.
+    """total[e] = scaling * low[tokens of e].T @ drop(v)[tokens of e], for one or two adapters in one launch.
 
     Args:
         v: [R, *], or [T, *] with `token_R`.
-        offsets_E: int64 [E], the end of each expert's rows.
+        offsets_E: int64 [E], the end of each expert's tokens.
         items: one or two, whose totals have one width.
-        token_R: int64 [R], the row of v that each routed row is.
-        number_R: int64 [R], by which dropout knows a row.
-        router_R: float32 [R], what each row is multiplied by.
+        token_R: int64 [R], the token of v that each routed token is.
+        number_R: int64 [R], by which dropout knows a token.
+        router_R: float32 [R], what each token is multiplied by.
         add: to what `total` holds.
     """
     if not items:
@@ -556,6 +252,6 @@ def _dropouts(first: _Item, second: _Item | None) -> dict[str, bool | int | floa
     }
 
 
-def _pointers(item: _Item | None) -> tuple[Tensor | None, ...]:
+def _pointers(item: _Item | None) -> tuple[Tensor | int | None, ...]:
     """An item's two tensors, in its own order, and its seed where the kernel reads it."""
     return (item[0], item[1], item.seed if item.dropout else None) if item else (None, None, None)

@@ -1,7 +1,7 @@
-"""Which rows of which expert a tile of a grouped GEMM has, found on the device from the ends of experts' rows.
+"""Which tokens of which expert a tile of a grouped GEMM has, found on the device from the ends of experts' tokens.
 
-Tiles of one expert are numbered together, its row tiles fastest, so that programs that run at the same time share a
-tile of weights. Nothing about the number of rows of an expert is known on the host.
+Tiles of one expert are numbered together, its token tiles fastest, so that programs that run at the same time share a
+tile of weights. Nothing about the number of tokens of an expert is known on the host.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def expert_tiles(offsets_ptr, first, end, BM: tl.constexpr, E_PAD: tl.constexpr):
-    """Of experts first .. end - 1, vectors [E_PAD]: number, first row, end of rows, tiles of BM rows, tiles so far."""
+    """Of experts first .. end - 1, vectors [E_PAD]: number, first token, end, tiles of BM tokens, tiles so far."""
     expert = tl.arange(0, E_PAD)
     inside = (expert >= first) & (expert < end)
     stop = tl.load(offsets_ptr + expert, mask=inside, other=0).to(tl.int32)
@@ -21,7 +21,7 @@ def expert_tiles(offsets_ptr, first, end, BM: tl.constexpr, E_PAD: tl.constexpr)
 
 @triton.jit
 def locate(tile, experts, start, stop, tiles, so_far, num_columns, BM: tl.constexpr):
-    """Tile number -> (expert, first row, end of the expert's rows, column tile) among `num_columns` column tiles."""
+    """Tile number -> (expert, first token, end of its tokens, column tile) among `num_columns` column tiles."""
     before = so_far * num_columns <= tile
     # Experts below the first have no tiles, and so lie before every tile.
     expert = tl.sum(before.to(tl.int32), 0)

@@ -4,7 +4,7 @@ On compute capability 9.0 and 10.0 torch multiplies groups in one launch, by CUT
 over experts and waits for the host, and is not used. What an epilogue does in `grouped_gemm.py` takes a launch of its
 own here. Which of the two is faster on a device is measured (`expert_mlp/calibrate.py`).
 
-Shape suffixes: R routed rows sorted by expert, E experts.
+Shape suffixes: R routed tokens sorted by expert, E experts.
 """
 
 from collections.abc import Sequence

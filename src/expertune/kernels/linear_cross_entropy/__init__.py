@@ -23,14 +23,15 @@ from torch import Tensor
 
 from expertune.kernels.linear_cross_entropy import chunked
 from expertune.kernels.linear_cross_entropy.chunked import IGNORE_INDEX, working_set_bytes
+from expertune.kernels.operators import no_autocast
 
-__all__ = ["IGNORE_INDEX", "LoraUpdate", "linear_cross_entropy", "working_set_bytes"]
+__all__ = ["IGNORE_INDEX", "HeadUpdate", "linear_cross_entropy", "working_set_bytes"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass
-class LoraUpdate:
+class HeadUpdate:
     """One low-rank update of the head: logits += scaling * (x @ A.T) @ B.T, in float32.
 
     Attributes:
@@ -51,7 +52,7 @@ def linear_cross_entropy(
     weight_VD: Tensor,
     labels_T: Tensor,
     bias_V: Tensor | None = None,
-    updates: Sequence[LoraUpdate] = (),
+    updates: Sequence[HeadUpdate] = (),
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
@@ -117,8 +118,7 @@ def _forward(
     update_gradients: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     head = chunked.Head(weight, bias, scale, softcap, scalings, has_own_input, a, b)
-    # No autocast inside the operator: it would round float32 GEMMs to half precision on the way.
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden):
         return chunked.forward(hidden, head, labels, own_inputs, hidden_gradient, update_gradients)
 
 
@@ -193,7 +193,7 @@ def _check(
     weight_VD: Tensor,
     labels_T: Tensor,
     bias_V: Tensor | None,
-    updates: Sequence[LoraUpdate],
+    updates: Sequence[HeadUpdate],
     softcap: float | None,
 ) -> None:
     if weight_VD.ndim != 2 or weight_VD.shape[0] == 0:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from expertune.kernels.linear_cross_entropy import LoraUpdate
+from expertune.kernels.linear_cross_entropy import HeadUpdate
 
 
 def linear_cross_entropy(
@@ -14,7 +14,7 @@ def linear_cross_entropy(
     weight_VD: Tensor,
     labels_T: Tensor,
     bias_V: Tensor | None = None,
-    updates: Sequence[LoraUpdate] = (),
+    updates: Sequence[HeadUpdate] = (),
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:

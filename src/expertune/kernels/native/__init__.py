@@ -3,7 +3,7 @@
 Everything here takes CPU tensors that the callers have checked; strides in the last dimension are 1. Threads are as
 many as torch uses.
 
-Shape suffixes: R rows sorted by expert, K contraction, N columns of the output, E experts, r rank.
+Shape suffixes: R tokens sorted by expert, K contraction, N columns of the output, E experts, r rank.
 """
 
 import ctypes
@@ -26,6 +26,7 @@ __all__ = [
     "dropout",
     "grouped_gemm",
     "outer",
+    "plain",
     "quantize",
     "status",
     "swiglu",
@@ -56,6 +57,11 @@ class Update(NamedTuple):
 def available() -> bool:
     """Whether the library could be built and loaded; `status().reason` says where it is, or why not."""
     return library() is not None
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor as the library reads it: float32, and adjoining in memory."""
+    return tensor.float().contiguous()
 
 
 def quantize(matrix_NK: Tensor, packed: Tensor, absmax: Tensor) -> bool:
@@ -110,13 +116,13 @@ def grouped_gemm(
     updates: Sequence[Update] = (),
     index: Tensor | None = None,
 ) -> None:
-    """y[rows of e] = x[rows of e] @ W[e].T (transposed) or @ W[e], and the updates on top.
+    """y[tokens of e] = x[tokens of e] @ W[e].T (transposed) or @ W[e], and the updates on top.
 
     Args:
-        x: float32 [R, K], or [T, K] where `index` says which row each of R sorted rows is.
+        x: float32 [R, K], or [T, K] where `index` says which row each of R sorted tokens is.
         weight: NF4 matrices, a whole number of them for each expert, seen as one matrix of all their rows; or dense
             matrices [E, rows, columns], float32 or bfloat16.
-        offsets_E: int64 [E], the end of each expert's sorted rows.
+        offsets_E: int64 [E], the end of each expert's sorted tokens.
         y_RN: float32 [R, N], overwritten.
         transposed: contract along the columns of W, otherwise along its rows.
         updates: low-rank updates of y.
@@ -152,7 +158,7 @@ def grouped_gemm(
 
 
 def outer(u_Rp: Tensor, v: Tensor, offsets_E: Tensor, out_Epq: Tensor, index: Tensor | None = None) -> None:
-    """out[e] = u[rows of e].T @ v[rows of e], all float32, out contiguous [E, p, q]; experts without rows get zeros."""
+    """out[e] = u[tokens of e].T @ v[tokens of e], float32, out contiguous [E, p, q]; zeros where an expert has none."""
     _call(
         "expertune_outer",
         _pointer(u_Rp),

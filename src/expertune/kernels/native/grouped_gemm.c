@@ -1,4 +1,4 @@
-/* Grouped GEMMs in float32: y[rows of e] = x[rows of e] @ B[e], dequantizing B a panel at a time inside the loop.
+/* Grouped GEMMs in float32: y[tokens of e] = x[tokens of e] @ B[e], dequantizing B a panel at a time inside the loop.
 
    The plan is that of Goto and van de Geijn (2008): B is brought into panels of 16 columns that stay in the first-level
    cache, x into panels of 6 rows that stay in the second, and a kernel of 12 accumulators runs over the contraction. What
@@ -24,8 +24,8 @@ typedef struct {
 
 typedef struct {
     const float *x;            /* rows of `depth` floats */
-    const int64_t *index;      /* source row of each sorted row, or NULL */
-    const int64_t *offsets;    /* end of each expert's sorted rows */
+    const int64_t *index;      /* source row of each sorted token, or NULL */
+    const int64_t *offsets;    /* end of each expert's sorted tokens */
     const Nf4 *nf4;            /* kind NF4: `parts` matrices for each expert */
     const void *dense;         /* kinds FLOAT and BFLOAT */
     const Update *updates;
@@ -172,7 +172,7 @@ INLINE void pack_dense_rows(
             to[d * NR + i] = row + i < end ? dense_at(b, kind, (row + i) * stride + k + d) : 0.0f;
 }
 
-/* b's rows k .. k + depth (of sorted rows, where there is an index) -> [depth][NR]. */
+/* b's rows k .. k + depth (of sorted tokens, where there is an index) -> [depth][NR]. */
 INLINE void pack_dense_columns(
     float *to, const void *b, int kind, int64_t stride, const int64_t *index, int64_t column, int64_t end, int64_t k,
     int64_t depth)
@@ -291,7 +291,7 @@ static void multiply_item(const Product *p, int64_t e, int64_t row, int64_t rows
     }
 }
 
-/* Columns of an item: as many as leave each thread a few items, in whole stripes; x is packed anew for each item. */
+/* Columns of an item: as many as leave each thread a few items, in whole stripes; x is packed again for each item. */
 static int64_t item_columns(const Product *p)
 {
     int64_t active = 0;
@@ -326,7 +326,7 @@ EXPORT void expertune_grouped_gemm(const Product *p)
     }
 }
 
-/* out[e] [width_u, width_v] = u[rows of e].T @ v[rows of e]: gradients of low-rank factors. Experts without rows get 0. */
+/* out[e] [width_u, width_v] = u[tokens of e].T @ v[tokens of e]: gradients of low-rank factors. Experts without tokens get 0. */
 EXPORT void expertune_outer(
     const float *u, int64_t u_stride, int64_t width_u, const float *v, int64_t v_stride, const int64_t *v_index,
     int64_t width_v, const int64_t *offsets, int64_t experts, float *out, int threads)

@@ -5,7 +5,7 @@ index of the nearest of 16 codebook values, two to a byte, the first in the high
 absmax values, less their mean, are themselves held in 8 bits, 256 to a block.
 
 MXFP4 (OCP Microscaling Formats 1.0), in which some checkpoints are published, is a second codebook behind the same
-operations: blocks of 32, whose scale is a power of two. Its blocks are kept as they are, never quantized anew.
+operations: blocks of 32, whose scale is a power of two. Its blocks are kept as they are, never quantized again.
 
 `Nf4Stack` holds M such matrices of one shape, and is what the grouped GEMMs read. Layout:
 

@@ -1,9 +1,9 @@
-"""What is done to rows between the GEMMs: sorting by expert, the gate's gradient, the sum over a token's experts.
+"""Routed tokens between the GEMMs: sorted by expert, the gate's gradient, the sum over a token's experts.
 
 None of it uses atomics: counts are prefix sums, and each output is written by one program.
 
-Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R routed rows, E experts, B blocks of
-routed rows.
+Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R routed tokens, E experts, B blocks
+of routed tokens.
 """
 
 import torch
@@ -49,7 +49,7 @@ def sort_kernel(
     SIZE: tl.constexpr,
     E_PAD: tl.constexpr,
 ):
-    """Where each routed row goes: after the rows of lower experts, and after its own expert's rows before it."""
+    """Where each routed token goes: after the tokens of lower experts, and after its own expert's tokens before it."""
     expert = tl.arange(0, E_PAD)
     before = tl.zeros((E_PAD,), dtype=tl.int32)
     total = tl.zeros((E_PAD,), dtype=tl.int32)
@@ -89,14 +89,14 @@ def gate_backward_kernel(
     size,
     BLOCK: tl.constexpr,
 ):
-    """One row of the experts' rows: gate_up [2 * F] becomes its own gradient, and inter [F] is computed again.
+    """One routed token: gate_up [2 * F] becomes its own gradient, and inter [F] is computed again.
 
     With <inter, dInter>, where dInter is the gradient before the router's weight is applied: the weight's own gradient
     then needs no division.
     """
     row = tl.program_id(0).to(tl.int64)
     start = tl.load(offsets_ptr + first_expert - 1, mask=first_expert > 0, other=0)
-    # The loop has no step for a row of other experts.
+    # The loop has no step for a token of other experts.
     width = tl.where((row >= start) & (row < tl.load(offsets_ptr + end_expert - 1)), size, 0)
     router = tl.load(router_ptr + row)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -131,7 +131,7 @@ def combine_kernel(
     ROUTER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out [T, D]: the sum of a token's rows in the order of its choices; with ROUTER also its rows' numbers [T, K]."""
+    """out [T, D]: what a token's experts gave, summed in the order of its choices; with ROUTER their numbers [T, K]."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < size
@@ -146,20 +146,20 @@ def combine_kernel(
     tl.store(out_ptr + token * size + column, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def sort_rows(
-    top_k_index_TK: Tensor, top_k_weights_TK: Tensor, num_experts: int, first_row: int
+def sort_by_expert(
+    top_k_index_TK: Tensor, top_k_weights_TK: Tensor, num_experts: int, first: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Routed rows sorted by expert, stably, in two launches: the fields of `expertune.kernels.expert_mlp.plan.Sorted`.
+    """Routed tokens sorted by expert, stably, in two launches: the fields of `plan.RoutedTokens`.
 
     Args:
         top_k_index_TK: int64 [T, K], below E.
         top_k_weights_TK: [T, K].
         num_experts: E.
-        first_row: number in the whole batch of the first routed row.
+        first: number in the whole batch of the first routed token.
 
     Returns:
-        token [R], number [R], inverse [R] (int64), the router's weight of each sorted row (float32 [R]), and the end
-        of each expert's rows (int64 [E]).
+        token [R], number [R], inverse [R] (int64), the router's weight of each (float32 [R]), and the end
+        of each expert's tokens (int64 [E]).
     """
     index, router = top_k_index_TK.contiguous(), top_k_weights_TK.contiguous()
     rows, device = index.numel(), index.device
@@ -185,7 +185,7 @@ def sort_rows(
         offsets,
         rows,
         num_experts,
-        first_row,
+        first,
         steps,
         blocks,
         TOP_K=max(index.shape[1], 1),
@@ -212,8 +212,8 @@ def gate_backward(
         router_R: float32 [R].
         inter_RF: [R, F], contiguous; the intermediate rows are written here.
         drouter_R: float32 [R]; <inter, dInter> is written here.
-        offsets_E: int64 [E], the end of each expert's rows.
-        experts: whose rows are computed; None means all.
+        offsets_E: int64 [E], the end of each expert's tokens.
+        experts: whose tokens are computed; None means all.
     """
     launch(
         gate_backward_kernel,
@@ -239,7 +239,7 @@ def combine(
     drouter_R: Tensor | None = None,
     drouter_TK: Tensor | None = None,
 ) -> None:
-    """out[t] = sum over k of rows[inverse[t, k]], summed in float32; with `drouter_R` also its rows' numbers."""
+    """out[t] = sum over k of rows[inverse[t, k]], summed in float32; with `drouter_R` also their numbers."""
     if not out_TD.numel():
         return
     size = out_TD.shape[1]

@@ -1,0 +1,211 @@
+"""The operator `expertune::expert_mlp` as torch sees it: flat arguments, chunks of tokens, its gradient.
+
+Shape suffixes: T tokens, D hidden size, K experts per token, r rank.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from expertune.kernels import routes
+from expertune.kernels.expert_mlp import dequant_gemm, fused
+from expertune.kernels.expert_mlp.layer import ExpertLayer
+from expertune.kernels.expert_mlp.plan import Chunk, FrozenLayer, Gradients, chunk_tokens
+from expertune.kernels.lora import SCHEMA, LoraUpdate, draw_seeds, pack, unpack
+from expertune.kernels.nf4 import Nf4Bytes
+from expertune.kernels.operators import find, no_autocast
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_INPUTS = f"Tensor hidden, Tensor top_k_index, Tensor top_k_weights, Tensor[] weights, str layer, {SCHEMA}"
+_NUM_INPUTS = 11
+
+
+class Route(Protocol):
+    """A module or object that computes a chunk of tokens; see `grouped.GroupedRoute`."""
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether the first chunk's gradients of A and B replace what is there; others add."""
+
+    def forward(
+        self, chunk: Chunk, layer: FrozenLayer, updates: list[LoraUpdate], h: list[Tensor], out_TD: Tensor
+    ) -> None:
+        """Writes the layer's output to `out_TD`, and x @ A of each update to `h`."""
+
+    def backward(
+        self,
+        dout_TD: Tensor,
+        chunk: Chunk,
+        layer: FrozenLayer,
+        updates: list[LoraUpdate],
+        h: list[Tensor],
+        gradients: Gradients,
+    ) -> None:
+        """Writes the chunk's gradients; adds to those of A and B unless it `overwrites`."""
+
+
+def run(
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    weights: list[Tensor],
+    layer: ExpertLayer,
+    updates: Sequence[LoraUpdate],
+    replay: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """Call the operator; see `expertune.kernels.expert_mlp.expert_mlp`."""
+    leaves = (hidden, top_k_weights, *(factor for update in updates for factor in (update.a, update.b)))
+    backward_follows = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    packed = pack(updates, draw_seeds(updates, hidden.device))
+    inputs = (hidden, top_k_index, top_k_weights, weights, layer.name, *packed)
+    out, h = torch.ops.expertune.expert_mlp(*inputs, list(replay), backward_follows)
+    return out, h
+
+
+@torch.library.custom_op(
+    "expertune::expert_mlp",
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor[] replay, bool backward_follows) -> (Tensor, Tensor[])",
+)
+def _forward(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    inputs, (replay, backward_follows) = arguments[:_NUM_INPUTS], arguments[_NUM_INPUTS:]
+    hidden, top_k_index, top_k_weights, weights, name, *packed = inputs
+    layer: ExpertLayer = find(name)
+    if layer.handle is not None:
+        layer.handle.announce(backward_follows)
+    if replay:
+        return replay[0].clone(), [tensor.clone() for tensor in replay[1:]]
+    updates = unpack(*packed)
+    out = torch.empty_like(hidden)
+    h = [update.a.new_empty(top_k_index.numel(), update.a.shape[1]) for update in updates]
+    with no_autocast(hidden), _acquired(weights, layer, backward=False) as acquired:
+        frozen = _frozen(acquired, layer)
+        for tokens, route in _chunks(hidden, top_k_index, layer, frozen, updates):
+            chunk, h_chunk = _chunk(hidden, top_k_index, top_k_weights, tokens, h)
+            route.forward(chunk, frozen, updates, h_chunk, out[tokens])
+    return out, h
+
+
+@_forward.register_fake
+def _(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    hidden, top_k_index, *_, a, _b, _replay, _backward_follows = arguments
+    return torch.empty_like(hidden), [factor.new_empty(top_k_index.numel(), factor.shape[1]) for factor in a]
+
+
+@torch.library.custom_op(
+    "expertune::expert_mlp_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, {_INPUTS}, Tensor[] h) -> (Tensor, Tensor, Tensor[], Tensor[])",
+)
+def _backward(dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    hidden, top_k_index, top_k_weights, weights, name, *packed, h = arguments
+    layer: ExpertLayer = find(name)
+    updates = unpack(*packed)
+    dhidden, dweights = torch.empty_like(hidden), torch.empty_like(top_k_weights)
+    with no_autocast(hidden), _acquired(weights, layer, backward=True) as acquired:
+        frozen = _frozen(acquired, layer)
+        chunks = list(_chunks(hidden, top_k_index, layer, frozen, updates))
+        # Summed over chunks in float32, whatever the factors' dtype.
+        make = torch.empty if chunks and chunks[0][1].overwrites else torch.zeros
+        da = [make(update.a.shape, dtype=torch.float32, device=update.a.device) for update in updates]
+        db = [make(update.b.shape, dtype=torch.float32, device=update.b.device) for update in updates]
+        for tokens, route in chunks:
+            chunk, h_chunk = _chunk(hidden, top_k_index, top_k_weights, tokens, h)
+            gradients = Gradients(dhidden[tokens], dweights[tokens], da, db)
+            route.backward(dout[tokens], chunk, frozen, updates, h_chunk, gradients)
+    da = [gradient.to(update.a.dtype) for gradient, update in zip(da, updates, strict=True)]
+    db = [gradient.to(update.b.dtype) for gradient, update in zip(db, updates, strict=True)]
+    return dhidden, dweights, da, db
+
+
+@_backward.register_fake
+def _(_dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    hidden, _index, top_k_weights, *_, a, b, _h = arguments
+    da, db = ([torch.empty_like(factor) for factor in factors] for factors in (a, b))
+    return torch.empty_like(hidden), torch.empty_like(top_k_weights), da, db
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    hidden, index, top_k_weights, weights, name, parts, scalings, dropouts, seeds, a, b, replay, _ = inputs
+    ctx.plain = name, parts, scalings, dropouts
+    ctx.num_weights, ctx.num_updates, ctx.num_replayed = len(weights), len(parts), len(replay)
+    ctx.save_for_backward(hidden, index, top_k_weights, seeds, *weights, *a, *b, *output[1])
+
+
+def _autograd(ctx: Any, dout: Tensor, _dh: list[Tensor]) -> tuple[Any, ...]:
+    # Read once: under activation checkpointing each access would recompute the layer.
+    hidden, index, top_k_weights, seeds, *rest = ctx.saved_tensors
+    held, count = ctx.num_weights, ctx.num_updates
+    weights = rest[:held]
+    a, b, h = (rest[held + i * count : held + (i + 1) * count] for i in range(3))
+    dhidden, dweights, da, db = torch.ops.expertune.expert_mlp_backward(
+        dout, hidden, index, top_k_weights, weights, *ctx.plain, seeds, a, b, h
+    )
+    # torch takes an empty list for a list of tensors, and wants a list back for it.
+    plain: list[Tensor] | None = None if count else []
+    frozen, replayed = [None] * held, [None] * ctx.num_replayed
+    return dhidden, None, dweights, frozen, None, plain, plain, plain, None, da, db, replayed, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _acquired(weights: list[Tensor], layer: ExpertLayer, backward: bool) -> AbstractContextManager[list[Tensor]]:
+    if layer.handle is None:
+        return nullcontext(weights)
+    # A forward that backward runs again (checkpointing without replay) is on backward's way through the layers.
+    recomputed = not backward and torch._C._current_graph_task_id() != -1
+    return layer.handle.acquire(weights, backward or recomputed, reused=recomputed)
+
+
+def _frozen(weights: list[Tensor], layer: ExpertLayer) -> FrozenLayer:
+    gate_up, down = Nf4Bytes(*weights[:4]), Nf4Bytes(*weights[4:8])
+    inner_bias, outer_bias = (bias.float() for bias in weights[8:]) if len(weights) > 8 else (None, None)
+    return FrozenLayer(gate_up, down, layer.activation, inner_bias, outer_bias)
+
+
+def _chunks(
+    hidden: Tensor, top_k_index: Tensor, layer: ExpertLayer, frozen: FrozenLayer, updates: list[LoraUpdate]
+) -> Iterator[tuple[slice, Route]]:
+    """Tokens of each chunk and the route for it; forward and backward cut alike."""
+    top_k, device = top_k_index.shape[1], hidden.device
+    held_bytes = layer.settings.working_set_on(device.type)
+    dropped = any(update.dropout for update in updates)
+    # On a GPU one half is for routed tokens and one for dequantized weights; whichever the route, chunks are the same.
+    step = chunk_tokens(frozen, top_k, dropped, held_bytes // (1 if device.type == "cpu" else 2))
+    tokens_per_expert = min(hidden.shape[0], step) * top_k / frozen.num_experts
+    grouped = frozen.num_parts <= 2 and len({update.part for update in updates}) == len(updates)
+    route: Route = dequant_gemm
+    if frozen.activation.after is None:
+        fusable = frozen.gate_up.scheme == "nf4"
+        name = layer.settings.choose(device, tokens_per_expert, hidden.dtype, grouped, fusable)
+        route = _route(name, layer.settings, device, hidden.dtype)
+    for start in range(0, hidden.shape[0], step):
+        yield slice(start, min(start + step, hidden.shape[0])), route
+
+
+def _chunk(
+    hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, tokens: slice, h: list[Tensor]
+) -> tuple[Chunk, list[Tensor]]:
+    """Some tokens, and x @ A of each update for them."""
+    top_k = top_k_index.shape[1]
+    first, end = tokens.start * top_k, tokens.stop * top_k
+    return Chunk(hidden[tokens], top_k_index[tokens], top_k_weights[tokens], first), [low[first:end] for low in h]
+
+
+def _route(name: routes.Route, settings: routes.KernelSettings, device: torch.device, dtype: torch.dtype) -> Route:
+    if device.type == "cpu":
+        return fused if name == routes.FUSED else dequant_gemm
+    if name == routes.EXPERT_BY_EXPERT:
+        return dequant_gemm
+    from expertune.kernels.expert_mlp.grouped import GroupedRoute
+    from expertune.kernels.expert_mlp.selfcheck import checked
+
+    dequantize_first = name == routes.DEQUANT_GEMM
+    torch_gemm = dequantize_first and settings.gemm_on(device, dtype) == "torch"
+    shuffle = "shuffle" in checked(device, dtype).passed
+    return GroupedRoute(dequantize_first, settings.working_set_on(device.type) // 2, torch_gemm, shuffle)
