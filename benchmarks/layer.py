@@ -128,7 +128,7 @@ class Layer:
                 fill(stack)
                 continue
             for index in range(stack.num_matrices):
-                stack.write(index, normal(stack.rows, stack.columns) / stack.columns**0.5)
+                stack.write(index, normal(stack.out_features, stack.in_features) / stack.in_features**0.5)
         self.factors = [
             ((normal(E, lora.r, width) / width**0.5).to(device), (normal(E, height, lora.r) * 0.01).to(device))
             for width, height in ((D, size), (D, size), (size, D))

@@ -156,7 +156,7 @@ def _decode(shape: Any, device: torch.device) -> Item:
         stack = Nf4Stack(2, shape.intermediate, shape.hidden, double, device)
         weights.fill(stack)
         for dtype in _DTYPES:
-            ours = torch.empty(2 * stack.rows, stack.columns, dtype=dtype, device=device)
+            ours = torch.empty(2 * stack.out_features, stack.in_features, dtype=dtype, device=device)
             dequantize_all(stack, ours)
             theirs = torch.cat([_by_bitsandbytes(stack, index, dtype) for index in range(2)])
             same[f"{report.name_of(dtype)}, {'double' if double else 'single'}"] = torch.equal(ours, theirs)
@@ -170,7 +170,7 @@ def dequantize_all(stack: Nf4Stack, out: Tensor) -> None:
 
         nf4.dequantize(stack.bytes, slice(0, stack.num_matrices), out)
         return
-    for index, target in enumerate(out.unflatten(0, (stack.num_matrices, stack.rows))):
+    for index, target in enumerate(out.unflatten(0, (stack.num_matrices, stack.out_features))):
         dequantize(stack.bytes, index, target)
 
 
@@ -180,7 +180,7 @@ def _by_bitsandbytes(stack: Nf4Stack, index: int, dtype: torch.dtype) -> Tensor:
         return bnb.dequantize_4bit(packed.t(), state)
     state = bnb.QuantState(
         absmax=stack.absmax[index],
-        shape=torch.Size([stack.rows, stack.columns]),
+        shape=torch.Size([stack.out_features, stack.in_features]),
         dtype=dtype,
         blocksize=64,
         code=bnb.get_4bit_type("nf4", device=stack.packed.device),

@@ -57,7 +57,7 @@ def _decode(shape: Any, rates: Item, out: Record) -> Item:
     stack = Nf4Stack(count, shape.intermediate, shape.hidden, device=device)
     weights.fill(stack)
     ours, theirs = (
-        torch.empty(count, stack.rows, stack.columns, dtype=torch.bfloat16, device=device) for _ in range(2)
+        torch.empty(count, stack.out_features, stack.in_features, dtype=torch.bfloat16, device=device) for _ in range(2)
     )
 
     def by_bitsandbytes() -> None:
@@ -83,7 +83,7 @@ def _decode(shape: Any, rates: Item, out: Record) -> Item:
     times = measure.interleave(runs, 2 if out.small else 20, device)
     rate = {name: moved[name] / statistics.median(values) for name, values in times.items()}
     return {
-        "matrices": [count, stack.rows, stack.columns],
+        "matrices": [count, stack.out_features, stack.in_features],
         "seconds": times,
         "bytes": moved,
         "bytes_per_second": rate,
@@ -242,4 +242,6 @@ def _grouped(layer: Layer, result: Item) -> Step:
 
 def _experts(stack: Nf4Stack, num_experts: int) -> Any:
     absmax = torch.stack([nf4.dequantize_absmax(stack.bytes, index) for index in range(stack.num_matrices)])
-    return grouped.experts_from_flat(stack.packed, absmax, num_experts, stack.num_matrices // num_experts * stack.rows)
+    return grouped.experts_from_flat(
+        stack.packed, absmax, num_experts, stack.num_matrices // num_experts * stack.out_features
+    )

@@ -139,7 +139,7 @@ class _Problem:
         if kind.nf4:
             return Nf4Bytes(*self.stack.bytes)
         if self.decoded is None:
-            size = (self.stack.num_matrices, self.stack.rows, self.stack.columns)
+            size = (self.stack.num_matrices, self.stack.out_features, self.stack.in_features)
             self.decoded = torch.empty(size, dtype=torch.bfloat16, device=self.device)
             if self.device.type != "meta":
                 nf4.dequantize(self.stack.bytes, slice(0, self.stack.num_matrices), self.decoded.flatten(0, 1))

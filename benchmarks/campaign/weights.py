@@ -19,7 +19,7 @@ _CODE_SIZE = (sum(value * value for value in NF4_CODEBOOK) / len(NF4_CODEBOOK)) 
 @torch.no_grad()
 def fill(stack: Nf4Stack) -> None:
     """Random bytes in place, scales spread by a quarter around 1 / sqrt(K)."""
-    size = stack.columns**-0.5 / _CODE_SIZE
+    size = stack.in_features**-0.5 / _CODE_SIZE
     stack.packed.random_(0, 256)
     if stack.double_quantization:
         stack.absmax.random_(0, 256)

@@ -20,7 +20,7 @@ def bitsandbytes_weight(stack: Nf4Stack, index: int, dtype: torch.dtype) -> tupl
     )
     state = bnb.QuantState(
         absmax=stack.absmax[index],
-        shape=torch.Size([stack.rows, stack.columns]),
+        shape=torch.Size([stack.out_features, stack.in_features]),
         dtype=dtype,
         blocksize=64,
         code=_codebook(device),

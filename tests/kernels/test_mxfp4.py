@@ -24,7 +24,7 @@ def random_stack(num_matrices: int, rows: int, columns: int, exponents: tuple[in
 def as_published(stack: Nf4Stack) -> tuple[Tensor, Tensor]:
     """Blocks [M, N, K/32, 16] and exponents [M, N, K/32] as published: first weight in the low half."""
     swapped = (stack.packed << 4) | (stack.packed >> 4)
-    shape = (stack.num_matrices, stack.rows, stack.columns // MXFP4_BLOCK_SIZE)
+    shape = (stack.num_matrices, stack.out_features, stack.in_features // MXFP4_BLOCK_SIZE)
     return swapped.view(*shape, 16), stack.absmax.view(shape)
 
 

@@ -76,8 +76,8 @@ def one_matrix(packed: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Te
 
 
 def dequantize_whole(codec: ModuleType, weight: Nf4Bytes, dtype: torch.dtype) -> Tensor:
-    out = torch.full((weight.rows, weight.columns), float("nan"), dtype=dtype)
-    return codec.dequantize(weight, 0, out, slice(0, weight.rows), slice(0, weight.columns))
+    out = torch.full((weight.out_features, weight.in_features), float("nan"), dtype=dtype)
+    return codec.dequantize(weight, 0, out, slice(0, weight.out_features), slice(0, weight.in_features))
 
 
 @pytest.fixture(params=MATRICES, ids=str)

@@ -107,7 +107,7 @@ def _check_four_bits(model: nn.Module) -> dict[str, Any]:
             for stack in (module.gate_up, module.down):
                 if stack.packed.dtype != torch.uint8 or stack.packed.is_meta:
                     raise PreflightError(f"{name}: expert matrices are {stack.packed.dtype}, not packed 4-bit bytes")
-                expert_weights += stack.num_matrices * stack.rows * stack.columns
+                expert_weights += stack.num_matrices * stack.out_features * stack.in_features
                 expert_bytes += stack.nbytes
         elif isinstance(module, bnb.nn.Linear4bit):
             state = getattr(module.weight, "quant_state", None)

@@ -58,10 +58,10 @@ def spans(offsets_E: Tensor) -> Iterator[tuple[int, slice]]:
 def multiply(x_RK: Tensor, weight: Nf4Bytes, index: int, out_RN: Tensor, scratch: Scratch) -> None:
     """out = x @ W.T, a tile of W's rows at a time; x has the GEMMs' dtype, out any."""
     x_RK = pad_rows(x_RK)
-    step = scratch.tile_size(weight.rows, weight.columns)
-    for start in range(0, weight.rows, step):
-        rows = slice(start, min(start + step, weight.rows))
-        tile = dequantize(weight, index, scratch.tile(rows.stop - start, weight.columns), rows=rows)
+    step = scratch.tile_size(weight.out_features, weight.in_features)
+    for start in range(0, weight.out_features, step):
+        rows = slice(start, min(start + step, weight.out_features))
+        tile = dequantize(weight, index, scratch.tile(rows.stop - start, weight.in_features), rows=rows)
         matmul_into(out_RN[:, rows], x_RK, tile.t())
 
 
@@ -81,10 +81,10 @@ def multiply_input_gradient(
     Tiles run along K, not along N: each output element is then summed in one GEMM, and rounded once. They are as
     wide as they can be: few columns of every row are a page of memory each.
     """
-    dy_RN, rows = pad_rows(dy_RN), weight.rows
-    step = scratch.tile_size(weight.columns, num_parts * rows)
-    for start in range(0, weight.columns, step):
-        columns = slice(start, min(start + step, weight.columns))
+    dy_RN, rows = pad_rows(dy_RN), weight.out_features
+    step = scratch.tile_size(weight.in_features, num_parts * rows)
+    for start in range(0, weight.in_features, step):
+        columns = slice(start, min(start + step, weight.in_features))
         tile = scratch.tile(num_parts * rows, columns.stop - start)
         for part in range(num_parts):
             dequantize(weight, first + part, tile[part * rows : (part + 1) * rows], columns=columns)

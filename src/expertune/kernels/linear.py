@@ -36,8 +36,8 @@ def nf4_linear(x_RK: Tensor, weight: Nf4Bytes, settings: KernelSettings = DEFAUL
     Raises:
         ValueError: a shape, dtype or device does not fit; names the value received.
     """
-    if x_RK.ndim != 2 or x_RK.shape[1] != weight.columns:
-        raise ValueError(f"x must be [tokens, {weight.columns}], got {tuple(x_RK.shape)}")
+    if x_RK.ndim != 2 or x_RK.shape[1] != weight.in_features:
+        raise ValueError(f"x must be [tokens, {weight.in_features}], got {tuple(x_RK.shape)}")
     if x_RK.dtype not in _DTYPES:
         raise ValueError(f"x must be float32, float16 or bfloat16, got {x_RK.dtype}")
     if weight.packed.shape[0] != 1:
@@ -94,7 +94,7 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 def dequant_gemm_forward(x_RK: Tensor, weight: Nf4Bytes) -> Tensor:
     """The GEMM, a dequantized tile at a time."""
     dtype = gemm_dtype(x_RK.dtype, x_RK.device)
-    y_RN = x_RK.new_empty(x_RK.shape[0], weight.rows)
+    y_RN = x_RK.new_empty(x_RK.shape[0], weight.out_features)
     if x_RK.shape[0]:
         multiply(x_RK.to(dtype), weight, 0, y_RN, Scratch(x_RK.device, dtype))
     return y_RN
@@ -103,7 +103,7 @@ def dequant_gemm_forward(x_RK: Tensor, weight: Nf4Bytes) -> Tensor:
 def dequant_gemm_backward(dy_RN: Tensor, weight: Nf4Bytes) -> Tensor:
     """dX, a dequantized tile at a time."""
     dtype = gemm_dtype(dy_RN.dtype, dy_RN.device)
-    dx_RK = dy_RN.new_empty(dy_RN.shape[0], weight.columns)
+    dx_RK = dy_RN.new_empty(dy_RN.shape[0], weight.in_features)
     if dy_RN.shape[0]:
         multiply_input_gradient(dy_RN.contiguous().to(dtype), weight, 0, 1, dx_RK, Scratch(dy_RN.device, dtype))
     return dx_RK
@@ -111,13 +111,13 @@ def dequant_gemm_backward(dy_RN: Tensor, weight: Nf4Bytes) -> Tensor:
 
 def fused_forward(x_RK: Tensor, weight: Nf4Bytes) -> Tensor:
     """The GEMM in the native library, which dequantizes inside; float32 arithmetic."""
-    y_RN = torch.empty(x_RK.shape[0], weight.rows, dtype=torch.float32)
+    y_RN = torch.empty(x_RK.shape[0], weight.out_features, dtype=torch.float32)
     native.grouped_gemm(native.plain(x_RK), weight, torch.tensor([x_RK.shape[0]]), y_RN, transposed=True)
     return y_RN.to(x_RK.dtype)
 
 
 def fused_backward(dy_RN: Tensor, weight: Nf4Bytes) -> Tensor:
     """dX in the native library."""
-    dx_RK = torch.empty(dy_RN.shape[0], weight.columns, dtype=torch.float32)
+    dx_RK = torch.empty(dy_RN.shape[0], weight.in_features, dtype=torch.float32)
     native.grouped_gemm(native.plain(dy_RN), weight, torch.tensor([dy_RN.shape[0]]), dx_RK, transposed=False)
     return dx_RK.to(dy_RN.dtype)

@@ -77,7 +77,7 @@ def held(experts: Nf4Experts, projections: tuple[str, ...], expert: int) -> tupl
     """Codes [N, K/2] and scales, as they are held, [N, K/64] of some projections of an expert, one after the other."""
     places = [experts.locate(expert, projection) for projection in projections]
     codes = torch.cat([stack.packed[index] for stack, index in places])
-    return codes, torch.cat([stack.absmax[index].view(stack.rows, -1) for stack, index in places])
+    return codes, torch.cat([stack.absmax[index].view(stack.out_features, -1) for stack, index in places])
 
 
 def planned_bytes(folder: Path) -> int:

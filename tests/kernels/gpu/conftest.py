@@ -44,7 +44,7 @@ def dense(weight: Nf4Bytes, dtype: torch.dtype = torch.float32) -> Tensor:
     """All matrices [M, N, K], dequantized on the CPU."""
     from expertune.kernels.nf4 import dequantize
 
-    shape = (weight.packed.shape[0], weight.rows, weight.columns)
+    shape = (weight.packed.shape[0], weight.out_features, weight.in_features)
     out = torch.empty(shape, dtype=dtype)
     for index in range(shape[0]):
         dequantize(weight, index, out[index])

@@ -110,7 +110,7 @@ def _copy_blocks(
     weight = spec.weight_names[projection == "down"]
     parts = layout.fused_projections(spec, weight)
     stack, _ = experts.locate(0, parts[0])
-    expected = (spec.num_experts, stack.rows * len(parts), stack.columns)
+    expected = (spec.num_experts, stack.out_features * len(parts), stack.in_features)
     shape = (*blocks.shape[:2], blocks.shape[2] * MXFP4_BLOCK_SIZE)
     if shape != expected:
         raise CheckpointError(f"{blocks.shard}: tensor {blocks.key} holds {shape} weights, expected {expected}")

@@ -77,7 +77,7 @@ def _check(
     updates: Sequence[LoraUpdate],
     biases: tuple[Tensor, Tensor] | None,
 ) -> None:
-    num_experts, columns, rows = down.num_matrices, gate_up.columns, gate_up.rows
+    num_experts, columns, rows = down.num_matrices, gate_up.in_features, gate_up.out_features
     if hidden.ndim != 2 or hidden.shape[1] != columns:
         raise ValueError(f"hidden must be [tokens, {columns}], got {tuple(hidden.shape)}")
     if hidden.dtype not in DTYPES:
@@ -89,8 +89,8 @@ def _check(
             f"top_k_weights must be floating point {tuple(index.shape)}, "
             f"got {top_k_weights.dtype} {tuple(top_k_weights.shape)}"
         )
-    if (down.rows, down.columns) != (columns, rows):
-        raise ValueError(f"down must be matrices {(columns, rows)}, got {(down.rows, down.columns)}")
+    if (down.out_features, down.in_features) != (columns, rows):
+        raise ValueError(f"down must be matrices {(columns, rows)}, got {(down.out_features, down.in_features)}")
     if num_experts == 0 or gate_up.num_matrices % num_experts:
         raise ValueError(f"{gate_up.num_matrices} matrices cannot be shared out to {num_experts} experts")
     parts = gate_up.num_matrices // num_experts

@@ -224,8 +224,8 @@ class GroupedRoute:
             yield None, stack
             return
         parts = stack.packed.shape[0] // num_experts
-        size = self._group_size(num_experts, parts * stack.rows * stack.columns * dtype.itemsize)
-        buffer = stack.packed.new_empty(size * parts, stack.rows, stack.columns, dtype=dtype)
+        size = self._group_size(num_experts, parts * stack.out_features * stack.in_features * dtype.itemsize)
+        buffer = stack.packed.new_empty(size * parts, stack.out_features, stack.in_features, dtype=dtype)
         for experts in _ranges(num_experts, size):
             yield experts, _dequantized(stack, experts, parts, buffer)
 
@@ -238,9 +238,9 @@ class GroupedRoute:
             yield None, gate_up, down
             return
         count, parts = layer.num_experts, layer.num_parts
-        size = self._group_size(count, (parts + 1) * down.rows * down.columns * dtype.itemsize)
-        first = gate_up.packed.new_empty(size * parts, gate_up.rows, gate_up.columns, dtype=dtype)
-        second = down.packed.new_empty(size, down.rows, down.columns, dtype=dtype)
+        size = self._group_size(count, (parts + 1) * down.out_features * down.in_features * dtype.itemsize)
+        first = gate_up.packed.new_empty(size * parts, gate_up.out_features, gate_up.in_features, dtype=dtype)
+        second = down.packed.new_empty(size, down.out_features, down.in_features, dtype=dtype)
         for experts in _ranges(count, size):
             yield experts, _dequantized(gate_up, experts, parts, first), _dequantized(down, experts, 1, second)
 

@@ -60,12 +60,12 @@ class FrozenLayer(NamedTuple):
     @property
     def hidden_size(self) -> int:
         """D."""
-        return self.gate_up.columns
+        return self.gate_up.in_features
 
     @property
     def intermediate_size(self) -> int:
         """F."""
-        return self.down.columns
+        return self.down.in_features
 
 
 class Chunk(NamedTuple):

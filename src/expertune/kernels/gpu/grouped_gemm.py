@@ -211,5 +211,5 @@ def _weights(
     strides = (weight.packed.stride(1), weight.absmax.shape[1], weight.nested_absmax.shape[1])
     parts = weight.packed.shape[0] // num_experts
     double = weight.double_quantization
-    plan = _Plan(parts, weight.rows, weight.columns, first, end, True, double, strides)
+    plan = _Plan(parts, weight.out_features, weight.in_features, first, end, True, double, strides)
     return (*weight, dynamic, codebook), plan

@@ -65,8 +65,8 @@ def dequantize(
     weight: Nf4Bytes, matrices: slice, out: Tensor, rows: slice | None = None, columns: slice | None = None
 ) -> Tensor:
     """The same as `expertune.kernels.gpu.nf4.dequantize`, of MXFP4 matrices; columns are whole blocks of 32."""
-    rows = slice(0, weight.rows) if rows is None else rows
-    columns = slice(0, weight.columns) if columns is None else columns
+    rows = slice(0, weight.out_features) if rows is None else rows
+    columns = slice(0, weight.in_features) if columns is None else columns
     num_rows, row_blocks = rows.stop - rows.start, (columns.stop - columns.start) // MXFP4_BLOCK_SIZE
     count = matrices.stop - matrices.start
     if not count * num_rows * row_blocks:
@@ -84,8 +84,8 @@ def dequantize(
         num_rows * row_blocks,
         num_rows,
         row_blocks,
-        weight.rows,
-        weight.columns // 2,
+        weight.out_features,
+        weight.in_features // 2,
         out.stride(0),
         BLOCKS=blocks,
         dtype=out.dtype,

@@ -189,8 +189,8 @@ def dequantize(
     """
     if weight.scheme == "mxfp4":
         return mxfp4.dequantize(weight, matrices, out, rows, columns)
-    rows = slice(0, weight.rows) if rows is None else rows
-    columns = slice(0, weight.columns) if columns is None else columns
+    rows = slice(0, weight.out_features) if rows is None else rows
+    columns = slice(0, weight.in_features) if columns is None else columns
     num_rows, row_blocks = rows.stop - rows.start, (columns.stop - columns.start) // BLOCK_SIZE
     count = matrices.stop - matrices.start
     if not count * num_rows * row_blocks:
@@ -213,8 +213,8 @@ def dequantize(
         num_rows * row_blocks,
         num_rows,
         row_blocks,
-        weight.rows,
-        weight.columns // 2,
+        weight.out_features,
+        weight.in_features // 2,
         weight.absmax.shape[1],
         weight.nested_absmax.shape[1],
         out.stride(0),

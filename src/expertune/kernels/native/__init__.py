@@ -130,7 +130,11 @@ def grouped_gemm(
     """
     experts = offsets_E.shape[0]
     nf4 = _Nf4.of(weight) if isinstance(weight, Nf4Bytes) else None
-    shape = (weight.rows_of(experts), weight.columns) if isinstance(weight, Nf4Bytes) else tuple(weight.shape[1:])
+    shape = (
+        (weight.out_features_of(experts), weight.in_features)
+        if isinstance(weight, Nf4Bytes)
+        else tuple(weight.shape[1:])
+    )
     columns, depth = shape if transposed else (shape[1], shape[0])
     held = _updates(updates)  # lives as long as the call
     arguments = _Product(
@@ -146,7 +150,7 @@ def grouped_gemm(
         dense_stride=0 if isinstance(weight, Nf4Bytes) else weight.stride(1),
         dense_expert_stride=0 if isinstance(weight, Nf4Bytes) else weight.stride(0),
         experts=experts,
-        parts=shape[0] // weight.rows if isinstance(weight, Nf4Bytes) else 1,
+        parts=shape[0] // weight.out_features if isinstance(weight, Nf4Bytes) else 1,
         depth=depth,
         columns=columns,
         kind=_NF4_KIND if isinstance(weight, Nf4Bytes) else _DENSE_KINDS[weight.dtype],
@@ -253,8 +257,8 @@ class _Nf4(ctypes.Structure):
             offset=weight.offset.data_ptr() if double else None,
             codebook=dynamic_codebook(weight.packed.device).data_ptr() if double else None,
             values=codebook(weight.scheme, weight.packed.device).data_ptr(),
-            rows=weight.rows,
-            columns=weight.columns,
+            rows=weight.out_features,
+            columns=weight.in_features,
             nested_stride=weight.nested_absmax.shape[-1],
             halves=weight.scheme == "mxfp4",
         )

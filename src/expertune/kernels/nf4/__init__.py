@@ -87,8 +87,8 @@ def dequantize(
     Raises:
         ValueError: the columns cut a block, or `out` has another shape.
     """
-    rows = slice(0, weight.rows) if rows is None else rows
-    columns = slice(0, weight.columns) if columns is None else columns
+    rows = slice(0, weight.out_features) if rows is None else rows
+    columns = slice(0, weight.in_features) if columns is None else columns
     if columns.start % BLOCK_SIZE or columns.stop % BLOCK_SIZE:
         raise ValueError(f"columns must be whole blocks of {BLOCK_SIZE}, got {columns.start}:{columns.stop}")
     shape = (rows.stop - rows.start, columns.stop - columns.start)
@@ -106,8 +106,8 @@ class Nf4Stack(nn.Module):
 
     Args:
         num_matrices: M.
-        rows: N.
-        columns: K, a multiple of 64.
+        out_features: N.
+        in_features: K, a multiple of 64.
         double_quantization: hold the absmax values in 8 bits.
         device: where the bytes live; `meta` holds none yet.
         scheme: `nf4`, or `mxfp4`, whose bytes are copied in (`packed`, `absmax`) and for which `double_quantization`
@@ -125,25 +125,25 @@ class Nf4Stack(nn.Module):
     def __init__(
         self,
         num_matrices: int,
-        rows: int,
-        columns: int,
+        out_features: int,
+        in_features: int,
         double_quantization: bool = True,
         device: torch.device | str | None = None,
         scheme: Scheme = "nf4",
     ) -> None:
         super().__init__()
-        if columns % BLOCK_SIZE:
-            raise ValueError(f"columns must be a multiple of {BLOCK_SIZE}, got {columns}")
-        self.num_matrices, self.rows, self.columns = num_matrices, rows, columns
+        if in_features % BLOCK_SIZE:
+            raise ValueError(f"in_features must be a multiple of {BLOCK_SIZE}, got {in_features}")
+        self.num_matrices, self.out_features, self.in_features = num_matrices, out_features, in_features
         self.scheme: Scheme = scheme
         double_quantization = double_quantization and scheme == "nf4"
         self.double_quantization = double_quantization
         # Whether `model.to(device)` leaves the bytes where they are: a placement has put them there.
         self.stays = False
-        blocks = rows * columns // (MXFP4_BLOCK_SIZE if scheme == "mxfp4" else BLOCK_SIZE)
+        blocks = out_features * in_features // (MXFP4_BLOCK_SIZE if scheme == "mxfp4" else BLOCK_SIZE)
         nested = -(-blocks // NESTED_BLOCK_SIZE) if double_quantization else 0
         absmax_dtype = torch.float32 if scheme == "nf4" and not double_quantization else torch.uint8
-        packed = torch.empty(num_matrices, rows, columns // 2, dtype=torch.uint8, device=device)
+        packed = torch.empty(num_matrices, out_features, in_features // 2, dtype=torch.uint8, device=device)
         self.packed = nn.Parameter(packed, requires_grad=False)
         self.register_buffer("absmax", torch.empty(num_matrices, blocks, dtype=absmax_dtype, device=device))
         self.register_buffer("nested_absmax", torch.empty(num_matrices, nested, dtype=torch.float32, device=device))
@@ -160,8 +160,8 @@ class Nf4Stack(nn.Module):
         """
         if self.scheme != "nf4":
             raise ValueError(f"a stack of {self.scheme} holds what a checkpoint gives it; it quantizes nothing")
-        if tuple(matrix_NK.shape) != (self.rows, self.columns):
-            raise ValueError(f"expected shape {(self.rows, self.columns)}, got {tuple(matrix_NK.shape)}")
+        if tuple(matrix_NK.shape) != (self.out_features, self.in_features):
+            raise ValueError(f"expected shape {(self.out_features, self.in_features)}, got {tuple(matrix_NK.shape)}")
         packed, absmax, nested_absmax, offset = quantize_matrix(matrix_NK, self.double_quantization)
         self.packed[index].copy_(packed)
         self.absmax[index].copy_(absmax)
@@ -194,7 +194,7 @@ class Nf4Stack(nn.Module):
     def dequantize(self, index: int, dtype: torch.dtype) -> Tensor:
         """Matrix `index` as [N, K] of `dtype`."""
         return dequantize(
-            self.bytes, index, torch.empty(self.rows, self.columns, dtype=dtype, device=self.packed.device)
+            self.bytes, index, torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.packed.device)
         )
 
     @property
@@ -216,4 +216,4 @@ class Nf4Stack(nn.Module):
     def extra_repr(self) -> str:
         """Shape and scheme for `print(model)`."""
         double = ", double quantization" if self.double_quantization else ""
-        return f"{self.num_matrices} x [{self.rows}, {self.columns}], {self.scheme}{double}"
+        return f"{self.num_matrices} x [{self.out_features}, {self.in_features}], {self.scheme}{double}"

@@ -24,12 +24,12 @@ class Nf4Bytes(NamedTuple):
     offset: Tensor
 
     @property
-    def rows(self) -> int:
+    def out_features(self) -> int:
         """N of one matrix."""
         return self.packed.shape[1]
 
     @property
-    def columns(self) -> int:
+    def in_features(self) -> int:
         """K."""
         return self.packed.shape[2] * 2
 
@@ -43,6 +43,6 @@ class Nf4Bytes(NamedTuple):
         """Whether the absmax values are themselves held in 8 bits."""
         return self.offset.shape[0] > 0
 
-    def rows_of(self, num_experts: int) -> int:
-        """Rows of all matrices of one expert."""
-        return self.packed.shape[0] // num_experts * self.rows
+    def out_features_of(self, num_experts: int) -> int:
+        """Output features of all matrices of one expert."""
+        return self.packed.shape[0] // num_experts * self.out_features

@@ -46,7 +46,7 @@ def dequantize_absmax(weight: Nf4Bytes, index: int) -> Tensor:
     if weight.scheme == "mxfp4":
         return reference.dequantize_absmax(weight, index)
     if not weight.double_quantization:
-        return weight.absmax[index].view(weight.rows, -1)
+        return weight.absmax[index].view(weight.out_features, -1)
     if native.available():
         out = torch.empty(weight.absmax.shape[1], dtype=torch.float32)
         native.dequantize_absmax(weight, index, out)
@@ -58,7 +58,7 @@ def dequantize_absmax(weight: Nf4Bytes, index: int) -> Tensor:
             NESTED_BLOCK_SIZE,
             torch.float32,
         ).add_(weight.offset[index])
-    return out.view(weight.rows, -1)
+    return out.view(weight.out_features, -1)
 
 
 def dequantize(weight: Nf4Bytes, index: int, out: Tensor, rows: slice, columns: slice) -> Tensor:

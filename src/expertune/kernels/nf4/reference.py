@@ -103,12 +103,12 @@ def dequantize_absmax(weight: Nf4Bytes, index: int) -> Tensor:
     if weight.scheme == "mxfp4":
         # A power of two is its exponent's bits, but for the least one, which has no implicit bit.
         bits = torch.where(absmax == 0, _LEAST_POWER_BITS, absmax.int() << 23)
-        return bits.view(torch.float32).view(weight.rows, -1)
+        return bits.view(torch.float32).view(weight.out_features, -1)
     if weight.double_quantization:
         values = dynamic_codebook(absmax.device)[absmax.int()]
         scales = weight.nested_absmax[index].repeat_interleave(NESTED_BLOCK_SIZE)[: len(values)]
         absmax = values * scales + weight.offset[index]
-    return absmax.view(weight.rows, -1)
+    return absmax.view(weight.out_features, -1)
 
 
 def dequantize(weight: Nf4Bytes, index: int, out: Tensor, rows: slice, columns: slice) -> Tensor:
