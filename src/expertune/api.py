@@ -226,7 +226,7 @@ def _load_and_adapt(
         context.notify(note)
     kernels = routes.settings_of(loaded.model).describe(context.device, loaded.model.dtype)
     record.update("kernels", **kernels)
-    context.notify(f"kernels: {routes.say(kernels)}")
+    context.notify(f"kernels: {routes.summarize(kernels)}")
     if config.data.packing != "padded":
         require_no_leakage(loaded.model)
     probe = probe_batch(context, inputs)

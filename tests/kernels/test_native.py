@@ -28,7 +28,7 @@ def probe(**environment):
     settings = routes.KernelSettings(crossover=64)  # measuring it takes seconds
     out = nf4_linear(torch.eye(64), stack.bytes, settings)
     assert out.shape == (64, 64) and float(out.trace()) > 60
-    print(routes.say(settings.describe(torch.device("cpu"), torch.float32)))
+    print(routes.summarize(settings.describe(torch.device("cpu"), torch.float32)))
 """
 
 # Why there is no library, and the environment in which there is none; PATH is emptied where no compiler is to be found.

@@ -32,7 +32,7 @@ def test_one_setting_overrides_and_the_record_names_what_ran(route: str) -> None
     described = settings.describe(CPU, torch.float32)
     assert described["setting"] == route
     assert described["ran"] == {route: 2}
-    assert route in routes.say(described)
+    assert route in routes.summarize(described)
 
 
 def test_working_set_of_the_run_file_is_the_operators() -> None:
@@ -101,7 +101,7 @@ class TestOnAGpu:
         described = self.settings.describe(self.device, torch.bfloat16)
         assert described["crossover"] == 384
         assert described["gemm"] == "torch"
-        assert "fused below 384 tokens per expert" in routes.say(described)
+        assert "fused below 384 tokens per expert" in routes.summarize(described)
 
     def test_route_that_failed_its_check_is_not_used_and_the_record_says_so(self) -> None:
         self.findings.passed.remove("fused")
@@ -111,7 +111,7 @@ class TestOnAGpu:
         described = self.settings.describe(self.device, torch.bfloat16)
         assert described["self_check"]["fused"] == "RuntimeError: misaligned address, not used"
         assert described["self_check"]["shuffle"] == "relative error 0.0e+00"
-        assert "fused failed the check on this device" in routes.say(described)
+        assert "fused failed the check on this device" in routes.summarize(described)
 
     def test_without_a_usable_route_experts_are_computed_one_by_one(self) -> None:
         self.findings.passed.clear()
@@ -130,7 +130,7 @@ class TestOnAGpu:
 
         monkeypatch.setattr(gpu, "unavailable", lambda device: "triton is not installed")
         assert self.settings.choose(self.device, 1, torch.bfloat16) == "expert_by_expert"
-        said = routes.say(self.settings.describe(self.device, torch.bfloat16))
+        said = routes.summarize(self.settings.describe(self.device, torch.bfloat16))
         assert said == "products in bfloat16, expert by expert, without Triton's kernels: triton is not installed"
 
 

@@ -208,7 +208,7 @@ def usable_routes(device: torch.device, dtype: torch.dtype) -> tuple[Route, ...]
     return tuple(route for route in (FUSED, DEQUANT_GEMM) if route in passed)
 
 
-def say(described: dict[str, Any]) -> str:
+def summarize(described: dict[str, Any]) -> str:
     """What `describe` found, in a sentence for the terminal."""
     products = f"products in {described['product_dtype']}"
     if described.get("native", "in use") != "in use":
@@ -216,14 +216,14 @@ def say(described: dict[str, Any]) -> str:
     if described.get("triton", "in use") != "in use":
         return f"{products}, expert by expert, without Triton's kernels: {described['triton']}"
     failed = [part for part, found in described.get("self_check", {}).items() if found.endswith("not used")]
-    told = f" ({' and '.join(failed)} failed the check on this device)" if failed else ""
+    note = f" ({' and '.join(failed)} failed the check on this device)" if failed else ""
     if "crossover" not in described:
-        return f"{products}{told}"
+        return f"{products}{note}"
     if described["setting"] != "auto":
-        return f"{products}, {described['setting']} as kernels.route says{told}"
+        return f"{products}, {described['setting']} as kernels.route says{note}"
     below = described["crossover"]
     limit = "" if below == _NEVER else f" below {below} tokens per expert, {DEQUANT_GEMM} from there on"
-    return f"{products}, {FUSED}{limit}{told}"
+    return f"{products}, {FUSED}{limit}{note}"
 
 
 @cache
