@@ -5,10 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from expertune.kernels import cpu, native
-from expertune.kernels.routes import KernelSettings
-
-SETTINGS = KernelSettings(name="tests")
-"""Of the layers that tests make; the fixture `route` puts each route in turn there."""
+from tests.kernels.settings import SETTINGS
 
 
 @pytest.fixture(params=["dequant_gemm", "fused"])

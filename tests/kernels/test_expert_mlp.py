@@ -16,7 +16,7 @@ from expertune.kernels.expert_mlp import Activation, ExpertLayer, LoraUpdate, ex
 from expertune.kernels.expert_mlp.plan import Chunk, combine, sort_by_expert
 from expertune.kernels.lora import pack
 from expertune.kernels.nf4 import Nf4Stack
-from tests.kernels.conftest import SETTINGS
+from tests.kernels.settings import SETTINGS
 
 FLOAT32 = {"rtol": 1e-5, "atol": 2e-5}
 # W, the activations and each GEMM are rounded to 16 bits on the way; see tests/kernels/test_linear.py.

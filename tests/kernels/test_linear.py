@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from expertune.kernels.linear import nf4_linear
 from expertune.kernels.nf4 import Nf4Stack
-from tests.kernels.conftest import SETTINGS
+from tests.kernels.settings import SETTINGS
 
 # Where sums are taken in another order the last bits differ: K is at most a few thousand here, values about one.
 FLOAT32 = {"rtol": 1e-5, "atol": 2e-5}

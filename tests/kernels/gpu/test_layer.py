@@ -16,9 +16,9 @@ from expertune.kernels.gpu import launch, nf4
 from expertune.kernels.gpu.launch import Target
 from expertune.kernels.lora import LoraUpdate
 from expertune.kernels.nf4 import Nf4Stack
+from tests.kernels.settings import SETTINGS
 from tests.kernels.test_expert_mlp import SHAPES, Case, assert_same_as_plain, make_case
 
-from ..conftest import SETTINGS
 from .conftest import CPU
 
 FLOAT32 = {"rtol": 1e-5, "atol": 2e-5}
