@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import yaml
 from safetensors.torch import save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from expertune.kernels import routes
 from expertune.run.record import RunRecord
 from tests.train.scarce import Reference, adapter_bytes, run
 
@@ -101,14 +100,6 @@ def nine_steps(model: Path, rows: Path, run_dir: Path) -> dict[str, Any]:
 def run_values(small_mixtral: Path, rows_file: Path, tmp_path: Path) -> dict[str, Any]:
     """The run of `nine_steps` in a folder of the test's own."""
     return nine_steps(small_mixtral, rows_file, tmp_path / "run")
-
-
-@pytest.fixture
-def own_settings() -> Iterator[None]:
-    """What a test changes of the kernels' settings ends with it."""
-    held = routes.settings().working_set_bytes
-    yield
-    routes.configure(working_set_bytes=held)
 
 
 @pytest.fixture

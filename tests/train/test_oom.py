@@ -21,15 +21,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from expertune import api
 from expertune.errors import DoesNotFitError
 from expertune.experts import module
-from expertune.kernels import routes, workspace
+from expertune.kernels import workspace
+from expertune.kernels.routes import KernelSettings, settings_of
 from expertune.placement import experts as placement
 from expertune.run.record import RunRecord
 from expertune.train import offload, oom
 from expertune.train.oom import RandomState
 from expertune.train.trainer import ExpertTrainer
 from tests.train.scarce import NO_SEQUENCE, ONE_SEQUENCE, SMALL, Reference, Scarce, adapter_bytes, out_of_memory, run
-
-pytestmark = pytest.mark.usefixtures("own_settings")
 
 ADAM = importlib.import_module("torch.optim.adam")
 
@@ -465,7 +464,7 @@ def test_optimizer_states_are_allocated_before_the_first_step_and_again_once_exp
 
 
 def test_resumed_run_repeats_the_changes_of_a_record_of_an_earlier_release(
-    values: dict[str, Any], tmp_path: Path
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values["training"] |= {"max_steps": 4, "eval_strategy": "no"}
     run(values, tmp_path / "run")
@@ -478,8 +477,10 @@ def test_resumed_run_repeats_the_changes_of_a_record_of_an_earlier_release(
     record.update("train", recoveries=earlier)
     for name in ("adapter", "checkpoint-4"):
         shutil.rmtree(tmp_path / "run" / name)
+    changed: list[KernelSettings] = []
+    monkeypatch.setattr(oom, "settings_of", lambda model: changed.append(settings_of(model)) or changed[-1])
     resumed = run(values, tmp_path / "run", resume=True)
-    assert routes.working_set_bytes("cpu") == 2**27
+    assert [settings.working_set_bytes for settings in changed] == [2**27]
     assert resumed["train"]["recoveries"] == earlier
     assert adapter_bytes(tmp_path / "run") == before
 

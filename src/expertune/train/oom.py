@@ -22,7 +22,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from expertune.data.split import Batch, halve, size, split
 from expertune.errors import DoesNotFitError
-from expertune.kernels import routes, workspace
+from expertune.kernels import workspace
+from expertune.kernels.routes import settings_of
 from expertune.placement.experts import placement_of
 from expertune.placement.out_of_memory import in_one_line, is_out_of_memory
 from expertune.train.callbacks import peak_memory_bytes
@@ -286,8 +287,9 @@ class OutOfMemory(TrainerCallback):
         if "offload_activations" in setting:
             self.offload_activations = has_separate_host(self.device)
         if "working_set_bytes" in setting:  # only in records of releases that lowered it
-            held = routes.working_set_bytes(self.device.type)
-            routes.configure(working_set_bytes=min(setting["working_set_bytes"], held))
+            settings = settings_of(self._model)
+            held = settings.working_set_on(self.device.type)
+            settings.working_set_bytes = min(setting["working_set_bytes"], held)
 
     def _repeat_earlier(self, and_after: bool) -> None:
         """Make the changes again that the interrupted run had made by this step, or after its update as well."""
