@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from expertune.api import evaluate, finetune
+from expertune import evaluate, finetune
 from expertune.checkpoint.quantize import quantize
 from expertune.config import parse_config
 from expertune.errors import ConfigError
