@@ -105,5 +105,5 @@ main()
     command = [sys.executable, "-c", code, "quantize", str(small_mixtral), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 130
-    assert f"expertune: interrupted; the same command goes on with {out}" in done.stderr
+    assert f"expertune: interrupted; the same command resumes {out}" in done.stderr
     assert [path.name for path in out.iterdir()] == ["expertune.partial.json"]
