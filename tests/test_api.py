@@ -55,6 +55,16 @@ def test_model_of_a_run_is_the_trained_one_and_the_one_that_is_loaded_again(
         assert torch.equal(expertune.open_run(finished).model(ids).logits, logits)
 
 
+def test_model_of_a_run_in_mixed_precision_is_without_the_trainers_autocast(run_values: dict[str, Any]) -> None:
+    run_values["training"] |= {"max_steps": 1, "bf16": True}
+    run = expertune.finetune(parse_config(run_values))
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        logits = run.model(ids).logits
+        assert torch.equal(logits, expertune.open_run(run.output_dir).model(ids).logits)
+    assert logits.dtype == torch.float32
+
+
 def test_run_object_takes_the_place_of_its_directory_and_of_no_other_adapter(
     trained: expertune.Run, finished: Path
 ) -> None:

@@ -18,6 +18,7 @@ import typer
 
 import expertune
 from expertune import RunRecord, load_config
+from expertune.config import QuantizationConfig
 from expertune.errors import ConfigError, ExpertuneError
 from expertune.kernels.threads import prepare_threads
 from expertune.run.directory import after_interruption
@@ -347,8 +348,6 @@ def quantize(
         raise typer.BadParameter("give the folder to write", param_hint="OUT")
     try:
         with stdout_for_results():
-            from expertune.config import QuantizationConfig
-
             # What is quantized already decides by itself, unless the user has.
             asked = None if double_quantization is None else QuantizationConfig(double_quantization=double_quantization)
             with quantizing() as progress:

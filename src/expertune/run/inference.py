@@ -1,5 +1,6 @@
 """A finished run in use: its model with the adapter, the score on its evaluation rows, an answer to a prompt."""
 
+import gc
 import html
 import io
 from collections.abc import Mapping
@@ -145,6 +146,7 @@ def after_training(model: ExpertPeftModel) -> ExpertPeftModel:
         old = base.gradient_checkpointing_disable
         getattr(base, "activation_checkpointing_disable", old)()
     model.zero_grad(set_to_none=True)
+    gc.collect()  # the trainer refers to itself, and holds the optimizer's states
     return model.eval()
 
 
