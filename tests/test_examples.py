@@ -12,7 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from expertune.config import RunConfig, Section, check_training_arguments, load_config
 from expertune.planning import make_plan
-from expertune.train.trainer import training_arguments
+from expertune.train.arguments import training_arguments
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))

@@ -22,9 +22,10 @@ from expertune.config import LoraSection, QuantizationConfig
 from expertune.experts.contract import find_experts
 from expertune.experts.module import Nf4Experts
 from expertune.layers.varlen_attention import use_varlen_attention
-from expertune.objectives.chunked_loss import LanguageModelLoss
-from expertune.train.callbacks import History
-from expertune.train.trainer import ExpertTrainer, training_arguments
+from expertune.objectives.sft import SupervisedFineTuning
+from expertune.train.arguments import training_arguments
+from expertune.train.promises import Promised
+from expertune.train.trainer import ExpertTrainer
 
 _LORA_B_STD = 0.01
 _EMBEDDING_STD = 0.02
@@ -143,10 +144,8 @@ def begin(model: ExpertPeftModel, folder: Path, device: torch.device) -> Trainin
     }
     arguments, notes = training_arguments(values, str(folder), device)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    loss = LanguageModelLoss(model, say=notes.append)
-    trainer = ExpertTrainer(
-        model, arguments, [], None, lambda rows: dict(rows[0]), History(), lambda row_id: str(row_id), loss
-    )
+    objective = SupervisedFineTuning(model, arguments, notify=notes.append)
+    trainer = ExpertTrainer(model, arguments, [], lambda examples: dict(examples[0]), objective, Promised())
     return Training(model, trainer, trainer.create_optimizer(), notes)
 
 

@@ -27,7 +27,7 @@ from expertune.evaluation.held_out import HeldOut
 from expertune.evaluation.metrics import shown_figures
 from expertune.kernels import routes
 from expertune.layers.varlen_attention import require_no_leakage
-from expertune.objectives.chunked_loss import LanguageModelLoss
+from expertune.objectives.sft import SupervisedFineTuning
 from expertune.placement.device import training_device
 from expertune.placement.experts import Location, placement_of
 from expertune.planning import MicroBatch, Plan, make_plan
@@ -50,13 +50,15 @@ from expertune.run.lock import hold_run_directory
 from expertune.run.progress import Bars
 from expertune.run.source import load_run
 from expertune.storage import notify_if_it_fails, storage_errors_named
-from expertune.train.callbacks import History, ProgressBar, peak_memory_bytes
+from expertune.train.arguments import training_arguments
+from expertune.train.callbacks import ProgressBar, peak_memory_bytes
 from expertune.train.checkpoints import ResumePoint, find_resume_point, require_state_to_go_on
 from expertune.train.offload import has_separate_host
 from expertune.train.oom import Change, OutOfMemory
+from expertune.train.promises import Promised, write_adapter
 from expertune.train.schedule import Evaluations, check_schedule, evaluates_at_ends, lower_is_better
 from expertune.train.trackers import Trackers
-from expertune.train.trainer import ExpertTrainer, training_arguments
+from expertune.train.trainer import ExpertTrainer
 
 
 def plan(
@@ -154,7 +156,7 @@ def _finetune(context: RunContext) -> Run:
 
     _record_notes(context, made.micro_batch, point)
     _train(context, inputs, model, held_out, recovery, point)
-    recovery.retry("checkpoint", partial(_write_adapter, model, output_dir / ADAPTER_FOLDER))
+    recovery.retry("checkpoint", partial(write_adapter, model, output_dir / ADAPTER_FOLDER))
 
     if config.task.metric and held_out:
         record.update("task", after=held_out.score(step=record["train"]["steps"]))
@@ -206,12 +208,6 @@ def _record_notes(context: RunContext, micro_batch: MicroBatch, point: ResumePoi
     for note in context.notes:
         context.notify(note)
     context.record.update("train", notes=context.notes, micro_batch=asdict(micro_batch))
-
-
-def _write_adapter(model: ExpertPeftModel, folder: Path) -> None:
-    model.save_pretrained(str(folder))
-    # Opened again, the run gives the very numbers that it recorded.
-    model.save_live_factors(folder)
 
 
 def _load_and_adapt(
@@ -285,12 +281,9 @@ def _train(
         model=model,
         args=context.arguments,
         train_dataset=make_dataset(inputs.train, config.data),
-        held_out=held_out,
         collator=make_collator(config.data, inputs.tokenizer, keep_row_ids=True),
-        history=History(),
-        row_places=lambda row_id: inputs.train.rows[row_id].place,
-        loss=LanguageModelLoss(model, config.loss, say=context.note),
-        recovery=recovery,
+        objective=SupervisedFineTuning(model, context.arguments, config.loss, context.note),
+        promised=Promised(oom=recovery, evaluation=held_out, place_of=lambda row: inputs.train.rows[row].place),
     )
     bar = ProgressBar(lambda: trainer.history, context.bars)
     trainer.add_callback(Evaluations(at_end=evaluates_at_ends(config)))
@@ -302,7 +295,7 @@ def _train(
     finally:
         bar.close()
         history = trainer.history
-        record.update("train", loss=history.losses, steps=trainer.state.global_step)
+        record.update("train", **history.series, steps=trainer.state.global_step)
         record.update("eval", loss=history.eval_losses, scores=history.eval_scores)
         record.update("throughput", tokens_per_second=history.tokens_per_second, tokens=history.tokens)
         record.update("memory", peak_bytes=peak_memory_bytes())

@@ -14,7 +14,7 @@ from expertune.config import check_training_arguments, parse_config
 from expertune.distributed.processes import require_one_process
 from expertune.errors import ConfigError
 from expertune.placement.device import training_device
-from expertune.train.trainer import training_arguments
+from expertune.train.arguments import training_arguments
 from tests.train.conftest import nine_steps, rows_file, run_file, run_values, small_mixtral
 
 __all__ = ["rows_file", "run_file", "run_values", "small_mixtral"]  # fixtures

@@ -123,7 +123,7 @@ def loss_and_gradients(
 def assert_same(model: PeftModel, inputs: dict[str, Any]) -> None:
     """Equal to the model's own path, by a path that makes no logits."""
     said: list[str] = []
-    loss = LanguageModelLoss(model, say=said.append)
+    loss = LanguageModelLoss(model, notify=said.append)
     own, own_gradients = loss_and_gradients(model, inputs)
     value, gradients = loss_and_gradients(model, inputs, loss)
     assert said == []
@@ -221,7 +221,7 @@ def test_half_precision_models_agree_within_their_rounding(dtype: torch.dtype) -
     inputs = batch()
     with torch.no_grad():
         own = model(**inputs).loss
-        with LanguageModelLoss(model, say=said.append).in_chunks(inputs):
+        with LanguageModelLoss(model, notify=said.append).in_chunks(inputs):
             torch.testing.assert_close(model(**inputs).loss, own, rtol=1e-2, atol=0, check_dtype=False)
     assert said == []
 
@@ -263,7 +263,7 @@ def test_no_tensor_of_all_tokens_and_all_of_the_vocabulary_is_made() -> None:
 def own_path_after(model: nn.Module, reason: str) -> Iterator[LanguageModelLoss]:
     """The loss falls back once, says why, and is then the model's own."""
     said: list[str] = []
-    loss = LanguageModelLoss(model, say=said.append)
+    loss = LanguageModelLoss(model, notify=said.append)
     yield loss
     inputs = batch()
     with torch.no_grad():

@@ -15,7 +15,7 @@ from expertune import finetune
 from expertune.config import parse_config
 from expertune.experts import replay
 from expertune.run.record import RunRecord
-from expertune.train import trainer
+from expertune.train import promises
 from expertune.train.offload import Offloaded, activations_on_host, has_separate_host
 
 
@@ -209,6 +209,6 @@ def test_finetune_on_a_cpu_says_that_there_is_nothing_to_offload(
     run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_values["training"] |= {"max_steps": 1, "eval_strategy": "no"}
-    monkeypatch.setattr(trainer, "activations_on_host", lambda model: pytest.fail("nothing to move"))
+    monkeypatch.setattr(promises, "activations_on_host", lambda model: pytest.fail("nothing to move"))
     record = finetune(parse_config(run_values | {"offload_activations": True})).record
     assert "offload_activations: on this cpu memory is the host's, and nothing is moved" in record["train"]["notes"]

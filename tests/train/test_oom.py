@@ -277,7 +277,7 @@ def test_run_stopped_for_memory_resumes_where_there_is_more(
 def test_micro_batches_whose_parts_are_another_step_are_not_split(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ExpertTrainer, "_why_whole", lambda *_: "its parts are another step")
+    monkeypatch.setattr(ExpertTrainer, "why_indivisible", lambda *_: "its parts are another step")
     Scarce(ONE_SEQUENCE).install(monkeypatch)
     with pytest.raises(DoesNotFitError, match="micro-batches are not split: its parts are another step"):
         run(values, tmp_path / "run")
@@ -295,9 +295,9 @@ def test_activations_are_offloaded_where_micro_batches_are_not_split(
     _, adapter = reference("four")
     monkeypatch.setattr(offload, "_DEVICE_TYPE", "cpu")
     monkeypatch.setattr(offload, "_LEAST_BYTES", 1)
-    monkeypatch.setattr(ExpertTrainer, "_why_whole", lambda *_: "the bytes are to be compared")
+    monkeypatch.setattr(ExpertTrainer, "why_indivisible", lambda *_: "the bytes are to be compared")
     scarce = Scarce(NO_SEQUENCE, first_layer=4 + 3).install(monkeypatch)  # in the second micro-batch of step 2
-    monkeypatch.setattr(scarce, "too_large", lambda tokens: not scarce.trainer.recovery.offload_activations)
+    monkeypatch.setattr(scarce, "too_large", lambda tokens: not scarce.trainer.oom.offload_activations)
     recovered = run(values, tmp_path / "recovered")
     assert scarce.num_failures == 1
     assert [(change["step"], change["setting"]) for change in recovered["train"]["recoveries"]] == [
@@ -384,7 +384,7 @@ def test_experts_offloaded_during_a_run_change_nothing_but_their_location(
     undisturbed, adapter = reference("four")
     # The CPU stands for a device whose memory is another than the host's.
     monkeypatch.setattr(placement, "Placement", partial(placement.Placement, separate_host=True))
-    monkeypatch.setattr(ExpertTrainer, "_why_whole", lambda *_: "the bytes are to be compared")
+    monkeypatch.setattr(ExpertTrainer, "why_indivisible", lambda *_: "the bytes are to be compared")
     scarce = Scarce(NO_SEQUENCE, backward=True, first_layer=4 + 1).install(monkeypatch)  # in step 2
     moved: list[str] = []
 

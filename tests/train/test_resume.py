@@ -15,7 +15,7 @@ from expertune import finetune, load_config
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError, DataError
 from expertune.run.record import RunRecord
-from expertune.train import checkpoints, trainer
+from expertune.train import checkpoints, promises
 from expertune.train.checkpoints import MANIFEST_NAME, STAGING_NAME, find_resume_point, seal, verify
 from tests.processes import run_copies
 from tests.train.conftest import nine_steps
@@ -68,7 +68,7 @@ COMMAND = """
 import os, shutil, signal, sys
 from pathlib import Path
 from expertune.cli import main
-from expertune.train import trainer
+from expertune.train import promises
 from expertune.train.callbacks import History
 
 def die(*args, **kwargs):
@@ -77,20 +77,20 @@ def die(*args, **kwargs):
 MOMENTS = {
     "nothing is saved yet": ("History.on_step_end = die", {"lengths.png"}),
     # Its files are there, but not its manifest, which comes last.
-    "the first checkpoint is being written": ("trainer.seal = die", {"lengths.png", STAGING_NAME}),
+    "the first checkpoint is being written": ("promises.seal = die", {"lengths.png", STAGING_NAME}),
     "the second checkpoint is sealed and not yet in its place": (
-        "publish = trainer.publish\n"
-        "trainer.publish = lambda staged, run: die() if staged.name == 'checkpoint-6' else publish(staged, run)",
+        "publish = promises.publish\n"
+        "promises.publish = lambda staged, run: die() if staged.name == 'checkpoint-6' else publish(staged, run)",
         {"lengths.png", STAGING_NAME, "checkpoint-3"},
     ),
     "the second checkpoint is there": (
-        "publish = trainer.publish\n"
-        "trainer.publish = lambda staged, run: (publish(staged, run), staged.name == 'checkpoint-6' and die())[0]",
+        "publish = promises.publish\n"
+        "promises.publish = lambda staged, run: (publish(staged, run), staged.name == 'checkpoint-6' and die())[0]",
         {"lengths.png", STAGING_NAME, "checkpoint-3", "checkpoint-6"},
     ),
     "the last checkpoint is there and nothing that comes after it": (
-        "publish = trainer.publish\n"
-        "trainer.publish = lambda staged, run: (publish(staged, run), staged.name == 'checkpoint-9' and die())[0]",
+        "publish = promises.publish\n"
+        "promises.publish = lambda staged, run: (publish(staged, run), staged.name == 'checkpoint-9' and die())[0]",
         {"lengths.png", STAGING_NAME, "checkpoint-3", "checkpoint-6", "checkpoint-9"},
     ),
     "everything is written but the summary": (
@@ -218,7 +218,7 @@ def test_resume_from_checkpoints_without_optimizer_state_is_refused(
 ) -> None:
     run_values["training"] |= {"save_only_model": True, "max_steps": 2, "save_steps": 1, "eval_strategy": "no"}
     config, run_dir = parse_config(run_values), tmp_path / "run"
-    monkeypatch.setattr(trainer, "publish", lambda *where: (checkpoints.publish(*where), interrupt())[0])
+    monkeypatch.setattr(promises, "publish", lambda *where: (checkpoints.publish(*where), interrupt())[0])
     with pytest.raises(KeyboardInterrupt):
         finetune(config)
     run = RunRecord.load(run_dir)["run"]
@@ -249,7 +249,7 @@ def test_resume_has_each_evaluation_once_where_epochs_end_after_their_checkpoint
     whole = finetune(parse_config(run_values | {"output_dir": str(tmp_path / "whole")}))
     assert [step for step, _ in whole.record["eval"]["loss"]] == [0, 5, 7]
 
-    monkeypatch.setattr(trainer, "publish", lambda *where: (checkpoints.publish(*where), interrupt())[0])
+    monkeypatch.setattr(promises, "publish", lambda *where: (checkpoints.publish(*where), interrupt())[0])
     with pytest.raises(KeyboardInterrupt):
         finetune(parse_config(run_values))
     monkeypatch.undo()

@@ -17,7 +17,7 @@ from expertune.config import parse_config
 from expertune.errors import ConfigError, NonFiniteLossError, StorageError
 from expertune.layers.varlen_attention import sequence_lengths
 from expertune.run.record import RunRecord
-from expertune.train.trainer import training_arguments
+from expertune.train.arguments import training_arguments
 from tests.train.scarce import adapter_bytes
 
 

@@ -57,15 +57,15 @@ class LanguageModelLoss:
     Args:
         model: a causal language model of transformers, or a PeftModel on one.
         mode: `auto` takes the loss in chunks where that gives the model's own loss; `full` never does.
-        say: is told once, in a sentence, if `auto` leaves the loss to the model.
+        notify: called once, with a sentence, if `auto` leaves the loss to the model.
     """
 
     def __init__(
-        self, model: nn.Module, mode: Literal["auto", "full"] = "auto", say: Callable[[str], None] = lambda _: None
+        self, model: nn.Module, mode: Literal["auto", "full"] = "auto", notify: Callable[[str], None] = lambda _: None
     ) -> None:
         self._model = model
         self._base: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
-        self._say = say
+        self._notify = notify
         self._transform: _Transform | None = None
         self._given_up = mode == "full"
 
@@ -73,7 +73,7 @@ class LanguageModelLoss:
         """Leave the loss to the model from now on, and say why."""
         if not self._given_up:
             self._given_up = True
-            self._say(f"the loss takes all logits at once, which needs more memory and time: {reason}")
+            self._notify(f"the loss takes all logits at once, which needs more memory and time: {reason}")
 
     @contextmanager
     def in_chunks(self, inputs: Mapping[str, Any]) -> Iterator[None]:

@@ -1,9 +1,10 @@
-"""What is watched while training: every step's loss, tokens per second, peak memory, and the progress bar."""
+"""What is watched in training: series of figures, the progress bar, peak memory; and the best checkpoint's path."""
 
 import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,59 +12,53 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from expertune.run.progress import Bar, Bars
+from expertune.train.checkpoints import best_of
 
 
 class History(TrainerCallback, ExportableState):
-    """Loss of every step, tokens and seconds; saved with each checkpoint, so that a resumed run continues the lists.
+    """Named series with a figure for each step; saved with each checkpoint, so that a resumed run continues them.
 
     Attributes:
-        losses: [step, loss] for every optimizer step.
+        series: [step, figure] of every optimizer step by name: `loss`, `learning_rate`, `grad_norm`, `tokens`,
+            `seconds` and `expert_imbalance`, as far as they are known, and whatever else is added.
         eval_losses: [step, loss] for every evaluation.
-        eval_scores: [step, figures] for every evaluation that answered rows.
+        eval_scores: [step, figures] for every evaluation that answered prompts.
         tokens: real tokens (padding excluded) that training steps have seen.
         seconds: time inside training steps, evaluations and checkpoints excluded.
     """
 
-    def __init__(
-        self,
-        losses: list[list[float]] | None = None,
-        eval_losses: list[list[float]] | None = None,
-        eval_scores: list[list[Any]] | None = None,
-        tokens: int = 0,
-        seconds: float = 0.0,
-    ) -> None:
-        self.losses = losses or []
-        self.eval_losses = eval_losses or []
-        self.eval_scores = eval_scores or []
-        self.tokens = tokens
-        self.seconds = seconds
-        self._step_loss, self._step_tokens = 0.0, 0
+    def __init__(self) -> None:
+        self.series: dict[str, list[list[float]]] = {"loss": []}
+        self.eval_losses: list[list[float]] = []
+        self.eval_scores: list[list[Any]] = []
+        self.tokens, self.seconds = 0, 0.0
+        self._step: dict[str, float] = {}
         self._step_started = 0.0
+
+    @property
+    def losses(self) -> list[list[float]]:
+        """[step, loss] for every optimizer step."""
+        return self.series["loss"]
+
+    @losses.setter  # checkpoints of the first releases hold this one in place of `series`
+    def losses(self, losses: list[list[float]]) -> None:
+        self.series["loss"] = losses
 
     def state(self) -> dict[str, Any]:
         """What transformers stores in `trainer_state.json` and gives back at resume."""
-        attributes = {
-            "losses": self.losses,
-            "eval_losses": self.eval_losses,
-            "eval_scores": self.eval_scores,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-        }
-        return {"args": {}, "attributes": attributes}
+        names = ("series", "eval_losses", "eval_scores", "tokens", "seconds")
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
-    def add_micro_batch(self, loss: float, tokens: int) -> None:
-        """Add one micro-batch's share of the step's loss."""
-        self._step_loss += loss
-        self._step_tokens += tokens
-        self.tokens += tokens
+    def add(self, name: str, figure: float) -> None:
+        """Add a figure to the step that is being taken; those of one name are summed, as micro-batches' losses are."""
+        self._step[name] = self._step.get(name, 0) + figure
 
     def drop_step(self) -> None:
-        """Forget the micro-batches of the step so far: it is being taken again."""
-        self.tokens -= self._step_tokens
-        self._step_loss, self._step_tokens = 0.0, 0
+        """Forget the figures of the step so far: it is being computed again."""
+        self._step = {}
 
     def add_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add an evaluation's `loss` and other figures; one that a resume takes again is the same and stays single."""
+        """Add an evaluation's `loss` and other figures; one that a resumed run repeats is the same and stays single."""
         if not self.eval_losses or self.eval_losses[-1][0] != step:
             self.eval_losses.append([step, metrics["loss"]])
             if scores := {name: value for name, value in metrics.items() if name != "loss"}:
@@ -83,12 +78,21 @@ class History(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the step's clock."""
-        self._step_loss, self._step_tokens, self._step_started = 0.0, 0, time.perf_counter()
+        self._step, self._step_started = {}, time.perf_counter()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Read the learning rate before the schedule changes it."""
+        self.add("learning_rate", float(kwargs["optimizer"].param_groups[0]["lr"]))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Close the step."""
-        self.seconds += time.perf_counter() - self._step_started
-        self.losses.append([state.global_step, self._step_loss])
+        self.add("seconds", time.perf_counter() - self._step_started)
+        self.seconds += self._step["seconds"]
+        self.tokens += int(self._step.get("tokens", 0))
+        for name, figure in self._step.items():
+            self.series.setdefault(name, []).append([state.global_step, figure])
 
 
 class ProgressBar(TrainerCallback):
@@ -150,6 +154,29 @@ class ProgressBar(TrainerCallback):
         loss = history.losses[-1][1] if history.losses else float("nan")
         memory = peak_memory_bytes() / 1e9
         return f"loss {loss:.4f}  {history.tokens_per_second:,.0f} tokens/s  memory {memory:.2f} GB"
+
+
+class BestCheckpointHere(TrainerCallback):
+    """Corrects the best checkpoint's path when a run is resumed.
+
+    transformers keeps the path as it was when the checkpoint was written, and forgets the best checkpoint where the run
+    directory has been moved or is named by another relative path.
+
+    Args:
+        run_dir: the run directory as it is named now.
+        resumed_from: the checkpoint.
+    """
+
+    def __init__(self, run_dir: Path, resumed_from: Path) -> None:
+        self.run_dir, self.resumed_from = run_dir, resumed_from
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the path, if that checkpoint is there."""
+        best = best_of(self.resumed_from)
+        if best and (self.run_dir / best).is_dir():
+            state.best_model_checkpoint = str(self.run_dir / best)
 
 
 def _is_score(name: str) -> bool:

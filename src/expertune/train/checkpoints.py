@@ -1,8 +1,8 @@
 """Run checkpoints that are whole or absent.
 
-A checkpoint is written in a folder beside, sealed with a manifest of every file's size and sha256, flushed to disk, and
-only then renamed to `checkpoint-N`. What a kill leaves behind is a folder of another name, which nothing picks up; what
-a disk damages no longer fits its manifest, and is refused by name.
+A checkpoint is written to a directory of another name, sealed with a manifest of every file's size and sha256, flushed
+to disk, and only then renamed to `checkpoint-N`. What a kill leaves behind is never picked up; what a disk damages no
+longer matches its manifest, and is refused by name.
 """
 
 import hashlib
@@ -49,12 +49,12 @@ def verify(folder: Path) -> None:
         CheckpointError: names the checkpoint and the file that is missing or damaged.
     """
     manifest = _read_manifest(folder)
-    held = {path.relative_to(folder).as_posix() for path in folder.rglob("[!.]*") if not path.is_dir()} - {
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("[!.]*") if not path.is_dir()} - {
         MANIFEST_NAME
     }
-    for name in sorted(manifest.keys() - held):
+    for name in sorted(manifest.keys() - present):
         raise CheckpointError(f"{folder}: damaged: {name} is missing")
-    for name in sorted(held - manifest.keys()):
+    for name in sorted(present - manifest.keys()):
         raise CheckpointError(f"{folder}: damaged: {MANIFEST_NAME} does not name {name}")
     for name, (size, digest) in manifest.items():
         path = folder / name
@@ -63,7 +63,7 @@ def verify(folder: Path) -> None:
 
 
 def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
-    """Size and sha256 by file name. A manifest is data that a disk may have changed: it is taken as written, or not."""
+    """Size and sha256 by file name. A manifest that a disk has changed is refused."""
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
         read = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
@@ -98,7 +98,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def last_good_checkpoint(run_dir: str | Path) -> str:
-    """Names the newest checkpoint of a run, in words for an error."""
+    """The newest checkpoint of a run, as part of an error message."""
     checkpoints = list_checkpoints(Path(run_dir))
     return f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
 
@@ -129,7 +129,7 @@ def find_resume_point(run_dir: Path, ends_with_best: bool = False) -> ResumePoin
 
 
 def _verify_best(checkpoint: Path, best: Path) -> None:
-    """Raises CheckpointError where a run that goes on from a checkpoint could not end with its best one."""
+    """Raises CheckpointError where a run that resumes from a checkpoint could not end with its best one."""
     if not best.is_dir():
         raise CheckpointError(f"{checkpoint}: the best checkpoint so far was {best.name}, which is missing")
     try:
@@ -146,7 +146,7 @@ def best_of(checkpoint: Path) -> str | None:
 
 
 def require_state_to_go_on(checkpoint: Path) -> None:
-    """Refuse a checkpoint that steps cannot go on from as they would have without an interruption.
+    """Refuse a checkpoint from which the remaining steps would differ from those of an uninterrupted run.
 
     Raises:
         ConfigError: steps are left to take, and the checkpoint has no optimizer state.

@@ -1,7 +1,7 @@
 """Gradients and weights that are not finite, found before they reach the adapter or a checkpoint.
 
-A finite loss says little: one factor's gradient may hold a NaN all the same, and the update carries it into the adapter
-for good. The norm over all gradients is computed at every step anyway, and is finite only where all of them are.
+One factor's gradient may hold a NaN under a finite loss, and the update would carry it into the adapter for good. The
+norm over all gradients is computed at every step anyway, and is finite only where all of them are.
 """
 
 import math
@@ -15,11 +15,11 @@ _MAX_NAMED = 3
 
 
 def norm_of_gradients(model: nn.Module, norm: Tensor | float | None) -> float:
-    """The norm as transformers computed it, or computed here where it did not.
+    """The norm as transformers computed it, or computed here if it was not.
 
     Args:
         model: the model, with the gradients of a step.
-        norm: what `Trainer._get_grad_norm` returned; None where clipping was left to somebody else.
+        norm: what `Trainer._get_grad_norm` returned; None where clipping is left to another library.
     """
     if norm is None:
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -28,12 +28,12 @@ def norm_of_gradients(model: nn.Module, norm: Tensor | float | None) -> float:
 
 
 def is_lowered_by_scaler(norm: float, scaler: Any) -> bool:
-    """Whether float16's loss scaling deals with it: it takes no such step, and tries the next at half the scale."""
+    """Whether float16's loss scaling handles it: it skips such a step, and halves the scale for the next."""
     return scaler is not None and not math.isfinite(norm) and scaler.get_scale() > 1
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the tensors that hold a NaN or an infinity; the device is waited for once."""
+    """Names of the tensors that hold a NaN or an infinity; one synchronization with the device."""
     named = list(tensors)
     if not named:
         return []

@@ -1,7 +1,6 @@
-"""When a run takes steps and when it evaluates: checked before a model is loaded, and kept to while training.
+"""When a run takes steps and when it evaluates: checked before a model is loaded, and followed in training.
 
-Where a run file names evaluation rows and leaves the times open, the run evaluates before its first step and after its
-last one, so that what training changed can be read off.
+Where a run file names evaluation data and no times, the run evaluates before its first step and after its last one.
 """
 
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ _EVALUATED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
 def check_schedule(config: RunConfig) -> None:
-    """Refuse a run that evaluates on rows or by a metric that it does not have.
+    """Refuse a run that evaluates on data or by a metric that it does not have.
 
     Raises:
         ConfigError: names the key and the fix.
@@ -28,7 +27,7 @@ def check_schedule(config: RunConfig) -> None:
     if config.data.eval is None:
         for key in _needing_evaluation(training):
             raise ConfigError(
-                f"training.{key} is {training[key]!r}, but the run has no evaluation rows; set data.eval, or remove "
+                f"training.{key} is {training[key]!r}, but the run has no evaluation data; set data.eval, or remove "
                 "the key"
             )
     best = training.get("metric_for_best_model")
@@ -57,19 +56,19 @@ def lower_is_better(config: RunConfig) -> bool:
 
 
 def scores_in_training(config: RunConfig) -> bool:
-    """Whether evaluations while training have to answer rows: the best checkpoint is chosen by a figure of the task."""
+    """Whether evaluations in training have to answer prompts: a figure of the task chooses the best checkpoint."""
     best = config.training.get("metric_for_best_model")
     return best is not None and str(best).removeprefix("eval_") != "loss"
 
 
 def evaluates_at_ends(config: RunConfig) -> bool:
-    """Whether the run evaluates before its first and after its last step because nothing else is said."""
+    """Whether the run evaluates before its first and after its last step because no other time is set."""
     training = config.training
     return config.data.eval is not None and "eval_strategy" not in training and training.get("do_eval") is not False
 
 
 def require_a_batch(num_examples: int, training: Mapping[str, Any]) -> None:
-    """Refuse training rows of which no batch is made.
+    """Refuse training data of which no batch is made.
 
     Args:
         num_examples: examples of the training data set (packs, with `packing: packed`).
@@ -87,7 +86,7 @@ def require_a_batch(num_examples: int, training: Mapping[str, Any]) -> None:
 
 
 def _needing_evaluation(training: Mapping[str, Any]) -> list[str]:
-    """Keys that are set such that they need evaluation rows."""
+    """Keys that are set such that they need evaluation data."""
     needing = {
         "eval_strategy": training.get("eval_strategy") not in (None, False, "no"),
         "eval_on_start": bool(training.get("eval_on_start")),
@@ -101,11 +100,11 @@ def _needing_evaluation(training: Mapping[str, Any]) -> list[str]:
 
 
 class Evaluations(TrainerCallback):
-    """Has evaluations come before the checkpoint of their step, so that a resumed run has each of them once.
+    """Makes evaluations come before the checkpoint of their step, so that a resumed run has each of them once.
 
     transformers evaluates `eval_strategy: epoch`, and logs `logging_strategy: epoch`, once the epoch has ended, after
-    the checkpoint of its last step: a run that is killed in between would go on without them. Here they come with that
-    step.
+    the checkpoint of its last step: a run that is killed in between would resume without them. Here they come with
+    that step.
 
     Args:
         at_end: evaluate after the last step, whatever the strategy is.
@@ -116,7 +115,7 @@ class Evaluations(TrainerCallback):
         self._evaluated_at = -1
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for what is due with this step."""
+        """Request what is due with this step."""
         last = state.global_step >= state.max_steps
         epoch = state.epoch or 0.0
         ends_epoch = last or epoch == int(epoch)
@@ -132,6 +131,6 @@ class Evaluations(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Not a second time; transformers' own callback has asked for it just before."""
+        """Cancel the second evaluation of the step, which transformers' own callback has just requested."""
         if self._evaluated_at == state.global_step:
             control.should_evaluate = False

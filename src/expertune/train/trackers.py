@@ -1,8 +1,8 @@
-"""The trackers of a run (`training.report_to`): a run of theirs for each of ours, and no other.
+"""The trackers of a run (`training.report_to`): each run has one run of its own in a tracker.
 
-Their callbacks are transformers' own. What these leave open is settled here: a run that is resumed goes on in the
-tracker from the step that it had come to, with no point told twice; and what a run has opened is closed when it ends,
-also by an error, so that the next run in the same process does not write into it. Read from transformers 5.20 and 5.23.
+The callbacks are transformers' own. Two things are added: a resumed run continues in the tracker's run from the step
+that it had reached, with no point logged twice; and what a run has opened is closed when it ends, also by an error, so
+that the next run in the same process does not write into it. Read from transformers 5.20 to 5.24.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ TRACKERS_NAME = "trackers.json"
 
 
 class Trackers:
-    """What a run tells its trackers.
+    """What a run logs to its trackers.
 
     Args:
         trainer: the trainer, with the trackers' callbacks.
-        run_dir: the run directory; `trackers.json` in it keeps what a resumed run goes on with.
-        resumed: whether the run goes on with what was begun, from a checkpoint or from its first step.
+        run_dir: the run directory; `trackers.json` in it keeps what a resumed run continues with.
+        resumed: whether the run was started before; it continues from a checkpoint or from its first step.
     """
 
     def __init__(self, trainer: Trainer, run_dir: Path, resumed: bool) -> None:
@@ -45,7 +45,7 @@ class Trackers:
 
     @contextmanager
     def open(self, named: bool) -> Iterator[None]:
-        """While open, the trackers are told of the run; they are finished with it, however it ends.
+        """While open, the trackers log the run; they are finished with it, however it ends.
 
         Args:
             named: the run file names the run, so that its name is not the one that it had when it started.
@@ -58,7 +58,7 @@ class Trackers:
         for callback in self._callbacks:
             if isinstance(callback, TensorBoardCallback):
                 self._open_tensorboard(callback)
-            self._tell_once(callback, self._kept.setdefault(type(callback).__name__, {}))
+            self._log_once(callback, self._kept.setdefault(type(callback).__name__, {}))
         # Before the trainer's own callback would: that one takes a run which is there.
         close_wandb = self._open_wandb() if any(isinstance(each, WandbCallback) for each in self._callbacks) else None
         self._keep()
@@ -68,11 +68,11 @@ class Trackers:
             failed = False
         finally:
             for callback in self._callbacks:
-                # transformers has told those of a run that ended well. W&B's would upload the model of one that failed.
+                # transformers has ended those of a run that succeeded. W&B's would upload the model of one that failed.
                 if failed and not isinstance(callback, WandbCallback):
                     self._end(callback)
             if close_wandb is not None:
-                with contextlib.suppress(Exception):  # what a tracker's service says must not hide how the run ended
+                with contextlib.suppress(Exception):  # a tracker's own error must not hide how the run ended
                     close_wandb(failed)
 
     def _open_tensorboard(self, callback: TensorBoardCallback) -> None:
@@ -86,21 +86,21 @@ class Trackers:
             callback.on_train_begin = _nothing
 
     def _open_wandb(self) -> Callable[[bool], None] | None:
-        """Start or take up a run of W&B; returns how it is closed, or None where the run is the caller's own."""
+        """Start or continue a run of W&B; returns how it is closed, or None where the run is the caller's own."""
         import wandb
 
         if wandb.run is not None:
             return None
         kept = self._kept[WandbCallback.__name__]
         given = "WANDB_RUN_ID" in os.environ  # by the user, or by an agent of a sweep
-        goes_on = "id" in kept
+        continues = "id" in kept
         if not given:
             kept.setdefault("id", secrets.token_hex(4))
         wandb.init(
             project=os.getenv("WANDB_PROJECT", "huggingface"),  # as transformers has it
             name=self._trainer.args.run_name,
             id=None if given else kept["id"],
-            resume="allow" if goes_on and not given else None,
+            resume="allow" if continues and not given else None,
         )
 
         def close(failed: bool) -> None:
@@ -108,9 +108,9 @@ class Trackers:
 
         return close
 
-    def _tell_once(self, callback: TrainerCallback, kept: dict[str, Any]) -> None:
-        """Have the tracker told of each step once, also by a run that takes steps again after it was killed."""
-        tell, before = callback.on_log, dict(kept.get("told", {}))
+    def _log_once(self, callback: TrainerCallback, kept: dict[str, Any]) -> None:
+        """Have each step logged once, also by a run that repeats steps after it was killed."""
+        log, before = callback.on_log, dict(kept.get("told", {}))
 
         def on_log(
             args: TrainingArguments,
@@ -122,7 +122,7 @@ class Trackers:
             kind = _kind_of(logs or {})
             if state.global_step <= before.get(kind, -1):
                 return
-            tell(args, state, control, logs=logs, **kwargs)
+            log(args, state, control, logs=logs, **kwargs)
             kept.setdefault("told", {})[kind] = state.global_step
             self._keep()
 
@@ -138,7 +138,7 @@ class Trackers:
 
 
 def _kind_of(logs: Mapping[str, float]) -> str:
-    """What is told: each step may be told of once for each kind."""
+    """What is logged: each step may be logged once for each kind."""
     if "train_runtime" in logs:
         return "end"
     return "evaluation" if any(name.startswith("eval_") for name in logs) else "step"
@@ -149,7 +149,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What an earlier start kept; nothing where that cannot be read, since trackers decide no result."""
+    """What an earlier start kept; nothing where it cannot be read, since trackers decide no result."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,0 +1,74 @@
+"""TrainingArguments of a run, from the `training:` section of its run file."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from expertune.config.training_keys import unused_keys
+from expertune.errors import ConfigError
+from expertune.train.optim import default_optimizer, usable_optimizer
+
+_KNOWN = {field.name for field in dataclasses.fields(TrainingArguments)}
+
+
+def training_arguments(training: Mapping[str, Any], output_dir: str, device: torch.device) -> tuple[Any, list[str]]:
+    """TrainingArguments with this project's defaults.
+
+    Args:
+        training: the section; its keys have been checked.
+        output_dir: the run directory.
+        device: where the model is.
+
+    Returns:
+        The arguments, and a sentence for each value that could not be used as it stands.
+
+    Raises:
+        ConfigError: transformers refuses a value.
+    """
+    # YAML 1.1 reads a bare `no` as False.
+    values = {key: "no" if key.endswith("_strategy") and value is False else value for key, value in training.items()}
+    notes = unused_keys(values, on_cpu=device.type == "cpu")
+    _use_new_names(values)
+    if device.type == "cpu":
+        values |= {"use_cpu": True, "fp16": False}
+        values.setdefault("dataloader_pin_memory", False)
+    elif values.get("use_cpu"):
+        raise ConfigError(
+            "training.use_cpu is true, but the model is on the GPU that this process sees; hide it with "
+            "CUDA_VISIBLE_DEVICES= (nothing after the sign) in the environment, and remove the key"
+        )
+    optimizer = str(values.get("optim") or default_optimizer(device.type))
+    values["optim"] = usable_optimizer(optimizer, device.type)
+    if values["optim"] != optimizer:
+        notes.append(f"training.optim: {optimizer} needs a CUDA device; using {values['optim']} on this CPU")
+    values.setdefault("report_to", "none")
+    values.setdefault("disable_tqdm", False)
+    values.setdefault("run_name", f"{Path(output_dir).name}-{time.strftime('%Y-%m-%d-%H-%M')}")
+    values.setdefault("save_strategy", "steps")
+    values |= {"output_dir": output_dir, "remove_unused_columns": False}
+    try:
+        args = TrainingArguments(**values)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"training: transformers refuses a value: {error}") from None
+    # Of several GPUs that a process sees, transformers would use all: a batch on each, by nn.DataParallel. It has no
+    # argument for one; the attribute was read from releases 5.20 to 5.24, and a test checks it.
+    args._n_gpu = min(args.n_gpu, 1)
+    return args, notes
+
+
+def _use_new_names(values: dict[str, Any]) -> None:
+    """transformers renamed two arguments: run files may use either name, and either release is given its own."""
+    for old, new in (
+        ("gradient_checkpointing", "activation_checkpointing"),
+        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+    ):
+        if new in _KNOWN and old in values:
+            values[new] = values.pop(old)
+    name = next(each for each in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if each in _KNOWN)
+    # The reentrant variant needs inputs that require gradients, which frozen embeddings do not give.
+    values[name] = {"use_reentrant": False, **(values.get(name) or {})}

@@ -1,0 +1,55 @@
+"""How evenly a step's tokens are spread over the experts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expertune.experts.module import Nf4Experts
+
+
+class ExpertLoad:
+    """Counts the tokens that are routed to each expert in training.
+
+    A layer that is computed again for activation checkpointing counts its tokens twice, all of them alike.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[nn.Module, Tensor] = {}
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """While open, a model's 4-bit expert layers are counted."""
+        layers = [module for module in model.modules() if isinstance(module, Nf4Experts)]
+        hooks = [layer.register_forward_pre_hook(self._count) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _count(self, layer: Any, inputs: tuple[Any, ...]) -> None:
+        if not layer.training:
+            return
+        index_R = inputs[1].reshape(-1).long()
+        if layer not in self._counts:
+            self._counts[layer] = torch.zeros(layer.num_experts, dtype=torch.int64, device=index_R.device)
+        # Unlike bincount it does not wait for a GPU.
+        self._counts[layer].scatter_add_(0, index_R, torch.ones_like(index_R))
+
+    def clear(self) -> None:
+        """Forget what has been counted: the step is computed again."""
+        self._counts.clear()
+
+    def take(self) -> float | None:
+        """Tokens of the busiest expert over the mean of all, averaged over layers: 1 is even; None without layers.
+
+        Counting starts again.
+        """
+        if not self._counts:
+            return None
+        imbalances = [counts.max() * counts.numel() / counts.sum() for counts in self._counts.values()]
+        self._counts.clear()
+        return float(torch.stack(imbalances).mean())

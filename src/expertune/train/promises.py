@@ -1,0 +1,345 @@
+"""What this project promises of training, as a mixin over transformers' Trainer and over TRL's trainers.
+
+Whole checkpoints, exact resume, no step on values that are not finite, one evaluation, named series of figures, and
+another attempt at a step where memory runs out: `class Careful(Promises, trl.SFTTrainer)` has all of them.
+
+These private methods of Trainer are overridden, each for want of a public one. Their signatures, and where the training
+loop calls them, were read from transformers 5.20 to 5.24; `tests/train/test_promises.py` fails on a release that
+changes either.
+
+==================  ===================================================================================
+`_run_epoch`        no callback can keep an epoch from taking a first step where none is left
+`_get_grad_norm`    the norm of the gradients is not handed to `on_pre_optimizer_step`
+`_save_checkpoint`  `on_save` comes after files have their final names and old checkpoints are deleted
+`_get_output_dir`   the directory that `_save_checkpoint` writes to
+`_load_best_model`  no callback comes before the best checkpoint is loaded
+==================  ===================================================================================
+"""
+
+import math
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import Trainer, TrainerControl
+from transformers.trainer_utils import rotate_checkpoints
+
+from expertune.adapt.peft_model import ExpertPeftModel
+from expertune.data.split import Batch
+from expertune.errors import CheckpointError, ConfigError, NonFiniteGradientError, NonFiniteLossError
+from expertune.storage import storage_errors_named
+from expertune.train.callbacks import BestCheckpointHere, History
+from expertune.train.checkpoints import (
+    STAGING_NAME,
+    find_resume_point,
+    last_good_checkpoint,
+    publish,
+    seal,
+    verify,
+)
+from expertune.train.expert_load import ExpertLoad
+from expertune.train.finite import (
+    gradients_of,
+    in_words,
+    is_lowered_by_scaler,
+    norm_of_gradients,
+    not_finite,
+    trained_weights_of,
+)
+from expertune.train.offload import activations_on_host
+from expertune.train.oom import OutOfMemory, RandomState
+
+_MAX_NAMED = 8
+
+
+class Evaluation(Protocol):
+    """The evaluation of a run."""
+
+    @property
+    def dataset(self) -> Any:
+        """The examples of the evaluation."""
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """`loss`, and other figures that the best checkpoint may be chosen by, after an optimizer step."""
+
+
+@dataclass
+class Promised:
+    """What the promises are kept with; all of it has a default.
+
+    Attributes:
+        history: filled step by step.
+        oom: what happens when memory runs out; None means all fallbacks, without a message.
+        evaluation: the run's own evaluation; None means the trainer's.
+        place_of: where an example came from, by its id in `row_ids` of a batch; for messages.
+    """
+
+    history: History = field(default_factory=History)
+    oom: OutOfMemory | None = None
+    evaluation: Evaluation | None = None
+    place_of: Callable[[int], str] = str
+
+
+class Promises(Trainer):
+    """The mixin; it comes before the trainer's class among the bases.
+
+    Args:
+        *args: of the trainer.
+        promised: see there.
+        **kwargs: of the trainer.
+    """
+
+    def __init__(self, *args: Any, promised: Promised | None = None, **kwargs: Any) -> None:
+        promised = promised or Promised()
+        self.evaluation, self.place_of = promised.evaluation, promised.place_of
+        self.best_loaded: str | None = None
+        self._staging: Path | None = None
+        self._step_examples: list[int] = []
+        super().__init__(*args, **kwargs)
+        self.oom = promised.oom or OutOfMemory(self.model, next(self.model.parameters()).device)
+        self.expert_load = ExpertLoad()
+        for callback in (promised.history, self.oom):
+            self.add_callback(callback)
+        self.args.restore_callback_states_from_checkpoint = True  # the history's
+        self.args.logging_nan_inf_filter = False  # such a loss stops the run, and is not hidden in the log
+
+    @property
+    def history(self) -> History:
+        """The run's history; at resume transformers puts a copy that the checkpoint held in its place."""
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, History))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """transformers' training loop.
+
+        Args:
+            resume_from_checkpoint: a checkpoint; True means the newest whole one.
+            **kwargs: as transformers has them.
+
+        Raises:
+            CheckpointError: there is no whole checkpoint to resume from.
+            DoesNotFitError: memory ran out, and no fallback is left; names the last good checkpoint.
+            NonFiniteLossError, NonFiniteGradientError: a loss, a gradient or a weight is not finite; name the same.
+        """
+        run_dir = Path(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            if (whole := find_resume_point(run_dir).checkpoint) is None:
+                raise CheckpointError(f"{run_dir}: no whole checkpoint to resume from; train without resuming")
+            resume_from_checkpoint = str(whole)
+        if resume_from_checkpoint:
+            self.add_callback(BestCheckpointHere(run_dir, Path(resume_from_checkpoint)))
+            self.args.eval_on_start = False  # that evaluation is in the history
+        with self.oom.reraise(), self.expert_load.watching(self.model):
+            result = super().train(resume_from_checkpoint, **kwargs)
+        self._require_finite_weights()
+        self._drop_old_checkpoints()  # a run that was killed between its last checkpoint and here has not
+        return result
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of one micro-batch, or of the whole step so far where memory runs out.
+
+        Raises:
+            NonFiniteLossError: names the step, the examples and the last good checkpoint.
+            DoesNotFitError: see `train`.
+        """
+
+        def reset() -> None:
+            model.zero_grad()
+            self.history.drop_step()
+            self.expert_load.clear()
+            self._step_examples = []
+
+        def compute(part: Batch) -> Tensor:
+            return self._forward_and_backward(model, dict(part), num_items_in_batch)
+
+        return self.oom.step(compute, inputs, reset, self.why_indivisible(num_items_in_batch))
+
+    def why_indivisible(self, num_items_in_batch: Tensor | int | None) -> str | None:
+        """Why a micro-batch computed in parts, split between its sequences, would be another step; None if it is not.
+
+        Args:
+            num_items_in_batch: the label tokens of the step where the loss is divided by them, else None.
+        """
+        return f"{type(self).__name__} does not say how its batches divide"
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own loss, with activations offloaded where that is set or memory ran out."""
+        with activations_on_host(model) if self.oom.offload_activations else nullcontext():
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; the mean loss is taken from the history, which a resume does not forget."""
+        if "loss" in logs and self.history.losses:
+            logged = [entry["step"] for entry in self.state.log_history if "loss" in entry]
+            logs["loss"] = self.history.mean_since(logged[-1] if logged else 0)
+        if "train_loss" in logs and self.history.losses:
+            logs["train_loss"] = self.history.mean_since(0)  # transformers' is that of the steps since a resume
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """The run's own evaluation, the same as `expertune evaluate`'s, or else the trainer's.
+
+        Raises:
+            ConfigError: the trainer was made without evaluation examples.
+        """
+        if self.evaluation is None and not args and "eval_dataset" not in kwargs and self.eval_dataset is None:
+            raise ConfigError("the run has no evaluation examples; set data.eval")
+        step, random_state = self.state.global_step, RandomState()
+        metrics: dict[str, float]
+        if self.evaluation is None:
+            metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            if (loss := metrics.get(f"{metric_key_prefix}_loss")) is not None:
+                self.history.add_evaluation(step, {"loss": loss})
+        else:
+            found = self.evaluation.metrics(step)
+            self.history.add_evaluation(step, found)
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+            self.log(metrics)
+            handler = self.callback_handler
+            self.control: TrainerControl = handler.on_evaluate(self.args, self.state, self.control, metrics)
+        random_state.restore()  # an evaluation must not change what dropout drops
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter alone: transformers would also pickle all arguments, with the hub's token if there is one."""
+        folder = Path(output_dir or self.args.output_dir)
+        write_adapter(self.model, folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    @property
+    def adapter_origin(self) -> dict[str, Any]:
+        """Which state of training the adapter is, now that training has ended.
+
+        Returns:
+            `step`; `checkpoint`, `metric` and `value` of the best evaluation where its checkpoint was loaded, or None.
+        """
+        if self.best_loaded is None:
+            return {"step": self.state.global_step, "checkpoint": None, "metric": None, "value": None}
+        return {
+            "step": self.state.best_global_step,
+            "checkpoint": self.best_loaded,
+            "metric": str(self.args.metric_for_best_model).removeprefix("eval_"),
+            "value": self.state.best_metric,
+        }
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # the checkpoint that was resumed has taken all steps
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._require_finite_gradients(model, norm)
+        return norm
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Written to a directory beside and renamed, so that it can be written again from its start.
+        self.oom.retry("checkpoint", lambda: self._write_checkpoint(model, trial))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        try:
+            verify(best)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"the best checkpoint cannot be taken as the run's result: {error}. --resume takes the steps since the "
+                "checkpoint before it again"
+            ) from None
+        super()._load_best_model()
+        self.best_loaded = best.name
+
+    def _forward_and_backward(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """The trainer's step; stops before a loss that is not finite reaches the optimizer."""
+        examples = inputs.pop("row_ids", [])
+        tokens = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteLossError(self._name_bad_step(f"the loss became {value}", examples))
+        self._step_examples += examples
+        self.history.add("loss", value)
+        self.history.add("tokens", tokens)
+        return loss
+
+    def _require_finite_gradients(self, model: nn.Module, norm: Tensor | float | None) -> None:
+        """Stop before the update that would carry a gradient that is not finite into the adapter."""
+        value = norm_of_gradients(model, norm)
+        if not math.isfinite(value) and not is_lowered_by_scaler(value, self.accelerator.scaler):
+            names = not_finite(gradients_of(model))
+            where = f" ({in_words(names)})" if names else ""
+            what = f"the norm of the gradients became {value}{where} under a finite loss"
+            raise NonFiniteGradientError(self._name_bad_step(what, self._step_examples))
+        self._step_examples = []
+        self.history.add("grad_norm", value)
+        if (imbalance := self.expert_load.take()) is not None:
+            self.history.add("expert_imbalance", imbalance)
+
+    def _require_finite_weights(self) -> None:
+        """Refuse to keep an adapter that holds a NaN: finite gradients may still have been divided by zero."""
+        if names := not_finite(trained_weights_of(self.model)):
+            step = self.state.global_step
+            raise NonFiniteGradientError(
+                f"the update of step {step} left weights that are not finite ({in_words(names)}); "
+                f"{last_good_checkpoint(self.args.output_dir)}. Start a new run with a lower learning_rate and "
+                "the optimizer's own training.adam_epsilon"
+            )
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._require_finite_weights()
+        run_dir = Path(self.args.output_dir)
+        self._staging = run_dir / STAGING_NAME
+        shutil.rmtree(self._staging, ignore_errors=True)
+        try:
+            with storage_errors_named(self._staging):  # while what was written is there to look at
+                super()._save_checkpoint(model, trial)
+            staged = self._staging / f"checkpoint-{self.state.global_step}"
+            best = self.state.best_model_checkpoint
+            if best is not None and Path(best) == staged:
+                self.state.best_model_checkpoint = str(run_dir / staged.name)
+                self.state.save_to_json(str(staged / "trainer_state.json"))
+            seal(staged)
+            publish(staged, run_dir)
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        self._drop_old_checkpoints()
+
+    def _drop_old_checkpoints(self) -> None:
+        rotate_checkpoints(
+            output_dir=self.args.output_dir,
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+        )
+
+    def _name_bad_step(self, what: str, examples: list[int]) -> str:
+        last = last_good_checkpoint(self.args.output_dir)
+        if last.endswith(f"checkpoint-{self.state.global_step}"):
+            last += " (the weights that this step began with)"
+        places = ", ".join(self.place_of(example) for example in examples[:_MAX_NAMED])
+        more = f" and {len(examples) - _MAX_NAMED} more" if len(examples) > _MAX_NAMED else ""
+        return (
+            f"{what} in step {self.state.global_step + 1}{f' on {places}{more}' if examples else ''}; {last}. Look at "
+            "these examples, or start a new run with a lower training.learning_rate, if you like from this adapter by "
+            "lora.init_from"
+        )
+
+
+def write_adapter(model: Any, folder: Path) -> None:
+    """Write a model's adapter so that it comes back to the bit: stock PEFT's files, and live factors beside them."""
+    model.save_pretrained(str(folder))
+    if isinstance(model, ExpertPeftModel):
+        model.save_live_factors(folder)
