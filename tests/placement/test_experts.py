@@ -16,7 +16,7 @@ from expertune.config import LoraSection
 from expertune.experts.module import Nf4Experts
 from expertune.experts.replay import with_replay
 from expertune.kernels.nf4 import Nf4Bytes
-from expertune.placement.experts import Location, Placement, offload_more, placement_of
+from expertune.placement.experts import Location, Placement, placement_of
 from tests.tiny_models import load_tiny, random_rows, save_tiny_model
 
 LAYERS = 4
@@ -179,11 +179,11 @@ def test_offload_more_moves_half_of_what_is_resident_until_nothing_is_left(folde
     loaded, placement = placed(folder, tmp_path)
     expected = step(loaded.model, checkpointing=True)
     assert placement_of(loaded.model) is placement
-    assert offload_more(loaded.model) == "experts of 2 layers are offloaded to disk"
+    assert placement.offload_more() == "experts of 2 layers are offloaded to disk"
     assert_identical(step(loaded.model, checkpointing=True), expected)
-    assert offload_more(loaded.model) == "experts of 1 layers are offloaded to disk"
-    assert offload_more(loaded.model) == "experts of 1 layers are offloaded to disk"
-    assert offload_more(loaded.model) is None
+    assert placement.offload_more() == "experts of 1 layers are offloaded to disk"
+    assert placement.offload_more() == "experts of 1 layers are offloaded to disk"
+    assert placement.offload_more() is None
     assert_identical(step(loaded.model, checkpointing=True), expected)
 
 
@@ -191,15 +191,15 @@ def test_offload_more_moves_to_the_host_where_its_memory_is_separate(folder: Pat
     loaded, placement = placed(folder, tmp_path)
     expected = step(loaded.model, checkpointing=True)
     placement.separate_host = True
-    assert offload_more(loaded.model) == "experts of 2 layers are offloaded to the host"
+    assert placement.offload_more() == "experts of 2 layers are offloaded to the host"
     assert placement.describe()["layers"] == {"host": 2, "device": 2}
     assert_identical(step(loaded.model, checkpointing=True), expected)
-    assert [offload_more(loaded.model) for _ in range(3)][-1] == "experts of 2 layers are offloaded to disk"
+    assert [placement.offload_more() for _ in range(3)][-1] == "experts of 2 layers are offloaded to disk"
     assert_identical(step(loaded.model, checkpointing=True), expected)
 
 
-def test_offload_more_of_a_model_without_a_placement_moves_nothing(folder: Path) -> None:
-    assert offload_more(load_tiny(folder).model) is None
+def test_model_without_a_placement_has_none(folder: Path) -> None:
+    assert placement_of(load_tiny(folder).model) is None
 
 
 @pytest.mark.parametrize("location", ["host", "disk"])

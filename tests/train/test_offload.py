@@ -1,4 +1,4 @@
-"""What forward keeps for backward leaves the device, and comes back the same."""
+"""What forward saves for backward leaves the device, and comes back the same."""
 
 import io
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Placement: where frozen bytes and products live."""
+"""Where a run computes, and where frozen expert bytes are held."""

@@ -1,4 +1,4 @@
-"""Which device a run computes on, in which dtype, and how a host gives memory back."""
+"""Which device a run computes on, in which dtype, and with which kernels."""
 
 from typing import Literal
 
@@ -24,7 +24,7 @@ def training_device() -> torch.device:
     """The device of a run: `default_device()`, which has to be the one that transformers' Trainer takes.
 
     Raises:
-        ConfigError: the process has made another GPU than the first that it sees the current one.
+        ConfigError: the process's current GPU is not the first that it sees.
     """
     device = default_device()
     if device.type == "cuda" and device.index != 0:
@@ -36,11 +36,11 @@ def training_device() -> torch.device:
 
 
 def resolve_compute_dtype(name: str, device: torch.device | None = None) -> torch.dtype:
-    """Dtype of the matrix products on a device.
+    """Dtype of the GEMMs on a device.
 
     Args:
         name: `auto`, `bfloat16`, `float16` or `float32`, as in `quantization.compute_dtype`.
-        device: where the products run; None means `default_device()`.
+        device: where they run; None means `default_device()`.
 
     Returns:
         For `auto`: bfloat16 where the device multiplies it natively, otherwise float16 on CUDA and float32 on a CPU.

@@ -135,7 +135,11 @@ class Placement:
 
 
 def make_backend(layers: Sequence[list[Tensor]], device: torch.device, separate_host: bool) -> Backend:
-    """The backend that transfers offloaded layers to the device that computes. A further one is one more class here."""
+    """The backend that transfers offloaded layers to the device that computes.
+
+    Another place to hold bytes, such as the other ranks of a sharded model, is one more `Location` and one more
+    `Backend`: the prefetcher and the kernels only see tensors that are acquired and dropped.
+    """
     return SlotLayers(layers, device) if separate_host else MappedLayers(layers)
 
 
@@ -185,12 +189,6 @@ def placement_of(model: nn.Module) -> Placement | None:
     """The placement of a model's experts, whatever is wrapped around it."""
     found = (getattr(module, "expert_placement", None) for module in model.modules())
     return next((placement for placement in found if placement is not None), None)
-
-
-def offload_more(model: nn.Module) -> str | None:
-    """See `Placement.offload_more`; None as well where the model has no placement."""
-    placement = placement_of(model)
-    return placement.offload_more() if placement else None
 
 
 def _tensors(module: Nf4Experts) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 # Of each tensor in a slot, so that kernels may load 16 bytes at a time.
 _ALIGNMENT = 256
 
-NUM_SLOTS = 2
+_NUM_SLOTS = 2
 
 
 class SlotLayers:
@@ -29,12 +29,12 @@ class SlotLayers:
     def __init__(self, layers: Sequence[list[Tensor]], device: torch.device) -> None:
         self._layers, self._device = list(layers), device
         self._cuda = device.type == "cuda"
-        size = slot_bytes(self._layers)
-        self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
-        self._free = list(range(NUM_SLOTS))
+        size = _slot_bytes(self._layers)
+        self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(_NUM_SLOTS)]
+        self._free = list(range(_NUM_SLOTS))
         self._slot_of: dict[int, int] = {}
         self._loading: dict[int, Future[Any]] = {}
-        self._used: list[Any] = [None] * NUM_SLOTS
+        self._used: list[Any] = [None] * _NUM_SLOTS
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="expert-bytes")
         self._stream = torch.cuda.Stream(device) if self._cuda else None
         is_pageable = any(not tensor.is_pinned() for tensors in self._layers for tensor in tensors)
@@ -53,7 +53,7 @@ class SlotLayers:
         filled = self._loading[layer].result()
         if filled is not None:
             torch.cuda.current_stream(self._device).wait_event(filled)
-        return cut(self._slots[self._slot_of[layer]], self._layers[layer])
+        return _views(self._slots[self._slot_of[layer]], self._layers[layer])
 
     def used(self, layer: int) -> None:
         """Record the end of the work on the slot."""
@@ -75,11 +75,11 @@ class SlotLayers:
 
     def _fill(self, layer: int, slot: int) -> Any:
         """Copy a layer into a slot; the event after which it is loaded, None where it is loaded on return."""
-        sources, targets = self._layers[layer], cut(self._slots[slot], self._layers[layer])
+        sources, targets = self._layers[layer], _views(self._slots[slot], self._layers[layer])
         if self._staging is not None and any(not source.is_pinned() for source in sources):
             if self._staged is not None:
                 self._staged.synchronize()  # the buffer's last copy has ended
-            staged = cut(self._staging, sources)
+            staged = _views(self._staging, sources)
             for to, source in zip(staged, sources, strict=True):
                 to.copy_(source)
             sources = staged
@@ -96,12 +96,12 @@ class SlotLayers:
             return filled
 
 
-def slot_bytes(layers: Sequence[Sequence[Tensor]]) -> int:
+def _slot_bytes(layers: Sequence[Sequence[Tensor]]) -> int:
     """Bytes of a slot that holds any of the layers."""
     return max((sum(_aligned(tensor.nbytes) for tensor in tensors) for tensors in layers), default=0)
 
 
-def cut(slot: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+def _views(slot: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Views of a slot with the shapes and dtypes of `like`, one after the other."""
     views, at = [], 0
     for tensor in like:
