@@ -19,7 +19,7 @@ from benchmarks.workload import text_batch
 from expertune.experts.module import Nf4Experts
 from expertune.kernels.routes import use_settings
 from expertune.placement.experts import Placement
-from expertune.planning.places import spread
+from expertune.planning.placement import spread
 
 LIMIT_S = 500
 

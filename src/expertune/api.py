@@ -127,7 +127,8 @@ def _finetune(context: RunContext) -> Run:
     config, record, output_dir = context.config, context.record, context.output_dir
     check_training_arguments(config.training, config.where)
     check_schedule(config)
-    made = make_plan(config, began_with=merged_before(record, output_dir), trust_remote_code=context.trust_remote_code)
+    merged = merged_before(record, output_dir)
+    made = make_plan(config, previously_merged=merged, trust_remote_code=context.trust_remote_code)
     # Values that do not go together are refused by transformers itself: before anything is loaded.
     context = _with_arguments(context, made.micro_batch)
     made.require_fit()

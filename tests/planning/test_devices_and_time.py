@@ -1,4 +1,4 @@
-"""Devices by name, where experts wait, how long a step takes, and changes as lines of a run file."""
+"""Devices by name, where experts are held, how long a step takes, and changes as lines of a run file."""
 
 import pytest
 import yaml
@@ -8,7 +8,7 @@ from expertune.errors import ConfigError
 from expertune.planning import make_plan, speed
 from expertune.planning.devices import DEVICES, device_of_this_name, find_device
 from expertune.planning.fit import as_yaml
-from expertune.planning.places import Choice, spread
+from expertune.planning.placement import PlacementChooser, spread
 from tests.tiny_models import tiny_config
 
 MIXTRAL = "mixtral-8x7b-v0.1"
@@ -55,19 +55,19 @@ def test_a_gpu_without_bfloat16_is_planned_in_float16(run_of):
     assert make_plan(run_of(MIXTRAL, **AUTO), gpu="t4").compute_dtype == "float16"
 
 
-# --- where experts wait ---------------------------------------------------------------------------------------------
+# --- where experts are held -----------------------------------------------------------------------------------------
 
 
 def test_experts_stay_on_the_device_where_they_fit(run_of):
     plan = make_plan(run_of(MIXTRAL, **AUTO), gpu="h100")
     assert set(plan.placement.values()) == {"device"}
-    assert plan.places.reason is None
+    assert plan.planned.reason is None
     assert plan.memory.host_bytes == 0
 
 
-def test_as_many_layers_as_needed_wait_on_the_host_and_no_more(run_of):
+def test_as_many_layers_as_needed_are_offloaded_to_the_host_and_no_more(run_of):
     plan = make_plan(run_of(MIXTRAL, **AUTO), gpu="rtx-4090")
-    waiting = plan.places.counts["host"]
+    waiting = plan.planned.counts["host"]
     assert plan.fits
     assert 2 < waiting < 32
     one = plan.weights.experts_bytes // 32
@@ -77,10 +77,10 @@ def test_as_many_layers_as_needed_wait_on_the_host_and_no_more(run_of):
     # With one layer more on the device, less than the share that is left free would be.
     assert plan.memory.peak_bytes + one > 0.95 * plan.budget_bytes
     assert plan.time.brought_bytes == 2 * (waiting - 1) * one
-    assert f"experts of {waiting} of 32 layers wait in the host's memory" in plan.places.reason
+    assert f"experts of {waiting} of 32 layers are offloaded to the host's memory" in plan.planned.reason
 
 
-def test_layers_that_wait_are_evenly_spread():
+def test_offloaded_layers_are_evenly_spread():
     names = [str(number) for number in range(32)]
     assert spread(names, 4) == ["4", "12", "20", "28"]
     assert spread(names, 32) == names
@@ -89,7 +89,7 @@ def test_layers_that_wait_are_evenly_spread():
 
 def test_explicit_placement_puts_all_layers_there(run_of):
     plan = make_plan(run_of(MIXTRAL, placement="host"), device="cuda")
-    assert plan.places.counts == {"host": 32}
+    assert plan.planned.counts == {"host": 32}
     on_cpu = make_plan(run_of(MIXTRAL, placement="host"), device="cpu")
     assert on_cpu.memory == make_plan(run_of(MIXTRAL), device="cpu").memory
 
@@ -100,32 +100,33 @@ def test_disk_without_an_nf4_folder_names_the_command_that_writes_one(run_of, tm
         make_plan(run_of(tmp_path / "model", placement="disk"), device="cpu")
 
 
-def test_on_a_cpu_layers_of_an_nf4_folder_wait_on_the_disk():
+def test_on_a_cpu_layers_of_an_nf4_folder_are_offloaded_to_the_disk():
     sizes = dict.fromkeys("abcd", 100)
-    choice = Choice(sizes, "cpu", holds_nf4=True, here=True)
+    choice = PlacementChooser(sizes, "cpu", holds_nf4=True, here=True)
 
-    def peak(places):
-        return 1000 - places.streaming.waiting_bytes + places.streaming.slot_bytes
+    def peak(planned):
+        return 1000 - planned.offloading.offloaded_bytes + planned.offloading.slot_bytes
 
     assert choice.fitting(1000, peak).counts == {"device": 4}
     assert choice.fitting(980, peak).counts == {"device": 1, "disk": 3}
     assert choice.fitting(100, peak).counts == {"disk": 4}
-    assert Choice(sizes, "cpu", holds_nf4=False, here=True).fitting(100, peak).counts == {"device": 4}
+    assert PlacementChooser(sizes, "cpu", holds_nf4=False, here=True).fitting(100, peak).counts == {"device": 4}
 
 
-def test_at_a_turn_of_the_way_one_mapped_layer_is_there_and_both_slots_of_a_gpu():
-    sizes = dict.fromkeys("abcd", 100)
-    mapped = Choice(sizes, "cpu", holds_nf4=True, here=True).streaming(list(sizes), "disk")
-    copied = Choice(sizes, "cuda", holds_nf4=True, here=True).streaming(list(sizes), "disk")
-    assert (mapped.slot_bytes, mapped.turn_bytes) == (200, 100)
-    assert (copied.slot_bytes, copied.turn_bytes) == (200, 200)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_offloaded_layers_share_two_slots_as_large_as_the_largest_of_them(device):
+    chooser = PlacementChooser({"a": 50, "b": 100, "c": 70}, device, holds_nf4=True, here=True)
+    offloading = chooser.offloading(["a", "b", "c"], "disk")
+    assert (offloading.offloaded_bytes, offloading.slot_bytes) == (220, 200)
+    # The layer at a turnaround stays: the last one into backward, the first one into the next forward.
+    assert offloading.transferred_bytes == (170, 150)
 
 
-def test_activations_that_wait_on_the_host_leave_one_layer_s_on_the_device(run_of):
+def test_offloaded_activations_leave_one_layer_s_on_the_device(run_of):
     here = make_plan(run_of(MIXTRAL), device="cuda").memory
     offloaded = make_plan(run_of(MIXTRAL, offload_activations=True), device="cuda").memory
-    kept = here.moments["loss"]["activations"]
-    assert offloaded.moments["loss"]["activations"] == kept // 32
+    kept = here.phases["loss"]["activations"]
+    assert offloaded.phases["loss"]["activations"] == kept // 32
     assert offloaded.host_bytes == kept
     on_cpu = run_of(MIXTRAL, offload_activations=True)
     assert make_plan(on_cpu, device="cpu").memory == make_plan(run_of(MIXTRAL), device="cpu").memory

@@ -57,11 +57,11 @@ def test_an_adapter_in_bfloat16_takes_half(run_of):
 def test_optimizer_states_by_name_and_device(run_of, device, optim, bytes_per_weight):
     training = {"per_device_train_batch_size": 1, **({"optim": optim} if optim else {})}
     memory = memory_of(run_of(MIXTRAL, lora=TUTORIAL_LORA, training=training), device)
-    assert memory.moments["update"]["optimizer"] == int(120_350_720 * bytes_per_weight)
+    assert memory.phases["update"]["optimizer"] == int(120_350_720 * bytes_per_weight)
 
 
 def test_full_logits_and_checkpointed_inputs_grow_with_tokens(run_of):
-    components = memory_of(run_of(MIXTRAL, loss="full")).moments["loss"]
+    components = memory_of(run_of(MIXTRAL, loss="full")).phases["loss"]
     assert components["logits"] == 320 * 32000 * 14
     # A layer's input and what its experts returned, and x @ A of rank 8 for w1, w2 and w3 of two experts a token.
     assert components["activations"] == 32 * 320 * (2 * 4096 * 2 + 2 * 3 * 8 * 4)
@@ -73,7 +73,7 @@ def test_a_loss_in_chunks_needs_no_more_for_more_tokens_than_their_hidden_states
         memory_of(run_of(MIXTRAL, training={"per_device_train_batch_size": batch}), device) for batch in (16, 32)
     )
     itemsize = 4 if few.components["weights"] > 25e9 else 2  # a CPU without 16-bit products takes float32
-    few, many = few.moments["loss"]["logits"], many.moments["loss"]["logits"]
+    few, many = few.phases["loss"]["logits"], many.phases["loss"]["logits"]
     assert many - few == 16 * 320 * 4096 * 2 * itemsize
     assert many < 32 * 320 * 32000 * 4
 
@@ -81,13 +81,13 @@ def test_a_loss_in_chunks_needs_no_more_for_more_tokens_than_their_hidden_states
 @pytest.mark.parametrize("training", [{"label_smoothing_factor": 0.1}, {"torch_compile": True}])
 def test_settings_that_need_all_logits_are_planned_with_them(run_of, training):
     training = {"per_device_train_batch_size": 1, **training}
-    assert memory_of(run_of(MIXTRAL, training=training)).moments["loss"]["logits"] == 320 * 32000 * 14
+    assert memory_of(run_of(MIXTRAL, training=training)).phases["loss"]["logits"] == 320 * 32000 * 14
 
 
 def test_without_checkpointing_every_layer_keeps_what_one_did(run_of):
-    with_it = memory_of(run_of(MIXTRAL)).moments["layer"]
-    without = memory_of(run_of(MIXTRAL, training={"per_device_train_batch_size": 1})).moments["layer"]
-    assert without["activations"] > 8 * with_it["activations"]
+    with_it = memory_of(run_of(MIXTRAL)).phases["layer"]
+    without = memory_of(run_of(MIXTRAL, training={"per_device_train_batch_size": 1})).phases["layer"]
+    assert without["activations"] > 7 * with_it["activations"]
     assert without["working_set"] < with_it["working_set"]
 
 
@@ -96,7 +96,7 @@ def test_working_set_of_experts_is_bounded_whatever_the_batch(run_of):
         memory_of(run_of(MIXTRAL, kernels={"working_set": "64MiB"}, training={"per_device_train_batch_size": batch}))
         for batch in (16, 17)
     )
-    grown = many.moments["layer"]["working_set"] - few.moments["layer"]["working_set"]
+    grown = many.phases["layer"]["working_set"] - few.phases["layer"]["working_set"]
     rows = 320 * 2 * 4 * 5 * 14336  # what the rows of 320 more tokens would take between the products
     assert 0 < grown < rows / 4
 
@@ -107,47 +107,42 @@ def test_both_names_of_checkpointing_count(run_of):
 
 
 def test_dropout_keeps_copies(run_of):
-    plain = memory_of(run_of(MIXTRAL, lora={**TUTORIAL_LORA, "dropout": 0})).moments["layer"]
-    assert memory_of(run_of(MIXTRAL, lora=TUTORIAL_LORA)).moments["layer"]["working_set"] > plain["working_set"]
+    plain = memory_of(run_of(MIXTRAL, lora={**TUTORIAL_LORA, "dropout": 0})).phases["layer"]
+    assert memory_of(run_of(MIXTRAL, lora=TUTORIAL_LORA)).phases["layer"]["working_set"] > plain["working_set"]
 
 
-def test_the_peak_counts_one_moment_only(run_of):
+def test_the_peak_counts_one_phase_only(run_of):
     training = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 128, "gradient_checkpointing": True}
     data = {"train": "a.jsonl", "eval": "b.jsonl", "max_length": 1024}
     memory = memory_of(run_of("qwen3-30b-a3b", data=data, training=training))
     components = memory.components
-    assert memory.moment == "evaluation"
+    assert memory.phase == "evaluation"
     always = sum(components[name] for name in ("weights", "adapter", "optimizer", "framework"))
     assert memory.peak_bytes == always + components["evaluation"]
     assert memory.peak_bytes == memory.totals["evaluation"] == max(memory.totals.values())
     assert "logits" not in components
 
 
-def test_before_a_single_step_there_are_no_optimizer_states(run_of):
-    data = {"train": "a.jsonl", "eval": "b.jsonl", "max_length": 320}
-    training = {"per_device_train_batch_size": 1, "gradient_checkpointing": True}
-    one, two = (memory_of(run_of(MIXTRAL, data=data, training=training | {"max_steps": n})) for n in (1, 2))
-    states = two.moments["update"]["optimizer"]
-    assert states > 0
-    for moment in ("loss", "layer"):
-        assert two.totals[moment] - one.totals[moment] == states
-    for moment in ("proof", "update", "evaluation"):
-        assert one.moments[moment] == two.moments[moment]
+def test_optimizer_states_are_there_from_the_first_step_and_not_in_the_preflight_check(run_of):
+    phases = memory_of(run_of(MIXTRAL, lora=TUTORIAL_LORA)).phases
+    assert phases["loss"]["optimizer"] == phases["layer"]["optimizer"] == phases["update"]["optimizer"] > 0
+    assert "optimizer" not in phases["proof"]
 
 
-def test_the_proofs_loss_and_its_layers_are_not_at_the_same_time(run_of):
-    of_layer = memory_of(run_of(MIXTRAL)).moments["proof"]
-    assert of_layer["logits"] == 320 * 32000 * 2
+def test_the_preflight_checks_loss_and_its_layers_are_not_at_the_same_time(run_of):
+    of_layer = memory_of(run_of(MIXTRAL)).phases["proof"]
+    # The base model's and the adapted model's, of 512 tokens.
+    assert of_layer["logits"] == 512 * 32000 * (2 + 2)
     assert of_layer["working_set"] > 0
     # A large vocabulary, and few gradients.
     run = run_of("qwen3-30b-a3b", quantization={"compute_dtype": "bfloat16"}, lora={"targets": ["attention"]})
-    of_loss = memory_of(run, "cpu").moments["proof"]
-    assert of_loss["logits"] == 320 * 151_936 * (2 + 14)
+    of_loss = memory_of(run, "cpu").phases["proof"]
+    assert of_loss["logits"] == 512 * 151_936 * (2 + 14)
     assert "working_set" not in of_loss
 
 
 def test_no_evaluation_rows_no_evaluation_memory(run_of):
-    assert "evaluation" not in memory_of(run_of(MIXTRAL)).moments
+    assert "evaluation" not in memory_of(run_of(MIXTRAL)).phases
 
 
 # --- the budget -----------------------------------------------------------------------------------------------------
@@ -259,7 +254,7 @@ def test_a_step_that_fits_at_once_is_one_micro_batch(run_of):
     at_once = {"per_device_train_batch_size": 8, "gradient_checkpointing": True}
     assert plan.memory == memory_of(run_of(MIXTRAL, training=at_once))
     assert plan.to_json()["micro_batch"] == {"rows": 8, "accumulation": 1, "merged": 8, "reason": None}
-    assert "8 rows a step, run as 1 x 8 in place of 8 x 1" in shown(plan, 80)
+    assert "8 examples a step, run as 1 x 8 in place of 8 x 1" in shown(plan, 80)
 
 
 def test_memory_decides_how_many_are_merged_and_a_tenth_of_it_stays_free(run_of):
@@ -269,7 +264,7 @@ def test_memory_decides_how_many_are_merged_and_a_tenth_of_it_stays_free(run_of)
     peak = memory_of(four).peak_bytes
     enough = micro_batch(run.model_copy(update={"memory_budget": int(peak / 0.9) + 2}))
     assert (enough.rows, enough.accumulation, enough.merged) == (4, 2, 4)
-    assert enough.reason.startswith("8 rows at once would take ")
+    assert enough.reason.startswith("8 examples at once would take ")
     short = micro_batch(run.model_copy(update={"memory_budget": int(peak / 0.9) - 2}))
     assert (short.rows, short.accumulation, short.merged) == (2, 4, 2)
 
@@ -288,7 +283,7 @@ def test_on_a_cpu_merging_ends_where_products_gain_nothing(run_of, tmp_path):
     chosen = make_plan(run, device="cpu").micro_batch
     assert (chosen.rows, chosen.accumulation, chosen.merged) == (2, 4, 2)
     assert "beyond 8192 tokens" in chosen.reason
-    assert make_plan(run, device="cpu", began_with=8).micro_batch.merged == 8
+    assert make_plan(run, device="cpu", previously_merged=8).micro_batch.merged == 8
     assert micro_batch(run).merged == 8
 
 
@@ -301,21 +296,21 @@ def test_a_run_that_fits_only_as_it_is_written_is_left_so(run_of):
     assert plan.memory == apart
 
 
-def test_a_resumed_run_merges_as_many_as_it_began_with_or_fewer_where_memory_has_gone(run_of):
+def test_a_resumed_run_merges_as_many_as_before_or_fewer_where_memory_has_gone(run_of):
     run = run_of(MIXTRAL, training=ACCUMULATING)
-    assert micro_batch(run, began_with=2) == MicroBatch(2, 4, 2, "as the run began")
-    assert micro_batch(run, began_with=1) == MicroBatch(1, 8, 1, "as the run began")
+    assert micro_batch(run, previously_merged=2) == MicroBatch(2, 4, 2, "as the run started")
+    assert micro_batch(run, previously_merged=1) == MicroBatch(1, 8, 1, "as the run started")
     peak = make_plan(run, device="cuda").memory.peak_bytes
-    assert micro_batch(run.model_copy(update={"memory_budget": peak}), began_with=8).merged == 8
-    fewer = micro_batch(run.model_copy(update={"memory_budget": peak - 1}), began_with=8)
+    assert micro_batch(run.model_copy(update={"memory_budget": peak}), previously_merged=8).merged == 8
+    fewer = micro_batch(run.model_copy(update={"memory_budget": peak - 1}), previously_merged=8)
     assert fewer.merged < 8
-    assert "the run began with 8, and continues to rounding" in fewer.reason
+    assert "the run started with 8, and continues to rounding" in fewer.reason
 
 
 def test_a_run_without_accumulation_says_nothing_of_it(run_of):
     plan = make_plan(run_of(MIXTRAL), device="cuda")
     assert plan.micro_batch == MicroBatch(rows=1, accumulation=1)
-    assert "rows a step" not in shown(plan, 80)
+    assert "examples a step" not in shown(plan, 80)
 
 
 @pytest.mark.parametrize(
@@ -396,7 +391,7 @@ def test_json_holds_the_documented_keys(run_of):
         "adapter_bytes": 481_402_880,
         "download_bytes": 93_405_585_408,
         "nf4_folder_bytes": 24_483_540_992,
-        "checkpoint_bytes": 481_402_880 + plan.memory.moments["update"]["optimizer"],
+        "checkpoint_bytes": 481_402_880 + plan.memory.phases["update"]["optimizer"],
         "checkpoints_kept": None,
     }
     assert values["fits"] is False

@@ -7,8 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from expertune.checkpoint.load import build_meta_model
 from expertune.checkpoint.names import read_names
 from expertune.planning import make_plan
-from expertune.planning.generation import cached_numbers
-from expertune.planning.inventory import Attention
+from expertune.planning.inventory import Attention, cached_numbers
 from tests.tiny_models import FAMILIES, tiny_config
 
 DATA = {"train": "a.jsonl", "eval": "b.jsonl", "max_length": 320}
@@ -16,7 +15,7 @@ TASK = {"metric": "exact-match", "batch_size": 32, "max_new_tokens": 128}
 
 
 def planned(run_of, model, device="cuda", **sections):
-    return make_plan(run_of(model, **{"data": DATA, "task": TASK} | sections), device=device).memory.moments
+    return make_plan(run_of(model, **{"data": DATA, "task": TASK} | sections), device=device).memory.phases
 
 
 def numbers_of(folder):
@@ -27,18 +26,17 @@ def numbers_of(folder):
 
 def test_answers_hold_keys_and_values_of_prompt_and_answer_in_all_layers(run_of):
     generation = planned(run_of, "mixtral-8x7b-v0.1")["generation"]
-    # With a large batch, reading the prompts is the most; their keys and values are there then.
-    assert generation["cache"] == 32 * 320 * 32 * 2 * 8 * 128 * 2
+    assert generation["cache"] == 32 * (320 + 128) * 32 * 2 * 8 * 128 * 2
     task = TASK | {"batch_size": 1, "max_new_tokens": 16384}
     long_answer = planned(run_of, "mixtral-8x7b-v0.1", task=task)["generation"]
     assert long_answer["cache"] == (320 + 16384) * 32 * 2 * 8 * 128 * 2
-    # A row's logits as they are and in float32; a layer's keys and values are copied for each new token.
+    # A token's logits as they are and in float32; a layer's keys and values are copied for each new token.
     assert long_answer["generation"] == 32000 * (2 + 4) + long_answer["cache"] // 32
 
 
 def test_latent_attention_is_counted_as_it_is_cached(run_of):
     generation = planned(run_of, "deepseek-v2-lite")["generation"]
-    assert generation["cache"] == 32 * 320 * 27 * (512 + 64) * 2
+    assert generation["cache"] == 32 * (320 + 128) * 27 * (512 + 64) * 2
 
 
 def test_longer_prompts_in_a_larger_batch_take_more(run_of):

@@ -79,7 +79,7 @@ def test_merged_micro_batches_give_the_steps_logs_checkpoints_and_adapter_of_sep
     records = run_both(values, tmp_path)
     assert_same_run(records, tmp_path)
     assert records["merged"]["train"]["steps"] == 10
-    assert records["merged"]["train"]["notes"] == ["4 rows a step, run as 1 x 4 in place of 4 x 1"]
+    assert records["merged"]["train"]["notes"] == ["4 examples a step, run as 1 x 4 in place of 4 x 1"]
     for name in ("merged", "apart"):
         assert {path.name for path in (tmp_path / name).glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-10"}
     ours, theirs = logs(tmp_path / "merged"), logs(tmp_path / "apart")
@@ -104,7 +104,7 @@ def test_merged_micro_batches_give_the_adapter_of_separate_ones(
     assert_same_run(run_both(values, tmp_path), tmp_path, ROUNDING if "optim" in training else ADAMW_ROUNDING)
 
 
-def test_resumed_run_merges_as_many_as_it_began_with_though_less_memory_is_left(
+def test_resumed_run_merges_as_many_as_before_though_less_memory_is_left(
     run_values: dict[str, Any], tmp_path: Path
 ) -> None:
     values = run_values | {"data": run_values["data"] | {"eval": None}}

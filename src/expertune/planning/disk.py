@@ -38,15 +38,7 @@ class Disk:
 def count_disk(
     config: RunConfig, source: Source, weights: FrozenWeights, num_trainable: int, settings: Settings
 ) -> Disk:
-    """Sizes of a run's files.
-
-    Args:
-        config: the run.
-        source: the checkpoint.
-        weights: bytes of the base model as it is held.
-        num_trainable: weights of the adapter.
-        settings: what the run file says.
-    """
+    """Sizes of a run's files, whose adapter has so many weights."""
     adapter = num_trainable * settings.adapter_dtype.itemsize
     limit = training_argument(config.training, "save_total_limit")
     folder = source.nbytes if source.holds_nf4 and source.nbytes is not None else weights.frozen_bytes
@@ -85,7 +77,7 @@ def require_room(disk: Disk, training: Mapping[str, Any], num_examples: int, run
 
 
 def checkpoints_at_once(training: Mapping[str, Any], num_examples: int) -> int:
-    """The most checkpoints that lie in a run directory at one time; one is written before the oldest is removed.
+    """The most checkpoints that are in a run directory at one time; one is written before the oldest is removed.
 
     Args:
         training: the run file's `training:` section.

@@ -3,14 +3,16 @@
 Shape suffixes: N out_features, K in_features, E experts, D hidden size, r rank.
 """
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
 
 from expertune.checkpoint.linears import decoder_layers
 from expertune.checkpoint.names import NameMap
@@ -18,7 +20,6 @@ from expertune.checkpoint.targets import ResolvedTargets
 from expertune.experts.contract import TOP_K_NAMES, ExpertsSpec
 from expertune.experts.router import find_router
 from expertune.kernels.nf4 import BLOCK_SIZE, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE, Scheme
-from expertune.layers.varlen_attention import SHORT_SEQUENCE
 
 _FLOAT32_BYTES = 4
 
@@ -111,22 +112,9 @@ class Attention:
     heads: int
 
     @property
-    def uneven(self) -> bool:
-        """Whether values are not as wide as keys; on a CPU torch then computes the scores of a row at once."""
-        return self.query != self.output
-
-    def kept_bytes(self, itemsize: int, row_length: int, device: str) -> int:
-        """Bytes for each token that attention keeps for backward."""
-        if device == "cpu" and self.uneven:
-            # In float32: queries, keys and values of all heads, and the scores.
-            return _FLOAT32_BYTES * (2 * self.query + self.output + self.heads * row_length)
-        if device == "cpu" and row_length <= SHORT_SEQUENCE:
-            itemsize = _FLOAT32_BYTES
-        return itemsize * (self.query + self.key + self.value + self.output) + _FLOAT32_BYTES * self.heads
-
-    def scores_bytes(self, row_length: int, device: str) -> int:
-        """Bytes beside that while a row is in backward: scores, their gradient, and that of their softmax."""
-        return 3 * _FLOAT32_BYTES * self.heads * row_length**2 if device == "cpu" and self.uneven else 0
+    def widths(self) -> int:
+        """Numbers for each token in queries, keys, values and output."""
+        return self.query + self.key + self.value + self.output
 
 
 @dataclass(frozen=True)
@@ -139,7 +127,7 @@ class Inventory:
         linears: the linears that are held in 4 bits.
         layers: shapes by decoder layer.
         hidden_size: D.
-        vocab_size: rows of the output head.
+        vocab_size: output features of the output head.
         top_k: experts per token.
         attention: widths of the attention.
         takes_logits_to_keep: its forward can be asked for the last position's logits alone, which generation then does.
@@ -147,7 +135,7 @@ class Inventory:
             planned.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     names: NameMap
     linears: Mapping[str, nn.Linear]
     layers: tuple[Layer, ...] = field(repr=False)
@@ -159,15 +147,19 @@ class Inventory:
     cached_numbers: int = 0
 
 
-def take_inventory(model: nn.Module, names: NameMap, linears: Mapping[str, nn.Linear]) -> Inventory:
+def take_inventory(
+    model: PreTrainedModel, names: NameMap, linears: Mapping[str, nn.Linear], generates: bool = False
+) -> Inventory:
     """Read the shapes of a causal language model on the meta device, with tied weights tied.
 
     Args:
         model: the model.
         names: its name map.
         linears: those of its linears that are held in 4 bits.
+        generates: whether answers are generated, so that the cache's numbers matter.
     """
-    attention = _attention(model.config.get_text_config())  # type: ignore[operator, union-attr]
+    text_config = model.config.get_text_config()
+    attention = _attention(text_config)
     layers = tuple(
         Layer(
             {experts: spec for experts, spec in names.specs.items() if experts.startswith(f"{name}.")},
@@ -176,12 +168,11 @@ def take_inventory(model: nn.Module, names: NameMap, linears: Mapping[str, nn.Li
                 for linear, module in linears.items()
                 if linear.startswith(f"{name}.")
             },
-            tuple(_norm_widths(layer, attention)),
+            _norm_widths(layer, attention),
         )
         for name, layer in decoder_layers(model, names.specs)
     )
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    text_config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    head = model.get_output_embeddings()
     return Inventory(
         model=model,
         names=names,
@@ -189,9 +180,10 @@ def take_inventory(model: nn.Module, names: NameMap, linears: Mapping[str, nn.Li
         layers=layers,
         hidden_size=next(iter(names.specs.values())).hidden_size,
         vocab_size=head.out_features if isinstance(head, nn.Linear) else int(text_config.vocab_size),
-        top_k=_top_k(model, names.specs),
+        top_k=_top_k(text_config, names.specs),
         attention=attention,
         takes_logits_to_keep="logits_to_keep" in inspect.signature(model.forward).parameters,
+        cached_numbers=cached_numbers(model, names.specs, attention, len(layers)) if generates else 0,
     )
 
 
@@ -240,34 +232,32 @@ def weigh(
         double_quantization: absmax values are held in 8 bits.
         scheme: how experts are held.
     """
+    model, specs = inventory.model, inventory.names.specs
     linears = sum(
         quantized_bytes(linear.out_features, linear.in_features, double_quantization)
-        + (linear.bias.numel() * linear.bias.dtype.itemsize if linear.bias is not None else 0)
+        + (linear.bias.nbytes if linear.bias is not None else 0)
         for linear in inventory.linears.values()
     )
-    model = inventory.model
-    stacks = {f"{name}.{stack}" for name, spec in inventory.names.specs.items() for stack in spec.weight_names}
+    stacks = _stacks(inventory)
     # Some families keep a part in float32 whatever the dtype, such as a router's correction bias.
-    kept: dict[str, torch.dtype] = model._get_dtype_plan(compute_dtype)  # type: ignore[operator]
+    kept: dict[str, torch.dtype] = model._get_dtype_plan(compute_dtype)
     saved = model.state_dict().keys()
 
-    def held_bytes(name: str, tensor: torch.Tensor) -> int:
+    def held_bytes(name: str, tensor: Tensor) -> int:
         dtypes = (dtype for part, dtype in kept.items() if fnmatchcase(name, f"*{part}*"))
         return tensor.numel() * next(dtypes, tensor.dtype).itemsize
 
-    unquantized = sum(
-        held_bytes(name, parameter)
-        for name, parameter in model.named_parameters()
-        if name not in stacks and name.rpartition(".")[0] not in inventory.linears
-    )
-    buffers = sum(
-        held_bytes(name, buffer) if name in saved else buffer.nbytes for name, buffer in model.named_buffers()
-    )
     return FrozenWeights(
-        sum(experts_bytes(spec, double_quantization, scheme) for spec in inventory.names.specs.values()),
-        linears,
-        unquantized,
-        buffers,
+        experts_bytes=sum(experts_bytes(spec, double_quantization, scheme) for spec in specs.values()),
+        linears_bytes=linears,
+        unquantized_bytes=sum(
+            held_bytes(name, parameter)
+            for name, parameter in model.named_parameters()
+            if name not in stacks and name.rpartition(".")[0] not in inventory.linears
+        ),
+        buffers_bytes=sum(
+            held_bytes(name, buffer) if name in saved else buffer.nbytes for name, buffer in model.named_buffers()
+        ),
     )
 
 
@@ -279,31 +269,45 @@ def experts_bytes(spec: ExpertsSpec, double_quantization: bool, scheme: Scheme =
     return spec.num_experts * sum(each)
 
 
-def quantized_bytes(num_rows: int, num_columns: int, double_quantization: bool = True) -> int:
+def quantized_bytes(out_features: int, in_features: int, double_quantization: bool = True) -> int:
     """Bytes of one NF4 matrix [N, K]: two weights to a byte and one absmax for each block of 64.
 
     With double quantization an absmax takes a byte, each 256 of them a float32 scale, and all of them a float32 offset
     (QLoRA, Dettmers et al. 2023, section 3).
     """
-    weights = num_rows * num_columns
+    weights = out_features * in_features
     blocks = -(-weights // BLOCK_SIZE)
     if not double_quantization:
         return weights // 2 + blocks * _FLOAT32_BYTES
     return weights // 2 + blocks + (-(-blocks // NESTED_BLOCK_SIZE) + 1) * _FLOAT32_BYTES
 
 
-def _linear_weights(inventory: Inventory) -> set[str]:
-    """Parameters that count half in the packed convention."""
-    model, specs = inventory.model, inventory.names.specs
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    linears = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
-    stacks = {f"{name}.{stack}" for name, spec in specs.items() for stack in spec.weight_names}
-    routers = {f"{router}.weight" for name, spec in specs.items() if (router := find_router(name, model, spec))}
-    return linears | stacks | routers
+def cached_numbers(model: nn.Module, experts: Iterable[str], attention: Attention, num_layers: int) -> int:
+    """How many numbers a token leaves in the cache of a generation, in all layers together.
+
+    Two tokens pass through a copy of the model on the meta device, whose experts return what they are given. So latents
+    count where a family caches these, and layers that hold a state in place of keys count nothing. Where a family
+    cannot run like this, it is keys and values of every layer.
+
+    Args:
+        model: a causal language model on the meta device.
+        experts: names of its experts modules.
+        attention: its widths.
+        num_layers: its decoder layers.
+    """
+    tried: Any = copy.deepcopy(model).to("meta").eval()
+    for name in experts:
+        tried.get_submodule(name).forward = lambda hidden_states, *_args, **_kwargs: hidden_states
+    tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    try:
+        cache = DynamicCache(config=tried.config.get_text_config())
+        with torch.no_grad():
+            tried(input_ids=tokens, past_key_values=cache, use_cache=True)
+        held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+        numbers = sum(tensor.numel() for tensor in held if isinstance(tensor, Tensor)) // tokens.numel()
+    except Exception:  # whatever a family's own code does not do without values
+        numbers = 0
+    return numbers or num_layers * (attention.key + attention.value)
 
 
 def config_value(config: Any, name: str) -> Any:
@@ -316,11 +320,23 @@ def config_value(config: Any, name: str) -> Any:
         return max((value for value in values if isinstance(value, int | float)), default=None)
 
 
-def _top_k(model: nn.Module, specs: Mapping[str, ExpertsSpec]) -> int:
+def _stacks(inventory: Inventory) -> set[str]:
+    return {f"{name}.{stack}" for name, spec in inventory.names.specs.items() for stack in spec.weight_names}
+
+
+def _linear_weights(inventory: Inventory) -> set[str]:
+    """Parameters that count half in the packed convention."""
+    model, specs = inventory.model, inventory.names.specs
+    head = model.get_output_embeddings()
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    routers = {router for name, spec in specs.items() if (router := find_router(name, model, spec))}
+    return _stacks(inventory) | {f"{name}.weight" for name in linears | routers}
+
+
+def _top_k(text_config: Any, specs: Mapping[str, ExpertsSpec]) -> int:
     """Experts per token by config, under the names that families use; all of them where none is found."""
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     for name in TOP_K_NAMES:
-        value = config_value(config, name)
+        value = config_value(text_config, name)
         value = max(value, default=None) if isinstance(value, list) else value
         if isinstance(value, int) and value > 0:
             return value
@@ -338,13 +354,9 @@ def _attention(config: Any) -> Attention:
     return Attention(heads * size, pairs * size, pairs * value, heads * value, heads)
 
 
-def _norm_widths(layer: nn.Module, attention: Attention) -> Iterator[int]:
+def _norm_widths(layer: nn.Module, attention: Attention) -> tuple[int, ...]:
     """Widths of a layer's norms: modules of that name with a weight of one dimension."""
-    head = attention.query // attention.heads
-    for name, module in layer.named_modules():
-        weight = getattr(module, "weight", None)
-        if "norm" not in type(module).__name__.lower() or not isinstance(weight, nn.Parameter) or weight.ndim != 1:
-            continue
-        leaf = name.rpartition(".")[2]
-        of_heads = weight.numel() == head and head != attention.query
-        yield (attention.key if leaf.startswith("k") else attention.query) if of_heads else weight.numel()
+    norms = (module for module in layer.modules() if "norm" in type(module).__name__.lower())
+    weights = (getattr(norm, "weight", None) for norm in norms)
+    widths = [weight.numel() for weight in weights if isinstance(weight, nn.Parameter) and weight.ndim == 1]
+    return tuple(attention.query if width == attention.query // attention.heads else width for width in widths)

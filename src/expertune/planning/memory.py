@@ -1,76 +1,71 @@
-"""Peak memory of a run, by component, at each moment that can be its highest.
+"""Peak memory of a run: one formula for each component, and which components each phase of the run holds.
 
-The frozen weights, the adapter and its gradients are exact: they follow from shapes and dtypes. The rest is estimated.
-Its formulas stand here, in `layers.py` and `generation.py`, and each says what it counts. `benchmarks/plan_accuracy.py`
-holds them to real runs; what came of it is in `docs/performance.md`.
+Frozen weights, adapter, gradients and optimizer states follow from shapes and dtypes. Everything else is an upper bound
+from shapes, and each formula says what it counts. `benchmarks/plan_accuracy.py` checks the peak against real runs: none
+may take more than its plan, and the plan may be a third above what the run takes.
 
-Shape suffixes: T tokens of a micro-batch, D hidden size, V vocabulary.
+Shape suffixes: T tokens of a micro-batch, S tokens of a sequence, D hidden size, F intermediate size, V vocabulary,
+E experts, R routed tokens, r rank.
 """
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import accumulate
-
-import torch
+from dataclasses import dataclass, replace
+from typing import Any
 
 from expertune.checkpoint.targets import ResolvedTargets
-from expertune.kernels import trim
+from expertune.experts.contract import ExpertsSpec
+from expertune.kernels.expert_mlp.plan import bytes_per_row
+from expertune.kernels.grouped_linear.dequant_gemm import TILE_BYTES
 from expertune.kernels.linear_cross_entropy import working_set_bytes
-from expertune.planning.generation import cache_bytes, prefill_bytes
-from expertune.planning.inventory import FrozenWeights, Inventory, count_adapter
-from expertune.planning.layers import extra_in_backward, kept_by_layer, kept_bytes, layer_adapter
-from expertune.planning.places import Streaming
+from expertune.planning.inventory import FrozenWeights, Inventory, Layer, count_adapter
+from expertune.planning.placement import Offloading
 from expertune.planning.settings import Settings
 
 _FLOAT32_BYTES = 4
 
-# What a process holds beside the model. On a CPU: resident memory with torch, transformers, peft, bitsandbytes,
-# datasets and matplotlib imported and rows and tokenizer read, measured 0.65 GB, and 0.75 GB once products have run
-# (torch 2.13, transformers 5.23; freed blocks given back). On CUDA: the context, cuBLAS workspaces and what the caching
-# allocator rounds up to; not measured here.
-FRAMEWORK_BYTES = {"cpu": 750 * 10**6, "cuda": 1000 * 10**6}
+# What a process holds beside the model. On a CPU: resident memory with every library imported, examples and tokenizer
+# read, and GEMMs run once. On CUDA: the context, cuBLAS workspaces and what the caching allocator rounds up to; an
+# assumption, not measured.
+FRAMEWORK_BYTES = {"cpu": 800 * 10**6, "cuda": 1000 * 10**6}
 
-# What the C allocator may keep of freed blocks before it is made to give them back.
-ALLOCATOR_BYTES = {"cpu": trim.SLACK_BYTES, "cuda": 0}
-
-# Tokens of the proof after attaching: enough for every expert of a layer to be reached, few enough to cost a second.
-PROOF_TOKENS = 512
-
-# Numbers per logit of a loss over all logits at once, beside the logits themselves: transformers takes it in float32,
-# so that its log-softmax, the gradient of that and the gradient of its input are alive at once. Measured: 14.0 bytes
-# with bfloat16 logits in training, 10.0 in evaluation. Float32 logits are not copied, which is one number less.
-_LOSS_NUMBERS, _EVALUATION_NUMBERS = 3, 2
+# Memory of the C allocator in freed blocks, as a share of what layers keep and use. Every expert has its own number of
+# tokens, so that a freed block seldom fits the next request of about its size, and another one is taken.
+ALLOCATOR_SHARE = {"cpu": 1.0, "cuda": 0.0}
+_FRAGMENTED = ("activations", "working_set", "evaluation", "generation")
 
 # States of 8-bit optimizers: a byte each, and one float32 scale for each block of 256.
 _STATE_8BIT_BYTES = 1 + _FLOAT32_BYTES / 256
+
+# Bytes for each logit of a loss over all logits at once: the logits in 16 bits, and in float32 the logits, their
+# log-softmax's gradient and the gradient of its input; without gradients one number less.
+_TRAINING_BYTES_PER_LOGIT, _EVALUATION_BYTES_PER_LOGIT = 14, 10
 
 
 @dataclass(frozen=True)
 class Memory:
     """Peak memory of one process on its device.
 
-    The moments that can be the highest: `proof` (after attaching), `loss` (forward is over), `layer` (a layer is in
-    backward), `update` (the optimizer's), `evaluation`, `generation` (answers for the task's metric). Only one of them
-    happens at a time.
+    The phases that can be the highest are `proof` (the preflight check after attaching), `loss` (forward is over),
+    `layer` (a layer is in backward), `update` (the optimizer's), `evaluation`, and `generation` (answers for the task's
+    metric). Only one of them happens at a time.
 
     Attributes:
-        moments: moment -> bytes by component, those that are always held included.
-        host_bytes: what waits in the host's memory for a device apart from it.
+        phases: phase -> bytes by component, those that are always held included.
+        host_bytes: what is offloaded to a host's memory that is not the device's.
     """
 
-    moments: Mapping[str, Mapping[str, int]]
+    phases: Mapping[str, Mapping[str, int]]
     host_bytes: int = 0
 
     @property
-    def moment(self) -> str:
+    def phase(self) -> str:
         """When the peak is reached."""
-        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
     @property
     def components(self) -> Mapping[str, int]:
         """Bytes by component at the peak."""
-        return self.moments[self.moment]
+        return self.phases[self.phase]
 
     @property
     def peak_bytes(self) -> int:
@@ -79,173 +74,54 @@ class Memory:
 
     @property
     def totals(self) -> dict[str, int]:
-        """Bytes at each moment."""
-        return {moment: sum(components.values()) for moment, components in self.moments.items()}
+        """Bytes in each phase."""
+        return {phase: sum(components.values()) for phase, components in self.phases.items()}
 
 
 def estimate_memory(
     inventory: Inventory,
     targets: ResolvedTargets,
-    frozen: FrozenWeights,
+    weights: FrozenWeights,
     settings: Settings,
-    streaming: Streaming,
+    offloading: Offloading,
 ) -> Memory:
-    """Peak memory of a run, by component and moment.
+    """Peak memory of a run, by component and phase.
 
     Args:
         inventory: the model's shapes.
         targets: what the adapter changes.
-        frozen: bytes of the base model.
+        weights: bytes of the base model.
         settings: what the run file says.
-        streaming: expert bytes that wait elsewhere.
+        offloading: expert bytes that are held elsewhere than on the device.
     """
-    adapter = count_adapter(inventory, targets)
-    adapter_bytes = adapter * settings.adapter_dtype.itemsize
-    # The host's memory holds what waits there, and the mapped pages of what waits on a disk.
+    step = _Components(inventory, targets, settings)
+    adapter = step.adapter
     always = {
-        "weights": frozen.frozen_bytes - streaming.waiting_bytes,
-        "slots": streaming.slot_bytes,
-        "adapter": adapter_bytes,
+        "weights": weights.frozen_bytes - offloading.offloaded_bytes,
+        "slots": offloading.slot_bytes,
+        "adapter": adapter,
         "framework": FRAMEWORK_BYTES[settings.device],
-        "allocator": ALLOCATOR_BYTES[settings.device],
     }
-    updated = {**always, "optimizer": optimizer_bytes(adapter, settings)}
-    training = always if settings.one_step else updated
-    # While no layer computes, the way through them turns.
-    turn = {"slots": streaming.turn_bytes}
-    kept = [kept_bytes(layer, inventory, targets, settings) for layer in inventory.layers]
-    activations = max(kept) if settings.offload else sum(kept)
-    gradients = adapter_bytes if settings.accumulates else 0
-    # The logits of all tokens stay until the step ends: the trainer holds the model's output.
-    logits_held = settings.full_logits * settings.tokens * inventory.vocab_size * settings.compute_dtype.itemsize
-    evaluation = dataclasses.replace(settings, tokens=settings.evaluation_tokens, dropout=False)
-    moments = {
-        "proof": _proof(inventory, targets, settings, adapter_bytes, always, turn),
-        "loss": training
-        | turn
-        | {
-            "gradients": gradients,
-            "activations": activations,
-            "logits": _loss_bytes(settings.tokens, _LOSS_NUMBERS, inventory, settings),
-        },
-        "layer": training | _layer_moment(inventory, targets, settings, kept, adapter_bytes) | {"logits": logits_held},
-        # What the first update would have to restore if memory ran out in it is kept on the host.
-        "update": updated
-        | turn
-        | {"gradients": adapter_bytes, "copies": adapter_bytes if settings.device == "cpu" else 0},
-        "evaluation": _highest(
-            updated | turn | {"evaluation": _loss_bytes(evaluation.tokens, _EVALUATION_NUMBERS, inventory, evaluation)},
-            updated | {"evaluation": _forward_bytes(inventory, evaluation)},
-        ),
-        "generation": updated | _generation(inventory, settings),
+    training = always | {"optimizer": optimizer_bytes(adapter // settings.adapter_dtype.itemsize, settings)}
+    phases = {
+        # Beside it are the B factors as they were, about half of the adapter, and the base model's logits.
+        "proof": always | {"copies": adapter // 2} | _preflight(step),
+        "loss": training | step.loss_phase(),
+        "layer": training | step.layer_phase(),
+        "update": training | {"gradients": adapter},
     }
-    if not settings.evaluation_tokens:
-        del moments["evaluation"]
-    if not settings.answered_rows:
-        del moments["generation"]
-    waiting = streaming.waiting_bytes if streaming.place == "host" else 0
-    return Memory(moments, waiting + (sum(kept) if settings.offload else 0))
+    if settings.evaluation_tokens:
+        phases["evaluation"] = training | step.of_batch(settings.evaluation_tokens).evaluation_phase()
+    if settings.answered:
+        phases["generation"] = training | step.of_batch(settings.answered * settings.sequence_length).generation_phase()
+    for components in phases.values():
+        fragmented = sum(components.get(name, 0) for name in _FRAGMENTED)
+        components["allocator"] = int(ALLOCATOR_SHARE[settings.device] * fragmented)
+    on_host = offloading.offloaded_bytes if offloading.location == "host" else 0
+    return Memory(phases, on_host + (sum(step.kept_by_layers()) if settings.offload else 0))
 
 
-def _highest(*moments: dict[str, int]) -> dict[str, int]:
-    return max(moments, key=lambda components: sum(components.values()))
-
-
-def _layer_moment(
-    inventory: Inventory, targets: ResolvedTargets, settings: Settings, kept: list[int], adapter_bytes: int
-) -> dict[str, int]:
-    """The layer whose backward holds most: its own memory, what the layers before it keep, the gradients of the others.
-
-    Backward begins at the last layer. It frees what a layer kept as it leaves it, and adds its adapter's gradients.
-    """
-    before = [max(kept)] * len(kept) if settings.offload else list(accumulate(kept))
-    itemsize = settings.adapter_dtype.itemsize
-    own = [layer_adapter(layer, inventory, targets) * itemsize for layer in inventory.layers]
-    outside = adapter_bytes - sum(own)  # of the output head; routers are few, and counted with it
-    moments = []
-    for index, layer in enumerate(inventory.layers):
-        again = kept_by_layer(layer, inventory, targets, settings) if settings.checkpointing else 0
-        gradients = adapter_bytes if settings.accumulates else outside + sum(own[index:])
-        extra = again + extra_in_backward(layer, inventory, settings)
-        moments.append({"gradients": gradients, "activations": before[index], "working_set": extra})
-    return _highest(*moments)
-
-
-def _proof(
-    inventory: Inventory,
-    targets: ResolvedTargets,
-    settings: Settings,
-    adapter_bytes: int,
-    always: dict[str, int],
-    turn: dict[str, int],
-) -> dict[str, int]:
-    """The proof's forward and backward, of few tokens: when it takes the loss over all logits, or a layer's backward.
-
-    Beside it are the B factors as they were, about half of the adapter, and the base model's logits. Its other forwards
-    keep no activations, and hold less.
-    """
-    length = settings.row_length if settings.padded else min(settings.row_length, PROOF_TOKENS)
-    rows = max(PROOF_TOKENS // length, 1)
-    proof = dataclasses.replace(
-        settings, tokens=rows * length, row_length=length, full_logits=True, offload=False, accumulates=False
-    )
-    kept = [kept_bytes(layer, inventory, targets, proof) for layer in inventory.layers]
-    base_logits = proof.tokens * inventory.vocab_size * settings.compute_dtype.itemsize
-    loss = {
-        "activations": sum(kept),
-        "logits": base_logits + _loss_bytes(proof.tokens, _LOSS_NUMBERS, inventory, proof),
-    }
-    layer = _layer_moment(inventory, targets, proof, kept, adapter_bytes) | {"logits": base_logits}
-    held = always | {"copies": adapter_bytes // 2}
-    return _highest(held | turn | loss, held | layer)
-
-
-def _generation(inventory: Inventory, settings: Settings) -> dict[str, int]:
-    """Answering rows whose prompts are as long as rows may be: while they are read, or at the last token."""
-    rows, itemsize = settings.answered_rows, settings.compute_dtype.itemsize
-    # Of the last position, and as generation takes them to float32.
-    logits = rows * inventory.vocab_size * (itemsize + _FLOAT32_BYTES)
-    if not inventory.takes_logits_to_keep:
-        logits += rows * settings.row_length * inventory.vocab_size * itemsize
-    prompts = dataclasses.replace(settings, tokens=rows * settings.row_length, dropout=False)
-    # Attention, or the linears and experts around it: what one holds is gone when the other runs.
-    reading = max(
-        _forward_bytes(inventory, prompts), _hidden_bytes(inventory, prompts) + prefill_bytes(inventory, prompts)
-    )
-    read = cache_bytes(inventory, rows, settings.row_length, itemsize)
-    whole = cache_bytes(inventory, rows, settings.row_length + settings.answer_tokens, itemsize)
-    # A token is added by a copy of a layer's keys and values.
-    grown = whole // len(inventory.layers)
-    return _highest({"cache": read, "generation": max(reading, logits)}, {"cache": whole, "generation": logits + grown})
-
-
-def _bytes_per_logit(numbers: int, settings: Settings) -> int:
-    return _FLOAT32_BYTES * (numbers - (settings.compute_dtype == torch.float32))
-
-
-def _loss_bytes(tokens: int, numbers: int, inventory: Inventory, settings: Settings) -> int:
-    """Bytes at the moment of the loss, with its gradients where it has any."""
-    itemsize, D = settings.compute_dtype.itemsize, inventory.hidden_size
-    if settings.full_logits:
-        return tokens * inventory.vocab_size * (itemsize + _bytes_per_logit(numbers, settings))
-    # Hidden states and their gradient; with dropout the head's adapter has an input of its own, and that a gradient.
-    per_token = 2 * D * itemsize + (2 * D * settings.adapter_dtype.itemsize if settings.dropout else 0)
-    working_set = working_set_bytes(tokens, inventory.vocab_size, D, settings.compute_dtype, settings.device)
-    return tokens * per_token + working_set
-
-
-def _forward_bytes(inventory: Inventory, settings: Settings) -> int:
-    """Bytes of a layer's forward without gradients, whose rows are as many and as wide as their gradients."""
-    extra = max(extra_in_backward(layer, inventory, settings) for layer in inventory.layers)
-    return _hidden_bytes(inventory, settings) + extra
-
-
-def _hidden_bytes(inventory: Inventory, settings: Settings) -> int:
-    """Bytes of a layer's input, and of what its norm makes of it, both counted in float32."""
-    return 2 * _FLOAT32_BYTES * settings.tokens * inventory.hidden_size
-
-
-def optimizer_bytes(adapter: int, settings: Settings) -> int:
+def optimizer_bytes(num_trainable: int, settings: Settings) -> int:
     """Bytes of the optimizer's states. 8-bit optimizers need CUDA; on a CPU torch's own takes their place."""
     name = settings.optimizer.lower()
     states = 2
@@ -254,5 +130,195 @@ def optimizer_bytes(adapter: int, settings: Settings) -> int:
     elif name == "sgd" or "adafactor" in name:
         states = 0  # adafactor keeps a row and a column of each matrix: next to nothing
     if "8bit" in name and settings.device == "cuda":
-        return int(adapter * states * _STATE_8BIT_BYTES)
-    return adapter * states * settings.adapter_dtype.itemsize
+        return int(num_trainable * states * _STATE_8BIT_BYTES)
+    return num_trainable * states * settings.adapter_dtype.itemsize
+
+
+def _preflight(step: "_Components") -> dict[str, int]:
+    """The preflight check's own forward and backward, with all logits, beside the base model's logits."""
+    settings = step.settings
+    check = step.of_batch(settings.preflight_tokens, full_logits=True, offload=False, accumulates=False)
+    phases = check.loss_phase(), check.layer_phase()
+    highest = max(phases, key=lambda components: sum(components.values()))
+    return highest | {"logits": highest["logits"] + check.logits}
+
+
+@dataclass(frozen=True)
+class _Components:
+    """One formula for each component, for one kind of batch."""
+
+    inventory: Inventory
+    targets: ResolvedTargets
+    settings: Settings
+
+    def of_batch(self, tokens: int, **changes: Any) -> "_Components":
+        """The same for another batch."""
+        length = min(self.settings.sequence_length, tokens)
+        return replace(self, settings=replace(self.settings, tokens=tokens, sequence_length=length, **changes))
+
+    # --- phases -----------------------------------------------------------------------------------------------------
+
+    def loss_phase(self) -> dict[str, int]:
+        """Forward is over, and the loss is taken."""
+        s = self.settings
+        return {
+            "gradients": self.adapter if s.accumulates else 0,
+            "activations": self.activations,
+            "logits": self.loss(_TRAINING_BYTES_PER_LOGIT),
+        }
+
+    def layer_phase(self) -> dict[str, int]:
+        """A layer is in backward; the logits of all tokens stay, because the trainer holds the model's output."""
+        return {
+            "gradients": self.adapter,
+            "activations": self.activations,
+            "working_set": max(self.backward(layer) for layer in self.inventory.layers),
+            "logits": self.logits if self.settings.full_logits else 0,
+        }
+
+    def evaluation_phase(self) -> dict[str, int]:
+        """A forward without gradients: its loss, or one of its layers."""
+        return {"evaluation": max(self.loss(_EVALUATION_BYTES_PER_LOGIT), self.forward)}
+
+    def generation_phase(self) -> dict[str, int]:
+        """Answers: attention or another part of a layer reads the prompts, or the last token is written.
+
+        That token's keys and values are added by a copy of a layer's; its logits are also in float32.
+        """
+        s, inventory = self.settings, self.inventory
+        numbers = s.answered * (s.sequence_length + s.answer_tokens) * inventory.cached_numbers
+        cache = numbers * s.compute_dtype.itemsize
+        logits = s.answered * inventory.vocab_size * (s.compute_dtype.itemsize + _FLOAT32_BYTES)
+        if not inventory.takes_logits_to_keep:
+            logits += self.logits
+        grown = cache // len(inventory.layers)
+        return {"cache": cache, "generation": max(self.forward, self.hidden + self.prefill, logits + grown)}
+
+    # --- of the whole model -----------------------------------------------------------------------------------------
+
+    @property
+    def adapter(self) -> int:
+        """The adapter's weights; its gradients are as many bytes."""
+        return count_adapter(self.inventory, self.targets) * self.settings.adapter_dtype.itemsize
+
+    @property
+    def activations(self) -> int:
+        """What forward keeps for backward, in all layers; with offloading in one."""
+        kept = self.kept_by_layers()
+        return max(kept) if self.settings.offload else sum(kept)
+
+    def kept_by_layers(self) -> list[int]:
+        """What forward keeps of each layer: with checkpointing [T, D], its input, and what its experts keep."""
+        s = self.settings
+        if not s.checkpointing:
+            return [self.kept(layer) for layer in self.inventory.layers]
+        hidden_states = s.tokens * self.inventory.hidden_size * s.compute_dtype.itemsize
+        return [hidden_states + self.kept_by_experts(layer) for layer in self.inventory.layers]
+
+    @property
+    def logits(self) -> int:
+        """Logits [T, V] of all tokens."""
+        return self.settings.tokens * self.inventory.vocab_size * self.settings.compute_dtype.itemsize
+
+    def loss(self, bytes_per_logit: int) -> int:
+        """The loss over all logits, or over a chunk of them beside the hidden states and their gradient.
+
+        With dropout the head's adapter has an input of its own, and that a gradient.
+        """
+        s, D = self.settings, self.inventory.hidden_size
+        if s.full_logits:
+            return s.tokens * self.inventory.vocab_size * bytes_per_logit
+        chunk = working_set_bytes(s.tokens, self.inventory.vocab_size, D, s.compute_dtype, s.device)
+        dropped = s.adapter_dtype.itemsize if s.dropout else 0
+        return 2 * s.tokens * D * (s.compute_dtype.itemsize + dropped) + chunk
+
+    @property
+    def hidden(self) -> int:
+        """A layer's input, and what its norm makes of it, in float32."""
+        return 2 * _FLOAT32_BYTES * self.settings.tokens * self.inventory.hidden_size
+
+    @property
+    def forward(self) -> int:
+        """A layer's forward without gradients; what it computes with is as much as in backward."""
+        return self.hidden + max(self.computing(layer) for layer in self.inventory.layers)
+
+    @property
+    def prefill(self) -> int:
+        """Attention over prompts of different length: mask, queries, keys, values and output, each twice."""
+        s, attention = self.settings, self.inventory.attention
+        pairs, itemsize = s.tokens * s.sequence_length, s.compute_dtype.itemsize
+        return pairs * (1 + itemsize) + 2 * s.tokens * attention.widths * itemsize + self.scores(2 * s.tokens)
+
+    # --- of one layer -----------------------------------------------------------------------------------------------
+
+    def kept(self, layer: Layer) -> int:
+        """What a layer's forward keeps for its backward.
+
+        A norm keeps its input in float32. PEFT keeps the input of each adapted linear in the adapter's dtype (a GPU's
+        dropout a copy beside it), and x @ A. A linear outside attention keeps its output, and what an activation makes
+        of it.
+        """
+        s, attention = self.settings, self.inventory.attention
+        adapter, itemsize = s.adapter_dtype.itemsize, s.compute_dtype.itemsize
+        # On a CPU attention of short sequences computes in float32.
+        attended = _FLOAT32_BYTES if s.device == "cpu" else itemsize
+        per_token = _FLOAT32_BYTES * sum(layer.norms) + attended * attention.widths + _FLOAT32_BYTES * attention.heads
+        copies = 2 if s.dropout and s.device != "cpu" else 1
+        for name, (out_features, in_features) in layer.linears.items():
+            if name in self.targets.linears:
+                per_token += (copies * in_features + self.targets.linears[name].rank) * adapter
+            if "att" not in name.split(".")[-2]:
+                per_token += 2 * out_features * itemsize
+        # The router's logits, and indices and weights of the chosen experts.
+        per_token += sum(
+            spec.num_experts * _FLOAT32_BYTES + 16 * self.inventory.top_k for spec in layer.experts.values()
+        )
+        return s.tokens * per_token + self.scores(s.tokens) + self.kept_by_experts(layer)
+
+    def kept_by_experts(self, layer: Layer) -> int:
+        """What a layer's experts keep: [T, D], their input or what they return, and x @ A of each projection [R, r]."""
+        s, per_token = self.settings, 0
+        for name, spec in layer.experts.items():
+            ranks = sum(rank for rank, _ in self.targets.experts.get(name, {}).values())
+            per_token += spec.hidden_size * s.compute_dtype.itemsize
+            per_token += self.inventory.top_k * ranks * s.adapter_dtype.itemsize
+        return s.tokens * per_token
+
+    def backward(self, layer: Layer) -> int:
+        """A layer's backward: what it computes with, and with checkpointing what its recomputed forward keeps."""
+        return self.computing(layer) + (self.kept(layer) if self.settings.checkpointing else 0)
+
+    def computing(self, layer: Layer) -> int:
+        """What a layer computes with: routed tokens or a linear's output and update, or scores; dequantized weights."""
+        s = self.settings
+        # A linear's output and its update in float32, and their gradients.
+        widest = max((out_features for out_features, _ in layer.linears.values()), default=0)
+        around_linears = 4 * s.tokens * widest * _FLOAT32_BYTES
+        routed = sum(self.between_gemms(spec) for spec in layer.experts.values())
+        dequantized = [rows * columns * s.compute_dtype.itemsize for rows, columns in layer.linears.values()]
+        # On a GPU dequantized experts are in the working set.
+        tile = TILE_BYTES["cpu"] if s.device == "cpu" else 0
+        return max(routed, around_linears, self.scores(3 * s.sequence_length)) + max(tile, *dequantized, 0)
+
+    def between_gemms(self, spec: ExpertsSpec) -> int:
+        """Routed tokens between an expert layer's GEMMs, and its input, output and their gradients [T, D] in float32.
+
+        On a GPU half of the working set is for routed tokens and half for dequantized weights, of one expert at least.
+        """
+        s, D, F, num_parts = self.settings, spec.hidden_size, spec.intermediate_size, len(spec.projections) - 1
+        row = bytes_per_row(D, F, num_parts, spec.has_gate, s.dropout, s.device)
+        routed, around = s.tokens * self.inventory.top_k * row, 4 * s.tokens * D * _FLOAT32_BYTES
+        if s.device == "cpu":
+            return min(routed, s.working_set_bytes) + around
+        half, one_expert = s.working_set_bytes // 2, (num_parts + 1) * D * F * s.compute_dtype.itemsize
+        return min(routed, half) + min(spec.num_experts * one_expert, max(half, one_expert)) + around
+
+    def scores(self, num_tokens: int) -> int:
+        """Attention scores [heads, T, S] in float32, where torch computes all of them at once.
+
+        It does on a CPU where values are not as wide as keys.
+        """
+        attention = self.inventory.attention
+        if self.settings.device != "cpu" or attention.query == attention.output:
+            return 0
+        return _FLOAT32_BYTES * attention.heads * num_tokens * self.settings.sequence_length

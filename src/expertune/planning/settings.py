@@ -1,4 +1,4 @@
-"""What of a run file decides its memory."""
+"""What a run file says about memory."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,8 +9,11 @@ import torch
 from transformers import TrainingArguments
 
 from expertune.config import RunConfig
-from expertune.kernels.cpu import gemm_dtype
 from expertune.kernels.routes import default_working_set_bytes
+
+# Tokens of the preflight check after attaching: enough for every expert of a layer to be reached, few enough to cost a
+# second.
+PROOF_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -18,30 +21,30 @@ class Settings:
     """The part of a run file that decides memory.
 
     Attributes:
-        tokens: T, an upper bound: batch size times the longest row.
-        row_length: S.
-        evaluation_tokens: T of an evaluation batch; 0 without evaluation rows.
-        answered_rows: rows that are answered at once for the task's metric; 0 without one.
+        tokens: T, an upper bound: batch size times the longest sequence.
+        sequence_length: S.
+        preflight_tokens: T of the preflight check's batch.
+        evaluation_tokens: T of an evaluation batch; 0 without evaluation examples.
+        answered: examples that are answered at once for the task's metric; 0 without one.
         answer_tokens: tokens of the longest answer.
         checkpointing: layers are computed again in backward, and keep only their input meanwhile.
-        dropout: the adapter drops inputs, and so keeps copies of them.
-        working_set_bytes: most bytes of an expert layer's rows between its products.
-        full_logits: the loss is taken over the logits of all tokens at once, not a chunk of rows at a time.
+        dropout: the adapter drops inputs.
+        working_set_bytes: most bytes of an expert layer's routed tokens between its GEMMs.
+        full_logits: the loss is taken over the logits of all tokens at once, not over a chunk of tokens at a time.
         accumulates: gradients of earlier micro-batches are there while a micro-batch runs.
-        offload: what forward keeps for backward waits in the host's memory; never on a CPU, whose memory that is.
-        padded: every row is as long as the longest that is allowed.
+        offload: what forward keeps for backward is offloaded to the host's memory; never on a CPU, whose memory that
+            is.
         optimizer: TrainingArguments' `optim`.
-        one_step: the run takes a single optimizer step, before which there are no states.
-        expert_by_expert: on a CPU, products run expert by expert on weights that are decoded first.
         adapter_dtype: dtype of the adapter's weights and gradients.
         compute_dtype: dtype of activations and of all weights that are not 4-bit.
         device: `cpu` or `cuda`.
     """
 
     tokens: int
-    row_length: int
+    sequence_length: int
+    preflight_tokens: int
     evaluation_tokens: int
-    answered_rows: int
+    answered: int
     answer_tokens: int
     checkpointing: bool
     dropout: bool
@@ -49,10 +52,7 @@ class Settings:
     full_logits: bool
     accumulates: bool
     offload: bool
-    padded: bool
-    expert_by_expert: bool
     optimizer: str
-    one_step: bool
     adapter_dtype: torch.dtype
     compute_dtype: torch.dtype
     device: str
@@ -65,9 +65,10 @@ def read_settings(config: RunConfig, device: str, compute_dtype: torch.dtype) ->
     evaluation_batch = int(training_argument(training, "per_device_eval_batch_size")) if config.data.eval else 0
     return Settings(
         tokens=batch * length,
-        row_length=length,
+        sequence_length=length,
+        preflight_tokens=max(PROOF_TOKENS, length) if config.data.packing == "padded" else PROOF_TOKENS,
         evaluation_tokens=evaluation_batch * length,
-        answered_rows=config.task.batch_size if answers_rows(config) else 0,
+        answered=config.task.batch_size if writes_answers(config) else 0,
         answer_tokens=config.task.max_new_tokens,
         checkpointing=uses_checkpointing(training),
         dropout=config.lora.dropout > 0,
@@ -76,19 +77,16 @@ def read_settings(config: RunConfig, device: str, compute_dtype: torch.dtype) ->
         or any(training.get(key) for key in ("label_smoothing_factor", "torch_compile")),
         accumulates=int(training_argument(training, "gradient_accumulation_steps")) > 1,
         offload=config.offload_activations and device != "cpu",
-        padded=config.data.packing == "padded",
-        expert_by_expert=device == "cpu" and gemm_dtype(compute_dtype, torch.device("cpu")) != torch.float32,
         # The trainer's own default on either device.
         optimizer=str(training.get("optim", "paged_adamw_8bit" if device == "cuda" else "adamw_torch")),
-        one_step=training_argument(training, "max_steps") == 1,
         adapter_dtype=torch.float32 if config.lora.dtype == "float32" else torch.bfloat16,
         compute_dtype=compute_dtype,
         device=device,
     )
 
 
-def answers_rows(config: RunConfig) -> bool:
-    """Whether the run writes answers to evaluation rows, and scores them."""
+def writes_answers(config: RunConfig) -> bool:
+    """Whether the run writes answers to evaluation examples, and scores them."""
     return bool(config.task.metric and config.data.eval)
 
 

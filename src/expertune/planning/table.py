@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 # What each component is in the reader's words, and whether its bytes are exact.
 _COMPONENTS = {
     "weights": ("frozen weights", True),
-    "slots": ("experts on their way", False),
+    "slots": ("slots for offloaded experts", False),
     "adapter": ("adapter", True),
     "gradients": ("adapter's gradients", False),
     "optimizer": ("optimizer", False),
@@ -27,8 +27,8 @@ _COMPONENTS = {
     "allocator": ("allocator", False),
 }
 
-_MOMENTS = {
-    "proof": "in the proof after attaching",
+_PHASES = {
+    "proof": "in the preflight check",
     "loss": "while the loss is taken",
     "layer": "while a layer is in backward",
     "update": "in the optimizer's first update",
@@ -74,8 +74,8 @@ def _heading(plan: "Plan") -> RenderableType:
     table.add_row("parameters", f"{counts.total:,} in all, {counts.trainable:,} trained")
     if plan.micro_batch.line:
         table.add_row("step", Text(plan.micro_batch.line))
-    if plan.places.reason:
-        table.add_row("placement", Text(plan.places.reason))
+    if plan.planned.reason:
+        table.add_row("placement", Text(plan.planned.reason))
     if plan.time:
         table.add_row("time", Text(_time(plan)))
     table.add_row("on disk", _disk(plan))
@@ -93,7 +93,7 @@ def _time(plan: "Plan") -> str:
         f"{100 * time.efficiency:.0f} % are expected"
     )
     if time.brought_bytes:
-        line += f"; {size(time.brought_bytes)} are brought, {_seconds(time.waiting_seconds)} of it waited for"
+        line += f"; {size(time.brought_bytes)} are transferred, {_seconds(time.waiting_seconds)} of it not hidden"
     return line
 
 
@@ -128,10 +128,10 @@ def _memory(plan: "Plan") -> Table:
         if num_bytes:
             words, exact = _COMPONENTS[name]
             table.add_row(words, size(num_bytes), f"exact: {num_bytes:,}" if exact else "estimate")
-    table.add_row("peak", size(plan.memory.peak_bytes), _MOMENTS[plan.memory.moment], style="bold")
-    for moment, num_bytes in plan.memory.totals.items():
-        if moment != plan.memory.moment:
-            table.add_row("", f"({size(num_bytes)})", _MOMENTS[moment], style="dim")
+    table.add_row("peak", size(plan.memory.peak_bytes), _PHASES[plan.memory.phase], style="bold")
+    for phase, num_bytes in plan.memory.totals.items():
+        if phase != plan.memory.phase:
+            table.add_row("", f"({size(num_bytes)})", _PHASES[phase], style="dim")
     if plan.memory.host_bytes:
         table.add_row("beside it, on the host", size(plan.memory.host_bytes), "")
     return table

@@ -1,0 +1,139 @@
+"""Where each layer's expert bytes are held: on the device as far as they fit there, the others offloaded.
+
+Offloaded layers share two slots on the device, one in use and one being filled, and each is transferred once in forward
+and once in backward. How many are offloaded follows from the memory; which of them changes nothing in bytes. So they
+are spread evenly: while one is transferred, the resident layers before it are computed.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import psutil
+
+from expertune.config import RunConfig
+from expertune.errors import ConfigError
+from expertune.placement.experts import Location
+
+# How much of the budget may be filled when layers are chosen to be offloaded: a few layers more cost little.
+AUTO_SHARE = 0.95
+
+# Of the host's free memory that pinned expert bytes may take.
+_HOST_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Offloading:
+    """Expert bytes that are not held on the device, and pass through it.
+
+    Attributes:
+        offloaded_bytes: expert bytes that are not held on the device.
+        slot_bytes: what the slots take there.
+        transferred_bytes: what a micro-batch transfers in forward and in backward; a layer at a turnaround stays.
+        location: where they are held; `device` where nothing is offloaded.
+    """
+
+    offloaded_bytes: int = 0
+    slot_bytes: int = 0
+    transferred_bytes: tuple[int, int] = (0, 0)
+    location: Location = "device"
+
+
+@dataclass(frozen=True)
+class PlannedPlacement:
+    """Where the experts of each layer are held.
+
+    Attributes:
+        locations: name of an experts module -> its location.
+        reason: why, in a sentence; None where all are on the device because they fit.
+        offloading: what that means in bytes.
+    """
+
+    locations: Mapping[str, Location]
+    reason: str | None
+    offloading: Offloading
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of layers by location."""
+        return dict(Counter(self.locations.values()))
+
+
+@dataclass(frozen=True)
+class PlacementChooser:
+    """Chooses the placement of runs on one model and one device.
+
+    Attributes:
+        sizes: packed bytes of each experts module, in the order of the forward.
+        device: `cpu` or `cuda`.
+        holds_nf4: the model is a folder that `expertune quantize` wrote.
+        here: the device is one of this machine.
+    """
+
+    sizes: Mapping[str, int]
+    device: str
+    holds_nf4: bool
+    here: bool
+
+    def fixed(self, config: RunConfig) -> PlannedPlacement | None:
+        """The placement that a run file asks for; None for `auto`.
+
+        Raises:
+            ConfigError: `disk` is asked for, and the model is no NF4 folder.
+        """
+        location = config.placement
+        if location == "auto":
+            return None
+        if location == "disk" and not self.holds_nf4:
+            name = config.model.rstrip("/").rpartition("/")[2]
+            raise ConfigError(
+                f"placement: disk needs a model whose experts lie in 4 bits on the disk, and {config.model} is none; "
+                f"run `expertune quantize {config.model} {name}-nf4` once, and set model: {name}-nf4"
+            )
+        everywhere = dict.fromkeys(self.sizes, location)
+        if location == "host" and self.device == "cpu":
+            return PlannedPlacement(everywhere, "on a CPU the host's memory is the device's", Offloading())
+        reason = None if location == "device" else "as placement says"
+        return PlannedPlacement(everywhere, reason, self.offloading(list(self.sizes), location))
+
+    def lower(self) -> Location | None:
+        """Where layers can be offloaded to that do not fit; None where there is nowhere."""
+        if self.device == "cpu":
+            return "disk" if self.holds_nf4 else None
+        host = psutil.virtual_memory().available if self.here else float("inf")
+        return "disk" if self.holds_nf4 and sum(self.sizes.values()) > _HOST_SHARE * host else "host"
+
+    def fitting(self, budget_bytes: int, peak_of: Callable[[PlannedPlacement], int]) -> PlannedPlacement:
+        """As many layers on the device as fit; all of them offloaded where even that is too much."""
+        everything = PlannedPlacement(dict.fromkeys(self.sizes, "device"), None, Offloading())
+        location = self.lower()
+        if location is None or peak_of(everything) <= budget_bytes:
+            return everything
+        allowed = int(AUTO_SHARE * budget_bytes)
+        low, high = 1, len(self.sizes)
+        while low < high:  # the peak falls as more layers are offloaded
+            middle = (low + high) // 2
+            low, high = (low, middle) if peak_of(self._offloaded(middle, location)) <= allowed else (middle + 1, high)
+        return self._offloaded(low, location)
+
+    def offloading(self, names: Sequence[str], location: Location) -> Offloading:
+        """Bytes of a placement in which these modules are offloaded."""
+        sizes = [self.sizes[name] for name in names]
+        if not sizes or location == "device":
+            return Offloading()
+        return Offloading(sum(sizes), 2 * max(sizes), (sum(sizes[1:]), sum(sizes[:-1])), location)
+
+    def _offloaded(self, count: int, location: Location) -> PlannedPlacement:
+        names = spread(list(self.sizes), count)
+        locations: dict[str, Location] = {name: location if name in names else "device" for name in self.sizes}
+        share = "all layers" if count == len(self.sizes) else f"{count} of {len(self.sizes)} layers"
+        where = "to the host's memory" if location == "host" else "to the disk"
+        reason = f"experts of {share} are offloaded {where}, since more do not fit on the device"
+        if count < len(self.sizes):
+            reason += "; evenly spread, so that those between are computed while one is transferred"
+        return PlannedPlacement(locations, reason, self.offloading(names, location))
+
+
+def spread(names: Sequence[str], count: int) -> list[str]:
+    """`count` of the names at even distances, in order."""
+    return [names[(2 * index + 1) * len(names) // (2 * count)] for index in range(count)]
