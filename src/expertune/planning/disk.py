@@ -10,7 +10,6 @@ from typing import Any
 from expertune.config import RunConfig
 from expertune.errors import StorageError
 from expertune.planning.inventory import FrozenWeights
-from expertune.planning.memory import optimizer_bytes
 from expertune.planning.settings import Settings, training_argument
 from expertune.planning.source import Source
 from expertune.planning.table import size
@@ -46,7 +45,7 @@ def count_disk(
         download_bytes=source.nbytes,
         nf4_folder_bytes=folder,
         adapter_bytes=adapter,
-        checkpoint_bytes=adapter + optimizer_bytes(num_trainable, settings),
+        checkpoint_bytes=adapter + settings.optimizer_bytes(num_trainable),
         checkpoints_kept=None if limit is None else int(limit),
     )
 

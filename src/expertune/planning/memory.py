@@ -33,9 +33,6 @@ FRAMEWORK_BYTES = {"cpu": 800 * 10**6, "cuda": 1000 * 10**6}
 ALLOCATOR_SHARE = {"cpu": 1.0, "cuda": 0.0}
 _FRAGMENTED = ("activations", "working_set", "evaluation", "generation")
 
-# States of 8-bit optimizers: a byte each, and one float32 scale for each block of 256.
-_STATE_8BIT_BYTES = 1 + _FLOAT32_BYTES / 256
-
 # Bytes for each logit of a loss over all logits at once: the logits in 16 bits, and in float32 the logits, their
 # log-softmax's gradient and the gradient of its input; without gradients one number less.
 _TRAINING_BYTES_PER_LOGIT, _EVALUATION_BYTES_PER_LOGIT = 14, 10
@@ -102,7 +99,7 @@ def estimate_memory(
         "adapter": adapter,
         "framework": FRAMEWORK_BYTES[settings.device],
     }
-    training = always | {"optimizer": optimizer_bytes(adapter // settings.adapter_dtype.itemsize, settings)}
+    training = always | {"optimizer": settings.optimizer_bytes(count_adapter(inventory, targets))}
     phases = {
         # Beside it are the B factors as they were, about half of the adapter, and the base model's logits.
         "proof": always | {"copies": adapter // 2} | _preflight(step),
@@ -119,19 +116,6 @@ def estimate_memory(
         components["allocator"] = int(ALLOCATOR_SHARE[settings.device] * fragmented)
     on_host = offloading.offloaded_bytes if offloading.location == "host" else 0
     return Memory(phases, on_host + (sum(step.kept_by_layers()) if settings.offload else 0))
-
-
-def optimizer_bytes(num_trainable: int, settings: Settings) -> int:
-    """Bytes of the optimizer's states. 8-bit optimizers need CUDA; on a CPU torch's own takes their place."""
-    name = settings.optimizer.lower()
-    states = 2
-    if "lion" in name or "rmsprop" in name or "adagrad" in name:
-        states = 1
-    elif name == "sgd" or "adafactor" in name:
-        states = 0  # adafactor keeps a row and a column of each matrix: next to nothing
-    if "8bit" in name and settings.device == "cuda":
-        return int(num_trainable * states * _STATE_8BIT_BYTES)
-    return num_trainable * states * settings.adapter_dtype.itemsize
 
 
 def _preflight(step: "_Components") -> dict[str, int]:

@@ -10,10 +10,11 @@ from transformers import TrainingArguments
 
 from expertune.config import RunConfig
 from expertune.kernels.routes import default_working_set_bytes
+from expertune.train.optim import default_optimizer, state_bytes
 
 # Tokens of the preflight check after attaching: enough for every expert of a layer to be reached, few enough to cost a
 # second.
-PROOF_TOKENS = 512
+PREFLIGHT_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class Settings:
     compute_dtype: torch.dtype
     device: str
 
+    def optimizer_bytes(self, num_trainable: int) -> int:
+        """Bytes of the optimizer's states."""
+        return state_bytes(self.optimizer, num_trainable, self.adapter_dtype.itemsize, self.device)
+
 
 def read_settings(config: RunConfig, device: str, compute_dtype: torch.dtype) -> Settings:
     """The settings of a run file, with TrainingArguments' defaults for what it leaves out."""
@@ -66,7 +71,7 @@ def read_settings(config: RunConfig, device: str, compute_dtype: torch.dtype) ->
     return Settings(
         tokens=batch * length,
         sequence_length=length,
-        preflight_tokens=max(PROOF_TOKENS, length) if config.data.packing == "padded" else PROOF_TOKENS,
+        preflight_tokens=max(PREFLIGHT_TOKENS, length) if config.data.packing == "padded" else PREFLIGHT_TOKENS,
         evaluation_tokens=evaluation_batch * length,
         answered=config.task.batch_size if writes_answers(config) else 0,
         answer_tokens=config.task.max_new_tokens,
@@ -77,8 +82,7 @@ def read_settings(config: RunConfig, device: str, compute_dtype: torch.dtype) ->
         or any(training.get(key) for key in ("label_smoothing_factor", "torch_compile")),
         accumulates=int(training_argument(training, "gradient_accumulation_steps")) > 1,
         offload=config.offload_activations and device != "cpu",
-        # The trainer's own default on either device.
-        optimizer=str(training.get("optim", "paged_adamw_8bit" if device == "cuda" else "adamw_torch")),
+        optimizer=str(training.get("optim", default_optimizer(device))),
         adapter_dtype=torch.float32 if config.lora.dtype == "float32" else torch.bfloat16,
         compute_dtype=compute_dtype,
         device=device,

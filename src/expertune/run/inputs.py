@@ -17,7 +17,7 @@ from expertune.checkpoint.load import fingerprint_of
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.data import TokenizedRows, make_collator, make_dataset, plot_lengths, prepare_run
 from expertune.data.preview import preview
-from expertune.planning.memory import PROOF_TOKENS
+from expertune.planning.settings import PREFLIGHT_TOKENS
 from expertune.report.preview import render_preview
 from expertune.run.context import RunContext
 from expertune.run.identity import identify, require_same_identity
@@ -113,9 +113,9 @@ def probe_batch(context: RunContext, inputs: Inputs) -> dict[str, Any]:
     tokens = 0
     for row in make_dataset(inputs.train, data):
         # Of a long example its beginning is enough; whole, it could need more memory than the run itself.
-        row = {key: value if key == "row_ids" else value[:PROOF_TOKENS] for key, value in row.items()}
+        row = {key: value if key == "row_ids" else value[:PREFLIGHT_TOKENS] for key, value in row.items()}
         length = data.max_length if data.packing == "padded" else len(row["input_ids"])
-        if chosen and tokens + length > PROOF_TOKENS:
+        if chosen and tokens + length > PREFLIGHT_TOKENS:
             break
         chosen.append(row)
         tokens += length
