@@ -1,8 +1,8 @@
-"""Does the plan's peak agree with what a run takes? Real runs of different shape, each in a process of its own.
+"""Is the plan's peak an upper bound of what a run takes, and a close one? Real runs, each in a process of its own.
 
-Every run is a `finetune` of a few steps on a model of random weights, by a run file whose rows fill `max_length`, so
-that the tokens which the plan counts with are those that run. Measured is the resident memory at its highest (VmHWM),
-held against the plan of the same run file.
+Every run is a `finetune` of a few steps on a model of random weights, by a run file whose examples fill `max_length`, so
+that the tokens which the plan counts with are those that run. The highest resident memory (VmHWM) is compared with the
+plan of the same run file.
 """
 
 import argparse
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 HERE = Path(__file__).resolve().parent
 DOLLY_SAMPLE = HERE / "data" / "dolly-first64.jsonl"
 QUESTIONS = "questions.jsonl"
-ALLOWED = 0.10  # how far the peak may lie from the plan
+LEAST_SHARE = 0.75  # of the plan, which a run has to reach; it may never take more than the plan
 
 _STEPS = 2
 _ROWS = 64
@@ -241,6 +241,9 @@ def run_file(shape: Shape, folder: Path, rows: Path, output_dir: Path) -> dict[s
 
 def measure(values: Mapping[str, Any]) -> dict[str, Any]:
     """Plan a run, run it, and return both peaks, and the highest memory while each part of it ran."""
+    from expertune.kernels.threads import prepare_threads
+
+    prepare_threads()  # as the command line, before torch is imported
     from expertune import api
     from expertune.config import parse_config
 
@@ -355,7 +358,7 @@ def line(result: Mapping[str, Any]) -> str:
     """A row of the table in docs/performance.md."""
     planned, peak = result["planned_bytes"], result["peak_bytes"]
     return (
-        f"| {result['name']} | {planned / 1e9:.2f} GB | {peak / 1e9:.2f} GB | {100 * (planned / peak - 1):+.1f} % "
+        f"| {result['name']} | {planned / 1e9:.2f} GB | {peak / 1e9:.2f} GB | {100 * peak / planned:.0f} % "
         f"| {result['moment']} |"
     )
 
@@ -382,7 +385,7 @@ def main() -> int:
 
     work = args.work or Path(tempfile.mkdtemp(prefix="plan-accuracy-"))
     work.mkdir(parents=True, exist_ok=True)
-    print("| run | planned | measured | plan is off by | at its peak |\n|---|---|---|---|---|", flush=True)
+    print("| run | planned | measured | of the plan | planned peak |\n|---|---|---|---|---|", flush=True)
 
     earlier = json.loads(args.json.read_text(encoding="utf-8"))["runs"] if args.json and args.json.exists() else []
     here = environment()
@@ -399,9 +402,10 @@ def main() -> int:
     finally:
         if not args.work:
             shutil.rmtree(work)
-    off = [result["name"] for result in results if abs(result["planned_bytes"] / result["peak_bytes"] - 1) > ALLOWED]
+    shares = {result["name"]: result["peak_bytes"] / result["planned_bytes"] for result in results}
+    off = [name for name, share in shares.items() if not LEAST_SHARE <= share <= 1]
     if off:
-        print(f"off by more than {100 * ALLOWED:.0f} %: {', '.join(off)}", file=sys.stderr)
+        print(f"above the plan or below {100 * LEAST_SHARE:.0f} % of it: {', '.join(off)}", file=sys.stderr)
     return 1 if off else 0
 
 
