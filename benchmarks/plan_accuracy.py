@@ -1,8 +1,8 @@
 """Is the plan's peak an upper bound of what a run takes, and a close one? Real runs, each in a process of its own.
 
-Every run is a `finetune` of a few steps on a model of random weights, by a run file whose examples fill `max_length`, so
-that the tokens which the plan counts with are those that run. The highest resident memory (VmHWM) is compared with the
-plan of the same run file.
+Every run is a `finetune` of a few steps on a model of random weights, by a run file whose examples fill `max_length`,
+so that the tokens which the plan counts with are those that run. The highest resident memory (VmHWM) is compared with
+the plan of the same run file. The last six runs were chosen after the plan's formulas were last changed.
 """
 
 import argparse
@@ -54,19 +54,21 @@ class Shape:
 
 
 def _run(
-    length: int,
-    batch: int,
-    checkpointing: bool,
-    evaluation_batch: int = 0,
-    lora: Mapping[str, Any] | None = None,
-    **top: Any,
+    length: int, batch: int, checkpointing: bool, evaluation_batch: int = 0, accumulation: int = 1, **top: Any
 ) -> dict[str, Any]:
-    data: dict[str, Any] = {"max_length": length, "train_on": "all", "format": "text"}
-    training: dict[str, Any] = {"per_device_train_batch_size": batch, "gradient_checkpointing": checkpointing}
+    """Sections of a run file; `packing` goes into `data`, and `accumulation` runs as it is written."""
+    data: dict[str, Any] = {"max_length": length, "train_on": "all", "format": "text", "merge_accumulation": False}
+    if "packing" in top:
+        data["packing"] = top.pop("packing")
+    training: dict[str, Any] = {
+        "per_device_train_batch_size": batch,
+        "gradient_checkpointing": checkpointing,
+        "gradient_accumulation_steps": accumulation,
+    }
     if evaluation_batch:
         data["eval"] = True
         training |= {"per_device_eval_batch_size": evaluation_batch, "eval_strategy": "steps", "eval_steps": 1}
-    return {"data": data, "training": training, "lora": dict(lora or {}), **top}
+    return {"data": data, "training": training, "lora": {}, **top}
 
 
 SHAPES = {
@@ -152,6 +154,46 @@ SHAPES = {
             "num_experts": 16, "num_experts_per_tok": 4, "head_dim": 128, "num_key_value_heads": 16,
         },
         _run(512, 1, True, evaluation_batch=1, task={"metric": "exact-match", "batch_size": 16, "max_new_tokens": 16}),
+    ),
+    "gpt-oss, experts alone": Shape(
+        "gpt_oss",
+        {
+            "hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 3, "num_local_experts": 16,
+            "num_experts_per_tok": 4, "head_dim": 64,
+        },
+        _run(384, 3, True, lora={"targets": ["experts"]}),
+    ),
+    "qwen3, packed, a rank of 32": Shape(
+        "qwen3_moe",
+        {
+            "hidden_size": 768, "intermediate_size": 1536, "moe_intermediate_size": 384, "num_hidden_layers": 4,
+            "num_experts": 24, "num_experts_per_tok": 3, "head_dim": 64,
+        },
+        _run(768, 2, False, lora={"r": 32}, packing="packed"),
+    ),
+    "mixtral, padded, two micro-batches": Shape(
+        "mixtral",
+        {"hidden_size": 1536, "intermediate_size": 3072, "num_hidden_layers": 3, "num_local_experts": 6},
+        _run(320, 2, True, lora={"targets": ["attention", "experts", "router"]}, packing="padded", accumulation=2),
+    ),
+    "deepseek-v2, on disk, dropout": Shape(
+        "deepseek_v2",
+        {
+            **_LATENT, "hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 1024,
+            "num_hidden_layers": 4,
+        },
+        _run(640, 1, False, lora={"dropout": 0.1}, placement="disk"),
+        nf4_folder=True,
+    ),
+    "phimoe, an adapter in bfloat16, evaluation": Shape(
+        "phimoe",
+        {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 3, "num_local_experts": 8},
+        _run(512, 2, False, evaluation_batch=2, lora={"r": 16, "dtype": "bfloat16"}),
+    ),
+    "granite, small": Shape(
+        "granitemoe",
+        {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2, "num_local_experts": 8},
+        _run(128, 1, False),
     ),
 }  # fmt: skip
 

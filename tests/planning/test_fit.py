@@ -117,7 +117,7 @@ def test_the_peak_counts_one_phase_only(run_of):
     memory = memory_of(run_of("qwen3-30b-a3b", data=data, training=training))
     components = memory.components
     assert memory.phase == "evaluation"
-    always = sum(components[name] for name in ("weights", "adapter", "optimizer", "framework"))
+    always = sum(components[name] for name in ("weights", "adapter", "optimizer", "framework", "allocator"))
     assert memory.peak_bytes == always + components["evaluation"]
     assert memory.peak_bytes == memory.totals["evaluation"] == max(memory.totals.values())
     assert "logits" not in components

@@ -24,14 +24,16 @@ from expertune.planning.settings import Settings
 _FLOAT32_BYTES = 4
 
 # What a process holds beside the model. On a CPU: resident memory with every library imported, examples and tokenizer
-# read, and GEMMs run once. On CUDA: the context, cuBLAS workspaces and what the caching allocator rounds up to; an
-# assumption, not measured.
-FRAMEWORK_BYTES = {"cpu": 800 * 10**6, "cuda": 1000 * 10**6}
+# read, and GEMMs run once (0.70 GB measured). On CUDA: the context and the libraries' own memory (1.07 GB on an H100).
+FRAMEWORK_BYTES = {"cpu": 750 * 10**6, "cuda": 1100 * 10**6}
 
-# Memory of the C allocator in freed blocks, as a share of what layers keep and use. Every expert has its own number of
-# tokens, so that a freed block seldom fits the next request of about its size, and another one is taken.
-ALLOCATOR_SHARE = {"cpu": 1.0, "cuda": 0.0}
-_FRAGMENTED = ("activations", "working_set", "evaluation", "generation")
+# What the allocator keeps of freed memory, as a share of what a run allocates beside the model, and at most. On a CPU
+# freed blocks below 32 MiB stay on the C allocator's heap, between others that are in use; every expert has its own
+# number of tokens, so that few of them fit the next request. On CUDA it is what the caching allocator had reserved and
+# not in use, 18 % on an H100.
+_KEPT_SHARE = {"cpu": 1.5, "cuda": 0.2}
+_KEPT_BYTES = {"cpu": 1050 * 10**6, "cuda": 2**40}
+_MODEL = ("weights", "slots", "framework")
 
 # Bytes for each logit of a loss over all logits at once: the logits in 16 bits, and in float32 the logits, their
 # log-softmax's gradient and the gradient of its input; without gradients one number less.
@@ -43,8 +45,8 @@ class Memory:
     """Peak memory of one process on its device.
 
     The phases that can be the highest are `proof` (the preflight check after attaching), `loss` (forward is over),
-    `layer` (a layer is in backward), `update` (the optimizer's), `evaluation`, and `generation` (answers for the task's
-    metric). Only one of them happens at a time.
+    `layer` (a layer is in backward), `update` (the optimizer's), `save` (a checkpoint or the adapter is written),
+    `evaluation`, and `generation` (answers for the task's metric). Only one of them happens at a time.
 
     Attributes:
         phases: phase -> bytes by component, those that are always held included.
@@ -106,14 +108,16 @@ def estimate_memory(
         "loss": training | step.loss_phase(),
         "layer": training | step.layer_phase(),
         "update": training | {"gradients": adapter},
+        # Factors in the layout of the file, and the bytes that are written of them.
+        "save": training | {"copies": 2 * adapter},
     }
     if settings.evaluation_tokens:
         phases["evaluation"] = training | step.of_batch(settings.evaluation_tokens).evaluation_phase()
     if settings.answered:
         phases["generation"] = training | step.of_batch(settings.answered * settings.sequence_length).generation_phase()
     for components in phases.values():
-        fragmented = sum(components.get(name, 0) for name in _FRAGMENTED)
-        components["allocator"] = int(ALLOCATOR_SHARE[settings.device] * fragmented)
+        allocated = sum(num_bytes for name, num_bytes in components.items() if name not in _MODEL)
+        components["allocator"] = int(min(_KEPT_SHARE[settings.device] * allocated, _KEPT_BYTES[settings.device]))
     on_host = offloading.offloaded_bytes if offloading.location == "host" else 0
     return Memory(phases, on_host + (sum(step.kept_by_layers()) if settings.offload else 0))
 

@@ -31,7 +31,8 @@ _PHASES = {
     "proof": "in the preflight check",
     "loss": "while the loss is taken",
     "layer": "while a layer is in backward",
-    "update": "in the optimizer's first update",
+    "update": "in the optimizer's update",
+    "save": "while the adapter is written",
     "evaluation": "in evaluation",
     "generation": "while answers are written",
 }
