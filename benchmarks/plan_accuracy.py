@@ -155,13 +155,22 @@ SHAPES = {
         },
         _run(512, 1, True, evaluation_batch=1, task={"metric": "exact-match", "batch_size": 16, "max_new_tokens": 16}),
     ),
+    "deepseek-v2, on disk, dropout": Shape(
+        "deepseek_v2",
+        {
+            **_LATENT, "hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 1024,
+            "num_hidden_layers": 4,
+        },
+        _run(640, 1, False, lora={"dropout": 0.1}, placement="disk"),
+        nf4_folder=True,
+    ),
     "gpt-oss, experts alone": Shape(
         "gpt_oss",
         {
             "hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 3, "num_local_experts": 16,
             "num_experts_per_tok": 4, "head_dim": 64,
         },
-        _run(384, 3, True, lora={"targets": ["experts"]}),
+        _run(384, 3, True, lora={"targets": ["experts"]}, packing="padded"),
     ),
     "qwen3, packed, a rank of 32": Shape(
         "qwen3_moe",
@@ -176,13 +185,13 @@ SHAPES = {
         {"hidden_size": 1536, "intermediate_size": 3072, "num_hidden_layers": 3, "num_local_experts": 6},
         _run(320, 2, True, lora={"targets": ["attention", "experts", "router"]}, packing="padded", accumulation=2),
     ),
-    "deepseek-v2, on disk, dropout": Shape(
-        "deepseek_v2",
+    "olmoe, on disk": Shape(
+        "olmoe",
         {
-            **_LATENT, "hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 1024,
-            "num_hidden_layers": 4,
+            "hidden_size": 768, "intermediate_size": 768, "num_hidden_layers": 4, "num_experts": 32,
+            "num_experts_per_tok": 4,
         },
-        _run(640, 1, False, lora={"dropout": 0.1}, placement="disk"),
+        _run(384, 2, True, lora={"r": 16, "targets": ["attention", "experts", "lm_head"]}, placement="disk"),
         nf4_folder=True,
     ),
     "phimoe, an adapter in bfloat16, evaluation": Shape(

@@ -27,9 +27,9 @@ def numbers_of(folder):
 def test_answers_hold_keys_and_values_of_prompt_and_answer_in_all_layers(run_of):
     generation = planned(run_of, "mixtral-8x7b-v0.1")["generation"]
     assert generation["cache"] == 32 * (320 + 128) * 32 * 2 * 8 * 128 * 2
-    task = TASK | {"batch_size": 1, "max_new_tokens": 16384}
+    task = TASK | {"batch_size": 1, "max_new_tokens": 524288}
     long_answer = planned(run_of, "mixtral-8x7b-v0.1", task=task)["generation"]
-    assert long_answer["cache"] == (320 + 16384) * 32 * 2 * 8 * 128 * 2
+    assert long_answer["cache"] == (320 + 524288) * 32 * 2 * 8 * 128 * 2
     # A token's logits as they are and in float32; a layer's keys and values are copied for each new token.
     assert long_answer["generation"] == 32000 * (2 + 4) + long_answer["cache"] // 32
 

@@ -29,10 +29,10 @@ FRAMEWORK_BYTES = {"cpu": 750 * 10**6, "cuda": 1100 * 10**6}
 
 # What the allocator keeps of freed memory, as a share of what a run allocates beside the model, and at most. On a CPU
 # freed blocks below 32 MiB stay on the C allocator's heap, between others that are in use; every expert has its own
-# number of tokens, so that few of them fit the next request. On CUDA it is what the caching allocator had reserved and
-# not in use, 18 % on an H100.
-_KEPT_SHARE = {"cpu": 1.5, "cuda": 0.2}
-_KEPT_BYTES = {"cpu": 1050 * 10**6, "cuda": 2**40}
+# number of tokens, so that few of them fit the next request. With experts on disk the heap is trimmed between layers.
+# On CUDA it is what the caching allocator had reserved and not in use, 18 % on an H100.
+_KEPT_SHARE = {"cpu": 1.5, "trimmed": 0.5, "cuda": 0.2}
+_MOST_KEPT_BYTES = {"cpu": 1050 * 10**6}
 _MODEL = ("weights", "slots", "framework")
 
 # Bytes for each logit of a loss over all logits at once: the logits in 16 bits, and in float32 the logits, their
@@ -115,9 +115,12 @@ def estimate_memory(
         phases["evaluation"] = training | step.of_batch(settings.evaluation_tokens).evaluation_phase()
     if settings.answered:
         phases["generation"] = training | step.of_batch(settings.answered * settings.sequence_length).generation_phase()
+    trimmed = settings.device == "cpu" and offloading.location == "disk"
+    allocator = "trimmed" if trimmed else settings.device
     for components in phases.values():
         allocated = sum(num_bytes for name, num_bytes in components.items() if name not in _MODEL)
-        components["allocator"] = int(min(_KEPT_SHARE[settings.device] * allocated, _KEPT_BYTES[settings.device]))
+        kept = _KEPT_SHARE[allocator] * allocated
+        components["allocator"] = int(min(kept, _MOST_KEPT_BYTES.get(settings.device, kept)))
     on_host = offloading.offloaded_bytes if offloading.location == "host" else 0
     return Memory(phases, on_host + (sum(step.kept_by_layers()) if settings.offload else 0))
 
