@@ -164,14 +164,6 @@ SHAPES = {
         _run(640, 1, False, lora={"dropout": 0.1}, placement="disk"),
         nf4_folder=True,
     ),
-    "gpt-oss, experts alone": Shape(
-        "gpt_oss",
-        {
-            "hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 3, "num_local_experts": 16,
-            "num_experts_per_tok": 4, "head_dim": 64,
-        },
-        _run(384, 3, True, lora={"targets": ["experts"]}, packing="padded"),
-    ),
     "qwen3, packed, a rank of 32": Shape(
         "qwen3_moe",
         {
@@ -179,6 +171,19 @@ SHAPES = {
             "num_experts": 24, "num_experts_per_tok": 3, "head_dim": 64,
         },
         _run(768, 2, False, lora={"r": 32}, packing="packed"),
+    ),
+    "granite, small": Shape(
+        "granitemoe",
+        {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2, "num_local_experts": 8},
+        _run(128, 1, False),
+    ),
+    "gpt-oss, experts alone": Shape(
+        "gpt_oss",
+        {
+            "hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 3, "num_local_experts": 16,
+            "num_experts_per_tok": 4, "head_dim": 64,
+        },
+        _run(384, 3, True, lora={"targets": ["experts"]}, packing="padded"),
     ),
     "mixtral, padded, two micro-batches": Shape(
         "mixtral",
@@ -199,10 +204,18 @@ SHAPES = {
         {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 3, "num_local_experts": 8},
         _run(512, 2, False, evaluation_batch=2, lora={"r": 16, "dtype": "bfloat16"}),
     ),
-    "granite, small": Shape(
-        "granitemoe",
-        {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2, "num_local_experts": 8},
-        _run(128, 1, False),
+    "deepseek-v3, padded, accumulating": Shape(
+        "deepseek_v3",
+        {
+            **_LATENT, "hidden_size": 768, "intermediate_size": 1536, "moe_intermediate_size": 512,
+            "num_hidden_layers": 3,
+        },
+        _run(256, 3, True, lora={"r": 16}, packing="padded", accumulation=2),
+    ),
+    "mixtral, packed, a rank of 64": Shape(
+        "mixtral",
+        {"hidden_size": 768, "intermediate_size": 1536, "num_hidden_layers": 3, "num_local_experts": 6},
+        _run(640, 2, False, lora={"r": 64, "dropout": 0.05}, packing="packed"),
     ),
 }  # fmt: skip
 

@@ -31,7 +31,7 @@ FRAMEWORK_BYTES = {"cpu": 750 * 10**6, "cuda": 1100 * 10**6}
 # freed blocks below 32 MiB stay on the C allocator's heap, between others that are in use; every expert has its own
 # number of tokens, so that few of them fit the next request. With experts on disk the heap is trimmed between layers.
 # On CUDA it is what the caching allocator had reserved and not in use, 18 % on an H100.
-_KEPT_SHARE = {"cpu": 1.5, "trimmed": 0.5, "cuda": 0.2}
+_KEPT_SHARE = {"cpu": 1.35, "trimmed": 0.5, "cuda": 0.2}
 _MOST_KEPT_BYTES = {"cpu": 1050 * 10**6}
 _MODEL = ("weights", "slots", "framework")
 
