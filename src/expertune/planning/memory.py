@@ -14,8 +14,8 @@ from typing import Any
 
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.experts.contract import ExpertsSpec
-from expertune.kernels.expert_mlp.plan import bytes_per_row
-from expertune.kernels.grouped_linear.dequant_gemm import TILE_BYTES
+from expertune.kernels.dequant_gemm import TILE_BYTES
+from expertune.kernels.expert_mlp.plan import bytes_per_routed_token
 from expertune.kernels.linear_cross_entropy import working_set_bytes
 from expertune.planning.inventory import FrozenWeights, Inventory, Layer, count_adapter
 from expertune.planning.placement import Offloading
@@ -297,7 +297,7 @@ class _Components:
         On a GPU half of the working set is for routed tokens and half for dequantized weights, of one expert at least.
         """
         s, D, F, num_parts = self.settings, spec.hidden_size, spec.intermediate_size, len(spec.projections) - 1
-        row = bytes_per_row(D, F, num_parts, spec.has_gate, s.dropout, s.device)
+        row = bytes_per_routed_token(D, F, num_parts, spec.has_gate, s.dropout, s.device)
         routed, around = s.tokens * self.inventory.top_k * row, 4 * s.tokens * D * _FLOAT32_BYTES
         if s.device == "cpu":
             return min(routed, s.working_set_bytes) + around
