@@ -24,7 +24,7 @@ from benchmarks.peers.processes import ROOT, interpreter
 from benchmarks.workload import DOLLY_SAMPLE, ROW_TOKENS, Lora, Shape, describe, prepare, write_tokenizer
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import DataConfig
-from expertune.data import prepare_rows
+from expertune.data import prepare_examples
 
 _ACCUMULATION = 4  # the recipe's
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
@@ -119,7 +119,7 @@ def _ours(folder: Path, model: Path, adapter: Path, args: argparse.Namespace, dt
 
 
 def _tutorial(folder: Path, model: Path, adapter: Path, args: argparse.Namespace, dtype: str) -> dict[str, Any]:
-    rows = prepare_rows(DataConfig(**_data(args)), "train", load_tokenizer(model)).rows
+    rows = prepare_examples(DataConfig(**_data(args)), "train", load_tokenizer(model)).examples
     job = {
         "model": str(model),
         "adapter": str(adapter),

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from expertune.adapt.files import PREFIX
 from expertune.config import DataConfig
-from expertune.data import make_collator, make_dataset, prepare_rows
+from expertune.data import make_collator, make_dataset, prepare_examples
 
 HERE = Path(__file__).parent
 DOLLY_SAMPLE = HERE / "data" / "dolly-first64.jsonl"
@@ -246,7 +246,9 @@ def text_batch(tokens: int, text: Path) -> tuple[dict[str, Any], int]:
     for row in rows:
         if left < 2:
             break
-        chosen.append({"input_ids": row["input_ids"][:left], "labels": row["labels"][:left], "row_ids": row["row_ids"]})
+        chosen.append(
+            {"input_ids": row["input_ids"][:left], "labels": row["labels"][:left], "example_ids": row["example_ids"]}
+        )
         left -= len(chosen[-1]["input_ids"])
     if left:
         raise ValueError(f"{text}: {tokens - left} tokens, {tokens} wanted; give a longer file with --text")
@@ -263,7 +265,7 @@ def token_rows(
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = _tokenizer(Path(folder))
     data = DataConfig(train=str(text), template=template, max_length=max_length, train_on="all")
-    return make_dataset(prepare_rows(data, "train", tokenizer), data), make_collator(data, tokenizer)
+    return make_dataset(prepare_examples(data, "train", tokenizer), data), make_collator(data, tokenizer)
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -116,7 +116,7 @@ class Training:
         count = torch.stack([(batch["labels"][..., 1:] != -100).sum() for batch in batches]).sum()
         total = 0.0
         for batch in batches:
-            inputs = batch | {"row_ids": [0]}
+            inputs = batch | {"example_ids": [0]}
             total += float(self.trainer.training_step(self.model, inputs, num_items_in_batch=count))
         return total
 

@@ -282,9 +282,9 @@ def _train(
         model=model,
         args=context.arguments,
         train_dataset=make_dataset(inputs.train, config.data),
-        collator=make_collator(config.data, inputs.tokenizer, keep_row_ids=True),
+        collator=make_collator(config.data, inputs.tokenizer, keep_example_ids=True),
         objective=SupervisedFineTuning(model, context.arguments, config.loss, context.note),
-        promised=Promised(oom=recovery, evaluation=held_out, place_of=lambda row: inputs.train.rows[row].place),
+        promised=Promised(oom=recovery, evaluation=held_out, place_of=lambda index: inputs.train.examples[index].place),
     )
     bar = ProgressBar(lambda: trainer.history, context.bars)
     trainer.add_callback(Evaluations(at_end=evaluates_at_ends(config)))

@@ -32,11 +32,11 @@ def mixtral_tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def jsonl(tmp_path):
-    """Write rows to a JSONL file and return its path as text."""
+    """Write examples to a JSONL file and return its path as text."""
 
-    def write(*rows, name="rows.jsonl"):
+    def write(*examples, name="rows.jsonl"):
         path = tmp_path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        path.write_text("".join(json.dumps(example) + "\n" for example in examples), encoding="utf-8")
         return str(path)
 
     return write

@@ -5,7 +5,7 @@ from itertools import groupby
 import pytest
 
 from expertune.config import DataConfig
-from expertune.data import IGNORE_INDEX, encode_prompt, prepare_rows, render_prompt
+from expertune.data import IGNORE_INDEX, encode_prompt, prepare_examples, render_prompt
 from expertune.errors import ConfigError, DataError
 
 # The bracketed instruction form: roles must alternate, an answer ends in EOS, no generation prompt of its own.
@@ -27,7 +27,7 @@ END_OUTSIDE = """\
 {% for message in messages %}{{ message.role + ': ' }}{% generation %}{{ message.content }}{% endgeneration %}
 {{- eos_token + '\n' }}{% endfor %}"""
 
-ROW = {
+EXAMPLE = {
     "messages": [
         {"role": "user", "content": "One?"},
         {"role": "assistant", "content": "Two."},
@@ -49,41 +49,41 @@ def template(tmp_path):
 
 
 def only_row(data, tokenizer):
-    (row,) = prepare_rows(data, "train", tokenizer).rows
-    start = encode_prompt(row.prompt, tokenizer)
-    assert row.input_ids[: len(start)] == start
-    trained = [label for label in row.labels if label != IGNORE_INDEX]
-    return row, tokenizer.decode(row.input_ids), tokenizer.decode(trained)
+    (example,) = prepare_examples(data, "train", tokenizer).examples
+    start = encode_prompt(example.prompt, tokenizer)
+    assert example.input_ids[: len(start)] == start
+    trained = [label for label in example.labels if label != IGNORE_INDEX]
+    return example, tokenizer.decode(example.input_ids), tokenizer.decode(trained)
 
 
 def test_every_assistant_turn_is_trained_and_its_end_too(jsonl, tiny_tokenizer):
-    data = DataConfig(train=jsonl(ROW), template="chatml")
-    row, text, trained = only_row(data, tiny_tokenizer)
+    data = DataConfig(train=jsonl(EXAMPLE), template="chatml")
+    example, text, trained = only_row(data, tiny_tokenizer)
     assert text == (
         "<s><|im_start|>user\nOne?</s>\n<|im_start|>assistant\nTwo.</s>\n"
         "<|im_start|>user\nThree?</s>\n<|im_start|>assistant\nFour.</s>"
     )
     assert trained == "Two.</s>Four.</s>"
-    assert row.prompt.endswith("Three?</s>\n<|im_start|>assistant\n")
-    assert row.completion == "Four."
+    assert example.prompt.endswith("Three?</s>\n<|im_start|>assistant\n")
+    assert example.completion == "Four."
 
 
 @pytest.mark.parametrize("which", ["tiny_tokenizer", "mixtral_tokenizer"])
 def test_template_without_generation_blocks_is_split_by_its_prefixes(request, jsonl, template, which):
     tokenizer = request.getfixturevalue(which)
-    row, text, trained = only_row(DataConfig(train=jsonl(ROW), template=template(BRACKETS)), tokenizer)
+    example, text, trained = only_row(DataConfig(train=jsonl(EXAMPLE), template=template(BRACKETS)), tokenizer)
     # Spaces behind special tokens are a habit of this tokenizer's decoder, not of the template.
     assert text.replace(" ", "") == "<s>[INST]One?[/INST]Two.</s>[INST]Three?[/INST]Four.</s>"
     assert trained.replace(" ", "") == "Two.</s>Four.</s>"
-    assert row.input_ids.count(tokenizer.bos_token_id) == 1
-    assert row.completion == " Four."
+    assert example.input_ids.count(tokenizer.bos_token_id) == 1
+    assert example.completion == " Four."
 
 
-def test_prompt_of_a_row_is_what_generation_asks_with(jsonl, template, tiny_tokenizer):
+def test_prompt_of_an_example_is_what_generation_asks_with(jsonl, template, tiny_tokenizer):
     for source in ("chatml", template(BRACKETS)):
-        data = DataConfig(train=jsonl(ROW), format="messages", template=source)
-        row, _, _ = only_row(data, tiny_tokenizer)
-        assert render_prompt({"messages": ROW["messages"][:3]}, data, tiny_tokenizer) == row.prompt
+        data = DataConfig(train=jsonl(EXAMPLE), format="messages", template=source)
+        example, _, _ = only_row(data, tiny_tokenizer)
+        assert render_prompt({"messages": EXAMPLE["messages"][:3]}, data, tiny_tokenizer) == example.prompt
 
 
 def test_question_of_one_text_is_a_user_turn(tiny_tokenizer):
@@ -95,18 +95,18 @@ def test_tokenizers_own_chat_template_is_used(jsonl, tiny_tokenizer, tmp_path):
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "chat_template.jinja").write_text(BRACKETS, encoding="utf-8")
     tokenizer = type(tiny_tokenizer).from_pretrained(tmp_path / "tokenizer")
-    data = DataConfig(train=jsonl(ROW))
+    data = DataConfig(train=jsonl(EXAMPLE))
     _, text, trained = only_row(data, tokenizer)
-    assert text == tokenizer.apply_chat_template(ROW["messages"][:4], tokenize=False)
+    assert text == tokenizer.apply_chat_template(EXAMPLE["messages"][:4], tokenize=False)
     assert trained == " Two.</s> Four.</s>"
 
 
 def test_base_model_without_a_chat_template_is_told_what_to_do(jsonl, mixtral_tokenizer):
     with pytest.raises(ConfigError, match="the tokenizer has no chat template, as base models do; use chatml"):
-        prepare_rows(DataConfig(train=jsonl(ROW)), "train", mixtral_tokenizer)
+        prepare_examples(DataConfig(train=jsonl(EXAMPLE)), "train", mixtral_tokenizer)
 
 
-def test_instruction_rows_can_be_asked_as_a_chat(files, tiny_tokenizer):
+def test_instruction_examples_can_be_asked_as_a_chat(files, tiny_tokenizer):
     data = DataConfig(train=f"{files}/dolly-first5.jsonl[1:2]", template="chatml")
     _, text, trained = only_row(data, tiny_tokenizer)
     assert text.startswith("<s><|im_start|>user\nWhich is a species of fish? Tope or Rope</s>\n<|im_start|>assistant\n")
@@ -116,51 +116,53 @@ def test_instruction_rows_can_be_asked_as_a_chat(files, tiny_tokenizer):
 def test_template_whose_prefixes_disagree_is_an_error_for_several_turns(jsonl, template, tiny_tokenizer):
     source = template(THOUGHTS_IN_LAST)
     with pytest.raises(DataError, match=r"writes message 2 differently once .* later turns follow.* to chatml"):
-        prepare_rows(DataConfig(train=jsonl(ROW), template=source), "train", tiny_tokenizer)
-    single = {"messages": ROW["messages"][:2]}
+        prepare_examples(DataConfig(train=jsonl(EXAMPLE), template=source), "train", tiny_tokenizer)
+    single = {"messages": EXAMPLE["messages"][:2]}
     _, _, trained = only_row(DataConfig(train=jsonl(single), template=source), tiny_tokenizer)
     assert trained == "<think></think>Two.</s>"
 
 
 def test_template_that_masks_the_end_of_the_turn_is_an_error(jsonl, template, tiny_tokenizer):
     with pytest.raises(DataError, match="the end of the answer is masked: the last trained token is not </s>"):
-        prepare_rows(DataConfig(train=jsonl(ROW), template=template(END_OUTSIDE)), "train", tiny_tokenizer)
+        prepare_examples(DataConfig(train=jsonl(EXAMPLE), template=template(END_OUTSIDE)), "train", tiny_tokenizer)
 
 
 def test_eos_is_added_once_where_the_template_ends_turns_otherwise(jsonl, template, tiny_tokenizer):
     source = template(END_OUTSIDE.replace("{{- eos_token + '\n' }}", "{{- '\n' }}"))
-    _, text, trained = only_row(DataConfig(train=jsonl(ROW), template=source), tiny_tokenizer)
+    _, text, trained = only_row(DataConfig(train=jsonl(EXAMPLE), template=source), tiny_tokenizer)
     assert text.endswith("assistant: Four.</s>")
     assert trained.endswith("Four.</s>")
 
 
-def test_conversation_that_the_template_refuses_is_an_error_with_its_row(files, template, tiny_tokenizer):
+def test_conversation_that_the_template_refuses_is_an_error_with_its_example(files, template, tiny_tokenizer):
     data = DataConfig(train=f"{files}/openai-toy-first4.jsonl[2:4]", template=template(BRACKETS))
-    with pytest.raises(DataError, match=r"1 of 2 rows .*\n.*first4\.jsonl: row 4: .* refuses .*roles must alternate"):
-        prepare_rows(data, "train", tiny_tokenizer)
+    with pytest.raises(
+        DataError, match=r"1 of 2 examples .*\n.*first4\.jsonl: row 4: .* refuses .*roles must alternate"
+    ):
+        prepare_examples(data, "train", tiny_tokenizer)
 
 
 def test_real_conversations_train_their_answers(files, tiny_tokenizer):
     for name in ("axolotl-conversation.json", "sharegpt-dummy-first2.json", "openai-toy-first4.jsonl"):
         data = DataConfig(train=str(files / name), template="chatml", max_length=8192)
         source = (files / name).read_text(encoding="utf-8")
-        rows = prepare_rows(data, "train", tiny_tokenizer).rows
+        examples = prepare_examples(data, "train", tiny_tokenizer).examples
         values = [json.loads(line) for line in source.split("\n") if line] if ".jsonl" in name else json.loads(source)
-        for row, value in zip(rows, values if isinstance(values, list) else [values], strict=True):
+        for example, value in zip(examples, values if isinstance(values, list) else [values], strict=True):
             turns = value.get("messages") or value["conversations"]
             answers = [
                 turn.get("content", turn.get("value"))
                 for turn in turns
                 if turn.get("role", turn.get("from")) in ("assistant", "gpt")
             ]
-            trained = tiny_tokenizer.decode([label for label in row.labels if label != IGNORE_INDEX])
+            trained = tiny_tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX])
             assert trained == "".join(answer + "</s>" for answer in answers)
 
 
 def test_syntax_error_in_a_chat_template_names_the_line(jsonl, template, tiny_tokenizer):
     with pytest.raises(ConfigError, match=r"chat\.jinja: line 2"):
-        prepare_rows(
-            DataConfig(train=jsonl(ROW), template=template("{{ messages }}\n{% if %}")), "train", tiny_tokenizer
+        prepare_examples(
+            DataConfig(train=jsonl(EXAMPLE), template=template("{{ messages }}\n{% if %}")), "train", tiny_tokenizer
         )
 
 
@@ -183,7 +185,7 @@ def role_tokenizer(tiny_tokenizer):
 
 
 def test_turn_that_the_next_role_ends_is_trained_with_that_token(jsonl, template, role_tokenizer):
-    _, text, trained = only_row(DataConfig(train=jsonl(ROW), template=template(NEXT_ROLE_ENDS)), role_tokenizer)
+    _, text, trained = only_row(DataConfig(train=jsonl(EXAMPLE), template=template(NEXT_ROLE_ENDS)), role_tokenizer)
     assert text == ("<s>[gMASK]<sop><|user|>\nOne?<|assistant|>\nTwo.<|user|>\nThree?<|assistant|>\nFour.</s>")
     assert trained == "\nTwo.<|user|>\nFour.</s>"
 
@@ -194,25 +196,30 @@ def test_turn_ends_are_found_around_generation_blocks_too(jsonl, template, role_
         "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}{% else %}"
         "{{ message.content }}{% endif %}",
     )
-    found = prepare_rows(DataConfig(train=jsonl(ROW), template=template(source)), "train", role_tokenizer)
-    (row,) = found.rows
-    assert role_tokenizer.decode([label for label in row.labels if label != IGNORE_INDEX]) == "Two.<|user|>Four.</s>"
+    found = prepare_examples(DataConfig(train=jsonl(EXAMPLE), template=template(source)), "train", role_tokenizer)
+    (example,) = found.examples
+    assert (
+        role_tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX]) == "Two.<|user|>Four.</s>"
+    )
     assert found.report["warnings"] == []
 
 
 def test_template_that_ends_no_turn_by_a_token_is_told_with_the_number_of_turns(jsonl, template, tiny_tokenizer):
-    data = DataConfig(train=jsonl(ROW, ROW), template=template(NO_TOKEN_ENDS))
-    (warning,) = prepare_rows(data, "train", tiny_tokenizer).report["warnings"]
+    data = DataConfig(train=jsonl(EXAMPLE, EXAMPLE), template=template(NO_TOKEN_ENDS))
+    (warning,) = prepare_examples(data, "train", tiny_tokenizer).report["warnings"]
     assert "ends 2 assistant turns by plain text and no special token" in warning
     assert (
-        prepare_rows(DataConfig(train=jsonl(ROW), template="chatml"), "train", tiny_tokenizer).report["warnings"] == []
+        prepare_examples(DataConfig(train=jsonl(EXAMPLE), template="chatml"), "train", tiny_tokenizer).report[
+            "warnings"
+        ]
+        == []
     )
 
 
 def test_end_of_the_turn_behind_a_generation_block_is_an_error_though_it_is_not_eos(jsonl, template, role_tokenizer):
     source = template(END_OUTSIDE.replace("eos_token", "'<|im_end|>'"))
     with pytest.raises(DataError, match=r"the end of the answer is masked: .* writes '<\|im_end\|>' behind it"):
-        prepare_rows(DataConfig(train=jsonl(ROW), template=source), "train", role_tokenizer)
+        prepare_examples(DataConfig(train=jsonl(EXAMPLE), template=source), "train", role_tokenizer)
 
 
 # The header of an answer ends in a space, which most tokenizers join with the word behind it.
@@ -237,12 +244,12 @@ def test_answers_behind_a_space_are_trained_whole_in_every_turn(
 ):
     turns = [SHORT_TURNS[0], SHORT_TURNS[1] | {"weight": flag}, *SHORT_TURNS[2:]]
     data = DataConfig(train=jsonl({"messages": turns}), template=template(source), train_on=train_on)
-    row, _, _ = only_row(data, mixtral_tokenizer)
-    tokens = mixtral_tokenizer.convert_ids_to_tokens(row.input_ids)
+    example, _, _ = only_row(data, mixtral_tokenizer)
+    tokens = mixtral_tokenizer.convert_ids_to_tokens(example.input_ids)
     runs = [
         (flag, [token for _, token in group])
         for flag, group in groupby(
-            zip([label != IGNORE_INDEX for label in row.labels], tokens, strict=True), key=lambda pair: pair[0]
+            zip([label != IGNORE_INDEX for label in example.labels], tokens, strict=True), key=lambda pair: pair[0]
         )
     ]
     assert [each for each, token in zip(tokens[1:], tokens, strict=False) if token == "▁" and each in ("Yes", "No")]
@@ -256,12 +263,15 @@ def test_answers_behind_a_space_are_trained_whole_in_every_turn(
     # The same conversation, asked.
     question = render_prompt({"messages": SHORT_TURNS[:5]}, data, mixtral_tokenizer)
     start = encode_prompt(question, mixtral_tokenizer)
-    assert row.input_ids[: len(start)] == start
+    assert example.input_ids[: len(start)] == start
 
 
 def test_answers_that_no_token_straddles_keep_the_ids_of_the_whole_text(jsonl, template, mixtral_tokenizer):
-    row, _, _ = only_row(DataConfig(train=jsonl(ROW), template=template(BRACKETS)), mixtral_tokenizer)
-    assert row.input_ids == mixtral_tokenizer(row.prompt + row.completion + "</s>", add_special_tokens=False).input_ids
+    example, _, _ = only_row(DataConfig(train=jsonl(EXAMPLE), template=template(BRACKETS)), mixtral_tokenizer)
+    assert (
+        example.input_ids
+        == mixtral_tokenizer(example.prompt + example.completion + "</s>", add_special_tokens=False).input_ids
+    )
 
 
 def test_answer_that_starts_inside_a_special_token_is_an_error(jsonl, template, mixtral_tokenizer):
@@ -270,4 +280,4 @@ def test_answer_that_starts_inside_a_special_token_is_an_error(jsonl, template, 
         "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
     with pytest.raises(DataError, match=r"row 1: an answer starts inside the token <s>, which cannot be split"):
-        prepare_rows(DataConfig(train=jsonl(ROW), template=template(source)), "train", mixtral_tokenizer)
+        prepare_examples(DataConfig(train=jsonl(EXAMPLE), template=template(source)), "train", mixtral_tokenizer)

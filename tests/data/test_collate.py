@@ -7,15 +7,15 @@ from expertune.data import (
     IGNORE_INDEX,
     LeftPaddingCollator,
     PaddingFreeCollator,
-    TokenizedRow,
+    TokenizedExample,
     make_collator,
-    pack_rows,
+    pack_examples,
 )
 from expertune.errors import DataError
 from expertune.layers.varlen_attention import SEQUENCE_BOUNDS
 
-FIRST = {"input_ids": [1, 11, 12, 2], "labels": [IGNORE_INDEX, 11, 12, 2], "row_ids": [4]}
-SECOND = {"input_ids": [1, 21, 2], "labels": [1, 21, 2], "row_ids": [7]}
+FIRST = {"input_ids": [1, 11, 12, 2], "labels": [IGNORE_INDEX, 11, 12, 2], "example_ids": [4]}
+SECOND = {"input_ids": [1, 21, 2], "labels": [1, 21, 2], "example_ids": [7]}
 
 
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
@@ -40,7 +40,7 @@ def random_features(*lengths):
     features = []
     for index, length in enumerate(lengths):
         ids = torch.randint(3, 64, (length,), generator=generator).tolist()
-        features.append({"input_ids": ids, "labels": ids, "row_ids": [index]})
+        features.append({"input_ids": ids, "labels": ids, "example_ids": [index]})
     return features
 
 
@@ -49,7 +49,7 @@ def alone(model, feature):
         return model(input_ids=torch.tensor([feature["input_ids"]]), use_cache=False).logits[0]
 
 
-def test_padding_free_batch_is_one_row_whose_positions_restart():
+def test_padding_free_batch_is_one_sequence_whose_positions_restart():
     batch = PaddingFreeCollator()([FIRST, SECOND])
     assert batch["input_ids"].tolist() == [[1, 11, 12, 2, 1, 21, 2]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
@@ -58,7 +58,7 @@ def test_padding_free_batch_is_one_row_whose_positions_restart():
     assert all(batch[name].dtype == torch.int64 for name in ("input_ids", "labels", "position_ids"))
 
 
-def test_padding_free_batch_says_where_its_rows_begin():
+def test_padding_free_batch_says_where_its_sequences_begin():
     packed = {**SECOND, "input_ids": [1, 21, 2, 1, 9], "labels": [1, 21, 2, 1, 9], "position_ids": [0, 1, 2, 0, 1]}
     batch = PaddingFreeCollator()([FIRST, packed, SECOND])
     theirs = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
@@ -72,7 +72,7 @@ def test_padding_free_batch_says_where_its_rows_begin():
         assert batch[name] == expected[name] == 4
 
 
-def test_padded_batch_has_no_row_bounds():
+def test_padded_batch_has_no_sequence_bounds():
     assert not set(SEQUENCE_BOUNDS) & LeftPaddingCollator(max_length=6, pad_token_id=2)([FIRST, SECOND]).keys()
 
 
@@ -86,16 +86,16 @@ def test_left_padding_fills_to_the_length_and_trains_the_true_eos():
     assert batch["labels"].tolist() == [[*ignored, 11, 12, eos_and_pad], [*ignored, 1, 21, eos_and_pad]]
 
 
-def test_left_padding_refuses_a_longer_row():
-    with pytest.raises(DataError, match="a row has 4 tokens, more than the 3"):
+def test_left_padding_refuses_a_longer_sequence():
+    with pytest.raises(DataError, match="an example has 4 tokens, more than the 3"):
         LeftPaddingCollator(max_length=3, pad_token_id=0)([FIRST, SECOND])
 
 
 @pytest.mark.parametrize("packing", ["padding-free", "packed", "padded"])
-def test_row_numbers_pass_only_where_asked(packing, tiny_tokenizer):
+def test_sequence_numbers_pass_only_where_asked(packing, tiny_tokenizer):
     data = DataConfig(train="rows.jsonl", packing=packing, max_length=8)
-    assert "row_ids" not in make_collator(data, tiny_tokenizer)([FIRST, SECOND])
-    assert make_collator(data, tiny_tokenizer, keep_row_ids=True)([FIRST, SECOND])["row_ids"] == [4, 7]
+    assert "example_ids" not in make_collator(data, tiny_tokenizer)([FIRST, SECOND])
+    assert make_collator(data, tiny_tokenizer, keep_example_ids=True)([FIRST, SECOND])["example_ids"] == [4, 7]
 
 
 def test_padding_is_eos_where_the_tokenizer_has_no_padding(mixtral_tokenizer, tiny_tokenizer):
@@ -104,7 +104,7 @@ def test_padding_is_eos_where_the_tokenizer_has_no_padding(mixtral_tokenizer, ti
     assert make_collator(data, tiny_tokenizer).pad_token_id == tiny_tokenizer.pad_token_id
 
 
-def test_attention_does_not_cross_the_rows_of_a_padding_free_batch(mixtral):
+def test_attention_does_not_cross_the_sequences_of_a_padding_free_batch(mixtral):
     features = random_features(7, 12, 1, 5)
     with torch.no_grad():
         together = mixtral(**PaddingFreeCollator()(features)).logits[0]
@@ -115,15 +115,15 @@ def test_attention_does_not_cross_the_rows_of_a_padding_free_batch(mixtral):
         start = stop
 
 
-def test_attention_does_not_cross_the_rows_of_a_pack(mixtral):
-    rows = [TokenizedRow(f["input_ids"], f["labels"], "", "", "", 0) for f in random_features(7, 12, 5)]
-    (pack,) = pack_rows(rows, 32)
+def test_attention_does_not_cross_the_sequences_of_a_pack(mixtral):
+    examples = [TokenizedExample(f["input_ids"], f["labels"], "", "", "", 0) for f in random_features(7, 12, 5)]
+    (pack,) = pack_examples(examples, 32)
     with torch.no_grad():
         together = mixtral(**PaddingFreeCollator()([pack, *random_features(3)])).logits[0]
     torch.testing.assert_close(together[7:19], alone(mixtral, random_features(7, 12)[1]), atol=1e-5, rtol=0)
 
 
-def test_loss_and_gradients_are_those_of_the_rows_apart_under_gradient_checkpointing(mixtral):
+def test_loss_and_gradients_are_those_of_the_sequences_apart_under_gradient_checkpointing(mixtral):
     features = random_features(7, 12)
     tokens = sum(len(feature["labels"]) - 1 for feature in features)
     parameter = mixtral.model.layers[0].self_attn.q_proj.weight
@@ -141,7 +141,7 @@ def test_loss_and_gradients_are_those_of_the_rows_apart_under_gradient_checkpoin
     torch.testing.assert_close(together, apart, atol=1e-6, rtol=1e-4)
 
 
-def test_left_padded_rows_have_the_logits_of_each_row_alone(mixtral):
+def test_left_padded_sequences_have_the_logits_of_each_sequence_alone(mixtral):
     features = random_features(7, 12)
     batch = LeftPaddingCollator(max_length=16, pad_token_id=2)(features)
     with torch.no_grad():

@@ -22,11 +22,11 @@ from transformers import AutoTokenizer
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.cli import main
 from expertune.config import DataConfig
-from expertune.data import prepare_rows, trial
+from expertune.data import prepare_examples, trial
 from expertune.errors import ExpertuneError
 
 TINY = Path(__file__).parents[2] / "src" / "expertune" / "assets" / "tiny-mixtral"
-ROW = {"prompt": "One?", "completion": "Two."}
+EXAMPLE = {"prompt": "One?", "completion": "Two."}
 CHAT = {"messages": [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]}
 KINDS = (".jsonl", ".json", ".csv", ".txt", ".parquet", ".jsonl.gz", ".csv.gz")
 
@@ -62,13 +62,13 @@ def one_error_or_none(work: Callable[[], object], folder: Path, *named: str) -> 
 
 
 def read(content: bytes, kind: str, folder: Path, tokenizer: Any, **data: Any) -> str:
-    path = folder / f"rows{kind}"
+    path = folder / f"examples{kind}"
     path.write_bytes(content)
     try:
         return one_error_or_none(
-            lambda: prepare_rows(DataConfig(train=str(path), **data), "train", tokenizer),
+            lambda: prepare_examples(DataConfig(train=str(path), **data), "train", tokenizer),
             folder,
-            f"rows{kind}",
+            f"examples{kind}",
             "data.template",
         )
     finally:
@@ -82,12 +82,12 @@ def parquet(table: pa.Table) -> bytes:
 
 
 GOOD = {
-    ".jsonl": json.dumps(ROW).encode() + b"\n" + json.dumps(ROW).encode(),
-    ".json": json.dumps([ROW, ROW]).encode(),
+    ".jsonl": json.dumps(EXAMPLE).encode() + b"\n" + json.dumps(EXAMPLE).encode(),
+    ".json": json.dumps([EXAMPLE, EXAMPLE]).encode(),
     ".csv": b'prompt,completion\nOne?,Two.\n"a ""b""","c,\nd"\n',
     ".txt": b"one\ntwo\n",
     ".parquet": parquet(pa.table({"prompt": ["One?", "a"], "completion": ["Two.", "b"]})),
-    ".jsonl.gz": gzip.compress(json.dumps(ROW).encode() * 3),
+    ".jsonl.gz": gzip.compress(json.dumps(EXAMPLE).encode() * 3),
     ".csv.gz": gzip.compress(b"prompt,completion\na,b\n"),
 }
 
@@ -141,18 +141,18 @@ def test_damaged_file_is_read_or_refused(folder, tokenizer, kind, data):
 
 @quick
 @given(
-    rows=st.lists(st.dictionaries(names, values, max_size=4), min_size=1, max_size=3),
+    examples=st.lists(st.dictionaries(names, values, max_size=4), min_size=1, max_size=3),
     template=st.sampled_from([None, "chatml", "plain"]),
 )
-@example(rows=[{"prompt": "\ud800", "completion": "a"}], template=None)
-@example(rows=[{"\ud800": "a"}], template=None)
-@example(rows=[{"x" * 100_000: "a"}], template=None)
-@example(rows=[{"prompt": "a", "completion": "b", "x" * 100_000: "a"}], template="chatml")
-@example(rows=[{"messages": [{"role": "x" * 100_000, "content": "a"}]}], template="chatml")
-@example(rows=[{"messages": [{"role": ["user"], "content": {}}]}], template="chatml")
-@example(rows=[{"conversations": [{"from": {}, "value": 1}]}], template="chatml")
-def test_rows_of_any_values_are_read_or_refused(folder, tokenizer, rows, template):
-    read("\n".join(map(json.dumps, rows)).encode(), ".jsonl", folder, tokenizer, template=template)
+@example(examples=[{"prompt": "\ud800", "completion": "a"}], template=None)
+@example(examples=[{"\ud800": "a"}], template=None)
+@example(examples=[{"x" * 100_000: "a"}], template=None)
+@example(examples=[{"prompt": "a", "completion": "b", "x" * 100_000: "a"}], template="chatml")
+@example(examples=[{"messages": [{"role": "x" * 100_000, "content": "a"}]}], template="chatml")
+@example(examples=[{"messages": [{"role": ["user"], "content": {}}]}], template="chatml")
+@example(examples=[{"conversations": [{"from": {}, "value": 1}]}], template="chatml")
+def test_examples_of_any_values_are_read_or_refused(folder, tokenizer, examples, template):
+    read("\n".join(map(json.dumps, examples)).encode(), ".jsonl", folder, tokenizer, template=template)
 
 
 @quick
@@ -173,9 +173,9 @@ def test_rows_of_any_values_are_read_or_refused(folder, tokenizer, rows, templat
         max_size=3,
     )
 )
-def test_parquet_of_any_types_is_read_or_refused(folder, tokenizer, rows):
+def test_parquet_of_any_types_is_read_or_refused(folder, tokenizer, examples):
     try:
-        content = parquet(pa.Table.from_pylist(rows))
+        content = parquet(pa.Table.from_pylist(examples))
     except (pa.ArrowException, OSError):
         return
     read(content, ".parquet", folder, tokenizer)
@@ -202,31 +202,31 @@ pieces = st.sampled_from([
 # fmt: on
 
 
-@pytest.mark.parametrize("row", [ROW, CHAT], ids=["columns", "messages"])
+@pytest.mark.parametrize("example", [EXAMPLE, CHAT], ids=["columns", "messages"])
 @pytest.mark.parametrize("bomb", range(len(BOMBS)))
-def test_template_that_never_ends_or_fails_is_one_error(folder, tokenizer, monkeypatch, row, bomb):
+def test_template_that_never_ends_or_fails_is_one_error(folder, tokenizer, monkeypatch, example, bomb):
     monkeypatch.setattr(trial, "SECONDS", 1)
     body = (
         "{% for m in messages %}{{ m.content ~ eos_token }}{% endfor %}"
-        if "messages" in row
+        if "messages" in example
         else "{{ prompt }} {{ completion }}"
     )
-    assert "mine.jinja" in render(BOMBS[bomb] + body, row, folder, tokenizer)
+    assert "mine.jinja" in render(BOMBS[bomb] + body, example, folder, tokenizer)
 
 
 @quick
-@given(parts=st.lists(pieces, max_size=12), row=st.sampled_from([ROW, CHAT]))
-def test_template_of_any_pieces_renders_or_is_refused(folder, tokenizer, parts, row):
-    render("".join(parts), row, folder, tokenizer)
+@given(parts=st.lists(pieces, max_size=12), example=st.sampled_from([EXAMPLE, CHAT]))
+def test_template_of_any_pieces_renders_or_is_refused(folder, tokenizer, parts, example):
+    render("".join(parts), example, folder, tokenizer)
 
 
-def render(source: str, row: dict[str, Any], folder: Path, tokenizer: Any) -> str:
+def render(source: str, example: dict[str, Any], folder: Path, tokenizer: Any) -> str:
     template, path = folder / "mine.jinja", folder / "rows.jsonl"
     template.write_text(source, encoding="utf-8")
-    path.write_text(json.dumps(row), encoding="utf-8")
+    path.write_text(json.dumps(example), encoding="utf-8")
     data = DataConfig(train=str(path), template=str(template))
     try:
-        return one_error_or_none(lambda: prepare_rows(data, "train", tokenizer), folder, "mine.jinja", "rows.jsonl")
+        return one_error_or_none(lambda: prepare_examples(data, "train", tokenizer), folder, "mine.jinja", "rows.jsonl")
     finally:
         template.unlink()
         path.unlink()
@@ -307,7 +307,7 @@ def test_train_on_a_bad_file_ends_with_exit_code_2_and_leaves_nothing(
     monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.chdir(tmp_path)
     shutil.copytree(TINY, tmp_path / "model")
-    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW), encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(EXAMPLE), encoding="utf-8")
     (tmp_path / "mine.jinja").write_text("{{ prompt }} {{ completion }}", encoding="utf-8")
     (tmp_path / name).write_bytes(content)
     (tmp_path / "run.yaml").write_text(

@@ -8,9 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from expertune.config import DataConfig
-from expertune.data import IGNORE_INDEX, encode_prompt, prepare_rows
-from expertune.data.encode import check_tokenizer, encode_row
-from expertune.data.row_template import Rendered
+from expertune.data import IGNORE_INDEX, encode_prompt, prepare_examples
+from expertune.data.column_template import Rendered
+from expertune.data.encode import check_tokenizer, encode_example
 from expertune.errors import ConfigError
 
 
@@ -59,10 +59,10 @@ BOUNDARIES = [
 @pytest.mark.parametrize(("prompt", "completion"), BOUNDARIES)
 @pytest.mark.parametrize("train_on", ["completion", "all"])
 def test_generation_starts_from_the_ids_that_training_saw(tokenizer, prompt, completion, train_on):
-    ids, labels = encode_row(rendered(prompt, completion), train_on, tokenizer)
+    ids, labels = encode_example(rendered(prompt, completion), train_on, tokenizer)
     start = encode_prompt(prompt, tokenizer)
     assert ids[: len(start)] == start
-    # The first token of a row has nothing before it, so it is never trained.
+    # The first token of an example has nothing before it, so it is never trained.
     first_trained = max(len(start), 1) if train_on == "completion" else 1
     assert trained(ids, labels) == ids[first_trained:]
     assert set(labels[:first_trained]) == {IGNORE_INDEX}
@@ -70,7 +70,7 @@ def test_generation_starts_from_the_ids_that_training_saw(tokenizer, prompt, com
 
 @pytest.mark.parametrize(("prompt", "completion"), BOUNDARIES)
 def test_ids_decode_to_the_text_with_one_eos(tokenizer, prompt, completion):
-    ids, _ = encode_row(rendered(prompt, completion), "completion", tokenizer)
+    ids, _ = encode_example(rendered(prompt, completion), "completion", tokenizer)
     assert tokenizer.decode(ids, skip_special_tokens=True) == prompt + completion
     assert ids.count(tokenizer.eos_token_id) == 1
     assert ids[-1] == tokenizer.eos_token_id
@@ -80,8 +80,8 @@ def test_ids_decode_to_the_text_with_one_eos(tokenizer, prompt, completion):
 @given(prompt=st.text(max_size=30), completion=st.text(min_size=1, max_size=30), end=st.booleans())
 def test_labels_are_ignored_or_equal_to_the_ids(tiny_tokenizer, prompt, completion, end):
     text = prompt + completion
-    row = Rendered(text, [(len(prompt), len(text))], append_eos=end)
-    ids, labels = encode_row(row, "completion", tiny_tokenizer)
+    example = Rendered(text, [(len(prompt), len(text))], append_eos=end)
+    ids, labels = encode_example(example, "completion", tiny_tokenizer)
     assert all(label in (IGNORE_INDEX, token_id) for token_id, label in zip(ids, labels, strict=True))
     start = len(encode_prompt(prompt, tiny_tokenizer))
     assert ids[:start] == encode_prompt(prompt, tiny_tokenizer)
@@ -92,10 +92,10 @@ def test_labels_are_ignored_or_equal_to_the_ids(tiny_tokenizer, prompt, completi
 def test_first_word_of_a_completion_has_its_ids_from_the_middle_of_a_text(mixtral_tokenizer):
     # SentencePiece would otherwise put a second space in front of it.
     prompt, completion = "Meaning:", " inform"
-    ids, _ = encode_row(rendered(prompt, completion), "completion", mixtral_tokenizer)
+    ids, _ = encode_example(rendered(prompt, completion), "completion", mixtral_tokenizer)
     assert mixtral_tokenizer.convert_ids_to_tokens(ids) == ["<s>", "▁Mean", "ing", ":", "▁inform", "</s>"]
     # "mean" + "ing" is one token as a whole, so here the completion is tokenized as a continuation.
-    ids, _ = encode_row(rendered("the mean", "ing"), "completion", mixtral_tokenizer)
+    ids, _ = encode_example(rendered("the mean", "ing"), "completion", mixtral_tokenizer)
     assert mixtral_tokenizer.convert_ids_to_tokens(ids) == ["<s>", "▁the", "▁mean", "ing", "</s>"]
 
 
@@ -103,8 +103,8 @@ def test_every_trained_turn_is_found_by_its_characters(tokenizer):
     turns = ["the question\n", "the answer\n", "of the sentence\n", "is the model\n"]
     text = "".join(turns)
     ends = [len("".join(turns[: index + 1])) for index in range(4)]
-    row = Rendered(text, [(ends[0], ends[1]), (ends[2], ends[3])], append_eos=True)
-    ids, labels = encode_row(row, "completion", tokenizer)
+    example = Rendered(text, [(ends[0], ends[1]), (ends[2], ends[3])], append_eos=True)
+    ids, labels = encode_example(example, "completion", tokenizer)
     assert tokenizer.decode(trained(ids, labels), skip_special_tokens=True).replace(" ", "") == (
         (turns[1] + turns[3]).replace(" ", "")
     )
@@ -125,7 +125,7 @@ def test_tokenizer_that_adds_eos_by_itself_does_not_end_the_prompt_with_it(mixtr
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, add_bos_token=True, add_eos_token=True)
     assert tokenizer("hi")["input_ids"][-1] == tokenizer.eos_token_id
     assert encode_prompt("hi", tokenizer) == encode_prompt("hi", mixtral_tokenizer)
-    ids, _ = encode_row(rendered("hi", " there"), "completion", tokenizer)
+    ids, _ = encode_example(rendered("hi", " there"), "completion", tokenizer)
     assert ids.count(tokenizer.eos_token_id) == 1
 
 
@@ -135,21 +135,21 @@ def test_tokenizer_without_eos_is_refused(trimming_tokenizer):
         check_tokenizer(tokenizer)
 
 
-def test_recipe_row_of_dolly_is_golden(files, mixtral_tokenizer):
+def test_recipe_example_of_dolly_is_golden(files, mixtral_tokenizer):
     data = DataConfig(train=f"{files}/dolly-first5.jsonl[1:2]", template="dolly-tutorial", max_length=320)
-    (row,) = prepare_rows(data, "train", mixtral_tokenizer).rows
-    assert mixtral_tokenizer.decode(row.input_ids) == (
+    (example,) = prepare_examples(data, "train", mixtral_tokenizer).examples
+    assert mixtral_tokenizer.decode(example.input_ids) == (
         "<s> Given a question and some additional context, provide an answer\n\n### Target sentence:\n"
         "Question: Which is a species of fish? Tope or Rope\nAdditional Context: \n"
         "Response: [/INST] Tope</s></s>"
     )
     # The first </s> is spelt out by the template and the second is the tokenizer's own; both are the one EOS token.
-    assert row.input_ids[-2:] == row.labels[-2:] == [mixtral_tokenizer.eos_token_id] * 2
-    assert mixtral_tokenizer.decode([label for label in row.labels if label != IGNORE_INDEX]) == "Tope</s></s>"
-    assert row.completion == " Tope"
+    assert example.input_ids[-2:] == example.labels[-2:] == [mixtral_tokenizer.eos_token_id] * 2
+    assert mixtral_tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX]) == "Tope</s></s>"
+    assert example.completion == " Tope"
     # As the recipe tokenized it, but for its second EOS: the whole text at once, BOS in front.
-    whole = mixtral_tokenizer(row.prompt + row.completion + "</s>")["input_ids"]
-    assert row.input_ids == [*whole, mixtral_tokenizer.eos_token_id]
+    whole = mixtral_tokenizer(example.prompt + example.completion + "</s>")["input_ids"]
+    assert example.input_ids == [*whole, mixtral_tokenizer.eos_token_id]
 
 
 def test_golden_tokenizer_is_the_one_of_mixtral(files, mixtral_tokenizer):

@@ -4,7 +4,7 @@ import pytest
 
 from expertune.config import DataConfig
 from expertune.data.formats import LAYOUTS, find_layout, rename
-from expertune.data.lint import RowError
+from expertune.data.lint import ExampleError
 from expertune.data.messages import parse_conversation, until_last_answer
 from expertune.errors import DataError
 
@@ -37,18 +37,20 @@ def test_unknown_columns_are_an_error_that_names_them_and_the_ways_out():
 
 
 def test_renamed_columns_are_recognised_and_the_old_names_stay():
-    row = rename({"mr": "inform()", "ref": "A game."}, {"prompt": "ref", "completion": "mr"})
-    assert layout("auto", row).name == "prompt-completion"
-    assert row == {"mr": "inform()", "ref": "A game.", "prompt": "A game.", "completion": "inform()"}
+    example = rename({"mr": "inform()", "ref": "A game."}, {"prompt": "ref", "completion": "mr"})
+    assert layout("auto", example).name == "prompt-completion"
+    assert example == {"mr": "inform()", "ref": "A game.", "prompt": "A game.", "completion": "inform()"}
 
 
 def test_two_columns_can_be_swapped():
-    row = rename({"prompt": "answer", "completion": "question"}, {"prompt": "completion", "completion": "prompt"})
-    assert row == {"prompt": "question", "completion": "answer"}
+    example = rename({"prompt": "answer", "completion": "question"}, {"prompt": "completion", "completion": "prompt"})
+    assert example == {"prompt": "question", "completion": "answer"}
 
 
 def test_renaming_a_column_that_is_not_there_is_an_error():
-    with pytest.raises(RowError, match=r"column mr, named by data\.columns\.completion, is missing; the row has ref"):
+    with pytest.raises(
+        ExampleError, match=r"column mr, named by data\.columns\.completion, is missing; the example has ref"
+    ):
         rename({"ref": "A game."}, {"completion": "mr"})
 
 
@@ -68,39 +70,44 @@ def test_own_column_named_completion_is_left_as_it_is():
 
 
 def test_optional_context_may_be_missing_or_null():
-    for row in ({"instruction": "Who?", "response": "Ada."}, {"instruction": "Who?", "context": None, "response": "A"}):
-        assert layout("dolly").read(row).values["context"] == ""
+    for example in (
+        {"instruction": "Who?", "response": "Ada."},
+        {"instruction": "Who?", "context": None, "response": "A"},
+    ):
+        assert layout("dolly").read(example).values["context"] == ""
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("example", "message"),
     [
-        ({"instruction": "Who?"}, "column response is missing; the row has instruction"),
+        ({"instruction": "Who?"}, "column response is missing; the example has instruction"),
         ({"instruction": 7, "response": "Ada."}, "column instruction is int, not text"),
         ({"instruction": "Who?", "response": ["Ada."]}, "column response is list, not text"),
         ({"instruction": "Who?", "response": " \n"}, "empty completion: response holds no text"),
         ({"instruction": "Who?", "response": None}, "empty completion: response holds no text"),
     ],
 )
-def test_row_that_cannot_be_read_says_why(row, message):
-    with pytest.raises(RowError, match=message):
-        layout("dolly").read(row)
+def test_example_that_cannot_be_read_says_why(example, message):
+    with pytest.raises(ExampleError, match=message):
+        layout("dolly").read(example)
 
 
-def test_real_openai_row_without_a_user_turn_still_has_an_answer(files):
-    rows = [json.loads(line) for line in (files / "openai-toy-first4.jsonl").read_text(encoding="utf-8").splitlines()]
-    turns = layout("messages").read(rows[3]).messages
+def test_real_openai_example_without_a_user_turn_still_has_an_answer(files):
+    examples = [
+        json.loads(line) for line in (files / "openai-toy-first4.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    turns = layout("messages").read(examples[3]).messages
     assert [turn.role for turn in turns] == ["system", "assistant"]
 
 
 def test_real_typed_content_parts_are_read_where_they_are_text(files):
-    row = json.loads((files / "reason-tool-use-first1.jsonl").read_text(encoding="utf-8"))
-    turns = parse_conversation(row["messages"][:2])
+    example = json.loads((files / "reason-tool-use-first1.jsonl").read_text(encoding="utf-8"))
+    turns = parse_conversation(example["messages"][:2])
     assert turns[1].content == "Can you track my recent refund?"
-    with pytest.raises(RowError, match="message 3 has a content part of type 'reasoning'; only text"):
-        parse_conversation(row["messages"])
-    with pytest.raises(RowError, match="column tools holds functions"):
-        layout("messages").read(row)
+    with pytest.raises(ExampleError, match="message 3 has a content part of type 'reasoning'; only text"):
+        parse_conversation(example["messages"])
+    with pytest.raises(ExampleError, match="column tools holds functions"):
+        layout("messages").read(example)
 
 
 def test_openai_text_parts_are_joined():
@@ -109,8 +116,8 @@ def test_openai_text_parts_are_joined():
 
 
 def test_sharegpt_speakers_become_roles(files):
-    row = json.loads((files / "axolotl-conversation.json").read_text(encoding="utf-8"))
-    turns = layout("sharegpt").read(row).messages
+    example = json.loads((files / "axolotl-conversation.json").read_text(encoding="utf-8"))
+    turns = layout("sharegpt").read(example).messages
     assert {turn.role for turn in turns} == {"user", "assistant"}
     assert turns[0].content.startswith("how could i implement a minesweeper")
 
@@ -132,12 +139,12 @@ def test_sharegpt_speakers_become_roles(files):
     ],
 )
 def test_malformed_conversation_says_which_message_and_why(value, message):
-    with pytest.raises(RowError, match=message):
+    with pytest.raises(ExampleError, match=message):
         until_last_answer(parse_conversation(value))
 
 
 def test_unknown_sharegpt_speaker_is_an_error():
-    with pytest.raises(RowError, match="message 1 has the unknown role 'narrator'"):
+    with pytest.raises(ExampleError, match="message 1 has the unknown role 'narrator'"):
         parse_conversation([{"from": "narrator", "value": "hi"}])
 
 
@@ -149,7 +156,7 @@ def test_turns_behind_the_last_answer_are_left_out():
 def test_question_needs_no_answer():
     example = layout("alpaca").read_question({"instruction": "Who?"})
     assert example.values["input"] == ""
-    with pytest.raises(RowError, match="column instruction is missing; the question has input"):
+    with pytest.raises(ExampleError, match="column instruction is missing; the question has input"):
         layout("alpaca").read_question({"input": "x"})
 
 

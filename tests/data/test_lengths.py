@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from expertune.data import plot_lengths
-from expertune.data.rows import length_summary
+from expertune.data.examples import length_summary
 
 
 def test_histogram_is_a_png_and_leaves_nothing_beside_it(tmp_path):
@@ -47,5 +47,5 @@ def test_drawing_does_not_touch_pyplot(tmp_path):
         ([5, 1, 3], {"min": 1, "median": 3, "p95": 5, "max": 5}),
     ],
 )
-def test_length_summary_gives_lengths_that_rows_have(lengths, expected):
+def test_length_summary_gives_lengths_that_examples_have(lengths, expected):
     assert length_summary(lengths) == expected

@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from expertune.config import DataConfig, parse_config
-from expertune.data import prepare_rows
+from expertune.data import prepare_examples
 from expertune.data.preview import preview, preview_run
 from expertune.report.preview import render_preview
 
@@ -24,11 +24,11 @@ TURNS = [
 
 @pytest.fixture
 def show(jsonl, tiny_tokenizer):
-    """Rows of a run as plain values, and their rendering at a width."""
+    """Examples of a run as plain values, and their rendering at a width."""
 
-    def call(*rows, width=120, terminal=False, encoding="utf-8", max_chars=600, **data):
-        config = DataConfig(train=jsonl(*rows), **data)
-        shown = preview(prepare_rows(config, "train", tiny_tokenizer), config, tiny_tokenizer, num_examples=2)
+    def call(*examples, width=120, terminal=False, encoding="utf-8", max_chars=600, **data):
+        config = DataConfig(train=jsonl(*examples), **data)
+        shown = preview(prepare_examples(config, "train", tiny_tokenizer), config, tiny_tokenizer, num_examples=2)
         out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         Console(file=out, width=width, force_terminal=terminal, color_system="truecolor" if terminal else None).print(
             render_preview("train", shown, max_chars)
@@ -50,9 +50,9 @@ def test_every_line_fits_the_terminal_and_the_marks_survive(show, width):
 
 
 def test_marks_and_text_are_the_same_with_colour_and_without(show):
-    row = {"prompt": "What is the capital of Malta?", "completion": "Valletta."}
-    _, plain = show(row)
-    _, coloured = show(row, terminal=True)
+    example = {"prompt": "What is the capital of Malta?", "completion": "Valletta."}
+    _, plain = show(example)
+    _, coloured = show(example, terminal=True)
     assert "  | <s>Question: What is the capital of Malta?\n  | Answer:⟦ Valletta.</s>⟧\n" in plain
     assert "⟦ Valletta.</s>⟧" in coloured
     assert "\x1b[1;32m" in coloured
@@ -64,9 +64,9 @@ def test_parts_are_those_of_the_labels(show, tiny_tokenizer):
     assert [part["text"] for part in example["parts"] if part["trained"]] == [f"{TURNS[3]['content']}</s>"]
     assert "".join(part["text"] for part in example["parts"]).count("No.</s>") == 1
     json.dumps(shown, allow_nan=False)
-    row = {"question": "Why?", "answer": "So."}
-    assert show(row)[0]["examples"][0]["parts"][-1] == {"text": " So.</s>", "trained": True}
-    assert [part["trained"] for part in show(row, train_on="all")[0]["examples"][0]["parts"]] == [False, True]
+    example = {"question": "Why?", "answer": "So."}
+    assert show(example)[0]["examples"][0]["parts"][-1] == {"text": " So.</s>", "trained": True}
+    assert [part["trained"] for part in show(example, train_on="all")[0]["examples"][0]["parts"]] == [False, True]
 
 
 def test_a_cut_is_shown_where_it_falls(show):
@@ -98,21 +98,21 @@ def test_a_terminal_without_these_characters_gets_others(show):
 
 
 def test_the_middle_of_a_long_text_is_left_out_and_said(show):
-    row = {"prompt": "word" * 100, "completion": "first " + "x" * 300 + " last"}
-    _, text = show(row, max_chars=90)
+    example = {"prompt": "word" * 100, "completion": "first " + "x" * 300 + " last"}
+    _, text = show(example, max_chars=90)
     assert "⟦ first" in text
     assert "last</s>⟧" in text.replace("\n    ", "")
     assert text.count("characters ...]") == 2
 
 
 def test_warnings_hints_and_counts_stand_above_the_examples(show, tiny_tokenizer, monkeypatch):
-    rows = [
+    examples = [
         {"prompt": "", "completion": "Hi"},
         {"prompt": "Who?", "completion": "Me", "weight": 0},
         {"prompt": "Who?", "completion": ""},
     ]
     monkeypatch.setattr(tiny_tokenizer, "chat_template", "{{ messages }}")
-    _, text = show(*rows, on_error="skip")
+    _, text = show(*examples, on_error="skip")
     assert "1 used, 1 skipped as unusable, 1 left out, flagged not to be trained" in text
     assert "1 of 1 examples have an empty prompt" in text
     assert "data.template: chat puts the examples into the form" in text

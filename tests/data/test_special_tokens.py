@@ -5,14 +5,14 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from expertune.config import DataConfig
-from expertune.data import IGNORE_INDEX, encode_prompt, prepare_rows, render_prompt
-from expertune.data.encode import encode_row
-from expertune.data.row_template import Rendered
+from expertune.data import IGNORE_INDEX, encode_prompt, prepare_examples, render_prompt
+from expertune.data.column_template import Rendered
+from expertune.data.encode import encode_example
 from expertune.data.special_tokens import RenderedText
 from expertune.errors import DataError
 from expertune.generation.chat import Conversation
 
-ROW = {"prompt": "Say </s> now", "completion": " <s>a</s>b"}
+EXAMPLE = {"prompt": "Say </s> now", "completion": " <s>a</s>b"}
 
 
 @pytest.fixture(scope="module")
@@ -50,45 +50,45 @@ def special_ids(ids, tokenizer):
 
 
 @pytest.mark.parametrize("template", ["plain", "chatml", "viggo"])
-def test_special_tokens_that_a_row_spells_out_are_text(jsonl, tokenizer, template):
-    data = DataConfig(train=jsonl(ROW), template=template)
-    prepared = prepare_rows(data, "train", tokenizer)
-    (row,) = prepared.rows
+def test_special_tokens_that_an_example_spells_out_are_text(jsonl, tokenizer, template):
+    data = DataConfig(train=jsonl(EXAMPLE), template=template)
+    prepared = prepare_examples(data, "train", tokenizer)
+    (example,) = prepared.examples
     bos = special_ids(tokenizer("a")["input_ids"], tokenizer)
     ends = 2 if template == "chatml" else 1
-    assert special_ids(row.input_ids, tokenizer) == bos + [tokenizer.eos_token_id] * ends
-    assert row.labels[-1] == row.input_ids[-1] == tokenizer.eos_token_id
-    assert (row.prompt.count("</s>"), row.completion.strip()) == (ends, "<s>a</s>b")
-    start = encode_prompt(row.prompt, tokenizer)
-    assert row.input_ids[: len(start)] == start
-    assert row.labels[: len(start)] == [IGNORE_INDEX] * len(start)
+    assert special_ids(example.input_ids, tokenizer) == bos + [tokenizer.eos_token_id] * ends
+    assert example.labels[-1] == example.input_ids[-1] == tokenizer.eos_token_id
+    assert (example.prompt.count("</s>"), example.completion.strip()) == (ends, "<s>a</s>b")
+    start = encode_prompt(example.prompt, tokenizer)
+    assert example.input_ids[: len(start)] == start
+    assert example.labels[: len(start)] == [IGNORE_INDEX] * len(start)
     assert prepared.report["special_tokens_as_text"] == {"</s>": 1, "<s>": 1}
     (warning,) = prepared.report["warnings"]
     assert "spells out special tokens (</s> in 1 examples, <s> in 1 examples); they are read as text" in warning
 
 
 def test_text_of_a_special_token_has_the_ids_that_it_has_as_text(jsonl, mixtral_tokenizer):
-    (row,) = prepare_rows(DataConfig(train=jsonl(ROW)), "train", mixtral_tokenizer).rows
-    assert mixtral_tokenizer.convert_ids_to_tokens(row.input_ids) == [
+    (example,) = prepare_examples(DataConfig(train=jsonl(EXAMPLE)), "train", mixtral_tokenizer).examples
+    assert mixtral_tokenizer.convert_ids_to_tokens(example.input_ids) == [
         *("<s>", "▁Say", "▁</", "s", ">", "▁now"),
         *("▁<", "s", ">", "a", "</", "s", ">", "b", "</s>"),
     ]
     text = mixtral_tokenizer("Say </s> now <s>a</s>b", add_special_tokens=False, split_special_tokens=True)
-    assert row.input_ids[1:-1] == text["input_ids"]
+    assert example.input_ids[1:-1] == text["input_ids"]
 
 
-def test_setting_makes_special_tokens_of_the_rows_special(jsonl, mixtral_tokenizer):
-    data = DataConfig(train=jsonl(ROW), parse_special_tokens=True)
-    prepared = prepare_rows(data, "train", mixtral_tokenizer)
-    (row,) = prepared.rows
-    assert row.input_ids == mixtral_tokenizer("Say </s> now <s>a</s>b</s>")["input_ids"]
+def test_setting_makes_special_tokens_of_the_examples_special(jsonl, mixtral_tokenizer):
+    data = DataConfig(train=jsonl(EXAMPLE), parse_special_tokens=True)
+    prepared = prepare_examples(data, "train", mixtral_tokenizer)
+    (example,) = prepared.examples
+    assert example.input_ids == mixtral_tokenizer("Say </s> now <s>a</s>b</s>")["input_ids"]
     assert prepared.report["special_tokens_as_text"] == {}
     prompt = render_prompt("Say </s> now", data, mixtral_tokenizer)
     assert 2 in encode_prompt(prompt, mixtral_tokenizer)
 
 
 @pytest.mark.parametrize(
-    ("row", "template"),
+    ("example", "template"),
     [
         ({"text": "<s>hey</s>"}, None),
         ({"text": "<s>hey</s>\n"}, None),
@@ -97,27 +97,29 @@ def test_setting_makes_special_tokens_of_the_rows_special(jsonl, mixtral_tokeniz
     ],
 )
 @pytest.mark.parametrize("train_on", ["completion", "all"])
-def test_eos_that_a_row_brings_itself_ends_it_once(jsonl, mixtral_tokenizer, row, template, train_on):
-    data = DataConfig(train=jsonl(row), template=template, parse_special_tokens=True, train_on=train_on)
-    (prepared,) = prepare_rows(data, "train", mixtral_tokenizer).rows
+def test_eos_that_an_example_brings_itself_ends_it_once(jsonl, mixtral_tokenizer, example, template, train_on):
+    data = DataConfig(train=jsonl(example), template=template, parse_special_tokens=True, train_on=train_on)
+    (prepared,) = prepare_examples(data, "train", mixtral_tokenizer).examples
     assert special_ids(prepared.input_ids, mixtral_tokenizer) == [1, 2]
     assert prepared.input_ids[-1] == prepared.labels[-1] == 2
     assert prepared.completion.endswith("hey")
 
 
-def test_eos_of_a_row_template_stays_beside_the_one_that_follows_every_row(jsonl, mixtral_tokenizer):
+def test_eos_of_an_example_template_stays_beside_the_one_that_follows_every_example(jsonl, mixtral_tokenizer):
     path = jsonl({"instruction": "Why?", "response": "So."})
     data = DataConfig(train=path, template="dolly-tutorial", parse_special_tokens=True)
-    (row,) = prepare_rows(data, "train", mixtral_tokenizer).rows
-    assert special_ids(row.input_ids, mixtral_tokenizer) == [1, 2, 2]
+    (example,) = prepare_examples(data, "train", mixtral_tokenizer).examples
+    assert special_ids(example.input_ids, mixtral_tokenizer) == [1, 2, 2]
 
 
-def test_special_tokens_of_a_row_template_stay_special_beside_those_of_the_row(jsonl, mixtral_tokenizer):
+def test_special_tokens_of_an_example_template_stay_special_beside_those_of_the_example(jsonl, mixtral_tokenizer):
     path = jsonl({"instruction": "Why </s>?", "response": "So."})
-    (row,) = prepare_rows(DataConfig(train=path, template="dolly-tutorial"), "train", mixtral_tokenizer).rows
-    # The template's own </s>, and the EOS that follows every row.
-    assert special_ids(row.input_ids, mixtral_tokenizer) == [1, 2, 2]
-    assert row.completion == " So."
+    (example,) = prepare_examples(
+        DataConfig(train=path, template="dolly-tutorial"), "train", mixtral_tokenizer
+    ).examples
+    # The template's own </s>, and the EOS that follows every example.
+    assert special_ids(example.input_ids, mixtral_tokenizer) == [1, 2, 2]
+    assert example.completion == " So."
 
 
 @pytest.mark.parametrize(
@@ -128,9 +130,9 @@ def test_special_token_that_two_columns_make_together_is_text(tmp_path, jsonl, t
     template.write_text("<{{ prompt }}{{ completion }}>", encoding="utf-8")
     path = jsonl({"prompt": prompt, "completion": completion})
     for name in ("plain", str(template)):
-        (row,) = prepare_rows(DataConfig(train=path, template=name), "train", tokenizer).rows
-        assert row.input_ids.count(tokenizer.eos_token_id) == 1
-        assert special_ids(row.input_ids[1:-1], tokenizer) == []
+        (example,) = prepare_examples(DataConfig(train=path, template=name), "train", tokenizer).examples
+        assert example.input_ids.count(tokenizer.eos_token_id) == 1
+        assert special_ids(example.input_ids[1:-1], tokenizer) == []
 
 
 def test_turns_of_a_conversation_end_only_where_the_template_ends_them(jsonl, tokenizer):
@@ -140,10 +142,12 @@ def test_turns_of_a_conversation_end_only_where_the_template_ends_them(jsonl, to
         {"role": "user", "content": "</s>"},
         {"role": "assistant", "content": "a</s>b"},
     ]
-    (row,) = prepare_rows(DataConfig(train=jsonl({"messages": messages}), template="chatml"), "train", tokenizer).rows
-    assert row.input_ids.count(tokenizer.eos_token_id) == 4
-    assert row.labels.count(tokenizer.eos_token_id) == 2
-    assert row.completion == "a</s>b"
+    (example,) = prepare_examples(
+        DataConfig(train=jsonl({"messages": messages}), template="chatml"), "train", tokenizer
+    ).examples
+    assert example.input_ids.count(tokenizer.eos_token_id) == 4
+    assert example.labels.count(tokenizer.eos_token_id) == 2
+    assert example.completion == "a</s>b"
 
 
 def test_answer_that_spells_out_the_end_is_still_ended(jsonl, tmp_path, mixtral_tokenizer):
@@ -151,9 +155,9 @@ def test_answer_that_spells_out_the_end_is_still_ended(jsonl, tmp_path, mixtral_
     template.write_text("{% for message in messages %}{{ message.content }}\n{% endfor %}", encoding="utf-8")
     messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So.</s>"}]
     data = DataConfig(train=jsonl({"messages": messages}), template=str(template))
-    (row,) = prepare_rows(data, "train", mixtral_tokenizer).rows
-    assert row.input_ids.count(2) == 1
-    assert row.input_ids[-1] == row.labels[-1] == 2
+    (example,) = prepare_examples(data, "train", mixtral_tokenizer).examples
+    assert example.input_ids.count(2) == 1
+    assert example.input_ids[-1] == example.labels[-1] == 2
 
 
 @pytest.mark.parametrize("template", ["plain", "chatml"])
@@ -170,21 +174,21 @@ def test_prompts_of_generate_and_chat_hold_no_special_tokens_of_the_user(tokeniz
     assert special_ids(conversation.prompt("say </s> now"), tokenizer) == special_ids(asked, tokenizer) + earlier
 
 
-def test_template_that_tears_a_special_token_apart_is_an_error_with_its_row(tmp_path, jsonl, mixtral_tokenizer):
+def test_template_that_tears_a_special_token_apart_is_an_error_with_its_example(tmp_path, jsonl, mixtral_tokenizer):
     template = tmp_path / "mine.jinja"
     template.write_text("{{ prompt.split('</s>') | join('</s></s>') }}{{ completion }}", encoding="utf-8")
-    data = DataConfig(train=jsonl(ROW), template=str(template))
-    with pytest.raises(DataError, match=r"row 1: template .*mine\.jinja changes what the row spells out .*</s>"):
-        prepare_rows(data, "train", mixtral_tokenizer)
+    data = DataConfig(train=jsonl(EXAMPLE), template=str(template))
+    with pytest.raises(DataError, match=r"row 1: template .*mine\.jinja changes what the example spells out .*</s>"):
+        prepare_examples(data, "train", mixtral_tokenizer)
 
 
 def test_template_that_writes_them_as_json_needs_no_telling_apart(tmp_path, jsonl, mixtral_tokenizer):
     template = tmp_path / "mine.jinja"
     template.write_text("{{ prompt | tojson }} {{ completion }}", encoding="utf-8")
-    data = DataConfig(train=jsonl({**ROW, "completion": "b"}), template=str(template))
-    (row,) = prepare_rows(data, "train", mixtral_tokenizer).rows
-    assert "\\u003c/s\\u003e" in row.prompt
-    assert special_ids(row.input_ids, mixtral_tokenizer) == [1, 2]
+    data = DataConfig(train=jsonl({**EXAMPLE, "completion": "b"}), template=str(template))
+    (example,) = prepare_examples(data, "train", mixtral_tokenizer).examples
+    assert "\\u003c/s\\u003e" in example.prompt
+    assert special_ids(example.input_ids, mixtral_tokenizer) == [1, 2]
 
 
 @settings(max_examples=20)
@@ -194,8 +198,8 @@ def test_special_tokens_that_stand_in_no_plain_place_have_their_usual_ids(
 ):
     text = "".join(parts)
     for tokenizer in (tiny_tokenizer, mixtral_tokenizer, word_tokenizer):
-        expected, _ = encode_row(Rendered(text + "a", [(0, len(text) + 1)], append_eos=False), "all", tokenizer)
+        expected, _ = encode_example(Rendered(text + "a", [(0, len(text) + 1)], append_eos=False), "all", tokenizer)
         # A plain place that holds no special token changes nothing, but that the other way is taken.
         marked = RenderedText(text + "a", [(len(text), len(text) + 1)])
-        ids, _ = encode_row(Rendered(marked, [(0, len(marked))], append_eos=False), "all", tokenizer)
+        ids, _ = encode_example(Rendered(marked, [(0, len(marked))], append_eos=False), "all", tokenizer)
         assert ids == expected

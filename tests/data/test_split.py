@@ -13,9 +13,9 @@ from expertune.data.split import halve, size, split
 def rows(*lengths: int) -> list[dict[str, Any]]:
     start = 0
     made = []
-    for row_id, length in enumerate(lengths):
+    for example_id, length in enumerate(lengths):
         ids = list(range(start, start + length))
-        made.append({"input_ids": ids, "labels": [-100, *ids[1:]], "row_ids": [row_id]})
+        made.append({"input_ids": ids, "labels": [-100, *ids[1:]], "example_ids": [example_id]})
         start += length
     return made
 
@@ -25,7 +25,7 @@ def pack(members: list[dict[str, Any]]) -> dict[str, Any]:
         "input_ids": [token for row in members for token in row["input_ids"]],
         "labels": [label for row in members for label in row["labels"]],
         "position_ids": [position for row in members for position in range(len(row["input_ids"]))],
-        "row_ids": [row_id for row in members for row_id in row["row_ids"]],
+        "example_ids": [example_id for row in members for example_id in row["example_ids"]],
     }
 
 
@@ -41,8 +41,8 @@ def assert_same_batch(ours: Any, theirs: Any) -> None:
 
 
 COLLATORS = {
-    "padding-free": PaddingFreeCollator(keep_row_ids=True),
-    "padded": LeftPaddingCollator(8, pad_token_id=0, keep_row_ids=True),
+    "padding-free": PaddingFreeCollator(keep_example_ids=True),
+    "padded": LeftPaddingCollator(8, pad_token_id=0, keep_example_ids=True),
 }
 
 
@@ -82,8 +82,8 @@ def test_halve_of_three_sequences_of_one_length_is_two_and_one(collate: Any) -> 
 def test_split_keeps_every_sequence_in_order_and_each_part_within_the_limit() -> None:
     made = rows(3, 8, 1, 4, 5, 2, 2)
     parts = split(COLLATORS["padding-free"](made), 6)
-    assert [row_id for part in parts for row_id in part["row_ids"]] == list(range(7))
-    assert all(size(part) <= 6 or len(part["row_ids"]) == 1 for part in parts)
+    assert [example_id for part in parts for example_id in part["example_ids"]] == list(range(7))
+    assert all(size(part) <= 6 or len(part["example_ids"]) == 1 for part in parts)
     assert torch.cat([part["labels"] for part in parts], dim=1).tolist() == [
         [label for row in made for label in row["labels"]]
     ]

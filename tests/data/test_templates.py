@@ -5,9 +5,9 @@ import pytest
 
 from expertune.config import DataConfig
 from expertune.data import render_prompt, shipped_templates
+from expertune.data.column_template import ColumnTemplate
 from expertune.data.formats import LAYOUTS, find_layout
-from expertune.data.lint import RowError
-from expertune.data.row_template import RowTemplate
+from expertune.data.lint import ExampleError
 from expertune.data.template import load_template
 from expertune.errors import ConfigError, DataError
 
@@ -18,8 +18,8 @@ def layout(name):
     return find_layout(DataConfig(train="rows.jsonl", format=name), ())
 
 
-def render(template, row, name="dolly", tokenizer=None):
-    return load_template(template, layout(name), tokenizer).render(layout(name).read(row))
+def render(template, example, name="dolly", tokenizer=None):
+    return load_template(template, layout(name), tokenizer).render(layout(name).read(example))
 
 
 def parts(rendered):
@@ -45,8 +45,8 @@ def test_dolly_tutorial_without_context_keeps_the_line_empty():
 
 
 def test_viggo_tutorial_names_its_functions_and_attributes():
-    row = {"prompt": "Dirt is a racing game.", "completion": "inform(name[Dirt])"}
-    prompt, completion = parts(render("viggo-tutorial", row, "prompt-completion"))
+    example = {"prompt": "Dirt is a racing game.", "completion": "inform(name[Dirt])"}
+    prompt, completion = parts(render("viggo-tutorial", example, "prompt-completion"))
     assert prompt.startswith(
         "Given a target sentence construct the underlying meaning representation of the input sentence as a single "
         "function with attributes and attribute values."
@@ -63,14 +63,14 @@ def test_viggo_tutorial_names_its_functions_and_attributes():
 
 
 def test_viggo_puts_the_space_on_the_side_of_the_completion():
-    row = {"prompt": "Dirt is a racing game.", "completion": "inform(name[Dirt])"}
-    assert parts(render("viggo", row, "prompt-completion")) == (
+    example = {"prompt": "Dirt is a racing game.", "completion": "inform(name[Dirt])"}
+    assert parts(render("viggo", example, "prompt-completion")) == (
         "Sentence: Dirt is a racing game.\nMeaning:",
         " inform(name[Dirt])",
     )
 
 
-def test_clean_templates_leave_out_what_a_row_lacks():
+def test_clean_templates_leave_out_what_an_example_lacks():
     with_context, _ = parts(render("dolly", DOLLY))
     assert with_context == (
         "Answer the question using the context.\n\n### Context:\nHe was born in 1981.\n\n"
@@ -85,16 +85,16 @@ def test_clean_templates_leave_out_what_a_row_lacks():
     )
 
 
-def test_braces_in_a_row_are_text_and_not_jinja(files):
-    rows = json.loads((files / "llamafactory-identity-first3.json").read_text(encoding="utf-8"))
-    prompt, completion = parts(render("alpaca", rows[0], "alpaca"))
+def test_braces_in_an_example_are_text_and_not_jinja(files):
+    examples = json.loads((files / "llamafactory-identity-first3.json").read_text(encoding="utf-8"))
+    prompt, completion = parts(render("alpaca", examples[0], "alpaca"))
     assert "I am {{name}}, an AI assistant developed by {{author}}" in completion
-    prompt, _ = parts(render("alpaca", {**rows[0], "instruction": "{{ 7 * 7 }} {% raw %}"}, "alpaca"))
+    prompt, _ = parts(render("alpaca", {**examples[0], "instruction": "{{ 7 * 7 }} {% raw %}"}, "alpaca"))
     assert "{{ 7 * 7 }} {% raw %}" in prompt
 
 
 @pytest.mark.parametrize("name", ["dolly", "dolly-tutorial", "plain", "question-answer", "viggo", "viggo-tutorial"])
-def test_every_row_template_that_ships_splits_a_dolly_row(name):
+def test_every_example_template_that_ships_splits_a_dolly_example(name):
     assert name in shipped_templates()
     prompt, completion = parts(render(name, DOLLY))
     assert DOLLY["instruction"] in prompt
@@ -107,7 +107,7 @@ def test_guide_names_every_template_and_format():
         assert f"`{name}`" in guide
 
 
-def test_own_file_sees_every_column_of_the_row(tmp_path):
+def test_own_file_sees_every_column_of_the_example(tmp_path):
     path = tmp_path / "mine.jinja"
     path.write_text("[{{ category }}] {{ instruction }}\n=> {{ response | upper }}!\n", encoding="utf-8")
     rendered = render(str(path), {**DOLLY, "category": "qa"})
@@ -124,7 +124,7 @@ def test_own_file_sees_every_column_of_the_row(tmp_path):
     ],
 )
 def test_filters_on_the_answer_are_kept(use, prompt, completion):
-    template = RowTemplate("mine", f"{{{{ instruction }}}}: {{{{ {use} }}}}.")
+    template = ColumnTemplate("mine", f"{{{{ instruction }}}}: {{{{ {use} }}}}.")
     example = layout("dolly").read({"instruction": "Who?", "response": "ada\n"})
     assert parts(template.render(example)) == (prompt, completion)
 
@@ -140,19 +140,19 @@ def test_template_that_does_not_use_the_answer_is_an_error(tmp_path):
 
 
 def test_misspelt_column_in_a_template_is_an_error_that_shows_the_columns():
-    with pytest.raises(RowError, match=r"template mine: 'instrction' is undefined; the row has .*instruction"):
-        RowTemplate("mine", "{{ instrction }} {{ response }}").render(layout("dolly").read(DOLLY))
+    with pytest.raises(ExampleError, match=r"template mine: 'instrction' is undefined; the example has .*instruction"):
+        ColumnTemplate("mine", "{{ instrction }} {{ response }}").render(layout("dolly").read(DOLLY))
 
 
 def test_prompt_that_depends_on_the_answer_is_an_error():
-    template = RowTemplate("mine", "{{ response | length }} {{ instruction }} {{ response }}")
-    with pytest.raises(RowError, match="the prompt must not use it"):
+    template = ColumnTemplate("mine", "{{ response | length }} {{ instruction }} {{ response }}")
+    with pytest.raises(ExampleError, match="the prompt must not use it"):
         template.render(layout("dolly").read(DOLLY))
 
 
 def test_templates_are_sandboxed():
-    template = RowTemplate("mine", "{{ instruction.__class__.__mro__ }} {{ response }}")
-    with pytest.raises(RowError, match="unsafe"):
+    template = ColumnTemplate("mine", "{{ instruction.__class__.__mro__ }} {{ response }}")
+    with pytest.raises(ExampleError, match="unsafe"):
         template.render(layout("dolly").read(DOLLY))
 
 
@@ -168,17 +168,17 @@ def test_unknown_template_name_lists_those_that_ship():
         render("dollly", DOLLY)
 
 
-def test_row_template_is_refused_for_conversations(tiny_tokenizer):
-    with pytest.raises(ConfigError, match="dolly is written for columns, but messages rows are conversations"):
+def test_example_template_is_refused_for_conversations(tiny_tokenizer):
+    with pytest.raises(ConfigError, match="dolly is written for columns, but messages examples are conversations"):
         load_template("dolly", layout("messages"), tiny_tokenizer)
 
 
 def test_chat_is_refused_for_plain_text(tiny_tokenizer):
-    with pytest.raises(ConfigError, match="chatml needs a prompt and an answer; text rows hold only text"):
+    with pytest.raises(ConfigError, match="chatml needs a prompt and an answer; text examples hold only text"):
         load_template("chatml", layout("text"), tiny_tokenizer)
 
 
-def test_question_goes_through_the_same_template_as_a_row(tiny_tokenizer):
+def test_question_goes_through_the_same_template_as_an_example(tiny_tokenizer):
     data = DataConfig(train="gone.jsonl", format="dolly", template="dolly-tutorial")
     question = {name: DOLLY[name] for name in ("instruction", "context")}
     assert render_prompt(question, data, tiny_tokenizer) == parts(render("dolly-tutorial", DOLLY))[0]
@@ -193,7 +193,7 @@ def test_question_may_use_the_names_of_the_file(tiny_tokenizer):
         assert render_prompt(question, data, tiny_tokenizer) == expected
 
 
-def test_question_without_a_named_layout_takes_it_from_the_training_rows(tiny_tokenizer, jsonl):
+def test_question_without_a_named_layout_takes_it_from_the_training_examples(tiny_tokenizer, jsonl):
     data = DataConfig(train=jsonl({"question": "1 + 1?", "answer": "2"}))
     assert render_prompt("2 + 2?", data, tiny_tokenizer) == "Question: 2 + 2?\nAnswer:"
     with pytest.raises(DataError, match="no such file"):

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from expertune.adapt.attach import attach
 from expertune.checkpoint.load import load_model
 from expertune.config import DataConfig, LoraSection, QuantizationConfig, TaskConfig
-from expertune.data import IGNORE_INDEX, TokenizedRow, make_collator, make_dataset, prepare_rows
+from expertune.data import IGNORE_INDEX, TokenizedExample, make_collator, make_dataset, prepare_examples
 from expertune.errors import ConfigError, DataError
 from expertune.evaluation.scoring import evaluation_loss, score_task
 
@@ -38,14 +38,14 @@ def model():
 
 @pytest.fixture(scope="module")
 def tokenized(tokenizer):
-    return prepare_rows(viggo_data(), "train", tokenizer)
+    return prepare_examples(viggo_data(), "train", tokenizer)
 
 
 @pytest.fixture(scope="module")
 def mean_loss(model, tokenized):
     """Mean over all label tokens by the definition: transformers' own loss of each row, weighed by its labels."""
     total, num_tokens = 0.0, 0
-    for row in tokenized.rows:
+    for row in tokenized.examples:
         num_labels = sum(label != IGNORE_INDEX for label in row.labels)
         with torch.no_grad():
             loss = model(input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([row.labels])).loss
@@ -58,7 +58,7 @@ def mean_loss(model, tokenized):
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_the_loss_does_not_depend_on_how_rows_are_batched(model, tokenizer, tokenized, mean_loss, packing, batch_size):
     data = viggo_data(packing=packing)
-    dataset, collator = make_dataset(tokenized, data), make_collator(data, tokenizer, keep_row_ids=True)
+    dataset, collator = make_dataset(tokenized, data), make_collator(data, tokenizer, keep_example_ids=True)
     assert evaluation_loss(model, dataset, collator, batch_size) == pytest.approx(mean_loss, rel=1e-5)
 
 
@@ -97,7 +97,7 @@ def test_a_model_in_training_is_measured_without_dropout_and_goes_on_training(mo
 
 
 def test_rows_without_labels_have_no_loss(model, tokenizer):
-    dataset = [{"input_ids": [1, 5, 6], "labels": [IGNORE_INDEX] * 3, "row_ids": [0]}]
+    dataset = [{"input_ids": [1, 5, 6], "labels": [IGNORE_INDEX] * 3, "example_ids": [0]}]
     with pytest.raises(DataError, match="no token that takes a loss"):
         evaluation_loss(model, dataset, make_collator(viggo_data(), tokenizer), 1)
 
@@ -119,16 +119,16 @@ def answered(monkeypatch):
 
 
 def test_perfect_answers_score_one(tokenizer, tokenized, answered):
-    asked = answered([row.completion for row in tokenized.rows])
-    scores = score_task(None, tokenizer, tokenized.rows, TaskConfig(metric="slot-f1"))
+    asked = answered([row.completion for row in tokenized.examples])
+    scores = score_task(None, tokenizer, tokenized.examples, TaskConfig(metric="slot-f1"))
     assert (scores["slot_f1"], scores["precision"], scores["recall"], scores["exact_match"]) == (1, 1, 1, 1)
-    assert (scores["metric"], scores["rows"]) == ("slot-f1", len(tokenized.rows))
-    for row, prompt in zip(tokenized.rows, asked, strict=True):
+    assert (scores["metric"], scores["rows"]) == ("slot-f1", len(tokenized.examples))
+    for row, prompt in zip(tokenized.examples, asked, strict=True):
         assert row.input_ids[: len(prompt)] == prompt
 
 
 def test_examples_show_the_first_rows_with_their_verdicts(tokenizer, tokenized, answered):
-    first, second = tokenized.rows[:2]
+    first, second = tokenized.examples[:2]
     answered([first.completion, "no idea\n"])
     scores = score_task(None, tokenizer, [first, second], TaskConfig(metric="exact-match"))
     assert scores["exact_match"] == 0.5
@@ -144,15 +144,15 @@ def test_examples_show_the_first_rows_with_their_verdicts(tokenizer, tokenized, 
 
 
 def test_examples_are_few_and_rows_as_many_as_the_task_says(tokenizer, tokenized, answered):
-    asked = answered([row.completion for row in tokenized.rows])
-    scores = score_task(None, tokenizer, tokenized.rows, TaskConfig(metric="slot-f1", rows=10))
+    asked = answered([row.completion for row in tokenized.examples])
+    scores = score_task(None, tokenizer, tokenized.examples, TaskConfig(metric="slot-f1", rows=10))
     assert (scores["rows"], len(asked), len(scores["examples"])) == (10, 10, 8)
 
 
 def test_an_untuned_model_is_scored_on_what_it_writes(model, tokenizer, tokenized):
     seen = []
     task = TaskConfig(metric="slot-f1", rows=3, max_new_tokens=4, batch_size=2)
-    scores = score_task(model, tokenizer, tokenized.rows, task, lambda done, total: seen.append((done, total)))
+    scores = score_task(model, tokenizer, tokenized.examples, task, lambda done, total: seen.append((done, total)))
     assert 0 <= scores["slot_f1"] < 1
     assert scores["seconds"] > 0
     assert not math.isnan(scores["precision"])
@@ -161,7 +161,7 @@ def test_an_untuned_model_is_scored_on_what_it_writes(model, tokenizer, tokenize
 
 def test_a_row_that_is_no_meaning_representation_is_named_before_anything_is_generated(tokenizer, answered):
     asked = answered([])
-    row = TokenizedRow([1, 2], [1, 2], "dolly.jsonl: row 7", "Who?", " Camels.", 2)
+    row = TokenizedExample([1, 2], [1, 2], "dolly.jsonl: row 7", "Who?", " Camels.", 2)
     with pytest.raises(DataError, match=r"dolly\.jsonl: row 7: the answer 'Camels\.' is no meaning representation"):
         score_task(None, tokenizer, [row], TaskConfig(metric="slot-f1"))
     assert asked == []
@@ -169,4 +169,4 @@ def test_a_row_that_is_no_meaning_representation_is_named_before_anything_is_gen
 
 def test_a_task_without_a_metric_cannot_be_scored(tokenizer, tokenized):
     with pytest.raises(ConfigError, match=r"task\.metric names no metric"):
-        score_task(None, tokenizer, tokenized.rows, TaskConfig())
+        score_task(None, tokenizer, tokenized.examples, TaskConfig())

@@ -224,7 +224,7 @@ def collated(lengths: list[int]) -> dict[str, Any]:
     """The collator's batch of random sequences."""
     sequences = [torch.randint(3, VOCABULARY, (length,)).tolist() for length in lengths]
     return PaddingFreeCollator()(
-        [{"input_ids": sequence, "labels": sequence, "row_ids": [0]} for sequence in sequences]
+        [{"input_ids": sequence, "labels": sequence, "example_ids": [0]} for sequence in sequences]
     )
 
 

@@ -16,7 +16,7 @@ from expertune.api import finetune
 from expertune.checkpoint.load import load_model
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import LoraSection, QuantizationConfig, RunConfig
-from expertune.data import prepare_rows
+from expertune.data import prepare_examples
 from tests.legacy.conftest import RunLegacy
 
 pytestmark = pytest.mark.slow
@@ -88,7 +88,7 @@ def train_here(
         }
     )
     run = finetune(config, console=Console(file=StringIO()))
-    rows = prepare_rows(config.data, "train", load_tokenizer(base)).rows
+    rows = prepare_examples(config.data, "train", load_tokenizer(base)).examples
     losses = [loss for _, loss in run.record["train"]["loss"]]
     return losses, [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
 

@@ -301,7 +301,7 @@ class RunConfig(Section):
         return {key: value for key, value in values.items() if key != TRUST_KEY}
 
     @model_validator(mode="after")
-    def _task_needs_eval_rows(self) -> "RunConfig":
+    def _task_needs_eval_examples(self) -> "RunConfig":
         if self.task.metric and not self.data.eval:
             raise ValueError("task.metric needs data.eval: the metric is taken on evaluation examples")
         return self

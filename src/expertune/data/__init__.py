@@ -1,30 +1,30 @@
-"""The data room: from a file or hub dataset to token rows that a model can be trained on.
+"""The data room: from a file or hub dataset to tokenized examples that a model can be trained on.
 
-    source -> layout -> template -> tokens -> data check -> rows -> packing -> collator
+    source -> layout -> template -> tokens -> data check -> examples -> packing -> collator
 
-`prepare_rows` walks that line; `make_dataset` and `make_collator` hand its rows to the trainer.
+`prepare_examples` walks that line; `make_dataset` and `make_collator` hand its examples to the trainer.
 """
 
 from expertune.data.collate import LeftPaddingCollator, PaddingFreeCollator, make_collator
 from expertune.data.encode import encode_prompt
+from expertune.data.examples import IGNORE_INDEX, TokenizedExample, TokenizedExamples
 from expertune.data.lengths import plot_lengths
-from expertune.data.packing import make_dataset, pack_rows
-from expertune.data.prepare import prepare_rows, prepare_run, render_prompt, settled
-from expertune.data.rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
+from expertune.data.packing import make_dataset, pack_examples
+from expertune.data.prepare import prepare_examples, prepare_run, render_prompt, settled
 from expertune.data.template import shipped_templates
 
 __all__ = [
     "IGNORE_INDEX",
     "LeftPaddingCollator",
     "PaddingFreeCollator",
-    "TokenizedRow",
-    "TokenizedRows",
+    "TokenizedExample",
+    "TokenizedExamples",
     "encode_prompt",
     "make_collator",
     "make_dataset",
-    "pack_rows",
+    "pack_examples",
     "plot_lengths",
-    "prepare_rows",
+    "prepare_examples",
     "prepare_run",
     "render_prompt",
     "settled",

@@ -14,10 +14,10 @@ import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from expertune.config.yaml_file import shortened
+from expertune.data.column_template import Rendered, jinja_names
 from expertune.data.formats import Example
-from expertune.data.lint import RowError
+from expertune.data.lint import ExampleError
 from expertune.data.messages import Message
-from expertune.data.row_template import Rendered, jinja_names
 from expertune.data.special_tokens import RenderedText, special_contents, special_pattern
 from expertune.errors import ConfigError
 
@@ -64,13 +64,13 @@ class ChatTemplate:
 
         Raises:
             ConfigError: the template is not valid Jinja.
-            RowError: the template refuses the conversation, or its assistant turns cannot be told apart.
+            ExampleError: the template refuses the conversation, or its assistant turns cannot be told apart.
         """
         messages = example.messages or []
         text, marked = self._render(messages)
         spans: Sequence[tuple[int, int] | None] = marked if self._tracks else self._spans_by_prefix(messages, text)
         if not spans:
-            raise RowError(f"template {self.name} renders no assistant turn of this conversation")
+            raise ExampleError(f"template {self.name} renders no assistant turn of this conversation")
         trained, untrained = self._by_flag(messages, spans)
         rendered = self._end(text, [self._up_to_eos(text, span) for span in trained])
         placed = [span for span in untrained if span is not None]
@@ -80,7 +80,7 @@ class ChatTemplate:
         """The conversation up to where the assistant's next turn starts.
 
         Raises:
-            RowError: the template refuses the conversation.
+            ExampleError: the template refuses the conversation.
         """
         messages = example.messages or []
         if messages and messages[-1].role == "assistant":
@@ -89,7 +89,7 @@ class ChatTemplate:
         if not self._tracks:
             answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
             marked = [span for index in answers if (span := self._span_by_prefix(messages, index, text))]
-        # Earlier answers are tokenized as they are in a training row.
+        # Earlier answers are tokenized as they are in a training example.
         return RenderedText(text, answer_starts=[start for start, _ in marked])
 
     def _render(
@@ -107,7 +107,7 @@ class ChatTemplate:
             raise ConfigError(f"template {self.name}: line {error.lineno}: {error.message}") from None
         except Exception as error:  # a template is a program of someone else's, and may fail in any way
             reason = shortened(str(error) or type(error).__name__)
-            raise RowError(f"template {self.name} refuses this conversation: {reason}") from None
+            raise ExampleError(f"template {self.name} refuses this conversation: {reason}") from None
         return texts[0], spans[0] if self._tracks else []
 
     def _spans_by_prefix(self, messages: list[Message], text: str) -> list[tuple[int, int] | None]:
@@ -118,7 +118,7 @@ class ChatTemplate:
                 continue
             span = self._span_by_prefix(messages, index, text)
             if span is None and message.trained:
-                raise RowError(
+                raise ExampleError(
                     f"template {self.name} writes message {index + 1} differently once its answer or later turns "
                     "follow, so the trained part cannot be told from the rest; set data.template to chatml, or to a "
                     "Jinja file with {% generation %} blocks, or flag all turns but the last (weight: 0)"
@@ -142,7 +142,7 @@ class ChatTemplate:
         if all(flags):
             return [span for span in spans if span], []
         if len(flags) != len(spans):
-            raise RowError(
+            raise ExampleError(
                 f"template {self.name} marks {len(spans)} parts for {len(flags)} assistant turns, so the turns that "
                 "are flagged not to be trained cannot be found among them; set data.template to chatml"
             )
@@ -164,7 +164,7 @@ class ChatTemplate:
             return Rendered(text[:last], spans, append_eos=False, num_open_turns=num_open)
         rest = text[last:].rstrip()
         if rest and not rest.endswith(self._eos):
-            raise RowError(
+            raise ExampleError(
                 f"the end of the answer is masked: template {self.name} writes {rest[:40]!r} behind it, outside the "
                 "part that it marks as the assistant's, so the model would not learn to stop; put it inside the "
                 "template's {% generation %} block, or set data.template"

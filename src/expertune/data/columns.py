@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from expertune.config import DataConfig
+from expertune.data.column_template import Template
 from expertune.data.formats import COLUMNS, WHOLE_CONVERSATIONS, Example, Layout
-from expertune.data.row_template import Template
 from expertune.errors import ConfigError, DataError, nearest
 
 # Names under which data sets hold what an example is made of.
@@ -23,7 +23,7 @@ _CONTENT = frozenset(
     }
 )
 _RENDERED_PROMPTS = frozenset({"prompt", "query", "inputs"})
-# What makes a row a message of a tree or of a table, and no text.
+# What makes an example a message of a tree or of a table, and no text.
 _TREE = frozenset(
     {
         *("role", "speaker", "sender", "parent_id", "message_id", "message_tree_id", "replies", "reply_to"),
@@ -43,11 +43,11 @@ _THOUGHTS = frozenset({"reasoning_content", "reasoning", "thinking", "thoughts"}
 
 
 class ColumnUse:
-    """Counts, over a source's rows, what is used of their columns.
+    """Counts, over a source's examples, what is used of their columns.
 
     Args:
         data: the run's data section.
-        layout: the layout of the rows.
+        layout: the layout of the examples.
         template: what renders them.
         own_template: whether the template is a file of the user's, who chose its columns.
     """
@@ -65,26 +65,26 @@ class ColumnUse:
         self._num_empty_prompts = 0
         self._first_empty_prompt = ""
 
-    def add(self, row: Mapping[str, Any], example: Example, text: str, place: str) -> None:
+    def add(self, raw: Mapping[str, Any], example: Example, text: str, place: str) -> None:
         """Count one example.
 
         Args:
-            row: the columns as the file names them.
+            raw: the columns as the file names them.
             example: what the layout read.
             text: what the template made of it.
-            place: how messages call the row.
+            place: how messages call the example.
         """
         self._num_examples += 1
         if example.has_empty_prompt:
             self._num_empty_prompts += 1
             self._first_empty_prompt = self._first_empty_prompt or place
-        # Under `plain` nothing but the row itself can stand between the two.
+        # Under `plain` nothing but the example itself can stand between the two.
         if self._template.name == "plain" and self._layout.prompt:
             prompt, answer = example.values["prompt"], example.values[self._layout.answer]
             self._num_glued += bool(prompt) and not (prompt[-1].isspace() or answer[0].isspace())
-        used = self._used_of(row, example)
+        used = self._used_of(raw, example)
         parts = [part for part in self._parts(example) if part.strip()]
-        for name, value in row.items():
+        for name, value in raw.items():
             if name in used:
                 self._used[name] = None
             elif not _is_blank(value):
@@ -114,7 +114,7 @@ class ColumnUse:
         if self._is_preference:
             raise DataError(
                 f"{source}: a column (label or kto_tag) says of each answer whether it is a good one, and training "
-                f"would take all for good. Keep the good rows and drop the column, or set {stays} to train on all rows"
+                f"would take all for good. Keep the good ones and drop the column, or set {stays} to train on them all"
             )
         lost = {name: count for name, count in self._lost.items() if name not in _MEANINGFUL}
         if lost:
@@ -155,14 +155,14 @@ class ColumnUse:
         for key, count in self._thoughts.items():
             yield f"messages have {key} in {_of(count, total)} examples, and template {name} does not use it"
 
-    def _used_of(self, row: Mapping[str, Any], example: Example) -> set[str]:
+    def _used_of(self, raw: Mapping[str, Any], example: Example) -> set[str]:
         """The file's names of the columns that stand in the example."""
         ours = set(example.columns) if self._template.takes_messages else set(self._template.names)
         if not self._template.takes_messages:
             # These two are the layout's own columns under names that every template may use.
             aliases = {"prompt": self._layout.prompt, "completion": (self._layout.answer,)}
             for alias, columns in aliases.items():
-                if alias in ours and alias not in row:
+                if alias in ours and alias not in raw:
                     ours.update(columns)
             if "system" in ours:
                 ours.update(example.columns & {"system_prompt", "system_message"})
@@ -202,19 +202,19 @@ def check_names(columns: Mapping[str, str], template_names: Collection[str]) -> 
             )
 
 
-def refuse_tree(rows: Iterable[Mapping[str, Any]], source: str) -> None:
-    """Refuse rows that a layout of single texts was recognised for and that are messages of a tree.
+def refuse_tree(examples: Iterable[Mapping[str, Any]], source: str) -> None:
+    """Refuse examples that a layout of single texts was recognised for and that are messages of a tree.
 
     Args:
-        rows: the rows, as the file names their columns.
+        examples: the examples, as the file names their columns.
         source: how the error calls the source.
 
     Raises:
         DataError: names the columns that show it, and the ways out.
     """
-    if tree := sorted({name for row in rows for name in _TREE & row.keys() if not _is_blank(row[name])}):
+    if tree := sorted({name for raw in examples for name in _TREE & raw.keys() if not _is_blank(raw[name])}):
         raise DataError(
-            f"{source}: the rows have a column text, but {', '.join(tree)} beside it: they are single messages of "
+            f"{source}: the examples have a column text, but {', '.join(tree)} beside it: they are single messages of "
             f"conversations, not texts. Choose the answers to learn from and {WHOLE_CONVERSATIONS}; or set "
             "data.format: text to train on the column text alone"
         )

@@ -1,8 +1,9 @@
 """From text to token ids, so that generation starts from the very ids that training saw.
 
-A row is tokenized as a whole where the prompt's ids are a prefix of the row's. Where a token would straddle the
-boundary, the completion is tokenized as a continuation instead. Either way `encode_prompt(prompt)` is a prefix. Earlier
-answers of a conversation are treated likewise: where a token would straddle the start of one, the text is split there.
+An example is tokenized as a whole where the prompt's ids are a prefix of the example's. Where a token would straddle
+the boundary, the completion is tokenized as a continuation instead. Either way `encode_prompt(prompt)` is a prefix.
+Earlier answers of a conversation are treated likewise: where a token would straddle the start of one, the text is split
+there.
 
 Special tokens that the data spells out (`RenderedText.plain`) are tokenized as the text that they are there.
 """
@@ -17,9 +18,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from expertune.data.lint import RowError
-from expertune.data.row_template import Rendered
-from expertune.data.rows import IGNORE_INDEX
+from expertune.data.column_template import Rendered
+from expertune.data.examples import IGNORE_INDEX
+from expertune.data.lint import ExampleError
 from expertune.data.special_tokens import (
     RenderedText,
     answer_starts,
@@ -60,7 +61,7 @@ class _Piece:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Refuse tokenizers that rows cannot be made with.
+    """Refuse tokenizers that examples cannot be made with.
 
     Raises:
         ConfigError: the tokenizer is not backed by a tokenizer.json, or it has no EOS token.
@@ -78,25 +79,25 @@ def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
     """Ids that generation starts from: BOS (or what the tokenizer puts first) once, then the prompt, no EOS.
 
     Args:
-        prompt: `TokenizedRow.prompt`, or what `render_prompt` returns; in any other string special tokens that are
+        prompt: `TokenizedExample.prompt`, or what `render_prompt` returns; in any other string special tokens that are
             spelt out are special tokens.
         tokenizer: a fast transformers tokenizer.
 
     Returns:
-        Token ids; for a row's prompt they are a prefix of the row's `input_ids`.
+        Token ids; for an example's prompt they are a prefix of the example's `input_ids`.
 
     Raises:
-        RowError: the tokenizer cannot write as text what the data spells out.
+        ExampleError: the tokenizer cannot write as text what the data spells out.
     """
     ids = _tokenize_answers(prompt, tokenizer)[0].ids
     return _lead(ids, tokenizer) + ids
 
 
-def encode_row(rendered: Rendered, train_on: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Ids and labels of a rendered row, before any cut.
+def encode_example(rendered: Rendered, train_on: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids and labels of a rendered example, before any cut.
 
     Args:
-        rendered: the row as text.
+        rendered: the example as text.
         train_on: `DataConfig.train_on`.
         tokenizer: a fast transformers tokenizer.
 
@@ -104,8 +105,8 @@ def encode_row(rendered: Rendered, train_on: str, tokenizer: Any) -> tuple[list[
         (input_ids, labels), equally long; EOS once at the end where the text does not hold it, and always trained.
 
     Raises:
-        RowError: the tokenizer cannot write as text what the data spells out, or an answer starts inside a token that
-            cannot be split.
+        ExampleError: the tokenizer cannot write as text what the data spells out, or an answer starts inside a token
+            that cannot be split.
     """
     piece = _tokenize_in_two(text_of(rendered), rendered.spans[-1][0], tokenizer)
     lead = _lead(piece.ids, tokenizer)
@@ -173,14 +174,14 @@ class _Literal:
     @staticmethod
     @lru_cache(maxsize=4)
     def of(tokenizer: Any, num_tokens: int) -> "_Literal":
-        """The copy of a tokenizer with so many tokens; made once, and not before a row needs it."""
+        """The copy of a tokenizer with so many tokens; made once, and not before an example needs it."""
         return _Literal(tokenizer)
 
     def tokenize(self, text: str) -> _Piece:
         """Ids and starts of a `RenderedText`.
 
         Raises:
-            RowError: a special token that is only text has no other ids.
+            ExampleError: a special token that is only text has no other ids.
         """
         encoded = self._backend.encode(self._renamed(text), add_special_tokens=False)
         piece = _Piece([], [], [])
@@ -214,9 +215,9 @@ class _Literal:
         ids: list[int] = self._backend.encode(_ANCHOR + char, add_special_tokens=False).ids
         ids = ids[len(anchor) :] if ids[: len(anchor)] == anchor else ids
         if any(self._is_special_after_all(token_id, char) for token_id in ids):
-            raise RowError(
-                f"the row spells out the special token {char}, which this tokenizer cannot write as text; take it out, "
-                "or set data.parse_special_tokens: true"
+            raise ExampleError(
+                f"the example spells out the special token {char}, which this tokenizer cannot write as text; take it "
+                "out, or set data.parse_special_tokens: true"
             )
         return ids
 
@@ -238,7 +239,7 @@ def _tokenize_answers(text: str, tokenizer: Any) -> tuple[_Piece, int]:
     """Tokenize a text, split where a token would straddle the start of an answer; the last such place, 0 for none.
 
     Raises:
-        RowError: a token that is straddling cannot be split.
+        ExampleError: a token that is straddling cannot be split.
     """
     whole, places = _tokenize(text, tokenizer), answer_starts(text)
     splits = _straddled(places, text, whole, tokenizer) if places else []
@@ -266,7 +267,7 @@ def _straddled(places: Sequence[int], text: str, piece: _Piece, tokenizer: Any) 
             if place >= start + len(spelt.rstrip()):
                 continue
             if place > start + len(spelt) - len(spelt.lstrip()):
-                raise RowError(
+                raise ExampleError(
                     f"an answer starts inside the token {added[token_id].content}, which cannot be split; the template "
                     "must write the whole token before the answer, or in it"
                 )

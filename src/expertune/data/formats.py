@@ -1,6 +1,6 @@
-"""Row layouts: how a row's columns become a prompt and an answer, or a conversation.
+"""Layouts: how an example's columns become a prompt and an answer, or a conversation.
 
-Every layout that is not a conversation also offers its row under the names `prompt` and `completion`, so that any
+Every layout that is not a conversation also offers its columns under the names `prompt` and `completion`, so that any
 template written for these two (`question-answer`, `viggo`, a user's own) works on all of them.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from expertune.config import DataConfig
 from expertune.config.yaml_file import shortened
-from expertune.data.lint import FlaggedError, RowError, check_answer
+from expertune.data.lint import ExampleError, FlaggedError, check_answer
 from expertune.data.messages import (
     FLAGS,
     Message,
@@ -30,12 +30,12 @@ _NUMERIC_FLAGS = ("weight", "train", "trainable")
 
 @dataclass(frozen=True)
 class Example:
-    """A row in the form that templates take.
+    """An example in the form that templates take.
 
     Attributes:
         values: column -> value; empty for conversations.
         answers: the names in `values` that hold the answer.
-        messages: the row as a conversation, None where it has no prompt (plain text).
+        messages: the example as a conversation, None where it has no prompt (plain text).
         columns: the columns that `messages` were made of.
     """
 
@@ -56,13 +56,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns of a kind of row.
+    """The columns of a kind of example.
 
     Attributes:
         name: its name under `data.format`.
         prompt: the columns that make the prompt, joined by a blank line where more than one holds text.
         answer: the column that holds the answer, or the conversation.
-        optional: those of `prompt` that a row may lack.
+        optional: those of `prompt` that an example may lack.
         template: the template where `data.template` names none.
         is_conversation: whether the columns hold lists of turns.
     """
@@ -76,7 +76,7 @@ class Layout:
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """The columns that every row must have."""
+        """The columns that every example must have."""
         return (*(name for name in self.prompt if name not in self.optional), self.answer)
 
     @property
@@ -84,71 +84,73 @@ class Layout:
         """The column that a question given as one text goes to."""
         return self.prompt[0] if self.prompt else self.answer if self.is_conversation else "prompt"
 
-    def read(self, row: Mapping[str, Any]) -> Example:
-        """Turn a row's columns into an `Example`.
+    def read(self, raw: Mapping[str, Any]) -> Example:
+        """Turn an example's columns into an `Example`.
 
         Raises:
-            RowError: a column is missing or of the wrong type, the answer is empty, or a conversation is malformed.
-            FlaggedError: the row, or every answer in it, is flagged not to be trained.
+            ExampleError: a column is missing or of the wrong type, the answer is empty, or a conversation is malformed.
+            FlaggedError: the example, or every answer in it, is flagged not to be trained.
         """
-        if missing := [name for name in self.needed if name not in row]:
-            raise RowError(f"column {missing[0]} is missing; the row has {_names(row)}")
+        if missing := [name for name in self.needed if name not in raw]:
+            raise ExampleError(f"column {missing[0]} is missing; the example has {_names(raw)}")
         for name in FLAGS:
-            if _is_off(name, row.get(name)) and not any(row[name] is row[column] for column in self.needed):
-                raise FlaggedError(f"{name} is {row[name]!r}")
+            if _is_off(name, raw.get(name)) and not any(raw[name] is raw[column] for column in self.needed):
+                raise FlaggedError(f"{name} is {raw[name]!r}")
         if self.is_conversation:
-            if tools := [name for name in _TOOLS if row.get(name)]:
-                raise RowError(
-                    f"column {tools[0]} holds functions, which are not supported; drop the row or the column"
+            if tools := [name for name in _TOOLS if raw.get(name)]:
+                raise ExampleError(
+                    f"column {tools[0]} holds functions, which are not supported; drop the example or the column"
                 )
-            turns = self._answer(row)
+            turns = self._answer(raw)
             if self.prompt and not any(turn.role == "assistant" for turn in turns):
-                raise RowError(f"no assistant turn in the {self.answer}, so there is nothing to train on; add one")
-            return self._conversation(row, until_last_answer([*self._question(row), *turns]))
-        answer = _text(row, self.answer)
+                raise ExampleError(f"no assistant turn in the {self.answer}, so there is nothing to train on; add one")
+            return self._conversation(raw, until_last_answer([*self._question(raw), *turns]))
+        answer = _text(raw, self.answer)
         check_answer(self.answer, answer)
-        return self._example(row, answer)
+        return self._example(raw, answer)
 
-    def read_question(self, row: Mapping[str, Any]) -> Example:
-        """Turn the columns of a row whose answer is still to be written into an `Example`.
+    def read_question(self, raw: Mapping[str, Any]) -> Example:
+        """Turn the columns of an example whose answer is still to be written into an `Example`.
 
         Raises:
-            RowError: a column of the prompt is missing or of the wrong type, or a conversation is malformed.
+            ExampleError: a column of the prompt is missing or of the wrong type, or a conversation is malformed.
         """
-        if missing := [name for name in (self.main_column, *self.needed[:-1]) if name not in row]:
-            raise RowError(f"column {missing[0]} is missing; the question has {_names(row)}")
+        if missing := [name for name in (self.main_column, *self.needed[:-1]) if name not in raw]:
+            raise ExampleError(f"column {missing[0]} is missing; the question has {_names(raw)}")
         if not self.is_conversation:
-            return self._example(row, "")
-        return self._conversation(row, self._question(row) if self.prompt else _turns(row, self.answer, "user"))
+            return self._example(raw, "")
+        return self._conversation(raw, self._question(raw) if self.prompt else _turns(raw, self.answer, "user"))
 
-    def _question(self, row: Mapping[str, Any]) -> list[Message]:
+    def _question(self, raw: Mapping[str, Any]) -> list[Message]:
         """Turns in a column of their own: all of them are context, so none is trained."""
-        turns = _turns(row, self.prompt[0], "user") if self.prompt else []
+        turns = _turns(raw, self.prompt[0], "user") if self.prompt else []
         return [Message(turn.role, turn.content, trained=False, extra=turn.extra) for turn in turns]
 
-    def _answer(self, row: Mapping[str, Any]) -> list[Message]:
+    def _answer(self, raw: Mapping[str, Any]) -> list[Message]:
         if self.prompt:
-            return _turns(row, self.answer, "assistant")
-        return parse_conversation(row[self.answer], self.answer)
+            return _turns(raw, self.answer, "assistant")
+        return parse_conversation(raw[self.answer], self.answer)
 
-    def _conversation(self, row: Mapping[str, Any], turns: list[Message]) -> Example:
-        column, system = _system(row)
+    def _conversation(self, raw: Mapping[str, Any], turns: list[Message]) -> Example:
+        column, system = _system(raw)
         if system and (own := [turn.content for turn in turns if turn.role in ("system", "developer")]):
             if own[0].strip() != system.strip():
-                raise RowError(f"column {column} and the conversation have different system prompts; keep one of them")
+                raise ExampleError(
+                    f"column {column} and the conversation have different system prompts; keep one of them"
+                )
         elif system:
             turns = [Message("system", system), *turns]
         used = {*self.prompt, self.answer} | ({column} if system else set())
         return Example({}, (), turns, frozenset(used))
 
-    def _example(self, row: Mapping[str, Any], answer: str) -> Example:
-        parts = {name: _text(row, name) for name in self.prompt}
+    def _example(self, raw: Mapping[str, Any], answer: str) -> Example:
+        parts = {name: _text(raw, name) for name in self.prompt}
         prompt = "\n\n".join(part for part in parts.values() if part)
-        column, system = _system(row)
-        history = _history(row.get(HISTORY))
+        column, system = _system(raw)
+        history = _history(raw.get(HISTORY))
         # A file may have columns of its own called prompt or completion; those are what its templates mean then.
-        answers = (self.answer,) if "completion" in row else tuple({self.answer: None, "completion": None})
-        values = {"prompt": prompt, "completion": answer, **row, **parts, self.answer: answer}
+        answers = (self.answer,) if "completion" in raw else tuple({self.answer: None, "completion": None})
+        values = {"prompt": prompt, "completion": answer, **raw, **parts, self.answer: answer}
         if system:
             values["system"] = system
         if not self.prompt:
@@ -206,20 +208,20 @@ def find_layout(
     return _IN_TURNS if in_turns and {"prompt", "completion"} & set(turns) else layout
 
 
-def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """Give a row our column names; its own names stay beside them for templates that use them.
+def rename(raw: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Give an example our column names; its own names stay beside them for templates that use them.
 
     Args:
-        row: a row as its source holds it.
+        example: an example as its source holds it.
         columns: our name -> the file's name (`DataConfig.columns`).
 
     Raises:
-        RowError: the row lacks a column that `columns` names.
+        ExampleError: the example lacks a column that `columns` names.
     """
-    if missing := [(ours, theirs) for ours, theirs in columns.items() if theirs not in row]:
+    if missing := [(ours, theirs) for ours, theirs in columns.items() if theirs not in raw]:
         ours, theirs = missing[0]
-        raise RowError(f"column {theirs}, named by data.columns.{ours}, is missing; the row has {_names(row)}")
-    return {**row, **{ours: row[theirs] for ours, theirs in columns.items()}}
+        raise ExampleError(f"column {theirs}, named by data.columns.{ours}, is missing; the example has {_names(raw)}")
+    return {**raw, **{ours: raw[theirs] for ours, theirs in columns.items()}}
 
 
 def _no_layout(columns: Collection[str], turns: Collection[str]) -> str:
@@ -229,10 +231,10 @@ def _no_layout(columns: Collection[str], turns: Collection[str]) -> str:
         other = sorted(turns)[0]
         return f"{found}Column {other} holds turns: set data.columns: {{messages: {other}}}"
     if "role" in columns or "from" in columns:
-        return f"{found}The rows are single messages; {WHOLE_CONVERSATIONS}"
+        return f"{found}The examples are single messages; {WHOLE_CONVERSATIONS}"
     if {"chosen", "rejected"} <= set(columns):
         return (
-            f"{found}The rows are preferences, which are not supported; to train on the chosen answers alone, set "
+            f"{found}The examples are preferences, which are not supported; to train on the chosen answers alone, set "
             "data.columns: {prompt: prompt, completion: chosen}"
         )
     known = "; ".join(f"{layout.name} ({', '.join(layout.needed)})" for layout in LAYOUTS)
@@ -243,27 +245,27 @@ def _no_layout(columns: Collection[str], turns: Collection[str]) -> str:
 
 
 WHOLE_CONVERSATIONS = (
-    'put each conversation into one row: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", '
+    'put each conversation into one example: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", '
     '"content": "..."}]}'
 )
 
 
-def _turns(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
-    value = row[name]
+def _turns(raw: Mapping[str, Any], name: str, role: str) -> list[Message]:
+    value = raw[name]
     return [Message(role, value)] if isinstance(value, str) else parse_conversation(value, name)
 
 
-def _system(row: Mapping[str, Any]) -> tuple[str, str]:
+def _system(raw: Mapping[str, Any]) -> tuple[str, str]:
     """The column that holds a system prompt, and the prompt; two empty texts where there is none."""
     for name in SYSTEM:
-        text = row.get(name)
+        text = raw.get(name)
         if isinstance(text, str) and text.strip():
             return name, text
     return "", ""
 
 
 def _history(value: Any) -> list[Message]:
-    """Earlier turns as LLaMA-Factory's alpaca rows hold them: pairs of a question and an answer."""
+    """Earlier turns as LLaMA-Factory's alpaca examples hold them: pairs of a question and an answer."""
     if not isinstance(value, list):
         return []
     turns = []
@@ -275,24 +277,24 @@ def _history(value: Any) -> list[Message]:
 
 
 def _is_off(name: str, value: Any) -> bool:
-    """Whether a row's own flag leaves it out. What is no flag by its value (a weight in kilograms) is left alone."""
+    """Whether its own flag leaves an example out. What is no flag by its value (a weight in kilograms) is kept."""
     if isinstance(value, bool):
         return not value
     if name not in _NUMERIC_FLAGS or value is None or isinstance(value, list | dict):
         return False
     try:
         return says_untrained(name, value)
-    except RowError:
+    except ExampleError:
         return False
 
 
-def _text(row: Mapping[str, Any], name: str) -> str:
-    value = row.get(name)
+def _text(raw: Mapping[str, Any], name: str) -> str:
+    value = raw.get(name)
     if value is None:
         # CSV and Parquet write "nothing here" as null; an answer that is null is caught as an empty one.
         return ""
     if not isinstance(value, str):
-        raise RowError(f"column {name} is {_kind(value)}, not text; write it as a string")
+        raise ExampleError(f"column {name} is {_kind(value)}, not text; write it as a string")
     return value
 
 

@@ -15,7 +15,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def read_hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place and columns of every row of a hub dataset.
+    """Place and columns of every example of a hub dataset.
 
     Args:
         name: `name`, `name:split` or `name:config:split`; the split is `train` by default.
@@ -29,13 +29,13 @@ def read_hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     split = rest[-1] if rest else "train"
     config = rest[0] if len(rest) == 2 else None
     try:
-        rows = [dict(row) for row in load_dataset(dataset_name, config, split=split)]
+        examples = [dict(example) for example in load_dataset(dataset_name, config, split=split)]
     except Exception as error:  # the client lets errors of several libraries through (http, file system, its own)
         raise DataError(
             f"{name}: neither a local file nor a dataset that the hub gave us "
-            f"({type(error).__name__}: {first_line(error)}). Without a connection, bring the rows as a file: on a "
+            f"({type(error).__name__}: {first_line(error)}). Without a connection, bring the examples as a file: on a "
             f"connected machine run `hf download --repo-type dataset {dataset_name} --local-dir rows`, copy the "
             "folder here, and set data.train or data.eval to the .jsonl, .json, .csv or .parquet file in it"
         ) from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{dataset_name}:{split}: row {number}", row
+    for number, example in enumerate(examples, start=1):
+        yield f"{dataset_name}:{split}: row {number}", example

@@ -1,4 +1,4 @@
-"""The histogram of row lengths: what `max_length` should be is seen in it."""
+"""The histogram of example lengths: what `max_length` should be is seen in it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,10 +7,10 @@ from expertune.storage import write_whole
 
 
 def plot_lengths(lengths: Sequence[int], path: str | Path, max_length: int) -> None:
-    """Write a PNG histogram of row lengths, with a line where rows are cut.
+    """Write a PNG histogram of example lengths, with a line where examples are cut.
 
     Args:
-        lengths: tokens of each row before the cut (`TokenizedRow.uncut_length`).
+        lengths: tokens of each example before the cut (`TokenizedExample.uncut_length`).
         path: the PNG file.
         max_length: where the line is drawn.
     """
@@ -21,7 +21,7 @@ def plot_lengths(lengths: Sequence[int], path: str | Path, max_length: int) -> N
     axes = figure.subplots()
     axes.hist(lengths, bins=20, color="#4c72b0", edgecolor="white")
     num_cut = sum(length > max_length for length in lengths)
-    label = f"max_length {max_length} ({num_cut} of {len(lengths)} rows cut)"
+    label = f"max_length {max_length} ({num_cut} of {len(lengths)} examples cut)"
     axes.axvline(max_length, color="#c44e52", linestyle="--", label=label)
     axes.set_xlabel("Length of input_ids")
     axes.set_ylabel("Frequency")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from expertune.data.lint import FlaggedError, RowError, check_answer
+from expertune.data.lint import ExampleError, FlaggedError, check_answer
 
 _ROLES = {
     "system": "system",
@@ -56,11 +56,11 @@ def parse_conversation(value: Any, column: str = "messages") -> list[Message]:
         column: how errors call the list.
 
     Raises:
-        RowError: not a list of such objects, an unknown role, a part that is not text, or a flag that is neither 0
+        ExampleError: not a list of such objects, an unknown role, a part that is not text, or a flag that is neither 0
             nor 1.
     """
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise RowError(f"column {column} must be a list of objects, got {type(value).__name__}")
+        raise ExampleError(f"column {column} must be a list of objects, got {type(value).__name__}")
     return [_message(number, item) for number, item in enumerate(value, start=1)]
 
 
@@ -77,25 +77,25 @@ def says_untrained(name: str, value: Any) -> bool:
     """Whether a flag says that its turn or example takes no loss.
 
     Raises:
-        RowError: it says neither yes nor no; a weight in between is not supported.
+        ExampleError: it says neither yes nor no; a weight in between is not supported.
     """
     text = str(value).strip().lower()
     if text in _NO:
         return True
     if text in _YES:
         return False
-    raise RowError(f"{name} is {value!r}; only 0 and 1 (false and true) are supported: take it out or round it")
+    raise ExampleError(f"{name} is {value!r}; only 0 and 1 (false and true) are supported: take it out or round it")
 
 
 def until_last_answer(turns: list[Message]) -> list[Message]:
     """A conversation up to the last assistant turn that is trained; what follows leads to nothing to be learnt.
 
     Raises:
-        RowError: there is no assistant turn, or one that is trained is empty.
+        ExampleError: there is no assistant turn, or one that is trained is empty.
         FlaggedError: every assistant turn is flagged not to be trained.
     """
     if not any(turn.role == "assistant" for turn in turns):
-        raise RowError("no assistant turn, so there is nothing to train on; add one or delete the row")
+        raise ExampleError("no assistant turn, so there is nothing to train on; add one or delete the example")
     answers = [index for index, turn in enumerate(turns) if turn.role == "assistant" and turn.trained]
     if not answers:
         raise FlaggedError("every assistant turn is flagged not to be trained")
@@ -107,12 +107,12 @@ def until_last_answer(turns: list[Message]) -> list[Message]:
 def _message(number: int, item: Mapping[str, Any]) -> Message:
     for name in _UNSUPPORTED:
         if item.get(name):
-            raise RowError(f"message {number} has {name}, which is not supported; take it out or drop the row")
+            raise ExampleError(f"message {number} has {name}, which is not supported; take it out or drop the example")
     # Parquet and `datasets` give every turn the keys of all turns, null where a turn lacks one.
     speaker = item.get("role") if item.get("role") is not None else item.get("from")
     role = _ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        raise RowError(f"message {number} has the unknown role {speaker!r}; known: {', '.join(_ROLES)}")
+        raise ExampleError(f"message {number} has the unknown role {speaker!r}; known: {', '.join(_ROLES)}")
     content = item.get("content") if item.get("content") is not None else item.get("value")
     flags = {name: item[name] for name in FLAGS if item.get(name) is not None}
     trained = not any(says_untrained(f"{name} of message {number}", value) for name, value in flags.items())
@@ -124,15 +124,15 @@ def _content(number: int, content: Any) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise RowError(f"message {number} has content of type {type(content).__name__}, not text")
+        raise ExampleError(f"message {number} has content of type {type(content).__name__}, not text")
     return "".join(_part(number, part) for part in content)
 
 
 def _part(number: int, part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind != "text":
-        raise RowError(f"message {number} has a content part of type {kind!r}; only text can be trained on")
+        raise ExampleError(f"message {number} has a content part of type {kind!r}; only text can be trained on")
     text = part.get("text", part.get("value"))
     if not isinstance(text, str):
-        raise RowError(f"message {number} has a text part without text")
+        raise ExampleError(f"message {number} has a text part without text")
     return text

@@ -1,69 +1,69 @@
-"""The dataset for the trainer, and packing: whole rows put together into rows of at most `max_length` tokens."""
+"""The trainer's dataset, and packing: whole examples put together into sequences of at most `max_length` tokens."""
 
 from collections.abc import Sequence
 
 from expertune.config import DataConfig
-from expertune.data.rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
+from expertune.data.examples import IGNORE_INDEX, TokenizedExample, TokenizedExamples
 from expertune.errors import DataError
 
 
-def make_dataset(tokenized: TokenizedRows, data: DataConfig) -> list[dict[str, list[int]]]:
-    """Rows as transformers' Trainer takes them.
+def make_dataset(tokenized: TokenizedExamples, data: DataConfig) -> list[dict[str, list[int]]]:
+    """Examples as transformers' Trainer takes them.
 
     Args:
-        tokenized: what `prepare_rows` returned.
-        data: the run's data section; `packing: packed` packs the rows first.
+        tokenized: what `prepare_examples` returned.
+        data: the run's data section; `packing: packed` packs the examples first.
 
     Returns:
-        A list of `{"input_ids", "labels", "row_ids"}`, with `position_ids` where packed. `row_ids` are indices into
-        `tokenized.rows`.
+        A list of `{"input_ids", "labels", "example_ids"}`, with `position_ids` where packed. `example_ids` are indices
+        into `tokenized.examples`.
     """
     if data.packing == "packed":
-        return pack_rows(tokenized.rows, data.max_length)
+        return pack_examples(tokenized.examples, data.max_length)
     return [
-        {"input_ids": row.input_ids, "labels": row.labels, "row_ids": [index]}
-        for index, row in enumerate(tokenized.rows)
+        {"input_ids": example.input_ids, "labels": example.labels, "example_ids": [index]}
+        for index, example in enumerate(tokenized.examples)
     ]
 
 
-def pack_rows(rows: Sequence[TokenizedRow], max_length: int) -> list[dict[str, list[int]]]:
-    """Pack rows by first-fit decreasing (Johnson 1973): the longest first, each into the first pack with room.
+def pack_examples(examples: Sequence[TokenizedExample], max_length: int) -> list[dict[str, list[int]]]:
+    """Pack examples by first-fit decreasing (Johnson 1973): the longest first, each into the first pack with room.
 
-    No row is split, and the result depends on nothing but the rows. Inside a pack, and among packs by their first
-    member, the source's order is kept.
+    No example is split, and the result depends on nothing but the examples. Inside a pack, and among packs by their
+    first member, the source's order is kept.
 
     Args:
-        rows: rows of at most `max_length` tokens.
+        examples: examples of at most `max_length` tokens.
         max_length: most tokens of a pack.
 
     Returns:
-        A list of `{"input_ids", "labels", "position_ids", "row_ids"}`; positions restart, and the first label is -100,
-        at each member.
+        A list of `{"input_ids", "labels", "position_ids", "example_ids"}`; positions restart, and the first label is
+        -100, at each member.
 
     Raises:
-        DataError: a row is longer than `max_length`.
+        DataError: an example is longer than `max_length`.
     """
-    by_length = sorted(range(len(rows)), key=lambda index: -len(rows[index].input_ids))
+    by_length = sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids))
     packs: list[list[int]] = []
-    room = _FirstWithRoom(len(rows), max_length)
+    room = _FirstWithRoom(len(examples), max_length)
     for index in by_length:
-        length = len(rows[index].input_ids)
+        length = len(examples[index].input_ids)
         if length > max_length:
-            raise DataError(f"{rows[index].place}: {length} tokens, more than the {max_length} of a pack")
+            raise DataError(f"{examples[index].place}: {length} tokens, more than the {max_length} of a pack")
         pack = room.take(length)
         if pack == len(packs):
             packs.append([])
         packs[pack].append(index)
-    return [_concatenate(rows, pack) for pack in sorted(sorted(pack) for pack in packs)]
+    return [_concatenate(examples, pack) for pack in sorted(sorted(pack) for pack in packs)]
 
 
-def _concatenate(rows: Sequence[TokenizedRow], members: Sequence[int]) -> dict[str, list[int]]:
-    packed: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": [], "row_ids": list(members)}
+def _concatenate(examples: Sequence[TokenizedExample], members: Sequence[int]) -> dict[str, list[int]]:
+    packed: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": [], "example_ids": list(members)}
     for index in members:
-        row = rows[index]
-        packed["input_ids"] += row.input_ids
-        packed["labels"] += [IGNORE_INDEX, *row.labels[1:]]
-        packed["position_ids"] += range(len(row.input_ids))
+        example = examples[index]
+        packed["input_ids"] += example.input_ids
+        packed["labels"] += [IGNORE_INDEX, *example.labels[1:]]
+        packed["position_ids"] += range(len(example.input_ids))
     return packed
 
 

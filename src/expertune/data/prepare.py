@@ -1,17 +1,19 @@
-"""The data room's corridor: source -> layout -> template -> tokens -> data check -> rows and report."""
+"""The data room's corridor: source -> layout -> template -> tokens -> data check -> examples and report."""
 
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from expertune.config import DataConfig
+from expertune.data.column_template import Rendered, Template
 from expertune.data.columns import ColumnUse, check_names, refuse_tree
-from expertune.data.encode import check_tokenizer, encode_row
+from expertune.data.encode import check_tokenizer, encode_example
+from expertune.data.examples import IGNORE_INDEX, TokenizedExample, TokenizedExamples, length_summary
 from expertune.data.formats import LAYOUTS, Layout, find_layout, rename
 from expertune.data.lint import (
+    ExampleError,
     FlaggedError,
     Problem,
-    RowError,
     check_answer,
     check_context,
     check_tokens,
@@ -20,8 +22,6 @@ from expertune.data.lint import (
     stop_or_skip,
 )
 from expertune.data.messages import is_conversation
-from expertune.data.row_template import Rendered, Template
-from expertune.data.rows import IGNORE_INDEX, TokenizedRow, TokenizedRows, length_summary
 from expertune.data.sources import Source, read_source
 from expertune.data.special_tokens import SpecialTokens, part_of, text_of, without_end
 from expertune.data.template import default_template, is_own_file, load_template, own_file_names
@@ -29,95 +29,95 @@ from expertune.data.trial import try_template
 from expertune.errors import ConfigError, DataError
 
 
-def prepare_rows(data: DataConfig, which: Literal["train", "eval"], tokenizer: Any) -> TokenizedRows:
-    """Read, render, tokenize and check the rows of a run.
+def prepare_examples(data: DataConfig, which: Literal["train", "eval"], tokenizer: Any) -> TokenizedExamples:
+    """Read, render, tokenize and check the examples of a run.
 
     Args:
         data: the run's data section.
-        which: the training or the evaluation rows.
+        which: the training or the evaluation examples.
         tokenizer: a fast transformers tokenizer with an EOS token.
 
     Returns:
-        The rows in the source's order, and the report for the run record.
+        The examples in the source's order, and the report for the run record.
 
     Raises:
-        DataError: the source cannot be read, or rows fail the data check and `data.on_error` is `stop`, or none is
-            left. One message names the first bad rows and counts them all.
+        DataError: the source cannot be read, or examples fail the data check and `data.on_error` is `stop`, or none is
+            left. One message names the first bad examples and counts them all.
         ConfigError: the template, the tokenizer or `data.eval` is not fit for it.
     """
     check_tokenizer(tokenizer)
     spec = data.train if which == "train" else data.eval
     if spec is None:
-        raise ConfigError("data.eval names no rows; set it to files, a hub dataset or a slice of one")
+        raise ConfigError("data.eval names no examples; set it to files, a hub dataset or a slice of one")
     source = read_source(spec)
     layout, template = _choose(source, data, tokenizer)
     use = ColumnUse(data, layout, template, is_own_file(data.template))
     special_tokens, spelt_out = SpecialTokens(tokenizer, data.parse_special_tokens), Counter[str]()
-    rows, problems, num_flagged, num_open_turns = [], [], 0, 0
-    for row in source.rows:
+    examples, problems, num_flagged, num_open_turns = [], [], 0, 0
+    for raw in source.examples:
         try:
-            if row.values is None:
-                raise RowError(row.problem)
-            example = layout.read(rename(row.values, data.columns))
+            if raw.values is None:
+                raise ExampleError(raw.problem)
+            example = layout.read(rename(raw.values, data.columns))
             rendered = special_tokens.render(template, example)
-            use.add(row.values, example, rendered.text, row.place)
-            rows.append(_tokenized(rendered, row.place, data, tokenizer))
+            use.add(raw.values, example, rendered.text, raw.place)
+            examples.append(_tokenized(rendered, raw.place, data, tokenizer))
             spelt_out.update(special_tokens.found(rendered.text))
             num_open_turns += rendered.num_open_turns
         except FlaggedError:
             num_flagged += 1
-        except RowError as error:
-            problems.append(Problem(row.place, str(error)))
+        except ExampleError as error:
+            problems.append(Problem(raw.place, str(error)))
     use.require_fit(source.name)
-    stop_or_skip(problems, len(rows) + len(problems), source.name, data.on_error)
-    if not rows:
+    stop_or_skip(problems, len(examples) + len(problems), source.name, data.on_error)
+    if not examples:
         raise DataError(f"{source.name}: all {num_flagged} examples are flagged not to be trained; nothing is left")
-    report = _report(source, layout, template, data, rows) | use.report() | {"num_flagged": num_flagged}
+    report = _report(source, layout, template, data, examples) | use.report() | {"num_flagged": num_flagged}
     report |= {"special_tokens_as_text": dict(spelt_out), "num_open_turns": num_open_turns}
     report["warnings"] = [*report["warnings"], *_warnings(report)]
-    return TokenizedRows(rows, report | skip_report(problems))
+    return TokenizedExamples(examples, report | skip_report(problems))
 
 
 def prepare_run(
     data: DataConfig, tokenizer: Any, earlier: Mapping[str, Any] | None = None, context: int | None = None
-) -> tuple[TokenizedRows, TokenizedRows | None]:
-    """The training and the evaluation rows of a run, both through one template.
+) -> tuple[TokenizedExamples, TokenizedExamples | None]:
+    """The training and the evaluation examples of a run, both through one template.
 
     Args:
         data: the run's data section.
-        tokenizer: see `prepare_rows`.
+        tokenizer: see `prepare_examples`.
         earlier: reports of the same run by part, from its record, where it is resumed.
         context: tokens that the model's context holds (`expertune.checkpoint.context.context_length`).
 
     Returns:
-        The training rows, and the evaluation rows where the run has any.
+        The training examples, and the evaluation examples where the run has any.
 
     Raises:
-        DataError, ConfigError: see `prepare_rows`; or examples are longer than the model's context.
+        DataError, ConfigError: see `prepare_examples`; or examples are longer than the model's context.
     """
     before, named = earlier or {}, data.format
     if report := before.get("train"):
         data = settled(data, report)
-    train = prepare_rows(data, "train", tokenizer)
+    train = prepare_examples(data, "train", tokenizer)
     check_context(train, context, "data.train")
     if data.eval is None:
         return train, None
-    # Only the template: evaluation rows may have columns of their own, but a loss is of the form that was trained.
+    # Only the template: evaluation examples may have columns of their own, but a loss is of the form that was trained.
     update = {"template": train.report["template"], "format": (before.get("eval") or {}).get("format", named)}
-    evaluation = prepare_rows(data.model_copy(update=update), "eval", tokenizer)
+    evaluation = prepare_examples(data.model_copy(update=update), "eval", tokenizer)
     check_context(evaluation, context, "data.eval")
     return train, evaluation
 
 
 def settled(data: DataConfig, report: Mapping[str, Any]) -> DataConfig:
-    """A run's data section with the layout and template that its rows were read with.
+    """A run's data section with the layout and template that its examples were read with.
 
-    What is read again later (to resume, to evaluate, to ask a question) must not be chosen anew, by other rows or by
-    the defaults of another version.
+    What is read again later (to resume, to evaluate, to ask a question) must not be chosen anew, by other examples or
+    by the defaults of another version.
 
     Args:
         data: the data section as the run file has it.
-        report: the report of the rows, from `prepare_rows` or a record.
+        report: the report of the examples, from `prepare_examples` or a record.
     """
     return data.model_copy(update={"format": report["format"], "template": report["template"]})
 
@@ -126,14 +126,14 @@ def render_prompt(values: Mapping[str, Any] | str, data: DataConfig, tokenizer: 
     """Put a user's own question through the template of a run.
 
     Args:
-        values: the row's columns without the answer (a conversation: `messages` up to the user's last turn), or one
+        values: the example's columns without the answer (a conversation: `messages` up to the user's last turn), or one
             text: the user's message of a conversation, else the prompt (`instruction`, `question`) without context.
-        data: the data section of the run, best with `format` and `template` as the report of its rows has them; where
-            they are left open, the columns of `data.train` decide again, so that source must still be there.
+        data: the data section of the run, best with `format` and `template` as the report of its examples has them;
+            where they are left open, the columns of `data.train` decide again, so that source must still be there.
         tokenizer: the run's tokenizer.
 
     Returns:
-        The text that precedes the answer in a training row; `encode_prompt` turns it into ids. Special tokens that
+        The text that precedes the answer in a training example; `encode_prompt` turns it into ids. Special tokens that
         `values` spell out are text, unless `data.parse_special_tokens` is set.
 
     Raises:
@@ -147,63 +147,63 @@ def render_prompt(values: Mapping[str, Any] | str, data: DataConfig, tokenizer: 
         layout, template = named[0], load_template(data.template, named[0], tokenizer)
     else:
         layout, template = _choose(read_source(data.train), data, tokenizer)
-    row = {layout.main_column: values} if isinstance(values, str) else dict(values)
+    raw = {layout.main_column: values} if isinstance(values, str) else dict(values)
     for ours, theirs in data.columns.items():
         # A question may be given under our names or the file's, and a template may use either.
-        if theirs in row:
-            row.setdefault(ours, row[theirs])
-        elif ours in row:
-            row[theirs] = row[ours]
+        if theirs in raw:
+            raw.setdefault(ours, raw[theirs])
+        elif ours in raw:
+            raw[theirs] = raw[ours]
     special_tokens = SpecialTokens(tokenizer, data.parse_special_tokens)
-    return special_tokens.render_prompt(template, layout.read_question(row))
+    return special_tokens.render_prompt(template, layout.read_question(raw))
 
 
 def _choose(source: Source, data: DataConfig, tokenizer: Any) -> tuple[Layout, Template]:
-    """The layout by the first row that could be read, and the template by all of them."""
-    rows = [row.values for row in source.rows if row.values is not None]
-    if not rows:
-        first = source.rows[0]
+    """The layout by the first example that could be read, and the template by all of them."""
+    examples = [raw.values for raw in source.examples if raw.values is not None]
+    if not examples:
+        first = source.examples[0]
         raise DataError(
-            f"{source.name}: not one of {len(source.rows)} rows can be read; {first.place}: {first.problem}"
+            f"{source.name}: not one of {len(source.examples)} examples can be read; {first.place}: {first.problem}"
         )
     check_names(data.columns, own_file_names(data.template))
-    turns = {name for row in rows for name, value in row.items() if is_conversation(value)}
+    turns = {name for raw in examples for name, value in raw.items() if is_conversation(value)}
     turns |= {ours for ours, theirs in data.columns.items() if theirs in turns}
-    layout = find_layout(data, [*rows[0], *data.columns], source.name, turns)
+    layout = find_layout(data, [*examples[0], *data.columns], source.name, turns)
     if layout.name == "text" and data.format == "auto" and not data.columns and not is_own_file(data.template):
-        refuse_tree(rows, source.name)
-    renamed = [values | _renamed(values, data) for values in rows]
+        refuse_tree(examples, source.name)
+    renamed = [values | _renamed(values, data) for values in examples]
     name = data.template or default_template(layout, renamed)
     if name == "chat" or is_own_file(name):
         try_template(name, lambda: load_template(name, layout, tokenizer).render(layout.read(renamed[0])))
     return layout, load_template(name, layout, tokenizer)
 
 
-def _renamed(row: Mapping[str, Any], data: DataConfig) -> dict[str, Any]:
-    """Our names of a row's columns; a column that is missing is an error of its row, later."""
-    return {ours: row[theirs] for ours, theirs in data.columns.items() if theirs in row}
+def _renamed(raw: Mapping[str, Any], data: DataConfig) -> dict[str, Any]:
+    """Our names of an example's columns; a column that is missing is an error of its example, later."""
+    return {ours: raw[theirs] for ours, theirs in data.columns.items() if theirs in raw}
 
 
-def _tokenized(rendered: Rendered, place: str, data: DataConfig, tokenizer: Any) -> TokenizedRow:
+def _tokenized(rendered: Rendered, place: str, data: DataConfig, tokenizer: Any) -> TokenizedExample:
     start, end = rendered.spans[-1]
     prompt = part_of(text_of(rendered), 0, start)
     completion = without_end(part_of(rendered.text, start, end), tokenizer.eos_token)
     check_unicode(rendered.text)
     check_answer("what the template makes of the answer", completion)
     if data.train_on == "all" and rendered.has_untrained_elsewhere:
-        raise RowError(
+        raise ExampleError(
             "answers that must not be trained cannot be found in the text under this template; set data.train_on: "
             "completion, or data.template: chatml"
         )
-    input_ids, labels = encode_row(rendered, data.train_on, tokenizer)
+    input_ids, labels = encode_example(rendered, data.train_on, tokenizer)
     uncut_length = len(input_ids)
     input_ids, labels = input_ids[: data.max_length], labels[: data.max_length]
     check_tokens(input_ids, labels, uncut_length, tokenizer)
-    return TokenizedRow(input_ids, labels, place, prompt, completion, uncut_length)
+    return TokenizedExample(input_ids, labels, place, prompt, completion, uncut_length)
 
 
 def _warnings(report: Mapping[str, Any]) -> list[str]:
-    """What the rows do that their owner may not have meant, though they can be trained on."""
+    """What the examples do that their owner may not have meant, though they can be trained on."""
     warnings = []
     if spelt_out := report["special_tokens_as_text"]:
         tokens = ", ".join(f"{token} in {count} examples" for token, count in sorted(spelt_out.items()))
@@ -220,9 +220,9 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
 
 
 def _report(
-    source: Source, layout: Layout, template: Template, data: DataConfig, rows: list[TokenizedRow]
+    source: Source, layout: Layout, template: Template, data: DataConfig, examples: list[TokenizedExample]
 ) -> dict[str, Any]:
-    lengths = [row.uncut_length for row in rows]
+    lengths = [raw.uncut_length for raw in examples]
     return {
         "source": source.name,
         "sha256": source.sha256,
@@ -231,9 +231,9 @@ def _report(
         "template": template.name,
         "train_on": data.train_on,
         "max_length": data.max_length,
-        "num_rows": len(rows),
+        "num_rows": len(examples),
         "num_truncated": sum(length > data.max_length for length in lengths),
-        "num_tokens": sum(len(row.input_ids) for row in rows),
-        "num_label_tokens": sum(label != IGNORE_INDEX for row in rows for label in row.labels),
+        "num_tokens": sum(len(raw.input_ids) for raw in examples),
+        "num_label_tokens": sum(label != IGNORE_INDEX for raw in examples for label in raw.labels),
         "length": length_summary(lengths),
     }

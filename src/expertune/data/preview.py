@@ -12,8 +12,8 @@ from expertune.checkpoint.context import context_length, read_config
 from expertune.checkpoint.hub import fetch_model
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import DataConfig, RunConfig
+from expertune.data.examples import IGNORE_INDEX, TokenizedExample, TokenizedExamples
 from expertune.data.prepare import prepare_run
-from expertune.data.rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
 
 
 def preview_run(config: RunConfig, num_examples: int = 3, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def preview_run(config: RunConfig, num_examples: int = 3, trust_remote_code: boo
         trust_remote_code: run Python that ships with the model's tokenizer.
 
     Returns:
-        `train` and `eval` (None where the run has no evaluation rows), each as `preview` returns it.
+        `train` and `eval` (None where the run has no evaluation examples), each as `preview` returns it.
 
     Raises:
         ExpertuneError: what a run would stop at, as far as it concerns data and tokenizer.
@@ -40,13 +40,13 @@ def preview_run(config: RunConfig, num_examples: int = 3, trust_remote_code: boo
     }
 
 
-def preview(rows: TokenizedRows, data: DataConfig, tokenizer: Any, num_examples: int) -> dict[str, Any]:
+def preview(tokenized: TokenizedExamples, data: DataConfig, tokenizer: Any, num_examples: int) -> dict[str, Any]:
     """A source's report with what was chosen by whom, and its first examples.
 
     Args:
-        rows: what `prepare_rows` returned.
+        examples: what `prepare_examples` returned.
         data: the data section as the run file has it.
-        tokenizer: the tokenizer that made the rows.
+        tokenizer: the tokenizer that made the examples.
         num_examples: how many examples are shown.
 
     Returns:
@@ -59,10 +59,10 @@ def preview(rows: TokenizedRows, data: DataConfig, tokenizer: Any, num_examples:
         "template": "default" if data.template is None else "named",
     }
     return {
-        **rows.report,
+        **tokenized.report,
         "chosen": chosen,
-        "hints": _hints(rows.report, data, tokenizer),
-        "examples": [_example(row, tokenizer) for row in rows.rows[:num_examples]],
+        "hints": _hints(tokenized.report, data, tokenizer),
+        "examples": [_example(example, tokenizer) for example in tokenized.examples[:num_examples]],
     }
 
 
@@ -80,15 +80,15 @@ def _hints(report: dict[str, Any], data: DataConfig, tokenizer: Any) -> list[str
     return []
 
 
-def _example(row: TokenizedRow, tokenizer: Any) -> dict[str, Any]:
-    flags = [label != IGNORE_INDEX for label in row.labels]
+def _example(example: TokenizedExample, tokenizer: Any) -> dict[str, Any]:
+    flags = [label != IGNORE_INDEX for label in example.labels]
     runs = [(trained, len(list(group))) for trained, group in groupby(flags)]
-    texts = _texts(row.input_ids, [length for _, length in runs], tokenizer)
+    texts = _texts(example.input_ids, [length for _, length in runs], tokenizer)
     return {
-        "place": row.place,
+        "place": example.place,
         "num_tokens": len(flags),
         "num_trained": sum(flags),
-        "uncut_length": row.uncut_length,
+        "uncut_length": example.uncut_length,
         "parts": [{"text": text, "trained": trained} for text, (trained, _) in zip(texts, runs, strict=True)],
     }
 

@@ -1,7 +1,7 @@
-"""What a file of rows holds: JSONL, JSON, CSV, Parquet and plain text, the text kinds optionally gzipped.
+"""What a file of examples holds: JSONL, JSON, CSV, Parquet and plain text, the text kinds optionally gzipped.
 
-Local files are read without the `datasets` library. Every row keeps its place, so that each later message can name it,
-and a row that cannot be read is a problem of its own where the rest of the file can be.
+Local files are read without the `datasets` library. Every example keeps its place, so that each later message can name
+it, and an example that cannot be read is a problem of its own where the rest of the file can be.
 """
 
 import csv
@@ -28,12 +28,12 @@ _BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
-class SourceRow:
-    """A row as its source holds it.
+class SourceExample:
+    """An example as its source holds it.
 
     Attributes:
-        place: file and row, counted from 1; in line-based files the row is the line's number.
-        values: column -> value, or None where the row could not be read.
+        place: file and example, counted from 1; in line-based files the example is the line's number.
+        values: column -> value, or None where the example could not be read.
         problem: why it could not be read, with the mend.
     """
 
@@ -48,7 +48,7 @@ class RawFile:
 
     Attributes:
         path: the file, for errors that concern it as a whole.
-        label: how its rows call it.
+        label: how its examples call it.
         content: its bytes, unzipped.
     """
 
@@ -57,11 +57,11 @@ class RawFile:
     content: bytes
 
     def place(self, number: int) -> str:
-        """How messages call a row, counted from 1."""
+        """How messages call an example, counted from 1."""
         return f"{self.label}: row {number}"
 
 
-Reader = Callable[[RawFile], Iterator[SourceRow]]
+Reader = Callable[[RawFile], Iterator[SourceExample]]
 
 
 def reader_of(path: Path) -> Reader | None:
@@ -72,12 +72,12 @@ def reader_of(path: Path) -> Reader | None:
     return None if zipped and kind == ".parquet" else READERS.get(kind)
 
 
-def read_rows(path: Path, label: str, raw: bytes, read: Reader) -> list[SourceRow]:
-    """Every row of a file.
+def read_rows(path: Path, label: str, raw: bytes, read: Reader) -> list[SourceExample]:
+    """Every example of a file.
 
     Args:
         path: the file.
-        label: how messages call its rows.
+        label: how messages call its examples.
         raw: its bytes as they lie on disk.
         read: `reader_of(path)`.
 
@@ -123,20 +123,20 @@ def _read_lines(file: RawFile) -> Iterator[tuple[str, str, str]]:
         offset += len(line)
 
 
-def _read_jsonl(file: RawFile) -> Iterator[SourceRow]:
+def _read_jsonl(file: RawFile) -> Iterator[SourceExample]:
     for place, text, problem in _read_lines(file):
         if problem:
-            yield SourceRow(place, None, problem)
+            yield SourceExample(place, None, problem)
             continue
         try:
             value = _parse_json(text)
         except (ValueError, RecursionError) as error:
-            yield SourceRow(place, None, f"not valid JSON ({error}); each line is one JSON object")
+            yield SourceExample(place, None, f"not valid JSON ({error}); each line is one JSON object")
         else:
-            yield _object_row(place, value)
+            yield _object_example(place, value)
 
 
-def _read_json(file: RawFile) -> Iterator[SourceRow]:
+def _read_json(file: RawFile) -> Iterator[SourceExample]:
     text = _decode(file)
     try:
         value = _parse_json(text)
@@ -145,12 +145,12 @@ def _read_json(file: RawFile) -> Iterator[SourceRow]:
         raise DataError(f"{file.path}: not valid JSON ({error}){lines}") from None
     items = value if isinstance(value, list) else [value]
     for number, item in enumerate(items, start=1):
-        yield _object_row(file.place(number), item)
+        yield _object_example(file.place(number), item)
 
 
 def _parse_json(text: str) -> Any:
     value = json.loads(text, object_pairs_hook=_each_key_once)
-    # Deeper than any row is, and deep enough to exhaust the stack of whatever walks it later.
+    # Deeper than any example is, and deep enough to exhaust the stack of whatever walks it later.
     if text.count("[") + text.count("{") > _DEEPEST and _is_deeper(value, _DEEPEST):
         raise ValueError(f"nested more than {_DEEPEST} levels deep")
     return value
@@ -177,13 +177,13 @@ def _is_deeper(value: Any, most: int) -> bool:
     return any(isinstance(item, dict | list) for item in level)
 
 
-def _object_row(place: str, value: Any) -> SourceRow:
+def _object_example(place: str, value: Any) -> SourceExample:
     if isinstance(value, dict):
-        return SourceRow(place, value)
-    return SourceRow(place, None, f"is {type(value).__name__}, not an object with columns")
+        return SourceExample(place, value)
+    return SourceExample(place, None, f"is {type(value).__name__}, not an object with columns")
 
 
-def _read_csv(file: RawFile) -> Iterator[SourceRow]:
+def _read_csv(file: RawFile) -> Iterator[SourceExample]:
     text = _decode(file)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     number = 0
@@ -194,11 +194,11 @@ def _read_csv(file: RawFile) -> Iterator[SourceRow]:
                 raise DataError(f"{file.path}: the first line must name each column once, got {shortened(header)}")
             for number, fields in enumerate(filter(None, reader), start=1):
                 if len(fields) == len(header):
-                    yield SourceRow(file.place(number), dict(zip(header, fields, strict=True)))
+                    yield SourceExample(file.place(number), dict(zip(header, fields, strict=True)))
                 else:
                     found = f"has {len(fields)} fields where the header names {len(header)}"
                     what = f"{found} (ends on line {reader.line_num}); quote fields that hold commas"
-                    yield SourceRow(file.place(number), None, what)
+                    yield SourceExample(file.place(number), None, what)
         except csv.Error as error:
             raise DataError(
                 f"{file.path}: row {number + 1} (line {reader.line_num}): not valid CSV ({error}); check the quotes"
@@ -215,12 +215,12 @@ def _fields_of(length: int) -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _read_text(file: RawFile) -> Iterator[SourceRow]:
+def _read_text(file: RawFile) -> Iterator[SourceExample]:
     for place, text, problem in _read_lines(file):
-        yield SourceRow(place, None if problem else {"text": text}, problem)
+        yield SourceExample(place, None if problem else {"text": text}, problem)
 
 
-def _read_parquet(file: RawFile) -> Iterator[SourceRow]:
+def _read_parquet(file: RawFile) -> Iterator[SourceExample]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -230,19 +230,19 @@ def _read_parquet(file: RawFile) -> Iterator[SourceRow]:
         names = table.schema_arrow.names
         if len(set(names)) < len(names):
             raise DataError(f"{file.path}: the columns {shortened(names)} must each be there once")
-        # A value that repeats takes no space, so that a small file may claim any number of rows.
+        # A value that repeats takes no space, so that a small file may claim any number of examples.
         if table.metadata.num_rows > max(_ALWAYS_UNPACKED // 1024, len(file.content)):
-            raise DataError(f"{file.path}: claims {table.metadata.num_rows} rows in {len(file.content)} bytes")
+            raise DataError(f"{file.path}: claims {table.metadata.num_rows} examples in {len(file.content)} bytes")
         for batch in table.iter_batches(batch_size=256):
             most -= batch.nbytes
             if most < 0:
                 raise DataError(
                     f"{file.path}: {len(file.content)} bytes unpack to more than {_MOST_UNPACKED} times as many, as no "
-                    "text does; if it is one, write the rows as JSONL"
+                    "text does; if it is one, write the examples as JSONL"
                 )
-            for row in batch.to_pylist():
+            for values in batch.to_pylist():
                 number += 1
-                yield SourceRow(file.place(number), row)
+                yield SourceExample(file.place(number), values)
     except DataError:
         raise
     except Exception as error:  # Arrow raises errors of many kinds for a damaged file

@@ -1,6 +1,6 @@
-"""Where rows come from: local files or datasets on the Hugging Face hub, each with an optional `[a:b]` slice.
+"""Where examples come from: local files or datasets on the Hugging Face hub, each with an optional `[a:b]` slice.
 
-A source is one of them, a glob of files, or a list of these; their rows follow one another in that order.
+A source is one of them, a glob of files, or a list of these; their examples follow one another in that order.
 """
 
 import glob
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from expertune.config.yaml_file import shortened
 from expertune.data.hub import is_hub_name, read_hub
-from expertune.data.readers import READERS, SourceRow, read_rows, reader_of
+from expertune.data.readers import READERS, SourceExample, read_rows, reader_of
 from expertune.errors import DataError, nearest
 
 _SLICE = re.compile(r"(?P<name>.*)\[(?P<start>\d{0,15}):(?P<stop>\d{0,15})\]", re.DOTALL)
@@ -24,24 +24,24 @@ _NUM_NAMED = 3
 
 @dataclass(frozen=True)
 class Source:
-    """The rows that a source names.
+    """The examples that a source names.
 
     Attributes:
         name: the source as the run file names it.
-        rows: rows in order; unreadable ones are among them, with their problem.
-        sha256: name -> hash of the file's bytes as they lie on disk (of a hub dataset: of its rows as JSON).
-        num_rows: name -> how many rows were taken from it.
+        examples: examples in order; unreadable ones are among them, with their problem.
+        sha256: name -> hash of the file's bytes as they lie on disk (of a hub dataset: of its examples as JSON).
+        num_rows: name -> how many examples were taken from it.
     """
 
     name: str
-    rows: list[SourceRow]
+    examples: list[SourceExample]
     sha256: dict[str, str]
     num_rows: dict[str, int]
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One file or hub dataset of a source: its name, its slice, and how its rows are called."""
+    """One file or hub dataset of a source: its name, its slice, and how its examples are called."""
 
     spec: str
     name: str
@@ -58,7 +58,7 @@ class _Part:
 
 
 def read_source(spec: str | Sequence[str]) -> Source:
-    """Read every row that `spec` names.
+    """Read every example that `spec` names.
 
     Args:
         spec: a path, a glob (`rows/*.jsonl`, sorted by path) or a hub name (`name`, `name:split` or
@@ -66,7 +66,7 @@ def read_source(spec: str | Sequence[str]) -> Source:
             counted from 0 as in Python, of each file. Or a list of these.
 
     Raises:
-        DataError: a source is missing, empty, of an unknown kind or not readable as a whole, it has fewer rows than
+        DataError: a source is missing, empty, of an unknown kind or not readable as a whole, it has fewer examples than
             its slice asks for, or several have different columns.
     """
     specs = [spec] if isinstance(spec, str) else list(spec)
@@ -76,13 +76,13 @@ def read_source(spec: str | Sequence[str]) -> Source:
     columns: dict[str, set[str]] = {}
     for part in parts:
         label = labels[part.path] if part.is_file else part.name
-        rows, source.sha256[label] = _read_file(part.path, label) if part.is_file else _read_dataset(part.name)
-        if not rows:
-            raise DataError(f"{part.name}: holds no rows; is it the right file?")
-        rows = _cut(rows, part)
-        source.rows.extend(rows)
-        source.num_rows[label] = source.num_rows.get(label, 0) + len(rows)
-        columns.setdefault(label, set()).update(*(row.values for row in rows if row.values is not None))
+        examples, source.sha256[label] = _read_file(part.path, label) if part.is_file else _read_dataset(part.name)
+        if not examples:
+            raise DataError(f"{part.name}: holds no examples; is it the right file?")
+        examples = _cut(examples, part)
+        source.examples.extend(examples)
+        source.num_rows[label] = source.num_rows.get(label, 0) + len(examples)
+        columns.setdefault(label, set()).update(*(example.values for example in examples if example.values is not None))
     _require_same_columns(columns, source.name)
     return source
 
@@ -121,7 +121,7 @@ def _split_slice(spec: str) -> tuple[str, int, int | None]:
 
 
 def _labels(paths: Sequence[Path]) -> dict[Path, str]:
-    """How rows call their files: by name, with as many folders in front as it takes to tell them apart."""
+    """How examples call their files: by name, with as many folders in front as it takes to tell them apart."""
     different = set(paths)
     for depth in range(1, max((len(path.parts) for path in different), default=0) + 1):
         labels = {path: "/".join(path.parts[-depth:]) for path in different}
@@ -136,7 +136,7 @@ def _joined(specs: Sequence[str]) -> str:
 
 
 def _require_same_columns(columns: dict[str, set[str]], name: str) -> None:
-    """Rows of one layout only: a template that fits some files would misread the others."""
+    """Examples of one layout only: a template that fits some files would misread the others."""
     first, *others = [label for label, names in columns.items() if names] or [""]
     for other in others:
         if columns[other] != columns[first]:
@@ -150,25 +150,27 @@ def _named(columns: set[str]) -> str:
     return shortened(", ".join(sorted(columns)), 500) or "none"
 
 
-def _cut(rows: list[SourceRow], part: _Part) -> list[SourceRow]:
-    start, end = part.start, len(rows) if part.stop is None else part.stop
+def _cut(examples: list[SourceExample], part: _Part) -> list[SourceExample]:
+    start, end = part.start, len(examples) if part.stop is None else part.stop
     spec = part.spec if part.spec.startswith(part.name) else f"{part.name} (of {part.spec})"
-    if end > len(rows):
-        raise DataError(f"{spec}: the slice ends at row {end}, but there are {len(rows)} rows; write [{start}:]")
+    if end > len(examples):
+        raise DataError(
+            f"{spec}: the slice ends at row {end}, but there are {len(examples)} examples; write [{start}:]"
+        )
     if start >= end:
-        raise DataError(f"{spec}: the slice holds no rows; there are {len(rows)} rows, counted from 0")
-    return rows[start:end]
+        raise DataError(f"{spec}: the slice holds no examples; there are {len(examples)} examples, counted from 0")
+    return examples[start:end]
 
 
-def _read_dataset(name: str) -> tuple[list[SourceRow], str]:
-    rows = [SourceRow(place, values) for place, values in read_hub(name)]
+def _read_dataset(name: str) -> tuple[list[SourceExample], str]:
+    examples = [SourceExample(place, values) for place, values in read_hub(name)]
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row.values, sort_keys=True, default=str).encode() + b"\n")
-    return rows, digest.hexdigest()
+    for example in examples:
+        digest.update(json.dumps(example.values, sort_keys=True, default=str).encode() + b"\n")
+    return examples, digest.hexdigest()
 
 
-def _read_file(path: Path, label: str) -> tuple[list[SourceRow], str]:
+def _read_file(path: Path, label: str) -> tuple[list[SourceExample], str]:
     read = reader_of(path)
     try:
         mode = path.stat().st_mode
@@ -179,7 +181,7 @@ def _read_file(path: Path, label: str) -> tuple[list[SourceRow], str]:
                 f"{path}: unknown kind of file; use one of {', '.join(READERS)} (text kinds may end in .gz)"
             )
         if not stat.S_ISREG(mode):
-            raise DataError(f"{path}: is a device or a pipe; rows are read several times, so write them to a file")
+            raise DataError(f"{path}: is a device or a pipe; examples are read several times, so write them to a file")
         raw = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file{_nearest_file(path)}") from None

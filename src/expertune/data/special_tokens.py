@@ -1,8 +1,8 @@
 """Special tokens come from the template alone: data that spells one out stays text.
 
-A row that spells out no special token, which is nearly every row, is rendered once and takes the tokenizer's own way.
-Any other is rendered a second time with those characters replaced by private ones. The template's special tokens stand
-in both renderings, so what differs is the data's; `encode` is told by `RenderedText.plain`.
+An example that spells out no special token, which is nearly every example, is rendered once and takes the tokenizer's
+own way. Any other is rendered a second time with those characters replaced by private ones. The template's special
+tokens stand in both renderings, so what differs is the data's; `encode` is told by `RenderedText.plain`.
 """
 
 import dataclasses
@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from expertune.data.column_template import Rendered, Template
 from expertune.data.formats import Example
-from expertune.data.lint import RowError
-from expertune.data.row_template import Rendered, Template
+from expertune.data.lint import ExampleError
 
 _PRIVATE = 0x100000
 """The first of the private characters (Unicode plane 16) that stand for the characters of special tokens."""
@@ -50,7 +50,7 @@ def answer_starts(text: str) -> tuple[int, ...]:
 
 
 def text_of(rendered: Rendered) -> str:
-    """The text of a row that knows where its answers start, those that take no loss among them."""
+    """The text of an example that knows where its answers start, those that take no loss among them."""
     starts = sorted({start for start, _ in (*rendered.spans, *rendered.untrained)})
     return RenderedText(rendered.text, plain_places(rendered.text), starts)
 
@@ -81,7 +81,7 @@ def special_pattern(contents: Iterable[str]) -> re.Pattern[str]:
 
 
 class SpecialTokens:
-    """Renders rows so that special tokens of the template and of the data are told apart.
+    """Renders examples so that special tokens of the template and of the data are told apart.
 
     Args:
         tokenizer: a fast transformers tokenizer.
@@ -111,7 +111,7 @@ class SpecialTokens:
         """`template.render`, its text a `RenderedText` where the data spells out special tokens.
 
         Raises:
-            RowError: see `Template`, or the template changes such a text so that it cannot be followed.
+            ExampleError: see `Template`, or the template changes such a text so that it cannot be followed.
         """
         rendered = template.render(example)
         if self._parse:
@@ -131,7 +131,7 @@ class SpecialTokens:
         return self._told_apart(template, prompt, template.render_prompt(self._marked(example)))
 
     def _ended_once(self, rendered: Rendered, example: Example) -> Rendered:
-        """A row whose answer brings its EOS, as text that was rendered before does, ends in that one."""
+        """An example whose answer brings its EOS, as text that was rendered before does, ends in that one."""
         answers = [example.values[name] for name in example.answers]
         is_ended = any(isinstance(answer, str) and answer.rstrip().endswith(self._eos) for answer in answers)
         text = rendered.text.rstrip()
@@ -155,9 +155,9 @@ class SpecialTokens:
         if self._pattern.findall(text) == self._pattern.findall(marked):
             return text
         token = (self._pattern.findall(text) or [""])[0]
-        raise RowError(
-            f"template {template.name} changes what the row spells out as a special token (such as {token}), so that "
-            "the two cannot be told apart; take it out of the row, or set data.parse_special_tokens: true"
+        raise ExampleError(
+            f"template {template.name} changes what the example spells out as a special token (such as {token}), so "
+            "that the two cannot be told apart; take it out of the example, or set data.parse_special_tokens: true"
         )
 
     def _in_data(self, example: Example) -> bool:
@@ -184,7 +184,7 @@ class SpecialTokens:
         if not isinstance(value, str):
             return value
         if self._private.search(value):
-            raise RowError("holds private characters of Unicode beside special tokens; take one of the two out")
+            raise ExampleError("holds private characters of Unicode beside special tokens; take one of the two out")
         for start, end in self._spelt_out(value):
             value = value[:start] + value[start:end].translate(self._to_private) + value[end:]
         return value

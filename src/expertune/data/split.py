@@ -63,9 +63,9 @@ def _take(batch: Batch, bounds: list[int], first: int, end: int) -> Batch:
         if isinstance(value, Tensor) and value.shape[:2] == batch["input_ids"].shape:
             part = value[:, bounds[first] : bounds[end]] if concatenated else value[first:end]
             taken[name] = part.contiguous()
-    row_ids = batch.get("row_ids")
-    if row_ids is not None and len(row_ids) == len(bounds) - 1:
-        taken["row_ids"] = row_ids[first:end]
+    example_ids = batch.get("example_ids")
+    if example_ids is not None and len(example_ids) == len(bounds) - 1:
+        taken["example_ids"] = example_ids[first:end]
     if concatenated:
         starts = torch.tensor([bound - bounds[first] for bound in bounds[first : end + 1]], dtype=torch.int32)
         taken["cu_seq_lens_q"] = taken["cu_seq_lens_k"] = starts.to(batch["cu_seq_lens_q"].device)

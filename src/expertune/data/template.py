@@ -1,4 +1,4 @@
-"""Which template renders a run's rows: one that ships with Expertune, a user's Jinja file, or the tokenizer's own."""
+"""Which template renders the examples: one that ships with Expertune, a user's Jinja file, or the tokenizer's own."""
 
 import stat
 from collections.abc import Iterable, Mapping
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from expertune.data.chat_template import ChatTemplate
+from expertune.data.column_template import ColumnTemplate, Template, jinja_names
 from expertune.data.formats import Layout
-from expertune.data.row_template import RowTemplate, Template, jinja_names
 from expertune.errors import ConfigError
 
 _MAX_BYTES = 2**20
@@ -20,7 +20,7 @@ def load_template(name: str | None, layout: Layout, tokenizer: Any) -> Template:
 
     Args:
         name: `DataConfig.template`, or what `default_template` chose; None means the layout's own.
-        layout: the layout of the rows.
+        layout: the layout of the examples.
         tokenizer: a transformers tokenizer.
 
     Raises:
@@ -30,32 +30,34 @@ def load_template(name: str | None, layout: Layout, tokenizer: Any) -> Template:
     source = None if name == "chat" else _read_template(name)
     if source is None or "messages" in jinja_names(source):
         if not layout.is_conversation and not layout.prompt:
-            raise ConfigError(f"data.template: {name} needs a prompt and an answer; {layout.name} rows hold only text")
+            raise ConfigError(
+                f"data.template: {name} needs a prompt and an answer; {layout.name} examples hold only text"
+            )
         return ChatTemplate(name, source, tokenizer)
     if layout.is_conversation:
         raise ConfigError(
-            f"data.template: {name} is written for columns, but {layout.name} rows are conversations; "
+            f"data.template: {name} is written for columns, but {layout.name} examples are conversations; "
             "use chat, chatml, or a Jinja file that loops over messages"
         )
-    return RowTemplate(name, source)
+    return ColumnTemplate(name, source)
 
 
-def default_template(layout: Layout, rows: Iterable[Mapping[str, Any]]) -> str:
-    """The template of rows where `data.template` names none.
+def default_template(layout: Layout, examples: Iterable[Mapping[str, Any]]) -> str:
+    """The template of examples where `data.template` names none.
 
-    Rows of a prompt and a completion that bring the white space between the two themselves, as TRL and OpenAI's older
-    fine-tuning files do, are taken as they are. The choice is one for all rows: a prompt must read the same whether or
-    not its answer is known.
+    Examples of a prompt and a completion that bring the white space between the two themselves, as TRL and OpenAI's
+    older fine-tuning files do, are taken as they are. The choice is one for all examples: a prompt must read the same
+    whether or not its answer is known.
 
     Args:
-        layout: the layout of the rows.
-        rows: every row that could be read, after `rename`.
+        layout: the layout of the examples.
+        examples: every example that could be read, after `rename`.
     """
     if (layout.name, layout.answer) != ("prompt-completion", "completion"):
         return layout.template
     num_spaced = 0
-    for row in rows:
-        prompt, answer = row.get(layout.prompt[0]), row.get(layout.answer)
+    for raw in examples:
+        prompt, answer = raw.get(layout.prompt[0]), raw.get(layout.answer)
         if not (isinstance(prompt, str) and isinstance(answer, str) and prompt and answer):
             continue
         if not (prompt[-1].isspace() or answer[0].isspace()):

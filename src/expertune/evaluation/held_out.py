@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.config import RunConfig
-from expertune.data import TokenizedRows, make_collator, make_dataset
+from expertune.data import TokenizedExamples, make_collator, make_dataset
 from expertune.evaluation.scoring import evaluation_loss, score_task
 from expertune.objectives.chunked_loss import LanguageModelLoss
 from expertune.planning.settings import training_argument
@@ -44,7 +44,7 @@ class HeldOut:
         config: RunConfig,
         model: ExpertPeftModel,
         tokenizer: PreTrainedTokenizerBase,
-        rows: TokenizedRows,
+        rows: TokenizedExamples,
         recovery: OutOfMemory,
         bars: Bars,
     ) -> None:
@@ -89,9 +89,9 @@ class HeldOut:
         task = self._config.task if rows is None else self._config.task.model_copy(update={"rows": rows})
         what = "scoring the base model" if base_only else "scoring the adapter"
         with _adapter_switched(self._model, off=base_only), self._bars.task(what, "rows answered") as progress:
-            progress(0, len(self._rows.rows[: task.rows]))
+            progress(0, len(self._rows.examples[: task.rows]))
             in_parts = partial(self._recovery.in_parts, "generation", step=step)
-            return score_task(self._model, self._tokenizer, self._rows.rows, task, progress, in_parts)
+            return score_task(self._model, self._tokenizer, self._rows.examples, task, progress, in_parts)
 
     def metrics(self, step: int) -> dict[str, float]:
         """What an evaluation while training gives.

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from expertune.config import TaskConfig
-from expertune.data import IGNORE_INDEX, TokenizedRow, encode_prompt
+from expertune.data import IGNORE_INDEX, TokenizedExample, encode_prompt
 from expertune.errors import ConfigError, DataError
 from expertune.evaluation.metrics import METRICS
 from expertune.generation.greedy import InParts, Progress, complete, evaluation_mode, whole
@@ -60,7 +60,7 @@ def evaluation_loss(
         inputs = {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in batch.items()
-            if name not in ("row_ids", "use_cache")
+            if name not in ("example_ids", "use_cache")
         }
         labels = inputs.pop("labels")
         taken = in_chunks(inputs, labels) if in_chunks else None
@@ -83,7 +83,7 @@ def evaluation_loss(
 def score_task(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[TokenizedRow],
+    rows: Sequence[TokenizedExample],
     task: TaskConfig,
     progress: Progress | None = None,
     in_parts: InParts = whole,

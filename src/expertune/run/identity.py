@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.config import RunConfig
-from expertune.data import TokenizedRows
+from expertune.data import TokenizedExamples
 from expertune.errors import CheckpointError, ConfigError, DataError
 from expertune.run.record import RunRecord
 
 
 def identify(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, TokenizedRows | None]
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, TokenizedExamples | None]
 ) -> dict[str, Any]:
     """Hashes of all that decides what a run is trained on, as plain values.
 
@@ -32,7 +32,7 @@ def identify(
         "tokenizer": _of_tokenizer(tokenizer),
         "template": _of_file(template),
         "init_from": _of_file(adapter),
-        "rows": {part: _of_rows(held) for part, held in rows.items() if held},
+        "rows": {part: _of_examples(held) for part, held in rows.items() if held},
     }
 
 
@@ -104,9 +104,9 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     return _digest([held, special, tokenizer.chat_template])
 
 
-def _of_rows(rows: TokenizedRows) -> str:
+def _of_examples(rows: TokenizedExamples) -> str:
     digest = hashlib.sha256()
-    for row in rows.rows:
+    for row in rows.examples:
         for values in (row.input_ids, row.labels):
             digest.update(array("q", [len(values), *values]).tobytes())
     return digest.hexdigest()

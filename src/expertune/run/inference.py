@@ -22,7 +22,7 @@ from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import DataConfig, LoraSection, RunConfig, recorded_config
 from expertune.data import (
     encode_prompt,
-    prepare_rows,
+    prepare_examples,
     render_prompt,
     settled,
 )
@@ -224,7 +224,7 @@ def evaluate(
     run = _opened_run(run, opening)
     if run.config.data.eval is None:
         raise ConfigError(f"{run.output_dir}: the run has no data.eval examples to evaluate on")
-    examples = prepare_rows(settled(run.config.data, run.record["data"]["eval"]), "eval", run.tokenizer)
+    examples = prepare_examples(settled(run.config.data, run.record["data"]["eval"]), "eval", run.tokenizer)
     result: dict[str, Any] = {"adapter": "none" if base_only else run.adapter}
     step = 0 if base_only else run.steps
     changes: list[Change] = []

@@ -15,7 +15,7 @@ from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.hub import ModelSource, fetch_model
 from expertune.checkpoint.load import fingerprint_of
 from expertune.checkpoint.tokenizer import load_tokenizer
-from expertune.data import TokenizedRows, make_collator, make_dataset, plot_lengths, prepare_run
+from expertune.data import TokenizedExamples, make_collator, make_dataset, plot_lengths, prepare_run
 from expertune.data.preview import preview
 from expertune.planning.settings import PREFLIGHT_TOKENS
 from expertune.report.preview import render_preview
@@ -42,8 +42,8 @@ class Inputs:
     fingerprint: Fingerprint
     tokenizer: PreTrainedTokenizerBase
     stock_refusal: str | None
-    train: TokenizedRows
-    eval: TokenizedRows | None
+    train: TokenizedExamples
+    eval: TokenizedExamples | None
 
 
 def read_inputs(context: RunContext) -> Inputs:
@@ -92,7 +92,7 @@ def _record_inputs(context: RunContext, inputs: Inputs) -> None:
 
 def _show_data(context: RunContext, inputs: Inputs) -> None:
     data, console = context.config.data, context.console
-    lengths = [row.uncut_length for part in (inputs.train, inputs.eval) if part for row in part.rows]
+    lengths = [row.uncut_length for part in (inputs.train, inputs.eval) if part for row in part.examples]
     histogram = Path(context.config.output_dir) / "lengths.png"
     notify_if_it_fails("lengths.png", lambda: plot_lengths(lengths, histogram, data.max_length), console.print)
     for name, part, num_examples in (("train", inputs.train, 1), ("eval", inputs.eval, 0)):
@@ -113,7 +113,7 @@ def probe_batch(context: RunContext, inputs: Inputs) -> dict[str, Any]:
     tokens = 0
     for row in make_dataset(inputs.train, data):
         # Of a long example its beginning is enough; whole, it could need more memory than the run itself.
-        row = {key: value if key == "row_ids" else value[:PREFLIGHT_TOKENS] for key, value in row.items()}
+        row = {key: value if key == "example_ids" else value[:PREFLIGHT_TOKENS] for key, value in row.items()}
         length = data.max_length if data.packing == "padded" else len(row["input_ids"])
         if chosen and tokens + length > PREFLIGHT_TOKENS:
             break

@@ -75,7 +75,7 @@ class Promised:
         history: filled step by step.
         oom: what happens when memory runs out; None means all fallbacks, without a message.
         evaluation: the run's own evaluation; None means the trainer's.
-        place_of: where an example came from, by its id in `row_ids` of a batch; for messages.
+        place_of: where an example came from, by its id in `example_ids` of a batch; for messages.
     """
 
     history: History = field(default_factory=History)
@@ -264,7 +264,7 @@ class Promises(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> Tensor:
         """The trainer's step; stops before a loss that is not finite reaches the optimizer."""
-        examples = inputs.pop("row_ids", [])
+        examples = inputs.pop("example_ids", [])
         tokens = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
         loss = super().training_step(model, inputs, num_items_in_batch)
         value = loss.item()

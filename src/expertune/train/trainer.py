@@ -17,8 +17,8 @@ class ExpertTrainer(Promises, Trainer):
     Args:
         model: the adapted model.
         args: from `expertune.train.arguments.training_arguments`.
-        train_dataset: examples with the objective's columns and `row_ids`.
-        collator: makes a micro-batch of examples; must pass `row_ids` through.
+        train_dataset: examples with the objective's columns and `example_ids`.
+        collator: makes a micro-batch of examples; must pass `example_ids` through.
         objective: what is minimised.
         promised: what the promises are kept with.
     """

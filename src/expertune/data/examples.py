@@ -1,4 +1,4 @@
-"""What the data room hands to the trainer: token rows, and the report that goes into the run record."""
+"""What the data room hands to the trainer: tokenized examples, and the report that goes into the run record."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
-class TokenizedRow:
-    """One row, ready for training.
+class TokenizedExample:
+    """One example, ready for training.
 
     Attributes:
         input_ids: token ids, at most `data.max_length` of them.
         labels: as long as `input_ids`; each is the token's own id, or -100 where it takes no loss.
-        place: where the row came from, e.g. `dolly.jsonl: row 12`.
+        place: where the example came from, e.g. `dolly.jsonl: row 12`.
         prompt: the text in front of the (last) answer; `encode_prompt(prompt)` is a prefix of `input_ids`.
         completion: the text that the model should write after `prompt`, without the EOS text.
-        uncut_length: tokens of the row before `max_length` cut it.
+        uncut_length: tokens of the example before `max_length` cut it.
     """
 
     input_ids: list[int]
@@ -30,20 +30,20 @@ class TokenizedRow:
 
 
 @dataclass(frozen=True)
-class TokenizedRows:
-    """The rows of one source, in the source's order.
+class TokenizedExamples:
+    """The examples of one source, in the source's order.
 
     Attributes:
-        rows: the rows that passed the data check.
+        examples: the examples that passed the data check.
         report: source, format, template, sha256 of each file, counts and lengths, as plain JSON values.
     """
 
-    rows: list[TokenizedRow]
+    examples: list[TokenizedExample]
     report: dict[str, Any]
 
 
 def length_summary(lengths: Sequence[int]) -> dict[str, int]:
-    """Minimum, median, 95th percentile and maximum of row lengths in tokens (nearest rank, so each is a real row's)."""
+    """Minimum, median, 95th percentile and maximum of lengths in tokens (nearest rank, so each is a real example's)."""
     ordered = sorted(lengths)
     last = len(ordered) - 1
     return {

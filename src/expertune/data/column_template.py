@@ -1,6 +1,6 @@
-"""Row templates: one Jinja file renders a whole row, and the answer's part of the text is found by itself.
+"""Column templates: one Jinja file renders a whole example, and the answer's part of the text is found by itself.
 
-The file is rendered twice, once with the row's answer and once with a sentinel in its place. What stands before the
+The file is rendered twice, once with the example's answer and once with a sentinel in its place. What stands before the
 sentinel is the prompt; the rest of the true rendering is the completion. So a user's own file needs no special syntax.
 """
 
@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from expertune.config.yaml_file import shortened
 from expertune.data.formats import Example
-from expertune.data.lint import RowError
+from expertune.data.lint import ExampleError
 from expertune.errors import ConfigError
 
 # Digits, so that filters such as `upper`, `trim` and `tojson` leave it as it is; too many to stand in a row by chance.
@@ -22,13 +22,13 @@ _SENTINEL = "60486073512907415238264907131859"
 
 @dataclass(frozen=True)
 class Rendered:
-    """A row as text.
+    """An example as text.
 
     Attributes:
-        text: the whole row.
+        text: the whole example.
         spans: (start, end) in characters of each trained part, in order; the last one starts where the prompt ends.
         append_eos: whether the tokenizer's EOS still has to follow the text.
-        untrained: (start, end) of answers that take no loss, even where the loss is taken on the whole row.
+        untrained: (start, end) of answers that take no loss, even where the loss is taken on the whole example.
         has_untrained_elsewhere: there are more of these, whose place the template does not show.
         num_open_turns: trained turns before the last that end in no special token, so that their end is not learnt.
     """
@@ -42,12 +42,12 @@ class Rendered:
 
 
 class Template(Protocol):
-    """What renders a row: a Jinja file over its columns, or a chat template over its messages.
+    """What renders an example: a Jinja file over its columns, or a chat template over its messages.
 
     Attributes:
         name: how messages and the record call it.
         names: every name and key that its Jinja text uses.
-        takes_messages: whether it renders the row as a conversation, and not column by column.
+        takes_messages: whether it renders the example as a conversation, and not column by column.
     """
 
     name: str
@@ -55,10 +55,10 @@ class Template(Protocol):
     takes_messages: bool
 
     def render(self, example: Example) -> Rendered:
-        """The row as text, with its trained parts. Raises RowError where the row cannot be rendered."""
+        """The example as text, with its trained parts. Raises ExampleError where the example cannot be rendered."""
 
     def render_prompt(self, example: Example) -> str:
-        """Only what stands in front of the answer, for generation. Raises RowError likewise."""
+        """Only what stands in front of the answer, for generation. Raises ExampleError likewise."""
 
 
 def jinja_names(source: str) -> frozenset[str]:
@@ -73,8 +73,8 @@ def jinja_names(source: str) -> frozenset[str]:
     return frozenset(value.strip("'\"") for _, kind, value in tokens if kind in ("name", "string"))
 
 
-class RowTemplate:
-    """A Jinja file over a row's columns.
+class ColumnTemplate:
+    """A Jinja file over an example's columns.
 
     Args:
         name: how messages and the record call it.
@@ -102,16 +102,19 @@ class RowTemplate:
             raise ConfigError(f"template {name}: cannot be compiled ({type(error).__name__}: {error})") from None
 
     def render(self, example: Example) -> Rendered:
-        """The row as text; from the end of the prompt on, everything is trained.
+        """The example as text; from the end of the prompt on, everything is trained.
 
         Raises:
             ConfigError: the template does not use the answer exactly once.
-            RowError: a column that the template uses is missing, or the text before the answer depends on the answer.
+            ExampleError: a column that the template uses is missing, or the text before the answer depends on the
+                answer.
         """
         prompt = self.render_prompt(example)
         text = self._render(example.values)
         if not text.startswith(prompt):
-            raise RowError(f"template {self.name} writes another prompt for this answer; the prompt must not use it")
+            raise ExampleError(
+                f"template {self.name} writes another prompt for this answer; the prompt must not use it"
+            )
         # EOS always follows: text of a template that spells an EOS out (as `dolly-tutorial` does) is only text.
         return Rendered(text, [(len(prompt), len(text))], append_eos=True)
 
@@ -122,7 +125,7 @@ class RowTemplate:
 
         Raises:
             ConfigError: the template does not use the answer exactly once.
-            RowError: a column that the template uses is missing.
+            ExampleError: a column that the template uses is missing.
         """
         values = {**example.values, **dict.fromkeys(example.answers, _SENTINEL)}
         before, *after = self._render(values).split(_SENTINEL)
@@ -138,4 +141,4 @@ class RowTemplate:
             return self._template.render(values)
         except Exception as error:  # a template is a program of the user's, and may fail in any way
             reason, names = shortened(str(error) or type(error).__name__), shortened(", ".join(values))
-            raise RowError(f"template {self.name}: {reason}; the row has {names}") from None
+            raise ExampleError(f"template {self.name}: {reason}; the example has {names}") from None
