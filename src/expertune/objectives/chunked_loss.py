@@ -8,9 +8,9 @@ router's auxiliary loss) and how it counts labels (`num_items_in_batch`) stay as
 
 What lies between head and loss is not known by a model's name but looked at: the first batch's first tokens go through
 the model once as it is and once so, values at the head's place show the scale and the cap, and the two losses have to
-agree. Where they do not, or the head is no plain linear, the model's own path is taken, and that is said once.
+agree. Where they do not, or the head is no plain linear, the model's own path is taken, and that is logged once.
 
-Shape suffixes: B rows of a batch, T tokens, D hidden size, V vocabulary.
+Shape suffixes: B sequences of a batch, T tokens, D hidden size, V vocabulary.
 """
 
 import math
@@ -282,7 +282,7 @@ def _updates(head: Any, x_BTD: Tensor) -> list[HeadUpdate]:
 
 
 def _shifted(labels_BT: Tensor) -> Tensor:
-    """The label of each token: the token after it; the last of a row has none."""
+    """The label of each token: the token after it; the last of a sequence has none."""
     return F.pad(labels_BT, (0, 1), value=IGNORE_INDEX)[..., 1:]
 
 

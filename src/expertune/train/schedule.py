@@ -77,11 +77,11 @@ def require_a_batch(num_examples: int, training: Mapping[str, Any]) -> None:
     Raises:
         DataError: names the batch size and the fix.
     """
-    rows = int(training.get("per_device_train_batch_size", 8))
-    if num_examples < rows and training.get("dataloader_drop_last"):
+    batch_size = int(training.get("per_device_train_batch_size", 8))
+    if num_examples < batch_size and training.get("dataloader_drop_last"):
         raise DataError(
-            f"data.train has {num_examples} examples, fewer than training.per_device_train_batch_size ({rows}), and "
-            "training.dataloader_drop_last drops them: no step would be taken; lower the batch size, or drop nothing"
+            f"data.train has {num_examples} examples, fewer than training.per_device_train_batch_size ({batch_size}), "
+            "and training.dataloader_drop_last drops them: no step would be taken; lower the batch size, or drop none"
         )
 
 
