@@ -127,7 +127,7 @@ def test_bad_examples_stop_the_run_with_one_message(tmp_path, tiny_tokenizer):
         rest[0] == "  rows.jsonl: row 3: empty completion: completion holds no text; fill it in or delete the example"
     )
     assert rest[1].startswith("  rows.jsonl: row 5: not valid JSON")
-    assert rest[5:] == ["  ... and 2 more", "Mend these examples, or set data.on_error: skip to drop and count them."]
+    assert rest[5:] == ["  ... and 2 more", "Fix these examples, or set data.on_error: skip to drop and count them."]
 
 
 def test_bad_examples_are_dropped_and_counted_where_asked(jsonl, tiny_tokenizer):

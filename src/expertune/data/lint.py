@@ -16,7 +16,7 @@ NUM_SHOWN = 5
 
 
 class ExampleError(DataError):
-    """One example cannot be used. The message says what is wrong and how to mend it; the place is added later."""
+    """One example cannot be used. The message says what is wrong and how to fix it; the place is added later."""
 
 
 class FlaggedError(ExampleError):
@@ -132,12 +132,12 @@ def stop_or_skip(problems: Sequence[Problem], num_rows: int, source: str, on_err
         return
     first = "\n".join(f"  {problem}" for problem in problems[:NUM_SHOWN])
     more = f"\n  ... and {len(problems) - NUM_SHOWN} more" if len(problems) > NUM_SHOWN else ""
-    mend = (
+    fix = (
         "No example is left to train on."
         if len(problems) == num_rows
-        else "Mend these examples, or set data.on_error: skip to drop and count them."
+        else "Fix these examples, or set data.on_error: skip to drop and count them."
     )
-    raise DataError(f"{source}: {len(problems)} of {num_rows} examples cannot be used; first:\n{first}{more}\n{mend}")
+    raise DataError(f"{source}: {len(problems)} of {num_rows} examples cannot be used; first:\n{first}{more}\n{fix}")
 
 
 def skip_report(problems: Sequence[Problem]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class SourceExample:
     Attributes:
         place: file and example, counted from 1; in line-based files the example is the line's number.
         values: column -> value, or None where the example could not be read.
-        problem: why it could not be read, with the mend.
+        problem: why it could not be read, with the fix.
     """
 
     place: str
