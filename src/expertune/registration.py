@@ -27,24 +27,24 @@ QUANTIZERS = "transformers.quantizers.auto"
 # What is wrapped: module -> names in it, each with the function in `expertune.adapt` that takes the call. Such a
 # function is given the original first, then the call's arguments.
 WRAPPED = {
-    "peft.tuners.tuners_utils": {"BaseTuner.inject_adapter": "calls.inject_adapter"},
-    "peft.tuners.lora.model": {"LoraModel._get_adapter_state_dict": "calls.adapter_state_dict"},
+    "peft.tuners.tuners_utils": {"BaseTuner.inject_adapter": "stock.inject.inject_adapter"},
+    "peft.tuners.lora.model": {"LoraModel._get_adapter_state_dict": "stock.save.adapter_state_dict"},
     "peft.utils.transformers_weight_conversion": {
-        "convert_peft_config_for_transformers": "calls.convert_config",
-        "convert_peft_adapter_state_dict_for_transformers": "calls.convert_state_dict",
+        "convert_peft_config_for_transformers": "stock.inject.convert_config",
+        "convert_peft_adapter_state_dict_for_transformers": "stock.load.convert_state_dict",
     },
     "peft.utils.hotswap": {
-        "hotswap_adapter": "calls.refuse_hotswap",
-        "hotswap_adapter_from_state_dict": "calls.refuse_hotswap",
-        "prepare_model_for_compiled_hotswap": "calls.refuse_hotswap",
+        "hotswap_adapter": "stock.inject.refuse_hotswap",
+        "hotswap_adapter_from_state_dict": "stock.inject.refuse_hotswap",
+        "prepare_model_for_compiled_hotswap": "stock.inject.refuse_hotswap",
     },
     "peft.peft_model": {
-        "PeftModel.load_adapter": "calls.load_into_peft_model",
-        "PeftModel.save_pretrained": "stock_files.save_peft_model",
-        "PeftModel.get_nb_trainable_parameters": "calls.num_parameters",
+        "PeftModel.load_adapter": "stock.load.load_into_peft_model",
+        "PeftModel.save_pretrained": "stock.save.save_peft_model",
+        "PeftModel.get_nb_trainable_parameters": "stock.inject.num_parameters",
     },
-    "transformers.modeling_utils": {"PreTrainedModel.save_pretrained": "stock_files.save_pretrained"},
-    "transformers.integrations.peft": {"PeftAdapterMixin.load_adapter": "calls.load_adapter"},
+    "transformers.modeling_utils": {"PreTrainedModel.save_pretrained": "stock.save.save_pretrained"},
+    "transformers.integrations.peft": {"PeftAdapterMixin.load_adapter": "stock.load.load_adapter"},
 }
 
 

@@ -1,24 +1,22 @@
 """Attach LoRA as the run file says: resolve names, build the PeftModel, start from an existing adapter if asked."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from torch import nn
 from transformers import PreTrainedModel
 
 from expertune.adapt.base_model import require_every_layer, require_same_base
 from expertune.adapt.factors import PREFIX, PerExpert, leaves
-from expertune.adapt.files import SETTINGS, AdapterFile, Origin, load_adapter_tensors, read_adapter, read_adapter_base
+from expertune.adapt.file_layout import stock_layout
+from expertune.adapt.files import SETTINGS, AdapterFile, Origin, read_adapter, read_adapter_base
+from expertune.adapt.internals import is_refused
+from expertune.adapt.layout_trial import StockLayout
+from expertune.adapt.live import live_ranks, load_adapter_tensors, without_adapters
 from expertune.adapt.peft_model import ExpertPeftModel
-from expertune.adapt.reachability import is_refused, reachable_modules
-from expertune.adapt.stock_layout import stock_layout
-from expertune.adapt.stock_trial import StockLayout
+from expertune.adapt.reachability import reachable_modules
 from expertune.adapt.validation import require_ranks_in_file
 from expertune.checkpoint.linears import is_linear
 from expertune.checkpoint.load import LoadedModel, build_meta_model
@@ -167,21 +165,6 @@ def adopt(lora: LoraSection, names: NameMap, file: AdapterFile, plain: PerExpert
     return lora.model_copy(update=found)
 
 
-@contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The model with its own modules in the places of PEFT's layers around them, while names are resolved."""
-    wrapped = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    outermost = {name: module for name, module in wrapped.items() if not name.endswith(".base_layer")}
-    places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in outermost]
-    for (parent, child), module in zip(places, outermost.values(), strict=True):
-        setattr(parent, child, module.get_base_layer())
-    try:
-        yield
-    finally:
-        for (parent, child), module in zip(places, outermost.values(), strict=True):
-            setattr(parent, child, module)
-
-
 def _reached(loaded: LoadedModel, asked: LoraSection) -> set[str] | None:
     """What aliases among the targets may mean; None where there is no alias to ask for."""
     given = not asked.init_from or "targets" in asked.model_fields_set
@@ -252,8 +235,5 @@ def _live_config(targets: ResolvedTargets, lora: LoraSection) -> ExpertLoraConfi
         use_rslora=lora.rslora,
         bias="none",
     )
-    config.expert_ranks = {
-        module: {projection: (rank.rank, rank.alpha) for projection, rank in projections.items()}
-        for module, projections in targets.experts.items()
-    }
+    config.expert_ranks = live_ranks(targets)
     return config

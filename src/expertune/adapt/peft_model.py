@@ -9,19 +9,11 @@ from peft import PeftConfig, PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from expertune.adapt.files import (
-    Origin,
-    live_targets,
-    load_adapter_tensors,
-    read_adapter,
-    stock_config,
-    tensors_in_file,
-    write_adapter,
-    write_live_factors,
-)
-from expertune.adapt.stock_config import StockLoraConfig, settings_of
-from expertune.adapt.stock_layout import stock_layout
-from expertune.adapt.stock_trial import StockLayout
+from expertune.adapt.file_layout import stock_layout
+from expertune.adapt.files import Origin, read_adapter, stock_config, write_adapter
+from expertune.adapt.layout_trial import StockLayout
+from expertune.adapt.live import live_targets, load_adapter_tensors, tensors_in_file, write_live_factors
+from expertune.adapt.stock.config import StockLoraConfig, settings_of
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.names import NameMap
 from expertune.experts.lora import ExpertLoraConfig
@@ -65,7 +57,6 @@ class ExpertPeftModel(PeftModelForCausalLM):
         self.names = names
         self.base: Fingerprint | None = None
         self.origins = {adapter_name: origin}
-        self._layouts: dict[str, StockLayout] = {}
         self._finish(adapter_name, dtype)
 
     def attach(
@@ -84,7 +75,7 @@ class ExpertPeftModel(PeftModelForCausalLM):
         """PEFT's method: a stock `LoraConfig` adapts the experts that it names; not active until `set_adapter`.
 
         Raises:
-            ConfigError: experts cannot have what the config asks for (see `expertune.adapt.stock_targets`).
+            ConfigError: experts cannot have what the config asks for (see `expertune.adapt.stock.targets`).
         """
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
         self.origins[adapter_name] = self._origin_of(self.peft_config[adapter_name])
@@ -115,13 +106,9 @@ class ExpertPeftModel(PeftModelForCausalLM):
             write_adapter(folder, tensors, stock_config(origin, stock), self.base, origin.settings)
 
     def stock_layout(self, adapter: str = "default") -> StockLayout:
-        """How an adapter's file is laid out, and whether stock PEFT reads it; tried once."""
-        if adapter not in self._layouts:
-            base, settings = self.get_base_model(), self.origins[adapter].settings
-            self._layouts[adapter] = stock_layout(
-                base, self.names, live_targets(base, adapter), settings["r"], settings["rank_pattern"]
-            )
-        return self._layouts[adapter]
+        """How an adapter's file is laid out, and whether stock PEFT reads it."""
+        base, settings = self.get_base_model(), self.origins[adapter].settings
+        return stock_layout(base, self.names, live_targets(base, adapter), settings["r"], settings["rank_pattern"])
 
     def save_live_factors(self, folder: str | Path, adapter: str = "default") -> None:
         """Beside saved files, what of the adapter does not come back from them to the bit; see `write_live_factors`."""

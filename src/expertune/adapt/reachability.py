@@ -11,10 +11,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from expertune.adapt.internals import is_refused
 
 _TOKENS = 16
 
@@ -54,15 +54,6 @@ def reachable_modules(model: PreTrainedModel, candidates: Mapping[str, nn.Module
     gradients = torch.autograd.grad(logits.float().sum(), [output for _, output in outputs], allow_unused=True)
     reached = {name for (name, _), gradient in zip(outputs, gradients, strict=True) if gradient is not None}
     return {name for name in reached if not is_refused(model, name)}
-
-
-def is_refused(model: PreTrainedModel, name: str) -> bool:
-    """Whether PEFT refuses to adapt a module of this name in this model."""
-    try:
-        _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
-    except ValueError:
-        return True
-    return False
 
 
 def is_weight_used_alone(model: nn.Module, name: str) -> bool:

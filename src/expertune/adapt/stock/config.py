@@ -1,13 +1,15 @@
 """The live configuration of an adapter that PEFT's own calls put on 4-bit experts, and what is written of it."""
 
 import re
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 
 from expertune.adapt.factors import leaves
-from expertune.adapt.stock_targets import StockTargets
+from expertune.adapt.stock.targets import StockTargets
 from expertune.checkpoint.adapter_folder import CONFIG_NAME
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import Rank
@@ -102,3 +104,29 @@ def settings_of(config: LoraConfig) -> dict[str, Any]:
         "rank_pattern": dict(config.rank_pattern or {}),
         "alpha_pattern": dict(config.alpha_pattern or {}),
     }
+
+
+def exact_names(targets: StockTargets, config: LoraConfig) -> dict[str, Any]:
+    """Keys of a LoraConfig by which PEFT finds these targets and no others, at their ranks."""
+    modules = targets.linears | targets.others
+    parameters = {f"{name}.weight": rank for name, rank in targets.router.items()} | targets.parameters
+    everything = modules | parameters
+    return {
+        "target_modules": [*modules, *targets.experts],
+        "target_parameters": list(parameters) or None,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": dict(_escaped(everything, 0, config.r)),
+        "alpha_pattern": dict(_escaped(everything, 1, config.lora_alpha)),
+    }
+
+
+def _escaped(ranks: dict[str, Rank], which: int, default: float) -> Iterator[tuple[str, Any]]:
+    yield from ((re.escape(name), rank[which]) for name, rank in ranks.items() if rank[which] != default)
+
+
+def with_fields(config: LoraConfig, kind: type[LoraConfig], changes: dict[str, Any]) -> LoraConfig:
+    """A config as one of another class, with some fields changed."""
+    values = {each.name: getattr(config, each.name) for each in fields(config) if each.init}
+    return kind(**(values | changes))

@@ -14,6 +14,7 @@ gate and up are one adapter of twice the rank (2.), its alpha is twice `r`, unde
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from expertune.adapt.factors import first_match, leaves
-from expertune.adapt.stock_trial import NotReadError, StockLayout, Twin
+from expertune.adapt.layout_trial import NotReadError, StockLayout, Twin
 from expertune.checkpoint.load import build_twin
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import ResolvedTargets
@@ -40,23 +41,54 @@ def stock_layout(
         r: rank of what `rank_pattern` does not name.
         rank_pattern: the run file's.
     """
-    usual = _usual(names, targets, r, rank_pattern)
-    candidates: list[Callable[[Twin], StockLayout]] = [lambda twin: usual]
-    candidates.append(lambda twin: _explicit(twin, names, targets, r))
-    if targets.experts:
-        candidates.append(lambda twin: _fused(twin, names, targets, r))
-    refusal = ""
-    for make in candidates:
+    key = _key(model, names, targets, r, rank_pattern)
+    if key not in _tried:
         # Nothing that a run draws may depend on when this is asked.
         with torch.random.fork_rng(devices=[]):
-            try:
-                twin = Twin(build_twin(model))
-            except Exception as error:  # code that comes with a model may raise anything
-                return replace(usual, refusal=f"the model cannot be built without weights: {error}")
-            try:
-                return twin.try_on(make(twin), names, targets)
-            except NotReadError as error:
-                refusal = str(error)
+            found = _first_read(model, names, targets, _usual(names, targets, r, rank_pattern))
+        while len(_tried) >= _MOST_TRIED:
+            del _tried[next(iter(_tried))]
+        _tried[key] = found
+    return deepcopy(_tried[key])
+
+
+# A run asks before its model is loaded and again when the adapter is attached; a trial takes seconds.
+_tried: dict[tuple[Any, ...], StockLayout] = {}
+_MOST_TRIED = 16
+# What loading adds to a config; a twin is built without the first, and no module's name or shape depends on the others.
+_WITHOUT_EFFECT = ("quantization_config", "dtype", "_name_or_path")
+
+
+def _key(
+    model: PreTrainedModel, names: NameMap, targets: ResolvedTargets, r: int, rank_pattern: Mapping[str, int]
+) -> tuple[Any, ...]:
+    """Everything that a trial's outcome follows from: the twin's class and config, the targets, and their names."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _WITHOUT_EFFECT}
+    modules = [(name, names.on_disk(name), rank) for name, rank in (targets.linears | targets.router).items()]
+    experts = [
+        (names.expert_on_disk(module, 0, projection), module, projection, rank)
+        for module, ranks in targets.experts.items()
+        for projection, rank in ranks.items()
+    ]
+    described = (repr(config), tuple(modules), tuple(targets.router), tuple(experts))
+    return type(model), *described, r, tuple(rank_pattern.items())
+
+
+def _first_read(model: PreTrainedModel, names: NameMap, targets: ResolvedTargets, usual: StockLayout) -> StockLayout:
+    candidates: list[Callable[[Twin], StockLayout]] = [lambda twin: usual]
+    candidates.append(lambda twin: _explicit(twin, names, targets, usual.r))
+    if targets.experts:
+        candidates.append(lambda twin: _fused(twin, names, targets, usual.r))
+    refusal = ""
+    for make in candidates:
+        try:
+            twin = Twin(build_twin(model))
+        except Exception as error:  # code that comes with a model may raise anything
+            return replace(usual, refusal=f"the model cannot be built without weights: {error}")
+        try:
+            return twin.try_on(make(twin), names, targets)
+        except NotReadError as error:
+            refusal = str(error)
     return replace(usual, refusal=refusal)
 
 

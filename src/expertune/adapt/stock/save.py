@@ -1,37 +1,66 @@
-"""Files of an adapter that PEFT's own calls have put on 4-bit experts: what the library writes, made what it reads.
+"""Adapters that PEFT's own calls have put on 4-bit experts into files that stock PEFT reads.
 
 The library's own function writes first: trained copies, embeddings, a model card. The adapter's two files are then
-written again, as `expertune.adapt.files` lays them out for this family.
+written again, as `expertune.adapt.file_layout` lays them out for this family. Each public function takes the place of a
+library's (see `expertune.registration`) and is given that function first.
 """
 
-import inspect
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer, LoraModel
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from expertune.adapt.factors import PREFIX, dtype_in_file, fold, pad, split_key
-from expertune.adapt.files import live_targets, tensors_in_file, write_adapter
-from expertune.adapt.stock_config import StockLoraConfig
-from expertune.adapt.stock_layout import stock_layout
-from expertune.adapt.stock_trial import StockLayout
+from expertune.adapt.file_layout import stock_layout
+from expertune.adapt.files import write_adapter
+from expertune.adapt.layout_trial import StockLayout
+from expertune.adapt.live import base_of, call_arguments, embedding_layers, live_targets, names_of, tensors_in_file
+from expertune.adapt.stock.config import StockLoraConfig
 from expertune.checkpoint.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
 from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.writer import Outgoing
+from expertune.experts.lora import ExpertLoraConfig, ExpertsLora
 
 Original = Callable[..., Any]
+
+
+def adapter_state_dict(
+    original: Original, kind: type[LoraModel], model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any
+) -> dict[str, Tensor]:
+    """`LoraModel._get_adapter_state_dict`: tensors under the checkpoint's names, which still hold the adapter's."""
+    held = original(kind, model, config, adapter_name, *args)
+    if not isinstance(config, ExpertLoraConfig):
+        return held
+    names, base = names_of(model), base_of(model)
+    prefix = PREFIX if isinstance(model, PeftModel) else ""
+    layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
+    out = {}
+    for key, tensor in held.items():
+        module, _, factor = key.removeprefix(prefix).rpartition(".lora_")
+        layer = layers.get(module)
+        if isinstance(layer, ExpertsLora):
+            which, _, projection = factor.partition(f".{adapter_name}.")
+            for expert, matrix in enumerate(tensor):
+                expert_name = names.expert_on_disk(module, expert, projection)
+                out[f"{prefix}{expert_name}.lora_{which}.{adapter_name}.weight"] = matrix
+        elif layer is not None:
+            out[f"{prefix}{names.on_disk(module)}.lora_{factor}"] = tensor
+        else:
+            out[key] = tensor
+    return out
 
 
 def save_peft_model(original: Original, model: PeftModel, *args: Any, **kwargs: Any) -> None:
     """`PeftModel.save_pretrained`: the adapter's files are what stock PEFT reads of this family."""
     original(model, *args, **kwargs)
-    given = _given(original, model, args, kwargs)
+    given = call_arguments(original, model, args, kwargs)
     if type(model).save_pretrained is not PeftModel.save_pretrained or not given.get("is_main_process", True):
         return
     for adapter in given.get("selected_adapters") or list(model.peft_config):
@@ -42,14 +71,10 @@ def save_peft_model(original: Original, model: PeftModel, *args: Any, **kwargs: 
 def save_pretrained(original: Original, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     """`PreTrainedModel.save_pretrained` where transformers itself has put an adapter on the model."""
     original(model, *args, **kwargs)
-    given = _given(original, model, args, kwargs)
+    given = call_arguments(original, model, args, kwargs)
     if getattr(model, "_hf_peft_config_loaded", False) and given.get("is_main_process", True):
         adapter = model.active_adapters()[0]
         _write_again(model, model.peft_config[adapter], adapter, Path(given["save_directory"]))
-
-
-def _given(original: Original, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return dict(inspect.signature(original).bind(model, *args, **kwargs).arguments)
 
 
 def _write_again(base: PreTrainedModel, config: Any, adapter: str, folder: Path) -> None:
@@ -60,7 +85,7 @@ def _write_again(base: PreTrainedModel, config: Any, adapter: str, folder: Path)
     settings = config.settings()
     layout = stock_layout(base, config.names, live_targets(base, adapter), settings["r"], settings["rank_pattern"])
     tensors = tensors_in_file(base, config.names, adapter, layout)
-    embeddings = _embeddings(base, config, adapter)
+    embeddings = embedding_layers(base, config.names, adapter)
     for key, tensor in rest.items():
         name, _, factor = key.removeprefix(PREFIX).rpartition(".lora_embedding_")
         tensors.append(
@@ -69,21 +94,13 @@ def _write_again(base: PreTrainedModel, config: Any, adapter: str, folder: Path)
             else Outgoing(key, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)  # type: ignore[misc]
         )
     ranks = {re.escape(live): layer.r[adapter] for live, layer in embeddings.values()}
-    layout.rank_pattern = {name: rank for name, rank in ranks.items() if rank > layout.r} | layout.rank_pattern
+    own_ranks = {name: rank for name, rank in ranks.items() if rank > layout.r}
+    layout = replace(layout, rank_pattern=own_ranks | layout.rank_pattern)
     values = config.in_file() | {"target_parameters": None} | layout.config
     # By these the model's class is found where no task_type says it; the library knows it, and has written it.
     values["auto_mapping"] = read_mapping(folder / CONFIG_NAME, fix="save the adapter again").get("auto_mapping")
     values["target_modules"] = sorted({*layout.target_modules, *config.other_names()})
     write_adapter(folder, sorted(tensors, key=lambda each: each.name), values, settings=settings)
-
-
-def _embeddings(base: PreTrainedModel, config: StockLoraConfig, adapter: str) -> dict[str, tuple[str, LoraLayer]]:
-    """Name in the file of each embedding that an adapter is on -> its live name, and PEFT's layer."""
-    return {
-        config.names.on_disk(name): (name, layer)
-        for name, layer in base.named_modules()
-        if isinstance(layer, LoraLayer) and adapter in layer.lora_embedding_A
-    }
 
 
 def _factor_in_file(key: str, tensor: Tensor, factor: str, layout: StockLayout, scale: float) -> Outgoing:

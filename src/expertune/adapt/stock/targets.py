@@ -5,24 +5,18 @@ Names may be the checkpoint's (`w1`), the live model's (`experts.gate_up_proj`),
 reading of a name (ends in it, or matches it as a whole), of `exclude_modules` and of `layers_to_transform` holds.
 """
 
-import re
 import warnings
-from collections.abc import Iterator
 from copy import copy
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    _ExcludedModule,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from expertune.adapt.internals import is_excluded, with_all_linear
 from expertune.adapt.reachability import is_weight_used_alone
 from expertune.checkpoint.linears import is_linear
 from expertune.checkpoint.names import NameMap
@@ -102,7 +96,7 @@ class _Reading:
         self._names, self._config = names, config
         self._all_linear = is_all_linear(config)
         if self._all_linear:
-            config = _maybe_include_all_linear_layers(replace_targets(config), model)
+            config = with_all_linear(replace_targets(config), model)
         elif config.target_modules is None:
             config = replace_targets(config, set())
         self._matching = config
@@ -149,7 +143,7 @@ class _Reading:
         return self._all_linear or self.takes(shared) or together("target_modules", [self.takes(k) for k in experts])
 
     def _is_excluded(self, keys: list[str]) -> bool:
-        return any(isinstance(check_target_module_exists(self._matching, key), _ExcludedModule) for key in keys)
+        return any(is_excluded(self._matching, key) for key in keys)
 
     def rank(self, keys: list[str]) -> Rank:
         """Rank and alpha by the patterns, for a module of these names."""
@@ -310,32 +304,3 @@ def refuse_other_methods(model: nn.Module, names: NameMap, config: PeftConfig, t
                 f"{method} ({type(tuner).__name__}) cannot adapt 4-bit experts, which target_modules names; use "
                 "LoraConfig, or take the experts out of target_modules"
             )
-
-
-# ---- the live config
-
-
-def exact_names(targets: StockTargets, config: LoraConfig) -> dict[str, Any]:
-    """Keys of a LoraConfig by which PEFT finds these targets and no others, at their ranks."""
-    modules = targets.linears | targets.others
-    parameters = {f"{name}.weight": rank for name, rank in targets.router.items()} | targets.parameters
-    everything = modules | parameters
-    return {
-        "target_modules": [*modules, *targets.experts],
-        "target_parameters": list(parameters) or None,
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "rank_pattern": dict(_escaped(everything, 0, config.r)),
-        "alpha_pattern": dict(_escaped(everything, 1, config.lora_alpha)),
-    }
-
-
-def _escaped(ranks: dict[str, Rank], which: int, default: float) -> Iterator[tuple[str, Any]]:
-    yield from ((re.escape(name), rank[which]) for name, rank in ranks.items() if rank[which] != default)
-
-
-def with_fields(config: LoraConfig, kind: type[LoraConfig], changes: dict[str, Any]) -> LoraConfig:
-    """A config as one of another class, with some fields changed."""
-    values = {each.name: getattr(config, each.name) for each in fields(config) if each.init}
-    return kind(**(values | changes))

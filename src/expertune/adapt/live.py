@@ -1,0 +1,293 @@
+"""An adapter on a live model: its layers and factors, and the way between these and the tensors of its file."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from expertune.adapt.factors import PREFIX, Factors, PerExpert, dtype_in_file, fold, fuse, pad, unfold
+from expertune.adapt.files import LIVE_NAME
+from expertune.adapt.layout_trial import StockLayout
+from expertune.checkpoint.names import NameMap
+from expertune.checkpoint.targets import Rank, ResolvedTargets
+from expertune.checkpoint.writer import Outgoing, write_tensors
+from expertune.errors import CheckpointError, ConfigError
+from expertune.experts.layout import fused_projections
+from expertune.experts.lora import ExpertsLora, Ranks
+
+
+def names_of(model: nn.Module) -> NameMap:
+    """The name map that was stored on a model when it got its 4-bit experts, whatever is wrapped around it.
+
+    Raises:
+        ConfigError: the model was built by hand.
+    """
+    names = getattr(base_of(model), "nf4_names", None)
+    if not isinstance(names, NameMap):
+        raise ConfigError(
+            f"{type(model).__name__} holds 4-bit experts but was not loaded by expertune or from an NF4 folder"
+        )
+    return names
+
+
+def call_arguments(
+    function: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments of a library's method by name, defaults included."""
+    bound = inspect.signature(function).bind(model, *args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The model with its own modules in the places of PEFT's layers around them, while names are resolved."""
+    wrapped = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    outermost = {name: module for name, module in wrapped.items() if not name.endswith(".base_layer")}
+    places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in outermost]
+    for (parent, child), module in zip(places, outermost.values(), strict=True):
+        setattr(parent, child, module.get_base_layer())
+    try:
+        yield
+    finally:
+        for (parent, child), module in zip(places, outermost.values(), strict=True):
+            setattr(parent, child, module)
+
+
+def adapted_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
+    """Live name -> PEFT's layer, of everything but embeddings that an adapter is on.
+
+    A wrapped parameter keeps its module's name; what PEFT nests inside is the base, never another adapter.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.lora_A
+    }
+
+
+def live_ranks(targets: ResolvedTargets) -> dict[str, Ranks]:
+    """The `expert_ranks` of an `ExpertLoraConfig`."""
+    return {
+        module: {projection: (rank.rank, rank.alpha) for projection, rank in ranks.items()}
+        for module, ranks in targets.experts.items()
+    }
+
+
+def embedding_layers(model: nn.Module, names: NameMap, adapter: str) -> dict[str, tuple[str, LoraLayer]]:
+    """Name on disk of each embedding that an adapter is on -> its live name, and PEFT's layer."""
+    return {
+        names.on_disk(name): (name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and adapter in layer.lora_embedding_A
+    }
+
+
+class LivePair(NamedTuple):
+    """The factors of one module of a live adapter, one expert of a stack by itself.
+
+    Attributes:
+        name: the module's name on disk.
+        a: [r, in], a view into the live parameter.
+        b: [out, r], the same.
+        scale: what the live model multiplies by.
+    """
+
+    name: str
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def live_pairs(model: nn.Module, names: NameMap, adapter: str = "default") -> Iterator[LivePair]:
+    """The factors of an adapter on a live model.
+
+    Args:
+        model: the transformers model (not the PeftModel around it) with adapters attached.
+        names: its name map.
+        adapter: the adapter's name.
+    """
+    for name, module in adapted_layers(model, adapter).items():
+        a, b = module.lora_A[adapter], module.lora_B[adapter]
+        if not isinstance(module, ExpertsLora):
+            yield LivePair(names.on_disk(name), a.weight, b.weight, module.scaling[adapter])
+            continue
+        for projection in a:
+            scale = module.scale(adapter, projection)
+            for expert, (expert_a, expert_b) in enumerate(zip(a[projection], b[projection], strict=True)):
+                yield LivePair(names.expert_on_disk(name, expert, projection), expert_a, expert_b, scale)
+
+
+def live_targets(model: nn.Module, adapter: str = "default") -> ResolvedTargets:
+    """What an adapter on a live model changes, with its ranks."""
+    found = ResolvedTargets()
+    for name, module in adapted_layers(model, adapter).items():
+        if isinstance(module, ExpertsLora):
+            found.experts[name] = {projection: Rank(*rank) for projection, rank in module.ranks[adapter].items()}
+        else:
+            kind = found.router if isinstance(module, ParamWrapper) else found.linears
+            kind[name] = Rank(module.r[adapter], module.lora_alpha[adapter])
+    return found
+
+
+def tensors_in_file(model: nn.Module, names: NameMap, adapter: str, stock: StockLayout) -> list[Outgoing]:
+    """The tensors of an adapter's file: scales folded into B, ranks filled up with zeros, names as the layout has them.
+
+    Nothing is computed before a tensor's turn to be written comes.
+
+    Args:
+        model: the transformers model with adapters attached.
+        names: its name map.
+        adapter: the adapter's name.
+        stock: how the file is laid out.
+    """
+    found: list[Outgoing] = []
+    for name, module in adapted_layers(model, adapter).items():
+        if isinstance(module, ExpertsLora) and name in stock.stacks:
+            for weight, stem in stock.stacks[name].items():
+                found += _stack_in_file(module, adapter, weight, stem, stock.expert_ranks[name], stock.r)
+        elif isinstance(module, ExpertsLora):
+            for projection, rank in stock.expert_ranks[name].items():
+                factor = module.scale(adapter, projection) * rank / stock.r
+                pairs = zip(module.lora_A[adapter][projection], module.lora_B[adapter][projection], strict=True)
+                for expert, (a, b) in enumerate(pairs):
+                    found += _pair_in_file(names.expert_on_disk(name, expert, projection), a, b, rank, factor)
+        else:
+            stem = name if name in stock.live_named else names.on_disk(name)
+            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+            rank = stock.ranks[name]
+            found += _pair_in_file(stem, a, b, rank, module.scaling[adapter] * rank / stock.r)
+    return sorted(found, key=lambda outgoing: outgoing.name)
+
+
+def _pair_in_file(stem: str, a: Tensor, b: Tensor, rank: int, factor: float) -> Iterator[Outgoing]:
+    yield Outgoing(f"{PREFIX}{stem}.lora_A.weight", a.dtype, (rank, a.shape[1]), lambda: pad(a, rank, dim=0))
+    yield Outgoing(
+        f"{PREFIX}{stem}.lora_B.weight",
+        dtype_in_file(b.dtype, factor),
+        (b.shape[0], rank),
+        lambda: fold(pad(b, rank, dim=1), factor),
+    )
+
+
+def _stack_in_file(
+    module: ExpertsLora, adapter: str, weight: str, stem: str, ranks: dict[str, int], r: int
+) -> Iterator[Outgoing]:
+    """A and B of a stack as PEFT holds it; a projection without an adapter has zeros."""
+    spec, projections = module.base_layer.spec, fused_projections(module.base_layer.spec, weight)
+    held = [projection for projection in projections if projection in ranks]
+    rank = ranks[held[0]]
+    rows, columns = spec.shape(held[0])
+    a, b = module.lora_A[adapter], module.lora_B[adapter]
+    factors = {projection: module.scale(adapter, projection) * rank / r for projection in held}
+    dtype = max((dtype_in_file(b[each].dtype, factors[each]) for each in held), key=lambda dtype: dtype.itemsize)
+
+    def fused() -> tuple[Tensor, Tensor]:
+        nothing = a[held[0]].new_zeros(spec.num_experts, 0, columns), b[held[0]].new_zeros(spec.num_experts, rows, 0)
+        pairs = [(a[each], fold(b[each], factors[each])) if each in held else nothing for each in projections]
+        return fuse(spec, weight, pairs, rank)
+
+    shape = (spec.num_experts * rank, columns)
+    yield Outgoing(f"{PREFIX}{stem}.lora_A.weight", a[held[0]].dtype, shape, lambda: fused()[0])
+    shape = (rows * len(projections), spec.num_experts * rank)
+    yield Outgoing(f"{PREFIX}{stem}.lora_B.weight", dtype, shape, lambda: fused()[1].to(dtype))
+
+
+@torch.no_grad()
+def write_live_factors(folder: str | Path, model: nn.Module, names: NameMap, stock: StockLayout, adapter: str) -> None:
+    """Beside an adapter's files, those factors B that do not come back from them to the bit.
+
+    With them a run resumes as if it had not been interrupted, and scores the same when it is opened again.
+
+    That a scale is in B costs a rounding where it is no power of two. Nothing is written where there are none.
+
+    Args:
+        folder: the checkpoint; its adapter has been written.
+        model: the transformers model with the adapter attached.
+        names: its name map.
+        stock: how the adapter's file is laid out.
+        adapter: the adapter's name.
+    """
+    given = {outgoing.name: outgoing for outgoing in tensors_in_file(model, names, adapter, stock)}
+    config = stock.config
+    plain = PerExpert(config, {key: outgoing.read() for key, outgoing in given.items()}, names, str(folder))
+    kept = []
+    for pair in live_pairs(model, names, adapter):
+        file = _cut_back(plain, pair)
+        if not torch.equal(unfold(file.b, pair.scale / file.scale, pair.b.dtype), pair.b):
+            kept.append(
+                Outgoing(f"{pair.name}.lora_B", pair.b.dtype, tuple(pair.b.shape), lambda held=pair.b: held)  # type: ignore[misc]
+            )
+    path = Path(folder) / LIVE_NAME
+    if kept:
+        write_tensors(path, sorted(kept, key=lambda outgoing: outgoing.name))
+    else:
+        path.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def load_adapter_tensors(
+    model: nn.Module, names: NameMap, adapter: str, plain: PerExpert, factors: Mapping[str, Tensor] | None = None
+) -> None:
+    """Copy an adapter file's content into the live parameters of an adapter: every tensor, and no other.
+
+    Whatever the file's layout and scales, the live adapter computes what the file says: B is divided by the scale that
+    the live adapter has beyond the file's, and a rank that the file has filled up with zeros is cut back.
+
+    Args:
+        model: the transformers model with the adapter attached.
+        names: its name map.
+        adapter: the adapter's name.
+        plain: the file's tensors under per-expert names.
+        factors: factors B as they were live (see `write_live_factors`); taken where the file says the same.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, of another shape, or not finite; nothing has been changed then.
+    """
+    where = plain.where
+    live = {pair.name: pair for pair in live_pairs(model, names, adapter)}
+    keys = {f"{PREFIX}{name}{ending}" for name in live for ending in (".lora_A.weight", ".lora_B.weight")}
+    for what, found in (("missing", keys - plain.tensors.keys()), ("unknown", plain.tensors.keys() - keys)):
+        if found:
+            raise CheckpointError(f"{where}: {len(found)} {what} adapter tensors, the first is {min(found)}")
+    given = {name: _cut_back(plain, pair) for name, pair in live.items()}
+    for name, pair in live.items():
+        for factor, tensor, parameter in (("A", given[name].a, pair.a), ("B", given[name].b, pair.b)):
+            key = f"{PREFIX}{name}.lora_{factor}.weight"
+            if tensor.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{where}: {key} has shape {tuple(tensor.shape)}, expected {tuple(parameter.shape)}"
+                )
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{where}: {key} holds NaN or infinite values")
+    for name, pair in live.items():
+        a, b, scale = given[name]
+        pair.a.copy_(a)
+        own = (factors or {}).get(f"{name}.lora_B")
+        if own is not None and own.shape == b.shape and torch.equal(fold(own, pair.scale / scale), b):
+            pair.b.copy_(own)
+        else:
+            pair.b.copy_(unfold(b, pair.scale / scale, pair.b.dtype))
+
+
+def _cut_back(plain: PerExpert, live: LivePair) -> Factors:
+    """What the file has for a live pair, without the zeros that only fill its rank up."""
+    a, b = (plain.tensors[f"{PREFIX}{live.name}.lora_{factor}.weight"] for factor in "AB")
+    scale = plain.scale(live.name, a.shape[0])
+    rank = live.a.shape[0]
+    if a.shape[0] == b.shape[-1] > rank and not (a[rank:].any(dim=1) & b[:, rank:].any(dim=0)).any():
+        a, b = a[:rank], b[:, :rank]
+    return Factors(a, b, scale)
