@@ -108,7 +108,7 @@ def answered(monkeypatch):
     asked = []
 
     def use(answers):
-        def complete(model, tokenizer, prompts, max_new_tokens, batch_size, progress, in_parts):
+        def complete(model, tokenizer, prompts, max_new_tokens, batch_size, batches):
             asked.extend(prompts)
             return answers[: len(prompts)]
 

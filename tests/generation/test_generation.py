@@ -11,8 +11,8 @@ from expertune.checkpoint.load import load_model
 from expertune.config import DataConfig, LoraSection, QuantizationConfig
 from expertune.data import encode_prompt
 from expertune.errors import ConfigError, DataError
-from expertune.generation.chat import Conversation, _Pieces, complete, stream
-from expertune.generation.greedy import end_ids, to_text
+from expertune.generation.chat import Conversation, _Pieces, stream
+from expertune.generation.greedy import Batches, complete, end_ids, to_text
 
 TINY = Path(__file__).parents[2] / "src" / "expertune" / "assets" / "tiny-mixtral"
 PROMPTS = [
@@ -177,7 +177,14 @@ def test_without_the_adapter_the_base_model_answers(model, tokenizer, prompts):
 
 def test_progress_counts_answered_prompts(model, tokenizer, prompts):
     seen = []
-    complete(model, tokenizer, prompts, 2, batch_size=3, progress=lambda done, total: seen.append((done, total)))
+    complete(
+        model,
+        tokenizer,
+        prompts,
+        2,
+        batch_size=3,
+        batches=Batches(progress=lambda done, total: seen.append((done, total))),
+    )
     assert seen == [(3, 4), (4, 4)]
 
 

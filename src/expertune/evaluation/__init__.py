@@ -1,1 +1,1 @@
-"""A model held to its evaluation examples."""
+"""How good a model is on its evaluation examples."""

@@ -1,4 +1,4 @@
-"""A model held to the evaluation rows of its run: one evaluation while training, before and after it, and on command.
+"""A model on its run's evaluation examples: one evaluation while training, before and after it, and on command.
 
 Legend: nats are natural-logarithm units of loss per label token.
 """
@@ -14,6 +14,7 @@ from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.config import RunConfig
 from expertune.data import TokenizedExamples, make_collator, make_dataset
 from expertune.evaluation.scoring import evaluation_loss, score_task
+from expertune.generation.greedy import Batches
 from expertune.objectives.chunked_loss import LanguageModelLoss
 from expertune.planning.settings import training_argument
 from expertune.run.progress import Bars
@@ -74,8 +75,7 @@ class HeldOut:
                 self._collator,
                 self._batch_size,
                 self._in_chunks.summed,
-                partial(self._recovery.in_parts, "evaluation", step=step),
-                progress,
+                Batches(partial(self._recovery.in_parts, "evaluation", step=step), progress),
             )
 
     def score(self, step: int, rows: int | None = None, base_only: bool = False) -> dict[str, Any]:
@@ -88,10 +88,10 @@ class HeldOut:
         """
         task = self._config.task if rows is None else self._config.task.model_copy(update={"rows": rows})
         what = "scoring the base model" if base_only else "scoring the adapter"
-        with _adapter_switched(self._model, off=base_only), self._bars.task(what, "rows answered") as progress:
+        with _adapter_switched(self._model, off=base_only), self._bars.task(what, "examples answered") as progress:
             progress(0, len(self._rows.examples[: task.rows]))
-            in_parts = partial(self._recovery.in_parts, "generation", step=step)
-            return score_task(self._model, self._tokenizer, self._rows.examples, task, progress, in_parts)
+            batches = Batches(partial(self._recovery.in_parts, "generation", step=step), progress)
+            return score_task(self._model, self._tokenizer, self._rows.examples, task, batches)
 
     def metrics(self, step: int) -> dict[str, float]:
         """What an evaluation while training gives.

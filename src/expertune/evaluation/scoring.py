@@ -16,7 +16,7 @@ from expertune.config import TaskConfig
 from expertune.data import IGNORE_INDEX, TokenizedExample, encode_prompt
 from expertune.errors import ConfigError, DataError
 from expertune.evaluation.metrics import METRICS
-from expertune.generation.greedy import InParts, Progress, complete, evaluation_mode, whole
+from expertune.generation.greedy import PLAIN, Batches, complete, evaluation_mode
 
 _NUM_EXAMPLES = 8
 
@@ -32,8 +32,7 @@ def evaluation_loss(
     collator: Callable[[Sequence[Feature]], dict[str, Any]],
     batch_size: int,
     in_chunks: SummedLoss | None = None,
-    in_parts: InParts = whole,
-    progress: Progress | None = None,
+    batches: Batches = PLAIN,
 ) -> float:
     """Mean cross entropy over all label tokens, each of them weighing the same.
 
@@ -45,8 +44,7 @@ def evaluation_loss(
         collator: rows -> batch, as `expertune.data.make_collator` returns it.
         batch_size: rows of a batch.
         in_chunks: takes a batch's loss without its logits, as `LanguageModelLoss.summed` does.
-        in_parts: may split a batch where memory does not suffice, as `expertune.train.oom.OutOfMemory.in_parts` does.
-        progress: called with (rows done, rows in all) after each batch.
+        batches: what is done with each batch besides.
 
     Returns:
         The loss in nats per token.
@@ -70,11 +68,11 @@ def evaluation_loss(
     with evaluation_mode(model), torch.no_grad():
         for start in range(0, len(dataset), batch_size):
             batch = collator([dataset[index] for index in range(start, min(start + batch_size, len(dataset)))])
-            for batch_total, batch_tokens in in_parts(summed, batch):
+            for batch_total, batch_tokens in batches.in_parts(summed, batch):
                 total += batch_total
                 num_tokens += batch_tokens
-            if progress:
-                progress(min(start + batch_size, len(dataset)), len(dataset))
+            if batches.progress:
+                batches.progress(min(start + batch_size, len(dataset)), len(dataset))
     if not num_tokens:
         raise DataError("the evaluation rows hold no token that takes a loss")
     return total / num_tokens
@@ -85,8 +83,7 @@ def score_task(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[TokenizedExample],
     task: TaskConfig,
-    progress: Progress | None = None,
-    in_parts: InParts = whole,
+    batches: Batches = PLAIN,
 ) -> dict[str, Any]:
     """Let the model answer rows and measure the answers.
 
@@ -95,8 +92,7 @@ def score_task(
         tokenizer: the model's tokenizer.
         rows: evaluation rows; the first `task.rows` of them are answered.
         task: metric, longest answer and batch size.
-        progress: called with (rows answered, rows in all).
-        in_parts: see `expertune.generation.greedy.complete`.
+        batches: see `expertune.generation.greedy.complete`.
 
     Returns:
         `metric`, `rows` (how many were answered), the figures of the metric, `seconds`, and `examples`: the first
@@ -115,7 +111,7 @@ def score_task(
             raise DataError(f"{row.place}: the answer {row.completion.strip()!r} {problem}, or correct the row")
     started = time.monotonic()
     prompts = [encode_prompt(row.prompt, tokenizer) for row in rows]
-    answers = complete(model, tokenizer, prompts, task.max_new_tokens, task.batch_size, progress, in_parts)
+    answers = complete(model, tokenizer, prompts, task.max_new_tokens, task.batch_size, batches)
     seconds = time.monotonic() - started
     examples = [
         {

@@ -6,6 +6,7 @@ about the weights and the same prompt gives the same answer; only its end tokens
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -27,14 +28,29 @@ def whole(compute: Callable[[Any], Any], batch: Any) -> list[Any]:
     return [compute(batch)]
 
 
+@dataclass(frozen=True)
+class Batches:
+    """What goes with a walk over batches.
+
+    Attributes:
+        in_parts: may cut a batch where memory does not suffice, as `expertune.train.oom.OutOfMemory.in_parts` does.
+        progress: called with (examples done, examples in all) after each batch.
+    """
+
+    in_parts: InParts = whole
+    progress: Progress | None = None
+
+
+PLAIN = Batches()
+
+
 def complete(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     batch_size: int = 32,
-    progress: Progress | None = None,
-    in_parts: InParts = whole,
+    batches: Batches = PLAIN,
 ) -> list[str]:
     """Complete prompts greedily, in batches of similar length.
 
@@ -44,8 +60,7 @@ def complete(
         prompts: token ids of each prompt (`expertune.data.encode_prompt`).
         max_new_tokens: the longest answer. An answer also ends where the model's context does.
         batch_size: prompts answered at once.
-        progress: called with (prompts answered, prompts in all) after each batch.
-        in_parts: may split a batch where memory does not suffice, as `expertune.train.oom.OutOfMemory.in_parts` does.
+        batches: what is done with each batch besides.
 
     Returns:
         The text of each completion, in the order of `prompts`, without the prompt and without special tokens.
@@ -65,11 +80,11 @@ def complete(
     texts = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        parts = in_parts(answer, [prompts[index] for index in batch])
+        parts = batches.in_parts(answer, [prompts[index] for index in batch])
         for index, ids in zip(batch, chain.from_iterable(parts), strict=True):
             texts[index] = to_text(ids, tokenizer)
-        if progress:
-            progress(start + len(batch), len(prompts))
+        if batches.progress:
+            batches.progress(start + len(batch), len(prompts))
     return texts
 
 

@@ -28,7 +28,7 @@ from expertune.data import (
 )
 from expertune.errors import CheckpointError, ConfigError
 from expertune.evaluation.held_out import HeldOut
-from expertune.generation.chat import complete
+from expertune.generation.greedy import Batches, complete
 from expertune.kernels.routes import use_settings
 from expertune.layers.varlen_attention import use_sdpa_attention
 from expertune.placement.device import default_device, make_kernel_settings, resolve_compute_dtype
@@ -260,7 +260,7 @@ def generate(
     in_parts = partial(_recovery(run, []).in_parts, "generation", step=0 if base_only else run.steps)
     ids = encode_prompt(render_prompt(prompt, run.data, run.tokenizer), run.tokenizer)
     with run.model.disable_adapter() if base_only else nullcontext():
-        return complete(run.model, run.tokenizer, [ids], max_new_tokens, in_parts=in_parts)[0]
+        return complete(run.model, run.tokenizer, [ids], max_new_tokens, batches=Batches(in_parts))[0]
 
 
 def _opened_run(run: Run | str | Path, opening: OpenOptions) -> Run:
