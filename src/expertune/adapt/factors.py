@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from expertune.checkpoint.names import NameMap
+from expertune.checkpoint.targets import Rank
 from expertune.errors import CheckpointError
 from expertune.experts import layout
 from expertune.experts.contract import ExpertsSpec
@@ -162,30 +163,23 @@ class PerExpert:
         r = int(self.config["r"])
         alpha = r * scale_in_file({**self.config, "alpha_pattern": {}}, "", r)
         held = set(self.modules)
-        found: dict[str, tuple[int, float]] = {}
+        found: dict[str, Rank] = {}
         for module in self._names.specs:
-            on_disk = self._names.on_disk(module)
-            for projection, leaf in self._names.projection_names.items():
+            for projection in self._names.projection_names:
                 name = self._names.expert_on_disk(module, 0, projection)
                 if name in held:
-                    found[rf"{re.escape(on_disk)}\.\d+\.{leaf}"] = self._rank(name)
+                    found[expert_pattern(self._names, module, projection)] = self._rank(name)
                 held -= {
                     self._names.expert_on_disk(module, expert, projection)
                     for expert in range(self._names.specs[module].num_experts)
                 }
         found |= {re.escape(name): self._rank(name) for name in self.modules if name in held}
-        return {
-            "r": r,
-            "alpha": alpha,
-            "rslora": False,
-            "rank_pattern": {name: rank for name, (rank, _) in found.items() if rank != r},
-            "alpha_pattern": {name: own for name, (_, own) in found.items() if own != alpha},
-        }
+        return settings(Rank(r, alpha), False, found)
 
-    def _rank(self, module: str) -> tuple[int, float]:
+    def _rank(self, module: str) -> Rank:
         pair = self.pair(module)
         rank = pair.a.shape[0]
-        return rank, pair.scale * rank
+        return Rank(rank, pair.scale * rank)
 
     def _take_stack(self, stem: str, module: str, pair: dict[str, Tensor]) -> None:
         spec = self._names.specs[module]
@@ -232,6 +226,22 @@ class PerExpert:
             if any(f".{module}.{weight}".endswith(f".{name}") for name in self.config.get("target_parameters") or [])
         ]
         return targeted[0] if len(targeted) == 1 or stem.endswith(".base_layer") else spec.weight_names[1]
+
+
+def settings(default: Rank, rslora: bool, ranks: Mapping[str, Rank]) -> dict[str, Any]:
+    """Keys of a run file's `lora:` section: the default rank and alpha, and what differs from them by pattern."""
+    return {
+        "r": default.rank,
+        "alpha": default.alpha,
+        "rslora": rslora,
+        "rank_pattern": {name: rank.rank for name, rank in ranks.items() if rank.rank != default.rank},
+        "alpha_pattern": {name: rank.alpha for name, rank in ranks.items() if rank.alpha != default.alpha},
+    }
+
+
+def expert_pattern(names: NameMap, module: str, projection: str) -> str:
+    """A pattern of the names on disk that one projection of all experts of a module has."""
+    return rf"{re.escape(names.on_disk(module))}\.\d+\.{names.projection_names[projection]}"
 
 
 def split_key(key: str) -> tuple[str, str]:

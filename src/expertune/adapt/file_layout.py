@@ -21,12 +21,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from expertune.adapt.factors import first_match, leaves
-from expertune.adapt.layout_trial import NotReadError, StockLayout, Twin
+from expertune.adapt.factors import expert_pattern, first_match, leaves
+from expertune.adapt.layout_trial import NotReadError, StockLayout, Twin, adapted_stacks
 from expertune.checkpoint.load import build_twin
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import ResolvedTargets
-from expertune.experts import layout
 
 
 def stock_layout(
@@ -95,22 +94,13 @@ def _first_read(model: PreTrainedModel, names: NameMap, targets: ResolvedTargets
 def _usual(names: NameMap, targets: ResolvedTargets, r: int, rank_pattern: Mapping[str, int]) -> StockLayout:
     """Per-expert names, and targets by the last part of names on disk: what PEFT wrote when experts were linears."""
     found = StockLayout(r, expert_ranks=_expert_ranks(targets))
-    own = {name: rank.rank for name, rank in (*targets.linears.items(), *targets.router.items())}
-    found.ranks = own
-    on_disk = {re.escape(names.on_disk(name)): (names.on_disk(name), rank) for name, rank in own.items()}
-    stacks: dict[str, int] = {}
+    found.ranks = {name: rank.rank for name, rank in (*targets.linears.items(), *targets.router.items())}
+    on_disk = {re.escape(names.on_disk(name)): (names.on_disk(name), rank) for name, rank in found.ranks.items()}
     for module, ranks in found.expert_ranks.items():
         for projection, rank in ranks.items():
-            pattern = rf"{re.escape(names.on_disk(module))}\.\d+\.{names.projection_names[projection]}"
-            on_disk[pattern] = (names.expert_on_disk(module, 0, projection), rank)
-        for weight in names.specs[module].weight_names:
-            held = [
-                ranks[projection]
-                for projection in layout.fused_projections(names.specs[module], weight)
-                if projection in ranks
-            ]
-            if held:
-                stacks[f"{module}.{weight}"] = sum(held)
+            name = names.expert_on_disk(module, 0, projection)
+            on_disk[expert_pattern(names, module, projection)] = (name, rank)
+    stacks = {f"{module}.{weight}": sum(held) for module, weight, _, held in adapted_stacks(names, found.expert_ranks)}
     # PEFT gives gate and up together twice `r`, whatever the patterns of experts say.
     is_default = all(rank == r for ranks in found.expert_ranks.values() for rank in ranks.values())
     first = {} if is_default else stacks
@@ -121,26 +111,20 @@ def _usual(names: NameMap, targets: ResolvedTargets, r: int, rank_pattern: Mappi
     return found
 
 
-def _explicit(twin: "Twin", names: NameMap, targets: ResolvedTargets, r: int) -> StockLayout:
+def _explicit(twin: Twin, names: NameMap, targets: ResolvedTargets, r: int) -> StockLayout:
     """Per-expert names, with targets by live name, and stacks and weights that PEFT does not find among parameters."""
     found = StockLayout(r, expert_ranks=_expert_ranks(targets))
     found.ranks = {name: rank.rank for name, rank in (*targets.linears.items(), *targets.router.items())}
     _target_linears(found, twin, names, targets)
     stacks: dict[str, int] = {}
-    for module, ranks in found.expert_ranks.items():
-        for weight in names.specs[module].weight_names:
-            projections = layout.fused_projections(names.specs[module], weight)
-            if any(projection in ranks for projection in projections):
-                if not all(projection in ranks for projection in projections):
-                    raise NotReadError(f"PEFT has one adapter for {' and '.join(projections)} together")
-                stacks[f"{module}.{weight}"] = sum(ranks[projection] for projection in projections)
+    alphas: dict[str, float] = {}
+    for module, weight, projections, held in adapted_stacks(names, found.expert_ranks):
+        if len(held) < len(projections):
+            raise NotReadError(f"PEFT has one adapter for {' and '.join(projections)} together")
+        stacks[f"{module}.{weight}"] = sum(held)
+        # The scale of each projection by itself is r / rank; of both together it has to be the same.
+        alphas[f"{module}.{weight}"] = r * len(projections)
     _target_stacks(found, twin, stacks)
-    # The scale of each projection by itself is r / rank; of both together it has to be the same.
-    alphas = {
-        name: r * len(layout.fused_projections(names.specs[module], weight))
-        for name in stacks
-        for module, _, weight in [name.rpartition(".")]
-    }
     found.alpha_pattern = _patterns({name: alpha for name, alpha in alphas.items() if alpha != r}, stacks)
     experts = [
         names.expert_on_disk(module, expert, projection)
@@ -155,30 +139,19 @@ def _explicit(twin: "Twin", names: NameMap, targets: ResolvedTargets, r: int) ->
     return found
 
 
-def _fused(twin: "Twin", names: NameMap, targets: ResolvedTargets, r: int) -> StockLayout:
+def _fused(twin: Twin, names: NameMap, targets: ResolvedTargets, r: int) -> StockLayout:
     """PEFT's own names of stacks; one rank for all that have no larger one."""
-    parts = [
-        len(layout.fused_projections(names.specs[module], weight))
-        for module, ranks in targets.experts.items()
-        for weight in names.specs[module].weight_names
-        if any(projection in ranks for projection in layout.fused_projections(names.specs[module], weight))
-    ]
-    found = StockLayout(r * max(parts))
+    found = StockLayout(r * max(len(projections) for _, _, projections, _ in adapted_stacks(names, targets.experts)))
     found.ranks = {name: max(rank.rank, found.r) for name, rank in (*targets.linears.items(), *targets.router.items())}
     _target_linears(found, twin, names, targets)
     stacks: dict[str, int] = {}
-    for module, ranks in targets.experts.items():
-        for weight in names.specs[module].weight_names:
-            projections = layout.fused_projections(names.specs[module], weight)
-            held = [ranks[projection].rank for projection in projections if projection in ranks]
-            if held:
-                whole = max(found.r, max(held) * len(projections))
-                # Each projection has an equal share.
-                stacks[f"{module}.{weight}"] = whole + -whole % len(projections)
-                found.expert_ranks.setdefault(module, {}).update(
-                    dict.fromkeys((each for each in projections if each in ranks), stacks[f"{module}.{weight}"])
-                )
-                found.stacks.setdefault(module, {})[weight] = ""
+    for module, weight, projections, held in adapted_stacks(names, targets.experts):
+        whole = max(found.r, max(rank.rank for rank in held) * len(projections))
+        whole += -whole % len(projections)  # each projection has an equal share
+        stacks[f"{module}.{weight}"] = whole
+        adapted = [each for each in projections if each in targets.experts[module]]
+        found.expert_ranks.setdefault(module, {}).update(dict.fromkeys(adapted, whole))
+        found.stacks.setdefault(module, {})[weight] = ""
     _target_stacks(found, twin, stacks)
     return found
 
@@ -194,7 +167,7 @@ def _expert_ranks(targets: ResolvedTargets) -> dict[str, dict[str, int]]:
     return found
 
 
-def _target_linears(found: StockLayout, twin: "Twin", names: NameMap, targets: ResolvedTargets) -> None:
+def _target_linears(found: StockLayout, twin: Twin, names: NameMap, targets: ResolvedTargets) -> None:
     """Linears by the shortest ends of their live names that fit no other module; as parameters where PEFT rewrites."""
     suffixes = _suffixes(targets.linears, twin.modules)
     parameters = {name: f"{name}.weight" for name in targets.router}
@@ -209,7 +182,7 @@ def _target_linears(found: StockLayout, twin: "Twin", names: NameMap, targets: R
     found.rank_pattern = _patterns({name: rank for name, rank in ranks.items() if rank != found.r}, ranks)
 
 
-def _target_stacks(found: StockLayout, twin: "Twin", stacks: dict[str, int]) -> None:
+def _target_stacks(found: StockLayout, twin: Twin, stacks: dict[str, int]) -> None:
     suffixes = _suffixes(stacks, twin.parameters, at_least=2)
     found.target_parameters = sorted({*found.target_parameters, *suffixes.values()})
     found.rank_pattern |= _patterns({name: rank for name, rank in stacks.items() if rank != found.r}, stacks)

@@ -10,9 +10,9 @@ Read from PEFT 0.21.2 and transformers 5.23.
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM
@@ -30,6 +30,8 @@ from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.errors import first_line
 from expertune.experts import layout
+
+_T = TypeVar("_T")
 
 _TRIED_EXPERTS = 12
 """Enough to see whether experts are ordered as numbers."""
@@ -148,12 +150,28 @@ class Twin:
 def _expected_ranks(found: StockLayout, names: NameMap) -> dict[str, int]:
     """Ranks by live name of a linear, router or stack."""
     ranks = dict(found.ranks)
-    for module, held in found.expert_ranks.items():
-        for weight in names.specs[module].weight_names:
-            each = [held[name] for name in layout.fused_projections(names.specs[module], weight) if name in held]
-            if each:
-                ranks[f"{module}.{weight}"] = each[0] if found.stacks else sum(each)
+    for module, weight, _, held in adapted_stacks(names, found.expert_ranks):
+        ranks[f"{module}.{weight}"] = held[0] if found.stacks else sum(held)
     return ranks
+
+
+def adapted_stacks(
+    names: NameMap, experts: Mapping[str, Mapping[str, _T]]
+) -> Iterator[tuple[str, str, Sequence[str], list[_T]]]:
+    """Stacks that an adapter is on.
+
+    Args:
+        names: the model's name map.
+        experts: experts module -> adapted projection -> anything.
+
+    Yields:
+        The experts module, the stack's name in it, the stack's projections, and what there is for those adapted.
+    """
+    for module, adapted in experts.items():
+        for weight in names.specs[module].weight_names:
+            projections = layout.fused_projections(names.specs[module], weight)
+            if held := [adapted[projection] for projection in projections if projection in adapted]:
+                yield module, weight, projections, held
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, tuple[str, LoraLayer]]]:

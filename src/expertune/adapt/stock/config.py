@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from expertune.adapt.factors import leaves
+from expertune.adapt.factors import expert_pattern, leaves, settings
 from expertune.adapt.stock.targets import StockTargets
 from expertune.checkpoint.adapter_folder import CONFIG_NAME
 from expertune.checkpoint.names import NameMap
@@ -69,13 +69,7 @@ class StockLoraConfig(ExpertLoraConfig):
     def settings(self) -> dict[str, Any]:
         """Rank and alpha of everything, by patterns of names on disk, as `expertune.adapt.files.Origin` has them."""
         ranks = {pattern: rank for pattern, (_, rank) in self._on_disk().items()}
-        return {
-            "r": self.r,
-            "alpha": self.lora_alpha,
-            "rslora": self.use_rslora,
-            "rank_pattern": {name: rank.rank for name, rank in ranks.items() if rank.rank != self.r},
-            "alpha_pattern": {name: rank.alpha for name, rank in ranks.items() if rank.alpha != self.lora_alpha},
-        }
+        return settings(Rank(self.r, self.lora_alpha), self.use_rslora, ranks)
 
     def other_names(self) -> list[str]:
         """Last parts of the names of what is neither a linear, a router nor an expert."""
@@ -90,8 +84,8 @@ class StockLoraConfig(ExpertLoraConfig):
         }
         for module, ranks in self.targets.experts.items():
             for projection, rank in ranks.items():
-                pattern = rf"{re.escape(self.names.on_disk(module))}\.\d+\.{self.names.projection_names[projection]}"
-                found[pattern] = (self.names.expert_on_disk(module, 0, projection), rank)
+                name = self.names.expert_on_disk(module, 0, projection)
+                found[expert_pattern(self.names, module, projection)] = (name, rank)
         return found
 
 
