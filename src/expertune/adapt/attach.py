@@ -1,4 +1,4 @@
-"""Attach LoRA as the run file says: resolve names, build the PeftModel, start from an existing adapter if asked."""
+"""Attach LoRA as the run file describes it: resolve names, build the PeftModel, start from an adapter if asked."""
 
 import re
 from dataclasses import replace

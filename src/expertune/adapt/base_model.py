@@ -1,8 +1,8 @@
 """Whether an adapter belongs to the base model that it is put on.
 
-Shapes cannot tell: an adapter fits every model of its family and size, and one with more layers as well, of which it
-then leaves a part as it was. Adapters carry their base's fingerprint; those that carry none are held to the layers that
-they have tensors for.
+Shapes do not show it: an adapter fits every model of its family and size, and also one with more layers, of
+which it then leaves some unchanged. Adapters carry their base's fingerprint; those without one are checked against the
+layers that they have tensors for.
 """
 
 import re
@@ -29,7 +29,7 @@ def require_same_base(
         allowed_by: what a user does to have it all the same.
 
     Raises:
-        CheckpointError: the bases differ; says in what, and which base the adapter names.
+        CheckpointError: the bases differ; names the differences, and the base that the adapter names.
     """
     theirs = read_adapter_base(folder)
     differences = theirs.differences(base) if theirs is not None and base is not None else []

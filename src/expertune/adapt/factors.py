@@ -159,7 +159,7 @@ class PerExpert:
         return self._fused_scales.get(module) or scale_in_file(self.config, module, rank)
 
     def settings(self) -> dict[str, Any]:
-        """Rank and alpha of every module, as a run file's `lora:` section says them; targets are not among them."""
+        """Rank and alpha of every module, as in a run file's `lora:` section, without the targets."""
         r = int(self.config["r"])
         alpha = r * scale_in_file({**self.config, "alpha_pattern": {}}, "", r)
         held = set(self.modules)
@@ -200,14 +200,14 @@ class PerExpert:
                 self._fused_scales[name] = scale
 
     def _stack_of(self, stem: str, module: str, spec: ExpertsSpec, a: Tensor, b: Tensor) -> str:
-        """Which of the two stacks a fused pair belongs to: by its shape, and where that says nothing by its name."""
+        """Which of the two stacks a fused pair belongs to: by its shape, and where both fit by its name."""
         fitting = []
         for weight in spec.weight_names:
             projections = layout.fused_projections(spec, weight)
-            rows, columns = spec.shape(projections[0])
+            outputs, inputs = spec.shape(projections[0])
             if (
                 a.ndim == b.ndim == 2
-                and (a.shape[1], b.shape[0]) == (columns, rows * len(projections))
+                and (a.shape[1], b.shape[0]) == (inputs, outputs * len(projections))
                 and a.shape[0] == b.shape[1]
                 and a.shape[0] % spec.num_experts == 0
             ):
@@ -284,7 +284,7 @@ def fuse(spec: ExpertsSpec, weight: str, pairs: Sequence[tuple[Tensor, Tensor]],
         torch.nn.functional.pad(part, (index * share, rank - index * share - part.shape[2]))
         for index, (_, part) in enumerate(pairs)
     ]
-    # Rows first, [out, E, rank], which is what the family's order of rows is about.
+    # Output features first, [out, E, rank]: the family's order is one of output features.
     wide = max((part.dtype for part in columns), key=lambda dtype: dtype.itemsize)
     b = layout.join_rows(spec, weight, [part.to(wide).transpose(0, 1) for part in columns])
     return a.reshape(-1, a.shape[2]), b.transpose(1, 2).reshape(b.shape[0], -1)
@@ -300,8 +300,8 @@ def unfuse(spec: ExpertsSpec, weight: str, a: Tensor, b: Tensor) -> tuple[Tensor
         b: [out of all projections, E * rank].
     """
     stacked = a.reshape(spec.num_experts, -1, a.shape[1])
-    rows = b.reshape(b.shape[0], -1, spec.num_experts)
-    return stacked, [part.permute(2, 0, 1) for part in layout.split_rows(spec, weight, rows)]
+    features = b.reshape(b.shape[0], -1, spec.num_experts)
+    return stacked, [part.permute(2, 0, 1) for part in layout.split_rows(spec, weight, features)]
 
 
 def separate(a: Tensor, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

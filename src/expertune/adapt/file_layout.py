@@ -101,7 +101,7 @@ def _usual(names: NameMap, targets: ResolvedTargets, r: int, rank_pattern: Mappi
             name = names.expert_on_disk(module, 0, projection)
             on_disk[expert_pattern(names, module, projection)] = (name, rank)
     stacks = {f"{module}.{weight}": sum(held) for module, weight, _, held in adapted_stacks(names, found.expert_ranks)}
-    # PEFT gives gate and up together twice `r`, whatever the patterns of experts say.
+    # PEFT gives gate and up together twice `r`, whatever the experts' patterns are.
     is_default = all(rank == r for ranks in found.expert_ranks.values() for rank in ranks.values())
     first = {} if is_default else stacks
     known = {**first, **rank_pattern}

@@ -86,7 +86,7 @@ def write_adapter(
 
 
 def read_adapter_base(folder: str | Path) -> Fingerprint | None:
-    """The base model that an adapter was trained on; None where its files do not say.
+    """The base model that an adapter was trained on; None where its files do not name it.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -179,7 +179,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
 
 
 def read_adapter_settings(folder: str | Path) -> dict[str, Any] | None:
-    """What the run that wrote an adapter had set, where the file tells: its own r, alpha, rslora and patterns.
+    """The settings of the run that wrote an adapter, where the file has them: r, alpha, rslora and patterns.
 
     In `adapter_config.json` the scale is in B, and a rank may be filled up with zeros; these are what it was trained
     with, as keys of the run file's `lora:` section.

@@ -83,7 +83,7 @@ class StockLayout:
 
 
 class NotReadError(Exception):
-    """A candidate does not serve; the message says why."""
+    """PEFT does not read a candidate; the message gives the reason."""
 
 
 class Twin:

@@ -190,19 +190,19 @@ def _stack_in_file(
     spec, projections = module.base_layer.spec, fused_projections(module.base_layer.spec, weight)
     held = [projection for projection in projections if projection in ranks]
     rank = ranks[held[0]]
-    rows, columns = spec.shape(held[0])
+    outputs, inputs = spec.shape(held[0])
     a, b = module.lora_A[adapter], module.lora_B[adapter]
     factors = {projection: module.scale(adapter, projection) * rank / r for projection in held}
     dtype = max((dtype_in_file(b[each].dtype, factors[each]) for each in held), key=lambda dtype: dtype.itemsize)
 
     def fused() -> tuple[Tensor, Tensor]:
-        nothing = a[held[0]].new_zeros(spec.num_experts, 0, columns), b[held[0]].new_zeros(spec.num_experts, rows, 0)
+        nothing = a[held[0]].new_zeros(spec.num_experts, 0, inputs), b[held[0]].new_zeros(spec.num_experts, outputs, 0)
         pairs = [(a[each], fold(b[each], factors[each])) if each in held else nothing for each in projections]
         return fuse(spec, weight, pairs, rank)
 
-    shape = (spec.num_experts * rank, columns)
+    shape = (spec.num_experts * rank, inputs)
     yield Outgoing(f"{PREFIX}{stem}.lora_A.weight", a[held[0]].dtype, shape, lambda: fused()[0])
-    shape = (rows * len(projections), spec.num_experts * rank)
+    shape = (outputs * len(projections), spec.num_experts * rank)
     yield Outgoing(f"{PREFIX}{stem}.lora_B.weight", dtype, shape, lambda: fused()[1].to(dtype))
 
 
@@ -244,15 +244,15 @@ def load_adapter_tensors(
 ) -> None:
     """Copy an adapter file's content into the live parameters of an adapter: every tensor, and no other.
 
-    Whatever the file's layout and scales, the live adapter computes what the file says: B is divided by the scale that
-    the live adapter has beyond the file's, and a rank that the file has filled up with zeros is cut back.
+    Whatever the file's layout and scales, the live adapter computes what the file describes: B is divided by the scale
+    that the live adapter has beyond the file's, and a rank that the file has filled up with zeros is cut back.
 
     Args:
         model: the transformers model with the adapter attached.
         names: its name map.
         adapter: the adapter's name.
         plain: the file's tensors under per-expert names.
-        factors: factors B as they were live (see `write_live_factors`); taken where the file says the same.
+        factors: factors B as they were live (see `write_live_factors`); used where the file agrees.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, of another shape, or not finite; nothing has been changed then.

@@ -30,7 +30,7 @@ class ExpertPeftModel(PeftModelForCausalLM):
     Args:
         model: the base model with `Nf4Experts`.
         config: its live configuration.
-        origin: what its files say of where it comes from.
+        origin: where it comes from, as its files record it.
         names: the base model's name map.
         adapter_name: name of the first adapter.
         dtype: dtype of the adapter's own weights.
@@ -66,7 +66,7 @@ class ExpertPeftModel(PeftModelForCausalLM):
         origin: Origin,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Add a further adapter; it is not active until `set_adapter` says so."""
+        """Add a further adapter; it is not active until `set_adapter` is called."""
         super().add_adapter(adapter_name, config)
         self.origins[adapter_name] = origin
         self._finish(adapter_name, dtype)
@@ -82,7 +82,7 @@ class ExpertPeftModel(PeftModelForCausalLM):
         self._finish(adapter_name, torch.float32)
 
     def _origin_of(self, config: Any) -> Origin:
-        """What the files of an adapter say that was added by its config: of this base, with its own settings."""
+        """The origin of an adapter that was added by its config: this base, its own settings."""
         for adapter, origin in self.origins.items():
             if self.peft_config.get(adapter) is config:
                 return origin

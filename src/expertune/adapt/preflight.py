@@ -49,7 +49,7 @@ def preflight(
 
     Args:
         model: the adapted model.
-        batch: `input_ids` [B, S] of real rows, with `position_ids` where rows are concatenated.
+        batch: `input_ids` [B, S] of real sequences, with `position_ids` where they are concatenated.
         base_logits: `probe_logits` of the same batch before the adapter was attached.
         progress: called with (passes through the model done, in all); a backward counts as two.
 
@@ -72,7 +72,7 @@ def preflight(
         progress(5, _NUM_PASSES)
         if not torch.equal(first, second):
             raise PreflightError(
-                f"two forwards of the same rows differ by up to {_distance(first, second):.3g}, from "
+                f"two forwards of the same sequences differ by up to {_distance(first, second):.3g}, from "
                 f"{_first_to_differ(model, batch)} on; the model is not repeatable, so that a resumed run would drift"
             )
         del second  # logits of all tokens are the most memory that the check takes
@@ -163,11 +163,11 @@ def _check_learning(model: ExpertPeftModel, batch: Batch) -> dict[str, Any]:
 
 _WHY_ZERO = (
     "for a router it can be that the scores of all tokens are saturated, or that one expert is chosen with a weight of "
-    "1, by these rows and this seed: leave router out of lora.targets, or give another training.seed. For any other "
-    "module its part of the model gives nothing for these rows: leave it out of lora.targets"
+    "1, by these sequences and this seed: leave router out of lora.targets, or give another training.seed. For any "
+    "other module its part of the model gives nothing for these sequences: leave it out of lora.targets"
 )
 
-# Stands for the gradient of an expert that the probe's rows did not reach.
+# Stands for the gradient of an expert that no token of the check reached.
 _NO_TOKENS = torch.empty(0)
 
 
@@ -214,8 +214,8 @@ def _factor_gradients(model: ExpertPeftModel, tokens: dict[str, Tensor]) -> Iter
 def _tokens_per_expert(model: nn.Module, batch: Batch) -> Iterator[dict[str, Tensor]]:
     """Count, while the block runs, the tokens of each expert that can influence the loss.
 
-    The last token of a row predicts nothing and is attended to by nothing: an expert that serves only such tokens gets
-    no gradient, and rightly so.
+    The last token of a sequence predicts nothing and nothing attends to it: an expert that serves only such tokens gets
+    no gradient, and that is correct.
     """
     matters = _all_labels(batch).roll(-1, dims=-1).reshape(-1) != -100
     counts: dict[str, Tensor] = {}
@@ -266,7 +266,7 @@ def _nonzero_factors(model: nn.Module) -> Iterator[None]:
 
 
 def _all_labels(batch: Batch) -> Tensor:
-    """Labels that make every token a target, except the first of each concatenated row."""
+    """Labels that make every token a target, except the first of each concatenated sequence."""
     labels = batch["input_ids"].clone()
     starts = batch["position_ids"] == 0 if "position_ids" in batch else torch.zeros_like(labels, dtype=torch.bool)
     labels[starts] = -100
@@ -314,7 +314,7 @@ def _state_bytes(state: Any) -> int:
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """The largest difference of two tensors [..., V], a few rows at a time."""
+    """The largest difference of two tensors [..., V], a few positions at a time."""
     pairs = zip(one.flatten(0, -2).split(32), other.flatten(0, -2).split(32), strict=True)
     return float(torch.stack([(a.float() - b.float()).abs().max() for a, b in pairs]).max())
 

@@ -1,7 +1,7 @@
-"""Which modules an adapter can learn in: tried on a short text, before anything is attached.
+"""Gradient reachability: the modules in which an adapter can learn, found on a short text before anything is attached.
 
-A family may have linears beside those that its logits depend on smoothly: an index that picks tokens, a weight that a
-kernel takes from its module without calling it, experts for pictures. An adapter there would never get a gradient.
+A family may have linears that its logits do not depend on smoothly: an index that selects tokens, a weight that a
+kernel reads without calling the module, experts for images. An adapter there would never get a gradient.
 """
 
 import inspect
@@ -44,7 +44,7 @@ def reachable_modules(model: PreTrainedModel, candidates: Mapping[str, nn.Module
     hooks += [module.register_forward_hook(note(name)) for name, module in candidates.items()]
     try:
         with torch.enable_grad():
-            # Twice the same row, so that no family has to say where rows begin.
+            # The same sequence twice, so that no family needs to know where sequences begin.
             logits = model(input_ids=ids.expand(2, -1), use_cache=False).logits
     finally:
         for hook in hooks:
@@ -60,7 +60,7 @@ def is_weight_used_alone(model: nn.Module, name: str) -> bool:
     """Whether the block around a module takes its weight as an operand, as `self.x.weight @ y` or a kernel's argument.
 
     An adapter is a module's own output and has no part in that. Some families call the module where the model is
-    quantized and nowhere else, so that trying it in 4 bits would not tell: the block's source is read.
+    quantized and nowhere else, so that a trial in 4 bits would not show it. The block's source is read instead.
 
     Args:
         model: the model that holds the module.

@@ -1,4 +1,4 @@
-"""What an adapter's files may say: they come from anywhere, and what they ask for is built before it is compared."""
+"""Validation of an adapter's files: they are untrusted, and what they ask for is built before it is compared."""
 
 import math
 import re

@@ -32,12 +32,12 @@ class HeldOut:
         config: the run file.
         model: the adapted model.
         tokenizer: the base model's tokenizer.
-        rows: the evaluation rows.
+        rows: the evaluation examples.
         recovery: what is done when memory runs out.
         bars: where progress is shown.
 
     Attributes:
-        dataset: the rows as examples for batches.
+        dataset: the same, as the trainer's batches are made of them.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class HeldOut:
             base_only: of the base model without the adapter.
 
         Raises:
-            DataError: no row holds a token that takes a loss.
+            DataError: no example holds a token that takes a loss.
             DoesNotFitError: memory ran out, and nothing that could be changed is left.
         """
         with _adapter_switched(self._model, off=base_only), self._bars.task("evaluation", "examples") as progress:
@@ -83,7 +83,7 @@ class HeldOut:
 
         Args:
             step: as for `loss`.
-            rows: how many rows are answered; None means what the run file says.
+            rows: how many examples are answered; None means the run file's number.
             base_only: of the base model without the adapter.
         """
         task = self._config.task if rows is None else self._config.task.model_copy(update={"rows": rows})
@@ -97,7 +97,7 @@ class HeldOut:
         """What an evaluation while training gives.
 
         Returns:
-            `loss`, and the figures of the task where the best checkpoint is chosen by one of them: answering rows
+            `loss`, and the figures of the task where the best checkpoint is chosen by one of them: answering examples
             takes long.
         """
         found = {"loss": self.loss(step)}

@@ -139,7 +139,7 @@ Slot = tuple[str, str]
 
 @dataclass(frozen=True)
 class MeaningRepresentation:
-    """What a text says, as far as it can be read.
+    """The meaning of a text, as far as it can be parsed.
 
     Attributes:
         slots: (attribute, value) pairs, in lower case with white space folded; the function's name is one of them.

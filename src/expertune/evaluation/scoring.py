@@ -1,4 +1,4 @@
-"""How good a model is on rows: its loss, and the task's metric on answers that it writes.
+"""How good a model is on examples: its loss, and the task's metric on answers that it writes.
 
 Legend: T tokens, V vocabulary, N label tokens.
 """
@@ -40,9 +40,9 @@ def evaluation_loss(
 
     Args:
         model: the model in any mode; its mode is restored.
-        dataset: rows as `expertune.data.make_dataset` returns them.
-        collator: rows -> batch, as `expertune.data.make_collator` returns it.
-        batch_size: rows of a batch.
+        dataset: examples as `expertune.data.make_dataset` returns them.
+        collator: examples -> batch, as `expertune.data.make_collator` returns it.
+        batch_size: examples of a batch.
         in_chunks: takes a batch's loss without its logits, as `LanguageModelLoss.summed` does.
         batches: what is done with each batch besides.
 
@@ -50,7 +50,7 @@ def evaluation_loss(
         The loss in nats per token.
 
     Raises:
-        DataError: no row holds a token that takes a loss.
+        DataError: no example holds a token that takes a loss.
     """
     device = next(model.parameters()).device
 
@@ -74,7 +74,7 @@ def evaluation_loss(
             if batches.progress:
                 batches.progress(min(start + batch_size, len(dataset)), len(dataset))
     if not num_tokens:
-        raise DataError("the evaluation rows hold no token that takes a loss")
+        raise DataError("the evaluation examples hold no token that takes a loss")
     return total / num_tokens
 
 
@@ -85,22 +85,22 @@ def score_task(
     task: TaskConfig,
     batches: Batches = PLAIN,
 ) -> dict[str, Any]:
-    """Let the model answer rows and measure the answers.
+    """Let the model answer examples and measure the answers.
 
     Args:
         model: the model in any mode; its mode is restored.
         tokenizer: the model's tokenizer.
-        rows: evaluation rows; the first `task.rows` of them are answered.
+        rows: evaluation examples; the first `task.rows` of them are answered.
         task: metric, longest answer and batch size.
         batches: see `expertune.generation.greedy.complete`.
 
     Returns:
         `metric`, `rows` (how many were answered), the figures of the metric, `seconds`, and `examples`: the first
-        rows as `prompt`, `expected`, `answered`, `right`.
+        examples as `prompt`, `expected`, `answered`, `right`.
 
     Raises:
         ConfigError: the task names no metric.
-        DataError: a row's answer is no reference for the metric, or a prompt leaves no room in the model's context.
+        DataError: an example's answer is no reference for the metric, or a prompt leaves no room in the context.
     """
     if task.metric is None:
         raise ConfigError(f"task.metric names no metric; set it to one of {', '.join(METRICS)}")

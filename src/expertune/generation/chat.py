@@ -71,7 +71,7 @@ class Conversation:
     """The user's messages as prompts of a run's template.
 
     Args:
-        data: the run's data section, with the layout and template that its rows were read with (`Run.data`).
+        data: the run's data section, with the layout and template that its examples were read with (`Run.data`).
         tokenizer: the run's tokenizer.
     """
 
@@ -92,7 +92,7 @@ class Conversation:
         """
         if not self.keeps_history:
             return encode_prompt(render_prompt(message, self.data, self.tokenizer), self.tokenizer)
-        # A chat template takes messages, whatever the layout of the rows it was tuned on.
+        # A chat template takes messages, whatever the layout of the examples it was tuned on.
         data = self.data.model_copy(update={"format": "messages", "columns": {}})
         messages = [*self.turns, {"role": "user", "content": message}]
         return encode_prompt(render_prompt({"messages": messages}, data, self.tokenizer), self.tokenizer)
@@ -106,7 +106,7 @@ class Conversation:
 class _Pieces(BaseStreamer):
     """Receives token ids from `generate` and queues the text that they add.
 
-    The answer is decoded anew as a whole at each token. Decoding tokens one by one would lose the spaces that
+    The whole answer is decoded again at each token. Decoding tokens one by one would lose the spaces that
     SentencePiece tokenizers strip from the start of a text.
     """
 

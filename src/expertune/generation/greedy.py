@@ -1,7 +1,7 @@
 """Greedy decoding: prompts as token ids in, completions as text out.
 
-The model's own `generation_config` (sampling, penalties, forced tokens) is set aside, so that a score says something
-about the weights and the same prompt gives the same answer; only its end tokens are kept.
+The model's own `generation_config` (sampling, penalties, forced tokens) is not used, so that a score depends on the
+weights alone and the same prompt gives the same answer; only its end tokens are kept.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from expertune.errors import ConfigError, DataError
 
 Progress = Callable[[int, int], None]
 
-# (compute, batch) -> what `compute` returns for each part of the batch, in the order of its rows.
+# (compute, batch) -> what `compute` returns for each part of the batch, in the order of its sequences.
 InParts = Callable[[Callable[[Any], Any], Any], list[Any]]
 
 
@@ -127,11 +127,11 @@ def greedy(
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=base.device)
     with evaluation_mode(model), _own_generation_config_aside(base), _head_in_one_product(base):
         output = base.generate(input_ids=input_ids, attention_mask=mask, generation_config=config, **generate_arguments)
-    return [_until_end(row, ends) for row in output[:, width:].tolist()]
+    return [_until_end(sequence, ends) for sequence in output[:, width:].tolist()]
 
 
 def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end an answer: the tokenizer's EOS, which tuned rows end in, then the model's own.
+    """Token ids that end an answer: the tokenizer's EOS, which training examples end in, then the model's own.
 
     Raises:
         ConfigError: there is none.
@@ -177,7 +177,7 @@ def _own_generation_config_aside(base: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _head_in_one_product(base: PreTrainedModel) -> Iterator[None]:
-    """Hand the output head its rows side by side.
+    """Hand the output head contiguous hidden states.
 
     After reading prompts transformers cuts out the last position of each. Of such a view [B, 1, D] torch makes B
     products, for which it copies a 16-bit weight B times on a CPU: gigabytes, and seconds.

@@ -23,7 +23,7 @@ def render_preview(part: str, preview: Mapping[str, Any], max_chars: int = 600) 
     Args:
         part: `train` or `eval`.
         preview: what `expertune.data.preview.preview` returned, as plain values.
-        max_chars: the middle of a longer piece of text is left out, and how much is said.
+        max_chars: the middle of a longer piece of text is left out, and the number of characters is shown.
     """
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)

@@ -16,7 +16,7 @@ def render_summary(record: Mapping[str, Any], output_dir: str, examples: int = 3
     Args:
         record: the run record's values.
         output_dir: the run directory, for the commands.
-        examples: how many answered evaluation rows are shown.
+        examples: how many answered evaluation examples are shown.
     """
     task, evaluation, train = record.get("task", {}), record.get("eval", {}), record.get("train", {}).get("loss", [])
     title = "evaluation: the base model before, the adapter after"

@@ -85,7 +85,7 @@ def inject_adapter(
     if isinstance(tuner, ExpertLoraModel) and not isinstance(config, ExpertLoraConfig):
         state_dict = kwargs.pop("state_dict", None)
         if state_dict is not None:
-            # Only its names count, which say what is adapted.
+            # Only the names of its tensors are used; they identify what is adapted.
             adapted = _adapted_names(config, state_dict, names)
             config = with_fields(config, LoraConfig, {"target_modules": adapted, "target_parameters": None})
         config = tuner._prepare_adapter_config(config, BaseTuner.get_model_config(model))

@@ -76,12 +76,12 @@ def convert_state_dict(
 
 
 def _at_scale(pair: Factors, scale: float) -> Tensor:
-    """B by which a layer of this scale computes what the file says."""
+    """B with which a layer of this scale computes what the file describes."""
     return unfold(pair.b, scale / pair.scale, pair.b.dtype) if scale and pair.scale else pair.b
 
 
 def _embedding_at_scale(words: LoraConfig, keys: list[str], b: Tensor, scale: float) -> Tensor:
-    """B [D, r] of an embedding, by which a layer of this scale computes what the file says."""
+    """B [D, r] of an embedding, with which a layer of this scale computes what the file describes."""
     rank = b.shape[1]
     own = rank_by_patterns(words, keys).alpha / (math.sqrt(rank) if words.use_rslora else rank)
     return _at_scale(Factors(b, b, own), scale)

@@ -97,7 +97,7 @@ def _write_again(base: PreTrainedModel, config: Any, adapter: str, folder: Path)
     own_ranks = {name: rank for name, rank in ranks.items() if rank > layout.r}
     layout = replace(layout, rank_pattern=own_ranks | layout.rank_pattern)
     values = config.in_file() | {"target_parameters": None} | layout.config
-    # By these the model's class is found where no task_type says it; the library knows it, and has written it.
+    # These name the model's class where no task_type does; the library has written them.
     values["auto_mapping"] = read_mapping(folder / CONFIG_NAME, fix="save the adapter again").get("auto_mapping")
     values["target_modules"] = sorted({*layout.target_modules, *config.other_names()})
     write_adapter(folder, sorted(tensors, key=lambda each: each.name), values, settings=settings)

@@ -121,7 +121,7 @@ class _Reading:
     def projection(self, module: str, projection: str) -> Rank | None:
         """The rank of one projection of all experts of a module; None where it is no target."""
         shared, experts = _names_of(self._names, module, projection)
-        # Both are asked, so that a name which means what another one has taken already is not told as one of no use.
+        # Both are evaluated, so that a second name for the same projection is not reported as unused.
         taken = [self._is_taken(module, projection, shared, experts), self.takes_parameter(shared)]
         if not any(taken):
             return None
@@ -153,7 +153,7 @@ class _Reading:
         self._unused[kind] -= {each for each in self._unused[kind] for key in keys if f".{key}".endswith(f".{each}")}
 
     def warn_of_unused(self) -> None:
-        """A name that fits nothing trains nothing: said, as PEFT itself does not."""
+        """Warn of names that match nothing and therefore train nothing; PEFT itself does not."""
         for kind, unused in self._unused.items():
             if unused:
                 known = ", ".join(self._names.projection_names.values())
@@ -223,7 +223,7 @@ def replace_targets(config: LoraConfig, targets: Any = None) -> LoraConfig:
 
 
 def is_all_linear(config: PeftConfig) -> bool:
-    """Whether a config says `all-linear`."""
+    """Whether a config's targets are `all-linear`."""
     targets = getattr(config, "target_modules", None)
     return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
