@@ -32,10 +32,15 @@ Original = Callable[..., Any]
 
 
 def adapter_state_dict(
-    original: Original, kind: type[LoraModel], model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any
+    original: Original,
+    kind: type[LoraModel],
+    model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str,
+    **kwargs: Any,
 ) -> dict[str, Tensor]:
     """`LoraModel._get_adapter_state_dict`: tensors under the checkpoint's names, which still hold the adapter's."""
-    held = original(kind, model, config, adapter_name, *args)
+    held = original(kind, model, config, adapter_name, **kwargs)
     if not isinstance(config, ExpertLoraConfig):
         return held
     names, base = names_of(model), base_of(model)
