@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from expertune.adapt.files import PREFIX
+from expertune.adapt.factors import PREFIX
 from expertune.config import DataConfig
 from expertune.data import make_collator, make_dataset, prepare_examples
 

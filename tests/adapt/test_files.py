@@ -15,12 +15,11 @@ from torch import Tensor
 from expertune.adapt.factors import read_factors
 from expertune.adapt.files import (
     LIVE_NAME,
-    live_pairs,
-    load_adapter_tensors,
     read_adapter,
     read_adapter_config,
     read_adapter_settings,
 )
+from expertune.adapt.live import live_pairs, load_adapter_tensors
 from expertune.checkpoint.load import LoadedModel
 from expertune.errors import CheckpointError, ConfigError
 from tests.adapt.conftest import EVERYTHING, FolderOf, adapt, adopt, logits_of, stock_peft, train_a_little

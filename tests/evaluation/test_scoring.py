@@ -12,6 +12,7 @@ from expertune.config import DataConfig, LoraSection, QuantizationConfig, TaskCo
 from expertune.data import IGNORE_INDEX, TokenizedExample, make_collator, make_dataset, prepare_examples
 from expertune.errors import ConfigError, DataError
 from expertune.evaluation.scoring import evaluation_loss, score_task
+from expertune.generation.greedy import Batches
 
 TINY = Path(__file__).parents[2] / "src" / "expertune" / "assets" / "tiny-mixtral"
 VIGGO = Path(__file__).parents[1] / "files" / "viggo-test-sample.csv"
@@ -152,7 +153,8 @@ def test_examples_are_few_and_rows_as_many_as_the_task_says(tokenizer, tokenized
 def test_an_untuned_model_is_scored_on_what_it_writes(model, tokenizer, tokenized):
     seen = []
     task = TaskConfig(metric="slot-f1", rows=3, max_new_tokens=4, batch_size=2)
-    scores = score_task(model, tokenizer, tokenized.examples, task, lambda done, total: seen.append((done, total)))
+    batches = Batches(progress=lambda done, total: seen.append((done, total)))
+    scores = score_task(model, tokenizer, tokenized.examples, task, batches)
     assert 0 <= scores["slot_f1"] < 1
     assert scores["seconds"] > 0
     assert not math.isnan(scores["precision"])
