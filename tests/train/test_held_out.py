@@ -80,7 +80,7 @@ def test_readmes_own_rows_run_and_print_what_the_readme_says(
     small_mixtral: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## Your own rows")[1].split("## ")[0]
+    section = readme.split("## Your own data")[1].split("## ")[0]
     run_file, program = (block.split("```")[0] for block in re.split(r"```(?:yaml|python)\n", section)[1:])
     run_file = run_file.replace("mistralai/Mixtral-8x7B-v0.1", str(small_mixtral))
     run_file = run_file.replace("rows.jsonl[0:900]", f"{rows_file}[0:20]")
