@@ -261,7 +261,7 @@ def test_data_of_rows_that_a_run_would_refuse_is_exit_code_2(run, toy_run, tmp_p
     (tmp_path / "rows.jsonl").write_text('{"text": "Who?", "role": "prompter", "parent_id": null}\n')
     code, out, err = run("data", "run.yaml")
     assert (code, out) == (2, "")
-    assert err.startswith("expertune: error: rows.jsonl: the rows have a column text, but role beside it")
+    assert err.startswith("expertune: error: rows.jsonl: the examples have a column text, but role beside it")
 
 
 # --- train --------------------------------------------------------------------------------------------------------

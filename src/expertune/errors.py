@@ -36,7 +36,7 @@ class PreflightError(ExpertuneError):
     """A check after attaching the adapter failed: not 4-bit, not learning, not repeatable, or not effective."""
 
 
-PreflightError = PreflightError
+ProofError = PreflightError
 """The older name of `PreflightError`, for code that catches it."""
 
 

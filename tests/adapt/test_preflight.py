@@ -338,3 +338,9 @@ def test_forward_that_drifts_is_named(loaded: LoadedModel) -> None:
 
     norm.register_forward_pre_hook(drift)
     expect_failure(model, batch, base, r"differ by .*, from .*layers\.1\.input_layernorm on")
+
+
+def test_the_errors_older_name_still_catches_it():
+    from expertune.errors import ProofError
+
+    assert ProofError is PreflightError
