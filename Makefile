@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow check format bench constraints clean
+.PHONY: demo test test-oldest test-newest test-slow check format bench constraints clean
 
 demo: $(VENV)/.runtime
 	@rm -rf runs/demo
@@ -13,6 +13,19 @@ demo: $(VENV)/.runtime
 
 test: $(VENV)/.development .triton-oldest/.ready
 	tools/run_tests.sh $(BIN)/python
+
+# The oldest releases that pyproject.toml allows, and the newest, each in an environment of its own. What runs is what
+# touches transformers, PEFT, TRL, accelerate and datasets; pages, planning, reports and kernels are left to `make test`.
+SEAMS := tests/test_registration.py tests/adapt tests/checkpoint tests/data tests/experts tests/families tests/layers tests/train
+LIBRARIES := ^(torch|transformers|peft|trl|accelerate|datasets|bitsandbytes)==
+
+test-oldest: .venv-oldest/.development
+	@.venv-oldest/bin/python -m pip freeze --exclude-editable | grep -E '$(LIBRARIES)'
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -p no:cacheprovider $(SEAMS)
+
+test-newest: .venv-newest/.development
+	@.venv-newest/bin/python -m pip freeze --exclude-editable | grep -E '$(LIBRARIES)'
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -p no:cacheprovider $(SEAMS)
 
 # Tests that need minutes, or the tutorial's own stack in an environment beside ours.
 test-slow: $(VENV)/.development .venv-legacy/.ready .triton-oldest/.ready
@@ -46,6 +59,11 @@ $(VENV)/.development: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/.runtime
 
+.venv-oldest/.development .venv-newest/.development: .venv-%/.development: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-$*.txt --editable '.[dev]'
+	@touch $@
+
 # The oldest Triton that the kernels support, beside the environment's own; they are compiled with both.
 .triton-oldest/.ready: $(VENV)/bin/python
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --upgrade --target .triton-oldest triton==3.6.0
@@ -55,4 +73,4 @@ $(VENV)/.development: $(VENV)/bin/python pyproject.toml constraints.txt
 	PYTHON=$(PYTHON) tools/legacy_env.sh
 
 clean:
-	rm -rf $(VENV) .venv-legacy .triton-oldest runs build
+	rm -rf $(VENV) .venv-legacy .venv-oldest .venv-newest .triton-oldest runs build
