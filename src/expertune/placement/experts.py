@@ -137,8 +137,9 @@ class Placement:
 def make_backend(layers: Sequence[list[Tensor]], device: torch.device, separate_host: bool) -> Backend:
     """The backend that transfers offloaded layers to the device that computes.
 
-    Another place to hold bytes, such as the other ranks of a sharded model, is one more `Location` and one more
-    `Backend`: the prefetcher and the kernels only see tensors that are acquired and dropped.
+    Another place to hold bytes, such as the other ranks of a sharded model, is one more `Location`, which is handled
+    here and in `expert_reader`, and one more `Backend`. The prefetcher and the kernels only see tensors that are
+    acquired and dropped.
     """
     return SlotLayers(layers, device) if separate_host else MappedLayers(layers)
 
