@@ -7,6 +7,7 @@ from expertune.config.reading import (
     parse_config,
     parse_section,
     recorded_config,
+    with_current_names,
 )
 from expertune.config.schema import (
     TRUST_KEY,
@@ -36,4 +37,5 @@ __all__ = [
     "parse_section",
     "parse_size",
     "recorded_config",
+    "with_current_names",
 ]

@@ -56,7 +56,7 @@ def parse_config(values: dict[str, Any], where: str = "config") -> RunConfig:
     Raises:
         ConfigError: names each wrong key, what was found there, and the nearest known key.
     """
-    values, notes = _with_current_names(values)
+    values, notes = with_current_names(values)
     config = parse_section(RunConfig, values, where)
     config._origin = Origin(where, notes)
     return config
@@ -74,7 +74,7 @@ def parse_section(kind: type[S], values: dict[str, Any], where: str) -> S:
         raise ConfigError(_describe(error, where, kind)) from None
 
 
-def _with_current_names(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def with_current_names(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Values that earlier releases called otherwise under the names that they have now, and a sentence for each."""
     notes = []
     for section, key, old, new in _RENAMED_VALUES:

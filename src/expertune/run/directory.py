@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from expertune.config import TRUST_KEY, RunConfig
+from expertune.config import TRUST_KEY, RunConfig, with_current_names
 from expertune.config.secrets import without_secrets
 from expertune.errors import ConfigError, PreflightError
 from expertune.run.record import RECORD_NAME, RunRecord, versions
@@ -117,7 +117,8 @@ def further(run_dir: Path) -> str:
 
 def _require_same_config(record: RunRecord, config: RunConfig) -> None:
     by_content = _NAMED_BY_PATH if "inputs" in record else frozenset()
-    old, new = without_secrets(record["config"]), recordable(config)
+    old, _ = with_current_names(without_secrets(record["config"]))
+    new = recordable(config)
     for section in sorted((old.keys() | new.keys()) - {"output_dir", "memory_budget", "task", TRUST_KEY}):
         before, now = old.get(section), new.get(section)
         if isinstance(before, dict) and isinstance(now, dict):
