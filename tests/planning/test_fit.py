@@ -126,17 +126,17 @@ def test_the_peak_counts_one_phase_only(run_of):
 def test_optimizer_states_are_there_from_the_first_step_and_not_in_the_preflight_check(run_of):
     phases = memory_of(run_of(MIXTRAL, lora=TUTORIAL_LORA)).phases
     assert phases["loss"]["optimizer"] == phases["layer"]["optimizer"] == phases["update"]["optimizer"] > 0
-    assert "optimizer" not in phases["proof"]
+    assert "optimizer" not in phases["preflight"]
 
 
 def test_the_preflight_checks_loss_and_its_layers_are_not_at_the_same_time(run_of):
-    of_layer = memory_of(run_of(MIXTRAL)).phases["proof"]
+    of_layer = memory_of(run_of(MIXTRAL)).phases["preflight"]
     # The base model's and the adapted model's, of 512 tokens.
     assert of_layer["logits"] == 512 * 32000 * (2 + 2)
     assert of_layer["working_set"] > 0
     # A large vocabulary, and few gradients.
     run = run_of("qwen3-30b-a3b", quantization={"compute_dtype": "bfloat16"}, lora={"targets": ["attention"]})
-    of_loss = memory_of(run, "cpu").phases["proof"]
+    of_loss = memory_of(run, "cpu").phases["preflight"]
     assert of_loss["logits"] == 512 * 151_936 * (2 + 14)
     assert "working_set" not in of_loss
 

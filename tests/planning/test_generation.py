@@ -46,6 +46,25 @@ def test_longer_prompts_in_a_larger_batch_take_more(run_of):
     assert few["generation"] < more["generation"]
 
 
+def test_fewer_examples_than_a_batch_of_answers_take_the_memory_of_their_number(run_of):
+    few = planned(run_of, "qwen3-30b-a3b", task=TASK | {"rows": 4})
+    assert few == planned(run_of, "qwen3-30b-a3b", task=TASK | {"batch_size": 4})
+    assert planned(run_of, "qwen3-30b-a3b", task=TASK | {"rows": 64}) == planned(run_of, "qwen3-30b-a3b")
+
+
+@pytest.mark.parametrize("rows", [None, 100])
+def test_where_answers_set_the_peak_smaller_batches_of_them_are_offered(run_of, rows):
+    sections = {"lora": {"targets": ["q_proj"]}, "kernels": {"working_set": "128MiB"}}
+    run = run_of("qwen3-30b-a3b", data=DATA, task=TASK | {"batch_size": 128, "rows": rows}, **sections)
+    plan = make_plan(run, device="cuda")
+    assert plan.memory.phase == "generation"
+    enough = max(num_bytes for phase, num_bytes in plan.memory.totals.items() if phase != "generation")
+    less = make_plan(run, device="cuda", memory=enough)
+    assert [change.settings.keys() for change in less.what_to_change] == [{"task.batch_size"}]
+    assert less.what_to_change[0].settings["task.batch_size"] < (rows or 128)
+    assert less.smallest_peak_bytes <= enough
+
+
 def test_a_run_without_a_metric_plans_no_generation(run_of):
     assert "generation" not in planned(run_of, "mixtral-8x7b-v0.1", task={})
 

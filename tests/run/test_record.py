@@ -26,6 +26,13 @@ def test_section_of_the_preflight_check_is_read_under_its_earlier_name(tmp_path:
     assert RunRecord.load(tmp_path)["preflight"] == {"passed": True}
 
 
+def test_phase_of_the_preflight_check_in_a_plan_is_read_under_its_earlier_name(tmp_path: Path) -> None:
+    record = RunRecord.start(tmp_path)
+    record.update("plan", memory={"peak_bytes": 2, "moment": "proof", "moments": {"proof": 2, "loss": 1}})
+    memory = RunRecord.load(tmp_path)["plan"]["memory"]
+    assert memory == {"peak_bytes": 2, "moment": "preflight", "moments": {"preflight": 2, "loss": 1}}
+
+
 def test_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     write_json(path, {"a": 1})

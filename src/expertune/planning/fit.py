@@ -14,7 +14,7 @@ import yaml
 from expertune.config import RunConfig
 from expertune.kernels.routes import default_working_set_bytes
 from expertune.planning.micro_batch import ACCUMULATION, BATCH_SIZE, Estimate
-from expertune.planning.settings import training_argument, uses_checkpointing
+from expertune.planning.settings import answered_at_once, training_argument, uses_checkpointing, writes_answers
 
 # Below these, a run is no longer the one that was asked for.
 MIN_LENGTH = 128
@@ -104,6 +104,8 @@ class Fitting:
         if config.data.eval and eval_batch > 1:
             key = "training.per_device_eval_batch_size"
             yield self._first_that_fits(config, _halves(key, eval_batch, 1)), "slower evaluation"
+        if writes_answers(config) and (answered := answered_at_once(config)) > 1:
+            yield self._first_that_fits(config, _halves("task.batch_size", answered, 1)), "slower answers"
         batch, accumulation = (int(training_argument(training, key)) for key in (BATCH_SIZE, ACCUMULATION))
         if splits := [
             {f"training.{BATCH_SIZE}": smaller, f"training.{ACCUMULATION}": accumulation * (batch // smaller)}

@@ -44,7 +44,7 @@ _TRAINING_BYTES_PER_LOGIT, _EVALUATION_BYTES_PER_LOGIT = 14, 10
 class Memory:
     """Peak memory of one process on its device.
 
-    The phases that can be the highest are `proof` (the preflight check after attaching), `loss` (forward is over),
+    The phases that can be the highest are `preflight` (the check after attaching), `loss` (forward is over),
     `layer` (a layer is in backward), `update` (the optimizer's), `save` (a checkpoint or the adapter is written),
     `evaluation`, and `generation` (answers for the task's metric). Only one of them happens at a time.
 
@@ -104,7 +104,7 @@ def estimate_memory(
     training = always | {"optimizer": settings.optimizer_bytes(count_adapter(inventory, targets))}
     phases = {
         # Beside it are the B factors as they were, about half of the adapter, and the base model's logits.
-        "proof": always | {"copies": adapter // 2} | _preflight(step),
+        "preflight": always | {"copies": adapter // 2} | _preflight(step),
         "loss": training | step.loss_phase(),
         "layer": training | step.layer_phase(),
         "update": training | {"gradients": adapter},

@@ -73,7 +73,7 @@ def read_settings(config: RunConfig, device: str, compute_dtype: torch.dtype) ->
         sequence_length=length,
         preflight_tokens=max(PREFLIGHT_TOKENS, length) if config.data.packing == "padded" else PREFLIGHT_TOKENS,
         evaluation_tokens=evaluation_batch * length,
-        answered=config.task.batch_size if writes_answers(config) else 0,
+        answered=answered_at_once(config) if writes_answers(config) else 0,
         answer_tokens=config.task.max_new_tokens,
         checkpointing=uses_checkpointing(training),
         dropout=config.lora.dropout > 0,
@@ -92,6 +92,11 @@ def read_settings(config: RunConfig, device: str, compute_dtype: torch.dtype) ->
 def writes_answers(config: RunConfig) -> bool:
     """Whether the run writes answers to evaluation examples, and scores them."""
     return bool(config.task.metric and config.data.eval)
+
+
+def answered_at_once(config: RunConfig) -> int:
+    """Examples of the largest batch of answers."""
+    return min(config.task.batch_size, config.task.rows or config.task.batch_size)
 
 
 def training_argument(training: Mapping[str, Any], name: str) -> Any:

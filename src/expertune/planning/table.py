@@ -28,7 +28,7 @@ _COMPONENTS = {
 }
 
 _PHASES = {
-    "proof": "in the preflight check",
+    "preflight": "in the preflight check",
     "loss": "while the loss is taken",
     "layer": "while a layer is in backward",
     "update": "in the optimizer's update",

@@ -19,7 +19,7 @@ from expertune.storage import write_json
 RECORD_NAME = "record.json"
 FORMAT_VERSION = 1
 
-# Sections that earlier releases wrote under another name.
+# Sections, and phases of the plan, that earlier releases wrote under another name.
 _RENAMED = {"proof": "preflight"}
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers")
@@ -73,6 +73,7 @@ class RunRecord:
             raise CheckpointError(f"{path}: not a record of format version {FORMAT_VERSION}")
         values = {_RENAMED.get(section, section): content for section, content in values.items()}
         require_sections(path, values)
+        _rename_phases((values.get("plan") or {}).get("memory"))
         return cls(path, values)
 
     def __getitem__(self, section: str) -> Any:
@@ -108,6 +109,16 @@ class RunRecord:
         """Write the whole file beside itself, then rename."""
         self._saved = True
         write_json(self.path, self.values)
+
+
+def _rename_phases(memory: Any) -> None:
+    """Phases of the plan's memory by today's names; whatever else stands there stays."""
+    if not isinstance(memory, dict):
+        return
+    if isinstance(moment := memory.get("moment"), str):
+        memory["moment"] = _RENAMED.get(moment, moment)
+    if isinstance(moments := memory.get("moments"), dict):
+        memory["moments"] = {_RENAMED.get(phase, phase): num_bytes for phase, num_bytes in moments.items()}
 
 
 def left_by_a_run(folder: Path) -> str | None:
