@@ -111,6 +111,14 @@ def test_python_snippets_compile_and_use_only_public_names(page: Path) -> None:
         public_names_only(snippet)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_python_that_imports_the_package_stands_in_a_block_that_is_checked(page: Path) -> None:
+    checked = "\n".join(fenced(page, "python"))
+    # A quotation of a file's content, such as a run file, holds no import; nor does prose begin a line with one.
+    imports = re.findall(r"^\s*(?:>>> )?((?:from|import) expertune\b.*)$", text_of(page), re.MULTILINE)
+    assert [line for line in imports if line not in checked] == []
+
+
 def test_notebooks_use_only_public_names() -> None:
     for notebook in sorted(ROOT.glob("examples/**/*.ipynb")):
         for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:

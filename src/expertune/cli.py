@@ -351,7 +351,9 @@ def quantize(
             # What is quantized already decides by itself, unless the user has.
             asked = None if double_quantization is None else QuantizationConfig(double_quantization=double_quantization)
             with quantizing() as progress:
-                expertune.quantize(model, out, asked, dtype, revision, trust_remote_code, progress)
+                expertune.quantize(
+                    model, out, asked, dtype, progress, revision=revision, trust_remote_code=trust_remote_code
+                )
     except KeyboardInterrupt:
         log(f"expertune: interrupted; the same command resumes {out}")
         raise typer.Exit(130) from None

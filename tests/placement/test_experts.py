@@ -3,6 +3,7 @@
 import copy
 import re
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from expertune.config import LoraSection
 from expertune.experts.module import Nf4Experts
 from expertune.experts.replay import with_replay
 from expertune.kernels.nf4 import Nf4Bytes
-from expertune.placement.experts import Location, Placement, placement_of
+from expertune.placement.experts import Location, Placement, expert_reader, placement_of
 from tests.tiny_models import load_tiny, random_rows, save_tiny_model
 
 LAYERS = 4
@@ -132,6 +133,17 @@ def test_layer_without_a_file_cannot_be_offloaded_to_disk(folder: Path) -> None:
     placement = Placement(modules, CPU)
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts: no NF4 folder holds these experts"):
         placement.move(everywhere(placement, "disk"))
+
+
+def test_location_that_nobody_handles_is_refused_and_not_taken_for_the_device(folder: Path) -> None:
+    loaded = load_tiny(folder)
+    modules = {name: module for name, module in loaded.model.named_modules() if isinstance(module, Nf4Experts)}
+    placement = Placement(modules, CPU)
+    elsewhere = dict.fromkeys(modules, cast("Location", "ranks"))
+    with pytest.raises(AssertionError, match="ranks"):
+        placement.move(elsewhere)
+    with pytest.raises(AssertionError, match="ranks"):
+        expert_reader(elsewhere, CPU)(next(iter(modules)), {})
 
 
 def resident_bytes(folder: Path) -> dict[str, int]:

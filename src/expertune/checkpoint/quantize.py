@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -59,15 +59,27 @@ _DOWNLOADS = ".source"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+class SourceOptions(TypedDict, total=False):
+    """How the model is found and read.
+
+    Keys:
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run Python that ships with the model.
+        shards: where its tensors lie; None means what the model's name says.
+    """
+
+    revision: str | None
+    trust_remote_code: bool
+    shards: Shards | None
+
+
 def quantize(
     model: str,
     out: str | Path,
     quantization: QuantizationConfig | None = None,
     dtype: Dtype = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
-    shards: Shards | None = None,
+    **source_options: Unpack[SourceOptions],
 ) -> Nf4Folder:
     """Write the NF4 folder of a model, or resume one that was interrupted.
 
@@ -76,10 +88,8 @@ def quantize(
         out: the folder to write; it may not hold anything else.
         quantization: how weights are quantized; what is quantized already stays as it is.
         dtype: of what stays unquantized; `auto` keeps each tensor's own.
-        revision: of a hub id.
-        trust_remote_code: run Python that ships with the model.
         progress: called before and after each file.
-        shards: where the source's tensors lie; None means what `model` says.
+        **source_options: how the model is found and read; see `SourceOptions`.
 
     Raises:
         CheckpointError: the source is damaged or incomplete; `out` holds something else or another source's work, or
@@ -88,14 +98,14 @@ def quantize(
     """
     require_one_process()
     out = Path(out)
-    source = fetch_model(model, revision, trust_remote_code, weights=False)
+    revision, trusted = source_options.get("revision"), source_options.get("trust_remote_code", False)
+    source = fetch_model(model, revision, trusted, weights=False)
     if is_nf4_folder(source.folder):
         raise CheckpointError(f"{model}: already an NF4 folder; give the checkpoint that it was made of")
     if source.folder.resolve() == out.resolve():
         raise CheckpointError(f"{out}: the model itself lies here; choose another folder to write")
     _require_room_for_ours(out)
-    if shards is None:
-        shards = _find_shards(model, source, out)
+    shards = source_options.get("shards") or _find_shards(model, source, out)
     name = model if source.revision else str(source.folder.resolve())
     work = _Work.plan(name, source, out, shards, quantization or QuantizationConfig(), dtype)
     was_there, is_fresh = out.exists(), not is_nf4_folder(out)

@@ -7,7 +7,7 @@ disk are copied into two slots.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -105,15 +105,18 @@ class Placement:
 
     def _move(self, name: str, to: Location) -> None:
         module = self.experts[name]
-        if to == "disk":
-            tensors = [map_tensor(entry) for entry in self.files[name]]
-        elif to == "host" and self.separate_host:
-            on_host = (tensor.cpu() for tensor in _tensors(module))
-            tensors = [tensor.pin_memory() if self.device.type == "cuda" else tensor for tensor in on_host]
-        elif self.locations[name] == "disk":
-            tensors = [tensor.to(self.device, copy=True) for tensor in _tensors(module)]
-        else:
-            tensors = [tensor.to(self.device) for tensor in _tensors(module)]
+        match to:
+            case "disk":
+                tensors = [map_tensor(entry) for entry in self.files[name]]
+            case "host" if self.separate_host:
+                on_host = (tensor.cpu() for tensor in _tensors(module))
+                tensors = [tensor.pin_memory() if self.device.type == "cuda" else tensor for tensor in on_host]
+            case "device" | "host":
+                # What was mapped is read into memory of its own.
+                was_mapped = self.locations[name] == "disk"
+                tensors = [tensor.to(self.device, copy=was_mapped) for tensor in _tensors(module)]
+            case _:
+                assert_never(to)
         for stack, held in ((module.gate_up, tensors[:4]), (module.down, tensors[4:])):
             stack.place(Nf4Bytes(*held), stays=to != "device")
 
@@ -138,8 +141,8 @@ def make_backend(layers: Sequence[list[Tensor]], device: torch.device, separate_
     """The backend that transfers offloaded layers to the device that computes.
 
     Another place to hold bytes, such as the other ranks of a sharded model, is one more `Location`, which is handled
-    here and in `expert_reader`, and one more `Backend`. The prefetcher and the kernels only see tensors that are
-    acquired and dropped.
+    here, in `Placement._move` and in `expert_reader`, and one more `Backend`. The prefetcher and the kernels only see
+    tensors that are acquired and dropped.
     """
     return SlotLayers(layers, device) if separate_host else MappedLayers(layers)
 
@@ -153,11 +156,15 @@ def expert_reader(locations: Mapping[str, Location], device: torch.device) -> Re
     """
 
     def read(name: str, entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
-        location = locations.get(name, "device")
-        if location == "disk":
-            return {key: map_tensor(entry) for key, entry in entries.items()}
-        to = torch.device("cpu") if location == "host" else device
-        return {key: entry.read().to(to) for key, entry in entries.items()}
+        match locations.get(name, "device"):
+            case "disk":
+                return {key: map_tensor(entry) for key, entry in entries.items()}
+            case "host":
+                return {key: entry.read() for key, entry in entries.items()}
+            case "device":
+                return {key: entry.read().to(device) for key, entry in entries.items()}
+            case other:
+                assert_never(other)
 
     return read
 
