@@ -1,5 +1,6 @@
 """What every room's tests share: one environment wherever they run, one thread, one seed, and no way online."""
 
+import gc
 import os
 
 # What a machine or a CI service may have set, and what would change words, colours, widths, files or memory: read when
@@ -35,6 +36,16 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("expertune")
+
+
+def pytest_collection_finish() -> None:
+    # What was made when libraries were imported stays; each run collects twice, and would look through all of it.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

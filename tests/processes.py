@@ -1,33 +1,21 @@
-"""Processes of their own for what a test must not do in its own: several of them for the price of one start."""
+"""Processes of their own for what a test must not do in its own, without the price of a start for each."""
 
+import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-
-# One process imports, which takes seconds, and is then copied for each piece of code. It has one thread until then:
-# a copy of a process with several may wait forever for what a thread that was not copied holds.
-_COPIES = """
-import json, os, sys
-imports, codes = json.load(sys.stdin)
-names = {"__name__": "__main__"}
-exec(imports, names)
-statuses = []
-for number, code in enumerate(codes):
-    pid = os.fork()
-    if pid == 0:
-        for stream, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-        exec(code, names)
-        sys.exit()
-    statuses.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-json.dump(statuses, open("statuses.json", "w"))
-"""
+RUN = "import expertune.api, expertune.cli, matplotlib.backends.backend_agg"
+"""What a run imports: seconds of work, done once for all programs that start with it."""
+BENEATH = "import torch, bitsandbytes"
+"""What transformers, PEFT and expertune import before anything of their own."""
 
 
 class Ended(NamedTuple):
@@ -38,28 +26,86 @@ class Ended(NamedTuple):
     err: str
 
 
+class Server:
+    """A process that has made some imports and is copied for each program (tests/program_server.py).
+
+    Args:
+        imports: code that runs once, before; it must start no thread that does anything.
+        environment: variables beside those of this process.
+    """
+
+    def __init__(self, imports: str, **environment: str) -> None:
+        self.folder = TemporaryDirectory()
+        self.output = [str(Path(self.folder.name) / name) for name in ("out", "err")]
+        self.environment = environment
+        command = [sys.executable, str(ROOT / "tests" / "program_server.py"), imports]
+        with (Path(self.folder.name) / "server").open("wb") as errors:
+            self.process = subprocess.Popen(
+                command,
+                env=self._variables(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=True,
+            )
+
+    def run(self, code: str, folder: Path, arguments: Sequence[str] = (), **environment: str) -> Ended:
+        """Run a program to its end, in a folder; it has the names that the imports have made."""
+        program = {"code": code, "folder": str(folder), "arguments": arguments}
+        program |= {"environment": self._variables() | environment, "output": self.output}
+        try:
+            print(json.dumps(program), file=self.process.stdin, flush=True)
+            status = self.process.stdout.readline()  # type: ignore[union-attr]
+        except BaseException:
+            self.end()
+            raise
+        assert status, (Path(self.folder.name) / "server").read_text(encoding="utf-8")[-4000:]
+        return Ended(int(status), *(Path(path).read_text(encoding="utf-8") for path in self.output))
+
+    def end(self) -> None:
+        """End it, and the program that it may be running."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+        self.folder.cleanup()
+
+    def _variables(self) -> dict[str, str]:
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        fixed = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(paths)}
+        return os.environ | fixed | self.environment
+
+
 def run_copies(imports: str, codes: Sequence[str], folder: Path, **environment: str) -> list[Ended]:
     """Run each piece of code in a process of its own, one after the other, all with the imports already made.
 
     Args:
-        imports: code that runs once, before; it must start no thread.
+        imports: code that runs once, before; it must start no thread that does anything.
         codes: what runs in each process, with the names that the imports have made.
-        folder: an empty folder, where the processes run and their output is kept.
+        folder: where the processes run.
         environment: variables beside those of this process.
     """
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | environment
-    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-c", _COPIES],
-        input=json.dumps([imports, list(codes)]),
-        cwd=folder,
-        env=variables,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    statuses = json.loads((folder / "statuses.json").read_text(encoding="utf-8"))
-    return [
-        Ended(status, *((folder / f"{number}.{name}").read_text(encoding="utf-8") for name in ("out", "err")))
-        for number, status in enumerate(statuses)
-    ]
+    server = Server(imports, **environment)
+    try:
+        return [server.run(code, folder) for code in codes]
+    finally:
+        server.end()
+
+
+def run_program(code: str, *arguments: str, folder: Path = ROOT, imports: str = RUN, **environment: str) -> Ended:
+    """Run code in a process of its own, with imports made that are made once for all tests.
+
+    Args:
+        code: the program.
+        arguments: its command line.
+        folder: where it runs.
+        imports: `RUN` or `BENEATH`.
+        environment: variables beside those of this process; what is imported already has been so without them.
+    """
+    if imports not in _kept or _kept[imports].process.poll() is not None:
+        _kept[imports] = Server(imports)
+        atexit.register(_kept[imports].end)
+    return _kept[imports].run(code, folder, arguments, **environment)
+
+
+_kept: dict[str, Server] = {}

@@ -1,9 +1,6 @@
 """Runs on an NF4 folder, and the command that writes one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ from typer.testing import CliRunner
 import expertune
 from expertune.cli import app
 from expertune.config import parse_config
+from tests.processes import run_program
 from tests.train.conftest import rows_file, run_values, small_mixtral
 
 __all__ = ["rows_file", "run_values", "small_mixtral"]  # fixtures
@@ -102,8 +100,7 @@ from expertune.cli import main
 main()
 """
     out = tmp_path / "out"
-    command = [sys.executable, "-c", code, "quantize", str(small_mixtral), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 130
-    assert f"expertune: interrupted; the same command resumes {out}" in done.stderr
+    ended = run_program(code, "quantize", str(small_mixtral), str(out))
+    assert ended.status == 130
+    assert f"expertune: interrupted; the same command resumes {out}" in ended.err
     assert [path.name for path in out.iterdir()] == ["expertune.partial.json"]

@@ -1,13 +1,12 @@
 """What PEFT and transformers are made to do is there in these releases, and touches no model without 4-bit experts."""
 
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from expertune.registration import WRAPPED
+from tests.processes import BENEATH, run_program
 
 PLACES = [(module, path, taker) for module, names in WRAPPED.items() for path, taker in names.items()]
 
@@ -47,15 +46,15 @@ assert torch.equal(model.eval()(ids).logits, again(ids).logits)
 assert type(model.base_model).__name__ == "LoraModel"
 print(sorted(name for name in sys.modules if name.startswith("expertune.adapt")))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
+    ended = run_program(code, imports=BENEATH)
+    assert ended.out.splitlines()[-1:] == ["[]"], ended.err
 
 
 def test_expertune_before_the_libraries_even_where_a_module_was_only_looked_for_at_first() -> None:
     code = """
 import sys, importlib.util
 import expertune
-assert not {"torch", "transformers", "peft"} & sys.modules.keys()
+assert not {"transformers", "peft"} & sys.modules.keys()
 importlib.util.find_spec("peft.peft_model")
 importlib.util.find_spec("transformers.quantizers.auto")
 from peft import PeftModel
@@ -63,5 +62,5 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 assert PeftModel.load_adapter.expertune
 assert "expertune" in AUTO_QUANTIZER_MAPPING
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    ended = run_program(code, imports=BENEATH)
+    assert ended.status == 0, ended.err

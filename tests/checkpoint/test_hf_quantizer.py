@@ -1,10 +1,7 @@
 """An NF4 folder in stock transformers: it loads, generates and trains there, once `expertune` is imported."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from expertune.layers.nf4_linear import Nf4Linear
 from tests.checkpoint.conftest import FolderOf, Rewrite
 from tests.checkpoint.nf4_folders import quantized
 from tests.families import build
+from tests.processes import BENEATH, run_program
 from tests.tiny_models import (
     FAMILIES,
     changed,
@@ -242,19 +240,20 @@ import json, sys
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(json.dumps(type(model.model.layers[0].mlp.experts).__name__))
 """
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == "Nf4Experts"
+    ended = run_program(code, str(folder), imports=BENEATH)
+    assert ended.status == 0, ended.err[-4000:]
+    assert json.loads(ended.out) == "Nf4Experts"
 
 
 def test_without_the_import_transformers_says_what_the_folders_readme_names(folder: Path) -> None:
     code = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
-    usual = os.environ | {"TRANSFORMERS_VERBOSITY": "warning"}  # a command of ours that ran before has set another
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, env=usual)
-    assert done.returncode == 1
+    # A command of ours that ran before has set another verbosity.
+    ended = run_program(code, str(folder), imports=BENEATH, TRANSFORMERS_VERBOSITY="warning")
+    assert ended.status == 1
     readme = " ".join((folder / "README.md").read_text(encoding="utf-8").split())
     for said in (
         "Unknown quantization type, got expertune",
         "RuntimeError: You set `ignore_mismatched_sizes` to `False`, thus raising an error",
     ):
-        assert said in done.stderr
+        assert said in ended.err
         assert said in readme

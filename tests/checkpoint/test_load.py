@@ -1,8 +1,6 @@
 """A checkpoint of any layout loads to the same 4-bit model; a wrong one is refused by the name of its tensor."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from expertune.checkpoint.load import LoadedModel, build_meta_model
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from expertune.experts.module import Nf4Experts
 from tests.checkpoint.conftest import FolderOf, Rewrite, write_shards
-from tests.processes import ROOT
+from tests.processes import run_program
 from tests.tiny_models import FAMILIES, changed, dequantized, frozen_bytes, load_tiny, random_rows, stock_model
 
 Tensors = dict[str, Tensor]
@@ -409,14 +407,9 @@ def large_folder(mixtral: Path, tmp_path: Path) -> Any:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_loading_never_holds_more_than_the_four_bit_model_and_a_few_matrices(mixtral: Path, large_folder: Path) -> None:
     sixteen_bit = sum(path.stat().st_size for path in large_folder.glob("*.safetensors"))
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(mixtral), str(large_folder)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    increase = int(done.stdout)
+    ended = run_program(MEASURE, str(mixtral), str(large_folder))
+    assert ended.status == 0, ended.err[-4000:]
+    increase = int(ended.out)
     expert_weights = 8 * 3 * 4096 * 1024
     rest = sixteen_bit - 2 * expert_weights
     four_bit = expert_weights * (0.5 + 1 / 64 + 4 / 64 / 256)

@@ -3,8 +3,6 @@
 import errno
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from tests.checkpoint.conftest import Rewrite
 from tests.checkpoint.nf4_folders import contents, quantized, weights
-from tests.processes import ROOT, run_copies
+from tests.processes import run_program
 
 Tensors = dict[str, Tensor]
 NORM = "model.layers.1.input_layernorm.weight"
@@ -113,9 +111,8 @@ def killed(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int,
     """Folders whose writers were killed in the midst of a write, by the number of writes that they had made."""
     folder = tmp_path_factory.mktemp("killed")
     outs = {count: folder / f"after-{count}" for count in COUNTS}
-    codes = [f"quantize_until_killed({str(mixtral)!r}, {str(out)!r}, {count})" for count, out in outs.items()]
-    (folder / "output").mkdir()
-    for ended in run_copies(KILL, codes, folder / "output"):
+    for count, out in outs.items():
+        ended = run_program(f"{KILL}\nquantize_until_killed({str(mixtral)!r}, {str(out)!r}, {count})")
         assert ended.status == 9, ended.err[-4000:]
     return outs
 
@@ -375,14 +372,9 @@ def test_quantizing_never_holds_more_than_one_layer_and_one_tensor(mixtral: Path
     for number in range(4):  # every layer is spread over all four shards
         part = {key: tensor.clone() for key, tensor in list(tensors.items())[number::4]}
         save_file(part, source / f"model-{number}.safetensors")
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(mixtral), str(tmp_path / "out"), str(source)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    ended = run_program(MEASURE, str(mixtral), str(tmp_path / "out"), str(source))
+    assert ended.status == 0, ended.err[-4000:]
     layer = 8 * 3 * 1024 * 2048 * (0.5 + 1 / 64)
     # Both layers, or embeddings and head, would be more. Beyond one layer: a matrix, tiles of 4 MiB, and what the
     # allocator keeps back of them.
-    assert layer <= int(done.stdout) <= layer + 48 * 2**20
+    assert layer <= int(ended.out) <= layer + 48 * 2**20

@@ -1,11 +1,10 @@
 import struct
-import subprocess
-import sys
 
 import pytest
 
 from expertune.data import plot_lengths
 from expertune.data.examples import length_summary
+from tests.processes import BENEATH, run_program
 
 
 def test_histogram_is_a_png_and_leaves_nothing_beside_it(tmp_path):
@@ -35,8 +34,7 @@ def test_drawing_does_not_touch_pyplot(tmp_path):
         f"plot_lengths([1, 2, 3], {str(tmp_path / 'lengths.png')!r}, max_length=2)\n"
         "print('matplotlib.pyplot' in sys.modules)\n"
     )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert answer.stdout.strip() == "False"
+    assert run_program(code, imports=BENEATH).out.strip() == "False"
 
 
 @pytest.mark.parametrize(

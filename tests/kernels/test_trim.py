@@ -1,12 +1,12 @@
 """Freed blocks of the C allocator go back to the system."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from expertune.kernels import trim
+from tests.processes import BENEATH, run_program
 
 pytestmark = pytest.mark.skipif(trim._malloc_trim is None, reason="glibc alone has malloc_trim")
 
@@ -70,8 +70,6 @@ print(before)
 
 def test_memory_that_tensors_gave_back_leaves_the_process():
     def run(call):
-        source = FRAGMENT.format(call=call)
-        done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
-        return float(done.stdout)
+        return float(run_program(FRAGMENT.format(call=call), imports=BENEATH).out)
 
     assert run("map_large_blocks()") < run("") - 20

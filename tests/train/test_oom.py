@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from expertune.run.record import RunRecord
 from expertune.train import offload, oom
 from expertune.train.oom import RandomState
 from expertune.train.trainer import ExpertTrainer
+from tests.processes import run_program
 from tests.train.scarce import NO_SEQUENCE, ONE_SEQUENCE, SMALL, Reference, Scarce, adapter_bytes, out_of_memory, run
 
 ADAM = importlib.import_module("torch.optim.adam")
@@ -207,7 +207,7 @@ def test_run_killed_after_a_change_has_printed_it_and_resumes_to_the_identical_a
     values: dict[str, Any], changed_in_step_4: tuple[RunRecord, bytes, Path], tmp_path: Path
 ) -> None:
     _, adapter, _ = changed_in_step_4
-    script = f"""
+    program = f"""
 import os, pytest, signal
 from expertune import finetune
 from expertune.config import parse_config
@@ -223,11 +223,10 @@ if __name__ == "__main__":
     History.on_pre_optimizer_step = die
     finetune(parse_config({values | {"output_dir": str(tmp_path / "killed")}!r}))
 """
-    process = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True)
-    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    ended = run_program(program)
+    assert ended.status == -signal.SIGKILL, ended.err
     assert [change["step"] for change in RunRecord.load(tmp_path / "killed")["train"]["recoveries"]] == [4]
-    printed = process.stderr.decode()
-    assert "step 4 ran out of memory (Tried to allocate 2.00 GiB); from here on micro-batches of at most" in printed
+    assert "step 4 ran out of memory (Tried to allocate 2.00 GiB); from here on micro-batches of at most" in ended.err
     run(values, tmp_path / "killed", resume=True)
     assert adapter_bytes(tmp_path / "killed") == adapter
 
@@ -358,10 +357,8 @@ def test_run_under_a_limit_of_the_system_finishes(values: dict[str, Any], tmp_pa
     # Eight rows of 512 tokens take 130 MB in a step, two take a third of it.
     training = {"per_device_train_batch_size": 8, "max_steps": 2, "learning_rate": 1e-3, "save_steps": 2}
     limited = values | {"training": training, "output_dir": str(tmp_path / "limited")}
-    process = subprocess.run(
-        [sys.executable, "-c", LIMITED, json.dumps(limited), str(70 * 10**6)], capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
+    ended = run_program(LIMITED, json.dumps(limited), str(70 * 10**6))
+    assert ended.status == 0, ended.err
     record = RunRecord.load(tmp_path / "limited")
     changes = record["train"]["recoveries"]
     assert changes

@@ -17,7 +17,7 @@ from expertune.errors import CheckpointError, ConfigError, DataError
 from expertune.run.record import RunRecord
 from expertune.train import checkpoints, promises
 from expertune.train.checkpoints import MANIFEST_NAME, STAGING_NAME, find_resume_point, seal, verify
-from tests.processes import run_copies
+from tests.processes import run_program
 from tests.train.conftest import nine_steps
 
 
@@ -103,14 +103,12 @@ MOMENTS = {
 @pytest.fixture(scope="module")
 def killed_runs(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Run files of runs by the command line, each killed at its moment."""
-    folder, codes, files = tmp_path_factory.mktemp("killed"), [], {}
+    folder, files = tmp_path_factory.mktemp("killed"), {}
     for number, (moment, (patch, _)) in enumerate(MOMENTS.items()):
         files[moment] = folder / f"run-{number}.yaml"
         values = nine_steps(small_mixtral, rows_file, folder / f"run-{number}")
         files[moment].write_text(yaml.safe_dump(values), encoding="utf-8")
-        codes.append(f"{COMMAND}\n{patch}\nsys.argv = ['expertune', 'train', {str(files[moment])!r}]\nmain()")
-    (folder / "output").mkdir()
-    for ended in run_copies(COMMAND, codes, folder / "output"):
+        ended = run_program(f"{COMMAND}\n{patch}\nmain()", "train", str(files[moment]))
         assert ended.status == -signal.SIGKILL, ended.err[-4000:]
     return files
 

@@ -15,7 +15,7 @@ from expertune import finetune
 from expertune.config import parse_config
 from expertune.run.record import RunRecord
 from expertune.train.callbacks import History
-from tests.processes import run_copies
+from tests.processes import run_program
 from tests.train.conftest import nine_steps
 
 SETTINGS = {"wandb": {}, "trackio": {"run_name": "named"}}
@@ -84,11 +84,11 @@ def tracked(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.TempP
     places = {f"WANDB_{name}_DIR": str(folder / "wandb-home") for name in ("CONFIG", "CACHE", "DATA")}
     environment = {"WANDB_MODE": "offline", "WANDB_PROJECT": "viggo-finetune", "WANDB_INIT_TIMEOUT": "900"} | places
     environment["TRACKIO_DIR"] = str(folder / "trackio" / "files")
-    (folder / "output").mkdir()
-    for ended in run_copies("import expertune.api", codes, folder / "output", **environment):
+    for code in codes:
+        ended = run_program(code, **environment)
         assert ended.status == 0, ended.err[-4000:]
-    ended = {name: Tracked(folder / name, RunRecord.load(folder / name / "run")) for name in SETTINGS}
-    return ended | {"sweep": Tracked(folder / "sweep", RunRecord.load(folder / "sweep" / "third"))}
+    runs = {name: Tracked(folder / name, RunRecord.load(folder / name / "run")) for name in SETTINGS}
+    return runs | {"sweep": Tracked(folder / "sweep", RunRecord.load(folder / "sweep" / "third"))}
 
 
 def logged_means(record: RunRecord) -> list[float]:

@@ -8,6 +8,7 @@ ended.
 
 import copy
 import ctypes
+import gc
 import io
 import json
 import shutil
@@ -71,5 +72,7 @@ def walk(task: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    gc.collect()
+    gc.freeze()
     given = json.load(sys.stdin)
     (Path(given["folder"]) / "results.json").write_text(json.dumps(walk(given)))
