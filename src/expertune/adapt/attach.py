@@ -1,6 +1,5 @@
 """Attach LoRA as the run file describes it: resolve names, build the PeftModel, start from an adapter if asked."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import PreTrainedModel
 
 from expertune.adapt.base_model import require_every_layer, require_same_base
-from expertune.adapt.factors import PREFIX, PerExpert, leaves
+from expertune.adapt.factors import PerExpert, leaves
 from expertune.adapt.file_layout import stock_layout
 from expertune.adapt.files import SETTINGS, AdapterFile, Origin, read_adapter, read_adapter_base
 from expertune.adapt.internals import is_refused
@@ -17,11 +16,13 @@ from expertune.adapt.layout_trial import StockLayout
 from expertune.adapt.live import live_ranks, load_adapter_tensors, without_adapters
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.reachability import reachable_modules
+from expertune.adapt.stock.config import exact_names
+from expertune.adapt.stock.targets import StockTargets
 from expertune.adapt.validation import require_ranks_in_file
 from expertune.checkpoint.linears import is_linear
 from expertune.checkpoint.load import LoadedModel, build_meta_model
 from expertune.checkpoint.names import NameMap, read_names
-from expertune.checkpoint.targets import ResolvedTargets, resolve_targets
+from expertune.checkpoint.targets import Rank, ResolvedTargets, resolve_targets
 from expertune.config import LoraSection
 from expertune.errors import CheckpointError, ConfigError
 from expertune.experts.lora import ExpertLoraConfig
@@ -76,7 +77,7 @@ def attach(
             wanted, targets = targets, _held_targets(targets, loaded.names, set(plain.modules))
             if not lora.init_from_other_base and read_adapter_base(lora.init_from) is None:
                 require_every_layer(lora.init_from, wanted, targets)
-            require_ranks_in_file(lora.init_from, targets, loaded.names, plain.tensors, PREFIX)
+            require_ranks_in_file(lora.init_from, targets, loaded.names, plain.tensors)
             _require_same_targets(loaded, asked, lora, targets, reached)
     config = _live_config(targets, lora)
     settings = {key: getattr(lora, key) for key in SETTINGS}
@@ -186,8 +187,7 @@ def _held_targets(targets: ResolvedTargets, names: NameMap, held: set[str]) -> R
     """
 
     def is_held(module: str, projection: str) -> bool:
-        experts = range(names.specs[module].num_experts)
-        return any(names.expert_on_disk(module, expert, projection) in held for expert in experts)
+        return not held.isdisjoint(names.experts_on_disk(module, projection))
 
     experts = {
         module: {projection: rank for projection, rank in ranks.items() if is_held(module, projection)}
@@ -220,20 +220,16 @@ def _require_same_targets(
 
 
 def _live_config(targets: ResolvedTargets, lora: LoraSection) -> ExpertLoraConfig:
-    matched = [*targets.linears, *targets.experts]
-    # The router's own weight is a parameter that PEFT wraps; it is found by name as well.
-    ranks = targets.linears | {f"{name}.weight": rank for name, rank in targets.router.items()}
+    found = exact_names(StockTargets(**vars(targets)), Rank(lora.r, lora.alpha))
+    found["target_modules"] = found["target_modules"] or DUMMY_TARGET_MODULES
     config = ExpertLoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=matched or DUMMY_TARGET_MODULES,
-        target_parameters=[f"{name}.weight" for name in targets.router] or None,
-        rank_pattern={re.escape(name): rank.rank for name, rank in ranks.items() if rank.rank != lora.r},
-        alpha_pattern={re.escape(name): rank.alpha for name, rank in ranks.items() if rank.alpha != lora.alpha},
         use_rslora=lora.rslora,
         bias="none",
+        **found,
     )
     config.expert_ranks = live_ranks(targets)
     return config

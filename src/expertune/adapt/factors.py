@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from expertune.checkpoint.targets import Rank
 from expertune.errors import CheckpointError
 from expertune.experts import layout
 from expertune.experts.contract import ExpertsSpec
+
+_T = TypeVar("_T")
 
 PREFIX = "base_model.model."
 _FACTORS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
@@ -75,7 +77,7 @@ def read_factors(
     rest = dict.fromkeys(plain.modules)
     for module, spec in names.specs.items():
         for projection in spec.projections:
-            each = [names.expert_on_disk(module, expert, projection) for expert in range(spec.num_experts)]
+            each = names.experts_on_disk(module, projection)
             missing = [name for name in each if name not in rest]
             if len(missing) == len(each):
                 continue
@@ -166,13 +168,10 @@ class PerExpert:
         found: dict[str, Rank] = {}
         for module in self._names.specs:
             for projection in self._names.projection_names:
-                name = self._names.expert_on_disk(module, 0, projection)
-                if name in held:
-                    found[expert_pattern(self._names, module, projection)] = self._rank(name)
-                held -= {
-                    self._names.expert_on_disk(module, expert, projection)
-                    for expert in range(self._names.specs[module].num_experts)
-                }
+                experts = self._names.experts_on_disk(module, projection)
+                if experts[0] in held:
+                    found[expert_pattern(self._names, module, projection)] = self._rank(experts[0])
+                held.difference_update(experts)
         found |= {re.escape(name): self._rank(name) for name in self.modules if name in held}
         return settings(Rank(r, alpha), False, found)
 
@@ -193,8 +192,7 @@ class PerExpert:
         for projection, (part_a, part_b) in zip(projections, separate(stack, parts), strict=True):
             if not (part_a.any() or part_b.any()):
                 continue  # it has no adapter: an A that is one is never zero
-            for expert in range(spec.num_experts):
-                name = self._names.expert_on_disk(module, expert, projection)
+            for expert, name in enumerate(self._names.experts_on_disk(module, projection)):
                 self.tensors[f"{PREFIX}{name}.lora_A.weight"] = part_a[expert]
                 self.tensors[f"{PREFIX}{name}.lora_B.weight"] = part_b[expert]
                 self._fused_scales[name] = scale
@@ -239,6 +237,26 @@ def settings(default: Rank, rslora: bool, ranks: Mapping[str, Rank]) -> dict[str
     }
 
 
+def by_pattern(
+    names: NameMap, modules: Mapping[str, _T], experts: Mapping[str, Mapping[str, _T]]
+) -> dict[str, tuple[str, _T]]:
+    """What there is for each module, and for each projection of experts, by a pattern of the names on disk.
+
+    Args:
+        names: the base model's name map.
+        modules: by live name of a linear or a router.
+        experts: by experts module and projection.
+
+    Returns:
+        A pattern -> one of the names that it fits, and what there is for them.
+    """
+    found = {re.escape(names.on_disk(live)): (names.on_disk(live), each) for live, each in modules.items()}
+    for module, projections in experts.items():
+        for projection, each in projections.items():
+            found[expert_pattern(names, module, projection)] = (names.expert_on_disk(module, 0, projection), each)
+    return found
+
+
 def expert_pattern(names: NameMap, module: str, projection: str) -> str:
     """A pattern of the names on disk that one projection of all experts of a module has."""
     return rf"{re.escape(names.on_disk(module))}\.\d+\.{names.projection_names[projection]}"
@@ -254,16 +272,14 @@ def split_key(key: str) -> tuple[str, str]:
 
 def scale_in_file(config: Mapping[str, Any], name: str, rank: int) -> float:
     """What PEFT multiplies an update by: alpha / r, or alpha / sqrt(r) with rsLoRA; the first fitting pattern wins."""
-    alpha = first_match(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+    alpha = first_match(config.get("alpha_pattern") or {}, [name], config["lora_alpha"])
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
-def first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that fits a name as PEFT fits them (`get_pattern_key`)."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+def first_match(patterns: Mapping[str, Any], names: Sequence[str], default: Any) -> Any:
+    """The value of the first pattern that fits one of a module's names, as PEFT fits them (`get_pattern_key`)."""
+    fitting = (value for name in names for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(fitting, default)
 
 
 def fuse(spec: ExpertsSpec, weight: str, pairs: Sequence[tuple[Tensor, Tensor]], rank: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 PEFT on transformers 5 stacks per-expert factors for the model types that it knows
 (`peft.utils.transformers_weight_conversion`), and drops them in silence for the others. So candidates are tried with
-PEFT's own functions (see `stock_trial`), in this order:
+PEFT's own functions (see `layout_trial`), in this order:
 
 1. Per-expert names, and the projections among `target_modules`: what every release of PEFT and other engines read.
 2. Per-expert names, and stacks and weights that PEFT does not find by themselves among `target_parameters`.
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from expertune.adapt.factors import expert_pattern, first_match, leaves
+from expertune.adapt.factors import by_pattern, first_match, leaves
 from expertune.adapt.layout_trial import NotReadError, StockLayout, Twin, adapted_stacks
 from expertune.checkpoint.load import build_twin
 from expertune.checkpoint.names import NameMap
@@ -63,14 +63,8 @@ def _key(
 ) -> tuple[Any, ...]:
     """Everything that a trial's outcome follows from: the twin's class and config, the targets, and their names."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in _WITHOUT_EFFECT}
-    modules = [(name, names.on_disk(name), rank) for name, rank in (targets.linears | targets.router).items()]
-    experts = [
-        (names.expert_on_disk(module, 0, projection), module, projection, rank)
-        for module, ranks in targets.experts.items()
-        for projection, rank in ranks.items()
-    ]
-    described = (repr(config), tuple(modules), tuple(targets.router), tuple(experts))
-    return type(model), *described, r, tuple(rank_pattern.items())
+    on_disk = by_pattern(names, targets.linears | targets.router, targets.experts)
+    return type(model), repr(config), repr(targets), tuple(on_disk), r, tuple(rank_pattern.items())
 
 
 def _first_read(model: PreTrainedModel, names: NameMap, targets: ResolvedTargets, usual: StockLayout) -> StockLayout:
@@ -95,17 +89,13 @@ def _usual(names: NameMap, targets: ResolvedTargets, r: int, rank_pattern: Mappi
     """Per-expert names, and targets by the last part of names on disk: what PEFT wrote when experts were linears."""
     found = StockLayout(r, expert_ranks=_expert_ranks(targets))
     found.ranks = {name: rank.rank for name, rank in (*targets.linears.items(), *targets.router.items())}
-    on_disk = {re.escape(names.on_disk(name)): (names.on_disk(name), rank) for name, rank in found.ranks.items()}
-    for module, ranks in found.expert_ranks.items():
-        for projection, rank in ranks.items():
-            name = names.expert_on_disk(module, 0, projection)
-            on_disk[expert_pattern(names, module, projection)] = (name, rank)
+    on_disk = by_pattern(names, found.ranks, found.expert_ranks)
     stacks = {f"{module}.{weight}": sum(held) for module, weight, _, held in adapted_stacks(names, found.expert_ranks)}
     # PEFT gives gate and up together twice `r`, whatever the experts' patterns are.
     is_default = all(rank == r for ranks in found.expert_ranks.values() for rank in ranks.values())
     first = {} if is_default else stacks
     known = {**first, **rank_pattern}
-    changed = {pattern: rank for pattern, (name, rank) in on_disk.items() if first_match(known, name, r) != rank}
+    changed = {pattern: rank for pattern, (name, rank) in on_disk.items() if first_match(known, [name], r) != rank}
     found.rank_pattern = {**first, **changed, **rank_pattern}
     found.target_modules = leaves(name for name, _ in on_disk.values())
     return found
@@ -127,10 +117,10 @@ def _explicit(twin: Twin, names: NameMap, targets: ResolvedTargets, r: int) -> S
     _target_stacks(found, twin, stacks)
     found.alpha_pattern = _patterns({name: alpha for name, alpha in alphas.items() if alpha != r}, stacks)
     experts = [
-        names.expert_on_disk(module, expert, projection)
+        name
         for module, ranks in found.expert_ranks.items()
         for projection in ranks
-        for expert in range(names.specs[module].num_experts)
+        for name in names.experts_on_disk(module, projection)
     ]
     if found.target_modules:
         # Of no use to PEFT on transformers 5, which would warn of them if they were all; where experts are linears,

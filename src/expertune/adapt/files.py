@@ -78,9 +78,8 @@ def write_adapter(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = {} if base is None else {_BASE_KEY: json.dumps(base.to_json(), sort_keys=True, separators=(",", ":"))}
-    if settings is not None:
-        metadata[_SETTINGS_KEY] = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    notes = {_BASE_KEY: base.to_json() if base else None, _SETTINGS_KEY: settings}
+    metadata = {key: json.dumps(note, sort_keys=True, separators=(",", ":")) for key, note in notes.items() if note}
     write_tensors(folder / WEIGHTS_NAME, tensors, metadata)
     write_json(folder / CONFIG_NAME, config)
 
@@ -91,11 +90,7 @@ def read_adapter_base(folder: str | Path) -> Fingerprint | None:
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    metadata = read_metadata(Path(folder) / WEIGHTS_NAME)
-    try:
-        return Fingerprint.from_json(json.loads(metadata.get(_BASE_KEY, "null")))
-    except (ValueError, RecursionError):
-        return None
+    return Fingerprint.from_json(_read_note(folder, _BASE_KEY))
 
 
 def stock_config(origin: Origin, stock: StockLayout) -> dict[str, Any]:
@@ -187,15 +182,20 @@ def read_adapter_settings(folder: str | Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: the file is damaged.
     """
-    try:
-        values = json.loads(read_metadata(Path(folder) / WEIGHTS_NAME).get(_SETTINGS_KEY, "null"))
-    except (ValueError, RecursionError):
-        return None
+    values = _read_note(folder, _SETTINGS_KEY)
     if not isinstance(values, dict) or values.keys() != set(SETTINGS):
         return None
     named = {"lora_alpha": values["alpha"], "use_rslora": values["rslora"]}
     require_valid_config(Path(folder) / WEIGHTS_NAME, values | named)
     return values
+
+
+def _read_note(folder: str | Path, key: str) -> Any:
+    """What the metadata of the weights' file has under a key; None where it has nothing that is JSON."""
+    try:
+        return json.loads(read_metadata(Path(folder) / WEIGHTS_NAME).get(key, "null"))
+    except (ValueError, RecursionError):
+        return None
 
 
 def read_adapter_tensors(folder: str | Path) -> dict[str, Tensor]:

@@ -201,9 +201,11 @@ class _Conversion:
     def name(self, found: StockLayout, names: NameMap, targets: ResolvedTargets) -> StockLayout:
         """The layout with the names of its tensors; raises `NotReadError` where one does not arrive."""
         modules = _one_of_each(targets.experts)
+        # A [E, 2, 3] and B [E, 4, 2] of a few experts.
+        counts = {module: min(names.specs[module].num_experts, _TRIED_EXPERTS) for module in modules}
         pairs = {
-            module: {projection: self._pair(names, module, projection) for projection in targets.experts[module]}
-            for module in modules
+            module: {each: (self._toy(count, 2, 3), self._toy(count, 4, 2)) for each in targets.experts[module]}
+            for module, count in counts.items()
         }
         given: dict[str, Tensor] = {}
         due: dict[str, Tensor] = {}
@@ -231,8 +233,9 @@ class _Conversion:
                     given |= _entries(choice, a, b)
                 else:
                     for projection in projections:
-                        for expert, (part_a, part_b) in enumerate(zip(*pairs[module][projection], strict=True)):
-                            given |= _entries(names.expert_on_disk(module, expert, projection), part_a, part_b)
+                        experts = names.experts_on_disk(module, projection)
+                        for name, part_a, part_b in zip(experts, *pairs[module][projection], strict=False):
+                            given |= _entries(name, part_a, part_b)
         is_usual = not (found.stacks or found.target_parameters)
         for name in _one_of_each((*targets.linears, *targets.router)):
             a, b = self._toy(2, 3), self._toy(4, 2)
@@ -267,11 +270,6 @@ class _Conversion:
             return convert_peft_adapter_state_dict_for_transformers(self.model, self.config, dict(given))
         except (ValueError, TypeError, RuntimeError, KeyError) as error:
             raise NotReadError(f"PEFT cannot convert its names: {first_line(error)}") from None
-
-    def _pair(self, names: NameMap, module: str, projection: str) -> tuple[Tensor, Tensor]:
-        """A [E, 2, 3] and B [E, 4, 2] of a few experts."""
-        experts = min(names.specs[module].num_experts, _TRIED_EXPERTS)
-        return self._toy(experts, 2, 3), self._toy(experts, 4, 2)
 
     def _toy(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self._random)

@@ -100,12 +100,16 @@ class LivePair(NamedTuple):
     """The factors of one module of a live adapter, one expert of a stack by itself.
 
     Attributes:
-        name: the module's name on disk.
+        module: the live name of the module.
+        projection: of an experts module; None for a linear or a router.
+        name: the name on disk of the linear, the router or the one expert.
         a: [r, in], a view into the live parameter.
         b: [out, r], the same.
         scale: what the live model multiplies by.
     """
 
+    module: str
+    projection: str | None
     name: str
     a: Tensor
     b: Tensor
@@ -123,12 +127,12 @@ def live_pairs(model: nn.Module, names: NameMap, adapter: str = "default") -> It
     for name, module in adapted_layers(model, adapter).items():
         a, b = module.lora_A[adapter], module.lora_B[adapter]
         if not isinstance(module, ExpertsLora):
-            yield LivePair(names.on_disk(name), a.weight, b.weight, module.scaling[adapter])
+            yield LivePair(name, None, names.on_disk(name), a.weight, b.weight, module.scaling[adapter])
             continue
         for projection in a:
             scale = module.scale(adapter, projection)
-            for expert, (expert_a, expert_b) in enumerate(zip(a[projection], b[projection], strict=True)):
-                yield LivePair(names.expert_on_disk(name, expert, projection), expert_a, expert_b, scale)
+            for each in zip(names.experts_on_disk(name, projection), a[projection], b[projection], strict=True):
+                yield LivePair(name, projection, *each, scale)
 
 
 def live_targets(model: nn.Module, adapter: str = "default") -> ResolvedTargets:
@@ -156,20 +160,14 @@ def tensors_in_file(model: nn.Module, names: NameMap, adapter: str, stock: Stock
     """
     found: list[Outgoing] = []
     for name, module in adapted_layers(model, adapter).items():
-        if isinstance(module, ExpertsLora) and name in stock.stacks:
-            for weight, stem in stock.stacks[name].items():
-                found += _stack_in_file(module, adapter, weight, stem, stock.expert_ranks[name], stock.r)
-        elif isinstance(module, ExpertsLora):
-            for projection, rank in stock.expert_ranks[name].items():
-                factor = module.scale(adapter, projection) * rank / stock.r
-                pairs = zip(module.lora_A[adapter][projection], module.lora_B[adapter][projection], strict=True)
-                for expert, (a, b) in enumerate(pairs):
-                    found += _pair_in_file(names.expert_on_disk(name, expert, projection), a, b, rank, factor)
-        else:
-            stem = name if name in stock.live_named else names.on_disk(name)
-            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-            rank = stock.ranks[name]
-            found += _pair_in_file(stem, a, b, rank, module.scaling[adapter] * rank / stock.r)
+        for weight, stem in stock.stacks.get(name, {}).items():
+            assert isinstance(module, ExpertsLora)
+            found += _stack_in_file(module, adapter, weight, stem, stock.expert_ranks[name], stock.r)
+    for pair in live_pairs(model, names, adapter):
+        if pair.module not in stock.stacks:
+            rank = stock.expert_ranks[pair.module][pair.projection] if pair.projection else stock.ranks[pair.module]
+            stem = pair.module if pair.module in stock.live_named else pair.name
+            found += _pair_in_file(stem, pair.a, pair.b, rank, pair.scale * rank / stock.r)
     return sorted(found, key=lambda outgoing: outgoing.name)
 
 

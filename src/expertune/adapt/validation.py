@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from expertune.adapt.factors import PREFIX
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.reader import short
 from expertune.checkpoint.targets import ResolvedTargets
@@ -63,9 +64,7 @@ def require_valid_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def require_ranks_in_file(
-    where: str, targets: ResolvedTargets, names: NameMap, tensors: Mapping[str, Tensor], prefix: str
-) -> None:
+def require_ranks_in_file(where: str, targets: ResolvedTargets, names: NameMap, tensors: Mapping[str, Tensor]) -> None:
     """Refuse ranks above those of the file's tensors, before memory is taken for them.
 
     Args:
@@ -73,7 +72,6 @@ def require_ranks_in_file(
         targets: what is about to be built.
         names: the base model's name map.
         tensors: the file's tensors under per-expert names on disk.
-        prefix: what stands before a module's name.
 
     Raises:
         CheckpointError: names the module.
@@ -82,7 +80,7 @@ def require_ranks_in_file(
     for module, ranks in targets.experts.items():
         wanted |= {names.expert_on_disk(module, 0, projection): rank.rank for projection, rank in ranks.items()}
     for name, rank in wanted.items():
-        factor = tensors.get(f"{prefix}{name}.lora_A.weight")
+        factor = tensors.get(f"{PREFIX}{name}.lora_A.weight")
         if factor is not None and rank > factor.shape[0]:
             raise CheckpointError(
                 f"{where}: {name} has rank {rank} by the adapter's settings, and {factor.shape[0]} by its tensors"

@@ -91,9 +91,7 @@ def rest_tensors(
     missing = [names.on_disk(name) for name in placed if name not in filled]
     if missing:
         raise CheckpointError(f"{where}: missing tensors: {', '.join(sorted(missing)[:3])}")
-    outgoing += [
-        Outgoing(name, tensor.dtype, tuple(tensor.shape), partial(_itself, tensor)) for name, tensor in placed.items()
-    ]
+    outgoing += [Outgoing(name, tensor.dtype, tuple(tensor.shape), tensor.detach) for name, tensor in placed.items()]
     return outgoing, left_out
 
 
@@ -107,8 +105,4 @@ def _take(loader: Loader, piece: Piece, entries: dict[str, TensorEntry]) -> Tens
     assert tensor is not None
     empty = torch.empty_like(tensor, device="meta")
     slots[leaf] = nn.Parameter(empty, requires_grad=False) if leaf in module._parameters else empty
-    return tensor.detach()
-
-
-def _itself(tensor: Tensor) -> Tensor:
     return tensor.detach()

@@ -9,7 +9,6 @@ memory.
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,80 +31,66 @@ Sources = list[tuple[TensorEntry, Destination]]
 """Tensors on disk that one conversion takes, and where each belongs in it."""
 
 
-@dataclass
-class Part:
-    """A conversion of some tensors, or of one expert's share of them.
+# One tensor that a conversion makes: its live name, the first expert that it is of, and its values.
+Converted = tuple[str, int, Tensor]
 
-    Attributes:
-        name: first live parameter that comes of it.
-        converter: transformers' operations.
-        sources: the tensors.
-        expert: the first expert whose weights come of it.
-        sliced: each tensor is a stack of experts, of which one is taken.
-        shapes: shapes of live stacks of experts, as far as they come of this part: for operations that look at them.
+
+def convert(sources: Sources, names: NameMap, model: PreTrainedModel) -> Iterator[Converted]:
+    """What comes of the tensors of one conversion, made expert by expert where that is the same.
+
+    Raises:
+        CheckpointError: a tensor that others have to be joined with is missing, or shapes do not fit.
     """
-
-    name: str
-    converter: WeightConverter
-    sources: Sources
-    expert: int
-    sliced: bool
-    shapes: dict[str, tuple[int, ...]]
-
-    def convert(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-        """Live names and tensors.
-
-        Raises:
-            CheckpointError: a tensor that others have to be joined with is missing, or shapes do not fit.
-        """
-        self._require_all()
-        converter = copy.deepcopy(self.converter)
-        for entry, destination in self.sources:
-            tensor = entry.read_part(self.expert).unsqueeze(0) if self.sliced else entry.read()
-            assert destination.pattern is not None
-            converter.collected_tensors[destination.pattern].append(tensor)
-        entry = self.sources[0][0]
-        try:
-            converted = converter.convert(self.name, model=_Shapes(model, self.shapes), config=model.config)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise CheckpointError(f"{entry.shard}: tensor {entry.key} cannot be converted: {error}") from None
-        for name, tensor in converted.items():
-            yield name, tensor[0] if isinstance(tensor, list) else tensor
-
-    def _require_all(self) -> None:
-        found = [destination.pattern for _, destination in self.sources]
-        counts = {pattern: found.count(pattern) for pattern in self.converter.source_patterns}
-        entry = self.sources[0][0]
-        if len(set(counts.values())) > 1:
-            fewest = min(counts, key=lambda pattern: counts[pattern])
-            raise CheckpointError(
-                f"{entry.shard}: tensor {entry.key} is only read together with those called {fewest!r}, of which there "
-                f"are {counts[fewest]} instead of {max(counts.values())}"
-            )
-
-
-def parts_of(sources: Sources, names: NameMap) -> Iterator[Part]:
-    """The parts in which the tensors of one conversion are converted: expert by expert where that is the same."""
     sources = sorted(sources, key=lambda source: (source[1].expert or 0, source[0].key))
     first = sources[0][1]
     assert first.converter is not None
-    weight = names.weight_of(first.name)
-    stacks = names.stack_shapes()
+    weight, stacks = names.weight_of(first.name), names.stack_shapes()
     if weight is None or not _is_by_expert(first.converter):
-        yield Part(first.name, first.converter, sources, 0, False, stacks)
+        yield from _convert(sources, 0, False, _Shapes(model, stacks))
         return
-    spec = names.specs[weight[0]]
-    one = {name: (1, *shape[1:]) for name, shape in stacks.items()}
-    sliced = first.expert is None
-    for entry, _ in sources if sliced else []:
-        if entry.shape[0] != spec.num_experts:
+    num_experts = names.specs[weight[0]].num_experts
+    # For operations that look at the shape of what they make.
+    one = _Shapes(model, {name: (1, *shape[1:]) for name, shape in stacks.items()})
+    if first.expert is not None:
+        for expert in sorted({each.expert or 0 for _, each in sources}):
+            yield from _convert([source for source in sources if source[1].expert == expert], expert, False, one)
+        return
+    for entry, _ in sources:
+        if entry.shape[0] != num_experts:
             raise CheckpointError(
-                f"{entry.shard}: tensor {entry.key} has shape {entry.shape}, expected {spec.num_experts} experts first"
+                f"{entry.shard}: tensor {entry.key} has shape {entry.shape}, expected {num_experts} experts first"
             )
-    experts = range(spec.num_experts) if sliced else sorted({each.expert or 0 for _, each in sources})
-    for expert in experts:
-        own = [source for source in sources if sliced or source[1].expert == expert]
-        yield Part(first.name, first.converter, own, expert, sliced, one)
+    for expert in range(num_experts):
+        yield from _convert(sources, expert, True, one)
+
+
+def _convert(sources: Sources, expert: int, sliced: bool, model: "_Shapes") -> Iterator[Converted]:
+    """One run of transformers' operations; `sliced` takes one expert of each tensor, which is a stack of them."""
+    entry, first = sources[0]
+    assert first.converter is not None
+    _require_all(sources, first.converter)
+    converter = copy.deepcopy(first.converter)
+    for each, destination in sources:
+        assert destination.pattern is not None
+        tensor = each.read_part(expert).unsqueeze(0) if sliced else each.read()
+        converter.collected_tensors[destination.pattern].append(tensor)
+    try:
+        converted = converter.convert(first.name, model=model, config=model.config)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{entry.shard}: tensor {entry.key} cannot be converted: {error}") from None
+    for name, tensor in converted.items():
+        yield name, expert, tensor[0] if isinstance(tensor, list) else tensor
+
+
+def _require_all(sources: Sources, converter: WeightConverter) -> None:
+    found = [destination.pattern for _, destination in sources]
+    counts = {pattern: found.count(pattern) for pattern in converter.source_patterns}
+    if len(set(counts.values())) > 1:
+        fewest, entry = min(counts, key=lambda pattern: counts[pattern]), sources[0][0]
+        raise CheckpointError(
+            f"{entry.shard}: tensor {entry.key} is only read together with those called {fewest!r}, of which there "
+            f"are {counts[fewest]} instead of {max(counts.values())}"
+        )
 
 
 def _is_by_expert(converter: WeightConverter) -> bool:

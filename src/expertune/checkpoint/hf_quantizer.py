@@ -111,16 +111,14 @@ class Nf4FolderQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        from expertune.checkpoint.load import prepare_for_adapters
         from expertune.layers.nf4_linear import Nf4Linear
 
         for module in model.modules():
             if isinstance(module, Nf4Linear):
                 # Whatever the file's weights were before, products run in this dtype.
                 module.weight.quant_state.dtype = module.compute_dtype
-        # PEFT reads this flag to adapt `Linear4bit` layers as 4-bit ones.
-        model.is_loaded_in_4bit = True
-        # Adapters are attached and written by these names, whoever attaches them.
-        model.nf4_names = self.names
+        prepare_for_adapters(model, self.names)
         return model
 
     def get_weight_conversions(self) -> list[Any]:

@@ -43,23 +43,10 @@ def decoder_layers(model: nn.Module, specs: Mapping[str, ExpertsSpec]) -> Iterat
 
 
 def quantized_linear(
-    linear: nn.Module,
-    matrix: Tensor,
-    double_quantization: bool,
-    dtype: torch.dtype,
-    device: torch.device,
+    linear: nn.Linear, matrix: Tensor, double_quantization: bool, dtype: torch.dtype, device: torch.device
 ) -> Nf4Linear:
-    """A `Linear4bit` of bitsandbytes with the NF4 bytes of `matrix`, keeping the bias of `linear`."""
-    out_features, in_features = matrix.shape
-    quantized = Nf4Linear(
-        in_features,
-        out_features,
-        bias=False,
-        compute_dtype=dtype,
-        compress_statistics=double_quantization,
-        quant_type="nf4",
-        device="meta",
-    )
+    """A `Linear4bit` of bitsandbytes with the NF4 bytes of `matrix`, in the place of `linear`, whose bias it keeps."""
+    quantized = empty_linear(linear, dtype)
     quantized.weight = bnb.nn.Params4bit(
         matrix,
         requires_grad=False,
@@ -70,10 +57,6 @@ def quantized_linear(
     ).to(device)
     # bitsandbytes dequantizes to the source's dtype in training and to the input's in evaluation; here both are one.
     quantized.weight.quant_state.dtype = dtype
-    quantized.bias = linear.bias
-    # In evaluation on a CPU with AVX512-BF16, bitsandbytes would repack the weight and round its scales to bfloat16
-    # for good: the first evaluation would change the frozen weights under a training run.
-    quantized.support_avx512bf16_for_cpu = False
     return quantized
 
 
@@ -105,6 +88,7 @@ def empty_linear(linear: nn.Linear, dtype: torch.dtype) -> Nf4Linear:
     packed = torch.empty(linear.in_features * linear.out_features // 2, 1, dtype=torch.uint8, device="meta")
     quantized.weight = bnb.nn.Params4bit(packed, requires_grad=False, bnb_quantized=True, module=quantized)
     quantized.bias = linear.bias
-    # See `quantized_linear`.
+    # In evaluation on a CPU with AVX512-BF16, bitsandbytes would repack the weight and round its scales to bfloat16
+    # for good: the first evaluation would change the frozen weights under a training run.
     quantized.support_avx512bf16_for_cpu = False
     return quantized

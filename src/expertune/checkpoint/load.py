@@ -225,13 +225,17 @@ def _finish(model: PreTrainedModel, names: NameMap, device: torch.device | str) 
         del model.config.quantization_config
     model.to(device)
     model.requires_grad_(False)
-    # PEFT reads this flag to adapt `Linear4bit` layers as 4-bit ones.
-    model.is_loaded_in_4bit = True
     # It would write a folder that nothing can read.
     model.save_pretrained = refuse_to_save
-    # Adapters are attached and written by these names, whoever attaches them.
-    model.nf4_names = names
+    prepare_for_adapters(model, names)
     return model.eval()
+
+
+def prepare_for_adapters(model: PreTrainedModel, names: NameMap) -> None:
+    """What PEFT, and whoever attaches and writes adapters, reads from a model with 4-bit experts."""
+    # By this flag PEFT adapts `Linear4bit` layers as 4-bit ones.
+    model.is_loaded_in_4bit = True
+    model.nf4_names = names
 
 
 def refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:

@@ -1,13 +1,13 @@
 """Places a checkpoint's tensors in a model whose experts have been swapped: one matrix at a time, each checked."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from expertune.checkpoint.convert import Sources, parts_of
+from expertune.checkpoint.convert import Sources, convert
 from expertune.checkpoint.formats.interface import Piece
 from expertune.checkpoint.linears import quantized_linear
 from expertune.checkpoint.names import Destination, NameMap
@@ -118,57 +118,41 @@ class Loader:
         return parameters + buffers
 
     def _place_expert(self, entry: TensorEntry, destination: Destination) -> None:
-        experts = self.model.get_submodule(destination.name)
         spec = self.names.specs[destination.name]
-        assert isinstance(experts, Nf4Experts)
         assert destination.projection is not None
         if destination.expert is not None:
-            self._write(experts, entry, destination.name, destination.expert, destination.projection, entry.read)
+            self._write(entry, destination.name, destination.expert, destination.projection, entry.read())
             return
         if len(entry.shape) != 3 or entry.shape[0] != spec.num_experts:
             raise CheckpointError(
                 f"{entry.shard}: tensor {entry.key} has shape {entry.shape}, expected {spec.num_experts} experts first"
             )
-        weight = spec.weight_names[destination.projection == "down"]
-        for expert in range(spec.num_experts):
-            for part, projection in enumerate(layout.fused_projections(spec, weight)):
-
-                def read(expert: int = expert, part: int = part) -> Tensor:
-                    return layout.to_matrices(spec, weight, entry.read_part(expert))[part].contiguous()
-
-                self._write(experts, entry, destination.name, expert, projection, read)
+        slices = (entry.read_part(expert) for expert in range(spec.num_experts))
+        self._place_slices(entry, destination.name, spec.weight_names[destination.projection == "down"], 0, slices)
 
     def _place_converted(self, sources: Sources) -> list[str]:
         """Place what transformers' own operations make of several tensors; names of those it has no place for."""
         first = sources[0][0]
         unexpected: set[str] = set()
-        for part in parts_of(sources, self.names):
-            for name, tensor in part.convert(self.model):
-                weight = self.names.weight_of(name)
-                if weight is not None:
-                    self._place_slices(first, *weight, part.expert, tensor)
-                elif not self._place(first, name, tensor):
-                    unexpected.update(entry.key for entry, _ in sources)
+        for name, expert, tensor in convert(sources, self.names, self.model):
+            weight = self.names.weight_of(name)
+            if weight is not None:
+                self._place_slices(first, *weight, expert, tensor)
+            elif not self._place(first, name, tensor):
+                unexpected.update(entry.key for entry, _ in sources)
         return sorted(unexpected)
 
-    def _place_slices(self, entry: TensorEntry, module: str, weight: str, first: int, live: Tensor) -> None:
+    def _place_slices(self, entry: TensorEntry, module: str, weight: str, first: int, live: Iterable[Tensor]) -> None:
         """Place the slices of a live stack, from expert `first` on."""
-        experts, spec = self.model.get_submodule(module), self.names.specs[module]
-        assert isinstance(experts, Nf4Experts)
+        spec = self.names.specs[module]
         for expert, matrices in enumerate(live, start=first):
             parts = layout.to_matrices(spec, weight, matrices)
             for projection, matrix in zip(layout.fused_projections(spec, weight), parts, strict=True):
-                self._write(experts, entry, module, expert, projection, matrix.contiguous)
+                self._write(entry, module, expert, projection, matrix.contiguous())
 
-    def _write(
-        self,
-        experts: Nf4Experts,
-        entry: TensorEntry,
-        module: str,
-        expert: int,
-        projection: str,
-        read: Callable[[], Tensor],
-    ) -> None:
+    def _write(self, entry: TensorEntry, module: str, expert: int, projection: str, matrix: Tensor) -> None:
+        experts = self.model.get_submodule(module)
+        assert isinstance(experts, Nf4Experts)
         if expert >= experts.num_experts:
             raise CheckpointError(
                 f"{entry.shard}: tensor {entry.key} belongs to expert {expert}, but the model has {experts.num_experts}"
@@ -176,7 +160,7 @@ class Loader:
         self.claim(entry, module, projection, expert)
         _require_floats(entry)
         try:
-            matrix = read().to(self.device)
+            matrix = matrix.to(self.device)
             # Sixteen-bit and float32 sources are quantized as they are; others, by way of float32.
             experts.write(expert, projection, matrix if matrix.dtype in FLOATS.values() else matrix.float())
         except ValueError as error:
@@ -208,9 +192,9 @@ class Loader:
         tensor = tensor if tensor.dtype in FLOATS.values() else tensor.float()
         if not _is_finite(tensor):
             raise CheckpointError(f"{entry.shard}: tensor {entry.key} holds NaN or infinite weights")
-        if module_name in self.recipe.linears and leaf == "weight":
+        if leaf == "weight" and (linear := self.recipe.linears.get(module_name)):
             double_quantization = self.recipe.double_quantization
-            quantized = quantized_linear(module, tensor, double_quantization, self.dtype, self.device)
+            quantized = quantized_linear(linear, tensor, double_quantization, self.dtype, self.device)
             self.model.set_submodule(module_name, quantized)
         else:
             placed = tensor.to(self.device, self.stored_dtype(name, current, entry.dtype))

@@ -154,6 +154,10 @@ class NameMap:
         """The checkpoint's module name of one expert's projection, e.g. `...experts.3.w1`."""
         return f"{self.on_disk(module)}.{expert}.{self.projection_names[projection]}"
 
+    def experts_on_disk(self, module: str, projection: str) -> list[str]:
+        """The same of all experts of a module, in their order."""
+        return [self.expert_on_disk(module, expert, projection) for expert in range(self.specs[module].num_experts)]
+
 
 def read_names(model: nn.Module) -> NameMap:
     """Build the name map of a model that still has its own experts modules (meta device is enough).

@@ -291,13 +291,7 @@ def read_weight_map(folder: Path) -> dict[str, str]:
 
 def _is_file_name(name: str) -> bool:
     """Whether a name is one of a file in the same folder."""
-    return (
-        Path(name).name == name
-        and name not in ("", "..")
-        and "\0" not in name
-        and name.isprintable()
-        and len(name) < 256
-    )
+    return Path(name).name == name != ".." and name.isprintable() and 0 < len(name) < 256
 
 
 def _loose_shards(folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """The shards of a source, opened when first needed and dropped when no tensor of them is needed any more."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -78,7 +79,7 @@ class HubShards:
         cached: Callable[[str], Path | None] | None = None,
     ) -> None:
         self.repository, self.revision, self.folder = repository, revision, folder
-        self._download = download or _hf_hub_download
+        self._download = download
         self._cached = cached or self._in_cache
         self._open: dict[str, Path] = {}
         self.weight_map = read_weight_map(files)
@@ -105,35 +106,27 @@ class HubShards:
 
     def close(self) -> None:
         """Delete the folder of downloads."""
-        import shutil
-
         self._open.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _fetch(self, shard: str) -> Path:
-        try:
-            return Path(self._download(self.repository, shard, revision=self.revision, local_dir=self.folder))
-        except Exception as error:
-            from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-            if isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | ConnectionError):
-                raise CheckpointError(
-                    f"{self.repository}: the hub did not give {shard} ({first_line(error)}); the same command "
-                    "resumes from here"
-                ) from None
-            raise
+        download = self._download or hf_hub_download
+        try:
+            return Path(download(self.repository, shard, revision=self.revision, local_dir=self.folder))
+        except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
+            raise CheckpointError(
+                f"{self.repository}: the hub did not give {shard} ({first_line(error)}); the same command resumes from "
+                "here"
+            ) from None
 
     def _in_cache(self, shard: str) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
 
         found = try_to_load_from_cache(self.repository, shard, revision=self.revision)
         return Path(found) if isinstance(found, str) else None
-
-
-def _hf_hub_download(repository: str, shard: str, revision: str | None, local_dir: Path) -> str:
-    from huggingface_hub import hf_hub_download
-
-    return hf_hub_download(repository, shard, revision=revision, local_dir=local_dir)
 
 
 class OpenShards:

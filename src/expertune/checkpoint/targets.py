@@ -131,10 +131,7 @@ class _Candidates:
         for name in routers:
             into.router[name] = ranks.of([self.routers[name]])
         for module, projection in experts:
-            each = (
-                names.expert_on_disk(module, expert, projection) for expert in range(names.specs[module].num_experts)
-            )
-            into.experts.setdefault(module, {})[projection] = ranks.of(each)
+            into.experts.setdefault(module, {})[projection] = ranks.of(names.experts_on_disk(module, projection))
         return bool(linears or routers or experts)
 
     def known(self) -> list[str]:
@@ -156,7 +153,7 @@ class _Ranks:
         self._default = Rank(lora.r, lora.alpha)
         self._rank = _compile("rank_pattern", lora.rank_pattern)
         self._alpha = _compile("alpha_pattern", lora.alpha_pattern)
-        self._unused = {("rank_pattern", key) for key in self._rank} | {("alpha_pattern", key) for key in self._alpha}
+        self._unused = self._rank.keys() | self._alpha.keys()
 
     def of(self, on_disk: Iterable[str]) -> Rank:
         """The one rank that all these modules share."""
@@ -174,18 +171,16 @@ class _Ranks:
         return next(iter(found))
 
     def _lookup(self, name: str) -> Rank:
-        rank, alpha = self._default
-        for key, (pattern, value) in self._rank.items():
+        return Rank(
+            int(self._first(self._rank, name, self._default.rank)), self._first(self._alpha, name, self._default.alpha)
+        )
+
+    def _first(self, patterns: "_Patterns", name: str, default: float) -> float:
+        for key, (pattern, value) in patterns.items():
             if pattern.match(name):
-                self._unused.discard(("rank_pattern", key))
-                rank = int(value)
-                break
-        for key, (pattern, value) in self._alpha.items():
-            if pattern.match(name):
-                self._unused.discard(("alpha_pattern", key))
-                alpha = value
-                break
-        return Rank(rank, alpha)
+                self._unused.discard(key)
+                return value
+        return default
 
     def require_all_used(self, known: list[str]) -> None:
         """A pattern that fits no target is a misspelt one: it must not pass for the default rank."""
@@ -193,11 +188,15 @@ class _Ranks:
             raise ConfigError(f"lora.{section}: {key!r} fits no module among the targets{_nearest(key, known)}")
 
 
-def _compile(section: str, patterns: dict[str, int] | dict[str, float]) -> dict[str, tuple[re.Pattern[str], float]]:
+# Section and key of the run file -> the compiled pattern, and what it gives.
+_Patterns = dict[tuple[str, str], tuple[re.Pattern[str], float]]
+
+
+def _compile(section: str, patterns: dict[str, int] | dict[str, float]) -> _Patterns:
     compiled = {}
     for key, value in patterns.items():
         try:
-            compiled[key] = (re.compile(rf"(.*\.)?({key})$"), value)
+            compiled[section, key] = (re.compile(rf"(.*\.)?({key})$"), value)
         except re.error as error:
             raise ConfigError(f"lora.{section}: {key!r} is not a regular expression: {error}") from None
     return compiled

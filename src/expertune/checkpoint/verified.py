@@ -45,14 +45,12 @@ def require_verified(folder: str | Path, notify: Callable[[str], None] | None = 
     """
     folder = Path(folder).resolve()
     files = read_manifest(folder)["files"]
-    before = _states(folder, files)
-    if _remembered().get(str(folder)) == before:
+    if _remembered().get(str(folder)) == _states(folder, files):
         return
     nbytes = sum(record["bytes"] for record in files.values())
     if notify and nbytes >= _WORTH_A_LINE:
         notify(f"{folder}: verifying {nbytes / 1e9:.1f} GB against its manifest, once on this machine")
-    _require_same(folder, files)
-    _remember(folder, before)
+    verify(folder)
 
 
 def verify(folder: str | Path) -> int:

@@ -1,14 +1,13 @@
 """The live configuration of an adapter that PEFT's own calls put on 4-bit experts, and what is written of it."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 
-from expertune.adapt.factors import expert_pattern, leaves, settings
+from expertune.adapt.factors import by_pattern, leaves, settings
 from expertune.adapt.stock.targets import StockTargets
 from expertune.checkpoint.adapter_folder import CONFIG_NAME
 from expertune.checkpoint.names import NameMap
@@ -76,17 +75,8 @@ class StockLoraConfig(ExpertLoraConfig):
         return leaves(self.names.on_disk(name) for name in self.targets.others)
 
     def _on_disk(self) -> dict[str, tuple[str, Rank]]:
-        """What is adapted: a pattern of its names on disk -> one of these names, and its rank."""
-        found = {
-            re.escape(name): (name, rank)
-            for live, rank in (self.targets.linears | self.targets.others | self.targets.router).items()
-            for name in [self.names.on_disk(live)]
-        }
-        for module, ranks in self.targets.experts.items():
-            for projection, rank in ranks.items():
-                name = self.names.expert_on_disk(module, 0, projection)
-                found[expert_pattern(self.names, module, projection)] = (name, rank)
-        return found
+        modules = self.targets.linears | self.targets.others | self.targets.router
+        return by_pattern(self.names, modules, self.targets.experts)
 
 
 def settings_of(config: LoraConfig) -> dict[str, Any]:
@@ -100,8 +90,8 @@ def settings_of(config: LoraConfig) -> dict[str, Any]:
     }
 
 
-def exact_names(targets: StockTargets, config: LoraConfig) -> dict[str, Any]:
-    """Keys of a LoraConfig by which PEFT finds these targets and no others, at their ranks."""
+def exact_names(targets: StockTargets, default: Rank) -> dict[str, Any]:
+    """Keys of a LoraConfig of this rank and alpha by which PEFT finds these targets and no others, at their own."""
     modules = targets.linears | targets.others
     parameters = {f"{name}.weight": rank for name, rank in targets.router.items()} | targets.parameters
     everything = modules | parameters
@@ -111,13 +101,9 @@ def exact_names(targets: StockTargets, config: LoraConfig) -> dict[str, Any]:
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "rank_pattern": dict(_escaped(everything, 0, config.r)),
-        "alpha_pattern": dict(_escaped(everything, 1, config.lora_alpha)),
+        "rank_pattern": {re.escape(name): own.rank for name, own in everything.items() if own.rank != default.rank},
+        "alpha_pattern": {re.escape(name): own.alpha for name, own in everything.items() if own.alpha != default.alpha},
     }
-
-
-def _escaped(ranks: dict[str, Rank], which: int, default: float) -> Iterator[tuple[str, Any]]:
-    yield from ((re.escape(name), rank[which]) for name, rank in ranks.items() if rank[which] != default)
 
 
 def with_fields(config: LoraConfig, kind: type[LoraConfig], changes: dict[str, Any]) -> LoraConfig:

@@ -24,6 +24,7 @@ from expertune.adapt.stock.targets import (
     require_possible,
 )
 from expertune.checkpoint.names import NameMap
+from expertune.checkpoint.targets import Rank
 from expertune.errors import ConfigError, ExportError
 from expertune.experts.lora import NO_MERGE, ExpertLoraConfig, ExpertsLora
 from expertune.experts.module import Nf4Experts
@@ -111,7 +112,7 @@ def _live_config(model: nn.Module, names: NameMap, config: LoraConfig) -> LoraCo
     if not (targets.experts or targets.router):
         # PEFT's own matter, its own message where nothing fits included.
         return config
-    live = with_fields(config, StockLoraConfig, exact_names(targets, config))
+    live = with_fields(config, StockLoraConfig, exact_names(targets, Rank(config.r, config.lora_alpha)))
     assert isinstance(live, StockLoraConfig)
     live.expert_ranks = live_ranks(targets)
     live.remember(targets, names, config)

@@ -19,7 +19,6 @@ from expertune.adapt.live import adapted_layers, base_of, call_arguments, embedd
 from expertune.adapt.stock.config import StockLoraConfig
 from expertune.adapt.stock.inject import refuse_hotswap
 from expertune.adapt.stock.targets import rank_by_patterns
-from expertune.checkpoint.names import NameMap
 from expertune.errors import CheckpointError
 from expertune.experts.lora import ExpertsLora, Ranks
 
@@ -109,7 +108,7 @@ def _fit(
             same = {key: rank for key, (rank, _) in live.items()} == {k: r for k, (r, _) in held.get(name, {}).items()}
             if live == held.get(name) or (same and not is_untrained):
                 continue
-        elif name in factors.linears or _leaf_on_disk(names, name) not in names.projection_names.values():
+        elif name in factors.linears or names.on_disk(name).rpartition(".")[2] not in names.projection_names.values():
             continue
         if not is_untrained:
             raise CheckpointError(
@@ -125,10 +124,6 @@ def _fit(
             layer.delete_adapter(adapter)
     if isinstance(config, StockLoraConfig):
         config.keep({name for name, layer in base.named_modules() if isinstance(layer, LoraLayer)})
-
-
-def _leaf_on_disk(names: NameMap, name: str) -> str:
-    return names.on_disk(name).rpartition(".")[2]
 
 
 def _is_untrained(layers: Iterable[LoraLayer], adapter: str) -> bool:

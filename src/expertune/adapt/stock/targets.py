@@ -13,9 +13,9 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peft.utils.other import get_pattern_key
 from torch import nn
 
+from expertune.adapt.factors import first_match
 from expertune.adapt.internals import is_excluded, with_all_linear
 from expertune.adapt.reachability import is_weight_used_alone
 from expertune.checkpoint.linears import is_linear
@@ -96,9 +96,10 @@ class _Reading:
         self._names, self._config = names, config
         self._all_linear = is_all_linear(config)
         if self._all_linear:
-            config = with_all_linear(replace_targets(config), model)
+            config = with_all_linear(copy(config), model)
         elif config.target_modules is None:
-            config = replace_targets(config, set())
+            config = copy(config)
+            config.target_modules = set()
         self._matching = config
         listed = set() if isinstance(self._config.target_modules, str) else set(self._config.target_modules or ())
         self._unused = {"target_modules": listed, "target_parameters": set(self._config.target_parameters or ())}
@@ -119,13 +120,26 @@ class _Reading:
         return taken
 
     def projection(self, module: str, projection: str) -> Rank | None:
-        """The rank of one projection of all experts of a module; None where it is no target."""
+        """The rank of one projection of all experts of a module; None where it is no target.
+
+        Of an adapter that comes from a file, the file's tensors have the last word: a pattern there may be of the
+        stacked parameters, whose rank is the sum of gate's and up's.
+
+        Raises:
+            ConfigError: the patterns give the experts different ranks.
+        """
         shared, experts = _names_of(self._names, module, projection)
         # Both are evaluated, so that a second name for the same projection is not reported as unused.
         taken = [self._is_taken(module, projection, shared, experts), self.takes_parameter(shared)]
         if not any(taken):
             return None
-        return rank_of(self._names, self._config, module, projection)
+        ranks = {self.rank([*shared, *keys]) for keys in experts}
+        if len(ranks) > 1:
+            raise ConfigError(
+                f"rank_pattern, alpha_pattern: the experts of {module} share a rank and an alpha, but the patterns "
+                f"give {sorted(ranks)}; write patterns that do not name a single expert"
+            )
+        return ranks.pop()
 
     def _is_taken(self, module: str, projection: str, shared: list[str], experts: list[list[str]]) -> bool:
         def together(key: str, each: list[bool]) -> bool:
@@ -179,47 +193,12 @@ def _names_of(names: NameMap, module: str, projection: str) -> tuple[list[str], 
     ]
 
 
-def rank_of(names: NameMap, config: LoraConfig, module: str, projection: str) -> Rank:
-    """Rank and alpha that a config's patterns give one projection of all experts of a module.
-
-    Of an adapter that comes from a file, the file's tensors have the last word: a pattern there may be of the stacked
-    parameters, whose rank is the sum of gate's and up's.
-
-    Raises:
-        ConfigError: the patterns give the experts different ranks.
-    """
-    shared, experts = _names_of(names, module, projection)
-    ranks = {rank_by_patterns(config, [*shared, *keys]) for keys in experts}
-    if len(ranks) > 1:
-        raise ConfigError(
-            f"rank_pattern, alpha_pattern: the experts of {module} share a rank and an alpha, but the patterns give "
-            f"{sorted(ranks)}; write patterns that do not name a single expert"
-        )
-    return ranks.pop()
-
-
 def rank_by_patterns(config: LoraConfig, keys: list[str]) -> Rank:
     """Rank and alpha that a config gives a module of these names: by its live one, or by its name on disk."""
     return Rank(
-        int(_by_pattern(config.rank_pattern or {}, keys, config.r)),
-        _by_pattern(config.alpha_pattern or {}, keys, config.lora_alpha),
+        int(first_match(config.rank_pattern or {}, keys, config.r)),
+        first_match(config.alpha_pattern or {}, keys, config.lora_alpha),
     )
-
-
-def _by_pattern(patterns: dict[str, Any], keys: list[str], default: Any) -> Any:
-    for key in keys if patterns else ():
-        pattern = get_pattern_key(list(patterns), key)
-        if pattern in patterns:
-            return patterns[pattern]
-    return default
-
-
-def replace_targets(config: LoraConfig, targets: Any = None) -> LoraConfig:
-    """A copy of a config of any kind, with other `target_modules` where they are given."""
-    config = copy(config)
-    if targets is not None:
-        config.target_modules = targets
-    return config
 
 
 def is_all_linear(config: PeftConfig) -> bool:

@@ -328,7 +328,6 @@ def _dequantized_stack(packed: _Packed, weight: _ExpertWeight) -> DequantizedEnt
     codes = replace(packed.entry, shape=(stacked[0], packed.entry.nbytes // stacked[0], 1))
     scales = functools.cache(lambda: packed.scales().view(stacked[0], -1))
 
-    @functools.lru_cache(maxsize=1)  # gate and up are asked for one after the other
     def dequantize(expert: int) -> Tensor:
         state = bnb.functional.QuantState(
             scales()[expert],

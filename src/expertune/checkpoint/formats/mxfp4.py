@@ -5,7 +5,6 @@ MXFP4 (OCP Microscaling Formats 1.0, section 5.2) keeps a stack of matrices [E, 
 plus 127). Blocks are kept, their halves swapped, or dequantized one matrix at a time.
 """
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -92,7 +91,6 @@ def _dequantized_entry(key: str, blocks: TensorEntry, scales: TensorEntry, trans
     """A stack of MXFP4 matrices [E, N, K] that reads as transformers stacks its experts."""
     num_experts, out_features, in_features = blocks.shape[0], blocks.shape[1], blocks.shape[2] * MXFP4_BLOCK_SIZE
 
-    @functools.lru_cache(maxsize=1)  # gate and up are asked for one after the other
     def dequantize(expert: int) -> Tensor:
         matrix = dequantize_mxfp4(blocks.read_part(expert), scales.read_part(expert))
         return matrix.T if transposed else matrix
