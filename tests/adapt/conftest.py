@@ -1,5 +1,6 @@
 """A tiny Mixtral with 4-bit experts, and adapters on it."""
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from tests.tiny_models import load_tiny, random_rows, save_tiny_model
 
 FolderOf = Callable[[str], Path]
 EVERYTHING = ["attention", "experts", "lm_head"]
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+W1 = "base_model.model.model.layers.1.block_sparse_moe.experts.2.w1.lora_A.weight"
 
 
 @pytest.fixture(scope="session")
@@ -81,3 +84,15 @@ def stock_peft(base: nn.Module, folder: Path) -> PeftModel:
 @pytest.fixture
 def ids() -> Tensor:
     return random_rows(3, 16)
+
+
+@pytest.fixture
+def saved(loaded: LoadedModel, tmp_path: Path) -> Path:
+    model = adapt(loaded)
+    train_a_little(model)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    return tmp_path / "adapter"
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / CONFIG).read_text(encoding="utf-8"))

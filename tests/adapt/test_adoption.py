@@ -1,0 +1,242 @@
+"""An adapter that is there already: started from, whoever wrote it; or refused, with what is wrong with it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from expertune.adapt.factors import read_factors
+from expertune.adapt.files import LIVE_NAME, read_adapter, read_adapter_config, read_adapter_settings
+from expertune.adapt.live import live_pairs, load_adapter_tensors
+from expertune.checkpoint.load import LoadedModel
+from expertune.errors import CheckpointError, ConfigError
+from tests.adapt.conftest import CONFIG, EVERYTHING, W1, WEIGHTS, adapt, adopt, config_of, logits_of, train_a_little
+from tests.tiny_models import changed, dequantized, load_tiny
+
+
+def test_saved_adapter_tells_its_runs_own_settings_and_takes_them_back(
+    loaded: LoadedModel, mixtral: Path, tmp_path: Path
+) -> None:
+    own = {"r": 2, "alpha": 6, "rslora": True, "rank_pattern": {"w2": 4}, "alpha_pattern": {"q_proj": 3}}
+    adapt(loaded, **own).save_pretrained(str(tmp_path))
+    assert read_adapter_settings(tmp_path) == own
+    again = adopt(load_tiny(mixtral), tmp_path, **own)
+    before, after = (
+        {pair.name: (pair.scale, pair.a.shape) for pair in live_pairs(model, loaded.names)}
+        for model in (loaded.model, again.get_base_model())
+    )
+    assert before == after
+    with pytest.raises(ConfigError, match=r"lora\.alpha is 2\.0, but the adapter at .* has 6"):
+        adopt(load_tiny(mixtral), tmp_path, alpha=2)
+
+
+def test_file_whose_live_factors_are_another_adapters_is_read_by_itself(
+    loaded: LoadedModel, mixtral: Path, tmp_path: Path, ids: Tensor
+) -> None:
+    model = adapt(loaded, alpha=6)
+    for seed, folder in ((1, tmp_path / "one"), (2, tmp_path / "other")):
+        train_a_little(model, seed)
+        model.save_pretrained(str(folder))
+        model.save_live_factors(folder)
+    (tmp_path / "one" / LIVE_NAME).replace(tmp_path / "other" / LIVE_NAME)
+    again = adopt(load_tiny(mixtral), tmp_path / "other")
+    torch.testing.assert_close(logits_of(again, ids), logits_of(model, ids), rtol=0, atol=1e-5)
+
+
+def test_narrow_factors_come_back_to_the_bit_whatever_the_scale(
+    loaded: LoadedModel, mixtral: Path, tmp_path: Path, ids: Tensor
+) -> None:
+    model = adapt(loaded, alpha=6, dtype="bfloat16")
+    train_a_little(model)
+    model.save_pretrained(str(tmp_path))
+    again = adopt(load_tiny(mixtral), tmp_path, dtype="bfloat16")
+    assert torch.equal(logits_of(again, ids), logits_of(model, ids))
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [{}, {"use_rslora": True}, {"alpha_pattern": {"w2": 3}, "rank_pattern": {}}],
+    ids=["plain", "rslora", "own"],
+)
+def test_file_of_an_earlier_release_with_live_scales_is_adopted_to_the_bit(
+    scale: dict[str, Any], loaded: LoadedModel, mixtral: Path, tmp_path: Path, ids: Tensor
+) -> None:
+    lora = {"r": 2, "alpha": 3, "rslora": "use_rslora" in scale, "alpha_pattern": scale.get("alpha_pattern", {})}
+    model = adapt(loaded, **lora)
+    train_a_little(model)
+    model.save_pretrained(str(tmp_path))
+    held = {
+        f"base_model.model.{pair.name}.lora_{factor}.weight": tensor.detach().clone()
+        for pair in live_pairs(loaded.model, loaded.names)
+        for factor, tensor in (("A", pair.a), ("B", pair.b))
+    }
+    save_file(held, tmp_path / WEIGHTS)
+    break_config(r=2, lora_alpha=3, **scale)(tmp_path)
+    again = adopt(load_tiny(mixtral), tmp_path, **lora)
+    assert torch.equal(logits_of(again, ids), logits_of(model, ids))
+
+
+def test_adopted_adapter_goes_on_training(loaded: LoadedModel, saved: Path, mixtral: Path, ids: Tensor) -> None:
+    model = adopt(load_tiny(mixtral), saved, dropout=0.1).train()
+    model(ids, labels=ids).loss.backward()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(trainable) == 2 * (2 * 4 + 2 * 3 + 1)
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in trainable)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "v_proj", "lm_head"]])
+def test_adapter_that_stock_peft_saved_is_adopted(
+    targets: list[str], mixtral: Path, loaded: LoadedModel, tmp_path: Path, ids: Tensor
+) -> None:
+    """With the head among the targets PEFT also writes a copy of the frozen head, which is no part of the adapter."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+    stock = get_peft_model(dequantized(loaded, mixtral), config)
+    train_a_little(stock)
+    stock.save_pretrained(tmp_path)
+    model = adopt(loaded, tmp_path)
+    torch.testing.assert_close(logits_of(model, ids), logits_of(stock, ids), rtol=0, atol=1e-5)
+
+
+FUSED: dict[str, dict[str, Any]] = {
+    "gate and up share an A": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    "down alone": {"target_parameters": ["experts.down_proj"]},
+    "with attention, a pattern and rslora": {
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        "target_modules": ["q_proj"],
+        "rank_pattern": {"experts.down_proj": 2},
+        "alpha_pattern": {"experts.gate_up_proj": 5},
+        "use_rslora": True,
+    },
+    "converted by PEFT from per-expert targets": {"target_modules": ["w1", "w2", "w3"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
+@pytest.mark.parametrize("case", FUSED)
+def test_adapter_that_stock_peft_saved_in_its_fused_layout_is_adopted(
+    case: str, mixtral: Path, loaded: LoadedModel, tmp_path: Path, ids: Tensor
+) -> None:
+    config = LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": [], "task_type": "CAUSAL_LM"} | FUSED[case]))
+    stock = get_peft_model(dequantized(loaded, mixtral), config)
+    train_a_little(stock)
+    stock.save_pretrained(tmp_path)
+    model = adopt(loaded, tmp_path)
+    with model.disable_adapter():
+        assert (logits_of(model, ids) - logits_of(stock, ids)).abs().max() > 0.1
+    torch.testing.assert_close(logits_of(model, ids), logits_of(stock, ids), rtol=0, atol=1e-5)
+
+
+def test_read_factors_stacks_the_experts_and_finds_the_linears(loaded: LoadedModel, saved: Path) -> None:
+    file = read_adapter(saved)
+    found = read_factors(file.config, file.tensors, loaded.names, str(saved))
+    assert {name: list(pairs) for name, pairs in found.experts.items()} == {
+        f"model.layers.{layer}.mlp.experts": ["gate", "up", "down"] for layer in range(2)
+    }
+    a, b, _ = found.experts["model.layers.1.mlp.experts"]["gate"]
+    assert (a.shape, b.shape) == ((4, 4, 64), (4, 128, 4))
+    assert torch.equal(a[2], file.tensors[W1])
+    attention = {f"model.layers.{layer}.self_attn.{leaf}_proj" for layer in range(2) for leaf in "qkvo"}
+    assert set(found.linears) == attention | {"lm_head"}
+
+
+CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
+    "r": ({"r": 8}, r"lora\.r is 8, but the adapter at .* has 4; remove the key"),
+    "alpha": ({"alpha": 16}, r"lora\.alpha is 16\.0, but the adapter at .* has 8"),
+    "rslora": ({"rslora": True}, r"lora\.rslora is True, but the adapter at .* has False"),
+    "a rank pattern": ({"rank_pattern": {"w1": 2}}, r"lora\.rank_pattern is .* has \{\}"),
+    "fewer targets": ({"targets": ["attention"]}, r"lora\.targets is \['attention'\], but the adapter at"),
+    "more targets": ({"targets": [*EVERYTHING, "router"]}, r"lora\.targets is .*'router'"),
+}
+
+
+@pytest.mark.parametrize("key", CONFLICTS)
+def test_run_file_that_contradicts_the_adapter_is_refused(key: str, saved: Path, mixtral: Path) -> None:
+    lora, message = CONFLICTS[key]
+    with pytest.raises(ConfigError, match=message):
+        adopt(load_tiny(mixtral), saved, **lora)
+
+
+def test_run_file_that_repeats_the_adapters_values_is_taken(saved: Path, mixtral: Path) -> None:
+    adopt(load_tiny(mixtral), saved, r=4, alpha=8, rslora=False, targets=EVERYTHING)
+
+
+def break_weights(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return apply
+
+
+def break_config(**changes: Any) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        (folder / CONFIG).write_text(json.dumps(config_of(folder) | changes), encoding="utf-8")
+
+    return apply
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no config": (lambda folder: (folder / CONFIG).unlink(), r"no adapter_config\.json here"),
+    "config that is no JSON": (lambda folder: (folder / CONFIG).write_text("{"), "damaged: not valid JSON"),
+    "config that is a list": (lambda folder: (folder / CONFIG).write_text("[]"), "expected a mapping, got list"),
+    "another kind of adapter": (break_config(peft_type="IA3"), "peft_type is 'IA3'"),
+    "DoRA": (break_config(use_dora=True), "use_dora is set"),
+    "whole modules saved": (break_config(modules_to_save=["lm_head"]), "modules_to_save is set"),
+    "trained biases": (break_config(bias="lora_only"), "bias is 'lora_only'"),
+    "targets as an expression": (break_config(target_modules=".*w1"), "target_modules must be a list"),
+    "no rank": (break_config(r=None), "r must be a number"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), r"no adapter_model\.safetensors here"),
+    "a pickle": (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), "pickled adapters"),
+    "truncated weights": (
+        lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1]),
+        r"adapter_model\.safetensors: damaged",
+    ),
+    "empty weights": (lambda folder: (folder / WEIGHTS).write_bytes(b""), r"adapter_model\.safetensors: damaged"),
+    "a missing tensor": (break_weights(lambda tensors: tensors.pop(W1)), f"1 missing adapter tensors, .* {W1}"),
+    "an unknown tensor": (
+        break_weights(lambda tensors: tensors.update({W1.replace("experts.2", "experts.9"): tensors[W1].clone()})),
+        "1 unknown adapter tensors, the first is .*experts.9.w1",
+    ),
+    "another shape": (
+        break_weights(lambda tensors: tensors.update({W1: torch.zeros(5, 64)})),
+        rf"{W1} has shape \(5, 64\), expected \(4, 64\)",
+    ),
+    "NaN": (
+        break_weights(lambda tensors: tensors.update({W1: torch.full((4, 64), torch.nan)})),
+        f"{W1} holds NaN or infinite values",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_adapter_is_refused(damage: str, saved: Path, mixtral: Path) -> None:
+    apply, message = DAMAGE[damage]
+    apply(saved)
+    with pytest.raises(CheckpointError, match=message):
+        adopt(load_tiny(mixtral), saved)
+
+
+def test_refused_tensors_leave_the_live_adapter_to_the_byte(loaded: LoadedModel, saved: Path) -> None:
+    live = loaded.model
+    before = {name: tensor.clone() for name, tensor in live.state_dict().items()}
+    file = read_adapter(saved)
+    tensors = {key: tensor + 1 for key, tensor in file.tensors.items()}
+    file.tensors = tensors | {max(tensors): torch.full_like(tensors[max(tensors)], torch.inf)}
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        load_adapter_tensors(live, loaded.names, "default", file.per_expert(loaded.names))
+    assert changed(before, dict(live.state_dict())) == []
+
+
+def test_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is it an adapter folder"):
+        read_adapter_config(tmp_path / "nowhere")
