@@ -3,7 +3,7 @@
 import gc
 import os
 
-# What a machine or a CI service may have set, and what would change words, colours, widths, files or memory: read when
+# What a machine or a CI service may have set, and what would change words, colors, widths, files or memory: read when
 # libraries are imported, and handed on to the processes that tests start.
 _NOT_OURS = {
     *("FORCE_COLOR", "NO_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"),

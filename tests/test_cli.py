@@ -241,7 +241,7 @@ def toy_run(tmp_path):
 def test_data_shows_what_a_run_would_train_on_and_starts_nothing(run, toy_run, tmp_path):
     code, out, err = run("data", "run.yaml", "--examples", "1")
     assert (code, err) == (0, "")
-    assert "layout    prompt-completion, recognised by the columns" in out
+    assert "layout    prompt-completion, recognized by the columns" in out
     assert "template  question-answer, chosen for this layout" in out
     assert "1 of 2 examples have an empty prompt" in out
     assert out.endswith("  | <s>Question: What is the capital of Malta?\n  | Answer:\u27e6 Valletta.</s>\u27e7\n")

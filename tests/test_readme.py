@@ -174,7 +174,7 @@ def test_every_page_can_be_reached_from_the_index() -> None:
     assert unreached == []
 
 
-def test_licence_is_whole() -> None:
-    licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
-    assert "Apache License" in licence
-    assert "END OF TERMS AND CONDITIONS" in licence
+def test_license_is_whole() -> None:
+    license = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in license
+    assert "END OF TERMS AND CONDITIONS" in license

@@ -51,7 +51,7 @@ def _unwrap(text: str) -> list[str]:
     return [" ".join(part.split()) for part in parts if part.strip()]
 
 
-def _detokenise_wikitext(line: str) -> str:
+def _detokenize_wikitext(line: str) -> str:
     line = re.sub(r" @(.)@ ", r"\1", line)
     line = re.sub(r" ([.,;:!?%)\]'’])", r"\1", line)
     line = re.sub(r"([(\[$]) ", r"\1", line)
@@ -85,7 +85,7 @@ def load_corpus(root: Path) -> Corpus:
         documents += _grouped(_SENTENCE_END.split(re.sub(r"([a-z][.])([A-Z])", r"\1 \2", article)), 3000, " ")
     for part in ("valid", "test"):
         lines = read_text(root / "text" / f"wikitext2-{part}.txt.gz").split("\n")
-        kept = [_detokenise_wikitext(line) for line in lines if line.strip() and not line.startswith(" =")]
+        kept = [_detokenize_wikitext(line) for line in lines if line.strip() and not line.startswith(" =")]
         # A sentence with an unknown-word marker would teach the marker, so it is dropped.
         sentences = [s for line in kept for s in _SENTENCE_END.split(line) if "<unk>" not in s]
         documents += _grouped(sentences, 2000, " ")
@@ -113,7 +113,7 @@ def load_corpus(root: Path) -> Corpus:
 
 
 def _grouped(parts: list[str], size: int, joiner: str = "\n") -> list[str]:
-    """Join neighbouring paragraphs into documents of about ``size`` characters."""
+    """Join neighboring paragraphs into documents of about ``size`` characters."""
     grouped: list[str] = []
     current: list[str] = []
     for part in parts:

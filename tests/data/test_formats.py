@@ -36,7 +36,7 @@ def test_unknown_columns_are_an_error_that_names_them_and_the_ways_out():
         layout("auto", ["mr", "ref"])
 
 
-def test_renamed_columns_are_recognised_and_the_old_names_stay():
+def test_renamed_columns_are_recognized_and_the_old_names_stay():
     example = rename({"mr": "inform()", "ref": "A game."}, {"prompt": "ref", "completion": "mr"})
     assert layout("auto", example).name == "prompt-completion"
     assert example == {"mr": "inform()", "ref": "A game.", "prompt": "A game.", "completion": "inform()"}

@@ -1,4 +1,4 @@
-"""What a run is about to train on, as it is shown: true to the labels, at any width, with and without colour."""
+"""What a run is about to train on, as it is shown: true to the labels, at any width, with and without color."""
 
 import io
 import json
@@ -52,10 +52,10 @@ def test_every_line_fits_the_terminal_and_the_marks_survive(show, width):
 def test_marks_and_text_are_the_same_with_colour_and_without(show):
     example = {"prompt": "What is the capital of Malta?", "completion": "Valletta."}
     _, plain = show(example)
-    _, coloured = show(example, terminal=True)
+    _, colored = show(example, terminal=True)
     assert "  | <s>Question: What is the capital of Malta?\n  | Answer:⟦ Valletta.</s>⟧\n" in plain
-    assert "⟦ Valletta.</s>⟧" in coloured
-    assert "\x1b[1;32m" in coloured
+    assert "⟦ Valletta.</s>⟧" in colored
+    assert "\x1b[1;32m" in colored
 
 
 def test_parts_are_those_of_the_labels(show, tiny_tokenizer):

@@ -1,4 +1,4 @@
-"""Experts are recognised by transformers' contract; what cannot be packed is refused by the module's name."""
+"""Experts are recognized by transformers' contract; what cannot be packed is refused by the module's name."""
 
 import pytest
 import torch

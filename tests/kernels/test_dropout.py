@@ -44,7 +44,7 @@ def test_share_that_is_dropped_is_the_probability(probability: float) -> None:
     assert float(out.max()) == pytest.approx(1 / (1 - probability), rel=1e-5)
 
 
-def test_masks_of_neighbouring_seeds_rows_and_columns_do_not_follow_each_other() -> None:
+def test_masks_of_neighboring_seeds_rows_and_columns_do_not_follow_each_other() -> None:
     x = torch.ones(400, 400)
     one, other = (dropout(x, torch.arange(400), seed, 0.5) != 0 for seed in (7, 8))
     for shifted in (other, one.roll(1, 0), one.roll(1, 1)):

@@ -57,7 +57,7 @@ def make_case(
     vocabulary: int = 157,
     width: int = 33,
     ranks: Sequence[int] = (4,),
-    labelled: float = 0.6,
+    labeled: float = 0.6,
     dtype: torch.dtype = torch.float32,
     weight_dtype: torch.dtype | None = None,
     adapter_dtype: torch.dtype = torch.float32,
@@ -69,7 +69,7 @@ def make_case(
     """Logits of a few units, random labels, every factor of a size that matters."""
     weight_dtype = weight_dtype or dtype
     labels = torch.randint(0, vocabulary, (rows,))
-    labels[torch.rand(rows) >= labelled] = -100
+    labels[torch.rand(rows) >= labeled] = -100
     updates = [
         HeadUpdate(
             (torch.randn(rank, width) / width**0.5).to(adapter_dtype).requires_grad_(),
@@ -114,9 +114,9 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SHAPES: dict[str, dict[str, Any]] = {
     "some labels": {},
-    "all labels": {"labelled": 1.0},
-    "no label": {"labelled": 0.0},
-    "one row": {"rows": 1, "labelled": 1.0},
+    "all labels": {"labeled": 1.0},
+    "no label": {"labeled": 0.0},
+    "one row": {"rows": 1, "labeled": 1.0},
     "no rows": {"rows": 0},
     "one word": {"vocabulary": 1},
     "odd sizes": {"rows": 7, "vocabulary": 101, "width": 13},
@@ -173,7 +173,7 @@ def test_any_sizes_give_the_plain_loss(data: st.DataObject) -> None:
         vocabulary=data.draw(st.integers(1, 40)),
         width=data.draw(st.integers(1, 9)),
         ranks=data.draw(st.lists(st.integers(1, 5), max_size=2)),
-        labelled=data.draw(st.floats(0, 1)),
+        labeled=data.draw(st.floats(0, 1)),
         own_x=data.draw(st.booleans()),
         bias=data.draw(st.booleans()),
         scale=data.draw(st.sampled_from([1.0, 0.25])),
@@ -183,7 +183,7 @@ def test_any_sizes_give_the_plain_loss(data: st.DataObject) -> None:
 
 
 def test_rows_without_a_label_cost_nothing_and_get_zero_gradients() -> None:
-    case = make_case(rows=40, labelled=0.0)
+    case = make_case(rows=40, labeled=0.0)
     case.labels[7] = 3
     garbage = case.hidden.detach().clone()
     garbage[torch.arange(40) != 7] = torch.inf
@@ -200,7 +200,7 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 def test_loss_that_is_not_finite_stays_so() -> None:
-    case = make_case(labelled=1.0)
+    case = make_case(labeled=1.0)
     case.hidden.data[3, 3] = torch.nan
     assert linear_cross_entropy(**case.arguments).isnan()
 
@@ -253,7 +253,7 @@ def run_inside(case: Case) -> int:
 
 def test_temporaries_do_not_grow_with_rows_times_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(chunked.LOGITS_BYTES, "cpu", 2**20)
-    few, many = (run_inside(make_case(rows, 4096, 16, labelled=1.0)) for rows in (128, 2048))
+    few, many = (run_inside(make_case(rows, 4096, 16, labeled=1.0)) for rows in (128, 2048))
     assert few == many
     assert many <= 2**20
 
@@ -277,12 +277,12 @@ def test_logits_of_one_chunk_are_gone_when_those_of_the_next_are_made(
 
     monkeypatch.setattr(chunked, "_logits", watched)
     with torch.set_grad_enabled(gradients):
-        linear_cross_entropy(**make_case(labelled=1.0).arguments)
+        linear_cross_entropy(**make_case(labeled=1.0).arguments)
     assert num_chunks == 5
 
 
 def test_half_precision_weight_is_never_held_whole_in_float32() -> None:
-    case = make_case(64, 50_000, 256, labelled=1.0, dtype=torch.bfloat16)
+    case = make_case(64, 50_000, 256, labeled=1.0, dtype=torch.bfloat16)
     # Beside a tile of the weight, logits of the 64 tokens where the machine multiplies bfloat16 as it is.
     logits_bytes = 64 * 50_000 * 4
     assert run_inside(case) <= max(chunked.TILE_BYTES["cpu"], 1.01 * logits_bytes) < case.weight.numel() * 4

@@ -39,7 +39,7 @@ def zero_block_among_others() -> Tensor:
 
 
 def codebook_midpoints() -> Tensor:
-    """Every midpoint of two neighbouring codebook values, in blocks whose absmax is a power of two."""
+    """Every midpoint of two neighboring codebook values, in blocks whose absmax is a power of two."""
     row = torch.zeros(BLOCK_SIZE)
     row[:15] = (CODEBOOK[:-1] + CODEBOOK[1:]) / 2
     row[-1] = 1.0
@@ -170,7 +170,7 @@ def test_plain_quantizer_differs_by_one_step_at_most_and_only_at_ties(name: str,
     plain_packed, plain_absmax, plain_nested, plain_offset = reference.quantize_matrix(matrix, double_quantization)
     steps = nibbles(packed) - nibbles(plain_packed)
     assert steps.abs().max() <= 1
-    # Where the code differs, the weight lies on a midpoint to the last bit: both neighbours are equally near.
+    # Where the code differs, the weight lies on a midpoint to the last bit: both neighbors are equally near.
     blocks = matrix.float().reshape(-1, BLOCK_SIZE)
     scaled = blocks / blocks.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
     distances = (scaled[..., None] - CODEBOOK).abs().sort(dim=-1).values

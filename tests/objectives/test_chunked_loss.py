@@ -1,4 +1,4 @@
-"""The loss without the logits against the model's own: value, gradients, normalisation, and when it steps back."""
+"""The loss without the logits against the model's own: value, gradients, normalization, and when it steps back."""
 
 import warnings
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""An allocator's error is recognised, whichever allocator reports it."""
+"""An allocator's error is recognized, whichever allocator reports it."""
 
 import errno
 
@@ -22,11 +22,11 @@ from expertune.placement.out_of_memory import is_out_of_memory
         (ValueError("out of memory"), False),
     ],
 )
-def test_is_out_of_memory_recognises_an_allocators_error(error: Exception, is_one: bool) -> None:
+def test_is_out_of_memory_recognizes_an_allocators_error(error: Exception, is_one: bool) -> None:
     assert is_out_of_memory(error) is is_one
 
 
-def test_is_out_of_memory_recognises_the_message_of_this_torchs_cpu_allocator() -> None:
+def test_is_out_of_memory_recognizes_the_message_of_this_torchs_cpu_allocator() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(raised.value)

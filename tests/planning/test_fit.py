@@ -361,7 +361,7 @@ def test_layers_that_carry_a_state_from_row_to_row_keep_micro_batches_apart(run_
     assert (chosen.merged == 1) == apart
 
 
-def test_a_model_that_cannot_normalise_by_the_step_keeps_micro_batches_apart(run_of, tmp_path, monkeypatch):
+def test_a_model_that_cannot_normalize_by_the_step_keeps_micro_batches_apart(run_of, tmp_path, monkeypatch):
     tiny_config().save_pretrained(tmp_path)
     monkeypatch.setattr(MixtralForCausalLM, "accepts_loss_kwargs", False, raising=False)
     assert "not over the step's" in micro_batch(run_of(tmp_path, training=ACCUMULATING)).reason

@@ -82,7 +82,7 @@ def test_picture_names_the_checkpoint_that_the_adapter_is(record: dict[str, Any]
     assert list(line.get_xdata()) == [20, 20]
 
 
-def test_run_without_a_task_is_drawn_and_summarised_too(record: dict[str, Any], tmp_path: Path) -> None:
+def test_run_without_a_task_is_drawn_and_summarized_too(record: dict[str, Any], tmp_path: Path) -> None:
     del record["task"]
     write_png(summary_figure(record), tmp_path / "summary.png")
     render_summary(record, "runs/x")

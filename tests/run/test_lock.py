@@ -51,7 +51,7 @@ def test_second_run_is_refused_by_host_and_process_of_the_first(
 
 
 @pytest.mark.parametrize("holder", ["alone", "fork"], indirect=True)
-def test_lock_of_a_killed_process_is_recognised_as_stale(
+def test_lock_of_a_killed_process_is_recognized_as_stale(
     holder: tuple[subprocess.Popen[str], str], tmp_path: Path
 ) -> None:
     process, line = holder

@@ -100,7 +100,7 @@ class DataConfig(Section):
         train: path, glob or hub name of the training examples, with an optional `[a:b]` slice of each file, e.g.
             `rows.jsonl[0:800]`; or a list of these.
         eval: the same for evaluation examples; None means no evaluation.
-        format: layout of an example; `auto` recognises it from the first example's columns.
+        format: layout of an example; `auto` recognizes it from the first example's columns.
         columns: renames before the layout is read: our column name -> the file's, e.g. `{prompt: ref, completion: mr}`.
         template: name of a template that ships with Expertune, path of a Jinja file, `chat` for the tokenizer's own
             chat template, or None for the layout's default.
@@ -175,7 +175,7 @@ class LoraSection(Section):
             `experts`, `router`, `lm_head`.
         rank_pattern: projection name (or a regular expression over module names) -> rank.
         alpha_pattern: the same for alpha.
-        rslora: rank-stabilised scale (Kalajdzievski 2023).
+        rslora: rank-stabilized scale (Kalajdzievski 2023).
         dtype: dtype of the adapter's own weights.
         init_from: folder of an existing PEFT adapter to start from.
         init_from_other_base: take it though it was trained on another base model, and leave layers that it has nothing

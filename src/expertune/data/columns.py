@@ -1,7 +1,7 @@
 """What becomes of a file's columns: which are used, which are left out, and which must not be left out in silence.
 
 A column that is not used is harmless where its text stands in the example anyway (`text` beside `instruction` and
-`output`). Where it holds text of its own and a name that carries meaning, a layout that was only recognised is refused,
+`output`). Where it holds text of its own and a name that carries meaning, a layout that was only recognized is refused,
 and one that the user has named is told with the number of examples.
 """
 
@@ -100,7 +100,7 @@ class ColumnUse:
                 self._thoughts[key] += 1
 
     def require_fit(self, source: str) -> None:
-        """Refuse a layout that was recognised by some columns and is contradicted by others.
+        """Refuse a layout that was recognized by some columns and is contradicted by others.
 
         Args:
             source: how the error calls the source.
@@ -203,7 +203,7 @@ def check_names(columns: Mapping[str, str], template_names: Collection[str]) -> 
 
 
 def refuse_tree(examples: Iterable[Mapping[str, Any]], source: str) -> None:
-    """Refuse examples that a layout of single texts was recognised for and that are messages of a tree.
+    """Refuse examples that a layout of single texts was recognized for and that are messages of a tree.
 
     Args:
         examples: the examples, as the file names their columns.

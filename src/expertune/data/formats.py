@@ -193,7 +193,7 @@ def find_layout(
         turns: those of `columns` that hold lists of turns.
 
     Raises:
-        DataError: `auto` recognises none; names the columns found and the ways out.
+        DataError: `auto` recognizes none; names the columns found and the ways out.
     """
     candidates = [layout for layout in LAYOUTS if data.format in ("auto", layout.name)]
     fitting = [layout for layout in candidates if all(name in columns for name in layout.needed)]

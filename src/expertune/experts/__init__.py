@@ -1,1 +1,1 @@
-"""Experts: recognise them by contract, route rows to them, hold them as NF4, adapt each of them."""
+"""Experts: recognize them by contract, route rows to them, hold them as NF4, adapt each of them."""

@@ -1,4 +1,4 @@
-"""Recognise the experts of any transformers model by their contract, not by their name.
+"""Recognize the experts of any transformers model by their contract, not by their name.
 
 transformers 5 holds the experts of an MoE block behind one decorator, `use_experts_implementation`: the instance then
 carries `has_gate`, `has_bias`, `is_transposed`, `is_concatenated` and `has_post_expert_norm`, a `gate_up_proj` (or

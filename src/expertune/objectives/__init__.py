@@ -1,1 +1,1 @@
-"""What training minimises: each objective says its columns, its indivisible unit, and its loss."""
+"""What training minimizes: each objective says its columns, its indivisible unit, and its loss."""

@@ -127,7 +127,7 @@ def _why_separate(config: RunConfig, model: PreTrainedModel) -> str | None:
         "the router's auxiliary loss (output_router_logits) is not the same over more examples": getattr(
             text_config, "output_router_logits", False
         ),
-        "the model takes its loss over a micro-batch's label tokens, not over the step's": not _normalises(model),
+        "the model takes its loss over a micro-batch's label tokens, not over the step's": not _normalizes(model),
         "the model does not attend to each sequence by itself": not _attends_by_sequence(model),
         "the model's rotary embedding depends on a batch's longest sequence": bool(
             _rope_types(getattr(text_config, "rope_parameters", None)) & _BATCH_WIDE_ROPE
@@ -136,7 +136,7 @@ def _why_separate(config: RunConfig, model: PreTrainedModel) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _normalises(model: PreTrainedModel) -> bool:
+def _normalizes(model: PreTrainedModel) -> bool:
     """Whether the loss is divided by the label tokens of the whole step: what transformers' Trainer asks a model."""
     accepts: bool | None = getattr(model, "accepts_loss_kwargs", None)
     if accepts is not None:

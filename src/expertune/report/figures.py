@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from expertune.evaluation.metrics import shown_figures
 from expertune.storage import write_whole
 
-# A palette that survives greyscale printing and the common colour-vision deficiencies (Okabe and Ito 2008).
+# A palette that survives grayscale printing and the common color-vision deficiencies (Okabe and Ito 2008).
 _TRAIN, _EVAL, _BEFORE, _AFTER = "#56B4E9", "#D55E00", "#999999", "#009E73"
 
 

@@ -1,6 +1,6 @@
 """What a run is about to train on, on the terminal: choices, columns, warnings, and examples with their trained part.
 
-The marks are characters, so that they survive where there is no colour: in a file, in a pipe, on a plain terminal.
+The marks are characters, so that they survive where there is no color: in a file, in a pipe, on a plain terminal.
 """
 
 import unicodedata
@@ -38,7 +38,7 @@ def render_preview(part: str, preview: Mapping[str, Any], max_chars: int = 600) 
 def _facts(part: str, preview: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     chosen, columns = preview["chosen"], preview["columns"]
     reason = "chosen for this layout" if part == "train" else "that of the training examples"
-    yield "layout", preview["format"] + (", recognised by the columns" if chosen["format"] == "default" else "")
+    yield "layout", preview["format"] + (", recognized by the columns" if chosen["format"] == "default" else "")
     yield "template", preview["template"] + (f", {reason}" if chosen["template"] == "default" else "")
     ignored = ", ".join(f"{name} (in {count})" for name, count in columns["ignored"].items()) or "none"
     yield "columns", f"used: {', '.join(columns['used'])}; ignored: {ignored}"

@@ -19,7 +19,7 @@ class ExpertTrainer(Promises, Trainer):
         args: from `expertune.train.arguments.training_arguments`.
         train_dataset: examples with the objective's columns and `example_ids`.
         collator: makes a micro-batch of examples; must pass `example_ids` through.
-        objective: what is minimised.
+        objective: what is minimized.
         promised: what the promises are kept with.
     """
 

@@ -112,7 +112,7 @@ class RoutedTokens(NamedTuple):
 
 
 def sort_by_expert(chunk: Chunk, num_experts: int) -> RoutedTokens:
-    """Sort routed tokens by expert, stably, without a host synchronisation."""
+    """Sort routed tokens by expert, stably, without a host synchronization."""
     _, top_k_index_TK, top_k_weights_TK, first = chunk
     flat_R = top_k_index_TK.reshape(-1)
     sorted_R, order_R = torch.sort(flat_R, stable=True)
@@ -127,7 +127,7 @@ def sort_by_expert(chunk: Chunk, num_experts: int) -> RoutedTokens:
 
 
 def expert_of_each(routed: RoutedTokens) -> Tensor:
-    """The expert of each sorted token, int64 [R], without a host synchronisation."""
+    """The expert of each sorted token, int64 [R], without a host synchronization."""
     number_R = torch.arange(routed.token_R.shape[0], device=routed.offsets_E.device)
     return torch.searchsorted(routed.offsets_E, number_R, right=True)
 

@@ -89,12 +89,12 @@ def quantize_matrix(matrix_NK: Tensor, double_quantization: bool = True) -> tupl
     if not double_quantization:
         return packed, absmax, absmax.new_empty(0), absmax.new_empty(0)
     offset = absmax.mean()
-    centred = absmax - offset
-    padded = torch.nn.functional.pad(centred, (0, -len(centred) % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
+    centered = absmax - offset
+    padded = torch.nn.functional.pad(centered, (0, -len(centered) % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
     nested = padded.abs().amax(dim=1)
     scaled = torch.where(nested[:, None] > 0, padded / nested[:, None], torch.zeros_like(padded))
     codes = (scaled[..., None] - dynamic_codebook(matrix_NK.device)).abs().argmin(dim=-1).to(torch.uint8)
-    return packed, codes.reshape(-1)[: len(centred)], nested, offset[None]
+    return packed, codes.reshape(-1)[: len(centered)], nested, offset[None]
 
 
 def dequantize_absmax(weight: Nf4Bytes, index: int) -> Tensor:
