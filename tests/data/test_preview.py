@@ -49,7 +49,7 @@ def test_every_line_fits_the_terminal_and_the_marks_survive(show, width):
     assert "used: messages; ignored: source (in 1)" in text
 
 
-def test_marks_and_text_are_the_same_with_colour_and_without(show):
+def test_marks_and_text_are_the_same_with_color_and_without(show):
     example = {"prompt": "What is the capital of Malta?", "completion": "Valletta."}
     _, plain = show(example)
     _, colored = show(example, terminal=True)

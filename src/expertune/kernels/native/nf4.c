@@ -1,7 +1,7 @@
 /* The NF4 codec: quantize and dequantize blocks of 64 weights. The bytes and values are those of bitsandbytes. */
 #include "common.h"
 
-/* Bounds between neighbouring codes; a value's code is the number of bounds below it, as torch.bucketize counts. */
+/* Bounds between neighboring codes; a value's code is the number of bounds below it, as torch.bucketize counts. */
 INLINE __m256i codes_of(__m256 scaled, const float *bounds)
 {
     __m256i count = _mm256_setzero_si256();
