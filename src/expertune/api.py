@@ -18,10 +18,7 @@ from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.preflight import preflight, probe_logits
 from expertune.config import RunConfig, check_training_arguments
-from expertune.data import (
-    make_collator,
-    make_dataset,
-)
+from expertune.data import make_collator
 from expertune.distributed.processes import require_one_process
 from expertune.evaluation.held_out import HeldOut
 from expertune.evaluation.metrics import shown_figures
@@ -136,7 +133,7 @@ def _finetune(context: RunContext) -> Run:
 
     # Nothing but a lock has been written so far: a mistake in the run file or in an example leaves no directory behind.
     inputs = read_inputs(context)
-    require_room(made.disk, config.training, len(make_dataset(inputs.train, config.data)), output_dir)
+    require_room(made.disk, config.training, len(inputs.dataset), output_dir)
     point = _resume_point(context)
     record.update(
         "model",
@@ -281,7 +278,7 @@ def _train(
     trainer = ExpertTrainer(
         model=model,
         args=context.arguments,
-        train_dataset=make_dataset(inputs.train, config.data),
+        train_dataset=inputs.dataset,
         collator=make_collator(config.data, inputs.tokenizer, keep_example_ids=True),
         objective=SupervisedFineTuning(model, context.arguments, config.loss, context.note),
         promised=Promised(oom=recovery, evaluation=held_out, place_of=lambda index: inputs.train.examples[index].place),

@@ -55,7 +55,7 @@ def test_example_longer_than_a_pack_is_an_error():
 
 
 def test_no_examples_make_no_packs():
-    assert pack_examples([], 10) == []
+    assert list(pack_examples([], 10)) == []
 
 
 @pytest.mark.parametrize("packing", ["padding-free", "padded"])

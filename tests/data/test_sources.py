@@ -10,8 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from expertune.data.sources import read_source
+from expertune.data.sources import find_source
 from expertune.errors import DataError
+
+
+def read_source(spec, stream=False):
+    return find_source(spec).read(stream)
 
 
 def values(spec):
@@ -183,10 +187,10 @@ def test_folder_is_refused(tmp_path):
 
 def test_hub_name_without_a_connection_is_one_clear_error():
     code = (
-        "from expertune.data.sources import read_source\n"
+        "from expertune.data.sources import find_source\n"
         "from expertune.errors import DataError\n"
         "try:\n"
-        "    read_source('databricks/databricks-dolly-15k:train[0:800]')\n"
+        "    find_source('databricks/databricks-dolly-15k:train[0:800]')\n"
         "except DataError as error:\n"
         "    print(error)\n"
     )
@@ -203,8 +207,7 @@ def test_hub_examples_come_through_the_real_client_with_split_and_place(tmp_path
     (folder / "train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n', encoding="utf-8")
     (folder / "test.jsonl").write_text('{"text": "c"}\n', encoding="utf-8")
     code = (
-        "from expertune.data.hub import read_hub\n"
-        "print(list(read_hub('owner/name')), list(read_hub('owner/name:test')))"
+        "from expertune.data.hub import HubRows\nprint(list(HubRows('owner/name')), list(HubRows('owner/name:test')))"
     )
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     answer = subprocess.run(

@@ -1,8 +1,12 @@
 """What the data room hands to the trainer: tokenized examples, and the report that goes into the run record."""
 
+import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 IGNORE_INDEX = -100
 """Label of a token that takes no loss (the `ignore_index` of torch's cross entropy)."""
@@ -34,21 +38,81 @@ class TokenizedExamples:
     """The examples of one source, in the source's order.
 
     Attributes:
-        examples: the examples that passed the data check.
+        examples: the examples that passed the data check: a list, or `expertune.data.token_cache.MappedExamples`.
         report: source, format, template, sha256 of each file, counts and lengths, as plain JSON values.
     """
 
-    examples: list[TokenizedExample]
+    examples: Sequence[TokenizedExample]
     report: dict[str, Any]
 
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each example."""
+        return lengths_of(self.examples)
 
-def length_summary(lengths: Sequence[int]) -> dict[str, int]:
+    @property
+    def uncut_lengths(self) -> Sequence[int]:
+        """Tokens of each example before `max_length` cut it."""
+        kept = getattr(self.examples, "uncut_lengths", None)
+        return [example.uncut_length for example in self.examples] if kept is None else kept
+
+    @property
+    def digest(self) -> str:
+        """Hash of all ids and labels."""
+        if (kept := getattr(self.examples, "digest", None)) is not None:
+            return str(kept)
+        counted = Tally()
+        for example in self.examples:
+            counted.add(example)
+        return counted.digest
+
+
+def lengths_of(examples: Sequence[TokenizedExample]) -> Sequence[int]:
+    """Tokens of each example; no example is built where they lie in a file."""
+    kept = getattr(examples, "lengths", None)
+    return [len(example.input_ids) for example in examples] if kept is None else kept
+
+
+class Tally:
+    """Counts over examples, and a hash of them, taken while they come one by one.
+
+    Attributes:
+        uncut_lengths: tokens of each example before the cut, 4 bytes each.
+    """
+
+    def __init__(self) -> None:
+        self.uncut_lengths = array("i")
+        self._num_tokens = self._num_label_tokens = 0
+        self._sha256 = hashlib.sha256()
+
+    def add(self, example: TokenizedExample) -> None:
+        """Count one example."""
+        self.uncut_lengths.append(example.uncut_length)
+        self._num_tokens += len(example.input_ids)
+        self._num_label_tokens += len(example.labels) - example.labels.count(IGNORE_INDEX)
+        for values in (example.input_ids, example.labels):
+            self._sha256.update(array("q", [len(values), *values]).tobytes())
+
+    @property
+    def digest(self) -> str:
+        """Hash of the ids and labels of all examples, in order."""
+        return self._sha256.hexdigest()
+
+    def report(self, max_length: int) -> dict[str, Any]:
+        """Plain values for the run record; `max_length` is where examples were cut."""
+        lengths = np.asarray(self.uncut_lengths)
+        return {
+            "num_rows": len(lengths),
+            "num_truncated": int((lengths > max_length).sum()),
+            "num_tokens": self._num_tokens,
+            "num_label_tokens": self._num_label_tokens,
+            "length": length_summary(lengths),
+        }
+
+
+def length_summary(lengths: Sequence[int] | np.ndarray) -> dict[str, int]:
     """Minimum, median, 95th percentile and maximum of lengths in tokens (nearest rank, so each is a real example's)."""
-    ordered = sorted(lengths)
+    ordered = np.sort(lengths)
     last = len(ordered) - 1
-    return {
-        "min": ordered[0],
-        "median": ordered[round(0.5 * last)],
-        "p95": ordered[round(0.95 * last)],
-        "max": ordered[last],
-    }
+    ranks = {"min": 0, "median": round(0.5 * last), "p95": round(0.95 * last), "max": last}
+    return {name: int(ordered[rank]) for name, rank in ranks.items()}

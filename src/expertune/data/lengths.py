@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from expertune.storage import write_whole
 
 
-def plot_lengths(lengths: Sequence[int], path: str | Path, max_length: int) -> None:
+def plot_lengths(lengths: Sequence[int] | np.ndarray, path: str | Path, max_length: int) -> None:
     """Write a PNG histogram of example lengths, with a line where examples are cut.
 
     Args:
@@ -20,7 +22,7 @@ def plot_lengths(lengths: Sequence[int], path: str | Path, max_length: int) -> N
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.hist(lengths, bins=20, color="#4c72b0", edgecolor="white")
-    num_cut = sum(length > max_length for length in lengths)
+    num_cut = int((np.asarray(lengths) > max_length).sum())
     label = f"max_length {max_length} ({num_cut} of {len(lengths)} examples cut)"
     axes.axvline(max_length, color="#c44e52", linestyle="--", label=label)
     axes.set_xlabel("Length of input_ids")

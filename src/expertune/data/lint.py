@@ -5,14 +5,17 @@ here. What happens to the examples that failed is one decision in one place: `st
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from expertune.config.yaml_file import shortened
 from expertune.data.examples import IGNORE_INDEX, TokenizedExamples
 from expertune.errors import DataError
 
 NUM_SHOWN = 5
+NUM_KEPT = 20
 
 
 class ExampleError(DataError):
@@ -33,6 +36,25 @@ class Problem:
     def __str__(self) -> str:
         # A message may quote the example, which may hold anything.
         return f"{self.place}: {shortened(self.message, 500)}"
+
+
+@dataclass
+class Problems:
+    """The examples of a source that failed: how many, and the first of them.
+
+    Attributes:
+        num: how many.
+        first: the first `NUM_KEPT`, in order.
+    """
+
+    num: int = 0
+    first: list[Problem] = field(default_factory=list)
+
+    def add(self, place: str, message: str) -> None:
+        """One more."""
+        self.num += 1
+        if self.num <= NUM_KEPT:
+            self.first.append(Problem(place, message))
 
 
 def check_answer(name: str, answer: str) -> None:
@@ -105,22 +127,22 @@ def check_context(tokenized: TokenizedExamples, context: int | None, part: str) 
     Raises:
         DataError: counts the examples that are longer, and names the longest.
     """
-    examples = tokenized.examples
-    longer = [example for example in examples if context is not None and len(example.input_ids) > context]
-    if longer:
-        longest = max(longer, key=lambda example: len(example.input_ids))
-        raise DataError(
-            f"{part}: {len(longer)} of {len(examples)} examples are longer than the model's context of {context} "
-            f"tokens; the longest: {longest.place}, {len(longest.input_ids)} tokens. Set data.max_length: {context} to "
-            "cut them there, or shorten them"
-        )
+    lengths = np.asarray(tokenized.lengths)
+    if context is None or not (num_longer := int((lengths > context).sum())):
+        return
+    longest = tokenized.examples[int(lengths.argmax())]
+    raise DataError(
+        f"{part}: {num_longer} of {len(lengths)} examples are longer than the model's context of {context} tokens; the "
+        f"longest: {longest.place}, {len(longest.input_ids)} tokens. Set data.max_length: {context} to cut them there, "
+        "or shorten them"
+    )
 
 
-def stop_or_skip(problems: Sequence[Problem], num_rows: int, source: str, on_error: str) -> None:
+def stop_or_skip(problems: Problems, num_rows: int, source: str, on_error: str) -> None:
     """Stop at bad examples, or let the good ones pass.
 
     Args:
-        problems: the examples that failed, in order.
+        problems: the examples that failed.
         num_rows: examples of the source, good and bad.
         source: the source as the run file names it.
         on_error: `DataConfig.on_error`.
@@ -128,18 +150,18 @@ def stop_or_skip(problems: Sequence[Problem], num_rows: int, source: str, on_err
     Raises:
         DataError: there are problems and `on_error` is `stop`, or not one example is left.
     """
-    if not problems or (on_error == "skip" and len(problems) < num_rows):
+    if not problems.num or (on_error == "skip" and problems.num < num_rows):
         return
-    first = "\n".join(f"  {problem}" for problem in problems[:NUM_SHOWN])
-    more = f"\n  ... and {len(problems) - NUM_SHOWN} more" if len(problems) > NUM_SHOWN else ""
+    first = "\n".join(f"  {problem}" for problem in problems.first[:NUM_SHOWN])
+    more = f"\n  ... and {problems.num - NUM_SHOWN} more" if problems.num > NUM_SHOWN else ""
     fix = (
         "No example is left to train on."
-        if len(problems) == num_rows
+        if problems.num == num_rows
         else "Fix these examples, or set data.on_error: skip to drop and count them."
     )
-    raise DataError(f"{source}: {len(problems)} of {num_rows} examples cannot be used; first:\n{first}{more}\n{fix}")
+    raise DataError(f"{source}: {problems.num} of {num_rows} examples cannot be used; first:\n{first}{more}\n{fix}")
 
 
-def skip_report(problems: Sequence[Problem]) -> dict[str, Any]:
-    """Dropped examples for the run record: how many, and the first 20 messages."""
-    return {"num_skipped": len(problems), "skipped": [str(problem) for problem in problems[:20]]}
+def skip_report(problems: Problems) -> dict[str, Any]:
+    """Dropped examples for the run record: how many, and the first messages."""
+    return {"num_skipped": problems.num, "skipped": [str(problem) for problem in problems.first]}

@@ -1,13 +1,67 @@
 """The trainer's dataset, and packing: whole examples put together into sequences of at most `max_length` tokens."""
 
+from array import array
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from expertune.config import DataConfig
-from expertune.data.examples import IGNORE_INDEX, TokenizedExample, TokenizedExamples
+from expertune.data.examples import IGNORE_INDEX, TokenizedExample, TokenizedExamples, lengths_of
 from expertune.errors import DataError
 
 
-def make_dataset(tokenized: TokenizedExamples, data: DataConfig) -> list[dict[str, list[int]]]:
+class Dataset(Sequence[dict[str, list[int]]]):
+    """Sequences for transformers' Trainer, each made when it is asked for. An index gives one, a slice a list.
+
+    Args:
+        examples: the examples, in memory or in a file.
+    """
+
+    def __init__(self, examples: Sequence[TokenizedExample]) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._sequence(each) for each in range(*index.indices(len(self)))]
+        return self._sequence(range(len(self))[index])
+
+    def _sequence(self, index: int) -> dict[str, list[int]]:
+        example = self._examples[index]
+        return {"input_ids": example.input_ids, "labels": example.labels, "example_ids": [index]}
+
+
+class PackedDataset(Dataset):
+    """Packs of examples.
+
+    Args:
+        examples: the examples.
+        pack_of: int [num_examples], the pack that each example is in, counted from 0 without a gap.
+    """
+
+    def __init__(self, examples: Sequence[TokenizedExample], pack_of: np.ndarray) -> None:
+        super().__init__(examples)
+        self._members = np.argsort(pack_of, kind="stable").astype(np.int32)
+        self._bounds = np.concatenate([[0], np.bincount(pack_of).cumsum()]).astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def _sequence(self, index: int) -> dict[str, list[int]]:
+        members: list[int] = self._members[self._bounds[index] : self._bounds[index + 1]].tolist()
+        packed: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": [], "example_ids": members}
+        for each in members:
+            example = self._examples[each]
+            packed["input_ids"] += example.input_ids
+            packed["labels"] += [IGNORE_INDEX, *example.labels[1:]]
+            packed["position_ids"] += range(len(example.input_ids))
+        return packed
+
+
+def make_dataset(tokenized: TokenizedExamples, data: DataConfig) -> Dataset:
     """Examples as transformers' Trainer takes them.
 
     Args:
@@ -15,18 +69,15 @@ def make_dataset(tokenized: TokenizedExamples, data: DataConfig) -> list[dict[st
         data: the run's data section; `packing: packed` packs the examples first.
 
     Returns:
-        A list of `{"input_ids", "labels", "example_ids"}`, with `position_ids` where packed. `example_ids` are indices
-        into `tokenized.examples`.
+        A sequence of `{"input_ids", "labels", "example_ids"}`, with `position_ids` where packed. `example_ids` are
+        indices into `tokenized.examples`.
     """
     if data.packing == "packed":
         return pack_examples(tokenized.examples, data.max_length)
-    return [
-        {"input_ids": example.input_ids, "labels": example.labels, "example_ids": [index]}
-        for index, example in enumerate(tokenized.examples)
-    ]
+    return Dataset(tokenized.examples)
 
 
-def pack_examples(examples: Sequence[TokenizedExample], max_length: int) -> list[dict[str, list[int]]]:
+def pack_examples(examples: Sequence[TokenizedExample], max_length: int) -> PackedDataset:
     """Pack examples by first-fit decreasing (Johnson 1973): the longest first, each into the first pack with room.
 
     No example is split, and the result depends on nothing but the examples. Inside a pack, and among packs by their
@@ -37,34 +88,23 @@ def pack_examples(examples: Sequence[TokenizedExample], max_length: int) -> list
         max_length: most tokens of a pack.
 
     Returns:
-        A list of `{"input_ids", "labels", "position_ids", "example_ids"}`; positions restart, and the first label is
-        -100, at each member.
+        A sequence of `{"input_ids", "labels", "position_ids", "example_ids"}`; positions restart, and the first label
+        is -100, at each member.
 
     Raises:
         DataError: an example is longer than `max_length`.
     """
-    by_length = sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids))
-    packs: list[list[int]] = []
-    room = _FirstWithRoom(len(examples), max_length)
+    lengths = np.asarray(lengths_of(examples), dtype=np.int64)
+    by_length = np.argsort(-lengths, kind="stable")
+    if len(lengths) and lengths[longest := int(by_length[0])] > max_length:
+        raise DataError(f"{examples[longest].place}: {lengths[longest]} tokens, more than the {max_length} of a pack")
+    room = _FirstWithRoom(len(lengths), max_length)
+    taken = np.empty(len(lengths), dtype=np.int64)
     for index in by_length:
-        length = len(examples[index].input_ids)
-        if length > max_length:
-            raise DataError(f"{examples[index].place}: {length} tokens, more than the {max_length} of a pack")
-        pack = room.take(length)
-        if pack == len(packs):
-            packs.append([])
-        packs[pack].append(index)
-    return [_concatenate(examples, pack) for pack in sorted(sorted(pack) for pack in packs)]
-
-
-def _concatenate(examples: Sequence[TokenizedExample], members: Sequence[int]) -> dict[str, list[int]]:
-    packed: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": [], "example_ids": list(members)}
-    for index in members:
-        example = examples[index]
-        packed["input_ids"] += example.input_ids
-        packed["labels"] += [IGNORE_INDEX, *example.labels[1:]]
-        packed["position_ids"] += range(len(example.input_ids))
-    return packed
+        taken[index] = room.take(int(lengths[index]))
+    # Numbered by their first members.
+    _, firsts, packs = np.unique(taken, return_index=True, return_inverse=True)
+    return PackedDataset(examples, np.argsort(np.argsort(firsts))[packs])
 
 
 class _FirstWithRoom:
@@ -72,7 +112,7 @@ class _FirstWithRoom:
 
     def __init__(self, num_packs: int, room: int) -> None:
         self._num_leaves = 1 << max(num_packs - 1, 0).bit_length()
-        self._most = [room] * (2 * self._num_leaves)
+        self._most = array("q", [room]) * (2 * self._num_leaves)
 
     def take(self, length: int) -> int:
         """Take `length` tokens of room from the first pack that has them, and return its index."""

@@ -1,19 +1,19 @@
 """The data room's corridor: source -> layout -> template -> tokens -> data check -> examples and report."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from expertune.config import DataConfig
 from expertune.data.column_template import Rendered, Template
 from expertune.data.columns import ColumnUse, check_names, refuse_tree
 from expertune.data.encode import check_tokenizer, encode_example
-from expertune.data.examples import IGNORE_INDEX, TokenizedExample, TokenizedExamples, length_summary
+from expertune.data.examples import Tally, TokenizedExample, TokenizedExamples
 from expertune.data.formats import LAYOUTS, Layout, find_layout, rename
 from expertune.data.lint import (
     ExampleError,
     FlaggedError,
-    Problem,
+    Problems,
     check_answer,
     check_context,
     check_tokens,
@@ -22,7 +22,7 @@ from expertune.data.lint import (
     stop_or_skip,
 )
 from expertune.data.messages import is_conversation
-from expertune.data.sources import Source, read_source
+from expertune.data.sources import SourceExamples, find_source
 from expertune.data.special_tokens import SpecialTokens, part_of, text_of, without_end
 from expertune.data.template import default_template, is_own_file, load_template, own_file_names
 from expertune.data.trial import try_template
@@ -49,11 +49,19 @@ def prepare_examples(data: DataConfig, which: Literal["train", "eval"], tokenize
     spec = data.train if which == "train" else data.eval
     if spec is None:
         raise ConfigError("data.eval names no examples; set it to files, a hub dataset or a slice of one")
-    source = read_source(spec)
+    examples: list[TokenizedExample] = []
+    report = _tokenize(find_source(spec).read(), data, tokenizer, examples.append)
+    return TokenizedExamples(examples, report)
+
+
+def _tokenize(
+    source: SourceExamples, data: DataConfig, tokenizer: Any, keep: Callable[[TokenizedExample], None]
+) -> dict[str, Any]:
+    """Hand on each example as soon as it is made; the report of all."""
     layout, template = _choose(source, data, tokenizer)
     use = ColumnUse(data, layout, template, is_own_file(data.template))
     special_tokens, spelt_out = SpecialTokens(tokenizer, data.parse_special_tokens), Counter[str]()
-    examples, problems, num_flagged, num_open_turns = [], [], 0, 0
+    tally, problems, num_flagged, num_open_turns = Tally(), Problems(), 0, 0
     for raw in source.examples:
         try:
             if raw.values is None:
@@ -61,21 +69,33 @@ def prepare_examples(data: DataConfig, which: Literal["train", "eval"], tokenize
             example = layout.read(rename(raw.values, data.columns))
             rendered = special_tokens.render(template, example)
             use.add(raw.values, example, rendered.text, raw.place)
-            examples.append(_tokenized(rendered, raw.place, data, tokenizer))
+            tokenized = _tokenized(rendered, raw.place, data, tokenizer)
             spelt_out.update(special_tokens.found(rendered.text))
             num_open_turns += rendered.num_open_turns
+            tally.add(tokenized)
+            keep(tokenized)
         except FlaggedError:
             num_flagged += 1
         except ExampleError as error:
-            problems.append(Problem(raw.place, str(error)))
+            problems.add(raw.place, str(error))
     use.require_fit(source.name)
-    stop_or_skip(problems, len(examples) + len(problems), source.name, data.on_error)
-    if not examples:
+    num_kept = len(tally.uncut_lengths)
+    stop_or_skip(problems, num_kept + problems.num, source.name, data.on_error)
+    if not num_kept:
         raise DataError(f"{source.name}: all {num_flagged} examples are flagged not to be trained; nothing is left")
-    report = _report(source, layout, template, data, examples) | use.report() | {"num_flagged": num_flagged}
+    report: dict[str, Any] = {
+        "source": source.name,
+        "sha256": source.sha256,
+        "files": source.num_rows,
+        "format": layout.name,
+        "template": template.name,
+        "train_on": data.train_on,
+        "max_length": data.max_length,
+    }
+    report |= tally.report(data.max_length) | use.report() | {"num_flagged": num_flagged}
     report |= {"special_tokens_as_text": dict(spelt_out), "num_open_turns": num_open_turns}
     report["warnings"] = [*report["warnings"], *_warnings(report)]
-    return TokenizedExamples(examples, report | skip_report(problems))
+    return report | skip_report(problems)
 
 
 def prepare_run(
@@ -146,7 +166,7 @@ def render_prompt(values: Mapping[str, Any] | str, data: DataConfig, tokenizer: 
     if decided:
         layout, template = named[0], load_template(data.template, named[0], tokenizer)
     else:
-        layout, template = _choose(read_source(data.train), data, tokenizer)
+        layout, template = _choose(find_source(data.train).read(), data, tokenizer)
     raw = {layout.main_column: values} if isinstance(values, str) else dict(values)
     for ours, theirs in data.columns.items():
         # A question may be given under our names or the file's, and a template may use either.
@@ -158,24 +178,22 @@ def render_prompt(values: Mapping[str, Any] | str, data: DataConfig, tokenizer: 
     return special_tokens.render_prompt(template, layout.read_question(raw))
 
 
-def _choose(source: Source, data: DataConfig, tokenizer: Any) -> tuple[Layout, Template]:
+def _choose(source: SourceExamples, data: DataConfig, tokenizer: Any) -> tuple[Layout, Template]:
     """The layout by the first example that could be read, and the template by all of them."""
-    examples = [raw.values for raw in source.examples if raw.values is not None]
-    if not examples:
-        first = source.examples[0]
-        raise DataError(
-            f"{source.name}: not one of {len(source.examples)} examples can be read; {first.place}: {first.problem}"
-        )
+    first = next(source.readable, None)
+    if first is None:
+        unread, count = next(iter(source.examples)), sum(source.num_rows.values())
+        raise DataError(f"{source.name}: not one of {count} examples can be read; {unread.place}: {unread.problem}")
     check_names(data.columns, own_file_names(data.template))
-    turns = {name for raw in examples for name, value in raw.items() if is_conversation(value)}
+    turns = {name for raw in source.readable for name, value in raw.items() if is_conversation(value)}
     turns |= {ours for ours, theirs in data.columns.items() if theirs in turns}
-    layout = find_layout(data, [*examples[0], *data.columns], source.name, turns)
+    layout = find_layout(data, [*first, *data.columns], source.name, turns)
     if layout.name == "text" and data.format == "auto" and not data.columns and not is_own_file(data.template):
-        refuse_tree(examples, source.name)
-    renamed = [values | _renamed(values, data) for values in examples]
-    name = data.template or default_template(layout, renamed)
+        refuse_tree(source.readable, source.name)
+    name = data.template or default_template(layout, (raw | _renamed(raw, data) for raw in source.readable))
     if name == "chat" or is_own_file(name):
-        try_template(name, lambda: load_template(name, layout, tokenizer).render(layout.read(renamed[0])))
+        renamed = first | _renamed(first, data)
+        try_template(name, lambda: load_template(name, layout, tokenizer).render(layout.read(renamed)))
     return layout, load_template(name, layout, tokenizer)
 
 
@@ -217,23 +235,3 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
             "special token, so that only the last turn of a conversation teaches where to stop; chatml ends every turn"
         )
     return warnings
-
-
-def _report(
-    source: Source, layout: Layout, template: Template, data: DataConfig, examples: list[TokenizedExample]
-) -> dict[str, Any]:
-    lengths = [raw.uncut_length for raw in examples]
-    return {
-        "source": source.name,
-        "sha256": source.sha256,
-        "files": source.num_rows,
-        "format": layout.name,
-        "template": template.name,
-        "train_on": data.train_on,
-        "max_length": data.max_length,
-        "num_rows": len(examples),
-        "num_truncated": sum(length > data.max_length for length in lengths),
-        "num_tokens": sum(len(raw.input_ids) for raw in examples),
-        "num_label_tokens": sum(label != IGNORE_INDEX for raw in examples for label in raw.labels),
-        "length": length_summary(lengths),
-    }

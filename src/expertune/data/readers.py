@@ -2,6 +2,9 @@
 
 Local files are read without the `datasets` library. Every example keeps its place, so that each later message can name
 it, and an example that cannot be read is a problem of its own where the rest of the file can be.
+
+Examples are read one by one, whatever the file's size; only `.json`, whose end may change what its start means, is held
+as a whole.
 """
 
 import csv
@@ -14,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from expertune.config.yaml_file import shortened
 from expertune.errors import DataError, first_line
@@ -25,6 +28,7 @@ _ALWAYS_UNPACKED = 16 * 2**20
 _DEEPEST = 100
 
 _BOM = b"\xef\xbb\xbf"
+_CHUNK = 2**16
 
 
 @dataclass(frozen=True)
@@ -44,21 +48,67 @@ class SourceExample:
 
 @dataclass(frozen=True)
 class RawFile:
-    """A file's bytes.
+    """A file of examples.
 
     Attributes:
         path: the file, for errors that concern it as a whole.
         label: how its examples call it.
-        content: its bytes, unzipped.
     """
 
     path: Path
     label: str
-    content: bytes
 
     def place(self, number: int) -> str:
         """How messages call an example, counted from 1."""
         return f"{self.label}: row {number}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size on disk."""
+        return self.path.stat().st_size
+
+    @property
+    def is_zipped(self) -> bool:
+        """Whether its content is gzipped."""
+        return self.path.suffix.lower() == ".gz"
+
+    @property
+    def most_bytes(self) -> int:
+        """The most bytes that it may hold, unzipped."""
+        return max(_ALWAYS_UNPACKED, _MOST_UNPACKED * self.num_bytes) if self.is_zipped else self.num_bytes
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """Its content, unzipped; a byte order mark is still in it."""
+        with self.path.open("rb") as file:
+            yield cast(BinaryIO, io.BufferedReader(_Unzipped(self, file))) if self.is_zipped else file
+
+
+class _Unzipped(io.RawIOBase):
+    """The content of a gzip file; reading raises DataError where that is not whole, or is more than a text can be."""
+
+    def __init__(self, file: RawFile, zipped: BinaryIO) -> None:
+        self._file, self._left = file, file.most_bytes
+        self._content = gzip.GzipFile(fileobj=zipped)
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read into a buffer; the number of bytes, 0 at the end."""
+        path = self._file.path
+        try:
+            count = self._content.readinto(buffer)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: not a whole gzip file ({error}); copy it again") from None
+        self._left -= count
+        if self._left < 0:
+            raise DataError(
+                f"{path}: {self._file.num_bytes} bytes unpack to more than {_MOST_UNPACKED} times as many, as no text "
+                "does; if it is one, unpack it (gzip -d) and name the unpacked file"
+            )
+        return count
 
 
 Reader = Callable[[RawFile], Iterator[SourceExample]]
@@ -72,37 +122,37 @@ def reader_of(path: Path) -> Reader | None:
     return None if zipped and kind == ".parquet" else READERS.get(kind)
 
 
-def read_rows(path: Path, label: str, raw: bytes, read: Reader) -> list[SourceExample]:
-    """Every example of a file.
+def read_rows(file: RawFile, read: Reader) -> Iterator[SourceExample]:
+    """The examples of a file, one by one; `check_whole` comes first.
 
     Args:
-        path: the file.
-        label: how messages call its examples.
-        raw: its bytes as they lie on disk.
-        read: `reader_of(path)`.
+        file: the file.
+        read: `reader_of(file.path)`.
 
     Raises:
-        DataError: the file is empty, or cannot be read as a whole.
+        DataError: the file cannot be read as a whole; maybe not before its last example.
     """
-    content = _unzip(path, raw) if path.suffix.lower() == ".gz" else raw
-    if not content.removeprefix(_BOM).strip():
-        raise DataError(f"{path}: the file is empty; is it the right file?")
-    return list(read(RawFile(path, label, content)))
-
-
-def _unzip(path: Path, raw: bytes) -> bytes:
-    most = max(_ALWAYS_UNPACKED, _MOST_UNPACKED * len(raw))
     try:
-        with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
-            content = file.read(most + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: not a whole gzip file ({error}); copy it again") from None
-    if len(content) > most:
-        raise DataError(
-            f"{path}: {len(raw)} bytes unpack to more than {_MOST_UNPACKED} times as many, as no text does; if it is "
-            "one, unpack it (gzip -d) and name the unpacked file"
-        )
-    return content
+        yield from read(file)
+    except OSError as error:
+        raise DataError(f"{file.path}: cannot be read ({error.strerror or error})") from None
+
+
+def check_whole(file: RawFile) -> None:
+    """Refuse an empty file, and a zipped one that is damaged or made to exhaust memory.
+
+    Raises:
+        DataError: names the file and the fix.
+    """
+    try:
+        with file.open() as stream:
+            blank = not stream.read(_CHUNK).removeprefix(_BOM).strip()
+            while (blank or file.is_zipped) and (chunk := stream.read(_CHUNK)):
+                blank = blank and not chunk.strip()
+    except OSError as error:
+        raise DataError(f"{file.path}: cannot be read ({error.strerror or error})") from None
+    if blank:
+        raise DataError(f"{file.path}: the file is empty; is it the right file?")
 
 
 def _read_lines(file: RawFile) -> Iterator[tuple[str, str, str]]:
@@ -112,15 +162,18 @@ def _read_lines(file: RawFile) -> Iterator[tuple[str, str, str]]:
     JSON allows inside a string.
     """
     offset = 0
-    for number, line in enumerate(io.BytesIO(file.content.removeprefix(_BOM)), start=1):
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            yield file.place(number), "", _encoding_problem(error, offset)
-        else:
-            if text.strip():
-                yield file.place(number), text.removesuffix("\n").removesuffix("\r"), ""
-        offset += len(line)
+    with file.open() as stream:
+        for number, line in enumerate(stream, start=1):
+            if number == 1:
+                line = line.removeprefix(_BOM)
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                yield file.place(number), "", _encoding_problem(error, offset)
+            else:
+                if text.strip():
+                    yield file.place(number), text.removesuffix("\n").removesuffix("\r"), ""
+            offset += len(line)
 
 
 def _read_jsonl(file: RawFile) -> Iterator[SourceExample]:
@@ -137,12 +190,16 @@ def _read_jsonl(file: RawFile) -> Iterator[SourceExample]:
 
 
 def _read_json(file: RawFile) -> Iterator[SourceExample]:
-    text = _decode(file)
+    with file.open() as stream:
+        content = stream.read().removeprefix(_BOM)
     try:
-        value = _parse_json(text)
+        value = _parse_json(content.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise _not_utf8(file) from None
     except (ValueError, RecursionError) as error:
         lines = "; one object per line is JSONL: name the file .jsonl" if "Extra data" in str(error) else ""
         raise DataError(f"{file.path}: not valid JSON ({error}){lines}") from None
+    del content
     items = value if isinstance(value, list) else [value]
     for number, item in enumerate(items, start=1):
         yield _object_example(file.place(number), item)
@@ -184,33 +241,37 @@ def _object_example(place: str, value: Any) -> SourceExample:
 
 
 def _read_csv(file: RawFile) -> Iterator[SourceExample]:
-    text = _decode(file)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    number = 0
-    with _fields_of(len(text)):
+    with file.open() as stream:
+        reader = csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
+        number, longest = 0, file.most_bytes
         try:
-            header = next(reader, [])
+            header = _next_fields(reader, longest) or []
             if len(set(header)) != len(header) or "" in header or not header:
                 raise DataError(f"{file.path}: the first line must name each column once, got {shortened(header)}")
-            for number, fields in enumerate(filter(None, reader), start=1):
+            while (fields := _next_fields(reader, longest)) is not None:
+                if not fields:
+                    continue
+                number += 1
                 if len(fields) == len(header):
                     yield SourceExample(file.place(number), dict(zip(header, fields, strict=True)))
                 else:
                     found = f"has {len(fields)} fields where the header names {len(header)}"
                     what = f"{found} (ends on line {reader.line_num}); quote fields that hold commas"
                     yield SourceExample(file.place(number), None, what)
+        except UnicodeDecodeError:
+            raise _not_utf8(file) from None
         except csv.Error as error:
             raise DataError(
                 f"{file.path}: row {number + 1} (line {reader.line_num}): not valid CSV ({error}); check the quotes"
             ) from None
 
 
-@contextmanager
-def _fields_of(length: int) -> Iterator[None]:
-    """Let fields be as long as the file: Python's reader refuses more than 128 KiB, which a document easily is."""
-    before = csv.field_size_limit(min(max(length, csv.field_size_limit()), sys.maxsize, 2**31 - 1))
+def _next_fields(reader: Iterator[list[str]], longest: int) -> list[str] | None:
+    """The next row; None at the end. Python's limit for a field is 128 KiB, which a document easily exceeds."""
+    before = csv.field_size_limit()
+    csv.field_size_limit(min(max(longest, before), sys.maxsize, 2**31 - 1))
     try:
-        yield
+        return next(reader, None)
     finally:
         csv.field_size_limit(before)
 
@@ -221,28 +282,29 @@ def _read_text(file: RawFile) -> Iterator[SourceExample]:
 
 
 def _read_parquet(file: RawFile) -> Iterator[SourceExample]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number, most = 0, max(_ALWAYS_UNPACKED, _MOST_UNPACKED * len(file.content))
+    number, size = 0, file.num_bytes
+    most = max(_ALWAYS_UNPACKED, _MOST_UNPACKED * size)
     try:
-        table = pq.ParquetFile(pa.BufferReader(file.content))
-        names = table.schema_arrow.names
-        if len(set(names)) < len(names):
-            raise DataError(f"{file.path}: the columns {shortened(names)} must each be there once")
-        # A value that repeats takes no space, so that a small file may claim any number of examples.
-        if table.metadata.num_rows > max(_ALWAYS_UNPACKED // 1024, len(file.content)):
-            raise DataError(f"{file.path}: claims {table.metadata.num_rows} examples in {len(file.content)} bytes")
-        for batch in table.iter_batches(batch_size=256):
-            most -= batch.nbytes
-            if most < 0:
-                raise DataError(
-                    f"{file.path}: {len(file.content)} bytes unpack to more than {_MOST_UNPACKED} times as many, as no "
-                    "text does; if it is one, write the examples as JSONL"
-                )
-            for values in batch.to_pylist():
-                number += 1
-                yield SourceExample(file.place(number), values)
+        with file.open() as stream:
+            table = pq.ParquetFile(stream)
+            names = table.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise DataError(f"{file.path}: the columns {shortened(names)} must each be there once")
+            # A value that repeats takes no space, so that a small file may claim any number of examples.
+            if table.metadata.num_rows > max(_ALWAYS_UNPACKED // 1024, size):
+                raise DataError(f"{file.path}: claims {table.metadata.num_rows} examples in {size} bytes")
+            for batch in table.iter_batches(batch_size=256):
+                most -= batch.nbytes
+                if most < 0:
+                    raise DataError(
+                        f"{file.path}: {size} bytes unpack to more than {_MOST_UNPACKED} times as many, as no text "
+                        "does; if it is one, write the examples as JSONL"
+                    )
+                for values in batch.to_pylist():
+                    number += 1
+                    yield SourceExample(file.place(number), values)
     except DataError:
         raise
     except Exception as error:  # Arrow raises errors of many kinds for a damaged file
@@ -262,13 +324,19 @@ READERS: Mapping[str, Reader] = {
 """What reads a kind of file, by its name's end."""
 
 
-def _decode(file: RawFile) -> str:
-    raw = file.content
-    try:
-        return raw.removeprefix(_BOM).decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise DataError(f"{file.path}: line {line}: {_encoding_problem(error, 0)}") from None
+def _not_utf8(file: RawFile) -> DataError:
+    """The error of a file that is not UTF-8, with the place of the first byte that is not."""
+    offset = 0
+    with file.open() as stream:
+        for number, line in enumerate(stream, start=1):
+            if number == 1:
+                line = line.removeprefix(_BOM)
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return DataError(f"{file.path}: line {number}: {_encoding_problem(error, offset)}")
+            offset += len(line)
+    return DataError(f"{file.path}: changed while it was read; start again when nothing writes to it")
 
 
 def _encoding_problem(error: UnicodeDecodeError, offset: int) -> str:

@@ -9,44 +9,41 @@ import json
 import os
 import re
 import stat
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from expertune.config.yaml_file import shortened
-from expertune.data.hub import is_hub_name, read_hub
-from expertune.data.readers import READERS, SourceExample, read_rows, reader_of
+from expertune.data.hub import HubRows, is_hub_name
+from expertune.data.readers import READERS, RawFile, SourceExample, check_whole, read_rows, reader_of
 from expertune.errors import DataError, nearest
 
 _SLICE = re.compile(r"(?P<name>.*)\[(?P<start>\d{0,15}):(?P<stop>\d{0,15})\]", re.DOTALL)
 _NUM_NAMED = 3
-
-
-@dataclass(frozen=True)
-class Source:
-    """The examples that a source names.
-
-    Attributes:
-        name: the source as the run file names it.
-        examples: examples in order; unreadable ones are among them, with their problem.
-        sha256: name -> hash of the file's bytes as they lie on disk (of a hub dataset: of its examples as JSON).
-        num_rows: name -> how many examples were taken from it.
-    """
-
-    name: str
-    examples: list[SourceExample]
-    sha256: dict[str, str]
-    num_rows: dict[str, int]
+_TEXT_PER_PACKED_BYTE = 4
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One file or hub dataset of a source: its name, its slice, and how its examples are called."""
+    """One file or hub dataset of a source.
+
+    Attributes:
+        spec: what the source says of it.
+        name: its path or hub name.
+        start: the first example of its slice.
+        stop: where its slice ends, or None.
+        label: how its examples are called.
+        rows: the dataset, or None for a file.
+    """
 
     spec: str
     name: str
     start: int
     stop: int | None
+    label: str = ""
+    rows: HubRows | None = None
 
     @property
     def path(self) -> Path:
@@ -56,9 +53,143 @@ class _Part:
     def is_file(self) -> bool:
         return _exists(self.path) or not is_hub_name(self.name) or reader_of(self.path) is not None
 
+    @property
+    def num_bytes(self) -> int:
+        if self.rows is not None:
+            return self.rows.num_bytes
+        packed = self.path.suffix.lower() in (".gz", ".parquet")
+        return self.path.stat().st_size * (_TEXT_PER_PACKED_BYTE if packed else 1)
 
-def read_source(spec: str | Sequence[str]) -> Source:
-    """Read every example that `spec` names.
+    @property
+    def file(self) -> RawFile:
+        return RawFile(self.path, self.label)
+
+    def read(self) -> Iterator[SourceExample]:
+        """All its examples, whatever the slice says."""
+        if self.rows is not None:
+            return (SourceExample(place, values) for place, values in self.rows)
+        read = reader_of(self.path)
+        assert read is not None
+        return read_rows(self.file, read)
+
+    def sha256(self) -> str:
+        if self.rows is None:
+            with self.path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        for _, values in self.rows:
+            digest.update(json.dumps(values, sort_keys=True, default=str).encode() + b"\n")
+        return digest.hexdigest()
+
+    def state(self) -> Any:
+        """What shows that a file is being written to."""
+        if self.rows is not None:
+            return None
+        status = self.path.stat()
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class Source:
+    """The files and hub datasets that a source names, by their content; made by `find_source`.
+
+    Args:
+        name: the source as the run file names it.
+        parts: its files and datasets.
+
+    Attributes:
+        name: the source as the run file names it.
+        num_bytes: how much text it holds, about; zipped files and Parquet are counted four times.
+        sha256: name -> hash of the file's bytes as they lie on disk (of a hub dataset: of its examples as JSON).
+    """
+
+    def __init__(self, name: str, parts: Sequence[_Part]) -> None:
+        self.name = name
+        self._parts = tuple(parts)
+        self._states = [part.state() for part in parts]
+        self.num_bytes = sum(part.num_bytes for part in parts)
+        self.sha256: dict[str, str] = {}
+        for part in parts:
+            if part.label not in self.sha256:
+                self.sha256[part.label] = part.sha256()
+
+    @property
+    def content(self) -> list[Any]:
+        """What decides the examples, in order: name, hash and slice of each part."""
+        return [[part.label, self.sha256[part.label], part.start, part.stop] for part in self._parts]
+
+    def __iter__(self) -> Iterator[SourceExample]:
+        """The examples in order; unreadable ones are among them, with their problem."""
+        for part in self._parts:
+            yield from islice(part.read(), part.start, part.stop)
+        self.require_unchanged()
+
+    def read(self, stream: bool = False) -> "SourceExamples":
+        """Read every example, and check what can only be known of all of them.
+
+        Args:
+            stream: do not hold the examples; each iteration over them reads them again.
+
+        Raises:
+            DataError: a part is empty or not readable as a whole, it has fewer examples than its slice asks for, or
+                several have different columns.
+        """
+        held: list[SourceExample] = []
+        num_rows: dict[str, int] = {}
+        columns: dict[str, set[str]] = {}
+        for part in self._parts:
+            if part.rows is None:
+                check_whole(part.file)
+            count, names = 0, columns.setdefault(part.label, set())
+            for count, example in enumerate(part.read(), start=1):
+                if part.start < count and (part.stop is None or count <= part.stop):
+                    if not stream:
+                        held.append(example)
+                    if example.values is not None:
+                        names.update(example.values)
+            num_rows[part.label] = num_rows.get(part.label, 0) + _num_taken(part, count)
+        _require_same_columns(columns, self.name)
+        self.require_unchanged()
+        return SourceExamples(self.name, self if stream else held, self.sha256, num_rows)
+
+    def require_unchanged(self) -> None:
+        """Refuse a file that was written to since it was found.
+
+        Raises:
+            DataError: names the file.
+        """
+        for part, state in zip(self._parts, self._states, strict=True):
+            try:
+                changed = part.state() != state
+            except OSError:
+                changed = True
+            if changed:
+                raise DataError(f"{part.name}: changed while it was read; start again when nothing writes to it")
+
+
+@dataclass(frozen=True)
+class SourceExamples:
+    """The examples of a source.
+
+    Attributes:
+        name: the source as the run file names it.
+        examples: examples in order, as often as they are iterated over; unreadable ones are among them.
+        sha256: see `Source`.
+        num_rows: name -> how many examples were taken from it.
+    """
+
+    name: str
+    examples: Iterable[SourceExample]
+    sha256: dict[str, str]
+    num_rows: dict[str, int]
+
+    @property
+    def readable(self) -> Iterator[dict[str, Any]]:
+        """The columns of the examples that could be read."""
+        return (example.values for example in self.examples if example.values is not None)
+
+
+def find_source(spec: str | Sequence[str]) -> Source:
+    """Find the files and datasets of a source, and hash them; no example is looked at.
 
     Args:
         spec: a path, a glob (`rows/*.jsonl`, sorted by path) or a hub name (`name`, `name:split` or
@@ -66,25 +197,26 @@ def read_source(spec: str | Sequence[str]) -> Source:
             counted from 0 as in Python, of each file. Or a list of these.
 
     Raises:
-        DataError: a source is missing, empty, of an unknown kind or not readable as a whole, it has fewer examples than
-            its slice asks for, or several have different columns.
+        DataError: a part is missing, is of an unknown kind, or cannot be read.
     """
     specs = [spec] if isinstance(spec, str) else list(spec)
     parts = [part for each in specs for part in _expand(each)]
     labels = _labels([part.path for part in parts if part.is_file])
-    source = Source(_joined(specs), [], {}, {})
-    columns: dict[str, set[str]] = {}
+    datasets: dict[str, HubRows] = {}
+    found = []
     for part in parts:
-        label = labels[part.path] if part.is_file else part.name
-        examples, source.sha256[label] = _read_file(part.path, label) if part.is_file else _read_dataset(part.name)
-        if not examples:
-            raise DataError(f"{part.name}: holds no examples; is it the right file?")
-        examples = _cut(examples, part)
-        source.examples.extend(examples)
-        source.num_rows[label] = source.num_rows.get(label, 0) + len(examples)
-        columns.setdefault(label, set()).update(*(example.values for example in examples if example.values is not None))
-    _require_same_columns(columns, source.name)
-    return source
+        if part.is_file:
+            _require_readable(part.path)
+            found.append(replace(part, label=labels[part.path]))
+        else:
+            if part.name not in datasets:
+                datasets[part.name] = HubRows(part.name)
+            found.append(replace(part, label=part.name, rows=datasets[part.name]))
+    name = _joined(specs)
+    try:
+        return Source(name, found)
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror or error})") from None
 
 
 def _expand(spec: str) -> list[_Part]:
@@ -150,45 +282,37 @@ def _named(columns: set[str]) -> str:
     return shortened(", ".join(sorted(columns)), 500) or "none"
 
 
-def _cut(examples: list[SourceExample], part: _Part) -> list[SourceExample]:
-    start, end = part.start, len(examples) if part.stop is None else part.stop
+def _num_taken(part: _Part, count: int) -> int:
+    """How many of a part's examples its slice takes."""
+    if not count:
+        raise DataError(f"{part.name}: holds no examples; is it the right file?")
+    start, end = part.start, count if part.stop is None else part.stop
     spec = part.spec if part.spec.startswith(part.name) else f"{part.name} (of {part.spec})"
-    if end > len(examples):
-        raise DataError(
-            f"{spec}: the slice ends at row {end}, but there are {len(examples)} examples; write [{start}:]"
-        )
+    if end > count:
+        raise DataError(f"{spec}: the slice ends at row {end}, but there are {count} examples; write [{start}:]")
     if start >= end:
-        raise DataError(f"{spec}: the slice holds no examples; there are {len(examples)} examples, counted from 0")
-    return examples[start:end]
+        raise DataError(f"{spec}: the slice holds no examples; there are {count} examples, counted from 0")
+    return end - start
 
 
-def _read_dataset(name: str) -> tuple[list[SourceExample], str]:
-    examples = [SourceExample(place, values) for place, values in read_hub(name)]
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps(example.values, sort_keys=True, default=str).encode() + b"\n")
-    return examples, digest.hexdigest()
-
-
-def _read_file(path: Path, label: str) -> tuple[list[SourceExample], str]:
-    read = reader_of(path)
+def _require_readable(path: Path) -> None:
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             raise DataError(f"{path}: is a folder; name one file in it, or several as {path / '*.jsonl'}")
-        if read is None:
+        if reader_of(path) is None:
             raise DataError(
                 f"{path}: unknown kind of file; use one of {', '.join(READERS)} (text kinds may end in .gz)"
             )
         if not stat.S_ISREG(mode):
             raise DataError(f"{path}: is a device or a pipe; examples are read several times, so write them to a file")
-        raw = path.read_bytes()
+        with path.open("rb"):
+            pass
     except FileNotFoundError:
         raise DataError(f"{path}: no such file{_nearest_file(path)}") from None
     except (OSError, ValueError) as error:
         # A ValueError is a path that no file can have, with a NUL in it.
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    return read_rows(path, label, raw, read), hashlib.sha256(raw).hexdigest()
 
 
 def _nearest_file(path: Path) -> str:

@@ -89,7 +89,7 @@ class HeldOut:
         task = self._config.task if rows is None else self._config.task.model_copy(update={"rows": rows})
         what = "scoring the base model" if base_only else "scoring the adapter"
         with _adapter_switched(self._model, off=base_only), self._bars.task(what, "examples answered") as progress:
-            progress(0, len(self._rows.examples[: task.rows]))
+            progress(0, len(range(len(self._rows.examples))[: task.rows]))
             batches = Batches(partial(self._recovery.in_parts, "generation", step=step), progress)
             return score_task(self._model, self._tokenizer, self._rows.examples, task, batches)
 

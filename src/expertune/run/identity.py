@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from array import array
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ def identify(
         "tokenizer": _of_tokenizer(tokenizer),
         "template": _of_file(template),
         "init_from": _of_file(adapter),
-        "rows": {part: _of_examples(held) for part, held in rows.items() if held},
+        "rows": {part: held.digest for part, held in rows.items() if held},
     }
 
 
@@ -102,14 +101,6 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     held |= {"truncation": None, "padding": None}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return _digest([held, special, tokenizer.chat_template])
-
-
-def _of_examples(rows: TokenizedExamples) -> str:
-    digest = hashlib.sha256()
-    for row in rows.examples:
-        for values in (row.input_ids, row.labels):
-            digest.update(array("q", [len(values), *values]).tobytes())
-    return digest.hexdigest()
 
 
 def _of_file(path: Path | None) -> str | None:

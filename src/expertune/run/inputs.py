@@ -1,9 +1,11 @@
 """What a run reads before a weight is loaded: the base model's identity and tokenizer, and its examples."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -35,6 +37,7 @@ class Inputs:
         tokenizer: the base model's.
         stock_refusal: why stock PEFT is expected not to read the whole adapter, or None.
         train: the training examples.
+        dataset: the same, as the trainer's batches are made of them.
         eval: the evaluation examples, or None.
     """
 
@@ -43,6 +46,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     stock_refusal: str | None
     train: TokenizedExamples
+    dataset: Sequence[Mapping[str, Any]]
     eval: TokenizedExamples | None
 
 
@@ -64,7 +68,7 @@ def read_inputs(context: RunContext) -> Inputs:
     tokenizer = load_tokenizer(source.folder, trust)
     max_tokens = context_length(read_config(source.folder, trust))
     train, evaluation = prepare_run(config.data, tokenizer, context.record.values.get("data", {}), max_tokens)
-    inputs = Inputs(source, base, tokenizer, expected.refusal, train, evaluation)
+    inputs = Inputs(source, base, tokenizer, expected.refusal, train, make_dataset(train, config.data), evaluation)
     _record_inputs(context, inputs)
     _show_data(context, inputs)
     return inputs
@@ -85,14 +89,14 @@ def _record_inputs(context: RunContext, inputs: Inputs) -> None:
     reports = {"train": inputs.train.report, "eval": inputs.eval.report if inputs.eval else None}
     identity = identify(config, inputs.tokenizer, {"train": inputs.train, "eval": inputs.eval})
     require_same_identity(record, config, inputs.fingerprint, identity, reports)
-    require_a_batch(len(make_dataset(inputs.train, config.data)), config.training)
+    require_a_batch(len(inputs.dataset), config.training)
     record.values["inputs"] = identity
     record.update("data", **reports)
 
 
 def _show_data(context: RunContext, inputs: Inputs) -> None:
     data, console = context.config.data, context.console
-    lengths = [row.uncut_length for part in (inputs.train, inputs.eval) if part for row in part.examples]
+    lengths = np.concatenate([part.uncut_lengths for part in (inputs.train, inputs.eval) if part])
     histogram = Path(context.config.output_dir) / "lengths.png"
     notify_if_it_fails("lengths.png", lambda: plot_lengths(lengths, histogram, data.max_length), console.print)
     for name, part, num_examples in (("train", inputs.train, 1), ("eval", inputs.eval, 0)):
@@ -111,7 +115,7 @@ def probe_batch(context: RunContext, inputs: Inputs) -> dict[str, Any]:
     data = context.config.data
     chosen: list[Any] = []
     tokens = 0
-    for row in make_dataset(inputs.train, data):
+    for row in inputs.dataset:
         # Of a long example its beginning is enough; whole, it could need more memory than the run itself.
         row = {key: value if key == "example_ids" else value[:PREFLIGHT_TOKENS] for key, value in row.items()}
         length = data.max_length if data.packing == "padded" else len(row["input_ids"])
