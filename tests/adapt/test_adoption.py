@@ -13,7 +13,7 @@ from torch import Tensor
 
 from expertune.adapt.factors import read_factors
 from expertune.adapt.files import LIVE_NAME, read_adapter, read_adapter_config, read_adapter_settings
-from expertune.adapt.live import live_pairs, load_adapter_tensors
+from expertune.adapt.live import LiveAdapter
 from expertune.checkpoint.load import LoadedModel
 from expertune.errors import CheckpointError, ConfigError
 from tests.adapt.conftest import CONFIG, EVERYTHING, W1, WEIGHTS, adapt, adopt, config_of, logits_of, train_a_little
@@ -28,7 +28,7 @@ def test_saved_adapter_tells_its_runs_own_settings_and_takes_them_back(
     assert read_adapter_settings(tmp_path) == own
     again = adopt(load_tiny(mixtral), tmp_path, **own)
     before, after = (
-        {pair.name: (pair.scale, pair.a.shape) for pair in live_pairs(model, loaded.names)}
+        {pair.name: (pair.scale, pair.a.shape) for pair in LiveAdapter(model, loaded.names).pairs()}
         for model in (loaded.model, again.get_base_model())
     )
     assert before == after
@@ -73,7 +73,7 @@ def test_file_of_an_earlier_release_with_live_scales_is_adopted_to_the_bit(
     model.save_pretrained(str(tmp_path))
     held = {
         f"base_model.model.{pair.name}.lora_{factor}.weight": tensor.detach().clone()
-        for pair in live_pairs(loaded.model, loaded.names)
+        for pair in LiveAdapter(loaded.model, loaded.names).pairs()
         for factor, tensor in (("A", pair.a), ("B", pair.b))
     }
     save_file(held, tmp_path / WEIGHTS)
@@ -233,7 +233,7 @@ def test_refused_tensors_leave_the_live_adapter_to_the_byte(loaded: LoadedModel,
     tensors = {key: tensor + 1 for key, tensor in file.tensors.items()}
     file.tensors = tensors | {max(tensors): torch.full_like(tensors[max(tensors)], torch.inf)}
     with pytest.raises(CheckpointError, match="NaN or infinite"):
-        load_adapter_tensors(live, loaded.names, "default", file.per_expert(loaded.names))
+        LiveAdapter(live, loaded.names).load(file.per_expert(loaded.names))
     assert changed(before, dict(live.state_dict())) == []
 
 

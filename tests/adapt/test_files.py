@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file
 from torch import Tensor
 
-from expertune.adapt.live import live_pairs
+from expertune.adapt.live import LiveAdapter
 from expertune.checkpoint.load import LoadedModel
 from tests.adapt.conftest import (
     CONFIG,
@@ -178,7 +178,7 @@ def test_saved_scale_is_lora_alpha_over_the_rank_of_each_tensor(case: str, loade
     assert config["lora_alpha"] == config["r"]
     assert config["alpha_pattern"] == {}
     assert config["use_rslora"] is False
-    for pair in live_pairs(model.get_base_model(), loaded.names):
+    for pair in LiveAdapter(model.get_base_model(), loaded.names).pairs():
         a, b = (tensors[f"base_model.model.{pair.name}.lora_{factor}.weight"] for factor in "AB")
         update = config["lora_alpha"] / a.shape[0] * b @ a
         torch.testing.assert_close(update, pair.scale * pair.b @ pair.a, rtol=1e-5, atol=1e-6)

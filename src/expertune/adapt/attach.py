@@ -13,7 +13,7 @@ from expertune.adapt.file_layout import stock_layout
 from expertune.adapt.files import SETTINGS, AdapterFile, Origin, read_adapter, read_adapter_base
 from expertune.adapt.internals import is_refused
 from expertune.adapt.layout_trial import StockLayout
-from expertune.adapt.live import live_ranks, load_adapter_tensors, without_adapters
+from expertune.adapt.live import LiveAdapter, live_ranks, without_adapters
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.reachability import reachable_modules
 from expertune.adapt.stock.config import exact_names
@@ -90,7 +90,7 @@ def attach(
         model.attach(adapter_name, config, origin, dtype)
     model.base = loaded.fingerprint
     if file and plain:
-        load_adapter_tensors(loaded.model, loaded.names, adapter_name, plain, file.live)
+        LiveAdapter(loaded.model, loaded.names, adapter_name).load(plain, file.live)
     return model
 
 

@@ -71,7 +71,7 @@ def write_adapter(
 
     Args:
         folder: where to; made where it is not there.
-        tensors: see `tensors_in_file`. The same tensors give the same bytes.
+        tensors: see `expertune.adapt.live.LiveAdapter.in_file`. The same tensors give the same bytes.
         config: content of `adapter_config.json`.
         base: the base model.
         settings: see `read_adapter_settings`.
@@ -122,7 +122,7 @@ class AdapterFile:
         config: `adapter_config.json`.
         tensors: tensors by name on disk.
         settings: see `read_adapter_settings`.
-        live: see `write_live_factors`.
+        live: see `expertune.adapt.live.LiveAdapter.write_factors`.
         where: the folder, for errors.
     """
 

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from expertune.adapt.factors import PREFIX, Factors, PerExpert, dtype_in_file, fold, fuse, pad, unfold
+from expertune.adapt.file_layout import stock_layout
 from expertune.adapt.files import LIVE_NAME
 from expertune.adapt.layout_trial import StockLayout
 from expertune.checkpoint.names import NameMap
@@ -67,32 +68,11 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
             setattr(parent, child, module)
 
 
-def adapted_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
-    """Live name -> PEFT's layer, of everything but embeddings that an adapter is on.
-
-    A wrapped parameter keeps its module's name; what PEFT nests inside is the base, never another adapter.
-    """
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter in module.lora_A
-    }
-
-
 def live_ranks(targets: ResolvedTargets) -> dict[str, Ranks]:
     """The `expert_ranks` of an `ExpertLoraConfig`."""
     return {
         module: {projection: (rank.rank, rank.alpha) for projection, rank in ranks.items()}
         for module, ranks in targets.experts.items()
-    }
-
-
-def embedding_layers(model: nn.Module, names: NameMap, adapter: str) -> dict[str, tuple[str, LoraLayer]]:
-    """Name on disk of each embedding that an adapter is on -> its live name, and PEFT's layer."""
-    return {
-        names.on_disk(name): (name, layer)
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer) and adapter in layer.lora_embedding_A
     }
 
 
@@ -116,59 +96,144 @@ class LivePair(NamedTuple):
     scale: float
 
 
-def live_pairs(model: nn.Module, names: NameMap, adapter: str = "default") -> Iterator[LivePair]:
-    """The factors of an adapter on a live model.
+class LiveAdapter:
+    """An adapter on a live model: what it changes, its factors, and the way between these and its file.
 
     Args:
-        model: the transformers model (not the PeftModel around it) with adapters attached.
+        model: the transformers model (not the PeftModel around it) with the adapter attached.
         names: its name map.
         adapter: the adapter's name.
     """
-    for name, module in adapted_layers(model, adapter).items():
-        a, b = module.lora_A[adapter], module.lora_B[adapter]
-        if not isinstance(module, ExpertsLora):
-            yield LivePair(name, None, names.on_disk(name), a.weight, b.weight, module.scaling[adapter])
-            continue
-        for projection in a:
-            scale = module.scale(adapter, projection)
-            for each in zip(names.experts_on_disk(name, projection), a[projection], b[projection], strict=True):
-                yield LivePair(name, projection, *each, scale)
 
+    def __init__(self, model: nn.Module, names: NameMap, adapter: str = "default") -> None:
+        self.model, self.names, self.adapter = model, names, adapter
 
-def live_targets(model: nn.Module, adapter: str = "default") -> ResolvedTargets:
-    """What an adapter on a live model changes, with its ranks."""
-    found = ResolvedTargets()
-    for name, module in adapted_layers(model, adapter).items():
-        if isinstance(module, ExpertsLora):
-            found.experts[name] = {projection: Rank(*rank) for projection, rank in module.ranks[adapter].items()}
+    @property
+    def layers(self) -> dict[str, LoraLayer]:
+        """Live name -> PEFT's layer, of everything but embeddings that the adapter is on.
+
+        A wrapped parameter keeps its module's name; what PEFT nests inside is the base, never another adapter.
+        """
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, LoraLayer) and self.adapter in module.lora_A
+        }
+
+    @property
+    def embeddings(self) -> dict[str, tuple[str, LoraLayer]]:
+        """Name on disk of each embedding that the adapter is on -> its live name, and PEFT's layer."""
+        return {
+            self.names.on_disk(name): (name, layer)
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, LoraLayer) and self.adapter in layer.lora_embedding_A
+        }
+
+    def pairs(self) -> Iterator[LivePair]:
+        """Its factors, of one expert after the other."""
+        for name, module in self.layers.items():
+            a, b = module.lora_A[self.adapter], module.lora_B[self.adapter]
+            if not isinstance(module, ExpertsLora):
+                scale = module.scaling[self.adapter]
+                yield LivePair(name, None, self.names.on_disk(name), a.weight, b.weight, scale)
+                continue
+            for projection in a:
+                scale = module.scale(self.adapter, projection)
+                experts = self.names.experts_on_disk(name, projection)
+                for each in zip(experts, a[projection], b[projection], strict=True):
+                    yield LivePair(name, projection, *each, scale)
+
+    def layout(self, settings: Mapping[str, Any]) -> StockLayout:
+        """How its file is laid out, and whether stock PEFT reads it, by the settings of its `Origin`."""
+        targets = ResolvedTargets()
+        for name, module in self.layers.items():
+            if isinstance(module, ExpertsLora):
+                ranks = module.ranks[self.adapter]
+                targets.experts[name] = {projection: Rank(*rank) for projection, rank in ranks.items()}
+            else:
+                kind = targets.router if isinstance(module, ParamWrapper) else targets.linears
+                kind[name] = Rank(module.r[self.adapter], module.lora_alpha[self.adapter])
+        return stock_layout(self.model, self.names, targets, settings["r"], settings["rank_pattern"])
+
+    def in_file(self, stock: StockLayout) -> list[Outgoing]:
+        """The tensors of its file: scales folded into B, ranks filled up with zeros, names as the layout has them.
+
+        Nothing is computed before a tensor's turn to be written comes.
+        """
+        found: list[Outgoing] = []
+        for name, module in self.layers.items():
+            for weight, stem in stock.stacks.get(name, {}).items():
+                assert isinstance(module, ExpertsLora)
+                found += _stack_in_file(module, self.adapter, weight, stem, stock.expert_ranks[name], stock.r)
+        for pair in self.pairs():
+            if pair.module not in stock.stacks:
+                ranks = stock.expert_ranks[pair.module] if pair.projection else stock.ranks
+                rank = ranks[pair.projection or pair.module]
+                stem = pair.module if pair.module in stock.live_named else pair.name
+                found += _pair_in_file(stem, pair.a, pair.b, rank, pair.scale * rank / stock.r)
+        return sorted(found, key=lambda outgoing: outgoing.name)
+
+    @torch.no_grad()
+    def write_factors(self, folder: str | Path, stock: StockLayout) -> None:
+        """Beside its files, those factors B that do not come back from them to the bit.
+
+        With them a run resumes as if it had not been interrupted, and scores the same when it is opened again. That a
+        scale is in B costs a rounding where it is no power of two. Nothing is written where there are none.
+        """
+        written = {outgoing.name: outgoing.read() for outgoing in self.in_file(stock)}
+        plain = PerExpert(stock.config, written, self.names, str(folder))
+        kept = []
+        for pair in self.pairs():
+            file = _cut_back(plain, pair)
+            if not torch.equal(unfold(file.b, pair.scale / file.scale, pair.b.dtype), pair.b):
+                kept.append(
+                    Outgoing(f"{pair.name}.lora_B", pair.b.dtype, tuple(pair.b.shape), lambda held=pair.b: held)  # type: ignore[misc]
+                )
+        path = Path(folder) / LIVE_NAME
+        if kept:
+            write_tensors(path, sorted(kept, key=lambda outgoing: outgoing.name))
         else:
-            kind = found.router if isinstance(module, ParamWrapper) else found.linears
-            kind[name] = Rank(module.r[adapter], module.lora_alpha[adapter])
-    return found
+            path.unlink(missing_ok=True)
 
+    @torch.no_grad()
+    def load(self, plain: PerExpert, factors: Mapping[str, Tensor] | None = None) -> None:
+        """Copy a file's content into the live parameters: every tensor, and no other.
 
-def tensors_in_file(model: nn.Module, names: NameMap, adapter: str, stock: StockLayout) -> list[Outgoing]:
-    """The tensors of an adapter's file: scales folded into B, ranks filled up with zeros, names as the layout has them.
+        Whatever the file's layout and scales, the live adapter computes what the file describes: B is divided by the
+        scale that the live adapter has beyond the file's, and a rank that was filled up with zeros is cut back.
 
-    Nothing is computed before a tensor's turn to be written comes.
+        Args:
+            plain: the file's tensors under per-expert names.
+            factors: factors B as they were live (see `write_factors`); used where the file agrees.
 
-    Args:
-        model: the transformers model with adapters attached.
-        names: its name map.
-        adapter: the adapter's name.
-        stock: how the file is laid out.
-    """
-    found: list[Outgoing] = []
-    for name, module in adapted_layers(model, adapter).items():
-        for weight, stem in stock.stacks.get(name, {}).items():
-            assert isinstance(module, ExpertsLora)
-            found += _stack_in_file(module, adapter, weight, stem, stock.expert_ranks[name], stock.r)
-    for pair in live_pairs(model, names, adapter):
-        if pair.module not in stock.stacks:
-            rank = stock.expert_ranks[pair.module][pair.projection] if pair.projection else stock.ranks[pair.module]
-            stem = pair.module if pair.module in stock.live_named else pair.name
-            found += _pair_in_file(stem, pair.a, pair.b, rank, pair.scale * rank / stock.r)
-    return sorted(found, key=lambda outgoing: outgoing.name)
+        Raises:
+            CheckpointError: a tensor is missing, unknown, of another shape, or not finite; nothing has been changed
+                then.
+        """
+        where = plain.where
+        live = {pair.name: pair for pair in self.pairs()}
+        keys = {f"{PREFIX}{name}{ending}" for name in live for ending in (".lora_A.weight", ".lora_B.weight")}
+        for what, found in (("missing", keys - plain.tensors.keys()), ("unknown", plain.tensors.keys() - keys)):
+            if found:
+                raise CheckpointError(f"{where}: {len(found)} {what} adapter tensors, the first is {min(found)}")
+        given = {name: _cut_back(plain, pair) for name, pair in live.items()}
+        for name, pair in live.items():
+            for factor, tensor, parameter in (("A", given[name].a, pair.a), ("B", given[name].b, pair.b)):
+                key = f"{PREFIX}{name}.lora_{factor}.weight"
+                if tensor.shape != parameter.shape:
+                    raise CheckpointError(
+                        f"{where}: {key} has shape {tuple(tensor.shape)}, expected {tuple(parameter.shape)}"
+                    )
+                if not torch.isfinite(tensor).all():
+                    raise CheckpointError(f"{where}: {key} holds NaN or infinite values")
+        for name, pair in live.items():
+            a, b, scale = given[name]
+            pair.a.copy_(a)
+            own = (factors or {}).get(f"{name}.lora_B")
+            if own is not None and own.shape == b.shape and torch.equal(fold(own, pair.scale / scale), b):
+                pair.b.copy_(own)
+            else:
+                pair.b.copy_(unfold(b, pair.scale / scale, pair.b.dtype))
 
 
 def _pair_in_file(stem: str, a: Tensor, b: Tensor, rank: int, factor: float) -> Iterator[Outgoing]:
@@ -202,83 +267,6 @@ def _stack_in_file(
     yield Outgoing(f"{PREFIX}{stem}.lora_A.weight", a[held[0]].dtype, shape, lambda: fused()[0])
     shape = (outputs * len(projections), spec.num_experts * rank)
     yield Outgoing(f"{PREFIX}{stem}.lora_B.weight", dtype, shape, lambda: fused()[1].to(dtype))
-
-
-@torch.no_grad()
-def write_live_factors(folder: str | Path, model: nn.Module, names: NameMap, stock: StockLayout, adapter: str) -> None:
-    """Beside an adapter's files, those factors B that do not come back from them to the bit.
-
-    With them a run resumes as if it had not been interrupted, and scores the same when it is opened again.
-
-    That a scale is in B costs a rounding where it is no power of two. Nothing is written where there are none.
-
-    Args:
-        folder: the checkpoint; its adapter has been written.
-        model: the transformers model with the adapter attached.
-        names: its name map.
-        stock: how the adapter's file is laid out.
-        adapter: the adapter's name.
-    """
-    given = {outgoing.name: outgoing for outgoing in tensors_in_file(model, names, adapter, stock)}
-    config = stock.config
-    plain = PerExpert(config, {key: outgoing.read() for key, outgoing in given.items()}, names, str(folder))
-    kept = []
-    for pair in live_pairs(model, names, adapter):
-        file = _cut_back(plain, pair)
-        if not torch.equal(unfold(file.b, pair.scale / file.scale, pair.b.dtype), pair.b):
-            kept.append(
-                Outgoing(f"{pair.name}.lora_B", pair.b.dtype, tuple(pair.b.shape), lambda held=pair.b: held)  # type: ignore[misc]
-            )
-    path = Path(folder) / LIVE_NAME
-    if kept:
-        write_tensors(path, sorted(kept, key=lambda outgoing: outgoing.name))
-    else:
-        path.unlink(missing_ok=True)
-
-
-@torch.no_grad()
-def load_adapter_tensors(
-    model: nn.Module, names: NameMap, adapter: str, plain: PerExpert, factors: Mapping[str, Tensor] | None = None
-) -> None:
-    """Copy an adapter file's content into the live parameters of an adapter: every tensor, and no other.
-
-    Whatever the file's layout and scales, the live adapter computes what the file describes: B is divided by the scale
-    that the live adapter has beyond the file's, and a rank that the file has filled up with zeros is cut back.
-
-    Args:
-        model: the transformers model with the adapter attached.
-        names: its name map.
-        adapter: the adapter's name.
-        plain: the file's tensors under per-expert names.
-        factors: factors B as they were live (see `write_live_factors`); used where the file agrees.
-
-    Raises:
-        CheckpointError: a tensor is missing, unknown, of another shape, or not finite; nothing has been changed then.
-    """
-    where = plain.where
-    live = {pair.name: pair for pair in live_pairs(model, names, adapter)}
-    keys = {f"{PREFIX}{name}{ending}" for name in live for ending in (".lora_A.weight", ".lora_B.weight")}
-    for what, found in (("missing", keys - plain.tensors.keys()), ("unknown", plain.tensors.keys() - keys)):
-        if found:
-            raise CheckpointError(f"{where}: {len(found)} {what} adapter tensors, the first is {min(found)}")
-    given = {name: _cut_back(plain, pair) for name, pair in live.items()}
-    for name, pair in live.items():
-        for factor, tensor, parameter in (("A", given[name].a, pair.a), ("B", given[name].b, pair.b)):
-            key = f"{PREFIX}{name}.lora_{factor}.weight"
-            if tensor.shape != parameter.shape:
-                raise CheckpointError(
-                    f"{where}: {key} has shape {tuple(tensor.shape)}, expected {tuple(parameter.shape)}"
-                )
-            if not torch.isfinite(tensor).all():
-                raise CheckpointError(f"{where}: {key} holds NaN or infinite values")
-    for name, pair in live.items():
-        a, b, scale = given[name]
-        pair.a.copy_(a)
-        own = (factors or {}).get(f"{name}.lora_B")
-        if own is not None and own.shape == b.shape and torch.equal(fold(own, pair.scale / scale), b):
-            pair.b.copy_(own)
-        else:
-            pair.b.copy_(unfold(b, pair.scale / scale, pair.b.dtype))
 
 
 def _cut_back(plain: PerExpert, live: LivePair) -> Factors:

@@ -9,10 +9,9 @@ from peft import PeftConfig, PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from expertune.adapt.file_layout import stock_layout
 from expertune.adapt.files import Origin, read_adapter, stock_config, write_adapter
 from expertune.adapt.layout_trial import StockLayout
-from expertune.adapt.live import live_targets, load_adapter_tensors, tensors_in_file, write_live_factors
+from expertune.adapt.live import LiveAdapter
 from expertune.adapt.stock.config import StockLoraConfig, settings_of
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.names import NameMap
@@ -98,21 +97,22 @@ class ExpertPeftModel(PeftModelForCausalLM):
             selected_adapters: which ones; None means all.
             **kwargs: other arguments of PEFT's method, which do not apply.
         """
-        base = self.get_base_model()
         for adapter in selected_adapters or list(self.peft_config):
             folder = Path(save_directory) / (adapter if adapter != "default" else "")
             origin, stock = self.origins[adapter], self.stock_layout(adapter)
-            tensors = tensors_in_file(base, self.names, adapter, stock)
+            tensors = self._live(adapter).in_file(stock)
             write_adapter(folder, tensors, stock_config(origin, stock), self.base, origin.settings)
 
     def stock_layout(self, adapter: str = "default") -> StockLayout:
         """How an adapter's file is laid out, and whether stock PEFT reads it."""
-        base, settings = self.get_base_model(), self.origins[adapter].settings
-        return stock_layout(base, self.names, live_targets(base, adapter), settings["r"], settings["rank_pattern"])
+        return self._live(adapter).layout(self.origins[adapter].settings)
 
     def save_live_factors(self, folder: str | Path, adapter: str = "default") -> None:
-        """Beside saved files, what of the adapter does not come back from them to the bit; see `write_live_factors`."""
-        write_live_factors(folder, self.get_base_model(), self.names, self.stock_layout(adapter), adapter)
+        """Beside saved files, what of the adapter does not come back from them to the bit."""
+        self._live(adapter).write_factors(folder, self.stock_layout(adapter))
+
+    def _live(self, adapter: str) -> LiveAdapter:
+        return LiveAdapter(self.get_base_model(), self.names, adapter)
 
     def load_adapter(self, model_id: str, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
         """Read an adapter folder: into an adapter that is attached, else, as PEFT does, into a new one of this name.
@@ -123,8 +123,7 @@ class ExpertPeftModel(PeftModelForCausalLM):
         if adapter_name not in self.peft_config:
             return super().load_adapter(model_id, adapter_name, is_trainable, **kwargs)
         file = read_adapter(model_id)
-        plain = file.per_expert(self.names)
-        return load_adapter_tensors(self.get_base_model(), self.names, adapter_name, plain, file.live)
+        return self._live(adapter_name).load(file.per_expert(self.names), file.live)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any

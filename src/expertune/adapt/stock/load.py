@@ -15,7 +15,7 @@ from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dic
 from torch import Tensor, nn
 
 from expertune.adapt.factors import PREFIX, AdapterFactors, Factors, read_factors, split_key, unfold
-from expertune.adapt.live import adapted_layers, base_of, call_arguments, embedding_layers, names_of
+from expertune.adapt.live import LiveAdapter, base_of, call_arguments, names_of
 from expertune.adapt.stock.config import StockLoraConfig
 from expertune.adapt.stock.inject import refuse_hotswap
 from expertune.adapt.stock.targets import rank_by_patterns
@@ -41,14 +41,15 @@ def convert_state_dict(
         CheckpointError: what the file holds of the experts does not fit the adapter.
     """
     base, names = base_of(model), names_of(model)
-    layers = adapted_layers(base, adapter_name)
+    adapter = LiveAdapter(base, names, adapter_name)
+    layers = adapter.layers
     words = (peft_config.file or peft_config.asked) if isinstance(peft_config, StockLoraConfig) else peft_config
     pairs = {key: tensor for key, tensor in adapter_state_dict.items() if split_key(key)[1]}
     factors = read_factors(words.to_dict(), pairs, names, f"adapter {adapter_name!r}")
     _fit(base, layers, adapter_name, peft_config, factors)
     # Trained copies, magnitudes and the like are PEFT's own matter.
     live = {names.on_disk(name): name for name in layers}
-    embeddings = embedding_layers(base, names, adapter_name)
+    embeddings = adapter.embeddings
     out: dict[str, Tensor] = {}
     for key in adapter_state_dict.keys() - pairs.keys():
         tensor = adapter_state_dict[key]

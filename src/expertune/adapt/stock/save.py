@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from expertune.adapt.factors import PREFIX, dtype_in_file, fold, pad, split_key
-from expertune.adapt.file_layout import stock_layout
 from expertune.adapt.files import write_adapter
 from expertune.adapt.layout_trial import StockLayout
-from expertune.adapt.live import base_of, call_arguments, embedding_layers, live_targets, names_of, tensors_in_file
+from expertune.adapt.live import LiveAdapter, base_of, call_arguments, names_of
 from expertune.adapt.stock.config import StockLoraConfig
 from expertune.checkpoint.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
 from expertune.checkpoint.json_file import read_mapping
@@ -88,9 +87,9 @@ def _write_again(base: PreTrainedModel, config: Any, adapter: str, folder: Path)
     # Whatever is no factor of a matrix: trained copies, embeddings and their factors.
     rest = {key: tensor for key, tensor in load_file(folder / WEIGHTS_NAME).items() if not split_key(key)[1]}
     settings = config.settings()
-    layout = stock_layout(base, config.names, live_targets(base, adapter), settings["r"], settings["rank_pattern"])
-    tensors = tensors_in_file(base, config.names, adapter, layout)
-    embeddings = embedding_layers(base, config.names, adapter)
+    live = LiveAdapter(base, config.names, adapter)
+    layout, embeddings = live.layout(settings), live.embeddings
+    tensors = live.in_file(layout)
     for key, tensor in rest.items():
         name, _, factor = key.removeprefix(PREFIX).rpartition(".lora_embedding_")
         tensors.append(
