@@ -119,6 +119,17 @@ def test_python_that_imports_the_package_stands_in_a_block_that_is_checked(page:
     assert [line for line in imports if line not in checked] == []
 
 
+# These describe the source; all other pages are for users.
+ABOUT_THE_SOURCE = ("CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/reference", "docs/decisions")
+FOR_USERS = [page for page in PAGES if not page_id(page).startswith(ABOUT_THE_SOURCE)]
+
+
+@pytest.mark.parametrize("page", FOR_USERS, ids=page_id)
+def test_page_for_users_names_nothing_of_the_package_that_is_not_public(page: Path) -> None:
+    named = set(re.findall(r"\bexpertune\.(?!json\b|partial\b)([A-Za-z_]\w*)", text_of(page)))
+    assert named <= {*expertune.__all__, "__version__"}
+
+
 def test_notebooks_use_only_public_names() -> None:
     for notebook in sorted(ROOT.glob("examples/**/*.ipynb")):
         for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
