@@ -57,7 +57,7 @@ class StorageError(ExpertuneError):
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name that is most like a misspelt one, for "did you mean"; None where none is like it."""
+    """The known name that is most like a misspelled one, for "did you mean"; None where none is like it."""
     return next(iter(difflib.get_close_matches(name[:80], list(known), n=1, cutoff=cutoff)), None)
 
 

@@ -180,7 +180,7 @@ def test_empty_prompts_are_counted_and_said(prepare):
     report = prepare(*examples).report
     assert report["num_empty_prompts"] == 1
     assert report["warnings"] == [
-        "1 of 2 examples have an empty prompt, so their answers are learnt as answers to nothing; first: "
+        "1 of 2 examples have an empty prompt, so their answers are learned as answers to nothing; first: "
         "rows.jsonl: row 2"
     ]
     turns = [{"from": "gpt", "value": "Hello!"}]

@@ -143,7 +143,7 @@ def test_recipe_example_of_dolly_is_golden(files, mixtral_tokenizer):
         "Question: Which is a species of fish? Tope or Rope\nAdditional Context: \n"
         "Response: [/INST] Tope</s></s>"
     )
-    # The first </s> is spelt out by the template and the second is the tokenizer's own; both are the one EOS token.
+    # The first </s> is spelled out by the template and the second is the tokenizer's own; both are the one EOS token.
     assert example.input_ids[-2:] == example.labels[-2:] == [mixtral_tokenizer.eos_token_id] * 2
     assert mixtral_tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX]) == "Tope</s></s>"
     assert example.completion == " Tope"

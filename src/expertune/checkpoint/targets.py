@@ -183,7 +183,7 @@ class _Ranks:
         return default
 
     def require_all_used(self, known: list[str]) -> None:
-        """A pattern that fits no target is a misspelt one: it must not pass for the default rank."""
+        """A pattern that fits no target is a misspelled one: it must not pass for the default rank."""
         for section, key in sorted(self._unused):
             raise ConfigError(f"lora.{section}: {key!r} fits no module among the targets{_nearest(key, known)}")
 

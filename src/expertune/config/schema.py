@@ -35,7 +35,7 @@ TRUST_KEY = "trust_remote_code"
 
 
 class Section(BaseModel):
-    """A part of the run file. Unknown keys are refused: a misspelt key must never read as its default."""
+    """A part of the run file. Unknown keys are refused: a misspelled key must never read as its default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 

@@ -30,7 +30,7 @@ class Rendered:
         append_eos: whether the tokenizer's EOS still has to follow the text.
         untrained: (start, end) of answers that take no loss, even where the loss is taken on the whole example.
         has_untrained_elsewhere: there are more of these, whose place the template does not show.
-        num_open_turns: trained turns before the last that end in no special token, so that their end is not learnt.
+        num_open_turns: trained turns before the last that end in no special token, so that their end is not learned.
     """
 
     text: str
@@ -89,7 +89,7 @@ class ColumnTemplate:
     def __init__(self, name: str, source: str) -> None:
         self.name = name
         self.names = jinja_names(source)
-        # Sandboxed because a template may come with a downloaded run file; strict because a misspelt column must
+        # Sandboxed because a template may come with a downloaded run file; strict because a misspelled column must
         # not read as an empty one.
         environment = ImmutableSandboxedEnvironment(
             undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -142,7 +142,7 @@ class ColumnUse:
         name, total = self._template.name, self._num_examples
         if self._num_empty_prompts:
             yield (
-                f"{_of(self._num_empty_prompts, total)} examples have an empty prompt, so their answers are learnt as "
+                f"{_of(self._num_empty_prompts, total)} examples have an empty prompt, so their answers are learned as "
                 f"answers to nothing; first: {self._first_empty_prompt}"
             )
         if self._num_glued:

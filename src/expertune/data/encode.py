@@ -80,7 +80,7 @@ def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
 
     Args:
         prompt: `TokenizedExample.prompt`, or what `render_prompt` returns; in any other string special tokens that are
-            spelt out are special tokens.
+            spelled out are special tokens.
         tokenizer: a fast transformers tokenizer.
 
     Returns:
@@ -263,10 +263,10 @@ def _straddled(places: Sequence[int], text: str, piece: _Piece, tokenizer: Any) 
                 found.add(place)
                 continue
             # Added tokens may take in the spaces around them: those before can be split off, those behind are lost.
-            spelt = text[start:end]
-            if place >= start + len(spelt.rstrip()):
+            spelled = text[start:end]
+            if place >= start + len(spelled.rstrip()):
                 continue
-            if place > start + len(spelt) - len(spelt.lstrip()):
+            if place > start + len(spelled) - len(spelled.lstrip()):
                 raise ExampleError(
                     f"an answer starts inside the token {added[token_id].content}, which cannot be split; the template "
                     "must write the whole token before the answer, or in it"

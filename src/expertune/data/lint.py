@@ -117,7 +117,7 @@ def check_tokens(input_ids: Sequence[int], labels: Sequence[int], uncut_length: 
 
 
 def check_context(tokenized: TokenizedExamples, context: int | None, part: str) -> None:
-    """No example may be longer than the model's context: past it, a model has learnt no positions.
+    """No example may be longer than the model's context: past it, a model has learned no positions.
 
     Args:
         tokenized: the examples after the cut at `data.max_length`.

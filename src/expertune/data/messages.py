@@ -88,7 +88,7 @@ def says_untrained(name: str, value: Any) -> bool:
 
 
 def until_last_answer(turns: list[Message]) -> list[Message]:
-    """A conversation up to the last assistant turn that is trained; what follows leads to nothing to be learnt.
+    """A conversation up to the last assistant turn that is trained; what follows leads to nothing to be learned.
 
     Raises:
         ExampleError: there is no assistant turn, or one that is trained is empty.

@@ -2,7 +2,7 @@
 
 Cheapest is what costs the result least, and of changes that cost it nothing what costs the least time. A smaller
 working set and smaller batches cost only time; recomputing layers costs about a third more compute; what is offloaded
-has to be transferred; shorter sequences cut data; a smaller rank changes what can be learnt.
+has to be transferred; shorter sequences cut data; a smaller rank changes what can be learned.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

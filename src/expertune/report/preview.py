@@ -101,13 +101,13 @@ def _shortened(text: str, max_chars: int) -> str:
 
 
 def _printable(text: str) -> str:
-    """Control characters spelt out: a text must not move the cursor of its reader, nor hide or turn round text.
+    """Control characters spelled out: a text must not move the cursor of its reader, nor hide or turn round text.
 
     Those of format (Cf) are the ones without a width, and the ones that change the direction of what follows.
     """
-    spelt = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    spelled = ("Cc", "Cf", "Cs", "Zl", "Zp")
     return "".join(
-        char if char in "\n\t" or unicodedata.category(char) not in spelt else ascii(char)[1:-1] for char in text
+        char if char in "\n\t" or unicodedata.category(char) not in spelled else ascii(char)[1:-1] for char in text
     )
 
 
