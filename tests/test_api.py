@@ -1,6 +1,7 @@
 """The corridor as Python: a finished run can be opened, scored and asked."""
 
 import io
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,15 @@ from expertune.cli import app
 from expertune.config import parse_config
 from expertune.data import render_prompt
 from expertune.errors import CheckpointError, ConfigError, DataError, ExpertuneError
+from expertune.run import inference
 from tests.families.build import tiny_config
 from tests.tiny_models import save_random, save_tiny_model
 from tests.train.conftest import nine_steps, rows_file, run_values, small_mixtral, write_small_mixtral
+
+ROOT = Path(__file__).parents[1]
+
+# Sections whose keys are those of the run file, or names of packages.
+OPEN = {"format_version", "config", "versions"}
 
 __all__ = ["rows_file", "run_values", "small_mixtral"]  # fixtures
 
@@ -108,6 +115,55 @@ def test_generate_answers_through_the_runs_template(finished: Path) -> None:
     answer = expertune.generate(finished, "What is 1 plus 2?", max_new_tokens=4)
     assert isinstance(answer, str)
     assert answer == expertune.generate(finished, "What is 1 plus 2?", max_new_tokens=4)
+
+
+def test_generate_answers_without_white_space_around(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "complete", lambda *_, **__: [" Valletta.\n"])
+    assert expertune.generate(finished, "What is the capital of Malta?") == "Valletta."
+
+
+def test_generate_without_a_column_that_the_template_needs_says_what_a_prompt_is(trained: expertune.Run) -> None:
+    with pytest.raises(DataError, match=r"prompt: column prompt is missing; the question has foo; give an example of"):
+        expertune.generate(trained, {"foo": "Who?"})
+
+
+def test_run_whose_metric_is_not_registered_here_answers_and_gives_its_loss(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    record = expertune.RunRecord.load(run)
+    record["config"]["task"]["metric"] = "my-metric"
+    record.save()
+    opened = expertune.open_run(run)
+    assert isinstance(expertune.generate(opened, "What is 1 plus 2?", max_new_tokens=4), str)
+    scores = expertune.evaluate(opened)
+    assert scores["loss"] == expertune.evaluate(finished)["loss"]
+    assert "task" not in scores
+    assert (
+        "task.metric: my-metric is not registered in this process, and only the loss is taken"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(ConfigError, match=r"task\.metric: no metric of this name is registered, got 'my-metric'"):
+        expertune.load_config(run, ["output_dir=elsewhere"])
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["chat"], ["generate", "--prompt", "Who?"]])
+def test_file_in_the_place_of_a_run_directory_is_named(finished: Path, command: list[str]) -> None:
+    result = CliRunner().invoke(app, [*command, str(finished / "record.json")])
+    assert result.exit_code == 2
+    assert f"{finished / 'record.json'}: a file; give the run directory" in result.stderr
+
+
+def test_every_key_of_a_finished_runs_record_is_in_the_reference(trained: expertune.Run) -> None:
+    pages = {
+        name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("reference/record.md", "guides/plan.md")
+    }
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", pages["reference/record.md"], re.DOTALL | re.MULTILINE))
+    sections["plan"] += pages["guides/plan.md"]
+    recorded = {(section, key) for section in trained.record.values.keys() - OPEN for key in trained.record[section]}
+    recorded |= {("data", key) for key in trained.record["data"]["train"]}
+    assert {(section, key) for section, key in recorded if f"`{key}`" not in sections[section]} == set()
+    assert {("kernels", "ran"), ("inputs", "rows"), ("run", "started"), ("preflight", "four_bit")} <= recorded
 
 
 def test_task_is_scored_before_and_after_on_held_out_rows(finished: Path) -> None:

@@ -217,6 +217,18 @@ def test_plan_as_json_is_json_and_nothing_else(run, run_file, api):
     assert err == "a library's note\n"
 
 
+@pytest.mark.parametrize(("columns", "width"), [("50", 50), ("200", 200), (None, 120), ("many", 120)])
+def test_table_in_a_pipe_is_as_wide_as_columns_says(run, run_file, api, monkeypatch, columns, width):
+    made = plan_of(fits=True)
+    made.render = lambda: "word " * 100
+    api.plan = lambda config, **options: made
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    lines = run("plan", "run.yaml")[1].splitlines()
+    assert width - 5 <= max(map(len, lines)) <= width
+
+
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_a_plan_that_does_not_fit_is_exit_code_2(run, run_file, api, options):
     api.plan = lambda config, **options: plan_of(fits=False)
@@ -367,7 +379,7 @@ def test_generate_prints_the_answer_only(run, run_dir, api):
         logging.getLogger("transformers.generation").warning("a developer's note")
         warnings.warn("a developer's warning", UserWarning, stacklevel=1)
         seen.append((prompt, options))
-        return " inform(name[FIFA 12])\n"
+        return "inform(name[FIFA 12])"
 
     api.generate = generate
     arguments = ["generate", run_dir, "--prompt", "I like it.", "--max-new-tokens", "7", "--adapter", "checkpoint-2"]

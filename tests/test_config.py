@@ -157,11 +157,11 @@ def test_training_key_that_asks_for_what_a_run_does_not_do_is_refused(key: str, 
         ("seed", -1, "has to be at least 0"),
         ("save_total_limit", 0, "has to be at least 1"),
         ("bf16", "yes", "has to be a valid boolean"),
-        ("optim", "adamw_torhc", r"did you mean adamw_torch\?"),
-        ("optim", "adamm", r"did you mean adamw_torch\?"),
-        ("optim", "adamw", r"did you mean adamw_torch\?"),
-        ("lr_scheduler_type", "cosin", r"did you mean cosine\?"),
-        ("eval_strategy", "sometimes", "one of no, steps, epoch"),
+        ("optim", "adamw_torhc", r"no value of this name, got .*; did you mean adamw_torch\?"),
+        ("optim", "adamm", r"no value of this name, got .*; did you mean adamw_torch\?"),
+        ("optim", "adamw", r"no value of this name, got .*; did you mean adamw_torch\?"),
+        ("lr_scheduler_type", "cosin", r"no value of this name, got .*; did you mean cosine\?"),
+        ("eval_strategy", "sometimes", "no value of this name, got .*; known: epoch, no, steps"),
         ("lr_scheduler_kwargs", [1], "has to be a valid dictionary or a valid string"),
         ("report_to", ["tensorbaord"], r"no tracker is called 'tensorbaord'; did you mean tensorboard\?"),
         ("report_to", "comet_ml", "comet_ml is not installed here; `pip install comet-ml`"),
@@ -202,10 +202,41 @@ def test_text_that_yaml_1_1_would_read_as_a_date_or_an_octal_number_stays_text(r
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("24GB", 24 * 10**9), ("16GiB", 16 * 2**30), ("1.5 MB", 1_500_000), (4096, 4096), ("4096", 4096)]
+    ("lines", "message"),
+    [
+        (
+            "task: {metric: slotf1}\n",
+            "no metric of this name is registered, got 'slotf1'; did you mean slot-f1?",
+        ),
+        ("placement: hosts\n", "got 'hosts'; did you mean host?"),
+        ("kernels: {route: none-of-them}\n", "got 'none-of-them'"),
+    ],
+)
+def test_value_that_is_nearly_a_name_is_answered_with_it_at_the_end(run_file: Path, lines: str, message: str) -> None:
+    run_file.write_text(MINIMAL + lines, encoding="utf-8")
+    with pytest.raises(ConfigError) as refused:
+        load_config(run_file)
+    assert str(refused.value).endswith(message)
+
+
+def test_empty_run_file_is_said_to_be_empty(run_file: Path) -> None:
+    run_file.write_text("# nothing yet\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"run\.yaml: the file is empty; a run file is a mapping"):
+        load_config(run_file)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GB", 24 * 10**9), ("16GiB", 16 * 2**30), ("1.5 MB", 1_500_000), (2**20, 2**20), ("1048576", 2**20)],
 )
 def test_sizes_are_read_in_decimal_and_binary_units(text: Any, size: int) -> None:
     assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("size", [24, "24", " 24 "])
+def test_size_that_can_only_be_gigabytes_is_refused_with_its_unit(size: Any) -> None:
+    with pytest.raises(ConfigError, match="24 without a unit means bytes; write 24GB"):
+        parse_config({"model": "m", "data": {"train": "t"}, "output_dir": "o", "memory_budget": size})
 
 
 @pytest.mark.parametrize("text", ["a lot", "-3GB", "0", "GB"])

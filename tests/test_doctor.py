@@ -67,10 +67,13 @@ def test_findings_are_json():
     assert json.loads(json.dumps(findings)) == findings
 
 
-@pytest.mark.parametrize("width", [80, 120])
-def test_the_table_fits_a_terminal(width):
+@pytest.mark.parametrize("width", [50, 60, 80, 120])
+def test_findings_fit_a_terminal_and_no_word_is_cut(width):
+    findings = doctor.collect()
     console = Console(width=width, color_system=None)
     with console.capture() as capture:
-        console.print(doctor.render(doctor.collect()))
+        console.print(doctor.render(findings))
     assert "…" not in capture.get()
     assert max(map(len, capture.get().splitlines())) <= width
+    words = {word for each in findings for word in f"{each['name']} {each['value']} {each['advice']}".split()}
+    assert {word for word in words if len(word) < 40} <= set(capture.get().split())

@@ -10,7 +10,8 @@ import torch
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from expertune.config import RunConfig, Section, check_training_arguments, load_config
+from expertune import load_config
+from expertune.config import RunConfig, Section, check_training_arguments
 from expertune.planning import make_plan
 from expertune.train.arguments import training_arguments
 

@@ -63,12 +63,30 @@ def test_nf4_folder_is_the_same_by_transformers_and_by_load_model(folder: Path, 
 
 def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
     model = expertune.load_model(folder, "float32", "cpu")
-    with pytest.raises(ConfigError, match="lora: unknown key rank; did you mean r"):
+    with pytest.raises(ConfigError, match="attach: no argument is called rank; did you mean r"):
         expertune.attach(model, rank=8)  # type: ignore[call-arg]
     with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
         expertune.load_adapter(model, tmp_path)
     with pytest.raises(ConfigError, match=r"take a model from expertune\.load_model"):
         expertune.attach(AutoModelForCausalLM.from_pretrained(folder))
+
+
+def test_second_adapter_needs_a_name_of_its_own_and_the_model_of_the_first(folder: Path) -> None:
+    base = expertune.load_model(folder, "float32", "cpu")
+    model = expertune.attach(base, r=2)
+    with pytest.raises(ConfigError, match="model: it has an adapter already; give what attach or"):
+        expertune.attach(base, r=2)
+    with pytest.raises(ConfigError, match="adapter_name: the model has an adapter called 'default' already"):
+        expertune.attach(model, r=2)
+    for name in ("", "a.b", "lora"):
+        with pytest.raises(ConfigError, match=f"adapter_name: '{name}' is no name for an adapter"):
+            expertune.attach(model, name, r=2)
+    assert sorted(expertune.attach(model, "second", r=2).peft_config) == ["default", "second"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "float", torch.float32])
+def test_dtype_may_be_said_as_torch_says_it_or_in_short(folder: Path, dtype: str | torch.dtype) -> None:
+    assert expertune.load_model(folder, dtype, "cpu").dtype == torch.float32
 
 
 def test_options_of_attach_are_the_keys_of_the_run_files_section() -> None:

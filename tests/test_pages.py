@@ -11,8 +11,9 @@ import typer
 from rich.console import Console
 from transformers import TrainingArguments
 
+from expertune import load_config
 from expertune.cli import app
-from expertune.config import check_training_arguments, load_config, parse_config
+from expertune.config import check_training_arguments, parse_config
 from expertune.errors import ConfigError
 from expertune.planning import Plan, make_plan
 from expertune.run.directory import _FREE_AT_RESUME

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 import expertune
+from expertune import load_config
 from expertune.cli import app
-from expertune.config import load_config, parse_config
+from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError
 from expertune.run.record import RunRecord
 from tests.train.conftest import nine_steps, rows_file, run_file, run_values, small_mixtral

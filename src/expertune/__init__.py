@@ -16,12 +16,11 @@ from expertune.errors import ExpertuneError
 from expertune.kernels.threads import prepare_threads
 from expertune.registration import register as _register
 from expertune.run.record import RunRecord
-from expertune.run.source import load_run as load_config
+from expertune.run.source import load_config
 
 if TYPE_CHECKING:
     from expertune.api import finetune, plan
-    from expertune.checkpoint.quantize import quantize
-    from expertune.models import attach, load_adapter, load_model
+    from expertune.models import attach, load_adapter, load_model, quantize
     from expertune.run.inference import Run, evaluate, generate, open_run
 
 __version__ = _version("expertune")
@@ -46,8 +45,7 @@ __all__ = [
 # Where the names lie that need torch.
 _MODULES = {
     "api": ("finetune", "plan"),
-    "checkpoint.quantize": ("quantize",),
-    "models": ("attach", "load_adapter", "load_model"),
+    "models": ("attach", "load_adapter", "load_model", "quantize"),
     "planning": ("make_plan",),  # the earlier name of `plan`, of a RunConfig alone
     "run.inference": ("Run", "evaluate", "generate", "open_run"),
 }
@@ -66,4 +64,4 @@ if not TYPE_CHECKING:  # which would take every name for one of the package's
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return sorted([*__all__, "__version__"])

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,6 +19,7 @@ from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.preflight import preflight, probe_logits
 from expertune.config import RunConfig, check_training_arguments
+from expertune.config.arguments import checked
 from expertune.data import make_collator
 from expertune.distributed.processes import require_one_process
 from expertune.evaluation.held_out import HeldOut
@@ -45,7 +47,7 @@ from expertune.run.inference import OpenOptions, Run, after_training, load_base
 from expertune.run.inputs import Inputs, note_stock_refusal, probe_batch, read_inputs
 from expertune.run.lock import hold_run_directory
 from expertune.run.progress import Bars
-from expertune.run.source import load_run
+from expertune.run.source import load_config
 from expertune.storage import notify_if_it_fails, storage_errors_named
 from expertune.train.arguments import training_arguments
 from expertune.train.callbacks import ProgressBar, peak_memory_bytes
@@ -58,10 +60,11 @@ from expertune.train.trackers import Trackers
 from expertune.train.trainer import ExpertTrainer
 
 
+@checked
 def plan(
-    config: RunConfig | str | Path,
+    config: str | Path | Mapping[str, Any] | RunConfig,
     overrides: Sequence[str] = (),
-    memory: str | None = None,
+    memory: str | int | None = None,
     gpu: str | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
@@ -77,15 +80,15 @@ def plan(
     Raises:
         ExpertuneError: the run file or the model cannot be read.
     """
-    if not isinstance(config, RunConfig):
-        config = load_run(config, overrides, starts=False)
+    config = load_config(config, overrides, starts=False)
     return make_plan(config, gpu=gpu, memory=memory, trust_remote_code=trust_remote_code)
 
 
+@checked
 @torch.inference_mode(False)  # a caller may be in inference mode, or without gradients: training is not
 @torch.enable_grad()
 def finetune(
-    config: RunConfig | str | Path,
+    config: str | Path | Mapping[str, Any] | RunConfig,
     overrides: Sequence[str] = (),
     resume: bool = False,
     console: Console | None = None,
@@ -94,8 +97,8 @@ def finetune(
     """Run a whole fine-tuning run and leave its directory behind.
 
     Args:
-        config: a run file, a record of a run or a run directory; or a run file's parsed content.
-        overrides: `section.key=value` strings on top of a run file.
+        config: a run file, a record of a run or a run directory; or a run file's content as a mapping or RunConfig.
+        overrides: `section.key=value` strings on top of it.
         resume: continue from the newest whole checkpoint of the run directory; the result is byte-identical to a run
             that was never interrupted (on the same machine, CPU). A finished run is left as it is.
         console: where messages and progress go; None means stderr.
@@ -104,8 +107,7 @@ def finetune(
     Raises:
         ExpertuneError: anything that the user can fix; see `expertune.errors`.
     """
-    if not isinstance(config, RunConfig):
-        config = load_run(config, overrides, resume)
+    config = load_config(config, overrides, resume)
     ranks = require_one_process()
     bars = Bars(console or Console(stderr=True))
     output_dir = Path(config.output_dir)

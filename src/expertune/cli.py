@@ -18,7 +18,6 @@ import typer
 
 import expertune
 from expertune import RunRecord, load_config
-from expertune.config import QuantizationConfig
 from expertune.errors import ConfigError, ExpertuneError
 from expertune.kernels.threads import prepare_threads
 from expertune.run.directory import after_interruption
@@ -288,7 +287,7 @@ def generate(
             other_base=other_base,
             model=model,
         )
-    print(answer.strip())
+    print(answer)
 
 
 @app.command()
@@ -347,13 +346,16 @@ def quantize(
     if out is None:
         raise typer.BadParameter("give the folder to write", param_hint="OUT")
     try:
-        with stdout_for_results():
-            # What is quantized already decides by itself, unless the user has.
-            asked = None if double_quantization is None else QuantizationConfig(double_quantization=double_quantization)
-            with quantizing() as progress:
-                expertune.quantize(
-                    model, out, asked, dtype, progress, revision=revision, trust_remote_code=trust_remote_code
-                )
+        with stdout_for_results(), quantizing() as progress:
+            expertune.quantize(
+                model,
+                out,
+                double_quantization=double_quantization,
+                dtype=dtype,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
     except KeyboardInterrupt:
         log(f"expertune: interrupted; the same command resumes {out}")
         raise typer.Exit(130) from None

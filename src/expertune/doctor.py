@@ -7,12 +7,14 @@ import importlib.metadata
 import importlib.util
 import platform
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 import psutil
 import torch
 from packaging.requirements import Requirement
-from rich.console import RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -26,6 +28,7 @@ from expertune.planning.table import size
 Status = Literal["ok", "info", "warning", "error"]
 
 _TRACKERS = ("wandb", "tensorboard", "trackio")
+_TABLE_WIDTH = 72
 _STYLES = {"ok": "green", "info": "dim", "warning": "yellow", "error": "bold red"}
 
 
@@ -52,8 +55,31 @@ def collect() -> list[Finding]:
     return [*_packages(), *_native_library(), *_devices(), *_hub(), *_trackers(), *_pitfalls()]
 
 
+@dataclass
+class _Findings:
+    """A table, with advice under the finding that needs it; on a narrow terminal one finding below the other."""
+
+    findings: list[Finding]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        if options.max_width >= _TABLE_WIDTH:
+            yield _table(self.findings)
+            return
+        topic = ""
+        for finding in self.findings:
+            if finding["topic"] != topic:
+                topic = finding["topic"]
+                yield Text(topic, style="dim")
+            yield Padding(Text(f"{finding['name']}  {finding['status']}"), (0, 0, 0, 2))
+            yield Padding(_value(finding), (0, 0, 0, 4))
+
+
 def render(findings: list[Finding]) -> RenderableType:
-    """The findings as a table, advice under the finding that needs it."""
+    """The findings for `rich.console.Console.print`."""
+    return _Findings(findings)
+
+
+def _table(findings: list[Finding]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(no_wrap=True)
@@ -63,13 +89,17 @@ def render(findings: list[Finding]) -> RenderableType:
     for finding in findings:
         if topic and finding["topic"] != topic:
             table.add_row()
-        text = Text(finding["value"])
-        if finding["advice"]:
-            text.append(f"\n{finding['advice']}", style=_STYLES[finding["status"]])
         status = Text(finding["status"], style=_STYLES[finding["status"]])
-        table.add_row("" if finding["topic"] == topic else finding["topic"], finding["name"], status, text)
+        table.add_row("" if finding["topic"] == topic else finding["topic"], finding["name"], status, _value(finding))
         topic = finding["topic"]
     return table
+
+
+def _value(finding: Finding) -> Text:
+    text = Text(finding["value"])
+    if finding["advice"]:
+        text.append(f"\n{finding['advice']}", style=_STYLES[finding["status"]])
+    return text
 
 
 def _find(topic: str, name: str, value: str, status: Status = "ok", advice: str = "") -> Finding:

@@ -61,6 +61,19 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     return next(iter(difflib.get_close_matches(name[:80], list(known), n=1, cutoff=cutoff)), None)
 
 
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """How a message about an unknown name ends: with the name that is meant, or with all that are known."""
+    known = sorted(known)
+    meant = nearest(name, known, cutoff)
+    return f"; did you mean {meant}?" if meant else f"; known: {', '.join(known)}"
+
+
+def option(name: str, value: str = "") -> str:
+    """An option of a command as a message names it, which may be read by a user of Python."""
+    given = f"--{name} {value}" if value else f"--{name}"
+    return f"{given} ({name.replace('-', '_')}={value or True!r} in Python)"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what a library's error says, or the name of its type where it says nothing."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

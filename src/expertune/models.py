@@ -1,5 +1,7 @@
 """Models with 4-bit experts for a program of one's own: loaded, given an adapter, and used as any PeftModel is."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -9,12 +11,15 @@ from transformers import PreTrainedModel
 from expertune.adapt import attach as adapters
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.checkpoint import load
+from expertune.checkpoint.formats.nf4_folder import Nf4Folder
 from expertune.checkpoint.hf_quantizer import as_loaded
 from expertune.checkpoint.hub import fetch_model
 from expertune.checkpoint.load import LoadedModel
+from expertune.checkpoint.quantize import quantize as write_nf4_folder
 from expertune.config import LoraSection, QuantizationConfig, parse_section
+from expertune.config.arguments import checked
 from expertune.errors import ConfigError
-from expertune.placement.device import default_device, resolve_compute_dtype
+from expertune.placement.device import device_named, dtype_name, resolve_compute_dtype
 
 
 class LoraOptions(TypedDict, total=False):
@@ -23,7 +28,7 @@ class LoraOptions(TypedDict, total=False):
     r: int
     alpha: float
     dropout: float
-    targets: list[str]
+    targets: list[str] | str
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     rslora: bool
@@ -32,9 +37,28 @@ class LoraOptions(TypedDict, total=False):
     init_from_other_base: bool
 
 
+class QuantizeOptions(TypedDict, total=False):
+    """How an NF4 folder is written.
+
+    Keys:
+        double_quantization: hold the scales in 8 bits; None is that, or what a 4-bit checkpoint has.
+        dtype: of what stays unquantized, as for `load_model`; `auto` keeps each tensor's own.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run Python that ships with the model.
+        progress: called before and after each file with its name, the bytes written so far, and the bytes in all.
+    """
+
+    double_quantization: bool | None
+    dtype: str | torch.dtype
+    revision: str | None
+    trust_remote_code: bool
+    progress: Callable[[str, int, int], None] | None
+
+
+@checked
 def load_model(
     model: str | Path,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: torch.device | str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -43,7 +67,8 @@ def load_model(
 
     Args:
         model: a directory or hub id: 16-bit, in bitsandbytes' nf4, in MXFP4, or an NF4 folder.
-        dtype: of everything else and of all matrix products: `auto`, `bfloat16`, `float16` or `float32`.
+        dtype: of everything else and of all matrix products: `auto`, `bfloat16`, `float16` or `float32`, by name, by a
+            usual short name (`bf16`, `fp16`, `fp32`) or as torch has it.
         device: where the model lies; None means the current GPU, or the CPU.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run Python that ships with the model.
@@ -51,15 +76,16 @@ def load_model(
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError: the model is missing, damaged, or of no kind that is read.
     """
-    device = default_device() if device is None else torch.device(device)
-    source = fetch_model(str(model), revision, trust_remote_code)
+    device = device_named(device)
     compute_dtype = resolve_compute_dtype(dtype, device)
+    source = fetch_model(str(model), revision, trust_remote_code)
     loaded = load.load_model(source.folder, QuantizationConfig(), compute_dtype, device, trust_remote_code)
     loaded.source = loaded.source or (str(model), source.revision)
     loaded.model.nf4_loaded = loaded
     return loaded.model
 
 
+@checked
 def attach(
     model: PreTrainedModel | ExpertPeftModel, adapter_name: str = "default", **lora: Unpack[LoraOptions]
 ) -> ExpertPeftModel:
@@ -71,13 +97,15 @@ def attach(
         **lora: keys of a run file's `lora:` section, e.g. `r=16, targets=["attention", "experts"]`.
 
     Raises:
-        ConfigError: an unknown key, a wrong value, or a target that the model does not have.
+        ConfigError: an unknown key, a wrong value, a target that the model does not have, or a name that is taken.
     """
     loaded, onto = _loaded(model), model if isinstance(model, ExpertPeftModel) else None
+    _require_free(adapter_name, loaded.model, onto)
     section = parse_section(LoraSection, dict(lora), "lora")
     return adapters.attach(loaded, section, loaded.model.config._name_or_path, None, adapter_name, onto)
 
 
+@checked
 def load_adapter(
     model: PreTrainedModel | ExpertPeftModel,
     folder: str | Path,
@@ -96,6 +124,39 @@ def load_adapter(
         CheckpointError: it is no adapter, is damaged, or was trained on another base model.
     """
     return attach(model, adapter_name, init_from=str(folder), init_from_other_base=other_base).eval()
+
+
+@checked
+def quantize(model: str | Path, out: str | Path, **options: Unpack[QuantizeOptions]) -> Nf4Folder:
+    """Write the NF4 folder of a model, or resume one that was interrupted.
+
+    Args:
+        model: a directory or hub id; shards of a hub model are fetched one by one and deleted after use.
+        out: the folder to write, new or empty.
+        **options: see `QuantizeOptions`.
+
+    Raises:
+        CheckpointError: the source is damaged or incomplete; `out` holds something else, or cannot be written.
+        ConfigError, UnsupportedModelError: see `load_model`.
+    """
+    double, dtype = options.get("double_quantization"), dtype_name(options.get("dtype", "auto"))
+    # What is quantized already decides by itself, unless the caller has.
+    asked = None if double is None else QuantizationConfig(double_quantization=double)
+    revision, trust = options.get("revision"), options.get("trust_remote_code", False)
+    progress = options.get("progress")
+    return write_nf4_folder(str(model), out, asked, dtype, progress, revision=revision, trust_remote_code=trust)
+
+
+def _require_free(name: str, base: PreTrainedModel, onto: ExpertPeftModel | None) -> None:
+    """Refuse names that PEFT cannot tell apart in a parameter's name, or has on the model."""
+    if onto is None and hasattr(base, "peft_config"):
+        raise ConfigError(
+            "model: it has an adapter already; give what attach or load_adapter returned, and a new adapter_name"
+        )
+    if onto is not None and name in onto.peft_config:
+        raise ConfigError(f"adapter_name: the model has an adapter called {name!r} already; give another name")
+    if not re.fullmatch(r"[\w-]+", name) or name in "lora_":
+        raise ConfigError(f"adapter_name: {name!r} is no name for an adapter; give letters and digits, such as second")
 
 
 def _loaded(model: Any) -> LoadedModel:

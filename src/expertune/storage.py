@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from expertune.errors import StorageError
+from expertune.errors import StorageError, option
 
 BESIDE = ".tmp"
 """How the names of files end that are still being written."""
@@ -54,7 +54,7 @@ def storage_errors_named(folder: Path) -> Iterator[None]:
     except Exception as error:
         if (reason := _reason(error, folder)) is None:
             raise
-        raise StorageError(f"{reason}, then give the same command again with --resume") from error
+        raise StorageError(f"{reason}, then give the same command again with {option('resume')}") from error
 
 
 def failure(error: OSError, folder: Path | None = None) -> str | None:

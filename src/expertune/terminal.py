@@ -5,6 +5,7 @@ rich and the model's code are imported where they are used, so that a typing mis
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -36,10 +37,11 @@ def print_json(value: Any) -> None:
 
 
 def print_table(renderable: Any) -> None:
-    """Something that rich lays out, on stdout; in a file as wide as `_FILE_WIDTH`."""
+    """Something that rich lays out, on stdout; in a file as wide as COLUMNS says, or as `_FILE_WIDTH`."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else _FILE_WIDTH
+    columns = os.environ.get("COLUMNS", "")
+    width = int(columns) if columns.isdigit() and int(columns) else None if sys.stdout.isatty() else _FILE_WIDTH
     Console(file=sys.stdout, width=width, markup=False, highlight=False).print(renderable)
 
 

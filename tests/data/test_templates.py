@@ -163,8 +163,8 @@ def test_syntax_error_names_the_line(tmp_path):
         render(str(path), DOLLY)
 
 
-def test_unknown_template_name_lists_those_that_ship():
-    with pytest.raises(ConfigError, match=r"dollly is neither a template of Expertune \(chat, alpaca, chatml, dolly,"):
+def test_unknown_template_name_is_answered_with_the_nearest_that_ships():
+    with pytest.raises(ConfigError, match=r"dollly is neither a template .* nor a file; did you mean dolly\?"):
         render("dollly", DOLLY)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from expertune.config import load_config
+from expertune import load_config
 from expertune.errors import ConfigError
 from expertune.planning import make_plan, speed
 from expertune.planning.devices import DEVICES, device_of_this_name, find_device
@@ -21,7 +21,7 @@ def test_a_gpu_is_found_however_it_is_written(name):
 
 
 def test_a_gpu_that_is_not_there_names_the_nearest(run_of):
-    with pytest.raises(ConfigError, match=r"--gpu rtx-4900: not in the table; did you mean rtx-4090\?"):
+    with pytest.raises(ConfigError, match=r"gpu rtx-4900: not in the table; did you mean rtx-4090\?"):
         make_plan(run_of(MIXTRAL), gpu="rtx-4900")
 
 

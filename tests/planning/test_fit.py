@@ -215,7 +215,7 @@ def test_a_split_batch_keeps_the_tokens_of_a_step(run_of):
 
 
 def test_the_changed_run_has_the_peak_that_was_promised(run_of, tmp_path):
-    from expertune.config import load_config
+    from expertune import load_config
 
     data = {"train": "rows.jsonl", "max_length": 320, "merge_accumulation": False}
     run = run_of(MIXTRAL, training=HUNGRY, data=data, memory_budget="28GB")

@@ -84,7 +84,7 @@ def test_resume_over_another_input_under_the_same_name_is_refused(
     shutil.copytree(unfinished, folder)
     change(folder)
     before = (folder / "run" / "record.json").read_bytes()
-    with pytest.raises(error, match=f"--resume: {message}"):
+    with pytest.raises(error, match=f"resume: {message}"):
         finetune(parse_config(values_in(folder)), resume=True)
     assert (folder / "run" / "record.json").read_bytes() == before
 
@@ -94,7 +94,7 @@ def test_resume_over_another_slice_of_the_same_file_is_refused(unfinished: Path,
     shutil.copytree(unfinished, folder)
     values = values_in(folder)
     values["data"] |= {"train": f"{folder / 'rows.jsonl'}[1:20]"}
-    with pytest.raises(DataError, match=r"--resume: data\.train: its rows are not read or encoded as they were"):
+    with pytest.raises(DataError, match=r"resume: data\.train: its rows are not read or encoded as they were"):
         finetune(parse_config(values), resume=True)
 
 

@@ -12,13 +12,16 @@ from pathlib import Path
 from expertune.adapt.files import read_adapter_base, read_adapter_config
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.targets import ResolvedTargets
-from expertune.errors import CheckpointError
+from expertune.errors import CheckpointError, option
 
 _LAYER = re.compile(r"(.*?\.\d+)\.(.+)")
 
 
 def require_same_base(
-    folder: str | Path, base: Fingerprint | None, model: str, allowed_by: str = "set lora.init_from_other_base: true"
+    folder: str | Path,
+    base: Fingerprint | None,
+    model: str,
+    allowed_by: str = "set lora.init_from_other_base: true (other_base=True in load_adapter)",
 ) -> None:
     """Refuse an adapter that was trained on another base model.
 
@@ -61,7 +64,8 @@ def require_every_layer(folder: str | Path, wanted: ResolvedTargets, held: Resol
         raise CheckpointError(
             f"{folder}: the adapter has no tensors for {len(left)} of {len(layers)} layers of this model, the first is "
             f"{left[0]}: it was trained on another one. Give the base that it was trained on, or set "
-            "lora.init_from_other_base: true (--other-base for a run that is opened) to leave those layers as they are"
+            f"lora.init_from_other_base: true (for a run that is opened, {option('other-base')}) to leave those layers "
+            "as they are"
         )
 
 

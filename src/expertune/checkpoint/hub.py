@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from expertune.errors import CheckpointError, ExpertuneError, first_line
+from expertune.errors import CheckpointError, ExpertuneError, first_line, option
 
 CODE = ["*.py"]
 SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
@@ -124,5 +124,5 @@ def refusal(error: Exception) -> str:
         return reason
     return (
         "it comes with Python code of its own, which is not run unasked; read the code, and if you trust it give "
-        "--trust-remote-code on the command line (trust_remote_code=True in Python)"
+        + option("trust-remote-code")
     )

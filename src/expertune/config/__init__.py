@@ -3,7 +3,6 @@
 from expertune.config.reading import (
     apply_overrides,
     check_training_arguments,
-    load_config,
     parse_config,
     parse_section,
     recorded_config,
@@ -32,7 +31,6 @@ __all__ = [
     "TaskConfig",
     "apply_overrides",
     "check_training_arguments",
-    "load_config",
     "parse_config",
     "parse_section",
     "parse_size",

@@ -5,39 +5,22 @@ the run starts (`check_training_arguments`), because only transformers knows the
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from expertune.config.schema import TRUST_KEY, Origin, RunConfig, Section, nearest_key
+from expertune.config.messages import describe, nearest_key
+from expertune.config.schema import TRUST_KEY, Origin, RunConfig, Section
 from expertune.config.training_keys import refused_keys
 from expertune.config.training_values import check_training_values
-from expertune.config.yaml_file import parse_value, read_mapping, shortened
+from expertune.config.yaml_file import parse_value, shortened
 from expertune.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
 
-# So many wrong keys are named at once.
-_MAX_PROBLEMS = 20
-
 # Section, key, the value's earlier name, and its name now.
 _RENAMED_VALUES = (("kernels", "route", "decode_then_gemm", "dequant_gemm"),)
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run file, apply `section.key=value` overrides, and check every key.
-
-    Paths inside the file are taken relative to the working directory, as on any command line.
-
-    Raises:
-        ConfigError: the file is missing, is not YAML, or holds an unknown key or a wrong value.
-    """
-    path = Path(path)
-    values = read_mapping(path)
-    apply_overrides(values, overrides)
-    return parse_config(values, where=str(path))
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -50,14 +33,19 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
         _apply_override(values, override)
 
 
-def parse_config(values: dict[str, Any], where: str = "config") -> RunConfig:
+def parse_config(values: Mapping[str, Any], where: str = "config", opened: bool = False) -> RunConfig:
     """Check a mapping of run-file keys and return the RunConfig.
+
+    Args:
+        values: the keys.
+        where: what errors name.
+        opened: the run is over and is only used: its metric need not be registered here.
 
     Raises:
         ConfigError: names each wrong key, what was found there, and the nearest known key.
     """
     values, notes = with_current_names(values)
-    config = parse_section(RunConfig, values, where)
+    config = RunConfig.model_validate(values, context={"where": where, "opened": opened})
     config._origin = Origin(where, notes)
     return config
 
@@ -71,10 +59,10 @@ def parse_section(kind: type[S], values: dict[str, Any], where: str) -> S:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_describe(error, where, kind)) from None
+        raise ConfigError(describe(error, where, kind)) from None
 
 
-def with_current_names(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def with_current_names(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     """Values that earlier releases called otherwise under the names that they have now, and a sentence for each."""
     notes = []
     for section, key, old, new in _RENAMED_VALUES:
@@ -85,13 +73,16 @@ def with_current_names(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[st
     return values, tuple(notes)
 
 
-def recorded_config(values: dict[str, Any], where: str) -> RunConfig:
+def recorded_config(values: Mapping[str, Any], where: str, opened: bool = False) -> RunConfig:
     """The RunConfig that a record holds. What earlier releases recorded of trusted code is ignored.
+
+    Args:
+        values, where, opened: see `parse_config`.
 
     Raises:
         ConfigError: see `parse_config`.
     """
-    return parse_config({key: value for key, value in values.items() if key != TRUST_KEY}, where)
+    return parse_config({key: value for key, value in values.items() if key != TRUST_KEY}, where, opened)
 
 
 def check_training_arguments(training: dict[str, Any], where: str = "config") -> None:
@@ -129,30 +120,3 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {shortened(override)!r}: {shortened(parent)} is a value, not a section")
         here = child
     here[leaf] = value
-
-
-def _describe(error: ValidationError, where: str, kind: type[Section]) -> str:
-    lines = []
-    problems = error.errors()
-    for problem in problems[:_MAX_PROBLEMS]:
-        key = shortened(".".join(str(part) for part in problem["loc"])) or "the run file"
-        if problem["type"] == "extra_forbidden":
-            known = _known_keys(kind, problem["loc"][:-1])
-            lines.append(f"{where}: unknown key {key}{nearest_key(str(problem['loc'][-1]), known)}")
-        elif problem["type"] == "missing":
-            lines.append(f"{where}: {key} is missing; add it")
-        else:
-            message = shortened(problem["msg"].removeprefix("Value error, "))
-            found = f", got {shortened(repr(problem['input']))}" if not isinstance(problem["input"], dict) else ""
-            lines.append(f"{where}: {key}: {message}{found}" if problem["loc"] else f"{where}: {message}")
-    if len(problems) > _MAX_PROBLEMS:
-        lines.append(f"{where}: and {len(problems) - _MAX_PROBLEMS} more")
-    return "\n".join(lines)
-
-
-def _known_keys(kind: type[Section], location: Iterable[str | int]) -> set[str]:
-    model: Any = kind
-    for part in location:
-        field = model.model_fields.get(str(part)) if hasattr(model, "model_fields") else None
-        model = field.annotation if field else None
-    return set(model.model_fields) if model is not None and hasattr(model, "model_fields") else set()

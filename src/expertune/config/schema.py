@@ -5,7 +5,7 @@ Nothing here imports torch or transformers, so that `--help` and a typing mistak
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
@@ -14,13 +14,16 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     PrivateAttr,
+    ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from expertune.config.yaml_file import shortened
-from expertune.errors import ConfigError, nearest
+from expertune.config.messages import describe, unknown_name
+from expertune.errors import ConfigError, option
 from expertune.evaluation.metrics import METRICS
 
 _MAX_PATH, _MAX_PATH_PART = 4096, 255  # of Linux, and no more than elsewhere
@@ -67,10 +70,16 @@ def _is_a_path(value: str) -> str:
     return value
 
 
-PathText = Annotated[str, AfterValidator(_is_a_path)]
+def _as_text(value: Any) -> Any:
+    """A Path of a Python program as a run file would have it."""
+    return str(value) if isinstance(value, PurePath) else value
+
+
+PathText = Annotated[str, BeforeValidator(_as_text), AfterValidator(_is_a_path)]
 
 
 def _are_sources(value: Any) -> str | list[str]:
+    value = [_as_text(each) for each in value] if isinstance(value, list) else _as_text(value)
     several = value if isinstance(value, list) else [value]
     if not several or not all(isinstance(each, str) for each in several):
         raise ValueError("wanted is a path, a glob, the name of a hub dataset, or a list of these")
@@ -231,9 +240,10 @@ class TaskConfig(Section):
 
     @field_validator("metric")
     @classmethod
-    def _is_registered(cls, value: str | None) -> str | None:
-        if value is not None and value not in METRICS:
-            raise ValueError(f"no metric of this name is registered{nearest_key(value, METRICS)}")
+    def _is_registered(cls, value: str | None, info: ValidationInfo) -> str | None:
+        """A run that is opened needs its metric only to be scored; see `expertune.run.inference.evaluate`."""
+        if value is not None and value not in METRICS and not (info.context or {}).get("opened"):
+            raise unknown_name("no metric of this name is registered", METRICS)
         return value
 
 
@@ -295,8 +305,7 @@ class RunConfig(Section):
         if values[TRUST_KEY] is not False:
             raise ValueError(
                 f"{TRUST_KEY} is no key of a run file, which may come from others; if you have read the Python that "
-                "ships with the model and trust it, remove the key and give --trust-remote-code on the command line "
-                f"({TRUST_KEY}=True in Python)"
+                "ships with the model and trust it, remove the key and give " + option("trust-remote-code")
             )
         return {key: value for key, value in values.items() if key != TRUST_KEY}
 
@@ -306,30 +315,39 @@ class RunConfig(Section):
             raise ValueError("task.metric needs data.eval: the metric is taken on evaluation examples")
         return self
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _wrong_keys_are_one_error(
+        cls, values: Any, handler: ModelWrapValidatorHandler["RunConfig"], info: ValidationInfo
+    ) -> "RunConfig":
+        """Also where a program makes a RunConfig itself."""
+        where = (info.context or {}).get("where", "RunConfig")
+        try:
+            return handler(values)
+        except ValidationError as error:
+            raise ConfigError(describe(error, where, cls)) from None
+
 
 def parse_size(value: str | int) -> int:
     """Bytes in `24GB`, `16GiB`, `512MB` or a plain number. GB is 1e9 bytes, GiB is 2**30.
 
     Raises:
-        ConfigError: the text is not a size.
+        ConfigError: the text is not a size, or a number of bytes that can only be one of gigabytes.
     """
-    if isinstance(value, int):
-        if value <= 0:
-            raise ConfigError(f"{value} is not a size; write it as 24GB, 16GiB or a number of bytes")
-        return value
-    text = value.strip().lower()
-    units = {"gib": 2**30, "mib": 2**20, "kib": 2**10, "gb": 10**9, "mb": 10**6, "kb": 10**3, "b": 1, "": 1}
-    for unit, factor in units.items():
-        if text.endswith(unit):
-            number = text[: len(text) - len(unit)].strip()
-            try:
-                size = int(float(number) * factor)
-            except (ValueError, OverflowError):
-                break
-            if size > 0:
-                return size
-            break
-    raise ConfigError(f"{shortened(value)!r} is not a size; write it as 24GB, 16GiB or a number of bytes")
+    text = str(value).strip().lower()
+    unit = next(unit for unit in _UNITS if text.endswith(unit))
+    try:
+        size = int(float(text.removesuffix(unit)) * _UNITS[unit])
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise ConfigError(f"{value!r:.200} is not a size; write it as 24GB, 16GiB or a number of bytes")
+    if not unit and size < 10**6:
+        raise ConfigError(f"{text} without a unit means bytes; write {text}GB, or whichever unit is meant")
+    return size
+
+
+_UNITS = {"gib": 2**30, "mib": 2**20, "kib": 2**10, "gb": 10**9, "mb": 10**6, "kb": 10**3, "b": 1, "": 1}
 
 
 def _takes_bool(annotation: Any) -> bool:
@@ -341,16 +359,3 @@ def _takes_bool(annotation: Any) -> bool:
 
 def _is_mapping(annotation: Any) -> bool:
     return get_origin(annotation) is dict or (isinstance(annotation, type) and issubclass(annotation, Section))
-
-
-# What PEFT and transformers call a thing that spelling does not lead to, or leads to another.
-_OTHER_NAMES = {"rank": "r", "lora_rank": "r", "lora_r": "r", "max_seq_len": "max_length", "dataset": "train"}
-
-
-def nearest_key(name: str, known: Iterable[str]) -> str:
-    """What a message says of an unknown name: the one that is meant, or all that are known."""
-    known = set(known)
-    if _OTHER_NAMES.get(name) in known:
-        return f"; did you mean {_OTHER_NAMES[name]}?"
-    meant = nearest(name, sorted(known), cutoff=0.5)
-    return f"; did you mean {meant}?" if meant else f"; known: {', '.join(sorted(known))}"

@@ -7,6 +7,8 @@ without a note: the writer of the run file would take it for done.
 from collections.abc import Mapping
 from typing import Any
 
+from expertune.errors import option
+
 # Read by transformers' own evaluation loop, which the run's evaluation (`expertune.evaluation.held_out`) replaces.
 _OF_THE_OTHER_EVALUATION = (
     "batch_eval_metrics",
@@ -44,7 +46,7 @@ def refused_keys(training: Mapping[str, Any]) -> dict[str, str]:
     refused = {
         "output_dir": "set by the run itself; use output_dir instead",
         "remove_unused_columns": "set by the run itself; use data instead",
-        "resume_from_checkpoint": "set by the run itself; use --resume instead",
+        "resume_from_checkpoint": f"set by the run itself; use {option('resume')} instead",
         "logging_nan_inf_filter": "always off: a loss that is not finite stops the run; remove the key",
         "logging_dir": "no longer an argument of TrainingArguments; set the variable TENSORBOARD_LOGGING_DIR",
     }

@@ -15,7 +15,7 @@ from pydantic.errors import PydanticSchemaGenerationError
 
 from expertune.config.secrets import is_secret
 from expertune.config.yaml_file import shortened
-from expertune.errors import ConfigError, nearest
+from expertune.errors import ConfigError, did_you_mean, nearest
 
 # Argument -> (lowest value, whether it is itself allowed, first value that is too high).
 _RANGES: dict[str, tuple[float, bool, float]] = {
@@ -70,7 +70,8 @@ def check_training_values(training: Mapping[str, Any], where: str) -> None:
         problem = _problem_of_type(hints[key], value) or _problem_of_range(key, value)
         if problem:
             found = "" if is_secret(key, str(value)) else f", got {shortened(repr(value))}"
-            raise ConfigError(f"{where}: training.{key}: {problem}{found}")
+            problem, semicolon, hint = problem.partition(";")
+            raise ConfigError(f"{where}: training.{key}: {problem}{found}{semicolon}{hint}")
     _require_trackers(training.get("report_to"), where)
 
 
@@ -82,7 +83,7 @@ def _problem_of_type(hint: Any, value: Any) -> str | None:
         # `adamw` is not near to `adamw_torch` as a whole: it is the first word of several.
         meant = {choice.partition("_")[0]: choice for choice in reversed(choices)} | {each: each for each in choices}
         near = nearest(value, meant)
-        return f"did you mean {meant[near]}?" if near else f"one of {', '.join(map(str, choices))}"
+        return "no value of this name" + (f"; did you mean {meant[near]}?" if near else did_you_mean(value, choices))
     try:
         # As it stands: transformers takes the text "1e-4" for a number no more than "abc".
         adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
@@ -123,9 +124,8 @@ def _require_trackers(report_to: Any, where: str) -> None:
         if name in ("none", "all"):
             continue
         if name not in INTEGRATION_TO_CALLBACK:
-            near = nearest(name, INTEGRATION_TO_CALLBACK)
-            known = f"did you mean {near}?" if near else f"known: none, {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
-            raise ConfigError(f"{where}: training.report_to: no tracker is called {shortened(name)!r}; {known}")
+            known = did_you_mean(name, ["none", *INTEGRATION_TO_CALLBACK])
+            raise ConfigError(f"{where}: training.report_to: no tracker is called {shortened(name)!r}{known}")
         if name not in get_available_reporting_integrations() and not _is_installed(name):
             raise ConfigError(
                 f"{where}: training.report_to: {name} is not installed here; "

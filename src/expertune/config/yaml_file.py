@@ -88,6 +88,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if len(content) > _MAX_BYTES:
         raise ConfigError(f"{path}: larger than {_MAX_BYTES // 1024} KiB; a run file is a short mapping of keys")
     values = parse_value(text, str(path))
+    if values is None:
+        raise ConfigError(f"{path}: the file is empty; a run file is a mapping of keys (model, data, ...)")
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a run file is a mapping of keys (model, data, ...), got {type(values).__name__}")
     return values

@@ -12,7 +12,7 @@ from typing import Any
 from expertune.config import DataConfig
 from expertune.data.column_template import Template
 from expertune.data.formats import COLUMNS, WHOLE_CONVERSATIONS, Example, Layout
-from expertune.errors import ConfigError, DataError, nearest
+from expertune.errors import ConfigError, DataError, did_you_mean
 
 # Names under which data sets hold what an example is made of.
 _CONTENT = frozenset(
@@ -194,11 +194,9 @@ def check_names(columns: Mapping[str, str], template_names: Collection[str]) -> 
     known = sorted(COLUMNS.union(template_names))
     for name in columns:
         if name not in known:
-            meant = nearest(name, known)
-            hint = f"did you mean {meant}?" if meant else f"known: {', '.join(sorted(COLUMNS))}"
             raise ConfigError(
                 f"data.columns: {_writable(name)} is a name that neither a layout nor a template file of your own "
-                f"uses; {hint}"
+                f"uses{did_you_mean(name, known)}"
             )
 
 

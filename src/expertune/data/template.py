@@ -10,7 +10,7 @@ from typing import Any
 from expertune.data.chat_template import ChatTemplate
 from expertune.data.column_template import ColumnTemplate, Template, jinja_names
 from expertune.data.formats import Layout
-from expertune.errors import ConfigError
+from expertune.errors import ConfigError, did_you_mean
 
 _MAX_BYTES = 2**20
 
@@ -95,11 +95,14 @@ def _read_template(name: str) -> str:
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
             raise ValueError(f"a folder, a device, or more than {_MAX_BYTES} bytes")
         return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        meant = did_you_mean(name, ["chat", *shipped])
+        raise ConfigError(f"data.template: {name} is neither a template of Expertune nor a file{meant}") from None
     # A ValueError is text that is not UTF-8 too, or a NUL in the name; a RuntimeError is a ~user that does not exist.
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"data.template: {name} is neither a template of Expertune (chat, {', '.join(shipped)}) nor a Jinja file "
-            f"that can be read ({error})"
+            f"that can be read ({getattr(error, 'strerror', None) or error})"
         ) from None
 
 

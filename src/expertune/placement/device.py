@@ -1,15 +1,20 @@
 """Which device a run computes on, in which dtype, and with which kernels."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from expertune.config import KernelsConfig
-from expertune.errors import ConfigError
+from expertune.errors import ConfigError, first_line
 from expertune.kernels.cpu import gemm_dtype
 from expertune.kernels.routes import KernelSettings
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+_NAMES: dict[str, DtypeName] = {
+    **{name: name for name in get_args(DtypeName)},
+    **{"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"},
+}
 
 # Capability 8.0 (Ampere) is the first NVIDIA generation with bfloat16 matrix units.
 _FIRST_BFLOAT16_CAPABILITY = (8, 0)
@@ -35,22 +40,45 @@ def training_device() -> torch.device:
     return device
 
 
-def resolve_compute_dtype(name: str, device: torch.device | None = None) -> torch.dtype:
+def device_named(device: str | torch.device | None) -> torch.device:
+    """A device of this machine; None means `default_device()`.
+
+    Raises:
+        ConfigError: torch has no such device here.
+    """
+    if device is None:
+        return default_device()
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
+        found = f"torch has no {str(device)!r} here ({first_line(error)})"
+        raise ConfigError(f"device: {found}; give another, such as cpu, or none") from None
+
+
+def dtype_name(dtype: str | torch.dtype) -> DtypeName:
+    """`auto`, `bfloat16`, `float16` or `float32`, as a program may also say otherwise: `bf16`, `torch.bfloat16`.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in _NAMES:
+        known = ", ".join(get_args(DtypeName))
+        raise ConfigError(f"dtype has to be one of {known}, or such a dtype of torch, got {dtype!r}")
+    return _NAMES[name]
+
+
+def resolve_compute_dtype(dtype: str | torch.dtype, device: torch.device | None = None) -> torch.dtype:
     """Dtype of the GEMMs on a device.
 
     Args:
-        name: `auto`, `bfloat16`, `float16` or `float32`, as in `quantization.compute_dtype`.
+        dtype: what `dtype_name` takes.
         device: where they run; None means `default_device()`.
 
     Returns:
         For `auto`: bfloat16 where the device multiplies it natively, otherwise float16 on CUDA and float32 on a CPU.
-
-    Raises:
-        ConfigError: the name is none of the four.
     """
-    if name != "auto":
-        if name not in _DTYPES:
-            raise ConfigError(f"quantization.compute_dtype: {name!r} is none of auto, {', '.join(_DTYPES)}")
+    if (name := dtype_name(dtype)) != "auto":
         return _DTYPES[name]
     device = device or default_device()
     if device.type == "cuda":

@@ -7,7 +7,7 @@ pinned memory reach, about 0.8 of its nominal rate.
 
 from dataclasses import dataclass
 
-from expertune.errors import ConfigError, nearest
+from expertune.errors import ConfigError, nearest, option
 
 _GIB = 2**30
 _PCIE = {3: 12e9, 4: 25e9, 5: 50e9}
@@ -89,8 +89,8 @@ def find_device(name: str) -> Device:
     meant = nearest(asked, plain, cutoff=0.5)
     hint = f"; did you mean {plain[meant].name}?" if meant else "."
     raise ConfigError(
-        f"--gpu {name}: not in the table{hint} Known: {', '.join(DEVICES)}; for any other say "
-        f"--gpu {ANY_GPU} --memory 24GB"
+        f"gpu {name}: not in the table{hint} Known: {', '.join(DEVICES)}; for any other say "
+        f"{option('gpu', ANY_GPU)} and {option('memory', '24GB')}"
     )
 
 

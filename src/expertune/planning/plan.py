@@ -15,7 +15,7 @@ from expertune.checkpoint.load import build_meta_model
 from expertune.checkpoint.names import read_names
 from expertune.checkpoint.targets import ResolvedTargets, resolve_targets
 from expertune.config import LoraSection, RunConfig, check_training_arguments, parse_size
-from expertune.errors import ConfigError, DoesNotFitError
+from expertune.errors import ConfigError, DoesNotFitError, option
 from expertune.placement.device import default_device, resolve_compute_dtype
 from expertune.placement.experts import Location
 from expertune.planning import table
@@ -351,7 +351,7 @@ def _budget(config: RunConfig, device: torch.device, named: Device | None, memor
         return parse_size(asked)
     if named is not None:
         if not named.memory_bytes:
-            raise ConfigError(f"--gpu {named.name}: say how much memory it has, e.g. --memory 24GB")
+            raise ConfigError(f"gpu {named.name}: say how much memory it has, e.g. {option('memory', '24GB')}")
         return named.memory_bytes
     if device.type == "cpu":
         return int(psutil.virtual_memory().available)

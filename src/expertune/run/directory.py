@@ -8,7 +8,7 @@ from typing import Any
 
 from expertune.config import TRUST_KEY, RunConfig, with_current_names
 from expertune.config.secrets import without_secrets
-from expertune.errors import ConfigError, PreflightError
+from expertune.errors import ConfigError, PreflightError, option
 from expertune.run.record import RECORD_NAME, RunRecord, versions
 from expertune.run.signals import Terminated, signals_raised
 from expertune.run.source import directories, recorded_values
@@ -37,7 +37,7 @@ def open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:
         RunRecord.load(output_dir)  # without it the run cannot be continued
         if not resume:
             raise ConfigError(
-                f"{output_dir} already holds a run; continue it with --resume, or choose another output_dir"
+                f"{output_dir} already holds a run; continue it with {option('resume')}, or choose another output_dir"
             )
     if resume and (output_dir / RECORD_NAME).exists():
         record = RunRecord.load(output_dir)
@@ -129,12 +129,12 @@ def _require_same_config(record: RunRecord, config: RunConfig) -> None:
                 key = changed[0]
                 length = section == "training" and key in ("max_steps", "num_train_epochs")
                 raise ConfigError(
-                    f"--resume: {section}.{key} was {before.get(key)!r} when the run started and is {now.get(key)!r} "
+                    f"resume: {section}.{key} was {before.get(key)!r} when the run started and is {now.get(key)!r} "
                     "now; resume with the same values, or start a new output_dir"
                     + (f". {further(record.path.parent)}" if length else "")
                 )
         elif before != now and section not in by_content:
-            raise ConfigError(f"--resume: {section} was {before!r} when the run started and is {now!r} now")
+            raise ConfigError(f"resume: {section} was {before!r} when the run started and is {now!r} now")
 
 
 def merged_before(record: RunRecord, output_dir: Path) -> int | None:

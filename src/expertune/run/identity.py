@@ -54,21 +54,21 @@ def require_same_identity(
     kept = Fingerprint.from_json(record.values.get("model", {}).get("base"))
     if kept is not None and (found := kept.differences(base)):
         raise CheckpointError(
-            f"--resume: model {config.model} is not the one that the run started with: {'; '.join(found[:3])}; {end}"
+            f"resume: model {config.model} is not the one that the run started with: {'; '.join(found[:3])}; {end}"
         )
     if _differ(before, now, "tokenizer"):
-        raise CheckpointError(f"--resume: the tokenizer of {config.model} has changed since the run started; {end}")
+        raise CheckpointError(f"resume: the tokenizer of {config.model} has changed since the run started; {end}")
     if _differ(before, now, "template"):
-        raise ConfigError(f"--resume: data.template: {config.data.template} has changed since the run started; {end}")
+        raise ConfigError(f"resume: data.template: {config.data.template} has changed since the run started; {end}")
     if _differ(before, now, "init_from"):
         raise CheckpointError(
-            f"--resume: lora.init_from: {config.lora.init_from} has changed since the run started; {end}"
+            f"resume: lora.init_from: {config.lora.init_from} has changed since the run started; {end}"
         )
     require_same_files(record, rows)
     for part, digest in before.get("rows", {}).items():
         if digest != now["rows"].get(part):
             raise DataError(
-                f"--resume: data.{part}: its rows are not read or encoded as they were when the run started (another "
+                f"resume: data.{part}: its rows are not read or encoded as they were when the run started (another "
                 "slice, or another release of Expertune or of a library); restore that, or start a new output_dir"
             )
 
@@ -85,7 +85,7 @@ def require_same_files(record: RunRecord, reports: Mapping[str, Any]) -> None:
             gone = [name for name in changed if name not in now["sha256"]]
             what = f" (new: {', '.join(new) or 'none'}; gone: {', '.join(gone) or 'none'})" if new or gone else ""
             raise DataError(
-                f"--resume: data.{part}: {', '.join(changed)} has changed since the run started{what}; restore it, or "
+                f"resume: data.{part}: {', '.join(changed)} has changed since the run started{what}; restore it, or "
                 "start a new output_dir"
             )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from accelerate.utils import extract_model_from_parallel
+from pydantic import PositiveInt
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
@@ -20,14 +21,11 @@ from expertune.checkpoint.hub import ModelSource, fetch_model
 from expertune.checkpoint.load import LoadedModel, OffloadedExperts, fingerprint_of, load_model
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import DataConfig, LoraSection, RunConfig, recorded_config
-from expertune.data import (
-    encode_prompt,
-    prepare_examples,
-    render_prompt,
-    settled,
-)
-from expertune.errors import CheckpointError, ConfigError
+from expertune.config.arguments import checked
+from expertune.data import encode_prompt, prepare_examples, render_prompt, settled
+from expertune.errors import CheckpointError, ConfigError, DataError, option
 from expertune.evaluation.held_out import HeldOut
+from expertune.evaluation.metrics import METRICS
 from expertune.generation.greedy import Batches, complete
 from expertune.kernels.routes import use_settings
 from expertune.layers.varlen_attention import use_sdpa_attention
@@ -43,17 +41,10 @@ from expertune.train.oom import Change, OutOfMemory
 
 
 class OpenOptions(TypedDict, total=False):
-    """How a run directory is opened.
-
-    Keys:
-        adapter: `checkpoint-N` for an earlier state; None means the final adapter.
-        model: directory or hub id of the base model, where it lies elsewhere by now than the record says.
-        other_base: put the adapter on the model though its weights are not those that it was trained on.
-        trust_remote_code: run Python that ships with the model; what the run was started with does not count.
-    """
+    """How a run directory is opened: the arguments of `open_run`."""
 
     adapter: str | None
-    model: str | None
+    model: str | Path | None
     other_base: bool
     trust_remote_code: bool
 
@@ -150,21 +141,22 @@ def after_training(model: ExpertPeftModel) -> ExpertPeftModel:
     return model.eval()
 
 
+@checked
 def open_run(
     run_dir: str | Path,
     adapter: str | None = None,
     trust_remote_code: bool = False,
     other_base: bool = False,
-    model: str | None = None,
+    model: str | Path | None = None,
 ) -> Run:
     """Load the base model and the adapter of a run.
 
     Args:
         run_dir: a run directory.
-        adapter: see `OpenOptions`, as for all that follow.
-        trust_remote_code: run Python that ships with the model.
-        other_base: take another base model than the adapter's.
-        model: where the base model lies now.
+        adapter: `checkpoint-N` for an earlier state; None means the final adapter.
+        trust_remote_code: run Python that ships with the model; what the run was started with does not count.
+        other_base: put the adapter on the model though its weights are not those that it was trained on.
+        model: directory or hub id of the base model, where it lies elsewhere by now than the record says.
 
     Raises:
         CheckpointError: not a run directory, no such adapter in it, or the model's weights are others by now.
@@ -172,7 +164,7 @@ def open_run(
     run_dir = Path(run_dir)
     record = RunRecord.load(run_dir)
     values = recorded_values(record)
-    config = recorded_config(values if model is None else values | {"model": model}, where=str(record.path))
+    config = recorded_config(values if model is None else values | {"model": str(model)}, str(record.path), opened=True)
     folder = run_dir / (adapter or ADAPTER_FOLDER)
     if not folder.is_dir():
         have = ", ".join(sorted(path.name for path in run_dir.glob("checkpoint-*"))) or "none"
@@ -187,12 +179,12 @@ def open_run(
     try:
         source = fetch_model(config.model, revision, trust_remote_code)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}. If the model has moved, give --model (model=)") from None
+        raise CheckpointError(f"{error}. If the model has moved, give {option('model', 'MODEL')}") from None
     # On stderr: stdout is for results.
     context = RunContext(config, record, default_device(), Bars(Console(stderr=True)))
     if not other_base:
         base = fingerprint_of(source.folder, trust_remote_code, notify=context.notify)
-        require_same_base(folder, base, config.model, allowed_by="give --other-base")
+        require_same_base(folder, base, config.model, allowed_by=f"give {option('other-base')}")
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     loaded = load_base(context, source, record.values.get("placement", {}).get("places", {}))
     lora = LoraSection(init_from=str(folder), init_from_other_base=other_base)
@@ -201,20 +193,21 @@ def open_run(
     return Run(context, (adapted.eval(), tokenizer), options)
 
 
+@checked
 def evaluate(
-    run: Run | str | Path, rows: int | None = None, base_only: bool = False, **opening: Unpack[OpenOptions]
+    run: Run | str | Path, rows: PositiveInt | None = None, base_only: bool = False, **opening: Unpack[OpenOptions]
 ) -> dict[str, Any]:
-    """Loss, and the task's metric where the run has one, on the run's evaluation examples.
+    """Loss, and the task's metric where the run has one that is registered here, on the run's evaluation examples.
 
     Args:
         run: a run directory, or a run.
         rows: how many examples the metric is taken on; None means what the run file says.
         base_only: score the base model without the adapter.
-        **opening: how a run directory is opened; see `OpenOptions`.
+        **opening: how a run directory is opened; see `open_run`.
 
     Returns:
-        `adapter`, `loss` in nats per token, `task` as `expertune.evaluation.scoring.score_task` returns it where the
-        run has a metric, and `recoveries`: what was changed when memory ran out, as in the record.
+        `adapter`, `loss` in nats per token, `task` as `expertune.evaluation.scoring.score_task` returns it, and
+        `recoveries`: what was changed when memory ran out, as in the record.
 
     Raises:
         ConfigError: the run has no evaluation examples.
@@ -231,36 +224,50 @@ def evaluate(
     recovery = _recovery(run, changes)
     held_out = HeldOut(run.config, run.model, run.tokenizer, examples, recovery, run.context.bars)
     result["loss"] = held_out.loss(step, base_only)
-    if run.config.task.metric:
+    metric = run.config.task.metric
+    if metric in METRICS:
         result["task"] = held_out.score(step, rows, base_only)
+    elif metric:
+        run.context.notify(
+            f"task.metric: {metric} is not registered in this process, and only the loss is taken; import the module "
+            f"that registers it under @metric({metric!r}, ...), from expertune.evaluation.metrics"
+        )
     result["recoveries"] = [change.to_json() for change in changes]
     return result
 
 
+@checked
 def generate(
     run: Run | str | Path,
     prompt: str | Mapping[str, Any],
-    max_new_tokens: int = 100,
+    max_new_tokens: PositiveInt = 100,
     base_only: bool = False,
     **opening: Unpack[OpenOptions],
 ) -> str:
-    """Complete a prompt, put through the run's template, greedily.
+    """Answer a prompt, put through the run's template, greedily; white space around the answer is taken off.
 
     Args:
         run: a run directory, or a run.
         prompt: the user's text; or the columns of an example without its answer, e.g. `instruction` and `context`.
         max_new_tokens: the longest answer.
         base_only: answer without the adapter.
-        **opening: how a run directory is opened; see `OpenOptions`.
+        **opening: how a run directory is opened; see `open_run`.
 
     Raises:
+        ConfigError: the prompt holds no text.
         DoesNotFitError: memory ran out, and nothing that could be changed is left.
     """
+    if isinstance(prompt, str) and not prompt.strip():
+        raise ConfigError("generate: the prompt holds no text; write one")
     run = _opened_run(run, opening)
     in_parts = partial(_recovery(run, []).in_parts, "generation", step=0 if base_only else run.steps)
-    ids = encode_prompt(render_prompt(prompt, run.data, run.tokenizer), run.tokenizer)
+    try:
+        text = render_prompt(prompt, run.data, run.tokenizer)
+    except DataError as error:
+        raise DataError(f"prompt: {error}; give an example of this run without its answer, or its text alone") from None
+    ids = encode_prompt(text, run.tokenizer)
     with run.model.disable_adapter() if base_only else nullcontext():
-        return complete(run.model, run.tokenizer, [ids], max_new_tokens, batches=Batches(in_parts))[0]
+        return complete(run.model, run.tokenizer, [ids], max_new_tokens, batches=Batches(in_parts))[0].strip()
 
 
 def _opened_run(run: Run | str | Path, opening: OpenOptions) -> Run:

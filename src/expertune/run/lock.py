@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from expertune.errors import ConfigError
+from expertune.errors import ConfigError, option
 
 try:
     import fcntl
@@ -161,5 +161,5 @@ def _refusal(run_dir: Path, holder: dict[str, Any]) -> str:
     )
     return (
         f"{run_dir}: {who} is writing a run here{when}; wait for it to end, or end it and give the same command again "
-        "with --resume, or choose another output_dir"
+        f"with {option('resume')}, or choose another output_dir"
     )

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from expertune.config.arguments import checked
 from expertune.errors import CheckpointError
 from expertune.run.record_sections import require_sections
 from expertune.storage import write_json
@@ -44,6 +45,7 @@ class RunRecord:
         return cls(Path(output_dir) / RECORD_NAME, {"format_version": FORMAT_VERSION, "versions": versions()})
 
     @classmethod
+    @checked
     def load(cls, output_dir: str | Path, name: str = RECORD_NAME) -> "RunRecord":
         """Read the record of a run directory.
 
@@ -61,6 +63,10 @@ class RunRecord:
                     f"learned by lora.init_from={Path(output_dir) / learned}"
                 ) from None
             raise CheckpointError(f"{output_dir}: no {name} here; is it a run directory?") from None
+        except NotADirectoryError:
+            raise CheckpointError(
+                f"{output_dir}: a file; give the run directory, which is the output_dir of the run file"
+            ) from None
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
         except (ValueError, RecursionError) as error:

@@ -14,51 +14,81 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from expertune.config import RunConfig, apply_overrides, load_config, recorded_config
-from expertune.errors import CheckpointError, ConfigError
+from expertune.config import RunConfig, apply_overrides, parse_config, recorded_config
+from expertune.config.arguments import checked
+from expertune.config.yaml_file import read_mapping
+from expertune.errors import CheckpointError, ConfigError, option
 from expertune.run.record import RECORD_NAME, RunRecord
 
 _PATHS = ((None, "model"), ("data", "train"), ("data", "eval"), ("data", "template"), ("lora", "init_from"))
 _SLICE = re.compile(r"\[\d*:\d*\]$")
 
 
-def load_run(path: str | Path, overrides: Sequence[str] = (), resume: bool = False, starts: bool = True) -> RunConfig:
+@checked
+def load_config(
+    config: str | Path | Mapping[str, Any] | RunConfig,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    starts: bool = True,
+) -> RunConfig:
     """The run that a run file, a `record.json` or a run directory describes, with `section.key=value` overrides.
 
+    Paths inside a run file are taken relative to the working directory, as on any command line.
+
     Args:
-        path: any of the three.
+        config: any of the three; or a run file's content, as a mapping or as a RunConfig.
         overrides: values to use instead.
         resume: the run is to be continued: a record's run then lies where its record does.
         starts: the run is to be started; False where it is only looked at, as by `plan` and `data`.
 
     Raises:
-        ConfigError: an unknown key or a wrong value, or a record's run would start
+        ConfigError: the file is missing or is not YAML; an unknown key or a wrong value; or a record's run would start
             over in its own folder.
         CheckpointError: there is no record, or it cannot be read.
     """
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    if not path.is_dir() and not _is_record(path):
-        return load_config(path, overrides)
-    record = RunRecord.load(folder, path.name if path.is_file() else RECORD_NAME)
+    record = None
+    if isinstance(config, RunConfig):
+        if not overrides:
+            return config
+        values, where = config.model_dump(exclude_unset=True), config.where
+    elif isinstance(config, Mapping):
+        values, where = copy.deepcopy(dict(config)), "config"
+    elif record := _record_at(Path(config)):
+        values, where = _values_again(record, overrides, resume), str(record.path)
+    else:
+        values, where = read_mapping(Path(config)), str(config)
+    apply_overrides(values, overrides)
+    if record is None:
+        return parse_config(values, where)
+    read, folder = recorded_config(values, where), record.path.parent
+    if starts and not resume and Path(read.output_dir).resolve() == folder.resolve():
+        raise ConfigError(
+            f"{config}: the run of this record lies in {folder}; continue it with {option('resume')}, or start it "
+            'again elsewhere with the override output_dir=FOLDER (overrides=["output_dir=FOLDER"] in Python)'
+        )
+    return read
+
+
+def _record_at(path: Path) -> RunRecord | None:
+    """The record that a path leads to; None for a run file."""
+    if path.is_dir():
+        return RunRecord.load(path)
+    return RunRecord.load(path.parent, path.name) if _is_record(path) else None
+
+
+def _values_again(record: RunRecord, overrides: Sequence[str], resume: bool) -> dict[str, Any]:
+    """A record's run file as it has to be for the same run, continued or started again."""
     values = recorded_values(record)
     if resume:
-        values["output_dir"] = str(folder)
-    else:
-        if commit := record.values.get("model", {}).get("revision"):
-            values["revision"] = commit  # a branch may have moved on
-        report = record.values.get("data", {}).get("train")
-        if report and not any(override.startswith("data.") for override in overrides):
-            # The same text again, also where this version would choose another template for such columns.
-            values["data"] = {key: report[key] for key in ("format", "template") if key in report} | values["data"]
-    apply_overrides(values, overrides)
-    config = recorded_config(values, where=str(record.path))
-    if starts and not resume and Path(config.output_dir).resolve() == folder.resolve():
-        raise ConfigError(
-            f"{path}: the run of this record lies in {folder}; continue it with --resume, or start it again elsewhere "
-            "with output_dir=FOLDER"
-        )
-    return config
+        values["output_dir"] = str(record.path.parent)
+        return values
+    if commit := record.values.get("model", {}).get("revision"):
+        values["revision"] = commit  # a branch may have moved on
+    report = record.values.get("data", {}).get("train")
+    if report and not any(override.startswith("data.") for override in overrides):
+        # The same text again, also where this version would choose another template for such columns.
+        values["data"] = {key: report[key] for key in ("format", "template") if key in report} | values["data"]
+    return values
 
 
 def recorded_values(record: RunRecord) -> dict[str, Any]:

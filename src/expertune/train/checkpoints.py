@@ -154,7 +154,7 @@ def require_state_to_go_on(checkpoint: Path) -> None:
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     if state["global_step"] < state["max_steps"] and not (checkpoint / "optimizer.pt").is_file():
         raise ConfigError(
-            f"--resume: {checkpoint} holds the adapter without the optimizer's state (training.save_only_model), so "
+            f"resume: {checkpoint} holds the adapter without the optimizer's state (training.save_only_model), so "
             f"that the remaining steps would be other ones; start a new run from it by lora.init_from={checkpoint}, or "
             "start over in another output_dir"
         )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from expertune.data.split import Batch, halve, size, split
-from expertune.errors import DoesNotFitError
+from expertune.errors import DoesNotFitError, option
 from expertune.kernels import workspace
 from expertune.kernels.routes import settings_of
 from expertune.placement.experts import placement_of
@@ -308,8 +308,9 @@ class OutOfMemory(TrainerCallback):
         if self.run_dir is None:
             return DoesNotFitError(f"{head}. Try again where there is more memory")
         return DoesNotFitError(
-            f"{head}; {last_good_checkpoint(self.run_dir)}. Resume from it with --resume where there is more memory, "
-            "or start a new run with training.gradient_checkpointing, or with a lower data.max_length or lora.r"
+            f"{head}; {last_good_checkpoint(self.run_dir)}. Resume from it with {option('resume')} where there is "
+            "more memory, or start a new run with training.gradient_checkpointing, or with a lower data.max_length or "
+            "lora.r"
         )
 
 

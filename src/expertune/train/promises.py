@@ -30,7 +30,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.data.split import Batch
-from expertune.errors import CheckpointError, ConfigError, NonFiniteGradientError, NonFiniteLossError
+from expertune.errors import CheckpointError, ConfigError, NonFiniteGradientError, NonFiniteLossError, option
 from expertune.storage import storage_errors_named
 from expertune.train.callbacks import BestCheckpointHere, History
 from expertune.train.checkpoints import (
@@ -254,8 +254,8 @@ class Promises(Trainer):
             verify(best)
         except CheckpointError as error:
             raise CheckpointError(
-                f"the best checkpoint cannot be taken as the run's result: {error}. --resume takes the steps since the "
-                "checkpoint before it again"
+                f"the best checkpoint cannot be taken as the run's result: {error}. {option('resume')} takes "
+                "the steps since the checkpoint before it again"
             ) from None
         super()._load_best_model()
         self.best_loaded = best.name
