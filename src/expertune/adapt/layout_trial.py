@@ -197,69 +197,65 @@ class _Conversion:
     def __init__(self, model: PeftModelForCausalLM, config: LoraConfig, stems: dict[str, str]) -> None:
         self.model, self.config, self.stems = model, config, stems
         self._random = torch.Generator().manual_seed(0)
+        # Tensors by name in the file, and what they have to be under PEFT's own names.
+        self._given: dict[str, Tensor] = {}
+        self._due: dict[str, Tensor] = {}
 
     def name(self, found: StockLayout, names: NameMap, targets: ResolvedTargets) -> StockLayout:
         """The layout with the names of its tensors; raises `NotReadError` where one does not arrive."""
-        modules = _one_of_each(targets.experts)
-        # A [E, 2, 3] and B [E, 4, 2] of a few experts.
-        counts = {module: min(names.specs[module].num_experts, _TRIED_EXPERTS) for module in modules}
-        pairs = {
-            module: {each: (self._toy(count, 2, 3), self._toy(count, 4, 2)) for each in targets.experts[module]}
-            for module, count in counts.items()
-        }
-        given: dict[str, Tensor] = {}
-        due: dict[str, Tensor] = {}
-        for module in modules:
-            spec = names.specs[module]
-            for weight in spec.weight_names:
-                projections = layout.fused_projections(spec, weight)
-                if not any(projection in pairs[module] for projection in projections):
-                    continue
-                stem = self.stems[f"{module}.{weight}"]
-                held = [pairs[module].get(projection) for projection in projections]
-                whole = [pair if pair is not None else _nothing(next(filter(None, held))) for pair in held]
-                tried = replace(spec, num_experts=whole[0][0].shape[0])
-                a, b = fuse(tried, weight, whole, sum(2 for _ in whole))
-                due |= _entries(stem, a, b)
-                if found.stacks:
-                    nested = stem.removeprefix(module)
-                    choice = self._first_read(
-                        {f"{each}{nested}": (a, b) for each in (module, names.on_disk(module))}, due
-                    )
-                    for like in targets.experts:
-                        if _kind(like) == _kind(module):
-                            own = like if choice == stem else names.on_disk(like)
-                            found.stacks[like][weight] = f"{own}{nested}"
-                    given |= _entries(choice, a, b)
-                else:
-                    for projection in projections:
-                        experts = names.experts_on_disk(module, projection)
-                        for name, part_a, part_b in zip(experts, *pairs[module][projection], strict=False):
-                            given |= _entries(name, part_a, part_b)
+        for module in _one_of_each(targets.experts):
+            # A [E, 2, 3] and B [E, 4, 2] of a few experts.
+            count = min(names.specs[module].num_experts, _TRIED_EXPERTS)
+            pairs = {each: (self._toy(count, 2, 3), self._toy(count, 4, 2)) for each in targets.experts[module]}
+            for _, weight, _, _ in adapted_stacks(names, {module: pairs}):
+                self._name_stack(found, names, module, weight, pairs)
+        others = (*targets.linears, *targets.router)
         is_usual = not (found.stacks or found.target_parameters)
-        for name in _one_of_each((*targets.linears, *targets.router)):
-            a, b = self._toy(2, 3), self._toy(4, 2)
-            stem = self.stems.get(name) or self.stems[f"{name}.weight"]
-            due |= _entries(stem, a, b)
-            choices = [names.on_disk(name)] if is_usual else [names.on_disk(name), name]
-            choice = self._first_read(dict.fromkeys(choices, (a, b)), due)
+        for name in _one_of_each(others):
+            pair = self._toy(2, 3), self._toy(4, 2)
+            self._due |= _entries(self.stems.get(name) or self.stems[f"{name}.weight"], *pair)
+            choice = self._first_read([names.on_disk(name)] if is_usual else [names.on_disk(name), name], pair)
             if choice != names.on_disk(name):
-                found.live_named |= {like for like in (*targets.linears, *targets.router) if _kind(like) == _kind(name)}
-            given |= _entries(choice, a, b)
-        self._require(given, due)
+                found.live_named |= {like for like in others if _kind(like) == _kind(name)}
+            self._given |= _entries(choice, *pair)
+        self._require_arrived()
         return found
 
-    def _first_read(self, choices: dict[str, tuple[Tensor, Tensor]], due: dict[str, Tensor]) -> str:
-        """The first name in a file under which a pair arrives where it is due; the first of all where none does."""
-        for name, (a, b) in choices.items():
-            arrived = self._convert(_entries(name, a, b))
-            if all(key in due and torch.equal(tensor, due[key]) for key, tensor in arrived.items()):
-                return name
-        return next(iter(choices))
+    def _name_stack(
+        self, found: StockLayout, names: NameMap, module: str, weight: str, pairs: dict[str, tuple[Tensor, Tensor]]
+    ) -> None:
+        """One stack of experts, which PEFT holds as a whole, from its projections."""
+        projections = layout.fused_projections(names.specs[module], weight)
+        held = [pairs[projection] for projection in projections if projection in pairs]
+        whole = [pairs.get(projection) or _nothing(held[0]) for projection in projections]
+        tried = replace(names.specs[module], num_experts=whole[0][0].shape[0])
+        fused = fuse(tried, weight, whole, 2 * len(whole))
+        stem = self.stems[f"{module}.{weight}"]
+        self._due |= _entries(stem, *fused)
+        if not found.stacks:
+            for projection in projections:
+                experts = names.experts_on_disk(module, projection)
+                for expert, a, b in zip(experts, *pairs[projection], strict=False):
+                    self._given |= _entries(expert, a, b)
+            return
+        nested = stem.removeprefix(module)
+        choice = self._first_read([f"{module}{nested}", f"{names.on_disk(module)}{nested}"], fused)
+        for like, stacks in found.stacks.items():
+            if _kind(like) == _kind(module):
+                stacks[weight] = f"{like if choice == stem else names.on_disk(like)}{nested}"
+        self._given |= _entries(choice, *fused)
 
-    def _require(self, given: dict[str, Tensor], due: dict[str, Tensor]) -> None:
-        arrived = self._convert(given)
-        for key, tensor in due.items():
+    def _first_read(self, choices: Sequence[str], pair: tuple[Tensor, Tensor]) -> str:
+        """The first name in a file under which a pair arrives where it is due; the first of all where none does."""
+        for name in choices:
+            arrived = self._convert(_entries(name, *pair))
+            if all(key in self._due and torch.equal(tensor, self._due[key]) for key, tensor in arrived.items()):
+                return name
+        return choices[0]
+
+    def _require_arrived(self) -> None:
+        arrived = self._convert(self._given)
+        for key, tensor in self._due.items():
             if key not in arrived:
                 raise NotReadError(f"PEFT loses the tensors of {key.removeprefix(PREFIX).partition('.lora_')[0]}")
             if not torch.equal(arrived[key], tensor):

@@ -12,7 +12,6 @@ from expertune.checkpoint.jobs import saved_tensors
 from expertune.checkpoint.loader import Loader
 from expertune.checkpoint.reader import TensorEntry
 from expertune.checkpoint.writer import Outgoing
-from expertune.errors import CheckpointError
 from expertune.experts.module import Nf4Experts
 from expertune.kernels.nf4 import Nf4Stack
 
@@ -87,10 +86,7 @@ def rest_tensors(
     left_out += loader.place_converted()
     streamed = {tensor.name for tensor in outgoing}
     placed = {name: tensor for name, tensor in saved_tensors(model).items() if name in wanted and name not in streamed}
-    filled = {name for name, _, _ in loader.filled}
-    missing = [names.on_disk(name) for name in placed if name not in filled]
-    if missing:
-        raise CheckpointError(f"{where}: missing tensors: {', '.join(sorted(missing)[:3])}")
+    loader.check_complete(where, lambda name: name in placed)
     outgoing += [Outgoing(name, tensor.dtype, tuple(tensor.shape), tensor.detach) for name, tensor in placed.items()]
     return outgoing, left_out
 
