@@ -58,27 +58,18 @@ def attach(
             "initialized. For a reward model or a classifier give peft.LoraConfig(task_type='SEQ_CLS', "
             "target_modules='all-linear') to get_peft_model or to TRL's trainer, which train the head too"
         )
-    file = read_adapter(lora.init_from) if lora.init_from else None
-    if lora.init_from and not lora.init_from_other_base:
-        require_same_base(lora.init_from, loaded.fingerprint, base_model)
+    adopted: tuple[AdapterFile, PerExpert] | None = None
+    if lora.init_from:
+        file = read_adapter(lora.init_from)
+        if not lora.init_from_other_base:
+            require_same_base(lora.init_from, loaded.fingerprint, base_model)
+        adopted = file, file.per_expert(loaded.names)
     with without_adapters(loaded.model):
-        asked = lora
-        plain = file.per_expert(loaded.names) if file else None
-        if file and plain:
-            lora = adopt(lora, loaded.names, file, plain)
-        reached = _reached(loaded, asked)
-        try:
+        reached = _reached(loaded, lora)
+        if adopted is None:
             targets = resolve_targets(loaded.model, loaded.names, lora, reached)
-        except ConfigError as error:
-            if lora.init_from is None or "targets" in asked.model_fields_set:
-                raise
-            raise CheckpointError(f"{lora.init_from}: no adapter of this model: {error}") from None
-        if lora.init_from and plain:
-            wanted, targets = targets, _held_targets(targets, loaded.names, set(plain.modules))
-            if not lora.init_from_other_base and read_adapter_base(lora.init_from) is None:
-                require_every_layer(lora.init_from, wanted, targets)
-            require_ranks_in_file(lora.init_from, targets, loaded.names, plain.tensors)
-            _require_same_targets(loaded, asked, lora, targets, reached)
+        else:
+            lora, targets = _adopted_targets(loaded, lora, *adopted, reached)
     config = _live_config(targets, lora)
     settings = {key: getattr(lora, key) for key in SETTINGS}
     origin = Origin(*(loaded.source or (base_model, revision)), settings)
@@ -89,9 +80,40 @@ def attach(
         model = onto
         model.attach(adapter_name, config, origin, dtype)
     model.base = loaded.fingerprint
-    if file and plain:
+    if adopted is not None:
+        file, plain = adopted
         LiveAdapter(loaded.model, loaded.names, adapter_name).load(plain, file.live)
     return model
+
+
+def _adopted_targets(
+    loaded: LoadedModel, asked: LoraSection, file: AdapterFile, plain: PerExpert, reached: set[str] | None
+) -> tuple[LoraSection, ResolvedTargets]:
+    """The run file's section in the adapter's own shape, and what of the model the adapter is on.
+
+    Raises:
+        ConfigError, CheckpointError: see `attach`.
+    """
+    names, are_named = loaded.names, "targets" in asked.model_fields_set
+    lora = adopt(asked, names, file, plain)
+    try:
+        wanted = resolve_targets(loaded.model, names, lora, reached)
+    except ConfigError as error:
+        if are_named:
+            raise
+        raise CheckpointError(f"{file.where}: no adapter of this model: {error}") from None
+    targets = _held_targets(wanted, names, set(plain.modules))
+    if not asked.init_from_other_base and read_adapter_base(file.where) is None:
+        require_every_layer(file.where, wanted, targets)
+    require_ranks_in_file(file.where, targets, names, plain.tensors)
+    if are_named:
+        named = resolve_targets(loaded.model, names, lora.model_copy(update={"targets": asked.targets}), reached)
+        if named != targets:
+            raise ConfigError(
+                f"lora.targets is {asked.targets}, but the adapter at {asked.init_from} has {lora.targets}; "
+                "remove the key to take the adapter's"
+            )
+    return lora, targets
 
 
 def expected_layout(folder: str | Path, lora: LoraSection, trust_remote_code: bool = False) -> StockLayout:
@@ -198,25 +220,6 @@ def _held_targets(targets: ResolvedTargets, names: NameMap, held: set[str]) -> R
         router={name: rank for name, rank in targets.router.items() if names.on_disk(name) in held},
         experts={module: ranks for module, ranks in experts.items() if ranks},
     )
-
-
-def _require_same_targets(
-    loaded: LoadedModel,
-    asked: LoraSection,
-    adopted: LoraSection,
-    theirs: ResolvedTargets,
-    reached: set[str] | None,
-) -> None:
-    """Refuse targets that the run file names and that the adapter at `init_from` does not have, or the reverse."""
-    if "targets" not in asked.model_fields_set:
-        return
-    named = adopted.model_copy(update={"targets": asked.targets})
-    ours = resolve_targets(loaded.model, loaded.names, named, reached)
-    if ours != theirs:
-        raise ConfigError(
-            f"lora.targets is {asked.targets}, but the adapter at {asked.init_from} has {adopted.targets}; "
-            "remove the key to take the adapter's"
-        )
 
 
 def _live_config(targets: ResolvedTargets, lora: LoraSection) -> ExpertLoraConfig:
