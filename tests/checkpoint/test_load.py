@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from expertune.checkpoint.load import LoadedModel, build_meta_model
+from expertune.checkpoint.reader import TensorEntry
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from expertune.experts.module import Nf4Experts
 from tests.checkpoint.conftest import FolderOf, Rewrite, write_shards
@@ -177,15 +178,25 @@ def test_any_split_into_shards_loads_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_experts_that_are_fused_on_disk_load_to_the_same_bytes(
-    family: str, family_folder: FolderOf, tmp_path: Path
+def test_experts_that_are_fused_on_disk_load_to_the_same_bytes_and_are_read_once(
+    family: str, family_folder: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    read_part, parts = TensorEntry.read_part, []
+
+    def noted(entry: TensorEntry, index: int) -> Tensor:
+        parts.append((entry.key, index))
+        return read_part(entry, index)
+
     folder = family_folder(family)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path, save_original_format=False)
     fused = load_file(tmp_path / "model.safetensors")
     assert any(key.endswith("experts.gate_up_proj") for key in fused)
-    assert_same_bytes(load_tiny(tmp_path), load_tiny(folder))
+    expected = load_tiny(folder)
+    monkeypatch.setattr(TensorEntry, "read_part", noted)
+    assert_same_bytes(load_tiny(tmp_path), expected)
+    assert parts
+    assert len(set(parts)) == len(parts)
 
 
 def test_checkpoint_of_the_base_model_without_a_prefix_loads_to_the_same_bytes(
