@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from expertune.checkpoint.load import build_meta_model
 from expertune.checkpoint.names import read_names
 from expertune.planning import make_plan
-from expertune.planning.inventory import Attention, cached_numbers
+from expertune.planning.inventory import Attention, cache_argument, cached_numbers
 from tests.tiny_models import FAMILIES, tiny_config
 
 DATA = {"train": "a.jsonl", "eval": "b.jsonl", "max_length": 320}
@@ -76,7 +76,7 @@ def test_cached_numbers_are_those_that_a_real_forward_leaves_in_the_cache(tmp_pa
     model = AutoModelForCausalLM.from_config(config).eval()
     cache = DynamicCache(config=config)
     with torch.no_grad():
-        model(input_ids=torch.arange(1, 6)[None], past_key_values=cache, use_cache=True)
+        model(input_ids=torch.arange(1, 6)[None], use_cache=True, **{cache_argument(model): cache})
     held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
     assert held > 0
     assert numbers_of(tmp_path) == held // 5

@@ -12,7 +12,6 @@ sequences.
 
 import functools
 import inspect
-import math
 from collections.abc import Callable
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, TypeVar
@@ -21,18 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from expertune.errors import UnsupportedModelError
-
-varlen_attn: Callable[..., Any] | None
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch 2.9
-    varlen_attn = None
 
 NAME = "expertune_varlen"
 
@@ -229,14 +223,14 @@ def check_varlen(device: torch.device | str) -> float:
 
     Random bfloat16 sequences of odd lengths, in one call, against the same values in float32, each sequence by
     scaled-dot-product attention: outputs and the gradients of queries, keys and values, with grouped queries, values
-    that are narrower than keys, and a sliding window where torch's release has one.
+    that are narrower than keys, and a sliding window.
 
     Returns:
         The largest difference, as a share of the largest value of the float32 tensor that it is in; some 0.01 is
         bfloat16's own.
 
     Raises:
-        RuntimeError: this torch has no variable-length attention on the device.
+        RuntimeError: torch has no variable-length attention on the device.
     """
     generator = torch.Generator().manual_seed(0)
     lengths = [1, 3, 129, 64, 257, 31]
@@ -244,8 +238,6 @@ def check_varlen(device: torch.device | str) -> float:
     sequences = _Sequences(bounds, max(lengths))
     worst = 0.0
     for num_key_heads, value_size, window in ((8, 64, None), (2, 64, None), (8, 32, None), (2, 64, 17)):
-        if window is not None and "window_size" not in _parameters(varlen_attn):
-            continue
         sizes = ((8, 64), (num_key_heads, 64), (num_key_heads, value_size), (8, value_size))
         query, key, value, gradient = (
             torch.randn(1, heads, sum(lengths), size, generator=generator).to(device, torch.bfloat16)
@@ -301,19 +293,19 @@ def _varlen(
         return None
     query_HTD, key_KTD, value_KTV = _autocast(query_HTD, key_KTD, value_KTV)
     size, value_size = query_HTD.shape[-1], value_KTV.shape[-1]
-    terms = _terms(size, kwargs.get("scaling"), window)
-    if terms is None or value_size > size:
+    if value_size > size:
         return None
     if value_size < size:
         # One size for all is what the kernel wants; columns of zeros add nothing to the others.
         value_KTV = F.pad(value_KTV, (0, size - value_size))
     if not _flash_takes(query_HTD, key_KTD, value_KTV):
         return None
-    assert varlen_attn is not None
     query_THD, key_TKD, value_TKD = (tensor.squeeze(0).transpose(0, 1) for tensor in (query_HTD, key_KTD, value_KTV))
     groups = query_THD.shape[1] // key_TKD.shape[1]
+    # Bounds of the window are inclusive, the token itself comes on top; -1 is no bound.
+    terms: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0), "scale": kwargs.get("scaling")}
     if groups > 1:
-        if "enable_gqa" in _parameters(varlen_attn):
+        if _takes_groups(varlen_attn):
             terms["enable_gqa"] = True
         else:
             key_TKD, value_TKD = (tensor.repeat_interleave(groups, dim=1) for tensor in (key_TKD, value_TKD))
@@ -322,30 +314,10 @@ def _varlen(
     return output.narrow(-1, 0, value_size).unsqueeze(0)
 
 
-def _terms(size: int, scale: float | None, window: int | None) -> dict[str, Any] | None:
-    """Scale and causal mask, or sliding window, as this torch's `varlen_attn` takes them; None where it cannot.
-
-    torch 2.10 has `is_causal`, and no other scale than 1 / sqrt(D); 2.11 `window_size` in its place, and `scale`.
-    """
-    known = _parameters(varlen_attn)
-    terms: dict[str, Any] = {}
-    if "window_size" in known:
-        # Bounds are inclusive, the token itself comes on top.
-        terms["window_size"] = (-1 if window is None else window - 1, 0)
-    elif "is_causal" in known and window is None:
-        terms["is_causal"] = True
-    else:
-        return None
-    if "scale" in known:
-        terms["scale"] = scale
-    elif scale is not None and not math.isclose(scale, size**-0.5):
-        return None
-    return terms
-
-
 @functools.cache
-def _parameters(function: Callable[..., Any] | None) -> frozenset[str]:
-    return frozenset() if function is None else frozenset(inspect.signature(function).parameters)
+def _takes_groups(function: Callable[..., Any]) -> bool:
+    """Whether this torch's `varlen_attn` takes fewer heads of keys and values than of queries: from 2.12 on."""
+    return "enable_gqa" in inspect.signature(function).parameters
 
 
 def _flash_takes(query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor) -> bool:

@@ -302,12 +302,17 @@ def cached_numbers(model: nn.Module, experts: Iterable[str], attention: Attentio
     try:
         cache = DynamicCache(config=tried.config.get_text_config())
         with torch.no_grad():
-            tried(input_ids=tokens, past_key_values=cache, use_cache=True)
+            tried(input_ids=tokens, use_cache=True, **{cache_argument(tried): cache})
         held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
         numbers = sum(tensor.numel() for tensor in held if isinstance(tensor, Tensor)) // tokens.numel()
     except Exception:  # whatever a family's own code does not do without values
         numbers = 0
     return numbers or num_layers * (attention.key + attention.value)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a model's forward calls its cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def config_value(config: Any, name: str) -> Any:

@@ -47,7 +47,7 @@ def state_bytes(name: str, num_parameters: int, itemsize: int, device_type: str)
 def allocate_states(optimizer: Any) -> None:
     """Allocate the states that an optimizer's first update would allocate, with the values that it would give them.
 
-    torch's optimizers do this in `_init_group` (read in torch 2.9 to 2.13), which looks at the gradients' shapes alone;
+    torch's optimizers do this in `_init_group` (read in torch 2.11 to 2.13), which looks at gradients' shapes alone;
     bitsandbytes' in `init_state` (read in 0.50). Other optimizers allocate in their first update: transformers'
     Adafactor, torch's SGD with momentum, and those of further packages.
     """
