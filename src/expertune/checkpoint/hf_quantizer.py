@@ -31,8 +31,9 @@ _SERIALIZED = [
     "weight.quant_state.bitsandbytes__nf4",
 ]
 
-# A family may call a linear `..._weight`: only whole parts of a name count.
-_AFTER_A_DOT = r"(?<=\.)"
+# A family may call a linear `..._weight` or `weights_...`: only whole parts at a name's end count. transformers looks
+# for these patterns anywhere in a name; 5.20 takes the first that it finds, 5.23 and 5.24 mind where words end.
+_AFTER_A_DOT, _AT_THE_END = r"(?<=\.)", "$"
 
 
 class Nf4FolderConfig(QuantizationConfigMixin):
@@ -126,13 +127,13 @@ class Nf4FolderQuantizer(HfQuantizer):
         from transformers.core_model_loading import WeightConverter
         from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 
+        names = {_AFTER_A_DOT + name + _AT_THE_END: name for name in _SERIALIZED}
+
         class Deserialize(Bnb4bitDeserialize):
             def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-                return super().convert(
-                    {name.removeprefix(_AFTER_A_DOT): value for name, value in input_dict.items()}, **kwargs
-                )
+                return super().convert({names[pattern]: value for pattern, value in input_dict.items()}, **kwargs)
 
-        return [WeightConverter([_AFTER_A_DOT + name for name in _SERIALIZED], "weight", [Deserialize(self)])]
+        return [WeightConverter(list(names), "weight", [Deserialize(self)])]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Only these: the family's own lead from published names to live ones, which the folder already has."""
