@@ -15,17 +15,19 @@ test: $(VENV)/.development .triton-oldest/.ready
 	tools/run_tests.sh $(BIN)/python
 
 # The oldest releases that pyproject.toml allows, and the newest, each in an environment of its own. What runs is what
-# touches transformers, PEFT, TRL, accelerate and datasets; pages, planning, reports and kernels are left to `make test`.
-SEAMS := tests/test_registration.py tests/adapt tests/checkpoint tests/data tests/experts tests/families tests/layers tests/train
+# calls transformers, PEFT, TRL, accelerate, datasets, bitsandbytes or trackers, or is called by them. Left to `make test`
+# is what would say the same with any release: fuzzed files, injected failures, kernels, plans, reports and pages.
+checkpoint = $(addprefix tests/checkpoint/,formats/test_bnb4bit.py formats/test_bnb4bit_experts.py test_convert.py \
+	test_hf_quantizer.py test_load.py test_names.py test_quantize_hub.py test_targets.py test_tokenizer.py)
+train = $(patsubst %,tests/train/test_%.py,accumulation held_out offload optim optimizer_states promises resume schedule \
+	trackers training)
+SEAMS = tests/test_registration.py tests/adapt $(checkpoint) tests/data tests/evaluation/test_scoring.py tests/experts \
+	tests/families tests/generation tests/layers tests/objectives tests/planning/test_generation.py $(train)
 LIBRARIES := ^(torch|transformers|peft|trl|accelerate|datasets|bitsandbytes)==
 
-test-oldest: .venv-oldest/.development
-	@.venv-oldest/bin/python -m pip freeze --exclude-editable | grep -E '$(LIBRARIES)'
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -p no:cacheprovider $(SEAMS)
-
-test-newest: .venv-newest/.development
-	@.venv-newest/bin/python -m pip freeze --exclude-editable | grep -E '$(LIBRARIES)'
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -p no:cacheprovider $(SEAMS)
+test-oldest test-newest: test-%: .venv-%/.development
+	@.venv-$*/bin/python -m pip freeze --exclude-editable | grep -E '$(LIBRARIES)'
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -p no:cacheprovider -k 'not fuzz and not quantized_to_a_folder' $(SEAMS)
 
 # Tests that need minutes, or the tutorial's own stack in an environment beside ours.
 test-slow: $(VENV)/.development .venv-legacy/.ready .triton-oldest/.ready

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CONFIG_MAPPING
 
 from expertune.checkpoint.reader import TensorEntry
 from expertune.errors import CheckpointError
@@ -36,7 +37,14 @@ def key_of(tensors: dict[str, Tensor], *parts: str) -> str:
     return next(name for name in sorted(tensors) if all(part in name for part in parts))
 
 
-@pytest.mark.parametrize("kind", ["qwen3_vl_moe", "inkling_text", "inkling2_text", "gpt_oss", "aria_text"])
+ALTERNATING = pytest.mark.skipif(
+    "inkling2_text" not in CONFIG_MAPPING, reason="inkling2_text is not in this release of transformers (5.20) yet"
+)
+STACKS = ["qwen3_vl_moe", "inkling_text", "inkling2_text", "gpt_oss", "aria_text"]
+
+
+# transformers 5.20 does not have all of them yet.
+@pytest.mark.parametrize("kind", [kind for kind in STACKS if kind in CONFIG_MAPPING])
 def test_stack_of_experts_is_never_read_whole(kind: str, rewritten: Rewritten, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = rewritten(kind, lambda tensors: None)
     read, whole = TensorEntry.read, []
@@ -73,6 +81,7 @@ def test_expert_that_is_missing_from_a_shared_list_is_missed(rewritten: Rewritte
         load_tiny(folder)
 
 
+@ALTERNATING
 def test_stack_of_too_few_experts_is_refused_by_its_shape(rewritten: Rewritten) -> None:
     def cut(tensors: dict[str, Tensor]) -> None:
         name = key_of(tensors, "experts", "w13_weight")
@@ -82,6 +91,7 @@ def test_stack_of_too_few_experts_is_refused_by_its_shape(rewritten: Rewritten) 
         load_tiny(rewritten("inkling2_text", cut))
 
 
+@ALTERNATING
 def test_converted_stack_of_another_width_is_refused(rewritten: Rewritten) -> None:
     def narrow(tensors: dict[str, Tensor]) -> None:
         name = key_of(tensors, "experts", "w13_weight")

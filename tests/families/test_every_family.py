@@ -57,7 +57,7 @@ PADDING_COUNTS = {
 
 
 UNREADABLE = {
-    "Inkling2Experts": "PEFT loses the tensors of model.layers.1.self_attn.v_sconv.weight_proj",
+    "Inkling2Experts": r"PEFT loses the tensors of model\.layers\.1\.self_attn\.v_(proj\.)?sconv\.weight_proj",
 }
 """Experts of models in which stock PEFT loses a linear beside them, by class."""
 
@@ -225,7 +225,7 @@ def test_stock_peft_gives_the_logits_of_an_adapter_on_all_that_a_text_can_train_
     refusal = model.stock_layout().refusal
     if family.experts in UNREADABLE:
         assert refusal is not None
-        assert UNREADABLE[family.experts] in refusal
+        assert re.search(UNREADABLE[family.experts], refusal)
     else:
         assert refusal is None
         assert_stock_peft_gives(logits(model), family, tmp_path)

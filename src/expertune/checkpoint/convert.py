@@ -84,7 +84,13 @@ def _convert(sources: Sources, expert: int, sliced: bool, model: "_Shapes") -> I
 
 def _require_all(sources: Sources, converter: WeightConverter) -> None:
     found = [destination.pattern for _, destination in sources]
-    counts = {pattern: found.count(pattern) for pattern in converter.source_patterns}
+    # Scales of packed weights are called like the weight, and more; a checkpoint in 16 bits has none of them.
+    plain = all(entry.dtype.is_floating_point and entry.dtype.itemsize > 1 for entry, _ in sources)
+    counts = {
+        pattern: found.count(pattern)
+        for pattern in converter.source_patterns
+        if pattern in found or not (plain and any(pattern.startswith(f"{weight}_") for weight in found))
+    }
     if len(set(counts.values())) > 1:
         fewest, entry = min(counts, key=lambda pattern: counts[pattern]), sources[0][0]
         raise CheckpointError(

@@ -36,6 +36,10 @@ _SERIALIZED = [
 _AFTER_A_DOT, _AT_THE_END = r"(?<=\.)", "$"
 
 
+# Dtypes of the 16-bit rest.
+_HALVES = ("torch.bfloat16", "torch.float16")
+
+
 class Nf4FolderConfig(QuantizationConfigMixin):
     """The `quantization_config` of an NF4 folder's config.json.
 
@@ -101,7 +105,7 @@ class Nf4FolderQuantizer(HfQuantizer):
         self.folder = _verified_folder(model, files) if files else None
         stored = _linears_in(files, model) if files else set(linears_to_quantize(model))
         swap_experts(model, Recipe(config.scheme, config.double_quantization), "meta")
-        dtype = kwargs.get("dtype") or model.dtype
+        self.dtype = dtype = kwargs.get("dtype") or model.dtype
         for name in stored:
             model.set_submodule(name, empty_linear(model.get_submodule(name), dtype))
         for name in self.names.specs:
@@ -119,6 +123,10 @@ class Nf4FolderQuantizer(HfQuantizer):
             if isinstance(module, Nf4Linear):
                 # Whatever the file's weights were before, products run in this dtype.
                 module.weight.quant_state.dtype = module.compute_dtype
+        for parameter in model.parameters():
+            # transformers 5.20 leaves what has another name in the file, as without the head, in the dtype of the file.
+            if str(parameter.dtype) in _HALVES and parameter.dtype != self.dtype:
+                parameter.data = parameter.to(self.dtype)
         prepare_for_adapters(model, self.names)
         return model
 
