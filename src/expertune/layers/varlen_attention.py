@@ -310,7 +310,7 @@ def _varlen(
         else:
             key_TKD, value_TKD = (tensor.repeat_interleave(groups, dim=1) for tensor in (key_TKD, value_TKD))
     bounds, longest = sequences
-    output: Tensor = varlen_attn(query_THD, key_TKD, value_TKD, bounds, bounds, longest, longest, **terms)
+    output: Any = varlen_attn(query_THD, key_TKD, value_TKD, bounds, bounds, longest, longest, **terms)
     return output.narrow(-1, 0, value_size).unsqueeze(0)
 
 
