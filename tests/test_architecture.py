@@ -130,7 +130,6 @@ FLAT_IN_KERNELS = {
     "kernels/linear_cross_entropy/reference.py: linear_cross_entropy",
     "kernels/native/__init__.py: dropout",
     "kernels/native/__init__.py: grouped_gemm",
-    "layers/varlen_attention.py: _varlen",
 }
 
 

@@ -12,7 +12,7 @@ sequences.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, TypeVar
 
@@ -176,7 +176,7 @@ def varlen_attention(
         window = attention_mask = None  # no sequence is long enough for it
     if sequences.longest == tokens and window is None:
         return _attend(module, query_HTD, key_KTD, value_KTV, kwargs), None
-    output = _varlen(module, query_HTD, key_KTD, value_KTV, sequences, window, kwargs)
+    output = _varlen(module, (query_HTD, key_KTD, value_KTV), sequences, window, kwargs)
     if output is not None:
         return output, None
     if attention_mask is not None:
@@ -245,7 +245,7 @@ def check_varlen(device: torch.device | str) -> float:
         )
         gradient = gradient.transpose(1, 2)
         ours = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
-        output = _varlen(nn.Module(), ours[0], ours[1], ours[2], sequences, window, {"scaling": 64**-0.5})
+        output = _varlen(nn.Module(), ours, sequences, window, {"scaling": 64**-0.5})
         if output is None:
             raise RuntimeError(f"torch {torch.__version__} has no variable-length attention on {device}")
         output.backward(gradient)
@@ -276,22 +276,17 @@ def _attend_in_full(
 
 
 def _varlen(
-    module: nn.Module,
-    query_HTD: Tensor,
-    key_KTD: Tensor,
-    value_KTV: Tensor,
-    sequences: _Sequences,
-    window: int | None,
-    kwargs: dict[str, Any],
+    module: nn.Module, heads: Sequence[Tensor], sequences: _Sequences, window: int | None, kwargs: dict[str, Any]
 ) -> Tensor | None:
     """[1, T, H, V] of all sequences in one call, or None where torch's variable-length attention cannot do it.
 
-    A window of W lets a token see itself and W - 1 before it.
+    `heads` are queries [1, H, T, D], keys [1, K, T, D] and values [1, K, T, V]. A window of W lets a token
+    see itself and W - 1 before it.
     """
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal) or kwargs.get("dropout"):
         return None
-    query_HTD, key_KTD, value_KTV = _autocast(query_HTD, key_KTD, value_KTV)
+    query_HTD, key_KTD, value_KTV = _autocast(*heads)
     size, value_size = query_HTD.shape[-1], value_KTV.shape[-1]
     if value_size > size:
         return None
