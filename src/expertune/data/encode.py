@@ -293,8 +293,13 @@ def _tokenize_continuation(text: str, tokenizer: Any) -> _Piece:
 
 def _lead(ids: list[int], tokenizer: Any) -> list[int]:
     """What the tokenizer puts in front of every text (BOS, mostly), unless the text already starts with it."""
+    lead = list(_put_in_front(tokenizer, getattr(tokenizer, "add_bos_token", None)))
+    return [] if ids[: len(lead)] == lead else lead
+
+
+@lru_cache(maxsize=4)
+def _put_in_front(tokenizer: Any, add_bos_token: bool | None) -> tuple[int, ...]:
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     count = next((index for index in range(len(full)) if full[index : index + len(plain)] == plain), 0)
-    lead = list(full[:count])
-    return [] if ids[:count] == lead else lead
+    return tuple(full[:count])

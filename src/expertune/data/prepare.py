@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from expertune.config import DataConfig
+from expertune.data import token_cache
 from expertune.data.column_template import Rendered, Template
 from expertune.data.columns import ColumnUse, check_names, refuse_tree
 from expertune.data.encode import check_tokenizer, encode_example
@@ -38,7 +39,7 @@ def prepare_examples(data: DataConfig, which: Literal["train", "eval"], tokenize
         tokenizer: a fast transformers tokenizer with an EOS token.
 
     Returns:
-        The examples in the source's order, and the report for the run record.
+        The examples in the source's order, and the report for the run record; those of a large source lie in a file.
 
     Raises:
         DataError: the source cannot be read, or examples fail the data check and `data.on_error` is `stop`, or none is
@@ -49,8 +50,14 @@ def prepare_examples(data: DataConfig, which: Literal["train", "eval"], tokenize
     spec = data.train if which == "train" else data.eval
     if spec is None:
         raise ConfigError("data.eval names no examples; set it to files, a hub dataset or a slice of one")
+    source = find_source(spec)
+    if token_cache.is_large(source):
+        key = token_cache.cache_key(source, data, tokenizer)
+        return token_cache.kept_examples(
+            key, source.name, lambda keep: _tokenize(source.read(stream=True), data, tokenizer, keep)
+        )
     examples: list[TokenizedExample] = []
-    report = _tokenize(find_source(spec).read(), data, tokenizer, examples.append)
+    report = _tokenize(source.read(), data, tokenizer, examples.append)
     return TokenizedExamples(examples, report)
 
 
@@ -166,7 +173,8 @@ def render_prompt(values: Mapping[str, Any] | str, data: DataConfig, tokenizer: 
     if decided:
         layout, template = named[0], load_template(data.template, named[0], tokenizer)
     else:
-        layout, template = _choose(find_source(data.train).read(), data, tokenizer)
+        source = find_source(data.train)
+        layout, template = _choose(source.read(stream=token_cache.is_large(source)), data, tokenizer)
     raw = {layout.main_column: values} if isinstance(values, str) else dict(values)
     for ours, theirs in data.columns.items():
         # A question may be given under our names or the file's, and a template may use either.

@@ -77,7 +77,17 @@ def own_file_names(name: str | None) -> frozenset[str]:
     Raises:
         ConfigError: the file cannot be read.
     """
-    return jinja_names(_read_template(name)) if name is not None and is_own_file(name) else frozenset()
+    text = own_file_text(name)
+    return frozenset() if text is None else jinja_names(text)
+
+
+def own_file_text(name: str | None) -> str | None:
+    """The user's own Jinja file; None where `data.template` names no such file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    return _read_template(name) if name is not None and is_own_file(name) else None
 
 
 def shipped_templates() -> list[str]:

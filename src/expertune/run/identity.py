@@ -1,7 +1,6 @@
 """What a run reads beside its run file, by content: a resumed run must find it as it was, wherever it lies now."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.config import RunConfig
 from expertune.data import TokenizedExamples
+from expertune.data.token_cache import tokenizer_digest
 from expertune.errors import CheckpointError, ConfigError, DataError
 from expertune.run.record import RunRecord
 
@@ -28,7 +28,7 @@ def identify(
     template = Path(config.data.template).expanduser() if config.data.template else None
     adapter = Path(config.lora.init_from) / "adapter_model.safetensors" if config.lora.init_from else None
     return {
-        "tokenizer": _of_tokenizer(tokenizer),
+        "tokenizer": tokenizer_digest(tokenizer),
         "template": _of_file(template),
         "init_from": _of_file(adapter),
         "rows": {part: held.digest for part, held in rows.items() if held},
@@ -94,22 +94,9 @@ def _differ(before: Mapping[str, Any], now: Mapping[str, Any], key: str) -> bool
     return key in before and before[key] != now[key]
 
 
-def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of what decides ids, whatever files it was read from and whatever it has encoded meanwhile."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    held = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
-    held |= {"truncation": None, "padding": None}
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return _digest([held, special, tokenizer.chat_template])
-
-
 def _of_file(path: Path | None) -> str | None:
     """Of a file's content; None where there is no such file, as for a template that ships with the program."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest() if path else None
     except OSError:
         return None
-
-
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
