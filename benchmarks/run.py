@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import decode, demo_speed, e2e, layer, quantize, step, suite, wait_policy
+from benchmarks import data_memory, decode, demo_speed, e2e, layer, quantize, step, suite, wait_policy
 from benchmarks.report import CorrectnessError
 
 _BENCHMARKS = {
@@ -17,6 +17,7 @@ _BENCHMARKS = {
     "e2e": e2e,
     "demo_speed": demo_speed,
     "wait_policy": wait_policy,
+    "data_memory": data_memory,
     "all": suite,
 }
 
