@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows", nargs="+", type=int, default=[10_000, 100_000, 1_000_000], help="default 10000 100000 1000000"
     )
     parser.add_argument("--text", type=Path, default=DOLLY_SAMPLE, help="JSONL rows in dolly's layout, maybe gzipped")
+    parser.add_argument(
+        "--tokenize",
+        type=int,
+        default=0,
+        help="tokenize so many rows, and write their tokens again and again; default all",
+    )
     parser.add_argument("--note", default="", help="what else ran on the machine")
     parser.add_argument("--json", type=Path, help="write the result here, anew after every size")
 
@@ -43,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for count in args.rows:
             path = folder / f"{count}.jsonl"
             _write_rows(path, args.text, count)
-            turns = {turn: _turn(path, tokenizer, folder / "cache") for turn in ("first", "again")}
+            turns = {turn: _turn(path, tokenizer, folder / "cache", args.tokenize) for turn in ("first", "again")}
             if turns["first"]["digest"] != turns["again"]["digest"]:
                 raise report.CorrectnessError(f"{count} rows: other tokens the second time")
             kept = sum(each.stat().st_size for each in (folder / "cache").rglob("*") if each.is_file())
@@ -55,6 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 "environment": report.environment(),
                 "note": args.note,
                 "text": args.text.name,
+                "rows_tokenized": args.tokenize or "all",
                 "max_length": _MAX_LENGTH,
                 "results": results,
             }
@@ -73,27 +81,40 @@ def _write_rows(path: Path, text: Path, count: int) -> None:
             file.write(json.dumps(row | {"instruction": f"({number}) {row['instruction']}"}) + "\n")
 
 
-def _turn(path: Path, tokenizer: Path, cache: Path) -> dict[str, Any]:
+def _turn(path: Path, tokenizer: Path, cache: Path, tokenize: int) -> dict[str, Any]:
     """A process of its own, so that its peak is its own."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "XDG_CACHE_HOME": str(cache)}
-    command = [sys.executable, "-m", "benchmarks.data_memory", str(path), str(tokenizer)]
+    command = [sys.executable, "-m", "benchmarks.data_memory", str(path), str(tokenizer), str(tokenize)]
     done = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
 
 
-def _measure(path: str, tokenizer_folder: str) -> dict[str, Any]:
+def _measure(path: str, tokenizer_folder: str, tokenize: str) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from expertune.config import DataConfig
     from expertune.data import make_dataset, prepare_examples, token_cache
+    from expertune.data.sources import find_source
 
     token_cache.LARGE_BYTES = 0  # the small sizes take the same way
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     data = DataConfig(train=path, max_length=_MAX_LENGTH, on_error="skip")
     before = _peak_mb()
     started, used = time.monotonic(), time.process_time()
-    tokenized = prepare_examples(data, "train", tokenizer)
+    if int(tokenize):
+        source = find_source(path)
+
+        def make(keep: Callable[[Any], None]) -> dict[str, Any]:
+            (count,) = source.read(stream=True).num_rows.values()
+            few = prepare_examples(data.model_copy(update={"train": f"{path}[:{tokenize}]"}), "train", tokenizer)
+            for example in islice(cycle(list(few.examples)), count):
+                keep(example)
+            return few.report | {"num_rows": count}
+
+        tokenized = token_cache.kept_examples(token_cache.cache_key(source, data, tokenizer), source.name, make)
+    else:
+        tokenized = prepare_examples(data, "train", tokenizer)
     seconds, cpu_seconds = time.monotonic() - started, time.process_time() - used
     prepared = _peak_mb()
     dataset = make_dataset(tokenized, data)
@@ -109,7 +130,7 @@ def _measure(path: str, tokenizer_folder: str) -> dict[str, Any]:
         "peak_mb_prepared": prepared,
         "peak_mb": _peak_mb(),
         "num_rows": tokenized.report["num_rows"],
-        "num_tokens": tokenized.report["num_tokens"],
+        "num_tokens": int(tokenized.lengths.sum()),
         "digest": tokenized.digest,
     }
 
