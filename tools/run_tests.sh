@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The default tests in two processes of one thread each: most of them start programs or work on tiny tensors, where a
-# second thread only waits. What the first process says is shown once the second is done.
+# The default tests in two processes of one thread each, of about as much work: most of them start programs or work on
+# tiny tensors, where a second thread only waits. What the first process says is shown once the second is done.
 #
 #     tools/run_tests.sh PYTHON
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-first=(tests/train tests/kernels)
+first=(tests/kernels tests/families tests/planning tests/generation tests/evaluation)
 log=$(mktemp)
 "$1" -m pytest -p no:cacheprovider "${first[@]}" >"$log" 2>&1 &
 beside=$!

@@ -1,14 +1,12 @@
 """A model is a folder here or a repository on the hub; anything else is one clear sentence."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from expertune.checkpoint.hub import fetch_model
 from expertune.errors import CheckpointError
+from tests.processes import BENEATH, run_program
 
 
 def test_local_folder_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -62,6 +60,5 @@ def test_model_in_the_hubs_cache_needs_no_connection_and_names_its_commit(tmp_pa
     snapshot = repository / "snapshots" / commit
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}", encoding="utf-8")
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
-    done = subprocess.run([sys.executable, "-c", FETCH], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.split() == [commit, "{}"] * 2
+    places = {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    assert run_program(FETCH, imports=BENEATH, **places).out.split() == [commit, "{}"] * 2

@@ -15,7 +15,7 @@ from expertune.checkpoint.writer import hash_file
 from expertune.errors import CheckpointError
 from tests.checkpoint.conftest import write_shards
 from tests.checkpoint.nf4_folders import contents, quantized, weights
-from tests.processes import run_copies
+from tests.processes import BENEATH, run_program
 from tests.tiny_models import save_tiny_model
 
 
@@ -177,11 +177,11 @@ def offline(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         shutil.copytree(repository, cache / "snapshots" / COMMIT)
     (caches["lacking"] / "snapshots" / COMMIT / "model-00005.safetensors").unlink()
     before = {name: contents(cache) for name, cache in caches.items()}
-    codes = [f"tell('owner/{name}', {str(folder / name)!r})" for name in caches]
     places = {"HF_HOME": str(folder / "home"), "HF_HUB_CACHE": str(folder / "home" / "hub")}
-    (folder / "output").mkdir()
     found = {}
-    for name, ended in zip(caches, run_copies(OFFLINE, codes, folder / "output", **places), strict=True):
+    for name in caches:
+        code = f"{OFFLINE}\ntell('owner/{name}', {str(folder / name)!r})"
+        ended = run_program(code, imports=BENEATH, **places)
         assert ended.status == 0, ended.err[-4000:]
         found[name] = Offline(caches[name], before[name], folder / name, ended.out)
     return found

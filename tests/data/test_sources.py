@@ -12,6 +12,7 @@ import pytest
 
 from expertune.data.sources import find_source
 from expertune.errors import DataError
+from tests.processes import BENEATH, run_program
 
 
 def read_source(spec, stream=False):
@@ -194,11 +195,10 @@ def test_hub_name_without_a_connection_is_one_clear_error():
         "except DataError as error:\n"
         "    print(error)\n"
     )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert "databricks/databricks-dolly-15k:train: neither a local file nor a dataset" in answer.stdout
-    assert "hf download --repo-type dataset databricks/databricks-dolly-15k" in answer.stdout
-    assert len(answer.stdout.strip().split("\n")) == 1
+    said = run_program(code, imports=BENEATH, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1").out
+    assert "databricks/databricks-dolly-15k:train: neither a local file nor a dataset" in said
+    assert "hf download --repo-type dataset databricks/databricks-dolly-15k" in said
+    assert len(said.strip().split("\n")) == 1
 
 
 def test_hub_examples_come_through_the_real_client_with_split_and_place(tmp_path):
@@ -209,11 +209,8 @@ def test_hub_examples_come_through_the_real_client_with_split_and_place(tmp_path
     code = (
         "from expertune.data.hub import HubRows\nprint(list(HubRows('owner/name')), list(HubRows('owner/name:test')))"
     )
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    assert answer.stdout.strip() == (
+    places = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    assert run_program(code, folder=tmp_path, imports=BENEATH, **places).out.strip() == (
         "[('owner/name:train: row 1', {'text': 'a'}), ('owner/name:train: row 2', {'text': 'b'})] "
         "[('owner/name:test: row 1', {'text': 'c'})]"
     )

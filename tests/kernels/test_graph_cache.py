@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import run_copies
+from tests.processes import BENEATH, run_program
 
 MODEL = """
 import json
@@ -51,6 +51,10 @@ def run(earlier, names, order):
     torch.compile(forward, fullgraph=True)(hidden).sum().backward()
     found = {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss", "bypass")}
     print(json.dumps({"arguments": arguments, "cache": found}))
+
+# Headers compiled ahead would take longer than the two graphs.
+torch._inductor.config.compile_threads = 1
+torch._inductor.config.cpp_cache_precompile_headers = False
 """
 NAMES = ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
 
@@ -59,11 +63,8 @@ def test_compiled_layers_have_the_same_arguments_in_another_process_and_come_fro
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    (tmp_path / "output").mkdir()
     calls = [f"run([], {NAMES}, {NAMES})", f"run({NAMES[:1]} * 3, {NAMES}, {NAMES[::-1]})"]
-    # Headers compiled ahead would take longer than the two graphs.
-    quickly = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
-    ended = run_copies(MODEL, calls, tmp_path / "output", **quickly)
+    ended = [run_program(MODEL + call, imports=BENEATH) for call in calls]
     for process in ended:
         assert process.status == 0, process.err[-2000:]
     first, second = (json.loads(process.out.splitlines()[-1]) for process in ended)

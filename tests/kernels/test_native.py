@@ -7,28 +7,25 @@ import pytest
 
 from expertune.kernels import native
 from expertune.kernels.native import build
-from tests.processes import run_copies
+from tests.processes import BENEATH, run_program
 
-IMPORTS = """
+PROBE = """
 import os
 import torch
 from expertune.kernels import native, routes
 from expertune.kernels.linear import nf4_linear
 from expertune.kernels.nf4 import Nf4Stack
 
-def probe(**environment):
-    os.environ.pop("EXPERTUNE_NATIVE", None)
-    os.environ.update(environment)
-    print(native.available(), "|", native.status().reason)
-    if native.available():
-        file = os.stat(native.status().reason)
-        print(file.st_ino, file.st_mtime_ns)
-    stack = Nf4Stack(1, 64, 64)
-    stack.write(0, torch.eye(64))
-    settings = routes.KernelSettings(crossover=64)  # measuring it takes seconds
-    out = nf4_linear(torch.eye(64), stack.bytes, settings)
-    assert out.shape == (64, 64) and float(out.trace()) > 60
-    print(routes.summarize(settings.describe(torch.device("cpu"), torch.float32)))
+print(native.available(), "|", native.status().reason)
+if native.available():
+    file = os.stat(native.status().reason)
+    print(file.st_ino, file.st_mtime_ns)
+stack = Nf4Stack(1, 64, 64)
+stack.write(0, torch.eye(64))
+settings = routes.KernelSettings(crossover=64)  # measuring it takes seconds
+out = nf4_linear(torch.eye(64), stack.bytes, settings)
+assert out.shape == (64, 64) and float(out.trace()) > 60
+print(routes.summarize(settings.describe(torch.device("cpu"), torch.float32)))
 """
 
 # Why there is no library, and the environment in which there is none; PATH is emptied where no compiler is to be found.
@@ -40,26 +37,16 @@ WITHOUT = {
 }
 
 
-def in_processes(folder: Path, *environments: dict[str, str]) -> list[str]:
-    """What fresh processes say of their library, one after the other; their cache lies in `folder`."""
-    (folder / "output").mkdir()
-    codes = [f"probe(**{environment | {'XDG_CACHE_HOME': str(folder)}!r})" for environment in environments]
-    ended = run_copies(IMPORTS, codes, folder / "output")
-    for process in ended:
-        assert process.status == 0, process.err[-2000:]
-    return [process.out for process in ended]
-
-
-@pytest.fixture(scope="module")
-def said_without(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What processes without the library say, by the reason."""
-    said = in_processes(tmp_path_factory.mktemp("without"), *WITHOUT.values())
-    return dict(zip(WITHOUT, said, strict=True))
+def probe(cache: Path, **environment: str) -> str:
+    """What a process says of its library."""
+    ended = run_program(PROBE, imports=BENEATH, **{"XDG_CACHE_HOME": str(cache)} | environment)
+    assert ended.status == 0, ended.err[-2000:]
+    return ended.out
 
 
 @pytest.mark.parametrize("reason", WITHOUT)
-def test_without_the_library_gemms_run_and_the_reason_is_said(reason: str, said_without: dict[str, str]) -> None:
-    said = said_without[reason]
+def test_without_the_library_gemms_run_and_the_reason_is_said(reason: str, tmp_path: Path) -> None:
+    said = probe(tmp_path, **WITHOUT[reason])
     assert said.startswith("False")
     assert said.count(reason) == 2
     assert "by torch and bitsandbytes alone" in said
@@ -68,7 +55,7 @@ def test_without_the_library_gemms_run_and_the_reason_is_said(reason: str, said_
 def test_library_is_built_once_and_found_again(tmp_path: Path) -> None:
     if not native.available():
         pytest.skip(native.status().reason)
-    first, second = in_processes(tmp_path, {}, {})
+    first, second = probe(tmp_path), probe(tmp_path)
     assert first.startswith("True")
     assert first == second  # path, inode and time of the file included
     assert {path.suffix for path in (tmp_path / "expertune").iterdir()} <= {".so", ".json"}

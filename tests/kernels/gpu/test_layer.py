@@ -58,20 +58,18 @@ def test_output_and_gradients_are_those_of_plain_arithmetic(on_gpu: str, shape: 
 
 def test_grouped_mm_of_torch_gives_the_same_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operator, "_route", lambda *_: GroupedRoute(True, torch_gemm=True))
-    assert_same_as_plain(make_case(11, hidden=64, intermediate=64, dropout=0.0), FLOAT32)
-    assert_same_as_plain(
-        make_case(9, hidden=64, intermediate=64, activation=SHAPES["a gate with limits"]["activation"]), FLOAT32
-    )
+    assert_same_as_plain(make_case(11, **SMALL, dropout=0.0), FLOAT32)
+    assert_same_as_plain(make_case(9, **SMALL, activation=SHAPES["a gate with limits"]["activation"]), FLOAT32)
 
 
 @pytest.mark.usefixtures("on_gpu")
 def test_half_precision_stays_within_its_rounding() -> None:
-    assert_same_as_plain(make_case(9, dtype=torch.float16, hidden=64, intermediate=64), HALF)
+    assert_same_as_plain(make_case(9, dtype=torch.float16, **SMALL), HALF)
 
 
 @pytest.mark.usefixtures("on_gpu")
 def test_no_token_gives_no_output_and_zero_gradients() -> None:
-    assert_same_as_plain(make_case(0, hidden=64, intermediate=64), FLOAT32)
+    assert_same_as_plain(make_case(0, **SMALL), FLOAT32)
 
 
 def gradients(case: Case) -> list[Tensor]:
@@ -82,7 +80,7 @@ def gradients(case: Case) -> list[Tensor]:
 
 @pytest.mark.usefixtures("on_gpu")
 def test_dropout_falls_where_it_falls_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case(11, hidden=64, intermediate=64, dropout=0.3)
+    case = make_case(11, **SMALL, dropout=0.3)
     found = gradients(case)
     monkeypatch.undo()
     for one, other in zip(found, gradients(case), strict=True):
@@ -91,7 +89,7 @@ def test_dropout_falls_where_it_falls_on_a_cpu(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("on_gpu")
 def test_chunks_of_a_few_tokens_give_the_same_layer() -> None:
-    case = make_case(7, hidden=64, intermediate=64, dropout=0.3)
+    case = make_case(7, **SMALL, dropout=0.3)
     whole = gradients(case)
     SETTINGS.working_set_bytes = 2**14
     chunked = gradients(case)
@@ -101,7 +99,7 @@ def test_chunks_of_a_few_tokens_give_the_same_layer() -> None:
 
 @pytest.mark.usefixtures("on_gpu")
 def test_two_runs_give_identical_bytes() -> None:
-    case = make_case(9, hidden=64, intermediate=64, dropout=0.3)
+    case = make_case(9, **SMALL, dropout=0.3)
     assert all(torch.equal(one, other) for one, other in zip(gradients(case), gradients(case), strict=True))
 
 
