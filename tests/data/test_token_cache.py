@@ -78,8 +78,9 @@ def state(folder):
 def test_large_source_gives_the_same_examples_and_report_made_and_found_again(name, tmp_path, tiny_tokenizer, large):
     data = DataConfig(train=f"{write(tmp_path / name, ROWS)}[7:590]", max_length=40, on_error="skip")
     expected = prepare_examples(data, "train", tiny_tokenizer)
-    folder = large()
-    made = prepare_examples(data, "train", tiny_tokenizer)
+    folder, told = large(), []
+    made = prepare_examples(data, "train", tiny_tokenizer, lambda done, total: told.append((done, total)))
+    assert told == [(0, 583)]
     before = state(folder)
     found = prepare_examples(data, "train", tiny_tokenizer)
     assert state(folder) == before

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from expertune import finetune
 from expertune.config import parse_config
+from expertune.data import token_cache
 from expertune.errors import ConfigError, NonFiniteLossError, StorageError
 from expertune.layers.varlen_attention import sequence_lengths
 from expertune.run.record import RunRecord
@@ -49,6 +50,20 @@ def test_two_runs_of_one_file_give_identical_bytes(run_values: dict[str, Any], t
     assert first["train"]["loss"] == second["train"]["loss"]
     files = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("first", "second")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_run_on_mapped_examples_gives_the_bytes_and_the_record_of_one_in_memory(
+    run_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = run_values | {"data": run_values["data"] | {"packing": "packed"}}
+    held = train(values | {"output_dir": str(tmp_path / "held")}, max_steps=3, eval_steps=3)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(token_cache, "LARGE_BYTES", 0)
+    mapped = train(values | {"output_dir": str(tmp_path / "mapped")}, max_steps=3, eval_steps=3)
+    assert list((tmp_path / "cache" / "expertune" / "tokens").iterdir())
+    assert (mapped["data"], mapped["inputs"]) == (held["data"], held["inputs"])
+    assert (mapped["train"]["loss"], mapped["eval"]["loss"]) == (held["train"]["loss"], held["eval"]["loss"])
+    assert adapter_bytes(tmp_path / "mapped") == adapter_bytes(tmp_path / "held")
 
 
 def test_accumulated_micro_batches_give_the_loss_of_one_batch(run_values: dict[str, Any], tmp_path: Path) -> None:

@@ -29,14 +29,21 @@ from expertune.data.template import default_template, is_own_file, load_template
 from expertune.data.trial import try_template
 from expertune.errors import ConfigError, DataError
 
+Progress = Callable[[int, int], None]
 
-def prepare_examples(data: DataConfig, which: Literal["train", "eval"], tokenizer: Any) -> TokenizedExamples:
+_ROWS_PER_UPDATE = 1000
+
+
+def prepare_examples(
+    data: DataConfig, which: Literal["train", "eval"], tokenizer: Any, progress: Progress | None = None
+) -> TokenizedExamples:
     """Read, render, tokenize and check the examples of a run.
 
     Args:
         data: the run's data section.
         which: the training or the evaluation examples.
         tokenizer: a fast transformers tokenizer with an EOS token.
+        progress: called with (examples done, examples in all) now and then while a large source is tokenized.
 
     Returns:
         The examples in the source's order, and the report for the run record; those of a large source lie in a file.
@@ -54,7 +61,7 @@ def prepare_examples(data: DataConfig, which: Literal["train", "eval"], tokenize
     if token_cache.is_large(source):
         key = token_cache.cache_key(source, data, tokenizer)
         return token_cache.kept_examples(
-            key, source.name, lambda keep: _tokenize(source.read(stream=True), data, tokenizer, keep)
+            key, source.name, lambda keep: _tokenize(source.read(stream=True), data, tokenizer, keep, progress)
         )
     examples: list[TokenizedExample] = []
     report = _tokenize(source.read(), data, tokenizer, examples.append)
@@ -62,14 +69,21 @@ def prepare_examples(data: DataConfig, which: Literal["train", "eval"], tokenize
 
 
 def _tokenize(
-    source: SourceExamples, data: DataConfig, tokenizer: Any, keep: Callable[[TokenizedExample], None]
+    source: SourceExamples,
+    data: DataConfig,
+    tokenizer: Any,
+    keep: Callable[[TokenizedExample], None],
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Hand on each example as soon as it is made; the report of all."""
     layout, template = _choose(source, data, tokenizer)
     use = ColumnUse(data, layout, template, is_own_file(data.template))
     special_tokens, spelt_out = SpecialTokens(tokenizer, data.parse_special_tokens), Counter[str]()
     tally, problems, num_flagged, num_open_turns = Tally(), Problems(), 0, 0
-    for raw in source.examples:
+    total = sum(source.num_rows.values())
+    for done, raw in enumerate(source.examples):
+        if progress and not done % _ROWS_PER_UPDATE:
+            progress(done, total)
         try:
             if raw.values is None:
                 raise ExampleError(raw.problem)
@@ -106,7 +120,11 @@ def _tokenize(
 
 
 def prepare_run(
-    data: DataConfig, tokenizer: Any, earlier: Mapping[str, Any] | None = None, context: int | None = None
+    data: DataConfig,
+    tokenizer: Any,
+    earlier: Mapping[str, Any] | None = None,
+    context: int | None = None,
+    progress: Progress | None = None,
 ) -> tuple[TokenizedExamples, TokenizedExamples | None]:
     """The training and the evaluation examples of a run, both through one template.
 
@@ -115,6 +133,7 @@ def prepare_run(
         tokenizer: see `prepare_examples`.
         earlier: reports of the same run by part, from its record, where it is resumed.
         context: tokens that the model's context holds (`expertune.checkpoint.context.context_length`).
+        progress: see `prepare_examples`.
 
     Returns:
         The training examples, and the evaluation examples where the run has any.
@@ -125,13 +144,13 @@ def prepare_run(
     before, named = earlier or {}, data.format
     if report := before.get("train"):
         data = settled(data, report)
-    train = prepare_examples(data, "train", tokenizer)
+    train = prepare_examples(data, "train", tokenizer, progress)
     check_context(train, context, "data.train")
     if data.eval is None:
         return train, None
     # Only the template: evaluation examples may have columns of their own, but a loss is of the form that was trained.
     update = {"template": train.report["template"], "format": (before.get("eval") or {}).get("format", named)}
-    evaluation = prepare_examples(data.model_copy(update=update), "eval", tokenizer)
+    evaluation = prepare_examples(data.model_copy(update=update), "eval", tokenizer, progress)
     check_context(evaluation, context, "data.eval")
     return train, evaluation
 

@@ -67,7 +67,9 @@ def read_inputs(context: RunContext) -> Inputs:
         context.notify(f"adapter: {expected.merging}")
     tokenizer = load_tokenizer(source.folder, trust)
     max_tokens = context_length(read_config(source.folder, trust))
-    train, evaluation = prepare_run(config.data, tokenizer, context.record.values.get("data", {}), max_tokens)
+    earlier = context.record.values.get("data", {})
+    with context.bars.task("tokenizing", "examples") as progress:
+        train, evaluation = prepare_run(config.data, tokenizer, earlier, max_tokens, progress)
     inputs = Inputs(source, base, tokenizer, expected.refusal, train, make_dataset(train, config.data), evaluation)
     _record_inputs(context, inputs)
     _show_data(context, inputs)
