@@ -16,7 +16,7 @@ from expertune.checkpoint.hf_quantizer import as_loaded
 from expertune.checkpoint.hub import fetch_model
 from expertune.checkpoint.load import LoadedModel
 from expertune.checkpoint.quantize import quantize as write_nf4_folder
-from expertune.config import LoraSection, QuantizationConfig, parse_section
+from expertune.config import QuantizationConfig, parse_lora
 from expertune.config.arguments import checked
 from expertune.errors import ConfigError
 from expertune.placement.device import device_named, dtype_name, resolve_compute_dtype
@@ -101,7 +101,7 @@ def attach(
     """
     loaded, onto = _loaded(model), model if isinstance(model, ExpertPeftModel) else None
     _require_free(adapter_name, loaded.model, onto)
-    section = parse_section(LoraSection, dict(lora), "lora")
+    section = parse_lora(dict(lora))
     return adapters.attach(loaded, section, loaded.model.config._name_or_path, None, adapter_name, onto)
 
 

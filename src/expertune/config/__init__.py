@@ -4,7 +4,7 @@ from expertune.config.reading import (
     apply_overrides,
     check_training_arguments,
     parse_config,
-    parse_section,
+    parse_lora,
     recorded_config,
     with_current_names,
 )
@@ -32,7 +32,7 @@ __all__ = [
     "apply_overrides",
     "check_training_arguments",
     "parse_config",
-    "parse_section",
+    "parse_lora",
     "parse_size",
     "recorded_config",
     "with_current_names",

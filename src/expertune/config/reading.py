@@ -6,18 +6,16 @@ the run starts (`check_training_arguments`), because only transformers knows the
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import ValidationError
 
 from expertune.config.messages import describe, nearest_key
-from expertune.config.schema import TRUST_KEY, Origin, RunConfig, Section
+from expertune.config.schema import TRUST_KEY, LoraSection, Origin, RunConfig
 from expertune.config.training_keys import refused_keys
 from expertune.config.training_values import check_training_values
 from expertune.config.yaml_file import parse_value, shortened
 from expertune.errors import ConfigError
-
-S = TypeVar("S", bound=Section)
 
 # Section, key, the value's earlier name, and its name now.
 _RENAMED_VALUES = (("kernels", "route", "decode_then_gemm", "dequant_gemm"),)
@@ -30,7 +28,18 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
         ConfigError: names the override.
     """
     for override in overrides:
-        _apply_override(values, override)
+        key, equals, text = override.partition("=")
+        where = f"override {shortened(override)!r}"
+        if not equals or not all(part.strip() for part in key.split(".")):
+            raise ConfigError(f"{where}: write it as section.key=value")
+        value = parse_value(text, where)
+        *parents, leaf = key.strip().split(".")
+        here = values
+        for parent in parents:
+            here = here.setdefault(parent, {})
+            if not isinstance(here, dict):
+                raise ConfigError(f"{where}: {shortened(parent)} is a value, not a section")
+        here[leaf] = value
 
 
 def parse_config(values: Mapping[str, Any], where: str = "config", opened: bool = False) -> RunConfig:
@@ -50,16 +59,16 @@ def parse_config(values: Mapping[str, Any], where: str = "config", opened: bool 
     return config
 
 
-def parse_section(kind: type[S], values: dict[str, Any], where: str) -> S:
-    """Check the keys of one section of a run file.
+def parse_lora(values: dict[str, Any]) -> LoraSection:
+    """Check the keys of the section `lora` alone.
 
     Raises:
         ConfigError: see `parse_config`.
     """
     try:
-        return kind.model_validate(values)
+        return LoraSection.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(describe(error, where, kind)) from None
+        raise ConfigError(describe(error, "lora", LoraSection)) from None
 
 
 def with_current_names(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
@@ -105,18 +114,3 @@ def check_training_arguments(training: dict[str, Any], where: str = "config") ->
                 f"{where}: training.{shortened(key)} is not an argument of TrainingArguments{nearest_key(key, known)}"
             )
     check_training_values(training, where)
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not all(part.strip() for part in key.split(".")):
-        raise ConfigError(f"override {shortened(override)!r}: write it as section.key=value")
-    value = parse_value(text, f"override {shortened(override)!r}")
-    *parents, leaf = key.strip().split(".")
-    here = values
-    for parent in parents:
-        child = here.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {shortened(override)!r}: {shortened(parent)} is a value, not a section")
-        here = child
-    here[leaf] = value

@@ -14,6 +14,8 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PositiveFloat,
+    PositiveInt,
     PrivateAttr,
     ValidationError,
     ValidationInfo,
@@ -195,8 +197,8 @@ class LoraSection(Section):
     alpha: float = Field(default=16, gt=0)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     targets: list[str] = Field(default=["attention", "experts"], min_length=1)
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
+    rank_pattern: dict[str, PositiveInt] = {}
+    alpha_pattern: dict[str, PositiveFloat] = {}
     rslora: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     init_from: PathText | None = None
@@ -206,20 +208,6 @@ class LoraSection(Section):
     @classmethod
     def _one_name_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
-
-    @field_validator("rank_pattern")
-    @classmethod
-    def _ranks_are_positive(cls, value: dict[str, int]) -> dict[str, int]:
-        if bad := {k: v for k, v in value.items() if v < 1}:
-            raise ValueError(f"ranks must be 1 or more, got {bad}")
-        return value
-
-    @field_validator("alpha_pattern")
-    @classmethod
-    def _alphas_are_positive(cls, value: dict[str, float]) -> dict[str, float]:
-        if bad := {k: v for k, v in value.items() if v <= 0}:
-            raise ValueError(f"alphas must be above 0, got {bad}")
-        return value
 
 
 class TaskConfig(Section):

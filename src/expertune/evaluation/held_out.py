@@ -3,8 +3,7 @@
 Legend: nats are natural-logarithm units of loss per label token.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -67,7 +66,7 @@ class HeldOut:
             DataError: no example holds a token that takes a loss.
             DoesNotFitError: memory ran out, and nothing that could be changed is left.
         """
-        with _adapter_switched(self._model, off=base_only), self._bars.task("evaluation", "examples") as progress:
+        with self._adapted(base_only), self._bars.task("evaluation", "examples") as progress:
             progress(0, len(self.dataset))
             return evaluation_loss(
                 self._model.get_base_model(),
@@ -88,10 +87,13 @@ class HeldOut:
         """
         task = self._config.task if rows is None else self._config.task.model_copy(update={"rows": rows})
         what = "scoring the base model" if base_only else "scoring the adapter"
-        with _adapter_switched(self._model, off=base_only), self._bars.task(what, "examples answered") as progress:
+        with self._adapted(base_only), self._bars.task(what, "examples answered") as progress:
             progress(0, len(range(len(self._rows.examples))[: task.rows]))
             batches = Batches(partial(self._recovery.in_parts, "generation", step=step), progress)
             return score_task(self._model, self._tokenizer, self._rows.examples, task, batches)
+
+    def _adapted(self, base_only: bool) -> AbstractContextManager[None]:
+        return self._model.disable_adapter() if base_only else nullcontext()
 
     def metrics(self, step: int) -> dict[str, float]:
         """What an evaluation while training gives.
@@ -105,12 +107,3 @@ class HeldOut:
             score = self.score(step)
             found |= {name: score[name] for name in metric_names(self._config) if name in score}
         return found
-
-
-@contextmanager
-def _adapter_switched(model: ExpertPeftModel, off: bool) -> Iterator[None]:
-    if off:
-        with model.disable_adapter():
-            yield
-    else:
-        yield

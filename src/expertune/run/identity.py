@@ -11,7 +11,7 @@ from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.config import RunConfig
 from expertune.data import TokenizedExamples
 from expertune.data.token_cache import tokenizer_digest
-from expertune.errors import CheckpointError, ConfigError, DataError
+from expertune.errors import CheckpointError, ConfigError, DataError, ExpertuneError
 from expertune.run.record import RunRecord
 
 
@@ -56,14 +56,14 @@ def require_same_identity(
         raise CheckpointError(
             f"resume: model {config.model} is not the one that the run started with: {'; '.join(found[:3])}; {end}"
         )
-    if _differ(before, now, "tokenizer"):
-        raise CheckpointError(f"resume: the tokenizer of {config.model} has changed since the run started; {end}")
-    if _differ(before, now, "template"):
-        raise ConfigError(f"resume: data.template: {config.data.template} has changed since the run started; {end}")
-    if _differ(before, now, "init_from"):
-        raise CheckpointError(
-            f"resume: lora.init_from: {config.lora.init_from} has changed since the run started; {end}"
-        )
+    named: dict[str, tuple[str, type[ExpertuneError]]] = {
+        "tokenizer": (f"the tokenizer of {config.model}", CheckpointError),
+        "template": (f"data.template: {config.data.template}", ConfigError),
+        "init_from": (f"lora.init_from: {config.lora.init_from}", CheckpointError),
+    }
+    for key, (what, kind) in named.items():
+        if key in before and before[key] != now[key]:
+            raise kind(f"resume: {what} has changed since the run started; {end}")
     require_same_files(record, rows)
     for part, digest in before.get("rows", {}).items():
         if digest != now["rows"].get(part):
@@ -88,10 +88,6 @@ def require_same_files(record: RunRecord, reports: Mapping[str, Any]) -> None:
                 f"resume: data.{part}: {', '.join(changed)} has changed since the run started{what}; restore it, or "
                 "start a new output_dir"
             )
-
-
-def _differ(before: Mapping[str, Any], now: Mapping[str, Any], key: str) -> bool:
-    return key in before and before[key] != now[key]
 
 
 def _of_file(path: Path | None) -> str | None:
