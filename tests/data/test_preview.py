@@ -49,6 +49,14 @@ def test_every_line_fits_the_terminal_and_the_marks_survive(show, width):
     assert "used: messages; ignored: source (in 1)" in text
 
 
+@pytest.mark.parametrize("width", [50, 60, 80])
+def test_choices_on_a_narrow_terminal_are_shown_without_cutting_a_word(show, width):
+    example = {"prompt": "What is the capital of Malta?", "completion": "Valletta.", "note": "a note"}
+    wide, narrow = show(example, width=400)[1], show(example, width=width)[1]
+    assert max(cell_len(line) for line in narrow.splitlines()) <= width
+    assert {word for word in wide.split() if len(word) < 38} <= set(narrow.split())
+
+
 def test_marks_and_text_are_the_same_with_color_and_without(show):
     example = {"prompt": "What is the capital of Malta?", "completion": "Valletta."}
     _, plain = show(example)

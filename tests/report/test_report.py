@@ -45,6 +45,15 @@ def test_summary_shows_scores_before_and_after_beside_the_losses(record: dict[st
     assert "expertune chat runs/demo" in text
 
 
+@pytest.mark.parametrize("width", [50, 60, 80])
+def test_summary_on_a_narrow_terminal_cuts_no_word(record: dict[str, Any], width: int) -> None:
+    narrow, wide = io.StringIO(), io.StringIO()
+    for file, columns in ((narrow, width), (wide, 200)):
+        Console(width=columns, file=file).print(render_summary(record, "runs/demo"))
+    assert max(map(len, narrow.getvalue().splitlines())) <= width
+    assert narrow.getvalue().split() == wide.getvalue().split()
+
+
 def test_summary_shows_no_before_that_is_not_the_base_models(record: dict[str, Any]) -> None:
     record["eval"] |= {"before": None}
     del record["task"], record["adapter"]
