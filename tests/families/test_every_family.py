@@ -56,9 +56,8 @@ PADDING_COUNTS = {
 """Experts of models in which what a row computes depends on the padding before it, by class."""
 
 
-UNREADABLE = {
-    "Inkling2Experts": r"PEFT loses the tensors of model\.layers\.1\.self_attn\.v_(proj\.)?sconv\.weight_proj",
-}
+_LOST = r"PEFT loses the tensors of model\.layers\.1\.self_attn\.v_(proj\.)?sconv\.weight_proj"
+UNREADABLE = {"Inkling2Experts": _LOST, "Inkling2LoopExperts": _LOST}
 """Experts of models in which stock PEFT loses a linear beside them, by class."""
 
 
