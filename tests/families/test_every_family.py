@@ -29,7 +29,7 @@ from expertune.experts import layout
 from expertune.experts.contract import find_experts
 from expertune.experts.lora import ExpertsLora
 from expertune.layers.varlen_attention import NAME, require_no_leakage, use_sdpa_attention
-from expertune.planning.headers import check_headers, read_headers
+from expertune.planning.source import check_headers, read_headers
 from tests.experts.families import experts_classes, from_matrices
 from tests.families.build import FIRST_SPECIAL, families, model_type, tiny_config
 from tests.tiny_models import (

@@ -9,7 +9,6 @@ from expertune.checkpoint.load import load_model
 from expertune.config import QuantizationConfig
 from expertune.kernels.nf4 import Nf4Stack
 from expertune.planning import make_plan
-from expertune.planning.inventory import quantized_bytes
 
 from .conftest import TINY_MIXTRAL, TUTORIAL_LORA
 
@@ -76,9 +75,16 @@ def test_experts_of_mixtral_take_four_bits_and_their_scales(run_of):
     assert weights.buffers_bytes == 2 * 64 * 4
 
 
-def test_one_absmax_in_float32_without_double_quantization():
-    assert quantized_bytes(64, 128, double_quantization=False) == 64 * 64 + 128 * 4
-    assert quantized_bytes(64, 128) == 64 * 64 + 128 + 4 + 4
+@pytest.mark.parametrize(("double_quantization", "scales"), [(True, 128 + 4 + 4), (False, 128 * 4)])
+def test_one_absmax_in_float32_without_double_quantization(run_of, tmp_path, double_quantization, scales):
+    from transformers import GraniteMoeConfig
+
+    GraniteMoeConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, num_local_experts=4,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    weights = make_plan(run_of(tmp_path, quantization={"double_quantization": double_quantization})).weights
+    assert weights.experts_bytes == 4 * 3 * (64 * 128 // 2 + scales)
 
 
 @pytest.mark.parametrize("double_quantization", [True, False])

@@ -5,7 +5,7 @@ import yaml
 
 from expertune import load_config
 from expertune.errors import ConfigError
-from expertune.planning import make_plan, speed
+from expertune.planning import devices, make_plan, speed
 from expertune.planning.devices import DEVICES, device_of_this_name, find_device
 from expertune.planning.fit import as_yaml
 from expertune.planning.placement import PlacementChooser, spread
@@ -105,7 +105,7 @@ def test_on_a_cpu_layers_of_an_nf4_folder_are_offloaded_to_the_disk():
     choice = PlacementChooser(sizes, "cpu", holds_nf4=True, here=True)
 
     def peak(planned):
-        return 1000 - planned.offloading.offloaded_bytes + planned.offloading.slot_bytes
+        return 1000 - planned.offloaded_bytes + planned.slot_bytes
 
     assert choice.fitting(1000, peak).counts == {"device": 4}
     assert choice.fitting(980, peak).counts == {"device": 1, "disk": 3}
@@ -163,16 +163,16 @@ def test_accumulated_micro_batches_take_as_long_as_they_are_many(run_of):
 
 
 def test_on_a_cpu_the_rate_is_measured_once_and_kept(run_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, "cache_folder", lambda: tmp_path)
-    speed._probe.cache_clear()
+    monkeypatch.setattr(devices, "cache_folder", lambda: tmp_path)
+    devices._probe.cache_clear()
     first = make_plan(run_of(MIXTRAL), device="cpu").time
     assert first.rates.source == "measured"
     assert first.rates.flops_per_second > 1e8
     (kept,) = tmp_path.glob("rates-*.json")
     kept.write_text('{"flops_per_second": 1e15, "bytes_per_second": 1e15}')
-    speed._probe.cache_clear()
+    devices._probe.cache_clear()
     assert make_plan(run_of(MIXTRAL), device="cpu").time.rates.flops_per_second == 1e15
-    speed._probe.cache_clear()
+    devices._probe.cache_clear()
 
 
 # --- changes as lines of a run file ---------------------------------------------------------------------------------

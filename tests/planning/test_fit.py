@@ -1,6 +1,7 @@
 """Peak memory, the budget, and what to give up."""
 
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import psutil
@@ -370,21 +371,21 @@ def test_a_model_that_cannot_normalize_by_the_step_keeps_micro_batches_apart(run
 # --- what is shown --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [80, 120])
-def test_the_table_fits_a_terminal(run_of, width):
+@pytest.mark.parametrize("width", [50, 60, 80, 120])
+def test_the_table_fits_a_terminal_and_nothing_is_cut(run_of, width):
     data = {"train": "a.jsonl", "eval": "b.jsonl", "max_length": 2048}
     plan = make_plan(run_of(MIXTRAL, data=data, training=HUNGRY, memory_budget="26GB"), device="cuda")
     text = shown(plan, width)
     assert max(map(len, text.splitlines())) <= width
-    assert "…" not in text
-    for change in plan.what_to_change:
-        assert all(line in text for line in change.lines)
+    assert Counter("".join(text.split())) == Counter("".join(shown(plan, 1000).split()))
+    if width >= 80:
+        assert all(line in text for change in plan.what_to_change for line in change.lines)
 
 
 def test_json_holds_the_documented_keys(run_of):
     plan = make_plan(run_of(MIXTRAL, lora=TUTORIAL_LORA, memory_budget="20GB"), device="cuda")
     values = json.loads(json.dumps(plan.to_json()))
-    assert values["parameters"]["line"] == plan.parameters.line == plan.parameters_line
+    assert values["parameters"]["line"] == plan.parameters.line
     assert values["weights"]["frozen_bytes"] == plan.weights.frozen_bytes
     assert values["memory"]["peak_bytes"] == plan.memory.peak_bytes
     assert values["disk"] == {

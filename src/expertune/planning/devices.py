@@ -1,44 +1,77 @@
-"""Devices that a run can be planned for without having them: what they hold, and how fast they are.
+"""Devices that a run can be planned for without having them, and the one that is here: memory, and how fast it is.
 
-Memory is what a process finds there, a few percent less than the name says. Rates are the vendors' for dense products
-without sparsity, bfloat16 with sums in float32. The host link is PCI Express x16 in one direction at what copies from
-pinned memory reach, about 0.8 of its nominal rate.
+Of a GPU's table, memory is what a process finds there, a few percent less than the name says. Rates are the vendors'
+for dense products without sparsity, bfloat16 with sums in float32. The host link is PCI Express x16 in one direction at
+what copies from pinned memory reach, about 0.8 of its nominal rate.
 """
 
-from dataclasses import dataclass
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
 
+import psutil
+import torch
+
+from expertune.config import RunConfig, parse_size
 from expertune.errors import ConfigError, nearest, option
-
-_GIB = 2**30
-_PCIE = {3: 12e9, 4: 25e9, 5: 50e9}
+from expertune.kernels.cache import cache_folder, read_kept
+from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, gemm_dtype
+from expertune.placement.device import default_device, resolve_compute_dtype
+from expertune.storage import write_text
 
 # Name under which a GPU that is not in the table can be planned for, with a size of memory.
 ANY_GPU = "cuda"
 
+# Read from a disk, where layers are offloaded there: an assumption, an NVMe drive by itself reads faster.
+DISK_BYTES_PER_SECOND = 1.0e9
+
+_PCIE = {3: 12e9, 4: 25e9, 5: 50e9}
+_PROBE = (512, 2048, 2048)
+_PROBE_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second.
+
+    Attributes:
+        source: `measured` here, or `tabled`.
+        flops_per_second: dense GEMMs.
+        bytes_per_second: of the memory that GEMMs read.
+        link_bytes_per_second: from where layers are offloaded to: the host link, or a disk.
+    """
+
+    source: str
+    flops_per_second: float
+    bytes_per_second: float
+    link_bytes_per_second: float
+
 
 @dataclass(frozen=True)
 class Device:
-    """A device by name.
+    """A GPU by name.
 
     Attributes:
         name: as `--gpu` takes it.
-        memory_bytes: what a process finds.
-        bytes_per_second: of its memory; 0 where nothing is known.
-        flops_per_second: of dense 16-bit products; 0 where nothing is known.
-        link_bytes_per_second: from the host, in one direction; 0 where nothing is known.
+        memory_bytes: what a process finds; 0 where nothing is known.
+        rates: how fast it is, with its host link; None where nothing is known.
         has_bfloat16: whether it multiplies bfloat16; otherwise float16.
     """
 
     name: str
-    memory_bytes: int
-    bytes_per_second: float
-    flops_per_second: float
-    link_bytes_per_second: float
+    memory_bytes: int = 0
+    rates: Rates | None = None
     has_bfloat16: bool = True
 
 
 def _gpu(name: str, gib: float, gigabytes_per_second: float, teraflops: float, pcie: int, bf16: bool = True) -> Device:
-    return Device(name, int(gib * _GIB), gigabytes_per_second * 1e9, teraflops * 1e12, _PCIE[pcie], has_bfloat16=bf16)
+    rates = Rates("tabled", teraflops * 1e12, gigabytes_per_second * 1e9, _PCIE[pcie])
+    return Device(name, int(gib * 2**30), rates, bf16)
 
 
 # GiB that torch reports, GB/s, TFLOP/s, generation of PCI Express.
@@ -83,7 +116,7 @@ def find_device(name: str) -> Device:
     plain = {_plain(known): device for known, device in DEVICES.items()}
     asked = _plain(name)
     if asked == ANY_GPU:
-        return Device(ANY_GPU, 0, 0.0, 0.0, 0.0)
+        return Device(ANY_GPU)
     if asked in plain:
         return plain[asked]
     meant = nearest(asked, plain, cutoff=0.5)
@@ -106,3 +139,100 @@ def _plain(name: str) -> str:
     for brand in ("nvidia", "geforce", "amd", "instinct"):
         text = text.removeprefix(brand)
     return text
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is planned for.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        gpu: the GPU that was asked for by name.
+        is_here: whether it is this machine.
+        compute_dtype: dtype of the GEMMs.
+        budget_bytes: memory that a run may use.
+    """
+
+    device: torch.device
+    gpu: Device | None
+    is_here: bool
+    compute_dtype: torch.dtype
+    budget_bytes: int
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, device: str | torch.device | None, gpu: str | None, memory: str | int | None
+    ) -> "Machine":
+        """The machine of `make_plan`'s arguments.
+
+        Raises:
+            ConfigError: an unknown GPU, or no way to know the memory.
+        """
+        named = find_device(gpu) if gpu is not None else None
+        target = torch.device("cuda") if named else default_device() if device is None else torch.device(device)
+        is_here = named is None and (target.type == "cpu" or torch.cuda.is_available())
+        # A size that was asked for comes first, and that of the run file before this machine's, not before a GPU's.
+        asked = memory if memory is not None or named else config.memory_budget
+        budget = parse_size(asked) if asked is not None else _memory_of(target, named)
+        dtype = config.quantization.compute_dtype
+        if dtype == "auto" and not is_here:
+            # Every NVIDIA generation since 2020 has bfloat16.
+            dtype = "bfloat16" if named is None or named.has_bfloat16 else "float16"
+        return cls(target, named, is_here, resolve_compute_dtype(dtype, target), budget)
+
+    def rates(self, from_disk: bool) -> Rates | None:
+        """What the device does in a second: by the table, or measured on a CPU; None where nothing is known."""
+        if self.device.type == "cpu":
+            measured = _probe(gemm_dtype(self.compute_dtype, self.device), torch.get_num_threads())
+            return Rates("measured", *measured, DISK_BYTES_PER_SECOND)
+        gpu = self.gpu
+        if self.is_here:
+            gpu = device_of_this_name(torch.cuda.get_device_name(self.device))
+        if gpu is None or gpu.rates is None or not from_disk:
+            return gpu.rates if gpu else None
+        link = min(gpu.rates.link_bytes_per_second, DISK_BYTES_PER_SECOND)
+        return replace(gpu.rates, link_bytes_per_second=link)
+
+
+def _memory_of(device: torch.device, gpu: Device | None) -> int:
+    """What a GPU of the table has, or what this machine's device does."""
+    if gpu is not None:
+        if not gpu.memory_bytes:
+            raise ConfigError(f"gpu {gpu.name}: say how much memory it has, e.g. {option('memory', '24GB')}")
+        return gpu.memory_bytes
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    if not torch.cuda.is_available():
+        raise ConfigError("there is no CUDA device here to take the memory of; set memory_budget, e.g. 24GB")
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+@cache
+def _probe(dtype: torch.dtype, threads: int) -> tuple[float, float]:
+    """FLOP/s of a product and bytes/s of a copy on this CPU: from the user's cache, or measured in a second."""
+    machine = [torch.__version__, str(dtype), cpu_name(), *cpu_instruction_sets(), str(threads)]
+    digest = hashlib.sha256("\0".join(machine).encode()).hexdigest()[:16]
+    path = cache_folder() / f"rates-{digest}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = read_kept(path)
+        return float(found["flops_per_second"]), float(found["bytes_per_second"])
+    rows, depth, columns = _PROBE
+    x, w = torch.randn(rows, depth).to(dtype), torch.randn(depth, columns).to(dtype)
+    out = torch.empty(rows, columns, dtype=dtype)
+    flops = 2 * rows * depth * columns / _median_seconds(lambda: torch.mm(x, w, out=out))
+    source, target = (torch.ones(_PROBE_BYTES // 8) for _ in range(2))
+    num_bytes = 2 * source.nbytes / _median_seconds(lambda: target.copy_(source))
+    with suppress(OSError):  # measured again next time
+        write_text(path, json.dumps({"flops_per_second": flops, "bytes_per_second": num_bytes}))
+    return flops, num_bytes
+
+
+def _median_seconds(run: Callable[[], object], repeats: int = 5) -> float:
+    """The median of a few runs: other programs may be at work."""
+    run()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)

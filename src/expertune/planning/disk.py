@@ -9,8 +9,7 @@ from typing import Any
 
 from expertune.config import RunConfig
 from expertune.errors import StorageError
-from expertune.planning.inventory import FrozenWeights
-from expertune.planning.settings import Settings, training_argument
+from expertune.planning.settings import ACCUMULATION, BATCH_SIZE, Workload, training_argument
 from expertune.planning.source import Source
 from expertune.planning.table import size
 
@@ -34,18 +33,15 @@ class Disk:
     checkpoints_kept: int | None
 
 
-def count_disk(
-    config: RunConfig, source: Source, weights: FrozenWeights, num_trainable: int, settings: Settings
-) -> Disk:
-    """Sizes of a run's files, whose adapter has so many weights."""
-    adapter = num_trainable * settings.adapter_dtype.itemsize
+def count_disk(config: RunConfig, w: Workload, source: Source) -> Disk:
+    """Sizes of a run's files."""
     limit = training_argument(config.training, "save_total_limit")
-    folder = source.nbytes if source.holds_nf4 and source.nbytes is not None else weights.frozen_bytes
+    frozen_bytes = w.inventory.weights.frozen_bytes
     return Disk(
         download_bytes=source.nbytes,
-        nf4_folder_bytes=folder,
-        adapter_bytes=adapter,
-        checkpoint_bytes=adapter + settings.optimizer_bytes(num_trainable),
+        nf4_folder_bytes=source.nbytes or frozen_bytes if source.holds_nf4 else frozen_bytes,
+        adapter_bytes=w.adapter_bytes,
+        checkpoint_bytes=w.adapter_bytes + w.optimizer_bytes,
         checkpoints_kept=None if limit is None else int(limit),
     )
 
@@ -86,8 +82,8 @@ def checkpoints_at_once(training: Mapping[str, Any], num_examples: int) -> int:
     def argument(name: str) -> Any:
         return training_argument(training, name)
 
-    batches = math.ceil(num_examples / int(argument("per_device_train_batch_size")))
-    steps_per_epoch = max(math.ceil(batches / int(argument("gradient_accumulation_steps"))), 1)
+    batches = math.ceil(num_examples / int(argument(BATCH_SIZE)))
+    steps_per_epoch = max(math.ceil(batches / int(argument(ACCUMULATION))), 1)
     epochs = float(argument("num_train_epochs"))
     num_steps = int(argument("max_steps"))
     if num_steps < 1:

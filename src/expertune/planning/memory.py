@@ -1,25 +1,23 @@
-"""Peak memory of a run: one formula for each component, and which components each phase of the run holds.
+"""Peak memory of a run: one function for each component, and which components each phase of the run holds.
 
 Frozen weights, adapter, gradients and optimizer states follow from shapes and dtypes. Everything else is an upper bound
-from shapes, and each formula says what it counts. `benchmarks/plan_accuracy.py` checks the peak against real runs: none
-may take more than its plan, and the plan may be a third above what the run takes.
+from shapes, and each function says what it counts, in bytes. `benchmarks/plan_accuracy.py` checks the peak against real
+runs: none may take more than its plan, and the plan may be a third above what the run takes.
 
 Shape suffixes: T tokens of a micro-batch, S tokens of a sequence, D hidden size, F intermediate size, V vocabulary,
 E experts, R routed tokens, r rank.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-from expertune.checkpoint.targets import ResolvedTargets
 from expertune.experts.contract import ExpertsSpec
 from expertune.kernels.dequant_gemm import TILE_BYTES
 from expertune.kernels.expert_mlp.plan import bytes_per_routed_token
 from expertune.kernels.linear_cross_entropy import working_set_bytes
-from expertune.planning.inventory import FrozenWeights, Inventory, Layer, count_adapter
-from expertune.planning.placement import Offloading
-from expertune.planning.settings import Settings
+from expertune.planning.inventory import Layer
+from expertune.planning.placement import PlannedPlacement
+from expertune.planning.settings import Workload
 
 _FLOAT32_BYTES = 4
 
@@ -44,9 +42,9 @@ _TRAINING_BYTES_PER_LOGIT, _EVALUATION_BYTES_PER_LOGIT = 14, 10
 class Memory:
     """Peak memory of one process on its device.
 
-    The phases that can be the highest are `preflight` (the check after attaching), `loss` (forward is over),
-    `layer` (a layer is in backward), `update` (the optimizer's), `save` (a checkpoint or the adapter is written),
-    `evaluation`, and `generation` (answers for the task's metric). Only one of them happens at a time.
+    The phases that can be the highest are `preflight` (the check after attaching), `loss` (forward is over), `layer` (a
+    layer is in backward), `update` (the optimizer's), `save` (a checkpoint or the adapter is written), `evaluation`,
+    and `generation` (answers for the task's metric). Only one of them happens at a time.
 
     Attributes:
         phases: phase -> bytes by component, those that are always held included.
@@ -57,9 +55,14 @@ class Memory:
     host_bytes: int = 0
 
     @property
+    def totals(self) -> dict[str, int]:
+        """Bytes in each phase."""
+        return {phase: sum(components.values()) for phase, components in self.phases.items()}
+
+    @property
     def phase(self) -> str:
         """When the peak is reached."""
-        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+        return max(self.totals, key=self.totals.__getitem__)
 
     @property
     def components(self) -> Mapping[str, int]:
@@ -71,245 +74,212 @@ class Memory:
         """The most that is held at once."""
         return sum(self.components.values())
 
-    @property
-    def totals(self) -> dict[str, int]:
-        """Bytes in each phase."""
-        return {phase: sum(components.values()) for phase, components in self.phases.items()}
 
-
-def estimate_memory(
-    inventory: Inventory,
-    targets: ResolvedTargets,
-    weights: FrozenWeights,
-    settings: Settings,
-    offloading: Offloading,
-) -> Memory:
-    """Peak memory of a run, by component and phase.
-
-    Args:
-        inventory: the model's shapes.
-        targets: what the adapter changes.
-        weights: bytes of the base model.
-        settings: what the run file says.
-        offloading: expert bytes that are held elsewhere than on the device.
-    """
-    step = _Components(inventory, targets, settings)
-    adapter = step.adapter
+def estimate_memory(w: Workload, placement: PlannedPlacement) -> Memory:
+    """Peak memory of a run, by component and phase."""
+    adapter = w.adapter_bytes
     always = {
-        "weights": weights.frozen_bytes - offloading.offloaded_bytes,
-        "slots": offloading.slot_bytes,
+        "weights": w.inventory.weights.frozen_bytes - placement.offloaded_bytes,
+        "slots": placement.slot_bytes,
         "adapter": adapter,
-        "framework": FRAMEWORK_BYTES[settings.device],
+        "framework": FRAMEWORK_BYTES[w.device],
     }
-    training = always | {"optimizer": settings.optimizer_bytes(count_adapter(inventory, targets))}
+    training = always | {"optimizer": w.optimizer_bytes}
     phases = {
-        # Beside it are the B factors as they were, about half of the adapter, and the base model's logits.
-        "preflight": always | {"copies": adapter // 2} | _preflight(step),
-        "loss": training | step.loss_phase(),
-        "layer": training | step.layer_phase(),
+        # Beside it are the B factors as they were, about half of the adapter.
+        "preflight": always | {"copies": adapter // 2} | _preflight_phase(w),
+        "loss": training | _loss_phase(w),
+        "layer": training | _layer_phase(w),
         "update": training | {"gradients": adapter},
         # Factors in the layout of the file, and the bytes that are written of them.
         "save": training | {"copies": 2 * adapter},
     }
-    if settings.evaluation_tokens:
-        phases["evaluation"] = training | step.of_batch(settings.evaluation_tokens).evaluation_phase()
-    if settings.answered:
-        phases["generation"] = training | step.of_batch(settings.answered * settings.sequence_length).generation_phase()
-    trimmed = settings.device == "cpu" and offloading.location == "disk"
-    allocator = "trimmed" if trimmed else settings.device
+    if w.evaluation_tokens:
+        phases["evaluation"] = training | _evaluation_phase(w.of_batch(w.evaluation_tokens))
+    if w.answered:
+        phases["generation"] = training | _generation_phase(w.of_batch(w.answered * w.sequence_length))
     for components in phases.values():
-        allocated = sum(num_bytes for name, num_bytes in components.items() if name not in _MODEL)
-        kept = _KEPT_SHARE[allocator] * allocated
-        components["allocator"] = int(min(kept, _MOST_KEPT_BYTES.get(settings.device, kept)))
-    on_host = offloading.offloaded_bytes if offloading.location == "host" else 0
-    return Memory(phases, on_host + (sum(step.kept_by_layers()) if settings.offload else 0))
+        components["allocator"] = _allocator(components, w.device, placement.offloads_to("disk"))
+    on_host = placement.offloaded_bytes if placement.offloads_to("host") else 0
+    return Memory(phases, on_host + (sum(_kept_by_layers(w)) if w.offload else 0))
 
 
-def _preflight(step: "_Components") -> dict[str, int]:
-    """The preflight check's own forward and backward, with all logits, beside the base model's logits."""
-    settings = step.settings
-    check = step.of_batch(settings.preflight_tokens, full_logits=True, offload=False, accumulates=False)
-    phases = check.loss_phase(), check.layer_phase()
-    highest = max(phases, key=lambda components: sum(components.values()))
-    return highest | {"logits": highest["logits"] + check.logits}
+# --- phases: what is held at once beside the model, the adapter and the optimizer's states ----------------------------
 
 
-@dataclass(frozen=True)
-class _Components:
-    """One formula for each component, for one kind of batch."""
+def _preflight_phase(w: Workload) -> dict[str, int]:
+    """The check's own forward and backward, with all logits, beside the base model's logits."""
+    check = w.of_batch(w.preflight_tokens, full_logits=True, offload=False, accumulates=False)
+    highest = max(_loss_phase(check), _layer_phase(check), key=lambda components: sum(components.values()))
+    return highest | {"logits": highest["logits"] + _logits(check)}
 
-    inventory: Inventory
-    targets: ResolvedTargets
-    settings: Settings
 
-    def of_batch(self, tokens: int, **changes: Any) -> "_Components":
-        """The same for another batch."""
-        length = min(self.settings.sequence_length, tokens)
-        return replace(self, settings=replace(self.settings, tokens=tokens, sequence_length=length, **changes))
+def _loss_phase(w: Workload) -> dict[str, int]:
+    """Forward is over, and the loss is taken."""
+    gradients = w.adapter_bytes if w.accumulates else 0
+    return {"gradients": gradients, "activations": _activations(w), "logits": _loss(w, _TRAINING_BYTES_PER_LOGIT)}
 
-    # --- phases -----------------------------------------------------------------------------------------------------
 
-    def loss_phase(self) -> dict[str, int]:
-        """Forward is over, and the loss is taken."""
-        s = self.settings
-        return {
-            "gradients": self.adapter if s.accumulates else 0,
-            "activations": self.activations,
-            "logits": self.loss(_TRAINING_BYTES_PER_LOGIT),
-        }
+def _layer_phase(w: Workload) -> dict[str, int]:
+    """A layer is in backward; the logits of all tokens stay, because the trainer holds the model's output."""
+    return {
+        "gradients": w.adapter_bytes,
+        "activations": _activations(w),
+        # What a layer computes with, and with checkpointing what its recomputed forward keeps.
+        "working_set": max(
+            _computing(w, layer) + (_kept(w, layer) if w.checkpointing else 0) for layer in w.inventory.layers
+        ),
+        "logits": _logits(w) if w.full_logits else 0,
+    }
 
-    def layer_phase(self) -> dict[str, int]:
-        """A layer is in backward; the logits of all tokens stay, because the trainer holds the model's output."""
-        return {
-            "gradients": self.adapter,
-            "activations": self.activations,
-            "working_set": max(self.backward(layer) for layer in self.inventory.layers),
-            "logits": self.logits if self.settings.full_logits else 0,
-        }
 
-    def evaluation_phase(self) -> dict[str, int]:
-        """A forward without gradients: its loss, or one of its layers."""
-        return {"evaluation": max(self.loss(_EVALUATION_BYTES_PER_LOGIT), self.forward)}
+def _evaluation_phase(w: Workload) -> dict[str, int]:
+    """A forward without gradients: its loss, or one of its layers."""
+    return {"evaluation": max(_loss(w, _EVALUATION_BYTES_PER_LOGIT), _forward(w))}
 
-    def generation_phase(self) -> dict[str, int]:
-        """Answers: attention or another part of a layer reads the prompts, or the last token is written.
 
-        That token's keys and values are added by a copy of a layer's; its logits are also in float32.
-        """
-        s, inventory = self.settings, self.inventory
-        numbers = s.answered * (s.sequence_length + s.answer_tokens) * inventory.cached_numbers
-        cache = numbers * s.compute_dtype.itemsize
-        logits = s.answered * inventory.vocab_size * (s.compute_dtype.itemsize + _FLOAT32_BYTES)
-        if not inventory.takes_logits_to_keep:
-            logits += self.logits
-        grown = cache // len(inventory.layers)
-        return {"cache": cache, "generation": max(self.forward, self.hidden + self.prefill, logits + grown)}
+def _generation_phase(w: Workload) -> dict[str, int]:
+    """Answers: attention or another part of a layer reads the prompts, or the last token is written.
 
-    # --- of the whole model -----------------------------------------------------------------------------------------
+    That token's keys and values are added by a copy of a layer's; its logits are also in float32.
+    """
+    inventory, itemsize = w.inventory, w.compute_dtype.itemsize
+    cache = w.answered * (w.sequence_length + w.answer_tokens) * inventory.cached_numbers * itemsize
+    logits = w.answered * inventory.vocab_size * (itemsize + _FLOAT32_BYTES)
+    if not inventory.takes_logits_to_keep:
+        logits += _logits(w)
+    grown = cache // len(inventory.layers)
+    return {"cache": cache, "generation": max(_forward(w), _prefill(w), logits + grown)}
 
-    @property
-    def adapter(self) -> int:
-        """The adapter's weights; its gradients are as many bytes."""
-        return count_adapter(self.inventory, self.targets) * self.settings.adapter_dtype.itemsize
 
-    @property
-    def activations(self) -> int:
-        """What forward keeps for backward, in all layers; with offloading in one."""
-        kept = self.kept_by_layers()
-        return max(kept) if self.settings.offload else sum(kept)
+# --- components of the whole model ------------------------------------------------------------------------------------
 
-    def kept_by_layers(self) -> list[int]:
-        """What forward keeps of each layer: with checkpointing [T, D], its input, and what its experts keep."""
-        s = self.settings
-        if not s.checkpointing:
-            return [self.kept(layer) for layer in self.inventory.layers]
-        hidden_states = s.tokens * self.inventory.hidden_size * s.compute_dtype.itemsize
-        return [hidden_states + self.kept_by_experts(layer) for layer in self.inventory.layers]
 
-    @property
-    def logits(self) -> int:
-        """Logits [T, V] of all tokens."""
-        return self.settings.tokens * self.inventory.vocab_size * self.settings.compute_dtype.itemsize
+def _allocator(components: Mapping[str, int], device: str, trimmed: bool) -> int:
+    """Freed memory that the allocator keeps (see `_KEPT_SHARE`)."""
+    allocated = sum(num_bytes for name, num_bytes in components.items() if name not in _MODEL)
+    kept = _KEPT_SHARE["trimmed" if trimmed and device == "cpu" else device] * allocated
+    return int(min(kept, _MOST_KEPT_BYTES.get(device, kept)))
 
-    def loss(self, bytes_per_logit: int) -> int:
-        """The loss over all logits, or over a chunk of them beside the hidden states and their gradient.
 
-        With dropout the head's adapter has an input of its own, and that a gradient.
-        """
-        s, D = self.settings, self.inventory.hidden_size
-        if s.full_logits:
-            return s.tokens * self.inventory.vocab_size * bytes_per_logit
-        chunk = working_set_bytes(s.tokens, self.inventory.vocab_size, D, s.compute_dtype, s.device)
-        dropped = s.adapter_dtype.itemsize if s.dropout else 0
-        return 2 * s.tokens * D * (s.compute_dtype.itemsize + dropped) + chunk
+def _activations(w: Workload) -> int:
+    """What forward keeps for backward, in all layers; with offloading in one."""
+    kept = _kept_by_layers(w)
+    return max(kept) if w.offload else sum(kept)
 
-    @property
-    def hidden(self) -> int:
-        """A layer's input, and what its norm makes of it, in float32."""
-        return 2 * _FLOAT32_BYTES * self.settings.tokens * self.inventory.hidden_size
 
-    @property
-    def forward(self) -> int:
-        """A layer's forward without gradients; what it computes with is as much as in backward."""
-        return self.hidden + max(self.computing(layer) for layer in self.inventory.layers)
+def _kept_by_layers(w: Workload) -> list[int]:
+    """What forward keeps of each layer: with checkpointing [T, D], its input, and what its experts keep."""
+    if not w.checkpointing:
+        return [_kept(w, layer) for layer in w.inventory.layers]
+    hidden_states = w.tokens * w.inventory.hidden_size * w.compute_dtype.itemsize
+    return [hidden_states + _kept_by_experts(w, layer) for layer in w.inventory.layers]
 
-    @property
-    def prefill(self) -> int:
-        """Attention over prompts of different length: mask, queries, keys, values and output, each twice."""
-        s, attention = self.settings, self.inventory.attention
-        pairs, itemsize = s.tokens * s.sequence_length, s.compute_dtype.itemsize
-        return pairs * (1 + itemsize) + 2 * s.tokens * attention.widths * itemsize + self.scores(2 * s.tokens)
 
-    # --- of one layer -----------------------------------------------------------------------------------------------
+def _logits(w: Workload) -> int:
+    """Logits [T, V] of all tokens."""
+    return w.tokens * w.inventory.vocab_size * w.compute_dtype.itemsize
 
-    def kept(self, layer: Layer) -> int:
-        """What a layer's forward keeps for its backward.
 
-        A norm keeps its input in float32. PEFT keeps the input of each adapted linear in the adapter's dtype (a GPU's
-        dropout a copy beside it), and x @ A. A linear outside attention keeps its output, and what an activation makes
-        of it.
-        """
-        s, attention = self.settings, self.inventory.attention
-        adapter, itemsize = s.adapter_dtype.itemsize, s.compute_dtype.itemsize
-        # On a CPU attention of short sequences computes in float32.
-        attended = _FLOAT32_BYTES if s.device == "cpu" else itemsize
-        per_token = _FLOAT32_BYTES * sum(layer.norms) + attended * attention.widths + _FLOAT32_BYTES * attention.heads
-        copies = 2 if s.dropout and s.device != "cpu" else 1
-        for name, (out_features, in_features) in layer.linears.items():
-            if name in self.targets.linears:
-                per_token += (copies * in_features + self.targets.linears[name].rank) * adapter
-            if "att" not in name.split(".")[-2]:
-                per_token += 2 * out_features * itemsize
-        # The router's logits, and indices and weights of the chosen experts.
-        per_token += sum(
-            spec.num_experts * _FLOAT32_BYTES + 16 * self.inventory.top_k for spec in layer.experts.values()
-        )
-        return s.tokens * per_token + self.scores(s.tokens) + self.kept_by_experts(layer)
+def _loss(w: Workload, bytes_per_logit: int) -> int:
+    """The loss over all logits, or over a chunk of them beside the hidden states and their gradient.
 
-    def kept_by_experts(self, layer: Layer) -> int:
-        """What a layer's experts keep: [T, D], their input or what they return, and x @ A of each projection [R, r]."""
-        s, per_token = self.settings, 0
-        for name, spec in layer.experts.items():
-            ranks = sum(rank for rank, _ in self.targets.experts.get(name, {}).values())
-            per_token += spec.hidden_size * s.compute_dtype.itemsize
-            per_token += self.inventory.top_k * ranks * s.adapter_dtype.itemsize
-        return s.tokens * per_token
+    With dropout the head's adapter has an input of its own, and that a gradient.
+    """
+    V, D = w.inventory.vocab_size, w.inventory.hidden_size
+    if w.full_logits:
+        return w.tokens * V * bytes_per_logit
+    dropped = w.adapter_dtype.itemsize if w.dropout else 0
+    hidden_states = 2 * w.tokens * D * (w.compute_dtype.itemsize + dropped)
+    return hidden_states + working_set_bytes(w.tokens, V, D, w.compute_dtype, w.device)
 
-    def backward(self, layer: Layer) -> int:
-        """A layer's backward: what it computes with, and with checkpointing what its recomputed forward keeps."""
-        return self.computing(layer) + (self.kept(layer) if self.settings.checkpointing else 0)
 
-    def computing(self, layer: Layer) -> int:
-        """What a layer computes with: routed tokens or a linear's output and update, or scores; dequantized weights."""
-        s = self.settings
-        # A linear's output and its update in float32, and their gradients.
-        widest = max((out_features for out_features, _ in layer.linears.values()), default=0)
-        around_linears = 4 * s.tokens * widest * _FLOAT32_BYTES
-        routed = sum(self.between_gemms(spec) for spec in layer.experts.values())
-        dequantized = [rows * columns * s.compute_dtype.itemsize for rows, columns in layer.linears.values()]
-        # On a GPU dequantized experts are in the working set.
-        tile = TILE_BYTES["cpu"] if s.device == "cpu" else 0
-        return max(routed, around_linears, self.scores(3 * s.sequence_length)) + max(tile, *dequantized, 0)
+def _forward(w: Workload) -> int:
+    """A layer's forward without gradients; what it computes with is as much as in backward."""
+    return _input(w) + max(_computing(w, layer) for layer in w.inventory.layers)
 
-    def between_gemms(self, spec: ExpertsSpec) -> int:
-        """Routed tokens between an expert layer's GEMMs, and its input, output and their gradients [T, D] in float32.
 
-        On a GPU half of the working set is for routed tokens and half for dequantized weights, of one expert at least.
-        """
-        s, D, F, num_parts = self.settings, spec.hidden_size, spec.intermediate_size, len(spec.projections) - 1
-        row = bytes_per_routed_token(D, F, num_parts, spec.has_gate, s.dropout, s.device)
-        routed, around = s.tokens * self.inventory.top_k * row, 4 * s.tokens * D * _FLOAT32_BYTES
-        if s.device == "cpu":
-            return min(routed, s.working_set_bytes) + around
-        half, one_expert = s.working_set_bytes // 2, (num_parts + 1) * D * F * s.compute_dtype.itemsize
-        return min(routed, half) + min(spec.num_experts * one_expert, max(half, one_expert)) + around
+def _prefill(w: Workload) -> int:
+    """Attention over prompts of different length: mask, queries, keys, values and output, each twice."""
+    itemsize = w.compute_dtype.itemsize
+    mask = w.tokens * w.sequence_length * (1 + itemsize)
+    return _input(w) + mask + 2 * w.tokens * w.inventory.attention.widths * itemsize + _scores(w, 2 * w.tokens)
 
-    def scores(self, num_tokens: int) -> int:
-        """Attention scores [heads, T, S] in float32, where torch computes all of them at once.
 
-        It does on a CPU where values are not as wide as keys.
-        """
-        attention = self.inventory.attention
-        if self.settings.device != "cpu" or attention.query == attention.output:
-            return 0
-        return _FLOAT32_BYTES * attention.heads * num_tokens * self.settings.sequence_length
+def _input(w: Workload) -> int:
+    """A layer's input [T, D], and what its norm makes of it, in float32."""
+    return 2 * _FLOAT32_BYTES * w.tokens * w.inventory.hidden_size
+
+
+# --- components of one layer ------------------------------------------------------------------------------------------
+
+
+def _kept(w: Workload, layer: Layer) -> int:
+    """What a layer's forward keeps for its backward.
+
+    A norm keeps its input in float32. PEFT keeps the input of each adapted linear in the adapter's dtype (a GPU's
+    dropout a copy beside it), and x @ A. A linear outside attention keeps its output, and what an activation makes of
+    it. A router keeps its logits, and indices and weights of the chosen experts.
+    """
+    attention = w.inventory.attention
+    # On a CPU attention of short sequences computes in float32.
+    attended = _FLOAT32_BYTES if w.device == "cpu" else w.compute_dtype.itemsize
+    per_token = _FLOAT32_BYTES * sum(layer.norms) + attended * attention.widths + _FLOAT32_BYTES * attention.heads
+    copies = 2 if w.dropout and w.device != "cpu" else 1
+    for name, (out_features, in_features) in layer.linears.items():
+        if name in w.targets.linears:
+            per_token += (copies * in_features + w.targets.linears[name].rank) * w.adapter_dtype.itemsize
+        if "att" not in name.split(".")[-2]:
+            per_token += 2 * out_features * w.compute_dtype.itemsize
+    for spec in layer.experts.values():
+        per_token += spec.num_experts * _FLOAT32_BYTES + 16 * w.inventory.top_k
+    return w.tokens * per_token + _scores(w, w.tokens) + _kept_by_experts(w, layer)
+
+
+def _kept_by_experts(w: Workload, layer: Layer) -> int:
+    """What a layer's experts keep: [T, D], their input or what they return, and x @ A of each projection [R, r]."""
+    per_token = 0
+    for name, spec in layer.experts.items():
+        ranks = sum(rank for rank, _ in w.targets.experts.get(name, {}).values())
+        per_token += spec.hidden_size * w.compute_dtype.itemsize
+        per_token += w.inventory.top_k * ranks * w.adapter_dtype.itemsize
+    return w.tokens * per_token
+
+
+def _computing(w: Workload, layer: Layer) -> int:
+    """What a layer computes with: routed tokens, a linear, or scores; and the dequantized weights of one linear.
+
+    Of a linear its output and its update in float32, and their gradients.
+    """
+    widest = max((out_features for out_features, _ in layer.linears.values()), default=0)
+    around_linears = 4 * w.tokens * widest * _FLOAT32_BYTES
+    routed = sum(_between_gemms(w, spec) for spec in layer.experts.values())
+    dequantized = [rows * columns * w.compute_dtype.itemsize for rows, columns in layer.linears.values()]
+    # On a GPU dequantized experts are in the working set.
+    tile = TILE_BYTES["cpu"] if w.device == "cpu" else 0
+    return max(routed, around_linears, _scores(w, 3 * w.sequence_length)) + max(tile, *dequantized, 0)
+
+
+def _between_gemms(w: Workload, spec: ExpertsSpec) -> int:
+    """Routed tokens between an expert layer's GEMMs, and its input, output and their gradients [T, D] in float32.
+
+    On a GPU half of the working set is for routed tokens and half for dequantized weights, of one expert at least.
+    """
+    D, F, num_parts = spec.hidden_size, spec.intermediate_size, len(spec.projections) - 1
+    per_routed_token = bytes_per_routed_token(D, F, num_parts, spec.has_gate, w.dropout, w.device)
+    routed, around = w.tokens * w.inventory.top_k * per_routed_token, 4 * w.tokens * D * _FLOAT32_BYTES
+    if w.device == "cpu":
+        return min(routed, w.working_set_bytes) + around
+    half, one_expert = w.working_set_bytes // 2, (num_parts + 1) * D * F * w.compute_dtype.itemsize
+    return min(routed, half) + min(spec.num_experts * one_expert, max(half, one_expert)) + around
+
+
+def _scores(w: Workload, num_tokens: int) -> int:
+    """Attention scores [heads, T, S] in float32, where torch computes all of them at once.
+
+    It does on a CPU where values are not as wide as keys.
+    """
+    attention = w.inventory.attention
+    if w.device != "cpu" or attention.query == attention.output:
+        return 0
+    return _FLOAT32_BYTES * attention.heads * num_tokens * w.sequence_length

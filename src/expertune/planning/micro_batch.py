@@ -13,8 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from expertune.config import RunConfig
-from expertune.planning.memory import Memory
-from expertune.planning.settings import training_argument
+from expertune.planning.settings import ACCUMULATION, BATCH_SIZE, training_argument
 
 # How much of the budget merged micro-batches may fill. The peak is an estimate: a run that would have gone through must
 # not run out of memory for the sake of speed.
@@ -24,13 +23,8 @@ MERGED_SHARE = 0.9
 # 2560 tokens than of 640, and a fifth slower in batches of 10,240. Not measured on CUDA, where only memory limits it.
 MERGED_TOKENS = {"cpu": 8192}
 
-BATCH_SIZE = "per_device_train_batch_size"
-ACCUMULATION = "gradient_accumulation_steps"
-
 # Rotary embeddings whose frequencies depend on the longest sequence of the batch.
 _BATCH_WIDE_ROPE = {"dynamic", "longrope"}
-
-Estimate = Callable[[RunConfig], Memory]
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,7 @@ def choose_micro_batch(
     model: PreTrainedModel,
     device: str,
     budget_bytes: int,
-    estimate: Estimate,
+    peak_of: Callable[[RunConfig], int],
     previously_merged: int | None = None,
 ) -> MicroBatch:
     """Merge as many of a step's micro-batches as the memory allows and the device gains by.
@@ -82,7 +76,7 @@ def choose_micro_batch(
         model: the model; may be on the meta device.
         device: `cpu` or `cuda`, where it is to run.
         budget_bytes: memory that there is.
-        estimate: the memory of a run.
+        peak_of: the peak memory of a run.
         previously_merged: how many were merged before the run was interrupted. As many are merged again, which gives
             the same bytes, or fewer where they would no longer fit; None for a new run.
     """
@@ -100,7 +94,7 @@ def choose_micro_batch(
         if not gains and merged != previously_merged:
             reason = f"beyond {MERGED_TOKENS[device]} tokens a batch gains nothing on this device"
             continue
-        peak = estimate(config.model_copy(update={"training": tried.apply(config.training)})).peak_bytes
+        peak = peak_of(config.model_copy(update={"training": tried.apply(config.training)}))
         allowed = budget_bytes if merged == previously_merged else int(MERGED_SHARE * budget_bytes)
         if peak <= allowed:
             return tried

@@ -23,40 +23,42 @@ _HOST_SHARE = 0.8
 
 
 @dataclass(frozen=True)
-class Offloading:
-    """Expert bytes that are not held on the device, and pass through it.
-
-    Attributes:
-        offloaded_bytes: expert bytes that are not held on the device.
-        slot_bytes: what the slots take there.
-        transferred_bytes: what a micro-batch transfers in forward and in backward; a layer at a turnaround stays.
-        location: where they are held; `device` where nothing is offloaded.
-    """
-
-    offloaded_bytes: int = 0
-    slot_bytes: int = 0
-    transferred_bytes: tuple[int, int] = (0, 0)
-    location: Location = "device"
-
-
-@dataclass(frozen=True)
 class PlannedPlacement:
     """Where the experts of each layer are held.
 
     Attributes:
         locations: name of an experts module -> its location.
+        offloaded: packed bytes of each module that is not held in the device's memory, in the order of the forward.
         reason: why, in a sentence; None where all are on the device because they fit.
-        offloading: what that means in bytes.
     """
 
     locations: Mapping[str, Location]
-    reason: str | None
-    offloading: Offloading
+    offloaded: tuple[int, ...] = ()
+    reason: str | None = None
 
     @property
     def counts(self) -> dict[str, int]:
         """Number of layers by location."""
         return dict(Counter(self.locations.values()))
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Expert bytes that are not held on the device."""
+        return sum(self.offloaded)
+
+    @property
+    def slot_bytes(self) -> int:
+        """What the two slots take there."""
+        return 2 * max(self.offloaded, default=0)
+
+    @property
+    def transferred_bytes(self) -> tuple[int, int]:
+        """What a micro-batch transfers in forward and in backward; a layer at a turnaround stays."""
+        return sum(self.offloaded[1:]), sum(self.offloaded[:-1])
+
+    def offloads_to(self, location: Location) -> bool:
+        """Whether what is offloaded is held there."""
+        return bool(self.offloaded) and location in self.locations.values()
 
 
 @dataclass(frozen=True)
@@ -75,15 +77,17 @@ class PlacementChooser:
     holds_nf4: bool
     here: bool
 
-    def fixed(self, config: RunConfig) -> PlannedPlacement | None:
-        """The placement that a run file asks for; None for `auto`.
+    def choose(
+        self, config: RunConfig, budget_bytes: int, peak_of: Callable[[PlannedPlacement], int]
+    ) -> PlannedPlacement:
+        """The placement that a run file asks for; with `auto`, as many layers on the device as fit.
 
         Raises:
             ConfigError: `disk` is asked for, and the model is no NF4 folder.
         """
         location = config.placement
         if location == "auto":
-            return None
+            return self.fitting(budget_bytes, peak_of)
         if location == "disk" and not self.holds_nf4:
             name = config.model.rstrip("/").rpartition("/")[2]
             raise ConfigError(
@@ -92,9 +96,8 @@ class PlacementChooser:
             )
         everywhere = dict.fromkeys(self.sizes, location)
         if location == "host" and self.device == "cpu":
-            return PlannedPlacement(everywhere, "on a CPU the host's memory is the device's", Offloading())
-        reason = None if location == "device" else "as placement says"
-        return PlannedPlacement(everywhere, reason, self.offloading(list(self.sizes), location))
+            return PlannedPlacement(everywhere, reason="on a CPU the host's memory is the device's")
+        return self.offloading(list(self.sizes), location, None if location == "device" else "as placement says")
 
     def lower(self) -> Location | None:
         """Where layers can be offloaded to that do not fit; None where there is nowhere."""
@@ -105,7 +108,7 @@ class PlacementChooser:
 
     def fitting(self, budget_bytes: int, peak_of: Callable[[PlannedPlacement], int]) -> PlannedPlacement:
         """As many layers on the device as fit; all of them offloaded where even that is too much."""
-        everything = PlannedPlacement(dict.fromkeys(self.sizes, "device"), None, Offloading())
+        everything = self.offloading([], "device")
         location = self.lower()
         if location is None or peak_of(everything) <= budget_bytes:
             return everything
@@ -113,25 +116,22 @@ class PlacementChooser:
         low, high = 1, len(self.sizes)
         while low < high:  # the peak falls as more layers are offloaded
             middle = (low + high) // 2
-            low, high = (low, middle) if peak_of(self._offloaded(middle, location)) <= allowed else (middle + 1, high)
-        return self._offloaded(low, location)
+            low, high = (low, middle) if peak_of(self._spread(middle, location)) <= allowed else (middle + 1, high)
+        return self._spread(low, location)
 
-    def offloading(self, names: Sequence[str], location: Location) -> Offloading:
-        """Bytes of a placement in which these modules are offloaded."""
-        sizes = [self.sizes[name] for name in names]
-        if not sizes or location == "device":
-            return Offloading()
-        return Offloading(sum(sizes), 2 * max(sizes), (sum(sizes[1:]), sum(sizes[:-1])), location)
-
-    def _offloaded(self, count: int, location: Location) -> PlannedPlacement:
-        names = spread(list(self.sizes), count)
+    def offloading(self, names: Sequence[str], location: Location, reason: str | None = None) -> PlannedPlacement:
+        """These modules at a location, all others on the device."""
         locations: dict[str, Location] = {name: location if name in names else "device" for name in self.sizes}
+        offloaded = tuple(self.sizes[name] for name in names if location != "device")
+        return PlannedPlacement(locations, offloaded, reason)
+
+    def _spread(self, count: int, location: Location) -> PlannedPlacement:
         share = "all layers" if count == len(self.sizes) else f"{count} of {len(self.sizes)} layers"
         where = "to the host's memory" if location == "host" else "to the disk"
         reason = f"experts of {share} are offloaded {where}, since more do not fit on the device"
         if count < len(self.sizes):
             reason += "; evenly spread, so that those between are computed while one is transferred"
-        return PlannedPlacement(locations, reason, self.offloading(names, location))
+        return self.offloading(spread(list(self.sizes), count), location, reason)
 
 
 def spread(names: Sequence[str], count: int) -> list[str]:

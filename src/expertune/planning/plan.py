@@ -1,43 +1,30 @@
 """A run's plan: what it needs, and whether it is there."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import psutil
 import torch
 from rich.console import RenderableType
-from transformers import PreTrainedModel
 
 from expertune.checkpoint.adapter_folder import require_adapter_folder
 from expertune.checkpoint.load import build_meta_model
 from expertune.checkpoint.names import read_names
 from expertune.checkpoint.targets import ResolvedTargets, resolve_targets
-from expertune.config import LoraSection, RunConfig, check_training_arguments, parse_size
-from expertune.errors import ConfigError, DoesNotFitError, option
-from expertune.placement.device import default_device, resolve_compute_dtype
+from expertune.config import RunConfig, check_training_arguments
+from expertune.errors import DoesNotFitError
 from expertune.placement.experts import Location
 from expertune.planning import table
-from expertune.planning.devices import Device, device_of_this_name, find_device
+from expertune.planning.devices import Machine
 from expertune.planning.disk import Disk, count_disk
-from expertune.planning.fit import Change, Fitting, as_yaml
-from expertune.planning.headers import find_config
-from expertune.planning.inventory import (
-    FrozenWeights,
-    Inventory,
-    Parameters,
-    count_parameters,
-    experts_bytes,
-    take_inventory,
-    weigh,
-)
+from expertune.planning.fit import Change, as_yaml, find_changes
+from expertune.planning.inventory import FrozenWeights, Parameters, count_parameters, take_inventory
 from expertune.planning.memory import Memory, estimate_memory
 from expertune.planning.micro_batch import MicroBatch, choose_micro_batch
 from expertune.planning.placement import PlacementChooser, PlannedPlacement
-from expertune.planning.settings import Settings, read_settings, writes_answers
-from expertune.planning.source import Source, read_source
-from expertune.planning.speed import EFFICIENCY, Rates, StepTime, count_work, measured_rates, step_time, tabled_rates
+from expertune.planning.settings import Workload, read_workload
+from expertune.planning.source import find_config, read_source
+from expertune.planning.speed import StepTime, step_time
 
 
 @dataclass(frozen=True)
@@ -75,9 +62,9 @@ class Plan:
     budget_bytes: int
     what_to_change: tuple[Change, ...]
     disk: Disk
-    time: StepTime | None = None
-    gpu: str | None = None
-    notes: tuple[str, ...] = ()
+    time: StepTime | None
+    gpu: str | None
+    notes: tuple[str, ...]
 
     @property
     def placement(self) -> Mapping[str, Location]:
@@ -85,9 +72,14 @@ class Plan:
         return self.planned.locations
 
     @property
+    def changed_settings(self) -> dict[str, Any]:
+        """All changes as dotted keys of the run file, of a key that is changed twice the last; empty where it fits."""
+        return {key: value for change in self.what_to_change for key, value in change.settings.items()}
+
+    @property
     def yaml(self) -> str:
-        """All changes as lines of a run file, of a key that is changed twice the last; empty where it fits."""
-        return as_yaml({key: value for change in self.what_to_change for key, value in change.settings.items()})
+        """All changes as lines of a run file."""
+        return as_yaml(self.changed_settings)
 
     @property
     def smallest_peak_bytes(self) -> int:
@@ -98,11 +90,6 @@ class Plan:
     def fits(self) -> bool:
         """Whether the peak stays within the budget."""
         return self.memory.peak_bytes <= self.budget_bytes
-
-    @property
-    def parameters_line(self) -> str:
-        """Trainable and packed parameters in one line, as QLoRA tutorials print them."""
-        return self.parameters.line
 
     def require_fit(self) -> "Plan":
         """Return the plan if the run fits.
@@ -138,7 +125,7 @@ class Plan:
             "placement": {
                 "layers": self.planned.counts,
                 "reason": self.planned.reason,
-                "slot_bytes": self.planned.offloading.slot_bytes,
+                "slot_bytes": self.planned.slot_bytes,
                 "modules": dict(self.placement),
             },
             "budget_bytes": self.budget_bytes,
@@ -185,176 +172,89 @@ def make_plan(
     check_training_arguments(config.training, config.where)
     if config.lora.init_from:
         require_adapter_folder(config.lora.init_from)
-    machine = Machine.of(config, device, gpu, memory)
-    planner = _Planner.of(config, machine, trust_remote_code)
-    micro_batch = planner.micro_batch(config, previously_merged)
-    return planner.plan(config, micro_batch)
+    return _Planner(config, Machine.of(config, device, gpu, memory), trust_remote_code).plan(previously_merged)
 
 
-@dataclass(frozen=True)
-class Machine:
-    """The device that is planned for.
-
-    Attributes:
-        device: `cpu` or `cuda`.
-        named: the GPU that was asked for by name.
-        compute_dtype: dtype of the GEMMs.
-        budget_bytes: memory that a run may use.
-    """
-
-    device: torch.device
-    named: Device | None
-    compute_dtype: torch.dtype
-    budget_bytes: int
-
-    @classmethod
-    def of(
-        cls, config: RunConfig, device: str | torch.device | None, gpu: str | None, memory: str | int | None
-    ) -> "Machine":
-        """The machine of `make_plan`'s arguments."""
-        named = find_device(gpu) if gpu is not None else None
-        target = torch.device("cuda") if named else default_device() if device is None else torch.device(device)
-        budget = _budget(config, target, named, memory)
-        return cls(target, named, _compute_dtype(config, target, named), budget)
-
-    @property
-    def is_here(self) -> bool:
-        """Whether it is this machine."""
-        return self.named is None and (self.device.type == "cpu" or torch.cuda.is_available())
-
-    def rates(self, from_disk: bool) -> Rates | None:
-        """What the device does in a second: by the table, or measured on a CPU."""
-        if self.device.type == "cpu":
-            return measured_rates(self.compute_dtype)
-        named = self.named
-        if named is None and torch.cuda.is_available():
-            named = device_of_this_name(torch.cuda.get_device_name(self.device))
-        return tabled_rates(named, from_disk) if named else None
-
-
-@dataclass(frozen=True)
 class _Planner:
-    """One model on one machine; run files on it may differ in everything but these."""
+    """One run's model on one machine; runs that are tried in its place differ in settings alone."""
 
-    machine: Machine
-    model: PreTrainedModel
-    source: Source
-    inventory: Inventory
-    weights: FrozenWeights
-    chooser: PlacementChooser
-
-    @classmethod
-    def of(cls, config: RunConfig, machine: Machine, trust_remote_code: bool) -> "_Planner":
+    def __init__(self, config: RunConfig, machine: Machine, trust_remote_code: bool) -> None:
+        self.config, self.machine, self.device = config, machine, machine.device.type
         folder, on_hub = find_config(config.model, config.revision, trust_remote_code)
-        model = build_meta_model(folder, machine.compute_dtype, trust_remote_code)
+        self.model = build_meta_model(folder, machine.compute_dtype, trust_remote_code)
         # Creating parameters on the meta device separates those that the config ties.
-        model.tie_weights()
-        names = read_names(model)
-        source = read_source(config, folder, on_hub, model, names)
-        inventory = take_inventory(model, names, source.linears, writes_answers(config))
-        held = source.double_quantization, source.scheme
-        sizes = {name: experts_bytes(spec, *held) for name, spec in names.specs.items()}
-        chooser = PlacementChooser(sizes, machine.device.type, source.holds_nf4, machine.is_here)
-        return cls(machine, model, source, inventory, weigh(inventory, machine.compute_dtype, *held), chooser)
+        self.model.tie_weights()
+        names = read_names(self.model)
+        self.source = read_source(config, folder, on_hub, self.model, names)
+        self.inventory = take_inventory(self.model, names, self.source.recipe, machine.compute_dtype)
+        sizes, holds_nf4 = self.inventory.expert_bytes, self.source.holds_nf4
+        self.chooser = PlacementChooser(sizes, self.device, holds_nf4, machine.is_here)
+        self.targets: dict[str, ResolvedTargets] = {}
 
-    def plan(self, config: RunConfig, micro_batch: MicroBatch) -> Plan:
-        """The plan of a run with its micro-batches as they run."""
+    def plan(self, previously_merged: int | None) -> Plan:
+        """The plan of the run."""
+        config, machine = self.config, self.machine
+        micro_batch = self.micro_batch(previously_merged)
         runs = config.model_copy(update={"training": micro_batch.apply(config.training)})
-        planned = self.placement(runs)
-        targets, settings = self.targets(config.lora), self.settings(runs)
-        parameters = count_parameters(self.inventory, targets)
-        rates = self.machine.rates(from_disk=planned.offloading.location == "disk")
-        work = count_work(self.inventory, targets, self.weights, settings, planned.offloading)
-        device = self.machine.device.type
-        fitting = Fitting(self.machine.budget_bytes, self.memory, device, self.chooser.lower())
-        plan = Plan(
+        workload, placement = self.workload(runs), self.placement(runs)
+        changes = tuple(find_changes(config, self.peak_bytes, machine.budget_bytes, self.device, self.chooser.lower()))
+        memory = estimate_memory(workload, placement)
+        rates = machine.rates(from_disk=placement.offloads_to("disk"))
+        return Plan(
             model=config.model,
             architecture=type(self.model).__name__,
-            device=device,
-            compute_dtype=str(self.machine.compute_dtype).removeprefix("torch."),
-            parameters=parameters,
-            weights=self.weights,
+            device=self.device,
+            compute_dtype=str(machine.compute_dtype).removeprefix("torch."),
+            parameters=count_parameters(self.inventory, workload.targets),
+            weights=self.inventory.weights,
             micro_batch=micro_batch,
-            memory=self.memory(runs, planned),
-            planned=planned,
-            budget_bytes=self.machine.budget_bytes,
-            what_to_change=tuple(fitting.changes(config)),
-            disk=count_disk(config, self.source, self.weights, parameters.trainable, settings),
-            time=step_time(work, micro_batch.accumulation, rates, EFFICIENCY[device]) if rates else None,
-            gpu=self.machine.named.name if self.machine.named else None,
-            notes=self.source.notes,
+            memory=memory,
+            planned=placement,
+            budget_bytes=machine.budget_bytes,
+            what_to_change=changes,
+            disk=count_disk(config, workload, self.source),
+            time=step_time(workload, placement, micro_batch.accumulation, rates) if rates else None,
+            gpu=machine.gpu.name if machine.gpu else None,
+            notes=self.source.notes + self.hints(memory.peak_bytes, changes),
         )
-        return plan if plan.fits or self.source.holds_nf4 or device != "cpu" else self._with_hint(plan)
 
-    def micro_batch(self, config: RunConfig, previously_merged: int | None) -> MicroBatch:
+    def micro_batch(self, previously_merged: int | None) -> MicroBatch:
         """How a step's micro-batches run."""
-        as_written = self.placement(config)
+        as_written = self.placement(self.config)
+        # Nothing is offloaded for the sake of a larger batch; where something has to be, more may.
+        kept = None if as_written.offloaded else as_written
+        budget = self.machine.budget_bytes
 
-        def memory_merged(run: RunConfig) -> Memory:
-            # Nothing is offloaded for the sake of a larger batch; where something has to be, more may.
-            return self.memory(run, None if as_written.offloading.offloaded_bytes else as_written)
+        def peak_of(run: RunConfig) -> int:
+            return self.peak_bytes(run, kept)
 
-        device, budget = self.machine.device.type, self.machine.budget_bytes
-        return choose_micro_batch(config, self.model, device, budget, memory_merged, previously_merged)
+        return choose_micro_batch(self.config, self.model, self.device, budget, peak_of, previously_merged)
 
-    def memory(self, run: RunConfig, planned: PlannedPlacement | None = None) -> Memory:
+    def peak_bytes(self, run: RunConfig, placement: PlannedPlacement | None = None) -> int:
         """Peak memory of a run, in the placement that it will have unless another is given."""
-        planned = planned or self.placement(run)
-        targets, settings = self.targets(run.lora), self.settings(run)
-        return estimate_memory(self.inventory, targets, self.weights, settings, planned.offloading)
+        return estimate_memory(self.workload(run), placement or self.placement(run)).peak_bytes
 
     def placement(self, run: RunConfig) -> PlannedPlacement:
         """Where a run's experts are held."""
-        fixed = self.chooser.fixed(run)
-        budget = self.machine.budget_bytes
-        return fixed or self.chooser.fitting(budget, lambda planned: self.memory(run, planned).peak_bytes)
+        return self.chooser.choose(run, self.machine.budget_bytes, lambda tried: self.peak_bytes(run, tried))
 
-    def settings(self, run: RunConfig) -> Settings:
-        """What a run file says of memory."""
-        return read_settings(run, self.machine.device.type, self.machine.compute_dtype)
+    def workload(self, run: RunConfig) -> Workload:
+        """What a run file says of memory; targets are looked up once, since many run files are tried."""
+        key = run.lora.model_dump_json()
+        if key not in self.targets:
+            self.targets[key] = resolve_targets(self.model, self.inventory.names, run.lora)
+        return read_workload(run, self.inventory, self.targets[key], self.device, self.machine.compute_dtype)
 
-    def targets(self, lora: LoraSection) -> ResolvedTargets:
-        """What an adapter changes; looked up once, since many run files are tried."""
-        key = lora.model_dump_json()
-        if key not in self._resolved:
-            self._resolved[key] = resolve_targets(self.model, self.inventory.names, lora)
-        return self._resolved[key]
-
-    @cached_property
-    def _resolved(self) -> dict[str, ResolvedTargets]:
-        return {}
-
-    def _with_hint(self, plan: Plan) -> Plan:
-        """On a CPU experts can be offloaded to a disk only from an NF4 folder: note what that would give."""
-        offloading = self.chooser.offloading(list(self.chooser.sizes), "disk")
-        peak = plan.smallest_peak_bytes - offloading.offloaded_bytes + offloading.slot_bytes
-        if peak >= plan.smallest_peak_bytes:
-            return plan
-        note = (
+    def hints(self, peak: int, changes: tuple[Change, ...]) -> tuple[str, ...]:
+        """On a CPU experts can be offloaded to a disk only from an NF4 folder: what that would give a run."""
+        if peak <= self.machine.budget_bytes or self.device != "cpu" or self.source.holds_nf4:
+            return ()
+        on_disk = self.chooser.offloading(list(self.inventory.expert_bytes), "disk")
+        saved = on_disk.offloaded_bytes - on_disk.slot_bytes
+        if saved <= 0:
+            return ()
+        peak = (changes[-1].peak_bytes if changes else peak) - saved
+        return (
             "from a folder that `expertune quantize` has written, experts can be offloaded to the disk (placement: "
-            f"disk); with all changes above, the peak would be {table.size(peak)}"
+            f"disk); with all changes above, the peak would be {table.size(peak)}",
         )
-        return replace(plan, notes=(*plan.notes, note))
-
-
-def _compute_dtype(config: RunConfig, device: torch.device, named: Device | None) -> torch.dtype:
-    elsewhere = named is not None or (device.type == "cuda" and not torch.cuda.is_available())
-    if elsewhere and config.quantization.compute_dtype == "auto":
-        # A plan for another machine: every NVIDIA generation since 2020 has bfloat16.
-        return torch.bfloat16 if named is None or named.has_bfloat16 else torch.float16
-    return resolve_compute_dtype(config.quantization.compute_dtype, device)
-
-
-def _budget(config: RunConfig, device: torch.device, named: Device | None, memory: str | int | None) -> int:
-    asked = memory if memory is not None else config.memory_budget
-    if asked is not None and (named is None or memory is not None):
-        return parse_size(asked)
-    if named is not None:
-        if not named.memory_bytes:
-            raise ConfigError(f"gpu {named.name}: say how much memory it has, e.g. {option('memory', '24GB')}")
-        return named.memory_bytes
-    if device.type == "cpu":
-        return int(psutil.virtual_memory().available)
-    if not torch.cuda.is_available():
-        raise ConfigError("there is no CUDA device here to take the memory of; set memory_budget, e.g. 24GB")
-    return int(torch.cuda.get_device_properties(device).total_memory)

@@ -1,27 +1,38 @@
-"""What a run file says about memory."""
+"""What a run file says about memory and time, on one model."""
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from expertune.checkpoint.targets import ResolvedTargets
 from expertune.config import RunConfig
 from expertune.kernels.routes import default_working_set_bytes
+from expertune.planning.inventory import Inventory, count_adapter
 from expertune.train.optim import default_optimizer, state_bytes
 
 # Tokens of the preflight check after attaching: enough for every expert of a layer to be reached, few enough to cost a
 # second.
 PREFLIGHT_TOKENS = 512
 
+BATCH_SIZE = "per_device_train_batch_size"
+ACCUMULATION = "gradient_accumulation_steps"
+EVALUATION_BATCH_SIZE = "per_device_eval_batch_size"
+
 
 @dataclass(frozen=True)
-class Settings:
-    """The part of a run file that decides memory.
+class Workload:
+    """What runs: a model's shapes, what its adapter changes, and the part of the run file that decides memory.
 
     Attributes:
+        inventory: the model's shapes.
+        targets: what the adapter changes.
+        device: `cpu` or `cuda`.
+        compute_dtype: dtype of activations and of all weights that are not 4-bit.
+        adapter_dtype: dtype of the adapter's weights and gradients.
         tokens: T, an upper bound: batch size times the longest sequence.
         sequence_length: S.
         preflight_tokens: T of the preflight check's batch.
@@ -36,11 +47,13 @@ class Settings:
         offload: what forward keeps for backward is offloaded to the host's memory; never on a CPU, whose memory that
             is.
         optimizer: TrainingArguments' `optim`.
-        adapter_dtype: dtype of the adapter's weights and gradients.
-        compute_dtype: dtype of activations and of all weights that are not 4-bit.
-        device: `cpu` or `cuda`.
     """
 
+    inventory: Inventory
+    targets: ResolvedTargets
+    device: str
+    compute_dtype: torch.dtype
+    adapter_dtype: torch.dtype
     tokens: int
     sequence_length: int
     preflight_tokens: int
@@ -54,49 +67,56 @@ class Settings:
     accumulates: bool
     offload: bool
     optimizer: str
-    adapter_dtype: torch.dtype
-    compute_dtype: torch.dtype
-    device: str
 
-    def optimizer_bytes(self, num_trainable: int) -> int:
-        """Bytes of the optimizer's states."""
-        return state_bytes(self.optimizer, num_trainable, self.adapter_dtype.itemsize, self.device)
+    @property
+    def adapter_bytes(self) -> int:
+        """The adapter's weights; its gradients are as many bytes."""
+        return count_adapter(self.inventory, self.targets) * self.adapter_dtype.itemsize
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """The optimizer's states."""
+        count, itemsize = count_adapter(self.inventory, self.targets), self.adapter_dtype.itemsize
+        return state_bytes(self.optimizer, count, itemsize, self.device)
+
+    def of_batch(self, tokens: int, **changes: Any) -> "Workload":
+        """The same for a batch of so many tokens."""
+        return replace(self, tokens=tokens, sequence_length=min(self.sequence_length, tokens), **changes)
 
 
-def read_settings(config: RunConfig, device: str, compute_dtype: torch.dtype) -> Settings:
-    """The settings of a run file, with TrainingArguments' defaults for what it leaves out."""
+def read_workload(
+    config: RunConfig, inventory: Inventory, targets: ResolvedTargets, device: str, compute_dtype: torch.dtype
+) -> Workload:
+    """What a run file asks for, with TrainingArguments' defaults for what it leaves out."""
     length, training = config.data.max_length, config.training
-    batch = int(training_argument(training, "per_device_train_batch_size"))
-    evaluation_batch = int(training_argument(training, "per_device_eval_batch_size")) if config.data.eval else 0
-    return Settings(
-        tokens=batch * length,
+    evaluated = int(training_argument(training, EVALUATION_BATCH_SIZE)) if config.data.eval else 0
+    return Workload(
+        inventory=inventory,
+        targets=targets,
+        device=device,
+        compute_dtype=compute_dtype,
+        adapter_dtype=torch.float32 if config.lora.dtype == "float32" else torch.bfloat16,
+        tokens=int(training_argument(training, BATCH_SIZE)) * length,
         sequence_length=length,
         preflight_tokens=max(PREFLIGHT_TOKENS, length) if config.data.packing == "padded" else PREFLIGHT_TOKENS,
-        evaluation_tokens=evaluation_batch * length,
-        answered=answered_at_once(config) if writes_answers(config) else 0,
+        evaluation_tokens=evaluated * length,
+        answered=answered_at_once(config),
         answer_tokens=config.task.max_new_tokens,
         checkpointing=uses_checkpointing(training),
         dropout=config.lora.dropout > 0,
         working_set_bytes=config.kernels.working_set_bytes or default_working_set_bytes(device),
         full_logits=config.loss == "full"
         or any(training.get(key) for key in ("label_smoothing_factor", "torch_compile")),
-        accumulates=int(training_argument(training, "gradient_accumulation_steps")) > 1,
+        accumulates=int(training_argument(training, ACCUMULATION)) > 1,
         offload=config.offload_activations and device != "cpu",
         optimizer=str(training.get("optim", default_optimizer(device))),
-        adapter_dtype=torch.float32 if config.lora.dtype == "float32" else torch.bfloat16,
-        compute_dtype=compute_dtype,
-        device=device,
     )
 
 
-def writes_answers(config: RunConfig) -> bool:
-    """Whether the run writes answers to evaluation examples, and scores them."""
-    return bool(config.task.metric and config.data.eval)
-
-
 def answered_at_once(config: RunConfig) -> int:
-    """Examples of the largest batch of answers."""
-    return min(config.task.batch_size, config.task.rows or config.task.batch_size)
+    """Evaluation examples in the largest batch of answers; 0 for a run that answers none."""
+    task = config.task
+    return min(task.batch_size, task.rows or task.batch_size) if task.metric else 0
 
 
 def training_argument(training: Mapping[str, Any], name: str) -> Any:

@@ -1,31 +1,41 @@
-"""A plan as a table for the terminal."""
+"""A plan as tables for the terminal; on a narrow one words are folded, and nothing is cut."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from expertune.planning import Plan
+from expertune.planning.fit import Change, as_lines
 
-# What each component is in the reader's words, and whether its bytes are exact.
+if TYPE_CHECKING:
+    from expertune.planning.disk import Disk
+    from expertune.planning.plan import Plan
+    from expertune.planning.speed import StepTime
+
+# Components in the reader's words. The bytes of those in `_EXACT` are counted, all others estimated.
 _COMPONENTS = {
-    "weights": ("frozen weights", True),
-    "slots": ("slots for offloaded experts", False),
-    "adapter": ("adapter", True),
-    "gradients": ("adapter's gradients", False),
-    "optimizer": ("optimizer", False),
-    "activations": ("activations", False),
-    "working_set": ("one layer in backward", False),
-    "logits": ("logits and loss", False),
-    "copies": ("copies of the adapter", False),
-    "evaluation": ("evaluation", False),
-    "cache": ("keys and values cached", False),
-    "generation": ("answering", False),
-    "framework": ("libraries", False),
-    "allocator": ("allocator", False),
+    "weights": "frozen weights",
+    "slots": "slots for offloaded experts",
+    "adapter": "adapter",
+    "gradients": "adapter's gradients",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "working_set": "one layer in backward",
+    "logits": "logits and loss",
+    "copies": "copies of the adapter",
+    "evaluation": "evaluation",
+    "cache": "keys and values cached",
+    "generation": "answering",
+    "framework": "libraries",
+    "allocator": "allocator",
 }
+_EXACT = ("weights", "adapter")
+
+# Characters for two sizes, and a word of what a change costs.
+_BESIDE_LINES = 36
 
 _PHASES = {
     "preflight": "in the preflight check",
@@ -46,14 +56,14 @@ def size(num_bytes: int) -> str:
 
 
 def render(plan: "Plan") -> RenderableType:
-    """The plan as tables that fit a terminal of 80 columns."""
-    parts: list[RenderableType] = [_heading(plan), Text(), _memory(plan), Text(), _verdict(plan)]
+    """The plan as tables."""
+    parts: list[RenderableType] = [_heading(plan), "", _memory(plan), "", _verdict(plan)]
     if plan.what_to_change:
-        parts += [Text(), _changes(plan)]
+        parts += ["", *_changes(plan)]
     elif not plan.fits:
-        parts.append(Text("Nothing in the run file would lower the peak further."))
+        parts.append("Nothing in the run file would lower the peak further.")
     if plan.notes:
-        parts += [Text(), *(Text(f"note: {note}", style="dim") for note in plan.notes)]
+        parts += ["", *(Text(f"note: {note}", style="dim") for note in plan.notes)]
     return Group(*parts)
 
 
@@ -65,33 +75,42 @@ def as_text(plan: "Plan", width: int = 80) -> str:
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def _heading(plan: "Plan") -> RenderableType:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
-    table.add_column()
+def shortfall(plan: "Plan") -> str:
+    """What is missing, and the least that changes can bring it to, in a sentence."""
+    budget, smallest = plan.budget_bytes, plan.smallest_peak_bytes
+    settings = " ".join(as_lines(plan.changed_settings))
+    if smallest <= budget:
+        return f"{size(plan.memory.peak_bytes)} of {size(budget)}; it would with {settings}"
+    how = f"with {settings}" if settings else "as the run file has it"
+    return f"the smallest peak that can be reached is {size(smallest)} of {size(budget)}, {how}"
+
+
+def _heading(plan: "Plan") -> Table:
     counts = plan.parameters
-    table.add_row("model", Text(f"{plan.model} ({plan.architecture})"))
-    table.add_row("device", f"{plan.gpu or plan.device}, products in {plan.compute_dtype}")
-    table.add_row("parameters", f"{counts.total:,} in all, {counts.trainable:,} trained")
-    if plan.micro_batch.line:
-        table.add_row("step", Text(plan.micro_batch.line))
-    if plan.planned.reason:
-        table.add_row("placement", Text(plan.planned.reason))
-    if plan.time:
-        table.add_row("time", Text(_time(plan)))
-    table.add_row("on disk", _disk(plan))
+    lines: Mapping[str, str | None] = {
+        "model": f"{plan.model} ({plan.architecture})",
+        "device": f"{plan.gpu or plan.device}, products in {plan.compute_dtype}",
+        "parameters": f"{counts.total:,} in all, {counts.trainable:,} trained",
+        "step": plan.micro_batch.line,
+        "placement": plan.planned.reason,
+        "time": _time(plan.time) if plan.time else None,
+        "on disk": _disk(plan.disk),
+    }
+    table = Table.grid("", "", padding=(0, 2))
+    table.columns[0].style = "dim"
+    table.columns[1].overflow = "fold"
+    for name, line in lines.items():
+        if line:
+            table.add_row(name, Text(line))
     table.add_row("", Text(counts.line, style="dim"))
     return table
 
 
-def _time(plan: "Plan") -> str:
-    time = plan.time
-    assert time is not None
-    rate = time.rates.flops_per_second / 1e12
+def _time(time: "StepTime") -> str:
     line = (
         f"{_seconds(time.seconds)} a step of {time.tokens:,} tokens, {time.tokens_per_second:,.0f} tokens/s; at least "
-        f"{_seconds(time.floor_seconds)} at {rate:.3g} TFLOP/s ({time.rates.source}), of which "
-        f"{100 * time.efficiency:.0f} % are expected"
+        f"{_seconds(time.floor_seconds)} at {time.rates.flops_per_second / 1e12:.3g} TFLOP/s ({time.rates.source}), of "
+        f"which {100 * time.efficiency:.0f} % are expected"
     )
     if time.brought_bytes:
         line += f"; {size(time.brought_bytes)} are transferred, {_seconds(time.waiting_seconds)} of it not hidden"
@@ -102,39 +121,32 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
-def _disk(plan: "Plan") -> str:
-    disk = plan.disk
+def _disk(disk: "Disk") -> str:
     parts = [] if disk.download_bytes is None else [f"checkpoint {size(disk.download_bytes)}"]
     parts += [f"in 4 bits {size(disk.nf4_folder_bytes)}", f"adapter {size(disk.adapter_bytes)}"]
     return f"{', '.join(parts)}, each saved step {size(disk.checkpoint_bytes)}"
 
 
-def shortfall(plan: "Plan") -> str:
-    """What is missing, and the least that changes can bring it to, in a sentence."""
-    budget, smallest = plan.budget_bytes, plan.smallest_peak_bytes
-    if smallest <= budget:
-        settings = " ".join(line for change in plan.what_to_change for line in change.lines)
-        return f"{size(plan.memory.peak_bytes)} of {size(budget)}; it would with {settings}"
-    settings = " ".join(line for line in dict.fromkeys(line for change in plan.what_to_change for line in change.lines))
-    with_settings = f", with {settings}" if settings else ", as the run file has it"
-    return f"the smallest peak that can be reached is {size(smallest)} of {size(budget)}{with_settings}"
+def _table(*columns: str) -> Table:
+    """Without lines; the first column is text, and so is the last, those between are sizes."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for number, column in enumerate(columns):
+        is_size = 0 < number < len(columns) - 1
+        table.add_column(column, justify="right" if is_size else "left", no_wrap=is_size, overflow="fold")
+    return table
 
 
 def _memory(plan: "Plan") -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
-    table.add_column("memory", min_width=24)
-    table.add_column("bytes", justify="right", min_width=11)
-    table.add_column("")
-    for name, num_bytes in plan.memory.components.items():
+    memory, table = plan.memory, _table("memory", "bytes", "")
+    for name, num_bytes in memory.components.items():
         if num_bytes:
-            words, exact = _COMPONENTS[name]
-            table.add_row(words, size(num_bytes), f"exact: {num_bytes:,}" if exact else "estimate")
-    table.add_row("peak", size(plan.memory.peak_bytes), _PHASES[plan.memory.phase], style="bold")
-    for phase, num_bytes in plan.memory.totals.items():
-        if phase != plan.memory.phase:
+            table.add_row(_COMPONENTS[name], size(num_bytes), f"exact: {num_bytes:,}" if name in _EXACT else "estimate")
+    table.add_row("peak", size(memory.peak_bytes), _PHASES[memory.phase], style="bold")
+    for phase, num_bytes in memory.totals.items():
+        if phase != memory.phase:
             table.add_row("", f"({size(num_bytes)})", _PHASES[phase], style="dim")
-    if plan.memory.host_bytes:
-        table.add_row("beside it, on the host", size(plan.memory.host_bytes), "")
+    if memory.host_bytes:
+        table.add_row("beside it, on the host", size(memory.host_bytes), "")
     return table
 
 
@@ -145,20 +157,27 @@ def _verdict(plan: "Plan") -> Text:
     return Text(f"does not fit: {size(peak - budget)} more than the {size(budget)} there are", style="bold red")
 
 
-def _changes(plan: "Plan") -> RenderableType:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("give up, cheapest first", min_width=24, no_wrap=True)
-    table.add_column("saves", justify="right", no_wrap=True)
-    table.add_column("peak then", justify="right", no_wrap=True)
-    table.add_column("costs")
-    for change in plan.what_to_change:
-        table.add_row("\n".join(change.lines), size(change.saves_bytes), size(change.peak_bytes), change.costs)
-    parts: list[RenderableType] = [table]
+@dataclass(frozen=True)
+class _Changes:
+    """Changes as a table, whose lines stay whole, to be copied, where the terminal has room for them."""
+
+    changes: Sequence[Change]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        longest = max(len(line) for change in self.changes for line in change.lines)
+        table = _table("give up, cheapest first", "saves", "peak then", "costs")
+        table.columns[0].no_wrap = options.max_width >= longest + _BESIDE_LINES
+        for change in self.changes:
+            table.add_row("\n".join(change.lines), size(change.saves_bytes), size(change.peak_bytes), change.costs)
+        yield table
+
+
+def _changes(plan: "Plan") -> list[RenderableType]:
+    parts: list[RenderableType] = [_Changes(plan.what_to_change)]
     if plan.smallest_peak_bytes > plan.budget_bytes:
-        smallest, frozen = size(plan.smallest_peak_bytes), size(plan.weights.frozen_bytes)
-        words = (
-            f"Even with all of these it does not fit: the smallest peak is {smallest}; the frozen weights alone take "
+        parts.append(
+            f"Even with all of these it does not fit: the smallest peak is {size(plan.smallest_peak_bytes)}; the "
+            f"frozen weights alone take {size(plan.weights.frozen_bytes)}."
         )
-        parts.append(Text(f"{words}{frozen}."))
     told = Text("all of it in the run file, each key in its section:", style="dim")
-    return Group(*parts, Text(), told, Text(plan.yaml.rstrip()))
+    return [*parts, "", told, Text(plan.yaml.rstrip())]
