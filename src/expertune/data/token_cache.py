@@ -22,7 +22,6 @@ from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +78,17 @@ class MappedExamples(Sequence[TokenizedExample]):
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._reader = pa.ipc.open_file(pa.py_buffer(self._map))
-        batches = [self._reader.get_batch(index) for index in range(self._reader.num_record_batches)]
-        self._starts = [0, *accumulate(batch.num_rows for batch in batches)]
-        self.lengths = np.concatenate([batch["input_ids"].value_lengths().to_numpy() for batch in batches])
-        self.uncut_lengths = np.concatenate([batch["uncut_length"].to_numpy() for batch in batches])
+        self._starts = [0]
+        lengths, uncut_lengths = [], []
+        for number in range(self._reader.num_record_batches):
+            batch = self._reader.get_batch(number)
+            self._starts.append(self._starts[-1] + batch.num_rows)
+            lengths.append(batch["input_ids"].value_lengths().to_numpy())
+            uncut_lengths.append(batch["uncut_length"].to_numpy().copy())  # of the mapped pages, which are given back
+            if number % _LOOKS_PER_RELEASE == 0:
+                self._release()
+        self.lengths, self.uncut_lengths = np.concatenate(lengths), np.concatenate(uncut_lengths)
         self._num_looks = 0
-        del batches
         self._release()
 
     def __reduce__(self) -> Any:
