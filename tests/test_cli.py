@@ -13,6 +13,7 @@ import pytest
 import expertune
 from expertune.cli import _LIBRARIES, main
 from expertune.config import DataConfig
+from expertune.distributed.mesh import Ranks
 from expertune.errors import DataError
 from expertune.run.record import RunRecord
 
@@ -286,7 +287,7 @@ def test_train_prints_the_run_folder(run, run_file, api):
         seen.append((config.output_dir, resume, trust_remote_code))
         console.print("step 1")
         print("a library's note")
-        return SimpleNamespace(output_dir=Path(config.output_dir))
+        return SimpleNamespace(output_dir=Path(config.output_dir), context=SimpleNamespace(ranks=Ranks()))
 
     api.finetune = finetune
     assert run("train", "run.yaml", "output_dir=runs/second", "--resume", "--trust-remote-code") == (

@@ -5,6 +5,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,8 @@ from expertune.adapt.preflight import preflight, probe_logits
 from expertune.config import RunConfig, check_training_arguments
 from expertune.config.arguments import checked
 from expertune.data import make_collator
-from expertune.distributed.processes import require_one_process
+from expertune.distributed.mesh import open_ranks
+from expertune.distributed.output import console_of
 from expertune.evaluation.held_out import HeldOut
 from expertune.evaluation.metrics import shown_figures
 from expertune.kernels import routes
@@ -34,6 +36,7 @@ from expertune.planning.disk import require_room
 from expertune.planning.settings import uses_checkpointing
 from expertune.report.figures import summary_figure, write_png
 from expertune.report.summary import render_summary
+from expertune.run.agreement import least_budget, require_same_start, share_batch
 from expertune.run.context import RunContext
 from expertune.run.directory import (
     ADAPTER_FOLDER,
@@ -48,7 +51,7 @@ from expertune.run.inputs import Inputs, note_stock_refusal, probe_batch, read_i
 from expertune.run.lock import hold_run_directory
 from expertune.run.progress import Bars
 from expertune.run.source import load_config
-from expertune.storage import notify_if_it_fails, storage_errors_named
+from expertune.storage import storage_errors_named
 from expertune.train.arguments import training_arguments
 from expertune.train.callbacks import ProgressBar, peak_memory_bytes
 from expertune.train.checkpoints import ResumePoint, find_resume_point, require_state_to_go_on
@@ -108,26 +111,31 @@ def finetune(
         ExpertuneError: anything that the user can fix; see `expertune.errors`.
     """
     config = load_config(config, overrides, resume)
-    ranks = require_one_process()
-    bars = Bars(console or Console(stderr=True))
     output_dir = Path(config.output_dir)
-    with hold_run_directory(output_dir):
-        record = open_record(config, output_dir, resume)
-        context = RunContext(config, record, training_device(), bars, ranks, resume, trust_remote_code)
-        if is_finished(record):
-            bars.console.print(finished_line(record), soft_wrap=True)
-            return Run(context, options=OpenOptions(trust_remote_code=trust_remote_code))
-        with stops_recorded(record), storage_errors_named(output_dir):
-            return _finetune(context)
+    with open_ranks(config.training.get("ddp_timeout")) as ranks:
+        bars = Bars(console_of(ranks.rank, console))
+        with hold_run_directory(output_dir) if ranks.writes else nullcontext():
+            record = open_record(config, output_dir, resume)
+            record.is_kept = ranks.writes
+            device = training_device(ranks.several)
+            context = RunContext(config, record, device, bars, ranks, resume, trust_remote_code)
+            if is_finished(record):
+                bars.console.print(finished_line(record), soft_wrap=True)
+                return Run(context, options=OpenOptions(trust_remote_code=trust_remote_code))
+            with stops_recorded(record), ranks.failing_together(), storage_errors_named(output_dir):
+                return _finetune(context)
 
 
 def _finetune(context: RunContext) -> Run:
     """The corridor, in a run directory that nobody else writes to."""
+    check_training_arguments(context.config.training, context.config.where)
+    require_same_start(context)
+    context = share_batch(context)
     config, record, output_dir = context.config, context.record, context.output_dir
-    check_training_arguments(config.training, config.where)
     check_schedule(config)
     merged = merged_before(record, output_dir)
-    made = make_plan(config, previously_merged=merged, trust_remote_code=context.trust_remote_code)
+    budget = least_budget(context)
+    made = make_plan(config, previously_merged=merged, memory=budget, trust_remote_code=context.trust_remote_code)
     # Values that do not go together are refused by transformers itself: before anything is loaded.
     context = _with_arguments(context, made.micro_batch)
     made.require_fit()
@@ -156,19 +164,17 @@ def _finetune(context: RunContext) -> Run:
 
     _record_notes(context, made.micro_batch, point)
     _train(context, inputs, model, held_out, recovery, point)
-    recovery.retry("checkpoint", partial(write_adapter, model, output_dir / ADAPTER_FOLDER))
+    write = partial(write_adapter, model, output_dir / ADAPTER_FOLDER)
+    context.ranks.on_main(lambda: recovery.retry("checkpoint", write))
 
     if config.task.metric and held_out:
         record.update("task", after=held_out.score(step=record["train"]["steps"]))
         _show_score(context, "after")
-    record.update("memory", peak_bytes=peak_memory_bytes())
-    notify_if_it_fails(
-        "summary.png",
-        lambda: write_png(summary_figure(record.values), output_dir / "summary.png"),
-        context.console.print,
-    )
+    record.update("memory", peak_bytes=max(context.ranks.gather(peak_memory_bytes())))
+    context.write_beside("summary.png", lambda path: write_png(summary_figure(record.values), path))
     record.update("run", status="finished")
     context.console.print(render_summary(record.values, config.output_dir), soft_wrap=True)
+    context.ranks.wait()  # until the run directory is whole
     options = OpenOptions(trust_remote_code=context.trust_remote_code)
     return Run(context, (after_training(model), inputs.tokenizer), options)
 
@@ -177,6 +183,8 @@ def _with_arguments(context: RunContext, micro_batch: MicroBatch) -> RunContext:
     """The context with transformers' arguments, whose micro-batch is the plan's."""
     config = context.config
     training = micro_batch.apply(config.training)
+    if not context.ranks.writes:
+        training["report_to"] = "none"
     if evaluates_at_ends(config):
         training.setdefault("eval_on_start", True)
     if lower_is_better(config):
@@ -191,7 +199,8 @@ def _resume_point(context: RunContext) -> ResumePoint | None:
     """Where a resumed run continues; None for a run that starts."""
     if not context.resume:
         return None
-    point = find_resume_point(context.output_dir, bool(context.config.training.get("load_best_model_at_end")))
+    ends_with_best = bool(context.config.training.get("load_best_model_at_end"))
+    point = context.ranks.share(lambda: find_resume_point(context.output_dir, ends_with_best))
     if point.checkpoint:
         require_state_to_go_on(point.checkpoint)
     return point
@@ -263,7 +272,7 @@ def _recovery(context: RunContext, model: nn.Module) -> OutOfMemory:
         record.update("train", recoveries=recoveries)
 
     offload = context.config.offload_activations
-    recovery = OutOfMemory(model, context.device, offload, earlier=recoveries, notify=keep)
+    recovery = OutOfMemory(model, context.device, offload, earlier=recoveries, notify=keep, ranks=context.ranks)
     recovery.run_dir = context.config.output_dir
     return recovery
 
@@ -283,7 +292,12 @@ def _train(
         train_dataset=inputs.dataset,
         collator=make_collator(config.data, inputs.tokenizer, keep_example_ids=True),
         objective=SupervisedFineTuning(model, context.arguments, config.loss, context.note),
-        promised=Promised(oom=recovery, evaluation=held_out, place_of=lambda index: inputs.train.examples[index].place),
+        promised=Promised(
+            oom=recovery,
+            evaluation=held_out,
+            place_of=lambda index: inputs.train.examples[index].place,
+            ranks=context.ranks,
+        ),
     )
     bar = ProgressBar(lambda: trainer.history, context.bars)
     trainer.add_callback(Evaluations(at_end=evaluates_at_ends(config)))

@@ -26,6 +26,7 @@ from expertune.storage import failure
 from expertune.terminal import (
     converse,
     log,
+    log_error,
     print_json,
     print_scores,
     print_table,
@@ -45,7 +46,7 @@ class _Commands(typer.core.TyperGroup):
             try:
                 return super().invoke(ctx)
             except ExpertuneError as error:
-                log(f"expertune: error: {error}")
+                log_error(error)
                 raise typer.Exit(2) from None
             except OSError as error:
                 # A failed read or write is the user's to fix; a closed pipe is handled by `main`.
@@ -224,9 +225,9 @@ def train(
     except (KeyboardInterrupt, Terminated) as stop:
         options = ["--trust-remote-code"] if trust_remote_code else []
         command = shlex.join(["expertune", "train", str(run), *(overrides or ()), *options])
-        log(f"expertune: {str(stop) or 'interrupted'}; {after_interruption(Path(config.output_dir), command)}")
+        log_error(stop, f"{str(stop) or 'interrupted'}; {after_interruption(Path(config.output_dir), command)}")
         raise typer.Exit(stop.exit_code if isinstance(stop, Terminated) else 130) from None
-    print(finished.output_dir)
+    finished.context.ranks.on_main(lambda: print(finished.output_dir))
 
 
 @app.command()

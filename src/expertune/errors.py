@@ -9,7 +9,13 @@ from collections.abc import Iterable
 
 
 class ExpertuneError(Exception):
-    """Base of all errors below; catch this to catch everything that a user can fix."""
+    """Base of all errors below; catch this to catch everything that a user can fix.
+
+    Attributes:
+        rank: of several processes the one that says it; None in one process.
+    """
+
+    rank: int | None = None
 
 
 class ConfigError(ExpertuneError):
@@ -54,6 +60,10 @@ class ExportError(ExpertuneError):
 
 class StorageError(ExpertuneError):
     """A file of a run could not be read or written: names the file, the system's reason, and what to do."""
+
+
+class RankError(ExpertuneError):
+    """Another process of the run has failed or is gone."""
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

@@ -31,6 +31,16 @@ def log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def log_error(error: BaseException, message: str | None = None) -> None:
+    """An error, as `message` says it; of several processes one says it."""
+    if (os.environ.get("WORLD_SIZE") or "1") != "1":
+        from expertune.distributed.output import speaks
+
+        if not speaks(error):
+            return
+    log(f"expertune: {message or f'error: {error}'}")
+
+
 def print_json(value: Any) -> None:
     """JSON for other programs, on stdout."""
     print(json.dumps(value, indent=2, ensure_ascii=False))

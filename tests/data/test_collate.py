@@ -142,6 +142,16 @@ def test_loss_and_gradients_are_those_of_the_sequences_apart_under_gradient_chec
     torch.testing.assert_close(together, apart, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("collator", [PaddingFreeCollator(True), LeftPaddingCollator(16, 2, True)])
+def test_batch_of_no_sequences_has_no_tokens(collator):
+    batch = collator([])
+    assert {name: value.tolist() for name, value in batch.items() if name != "example_ids"} == {
+        "input_ids": [[]],
+        "labels": [[]],
+    }
+    assert batch["example_ids"] == []
+
+
 def test_left_padded_sequences_have_the_logits_of_each_sequence_alone(mixtral):
     features = random_features(7, 12)
     batch = LeftPaddingCollator(max_length=16, pad_token_id=2)(features)

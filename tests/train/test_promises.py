@@ -36,6 +36,7 @@ SIGNATURES = {
     "_get_grad_norm": ["model", "grad_norm"],
     "_save_checkpoint": ["model", "trial"],
     "_get_output_dir": ["trial"],
+    "_save_rng_state": ["output_dir"],
     "_load_best_model": [],
 }
 # What calls it, and what comes after it there.
@@ -44,6 +45,7 @@ CALLS = {
     "_get_grad_norm": ("_run_epoch", "self.optimizer.step()"),
     "_save_checkpoint": ("_maybe_log_save_evaluate", "self.callback_handler.on_save("),
     "_get_output_dir": ("_save_checkpoint", "self.save_model(output_dir, _internal_call=True)"),
+    "_save_rng_state": ("_save_checkpoint", "self.state.save_to_json(os.path.join(output_dir, TRAINER_STATE_NAME))"),
     "_load_best_model": ("_finalize_training", "self.callback_handler.on_train_end("),
 }
 

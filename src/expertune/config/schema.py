@@ -243,6 +243,16 @@ class Origin:
     notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
 
+class DistributedConfig(Section):
+    """How the experts of a run on several processes are held; one process holds all of them anyway.
+
+    Attributes:
+        experts: `replicate`: each process holds all of them. `auto` is the same.
+    """
+
+    experts: Literal["auto", "replicate"] = "auto"
+
+
 class RunConfig(Section):
     """A whole run.
 
@@ -270,6 +280,7 @@ class RunConfig(Section):
     task: TaskConfig = TaskConfig()
     placement: Literal["auto", "device", "host", "disk"] = "auto"
     offload_activations: bool = False
+    distributed: DistributedConfig = DistributedConfig()
     memory_budget: Size | None = None
     output_dir: PathText
     _origin: Origin = PrivateAttr(default=Origin())

@@ -21,7 +21,7 @@ _OF_THE_OTHER_EVALUATION = (
     "prediction_loss_only",
 )
 
-# Between processes or machines; a run is one process on one device.
+# Of torch's DistributedDataParallel, which averages gradients inside of backward, and of several folders.
 _OF_SEVERAL_PROCESSES = (
     "ddp_backend",
     "ddp_broadcast_buffers",
@@ -52,7 +52,9 @@ def refused_keys(training: Mapping[str, Any]) -> dict[str, str]:
     }
     for key in ("fsdp", "deepspeed", "parallelism_config"):
         if training.get(key):
-            refused[key] = "for several devices, and a run is one process on one device; remove the key"
+            refused[key] = (
+                "for a model that is spread over devices, and each process of a run has all of it; remove the key"
+            )
     if training.get("push_to_hub"):
         refused["push_to_hub"] = f"not supported: {_NO_UPLOAD}. Remove the key"
     if training.get("do_train") is False:
@@ -73,7 +75,9 @@ def unused_keys(training: Mapping[str, Any], on_cpu: bool) -> list[str]:
         on_cpu: whether the run is on a CPU.
     """
     reasons = dict.fromkeys(_OF_THE_OTHER_EVALUATION, "an evaluation is that of `expertune evaluate`")
-    reasons |= dict.fromkeys(_OF_SEVERAL_PROCESSES, "a run is one process on one device")
+    reasons |= dict.fromkeys(
+        _OF_SEVERAL_PROCESSES, "gradients of several processes are averaged after backward, and rank 0 writes"
+    )
     reasons |= dict.fromkeys(_OF_THE_HUB, _NO_UPLOAD)
     reasons["auto_find_batch_size"] = "a run that is short of memory takes a micro-batch in parts, and stays the same"
     reasons["length_column_name"] = "examples hold no such column; their lengths are counted"

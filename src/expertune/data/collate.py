@@ -40,8 +40,10 @@ class PaddingFreeCollator:
             `input_ids`, `labels`, `position_ids`, int64 [1, T1+..+TB]; `use_cache` False. The first label of each
             sequence is -100: the token before it belongs to another sequence. `cu_seq_lens_q` and `cu_seq_lens_k`,
             int32 [N + 1]: where each of N sequences begins, and T; `max_length_q` and `max_length_k`, int: tokens of
-            the longest. The sequences of a pack are counted one by one.
+            the longest. The sequences of a pack are counted one by one. Of no sequences: see `_of_none`.
         """
+        if not features:
+            return _of_none(self.keep_example_ids)
         input_ids: list[int] = []
         labels: list[int] = []
         position_ids: list[int] = []
@@ -93,6 +95,8 @@ class LeftPaddingCollator:
         Raises:
             DataError: a sequence is longer than L.
         """
+        if not features:
+            return _of_none(self.keep_example_ids)
         lengths = [len(feature["input_ids"]) for feature in features]
         if max(lengths) > self.max_length:
             raise DataError(
@@ -118,6 +122,12 @@ def make_collator(
         pad = tokenizer.pad_token_id
         return LeftPaddingCollator(data.max_length, tokenizer.eos_token_id if pad is None else pad, keep_example_ids)
     return PaddingFreeCollator(keep_example_ids)
+
+
+def _of_none(keep_example_ids: bool) -> dict[str, Any]:
+    """The batch of a rank that the last examples do not suffice for: no tokens, and no labels."""
+    batch: dict[str, Any] = {name: torch.zeros(1, 0, dtype=torch.int64) for name in ("input_ids", "labels")}
+    return batch | _example_ids([], keep_example_ids)
 
 
 def _example_ids(features: Sequence[Feature], keep: bool) -> dict[str, Any]:

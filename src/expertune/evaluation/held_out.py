@@ -32,7 +32,7 @@ class HeldOut:
         model: the adapted model.
         tokenizer: the base model's tokenizer.
         rows: the evaluation examples.
-        recovery: what is done when memory runs out.
+        recovery: what is done when memory runs out; its ranks share the work.
         bars: where progress is shown.
 
     Attributes:
@@ -74,7 +74,7 @@ class HeldOut:
                 self._collator,
                 self._batch_size,
                 self._in_chunks.summed,
-                Batches(partial(self._recovery.in_parts, "evaluation", step=step), progress),
+                Batches(partial(self._recovery.in_parts, "evaluation", step=step), progress, self._recovery.ranks),
             )
 
     def score(self, step: int, rows: int | None = None, base_only: bool = False) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class HeldOut:
         what = "scoring the base model" if base_only else "scoring the adapter"
         with self._adapted(base_only), self._bars.task(what, "examples answered") as progress:
             progress(0, len(range(len(self._rows.examples))[: task.rows]))
-            batches = Batches(partial(self._recovery.in_parts, "generation", step=step), progress)
+            batches = Batches(partial(self._recovery.in_parts, "generation", step=step), progress, self._recovery.ranks)
             return score_task(self._model, self._tokenizer, self._rows.examples, task, batches)
 
     def _adapted(self, base_only: bool) -> AbstractContextManager[None]:

@@ -64,15 +64,16 @@ def evaluation_loss(
         taken = in_chunks(inputs, labels) if in_chunks else None
         return taken or _summed_loss(model(**inputs, use_cache=False).logits, labels)
 
-    total, num_tokens = 0.0, 0
+    total, num_tokens = 0.0, 0.0
     with evaluation_mode(model), torch.no_grad():
-        for start in range(0, len(dataset), batch_size):
+        for start in batches.ranks.part(range(0, len(dataset), batch_size)):
             batch = collator([dataset[index] for index in range(start, min(start + batch_size, len(dataset)))])
             for batch_total, batch_tokens in batches.in_parts(summed, batch):
                 total += batch_total
                 num_tokens += batch_tokens
             if batches.progress:
                 batches.progress(min(start + batch_size, len(dataset)), len(dataset))
+    total, num_tokens = batches.ranks.total([total, num_tokens])
     if not num_tokens:
         raise DataError("the evaluation examples hold no token that takes a loss")
     return total / num_tokens
@@ -111,7 +112,11 @@ def score_task(
             raise DataError(f"{row.place}: the answer {row.completion.strip()!r} {problem}, or correct the row")
     started = time.monotonic()
     prompts = [encode_prompt(row.prompt, tokenizer) for row in rows]
-    answers = complete(model, tokenizer, prompts, task.max_new_tokens, task.batch_size, batches)
+
+    def answer(some: Sequence[list[int]]) -> list[str]:
+        return complete(model, tokenizer, some, task.max_new_tokens, task.batch_size, batches)
+
+    answers = batches.ranks.spread(prompts, answer)
     seconds = time.monotonic() - started
     examples = [
         {

@@ -6,7 +6,7 @@ weights alone and the same prompt gives the same answer; only its end tokens are
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from expertune.checkpoint.context import context_length
+from expertune.distributed.mesh import Ranks
 from expertune.errors import ConfigError, DataError
 
 Progress = Callable[[int, int], None]
@@ -35,10 +36,12 @@ class Batches:
     Attributes:
         in_parts: may cut a batch where memory does not suffice, as `expertune.train.oom.OutOfMemory.in_parts` does.
         progress: called with (examples done, examples in all) after each batch.
+        ranks: the processes that share the work.
     """
 
     in_parts: InParts = whole
     progress: Progress | None = None
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 PLAIN = Batches()

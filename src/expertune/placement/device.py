@@ -25,14 +25,17 @@ def default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def training_device() -> torch.device:
+def training_device(several: bool = False) -> torch.device:
     """The device of a run: `default_device()`, which has to be the one that transformers' Trainer takes.
+
+    Args:
+        several: the run has several processes, each with the GPU of its own number.
 
     Raises:
         ConfigError: the process's current GPU is not the first that it sees.
     """
     device = default_device()
-    if device.type == "cuda" and device.index != 0:
+    if device.type == "cuda" and device.index != 0 and not several:
         raise ConfigError(
             f"the current GPU is {device}, and transformers' Trainer always takes the first that the process sees; set "
             f"CUDA_VISIBLE_DEVICES={device.index} before torch is imported, in place of torch.cuda.set_device"

@@ -33,6 +33,8 @@ def render_summary(record: Mapping[str, Any], output_dir: str, examples: int = 3
     if train:
         (first, loss), (last, final) = train[0], train[-1]
         figures.add_row("training loss", f"{loss:.3f} at step {first}, {final:.3f} at step {last}")
+    if (processes := record["train"].get("processes", 1)) > 1:
+        figures.add_row("processes", f"{processes}, each with all experts")
     figures.add_row("tokens per second", f"{record['throughput']['tokens_per_second']:,.0f}")
     figures.add_row("peak memory", f"{record['memory']['peak_bytes'] / 1e9:.2f} GB")
     if chosen := record.get("adapter", {}).get("checkpoint"):

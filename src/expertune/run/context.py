@@ -1,5 +1,6 @@
 """RunContext: what every step of a run is handed as one thing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ import torch
 from rich.console import Console
 
 from expertune.config import RunConfig
-from expertune.distributed.processes import Ranks
+from expertune.distributed.mesh import Ranks
 from expertune.run.progress import Bars
 from expertune.run.record import RunRecord
+from expertune.storage import notify_if_it_fails
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class RunContext:
     def notify(self, line: str) -> None:
         """Show one line without wrapping it, so that a path in it can be copied."""
         self.console.print(line, soft_wrap=True)
+
+    def write_beside(self, name: str, write: Callable[[Path], object]) -> None:
+        """Write a file of the run directory that the run can do without, on the rank that writes."""
+        path = self.output_dir / name
+        self.ranks.on_main(lambda: notify_if_it_fails(name, lambda: write(path), self.console.print))
 
     def note(self, line: str) -> None:
         """Show a line and keep it in the record."""

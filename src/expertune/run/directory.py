@@ -119,7 +119,9 @@ def _require_same_config(record: RunRecord, config: RunConfig) -> None:
     by_content = _NAMED_BY_PATH if "inputs" in record else frozenset()
     old, _ = with_current_names(without_secrets(record["config"]))
     new = recordable(config)
-    for section in sorted((old.keys() | new.keys()) - {"output_dir", "memory_budget", "task", TRUST_KEY}):
+    for section in sorted(
+        (old.keys() | new.keys()) - {"output_dir", "memory_budget", "distributed", "task", TRUST_KEY}
+    ):
         before, now = old.get(section), new.get(section)
         if isinstance(before, dict) and isinstance(now, dict):
             changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]

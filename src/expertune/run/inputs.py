@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from expertune.planning.settings import PREFLIGHT_TOKENS
 from expertune.report.preview import render_preview
 from expertune.run.context import RunContext
 from expertune.run.identity import identify, require_same_identity
-from expertune.storage import notify_if_it_fails
 from expertune.train.schedule import require_a_batch
 
 
@@ -91,7 +89,8 @@ def _record_inputs(context: RunContext, inputs: Inputs) -> None:
     reports = {"train": inputs.train.report, "eval": inputs.eval.report if inputs.eval else None}
     identity = identify(config, inputs.tokenizer, {"train": inputs.train, "eval": inputs.eval})
     require_same_identity(record, config, inputs.fingerprint, identity, reports)
-    require_a_batch(len(inputs.dataset), config.training)
+    require_a_batch(len(inputs.dataset), config.training, context.ranks.world_size)
+    context.ranks.require_same({"model": inputs.fingerprint.to_json(), "inputs": identity})
     record.values["inputs"] = identity
     record.update("data", **reports)
 
@@ -99,8 +98,7 @@ def _record_inputs(context: RunContext, inputs: Inputs) -> None:
 def _show_data(context: RunContext, inputs: Inputs) -> None:
     data, console = context.config.data, context.console
     lengths = np.concatenate([part.uncut_lengths for part in (inputs.train, inputs.eval) if part])
-    histogram = Path(context.config.output_dir) / "lengths.png"
-    notify_if_it_fails("lengths.png", lambda: plot_lengths(lengths, histogram, data.max_length), console.print)
+    context.write_beside("lengths.png", lambda path: plot_lengths(lengths, path, data.max_length))
     for name, part, num_examples in (("train", inputs.train, 1), ("eval", inputs.eval, 0)):
         if part:
             shown = preview(part, data, inputs.tokenizer, num_examples=num_examples)
@@ -108,7 +106,7 @@ def _show_data(context: RunContext, inputs: Inputs) -> None:
     report = inputs.train.report
     context.notify(
         f"data: {report['num_rows']} training examples, {report['num_truncated']} cut at {data.max_length} tokens, "
-        f"{report['num_skipped']} skipped; lengths in {histogram}"
+        f"{report['num_skipped']} skipped; lengths in {context.output_dir / 'lengths.png'}"
     )
 
 

@@ -32,11 +32,15 @@ class RunRecord:
     Args:
         path: the JSON file; it need not exist yet.
         values: its content.
+
+    Attributes:
+        is_kept: whether it is written; of several processes one has the record that is.
     """
 
     def __init__(self, path: Path, values: dict[str, Any]) -> None:
         self.path = path
         self.values = values
+        self.is_kept = True
         self._saved = False
 
     @classmethod
@@ -113,6 +117,8 @@ class RunRecord:
 
     def save(self) -> None:
         """Write the whole file beside itself, then rename."""
+        if not self.is_kept:
+            return
         self._saved = True
         write_json(self.path, self.values)
 

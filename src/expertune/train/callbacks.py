@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
 
+from expertune.distributed.mesh import Ranks
 from expertune.run.progress import Bar, Bars
 from expertune.train.checkpoints import best_of
 
@@ -52,6 +53,11 @@ class History(TrainerCallback, ExportableState):
     def add(self, name: str, figure: float) -> None:
         """Add a figure to the step that is being taken; those of one name are summed, as micro-batches' losses are."""
         self._step[name] = self._step.get(name, 0) + figure
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Make the step's figures those of all ranks: the mean of their losses, and the sum of their tokens."""
+        loss, tokens = ranks.total([self._step.get("loss", 0.0), self._step.get("tokens", 0)])
+        self._step |= {"loss": loss / ranks.world_size, "tokens": tokens}
 
     def drop_step(self) -> None:
         """Forget the figures of the step so far: it is being computed again."""
@@ -177,6 +183,23 @@ class BestCheckpointHere(TrainerCallback):
         best = best_of(self.resumed_from)
         if best and (self.run_dir / best).is_dir():
             state.best_model_checkpoint = str(self.run_dir / best)
+
+
+class OwnRandomness(TrainerCallback):
+    """Has a rank drop other inputs than rank 0 does; added on all others. At resume the checkpoint's state is restored.
+
+    Args:
+        rank: added to the run's seed.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Seed: the order of examples has been chosen by now."""
+        set_seed(args.seed + self.rank)
 
 
 def _is_score(name: str) -> bool:

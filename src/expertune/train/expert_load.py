@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from expertune.distributed.mesh import Ranks
 from expertune.experts.module import Nf4Experts
 
 
@@ -17,13 +18,14 @@ class ExpertLoad:
     """
 
     def __init__(self) -> None:
+        self._layers: list[Nf4Experts] = []
         self._counts: dict[nn.Module, Tensor] = {}
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """While open, a model's 4-bit expert layers are counted."""
-        layers = [module for module in model.modules() if isinstance(module, Nf4Experts)]
-        hooks = [layer.register_forward_pre_hook(self._count) for layer in layers]
+        self._layers = [module for module in model.modules() if isinstance(module, Nf4Experts)]
+        hooks = [layer.register_forward_pre_hook(self._count) for layer in self._layers]
         try:
             yield
         finally:
@@ -42,6 +44,16 @@ class ExpertLoad:
     def clear(self) -> None:
         """Forget what has been counted: the step is computed again."""
         self._counts.clear()
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Count the tokens of all ranks; a layer that some have not run has none there."""
+        if not ranks.several:
+            return
+        zeros = [torch.zeros(layer.num_experts, dtype=torch.int64) for layer in self._layers]
+        own = [self._counts.get(layer, zero).cpu() for layer, zero in zip(self._layers, zeros, strict=True)]
+        total = torch.tensor(ranks.total(torch.cat(own).tolist() if own else []))
+        sizes = [layer.num_experts for layer in self._layers]
+        self._counts = dict(zip(self._layers, total.split(sizes), strict=True))
 
     def take(self) -> float | None:
         """Tokens of the busiest expert over the mean of all, averaged over layers: 1 is even; None without layers.

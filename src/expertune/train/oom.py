@@ -4,8 +4,8 @@ The fallbacks are smaller batches, then activations offloaded to the host, then 
 recorded, holds for the rest of the run, and is repeated at the same step when the run resumes. Evaluation, generation
 and the preflight check use smaller batches in the same way. The optimizer's states are allocated before the first step.
 
-Two functions would have to agree between ranks: `_attempt` (whether memory ran out) and `OutOfMemory._fall_back` (what
-is changed).
+Of several processes all run a step again where memory runs out on one, each with all changes. Batches of an evaluation
+and of answers, whose results do not depend on them, are cut by each as its own memory demands.
 """
 
 import gc
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from expertune.data.split import Batch, halve, size, split
+from expertune.distributed.mesh import Ranks
 from expertune.errors import DoesNotFitError, option
 from expertune.kernels import workspace
 from expertune.kernels.routes import settings_of
@@ -35,6 +36,9 @@ Phase = Literal["proof", "optimizer", "training", "evaluation", "generation", "c
 _Result = TypeVar("_Result")
 
 FREED = "unused memory was freed"
+
+# What all ranks do at the same time, so that they can decide together.
+_TOGETHER: tuple[Phase, ...] = ("proof", "optimizer", "training")
 
 # Phases that compute on batches: the setting that bounds a batch, and what a change of it is called.
 _LIMITS: dict[Phase, tuple[str, str]] = {
@@ -107,6 +111,7 @@ class OutOfMemory(TrainerCallback):
         offload: activations are offloaded from the start.
         earlier: changes that the run made before it was interrupted, as `Change.to_json` returned them.
         notify: called with each change.
+        ranks: the run's processes.
 
     Attributes:
         run_dir: the directory with the run's checkpoints; None outside of a run.
@@ -121,12 +126,13 @@ class OutOfMemory(TrainerCallback):
         offload: bool = False,
         earlier: Sequence[dict[str, Any]] = (),
         notify: Callable[[Change], None] = lambda _: None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.device = device
         self.run_dir: str | None = None
         self.limits: dict[str, int] = {}
         self.offload_activations = offload and has_separate_host(device)
-        self._model, self._notify = model, notify
+        self._model, self._notify, self.ranks = model, notify, ranks or Ranks()
         self._earlier = sorted((Change(**change) for change in earlier), key=lambda change: change.step)
         self._tried: list[str] = []
         self._batches: list[Batch] = []
@@ -200,12 +206,12 @@ class OutOfMemory(TrainerCallback):
         freed = False
         while True:
             result, error = _attempt(do)
-            if error is None:
+            if not self._failed(phase, error):
                 return result  # type: ignore[return-value]
             if freed:
                 self._fall_back(phase, error)
             else:
-                self._notify(Change(self._step, phase, error, FREED))
+                self._notify(Change(self._step, phase, error or "on another rank", FREED))
             freed = True
 
     @contextmanager
@@ -246,30 +252,58 @@ class OutOfMemory(TrainerCallback):
         taken_again = False
         while True:
             results, error = _attempt(compute_all)
-            if results is not None and error is None:
-                return results, taken_again
-            self._fall_back(phase, str(error), None if why_whole else part, why_whole)
+            if not self._failed(phase, error):
+                return results, taken_again  # type: ignore[return-value]
+            self._fall_back(phase, error, None if why_whole else part, why_whole)
             batches, taken_again = start_over(), True
 
-    def _fall_back(self, phase: Phase, error: str, part: Any = None, why_whole: str | None = None) -> None:
-        """Choose the next fallback, and use it from here on; `part` is the batch that failed, if it may be split."""
-        halves = halve(part) if part is not None else []
-        setting: dict[str, Any]
-        if halves:
-            most = max(size(half) for half in halves)
-            name, words = _LIMITS[phase]
-            change, setting = words.format(most), {name: most}
-        elif phase == "training" and not self.offload_activations and has_separate_host(self.device):
-            change, setting = "activations are offloaded to the host", {"offload_activations": True}
-        elif moved := self._offload_more(phase):
-            change, setting = moved, {"demoted": 1}
-        else:
-            whole = f" (micro-batches are not split: {why_whole})" if why_whole else ""
-            place = " in forward or backward," if phase == "training" else ","
-            raise self._error(_when(phase, self._step), error, f"{place} and no fallback is left{whole}")
-        self._use(setting)
-        self._tried.append(change)
-        self._notify(Change(self._step, phase, error, change, setting))
+    def _failed(self, phase: Phase, error: str | None) -> bool:
+        """Whether something has to be run again: because memory ran out here, or on any rank that does the same."""
+        failed = error is not None
+        return self.ranks.any(failed) if phase in _TOGETHER else failed
+
+    def _fall_back(self, phase: Phase, error: str | None, part: Any = None, why_whole: str | None = None) -> None:
+        """Choose the next fallback where memory ran out, and use it from here on.
+
+        Args:
+            phase: what is being done.
+            error: what the allocator reported; None where memory ran out on other ranks only, whose choice is followed.
+            part: the batch that failed, if it may be split.
+            why_whole: why it may not.
+        """
+        chosen = [] if error is None else [(*self._choose(phase, part), error)]
+        if phase in _TOGETHER and self.ranks.several:
+            chosen = _strictest(self.ranks.gather(chosen))
+        for name, value, text in chosen:
+            words = self._change(phase, name, value)
+            if words is None:
+                if error is None:
+                    self.ranks.wait()  # until the rank that ran out of memory has ended, and said why
+                whole = f" (micro-batches are not split: {why_whole})" if why_whole else ""
+                place = " in forward or backward," if phase == "training" else ","
+                raise self._error(_when(phase, self._step), text, f"{place} and no fallback is left{whole}")
+            setting = {name: bool(value) if name == "offload_activations" else value}
+            self._use(setting)
+            self._tried.append(words)
+            self._notify(Change(self._step, phase, text, words, setting))
+
+    def _choose(self, phase: Phase, part: Any) -> tuple[str, int]:
+        """The next fallback's setting."""
+        if halves := halve(part) if part is not None else []:
+            return _LIMITS[phase][0], max(size(half) for half in halves)
+        if phase == "training" and not self.offload_activations and has_separate_host(self.device):
+            return "offload_activations", 1
+        return "demoted", 1
+
+    def _change(self, phase: Phase, name: str, value: int) -> str | None:
+        """What a setting changes, in words; None where nothing is left to change. Experts are moved here."""
+        if name == "demoted":
+            return self._offload_more(phase)
+        return (
+            "activations are offloaded to the host"
+            if name == "offload_activations"
+            else _LIMITS[phase][1].format(value)
+        )
 
     def _offload_more(self, phase: str) -> str | None:
         """Offload experts of some layers; what was moved in words, None where nothing is left to move."""
@@ -312,6 +346,16 @@ class OutOfMemory(TrainerCallback):
             "more memory, or start a new run with training.gradient_checkpointing, or with a lower data.max_length or "
             "lora.r"
         )
+
+
+def _strictest(of_ranks: Sequence[Sequence[tuple[str, int, str]]]) -> list[tuple[str, int, str]]:
+    """Of the settings that ranks have chosen, with what was reported there, the strictest of each name."""
+    chosen: dict[str, tuple[str, int, str]] = {}
+    for rank, settings in enumerate(of_ranks):
+        for name, value, text in settings:
+            if name not in chosen or value < chosen[name][1]:
+                chosen[name] = name, value, f"on rank {rank}: {text}"
+    return list(chosen.values())
 
 
 def _attempt(do: Callable[[], _Result]) -> tuple[_Result | None, str | None]:

@@ -3,6 +3,10 @@
 Whole checkpoints, exact resume, no step on values that are not finite, one evaluation, named series of figures, and
 another attempt at a step where memory runs out: `class Careful(Promises, trl.SFTTrainer)` has all of them.
 
+Several processes replicate the model, and their gradients are averaged when all of them have computed theirs. torch's
+DistributedDataParallel would do so inside of backward, where a rank that runs out of memory leaves the others waiting,
+and no step could be run again.
+
 These private methods of Trainer are overridden, each for want of a public one. Their signatures, and where the training
 loop calls them, were read from transformers 5.20 to 5.24; `tests/train/test_promises.py` fails on a release that
 changes either.
@@ -12,6 +16,7 @@ changes either.
 `_get_grad_norm`    the norm of the gradients is not handed to `on_pre_optimizer_step`
 `_save_checkpoint`  `on_save` comes after files have their final names and old checkpoints are deleted
 `_get_output_dir`   the directory that `_save_checkpoint` writes to
+`_save_rng_state`   of several processes each would write a file; one writes them all
 `_load_best_model`  no callback comes before the best checkpoint is loaded
 ==================  ===================================================================================
 """
@@ -21,18 +26,22 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerControl
 from transformers.trainer_utils import rotate_checkpoints
 
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.data.split import Batch
+from expertune.distributed.mesh import Ranks
 from expertune.errors import CheckpointError, ConfigError, NonFiniteGradientError, NonFiniteLossError, option
 from expertune.storage import storage_errors_named
-from expertune.train.callbacks import BestCheckpointHere, History
+from expertune.train.callbacks import BestCheckpointHere, History, OwnRandomness
 from expertune.train.checkpoints import (
     STAGING_NAME,
     find_resume_point,
@@ -76,12 +85,14 @@ class Promised:
         oom: what happens when memory runs out; None means all fallbacks, without a message.
         evaluation: the run's own evaluation; None means the trainer's.
         place_of: where an example came from, by its id in `example_ids` of a batch; for messages.
+        ranks: the processes of the run.
     """
 
     history: History = field(default_factory=History)
     oom: OutOfMemory | None = None
     evaluation: Evaluation | None = None
     place_of: Callable[[int], str] = str
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 class Promises(Trainer):
@@ -95,7 +106,7 @@ class Promises(Trainer):
 
     def __init__(self, *args: Any, promised: Promised | None = None, **kwargs: Any) -> None:
         promised = promised or Promised()
-        self.evaluation, self.place_of = promised.evaluation, promised.place_of
+        self.evaluation, self.place_of, self.ranks = promised.evaluation, promised.place_of, promised.ranks
         self.best_loaded: str | None = None
         self._staging: Path | None = None
         self._step_examples: list[int] = []
@@ -104,6 +115,8 @@ class Promises(Trainer):
         self.expert_load = ExpertLoad()
         for callback in (promised.history, self.oom):
             self.add_callback(callback)
+        if self.ranks.rank:
+            self.add_callback(OwnRandomness(self.ranks.rank))
         self.args.restore_callback_states_from_checkpoint = True  # the history's
         self.args.logging_nan_inf_filter = False  # such a loss stops the run, and is not hidden in the log
 
@@ -132,10 +145,11 @@ class Promises(Trainer):
         if resume_from_checkpoint:
             self.add_callback(BestCheckpointHere(run_dir, Path(resume_from_checkpoint)))
             self.args.eval_on_start = False  # that evaluation is in the history
+        self.ranks.copy(each for each in self.model.parameters() if each.requires_grad)
         with self.oom.reraise(), self.expert_load.watching(self.model):
             result = super().train(resume_from_checkpoint, **kwargs)
         self._require_finite_weights()
-        self._drop_old_checkpoints()  # a run that was killed between its last checkpoint and here has not
+        self.ranks.on_main(self._drop_old_checkpoints)  # a run that was killed after its last checkpoint has not
         return result
 
     def training_step(
@@ -157,7 +171,10 @@ class Promises(Trainer):
         def compute(part: Batch) -> Tensor:
             return self._forward_and_backward(model, dict(part), num_items_in_batch)
 
-        return self.oom.step(compute, inputs, reset, self.why_indivisible(num_items_in_batch))
+        loss = self.oom.step(compute, inputs, reset, self.why_indivisible(num_items_in_batch))
+        if self.ranks.several and self.accelerator.sync_gradients:
+            self._combine_step()
+        return loss
 
     def why_indivisible(self, num_items_in_batch: Tensor | int | None) -> str | None:
         """Why a micro-batch computed in parts, split between its sequences, would be another step; None if it is not.
@@ -166,6 +183,13 @@ class Promises(Trainer):
             num_items_in_batch: the label tokens of the step where the loss is divided by them, else None.
         """
         return f"{type(self).__name__} does not say how its batches divide"
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """accelerate prepares the model without DistributedDataParallel."""
+        super().create_accelerator_and_postprocess()
+        if self.ranks.several:
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = partial(prepare, evaluation_mode=True)  # which leaves autocast as it is
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loss, with activations offloaded where that is set or memory ran out."""
@@ -208,9 +232,10 @@ class Promises(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter alone: transformers would also pickle all arguments, with the hub's token if there is one."""
         folder = Path(output_dir or self.args.output_dir)
-        write_adapter(self.model, folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+        if self.ranks.writes:
+            write_adapter(self.model, folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -242,8 +267,23 @@ class Promises(Trainer):
         return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Written to a directory beside and renamed, so that it can be written again from its start.
-        self.oom.retry("checkpoint", lambda: self._write_checkpoint(model, trial))
+        if self.ranks.several:
+            self._write_checkpoint(model, trial)  # which all take part in, so that one cannot start it again
+        else:
+            # Written to a directory beside and renamed, so that it can be written again from its start.
+            self.oom.retry("checkpoint", lambda: self._write_checkpoint(model, trial))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if not self.ranks.several:
+            super()._save_rng_state(output_dir)
+            return
+        with TemporaryDirectory() as folder:
+            super()._save_rng_state(folder)
+            own = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        files = {name: content for of_rank in self.ranks.gather(own) for name, content in of_rank.items()}
+        if self.ranks.writes:
+            for name, content in files.items():
+                (Path(output_dir) / name).write_bytes(content)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -265,6 +305,9 @@ class Promises(Trainer):
     ) -> Tensor:
         """The trainer's step; stops before a loss that is not finite reaches the optimizer."""
         examples = inputs.pop("example_ids", [])
+        ids = inputs.get("input_ids")
+        if ids is not None and not ids.numel():  # of several ranks, one that the last examples did not suffice for
+            return torch.zeros((), device=self.args.device)
         tokens = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
         loss = super().training_step(model, inputs, num_items_in_batch)
         value = loss.item()
@@ -275,6 +318,19 @@ class Promises(Trainer):
         self.history.add("tokens", tokens)
         return loss
 
+    def _combine_step(self) -> None:
+        """When all ranks have computed their part of a step: its gradients, figures and counts are those of all."""
+        trained = [each for each in self.model.parameters() if each.requires_grad]
+        # What no rank has used keeps no gradient, as in one process; what some have is zero on the others.
+        used = self.ranks.total([each.grad is not None for each in trained])
+        reached = [each for each, count in zip(trained, used, strict=True) if count]
+        for parameter in reached:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.ranks.average(parameter.grad for parameter in reached if parameter.grad is not None)
+        self.history.add_up(self.ranks)
+        self.expert_load.add_up(self.ranks)
+
     def _require_finite_gradients(self, model: nn.Module, norm: Tensor | float | None) -> None:
         """Stop before the update that would carry a gradient that is not finite into the adapter."""
         value = norm_of_gradients(model, norm)
@@ -282,7 +338,8 @@ class Promises(Trainer):
             names = not_finite(gradients_of(model))
             where = f" ({in_words(names)})" if names else ""
             what = f"the norm of the gradients became {value}{where} under a finite loss"
-            raise NonFiniteGradientError(self._name_bad_step(what, self._step_examples))
+            examples = [example for of_rank in self.ranks.gather(self._step_examples) for example in of_rank]
+            raise NonFiniteGradientError(self._name_bad_step(what, examples))
         self._step_examples = []
         self.history.add("grad_norm", value)
         if (imbalance := self.expert_load.take()) is not None:
@@ -302,7 +359,7 @@ class Promises(Trainer):
         self._require_finite_weights()
         run_dir = Path(self.args.output_dir)
         self._staging = run_dir / STAGING_NAME
-        shutil.rmtree(self._staging, ignore_errors=True)
+        self.ranks.on_main(self._drop_staging)
         try:
             with storage_errors_named(self._staging):  # while what was written is there to look at
                 super()._save_checkpoint(model, trial)
@@ -310,13 +367,18 @@ class Promises(Trainer):
             best = self.state.best_model_checkpoint
             if best is not None and Path(best) == staged:
                 self.state.best_model_checkpoint = str(run_dir / staged.name)
-                self.state.save_to_json(str(staged / "trainer_state.json"))
-            seal(staged)
-            publish(staged, run_dir)
+                self.ranks.on_main(lambda: self.state.save_to_json(str(staged / "trainer_state.json")))
+            self.ranks.wait()  # all have come as far
+            self.ranks.on_main(partial(_publish, staged, run_dir))
         finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            self.ranks.on_main(self._drop_staging)
             self._staging = None
-        self._drop_old_checkpoints()
+        self.ranks.on_main(self._drop_old_checkpoints)
+        self.ranks.wait()
+
+    def _drop_staging(self) -> None:
+        if self._staging is not None:
+            shutil.rmtree(self._staging, ignore_errors=True)
 
     def _drop_old_checkpoints(self) -> None:
         rotate_checkpoints(
@@ -336,6 +398,11 @@ class Promises(Trainer):
             "these examples, or start a new run with a lower training.learning_rate, if you like from this adapter by "
             "lora.init_from"
         )
+
+
+def _publish(staged: Path, run_dir: Path) -> None:
+    seal(staged)
+    publish(staged, run_dir)
 
 
 def write_adapter(model: Any, folder: Path) -> None:

@@ -67,20 +67,22 @@ def evaluates_at_ends(config: RunConfig) -> bool:
     return config.data.eval is not None and "eval_strategy" not in training and training.get("do_eval") is not False
 
 
-def require_a_batch(num_examples: int, training: Mapping[str, Any]) -> None:
+def require_a_batch(num_examples: int, training: Mapping[str, Any], processes: int = 1) -> None:
     """Refuse training data of which no batch is made.
 
     Args:
         num_examples: examples of the training data set (packs, with `packing: packed`).
         training: the `training:` section; micro-batches that drop examples are never merged.
+        processes: how many share each batch.
 
     Raises:
         DataError: names the batch size and the fix.
     """
-    batch_size = int(training.get("per_device_train_batch_size", 8))
+    batch_size = int(training.get("per_device_train_batch_size", 8)) * processes
     if num_examples < batch_size and training.get("dataloader_drop_last"):
         raise DataError(
-            f"data.train has {num_examples} examples, fewer than training.per_device_train_batch_size ({batch_size}), "
+            f"data.train has {num_examples} examples, fewer than training.per_device_train_batch_size "
+            f"({batch_size}{f' of {processes} processes' if processes > 1 else ''}), "
             "and training.dataloader_drop_last drops them: no step would be taken; lower the batch size, or drop none"
         )
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from expertune.distributed.batches import take_parts
 from expertune.objectives.sft import SupervisedFineTuning
 from expertune.train.promises import Promised, Promises
 
@@ -43,6 +44,13 @@ class ExpertTrainer(Promises, Trainer):
         )
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
+
+    def get_train_dataloader(self) -> Any:
+        """Batches of the training examples; of several processes, this rank's part of each."""
+        loader = super().get_train_dataloader()
+        if self.ranks.several and self.args.train_sampling_strategy != "batch_rebalance":  # which deals to ranks itself
+            take_parts(loader, self.ranks)
+        return loader
 
     def compute_loss(
         self,

@@ -1,0 +1,243 @@
+"""The processes of a run as one group, and all that they exchange.
+
+Of one process each method below is the identity, and nothing of torch.distributed is touched: callers need not ask how
+many there are. Every method that exchanges something is called by all ranks, in the same order.
+"""
+
+import hashlib
+import json
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from expertune.distributed.output import LastWords, open_board
+from expertune.distributed.processes import Launch, launched
+from expertune.errors import ConfigError
+
+T = TypeVar("T")
+
+# Seconds that ranks wait for each other: transformers' own default of `ddp_timeout`.
+_TIMEOUT_S = 1800.0
+
+# Gradients are sent together up to this size: large enough for a link's full rate, small beside the gradients.
+_BUCKET_BYTES = 2**25
+
+
+class Ranks:
+    """One process's view of the run's processes.
+
+    Args:
+        launch: which process this is.
+        last_words: what ranks leave each other when they end; None for one process.
+        control: the group for small messages between CPUs; None means torch's default group.
+
+    Attributes:
+        rank: its number.
+        world_size: how many there are.
+        local_rank: its number on this machine.
+        num_local: how many run on this machine.
+    """
+
+    def __init__(
+        self,
+        launch: Launch | None = None,
+        last_words: LastWords | None = None,
+        control: "dist.ProcessGroup | None" = None,
+    ) -> None:
+        launch = launch or Launch()
+        self.rank, self.world_size, self.local_rank = launch.rank, launch.world_size, launch.local_rank
+        self._last_words, self._control = last_words, control
+        machine = socket.gethostname()
+        self.num_local = self.gather(machine).count(machine)
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one process."""
+        return self.world_size > 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes the run directory, prints and tracks: rank 0 alone does."""
+        return self.rank == 0
+
+    def on_main(self, do: Callable[[], T]) -> T | None:
+        """What `do` returns on rank 0; elsewhere nothing is done."""
+        return do() if self.writes else None
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in their order; any that can be pickled."""
+        if not self.several:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def share(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on all ranks; it is called there alone."""
+        if not self.several:
+            return make()
+        held: list[Any] = [make() if self.rank == 0 else None]
+        dist.broadcast_object_list(held, src=0, group=self._control)
+        return held[0]
+
+    def spread(self, items: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[T]]) -> list[T]:
+        """What `work` makes of items, one for each; every rank works on as many of them."""
+        done: list[Any] = [None] * len(items)
+        for rank, part in enumerate(self.gather(work(self.part(items)))):
+            done[rank :: self.world_size] = part
+        return done
+
+    def part(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's items of all."""
+        return items[self.rank :: self.world_size]
+
+    def wait(self) -> None:
+        """Return when all ranks have come here."""
+        self.gather(None)
+
+    def any(self, holds: bool) -> bool:
+        """Whether something holds on one rank or more."""
+        return self.total([holds])[0] > 0 if self.several else holds
+
+    def total(self, figures: Sequence[float]) -> list[float]:
+        """Sums over the ranks, figure by figure."""
+        if not self.several:
+            return list(figures)
+        summed = torch.tensor(figures, dtype=torch.float64)
+        dist.all_reduce(summed, group=self._control)
+        return summed.tolist()
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors by their means over the ranks: each rank has the same shapes and dtypes, in one order."""
+        if not self.several:
+            return
+        for bucket in _buckets(tensors):
+            flat = parameters_to_vector(bucket)
+            dist.all_reduce(flat)
+            vector_to_parameters(flat.div_(self.world_size), bucket)
+
+    def copy(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors by those of rank 0, in place."""
+        if self.several:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), src=0)
+
+    def require_same(self, what: Mapping[str, Any]) -> None:
+        """Refuse ranks that do not start from the same.
+
+        Args:
+            what: values that JSON can hold, by the name that a message gives them; a mapping is compared key by key.
+
+        Raises:
+            ConfigError: on all ranks; names what differs, and where.
+        """
+        if not self.several:
+            return
+        digests = self.gather({name: _digest(value) for name, value in _flat(what).items()})
+        others = [
+            (rank, sorted(name for name in {**digests[0], **held} if digests[0].get(name) != held.get(name)))
+            for rank, held in enumerate(digests)
+        ]
+        if found := [f"rank {rank}: {', '.join(names[:5])}" for rank, names in others if names]:
+            raise ConfigError(
+                f"the processes do not start from the same. Other than on rank 0 are {'; '.join(found[:8])}. Every "
+                "process needs the same command, packages, model and data files"
+            )
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Around what may fail on one rank: all ranks end, and each error is said once, with its rank.
+
+        Raises:
+            RankError: another rank has ended, which says why itself if it can.
+        """
+        if self._last_words is None:
+            yield
+            return
+        with self._last_words.said():
+            yield
+
+
+@contextmanager
+def open_ranks(timeout_s: Any = None) -> Iterator[Ranks]:
+    """The processes that a launcher has started: one without a launcher.
+
+    A group that the program has made itself (Ray does) is used and stays; one that is made here ends with the block.
+
+    Args:
+        timeout_s: seconds that ranks wait for each other before all of them end; for what is no such number, which the
+            check of the run file refuses later, the default.
+
+    Raises:
+        ConfigError: the launcher's variables are half set, or the others cannot be reached.
+    """
+    launch = launched()
+    if launch.world_size == 1:
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ConfigError(
+                f"this is one of {dist.get_world_size()} processes of a torch.distributed group, but the environment "
+                "does not say so; start them by torchrun"
+            )
+        yield Ranks()
+        return
+    seconds = float(timeout_s) if isinstance(timeout_s, int | float) and timeout_s > 0 else _TIMEOUT_S
+    timeout, on_gpu = timedelta(seconds=seconds), torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
+    made, control = not dist.is_initialized(), None
+    board = open_board(launch, timeout)
+    # A program may have several runs, one after the other.
+    board = dist.PrefixStore(f"run {board.add(f'runs of {launch.rank}', 1)}", board)
+    if made:
+        # Small messages travel between CPUs, so that a rank that has ended is noticed at once.
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, None, timeout, launch.world_size, launch.rank, board)
+    elif on_gpu:
+        control = dist.new_group(backend="gloo", timeout=timeout)
+    last_words = LastWords(board, launch, seconds)
+    try:
+        with last_words.said():
+            yield Ranks(launch, last_words, control)
+    except BaseException:
+        if made:
+            dist.destroy_process_group()  # closes the connections: ranks that still wait for this one notice
+        last_words.linger()
+        raise
+    if made:
+        dist.destroy_process_group()
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype that are sent together."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (size + tensor.nbytes > _BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{key}": inner for key, inner in _flat({str(k): v for k, v in value.items()}).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

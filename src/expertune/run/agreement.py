@@ -1,0 +1,85 @@
+"""What several processes of a run agree on before it starts: what they start from, their memory, a step's examples."""
+
+import math
+from dataclasses import replace
+
+from expertune.errors import ConfigError
+from expertune.planning.micro_batch import ACCUMULATION, BATCH_SIZE
+from expertune.planning.plan import Machine
+from expertune.planning.settings import training_argument
+from expertune.run.context import RunContext
+from expertune.run.directory import recordable
+from expertune.train.checkpoints import list_checkpoints
+
+# What differs between machines without changing a number.
+_OF_A_MACHINE = ("executable", "platform")
+
+
+def require_same_start(context: RunContext) -> None:
+    """Refuse processes of other versions, devices, run files or checkpoints.
+
+    What they read is compared when it has been read.
+
+    Raises:
+        ConfigError: names what differs, and on which rank.
+    """
+    versions = {name: value for name, value in context.record["versions"].items() if name not in _OF_A_MACHINE}
+    checkpoints = [folder.name for folder in list_checkpoints(context.output_dir)]
+    context.ranks.require_same(
+        {
+            "versions": versions,
+            "device": context.device.type,
+            "run file": recordable(context.config),
+            "checkpoints in output_dir, which all processes need to see": checkpoints,
+            "--resume": context.resume,
+        }
+    )
+
+
+def least_budget(context: RunContext) -> int | None:
+    """Bytes that each process may plan for: the least that one has, so that all have the same plan.
+
+    Processes on the CPUs of one machine share its memory; `memory_budget` is that of each.
+
+    Returns:
+        None for one process, whose plan finds out by itself.
+    """
+    config, ranks = context.config, context.ranks
+    if not ranks.several:
+        return None
+    machine = Machine.of(config, None, None, None)
+    own = machine.budget_bytes
+    if machine.device.type == "cpu" and config.memory_budget is None:
+        own //= ranks.num_local
+    return min(ranks.gather(own))
+
+
+def share_batch(context: RunContext) -> RunContext:
+    """The context with each process's part of a step's examples.
+
+    A run that starts takes the run file's batch size for each process. One that is resumed by another number of
+    processes keeps the examples of its steps: each process then takes more or fewer of them.
+
+    Raises:
+        ConfigError: they cannot be shared evenly.
+    """
+    config, values, world_size = context.config, context.record.values, context.ranks.world_size
+    train = values.get("train", {})
+    batch, accumulation = (int(training_argument(config.training, key)) for key in (BATCH_SIZE, ACCUMULATION))
+    if world_size == train.get("processes", 1) == 1:
+        return context
+    step = batch * accumulation * world_size
+    if context.resume and "micro_batch" in train:  # it has been recorded how a step runs
+        step = train.get("global_batch", batch * accumulation)
+    own, rest = divmod(step, world_size)
+    if rest:
+        raise ConfigError(
+            f"--resume: each step of the run takes {step} examples, which {world_size} processes cannot share evenly; "
+            f"start a number of processes that divides {step}"
+        )
+    if world_size > 1:
+        context.notify(f"{world_size} processes, each with all experts: {step} examples a step, {own} on each")
+    values["train"] = train | {"processes": world_size, "global_batch": step}
+    batch = math.gcd(batch, own)
+    training = {**config.training, BATCH_SIZE: batch, ACCUMULATION: own // batch}
+    return replace(context, config=config.model_copy(update={"training": training}))
