@@ -1,6 +1,8 @@
 """Triton's kernels without a GPU: through its interpreter, in float32 and float16 (its bfloat16 is wrong, silently)."""
 
-from typing import NamedTuple
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -62,6 +64,35 @@ def assert_near(found: Tensor, expected: Tensor, relative: float) -> None:
     assert torch.isfinite(found).all()
     error = (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
     assert error <= relative, f"relative error {error:.2e}, at most {relative:.0e}"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _list_of_the_language_is_kept() -> Iterator[None]:
+    """Triton's interpreter lists all of its language at each call of a device function, to replace the builtins in it.
+
+    Which names are builtins does not change, so here they are listed once. Read from Triton 3.6 to 3.9; a release that
+    does it otherwise is left as it is.
+    """
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    language, patch_one = getattr(interpreter, "tl", None), getattr(interpreter, "_patch_attr", None)
+    if None in (language, patch_one) or not hasattr(interpreter, "_patch_builtin"):
+        yield
+        return
+    builtins: dict[Any, list[str]] = {}
+
+    def patch(package: Any, *builder_and_scope: Any) -> None:
+        if package not in builtins:
+            members = inspect.getmembers(package, language.core.is_builtin)
+            builtins[package] = [name for name, _ in members]
+        for name in builtins[package]:
+            member = getattr(package, name)
+            # Within a running kernel it is replaced already.
+            if language.core.is_builtin(member):
+                patch_one(package, name, member, *builder_and_scope)
+
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(interpreter, "_patch_builtin", patch)
+        yield
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
