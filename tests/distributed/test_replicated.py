@@ -1,6 +1,7 @@
 """Runs on several ranks: the same result as one process, one who writes, errors that all end by, and resuming."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ TWO = [
     *("data.merge_accumulation=false", "training.gradient_checkpointing=true"),
 ]
 FOUR = ["training.per_device_train_batch_size=1"]
-DROPOUT = [*TWO, "lora.dropout=0.1"]
+DROPOUT = [*TWO, "lora.dropout=0.1", "training.load_best_model_at_end=true"]
 
 AT_STEP = """
 from expertune.train.callbacks import History
@@ -75,7 +76,14 @@ def on_step_end(self, args, state, control, **kwargs):
 History.on_step_end = on_step_end
 """
 KILLED = AT_STEP.format(step=3, do="os.kill(os.getpid(), signal.SIGKILL)")
+STOPPED = AT_STEP.format(step=3, do="os.kill(os.getpid(), signal.SIGTERM)")
 LATE = AT_STEP.format(step=2, do="time.sleep(9)")
+NO_WRAPPER = """
+import torch
+def wrap(*args, **kwargs):
+    raise AssertionError("the model is wrapped")
+torch.nn.parallel.DistributedDataParallel.__init__ = wrap
+"""
 NOT_FINITE = """
 from expertune.train.promises import Promises
 loss = Promises.compute_loss
@@ -165,7 +173,8 @@ def jobs() -> dict[str, list[str]]:
     found |= {
         "three examples on one": train(1, "few-1", [*ONE, "data.train=rows.jsonl[0:3]"]),
         "three examples on four": train(4, "few-4", [*FOUR, "data.train=rows.jsonl[0:3]"]),
-        "dropout": train(2, "dropout", DROPOUT),
+        "dropout": train(2, "dropout", DROPOUT, {0: NO_WRAPPER, 1: NO_WRAPPER}),
+        "stopped": train(2, "stopped", TWO, {0: STOPPED, 1: STOPPED}),
         "killed": train(2, "killed", DROPOUT, {1: KILLED}),
         "killed, resumed": train(2, "killed", [*DROPOUT, "--resume"]),
         "two, back": back_to_step_2("mixtral-2", "two-one"),
@@ -281,6 +290,21 @@ def test_run_is_resumed_by_another_number_of_processes(place: Place, job: str, r
     assert_same_result(place, f"mixtral-{started}", run)
     train = place.record(run)["train"]
     assert (train["processes"], train["global_batch"]) == (3 - started, 4)
+
+
+def test_job_that_is_stopped_says_once_how_it_is_resumed(place: Place) -> None:
+    assert place.statuses("stopped") == [128 + signal.SIGTERM] * 2, place.said("stopped")
+    assert place.said("stopped").count("interrupted by SIGTERM") == 1
+    assert "--resume` continues from checkpoint-2" in place.said("stopped")
+    assert place.record("stopped")["run"]["status"] == "interrupted"
+
+
+def test_model_is_not_wrapped_and_the_best_checkpoint_is_the_adapter(place: Place) -> None:
+    assert place.statuses("dropout") == [0, 0], place.said("dropout")
+    adapter = place.record("dropout")["adapter"]
+    evaluations = dict(place.record("dropout")["eval"]["loss"])
+    assert adapter["value"] == min(evaluations.values())
+    assert evaluations[adapter["step"]] == adapter["value"]
 
 
 def test_step_that_processes_cannot_share_evenly_is_refused(place: Place) -> None:
