@@ -1,6 +1,6 @@
 """Figures of a run, drawn from its record: each function returns a matplotlib figure, and `write_png` writes one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,35 @@ def summary_figure(record: Mapping[str, Any]) -> Figure:
     """
     task = record.get("task", {})
     scored = "after" in task
-    figure = Figure(figsize=(9.0 if scored else 6.0, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2, width_ratios=[1.6, 1]) if scored else [figure.subplots()]
+    figure = Figure(figsize=(9.0 if scored else 6.0, 3.6))
+    shares = [1.6, 1.0] if scored else [1.0]
+    panels = figure.subplots(1, len(shares), squeeze=False)[0]
     _draw_losses(panels[0], record)
     if scored:
         _draw_scores(panels[1], task)
+    _place(figure, shares)
     return figure
+
+
+def _place(figure: Figure, shares: Sequence[float]) -> None:
+    """Place panels side by side, as wide as their shares say, with room for the labels beside each.
+
+    By the labels' characters: a layout of matplotlib's own draws the figure once more to measure them.
+    """
+    width, height = figure.get_size_inches()
+    bottom, top = 0.52, height - 0.24
+    figure.subplots_adjust(bottom=bottom / height, top=top / height)  # how many ticks there are follows from it
+    left = []
+    for axes in figure.axes:
+        characters = max(len(label.get_text()) for label in axes.get_yticklabels())
+        left.append((0.34 if axes.get_ylabel() else 0.2) + 0.09 * characters)
+    right = 0.1
+    free = width - sum(left) - right * len(left)
+    at = 0.0
+    for axes, beside, share in zip(figure.axes, left, shares, strict=True):
+        panel = free * share / sum(shares)
+        axes.set_position(((at + beside) / width, bottom / height, panel / width, (top - bottom) / height))
+        at += beside + panel + right
 
 
 def _draw_losses(axes: Axes, record: Mapping[str, Any]) -> None:
