@@ -8,6 +8,7 @@ there.
 Special tokens that the data spells out (`RenderedText.plain`) are tokenized as the text that they are there.
 """
 
+import contextlib
 import copy
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -35,6 +36,14 @@ from expertune.errors import ConfigError
 # Tokenizers of the SentencePiece kind put a space in front of whatever text they are given. Behind a line break, which
 # they never join with what follows, a continuation gets the ids it has in the middle of a text.
 _ANCHOR = "\n"
+
+_WITH_OFFSETS = {
+    "add_special_tokens": False,
+    "return_offsets_mapping": True,
+    "return_attention_mask": False,
+    "return_token_type_ids": False,
+    "verbose": False,
+}
 
 # The first of the private characters (the last block of Unicode's plane 16) that special tokens are renamed to.
 _FIRST_NAME = 0x10E000
@@ -75,6 +84,39 @@ def check_tokenizer(tokenizer: Any) -> None:
         raise ConfigError("the tokenizer has no EOS token, so no answer could end; set eos_token in its config")
 
 
+class TokenizesAhead:
+    """A tokenizer that tokenizes the texts of many examples in one call, on all cores, before they are asked for.
+
+    Args:
+        tokenizer: a fast transformers tokenizer; whatever is not known yet is left to it.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def take(self, examples: Sequence[Rendered]) -> None:
+        """Tokenize the examples that are encoded next, in place of those before."""
+        texts = [str(text) for each in examples for text in (each.text, each.text[: each.spans[-1][0]])]
+        self._known = {}
+        with contextlib.suppress(TypeError):  # half a surrogate pair, which is refused later, as its example's error
+            encoded = self._tokenizer(texts, **_WITH_OFFSETS) if texts else {}
+            for name, values in encoded.items():
+                for text, value in zip(texts, values, strict=True):
+                    self._known.setdefault(text, {})[name] = value
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        """As transformers' tokenizers."""
+        known = self._known.get(text) if options == _WITH_OFFSETS else None
+        return self._tokenizer(text, **options) if known is None else known
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
 def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
     """Ids that generation starts from: BOS (or what the tokenizer puts first) once, then the prompt, no EOS.
 
@@ -110,12 +152,12 @@ def encode_example(rendered: Rendered, train_on: str, tokenizer: Any) -> tuple[l
     """
     piece = _tokenize_in_two(text_of(rendered), rendered.spans[-1][0], tokenizer)
     lead = _lead(piece.ids, tokenizer)
-    labels = [IGNORE_INDEX] * len(lead)
-    for token_id, begin in zip(piece.ids, piece.starts, strict=True):
-        trained = train_on == "all" or any(start <= begin < end for start, end in rendered.spans)
-        if trained and rendered.untrained:
-            trained = not any(start <= begin < end for start, end in rendered.untrained)
-        labels.append(token_id if trained else IGNORE_INDEX)
+    trained = [True] * len(piece.ids) if train_on == "all" else _inside(piece.starts, rendered.spans)
+    if rendered.untrained:
+        untrained = _inside(piece.starts, rendered.untrained)
+        trained = [yes and not no for yes, no in zip(trained, untrained, strict=True)]
+    own = [token_id if yes else IGNORE_INDEX for token_id, yes in zip(piece.ids, trained, strict=True)]
+    labels = [IGNORE_INDEX] * len(lead) + own
     input_ids = lead + piece.ids
     if train_on == "all":
         labels[: len(lead)] = lead
@@ -127,10 +169,18 @@ def encode_example(rendered: Rendered, train_on: str, tokenizer: Any) -> tuple[l
     return input_ids, labels
 
 
+def _inside(starts: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Whether each token starts in one of the spans."""
+    inside = [False] * len(starts)
+    for start, end in spans:
+        inside = [known or start <= begin < end for known, begin in zip(inside, starts, strict=True)]
+    return inside
+
+
 def _tokenize(text: str, tokenizer: Any) -> _Piece:
     if plain_places(text):
         return _Literal.of(tokenizer, len(tokenizer)).tokenize(text)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = tokenizer(text, **_WITH_OFFSETS)
     offsets = encoded["offset_mapping"]
     return _Piece(list(encoded["input_ids"]), _starts(offsets), [end for _, end in offsets])
 

@@ -2,15 +2,16 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any, Literal
 
 from expertune.config import DataConfig
 from expertune.data import token_cache
 from expertune.data.column_template import Rendered, Template
 from expertune.data.columns import ColumnUse, check_names, refuse_tree
-from expertune.data.encode import check_tokenizer, encode_example
+from expertune.data.encode import TokenizesAhead, check_tokenizer, encode_example
 from expertune.data.examples import Tally, TokenizedExample, TokenizedExamples
-from expertune.data.formats import LAYOUTS, Layout, find_layout, rename
+from expertune.data.formats import LAYOUTS, Example, Layout, find_layout, rename
 from expertune.data.lint import (
     ExampleError,
     FlaggedError,
@@ -23,6 +24,7 @@ from expertune.data.lint import (
     stop_or_skip,
 )
 from expertune.data.messages import is_conversation
+from expertune.data.readers import SourceExample
 from expertune.data.sources import SourceExamples, find_source
 from expertune.data.special_tokens import SpecialTokens, part_of, text_of, without_end
 from expertune.data.template import default_template, is_own_file, load_template, own_file_names
@@ -31,7 +33,8 @@ from expertune.errors import ConfigError, DataError
 
 Progress = Callable[[int, int], None]
 
-_ROWS_PER_UPDATE = 1000
+# Rows that are tokenized in one call.
+_ROWS_AT_ONCE = 64
 
 
 def prepare_examples(
@@ -80,25 +83,29 @@ def _tokenize(
     use = ColumnUse(data, layout, template, is_own_file(data.template))
     special_tokens, spelt_out = SpecialTokens(tokenizer, data.parse_special_tokens), Counter[str]()
     tally, problems, num_flagged, num_open_turns = Tally(), Problems(), 0, 0
-    total = sum(source.num_rows.values())
-    for done, raw in enumerate(source.examples):
-        if progress and not done % _ROWS_PER_UPDATE:
+    total, done, ahead = sum(source.num_rows.values()), 0, TokenizesAhead(tokenizer)
+    rows = iter(source.examples)
+    while block := list(islice(rows, _ROWS_AT_ONCE)):
+        if progress:
             progress(done, total)
-        try:
-            if raw.values is None:
-                raise ExampleError(raw.problem)
-            example = layout.read(rename(raw.values, data.columns))
-            rendered = special_tokens.render(template, example)
-            use.add(raw.values, example, rendered.text, raw.place)
-            tokenized = _tokenized(rendered, raw.place, data, tokenizer)
-            spelt_out.update(special_tokens.found(rendered.text))
-            num_open_turns += rendered.num_open_turns
-            tally.add(tokenized)
-            keep(tokenized)
-        except FlaggedError:
-            num_flagged += 1
-        except ExampleError as error:
-            problems.add(raw.place, str(error))
+        done += len(block)
+        read = [_read(raw, layout, template, special_tokens, data.columns) for raw in block]
+        ahead.take([each[2] for each in read if isinstance(each, tuple)])
+        for raw, each in zip(block, read, strict=True):
+            try:
+                if isinstance(each, ExampleError):
+                    raise each
+                values, example, rendered = each
+                use.add(values, example, rendered.text, raw.place)
+                tokenized = _tokenized(rendered, raw.place, data, ahead)
+                spelt_out.update(special_tokens.found(rendered.text))
+                num_open_turns += rendered.num_open_turns
+                tally.add(tokenized)
+                keep(tokenized)
+            except FlaggedError:
+                num_flagged += 1
+            except ExampleError as error:
+                problems.add(raw.place, str(error))
     use.require_fit(source.name)
     num_kept = len(tally.uncut_lengths)
     stop_or_skip(problems, num_kept + problems.num, source.name, data.on_error)
@@ -227,6 +234,19 @@ def _choose(source: SourceExamples, data: DataConfig, tokenizer: Any) -> tuple[L
 def _renamed(raw: Mapping[str, Any], data: DataConfig) -> dict[str, Any]:
     """Our names of an example's columns; a column that is missing is an error of its example, later."""
     return {ours: raw[theirs] for ours, theirs in data.columns.items() if theirs in raw}
+
+
+def _read(
+    raw: SourceExample, layout: Layout, template: Template, special_tokens: SpecialTokens, columns: Mapping[str, str]
+) -> tuple[Mapping[str, Any], Example, Rendered] | ExampleError:
+    """An example's columns, what they hold and its text, or why it cannot be used."""
+    try:
+        if raw.values is None:
+            raise ExampleError(raw.problem)
+        example = layout.read(rename(raw.values, columns))
+        return raw.values, example, special_tokens.render(template, example)
+    except ExampleError as error:
+        return error
 
 
 def _tokenized(rendered: Rendered, place: str, data: DataConfig, tokenizer: Any) -> TokenizedExample:
