@@ -36,7 +36,7 @@ from expertune.planning.disk import require_room
 from expertune.planning.settings import uses_checkpointing
 from expertune.report.figures import summary_figure, write_png
 from expertune.report.summary import render_summary
-from expertune.run.agreement import least_budget, require_same_start, share_batch
+from expertune.run.agreement import least_budget, require_same_start, share_batch, share_experts
 from expertune.run.context import RunContext
 from expertune.run.directory import (
     ADAPTER_FOLDER,
@@ -130,12 +130,17 @@ def _finetune(context: RunContext) -> Run:
     """The corridor, in a run directory that nobody else writes to."""
     check_training_arguments(context.config.training, context.config.where)
     require_same_start(context)
-    context = share_batch(context)
+    context = share_batch(share_experts(context))
     config, record, output_dir = context.config, context.record, context.output_dir
     check_schedule(config)
     merged = merged_before(record, output_dir)
     budget = least_budget(context)
-    made = make_plan(config, previously_merged=merged, memory=budget, trust_remote_code=context.trust_remote_code)
+    made = make_plan(
+        config,
+        previously_merged=merged,
+        memory=budget,
+        trust_remote_code=context.trust_remote_code,
+    )
     # Values that do not go together are refused by transformers itself: before anything is loaded.
     context = _with_arguments(context, made.micro_batch)
     made.require_fit()
@@ -164,8 +169,11 @@ def _finetune(context: RunContext) -> Run:
 
     _record_notes(context, made.micro_batch, point)
     _train(context, inputs, model, held_out, recovery, point)
-    write = partial(write_adapter, model, output_dir / ADAPTER_FOLDER)
-    context.ranks.on_main(lambda: recovery.retry("checkpoint", write))
+    write = partial(write_adapter, model, output_dir / ADAPTER_FOLDER, context.ranks)
+    if context.parallel:
+        write()  # which all take part in
+    else:
+        context.ranks.on_main(lambda: recovery.retry("checkpoint", write))
 
     if config.task.metric and held_out:
         record.update("task", after=held_out.score(step=record["train"]["steps"]))
@@ -176,6 +184,8 @@ def _finetune(context: RunContext) -> Run:
     context.console.print(render_summary(record.values, config.output_dir), soft_wrap=True)
     context.ranks.wait()  # until the run directory is whole
     options = OpenOptions(trust_remote_code=context.trust_remote_code)
+    if context.parallel:  # no process has the whole model: it is opened again
+        return Run(replace(context, parallel=None), options=options)
     return Run(context, (after_training(model), inputs.tokenizer), options)
 
 

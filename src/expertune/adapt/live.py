@@ -130,7 +130,7 @@ class LiveAdapter:
         }
 
     def pairs(self) -> Iterator[LivePair]:
-        """Its factors, of one expert after the other."""
+        """Its factors, of one expert after the other; of the experts that are here, where ranks share them out."""
         for name, module in self.layers.items():
             a, b = module.lora_A[self.adapter], module.lora_B[self.adapter]
             if not isinstance(module, ExpertsLora):
@@ -140,8 +140,19 @@ class LiveAdapter:
             for projection in a:
                 scale = module.scale(self.adapter, projection)
                 experts = self.names.experts_on_disk(name, projection)
-                for each in zip(experts, a[projection], b[projection], strict=True):
+                here = module.experts_of(a[projection])
+                for each in zip(experts[here.start : here.stop], a[projection], b[projection], strict=True):
                     yield LivePair(name, projection, *each, scale)
+
+    def elsewhere(self) -> Iterator[str]:
+        """Names on disk of the experts whose factors are on other ranks."""
+        for name, module in self.layers.items():
+            factors = module.lora_A[self.adapter].items() if isinstance(module, ExpertsLora) else ()
+            for projection, factor in factors:
+                here = module.experts_of(factor)
+                for expert, each in enumerate(self.names.experts_on_disk(name, projection)):
+                    if expert not in here:
+                        yield each
 
     def layout(self, settings: Mapping[str, Any]) -> StockLayout:
         """How its file is laid out, and whether stock PEFT reads it, by the settings of its `Origin`."""
@@ -197,7 +208,7 @@ class LiveAdapter:
 
     @torch.no_grad()
     def load(self, plain: PerExpert, factors: Mapping[str, Tensor] | None = None) -> None:
-        """Copy a file's content into the live parameters: every tensor, and no other.
+        """Copy a file's content into the live parameters: every tensor, and no other, save for experts elsewhere.
 
         Whatever the file's layout and scales, the live adapter computes what the file describes: B is divided by the
         scale that the live adapter has beyond the file's, and a rank that was filled up with zeros is cut back.
@@ -212,7 +223,8 @@ class LiveAdapter:
         """
         where = plain.where
         live = {pair.name: pair for pair in self.pairs()}
-        keys = {f"{PREFIX}{name}{ending}" for name in live for ending in (".lora_A.weight", ".lora_B.weight")}
+        everywhere = {*live, *self.elsewhere()}
+        keys = {f"{PREFIX}{name}{ending}" for name in everywhere for ending in (".lora_A.weight", ".lora_B.weight")}
         for what, found in (("missing", keys - plain.tensors.keys()), ("unknown", plain.tensors.keys() - keys)):
             if found:
                 raise CheckpointError(f"{where}: {len(found)} {what} adapter tensors, the first is {min(found)}")

@@ -7,7 +7,7 @@ B factor non-zero so that A can get a gradient, and restores the factors to the 
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from expertune.checkpoint.linears import is_linear
 from expertune.errors import ConfigError, PreflightError
 from expertune.experts.contract import is_experts
 from expertune.experts.lora import ExpertsLora
-from expertune.experts.module import Nf4Experts
+from expertune.experts.module import Nf4Experts, parallel_of
 
 Batch = dict[str, Tensor]
 
@@ -118,6 +118,7 @@ def _check_four_bits(model: nn.Module) -> dict[str, Any]:
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if is_experts(module) and parameter.is_floating_point() and parameter.ndim == 3:
                 raise PreflightError(f"{name}.{parameter_name}: experts are held as {parameter.dtype}, not in 4 bits")
+    expert_weights, expert_bytes = _of_all_experts(model, expert_weights, expert_bytes)
     if not expert_weights:
         raise PreflightError("no 4-bit experts in the model")
     return {
@@ -140,7 +141,7 @@ def _check_learning(model: ExpertPeftModel, batch: Batch) -> dict[str, Any]:
         if not loss.requires_grad:
             raise PreflightError("no factor of the adapter takes part in the loss, so that none can learn")
         loss.backward()
-        checked, idle = 0, 0
+        learning, of_experts, idle = 0, 0, 0
         for what, gradient in _factor_gradients(model, tokens):
             if gradient is _NO_TOKENS:
                 idle += 1
@@ -154,11 +155,21 @@ def _check_learning(model: ExpertPeftModel, batch: Batch) -> dict[str, Any]:
                 raise PreflightError(
                     f"{what}: the gradient is zero everywhere, so that it would not learn; {_WHY_ZERO}"
                 )
-            checked += 1
+            if ": expert " in what:
+                of_experts += 1
+            else:
+                learning += 1
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
-    return {"factors_learning": checked, "factors_without_tokens": idle}
+    of_experts, idle = _of_all_experts(model, of_experts, idle)
+    return {"factors_learning": learning + of_experts, "factors_without_tokens": idle}
+
+
+def _of_all_experts(model: nn.Module, *figures: int) -> Sequence[int]:
+    """Sums of figures of the experts that are here, over the ranks that share the experts out."""
+    parallel = parallel_of(model)
+    return figures if parallel is None else parallel.sums(figures)
 
 
 _WHY_ZERO = (
@@ -203,10 +214,11 @@ def _factor_gradients(model: ExpertPeftModel, tokens: dict[str, Tensor]) -> Iter
                     raise PreflightError(
                         f"{name}: the forward never passes through these experts, so that none can learn"
                     )
+                here = module.base_layer.owned
                 for projection, stacked in held.items():
-                    for expert, count in enumerate(tokens[name].tolist()):
-                        gradient = None if stacked.grad is None else stacked.grad[expert]
-                        what = f"{name}: expert {expert}, {projection}, {factor}"
+                    for index, count in enumerate(tokens[name][here.start : here.stop].tolist()):
+                        gradient = None if stacked.grad is None else stacked.grad[index]
+                        what = f"{name}: expert {here.start + index}, {projection}, {factor}"
                         yield what, gradient if count else _NO_TOKENS
 
 
@@ -242,20 +254,21 @@ def _tokens_per_expert(model: nn.Module, batch: Batch) -> Iterator[dict[str, Ten
 @contextmanager
 def _nonzero_factors(model: nn.Module) -> Iterator[None]:
     """Fill every B factor with small random values, and put the old bytes back."""
-    factors = [
-        parameter
+    layers = [
+        (parameter, module)
         for module in model.modules()
         if isinstance(module, LoraLayer)
         for adapter in module.active_adapters
         if adapter in module.lora_B
         for parameter in module.lora_B[adapter].parameters()
     ]
+    factors = [factor for factor, _ in layers]
     before = [factor.detach().clone() for factor in factors]
     digest = _digest(before)
     try:
         with torch.no_grad():
-            for factor in factors:
-                factor.normal_(std=0.02)
+            for factor, layer in layers:
+                _fill(factor, layer)
         yield
     finally:
         with torch.no_grad():
@@ -263,6 +276,16 @@ def _nonzero_factors(model: nn.Module) -> Iterator[None]:
                 factor.copy_(old)
     if _digest(factors) != digest:
         raise PreflightError("the adapter's factors could not be restored after the probe")
+
+
+def _fill(factor: Tensor, layer: LoraLayer) -> None:
+    """Draw a factor's values: for all experts, wherever they are, so that ranks draw alike what they all have."""
+    if not isinstance(layer, ExpertsLora) or layer.base_layer.parallel is None:
+        factor.normal_(std=0.02)
+        return
+    experts = layer.base_layer
+    of_all = factor.new_empty(experts.num_experts, *factor.shape[1:]).normal_(std=0.02)
+    factor.copy_(of_all[experts.owned.start : experts.owned.stop])
 
 
 def _all_labels(batch: Batch) -> Tensor:

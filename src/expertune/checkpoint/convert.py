@@ -35,8 +35,10 @@ Sources = list[tuple[TensorEntry, Destination]]
 Converted = tuple[str, int, Tensor]
 
 
-def convert(sources: Sources, names: NameMap, model: PreTrainedModel) -> Iterator[Converted]:
+def convert(sources: Sources, names: NameMap, model: PreTrainedModel, wanted: range) -> Iterator[Converted]:
     """What comes of the tensors of one conversion, made expert by expert where that is the same.
+
+    Experts that are not `wanted` are not read then.
 
     Raises:
         CheckpointError: a tensor that others have to be joined with is missing, or shapes do not fit.
@@ -52,7 +54,7 @@ def convert(sources: Sources, names: NameMap, model: PreTrainedModel) -> Iterato
     # For operations that look at the shape of what they make.
     one = _Shapes(model, {name: (1, *shape[1:]) for name, shape in stacks.items()})
     if first.expert is not None:
-        for expert in sorted({each.expert or 0 for _, each in sources}):
+        for expert in sorted({each.expert or 0 for _, each in sources}.intersection(wanted)):
             yield from _convert([source for source in sources if source[1].expert == expert], expert, False, one)
         return
     for entry, _ in sources:
@@ -60,7 +62,7 @@ def convert(sources: Sources, names: NameMap, model: PreTrainedModel) -> Iterato
             raise CheckpointError(
                 f"{entry.shard}: tensor {entry.key} has shape {entry.shape}, expected {num_experts} experts first"
             )
-    for expert in range(num_experts):
+    for expert in wanted:
         yield from _convert(sources, expert, True, one)
 
 

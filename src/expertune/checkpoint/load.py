@@ -34,6 +34,7 @@ from expertune.checkpoint.recipe import Recipe, read_recipe, recipe_of_folder
 from expertune.checkpoint.restore import ReadExperts, fill, missing_tensors
 from expertune.checkpoint.verified import require_verified
 from expertune.config import QuantizationConfig
+from expertune.distributed.parallel import ExpertParallel
 from expertune.errors import CheckpointError, ConfigError, ExportError
 from expertune.experts.contract import find_experts
 from expertune.experts.module import Nf4Experts
@@ -66,10 +67,12 @@ class OffloadedExperts:
     Attributes:
         read: of an NF4 folder, gives an experts module its bytes (see `expertune.checkpoint.restore`).
         on_host: of another folder, experts modules whose bytes stay in the host's memory.
+        parallel: the ranks that share the experts out, each of which loads its own; None loads all.
     """
 
     read: ReadExperts | None = None
     on_host: Collection[str] = ()
+    parallel: ExpertParallel | None = None
 
 
 def build_meta_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -156,14 +159,14 @@ def load_model(
     offloaded = offloaded or OffloadedExperts()
     if is_nf4_folder(folder):
         stored = read_nf4_folder(folder)
-        return _load_nf4_folder(stored, quantization, dtype, device, trust_remote_code, offloaded.read)
+        return _load_nf4_folder(stored, quantization, dtype, device, trust_remote_code, offloaded)
     index = open_checkpoint(folder)
     model = build_meta_model(folder, dtype, trust_remote_code)
     use_varlen_attention(model)
     names = read_names(model)
     _require_enough_bytes(model, index)
     recipe = read_recipe(model, names, index.tensors, quantization, index.folder)
-    swap_experts(model, recipe, device, offloaded.on_host)
+    swap_experts(model, recipe, device, offloaded)
     loader = Loader(model, names, recipe, dtype, torch.device(device))
     unexpected = loader.stream(index)
     model.tie_weights()
@@ -202,15 +205,15 @@ def _load_nf4_folder(
     dtype: torch.dtype,
     device: torch.device | str,
     trust_remote_code: bool,
-    read_experts: ReadExperts | None,
+    offloaded: OffloadedExperts,
 ) -> LoadedModel:
     require_verified(stored.folder)
     model = build_meta_model(stored.folder, dtype, trust_remote_code)
     recipe = recipe_of_folder(stored, model, quantization)
     use_varlen_attention(model)
     names = read_names(model)
-    swap_experts(model, recipe, "meta")
-    unexpected = fill(model, stored, dtype, torch.device(device), read_experts)
+    swap_experts(model, recipe, "meta", offloaded)
+    unexpected = fill(model, stored, dtype, torch.device(device), offloaded.read)
     model.tie_weights()
     missing = missing_tensors(model, stored)
     if missing:
@@ -266,11 +269,13 @@ def swap_experts(
     model: nn.Module,
     recipe: Recipe,
     device: torch.device | str,
-    on_host: Collection[str] = (),
+    offloaded: OffloadedExperts | None = None,
 ) -> None:
     """Put an `Nf4Experts` without bytes in the place of every experts module; those on the host are to stay there."""
+    offloaded = offloaded or OffloadedExperts()
     for name, experts in list(find_experts(model)):
-        stays = name in on_host
-        swapped = Nf4Experts(experts, name, recipe.double_quantization, "cpu" if stays else device, recipe.scheme)
+        stays = name in offloaded.on_host
+        to = "cpu" if stays else device
+        swapped = Nf4Experts(experts, name, recipe.double_quantization, to, recipe.scheme, offloaded.parallel)
         swapped.gate_up.stays = swapped.down.stays = stays
         model.set_submodule(name, swapped)

@@ -96,9 +96,10 @@ class Loader:
         missing = [
             self.names.expert_on_disk(module, expert, projection) + ".weight"
             for module, spec in self.names.specs.items()
+            if belongs(module)
             for projection in spec.projections
-            for expert in range(spec.num_experts)
-            if belongs(module) and (module, projection, expert) not in self.filled
+            for expert in self._experts(module).owned
+            if (module, projection, expert) not in self.filled
         ]
         missing += [self.names.on_disk(name) for name in self._unfilled() if belongs(name)]
         if missing:
@@ -121,20 +122,23 @@ class Loader:
         spec = self.names.specs[destination.name]
         assert destination.projection is not None
         if destination.expert is not None:
-            self._write(entry, destination.name, destination.expert, destination.projection, entry.read())
+            if not self._is_elsewhere(destination.name, destination.expert):
+                self._write(entry, destination.name, destination.expert, destination.projection, entry.read())
             return
         if len(entry.shape) != 3 or entry.shape[0] != spec.num_experts:
             raise CheckpointError(
                 f"{entry.shard}: tensor {entry.key} has shape {entry.shape}, expected {spec.num_experts} experts first"
             )
-        slices = (entry.read_part(expert) for expert in range(spec.num_experts))
-        self._place_slices(entry, destination.name, spec.weight_names[destination.projection == "down"], 0, slices)
+        weight, owned = spec.weight_names[destination.projection == "down"], self._experts(destination.name).owned
+        self._place_slices(entry, destination.name, weight, owned.start, map(entry.read_part, owned))
 
     def _place_converted(self, sources: Sources) -> list[str]:
         """Place what transformers' own operations make of several tensors; names of those it has no place for."""
-        first = sources[0][0]
+        first, destination = sources[0]
         unexpected: set[str] = set()
-        for name, expert, tensor in convert(sources, self.names, self.model):
+        of_experts = self.names.weight_of(destination.name)
+        owned = self._experts(of_experts[0]).owned if of_experts else range(0)
+        for name, expert, tensor in convert(sources, self.names, self.model, owned):
             weight = self.names.weight_of(name)
             if weight is not None:
                 self._place_slices(first, *weight, expert, tensor)
@@ -146,13 +150,14 @@ class Loader:
         """Place the slices of a live stack, from expert `first` on."""
         spec = self.names.specs[module]
         for expert, matrices in enumerate(live, start=first):
+            if self._is_elsewhere(module, expert):
+                continue
             parts = layout.to_matrices(spec, weight, matrices)
             for projection, matrix in zip(layout.fused_projections(spec, weight), parts, strict=True):
                 self._write(entry, module, expert, projection, matrix.contiguous())
 
     def _write(self, entry: TensorEntry, module: str, expert: int, projection: str, matrix: Tensor) -> None:
-        experts = self.model.get_submodule(module)
-        assert isinstance(experts, Nf4Experts)
+        experts = self._experts(module)
         if expert >= experts.num_experts:
             raise CheckpointError(
                 f"{entry.shard}: tensor {entry.key} belongs to expert {expert}, but the model has {experts.num_experts}"
@@ -165,6 +170,16 @@ class Loader:
             experts.write(expert, projection, matrix if matrix.dtype in FLOATS.values() else matrix.float())
         except ValueError as error:
             raise CheckpointError(f"{entry.shard}: tensor {entry.key}: {error}") from None
+
+    def _experts(self, module: str) -> Nf4Experts:
+        experts = self.model.get_submodule(module)
+        assert isinstance(experts, Nf4Experts)
+        return experts
+
+    def _is_elsewhere(self, module: str, expert: int) -> bool:
+        """Whether an expert of the model is on another rank."""
+        experts = self._experts(module)
+        return expert < experts.num_experts and expert not in experts.owned
 
     def _place(self, entry: TensorEntry, name: str, converted: Tensor | None = None) -> bool:
         module_name, _, leaf = name.rpartition(".")

@@ -10,7 +10,7 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,11 @@ class TensorEntry:
         """
         size = self.nbytes // self.shape[0]
         return self._read(self.start + index * size, size).view(self.shape[1:])
+
+    def part(self, first: int, count: int) -> "TensorEntry":
+        """Some elements of the first dimension, as an entry of its own."""
+        size = self.nbytes // self.shape[0]
+        return replace(self, shape=(count, *self.shape[1:]), start=self.start + first * size, nbytes=count * size)
 
     def read_features(self, features: Sequence[int], feature_bytes: int | None = None) -> Tensor:
         """Some output features of a weight whose last dimension is its input, without reading the others.

@@ -91,6 +91,7 @@ def _fill_experts(
     shard = next(iter(entries.values())).shard
     if not isinstance(experts, Nf4Experts):
         raise CheckpointError(f"{shard}: {name} has no experts in the model of config.json; quantize the model again")
+    entries = own_part(experts, entries)
     for key, entry in entries.items():
         stack_name, _, buffer = key.partition(".")
         _require_shape(entry, experts.get_submodule(stack_name), buffer)
@@ -105,6 +106,26 @@ def _fill_experts(
         stack.place(
             Nf4Bytes(*(tensors[f"{stack_name}.{buffer}"] for buffer in BUFFERS)), stays=read_experts is not None
         )
+
+
+def own_part(experts: Nf4Experts, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The part of an experts module's buffers that belongs to the experts which are here, and nothing of it read.
+
+    Args:
+        experts: the module.
+        entries: its buffers in the file, by name below the module; those of other sizes are left as they are.
+    """
+    if len(experts.owned) == experts.num_experts:
+        return dict(entries)
+
+    def own(key: str, entry: TensorEntry) -> TensorEntry:
+        here = experts.get_submodule(key.partition(".")[0])
+        assert isinstance(here, Nf4Stack)
+        each = here.num_matrices // len(experts.owned)
+        is_stack = entry.shape[:1] == (experts.num_experts * each,)
+        return entry.part(experts.owned.start * each, here.num_matrices) if is_stack else entry
+
+    return {key: own(key, entry) for key, entry in entries.items()}
 
 
 def _require_shape(entry: TensorEntry, module: nn.Module, leaf: str) -> None:

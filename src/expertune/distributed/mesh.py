@@ -88,15 +88,18 @@ class Ranks:
         return held[0]
 
     def spread(self, items: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[T]]) -> list[T]:
-        """What `work` makes of items, one for each; every rank works on as many of them."""
-        done: list[Any] = [None] * len(items)
-        for rank, part in enumerate(self.gather(work(self.part(items)))):
-            done[rank :: self.world_size] = part
-        return done
+        """What `work` makes of items, one for each; every rank works on as many (see `rounds`)."""
+        done = self.gather(work([item for item, _ in self.rounds(items)]))
+        return [done[index % self.world_size][index // self.world_size] for index in range(len(items))]
 
-    def part(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's items of all."""
-        return items[self.rank :: self.world_size]
+    def rounds(self, items: Sequence[T]) -> Iterator[tuple[T, bool]]:
+        """This rank's items, and whether each counts: as many on all ranks, where one would have none the first again.
+
+        Ranks that exchange something in the work on an item have to do it equally often.
+        """
+        for start in range(0, len(items), self.world_size):
+            counts = start + self.rank < len(items)
+            yield items[start + self.rank if counts else 0], counts
 
     def wait(self) -> None:
         """Return when all ranks have come here."""
@@ -116,12 +119,8 @@ class Ranks:
 
     def average(self, tensors: Iterable[Tensor]) -> None:
         """Replace tensors by their means over the ranks: each rank has the same shapes and dtypes, in one order."""
-        if not self.several:
-            return
-        for bucket in _buckets(tensors):
-            flat = parameters_to_vector(bucket)
-            dist.all_reduce(flat)
-            vector_to_parameters(flat.div_(self.world_size), bucket)
+        if self.several:
+            sum_and_divide(tensors, self.world_size)
 
     def copy(self, tensors: Iterable[Tensor]) -> None:
         """Replace tensors by those of rank 0, in place."""
@@ -212,6 +211,14 @@ def open_ranks(timeout_s: Any = None) -> Iterator[Ranks]:
         raise
     if made:
         dist.destroy_process_group()
+
+
+def sum_and_divide(tensors: Iterable[Tensor], divisor: int, group: dist.ProcessGroup | None = None) -> None:
+    """Replace tensors by their sums over a group (None means all ranks), divided by a number."""
+    for bucket in _buckets(tensors):
+        flat = parameters_to_vector(bucket)
+        dist.all_reduce(flat, group=group)
+        vector_to_parameters(flat.div_(divisor), bucket)
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -66,11 +66,11 @@ def evaluation_loss(
 
     total, num_tokens = 0.0, 0.0
     with evaluation_mode(model), torch.no_grad():
-        for start in batches.ranks.part(range(0, len(dataset), batch_size)):
+        for start, counts in batches.ranks.rounds(range(0, len(dataset), batch_size)):
             batch = collator([dataset[index] for index in range(start, min(start + batch_size, len(dataset)))])
             for batch_total, batch_tokens in batches.in_parts(summed, batch):
-                total += batch_total
-                num_tokens += batch_tokens
+                total += batch_total * counts
+                num_tokens += batch_tokens * counts
             if batches.progress:
                 batches.progress(min(start + batch_size, len(dataset)), len(dataset))
     total, num_tokens = batches.ranks.total([total, num_tokens])

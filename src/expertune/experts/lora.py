@@ -8,7 +8,9 @@ Shape suffixes: E experts, r rank.
 """
 
 import math
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -46,7 +48,7 @@ class ExpertsLora(nn.Module, LoraLayer):
     """The adapters of one `Nf4Experts`.
 
     Parameters of adapter `name` and projection `p`: `lora_A[name][p]` [E, r, in_features] and `lora_B[name][p]`
-    [E, out_features, r]; A starts as PEFT's does (Kaiming uniform), B at zero.
+    [E, out_features, r], of the experts that are here; A starts as PEFT's does (Kaiming uniform), B at zero.
 
     Args:
         base_layer: the experts module to adapt.
@@ -106,8 +108,9 @@ class ExpertsLora(nn.Module, LoraLayer):
             rows, columns = experts.spec.shape(projection)
             factor_a = torch.empty(experts.num_experts, rank, columns, dtype=torch.float32, device=device)
             factor_b = torch.zeros(experts.num_experts, rows, rank, dtype=torch.float32, device=device)
+            # Drawn for all experts, wherever they are: a run starts from the same values on any number of ranks.
             _initialize(factor_a, factor_b, config.init_lora_weights)
-            factors_a[projection], factors_b[projection] = nn.Parameter(factor_a), nn.Parameter(factor_b)
+            factors_a[projection], factors_b[projection] = map(self._own, (factor_a, factor_b))
         self.lora_A[adapter_name] = nn.ParameterDict(factors_a)
         self.lora_B[adapter_name] = nn.ParameterDict(factors_b)
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
@@ -119,6 +122,18 @@ class ExpertsLora(nn.Module, LoraLayer):
         self.scaling[adapter_name] = 1.0
         self.use_rslora[adapter_name] = config.use_rslora
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _own(self, factor: Tensor) -> nn.Parameter:
+        """The part of a factor of all experts that belongs to those that are here."""
+        experts = self.base_layer
+        if experts.parallel:
+            factor = factor[experts.owned.start : experts.owned.stop].clone()
+        return nn.Parameter(factor)
+
+    def experts_of(self, factor: Tensor) -> range:
+        """The experts that a factor holds: those that are here, or all of them while `factors_of_all` is open."""
+        experts = self.base_layer
+        return range(experts.num_experts) if factor.shape[0] == experts.num_experts else experts.owned
 
     def scale(self, adapter_name: str, projection: str) -> float:
         """The factor of one projection's update: alpha / r (alpha / sqrt(r) with rsLoRA), times PEFT's scaling."""
@@ -204,6 +219,45 @@ class ExpertsLora(nn.Module, LoraLayer):
 
     def __repr__(self) -> str:
         return "lora." + super().__repr__()
+
+
+def own_factors(model: nn.Module) -> dict[Nf4Experts, list[nn.Parameter]]:
+    """Factors of experts that other ranks do not have, by the experts; empty where all ranks have all experts."""
+    return {
+        layer.base_layer: [factor for factors in _factors_of(layer) for factor in factors.values()]
+        for layer in _shared_out(model)
+    }
+
+
+@contextmanager
+def factors_of_all(model: nn.Module, here: bool) -> Iterator[None]:
+    """While open, a model has the factors of all experts where `here` holds, on the host; all ranks call this.
+
+    Factors are gathered one at a time, so that a device never holds more than one beside its own.
+    """
+    own: list[tuple[nn.ParameterDict, str, nn.Parameter]] = []
+    try:
+        for layer in _shared_out(model):
+            experts = layer.base_layer
+            for factors in _factors_of(layer):
+                for projection, factor in list(factors.items()):
+                    assert experts.parallel is not None
+                    whole = experts.parallel.whole(factor, experts.num_experts)
+                    if here:
+                        own.append((factors, projection, factor))
+                        factors[projection] = nn.Parameter(whole.cpu(), requires_grad=factor.requires_grad)
+        yield
+    finally:
+        for factors, projection, factor in own:
+            factors[projection] = factor
+
+
+def _shared_out(model: nn.Module) -> Iterator[ExpertsLora]:
+    return (each for each in model.modules() if isinstance(each, ExpertsLora) and each.base_layer.parallel)
+
+
+def _factors_of(layer: ExpertsLora) -> Iterator[nn.ParameterDict]:
+    return chain(layer.lora_A.values(), layer.lora_B.values())
 
 
 def _initialize(factor_a: Tensor, factor_b: Tensor, how: bool | str) -> None:

@@ -9,15 +9,19 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from expertune.distributed.parallel import ExpertParallel
 from expertune.experts import layout, replay
 from expertune.experts.contract import ExpertsSpec, read_spec
+from expertune.experts.dispatch import Dispatch, Routing
 from expertune.kernels.expert_mlp import Activation, ExpertLayer, LoraUpdate, expert_mlp
 from expertune.kernels.nf4 import Nf4Stack, Scheme
 from expertune.kernels.routes import HasKernelSettings, KernelSettings
 
 
 class Nf4Experts(nn.Module, HasKernelSettings):
-    """All experts of one MoE block as NF4 bytes, with transformers' experts forward.
+    """All experts of one MoE block as NF4 bytes, with transformers' experts forward; of several ranks, a rank's own.
+
+    Experts are numbered as the model does, wherever they are. What is small is on every rank: biases, norms.
 
     Biases, where the family has them, are frozen parameters of the model's dtype under the family's own names
     (`gate_up_proj_bias` [E, P * F], `down_proj_bias` [E, D]), part by part whatever the family's layout. Whatever else
@@ -30,9 +34,15 @@ class Nf4Experts(nn.Module, HasKernelSettings):
         double_quantization: hold the absmax values in 8 bits.
         device: where the bytes live.
         scheme: `nf4`, or `mxfp4` for experts that are kept as a checkpoint has them.
+        parallel: the ranks that share the experts out; None means that all are here.
+
+    Attributes:
+        num_experts: of the layer, E.
+        owned: the experts that are here.
 
     Raises:
         UnsupportedModelError: see `expertune.experts.contract.read_spec`.
+        ConfigError: there are fewer experts than ranks.
     """
 
     family: nn.Module
@@ -44,18 +54,17 @@ class Nf4Experts(nn.Module, HasKernelSettings):
         double_quantization: bool = True,
         device: torch.device | str | None = None,
         scheme: Scheme = "nf4",
+        parallel: ExpertParallel | None = None,
     ) -> None:
         super().__init__()
         self.spec: ExpertsSpec = read_spec(name, original)
         spec = self.spec
-        self.num_experts = spec.num_experts
+        self.num_experts, self.parallel = spec.num_experts, parallel
+        self.owned = parallel.owned(spec.num_experts) if parallel else range(spec.num_experts)
         parts = 2 if spec.has_gate else 1
-        self.gate_up = Nf4Stack(
-            spec.num_experts * parts, spec.intermediate_size, spec.hidden_size, double_quantization, device, scheme
-        )
-        self.down = Nf4Stack(
-            spec.num_experts, spec.hidden_size, spec.intermediate_size, double_quantization, device, scheme
-        )
+        held = double_quantization, device, scheme
+        self.gate_up = Nf4Stack(len(self.owned) * parts, spec.intermediate_size, spec.hidden_size, *held)
+        self.down = Nf4Stack(len(self.owned), spec.hidden_size, spec.intermediate_size, *held)
         for weight in spec.weight_names:
             original._parameters.pop(weight)
         self.computes_on: torch.device | None = None
@@ -89,11 +98,15 @@ class Nf4Experts(nn.Module, HasKernelSettings):
 
     @property
     def biases(self) -> tuple[Tensor, Tensor] | None:
-        """Biases of the first product, part by part [E, P * F], and of down [E, D]; None where there are none."""
+        """Of the experts that are here: biases of the first product, part by part [E, P * F], and of down [E, D].
+
+        None where there are none.
+        """
         if not self.spec.has_bias:
             return None
         first, down = (self.get_parameter(f"{weight}_bias") for weight in self.spec.weight_names)
-        return first, down
+        here = slice(self.owned.start, self.owned.stop)
+        return first[here], down[here]
 
     def arrange(self, parameter: str, tensor: Tensor) -> Tensor:
         """A tensor as the family lays it out, as the parameter of this name holds it here."""
@@ -116,11 +129,12 @@ class Nf4Experts(nn.Module, HasKernelSettings):
         stack.write(index, matrix)
 
     def locate(self, expert: int, projection: str) -> tuple[Nf4Stack, int]:
-        """The stack and the index in it that hold one expert's projection."""
+        """The stack and the index in it that hold one expert's projection; the expert is here."""
+        local = expert - self.owned.start
         if projection == "down":
-            return self.down, expert
+            return self.down, local
         parts = len(self.spec.projections) - 1
-        return self.gate_up, expert * parts + self.spec.projections.index(projection)
+        return self.gate_up, local * parts + self.spec.projections.index(projection)
 
     def dequantize(self, expert: int, projection: str, dtype: torch.dtype) -> Tensor:
         """One expert's matrix [out_features, in_features], dequantized."""
@@ -145,19 +159,41 @@ class Nf4Experts(nn.Module, HasKernelSettings):
         Returns:
             [T, D] of hidden's dtype.
         """
-        index_TK = top_k_index_TK.long()
+        tokens = hidden_TD, top_k_index_TK.long(), top_k_weights_TK
+        if self.parallel is None:
+            return replay.run(partial(self._compute, *tokens, updates))[0]
+        return replay.run(partial(self._compute_on_all_ranks, self.parallel, *tokens, updates))[0]
 
-        def compute(recorded: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-            weights = self.gate_up, self.down
-            return expert_mlp(
-                hidden_TD, index_TK, top_k_weights_TK, *weights, self.layer, updates, recorded, biases=self.biases
-            )
+    def _compute_on_all_ranks(
+        self,
+        parallel: ExpertParallel,
+        hidden: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        updates: Sequence[LoraUpdate],
+        recorded: list[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """All experts, for this rank's tokens; for backward also what `_compute` keeps, and the routing."""
+        replayed = recorded[0] if recorded else None
+        low_rank, routing = recorded[1 : 1 + len(updates)], recorded[1 + len(updates) :]
+        way = Dispatch(parallel, self.num_experts, index, Routing(*routing) if recorded else None)
+        hidden_RD, weights_R1 = way.send(hidden, weights)
+        # Backward needs the operator, and not what it gave: that is in the recorded sums.
+        again = [hidden_RD.detach(), *low_rank] if recorded else []
+        y_RD, low_rank = self._compute(hidden_RD, way.expert_R1, weights_R1, updates, again)
+        return way.give_back(y_RD, replayed), [*low_rank, *way.routing]
 
-        return replay.run(compute)[0]
+    def _compute(
+        self, hidden: Tensor, index: Tensor, weights: Tensor, updates: Sequence[LoraUpdate], recorded: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The experts that are here."""
+        stacks = self.gate_up, self.down
+        return expert_mlp(hidden, index, weights, *stacks, self.layer, updates, recorded, biases=self.biases)
 
     def extra_repr(self) -> str:
         """Shape for `print(model)`."""
-        return f"num_experts={self.num_experts}, projections={', '.join(self.spec.projections)}"
+        own = f", owned={self.owned.start}..{self.owned.stop - 1}" if self.parallel else ""
+        return f"num_experts={self.num_experts}{own}, projections={', '.join(self.spec.projections)}"
 
 
 def _activate(family: nn.Module, spec: ExpertsSpec, gate_up: Tensor) -> Tensor:
@@ -173,6 +209,11 @@ def _normalize(family: nn.Module, y_RD: Tensor) -> Tensor:
 def holds_experts(model: nn.Module) -> bool:
     """Whether a model has 4-bit experts."""
     return any(isinstance(module, Nf4Experts) for module in model.modules())
+
+
+def parallel_of(model: nn.Module) -> ExpertParallel | None:
+    """The ranks that share a model's experts out; None where all are here."""
+    return next((module.parallel for module in model.modules() if isinstance(module, Nf4Experts)), None)
 
 
 def is_columnwise(activate: Callable[[Tensor], Tensor], spec: ExpertsSpec) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from expertune.checkpoint.formats.nf4_folder import BUFFERS, STACKS, is_nf4_folder, read_nf4_folder
 from expertune.checkpoint.reader import TensorEntry
-from expertune.checkpoint.restore import ReadExperts
+from expertune.checkpoint.restore import ReadExperts, own_part
 from expertune.experts.module import Nf4Experts
 from expertune.kernels.nf4 import Nf4Bytes
 from expertune.placement.mapped import MappedLayers, map_tensor
@@ -184,8 +184,8 @@ def place_experts(
     files: dict[str, list[TensorEntry]] = {}
     if is_nf4_folder(folder):
         stored = read_nf4_folder(folder)
-        for name in experts:
-            _, entries = stored.experts_entries(name)
+        for name, module in experts.items():
+            entries = own_part(module, stored.experts_entries(name)[1])
             files[name] = [entries[f"{stack}.{buffer}"] for stack in STACKS for buffer in BUFFERS]
     placement = Placement(experts, device, files)
     placement.move({name: locations.get(name, "device") for name in experts})

@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from expertune.config import RunConfig, parse_size
+from expertune.distributed.processes import launched
 from expertune.errors import ConfigError, nearest, option
 from expertune.kernels.cache import cache_folder, read_kept
 from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, gemm_dtype
@@ -151,6 +152,7 @@ class Machine:
         is_here: whether it is this machine.
         compute_dtype: dtype of the GEMMs.
         budget_bytes: memory that a run may use.
+        expert_ranks: processes that share the experts out, of those that a launcher has started.
     """
 
     device: torch.device
@@ -158,6 +160,7 @@ class Machine:
     is_here: bool
     compute_dtype: torch.dtype
     budget_bytes: int
+    expert_ranks: int = 1
 
     @classmethod
     def of(
@@ -178,7 +181,7 @@ class Machine:
         if dtype == "auto" and not is_here:
             # Every NVIDIA generation since 2020 has bfloat16.
             dtype = "bfloat16" if named is None or named.has_bfloat16 else "float16"
-        return cls(target, named, is_here, resolve_compute_dtype(dtype, target), budget)
+        return cls(target, named, is_here, resolve_compute_dtype(dtype, target), budget, _expert_ranks(config))
 
     def rates(self, from_disk: bool) -> Rates | None:
         """What the device does in a second: by the table, or measured on a CPU; None where nothing is known."""
@@ -192,6 +195,14 @@ class Machine:
             return gpu.rates if gpu else None
         link = min(gpu.rates.link_bytes_per_second, DISK_BYTES_PER_SECOND)
         return replace(gpu.rates, link_bytes_per_second=link)
+
+
+def _expert_ranks(config: RunConfig) -> int:
+    """How many processes share the experts out."""
+    world_size = launched().world_size
+    if config.distributed.experts != "parallel" or world_size == 1:
+        return 1
+    return config.distributed.expert_parallel_size or world_size
 
 
 def _memory_of(device: torch.device, gpu: Device | None) -> int:

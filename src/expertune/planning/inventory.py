@@ -5,7 +5,7 @@ Shape suffixes: N out_features, K in_features, E experts, D hidden size, r rank.
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.recipe import Recipe
 from expertune.checkpoint.restore import kept_dtype
 from expertune.checkpoint.targets import ResolvedTargets
+from expertune.distributed.parallel import most_owned
 from expertune.experts.contract import TOP_K_NAMES, ExpertsSpec
 from expertune.experts.router import find_router
 from expertune.kernels.nf4 import BLOCK_SIZE, Nf4Stack, Scheme
@@ -120,6 +121,7 @@ class Inventory:
         vocab_size: output features of the output head.
         top_k: experts per token.
         attention: widths of the attention.
+        expert_ranks: processes that share the experts out; bytes are those of the one with the most.
     """
 
     model: PreTrainedModel
@@ -131,11 +133,17 @@ class Inventory:
     vocab_size: int
     top_k: int
     attention: Attention
+    expert_ranks: int = 1
 
     @property
     def expert_bytes(self) -> dict[str, int]:
         """Packed bytes of each experts module, in the order of the forward."""
-        return {name: _experts_bytes(spec, self.recipe) for name, spec in self.names.specs.items()}
+        specs = self.names.specs
+        return {name: _experts_bytes(spec, self.recipe, self.expert_ranks) for name, spec in specs.items()}
+
+    def experts_here(self, spec: ExpertsSpec) -> int:
+        """Experts of a layer that a process holds."""
+        return most_owned(spec.num_experts, self.expert_ranks)
 
     @property
     def takes_logits_to_keep(self) -> bool:
@@ -148,7 +156,9 @@ class Inventory:
         return cached_numbers(self.model, self.names.specs, self.attention, len(self.layers))
 
 
-def take_inventory(model: PreTrainedModel, names: NameMap, recipe: Recipe, compute_dtype: torch.dtype) -> Inventory:
+def take_inventory(
+    model: PreTrainedModel, names: NameMap, recipe: Recipe, compute_dtype: torch.dtype, expert_ranks: int = 1
+) -> Inventory:
     """Read the shapes of a causal language model.
 
     Args:
@@ -156,6 +166,10 @@ def take_inventory(model: PreTrainedModel, names: NameMap, recipe: Recipe, compu
         names: its name map.
         recipe: what of it is held in 4 bits.
         compute_dtype: dtype of everything that is not.
+        expert_ranks: processes that share the experts out.
+
+    Raises:
+        ConfigError: there are fewer experts than that.
     """
     text_config = model.config.get_text_config()
     attention = _attention(text_config)
@@ -169,12 +183,13 @@ def take_inventory(model: PreTrainedModel, names: NameMap, recipe: Recipe, compu
         model=model,
         names=names,
         recipe=recipe,
-        weights=_weigh(model, names, recipe, compute_dtype),
+        weights=_weigh(model, names, recipe, compute_dtype, expert_ranks),
         layers=layers,
         hidden_size=next(iter(names.specs.values())).hidden_size,
         vocab_size=head.out_features if isinstance(head, nn.Linear) else int(text_config.vocab_size),
         top_k=_top_k(text_config, names.specs),
         attention=attention,
+        expert_ranks=expert_ranks,
     )
 
 
@@ -192,13 +207,15 @@ def count_parameters(inventory: Inventory, targets: ResolvedTargets) -> Paramete
     return Parameters(total, trainable, packed + trainable)
 
 
-def count_adapter(inventory: Inventory, targets: ResolvedTargets, experts_met: int | None = None) -> int:
+def count_adapter(
+    inventory: Inventory, targets: ResolvedTargets, experts_of: Callable[[ExpertsSpec], int] | None = None
+) -> int:
     """Weights of the adapter: r * (K + N) for each matrix, experts counted one by one.
 
     Args:
         inventory: the model's shapes.
         targets: what the adapter changes.
-        experts_met: count so many experts of each layer in place of all.
+        experts_of: how many experts of each layer are counted; None counts all.
     """
     specs, routers, count = inventory.names.specs, _routers(inventory), 0
     for name, (rank, _) in targets.linears.items():
@@ -207,15 +224,15 @@ def count_adapter(inventory: Inventory, targets: ResolvedTargets, experts_met: i
         count += rank * (linear.in_features + linear.out_features)
     for name, projections in targets.experts.items():
         one_expert = sum(rank * sum(specs[name].shape(part)) for part, (rank, _) in projections.items())
-        count += (experts_met or specs[name].num_experts) * one_expert
+        count += (experts_of(specs[name]) if experts_of else specs[name].num_experts) * one_expert
     for name, (rank, _) in targets.router.items():
         count += rank * (routers[name].num_experts + routers[name].hidden_size)
     return count
 
 
-def _experts_bytes(spec: ExpertsSpec, recipe: Recipe) -> int:
-    shapes = (spec.shape(projection) for projection in spec.projections)
-    return sum(_packed_bytes(spec.num_experts, shape, recipe, recipe.scheme) for shape in shapes)
+def _experts_bytes(spec: ExpertsSpec, recipe: Recipe, expert_ranks: int) -> int:
+    shapes, num_experts = (spec.shape(each) for each in spec.projections), most_owned(spec.num_experts, expert_ranks)
+    return sum(_packed_bytes(num_experts, shape, recipe, recipe.scheme) for shape in shapes)
 
 
 def _packed_bytes(num_matrices: int, shape: tuple[int, int], recipe: Recipe, scheme: Scheme = "nf4") -> int:
@@ -224,7 +241,9 @@ def _packed_bytes(num_matrices: int, shape: tuple[int, int], recipe: Recipe, sch
     return Nf4Stack(num_matrices, num_blocks, BLOCK_SIZE, recipe.double_quantization, "meta", scheme).nbytes
 
 
-def _weigh(model: PreTrainedModel, names: NameMap, recipe: Recipe, compute_dtype: torch.dtype) -> FrozenWeights:
+def _weigh(
+    model: PreTrainedModel, names: NameMap, recipe: Recipe, compute_dtype: torch.dtype, expert_ranks: int
+) -> FrozenWeights:
     stacks, saved = _stacks(names.specs), model.state_dict().keys()
     # Some families keep a part in float32 whatever the dtype, such as a router's correction bias.
     kept: dict[str, torch.dtype] = model._get_dtype_plan(compute_dtype)
@@ -233,7 +252,7 @@ def _weigh(model: PreTrainedModel, names: NameMap, recipe: Recipe, compute_dtype
         return tensor.numel() * kept_dtype(kept, name, tensor.dtype).itemsize
 
     return FrozenWeights(
-        experts_bytes=sum(_experts_bytes(spec, recipe) for spec in names.specs.values()),
+        experts_bytes=sum(_experts_bytes(spec, recipe, expert_ranks) for spec in names.specs.values()),
         linears_bytes=sum(
             _packed_bytes(1, (linear.out_features, linear.in_features), recipe)
             + (linear.bias.nbytes if linear.bias is not None else 0)

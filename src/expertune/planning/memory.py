@@ -92,7 +92,7 @@ def estimate_memory(w: Workload, placement: PlannedPlacement) -> Memory:
         "layer": training | _layer_phase(w),
         "update": training | {"gradients": adapter},
         # Factors in the layout of the file, and the bytes that are written of them.
-        "save": training | {"copies": 2 * adapter},
+        "save": training | {"copies": 2 * adapter + (w.gathered_bytes if w.device == "cpu" else 0)},
     }
     if w.evaluation_tokens:
         phases["evaluation"] = training | _evaluation_phase(w.of_batch(w.evaluation_tokens))
@@ -219,7 +219,8 @@ def _kept(w: Workload, layer: Layer) -> int:
 
     A norm keeps its input in float32. PEFT keeps the input of each adapted linear in the adapter's dtype (a GPU's
     dropout a copy beside it), and x @ A. A linear outside attention keeps its output, and what an activation makes of
-    it. A router keeps its logits, and indices and weights of the chosen experts.
+    it. A router keeps its logits, and indices and weights of the chosen experts. Where experts are shared out, a
+    process keeps a row for each of its experts that a token is for.
     """
     attention = w.inventory.attention
     # On a CPU attention of short sequences computes in float32.
@@ -233,6 +234,7 @@ def _kept(w: Workload, layer: Layer) -> int:
             per_token += 2 * out_features * w.compute_dtype.itemsize
     for spec in layer.experts.values():
         per_token += spec.num_experts * _FLOAT32_BYTES + 16 * w.inventory.top_k
+        per_token += w.rows_per_token * spec.hidden_size * w.compute_dtype.itemsize
     return w.tokens * per_token + _scores(w, w.tokens) + _kept_by_experts(w, layer)
 
 
@@ -267,11 +269,12 @@ def _between_gemms(w: Workload, spec: ExpertsSpec) -> int:
     """
     D, F, num_parts = spec.hidden_size, spec.intermediate_size, len(spec.projections) - 1
     per_routed_token = bytes_per_routed_token(D, F, num_parts, spec.has_gate, w.dropout, w.device)
-    routed, around = w.tokens * w.inventory.top_k * per_routed_token, 4 * w.tokens * D * _FLOAT32_BYTES
+    routed = w.tokens * w.inventory.top_k * per_routed_token
+    around = 4 * (1 + w.rows_per_token) * w.tokens * D * _FLOAT32_BYTES
     if w.device == "cpu":
         return min(routed, w.working_set_bytes) + around
     half, one_expert = w.working_set_bytes // 2, (num_parts + 1) * D * F * w.compute_dtype.itemsize
-    return min(routed, half) + min(spec.num_experts * one_expert, max(half, one_expert)) + around
+    return min(routed, half) + min(w.inventory.experts_here(spec) * one_expert, max(half, one_expert)) + around
 
 
 def _scores(w: Workload, num_tokens: int) -> int:

@@ -186,7 +186,9 @@ class _Planner:
         self.model.tie_weights()
         names = read_names(self.model)
         self.source = read_source(config, folder, on_hub, self.model, names)
-        self.inventory = take_inventory(self.model, names, self.source.recipe, machine.compute_dtype)
+        self.inventory = take_inventory(
+            self.model, names, self.source.recipe, machine.compute_dtype, machine.expert_ranks
+        )
         sizes, holds_nf4 = self.inventory.expert_bytes, self.source.holds_nf4
         self.chooser = PlacementChooser(sizes, self.device, holds_nf4, machine.is_here)
         self.targets: dict[str, ResolvedTargets] = {}

@@ -70,14 +70,32 @@ class Workload:
 
     @property
     def adapter_bytes(self) -> int:
-        """The adapter's weights; its gradients are as many bytes."""
-        return count_adapter(self.inventory, self.targets) * self.adapter_dtype.itemsize
+        """The adapter's weights that a process trains; their gradients are as many bytes."""
+        return count_adapter(self.inventory, self.targets, self.inventory.experts_here) * self.adapter_dtype.itemsize
 
     @property
     def optimizer_bytes(self) -> int:
-        """The optimizer's states."""
-        count, itemsize = count_adapter(self.inventory, self.targets), self.adapter_dtype.itemsize
-        return state_bytes(self.optimizer, count, itemsize, self.device)
+        """The optimizer's states, of what a process trains."""
+        return self._states(count_adapter(self.inventory, self.targets, self.inventory.experts_here))
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Where experts are shared out: what the process that saves has on its host of all experts.
+
+        The adapter, its factors as they are written and as they are compared, and the optimizer's states.
+        """
+        if self.inventory.expert_ranks == 1:
+            return 0
+        count = count_adapter(self.inventory, self.targets)
+        return 3 * count * self.adapter_dtype.itemsize + self._states(count)
+
+    @property
+    def rows_per_token(self) -> int:
+        """Where experts are shared out: rows for each token that reach a process's experts, if all have as many."""
+        return self.inventory.top_k if self.inventory.expert_ranks > 1 else 0
+
+    def _states(self, count: int) -> int:
+        return state_bytes(self.optimizer, count, self.adapter_dtype.itemsize, self.device)
 
     def of_batch(self, tokens: int, **changes: Any) -> "Workload":
         """The same for a batch of so many tokens."""

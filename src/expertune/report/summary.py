@@ -34,7 +34,9 @@ def render_summary(record: Mapping[str, Any], output_dir: str, examples: int = 3
         (first, loss), (last, final) = train[0], train[-1]
         figures.add_row("training loss", f"{loss:.3f} at step {first}, {final:.3f} at step {last}")
     if (processes := record["train"].get("processes", 1)) > 1:
-        figures.add_row("processes", f"{processes}, each with all experts")
+        sharing = record["train"].get("processes_sharing_experts", 1)
+        held = f"{sharing} of which share the experts out" if sharing > 1 else "each with all experts"
+        figures.add_row("processes", f"{processes}, {held}")
     figures.add_row("tokens per second", f"{record['throughput']['tokens_per_second']:,.0f}")
     figures.add_row("peak memory", f"{record['memory']['peak_bytes'] / 1e9:.2f} GB")
     if chosen := record.get("adapter", {}).get("checkpoint"):

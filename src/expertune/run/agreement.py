@@ -1,8 +1,9 @@
-"""What several processes of a run agree on before it starts: what they start from, their memory, a step's examples."""
+"""What several processes of a run agree on before it starts: their start, memory, examples and experts."""
 
 import math
 from dataclasses import replace
 
+from expertune.distributed.parallel import ExpertParallel
 from expertune.errors import ConfigError
 from expertune.planning.micro_batch import ACCUMULATION, BATCH_SIZE
 from expertune.planning.plan import Machine
@@ -54,6 +55,18 @@ def least_budget(context: RunContext) -> int | None:
     return min(ranks.gather(own))
 
 
+def share_experts(context: RunContext) -> RunContext:
+    """The context with the ranks that share the experts out, where the run file asks for that.
+
+    Raises:
+        ConfigError: the number of processes does not fit.
+    """
+    distributed, ranks = context.config.distributed, context.ranks
+    if distributed.experts != "parallel" or not ranks.several:
+        return context
+    return replace(context, parallel=ExpertParallel(ranks, context.device.type, distributed.expert_parallel_size))
+
+
 def share_batch(context: RunContext) -> RunContext:
     """The context with each process's part of a step's examples.
 
@@ -78,8 +91,10 @@ def share_batch(context: RunContext) -> RunContext:
             f"start a number of processes that divides {step}"
         )
     if world_size > 1:
-        context.notify(f"{world_size} processes, each with all experts: {step} examples a step, {own} on each")
-    values["train"] = train | {"processes": world_size, "global_batch": step}
+        held = "which share the experts out" if context.parallel else "each with all experts"
+        context.notify(f"{world_size} processes, {held}: {step} examples a step, {own} on each")
+    sharing = context.parallel.size if context.parallel else 1
+    values["train"] = train | {"processes": world_size, "global_batch": step, "processes_sharing_experts": sharing}
     batch = math.gcd(batch, own)
     training = {**config.training, BATCH_SIZE: batch, ACCUMULATION: own // batch}
     return replace(context, config=config.model_copy(update={"training": training}))

@@ -298,7 +298,11 @@ def load_base(context: RunContext, source: ModelSource, places: Mapping[str, Loc
         dtype,
         device,
         source.trust_remote_code,
-        OffloadedExperts(expert_reader(places, device), [name for name, place in places.items() if place == "host"]),
+        OffloadedExperts(
+            expert_reader(places, device),
+            [name for name, place in places.items() if place == "host"],
+            context.parallel,
+        ),
     )
     use_settings(loaded.model, settings)
     place_experts(loaded.model, places, device, source.folder)

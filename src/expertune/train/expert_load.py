@@ -20,6 +20,7 @@ class ExpertLoad:
     def __init__(self) -> None:
         self._layers: list[Nf4Experts] = []
         self._counts: dict[nn.Module, Tensor] = {}
+        self._ignores = False
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -33,13 +34,22 @@ class ExpertLoad:
                 hook.remove()
 
     def _count(self, layer: Any, inputs: tuple[Any, ...]) -> None:
-        if not layer.training:
+        if not layer.training or self._ignores:
             return
         index_R = inputs[1].reshape(-1).long()
         if layer not in self._counts:
             self._counts[layer] = torch.zeros(layer.num_experts, dtype=torch.int64, device=index_R.device)
         # Unlike bincount it does not wait for a GPU.
         self._counts[layer].scatter_add_(0, index_R, torch.ones_like(index_R))
+
+    @contextmanager
+    def ignoring(self) -> Iterator[None]:
+        """While open, nothing is counted."""
+        self._ignores = True
+        try:
+            yield
+        finally:
+            self._ignores = False
 
     def clear(self) -> None:
         """Forget what has been counted: the step is computed again."""

@@ -46,6 +46,11 @@ def gradients_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, each.grad) for name, each in model.named_parameters() if each.grad is not None)
 
 
+def gradients_among(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The gradients of those parameters that have one."""
+    return [each.grad for each in parameters if each.grad is not None]
+
+
 def trained_weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The weights that are trained, by name."""
     return ((name, each) for name, each in model.named_parameters() if each.requires_grad)

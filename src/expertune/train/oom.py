@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from expertune.data.split import Batch, halve, size, split
 from expertune.distributed.mesh import Ranks
 from expertune.errors import DoesNotFitError, option
+from expertune.experts.module import parallel_of
 from expertune.kernels import workspace
 from expertune.kernels.routes import settings_of
 from expertune.placement.experts import placement_of
@@ -133,6 +134,7 @@ class OutOfMemory(TrainerCallback):
         self.limits: dict[str, int] = {}
         self.offload_activations = offload and has_separate_host(device)
         self._model, self._notify, self.ranks = model, notify, ranks or Ranks()
+        self._shares_experts = parallel_of(model) is not None
         self._earlier = sorted((Change(**change) for change in earlier), key=lambda change: change.step)
         self._tried: list[str] = []
         self._batches: list[Batch] = []
@@ -244,8 +246,9 @@ class OutOfMemory(TrainerCallback):
         def compute_all() -> list[_Result]:
             nonlocal part
             results = []
+            limit = None if self._shares_experts else self.limits.get(_LIMITS[phase][0])
             for batch in batches:
-                for part in split(batch, self.limits.get(_LIMITS[phase][0])):
+                for part in split(batch, limit):
                     results.append(compute(part))
             return results
 
@@ -260,6 +263,11 @@ class OutOfMemory(TrainerCallback):
     def _failed(self, phase: Phase, error: str | None) -> bool:
         """Whether something has to be run again: because memory ran out here, or on any rank that does the same."""
         failed = error is not None
+        if self._shares_experts and phase != "optimizer":
+            if error is not None:
+                why = ", in which processes that share the experts out need each other, so that none can run it again"
+                raise self._error(_when(phase, self._step), error, why)
+            return False
         return self.ranks.any(failed) if phase in _TOGETHER else failed
 
     def _fall_back(self, phase: Phase, error: str | None, part: Any = None, why_whole: str | None = None) -> None:

@@ -24,7 +24,7 @@ changes either.
 import math
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,10 @@ from transformers.trainer_utils import rotate_checkpoints
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.data.split import Batch
 from expertune.distributed.mesh import Ranks
+from expertune.distributed.parallel import ExpertParallel
 from expertune.errors import CheckpointError, ConfigError, NonFiniteGradientError, NonFiniteLossError, option
+from expertune.experts.lora import factors_of_all, own_factors
+from expertune.experts.module import parallel_of
 from expertune.storage import storage_errors_named
 from expertune.train.callbacks import BestCheckpointHere, History, OwnRandomness
 from expertune.train.checkpoints import (
@@ -52,6 +55,7 @@ from expertune.train.checkpoints import (
 )
 from expertune.train.expert_load import ExpertLoad
 from expertune.train.finite import (
+    gradients_among,
     gradients_of,
     in_words,
     is_lowered_by_scaler,
@@ -61,6 +65,7 @@ from expertune.train.finite import (
 )
 from expertune.train.offload import activations_on_host
 from expertune.train.oom import OutOfMemory, RandomState
+from expertune.train.own_states import load_own_states, require_states_by_expert, states_of_all
 
 _MAX_NAMED = 8
 
@@ -110,8 +115,12 @@ class Promises(Trainer):
         self.best_loaded: str | None = None
         self._staging: Path | None = None
         self._step_examples: list[int] = []
+        self._stands_by = False
         super().__init__(*args, **kwargs)
         self.oom = promised.oom or OutOfMemory(self.model, next(self.model.parameters()).device)
+        if self._parallel:
+            self._check_parallel()
+            self.accelerator.clip_grad_norm_ = self._clip
         self.expert_load = ExpertLoad()
         for callback in (promised.history, self.oom):
             self.add_callback(callback)
@@ -119,6 +128,11 @@ class Promises(Trainer):
             self.add_callback(OwnRandomness(self.ranks.rank))
         self.args.restore_callback_states_from_checkpoint = True  # the history's
         self.args.logging_nan_inf_filter = False  # such a loss stops the run, and is not hidden in the log
+
+    @property
+    def _parallel(self) -> ExpertParallel | None:
+        """The ranks that share the experts out; None where all have all experts."""
+        return parallel_of(self.model)
 
     @property
     def history(self) -> History:
@@ -145,7 +159,10 @@ class Promises(Trainer):
         if resume_from_checkpoint:
             self.add_callback(BestCheckpointHere(run_dir, Path(resume_from_checkpoint)))
             self.args.eval_on_start = False  # that evaluation is in the history
-        self.ranks.copy(each for each in self.model.parameters() if each.requires_grad)
+        own, shared = self._trained()
+        self.ranks.copy(shared)
+        if self._parallel:
+            self._parallel.copy(own)
         with self.oom.reraise(), self.expert_load.watching(self.model):
             result = super().train(resume_from_checkpoint, **kwargs)
         self._require_finite_weights()
@@ -191,10 +208,17 @@ class Promises(Trainer):
             prepare = self.accelerator.prepare_model
             self.accelerator.prepare_model = partial(prepare, evaluation_mode=True)  # which leaves autocast as it is
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own; what it loads is the part of a checkpoint that belongs to this rank's experts."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        load_own_states(self.model, optimizer)
+        return optimizer
+
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loss, with activations offloaded where that is set or memory ran out."""
         with activations_on_host(model) if self.oom.offload_activations else nullcontext():
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            computed = super().compute_loss(model, inputs, *args, **kwargs)
+        return computed * 0 if self._stands_by else computed
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; the mean loss is taken from the history, which a resume does not forget."""
@@ -232,10 +256,9 @@ class Promises(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter alone: transformers would also pickle all arguments, with the hub's token if there is one."""
         folder = Path(output_dir or self.args.output_dir)
-        if self.ranks.writes:
-            write_adapter(self.model, folder)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
+        write_adapter(self.model, folder, self.ranks)
+        if self.processing_class is not None:
+            self.ranks.on_main(lambda: self.processing_class.save_pretrained(folder))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -307,7 +330,7 @@ class Promises(Trainer):
         examples = inputs.pop("example_ids", [])
         ids = inputs.get("input_ids")
         if ids is not None and not ids.numel():  # of several ranks, one that the last examples did not suffice for
-            return torch.zeros((), device=self.args.device)
+            return self._stand_by(model, num_items_in_batch)
         tokens = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
         loss = super().training_step(model, inputs, num_items_in_batch)
         value = loss.item()
@@ -318,24 +341,66 @@ class Promises(Trainer):
         self.history.add("tokens", tokens)
         return loss
 
+    def _stand_by(self, model: nn.Module, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Take part in what the other ranks compute, where they need this one's experts; adds nothing to the step."""
+        nothing = torch.zeros((), device=self.args.device)
+        if self._parallel is None:
+            return nothing
+        inputs = self.data_collator([self.train_dataset[0]])
+        inputs.pop("example_ids", None)
+        self._stands_by = True
+        try:
+            with self.expert_load.ignoring():
+                super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._stands_by = False
+        return nothing
+
     def _combine_step(self) -> None:
         """When all ranks have computed their part of a step: its gradients, figures and counts are those of all."""
-        trained = [each for each in self.model.parameters() if each.requires_grad]
+        own, shared = self._trained()
+        trained = [*shared, *own]
         # What no rank has used keeps no gradient, as in one process; what some have is zero on the others.
         used = self.ranks.total([each.grad is not None for each in trained])
-        reached = [each for each, count in zip(trained, used, strict=True) if count]
-        for parameter in reached:
-            if parameter.grad is None:
+        for parameter, count in zip(trained, used, strict=True):
+            if count and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self.ranks.average(parameter.grad for parameter in reached if parameter.grad is not None)
+        self.ranks.average(gradients_among(shared))
+        if self._parallel:
+            self._parallel.average(gradients_among(own))
         self.history.add_up(self.ranks)
         self.expert_load.add_up(self.ranks)
+
+    def _trained(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Parameters that are trained: factors of a rank's own experts, and all others."""
+        factors = [factor for of_layer in own_factors(self.model).values() for factor in of_layer]
+        ids = {id(factor) for factor in factors}
+        others = [each for each in self.model.parameters() if each.requires_grad and id(each) not in ids]
+        return [factor for factor in factors if factor.requires_grad], others
+
+    def _clip(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """accelerate's method, by the norm of the whole model's gradients, of which each rank has a part."""
+        assert self._parallel is not None
+        own, shared = self._trained()
+        norm = self._parallel.norm(gradients_among(shared), gradients_among(own))
+        torch.nn.utils.clip_grads_with_norm_([*own, *shared], max_norm, norm)
+        return norm
+
+    def _check_parallel(self) -> None:
+        """Refuse what would not be the same step where experts are shared out to ranks."""
+        if self.args.fp16:
+            raise ConfigError(
+                "training.fp16 scales the loss of each process by itself, and processes that share the experts out "
+                "(distributed.experts: parallel) need one scale; set training.bf16"
+            )
+        require_states_by_expert(self.model, str(self.args.optim.value))
 
     def _require_finite_gradients(self, model: nn.Module, norm: Tensor | float | None) -> None:
         """Stop before the update that would carry a gradient that is not finite into the adapter."""
         value = norm_of_gradients(model, norm)
         if not math.isfinite(value) and not is_lowered_by_scaler(value, self.accelerator.scaler):
-            names = not_finite(gradients_of(model))
+            of_ranks = self.ranks.gather(not_finite(gradients_of(model)))
+            names = list(dict.fromkeys(name for of_rank in of_ranks for name in of_rank))
             where = f" ({in_words(names)})" if names else ""
             what = f"the norm of the gradients became {value}{where} under a finite loss"
             examples = [example for of_rank in self.ranks.gather(self._step_examples) for example in of_rank]
@@ -361,7 +426,8 @@ class Promises(Trainer):
         self._staging = run_dir / STAGING_NAME
         self.ranks.on_main(self._drop_staging)
         try:
-            with storage_errors_named(self._staging):  # while what was written is there to look at
+            whole = nullcontext() if self.args.save_only_model else self._states_of_all()
+            with storage_errors_named(self._staging), whole:  # while what was written is there to look at
                 super()._save_checkpoint(model, trial)
             staged = self._staging / f"checkpoint-{self.state.global_step}"
             best = self.state.best_model_checkpoint
@@ -375,6 +441,10 @@ class Promises(Trainer):
             self._staging = None
         self.ranks.on_main(self._drop_old_checkpoints)
         self.ranks.wait()
+
+    def _states_of_all(self) -> AbstractContextManager[None]:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        return states_of_all(self.model, optimizer, here=self.ranks.writes)
 
     def _drop_staging(self) -> None:
         if self._staging is not None:
@@ -405,8 +475,13 @@ def _publish(staged: Path, run_dir: Path) -> None:
     publish(staged, run_dir)
 
 
-def write_adapter(model: Any, folder: Path) -> None:
-    """Write a model's adapter so that it comes back to the bit: stock PEFT's files, and live factors beside them."""
-    model.save_pretrained(str(folder))
-    if isinstance(model, ExpertPeftModel):
-        model.save_live_factors(folder)
+def write_adapter(model: Any, folder: Path, ranks: Ranks) -> None:
+    """Write a model's adapter so that it comes back to the bit: stock PEFT's files, and live factors beside them.
+
+    All ranks call this, and one of them writes.
+    """
+    with factors_of_all(model, here=ranks.writes):
+        if ranks.writes:
+            model.save_pretrained(str(folder))
+            if isinstance(model, ExpertPeftModel):
+                model.save_live_factors(folder)

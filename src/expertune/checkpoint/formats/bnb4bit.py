@@ -306,8 +306,11 @@ def _copy_weight(target: Target, packed: _Packed, weight: _ExpertWeight) -> None
     experts = target.model.get_submodule(weight.module)
     assert isinstance(experts, Nf4Experts)
     codes_ENK = _codes(packed, weight)
-    split_scales = _scales(packed, weight, experts.locate(0, weight.projections[0])[0].double_quantization)
+    stack, _ = experts.locate(experts.owned.start, weight.projections[0])
+    split_scales = _scales(packed, weight, stack.double_quantization)
     for position, expert in enumerate(range(weight.shape[0]) if weight.expert is None else [weight.expert]):
+        if expert not in experts.owned:
+            continue
         codes = weight.by_projection(codes_ENK.read_part(position))
         for part, projection in enumerate(weight.projections):
             target.claim(packed.entry, weight.module, projection, expert)

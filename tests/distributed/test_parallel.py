@@ -1,0 +1,187 @@
+"""Experts shared out to ranks: the result of one process, from what each reads to the checkpoint that all write."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.ranks import command, run_jobs
+from tests.distributed.test_replicated import (
+    BEFORE,
+    FAMILIES,
+    FOUR,
+    NOT_FINITE,
+    ONE,
+    SCARCE,
+    TWO,
+    Place,
+    assert_same_result,
+    back_to_step_2,
+    train,
+    write_place,
+)
+
+PARALLEL = ["distributed.experts=parallel"]
+TASK = ["task.metric=exact-match", "task.max_new_tokens=4", "task.batch_size=2"]
+OF_FAMILY = {"mixtral": TASK, "qwen3_moe": [], "gpt_oss": ["data.packing=padded"]}
+UNEVEN = ["data.train=rows.jsonl[0:9]"]
+
+# What a rank holds, which the record does not say.
+HELD = """
+import json
+from expertune import api
+load = api._load_and_adapt
+def load_and_adapt(context, inputs, placement):
+    model, recovery = load(context, inputs, placement)
+    from expertune.experts.module import Nf4Experts
+    held = {{name: [list(each.owned), each.gate_up.packed.shape[0], each.down.nbytes]
+            for name, each in model.named_modules() if isinstance(each, Nf4Experts)}}
+    factors = {{name: list(each.shape) for name, each in model.named_parameters() if each.requires_grad}}
+    factors = {{name: shape for name, shape in factors.items() if len(shape) == 3}}
+    open("held-{rank}.json", "w").write(json.dumps([held, factors]))
+    return model, recovery
+api._load_and_adapt = load_and_adapt
+"""
+
+
+def jobs() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for family, more in OF_FAMILY.items():
+        for world_size, arguments in ((1, ONE), (2, TWO + PARALLEL), (4, FOUR + PARALLEL)):
+            name = f"{family}-{world_size}"
+            found[name] = train(world_size, name, [f"model={family}", *arguments, *more])
+    three = ["training.per_device_train_batch_size=1", *PARALLEL]
+    found |= {
+        "again": train(2, "again", [*TWO, *PARALLEL, *TASK]),
+        "one of three": train(1, "uneven-1", ["training.per_device_train_batch_size=3", *UNEVEN]),
+        "three": train(3, "uneven-3", [*three, *UNEVEN], {rank: HELD.format(rank=rank) for rank in range(3)}),
+        "three examples on one": train(1, "few-1", [*ONE, "data.train=rows.jsonl[0:3]"]),
+        "three examples on four": train(4, "few-4", [*FOUR, *PARALLEL, "data.train=rows.jsonl[0:3]"]),
+        "two by two": train(4, "mesh", [*FOUR, *PARALLEL, *TASK, "distributed.expert_parallel_size=2"]),
+        "quantize": command(1, ["quantize", "mixtral", "nf4"]),
+        "from the disk": train(2, "disk", ["model=nf4", *TWO, *PARALLEL, *TASK, "placement=disk"]),
+        "two, back": back_to_step_2("mixtral-2", "two-one"),
+        "two to one": train(1, "two-one", [*TWO, *TASK, "--resume"]),
+        "one, back": back_to_step_2("mixtral-1", "one-four"),
+        "one to four": train(4, "one-four", [*ONE, *PARALLEL, *TASK, "--resume"]),
+        "two, back again": back_to_step_2("mixtral-2", "two-two"),
+        "two to two": train(2, "two-two", [*TWO, *PARALLEL, *TASK, "--resume"]),
+        "too many": train(5, "many", PARALLEL),
+        "no multiple": train(3, "multiple", [*PARALLEL, "distributed.expert_parallel_size=2"]),
+        "not by expert": train(2, "adafactor", [*TWO, *PARALLEL, "training.optim=adafactor"]),
+        "not finite": train(2, "nan", [*TWO, *PARALLEL], {1: NOT_FINITE}),
+        "scarce": train(2, "scarce", ["training.per_device_train_batch_size=2", *PARALLEL], {1: SCARCE}),
+    }
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = write_place(tmp_path_factory.mktemp("parallel") / "place")
+    return Place(folder, run_jobs(jobs(), folder, BEFORE))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_give_the_losses_and_the_adapter_of_one_process(place: Place, family: str, world_size: int) -> None:
+    assert place.statuses(f"{family}-{world_size}") == [0] * world_size, place.said(f"{family}-{world_size}")
+    assert_same_result(place, f"{family}-1", f"{family}-{world_size}")
+    one, several = (place.record(f"{family}-{size}")["preflight"] for size in (1, world_size))
+    assert several["four_bit"] == one["four_bit"]
+    assert several["learning"] == one["learning"]
+
+
+def test_two_runs_give_the_same_bytes(place: Place) -> None:
+    for file in ("adapter/adapter_model.safetensors", "checkpoint-4/optimizer.pt"):
+        ours, theirs = ((place.folder / run / file).read_bytes() for run in ("mixtral-2", "again"))
+        assert ours == theirs, file
+
+
+@pytest.mark.parametrize("run", ["mixtral-2", "mixtral-4"])
+def test_answers_have_the_score_of_one_process(place: Place, run: str) -> None:
+    for when in ("before", "after"):
+        ours, theirs = (place.record(name)["task"][when] for name in ("mixtral-1", run))
+        assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+def test_experts_that_ranks_cannot_share_evenly_give_the_same_result(place: Place) -> None:
+    assert place.statuses("three") == [0] * 3, place.said("three")
+    assert_same_result(place, "uneven-1", "uneven-3")
+
+
+def test_each_rank_holds_its_own_experts_and_their_factors(place: Place) -> None:
+    bytes_of_one = set()
+    for rank, owned in enumerate(([0, 1], [2], [3])):
+        held, factors = json.loads((place.folder / f"held-{rank}.json").read_text(encoding="utf-8"))
+        for experts, stacked, nbytes in held.values():
+            assert (experts, stacked) == (owned, 2 * len(owned))
+            bytes_of_one.add(nbytes / len(owned))
+        assert {shape[0] for shape in factors.values()} == {len(owned)}
+        assert len(factors) == 2 * 3 * len(held)
+    assert len(bytes_of_one) == 1
+
+
+def test_rank_without_examples_takes_part_with_its_experts(place: Place) -> None:
+    assert place.statuses("three examples on four") == [0] * 4, place.said("three examples on four")
+    assert_same_result(place, "few-1", "few-4")
+
+
+def test_experts_that_pairs_of_ranks_share_give_the_same_result(place: Place) -> None:
+    assert place.statuses("two by two") == [0] * 4, place.said("two by two")
+    assert_same_result(place, "mixtral-1", "mesh")
+
+
+def test_experts_that_each_rank_maps_from_its_part_of_a_file_give_the_same_result(place: Place) -> None:
+    assert place.statuses("from the disk") == [0, 0], place.said("from the disk")
+    assert place.record("disk")["placement"]["layers"] == {"disk": 2}
+    assert_same_result(place, "mixtral-1", "disk")
+
+
+@pytest.mark.parametrize(("job", "started", "run"), [("two to one", 2, "two-one"), ("one to four", 1, "one-four")])
+def test_run_is_resumed_by_another_number_of_processes_and_another_mode(
+    place: Place, job: str, started: int, run: str
+) -> None:
+    assert set(place.statuses(job)) == {0}, place.said(job)
+    assert "resuming from" in place.said(job)
+    assert_same_result(place, f"mixtral-{started}", run)
+
+
+def test_run_is_resumed_by_as_many_processes_to_the_same_bytes(place: Place) -> None:
+    assert place.statuses("two to two") == [0, 0], place.said("two to two")
+    for file in ("adapter/adapter_model.safetensors", "checkpoint-4/optimizer.pt"):
+        ours, theirs = ((place.folder / run / file).read_bytes() for run in ("mixtral-2", "two-two"))
+        assert ours == theirs, file
+
+
+def test_checkpoint_holds_the_states_of_all_experts(place: Place) -> None:
+    one, two = (
+        torch.load(place.folder / run / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
+        for run in ("mixtral-1", "mixtral-2")
+    )
+    assert one.keys() == two.keys()
+    for number, state in one.items():
+        torch.testing.assert_close(state, two[number], rtol=0, atol=1e-5)
+
+
+REFUSED = {
+    "too many": "distributed.experts: parallel shares 4 experts out to 5 processes",
+    "no multiple": "distributed.expert_parallel_size is 2, and 3 processes are no multiple of it",
+    "not by expert": "training.optim adafactor updates an expert by what it finds in others",
+    "not finite": "rank 1: the loss became nan in step 2 on rows.jsonl",
+    "scarce": "rank 1: step 1 ran out of memory, in which processes that share the experts out need each other",
+}
+
+
+@pytest.mark.parametrize("job", REFUSED)
+def test_error_on_one_rank_ends_all_and_is_said_once(place: Place, job: str) -> None:
+    assert set(place.statuses(job)) == {2}, place.said(job)
+    said = place.said(job)
+    assert said.count("error:") == 1, said
+    assert "Traceback" not in said
+    assert REFUSED[job] in " ".join(said.split())
+
+
+@pytest.mark.parametrize("run", ["many", "multiple"])
+def test_number_of_processes_that_does_not_fit_leaves_nothing_behind(place: Place, run: str) -> None:
+    assert not Path(place.folder / run).exists()
