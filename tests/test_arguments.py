@@ -62,6 +62,7 @@ MISTAKES: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], str]] 
         "has to be True or False or None, got 'no'",
     ),
     (expertune.quantize, ("m", "x"), {"progress": 5}, "quantize: progress has to be a function or None, got 5"),
+    (expertune.quantize, ("m", "x", False), {}, "takes 2 arguments without a name (model, out), got 3"),
     (expertune.quantize, ("m",), {}, "quantize: missing a required argument: 'out'"),
 ]
 

@@ -11,6 +11,7 @@ from expertune.config import DataConfig
 from expertune.data import IGNORE_INDEX, encode_prompt, prepare_examples
 from expertune.data.column_template import Rendered
 from expertune.data.encode import check_tokenizer, encode_example
+from expertune.data.lint import ExampleError
 from expertune.errors import ConfigError
 
 
@@ -156,3 +157,8 @@ def test_golden_tokenizer_is_the_one_of_mixtral(files, mixtral_tokenizer):
     stored = json.loads(gzip.decompress((files / "mixtral-tokenizer" / "tokenizer.json.gz").read_bytes()))
     assert len(stored["model"]["vocab"]) == len(mixtral_tokenizer) == 32_000
     assert mixtral_tokenizer.pad_token is None
+
+
+def test_prompt_with_half_a_surrogate_pair_is_refused(tiny_tokenizer):
+    with pytest.raises(ExampleError, match="half a surrogate pair"):
+        encode_prompt("who is \ud800?", tiny_tokenizer)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from expertune.config import DataConfig
-from expertune.data import encode_prompt, make_dataset, prepare_examples, prepare_run, token_cache
+from expertune.data import encode_prompt, make_dataset, prepare_examples, prepare_run, settled, token_cache
 from expertune.data.sources import find_source
 from expertune.data.special_tokens import plain_places
 from expertune.data.token_cache import MappedExamples, cache_key
@@ -112,6 +112,16 @@ def test_prompts_and_sequences_of_a_large_source_are_those_in_memory(rows, packi
     assert pickle.loads(pickle.dumps(found.examples))[-3:] == expected.examples[-3:]
 
 
+def test_resumed_run_finds_tokens_whose_format_and_template_were_chosen(tmp_path, tiny_tokenizer, large):
+    data = DataConfig(train=write(tmp_path / "rows.jsonl", ROWS), on_error="skip")
+    folder = large()
+    made = prepare_examples(data, "train", tiny_tokenizer)
+    before = state(folder)
+    found = prepare_examples(settled(data, made.report), "train", tiny_tokenizer)
+    assert state(folder) == before
+    assert (found.digest, found.report) == (made.digest, made.report)
+
+
 def test_what_decides_tokens_is_in_the_key_and_nothing_else(tmp_path, tiny_tokenizer, mixtral_tokenizer):
     template = tmp_path / "mine.jinja"
     template.write_text("{{ instruction }} {{ response }}", encoding="utf-8")
@@ -165,7 +175,7 @@ def test_damaged_tokens_are_made_again(damage, tmp_path, tiny_tokenizer, large):
     expected = prepare_examples(data, "train", tiny_tokenizer)
     folder = large()
     prepare_examples(data, "train", tiny_tokenizer)
-    (kept,) = folder.iterdir()
+    kept = folder / cache_key(find_source(data.train), data, tiny_tokenizer)
     examples, report = kept / "examples.arrow", kept / "report.json"
     content = bytearray(examples.read_bytes())
     if damage == "truncated":
@@ -205,7 +215,7 @@ def test_two_processes_that_make_the_same_tokens_share_them(tmp_path, tiny_token
     for process in processes:
         process.join()
     assert [results.get() for _ in processes] == [expected.digest] * 3
-    (kept,) = folder.iterdir()
+    kept = folder / cache_key(find_source(data.train), data, tiny_tokenizer)
     assert sorted(path.name for path in kept.iterdir()) == ["examples.arrow", "report.json"]
 
 

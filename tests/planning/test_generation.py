@@ -97,3 +97,19 @@ def test_a_family_that_cannot_run_without_values_is_counted_by_its_widths(tmp_pa
     # It has a cache of its own.
     AutoConfig.for_model("minimax", num_hidden_layers=3, layer_types=["full_attention"] * 3).save_pretrained(tmp_path)
     assert numbers_of(tmp_path) == 3 * 10
+
+
+def test_batches_of_answers_shrink_no_further_than_it_lowers_the_peak(run_of):
+    sections = {"lora": {"targets": ["q_proj"]}, "kernels": {"working_set": "128MiB"}, "data": DATA}
+
+    def totals(answered):
+        run = run_of("qwen3-30b-a3b", task=TASK | {"batch_size": answered}, **sections)
+        plan = make_plan(run, device="cuda", memory="1MB")
+        return plan.what_to_change, dict(plan.memory.totals)
+
+    changes, _ = totals(128)
+    answered = changes[0].settings["task.batch_size"]
+    _, with_it = totals(answered)
+    _, with_twice = totals(2 * answered)
+    others = max(num_bytes for phase, num_bytes in with_it.items() if phase != "generation")
+    assert with_it["generation"] <= others < with_twice["generation"]

@@ -46,6 +46,8 @@ def checked(function: F) -> F:
         ConfigError: names the argument, what it has to be and what was given.
     """
     signature = inspect.signature(function)
+    places = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    by_place = [name for name, parameter in signature.parameters.items() if parameter.kind in places]
 
     @functools.cache
     def wanted() -> dict[str, Any]:
@@ -58,7 +60,10 @@ def checked(function: F) -> F:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(signature.parameters, args, strict=False)) | kwargs
+        if len(args) > len(by_place):
+            rest = f"takes {len(by_place)} arguments without a name ({', '.join(by_place)}), got {len(args)}"
+            raise ConfigError(f"{function.__qualname__}: {rest}; give the others by name")
+        given = dict(zip(by_place, args, strict=False)) | kwargs
         known = {name: hint for name, hint in wanted().items() if name != "return"}
         for name, value in given.items():
             if name not in known and name != "cls":

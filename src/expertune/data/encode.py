@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from expertune.data.column_template import Rendered
 from expertune.data.examples import IGNORE_INDEX
-from expertune.data.lint import ExampleError
+from expertune.data.lint import ExampleError, check_unicode
 from expertune.data.special_tokens import (
     RenderedText,
     answer_starts,
@@ -129,8 +129,9 @@ def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
         Token ids; for an example's prompt they are a prefix of the example's `input_ids`.
 
     Raises:
-        ExampleError: the tokenizer cannot write as text what the data spells out.
+        ExampleError: the tokenizer cannot write as text what the data spells out, or half a surrogate pair is in it.
     """
+    check_unicode(prompt)
     ids = _tokenize_answers(prompt, tokenizer)[0].ids
     return _lead(ids, tokenizer) + ids
 

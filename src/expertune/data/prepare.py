@@ -62,9 +62,11 @@ def prepare_examples(
         raise ConfigError("data.eval names no examples; set it to files, a hub dataset or a slice of one")
     source = find_source(spec)
     if token_cache.is_large(source):
-        key = token_cache.cache_key(source, data, tokenizer)
         return token_cache.kept_examples(
-            key, source.name, lambda keep: _tokenize(source.read(stream=True), data, tokenizer, keep, progress)
+            token_cache.cache_key(source, data, tokenizer),
+            source.name,
+            lambda keep: _tokenize(source.read(stream=True), data, tokenizer, keep, progress),
+            lambda report: token_cache.cache_key(source, settled(data, report), tokenizer),
         )
     examples: list[TokenizedExample] = []
     report = _tokenize(source.read(), data, tokenizer, examples.append)

@@ -41,7 +41,7 @@ try:
 except ImportError:  # Windows has none
     fcntl = None  # type: ignore[assignment]
 
-LARGE_BYTES = 32 * 2**20
+LARGE_BYTES = 32_000_000
 """Sources of at least so much text are streamed and kept; smaller ones are read into memory, and leave no file."""
 
 _LIBRARIES = ("expertune", "tokenizers", "transformers", "jinja2", "pyarrow")
@@ -159,13 +159,16 @@ def cache_key(source: Source, data: DataConfig, tokenizer: Any) -> str:
     )
 
 
-def kept_examples(key: str, name: str, make: Callable[[Keep], dict[str, Any]]) -> TokenizedExamples:
+def kept_examples(
+    key: str, name: str, make: Callable[[Keep], dict[str, Any]], key_of: Callable[[dict[str, Any]], str]
+) -> TokenizedExamples:
     """The examples that are kept under a key; made where there are none yet, by one process at a time.
 
     Args:
         key: from `cache_key`.
         name: how errors call the source.
         make: hands on each example, and returns the report, plain JSON values.
+        key_of: the key with what the report says was chosen, by which a resumed or finished run looks for them.
 
     Raises:
         DataError: the examples cannot be written; or what `make` raises.
@@ -176,6 +179,8 @@ def kept_examples(key: str, name: str, make: Callable[[Keep], dict[str, Any]]) -
             if (kept := _open(folder)) is None:
                 _write(folder, make)
                 kept = _open(folder)
+                if kept is not None:
+                    _link(folder, folder.with_name(key_of(kept.report)))
     except OSError as error:
         reason = failure(error, folder) or error
         raise DataError(
@@ -242,6 +247,15 @@ def _write(folder: Path, make: Callable[[Keep], dict[str, Any]]) -> None:
         flush()
     kept = {"sha256": _sha256(folder / _EXAMPLES), "digest": tally.digest, "report": report}
     write_text(folder / _REPORT, json.dumps(kept))
+
+
+def _link(folder: Path, other: Path) -> None:
+    """Have the same files in another folder as well; without hard links they are made there when they are asked for."""
+    with contextlib.suppress(OSError):
+        other.mkdir(mode=0o700, exist_ok=True)
+        for name in (_EXAMPLES, _REPORT):
+            (other / name).unlink(missing_ok=True)
+            os.link(folder / name, other / name)
 
 
 def _row(example: TokenizedExample) -> dict[str, Any]:

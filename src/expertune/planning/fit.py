@@ -87,9 +87,12 @@ def find_changes(
     while peak > budget_bytes:
         # From the first one each time: what did not help before may be what holds the peak now.
         for ever_smaller, costs in _candidates(config, device, lower):
-            for settings in ever_smaller:
-                changed = _with(config, settings)
-                changed_peak = peak_of(changed)
+            settings, changed, changed_peak = ever_smaller[0], config, peak
+            for tried in ever_smaller:
+                other = _with(config, tried)
+                # Where none of them fits, the first that saves as much as the last: the rest would cost for nothing.
+                if (other_peak := peak_of(other)) < changed_peak:
+                    settings, changed, changed_peak = tried, other, other_peak
                 if changed_peak <= budget_bytes:
                     break
             if changed_peak < peak:

@@ -253,10 +253,11 @@ class _Planner:
             return ()
         on_disk = self.chooser.offloading(list(self.inventory.expert_bytes), "disk")
         saved = on_disk.offloaded_bytes - on_disk.slot_bytes
-        if saved <= 0:
+        peak = changes[-1].peak_bytes if changes else peak
+        shown = table.size(peak - saved)
+        if saved <= 0 or shown == table.size(peak):
             return ()
-        peak = (changes[-1].peak_bytes if changes else peak) - saved
         return (
             "from a folder that `expertune quantize` has written, experts can be offloaded to the disk (placement: "
-            f"disk); with all changes above, the peak would be {table.size(peak)}",
+            f"disk); with all changes above, the peak would be {shown}",
         )

@@ -159,17 +159,39 @@ def _verdict(plan: "Plan") -> Text:
 
 @dataclass(frozen=True)
 class _Changes:
-    """Changes as a table, whose lines stay whole, to be copied, where the terminal has room for them."""
+    """Changes as a table, whose lines stay whole, to be copied: above the other columns where a terminal is narrow."""
 
     changes: Sequence[Change]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         longest = max(len(line) for change in self.changes for line in change.lines)
-        table = _table("give up, cheapest first", "saves", "peak then", "costs")
-        table.columns[0].no_wrap = options.max_width >= longest + _BESIDE_LINES
+        told, *others = ("give up, cheapest first", "saves", "peak then", "costs")
+        if options.max_width >= longest + _BESIDE_LINES:
+            table = _table(told, *others)
+            table.columns[0].no_wrap = True
+            for change in self.changes:
+                table.add_row("\n".join(change.lines), *_gains(change))
+            yield table
+            return
+        yield Text(told, style="dim")
+        yield _beside(*others)
         for change in self.changes:
-            table.add_row("\n".join(change.lines), size(change.saves_bytes), size(change.peak_bytes), change.costs)
-        yield table
+            table = _beside(*others)
+            table.show_header = False
+            table.add_row("", *_gains(change))
+            yield Text("\n".join(change.lines))
+            yield table
+
+
+def _beside(*columns: str) -> Table:
+    """A table whose sizes stand in the same place whatever its rows are."""
+    table = _table("", *columns)
+    table.columns[1].min_width = table.columns[2].min_width = len("peak then")
+    return table
+
+
+def _gains(change: Change) -> tuple[str, str, str]:
+    return size(change.saves_bytes), size(change.peak_bytes), change.costs
 
 
 def _changes(plan: "Plan") -> list[RenderableType]:
