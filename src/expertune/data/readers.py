@@ -155,8 +155,8 @@ def check_whole(file: RawFile) -> None:
         raise DataError(f"{file.path}: the file is empty; is it the right file?")
 
 
-def _read_lines(file: RawFile) -> Iterator[tuple[str, str, str]]:
-    """(place, text, problem) of each line that is not blank.
+def _raw_lines(file: RawFile) -> Iterator[tuple[int, int, bytes]]:
+    """(number, offset, content) of each line, its end included and a byte order mark left out.
 
     Lines end at the byte "\\n" and nowhere else: `str.splitlines` would also split at U+2028 and its like, which
     JSON allows inside a string.
@@ -166,14 +166,20 @@ def _read_lines(file: RawFile) -> Iterator[tuple[str, str, str]]:
         for number, line in enumerate(stream, start=1):
             if number == 1:
                 line = line.removeprefix(_BOM)
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                yield file.place(number), "", _encoding_problem(error, offset)
-            else:
-                if text.strip():
-                    yield file.place(number), text.removesuffix("\n").removesuffix("\r"), ""
+            yield number, offset, line
             offset += len(line)
+
+
+def _read_lines(file: RawFile) -> Iterator[tuple[str, str, str]]:
+    """(place, text, problem) of each line that is not blank."""
+    for number, offset, line in _raw_lines(file):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            yield file.place(number), "", _encoding_problem(error, offset)
+        else:
+            if text.strip():
+                yield file.place(number), text.removesuffix("\n").removesuffix("\r"), ""
 
 
 def _read_jsonl(file: RawFile) -> Iterator[SourceExample]:
@@ -326,16 +332,11 @@ READERS: Mapping[str, Reader] = {
 
 def _not_utf8(file: RawFile) -> DataError:
     """The error of a file that is not UTF-8, with the place of the first byte that is not."""
-    offset = 0
-    with file.open() as stream:
-        for number, line in enumerate(stream, start=1):
-            if number == 1:
-                line = line.removeprefix(_BOM)
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                return DataError(f"{file.path}: line {number}: {_encoding_problem(error, offset)}")
-            offset += len(line)
+    for number, offset, line in _raw_lines(file):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return DataError(f"{file.path}: line {number}: {_encoding_problem(error, offset)}")
     return DataError(f"{file.path}: changed while it was read; start again when nothing writes to it")
 
 
