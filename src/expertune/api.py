@@ -254,7 +254,7 @@ def _load_and_adapt(
         model.activation_checkpointing_enable()
     # Nothing that changes a logit may change between the two forwards of the base model.
     with context.bars.task("preflight check", "passes") as progress:
-        found = recovery.retry("proof", lambda: preflight(model, probe, base_logits, progress))
+        found = recovery.retry("preflight", lambda: preflight(model, probe, base_logits, progress))
     record.update("model", dtype=str(model.dtype), unexpected_tensors=loaded.unexpected)
     record.update("preflight", **found)
     learning = found["learning"]

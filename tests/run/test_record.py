@@ -33,6 +33,13 @@ def test_phase_of_the_preflight_check_in_a_plan_is_read_under_its_earlier_name(t
     assert memory == {"peak_bytes": 2, "moment": "preflight", "moments": {"preflight": 2, "loss": 1}}
 
 
+def test_change_of_the_preflight_check_for_memory_is_read_under_its_earlier_names(tmp_path: Path) -> None:
+    change = {"step": 0, "during": "proof", "error": "e", "change": "less", "setting": {"proof_tokens": 64}}
+    RunRecord.start(tmp_path).update("train", recoveries=[change])
+    renamed = change | {"during": "preflight", "setting": {"preflight_tokens": 64}}
+    assert RunRecord.load(tmp_path)["train"]["recoveries"] == [renamed]
+
+
 def test_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     write_json(path, {"a": 1})

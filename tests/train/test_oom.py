@@ -467,7 +467,8 @@ def test_resumed_run_repeats_the_changes_of_a_record_of_an_earlier_release(
     run(values, tmp_path / "run")
     before = adapter_bytes(tmp_path / "run")
     record = RunRecord.load(tmp_path / "run")
-    earlier = [
+    earlier: list[dict[str, Any]] = [
+        {"step": 0, "during": "proof", "error": "e", "change": "less", "setting": {"proof_tokens": 16}},
         {"step": 2, "during": "clipping", "error": "e", "change": "memory that nothing uses has been given back"},
         {"step": 3, "during": "training", "error": "e", "change": "less", "setting": {"working_set_bytes": 2**27}},
     ]
@@ -478,6 +479,7 @@ def test_resumed_run_repeats_the_changes_of_a_record_of_an_earlier_release(
     monkeypatch.setattr(oom, "settings_of", lambda model: changed.append(settings_of(model)) or changed[-1])
     resumed = run(values, tmp_path / "run", resume=True)
     assert [settings.working_set_bytes for settings in changed] == [2**27]
+    earlier[0] |= {"during": "preflight", "setting": {"preflight_tokens": 16}}
     assert resumed["train"]["recoveries"] == earlier
     assert adapter_bytes(tmp_path / "run") == before
 

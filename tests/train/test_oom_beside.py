@@ -161,8 +161,8 @@ def test_preflight_check_uses_fewer_sequences_where_its_first_forward_runs_out_o
     record = run(values, tmp_path / "recovered")
     assert scarce.num_failures >= 1
     changes = record["train"]["recoveries"]
-    assert {(change["step"], change["during"]) for change in changes} == {(0, "proof")}
-    assert changes[-1]["setting"]["proof_tokens"] <= 4 * ONE_SEQUENCE
+    assert {(change["step"], change["during"]) for change in changes} == {(0, "preflight")}
+    assert changes[-1]["setting"]["preflight_tokens"] <= 4 * ONE_SEQUENCE
     assert record["preflight"]["passed"]
     assert adapter_bytes(tmp_path / "recovered") == adapter
 
@@ -185,7 +185,8 @@ def test_preflight_check_out_of_memory_is_run_again_with_nothing_changed_that_sh
     record = run(values, tmp_path / "recovered")
     assert len(tries) == 3
     changes = record["train"]["recoveries"]
-    assert [(change["during"], change["setting"]) for change in changes] == [("proof", {}), ("proof", {"demoted": 1})]
+    assert {change["during"] for change in changes} == {"preflight"}
+    assert [change["setting"] for change in changes] == [{}, {"demoted": 1}]
     assert adapter_bytes(tmp_path / "recovered") == adapter
 
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from expertune.config.arguments import checked
-from expertune.errors import CheckpointError
+from expertune.errors import CheckpointError, ConfigError
 from expertune.run.record_sections import require_sections
 from expertune.storage import write_json
 
 RECORD_NAME = "record.json"
 FORMAT_VERSION = 1
 
-# Sections, and phases of the plan, that earlier releases wrote under another name.
+# Sections and phases that earlier releases wrote under another name.
 _RENAMED = {"proof": "preflight"}
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers")
@@ -55,7 +55,10 @@ class RunRecord:
 
         Raises:
             CheckpointError: there is none, it is not one of ours, or a section is not as it is written.
+            ConfigError: `name` is a path.
         """
+        if Path(name).name != name:
+            raise ConfigError(f"name: {name!r} is a path; give the folder first, and then the file's name alone")
         path = Path(output_dir) / name
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -84,13 +87,22 @@ class RunRecord:
         values = {_RENAMED.get(section, section): content for section, content in values.items()}
         require_sections(path, values)
         _rename_phases((values.get("plan") or {}).get("memory"))
+        _rename_recoveries(values.get("train", {}).get("recoveries", []))
         return cls(path, values)
+
+    def __repr__(self) -> str:
+        return f"RunRecord({str(self.path)!r}, {self.status})"
 
     def __getitem__(self, section: str) -> Any:
         return self.values[section]
 
     def __contains__(self, section: str) -> bool:
         return section in self.values
+
+    @property
+    def status(self) -> str:
+        """`running`, `finished`, `stopped` or `interrupted`; `not started` where the record does not say."""
+        return str(self.values.get("run", {}).get("status", "not started"))
 
     def update(self, section: str, **values: Any) -> None:
         """Merge values into a section and save."""
@@ -131,6 +143,14 @@ def _rename_phases(memory: Any) -> None:
         memory["moment"] = _RENAMED.get(moment, moment)
     if isinstance(moments := memory.get("moments"), dict):
         memory["moments"] = {_RENAMED.get(phase, phase): num_bytes for phase, num_bytes in moments.items()}
+
+
+def _rename_recoveries(recoveries: list[dict[str, Any]]) -> None:
+    """The phase that ran out of memory and the setting that was changed, by today's names."""
+    for change in recoveries:
+        change["during"] = _RENAMED.get(change["during"], change["during"])
+        if "proof_tokens" in change.get("setting", {}):
+            change["setting"]["preflight_tokens"] = change["setting"].pop("proof_tokens")
 
 
 def left_by_a_run(folder: Path) -> str | None:

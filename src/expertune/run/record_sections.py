@@ -58,7 +58,8 @@ class _Placement(_Section):
 class _Setting(_Section):
     micro_batch_tokens: _AtLeastOne = 1
     evaluation_tokens: _AtLeastOne = 1
-    proof_tokens: _AtLeastOne = 1
+    preflight_tokens: _AtLeastOne = 1
+    proof_tokens: _AtLeastOne = 1  # as earlier releases called it
     generation_rows: _AtLeastOne = 1
     working_set_bytes: _AtLeastOne = 1
 

@@ -33,19 +33,19 @@ from expertune.train.checkpoints import last_good_checkpoint
 from expertune.train.offload import has_separate_host
 from expertune.train.optim import allocate_states
 
-Phase = Literal["proof", "optimizer", "training", "evaluation", "generation", "checkpoint"]
+Phase = Literal["preflight", "optimizer", "training", "evaluation", "generation", "checkpoint"]
 _Result = TypeVar("_Result")
 
 FREED = "unused memory was freed"
 
 # What all ranks do at the same time, so that they can decide together.
-_TOGETHER: tuple[Phase, ...] = ("proof", "optimizer", "training")
+_TOGETHER: tuple[Phase, ...] = ("preflight", "optimizer", "training")
 
 # Phases that compute on batches: the setting that bounds a batch, and what a change of it is called.
 _LIMITS: dict[Phase, tuple[str, str]] = {
     "training": ("micro_batch_tokens", "micro-batches of at most {} tokens, or a single sequence"),
     "evaluation": ("evaluation_tokens", "evaluation batches of at most {} tokens, or a single sequence"),
-    "proof": ("proof_tokens", "a preflight check on at most {} tokens, or a single sequence"),
+    "preflight": ("preflight_tokens", "a preflight check on at most {} tokens, or a single sequence"),
     "generation": ("generation_rows", "at most {} prompts answered at once"),
 }
 
@@ -59,7 +59,7 @@ class Change:
         during: the phase; older records may name others.
         error: what the allocator reported.
         change: what is different from then on, in words.
-        setting: the same by name: `micro_batch_tokens`, `evaluation_tokens`, `proof_tokens`, `generation_rows`,
+        setting: the same by name: `micro_batch_tokens`, `evaluation_tokens`, `preflight_tokens`, `generation_rows`,
             `offload_activations` or `demoted` (more experts offloaded); empty where freeing memory was enough.
     """
 
@@ -197,10 +197,10 @@ class OutOfMemory(TrainerCallback):
         self._repeat_earlier(and_after=True)
 
         def first() -> list[Batch]:
-            part = split(batch, self.limits.get("proof_tokens"))[0]
+            part = split(batch, self.limits.get("preflight_tokens"))[0]
             return [{name: value for name, value in part.items() if isinstance(value, Tensor)}]
 
-        results, _ = self._until_it_fits("proof", lambda part: (compute(part), dict(part)), first(), first)
+        results, _ = self._until_it_fits("preflight", lambda part: (compute(part), dict(part)), first(), first)
         return results[0]
 
     def retry(self, phase: Phase, do: Callable[[], _Result]) -> _Result:
@@ -386,5 +386,5 @@ def _when(during: str, step: int) -> str:
     if during in ("training", "clipping", "optimizer"):
         return f"step {step}"
     after = f"after step {step}" if step else "before the first step"
-    phase = {"generation": "generation", "proof": "the preflight check"}.get(during, f"the {during}")
+    phase = {"generation": "generation", "preflight": "the preflight check"}.get(during, f"the {during}")
     return f"{phase} {after}"
