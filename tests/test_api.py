@@ -206,6 +206,9 @@ def test_opening_something_else_names_what_is_missing(finished: Path, tmp_path: 
         expertune.open_run(tmp_path)
     with pytest.raises(CheckpointError, match=r"checkpoint-7: no such adapter.*checkpoint-3"):
         expertune.open_run(finished, adapter="checkpoint-7")
+    for path in ("../run/adapter", "checkpoint-3/", "..", "", str(finished / "adapter")):
+        with pytest.raises(ConfigError, match=r"is no name of a checkpoint in .*; give one such as checkpoint-50"):
+            expertune.evaluate(finished, adapter=path)
 
 
 def test_run_whose_base_was_replaced_answers_only_when_asked_to(finished: Path, tmp_path: Path) -> None:

@@ -10,24 +10,28 @@ import torch
 import expertune
 from expertune import ExpertuneError, RunRecord
 
-VALUES = {"model": "m", "data": {"train": "rows.jsonl"}, "output_dir": "runs/x"}
-A_RUN = "load_config: config has to be text or a Path or a mapping or RunConfig, got 5"
+VALUES: dict[str, Any] = {"model": "m", "data": {"train": "rows.jsonl"}, "output_dir": "runs/x"}
+A_RUN = "load_config: config has to be text or a Path or a mapping or a RunConfig, got 5"
 
 MISTAKES: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], str]] = [
     (expertune.RunConfig, (), {}, "RunConfig: model is missing; add it"),
     (expertune.RunConfig, (), VALUES | {"lora": {"rank": 8}}, "RunConfig: unknown key lora.rank; did you mean r?"),
+    (setattr, (expertune.RunConfig(**VALUES), "model", "x"), {}, "RunConfig: model cannot be set"),
+    (setattr, (expertune.RunConfig(**VALUES).data, "train", "x"), {}, "another with expertune.load_config(config,"),
     (expertune.load_config, (5,), {}, A_RUN),
     (expertune.load_config, ({},), {}, "config: model is missing; add it"),
     (expertune.load_config, (), {}, "load_config: missing a required argument: 'config'"),
     (expertune.load_config, (VALUES, "lora.r=4"), {}, "overrides has to be a list of text, got 'lora.r=4'"),
     (expertune.load_config, (VALUES,), {"overides": []}, "no argument is called overides; did you mean overrides?"),
-    (expertune.plan, (5,), {}, "plan: config has to be text or a Path or a mapping or RunConfig, got 5"),
+    (expertune.plan, (5,), {}, "plan: config has to be text or a Path or a mapping or a RunConfig, got 5"),
+    (expertune.make_plan, (VALUES,), {}, "make_plan: config has to be a RunConfig, got {'model': 'm',"),
     (expertune.plan, (VALUES,), {"gpu": 5}, "plan: gpu has to be text or None, got 5"),
     (expertune.finetune, (VALUES,), {"resume": "yes"}, "finetune: resume has to be True or False, got 'yes'"),
     (expertune.finetune, (VALUES,), {"console": 5}, "finetune: console has to be Console or None, got 5"),
     (expertune.open_run, (5,), {}, "open_run: run_dir has to be text or a Path, got 5"),
     (expertune.open_run, ("x",), {"adapter": 50}, "open_run: adapter has to be text or None, got 50"),
     (expertune.RunRecord.load, (5,), {}, "RunRecord.load: output_dir has to be text or a Path, got 5"),
+    (expertune.RunRecord.load, ("x", "../y/record.json"), {}, "name: '../y/record.json' is a path"),
     (
         expertune.evaluate,
         (RunRecord.start("x"),),
@@ -84,6 +88,17 @@ def test_run_file_may_be_a_mapping_with_paths_and_take_overrides() -> None:
     again = expertune.load_config(config, ["lora.dropout=0.1"])
     assert (again.lora.r, again.lora.dropout, config.lora.dropout) == (4, 0.1, 0.0)
     assert values["data"] == {"train": [Path("a.jsonl"), "b.jsonl"]}
+
+
+def test_config_and_record_show_themselves_in_a_line_without_secrets() -> None:
+    config = expertune.RunConfig(**VALUES, training={"max_steps": 3, "hub_token": "hf_secret"})
+    assert repr(config) == (
+        "RunConfig(model='m', data={'train': 'rows.jsonl'}, training={'max_steps': 3}, output_dir='runs/x')"
+    )
+    record = RunRecord.start("runs/x")
+    assert repr(record) == "RunRecord('runs/x/record.json', not started)"
+    record.values["run"] = {"status": "finished"}
+    assert repr(record) == "RunRecord('runs/x/record.json', finished)"
 
 
 def test_names_that_python_shows_of_the_package_are_the_public_ones() -> None:

@@ -48,7 +48,8 @@ def test_adapter_of_a_loaded_model_is_saved_and_put_on_another(folder: Path, tmp
 
 
 def test_nf4_folder_is_the_same_by_transformers_and_by_load_model(folder: Path, tmp_path: Path) -> None:
-    expertune.quantize(str(folder), tmp_path / "nf4")
+    written = expertune.quantize(str(folder), tmp_path / "nf4")
+    assert repr(written) == f"Nf4Folder(folder={tmp_path / 'nf4'!r})"
     ids = random_rows()
     models = [
         AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", dtype=torch.float32),

@@ -1,6 +1,7 @@
 """What config and headers are allowed to say, and how each fault is told."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,14 @@ def test_a_whole_checkpoint_is_checked_and_its_size_known(run_of):
     plan = make_plan(run_of(TINY_MIXTRAL))
     assert plan.notes == ()
     assert plan.disk.download_bytes == 2 * plan.parameters.total
+
+
+def test_plan_shows_itself_in_a_line_and_as_its_tables_in_a_notebook(run_of):
+    plan = make_plan(run_of(TINY_MIXTRAL))
+    assert re.fullmatch(r"Plan\('.*/tiny-mixtral', peak [\d.]+ [GM]B of 80\.00 GB, fits\)", repr(plan))
+    shown = plan._repr_html_()
+    assert shown.startswith("<pre>")
+    assert "frozen weights" in shown
 
 
 def test_a_config_alone_is_enough_and_the_plan_says_so(run_of):

@@ -54,6 +54,14 @@ def test_summary_on_a_narrow_terminal_cuts_no_word(record: dict[str, Any], width
     assert narrow.getvalue().split() == wide.getvalue().split()
 
 
+def test_summary_of_a_single_step_shows_its_loss_once(record: dict[str, Any]) -> None:
+    record["train"] = {"loss": [[1, 2.125]]}
+    written = io.StringIO()
+    Console(width=100, file=written).print(render_summary(record, "runs/demo"))
+    assert re.search(r"training loss +2\.125 at step 1 *\n", written.getvalue())
+    assert written.getvalue().count("2.125") == 1
+
+
 def test_summary_shows_no_before_that_is_not_the_base_models(record: dict[str, Any]) -> None:
     record["eval"] |= {"before": None}
     del record["task"], record["adapter"]

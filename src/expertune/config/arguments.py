@@ -32,6 +32,7 @@ _WORDS = {
     "Callable": "a function",
     "device": "a torch.device",
     "dtype": "a torch.dtype",
+    "RunConfig": "a RunConfig",
     "PreTrainedModel": "a model from expertune.load_model or from_pretrained of an NF4 folder",
     "ExpertPeftModel": "what attach returned for it",
 }

@@ -5,6 +5,7 @@ Nothing here imports torch or transformers, so that `--help` and a typing mistak
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -25,6 +26,7 @@ from pydantic import (
 from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic 2.10 has it here alone
 
 from expertune.config.messages import describe, unknown_name
+from expertune.config.secrets import without_secrets
 from expertune.errors import ConfigError, option
 from expertune.evaluation.metrics import METRICS
 
@@ -59,6 +61,19 @@ class Section(BaseModel):
             if not _takes_bool(annotation) and any(isinstance(each, bool) for each in inside):
                 raise ValueError(f"{name}: a number or text is wanted, not true or false (yes, no, on, off)")
         return values
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_"):
+            raise ConfigError(
+                f"{type(self).__name__}: {name} cannot be set, because a config stays as it was checked; make another "
+                "with expertune.load_config(config, ['section.key=value'])"
+            )
+        super().__setattr__(name, value)
+
+    def __repr_args__(self) -> Iterable[tuple[str, Any]]:
+        """What was set, without secrets: as short as the run file."""
+        set_here: dict[str, Any] = without_secrets(self.model_dump(exclude_unset=True))
+        return set_here.items()
 
 
 def _is_a_path(value: str) -> str:

@@ -1,5 +1,6 @@
 """A run's plan: what it needs, and whether it is there."""
 
+import html
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from expertune.checkpoint.load import build_meta_model
 from expertune.checkpoint.names import read_names
 from expertune.checkpoint.targets import ResolvedTargets, resolve_targets
 from expertune.config import RunConfig, check_training_arguments
+from expertune.config.arguments import checked
 from expertune.errors import DoesNotFitError
 from expertune.placement.experts import Location
 from expertune.planning import table
@@ -27,7 +29,7 @@ from expertune.planning.source import find_config, read_source
 from expertune.planning.speed import StepTime, step_time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What a run needs, and whether it is there.
 
@@ -101,6 +103,14 @@ class Plan:
             raise DoesNotFitError(f"{self.model} does not fit: {table.shortfall(self)}\n\n{table.as_text(self)}")
         return self
 
+    def __repr__(self) -> str:
+        peak, budget = table.size(self.memory.peak_bytes), table.size(self.budget_bytes)
+        return f"Plan({self.model!r}, peak {peak} of {budget}, {'fits' if self.fits else 'does not fit'})"
+
+    def _repr_html_(self) -> str:
+        """The tables, for a notebook."""
+        return f"<pre>{html.escape(table.as_text(self, width=100))}</pre>"
+
     def render(self) -> RenderableType:
         """The plan for `rich.console.Console.print`."""
         return table.render(self)
@@ -142,6 +152,7 @@ class Plan:
         }
 
 
+@checked
 def make_plan(
     config: RunConfig,
     device: str | torch.device | None = None,

@@ -32,7 +32,8 @@ def render_summary(record: Mapping[str, Any], output_dir: str, examples: int = 3
     figures = Table(title="what the run did", title_justify="left", box=None, pad_edge=False, show_header=False)
     if train:
         (first, loss), (last, final) = train[0], train[-1]
-        figures.add_row("training loss", f"{loss:.3f} at step {first}, {final:.3f} at step {last}")
+        reached = f", {final:.3f} at step {last}" if len(train) > 1 else ""
+        figures.add_row("training loss", f"{loss:.3f} at step {first}{reached}")
     if (processes := record["train"].get("processes", 1)) > 1:
         sharing = record["train"].get("processes_sharing_experts", 1)
         held = f"{sharing} of which share the experts out" if sharing > 1 else "each with all experts"

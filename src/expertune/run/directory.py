@@ -8,7 +8,7 @@ from typing import Any
 
 from expertune.config import TRUST_KEY, RunConfig, with_current_names
 from expertune.config.secrets import without_secrets
-from expertune.errors import ConfigError, PreflightError, option
+from expertune.errors import CheckpointError, ConfigError, PreflightError, option
 from expertune.run.record import RECORD_NAME, RunRecord, versions
 from expertune.run.signals import Terminated, signals_raised
 from expertune.run.source import directories, recorded_values
@@ -54,6 +54,30 @@ def open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:
     return record
 
 
+def adapter_in(run_dir: Path, name: str | None) -> Path:
+    """The folder of a run's adapter.
+
+    Args:
+        run_dir: the run directory.
+        name: a checkpoint of the run; None means the final adapter.
+
+    Raises:
+        ConfigError: the name is a path, which could lead out of the run directory.
+        CheckpointError: the run has no such adapter.
+    """
+    name = ADAPTER_FOLDER if name is None else name
+    if name in ("", "..") or Path(name).name != name:
+        raise ConfigError(
+            f"adapter: {name!r} is no name of a checkpoint in {run_dir}; give one such as checkpoint-50, or leave it "
+            "out for the final adapter. An adapter elsewhere is loaded with expertune.load_adapter"
+        )
+    folder = run_dir / name
+    if not folder.is_dir():
+        have = ", ".join(sorted(path.name for path in run_dir.glob("checkpoint-*"))) or "none"
+        raise CheckpointError(f"{folder}: no such adapter; the run may not have finished. Checkpoints here: {have}")
+    return folder
+
+
 def recordable(config: RunConfig) -> dict[str, Any]:
     """The run file's keys as plain values, without secrets: a record is shown, sent and published."""
     values: dict[str, Any] = without_secrets(config.model_dump(mode="json", exclude_unset=True))
@@ -96,7 +120,7 @@ def stops_recorded(record: RunRecord) -> Iterator[None]:
 def is_finished(record: RunRecord) -> bool:
     """Whether a run has nothing left to do: its record says so, and its adapter is there."""
     adapter = record.path.parent / ADAPTER_FOLDER / "adapter_model.safetensors"
-    return record.values.get("run", {}).get("status") == "finished" and adapter.is_file()
+    return record.status == "finished" and adapter.is_file()
 
 
 def finished_line(record: RunRecord) -> str:

@@ -33,7 +33,7 @@ from expertune.placement.device import default_device, make_kernel_settings, res
 from expertune.placement.experts import Location, expert_reader, place_experts
 from expertune.report.summary import render_summary
 from expertune.run.context import RunContext
-from expertune.run.directory import ADAPTER_FOLDER
+from expertune.run.directory import ADAPTER_FOLDER, adapter_in
 from expertune.run.progress import Bars
 from expertune.run.record import RunRecord
 from expertune.run.source import recorded_values
@@ -117,11 +117,11 @@ class Run:
         return self._opened
 
     def __repr__(self) -> str:
-        return f"Run({str(self.output_dir)!r}, {self.record.values.get('run', {}).get('status', 'not started')})"
+        return f"Run({str(self.output_dir)!r}, {self.record.status})"
 
     def _repr_html_(self) -> str:
         """The summary that ends a run, for a notebook."""
-        if self.record.values.get("run", {}).get("status") != "finished":
+        if self.record.status != "finished":
             return f"<pre>{html.escape(repr(self))}</pre>"
         console = Console(file=io.StringIO(), record=True, width=100)
         console.print(render_summary(self.record.values, str(self.output_dir)))
@@ -160,15 +160,13 @@ def open_run(
 
     Raises:
         CheckpointError: not a run directory, no such adapter in it, or the model's weights are others by now.
+        ConfigError: `adapter` is a path; an adapter elsewhere is loaded with `load_adapter`.
     """
     run_dir = Path(run_dir)
     record = RunRecord.load(run_dir)
     values = recorded_values(record)
     config = recorded_config(values if model is None else values | {"model": str(model)}, str(record.path), opened=True)
-    folder = run_dir / (adapter or ADAPTER_FOLDER)
-    if not folder.is_dir():
-        have = ", ".join(sorted(path.name for path in run_dir.glob("checkpoint-*"))) or "none"
-        raise CheckpointError(f"{folder}: no such adapter; the run may not have finished. Checkpoints here: {have}")
+    folder = adapter_in(run_dir, adapter)
     for part, examples in (("train", config.data.train), ("eval", config.data.eval)):
         if examples is not None and not record.values.get("data", {}).get(part):
             raise CheckpointError(

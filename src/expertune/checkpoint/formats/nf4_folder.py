@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -55,8 +55,8 @@ class Nf4Folder:
     """
 
     folder: Path
-    manifest: dict[str, Any]
-    index: CheckpointIndex
+    manifest: dict[str, Any] = field(repr=False)
+    index: CheckpointIndex = field(repr=False)
 
     @property
     def double_quantization(self) -> bool:
