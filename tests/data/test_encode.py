@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from expertune.config import DataConfig
 from expertune.data import IGNORE_INDEX, encode_prompt, prepare_examples
 from expertune.data.column_template import Rendered
-from expertune.data.encode import check_tokenizer, encode_example
+from expertune.data.encode import TokenizesAhead, check_tokenizer, encode_example
 from expertune.data.lint import ExampleError
 from expertune.errors import ConfigError
 
@@ -157,6 +157,13 @@ def test_golden_tokenizer_is_the_one_of_mixtral(files, mixtral_tokenizer):
     stored = json.loads(gzip.decompress((files / "mixtral-tokenizer" / "tokenizer.json.gz").read_bytes()))
     assert len(stored["model"]["vocab"]) == len(mixtral_tokenizer) == 32_000
     assert mixtral_tokenizer.pad_token is None
+
+
+def test_texts_are_tokenized_ahead_though_one_of_them_is_no_unicode(tiny_tokenizer):
+    ahead, good = TokenizesAhead(tiny_tokenizer), rendered("Who is it?", " Ada.")
+    ahead.take([good, rendered("Who", " is \ud800")])
+    assert set(ahead._known) == {good.text, "Who is it?", "Who"}
+    assert encode_example(good, "completion", ahead) == encode_example(good, "completion", tiny_tokenizer)
 
 
 def test_prompt_with_half_a_surrogate_pair_is_refused(tiny_tokenizer):

@@ -8,7 +8,6 @@ there.
 Special tokens that the data spells out (`RenderedText.plain`) are tokenized as the text that they are there.
 """
 
-import contextlib
 import copy
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from expertune.data.column_template import Rendered
 from expertune.data.examples import IGNORE_INDEX
-from expertune.data.lint import ExampleError, check_unicode
+from expertune.data.lint import ExampleError, check_unicode, half_character
 from expertune.data.special_tokens import (
     RenderedText,
     answer_starts,
@@ -98,12 +97,13 @@ class TokenizesAhead:
     def take(self, examples: Sequence[Rendered]) -> None:
         """Tokenize the examples that are encoded next, in place of those before."""
         texts = [str(text) for each in examples for text in (each.text, each.text[: each.spans[-1][0]])]
+        # A text that is no Unicode is refused when its example is encoded; here it would end the call for all.
+        texts = [text for text in texts if half_character(text) is None]
         self._known = {}
-        with contextlib.suppress(TypeError):  # half a surrogate pair, which is refused later, as its example's error
-            encoded = self._tokenizer(texts, **_WITH_OFFSETS) if texts else {}
-            for name, values in encoded.items():
-                for text, value in zip(texts, values, strict=True):
-                    self._known.setdefault(text, {})[name] = value
+        encoded = self._tokenizer(texts, **_WITH_OFFSETS) if texts else {}
+        for name, values in encoded.items():
+            for text, value in zip(texts, values, strict=True):
+                self._known.setdefault(text, {})[name] = value
 
     def __call__(self, text: str, **options: Any) -> Any:
         """As transformers' tokenizers."""

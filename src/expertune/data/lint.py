@@ -73,13 +73,19 @@ def check_unicode(text: str) -> None:
     Raises:
         ExampleError: the text holds half a surrogate pair.
     """
+    if half := half_character(text):
+        raise ExampleError(
+            f"half a surrogate pair, {ascii(half)}, is not a character; repair the text or delete the example"
+        )
+
+
+def half_character(text: str) -> str | None:
+    """The first half of a surrogate pair that a text holds by itself; None where it can be encoded."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        half = ascii(error.object[error.start])
-        raise ExampleError(
-            f"half a surrogate pair, {half}, is not a character; repair the text or delete the example"
-        ) from None
+        return text[error.start]
+    return None
 
 
 def check_tokens(input_ids: Sequence[int], labels: Sequence[int], uncut_length: int, tokenizer: Any) -> None:
