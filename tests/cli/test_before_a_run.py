@@ -1,0 +1,106 @@
+"""`plan`, `data` and `doctor`: what is printed, on which stream, and with which exit code."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import expertune
+
+
+def plan_of(fits):
+    return SimpleNamespace(
+        model="a model", fits=fits, to_json=lambda: {"peak_bytes": 23, "fits": fits}, render=lambda: "peak 23 GB"
+    )
+
+
+def test_plan_prints_its_table(run, run_file, api):
+    seen = []
+    api.plan = lambda config, **options: seen.extend((config, options)) or plan_of(fits=True)
+    asked = ("lora.r=16", "training.learning_rate=1e-4", "--gpu", "rtx-4090", "--memory", "20GB")
+    assert run("plan", "run.yaml", *asked) == (0, "peak 23 GB\n", "")
+    assert seen[1] == {"gpu": "rtx-4090", "memory": "20GB", "trust_remote_code": False}
+    assert seen[0].lora.r == 16
+    assert seen[0].training == {"learning_rate": 1e-4}
+
+
+def test_plan_as_json_is_json_and_nothing_else(run, run_file, api):
+    def make_plan(config, **options):
+        print("a library's note")
+        return plan_of(fits=True)
+
+    api.plan = make_plan
+    code, out, err = run("plan", "run.yaml", "--json")
+    assert code == 0
+    assert json.loads(out) == {"peak_bytes": 23, "fits": True}
+    assert err == "a library's note\n"
+
+
+@pytest.mark.parametrize(("columns", "width"), [("50", 50), ("200", 200), (None, 120), ("many", 120)])
+def test_table_in_a_pipe_is_as_wide_as_columns_says(run, run_file, api, monkeypatch, columns, width):
+    made = plan_of(fits=True)
+    made.render = lambda: "word " * 100
+    api.plan = lambda config, **options: made
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    lines = run("plan", "run.yaml")[1].splitlines()
+    assert width - 5 <= max(map(len, lines)) <= width
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_plan_that_does_not_fit_is_exit_code_2(run, run_file, api, options):
+    api.plan = lambda config, **options: plan_of(fits=False)
+    code, out, err = run("plan", "run.yaml", *options)
+    assert code == 2
+    assert "23" in out
+    assert err == "expertune: error: a model does not fit; see what to give up above\n"
+
+
+@pytest.fixture
+def toy_run(tmp_path):
+    """A run file over the embedded model and two rows of questions."""
+    rows = [{"prompt": "What is the capital of Malta?", "completion": "Valletta."}, {"prompt": "", "completion": "Oh."}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = Path(expertune.__file__).parent / "assets" / "tiny-mixtral"
+    (tmp_path / "run.yaml").write_text(f"model: {model}\ndata: {{train: rows.jsonl}}\noutput_dir: out\n")
+
+
+def test_data_shows_what_a_run_would_train_on_and_starts_nothing(run, toy_run, tmp_path):
+    code, out, err = run("data", "run.yaml", "--examples", "1")
+    assert (code, err) == (0, "")
+    assert "layout    prompt-completion, recognized by the columns" in out
+    assert "template  question-answer, chosen for this layout" in out
+    assert "1 of 2 examples have an empty prompt" in out
+    assert out.endswith("  | <s>Question: What is the capital of Malta?\n  | Answer:\u27e6 Valletta.</s>\u27e7\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "run.yaml"]
+
+
+def test_data_as_json_takes_overrides_and_is_json_alone(run, toy_run):
+    code, out, err = run("data", "run.yaml", "data.template=viggo", "--json", "--examples", "2")
+    shown = json.loads(out)
+    assert (code, err, shown["eval"]) == (0, "", None)
+    assert [example["num_trained"] > 0 for example in shown["train"]["examples"]] == [True, True]
+    assert shown["train"]["examples"][0]["parts"][-1] == {"text": " Valletta.</s>", "trained": True}
+    assert shown["train"]["template"] == "viggo"
+
+
+def test_data_of_rows_that_a_run_would_refuse_is_exit_code_2(run, toy_run, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "Who?", "role": "prompter", "parent_id": null}\n')
+    code, out, err = run("data", "run.yaml")
+    assert (code, out) == (2, "")
+    assert err.startswith("expertune: error: rows.jsonl: the examples have a column text, but role beside it")
+
+
+@pytest.fixture
+def doctor(monkeypatch):
+    fake = SimpleNamespace(collect=lambda: {"cpu_cores": 2}, render=lambda found: f"{found['cpu_cores']} cores")
+    monkeypatch.setitem(sys.modules, "expertune.doctor", fake)
+
+
+def test_doctor_prints_what_it_found(run, doctor):
+    assert run("doctor") == (0, "2 cores\n", "")
+    code, out, err = run("doctor", "--json")
+    assert (code, json.loads(out), err) == (0, {"cpu_cores": 2}, "")

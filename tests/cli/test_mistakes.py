@@ -1,0 +1,126 @@
+"""What is wrong is said in one message, with exit code 2; help, version, and a reader that goes away."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+
+import expertune
+from expertune.cli import main
+from tests.cli.conftest import RUN_FILE, type_lines
+
+COMMANDS = ["plan", "data", "train", "evaluate", "generate", "chat", "quantize", "doctor"]
+
+
+@pytest.mark.parametrize("command", ["plan", "data", "train"])
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (None, [], "run.yaml: no such run file"),
+        ("model: [", [], "run.yaml: not valid YAML"),
+        ("just text", [], "run.yaml: a run file is a mapping of keys"),
+        (RUN_FILE + "lroa: {r: 8}", [], "run.yaml: unknown key lroa; did you mean lora?"),
+        (RUN_FILE + "lora: {rnak: 8}", [], "run.yaml: unknown key lora.rnak"),
+        (RUN_FILE, ["lora.r"], "override 'lora.r': write it as section.key=value"),
+        (RUN_FILE, ["lora.r=0"], "lora.r: Input should be greater than or equal to 1, got 0"),
+        (RUN_FILE, ["lora.rnk=4"], "unknown key lora.rnk"),
+    ],
+)
+def test_a_wrong_run_file_or_override_is_named(run, tmp_path, command, text, overrides, message):
+    if text is not None:
+        (tmp_path / "run.yaml").write_text(text)
+    code, out, err = run(command, "run.yaml", *overrides)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("expertune: error: ")
+    assert message in err
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["chat"], ["generate", "--prompt", "Who?"]])
+def test_a_folder_without_a_record_is_no_run_folder(run, tmp_path, command):
+    code, out, err = run(*command, str(tmp_path))
+    assert (code, out) == (2, "")
+    assert err == f"expertune: error: {tmp_path}: no record.json here; is it a run directory?\n"
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_an_empty_prompt_is_refused(run, run_dir, prompt):
+    code, out, err = run("generate", run_dir, "--prompt", prompt)
+    assert (code, out) == (2, "")
+    assert "the prompt holds no text" in err
+
+
+def test_an_empty_prompt_on_stdin_is_refused(run, run_dir, monkeypatch):
+    type_lines(monkeypatch, "")
+    assert "the prompt holds no text" in run("generate", run_dir, "--prompt", "-")[2]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "runs/first", "--prompt", "Who?", "--max-new-tokens", "0"],
+        ["chat", "runs/first", "--max-new-tokens", "many"],
+        ["evaluate", "runs/first", "--rows", "0"],
+        ["generate", "runs/first"],
+        ["train"],
+        ["train", "run.yaml", "--resmue"],
+        ["finetune"],
+    ],
+)
+def test_a_usage_error_is_exit_code_2(run, arguments):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert "Usage: expertune" in err
+
+
+def test_no_line_of_an_error_is_wrapped(run, tmp_path):
+    path = tmp_path / ("long-name-" * 20) / "run.yaml"
+    assert run("train", str(path))[2] == f"expertune: error: {path}: no such run file\n"
+
+
+def test_a_mistake_shows_no_traceback_in_a_real_process(tmp_path):
+    script = "from expertune.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "train", "run.yaml"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr == "expertune: error: run.yaml: no such run file\n"
+
+
+def test_the_console_script_is_this_main():
+    (script,) = entry_points(group="console_scripts", name="expertune")
+    assert script.load() is main
+
+
+def test_a_bug_is_a_traceback_and_not_an_error_message(run_file, api, monkeypatch):
+    def make_plan(config, **options):
+        raise ZeroDivisionError
+
+    api.plan = make_plan
+    monkeypatch.setattr(sys, "argv", ["expertune", "plan", str(run_file)])
+    with pytest.raises(ZeroDivisionError):
+        main()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_explains_itself(run, command):
+    code, out, err = run(command, "--help")
+    assert (code, err) == (0, "")
+    assert f"Usage: expertune {command}" in out
+
+
+def test_version(run):
+    assert run("--version") == (0, f"expertune {expertune.__version__}\n", "")
+
+
+def test_a_reader_that_goes_away_causes_no_noise():
+    script = "from expertune.cli import main; main()"
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        done = subprocess.run([sys.executable, "-c", script, "--version"], stdout=write_end, stderr=subprocess.PIPE)
+    finally:
+        os.close(write_end)
+    assert (done.returncode, done.stderr) == (1, b"")
