@@ -2,6 +2,8 @@
 
 import gc
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 # What a machine or a CI service may have set, and what would change words, colors, widths, files or memory: read when
 # libraries are imported, and handed on to the processes that tests start.
@@ -51,3 +53,18 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The tiny checkpoint of a family, written once."""
+    from tests.tiny_models import save_tiny_model  # which imports most of the product
+
+    folders: dict[str, Path] = {}
+
+    def folder_of(family: str) -> Path:
+        if family not in folders:
+            folders[family] = save_tiny_model(tmp_path_factory.mktemp(family), family)
+        return folders[family]
+
+    return folder_of

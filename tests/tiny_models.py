@@ -1,5 +1,6 @@
 """Mixture-of-experts models of a few thousand weights, saved by transformers itself, and their stock counterparts."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from expertune.config import QuantizationConfig
 from expertune.experts import layout
 from expertune.experts.module import Nf4Experts
 from tests.experts.families import from_matrices
+
+FolderOf = Callable[[str], Path]
+"""Gives the tiny checkpoint of a family: the fixture `family_folder`."""
 
 VOCABULARY = 96
 

@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,11 @@ from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.checkpoint.load import LoadedModel
 from expertune.config import LoraSection
-from tests.tiny_models import load_tiny, random_rows, save_tiny_model
+from tests.tiny_models import FolderOf, load_tiny, random_rows
 
-FolderOf = Callable[[str], Path]
 EVERYTHING = ["attention", "experts", "lm_head"]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 W1 = "base_model.model.model.layers.1.block_sparse_moe.experts.2.w1.lora_A.weight"
-
-
-@pytest.fixture(scope="session")
-def family_folder(tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
-    """The tiny checkpoint of a family, written once."""
-    folders: dict[str, Path] = {}
-
-    def folder_of(family: str) -> Path:
-        if family not in folders:
-            folders[family] = save_tiny_model(tmp_path_factory.mktemp(family), family)
-        return folders[family]
-
-    return folder_of
 
 
 @pytest.fixture

@@ -11,23 +11,9 @@ from torch import Tensor
 
 from expertune.checkpoint.load import LoadedModel
 from expertune.checkpoint.reader import INDEX_NAME
-from tests.tiny_models import load_tiny, save_tiny_model
+from tests.tiny_models import FolderOf, load_tiny
 
-FolderOf = Callable[[str], Path]
 Rewrite = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def family_folder(tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
-    """The tiny checkpoint of a family, written once."""
-    folders: dict[str, Path] = {}
-
-    def folder_of(family: str) -> Path:
-        if family not in folders:
-            folders[family] = save_tiny_model(tmp_path_factory.mktemp(family), family)
-        return folders[family]
-
-    return folder_of
 
 
 @pytest.fixture(scope="session")
