@@ -110,7 +110,7 @@ def values(run_values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def references() -> dict[str, tuple[RunRecord, bytes]]:
     """Undisturbed runs that several tests compare with, by name."""
     return {}
