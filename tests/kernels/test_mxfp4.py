@@ -10,7 +10,7 @@ from expertune.kernels.expert_mlp import Activation, operator
 from expertune.kernels.expert_mlp.grouped import GroupedRoute
 from expertune.kernels.gpu import mxfp4
 from expertune.kernels.nf4 import MXFP4_BLOCK_SIZE, Nf4Stack, cpu, dequantize, reference
-from tests.kernels.test_expert_mlp import FLOAT32, SWIGLU, assert_same_as_plain, clamped_gate, make_case
+from tests.kernels.expert_layers import FLOAT32, SWIGLU, assert_same_as_plain, clamped_gate, make_case
 
 
 def random_stack(num_matrices: int, rows: int, columns: int, exponents: tuple[int, int] = (118, 124)) -> Nf4Stack:

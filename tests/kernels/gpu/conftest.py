@@ -70,8 +70,8 @@ def assert_near(found: Tensor, expected: Tensor, relative: float) -> None:
 def _list_of_the_language_is_kept() -> Iterator[None]:
     """Triton's interpreter lists all of its language at each call of a device function, to replace the builtins in it.
 
-    Which names are builtins does not change, so here they are listed once. Read from Triton 3.6 to 3.9; a release that
-    does it otherwise is left as it is.
+    Which names are builtins does not change, so here they are listed once. Read from Triton 3.6.0 and 3.9.0; a release
+    that does it otherwise is left as it is.
     """
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     language, patch_one = getattr(interpreter, "tl", None), getattr(interpreter, "_patch_attr", None)

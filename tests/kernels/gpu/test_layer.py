@@ -16,8 +16,8 @@ from expertune.kernels.gpu import launch, nf4
 from expertune.kernels.gpu.launch import Target
 from expertune.kernels.lora import LoraUpdate
 from expertune.kernels.nf4 import Nf4Stack
+from tests.kernels.expert_layers import SHAPES, Case, assert_same_as_plain, make_case
 from tests.kernels.settings import SETTINGS
-from tests.kernels.test_expert_mlp import SHAPES, Case, assert_same_as_plain, make_case
 
 from .conftest import CPU
 
