@@ -4,8 +4,8 @@ The twin is the stock model on the meta device. The adapter is injected into it 
 small tensors under the names of the file go through PEFT's conversion. A layout serves where every tensor arrives where
 it belongs, in the right order, and is multiplied by the scale that was meant.
 
-Tried with PEFT 0.21.0 to 0.21.2 and transformers 5.20 to 5.24: `tests/adapt/test_files.py` fails on a release that reads
-files otherwise.
+Tried with PEFT 0.21.0 to 0.21.2 and transformers 5.20 to 5.24; `tests/adapt/test_files.py` fails on a release that
+reads files otherwise.
 """
 
 import copy

@@ -78,10 +78,7 @@ class ColumnUse:
         if example.has_empty_prompt:
             self._num_empty_prompts += 1
             self._first_empty_prompt = self._first_empty_prompt or place
-        # Under `plain` nothing but the example itself can stand between the two.
-        if self._template.name == "plain" and self._layout.prompt:
-            prompt, answer = example.values["prompt"], example.values[self._layout.answer]
-            self._num_glued += bool(prompt) and not (prompt[-1].isspace() or answer[0].isspace())
+        self._num_glued += self._is_glued(example)
         used = self._used_of(raw, example)
         parts = [part for part in self._parts(example) if part.strip()]
         for name, value in raw.items():
@@ -89,9 +86,7 @@ class ColumnUse:
                 self._used[name] = None
             elif not _is_blank(value):
                 self._ignored[name] += 1
-                self._is_preference |= isinstance(value, bool) and (
-                    name == "kto_tag" or (name in _LABELS and self._layout.answer == "completion")
-                )
+                self._is_preference |= self._says_preference(name, value)
                 if self._carries_meaning(name, value) and not _is_copy(name, value, text, parts):
                     self._lost[name] += 1
         for key in sorted({key for turn in example.messages or () for key in turn.extra} - self._template.names):
@@ -172,6 +167,19 @@ class ColumnUse:
         if example.values:
             return [str(example.values[name]) for name in (*self._layout.prompt, self._layout.answer)]
         return [turn.content for turn in example.messages or ()]
+
+    def _is_glued(self, example: Example) -> bool:
+        """Whether nothing stands between prompt and answer; under `plain` only the example itself can bring it."""
+        if self._template.name != "plain" or not self._layout.prompt:
+            return False
+        prompt, answer = example.values["prompt"], example.values[self._layout.answer]
+        return bool(prompt) and not (prompt[-1].isspace() or answer[0].isspace())
+
+    def _says_preference(self, name: str, value: Any) -> bool:
+        """Whether a column says of an answer that it is a good or a bad one."""
+        return isinstance(value, bool) and (
+            name == "kto_tag" or (name in _LABELS and self._layout.answer == "completion")
+        )
 
     def _carries_meaning(self, name: str, value: Any) -> bool:
         if self._layout.name == "text" and name in _TREE | _LABELS:

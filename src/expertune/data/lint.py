@@ -75,7 +75,7 @@ def check_unicode(text: str) -> None:
     """
     if half := half_character(text):
         raise ExampleError(
-            f"half a surrogate pair, {ascii(half)}, is not a character; repair the text or delete the example"
+            f"half a surrogate pair, {half!a}, is not a character; repair the text or delete the example"
         )
 
 

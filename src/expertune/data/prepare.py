@@ -113,17 +113,8 @@ def _tokenize(
     stop_or_skip(problems, num_kept + problems.num, source.name, data.on_error)
     if not num_kept:
         raise DataError(f"{source.name}: all {num_flagged} examples are flagged not to be trained; nothing is left")
-    report: dict[str, Any] = {
-        "source": source.name,
-        "sha256": source.sha256,
-        "files": source.num_rows,
-        "format": layout.name,
-        "template": template.name,
-        "train_on": data.train_on,
-        "max_length": data.max_length,
-    }
-    report |= tally.report(data.max_length) | use.report() | {"num_flagged": num_flagged}
-    report |= {"special_tokens_as_text": dict(spelt_out), "num_open_turns": num_open_turns}
+    report = _how_read(source, data, layout, template) | tally.report(data.max_length) | use.report()
+    report |= {"num_flagged": num_flagged, "special_tokens_as_text": dict(spelt_out), "num_open_turns": num_open_turns}
     report["warnings"] = [*report["warnings"], *_warnings(report)]
     return report | skip_report(problems)
 
@@ -267,6 +258,19 @@ def _tokenized(rendered: Rendered, place: str, data: DataConfig, tokenizer: Any)
     input_ids, labels = input_ids[: data.max_length], labels[: data.max_length]
     check_tokens(input_ids, labels, uncut_length, tokenizer)
     return TokenizedExample(input_ids, labels, place, prompt, completion, uncut_length)
+
+
+def _how_read(source: SourceExamples, data: DataConfig, layout: Layout, template: Template) -> dict[str, Any]:
+    """The beginning of a report: what was read, and how."""
+    return {
+        "source": source.name,
+        "sha256": source.sha256,
+        "files": source.num_rows,
+        "format": layout.name,
+        "template": template.name,
+        "train_on": data.train_on,
+        "max_length": data.max_length,
+    }
 
 
 def _warnings(report: Mapping[str, Any]) -> list[str]:

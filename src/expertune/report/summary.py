@@ -18,38 +18,49 @@ def render_summary(record: Mapping[str, Any], output_dir: str, examples: int = 3
         output_dir: the run directory, for the commands.
         examples: how many answered evaluation examples are shown.
     """
-    task, evaluation, train = record.get("task", {}), record.get("eval", {}), record.get("train", {}).get("loss", [])
-    title = "evaluation: the base model before, the adapter after"
-    compared = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in ("", "before", "after"):
-        compared.add_column(column, justify="left" if not column else "right")
-    before, after = task.get("before", {}), task.get("after", {})
-    rows = [(each.label, before.get(each.name), after.get(each.name)) for each in shown_figures(after or before)]
-    rows.append(("loss", evaluation.get("before"), evaluation.get("after")))
-    for label, before, after in rows:
-        if before is not None or after is not None:
-            compared.add_row(label, _figure(before), _figure(after))
-    figures = Table(title="what the run did", title_justify="left", box=None, pad_edge=False, show_header=False)
-    if train:
-        (first, loss), (last, final) = train[0], train[-1]
-        reached = f", {final:.3f} at step {last}" if len(train) > 1 else ""
-        figures.add_row("training loss", f"{loss:.3f} at step {first}{reached}")
-    if (processes := record["train"].get("processes", 1)) > 1:
-        sharing = record["train"].get("processes_sharing_experts", 1)
-        held = f"{sharing} of which share the experts out" if sharing > 1 else "each with all experts"
-        figures.add_row("processes", f"{processes}, {held}")
-    figures.add_row("tokens per second", f"{record['throughput']['tokens_per_second']:,.0f}")
-    figures.add_row("peak memory", f"{record['memory']['peak_bytes'] / 1e9:.2f} GB")
-    if chosen := record.get("adapter", {}).get("checkpoint"):
-        adapter = record["adapter"]
-        figures.add_row("adapter", f"that of {chosen}, the best by {adapter['metric']} ({adapter['value']:.4f})")
-    parts: list[RenderableType] = ["", compared, "", figures, ""] if compared.row_count else ["", figures, ""]
+    task, compared = record.get("task", {}), _compared(record)
+    parts: list[RenderableType] = ["", compared, ""] if compared.row_count else [""]
+    parts += [_figures(record), ""]
     for example in task.get("after", {}).get("examples", [])[:examples]:
         parts.append(_example(example))
     parts.append(Text(f"adapter:  {output_dir}/adapter{_reader(record.get('adapter', {}))}"))
     parts.append(Text(f"picture:  {output_dir}/summary.png"))
     parts.append(Text(f"try it:   expertune chat {output_dir}"))
     return Group(*parts)
+
+
+def _compared(record: Mapping[str, Any]) -> Table:
+    """Scores and loss before and after; no row where nothing was evaluated."""
+    task, evaluation = record.get("task", {}), record.get("eval", {})
+    title = "evaluation: the base model before, the adapter after"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="left" if not column else "right")
+    before, after = task.get("before", {}), task.get("after", {})
+    rows = [(each.label, before.get(each.name), after.get(each.name)) for each in shown_figures(after or before)]
+    rows.append(("loss", evaluation.get("before"), evaluation.get("after")))
+    for label, before, after in rows:
+        if before is not None or after is not None:
+            table.add_row(label, _figure(before), _figure(after))
+    return table
+
+
+def _figures(record: Mapping[str, Any]) -> Table:
+    train, adapter = record.get("train", {}), record.get("adapter", {})
+    table = Table(title="what the run did", title_justify="left", box=None, pad_edge=False, show_header=False)
+    if losses := train.get("loss"):
+        (first, loss), (last, final) = losses[0], losses[-1]
+        reached = f", {final:.3f} at step {last}" if len(losses) > 1 else ""
+        table.add_row("training loss", f"{loss:.3f} at step {first}{reached}")
+    if (processes := train.get("processes", 1)) > 1:
+        sharing = train.get("processes_sharing_experts", 1)
+        held = f"{sharing} of which share the experts out" if sharing > 1 else "each with all experts"
+        table.add_row("processes", f"{processes}, {held}")
+    table.add_row("tokens per second", f"{record['throughput']['tokens_per_second']:,.0f}")
+    table.add_row("peak memory", f"{record['memory']['peak_bytes'] / 1e9:.2f} GB")
+    if chosen := adapter.get("checkpoint"):
+        table.add_row("adapter", f"that of {chosen}, the best by {adapter['metric']} ({adapter['value']:.4f})")
+    return table
 
 
 def _figure(value: float | str | None) -> str:
