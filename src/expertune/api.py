@@ -33,7 +33,6 @@ from expertune.placement.device import training_device
 from expertune.placement.experts import Location, placement_of
 from expertune.planning import MicroBatch, Plan, make_plan
 from expertune.planning.disk import require_room
-from expertune.planning.settings import uses_checkpointing
 from expertune.report.figures import summary_figure, write_png
 from expertune.report.summary import render_summary
 from expertune.run.agreement import least_budget, require_same_start, share_batch, share_experts
@@ -52,7 +51,7 @@ from expertune.run.lock import hold_run_directory
 from expertune.run.progress import Bars
 from expertune.run.source import load_config
 from expertune.storage import storage_errors_named
-from expertune.train.arguments import training_arguments
+from expertune.train.arguments import training_arguments, uses_checkpointing
 from expertune.train.callbacks import ProgressBar, peak_memory_bytes
 from expertune.train.checkpoints import ResumePoint, find_resume_point, require_state_to_go_on
 from expertune.train.offload import has_separate_host

@@ -19,6 +19,7 @@ from transformers import AutoModelForMultimodalLM, PreTrainedModel
 import expertune
 from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
+from expertune.checkpoint.headers import check_headers, read_headers
 from expertune.checkpoint.load import auto_class, build_meta_model
 from expertune.checkpoint.names import read_names
 from expertune.checkpoint.quantize import quantize
@@ -29,7 +30,6 @@ from expertune.experts import layout
 from expertune.experts.contract import find_experts
 from expertune.experts.lora import ExpertsLora
 from expertune.layers.varlen_attention import NAME, require_no_leakage, use_sdpa_attention
-from expertune.planning.source import check_headers, read_headers
 from tests.experts.families import experts_classes, from_matrices
 from tests.families.build import FIRST_SPECIAL, families, model_type, tiny_config
 from tests.tiny_models import (

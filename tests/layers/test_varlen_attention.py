@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, MixtralForCausalLM,
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from expertune.errors import UnsupportedModelError
+from expertune.generation.cache import cache_argument
 from expertune.layers.varlen_attention import (
     SHORT_SEQUENCE,
     require_no_leakage,
@@ -19,7 +20,6 @@ from expertune.layers.varlen_attention import (
     use_varlen_attention,
     varlen_attention,
 )
-from expertune.planning.inventory import cache_argument
 from tests.layers.concatenated import (
     FLOAT32,
     LENGTHS,

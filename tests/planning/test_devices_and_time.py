@@ -5,7 +5,8 @@ import yaml
 
 from expertune import load_config
 from expertune.errors import ConfigError
-from expertune.planning import devices, make_plan, speed
+from expertune.kernels import cpu_rates
+from expertune.planning import make_plan, speed
 from expertune.planning.devices import DEVICES, device_of_this_name, find_device
 from expertune.planning.fit import as_yaml
 from expertune.planning.placement import PlacementChooser, spread
@@ -163,16 +164,16 @@ def test_accumulated_micro_batches_take_as_long_as_they_are_many(run_of):
 
 
 def test_on_a_cpu_the_rate_is_measured_once_and_kept(run_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(devices, "cache_folder", lambda: tmp_path)
-    devices._probe.cache_clear()
+    monkeypatch.setattr(cpu_rates, "cache_folder", lambda: tmp_path)
+    cpu_rates.cpu_rates.cache_clear()
     first = make_plan(run_of(MIXTRAL), device="cpu").time
     assert first.rates.source == "measured"
     assert first.rates.flops_per_second > 1e8
     (kept,) = tmp_path.glob("rates-*.json")
     kept.write_text('{"flops_per_second": 1e15, "bytes_per_second": 1e15}')
-    devices._probe.cache_clear()
+    cpu_rates.cpu_rates.cache_clear()
     assert make_plan(run_of(MIXTRAL), device="cpu").time.rates.flops_per_second == 1e15
-    devices._probe.cache_clear()
+    cpu_rates.cpu_rates.cache_clear()
 
 
 # --- changes as lines of a run file ---------------------------------------------------------------------------------

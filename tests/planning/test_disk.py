@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from expertune.errors import StorageError
-from expertune.planning.disk import Disk, checkpoints_at_once, require_room
+from expertune.planning.disk import Disk, require_room
+from expertune.train.schedule import checkpoints_at_once
 
 DISK = Disk(None, 0, adapter_bytes=10**9, checkpoint_bytes=3 * 10**9, checkpoints_kept=None)
 

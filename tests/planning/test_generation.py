@@ -6,8 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from expertune.checkpoint.load import build_meta_model
 from expertune.checkpoint.names import read_names
+from expertune.generation.cache import cache_argument, cached_numbers
 from expertune.planning import make_plan
-from expertune.planning.inventory import Attention, cache_argument, cached_numbers
 from tests.tiny_models import FAMILIES, tiny_config
 
 DATA = {"train": "a.jsonl", "eval": "b.jsonl", "max_length": 320}
@@ -19,9 +19,8 @@ def planned(run_of, model, device="cuda", **sections):
 
 
 def numbers_of(folder):
-    """As the plan counts them, where keys and values would be ten numbers a layer."""
     model = build_meta_model(folder, torch.float32)
-    return cached_numbers(model, read_names(model).specs, Attention(10, 5, 5, 10, 1), len(model.model.layers))
+    return cached_numbers(model, read_names(model).specs)
 
 
 def test_answers_hold_keys_and_values_of_prompt_and_answer_in_all_layers(run_of):
@@ -93,10 +92,13 @@ def test_layers_that_hold_a_state_leave_nothing_for_each_token(tmp_path):
     assert numbers_of(tmp_path) == 2 * 2 * 16
 
 
-def test_a_family_that_cannot_run_without_values_is_counted_by_its_widths(tmp_path):
+def test_a_family_that_cannot_run_without_values_is_counted_by_its_widths(run_of, tmp_path):
     # It has a cache of its own.
-    AutoConfig.for_model("minimax", num_hidden_layers=3, layer_types=["full_attention"] * 3).save_pretrained(tmp_path)
-    assert numbers_of(tmp_path) == 3 * 10
+    config = AutoConfig.for_model("minimax", num_hidden_layers=3, layer_types=["full_attention"] * 3)
+    config.save_pretrained(tmp_path)
+    assert numbers_of(tmp_path) is None
+    keys_and_values = 2 * config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    assert planned(run_of, tmp_path)["generation"]["cache"] == 32 * (320 + 128) * 3 * keys_and_values * 2
 
 
 def test_batches_of_answers_shrink_no_further_than_it_lowers_the_peak(run_of):

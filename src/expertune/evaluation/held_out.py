@@ -15,8 +15,8 @@ from expertune.data import TokenizedExamples, make_collator, make_dataset
 from expertune.evaluation.scoring import evaluation_loss, score_task
 from expertune.generation.greedy import Batches
 from expertune.objectives.chunked_loss import LanguageModelLoss
-from expertune.planning.settings import training_argument
 from expertune.run.progress import Bars
+from expertune.train.arguments import training_argument
 from expertune.train.oom import OutOfMemory
 from expertune.train.schedule import metric_names, scores_in_training
 

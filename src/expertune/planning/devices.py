@@ -5,14 +5,7 @@ for dense products without sparsity, bfloat16 with sums in float32. The host lin
 what copies from pinned memory reach, about 0.8 of its nominal rate.
 """
 
-import hashlib
-import json
-import statistics
-import time
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 
 import psutil
 import torch
@@ -20,10 +13,9 @@ import torch
 from expertune.config import RunConfig, parse_size
 from expertune.distributed.processes import launched
 from expertune.errors import ConfigError, nearest, option
-from expertune.kernels.cache import cache_folder, read_kept
-from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, gemm_dtype
+from expertune.kernels.cpu import gemm_dtype
+from expertune.kernels.cpu_rates import cpu_rates
 from expertune.placement.device import default_device, resolve_compute_dtype
-from expertune.storage import write_text
 
 # Name under which a GPU that is not in the table can be planned for, with a size of memory.
 ANY_GPU = "cuda"
@@ -32,8 +24,6 @@ ANY_GPU = "cuda"
 DISK_BYTES_PER_SECOND = 1.0e9
 
 _PCIE = {3: 12e9, 4: 25e9, 5: 50e9}
-_PROBE = (512, 2048, 2048)
-_PROBE_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -186,7 +176,7 @@ class Machine:
     def rates(self, from_disk: bool) -> Rates | None:
         """What the device does in a second: by the table, or measured on a CPU; None where nothing is known."""
         if self.device.type == "cpu":
-            measured = _probe(gemm_dtype(self.compute_dtype, self.device), torch.get_num_threads())
+            measured = cpu_rates(gemm_dtype(self.compute_dtype, self.device), torch.get_num_threads())
             return Rates("measured", *measured, DISK_BYTES_PER_SECOND)
         gpu = self.gpu
         if self.is_here:
@@ -216,34 +206,3 @@ def _memory_of(device: torch.device, gpu: Device | None) -> int:
     if not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device here to take the memory of; set memory_budget, e.g. 24GB")
     return int(torch.cuda.get_device_properties(device).total_memory)
-
-
-@cache
-def _probe(dtype: torch.dtype, threads: int) -> tuple[float, float]:
-    """FLOP/s of a product and bytes/s of a copy on this CPU: from the user's cache, or measured in a second."""
-    machine = [torch.__version__, str(dtype), cpu_name(), *cpu_instruction_sets(), str(threads)]
-    digest = hashlib.sha256("\0".join(machine).encode()).hexdigest()[:16]
-    path = cache_folder() / f"rates-{digest}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        found = read_kept(path)
-        return float(found["flops_per_second"]), float(found["bytes_per_second"])
-    rows, depth, columns = _PROBE
-    x, w = torch.randn(rows, depth).to(dtype), torch.randn(depth, columns).to(dtype)
-    out = torch.empty(rows, columns, dtype=dtype)
-    flops = 2 * rows * depth * columns / _median_seconds(lambda: torch.mm(x, w, out=out))
-    source, target = (torch.ones(_PROBE_BYTES // 8) for _ in range(2))
-    num_bytes = 2 * source.nbytes / _median_seconds(lambda: target.copy_(source))
-    with suppress(OSError):  # measured again next time
-        write_text(path, json.dumps({"flops_per_second": flops, "bytes_per_second": num_bytes}))
-    return flops, num_bytes
-
-
-def _median_seconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """The median of a few runs: other programs may be at work."""
-    run()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)

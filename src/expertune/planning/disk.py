@@ -1,6 +1,5 @@
 """What a run reads from the disk and leaves on it, and whether there is room for that."""
 
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,9 +8,11 @@ from typing import Any
 
 from expertune.config import RunConfig
 from expertune.errors import StorageError
-from expertune.planning.settings import ACCUMULATION, BATCH_SIZE, Workload, training_argument
+from expertune.planning.settings import Workload
 from expertune.planning.source import Source
 from expertune.planning.table import size
+from expertune.train.arguments import training_argument
+from expertune.train.schedule import checkpoints_at_once
 
 
 @dataclass(frozen=True)
@@ -69,37 +70,3 @@ def require_room(disk: Disk, training: Mapping[str, Any], num_examples: int, run
             f"{sizes[2]} at once), and {sizes[3]} are free; make room, lower training.save_total_limit, or choose "
             "another output_dir"
         )
-
-
-def checkpoints_at_once(training: Mapping[str, Any], num_examples: int) -> int:
-    """The most checkpoints that are in a run directory at one time; one is written before the oldest is removed.
-
-    Args:
-        training: the run file's `training:` section.
-        num_examples: examples of the training data set.
-    """
-
-    def argument(name: str) -> Any:
-        return training_argument(training, name)
-
-    batches = math.ceil(num_examples / int(argument(BATCH_SIZE)))
-    steps_per_epoch = max(math.ceil(batches / int(argument(ACCUMULATION))), 1)
-    epochs = float(argument("num_train_epochs"))
-    num_steps = int(argument("max_steps"))
-    if num_steps < 1:
-        num_steps = math.ceil(epochs * steps_per_epoch)
-    strategy, every = argument("save_strategy"), float(argument("save_steps"))
-    if strategy in (False, "no"):
-        return 0
-    if strategy == "best":
-        count = 1  # at least; evaluations decide how many more
-    elif strategy == "epoch":
-        count = math.ceil(num_steps / steps_per_epoch)
-    else:
-        count = math.ceil(num_steps / (every if every >= 1 else max(math.ceil(num_steps * every), 1)))
-    limit = argument("save_total_limit")
-    if limit is None or count <= limit:
-        return count
-    # The newest and the best are both kept, whatever the limit is.
-    kept = max(int(limit), 2) if training.get("load_best_model_at_end") else int(limit)
-    return min(count, kept + 1)

@@ -13,11 +13,11 @@ import yaml
 
 from expertune.config import RunConfig
 from expertune.kernels.routes import default_working_set_bytes
-from expertune.planning.settings import (
+from expertune.planning.settings import answered_at_once
+from expertune.train.arguments import (
     ACCUMULATION,
     BATCH_SIZE,
     EVALUATION_BATCH_SIZE,
-    answered_at_once,
     training_argument,
     uses_checkpointing,
 )

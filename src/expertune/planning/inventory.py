@@ -3,16 +3,15 @@
 Shape suffixes: N out_features, K in_features, E experts, D hidden size, r rank.
 """
 
-import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from expertune.checkpoint.linears import decoder_layers
 from expertune.checkpoint.names import NameMap
@@ -22,6 +21,7 @@ from expertune.checkpoint.targets import ResolvedTargets
 from expertune.distributed.parallel import most_owned
 from expertune.experts.contract import TOP_K_NAMES, ExpertsSpec
 from expertune.experts.router import find_router
+from expertune.generation.cache import cached_numbers
 from expertune.kernels.nf4 import BLOCK_SIZE, Nf4Stack, Scheme
 
 
@@ -152,8 +152,9 @@ class Inventory:
 
     @cached_property
     def cached_numbers(self) -> int:
-        """Numbers that a token leaves in the cache of a generation, in all layers together."""
-        return cached_numbers(self.model, self.names.specs, self.attention, len(self.layers))
+        """Numbers that a token leaves in the cache of a generation; keys and values where a family does not say."""
+        keys_and_values = len(self.layers) * (self.attention.key + self.attention.value)
+        return cached_numbers(self.model, self.names.specs) or keys_and_values
 
 
 def take_inventory(
@@ -267,33 +268,6 @@ def _weigh(
             held_bytes(name, buffer) if name in saved else buffer.nbytes for name, buffer in model.named_buffers()
         ),
     )
-
-
-def cached_numbers(model: nn.Module, experts: Iterable[str], attention: Attention, num_layers: int) -> int:
-    """How many numbers a token leaves in the cache of a generation, in all layers together.
-
-    Two tokens pass through a copy of the model on the meta device, whose experts return what they are given. So latents
-    count where a family caches these, and layers that hold a state in place of keys count nothing. Where a family
-    cannot run like this, it is keys and values of every layer.
-    """
-    tried: Any = copy.deepcopy(model).to("meta").eval()
-    for name in experts:
-        tried.get_submodule(name).forward = lambda hidden_states, *_args, **_kwargs: hidden_states
-    tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
-    try:
-        cache = DynamicCache(config=tried.config.get_text_config())
-        with torch.no_grad():
-            tried(input_ids=tokens, use_cache=True, **{cache_argument(tried): cache})
-        held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-        numbers = sum(tensor.numel() for tensor in held if isinstance(tensor, Tensor)) // tokens.numel()
-    except Exception:  # whatever a family's own code does not do without values
-        numbers = 0
-    return numbers or num_layers * (attention.key + attention.value)
-
-
-def cache_argument(model: nn.Module) -> str:
-    """What a model's forward calls its cache: `cache` from transformers 5.24 on, `past_key_values` before."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _within(layer: str, shapes: Mapping[str, Any]) -> dict[str, Any]:

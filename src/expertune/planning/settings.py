@@ -1,26 +1,23 @@
 """What a run file says about memory and time, on one model."""
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
 
+from expertune.adapt.preflight import PREFLIGHT_TOKENS
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.config import RunConfig
 from expertune.kernels.routes import default_working_set_bytes
 from expertune.planning.inventory import Inventory, count_adapter
+from expertune.train.arguments import (
+    ACCUMULATION,
+    BATCH_SIZE,
+    EVALUATION_BATCH_SIZE,
+    training_argument,
+    uses_checkpointing,
+)
 from expertune.train.optim import default_optimizer, state_bytes
-
-# Tokens of the preflight check after attaching: enough for every expert of a layer to be reached, few enough to cost a
-# second.
-PREFLIGHT_TOKENS = 512
-
-BATCH_SIZE = "per_device_train_batch_size"
-ACCUMULATION = "gradient_accumulation_steps"
-EVALUATION_BATCH_SIZE = "per_device_eval_batch_size"
 
 
 @dataclass(frozen=True)
@@ -135,15 +132,3 @@ def answered_at_once(config: RunConfig) -> int:
     """Evaluation examples in the largest batch of answers; 0 for a run that answers none."""
     task = config.task
     return min(task.batch_size, task.rows or task.batch_size) if task.metric else 0
-
-
-def training_argument(training: Mapping[str, Any], name: str) -> Any:
-    """A key under `training:`, or TrainingArguments' own default."""
-    if name in training:
-        return training[name]
-    return next(field.default for field in dataclasses.fields(TrainingArguments) if field.name == name)
-
-
-def uses_checkpointing(training: Mapping[str, Any]) -> bool:
-    """Whether layers are recomputed; TrainingArguments has two names for it, the older one deprecated."""
-    return bool(training.get("activation_checkpointing") or training.get("gradient_checkpointing"))

@@ -5,11 +5,10 @@ from dataclasses import replace
 
 from expertune.distributed.parallel import ExpertParallel
 from expertune.errors import ConfigError
-from expertune.planning.micro_batch import ACCUMULATION, BATCH_SIZE
-from expertune.planning.plan import Machine
-from expertune.planning.settings import training_argument
+from expertune.planning.devices import Machine
 from expertune.run.context import RunContext
 from expertune.run.directory import recordable
+from expertune.train.arguments import ACCUMULATION, BATCH_SIZE, training_argument
 from expertune.train.checkpoints import list_checkpoints
 
 # What differs between machines without changing a number.

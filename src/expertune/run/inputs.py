@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from expertune.adapt.attach import expected_layout
 from expertune.adapt.base_model import require_same_base
+from expertune.adapt.preflight import PREFLIGHT_TOKENS
 from expertune.checkpoint.context import context_length, read_config
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.hub import ModelSource, fetch_model
@@ -18,7 +19,6 @@ from expertune.checkpoint.load import fingerprint_of
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.data import TokenizedExamples, make_collator, make_dataset, plot_lengths, prepare_run
 from expertune.data.preview import preview
-from expertune.planning.settings import PREFLIGHT_TOKENS
 from expertune.report.preview import render_preview
 from expertune.run.context import RunContext
 from expertune.run.identity import identify, require_same_identity

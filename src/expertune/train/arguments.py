@@ -13,7 +13,21 @@ from expertune.config.training_keys import unused_keys
 from expertune.errors import ConfigError
 from expertune.train.optim import default_optimizer, usable_optimizer
 
-_KNOWN = {field.name for field in dataclasses.fields(TrainingArguments)}
+BATCH_SIZE = "per_device_train_batch_size"
+ACCUMULATION = "gradient_accumulation_steps"
+EVALUATION_BATCH_SIZE = "per_device_eval_batch_size"
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+
+
+def training_argument(training: Mapping[str, Any], name: str) -> Any:
+    """A key under `training:`, or TrainingArguments' own default."""
+    return training[name] if name in training else _DEFAULTS[name]
+
+
+def uses_checkpointing(training: Mapping[str, Any]) -> bool:
+    """Whether layers are recomputed; TrainingArguments has two names for it, the older one deprecated."""
+    return bool(training.get("activation_checkpointing") or training.get("gradient_checkpointing"))
 
 
 def training_arguments(training: Mapping[str, Any], output_dir: str, device: torch.device) -> tuple[Any, list[str]]:
@@ -67,8 +81,10 @@ def _use_new_names(values: dict[str, Any]) -> None:
         ("gradient_checkpointing", "activation_checkpointing"),
         ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
     ):
-        if new in _KNOWN and old in values:
+        if new in _DEFAULTS and old in values:
             values[new] = values.pop(old)
-    name = next(each for each in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if each in _KNOWN)
+    name = next(
+        each for each in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if each in _DEFAULTS
+    )
     # The reentrant variant needs inputs that require gradients, which frozen embeddings do not give.
     values[name] = {"use_reentrant": False, **(values.get(name) or {})}

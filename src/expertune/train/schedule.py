@@ -1,8 +1,9 @@
-"""When a run takes steps and when it evaluates: checked before a model is loaded, and followed in training.
+"""When a run takes steps, evaluates and saves: checked before a model is loaded, and followed in training.
 
 Where a run file names evaluation data and no times, the run evaluates before its first step and after its last one.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.trainer_utils import IntervalStrategy
 from expertune.config import RunConfig
 from expertune.errors import ConfigError, DataError
 from expertune.evaluation.metrics import METRICS, Figure
+from expertune.train.arguments import ACCUMULATION, BATCH_SIZE, training_argument
 
 # Schedules that wait for an evaluation.
 _EVALUATED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
@@ -78,13 +80,47 @@ def require_a_batch(num_examples: int, training: Mapping[str, Any], processes: i
     Raises:
         DataError: names the batch size and the fix.
     """
-    batch_size = int(training.get("per_device_train_batch_size", 8)) * processes
+    batch_size = int(training_argument(training, BATCH_SIZE)) * processes
     if num_examples < batch_size and training.get("dataloader_drop_last"):
         raise DataError(
             f"data.train has {num_examples} examples, fewer than training.per_device_train_batch_size "
             f"({batch_size}{f' of {processes} processes' if processes > 1 else ''}), "
             "and training.dataloader_drop_last drops them: no step would be taken; lower the batch size, or drop none"
         )
+
+
+def checkpoints_at_once(training: Mapping[str, Any], num_examples: int) -> int:
+    """The most checkpoints that are in a run directory at one time; one is written before the oldest is removed.
+
+    Args:
+        training: the run file's `training:` section.
+        num_examples: examples of the training data set.
+    """
+
+    def argument(name: str) -> Any:
+        return training_argument(training, name)
+
+    batches = math.ceil(num_examples / int(argument(BATCH_SIZE)))
+    steps_per_epoch = max(math.ceil(batches / int(argument(ACCUMULATION))), 1)
+    epochs = float(argument("num_train_epochs"))
+    num_steps = int(argument("max_steps"))
+    if num_steps < 1:
+        num_steps = math.ceil(epochs * steps_per_epoch)
+    strategy, every = argument("save_strategy"), float(argument("save_steps"))
+    if strategy in (False, "no"):
+        return 0
+    if strategy == "best":
+        count = 1  # at least; evaluations decide how many more
+    elif strategy == "epoch":
+        count = math.ceil(num_steps / steps_per_epoch)
+    else:
+        count = math.ceil(num_steps / (every if every >= 1 else max(math.ceil(num_steps * every), 1)))
+    limit = argument("save_total_limit")
+    if limit is None or count <= limit:
+        return count
+    # The newest and the best are both kept, whatever the limit is.
+    kept = max(int(limit), 2) if training.get("load_best_model_at_end") else int(limit)
+    return min(count, kept + 1)
 
 
 def _needing_evaluation(training: Mapping[str, Any]) -> list[str]:

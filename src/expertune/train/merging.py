@@ -1,0 +1,67 @@
+"""Whether micro-batches of a step may run as one: only where that is the same step."""
+
+import inspect
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from expertune.config import RunConfig
+
+# Rotary embeddings whose frequencies depend on the longest sequence of the batch.
+_BATCH_WIDE_ROPE = {"dynamic", "longrope"}
+
+
+def why_separate(config: RunConfig, model: PreTrainedModel) -> str | None:
+    """Why micro-batches stay separate: merged, their steps would be others. None where they may be merged."""
+    training, text_config = config.training, model.config.get_text_config()
+    reasons = {
+        "data.merge_accumulation is false": not config.data.merge_accumulation,
+        "data.packing=padded runs as it is written": config.data.packing == "padded",
+        "training.dataloader_drop_last would drop more examples": training.get("dataloader_drop_last"),
+        "training.auto_find_batch_size looks for a size by itself": training.get("auto_find_batch_size"),
+        "training.neftune_noise_alpha scales noise by a batch's tokens": training.get("neftune_noise_alpha"),
+        "training.train_sampling_strategy=batch_rebalance deals examples to micro-batches by length": (
+            training.get("train_sampling_strategy") == "batch_rebalance"
+        ),
+        "training.optim steps at every micro-batch": "lomo" in str(training.get("optim", "")).lower(),
+        "the router's auxiliary loss (output_router_logits) is not the same over more examples": getattr(
+            text_config, "output_router_logits", False
+        ),
+        "the model takes its loss over a micro-batch's label tokens, not over the step's": not _normalizes(model),
+        "the model does not attend to each sequence by itself": not _attends_by_sequence(model),
+        "the model's rotary embedding depends on a batch's longest sequence": bool(
+            _rope_types(getattr(text_config, "rope_parameters", None)) & _BATCH_WIDE_ROPE
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _normalizes(model: PreTrainedModel) -> bool:
+    """Whether the loss is divided by the label tokens of the whole step: what transformers' Trainer asks a model."""
+    accepts: bool | None = getattr(model, "accepts_loss_kwargs", None)
+    if accepts is not None:
+        return accepts
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+
+
+def _attends_by_sequence(model: PreTrainedModel) -> bool:
+    """Whether every layer is plain attention, whose cost is by sequence.
+
+    A window takes a mask over the whole batch, and the state of linear attention or a convolution runs on from one
+    sequence into the next.
+    """
+    text_config = model.config.get_text_config()
+    if not getattr(model, "_supports_sdpa", False) or getattr(model, "_is_stateful", False):
+        return False
+    layer_types = getattr(text_config, "layer_types", None)
+    if layer_types:
+        return set(layer_types) == {"full_attention"}
+    return not getattr(text_config, "sliding_window", None)
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    """Kinds of rotary embedding; some configs hold one for each type of layer."""
+    if not isinstance(parameters, dict):
+        return set()
+    nested = [_rope_types(value) for value in parameters.values() if isinstance(value, dict)]
+    return {str(parameters.get("rope_type", "default"))}.union(*nested)
