@@ -54,9 +54,10 @@ from expertune.storage import storage_errors_named
 from expertune.train.arguments import training_arguments, uses_checkpointing
 from expertune.train.callbacks import ProgressBar, peak_memory_bytes
 from expertune.train.checkpoints import ResumePoint, find_resume_point, require_state_to_go_on
+from expertune.train.exchange import write_adapter
 from expertune.train.offload import has_separate_host
 from expertune.train.oom import Change, OutOfMemory
-from expertune.train.promises import Promised, write_adapter
+from expertune.train.promises import Promised
 from expertune.train.schedule import Evaluations, check_schedule, evaluates_at_ends, lower_is_better
 from expertune.train.trackers import Trackers
 from expertune.train.trainer import ExpertTrainer

@@ -28,7 +28,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
@@ -36,13 +35,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerControl
 from transformers.trainer_utils import rotate_checkpoints
 
-from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.data.split import Batch
 from expertune.distributed.mesh import Ranks
-from expertune.distributed.parallel import ExpertParallel
 from expertune.errors import CheckpointError, ConfigError, NonFiniteGradientError, NonFiniteLossError, option
-from expertune.experts.lora import factors_of_all, own_factors
-from expertune.experts.module import parallel_of
 from expertune.storage import storage_errors_named
 from expertune.train.callbacks import BestCheckpointHere, History, OwnRandomness
 from expertune.train.checkpoints import (
@@ -53,9 +48,9 @@ from expertune.train.checkpoints import (
     seal,
     verify,
 )
+from expertune.train.exchange import Exchange, gather_files, write_adapter
 from expertune.train.expert_load import ExpertLoad
 from expertune.train.finite import (
-    gradients_among,
     gradients_of,
     in_words,
     is_lowered_by_scaler,
@@ -65,7 +60,7 @@ from expertune.train.finite import (
 )
 from expertune.train.offload import activations_on_host
 from expertune.train.oom import OutOfMemory, RandomState
-from expertune.train.own_states import load_own_states, require_states_by_expert, states_of_all
+from expertune.train.own_states import load_own_states, states_of_all
 
 _MAX_NAMED = 8
 
@@ -118,9 +113,10 @@ class Promises(Trainer):
         self._stands_by = False
         super().__init__(*args, **kwargs)
         self.oom = promised.oom or OutOfMemory(self.model, next(self.model.parameters()).device)
-        if self._parallel:
-            self._check_parallel()
-            self.accelerator.clip_grad_norm_ = self._clip
+        self._exchange = Exchange(self.model, self.ranks)
+        self._exchange.require_same_step(self.args)
+        if self._exchange.parallel:
+            self.accelerator.clip_grad_norm_ = self._exchange.clip
         self.expert_load = ExpertLoad()
         for callback in (promised.history, self.oom):
             self.add_callback(callback)
@@ -128,11 +124,6 @@ class Promises(Trainer):
             self.add_callback(OwnRandomness(self.ranks.rank))
         self.args.restore_callback_states_from_checkpoint = True  # the history's
         self.args.logging_nan_inf_filter = False  # such a loss stops the run, and is not hidden in the log
-
-    @property
-    def _parallel(self) -> ExpertParallel | None:
-        """The ranks that share the experts out; None where all have all experts."""
-        return parallel_of(self.model)
 
     @property
     def history(self) -> History:
@@ -159,10 +150,7 @@ class Promises(Trainer):
         if resume_from_checkpoint:
             self.add_callback(BestCheckpointHere(run_dir, Path(resume_from_checkpoint)))
             self.args.eval_on_start = False  # that evaluation is in the history
-        own, shared = self._trained()
-        self.ranks.copy(shared)
-        if self._parallel:
-            self._parallel.copy(own)
+        self._exchange.copy_weights()
         with self.oom.reraise(), self.expert_load.watching(self.model):
             result = super().train(resume_from_checkpoint, **kwargs)
         self._require_finite_weights()
@@ -190,7 +178,9 @@ class Promises(Trainer):
 
         loss = self.oom.step(compute, inputs, reset, self.why_indivisible(num_items_in_batch))
         if self.ranks.several and self.accelerator.sync_gradients:
-            self._combine_step()
+            self._exchange.average_gradients()
+            self.history.add_up(self.ranks)
+            self.expert_load.add_up(self.ranks)
         return loss
 
     def why_indivisible(self, num_items_in_batch: Tensor | int | None) -> str | None:
@@ -297,16 +287,10 @@ class Promises(Trainer):
             self.oom.retry("checkpoint", lambda: self._write_checkpoint(model, trial))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        if not self.ranks.several:
+        if self.ranks.several:
+            gather_files(super()._save_rng_state, Path(output_dir), self.ranks)
+        else:
             super()._save_rng_state(output_dir)
-            return
-        with TemporaryDirectory() as folder:
-            super()._save_rng_state(folder)
-            own = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-        files = {name: content for of_rank in self.ranks.gather(own) for name, content in of_rank.items()}
-        if self.ranks.writes:
-            for name, content in files.items():
-                (Path(output_dir) / name).write_bytes(content)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -344,7 +328,7 @@ class Promises(Trainer):
     def _stand_by(self, model: nn.Module, num_items_in_batch: Tensor | int | None) -> Tensor:
         """Take part in what the other ranks compute, where they need this one's experts; adds nothing to the step."""
         nothing = torch.zeros((), device=self.args.device)
-        if self._parallel is None:
+        if self._exchange.parallel is None:
             return nothing
         inputs = self.data_collator([self.train_dataset[0]])
         inputs.pop("example_ids", None)
@@ -355,45 +339,6 @@ class Promises(Trainer):
         finally:
             self._stands_by = False
         return nothing
-
-    def _combine_step(self) -> None:
-        """When all ranks have computed their part of a step: its gradients, figures and counts are those of all."""
-        own, shared = self._trained()
-        trained = [*shared, *own]
-        # What no rank has used keeps no gradient, as in one process; what some have is zero on the others.
-        used = self.ranks.total([each.grad is not None for each in trained])
-        for parameter, count in zip(trained, used, strict=True):
-            if count and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self.ranks.average(gradients_among(shared))
-        if self._parallel:
-            self._parallel.average(gradients_among(own))
-        self.history.add_up(self.ranks)
-        self.expert_load.add_up(self.ranks)
-
-    def _trained(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Parameters that are trained: factors of a rank's own experts, and all others."""
-        factors = [factor for of_layer in own_factors(self.model).values() for factor in of_layer]
-        ids = {id(factor) for factor in factors}
-        others = [each for each in self.model.parameters() if each.requires_grad and id(each) not in ids]
-        return [factor for factor in factors if factor.requires_grad], others
-
-    def _clip(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """accelerate's method, by the norm of the whole model's gradients, of which each rank has a part."""
-        assert self._parallel is not None
-        own, shared = self._trained()
-        norm = self._parallel.norm(gradients_among(shared), gradients_among(own))
-        torch.nn.utils.clip_grads_with_norm_([*own, *shared], max_norm, norm)
-        return norm
-
-    def _check_parallel(self) -> None:
-        """Refuse what would not be the same step where experts are shared out to ranks."""
-        if self.args.fp16:
-            raise ConfigError(
-                "training.fp16 scales the loss of each process by itself, and processes that share the experts out "
-                "(distributed.experts: parallel) need one scale; set training.bf16"
-            )
-        require_states_by_expert(self.model, str(self.args.optim.value))
 
     def _require_finite_gradients(self, model: nn.Module, norm: Tensor | float | None) -> None:
         """Stop before the update that would carry a gradient that is not finite into the adapter."""
@@ -473,15 +418,3 @@ class Promises(Trainer):
 def _publish(staged: Path, run_dir: Path) -> None:
     seal(staged)
     publish(staged, run_dir)
-
-
-def write_adapter(model: Any, folder: Path, ranks: Ranks) -> None:
-    """Write a model's adapter so that it comes back to the bit: stock PEFT's files, and live factors beside them.
-
-    All ranks call this, and one of them writes.
-    """
-    with factors_of_all(model, here=ranks.writes):
-        if ranks.writes:
-            model.save_pretrained(str(folder))
-            if isinstance(model, ExpertPeftModel):
-                model.save_live_factors(folder)
