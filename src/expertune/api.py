@@ -170,7 +170,7 @@ def _finetune(context: RunContext) -> Run:
     _record_notes(context, made.micro_batch, point)
     _train(context, inputs, model, held_out, recovery, point)
     write = partial(write_adapter, model, output_dir / ADAPTER_FOLDER, context.ranks)
-    if context.parallel:
+    if context.sharing:
         write()  # which all take part in
     else:
         context.ranks.on_main(lambda: recovery.retry("checkpoint", write))
@@ -184,8 +184,8 @@ def _finetune(context: RunContext) -> Run:
     context.console.print(render_summary(record.values, config.output_dir), soft_wrap=True)
     context.ranks.wait()  # until the run directory is whole
     options = OpenOptions(trust_remote_code=context.trust_remote_code)
-    if context.parallel:  # no process has the whole model: it is opened again
-        return Run(replace(context, parallel=None), options=options)
+    if context.sharing:  # no process has the whole model: it is opened again
+        return Run(replace(context, sharing=None), options=options)
     return Run(context, (after_training(model), inputs.tokenizer), options)
 
 

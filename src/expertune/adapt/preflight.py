@@ -111,7 +111,7 @@ def _check_four_bits(model: nn.Module) -> dict[str, Any]:
                 if stack.packed.dtype != torch.uint8 or stack.packed.is_meta:
                     raise PreflightError(f"{name}: expert matrices are {stack.packed.dtype}, not packed 4-bit bytes")
                 expert_weights += stack.num_matrices * stack.out_features * stack.in_features
-                expert_bytes += stack.nbytes
+                expert_bytes += sum(tensor.nbytes for tensor in stack.whole)
         elif isinstance(module, bnb.nn.Linear4bit):
             state = getattr(module.weight, "quant_state", None)
             if module.weight.dtype != torch.uint8 or state is None:

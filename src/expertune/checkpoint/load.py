@@ -34,7 +34,7 @@ from expertune.checkpoint.recipe import Recipe, read_recipe, recipe_of_folder
 from expertune.checkpoint.restore import ReadExperts, fill, missing_tensors
 from expertune.checkpoint.verified import require_verified
 from expertune.config import QuantizationConfig
-from expertune.distributed.parallel import ExpertParallel
+from expertune.distributed.sharded import Sharing
 from expertune.errors import CheckpointError, ConfigError, ExportError
 from expertune.experts.contract import find_experts
 from expertune.experts.module import Nf4Experts
@@ -67,12 +67,12 @@ class OffloadedExperts:
     Attributes:
         read: of an NF4 folder, gives an experts module its bytes (see `expertune.checkpoint.restore`).
         on_host: of another folder, experts modules whose bytes stay in the host's memory.
-        parallel: the ranks that share the experts out, each of which loads its own; None loads all.
+        sharing: the ranks that hold the experts together, each of which loads its part; None loads all.
     """
 
     read: ReadExperts | None = None
     on_host: Collection[str] = ()
-    parallel: ExpertParallel | None = None
+    sharing: Sharing | None = None
 
 
 def build_meta_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -276,6 +276,6 @@ def swap_experts(
     for name, experts in list(find_experts(model)):
         stays = name in offloaded.on_host
         to = "cpu" if stays else device
-        swapped = Nf4Experts(experts, name, recipe.double_quantization, to, recipe.scheme, offloaded.parallel)
+        swapped = Nf4Experts(experts, name, recipe.double_quantization, to, recipe.scheme, offloaded.sharing)
         swapped.gate_up.stays = swapped.down.stays = stays
         model.set_submodule(name, swapped)

@@ -98,7 +98,7 @@ class Loader:
             for module, spec in self.names.specs.items()
             if belongs(module)
             for projection in spec.projections
-            for expert in self._experts(module).owned
+            for expert in self._experts(module).read_here
             if (module, projection, expert) not in self.filled
         ]
         missing += [self.names.on_disk(name) for name in self._unfilled() if belongs(name)]
@@ -129,16 +129,16 @@ class Loader:
             raise CheckpointError(
                 f"{entry.shard}: tensor {entry.key} has shape {entry.shape}, expected {spec.num_experts} experts first"
             )
-        weight, owned = spec.weight_names[destination.projection == "down"], self._experts(destination.name).owned
-        self._place_slices(entry, destination.name, weight, owned.start, map(entry.read_part, owned))
+        weight, here = spec.weight_names[destination.projection == "down"], self._experts(destination.name).read_here
+        self._place_slices(entry, destination.name, weight, here.start, map(entry.read_part, here))
 
     def _place_converted(self, sources: Sources) -> list[str]:
         """Place what transformers' own operations make of several tensors; names of those it has no place for."""
         first, destination = sources[0]
         unexpected: set[str] = set()
         of_experts = self.names.weight_of(destination.name)
-        owned = self._experts(of_experts[0]).owned if of_experts else range(0)
-        for name, expert, tensor in convert(sources, self.names, self.model, owned):
+        here = self._experts(of_experts[0]).read_here if of_experts else range(0)
+        for name, expert, tensor in convert(sources, self.names, self.model, here):
             weight = self.names.weight_of(name)
             if weight is not None:
                 self._place_slices(first, *weight, expert, tensor)
@@ -177,9 +177,9 @@ class Loader:
         return experts
 
     def _is_elsewhere(self, module: str, expert: int) -> bool:
-        """Whether an expert of the model is on another rank."""
+        """Whether an expert of the model is on other ranks alone."""
         experts = self._experts(module)
-        return expert < experts.num_experts and expert not in experts.owned
+        return expert < experts.num_experts and expert not in experts.read_here
 
     def _place(self, entry: TensorEntry, name: str, converted: Tensor | None = None) -> bool:
         module_name, _, leaf = name.rpartition(".")

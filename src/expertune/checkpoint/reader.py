@@ -92,6 +92,10 @@ class TensorEntry:
         size = self.nbytes // self.shape[0]
         return replace(self, shape=(count, *self.shape[1:]), start=self.start + first * size, nbytes=count * size)
 
+    def slice(self, here: range) -> "TensorEntry":
+        """Some of the bytes, as an entry of its own."""
+        return replace(self, dtype=torch.uint8, shape=(len(here),), start=self.start + here.start, nbytes=len(here))
+
     def read_features(self, features: Sequence[int], feature_bytes: int | None = None) -> Tensor:
         """Some output features of a weight whose last dimension is its input, without reading the others.
 

@@ -92,9 +92,6 @@ def _fill_experts(
     if not isinstance(experts, Nf4Experts):
         raise CheckpointError(f"{shard}: {name} has no experts in the model of config.json; quantize the model again")
     entries = own_part(experts, entries)
-    for key, entry in entries.items():
-        stack_name, _, buffer = key.partition(".")
-        _require_shape(entry, experts.get_submodule(stack_name), buffer)
     if read_experts:
         tensors = read_experts(name, entries)
     else:
@@ -109,29 +106,33 @@ def _fill_experts(
 
 
 def own_part(experts: Nf4Experts, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The part of an experts module's buffers that belongs to the experts which are here, and nothing of it read.
+    """The part of an experts module's buffers that is to be here, by experts or by bytes, and nothing of it read.
 
     Args:
         experts: the module.
-        entries: its buffers in the file, by name below the module; those of other sizes are left as they are.
+        entries: its buffers in the file, by name below the module.
+
+    Raises:
+        CheckpointError: one is of another shape or dtype than the model's; names it.
     """
-    if len(experts.owned) == experts.num_experts:
-        return dict(entries)
 
     def own(key: str, entry: TensorEntry) -> TensorEntry:
-        here = experts.get_submodule(key.partition(".")[0])
-        assert isinstance(here, Nf4Stack)
-        each = here.num_matrices // len(experts.owned)
-        is_stack = entry.shape[:1] == (experts.num_experts * each,)
-        return entry.part(experts.owned.start * each, here.num_matrices) if is_stack else entry
+        stack_name, _, buffer = key.partition(".")
+        stack = experts.get_submodule(stack_name)
+        assert isinstance(stack, Nf4Stack)
+        each = stack.num_matrices // len(experts.owned)
+        if experts.parallel and entry.shape[:1] == (experts.num_experts * each,):
+            entry = entry.part(experts.owned.start * each, stack.num_matrices)
+        whole: Tensor = getattr(stack.whole, buffer)
+        _require_shape(entry, whole)
+        return entry if stack.part is None else entry.slice(stack.part.of(whole))
 
     return {key: own(key, entry) for key, entry in entries.items()}
 
 
-def _require_shape(entry: TensorEntry, module: nn.Module, leaf: str) -> None:
-    expected = module._parameters.get(leaf, module._buffers.get(leaf))
-    if expected is None or tuple(expected.shape) != entry.shape or expected.dtype != entry.dtype:
-        now = "no such tensor" if expected is None else f"{tuple(expected.shape)} of {expected.dtype}"
+def _require_shape(entry: TensorEntry, expected: Tensor) -> None:
+    if tuple(expected.shape) != entry.shape or expected.dtype != entry.dtype:
+        now = f"{tuple(expected.shape)} of {expected.dtype}"
         raise CheckpointError(
             f"{entry.shard}: tensor {entry.key} has shape {entry.shape} of {entry.dtype}, the model expects {now}; "
             "quantize the model again"

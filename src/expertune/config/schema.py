@@ -262,13 +262,14 @@ class DistributedConfig(Section):
     """How the experts of a run on several processes are held; one process holds all of them anyway.
 
     Attributes:
-        experts: `replicate`: each process holds all of them. `parallel`: they are shared out, with their adapters and
-            optimizer states, and tokens travel. `auto` replicates.
+        experts: `replicate`: each process holds all of them. `shard`: each holds a slice of every layer's frozen bytes,
+            and a layer is gathered for its use. `parallel`: they are shared out, with their adapters and optimizer
+            states, and tokens travel. `auto` replicates.
         expert_parallel_size: with `parallel`, how many processes share them out; null means all. The processes are a
             multiple of it.
     """
 
-    experts: Literal["auto", "replicate", "parallel"] = "auto"
+    experts: Literal["auto", "replicate", "shard", "parallel"] = "auto"
     expert_parallel_size: int | None = Field(default=None, ge=1)
 
 

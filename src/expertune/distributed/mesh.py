@@ -37,6 +37,7 @@ class Ranks:
         launch: which process this is.
         last_words: what ranks leave each other when they end; None for one process.
         control: the group for small messages between CPUs; None means torch's default group.
+        timeout: how long ranks wait for each other; None for one process.
 
     Attributes:
         rank: its number.
@@ -50,10 +51,12 @@ class Ranks:
         launch: Launch | None = None,
         last_words: LastWords | None = None,
         control: "dist.ProcessGroup | None" = None,
+        timeout: timedelta | None = None,
     ) -> None:
         launch = launch or Launch()
         self.rank, self.world_size, self.local_rank = launch.rank, launch.world_size, launch.local_rank
-        self._last_words, self._control = last_words, control
+        self._last_words, self._control, self._timeout = last_words, control, timeout
+        self._ends: list[Callable[[], None]] = []
         machine = socket.gethostname()
         self.num_local = self.gather(machine).count(machine)
 
@@ -70,6 +73,19 @@ class Ranks:
     def on_main(self, do: Callable[[], T]) -> T | None:
         """What `do` returns on rank 0; elsewhere nothing is done."""
         return do() if self.writes else None
+
+    def new_group(self) -> dist.ProcessGroup:
+        """Another group of all ranks, in which the order of messages is its own; they wait as long as in the first."""
+        return dist.new_group(timeout=self._timeout)
+
+    def at_end(self, close: Callable[[], None]) -> None:
+        """Have a function called when these processes part."""
+        self._ends.append(close)
+
+    def close(self) -> None:
+        """Call what `at_end` was given."""
+        while self._ends:
+            self._ends.pop()()
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in their order; any that can be pickled."""
@@ -201,14 +217,19 @@ def open_ranks(timeout_s: Any = None) -> Iterator[Ranks]:
     elif on_gpu:
         control = dist.new_group(backend="gloo", timeout=timeout)
     last_words = LastWords(board, launch, seconds)
+    ranks = None
     try:
         with last_words.said():
-            yield Ranks(launch, last_words, control)
+            ranks = Ranks(launch, last_words, control, timeout)
+            yield ranks
     except BaseException:
+        if ranks is not None:
+            ranks.close()
         if made:
             dist.destroy_process_group()  # closes the connections: ranks that still wait for this one notice
         last_words.linger()
         raise
+    ranks.close()
     if made:
         dist.destroy_process_group()
 

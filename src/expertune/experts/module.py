@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from expertune.distributed.parallel import ExpertParallel
+from expertune.distributed.sharded import ExpertSharding, Sharing
 from expertune.experts import layout, replay
 from expertune.experts.contract import ExpertsSpec, read_spec
 from expertune.experts.dispatch import Dispatch, Routing
 from expertune.kernels.expert_mlp import Activation, ExpertLayer, LoraUpdate, expert_mlp
-from expertune.kernels.nf4 import Nf4Stack, Scheme
+from expertune.kernels.nf4 import Nf4Stack, Part, Scheme
 from expertune.kernels.routes import HasKernelSettings, KernelSettings
 
 
@@ -34,11 +35,14 @@ class Nf4Experts(nn.Module, HasKernelSettings):
         double_quantization: hold the absmax values in 8 bits.
         device: where the bytes live.
         scheme: `nf4`, or `mxfp4` for experts that are kept as a checkpoint has them.
-        parallel: the ranks that share the experts out; None means that all are here.
+        sharing: the ranks that hold the experts together; None means that all are here.
 
     Attributes:
         num_experts: of the layer, E.
         owned: the experts that are here.
+        read_here: the experts of which bytes are held here, in whole or in part.
+        parallel: the ranks that share the experts out; None means that each has all.
+        sharding: the ranks that hold a slice of the bytes each; None where bytes are whole.
 
     Raises:
         UnsupportedModelError: see `expertune.experts.contract.read_spec`.
@@ -54,17 +58,25 @@ class Nf4Experts(nn.Module, HasKernelSettings):
         double_quantization: bool = True,
         device: torch.device | str | None = None,
         scheme: Scheme = "nf4",
-        parallel: ExpertParallel | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         super().__init__()
         self.spec: ExpertsSpec = read_spec(name, original)
         spec = self.spec
-        self.num_experts, self.parallel = spec.num_experts, parallel
-        self.owned = parallel.owned(spec.num_experts) if parallel else range(spec.num_experts)
+        self.num_experts = spec.num_experts
+        self.parallel = sharing if isinstance(sharing, ExpertParallel) else None
+        self.sharding = sharing if isinstance(sharing, ExpertSharding) else None
+        self.owned = self.parallel.owned(spec.num_experts) if self.parallel else range(spec.num_experts)
         parts = 2 if spec.has_gate else 1
-        held = double_quantization, device, scheme
+        held = double_quantization, "meta" if self.sharding else device, scheme
         self.gate_up = Nf4Stack(len(self.owned) * parts, spec.intermediate_size, spec.hidden_size, *held)
         self.down = Nf4Stack(len(self.owned), spec.hidden_size, spec.intermediate_size, *held)
+        self.read_here = self.owned
+        if self.sharding:
+            part = Part(self.sharding.rank, self.sharding.size)
+            self.gate_up.hold(part, device)
+            self.down.hold(part, device)
+            self.read_here = _span([*part.experts(self.gate_up.whole, parts), *part.experts(self.down.whole, 1)])
         for weight in spec.weight_names:
             original._parameters.pop(weight)
         self.computes_on: torch.device | None = None
@@ -193,7 +205,14 @@ class Nf4Experts(nn.Module, HasKernelSettings):
     def extra_repr(self) -> str:
         """Shape for `print(model)`."""
         own = f", owned={self.owned.start}..{self.owned.stop - 1}" if self.parallel else ""
+        own += f", slice {self.sharding.rank} of {self.sharding.size}" if self.sharding else ""
         return f"num_experts={self.num_experts}{own}, projections={', '.join(self.spec.projections)}"
+
+
+def _span(ranges: Sequence[range]) -> range:
+    """From the first to the last of all that some ranges hold."""
+    held = [each for each in ranges if each]
+    return range(min(each.start for each in held), max(each.stop for each in held)) if held else range(0)
 
 
 def _activate(family: nn.Module, spec: ExpertsSpec, gate_up: Tensor) -> Tensor:
@@ -214,6 +233,11 @@ def holds_experts(model: nn.Module) -> bool:
 def parallel_of(model: nn.Module) -> ExpertParallel | None:
     """The ranks that share a model's experts out; None where all are here."""
     return next((module.parallel for module in model.modules() if isinstance(module, Nf4Experts)), None)
+
+
+def in_lockstep(model: nn.Module) -> bool:
+    """Whether ranks need each other in a model's forward, so that all have to pass it equally often."""
+    return any(isinstance(each, Nf4Experts) and (each.parallel or each.sharding) for each in model.modules())
 
 
 def is_columnwise(activate: Callable[[Tensor], Tensor], spec: ExpertsSpec) -> bool:

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from expertune.checkpoint.context import context_length
 from expertune.distributed.mesh import Ranks
 from expertune.errors import ConfigError, DataError
-from expertune.experts.module import parallel_of
+from expertune.experts.module import in_lockstep
 
 Progress = Callable[[int, int], None]
 
@@ -129,8 +129,8 @@ def greedy(
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=base.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=base.device)
-    if parallel_of(base):
-        generate_arguments["synced_gpus"] = True  # until all ranks have answered: tokens of each visit the others
+    if in_lockstep(base):
+        generate_arguments["synced_gpus"] = True  # until all ranks have answered: they need each other
     with evaluation_mode(model), _own_generation_config_aside(base), _head_in_one_product(base):
         output = base.generate(input_ids=input_ids, attention_mask=mask, generation_config=config, **generate_arguments)
     return [_until_end(sequence, ends) for sequence in output[:, width:].tolist()]

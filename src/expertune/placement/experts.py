@@ -1,7 +1,8 @@
 """Where each layer's expert bytes are held: on the device, the host or disk; set at the start, changeable during a run.
 
 On a CPU the host is the device, and a layer on disk is used from the mapped file. On a GPU, layers on the host or on
-disk are copied into two slots.
+disk are copied into two slots. Where ranks hold a slice of each layer, it is the slice that is held somewhere, and all
+layers are gathered into two slots.
 """
 
 from collections import Counter
@@ -17,6 +18,7 @@ from expertune.checkpoint.reader import TensorEntry
 from expertune.checkpoint.restore import ReadExperts, own_part
 from expertune.experts.module import Nf4Experts
 from expertune.kernels.nf4 import Nf4Bytes
+from expertune.placement.gathered import GatheredLayers
 from expertune.placement.mapped import MappedLayers, map_tensor
 from expertune.placement.prefetch import Backend, Prefetcher
 from expertune.placement.slots import SlotLayers
@@ -52,6 +54,7 @@ class Placement:
         self.locations: dict[str, Location] = dict.fromkeys(self.experts, "device")
         for module in self.experts.values():
             module.computes_on = device
+        self._sharding = next((module.sharding for module in self.experts.values()), None)
         self._prefetcher: Prefetcher | None = None
 
     def move(self, locations: Mapping[str, Location]) -> None:
@@ -91,15 +94,20 @@ class Placement:
     def describe(self) -> dict[str, Any]:
         """Plain values for the run's record."""
         prefetcher = self._prefetcher
-        return {
+        found = {
             "layers": dict(Counter(self.locations.values())),
             "streamed_bytes": sum(_nbytes(self.experts[name]) for name in self._offloaded()),
             "transfers": prefetcher.transfers if prefetcher else 0,
             "waited_seconds": round(prefetcher.waited_seconds, 3) if prefetcher else 0.0,
         }
+        if prefetcher and isinstance(prefetcher.backend, GatheredLayers):
+            found["slot_bytes"] = prefetcher.backend.nbytes
+        return found
 
     def _offloaded(self) -> list[str]:
         """Modules whose bytes are prefetched; on a CPU the host is the device."""
+        if self._sharding:
+            return list(self.experts)
         resident = ("device",) if self.separate_host else ("device", "host")
         return [name for name in self.experts if self.locations[name] not in resident]
 
@@ -127,24 +135,28 @@ class Placement:
         self._prefetcher = None
         if not names:
             return
-        layers = [_tensors(self.experts[name]) for name in names]
-        self._prefetcher = Prefetcher(make_backend(layers, self.device, self.separate_host), len(layers))
+        self._prefetcher = Prefetcher(self._backend(names), len(names))
         for name, handle in zip(names, self._prefetcher.handles(), strict=True):
             self.experts[name].layer.handle = handle
+
+    def _backend(self, names: Sequence[str]) -> Backend:
+        """What transfers these layers to the device that computes.
+
+        Another place to hold bytes is one more `Location`, which is handled here, in `_move` and in `expert_reader`,
+        and perhaps one more `Backend`. The prefetcher and the kernels only see tensors that are acquired and dropped.
+        """
+        modules = [self.experts[name] for name in names]
+        layers = [_tensors(module) for module in modules]
+        if self._sharding is None:
+            return SlotLayers(layers, self.device) if self.separate_host else MappedLayers(layers)
+        wholes = [[*module.gate_up.whole, *module.down.whole] for module in modules]
+        on_disk = {number for number, name in enumerate(names) if self.locations[name] == "disk"}
+        paged = set() if self.separate_host else on_disk
+        return GatheredLayers(layers, wholes, self._sharding, self.device, paged)
 
     def __deepcopy__(self, memo: Any) -> "Placement":
         # A copy of the model reads the same bytes.
         return self
-
-
-def make_backend(layers: Sequence[list[Tensor]], device: torch.device, separate_host: bool) -> Backend:
-    """The backend that transfers offloaded layers to the device that computes.
-
-    Another place to hold bytes, such as the other ranks of a sharded model, is one more `Location`, which is handled
-    here, in `Placement._move` and in `expert_reader`, and one more `Backend`. The prefetcher and the kernels only see
-    tensors that are acquired and dropped.
-    """
-    return SlotLayers(layers, device) if separate_host else MappedLayers(layers)
 
 
 def expert_reader(locations: Mapping[str, Location], device: torch.device) -> ReadExperts:

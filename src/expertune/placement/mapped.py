@@ -60,13 +60,18 @@ class MappedLayers:
     def drop(self, layer: int) -> None:
         """Page the layer out, and give back what it has left on the heap."""
         self._loading.pop(layer).result()
-        for tensor in self._layers[layer]:
-            _advise(tensor, getattr(mmap, "MADV_DONTNEED", None))
+        page_out(self._layers[layer])
         trim.trim()
 
     def close(self) -> None:
         """End the thread."""
         self._reader.shutdown()
+
+
+def page_out(tensors: Sequence[Tensor]) -> None:
+    """Give the memory of mapped tensors back; never of others, which would lose what they hold."""
+    for tensor in tensors:
+        _advise(tensor, getattr(mmap, "MADV_DONTNEED", None))
 
 
 def _page_in(tensors: list[Tensor]) -> None:

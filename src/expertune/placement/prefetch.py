@@ -6,7 +6,7 @@ takes two transfers of each layer less one at each turnaround. At most two layer
 and the next one. The bytes are the same wherever they were offloaded to, and so are the results.
 
 A `Backend` does the transfers: `mapped.py` pages a mapped file in and out on a CPU, `slots.py` copies into two buffers
-on a device. `expertune.placement.experts.make_backend` chooses.
+on a device, `gathered.py` fills these from all ranks. `expertune.placement.experts.Placement` chooses.
 """
 
 import time

@@ -24,12 +24,15 @@ class SlotLayers:
     Args:
         layers: the offloaded tensors of each layer, pinned or mapped.
         device: the device that computes.
+        rooms: tensors that a slot has room for, of each layer, without memory; None means those of the layer.
     """
 
-    def __init__(self, layers: Sequence[list[Tensor]], device: torch.device) -> None:
-        self._layers, self._device = list(layers), device
+    def __init__(
+        self, layers: Sequence[list[Tensor]], device: torch.device, rooms: Sequence[list[Tensor]] | None = None
+    ) -> None:
+        self._layers, self._rooms, self._device = list(layers), list(rooms or layers), device
         self._cuda = device.type == "cuda"
-        size = _slot_bytes(self._layers)
+        size = _slot_bytes(self._rooms)
         self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(_NUM_SLOTS)]
         self._free = list(range(_NUM_SLOTS))
         self._slot_of: dict[int, int] = {}
@@ -37,10 +40,15 @@ class SlotLayers:
         self._used: list[Any] = [None] * _NUM_SLOTS
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="expert-bytes")
         self._stream = torch.cuda.Stream(device) if self._cuda else None
-        is_pageable = any(not tensor.is_pinned() for tensors in self._layers for tensor in tensors)
-        staged = self._cuda and is_pageable
+        staged = self._cuda and any(map(_is_pageable, self._layers))
+        size = _slot_bytes(self._layers)
         self._staging = torch.empty(size, dtype=torch.uint8, pin_memory=True) if staged else None
         self._staged: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slots."""
+        return sum(slot.nbytes for slot in self._slots)
 
     def start(self, layer: int) -> None:
         """Start to fill a free slot."""
@@ -53,7 +61,7 @@ class SlotLayers:
         filled = self._loading[layer].result()
         if filled is not None:
             torch.cuda.current_stream(self._device).wait_event(filled)
-        return _views(self._slots[self._slot_of[layer]], self._layers[layer])
+        return self._rooms_of(layer)
 
     def used(self, layer: int) -> None:
         """Record the end of the work on the slot."""
@@ -73,10 +81,20 @@ class SlotLayers:
         self._slots.clear()
         self._staging = None
 
+    def _rooms_of(self, layer: int) -> list[Tensor]:
+        return _views(self._slots[self._slot_of[layer]], self._rooms[layer])
+
+    def _targets(self, layer: int) -> list[Tensor]:
+        """Where a layer's tensors are copied to."""
+        return self._rooms_of(layer)
+
+    def _copied(self, layer: int) -> None:
+        """Called when the copies of a layer have been issued, on the thread and the stream that copy."""
+
     def _fill(self, layer: int, slot: int) -> Any:
         """Copy a layer into a slot; the event after which it is loaded, None where it is loaded on return."""
-        sources, targets = self._layers[layer], _views(self._slots[slot], self._layers[layer])
-        if self._staging is not None and any(not source.is_pinned() for source in sources):
+        sources, targets = self._layers[layer], self._targets(layer)
+        if self._staging is not None and _is_pageable(sources):
             if self._staged is not None:
                 self._staged.synchronize()  # the buffer's last copy has ended
             staged = _views(self._staging, sources)
@@ -88,12 +106,18 @@ class SlotLayers:
                 self._stream.wait_event(self._used[slot])
             for to, source in zip(targets, sources, strict=True):
                 to.copy_(source, non_blocking=self._cuda)
+            self._copied(layer)
             if self._stream is None:
                 return None
             filled = torch.cuda.Event()
             filled.record(self._stream)
             self._staged = filled
             return filled
+
+
+def _is_pageable(tensors: Sequence[Tensor]) -> bool:
+    """Whether some lie on the host where a device cannot copy from beside its work."""
+    return any(tensor.device.type == "cpu" and not tensor.is_pinned() for tensor in tensors)
 
 
 def _slot_bytes(layers: Sequence[Sequence[Tensor]]) -> int:

@@ -55,6 +55,7 @@ def _figures(record: Mapping[str, Any]) -> Table:
     if (processes := train.get("processes", 1)) > 1:
         sharing = train.get("processes_sharing_experts", 1)
         held = f"{sharing} of which share the experts out" if sharing > 1 else "each with all experts"
+        held = "each with a slice of every expert layer" if train.get("experts") == "shard" else held
         table.add_row("processes", f"{processes}, {held}")
     table.add_row("tokens per second", f"{record['throughput']['tokens_per_second']:,.0f}")
     table.add_row("peak memory", f"{record['memory']['peak_bytes'] / 1e9:.2f} GB")

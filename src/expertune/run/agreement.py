@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 from expertune.distributed.parallel import ExpertParallel
+from expertune.distributed.sharded import ExpertSharding, Sharing
 from expertune.errors import ConfigError
 from expertune.planning.devices import Machine
 from expertune.run.context import RunContext
@@ -13,6 +14,13 @@ from expertune.train.checkpoints import list_checkpoints
 
 # What differs between machines without changing a number.
 _OF_A_MACHINE = ("executable", "platform")
+
+# How processes hold the experts, in words.
+_HELD = {
+    "replicate": "each with all experts",
+    "shard": "each with a slice of every expert layer",
+    "parallel": "which share the experts out",
+}
 
 
 def require_same_start(context: RunContext) -> None:
@@ -55,15 +63,28 @@ def least_budget(context: RunContext) -> int | None:
 
 
 def share_experts(context: RunContext) -> RunContext:
-    """The context with the ranks that share the experts out, where the run file asks for that.
+    """The context with the ranks that hold the experts together, where the run file asks for that.
 
     Raises:
         ConfigError: the number of processes does not fit.
     """
     distributed, ranks = context.config.distributed, context.ranks
-    if distributed.experts != "parallel" or not ranks.several:
+    if not ranks.several:
         return context
-    return replace(context, parallel=ExpertParallel(ranks, context.device.type, distributed.expert_parallel_size))
+    match distributed.experts:
+        case "parallel":
+            sharing: Sharing = ExpertParallel(ranks, context.device.type, distributed.expert_parallel_size)
+        case "shard":
+            sharing = ExpertSharding(ranks)
+        case _:
+            return context
+    return replace(context, sharing=sharing)
+
+
+def _mode(sharing: Sharing | None) -> str:
+    if sharing is None:
+        return "replicate"
+    return "shard" if isinstance(sharing, ExpertSharding) else "parallel"
 
 
 def share_batch(context: RunContext) -> RunContext:
@@ -89,11 +110,16 @@ def share_batch(context: RunContext) -> RunContext:
             f"--resume: each step of the run takes {step} examples, which {world_size} processes cannot share evenly; "
             f"start a number of processes that divides {step}"
         )
+    mode = _mode(context.sharing)
     if world_size > 1:
-        held = "which share the experts out" if context.parallel else "each with all experts"
-        context.notify(f"{world_size} processes, {held}: {step} examples a step, {own} on each")
-    sharing = context.parallel.size if context.parallel else 1
-    values["train"] = train | {"processes": world_size, "global_batch": step, "processes_sharing_experts": sharing}
+        context.notify(f"{world_size} processes, {_HELD[mode]}: {step} examples a step, {own} on each")
+    sharing = context.sharing.size if isinstance(context.sharing, ExpertParallel) else 1
+    values["train"] = train | {
+        "processes": world_size,
+        "global_batch": step,
+        "experts": mode,
+        "processes_sharing_experts": sharing,
+    }
     batch = math.gcd(batch, own)
     training = {**config.training, BATCH_SIZE: batch, ACCUMULATION: own // batch}
     return replace(context, config=config.model_copy(update={"training": training}))

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from expertune.config import RunConfig
 from expertune.distributed.mesh import Ranks
-from expertune.distributed.parallel import ExpertParallel
+from expertune.distributed.sharded import Sharing
 from expertune.run.progress import Bars
 from expertune.run.record import RunRecord
 from expertune.storage import notify_if_it_fails
@@ -26,7 +26,7 @@ class RunContext:
         device: where the model computes.
         bars: where progress is shown.
         ranks: which of the run's processes this is.
-        parallel: the ranks that share the experts out; None where each has all.
+        sharing: the ranks that hold the experts together; None where each has all.
         resume: whether the run continues from its newest checkpoint.
         trust_remote_code: whether Python that ships with the model may run.
         arguments: transformers' TrainingArguments, built once, after the plan has settled the micro-batch.
@@ -42,7 +42,7 @@ class RunContext:
     trust_remote_code: bool = False
     arguments: Any = None
     notes: list[str] = field(default_factory=list)
-    parallel: ExpertParallel | None = None
+    sharing: Sharing | None = None
 
     @property
     def output_dir(self) -> Path:

@@ -299,7 +299,7 @@ def load_base(context: RunContext, source: ModelSource, places: Mapping[str, Loc
         OffloadedExperts(
             expert_reader(places, device),
             [name for name, place in places.items() if place == "host"],
-            context.parallel,
+            context.sharing,
         ),
     )
     use_settings(loaded.model, settings)

@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from expertune.data.split import Batch, halve, size, split
 from expertune.distributed.mesh import Ranks
 from expertune.errors import DoesNotFitError, option
-from expertune.experts.module import parallel_of
+from expertune.experts.module import in_lockstep
 from expertune.kernels import workspace
 from expertune.kernels.routes import settings_of
 from expertune.placement.experts import placement_of
@@ -134,7 +134,7 @@ class OutOfMemory(TrainerCallback):
         self.limits: dict[str, int] = {}
         self.offload_activations = offload and has_separate_host(device)
         self._model, self._notify, self.ranks = model, notify, ranks or Ranks()
-        self._shares_experts = parallel_of(model) is not None
+        self._shares_experts = in_lockstep(model)
         self._earlier = sorted((Change(**change) for change in earlier), key=lambda change: change.step)
         self._tried: list[str] = []
         self._batches: list[Batch] = []

@@ -38,6 +38,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from expertune.data.split import Batch
 from expertune.distributed.mesh import Ranks
 from expertune.errors import CheckpointError, ConfigError, NonFiniteGradientError, NonFiniteLossError, option
+from expertune.experts.module import in_lockstep
 from expertune.storage import storage_errors_named
 from expertune.train.callbacks import BestCheckpointHere, History, OwnRandomness
 from expertune.train.checkpoints import (
@@ -326,9 +327,9 @@ class Promises(Trainer):
         return loss
 
     def _stand_by(self, model: nn.Module, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Take part in what the other ranks compute, where they need this one's experts; adds nothing to the step."""
+        """Take part in what the other ranks compute, where they need this one's part of the experts; adds nothing."""
         nothing = torch.zeros((), device=self.args.device)
-        if self._exchange.parallel is None:
+        if not in_lockstep(self.model):
             return nothing
         inputs = self.data_collator([self.train_dataset[0]])
         inputs.pop("example_ids", None)

@@ -306,18 +306,17 @@ def _copy_weight(target: Target, packed: _Packed, weight: _ExpertWeight) -> None
     experts = target.model.get_submodule(weight.module)
     assert isinstance(experts, Nf4Experts)
     codes_ENK = _codes(packed, weight)
-    stack, _ = experts.locate(experts.owned.start, weight.projections[0])
+    stack, _ = experts.locate(experts.read_here.start, weight.projections[0])
     split_scales = _scales(packed, weight, stack.double_quantization)
     for position, expert in enumerate(range(weight.shape[0]) if weight.expert is None else [weight.expert]):
-        if expert not in experts.owned:
+        if expert not in experts.read_here:
             continue
         codes = weight.by_projection(codes_ENK.read_part(position))
         for part, projection in enumerate(weight.projections):
             target.claim(packed.entry, weight.module, projection, expert)
             stack, index = experts.locate(expert, projection)
-            with torch.no_grad():
-                stack.packed[index].copy_(codes[part])
-                split_scales.copy(stack, index, position, part)
+            stack.put(index, packed=codes[part])
+            split_scales.copy(stack, index, position, part)
 
 
 def _dequantized_stack(packed: _Packed, weight: _ExpertWeight) -> DequantizedEntry:
@@ -380,12 +379,12 @@ class _Scales:
 
     def copy(self, stack: Nf4Stack, index: int, position: int, part: int) -> None:
         """Those of one matrix: expert `position` of the weight, `part` of its projections."""
-        stack.absmax[index].copy_(self.weight.by_projection(self.absmax_ENB[position])[part].reshape(-1))
+        stack.put(index, absmax=self.weight.by_projection(self.absmax_ENB[position])[part].reshape(-1))
         if self.nested is not None:
-            groups = stack.nested_absmax.shape[1]
+            groups = stack.whole.nested_absmax.shape[1]
             first = (position * len(self.weight.projections) + part) * groups
-            stack.nested_absmax[index].copy_(self.nested[first : first + groups])
-            stack.offset[index] = self.offset
+            offset = torch.tensor([self.offset])
+            stack.put(index, nested_absmax=self.nested[first : first + groups], offset=offset)
 
 
 def _scales(packed: _Packed, weight: _ExpertWeight, double_quantization: bool) -> _Scales:

@@ -103,11 +103,11 @@ def _dequantized_entry(key: str, blocks: TensorEntry, scales: TensorEntry, trans
 def _copy_blocks(
     target: Target, experts: Nf4Experts, blocks: TensorEntry, scales: TensorEntry, destination: Destination
 ) -> None:
-    """The blocks of the experts that are here, into their module: a byte's first weight goes into its high half."""
+    """The blocks of experts that are read here, into their module: a byte's first weight goes into its high half."""
     spec, projection = experts.spec, destination.projection
     weight = spec.weight_names[projection == "down"]
     parts = layout.fused_projections(spec, weight)
-    stack, _ = experts.locate(experts.owned.start, parts[0])
+    stack, _ = experts.locate(experts.read_here.start, parts[0])
     expected = (spec.num_experts, stack.out_features * len(parts), stack.in_features)
     shape = (*blocks.shape[:2], blocks.shape[2] * MXFP4_BLOCK_SIZE)
     if shape != expected:
@@ -116,13 +116,11 @@ def _copy_blocks(
     def by_projection(values_N: Tensor) -> tuple[Tensor, ...]:
         return layout.to_matrices(spec, weight, values_N.T if spec.is_transposed else values_N)
 
-    for expert in experts.owned:
+    for expert in experts.read_here:
         packed = blocks.read_part(expert).flatten(1)
         packed = (packed << 4) | (packed >> 4)
         both = zip(parts, by_projection(packed), by_projection(scales.read_part(expert)), strict=True)
         for part, codes, exponents in both:
             target.claim(blocks, destination.name, part, expert)
             stack, index = experts.locate(expert, part)
-            with torch.no_grad():
-                stack.packed[index].copy_(codes)
-                stack.absmax[index].copy_(exponents.reshape(-1))
+            stack.put(index, packed=codes, absmax=exponents.reshape(-1))

@@ -15,6 +15,8 @@ operations: blocks of 32, whose scale is a power of two. Its blocks are kept as 
     offset         float32 [M]                     mean of the absmax; empty without double quantization
 
     MXFP4: packed as above, absmax uint8 [M, N*K/32] holds e for a scale of 2 ** (e - 127), the other two are empty.
+
+A stack may hold a slice of each buffer only, flat as uint8 (`Part`); operators then need the buffers gathered.
 """
 
 from collections.abc import Callable
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from expertune.kernels.nf4 import cpu, reference
-from expertune.kernels.nf4.bytes import Nf4Bytes, Scheme
+from expertune.kernels.nf4.bytes import Nf4Bytes, Part, Scheme
 from expertune.kernels.nf4.reference import BLOCK_SIZE, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "NESTED_BLOCK_SIZE",
     "Nf4Bytes",
     "Nf4Stack",
+    "Part",
     "Scheme",
     "dequantize",
     "dequantize_absmax",
@@ -113,6 +116,10 @@ class Nf4Stack(nn.Module):
         scheme: `nf4`, or `mxfp4`, whose bytes are copied in (`packed`, `absmax`) and for which `double_quantization`
             means nothing.
 
+    Attributes:
+        part: which slice of each buffer is held; None means all.
+        whole: the four buffers of all matrices, without memory.
+
     Raises:
         ValueError: K is no multiple of 64.
     """
@@ -150,8 +157,16 @@ class Nf4Stack(nn.Module):
         self.register_buffer(
             "offset", torch.empty(num_matrices if double_quantization else 0, dtype=torch.float32, device=device)
         )
+        self.part: Part | None = None
+        self.whole = Nf4Bytes(*(torch.empty_like(tensor, device="meta") for tensor in self.bytes))
 
-    @torch.no_grad()
+    def hold(self, part: Part, device: torch.device | str | None = None) -> None:
+        """Hold a slice of each buffer, flat, without bytes so far."""
+        held = (torch.empty(len(part.of(whole)), dtype=torch.uint8, device=device) for whole in self.whole)
+        self.part = part
+        packed, self.absmax, self.nested_absmax, self.offset = held
+        self.packed = nn.Parameter(packed, requires_grad=False)
+
     def write(self, index: int, matrix_NK: Tensor) -> None:
         """Quantize a matrix [N, K] into place `index`.
 
@@ -163,11 +178,28 @@ class Nf4Stack(nn.Module):
         if tuple(matrix_NK.shape) != (self.out_features, self.in_features):
             raise ValueError(f"expected shape {(self.out_features, self.in_features)}, got {tuple(matrix_NK.shape)}")
         packed, absmax, nested_absmax, offset = quantize_matrix(matrix_NK, self.double_quantization)
-        self.packed[index].copy_(packed)
-        self.absmax[index].copy_(absmax)
+        self.put(index, packed=packed, absmax=absmax)
         if self.double_quantization:
-            self.nested_absmax[index].copy_(nested_absmax)
-            self.offset[index].copy_(offset[0])
+            self.put(index, nested_absmax=nested_absmax, offset=offset)
+
+    @torch.no_grad()
+    def put(self, index: int, **buffers: Tensor) -> None:
+        """Copy buffers of one matrix into place `index`, by name: of a slice, the bytes that belong to it.
+
+        Args:
+            index: which matrix.
+            **buffers: as many values as the stack has for a matrix.
+        """
+        for name, values in buffers.items():
+            whole, held = getattr(self.whole, name), getattr(self, name)
+            if self.part is None:
+                held[index].copy_(values.reshape(held[index].shape))
+                continue
+            here, size = self.part.of(whole), whole[:1].nbytes
+            first, end = max(index * size, here.start), min((index + 1) * size, here.stop)
+            if first < end:
+                flat = values.to(whole.dtype).contiguous().view(-1).view(torch.uint8)
+                held[first - here.start : end - here.start].copy_(flat[first - index * size : end - index * size])
 
     @property
     def bytes(self) -> Nf4Bytes:
@@ -192,7 +224,13 @@ class Nf4Stack(nn.Module):
         self.stays = stays
 
     def dequantize(self, index: int, dtype: torch.dtype) -> Tensor:
-        """Matrix `index` as [N, K] of `dtype`."""
+        """Matrix `index` as [N, K] of `dtype`.
+
+        Raises:
+            ValueError: the stack holds a slice.
+        """
+        if self.part is not None:
+            raise ValueError(f"a slice of the bytes is here, 1 of {self.part.size}; no matrix can be dequantized")
         return dequantize(
             self.bytes, index, torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.packed.device)
         )

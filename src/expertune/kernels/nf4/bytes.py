@@ -1,11 +1,44 @@
 """The four buffers of M matrices [N, K] held in 4 bits, as operators receive them; see `expertune.kernels.nf4`."""
 
+import math
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Scheme = Literal["nf4", "mxfp4"]
+
+# Slices of a buffer begin at a multiple of it where its matrices do: copies of so many bytes are fast.
+_UNIT = 16
+
+
+class Part(NamedTuple):
+    """Which slice of each buffer is held: number `rank` of `size`.
+
+    Slices are of one size, in whole bytes of whole values, save that the last ones may be shorter or empty. Where
+    `size` divides the number of matrices, each is so many matrices.
+    """
+
+    rank: int
+    size: int
+
+    def each(self, whole: Tensor) -> int:
+        """Bytes of one slice of a buffer, which may be without memory."""
+        per_matrix = whole[:1].nbytes
+        unit = math.gcd(_UNIT, per_matrix) or 1
+        return -(-whole.nbytes // (self.size * unit)) * unit
+
+    def of(self, whole: Tensor) -> range:
+        """Which bytes of a buffer are in the slice."""
+        each = self.each(whole)
+        start = min(self.rank * each, whole.nbytes)
+        return range(start, min(start + each, whole.nbytes))
+
+    def experts(self, wholes: Iterable[Tensor], matrices: int) -> list[range]:
+        """Experts that the slices of buffers have bytes of, where each expert has so many matrices."""
+        held = ((self.of(whole), matrices * whole[:1].nbytes) for whole in wholes)
+        return [range(here.start // size, -(-here.stop // size)) for here, size in held if here]
 
 
 class Nf4Bytes(NamedTuple):

@@ -1,0 +1,209 @@
+"""Experts of which each rank holds a slice: the result of one process, in less memory."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoint.formats.test_bnb4bit import BITSANDBYTES, pack
+from tests.checkpoint.formats.test_mxfp4 import pack_blocks
+from tests.distributed.ranks import command, run_jobs
+from tests.distributed.test_replicated import (
+    BEFORE,
+    FAMILIES,
+    FOUR,
+    NOT_FINITE,
+    ONE,
+    SCARCE,
+    TWO,
+    Place,
+    assert_same_result,
+    back_to_step_2,
+    train,
+    write_place,
+)
+
+SHARD = ["distributed.experts=shard"]
+TASK = ["task.metric=exact-match", "task.max_new_tokens=4", "task.batch_size=2"]
+OF_FAMILY = {"mixtral": TASK, "qwen3_moe": [], "gpt_oss": ["data.packing=padded"]}
+FOLDERS = ("mixtral", "qwen3_moe", "nf4", "mxfp4", "bitsandbytes")
+FILES = ("adapter/adapter_model.safetensors", "checkpoint-4/optimizer.pt")
+
+# Which experts a rank reads of each layer, and whether what it holds is its part of what one process loads.
+LOADING = """
+import json, torch
+from expertune.checkpoint.load import OffloadedExperts, load_model
+from expertune.config import QuantizationConfig
+from expertune.distributed.mesh import open_ranks
+from expertune.distributed.sharded import ExpertSharding
+from expertune.experts.module import Nf4Experts
+from expertune.kernels.nf4 import Part
+found, read = {{}}, []
+place = Nf4Experts.locate
+def locate(self, expert, projection):
+    read.append(expert)
+    return place(self, expert, projection)
+def experts(loaded):
+    return {{name: each for name, each in loaded.model.named_modules() if isinstance(each, Nf4Experts)}}
+with open_ranks() as ranks:
+    sharding = ExpertSharding(ranks)
+    for folder in {folders}:
+        quantization = QuantizationConfig()
+        load = lambda **given: experts(load_model(folder, quantization, torch.float32, "cpu", **given))
+        whole = load()
+        Nf4Experts.locate = locate
+        held = load(offloaded=OffloadedExperts(sharing=sharding))
+        Nf4Experts.locate = place
+        pairs = [(getattr(stack, name), getattr(other, name), getattr(stack.whole, name)) for key in whole
+                 for stack, other in ((held[key].gate_up, whole[key].gate_up), (held[key].down, whole[key].down))
+                 for name in ("packed", "absmax", "nested_absmax", "offset")]
+        same = True
+        for own, all_of_it, like in pairs:
+            here = Part(ranks.rank, ranks.world_size).of(like)
+            same &= torch.equal(own, all_of_it.detach().reshape(-1).view(torch.uint8)[here.start : here.stop])
+        found[folder] = [same, sorted(set(read)), sum(own.nbytes for own, _, _ in pairs),
+                         sum(like.nbytes for _, _, like in pairs), len(pairs)]
+        read.clear()
+    open(f"loaded-{{ranks.rank}}.json", "w").write(json.dumps(found))
+"""
+
+
+def jobs() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {"quantize": command(1, ["quantize", "mixtral", "nf4"])}
+    found["loading"] = [LOADING.format(folders=FOLDERS)] * 3
+    for family, more in OF_FAMILY.items():
+        for world_size, arguments in ((1, ONE), (2, TWO + SHARD), (4, FOUR + SHARD)):
+            name = f"{family}-{world_size}"
+            found[name] = train(world_size, name, [f"model={family}", *arguments, *more])
+    three = ["training.per_device_train_batch_size=1", "data.train=rows.jsonl[0:9]", *SHARD]
+    found |= {
+        "one of three": train(1, "uneven-1", [*three, "training.per_device_train_batch_size=3"]),
+        "three": train(3, "uneven-3", three),
+        "three examples on one": train(1, "few-1", [*ONE, "data.train=rows.jsonl[0:3]"]),
+        "three examples on four": train(4, "few-4", [*FOUR, *SHARD, "data.train=rows.jsonl[0:3]"]),
+        "five": train(5, "five", ["training.max_steps=1", *FOUR, *SHARD]),
+        "from the disk": train(2, "disk", ["model=nf4", *TWO, *SHARD, *TASK, "placement=disk"]),
+        "two, back": back_to_step_2("mixtral-2", "two-two"),
+        "two to two": train(2, "two-two", [*TWO, *SHARD, *TASK, "--resume"]),
+        "two, back again": back_to_step_2("mixtral-2", "two-parallel"),
+        "to parallel": train(2, "two-parallel", [*TWO, *TASK, "distributed.experts=parallel", "--resume"]),
+        "parallel, back": back_to_step_2("two-parallel", "parallel-one"),
+        "to one": train(1, "parallel-one", [*TWO, *TASK, "--resume"]),
+        "not finite": train(2, "nan", [*TWO, *SHARD], {0: NOT_FINITE}),
+        "scarce": train(2, "scarce", ["training.per_device_train_batch_size=2", *SHARD], {0: SCARCE}),
+    }
+    return found
+
+
+def write_packed(place: Path) -> None:
+    """The models of the place again, their experts packed as others publish them."""
+    for source, folder in (("gpt_oss", "mxfp4"), ("mixtral", "bitsandbytes")):
+        tensors = load_file(place / source / "model.safetensors")
+        if folder == "mxfp4":
+            for key in [key for key in tensors if key.endswith(("gate_up_proj", "down_proj"))]:
+                blocks, scales = pack_blocks(tensors.pop(key).transpose(1, 2))
+                tensors |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
+        else:
+            pack(tensors)
+        (place / folder).mkdir()
+        save_file(tensors, place / folder / "model.safetensors", metadata={"format": "pt"})
+        values = json.loads((place / source / "config.json").read_text(encoding="utf-8"))
+        mxfp4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+        values["quantization_config"] = mxfp4 if folder == "mxfp4" else BITSANDBYTES
+        (place / folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = write_place(tmp_path_factory.mktemp("sharded") / "place")
+    write_packed(folder)
+    return Place(folder, run_jobs(jobs(), folder, BEFORE))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_give_the_losses_and_the_adapter_of_one_process(place: Place, family: str, world_size: int) -> None:
+    assert place.statuses(f"{family}-{world_size}") == [0] * world_size, place.said(f"{family}-{world_size}")
+    assert_same_result(place, f"{family}-1", f"{family}-{world_size}")
+    one, several = (place.record(f"{family}-{size}") for size in (1, world_size))
+    assert several["preflight"]["four_bit"] == one["preflight"]["four_bit"]
+    assert several["preflight"]["learning"] == one["preflight"]["learning"]
+    assert several["train"]["experts"] == "shard"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rank_holds_its_part_of_the_bytes_and_two_layers(place: Place, family: str) -> None:
+    record = place.record(f"{family}-4")
+    total, held = record["preflight"]["four_bit"]["expert_bytes"], record["placement"]
+    layers, rounded = held["layers"]["device"], 16 * 8  # of eight tensors, each slice up to 16 bytes
+    assert total / 4 <= held["streamed_bytes"] <= total / 4 + layers * rounded
+    assert 2 * total / layers <= held["slot_bytes"] <= 2 * (total / layers + 8 * 256 + 4 * rounded)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_rank_reads_no_more_than_it_keeps_and_the_experts_that_lie_in_it(place: Place, folder: str) -> None:
+    assert place.statuses("loading") == [0, 0, 0], place.said("loading")
+    found = [json.loads((place.folder / f"loaded-{rank}.json").read_text(encoding="utf-8")) for rank in range(3)]
+    of_folder = [of_rank[folder] for of_rank in found]
+    assert all(same for same, *_ in of_folder)
+    assert sum(held for _, _, held, *_ in of_folder) == of_folder[0][3]
+    for _, read, held, total, tensors in of_folder:
+        assert held <= total / 3 + 16 * tensors
+        num_experts = 64 if folder == "qwen3_moe" else 4
+        assert len(read) <= (0 if folder == "nf4" else num_experts / 3 + 2), read
+
+
+def test_answers_have_the_score_of_one_process(place: Place) -> None:
+    for when in ("before", "after"):
+        ours, theirs = (place.record(name)["task"][when] for name in ("mixtral-1", "mixtral-2"))
+        assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+def test_experts_that_do_not_divide_give_the_same_result(place: Place) -> None:
+    assert place.statuses("three") == [0] * 3, place.said("three")
+    assert_same_result(place, "uneven-1", "uneven-3")
+
+
+def test_rank_without_examples_takes_part_in_gathering(place: Place) -> None:
+    assert place.statuses("three examples on four") == [0] * 4, place.said("three examples on four")
+    assert_same_result(place, "few-1", "few-4")
+
+
+def test_more_ranks_than_experts_hold_slices_of_them(place: Place) -> None:
+    assert place.statuses("five") == [0] * 5, place.said("five")
+
+
+def test_slices_that_are_mapped_from_a_folder_give_the_same_result(place: Place) -> None:
+    assert place.statuses("from the disk") == [0, 0], place.said("from the disk")
+    assert place.record("disk")["placement"]["layers"] == {"disk": 2}
+    assert_same_result(place, "mixtral-1", "disk")
+
+
+def test_run_that_is_resumed_gives_the_bytes_of_one_that_was_not(place: Place) -> None:
+    assert place.statuses("two to two") == [0, 0], place.said("two to two")
+    for file in FILES:
+        ours, theirs = ((place.folder / run / file).read_bytes() for run in ("mixtral-2", "two-two"))
+        assert ours == theirs, file
+
+
+@pytest.mark.parametrize(("job", "run"), [("to parallel", "two-parallel"), ("to one", "parallel-one")])
+def test_run_is_resumed_in_another_mode(place: Place, job: str, run: str) -> None:
+    assert set(place.statuses(job)) == {0}, place.said(job)
+    assert "resuming from" in place.said(job)
+    assert_same_result(place, "mixtral-2", run)
+
+
+REFUSED = {
+    "not finite": "rank 0: the loss became nan in step 2 on rows.jsonl",
+    "scarce": "rank 0: step 1 ran out of memory, in which processes that share the experts out need each other",
+}
+
+
+@pytest.mark.parametrize("job", REFUSED)
+def test_error_on_one_rank_ends_all_and_is_said_once(place: Place, job: str) -> None:
+    assert set(place.statuses(job)) == {2}, place.said(job)
+    said = place.said(job)
+    assert said.count("error:") == 1, said
+    assert "Traceback" not in said
+    assert REFUSED[job] in " ".join(said.split())
