@@ -5,14 +5,19 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-oldest test-newest test-slow check format bench constraints clean
+.PHONY: demo test test-targets test-oldest test-newest test-slow check format bench constraints clean
 
 demo: $(VENV)/.runtime
 	@rm -rf runs/demo
 	$(BIN)/expertune train examples/demo.yaml
 
-test: $(VENV)/.development .triton-oldest/.ready
+test: $(VENV)/.development
 	tools/run_tests.sh $(BIN)/python
+
+# Kernels compiled for every GPU, by the oldest Triton and by the environment's own. `make test` compiles them for one
+# GPU; the rest needs minutes and breaks with a kernel or with Triton alone. Continuous integration runs it every time.
+test-targets: $(VENV)/.development .triton-oldest/.ready
+	$(BIN)/python -m pytest -p no:cacheprovider -m targets tests/kernels
 
 # The oldest releases that pyproject.toml allows, and the newest, each in an environment of its own. What runs is what
 # calls transformers, PEFT, TRL, accelerate, datasets, bitsandbytes or trackers, or is called by them. Left to `make test`
