@@ -1,5 +1,6 @@
 """Triton's kernels without a GPU: through its interpreter, in float32 and float16 (its bfloat16 is wrong, silently)."""
 
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -67,18 +68,21 @@ def assert_near(found: Tensor, expected: Tensor, relative: float) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _list_of_the_language_is_kept() -> Iterator[None]:
-    """Triton's interpreter lists all of its language at each call of a device function, to replace the builtins in it.
+def _language_is_patched_once_a_launch() -> Iterator[None]:
+    """Triton's interpreter replaces the builtins of its language in a launch, and again in each call of a device function.
 
-    Which names are builtins does not change, so here they are listed once. Read from Triton 3.6.0 and 3.9.0; a release
-    that does it otherwise is left as it is.
+    Which names are builtins does not change, and what the running kernel has replaced stays so until it ends: here they
+    are listed once, and replaced once in a launch. Read from Triton 3.6 to 3.9; a release that does it otherwise is left
+    as it is.
     """
     interpreter = pytest.importorskip("triton.runtime.interpreter")
-    language, patch_one = getattr(interpreter, "tl", None), getattr(interpreter, "_patch_attr", None)
-    if None in (language, patch_one) or not hasattr(interpreter, "_patch_builtin"):
+    names = ("tl", "_patch_attr", "_patch_builtin", "_patch_lang", "_LangPatchScope")
+    if not all(hasattr(interpreter, name) for name in names):
         yield
         return
+    language, patch_one, patch_all = interpreter.tl, interpreter._patch_attr, interpreter._patch_lang
     builtins: dict[Any, list[str]] = {}
+    patched: set[Any] = set()
 
     def patch(package: Any, *builder_and_scope: Any) -> None:
         if package not in builtins:
@@ -90,8 +94,27 @@ def _list_of_the_language_is_kept() -> Iterator[None]:
             if language.core.is_builtin(member):
                 patch_one(package, name, member, *builder_and_scope)
 
+    @functools.cache
+    def seen_by(fn: Any) -> set[Any]:
+        return {each for each in fn.__globals__.values() if each is language or each is language.core}
+
+    def patch_for(fn: Any) -> Any:
+        if patched and seen_by(fn) <= patched:
+            return interpreter._LangPatchScope()
+        scope = patch_all(fn)
+        patched.update(seen_by(fn))
+        restore = scope.restore
+
+        def restored() -> None:
+            patched.clear()
+            restore()
+
+        scope.restore = restored
+        return scope
+
     with pytest.MonkeyPatch.context() as changed:
         changed.setattr(interpreter, "_patch_builtin", patch)
+        changed.setattr(interpreter, "_patch_lang", patch_for)
         yield
 
 
