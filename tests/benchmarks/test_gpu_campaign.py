@@ -1,6 +1,7 @@
 """The GPU campaign's dry run on a CPU: what each stage leaves, and that nothing wrong is timed or reported."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,19 +20,30 @@ ROOT = Path(gpu_campaign.__file__).parents[1]
 def stage(name: str, out: Path, *more: str) -> dict[str, Any]:
     # Without a stage's own limit of time, within which a slow machine would leave items out.
     args = gpu_campaign.parse(["--device", "cpu", "--small", "--limit", "1e9", "--out", str(out), *more])
-    gpu_campaign.run_stage(name, args)
+    threads = torch.get_num_threads()
+    try:
+        gpu_campaign.run_stage(name, args)
+    finally:
+        torch.set_num_threads(threads)
     return json.loads(gpu_campaign.path_of(out, name).read_text(encoding="utf-8"))
 
 
-@pytest.fixture(autouse=True)
-def _threads_as_before():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module")
+def after_stage_1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the first stage leaves, without which no other begins."""
+    out = tmp_path_factory.mktemp("campaign")
+    stage("1", out)
+    return out
 
 
-def test_the_first_stages_leave_whole_json_and_say_what_a_cpu_cannot_tell(tmp_path: Path) -> None:
-    first = stage("1", tmp_path)
+@pytest.fixture
+def out(after_stage_1: Path, tmp_path: Path) -> Path:
+    """A copy of it, to go on in."""
+    return shutil.copytree(after_stage_1, tmp_path / "out")
+
+
+def test_the_first_stages_leave_whole_json_and_say_what_a_cpu_cannot_tell(out: Path) -> None:
+    first = json.loads(gpu_campaign.path_of(out, "1").read_text(encoding="utf-8"))
     assert first["complete"]
     assert not first["errors"]
     assert first["gate"]["passed"]
@@ -40,7 +52,7 @@ def test_the_first_stages_leave_whole_json_and_say_what_a_cpu_cannot_tell(tmp_pa
     assert first["items"]["self-check bfloat16"]["value"] is None
     assert first["items"]["self-check bfloat16"]["reason"]
 
-    second = stage("2", tmp_path)
+    second = stage("2", out)
     assert second["complete"]
     assert not second["errors"]
     assert second["routes"]["by"] == "stage 1"
@@ -48,12 +60,11 @@ def test_the_first_stages_leave_whole_json_and_say_what_a_cpu_cannot_tell(tmp_pa
     assert one["ratio"] > 0
     assert one["best_peer"] == "bitsandbytes, per expert"
     assert set(first["gate"]["passed"]) == {name.removeprefix("ours, ") for name in one["launches"]}
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(out.glob("*.part"))
 
 
-def test_placement_is_measured_where_results_are_those_of_the_device(tmp_path: Path) -> None:
-    stage("1", tmp_path)
-    found = stage("5", tmp_path)
+def test_placement_is_measured_where_results_are_those_of_the_device(out: Path) -> None:
+    found = stage("5", out)
     assert found["complete"]
     assert not found["errors"]
     resident, streamed = found["items"]["resident T=64"], found["items"]["8 GB T=64"]
