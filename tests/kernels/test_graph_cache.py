@@ -31,14 +31,18 @@ def run(earlier, names, order):
     layers = nn.ModuleList(made[name] for name in names)
     spec = layers[0].spec
     torch.manual_seed(1)
-    a = torch.randn(spec.num_experts, 4, spec.hidden_size, requires_grad=True)
-    b = torch.randn(spec.num_experts, spec.intermediate_size, 4, requires_grad=True)
-    update = LoraUpdate(0, a, b, 2.0)
+    # Each layer has its own factors: gradients of shared ones would be summed, by C++ that takes seconds to compile.
+    def update():
+        a = torch.randn(spec.num_experts, 4, spec.hidden_size, requires_grad=True)
+        b = torch.randn(spec.num_experts, spec.intermediate_size, 4, requires_grad=True)
+        return LoraUpdate(0, a, b, 2.0)
+
+    updates = [update() for _ in layers]
     hidden = torch.randn(5, spec.hidden_size)
     index, weights = random_routing(5, spec.num_experts)
 
     def forward(hidden):
-        for layer in layers:
+        for layer, update in zip(layers, updates):
             hidden = layer(hidden, index, weights, [update])
         return hidden
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -26,8 +26,10 @@ HALF = {"rtol": 2**-8, "atol": 2**-8}
 # What takes the interpreter minutes, or goes expert by expert on a GPU too.
 LEFT_OUT = {"more rows than a panel of the fused route holds", "two adapters"}
 # An expert is a tile or two of every launch, and takes the interpreter a second: as few as show what the shape is for.
-SMALL = {"hidden": 64, "intermediate": 64, "num_experts": 3}
+SMALL = {"hidden": 64, "intermediate": 64, "num_experts": 2}
 FEW = {
+    "one choice": {"num_experts": 3},
+    "ranks that are a multiple of nothing": {"num_experts": 3},
     "every expert chosen": {"num_experts": 4},
     "most experts without tokens": {"num_experts": 6, "tokens": 1},
     "biases, limits and experts without tokens": {"num_experts": 6, "tokens": 1},
@@ -78,29 +80,42 @@ def gradients(case: Case) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out.square().sum(), case.leaves)]
 
 
-@pytest.mark.usefixtures("on_gpu")
-def test_dropout_falls_where_it_falls_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case(11, **SMALL, dropout=0.3)
-    found = gradients(case)
+class Computed(NamedTuple):
+    """A layer with dropout, and its output and gradients on a GPU's route."""
+
+    case: Case
+    results: list[Tensor]
+
+
+@pytest.fixture(scope="module")
+def by_route() -> dict[str, Computed]:
+    """What a test has computed that others compare with: it takes the interpreter seconds."""
+    return {}
+
+
+@pytest.fixture
+def computed(on_gpu: str, by_route: dict[str, Computed]) -> Computed:
+    if on_gpu not in by_route:
+        case = make_case(7, **SMALL | {"num_experts": 3}, dropout=0.3)
+        by_route[on_gpu] = Computed(case, gradients(case))
+    return by_route[on_gpu]
+
+
+def test_dropout_falls_where_it_falls_on_a_cpu(computed: Computed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    for one, other in zip(found, gradients(case), strict=True):
+    for one, other in zip(computed.results, gradients(computed.case), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.usefixtures("on_gpu")
-def test_chunks_of_a_few_tokens_give_the_same_layer() -> None:
-    case = make_case(7, **SMALL, dropout=0.3)
-    whole = gradients(case)
+def test_chunks_of_a_few_tokens_give_the_same_layer(computed: Computed) -> None:
     SETTINGS.working_set_bytes = 2**14
-    chunked = gradients(case)
-    for one, other in zip(whole, chunked, strict=True):
+    for one, other in zip(computed.results, gradients(computed.case), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.usefixtures("on_gpu")
-def test_two_runs_give_identical_bytes() -> None:
-    case = make_case(9, **SMALL, dropout=0.3)
-    assert all(torch.equal(one, other) for one, other in zip(gradients(case), gradients(case), strict=True))
+def test_two_runs_give_identical_bytes(computed: Computed) -> None:
+    again = gradients(computed.case)
+    assert all(torch.equal(one, other) for one, other in zip(computed.results, again, strict=True))
 
 
 class Work(TorchDispatchMode):

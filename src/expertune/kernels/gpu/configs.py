@@ -55,7 +55,7 @@ def gemm_config(
     if forced_config is not None:
         return forced_config
     if target.backend == "interpreter":
-        return Config(16, 16 if transposed else 32, 64, 4, 1, target.multiprocessors)
+        return Config(16, 32, 64, 4, 1, target.multiprocessors)
     wide = dtype == torch.float32
     BM = next((size for size in (16, 32, 64) if tokens_per_expert <= size), 128)
     if wide:
