@@ -1,7 +1,11 @@
 """A tiny Mixtral with 4-bit experts, and adapters on it."""
 
+import copy
 import json
+import shutil
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +13,16 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.checkpoint.load import LoadedModel
 from expertune.config import LoraSection
-from tests.tiny_models import FolderOf, load_tiny, random_rows
+from tests.tiny_models import FolderOf, dequantized, load_tiny, random_rows
 
+Load = Callable[..., LoadedModel]
+Stock = Callable[..., PreTrainedModel]
 EVERYTHING = ["attention", "experts", "lm_head"]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 W1 = "base_model.model.model.layers.1.block_sparse_moe.experts.2.w1.lora_A.weight"
@@ -26,10 +33,35 @@ def mixtral(family_folder: FolderOf) -> Path:
     return family_folder("mixtral")
 
 
+@pytest.fixture(scope="session")
+def load(family_folder: FolderOf) -> Load:
+    """A family's model in 4 bits, of the test's own: attaching changes it. Each is loaded once, and copied."""
+    held: dict[str, LoadedModel] = {}
+
+    def load_family(family: str = "mixtral") -> LoadedModel:
+        if family not in held:
+            held[family] = load_tiny(family_folder(family))
+        return replace(held[family], model=copy.deepcopy(held[family].model))
+
+    return load_family
+
+
+@pytest.fixture(scope="session")
+def stock(load: Load, family_folder: FolderOf) -> Stock:
+    """A family's stock model over the weights that the 4-bit one decodes to, of the test's own; each is made once."""
+    held: dict[str, PreTrainedModel] = {}
+
+    def stock_family(family: str = "mixtral") -> PreTrainedModel:
+        if family not in held:
+            held[family] = dequantized(load(family), family_folder(family))
+        return copy.deepcopy(held[family])
+
+    return stock_family
+
+
 @pytest.fixture
-def loaded(mixtral: Path) -> LoadedModel:
-    """A model of the test's own: attaching changes it."""
-    return load_tiny(mixtral)
+def loaded(load: Load) -> LoadedModel:
+    return load("mixtral")
 
 
 def adapt(loaded: LoadedModel, adapter_name: str = "default", onto: ExpertPeftModel | None = None, **lora: Any):
@@ -71,12 +103,18 @@ def ids() -> Tensor:
     return random_rows(3, 16)
 
 
-@pytest.fixture
-def saved(loaded: LoadedModel, tmp_path: Path) -> Path:
-    model = adapt(loaded)
+@pytest.fixture(scope="session")
+def saved_once(load: Load, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model, folder = adapt(load()), tmp_path_factory.mktemp("saved")
     train_a_little(model)
-    model.save_pretrained(str(tmp_path / "adapter"))
-    return tmp_path / "adapter"
+    model.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture
+def saved(saved_once: Path, tmp_path: Path) -> Path:
+    """The files of an adapter, of the test's own."""
+    return shutil.copytree(saved_once, tmp_path / "adapter")
 
 
 def config_of(folder: Path) -> dict[str, Any]:

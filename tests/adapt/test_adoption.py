@@ -16,28 +16,40 @@ from expertune.adapt.files import LIVE_NAME, read_adapter, read_adapter_config, 
 from expertune.adapt.live import LiveAdapter
 from expertune.checkpoint.load import LoadedModel
 from expertune.errors import CheckpointError, ConfigError
-from tests.adapt.conftest import CONFIG, EVERYTHING, W1, WEIGHTS, adapt, adopt, config_of, logits_of, train_a_little
-from tests.tiny_models import changed, dequantized, load_tiny
+from tests.adapt.conftest import (
+    CONFIG,
+    EVERYTHING,
+    W1,
+    WEIGHTS,
+    Load,
+    Stock,
+    adapt,
+    adopt,
+    config_of,
+    logits_of,
+    train_a_little,
+)
+from tests.tiny_models import changed
 
 
 def test_saved_adapter_tells_its_runs_own_settings_and_takes_them_back(
-    loaded: LoadedModel, mixtral: Path, tmp_path: Path
+    loaded: LoadedModel, load: Load, tmp_path: Path
 ) -> None:
     own = {"r": 2, "alpha": 6, "rslora": True, "rank_pattern": {"w2": 4}, "alpha_pattern": {"q_proj": 3}}
     adapt(loaded, **own).save_pretrained(str(tmp_path))
     assert read_adapter_settings(tmp_path) == own
-    again = adopt(load_tiny(mixtral), tmp_path, **own)
+    again = adopt(load(), tmp_path, **own)
     before, after = (
         {pair.name: (pair.scale, pair.a.shape) for pair in LiveAdapter(model, loaded.names).pairs()}
         for model in (loaded.model, again.get_base_model())
     )
     assert before == after
     with pytest.raises(ConfigError, match=r"lora\.alpha is 2\.0, but the adapter at .* has 6"):
-        adopt(load_tiny(mixtral), tmp_path, alpha=2)
+        adopt(load(), tmp_path, alpha=2)
 
 
 def test_file_whose_live_factors_are_another_adapters_is_read_by_itself(
-    loaded: LoadedModel, mixtral: Path, tmp_path: Path, ids: Tensor
+    loaded: LoadedModel, load: Load, tmp_path: Path, ids: Tensor
 ) -> None:
     model = adapt(loaded, alpha=6)
     for seed, folder in ((1, tmp_path / "one"), (2, tmp_path / "other")):
@@ -45,17 +57,17 @@ def test_file_whose_live_factors_are_another_adapters_is_read_by_itself(
         model.save_pretrained(str(folder))
         model.save_live_factors(folder)
     (tmp_path / "one" / LIVE_NAME).replace(tmp_path / "other" / LIVE_NAME)
-    again = adopt(load_tiny(mixtral), tmp_path / "other")
+    again = adopt(load(), tmp_path / "other")
     torch.testing.assert_close(logits_of(again, ids), logits_of(model, ids), rtol=0, atol=1e-5)
 
 
 def test_narrow_factors_come_back_to_the_bit_whatever_the_scale(
-    loaded: LoadedModel, mixtral: Path, tmp_path: Path, ids: Tensor
+    loaded: LoadedModel, load: Load, tmp_path: Path, ids: Tensor
 ) -> None:
     model = adapt(loaded, alpha=6, dtype="bfloat16")
     train_a_little(model)
     model.save_pretrained(str(tmp_path))
-    again = adopt(load_tiny(mixtral), tmp_path, dtype="bfloat16")
+    again = adopt(load(), tmp_path, dtype="bfloat16")
     assert torch.equal(logits_of(again, ids), logits_of(model, ids))
 
 
@@ -65,7 +77,7 @@ def test_narrow_factors_come_back_to_the_bit_whatever_the_scale(
     ids=["plain", "rslora", "own"],
 )
 def test_file_of_an_earlier_release_with_live_scales_is_adopted_to_the_bit(
-    scale: dict[str, Any], loaded: LoadedModel, mixtral: Path, tmp_path: Path, ids: Tensor
+    scale: dict[str, Any], loaded: LoadedModel, load: Load, tmp_path: Path, ids: Tensor
 ) -> None:
     lora = {"r": 2, "alpha": 3, "rslora": "use_rslora" in scale, "alpha_pattern": scale.get("alpha_pattern", {})}
     model = adapt(loaded, **lora)
@@ -78,12 +90,12 @@ def test_file_of_an_earlier_release_with_live_scales_is_adopted_to_the_bit(
     }
     save_file(held, tmp_path / WEIGHTS)
     break_config(r=2, lora_alpha=3, **scale)(tmp_path)
-    again = adopt(load_tiny(mixtral), tmp_path, **lora)
+    again = adopt(load(), tmp_path, **lora)
     assert torch.equal(logits_of(again, ids), logits_of(model, ids))
 
 
-def test_adopted_adapter_goes_on_training(loaded: LoadedModel, saved: Path, mixtral: Path, ids: Tensor) -> None:
-    model = adopt(load_tiny(mixtral), saved, dropout=0.1).train()
+def test_adopted_adapter_goes_on_training(loaded: LoadedModel, saved: Path, load: Load, ids: Tensor) -> None:
+    model = adopt(load(), saved, dropout=0.1).train()
     model(ids, labels=ids).loss.backward()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(trainable) == 2 * (2 * 4 + 2 * 3 + 1)
@@ -94,15 +106,15 @@ def test_adopted_adapter_goes_on_training(loaded: LoadedModel, saved: Path, mixt
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "v_proj", "lm_head"]])
 def test_adapter_that_stock_peft_saved_is_adopted(
-    targets: list[str], mixtral: Path, loaded: LoadedModel, tmp_path: Path, ids: Tensor
+    targets: list[str], stock: Stock, loaded: LoadedModel, tmp_path: Path, ids: Tensor
 ) -> None:
     """With the head among the targets PEFT also writes a copy of the frozen head, which is no part of the adapter."""
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
-    stock = get_peft_model(dequantized(loaded, mixtral), config)
-    train_a_little(stock)
-    stock.save_pretrained(tmp_path)
+    theirs = get_peft_model(stock(), config)
+    train_a_little(theirs)
+    theirs.save_pretrained(tmp_path)
     model = adopt(loaded, tmp_path)
-    torch.testing.assert_close(logits_of(model, ids), logits_of(stock, ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(model, ids), logits_of(theirs, ids), rtol=0, atol=1e-5)
 
 
 FUSED: dict[str, dict[str, Any]] = {
@@ -123,16 +135,16 @@ FUSED: dict[str, dict[str, Any]] = {
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
 @pytest.mark.parametrize("case", FUSED)
 def test_adapter_that_stock_peft_saved_in_its_fused_layout_is_adopted(
-    case: str, mixtral: Path, loaded: LoadedModel, tmp_path: Path, ids: Tensor
+    case: str, stock: Stock, loaded: LoadedModel, tmp_path: Path, ids: Tensor
 ) -> None:
     config = LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": [], "task_type": "CAUSAL_LM"} | FUSED[case]))
-    stock = get_peft_model(dequantized(loaded, mixtral), config)
-    train_a_little(stock)
-    stock.save_pretrained(tmp_path)
+    theirs = get_peft_model(stock(), config)
+    train_a_little(theirs)
+    theirs.save_pretrained(tmp_path)
     model = adopt(loaded, tmp_path)
     with model.disable_adapter():
-        assert (logits_of(model, ids) - logits_of(stock, ids)).abs().max() > 0.1
-    torch.testing.assert_close(logits_of(model, ids), logits_of(stock, ids), rtol=0, atol=1e-5)
+        assert (logits_of(model, ids) - logits_of(theirs, ids)).abs().max() > 0.1
+    torch.testing.assert_close(logits_of(model, ids), logits_of(theirs, ids), rtol=0, atol=1e-5)
 
 
 def test_read_factors_stacks_the_experts_and_finds_the_linears(loaded: LoadedModel, saved: Path) -> None:
@@ -159,14 +171,14 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("key", CONFLICTS)
-def test_run_file_that_contradicts_the_adapter_is_refused(key: str, saved: Path, mixtral: Path) -> None:
+def test_run_file_that_contradicts_the_adapter_is_refused(key: str, saved: Path, load: Load) -> None:
     lora, message = CONFLICTS[key]
     with pytest.raises(ConfigError, match=message):
-        adopt(load_tiny(mixtral), saved, **lora)
+        adopt(load(), saved, **lora)
 
 
-def test_run_file_that_repeats_the_adapters_values_is_taken(saved: Path, mixtral: Path) -> None:
-    adopt(load_tiny(mixtral), saved, r=4, alpha=8, rslora=False, targets=EVERYTHING)
+def test_run_file_that_repeats_the_adapters_values_is_taken(saved: Path, load: Load) -> None:
+    adopt(load(), saved, r=4, alpha=8, rslora=False, targets=EVERYTHING)
 
 
 def break_weights(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
@@ -219,15 +231,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_adapter_is_refused(damage: str, saved: Path, mixtral: Path) -> None:
+def test_damaged_adapter_is_refused(damage: str, saved: Path, load: Load) -> None:
     apply, message = DAMAGE[damage]
     apply(saved)
     with pytest.raises(CheckpointError, match=message):
-        adopt(load_tiny(mixtral), saved)
+        adopt(load(), saved)
 
 
 def test_refused_tensors_leave_the_live_adapter_to_the_byte(loaded: LoadedModel, saved: Path) -> None:
-    live = loaded.model
+    live = adapt(loaded).get_base_model()
     before = {name: tensor.clone() for name, tensor in live.state_dict().items()}
     file = read_adapter(saved)
     tensors = {key: tensor + 1 for key, tensor in file.tensors.items()}

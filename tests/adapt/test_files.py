@@ -1,7 +1,8 @@
 """An adapter's files: what is in them, that plain PEFT computes the same from them, and that they come back whole."""
 
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -9,15 +10,18 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from expertune.adapt.live import LiveAdapter
+from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.checkpoint.load import LoadedModel
 from tests.adapt.conftest import (
     CONFIG,
     EVERYTHING,
     W1,
     WEIGHTS,
-    FolderOf,
+    Load,
+    Stock,
     adapt,
     adopt,
     config_of,
@@ -96,22 +100,34 @@ READABLE: dict[str, dict[str, Any]] = {
 }
 
 
-def assert_stock_peft_agrees(folder: Path, loaded: LoadedModel, adapter: Path, ids: Tensor, **lora: Any) -> None:
-    base, stock_base = logits_of(loaded.model, ids), dequantized(loaded, folder)
+class Written(NamedTuple):
+    """A model with an adapter, trained a little, and the folder that it was saved to."""
+
+    model: ExpertPeftModel
+    folder: Path
+
+
+def write(loaded: LoadedModel, folder: Path, **lora: Any) -> Written:
     model = adapt(loaded, **lora)
     train_a_little(model)
-    model.save_pretrained(str(adapter))
-    ours = logits_of(model, ids)
-    assert (ours - base).abs().max() > 0.1
-    assert model.stock_layout().refusal is None
-    torch.testing.assert_close(logits_of(stock_peft(stock_base, adapter), ids), ours, rtol=0, atol=1e-5)
+    model.save_pretrained(str(folder))
+    return Written(model, folder)
 
 
-@pytest.mark.parametrize("case", READABLE)
-def test_stock_peft_computes_the_same_logits(
-    case: str, mixtral: Path, loaded: LoadedModel, tmp_path: Path, ids: Tensor
-) -> None:
-    assert_stock_peft_agrees(mixtral, loaded, tmp_path, ids, **READABLE[case])
+@pytest.fixture(scope="module", params=READABLE)
+def written(request: pytest.FixtureRequest, load: Load, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    return write(load(), tmp_path_factory.mktemp("written"), **READABLE[request.param])
+
+
+def assert_stock_peft_agrees(base: PreTrainedModel, written: Written, ids: Tensor) -> None:
+    without, ours = logits_of(base, ids), logits_of(written.model, ids)
+    assert (ours - without).abs().max() > 0.1
+    assert written.model.stock_layout().refusal is None
+    torch.testing.assert_close(logits_of(stock_peft(base, written.folder), ids), ours, rtol=0, atol=1e-5)
+
+
+def test_stock_peft_computes_the_same_logits(written: Written, stock: Stock, ids: Tensor) -> None:
+    assert_stock_peft_agrees(stock(), written, ids)
 
 
 FAMILIES = ["qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "granitemoe", "phimoe", "minimax_m2"]
@@ -119,29 +135,25 @@ FAMILIES = ["qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gr
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stock_peft_computes_the_same_logits_for_other_families(
-    family: str, family_folder: FolderOf, tmp_path: Path, ids: Tensor
+    family: str, load: Load, stock: Stock, tmp_path: Path, ids: Tensor
 ) -> None:
-    folder = family_folder(family)
-    loaded = load_tiny(folder)
+    loaded = load(family)
     down = loaded.names.projection_names["down"]
-    assert_stock_peft_agrees(folder, loaded, tmp_path, ids, rank_pattern={down: 2})
+    assert_stock_peft_agrees(stock(family), write(loaded, tmp_path, rank_pattern={down: 2}), ids)
 
 
 # By their last names these are dense layers' and shared experts' too; PEFT makes stacks of such names.
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
 def test_stock_peft_computes_the_same_logits_with_shared_and_dense_layers_among_the_targets(
-    family: str, family_folder: FolderOf, tmp_path: Path, ids: Tensor
+    family: str, load: Load, stock: Stock, tmp_path: Path, ids: Tensor
 ) -> None:
-    folder = family_folder(family)
     targets = ["q_b_proj" if family == "deepseek_v3" else "q_proj", "gate_proj", "up_proj", "down_proj", "router"]
-    assert_stock_peft_agrees(folder, load_tiny(folder), tmp_path, ids, targets=targets)
+    assert_stock_peft_agrees(stock(family), write(load(family), tmp_path, targets=targets), ids)
 
 
-def test_experts_that_peft_must_be_told_of_are_found_where_they_are_linears_too(
-    family_folder: FolderOf, tmp_path: Path
-) -> None:
+def test_experts_that_peft_must_be_told_of_are_found_where_they_are_linears_too(load: Load, tmp_path: Path) -> None:
     """On transformers 4 each projection of each expert is a linear; a name by itself would mean shared experts too."""
-    adapt(load_tiny(family_folder("qwen2_moe")), targets=["attention", "experts"]).save_pretrained(str(tmp_path))
+    adapt(load("qwen2_moe"), targets=["attention", "experts"]).save_pretrained(str(tmp_path))
     config = LoraConfig.from_pretrained(tmp_path)
     assert config.target_parameters == ["experts.down_proj", "experts.gate_up_proj"]
     found = {
@@ -184,21 +196,19 @@ def test_saved_scale_is_lora_alpha_over_the_rank_of_each_tensor(case: str, loade
         torch.testing.assert_close(update, pair.scale * pair.b @ pair.a, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", READABLE)
 def test_adapter_comes_back_from_its_files_to_the_byte(
-    case: str, mixtral: Path, loaded: LoadedModel, tmp_path: Path, ids: Tensor
+    written: Written, load: Load, tmp_path: Path, ids: Tensor
 ) -> None:
-    model = adapt(loaded, **READABLE[case])
-    train_a_little(model)
-    model.save_pretrained(str(tmp_path / "first"))
-    again = adopt(load_tiny(mixtral), tmp_path / "first")
+    model, first = written
+    again = adopt(load(), first)
     torch.testing.assert_close(logits_of(again, ids), logits_of(model, ids), rtol=0, atol=1e-5)
     again.save_pretrained(str(tmp_path / "second"))
     for name in (WEIGHTS, CONFIG):
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+        assert (first / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
     # Folding a scale that is no power of two into B costs a rounding; a checkpoint keeps what it was.
-    model.save_live_factors(tmp_path / "first")
-    again.load_adapter(str(tmp_path / "first"), "default")
+    checkpoint = shutil.copytree(first, tmp_path / "checkpoint")
+    model.save_live_factors(checkpoint)
+    again.load_adapter(str(checkpoint), "default")
     assert torch.equal(logits_of(again, ids), logits_of(model, ids))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from expertune.checkpoint.load import LoadedModel
 from expertune.errors import ConfigError, ExportError
 from expertune.experts.lora import ExpertsLora
-from tests.adapt.conftest import EVERYTHING, FolderOf, adapt, adopt, logits_of, train_a_little
+from tests.adapt.conftest import EVERYTHING, FolderOf, Load, adapt, adopt, logits_of, train_a_little
 from tests.tiny_models import changed, frozen_bytes, load_tiny
 
 WEIGHTS = "adapter_model.safetensors"
@@ -142,9 +142,9 @@ def two_adapters(loaded: LoadedModel, **second: Any) -> PeftModel:
     return model
 
 
-def test_second_adapter_waits_until_it_is_set(loaded: LoadedModel, mixtral: Path, ids: Tensor) -> None:
+def test_second_adapter_waits_until_it_is_set(loaded: LoadedModel, load: Load, ids: Tensor) -> None:
     model = two_adapters(loaded)
-    alone = adapt(load_tiny(mixtral), targets=[*EVERYTHING, "router"])
+    alone = adapt(load(), targets=[*EVERYTHING, "router"])
     alone.load_state_dict({k: v for k, v in model.state_dict().items() if ".second" not in k}, strict=False)
     first = logits_of(model, ids)
     assert torch.equal(first, logits_of(alone, ids))
@@ -163,14 +163,12 @@ def test_only_the_active_adapters_factors_are_trainable(loaded: LoadedModel) -> 
         assert all(f".{active}" in name and f".{other}" not in name for name in names)
 
 
-def test_both_adapters_are_written_and_come_back(
-    loaded: LoadedModel, mixtral: Path, tmp_path: Path, ids: Tensor
-) -> None:
+def test_both_adapters_are_written_and_come_back(loaded: LoadedModel, load: Load, tmp_path: Path, ids: Tensor) -> None:
     model = two_adapters(loaded)
     model.save_pretrained(str(tmp_path))
     for name, folder in (("default", tmp_path), ("second", tmp_path / "second")):
         model.set_adapter(name)
-        assert torch.equal(logits_of(adopt(load_tiny(mixtral), folder), ids), logits_of(model, ids))
+        assert torch.equal(logits_of(adopt(load(), folder), ids), logits_of(model, ids))
     config = json.loads((tmp_path / "second" / "adapter_config.json").read_text(encoding="utf-8"))
     assert (config["r"], config["target_modules"]) == (2, ["gate", "q_proj", "w1", "w2", "w3"])
 
@@ -199,41 +197,39 @@ def test_adapter_with_other_dropout_and_scale_may_be_added(loaded: LoadedModel, 
     assert torch.equal(logits_of(model, ids), logits_of(model, ids))
 
 
-def test_files_are_read_into_attached_adapters(loaded: LoadedModel, mixtral: Path, tmp_path: Path, ids: Tensor) -> None:
+def test_files_are_read_into_attached_adapters(loaded: LoadedModel, load: Load, tmp_path: Path, ids: Tensor) -> None:
     model = adapt(loaded)
     train_a_little(model)
     model.save_pretrained(str(tmp_path))
-    other = adapt(load_tiny(mixtral))
+    other = adapt(load())
     other.load_adapter(str(tmp_path), "default")
     assert torch.equal(logits_of(other, ids), logits_of(model, ids))
 
 
-def test_load_adapter_of_a_new_name_attaches_it(
-    loaded: LoadedModel, mixtral: Path, tmp_path: Path, ids: Tensor
-) -> None:
+def test_load_adapter_of_a_new_name_attaches_it(loaded: LoadedModel, load: Load, tmp_path: Path, ids: Tensor) -> None:
     model = adapt(loaded, targets=["experts", "router", "q_proj"])
     train_a_little(model)
     model.save_pretrained(str(tmp_path))
-    other = adapt(load_tiny(mixtral), targets=["attention"])
+    other = adapt(load(), targets=["attention"])
     before = logits_of(other, ids)
     other.load_adapter(str(tmp_path), "second")
     assert torch.equal(logits_of(other, ids), before)
     other.set_adapter("second")
     assert torch.equal(logits_of(other, ids), logits_of(model, ids))
     other.save_pretrained(str(tmp_path / "again"), selected_adapters=["second"])
-    assert torch.equal(logits_of(adopt(load_tiny(mixtral), tmp_path / "again" / "second"), ids), logits_of(model, ids))
+    assert torch.equal(logits_of(adopt(load(), tmp_path / "again" / "second"), ids), logits_of(model, ids))
 
 
 @pytest.mark.parametrize("targets", [["w1", "w2", "w3", "k_proj"], ["k_proj"]])
 def test_add_adapter_takes_a_stock_lora_config(
-    targets: list[str], loaded: LoadedModel, mixtral: Path, tmp_path: Path, ids: Tensor
+    targets: list[str], loaded: LoadedModel, load: Load, tmp_path: Path, ids: Tensor
 ) -> None:
     model = adapt(loaded)
     model.add_adapter("second", LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
     train_a_little(model)
     model.set_adapter("second")
     model.save_pretrained(str(tmp_path), selected_adapters=["second"])
-    assert torch.equal(logits_of(adopt(load_tiny(mixtral), tmp_path / "second"), ids), logits_of(model, ids))
+    assert torch.equal(logits_of(adopt(load(), tmp_path / "second"), ids), logits_of(model, ids))
 
 
 @pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit linear may get different generations")
