@@ -1,13 +1,15 @@
 """Configs of published models, without weights, and run files on them."""
 
+import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from expertune.config import RunConfig, parse_config
+from expertune.planning import plan
 
 FILES = Path(__file__).parent / "files"
 TINY_MIXTRAL = Path(__file__).parents[2] / "src" / "expertune" / "assets" / "tiny-mixtral"
@@ -18,6 +20,20 @@ TUTORIAL_LORA = {
     "dropout": 0.05,
     "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3", "lm_head"],
 }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _models_are_built_once() -> Iterator[None]:
+    """The configs here are built on the meta device once for all plans, which read models and change nothing."""
+    build = plan.build_meta_model
+    built = functools.cache(build)
+
+    def build_once(folder: Path, *settings: Any) -> Any:
+        return (built if folder.parent == FILES else build)(folder, *settings)
+
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(plan, "build_meta_model", build_once)
+        yield
 
 
 @pytest.fixture
