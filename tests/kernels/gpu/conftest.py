@@ -72,8 +72,8 @@ def _language_is_patched_once_a_launch() -> Iterator[None]:
     """Triton's interpreter replaces the builtins of its language at a launch, and again at each device function's call.
 
     Which names are builtins does not change, and what a running kernel has replaced stays so until it ends: here they
-    are listed once, and replaced once in a launch. Read from Triton 3.6 to 3.9; a release that does it otherwise is
-    left as it is.
+    are listed once, and replaced once in a launch. Read from Triton 3.6.0 and 3.9.0; a release that does it otherwise
+    is left as it is.
     """
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     names = ("tl", "_patch_attr", "_patch_builtin", "_patch_lang", "_LangPatchScope")
