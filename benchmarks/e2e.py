@@ -1,7 +1,7 @@
 """A whole run, from the first import to the adapter on disk, beside the tutorial's own libraries on the same rows.
 
-Ours is `expertune train`: plan, data check, quantizing the experts, proof, steps, report. The tutorial's is its
-transformers Trainer, rows padded one by one (tests/legacy/legacy_train.py). Both start from one adapter and see the
+Ours is `expertune train`: plan, data check, quantizing the experts, preflight check, steps, report. The tutorial's is
+its transformers Trainer, rows padded one by one (tests/legacy/legacy_train.py). Both start from one adapter and see the
 same rows in the same order, without dropout; the loss of every step has to agree.
 """
 

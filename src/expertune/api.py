@@ -162,7 +162,7 @@ def _finetune(context: RunContext) -> Run:
     held_out = None
     if inputs.eval:
         held_out = HeldOut(config, model, inputs.tokenizer, inputs.eval, recovery, context.bars)
-    if config.task.metric and held_out and "before" not in record.values.get("task", {}):
+    if config.task.metric and held_out and "before" not in record.section("task"):
         # A resumed run may have recorded the score already; it was taken on the same bytes.
         record.update("task", before=held_out.score(step=0, base_only=True))
         _show_score(context, "before")
@@ -273,7 +273,7 @@ def _load_and_adapt(
 def _recovery(context: RunContext, model: nn.Module) -> OutOfMemory:
     """What a run does when memory runs out: each change is shown, and kept in the record."""
     record = context.record
-    recoveries = record.values.get("train", {}).get("recoveries", [])
+    recoveries = record.section("train").get("recoveries", [])
     record.update("train", recoveries=recoveries)
 
     def keep(change: Change) -> None:

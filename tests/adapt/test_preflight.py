@@ -1,4 +1,4 @@
-"""The proof passes a healthy model and names what is wrong with each kind of sick one."""
+"""The preflight check passes a healthy model and names what is wrong with each kind of sick one."""
 
 import types
 from pathlib import Path
@@ -133,7 +133,7 @@ def test_factors_are_restored_when_a_check_fails(loaded: LoadedModel) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_second_proof_gives_the_same_report(loaded: LoadedModel) -> None:
+def test_second_check_gives_the_same_report(loaded: LoadedModel) -> None:
     batch = batch_of()
     model, base = prepared(loaded, batch)
     first, second = preflight(model, batch, base), preflight(model, batch, base)

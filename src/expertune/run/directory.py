@@ -49,7 +49,7 @@ def open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:
             record.values.pop("task", None)  # a score of other rows, or by another metric, compares with nothing
         record.values["versions"] = versions()
     record.values["config"] = recordable(config)
-    started = record.values.get("run", {}).get("started", time.time())
+    started = record.section("run").get("started", time.time())
     record.values["run"] = {"status": "running", "started": started} | directories(output_dir)
     return record
 
@@ -125,7 +125,7 @@ def is_finished(record: RunRecord) -> bool:
 
 def finished_line(record: RunRecord) -> str:
     """The message where a finished run is to be resumed."""
-    run_dir, steps = record.path.parent, record.values.get("train", {}).get("steps", 0)
+    run_dir, steps = record.path.parent, record.section("train").get("steps", 0)
     return (
         f"{run_dir}: this run is finished, after {steps} steps; nothing is done and no file changed. {further(run_dir)}"
     )
@@ -167,4 +167,4 @@ def merged_before(record: RunRecord, output_dir: Path) -> int | None:
     """How many micro-batches ran as one until the newest checkpoint; None where there is none to resume from."""
     if not list_checkpoints(output_dir):
         return None
-    return int(record.values.get("train", {}).get("micro_batch", {}).get("merged", 1))
+    return int(record.section("train").get("micro_batch", {}).get("merged", 1))

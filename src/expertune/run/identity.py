@@ -50,8 +50,8 @@ def require_same_identity(
     Raises:
         CheckpointError, ConfigError, DataError: names what has changed.
     """
-    before, end = record.values.get("inputs", {}), "restore it, or start a new output_dir"
-    kept = Fingerprint.from_json(record.values.get("model", {}).get("base"))
+    before, end = record.section("inputs"), "restore it, or start a new output_dir"
+    kept = Fingerprint.from_json(record.section("model").get("base"))
     if kept is not None and (found := kept.differences(base)):
         raise CheckpointError(
             f"resume: model {config.model} is not the one that the run started with: {'; '.join(found[:3])}; {end}"
@@ -75,7 +75,7 @@ def require_same_identity(
 
 def require_same_files(record: RunRecord, reports: Mapping[str, Any]) -> None:
     """Refuse to resume over files of rows that have changed: their order and text decide every step."""
-    for part, before in record.values.get("data", {}).items():
+    for part, before in record.section("data").items():
         now = reports.get(part)
         if before and now and "sha256" in before and before["sha256"] != now["sha256"]:
             # A glob may find more files than it did, or fewer.

@@ -104,7 +104,7 @@ class Run:
     def steps(self) -> int:
         """How many optimizer steps the adapter has taken."""
         at = self.adapter.removeprefix("checkpoint-")
-        return int(at) if at.isdigit() else int(self.record.values.get("train", {}).get("steps", 0))
+        return int(at) if at.isdigit() else int(self.record.section("train").get("steps", 0))
 
     def close(self) -> None:
         """Free the model's memory; it is loaded again when it is used again."""
@@ -168,12 +168,12 @@ def open_run(
     config = recorded_config(values if model is None else values | {"model": str(model)}, str(record.path), opened=True)
     folder = adapter_in(run_dir, adapter)
     for part, examples in (("train", config.data.train), ("eval", config.data.eval)):
-        if examples is not None and not record.values.get("data", {}).get(part):
+        if examples is not None and not record.section("data").get(part):
             raise CheckpointError(
                 f"{record.path}: it holds no data.{part}, which says how the examples were read; take the record as "
                 "the run wrote it"
             )
-    revision = record.values.get("model", {}).get("revision") if model is None else None
+    revision = record.section("model").get("revision") if model is None else None
     try:
         source = fetch_model(config.model, revision, trust_remote_code)
     except CheckpointError as error:
@@ -184,7 +184,7 @@ def open_run(
         base = fingerprint_of(source.folder, trust_remote_code, notify=context.notify)
         require_same_base(folder, base, config.model, allowed_by=f"give {option('other-base')}")
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    loaded = load_base(context, source, record.values.get("placement", {}).get("places", {}))
+    loaded = load_base(context, source, record.section("placement").get("places", {}))
     lora = LoraSection(init_from=str(folder), init_from_other_base=other_base)
     adapted = attach(loaded, lora, config.model, source.revision)
     options = OpenOptions(adapter=adapter, trust_remote_code=trust_remote_code, other_base=other_base, model=model)
@@ -287,7 +287,7 @@ def _recovery(run: Run, changes: list[Change]) -> OutOfMemory:
 def load_base(context: RunContext, source: ModelSource, places: Mapping[str, Location]) -> LoadedModel:
     """The model with its experts at their locations; a run that is opened again has what its record says."""
     config, device = context.config, context.device
-    recorded = context.record.values.get("kernels", {})
+    recorded = context.record.section("kernels")
     settings = make_kernel_settings(config.kernels, recorded.get("crossover"), recorded.get("gemm"))
     dtype = resolve_compute_dtype(config.quantization.compute_dtype, device)
     loaded = load_model(

@@ -65,7 +65,7 @@ def read_inputs(context: RunContext) -> Inputs:
         context.notify(f"adapter: {expected.merging}")
     tokenizer = load_tokenizer(source.folder, trust)
     max_tokens = context_length(read_config(source.folder, trust))
-    earlier = context.record.values.get("data", {})
+    earlier = context.record.section("data")
     with context.bars.task("tokenizing", "examples") as progress:
         train, evaluation = prepare_run(config.data, tokenizer, earlier, max_tokens, progress)
     inputs = Inputs(source, base, tokenizer, expected.refusal, train, make_dataset(train, config.data), evaluation)

@@ -99,10 +99,15 @@ class RunRecord:
     def __contains__(self, section: str) -> bool:
         return section in self.values
 
+    def section(self, name: str) -> dict[str, Any]:
+        """A section's values; none where the run has not come to it."""
+        found: dict[str, Any] = self.values.get(name, {})
+        return found
+
     @property
     def status(self) -> str:
         """`running`, `finished`, `stopped` or `interrupted`; `not started` where the record does not say."""
-        return str(self.values.get("run", {}).get("status", "not started"))
+        return str(self.section("run").get("status", "not started"))
 
     def update(self, section: str, **values: Any) -> None:
         """Merge values into a section and save."""

@@ -82,9 +82,9 @@ def _values_again(record: RunRecord, overrides: Sequence[str], resume: bool) -> 
     if resume:
         values["output_dir"] = str(record.path.parent)
         return values
-    if commit := record.values.get("model", {}).get("revision"):
+    if commit := record.section("model").get("revision"):
         values["revision"] = commit  # a branch may have moved on
-    report = record.values.get("data", {}).get("train")
+    report = record.section("data").get("train")
     if report and not any(override.startswith("data.") for override in overrides):
         # The same text again, also where this version would choose another template for such columns.
         values["data"] = {key: report[key] for key in ("format", "template") if key in report} | values["data"]
@@ -103,7 +103,7 @@ def recorded_values(record: RunRecord) -> dict[str, Any]:
     values = copy.deepcopy(record.values.get("config"))
     if not isinstance(values, dict):
         raise CheckpointError(f"{record.path}: the record of no run: it holds no `config`")
-    was = record.values.get("run", {})
+    was = record.section("run")
     bases = []
     if isinstance(was.get("directory_from_run"), str):
         bases.append(Path(os.path.normpath(record.path.parent.absolute() / was["directory_from_run"])))
