@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from expertune import finetune
 from expertune.config import parse_config
 from expertune.run.record import RunRecord
+from expertune.train import trackers
 from expertune.train.callbacks import History
 from tests.processes import run_program
 from tests.train.conftest import nine_steps
@@ -179,3 +180,27 @@ def test_resumed_run_goes_on_in_tensorboard_with_no_point_twice(
     losses = [loss for _, loss in record["train"]["loss"]]
     assert [value for _, value in seen["train/loss"]] == pytest.approx(losses)
     assert seen["train/train_loss"][0][1] == pytest.approx(sum(losses) / 5)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "[",
+        "[]",
+        '{"run_name": 3}',
+        '{"TensorBoardCallback": "runs"}',
+        '{"TensorBoardCallback": {"folder": "../elsewhere"}}',
+        '{"TensorBoardCallback": {"folder": "/tmp/elsewhere"}}',
+        '{"TensorBoardCallback": {"told": {"step": "1"}}}',
+    ],
+)
+def test_what_trackers_kept_is_not_used_if_it_is_damaged_or_leads_out_of_the_run(damaged: str, tmp_path: Path) -> None:
+    (tmp_path / "trackers.json").write_text(damaged, encoding="utf-8")
+    assert trackers._read(tmp_path / "trackers.json") == {}
+
+
+def test_what_trackers_kept_is_read_as_it_was_written(tmp_path: Path) -> None:
+    kept = {"run_name": "a", "TensorBoardCallback": {"folder": "runs/Nov28_host", "told": {"step": 3}}}
+    kept["WandbCallback"] = {"id": "1f", "told": {}}
+    (tmp_path / "trackers.json").write_text(json.dumps(kept), encoding="utf-8")
+    assert trackers._read(tmp_path / "trackers.json") == kept

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import (
     TensorBoardCallback,
@@ -148,10 +149,35 @@ def _nothing(*_: Any, **__: Any) -> None:
     """In place of a callback."""
 
 
+class _OfTracker(BaseModel):
+    """What is kept of one tracker."""
+
+    model_config = ConfigDict(strict=True)
+
+    folder: str = ""
+    id: str = ""
+    told: dict[str, int] = {}
+
+    @field_validator("folder")
+    @classmethod
+    def _lies_in_the_run_directory(cls, folder: str) -> str:
+        if Path(folder).is_absolute() or ".." in Path(folder).parts:
+            raise ValueError("a path that leads out of the run directory")
+        return folder
+
+
+class _Kept(BaseModel):
+    """`trackers.json`, which may have come with a received run."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, _OfTracker] = Field(init=False)
+
+    run_name: str | None = None
+
+
 def _read(path: Path) -> dict[str, Any]:
-    """What an earlier start kept; nothing where it cannot be read, since trackers decide no result."""
+    """What an earlier start kept; nothing where it is damaged, since trackers decide no result."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return _Kept.model_validate(json.loads(path.read_text(encoding="utf-8"))).model_dump(exclude_unset=True)
+    except (OSError, ValueError, RecursionError):  # pydantic's own is a ValueError
         return {}
-    return values if isinstance(values, dict) else {}
