@@ -31,13 +31,14 @@ def extra_bytes(run: Run) -> int | None:
     clear = Path("/proc/self/clear_refs")
     if not clear.exists():
         return None
-    before = _status("VmRSS")
+    before = memory_status("VmRSS")
     clear.write_text("5", encoding="ascii")
     run()
-    return _status("VmHWM") - before
+    return memory_status("VmHWM") - before
 
 
-def _status(key: str) -> int:
+def memory_status(key: str) -> int:
+    """Bytes of this process that Linux has under a key, such as `VmRSS`, `RssAnon` or `VmHWM` (the peak)."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024

@@ -136,13 +136,18 @@ def prepare(shape: Shape, lora: Lora, tokens: int, text: Path, cache: Path) -> W
     Raises:
         ValueError: the text has fewer tokens.
     """
-    model = _once(cache / shape.name, lambda folder: _write_model(folder, shape))
+    model = model_folder(shape, cache)
     adapter = _once(cache / f"{shape.name}-r{lora.r}-a{lora.alpha}", lambda folder: _write_lora(folder, shape, lora))
     batch, rows = _batch(tokens, text)
     path = cache / f"batch-{tokens}.safetensors"
     # Some tensors of a batch are one and the same, which the file format does not have.
     save_file({name: tensor.clone() for name, tensor in batch.items()}, path)
     return Workload(model, adapter, path, tokens, rows)
+
+
+def model_folder(shape: Shape, cache: Path) -> Path:
+    """A folder of random weights, made under `cache` unless it is there; without a tokenizer."""
+    return _once(cache / shape.name, lambda folder: _write_model(folder, shape))
 
 
 def _once(folder: Path, make: Callable[[Path], None]) -> Path:

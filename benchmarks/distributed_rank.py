@@ -1,0 +1,137 @@
+"""One process of a run that is measured: its steps, what it exchanges, its memory. Started by benchmarks.distributed."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import TrainerCallback, trainer
+
+from benchmarks.timing import memory_status
+from benchmarks.traffic import Traffic, Waiting, loopback_bytes, sent_bytes
+from expertune.api import finetune
+from expertune.experts.lora import own_factors
+from expertune.experts.module import Nf4Experts
+
+# Of the measured rate of a collective: bytes of a tensor, and how often it is sent.
+_RATE_BYTES = (2**12, 2**23)
+_RATE_CALLS = 9
+
+
+class Watch(TrainerCallback):
+    """Takes the steps of a run: some to warm up, some to be timed, and the rest to be counted.
+
+    Args:
+        waiting: of the process.
+        first_timed: number of the first step whose seconds are used, from 0.
+        first_counted: number of the first step whose bytes are counted.
+    """
+
+    def __init__(self, waiting: Waiting, first_timed: int, first_counted: int) -> None:
+        self.traffic, self.waiting = Traffic(), waiting
+        self.first_timed, self.first_counted = first_timed, first_counted
+        self.steps: list[dict[str, float]] = []
+        self.held: dict[str, int] = {}
+        self.loopback = 0
+        self._started = self._waited = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock, or the count."""
+        if state.global_step == self.first_counted:
+            self.held = held_bytes(kwargs["model"])
+            self.loopback = loopback_bytes()
+            self.traffic.__enter__()
+        self._started, self._waited = time.perf_counter(), self.waiting.seconds
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop it."""
+        if self.first_timed < state.global_step <= self.first_counted:
+            seconds = time.perf_counter() - self._started
+            self.steps.append({"seconds": seconds, "waited": self.waiting.seconds - self._waited})
+        if state.global_step == state.max_steps:
+            self.traffic.__exit__(None, None, None)
+            self.loopback = loopback_bytes() - self.loopback
+
+    def result(self) -> dict[str, Any]:
+        """What was seen, for JSON."""
+        return {
+            "steps": self.steps,
+            "counted": self.traffic.counted,
+            "loopback_bytes": self.loopback,
+            **self.held,
+        }
+
+
+def held_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes that a process holds: of experts' weights, and of what it trains, alone or as all processes do."""
+    experts = [each for each in model.modules() if isinstance(each, Nf4Experts)]
+    own = sum(factor.nbytes for of_layer in own_factors(model).values() for factor in of_layer)
+    trained = sum(each.nbytes for each in model.parameters() if each.requires_grad)
+    return {
+        "expert_bytes": sum(each.gate_up.nbytes + each.down.nbytes for each in experts),
+        "trained_bytes_own": own,
+        "trained_bytes_shared": trained - own,
+    }
+
+
+def train(config: dict[str, Any], first_timed: int, first_counted: int, output: str) -> None:
+    """The run, and a file of what this process saw."""
+    before = memory_status("RssAnon")
+    waiting = Waiting()
+    watch = Watch(waiting, first_timed, first_counted)
+    trainer.DEFAULT_CALLBACKS.append(watch)  # which every Trainer of transformers starts with
+    with waiting.measured():
+        values = finetune(config).record.values
+    series = values["train"]
+    timed = slice(first_timed, first_counted)
+    result = watch.result() | {
+        # Libraries that a process has read from files are the same for all, and for any size.
+        "peak_bytes": memory_status("VmHWM") - memory_status("RssFile") - before,
+        "losses": [loss for _, loss in series["loss"]],
+        "tokens": sum(int(tokens) for _, tokens in series["tokens"][timed]),
+        "counted_tokens": sum(int(tokens) for _, tokens in series["tokens"][first_counted:]),
+        "seconds": sum(seconds for _, seconds in series["seconds"][timed]),
+    }
+    Path(output).write_text(json.dumps(result), encoding="utf-8")
+
+
+def measure_rates(output: str) -> None:
+    """Latency and bytes a second of each collective that a run uses, as this process sees them."""
+    dist.init_process_group("gloo")
+    size = dist.get_world_size()
+
+    def all_reduce(tensor: torch.Tensor) -> None:
+        dist.all_reduce(tensor)
+
+    def all_gather(tensor: torch.Tensor) -> None:
+        dist.all_gather(list(tensor.chunk(size)), tensor[: len(tensor) // size].clone())
+
+    def all_to_all(tensor: torch.Tensor) -> None:
+        dist.all_to_all_single(torch.empty_like(tensor), tensor)
+
+    rates = {each.__name__: _rate(each) for each in (all_reduce, all_gather, all_to_all)}
+    Path(output).write_text(json.dumps(rates), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def _rate(collective: Callable[[torch.Tensor], None]) -> dict[str, float]:
+    taken, sent = [], []
+    for num_bytes in _RATE_BYTES:
+        tensor = torch.ones(num_bytes // 4)
+        with Traffic() as traffic:
+            collective(tensor)
+        sent.append(sent_bytes(traffic.counted))
+        seconds = []
+        for _ in range(_RATE_CALLS):
+            dist.barrier()
+            started = time.perf_counter()
+            collective(tensor)
+            seconds.append(time.perf_counter() - started)
+        taken.append(statistics.median(seconds))
+    rate = (sent[1] - sent[0]) / max(taken[1] - taken[0], 1e-9)
+    return {"bytes_per_second": rate, "seconds_per_call": max(0.0, taken[0] - sent[0] / rate)}

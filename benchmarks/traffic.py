@@ -1,0 +1,135 @@
+"""What the processes of a run exchange, as seen from one of them: bytes that leave it, and seconds that it waits.
+
+Bytes are counted where torch dispatches a collective, whoever has called it. What leaves a rank of W:
+
+| collective | bytes that leave a rank |
+|---|---|
+| all_to_all | rows for other ranks |
+| all_gather | its own part, W - 1 times: around a ring each rank passes on all parts but one |
+| reduce_scatter | (W - 1) / W of its input |
+| all_reduce | 2 (W - 1) / W of the tensor: a reduce_scatter and an all_gather, which is what gloo and NCCL do with long ones |
+| broadcast | (W - 1) / W of the tensor: all ranks but one pass it on |
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Calls and bytes by kind of collective.
+Counted = dict[str, dict[str, float]]
+
+
+def _nbytes(tensors: Any) -> int:
+    """Bytes of a tensor, or of all tensors in nested lists."""
+    return tensors.nbytes if isinstance(tensors, Tensor) else sum(map(_nbytes, tensors))
+
+
+def _all_to_all(group: dist.ProcessGroup, arguments: Sequence[Any]) -> float:
+    output, rows, *_, splits = arguments[:5]
+    if not splits:
+        return rows.nbytes * (group.size() - 1) / group.size()
+    away = sum(splits) - splits[group.rank()]
+    return away * rows[:1].nbytes
+
+
+# Arguments of torch's operators, as torch 2.13 has them: where their outputs come first, the input is second.
+_SENT: Mapping[str, tuple[str, Callable[[dist.ProcessGroup, Sequence[Any]], float]]] = {
+    "allreduce_": ("all_reduce", lambda group, given: 2 * _nbytes(given[0]) * (group.size() - 1) / group.size()),
+    "allgather_": ("all_gather", lambda group, given: _nbytes(given[1]) * (group.size() - 1)),
+    "_allgather_base_": ("all_gather", lambda group, given: _nbytes(given[1]) * (group.size() - 1)),
+    "allgather_into_tensor_coalesced_": ("all_gather", lambda group, given: _nbytes(given[1]) * (group.size() - 1)),
+    "_reduce_scatter_base_": (
+        "reduce_scatter",
+        lambda group, given: _nbytes(given[1]) * (group.size() - 1) / group.size(),
+    ),
+    "alltoall_base_": ("all_to_all", _all_to_all),
+    "broadcast_": ("broadcast", lambda group, given: _nbytes(given[0]) * (group.size() - 1) / group.size()),
+    "barrier": ("barrier", lambda group, given: 0),
+}
+
+
+class Traffic(TorchDispatchMode):
+    """Counts while it is entered; each operator of the process is then slower.
+
+    Attributes:
+        counted: calls and bytes by kind of collective.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counted = {}
+
+    def __torch_dispatch__(self, operator: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+        """Count it if it is a collective, and run it.
+
+        Raises:
+            NotImplementedError: a collective that this does not know.
+        """
+        if "c10d" in operator.namespace:
+            self._count(operator._schema.name.split("::")[1], given)
+        return operator(*given, **(named or {}))
+
+    def _count(self, name: str, given: Sequence[Any]) -> None:
+        if name not in _SENT:
+            raise NotImplementedError(f"what a rank sends in {name} is not known here")
+        kind, sent = _SENT[name]
+        group = next(filter(None, map(_group, given)))
+        of_kind = self.counted.setdefault(kind, {"calls": 0, "bytes": 0})
+        of_kind["calls"] += 1
+        of_kind["bytes"] += sent(group, given)
+
+
+def _group(argument: Any) -> dist.ProcessGroup | None:
+    if isinstance(argument, torch.ScriptObject) and str(argument._type()).endswith("ProcessGroup"):
+        return dist.ProcessGroup.unbox(argument)
+    return None
+
+
+def sent_bytes(counted: Counted) -> float:
+    """Bytes of all collectives."""
+    return sum(of_kind["bytes"] for of_kind in counted.values())
+
+
+class Waiting:
+    """Seconds that this process has waited for collectives to end.
+
+    Attributes:
+        seconds: so far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Around what exchanges: every collective ends in `Work.wait`, which torch calls where the caller does not."""
+        wait = dist.Work.wait
+
+        def measured_wait(work: dist.Work, *timeout: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return wait(work, *timeout)
+            finally:
+                self.seconds += time.perf_counter() - started
+
+        dist.Work.wait = measured_wait
+        try:
+            yield
+        finally:
+            dist.Work.wait = wait
+
+
+def loopback_bytes() -> int:
+    """Bytes that this machine has sent to itself (Linux only): 0 where that is not known."""
+    try:
+        with open("/proc/net/dev", encoding="ascii") as file:
+            lines = [line.split() for line in file]
+    except FileNotFoundError:
+        return 0
+    return next((int(line[9]) for line in lines if line and line[0] == "lo:"), 0)
