@@ -1,4 +1,4 @@
-"""One process of a run that is measured: its steps, what it exchanges, its memory. Started by benchmarks.distributed."""
+"""One process of a run that benchmarks/distributed.py measures: its steps, what it exchanges, its memory."""
 
 import json
 import statistics
@@ -15,6 +15,7 @@ from transformers import TrainerCallback, trainer
 from benchmarks.timing import memory_status
 from benchmarks.traffic import Traffic, Waiting, loopback_bytes, sent_bytes
 from expertune.api import finetune
+from expertune.distributed.parallel import owned_experts
 from expertune.experts.lora import own_factors
 from expertune.experts.module import Nf4Experts
 
@@ -37,6 +38,7 @@ class Watch(TrainerCallback):
         self.first_timed, self.first_counted = first_timed, first_counted
         self.steps: list[dict[str, float]] = []
         self.held: dict[str, int] = {}
+        self.copies = 0
         self.loopback = 0
         self._started = self._waited = 0.0
 
@@ -44,6 +46,7 @@ class Watch(TrainerCallback):
         """Start the clock, or the count."""
         if state.global_step == self.first_counted:
             self.held = held_bytes(kwargs["model"])
+            self._count_copies(kwargs["model"])
             self.loopback = loopback_bytes()
             self.traffic.__enter__()
         self._started, self._waited = time.perf_counter(), self.waiting.seconds
@@ -57,12 +60,27 @@ class Watch(TrainerCallback):
             self.traffic.__exit__(None, None, None)
             self.loopback = loopback_bytes() - self.loopback
 
+    def _count_copies(self, model: nn.Module) -> None:
+        """Count how many other ranks have experts that each token is for, by what routers say."""
+        size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+
+        def count(experts: Nf4Experts, given: tuple[torch.Tensor, ...]) -> None:
+            owners = torch.cat(
+                [torch.full((len(owned_experts(experts.num_experts, size, r)),), r) for r in range(size)]
+            )[given[1].long()]
+            self.copies += sum(int((owners == other).any(dim=1).sum()) for other in range(size) if other != rank)
+
+        for module in model.modules():
+            if isinstance(module, Nf4Experts):
+                module.register_forward_pre_hook(count)
+
     def result(self) -> dict[str, Any]:
         """What was seen, for JSON."""
         return {
             "steps": self.steps,
             "counted": self.traffic.counted,
             "loopback_bytes": self.loopback,
+            "copies": self.copies,
             **self.held,
         }
 

@@ -7,13 +7,14 @@ Bytes are counted where torch dispatches a collective, whoever has called it. Wh
 | all_to_all | rows for other ranks |
 | all_gather | its own part, W - 1 times: around a ring each rank passes on all parts but one |
 | reduce_scatter | (W - 1) / W of its input |
-| all_reduce | 2 (W - 1) / W of the tensor: a reduce_scatter and an all_gather, which is what gloo and NCCL do with long ones |
+| all_reduce | 2 (W - 1) / W of the tensor: around a ring, a reduce_scatter and an all_gather |
 | broadcast | (W - 1) / W of the tensor: all ranks but one pass it on |
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def _nbytes(tensors: Any) -> int:
 
 
 def _all_to_all(group: dist.ProcessGroup, arguments: Sequence[Any]) -> float:
-    output, rows, *_, splits = arguments[:5]
+    rows, splits = arguments[1], arguments[4]
     if not splits:
         return rows.nbytes * (group.size() - 1) / group.size()
     away = sum(splits) - splits[group.rank()]
@@ -96,8 +97,16 @@ def sent_bytes(counted: Counted) -> float:
     return sum(of_kind["bytes"] for of_kind in counted.values())
 
 
+# Where Python enters a collective, by the names of torch 2.13 and of those before. The work may be done there, or while
+# `Work.wait` waits for it.
+_ENTERED = (
+    *("allreduce", "broadcast", "barrier", "allgather", "all_gather_single", "_allgather_base"),
+    *("all_to_all_single", "alltoall_base", "reduce_scatter", "reduce_scatter_single", "_reduce_scatter_base"),
+)
+
+
 class Waiting:
-    """Seconds that this process has waited for collectives to end.
+    """Seconds that this process has spent in collectives.
 
     Attributes:
         seconds: so far.
@@ -105,31 +114,39 @@ class Waiting:
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self._inside = False
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """Around what exchanges: every collective ends in `Work.wait`, which torch calls where the caller does not."""
-        wait = dist.Work.wait
-
-        def measured_wait(work: dist.Work, *timeout: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return wait(work, *timeout)
-            finally:
-                self.seconds += time.perf_counter() - started
-
-        dist.Work.wait = measured_wait
+        """Around what exchanges."""
+        places = [(dist.Work, "wait"), *((dist.ProcessGroup, name) for name in _ENTERED)]
+        originals = [(owner, name, getattr(owner, name)) for owner, name in places if hasattr(owner, name)]
+        for owner, name, original in originals:
+            setattr(owner, name, self._timed(original))
         try:
             yield
         finally:
-            dist.Work.wait = wait
+            for owner, name, original in originals:
+                setattr(owner, name, original)
+
+    def _timed(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*given: Any, **named: Any) -> Any:
+            if self._inside:
+                return original(*given, **named)
+            self._inside, started = True, time.perf_counter()
+            try:
+                return original(*given, **named)
+            finally:
+                self._inside = False
+                self.seconds += time.perf_counter() - started
+
+        return timed
 
 
 def loopback_bytes() -> int:
     """Bytes that this machine has sent to itself (Linux only): 0 where that is not known."""
     try:
-        with open("/proc/net/dev", encoding="ascii") as file:
-            lines = [line.split() for line in file]
+        lines = [line.split() for line in Path("/proc/net/dev").read_text(encoding="ascii").splitlines()]
     except FileNotFoundError:
         return 0
     return next((int(line[9]) for line in lines if line and line[0] == "lo:"), 0)
