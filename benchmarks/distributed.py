@@ -37,7 +37,6 @@ MODES = tuple(mode for mode in get_args(DistributedConfig.model_fields["experts"
 
 BEFORE = "import benchmarks.distributed_rank\nfrom transformers.models.mixtral import modeling_mixtral"
 _WARM_STEPS = 1
-COUNTED_STEPS = 1
 _LOSS_TOLERANCE = 1e-4  # of float32 sums over a step's examples, which are taken in another order
 _BYTES_TOLERANCE = 0.05
 _SEED = 0
@@ -75,13 +74,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     several = [size for size in args.world_sizes if size > 1]
     with tempfile.TemporaryDirectory() as folder:
         report.progress("one process")
-        one = _measured(_config(args, model, "replicate", 1), 1, Path(folder) / "1", args, shape)
+        one = _measured(_config(args, model, "replicate", 1), 1, Path(folder) / "1", shape)
         for mode in args.modes:
             result[mode] = {"1": one}  # one process holds all experts in every mode
             for size in several:
                 report.progress(f"{mode}, {size} processes")
                 place = Path(folder) / f"{mode}-{size}"
-                result[mode][str(size)] = _measured(_config(args, model, mode, size), size, place, args, shape)
+                result[mode][str(size)] = _measured(_config(args, model, mode, size), size, place, shape)
                 _require_same_losses(f"{mode}, {size} processes", result[mode][str(size)], one)
         result["gloo"] = {str(size): _rates(size, Path(folder) / f"gloo-{size}") for size in several}
     result |= {"cores": os.cpu_count(), "threads_per_rank": 1, **report.environment()}
@@ -96,7 +95,6 @@ def _workload(args: argparse.Namespace) -> dict[str, Any]:
         "examples_per_step": args.examples,
         "max_length": args.max_length,
         "timed_steps": args.steps,
-        "counted_steps": COUNTED_STEPS,
         "compute_dtype": "float32",
         "activation_checkpointing": True,
         "adapter": {"r": 8, "targets": ["attention", "experts"]},
@@ -104,7 +102,7 @@ def _workload(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config(args: argparse.Namespace, model: Path, mode: str, size: int) -> dict[str, Any]:
-    steps = _WARM_STEPS + args.steps + COUNTED_STEPS
+    steps = _WARM_STEPS + args.steps
     return {
         "model": str(model),
         "data": {
@@ -132,21 +130,17 @@ def _config(args: argparse.Namespace, model: Path, mode: str, size: int) -> dict
     }
 
 
-def _measured(
-    config: dict[str, Any], size: int, folder: Path, args: argparse.Namespace, shape: Shape
-) -> dict[str, Any]:
+def _measured(config: dict[str, Any], size: int, folder: Path, shape: Shape) -> dict[str, Any]:
     """A run: figures of all ranks, and what was counted beside what the formulas say."""
-    counted_from = _WARM_STEPS + args.steps
-    call = f"train({config!r}, {_WARM_STEPS}, {counted_from}, output=OUTPUT)"
-    of_ranks = _on_ranks(call, size, folder)
+    of_ranks = _on_ranks(f"train({config!r}, {_WARM_STEPS}, OUTPUT)", size, folder)
     first = of_ranks[0]
-    tokens, seconds = first["tokens"], first["seconds"]
-    sent = statistics.fmean(sent_bytes(rank["counted"]) for rank in of_ranks) / COUNTED_STEPS
+    steps, seconds = len(first["steps"]), max(_seconds(rank, "seconds") for rank in of_ranks)
+    sent = statistics.fmean(sent_bytes(rank["counted"]) for rank in of_ranks) / steps
     layer = RoutedLayer(shape.experts, shape.top_k, shape.hidden, itemsize=4)
     planned = planned_bytes(config["distributed"]["experts"], [layer] * shape.layers, of_ranks)
-    shares = [sum(step["waited"] for step in rank["steps"]) / seconds for rank in of_ranks]
+    shares = [_seconds(rank, "waited") / seconds for rank in of_ranks]
     return {
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": first["tokens"] / seconds,
         "peak_bytes_per_rank": max(rank["peak_bytes"] for rank in of_ranks),
         "sent_bytes_per_step": sent,
         "loss": first["losses"][-1],
@@ -156,11 +150,15 @@ def _measured(
         "off": {which: sent / each - 1 if each else 0.0 for which, each in planned.items()},
         # A rank that is done sooner waits for the others: the least share is nearest to what sending takes.
         "waiting_share": {"mean": statistics.fmean(shares), "least": min(shares)},
-        "seconds_per_step": seconds / args.steps,
-        "loopback_bytes_per_step": first["loopback_bytes"] / COUNTED_STEPS,
+        "seconds_per_step": seconds / steps,
+        "loopback_bytes_per_step": first["loopback_bytes"] / steps,
         "losses": first["losses"],
         "ranks": of_ranks,
     }
+
+
+def _seconds(rank: dict[str, Any], which: str) -> float:
+    return sum(step[which] for step in rank["steps"])
 
 
 def planned_bytes(mode: str, layers: Sequence[RoutedLayer], of_ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -170,12 +168,13 @@ def planned_bytes(mode: str, layers: Sequence[RoutedLayer], of_ranks: Sequence[d
         `even`: for tokens spread evenly over experts. `routed`: for the experts that the routers chose.
     """
     size, first = len(of_ranks), of_ranks[0]
+    steps = len(first["steps"])
     even = routed = float(averaged_bytes(first["trained_bytes_shared"], size))
     if mode == "parallel" and size > 1:
-        tokens = round(first["counted_tokens"] / COUNTED_STEPS / size)
+        tokens = round(first["tokens"] / steps / size)
         even += sum(token_bytes(layer, tokens, size, recomputes=True) for layer in layers)
         # Routers have been asked twice, once in the recomputation.
-        copies = statistics.fmean(rank["copies"] for rank in of_ranks) / 2 / COUNTED_STEPS
+        copies = statistics.fmean(rank["copies"] for rank in of_ranks) / 2 / steps
         routed += copies * bytes_per_copy(layers[0], recomputes=True)
     if mode == "shard":
         whole = sum(rank["expert_bytes"] for rank in of_ranks) // len(layers)

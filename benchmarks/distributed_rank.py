@@ -1,5 +1,6 @@
 """One process of a run that benchmarks/distributed.py measures: its steps, what it exchanges, its memory."""
 
+import copy
 import json
 import statistics
 import time
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback, trainer
 
 from benchmarks.timing import memory_status
-from benchmarks.traffic import Traffic, Waiting, loopback_bytes, sent_bytes
+from benchmarks.traffic import Traffic, loopback_bytes, sent_bytes
 from expertune.api import finetune
 from expertune.distributed.parallel import owned_experts
 from expertune.experts.lora import own_factors
@@ -25,39 +26,36 @@ _RATE_CALLS = 9
 
 
 class Watch(TrainerCallback):
-    """Takes the steps of a run: some to warm up, some to be timed, and the rest to be counted.
+    """Takes the steps of a run: some to warm up, then those that count.
 
     Args:
-        waiting: of the process.
-        first_timed: number of the first step whose seconds are used, from 0.
-        first_counted: number of the first step whose bytes are counted.
+        traffic: of the process.
+        warm_steps: the first ones.
     """
 
-    def __init__(self, waiting: Waiting, first_timed: int, first_counted: int) -> None:
-        self.traffic, self.waiting = Traffic(), waiting
-        self.first_timed, self.first_counted = first_timed, first_counted
+    def __init__(self, traffic: Traffic, warm_steps: int) -> None:
+        self.traffic, self.warm_steps = traffic, warm_steps
         self.steps: list[dict[str, float]] = []
         self.held: dict[str, int] = {}
-        self.copies = 0
-        self.loopback = 0
+        self.copies = self.loopback = 0
         self._started = self._waited = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock, or the count."""
-        if state.global_step == self.first_counted:
+        """Start the clock."""
+        if state.global_step == self.warm_steps:
             self.held = held_bytes(kwargs["model"])
             self._count_copies(kwargs["model"])
             self.loopback = loopback_bytes()
-            self.traffic.__enter__()
-        self._started, self._waited = time.perf_counter(), self.waiting.seconds
+            self.traffic.clear()
+        self._started, self._waited = time.perf_counter(), self.traffic.waited
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop it."""
-        if self.first_timed < state.global_step <= self.first_counted:
+        if state.global_step > self.warm_steps:
             seconds = time.perf_counter() - self._started
-            self.steps.append({"seconds": seconds, "waited": self.waiting.seconds - self._waited})
+            self.steps.append({"seconds": seconds, "waited": self.traffic.waited - self._waited})
         if state.global_step == state.max_steps:
-            self.traffic.__exit__(None, None, None)
+            self.counted = copy.deepcopy(self.traffic.counted)
             self.loopback = loopback_bytes() - self.loopback
 
     def _count_copies(self, model: nn.Module) -> None:
@@ -78,7 +76,7 @@ class Watch(TrainerCallback):
         """What was seen, for JSON."""
         return {
             "steps": self.steps,
-            "counted": self.traffic.counted,
+            "counted": self.counted,
             "loopback_bytes": self.loopback,
             "copies": self.copies,
             **self.held,
@@ -97,23 +95,19 @@ def held_bytes(model: nn.Module) -> dict[str, int]:
     }
 
 
-def train(config: dict[str, Any], first_timed: int, first_counted: int, output: str) -> None:
-    """The run, and a file of what this process saw."""
+def train(config: dict[str, Any], warm_steps: int, output: str) -> None:
+    """The run, and a file of what this process saw; figures but the losses are of all steps that count."""
     before = memory_status("RssAnon")
-    waiting = Waiting()
-    watch = Watch(waiting, first_timed, first_counted)
+    traffic = Traffic()
+    watch = Watch(traffic, warm_steps)
     trainer.DEFAULT_CALLBACKS.append(watch)  # which every Trainer of transformers starts with
-    with waiting.measured():
-        values = finetune(config).record.values
-    series = values["train"]
-    timed = slice(first_timed, first_counted)
+    with traffic.seen():
+        series = finetune(config).record["train"]
     result = watch.result() | {
         # Libraries that a process has read from files are the same for all, and for any size.
         "peak_bytes": memory_status("VmHWM") - memory_status("RssFile") - before,
         "losses": [loss for _, loss in series["loss"]],
-        "tokens": sum(int(tokens) for _, tokens in series["tokens"][timed]),
-        "counted_tokens": sum(int(tokens) for _, tokens in series["tokens"][first_counted:]),
-        "seconds": sum(seconds for _, seconds in series["seconds"][timed]),
+        "tokens": sum(int(tokens) for _, tokens in series["tokens"][warm_steps:]),
     }
     Path(output).write_text(json.dumps(result), encoding="utf-8")
 
@@ -141,7 +135,8 @@ def _rate(collective: Callable[[torch.Tensor], None]) -> dict[str, float]:
     taken, sent = [], []
     for num_bytes in _RATE_BYTES:
         tensor = torch.ones(num_bytes // 4)
-        with Traffic() as traffic:
+        traffic = Traffic()
+        with traffic.seen():
             collective(tensor)
         sent.append(sent_bytes(traffic.counted))
         seconds = []

@@ -196,7 +196,8 @@ def check(measured: Mapping[str, Any]) -> dict[str, Any]:
             rates = measured["gloo"][size]
             # The rank that waits least has waited least for others.
             waited = min(statistics.median(step["waited"] for step in rank["steps"]) for rank in run["ranks"])
-            sending = statistics.fmean(_seconds(rank["counted"], rates) for rank in run["ranks"])
+            steps = len(run["ranks"][0]["steps"])
+            sending = statistics.fmean(_seconds(rank["counted"], rates) for rank in run["ranks"]) / steps
             compute = runs["1"]["seconds_per_step"] / min(int(size), measured["cores"])
             found.setdefault(mode, {})[size] = {
                 "simulated_communication_seconds": sending,
@@ -208,7 +209,7 @@ def check(measured: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _seconds(counted: Mapping[str, Mapping[str, float]], rates: Mapping[str, Mapping[str, float]]) -> float:
-    """Of collectives that were counted in a step, by the rates of each kind; those without one go as all_reduce."""
+    """Of collectives that were counted, by the rates of each kind; those without one go as all_reduce."""
     seconds = 0.0
     for kind, of_kind in counted.items():
         rate = rates.get(kind, rates["all_reduce"])

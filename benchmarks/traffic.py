@@ -11,6 +11,7 @@ Bytes are counted where torch dispatches a collective, whoever has called it. Wh
 | broadcast | (W - 1) / W of the tensor: all ranks but one pass it on |
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from expertune.placement.slots import SlotLayers
 
 # Calls and bytes by kind of collective.
 Counted = dict[str, dict[str, float]]
@@ -55,16 +58,12 @@ _SENT: Mapping[str, tuple[str, Callable[[dist.ProcessGroup, Sequence[Any]], floa
 }
 
 
-class Traffic(TorchDispatchMode):
-    """Counts while it is entered; each operator of the process is then slower.
+class _Seen(TorchDispatchMode):
+    """Counts the collectives that torch dispatches while it is entered."""
 
-    Attributes:
-        counted: calls and bytes by kind of collective.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, counted: Counted, lock: threading.Lock) -> None:
         super().__init__()
-        self.counted: Counted = {}
+        self._counted, self._lock = counted, lock
 
     def __torch_dispatch__(self, operator: Any, types: Any, given: Any = (), named: Any = None) -> Any:
         """Count it if it is a collective, and run it.
@@ -81,9 +80,10 @@ class Traffic(TorchDispatchMode):
             raise NotImplementedError(f"what a rank sends in {name} is not known here")
         kind, sent = _SENT[name]
         group = next(filter(None, map(_group, given)))
-        of_kind = self.counted.setdefault(kind, {"calls": 0, "bytes": 0})
-        of_kind["calls"] += 1
-        of_kind["bytes"] += sent(group, given)
+        with self._lock:
+            of_kind = self._counted.setdefault(kind, {"calls": 0, "bytes": 0})
+            of_kind["calls"] += 1
+            of_kind["bytes"] += sent(group, given)
 
 
 def _group(argument: Any) -> dist.ProcessGroup | None:
@@ -97,48 +97,67 @@ def sent_bytes(counted: Counted) -> float:
     return sum(of_kind["bytes"] for of_kind in counted.values())
 
 
-# Where Python enters a collective, by the names of torch 2.13 and of those before. The work may be done there, or while
-# `Work.wait` waits for it.
+# Where Python enters a collective, by the names of torch 2.13 and of those before.
 _ENTERED = (
     *("allreduce", "broadcast", "barrier", "allgather", "all_gather_single", "_allgather_base"),
     *("all_to_all_single", "alltoall_base", "reduce_scatter", "reduce_scatter_single", "_reduce_scatter_base"),
 )
 
 
-class Waiting:
-    """Seconds that this process has spent in collectives.
+class Traffic:
+    """What this process exchanges, on all its threads.
 
     Attributes:
-        seconds: so far.
+        counted: calls and bytes by kind of collective, so far.
+        waited: seconds, so far, that the thread which made this spent in collectives, and in waiting for one that
+            another thread has started.
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self._inside = False
+        self.counted: Counted = {}
+        self.waited = 0.0
+        self._lock, self._here = threading.Lock(), threading.local()
+        self._waits = threading.get_ident()
+
+    def clear(self) -> None:
+        """Start again from nothing."""
+        with self._lock:
+            self.counted.clear()
+        self.waited = 0.0
 
     @contextmanager
-    def measured(self) -> Iterator[None]:
+    def seen(self) -> Iterator[None]:
         """Around what exchanges."""
-        places = [(dist.Work, "wait"), *((dist.ProcessGroup, name) for name in _ENTERED)]
-        originals = [(owner, name, getattr(owner, name)) for owner, name in places if hasattr(owner, name)]
-        for owner, name, original in originals:
-            setattr(owner, name, self._timed(original))
+        places = [(dist.ProcessGroup, name, self._counting) for name in _ENTERED]
+        places += [(dist.Work, "wait", self._timing), (SlotLayers, "wait", self._timing)]
+        originals = [(owner, name, getattr(owner, name)) for owner, name, _ in places if hasattr(owner, name)]
+        for owner, name, through in places:
+            if hasattr(owner, name):
+                setattr(owner, name, through(getattr(owner, name)))
         try:
             yield
         finally:
             for owner, name, original in originals:
                 setattr(owner, name, original)
 
-    def _timed(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*given: Any, **named: Any) -> Any:
-            if self._inside:
+    def _counting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def entered(*given: Any, **named: Any) -> Any:
+            with _Seen(self.counted, self._lock):
                 return original(*given, **named)
-            self._inside, started = True, time.perf_counter()
+
+        return self._timing(entered)
+
+    def _timing(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*given: Any, **named: Any) -> Any:
+            if getattr(self._here, "inside", False):  # one entrance may lead to another
+                return original(*given, **named)
+            self._here.inside, started = True, time.perf_counter()
             try:
                 return original(*given, **named)
             finally:
-                self._inside = False
-                self.seconds += time.perf_counter() - started
+                self._here.inside = False
+                if threading.get_ident() == self._waits:
+                    self.waited += time.perf_counter() - started
 
         return timed
 

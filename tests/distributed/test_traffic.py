@@ -26,7 +26,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     for mode in MODES:
         config = {"model": "mixtral", "output_dir": mode, "distributed": {"experts": mode}} | SHARED
         config |= {"training": TRAINING, "lora": {"r": 16, "targets": ["attention", "experts"]}}
-        call = f"from benchmarks.distributed_rank import train\ntrain({config!r}, 0, 1, '{mode}-{{}}.json')"
+        call = f"from benchmarks.distributed_rank import train\ntrain({config!r}, 1, '{mode}-{{}}.json')"
         jobs[mode] = [call.format(rank) for rank in range(2)]
     for mode, ranks in run_jobs(jobs, place, BEFORE).items():
         assert [rank.status for rank in ranks] == [0, 0], (mode, ranks[0].err, ranks[1].err)
