@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"benchmark": "distributed", "model": asdict(shape), "workload": _workload(args)}
     several = [size for size in args.world_sizes if size > 1]
     with tempfile.TemporaryDirectory() as folder:
-        report.progress("one process")
+        report.progress("rates of gloo, then one process")
+        result["gloo"] = {str(size): _rates(size, Path(folder) / f"gloo-{size}") for size in several}
         one = _measured(_config(args, model, "replicate", 1), 1, Path(folder) / "1", shape)
         for mode in args.modes:
             result[mode] = {"1": one}  # one process holds all experts in every mode
@@ -82,7 +83,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 place = Path(folder) / f"{mode}-{size}"
                 result[mode][str(size)] = _measured(_config(args, model, mode, size), size, place, shape)
                 _require_same_losses(f"{mode}, {size} processes", result[mode][str(size)], one)
-        result["gloo"] = {str(size): _rates(size, Path(folder) / f"gloo-{size}") for size in several}
     result |= {"cores": os.cpu_count(), "threads_per_rank": 1, **report.environment()}
     if args.json:
         report.write(args.json, result)

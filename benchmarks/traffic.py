@@ -130,14 +130,15 @@ class Traffic:
         """Around what exchanges."""
         places = [(dist.ProcessGroup, name, self._counting) for name in _ENTERED]
         places += [(dist.Work, "wait", self._timing), (SlotLayers, "wait", self._timing)]
-        originals = [(owner, name, getattr(owner, name)) for owner, name, _ in places if hasattr(owner, name)]
+        # As the class holds it: what it gives when it is asked no longer knows its object.
+        held = [(owner, name, vars(owner)[name]) for owner, name, _ in places if name in vars(owner)]
         for owner, name, through in places:
-            if hasattr(owner, name):
+            if name in vars(owner):
                 setattr(owner, name, through(getattr(owner, name)))
         try:
             yield
         finally:
-            for owner, name, original in originals:
+            for owner, name, original in held:
                 setattr(owner, name, original)
 
     def _counting(self, original: Callable[..., Any]) -> Callable[..., Any]:
