@@ -51,7 +51,7 @@ def main() -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes = {"hidden": 512, "intermediate": 1024, "layers": 4, "experts": 8, "top-k": 2}
-    sizes |= {"examples": 8, "max-length": 64, "steps": 3}
+    sizes |= {"examples": 8, "max-length": 64, "steps": 5}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
@@ -76,6 +76,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         report.progress("rates of gloo, then one process")
         result["gloo"] = {str(size): _rates(size, Path(folder) / f"gloo-{size}") for size in several}
         one = _measured(_config(args, model, "replicate", 1), 1, Path(folder) / "1", shape)
+        # What a rank has to compute in a step: some of it does not become less with fewer examples.
+        result["part_alone_seconds"] = {
+            str(size): _measured(_config(args, model, "replicate", size), 1, Path(folder) / f"part-{size}", shape)[
+                "seconds_per_step"
+            ]
+            for size in several
+        }
         for mode in args.modes:
             result[mode] = {"1": one}  # one process holds all experts in every mode
             for size in several:

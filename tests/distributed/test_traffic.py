@@ -26,8 +26,8 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     for mode in MODES:
         config = {"model": "mixtral", "output_dir": mode, "distributed": {"experts": mode}} | SHARED
         config |= {"training": TRAINING, "lora": {"r": 16, "targets": ["attention", "experts"]}}
-        call = f"from benchmarks.distributed_rank import train\ntrain({config!r}, 1, '{mode}-{{}}.json')"
-        jobs[mode] = [call.format(rank) for rank in range(2)]
+        call = f"from benchmarks.distributed_rank import train\ntrain({config!r}, 1, output="
+        jobs[mode] = [f"{call}'{mode}-{rank}.json')" for rank in range(2)]
     for mode, ranks in run_jobs(jobs, place, BEFORE).items():
         assert [rank.status for rank in ranks] == [0, 0], (mode, ranks[0].err, ranks[1].err)
     return {mode: [_read(place / f"{mode}-{rank}.json") for rank in range(2)] for mode in MODES}
