@@ -5,6 +5,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import TrainerCallback, trainer
 
 from benchmarks.timing import memory_status
-from benchmarks.traffic import Traffic, loopback_bytes, sent_bytes
+from benchmarks.traffic import Counted, Traffic, loopback_bytes, sent_bytes
 from expertune.api import finetune
 from expertune.distributed.parallel import owned_experts
 from expertune.experts.lora import own_factors
@@ -38,6 +39,8 @@ class Watch(TrainerCallback):
         self.steps: list[dict[str, float]] = []
         self.held: dict[str, int] = {}
         self.copies = self.loopback = 0
+        self.counted: Counted = {}
+        self._hooks = ExitStack()
         self._started = self._waited = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -55,6 +58,7 @@ class Watch(TrainerCallback):
             seconds = time.perf_counter() - self._started
             self.steps.append({"seconds": seconds, "waited": self.traffic.waited - self._waited})
         if state.global_step == state.max_steps:
+            self._hooks.close()
             self.counted = copy.deepcopy(self.traffic.counted)
             self.loopback = loopback_bytes() - self.loopback
 
@@ -70,7 +74,7 @@ class Watch(TrainerCallback):
 
         for module in model.modules():
             if isinstance(module, Nf4Experts):
-                module.register_forward_pre_hook(count)
+                self._hooks.callback(module.register_forward_pre_hook(count).remove)
 
     def result(self) -> dict[str, Any]:
         """What was seen, for JSON."""

@@ -15,6 +15,7 @@ from tests.distributed.test_replicated import SHARED, write_place
 LAYERS = 2
 LAYER = RoutedLayer(num_experts=4, top_k=2, hidden_size=64, itemsize=4)
 WITHIN = 0.05
+DATA = {"train": "rows.jsonl[0:8]", "template": "plain", "max_length": 64}
 TRAINING = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_checkpointing": True, "save_strategy": "no"}
 
 
@@ -25,7 +26,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     jobs = {}
     for mode in MODES:
         config = {"model": "mixtral", "output_dir": mode, "distributed": {"experts": mode}} | SHARED
-        config |= {"training": TRAINING, "lora": {"r": 16, "targets": ["attention", "experts"]}}
+        config |= {"data": DATA, "training": TRAINING, "lora": {"r": 16, "targets": ["attention", "experts"]}}
         call = f"from benchmarks.distributed_rank import train\ntrain({config!r}, 1, output="
         jobs[mode] = [f"{call}'{mode}-{rank}.json')" for rank in range(2)]
     for mode, ranks in run_jobs(jobs, place, BEFORE).items():
