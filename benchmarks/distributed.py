@@ -141,11 +141,10 @@ def _measured(config: dict[str, Any], size: int, folder: Path, shape: Shape) -> 
     """A run: figures of all ranks, and what was counted beside what the formulas say."""
     of_ranks = _on_ranks(f"train({config!r}, {_WARM_STEPS}, OUTPUT)", size, folder)
     first = of_ranks[0]
-    steps, seconds = len(first["steps"]), max(_seconds(rank, "seconds") for rank in of_ranks)
+    steps, seconds = len(first["steps"]), max(sum(step["seconds"] for step in rank["steps"]) for rank in of_ranks)
     sent = statistics.fmean(sent_bytes(rank["counted"]) for rank in of_ranks) / steps
     layer = RoutedLayer(shape.experts, shape.top_k, shape.hidden, itemsize=4)
     planned = planned_bytes(config["distributed"]["experts"], [layer] * shape.layers, of_ranks)
-    shares = [_seconds(rank, "waited") / seconds for rank in of_ranks]
     return {
         "tokens_per_second": first["tokens"] / seconds,
         "peak_bytes_per_rank": max(rank["peak_bytes"] for rank in of_ranks),
@@ -155,17 +154,24 @@ def _measured(config: dict[str, Any], size: int, folder: Path, shape: Shape) -> 
         "planned_bytes_per_step": planned["even"],
         "planned_bytes_of_this_routing": planned["routed"],
         "off": {which: sent / each - 1 if each else 0.0 for which, each in planned.items()},
-        # A rank that is done sooner waits for the others: the least share is nearest to what sending takes.
-        "waiting_share": {"mean": statistics.fmean(shares), "least": min(shares)},
         "seconds_per_step": seconds / steps,
+        "share_of_time": {which: each / seconds for which, each in _waiting(of_ranks).items()},
         "loopback_bytes_per_step": first["loopback_bytes"] / steps,
         "losses": first["losses"],
         "ranks": of_ranks,
     }
 
 
-def _seconds(rank: dict[str, Any], which: str) -> float:
-    return sum(step[which] for step in rank["steps"])
+def _waiting(of_ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Seconds that a rank spends in collectives, in all its steps; the lists of them leave the result.
+
+    Returns:
+        `waiting`: the mean over ranks. `sending`: what is left where each is as short as on the rank that comes last
+        to it, and waits for none.
+    """
+    waits = [[seconds for step in rank["steps"] for seconds in step.pop("waits")] for rank in of_ranks]
+    together = list(zip(*waits, strict=True))
+    return {"waiting": statistics.fmean(map(sum, waits)), "sending": sum(map(min, together))}
 
 
 def planned_bytes(mode: str, layers: Sequence[RoutedLayer], of_ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -227,12 +233,12 @@ def _show(result: dict[str, Any]) -> None:
     rows, notes = [], []
     for mode in MODES:
         for size, run in result.get(mode, {}).items():
-            waiting = run["waiting_share"]
+            share = run["share_of_time"]
             rows.append(
                 [
                     f"{mode}, {size}",
                     f"{run['tokens_per_second']:,.0f}",
-                    f"{waiting['mean']:.0%} ({waiting['least']:.0%})",
+                    f"{share['waiting']:.0%} ({share['sending']:.0%})",
                     f"{run['peak_bytes_per_rank'] / 1e6:,.0f}",
                     f"{run['expert_bytes_per_rank'] / 1e6:,.1f}",
                     f"{run['sent_bytes_per_step'] / 1e6:,.2f}",
@@ -244,11 +250,11 @@ def _show(result: dict[str, Any]) -> None:
             for which, off in run["off"].items():
                 if abs(off) > _BYTES_TOLERANCE:
                     notes.append(f"{mode}, {size} processes: {off:+.1%} from what the plan has for {_ROUTING[which]}")
-    header = ["mode, ranks", "tokens/s", "waiting (least)", "peak MB", "experts MB"]
+    header = ["mode, ranks", "tokens/s", "waiting (sending)", "peak MB", "experts MB"]
     header += ["sent MB", "planned MB", "off (routed)", "loss"]
     notes += [
         f"one thread a rank on {result['cores']} cores; peak, experts: of the rank with most, above the imports",
-        "waiting: share of a step that a rank spends waiting for collectives, and for other ranks in them",
+        "waiting: share of a step that a rank spends in collectives; in brackets without waiting for the last to come",
         "sent: counted in a rank, a step; planned: by the formulas of the plan, with tokens spread evenly over experts",
         "in brackets: off from the same formulas for the experts that the routers chose",
     ]

@@ -36,12 +36,12 @@ class Watch(TrainerCallback):
 
     def __init__(self, traffic: Traffic, warm_steps: int) -> None:
         self.traffic, self.warm_steps = traffic, warm_steps
-        self.steps: list[dict[str, float]] = []
+        self.steps: list[dict[str, Any]] = []
         self.held: dict[str, int] = {}
         self.copies = self.loopback = 0
         self.counted: Counted = {}
         self._hooks = ExitStack()
-        self._started = self._waited = 0.0
+        self._started, self._first_wait = 0.0, 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -50,13 +50,13 @@ class Watch(TrainerCallback):
             self._count_copies(kwargs["model"])
             self.loopback = loopback_bytes()
             self.traffic.clear()
-        self._started, self._waited = time.perf_counter(), self.traffic.waited
+        self._started, self._first_wait = time.perf_counter(), len(self.traffic.waits)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop it."""
         if state.global_step > self.warm_steps:
             seconds = time.perf_counter() - self._started
-            self.steps.append({"seconds": seconds, "waited": self.traffic.waited - self._waited})
+            self.steps.append({"seconds": seconds, "waits": self.traffic.waits[self._first_wait :]})
         if state.global_step == state.max_steps:
             self._hooks.close()
             self.counted = copy.deepcopy(self.traffic.counted)
@@ -127,10 +127,13 @@ def measure_rates(output: str) -> None:
     def all_gather(tensor: torch.Tensor) -> None:
         dist.all_gather(list(tensor.chunk(size)), tensor[: len(tensor) // size].clone())
 
+    def broadcast(tensor: torch.Tensor) -> None:
+        dist.broadcast(tensor, src=0)
+
     def all_to_all(tensor: torch.Tensor) -> None:
         dist.all_to_all_single(torch.empty_like(tensor), tensor)
 
-    rates = {each.__name__: _rate(each) for each in (all_reduce, all_gather, all_to_all)}
+    rates = {each.__name__: _rate(each) for each in (all_reduce, all_gather, broadcast, all_to_all)}
     Path(output).write_text(json.dumps(rates), encoding="utf-8")
     dist.destroy_process_group()
 

@@ -109,13 +109,13 @@ class Traffic:
 
     Attributes:
         counted: calls and bytes by kind of collective, so far.
-        waited: seconds, so far, that the thread which made this spent in collectives, and in waiting for one that
-            another thread has started.
+        waits: seconds of each time that the thread which made this was in a collective, or waited for one that another
+            thread has started. All ranks have them in one order.
     """
 
     def __init__(self) -> None:
         self.counted: Counted = {}
-        self.waited = 0.0
+        self.waits: list[float] = []
         self._lock, self._here = threading.Lock(), threading.local()
         self._waits = threading.get_ident()
 
@@ -123,7 +123,7 @@ class Traffic:
         """Start again from nothing."""
         with self._lock:
             self.counted.clear()
-        self.waited = 0.0
+        self.waits.clear()
 
     @contextmanager
     def seen(self) -> Iterator[None]:
@@ -158,7 +158,7 @@ class Traffic:
             finally:
                 self._here.inside = False
                 if threading.get_ident() == self._waits:
-                    self.waited += time.perf_counter() - started
+                    self.waits.append(time.perf_counter() - started)
 
         return timed
 
