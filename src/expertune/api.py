@@ -150,7 +150,7 @@ def _finetune(context: RunContext) -> Run:
     inputs = read_inputs(context)
     require_room(made.disk, config.training, len(inputs.dataset), output_dir)
     point = _resume_point(context)
-    record.update(
+    record.add(
         "model",
         name=config.model,
         revision=inputs.source.revision,
@@ -178,7 +178,7 @@ def _finetune(context: RunContext) -> Run:
     if config.task.metric and held_out:
         record.update("task", after=held_out.score(step=record["train"]["steps"]))
         _show_score(context, "after")
-    record.update("memory", peak_bytes=max(context.ranks.gather(peak_memory_bytes())))
+    record.add("memory", peak_bytes=max(context.ranks.gather(peak_memory_bytes())))
     context.write_beside("summary.png", lambda path: write_png(summary_figure(record.values), path))
     record.update("run", status="finished")
     context.console.print(render_summary(record.values, config.output_dir), soft_wrap=True)
@@ -240,7 +240,7 @@ def _load_and_adapt(
     for note in config.notes:
         context.notify(note)
     kernels = routes.settings_of(loaded.model).describe(context.device, loaded.model.dtype)
-    record.update("kernels", **kernels)
+    record.add("kernels", **kernels)
     context.notify(f"kernels: {routes.summarize(kernels)}")
     if config.data.packing != "padded":
         require_no_leakage(loaded.model)
@@ -255,8 +255,8 @@ def _load_and_adapt(
     # Nothing that changes a logit may change between the two forwards of the base model.
     with context.bars.task("preflight check", "passes") as progress:
         found = recovery.retry("preflight", lambda: preflight(model, probe, base_logits, progress))
-    record.update("model", dtype=str(model.dtype), unexpected_tensors=loaded.unexpected)
-    record.update("preflight", **found)
+    record.add("model", dtype=str(model.dtype), unexpected_tensors=loaded.unexpected)
+    record.add("preflight", **found)
     learning = found["learning"]
     context.notify(
         f"preflight check: experts at {found['four_bit']['bits_per_expert_weight']:.2f} bits a weight, "
@@ -274,7 +274,7 @@ def _recovery(context: RunContext, model: nn.Module) -> OutOfMemory:
     """What a run does when memory runs out: each change is shown, and kept in the record."""
     record = context.record
     recoveries = record.section("train").get("recoveries", [])
-    record.update("train", recoveries=recoveries)
+    record.add("train", recoveries=recoveries)
 
     def keep(change: Change) -> None:
         context.notify(change.line)
@@ -319,15 +319,15 @@ def _train(
     finally:
         bar.close()
         history = trainer.history
-        record.update("train", **history.series, steps=trainer.state.global_step)
-        record.update("eval", loss=history.eval_losses, scores=history.eval_scores)
-        record.update("throughput", tokens_per_second=history.tokens_per_second, tokens=history.tokens)
-        record.update("memory", peak_bytes=peak_memory_bytes())
-        record.update("kernels", ran=dict(routes.settings_of(model).ran))
+        record.add("train", **history.series, steps=trainer.state.global_step)
+        record.add("eval", loss=history.eval_losses, scores=history.eval_scores)
+        record.add("throughput", tokens_per_second=history.tokens_per_second, tokens=history.tokens)
+        record.add("memory", peak_bytes=peak_memory_bytes())
         if placement := placement_of(model):
-            record.update("placement", places=placement.locations, **placement.describe())
+            record.add("placement", places=placement.locations, **placement.describe())
+        record.update("kernels", ran=dict(routes.settings_of(model).ran))
     origin = trainer.adapter_origin
-    record.update("adapter", **origin)
+    record.add("adapter", **origin)
     # An adapter to start from is not the base model, and neither is a first evaluation after some steps.
     losses = {int(step): loss for step, loss in history.eval_losses}
     before = None if config.lora.init_from else losses.get(0)

@@ -1,7 +1,6 @@
 """Attach LoRA as the run file describes it: resolve names, build the PeftModel, start from an adapter if asked."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -20,7 +19,7 @@ from expertune.adapt.stock.config import exact_names
 from expertune.adapt.stock.targets import StockTargets
 from expertune.adapt.validation import require_ranks_in_file
 from expertune.checkpoint.linears import is_linear
-from expertune.checkpoint.load import LoadedModel, build_meta_model
+from expertune.checkpoint.load import LoadedModel
 from expertune.checkpoint.names import NameMap, read_names
 from expertune.checkpoint.targets import Rank, ResolvedTargets, resolve_targets
 from expertune.config import LoraSection
@@ -116,20 +115,18 @@ def _adopted_targets(
     return lora, targets
 
 
-def expected_layout(folder: str | Path, lora: LoraSection, trust_remote_code: bool = False) -> StockLayout:
+def expected_layout(model: PreTrainedModel, lora: LoraSection) -> StockLayout:
     """How the file of an adapter is going to be laid out, from the model's config alone.
 
     Modules that no text reaches are known only when the model is there; aliases may mean fewer modules then.
 
     Args:
-        folder: the base model.
+        model: the base model on the meta device.
         lora: the run file's adapter section.
-        trust_remote_code: run Python that ships with the model.
 
     Raises:
         ConfigError, CheckpointError: see `attach`.
     """
-    model = build_meta_model(folder, torch.bfloat16, trust_remote_code)
     names = read_names(model)
     modules = {name for name, module in model.named_modules() if is_linear(module) and not is_refused(model, name)}
     plain = None

@@ -176,7 +176,10 @@ def load_model(
 
 
 def fingerprint_of(
-    folder: str | Path, trust_remote_code: bool = False, notify: Callable[[str], None] | None = None
+    folder: str | Path,
+    trust_remote_code: bool = False,
+    notify: Callable[[str], None] | None = None,
+    model: PreTrainedModel | None = None,
 ) -> Fingerprint:
     """What identifies the weights of a model folder, before it is loaded: from headers and a few output features.
 
@@ -186,6 +189,7 @@ def fingerprint_of(
         folder: the model folder, with its weights.
         trust_remote_code: run Python that ships with the model.
         notify: called with one line where that takes a while.
+        model: its model on the meta device, where it has been built already.
 
     Raises:
         CheckpointError: weights are missing or damaged.
@@ -195,7 +199,8 @@ def fingerprint_of(
     if is_nf4_folder(folder):
         require_verified(folder, notify)
     index = read_nf4_folder(folder).index if is_nf4_folder(folder) else open_checkpoint(folder)
-    model = build_meta_model(folder, torch.bfloat16, trust_remote_code)
+    if model is None:
+        model = build_meta_model(folder, torch.bfloat16, trust_remote_code)
     return read_fingerprint(folder, index.tensors, model, read_names(model))
 
 

@@ -17,23 +17,25 @@ def plot_lengths(lengths: Sequence[int] | np.ndarray, path: str | Path, max_leng
         max_length: where the line is drawn.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     # A Figure of its own, not pyplot: no global state, no window, whatever backend the user's notebook has.
     figure = Figure(figsize=(8, 4.5))
     axes = figure.subplots()
-    axes.hist(lengths, bins=20, color="#4c72b0", edgecolor="white")
+    # One shape, where bars are twenty to draw.
+    counts, _, _ = axes.hist(lengths, bins=20, histtype="stepfilled", color="#4c72b0")
     num_cut = int((np.asarray(lengths) > max_length).sum())
-    label = f"max_length {max_length} ({num_cut} of {len(lengths)} examples cut)"
-    axes.axvline(max_length, color="#c44e52", linestyle="--", label=label)
+    axes.axvline(max_length, color="#c44e52", linestyle="--")
+    title = f"max_length {max_length}, dashed: {num_cut} of {len(lengths)} examples are cut"
+    axes.set_title(title, fontsize=10, color="#c44e52", y=1.01)
     axes.set_xlabel("Length of input_ids")
     axes.set_ylabel("Frequency")
     axes.set_xlim(left=0)
-    axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     # Room for the widest number, by its characters: a layout of matplotlib's own draws everything twice to measure it.
-    figure.subplots_adjust(bottom=0.11, top=0.95)
-    characters = max(len(label.get_text()) for label in axes.get_yticklabels())
-    figure.subplots_adjust(left=(0.34 + 0.09 * characters) / 8, right=0.985)
+    characters = len(str(int(1.05 * counts.max())))
+    figure.subplots_adjust(bottom=0.11, top=0.93, left=(0.34 + 0.09 * characters) / 8, right=0.985)
 
     with write_whole(Path(path)) as file:
         figure.savefig(file, format="png", dpi=120)

@@ -15,7 +15,7 @@ from expertune.adapt.preflight import PREFLIGHT_TOKENS
 from expertune.checkpoint.context import context_length, read_config
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.hub import ModelSource, fetch_model
-from expertune.checkpoint.load import fingerprint_of
+from expertune.checkpoint.load import build_meta_model, fingerprint_of
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.data import TokenizedExamples, make_collator, make_dataset, plot_lengths, prepare_run
 from expertune.data.preview import preview
@@ -56,10 +56,11 @@ def read_inputs(context: RunContext) -> Inputs:
     """
     config, trust = context.config, context.trust_remote_code
     source = fetch_model(config.model, config.revision, trust)
-    base = fingerprint_of(source.folder, trust, notify=context.notify)
+    described = build_meta_model(source.folder, torch.bfloat16, trust)
+    base = fingerprint_of(source.folder, trust, context.notify, described)
     if config.lora.init_from and not config.lora.init_from_other_base:
         require_same_base(config.lora.init_from, base, config.model)
-    expected = expected_layout(source.folder, config.lora, trust)
+    expected = expected_layout(described, config.lora)
     note_stock_refusal(context, expected.refusal)
     if expected.merging:
         context.notify(f"adapter: {expected.merging}")
@@ -98,7 +99,8 @@ def _record_inputs(context: RunContext, inputs: Inputs) -> None:
 def _show_data(context: RunContext, inputs: Inputs) -> None:
     data, console = context.config.data, context.console
     lengths = np.concatenate([part.uncut_lengths for part in (inputs.train, inputs.eval) if part])
-    context.write_beside("lengths.png", lambda path: plot_lengths(lengths, path, data.max_length))
+    if not (context.resume and (context.output_dir / "lengths.png").exists()):  # of the same examples, cut at the same
+        context.write_beside("lengths.png", lambda path: plot_lengths(lengths, path, data.max_length))
     for name, part, num_examples in (("train", inputs.train, 1), ("eval", inputs.eval, 0)):
         if part:
             shown = preview(part, data, inputs.tokenizer, num_examples=num_examples)

@@ -5,6 +5,7 @@ mappings: `config`, `versions`, `model`, `data`, `plan`, `preflight`, `train`, `
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import platform
@@ -109,9 +110,13 @@ class RunRecord:
         """`running`, `finished`, `stopped` or `interrupted`; `not started` where the record does not say."""
         return str(self.section("run").get("status", "not started"))
 
+    def add(self, section: str, **values: Any) -> None:
+        """Merge values into a section; they are written with the next save, which comes also when the run stops."""
+        self.values.setdefault(section, {}).update(values)
+
     def update(self, section: str, **values: Any) -> None:
         """Merge values into a section and save."""
-        self.values.setdefault(section, {}).update(values)
+        self.add(section, **values)
         self.save()
 
     def stop(self, status: str, error: str) -> None:
@@ -168,6 +173,11 @@ def left_by_a_run(folder: Path) -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python, this package and the libraries that decide a run's numbers."""
+    return dict(_versions())
+
+
+@functools.cache  # what is imported stays as it is
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "platform": platform.platform(), "executable": sys.executable}
     for name in ("expertune", *_PACKAGES):
         try:
