@@ -1,5 +1,6 @@
 """The corridor as Python: a finished run can be opened, scored and asked."""
 
+import copy
 import io
 import re
 import shutil
@@ -45,6 +46,12 @@ def finished(trained: expertune.Run) -> Path:
     return trained.output_dir
 
 
+@pytest.fixture(scope="module")
+def evaluated(finished: Path) -> dict[str, Any]:
+    """What `evaluate` gives for its directory."""
+    return expertune.evaluate(finished)
+
+
 def test_model_of_a_run_is_the_trained_one_and_the_one_that_is_loaded_again(
     trained: expertune.Run, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,9 +80,9 @@ def test_model_of_a_run_in_mixed_precision_is_without_the_trainers_autocast(run_
 
 
 def test_run_object_takes_the_place_of_its_directory_and_of_no_other_adapter(
-    trained: expertune.Run, finished: Path
+    trained: expertune.Run, finished: Path, evaluated: dict[str, Any]
 ) -> None:
-    assert expertune.evaluate(trained)["loss"] == expertune.evaluate(finished)["loss"]
+    assert expertune.evaluate(trained)["loss"] == evaluated["loss"]
     question = {"prompt": "What is 1 plus 2?"}
     assert expertune.generate(trained, question, 4) == expertune.generate(finished, question["prompt"], 4)
     with pytest.raises(ConfigError, match=r"adapter: Run\('.*', finished\) is made already; give its directory"):
@@ -89,23 +96,24 @@ def test_run_shows_its_summary_in_a_notebook(trained: expertune.Run) -> None:
     assert trained.output_dir.name in shown
 
 
-def test_opened_run_gives_the_evaluation_loss_that_training_recorded(finished: Path) -> None:
-    result = expertune.evaluate(finished)
+def test_opened_run_gives_the_evaluation_loss_that_training_recorded(finished: Path, evaluated: dict[str, Any]) -> None:
     recorded = expertune.RunRecord.load(finished)["eval"]["loss"][-1]
     assert recorded[0] == 3
-    assert result["loss"] == pytest.approx(recorded[1], abs=1e-5)
-    assert result["task"]["rows"] == 2
+    assert evaluated["loss"] == pytest.approx(recorded[1], abs=1e-5)
+    assert evaluated["task"]["rows"] == 2
 
 
-def test_same_adapter_gets_the_same_score_twice_on_a_cpu(finished: Path) -> None:
-    first, second = (expertune.evaluate(finished) for _ in range(2))
+def test_same_adapter_gets_the_same_score_twice_on_a_cpu(finished: Path, evaluated: dict[str, Any]) -> None:
+    first, second = copy.deepcopy(evaluated), expertune.evaluate(finished)
     for result in (first, second):
         del result["task"]["seconds"]
     assert first == second
 
 
-def test_earlier_checkpoint_and_base_score_otherwise_than_the_adapter(finished: Path) -> None:
-    tuned = expertune.evaluate(finished)["loss"]
+def test_earlier_checkpoint_and_base_score_otherwise_than_the_adapter(
+    finished: Path, evaluated: dict[str, Any]
+) -> None:
+    tuned = evaluated["loss"]
     base = expertune.evaluate(finished, base_only=True)["loss"]
     assert expertune.evaluate(finished, adapter="checkpoint-3")["loss"] == tuned
     assert base > tuned
@@ -128,7 +136,7 @@ def test_generate_without_a_column_that_the_template_needs_says_what_a_prompt_is
 
 
 def test_run_whose_metric_is_not_registered_here_answers_and_gives_its_loss(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, evaluated: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     record = expertune.RunRecord.load(run)
@@ -137,7 +145,7 @@ def test_run_whose_metric_is_not_registered_here_answers_and_gives_its_loss(
     opened = expertune.open_run(run)
     assert isinstance(expertune.generate(opened, "What is 1 plus 2?", max_new_tokens=4), str)
     scores = expertune.evaluate(opened)
-    assert scores["loss"] == expertune.evaluate(finished)["loss"]
+    assert scores["loss"] == evaluated["loss"]
     assert "task" not in scores
     assert (
         "task.metric: my-metric is not registered in this process, and only the loss is taken"
@@ -188,7 +196,9 @@ def test_run_shows_what_it_trains_on_before_it_loads_the_model(finished: Path) -
     assert "evaluation examples: " in shown
 
 
-def test_run_that_was_recorded_with_another_template_is_used_with_it(finished: Path, tmp_path: Path) -> None:
+def test_run_that_was_recorded_with_another_template_is_used_with_it(
+    finished: Path, evaluated: dict[str, Any], tmp_path: Path
+) -> None:
     old = tmp_path / "old"
     shutil.copytree(finished, old)
     record = expertune.RunRecord.load(old)
@@ -198,7 +208,7 @@ def test_run_that_was_recorded_with_another_template_is_used_with_it(finished: P
     record.save()
     run = expertune.open_run(old)
     assert render_prompt("What is 1 plus 2?", run.data, run.tokenizer) == "What is 1 plus 2?"
-    assert expertune.evaluate(old)["loss"] != expertune.evaluate(finished)["loss"]
+    assert expertune.evaluate(run)["loss"] != evaluated["loss"]
 
 
 def test_opening_something_else_names_what_is_missing(finished: Path, tmp_path: Path) -> None:

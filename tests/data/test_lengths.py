@@ -4,7 +4,7 @@ import pytest
 
 from expertune.data import plot_lengths
 from expertune.data.examples import length_summary
-from tests.processes import BENEATH, run_program
+from tests.processes import run_program
 
 
 def test_histogram_is_a_png_and_leaves_nothing_beside_it(tmp_path):
@@ -34,7 +34,7 @@ def test_drawing_does_not_touch_pyplot(tmp_path):
         f"plot_lengths([1, 2, 3], {str(tmp_path / 'lengths.png')!r}, max_length=2)\n"
         "print('matplotlib.pyplot' in sys.modules)\n"
     )
-    assert run_program(code, imports=BENEATH).out.strip() == "False"
+    assert run_program(code).out.strip() == "False"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 """The runs of the trainer's tests."""
 
-from tests.train.conftest import rows_file, run_values, small_mixtral
+from tests.train.conftest import rows_file, run_values, small_mixtral, whole_run
 
-__all__ = ["rows_file", "run_values", "small_mixtral"]
+__all__ = ["rows_file", "run_values", "small_mixtral", "whole_run"]

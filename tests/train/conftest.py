@@ -1,6 +1,7 @@
 """A small random Mixtral with a real tokenizer, a few real rows, and run files over them."""
 
 import copy
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from expertune import finetune
+from expertune.config import parse_config
 from expertune.run.record import RunRecord
 from tests.train.scarce import Reference, adapter_bytes, run
 
@@ -94,6 +98,33 @@ def nine_steps(model: Path, rows: Path, run_dir: Path) -> dict[str, Any]:
         },
         "output_dir": str(run_dir),
     }
+
+
+_shared: dict[str, Path] = {}
+"""Directories of runs that were made once, by name: a fixture that another module imports is made again for it."""
+
+
+def shared_run(name: str, model: Path, rows: Path, folders: pytest.TempPathFactory, **training: Any) -> Path:
+    """The directory of a run of `nine_steps` with some training arguments changed; tests must not change it."""
+    if name not in _shared:
+        run_dir = folders.mktemp("shared") / name
+        values = nine_steps(model, rows, run_dir)
+        values["training"] |= training
+        finetune(parse_config(values), console=Console(file=io.StringIO()))
+        _shared[name] = run_dir
+    return _shared[name]
+
+
+@pytest.fixture(scope="session")
+def whole_run(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `run_values`, never interrupted; tests must not change it."""
+    return shared_run("nine", small_mixtral, rows_file, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def three_steps(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `run_values` in three steps, with an evaluation and a checkpoint at its end; not to be changed."""
+    return shared_run("three", small_mixtral, rows_file, tmp_path_factory, max_steps=3)
 
 
 @pytest.fixture

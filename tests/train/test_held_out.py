@@ -61,8 +61,9 @@ def test_train_and_evaluate_give_one_number(
     record, _ = run(values, **training)
     (_, before), (_, after) = record["eval"]["loss"]
     assert before != after
-    assert expertune.evaluate(tmp_path / "run")["loss"] == after == record["eval"]["after"]
-    assert expertune.evaluate(tmp_path / "run", base_only=True)["loss"] == before == record["eval"]["before"]
+    opened = expertune.open_run(tmp_path / "run")
+    assert expertune.evaluate(opened)["loss"] == after == record["eval"]["after"]
+    assert expertune.evaluate(opened, base_only=True)["loss"] == before == record["eval"]["before"]
 
 
 def test_train_evaluates_before_its_first_and_after_its_last_step_by_default(run_values: dict[str, Any]) -> None:

@@ -156,7 +156,7 @@ def test_preflight_check_uses_fewer_sequences_where_its_first_forward_runs_out_o
     values: dict[str, Any], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values["training"] |= {"max_steps": 2, "eval_strategy": "no"}
-    _, adapter = reference("two")
+    _, adapter = reference("two whole", eval_strategy="steps")
     scarce = Scarce(4 * ONE_SEQUENCE, when=outside_training).install(monkeypatch)
     record = run(values, tmp_path / "recovered")
     assert scarce.num_failures >= 1
@@ -171,7 +171,7 @@ def test_preflight_check_out_of_memory_is_run_again_with_nothing_changed_that_sh
     values: dict[str, Any], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values["training"] |= {"max_steps": 2, "eval_strategy": "no"}
-    _, adapter = reference("two")
+    _, adapter = reference("two whole", eval_strategy="steps")
     monkeypatch.setattr(Placement, "offload_more", lambda _: "experts of layer 0 are offloaded")
     tries, real = [], api.preflight
 
@@ -194,7 +194,7 @@ def test_checkpoint_out_of_memory_is_written_again(
     values: dict[str, Any], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values["training"] |= {"max_steps": 4, "eval_strategy": "no"}
-    _, adapter = reference("four without evaluations")
+    _, adapter = reference("four", eval_strategy="steps")
     real, failures = ExpertTrainer._save_optimizer_and_scheduler, []
 
     def save(trainer: Any, folder: str) -> None:
@@ -245,7 +245,7 @@ def test_final_adapter_out_of_memory_is_written_again(
     values: dict[str, Any], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values["training"] |= {"max_steps": 4, "eval_strategy": "no"}
-    _, adapter = reference("four without evaluations")
+    _, adapter = reference("four", eval_strategy="steps")
     real, failures = api.ExpertPeftModel.save_pretrained, []
 
     def save(model: Any, folder: str, *arguments: Any, **settings: Any) -> None:

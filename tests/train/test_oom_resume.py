@@ -13,7 +13,7 @@ from expertune.kernels.routes import KernelSettings, settings_of
 from expertune.run.record import RunRecord
 from expertune.train import oom
 from tests.processes import run_program
-from tests.train.scarce import NO_SEQUENCE, ONE_SEQUENCE, Scarce, adapter_bytes, run
+from tests.train.scarce import NO_SEQUENCE, ONE_SEQUENCE, Reference, Scarce, adapter_bytes, run
 
 
 @pytest.fixture
@@ -103,11 +103,11 @@ def test_run_stopped_for_memory_resumes_where_there_is_more(
 
 
 def test_resumed_run_repeats_the_changes_of_a_record_of_an_earlier_release(
-    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    values: dict[str, Any], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values["training"] |= {"max_steps": 4, "eval_strategy": "no"}
-    run(values, tmp_path / "run")
-    before = adapter_bytes(tmp_path / "run")
+    values["training"] |= {"max_steps": 4}
+    whole, before = reference("four")
+    shutil.copytree(whole.path.parent, tmp_path / "run")
     record = RunRecord.load(tmp_path / "run")
     earlier: list[dict[str, Any]] = [
         {"step": 0, "during": "proof", "error": "e", "change": "less", "setting": {"proof_tokens": 16}},

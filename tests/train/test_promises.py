@@ -64,9 +64,11 @@ def test_mixin_overrides_no_private_method_of_transformers_but_these() -> None:
     assert {name for name in private if hasattr(Trainer, name)} == set(SIGNATURES)
 
 
-def test_resumed_run_has_every_series_of_the_uninterrupted_one(run_values: dict[str, Any], tmp_path: Path) -> None:
-    finetune(parse_config(run_values))
+def test_resumed_run_has_every_series_of_the_uninterrupted_one(
+    run_values: dict[str, Any], whole_run: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
+    shutil.copytree(whole_run, run_dir)
     whole = RunRecord.load(run_dir)["train"]
     for late in ("adapter", "checkpoint-9"):
         shutil.rmtree(run_dir / late)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from expertune import finetune, load_config
 from expertune.config import parse_config
-from expertune.errors import CheckpointError, ConfigError, DataError
+from expertune.errors import CheckpointError, ConfigError
 from expertune.run.record import RunRecord
 from expertune.train import checkpoints, promises
 from expertune.train.checkpoints import MANIFEST_NAME, STAGING_NAME, find_resume_point, seal, verify
@@ -44,14 +44,6 @@ def unlike(one: dict[str, bytes], other: dict[str, bytes]) -> set[str]:
     return {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
 
 
-@pytest.fixture(scope="module")
-def whole_run(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of `run_values`, never interrupted; tests must not change it."""
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    finetune(parse_config(nine_steps(small_mixtral, rows_file, run_dir)))
-    return run_dir
-
-
 @pytest.fixture
 def uninterrupted(whole_run: Path, tmp_path: Path) -> Path:
     """A copy of it, of the test's own."""
@@ -63,53 +55,71 @@ def uninterrupted(whole_run: Path, tmp_path: Path) -> Path:
     return run_dir
 
 
-# Where a run kills itself, as a signal from outside would at that moment; and what it has left by then.
+# A run that keeps what its directory holds at some moments, which is what a kill at each would leave, and is killed at
+# the last, as a signal from outside would at that moment.
 COMMAND = """
-import os, shutil, signal, sys
+import os, shutil, signal
 from pathlib import Path
+from expertune import api
 from expertune.cli import main
 from expertune.train import promises
 from expertune.train.callbacks import History
 
-def die(*args, **kwargs):
+run = Path(os.environ["RUN"])
+end_step, seal, publish = History.on_step_end, promises.seal, promises.publish
+
+def keep(moment):
+    if not run.with_name(moment).exists():
+        shutil.copytree(run, run.with_name(moment))
+
+def on_step_end(*args, **kwargs):
+    keep("nothing is saved yet")
+    return end_step(*args, **kwargs)
+
+def seal_staged(staged):
+    keep("the first checkpoint is being written")
+    seal(staged)
+
+def publish_staged(staged, to):
+    if staged.name == "checkpoint-6":
+        keep("the second checkpoint is sealed and not yet in its place")
+    publish(staged, to)
+    if staged.name == "checkpoint-6":
+        keep("the second checkpoint is there")
+    if staged.name == "checkpoint-9":
+        keep("the last checkpoint is there and nothing that comes after it")
+
+def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
+
+History.on_step_end, promises.seal, promises.publish, api.summary_figure = on_step_end, seal_staged, publish_staged, die
+main()
 """
 MOMENTS = {
-    "nothing is saved yet": ("History.on_step_end = die", {"lengths.png"}),
+    "nothing is saved yet": {"lengths.png"},
     # Its files are there, but not its manifest, which comes last.
-    "the first checkpoint is being written": ("promises.seal = die", {"lengths.png", STAGING_NAME}),
-    "the second checkpoint is sealed and not yet in its place": (
-        "publish = promises.publish\n"
-        "promises.publish = lambda staged, run: die() if staged.name == 'checkpoint-6' else publish(staged, run)",
-        {"lengths.png", STAGING_NAME, "checkpoint-3"},
-    ),
-    "the second checkpoint is there": (
-        "publish = promises.publish\n"
-        "promises.publish = lambda staged, run: (publish(staged, run), staged.name == 'checkpoint-6' and die())[0]",
-        {"lengths.png", STAGING_NAME, "checkpoint-3", "checkpoint-6"},
-    ),
-    "the last checkpoint is there and nothing that comes after it": (
-        "publish = promises.publish\n"
-        "promises.publish = lambda staged, run: (publish(staged, run), staged.name == 'checkpoint-9' and die())[0]",
-        {"lengths.png", STAGING_NAME, "checkpoint-3", "checkpoint-6", "checkpoint-9"},
-    ),
-    "everything is written but the summary": (
-        "from expertune import api\napi.summary_figure = die",
-        {"lengths.png", "adapter", "checkpoint-3", "checkpoint-6", "checkpoint-9"},
-    ),
+    "the first checkpoint is being written": {"lengths.png", STAGING_NAME},
+    "the second checkpoint is sealed and not yet in its place": {"lengths.png", STAGING_NAME, "checkpoint-3"},
+    "the second checkpoint is there": {"lengths.png", STAGING_NAME, "checkpoint-3", "checkpoint-6"},
+    "the last checkpoint is there and nothing that comes after it": {
+        *("lengths.png", STAGING_NAME),
+        *("checkpoint-3", "checkpoint-6", "checkpoint-9"),
+    },
+    "everything is written but the summary": {"lengths.png", "adapter", "checkpoint-3", "checkpoint-6", "checkpoint-9"},
 }
 
 
 @pytest.fixture(scope="module")
 def killed_runs(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Run files of runs by the command line, each killed at its moment."""
+    """Run files of runs by the command line, each as a kill at its moment leaves it."""
     folder, files = tmp_path_factory.mktemp("killed"), {}
-    for number, (moment, (patch, _)) in enumerate(MOMENTS.items()):
-        files[moment] = folder / f"run-{number}.yaml"
-        values = nine_steps(small_mixtral, rows_file, folder / f"run-{number}")
-        files[moment].write_text(yaml.safe_dump(values), encoding="utf-8")
-        ended = run_program(f"{COMMAND}\n{patch}\nmain()", "train", str(files[moment]))
-        assert ended.status == -signal.SIGKILL, ended.err[-4000:]
+    for moment in MOMENTS:
+        files[moment] = folder / f"{moment}.yaml"
+        files[moment].write_text(
+            yaml.safe_dump(nine_steps(small_mixtral, rows_file, folder / moment)), encoding="utf-8"
+        )
+    ended = run_program(COMMAND, "train", str(files[moment]), RUN=str(folder / moment))
+    assert ended.status == -signal.SIGKILL, ended.err[-4000:]
     return files
 
 
@@ -120,7 +130,7 @@ def test_resume_after_kill_gives_identical_adapter_and_losses(
     config = load_config(killed_runs[moment])
     run_dir = Path(config.output_dir)
     left = {path.name for path in run_dir.iterdir() if path.suffix != ".json"}
-    assert left == MOMENTS[moment][1]
+    assert left == MOMENTS[moment]
 
     finetune(config, resume=True)
 
@@ -268,18 +278,3 @@ def test_resume_with_another_learning_rate_is_refused_by_key(run_values: dict[st
     training = run_values["training"] | {"learning_rate": 5e-3}
     with pytest.raises(ConfigError, match=r"training\.learning_rate was 0\.001"):
         finetune(parse_config(run_values | {"training": training, "output_dir": str(uninterrupted)}), resume=True)
-
-
-def test_resume_over_rows_that_have_changed_is_refused_by_file(
-    run_values: dict[str, Any], rows_file: Path, tmp_path: Path
-) -> None:
-    copy = tmp_path / "rows.jsonl"
-    copy.write_bytes(rows_file.read_bytes())
-    values = run_values | {"data": run_values["data"] | {"train": str(copy), "eval": None}}
-    values["training"] = values["training"] | {"max_steps": 1, "eval_strategy": "no"}
-    values["output_dir"] = str(tmp_path / "edited")
-    finetune(parse_config(values))
-    shutil.rmtree(tmp_path / "edited" / "adapter")  # as if it had been killed before that was written
-    copy.write_bytes(rows_file.read_bytes().replace(b"plus", b"and"))
-    with pytest.raises(DataError, match=r"data\.train: rows\.jsonl has changed"):
-        finetune(parse_config(values), resume=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from expertune import finetune
@@ -19,10 +18,8 @@ from expertune.train.callbacks import History
 from tests.processes import run_program
 from tests.train.conftest import nine_steps
 
-SETTINGS = {"wandb": {}, "trackio": {"run_name": "named"}}
-
-
-# Three runs in one process, as in a notebook; the third is interrupted after its third step, and resumed.
+# Three runs in one process, as in a notebook: the second in two trackers at once, the third interrupted after its third
+# step, and resumed.
 SWEEP = """
 import os
 import wandb
@@ -30,17 +27,16 @@ from expertune import finetune
 from expertune.config import parse_config
 from expertune.train.callbacks import History
 
-os.chdir({folder!r})
 values = {values!r}
 values["training"] |= {{"report_to": "wandb", "logging_steps": 1, "eval_strategy": "no", "save_steps": 2}}
 
-def run(name, steps, resume=False):
-    training = values["training"] | {{"max_steps": steps}}
+def run(name, steps, resume=False, **training):
+    training = values["training"] | {{"max_steps": steps}} | training
     finetune(parse_config(values | {{"output_dir": name, "training": training}}), resume=resume)
     assert wandb.run is None
 
 run("first", 2)
-run("second", 2)
+run("second", 4, report_to=["wandb", "trackio"], run_name="named", logging_steps=2)
 end_step = History.on_step_end
 
 def interrupt(self, args, state, control, **kwargs):
@@ -58,38 +54,28 @@ run("third", 5, resume=True)
 
 
 class Tracked(NamedTuple):
-    """A run of four steps by the command line, and the folder in which its tracker wrote."""
+    """The folder of the runs, and for each that W&B was told of what its file holds, in their order, with its name."""
 
     folder: Path
-    record: RunRecord
+    wandb: list[tuple[str, bytes]]
+
+    def record(self, run: str) -> RunRecord:
+        return RunRecord.load(self.folder / run)
 
 
 @pytest.fixture(scope="module")
-def tracked(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tracked]:
-    """A run for each tracker, in processes of their own, as trackers hold on to theirs until they end."""
-    folder, codes = tmp_path_factory.mktemp("tracked"), []
-    for tracker, settings in SETTINGS.items():
-        values = nine_steps(small_mixtral, rows_file, folder / tracker / "run")
-        values["training"] |= {"report_to": tracker, "max_steps": 4, "save_strategy": "no"} | settings
-        (folder / tracker).mkdir()
-        (folder / tracker / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-        codes.append(
-            f"import os, sys; from expertune.cli import main; os.chdir({str(folder / tracker)!r}); "
-            "sys.argv[1:] = ['train', 'run.yaml']; main()"
-        )
-    (folder / "sweep").mkdir()
-    codes.append(
-        SWEEP.format(folder=str(folder / "sweep"), values=nine_steps(small_mixtral, rows_file, folder / "sweep"))
-    )
+def tracked(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Tracked:
+    """The runs, in a process of their own, as trackers hold on to theirs until they end."""
+    folder = tmp_path_factory.mktemp("tracked")
     # Their settings and caches lie here too, and a service that is slow to start is waited for.
-    places = {f"WANDB_{name}_DIR": str(folder / "wandb-home") for name in ("CONFIG", "CACHE", "DATA")}
-    environment = {"WANDB_MODE": "offline", "WANDB_PROJECT": "viggo-finetune", "WANDB_INIT_TIMEOUT": "900"} | places
-    environment["TRACKIO_DIR"] = str(folder / "trackio" / "files")
-    for code in codes:
-        ended = run_program(code, **environment)
-        assert ended.status == 0, ended.err[-4000:]
-    runs = {name: Tracked(folder / name, RunRecord.load(folder / name / "run")) for name in SETTINGS}
-    return runs | {"sweep": Tracked(folder / "sweep", RunRecord.load(folder / "sweep" / "third"))}
+    environment = {f"WANDB_{name}_DIR": str(folder / "wandb-home") for name in ("CONFIG", "CACHE", "DATA")}
+    environment |= {"WANDB_MODE": "offline", "WANDB_PROJECT": "viggo-finetune", "WANDB_INIT_TIMEOUT": "900"}
+    environment["TRACKIO_DIR"] = str(folder / "trackio")
+    code = SWEEP.format(values=nine_steps(small_mixtral, rows_file, folder))
+    ended = run_program(code, folder=folder, **environment)
+    assert ended.status == 0, ended.err[-4000:]
+    files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime)
+    return Tracked(folder, [(file.stem.removeprefix("run-"), without_blocks(file.read_bytes())) for file in files])
 
 
 def logged_means(record: RunRecord) -> list[float]:
@@ -110,37 +96,33 @@ def without_blocks(content: bytes) -> bytes:
     return b"".join(pieces)
 
 
-def test_weights_and_biases_holds_project_run_name_and_losses(tracked: dict[str, Tracked]) -> None:
-    (file,) = tracked["wandb"].folder.glob("wandb/offline-run-*/run-*.wandb")
-    content = without_blocks(file.read_bytes())
-    assert b"viggo-finetune" in content
-    assert re.search(rb"run-\d{4}-\d{2}-\d{2}-\d{2}-\d{2}", content)  # <output folder>-%Y-%m-%d-%H-%M
-    assert b"train/loss" in content
-    for mean in logged_means(tracked["wandb"].record):
-        assert json.dumps(mean).encode() in content
+def test_weights_and_biases_holds_project_run_name_and_losses(tracked: Tracked) -> None:
+    (_, first), (_, second) = tracked.wandb[:2]
+    assert b"viggo-finetune" in first
+    assert re.search(rb"first-\d{4}-\d{2}-\d{2}-\d{2}-\d{2}", first)  # <output folder>-%Y-%m-%d-%H-%M
+    assert b"train/loss" in first
+    for _, loss in tracked.record("first")["train"]["loss"]:
+        assert json.dumps(loss).encode() in first
+    assert b"named" in second
+    for mean in logged_means(tracked.record("second")):
+        assert json.dumps(mean).encode() in second
 
 
-def test_trackio_database_holds_the_losses(tracked: dict[str, Tracked]) -> None:
-    (file,) = tracked["trackio"].folder.glob("files/*.db")
+def test_trackio_database_holds_the_losses(tracked: Tracked) -> None:
+    (file,) = tracked.folder.glob("trackio/*.db")
     with sqlite3.connect(file) as database:
         rows = database.execute("SELECT run_name, metrics FROM metrics ORDER BY id").fetchall()
     database.close()
     assert {name for name, _ in rows} == {"named"}
     losses = [metrics["train/loss"] for metrics in (json.loads(row) for _, row in rows) if "train/loss" in metrics]
-    assert losses == pytest.approx(logged_means(tracked["trackio"].record))
+    assert losses == pytest.approx(logged_means(tracked.record("second")))
 
 
-def test_two_runs_in_one_process_are_two_of_weights_and_biases_and_a_resumed_one_goes_on(
-    tracked: dict[str, Tracked],
-) -> None:
-    files = sorted(
-        tracked["sweep"].folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime
-    )
-    first, second, third, resumed = (file.stem.removeprefix("run-") for file in files)
+def test_two_runs_in_one_process_are_two_of_weights_and_biases_and_a_resumed_one_goes_on(tracked: Tracked) -> None:
+    (first, _), (second, _), (third, before), (resumed, after) = tracked.wandb
     assert len({first, second, third}) == 3
     assert resumed == third
-    losses = [json.dumps(loss).encode() for _, loss in tracked["sweep"].record["train"]["loss"]]
-    before, after = (without_blocks(file.read_bytes()) for file in files[2:])
+    losses = [json.dumps(loss).encode() for _, loss in tracked.record("third")["train"]["loss"]]
     assert [loss in before for loss in losses] == [True, True, True, False, False]
     # Resumed from the checkpoint at step 2; step 3 had been told of.
     assert [loss in after for loss in losses] == [False, False, False, True, True]
