@@ -34,7 +34,7 @@ def plot_lengths(lengths: Sequence[int] | np.ndarray, path: str | Path, max_leng
     axes.spines[["top", "right"]].set_visible(False)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     # Room for the widest number, by its characters: a layout of matplotlib's own draws everything twice to measure it.
-    characters = len(str(int(1.05 * counts.max())))
+    characters = len(str(int(1.05 * np.max(counts))))
     figure.subplots_adjust(bottom=0.11, top=0.93, left=(0.34 + 0.09 * characters) / 8, right=0.985)
 
     with write_whole(Path(path)) as file:
