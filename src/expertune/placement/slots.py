@@ -40,6 +40,8 @@ class SlotLayers:
         self._used: list[Any] = [None] * _NUM_SLOTS
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="expert-bytes")
         self._stream = torch.cuda.Stream(device) if self._cuda else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # on which layers were written
         staged = self._cuda and any(map(_is_pageable, self._layers))
         size = _slot_bytes(self._layers)
         self._staging = torch.empty(size, dtype=torch.uint8, pin_memory=True) if staged else None

@@ -167,6 +167,7 @@ class Nf4Stack(nn.Module):
         packed, self.absmax, self.nested_absmax, self.offset = held
         self.packed = nn.Parameter(packed, requires_grad=False)
 
+    @torch.no_grad()
     def write(self, index: int, matrix_NK: Tensor) -> None:
         """Quantize a matrix [N, K] into place `index`.
 
