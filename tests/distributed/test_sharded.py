@@ -1,6 +1,7 @@
 """Experts of which each rank holds a slice: the result of one process, in less memory."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,25 +9,22 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.formats.test_bnb4bit import BITSANDBYTES, pack
 from tests.checkpoint.formats.test_mxfp4 import pack_blocks
+from tests.distributed.conftest import RUNS, TASK
 from tests.distributed.ranks import command, run_jobs
 from tests.distributed.test_replicated import (
     BEFORE,
-    FAMILIES,
     FOUR,
     NOT_FINITE,
-    ONE,
     SCARCE,
     TWO,
     Place,
     assert_same_result,
     back_to_step_2,
     train,
-    write_place,
 )
 
 SHARD = ["distributed.experts=shard"]
-TASK = ["task.metric=exact-match", "task.max_new_tokens=4", "task.batch_size=2"]
-OF_FAMILY = {"mixtral": TASK, "qwen3_moe": [], "gpt_oss": ["data.packing=padded"]}
+RANKS = {"mixtral": 2, "qwen3_moe": 4, "gpt_oss": 2}
 FOLDERS = ("mixtral", "qwen3_moe", "nf4", "mxfp4", "bitsandbytes")
 FILES = ("adapter/adapter_model.safetensors", "checkpoint-4/optimizer.pt")
 
@@ -72,28 +70,20 @@ with open_ranks() as ranks:
 def jobs() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"quantize": command(1, ["quantize", "mixtral", "nf4"])}
     found["loading"] = [LOADING.format(folders=FOLDERS)] * 3
-    for family, more in OF_FAMILY.items():
-        for world_size, arguments in ((1, ONE), (2, TWO + SHARD), (4, FOUR + SHARD)):
-            name = f"{family}-{world_size}"
-            found[name] = train(world_size, name, [f"model={family}", *arguments, *more])
-    three = ["training.per_device_train_batch_size=1", "data.train=rows.jsonl[0:9]", *SHARD]
-    found |= {
-        "one of three": train(1, "uneven-1", [*three, "training.per_device_train_batch_size=3"]),
-        "three": train(3, "uneven-3", three),
-        "three examples on one": train(1, "few-1", [*ONE, "data.train=rows.jsonl[0:3]"]),
-        "three examples on four": train(4, "few-4", [*FOUR, *SHARD, "data.train=rows.jsonl[0:3]"]),
-        "five": train(5, "five", ["training.max_steps=1", *FOUR, *SHARD]),
+    for family, world_size in RANKS.items():
+        name, arguments = f"{family}-{world_size}", {2: TWO, 4: FOUR}[world_size]
+        found[name] = train(world_size, name, [*RUNS[f"{family}-1"], *arguments, *SHARD])
+    return found | {
+        "three": train(3, "uneven-3", [*RUNS["uneven-1"], *FOUR, *SHARD]),
+        "three examples on five": train(5, "few-5", [*RUNS["few-1"], *FOUR, *SHARD]),
         "from the disk": train(2, "disk", ["model=nf4", *TWO, *SHARD, *TASK, "placement=disk"]),
         "two, back": back_to_step_2("mixtral-2", "two-two"),
         "two to two": train(2, "two-two", [*TWO, *SHARD, *TASK, "--resume"]),
         "two, back again": back_to_step_2("mixtral-2", "two-parallel"),
         "to parallel": train(2, "two-parallel", [*TWO, *TASK, "distributed.experts=parallel", "--resume"]),
-        "parallel, back": back_to_step_2("two-parallel", "parallel-one"),
-        "to one": train(1, "parallel-one", [*TWO, *TASK, "--resume"]),
         "not finite": train(2, "nan", [*TWO, *SHARD], {0: NOT_FINITE}),
         "scarce": train(2, "scarce", ["training.per_device_train_batch_size=2", *SHARD], {0: SCARCE}),
     }
-    return found
 
 
 def write_packed(place: Path) -> None:
@@ -115,30 +105,31 @@ def write_packed(place: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    folder = write_place(tmp_path_factory.mktemp("sharded") / "place")
+def place(one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = Path(shutil.copytree(one_process, tmp_path_factory.mktemp("sharded") / "place"))
     write_packed(folder)
     return Place(folder, run_jobs(jobs(), folder, BEFORE))
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_ranks_give_the_losses_and_the_adapter_of_one_process(place: Place, family: str, world_size: int) -> None:
-    assert place.statuses(f"{family}-{world_size}") == [0] * world_size, place.said(f"{family}-{world_size}")
-    assert_same_result(place, f"{family}-1", f"{family}-{world_size}")
-    one, several = (place.record(f"{family}-{size}") for size in (1, world_size))
+@pytest.mark.parametrize("family", RANKS)
+def test_ranks_give_the_losses_and_the_adapter_of_one_process(place: Place, family: str) -> None:
+    run = f"{family}-{RANKS[family]}"
+    assert set(place.statuses(run)) == {0}, place.said(run)
+    assert_same_result(place, f"{family}-1", run)
+    one, several = place.record(f"{family}-1"), place.record(run)
     assert several["preflight"]["four_bit"] == one["preflight"]["four_bit"]
     assert several["preflight"]["learning"] == one["preflight"]["learning"]
     assert several["train"]["experts"] == "shard"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", RANKS)
 def test_rank_holds_its_part_of_the_bytes_and_two_layers(place: Place, family: str) -> None:
-    record = place.record(f"{family}-4")
+    ranks = RANKS[family]
+    record = place.record(f"{family}-{ranks}")
     total, held = record["preflight"]["four_bit"]["expert_bytes"], record["placement"]
     layers, rounded = held["layers"]["device"], 16 * 8  # of eight tensors, each slice up to 16 bytes
-    assert total / 4 <= held["streamed_bytes"] <= total / 4 + layers * rounded
-    assert 2 * total / layers <= held["slot_bytes"] <= 2 * (total / layers + 8 * 256 + 4 * rounded)
+    assert total / ranks <= held["streamed_bytes"] <= total / ranks + layers * rounded
+    assert 2 * total / layers <= held["slot_bytes"] <= 2 * (total / layers + 8 * 256 + ranks * rounded)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -165,13 +156,9 @@ def test_experts_that_do_not_divide_give_the_same_result(place: Place) -> None:
     assert_same_result(place, "uneven-1", "uneven-3")
 
 
-def test_rank_without_examples_takes_part_in_gathering(place: Place) -> None:
-    assert place.statuses("three examples on four") == [0] * 4, place.said("three examples on four")
-    assert_same_result(place, "few-1", "few-4")
-
-
-def test_more_ranks_than_experts_hold_slices_of_them(place: Place) -> None:
-    assert place.statuses("five") == [0] * 5, place.said("five")
+def test_more_ranks_than_experts_of_which_two_have_no_example_give_the_same_result(place: Place) -> None:
+    assert place.statuses("three examples on five") == [0] * 5, place.said("three examples on five")
+    assert_same_result(place, "few-1", "few-5")
 
 
 def test_slices_that_are_mapped_from_a_folder_give_the_same_result(place: Place) -> None:
@@ -187,11 +174,10 @@ def test_run_that_is_resumed_gives_the_bytes_of_one_that_was_not(place: Place) -
         assert ours == theirs, file
 
 
-@pytest.mark.parametrize(("job", "run"), [("to parallel", "two-parallel"), ("to one", "parallel-one")])
-def test_run_is_resumed_in_another_mode(place: Place, job: str, run: str) -> None:
-    assert set(place.statuses(job)) == {0}, place.said(job)
-    assert "resuming from" in place.said(job)
-    assert_same_result(place, "mixtral-2", run)
+def test_run_is_resumed_with_experts_shared_out(place: Place) -> None:
+    assert place.statuses("to parallel") == [0, 0], place.said("to parallel")
+    assert "resuming from" in place.said("to parallel")
+    assert_same_result(place, "mixtral-2", "two-parallel")
 
 
 REFUSED = {
