@@ -74,12 +74,14 @@ class Family:
         folder: what `save_pretrained` of transformers wrote, bfloat16.
         model: all experts adapted, their B no longer zero; products in float32.
         stock: transformers' own, its weights those that the 4-bit model decodes, its experts one at a time.
+        loaded_bytes: every frozen tensor as it was loaded from the folder.
     """
 
     experts: str
     folder: Path
     model: ExpertPeftModel
     stock: PreTrainedModel
+    loaded_bytes: dict[str, Tensor]
 
 
 @pytest.fixture(scope="module", params=[name for name in experts_classes() if name not in EXCEPTIONS])
@@ -89,14 +91,20 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = save_random(tmp_path_factory.mktemp(kind), tiny_config(kind))
     loaded = load_tiny(folder)
     assert loaded.unexpected == []
-    stock = dequantized(loaded, folder)
+    stock, loaded_bytes = dequantized(loaded, folder), frozen_bytes(loaded.model)
     assert request.param in {type(experts).__name__ for _, experts in find_experts(stock)}
     lora = LoraSection(r=2, alpha=3, targets=["experts"], dropout=0.0, dtype="float32")
     model = attach(loaded, lora, str(folder))
     with torch.no_grad():
         for factor in trained(model).values():
             factor.normal_(std=0.1)
-    return Family(request.param, folder, model, stock)
+    return Family(request.param, folder, model, stock, loaded_bytes)
+
+
+@pytest.fixture(scope="module")
+def by_default(family: Family) -> ExpertPeftModel:
+    """A second model of the family: all that is a target by default is adapted, and its B is zero at first."""
+    return attach(load_tiny(family.folder), LoraSection(r=2, alpha=3, dropout=0.0), str(family.folder))
 
 
 def trained(model: nn.Module) -> dict[Factor, nn.Parameter]:
@@ -151,10 +159,9 @@ def test_adapters_learn_what_autograd_says_over_dense_weights(family: Family) ->
         torch.testing.assert_close(found[key], gradient, rtol=0, atol=1e-4 * float(gradient.abs().max()))
 
 
-def test_default_targets_are_what_a_text_can_train(family: Family) -> None:
-    model = attach(load_tiny(family.folder), LoraSection(r=2, dropout=0.0), str(family.folder))
-    logits(model).square().sum().backward()
-    factors = {name: each for name, each in model.named_parameters() if each.requires_grad}
+def test_default_targets_are_what_a_text_can_train(by_default: ExpertPeftModel) -> None:
+    logits(by_default).square().sum().backward()
+    factors = {name: each for name, each in by_default.named_parameters() if each.requires_grad}
     assert any(".experts." in name for name in factors)
     assert any(".experts." not in name for name in factors)
     assert [name for name, each in factors.items() if each.grad is None] == []
@@ -214,20 +221,19 @@ def test_stock_peft_gives_the_logits_of_an_adapter_on_experts_alone(family: Fami
 
 
 def test_stock_peft_gives_the_logits_of_an_adapter_on_all_that_a_text_can_train_or_is_said_not_to(
-    family: Family, tmp_path: Path
+    family: Family, by_default: ExpertPeftModel, tmp_path: Path
 ) -> None:
-    model = attach(load_tiny(family.folder), LoraSection(r=2, alpha=3, dropout=0.0), str(family.folder))
-    for name, factor in model.named_parameters():
+    for name, factor in by_default.named_parameters():
         if "lora_" in name:
             nn.init.normal_(factor, std=0.1)
-    model.save_pretrained(str(tmp_path))
-    refusal = model.stock_layout().refusal
+    by_default.save_pretrained(str(tmp_path))
+    refusal = by_default.stock_layout().refusal
     if family.experts in UNREADABLE:
         assert refusal is not None
         assert re.search(UNREADABLE[family.experts], refusal)
     else:
         assert refusal is None
-        assert_stock_peft_gives(logits(model), family, tmp_path)
+        assert_stock_peft_gives(logits(by_default), family, tmp_path)
 
 
 @torch.no_grad()
@@ -249,20 +255,16 @@ def assert_stock_peft_gives(expected: Tensor, family: Family, adapter: Path) -> 
 
 @torch.no_grad()
 def test_family_saved_under_live_names_loads_to_the_same_bytes(family: Family, tmp_path: Path) -> None:
-    stock = stock_model(family.folder)
-    stock.save_pretrained(tmp_path / "original")
-    stock.save_pretrained(tmp_path / "live", save_original_format=False)
+    stock_model(family.folder).save_pretrained(tmp_path / "live", save_original_format=False)
     with safe_open(tmp_path / "live" / "model.safetensors", framework="pt") as file:
         fused = [key for key in file.keys() if "experts" in key and key.endswith("down_proj")]  # noqa: SIM118
     assert fused
-    original, live = (frozen_bytes(load_tiny(tmp_path / name).model) for name in ("original", "live"))
-    assert changed(original, live) == []
+    assert changed(family.loaded_bytes, frozen_bytes(load_tiny(tmp_path / "live").model)) == []
 
 
 def test_family_quantized_to_a_folder_loads_the_same_bytes(family: Family, tmp_path: Path) -> None:
     quantize(str(family.folder), tmp_path / "nf4")
-    direct, stored = (frozen_bytes(load_tiny(folder).model) for folder in (family.folder, tmp_path / "nf4"))
-    assert changed(direct, stored) == []
+    assert changed(family.loaded_bytes, frozen_bytes(load_tiny(tmp_path / "nf4").model)) == []
 
 
 def test_plan_finds_a_place_for_every_tensor_and_misses_none(family: Family) -> None:
