@@ -1,6 +1,8 @@
 """Mixture-of-experts models of a few thousand weights, saved by transformers itself, and their stock counterparts."""
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,11 @@ def save_random(folder: Path, config: PretrainedConfig, seed: int = 0) -> Path:
 def load_tiny(folder: Path, dtype: torch.dtype = torch.float32, **quantization: Any) -> LoadedModel:
     """The folder with 4-bit experts and linears, on the CPU."""
     return load_model(folder, QuantizationConfig(**quantization), dtype, "cpu")
+
+
+def copied(loaded: LoadedModel) -> LoadedModel:
+    """The same with a model of its own: attaching adapters changes it, and loading takes longer."""
+    return replace(loaded, model=copy.deepcopy(loaded.model))
 
 
 def stock_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

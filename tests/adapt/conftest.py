@@ -5,7 +5,6 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.checkpoint.load import LoadedModel
 from expertune.config import LoraSection
-from tests.tiny_models import FolderOf, dequantized, load_tiny, random_rows
+from tests.tiny_models import FolderOf, copied, dequantized, load_tiny, random_rows
 
 Load = Callable[..., LoadedModel]
 Stock = Callable[..., PreTrainedModel]
@@ -41,7 +40,7 @@ def load(family_folder: FolderOf) -> Load:
     def load_family(family: str = "mixtral") -> LoadedModel:
         if family not in held:
             held[family] = load_tiny(family_folder(family))
-        return replace(held[family], model=copy.deepcopy(held[family].model))
+        return copied(held[family])
 
     return load_family
 

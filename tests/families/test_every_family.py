@@ -34,6 +34,7 @@ from tests.experts.families import experts_classes, from_matrices
 from tests.families.build import FIRST_SPECIAL, families, model_type, tiny_config
 from tests.tiny_models import (
     changed,
+    copied,
     dequantized,
     frozen_bytes,
     load_tiny,
@@ -75,6 +76,7 @@ class Family:
         model: all experts adapted, their B no longer zero; products in float32.
         stock: transformers' own, its weights those that the 4-bit model decodes, its experts one at a time.
         loaded_bytes: every frozen tensor as it was loaded from the folder.
+        by_default: a second model: all that is a target by default is adapted, its B zero at first.
     """
 
     experts: str
@@ -82,6 +84,7 @@ class Family:
     model: ExpertPeftModel
     stock: PreTrainedModel
     loaded_bytes: dict[str, Tensor]
+    by_default: ExpertPeftModel
 
 
 @pytest.fixture(scope="module", params=[name for name in experts_classes() if name not in EXCEPTIONS])
@@ -93,18 +96,13 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     assert loaded.unexpected == []
     stock, loaded_bytes = dequantized(loaded, folder), frozen_bytes(loaded.model)
     assert request.param in {type(experts).__name__ for _, experts in find_experts(stock)}
+    by_default = attach(copied(loaded), LoraSection(r=2, alpha=3, dropout=0.0), str(folder))
     lora = LoraSection(r=2, alpha=3, targets=["experts"], dropout=0.0, dtype="float32")
     model = attach(loaded, lora, str(folder))
     with torch.no_grad():
         for factor in trained(model).values():
             factor.normal_(std=0.1)
-    return Family(request.param, folder, model, stock, loaded_bytes)
-
-
-@pytest.fixture(scope="module")
-def by_default(family: Family) -> ExpertPeftModel:
-    """A second model of the family: all that is a target by default is adapted, and its B is zero at first."""
-    return attach(load_tiny(family.folder), LoraSection(r=2, alpha=3, dropout=0.0), str(family.folder))
+    return Family(request.param, folder, model, stock, loaded_bytes, by_default)
 
 
 def trained(model: nn.Module) -> dict[Factor, nn.Parameter]:
@@ -159,9 +157,9 @@ def test_adapters_learn_what_autograd_says_over_dense_weights(family: Family) ->
         torch.testing.assert_close(found[key], gradient, rtol=0, atol=1e-4 * float(gradient.abs().max()))
 
 
-def test_default_targets_are_what_a_text_can_train(by_default: ExpertPeftModel) -> None:
-    logits(by_default).square().sum().backward()
-    factors = {name: each for name, each in by_default.named_parameters() if each.requires_grad}
+def test_default_targets_are_what_a_text_can_train(family: Family) -> None:
+    logits(family.by_default).square().sum().backward()
+    factors = {name: each for name, each in family.by_default.named_parameters() if each.requires_grad}
     assert any(".experts." in name for name in factors)
     assert any(".experts." not in name for name in factors)
     assert [name for name, each in factors.items() if each.grad is None] == []
@@ -221,19 +219,20 @@ def test_stock_peft_gives_the_logits_of_an_adapter_on_experts_alone(family: Fami
 
 
 def test_stock_peft_gives_the_logits_of_an_adapter_on_all_that_a_text_can_train_or_is_said_not_to(
-    family: Family, by_default: ExpertPeftModel, tmp_path: Path
+    family: Family, tmp_path: Path
 ) -> None:
-    for name, factor in by_default.named_parameters():
+    model = family.by_default
+    for name, factor in model.named_parameters():
         if "lora_" in name:
             nn.init.normal_(factor, std=0.1)
-    by_default.save_pretrained(str(tmp_path))
-    refusal = by_default.stock_layout().refusal
+    model.save_pretrained(str(tmp_path))
+    refusal = model.stock_layout().refusal
     if family.experts in UNREADABLE:
         assert refusal is not None
         assert re.search(UNREADABLE[family.experts], refusal)
     else:
         assert refusal is None
-        assert_stock_peft_gives(logits(by_default), family, tmp_path)
+        assert_stock_peft_gives(logits(model), family, tmp_path)
 
 
 @torch.no_grad()
