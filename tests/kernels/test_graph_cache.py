@@ -56,9 +56,10 @@ def run(earlier, names, order):
     found = {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss", "bypass")}
     print(json.dumps({"arguments": arguments, "cache": found}))
 
-# Headers compiled ahead would take longer than the two graphs.
+# Trying out the CPU's instruction sets and compiling headers ahead would take far longer than the two graphs.
 torch._inductor.config.compile_threads = 1
 torch._inductor.config.cpp_cache_precompile_headers = False
+torch._inductor.config.cpp.vec_isa_ok = False
 """
 NAMES = ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
 
