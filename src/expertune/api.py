@@ -32,10 +32,12 @@ from expertune.objectives.sft import SupervisedFineTuning
 from expertune.placement.device import training_device
 from expertune.placement.experts import Location, placement_of
 from expertune.planning import MicroBatch, Plan, make_plan
+from expertune.planning.devices import Machine
 from expertune.planning.disk import require_room
+from expertune.planning.plan import plan_for
 from expertune.report.figures import summary_figure, write_png
 from expertune.report.summary import render_summary
-from expertune.run.agreement import least_budget, require_same_start, share_batch, share_experts
+from expertune.run.agreement import choose_experts, least_budget, require_same_start, share_batch, share_experts
 from expertune.run.context import RunContext
 from expertune.run.directory import (
     ADAPTER_FOLDER,
@@ -70,6 +72,7 @@ def plan(
     memory: str | int | None = None,
     gpu: str | None = None,
     trust_remote_code: bool = False,
+    devices: int | None = None,
 ) -> Plan:
     """What a run needs, tensor by tensor, whether it fits, and how long a step takes; no weights are loaded.
 
@@ -79,12 +82,15 @@ def plan(
         memory: memory to plan for, e.g. `24GB`, above the run file's `memory_budget`.
         gpu: a GPU to plan for without having it, e.g. `rtx-4090`.
         trust_remote_code: see `finetune`.
+        devices: how many devices to plan for, each with a process; None means the processes that a launcher has
+            started, or one.
 
     Raises:
         ExpertuneError: the run file or the model cannot be read.
     """
     config = load_config(config, overrides, starts=False)
-    return make_plan(config, gpu=gpu, memory=memory, trust_remote_code=trust_remote_code)
+    machine = Machine.of(config, gpu=gpu, memory=memory, devices=devices)
+    return plan_for(config, machine, trust_remote_code=trust_remote_code)
 
 
 @checked
@@ -130,7 +136,7 @@ def _finetune(context: RunContext) -> Run:
     """The corridor, in a run directory that nobody else writes to."""
     check_training_arguments(context.config.training, context.config.where)
     require_same_start(context)
-    context = share_batch(share_experts(context))
+    context = share_batch(share_experts(choose_experts(context)))
     config, record, output_dir = context.config, context.record, context.output_dir
     check_schedule(config)
     merged = merged_before(record, output_dir)

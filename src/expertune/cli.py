@@ -158,6 +158,10 @@ def plan(
     gpu: Annotated[
         str | None, typer.Option(metavar="NAME", help="A GPU to plan for without having it, e.g. rtx-4090.")
     ] = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="How many devices to plan for: what each holds and sends."),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -168,7 +172,7 @@ def plan(
     """
     config = load_config(run, overrides or (), starts=False)
     with stdout_for_results():
-        made = expertune.plan(config, gpu=gpu, memory=memory, trust_remote_code=trust_remote_code)
+        made = expertune.plan(config, gpu=gpu, memory=memory, devices=devices, trust_remote_code=trust_remote_code)
     if as_json:
         print_json(made.to_json())
     else:

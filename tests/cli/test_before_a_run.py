@@ -19,9 +19,9 @@ def plan_of(fits):
 def test_plan_prints_its_table(run, run_file, api):
     seen = []
     api.plan = lambda config, **options: seen.extend((config, options)) or plan_of(fits=True)
-    asked = ("lora.r=16", "training.learning_rate=1e-4", "--gpu", "rtx-4090", "--memory", "20GB")
+    asked = ("lora.r=16", "training.learning_rate=1e-4", "--gpu", "rtx-4090", "--memory", "20GB", "--devices", "8")
     assert run("plan", "run.yaml", *asked) == (0, "peak 23 GB\n", "")
-    assert seen[1] == {"gpu": "rtx-4090", "memory": "20GB", "trust_remote_code": False}
+    assert seen[1] == {"gpu": "rtx-4090", "memory": "20GB", "devices": 8, "trust_remote_code": False}
     assert seen[0].lora.r == 16
     assert seen[0].training == {"learning_rate": 1e-4}
 

@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import expertune
 from expertune.run.record import RunRecord
 from tests.distributed.ranks import command, run_jobs
 from tests.processes import Ended
@@ -159,7 +160,14 @@ def back_to_step_2(run: str, name: str) -> list[str]:
     return [code]
 
 
-def jobs() -> dict[str, list[str]]:
+def too_little_to_replicate(folder: Path) -> int:
+    """Bytes with which all experts do not fit on each of two ranks."""
+    ranks = expertune.plan(folder / "run.yaml", [*TWO, f"model={folder / 'mixtral'}"], devices=2).ranks
+    assert ranks is not None
+    return next(mode.peak_bytes for mode in ranks.modes if mode.distribution.mode == "replicate") - 1
+
+
+def jobs(budget: int) -> dict[str, list[str]]:
     task = ["task.metric=exact-match", "task.max_new_tokens=4", "task.batch_size=2"]
     found: dict[str, list[str]] = {}
     for family in FAMILIES:
@@ -171,6 +179,7 @@ def jobs() -> dict[str, list[str]]:
                 more = task
             found[name] = train(world_size, name, [f"model={family}", *arguments, *more])
     found |= {
+        "chosen": train(2, "chosen", [*TWO, "training.max_steps=1", f"memory_budget={budget}"]),
         "three examples on one": train(1, "few-1", [*ONE, "data.train=rows.jsonl[0:3]"]),
         "three examples on four": train(4, "few-4", [*FOUR, "data.train=rows.jsonl[0:3]"]),
         "dropout": train(2, "dropout", DROPOUT, {0: NO_WRAPPER, 1: NO_WRAPPER}),
@@ -223,7 +232,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     write_small_mixtral(folder / "elsewhere" / "mixtral", seed=1)
     rows = (folder / "rows.jsonl").read_text(encoding="utf-8")
     (folder / "elsewhere" / "rows.jsonl").write_text(rows.replace("What is 3", "How much is 3"), encoding="utf-8")
-    return Place(folder, run_jobs(jobs(), folder, BEFORE))
+    return Place(folder, run_jobs(jobs(too_little_to_replicate(folder)), folder, BEFORE))
 
 
 def assert_same_result(place: Place, one: str, other: str) -> None:
@@ -247,6 +256,13 @@ def test_ranks_give_the_losses_and_the_adapter_of_one_process(place: Place, fami
     assert_same_result(place, f"{family}-1", f"{family}-{world_size}")
     train = place.record(f"{family}-{world_size}")["train"]
     assert (train["processes"], train["global_batch"]) == (world_size, 4)
+
+
+def test_mode_is_the_one_that_the_plan_finds(place: Place) -> None:
+    assert place.statuses("chosen") == [0, 0], place.said("chosen")
+    assert place.record("chosen")["train"]["experts"] == "parallel"
+    assert place.said("chosen").count("experts: parallel; not all experts fit on each device") == 1
+    assert place.record("mixtral-2")["train"]["experts"] == "replicate"
 
 
 def test_more_ranks_than_examples_take_the_steps_of_one_process(place: Place) -> None:

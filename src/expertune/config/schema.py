@@ -264,7 +264,7 @@ class DistributedConfig(Section):
     Attributes:
         experts: `replicate`: each process holds all of them. `shard`: each holds a slice of every layer's frozen bytes,
             and a layer is gathered for its use. `parallel`: they are shared out, with their adapters and optimizer
-            states, and tokens travel. `auto` replicates.
+            states, and tokens travel. `auto`: the plan chooses.
         expert_parallel_size: with `parallel`, how many processes share them out; null means all. The processes are a
             multiple of it.
     """

@@ -27,7 +27,7 @@ T = TypeVar("T")
 _TIMEOUT_S = 1800.0
 
 # Gradients are sent together up to this size: large enough for a link's full rate, small beside the gradients.
-_BUCKET_BYTES = 2**25
+BUCKET_BYTES = 2**25
 
 
 class Ranks:
@@ -247,7 +247,7 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
-        if bucket and (size + tensor.nbytes > _BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+        if bucket and (size + tensor.nbytes > BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
             yield bucket
             bucket, size = [], 0
         bucket.append(tensor)

@@ -34,6 +34,21 @@ def owned_experts(num_experts: int, size: int, rank: int) -> range:
     return range(start, start + each + (rank < more))
 
 
+def replicas(world_size: int, size: int) -> int:
+    """How many ranks have the same experts, where so many share them out.
+
+    Raises:
+        ConfigError: the ranks are no multiple of that.
+    """
+    count, rest = divmod(world_size, size)
+    if rest or not count:
+        raise ConfigError(
+            f"distributed.expert_parallel_size is {size}, and {world_size} processes are no multiple of it; "
+            f"set a number that divides {world_size}, or start another number of processes"
+        )
+    return count
+
+
 def most_owned(num_experts: int, size: int) -> int:
     """The most experts that one of these ranks has; see `owned_experts`."""
     return len(owned_experts(num_experts, size, 0))
@@ -53,13 +68,8 @@ class ExpertParallel:
 
     def __init__(self, ranks: Ranks, device_type: str, size: int | None = None) -> None:
         size = ranks.world_size if size is None else size
-        replicas, rest = divmod(ranks.world_size, size)
-        if rest or not replicas:
-            raise ConfigError(
-                f"distributed.expert_parallel_size is {size}, and {ranks.world_size} processes are no multiple of it; "
-                f"set a number that divides {ranks.world_size}, or start another number of processes"
-            )
-        mesh = init_device_mesh(device_type, (replicas, size), mesh_dim_names=("dp", "ep"))
+        shape = replicas(ranks.world_size, size), size
+        mesh = init_device_mesh(device_type, shape, mesh_dim_names=("dp", "ep"))
         self.size, self.rank = size, mesh.get_local_rank("ep")
         self._peers, self._replicas = mesh.get_group("ep"), mesh.get_group("dp")
         self._world_size, self._device_type = ranks.world_size, device_type

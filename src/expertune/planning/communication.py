@@ -18,18 +18,25 @@ _INT64_BYTES = 8
 
 @dataclass(frozen=True)
 class Link:
-    """What connects ranks, with its published rate in one direction. A rank has one to itself."""
+    """What connects ranks, with its published rate in one direction. A rank has one to itself.
+
+    Attributes:
+        name: in a sentence.
+        bytes_per_second: in one direction.
+        short: above a column.
+    """
 
     name: str
     bytes_per_second: float
+    short: str
 
 
 # NVLink 4: NVIDIA H100 data sheet (2023), 900 GB/s in both directions together. PCI Express 4.0 x16: PCI-SIG, 16 GT/s
 # in each of 16 lanes, of which 128/130 carry data. Ethernet: IEEE 802.3ba (2010) and 802.3bs (2017).
-NVLINK = Link("NVLink", 450e9)
-PCIE = Link("PCIe", 31.5e9)
-ETHERNET_400 = Link("400 Gbit/s Ethernet", 50e9)
-ETHERNET_100 = Link("100 Gbit/s Ethernet", 12.5e9)
+NVLINK = Link("NVLink 4", 450e9, "NVLink")
+PCIE = Link("PCIe 4.0", 31.5e9, "PCIe")
+ETHERNET_400 = Link("400 Gbit/s Ethernet", 50e9, "400\nGbit/s")
+ETHERNET_100 = Link("100 Gbit/s Ethernet", 12.5e9, "100\nGbit/s")
 LINKS = (NVLINK, PCIE, ETHERNET_400, ETHERNET_100)
 
 

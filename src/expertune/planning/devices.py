@@ -16,12 +16,17 @@ from expertune.errors import ConfigError, nearest, option
 from expertune.kernels.cpu import gemm_dtype
 from expertune.kernels.cpu_rates import cpu_rates
 from expertune.placement.device import default_device, resolve_compute_dtype
+from expertune.planning.communication import ETHERNET_100, ETHERNET_400, NVLINK, PCIE, Link
 
 # Name under which a GPU that is not in the table can be planned for, with a size of memory.
 ANY_GPU = "cuda"
 
 # Read from a disk, where layers are offloaded there: an assumption, an NVMe drive by itself reads faster.
 DISK_BYTES_PER_SECOND = 1.0e9
+
+_DEVICES_OF_A_MACHINE = 8
+_WITHOUT_BFLOAT16 = ("t4",)
+_WITH_NVLINK = ("b200", "h200", "h100", "a100-80gb", "a100-40gb")
 
 _PCIE = {3: 12e9, 4: 25e9, 5: 50e9}
 
@@ -52,17 +57,19 @@ class Device:
         memory_bytes: what a process finds; 0 where nothing is known.
         rates: how fast it is, with its host link; None where nothing is known.
         has_bfloat16: whether it multiplies bfloat16; otherwise float16.
+        has_nvlink: whether those of one machine are connected by NVLink in the usual server; otherwise by PCI Express.
     """
 
     name: str
     memory_bytes: int = 0
     rates: Rates | None = None
     has_bfloat16: bool = True
+    has_nvlink: bool = False
 
 
-def _gpu(name: str, gib: float, gigabytes_per_second: float, teraflops: float, pcie: int, bf16: bool = True) -> Device:
+def _gpu(name: str, gib: float, gigabytes_per_second: float, teraflops: float, pcie: int) -> Device:
     rates = Rates("tabled", teraflops * 1e12, gigabytes_per_second * 1e9, _PCIE[pcie])
-    return Device(name, int(gib * 2**30), rates, bf16)
+    return Device(name, int(gib * 2**30), rates, name not in _WITHOUT_BFLOAT16, name in _WITH_NVLINK)
 
 
 # GiB that torch reports, GB/s, TFLOP/s, generation of PCI Express.
@@ -79,7 +86,7 @@ _TABLE = (
     _gpu("l40s", 44.3, 864, 362, 4),
     _gpu("l4", 22.0, 300, 121, 4),
     _gpu("a10g", 22.0, 600, 70, 4),
-    _gpu("t4", 14.6, 320, 65, 3, bf16=False),
+    _gpu("t4", 14.6, 320, 65, 3),
     # NVIDIA RTX Blackwell architecture (2025), appendices: GeForce, and RTX PRO 6000.
     _gpu("rtx-pro-6000", 94.9, 1792, 503, 5),
     _gpu("rtx-5090", 31.4, 1792, 209, 5),
@@ -142,7 +149,7 @@ class Machine:
         is_here: whether it is this machine.
         compute_dtype: dtype of the GEMMs.
         budget_bytes: memory that a run may use.
-        expert_ranks: processes that share the experts out, of those that a launcher has started.
+        world_size: processes of the run, each with such a device.
     """
 
     device: torch.device
@@ -150,49 +157,72 @@ class Machine:
     is_here: bool
     compute_dtype: torch.dtype
     budget_bytes: int
-    expert_ranks: int = 1
+    world_size: int = 1
 
     @classmethod
     def of(
-        cls, config: RunConfig, device: str | torch.device | None, gpu: str | None, memory: str | int | None
+        cls,
+        config: RunConfig,
+        device: str | torch.device | None = None,
+        gpu: str | None = None,
+        memory: str | int | None = None,
+        devices: int | None = None,
     ) -> "Machine":
-        """The machine of `make_plan`'s arguments.
+        """What a run is planned for.
+
+        Args:
+            config: the run.
+            device: see `make_plan`.
+            gpu: see `make_plan`.
+            memory: see `make_plan`.
+            devices: as many of it, each with a process; None means the processes that a launcher has started.
 
         Raises:
-            ConfigError: an unknown GPU, or no way to know the memory.
+            ConfigError: an unknown GPU, no device at all, or no way to know the memory.
         """
+        if devices is not None and devices < 1:
+            raise ConfigError(f"devices is {devices}: a run takes at least one; give 1 or more")
         named = find_device(gpu) if gpu is not None else None
         target = torch.device("cuda") if named else default_device() if device is None else torch.device(device)
         is_here = named is None and (target.type == "cpu" or torch.cuda.is_available())
         # A size that was asked for comes first, and that of the run file before this machine's, not before a GPU's.
         asked = memory if memory is not None or named else config.memory_budget
         budget = parse_size(asked) if asked is not None else _memory_of(target, named)
+        if asked is None and target.type == "cpu" and devices:
+            budget //= devices  # processes on one machine share its memory
         dtype = config.quantization.compute_dtype
         if dtype == "auto" and not is_here:
             # Every NVIDIA generation since 2020 has bfloat16.
             dtype = "bfloat16" if named is None or named.has_bfloat16 else "float16"
-        return cls(target, named, is_here, resolve_compute_dtype(dtype, target), budget, _expert_ranks(config))
+        world_size = launched().world_size if devices is None else devices
+        return cls(target, named, is_here, resolve_compute_dtype(dtype, target), budget, world_size)
 
     def rates(self, from_disk: bool) -> Rates | None:
         """What the device does in a second: by the table, or measured on a CPU; None where nothing is known."""
         if self.device.type == "cpu":
             measured = cpu_rates(gemm_dtype(self.compute_dtype, self.device), torch.get_num_threads())
             return Rates("measured", *measured, DISK_BYTES_PER_SECOND)
-        gpu = self.gpu
-        if self.is_here:
-            gpu = device_of_this_name(torch.cuda.get_device_name(self.device))
+        gpu = self._known_gpu
         if gpu is None or gpu.rates is None or not from_disk:
             return gpu.rates if gpu else None
         link = min(gpu.rates.link_bytes_per_second, DISK_BYTES_PER_SECOND)
         return replace(gpu.rates, link_bytes_per_second=link)
 
+    @property
+    def link(self) -> Link:
+        """What connects the processes, as is usual: inside of one machine up to eight devices, a network above."""
+        gpu = self._known_gpu
+        nvlink = gpu is not None and gpu.has_nvlink
+        if self.world_size > _DEVICES_OF_A_MACHINE:
+            return ETHERNET_400 if nvlink else ETHERNET_100
+        return NVLINK if nvlink else PCIE
 
-def _expert_ranks(config: RunConfig) -> int:
-    """How many processes share the experts out."""
-    world_size = launched().world_size
-    if config.distributed.experts != "parallel" or world_size == 1:
-        return 1
-    return config.distributed.expert_parallel_size or world_size
+    @property
+    def _known_gpu(self) -> Device | None:
+        """The GPU of the table that is planned for, or that is here."""
+        if self.gpu is None and self.is_here and self.device.type == "cuda":
+            return device_of_this_name(torch.cuda.get_device_name(self.device))
+        return self.gpu
 
 
 def _memory_of(device: torch.device, gpu: Device | None) -> int:

@@ -35,7 +35,13 @@ class Disk:
 
 
 def count_disk(config: RunConfig, w: Workload, source: Source) -> Disk:
-    """Sizes of a run's files."""
+    """Sizes of a run's files, which are those of one process.
+
+    Args:
+        config: the run.
+        w: what runs, the whole model in one process.
+        source: the checkpoint.
+    """
     limit = training_argument(config.training, "save_total_limit")
     frozen_bytes = w.inventory.weights.frozen_bytes
     return Disk(

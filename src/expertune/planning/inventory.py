@@ -4,8 +4,8 @@ Shape suffixes: N out_features, K in_features, E experts, D hidden size, r rank.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,8 @@ from expertune.distributed.parallel import most_owned
 from expertune.experts.contract import TOP_K_NAMES, ExpertsSpec
 from expertune.experts.router import find_router
 from expertune.generation.cache import cached_numbers
-from expertune.kernels.nf4 import BLOCK_SIZE, Nf4Stack, Scheme
+from expertune.kernels.nf4 import BLOCK_SIZE, Nf4Stack, Part, Scheme
+from expertune.planning.distribution import Distribution
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class FrozenWeights:
 
     @property
     def quantized_bytes(self) -> int:
-        """What is read at every pass over the layers."""
+        """What is held in 4 bits."""
         return self.experts_bytes + self.linears_bytes
 
     @property
@@ -121,7 +122,7 @@ class Inventory:
         vocab_size: output features of the output head.
         top_k: experts per token.
         attention: widths of the attention.
-        expert_ranks: processes that share the experts out; bytes are those of the one with the most.
+        distribution: how the ranks of a run hold the experts; bytes are those of the rank that has the most.
     """
 
     model: PreTrainedModel
@@ -133,17 +134,32 @@ class Inventory:
     vocab_size: int
     top_k: int
     attention: Attention
-    expert_ranks: int = 1
+    distribution: Distribution = field(default_factory=Distribution)
+
+    def on_ranks(self, distribution: Distribution) -> "Inventory":
+        """The same model, its experts held by ranks."""
+        found = replace(self, distribution=distribution)
+        return replace(found, weights=replace(self.weights, experts_bytes=sum(found.expert_bytes.values())))
+
+    @cached_property
+    def expert_bytes(self) -> dict[str, int]:
+        """Packed bytes that a rank holds of each experts module, in the order of the forward."""
+        slices = self.distribution.slices
+        return {n: _experts_bytes(self.experts_here(s), s, self.recipe, slices) for n, s in self.names.specs.items()}
 
     @property
-    def expert_bytes(self) -> dict[str, int]:
-        """Packed bytes of each experts module, in the order of the forward."""
-        specs = self.names.specs
-        return {name: _experts_bytes(spec, self.recipe, self.expert_ranks) for name, spec in specs.items()}
+    def layer_bytes(self) -> tuple[int, ...]:
+        """Packed bytes of each experts module that a rank computes with: of slices, those of all ranks."""
+        return tuple(self.distribution.slices * num_bytes for num_bytes in self.expert_bytes.values())
 
     def experts_here(self, spec: ExpertsSpec) -> int:
-        """Experts of a layer that a process holds."""
-        return most_owned(spec.num_experts, self.expert_ranks)
+        """Experts of a layer that a rank computes."""
+        return most_owned(spec.num_experts, self.distribution.expert_ranks)
+
+    @property
+    def read_bytes(self) -> int:
+        """4-bit weights that a rank reads in each pass over the layers."""
+        return self.weights.linears_bytes + sum(self.layer_bytes)
 
     @property
     def takes_logits_to_keep(self) -> bool:
@@ -157,20 +173,14 @@ class Inventory:
         return cached_numbers(self.model, self.names.specs) or keys_and_values
 
 
-def take_inventory(
-    model: PreTrainedModel, names: NameMap, recipe: Recipe, compute_dtype: torch.dtype, expert_ranks: int = 1
-) -> Inventory:
-    """Read the shapes of a causal language model.
+def take_inventory(model: PreTrainedModel, names: NameMap, recipe: Recipe, compute_dtype: torch.dtype) -> Inventory:
+    """Read the shapes of a causal language model, all of it in one process.
 
     Args:
         model: the model on the meta device, with tied weights tied.
         names: its name map.
         recipe: what of it is held in 4 bits.
         compute_dtype: dtype of everything that is not.
-        expert_ranks: processes that share the experts out.
-
-    Raises:
-        ConfigError: there are fewer experts than that.
     """
     text_config = model.config.get_text_config()
     attention = _attention(text_config)
@@ -184,13 +194,12 @@ def take_inventory(
         model=model,
         names=names,
         recipe=recipe,
-        weights=_weigh(model, names, recipe, compute_dtype, expert_ranks),
+        weights=_weigh(model, names, recipe, compute_dtype),
         layers=layers,
         hidden_size=next(iter(names.specs.values())).hidden_size,
         vocab_size=head.out_features if isinstance(head, nn.Linear) else int(text_config.vocab_size),
         top_k=_top_k(text_config, names.specs),
         attention=attention,
-        expert_ranks=expert_ranks,
     )
 
 
@@ -211,40 +220,56 @@ def count_parameters(inventory: Inventory, targets: ResolvedTargets) -> Paramete
 def count_adapter(
     inventory: Inventory, targets: ResolvedTargets, experts_of: Callable[[ExpertsSpec], int] | None = None
 ) -> int:
-    """Weights of the adapter: r * (K + N) for each matrix, experts counted one by one.
+    """Weights of the adapter: r * (K + N) for each matrix, experts counted one by one (see `factor_sizes`)."""
+    return sum(factor_sizes(inventory, targets, experts_of))
+
+
+def factor_sizes(
+    inventory: Inventory, targets: ResolvedTargets, experts_of: Callable[[ExpertsSpec], int] | None = None
+) -> Iterator[int]:
+    """Numbers of each factor of the adapter; those of an expert layer are stacked.
 
     Args:
         inventory: the model's shapes.
         targets: what the adapter changes.
         experts_of: how many experts of each layer are counted; None counts all.
     """
-    specs, routers, count = inventory.names.specs, _routers(inventory), 0
+    routers = _routers(inventory)
     for name, (rank, _) in targets.linears.items():
         linear = inventory.model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        count += rank * (linear.in_features + linear.out_features)
-    for name, projections in targets.experts.items():
-        one_expert = sum(rank * sum(specs[name].shape(part)) for part, (rank, _) in projections.items())
-        count += (experts_of(specs[name]) if experts_of else specs[name].num_experts) * one_expert
+        yield from (rank * linear.in_features, rank * linear.out_features)
+    for spec, size in expert_factors(inventory, targets):
+        yield size * (experts_of(spec) if experts_of else spec.num_experts)
     for name, (rank, _) in targets.router.items():
-        count += rank * (routers[name].num_experts + routers[name].hidden_size)
-    return count
+        yield from (rank * routers[name].num_experts, rank * routers[name].hidden_size)
 
 
-def _experts_bytes(spec: ExpertsSpec, recipe: Recipe, expert_ranks: int) -> int:
-    shapes, num_experts = (spec.shape(each) for each in spec.projections), most_owned(spec.num_experts, expert_ranks)
-    return sum(_packed_bytes(num_experts, shape, recipe, recipe.scheme) for shape in shapes)
+def expert_factors(inventory: Inventory, targets: ResolvedTargets) -> Iterator[tuple[ExpertsSpec, int]]:
+    """Factors of the experts, with their layer's shapes: r * K and r * N numbers for each projection of an expert."""
+    for name, projections in targets.experts.items():
+        spec = inventory.names.specs[name]
+        for part, (rank, _) in projections.items():
+            yield from ((spec, rank * width) for width in spec.shape(part))
 
 
-def _packed_bytes(num_matrices: int, shape: tuple[int, int], recipe: Recipe, scheme: Scheme = "nf4") -> int:
-    """Bytes of matrices [N, K] and their scales: those of the buffers that hold them, in whole blocks."""
+def _experts_bytes(num_experts: int, spec: ExpertsSpec, recipe: Recipe, slices: int = 1) -> int:
+    """Bytes of an expert layer's two stacks, or of the first of so many slices of each of their buffers."""
+    *first, down = spec.projections
+    sizes = ((num_experts * len(first), spec.shape(first[0])), (num_experts, spec.shape(down)))
+    stacks = [_stack(*size, recipe, recipe.scheme) for size in sizes]
+    if slices == 1:
+        return sum(stack.nbytes for stack in stacks)
+    return sum(Part(0, slices).each(buffer) for stack in stacks for buffer in stack.bytes)
+
+
+def _stack(num_matrices: int, shape: tuple[int, int], recipe: Recipe, scheme: Scheme = "nf4") -> Nf4Stack:
+    """Matrices [N, K] and their scales as buffers without memory, in whole blocks."""
     num_blocks = -(-shape[0] * shape[1] // BLOCK_SIZE)
-    return Nf4Stack(num_matrices, num_blocks, BLOCK_SIZE, recipe.double_quantization, "meta", scheme).nbytes
+    return Nf4Stack(num_matrices, num_blocks, BLOCK_SIZE, recipe.double_quantization, "meta", scheme)
 
 
-def _weigh(
-    model: PreTrainedModel, names: NameMap, recipe: Recipe, compute_dtype: torch.dtype, expert_ranks: int
-) -> FrozenWeights:
+def _weigh(model: PreTrainedModel, names: NameMap, recipe: Recipe, compute_dtype: torch.dtype) -> FrozenWeights:
     stacks, saved = _stacks(names.specs), model.state_dict().keys()
     # Some families keep a part in float32 whatever the dtype, such as a router's correction bias.
     kept: dict[str, torch.dtype] = model._get_dtype_plan(compute_dtype)
@@ -253,9 +278,9 @@ def _weigh(
         return tensor.numel() * kept_dtype(kept, name, tensor.dtype).itemsize
 
     return FrozenWeights(
-        experts_bytes=sum(_experts_bytes(spec, recipe, expert_ranks) for spec in names.specs.values()),
+        experts_bytes=sum(_experts_bytes(spec.num_experts, spec, recipe) for spec in names.specs.values()),
         linears_bytes=sum(
-            _packed_bytes(1, (linear.out_features, linear.in_features), recipe)
+            _stack(1, (linear.out_features, linear.in_features), recipe).nbytes
             + (linear.bias.nbytes if linear.bias is not None else 0)
             for linear in recipe.linears.values()
         ),

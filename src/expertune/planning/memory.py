@@ -43,8 +43,9 @@ class Memory:
     """Peak memory of one process on its device.
 
     The phases that can be the highest are `preflight` (the check after attaching), `loss` (forward is over), `layer` (a
-    layer is in backward), `update` (the optimizer's), `save` (a checkpoint or the adapter is written), `evaluation`,
-    and `generation` (answers for the task's metric). Only one of them happens at a time.
+    layer is in backward), `average` (ranks average gradients), `update` (the optimizer's), `save` (a checkpoint or the
+    adapter is written), `evaluation`, and `generation` (answers for the task's metric). Only one of them happens at a
+    time.
 
     Attributes:
         phases: phase -> bytes by component, those that are always held included.
@@ -80,7 +81,7 @@ def estimate_memory(w: Workload, placement: PlannedPlacement) -> Memory:
     adapter = w.adapter_bytes
     always = {
         "weights": w.inventory.weights.frozen_bytes - placement.offloaded_bytes,
-        "slots": placement.slot_bytes,
+        "slots": max(placement.slot_bytes, w.gather_slot_bytes),
         "adapter": adapter,
         "framework": FRAMEWORK_BYTES[w.device],
     }
@@ -91,6 +92,7 @@ def estimate_memory(w: Workload, placement: PlannedPlacement) -> Memory:
         "loss": training | _loss_phase(w),
         "layer": training | _layer_phase(w),
         "update": training | {"gradients": adapter},
+        **({"average": training | {"gradients": adapter, "bucket": w.bucket_bytes}} if w.bucket_bytes else {}),
         # Factors in the layout of the file, and the bytes that are written of them.
         "save": training | {"copies": 2 * adapter + (w.gathered_bytes if w.device == "cpu" else 0)},
     }

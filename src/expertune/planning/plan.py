@@ -2,7 +2,7 @@
 
 import html
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,15 +17,17 @@ from expertune.config.arguments import checked
 from expertune.errors import DoesNotFitError
 from expertune.placement.experts import Location
 from expertune.planning import table
+from expertune.planning.communication import Traffic
 from expertune.planning.devices import Machine
 from expertune.planning.disk import Disk, count_disk
 from expertune.planning.fit import Change, as_yaml, find_changes
-from expertune.planning.inventory import FrozenWeights, Parameters, count_parameters, take_inventory
+from expertune.planning.inventory import FrozenWeights, Inventory, Parameters, count_parameters, take_inventory
 from expertune.planning.memory import Memory, estimate_memory
 from expertune.planning.micro_batch import MicroBatch, choose_micro_batch
 from expertune.planning.placement import PlacementChooser, PlannedPlacement
+from expertune.planning.ranks import ModePlan, RanksPlan, choose_mode, count_traffic, possible_distributions
 from expertune.planning.settings import Workload, read_workload
-from expertune.planning.source import find_config, read_source
+from expertune.planning.source import Source, find_config, read_source
 from expertune.planning.speed import StepTime, step_time
 
 
@@ -50,6 +52,7 @@ class Plan:
         time: how long a step takes; None where nothing is known of the device's speed.
         gpu: the GPU of the table that was planned for.
         notes: what the plan could not look at.
+        ranks: of several ranks, what each holds and sends; all else is of the one that has the most. None for one.
     """
 
     model: str
@@ -67,6 +70,7 @@ class Plan:
     time: StepTime | None
     gpu: str | None
     notes: tuple[str, ...]
+    ranks: RanksPlan | None = None
 
     @property
     def placement(self) -> Mapping[str, Location]:
@@ -149,6 +153,7 @@ class Plan:
             "time": self.time.to_json() if self.time else None,
             "gpu": self.gpu,
             "notes": list(self.notes),
+            "ranks": self.ranks.to_json() if self.ranks else None,
         }
 
 
@@ -174,8 +179,32 @@ def make_plan(
         trust_remote_code: run Python that ships with the model.
 
     Raises:
-        ConfigError: no config.json, an unknown target, training argument or GPU, a placement that cannot be, or no way
-            to know the memory of `device`.
+        ConfigError: see `plan_for`; or an unknown GPU, or no way to know the memory of `device`.
+        CheckpointError: see `plan_for`.
+        UnsupportedModelError: see `plan_for`.
+    """
+    return plan_for(config, Machine.of(config, device, gpu, memory), previously_merged, trust_remote_code)
+
+
+def plan_for(
+    config: RunConfig,
+    machine: Machine,
+    previously_merged: int | None = None,
+    trust_remote_code: bool = False,
+    shapes: "Shapes | None" = None,
+) -> Plan:
+    """Plan a run on as many devices as a machine stands for; see `make_plan`.
+
+    Args:
+        config: the run.
+        machine: what it is planned for.
+        previously_merged: see `make_plan`.
+        trust_remote_code: see `make_plan`.
+        shapes: the run's model, where it has been read for another machine of this dtype; None reads it.
+
+    Raises:
+        ConfigError: no config.json, an unknown target or training argument, a placement that cannot be, or ranks that
+            cannot share the experts out as the run file says.
         CheckpointError: a damaged header, tensors that do not belong to the config, or no adapter in `lora.init_from`.
         UnsupportedModelError: no experts that can be packed, or a checkpoint that is quantized in a way that cannot be
             read.
@@ -183,53 +212,124 @@ def make_plan(
     check_training_arguments(config.training, config.where)
     if config.lora.init_from:
         require_adapter_folder(config.lora.init_from)
-    return _Planner(config, Machine.of(config, device, gpu, memory), trust_remote_code).plan(previously_merged)
+    shapes = shapes or read_shapes(config, machine.compute_dtype, trust_remote_code)
+    planner = _Planner(config, machine, shapes, shapes.inventory)
+    if machine.world_size == 1:
+        return planner.plan(planner.find(previously_merged), None)
+    distributions = possible_distributions(config, planner.workload(config), machine.world_size)
+    planners = [replace(planner, inventory=shapes.inventory.on_ranks(each)) for each in distributions]
+    found = [planner.find(previously_merged) for planner in planners]
+    modes = tuple(planner.mode(each) for planner, each in zip(planners, found, strict=True))
+    ranks = choose_mode(config.distributed.experts, modes, machine.link)
+    chosen = modes.index(ranks.chosen)
+    return planners[chosen].plan(found[chosen], ranks)
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """A model as far as a plan reads it: what its checkpoint says, and its shapes."""
+
+    source: Source
+    inventory: Inventory
+
+
+def read_shapes(config: RunConfig, compute_dtype: torch.dtype, trust_remote_code: bool = False) -> Shapes:
+    """Read a run's model; see `plan_for`."""
+    folder, on_hub = find_config(config.model, config.revision, trust_remote_code)
+    model = build_meta_model(folder, compute_dtype, trust_remote_code)
+    # Creating parameters on the meta device separates those that the config ties.
+    model.tie_weights()
+    names = read_names(model)
+    source = read_source(config, folder, on_hub, model, names)
+    return Shapes(source, take_inventory(model, names, source.recipe, compute_dtype))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a run comes to."""
+
+    micro_batch: MicroBatch
+    workload: Workload
+    placement: PlannedPlacement
+    memory: Memory
+    traffic: Traffic
+    time: StepTime | None
+
+
+@dataclass(frozen=True)
 class _Planner:
-    """One run's model on one machine; runs that are tried in its place differ in settings alone."""
+    """One run's model on one machine; runs that are tried in its place differ in settings alone.
 
-    def __init__(self, config: RunConfig, machine: Machine, trust_remote_code: bool) -> None:
-        self.config, self.machine, self.device = config, machine, machine.device.type
-        folder, on_hub = find_config(config.model, config.revision, trust_remote_code)
-        self.model = build_meta_model(folder, machine.compute_dtype, trust_remote_code)
-        # Creating parameters on the meta device separates those that the config ties.
-        self.model.tie_weights()
-        names = read_names(self.model)
-        self.source = read_source(config, folder, on_hub, self.model, names)
-        self.inventory = take_inventory(
-            self.model, names, self.source.recipe, machine.compute_dtype, machine.expert_ranks
-        )
-        sizes, holds_nf4 = self.inventory.expert_bytes, self.source.holds_nf4
-        self.chooser = PlacementChooser(sizes, self.device, holds_nf4, machine.is_here)
-        self.targets: dict[str, ResolvedTargets] = {}
+    Attributes:
+        config: the run.
+        machine: what it is planned for.
+        shapes: the model in one process.
+        inventory: the model as a rank holds it.
+        targets: what adapters change, by `lora` section.
+    """
 
-    def plan(self, previously_merged: int | None) -> Plan:
-        """The plan of the run."""
-        config, machine = self.config, self.machine
+    config: RunConfig
+    machine: Machine
+    shapes: Shapes
+    inventory: Inventory
+    targets: dict[str, ResolvedTargets] = field(default_factory=dict)
+
+    @property
+    def device(self) -> str:
+        """`cpu` or `cuda`."""
+        return self.machine.device.type
+
+    def find(self, previously_merged: int | None) -> _Found:
+        """What the run comes to."""
         micro_batch = self.micro_batch(previously_merged)
-        runs = config.model_copy(update={"training": micro_batch.apply(config.training)})
+        runs = self.config.model_copy(update={"training": micro_batch.apply(self.config.training)})
         workload, placement = self.workload(runs), self.placement(runs)
-        changes = tuple(find_changes(config, self.peak_bytes, machine.budget_bytes, self.device, self.chooser.lower()))
-        memory = estimate_memory(workload, placement)
-        rates = machine.rates(from_disk=placement.offloads_to("disk"))
+        traffic, time = count_traffic(workload, micro_batch.accumulation), None
+        if rates := self.machine.rates(from_disk=placement.offloads_to("disk")):
+            time = step_time(workload, placement, micro_batch.accumulation, rates, traffic, self.machine.link)
+        return _Found(micro_batch, workload, placement, estimate_memory(workload, placement), traffic, time)
+
+    def mode(self, found: _Found) -> ModePlan:
+        """What is compared between ways to hold the experts."""
+        return ModePlan(
+            distribution=self.inventory.distribution,
+            peak_bytes=found.memory.peak_bytes,
+            experts_bytes=self.inventory.weights.experts_bytes,
+            host_bytes=found.memory.host_bytes,
+            fits=found.memory.peak_bytes <= self.machine.budget_bytes,
+            offloads=bool(found.placement.offloaded),
+            traffic=found.traffic,
+            seconds=found.time.seconds if found.time else None,
+        )
+
+    def plan(self, found: _Found, ranks: RanksPlan | None) -> Plan:
+        """The whole plan of what the run comes to."""
+        config, machine, budget = self.config, self.machine, self.machine.budget_bytes
+        changes = tuple(find_changes(config, self.peak_bytes, budget, self.device, self.chooser.lower()))
         return Plan(
             model=config.model,
-            architecture=type(self.model).__name__,
+            architecture=type(self.inventory.model).__name__,
             device=self.device,
             compute_dtype=str(machine.compute_dtype).removeprefix("torch."),
-            parameters=count_parameters(self.inventory, workload.targets),
+            parameters=count_parameters(self.inventory, found.workload.targets),
             weights=self.inventory.weights,
-            micro_batch=micro_batch,
-            memory=memory,
-            planned=placement,
-            budget_bytes=machine.budget_bytes,
+            micro_batch=found.micro_batch,
+            memory=found.memory,
+            planned=found.placement,
+            budget_bytes=budget,
             what_to_change=changes,
-            disk=count_disk(config, workload, self.source),
-            time=step_time(workload, placement, micro_batch.accumulation, rates) if rates else None,
+            disk=count_disk(config, replace(found.workload, inventory=self.shapes.inventory), self.shapes.source),
+            time=found.time,
             gpu=machine.gpu.name if machine.gpu else None,
-            notes=self.source.notes + self.hints(memory.peak_bytes, changes),
+            notes=self.shapes.source.notes + self.hints(found.memory.peak_bytes, changes),
+            ranks=ranks,
         )
+
+    @property
+    def chooser(self) -> PlacementChooser:
+        """Chooses where the experts that a rank holds lie."""
+        sizes, is_here = self.inventory.expert_bytes, self.machine.is_here
+        return PlacementChooser(sizes, self.device, self.shapes.source.holds_nf4, is_here)
 
     def micro_batch(self, previously_merged: int | None) -> MicroBatch:
         """How a step's micro-batches run."""
@@ -241,7 +341,7 @@ class _Planner:
         def peak_of(run: RunConfig) -> int:
             return self.peak_bytes(run, kept)
 
-        return choose_micro_batch(self.config, self.model, self.device, budget, peak_of, previously_merged)
+        return choose_micro_batch(self.config, self.inventory.model, self.device, budget, peak_of, previously_merged)
 
     def peak_bytes(self, run: RunConfig, placement: PlannedPlacement | None = None) -> int:
         """Peak memory of a run, in the placement that it will have unless another is given."""
@@ -255,12 +355,12 @@ class _Planner:
         """What a run file says of memory; targets are looked up once, since many run files are tried."""
         key = run.lora.model_dump_json()
         if key not in self.targets:
-            self.targets[key] = resolve_targets(self.model, self.inventory.names, run.lora)
+            self.targets[key] = resolve_targets(self.inventory.model, self.inventory.names, run.lora)
         return read_workload(run, self.inventory, self.targets[key], self.device, self.machine.compute_dtype)
 
     def hints(self, peak: int, changes: tuple[Change, ...]) -> tuple[str, ...]:
         """On a CPU experts can be offloaded to a disk only from an NF4 folder: what that would give a run."""
-        if peak <= self.machine.budget_bytes or self.device != "cpu" or self.source.holds_nf4:
+        if peak <= self.machine.budget_bytes or self.device != "cpu" or self.shapes.source.holds_nf4:
             return ()
         on_disk = self.chooser.offloading(list(self.inventory.expert_bytes), "disk")
         saved = on_disk.offloaded_bytes - on_disk.slot_bytes

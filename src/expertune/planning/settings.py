@@ -8,8 +8,9 @@ import torch
 from expertune.adapt.preflight import PREFLIGHT_TOKENS
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.config import RunConfig
+from expertune.distributed.mesh import BUCKET_BYTES
 from expertune.kernels.routes import default_working_set_bytes
-from expertune.planning.inventory import Inventory, count_adapter
+from expertune.planning.inventory import Inventory, count_adapter, factor_sizes
 from expertune.train.arguments import (
     ACCUMULATION,
     BATCH_SIZE,
@@ -76,12 +77,29 @@ class Workload:
         return self._states(count_adapter(self.inventory, self.targets, self.inventory.experts_here))
 
     @property
+    def gather_slot_bytes(self) -> int:
+        """Where ranks hold slices of the experts: two whole layers, one in use and one being gathered."""
+        inventory = self.inventory
+        return 2 * max(inventory.layer_bytes) if inventory.distribution.slices > 1 else 0
+
+    @property
+    def bucket_bytes(self) -> int:
+        """What gradients are copied to while ranks average them: a bucket, or the largest tensor; all if that is less.
+
+        The tensors of an expert layer are stacked, each as large as the rank has experts.
+        """
+        if self.inventory.distribution.world_size == 1:
+            return 0
+        largest = max(factor_sizes(self.inventory, self.targets, self.inventory.experts_here), default=0)
+        return min(max(BUCKET_BYTES, largest * self.adapter_dtype.itemsize), self.adapter_bytes)
+
+    @property
     def gathered_bytes(self) -> int:
         """Where experts are shared out: what the process that saves has on its host of all experts.
 
         The adapter, its factors as they are written and as they are compared, and the optimizer's states.
         """
-        if self.inventory.expert_ranks == 1:
+        if self.inventory.distribution.expert_ranks == 1:
             return 0
         count = count_adapter(self.inventory, self.targets)
         return 3 * count * self.adapter_dtype.itemsize + self._states(count)
@@ -89,7 +107,7 @@ class Workload:
     @property
     def rows_per_token(self) -> int:
         """Where experts are shared out: rows for each token that reach a process's experts, if all have as many."""
-        return self.inventory.top_k if self.inventory.expert_ranks > 1 else 0
+        return self.inventory.top_k if self.inventory.distribution.expert_ranks > 1 else 0
 
     def _states(self, count: int) -> int:
         return state_bytes(self.optimizer, count, self.adapter_dtype.itemsize, self.device)

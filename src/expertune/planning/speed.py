@@ -6,6 +6,7 @@ Shape suffixes: T tokens of a micro-batch, D hidden size.
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from expertune.planning.communication import Link, Traffic
 from expertune.planning.devices import Rates
 from expertune.planning.inventory import count_adapter
 from expertune.planning.placement import PlannedPlacement
@@ -23,11 +24,12 @@ class StepTime:
     Attributes:
         floor_seconds: least time, by `rates`.
         seconds: what is expected: the floor by the efficiency, and the transfers that it cannot hide.
-        tokens: of a step, by the bound that the plan counts with.
+        tokens: of a step on all ranks, by the bound that the plan counts with.
         efficiency: share of the floor's speed that is expected.
         flops: arithmetic of a step; a multiply-add is two.
         brought_bytes: expert bytes that are transferred to the device in a step.
-        waiting_seconds: of `seconds`, how long the device waits for these.
+        waiting_seconds: of `seconds`, how long the device waits for these, and for layers that are gathered.
+        sending_seconds: of `seconds`, how long gradients and tokens are on their way between ranks.
         rates: what was divided by.
     """
 
@@ -38,6 +40,7 @@ class StepTime:
     flops: float
     brought_bytes: int
     waiting_seconds: float
+    sending_seconds: float
     rates: Rates
 
     @property
@@ -50,24 +53,38 @@ class StepTime:
         return {**asdict(self), "tokens_per_second": self.tokens_per_second}
 
 
-def step_time(w: Workload, placement: PlannedPlacement, accumulation: int, rates: Rates) -> StepTime:
-    """Time of an optimizer step of so many micro-batches."""
+def step_time(
+    w: Workload, placement: PlannedPlacement, accumulation: int, rates: Rates, traffic: Traffic, link: Link
+) -> StepTime:
+    """Time of an optimizer step of so many micro-batches.
+
+    Args:
+        w: what runs.
+        placement: where the experts are held.
+        accumulation: micro-batches of a step.
+        rates: how fast the device is.
+        traffic: what a rank sends in the step.
+        link: what it sends over.
+    """
     efficiency, flops = EFFICIENCY[w.device], _flops(w)
     # The 4-bit weights are read once each way.
-    reading = w.inventory.weights.quantized_bytes / rates.bytes_per_second
+    reading = w.inventory.read_bytes / rates.bytes_per_second
     passes = [max(each / rates.flops_per_second, reading) for each in flops]
-    # Transferred while another layer computes; the device waits for what takes longer than that computation.
-    link = [num_bytes / rates.link_bytes_per_second for num_bytes in placement.transferred_bytes]
+    # Transferred or gathered while another layer computes; the device waits for what takes longer than that.
+    gathering = traffic.weight_bytes / link.bytes_per_second / (2 * accumulation)
+    moved = [num_bytes / rates.link_bytes_per_second + gathering for num_bytes in placement.transferred_bytes]
     expected = [seconds / efficiency for seconds in passes]
-    waiting = sum(max(transfer - computed, 0.0) for transfer, computed in zip(link, expected, strict=True))
+    waiting = sum(max(transfer - computed, 0.0) for transfer, computed in zip(moved, expected, strict=True))
+    sending = (traffic.gradient_bytes + traffic.token_bytes) / link.bytes_per_second
     return StepTime(
-        floor_seconds=accumulation * sum(max(pair) for pair in zip(passes, link, strict=True)),
-        seconds=accumulation * (sum(expected) + waiting),
-        tokens=accumulation * w.tokens,
+        floor_seconds=accumulation * sum(max(pair) for pair in zip(passes, moved, strict=True)) + sending,
+        seconds=accumulation * (sum(expected) + waiting) + sending,
+        tokens=w.inventory.distribution.world_size * accumulation * w.tokens,
         efficiency=efficiency,
         flops=accumulation * sum(flops),
         brought_bytes=accumulation * sum(placement.transferred_bytes),
         waiting_seconds=accumulation * waiting,
+        sending_seconds=sending,
         rates=rates,
     )
 

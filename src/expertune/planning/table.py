@@ -8,11 +8,13 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
+from expertune.planning.communication import LINKS
 from expertune.planning.fit import Change, as_lines
 
 if TYPE_CHECKING:
     from expertune.planning.disk import Disk
     from expertune.planning.plan import Plan
+    from expertune.planning.ranks import RanksPlan
     from expertune.planning.speed import StepTime
 
 # Components in the reader's words. The bytes of those in `_EXACT` are counted, all others estimated.
@@ -26,6 +28,7 @@ _COMPONENTS = {
     "working_set": "one layer in backward",
     "logits": "logits and loss",
     "copies": "copies of the adapter",
+    "bucket": "gradients being averaged",
     "evaluation": "evaluation",
     "cache": "keys and values cached",
     "generation": "answering",
@@ -41,6 +44,7 @@ _PHASES = {
     "preflight": "in the preflight check",
     "loss": "while the loss is taken",
     "layer": "while a layer is in backward",
+    "average": "while gradients are averaged",
     "update": "in the optimizer's update",
     "save": "while the adapter is written",
     "evaluation": "in evaluation",
@@ -58,6 +62,8 @@ def size(num_bytes: int) -> str:
 def render(plan: "Plan") -> RenderableType:
     """The plan as tables."""
     parts: list[RenderableType] = [_heading(plan), "", _memory(plan), "", _verdict(plan)]
+    if plan.ranks:
+        parts += ["", *_ranks(plan.ranks)]
     if plan.what_to_change:
         parts += ["", *_changes(plan)]
     elif not plan.fits:
@@ -92,6 +98,7 @@ def _heading(plan: "Plan") -> Table:
         "device": f"{plan.gpu or plan.device}, products in {plan.compute_dtype}",
         "parameters": f"{counts.total:,} in all, {counts.trainable:,} trained",
         "step": plan.micro_batch.line,
+        "processes": plan.ranks.line if plan.ranks else None,
         "placement": plan.planned.reason,
         "time": _time(plan.time) if plan.time else None,
         "on disk": _disk(plan.disk),
@@ -148,6 +155,25 @@ def _memory(plan: "Plan") -> Table:
     if memory.host_bytes:
         table.add_row("beside it, on the host", size(memory.host_bytes), "")
     return table
+
+
+def _ranks(ranks: "RanksPlan") -> list[RenderableType]:
+    """What each rank holds, and what it sends, by how the ranks hold the experts; the way that is taken in bold."""
+    holds = _table("each process holds", "experts", "peak", "host", "")
+    sends = _table("and sends in a step", "bytes", *(link.short for link in LINKS), "")
+    for mode in ranks.modes:
+        name, style = mode.distribution.name, "bold" if mode is ranks.chosen else None
+        sizes = [size(mode.experts_bytes), size(mode.peak_bytes), size(mode.host_bytes) if mode.host_bytes else ""]
+        holds.add_row(name, *sizes, "fits" if mode.fits else "too much", style=style)
+        times = [short_seconds(mode.link_seconds(link)) for link in LINKS]
+        sends.add_row(name, size(mode.traffic.sent_bytes), *times, "", style=style)
+    told = "planned, not measured: published rates of links, each for one process alone"
+    return [holds, "", sends, Text(told, style="dim")]
+
+
+def short_seconds(seconds: float) -> str:
+    """A time for a narrow column: 12 ms, 3.4 s."""
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
 def _verdict(plan: "Plan") -> Text:

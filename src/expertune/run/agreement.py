@@ -7,6 +7,8 @@ from expertune.distributed.parallel import ExpertParallel
 from expertune.distributed.sharded import ExpertSharding, Sharing
 from expertune.errors import ConfigError
 from expertune.planning.devices import Machine
+from expertune.planning.distribution import EXPERTS, Distribution
+from expertune.planning.plan import plan_for
 from expertune.run.context import RunContext
 from expertune.run.directory import recordable
 from expertune.train.arguments import ACCUMULATION, BATCH_SIZE, training_argument
@@ -55,11 +57,42 @@ def least_budget(context: RunContext) -> int | None:
     config, ranks = context.config, context.ranks
     if not ranks.several:
         return None
-    machine = Machine.of(config, None, None, None)
+    machine = Machine.of(config)
     own = machine.budget_bytes
     if machine.device.type == "cpu" and config.memory_budget is None:
         own //= ranks.num_local
     return min(ranks.gather(own))
+
+
+def choose_experts(context: RunContext) -> RunContext:
+    """The context with the plan's choice of how the processes hold the experts, where the run file leaves it to it.
+
+    A run that goes on with as many processes keeps its choice, and with it the bytes of its result.
+
+    Raises:
+        ConfigError: see `plan_for`.
+    """
+    config, ranks, train = context.config, context.ranks, context.record.values.get("train", {})
+    if config.distributed.experts != "auto" or not ranks.several:
+        return context
+    budget = least_budget(context)
+
+    def choose() -> tuple[dict[str, str | int], str]:
+        machine = Machine.of(config, memory=budget)
+        found = plan_for(config, machine, trust_remote_code=context.trust_remote_code).ranks
+        assert found is not None
+        return found.chosen.distribution.settings, found.reason
+
+    if context.resume and train.get("processes") == ranks.world_size:
+        size = train.get("processes_sharing_experts", 1)
+        mode = train.get("experts", "parallel" if size > 1 else "replicate")
+        settings, reason = Distribution(mode, ranks.world_size, size).settings, "as the run started"
+    else:
+        settings, reason = ranks.share(choose)  # another rank's device or host could suggest another mode
+    context.notify(f"experts: {settings[EXPERTS]}; {reason}")
+    chosen = {key.removeprefix("distributed."): value for key, value in settings.items()}
+    distributed = config.distributed.model_copy(update=chosen)
+    return replace(context, config=config.model_copy(update={"distributed": distributed}))
 
 
 def share_experts(context: RunContext) -> RunContext:
