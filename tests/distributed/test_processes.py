@@ -150,6 +150,19 @@ def test_current_gpu_that_is_not_the_first_is_refused_in_one_process(monkeypatch
     assert training_device(several=True) == torch.device("cuda", 1)
 
 
+def test_gpus_that_do_not_reach_each_other_are_refused_until_the_environment_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr("accelerate.utils.check_cuda_p2p_ib_support", lambda: False)
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    with pytest.raises(ConfigError, match="set NCCL_IB_DISABLE=1 in the environment"):
+        training_device(several=True)
+    monkeypatch.setenv("NCCL_IB_DISABLE", "1")
+    assert training_device(several=True).type == "cuda"
+
+
 @pytest.mark.parametrize("key", ["fsdp", "deepspeed"])
 def test_settings_for_a_model_that_is_spread_are_refused_by_name(key: str) -> None:
     with pytest.raises(ConfigError, match=f"training.{key} is for a model that is spread"):

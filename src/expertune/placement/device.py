@@ -1,5 +1,6 @@
 """Which device a run computes on, in which dtype, and with which kernels."""
 
+import os
 from typing import Literal, get_args
 
 import torch
@@ -15,6 +16,9 @@ _NAMES: dict[str, DtypeName] = {
     **{name: name for name in get_args(DtypeName)},
     **{"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"},
 }
+
+# What NCCL must not use between GPUs for which accelerate's check fails (RTX 40 under drivers before 550.40.07).
+_NOT_BETWEEN_GPUS = ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE")
 
 # Capability 8.0 (Ampere) is the first NVIDIA generation with bfloat16 matrix units.
 _FIRST_BFLOAT16_CAPABILITY = (8, 0)
@@ -32,7 +36,8 @@ def training_device(several: bool = False) -> torch.device:
         several: the run has several processes, each with the GPU of its own number.
 
     Raises:
-        ConfigError: the process's current GPU is not the first that it sees.
+        ConfigError: the process's current GPU is not the first that it sees; or several GPUs cannot reach each other
+            as NCCL would have it, and the environment does not say so, without which accelerate starts no processes.
     """
     device = default_device()
     if device.type == "cuda" and device.index != 0 and not several:
@@ -40,7 +45,20 @@ def training_device(several: bool = False) -> torch.device:
             f"the current GPU is {device}, and transformers' Trainer always takes the first that the process sees; set "
             f"CUDA_VISIBLE_DEVICES={device.index} before torch is imported, in place of torch.cuda.set_device"
         )
+    if device.type == "cuda" and several:
+        _require_links()
     return device
+
+
+def _require_links() -> None:
+    from accelerate.utils import check_cuda_p2p_ib_support  # after torch, where there is a GPU
+
+    unset = [f"{name}=1" for name in _NOT_BETWEEN_GPUS if name not in os.environ]
+    if unset and not check_cuda_p2p_ib_support():
+        raise ConfigError(
+            f"these GPUs do not reach each other directly under this driver; set {' and '.join(unset)} in the "
+            "environment of every process, as `accelerate launch` does, or install driver 550.40.07 or newer"
+        )
 
 
 def device_named(device: str | torch.device | None) -> torch.device:
