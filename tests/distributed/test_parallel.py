@@ -11,9 +11,9 @@ from tests.distributed.test_replicated import (
     BEFORE,
     FAMILIES,
     FOUR,
+    FULL_DISK,
     NOT_FINITE,
     ONE,
-    SCARCE,
     TWO,
     Place,
     assert_same_result,
@@ -45,6 +45,88 @@ api._load_and_adapt = load_and_adapt
 """
 
 
+# Memory runs out in the second step and in an evaluation, on one rank after the other and each time later: before,
+# between and after what the ranks exchange, and in their experts, in forward and in backward.
+SCARCE_ANYWHERE = """
+import torch
+from expertune.distributed.parallel import ExpertParallel
+from expertune.evaluation.held_out import HeldOut
+from expertune.experts import module
+from expertune.train.callbacks import History
+from expertune.train.oom import OutOfMemory
+from expertune.train.promises import Promises
+now = dict(attempt=0, place=0, on=False)
+def scarce(owner, name):
+    do = getattr(owner, name)
+    def counted(*args, **kwargs):
+        if now["on"]:
+            now["place"] += 1
+            if now["place"] == {stride} * (now["attempt"] // 2) + 1 and now["attempt"] % 2 == {rank}:
+                raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        return do(*args, **kwargs)
+    setattr(owner, name, counted)
+scarce(ExpertParallel, "proceed"), scarce(ExpertParallel, "exchange"), scarce(module, "expert_mlp")
+def on_while(owner, name, when):
+    do = getattr(owner, name)
+    def watched(self, *args, **kwargs):
+        now["on"] = when(self, *args, **kwargs)
+        try:
+            return do(self, *args, **kwargs)
+        finally:
+            now["on"] = False
+    setattr(owner, name, watched)
+on_while(Promises, "_forward_and_backward", lambda self, *_: self.state.global_step == 1)
+on_while(HeldOut, "loss", lambda self, step, **_: step == 2 and not now.update(attempt=0, place=0))
+fall_back = OutOfMemory._fall_back
+def again(self, *args):
+    now["attempt"], now["place"] = now["attempt"] + 1, 0
+    fall_back(self, *args)
+OutOfMemory._fall_back = again
+limits = dict(training="micro_batch_tokens", evaluation="evaluation_tokens")
+OutOfMemory._choose = lambda self, phase, part: (limits[phase], 16)
+"""
+FEW = ["data.train=rows.jsonl[0:3]"]
+SCARCE_RUN = [
+    *("training.per_device_train_batch_size=2", "training.per_device_eval_batch_size=2"),
+    *("training.gradient_checkpointing=true", *PARALLEL, *FEW),
+]
+DAMAGED = """
+import pathlib, shutil
+shutil.copytree("nf4", "damaged")
+with next(pathlib.Path("damaged").glob("*.safetensors")).open("r+b") as file:
+    file.seek(-9, 2)
+    file.write(b"damage")
+"""
+KILLED_SAVING = """
+from expertune.train import promises
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+gather = promises.states_of_all
+def gather_once(*args, **kwargs):
+    return die() if os.path.exists("killed/checkpoint-2") else gather(*args, **kwargs)
+promises.states_of_all = gather_once
+"""
+TIMEOUTS = """
+from expertune.distributed.parallel import ExpertParallel
+init = ExpertParallel.__init__
+def made(self, *args):
+    init(self, *args)
+    backends = [group._get_backend(torch.device("cpu")) for group in (self._peers, self._replicas)]
+    print("timeouts", *(backend.options._timeout for backend in backends))
+import torch
+ExpertParallel.__init__ = made
+"""
+# The names of the files that a rank reads to verify a folder.
+VERIFIED = """
+from expertune.checkpoint import verified
+hash_file = verified.hash_file
+def hashed(path):
+    print("verified", path.name)
+    return hash_file(path)
+verified.hash_file = hashed
+"""
+
+
 def jobs() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for family, more in OF_FAMILY.items():
@@ -56,11 +138,15 @@ def jobs() -> dict[str, list[str]]:
         "again": train(2, "again", [*TWO, *PARALLEL, *TASK]),
         "one of three": train(1, "uneven-1", ["training.per_device_train_batch_size=3", *UNEVEN]),
         "three": train(3, "uneven-3", [*three, *UNEVEN], {rank: HELD.format(rank=rank) for rank in range(3)}),
-        "three examples on one": train(1, "few-1", [*ONE, "data.train=rows.jsonl[0:3]"]),
-        "three examples on four": train(4, "few-4", [*FOUR, *PARALLEL, "data.train=rows.jsonl[0:3]"]),
-        "two by two": train(4, "mesh", [*FOUR, *PARALLEL, *TASK, "distributed.expert_parallel_size=2"]),
+        "three examples on one": train(1, "few-1", [*ONE, *FEW]),
+        "three examples on four": train(4, "few-4", [*FOUR, *PARALLEL, *FEW]),
+        "two by two": train(4, "mesh", [*FOUR, *PARALLEL, *TASK, "distributed.expert_parallel_size=2"], {3: TIMEOUTS}),
         "quantize": command(1, ["quantize", "mixtral", "nf4"]),
-        "from the disk": train(2, "disk", ["model=nf4", *TWO, *PARALLEL, *TASK, "placement=disk"]),
+        "from the disk": train(
+            2, "disk", ["model=nf4", *TWO, *PARALLEL, *TASK, "placement=disk"], {0: VERIFIED, 1: VERIFIED}
+        ),
+        "damage": [DAMAGED],
+        "damaged": train(2, "hurt", ["model=damaged", *TWO, *PARALLEL]),
         "two, back": back_to_step_2("mixtral-2", "two-one"),
         "two to one": train(1, "two-one", [*TWO, *TASK, "--resume"]),
         "one, back": back_to_step_2("mixtral-1", "one-four"),
@@ -71,7 +157,12 @@ def jobs() -> dict[str, list[str]]:
         "no multiple": train(3, "multiple", [*PARALLEL, "distributed.expert_parallel_size=2"]),
         "not by expert": train(2, "adafactor", [*TWO, *PARALLEL, "training.optim=adafactor"]),
         "not finite": train(2, "nan", [*TWO, *PARALLEL], {1: NOT_FINITE}),
-        "scarce": train(2, "scarce", ["training.per_device_train_batch_size=2", *PARALLEL], {1: SCARCE}),
+        "full disk": train(2, "full", [*TWO, *PARALLEL], {0: FULL_DISK}),
+        "scarce": train(
+            2, "scarce", SCARCE_RUN, {rank: SCARCE_ANYWHERE.format(rank=rank, stride=5) for rank in (0, 1)}
+        ),
+        "killed": train(2, "killed", [*TWO, *PARALLEL, *TASK], {1: KILLED_SAVING}),
+        "killed, resumed": train(2, "killed", [*TWO, *PARALLEL, *TASK, "--resume"]),
     }
     return found
 
@@ -92,10 +183,14 @@ def test_ranks_give_the_losses_and_the_adapter_of_one_process(place: Place, fami
     assert several["learning"] == one["learning"]
 
 
-def test_two_runs_give_the_same_bytes(place: Place) -> None:
+def assert_same_files(place: Place, one: str, other: str) -> None:
     for file in ("adapter/adapter_model.safetensors", "checkpoint-4/optimizer.pt"):
-        ours, theirs = ((place.folder / run / file).read_bytes() for run in ("mixtral-2", "again"))
+        ours, theirs = ((place.folder / run / file).read_bytes() for run in (one, other))
         assert ours == theirs, file
+
+
+def test_two_runs_give_the_same_bytes(place: Place) -> None:
+    assert_same_files(place, "mixtral-2", "again")
 
 
 @pytest.mark.parametrize("run", ["mixtral-2", "mixtral-4"])
@@ -147,11 +242,42 @@ def test_run_is_resumed_by_another_number_of_processes_and_another_mode(
     assert_same_result(place, f"mixtral-{started}", run)
 
 
+def test_memory_that_runs_out_anywhere_on_one_rank_has_all_take_the_step_again(place: Place) -> None:
+    assert place.statuses("scarce") == [0, 0], place.said("scarce")
+    assert_same_result(place, "few-1", "scarce")
+    changes = place.record("scarce")["train"]["recoveries"]
+    for during in ("training", "evaluation"):
+        where = [change["error"][:9] for change in changes if change["during"] == during]
+        assert {"on rank 0", "on rank 1"} == set(where)
+        assert len(where) > 6
+
+
+def test_rank_that_is_killed_while_states_are_gathered_leaves_no_checkpoint_and_the_run_resumes(place: Place) -> None:
+    assert place.statuses("killed") == [2, -9]
+    assert place.said("killed").count("error:") == 1
+    assert "rank 1 of 2 ended without a word" in place.said("killed")
+    assert place.statuses("killed, resumed") == [0, 0], place.said("killed, resumed")
+    assert "resuming from killed/checkpoint-2" in place.said("killed, resumed")
+    assert_same_files(place, "mixtral-2", "killed")
+
+
+def test_ranks_of_a_machine_read_each_file_of_a_folder_once_to_verify_it(place: Place) -> None:
+    names = [
+        [line.split()[1] for line in each.err.splitlines() if line.startswith("verified")]
+        for each in place.ended["from the disk"]
+    ]
+    assert all(names)
+    manifest = json.loads((place.folder / "nf4" / "expertune.json").read_text(encoding="utf-8"))
+    assert sorted([*names[0], *names[1]]) == sorted(manifest["files"])
+
+
+def test_groups_of_ranks_wait_as_long_as_the_run_file_says(place: Place) -> None:
+    assert "timeouts 0:01:00 0:01:00" in place.ended["two by two"][3].err
+
+
 def test_run_is_resumed_by_as_many_processes_to_the_same_bytes(place: Place) -> None:
     assert place.statuses("two to two") == [0, 0], place.said("two to two")
-    for file in ("adapter/adapter_model.safetensors", "checkpoint-4/optimizer.pt"):
-        ours, theirs = ((place.folder / run / file).read_bytes() for run in ("mixtral-2", "two-two"))
-        assert ours == theirs, file
+    assert_same_files(place, "mixtral-2", "two-two")
 
 
 def test_checkpoint_holds_the_states_of_all_experts(place: Place) -> None:
@@ -169,7 +295,8 @@ REFUSED = {
     "no multiple": "distributed.expert_parallel_size is 2, and 3 processes are no multiple of it",
     "not by expert": "training.optim adafactor updates an expert by what it finds in others",
     "not finite": "rank 1: the loss became nan in step 2 on rows.jsonl",
-    "scarce": "rank 1: step 1 ran out of memory, in which processes that share the experts out need each other",
+    "full disk": "rank 0: full/.checkpoint-being-written",
+    "damaged": "damaged: changed since it was written: layer-0",
 }
 
 

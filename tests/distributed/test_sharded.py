@@ -180,9 +180,16 @@ def test_run_is_resumed_with_experts_shared_out(place: Place) -> None:
     assert_same_result(place, "mixtral-2", "two-parallel")
 
 
+def test_memory_that_runs_out_on_one_rank_has_all_take_the_step_again(place: Place) -> None:
+    assert place.statuses("scarce") == [0, 0], place.said("scarce")
+    assert_same_result(place, "mixtral-1", "scarce")
+    changes = place.record("scarce")["train"]["recoveries"]
+    assert [change["step"] for change in changes] == [1]
+    assert "on rank 0: Tried to allocate" in changes[0]["error"]
+
+
 REFUSED = {
     "not finite": "rank 0: the loss became nan in step 2 on rows.jsonl",
-    "scarce": "rank 0: step 1 ran out of memory, in which processes that share the experts out need each other",
 }
 
 

@@ -17,7 +17,7 @@ from expertune.errors import DoesNotFitError
 from expertune.experts import module
 from expertune.kernels import workspace
 from expertune.run.record import RunRecord
-from expertune.train.oom import RandomState
+from expertune.train.callbacks import RandomState
 from expertune.train.trainer import ExpertTrainer
 from tests.processes import run_program
 from tests.train.scarce import ONE_SEQUENCE, SMALL, Reference, Scarce, adapter_bytes, out_of_memory, run

@@ -9,13 +9,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from expertune import finetune
 from expertune.adapt.attach import attach
 from expertune.checkpoint.hf_quantizer import as_loaded
 from expertune.config import LoraSection, parse_config
-from expertune.errors import CheckpointError
+from expertune.errors import CheckpointError, ConfigError
 from expertune.experts.module import Nf4Experts
 from expertune.run.record import RunRecord
 from expertune.train.callbacks import History
@@ -176,3 +176,12 @@ def test_trainer_of_trl_keeps_the_promises(kind: str, folder: Path, tmp_path: Pa
 def test_resume_without_a_whole_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no whole checkpoint to resume from"):
         trl_trainer("SFT", folder, tmp_path).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trainer_that_knows_of_one_process_is_refused_in_several(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ConfigError, match=r"one of 2 processes.*promised=Promised\(ranks=ranks\)"):
+        trl_trainer("SFT", folder, tmp_path)

@@ -4,6 +4,7 @@ Of one process each method below is the identity, and nothing of torch.distribut
 many there are. Every method that exchanges something is called by all ranks, in the same order.
 """
 
+import gc
 import hashlib
 import json
 import socket
@@ -30,6 +31,10 @@ _TIMEOUT_S = 1800.0
 BUCKET_BYTES = 2**25
 
 
+class AbandonedError(Exception):
+    """Another rank cannot finish the pass that all of them are in."""
+
+
 class Ranks:
     """One process's view of the run's processes.
 
@@ -43,7 +48,7 @@ class Ranks:
         rank: its number.
         world_size: how many there are.
         local_rank: its number on this machine.
-        num_local: how many run on this machine.
+        local: the ranks on this machine, by their numbers.
     """
 
     def __init__(
@@ -58,7 +63,7 @@ class Ranks:
         self._last_words, self._control, self._timeout = last_words, control, timeout
         self._ends: list[Callable[[], None]] = []
         machine = socket.gethostname()
-        self.num_local = self.gather(machine).count(machine)
+        self.local = [rank for rank, its in enumerate(self.gather(machine)) if its == machine]
 
     @property
     def several(self) -> bool:
@@ -74,9 +79,12 @@ class Ranks:
         """What `do` returns on rank 0; elsewhere nothing is done."""
         return do() if self.writes else None
 
-    def new_group(self) -> dist.ProcessGroup:
-        """Another group of all ranks, in which the order of messages is its own; they wait as long as in the first."""
-        return dist.new_group(timeout=self._timeout)
+    def new_group(self, ranks: list[int] | None = None) -> dist.ProcessGroup:
+        """Another group, of some ranks or of all, in which the order of messages is its own; all ranks call this.
+
+        They wait as long as in the first; in torch's own groups of a device mesh they would for half an hour.
+        """
+        return dist.new_group(ranks, timeout=self._timeout)
 
     def at_end(self, close: Callable[[], None]) -> None:
         """Have a function called when these processes part."""
@@ -124,6 +132,17 @@ class Ranks:
     def any(self, holds: bool) -> bool:
         """Whether something holds on one rank or more."""
         return self.total([holds])[0] > 0 if self.several else holds
+
+    def proceed(self) -> None:
+        """Go on with a pass in which the ranks need each other: called before each such place.
+
+        A rank that cannot go on calls `any(True)` in place of its next `proceed`, or of the `any` after the pass.
+
+        Raises:
+            AbandonedError: a rank has done so, and all of them leave the pass here.
+        """
+        if self.any(False):
+            raise AbandonedError
 
     def total(self, figures: Sequence[float]) -> list[float]:
         """Sums over the ranks, figure by figure."""
@@ -210,22 +229,23 @@ def open_ranks(timeout_s: Any = None) -> Iterator[Ranks]:
     board = open_board(launch, timeout)
     # A program may have several runs, one after the other.
     board = dist.PrefixStore(f"run {board.add(f'runs of {launch.rank}', 1)}", board)
-    if made:
-        # Small messages travel between CPUs, so that a rank that has ended is noticed at once.
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, None, timeout, launch.world_size, launch.rank, board)
-    elif on_gpu:
-        control = dist.new_group(backend="gloo", timeout=timeout)
     last_words = LastWords(board, launch, seconds)
     ranks = None
     try:
         with last_words.said():
+            if made:
+                # Small messages travel between CPUs, so that a rank that has ended is noticed at once.
+                backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+                dist.init_process_group(backend, None, timeout, launch.world_size, launch.rank, board)
+            elif on_gpu:
+                control = dist.new_group(backend="gloo", timeout=timeout)
             ranks = Ranks(launch, last_words, control, timeout)
             yield ranks
     except BaseException:
         if ranks is not None:
             ranks.close()
-        if made:
+        gc.collect()
+        if made and dist.is_initialized():
             dist.destroy_process_group()  # closes the connections: ranks that still wait for this one notice
         last_words.linger()
         raise

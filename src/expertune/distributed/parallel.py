@@ -6,12 +6,12 @@ expert, and its gradient is whole as it is.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from expertune.distributed.mesh import Ranks, sum_and_divide
 from expertune.errors import ConfigError
@@ -54,6 +54,24 @@ def most_owned(num_experts: int, size: int) -> int:
     return len(owned_experts(num_experts, size, 0))
 
 
+def _own_group(rows: Tensor, ranks: Ranks) -> dist.ProcessGroup:
+    """The group of a row of ranks [rows, ranks] that this rank is in; torch's first group if all of them are."""
+    world = dist.group.WORLD
+    if rows.shape[0] == 1 and world is not None:
+        return world
+    groups = [ranks.new_group(row) for row in rows.tolist()]
+    return groups[int((rows == ranks.rank).any(dim=1).nonzero())]
+
+
+class Due(NamedTuple):
+    """An exchange that the other ranks count on: rows to and from each of them, a row's shape, and the dtype."""
+
+    sent: Sequence[int]
+    received: Sequence[int]
+    row: Sequence[int]
+    dtype: torch.dtype
+
+
 class ExpertParallel:
     """One rank's place among those that share the experts out. Everything that exchanges is called by all of them.
 
@@ -68,19 +86,48 @@ class ExpertParallel:
 
     def __init__(self, ranks: Ranks, device_type: str, size: int | None = None) -> None:
         size = ranks.world_size if size is None else size
-        shape = replicas(ranks.world_size, size), size
-        mesh = init_device_mesh(device_type, shape, mesh_dim_names=("dp", "ep"))
+        grid = torch.arange(ranks.world_size).view(replicas(ranks.world_size, size), size)
+        groups = [_own_group(rows, ranks) for rows in (grid.t(), grid)]
+        mesh = DeviceMesh.from_group(groups, device_type, grid, mesh_dim_names=("dp", "ep"))
         self.size, self.rank = size, mesh.get_local_rank("ep")
-        self._peers, self._replicas = mesh.get_group("ep"), mesh.get_group("dp")
-        self._world_size, self._device_type = ranks.world_size, device_type
+        self._groups = {name: mesh.get_group(name) for name in ("dp", "ep")}
+        ranks.at_end(self._groups.clear)  # so that ranks which wait for this one notice that it has ended
+        self._ranks, self._device_type = ranks, device_type
+        self._due: list[Due] = []
+
+    @property
+    def _peers(self) -> dist.ProcessGroup:
+        return self._groups["ep"]
+
+    @property
+    def _replicas(self) -> dist.ProcessGroup:
+        return self._groups["dp"]
 
     def owned(self, num_experts: int, rank: int | None = None) -> range:
         """The experts of a rank, of this one where none is given; see `owned_experts`."""
         return owned_experts(num_experts, self.size, self.rank if rank is None else rank)
 
-    def counts_for_this(self, counts: Tensor) -> Tensor:
-        """How many rows each rank has for this one, where each knows how many it has for each: int64 [ranks]."""
-        return self.exchange(counts, [1] * self.size, [1] * self.size)
+    def exchange_counts(self, counts: Tensor) -> None:
+        """Fill the second of int64 [2, ranks], how many rows each rank has for this one, from what this has for each.
+
+        It allocates nothing, so that memory does not run out between `proceed` and `begin`.
+        """
+        dist.all_to_all_single(counts[1], counts[0], group=self._peers)
+
+    def begin(self, *due: Due) -> None:
+        """Begin exchanges that follow each other, of which a rank without memory can still do its part (`finish`)."""
+        self._due = list(due)
+
+    def proceed(self) -> None:
+        """Called before exchanges in a pass; see `Ranks.proceed`."""
+        self._due = []
+        self._ranks.proceed()
+
+    def finish(self) -> None:
+        """Where memory ran out between exchanges that had begun: send zeros in those that the other ranks wait for."""
+        while self._due:
+            sent, received, row, dtype = self._due[0]
+            self.exchange(torch.zeros(sum(sent), *row, dtype=dtype, device=self._device_type), sent, received)
 
     def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """Send rows to each rank, and take what each sends, in the order of ranks.
@@ -92,6 +139,7 @@ class ExpertParallel:
         """
         taken = rows.new_empty(sum(received), *rows.shape[1:])
         dist.all_to_all_single(taken, rows.contiguous(), list(received), list(sent), group=self._peers)
+        self._due = self._due[1:]
         return taken
 
     def whole(self, own: Tensor, num_experts: int) -> Tensor:
@@ -110,7 +158,7 @@ class ExpertParallel:
 
         Tokens of all ranks along `ep` have added to them already.
         """
-        sum_and_divide(gradients, self._world_size, self._replicas)
+        sum_and_divide(gradients, self._ranks.world_size, self._replicas)
 
     def copy(self, tensors: Iterable[Tensor]) -> None:
         """Replace tensors of a rank's own experts by those of the first rank that has them, in place."""
@@ -119,6 +167,7 @@ class ExpertParallel:
 
     def sums(self, figures: Sequence[int]) -> list[int]:
         """Sums of figures over the ranks that share the experts out."""
+        self.proceed()
         held = torch.tensor(figures, device=self._device_type)
         dist.all_reduce(held, group=self._peers)
         return held.tolist()

@@ -24,10 +24,14 @@ class ExpertSharding:
     """
 
     def __init__(self, ranks: Ranks) -> None:
-        self.rank, self.size = ranks.rank, ranks.world_size
+        self.rank, self.size, self._ranks = ranks.rank, ranks.world_size, ranks
         self._group: dist.ProcessGroup | None = ranks.new_group()
         self._under_way: dict[Hashable, list[dist.Work]] = {}
         ranks.at_end(self._close)
+
+    def proceed(self) -> None:
+        """Called before a layer is started, where this process has room for it; see `Ranks.proceed`."""
+        self._ranks.proceed()
 
     def start(self, layer: Hashable, wholes: Sequence[Tensor]) -> None:
         """Start to fill a layer's tensors from the slices of all ranks; returns at once.

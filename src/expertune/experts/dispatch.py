@@ -9,6 +9,9 @@ All ranks exchange as often as each other, also where one has no token, or none 
 checkpointing the routing is kept and not exchanged again: a router that chose otherwise when it is computed again could
 send other numbers of tokens than the other ranks wait for.
 
+Before each series of exchanges the ranks make sure that none has run out of memory since the last one. A rank on which
+it runs out within a series sends zeros in the rest of it (`ExpertParallel.finish`), and says so before the next.
+
 Shape suffixes: T tokens of this rank, S of these as they are sent, N tokens as they are received, R pairs of a received
 token and an expert of this rank, K experts per token, D hidden size.
 """
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from expertune.distributed.parallel import ExpertParallel
+from expertune.distributed.parallel import Due, ExpertParallel
 
 
 class Copies(NamedTuple):
@@ -79,13 +82,18 @@ class Dispatch:
     Args:
         parallel: the ranks that share the experts out.
         num_experts: of the layer, on all ranks together.
-        index_TK: int64 [T, K], the experts of this rank's tokens.
+        tokens: of this rank: hidden states [T, D], their experts int64 [T, K], and the router's weights [T, K].
         recorded: the routing of an earlier call, which is then taken as it was.
     """
 
     def __init__(
-        self, parallel: ExpertParallel, num_experts: int, index_TK: Tensor, recorded: Routing | None = None
+        self,
+        parallel: ExpertParallel,
+        num_experts: int,
+        tokens: tuple[Tensor, Tensor, Tensor],
+        recorded: Routing | None = None,
     ) -> None:
+        hidden_TD, index_TK, weights_TK = tokens
         self._parallel = parallel
         index_TK = index_TK if recorded is None else recorded.index_TK
         owner_TK, local_TK = _owners(parallel, num_experts, index_TK.device)[:, index_TK]
@@ -93,14 +101,17 @@ class Dispatch:
         goes_TW = (owner_TK[:, :, None] == ranks).any(dim=1)
         self._sent = Copies.where(goes_TW, by_slot=True)
         if recorded is None:
-            sent = goes_TW.sum(dim=0)
-            counts = torch.stack([sent, parallel.counts_for_this(sent)])
+            counts = goes_TW.sum(dim=0).repeat(2, 1)
+            parallel.proceed()
+            parallel.exchange_counts(counts)
             self._num_sent, self._num_received = counts.tolist()
+            parallel.begin(*map(self._there, (local_TK, hidden_TD, weights_TK)), self._back(hidden_TD))
             is_there_SK = owner_TK[self._sent.source_C] == self._sent.slot_C[:, None]
             local_NK = self._to_owners(local_TK[self._sent.source_C].masked_fill(~is_there_SK, -1))
             recorded = Routing(index_TK, local_NK, counts)
         else:
             self._num_sent, self._num_received = recorded.counts.tolist()
+            self._begin(*map(self._there, (hidden_TD, weights_TK)))
         self.routing = recorded
         self._pairs = Copies.where(recorded.local_NK >= 0)
 
@@ -121,6 +132,16 @@ class Dispatch:
             replayed_TD: what an earlier call with this routing returned; nothing is exchanged then before backward.
         """
         return _GiveBack.apply(self, y_RD, replayed_TD)
+
+    def _begin(self, *due: Due) -> None:
+        self._parallel.proceed()
+        self._parallel.begin(*due)
+
+    def _there(self, like: Tensor) -> Due:
+        return Due(self._num_sent, self._num_received, like.shape[1:], like.dtype)
+
+    def _back(self, like: Tensor) -> Due:
+        return Due(self._num_received, self._num_sent, like.shape[1:], like.dtype)
 
     def _to_owners(self, rows_SX: Tensor) -> Tensor:
         return self._parallel.exchange(rows_SX, self._num_sent, self._num_received)
@@ -143,9 +164,11 @@ class _Send(torch.autograd.Function):
     def backward(ctx: Any, dhidden_RD: Tensor, dweights_R1: Tensor) -> tuple[None, Tensor, Tensor]:
         way: Dispatch = ctx.way
         pairs = way._pairs
-        dhidden_SD = way._to_sources(pairs.add(dhidden_RD))
+        dhidden_ND = pairs.add(dhidden_RD)
         dweights_NK = dweights_R1.new_zeros(pairs.place_RM.shape)
         dweights_NK[pairs.source_C, pairs.slot_C] = dweights_R1[:, 0]
+        way._begin(way._back(dhidden_ND), way._back(dweights_NK))
+        dhidden_SD = way._to_sources(dhidden_ND)
         dweights_SK = way._to_sources(dweights_NK)
         return None, way._sent.add(dhidden_SD), way._sent.add(dweights_SK)
 
@@ -162,7 +185,9 @@ class _GiveBack(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[None, Tensor, None]:
         way: Dispatch = ctx.way
-        return None, way._pairs.take(way._to_owners(way._sent.take(dout_TD))), None
+        dout_SD = way._sent.take(dout_TD)
+        way._begin(way._there(dout_SD))
+        return None, way._pairs.take(way._to_owners(dout_SD)), None
 
 
 def _owners(parallel: ExpertParallel, num_experts: int, device: torch.device) -> Tensor:

@@ -188,7 +188,7 @@ class Nf4Experts(nn.Module, HasKernelSettings):
         """All experts, for this rank's tokens; for backward also what `_compute` keeps, and the routing."""
         replayed = recorded[0] if recorded else None
         low_rank, routing = recorded[1 : 1 + len(updates)], recorded[1 + len(updates) :]
-        way = Dispatch(parallel, self.num_experts, index, Routing(*routing) if recorded else None)
+        way = Dispatch(parallel, self.num_experts, (hidden, index, weights), Routing(*routing) if recorded else None)
         hidden_RD, weights_R1 = way.send(hidden, weights)
         # Backward needs the operator, and not what it gave: that is in the recorded sums.
         again = [hidden_RD.detach(), *low_rank] if recorded else []

@@ -72,6 +72,11 @@ class Placement:
             self.locations[name] = to
         self._connect()
 
+    def drop_loaded(self) -> None:
+        """Drop what has been loaded of offloaded or sharded layers; it is loaded again when it is used."""
+        if self._prefetcher is not None:
+            self._prefetcher.drop_loaded()
+
     def offload_more(self) -> str | None:
         """Move half of the layers that are still on the device to the host, or from there to disk, during a run.
 

@@ -41,6 +41,15 @@ class GatheredLayers(SlotLayers):
         rooms = [[_bytes(part.size * part.each(whole)) for whole in of_layer] for of_layer in wholes]
         super().__init__(slices, device, rooms)
 
+    def start(self, layer: int) -> None:
+        """Start to fill a free slot, as soon as all ranks do.
+
+        Raises:
+            AbandonedError: a rank is out of memory; see `expertune.distributed.mesh.Ranks.proceed`.
+        """
+        self._sharding.proceed()
+        super().start(layer)
+
     def wait(self, layer: int) -> list[Tensor]:
         """The layer's tensors in its slot; work that is issued after this sees them filled."""
         rooms = super().wait(layer)

@@ -88,10 +88,14 @@ class Prefetcher:
             if following is not None and not reused:
                 self._drop(layer)
 
-    def close(self) -> None:
-        """Drop every layer; the prefetcher is not used afterwards."""
+    def drop_loaded(self) -> None:
+        """Drop every layer."""
         for layer in list(self._loaded):
             self._drop(layer)
+
+    def close(self) -> None:
+        """Drop every layer; the prefetcher is not used afterwards."""
+        self.drop_loaded()
         self.backend.close()
 
     def _following(self, layer: int, backward: bool) -> int | None:

@@ -60,7 +60,7 @@ def least_budget(context: RunContext) -> int | None:
     machine = Machine.of(config)
     own = machine.budget_bytes
     if machine.device.type == "cpu" and config.memory_budget is None:
-        own //= ranks.num_local
+        own //= len(ranks.local)
     return min(ranks.gather(own))
 
 

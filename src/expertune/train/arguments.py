@@ -69,10 +69,16 @@ def training_arguments(training: Mapping[str, Any], output_dir: str, device: tor
         args = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"training: transformers refuses a value: {error}") from None
-    # Of several GPUs that a process sees, transformers would use all: a batch on each, by nn.DataParallel. It has no
-    # argument for one; the attribute was read from releases 5.20 to 5.24, and a test checks it.
-    args._n_gpu = min(args.n_gpu, 1)
+    use_one_gpu(args)
     return args, notes
+
+
+def use_one_gpu(args: TrainingArguments) -> None:
+    """Of several GPUs that a process sees, transformers would use all: a batch on each, by nn.DataParallel.
+
+    It has no argument for one; the attribute was read from releases 5.20 to 5.24, and a test checks it.
+    """
+    args._n_gpu = min(args.n_gpu, 1)
 
 
 def _use_new_names(values: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
-"""What is watched in training: series of figures, the progress bar, peak memory; and the best checkpoint's path."""
+"""What is watched in training: series of figures, the progress bar, peak memory; chance, and the best checkpoint."""
 
+import random
 import resource
 import sys
 import time
@@ -7,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
@@ -183,6 +185,22 @@ class BestCheckpointHere(TrainerCallback):
         best = best_of(self.resumed_from)
         if best and (self.run_dir / best).is_dir():
             state.best_model_checkpoint = str(self.run_dir / best)
+
+
+class RandomState:
+    """Python's, numpy's and torch's generators as they are now."""
+
+    def __init__(self) -> None:
+        self._python, self._numpy, self._cpu = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore(self) -> None:
+        """Draw from here on what was drawn after this was made."""
+        random.setstate(self._python)
+        numpy.random.set_state(self._numpy)
+        torch.set_rng_state(self._cpu)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
 
 
 class OwnRandomness(TrainerCallback):

@@ -37,11 +37,16 @@ class Exchange:
         self._model = model
 
     def require_same_step(self, args: TrainingArguments) -> None:
-        """Refuse what would not be the same step where experts are shared out to ranks.
+        """Refuse what would not be the same step as that of one process.
 
         Raises:
             ConfigError: names the setting, and what to set.
         """
+        if args.world_size != self.ranks.world_size:
+            raise ConfigError(
+                f"this is one of {args.world_size} processes, and the trainer was made for {self.ranks.world_size}; "
+                "give it promised=Promised(ranks=ranks) with the ranks of expertune.distributed.mesh.open_ranks()"
+            )
         if self.parallel is None:
             return
         if args.fp16:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 _MAX_NAMED = 3
+_MAX_EXAMPLES = 8
 
 
 def norm_of_gradients(model: nn.Module, norm: Tensor | float | None) -> float:
@@ -60,3 +61,13 @@ def in_words(names: list[str]) -> str:
     """The first of some parameters' names, and how many more there are."""
     more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
     return ", ".join(names[:_MAX_NAMED]) + more
+
+
+def bad_step(what: str, step: int, places: list[str], last_good: str) -> str:
+    """What is said of a step that cannot be taken, with the examples that it was taken on."""
+    more = f" and {len(places) - _MAX_EXAMPLES} more" if len(places) > _MAX_EXAMPLES else ""
+    on = f" on {', '.join(places[:_MAX_EXAMPLES])}{more}" if places else ""
+    return (
+        f"{what} in step {step}{on}; {last_good}. Look at these examples, or start a new run with a lower "
+        "training.learning_rate, if you like from this adapter by lora.init_from"
+    )

@@ -5,30 +5,29 @@ recorded, holds for the rest of the run, and is repeated at the same step when t
 and the preflight check use smaller batches in the same way. The optimizer's states are allocated before the first step.
 
 Of several processes all run a step again where memory runs out on one, each with all changes. Batches of an evaluation
-and of answers, whose results do not depend on them, are cut by each as its own memory demands.
+and of answers, whose results do not depend on them, are cut by each as its own memory demands; where processes hold
+the experts together, all cut those of an evaluation, and answers are not tried again.
 """
 
 import gc
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
 
-import numpy
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from expertune.data.split import Batch, halve, size, split
-from expertune.distributed.mesh import Ranks
+from expertune.distributed.mesh import AbandonedError, Ranks
 from expertune.errors import DoesNotFitError, option
-from expertune.experts.module import in_lockstep
+from expertune.experts.module import in_lockstep, parallel_of
 from expertune.kernels import workspace
 from expertune.kernels.routes import settings_of
 from expertune.placement.experts import placement_of
 from expertune.placement.out_of_memory import in_one_line, is_out_of_memory
-from expertune.train.callbacks import peak_memory_bytes
+from expertune.train.callbacks import RandomState, peak_memory_bytes
 from expertune.train.checkpoints import last_good_checkpoint
 from expertune.train.offload import has_separate_host
 from expertune.train.optim import allocate_states
@@ -37,6 +36,9 @@ Phase = Literal["preflight", "optimizer", "training", "evaluation", "generation"
 _Result = TypeVar("_Result")
 
 FREED = "unused memory was freed"
+
+# What an attempt reports in place of the allocator's words where another rank has ended the pass.
+_ELSEWHERE = "on another rank"
 
 # What all ranks do at the same time, so that they can decide together.
 _TOGETHER: tuple[Phase, ...] = ("preflight", "optimizer", "training")
@@ -85,22 +87,6 @@ class Change:
         return asdict(self)
 
 
-class RandomState:
-    """Python's, numpy's and torch's generators as they are now."""
-
-    def __init__(self) -> None:
-        self._python, self._numpy, self._cpu = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-    def restore(self) -> None:
-        """Draw from here on what was drawn after this was made."""
-        random.setstate(self._python)
-        numpy.random.set_state(self._numpy)
-        torch.set_rng_state(self._cpu)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
-
-
 class OutOfMemory(TrainerCallback):
     """Runs again what ran out of memory, or raises DoesNotFitError where no fallback is left.
 
@@ -134,7 +120,8 @@ class OutOfMemory(TrainerCallback):
         self.limits: dict[str, int] = {}
         self.offload_activations = offload and has_separate_host(device)
         self._model, self._notify, self.ranks = model, notify, ranks or Ranks()
-        self._shares_experts = in_lockstep(model)
+        self._in_lockstep, self._parallel = in_lockstep(model), parallel_of(model)
+        self._together = (*_TOGETHER, "evaluation") if self._in_lockstep else _TOGETHER
         self._earlier = sorted((Change(**change) for change in earlier), key=lambda change: change.step)
         self._tried: list[str] = []
         self._batches: list[Batch] = []
@@ -213,7 +200,7 @@ class OutOfMemory(TrainerCallback):
             if freed:
                 self._fall_back(phase, error)
             else:
-                self._notify(Change(self._step, phase, error or "on another rank", FREED))
+                self._notify(Change(self._step, phase, error or _ELSEWHERE, FREED))
             freed = True
 
     @contextmanager
@@ -246,10 +233,14 @@ class OutOfMemory(TrainerCallback):
         def compute_all() -> list[_Result]:
             nonlocal part
             results = []
-            limit = None if self._shares_experts else self.limits.get(_LIMITS[phase][0])
             for batch in batches:
-                for part in split(batch, limit):
+                parts = split(batch, self.limits.get(_LIMITS[phase][0]))
+                num_idle = self._num_idle(phase, len(parts))
+                for part in parts:
                     results.append(compute(part))
+                part, idle = None, _nothing_of(parts[0]) if phase == "training" else parts[0]
+                for _ in range(num_idle):
+                    compute(idle)
             return results
 
         taken_again = False
@@ -260,32 +251,50 @@ class OutOfMemory(TrainerCallback):
             self._fall_back(phase, error, None if why_whole else part, why_whole)
             batches, taken_again = start_over(), True
 
+    def _num_idle(self, phase: Phase, num_parts: int) -> int:
+        """How many more parts another rank has of a batch: ranks in lockstep compute equally often."""
+        if not self._in_lockstep or _LIMITS[phase][0] not in self.limits:
+            return 0
+        self.ranks.proceed()
+        return max(self.ranks.gather(num_parts)) - num_parts
+
     def _failed(self, phase: Phase, error: str | None) -> bool:
         """Whether something has to be run again: because memory ran out here, or on any rank that does the same."""
-        failed = error is not None
-        if self._shares_experts and phase != "optimizer":
-            if error is not None:
-                why = ", in which processes that share the experts out need each other, so that none can run it again"
+        if phase not in self._together:
+            if error is not None and self._in_lockstep:
+                why = (
+                    ", in which processes that hold the experts together need each other, so that none can run it again"
+                )
                 raise self._error(_when(phase, self._step), error, why)
-            return False
-        return self.ranks.any(failed) if phase in _TOGETHER else failed
+            return error is not None
+        if error not in (None, _ELSEWHERE) and self._parallel:
+            _, again = _attempt(self._parallel.finish)
+            if again is not None:
+                why = ", and again in what other processes need to go on"
+                raise self._error(_when(phase, self._step), again, why)
+        failed = error == _ELSEWHERE or self.ranks.any(error is not None)
+        placement = placement_of(self._model) if failed and self._in_lockstep else None
+        if placement:
+            placement.drop_loaded()  # all begin again with the same layers under way: none
+        return failed
 
     def _fall_back(self, phase: Phase, error: str | None, part: Any = None, why_whole: str | None = None) -> None:
         """Choose the next fallback where memory ran out, and use it from here on.
 
         Args:
             phase: what is being done.
-            error: what the allocator reported; None where memory ran out on other ranks only, whose choice is followed.
+            error: what was reported; where memory ran out on other ranks only, their choice is followed.
             part: the batch that failed, if it may be split.
             why_whole: why it may not.
         """
-        chosen = [] if error is None else [(*self._choose(phase, part), error)]
-        if phase in _TOGETHER and self.ranks.several:
+        is_own = error not in (None, _ELSEWHERE)
+        chosen = [(*self._choose(phase, part), str(error))] if is_own else []
+        if phase in self._together and self.ranks.several:
             chosen = _strictest(self.ranks.gather(chosen))
         for name, value, text in chosen:
             words = self._change(phase, name, value)
             if words is None:
-                if error is None:
+                if not is_own:
                     self.ranks.wait()  # until the rank that ran out of memory has ended, and said why
                 whole = f" (micro-batches are not split: {why_whole})" if why_whole else ""
                 place = " in forward or backward," if phase == "training" else ","
@@ -367,9 +376,11 @@ def _strictest(of_ranks: Sequence[Sequence[tuple[str, int, str]]]) -> list[tuple
 
 
 def _attempt(do: Callable[[], _Result]) -> tuple[_Result | None, str | None]:
-    """What `do` returns, or what the allocator reported; what a failed attempt has left is freed."""
+    """What `do` returns, or the allocator's report (or `_ELSEWHERE`); what a failed attempt has left is freed."""
     try:
         return do(), None
+    except AbandonedError:
+        report = _ELSEWHERE
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -380,6 +391,11 @@ def _attempt(do: Callable[[], _Result]) -> tuple[_Result | None, str | None]:
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return None, report
+
+
+def _nothing_of(batch: Batch) -> Batch:
+    """A batch without tokens."""
+    return {**batch, "input_ids": batch["input_ids"][:, :0]}
 
 
 def _when(during: str, step: int) -> str:

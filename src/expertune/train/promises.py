@@ -40,7 +40,8 @@ from expertune.distributed.mesh import Ranks
 from expertune.errors import CheckpointError, ConfigError, NonFiniteGradientError, NonFiniteLossError, option
 from expertune.experts.module import in_lockstep
 from expertune.storage import storage_errors_named
-from expertune.train.callbacks import BestCheckpointHere, History, OwnRandomness
+from expertune.train.arguments import use_one_gpu
+from expertune.train.callbacks import BestCheckpointHere, History, OwnRandomness, RandomState
 from expertune.train.checkpoints import (
     STAGING_NAME,
     find_resume_point,
@@ -52,6 +53,7 @@ from expertune.train.checkpoints import (
 from expertune.train.exchange import Exchange, gather_files, write_adapter
 from expertune.train.expert_load import ExpertLoad
 from expertune.train.finite import (
+    bad_step,
     gradients_of,
     in_words,
     is_lowered_by_scaler,
@@ -60,10 +62,8 @@ from expertune.train.finite import (
     trained_weights_of,
 )
 from expertune.train.offload import activations_on_host
-from expertune.train.oom import OutOfMemory, RandomState
+from expertune.train.oom import OutOfMemory
 from expertune.train.own_states import load_own_states, states_of_all
-
-_MAX_NAMED = 8
 
 
 class Evaluation(Protocol):
@@ -113,7 +113,9 @@ class Promises(Trainer):
         self._step_examples: list[int] = []
         self._stands_by = False
         super().__init__(*args, **kwargs)
-        self.oom = promised.oom or OutOfMemory(self.model, next(self.model.parameters()).device)
+        use_one_gpu(self.args)
+        self._train_batch_size = self.args.train_batch_size
+        self.oom = promised.oom or OutOfMemory(self.model, next(self.model.parameters()).device, ranks=self.ranks)
         self._exchange = Exchange(self.model, self.ranks)
         self._exchange.require_same_step(self.args)
         if self._exchange.parallel:
@@ -407,13 +409,7 @@ class Promises(Trainer):
         last = last_good_checkpoint(self.args.output_dir)
         if last.endswith(f"checkpoint-{self.state.global_step}"):
             last += " (the weights that this step began with)"
-        places = ", ".join(self.place_of(example) for example in examples[:_MAX_NAMED])
-        more = f" and {len(examples) - _MAX_NAMED} more" if len(examples) > _MAX_NAMED else ""
-        return (
-            f"{what} in step {self.state.global_step + 1}{f' on {places}{more}' if examples else ''}; {last}. Look at "
-            "these examples, or start a new run with a lower training.learning_rate, if you like from this adapter by "
-            "lora.init_from"
-        )
+        return bad_step(what, self.state.global_step + 1, [self.place_of(example) for example in examples], last)
 
 
 def _publish(staged: Path, run_dir: Path) -> None:
