@@ -34,6 +34,7 @@ from expertune.checkpoint.recipe import Recipe, read_recipe, recipe_of_folder
 from expertune.checkpoint.restore import ReadExperts, fill, missing_tensors
 from expertune.checkpoint.verified import require_verified
 from expertune.config import QuantizationConfig
+from expertune.distributed.mesh import Ranks
 from expertune.distributed.sharded import Sharing
 from expertune.errors import CheckpointError, ConfigError, ExportError
 from expertune.experts.contract import find_experts
@@ -180,6 +181,7 @@ def fingerprint_of(
     trust_remote_code: bool = False,
     notify: Callable[[str], None] | None = None,
     model: PreTrainedModel | None = None,
+    ranks: Ranks | None = None,
 ) -> Fingerprint:
     """What identifies the weights of a model folder, before it is loaded: from headers and a few output features.
 
@@ -190,6 +192,7 @@ def fingerprint_of(
         trust_remote_code: run Python that ships with the model.
         notify: called with one line where that takes a while.
         model: its model on the meta device, where it has been built already.
+        ranks: the processes that all call this, and verify a part each.
 
     Raises:
         CheckpointError: weights are missing or damaged.
@@ -197,7 +200,7 @@ def fingerprint_of(
     """
     folder = Path(folder)
     if is_nf4_folder(folder):
-        require_verified(folder, notify)
+        require_verified(folder, notify, ranks)
     index = read_nf4_folder(folder).index if is_nf4_folder(folder) else open_checkpoint(folder)
     if model is None:
         model = build_meta_model(folder, torch.bfloat16, trust_remote_code)

@@ -3,6 +3,8 @@
 A damaged byte of a weight raises nothing: the model answers, a little or a lot worse. So a folder is read once before
 it is used, at the speed of the disk, and what was found to be whole is remembered in the user's cache, by size and
 times of each file. Damage to the manifest itself is noticed by the digest that it holds of its own content.
+
+Of several processes each reads a part of the files, so that they are read once on each machine.
 """
 
 import time
@@ -15,6 +17,7 @@ import torch
 
 from expertune.checkpoint.formats.nf4_folder import FOLDER_MARK, read_manifest
 from expertune.checkpoint.writer import hash_file
+from expertune.distributed.mesh import Ranks
 from expertune.errors import CheckpointError
 from expertune.kernels.cache import cache_folder, read_kept
 from expertune.storage import write_json
@@ -31,7 +34,13 @@ _READERS = 4
 _WORTH_A_LINE = 2**30
 
 
-def require_verified(folder: str | Path, notify: Callable[[str], None] | None = None) -> None:
+# What this process knows from others to be whole; only one of them keeps it.
+_whole: dict[str, dict[str, list[int]]] = {}
+
+
+def require_verified(
+    folder: str | Path, notify: Callable[[str], None] | None = None, ranks: Ranks | None = None
+) -> None:
     """Refuse an NF4 folder whose files are not what was written.
 
     What has been verified on this machine, and has the same size and times since, is not read again.
@@ -39,35 +48,48 @@ def require_verified(folder: str | Path, notify: Callable[[str], None] | None = 
     Args:
         folder: a finished NF4 folder.
         notify: called with one line before a large folder is read.
+        ranks: the processes that all call this.
 
     Raises:
         CheckpointError: files are missing or have changed; names them.
     """
-    folder = Path(folder).resolve()
+    folder, ranks = Path(folder).resolve(), ranks or Ranks()
     files = read_manifest(folder)["files"]
-    if _remembered().get(str(folder)) == _states(folder, files):
+    states, key = _states(folder, files), str(folder)
+    known = states is not None and states in (_whole.get(key), _remembered().get(key))
+    if not ranks.any(not known):
         return
     nbytes = sum(record["bytes"] for record in files.values())
     if notify and nbytes >= _WORTH_A_LINE:
         notify(f"{folder}: verifying {nbytes / 1e9:.1f} GB against its manifest, once on this machine")
-    verify(folder)
+    verify(folder, ranks)
 
 
-def verify(folder: str | Path) -> int:
+def verify(folder: str | Path, ranks: Ranks | None = None) -> int:
     """Hash every file of an NF4 folder, whatever is remembered of it; returns their number.
+
+    Args:
+        folder: a finished NF4 folder.
+        ranks: the processes that all call this.
 
     Raises:
         CheckpointError: files are missing or have changed; names them.
     """
-    folder = Path(folder).resolve()
+    folder, ranks = Path(folder).resolve(), ranks or Ranks()
     files = read_manifest(folder)["files"]
     before = _states(folder, files)
-    _require_same(folder, files)
-    _remember(folder, before)
+    _require_same(folder, files, ranks)
+    if ranks.several and before:
+        _whole[str(folder)] = before
+    if ranks.rank == ranks.local[0]:
+        _remember(folder, before)
     return len(files)
 
 
-def _require_same(folder: Path, files: dict[str, Any]) -> None:
+def _require_same(folder: Path, files: dict[str, Any], ranks: Ranks) -> None:
+    largest_first = sorted(files, key=lambda name: -files[name]["bytes"])
+    own = largest_first[ranks.local.index(ranks.rank) :: len(ranks.local)]
+
     def change(name: str) -> str | None:
         path, record = folder / name, files[name]
         try:
@@ -80,8 +102,8 @@ def _require_same(folder: Path, files: dict[str, Any]) -> None:
         return None
 
     with ThreadPoolExecutor(min(_READERS, torch.get_num_threads())) as pool:
-        changed = [problem for problem in pool.map(change, files) if problem]
-    if changed:
+        found = [problem for problem in pool.map(change, own) if problem]
+    if changed := sorted({problem for of_rank in ranks.gather(found) for problem in of_rank}):
         raise CheckpointError(
             f"{folder}: changed since it was written: {', '.join(changed)}; copy the folder again, or quantize the "
             "model again"
