@@ -1,9 +1,10 @@
-"""A simulation of 8 to 1024 ranks: a step's time from bytes that are counted and the published rates of links.
+"""A simulation of 8 to 1024 ranks: a step's time from bytes by the plan's formulas and the published rates of links.
 
     python benchmarks/scaling.py --measured benchmarks/results/distributed.json --json OUT --png OUT
 
-Nothing here has been measured but the step of one H100 that it starts from. `check` has the same arithmetic for the
-ranks that were measured on this machine, with the rates of its gloo, beside what was measured.
+Nothing here has been measured but the step of one H100 that it starts from, and that the formulas give what
+benchmarks/distributed.py counts. `check` has the same arithmetic for the ranks that were measured on this machine, with
+the rates of its gloo, beside what was measured.
 """
 
 import argparse

@@ -134,6 +134,9 @@ def test_guide_names_the_variables_that_a_launcher_sets() -> None:
 # The recipes themselves, on two CPU processes of this machine.
 
 
+ACCELERATE = ["accelerate", "launch", "--num_processes", "2", "--main_process_port", "29518"]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_place(tmp_path_factory.mktemp("recipes") / "place")
@@ -143,9 +146,13 @@ def start(place: Path, recipe: str, name: str, *arguments: str, **environment: s
     """Start a recipe in a folder with a run file."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     paths = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    program = [sys.executable] if recipe.endswith(".py") else []
+    program = {
+        ".sh": [str(FOLDER / recipe)],
+        ".py": [sys.executable, str(FOLDER / recipe)],
+        ".yaml": [*ACCELERATE, "--config_file", str(FOLDER / recipe), "-m", "expertune", "train"],
+    }
     return subprocess.Popen(
-        [*program, str(FOLDER / recipe), "run.yaml", f"output_dir={name}", *arguments],
+        [*program[Path(recipe).suffix], "run.yaml", f"output_dir={name}", *arguments],
         cwd=place,
         env=os.environ | {"PATH": path, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
@@ -178,6 +185,12 @@ def test_two_machines_of_one_process_give_the_bytes_of_one_machine_of_two(place:
     nodes = [start(place, "torchrun-several-machines.sh", "nodes", *TWO, NODE=node, **where) for node in ("0", "1")]
     assert [end(node) for node in nodes] == ["nodes\n", ""]
     assert adapter(place, "nodes") == one_machine
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_give_the_bytes_of_torchrun(place: Path, one_machine: bytes) -> None:
+    assert end(start(place, "accelerate.yaml", "accelerate", *TWO)) == "accelerate\n"
+    assert adapter(place, "accelerate") == one_machine
 
 
 @pytest.mark.slow
