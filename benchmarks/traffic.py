@@ -34,26 +34,33 @@ def _nbytes(tensors: Any) -> int:
     return tensors.nbytes if isinstance(tensors, Tensor) else sum(map(_nbytes, tensors))
 
 
-def _all_to_all(group: dist.ProcessGroup, arguments: Sequence[Any]) -> float:
-    rows, splits = arguments[1], arguments[4]
+Sent = Callable[[dist.ProcessGroup, Sequence[Any]], float]
+
+
+def _around_ring(tensor: int, times: int = 1) -> Sent:
+    """(W - 1) / W of the argument with this number, so many times."""
+    return lambda group, given: times * _nbytes(given[tensor]) * (group.size() - 1) / group.size()
+
+
+def _to_each(group: dist.ProcessGroup, given: Sequence[Any]) -> float:
+    return _nbytes(given[1]) * (group.size() - 1)
+
+
+def _rows_for_others(group: dist.ProcessGroup, given: Sequence[Any]) -> float:
+    rows, splits = given[1], given[4]
     if not splits:
         return rows.nbytes * (group.size() - 1) / group.size()
-    away = sum(splits) - splits[group.rank()]
-    return away * rows[:1].nbytes
+    return (sum(splits) - splits[group.rank()]) * rows[:1].nbytes
 
 
-# Arguments of torch's operators, as torch 2.13 has them: where their outputs come first, the input is second.
-_SENT: Mapping[str, tuple[str, Callable[[dist.ProcessGroup, Sequence[Any]], float]]] = {
-    "allreduce_": ("all_reduce", lambda group, given: 2 * _nbytes(given[0]) * (group.size() - 1) / group.size()),
-    "allgather_": ("all_gather", lambda group, given: _nbytes(given[1]) * (group.size() - 1)),
-    "_allgather_base_": ("all_gather", lambda group, given: _nbytes(given[1]) * (group.size() - 1)),
-    "allgather_into_tensor_coalesced_": ("all_gather", lambda group, given: _nbytes(given[1]) * (group.size() - 1)),
-    "_reduce_scatter_base_": (
-        "reduce_scatter",
-        lambda group, given: _nbytes(given[1]) * (group.size() - 1) / group.size(),
-    ),
-    "alltoall_base_": ("all_to_all", _all_to_all),
-    "broadcast_": ("broadcast", lambda group, given: _nbytes(given[0]) * (group.size() - 1) / group.size()),
+# By torch's operators, with their arguments as torch 2.13 has them: where an output comes first, the input is second.
+_SENT: Mapping[str, tuple[str, Sent]] = {
+    "allreduce_": ("all_reduce", _around_ring(0, times=2)),
+    "allgather_": ("all_gather", _to_each),
+    "_allgather_base_": ("all_gather", _to_each),
+    "_reduce_scatter_base_": ("reduce_scatter", _around_ring(1)),
+    "alltoall_base_": ("all_to_all", _rows_for_others),
+    "broadcast_": ("broadcast", _around_ring(0)),
     "barrier": ("barrier", lambda group, given: 0),
 }
 
