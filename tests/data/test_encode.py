@@ -10,8 +10,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from expertune.config import DataConfig
 from expertune.data import IGNORE_INDEX, encode_prompt, prepare_examples
 from expertune.data.column_template import Rendered
-from expertune.data.encode import TokenizesAhead, check_tokenizer, encode_example
+from expertune.data.encode import check_tokenizer, encode_example
 from expertune.data.lint import ExampleError
+from expertune.data.text_ids import TokenizesAhead
 from expertune.errors import ConfigError
 
 

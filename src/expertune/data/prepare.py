@@ -9,7 +9,7 @@ from expertune.config import DataConfig
 from expertune.data import token_cache
 from expertune.data.column_template import Rendered, Template
 from expertune.data.columns import ColumnUse, check_names, refuse_tree
-from expertune.data.encode import TokenizesAhead, check_tokenizer, encode_example
+from expertune.data.encode import check_tokenizer, encode_example
 from expertune.data.examples import Tally, TokenizedExample, TokenizedExamples
 from expertune.data.formats import LAYOUTS, Example, Layout, find_layout, rename
 from expertune.data.lint import (
@@ -28,6 +28,7 @@ from expertune.data.readers import SourceExample
 from expertune.data.sources import SourceExamples, find_source
 from expertune.data.special_tokens import SpecialTokens, part_of, text_of, without_end
 from expertune.data.template import default_template, is_own_file, load_template, own_file_names
+from expertune.data.text_ids import TokenizesAhead
 from expertune.data.trial import try_template
 from expertune.errors import ConfigError, DataError
 
