@@ -129,9 +129,9 @@ def test_group_that_the_environment_does_not_know_of_is_refused(monkeypatch: pyt
 
 def test_without_a_launcher_the_key_has_no_effect_and_unknown_modes_are_refused() -> None:
     values = {"model": "m", "data": {"train": "t"}, "output_dir": "o"}
-    for mode in ("auto", "replicate", "parallel"):
+    for mode in ("auto", "replicate", "shard", "parallel"):
         assert parse_config(values | {"distributed": {"experts": mode}}).distributed.experts == mode
-    with pytest.raises(ConfigError, match=r"distributed\.experts.*'auto', 'replicate' or 'parallel'"):
+    with pytest.raises(ConfigError, match=r"distributed\.experts.*'auto', 'replicate', 'shard' or 'parallel'"):
         parse_config(values | {"distributed": {"experts": "scatter"}})
 
 
