@@ -5,8 +5,6 @@ import json
 import multiprocessing
 import pickle
 import resource
-import subprocess
-import sys
 import warnings
 from datetime import date, timedelta
 from pathlib import Path
@@ -21,10 +19,11 @@ from expertune.data.sources import find_source
 from expertune.data.special_tokens import plain_places
 from expertune.data.token_cache import MappedExamples, cache_key
 from expertune.errors import DataError
+from tests.processes import run_program
 
 ROWS = [
     {"instruction": f"What is {n} plus </s> one?", "context": "Sums. " * (n % 5), "response": f"It is {n + 1}, é."}
-    for n in range(600)
+    for n in range(250)
 ]
 TALK = [
     {
@@ -35,7 +34,7 @@ TALK = [
             {"role": "assistant", "content": "No."},
         ]
     }
-    for n in range(300)
+    for n in range(120)
 ]
 KINDS = ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "rows.txt", "rows.jsonl.gz", "rows.csv.gz"]
 
@@ -76,11 +75,11 @@ def state(folder):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_large_source_gives_the_same_examples_and_report_made_and_found_again(name, tmp_path, tiny_tokenizer, large):
-    data = DataConfig(train=f"{write(tmp_path / name, ROWS)}[7:590]", max_length=40, on_error="skip")
+    data = DataConfig(train=f"{write(tmp_path / name, ROWS)}[7:240]", max_length=40, on_error="skip")
     expected = prepare_examples(data, "train", tiny_tokenizer)
     folder, told = large(), []
     made = prepare_examples(data, "train", tiny_tokenizer, lambda done, total: told.append((done, total)))
-    assert told == [(done, 583) for done in range(0, 583, 64)]
+    assert told == [(done, 233) for done in range(0, 233, 64)]
     before = state(folder)
     found = prepare_examples(data, "train", tiny_tokenizer)
     assert state(folder) == before
@@ -171,7 +170,7 @@ def test_examples_of_a_template_that_writes_the_date_are_kept_for_a_day(tmp_path
     "damage", ["truncated", "one bit", "no report", "broken report", "other report", "no examples"]
 )
 def test_damaged_tokens_are_made_again(damage, tmp_path, tiny_tokenizer, large):
-    data = DataConfig(train=write(tmp_path / "rows.jsonl", ROWS))
+    data = DataConfig(train=write(tmp_path / "rows.jsonl", ROWS[:100]))
     expected = prepare_examples(data, "train", tiny_tokenizer)
     folder = large()
     prepare_examples(data, "train", tiny_tokenizer)
@@ -246,7 +245,7 @@ def test_bad_rows_of_a_large_source_are_named_as_those_of_a_small_one(name, tmp_
 
     expected = said()
     assert f"{name}: row 74: empty completion: response holds no text; fill it in" in expected
-    assert "9 of 600 examples cannot be used" in expected
+    assert "4 of 250 examples cannot be used" in expected
     folder = large()
     assert said() == expected
     assert list(folder.iterdir()) == []
@@ -274,7 +273,7 @@ def test_large_source_that_cannot_be_read_is_the_error_of_a_small_one(
 def test_examples_longer_than_the_context_are_found_without_reading_them(tmp_path, tiny_tokenizer, large):
     data = DataConfig(train=write(tmp_path / "rows.jsonl", [*ROWS, ROWS[0] | {"context": "long " * 99}]))
     large()
-    with pytest.raises(DataError, match=r"1 of 601 examples are longer than .* context of 90 tokens; .*row 601, "):
+    with pytest.raises(DataError, match=r"1 of 251 examples are longer than .* context of 90 tokens; .*row 251, "):
         prepare_run(data, tiny_tokenizer, context=90)
 
 
@@ -322,8 +321,5 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path, large):
     }
     paths = [write(tmp_path / f"{count}.jsonl", [row | {"id": n} for n in range(count)]) for count in (500, 5000)]
     tokenizer = Path(token_cache.__file__).parents[1] / "assets" / "tiny-mixtral"
-    run = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tokenizer), *paths], capture_output=True, text=True, check=True
-    )
-    few, many = json.loads(run.stdout)
+    few, many = json.loads(run_program(MEMORY, str(tokenizer), *paths).out)
     assert many - few < 25  # MiB; in lists it is 194 more
