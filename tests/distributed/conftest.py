@@ -5,16 +5,12 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.ranks import run_jobs
-from tests.distributed.test_replicated import BEFORE, ONE, train, write_place
+from tests.distributed.test_replicated import BEFORE, FEW, OF_FAMILY, ONE, UNEVEN, train, write_place
 
-TASK = ["task.metric=exact-match", "task.max_new_tokens=4", "task.batch_size=2"]
-RUNS = {
-    "mixtral-1": ["model=mixtral", *ONE, *TASK],
-    "qwen3_moe-1": ["model=qwen3_moe", *ONE],
-    "gpt_oss-1": ["model=gpt_oss", *ONE, "data.packing=padded"],
-    "few-1": [*ONE, "data.train=rows.jsonl[0:3]"],
+RUNS = {f"{family}-1": [f"model={family}", *ONE, *more] for family, more in OF_FAMILY.items()} | {
+    "few-1": [*ONE, *FEW],
     # Of one process it decides nothing.
-    "uneven-1": ["training.per_device_train_batch_size=3", "data.train=rows.jsonl[0:9]", "distributed.experts=shard"],
+    "uneven-1": ["training.per_device_train_batch_size=3", *UNEVEN, "distributed.experts=shard"],
 }
 
 

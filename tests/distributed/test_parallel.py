@@ -1,6 +1,7 @@
 """Experts shared out to ranks: the result of one process, from what each reads to the checkpoint that all write."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,22 +11,22 @@ from tests.distributed.ranks import command, run_jobs
 from tests.distributed.test_replicated import (
     BEFORE,
     FAMILIES,
+    FEW,
     FOUR,
     FULL_DISK,
     NOT_FINITE,
+    OF_FAMILY,
     ONE,
+    TASK,
     TWO,
+    UNEVEN,
     Place,
     assert_same_result,
     back_to_step_2,
     train,
-    write_place,
 )
 
 PARALLEL = ["distributed.experts=parallel"]
-TASK = ["task.metric=exact-match", "task.max_new_tokens=4", "task.batch_size=2"]
-OF_FAMILY = {"mixtral": TASK, "qwen3_moe": [], "gpt_oss": ["data.packing=padded"]}
-UNEVEN = ["data.train=rows.jsonl[0:9]"]
 
 # What a rank holds, which the record does not say.
 HELD = """
@@ -85,7 +86,6 @@ OutOfMemory._fall_back = again
 limits = dict(training="micro_batch_tokens", evaluation="evaluation_tokens")
 OutOfMemory._choose = lambda self, phase, part: (limits[phase], 16)
 """
-FEW = ["data.train=rows.jsonl[0:3]"]
 SCARCE_RUN = [
     *("training.per_device_train_batch_size=2", "training.per_device_eval_batch_size=2"),
     *("training.gradient_checkpointing=true", *PARALLEL, *FEW),
@@ -130,15 +130,13 @@ verified.hash_file = hashed
 def jobs() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for family, more in OF_FAMILY.items():
-        for world_size, arguments in ((1, ONE), (2, TWO + PARALLEL), (4, FOUR + PARALLEL)):
+        for world_size, arguments in ((2, TWO + PARALLEL), (4, FOUR + PARALLEL)):
             name = f"{family}-{world_size}"
             found[name] = train(world_size, name, [f"model={family}", *arguments, *more])
     three = ["training.per_device_train_batch_size=1", *PARALLEL]
     found |= {
         "again": train(2, "again", [*TWO, *PARALLEL, *TASK]),
-        "one of three": train(1, "uneven-1", ["training.per_device_train_batch_size=3", *UNEVEN]),
         "three": train(3, "uneven-3", [*three, *UNEVEN], {rank: HELD.format(rank=rank) for rank in range(3)}),
-        "three examples on one": train(1, "few-1", [*ONE, *FEW]),
         "three examples on four": train(4, "few-4", [*FOUR, *PARALLEL, *FEW]),
         "two by two": train(4, "mesh", [*FOUR, *PARALLEL, *TASK, "distributed.expert_parallel_size=2"], {3: TIMEOUTS}),
         "quantize": command(1, ["quantize", "mixtral", "nf4"]),
@@ -168,8 +166,8 @@ def jobs() -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    folder = write_place(tmp_path_factory.mktemp("parallel") / "place")
+def place(one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = Path(shutil.copytree(one_process, tmp_path_factory.mktemp("parallel") / "place"))
     return Place(folder, run_jobs(jobs(), folder, BEFORE))
 
 

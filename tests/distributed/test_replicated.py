@@ -1,6 +1,7 @@
 """Runs on several ranks: the same result as one process, one who writes, errors that all end by, and resuming."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tests.train.conftest import ASSETS, write_small_mixtral
 
 # What each rank would import and compute by itself.
 BEFORE = """
+from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.mixtral import modeling_mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 api.plan("run.yaml")
@@ -65,6 +67,10 @@ TWO = [
     *("data.merge_accumulation=false", "training.gradient_checkpointing=true"),
 ]
 FOUR = ["training.per_device_train_batch_size=1"]
+TASK = ["task.metric=exact-match", "task.max_new_tokens=4", "task.batch_size=2"]
+# Attention of gpt_oss does not keep concatenated sequences apart.
+OF_FAMILY = {"mixtral": TASK, "qwen3_moe": [], "gpt_oss": ["data.packing=padded"]}
+FEW, UNEVEN = ["data.train=rows.jsonl[0:3]"], ["data.train=rows.jsonl[0:9]"]
 DROPOUT = [*TWO, "lora.dropout=0.1", "training.load_best_model_at_end=true"]
 
 AT_STEP = """
@@ -168,30 +174,24 @@ def too_little_to_replicate(folder: Path) -> int:
 
 
 def jobs(budget: int) -> dict[str, list[str]]:
-    task = ["task.metric=exact-match", "task.max_new_tokens=4", "task.batch_size=2"]
     found: dict[str, list[str]] = {}
-    for family in FAMILIES:
-        for world_size, arguments in ((1, ONE), (2, TWO), (4, FOUR)):
-            name, more = f"{family}-{world_size}", []
-            if family == "gpt_oss":
-                more = ["data.packing=padded"]  # its attention does not keep concatenated sequences apart
-            elif family == "mixtral" and world_size < 4:
-                more = task
+    for family, more in OF_FAMILY.items():
+        for world_size, arguments in ((2, TWO), (4, FOUR)):
+            name = f"{family}-{world_size}"
             found[name] = train(world_size, name, [f"model={family}", *arguments, *more])
     found |= {
         "chosen": train(2, "chosen", [*TWO, "training.max_steps=1", f"memory_budget={budget}"]),
-        "three examples on one": train(1, "few-1", [*ONE, "data.train=rows.jsonl[0:3]"]),
-        "three examples on four": train(4, "few-4", [*FOUR, "data.train=rows.jsonl[0:3]"]),
+        "three examples on four": train(4, "few-4", [*FOUR, *FEW]),
         "dropout": train(2, "dropout", DROPOUT, {0: NO_WRAPPER, 1: NO_WRAPPER}),
         "stopped": train(2, "stopped", TWO, {0: STOPPED, 1: STOPPED}),
         "killed": train(2, "killed", DROPOUT, {1: KILLED}),
         "killed, resumed": train(2, "killed", [*DROPOUT, "--resume"]),
         "two, back": back_to_step_2("mixtral-2", "two-one"),
-        "two to one": train(1, "two-one", [*TWO, *task, "--resume"]),
+        "two to one": train(1, "two-one", [*TWO, *TASK, "--resume"]),
         "one, back": back_to_step_2("mixtral-1", "one-two"),
-        "one to two": train(2, "one-two", [*ONE, *task, "--resume"]),
+        "one to two": train(2, "one-two", [*ONE, *TASK, "--resume"]),
         "one, back again": back_to_step_2("mixtral-1", "three"),
-        "three cannot": train(3, "three", [*ONE, *task, "--resume"]),
+        "three cannot": train(3, "three", [*ONE, *TASK, "--resume"]),
         "without the file": train(2, "absent", TWO, {1: "os.chdir('bare')"}),
         "other files": train(2, "other", TWO, {1: "os.chdir('elsewhere')"}),
         "other run file": train(2, "file", TWO, {1: "extra.append('training.learning_rate=1e-3')"}),
@@ -223,8 +223,8 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    folder = write_place(tmp_path_factory.mktemp("ranks") / "place")
+def place(one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = Path(shutil.copytree(one_process, tmp_path_factory.mktemp("ranks") / "place"))
     for name in ("bare", "elsewhere"):
         (folder / name).mkdir()
         (folder / name / "run.yaml").write_bytes((folder / "run.yaml").read_bytes())

@@ -9,13 +9,14 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.formats.test_bnb4bit import BITSANDBYTES, pack
 from tests.checkpoint.formats.test_mxfp4 import pack_blocks
-from tests.distributed.conftest import RUNS, TASK
+from tests.distributed.conftest import RUNS
 from tests.distributed.ranks import command, run_jobs
 from tests.distributed.test_replicated import (
     BEFORE,
     FOUR,
     NOT_FINITE,
     SCARCE,
+    TASK,
     TWO,
     Place,
     assert_same_result,
