@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.ranks import run_jobs
-from tests.distributed.test_parallel import PARALLEL, TASK, assert_same_files
-from tests.distributed.test_replicated import BEFORE, TWO, Place, train, write_place
+from tests.distributed.test_parallel import PARALLEL, assert_same_files
+from tests.distributed.test_replicated import BEFORE, TASK, TWO, Place, train, write_place
 
 # In each phase a function that a rank does not come back from, and at which of its calls.
 PHASES = {
