@@ -349,7 +349,10 @@ class _Planner:
 
     def placement(self, run: RunConfig) -> PlannedPlacement:
         """Where a run's experts are held."""
-        return self.chooser.choose(run, self.machine.budget_bytes, lambda tried: self.peak_bytes(run, tried))
+        workload = self.workload(run)
+        return self.chooser.choose(
+            run, self.machine.budget_bytes, lambda tried: estimate_memory(workload, tried).peak_bytes
+        )
 
     def workload(self, run: RunConfig) -> Workload:
         """What a run file says of memory; targets are looked up once, since many run files are tried."""

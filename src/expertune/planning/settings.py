@@ -1,6 +1,7 @@
 """What a run file says about memory and time, on one model."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class Workload:
     offload: bool
     optimizer: str
 
-    @property
+    @cached_property
     def adapter_bytes(self) -> int:
         """The adapter's weights that a process trains; their gradients are as many bytes."""
         return count_adapter(self.inventory, self.targets, self.inventory.experts_here) * self.adapter_dtype.itemsize
