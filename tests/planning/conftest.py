@@ -28,8 +28,8 @@ def _models_are_built_once() -> Iterator[None]:
     build = plan.build_meta_model
     built = functools.cache(build)
 
-    def build_once(folder: Path, *settings: Any) -> Any:
-        return (built if folder.parent == FILES else build)(folder, *settings)
+    def build_once(folder: Path, *settings: Any, **named: Any) -> Any:
+        return (built if folder.parent == FILES else build)(folder, *settings, **named)
 
     with pytest.MonkeyPatch.context() as changed:
         changed.setattr(plan, "build_meta_model", build_once)

@@ -7,6 +7,7 @@ far, its 16-bit rest (embeddings, router, norms, lm_head), and the one tensor be
 import copy
 import math
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +23,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 
 from expertune.checkpoint.fingerprint import Fingerprint, read_fingerprint
 from expertune.checkpoint.formats.nf4_folder import Nf4Folder, is_nf4_folder, read_nf4_folder
@@ -76,8 +78,17 @@ class OffloadedExperts:
     sharing: Sharing | None = None
 
 
-def build_meta_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_meta_model(
+    folder: str | Path, dtype: torch.dtype, trust_remote_code: bool = False, shapes_only: bool = False
+) -> PreTrainedModel:
     """The model that a folder's config.json describes, with parameters on the meta device and real buffers.
+
+    Args:
+        folder: the model folder; nothing but its config.json counts.
+        dtype: of the parameters.
+        trust_remote_code: run Python that ships with the model.
+        shapes_only: for names, shapes and sizes alone: nothing is initialized, which takes two thirds of the time on
+            the meta device too, and buffers are as their modules make them.
 
     Raises:
         ConfigError: no config.json, a damaged one, or transformers cannot build a causal language model from it.
@@ -86,7 +97,8 @@ def build_meta_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: 
     read_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with init_empty_weights(include_buffers=False), _LargeTensorsOnMeta():
+        initialized = no_init_weights() if shapes_only else nullcontext()
+        with init_empty_weights(include_buffers=False), _LargeTensorsOnMeta(), initialized:
             return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:
         # Values of wrong types and sizes end in whatever the family's own code stumbles over.
@@ -203,7 +215,7 @@ def fingerprint_of(
         require_verified(folder, notify, ranks)
     index = read_nf4_folder(folder).index if is_nf4_folder(folder) else open_checkpoint(folder)
     if model is None:
-        model = build_meta_model(folder, torch.bfloat16, trust_remote_code)
+        model = build_meta_model(folder, torch.bfloat16, trust_remote_code, shapes_only=True)
     return read_fingerprint(folder, index.tensors, model, read_names(model))
 
 

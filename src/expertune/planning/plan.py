@@ -236,7 +236,7 @@ class Shapes:
 def read_shapes(config: RunConfig, compute_dtype: torch.dtype, trust_remote_code: bool = False) -> Shapes:
     """Read a run's model; see `plan_for`."""
     folder, on_hub = find_config(config.model, config.revision, trust_remote_code)
-    model = build_meta_model(folder, compute_dtype, trust_remote_code)
+    model = build_meta_model(folder, compute_dtype, trust_remote_code, shapes_only=True)
     # Creating parameters on the meta device separates those that the config ties.
     model.tie_weights()
     names = read_names(model)

@@ -56,7 +56,7 @@ def read_inputs(context: RunContext) -> Inputs:
     """
     config, trust = context.config, context.trust_remote_code
     source = fetch_model(config.model, config.revision, trust)
-    described = build_meta_model(source.folder, torch.bfloat16, trust)
+    described = build_meta_model(source.folder, torch.bfloat16, trust, shapes_only=True)
     base = fingerprint_of(source.folder, trust, context.notify, described, context.ranks)
     if config.lora.init_from and not config.lora.init_from_other_base:
         require_same_base(config.lora.init_from, base, config.model)
