@@ -60,17 +60,24 @@ def write_small_mixtral(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+_shared: dict[str, Path] = {}
+"""What is made once, by name: a fixture that another module imports is made again for it."""
+
+
 @pytest.fixture(scope="session")
 def small_mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_mixtral(tmp_path_factory.mktemp("models") / "small-mixtral")
+    if "model" not in _shared:
+        _shared["model"] = write_small_mixtral(tmp_path_factory.mktemp("models") / "small-mixtral")
+    return _shared["model"]
 
 
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    rows = [{"prompt": f"What is {n} plus {n + 1}?", "completion": f"It is {2 * n + 1}."} for n in range(24)]
-    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    return path
+    if "rows" not in _shared:
+        path = _shared["rows"] = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+        rows = [{"prompt": f"What is {n} plus {n + 1}?", "completion": f"It is {2 * n + 1}."} for n in range(24)]
+        path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return _shared["rows"]
 
 
 def nine_steps(model: Path, rows: Path, run_dir: Path) -> dict[str, Any]:
@@ -98,10 +105,6 @@ def nine_steps(model: Path, rows: Path, run_dir: Path) -> dict[str, Any]:
         },
         "output_dir": str(run_dir),
     }
-
-
-_shared: dict[str, Path] = {}
-"""Directories of runs that were made once, by name: a fixture that another module imports is made again for it."""
 
 
 def shared_run(name: str, model: Path, rows: Path, folders: pytest.TempPathFactory, **training: Any) -> Path:
