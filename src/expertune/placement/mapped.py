@@ -69,9 +69,14 @@ class MappedLayers:
 
 
 def page_out(tensors: Sequence[Tensor]) -> None:
-    """Give the memory of mapped tensors back; never of others, which would lose what they hold."""
+    """Give the memory of mapped tensors back; never of others, which would lose what they hold.
+
+    The whole mapping of each tensor is given back: paging in maps pages before the tensor's own as well, where the
+    page cache holds them in larger blocks.
+    """
     for tensor in tensors:
-        _advise(tensor, getattr(mmap, "MADV_DONTNEED", None))
+        whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+        _advise(whole, getattr(mmap, "MADV_DONTNEED", None))
 
 
 def _page_in(tensors: list[Tensor]) -> None:
