@@ -161,6 +161,12 @@ class Inventory:
         """4-bit weights that a rank reads in each pass over the layers."""
         return self.weights.linears_bytes + sum(self.layer_bytes)
 
+    @cached_property
+    def routers(self) -> dict[str, ExpertsSpec]:
+        """Owner of each router's [E, D] weight -> the experts that it routes to."""
+        found = {find_router(name, self.model, spec): spec for name, spec in self.names.specs.items()}
+        return {name: spec for name, spec in found.items() if name is not None}
+
     @property
     def takes_logits_to_keep(self) -> bool:
         """Whether the forward can be asked for the last position's logits alone, which generation then does."""
@@ -208,7 +214,7 @@ def count_parameters(inventory: Inventory, targets: ResolvedTargets) -> Paramete
     model, specs = inventory.model, inventory.names.specs
     head = model.get_output_embeddings()
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
-    halved = _stacks(specs) | {f"{name}.weight" for name in linears | _routers(inventory).keys()}
+    halved = _stacks(specs) | {f"{name}.weight" for name in linears | inventory.routers.keys()}
     total = packed = 0
     for name, parameter in model.named_parameters():
         total += parameter.numel()
@@ -234,7 +240,6 @@ def factor_sizes(
         targets: what the adapter changes.
         experts_of: how many experts of each layer are counted; None counts all.
     """
-    routers = _routers(inventory)
     for name, (rank, _) in targets.linears.items():
         linear = inventory.model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
@@ -242,7 +247,7 @@ def factor_sizes(
     for spec, size in expert_factors(inventory, targets):
         yield size * (experts_of(spec) if experts_of else spec.num_experts)
     for name, (rank, _) in targets.router.items():
-        yield from (rank * routers[name].num_experts, rank * routers[name].hidden_size)
+        yield from (rank * inventory.routers[name].num_experts, rank * inventory.routers[name].hidden_size)
 
 
 def expert_factors(inventory: Inventory, targets: ResolvedTargets) -> Iterator[tuple[ExpertsSpec, int]]:
@@ -301,12 +306,6 @@ def _within(layer: str, shapes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _stacks(specs: Mapping[str, ExpertsSpec]) -> set[str]:
     return {f"{name}.{stack}" for name, spec in specs.items() for stack in spec.weight_names}
-
-
-def _routers(inventory: Inventory) -> dict[str, ExpertsSpec]:
-    """Owner of each router's [E, D] weight -> the experts that it routes to."""
-    found = {find_router(name, inventory.model, spec): spec for name, spec in inventory.names.specs.items()}
-    return {name: spec for name, spec in found.items() if name is not None}
 
 
 def _config_value(config: Any, name: str) -> Any:
