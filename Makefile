@@ -34,9 +34,10 @@ test-oldest test-newest: test-%: .venv-%/.development
 	@.venv-$*/bin/python -m pip freeze --exclude-editable | grep -E '$(LIBRARIES)'
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -p no:cacheprovider -k 'not fuzz and not quantized_to_a_folder' $(SEAMS)
 
-# Tests that need minutes, or the tutorial's own stack in an environment beside ours.
+# Tests that need minutes, or the tutorial's own stack in an environment beside ours; and property tests with all examples.
 test-slow: $(VENV)/.development .venv-legacy/.ready .triton-oldest/.ready
 	$(BIN)/python -m pytest -m slow --timeout 1800
+	$(BIN)/python -m pytest --hypothesis-profile thorough $$(grep -rl --include='test_*.py' '^from hypothesis' tests)
 
 check: $(VENV)/.development
 	$(BIN)/ruff check .

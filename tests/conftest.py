@@ -28,16 +28,19 @@ import hypothesis  # noqa: E402 - after the environment that it reads
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.examples import THOROUGH  # noqa: E402
+
 # Property tests here move tensors about, and draw them: how long one example takes, or the drawing of it, says nothing.
 hypothesis.settings.register_profile(
     "expertune",
     deadline=None,
-    max_examples=25,
+    max_examples=10,
     derandomize=True,
     database=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("expertune")
+hypothesis.settings.register_profile("thorough", max_examples=THOROUGH)  # of the rest as the profile that is loaded
 
 
 def pytest_collection_finish() -> None:

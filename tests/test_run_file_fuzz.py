@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from expertune.cli import main
+from tests.examples import examples
 
 GOOD = """\
 model: some/model
@@ -109,7 +110,7 @@ def test_file_of_any_bytes_is_refused_by_name(run: Run, content: bytes) -> None:
 
 
 @given(st.lists(pieces, max_size=25).map("".join))
-@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=60)
+@examples(60)
 def test_file_of_any_yaml_tokens_is_refused(run: Run, content: str) -> None:
     refused(run, content.encode())
 
@@ -139,7 +140,7 @@ def test_damaged_run_file_is_refused(run: Run, damages: list[tuple[int, str, int
 
 
 @given(keys, plain)
-@settings(max_examples=80)
+@examples(80)
 def test_value_of_any_type_under_any_key_is_refused(run: Run, key: str, value: object) -> None:
     values = yaml.safe_load(GOOD)
     *sections, leaf = key.split(".")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from expertune.checkpoint.load import LoadedModel
 from expertune.errors import CheckpointError, ExpertuneError
 from tests.adapt.conftest import adapt, adopt, train_a_little
+from tests.examples import examples
 from tests.tiny_models import load_tiny, save_tiny_model
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -78,7 +79,7 @@ KEYS = [
 ]
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(changes=st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=2), bare=st.booleans())
 @example(changes={"r": 10**6}, bare=True)
 @example(changes={"lora_alpha": 0}, bare=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -30,6 +30,7 @@ from expertune.cli import app
 from expertune.config import parse_config
 from expertune.errors import ExpertuneError
 from expertune.planning import make_plan
+from tests.examples import examples
 from tests.tiny_models import load_tiny, save_tiny_model
 
 SHARD = "model.safetensors"
@@ -141,7 +142,7 @@ KEYS = st.sampled_from(
 )
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(changes=st.dictionaries(KEYS, ANYTHING, min_size=1, max_size=2), without=st.none() | KEYS)
 @example(changes={"num_hidden_layers": 10**9}, without=None)
 @example(changes={"num_local_experts": 10**6}, without=None)
@@ -185,7 +186,7 @@ NAMES = st.sampled_from(
 )
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(which=st.integers(0, 33), entry=ENTRIES, name=st.none() | NAMES, drop=st.booleans())
 @example(which=3, entry={"shape": [10**9, 10**9]}, name=None, drop=False)
 @example(which=3, entry={"shape": [0, 10**18], "data_offsets": [0, 0]}, name=None, drop=False)
@@ -231,7 +232,7 @@ def test_tensors_that_share_bytes_are_refused_by_name(base: Path) -> None:
     assert SHARD in str(told.value)
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(
     weight_map=st.dictionaries(st.text(max_size=3) | st.just("lm_head.weight"), ANYTHING | st.just(SHARD), max_size=3)
     | ANYTHING,

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -24,13 +24,14 @@ from expertune.cli import main
 from expertune.config import DataConfig
 from expertune.data import prepare_examples, trial
 from expertune.errors import ExpertuneError
+from tests.examples import examples
 
 TINY = Path(__file__).parents[2] / "src" / "expertune" / "assets" / "tiny-mixtral"
 EXAMPLE = {"prompt": "One?", "completion": "Two."}
 CHAT = {"messages": [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]}
 KINDS = (".jsonl", ".json", ".csv", ".txt", ".parquet", ".jsonl.gz", ".csv.gz")
 
-quick = settings(max_examples=30, suppress_health_check=list(HealthCheck))
+quick = examples(30, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")

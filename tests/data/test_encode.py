@@ -2,7 +2,7 @@ import gzip
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -14,6 +14,7 @@ from expertune.data.encode import check_tokenizer, encode_example
 from expertune.data.lint import ExampleError
 from expertune.data.text_ids import TokenizesAhead
 from expertune.errors import ConfigError
+from tests.examples import examples
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_ids_decode_to_the_text_with_one_eos(tokenizer, prompt, completion):
     assert ids[-1] == tokenizer.eos_token_id
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(prompt=st.text(max_size=30), completion=st.text(min_size=1, max_size=30), end=st.booleans())
 def test_labels_are_ignored_or_equal_to_the_ids(tiny_tokenizer, prompt, completion, end):
     text = prompt + completion

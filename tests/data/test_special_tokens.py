@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -11,6 +11,7 @@ from expertune.data.encode import encode_example
 from expertune.data.special_tokens import RenderedText
 from expertune.errors import DataError
 from expertune.generation.chat import Conversation
+from tests.examples import examples
 
 EXAMPLE = {"prompt": "Say </s> now", "completion": " <s>a</s>b"}
 
@@ -191,7 +192,7 @@ def test_template_that_writes_them_as_json_needs_no_telling_apart(tmp_path, json
     assert special_ids(example.input_ids, mixtral_tokenizer) == [1, 2]
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(st.lists(st.sampled_from(["</s>", "<s>", " ", "a", "b\n", "  ", "é", "Say", "<", "/s>"]), max_size=12))
 def test_special_tokens_that_stand_in_no_plain_place_have_their_usual_ids(
     tiny_tokenizer, mixtral_tokenizer, word_tokenizer, parts

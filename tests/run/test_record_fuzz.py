@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import expertune
 from expertune.errors import CheckpointError, ExpertuneError
+from tests.examples import examples
 from tests.train.conftest import nine_steps, rows_file, small_mixtral
 
 __all__ = ["rows_file", "small_mixtral"]  # fixtures
@@ -87,7 +88,7 @@ def test_answers_of_a_record_without_its_rows_report_are_refused(finished: Path)
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(25)
 def test_record_of_any_values_is_read_or_refused_with_one_error(finished: Path, data: st.DataObject) -> None:
     kept = json.loads((finished.parent / "kept.json").read_text(encoding="utf-8"))
     with_value(finished, data.draw(st.sampled_from(sorted(places(kept)))), data.draw(st.sampled_from(VALUES)))
