@@ -328,6 +328,22 @@ def test_forward_that_does_not_repeat_itself_is_named(loaded: LoadedModel) -> No
     expect_failure(model, batch, base, rf"two forwards .* differ by .*, from .*{EXPERTS}\S* on; .* not repeatable")
 
 
+def test_ranks_that_need_each_other_in_a_forward_take_none_for_a_message(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expertune.adapt.preflight.in_lockstep", lambda model: True)
+    monkeypatch.delattr("expertune.adapt.preflight.reachable_modules")
+    monkeypatch.delattr("expertune.adapt.preflight._first_to_differ")
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    experts = experts_layer(loaded)
+    handle = experts.register_forward_hook(lambda module, inputs, output: output + 1e-3 * torch.randn_like(output))
+    expect_failure(model, batch, base, r"two forwards .* differ by up to [\d.e-]+; the model is not repeatable")
+    handle.remove()
+    experts.forward = types.MethodType(lambda self, *inputs: self.base_layer(*inputs), experts)
+    expect_failure(model, batch, base, rf"{EXPERTS}: expert \d, \w+, lora_A: the gradient is missing")
+
+
 def test_forward_that_drifts_is_named(loaded: LoadedModel) -> None:
     batch = batch_of()
     model, base = prepared(loaded, batch)

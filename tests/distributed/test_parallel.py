@@ -90,6 +90,26 @@ SCARCE_RUN = [
     *("training.per_device_train_batch_size=2", "training.per_device_eval_batch_size=2"),
     *("training.gradient_checkpointing=true", *PARALLEL, *FEW),
 ]
+QUANTIZED_HERE = """
+os.mkdir("here")
+for name, source in dict(mixtral="nf4").items() | {(name, name) for name in ("run.yaml", "rows.jsonl")}:
+    os.symlink(f"../{source}", f"here/{name}")
+os.chdir("here")
+"""
+# In a factor of experts that this rank alone has.
+DIVIDES_BY_ZERO = """
+from expertune.train.promises import Promises
+create = Promises.create_optimizer
+def create_optimizer(self, *args, **kwargs):
+    optimizer = create(self, *args, **kwargs)
+    factor = next(each for name, each in self.model.named_parameters() if each.requires_grad and each.ndim == 3)
+    def divide_by_zero(*args):
+        if self.state.global_step == 1:
+            factor.detach().view(-1)[:1].fill_(float("nan"))
+    optimizer.register_step_post_hook(divide_by_zero)
+    return optimizer
+Promises.create_optimizer = create_optimizer
+"""
 DAMAGED = """
 import pathlib, shutil
 shutil.copytree("nf4", "damaged")
@@ -151,6 +171,8 @@ def jobs() -> dict[str, list[str]]:
         "one to four": train(4, "one-four", [*ONE, *PARALLEL, *TASK, "--resume"]),
         "two, back again": back_to_step_2("mixtral-2", "two-two"),
         "two to two": train(2, "two-two", [*TWO, *PARALLEL, *TASK, "--resume"]),
+        "other kind of folder": train(2, "kind", [*TWO, *PARALLEL], {1: QUANTIZED_HERE}),
+        "not finite after an update": train(2, "divided", [*TWO, *PARALLEL], {1: DIVIDES_BY_ZERO}),
         "too many": train(5, "many", PARALLEL),
         "no multiple": train(3, "multiple", [*PARALLEL, "distributed.expert_parallel_size=2"]),
         "not by expert": train(2, "adafactor", [*TWO, *PARALLEL, "training.optim=adafactor"]),
@@ -293,6 +315,8 @@ REFUSED = {
     "no multiple": "distributed.expert_parallel_size is 2, and 3 processes are no multiple of it",
     "not by expert": "training.optim adafactor updates an expert by what it finds in others",
     "not finite": "rank 1: the loss became nan in step 2 on rows.jsonl",
+    "other kind of folder": "Other than on rank 0 are rank 1: model folder",
+    "not finite after an update": "the update of step 2 left weights that are not finite (base_model.",
     "full disk": "rank 0: full/.checkpoint-being-written",
     "damaged": "damaged: changed since it was written: layer-0",
 }

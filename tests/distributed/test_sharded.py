@@ -15,6 +15,7 @@ from tests.distributed.test_replicated import (
     BEFORE,
     FOUR,
     NOT_FINITE,
+    NOT_TOGETHER,
     SCARCE,
     TASK,
     TWO,
@@ -67,6 +68,21 @@ with open_ranks() as ranks:
     open(f"loaded-{{ranks.rank}}.json", "w").write(json.dumps(found))
 """
 
+FEW_STEPS = [
+    *("training.per_device_train_batch_size=2", "training.max_steps=1", "training.eval_strategy=no"),
+    "training.save_strategy=no",
+]
+# Memory runs out once, after all that the ranks exchange while a first batch's losses are compared.
+SCARCE_COMPARING = """
+import torch
+from expertune.objectives import chunked_loss
+find = chunked_loss._find_transform
+def find_transform(*args):
+    chunked_loss._find_transform = find
+    raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+chunked_loss._find_transform = find_transform
+"""
+
 
 def jobs() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"quantize": command(1, ["quantize", "mixtral", "nf4"])}
@@ -84,6 +100,7 @@ def jobs() -> dict[str, list[str]]:
         "to parallel": train(2, "two-parallel", [*TWO, *TASK, "distributed.experts=parallel", "--resume"]),
         "not finite": train(2, "nan", [*TWO, *SHARD], {0: NOT_FINITE}),
         "scarce": train(2, "scarce", ["training.per_device_train_batch_size=2", *SHARD], {0: SCARCE}),
+        "scarce at first": train(2, "scarce-at-first", [*FEW_STEPS, *SHARD], {1: SCARCE_COMPARING}),
     }
 
 
@@ -187,6 +204,13 @@ def test_memory_that_runs_out_on_one_rank_has_all_take_the_step_again(place: Pla
     changes = place.record("scarce")["train"]["recoveries"]
     assert [change["step"] for change in changes] == [1]
     assert "on rank 0: Tried to allocate" in changes[0]["error"]
+
+
+def test_memory_that_runs_out_while_losses_are_compared_on_one_rank_has_all_compare_again(place: Place) -> None:
+    assert place.statuses("scarce at first") == [0, 0], place.said("scarce at first")
+    record = place.record("scarce-at-first")["train"]
+    assert record["loss"][0] == pytest.approx(place.record("mixtral-1")["train"]["loss"][0], abs=NOT_TOGETHER)
+    assert [change["error"] for change in record["recoveries"]] == ["on rank 1: Tried to allocate 2.00 GiB"]
 
 
 REFUSED = {

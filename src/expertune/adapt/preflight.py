@@ -22,7 +22,7 @@ from expertune.checkpoint.linears import is_linear
 from expertune.errors import ConfigError, PreflightError
 from expertune.experts.contract import is_experts
 from expertune.experts.lora import ExpertsLora
-from expertune.experts.module import Nf4Experts, parallel_of
+from expertune.experts.module import Nf4Experts, in_lockstep, parallel_of
 
 Batch = dict[str, Tensor]
 
@@ -74,9 +74,11 @@ def preflight(
         second = probe_logits(model, batch)
         progress(5, _NUM_PASSES)
         if not torch.equal(first, second):
+            # Ranks that need each other in a forward cannot take more of them on one alone.
+            since = "" if in_lockstep(model) else f", from {_first_to_differ(model, batch)} on"
             raise PreflightError(
-                f"two forwards of the same sequences differ by up to {_distance(first, second):.3g}, from "
-                f"{_first_to_differ(model, batch)} on; the model is not repeatable, so that a resumed run would drift"
+                f"two forwards of the same sequences differ by up to {_distance(first, second):.3g}{since}; "
+                "the model is not repeatable, so that a resumed run would drift"
             )
         del second  # logits of all tokens are the most memory that the check takes
         change = _distance(first, base_logits)
@@ -186,9 +188,12 @@ _NO_TOKENS = torch.empty(0)
 
 
 def _require_reached(model: ExpertPeftModel, name: str) -> None:
-    """Refuse a target whose own output no text has a gradient to: not the adapter is at fault, but where it is."""
+    """Refuse a target whose own output no text has a gradient to: not the adapter is at fault, but where it is.
+
+    It takes one more forward, which one of several ranks cannot take alone where they need each other in it.
+    """
     base = model.get_submodule(name).get_base_layer()
-    if not is_linear(base) and not isinstance(base, Nf4Experts):
+    if in_lockstep(model) or (not is_linear(base) and not isinstance(base, Nf4Experts)):
         return
     model.eval()  # without activation checkpointing, whose second forward would be counted too
     if not reachable_modules(model.get_base_model(), {name: base}):

@@ -108,7 +108,7 @@ class LastWords:
     def _of(self, error: BaseException) -> BaseException:
         """An error as the whole run has it, with the rank that says it."""
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        if not stopped and not _is_of_a_connection(error):
+        if not stopped and not is_of_a_connection(error):
             text = str(error) if isinstance(error, ExpertuneError) else f"{type(error).__name__}: {error}"
             said_by = self._leave("error", text)
             if isinstance(error, ExpertuneError):
@@ -179,7 +179,7 @@ def _said_by(error: BaseException, rank: int) -> BaseException:
     return error
 
 
-def _is_of_a_connection(error: BaseException) -> bool:
+def is_of_a_connection(error: BaseException) -> bool:
     """Whether an error is what a collective raises when another rank is gone or late."""
     if isinstance(error, ExpertuneError):
         return False

@@ -94,6 +94,7 @@ class ExpertParallel:
         ranks.at_end(self._groups.clear)  # so that ranks which wait for this one notice that it has ended
         self._ranks, self._device_type = ranks, device_type
         self._due: list[Due] = []
+        self._owners: dict[tuple[int, torch.device], Tensor] = {}
 
     @property
     def _peers(self) -> dist.ProcessGroup:
@@ -106,6 +107,13 @@ class ExpertParallel:
     def owned(self, num_experts: int, rank: int | None = None) -> range:
         """The experts of a rank, of this one where none is given; see `owned_experts`."""
         return owned_experts(num_experts, self.size, self.rank if rank is None else rank)
+
+    def owners(self, num_experts: int, device: torch.device) -> Tensor:
+        """The rank of each expert, and its number among that rank's, int64 [2, E]; made once."""
+        if (num_experts, device) not in self._owners:
+            places = [(rank, own) for rank in range(self.size) for own in range(len(self.owned(num_experts, rank)))]
+            self._owners[num_experts, device] = torch.tensor(places, device=device).t()
+        return self._owners[num_experts, device]
 
     def exchange_counts(self, counts: Tensor) -> None:
         """Fill the second of int64 [2, ranks], how many rows each rank has for this one, from what this has for each.

@@ -40,21 +40,22 @@ class ExpertSharding:
             layer: what it is waited for by.
             wholes: uint8 [size * n] each, in which this rank's slice of n bytes is in place.
         """
-        self._under_way[layer] = [work for whole in wholes for work in self._fill(whole)]
+        if (group := self._group) is not None:  # a copy may have ended after the run
+            self._under_way[layer] = [work for whole in wholes for work in self._fill(whole, group)]
 
     def wait(self, layer: Hashable) -> None:
         """Work that is issued after this sees a layer's tensors filled."""
         for work in self._under_way.pop(layer, ()):
             work.wait()
 
-    def _fill(self, whole: Tensor) -> Iterator[dist.Work]:
+    def _fill(self, whole: Tensor, group: dist.ProcessGroup) -> Iterator[dist.Work]:
         slices = whole.chunk(self.size)
         if whole.device.type != "cpu":
-            yield dist.all_gather_into_tensor(whole, slices[self.rank], group=self._group, async_op=True)
+            yield dist.all_gather_into_tensor(whole, slices[self.rank], group=group, async_op=True)
             return
         # gloo gathers into memory of its own and copies from there; of broadcasts each fills its slice in place.
         for rank, each in enumerate(slices):
-            yield dist.broadcast(each, group=self._group, group_src=rank, async_op=True)
+            yield dist.broadcast(each, group=group, group_src=rank, async_op=True)
 
     def _close(self) -> None:
         """Let go of the connections, so that ranks which wait for this one notice that it has ended."""

@@ -96,7 +96,7 @@ class Dispatch:
         hidden_TD, index_TK, weights_TK = tokens
         self._parallel = parallel
         index_TK = index_TK if recorded is None else recorded.index_TK
-        owner_TK, local_TK = _owners(parallel, num_experts, index_TK.device)[:, index_TK]
+        owner_TK, local_TK = parallel.owners(num_experts, index_TK.device)[:, index_TK]
         ranks = torch.arange(parallel.size, device=index_TK.device)
         goes_TW = (owner_TK[:, :, None] == ranks).any(dim=1)
         self._sent = Copies.where(goes_TW, by_slot=True)
@@ -188,9 +188,3 @@ class _GiveBack(torch.autograd.Function):
         dout_SD = way._sent.take(dout_TD)
         way._begin(way._there(dout_SD))
         return None, way._pairs.take(way._to_owners(dout_SD)), None
-
-
-def _owners(parallel: ExpertParallel, num_experts: int, device: torch.device) -> Tensor:
-    """The rank of each expert, and its number among that rank's, int64 [2, E]."""
-    places = [(rank, local) for rank in range(parallel.size) for local in range(len(parallel.owned(num_experts, rank)))]
-    return torch.tensor(places, device=device).t()

@@ -235,9 +235,15 @@ def parallel_of(model: nn.Module) -> ExpertParallel | None:
     return next((module.parallel for module in model.modules() if isinstance(module, Nf4Experts)), None)
 
 
+def sharing_of(model: nn.Module) -> Sharing | None:
+    """The ranks that hold a model's experts together, each of them or each layer's bytes; None where all are here."""
+    experts = (module for module in model.modules() if isinstance(module, Nf4Experts))
+    return next((each.parallel or each.sharding for each in experts), None)
+
+
 def in_lockstep(model: nn.Module) -> bool:
     """Whether ranks need each other in a model's forward, so that all have to pass it equally often."""
-    return any(isinstance(each, Nf4Experts) and (each.parallel or each.sharding) for each in model.modules())
+    return sharing_of(model) is not None
 
 
 def is_columnwise(activate: Callable[[Tensor], Tensor], spec: ExpertsSpec) -> bool:

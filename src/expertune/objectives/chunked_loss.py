@@ -26,6 +26,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from expertune.distributed.output import is_of_a_connection
+from expertune.experts.module import sharing_of
 from expertune.generation.greedy import evaluation_mode
 from expertune.kernels.linear_cross_entropy import IGNORE_INDEX, HeadUpdate, linear_cross_entropy
 from expertune.placement.out_of_memory import is_out_of_memory
@@ -158,10 +160,13 @@ class LanguageModelLoss:
                 with self._stand_ins(transform_and_mean, _probe_column):
                     chunked = self._model(**inputs).loss.item()
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or is_of_a_connection(error):
                 raise
             # Code that ships with a model may do anything between its head and its loss.
             raise _NotInChunksError(f"the model does not run without its logits ({error})") from error
+        if sharing := sharing_of(self._model):
+            # A rank that has run out of memory here compares once more: then all have to, or none.
+            sharing.proceed()
         if len(found) != 1:
             raise _NotInChunksError("the model takes its loss otherwise than once by its loss function")
         if not abs(own - chunked) <= tolerance * max(1.0, abs(own)):

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from expertune.distributed.sharded import ExpertSharding
+from expertune.errors import DoesNotFitError
 from expertune.kernels.nf4 import Part
 from expertune.placement.mapped import page_out
+from expertune.placement.out_of_memory import in_one_line, is_out_of_memory
 from expertune.placement.slots import SlotLayers
 
 
@@ -60,7 +62,20 @@ class GatheredLayers(SlotLayers):
         ]
 
     def drop(self, layer: int) -> None:
-        """Free the layer's slot, once all that is on its way has arrived there."""
+        """Free the layer's slot, once all that is on its way has arrived there.
+
+        Raises:
+            DoesNotFitError: memory ran out while the slot was filled, and other ranks may wait for this one's slice.
+        """
+        if (error := self._loading[layer].exception()) is not None:
+            super().drop(layer)
+            if not is_out_of_memory(error):
+                return  # it has ended the run where it was waited for
+            raise DoesNotFitError(
+                f"memory ran out while expert layer {layer} was gathered ({in_one_line(error)}), which the other "
+                "processes wait for, so that none can run it again; lower training.per_device_train_batch_size, or "
+                "start more processes"
+            ) from error
         self.wait(layer)
         self.used(layer)
         super().drop(layer)

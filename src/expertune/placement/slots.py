@@ -7,6 +7,7 @@ read into a pinned buffer by a thread. On other devices the thread copies.
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class SlotLayers:
         self._slot_of: dict[int, int] = {}
         self._loading: dict[int, Future[Any]] = {}
         self._used: list[Any] = [None] * _NUM_SLOTS
-        self._copier = ThreadPoolExecutor(1, thread_name_prefix="expert-bytes")
+        self._copier = ThreadPoolExecutor(1, "expert-bytes", initializer=partial(_use, device))
         self._stream = torch.cuda.Stream(device) if self._cuda else None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))  # on which layers were written
@@ -73,8 +74,8 @@ class SlotLayers:
             self._used[self._slot_of[layer]] = event
 
     def drop(self, layer: int) -> None:
-        """Free the layer's slot."""
-        self._loading.pop(layer).result()
+        """Free the layer's slot; why it could not be filled, if so, is what `wait` raises."""
+        self._loading.pop(layer).exception()
         self._free.append(self._slot_of.pop(layer))
 
     def close(self) -> None:
@@ -115,6 +116,12 @@ class SlotLayers:
             filled.record(self._stream)
             self._staged = filled
             return filled
+
+
+def _use(device: torch.device) -> None:
+    """Have this thread use the device. It begins with the first GPU, whose memory may be another process's."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def _is_pageable(tensors: Sequence[Tensor]) -> bool:

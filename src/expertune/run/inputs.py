@@ -14,6 +14,7 @@ from expertune.adapt.base_model import require_same_base
 from expertune.adapt.preflight import PREFLIGHT_TOKENS
 from expertune.checkpoint.context import context_length, read_config
 from expertune.checkpoint.fingerprint import Fingerprint
+from expertune.checkpoint.formats.nf4_folder import is_nf4_folder
 from expertune.checkpoint.hub import ModelSource, fetch_model
 from expertune.checkpoint.load import build_meta_model, fingerprint_of
 from expertune.checkpoint.tokenizer import load_tokenizer
@@ -57,6 +58,8 @@ def read_inputs(context: RunContext) -> Inputs:
     config, trust = context.config, context.trust_remote_code
     source = fetch_model(config.model, config.revision, trust)
     described = build_meta_model(source.folder, torch.bfloat16, trust, shapes_only=True)
+    # What follows is asked of all ranks for an NF4 folder, and of none for another.
+    context.ranks.require_same({"model folder": is_nf4_folder(source.folder)})
     base = fingerprint_of(source.folder, trust, context.notify, described, context.ranks)
     if config.lora.init_from and not config.lora.init_from_other_base:
         require_same_base(config.lora.init_from, base, config.model)

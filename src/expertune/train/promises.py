@@ -360,7 +360,9 @@ class Promises(Trainer):
 
     def _require_finite_weights(self) -> None:
         """Refuse to keep an adapter that holds a NaN: finite gradients may still have been divided by zero."""
-        if names := not_finite(trained_weights_of(self.model)):
+        # Of experts that are shared out each rank has its own, and all have to stop.
+        of_ranks = self.ranks.gather(not_finite(trained_weights_of(self.model)))
+        if names := list(dict.fromkeys(name for of_rank in of_ranks for name in of_rank)):
             step = self.state.global_step
             raise NonFiniteGradientError(
                 f"the update of step {step} left weights that are not finite ({in_words(names)}); "
