@@ -236,7 +236,10 @@ def open_ranks(timeout_s: Any = None) -> Iterator[Ranks]:
             if made:
                 # Small messages travel between CPUs, so that a rank that has ended is noticed at once.
                 backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-                dist.init_process_group(backend, None, timeout, launch.world_size, launch.rank, board)
+                # NCCL connects at once and to this GPU, not when memory may be full.
+                device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else None
+                its = (launch.world_size, launch.rank, board)
+                dist.init_process_group(backend, None, timeout, *its, device_id=device)
             elif on_gpu:
                 control = dist.new_group(backend="gloo", timeout=timeout)
             ranks = Ranks(launch, last_words, control, timeout)
