@@ -206,8 +206,8 @@ def _with_arguments(context: RunContext, micro_batch: MicroBatch) -> RunContext:
     if lower_is_better(config):
         training.setdefault("greater_is_better", False)
     arguments, notes = training_arguments(training, str(config.output_dir), context.device)
-    if micro_batch.line:
-        notes.append(micro_batch.line)
+    if line := micro_batch.line(context.ranks.world_size):
+        notes.append(line)
     return replace(context, arguments=arguments, notes=notes)
 
 

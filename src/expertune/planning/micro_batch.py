@@ -40,12 +40,16 @@ class MicroBatch:
     merged: int = 1
     reason: str | None = None
 
-    @property
-    def line(self) -> str | None:
-        """What became of the run file's accumulation, in a sentence; None where it accumulates nothing."""
+    def line(self, processes: int) -> str | None:
+        """What became of the run file's accumulation, in a sentence; None where it accumulates nothing.
+
+        Args:
+            processes: how many share the examples of a step.
+        """
         if self.accumulation * self.merged == 1:
             return None
-        line = f"{self.rows * self.accumulation} examples a step, run as {self.accumulation} x {self.rows}"
+        share = "examples a step" if processes == 1 else "examples of a step on each process"
+        line = f"{self.rows * self.accumulation} {share}, run as {self.accumulation} x {self.rows}"
         if self.merged > 1:
             line += f" in place of {self.accumulation * self.merged} x {self.rows // self.merged}"
         return f"{line}: {self.reason}" if self.reason else line

@@ -97,7 +97,7 @@ def _heading(plan: "Plan") -> Table:
         "model": f"{plan.model} ({plan.architecture})",
         "device": f"{plan.gpu or plan.device}, products in {plan.compute_dtype}",
         "parameters": f"{counts.total:,} in all, {counts.trainable:,} trained",
-        "step": plan.micro_batch.line,
+        "step": plan.micro_batch.line(plan.ranks.chosen.distribution.world_size if plan.ranks else 1),
         "processes": plan.ranks.line if plan.ranks else None,
         "placement": plan.planned.reason,
         "time": _time(plan.time) if plan.time else None,
