@@ -14,7 +14,7 @@ demo: $(VENV)/.runtime
 test: $(VENV)/.development
 	tools/run_tests.sh $(BIN)/python
 
-# Kernels compiled for every GPU, by the oldest Triton and by the environment's own. `make test` compiles them for one
+# Kernels compiled for every GPU, by the oldest Triton and by the environment's own. `make test` compiles each once for one
 # GPU; the rest needs minutes and breaks with a kernel or with Triton alone. Continuous integration runs it every time.
 test-targets: $(VENV)/.development .triton-oldest/.ready
 	$(BIN)/python -m pytest -p no:cacheprovider -m targets tests/kernels

@@ -100,10 +100,14 @@ def published_blocks_launches(shape: Shape, target: Target) -> list[Launch]:
     return notes
 
 
-def compile_target(target: Target, shapes: Sequence[str], tokens: Sequence[int], quick: bool) -> list[dict[str, Any]]:
-    """Compile all kernels of one target; a failure is a record with `error`."""
-    records = []
-    for note in kernels(target, shapes, tokens, quick):
+def compile_target(
+    target: Target, shapes: Sequence[str], tokens: Sequence[int], quick: bool, once: bool
+) -> list[dict[str, Any]]:
+    """Compile all kernels of one target, or each in one variant; a failure is a record with `error`."""
+    notes, records = kernels(target, shapes, tokens, quick), []
+    if once:
+        notes = list({note.kernel.__name__: note for note in reversed(notes)}.values())
+    for note in notes:
         try:
             compiled = compile_launch(note, target)
         except Exception as error:
@@ -125,12 +129,14 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
     parser.add_argument("--quick", action="store_true", help="what a step of the recipe launches, and no variant")
+    parser.add_argument("--once", action="store_true", help="each kernel in the first of its variants")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     chosen = [target for target in TARGETS if str(target.arch) in arguments.targets]
     started = time.monotonic()
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        compiled = partial(compile_target, shapes=arguments.shapes, tokens=arguments.tokens, quick=arguments.quick)
+        settings = {name: getattr(arguments, name) for name in ("shapes", "tokens", "quick", "once")}
+        compiled = partial(compile_target, **settings)
         records = [record for found in pool.map(compiled, chosen) for record in found]
     for record in records:
         constants = record.get("constants", {})

@@ -29,8 +29,8 @@ LEFT_OUT = {"more rows than a panel of the fused route holds", "two adapters"}
 SMALL = {"hidden": 64, "intermediate": 64, "num_experts": 2}
 FEW = {
     "one choice": {"num_experts": 3},
-    "ranks that are a multiple of nothing": {"num_experts": 3},
-    "every expert chosen": {"num_experts": 4},
+    "ranks that are a multiple of nothing": {"num_experts": 2},
+    "every expert chosen": {"num_experts": 2, "top_k": 2},
     "most experts without tokens": {"num_experts": 6, "tokens": 1},
     "biases, limits and experts without tokens": {"num_experts": 6, "tokens": 1},
 }
