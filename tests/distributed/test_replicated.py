@@ -67,6 +67,10 @@ TWO = [
     *("data.merge_accumulation=false", "training.gradient_checkpointing=true"),
 ]
 FOUR = ["training.per_device_train_batch_size=1"]
+OF_RANKS = {2: TWO, 4: FOUR}
+# A family with one number of ranks in the default tests, with the other in the slow ones.
+RANKS = {"mixtral": 2, "qwen3_moe": 4, "gpt_oss": 2}
+OTHER_RANKS = {family: 6 - ranks for family, ranks in RANKS.items()}
 TASK = ["task.metric=exact-match", "task.max_new_tokens=4", "task.batch_size=2"]
 # Attention of gpt_oss does not keep concatenated sequences apart.
 OF_FAMILY = {"mixtral": TASK, "qwen3_moe": [], "gpt_oss": ["data.packing=padded"]}
@@ -173,13 +177,18 @@ def too_little_to_replicate(folder: Path) -> int:
     return next(mode.peak_bytes for mode in ranks.modes if mode.distribution.mode == "replicate") - 1
 
 
+def of_families(ranks: dict[str, int], *arguments: str) -> dict[str, list[str]]:
+    """A run of each family with its number of ranks."""
+    return {
+        (name := f"{family}-{world_size}"): train(
+            world_size, name, [f"model={family}", *OF_RANKS[world_size], *OF_FAMILY[family], *arguments]
+        )
+        for family, world_size in ranks.items()
+    }
+
+
 def jobs(budget: int) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for family, more in OF_FAMILY.items():
-        for world_size, arguments in ((2, TWO), (4, FOUR)):
-            name = f"{family}-{world_size}"
-            found[name] = train(world_size, name, [f"model={family}", *arguments, *more])
-    found |= {
+    return of_families(RANKS) | {
         "chosen": train(2, "chosen", [*TWO, "training.max_steps=1", f"memory_budget={budget}"]),
         "three examples on four": train(4, "few-4", [*FOUR, *FEW]),
         "dropout": train(2, "dropout", DROPOUT, {0: NO_WRAPPER, 1: NO_WRAPPER}),
@@ -202,7 +211,6 @@ def jobs(budget: int) -> dict[str, list[str]]:
         "full disk": train(2, "disk", TWO, {0: FULL_DISK}),
         "late": train(2, "late", [*TWO, "training.ddp_timeout=3"], {1: LATE}),
     }
-    return found
 
 
 class Place:
@@ -249,12 +257,24 @@ def assert_same_result(place: Place, one: str, other: str) -> None:
         )
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ranks_give_the_losses_and_the_adapter_of_one_process(place: Place, family: str, world_size: int) -> None:
-    assert place.statuses(f"{family}-{world_size}") == [0] * world_size, place.said(f"{family}-{world_size}")
-    assert_same_result(place, f"{family}-1", f"{family}-{world_size}")
-    train = place.record(f"{family}-{world_size}")["train"]
+def test_ranks_give_the_losses_and_the_adapter_of_one_process(place: Place, family: str) -> None:
+    assert_one_process_agrees(place, family, RANKS[family])
+
+
+@pytest.mark.slow
+def test_the_other_number_of_ranks_gives_them_too(one_process: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(one_process, tmp_path / "place"))
+    place = Place(folder, run_jobs(of_families(OTHER_RANKS), folder, BEFORE))
+    for family, world_size in OTHER_RANKS.items():
+        assert_one_process_agrees(place, family, world_size)
+
+
+def assert_one_process_agrees(place: Place, family: str, world_size: int) -> None:
+    run = f"{family}-{world_size}"
+    assert place.statuses(run) == [0] * world_size, place.said(run)
+    assert_same_result(place, f"{family}-1", run)
+    train = place.record(run)["train"]
     assert (train["processes"], train["global_batch"]) == (world_size, 4)
 
 

@@ -16,17 +16,18 @@ from tests.distributed.test_replicated import (
     FOUR,
     NOT_FINITE,
     NOT_TOGETHER,
+    RANKS,
     SCARCE,
     TASK,
     TWO,
     Place,
     assert_same_result,
     back_to_step_2,
+    of_families,
     train,
 )
 
 SHARD = ["distributed.experts=shard"]
-RANKS = {"mixtral": 2, "qwen3_moe": 4, "gpt_oss": 2}
 FOLDERS = ("mixtral", "qwen3_moe", "nf4", "mxfp4", "bitsandbytes")
 FILES = ("adapter/adapter_model.safetensors", "checkpoint-4/optimizer.pt")
 
@@ -87,9 +88,7 @@ chunked_loss._find_transform = find_transform
 def jobs() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"quantize": command(1, ["quantize", "mixtral", "nf4"])}
     found["loading"] = [LOADING.format(folders=FOLDERS)] * 3
-    for family, world_size in RANKS.items():
-        name, arguments = f"{family}-{world_size}", {2: TWO, 4: FOUR}[world_size]
-        found[name] = train(world_size, name, [*RUNS[f"{family}-1"], *arguments, *SHARD])
+    found |= of_families(RANKS, *SHARD)
     return found | {
         "three": train(3, "uneven-3", [*RUNS["uneven-1"], *FOUR, *SHARD]),
         "three examples on five": train(5, "few-5", [*RUNS["few-1"], *FOUR, *SHARD]),
