@@ -31,13 +31,13 @@ from expertune.layers.varlen_attention import require_no_leakage
 from expertune.objectives.sft import SupervisedFineTuning
 from expertune.placement.device import training_device
 from expertune.placement.experts import Location, placement_of
-from expertune.planning import MicroBatch, Plan, make_plan
+from expertune.planning import MicroBatch, Plan
 from expertune.planning.devices import Machine
 from expertune.planning.disk import require_room
 from expertune.planning.plan import plan_for
 from expertune.report.figures import summary_figure, write_png
 from expertune.report.summary import render_summary
-from expertune.run.agreement import choose_experts, least_budget, require_same_start, share_batch, share_experts
+from expertune.run.agreement import choose_experts, machine_for_all, require_same_start, share_batch, share_experts
 from expertune.run.context import RunContext
 from expertune.run.directory import (
     ADAPTER_FOLDER,
@@ -140,13 +140,7 @@ def _finetune(context: RunContext) -> Run:
     config, record, output_dir = context.config, context.record, context.output_dir
     check_schedule(config)
     merged = merged_before(record, output_dir)
-    budget = least_budget(context)
-    made = make_plan(
-        config,
-        previously_merged=merged,
-        memory=budget,
-        trust_remote_code=context.trust_remote_code,
-    )
+    made = plan_for(config, machine_for_all(context), merged, context.trust_remote_code)
     # Values that do not go together are refused by transformers itself: before anything is loaded.
     context = _with_arguments(context, made.micro_batch)
     made.require_fit()

@@ -1,5 +1,9 @@
 """Devices by name, where experts are held, how long a step takes, and changes as lines of a run file."""
 
+import math
+from types import SimpleNamespace
+
+import psutil
 import pytest
 import yaml
 
@@ -7,7 +11,7 @@ from expertune import load_config
 from expertune.errors import ConfigError
 from expertune.kernels import cpu_rates
 from expertune.planning import make_plan, speed
-from expertune.planning.devices import DEVICES, device_of_this_name, find_device
+from expertune.planning.devices import DEVICES, Machine, device_of_this_name, find_device
 from expertune.planning.fit import as_yaml
 from expertune.planning.placement import PlacementChooser, spread
 from tests.tiny_models import tiny_config
@@ -103,7 +107,7 @@ def test_disk_without_an_nf4_folder_names_the_command_that_writes_one(run_of, tm
 
 def test_on_a_cpu_layers_of_an_nf4_folder_are_offloaded_to_the_disk():
     sizes = dict.fromkeys("abcd", 100)
-    choice = PlacementChooser(sizes, "cpu", holds_nf4=True, here=True)
+    choice = PlacementChooser(sizes, "cpu", holds_nf4=True, host_bytes=1000)
 
     def peak(planned):
         return 1000 - planned.offloaded_bytes + planned.slot_bytes
@@ -111,12 +115,22 @@ def test_on_a_cpu_layers_of_an_nf4_folder_are_offloaded_to_the_disk():
     assert choice.fitting(1000, peak).counts == {"device": 4}
     assert choice.fitting(980, peak).counts == {"device": 1, "disk": 3}
     assert choice.fitting(100, peak).counts == {"disk": 4}
-    assert PlacementChooser(sizes, "cpu", holds_nf4=False, here=True).fitting(100, peak).counts == {"device": 4}
+    assert PlacementChooser(sizes, "cpu", holds_nf4=False, host_bytes=1000).fitting(100, peak).counts == {"device": 4}
+
+
+@pytest.mark.parametrize(("processes", "location"), [(1, "host"), (2, "host"), (3, "disk"), (8, "disk")])
+def test_processes_of_a_machine_share_the_memory_that_layers_are_offloaded_to(run_of, monkeypatch, processes, location):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    machine = Machine.of(run_of(MIXTRAL, **AUTO), device="cpu", local_size=processes)
+    assert (machine.host_bytes, machine.budget_bytes) == (1000 // processes, 1000 // processes)
+    assert PlacementChooser({"a": 400}, "cuda", True, machine.host_bytes).lower() == location
+    assert PlacementChooser({"a": 400}, "cuda", False, machine.host_bytes).lower() == "host"
+    assert Machine.of(run_of(MIXTRAL, **AUTO), gpu="h100", devices=8).host_bytes == math.inf
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_offloaded_layers_share_two_slots_as_large_as_the_largest_of_them(device):
-    chooser = PlacementChooser({"a": 50, "b": 100, "c": 70}, device, holds_nf4=True, here=True)
+    chooser = PlacementChooser({"a": 50, "b": 100, "c": 70}, device, holds_nf4=True, host_bytes=1000)
     offloading = chooser.offloading(["a", "b", "c"], "disk")
     assert (offloading.offloaded_bytes, offloading.slot_bytes) == (220, 200)
     # The layer at a turnaround stays: the last one into backward, the first one into the next forward.

@@ -5,6 +5,7 @@ for dense products without sparsity, bfloat16 with sums in float32. The host lin
 what copies from pinned memory reach, about 0.8 of its nominal rate.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import psutil
@@ -149,7 +150,9 @@ class Machine:
         is_here: whether it is this machine.
         compute_dtype: dtype of the GEMMs.
         budget_bytes: memory that a run may use.
+        host_bytes: of the host's memory, what is free for each of the processes on it; infinite where it is not known.
         world_size: processes of the run, each with such a device.
+        local_size: as many of them are on one machine.
     """
 
     device: torch.device
@@ -157,7 +160,9 @@ class Machine:
     is_here: bool
     compute_dtype: torch.dtype
     budget_bytes: int
+    host_bytes: float = math.inf
     world_size: int = 1
+    local_size: int = 1
 
     @classmethod
     def of(
@@ -167,6 +172,7 @@ class Machine:
         gpu: str | None = None,
         memory: str | int | None = None,
         devices: int | None = None,
+        local_size: int | None = None,
     ) -> "Machine":
         """What a run is planned for.
 
@@ -176,6 +182,7 @@ class Machine:
             gpu: see `make_plan`.
             memory: see `make_plan`.
             devices: as many of it, each with a process; None means the processes that a launcher has started.
+            local_size: as many of the processes are on this machine; None means all, up to eight.
 
         Raises:
             ConfigError: an unknown GPU, no device at all, or no way to know the memory.
@@ -188,14 +195,16 @@ class Machine:
         # A size that was asked for comes first, and that of the run file before this machine's, not before a GPU's.
         asked = memory if memory is not None or named else config.memory_budget
         budget = parse_size(asked) if asked is not None else _memory_of(target, named)
-        if asked is None and target.type == "cpu" and devices:
-            budget //= devices  # processes on one machine share its memory
+        if asked is None and target.type == "cpu":
+            budget //= local_size or devices or 1  # processes on one machine share its memory
         dtype = config.quantization.compute_dtype
         if dtype == "auto" and not is_here:
             # Every NVIDIA generation since 2020 has bfloat16.
             dtype = "bfloat16" if named is None or named.has_bfloat16 else "float16"
         world_size = launched().world_size if devices is None else devices
-        return cls(target, named, is_here, resolve_compute_dtype(dtype, target), budget, world_size)
+        local_size = local_size or min(world_size, _DEVICES_OF_A_MACHINE)
+        host = psutil.virtual_memory().available // local_size if is_here else math.inf
+        return cls(target, named, is_here, resolve_compute_dtype(dtype, target), budget, host, world_size, local_size)
 
     def rates(self, from_disk: bool) -> Rates | None:
         """What the device does in a second: by the table, or measured on a CPU; None where nothing is known."""

@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import psutil
-
 from expertune.config import RunConfig
 from expertune.errors import ConfigError
 from expertune.placement.experts import Location
@@ -69,13 +67,13 @@ class PlacementChooser:
         sizes: packed bytes of each experts module, in the order of the forward.
         device: `cpu` or `cuda`.
         holds_nf4: the model is a folder that `expertune quantize` wrote.
-        here: the device is one of this machine.
+        host_bytes: of the host's memory that is free for this process; infinite where the host is not known.
     """
 
     sizes: Mapping[str, int]
     device: str
     holds_nf4: bool
-    here: bool
+    host_bytes: float
 
     def choose(
         self, config: RunConfig, budget_bytes: int, peak_of: Callable[[PlannedPlacement], int]
@@ -103,8 +101,8 @@ class PlacementChooser:
         """Where layers can be offloaded to that do not fit; None where there is nowhere."""
         if self.device == "cpu":
             return "disk" if self.holds_nf4 else None
-        host = psutil.virtual_memory().available if self.here else float("inf")
-        return "disk" if self.holds_nf4 and sum(self.sizes.values()) > _HOST_SHARE * host else "host"
+        is_too_much = sum(self.sizes.values()) > _HOST_SHARE * self.host_bytes
+        return "disk" if self.holds_nf4 and is_too_much else "host"
 
     def fitting(self, budget_bytes: int, peak_of: Callable[[PlannedPlacement], int]) -> PlannedPlacement:
         """As many layers on the device as fit; all of them offloaded where even that is too much."""

@@ -328,8 +328,8 @@ class _Planner:
     @property
     def chooser(self) -> PlacementChooser:
         """Chooses where the experts that a rank holds lie."""
-        sizes, is_here = self.inventory.expert_bytes, self.machine.is_here
-        return PlacementChooser(sizes, self.device, self.shapes.source.holds_nf4, is_here)
+        sizes, holds_nf4 = self.inventory.expert_bytes, self.shapes.source.holds_nf4
+        return PlacementChooser(sizes, self.device, holds_nf4, self.machine.host_bytes)
 
     def micro_batch(self, previously_merged: int | None) -> MicroBatch:
         """How a step's micro-batches run."""

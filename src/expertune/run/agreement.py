@@ -46,22 +46,18 @@ def require_same_start(context: RunContext) -> None:
     )
 
 
-def least_budget(context: RunContext) -> int | None:
-    """Bytes that each process may plan for: the least that one has, so that all have the same plan.
+def machine_for_all(context: RunContext) -> Machine:
+    """What each process plans for: of memory the least that one has, so that all have the same plan.
 
-    Processes on the CPUs of one machine share its memory; `memory_budget` is that of each.
+    Processes of one machine share its memory; `memory_budget` is that of each.
 
-    Returns:
-        None for one process, whose plan finds out by itself.
+    Raises:
+        ConfigError: see `Machine.of`.
     """
-    config, ranks = context.config, context.ranks
-    if not ranks.several:
-        return None
-    machine = Machine.of(config)
-    own = machine.budget_bytes
-    if machine.device.type == "cpu" and config.memory_budget is None:
-        own //= len(ranks.local)
-    return min(ranks.gather(own))
+    ranks = context.ranks
+    own = Machine.of(context.config, local_size=len(ranks.local))
+    budget, host, local = zip(*ranks.gather((own.budget_bytes, own.host_bytes, own.local_size)), strict=True)
+    return replace(own, budget_bytes=min(budget), host_bytes=min(host), local_size=min(local))
 
 
 def choose_experts(context: RunContext) -> RunContext:
@@ -75,10 +71,9 @@ def choose_experts(context: RunContext) -> RunContext:
     config, ranks, train = context.config, context.ranks, context.record.values.get("train", {})
     if config.distributed.experts != "auto" or not ranks.several:
         return context
-    budget = least_budget(context)
+    machine = machine_for_all(context)
 
     def choose() -> tuple[dict[str, str | int], str]:
-        machine = Machine.of(config, memory=budget)
         found = plan_for(config, machine, trust_remote_code=context.trust_remote_code).ranks
         assert found is not None
         return found.chosen.distribution.settings, found.reason

@@ -293,7 +293,9 @@ class OutOfMemory(TrainerCallback):
             chosen = _strictest(self.ranks.gather(chosen))
         for name, value, text in chosen:
             words = self._change(phase, name, value)
-            if words is None:
+            # What is held where may differ between machines: where one has nothing left, all end.
+            nothing_left = phase in self._together and self.ranks.any(words is None)
+            if words is None or nothing_left:
                 if not is_own:
                     self.ranks.wait()  # until the rank that ran out of memory has ended, and said why
                 whole = f" (micro-batches are not split: {why_whole})" if why_whole else ""
