@@ -136,11 +136,14 @@ def _finetune(context: RunContext) -> Run:
     """The corridor, in a run directory that nobody else writes to."""
     check_training_arguments(context.config.training, context.config.where)
     require_same_start(context)
-    context = share_batch(share_experts(choose_experts(context)))
+    context, reason = choose_experts(share_batch(context))
+    context = share_experts(context)
     config, record, output_dir = context.config, context.record, context.output_dir
     check_schedule(config)
     merged = merged_before(record, output_dir)
     made = plan_for(config, machine_for_all(context), merged, context.trust_remote_code)
+    if made.ranks and reason:
+        made = replace(made, ranks=replace(made.ranks, reason=reason))
     # Values that do not go together are refused by transformers itself: before anything is loaded.
     context = _with_arguments(context, made.micro_batch)
     made.require_fit()

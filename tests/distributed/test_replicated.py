@@ -282,6 +282,8 @@ def test_mode_is_the_one_that_the_plan_finds(place: Place) -> None:
     assert place.statuses("chosen") == [0, 0], place.said("chosen")
     assert place.record("chosen")["train"]["experts"] == "parallel"
     assert place.said("chosen").count("experts: parallel; not all experts fit on each device") == 1
+    ranks = place.record("chosen")["plan"]["ranks"]
+    assert ranks["reason"].startswith("not all experts fit on each device")
     assert place.record("mixtral-2")["train"]["experts"] == "replicate"
 
 

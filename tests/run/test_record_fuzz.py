@@ -80,6 +80,18 @@ def test_record_whose_section_is_no_mapping_is_refused_by_file_and_section(
         assert str(error).startswith(f"{finished / 'record.json'}: damaged at {section}: ")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("processes", 0), ("global_batch", "4"), ("experts", "spread"), ("processes_sharing_experts", True)],
+)
+def test_record_of_several_processes_that_holds_something_else_is_refused_by_its_key(
+    key: str, value: Any, finished: Path
+) -> None:
+    with_value(finished, ("train", key), value)
+    with pytest.raises(CheckpointError, match=rf"record\.json: damaged at train\.{key}: "):
+        expertune.open_run(finished)
+
+
 def test_answers_of_a_record_without_its_rows_report_are_refused(finished: Path) -> None:
     with_value(finished, ("data",), {})
     for read in (lambda: expertune.generate(finished, "What?"), lambda: expertune.evaluate(finished)):

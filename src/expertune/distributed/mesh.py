@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -62,7 +63,7 @@ class Ranks:
         self.rank, self.world_size, self.local_rank = launch.rank, launch.world_size, launch.local_rank
         self._last_words, self._control, self._timeout = last_words, control, timeout
         self._ends: list[Callable[[], None]] = []
-        machine = socket.gethostname()
+        machine = _machine()
         self.local = [rank for rank, its in enumerate(self.gather(machine)) if its == machine]
 
     @property
@@ -134,7 +135,10 @@ class Ranks:
         return self.total([holds])[0] > 0 if self.several else holds
 
     def proceed(self) -> None:
-        """Go on with a pass in which the ranks need each other: called before each such place.
+        """Go on with a pass of a model whose experts ranks hold together: called before each exchange in its layers.
+
+        Exchanges elsewhere have no such vote: `average`, `copy`, the norm of gradients, tensors that become whole for
+        a file, and in answering whether any rank goes on.
 
         A rank that cannot go on calls `any(True)` in place of its next `proceed`, or of the `any` after the pass.
 
@@ -263,6 +267,12 @@ def sum_and_divide(tensors: Iterable[Tensor], divisor: int, group: dist.ProcessG
         flat = parameters_to_vector(bucket)
         dist.all_reduce(flat, group=group)
         vector_to_parameters(flat.div_(divisor), bucket)
+
+
+def _machine() -> tuple[str, str]:
+    """This machine's name, and what its kernel drew when it started: several may have one name."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return socket.gethostname(), boot.read_text(encoding="ascii").strip() if boot.exists() else ""
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -60,17 +60,20 @@ def machine_for_all(context: RunContext) -> Machine:
     return replace(own, budget_bytes=min(budget), host_bytes=min(host), local_size=min(local))
 
 
-def choose_experts(context: RunContext) -> RunContext:
+def choose_experts(context: RunContext) -> tuple[RunContext, str | None]:
     """The context with the plan's choice of how the processes hold the experts, where the run file leaves it to it.
 
     A run that goes on with as many processes keeps its choice, and with it the bytes of its result.
+
+    Returns:
+        With it, why this was chosen; None where nothing was.
 
     Raises:
         ConfigError: see `plan_for`.
     """
     config, ranks, train = context.config, context.ranks, context.record.values.get("train", {})
     if config.distributed.experts != "auto" or not ranks.several:
-        return context
+        return context, None
     machine = machine_for_all(context)
 
     def choose() -> tuple[dict[str, str | int], str]:
@@ -87,32 +90,37 @@ def choose_experts(context: RunContext) -> RunContext:
     context.notify(f"experts: {settings[EXPERTS]}; {reason}")
     chosen = {key.removeprefix("distributed."): value for key, value in settings.items()}
     distributed = config.distributed.model_copy(update=chosen)
-    return replace(context, config=config.model_copy(update={"distributed": distributed}))
+    return replace(context, config=config.model_copy(update={"distributed": distributed})), reason
 
 
 def share_experts(context: RunContext) -> RunContext:
-    """The context with the ranks that hold the experts together, where the run file asks for that.
+    """The context with the ranks that hold the experts together, where the run file asks for that; recorded.
 
     Raises:
         ConfigError: the number of processes does not fit.
     """
-    distributed, ranks = context.config.distributed, context.ranks
-    if not ranks.several:
+    distributed, ranks, values = context.config.distributed, context.ranks, context.record.values
+    train = values.get("train", {})
+    if ranks.world_size == train.get("processes", 1) == 1:
         return context
-    match distributed.experts:
-        case "parallel":
-            sharing: Sharing = ExpertParallel(ranks, context.device.type, distributed.expert_parallel_size)
-        case "shard":
-            sharing = ExpertSharding(ranks)
-        case _:
-            return context
+    mode = distributed.experts if ranks.several else "replicate"
+    sharing: Sharing | None = None
+    if mode == "parallel":
+        sharing = ExpertParallel(ranks, context.device.type, distributed.expert_parallel_size)
+    elif mode == "shard":
+        sharing = ExpertSharding(ranks)
+    batch, accumulation = (int(training_argument(context.config.training, key)) for key in (BATCH_SIZE, ACCUMULATION))
+    own = batch * accumulation
+    step = own * ranks.world_size
+    if ranks.several:
+        context.notify(f"{ranks.world_size} processes, {_HELD[mode]}: {step} examples a step, {own} on each")
+    values["train"] = train | {
+        "processes": ranks.world_size,
+        "global_batch": step,
+        "experts": mode,
+        "processes_sharing_experts": sharing.size if isinstance(sharing, ExpertParallel) else 1,
+    }
     return replace(context, sharing=sharing)
-
-
-def _mode(sharing: Sharing | None) -> str:
-    if sharing is None:
-        return "replicate"
-    return "shard" if isinstance(sharing, ExpertSharding) else "parallel"
 
 
 def share_batch(context: RunContext) -> RunContext:
@@ -138,16 +146,6 @@ def share_batch(context: RunContext) -> RunContext:
             f"--resume: each step of the run takes {step} examples, which {world_size} processes cannot share evenly; "
             f"start a number of processes that divides {step}"
         )
-    mode = _mode(context.sharing)
-    if world_size > 1:
-        context.notify(f"{world_size} processes, {_HELD[mode]}: {step} examples a step, {own} on each")
-    sharing = context.sharing.size if isinstance(context.sharing, ExpertParallel) else 1
-    values["train"] = train | {
-        "processes": world_size,
-        "global_batch": step,
-        "experts": mode,
-        "processes_sharing_experts": sharing,
-    }
     batch = math.gcd(batch, own)
     training = {**config.training, BATCH_SIZE: batch, ACCUMULATION: own // batch}
     return replace(context, config=config.model_copy(update={"training": training}))

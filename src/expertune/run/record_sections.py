@@ -82,6 +82,10 @@ class _Train(_Section):
     steps: _Count = 0
     micro_batch: _MicroBatch = _MicroBatch()
     recoveries: list[_Recovery] = []
+    processes: _AtLeastOne = 1
+    global_batch: _AtLeastOne = 1
+    experts: Literal["replicate", "shard", "parallel"] = "replicate"
+    processes_sharing_experts: _AtLeastOne = 1
 
 
 class _Score(_Section):
