@@ -6,7 +6,16 @@ import pytest
 
 import expertune
 from expertune.errors import ConfigError
-from expertune.planning.communication import ETHERNET_100, ETHERNET_400, NVLINK, PCIE, Traffic
+from expertune.planning.communication import (
+    ETHERNET_100,
+    ETHERNET_400,
+    INFINITY_FABRIC,
+    NVLINK,
+    NVLINK_3,
+    NVLINK_5,
+    PCIE,
+    Traffic,
+)
 from expertune.planning.devices import Machine
 from expertune.planning.distribution import Distribution
 from expertune.planning.plan import plan_for
@@ -178,6 +187,20 @@ def test_an_optimizer_that_mixes_experts_is_not_offered_with_shared_out_ones(mod
 )
 def test_up_to_eight_devices_are_in_one_machine(run_of, gpu, devices, link):
     assert Machine.of(run_of(MIXTRAL), gpu=gpu, devices=devices).link == link
+
+
+@pytest.mark.parametrize(("gpu", "link"), [("a100-80gb", NVLINK_3), ("b200", NVLINK_5), ("mi300x", INFINITY_FABRIC)])
+def test_each_gpu_has_the_link_of_its_generation(planned, gpu, link):
+    plan = planned(4, gpu=gpu)
+    assert plan.ranks.link == link
+    assert link.name in plan.to_json()["ranks"]["modes"][0]["link_seconds"]
+    assert link.short in shown(plan, 120)
+
+
+def test_eight_devices_on_two_machines_are_connected_by_a_network(run_of):
+    config = run_of(MIXTRAL)
+    assert Machine.of(config, gpu="h100", devices=8, local_size=4).link == ETHERNET_400
+    assert Machine.of(config, gpu="h100", devices=8, local_size=8).link == NVLINK
 
 
 # --- errors --------------------------------------------------------------------------------------------------------

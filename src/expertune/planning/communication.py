@@ -31,13 +31,23 @@ class Link:
     short: str
 
 
-# NVLink 4: NVIDIA H100 data sheet (2023), 900 GB/s in both directions together. PCI Express 4.0 x16: PCI-SIG, 16 GT/s
-# in each of 16 lanes, of which 128/130 carry data. Ethernet: IEEE 802.3ba (2010) and 802.3bs (2017).
+# NVLink: NVIDIA data sheets of A100 (2021), H100 (2023) and B200 (2025): 600, 900 and 1800 GB/s in both directions
+# together. Infinity Fabric: AMD MI300X platform data sheet (2023), 7 links of 128 GB/s in both directions. PCI Express
+# 4.0 x16: PCI-SIG, 16 GT/s in each of 16 lanes, of which 128/130 carry data. Ethernet: IEEE 802.3ba (2010) and 802.3bs
+# (2017).
+NVLINK_3 = Link("NVLink 3", 300e9, "NVLink")
 NVLINK = Link("NVLink 4", 450e9, "NVLink")
+NVLINK_5 = Link("NVLink 5", 900e9, "NVLink")
+INFINITY_FABRIC = Link("Infinity Fabric", 448e9, "Fabric")
 PCIE = Link("PCIe 4.0", 31.5e9, "PCIe")
 ETHERNET_400 = Link("400 Gbit/s Ethernet", 50e9, "400\nGbit/s")
 ETHERNET_100 = Link("100 Gbit/s Ethernet", 12.5e9, "100\nGbit/s")
 LINKS = (NVLINK, PCIE, ETHERNET_400, ETHERNET_100)
+
+
+def compared_links(assumed: Link) -> tuple[Link, ...]:
+    """The links that times are shown for: the one between a machine's GPUs is the one that is assumed."""
+    return LINKS if assumed in LINKS else (assumed, *LINKS[1:])
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,7 @@ def bytes_per_copy(layer: RoutedLayer, recomputes: bool) -> int:
     return (4 + recomputes) * hidden_state + (2 + recomputes) * weights + layer.top_k * _INT64_BYTES
 
 
-def token_bytes(layer: RoutedLayer, tokens: int, ranks: int, recomputes: bool, at_most: bool = False) -> int:
+def token_bytes(layer: RoutedLayer, tokens: int, ranks: int, recomputes: bool) -> int:
     """What a rank's tokens are on their way through an expert layer, in a forward and its backward.
 
     Args:
@@ -113,16 +123,12 @@ def token_bytes(layer: RoutedLayer, tokens: int, ranks: int, recomputes: bool, a
         tokens: of a rank, in a micro-batch.
         ranks: W that share the layer's experts out.
         recomputes: with activation checkpointing.
-        at_most: the bound for any routing, in place of what uniform routing gives.
     """
     if ranks == 1:
         return 0
     counts = (ranks - 1) * _INT64_BYTES  # how many rows each rank has for each other one
-    if at_most:
-        to_others = float(min(layer.top_k, ranks - 1))
-    else:
-        # Tokens are alike, so that of the copies on each rank all but 1 / W come from others.
-        to_others = (1 - 1 / ranks) * copies_per_token(layer.num_experts, layer.top_k, ranks)
+    # Tokens are alike, so that of the copies on each rank all but 1 / W come from others.
+    to_others = (1 - 1 / ranks) * copies_per_token(layer.num_experts, layer.top_k, ranks)
     return round(tokens * to_others * bytes_per_copy(layer, recomputes)) + counts
 
 

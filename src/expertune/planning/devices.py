@@ -17,7 +17,16 @@ from expertune.errors import ConfigError, nearest, option
 from expertune.kernels.cpu import gemm_dtype
 from expertune.kernels.cpu_rates import cpu_rates
 from expertune.placement.device import default_device, resolve_compute_dtype
-from expertune.planning.communication import ETHERNET_100, ETHERNET_400, NVLINK, PCIE, Link
+from expertune.planning.communication import (
+    ETHERNET_100,
+    ETHERNET_400,
+    INFINITY_FABRIC,
+    NVLINK,
+    NVLINK_3,
+    NVLINK_5,
+    PCIE,
+    Link,
+)
 
 # Name under which a GPU that is not in the table can be planned for, with a size of memory.
 ANY_GPU = "cuda"
@@ -27,7 +36,14 @@ DISK_BYTES_PER_SECOND = 1.0e9
 
 _DEVICES_OF_A_MACHINE = 8
 _WITHOUT_BFLOAT16 = ("t4",)
-_WITH_NVLINK = ("b200", "h200", "h100", "a100-80gb", "a100-40gb")
+_LINKS = {
+    "b200": NVLINK_5,
+    "h200": NVLINK,
+    "h100": NVLINK,
+    "a100-80gb": NVLINK_3,
+    "a100-40gb": NVLINK_3,
+    "mi300x": INFINITY_FABRIC,
+}
 
 _PCIE = {3: 12e9, 4: 25e9, 5: 50e9}
 
@@ -58,19 +74,19 @@ class Device:
         memory_bytes: what a process finds; 0 where nothing is known.
         rates: how fast it is, with its host link; None where nothing is known.
         has_bfloat16: whether it multiplies bfloat16; otherwise float16.
-        has_nvlink: whether those of one machine are connected by NVLink in the usual server; otherwise by PCI Express.
+        link: what connects those of one machine in the usual server.
     """
 
     name: str
     memory_bytes: int = 0
     rates: Rates | None = None
     has_bfloat16: bool = True
-    has_nvlink: bool = False
+    link: Link = PCIE
 
 
 def _gpu(name: str, gib: float, gigabytes_per_second: float, teraflops: float, pcie: int) -> Device:
     rates = Rates("tabled", teraflops * 1e12, gigabytes_per_second * 1e9, _PCIE[pcie])
-    return Device(name, int(gib * 2**30), rates, name not in _WITHOUT_BFLOAT16, name in _WITH_NVLINK)
+    return Device(name, int(gib * 2**30), rates, name not in _WITHOUT_BFLOAT16, _LINKS.get(name, PCIE))
 
 
 # GiB that torch reports, GB/s, TFLOP/s, generation of PCI Express.
@@ -219,12 +235,12 @@ class Machine:
 
     @property
     def link(self) -> Link:
-        """What connects the processes, as is usual: inside of one machine up to eight devices, a network above."""
+        """What connects the processes, as is usual: a network where one machine has not all of them."""
         gpu = self._known_gpu
-        nvlink = gpu is not None and gpu.has_nvlink
-        if self.world_size > _DEVICES_OF_A_MACHINE:
-            return ETHERNET_400 if nvlink else ETHERNET_100
-        return NVLINK if nvlink else PCIE
+        inside = gpu.link if gpu else PCIE
+        if self.world_size > self.local_size:
+            return ETHERNET_100 if inside == PCIE else ETHERNET_400
+        return inside
 
     @property
     def _known_gpu(self) -> Device | None:

@@ -7,11 +7,11 @@ from typing import Any
 from expertune.config import RunConfig
 from expertune.distributed.parallel import owned_experts, replicas
 from expertune.planning.communication import (
-    LINKS,
     Link,
     RoutedLayer,
     Traffic,
     averaged_bytes,
+    compared_links,
     gathered_bytes,
     token_bytes,
 )
@@ -50,8 +50,8 @@ class ModePlan:
         """How long a link takes for what a rank sends in a step."""
         return self.traffic.sent_bytes / link.bytes_per_second
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+    def to_json(self, links: tuple[Link, ...]) -> dict[str, Any]:
+        """Plain values, with the time that each of some links takes."""
         return {
             "mode": self.distribution.mode,
             "expert_parallel_size": self.distribution.expert_ranks,
@@ -61,7 +61,7 @@ class ModePlan:
             "fits": self.fits,
             "sent_bytes": self.traffic.sent_bytes,
             **asdict(self.traffic),
-            "link_seconds": {link.name: self.link_seconds(link) for link in LINKS},
+            "link_seconds": {link.name: self.link_seconds(link) for link in links},
             "seconds": self.seconds,
         }
 
@@ -96,7 +96,7 @@ class RanksPlan:
             "expert_parallel_size": self.chosen.distribution.expert_ranks,
             "reason": self.reason,
             "link": self.link.name,
-            "modes": [mode.to_json() for mode in self.modes],
+            "modes": [mode.to_json(compared_links(self.link)) for mode in self.modes],
         }
 
 
