@@ -163,7 +163,8 @@ def test_override_of_any_text_is_refused(run: Run, key: str, value: str) -> None
         refused(run, GOOD.encode(), [override])
 
 
-def test_same_good_file_gets_as_far_as_its_model(run: Run) -> None:
+def test_same_good_file_gets_as_far_as_its_model(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     # What is refused above is refused for what was done to it.
     assert "some/model" in refused(run, GOOD.encode())
     assert Path("runs").exists() is False

@@ -7,7 +7,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 first=(tests/kernels tests/families tests/checkpoint tests/adapt tests/planning tests/benchmarks
-	tests/generation tests/layers)
+	tests/generation tests/layers tests/evaluation tests/objectives tests/placement)
 log=$(mktemp)
 "$1" -m pytest -p no:cacheprovider "${first[@]}" >"$log" 2>&1 &
 beside=$!
