@@ -147,7 +147,7 @@ def _check_learning(model: ExpertPeftModel, batch: Batch) -> dict[str, Any]:
             raise PreflightError("no factor of the adapter takes part in the loss, so that none can learn")
         loss.backward()
         learning, of_experts, idle = 0, 0, 0
-        for what, gradient in _factor_gradients(model, tokens):
+        for what, gradient, is_of_expert in _factor_gradients(model, tokens):
             if gradient is _NO_TOKENS:
                 idle += 1
                 continue
@@ -160,7 +160,7 @@ def _check_learning(model: ExpertPeftModel, batch: Batch) -> dict[str, Any]:
                 raise PreflightError(
                     f"{what}: the gradient is zero everywhere, so that it would not learn; {_WHY_ZERO}"
                 )
-            if ": expert " in what:
+            if is_of_expert:
                 of_experts += 1
             else:
                 learning += 1
@@ -205,7 +205,8 @@ def _require_reached(model: ExpertPeftModel, name: str) -> None:
         )
 
 
-def _factor_gradients(model: ExpertPeftModel, tokens: dict[str, Tensor]) -> Iterator[tuple[str, Tensor | None]]:
+def _factor_gradients(model: ExpertPeftModel, tokens: dict[str, Tensor]) -> Iterator[tuple[str, Tensor | None, bool]]:
+    """What each factor is called, its gradient, and whether it is a single expert's."""
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
@@ -215,7 +216,7 @@ def _factor_gradients(model: ExpertPeftModel, tokens: dict[str, Tensor]) -> Iter
             for factor in ("lora_A", "lora_B"):
                 held = getattr(module, factor)[adapter]
                 if not isinstance(module, ExpertsLora):
-                    yield f"{name}.{factor}", held.weight.grad
+                    yield f"{name}.{factor}", held.weight.grad, False
                     continue
                 if name not in tokens:
                     _require_reached(model, name)
@@ -227,7 +228,7 @@ def _factor_gradients(model: ExpertPeftModel, tokens: dict[str, Tensor]) -> Iter
                     for index, count in enumerate(tokens[name][here.start : here.stop].tolist()):
                         gradient = None if stacked.grad is None else stacked.grad[index]
                         what = f"{name}: expert {here.start + index}, {projection}, {factor}"
-                        yield what, gradient if count else _NO_TOKENS
+                        yield what, gradient if count else _NO_TOKENS, True
 
 
 @contextmanager
