@@ -12,7 +12,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/expertune train examples/demo.yaml
 
 test: $(VENV)/.development
-	tools/run_tests.sh $(BIN)/python
+	$(BIN)/python tools/run_tests.py
 
 # Kernels compiled for every GPU, by the oldest Triton and by the environment's own. `make test` compiles each once for one
 # GPU; the rest needs minutes and breaks with a kernel or with Triton alone. Continuous integration runs it every time.

@@ -3,13 +3,17 @@
 import atexit
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from tempfile import mkdtemp
+from typing import Any, NamedTuple
+
+from tests.program_server import serve
 
 ROOT = Path(__file__).parents[1]
 RUN = "import expertune.api, expertune.cli, matplotlib.backends.backend_agg"
@@ -31,44 +35,71 @@ class Server:
 
     Args:
         imports: code that runs once, before; it must start no thread that does anything.
+        names: where this process has made the imports, the names that they have made: the server is a copy of it.
         environment: variables beside those of this process.
     """
 
-    def __init__(self, imports: str, **environment: str) -> None:
-        self.folder = TemporaryDirectory()
-        self.output = [str(Path(self.folder.name) / name) for name in ("out", "err")]
+    def __init__(self, imports: str, names: dict[str, Any] | None = None, **environment: str) -> None:
+        self.folder = Path(mkdtemp())
+        self.output = [str(self.folder / name) for name in ("out", "err")]
         self.environment = environment
-        command = [sys.executable, str(ROOT / "tests" / "program_server.py"), imports]
-        with (Path(self.folder.name) / "server").open("wb") as errors:
-            self.process = subprocess.Popen(
-                command,
-                env=self._variables(),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                start_new_session=True,
-            )
+        self.has_ended = False
+        self.process: subprocess.Popen[bytes] | None = None
+        (program, programs), (statuses, status) = os.pipe(), os.pipe()
+        self.programs, self.statuses = os.fdopen(programs, "w"), os.fdopen(statuses)
+        with (self.folder / "server").open("wb") as errors:
+            streams = (program, status, errors.fileno())
+            if names is None:
+                self.process = self._start(imports, *streams)
+                self.pid = self.process.pid
+            else:
+                self.pid = self._copy(names, streams)
+        os.close(program)
+        os.close(status)
+
+    def _start(self, imports: str, stdin: int, stdout: int, stderr: int) -> "subprocess.Popen[bytes]":
+        command, variables = [sys.executable, str(ROOT / "tests" / "program_server.py"), imports], self._variables()
+        return subprocess.Popen(
+            command, env=variables, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True
+        )
+
+    def _copy(self, names: dict[str, Any], streams: Sequence[int]) -> int:
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            self.programs.close()  # whose end is the server's
+            for number, stream in enumerate(streams):
+                os.dup2(stream, number)
+            serve(names)
+            os._exit(0)
+        return pid
 
     def run(self, code: str, folder: Path, arguments: Sequence[str] = (), **environment: str) -> Ended:
         """Run a program to its end, in a folder; it has the names that the imports have made."""
         program = {"code": code, "folder": str(folder), "arguments": arguments}
         program |= {"environment": self._variables() | environment, "output": self.output}
         try:
-            print(json.dumps(program), file=self.process.stdin, flush=True)
-            status = self.process.stdout.readline()  # type: ignore[union-attr]
+            print(json.dumps(program), file=self.programs, flush=True)
+            status = self.statuses.readline()
+            assert status, (self.folder / "server").read_text(encoding="utf-8")[-4000:]
         except BaseException:
             self.end()
             raise
-        assert status, (Path(self.folder.name) / "server").read_text(encoding="utf-8")[-4000:]
         return Ended(int(status), *(Path(path).read_text(encoding="utf-8") for path in self.output))
 
     def end(self) -> None:
         """End it, and the program that it may be running."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
-        self.folder.cleanup()
+        if self.has_ended:
+            return
+        self.has_ended = True
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        if self.process:
+            self.process.wait()
+        for stream in (self.programs, self.statuses):
+            with suppress(BrokenPipeError):
+                stream.close()
+        shutil.rmtree(self.folder)
 
     def _variables(self) -> dict[str, str]:
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -102,10 +133,11 @@ def run_program(code: str, *arguments: str, folder: Path = ROOT, imports: str = 
         imports: `RUN` or `BENEATH`.
         environment: variables beside those of this process; what is imported already has been so without them.
     """
-    if imports not in _kept or _kept[imports].process.poll() is not None:
-        _kept[imports] = Server(imports)
-        atexit.register(_kept[imports].end)
-    return _kept[imports].run(code, folder, arguments, **environment)
+    if imports not in KEPT or KEPT[imports].has_ended:
+        KEPT[imports] = Server(imports)
+        atexit.register(KEPT[imports].end)
+    return KEPT[imports].run(code, folder, arguments, **environment)
 
 
-_kept: dict[str, Server] = {}
+KEPT: dict[str, Server] = {}
+"""Servers by their imports, for all programs of this process."""

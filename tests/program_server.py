@@ -8,7 +8,20 @@ import gc
 import json
 import os
 import sys
+import traceback
 from typing import Any
+
+
+def serve(names: dict[str, Any]) -> None:
+    """Run programs until there are no more; they have the names that the imports have made."""
+    # What the imports made stays, and is not to be looked through by every program that collects garbage.
+    gc.collect()
+    gc.freeze()
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            run(json.loads(line), names)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
 def run(program: dict[str, Any], names: dict[str, Any]) -> None:
@@ -21,17 +34,23 @@ def run(program: dict[str, Any], names: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(program["environment"])
     sys.argv[:] = ["-c", *program["arguments"]]
-    exec(program["code"], names)
-    sys.exit()
+    status: Any = 0
+    try:
+        exec(program["code"], names)
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)  # taking all modules apart would cost as much as a short run
 
 
-names: dict[str, Any] = {"__name__": "__main__"}
-exec(sys.argv[1], names)
-# What the imports made stays, and is not to be looked through by every program that collects garbage.
-gc.collect()
-gc.freeze()
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        run(json.loads(line), names)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+if __name__ == "__main__":
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(sys.argv[1], names)
+    serve(names)
