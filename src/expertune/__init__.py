@@ -20,6 +20,7 @@ from expertune.run.source import load_config
 
 if TYPE_CHECKING:
     from expertune.api import finetune, plan
+    from expertune.exporting.export import export
     from expertune.models import attach, load_adapter, load_model, quantize
     from expertune.run.inference import Run, evaluate, generate, open_run
 
@@ -31,6 +32,7 @@ __all__ = [
     "RunRecord",
     "attach",
     "evaluate",
+    "export",
     "finetune",
     "generate",
     "load_adapter",
@@ -45,6 +47,7 @@ __all__ = [
 # Where the names lie that need torch.
 _MODULES = {
     "api": ("finetune", "plan"),
+    "exporting.export": ("export",),
     "models": ("attach", "load_adapter", "load_model", "quantize"),
     "planning": ("make_plan",),  # the earlier name of `plan`, of a RunConfig alone
     "run.inference": ("Run", "evaluate", "generate", "open_run"),

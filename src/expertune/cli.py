@@ -19,6 +19,7 @@ import typer
 import expertune
 from expertune import RunRecord, load_config
 from expertune.errors import ConfigError, ExpertuneError
+from expertune.exporting import FORMATS
 from expertune.kernels.threads import prepare_threads
 from expertune.run.directory import after_interruption
 from expertune.run.signals import Terminated
@@ -30,8 +31,8 @@ from expertune.terminal import (
     print_json,
     print_scores,
     print_table,
-    quantizing,
     stdout_for_results,
+    writing,
 )
 
 _LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "torch", "transformers")
@@ -351,7 +352,7 @@ def quantize(
     if out is None:
         raise typer.BadParameter("give the folder to write", param_hint="OUT")
     try:
-        with stdout_for_results(), quantizing() as progress:
+        with stdout_for_results(), writing("quantize") as progress:
             expertune.quantize(
                 model,
                 out,
@@ -373,6 +374,49 @@ def _verify(folder: Path) -> None:
 
         count = verify(folder)
     print(f"{folder}: {count} files are as they were written")
+
+
+@app.command()
+def export(
+    run_dir: RunDir,
+    to: Annotated[str, typer.Option(metavar="FORMAT", help=f"The form to write: {', '.join(FORMATS)}.")],
+    adapter: Adapter = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The folder to write; RUN_DIR/exports/FORMAT by default.")
+    ] = None,
+    base: Annotated[
+        Literal["source", "dequantized"],
+        typer.Option(help="Weights of a merged model: the checkpoint's, or those that the adapter was trained beside."),
+    ] = "source",
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Run the export in the engine that reads it, and compare.")
+    ] = True,
+    trust_remote_code: TrustRemoteCode = False,
+    model: BaseModel = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a run's adapter, or base and adapter as one model, in the form that an engine reads. Prints the folder.
+
+    Exit code 2 where the engine computes something else from it than it should.
+    """
+    RunRecord.load(run_dir)
+    with stdout_for_results(), writing("export") as progress:
+        exported = expertune.export(
+            run_dir,
+            to,
+            adapter=adapter,
+            out=out,
+            base=base,
+            verify=verify,
+            trust_remote_code=trust_remote_code,
+            model=model,
+            progress=progress,
+        )
+    if as_json:
+        print_json(exported.to_json())
+    else:
+        print(exported.folder)
 
 
 @app.command()

@@ -73,8 +73,8 @@ def print_scores(scores: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def quantizing() -> Iterator[Callable[[str, int, int], None]]:
-    """How far `expertune quantize` is: a bar on a terminal; elsewhere a line on stderr for each tenth of the work."""
+def writing(command: str) -> Iterator[Callable[[str, int, int], None]]:
+    """How far a command is that writes large files: a bar on a terminal; elsewhere a line per tenth of the work."""
     if not sys.stderr.isatty():
         logged = -1
 
@@ -92,7 +92,7 @@ def quantizing() -> Iterator[Callable[[str, int, int], None]]:
 
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("quantize", total=None)
+        task = bar.add_task(command, total=None)
         yield lambda file, done, total: bar.update(task, description=file, completed=done, total=total)
 
 

@@ -21,7 +21,7 @@ def require_same_base(
     folder: str | Path,
     base: Fingerprint | None,
     model: str,
-    allowed_by: str = "set lora.init_from_other_base: true (other_base=True in load_adapter)",
+    allowed_by: str | None = "set lora.init_from_other_base: true (other_base=True in load_adapter)",
 ) -> None:
     """Refuse an adapter that was trained on another base model.
 
@@ -29,7 +29,7 @@ def require_same_base(
         folder: the adapter.
         base: what identifies the model that it is to be put on; None where that is not known.
         model: the model's name, for the message.
-        allowed_by: what a user does to have it all the same.
+        allowed_by: what a user does to have it all the same; None where nothing allows it.
 
     Raises:
         CheckpointError: the bases differ; names the differences, and the base that the adapter names.
@@ -39,9 +39,10 @@ def require_same_base(
     if differences:
         more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         named = read_adapter_config(folder).get("base_model_name_or_path")
+        otherwise = f", or {allowed_by} to put it on this one all the same" if allowed_by else ""
         raise CheckpointError(
             f"{folder}: this adapter was trained on another base model than {model}: {'; '.join(differences[:3])}{more}"
-            f". Give the base that it was trained on ({named}), or {allowed_by} to put it on this one all the same"
+            f". Give the base that it was trained on ({named}){otherwise}"
         )
 
 

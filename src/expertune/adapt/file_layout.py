@@ -27,6 +27,8 @@ from expertune.checkpoint.load import build_twin
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import ResolvedTargets
 
+Candidate = Callable[[Twin], StockLayout]
+
 
 def stock_layout(
     model: PreTrainedModel, names: NameMap, targets: ResolvedTargets, r: int, rank_pattern: Mapping[str, int]
@@ -42,13 +44,23 @@ def stock_layout(
     """
     key = _key(model, names, targets, r, rank_pattern)
     if key not in _tried:
-        # Nothing that a run draws may depend on when this is asked.
-        with torch.random.fork_rng(devices=[]):
-            found = _first_read(model, names, targets, _usual(names, targets, r, rank_pattern))
+        usual = _usual(names, targets, r, rank_pattern)
+        candidates: list[Candidate] = [lambda twin: usual, lambda twin: _explicit(twin, names, targets, usual.r)]
+        if targets.experts:
+            candidates.append(lambda twin: _fused(twin, names, targets, usual.r))
+        found = _first_read(model, names, targets, usual, candidates)
         while len(_tried) >= _MOST_TRIED:
             del _tried[next(iter(_tried))]
         _tried[key] = found
     return deepcopy(_tried[key])
+
+
+def fused_layout(
+    model: PreTrainedModel, names: NameMap, targets: ResolvedTargets, r: int, rank_pattern: Mapping[str, int]
+) -> StockLayout:
+    """PEFT's own names of stacks, whatever else it reads; the arguments are those of `stock_layout`."""
+    usual = _usual(names, targets, r, rank_pattern)
+    return _first_read(model, names, targets, usual, [lambda twin: _fused(twin, names, targets, r)])
 
 
 # A run asks before its model is loaded and again when the adapter is attached; a trial takes seconds.
@@ -67,21 +79,25 @@ def _key(
     return type(model), repr(config), repr(targets), tuple(on_disk), r, tuple(rank_pattern.items())
 
 
-def _first_read(model: PreTrainedModel, names: NameMap, targets: ResolvedTargets, usual: StockLayout) -> StockLayout:
-    candidates: list[Callable[[Twin], StockLayout]] = [lambda twin: usual]
-    candidates.append(lambda twin: _explicit(twin, names, targets, usual.r))
-    if targets.experts:
-        candidates.append(lambda twin: _fused(twin, names, targets, usual.r))
+def _first_read(
+    model: PreTrainedModel,
+    names: NameMap,
+    targets: ResolvedTargets,
+    usual: StockLayout,
+    candidates: Iterable[Candidate],
+) -> StockLayout:
+    """The first candidate that PEFT reads; where it reads none, the usual layout, and why the last was not read."""
     refusal = ""
-    for make in candidates:
-        try:
-            twin = Twin(build_twin(model))
-        except Exception as error:  # code that comes with a model may raise anything
-            return replace(usual, refusal=f"the model cannot be built without weights: {error}")
-        try:
-            return twin.try_on(make(twin), names, targets)
-        except NotReadError as error:
-            refusal = str(error)
+    with torch.random.fork_rng(devices=[]):  # nothing that a run draws may depend on when this is asked
+        for make in candidates:
+            try:
+                twin = Twin(build_twin(model))
+            except Exception as error:  # code that comes with a model may raise anything
+                return replace(usual, refusal=f"the model cannot be built without weights: {error}")
+            try:
+                return twin.try_on(make(twin), names, targets)
+            except NotReadError as error:
+                refusal = str(error)
     return replace(usual, refusal=refusal)
 
 

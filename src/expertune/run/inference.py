@@ -5,6 +5,7 @@ import html
 import io
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -141,6 +142,53 @@ def after_training(model: ExpertPeftModel) -> ExpertPeftModel:
     return model.eval()
 
 
+@dataclass(frozen=True)
+class FoundRun:
+    """A run directory that has been read, and nothing loaded.
+
+    Attributes:
+        context: its run file and its record.
+        adapter: the folder of the adapter.
+        base: where the base model lies.
+    """
+
+    context: RunContext
+    adapter: Path
+    base: ModelSource
+
+
+def find_run(
+    run_dir: str | Path,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+    model: str | Path | None = None,
+) -> FoundRun:
+    """Read a run directory; the arguments are those of `open_run`.
+
+    Raises:
+        CheckpointError: not a run directory, no such adapter in it, or the model is gone.
+        ConfigError: `adapter` is a path.
+    """
+    run_dir = Path(run_dir)
+    record = RunRecord.load(run_dir)
+    values = recorded_values(record)
+    config = recorded_config(values if model is None else values | {"model": str(model)}, str(record.path), opened=True)
+    folder = adapter_in(run_dir, adapter)
+    for part, examples in (("train", config.data.train), ("eval", config.data.eval)):
+        if examples is not None and not record.section("data").get(part):
+            raise CheckpointError(
+                f"{record.path}: it holds no data.{part}, which says how the examples were read; take the record as "
+                "the run wrote it"
+            )
+    revision = record.section("model").get("revision") if model is None else None
+    try:
+        source = fetch_model(config.model, revision, trust_remote_code)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. If the model has moved, give {option('model', 'MODEL')}") from None
+    # On stderr: stdout is for results.
+    return FoundRun(RunContext(config, record, default_device(), Bars(Console(stderr=True))), folder, source)
+
+
 @checked
 def open_run(
     run_dir: str | Path,
@@ -162,29 +210,14 @@ def open_run(
         CheckpointError: not a run directory, no such adapter in it, or the model's weights are others by now.
         ConfigError: `adapter` is a path; an adapter elsewhere is loaded with `load_adapter`.
     """
-    run_dir = Path(run_dir)
-    record = RunRecord.load(run_dir)
-    values = recorded_values(record)
-    config = recorded_config(values if model is None else values | {"model": str(model)}, str(record.path), opened=True)
-    folder = adapter_in(run_dir, adapter)
-    for part, examples in (("train", config.data.train), ("eval", config.data.eval)):
-        if examples is not None and not record.section("data").get(part):
-            raise CheckpointError(
-                f"{record.path}: it holds no data.{part}, which says how the examples were read; take the record as "
-                "the run wrote it"
-            )
-    revision = record.section("model").get("revision") if model is None else None
-    try:
-        source = fetch_model(config.model, revision, trust_remote_code)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}. If the model has moved, give {option('model', 'MODEL')}") from None
-    # On stderr: stdout is for results.
-    context = RunContext(config, record, default_device(), Bars(Console(stderr=True)))
+    found = find_run(run_dir, adapter, trust_remote_code, model)
+    context, source, folder = found.context, found.base, found.adapter
+    config = context.config
     if not other_base:
         base = fingerprint_of(source.folder, trust_remote_code, notify=context.notify)
         require_same_base(folder, base, config.model, allowed_by=f"give {option('other-base')}")
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    loaded = load_base(context, source, record.section("placement").get("places", {}))
+    loaded = load_base(context, source, context.record.section("placement").get("places", {}))
     lora = LoraSection(init_from=str(folder), init_from_other_base=other_base)
     adapted = attach(loaded, lora, config.model, source.revision)
     options = OpenOptions(adapter=adapter, trust_remote_code=trust_remote_code, other_base=other_base, model=model)

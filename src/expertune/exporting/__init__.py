@@ -1,0 +1,7 @@
+"""Exporting: a run's adapter, or base and adapter as one model, in the form that an engine reads; then run there."""
+
+FORMATS = {
+    "peft": "peft",
+    "peft-fused": "peft",
+}
+"""Names of formats, and the module of this folder that has each: known without importing torch."""

@@ -1,0 +1,145 @@
+"""The walk of an export: open, refuse, look at the disk, write beside, verify, rename."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack
+
+from expertune.config.arguments import checked
+from expertune.distributed.processes import require_one_process
+from expertune.errors import ExportError, StorageError, option
+from expertune.exporting.formats import Format, Options, Progress, Verdict, make_format
+from expertune.exporting.source import ExportSource, open_source
+from expertune.exporting.verify import verify as run_engines
+from expertune.exporting.verify import write_verification
+from expertune.planning.table import size
+from expertune.run.directory import ADAPTER_FOLDER
+
+EXPORTS = "exports"
+"""Folder of a run directory where exports go that are not told where to."""
+
+_ROOM_BYTES = 2**20  # configs, tokenizer, verification
+
+
+class ExportOptions(TypedDict, total=False):
+    """Options of an export.
+
+    Keys:
+        base: of a merged model, `source`: 16-bit weights as the checkpoint has them; or `dequantized`: the values that
+            the adapter was trained beside.
+        verify: run the export in the engine that reads it, and compare.
+        model: directory or hub id of the base model, where it lies elsewhere by now than the record says.
+        trust_remote_code: run Python that ships with the model.
+        progress: called with what is being written, bytes done and bytes in all.
+    """
+
+    base: Literal["source", "dequantized"]
+    verify: bool
+    model: str | Path | None
+    trust_remote_code: bool
+    progress: Progress | None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export that was written.
+
+    Attributes:
+        folder: where it is.
+        verification: content of its `verification.json`; None where it was not to be verified.
+    """
+
+    folder: Path
+    verification: dict[str, Any] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """For other programs."""
+        return {"folder": str(self.folder), "verification": self.verification}
+
+
+@checked
+def export(
+    run_dir: str | Path,
+    to: str,
+    adapter: str | None = None,
+    out: str | Path | None = None,
+    **options: Unpack[ExportOptions],
+) -> Exported:
+    """Write a run's adapter, or base and adapter as one model, in the form that an engine reads, and run it there.
+
+    Args:
+        run_dir: a run directory.
+        to: the format, e.g. `peft`.
+        adapter: `checkpoint-N` for an earlier state; None means the final adapter.
+        out: the folder to write, new or empty; None means one under `exports` in the run directory.
+        **options: see `ExportOptions`.
+
+    Raises:
+        ExportError: the format cannot hold it, or the engine that reads it computes something else; names the tensors.
+        ConfigError: no such format, or an option that it does not have.
+        CheckpointError: the run has no such adapter, its base model is gone, or is another one.
+        StorageError: the disk is too small.
+    """
+    require_one_process()
+    base = options.get("base", "source")
+    form = make_format(to, Options(base))
+    folder = Path(out) if out is not None else _default_folder(Path(run_dir), to, adapter, base)
+    _require_free(folder)
+    source = open_source(run_dir, adapter, options.get("trust_remote_code", False), options.get("model"))
+    form.require(source)
+    partial = folder.with_name(f"{folder.name}.partial")
+    if partial.is_dir() and not form.resumes:
+        shutil.rmtree(partial)
+    _require_room(form, source, partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        form.write(source, partial, options.get("progress") or (lambda *_: None))
+    except BaseException:
+        if not form.resumes:
+            shutil.rmtree(partial)
+        raise
+    written = None
+    if options.get("verify", True):
+        verdicts = run_engines(source, form, partial, source.base.folder)
+        written = write_verification(partial, form, source, verdicts)
+        _notify(source, verdicts, partial)
+    if folder.is_dir():
+        folder.rmdir()  # it is empty
+    partial.rename(folder)
+    return Exported(folder, written)
+
+
+def _default_folder(run_dir: Path, to: str, adapter: str | None, base: str) -> Path:
+    parts = [to, *([adapter] if adapter not in (None, ADAPTER_FOLDER) else []), *([base] if base != "source" else [])]
+    return run_dir / EXPORTS / "-".join(str(part) for part in parts)
+
+
+def _require_free(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        problem = "holds something already" if folder.is_dir() else "a file"
+        raise ExportError(f"{folder}: {problem}; give a new or an empty folder with {option('out', 'DIR')}")
+
+
+def _require_room(form: Format, source: ExportSource, folder: Path) -> None:
+    there = folder
+    while not there.exists():
+        there = there.parent
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+    needed, free = form.nbytes(source) + _ROOM_BYTES - held, shutil.disk_usage(there).free
+    if needed > free:
+        raise StorageError(
+            f"{folder}: the export needs {size(needed)}, and {size(free)} are free; make room, or choose a folder on "
+            f"another disk with {option('out', 'DIR')}"
+        )
+
+
+def _notify(source: ExportSource, verdicts: list[Verdict], folder: Path) -> None:
+    """Show what came of each engine; raise where one computes something else."""
+    for verdict in verdicts:
+        source.context.notify(f"{verdict.engine}: {verdict.verdict}{f': {verdict.reason}' if verdict.reason else ''}")
+    failed = [verdict for verdict in verdicts if verdict.verdict == "failed"]
+    if failed:
+        raise ExportError(
+            f"{failed[0].engine} computes something else from this export: {failed[0].reason}. It was not put in its "
+            f"place; {folder} is what was written, with verification.json"
+        )

@@ -1,0 +1,116 @@
+"""The formats of an export by name, and what each is to the walk that writes and verifies it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from expertune.errors import ConfigError, did_you_mean
+from expertune.exporting import FORMATS
+from expertune.exporting.source import ExportSource
+
+Progress = Callable[[str, int, int], None]
+"""What is being written, bytes done, bytes in all."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How an export is run in an engine that reads it, beside the reference.
+
+    Attributes:
+        name: what it is called in messages and in `verification.json`.
+        program: the script of `expertune.exporting.engines` that runs it, or a path.
+        base: the case (keys of the script's own) that runs the base model alone.
+        exported: the case that runs the export.
+        rounded: a dtype of torch that the export's weights have been rounded to; the reference rounds as well.
+        floor: differences of log-probabilities that the engine's own arithmetic may make, in nats.
+        missing: what to do to have the engine, where it is not installed.
+        python: the interpreter that runs the script.
+    """
+
+    name: str
+    program: str
+    base: dict[str, Any]
+    exported: dict[str, Any]
+    rounded: str | None = None
+    floor: float = 1e-4
+    missing: str | None = None
+    python: str | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose of a format.
+
+    Attributes:
+        base: weights of a merged model: `source`, or `dequantized`, the values that the adapter was trained beside.
+    """
+
+    base: str = "source"
+
+
+class Format(Protocol):
+    """One format; made with `Options`.
+
+    Attributes:
+        name: as `--to` names it.
+        resumes: whether `write` continues what a killed one left in the folder; others get an empty folder.
+    """
+
+    name: str
+    resumes: bool
+
+    def require(self, source: ExportSource) -> None:
+        """Refuse, by name and before any work, what cannot be exported.
+
+        Raises:
+            ExportError: the family is not known to the engine, or the like; says what to do instead.
+        """
+
+    def nbytes(self, source: ExportSource) -> int:
+        """Bytes that it will write."""
+
+    def write(self, source: ExportSource, folder: Path, progress: Progress) -> None:
+        """Write the export into an empty folder that exists."""
+
+    def engines(self, source: ExportSource, folder: Path, base: Path) -> Sequence[Engine]:
+        """How it is verified.
+
+        Args:
+            source: what was exported.
+            folder: where to.
+            base: a 16-bit folder of the base model, as transformers reads it.
+        """
+
+
+@dataclass
+class Verdict:
+    """What came of one engine.
+
+    Attributes:
+        engine: its name, with versions where it ran.
+        verdict: `verified`, `failed` or `not verified`.
+        reason: of a verdict that is not `verified`.
+        figures: tolerance and differences, in nats; prompts and positions.
+        disagreeing: of a failed one, the projections and layers whose tensors disagree.
+    """
+
+    engine: str
+    verdict: str
+    reason: str | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+    disagreeing: list[str] = field(default_factory=list)
+
+
+def make_format(name: str, options: Options) -> Format:
+    """The format of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in FORMATS:
+        raise ConfigError(f"--to {name}: no such format{did_you_mean(name, FORMATS)}")
+    module = import_module(f"expertune.exporting.{FORMATS[name]}")
+    made: Format = module.make(name, options)
+    return made

@@ -1,0 +1,132 @@
+"""Adapters for PEFT: under per-expert names, or as PEFT itself holds stacked experts; scales folded into B."""
+
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from expertune.adapt.factors import PREFIX, Factors, dtype_in_file, fold, fuse, pad
+from expertune.adapt.file_layout import fused_layout, stock_layout
+from expertune.adapt.files import Origin, stock_config, write_adapter
+from expertune.adapt.layout_trial import StockLayout
+from expertune.checkpoint.linears import is_linear
+from expertune.checkpoint.targets import Rank, ResolvedTargets
+from expertune.checkpoint.writer import Outgoing
+from expertune.errors import ExportError
+from expertune.experts.layout import fused_projections
+from expertune.exporting.formats import Engine, Options, Progress
+from expertune.exporting.source import ExportSource
+
+LEGACY_PYTHON = "EXPERTUNE_LEGACY_PYTHON"
+"""Names an interpreter that has PEFT on transformers 4, to verify there as well."""
+
+
+class PeftAdapter:
+    """`peft` and `peft-fused`."""
+
+    resumes = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @cached_property
+    def is_fused(self) -> bool:
+        """Whether stacks of experts are one tensor each."""
+        return self.name == "peft-fused"
+
+    def require(self, source: ExportSource) -> None:
+        """Refuse what stock PEFT does not read in this layout."""
+        layout = self._layout(source)
+        other = "peft" if self.is_fused else "peft-fused"
+        if self.is_fused and not source.factors.experts:
+            raise ExportError("--to peft-fused: the adapter changes no experts; export it with --to peft")
+        if layout.refusal or bool(layout.stacks) != self.is_fused:
+            reason = layout.refusal or "PEFT has no per-expert names for this family"
+            raise ExportError(f"--to {self.name}: stock PEFT does not read it: {reason}; try --to {other}")
+
+    def nbytes(self, source: ExportSource) -> int:
+        """Bytes of the tensors."""
+        return sum(outgoing.nbytes for outgoing in self._tensors(source, self._layout(source)))
+
+    def write(self, source: ExportSource, folder: Path, progress: Progress) -> None:
+        """Write the adapter's two files."""
+        layout, config = self._layout(source), source.adapter.config
+        base = config.get("base_model_name_or_path") or source.context.config.model
+        origin = Origin(base, config.get("revision"), {})
+        tensors = sorted(self._tensors(source, layout), key=lambda outgoing: outgoing.name)
+        write_adapter(folder, tensors, stock_config(origin, layout), source.fingerprint)
+
+    def engines(self, source: ExportSource, folder: Path, base: Path) -> list[Engine]:
+        """Stock PEFT here, and for per-expert names on transformers 4 where there is such an interpreter."""
+        alone, exported = {"model": str(base)}, {"model": str(base), "adapter": str(folder)}
+        found = [Engine("PEFT", "stock.py", alone, exported)]
+        if not self.is_fused:
+            python = os.environ.get(LEGACY_PYTHON)
+            missing = None if python else f"set {LEGACY_PYTHON} to the python of an environment with transformers 4"
+            found.append(Engine("PEFT on transformers 4", "stock.py", alone, exported, missing=missing, python=python))
+        return found
+
+    def _layout(self, source: ExportSource) -> StockLayout:
+        """One rank for everything, so that no pattern is needed, and lora_alpha = r."""
+        r = source.max_rank
+        targets, rank = ResolvedTargets(), Rank(r, r)
+        for name in source.factors.linears:
+            kind = targets.linears if is_linear(source.model.get_submodule(name)) else targets.router
+            kind[name] = rank
+        for module, projections in source.factors.experts.items():
+            targets.experts[module] = dict.fromkeys(projections, rank)
+        find = fused_layout if self.is_fused else stock_layout
+        return find(source.model, source.names, targets, r, {})
+
+    def _tensors(self, source: ExportSource, layout: StockLayout) -> Iterator[Outgoing]:
+        for name, pair in source.factors.linears.items():
+            stem = name if name in layout.live_named else source.names.on_disk(name)
+            yield from _pair(stem, pair, layout.ranks[name], layout.r)
+        for module, projections in source.factors.experts.items():
+            if module in layout.stacks:
+                for weight, stem in layout.stacks[module].items():
+                    yield from _stack(source, module, weight, stem, layout)
+                continue
+            for projection, (a, b, scale) in projections.items():
+                rank = layout.expert_ranks[module][projection]
+                for expert, name in enumerate(source.names.experts_on_disk(module, projection)):
+                    yield from _pair(name, Factors(a[expert], b[expert], scale), rank, layout.r)
+
+
+def make(name: str, options: Options) -> PeftAdapter:
+    """The format of this name."""
+    return PeftAdapter(name)
+
+
+def _pair(stem: str, pair: Factors, rank: int, r: int) -> Iterator[Outgoing]:
+    """A and B of one module, with zeros up to a rank; a reader multiplies by r / rank."""
+    a, b, factor = pair.a, pair.b, pair.scale * rank / r
+    yield Outgoing(f"{PREFIX}{stem}.lora_A.weight", a.dtype, (rank, a.shape[1]), lambda: pad(a, rank, dim=0))
+    yield Outgoing(
+        f"{PREFIX}{stem}.lora_B.weight",
+        dtype_in_file(b.dtype, factor),
+        (b.shape[0], rank),
+        lambda: fold(pad(b, rank, dim=1), factor),
+    )
+
+
+def _stack(source: ExportSource, module: str, weight: str, stem: str, layout: StockLayout) -> Iterator[Outgoing]:
+    """A and B of one stack as PEFT holds it; a projection without an adapter has zeros."""
+    spec, held = source.names.specs[module], source.factors.experts[module]
+    projections = fused_projections(spec, weight)
+    rank = next(layout.expert_ranks[module][each] for each in projections if each in held)
+    some = next(held[each] for each in projections if each in held)
+
+    def fused() -> tuple[Tensor, Tensor]:
+        nothing = some.a[:, :0], some.b[:, :, :0]
+        pairs = [
+            (held[each].a, fold(held[each].b, held[each].scale * rank / layout.r)) if each in held else nothing
+            for each in projections
+        ]
+        return fuse(spec, weight, pairs, rank)
+
+    a, b = fused()
+    yield Outgoing(f"{PREFIX}{stem}.lora_A.weight", a.dtype, tuple(a.shape), lambda: a)
+    yield Outgoing(f"{PREFIX}{stem}.lora_B.weight", b.dtype, tuple(b.shape), lambda: b)

@@ -1,0 +1,195 @@
+"""ExportSource: a run's adapter and the base model it was trained on, read without loading the model's weights."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from expertune.adapt.base_model import require_same_base
+from expertune.adapt.factors import AdapterFactors, Factors, read_factors
+from expertune.adapt.files import AdapterFile, read_adapter
+from expertune.checkpoint.fingerprint import Fingerprint, read_fingerprint
+from expertune.checkpoint.formats.nf4_folder import is_nf4_folder, read_nf4_folder
+from expertune.checkpoint.hub import ModelSource
+from expertune.checkpoint.load import build_meta_model
+from expertune.checkpoint.names import NameMap, read_names
+from expertune.checkpoint.reader import CheckpointIndex, open_checkpoint
+from expertune.checkpoint.recipe import Recipe, read_recipe, recipe_of_folder
+from expertune.checkpoint.tokenizer import load_tokenizer
+from expertune.checkpoint.verified import require_verified
+from expertune.data import TokenizedExample, prepare_examples, settled
+from expertune.experts import layout
+from expertune.run.context import RunContext
+from expertune.run.inference import find_run
+
+
+class Place(NamedTuple):
+    """What an adapter changes.
+
+    Attributes:
+        module: live name of a linear, a router or an experts module.
+        projection: of an experts module `gate`, `up` or `down`; None otherwise.
+    """
+
+    module: str
+    projection: str | None = None
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """What is exported.
+
+    Attributes:
+        context: the run: its run file, its record, where its messages go.
+        adapter: the files of the adapter.
+        base: where the base model lies.
+        index: headers of the base model's tensors; of an NF4 folder these have live names.
+        model: the base model on the meta device: config, shapes, names.
+        names: its name map.
+        fingerprint: what identifies its weights; the adapter has been held to it.
+        factors: A, B and scale of everything that the adapter changes, by live name, experts stacked.
+    """
+
+    context: RunContext
+    adapter: AdapterFile
+    base: ModelSource
+    index: CheckpointIndex
+    model: PreTrainedModel
+    names: NameMap
+    fingerprint: Fingerprint
+    factors: AdapterFactors
+
+    @property
+    def adapter_name(self) -> str:
+        """`adapter`, or `checkpoint-N`."""
+        return Path(self.adapter.where).name
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """What of the base the run held in 4 bits, and how."""
+        asked = self.context.config.quantization
+        if is_nf4_folder(self.base.folder):
+            return recipe_of_folder(read_nf4_folder(self.base.folder), self.model, asked)
+        return read_recipe(self.model, self.names, self.index.tensors, asked, self.base.folder)
+
+    @cached_property
+    def is_packed(self) -> bool:
+        """Whether the base is in 4 bits on the disk too, so that there are no 16-bit weights of it here."""
+        return is_nf4_folder(self.base.folder) or any(piece.format for piece in self.recipe.pieces)
+
+    @cached_property
+    def by_name(self) -> dict[str, Factors]:
+        """A [r, in], B [out, r] and scale by name on disk (without `.weight`), of each expert by itself; views.
+
+        Families whose experts are stacked on disk have `...experts.3.gate_proj` and the like here.
+        """
+        found = {self.names.on_disk(name): pair for name, pair in self.factors.linears.items()}
+        for module, projections in self.factors.experts.items():
+            for projection, (a, b, scale) in projections.items():
+                for expert, name in enumerate(self.names.experts_on_disk(module, projection)):
+                    found[name] = Factors(a[expert], b[expert], scale)
+        return found
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank of any projection."""
+        stacks = [pair for projections in self.factors.experts.values() for pair in projections.values()]
+        return max(pair.a.shape[-2] for pair in [*stacks, *self.factors.linears.values()])
+
+    @property
+    def places(self) -> list[Place]:
+        """Everything that the adapter changes."""
+        experts = self.factors.experts.items()
+        return [
+            *(Place(name) for name in self.factors.linears),
+            *(Place(module, projection) for module, projections in experts for projection in projections),
+        ]
+
+    def only(self, belongs: Callable[[Place], bool]) -> "ExportSource":
+        """The same adapter with zeros for B everywhere else: what `belongs` is false of changes nothing."""
+
+        def kept(place: Place, pair: Factors) -> Factors:
+            return pair if belongs(place) else pair._replace(b=torch.zeros_like(pair.b))
+
+        linears = {name: kept(Place(name), pair) for name, pair in self.factors.linears.items()}
+        experts = {
+            module: {each: kept(Place(module, each), pair) for each, pair in projections.items()}
+            for module, projections in self.factors.experts.items()
+        }
+        return replace(self, factors=AdapterFactors(experts, linears))
+
+    def updates(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """What the adapter adds to the live model: name of a parameter, left and right; their product is added.
+
+        Of a linear the product is [out, in]; of a stack of experts it is laid out as the family's own parameter, the
+        projections that it does not adapt with zeros. Nothing of any export format goes into this.
+        """
+        for name, (a, b, scale) in self.factors.linears.items():
+            yield f"{name}.weight", b.float() * scale, a.float()
+        for module, held in self.factors.experts.items():
+            spec = self.names.specs[module]
+            for weight in spec.weight_names:
+                projections = layout.fused_projections(spec, weight)
+                adapted = [held[projection] for projection in projections if projection in held]
+                if not adapted:
+                    continue
+                outputs = spec.shape(projections[0])[0]
+                right = torch.cat([pair.a.float() for pair in adapted], dim=1)
+                ranks = [pair.a.shape[1] for pair in adapted]
+                columns = right.new_zeros(len(projections), outputs, spec.num_experts, sum(ranks))
+                for index, projection in enumerate(projections):
+                    if projection in held:
+                        own = [projection == each for each in projections if each in held].index(True)
+                        start = sum(ranks[:own])
+                        b = held[projection].b.float() * held[projection].scale
+                        columns[index, :, :, start : start + ranks[own]] = b.transpose(0, 1)
+                left = layout.join_rows(spec, weight, list(columns)).transpose(0, 1).contiguous()
+                name = f"{module}.{weight}"
+                yield (name, right.mT.contiguous(), left.mT.contiguous()) if spec.is_transposed else (name, left, right)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's."""
+        return load_tokenizer(self.base.folder, self.base.trust_remote_code)
+
+    @cached_property
+    def examples(self) -> list[TokenizedExample]:
+        """The run's evaluation examples; its training examples where it has none of these. At most 64."""
+        config, data = self.context.config, self.context.record["data"]
+        which = "train" if config.data.eval is None else "eval"
+        found = prepare_examples(settled(config.data, data[which]), which, self.tokenizer)  # type: ignore[arg-type]
+        return [found.examples[index] for index in range(min(len(found.examples), 64))]
+
+    def prompts(self, count: int = 8, tokens: int = 48) -> list[list[int]]:
+        """Token ids on which engines are compared: the starts of a few examples, prompt and answer, spread over all."""
+        examples = self.examples
+        chosen = [examples[index * len(examples) // count] for index in range(min(count, len(examples)))]
+        return [example.input_ids[:tokens] for example in chosen]
+
+
+def open_source(
+    run_dir: str | Path, adapter: str | None = None, trust_remote_code: bool = False, model: str | Path | None = None
+) -> ExportSource:
+    """Read what is exported; the arguments are those of `expertune.open_run`.
+
+    Raises:
+        CheckpointError: the run has no such adapter, the model is gone, or is another one than the adapter's.
+        ConfigError: `adapter` is a path.
+    """
+    found = find_run(run_dir, adapter, trust_remote_code, model)
+    folder, trust = found.base.folder, found.base.trust_remote_code
+    if is_nf4_folder(folder):
+        require_verified(folder, found.context.notify)
+    index = read_nf4_folder(folder).index if is_nf4_folder(folder) else open_checkpoint(folder)
+    described = build_meta_model(folder, torch.bfloat16, trust, shapes_only=True)
+    names = read_names(described)
+    fingerprint = read_fingerprint(folder, index.tensors, described, names)
+    require_same_base(found.adapter, fingerprint, found.context.config.model, allowed_by=None)
+    file = read_adapter(found.adapter)
+    factors = read_factors(file.config, file.tensors, names, file.where)
+    return ExportSource(found.context, file, found.base, index, described, names, fingerprint, factors)

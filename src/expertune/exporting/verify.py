@@ -1,0 +1,251 @@
+"""Verification: an export is run in its engine, in a process of its own, and compared with a reference.
+
+The reference is independent of what wrote the export: stock transformers with the base in float32, and scale * B @ A
+added to its live parameters (`ExportSource.updates`). Compared are log-probabilities of every token at every position
+of a few evaluation examples, of the base alone too: an engine that rounds does so there as well, and may differ twice
+as much with the adapter. The adapter's own effect has to be larger, or nothing would be proved.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from expertune.checkpoint.load import auto_class
+from expertune.exporting.formats import Engine, Format, Verdict
+from expertune.exporting.source import ExportSource, Place
+from expertune.planning.table import size
+
+VERIFICATION = "verification.json"
+_PROGRAMS = Path(__file__).parent / "engines"
+_PROGRAM, _REFERENCE = "stock.py", "reference"
+# An effect this many times the tolerance: half of it, as a wrong scale makes, is then still beyond the tolerance.
+_EFFECT = 4
+
+
+class _EngineError(Exception):
+    """An engine did not answer a case; the message is its own."""
+
+
+def verify(source: ExportSource, form: Format, folder: Path, base: Path) -> list[Verdict]:
+    """Run an export in each of its engines.
+
+    Args:
+        source: what was exported.
+        form: its format.
+        folder: where it was written.
+        base: a 16-bit folder of the base model.
+    """
+    return [_verify(source, form, engine, base, folder) for engine in form.engines(source, folder, base)]
+
+
+def write_verification(folder: Path, form: Format, source: ExportSource, verdicts: list[Verdict]) -> dict[str, Any]:
+    """Write `verification.json`; returns its content."""
+    values = {
+        "format": form.name,
+        "adapter": source.adapter_name,
+        "base": source.context.config.model,
+        "engines": [asdict(verdict) for verdict in verdicts],
+    }
+    (folder / VERIFICATION).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return values
+
+
+def _verify(source: ExportSource, form: Format, engine: Engine, base: Path, folder: Path) -> Verdict:
+    if engine.missing:
+        return Verdict(engine.name, "not verified", engine.missing)
+    if reason := _why_too_large(source):
+        return Verdict(engine.name, "not verified", reason)
+    with TemporaryDirectory(prefix="expertune-verify-", dir=folder.parent) as scratch:
+        compared = _Compared(source, form, engine, base, Path(scratch))
+        try:
+            return compared.verdict()
+        except _EngineError as error:
+            return Verdict(engine.name, "not verified", str(error))
+
+
+def _why_too_large(source: ExportSource) -> str | None:
+    """Why the model cannot be loaded for the reference; None where it can."""
+    needed = 4 * sum(parameter.numel() for parameter in source.model.parameters())
+    available = psutil.virtual_memory().available
+    if needed > available:
+        return f"the model needs {size(needed)} of memory in float32, and {size(available)} are available"
+    return None
+
+
+class _Compared:
+    """One engine beside the reference."""
+
+    def __init__(self, source: ExportSource, form: Format, engine: Engine, base: Path, scratch: Path) -> None:
+        self.source, self.form, self.engine, self.base, self.scratch = source, form, engine, base, scratch
+        self.prompts = source.prompts()
+        self.tolerance = engine.floor
+
+    def verdict(self) -> Verdict:
+        """Compare base and export; where they disagree, find out which tensors do."""
+        updates = self._write_updates("updates", self.source)
+        cases = {"base": self.engine.base, "exported": self.engine.exported}
+        try:
+            reference, answers = self._ask_both({"base": {}, "exported": {"updates": updates}}, cases)
+        except _EngineError as error:
+            if self._answer("base").is_file():
+                return Verdict(self.engine.name, "failed", f"the engine does not take the export: {error}")
+            raise
+        base, exported = answers["base"], answers["exported"]
+        differences = {
+            "base": _distance(reference["base"], base),
+            "exported": _distance(reference["exported"], exported),
+            "effect": _distance(reference["base"], reference["exported"]),
+        }
+        self.tolerance = max(2 * differences["base"], self.engine.floor)
+        figures = {
+            "tolerance": self.tolerance,
+            "differences": differences,
+            "prompts": len(self.prompts),
+            "positions": len(reference["base"]["logprobs"]),
+            "loss": {"base": _loss(base), "exported": _loss(exported), "reference": _loss(reference["exported"])},
+        }
+        name = self._engine_name()
+        if differences["exported"] > self.tolerance:
+            groups = self._disagreeing()
+            where = f"; these tensors disagree: {', '.join(groups)}" if groups else ""
+            reason = (
+                f"log-probabilities differ by {differences['exported']:.2g} from base and adapter in float32, and "
+                f"{self.tolerance:.2g} are allowed{where}"
+            )
+            return Verdict(name, "failed", reason, figures, groups)
+        if differences["effect"] < _EFFECT * self.tolerance:
+            reason = (
+                f"the adapter changes log-probabilities by {differences['effect']:.2g} at most, too little to be told "
+                f"from the engine's own differences of {self.tolerance:.2g}"
+            )
+            return Verdict(name, "not verified", reason, figures)
+        return Verdict(name, "verified", None, figures)
+
+    def _disagreeing(self) -> list[str]:
+        """The projections whose tensors disagree by themselves, each with its layers where not all of them do."""
+        found: list[str] = []
+        for projection, places in self._by_projection().items():
+            if not self._agree([set(places)]):
+                continue
+            bad = self._agree([{place} for place in places])
+            if len(bad) == len(places) or not bad:
+                found.append(projection)
+            else:
+                found += [f"{self._name(place)} of {place.module}" for each in bad for place in each]
+        return found
+
+    def _agree(self, groups: list[set[Place]]) -> list[set[Place]]:
+        """Those of the groups that disagree, each exported by itself."""
+        bad = []
+        for number, group in enumerate(groups):
+            part = self.source.only(group.__contains__)
+            folder = self.scratch / f"part-{number}"
+            folder.mkdir(exist_ok=True)
+            self.form.write(part, folder, lambda *_: None)
+            engine = next(each for each in self.form.engines(part, folder, self.base) if each.name == self.engine.name)
+            updates = self._write_updates("part", part)
+            try:
+                reference, answers = self._ask_both({"exported": {"updates": updates}}, {"exported": engine.exported})
+                is_bad = _distance(reference["exported"], answers["exported"]) > self.tolerance
+            except _EngineError:
+                is_bad = True
+            if is_bad:
+                bad.append(group)
+            for path in folder.iterdir():
+                path.unlink()
+        return bad
+
+    def _by_projection(self) -> dict[str, list[Place]]:
+        found: dict[str, list[Place]] = {}
+        for place in self.source.places:
+            found.setdefault(self._name(place), []).append(place)
+        return found
+
+    def _name(self, place: Place) -> str:
+        if place.projection:
+            return self.source.names.projection_names[place.projection]
+        return self.source.names.on_disk(place.module).rpartition(".")[2]
+
+    def _write_updates(self, name: str, source: ExportSource) -> str:
+        path = self.scratch / f"{name}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for parameter, left, right in source.updates():
+            tensors |= {f"{parameter}.left": left.contiguous(), f"{parameter}.right": right.contiguous()}
+        save_file(tensors, path)
+        return str(path)
+
+    def _ask_both(
+        self, reference: Mapping[str, Mapping[str, Any]], cases: Mapping[str, Mapping[str, Any]]
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
+        """Answers of the reference, and of the engine; in one process where both are the same program."""
+        fixed = {"model": str(self.base), "rounded": self.engine.rounded}
+        asked = {f"{_REFERENCE}-{name}": fixed | dict(case) for name, case in reference.items()}
+        if self.engine.program == _PROGRAM and self.engine.python is None:
+            found = self._ask(_PROGRAM, asked | dict(cases), None)
+        else:
+            found = self._ask(_PROGRAM, asked, None) | self._ask(self.engine.program, cases, self.engine.python)
+        return {name: found[f"{_REFERENCE}-{name}"] for name in reference}, {name: found[name] for name in cases}
+
+    def _ask(
+        self, program: str, cases: Mapping[str, Mapping[str, Any]], python: str | None
+    ) -> dict[str, dict[str, Tensor]]:
+        """Run a program on the prompts; raises `_EngineError` where it does not answer a case."""
+        request = {
+            "prompts": self.prompts,
+            "scored": [[example.input_ids, example.labels] for example in self.source.examples],
+            "auto": auto_class(self.source.model.config).__name__,
+            "trust": self.source.base.trust_remote_code,
+            "cases": cases,
+        }
+        path = self.scratch / "request.json"
+        path.write_text(json.dumps(request), encoding="utf-8")
+        command = [python or sys.executable, str(_PROGRAMS / program), str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+            ended = f"ended by signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
+            raise _EngineError(f"{Path(program).stem}: {lines[-1][:400] if lines else ended}")
+        return {name: load_file(self._answer(name)) for name in cases}
+
+    def _answer(self, case: str) -> Path:
+        return self.scratch / f"{case}.safetensors"
+
+    def _engine_name(self) -> str:
+        with safe_open(self._answer("exported"), framework="pt") as file:
+            versions = (file.metadata() or {}).get("engine")
+        return f"{self.engine.name} ({versions})" if versions else self.engine.name
+
+
+def _distance(reference: Mapping[str, Tensor], answer: Mapping[str, Tensor]) -> float:
+    """The largest difference of two log-probabilities, at the positions that the engine has answered.
+
+    An engine may answer some positions only, `positions` [P], and some tokens only, `tokens` [V'].
+    """
+    expected, found = reference["logprobs"], answer["logprobs"]
+    if "positions" in answer:
+        expected = expected[answer["positions"]]
+    if "tokens" in answer:
+        expected = expected[:, answer["tokens"]]
+    if expected.shape != found.shape:
+        raise _EngineError(f"it answered {tuple(found.shape)} log-probabilities for {tuple(expected.shape)}")
+    if not found.isfinite().all():
+        return float("inf")
+    return float(torch.max((expected - found).abs()))
+
+
+def _loss(answer: Mapping[str, Tensor]) -> float | None:
+    """Nats per token of the scored examples; None where the engine takes none."""
+    if "loss" not in answer or not answer["loss"][1]:
+        return None
+    return float(answer["loss"][0] / answer["loss"][1])
