@@ -388,6 +388,9 @@ def export(
         Literal["source", "dequantized"],
         typer.Option(help="Weights of a merged model: the checkpoint's, or those that the adapter was trained beside."),
     ] = "source",
+    type_: Annotated[
+        str | None, typer.Option("--type", metavar="TYPE", help="Numbers of a GGUF file: f32, f16, bf16 or q8_0.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Run the export in the engine that reads it, and compare.")
     ] = True,
@@ -408,6 +411,7 @@ def export(
             adapter=adapter,
             out=out,
             base=base,
+            type=type_,
             verify=verify,
             trust_remote_code=trust_remote_code,
             model=model,

@@ -5,3 +5,6 @@ FORMATS = {
     "peft-fused": "peft",
 }
 """Names of formats, and the module of this folder that has each: known without importing torch."""
+
+TYPED = ("gguf-adapter", "gguf")
+"""Those whose numbers a user may choose."""

@@ -27,6 +27,7 @@ class ExportOptions(TypedDict, total=False):
     Keys:
         base: of a merged model, `source`: 16-bit weights as the checkpoint has them; or `dequantized`: the values that
             the adapter was trained beside.
+        type: how numbers are held, e.g. `q8_0`, where the format has several ways.
         verify: run the export in the engine that reads it, and compare.
         model: directory or hub id of the base model, where it lies elsewhere by now than the record says.
         trust_remote_code: run Python that ships with the model.
@@ -34,6 +35,7 @@ class ExportOptions(TypedDict, total=False):
     """
 
     base: Literal["source", "dequantized"]
+    type: str | None
     verify: bool
     model: str | Path | None
     trust_remote_code: bool
@@ -82,7 +84,7 @@ def export(
     """
     require_one_process()
     base = options.get("base", "source")
-    form = make_format(to, Options(base))
+    form = make_format(to, Options(base, options.get("type")))
     folder = Path(out) if out is not None else _default_folder(Path(run_dir), to, adapter, base)
     _require_free(folder)
     source = open_source(run_dir, adapter, options.get("trust_remote_code", False), options.get("model"))

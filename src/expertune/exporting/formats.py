@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from expertune.errors import ConfigError, did_you_mean
-from expertune.exporting import FORMATS
+from expertune.exporting import FORMATS, TYPED
 from expertune.exporting.source import ExportSource
 
 Progress = Callable[[str, int, int], None]
@@ -24,7 +24,9 @@ class Engine:
         base: the case (keys of the script's own) that runs the base model alone.
         exported: the case that runs the export.
         rounded: a dtype of torch that the export's weights have been rounded to; the reference rounds as well.
-        floor: differences of log-probabilities that the engine's own arithmetic may make, in nats.
+        measure: how differences of log-probabilities become one: their largest; or their mean, for an engine that
+            rounds so much that some tokens are routed to other experts.
+        floor: differences that the engine's own arithmetic may make, in nats.
         missing: what to do to have the engine, where it is not installed.
         python: the interpreter that runs the script.
     """
@@ -34,6 +36,7 @@ class Engine:
     base: dict[str, Any]
     exported: dict[str, Any]
     rounded: str | None = None
+    measure: Literal["max", "mean"] = "max"
     floor: float = 1e-4
     missing: str | None = None
     python: str | None = None
@@ -45,9 +48,11 @@ class Options:
 
     Attributes:
         base: weights of a merged model: `source`, or `dequantized`, the values that the adapter was trained beside.
+        type: how numbers are held, e.g. `q8_0`, where the format has several ways; None means its own choice.
     """
 
     base: str = "source"
+    type: str | None = None
 
 
 class Format(Protocol):
@@ -107,10 +112,12 @@ def make_format(name: str, options: Options) -> Format:
     """The format of this name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it has no such option.
     """
     if name not in FORMATS:
         raise ConfigError(f"--to {name}: no such format{did_you_mean(name, FORMATS)}")
+    if options.type and name not in TYPED:
+        raise ConfigError(f"--type {options.type}: --to {name} has no choice of it; {', '.join(TYPED)} have")
     module = import_module(f"expertune.exporting.{FORMATS[name]}")
     made: Format = module.make(name, options)
     return made

@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,6 +30,8 @@ _PROGRAMS = Path(__file__).parent / "engines"
 _PROGRAM, _REFERENCE = "stock.py", "reference"
 # An effect this many times the tolerance: half of it, as a wrong scale makes, is then still beyond the tolerance.
 _EFFECT = 4
+# What is less probable counts as this: engines that exponentiate in float32 have nothing left there.
+_LEAST = -50.0
 
 
 class _EngineError(Exception):
@@ -46,6 +47,8 @@ def verify(source: ExportSource, form: Format, folder: Path, base: Path) -> list
         folder: where it was written.
         base: a 16-bit folder of the base model.
     """
+    if reason := _why_too_large(source):
+        return [Verdict(form.name, "not verified", reason)]
     return [_verify(source, form, engine, base, folder) for engine in form.engines(source, folder, base)]
 
 
@@ -64,8 +67,6 @@ def write_verification(folder: Path, form: Format, source: ExportSource, verdict
 def _verify(source: ExportSource, form: Format, engine: Engine, base: Path, folder: Path) -> Verdict:
     if engine.missing:
         return Verdict(engine.name, "not verified", engine.missing)
-    if reason := _why_too_large(source):
-        return Verdict(engine.name, "not verified", reason)
     with TemporaryDirectory(prefix="expertune-verify-", dir=folder.parent) as scratch:
         compared = _Compared(source, form, engine, base, Path(scratch))
         try:
@@ -103,16 +104,16 @@ class _Compared:
             raise
         base, exported = answers["base"], answers["exported"]
         differences = {
-            "base": _distance(reference["base"], base),
-            "exported": _distance(reference["exported"], exported),
-            "effect": _distance(reference["base"], reference["exported"]),
+            "base": self._distance(reference["base"], base),
+            "exported": self._distance(reference["exported"], exported),
+            "effect": self._distance(reference["base"], reference["exported"]),
         }
         self.tolerance = max(2 * differences["base"], self.engine.floor)
         figures = {
             "tolerance": self.tolerance,
             "differences": differences,
             "prompts": len(self.prompts),
-            "positions": len(reference["base"]["logprobs"]),
+            "positions": len(exported["logprobs"]),
             "loss": {"base": _loss(base), "exported": _loss(exported), "reference": _loss(reference["exported"])},
         }
         name = self._engine_name()
@@ -157,7 +158,7 @@ class _Compared:
             updates = self._write_updates("part", part)
             try:
                 reference, answers = self._ask_both({"exported": {"updates": updates}}, {"exported": engine.exported})
-                is_bad = _distance(reference["exported"], answers["exported"]) > self.tolerance
+                is_bad = self._distance(reference["exported"], answers["exported"]) > self.tolerance
             except _EngineError:
                 is_bad = True
             if is_bad:
@@ -165,6 +166,9 @@ class _Compared:
             for path in folder.iterdir():
                 path.unlink()
         return bad
+
+    def _distance(self, reference: Mapping[str, Tensor], answer: Mapping[str, Tensor]) -> float:
+        return _distance(reference, answer, self.engine.measure)
 
     def _by_projection(self) -> dict[str, list[Place]]:
         found: dict[str, list[Place]] = {}
@@ -227,8 +231,8 @@ class _Compared:
         return f"{self.engine.name} ({versions})" if versions else self.engine.name
 
 
-def _distance(reference: Mapping[str, Tensor], answer: Mapping[str, Tensor]) -> float:
-    """The largest difference of two log-probabilities, at the positions that the engine has answered.
+def _distance(reference: Mapping[str, Tensor], answer: Mapping[str, Tensor], measure: str) -> float:
+    """The largest or mean difference of two log-probabilities, at the positions that the engine has answered.
 
     An engine may answer some positions only, `positions` [P], and some tokens only, `tokens` [V'].
     """
@@ -241,7 +245,8 @@ def _distance(reference: Mapping[str, Tensor], answer: Mapping[str, Tensor]) -> 
         raise _EngineError(f"it answered {tuple(found.shape)} log-probabilities for {tuple(expected.shape)}")
     if not found.isfinite().all():
         return float("inf")
-    return float(torch.max((expected - found).abs()))
+    differences = (expected.clamp(min=_LEAST) - found.clamp(min=_LEAST)).abs()
+    return float(differences.max() if measure == "max" else differences.mean())
 
 
 def _loss(answer: Mapping[str, Tensor]) -> float | None:
