@@ -18,6 +18,7 @@ from tests.distributed.test_replicated import (
     ONE,
     OTHER_RANKS,
     RANKS,
+    SHORT_TASK,
     TASK,
     TWO,
     UNEVEN,
@@ -48,27 +49,28 @@ api._load_and_adapt = load_and_adapt
 """
 
 
-# Memory runs out in the second step and in an evaluation, on one rank after the other and each time later: before,
-# between and after what the ranks exchange, and in their experts, in forward and in backward.
+# Memory runs out in the second step, in an evaluation and in answers, on one rank after the other and each time later:
+# before, between and after what the ranks exchange, and in their experts, in forward and in backward.
 SCARCE_ANYWHERE = """
 import torch
+from expertune.distributed.mesh import Ranks
 from expertune.distributed.parallel import ExpertParallel
 from expertune.evaluation.held_out import HeldOut
 from expertune.experts import module
 from expertune.train.callbacks import History
 from expertune.train.oom import OutOfMemory
 from expertune.train.promises import Promises
-now = dict(attempt=0, place=0, on=False)
+now = dict(attempt=0, place=0, on=False, stride=5)
 def scarce(owner, name):
     do = getattr(owner, name)
     def counted(*args, **kwargs):
         if now["on"]:
             now["place"] += 1
-            if now["place"] == {stride} * (now["attempt"] // 2) + 1 and now["attempt"] % 2 == {rank}:
+            if now["place"] == now["stride"] * (now["attempt"] // 2) + 1 and now["attempt"] % 2 == {rank}:
                 raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
         return do(*args, **kwargs)
     setattr(owner, name, counted)
-scarce(ExpertParallel, "proceed"), scarce(ExpertParallel, "exchange"), scarce(module, "expert_mlp")
+scarce(Ranks, "proceed"), scarce(ExpertParallel, "exchange"), scarce(module, "expert_mlp")
 def on_while(owner, name, when):
     do = getattr(owner, name)
     def watched(self, *args, **kwargs):
@@ -80,17 +82,18 @@ def on_while(owner, name, when):
     setattr(owner, name, watched)
 on_while(Promises, "_forward_and_backward", lambda self, *_: self.state.global_step == 1)
 on_while(HeldOut, "loss", lambda self, step, **_: step == 2 and not now.update(attempt=0, place=0))
+on_while(HeldOut, "score", lambda self, step, **_: step == 4 and not now.update(attempt=0, place=0, stride=11))
 fall_back = OutOfMemory._fall_back
 def again(self, *args):
     now["attempt"], now["place"] = now["attempt"] + 1, 0
     fall_back(self, *args)
 OutOfMemory._fall_back = again
-limits = dict(training="micro_batch_tokens", evaluation="evaluation_tokens")
-OutOfMemory._choose = lambda self, phase, part: (limits[phase], 16)
+limits = dict(training="micro_batch_tokens", evaluation="evaluation_tokens", generation="generation_rows")
+OutOfMemory._choose = lambda self, phase, part: (limits[phase], 1 if phase == "generation" else 16)
 """
 SCARCE_RUN = [
     *("training.per_device_train_batch_size=2", "training.per_device_eval_batch_size=2"),
-    *("training.gradient_checkpointing=true", *PARALLEL, *FEW),
+    *("training.gradient_checkpointing=true", *PARALLEL, *FEW, *SHORT_TASK),
 ]
 QUANTIZED_HERE = """
 os.mkdir("here")
@@ -171,9 +174,7 @@ def jobs() -> dict[str, list[str]]:
         "not by expert": train(2, "adafactor", [*TWO, *PARALLEL, "training.optim=adafactor"]),
         "not finite": train(2, "nan", [*TWO, *PARALLEL], {1: NOT_FINITE}),
         "full disk": train(2, "full", [*TWO, *PARALLEL], {0: FULL_DISK}),
-        "scarce": train(
-            2, "scarce", SCARCE_RUN, {rank: SCARCE_ANYWHERE.format(rank=rank, stride=5) for rank in (0, 1)}
-        ),
+        "scarce": train(2, "scarce", SCARCE_RUN, {rank: SCARCE_ANYWHERE.format(rank=rank) for rank in (0, 1)}),
         "killed": train(2, "killed", [*TWO, *PARALLEL, *TASK], {1: KILLED_SAVING}),
         "killed, resumed": train(2, "killed", [*TWO, *PARALLEL, *TASK, "--resume"]),
     }
@@ -262,11 +263,13 @@ def test_run_is_resumed_by_another_number_of_processes_and_another_mode(
     assert_same_result(place, f"mixtral-{started}", run)
 
 
-def test_memory_that_runs_out_anywhere_on_one_rank_has_all_take_the_step_again(place: Place) -> None:
+def test_memory_that_runs_out_anywhere_on_one_rank_has_all_begin_again(place: Place) -> None:
     assert place.statuses("scarce") == [0, 0], place.said("scarce")
     assert_same_result(place, "few-1", "scarce")
+    ours, theirs = (place.record(name)["task"]["after"] for name in ("few-1", "scarce"))
+    assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
     changes = place.record("scarce")["train"]["recoveries"]
-    for during in ("training", "evaluation"):
+    for during in ("training", "evaluation", "generation"):
         where = [change["error"][:9] for change in changes if change["during"] == during]
         assert {"on rank 0", "on rank 1"} == set(where)
         assert len(where) > 6

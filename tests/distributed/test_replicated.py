@@ -72,6 +72,7 @@ OF_RANKS = {2: TWO, 4: FOUR}
 RANKS = {"mixtral": 2, "qwen3_moe": 4, "gpt_oss": 2}
 OTHER_RANKS = {family: 6 - ranks for family, ranks in RANKS.items()}
 TASK = ["task.metric=exact-match", "task.max_new_tokens=4", "task.batch_size=2"]
+SHORT_TASK = [*TASK, "task.max_new_tokens=2"]
 # Attention of gpt_oss does not keep concatenated sequences apart.
 OF_FAMILY = {"mixtral": TASK, "qwen3_moe": [], "gpt_oss": ["data.packing=padded"]}
 FEW, UNEVEN = ["data.train=rows.jsonl[0:3]"], ["data.train=rows.jsonl[0:9]"]

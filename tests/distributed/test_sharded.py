@@ -13,6 +13,7 @@ from tests.distributed.conftest import RUNS
 from tests.distributed.ranks import command, run_jobs
 from tests.distributed.test_replicated import (
     BEFORE,
+    FEW,
     FOUR,
     NOT_FINITE,
     NOT_TOGETHER,
@@ -73,6 +74,28 @@ FEW_STEPS = [
     *("training.per_device_train_batch_size=2", "training.max_steps=1", "training.eval_strategy=no"),
     "training.save_strategy=no",
 ]
+SCARCE_RUN = ["training.per_device_train_batch_size=2", *SHARD, *TASK, "task.batch_size=4"]
+# Memory runs out twice while prompts are answered: with a layer under way, and after the last one of a pass.
+SCARCE_ANSWERING = """
+import torch
+from expertune.evaluation.held_out import HeldOut
+from expertune.experts import module
+score = HeldOut.score
+def scarce_score(self, step, *args, **kwargs):
+    if step:
+        layer, head, left = module.expert_mlp, self._model.get_output_embeddings(), ["head", "layer"]
+        def scarce(*given, **named):
+            if left == ["head", "layer"]:
+                raise torch.OutOfMemoryError(f"Tried to allocate 2.00 GiB in the {left.pop()}")
+            return layer(*given, **named)
+        def scarce_head(*_):
+            if left == ["head"]:
+                raise torch.OutOfMemoryError(f"Tried to allocate 2.00 GiB in the {left.pop()}")
+        module.expert_mlp = scarce
+        head.register_forward_pre_hook(scarce_head)
+    return score(self, step, *args, **kwargs)
+HeldOut.score = scarce_score
+"""
 # Memory runs out once, after all that the ranks exchange while a first batch's losses are compared.
 SCARCE_COMPARING = """
 import torch
@@ -91,14 +114,14 @@ def jobs() -> dict[str, list[str]]:
     found |= of_families(RANKS, *SHARD)
     return found | {
         "three": train(3, "uneven-3", [*RUNS["uneven-1"], *FOUR, *SHARD]),
-        "three examples on five": train(5, "few-5", [*RUNS["few-1"], *FOUR, *SHARD]),
+        "three examples on five": train(5, "few-5", [*FEW, *FOUR, *SHARD]),
         "from the disk": train(2, "disk", ["model=nf4", *TWO, *SHARD, *TASK, "placement=disk"]),
         "two, back": back_to_step_2("mixtral-2", "two-two"),
         "two to two": train(2, "two-two", [*TWO, *SHARD, *TASK, "--resume"]),
         "two, back again": back_to_step_2("mixtral-2", "two-parallel"),
         "to parallel": train(2, "two-parallel", [*TWO, *TASK, "distributed.experts=parallel", "--resume"]),
         "not finite": train(2, "nan", [*TWO, *SHARD], {0: NOT_FINITE}),
-        "scarce": train(2, "scarce", ["training.per_device_train_batch_size=2", *SHARD], {0: SCARCE}),
+        "scarce": train(2, "scarce", SCARCE_RUN, {0: SCARCE, 1: SCARCE_ANSWERING}),
         "scarce at first": train(2, "scarce-at-first", [*FEW_STEPS, *SHARD], {1: SCARCE_COMPARING}),
     }
 
@@ -201,8 +224,17 @@ def test_memory_that_runs_out_on_one_rank_has_all_take_the_step_again(place: Pla
     assert place.statuses("scarce") == [0, 0], place.said("scarce")
     assert_same_result(place, "mixtral-1", "scarce")
     changes = place.record("scarce")["train"]["recoveries"]
-    assert [change["step"] for change in changes] == [1]
+    assert [(change["step"], change["during"]) for change in changes[:1]] == [(1, "training")]
     assert "on rank 0: Tried to allocate" in changes[0]["error"]
+
+
+def test_memory_that_runs_out_while_prompts_are_answered_on_one_rank_has_all_answer_again(place: Place) -> None:
+    assert place.statuses("scarce") == [0, 0], place.said("scarce")
+    ours, theirs = (place.record(name)["task"]["after"] for name in ("mixtral-1", "scarce"))
+    assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+    changes = [change for change in place.record("scarce")["train"]["recoveries"] if change["during"] == "generation"]
+    where = [change["error"].removeprefix("on rank 1: Tried to allocate 2.00 GiB in the ") for change in changes]
+    assert where == ["layer", "head"]
 
 
 def test_memory_that_runs_out_while_losses_are_compared_on_one_rank_has_all_compare_again(place: Place) -> None:

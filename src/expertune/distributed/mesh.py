@@ -137,8 +137,8 @@ class Ranks:
     def proceed(self) -> None:
         """Go on with a pass of a model whose experts ranks hold together: called before each exchange in its layers.
 
-        Exchanges elsewhere have no such vote: `average`, `copy`, the norm of gradients, tensors that become whole for
-        a file, and in answering whether any rank goes on.
+        Exchanges elsewhere have no such vote: `average`, `copy`, the norm of gradients, and tensors that become whole
+        for a file.
 
         A rank that cannot go on calls `any(True)` in place of its next `proceed`, or of the `any` after the pass.
 
@@ -147,6 +147,17 @@ class Ranks:
         """
         if self.any(False):
             raise AbandonedError
+
+    def begin_pass(self, needed: bool) -> bool:
+        """Whether any rank needs one more pass of such a model, so that all take one.
+
+        Called before each pass where ranks need different numbers of them, and once more when none is needed.
+
+        Raises:
+            AbandonedError: see `proceed`.
+        """
+        self.proceed()
+        return self.any(needed)
 
     def total(self, figures: Sequence[float]) -> list[float]:
         """Sums over the ranks, figure by figure."""
@@ -253,7 +264,7 @@ def open_ranks(timeout_s: Any = None) -> Iterator[Ranks]:
             ranks.close()
         gc.collect()
         if made and dist.is_initialized():
-            dist.destroy_process_group()  # closes the connections: ranks that still wait for this one notice
+            _abort()
         last_words.linger()
         raise
     ranks.close()
@@ -267,6 +278,15 @@ def sum_and_divide(tensors: Iterable[Tensor], divisor: int, group: dist.ProcessG
         flat = parameters_to_vector(bucket)
         dist.all_reduce(flat, group=group)
         vector_to_parameters(flat.div_(divisor), bucket)
+
+
+def _abort() -> None:
+    """Close all connections, so that ranks which still wait for this one notice.
+
+    `destroy_process_group` would first let transfers end that NCCL has begun, and those with a rank that has failed
+    never do. torch has no public function that gives them up: this one was read in 2.13.
+    """
+    dist.distributed_c10d._abort_process_group()
 
 
 def _machine() -> tuple[str, str]:

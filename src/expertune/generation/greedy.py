@@ -77,7 +77,7 @@ def complete(
         raise ConfigError(f"batch_size is {batch_size}; it must be 1 or more")
 
     def answer(some: Sequence[list[int]]) -> list[list[int]]:
-        return greedy(model, tokenizer, some, max_new_tokens)
+        return greedy(model, tokenizer, some, max_new_tokens, batches.ranks)
 
     # The longest come first: if memory does not suffice, it shows in the first batch and not in the last.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
@@ -97,12 +97,14 @@ def greedy(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
+    ranks: Ranks = PLAIN.ranks,
     **generate_arguments: Any,
 ) -> list[list[int]]:
     """Complete one batch of prompts, padded on the left, with the cache on.
 
     Args:
         model, tokenizer, prompts, max_new_tokens: see `complete`.
+        ranks: the processes, each of which completes a batch of its own at the same time.
         **generate_arguments: a `streamer` or `stopping_criteria` for transformers' `generate`.
 
     Returns:
@@ -110,6 +112,7 @@ def greedy(
 
     Raises:
         DataError, ConfigError: see `complete`.
+        AbandonedError: see `expertune.distributed.mesh.Ranks.proceed`.
     """
     base = _base(model)
     room = _room(base, prompts)
@@ -129,9 +132,12 @@ def greedy(
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=base.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=base.device)
-    if in_lockstep(base):
-        generate_arguments["synced_gpus"] = True  # until all ranks have answered: they need each other
-    with evaluation_mode(model), _own_generation_config_aside(base), _head_in_one_product(base):
+    with (
+        evaluation_mode(model),
+        _own_generation_config_aside(base),
+        _head_in_one_product(base),
+        _passes_begun_together(base, ranks, idle=pad),
+    ):
         output = base.generate(input_ids=input_ids, attention_mask=mask, generation_config=config, **generate_arguments)
     return [_until_end(sequence, ends) for sequence in output[:, width:].tolist()]
 
@@ -197,6 +203,35 @@ def _head_in_one_product(base: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def _passes_begun_together(base: PreTrainedModel, ranks: Ranks, idle: int) -> Iterator[None]:
+    """Where ranks need each other in a forward, take part in those of the others until all have answered.
+
+    transformers' `synced_gpus` would do so too, by a collective that a rank without memory never comes to.
+
+    Args:
+        base: the model that answers while the block runs.
+        ranks: the processes.
+        idle: a token to compute on where this rank has answered.
+    """
+    if not in_lockstep(base):
+        yield
+        return
+
+    def begin(*_: Any) -> None:
+        ranks.begin_pass(True)
+
+    hook = base.register_forward_pre_hook(begin)
+    try:
+        yield
+    finally:
+        hook.remove()
+    input_ids = torch.full((1, 1), idle, device=base.device)
+    with torch.no_grad():
+        while ranks.begin_pass(False):
+            base(input_ids=input_ids, use_cache=False)
 
 
 def _base(model: nn.Module) -> PreTrainedModel:

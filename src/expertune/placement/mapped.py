@@ -58,8 +58,8 @@ class MappedLayers:
         """Nothing to do: work on a CPU is done when it returns."""
 
     def drop(self, layer: int) -> None:
-        """Page the layer out, and give back what it has left on the heap."""
-        self._loading.pop(layer).result()
+        """Page the layer out, and give back what it has left on the heap; what kept it from memory, `wait` raises."""
+        self._loading.pop(layer).exception()
         page_out(self._layers[layer])
         trim.trim()
 

@@ -24,13 +24,13 @@ class Backend(Protocol):
         """Start to load a layer; returns at once."""
 
     def wait(self, layer: int) -> list[Tensor]:
-        """The layer's tensors on the device that computes, once they are loaded."""
+        """The layer's tensors on the device that computes, once they are loaded; raises what kept them from it."""
 
     def used(self, layer: int) -> None:
         """The work on a layer has been issued."""
 
     def drop(self, layer: int) -> None:
-        """Free the memory of a loaded layer."""
+        """Free the memory of a layer that was loaded, or could not be."""
 
     def close(self) -> None:
         """Free everything; the backend is not used afterwards."""
@@ -76,7 +76,11 @@ class Prefetcher:
             self._drop(other)
         self._start(layer)
         started = time.monotonic()
-        tensors = self.backend.wait(layer)
+        try:
+            tensors = self.backend.wait(layer)
+        except Exception:
+            self._drop(layer)  # so that it is loaded when it is used again
+            raise
         self.waited_seconds += time.monotonic() - started
         if following is not None:
             self._start(following)
@@ -113,8 +117,8 @@ class Prefetcher:
             self.transfers += 1
 
     def _drop(self, layer: int) -> None:
-        self.backend.drop(layer)
         self._loaded.remove(layer)
+        self.backend.drop(layer)
 
 
 class PrefetchedLayer:

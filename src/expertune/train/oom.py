@@ -4,26 +4,21 @@ The fallbacks are smaller batches, then activations offloaded to the host, then 
 recorded, holds for the rest of the run, and is repeated at the same step when the run resumes. Evaluation, generation
 and the preflight check use smaller batches in the same way. The optimizer's states are allocated before the first step.
 
-Of several processes all run a step again where memory runs out on one, each with all changes. Batches of an evaluation
-and of answers, whose results do not depend on them, are cut by each as its own memory demands; where processes hold
-the experts together, all cut those of an evaluation, and answers are not tried again.
+Of several processes all run a step again where memory runs out on one (`votes.py`).
 """
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from expertune.data.split import Batch, halve, size, split
-from expertune.distributed.mesh import AbandonedError, Ranks
+from expertune.distributed.mesh import Ranks
 from expertune.errors import DoesNotFitError, option
-from expertune.experts.module import in_lockstep, parallel_of
-from expertune.kernels import workspace
 from expertune.kernels.routes import settings_of
 from expertune.placement.experts import placement_of
 from expertune.placement.out_of_memory import in_one_line, is_out_of_memory
@@ -31,17 +26,11 @@ from expertune.train.callbacks import RandomState, peak_memory_bytes
 from expertune.train.checkpoints import last_good_checkpoint
 from expertune.train.offload import has_separate_host
 from expertune.train.optim import allocate_states
+from expertune.train.votes import ELSEWHERE, Phase, Votes, attempt
 
-Phase = Literal["preflight", "optimizer", "training", "evaluation", "generation", "checkpoint"]
 _Result = TypeVar("_Result")
 
 FREED = "unused memory was freed"
-
-# What an attempt reports in place of the allocator's words where another rank has ended the pass.
-_ELSEWHERE = "on another rank"
-
-# What all ranks do at the same time, so that they can decide together.
-_TOGETHER: tuple[Phase, ...] = ("preflight", "optimizer", "training")
 
 # Phases that compute on batches: the setting that bounds a batch, and what a change of it is called.
 _LIMITS: dict[Phase, tuple[str, str]] = {
@@ -120,8 +109,7 @@ class OutOfMemory(TrainerCallback):
         self.limits: dict[str, int] = {}
         self.offload_activations = offload and has_separate_host(device)
         self._model, self._notify, self.ranks = model, notify, ranks or Ranks()
-        self._in_lockstep, self._parallel = in_lockstep(model), parallel_of(model)
-        self._together = (*_TOGETHER, "evaluation") if self._in_lockstep else _TOGETHER
+        self._votes = Votes(model, self.ranks)
         self._earlier = sorted((Change(**change) for change in earlier), key=lambda change: change.step)
         self._tried: list[str] = []
         self._batches: list[Batch] = []
@@ -194,13 +182,13 @@ class OutOfMemory(TrainerCallback):
         """Do something as a whole, again where memory runs out, with no change that could alter its result."""
         freed = False
         while True:
-            result, error = _attempt(do)
+            result, error = attempt(do)
             if not self._failed(phase, error):
                 return result  # type: ignore[return-value]
             if freed:
                 self._fall_back(phase, error)
             else:
-                self._notify(Change(self._step, phase, error or _ELSEWHERE, FREED))
+                self._notify(Change(self._step, phase, error or ELSEWHERE, FREED))
             freed = True
 
     @contextmanager
@@ -235,7 +223,7 @@ class OutOfMemory(TrainerCallback):
             results = []
             for batch in batches:
                 parts = split(batch, self.limits.get(_LIMITS[phase][0]))
-                num_idle = self._num_idle(phase, len(parts))
+                num_idle = self._votes.num_idle(len(parts)) if _LIMITS[phase][0] in self.limits else 0
                 for part in parts:
                     results.append(compute(part))
                 part, idle = None, _nothing_of(parts[0]) if phase == "training" else parts[0]
@@ -245,38 +233,17 @@ class OutOfMemory(TrainerCallback):
 
         taken_again = False
         while True:
-            results, error = _attempt(compute_all)
+            results, error = attempt(compute_all)
             if not self._failed(phase, error):
                 return results, taken_again  # type: ignore[return-value]
             self._fall_back(phase, error, None if why_whole else part, why_whole)
             batches, taken_again = start_over(), True
 
-    def _num_idle(self, phase: Phase, num_parts: int) -> int:
-        """How many more parts another rank has of a batch: ranks in lockstep compute equally often."""
-        if not self._in_lockstep or _LIMITS[phase][0] not in self.limits:
-            return 0
-        self.ranks.proceed()
-        return max(self.ranks.gather(num_parts)) - num_parts
-
     def _failed(self, phase: Phase, error: str | None) -> bool:
-        """Whether something has to be run again: because memory ran out here, or on any rank that does the same."""
-        if phase not in self._together:
-            if error is not None and self._in_lockstep:
-                why = (
-                    ", in which processes that hold the experts together need each other, so that none can run it again"
-                )
-                raise self._error(_when(phase, self._step), error, why)
-            return error is not None
-        if error not in (None, _ELSEWHERE) and self._parallel:
-            _, again = _attempt(self._parallel.finish)
-            if again is not None:
-                why = ", and again in what other processes need to go on"
-                raise self._error(_when(phase, self._step), again, why)
-        failed = error == _ELSEWHERE or self.ranks.any(error is not None)
-        placement = placement_of(self._model) if failed and self._in_lockstep else None
-        if placement:
-            placement.drop_loaded()  # all begin again with the same layers under way: none
-        return failed
+        """Whether something has to be run again."""
+        if again := self._votes.finish_exchanges(phase, error):
+            raise self._error(_when(phase, self._step), again, ", and again in what other processes need to go on")
+        return self._votes.failed(phase, error)
 
     def _fall_back(self, phase: Phase, error: str | None, part: Any = None, why_whole: str | None = None) -> None:
         """Choose the next fallback where memory ran out, and use it from here on.
@@ -287,17 +254,13 @@ class OutOfMemory(TrainerCallback):
             part: the batch that failed, if it may be split.
             why_whole: why it may not.
         """
-        is_own = error not in (None, _ELSEWHERE)
-        chosen = [(*self._choose(phase, part), str(error))] if is_own else []
-        if phase in self._together and self.ranks.several:
-            chosen = _strictest(self.ranks.gather(chosen))
-        for name, value, text in chosen:
+        is_own = error not in (None, ELSEWHERE)
+        own = [(*self._choose(phase, part), str(error))] if is_own else []
+        for name, value, text in self._votes.choices(phase, own):
             words = self._change(phase, name, value)
-            # What is held where may differ between machines: where one has nothing left, all end.
-            nothing_left = phase in self._together and self.ranks.any(words is None)
-            if words is None or nothing_left:
+            if self._votes.is_last(phase, words is None) or words is None:
                 if not is_own:
-                    self.ranks.wait()  # until the rank that ran out of memory has ended, and said why
+                    self._votes.wait()
                 whole = f" (micro-batches are not split: {why_whole})" if why_whole else ""
                 place = " in forward or backward," if phase == "training" else ","
                 raise self._error(_when(phase, self._step), text, f"{place} and no fallback is left{whole}")
@@ -327,7 +290,7 @@ class OutOfMemory(TrainerCallback):
     def _offload_more(self, phase: str) -> str | None:
         """Offload experts of some layers; what was moved in words, None where nothing is left to move."""
         placement = placement_of(self._model)
-        moved, error = _attempt(placement.offload_more) if placement else (None, None)
+        moved, error = attempt(placement.offload_more) if placement else (None, None)
         if error is not None:
             raise self._error(_when(phase, self._step), error, ", and so did the place that experts were offloaded to")
         return moved
@@ -365,34 +328,6 @@ class OutOfMemory(TrainerCallback):
             "more memory, or start a new run with training.gradient_checkpointing, or with a lower data.max_length or "
             "lora.r"
         )
-
-
-def _strictest(of_ranks: Sequence[Sequence[tuple[str, int, str]]]) -> list[tuple[str, int, str]]:
-    """Of the settings that ranks have chosen, with what was reported there, the strictest of each name."""
-    chosen: dict[str, tuple[str, int, str]] = {}
-    for rank, settings in enumerate(of_ranks):
-        for name, value, text in settings:
-            if name not in chosen or value < chosen[name][1]:
-                chosen[name] = name, value, f"on rank {rank}: {text}"
-    return list(chosen.values())
-
-
-def _attempt(do: Callable[[], _Result]) -> tuple[_Result | None, str | None]:
-    """What `do` returns, or the allocator's report (or `_ELSEWHERE`); what a failed attempt has left is freed."""
-    try:
-        return do(), None
-    except AbandonedError:
-        report = _ELSEWHERE
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        report = in_one_line(error)
-    # Not inside the except block: there the error's traceback holds every tensor of the failed attempt.
-    gc.collect()
-    workspace.clear()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-    return None, report
 
 
 def _nothing_of(batch: Batch) -> Batch:
