@@ -31,11 +31,12 @@ from expertune.terminal import (
     print_json,
     print_scores,
     print_table,
+    print_tasks,
     stdout_for_results,
     writing,
 )
 
-_LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "torch", "transformers")
+_LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "lm_eval", "peft", "torch", "transformers")
 
 
 class _Commands(typer.core.TyperGroup):
@@ -239,16 +240,33 @@ def train(
 def evaluate(
     run_dir: RunDir,
     adapter: Adapter = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Examples to answer for the task's metric.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Examples to answer for the task's metric, or of each of TASKS.")
+    ] = None,
     base_only: BaseOnly = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="TASK[,TASK]", help="Tasks of lm-evaluation-harness to score instead, such as viggo."),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder with task files of your own.")
+    ] = None,
+    task_code: Annotated[bool, typer.Option("--task-code", help="Run the Python that task files of DIR name.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Fetch what a task needs from the hub.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     model: BaseModel = None,
     other_base: OtherBase = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Score a run on its evaluation examples: the loss, and the task's metric where it has one."""
+    """Score a run on its evaluation examples: the loss, and the task's metric where it has one.
+
+    With --tasks, score tasks of lm-evaluation-harness with the adapter and without it; the record keeps the scores.
+    """
     RunRecord.load(run_dir)
+    of_tasks: dict[str, Any] = {"tasks": tasks} if tasks else {}
+    of_tasks |= {"include_path": include_path} if include_path else {}
+    of_tasks |= {name: True for name, given in (("task_code", task_code), ("download", download)) if given}
     with stdout_for_results():
         scores = expertune.evaluate(
             run_dir,
@@ -258,9 +276,12 @@ def evaluate(
             trust_remote_code=trust_remote_code,
             other_base=other_base,
             model=model,
+            **of_tasks,
         )
     if as_json:
         print_json(scores)
+    elif tasks:
+        print_tasks(scores["tasks"])
     else:
         print_scores(scores)
 

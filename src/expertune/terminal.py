@@ -72,6 +72,27 @@ def print_scores(scores: dict[str, Any]) -> None:
         print(f"\n{example['prompt']}\n  expected: {example['expected']}\n  {verdict}: {example['answered']}")
 
 
+def print_tasks(tasks: dict[str, Any]) -> None:
+    """Scores of the harness's tasks by adapter, `none` for the base model, with their standard errors."""
+    from rich.table import Table
+
+    adapters = list(dict.fromkeys(which for scores in tasks.values() for which in scores))
+    table = Table(box=None, pad_edge=False)
+    for column in ("task", "figure", *("base" if which == "none" else which for which in adapters), "examples"):
+        table.add_column(column, justify="left" if column in ("task", "figure") else "right")
+    for task, scores in tasks.items():
+        first = next(iter(scores.values()))
+        for name in first["figures"]:
+            figures = [scores[which]["figures"][name] for which in adapters]
+            table.add_row(task, name, *map(_with_error, figures), str(first["examples"]))
+    print_table(table)
+
+
+def _with_error(figure: dict[str, Any]) -> str:
+    error = figure["stderr"]
+    return f"{figure['value']:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
 @contextlib.contextmanager
 def writing(command: str) -> Iterator[Callable[[str, int, int], None]]:
     """How far a command is that writes large files: a bar on a terminal; elsewhere a line per tenth of the work."""

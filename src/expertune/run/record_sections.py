@@ -105,6 +105,20 @@ class _Eval(_Section):
     before: _Figure = None
 
 
+class _TaskFigure(_Section):
+    value: _Figure = None
+    stderr: _Figure = None
+
+
+class _TaskScore(_Section):
+    figures: dict[str, _TaskFigure] = {}
+    examples: _Count | None = None
+
+
+class _Tasks(_Section):
+    __pydantic_extra__: dict[str, dict[str, _TaskScore]] = Field(init=False)  # by task, and by adapter
+
+
 # All others are mappings too: a resumed run merges its values into them.
 _READ: dict[str, type[_Section]] = {
     "run": _Run,
@@ -116,6 +130,7 @@ _READ: dict[str, type[_Section]] = {
     "train": _Train,
     "task": _Task,
     "eval": _Eval,
+    "tasks": _Tasks,
 }
 _PLAIN = ("config", "versions", "plan", "preflight", "adapter", "throughput", "memory")
 _Record = create_model(  # type: ignore[call-overload]
