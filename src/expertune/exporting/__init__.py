@@ -3,6 +3,7 @@
 FORMATS = {
     "peft": "peft",
     "peft-fused": "peft",
+    "gguf-adapter": "gguf",
 }
 """Names of formats, and the module of this folder that has each: known without importing torch."""
 

@@ -1,0 +1,145 @@
+"""GGUF files of llama.cpp's converters, computed with by its runtime; skipped where `expertune[gguf]` is missing."""
+
+import json
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from expertune.errors import ConfigError, ExportError
+from expertune.exporting.engines import gguf_converter
+from expertune.exporting.formats import Options, make_format
+from expertune.exporting.gguf import ADAPTER_FILE
+from expertune.exporting.verify import verify
+from tests.exporting.sources import random_source
+from tests.tiny_models import save_tiny_model
+
+MODEL = Path(__file__).parents[2] / "src" / "expertune" / "assets" / "tiny-mixtral"
+ENGINES = Path(gguf_converter.__file__).parent
+
+installed = pytest.mark.skipif(
+    gguf_converter.scripts_folder() is None or find_spec("xllamacpp") is None,
+    reason="llama.cpp is not installed: pip install 'expertune[gguf]'",
+)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """The export of an adapter on attention, router, head and all projections, and what came of its verification."""
+    source = random_source(MODEL, linears=("q_proj", "k_proj", "o_proj", "gate", "lm_head"))
+    folder = tmp_path_factory.mktemp("export") / "adapter"
+    folder.mkdir()
+    form = make_format("gguf-adapter", Options())
+    form.require(source)
+    form.write(source, folder, lambda *_: None)
+    [verdict] = verify(source, form, folder, MODEL)
+    yield source, form, folder, verdict
+    del form  # and the base model as a GGUF file
+
+
+@pytest.fixture
+def read_gguf(monkeypatch):
+    """Gives a GGUF file as llama.cpp's own reader has it; what is assigned to its arrays is in the file."""
+    monkeypatch.syspath_prepend(str(gguf_converter.scripts_folder() / "gguf-py"))
+    from gguf import GGUFReader
+
+    return lambda path: GGUFReader(path, "r+")
+
+
+@installed
+def test_an_adapter_on_everything_is_verified_in_llamacpp(adapter):
+    verdict = adapter[3]
+    assert (verdict.verdict, verdict.reason) == ("verified", None)
+    differences = verdict.figures["differences"]
+    assert differences["exported"] < 1e-4 < 0.5 < differences["effect"]
+
+
+@installed
+def test_wrong_adapters_are_told_from_the_right_one(adapter, read_gguf, tmp_path):
+    source, form, folder, verdict = adapter
+    cases = {}
+    for name, damage in DAMAGES.items():
+        damaged = shutil.copy(folder / ADAPTER_FILE, tmp_path / f"{name}.gguf")
+        reader = read_gguf(damaged)
+        damage({tensor.name: tensor.data for tensor in reader.tensors}, reader.fields)
+        del reader
+        [engine] = form.engines(source, folder, MODEL)
+        cases[name] = engine.exported | {"adapter": str(damaged), "positions": 8}
+    found = run_llamacpp(cases, source.prompts(), tmp_path)
+    # The undamaged one agrees with the reference: it has been verified.
+    right = found.pop("nothing")
+    differences = {name: float((answer["logprobs"] - right["logprobs"]).abs().max()) for name, answer in found.items()}
+    assert min(differences.values()) > 10 * verdict.figures["tolerance"], differences
+
+
+@installed
+@pytest.mark.slow
+def test_a_family_that_llamacpp_lacks_is_refused_by_name(tmp_path):
+    source = random_source(save_tiny_model(tmp_path / "model"))
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"architectures": ["NobodysForCausalLM"]}))
+    (tmp_path / "out").mkdir()
+    form = make_format("gguf-adapter", Options())
+    with pytest.raises(ExportError, match=r"does not take this model: .*NobodysForCausalLM is not supported"):
+        form.write(source, tmp_path / "out", lambda *_: None)
+    assert not list((tmp_path / "out").iterdir())
+
+
+@installed
+def test_an_adapter_of_a_head_that_shares_its_weights_is_refused(tmp_path):
+    source = random_source(save_tiny_model(tmp_path / "model", tie_word_embeddings=True), linears=("lm_head",))
+    with pytest.raises(ExportError, match=r"lm_head, which shares its weights with the embeddings.*--to gguf"):
+        make_format("gguf-adapter", Options()).require(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "says"),
+    [
+        ("gguf-adapter", "q8_0", "writes f32, f16, bf16"),
+        ("peft", "f16", "has no choice of it"),
+    ],
+)
+def test_a_type_that_a_format_lacks_is_refused(name, kind, says):
+    with pytest.raises(ConfigError, match=says):
+        make_format(name, Options(type=kind))
+
+
+def exchange(tensors, fields):
+    for factor in "ab":
+        gate, up = (tensors[f"blk.1.ffn_{name}_exps.weight.lora_{factor}"] for name in ("gate", "up"))
+        gate[:], up[:] = up.copy(), gate.copy()
+
+
+def drop_an_expert(tensors, fields):
+    tensors["blk.2.ffn_down_exps.weight.lora_b"][3] = 0
+
+
+def halve_alpha(tensors, fields):
+    field = fields["adapter.lora.alpha"]
+    field.parts[field.data[0]][0] /= 2
+
+
+def transpose_b(tensors, fields):
+    b = tensors["blk.0.attn_q.weight.lora_b"]
+    b[:] = b.T.copy().reshape(b.shape)
+
+
+DAMAGES = {
+    "nothing": lambda tensors, fields: None,
+    "exchanged": exchange,
+    "dropped": drop_an_expert,
+    "halved": halve_alpha,
+    "transposed": transpose_b,
+}
+
+
+def run_llamacpp(cases, prompts, folder):
+    (folder / "request.json").write_text(json.dumps({"prompts": prompts, "cases": cases}))
+    command = [sys.executable, str(ENGINES / "llamacpp.py"), str(folder / "request.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {name: load_file(folder / f"{name}.safetensors") for name in cases}
