@@ -4,6 +4,8 @@ FORMATS = {
     "peft": "peft",
     "peft-fused": "peft",
     "gguf-adapter": "gguf",
+    "mlx": "mlx",
+    "mlx-merged": "mlx",
 }
 """Names of formats, and the module of this folder that has each: known without importing torch."""
 
