@@ -136,11 +136,11 @@ def _finetune(context: RunContext) -> Run:
     """The corridor, in a run directory that nobody else writes to."""
     check_training_arguments(context.config.training, context.config.where)
     require_same_start(context)
+    merged = merged_before(context.record, context.output_dir, context.ranks.world_size)
     context, reason = choose_experts(share_batch(context))
     context = share_experts(context)
     config, record, output_dir = context.config, context.record, context.output_dir
     check_schedule(config)
-    merged = merged_before(record, output_dir)
     made = plan_for(config, machine_for_all(context), merged, context.trust_remote_code)
     if made.ranks and reason:
         made = replace(made, ranks=replace(made.ranks, reason=reason))
@@ -197,7 +197,7 @@ def _with_arguments(context: RunContext, micro_batch: MicroBatch) -> RunContext:
     config = context.config
     training = micro_batch.apply(config.training)
     if not context.ranks.writes:
-        training["report_to"] = "none"
+        training |= {"report_to": "none", "log_level_replica": "error"}
     if evaluates_at_ends(config):
         training.setdefault("eval_on_start", True)
     if lower_is_better(config):
@@ -244,7 +244,7 @@ def _load_and_adapt(
         context.notify(note)
     kernels = routes.settings_of(loaded.model).describe(context.device, loaded.model.dtype)
     record.add("kernels", **kernels)
-    context.notify(f"kernels: {routes.summarize(kernels)}")
+    context.tell(f"kernels: {routes.summarize(kernels)}")
     if config.data.packing != "padded":
         require_no_leakage(loaded.model)
     probe = probe_batch(context, inputs)
@@ -261,7 +261,7 @@ def _load_and_adapt(
     record.add("model", dtype=str(model.dtype), unexpected_tensors=loaded.unexpected)
     record.add("preflight", **found)
     learning = found["learning"]
-    context.notify(
+    context.tell(
         f"preflight check: experts at {found['four_bit']['bits_per_expert_weight']:.2f} bits a weight, "
         f"{learning['factors_learning']} adapter factors learn "
         f"({learning['factors_without_tokens']} saw no token), forward repeatable, adapter effective"

@@ -18,10 +18,11 @@ import typer
 
 import expertune
 from expertune import RunRecord, load_config
+from expertune.distributed.processes import launched, require_one_process
 from expertune.errors import ConfigError, ExpertuneError
 from expertune.exporting import FORMATS
 from expertune.kernels.threads import prepare_threads
-from expertune.run.directory import after_interruption
+from expertune.run.directory import ADAPTER_FOLDER, after_interruption
 from expertune.run.signals import Terminated
 from expertune.storage import failure
 from expertune.terminal import (
@@ -231,7 +232,10 @@ def train(
     except (KeyboardInterrupt, Terminated) as stop:
         options = ["--trust-remote-code"] if trust_remote_code else []
         command = shlex.join(["expertune", "train", str(run), *(overrides or ()), *options])
-        log_error(stop, f"{str(stop) or 'interrupted'}; {after_interruption(Path(config.output_dir), command)}")
+        count = launched().world_size
+        as_before = f"in {count} processes as before, " if count > 1 else ""
+        goes_on = after_interruption(Path(config.output_dir), command)
+        log_error(stop, f"{str(stop) or 'interrupted'}; {as_before}{goes_on}")
         raise typer.Exit(stop.exit_code if isinstance(stop, Terminated) else 130) from None
     finished.context.ranks.on_main(lambda: print(finished.output_dir))
 
@@ -263,6 +267,7 @@ def evaluate(
 
     With --tasks, score tasks of lm-evaluation-harness with the adapter and without it; the record keeps the scores.
     """
+    require_one_process()
     RunRecord.load(run_dir)
     of_tasks: dict[str, Any] = {"tasks": tasks} if tasks else {}
     of_tasks |= {"include_path": include_path} if include_path else {}
@@ -299,6 +304,7 @@ def generate(
     verbose: Verbose = False,
 ) -> None:
     """Answer one prompt, put through the run's template. Prints the answer only, stripped of white space around it."""
+    require_one_process()
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     if not text.strip():
         raise ConfigError("the prompt holds no text; give it as --prompt TEXT, or as --prompt - on stdin")
@@ -332,13 +338,14 @@ def chat(
 
     Earlier turns are remembered only where the run's template is a chat template.
     """
+    require_one_process()
     RunRecord.load(run_dir)
     with stdout_for_results():
         run = expertune.open_run(
             run_dir, adapter=adapter, trust_remote_code=trust_remote_code, other_base=other_base, model=model
         )
-    which = "the base model without its adapter" if base_only else f"adapter {run.adapter}"
-    log(f"{run_dir}: {which} of {run.config.model}. /exit or Ctrl-D ends.")
+    which = "its final adapter" if run.adapter == ADAPTER_FOLDER else f"the adapter of {run.adapter}"
+    log(f"{run_dir}: {run.config.model} with{'out' if base_only else ''} {which}. /exit or Ctrl-D ends.")
     with run.model.disable_adapter() if base_only else contextlib.nullcontext():
         converse(run, max_new_tokens)
 

@@ -188,7 +188,7 @@ def chat(run, run_dir, api, monkeypatch):
 def test_chat_answers_each_line_and_ends_with_the_input(chat):
     code, out, err = chat.talk("one two", "  ", "three")
     assert (code, out) == (0, "onetwo\nthree\n")
-    assert err == f"{chat.run_dir}: adapter adapter of base. /exit or Ctrl-D ends.\n"
+    assert err == f"{chat.run_dir}: base with its final adapter. /exit or Ctrl-D ends.\n"
 
 
 def test_chat_ends_at_exit(chat):
@@ -196,9 +196,9 @@ def test_chat_ends_at_exit(chat):
 
 
 def test_chat_says_which_adapter_answers(chat):
-    assert "adapter checkpoint-50 of base" in chat.talk(options=["--adapter", "checkpoint-50"])[2]
+    assert "base with the adapter of checkpoint-50" in chat.talk(options=["--adapter", "checkpoint-50"])[2]
     assert not chat.model.adapter_is_off
-    assert "the base model without its adapter" in chat.talk(options=["--base-only"])[2]
+    assert "base without its final adapter" in chat.talk(options=["--base-only"])[2]
     assert chat.model.adapter_is_off
 
 

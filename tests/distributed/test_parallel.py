@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import expertune
+from expertune.placement.experts import placement_of
 from tests.distributed.ranks import command, run_jobs
 from tests.distributed.test_replicated import (
     BEFORE,
@@ -15,6 +17,7 @@ from tests.distributed.test_replicated import (
     FOUR,
     FULL_DISK,
     NOT_FINITE,
+    NOT_TOGETHER,
     ONE,
     OTHER_RANKS,
     RANKS,
@@ -26,6 +29,7 @@ from tests.distributed.test_replicated import (
     assert_same_result,
     back_to_step_2,
     of_families,
+    too_little_to_replicate,
     train,
 )
 
@@ -152,7 +156,7 @@ verified.hash_file = hashed
 """
 
 
-def jobs() -> dict[str, list[str]]:
+def jobs(budget: int) -> dict[str, list[str]]:
     return of_families(RANKS, *PARALLEL) | {
         "three": train(3, "uneven-3", [*FOUR, *PARALLEL, *UNEVEN], {rank: HELD.format(rank=rank) for rank in range(3)}),
         "three examples on four": train(4, "few-4", [*FOUR, *PARALLEL, *FEW]),
@@ -161,6 +165,7 @@ def jobs() -> dict[str, list[str]]:
         "from the disk": train(
             2, "disk", ["model=nf4", *TWO, *PARALLEL, *TASK, "placement=disk"], {0: VERIFIED, 1: VERIFIED}
         ),
+        "half": train(2, "half", ["model=nf4", *TWO, *PARALLEL, "training.max_steps=2", f"memory_budget={budget}"]),
         "damage": [DAMAGED],
         "damaged": train(2, "hurt", ["model=damaged", *TWO, *PARALLEL]),
         "two, back": back_to_step_2("mixtral-2", "two-one"),
@@ -183,7 +188,7 @@ def jobs() -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def place(one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = Path(shutil.copytree(one_process, tmp_path_factory.mktemp("parallel") / "place"))
-    return Place(folder, run_jobs(jobs(), folder, BEFORE))
+    return Place(folder, run_jobs(jobs(too_little_to_replicate(folder)), folder, BEFORE))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -252,6 +257,20 @@ def test_experts_that_each_rank_maps_from_its_part_of_a_file_give_the_same_resul
     assert place.statuses("from the disk") == [0, 0], place.said("from the disk")
     assert place.record("disk")["placement"]["layers"] == {"disk": 2}
     assert_same_result(place, "mixtral-1", "disk")
+
+
+def test_run_whose_processes_had_half_of_the_experts_each_is_opened_by_one_as_it_has_room_for_them(
+    place: Place,
+) -> None:
+    assert place.statuses("half") == [0, 0], place.said("half")
+    assert place.record("half")["placement"]["layers"] == {"device": 2}
+    run = expertune.open_run(place.folder / "half")
+    held = placement_of(run.model)
+    assert held is not None
+    assert set(held.locations.values()) == {"disk"}
+    assert expertune.evaluate(run)["loss"] == pytest.approx(
+        place.record("half")["eval"]["loss"][-1][1], abs=NOT_TOGETHER
+    )
 
 
 @pytest.mark.parametrize(("job", "started", "run"), [("two to one", 2, "two-one"), ("one to four", 1, "one-four")])

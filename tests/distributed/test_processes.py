@@ -1,5 +1,6 @@
 """What a launcher has started: one process, several, or what is refused before anything is written."""
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,16 @@ TORCHRUN = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500
 REFUSED = {
     "RANK alone": ({"RANK": "0"}, "without WORLD_SIZE and LOCAL_RANK and MASTER_ADDR and MASTER_PORT"),
     "WORLD_SIZE alone": ({"WORLD_SIZE": "2"}, "without RANK and LOCAL_RANK and MASTER_ADDR and MASTER_PORT"),
-    "no address": (TORCHRUN | {"MASTER_ADDR": ""}, "without MASTER_ADDR. Start the command by torchrun"),
+    "an empty address": (TORCHRUN | {"MASTER_ADDR": ""}, "without MASTER_ADDR. Start the command by torchrun"),
     "no number": (TORCHRUN | {"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no number"),
     "a rank too high": (TORCHRUN | {"RANK": "2"}, "RANK=2: ranks count from 0"),
     "mpirun": ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE=2: a launcher"),
     "accelerate launch --use_deepspeed": (TORCHRUN | {"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED"),
     "accelerate launch --use_fsdp": ({"WORLD_SIZE": "1", "ACCELERATE_USE_FSDP": "1"}, "ACCELERATE_USE_FSDP is set"),
+}
+REFUSED |= {
+    f"no {name}": ({key: value for key, value in TORCHRUN.items() if key != name}, f"without {name}. Start the command")
+    for name in TORCHRUN
 }
 ONE = {
     "no launcher": {},
@@ -79,6 +84,13 @@ def test_quantize_is_refused_to_be_one_of_several(
     with pytest.raises(ConfigError, match="one of 2 processes"):
         expertune.quantize(small_mixtral, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_port_that_is_in_use_is_named(environment: Callable[[dict[str, str]], None]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        environment(TORCHRUN | {"RANK": "0", "MASTER_PORT": str(other.getsockname()[1])})
+        with pytest.raises(ConfigError, match=r"MASTER_ADDR and MASTER_PORT: .*EADDRINUSE"), open_ranks():
+            pass
 
 
 @pytest.mark.parametrize("launcher", ONE)

@@ -88,7 +88,12 @@ def on_step_end(self, args, state, control, **kwargs):
 History.on_step_end = on_step_end
 """
 KILLED = AT_STEP.format(step=3, do="os.kill(os.getpid(), signal.SIGKILL)")
-STOPPED = AT_STEP.format(step=3, do="os.kill(os.getpid(), signal.SIGTERM)")
+# A launcher ends all: rank 0, and rank 1, which waits for it at the next vote and cannot take the signal there.
+STOPPED = AT_STEP.format(
+    step=3,
+    do="time.sleep(0.5), os.kill(int(open('pid').read()), signal.SIGTERM), os.kill(os.getpid(), signal.SIGTERM)",
+)
+WRITES_PID = "open('pid', 'w').write(str(os.getpid()))"
 LATE = AT_STEP.format(step=2, do="time.sleep(9)")
 NO_WRAPPER = """
 import torch
@@ -190,10 +195,13 @@ def of_families(ranks: dict[str, int], *arguments: str) -> dict[str, list[str]]:
 
 def jobs(budget: int) -> dict[str, list[str]]:
     return of_families(RANKS) | {
-        "chosen": train(2, "chosen", [*TWO, "training.max_steps=1", f"memory_budget={budget}"]),
+        "chosen": train(2, "chosen", [*TWO, f"memory_budget={budget}"]),
+        "chosen, back": back_to_step_2("chosen", "chosen-anew"),
+        "chosen anew": train(4, "chosen-anew", [*TWO, "--resume"]),
+        "evaluate": command(2, ["evaluate", "chosen"]),
         "three examples on four": train(4, "few-4", [*FOUR, *FEW]),
         "dropout": train(2, "dropout", DROPOUT, {0: NO_WRAPPER, 1: NO_WRAPPER}),
-        "stopped": train(2, "stopped", TWO, {0: STOPPED, 1: STOPPED}),
+        "stopped": train(2, "stopped", TWO, {0: STOPPED, 1: WRITES_PID}),
         "killed": train(2, "killed", DROPOUT, {1: KILLED}),
         "killed, resumed": train(2, "killed", [*DROPOUT, "--resume"]),
         "two, back": back_to_step_2("mixtral-2", "two-one"),
@@ -288,6 +296,13 @@ def test_mode_is_the_one_that_the_plan_finds(place: Place) -> None:
     assert place.record("mixtral-2")["train"]["experts"] == "replicate"
 
 
+def test_run_that_another_number_of_processes_resumes_is_planned_anew_and_has_the_same_result(place: Place) -> None:
+    assert place.statuses("chosen anew") == [0] * 4, place.said("chosen anew")
+    assert "resuming from" in place.said("chosen anew")
+    assert place.record("chosen-anew")["train"]["experts"] == "replicate"
+    assert_same_result(place, "chosen", "chosen-anew")
+
+
 def test_more_ranks_than_examples_take_the_steps_of_one_process(place: Place) -> None:
     assert place.statuses("three examples on four") == [0] * 4, place.said("three examples on four")
     assert_same_result(place, "few-1", "few-4")
@@ -334,6 +349,7 @@ def test_run_is_resumed_by_another_number_of_processes(place: Place, job: str, r
 def test_job_that_is_stopped_says_once_how_it_is_resumed(place: Place) -> None:
     assert place.statuses("stopped") == [128 + signal.SIGTERM] * 2, place.said("stopped")
     assert place.said("stopped").count("interrupted by SIGTERM") == 1
+    assert "; in 2 processes as before, `expertune train " in place.said("stopped")
     assert "--resume` continues from checkpoint-2" in place.said("stopped")
     assert place.record("stopped")["run"]["status"] == "interrupted"
 
@@ -360,6 +376,7 @@ REFUSED = {
     "unknown key": ["error: run.yaml: unknown key lora.rnk"],
     "not finite": ["rank 1: the loss became nan in step 2 on rows.jsonl"],
     "full disk": ["rank 0: disk/.checkpoint-being-written", "No space left on device"],
+    "evaluate": ["error: this is one of 2 processes, and this command works in one"],
     "late": ["error: rank 1 of 2 ended without a word, or kept the others waiting for more than 3 s"],
 }
 

@@ -206,9 +206,10 @@ def test_eight_devices_on_two_machines_are_connected_by_a_network(run_of):
 # --- errors --------------------------------------------------------------------------------------------------------
 
 
-def test_no_device_at_all_is_refused(run_of):
-    with pytest.raises(ConfigError, match="devices is 0: a run takes at least one"):
-        expertune.plan(run_of(MIXTRAL), devices=0)
+@pytest.mark.parametrize("count", [0, 100_000_000])
+def test_number_of_devices_that_no_run_has_is_refused(run_of, count):
+    with pytest.raises(ConfigError, match=f"devices is {count}: a run can be planned for 1 to 65,536"):
+        expertune.plan(run_of(MIXTRAL), devices=count)
 
 
 def test_ranks_that_do_not_divide_are_refused(planned):

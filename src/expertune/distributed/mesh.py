@@ -246,6 +246,15 @@ def open_ranks(timeout_s: Any = None) -> Iterator[Ranks]:
     board = dist.PrefixStore(f"run {board.add(f'runs of {launch.rank}', 1)}", board)
     last_words = LastWords(board, launch, seconds)
     ranks = None
+
+    def close() -> None:
+        if ranks is not None:
+            ranks.close()
+        gc.collect()
+        if made and dist.is_initialized():
+            _abort()
+
+    last_words.close = close
     try:
         with last_words.said():
             if made:
@@ -260,11 +269,7 @@ def open_ranks(timeout_s: Any = None) -> Iterator[Ranks]:
             ranks = Ranks(launch, last_words, control, timeout)
             yield ranks
     except BaseException:
-        if ranks is not None:
-            ranks.close()
-        gc.collect()
-        if made and dist.is_initialized():
-            _abort()
+        close()
         last_words.linger()
         raise
     ranks.close()

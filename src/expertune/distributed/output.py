@@ -10,7 +10,8 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -82,10 +83,14 @@ class LastWords:
         board: the store.
         launch: which process this is.
         timeout_s: how long ranks wait for each other, for messages.
+
+    Attributes:
+        close: closes this rank's connections.
     """
 
     def __init__(self, board: "dist.Store", launch: Launch, timeout_s: float) -> None:
         self._board, self._rank, self._world_size, self._timeout_s = board, launch.rank, launch.world_size, timeout_s
+        self.close: Callable[[], None] = lambda: None
 
     @contextmanager
     def said(self) -> Iterator[None]:
@@ -115,6 +120,8 @@ class LastWords:
                 error = type(error)(f"rank {self._rank}: {text}")
             return _said_by(error, said_by)
         self._leave("stopped" if stopped else "alone", str(error))
+        traceback.clear_frames(error.__traceback__)  # in which connections are held
+        self.close()  # ranks that wait for this one notice, and leave a note too
         left, again = self._left(), option("resume")
         for rank, (kind, text) in left.items():
             if kind == "error":

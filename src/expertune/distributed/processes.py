@@ -74,8 +74,8 @@ def require_one_process() -> None:
         count = max(count, distributed.get_world_size())
     if count > 1:
         raise ConfigError(
-            f"this is one of {count} processes, and this command works in one: several would all write the same "
-            "folder. Start it by itself, without a launcher"
+            f"this is one of {count} processes, and this command works in one: several would all do the same. Start it "
+            "by itself, without a launcher"
         )
 
 

@@ -35,6 +35,9 @@ ANY_GPU = "cuda"
 DISK_BYTES_PER_SECOND = 1.0e9
 
 _DEVICES_OF_A_MACHINE = 8
+
+# More than any machine has, and few enough to be counted.
+_MOST_DEVICES = 65_536
 _WITHOUT_BFLOAT16 = ("t4",)
 _LINKS = {
     "b200": NVLINK_5,
@@ -169,6 +172,7 @@ class Machine:
         host_bytes: of the host's memory, what is free for each of the processes on it; infinite where it is not known.
         world_size: processes of the run, each with such a device.
         local_size: as many of them are on one machine.
+        share_of_cpu: what each of them has of this machine's cores, where they are only planned for.
     """
 
     device: torch.device
@@ -179,6 +183,7 @@ class Machine:
     host_bytes: float = math.inf
     world_size: int = 1
     local_size: int = 1
+    share_of_cpu: float = 1.0
 
     @classmethod
     def of(
@@ -203,8 +208,8 @@ class Machine:
         Raises:
             ConfigError: an unknown GPU, no device at all, or no way to know the memory.
         """
-        if devices is not None and devices < 1:
-            raise ConfigError(f"devices is {devices}: a run takes at least one; give 1 or more")
+        if devices is not None and not 1 <= devices <= _MOST_DEVICES:
+            raise ConfigError(f"devices is {devices}: a run can be planned for 1 to {_MOST_DEVICES:,}")
         named = find_device(gpu) if gpu is not None else None
         target = torch.device("cuda") if named else default_device() if device is None else torch.device(device)
         is_here = named is None and (target.type == "cpu" or torch.cuda.is_available())
@@ -220,13 +225,16 @@ class Machine:
         world_size = launched().world_size if devices is None else devices
         local_size = local_size or min(world_size, _DEVICES_OF_A_MACHINE)
         host = psutil.virtual_memory().available // local_size if is_here else math.inf
-        return cls(target, named, is_here, resolve_compute_dtype(dtype, target), budget, host, world_size, local_size)
+        compute_dtype = resolve_compute_dtype(dtype, target)
+        share_of_cpu = 1 if devices is None else 1 / local_size  # a launcher has given each its threads
+        return cls(target, named, is_here, compute_dtype, budget, host, world_size, local_size, share_of_cpu)
 
     def rates(self, from_disk: bool) -> Rates | None:
         """What the device does in a second: by the table, or measured on a CPU; None where nothing is known."""
         if self.device.type == "cpu":
             measured = cpu_rates(gemm_dtype(self.compute_dtype, self.device), torch.get_num_threads())
-            return Rates("measured", *measured, DISK_BYTES_PER_SECOND)
+            flops, num_bytes = (rate * self.share_of_cpu for rate in measured)
+            return Rates("measured", flops, num_bytes, DISK_BYTES_PER_SECOND * self.share_of_cpu)
         gpu = self._known_gpu
         if gpu is None or gpu.rates is None or not from_disk:
             return gpu.rates if gpu else None

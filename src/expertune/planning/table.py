@@ -159,13 +159,14 @@ def _memory(plan: "Plan") -> Table:
 
 def _ranks(ranks: "RanksPlan") -> list[RenderableType]:
     """What each rank holds, and what it sends, by how the ranks hold the experts; the way that is taken in bold."""
-    holds = _table("each process holds", "experts", "peak", "host", "")
+    on_host = any(mode.host_bytes for mode in ranks.modes)
+    holds = _table("each process holds", "experts", "peak", *["host"] * on_host, "")
     links = compared_links(ranks.link)
     sends = _table("and sends in a step", "bytes", *(link.short for link in links), "")
     for mode in ranks.modes:
         name, style = mode.distribution.name, "bold" if mode is ranks.chosen else None
-        sizes = [size(mode.experts_bytes), size(mode.peak_bytes), size(mode.host_bytes) if mode.host_bytes else ""]
-        holds.add_row(name, *sizes, "fits" if mode.fits else "too much", style=style)
+        sizes = [mode.experts_bytes, mode.peak_bytes, *[mode.host_bytes] * on_host]
+        holds.add_row(name, *map(size, sizes), "fits" if mode.fits else "too much", style=style)
         times = [short_seconds(mode.link_seconds(link)) for link in links]
         sends.add_row(name, size(mode.traffic.sent_bytes), *times, "", style=style)
     told = "planned, not measured: published rates of links, each for one process alone"

@@ -54,7 +54,8 @@ def _figures(record: Mapping[str, Any]) -> Table:
         table.add_row("training loss", f"{loss:.3f} at step {first}{reached}")
     if (processes := train.get("processes", 1)) > 1:
         sharing = train.get("processes_sharing_experts", 1)
-        held = f"{sharing} of which share the experts out" if sharing > 1 else "each with all experts"
+        of_groups = "which" if sharing == processes else f"of which groups of {sharing}"
+        held = f"{of_groups} share the experts out" if sharing > 1 else "each with all experts"
         held = "each with a slice of every expert layer" if train.get("experts") == "shard" else held
         table.add_row("processes", f"{processes}, {held}")
     table.add_row("tokens per second", f"{record['throughput']['tokens_per_second']:,.0f}")

@@ -63,6 +63,10 @@ class RunContext:
         """Show one line without wrapping it, so that a path in it can be copied."""
         self.console.print(line, soft_wrap=True)
 
+    def tell(self, line: str) -> None:
+        """Show one line, folded where the console ends: of words, not of paths or commands."""
+        self.console.print(line, soft_wrap=False)
+
     def write_beside(self, name: str, write: Callable[[Path], object]) -> None:
         """Write a file of the run directory that the run can do without, on the rank that writes."""
         path = self.output_dir / name

@@ -163,8 +163,18 @@ def _require_same_config(record: RunRecord, config: RunConfig) -> None:
             raise ConfigError(f"resume: {section} was {before!r} when the run started and is {now!r} now")
 
 
-def merged_before(record: RunRecord, output_dir: Path) -> int | None:
-    """How many micro-batches ran as one until the newest checkpoint; None where there is none to resume from."""
-    if not list_checkpoints(output_dir):
+def merged_before(record: RunRecord, output_dir: Path, processes: int = 1) -> int | None:
+    """How many micro-batches ran as one until the newest checkpoint.
+
+    Args:
+        record: the run's, as it was until then.
+        output_dir: the run directory.
+        processes: how many go on. Of another number than before each has other micro-batches.
+
+    Returns:
+        None where there is nothing to resume from, or it ran on another number of processes.
+    """
+    train = record.section("train")
+    if not list_checkpoints(output_dir) or train.get("processes", 1) != processes:
         return None
-    return int(record.section("train").get("micro_batch", {}).get("merged", 1))
+    return int(train.get("micro_batch", {}).get("merged", 1))

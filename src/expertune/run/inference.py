@@ -34,6 +34,8 @@ from expertune.kernels.routes import use_settings
 from expertune.layers.varlen_attention import use_sdpa_attention
 from expertune.placement.device import default_device, make_kernel_settings, resolve_compute_dtype
 from expertune.placement.experts import Location, expert_reader, place_experts
+from expertune.planning.devices import Machine
+from expertune.planning.plan import plan_for
 from expertune.report.summary import render_summary
 from expertune.run.context import RunContext
 from expertune.run.directory import ADAPTER_FOLDER, adapter_in
@@ -231,7 +233,7 @@ def open_run(
         base = fingerprint_of(source.folder, trust_remote_code, notify=context.notify)
         require_same_base(folder, base, config.model, allowed_by=f"give {option('other-base')}")
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    loaded = load_base(context, source, context.record.section("placement").get("places", {}))
+    loaded = load_base(context, source, _places(context, source))
     lora = LoraSection(init_from=str(folder), init_from_other_base=other_base)
     adapted = attach(loaded, lora, config.model, source.revision)
     options = OpenOptions(adapter=adapter, trust_remote_code=trust_remote_code, other_base=other_base, model=model)
@@ -368,6 +370,21 @@ def _recovery(run: Run, changes: list[Change]) -> OutOfMemory:
         changes.append(change)
 
     return OutOfMemory(run.model, run.context.device, notify=keep)
+
+
+def _places(context: RunContext, source: ModelSource) -> Mapping[str, Location]:
+    """Where a run that is opened has its experts: where its record says, if each of its processes had all of them.
+
+    Otherwise each held a part of what is now held by one process, which is planned anew.
+    """
+    record, config = context.record, context.config
+    train = record.section("train")
+    if train.get("experts", "replicate") == "replicate" and train.get("processes_sharing_experts", 1) == 1:
+        places: Mapping[str, Location] = record.section("placement").get("places", {})
+        return places
+    lora = config.lora.model_copy(update={"init_from": None})  # which need not be there any more
+    alone = config.model_copy(update={"model": str(source.folder), "lora": lora})
+    return plan_for(alone, Machine.of(alone, devices=1), trust_remote_code=source.trust_remote_code).placement
 
 
 def load_base(context: RunContext, source: ModelSource, places: Mapping[str, Location]) -> LoadedModel:
