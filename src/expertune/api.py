@@ -35,9 +35,11 @@ from expertune.planning import MicroBatch, Plan
 from expertune.planning.devices import Machine
 from expertune.planning.disk import require_room
 from expertune.planning.plan import plan_for
+from expertune.report.card import CARD_NAME
 from expertune.report.figures import summary_figure, write_png
 from expertune.report.summary import render_summary
 from expertune.run.agreement import choose_experts, machine_for_all, require_same_start, share_batch, share_experts
+from expertune.run.beside import write_card, write_tokenizer
 from expertune.run.context import RunContext
 from expertune.run.directory import (
     ADAPTER_FOLDER,
@@ -183,6 +185,11 @@ def _finetune(context: RunContext) -> Run:
         _show_score(context, "after")
     record.add("memory", peak_bytes=max(context.ranks.gather(peak_memory_bytes())))
     context.write_beside("summary.png", lambda path: write_png(summary_figure(record.values), path))
+    adapter, template = output_dir / ADAPTER_FOLDER, record["data"]["train"]["template"]
+    context.write_beside(
+        f"{ADAPTER_FOLDER}'s tokenizer", lambda _: write_tokenizer(template, inputs.tokenizer, adapter)
+    )
+    context.write_beside(f"{ADAPTER_FOLDER}/{CARD_NAME}", lambda _: write_card(record.values, config, adapter))
     record.update("run", status="finished")
     context.console.print(render_summary(record.values, config.output_dir), soft_wrap=True)
     context.ranks.wait()  # until the run directory is whole

@@ -422,6 +422,13 @@ def export(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Run the export in the engine that reads it, and compare.")
     ] = True,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Send it to this repository of the Hugging Face hub as well.")
+    ] = None,
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Of a repository that is made; by default the owner's choice."),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     model: BaseModel = None,
     as_json: Json = False,
@@ -444,11 +451,15 @@ def export(
             trust_remote_code=trust_remote_code,
             model=model,
             progress=progress,
+            push_to_hub=push_to_hub,
+            private=private,
         )
     if as_json:
         print_json(exported.to_json())
     else:
         print(exported.folder)
+        if exported.url:
+            print(exported.url)
 
 
 @app.command()

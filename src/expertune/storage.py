@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from expertune.errors import StorageError, option
+from expertune.errors import ExpertuneError, StorageError, option
 
 BESIDE = ".tmp"
 """How the names of files end that are still being written."""
@@ -112,8 +112,10 @@ def notify_if_it_fails(what: str, write: Callable[[], object], notify: Callable[
     """Write something that a run can do without; a failed write is notified and nothing more."""
     try:
         write()
-    except OSError as error:
-        notify(f"{what} could not be written ({error.strerror or error}); the run continues without it")
+    except (OSError, ExpertuneError) as error:
+        notify(
+            f"{what} could not be written ({getattr(error, 'strerror', None) or error}); the run continues without it"
+        )
 
 
 def write_json(path: Path, values: Any) -> None:

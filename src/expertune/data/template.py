@@ -95,6 +95,21 @@ def shipped_templates() -> list[str]:
     return sorted(entry.name.removesuffix(".jinja") for entry in _folder().iterdir() if entry.name.endswith(".jinja"))
 
 
+def shipped_template(name: str) -> str | None:
+    """The Jinja text of a template that ships with Expertune; None for any other name."""
+    return _read_template(name) if name in shipped_templates() else None
+
+
+def chat_template_to_share(name: str | None, tokenizer: Any) -> str | None:
+    """The chat template that a run's template is, where the base's tokenizer does not have it; None otherwise.
+
+    Raises:
+        ConfigError: the template's file cannot be read any longer.
+    """
+    text = None if name in (None, "chat") else _read_template(str(name))
+    return text if text is not None and "messages" in jinja_names(text) and text != tokenizer.chat_template else None
+
+
 def _read_template(name: str) -> str:
     shipped = shipped_templates()
     if name in shipped:

@@ -9,11 +9,15 @@ from expertune.config.arguments import checked
 from expertune.distributed.processes import require_one_process
 from expertune.errors import ExportError, StorageError, option
 from expertune.exporting.formats import Format, Options, Progress, Verdict, make_format
+from expertune.exporting.hub import push, require_hub
 from expertune.exporting.source import ExportSource, open_source
 from expertune.exporting.verify import verify as run_engines
 from expertune.exporting.verify import write_verification
 from expertune.planning.table import size
+from expertune.report.card import CARD_NAME
+from expertune.run.beside import card_subject, card_text, write_tokenizer
 from expertune.run.directory import ADAPTER_FOLDER
+from expertune.storage import notify_if_it_fails, write_text
 
 EXPORTS = "exports"
 """Folder of a run directory where exports go that are not told where to."""
@@ -32,6 +36,8 @@ class ExportOptions(TypedDict, total=False):
         model: directory or hub id of the base model, where it lies elsewhere by now than the record says.
         trust_remote_code: run Python that ships with the model.
         progress: called with what is being written, bytes done and bytes in all.
+        push_to_hub: repository of the Hugging Face hub that the export is sent to as well.
+        private: whether that repository is private, where it is made.
     """
 
     base: Literal["source", "dequantized"]
@@ -40,6 +46,8 @@ class ExportOptions(TypedDict, total=False):
     model: str | Path | None
     trust_remote_code: bool
     progress: Progress | None
+    push_to_hub: str | None
+    private: bool | None
 
 
 @dataclass(frozen=True)
@@ -49,14 +57,16 @@ class Exported:
     Attributes:
         folder: where it is.
         verification: content of its `verification.json`; None where it was not to be verified.
+        url: where it is on the hub; None where it was not sent there.
     """
 
     folder: Path
     verification: dict[str, Any] | None
+    url: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For other programs."""
-        return {"folder": str(self.folder), "verification": self.verification}
+        return {"folder": str(self.folder), "verification": self.verification, "url": self.url}
 
 
 @checked
@@ -87,6 +97,8 @@ def export(
     form = make_format(to, Options(base, options.get("type")))
     folder = Path(out) if out is not None else _default_folder(Path(run_dir), to, adapter, base)
     _require_free(folder)
+    if name := options.get("push_to_hub"):
+        require_hub(name)
     source = open_source(run_dir, adapter, options.get("trust_remote_code", False), options.get("model"))
     form.require(source)
     partial = folder.with_name(f"{folder.name}.partial")
@@ -105,10 +117,25 @@ def export(
         verdicts = run_engines(source, form, partial, source.base.folder)
         written = write_verification(partial, form, source, verdicts)
         _notify(source, verdicts, partial)
+    _write_card(source, form, partial, written, name)
     if folder.is_dir():
         folder.rmdir()  # it is empty
     partial.rename(folder)
-    return Exported(folder, written)
+    return Exported(folder, written, push(folder, name, options.get("private")) if name else None)
+
+
+def _write_card(
+    source: ExportSource, form: Format, folder: Path, verification: dict[str, Any] | None, name: str | None
+) -> None:
+    """The card, and where the run had a chat template of its own, the tokenizer with it; a GGUF file has its own."""
+    record, config = source.context.record, source.context.config
+    if not form.name.startswith("gguf"):
+        template = record["data"]["train"]["template"]
+        notify_if_it_fails(
+            "the tokenizer", lambda: write_tokenizer(template, source.tokenizer, folder), source.context.notify
+        )
+    facts = {"form": form.name, "verification": verification} | ({"where": name} if name else {})
+    write_text(folder / CARD_NAME, card_text(card_subject(record.values, config, Path(source.adapter.where), **facts)))
 
 
 def _default_folder(run_dir: Path, to: str, adapter: str | None, base: str) -> Path:

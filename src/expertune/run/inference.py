@@ -37,6 +37,7 @@ from expertune.placement.experts import Location, expert_reader, place_experts
 from expertune.planning.devices import Machine
 from expertune.planning.plan import plan_for
 from expertune.report.summary import render_summary
+from expertune.run.beside import write_card
 from expertune.run.context import RunContext
 from expertune.run.directory import ADAPTER_FOLDER, adapter_in
 from expertune.run.lock import hold_run_directory
@@ -320,6 +321,7 @@ def _record_tasks(run: Run, found: dict[str, dict[str, Any]]) -> None:
             record.add("tasks", **{name: {**record.section("tasks").get(name, {}), **scores}})
         record.save()
     run.record.values["tasks"] = record.values["tasks"]
+    write_card(record.values, run.config, run.output_dir / ADAPTER_FOLDER)
 
 
 @checked

@@ -1,0 +1,306 @@
+"""The README.md of an adapter or an export: a model card as the Hugging Face hub reads it.
+
+A card is made to be shown to others. So it has figures, settings and names of the hub, and no path of a machine, name
+of a local file, text of an example, or value that is for the user alone, such as a run's name. The license is left to
+the user.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from expertune.config import RunConfig
+from expertune.data.hub import is_hub_name
+from expertune.data.readers import reader_of
+from expertune.data.template import is_own_file, shipped_template
+from expertune.evaluation.metrics import shown_figures
+
+CARD_NAME = "README.md"
+
+MARK = "<!-- Expertune writes this file again with new scores; remove this line to keep your own words. -->"
+
+# Settings of `training:` that say how a model came about, and hold nothing private.
+_TRAINING = (
+    *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "optim"),
+    *("weight_decay", "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
+    *("neftune_noise_alpha", "bf16", "fp16", "load_best_model_at_end"),
+)
+
+_LIBRARIES = {"gguf": "gguf", "gguf-adapter": "gguf", "mlx": "mlx", "mlx-merged": "mlx", "merged": "transformers"}
+_WHOLE_MODELS = frozenset({"merged", "gguf", "mlx-merged"})
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a card is about.
+
+    Attributes:
+        record: the run record's values.
+        config: the run file.
+        base: `base_model_name_or_path` of the adapter.
+        revision: the commit of a base from the hub; None where the base was a folder.
+        adapter: `adapter`, or `checkpoint-N`.
+        form: the format of an export; None for the adapter in a run directory.
+        verification: content of its `verification.json`.
+        where: what its users call it: its name on the hub.
+    """
+
+    record: Mapping[str, Any]
+    config: RunConfig
+    base: str
+    revision: str | None
+    adapter: str = "adapter"
+    form: str | None = None
+    verification: Mapping[str, Any] | None = None
+    where: str = "THIS-FOLDER"
+
+    @property
+    def base_id(self) -> str | None:
+        """The base's name on the hub; None where it was a folder, whose path is nobody's business."""
+        return self.base if self.revision else None
+
+    @property
+    def kind(self) -> str:
+        """What it is, in words."""
+        return "model with a LoRA adapter merged into it" if self.form in _WHOLE_MODELS else "LoRA adapter"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the run's last scores are those of this adapter."""
+        return self.adapter == "adapter"
+
+
+def render_card(subject: Subject) -> str:
+    """The whole text: metadata between two lines of dashes, then Markdown."""
+    metadata = yaml.safe_dump(_metadata(subject), sort_keys=False, allow_unicode=True)
+    parts = [
+        f"---\n{metadata}---",
+        MARK,
+        f"# {_title(subject)}",
+        _introduction(subject),
+        *_section("Scores", _scores(subject)),
+        *_section("Scores by lm-evaluation-harness", _harness(subject)),
+        *_section("Recipe", _table(("", ""), _recipe(subject))),
+        *_section("Verified", _verified(subject)),
+        *_section("Use", _use(subject)),
+        *_section("Prompt", _prompt(subject)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _metadata(subject: Subject) -> dict[str, Any]:
+    whole = subject.form in _WHOLE_MODELS
+    found: dict[str, Any] = {}
+    if subject.base_id:
+        found["base_model"] = subject.base_id
+        found["base_model_relation"] = "finetune" if whole else "adapter"
+    if datasets := _hub_datasets(subject):
+        found["datasets"] = datasets
+    found["library_name"] = _LIBRARIES.get(subject.form or "", "peft")
+    found["pipeline_tag"] = "text-generation"
+    found["tags"] = ["expertune", "lora", "qlora", "mixture-of-experts", "transformers"]
+    return found
+
+
+def _hub_datasets(subject: Subject) -> list[str]:
+    """Ids of the datasets of the hub that it was trained on; local files are called nothing here."""
+    report = (subject.record.get("data") or {}).get("train") or {}
+    names = [str(name) for name in report.get("sha256", {})]
+    return sorted({name.split(":")[0] for name in names if is_hub_name(name) and reader_of(Path(name)) is None})
+
+
+def _title(subject: Subject) -> str:
+    name = subject.base_id.split("/")[-1] if subject.base_id else _model_type(subject)
+    return f"{_plain(name)}: a {subject.kind}"
+
+
+def _model_type(subject: Subject) -> str:
+    base = (subject.record.get("model") or {}).get("base") or {}
+    config = base.get("config") if isinstance(base, Mapping) else None
+    return str((config or {}).get("model_type") or "mixture of experts")
+
+
+def _introduction(subject: Subject) -> str:
+    if subject.base_id:
+        base = f"[{_plain(subject.base_id)}](https://huggingface.co/{_plain(subject.base_id)})"
+        base += f" (commit `{_plain(str(subject.revision))[:12]}`)"
+    else:
+        base = (
+            f"a {_plain(_model_type(subject))} model in a local folder (set `base_model` above to its name on the hub)"
+        )
+    version = _plain(str((subject.record.get("versions") or {}).get("expertune", "")))
+    which = "" if subject.is_final else f" This is its state at {_plain(subject.adapter)}."
+    return (
+        f"A {subject.kind}. Base: {base}. It was trained with Expertune {version}, with the experts of the base frozen "
+        f"in 4 bits.{which}"
+    )
+
+
+def _scores(subject: Subject) -> str:
+    record, rows = subject.record, list[tuple[str, ...]]()
+    task = record.get("task") or {}
+    before, after = task.get("before") or {}, (task.get("after") or {}) if subject.is_final else {}
+    for figure in shown_figures(after):
+        count = f"{figure.label} on {after.get('rows')} held-out examples"
+        rows.append((count, _figure(before.get(figure.name)), _figure(after.get(figure.name))))
+    evaluation = record.get("eval") or {}
+    loss = evaluation.get("after")
+    if not subject.is_final:
+        losses = {f"checkpoint-{int(step)}": value for step, value in evaluation.get("loss") or ()}
+        loss = losses.get(subject.adapter)
+    if loss is not None:
+        rows.append(("loss on held-out examples", _figure(evaluation.get("before")), _figure(loss)))
+    return _table(("", "base", "adapter"), rows)
+
+
+def _harness(subject: Subject) -> str:
+    rows = list[tuple[str, ...]]()
+    for name, scores in sorted((subject.record.get("tasks") or {}).items()):
+        own, base = scores.get(subject.adapter), scores.get("none") or {}
+        for figure, values in (own or {}).get("figures", {}).items():
+            of_base = base.get("figures", {}).get(figure) or {}
+            label = f"{name}: {figure}, {own.get('shots') or 0} shots, {own.get('examples')} examples"
+            rows.append((label, _with_error(of_base), _with_error(values)))
+    return _table(("", "base", "adapter"), rows)
+
+
+def _recipe(subject: Subject) -> Iterator[tuple[str, str]]:
+    config, record = subject.config, subject.record
+    lora, quantization = config.lora, config.quantization
+    scale = f"alpha {lora.alpha:g}{', rank-stabilized' if lora.rslora else ''}"
+    yield "adapter", f"rank {lora.r}, {scale}, dropout {lora.dropout:g}, on {', '.join(lora.targets)}"
+    for name, pattern in (("rank", lora.rank_pattern), ("alpha", lora.alpha_pattern)):
+        if pattern:
+            yield f"{name} by projection", ", ".join(f"{key}: {value:g}" for key, value in pattern.items())
+    double = " with double quantization" if quantization.double_quantization else ""
+    yield "frozen weights", f"NF4{double}, blocks of {quantization.block_size}"
+    report = (record.get("data") or {}).get("train") or {}
+    if "num_rows" in report:
+        tokens = f", {report['num_tokens']:,} tokens" if isinstance(report.get("num_tokens"), int) else ""
+        yield "examples", f"{report['num_rows']:,}{tokens}, trained on: {report.get('train_on', 'completion')}"
+    if "template" in report:
+        yield "template", "a template of its own" if is_own_file(report["template"]) else str(report["template"])
+    yield "longest example", f"{config.data.max_length} tokens"
+    yield from ((name, str(config.training[name])) for name in _TRAINING if name in config.training)
+    train = record.get("train") or {}
+    if subject.is_final and train.get("steps"):
+        yield "steps", str(train["steps"])
+    if losses := train.get("loss"):
+        (first, loss), (last, final) = losses[0], losses[-1]
+        yield "training loss", f"{_figure(loss)} at step {first}, {_figure(final)} at step {last}"
+    versions = record.get("versions") or {}
+    yield (
+        "versions",
+        ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions),
+    )
+
+
+def _verified(subject: Subject) -> str:
+    engines = (subject.verification or {}).get("engines") or ()
+    rows = [
+        (
+            str(each.get("engine")),
+            str(each.get("verdict")),
+            *map(_exact, _differences(each)),
+        )
+        for each in engines
+    ]
+    table = _table(("engine", "verdict", "difference", "tolerance", "effect of the adapter"), rows)
+    if not table:
+        return ""
+    return (
+        "Each engine was run on a few evaluation examples. Its log-probabilities are compared with those of stock "
+        f"transformers in float32; figures are in nats.\n\n{table}"
+    )
+
+
+def _differences(engine: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Difference, tolerance and effect of one engine's verdict."""
+    figures = engine.get("figures") or {}
+    differences = figures.get("differences") or {}
+    return differences.get("exported"), figures.get("tolerance"), differences.get("effect")
+
+
+def _use(subject: Subject) -> str:
+    base = subject.base_id or "BASE"
+    return _USE.get(subject.form or "peft", "").format(base=base, rank=subject.config.lora.r, where=subject.where)
+
+
+def _prompt(subject: Subject) -> str:
+    report = (subject.record.get("data") or {}).get("train") or {}
+    name = report.get("template")
+    if name == "chat":
+        return "Conversations, by the tokenizer's own chat template."
+    text = shipped_template(name) if isinstance(name, str) else None
+    if text is None:
+        return "A template of the user's own. Where it is a chat template, the tokenizer beside this file has it."
+    return f"The template `{_plain(str(name))}`, in Jinja:\n\n```\n{text.rstrip()}\n```"
+
+
+def _section(title: str, body: str) -> list[str]:
+    return [f"## {title}", body] if body else []
+
+
+def _table(head: tuple[str, ...], rows: Any) -> str:
+    lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *lines]) if lines else ""
+
+
+def _cell(text: str) -> str:
+    return _plain(text).replace("|", "\\|")
+
+
+def _plain(text: str) -> str:
+    """A text in one line that is no Markdown link, code or HTML: records come from others as well."""
+    return "".join(each if each not in "<>`[]" else " " for each in " ".join(text.split()))[:200]
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else "-" if value is None else str(value)
+
+
+def _exact(value: Any) -> str:
+    return f"{value:.1e}" if isinstance(value, int | float) else "-"
+
+
+def _with_error(figure: Mapping[str, Any]) -> str:
+    error = figure.get("stderr")
+    return _figure(figure.get("value")) + (f" ± {_figure(error)}" if error is not None else "")
+
+
+_PEFT = """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+model = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto", device_map="auto")
+model = PeftModel.from_pretrained(model, "{where}").eval()
+```
+
+With Expertune the base stays in 4 bits: `expertune.load_adapter` puts this folder on `expertune.load_model("{base}")`.
+For vLLM, llama.cpp, Ollama or mlx-lm, export the run: `expertune export --help`."""
+
+_MERGED = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{where}")
+model = AutoModelForCausalLM.from_pretrained("{where}", dtype="auto", device_map="auto")
+```
+
+It is a model like any other: `vllm serve {where}`."""
+
+_USE = {
+    "peft": _PEFT,
+    "peft-fused": _PEFT,
+    "merged": _MERGED,
+    "vllm": "```\nvllm serve {base} --enable-lora --lora-modules mine={where} --max-lora-rank {rank}\n```",
+    "gguf-adapter": "```\nllama-server --model BASE.gguf --lora adapter.gguf\n```",
+    "gguf": "```\nllama-server --model MODEL.gguf\n```",
+    "mlx": '```\nmlx_lm.generate --model {base} --adapter-path {where} --prompt "..."\n```',
+    "mlx-merged": '```\nmlx_lm.generate --model {where} --prompt "..."\n```',
+}
