@@ -10,6 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --con
 demo: $(VENV)/.runtime
 	@rm -rf runs/demo
 	$(BIN)/expertune train examples/demo.yaml
+	@echo "The report of the run, for a browser: $(CURDIR)/runs/demo/report.html"
 
 test: $(VENV)/.development
 	$(BIN)/python tools/run_tests.py

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 
 from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
@@ -48,6 +48,7 @@ from expertune.run.directory import (
     merged_before,
     open_record,
     stops_recorded,
+    write_report,
 )
 from expertune.run.inference import OpenOptions, Run, after_training, load_base
 from expertune.run.inputs import Inputs, note_stock_refusal, probe_batch, read_inputs
@@ -56,7 +57,7 @@ from expertune.run.progress import Bars
 from expertune.run.source import load_config
 from expertune.storage import storage_errors_named
 from expertune.train.arguments import training_arguments, uses_checkpointing
-from expertune.train.callbacks import ProgressBar, peak_memory_bytes
+from expertune.train.callbacks import AfterEvaluation, ProgressBar, peak_memory_bytes
 from expertune.train.checkpoints import ResumePoint, find_resume_point, require_state_to_go_on
 from expertune.train.exchange import write_adapter
 from expertune.train.offload import has_separate_host
@@ -130,7 +131,7 @@ def finetune(
             if is_finished(record):
                 bars.console.print(finished_line(record), soft_wrap=True)
                 return Run(context, options=OpenOptions(trust_remote_code=trust_remote_code))
-            with stops_recorded(record), ranks.failing_together(), storage_errors_named(output_dir):
+            with stops_recorded(record, bars.console.print), ranks.failing_together(), storage_errors_named(output_dir):
                 return _finetune(context)
 
 
@@ -191,6 +192,7 @@ def _finetune(context: RunContext) -> Run:
     )
     context.write_beside(f"{ADAPTER_FOLDER}/{CARD_NAME}", lambda _: write_card(record.values, config, adapter))
     record.update("run", status="finished")
+    write_report(record, context.notify)
     context.console.print(render_summary(record.values, config.output_dir), soft_wrap=True)
     context.ranks.wait()  # until the run directory is whole
     options = OpenOptions(trust_remote_code=context.trust_remote_code)
@@ -322,6 +324,7 @@ def _train(
     bar = ProgressBar(lambda: trainer.history, context.bars)
     trainer.add_callback(Evaluations(at_end=evaluates_at_ends(config)))
     trainer.add_callback(bar)
+    trainer.add_callback(AfterEvaluation(partial(_keep_evaluation, context, trainer)))
     trackers = Trackers(trainer, context.output_dir, resumed=context.resume)
     try:
         with trackers.open(named="run_name" in config.training):
@@ -349,6 +352,16 @@ def _train(
         context.note(
             "load_best_model_at_end: no checkpoint was found to be the best; the adapter is that of the last step"
         )
+
+
+def _keep_evaluation(context: RunContext, trainer: ExpertTrainer, state: TrainerState) -> None:
+    """The record and the page as of an evaluation while training."""
+    record, history = context.record, trainer.history
+    record.add("train", **history.series, max_steps=state.max_steps)
+    record.add("throughput", tokens_per_second=history.tokens_per_second, tokens=history.tokens)
+    record.add("memory", peak_bytes=peak_memory_bytes())
+    record.update("eval", loss=history.eval_losses, scores=history.eval_scores)
+    write_report(record, context.notify)
 
 
 def _show_score(context: RunContext, when: str) -> None:

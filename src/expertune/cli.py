@@ -463,6 +463,15 @@ def export(
 
 
 @app.command()
+def report(run_dir: RunDir) -> None:
+    """Write a run's page anew: one HTML file that needs no network. Prints its path. Loads no model."""
+    record = RunRecord.load(run_dir)
+    from expertune.report.page import write_page
+
+    print(write_page(record.values, run_dir))
+
+
+@app.command()
 def doctor(as_json: Json = False, verbose: Verbose = False) -> None:
     """Show what this machine has, and what of it Expertune will use."""
     with stdout_for_results():

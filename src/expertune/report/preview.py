@@ -3,13 +3,14 @@
 The marks are characters, so that they survive where there is no color: in a file, in a pipe, on a plain terminal.
 """
 
-import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from expertune.report.text import printable, shortened
 
 _NAMES = {"train": "training examples", "eval": "evaluation examples"}
 _MARKS = (("⟦", "⟧"), ("«", "»"), ("[[", "]]"), ("<<<", ">>>"), ("[TRAINED>", "<TRAINED]"))
@@ -30,7 +31,7 @@ def render_preview(part: str, preview: Mapping[str, Any], max_chars: int = 600) 
     table.add_column(overflow="fold")
     for label, text in _facts(part, preview):
         style = "yellow" if label == "warning" else ""
-        table.add_row(Text(f"  {label}", style=style), Text(_printable(text), style=style))
+        table.add_row(Text(f"  {label}", style=style), Text(printable(text), style=style))
     title = Text(f"{_NAMES[part]}: {preview['source']}", style="bold")
     return Group(title, table, *(_Example(example, max_chars) for example in preview["examples"]))
 
@@ -66,7 +67,7 @@ class _Example:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         example = self._example
-        parts = [(_encodable(_printable(part["text"]), options.encoding), part["trained"]) for part in example["parts"]]
+        parts = [(_encodable(printable(part["text"]), options.encoding), part["trained"]) for part in example["parts"]]
         start, end = _marks("".join(text for text, _ in parts), options.encoding)
         cut = example["uncut_length"] - example["num_tokens"]
         facts = f"{example['num_tokens']} tokens, {example['num_trained']} trained"
@@ -77,7 +78,7 @@ class _Example:
             if left_out > 1 and _PARTS_AT_AN_END <= number < _PARTS_AT_AN_END + left_out:
                 body.append(f"\n[... {left_out} more parts ...]\n" if number == _PARTS_AT_AN_END else "", style="dim")
                 continue
-            shown = _shortened(text, self._max_chars)
+            shown = shortened(text, self._max_chars)
             body.append(f"{start}{shown}{end}" if trained else shown, style="bold green" if trained else "")
         for line in body.split("\n", allow_blank=True):
             wrapped = line.wrap(console, max(options.max_width - len(_GUTTER), 10), overflow="fold", no_wrap=False)
@@ -91,24 +92,6 @@ def _marks(text: str, encoding: str) -> tuple[str, str]:
         if start not in text and end not in text and _encodable(start + end, encoding) == start + end:
             return start, end
     return _MARKS[-1]
-
-
-def _shortened(text: str, max_chars: int) -> str:
-    if len(text) <= max_chars:
-        return text
-    head, tail = 2 * max_chars // 3, max_chars // 3
-    return f"{text[:head]} [... {len(text) - head - tail:,} characters ...] {text[-tail:]}"
-
-
-def _printable(text: str) -> str:
-    """Control characters spelled out: a text must not move the cursor of its reader, nor hide or turn round text.
-
-    Those of format (Cf) are the ones without a width, and the ones that change the direction of what follows.
-    """
-    spelled = ("Cc", "Cf", "Cs", "Zl", "Zp")
-    return "".join(
-        char if char in "\n\t" or unicodedata.category(char) not in spelled else ascii(char)[1:-1] for char in text
-    )
 
 
 def _encodable(text: str, encoding: str) -> str:

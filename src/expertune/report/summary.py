@@ -24,6 +24,7 @@ def render_summary(record: Mapping[str, Any], output_dir: str, examples: int = 3
     for example in task.get("after", {}).get("examples", [])[:examples]:
         parts.append(_example(example))
     parts.append(Text(f"adapter:  {output_dir}/adapter{_reader(record.get('adapter', {}))}"))
+    parts.append(Text(f"report:   {output_dir}/report.html"))
     parts.append(Text(f"picture:  {output_dir}/summary.png"))
     parts.append(Text(f"try it:   expertune chat {output_dir}"))
     return Group(*parts)

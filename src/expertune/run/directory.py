@@ -1,7 +1,7 @@
 """A run directory that is started or resumed: its record, and what must not have changed for a resumed run."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,9 +102,22 @@ def after_interruption(output_dir: Path, command: str) -> str:
     return f"no checkpoint had been written, so that `{again}` starts again from the first step"
 
 
+def write_report(record: RunRecord, notify: Callable[[str], object]) -> None:
+    """Write the run's page where the record is kept; a run goes on without it, whatever keeps it from being written."""
+    from expertune.report.page import PAGE_NAME, write_page
+
+    if not record.is_kept:
+        return
+    try:
+        write_page(record.values, record.path.parent)
+    except Exception as error:
+        reason = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
+        notify(f"{PAGE_NAME} could not be written ({reason}); the run continues without it")
+
+
 @contextmanager
-def stops_recorded(record: RunRecord) -> Iterator[None]:
-    """Keep in the record that a run stopped, and why; a record says `running` only while the run does."""
+def stops_recorded(record: RunRecord, notify: Callable[[str], object]) -> Iterator[None]:
+    """Keep in the record, and on the page, that a run stopped, and why; both say `running` only while the run does."""
     try:
         with signals_raised():
             yield
@@ -113,7 +126,8 @@ def stops_recorded(record: RunRecord) -> Iterator[None]:
             record.values.setdefault("preflight", {}).update(passed=False, failed=str(error))
         interrupted = isinstance(error, KeyboardInterrupt | Terminated)
         why = str(error) or ("interrupted" if interrupted else type(error).__name__)
-        record.stop("interrupted" if interrupted else "stopped", why)
+        if record.stop("interrupted" if interrupted else "stopped", why):
+            write_report(record, notify)
         raise
 
 

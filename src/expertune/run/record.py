@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import platform
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ class RunRecord:
         self.values = values
         self.is_kept = True
         self._saved = False
+        self._opened = time.monotonic()
+        self._seconds_before = self.section("run").get("seconds", 0.0)
 
     @classmethod
     def start(cls, output_dir: str | Path) -> "RunRecord":
@@ -119,13 +122,16 @@ class RunRecord:
         self.add(section, **values)
         self.save()
 
-    def stop(self, status: str, error: str) -> None:
+    def stop(self, status: str, error: str) -> bool:
         """Record that the run has stopped, unless nothing was saved since it was opened.
 
         Where the disk takes no new file, at least the status `running` is replaced.
+
+        Returns:
+            Whether the whole record was written.
         """
         if not self._saved:
-            return
+            return False
         self.values.setdefault("run", {}).update(status=status, error=error)
         try:
             self.save()
@@ -136,12 +142,17 @@ class RunRecord:
                 if at >= 0:
                     file.seek(at + len(b'"status": "'))
                     file.write(b"stopped")
+            return False
+        return True
 
     def save(self) -> None:
         """Write the whole file beside itself, then rename."""
         if not self.is_kept:
             return
         self._saved = True
+        if "run" in self.values:
+            seconds = self._seconds_before + time.monotonic() - self._opened
+            self.values["run"]["seconds"] = round(seconds, 1)
         write_json(self.path, self.values)
 
 

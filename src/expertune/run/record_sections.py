@@ -24,6 +24,7 @@ class _Section(BaseModel):
 class _Run(_Section):
     status: str = ""
     started: float = 0
+    seconds: Annotated[float, Field(ge=0)] = 0
     error: str = ""
 
 

@@ -164,6 +164,21 @@ class ProgressBar(TrainerCallback):
         return f"loss {loss:.4f}  {history.tokens_per_second:,.0f} tokens/s  memory {memory:.2f} GB"
 
 
+class AfterEvaluation(TrainerCallback):
+    """Calls a function after each evaluation, once the history has its figures.
+
+    Args:
+        call: given the trainer's state.
+    """
+
+    def __init__(self, call: Callable[[TrainerState], None]) -> None:
+        self._call = call
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Call it."""
+        self._call(state)
+
+
 class BestCheckpointHere(TrainerCallback):
     """Corrects the best checkpoint's path when a run is resumed.
 

@@ -1,0 +1,355 @@
+"""The parts of a run's page, from its record: plain values that the template lays out.
+
+Every part may be missing, in a record of an earlier release or of a run that is still going on.
+"""
+
+import shlex
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from expertune.config import RunConfig
+from expertune.evaluation.metrics import shown_figures
+from expertune.report.charts import Chart, Drawing, Series, bars, centered_mean, draw, points_of
+from expertune.report.differences import differences
+from expertune.report.text import shortened
+from expertune.report.values import (
+    Record,
+    at,
+    count,
+    duration,
+    entries,
+    figure,
+    flattened,
+    number,
+    percent,
+    section,
+    setting,
+    size,
+)
+
+Facts = list[tuple[str, str]]
+
+_MAX_CHARS = 4000
+_PHASES = {"loss": "loss of a step", "layer": "layer of a step", "save": "checkpoint"}
+
+
+def status(record: Record) -> dict[str, Any]:
+    """How far the run is, in words, and why it stopped."""
+    steps, last = number(record, "train", "steps"), _last_step(record)
+    state = str(at(record, "run", "status") or "not started")
+    started = number(record, "run", "started")
+    planned = number(record, "train", "max_steps")
+    if state == "running":
+        progress = f"step {last:,.0f}" + (f" of {planned:,.0f}" if planned else "")
+    else:
+        progress = f"{steps if steps is not None else last:,.0f} steps"
+    return {
+        "state": state,
+        "progress": progress,
+        "error": str(at(record, "run", "error") or ""),
+        "started": time.strftime("%Y-%m-%d %H:%M", time.localtime(started)) if started else "",
+    }
+
+
+def outcome(record: Record) -> dict[str, Any]:
+    """What came out: scores before and after, and what it took."""
+    before, after = section(record, "task", "before"), section(record, "task", "after")
+    losses = points_of(at(record, "eval", "loss"))
+    scores = [
+        {"label": each.label, "before": before.get(each.name), "after": after.get(each.name)}
+        for each in shown_figures(after or before)
+    ]
+    loss_before, loss_after = at(record, "eval", "before"), at(record, "eval", "after")
+    if loss_after is None and losses and at(record, "run", "status") != "finished":
+        loss_after = losses[-1][1]
+        if losses[0][0] == 0 and not at(record, "config", "lora", "init_from"):
+            loss_before = losses[0][1]
+    if loss_before is not None or loss_after is not None:
+        scores.append({"label": "loss on evaluation examples", "before": loss_before, "after": loss_after})
+    return {
+        "scores": scores,
+        "examples": count(number(after or before, "rows")),
+        "scored": bool(after or before),
+        "loss_examples": count(number(record, "data", "eval", "num_rows")),
+        "tiles": list(_tiles(record)),
+    }
+
+
+def _tiles(record: Record) -> Iterator[tuple[str, str, str]]:
+    """(label, figure, note) of what the run took."""
+    if elapsed := number(record, "run", "seconds"):
+        steps = sum(seconds for _, seconds in points_of(at(record, "train", "seconds")))
+        yield "time", duration(elapsed), f"of which {duration(steps)} in training steps" if steps else ""
+    elif steps := sum(seconds for _, seconds in points_of(at(record, "train", "seconds"))):
+        yield "time", duration(steps), "in training steps"
+    if peak := number(record, "memory", "peak_bytes"):
+        planned = number(record, "plan", "memory", "peak_bytes")
+        device = str(at(record, "model", "device") or "")
+        where = "on the GPU" if device.startswith("cuda") else "of this process"
+        yield "peak memory", size(peak), where + (f"; {size(planned)} planned" if planned else "")
+    if speed := number(record, "throughput", "tokens_per_second"):
+        total = number(record, "throughput", "tokens")
+        yield "speed", f"{speed:,.0f} tokens/s", f"{count(total)} tokens seen" if total else ""
+    yield from _adapter_tile(record)
+
+
+def _adapter_tile(record: Record) -> Iterator[tuple[str, str, str]]:
+    adapter = section(record, "adapter")
+    trained = number(record, "plan", "parameters", "trainable")
+    note = f"{count(trained)} trained weights" if trained else ""
+    if adapter.get("checkpoint"):
+        best = f"the best by {adapter.get('metric')} ({figure(adapter.get('value'))})"
+        yield "adapter", str(adapter["checkpoint"]), f"{best}; {note}" if note else best
+    elif "step" in adapter:
+        yield "adapter", f"step {count(number(adapter, 'step'))}", f"the last; {note}" if note else "the last"
+    elif note:
+        yield "adapter", "not written yet", note
+
+
+def charts(record: Record) -> list[Drawing]:
+    """Loss, learning rate, gradient norm and load of the experts by step."""
+    losses = points_of(at(record, "train", "loss"))
+    evaluated = points_of(at(record, "eval", "loss"))
+    adapter = section(record, "adapter")
+    marks = [(adapter["step"], f"the adapter: {adapter['checkpoint']}")] if adapter.get("checkpoint") else []
+    drawn = [
+        Chart(
+            "Loss per answer token (nats)",
+            [
+                Series("training, each step", losses, 0, "faint"),
+                Series("training, mean around each step", centered_mean(losses) if len(losses) >= 80 else [], 0),
+                Series("evaluation examples", evaluated, 1, "dots"),
+            ],
+            marks=[mark for mark in marks if number({"step": mark[0]}, "step") is not None],
+        )
+    ]
+    for name, title, color, from_zero in (
+        ("learning_rate", "Learning rate", 2, True),
+        ("grad_norm", "Gradient norm before clipping", 3, True),
+        ("expert_imbalance", "Imbalance: tokens of a layer's busiest expert over the mean (1 is even)", 4, False),
+        ("experts_unused", "Experts without a token in a step, of all layers (%)", 4, True),
+    ):
+        points = points_of(at(record, "train", name))
+        drawn.append(Chart(title, [Series(title, points, color)], from_zero=from_zero))
+    for name, points in _task_series(record).items():
+        drawn.append(Chart(f"{name} on evaluation examples", [Series(name, points, 1, "dots")]))
+    return [drawing for drawing in map(draw, drawn) if drawing]
+
+
+def _task_series(record: Record) -> dict[str, list[tuple[float, float]]]:
+    """Figures of the evaluations that answered prompts while training, by name."""
+    found: dict[str, list[Any]] = {}
+    for entry in entries(record, "eval", "scores"):
+        if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], Mapping):
+            for name, value in entry[1].items():
+                found.setdefault(name.replace("_", " "), []).append([entry[0], value])
+    return {name: points_of(points) for name, points in found.items()}
+
+
+def answers(record: Record) -> list[dict[str, Any]]:
+    """Answered examples: the reference, the base model's answer and the tuned one's, with what differs."""
+    tuned, base = entries(record, "task", "after", "examples"), entries(record, "task", "before", "examples")
+    by_prompt = {str(at(each, "prompt")): each for each in base}
+    found = []
+    for each in tuned or base:
+        if not isinstance(each, Mapping):
+            continue
+        prompt, expected = str(each.get("prompt", "")), str(each.get("expected", ""))
+        columns = []
+        for name, example in (("base model", by_prompt.get(prompt)), ("tuned", each if tuned else None)):
+            if isinstance(example, Mapping):
+                answered = str(example.get("answered", ""))
+                reference, pieces = differences(shortened(expected, _MAX_CHARS), shortened(answered, _MAX_CHARS))
+                columns.append({"name": name, "pieces": pieces, "right": bool(example.get("right")), "ref": reference})
+        if columns:
+            found.append(
+                {
+                    "prompt": shortened(prompt.strip(), _MAX_CHARS),
+                    "expected": columns[-1]["ref"],
+                    "columns": columns,
+                    "right": columns[-1]["right"],
+                }
+            )
+    return found
+
+
+def data_reports(record: Record) -> list[dict[str, Any]]:
+    """What the data check found, for training and for evaluation examples."""
+    found = []
+    for part, title in (("train", "Training examples"), ("eval", "Evaluation examples")):
+        report = section(record, "data", part)
+        if not report:
+            continue
+        histogram = section(report, "length_histogram")
+        counts = [int(value) for value in entries(histogram, "counts") if isinstance(value, int)]
+        found.append(
+            {
+                "title": title,
+                "facts": list(_data_facts(report)),
+                "warnings": [str(warning) for warning in entries(report, "warnings")],
+                "skipped": [str(message) for message in entries(report, "skipped")],
+                "bars": list(zip(bars(counts), counts, strict=True)),
+                "longest": count(number(report, "length", "max")),
+                "width": number(histogram, "width") or 0,
+            }
+        )
+    return found
+
+
+def _data_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "source", str(report.get("source", "-"))
+    yield "layout", f"{report.get('format', '-')}, template {report.get('template', '-')}"
+    yield "examples", count(number(report, "num_rows"))
+    tokens, trained = number(report, "num_tokens"), number(report, "num_label_tokens")
+    yield "tokens", f"{count(tokens)}, of which {count(trained)} are trained ({percent(trained, tokens)})"
+    length = section(report, "length")
+    yield "length in tokens", ", ".join(f"{words} {count(number(length, key))}" for key, words in _LENGTHS)
+    cut = number(report, "num_truncated")
+    yield f"cut at {count(number(report, 'max_length'))} tokens", count(cut)
+    for key, words in _COUNTS:
+        if number(report, key):
+            yield words, count(number(report, key))
+    used = entries(report, "columns", "used")
+    ignored = section(report, "columns", "ignored")
+    yield "columns used", ", ".join(map(str, used)) or "-"
+    yield "columns ignored", ", ".join(f"{name} (in {held})" for name, held in ignored.items()) or "none"
+    if special := section(report, "special_tokens_as_text"):
+        yield "special tokens as text", ", ".join(f"{token} ({held})" for token, held in special.items())
+
+
+_LENGTHS = (("min", "shortest"), ("median", "median"), ("p95", "95 % up to"), ("max", "longest"))
+_COUNTS = (
+    ("num_skipped", "skipped as unusable"),
+    ("num_flagged", "left out, flagged not to be trained"),
+    ("num_empty_prompts", "with an empty prompt"),
+    ("num_open_turns", "turns whose end is not learned"),
+)
+
+
+def plan(record: Record) -> dict[str, Any]:
+    """The plan beside what was measured, and what its memory consists of."""
+    made, rows = section(record, "plan"), []
+    for label, planned, measured, shown in (
+        ("peak memory", number(made, "memory", "peak_bytes"), number(record, "memory", "peak_bytes"), size),
+        (
+            "tokens per second",
+            number(made, "time", "tokens_per_second"),
+            number(record, "throughput", "tokens_per_second"),
+            count,
+        ),
+        (
+            "sequences in a micro-batch",
+            number(made, "micro_batch", "rows"),
+            number(record, "train", "micro_batch", "rows"),
+            count,
+        ),
+    ):
+        if planned is not None or measured is not None:
+            rows.append((label, shown(planned), shown(measured), percent(measured, planned)))
+    if layers := section(made, "placement", "layers"):
+        held = section(record, "placement", "layers")
+        rows.append(("expert layers", _in_words(layers), _in_words(held), ""))
+    peak = number(made, "memory", "peak_bytes") or 0
+    return {
+        "rows": rows,
+        "phase": _phase(str(at(made, "memory", "moment") or "")),
+        "components": _sizes(section(made, "memory", "components"), peak),
+        "phases": [(_phase(name), *rest) for name, *rest in _sizes(section(made, "memory", "moments"), peak)],
+        "line": str(at(made, "parameters", "line") or ""),
+        "notes": [str(note) for note in entries(made, "notes")],
+    }
+
+
+def _phase(name: str) -> str:
+    return _PHASES.get(name, name)
+
+
+def _in_words(layers: Mapping[str, Any]) -> str:
+    return ", ".join(f"{held} on {place}" for place, held in layers.items()) or "-"
+
+
+def _sizes(values: Mapping[str, Any], whole: float) -> list[tuple[str, str, float]]:
+    """(name, size, percent of a whole) of byte counts above zero, the largest first."""
+    known = {name: value for name in values if (value := number(values, name))}
+    ordered = sorted(known.items(), key=lambda item: -item[1])
+    return [(name, size(value), round(100 * value / whole, 1) if whole else 0) for name, value in ordered]
+
+
+def preflight(record: Record) -> Facts:
+    """What the preflight check found."""
+    found = section(record, "preflight")
+    if not found:
+        return []
+    facts = [("result", "passed" if found.get("passed") else f"failed: {found.get('failed', 'no reason is recorded')}")]
+    if bits := number(found, "four_bit", "bits_per_expert_weight"):
+        weights = count(number(found, "four_bit", "expert_weights"))
+        facts.append(("experts", f"{weights} weights at {bits:.2f} bits each"))
+    if (learning := number(found, "learning", "factors_learning")) is not None:
+        without = count(number(found, "learning", "factors_without_tokens"))
+        facts.append(("adapter factors", f"{count(learning)} receive a gradient; {without} saw no token"))
+    if "repeatable" in found:
+        facts.append(("forward", "repeatable to the bit" if found["repeatable"] else "not repeatable"))
+    if (change := number(found, "effective", "largest_logit_change")) is not None:
+        same = at(found, "effective", "disabled_equals_base")
+        disabled = "is the base model's" if same else "is not the base model's"
+        facts.append(("adapter in use", f"changes a logit by up to {change:g}; disabled, the output {disabled}"))
+    if seconds := number(found, "seconds"):
+        facts.append(("took", duration(seconds)))
+    return facts
+
+
+def settings(record: Record) -> list[tuple[str, str, str]]:
+    """(key, value, default) of the run file's values that are not our default; transformers' own are left empty."""
+    known, found = _defaults(), []
+    for key, value in flattened(at(record, "config")).items():
+        if key not in known or known[key] != value:
+            found.append((key, setting(value), setting(known[key]) if key in known and known[key] is not None else ""))
+    return found
+
+
+def _defaults() -> dict[str, Any]:
+    values = {}
+    for name, about in RunConfig.model_fields.items():
+        if not about.is_required():
+            default = about.get_default(call_default_factory=True)
+            values[name] = default.model_dump(mode="json") if hasattr(default, "model_dump") else default
+    return flattened(values)
+
+
+def notes(record: Record) -> list[str]:
+    """What of the run file could not be used as written, and what was changed when memory ran out."""
+    lines = [str(note) for note in entries(record, "train", "notes")]
+    for change in entries(record, "train", "recoveries"):
+        step, during, what = at(change, "step"), at(change, "during"), at(change, "change")
+        lines.append(f"memory ran out at step {step} ({during}): {what}")
+    return lines
+
+
+def versions(record: Record) -> Facts:
+    """Releases of what decides a run's numbers."""
+    return [(str(name), str(release)) for name, release in section(record, "versions").items() if name != "executable"]
+
+
+def commands(record: Record, run_dir: str) -> list[tuple[str, str]]:
+    """(purpose, command) of what can be done with the run."""
+    quoted = shlex.quote(run_dir)
+    return [
+        ("Ask the tuned model", f"expertune chat {quoted}"),
+        ("Score it again", f"expertune evaluate {quoted}"),
+        ("Train the same run again", f"expertune train {quoted} output_dir=runs/again"),
+        ("Build this page again", f"expertune report {quoted}"),
+    ]
+
+
+def run_file(record: Record) -> str:
+    """The run file as it was used, with its overrides."""
+    config = section(record, "config")
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True) if config else ""
+
+
+def _last_step(record: Record) -> float:
+    losses = points_of(at(record, "train", "loss"))
+    return losses[-1][0] if losses else 0

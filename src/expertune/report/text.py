@@ -1,0 +1,28 @@
+"""Text from data, made safe to look at: nothing in it moves a cursor, hides text or turns it round."""
+
+import unicodedata
+
+_SPELLED_OUT = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def printable(text: str, kept: str = "\n\t") -> str:
+    """A text with its control characters spelled out, as `\\u202e`.
+
+    Those of format (Cf) are the ones without a width, and the ones that change the direction of what follows. Half
+    surrogates (Cs) have no UTF-8.
+
+    Args:
+        text: any text.
+        kept: characters that stay as they are.
+    """
+    return "".join(
+        char if char in kept or unicodedata.category(char) not in _SPELLED_OUT else ascii(char)[1:-1] for char in text
+    )
+
+
+def shortened(text: str, max_chars: int) -> str:
+    """A text without its middle where it is longer than this; the number of characters left out stands there."""
+    if len(text) <= max_chars:
+        return text
+    head, tail = 2 * max_chars // 3, max_chars // 3
+    return f"{text[:head]} [... {len(text) - head - tail:,} characters ...] {text[-tail:]}"

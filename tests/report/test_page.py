@@ -1,0 +1,205 @@
+"""A run's page: what it shows, what it withstands, and how it looks to a browser."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from expertune.cli import app
+from expertune.errors import StorageError
+from expertune.report.charts import Chart, Series, centered_mean, draw, thinned, ticks
+from expertune.report.differences import differences
+from expertune.report.page import render_page, write_page
+from expertune.run.directory import stops_recorded
+from expertune.run.record import RunRecord
+from tests.report.pages import CHROMIUM, browse, require_contained
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</script><img src=x onerror=alert(1)>",
+    '" onmouseover="alert(1)" x=\'',
+    "</style></title><svg onload=alert(1)>",
+    "{{ 7 * 7 }}",
+    "a\u202eb\u2066c\x1b[2Jd\x00e",
+    "half \ud800 surrogate",
+    "W" * 3000,
+]
+
+
+def stopped_run(run_dir: Path, error: str) -> None:
+    def fail(record: RunRecord) -> None:
+        with stops_recorded(record, print):
+            record.update("run", status="running")
+            raise StorageError(error)
+
+    with pytest.raises(StorageError):
+        fail(RunRecord.start(run_dir))
+
+
+def test_page_of_a_run_shows_the_outcome_first_and_then_all_the_rest(run_record: dict[str, Any]) -> None:
+    page = require_contained(render_page(run_record, "runs/small"))
+    parts = [
+        *("slot F1 0.000 → 0.750", "loss on evaluation examples 3.200 → 0.250", "on 5 answered", "on all 12"),
+        *("12 min 34 s", "1.60 GB", "2.00 GB planned", "900 tokens/s", "checkpoint-50", "872,448 trained weights"),
+        *("memory ran out at step 3 (training): smaller micro-batches", "Loss per answer token"),
+        *("dashed: the adapter: checkpoint-50", "Gradient norm", "Answered examples", "base model wrong", "tuned wrong"),
+        *("3 prompts are empty", "cut at 256 tokens", "id (in 40)", "line 7: the answer is empty"),
+        *("peak memory 2.00 GB 1.60 GB 80 %", "tokens per second 1,000 900 90 %", "result passed"),
+        *("lora.r 16 8", "training.learning_rate 0.004", "expertune train runs/small", "torch 2.13.0+cpu"),
+    ]
+    found = [page.text.find(part) for part in parts]
+    assert -1 not in found, parts[found.index(-1)]
+    assert found == sorted(found)
+
+
+def test_settings_with_their_default_value_are_left_out(run_record: dict[str, Any]) -> None:
+    assert "lora.alpha" not in require_contained(render_page(run_record, "runs/small")).text
+    run_record["config"]["lora"]["alpha"] = 32.0
+    assert "lora.alpha 32 16" in require_contained(render_page(run_record, "runs/small")).text
+
+
+def test_answers_are_marked_where_they_differ_from_the_reference(run_record: dict[str, Any]) -> None:
+    page = require_contained(render_page(run_record, "runs/small"))
+    assert [text for text in page.marked if text in ("good", "poor")] == ["good", "poor"]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_text_anywhere_in_a_record_is_only_text(text: str, run_record: dict[str, Any], tmp_path: Path) -> None:
+    def poisoned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: poisoned(item) for key, item in value.items()} | {text: text}
+        if isinstance(value, list):
+            return [poisoned(item) for item in value]
+        return text if isinstance(value, str) else value
+
+    honest = require_contained(render_page(run_record, "runs/small"))
+    written = write_page(poisoned(run_record), tmp_path).read_bytes().decode("utf-8")
+    page = require_contained(written)
+    known = {tag for tag, _ in honest.tags} | {"p"}
+    assert {tag for tag, _ in page.tags} <= known
+    shown = {"\u202e": "\\u202e", "\u2066": "\\u2066", "\x1b": "\\x1b", "\x00": "\\x00", "\ud800": "\\ud800"}
+    for character, spelled in shown.items():
+        assert character not in written
+        text = text.replace(character, spelled)
+    assert " ".join(text.split())[:500] in page.text
+
+
+@pytest.mark.parametrize("missing", [*RunRecord.start(Path()).values, "run", "data", "plan", "train", "eval", "task"])
+def test_record_without_a_section_has_a_page_too(missing: str, run_record: dict[str, Any]) -> None:
+    run_record.pop(missing, None)
+    assert "small" in require_contained(render_page(run_record, "runs/small")).text
+    run_record[missing] = {}
+    require_contained(render_page(run_record, "runs/small"))
+
+
+def test_empty_record_has_a_page_that_says_so() -> None:
+    page = require_contained(render_page({}, "runs/empty"))
+    assert "not started 0 steps" in page.text
+    assert "Nothing has been evaluated" in page.text
+
+
+def test_figures_that_are_not_finite_are_shown_and_not_drawn(run_record: dict[str, Any]) -> None:
+    run_record["train"]["loss"][3] = [4, "nan"]
+    run_record["eval"]["after"] = "nan"
+    page = require_contained(render_page(run_record, "runs/small"))
+    assert "3.200 → nan" in page.text
+    losses = json.loads(next(content for kind, content in page.scripts if kind))["series"][0]["points"]
+    assert 4 not in [step for step, _ in losses]
+
+
+def test_page_of_a_run_that_goes_on_says_how_far_it_is(run_record: dict[str, Any]) -> None:
+    run_record["run"]["status"] = "running"
+    run_record["train"] |= {"max_steps": 400}
+    del run_record["adapter"], run_record["task"]["after"], run_record["train"]["steps"]
+    run_record["eval"] = {"loss": [[0, 3.2], [50, 0.5]]}
+    page = require_contained(render_page(run_record, "runs/small"))
+    assert "running step 100 of 400" in page.text
+    assert "loss on evaluation examples 3.200 → 0.500" in page.text
+    assert "slot F1 0.000 → -" in page.text
+
+
+def test_command_writes_the_page_of_a_run_and_prints_its_path(run_record: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text(json.dumps(run_record), encoding="utf-8")
+    done = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert done.output == f"{tmp_path / 'report.html'}\n"
+    assert "slot F1" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_page_of_a_run_that_stops_says_why(tmp_path: Path) -> None:
+    stopped_run(tmp_path, "the disk is <full>")
+    text = require_contained((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert "stopped" in text
+    assert "the disk is <full>" in text
+
+
+def test_page_that_cannot_be_written_is_a_notice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "report.html").mkdir()
+    stopped_run(tmp_path, "x")
+    assert "report.html could not be written (Is a directory); the run continues" in capsys.readouterr().out
+    assert RunRecord.load(tmp_path).status == "stopped"
+
+
+def test_mean_of_a_slope_lies_on_it_to_both_ends() -> None:
+    slope = [(step, 2.0 * step) for step in range(400)]
+    assert all(abs(mean - 2 * step) < 1e-9 for step, mean in centered_mean(slope))
+
+
+def test_thinned_series_keeps_its_ends_and_spikes() -> None:
+    points = [(step, 1.0) for step in range(100_000)]
+    points[77_777] = (77_777, 9.0)
+    kept = thinned(points)
+    assert len(kept) <= 1300
+    assert {points[0], points[77_777], points[-1]} <= set(kept)
+
+
+def test_ticks_are_round_and_a_single_point_is_drawn() -> None:
+    assert [round(tick, 9) for tick in ticks(0, 0.42)] == [0, 0.1, 0.2, 0.3, 0.4]
+    drawing = draw(Chart("loss", [Series("training", [(1, 2.5)])]))
+    assert drawing is not None
+    assert drawing.lines[0]["dots"]
+
+
+def test_differences_give_both_texts_back_whole() -> None:
+    left, right = "inform(name[X], a[b])", "inform(name[Y])" + " z" * 500
+    ours, theirs = differences(left, right)
+    assert "".join(text for text, _ in ours) == left
+    assert "".join(text for text, _ in theirs) == right
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [400, 1600])
+def test_browser_runs_the_page_without_a_message_and_nothing_is_wider_than_the_window(
+    width: int, run_record: dict[str, Any], tmp_path: Path
+) -> None:
+    example = run_record["task"]["after"]["examples"][0]
+    run_record["task"]["after"]["examples"] = [example, example | {"prompt": "W" * 3000, "right": True}]
+    html = render_page(run_record, "runs/small")
+    probe = """
+        const plot = document.querySelector(".plot"), svg = plot.querySelector("svg");
+        const box = svg.getBoundingClientRect();
+        const line = svg.querySelector("[data-series]"), before = line.getAttribute("d");
+        svg.setPointerCapture = () => {};
+        const event = (kind, part) => new window.PointerEvent(kind, {clientX: box.left + part * box.width});
+        const at = (kind, part) => svg.dispatchEvent(event(kind, part));
+        at("pointermove", 0.5);
+        const tip = plot.querySelector(".tip").textContent;
+        at("pointerdown", 0.25); at("pointermove", 0.75); at("pointerup", 0.75);
+        const zoomed = line.getAttribute("d") !== before, reset = document.getElementById("reset");
+        const offered = !reset.hidden;
+        reset.click();
+        const search = document.getElementById("search");
+        search.value = "is fun";
+        search.dispatchEvent(new window.Event("input"));
+        const found = document.getElementById("found").textContent;
+        const wide = document.documentElement.scrollWidth;
+        return {tip, zoomed, offered, found, wide, inner: window.innerWidth, closed: reset.hidden};
+    """
+    seen, messages = browse(html, tmp_path, width, probe)
+    assert messages == []
+    assert "training, each step, 50: 0.06" in seen["tip"]
+    assert [seen["zoomed"], seen["offered"], seen["closed"]] == [True, True, True]
+    assert seen["found"] == "1 of 2"
+    assert seen["wide"] <= seen["inner"]
+    assert seen["inner"] == width
