@@ -321,7 +321,15 @@ def test_rank_0_alone_prints_and_writes(place: Place) -> None:
     assert (second.out, second.err) == ("", "")
     run_dir = place.folder / "mixtral-2"
     written = {path.name for path in run_dir.iterdir()}
-    assert written == {"adapter", "checkpoint-2", "checkpoint-4", "lengths.png", "record.json", "report.html", "summary.png"}
+    assert written == {
+        "adapter",
+        "checkpoint-2",
+        "checkpoint-4",
+        "lengths.png",
+        "record.json",
+        "report.html",
+        "summary.png",
+    }
     states = {path.name for path in (run_dir / "checkpoint-2").glob("rng_state*")}
     assert states == {"rng_state_0.pth", "rng_state_1.pth"}
 
