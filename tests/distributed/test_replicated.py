@@ -18,12 +18,14 @@ from tests.distributed.ranks import command, run_jobs
 from tests.processes import Ended
 from tests.train.conftest import ASSETS, write_small_mixtral
 
-# What each rank would import and compute by itself.
+# What each rank would import, read and compute by itself: a run of one process comes upon most of it.
 BEFORE = """
+import io, shutil
+from rich.console import Console
 from transformers.models.gpt_oss import modeling_gpt_oss
-from transformers.models.mixtral import modeling_mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe
-api.plan("run.yaml")
+api.finetune("run.yaml", ["output_dir=before", "training.max_steps=1"], console=Console(file=io.StringIO()))
+shutil.rmtree("before")
 """
 
 _SIZES = {
@@ -38,7 +40,7 @@ _SIZES = {
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {},
-    "qwen3_moe": {"num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 64, "norm_topk_prob": True},
+    "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 64, "norm_topk_prob": True},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},  # with biases
 }
 
