@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import BENEATH, run_program
+from tests.processes import run_program
 
 MODEL = """
 import json
@@ -56,7 +56,9 @@ def run(earlier, names, order):
     found = {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss", "bypass")}
     print(json.dumps({"arguments": arguments, "cache": found}))
 
-# Trying out the CPU's instruction sets and compiling headers ahead would take far longer than the two graphs.
+# Patterns to look for, trying out the CPU's instruction sets and compiling headers ahead would take far longer than the
+# two graphs.
+torch._inductor.config.pattern_matcher = False
 torch._inductor.config.compile_threads = 1
 torch._inductor.config.cpp_cache_precompile_headers = False
 torch._inductor.config.cpp.vec_isa_ok = False
@@ -69,7 +71,7 @@ def test_compiled_layers_have_the_same_arguments_in_another_process_and_come_fro
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     calls = [f"run([], {NAMES}, {NAMES})", f"run({NAMES[:1]} * 3, {NAMES}, {NAMES[::-1]})"]
-    ended = [run_program(MODEL + call, imports=BENEATH) for call in calls]
+    ended = [run_program(MODEL + call) for call in calls]
     for process in ended:
         assert process.status == 0, process.err[-2000:]
     first, second = (json.loads(process.out.splitlines()[-1]) for process in ended)

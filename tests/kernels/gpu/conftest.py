@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -115,6 +116,34 @@ def _language_is_patched_once_a_launch() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as changed:
         changed.setattr(interpreter, "_patch_builtin", patch)
         changed.setattr(interpreter, "_patch_lang", patch_for)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_is_computed_in_vain() -> Iterator[None]:
+    """Triton's interpreter looks for overflows at each sum of integers, and says nothing of them without `debug`.
+
+    It also lists numpy's types at each look-up of one. Together they take a third of its time. Read from Triton 3.6.0
+    and 3.9.0; a release that does it otherwise is left as it is.
+    """
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    names = ("tl", "interpreter_builder", "_get_np_dtype")
+    options = getattr(getattr(interpreter, "interpreter_builder", None), "options", None)
+    if not all(hasattr(interpreter, name) for name in names) or getattr(options, "debug", True):
+        yield
+        return
+    block_type, look_up = interpreter.tl.block_type, interpreter._get_np_dtype
+    known: dict[str, Any] = {}
+
+    def numpy_type(dtype: Any) -> Any:
+        name = (dtype.element_ty if isinstance(dtype, block_type) else dtype).name
+        if name not in known:
+            known[name] = look_up(dtype)
+        return known[name]
+
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(interpreter.interpreter_builder, "options", replace(options, sanitize_overflow=False))
+        changed.setattr(interpreter, "_get_np_dtype", numpy_type)
         yield
 
 

@@ -172,13 +172,6 @@ def test_dequantized_groups_add_launches_only_as_the_buffer_forces_them() -> Non
     assert launches_of_a_layer(True, 2048, 0.05, 2**30) == (11, 33)
 
 
-def test_check_finds_every_route_right_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selfcheck, "SHAPE", (3, 64, 64, 2, 3, 9))
-    findings = selfcheck.check(CPU, torch.float32)
-    assert findings.passed == ["shuffle", "fused", "dequant_gemm"]
-    assert findings.messages == {}
-
-
 def test_route_that_computes_wrongly_or_not_at_all_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selfcheck, "SHAPE", (3, 64, 64, 2, 3, 9))
     real = GroupedRoute.forward
@@ -196,18 +189,22 @@ def test_route_that_computes_wrongly_or_not_at_all_fails_its_check(monkeypatch: 
     assert "shared memory" in findings.messages["dequant_gemm"]
 
 
-def test_check_may_be_asked_for_inside_an_operator_and_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selfcheck, "SHAPE", (3, 64, 64, 2, 3, 5))
-    answers: list[list[str]] = []
+def test_check_finds_every_route_right_inside_an_operator_and_in_inference_mode_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(selfcheck, "SHAPE", (3, 64, 64, 2, 3, 9))
+    answers: list[selfcheck.Findings] = []
 
     @torch.library.custom_op("expertune_tests::asks", mutates_args=())
     def asks(x: Tensor) -> Tensor:
-        answers.append(selfcheck.check(CPU, torch.float32).passed)
+        answers.append(selfcheck.check(CPU, torch.float32))
         return x.clone()
 
     with torch.inference_mode():
         asks(torch.ones(1))
-    assert answers == [["shuffle", "fused", "dequant_gemm"]]
+    (findings,) = answers
+    assert findings.passed == ["shuffle", "fused", "dequant_gemm"]
+    assert findings.messages == {}
 
 
 def test_findings_are_kept_unless_a_part_did_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -242,7 +239,7 @@ def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
 @pytest.mark.usefixtures("on_gpu")
 def test_error_is_no_larger_than_that_of_dequantizing_and_multiplying_in_16_bits() -> None:
     """Against float64: bitsandbytes' dequantized values, GEMMs and activation in float16, expert by expert."""
-    case = make_case(24, num_experts=3, ranks=(), dtype=torch.float16, hidden=128, intermediate=128)
+    case = make_case(24, **SMALL | {"num_experts": 3}, ranks=(), dtype=torch.float16)
     hidden, weights = case.hidden, case.weights
 
     def layer(hidden: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
