@@ -8,7 +8,7 @@ memory.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
     WeightConverter,
 )
 
-from expertune.checkpoint.names import Destination, NameMap
+from expertune.checkpoint.names import INDEX, Destination, NameMap
 from expertune.checkpoint.reader import TensorEntry
 from expertune.errors import CheckpointError
 
@@ -47,7 +47,7 @@ def convert(sources: Sources, names: NameMap, model: PreTrainedModel, wanted: ra
     first = sources[0][1]
     assert first.converter is not None
     weight, stacks = names.weight_of(first.name), names.stack_shapes()
-    if weight is None or not _is_by_expert(first.converter):
+    if weight is None or not is_by_expert(first.converter):
         yield from _convert(sources, 0, False, _Shapes(model, stacks))
         return
     num_experts = names.specs[weight[0]].num_experts
@@ -84,6 +84,34 @@ def _convert(sources: Sources, expert: int, sliced: bool, model: "_Shapes") -> I
         yield name, expert, tensor[0] if isinstance(tensor, list) else tensor
 
 
+def revert(
+    live: Mapping[str, Tensor], destination: Destination, model: PreTrainedModel, shape: tuple[int, ...]
+) -> Iterator[tuple[str, int | None, Tensor]]:
+    """The way back: tensors on disk, from everything that one conversion makes.
+
+    Args:
+        live: by live name, all of `NameMap.converted_names(destination)` in that order; of stacks of experts one or
+            all experts.
+        destination: of one of the tensors on disk.
+        model: the model.
+        shape: of that tensor on disk, of as many experts: some families are read in either orientation.
+
+    Yields:
+        The pattern of a tensor's name, which of a list it is, and the tensor.
+    """
+    assert destination.converter is not None
+    reverse = destination.converter.reverse_transform()
+    for pattern, tensor in zip(reverse.source_patterns, live.values(), strict=True):
+        reverse.collected_tensors[pattern].append(tensor)
+    name = reverse.rename_source_key(next(iter(live)))[0]
+    shapes = _Shapes(model, {name: shape})
+    for key, found in reverse.convert(name, model=shapes, config=model.config).items():
+        pattern = destination.converter.rename_source_key(key)[1]
+        assert pattern is not None
+        index = int(INDEX.findall(f"{key}.")[-1]) if "*" in pattern else None
+        yield pattern, index, found[0] if isinstance(found, list) else found
+
+
 def _require_all(sources: Sources, converter: WeightConverter) -> None:
     found = [destination.pattern for _, destination in sources]
     # Scales of packed weights are called like the weight, and more; a checkpoint in 16 bits has none of them.
@@ -101,7 +129,7 @@ def _require_all(sources: Sources, converter: WeightConverter) -> None:
         )
 
 
-def _is_by_expert(converter: WeightConverter) -> bool:
+def is_by_expert(converter: WeightConverter) -> bool:
     """Whether operations on stacks [E, ...] leave the first dimension alone, save for stacking experts along it."""
 
     def leaves_alone(operation: Any) -> bool:

@@ -29,7 +29,8 @@ from expertune.errors import UnsupportedModelError
 from expertune.experts.contract import ExpertsSpec, require_experts
 from expertune.experts.router import find_router
 
-_INDEX = re.compile(r"\.(\d+)(?=\.)")
+INDEX = re.compile(r"\.(\d+)(?=\.)")
+"""The numbers in a name; the last is the expert's, as layers come before experts in every family."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,7 @@ class NameMap:
         )
         if renamed not in self._live_keys and checkpoint_key in self._live_keys:
             renamed, pattern = checkpoint_key, None
-        # The expert's index is the last number of the name: layers come before experts in every family.
-        indices = _INDEX.findall(checkpoint_key) if pattern is not None and "*" in pattern else []
+        indices = INDEX.findall(checkpoint_key) if pattern is not None and "*" in pattern else []
         expert = int(indices[-1]) if indices else None
         converter = next((each for each in self._converters if pattern in each.source_patterns), None)
         if converter is not None and not self._is_direct(renamed, converter):
@@ -114,6 +114,15 @@ class NameMap:
             return [destination.name]
         first, *others = destination.converter.target_patterns
         return [destination.name, *(destination.name.replace(first, other) for other in others)]
+
+    def made_with(self, live_name: str) -> list[str]:
+        """Live names of everything that one conversion makes together with this, itself included."""
+        for converter in self._converters:
+            for pattern in converter.target_patterns:
+                if live_name.endswith(pattern):
+                    names = (live_name.replace(pattern, other) for other in converter.target_patterns)
+                    return [name for name in names if name in self._live_keys]
+        return [live_name]
 
     def stack_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the stacks of experts by live name, as the family lays them out."""

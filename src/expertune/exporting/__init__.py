@@ -3,6 +3,7 @@
 FORMATS = {
     "peft": "peft",
     "peft-fused": "peft",
+    "merged": "merged",
     "gguf-adapter": "gguf",
     "mlx": "mlx",
     "mlx-merged": "mlx",

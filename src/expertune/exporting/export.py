@@ -1,8 +1,11 @@
 """The walk of an export: open, refuse, look at the disk, write beside, verify, rename."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypedDict, Unpack
 
 from expertune.config.arguments import checked
@@ -10,6 +13,7 @@ from expertune.distributed.processes import require_one_process
 from expertune.errors import ExportError, StorageError, option
 from expertune.exporting.formats import Format, Options, Progress, Verdict, make_format
 from expertune.exporting.hub import push, require_hub
+from expertune.exporting.merged import write_dequantized
 from expertune.exporting.source import ExportSource, open_source
 from expertune.exporting.verify import verify as run_engines
 from expertune.exporting.verify import write_verification
@@ -114,7 +118,8 @@ def export(
         raise
     written = None
     if options.get("verify", True):
-        verdicts = run_engines(source, form, partial, source.base.folder)
+        with _readable_base(source, folder.parent) as readable:
+            verdicts = run_engines(source, form, partial, readable)
         written = write_verification(partial, form, source, verdicts)
         _notify(source, verdicts, partial)
     _write_card(source, form, partial, written, name)
@@ -136,6 +141,17 @@ def _write_card(
         )
     facts = {"form": form.name, "verification": verification} | ({"where": name} if name else {})
     write_text(folder / CARD_NAME, card_text(card_subject(record.values, config, Path(source.adapter.where), **facts)))
+
+
+@contextmanager
+def _readable_base(source: ExportSource, near: Path) -> Iterator[Path]:
+    """The base as a 16-bit folder: its own, or for a while one with the values of its 4-bit weights."""
+    if not source.is_packed:
+        yield source.base.folder
+        return
+    with TemporaryDirectory(prefix="expertune-base-", dir=near) as folder:
+        write_dequantized(source, Path(folder), lambda *_: None, is_adapted=False)
+        yield Path(folder)
 
 
 def _default_folder(run_dir: Path, to: str, adapter: str | None, base: str) -> Path:

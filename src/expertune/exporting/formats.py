@@ -21,9 +21,12 @@ class Engine:
     Attributes:
         name: what it is called in messages and in `verification.json`.
         program: the script of `expertune.exporting.engines` that runs it, or a path.
-        base: the case (keys of the script's own) that runs the base model alone.
+        base: the case (keys of the script's own) that runs the base model alone; None where the export holds weights,
+            and nothing in it is the base's.
         exported: the case that runs the export.
         rounded: a dtype of torch that the export's weights have been rounded to; the reference rounds as well.
+        reference: the base of the reference: the 16-bit weights, or the values that the run's 4-bit weights stand for.
+        has_trained: whether the trained model itself, with its 4-bit weights, is to be shown beside it.
         measure: how differences of log-probabilities become one: their largest; or their mean, for an engine that
             rounds so much that some tokens are routed to other experts.
         floor: differences that the engine's own arithmetic may make, in nats.
@@ -33,9 +36,11 @@ class Engine:
 
     name: str
     program: str
-    base: dict[str, Any]
+    base: dict[str, Any] | None
     exported: dict[str, Any]
     rounded: str | None = None
+    reference: Literal["source", "dequantized"] = "source"
+    has_trained: bool = False
     measure: Literal["max", "mean"] = "max"
     floor: float = 1e-4
     missing: str | None = None

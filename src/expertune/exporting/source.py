@@ -129,28 +129,37 @@ class ExportSource:
         Of a linear the product is [out, in]; of a stack of experts it is laid out as the family's own parameter, the
         projections that it does not adapt with zeros. Nothing of any export format goes into this.
         """
-        for name, (a, b, scale) in self.factors.linears.items():
-            yield f"{name}.weight", b.float() * scale, a.float()
-        for module, held in self.factors.experts.items():
-            spec = self.names.specs[module]
-            for weight in spec.weight_names:
-                projections = layout.fused_projections(spec, weight)
-                adapted = [held[projection] for projection in projections if projection in held]
-                if not adapted:
-                    continue
-                outputs = spec.shape(projections[0])[0]
-                right = torch.cat([pair.a.float() for pair in adapted], dim=1)
-                ranks = [pair.a.shape[1] for pair in adapted]
-                columns = right.new_zeros(len(projections), outputs, spec.num_experts, sum(ranks))
-                for index, projection in enumerate(projections):
-                    if projection in held:
-                        own = [projection == each for each in projections if each in held].index(True)
-                        start = sum(ranks[:own])
-                        b = held[projection].b.float() * held[projection].scale
-                        columns[index, :, :, start : start + ranks[own]] = b.transpose(0, 1)
-                left = layout.join_rows(spec, weight, list(columns)).transpose(0, 1).contiguous()
-                name = f"{module}.{weight}"
-                yield (name, right.mT.contiguous(), left.mT.contiguous()) if spec.is_transposed else (name, left, right)
+        for name in self.factors.linears:
+            yield f"{name}.weight", *self.linear_update(name)
+        for module in self.factors.experts:
+            for weight in self.names.specs[module].weight_names:
+                if update := self.stack_update(module, weight):
+                    yield f"{module}.{weight}", *update
+
+    def linear_update(self, name: str) -> tuple[Tensor, Tensor]:
+        """Left [out, r] and right [r, in] of a linear or a router, float32."""
+        a, b, scale = self.factors.linears[name]
+        return b.float() * scale, a.float()
+
+    def stack_update(self, module: str, weight: str, experts: slice = slice(None)) -> tuple[Tensor, Tensor] | None:
+        """Left and right of some experts of a stack, as the family lays it out; None where the adapter has nothing."""
+        spec, held = self.names.specs[module], self.factors.experts.get(module, {})
+        projections = layout.fused_projections(spec, weight)
+        adapted = {each: held[each] for each in projections if each in held}
+        if not adapted:
+            return None
+        right = torch.cat([pair.a[experts].float() for pair in adapted.values()], dim=1)
+        count, rank, outputs = right.shape[0], right.shape[1], spec.shape(projections[0])[0]
+        parts, start = [], 0
+        for each in projections:
+            part = right.new_zeros(outputs, count, rank)
+            if each in adapted:
+                b = adapted[each].b[experts].float() * adapted[each].scale
+                part[:, :, start : start + b.shape[2]] = b.transpose(0, 1)
+                start += b.shape[2]
+            parts.append(part)
+        left = layout.join_rows(spec, weight, parts).transpose(0, 1)
+        return (right.mT, left.mT) if spec.is_transposed else (left, right)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -182,14 +191,24 @@ def open_source(
         ConfigError: `adapter` is a path.
     """
     found = find_run(run_dir, adapter, trust_remote_code, model)
-    folder, trust = found.base.folder, found.base.trust_remote_code
+    return read_source(found.context, found.adapter, found.base)
+
+
+def read_source(context: RunContext, adapter: Path, base: ModelSource) -> ExportSource:
+    """Read an adapter and its base, and hold the one to the other.
+
+    Raises:
+        CheckpointError: a file is damaged, or the adapter is another base's.
+    """
+    folder = base.folder
     if is_nf4_folder(folder):
-        require_verified(folder, found.context.notify)
+        require_verified(folder, context.notify)
     index = read_nf4_folder(folder).index if is_nf4_folder(folder) else open_checkpoint(folder)
-    described = build_meta_model(folder, torch.bfloat16, trust, shapes_only=True)
+    described = build_meta_model(folder, torch.bfloat16, base.trust_remote_code, shapes_only=True)
     names = read_names(described)
     fingerprint = read_fingerprint(folder, index.tensors, described, names)
-    require_same_base(found.adapter, fingerprint, found.context.config.model, allowed_by=None)
-    file = read_adapter(found.adapter)
+    require_same_base(adapter, fingerprint, context.config.model, allowed_by=None)
+    file = read_adapter(adapter)
     factors = read_factors(file.config, file.tensors, names, file.where)
-    return ExportSource(found.context, file, found.base, index, described, names, fingerprint, factors)
+    file.tensors.clear()  # the factors are all of it, and it may be a GB
+    return ExportSource(context, file, base, index, described, names, fingerprint, factors)

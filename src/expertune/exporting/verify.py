@@ -7,9 +7,10 @@ as much with the adapter. The adapter's own effect has to be larger, or nothing 
 """
 
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +33,12 @@ _PROGRAM, _REFERENCE = "stock.py", "reference"
 _EFFECT = 4
 # What is less probable counts as this: engines that exponentiate in float32 have nothing left there.
 _LEAST = -50.0
+
+# Parts of an export that are written at a time, to find out which disagree.
+_BYTES_AT_ONCE = 10**9
+
+Case = Mapping[str, Any]
+Answers = dict[str, dict[str, Tensor]]
 
 
 class _EngineError(Exception):
@@ -97,26 +104,35 @@ class _Compared:
         updates = self._write_updates("updates", self.source)
         cases = {"base": self.engine.base, "exported": self.engine.exported}
         try:
-            reference, answers = self._ask_both({"base": {}, "exported": {"updates": updates}}, cases)
+            reference, answers = self._ask_both(
+                {"base": {}, "exported": {"updates": updates}},
+                {name: case for name, case in cases.items() if case is not None},
+                self._scored,
+            )
         except _EngineError as error:
-            if self._answer("base").is_file():
+            if self._answer("base" if self.engine.base else f"{_REFERENCE}-exported").is_file():
                 return Verdict(self.engine.name, "failed", f"the engine does not take the export: {error}")
             raise
-        base, exported = answers["base"], answers["exported"]
+        name, exported = self._engine_name(), answers["exported"]
+        base = answers.get("base", reference["base"])
         differences = {
             "base": self._distance(reference["base"], base),
             "exported": self._distance(reference["exported"], exported),
             "effect": self._distance(reference["base"], reference["exported"]),
         }
         self.tolerance = max(2 * differences["base"], self.engine.floor)
-        figures = {
+        figures: dict[str, Any] = {
             "tolerance": self.tolerance,
             "differences": differences,
             "prompts": len(self.prompts),
             "positions": len(exported["logprobs"]),
             "loss": {"base": _loss(base), "exported": _loss(exported), "reference": _loss(reference["exported"])},
+            "examples": len(self._scored),
         }
-        name = self._engine_name()
+        if self.engine.has_trained:
+            trained = self._ask("trained.py", {"trained": {"live": True}}, None, self._scored)["trained"]
+            figures["loss"]["trained"] = _loss(trained)
+            differences["trained"] = self._distance(trained, exported)
         if differences["exported"] > self.tolerance:
             groups = self._disagreeing()
             where = f"; these tensors disagree: {', '.join(groups)}" if groups else ""
@@ -133,48 +149,50 @@ class _Compared:
             return Verdict(name, "not verified", reason, figures)
         return Verdict(name, "verified", None, figures)
 
+    @property
+    def _scored(self) -> list[list[list[int]]]:
+        return [[example.input_ids, example.labels] for example in self.source.examples]
+
     def _disagreeing(self) -> list[str]:
         """The projections whose tensors disagree by themselves, each with its layers where not all of them do."""
         found: list[str] = []
-        for projection, places in self._by_projection().items():
-            if not self._agree([set(places)]):
-                continue
-            bad = self._agree([{place} for place in places])
-            if len(bad) == len(places) or not bad:
-                found.append(projection)
-            else:
-                found += [f"{self._name(place)} of {place.module}" for each in bad for place in each]
+        by_projection: dict[str, list[Place]] = {}
+        for place in self.source.places:
+            by_projection.setdefault(self._name(place), []).append(place)
+        bad = self._that_disagree([set(places) for places in by_projection.values()])
+        for (projection, places), is_bad in zip(by_projection.items(), bad, strict=True):
+            if is_bad:
+                each = self._that_disagree([{place} for place in places])
+                wrong = [place for place, is_wrong in zip(places, each, strict=True) if is_wrong]
+                everywhere = len(wrong) in (0, len(places))
+                found += [projection] if everywhere else [f"{projection} of {place.module}" for place in wrong]
         return found
 
-    def _agree(self, groups: list[set[Place]]) -> list[set[Place]]:
-        """Those of the groups that disagree, each exported by itself."""
-        bad = []
-        for number, group in enumerate(groups):
-            part = self.source.only(group.__contains__)
-            folder = self.scratch / f"part-{number}"
-            folder.mkdir(exist_ok=True)
-            self.form.write(part, folder, lambda *_: None)
-            engine = next(each for each in self.form.engines(part, folder, self.base) if each.name == self.engine.name)
-            updates = self._write_updates("part", part)
+    def _that_disagree(self, groups: Sequence[Set[Place]]) -> list[bool]:
+        """Whether each of the groups disagrees when it alone is exported."""
+        found: list[bool] = []
+        at_once = max(1, int(_BYTES_AT_ONCE // max(1, self.form.nbytes(self.source))))
+        for start in range(0, len(groups), at_once):
+            folders, reference, cases = [], {}, {}
+            for number, group in enumerate(groups[start : start + at_once], start=start):
+                part, folder = self.source.only(group.__contains__), self.scratch / f"part-{number}"
+                folder.mkdir()
+                self.form.write(part, folder, lambda *_: None)
+                engines = self.form.engines(part, folder, self.base)
+                cases[str(number)] = next(each for each in engines if each.name == self.engine.name).exported
+                reference[str(number)] = {"updates": self._write_updates(f"updates-{number}", part)}
+                folders.append(folder)
             try:
-                reference, answers = self._ask_both({"exported": {"updates": updates}}, {"exported": engine.exported})
-                is_bad = self._distance(reference["exported"], answers["exported"]) > self.tolerance
+                expected, answers = self._ask_both(reference, cases)
+                found += [self._distance(expected[name], answers[name]) > self.tolerance for name in cases]
             except _EngineError:
-                is_bad = True
-            if is_bad:
-                bad.append(group)
-            for path in folder.iterdir():
-                path.unlink()
-        return bad
+                found += [True] * len(cases)
+            for folder in folders:
+                shutil.rmtree(folder)
+        return found
 
     def _distance(self, reference: Mapping[str, Tensor], answer: Mapping[str, Tensor]) -> float:
         return _distance(reference, answer, self.engine.measure)
-
-    def _by_projection(self) -> dict[str, list[Place]]:
-        found: dict[str, list[Place]] = {}
-        for place in self.source.places:
-            found.setdefault(self._name(place), []).append(place)
-        return found
 
     def _name(self, place: Place) -> str:
         if place.projection:
@@ -190,35 +208,39 @@ class _Compared:
         return str(path)
 
     def _ask_both(
-        self, reference: Mapping[str, Mapping[str, Any]], cases: Mapping[str, Mapping[str, Any]]
-    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
+        self, reference: Mapping[str, Case], cases: Mapping[str, Case], scored: Sequence[Any] = ()
+    ) -> tuple[Answers, Answers]:
         """Answers of the reference, and of the engine; in one process where both are the same program."""
         fixed = {"model": str(self.base), "rounded": self.engine.rounded}
         asked = {f"{_REFERENCE}-{name}": fixed | dict(case) for name, case in reference.items()}
-        if self.engine.program == _PROGRAM and self.engine.python is None:
-            found = self._ask(_PROGRAM, asked | dict(cases), None)
+        program = _PROGRAM if self.engine.reference == "source" else "trained.py"
+        if self.engine.program == program and self.engine.python is None:
+            found = self._ask(program, asked | dict(cases), None, scored)
         else:
-            found = self._ask(_PROGRAM, asked, None) | self._ask(self.engine.program, cases, self.engine.python)
+            found = self._ask(program, asked, None, scored)
+            found |= self._ask(self.engine.program, cases, self.engine.python, scored)
         return {name: found[f"{_REFERENCE}-{name}"] for name in reference}, {name: found[name] for name in cases}
 
-    def _ask(
-        self, program: str, cases: Mapping[str, Mapping[str, Any]], python: str | None
-    ) -> dict[str, dict[str, Tensor]]:
+    def _ask(self, program: str, cases: Mapping[str, Case], python: str | None, scored: Sequence[Any] = ()) -> Answers:
         """Run a program on the prompts; raises `_EngineError` where it does not answer a case."""
         request = {
             "prompts": self.prompts,
-            "scored": [[example.input_ids, example.labels] for example in self.source.examples],
+            "scored": scored,
             "auto": auto_class(self.source.model.config).__name__,
             "trust": self.source.base.trust_remote_code,
+            "base": {
+                "folder": str(self.source.base.folder),
+                "adapter": self.source.adapter.where,
+                "quantization": self.source.context.config.quantization.model_dump(mode="json", exclude_unset=True),
+            },
             "cases": cases,
         }
         path = self.scratch / "request.json"
         path.write_text(json.dumps(request), encoding="utf-8")
-        command = [python or sys.executable, str(_PROGRAMS / program), str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-            ended = f"ended by signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
+        status, errors = run_program(python or sys.executable, _PROGRAMS / program, path)
+        if status:
+            lines = [line for line in errors.strip().splitlines() if line.strip()]
+            ended = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
             raise _EngineError(f"{Path(program).stem}: {lines[-1][:400] if lines else ended}")
         return {name: load_file(self._answer(name)) for name in cases}
 
@@ -229,6 +251,12 @@ class _Compared:
         with safe_open(self._answer("exported"), framework="pt") as file:
             versions = (file.metadata() or {}).get("engine")
         return f"{self.engine.name} ({versions})" if versions else self.engine.name
+
+
+def run_program(python: str, program: Path, request: Path) -> tuple[int, str]:
+    """Run a program of `engines` in a process of its own; its exit status, and what it wrote to stderr."""
+    done = subprocess.run([python, str(program), str(request)], capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr
 
 
 def _distance(reference: Mapping[str, Tensor], answer: Mapping[str, Tensor], measure: str) -> float:

@@ -1,1 +1,1 @@
-"""Programs that answer prompts in an engine: scripts of their own, which import nothing of Expertune."""
+"""Programs that answer prompts, each in a process of its own. What runs an engine imports nothing of Expertune."""

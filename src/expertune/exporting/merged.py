@@ -1,0 +1,197 @@
+"""Base and adapter as one 16-bit model: the source's shards with the adapter added, or the 4-bit values with it."""
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from expertune.checkpoint.formats.nf4_folder import FOLDER_MARK
+from expertune.checkpoint.hub import SMALL_FILES
+from expertune.checkpoint.json_file import read_config, read_mapping
+from expertune.checkpoint.quantize import config_dtype
+from expertune.checkpoint.reader import INDEX_NAME
+from expertune.checkpoint.writer import hash_file, write_tensors
+from expertune.errors import ExportError, option
+from expertune.exporting.additions import find_additions
+from expertune.exporting.dequantized import DequantizedModel, as_config
+from expertune.exporting.formats import Engine, Options, Progress
+from expertune.exporting.merging import merge_shard
+from expertune.exporting.source import ExportSource
+from expertune.storage import BESIDE, write_json
+
+MANIFEST = "expertune-merge.json"
+"""What was merged, and which files are finished."""
+
+# Sums in another order round a weight to its neighbor now and then.
+_FLOOR = 1e-3
+
+
+class Merged:
+    """`merged`: into the source's shards, with names and metadata as there."""
+
+    name = "merged"
+    resumes = True
+
+    def require(self, source: ExportSource) -> None:
+        """Refuse a base without 16-bit weights, and what cannot be merged."""
+        if source.is_packed:
+            raise ExportError(
+                f"--to merged: {source.base.folder} holds 4-bit weights, and no 16-bit ones to merge into; give the "
+                f"checkpoint that it was made of with {option('model', 'MODEL')}, or merge into the 4-bit values with "
+                f"{option('base', 'dequantized')}"
+            )
+        find_additions(source)
+
+    def nbytes(self, source: ExportSource) -> int:
+        """Bytes of the source's shards."""
+        return sum(shard.stat().st_size for shard in _shards(source))
+
+    def write(self, source: ExportSource, folder: Path, progress: Progress) -> None:
+        """Write the shards that are not finished yet, and the files beside them."""
+        manifest = _resumed(folder, _identity(source, "source"))
+        additions, total, before = find_additions(source), self.nbytes(source), 0
+        for shard in _shards(source):
+            size, started = shard.stat().st_size, before
+            if manifest["files"].get(shard.name) != size:
+                merge_shard(
+                    shard,
+                    folder / shard.name,
+                    additions,
+                    lambda done, name=shard.name, first=started: progress(name, first + done, total),  # type: ignore[misc]
+                )
+                _note_finished(folder, manifest, shard.name)
+            before += size
+        for name in _small_files(source):
+            shutil.copyfile(source.base.folder / name, folder / name)
+
+    def engines(self, source: ExportSource, folder: Path, base: Path) -> list[Engine]:
+        """Stock transformers."""
+        dtypes = {source.index.tensors[key].dtype for key in find_additions(source)}
+        rounded = _name(dtypes.pop()) if len(dtypes) == 1 else None
+        return [_engine({"model": str(base)}, folder, rounded, "source")]
+
+
+class MergedIntoDequantized:
+    """`merged --base dequantized`: into the values that the adapter was trained beside, a file for each layer."""
+
+    name = "merged"
+    resumes = True
+
+    def require(self, source: ExportSource) -> None:
+        """Refuse an adapter of an output head that is the embedding too."""
+        source.model.tie_weights()
+        own = {name for name, _ in source.model.named_parameters()}
+        missing = [name for name, _, _ in source.updates() if name not in own]
+        if missing:
+            raise ExportError(
+                f"--to merged: {missing[0]} is the embedding too, so that nothing can be merged into it alone; export "
+                "the adapter by itself, e.g. with --to peft"
+            )
+
+    def nbytes(self, source: ExportSource) -> int:
+        """Bytes of all weights in the dtype of the output."""
+        size = config_dtype(read_config(source.base.folder)).itemsize
+        return sum(parameter.numel() for parameter in source.model.parameters()) * size
+
+    def write(self, source: ExportSource, folder: Path, progress: Progress) -> None:
+        """Write the files that are not finished yet."""
+        write_dequantized(source, folder, progress)
+
+    def engines(self, source: ExportSource, folder: Path, base: Path) -> list[Engine]:
+        """Stock transformers."""
+        rounded = _name(config_dtype(read_config(source.base.folder)))
+        return [_engine(None, folder, rounded, "dequantized")]
+
+
+def _engine(
+    base: dict[str, Any] | None, folder: Path, rounded: str | None, reference: Literal["source", "dequantized"]
+) -> Engine:
+    exported = {"model": str(folder)}
+    return Engine("transformers", "stock.py", base, exported, rounded, reference, has_trained=True, floor=_FLOOR)
+
+
+def write_dequantized(source: ExportSource, folder: Path, progress: Progress, is_adapted: bool = True) -> None:
+    """Write a model's 4-bit values as a 16-bit folder that stock transformers reads, or go on with one.
+
+    Args:
+        source: the run, with its adapter.
+        folder: where to; it exists.
+        progress: called after each file.
+        is_adapted: whether the adapter is added.
+    """
+    manifest = _resumed(folder, _identity(source, "dequantized" if is_adapted else "dequantized, without the adapter"))
+    model, expected = DequantizedModel(source, is_adapted), MergedIntoDequantized().nbytes(source)
+    count, weight_map, total = len(model.parts), manifest.setdefault("tensors", {}), 0
+    for number, part in enumerate(model.parts, start=1):
+        file = f"model-{number:05d}-of-{count:05d}.safetensors"
+        if file not in manifest["files"]:
+            tensors = list(model.tensors(part))
+            write_tensors(folder / file, tensors)
+            weight_map |= {tensor.name: file for tensor in tensors}
+            del tensors
+            _note_finished(folder, manifest, file)
+        model.drop(part)
+        total += manifest["files"][file]
+        progress(file, total, max(total, expected))
+    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for name in _small_files(source):
+        if name != "config.json" and not name.endswith(".index.json") and name != FOLDER_MARK:
+            shutil.copyfile(source.base.folder / name, folder / name)
+    write_json(folder / "config.json", as_config(source, model.dtype))
+
+
+def make(name: str, options: Options) -> Merged | MergedIntoDequantized:
+    """The format of this name."""
+    return MergedIntoDequantized() if options.base == "dequantized" else Merged()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shards(source: ExportSource) -> list[Path]:
+    return sorted({entry.shard for entry in source.index.tensors.values()})
+
+
+def _small_files(source: ExportSource) -> list[str]:
+    """Config, tokenizer, index and the like; with code of the model's own where that is trusted."""
+    patterns = [*SMALL_FILES, *(["*.py"] if source.base.trust_remote_code else [])]
+    return sorted({path.name for each in patterns for path in source.base.folder.glob(each) if path.is_file()})
+
+
+def _identity(source: ExportSource, base: str) -> dict[str, Any]:
+    """What a merge is made of."""
+    adapter = Path(source.adapter.where)
+    shards = {shard.name: [shard.stat().st_size, shard.stat().st_mtime_ns] for shard in _shards(source)}
+    files = "adapter_config.json", "adapter_model.safetensors"
+    return {"base": base, "adapter": {name: hash_file(adapter / name).sha256 for name in files}, "shards": shards}
+
+
+def _note_finished(folder: Path, manifest: dict[str, Any], file: str) -> None:
+    manifest["files"][file] = (folder / file).stat().st_size
+    write_json(folder / MANIFEST, manifest)
+
+
+def _resumed(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a folder that was started, without files that are not as they were finished.
+
+    Raises:
+        ExportError: it holds another merge.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        if any(folder.iterdir()):
+            raise ExportError(f"{folder}: holds something else; delete it, or choose another {option('out', 'DIR')}")
+        return {"merged": identity, "files": {}}
+    manifest = read_mapping(path, fix="delete the folder")
+    if manifest.get("merged") != identity:
+        raise ExportError(
+            f"{folder}: was started with another adapter or other weights of the base; delete it, or choose another "
+            f"{option('out', 'DIR')}"
+        )
+    for beside in folder.glob(f".*{BESIDE}"):
+        beside.unlink()  # of a process that was killed
+    sizes = {each.name: each.stat().st_size for each in folder.iterdir() if each.is_file()}
+    manifest["files"] = {name: size for name, size in manifest["files"].items() if sizes.get(name) == size}
+    return manifest

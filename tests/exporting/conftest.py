@@ -1,0 +1,58 @@
+"""What is exported: an adapter on a tiny model, its factors of the size that training gives them."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from expertune.adapt.attach import attach
+from expertune.checkpoint.hub import ModelSource
+from expertune.checkpoint.load import LoadedModel
+from expertune.config import LoraSection, parse_config
+from expertune.data import TokenizedExample
+from expertune.exporting.source import ExportSource, read_source
+from expertune.run.context import RunContext
+from expertune.run.progress import Bars
+from expertune.run.record import RunRecord
+from tests.adapt.conftest import train_a_little
+from tests.tiny_models import copied, load_tiny, random_rows, stock_model
+
+
+def nothing(*_: Any) -> None:
+    """Progress that nobody looks at."""
+
+
+def source_of(loaded: LoadedModel, model: Path, folder: Path, **lora: Any) -> ExportSource:
+    """A source with an adapter that is written here, and a few examples of random tokens."""
+    adapted = attach(copied(loaded), LoraSection(**{"r": 4, "alpha": 8, "targets": ["experts"], **lora}), str(model))
+    train_a_little(adapted)
+    adapted.save_pretrained(str(folder / "adapter"))
+    config = parse_config({"model": str(model), "data": {"train": "rows.jsonl"}, "output_dir": str(folder)})
+    context = RunContext(config, RunRecord.start(folder), torch.device("cpu"), Bars(Console(file=io.StringIO())))
+    source = read_source(context, folder / "adapter", ModelSource(model))
+    rows = random_rows(4, 24).tolist()
+    source.__dict__["examples"] = [TokenizedExample(row, row, "here", "", "", len(row)) for row in rows]
+    return source
+
+
+@torch.no_grad()
+def base_and_adapter(source: ExportSource, model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A stock model in float32 with the adapter added to its parameters, each rounded."""
+    for name, left, right in source.updates():
+        parameter = model.get_parameter(name)
+        parameter.copy_((parameter + left @ right).to(dtype))
+    return model
+
+
+@pytest.fixture(scope="session")
+def mixtral_source(tmp_path_factory: pytest.TempPathFactory, family_folder: Any) -> ExportSource:
+    folder = family_folder("mixtral")
+    targets = ["attention", "experts", "router"]
+    return source_of(load_tiny(folder), folder, tmp_path_factory.mktemp("run"), targets=targets, rslora=True)
+
+
+__all__ = ["stock_model"]

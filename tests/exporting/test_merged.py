@@ -1,0 +1,141 @@
+"""Base and adapter as one model: what each weight becomes, files as in the source, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import CONFIG_MAPPING
+
+from expertune.checkpoint.quantize import quantize
+from expertune.errors import ExportError
+from expertune.exporting.engines.trained import dequantized
+from expertune.exporting.formats import Options
+from expertune.exporting.merged import MANIFEST, Merged, MergedIntoDequantized, make
+from expertune.exporting.source import ExportSource
+from tests.exporting.conftest import base_and_adapter, nothing, source_of
+from tests.families import build
+from tests.tiny_models import load_tiny, save_random, stock_model, tiny_config
+
+# Experts by themselves, transposed, in either orientation, alternating, two stacks in one list; attention in one piece.
+KINDS = ["gpt_oss", "qwen3_vl_moe", "inkling2_text", "ernie4_5_vl_moe", "deepseek_v3", "kimi_linear"]
+
+
+def written(form: Merged | MergedIntoDequantized, source: ExportSource, folder: Path) -> Path:
+    form.require(source)
+    folder.mkdir()
+    form.write(source, folder, nothing)
+    return folder
+
+
+def largest_difference(expected: torch.nn.Module, found: torch.nn.Module) -> float:
+    pairs = [(each, found.get_parameter(name)) for name, each in expected.named_parameters()]
+    return max(float((one.float() - other.float()).abs().max()) for one, other in pairs)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in CONFIG_MAPPING])
+def test_every_weight_is_that_of_base_and_adapter_rounded_once_into_either_base(kind: str, tmp_path: Path) -> None:
+    folder = save_random(tmp_path / "model", build.tiny_config(kind))
+    loaded = load_tiny(folder)
+    targets = ["experts", *(["attention"] if kind == "kimi_linear" else [])]
+    source = source_of(loaded, folder, tmp_path / "run", targets=targets)
+    merged = stock_model(written(Merged(), source, tmp_path / "merged"))
+    assert largest_difference(base_and_adapter(source, stock_model(folder), torch.bfloat16), merged) == 0
+    merged = stock_model(written(MergedIntoDequantized(), source, tmp_path / "dequantized"))
+    expected, packed = dequantized(loaded.model)
+    base_and_adapter(source, expected, torch.float32)
+    for name in packed:
+        values = expected.get_parameter(name)
+        values.data.copy_(values.to(torch.bfloat16))
+    assert largest_difference(expected, merged) == 0
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> ExportSource:
+    """An adapter of the experts alone, on a model in three shards."""
+    model = stock_model(save_random(tmp_path / "one", tiny_config()), torch.bfloat16)
+    model.save_pretrained(tmp_path / "model", max_shard_size="250KB")
+    return source_of(load_tiny(tmp_path / "model"), tmp_path / "model", tmp_path / "run")
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    return {path.name: path for path in folder.glob("*.safetensors")}
+
+
+def test_shards_names_dtypes_and_index_are_the_sources_and_what_has_no_adapter_is_copied(
+    sharded: ExportSource, tmp_path: Path
+) -> None:
+    out = written(Merged(), sharded, tmp_path / "out")
+    before, after = files_of(sharded.base.folder), files_of(out)
+    assert before.keys() == after.keys()
+    assert len(before) > 2
+    for name in ("config.json", "model.safetensors.index.json"):
+        assert (out / name).read_bytes() == (sharded.base.folder / name).read_bytes()
+    for name, path in before.items():
+        with safe_open(path, "pt") as old, safe_open(after[name], "pt") as new:
+            assert old.metadata() == new.metadata()
+            assert list(old.keys()) == list(new.keys())
+            for key in old.keys():  # noqa: SIM118 - not a mapping
+                one, other = old.get_tensor(key), new.get_tensor(key)
+                assert one.dtype == other.dtype
+                assert torch.equal(one, other) == (".experts." not in key), key
+
+
+def test_merge_that_was_killed_goes_on_with_the_shards_that_are_not_finished(
+    sharded: ExportSource, tmp_path: Path
+) -> None:
+    form, out = Merged(), tmp_path / "out"
+    whole = files_of(written(form, sharded, tmp_path / "whole"))
+    seen: list[str] = []
+
+    def killed(name: str, done: int, total: int) -> None:
+        seen.append(name)
+        if len(set(seen)) == 2:
+            raise KeyboardInterrupt
+
+    out.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        form.write(sharded, out, killed)
+    assert list(files_of(out)) == seen[:1]
+    again: list[str] = []
+    form.write(sharded, out, lambda name, done, total: again.append(name))
+    assert seen[0] not in again
+    assert {name: path.read_bytes() for name, path in files_of(out).items()} == {
+        name: path.read_bytes() for name, path in whole.items()
+    }
+
+
+def test_what_another_adapter_has_started_is_not_gone_on_with(sharded: ExportSource, tmp_path: Path) -> None:
+    out = written(Merged(), sharded, tmp_path / "out")
+    values = json.loads((out / MANIFEST).read_text())
+    values["merged"]["adapter"]["adapter_model.safetensors"] = "0" * 64
+    (out / MANIFEST).write_text(json.dumps(values))
+    with pytest.raises(ExportError, match=r"out: was started with another adapter.*choose another --out"):
+        Merged().write(sharded, out, nothing)
+
+
+def test_four_bit_folder_is_merged_into_its_own_values_and_refused_for_others(
+    mixtral_source: ExportSource, tmp_path: Path
+) -> None:
+    source_folder = mixtral_source.base.folder
+    quantize(str(source_folder), tmp_path / "nf4")
+    loaded = load_tiny(tmp_path / "nf4")
+    source = source_of(loaded, tmp_path / "nf4", tmp_path / "run")
+    with pytest.raises(ExportError, match=r"nf4 holds 4-bit weights, and no 16-bit.*--model MODEL.*--base dequantized"):
+        make("merged", Options()).require(source)
+    merged = stock_model(written(MergedIntoDequantized(), source, tmp_path / "out"))
+    expected, packed = dequantized(loaded.model)
+    base_and_adapter(source, expected, torch.float32)
+    for name in packed:
+        values = expected.get_parameter(name)
+        values.data.copy_(values.to(torch.bfloat16))
+    assert largest_difference(expected, merged) == 0
+
+
+def test_adapter_of_an_output_head_that_is_the_embedding_is_not_merged(tmp_path: Path) -> None:
+    folder = save_random(tmp_path / "model", tiny_config(tie_word_embeddings=True))
+    source = source_of(load_tiny(folder), folder, tmp_path / "run", targets=["experts", "lm_head"])
+    for form in (Merged(), MergedIntoDequantized()):
+        with pytest.raises(ExportError, match=r"lm_head\.weight .* --to peft"):
+            form.require(source)
