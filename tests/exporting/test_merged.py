@@ -30,7 +30,7 @@ def written(form: Merged | MergedIntoDequantized, source: ExportSource, folder: 
 
 
 def largest_difference(expected: torch.nn.Module, found: torch.nn.Module) -> float:
-    pairs = [(each, found.get_parameter(name)) for name, each in expected.named_parameters()]
+    pairs = [(each.detach(), found.get_parameter(name)) for name, each in expected.named_parameters()]
     return max(float((one.float() - other.float()).abs().max()) for one, other in pairs)
 
 
@@ -44,7 +44,7 @@ def test_every_weight_is_that_of_base_and_adapter_rounded_once_into_either_base(
     assert largest_difference(base_and_adapter(source, stock_model(folder), torch.bfloat16), merged) == 0
     merged = stock_model(written(MergedIntoDequantized(), source, tmp_path / "dequantized"))
     expected, packed = dequantized(loaded.model)
-    base_and_adapter(source, expected, torch.float32)
+    base_and_adapter(source, expected, torch.bfloat16)
     for name in packed:
         values = expected.get_parameter(name)
         values.data.copy_(values.to(torch.bfloat16))
@@ -53,7 +53,7 @@ def test_every_weight_is_that_of_base_and_adapter_rounded_once_into_either_base(
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> ExportSource:
-    """An adapter of the experts alone, on a model in three shards."""
+    """An adapter of the experts alone, on a model in several shards."""
     model = stock_model(save_random(tmp_path / "one", tiny_config()), torch.bfloat16)
     model.save_pretrained(tmp_path / "model", max_shard_size="250KB")
     return source_of(load_tiny(tmp_path / "model"), tmp_path / "model", tmp_path / "run")
@@ -69,7 +69,7 @@ def test_shards_names_dtypes_and_index_are_the_sources_and_what_has_no_adapter_i
     out = written(Merged(), sharded, tmp_path / "out")
     before, after = files_of(sharded.base.folder), files_of(out)
     assert before.keys() == after.keys()
-    assert len(before) > 2
+    assert len(before) > 1
     for name in ("config.json", "model.safetensors.index.json"):
         assert (out / name).read_bytes() == (sharded.base.folder / name).read_bytes()
     for name, path in before.items():
@@ -126,7 +126,7 @@ def test_four_bit_folder_is_merged_into_its_own_values_and_refused_for_others(
         make("merged", Options()).require(source)
     merged = stock_model(written(MergedIntoDequantized(), source, tmp_path / "out"))
     expected, packed = dequantized(loaded.model)
-    base_and_adapter(source, expected, torch.float32)
+    base_and_adapter(source, expected, torch.bfloat16)
     for name in packed:
         values = expected.get_parameter(name)
         values.data.copy_(values.to(torch.bfloat16))

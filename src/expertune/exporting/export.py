@@ -16,7 +16,7 @@ from expertune.exporting.hub import push, require_hub
 from expertune.exporting.merged import write_dequantized
 from expertune.exporting.source import ExportSource, open_source
 from expertune.exporting.verify import verify as run_engines
-from expertune.exporting.verify import write_verification
+from expertune.exporting.verify import why_too_large, write_verification
 from expertune.planning.table import size
 from expertune.report.card import CARD_NAME
 from expertune.run.beside import card_subject, card_text, write_tokenizer
@@ -118,7 +118,7 @@ def export(
         raise
     written = None
     if options.get("verify", True):
-        with _readable_base(source, folder.parent) as readable:
+        with _readable_base(source, base, folder.parent) as readable:
             verdicts = run_engines(source, form, partial, readable)
         written = write_verification(partial, form, source, verdicts)
         _notify(source, verdicts, partial)
@@ -144,9 +144,9 @@ def _write_card(
 
 
 @contextmanager
-def _readable_base(source: ExportSource, near: Path) -> Iterator[Path]:
+def _readable_base(source: ExportSource, base: str, near: Path) -> Iterator[Path]:
     """The base as a 16-bit folder: its own, or for a while one with the values of its 4-bit weights."""
-    if not source.is_packed:
+    if not source.is_packed or base == "dequantized" or why_too_large(source):
         yield source.base.folder
         return
     with TemporaryDirectory(prefix="expertune-base-", dir=near) as folder:
@@ -182,6 +182,12 @@ def _notify(source: ExportSource, verdicts: list[Verdict], folder: Path) -> None
     """Show what came of each engine; raise where one computes something else."""
     for verdict in verdicts:
         source.context.notify(f"{verdict.engine}: {verdict.verdict}{f': {verdict.reason}' if verdict.reason else ''}")
+        loss = verdict.figures.get("loss", {})
+        if loss.get("trained") is not None:
+            source.context.notify(
+                f"loss on {verdict.figures['examples']} examples: {loss['trained']:.4f} with the adapter on the 4-bit "
+                f"weights that it was trained beside, {loss['exported']:.4f} merged"
+            )
     failed = [verdict for verdict in verdicts if verdict.verdict == "failed"]
     if failed:
         raise ExportError(

@@ -121,7 +121,10 @@ class ExportSource:
             module: {each: kept(Place(module, each), pair) for each, pair in projections.items()}
             for module, projections in self.factors.experts.items()
         }
-        return replace(self, factors=AdapterFactors(experts, linears))
+        part = replace(self, factors=AdapterFactors(experts, linears))
+        kept = "tokenizer", "examples", "recipe", "is_packed"  # what has been read once, and is the same
+        part.__dict__.update({name: self.__dict__[name] for name in kept if name in self.__dict__})
+        return part
 
     def updates(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """What the adapter adds to the live model: name of a parameter, left and right; their product is added.

@@ -54,7 +54,7 @@ def verify(source: ExportSource, form: Format, folder: Path, base: Path) -> list
         folder: where it was written.
         base: a 16-bit folder of the base model.
     """
-    if reason := _why_too_large(source):
+    if reason := why_too_large(source):
         return [Verdict(form.name, "not verified", reason)]
     return [_verify(source, form, engine, base, folder) for engine in form.engines(source, folder, base)]
 
@@ -82,7 +82,7 @@ def _verify(source: ExportSource, form: Format, engine: Engine, base: Path, fold
             return Verdict(engine.name, "not verified", str(error))
 
 
-def _why_too_large(source: ExportSource) -> str | None:
+def why_too_large(source: ExportSource) -> str | None:
     """Why the model cannot be loaded for the reference; None where it can."""
     needed = 4 * sum(parameter.numel() for parameter in source.model.parameters())
     available = psutil.virtual_memory().available

@@ -1,0 +1,143 @@
+"""Exports are run in their engine: right ones are verified, wrong ones fail and say which tensors disagree."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from expertune.exporting import verify as verification
+from expertune.exporting.formats import Progress, Verdict
+from expertune.exporting.merged import Merged
+from expertune.exporting.peft import PeftAdapter
+from expertune.exporting.source import ExportSource
+from expertune.exporting.verify import verify
+from tests.exporting.conftest import nothing
+from tests.processes import Server
+
+WEIGHTS, EXPERT = "adapter_model.safetensors", "layers.1.block_sparse_moe.experts.2."
+Damage = Callable[[dict[str, Tensor]], object]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _copied_processes() -> Iterator[None]:
+    """The programs run in copies of a process that has imported what they import, and nothing of ours."""
+    server = Server("import runpy, sys; import torch, transformers, peft, transformers.models.mixtral.modeling_mixtral")
+    code = "assert 'expertune' not in sys.modules; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], {}, '__main__')"
+
+    def run(python: str, program: Path, request: Path) -> tuple[int, str]:
+        assert python == sys.executable
+        ended = server.run(code, request.parent, [str(program), str(request)])
+        return ended.status, ended.err
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "run_program", run)
+        yield
+    server.end()
+
+
+def swap_w1_and_w3(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if ".w1." in name]:
+        other = name.replace(".w1.", ".w3.")
+        tensors[name], tensors[other] = tensors[other], tensors[name]
+
+
+def empty_an_expert(tensors: dict[str, Tensor]) -> None:
+    for name in tensors:
+        if EXPERT in name and name.endswith("lora_B.weight"):
+            tensors[name].zero_()
+
+
+def halve(tensors: dict[str, Tensor]) -> None:
+    for name in tensors:
+        if name.endswith("lora_B.weight"):
+            tensors[name] *= 0.5
+
+
+def leave_an_expert_out(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if EXPERT in name]:
+        del tensors[name]
+
+
+def transpose_b(tensors: dict[str, Tensor]) -> None:
+    for name in tensors:
+        if ".w2.lora_B" in name:
+            tensors[name] = tensors[name].T.contiguous()
+
+
+class Damaged(PeftAdapter):
+    """What a wrong writer would write: the right files, and then a change of their tensors."""
+
+    def __init__(self, damage: Damage) -> None:
+        super().__init__("peft")
+        self.damage = damage
+
+    def write(self, source: ExportSource, folder: Path, progress: Progress) -> None:
+        super().write(source, folder, progress)
+        tensors = load_file(folder / WEIGHTS)
+        self.damage(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+
+def verdict_of(source: ExportSource, form: PeftAdapter | Merged, folder: Path) -> Verdict:
+    out = folder / "out"
+    out.mkdir()
+    form.write(source, out, nothing)
+    return verify(source, form, out, source.base.folder)[0]
+
+
+def test_right_adapter_is_verified_and_its_effect_is_far_above_what_is_allowed(
+    mixtral_source: ExportSource, tmp_path: Path
+) -> None:
+    found = verdict_of(mixtral_source, PeftAdapter("peft"), tmp_path)
+    assert (found.verdict, found.reason) == ("verified", None)
+    differences = found.figures["differences"]
+    assert differences["exported"] < found.figures["tolerance"] == 1e-4 < differences["effect"] / 100
+    assert "PEFT 0.2" in found.engine
+
+
+@pytest.mark.parametrize(
+    ("damage", "disagreeing"),
+    [
+        (swap_w1_and_w3, ["w1", "w3"]),
+        (empty_an_expert, [f"w{w} of model.layers.1.mlp.experts" for w in (1, 3, 2)]),
+        (halve, ["q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w3", "w2"]),
+    ],
+)
+def test_wrong_adapter_fails_and_the_tensors_are_named(
+    damage: Damage, disagreeing: list[str], mixtral_source: ExportSource, tmp_path: Path
+) -> None:
+    found = verdict_of(mixtral_source, Damaged(damage), tmp_path)
+    assert found.verdict == "failed"
+    assert set(found.disagreeing) == set(disagreeing)
+    assert found.reason is not None
+    assert found.disagreeing[0] in found.reason
+
+
+@pytest.mark.parametrize("damage", [leave_an_expert_out, transpose_b])
+def test_adapter_that_the_engine_does_not_take_fails(
+    damage: Damage, mixtral_source: ExportSource, tmp_path: Path
+) -> None:
+    found = verdict_of(mixtral_source, Damaged(damage), tmp_path)
+    assert found.verdict == "failed"
+
+
+def test_merged_model_without_one_projection_fails_by_its_name(mixtral_source: ExportSource, tmp_path: Path) -> None:
+    class Forgetful(Merged):
+        def write(self, source: ExportSource, folder: Path, progress: Progress) -> None:
+            super().write(source.only(lambda place: place.projection != "down"), folder, progress)
+
+        def engines(self, source, folder, base):  # type: ignore[no-untyped-def]
+            [engine] = super().engines(source, folder, base)
+            return [type(engine)(**(vars(engine) | {"has_trained": False}))]
+
+    found = verdict_of(mixtral_source, Forgetful(), tmp_path)
+    assert (found.verdict, found.disagreeing) == ("failed", ["w2"])
+
+
+def test_adapter_that_changes_next_to_nothing_proves_nothing(mixtral_source: ExportSource, tmp_path: Path) -> None:
+    found = verdict_of(mixtral_source.only(lambda place: False), PeftAdapter("peft"), tmp_path)
+    assert found.verdict == "not verified"
+    assert "too little to be told" in str(found.reason)
