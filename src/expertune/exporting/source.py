@@ -122,8 +122,8 @@ class ExportSource:
             for module, projections in self.factors.experts.items()
         }
         part = replace(self, factors=AdapterFactors(experts, linears))
-        kept = "tokenizer", "examples", "recipe", "is_packed"  # what has been read once, and is the same
-        part.__dict__.update({name: self.__dict__[name] for name in kept if name in self.__dict__})
+        same = "tokenizer", "examples", "recipe", "is_packed"  # what may have been read already
+        part.__dict__.update({name: self.__dict__[name] for name in same if name in self.__dict__})
         return part
 
     def updates(self) -> Iterator[tuple[str, Tensor, Tensor]]:
