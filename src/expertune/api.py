@@ -124,6 +124,7 @@ def finetune(
     with open_ranks(config.training.get("ddp_timeout")) as ranks:
         bars = Bars(console_of(ranks.rank, console))
         with hold_run_directory(output_dir) if ranks.writes else nullcontext():
+            ranks.wait()  # of a directory that another run writes to, rank 0 speaks and nobody else
             record = open_record(config, output_dir, resume)
             record.is_kept = ranks.writes
             device = training_device(ranks.several)

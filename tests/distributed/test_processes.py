@@ -1,6 +1,7 @@
 """What a launcher has started: one process, several, or what is refused before anything is written."""
 
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,11 +87,18 @@ def test_quantize_is_refused_to_be_one_of_several(
     assert not (tmp_path / "out").exists()
 
 
-def test_port_that_is_in_use_is_named(environment: Callable[[dict[str, str]], None]) -> None:
+@pytest.mark.parametrize(("rank", "why"), [(0, "EADDRINUSE"), (1, "no answer after 0.1 seconds")])
+def test_port_at_which_another_program_listens_is_refused(
+    rank: int, why: str, environment: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expertune.distributed.output._LOOK_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as other:
-        environment(TORCHRUN | {"RANK": "0", "MASTER_PORT": str(other.getsockname()[1])})
-        with pytest.raises(ConfigError, match=r"MASTER_ADDR and MASTER_PORT: .*EADDRINUSE"), open_ranks():
+        environment(TORCHRUN | {"RANK": str(rank), "MASTER_PORT": str(other.getsockname()[1])})
+        with pytest.raises(ConfigError, match=f"MASTER_ADDR and MASTER_PORT: .*{why}"), open_ranks(0.1):
             pass
+    for thread in threading.enumerate():
+        if thread.name == "rendezvous":  # torch says something when the other program has ended
+            thread.join()
 
 
 @pytest.mark.parametrize("launcher", ONE)

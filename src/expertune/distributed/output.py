@@ -66,13 +66,25 @@ def open_board(launch: Launch, timeout: timedelta) -> "dist.Store":
     Raises:
         ConfigError: it cannot be reached, or rank 0 cannot open it.
     """
-    try:
-        store, *_ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
-    except (RuntimeError, ValueError) as error:
+    met: list[dist.Store | Exception] = []
+
+    def meet() -> None:
+        try:
+            met.append(next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))[0])
+        except (RuntimeError, ValueError) as error:
+            met.append(error)
+
+    # On a thread, since torch waits forever where another program listens at the port.
+    thread = threading.Thread(target=meet, name="rendezvous", daemon=True)
+    thread.start()
+    thread.join(timeout.total_seconds() + _LOOK_S)
+    store = met[0] if met else TimeoutError(f"no answer after {timeout.total_seconds():g} seconds")
+    if isinstance(store, Exception):
         raise ConfigError(
-            f"MASTER_ADDR and MASTER_PORT: the processes cannot meet there ({first_line(error)}); give a port that is "
-            "free on rank 0's machine (torchrun --master-port) and an address that all of them reach"
-        ) from None
+            f"MASTER_ADDR and MASTER_PORT: the processes cannot meet there ({first_line(store)}); start all "
+            f"{launch.world_size} of them, with a port that is free on rank 0's machine (torchrun --master-port) and "
+            "an address that all of them reach"
+        )
     return dist.PrefixStore("expertune", store)
 
 

@@ -26,8 +26,8 @@ def owned_experts(num_experts: int, size: int, rank: int) -> range:
     if num_experts < size:
         raise ConfigError(
             f"distributed.experts: parallel shares {num_experts} experts out to {size} processes, some of which would "
-            f"have none; start at most {num_experts}, set distributed.expert_parallel_size to a number that is not "
-            "above it, or set distributed.experts: replicate"
+            f"have none; set distributed.expert_parallel_size to a number up to {num_experts} that divides the "
+            "processes, or set distributed.experts: shard or replicate, which any number of them can do"
         )
     each, more = divmod(num_experts, size)
     start = rank * each + min(rank, more)
