@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from expertune.checkpoint.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
 from expertune.errors import ConfigError, ExportError
 from expertune.exporting.engines import gguf_converter
 from expertune.exporting.formats import Options, make_format
@@ -77,15 +78,36 @@ def test_wrong_adapters_are_told_from_the_right_one(adapter, read_gguf, tmp_path
 
 
 @installed
+def test_a_merged_model_is_verified_in_llamacpp(tmp_path):
+    source, form = with_files(random_source(MODEL), tmp_path), make_format("gguf", Options())
+    form.write(source, tmp_path / "out", lambda *_: None)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model-bf16.gguf"]
+    [verdict] = verify(source, form, tmp_path / "out", MODEL)
+    assert (verdict.verdict, verdict.reason) == ("verified", None)
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "base"), [("f32", "source"), ("f16", "source"), ("q8_0", "dequantized")])
+def test_a_merged_model_is_verified_in_each_type(kind, base, tmp_path):
+    source, form = with_files(random_source(MODEL), tmp_path), make_format("gguf", Options(base, kind))
+    form.write(source, tmp_path / "out", lambda *_: None)
+    [verdict] = verify(source, form, tmp_path / "out", MODEL)
+    assert (verdict.verdict, verdict.reason) == ("verified", None)
+
+
+@installed
 @pytest.mark.slow
 def test_a_family_that_llamacpp_lacks_is_refused_by_name(tmp_path):
     source = random_source(save_tiny_model(tmp_path / "model"))
     config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"architectures": ["NobodysForCausalLM"]}))
     (tmp_path / "out").mkdir()
-    form = make_format("gguf-adapter", Options())
-    with pytest.raises(ExportError, match=r"does not take this model: .*NobodysForCausalLM is not supported"):
-        form.write(source, tmp_path / "out", lambda *_: None)
+    message = r"does not take this model: .*NobodysForCausalLM is not supported"
+    with pytest.raises(ExportError, match=message):
+        make_format("gguf-adapter", Options()).write(source, tmp_path / "out", lambda *_: None)
+    with pytest.raises(ExportError, match=message):
+        make_format("gguf", Options()).require(source)
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -99,6 +121,7 @@ def test_an_adapter_of_a_head_that_shares_its_weights_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "kind", "says"),
     [
+        ("gguf", "q4_k_m", "writes f32, f16, bf16, q8_0; write f16 and give it to llama.cpp's own `llama-quantize`"),
         ("gguf-adapter", "q8_0", "writes f32, f16, bf16"),
         ("peft", "f16", "has no choice of it"),
     ],
@@ -106,6 +129,15 @@ def test_an_adapter_of_a_head_that_shares_its_weights_is_refused(tmp_path):
 def test_a_type_that_a_format_lacks_is_refused(name, kind, says):
     with pytest.raises(ConfigError, match=says):
         make_format(name, Options(type=kind))
+
+
+def with_files(source, folder):
+    """The source with files of an adapter, and a folder to export to."""
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        (folder / name).touch()
+    (folder / "out").mkdir()
+    source.adapter.where = str(folder)
+    return source
 
 
 def exchange(tensors, fields):

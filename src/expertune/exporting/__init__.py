@@ -5,6 +5,7 @@ FORMATS = {
     "peft-fused": "peft",
     "merged": "merged",
     "gguf-adapter": "gguf",
+    "gguf": "gguf",
     "mlx": "mlx",
     "mlx-merged": "mlx",
 }

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,10 +26,13 @@ from expertune.adapt.factors import PREFIX, Factors, dtype_in_file, fold
 from expertune.adapt.files import write_adapter
 from expertune.checkpoint.writer import Outgoing
 from expertune.errors import ConfigError, ExportError
+from expertune.exporting.dequantized import as_config
 from expertune.exporting.engines import gguf_converter
 from expertune.exporting.formats import Engine, Format, Options, Progress, make_format
+from expertune.exporting.merged import write_dequantized
 from expertune.exporting.source import ExportSource
 from expertune.planning.table import size
+from expertune.storage import write_json
 
 EXTRA = "pip install 'expertune[gguf]'"
 ADAPTER_FILE = "adapter.gguf"
@@ -78,8 +81,8 @@ class _Gguf:
     name: str
     resumes = False
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, is_dequantized: bool = False) -> None:
+        self.kind, self.is_dequantized = kind, is_dequantized
         self._base: Path | None = None
 
     @cached_property
@@ -93,7 +96,7 @@ class _Gguf:
             raise ExportError(f"--to {self.name}: llama.cpp's converters are not installed; {EXTRA}")
 
     def _engine(self, source: ExportSource, folder: Path, base: Path, kind: str, exported: dict[str, str]) -> Engine:
-        """llama.cpp with the base in a file of this kind, and with the export."""
+        """llama.cpp with the base in a file of this type, and with the export."""
         name = "llama.cpp"
         if self._missing:
             return Engine(name, "llamacpp.py", {}, {}, missing=self._missing)
@@ -120,7 +123,13 @@ class _Gguf:
                 raise ExportError(f"the base as GGUF needs {size(int(needed))} of disk, and {size(free)} are free")
             scratch = Path(mkdtemp(prefix="expertune-base-", dir=folder.parent))
             weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+            if self.is_dequantized and not source.is_packed:
+                base = scratch / "dequantized"
+                base.mkdir()
+                write_dequantized(source, base, lambda *_: None, is_adapted=False)
             _require_converted([_of_model(base, scratch / "base.gguf", kind, "base")], source)
+            if scratch in base.parents:
+                shutil.rmtree(base)
             self._base = scratch / "base.gguf"
         return str(self._base)
 
@@ -180,12 +189,17 @@ class GgufAdapter(_Gguf):
         """Convert adapters of these tensors, one after the other, to the same file."""
         config = {"peft_type": "LORA", "r": source.max_rank, "lora_alpha": source.max_rank, "target_modules": []}
         with TemporaryDirectory(dir=file.parent) as scratch:
+            base = source.base.folder
+            if source.is_packed:  # of a base it reads the config alone, and knows few ways of packing
+                base = Path(scratch) / "base"
+                base.mkdir()
+                write_json(base / "config.json", as_config(source, torch.bfloat16))
             runs = []
             for number, tensors in enumerate(adapters):
                 # The folder's name becomes the name in the file.
                 made = Path(scratch) / str(number) / f"{source.context.output_dir.name}-{source.adapter_name}"
                 write_adapter(made, list(tensors), config)
-                places = ["--base", str(source.base.folder), "--outfile", str(file), str(made)]
+                places = ["--base", str(base), "--outfile", str(file), str(made)]
                 runs.append(["convert_lora_to_gguf.py", *places, "--outtype", self.kind])
             return convert(runs, source.base.trust_remote_code)
 
@@ -207,8 +221,8 @@ class GgufModel(_Gguf):
 
     name = "gguf"
 
-    def __init__(self, kind: str, merged: Format) -> None:
-        super().__init__(kind)
+    def __init__(self, kind: str, merged: Format, is_dequantized: bool) -> None:
+        super().__init__(kind, is_dequantized)
         self.merged = merged
 
     def require(self, source: ExportSource) -> None:
@@ -245,7 +259,9 @@ class GgufModel(_Gguf):
 
     def engines(self, source: ExportSource, folder: Path, base: Path) -> list[Engine]:
         """llama.cpp, over the base in a file of the same type, which is rounded as the export is."""
-        return [self._engine(source, folder, base, self.kind, {"model": str(self._file(folder))})]
+        engine = self._engine(source, folder, base, self.kind, {"model": str(self._file(folder))})
+        [merged] = self.merged.engines(source, folder, base)
+        return [replace(engine, rounded=merged.rounded, reference=merged.reference)]
 
     def _file(self, folder: Path) -> Path:
         return folder / f"model-{self.kind}.gguf"
@@ -260,7 +276,7 @@ def make(name: str, options: Options) -> Format:
     if name == GgufAdapter.name:
         return GgufAdapter(_checked(name, options.type or "f32", _ADAPTER_TYPES))
     kind = _checked(name, options.type or "bf16", tuple(_NBYTES))
-    return GgufModel(kind, make_format("merged", Options(options.base)))
+    return GgufModel(kind, make_format("merged", Options(options.base)), options.base == "dequantized")
 
 
 def _checked(name: str, kind: str, known: Sequence[str]) -> str:

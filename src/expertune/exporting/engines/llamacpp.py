@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xllamacpp as llama
 from safetensors.numpy import save_file
+
+os.environ["GGML_NO_BACKTRACE"] = "1"  # where it aborts, it would start a debugger
+import xllamacpp as llama
 
 
 def main() -> None:
