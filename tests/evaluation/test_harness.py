@@ -26,7 +26,7 @@ VIGGO = ASSETS / "viggo" / "viggo-valid.csv"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> expertune.Run:
     """The embedded Mixtral after it has learned two examples by heart, more or less."""
-    data = {"train": f"{VIGGO}[0:2]", "eval": f"{VIGGO}[0:3]", "template": "viggo"}
+    data = {"train": f"{VIGGO}[0:2]", "eval": f"{VIGGO}[0:2]", "template": "viggo"}
     values = {
         "model": str(ASSETS / "tiny-mixtral"),
         "data": data | {"columns": {"prompt": "ref", "completion": "mr"}},
@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> expertune.Run:
         "quantization": {"compute_dtype": "float32"},
         "lora": {"r": 8, "alpha": 16, "dropout": 0.0, "targets": ["attention", "experts", "lm_head"]},
         "training": {"per_device_train_batch_size": 2, "max_steps": 15, "learning_rate": 5e-3, "eval_strategy": "no"},
-        "task": {"metric": "slot-f1", "rows": 3, "max_new_tokens": 96, "batch_size": 2},
+        "task": {"metric": "slot-f1", "rows": 2, "max_new_tokens": 96, "batch_size": 2},
         "output_dir": str(tmp_path_factory.mktemp("harness") / "run"),
     }
     return expertune.finetune(parse_config(values))
@@ -67,17 +67,20 @@ def tasks(tmp_path: Path) -> Callable[..., Path]:
 
 
 def test_shipped_task_gives_the_figures_of_the_runs_own_metric_with_and_without_the_adapter(run: expertune.Run) -> None:
-    found = expertune.evaluate(run, tasks="viggo", rows=3)["tasks"]["viggo"]
+    found = expertune.evaluate(run, tasks="viggo", rows=2)["tasks"]["viggo"]
     assert list(found) == ["none", "adapter"]
     for which, score in found.items():
-        own = expertune.evaluate(run, rows=3, base_only=which == "none")["task"]
+        own = expertune.evaluate(run, rows=2, base_only=which == "none")["task"]
         assert {name: figure["value"] for name, figure in score["figures"].items()} == {
             "slot_f1": own["slot_f1"],
             "exact_match": own["exact_match"],
         }
-        assert (score["examples"], score["shots"], score["harness"]) == (3, 0, lm_eval.__version__)
+        assert (score["examples"], score["shots"], score["harness"]) == (2, 0, lm_eval.__version__)
     assert found["adapter"]["figures"]["slot_f1"]["value"] > 0.5 > found["none"]["figures"]["slot_f1"]["value"]
     assert expertune.RunRecord.load(run.output_dir)["tasks"] == run.record["tasks"] == {"viggo": found}
+    card = (run.output_dir / "adapter" / "README.md").read_text(encoding="utf-8")
+    scores = [f"{found[which]['figures']['slot_f1']['value']:.4f}" for which in ("none", "adapter")]
+    assert f"| viggo: slot_f1, 0 shots, 2 examples | {scores[0]} | {scores[1]} |" in card
 
 
 def test_a_tasks_answers_leave_tokenizer_seed_and_templates_of_the_process_as_they_were(run: expertune.Run) -> None:
@@ -201,3 +204,5 @@ def test_unknown_task_is_named_with_the_nearest_and_with_files_that_cannot_be_re
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(folder / "manager.py"))
     with pytest.raises(ConfigError, match=r"tasks: no task is called viggi \(.*broken\.yaml.*\); did you mean viggo\?"):
         TaskFiles(["viggi"], folder)
+    with pytest.raises(ConfigError, match=r"tasks: no task is called qwertz .*; `lm-eval ls tasks` lists those of"):
+        TaskFiles(["qwertz"], folder)

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from jinja2.sandbox import SandboxedEnvironment
 
-from expertune.errors import ConfigError, did_you_mean, first_line, option
+from expertune.errors import ConfigError, first_line, nearest, option
 
 SHIPPED = Path(str(files("expertune") / "assets" / "tasks"))
 """Task files that come with Expertune."""
@@ -92,14 +92,10 @@ class TaskFiles:
         manager = TaskManager(include_path=folders)
         for name in _missing(manager.task_index, self._names):
             if name in self._names:
-                raise ConfigError(f"tasks: no task is called {name}{self._unread()}{did_you_mean(name, self._known())}")
+                meant = nearest(name, manager.all_tasks)
+                rest = f"did you mean {meant}?" if meant else "`lm-eval ls tasks` lists those of the harness"
+                raise ConfigError(f"tasks: no task is called {name}{self._unread()}; {rest}")
         return manager
-
-    def _known(self) -> list[str]:
-        from lm_eval.tasks import TaskManager
-
-        folders = [SHIPPED, *([self._folder] if self._folder else [])]
-        return list(TaskManager(include_path=folders, include_defaults=False).all_tasks)
 
     def _unread(self) -> str:
         """Files of the user's folder that the harness passes over, because they cannot be read."""
