@@ -325,7 +325,7 @@ def _train(
     bar = ProgressBar(lambda: trainer.history, context.bars)
     trainer.add_callback(Evaluations(at_end=evaluates_at_ends(config)))
     trainer.add_callback(bar)
-    trainer.add_callback(AfterEvaluation(partial(_keep_evaluation, context, trainer)))
+    trainer.add_callback(AfterEvaluation(partial(_keep_evaluation, context, trainer, held_out)))
     trackers = Trackers(trainer, context.output_dir, resumed=context.resume)
     try:
         with trackers.open(named="run_name" in config.training):
@@ -355,9 +355,17 @@ def _train(
         )
 
 
-def _keep_evaluation(context: RunContext, trainer: ExpertTrainer, state: TrainerState) -> None:
+def _keep_evaluation(
+    context: RunContext, trainer: ExpertTrainer, held_out: HeldOut | None, state: TrainerState
+) -> None:
     """The record and the page as of an evaluation while training."""
     record, history = context.record, trainer.history
+    if held_out:
+        # Of the evaluations before, the first is kept and the best: no other can become the adapter's.
+        kept = {"0", str(state.best_global_step)}
+        earlier = record.section("experts").get("evaluations", {})
+        routing = {step: found for step, found in earlier.items() if step in kept}
+        record.add("experts", evaluations=routing | {str(state.global_step): held_out.routing})
     record.add("train", **history.series, max_steps=state.max_steps)
     record.add("throughput", tokens_per_second=history.tokens_per_second, tokens=history.tokens)
     record.add("memory", peak_bytes=peak_memory_bytes())

@@ -10,9 +10,12 @@ from expertune.adapt.attach import attach
 from expertune.checkpoint.load import load_model
 from expertune.config import DataConfig, LoraSection, QuantizationConfig, TaskConfig
 from expertune.data import IGNORE_INDEX, TokenizedExample, make_collator, make_dataset, prepare_examples
+from expertune.distributed.mesh import Ranks
 from expertune.errors import ConfigError, DataError
 from expertune.evaluation.scoring import evaluation_loss, score_task
+from expertune.experts.load import RoutingCounts
 from expertune.generation.greedy import Batches
+from expertune.objectives.chunked_loss import LanguageModelLoss
 
 TINY = Path(__file__).parents[2] / "src" / "expertune" / "assets" / "tiny-mixtral"
 VIGGO = Path(__file__).parents[1] / "files" / "viggo-test-sample.csv"
@@ -61,6 +64,52 @@ def test_the_loss_does_not_depend_on_how_rows_are_batched(model, tokenizer, toke
     data = viggo_data(packing=packing)
     dataset, collator = make_dataset(tokenized, data), make_collator(data, tokenizer, keep_example_ids=True)
     assert evaluation_loss(model, dataset, collator, batch_size) == pytest.approx(mean_loss, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def routed_tokens(model, tokenized):
+    """Tokens of each expert by the definition: each sequence by itself."""
+    counts = RoutingCounts(model.get_base_model())
+    with counts.watching(), torch.no_grad():
+        for row in tokenized.examples:
+            with counts.counting({}):
+                model(input_ids=torch.tensor([row.input_ids]))
+    return counts.to_json(Ranks())
+
+
+@pytest.mark.parametrize("packing", ["padding-free", "padded"])
+def test_counts_of_experts_leave_out_padding_and_what_is_computed_again(
+    model, tokenizer, tokenized, routed_tokens, packing
+):
+    class MemoryRanOutError(Exception):
+        pass
+
+    def fail(*_):
+        raise MemoryRanOutError
+
+    base, data = model.get_base_model(), viggo_data(packing=packing)
+    counts, tries = RoutingCounts(base), []
+
+    def in_parts(compute, batch):
+        tries.append(batch)
+        if len(tries) == 2:
+            failing = base.get_output_embeddings().register_forward_pre_hook(fail)
+            with pytest.raises(MemoryRanOutError):
+                compute(batch)
+            failing.remove()
+        return [compute(batch)]
+
+    with counts.watching():
+        batches = Batches(in_parts, watched=counts.counting)
+        in_chunks = LanguageModelLoss(base).summed  # which looks at a first sample in its first batch
+        evaluation_loss(base, make_dataset(tokenized, data), make_collator(data, tokenizer), 4, in_chunks, batches)
+    found = counts.to_json(Ranks())
+    assert found["tokens"] == routed_tokens["tokens"] == sum(len(row.input_ids) for row in tokenized.examples)
+    assert found["entropy"] == pytest.approx(routed_tokens["entropy"], rel=1e-3)
+    assert all(0 < entropy < math.log(2) for entropy in found["entropy"].values())
+    for name, tokens in found["counts"].items():
+        assert sum(tokens) == 2 * found["tokens"]
+        assert tokens == pytest.approx(routed_tokens["counts"][name], abs=3)  # a tie may fall to either side
 
 
 @pytest.mark.parametrize("packing", ["padding-free", "packed"])

@@ -51,6 +51,26 @@ _RECORD: dict[str, Any] = {
         "recoveries": [{"step": 3, "during": "training", "error": "e", "change": "smaller micro-batches"}],
         "steps": 100,
     },
+    "experts": {
+        "evaluations": {
+            "0": {
+                "tokens": 100,
+                "counts": {
+                    "model.layers.0.mlp.experts": [50, 50, 50, 50],
+                    "model.layers.1.mlp.experts": [80, 60, 57, 3],
+                },
+                "entropy": {"model.layers.0.mlp.experts": 0.69, "model.layers.1.mlp.experts": 0.5},
+            },
+            "50": {
+                "tokens": 100,
+                "counts": {
+                    "model.layers.0.mlp.experts": [80, 20, 50, 50],
+                    "model.layers.1.mlp.experts": [80, 60, 60, 0],
+                },
+                "entropy": {"model.layers.0.mlp.experts": 0.6, "model.layers.1.mlp.experts": 0.4},
+            },
+        }
+    },
     "preflight": {"passed": True, "four_bit": {"bits_per_expert_weight": 4.13, "expert_weights": 4718592}},
     "eval": {"loss": [[0, 3.2], [50, 0.25], [100, 0.4]], "before": 3.2, "after": 0.25, "scores": []},
     "adapter": {"step": 50, "checkpoint": "checkpoint-50", "metric": "loss", "value": 0.25},

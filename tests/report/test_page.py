@@ -11,6 +11,7 @@ from expertune.cli import app
 from expertune.errors import StorageError
 from expertune.report.charts import Chart, Series, centered_mean, draw, thinned, ticks
 from expertune.report.differences import differences
+from expertune.report.expert_maps import expert_maps
 from expertune.report.page import render_page, write_page
 from expertune.run.directory import stops_recorded
 from expertune.run.record import RunRecord
@@ -104,6 +105,35 @@ def test_empty_record_has_a_page_that_says_so() -> None:
     page = require_contained(render_page({}, "runs/empty"))
     assert "not started 0 steps" in page.text
     assert "Nothing has been evaluated" in page.text
+
+
+def test_expert_maps_show_shares_before_and_after_and_what_changed(run_record: dict[str, Any]) -> None:
+    maps = expert_maps(run_record)
+    assert maps is not None
+    shown = {each["title"]: each["shown"]["rows"] for each in maps["maps"]}
+    assert shown == {
+        "base model": [[25, 25, 25, 25], [40, 30, 28.5, 1.5]],
+        "adapter, step 50": [[40, 10, 25, 25], [40, 30, 30, 0]],
+        "change": [[15, -15, 0, 0], [0, 0, 1.5, -1.5]],
+    }
+    assert maps["few"] == [("base model", 1, "layer 1: 3"), ("adapter, step 50", 1, "layer 1: 3")]
+    entropy, load = (drawing.values["series"] for drawing in maps["charts"])
+    assert entropy[1]["points"] == [[0, 0.6], [1, 0.4]]
+    assert load[0]["points"][0] == [0, 1]
+
+
+def test_expert_map_of_many_experts_stays_small(run_record: dict[str, Any]) -> None:
+    counts = {f"model.layers.{layer}.mlp.experts": [layer + expert for expert in range(256)] for layer in range(61)}
+    evaluation = {"tokens": 10, "counts": counts, "entropy": {}}
+    run_record["experts"] = {"evaluations": {"0": evaluation, "50": evaluation}}
+    assert len(render_page(run_record, "runs/large")) < 2_000_000
+
+
+def test_damaged_counts_of_experts_are_not_drawn(run_record: dict[str, Any]) -> None:
+    for counts in ({}, {"a": []}, {"a": [1, "2"]}, {"a": [0, 0]}, {"a": [1], "b": [1, 2]}, None):
+        run_record["experts"] = {"evaluations": {"0": {"counts": counts}, "x": {}, "1": None}}
+        assert expert_maps(run_record) is None
+        require_contained(render_page(run_record, "runs/small"))
 
 
 def test_figures_that_are_not_finite_are_shown_and_not_drawn(run_record: dict[str, Any]) -> None:

@@ -75,6 +75,12 @@ def test_train_evaluates_before_its_first_and_after_its_last_step_by_default(run
     state = json.loads((Path(run_values["output_dir"]) / "checkpoint-2" / "trainer_state.json").read_text("utf-8"))
     assert state["stateful_callbacks"]["History"]["attributes"]["eval_losses"] == record["eval"]["loss"]
     assert "step 0/2  evaluation loss" in said
+    assert re.search(r"memory [\d.]+ GB  imbalance 1\.\d\d", said)
+    for found in record["experts"]["evaluations"].values():
+        assert [sum(tokens) for tokens in found["counts"].values()] == 2 * [2 * found["tokens"]]
+    assert list(record["experts"]["evaluations"]) == ["0", "2"]
+    page = (Path(run_values["output_dir"]) / "report.html").read_text("utf-8")
+    assert "Experts that saw few tokens" in page
 
 
 def test_readmes_own_rows_run_and_print_what_the_readme_says(

@@ -25,7 +25,7 @@ from expertune.train.promises import Promises
 from tests.checkpoint.nf4_folders import quantized
 
 ASSETS = Path(__file__).parents[2] / "src" / "expertune" / "assets" / "tiny-mixtral"
-SERIES = ["expert_imbalance", "grad_norm", "learning_rate", "loss", "seconds", "tokens"]
+SERIES = ["expert_imbalance", "experts_unused", "grad_norm", "learning_rate", "loss", "seconds", "tokens"]
 
 SIGNATURES = {
     "_run_epoch": [
@@ -108,9 +108,10 @@ def test_imbalance_is_the_busiest_experts_share_over_an_even_one(folder: Path) -
         model.eval()(torch.arange(50, 60)[None])  # an evaluation is not counted
     trained = [torch.bincount(index.flatten(), minlength=layers[0].num_experts) for index in routed[: len(layers)]]
     expected = sum(float(counts.max() / counts.float().mean()) for counts in trained) / len(layers)
-    assert load.take() == pytest.approx(expected)
+    unused = sum(int((counts == 0).sum()) for counts in trained) / sum(map(len, trained))
+    assert load.take() == pytest.approx({"expert_imbalance": expected, "experts_unused": 100 * unused})
     assert expected > 1
-    assert load.take() is None
+    assert load.take() == {}
 
 
 def trl_trainer(kind: str, folder: Path, run_dir: Path) -> Any:

@@ -101,6 +101,7 @@ def test_weights_and_biases_holds_project_run_name_and_losses(tracked: Tracked) 
     assert b"viggo-finetune" in first
     assert re.search(rb"first-\d{4}-\d{2}-\d{2}-\d{2}-\d{2}", first)  # <output folder>-%Y-%m-%d-%H-%M
     assert b"train/loss" in first
+    assert b"train/expert_imbalance" in first
     for _, loss in tracked.record("first")["train"]["loss"]:
         assert json.dumps(loss).encode() in first
     assert b"named" in second

@@ -13,6 +13,7 @@ from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.config import RunConfig
 from expertune.data import TokenizedExamples, make_collator, make_dataset
 from expertune.evaluation.scoring import evaluation_loss, score_task
+from expertune.experts.load import RoutingCounts
 from expertune.generation.greedy import Batches
 from expertune.objectives.chunked_loss import LanguageModelLoss
 from expertune.run.progress import Bars
@@ -37,6 +38,7 @@ class HeldOut:
 
     Attributes:
         dataset: the same, as the trainer's batches are made of them.
+        routing: which experts the tokens of the last evaluation were sent to, as `RoutingCounts.to_json` gives it.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class HeldOut:
         self._recovery, self._bars = recovery, bars
         self._collator = make_collator(config.data, tokenizer)
         self._batch_size = int(training_argument(config.training, "per_device_eval_batch_size"))
+        self.routing: dict[str, Any] = {}
         self._in_chunks = LanguageModelLoss(model.get_base_model(), config.loss)
 
     def loss(self, step: int, base_only: bool = False) -> float:
@@ -66,16 +69,17 @@ class HeldOut:
             DataError: no example holds a token that takes a loss.
             DoesNotFitError: memory ran out, and nothing that could be changed is left.
         """
-        with self._adapted(base_only), self._bars.task("evaluation", "examples") as progress:
+        base, ranks = self._model.get_base_model(), self._recovery.ranks
+        routing = RoutingCounts(base)
+        in_parts = partial(self._recovery.in_parts, "evaluation", step=step)
+        with self._adapted(base_only), self._bars.task("evaluation", "examples") as progress, routing.watching():
             progress(0, len(self.dataset))
-            return evaluation_loss(
-                self._model.get_base_model(),
-                self.dataset,
-                self._collator,
-                self._batch_size,
-                self._in_chunks.summed,
-                Batches(partial(self._recovery.in_parts, "evaluation", step=step), progress, self._recovery.ranks),
+            batches = Batches(in_parts, progress, ranks, routing.counting)
+            found = evaluation_loss(
+                base, self.dataset, self._collator, self._batch_size, self._in_chunks.summed, batches
             )
+        self.routing = routing.to_json(ranks)
+        return found
 
     def score(self, step: int, rows: int | None = None, base_only: bool = False) -> dict[str, Any]:
         """The score of the run's task; see `expertune.evaluation.scoring.score_task`.

@@ -5,6 +5,8 @@ Legend: T tokens, V vocabulary, N label tokens.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,21 +56,22 @@ def evaluation_loss(
     """
     device = next(model.parameters()).device
 
-    def summed(batch: Mapping[str, Any]) -> tuple[float, int]:
+    def summed(counts: bool, batch: Mapping[str, Any]) -> tuple[float, int]:
         inputs = {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in batch.items()
             if name not in ("example_ids", "use_cache")
         }
         labels = inputs.pop("labels")
-        taken = in_chunks(inputs, labels) if in_chunks else None
-        return taken or _summed_loss(model(**inputs, use_cache=False).logits, labels)
+        with batches.watched(inputs) if counts else nullcontext():
+            taken = in_chunks(inputs, labels) if in_chunks else None
+            return taken or _summed_loss(model(**inputs, use_cache=False).logits, labels)
 
     total, num_tokens = 0.0, 0.0
     with evaluation_mode(model), torch.no_grad():
         for start, counts in batches.ranks.rounds(range(0, len(dataset), batch_size)):
             batch = collator([dataset[index] for index in range(start, min(start + batch_size, len(dataset)))])
-            for batch_total, batch_tokens in batches.in_parts(summed, batch):
+            for batch_total, batch_tokens in batches.in_parts(partial(summed, counts), batch):
                 total += batch_total * counts
                 num_tokens += batch_tokens * counts
             if batches.progress:

@@ -4,8 +4,8 @@ The model's own `generation_config` (sampling, penalties, forced tokens) is not 
 weights alone and the same prompt gives the same answer; only its end tokens are kept.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -38,11 +38,13 @@ class Batches:
         in_parts: may cut a batch where memory does not suffice, as `expertune.train.oom.OutOfMemory.in_parts` does.
         progress: called with (examples done, examples in all) after each batch.
         ranks: the processes that share the work.
+        watched: given a batch's inputs; open while a batch whose loss counts is computed.
     """
 
     in_parts: InParts = whole
     progress: Progress | None = None
     ranks: Ranks = field(default_factory=Ranks)
+    watched: Callable[[Mapping[str, Any]], AbstractContextManager[None]] = lambda _: nullcontext()
 
 
 PLAIN = Batches()

@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from expertune.report import sections
+from expertune.report.expert_maps import expert_maps
 from expertune.report.text import printable
 from expertune.report.values import figure, section
 from expertune.storage import write_text
@@ -55,6 +56,7 @@ def render_page(record: Mapping[str, Any], run_dir: str) -> str:
         status=sections.status(record),
         outcome=sections.outcome(record),
         charts=sections.charts(record),
+        experts=expert_maps(record),
         answers=sections.answers(record),
         data=sections.data_reports(record),
         plan=sections.plan(record),

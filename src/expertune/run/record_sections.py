@@ -133,7 +133,7 @@ _READ: dict[str, type[_Section]] = {
     "eval": _Eval,
     "tasks": _Tasks,
 }
-_PLAIN = ("config", "versions", "plan", "preflight", "adapter", "throughput", "memory")
+_PLAIN = ("config", "versions", "plan", "preflight", "adapter", "throughput", "memory", "experts")
 _Record = create_model(  # type: ignore[call-overload]
     "_Record",
     __base__=_Section,

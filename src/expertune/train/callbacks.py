@@ -23,7 +23,7 @@ class History(TrainerCallback, ExportableState):
 
     Attributes:
         series: [step, figure] of every optimizer step by name: `loss`, `learning_rate`, `grad_norm`, `tokens`,
-            `seconds` and `expert_imbalance`, as far as they are known, and whatever else is added.
+            `seconds`, `expert_imbalance` and `experts_unused`, as far as they are known, and whatever else is added.
         eval_losses: [step, loss] for every evaluation.
         eval_scores: [step, figures] for every evaluation that answered prompts.
         tokens: real tokens (padding excluded) that training steps have seen.
@@ -72,10 +72,10 @@ class History(TrainerCallback, ExportableState):
             if scores := {name: value for name, value in metrics.items() if name != "loss"}:
                 self.eval_scores.append([step, scores])
 
-    def mean_since(self, step: int) -> float:
-        """Mean loss of the steps after `step`, exact also across a resume."""
-        recent = [loss for at, loss in self.losses if at > step]
-        return sum(recent) / len(recent)
+    def mean_since(self, step: int, name: str = "loss") -> float | None:
+        """Mean of a series over the steps after `step`, exact also across a resume; None where it has none."""
+        recent = [figure for at, figure in self.series.get(name, []) if at > step]
+        return sum(recent) / len(recent) if recent else None
 
     @property
     def tokens_per_second(self) -> float:
@@ -161,7 +161,10 @@ class ProgressBar(TrainerCallback):
         history = self.history()
         loss = history.losses[-1][1] if history.losses else float("nan")
         memory = peak_memory_bytes() / 1e9
-        return f"loss {loss:.4f}  {history.tokens_per_second:,.0f} tokens/s  memory {memory:.2f} GB"
+        figures = [f"loss {loss:.4f}", f"{history.tokens_per_second:,.0f} tokens/s", f"memory {memory:.2f} GB"]
+        if imbalances := history.series.get("expert_imbalance"):
+            figures.append(f"imbalance {imbalances[-1][1]:.2f}")
+        return "  ".join(figures)
 
 
 class AfterEvaluation(TrainerCallback):

@@ -65,13 +65,17 @@ class ExpertLoad:
         sizes = [layer.num_experts for layer in self._layers]
         self._counts = dict(zip(self._layers, total.split(sizes), strict=True))
 
-    def take(self) -> float | None:
-        """Tokens of the busiest expert over the mean of all, averaged over layers: 1 is even; None without layers.
+    def take(self) -> dict[str, float]:
+        """The step's figures by name, empty without layers; counting starts again.
 
-        Counting starts again.
+        Returns:
+            `expert_imbalance`: tokens of the busiest expert over the mean of all, averaged over layers; 1 is even.
+            `experts_unused`: percent of the experts of all layers that saw no token.
         """
         if not self._counts:
-            return None
+            return {}
         imbalances = [counts.max() * counts.numel() / counts.sum() for counts in self._counts.values()]
+        unused = torch.cat([counts == 0 for counts in self._counts.values()]).float().mean()
         self._counts.clear()
-        return float(torch.stack(imbalances).mean())
+        imbalance, share = torch.stack([torch.stack(imbalances).mean(), unused]).tolist()
+        return {"expert_imbalance": imbalance, "experts_unused": 100 * share}

@@ -214,12 +214,14 @@ class Promises(Trainer):
         return computed * 0 if self._stands_by else computed
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; the mean loss is taken from the history, which a resume does not forget."""
+        """Log; means of the loss and of the experts' load are the history's, which a resume does not forget."""
         if "loss" in logs and self.history.losses:
             logged = [entry["step"] for entry in self.state.log_history if "loss" in entry]
-            logs["loss"] = self.history.mean_since(logged[-1] if logged else 0)
-        if "train_loss" in logs and self.history.losses:
-            logs["train_loss"] = self.history.mean_since(0)  # transformers' is that of the steps since a resume
+            for name in ("loss", "expert_imbalance", "experts_unused"):
+                if (mean := self.history.mean_since(logged[-1] if logged else 0, name)) is not None:
+                    logs[name] = mean
+        if "train_loss" in logs and (mean := self.history.mean_since(0)) is not None:
+            logs["train_loss"] = mean  # transformers' is that of the steps since a resume
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
@@ -355,8 +357,8 @@ class Promises(Trainer):
             raise NonFiniteGradientError(self._name_bad_step(what, examples))
         self._step_examples = []
         self.history.add("grad_norm", value)
-        if (imbalance := self.expert_load.take()) is not None:
-            self.history.add("expert_imbalance", imbalance)
+        for name, figure in self.expert_load.take().items():
+            self.history.add(name, figure)
 
     def _require_finite_weights(self) -> None:
         """Refuse to keep an adapter that holds a NaN: finite gradients may still have been divided by zero."""

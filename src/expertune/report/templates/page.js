@@ -26,6 +26,7 @@
     constructor(figure) {
       Object.assign(this, data(figure));
       this.figure = figure;
+      this.group = figure.dataset.chart;
       this.plot = figure.querySelector(".plot");
       this.svg = figure.querySelector("svg");
       this.across = [this.bounds[0], this.bounds[1]];
@@ -63,7 +64,7 @@
         if (from !== null && Math.abs(event.clientX - from) >= 8) {
           const start = this.step({ clientX: Math.min(from, event.clientX) });
           const end = this.step({ clientX: Math.max(from, event.clientX) });
-          if (end > start) zoom([start, end]);
+          if (end > start) zoom([start, end], this.group);
         }
         this.range.hidden = true;
         from = null;
@@ -71,9 +72,9 @@
       this.svg.addEventListener("pointercancel", () => { from = null; this.range.hidden = true; });
       this.svg.addEventListener("pointerleave", () => { if (from === null) this.hide(); });
       this.svg.addEventListener("blur", () => this.hide());
-      this.svg.addEventListener("dblclick", () => zoom(null));
+      this.svg.addEventListener("dblclick", () => zoom(null, this.group));
       this.svg.addEventListener("keydown", (event) => {
-        if (event.key === "Escape") return zoom(null);
+        if (event.key === "Escape") return zoom(null, this.group);
         const way = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
         if (!way) return;
         event.preventDefault();
@@ -161,11 +162,11 @@
 
   const charts = [...document.querySelectorAll("[data-chart]")].map((figure) => new Chart(figure));
   const reset = document.getElementById("reset");
-  function zoom(across) {
-    for (const chart of charts) chart.zoom(across);
-    reset.hidden = !across;
+  function zoom(across, group) {
+    for (const chart of charts) if (chart.group === group) chart.zoom(across);
+    if (reset && group === reset.dataset.group) reset.hidden = !across;
   }
-  if (reset) reset.addEventListener("click", () => zoom(null));
+  if (reset) reset.addEventListener("click", () => zoom(null, reset.dataset.group));
 
   for (const figure of document.querySelectorAll("[data-map]")) {
     const { rows, names, unit } = data(figure), svg = figure.querySelector("svg");
