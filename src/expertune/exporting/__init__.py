@@ -8,6 +8,7 @@ FORMATS = {
     "gguf": "gguf",
     "mlx": "mlx",
     "mlx-merged": "mlx",
+    "vllm": "vllm",
 }
 """Names of formats, and the module of this folder that has each: known without importing torch."""
 

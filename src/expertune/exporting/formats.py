@@ -32,6 +32,7 @@ class Engine:
         floor: differences that the engine's own arithmetic may make, in nats.
         missing: what to do to have the engine, where it is not installed.
         python: the interpreter that runs the script.
+        verdict: how it is compared, where it does not compute log-probabilities.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Engine:
     floor: float = 1e-4
     missing: str | None = None
     python: str | None = None
+    verdict: "Callable[[ExportSource, Engine], Verdict] | None" = None
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,6 @@ which one it is. Where these end up, lora_a and lora_b go.
 Read from mlx-lm 0.32.2. Shape suffixes: E experts, r rank.
 """
 
-import json
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,25 +14,25 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from expertune.adapt.factors import Factors, dtype_in_file, fold, pad
+from expertune.adapt.factors import dtype_in_file, fold, pad
 from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.writer import Outgoing, write_tensors
 from expertune.errors import ExportError
 from expertune.experts import layout
 from expertune.experts.contract import ExpertsSpec
-from expertune.exporting import engines
 from expertune.exporting.formats import Engine, Options, Progress
+from expertune.exporting.programs import run_program
 from expertune.exporting.source import ExportSource, Place
 from expertune.storage import write_json
 
 _PROGRAM = "mlx_runtime.py"
+_REFUSED = "--to mlx: mlx-lm cannot take this"
 _INSTALL = "pip install 'expertune[mlx]' (on Linux it needs glibc 2.35 or later)"
 
 
@@ -78,7 +75,7 @@ class MlxAdapter:
         tensors = sorted(self._tensors(source), key=lambda outgoing: outgoing.name)
         write_tensors(folder / "adapters.safetensors", tensors, {"format": "mlx"})
         # mlx-lm has one rank and one scale for all. Whole names are keys as well as names within a layer are.
-        lora = {"rank": source.max_rank, "scale": _scale(source), "dropout": 0.0, "keys": sorted(self._homes)}
+        lora = {"rank": source.max_rank, "scale": source.common_scale, "dropout": 0.0, "keys": sorted(self._homes)}
         layers = source.model.config.get_text_config().num_hidden_layers
         config = {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": lora}
         write_json(folder / "adapter_config.json", {"model": source.context.config.model, **config})
@@ -89,9 +86,9 @@ class MlxAdapter:
         return [Engine("mlx-lm", _PROGRAM, alone, {**alone, "adapter": str(folder)})]
 
     def _tensors(self, source: ExportSource) -> Iterator[Outgoing]:
-        scale, rank = _scale(source), source.max_rank
+        scale, rank = source.common_scale, source.max_rank
         for name, home in self._homes.items():
-            a, b, own = _factors(source, home.place)
+            a, b, own = source.pair(home.place)
             dtype = dtype_in_file(b.dtype, own / scale)
             is_one = home.experts is None
             shape_a = (a.shape[1], rank) if is_one else (len(a), rank, a.shape[2])
@@ -121,7 +118,7 @@ class MlxMerged(MlxAdapter):
         with TemporaryDirectory(prefix="adapter-", dir=folder.parent) as scratch:
             super().write(source, Path(scratch), progress)
             fused = {"model": str(source.base.folder), "adapter": scratch, "to": str(folder)}
-            _run({"fuse": fused}, Path(scratch) / "request.json")
+            run_program(_PROGRAM, {"fuse": fused}, Path(scratch) / "request.json", _REFUSED)
 
     def engines(self, source: ExportSource, folder: Path, base: Path) -> list[Engine]:
         """mlx-lm on its CPU or its GPU, whichever it has."""
@@ -177,7 +174,7 @@ def _mapped(source: ExportSource, numbers: Mapping[tuple[Place, int | None], int
         config.pop("quantization_config", None)
         write_json(folder / "config.json", config)
         save_file(_small_checkpoint(source, numbers), folder / "model.safetensors", {"format": "pt"})
-        _run({"map": str(folder)}, Path(scratch) / "request.json")
+        run_program(_PROGRAM, {"map": str(folder)}, Path(scratch) / "request.json", _REFUSED)
         return load_file(Path(scratch) / "mapped.safetensors")
 
 
@@ -228,19 +225,6 @@ def _as_packed(source: ExportSource, name: str, tensor: Tensor) -> tuple[str, Te
     return blocks, matrices.contiguous().view(torch.uint8).unsqueeze(-2)
 
 
-def _factors(source: ExportSource, place: Place) -> Factors:
-    return (
-        source.factors.experts[place.module][place.projection]
-        if place.projection
-        else source.factors.linears[place.module]
-    )
-
-
-def _scale(source: ExportSource) -> float:
-    """The scale that most have: theirs need not be folded into B."""
-    return Counter(_factors(source, place).scale for place in source.places).most_common(1)[0][0]
-
-
 def _lora_a(a: Tensor, rank: int, home: Home) -> Tensor:
     """[in, rank], or [E, rank, in] of experts."""
     return pad(a, rank, dim=0).T if home.experts is None else pad(a, rank, dim=1)[home.experts]
@@ -252,17 +236,3 @@ def _lora_b(b: Tensor, factor: float, rank: int, home: Home) -> Tensor:
         return fold(pad(b, rank, dim=1), factor)[home.features].T
     ordered = torch.stack([b[expert][features] for expert, features in zip(home.experts, home.features, strict=True)])
     return fold(pad(ordered, rank, dim=2), factor)
-
-
-def _run(request: dict[str, Any], path: Path) -> None:
-    """Run the program on a request.
-
-    Raises:
-        ExportError: it did not succeed; gives its last line.
-    """
-    path.write_text(json.dumps(request), encoding="utf-8")
-    program = Path(engines.__file__).parent / _PROGRAM
-    done = subprocess.run([sys.executable, str(program), str(path)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        raise ExportError(f"--to mlx: mlx-lm cannot take this: {lines[-1][:400] if lines else 'it was ended'}")

@@ -1,5 +1,6 @@
 """ExportSource: a run's adapter and the base model it was trained on, read without loading the model's weights."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -109,6 +110,17 @@ class ExportSource:
             *(Place(name) for name in self.factors.linears),
             *(Place(module, projection) for module, projections in experts for projection in projections),
         ]
+
+    def pair(self, place: Place) -> Factors:
+        """The factors of a place; of a projection its experts stacked."""
+        if place.projection is None:
+            return self.factors.linears[place.module]
+        return self.factors.experts[place.module][place.projection]
+
+    @cached_property
+    def common_scale(self) -> float:
+        """The scale that most places have: for formats with one for all, those of others are folded into B."""
+        return Counter(self.pair(place).scale for place in self.places).most_common(1)[0][0]
 
     def only(self, belongs: Callable[[Place], bool]) -> "ExportSource":
         """The same adapter with zeros for B everywhere else: what `belongs` is false of changes nothing."""

@@ -54,8 +54,6 @@ def verify(source: ExportSource, form: Format, folder: Path, base: Path) -> list
         folder: where it was written.
         base: a 16-bit folder of the base model.
     """
-    if reason := why_too_large(source):
-        return [Verdict(form.name, "not verified", reason)]
     return [_verify(source, form, engine, base, folder) for engine in form.engines(source, folder, base)]
 
 
@@ -74,6 +72,10 @@ def write_verification(folder: Path, form: Format, source: ExportSource, verdict
 def _verify(source: ExportSource, form: Format, engine: Engine, base: Path, folder: Path) -> Verdict:
     if engine.missing:
         return Verdict(engine.name, "not verified", engine.missing)
+    if engine.verdict is not None:
+        return engine.verdict(source, engine)
+    if reason := why_too_large(source):
+        return Verdict(engine.name, "not verified", reason)
     with TemporaryDirectory(prefix="expertune-verify-", dir=folder.parent) as scratch:
         compared = _Compared(source, form, engine, base, Path(scratch))
         try:
