@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import data_memory, decode, demo_speed, e2e, layer, quantize, step, suite, wait_policy
+from benchmarks import data_memory, decode, demo_speed, e2e, export_merge, layer, quantize, step, suite, wait_policy
 from benchmarks.report import CorrectnessError
 
 _BENCHMARKS = {
@@ -18,6 +18,7 @@ _BENCHMARKS = {
     "demo_speed": demo_speed,
     "wait_policy": wait_policy,
     "data_memory": data_memory,
+    "export_merge": export_merge,
     "all": suite,
 }
 

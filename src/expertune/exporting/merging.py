@@ -4,7 +4,9 @@ Header, order and offsets are copied as they are, so that names, dtypes and meta
 a tensor is read, added to in float32, rounded to the tensor's dtype and written before the next is read.
 """
 
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,7 +18,8 @@ from expertune.errors import CheckpointError, ExportError
 from expertune.exporting.additions import Addition
 from expertune.storage import write_whole
 
-_BLOCK_BYTES = 2**22
+_BLOCK_BYTES = 2**20
+_FLUSHED_BYTES = 2**26
 
 
 def merge_shard(shard: Path, out: Path, additions: Mapping[str, Addition], progress: Callable[[int], None]) -> None:
@@ -33,7 +36,7 @@ def merge_shard(shard: Path, out: Path, additions: Mapping[str, Addition], progr
         ExportError: a merged weight is too large for its dtype; names the tensor.
     """
     entries = sorted(read_header(shard).values(), key=lambda entry: entry.start)
-    with shard.open("rb", buffering=0) as source, write_whole(out) as file:
+    with shard.open("rb", buffering=0) as source, write_whole(out) as file, _Flusher(file) as flusher:
         done = 0
         for entry in entries:
             _copy(source, file, entry.start - done)  # of the first tensor, the header
@@ -43,7 +46,29 @@ def merge_shard(shard: Path, out: Path, additions: Mapping[str, Addition], progr
                 _copy(source, file, entry.nbytes)
             done = entry.start + entry.nbytes
             progress(done)
+            flusher.reached(done)
         _copy(source, file, shard.stat().st_size - done)
+
+
+class _Flusher:
+    """Has the disk write while the next blocks are computed, rather than all of a file when it is finished."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._flushed = file, 0
+        self._thread = ThreadPoolExecutor(1)
+        self._task: Future[None] | None = None
+
+    def __enter__(self) -> "_Flusher":
+        return self
+
+    def reached(self, done: int) -> None:
+        """Flush what has been written, where that is much and nothing is being flushed."""
+        if done - self._flushed >= _FLUSHED_BYTES and (self._task is None or self._task.done()):
+            self._file.flush()
+            self._flushed, self._task = done, self._thread.submit(os.fsync, self._file.fileno())
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
 
 
 def _copy(source: BinaryIO, file: BinaryIO, count: int) -> None:
