@@ -1,0 +1,131 @@
+"""`expertune export` from a run directory: what it writes and says, and one clear error for what cannot be."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import expertune
+from expertune.cli import app
+from expertune.config import parse_config
+from expertune.errors import CheckpointError, ConfigError, ExportError, StorageError
+from tests.train.conftest import rows_file, run_values, small_mixtral, write_small_mixtral
+
+__all__ = ["rows_file", "run_values", "small_mixtral"]  # fixtures
+
+
+@pytest.fixture(scope="module")
+def trained(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two large steps, with a checkpoint at the first; tests must not change its directory."""
+    values = {
+        "model": str(small_mixtral),
+        "data": {"train": str(rows_file), "eval": str(rows_file), "template": "{prompt}", "max_length": 64},
+        "lora": {"r": 4, "alpha": 8, "targets": ["attention", "experts"]},
+        "training": {"max_steps": 2, "save_steps": 1, "learning_rate": 0.05, "per_device_train_batch_size": 4},
+        "output_dir": str(tmp_path_factory.mktemp("trained") / "run"),
+    }
+    values["data"].pop("template")
+    return expertune.finetune(parse_config(values)).output_dir
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def test_merged_model_is_verified_in_processes_of_its_own_with_its_loss_beside_the_trained_ones(
+    trained: Path, tmp_path: Path
+) -> None:
+    arguments = ["export", str(trained), "--to", "merged", "--base", "dequantized", "--out", str(tmp_path / "out")]
+    ended = CliRunner().invoke(app, [*arguments, "--json"])
+    assert ended.exit_code == 0, ended.output
+    exported = json.loads(ended.stdout)
+    assert exported["folder"] == str(tmp_path / "out")
+    assert exported["verification"] == json.loads((tmp_path / "out" / "verification.json").read_text())
+    [engine] = exported["verification"]["engines"]
+    assert engine["verdict"] == "verified"
+    loss = engine["figures"]["loss"]
+    assert loss["exported"] == pytest.approx(loss["trained"], abs=1e-2)
+    assert loss["exported"] < loss["base"]
+    assert f"{loss['exported']:.4f} merged" in ended.stderr
+
+
+def test_earlier_state_goes_into_a_folder_of_its_name_and_nothing_is_run_unasked(copied: Path) -> None:
+    exported = expertune.export(copied, "peft", adapter="checkpoint-1", verify=False)
+    assert exported.folder == copied / "exports" / "peft-checkpoint-1"
+    assert exported.verification is None
+    first = load_file(exported.folder / "adapter_model.safetensors")
+    last = load_file(expertune.export(copied, "peft", verify=False).folder / "adapter_model.safetensors")
+    assert first.keys() == last.keys()
+    assert any((first[name] != last[name]).any() for name in first)
+    assert [path.name for path in (copied / "exports").iterdir() if "partial" in path.name] == []
+
+
+def remove_the_adapter(run: Path) -> None:
+    shutil.rmtree(run / "adapter")
+
+
+def damage_the_adapter(run: Path) -> None:
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    name = next(name for name in tensors if ".experts.1.w2.lora_A" in name)
+    del tensors[name]
+    save_file(tensors, run / "adapter" / "adapter_model.safetensors")
+
+
+def fill_the_folder(run: Path) -> None:
+    (run / "exports" / "peft").mkdir(parents=True)
+    (run / "exports" / "peft" / "notes.txt").write_text("mine")
+
+
+def move_the_base(run: Path) -> None:
+    record = json.loads((run / "record.json").read_text())
+    record["config"]["model"] = "/nowhere/base"
+    (run / "record.json").write_text(json.dumps(record))
+
+
+Change = Callable[[Path], None]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (remove_the_adapter, CheckpointError, r"run/adapter: no such adapter.*checkpoint-1, checkpoint-2"),
+        (damage_the_adapter, CheckpointError, r"experts\.1\.w2\.lora_A\.weight is missing"),
+        (fill_the_folder, ExportError, r"exports/peft: holds something already; give a new.*--out DIR"),
+        (move_the_base, CheckpointError, r"/nowhere/base: no such folder.*--model MODEL"),
+    ],
+)
+def test_what_is_missing_is_one_error_and_nothing_is_written(
+    change: Change, error: type[Exception], message: str, copied: Path
+) -> None:
+    change(copied)
+    before = sorted(copied.rglob("*"))
+    with pytest.raises(error, match=message):
+        expertune.export(copied, "peft")
+    assert sorted(copied.rglob("*")) == before
+
+
+def test_adapter_of_another_base_is_refused(copied: Path, tmp_path: Path) -> None:
+    other = write_small_mixtral(tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match=r"was trained on another base model than .*other: other weights"):
+        expertune.export(copied, "merged", model=str(other))
+
+
+def test_disk_that_is_too_small_is_said_before_anything_is_written(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    with pytest.raises(StorageError, match=r"the export needs .* MB, and 1 kB are free; make room"):
+        expertune.export(copied, "merged")
+    assert not (copied / "exports").exists()
+
+
+@pytest.mark.parametrize(("asked", "message"), [("pefft", "did you mean peft"), ("onnx", "known: ")])
+def test_format_that_there_is_not_is_refused_by_name(asked: str, message: str, copied: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"--to {asked}: no such format.*{message}"):
+        expertune.export(copied, asked)
