@@ -5,6 +5,7 @@ a tensor is read, added to in float32, rounded to the tensor's dtype and written
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from expertune.exporting.additions import Addition
 from expertune.storage import write_whole
 
 _BLOCK_BYTES = 2**20
+_BLOCKS_BEHIND = 16
 _FLUSHED_BYTES = 2**26
 
 
@@ -36,62 +38,71 @@ def merge_shard(shard: Path, out: Path, additions: Mapping[str, Addition], progr
         ExportError: a merged weight is too large for its dtype; names the tensor.
     """
     entries = sorted(read_header(shard).values(), key=lambda entry: entry.start)
-    with shard.open("rb", buffering=0) as source, write_whole(out) as file, _Flusher(file) as flusher:
+    with shard.open("rb", buffering=0) as source, write_whole(out) as file, _Behind(file) as behind:
         done = 0
         for entry in entries:
-            _copy(source, file, entry.start - done)  # of the first tensor, the header
+            _copy(source, behind, entry.start - done)  # of the first tensor, the header
             if addition := additions.get(entry.key):
-                _add(source, file, entry, addition)
+                _add(source, behind, entry, addition)
             else:
-                _copy(source, file, entry.nbytes)
+                _copy(source, behind, entry.nbytes)
             done = entry.start + entry.nbytes
             progress(done)
-            flusher.reached(done)
-        _copy(source, file, shard.stat().st_size - done)
+        _copy(source, behind, shard.stat().st_size - done)
 
 
-class _Flusher:
-    """Has the disk write while the next blocks are computed, rather than all of a file when it is finished."""
+class _Behind:
+    """Writes while the next blocks are computed, and has the disk write what it has been given meanwhile."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._flushed = file, 0
-        self._thread = ThreadPoolExecutor(1)
-        self._task: Future[None] | None = None
+        self._file = file
+        self._writer, self._flusher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._writes: deque[Future[None]] = deque()
+        self._flush: Future[None] | None = None
+        self._unflushed = 0
 
-    def __enter__(self) -> "_Flusher":
+    def __enter__(self) -> "_Behind":
         return self
 
-    def reached(self, done: int) -> None:
-        """Flush what has been written, where that is much and nothing is being flushed."""
-        if done - self._flushed >= _FLUSHED_BYTES and (self._task is None or self._task.done()):
-            self._file.flush()
-            self._flushed, self._task = done, self._thread.submit(os.fsync, self._file.fileno())
+    def write(self, block: memoryview) -> None:
+        """Append a block, which nobody changes any more; a failed write is raised here, or at the end."""
+        self._writes.append(self._writer.submit(self._write, block))
+        if len(self._writes) > _BLOCKS_BEHIND:
+            self._writes.popleft().result()
 
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown()
+    def _write(self, block: memoryview) -> None:
+        self._file.write(block)
+        self._unflushed += len(block)
+        if self._unflushed >= _FLUSHED_BYTES and (self._flush is None or self._flush.done()):
+            self._unflushed, self._flush = 0, self._flusher.submit(os.fsync, self._file.fileno())
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._writer.shutdown(cancel_futures=kind is not None)
+        self._flusher.shutdown()
+        for write in self._writes if kind is None else ():
+            write.result()
 
 
-def _copy(source: BinaryIO, file: BinaryIO, count: int) -> None:
+def _copy(source: BinaryIO, out: _Behind, count: int) -> None:
     """Hand some bytes on as they are."""
-    buffer = memoryview(bytearray(min(count, _BLOCK_BYTES)))
     while count > 0:
-        _fill(source, block := buffer[:count])
-        file.write(block)
+        block = memoryview(bytearray(min(count, _BLOCK_BYTES)))
+        _fill(source, block)
+        out.write(block)
         count -= len(block)
 
 
 @torch.no_grad()
-def _add(source: BinaryIO, file: BinaryIO, entry: TensorEntry, addition: Addition) -> None:
+def _add(source: BinaryIO, out: _Behind, entry: TensorEntry, addition: Addition) -> None:
     width = entry.shape[-1]
     num_rows = entry.numel // width // addition.num_parts
     step = max(1, _BLOCK_BYTES // (width * entry.dtype.itemsize))
-    values = torch.empty(step, width, dtype=entry.dtype)
     sums = torch.empty(step, width)
     for part in range(addition.num_parts):
         update = addition.part(part)
         for first in range(0, num_rows, step):
             rows = slice(first, min(first + step, num_rows))
-            block, total = values[: rows.stop - first], sums[: rows.stop - first]
+            block, total = torch.empty(rows.stop - first, width, dtype=entry.dtype), sums[: rows.stop - first]
             view = block.view(-1).view(torch.uint8).numpy().data
             _fill(source, view)
             total.copy_(block)
@@ -105,7 +116,7 @@ def _add(source: BinaryIO, file: BinaryIO, entry: TensorEntry, addition: Additio
                     f"{entry.shard}: {entry.key} holds NaN or values too large for {entry.dtype} with the adapter "
                     "added; the adapter or the model is damaged"
                 )
-            file.write(view)
+            out.write(view)
 
 
 def _fill(source: BinaryIO, view: memoryview) -> None:
