@@ -98,7 +98,7 @@ def build_meta_model(
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         initialized = no_init_weights() if shapes_only else nullcontext()
-        with init_empty_weights(include_buffers=False), _LargeTensorsOnMeta(), initialized:
+        with init_empty_weights(include_buffers=False), _NothingForMeta(), initialized:
             return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:
         # Values of wrong types and sizes end in whatever the family's own code stumbles over.
@@ -112,7 +112,7 @@ def build_twin(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config._attn_implementation = "eager"  # not all that a loaded model may use is known to every part of it
-    with init_empty_weights(include_buffers=False), _LargeTensorsOnMeta():
+    with init_empty_weights(include_buffers=False), _NothingForMeta():
         return type(model)(config)
 
 
@@ -124,20 +124,26 @@ def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[Au
     return AutoModelForCausalLM
 
 
-class _LargeTensorsOnMeta(TorchFunctionMode):
-    """Make large tensors on the meta device at once.
+class _NothingForMeta(TorchFunctionMode):
+    """Make large tensors on the meta device at once, and fill none there.
 
     `init_empty_weights` lets a module allocate a parameter and moves it then: 30 GB for one layer of experts of the
-    largest families, which a machine may refuse. Small ones stay real, because buffers are computed from them.
+    largest families, which a machine may refuse. Small ones stay real, because buffers are computed from them. Where
+    there is no memory, torch goes through the drawing of random values without them, which takes most of the time.
     """
 
     _factories = (torch.empty, torch.zeros, torch.ones)
     _large = 2**26
+    _fills = frozenset(("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "constant_", "fill_", "zero_"))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self._fills:
+            filled = args[0] if args else kwargs["tensor"]
+            if filled.is_meta:
+                return filled
         if func in self._factories and "device" not in kwargs:
             sizes = args[0] if args and isinstance(args[0], tuple | list | torch.Size) else args
             if all(isinstance(size, int) for size in sizes) and math.prod(sizes) >= self._large:
