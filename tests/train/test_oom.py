@@ -25,8 +25,12 @@ from tests.train.scarce import ONE_SEQUENCE, SMALL, Reference, Scarce, adapter_b
 
 @pytest.mark.parametrize(
     ("layer", "backward"),
-    [(1, False), (2, True), (3, True), (4, False)],
-    ids=["first forward", "first backward", "second backward", "second forward"],
+    [
+        pytest.param(1, False, id="first forward", marks=pytest.mark.slow),
+        pytest.param(2, True, id="first backward"),
+        pytest.param(3, True, id="second backward", marks=pytest.mark.slow),
+        pytest.param(4, False, id="second forward"),
+    ],
 )
 def test_step_out_of_memory_ends_as_if_micro_batches_had_been_smaller_from_the_start(
     layer: int,
@@ -55,7 +59,8 @@ def test_step_out_of_memory_ends_as_if_micro_batches_had_been_smaller_from_the_s
     assert small["train"]["recoveries"] == []
 
 
-@pytest.mark.parametrize("packing", ["padding-free", "packed", "padded"])
+# All other runs here are padding-free.
+@pytest.mark.parametrize("packing", [pytest.param("padding-free", marks=pytest.mark.slow), "packed", "padded"])
 def test_run_that_recovers_midway_gives_the_adapter_of_the_undisturbed_one_to_rounding(
     packing: str, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

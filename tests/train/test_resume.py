@@ -123,7 +123,13 @@ def killed_runs(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.T
     return files
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+# From a checkpoint in its place the run below resumes by default too.
+SLOW = {"the second checkpoint is there"}
+
+
+@pytest.mark.parametrize(
+    "moment", [pytest.param(each, marks=pytest.mark.slow) if each in SLOW else each for each in MOMENTS]
+)
 def test_resume_after_kill_gives_identical_adapter_and_losses(
     moment: str, killed_runs: dict[str, Path], whole_run: Path
 ) -> None:

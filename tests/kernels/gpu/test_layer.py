@@ -25,6 +25,13 @@ FLOAT32 = {"rtol": 1e-5, "atol": 2e-5}
 HALF = {"rtol": 2**-8, "atol": 2**-8}
 # What takes the interpreter minutes, or goes expert by expert on a GPU too.
 LEFT_OUT = {"more rows than a panel of the fused route holds", "two adapters"}
+# What two other shapes show together, or a smaller one.
+SLOW = {
+    "one token",
+    "biases, SwiGLU by autograd",
+    "biases, without a gate",
+    "a norm after each expert, with biases",
+}
 # An expert is a tile or two of every launch, and takes the interpreter a second: as few as show what the shape is for.
 SMALL = {"hidden": 64, "intermediate": 64, "num_experts": 2}
 FEW = {
@@ -51,7 +58,10 @@ def on_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     SETTINGS.working_set_bytes = None
 
 
-@pytest.mark.parametrize("shape", sorted(set(SHAPES) - LEFT_OUT))
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(each, marks=pytest.mark.slow) if each in SLOW else each for each in sorted(set(SHAPES) - LEFT_OUT)],
+)
 def test_output_and_gradients_are_those_of_plain_arithmetic(on_gpu: str, shape: str) -> None:
     if on_gpu == "dequant_gemm" and shape not in DEQUANTIZED:
         pytest.skip("the same groups as another shape's")
