@@ -303,14 +303,15 @@ def preflight(record: Record) -> Facts:
 
 def settings(record: Record) -> list[tuple[str, str, str]]:
     """(key, value, default) of the run file's values that are not our default; transformers' own are left empty."""
-    known, found = _defaults(), []
+    known, found = defaults(), []
     for key, value in flattened(at(record, "config")).items():
         if key not in known or known[key] != value:
             found.append((key, setting(value), setting(known[key]) if key in known and known[key] is not None else ""))
     return found
 
 
-def _defaults() -> dict[str, Any]:
+def defaults() -> dict[str, Any]:
+    """Values that the run file need not give, by dotted keys; of `training` transformers has them."""
     values = {}
     for name, about in RunConfig.model_fields.items():
         if not about.is_required():

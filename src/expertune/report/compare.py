@@ -1,0 +1,204 @@
+"""Several runs beside each other: settings that differ, scores, cost and curves, for a page and for the terminal."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from expertune.evaluation.metrics import Figure, shown_figures
+from expertune.report.charts import Chart, Drawing, Series, centered_mean, draw, points_of
+from expertune.report.page import render
+from expertune.report.sections import defaults
+from expertune.report.text import printable
+from expertune.report.values import Record, at, count, duration, figure, flattened, number, section, setting, size
+from expertune.storage import write_text
+
+# A run's name is its own, and a resumed run may have set the others otherwise: they change no weight.
+_NOT_COMPARED = ("output_dir", "training.run_name", "training.report_to", "training.disable_tqdm")
+
+_MOST_SETTINGS = 5
+"""Columns of settings that a terminal has room for."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of all runs.
+
+    Attributes:
+        label: what it is.
+        values: of each run, as numbers; None where a run has none.
+        shown: the same for people.
+        best: places of the best, empty where no order is meant or all are alike.
+    """
+
+    label: str
+    values: list[float | None]
+    shown: list[str]
+    best: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What several runs have in common, and what not.
+
+    Attributes:
+        names: of the runs, each another.
+        states: `finished`, `running` and so on.
+        settings: values of each run by the keys of the run file that differ.
+        alike: keys of the run file that are the same everywhere, with their value.
+        scores: scores and losses after training.
+        cost: time, memory and speed.
+        charts: curves over one another.
+    """
+
+    names: list[str]
+    states: list[str]
+    settings: dict[str, list[str]]
+    alike: list[tuple[str, str]]
+    scores: list[Column]
+    cost: list[Column]
+    charts: list[Drawing]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain values, run by run."""
+        return [
+            {
+                "run": name,
+                "status": self.states[place],
+                "settings": {key: values[place] for key, values in self.settings.items()},
+                "scores": {column.label: column.values[place] for column in self.scores},
+                "cost": {column.label: column.values[place] for column in self.cost},
+            }
+            for place, name in enumerate(self.names)
+        ]
+
+
+def compare(runs: Sequence[tuple[str, Record]]) -> Comparison:
+    """Compare the records of runs.
+
+    Args:
+        runs: (run directory, the record's values); sections may be missing.
+    """
+    records = [record for _, record in runs]
+    settings, alike = _settings(records)
+    names = _names([name for name, _ in runs])
+    return Comparison(
+        names,
+        [str(at(record, "run", "status") or "not started") for record in records],
+        settings,
+        alike,
+        _scores(records),
+        [
+            _column("time", [_seconds(record) for record in records], duration, lower=True),
+            _column("peak memory", [number(r, "memory", "peak_bytes") for r in records], size, lower=True),
+            _column("tokens per second", [number(r, "throughput", "tokens_per_second") for r in records], count),
+            _column("steps", [number(r, "train", "steps") for r in records], count, ordered=False),
+        ],
+        _charts(names, records),
+    )
+
+
+def write_comparison(comparison: Comparison, path: Path) -> None:
+    """Write the page of a comparison, whole or not at all."""
+    write_text(path, render("compare.html", comparison=comparison))
+
+
+def render_comparison(comparison: Comparison) -> Table:
+    """The comparison on the terminal: a line for each run; what is best stands in bold."""
+    table = Table(box=None, pad_edge=False, header_style="", padding=(0, 2, 0, 0))
+    table.add_column("run", overflow="fold")
+    settings = list(comparison.settings)[:_MOST_SETTINGS]
+    if more := len(comparison.settings) - len(settings):
+        table.caption, table.caption_justify = f"{more} more settings differ; the page has them", "left"
+    last = [key.rpartition(".")[-1] for key in settings]
+    for key, name in zip(settings, last, strict=True):
+        words = name.replace("_", " ") if last.count(name) == 1 else key  # a header that is cut at words stays narrow
+        table.add_column(printable(words), overflow="fold")
+    columns = [*comparison.scores, *comparison.cost]
+    for column in columns:
+        table.add_column(printable(column.label), justify="right", overflow="fold")
+    for place, name in enumerate(comparison.names):
+        state = comparison.states[place]
+        cells = [Text(printable(name if state == "finished" else f"{name} ({state})"))]
+        cells += [Text(printable(values[place])) for values in map(comparison.settings.__getitem__, settings)]
+        for column in columns:
+            cells.append(Text(column.shown[place], style="bold" if place in column.best else ""))
+        table.add_row(*cells)
+    return table
+
+
+def _names(folders: Sequence[str]) -> list[str]:
+    """The last part of each folder, and more of it where that is no name of one run alone."""
+    parts = [Path(folder).parts or (folder,) for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-length:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{folder} ({place + 1})" for place, folder in enumerate(folders)]
+
+
+def _settings(records: Sequence[Record]) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:
+    known = defaults()
+    flat = [flattened(at(record, "config")) for record in records]
+    keys = [key for key in dict.fromkeys(key for each in flat for key in each) if key not in _NOT_COMPARED]
+    differ, alike = {}, []
+    for key in keys:
+        default = setting(known[key]) if known.get(key) is not None else "not set"
+        values = [setting(each[key]) if key in each else default for each in flat]
+        if len(set(values)) > 1:
+            differ[key] = values
+        else:
+            alike.append((key, values[0]))
+    return differ, alike
+
+
+def _scores(records: Sequence[Record]) -> list[Column]:
+    found: dict[str, Figure] = {}
+    for record in records:
+        found |= {each.name: each for each in shown_figures(section(record, "task", "after"))}
+    columns = [
+        _column(each.label, [number(r, "task", "after", name) for r in records], figure, not each.higher_is_better)
+        for name, each in found.items()
+    ]
+    return [*columns, _column("evaluation loss", [number(r, "eval", "after") for r in records], figure, lower=True)]
+
+
+def _column(
+    label: str,
+    values: list[float | None],
+    show: Callable[[float | None], str],
+    lower: bool = False,
+    ordered: bool = True,
+) -> Column:
+    known = [value for value in values if value is not None]
+    best: frozenset[int] = frozenset()
+    if ordered and len(set(known)) > 1:
+        goal = min(known) if lower else max(known)
+        best = frozenset(place for place, value in enumerate(values) if value == goal)
+    return Column(label, values, [show(value) for value in values], best)
+
+
+def _seconds(record: Mapping[str, Any]) -> float | None:
+    steps = sum(seconds for _, seconds in points_of(at(record, "train", "seconds")))
+    return number(record, "run", "seconds") or steps or None
+
+
+def _charts(names: Sequence[str], records: Sequence[Record]) -> list[Drawing]:
+    drawn = []
+    for title, keys, style, from_zero in (
+        ("Evaluation loss (nats per answer token)", ("eval", "loss"), "dots", True),
+        ("Training loss, mean around each step (nats per answer token)", ("train", "loss"), "line", True),
+        ("Learning rate", ("train", "learning_rate"), "line", True),
+        ("Gradient norm before clipping, mean around each step", ("train", "grad_norm"), "line", True),
+        ("Imbalance of the experts, mean around each step (1 is even)", ("train", "expert_imbalance"), "line", False),
+    ):
+        series = []
+        for place, (name, record) in enumerate(zip(names, records, strict=True)):
+            points = points_of(at(record, *keys))
+            smooth = points if style == "dots" or keys[1] == "learning_rate" else centered_mean(points)
+            series.append(Series(name, smooth, place % 10, "dots" if style == "dots" else "line"))
+        drawn.append(draw(Chart(title, series, from_zero=from_zero)))
+    return [drawing for drawing in drawn if drawing]

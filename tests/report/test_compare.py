@@ -1,0 +1,122 @@
+"""Several runs beside each other, on a page and on the terminal."""
+
+import copy
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from expertune.cli import app
+from expertune.report.compare import compare, render_comparison, write_comparison
+from tests.report.pages import CHROMIUM, browse, require_contained
+
+
+def sweep(record: dict[str, Any], count: int = 10) -> list[tuple[str, dict[str, Any]]]:
+    """Runs that differ in learning rate, and come out worse one after another."""
+    runs = []
+    for place in range(count):
+        run = copy.deepcopy(record)
+        run["config"]["training"]["learning_rate"] = (place + 1) / 1000
+        run["config"]["output_dir"] = f"sweep/{place}"
+        run["task"]["after"]["slot_f1"] = 0.9 - place / 20
+        run["eval"]["after"] = 0.25 + place / 10
+        runs.append((f"sweep/run-{place}", run))
+    return runs
+
+
+def shown(comparison: Any, width: int = 120) -> str:
+    written = io.StringIO()
+    Console(width=width, file=written).print(render_comparison(comparison))
+    return written.getvalue()
+
+
+def test_comparison_names_what_differs_what_is_alike_and_what_is_best(run_record: dict[str, Any]) -> None:
+    compared = compare(sweep(run_record))
+    assert compared.names == [f"run-{place}" for place in range(10)]
+    assert list(compared.settings) == ["training.learning_rate"]
+    assert ("lora.r", "16") in compared.alike
+    best = {column.label: column.best for column in [*compared.scores, *compared.cost]}
+    assert best["slot F1"] == best["evaluation loss"] == {0}
+    assert best["exact match"] == best["peak memory"] == frozenset()  # all alike
+    assert [len(chart.lines) for chart in compared.charts] == [10, 10, 10, 10]
+
+
+def test_setting_that_one_run_leaves_out_is_compared_by_its_default(run_record: dict[str, Any]) -> None:
+    other = copy.deepcopy(run_record)
+    del other["config"]["lora"]
+    compared = compare([("a", run_record), ("b", other)])
+    assert compared.settings == {"lora.r": ["16", "8"]}
+    other["config"]["training"]["warmup_steps"] = 5
+    assert compare([("a", run_record), ("b", other)]).settings["training.warmup_steps"] == ["not set", "5"]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(run_record: dict[str, Any]) -> None:
+    runs = [("x/run", run_record), ("y/run", run_record), ("y/run", run_record)]
+    assert compare(runs[:2]).names == ["x/run", "y/run"]
+    assert len(set(compare(runs).names)) == 3
+
+
+def test_run_that_is_not_finished_or_has_an_old_record_is_compared_too(run_record: dict[str, Any]) -> None:
+    compared = compare([("a", run_record), ("b", {}), ("c", {"run": {"status": "running"}})])
+    assert [column.shown[1] for column in compared.scores] == ["-", "-", "-"]
+    text = shown(compared, 200)
+    assert "b (not started)" in text
+    assert "c (running)" in text
+    assert "1 more settings differ; the page has them" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_table_of_ten_runs_loses_no_character_in_a_narrow_terminal(width: int, run_record: dict[str, Any]) -> None:
+    compared = compare(sweep(run_record))
+    narrow, wide = shown(compared, width), shown(compared, 300)
+    assert max(map(len, narrow.splitlines())) <= width
+    assert sorted("".join(narrow.split())) == sorted("".join(wide.split()))
+
+
+def test_page_of_a_comparison_shows_a_line_for_each_run_and_hostile_names_as_text(
+    run_record: dict[str, Any], tmp_path: Path
+) -> None:
+    runs = sweep(run_record)
+    runs[0] = ("<script>alert(1)\u202e", runs[0][1])
+    runs[1][1]["config"]["training"]["<b onclick=x>"] = "</td><script>"
+    write_comparison(compare(runs), tmp_path / "page.html")
+    page = require_contained((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "run-9 0.01 not set 0.450" in page.text
+    assert "<script>alert(1)\\u202e" in page.text
+    assert "training.<b onclick=x>" in page.text
+    assert "10 runs compared" in page.text
+
+
+def test_command_prints_the_table_and_names_the_page(
+    run_record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, record in sweep(run_record, 3):
+        Path(name).mkdir(parents=True)
+        (Path(name) / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    folders = [name for name, _ in sweep(run_record, 3)]
+    done = CliRunner().invoke(app, ["compare", *folders])
+    assert "run-2" in done.stdout
+    assert done.stderr == "page: comparison.html\n"
+    assert "3 runs compared" in Path("comparison.html").read_text(encoding="utf-8")
+    done = CliRunner().invoke(app, ["compare", *folders, "--json", "--out", "other.html"])
+    assert [run["settings"] for run in json.loads(done.stdout)] == [
+        {"training.learning_rate": value} for value in ("0.001", "0.002", "0.003")
+    ]
+    assert Path("other.html").is_file()
+    assert CliRunner().invoke(app, ["compare", folders[0]]).exit_code == 2
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_browser_runs_the_page_of_a_comparison_on_a_phone(run_record: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    write_comparison(compare(sweep(run_record)), path)
+    probe = "return {wide: document.documentElement.scrollWidth, inner: window.innerWidth};"
+    seen, messages = browse(path.read_text(encoding="utf-8"), tmp_path, 400, probe)
+    assert messages == []
+    assert seen["inner"] == 400
+    assert seen["wide"] <= 400
