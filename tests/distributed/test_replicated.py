@@ -199,7 +199,7 @@ def jobs(budget: int) -> dict[str, list[str]]:
     return of_families(RANKS) | {
         "chosen": train(2, "chosen", [*TWO, f"memory_budget={budget}"]),
         "chosen, back": back_to_step_2("chosen", "chosen-anew"),
-        "chosen anew": train(4, "chosen-anew", [*TWO, "--resume"]),
+        "chosen anew": train(4, "chosen-anew", [*TWO, "training.ddp_timeout=90", "--resume"]),
         "evaluate": command(2, ["evaluate", "chosen"]),
         "three examples on four": train(4, "few-4", [*FOUR, *FEW]),
         "dropout": train(2, "dropout", DROPOUT, {0: NO_WRAPPER, 1: NO_WRAPPER}),

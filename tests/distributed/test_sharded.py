@@ -70,6 +70,18 @@ with open_ranks() as ranks:
     open(f"loaded-{{ranks.rank}}.json", "w").write(json.dumps(found))
 """
 
+# Does not come to a layer that the other rank gathers.
+STOPS_GATHERING = """
+from expertune.distributed.sharded import ExpertSharding
+start, calls = ExpertSharding.start, []
+def late(self, *args):
+    calls.append(args)
+    if len(calls) == 9:
+        time.sleep(9)
+    start(self, *args)
+ExpertSharding.start = late
+"""
+
 FEW_STEPS = [
     *("training.per_device_train_batch_size=2", "training.max_steps=1", "training.eval_strategy=no"),
     "training.save_strategy=no",
@@ -121,6 +133,7 @@ def jobs() -> dict[str, list[str]]:
         "two, back again": back_to_step_2("mixtral-2", "two-parallel"),
         "to parallel": train(2, "two-parallel", [*TWO, *TASK, "distributed.experts=parallel", "--resume"]),
         "not finite": train(2, "nan", [*TWO, *SHARD], {0: NOT_FINITE}),
+        "late": train(2, "late", [*FEW_STEPS, *SHARD, "training.ddp_timeout=3"], {1: STOPS_GATHERING}),
         "scarce": train(2, "scarce", SCARCE_RUN, {0: SCARCE, 1: SCARCE_ANSWERING}),
         "scarce at first": train(2, "scarce-at-first", [*FEW_STEPS, *SHARD], {1: SCARCE_COMPARING}),
     }
@@ -245,6 +258,7 @@ def test_memory_that_runs_out_while_losses_are_compared_on_one_rank_has_all_comp
 
 
 REFUSED = {
+    "late": "error: rank 1 of 2 ended without a word, or kept the others waiting for more than 3 s",
     "not finite": "rank 0: the loss became nan in step 2 on rows.jsonl",
 }
 

@@ -29,7 +29,16 @@ _LOOK_S = 3.0
 _REACH_S = 10.0
 
 # What gloo's and NCCL's own errors say of a connection or of waiting; torch 2.11 to 2.13 raise most as RuntimeError.
-_OF_A_CONNECTION = ("gloo", "NCCL", "ProcessGroup", "onnection closed", "onnection reset", "imed out", "ocket")
+_OF_A_CONNECTION = (
+    "gloo",
+    "NCCL",
+    "ProcessGroup",
+    "onnection closed",
+    "onnection reset",
+    "pair closure",
+    "imed out",
+    "ocket",
+)
 
 
 def console_of(rank: int, console: Console | None) -> Console:

@@ -20,7 +20,7 @@ ADAPTER_FOLDER = "adapter"
 _NAMED_BY_PATH = frozenset({"model", "data.train", "data.eval", "data.template", "lora.init_from"})
 
 # What a resumed run may set otherwise: nothing here changes a single weight.
-_FREE_AT_RESUME = frozenset({"report_to", "run_name", "save_total_limit", "disable_tqdm", "log_level"})
+_FREE_AT_RESUME = frozenset({"report_to", "run_name", "save_total_limit", "disable_tqdm", "log_level", "ddp_timeout"})
 
 
 def open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:
