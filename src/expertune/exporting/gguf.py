@@ -40,6 +40,9 @@ ADAPTER_FILE = "adapter.gguf"
 # Bytes of a weight by the type of a file; of q8_0 34 for 32 weights.
 _NBYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
 _ADAPTER_TYPES = ("f32", "f16", "bf16")
+# Mean differences that rounding makes, of what weights are multiplied by as well: a trained model's log-probabilities
+# are spread wider than its base's, and differ several times as much.
+_FLOORS = {"f32": 1e-3, "f16": 0.05, "bf16": 0.05, "q8_0": 0.15}
 # Positions at which llama.cpp is asked: each is a request of its own.
 _POSITIONS = 32
 
@@ -112,7 +115,7 @@ class _Gguf:
         }
         # From 16-bit weights on, llama.cpp rounds what it multiplies them by as well.
         measure: Literal["max", "mean"] = "max" if kind == "f32" else "mean"
-        return Engine(name, "llamacpp.py", fixed, fixed | exported, measure=measure, floor=1e-3)
+        return Engine(name, "llamacpp.py", fixed, fixed | exported, measure=measure, floor=_FLOORS[kind])
 
     def _base_file(self, source: ExportSource, folder: Path, base: Path, kind: str) -> str:
         """The base model as a GGUF file, written once, beside the export."""
