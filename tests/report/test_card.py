@@ -125,6 +125,7 @@ def test_export_says_in_which_engines_it_was_verified() -> None:
     assert "/home" not in text
     assert "llama-server --model BASE.gguf --lora adapter.gguf" in text
     assert ModelCard(text).data.library_name == "gguf"
+    assert "--max-lora-rank 32" in render_card(subject(form="vllm", rank=32))
 
 
 def test_record_that_came_from_elsewhere_can_bring_no_markup_and_no_traceback() -> None:

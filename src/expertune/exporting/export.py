@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypedDict, Unpack
 
+from expertune.checkpoint.adapter_folder import CONFIG_NAME
+from expertune.checkpoint.json_file import read_mapping
 from expertune.config.arguments import checked
 from expertune.distributed.processes import require_one_process
 from expertune.errors import ExportError, StorageError, option
@@ -139,7 +141,9 @@ def _write_card(
         notify_if_it_fails(
             "the tokenizer", lambda: write_tokenizer(template, source.tokenizer, folder), source.context.notify
         )
-    facts = {"form": form.name, "verification": verification} | ({"where": name} if name else {})
+    facts: dict[str, Any] = {"form": form.name, "verification": verification} | ({"where": name} if name else {})
+    if (adapter := folder / CONFIG_NAME).is_file():
+        facts["rank"] = read_mapping(adapter, fix="export the run again").get("r")
     write_text(folder / CARD_NAME, card_text(card_subject(record.values, config, Path(source.adapter.where), **facts)))
 
 

@@ -46,6 +46,7 @@ class Subject:
         form: the format of an export; None for the adapter in a run directory.
         verification: content of its `verification.json`.
         where: what its users call it: its name on the hub.
+        rank: of an exported adapter, which may be filled up; None means the run's.
     """
 
     record: Mapping[str, Any]
@@ -56,6 +57,7 @@ class Subject:
     form: str | None = None
     verification: Mapping[str, Any] | None = None
     where: str = "THIS-FOLDER"
+    rank: int | None = None
 
     @property
     def base_id(self) -> str | None:
@@ -226,7 +228,9 @@ def _differences(engine: Mapping[str, Any]) -> tuple[Any, Any, Any]:
 
 def _use(subject: Subject) -> str:
     base = subject.base_id or "BASE"
-    return _USE.get(subject.form or "peft", "").format(base=base, rank=subject.config.lora.r, where=subject.where)
+    return _USE.get(subject.form or "peft", "").format(
+        base=base, rank=subject.rank or subject.config.lora.r, where=subject.where
+    )
 
 
 def _prompt(subject: Subject) -> str:
