@@ -59,13 +59,21 @@ class _Behind:
         self._writer, self._flusher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._writes: deque[Future[None]] = deque()
         self._flush: Future[None] | None = None
-        self._unflushed = 0
+        self._unflushed = self._given = 0
+        self._buffers = [bytearray(_BLOCK_BYTES) for _ in range(_BLOCKS_BEHIND + 2)]
 
     def __enter__(self) -> "_Behind":
         return self
 
+    def buffer(self, nbytes: int) -> memoryview:
+        """Room for the next block that is written; what was given out before is not waited for any more."""
+        self._given = (self._given + 1) % len(self._buffers)
+        if len(self._buffers[self._given]) < nbytes:
+            self._buffers[self._given] = bytearray(nbytes)
+        return memoryview(self._buffers[self._given])[:nbytes]
+
     def write(self, block: memoryview) -> None:
-        """Append a block, which nobody changes any more; a failed write is raised here, or at the end."""
+        """Append a block of `buffer`; a failed write is raised here, or at the end."""
         self._writes.append(self._writer.submit(self._write, block))
         if len(self._writes) > _BLOCKS_BEHIND:
             self._writes.popleft().result()
@@ -86,7 +94,7 @@ class _Behind:
 def _copy(source: BinaryIO, out: _Behind, count: int) -> None:
     """Hand some bytes on as they are."""
     while count > 0:
-        block = memoryview(bytearray(min(count, _BLOCK_BYTES)))
+        block = out.buffer(min(count, _BLOCK_BYTES))
         _fill(source, block)
         out.write(block)
         count -= len(block)
@@ -102,8 +110,9 @@ def _add(source: BinaryIO, out: _Behind, entry: TensorEntry, addition: Addition)
         update = addition.part(part)
         for first in range(0, num_rows, step):
             rows = slice(first, min(first + step, num_rows))
-            block, total = torch.empty(rows.stop - first, width, dtype=entry.dtype), sums[: rows.stop - first]
-            view = block.view(-1).view(torch.uint8).numpy().data
+            total = sums[: rows.stop - first]
+            view = out.buffer(total.numel() * entry.dtype.itemsize)
+            block = torch.frombuffer(view, dtype=entry.dtype).view(total.shape)
             _fill(source, view)
             total.copy_(block)
             if isinstance(update, Tensor):
@@ -111,10 +120,10 @@ def _add(source: BinaryIO, out: _Behind, entry: TensorEntry, addition: Addition)
             else:
                 total.addmm_(update[0][rows], update[1])
             block.copy_(total)
-            if not total.sum().isfinite() or (block.dtype == torch.float16 and not block.isfinite().all()):
+            if block.dtype == torch.float16 and not block.isfinite().all():
                 raise ExportError(
-                    f"{entry.shard}: {entry.key} holds NaN or values too large for {entry.dtype} with the adapter "
-                    "added; the adapter or the model is damaged"
+                    f"{entry.shard}: {entry.key} has values too large for float16 with the adapter added; export the "
+                    "adapter by itself, e.g. with --to peft"
                 )
             out.write(view)
 
