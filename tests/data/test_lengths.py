@@ -3,7 +3,7 @@ import struct
 import pytest
 
 from expertune.data import plot_lengths
-from expertune.data.examples import length_summary
+from expertune.data.examples import length_histogram, length_summary
 from tests.processes import run_program
 
 
@@ -47,3 +47,8 @@ def test_drawing_does_not_touch_pyplot(tmp_path):
 )
 def test_length_summary_gives_lengths_that_examples_have(lengths, expected):
     assert length_summary(lengths) == expected
+
+
+def test_histogram_of_lengths_counts_every_example_once():
+    assert length_histogram([7, 7, 1, 4], bins=7) == {"width": 1.0, "counts": [0, 1, 0, 0, 1, 0, 2]}
+    assert length_histogram([0], bins=2) == {"width": 0.5, "counts": [1, 0]}

@@ -107,7 +107,14 @@ class Tally:
             "num_tokens": self._num_tokens,
             "num_label_tokens": self._num_label_tokens,
             "length": length_summary(lengths),
+            "length_histogram": length_histogram(lengths),
         }
+
+
+def length_histogram(lengths: Sequence[int] | np.ndarray, bins: int = 20) -> dict[str, Any]:
+    """How many lengths lie in each of equally wide bins from 0 to the longest: their `width` in tokens and `counts`."""
+    counts, edges = np.histogram(lengths, bins, range=(0, max(int(np.max(lengths)), 1)))
+    return {"width": float(edges[1]), "counts": counts.tolist()}
 
 
 def length_summary(lengths: Sequence[int] | np.ndarray) -> dict[str, int]:
