@@ -14,6 +14,7 @@ import expertune
 from expertune.cli import app
 from expertune.config import check_training_arguments, parse_config
 from expertune.distributed.mesh import Ranks, open_ranks
+from expertune.distributed.output import is_of_a_connection
 from expertune.distributed.processes import Launch, launched, require_one_process
 from expertune.errors import ConfigError
 from expertune.placement.device import training_device
@@ -99,6 +100,21 @@ def test_port_at_which_another_program_listens_is_refused(
     for thread in threading.enumerate():
         if thread.name == "rendezvous":  # torch says something when the other program has ended
             thread.join()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[pair.cc:553] Connection closed by peer [127.0.0.1]:7902",
+        "[unbound_buffer.cc:81] Timed out waiting 3000ms for recv operation to complete",
+        "Application timeout caused pair closure",
+        "NCCL communicator was aborted on rank 1",
+    ],
+)
+def test_error_of_a_collective_is_told_from_others(words: str) -> None:
+    assert is_of_a_connection(RuntimeError(words))
+    assert not is_of_a_connection(ConfigError(words))
+    assert not is_of_a_connection(RuntimeError("The size of tensor a (2) must match the size of tensor b (3)"))
 
 
 @pytest.mark.parametrize("launcher", ONE)

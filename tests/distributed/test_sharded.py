@@ -26,6 +26,7 @@ from tests.distributed.test_replicated import (
     back_to_step_2,
     of_families,
     train,
+    write_place,
 )
 
 SHARD = ["distributed.experts=shard"]
@@ -133,7 +134,6 @@ def jobs() -> dict[str, list[str]]:
         "two, back again": back_to_step_2("mixtral-2", "two-parallel"),
         "to parallel": train(2, "two-parallel", [*TWO, *TASK, "distributed.experts=parallel", "--resume"]),
         "not finite": train(2, "nan", [*TWO, *SHARD], {0: NOT_FINITE}),
-        "late": train(2, "late", [*FEW_STEPS, *SHARD, "training.ddp_timeout=3"], {1: STOPS_GATHERING}),
         "scarce": train(2, "scarce", SCARCE_RUN, {0: SCARCE, 1: SCARCE_ANSWERING}),
         "scarce at first": train(2, "scarce-at-first", [*FEW_STEPS, *SHARD], {1: SCARCE_COMPARING}),
     }
@@ -257,8 +257,17 @@ def test_memory_that_runs_out_while_losses_are_compared_on_one_rank_has_all_comp
     assert [change["error"] for change in record["recoveries"]] == ["on rank 1: Tried to allocate 2.00 GiB"]
 
 
+@pytest.mark.slow
+def test_rank_that_does_not_come_to_a_layer_is_named(tmp_path: Path) -> None:
+    folder = write_place(tmp_path / "place")
+    late = train(2, "late", [*FEW_STEPS, *SHARD, "training.ddp_timeout=3"], {1: STOPS_GATHERING})
+    place = Place(folder, run_jobs({"late": late}, folder, BEFORE))
+    assert place.statuses("late") == [2, 2], place.said("late")
+    assert place.said("late").count("error:") == 1, place.said("late")
+    assert "rank 1 of 2 ended without a word, or kept the others waiting for more than 3 s" in place.said("late")
+
+
 REFUSED = {
-    "late": "error: rank 1 of 2 ended without a word, or kept the others waiting for more than 3 s",
     "not finite": "rank 0: the loss became nan in step 2 on rows.jsonl",
 }
 
