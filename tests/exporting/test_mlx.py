@@ -15,8 +15,8 @@ from torch import Tensor
 
 import expertune.exporting.engines
 from expertune.checkpoint.formats.mxfp4 import dequantize_mxfp4
-from expertune.errors import ExportError
-from expertune.exporting.formats import Options
+from expertune.errors import ConfigError, ExportError
+from expertune.exporting.formats import Options, make_format
 from expertune.exporting.mlx import make
 from expertune.exporting.source import ExportSource
 from tests.checkpoint.formats.test_mxfp4 import pack_blocks
@@ -208,3 +208,9 @@ def test_export_without_mlx_lm_says_how_to_install_it(family_folder: FolderOf) -
     source = random_source(family_folder("mixtral"))
     with pytest.raises(ExportError, match=r"not installed: pip install 'expertune\[mlx\]' .*glibc 2\.35"):
         make("mlx", Options()).require(source)
+
+
+@pytest.mark.parametrize("name", ["mlx", "mlx-merged", "vllm", "peft"])
+def test_base_that_a_format_has_no_choice_of_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--base dequantized: --to {name} has no choice of it; merged, gguf have"):
+        make_format(name, Options("dequantized"))

@@ -14,3 +14,6 @@ FORMATS = {
 
 TYPED = ("gguf-adapter", "gguf")
 """Those whose numbers a user may choose."""
+
+MERGED = ("merged", "gguf")
+"""Whole models, whose base a user may choose."""
