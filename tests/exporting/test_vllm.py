@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,15 +14,15 @@ from expertune.checkpoint.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
 from expertune.errors import ExportError
 from expertune.exporting.formats import Options, Verdict
 from expertune.exporting.source import ExportSource
-from expertune.exporting.vllm import VllmAdapter, make
+from expertune.exporting.vllm import VLLM_PYTHON, VllmAdapter, make, vllm_python
 from tests.exporting.sources import random_source
 from tests.families.build import tiny_config
 from tests.tiny_models import FolderOf, save_random
 
 Tensors = dict[str, Tensor]
 
-installed = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: pip install vllm")
-absent = pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+installed = pytest.mark.skipif(vllm_python() is None, reason=f"needs {VLLM_PYTHON}: the python of vLLM's environment")
+absent = pytest.mark.skipif(vllm_python() is not None, reason="asks vLLM where it is installed")
 
 
 def swap_w1_and_w3(tensors: Tensors, config: dict[str, float]) -> None:
@@ -163,3 +162,12 @@ def test_wrong_adapter_is_told_apart_by_vllms_loader(
     verdict = loaded(form, source, tmp_path)
     assert verdict.verdict == "failed"
     assert reason in str(verdict.reason)
+
+
+@absent
+def test_export_without_vllm_is_not_verified_and_says_how_to_have_it(family_folder: FolderOf, tmp_path: Path) -> None:
+    source = random_source(family_folder("mixtral"))
+    (engine,) = written(source, tmp_path).engines(source, tmp_path, source.base.folder)
+    assert engine.missing == (
+        "pip install vllm in an environment of its own, and set EXPERTUNE_VLLM_PYTHON to its python"
+    )

@@ -8,6 +8,8 @@ Read from vLLM 0.32. Shape suffixes: E experts, r rank.
 """
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -32,7 +34,10 @@ from expertune.exporting.source import ExportSource, Place
 from expertune.storage import write_json
 
 _PROGRAM = "vllm_loader.py"
-_INSTALL = "pip install vllm"
+VLLM_PYTHON = "EXPERTUNE_VLLM_PYTHON"
+"""Names the interpreter of an environment with vLLM, which needs another transformers than Expertune does."""
+
+_INSTALL = f"pip install vllm in an environment of its own, and set {VLLM_PYTHON} to its python"
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's `--max-lora-rank` may be (`MaxLoRARanks`)."""
 _ORDER = ("gate", "down", "up")
@@ -53,7 +58,7 @@ class VllmAdapter:
     def require(self, source: ExportSource) -> None:
         """Refuse a rank that is too large, and a family that vLLM takes no adapters for."""
         self._leaves = dict(source.names.projection_names)
-        if find_spec("vllm") is None:
+        if vllm_python() is None:
             self._stacked = _is_stacked_on_disk(source)
         else:
             described = _ask(source, {})
@@ -82,7 +87,7 @@ class VllmAdapter:
     def engines(self, source: ExportSource, folder: Path, base: Path) -> list[Engine]:
         """vLLM's loader, whose tensors are compared: its kernels for experts run on GPUs alone."""
         case = {"adapter": str(folder), "rank": self._rank(source)}
-        missing = None if find_spec("vllm") else _INSTALL
+        missing = None if vllm_python() else _INSTALL
         return [Engine("vLLM's loader", _PROGRAM, {}, case, missing=missing, verdict=self._verdict)]
 
     def _verdict(self, source: ExportSource, engine: Engine) -> Verdict:
@@ -183,6 +188,11 @@ def make(name: str, options: Options) -> VllmAdapter:
     return VllmAdapter()
 
 
+def vllm_python() -> str | None:
+    """The interpreter that has vLLM; None where there is none."""
+    return os.environ.get(VLLM_PYTHON) or (sys.executable if find_spec("vllm") else None)
+
+
 def _ask(source: ExportSource, request: dict[str, Any], scratch: Path | None = None) -> dict[str, Any]:
     """What vLLM says of a family, and what it makes of an adapter."""
     with TemporaryDirectory(prefix="expertune-vllm-") as folder:
@@ -191,7 +201,8 @@ def _ask(source: ExportSource, request: dict[str, Any], scratch: Path | None = N
         (Path(folder) / "model").mkdir()
         write_json(Path(folder) / "model" / "config.json", config)
         path = (scratch or Path(folder)) / "request.json"
-        run_program(_PROGRAM, {"config": f"{folder}/model", **request}, path, "--to vllm: vLLM does not take it")
+        python = vllm_python() or sys.executable
+        run_program(_PROGRAM, {"config": f"{folder}/model", **request}, path, "--to vllm: vLLM refuses", python)
         found: dict[str, Any] = json.loads(path.with_name("described.json").read_text(encoding="utf-8"))
         return found
 

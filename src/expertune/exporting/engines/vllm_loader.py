@@ -16,6 +16,8 @@ which only GPUs have. Read from vLLM 0.32, private names of `LoRAModelManager` i
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,12 @@ import vllm
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.distributed import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.layers import FusedMoE3DWithLoRA, FusedMoEWithLoRA
 from vllm.lora.lora_model import LoRAModel
@@ -59,9 +66,7 @@ def main() -> None:
         skip_tokenizer_init=True,
         load_format="dummy",
     ).create_engine_config()
-    with set_current_vllm_config(config):
-        init_distributed_environment(1, 0, f"file://{path}.group", 0, "gloo")
-        initialize_model_parallel(1, 1)
+    with set_current_vllm_config(config), alone(path):
         with torch.device("meta"):
             model = initialize_model(vllm_config=config)
         if not supports_lora(model):
@@ -76,6 +81,18 @@ def main() -> None:
             found = manager.load(request["adapter"], config, request["names"])
             versions = {"engine": f"vLLM {vllm.__version__}"}
             save_file(found, str(path.with_name("loaded.safetensors")), versions)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """A group of this process alone; torch writes a warning after the last error where one is left."""
+    init_distributed_environment(1, 0, f"file://{path}.group", 0, "gloo")
+    initialize_model_parallel(1, 1)
+    try:
+        yield
+    finally:
+        destroy_model_parallel()
+        destroy_distributed_environment()
 
 
 class Experts(FusedMoEWithLoRA):
