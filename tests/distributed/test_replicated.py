@@ -134,6 +134,8 @@ promises.seal = seal
 """
 OTHER_VERSION = """
 import importlib.metadata
+from expertune.run import record
+record._versions.cache_clear()  # of the run that was made before
 version = importlib.metadata.version
 importlib.metadata.version = lambda name: "0.0.1" if name == "peft" else version(name)
 """
