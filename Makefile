@@ -66,6 +66,7 @@ $(VENV)/.runtime: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.development: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
+	@$(PIP) --only-binary mlx,mlx-cpu --editable '.[mlx]' || echo "MLX has no wheel for this machine; its tests are skipped"
 	@touch $@ $(VENV)/.runtime
 
 .venv-oldest/.development .venv-newest/.development: .venv-%/.development: pyproject.toml constraints-%.txt
