@@ -71,7 +71,7 @@ def test_disk_that_fails_under_any_command_is_one_error(arguments: list[str], mo
     def load(run_dir: Path) -> None:
         raise OSError(errno.EIO, "Input/output error", f"{run_dir}/record.json")
 
-    monkeypatch.setattr("expertune.cli.RunRecord.load", load)
+    monkeypatch.setattr("expertune.run.record.RunRecord.load", load)
     ended = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert ended.exit_code == 2
     assert (

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from expertune.api import finetune, plan
     from expertune.exporting.export import export
     from expertune.models import attach, load_adapter, load_model, quantize
-    from expertune.run.inference import Run, evaluate, generate, open_run
+    from expertune.run.evaluation import evaluate
+    from expertune.run.inference import Run, generate, open_run
 
 __version__ = _version("expertune")
 __all__ = [
@@ -50,7 +51,8 @@ _MODULES = {
     "exporting.export": ("export",),
     "models": ("attach", "load_adapter", "load_model", "quantize"),
     "planning": ("make_plan",),  # the earlier name of `plan`, of a RunConfig alone
-    "run.inference": ("Run", "evaluate", "generate", "open_run"),
+    "run.evaluation": ("evaluate",),
+    "run.inference": ("Run", "generate", "open_run"),
 }
 
 # From here on `AutoModelForCausalLM.from_pretrained` reads NF4 folders, and PEFT's calls adapt experts.

@@ -39,6 +39,7 @@ from expertune.report.card import CARD_NAME
 from expertune.report.figures import summary_figure, write_png
 from expertune.report.summary import render_summary
 from expertune.run.agreement import choose_experts, machine_for_all, require_same_start, share_batch, share_experts
+from expertune.run.base_model import load_base
 from expertune.run.beside import write_card, write_tokenizer
 from expertune.run.context import RunContext
 from expertune.run.directory import (
@@ -50,7 +51,7 @@ from expertune.run.directory import (
     stops_recorded,
     write_report,
 )
-from expertune.run.inference import OpenOptions, Run, after_training, load_base
+from expertune.run.inference import OpenOptions, Run, after_training
 from expertune.run.inputs import Inputs, note_stock_refusal, probe_batch, read_inputs
 from expertune.run.lock import hold_run_directory
 from expertune.run.progress import Bars

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 import expertune
-from expertune.cli import _LIBRARIES, main
+from expertune.cli import main
+from expertune.cli.arguments import LIBRARIES
 from expertune.run.record import RunRecord
 
 RUN_FILE = "model: base\ndata: {train: rows.jsonl}\noutput_dir: runs/first\n"
@@ -20,7 +21,7 @@ def run(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     # What a command changes in its process is undone.
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    levels = {name: logging.getLogger(name).level for name in _LIBRARIES}
+    levels = {name: logging.getLogger(name).level for name in LIBRARIES}
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["expertune", *arguments])

@@ -244,7 +244,7 @@ class TaskConfig(Section):
     @field_validator("metric")
     @classmethod
     def _is_registered(cls, value: str | None, info: ValidationInfo) -> str | None:
-        """A run that is opened needs its metric only to be scored; see `expertune.run.inference.evaluate`."""
+        """A run that is opened needs its metric only to be scored; see `expertune.run.evaluation.evaluate`."""
         if value is not None and value not in METRICS and not (info.context or {}).get("opened"):
             raise unknown_name("no metric of this name is registered", METRICS)
         return value

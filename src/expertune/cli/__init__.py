@@ -1,0 +1,92 @@
+"""The command line: thin commands over `expertune`, which a file for each kind of command has.
+
+Results go to stdout, everything else to stderr. Exit code 0 is success, 2 an error that the user can fix, 130 Ctrl-C;
+a traceback means a bug. torch and transformers are imported by the command that needs them, so that `--help`, a typing
+mistake or a bad run file answers at once.
+"""
+
+import os
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+
+import expertune
+from expertune.cli.files import export, quantize
+from expertune.cli.finished import chat, evaluate, generate
+from expertune.cli.pages import compare, doctor, report
+from expertune.cli.training import data, plan, train
+from expertune.errors import ExpertuneError
+from expertune.kernels.threads import prepare_threads
+from expertune.storage import failure
+from expertune.terminal import log, log_error
+
+
+class _Commands(typer.core.TyperGroup):
+    """The commands, which turn an error that a user can fix into one message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the arguments name."""
+        with warnings.catch_warnings():  # `_silence_libraries` is undone where a program runs a command in-process
+            try:
+                return super().invoke(ctx)
+            except ExpertuneError as error:
+                log_error(error)
+                raise typer.Exit(2) from None
+            except OSError as error:
+                # A failed read or write is the user's to fix; a closed pipe is handled by `main`.
+                if (reason := failure(error)) is None:
+                    raise
+                log(f"expertune: error: {reason}")
+                raise typer.Exit(2) from None
+            except KeyboardInterrupt:
+                log("expertune: interrupted")
+                raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    name="expertune",
+    cls=_Commands,
+    help="Fine-tune mixture-of-experts language models whose experts are frozen in 4 bits (QLoRA).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """The console script `expertune`.
+
+    Raises:
+        SystemExit: always, with the exit code.
+    """
+    prepare_threads()  # before the command imports torch
+    try:
+        try:
+            app(prog_name="expertune")
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone (`| head`). Python would fail once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"expertune {expertune.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+for _command in (plan, data, train, evaluate, generate, chat, quantize, export, report, compare, doctor):
+    app.command()(_command)

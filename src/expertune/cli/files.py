@@ -1,0 +1,122 @@
+"""The commands that write a model or an adapter in another form: quantize, export."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+import expertune
+from expertune import RunRecord
+from expertune.cli.arguments import Adapter, BaseModel, Json, RunDir, TrustRemoteCode, Verbose
+from expertune.exporting import FORMATS
+from expertune.terminal import log, print_json, stdout_for_results, writing
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a hub id.")],
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="The folder to write; new or empty.")] = None,
+    double_quantization: Annotated[
+        bool | None,
+        typer.Option(
+            "--double-quantization/--no-double-quantization", help="Hold the scales in 8 bits (on by default)."
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(help="Of what stays unquantized; auto keeps each tensor's own."),
+    ] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Only hash the files of an NF4 folder again.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a model's 4-bit weights into a folder that loads at reading speed. Prints the folder.
+
+    Shards of a hub model are fetched one by one and deleted after use. The same command resumes after an interruption.
+    `expertune quantize --verify FOLDER` checks a folder.
+    """
+    if verify:
+        _verify(Path(out or model))
+        return
+    if out is None:
+        raise typer.BadParameter("give the folder to write", param_hint="OUT")
+    try:
+        with stdout_for_results(), writing("quantize") as progress:
+            expertune.quantize(
+                model,
+                out,
+                double_quantization=double_quantization,
+                dtype=dtype,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        log(f"expertune: interrupted; the same command resumes {out}")
+        raise typer.Exit(130) from None
+    print(out)
+
+
+def _verify(folder: Path) -> None:
+    with stdout_for_results():
+        from expertune.checkpoint.verified import verify
+
+        count = verify(folder)
+    print(f"{folder}: {count} files are as they were written")
+
+
+def export(
+    run_dir: RunDir,
+    to: Annotated[str, typer.Option(metavar="FORMAT", help=f"The form to write: {', '.join(FORMATS)}.")],
+    adapter: Adapter = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The folder to write; RUN_DIR/exports/FORMAT by default.")
+    ] = None,
+    base: Annotated[
+        Literal["source", "dequantized"],
+        typer.Option(help="Weights of a merged model: the checkpoint's, or those that the adapter was trained beside."),
+    ] = "source",
+    type_: Annotated[
+        str | None, typer.Option("--type", metavar="TYPE", help="Numbers of a GGUF file: f32, f16, bf16 or q8_0.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Run the export in the engine that reads it, and compare.")
+    ] = True,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Send it to this repository of the Hugging Face hub as well.")
+    ] = None,
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Of a repository that is made; by default the owner's choice."),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    model: BaseModel = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a run's adapter, or base and adapter as one model, in the form that an engine reads. Prints the folder.
+
+    Exit code 2 where the engine computes something else from it than it should.
+    """
+    RunRecord.load(run_dir)
+    with stdout_for_results(), writing("export") as progress:
+        exported = expertune.export(
+            run_dir,
+            to,
+            adapter=adapter,
+            out=out,
+            base=base,
+            type=type_,
+            verify=verify,
+            trust_remote_code=trust_remote_code,
+            model=model,
+            progress=progress,
+            push_to_hub=push_to_hub,
+            private=private,
+        )
+    if as_json:
+        print_json(exported.to_json())
+    else:
+        print(exported.folder)
+        if exported.url:
+            print(exported.url)

@@ -1,0 +1,101 @@
+"""The commands up to a trained run: plan, data, train."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import expertune
+from expertune import load_config
+from expertune.cli.arguments import Json, Overrides, RunFile, TrustRemoteCode, Verbose
+from expertune.distributed.processes import launched
+from expertune.run.directory import after_interruption
+from expertune.run.signals import Terminated
+from expertune.terminal import log, log_error, print_json, print_table, stdout_for_results
+
+
+def plan(
+    run: RunFile,
+    overrides: Overrides = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory to plan for, e.g. 24GB, above memory_budget.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A GPU to plan for without having it, e.g. rtx-4090.")
+    ] = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="How many devices to plan for: what each holds and sends."),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what a run needs, tensor by tensor, whether it fits, and how long a step takes. Loads no weights.
+
+    Exit code 2 where it does not fit.
+    """
+    config = load_config(run, overrides or (), starts=False)
+    with stdout_for_results():
+        made = expertune.plan(config, gpu=gpu, memory=memory, devices=devices, trust_remote_code=trust_remote_code)
+    if as_json:
+        print_json(made.to_json())
+    else:
+        print_table(made.render())
+    if not made.fits:
+        # The table above has all of it; a second one in the error would only push it off the screen.
+        log(f"expertune: error: {made.model} does not fit; see what to give up above")
+        raise typer.Exit(2)
+
+
+def data(
+    run: RunFile,
+    overrides: Overrides = None,
+    examples: Annotated[int, typer.Option(min=0, help="How many examples of each source to show.")] = 3,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what a run would be trained on: layout, template, columns, and examples with their trained part marked.
+
+    Checks every example as a run does. Needs the model's tokenizer alone; loads no weights and writes nothing.
+    """
+    config = load_config(run, overrides or (), starts=False)
+    with stdout_for_results():
+        from expertune.data.preview import preview_run
+        from expertune.report.preview import render_preview
+
+        shown = preview_run(config, examples, trust_remote_code)
+    if as_json:
+        print_json(shown)
+        return
+    for part, preview in shown.items():
+        if preview:
+            print_table(render_preview(part, preview, max_chars=4000))
+
+
+def train(
+    run: RunFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    verbose: Verbose = False,
+) -> None:
+    """Fine-tune as the run file says, or as the run of a record was. Prints the run directory."""
+    config = load_config(run, overrides or (), resume)
+    try:
+        with stdout_for_results():
+            from rich.console import Console
+
+            console = Console(stderr=True, soft_wrap=True)
+            finished = expertune.finetune(config, resume=resume, console=console, trust_remote_code=trust_remote_code)
+    except (KeyboardInterrupt, Terminated) as stop:
+        options = ["--trust-remote-code"] if trust_remote_code else []
+        command = shlex.join(["expertune", "train", str(run), *(overrides or ()), *options])
+        count = launched().world_size
+        as_before = f"in {count} processes as before, " if count > 1 else ""
+        goes_on = after_interruption(Path(config.output_dir), command)
+        log_error(stop, f"{str(stop) or 'interrupted'}; {as_before}{goes_on}")
+        raise typer.Exit(stop.exit_code if isinstance(stop, Terminated) else 130) from None
+    finished.context.ranks.on_main(lambda: print(finished.output_dir))

@@ -1,0 +1,53 @@
+"""The base model of a run, with its experts where they belong."""
+
+from collections.abc import Mapping
+
+from expertune.checkpoint.hub import ModelSource
+from expertune.checkpoint.load import LoadedModel, OffloadedExperts, load_model
+from expertune.kernels.routes import use_settings
+from expertune.layers.varlen_attention import use_sdpa_attention
+from expertune.placement.device import make_kernel_settings, resolve_compute_dtype
+from expertune.placement.experts import Location, expert_reader, place_experts
+from expertune.planning.devices import Machine
+from expertune.planning.plan import plan_for
+from expertune.run.context import RunContext
+
+
+def recorded_places(context: RunContext, source: ModelSource) -> Mapping[str, Location]:
+    """Where a run that is opened has its experts: where its record says, if each of its processes had all of them.
+
+    Otherwise each held a part of what is now held by one process, which is planned anew.
+    """
+    record, config = context.record, context.config
+    train = record.section("train")
+    if train.get("experts", "replicate") == "replicate" and train.get("processes_sharing_experts", 1) == 1:
+        places: Mapping[str, Location] = record.section("placement").get("places", {})
+        return places
+    lora = config.lora.model_copy(update={"init_from": None})  # which need not be there any more
+    alone = config.model_copy(update={"model": str(source.folder), "lora": lora})
+    return plan_for(alone, Machine.of(alone, devices=1), trust_remote_code=source.trust_remote_code).placement
+
+
+def load_base(context: RunContext, source: ModelSource, places: Mapping[str, Location]) -> LoadedModel:
+    """The model with its experts at their locations; a run that is opened again has what its record says."""
+    config, device = context.config, context.device
+    recorded = context.record.section("kernels")
+    settings = make_kernel_settings(config.kernels, recorded.get("crossover"), recorded.get("gemm"))
+    dtype = resolve_compute_dtype(config.quantization.compute_dtype, device)
+    loaded = load_model(
+        source.folder,
+        config.quantization,
+        dtype,
+        device,
+        source.trust_remote_code,
+        OffloadedExperts(
+            expert_reader(places, device),
+            [name for name, place in places.items() if place == "host"],
+            context.sharing,
+        ),
+    )
+    use_settings(loaded.model, settings)
+    place_experts(loaded.model, places, device, source.folder)
+    if config.data.packing == "padded":
+        use_sdpa_attention(loaded.model)
+    return loaded
