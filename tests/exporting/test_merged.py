@@ -1,15 +1,19 @@
 """Base and adapter as one model: what each weight becomes, files as in the source, and what is refused."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING
 
 from expertune.checkpoint.quantize import quantize
 from expertune.errors import ExportError
+from expertune.exporting import merging
 from expertune.exporting.engines.trained import dequantized
 from expertune.exporting.formats import Options
 from expertune.exporting.merged import MANIFEST, Merged, MergedIntoDequantized, make
@@ -105,6 +109,26 @@ def test_merge_that_was_killed_goes_on_with_the_shards_that_are_not_finished(
     assert {name: path.read_bytes() for name, path in files_of(out).items()} == {
         name: path.read_bytes() for name, path in whole.items()
     }
+
+
+def test_failed_write_that_the_system_tells_of_once_is_raised_and_no_shard_is_put_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = tmp_path / "model.safetensors"
+    save_file({"weight": torch.ones(4, 4)}, shard)
+    calls: list[int] = []
+
+    def fsync(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(merging, "_FLUSHED_BYTES", 1)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        merging.merge_shard(shard, tmp_path / "out" / shard.name, {}, nothing)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_what_another_adapter_has_started_is_not_gone_on_with(sharded: ExportSource, tmp_path: Path) -> None:

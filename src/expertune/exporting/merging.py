@@ -82,13 +82,21 @@ class _Behind:
         self._file.write(block)
         self._unflushed += len(block)
         if self._unflushed >= _FLUSHED_BYTES and (self._flush is None or self._flush.done()):
+            self._require_flushed()
             self._unflushed, self._flush = 0, self._flusher.submit(os.fsync, self._file.fileno())
+
+    def _require_flushed(self) -> None:
+        """Raise what the last flush met: the system tells of a failed write once, and a later flush succeeds."""
+        if self._flush is not None:
+            self._flush.result()
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._writer.shutdown(cancel_futures=kind is not None)
         self._flusher.shutdown()
-        for write in self._writes if kind is None else ():
-            write.result()
+        if kind is None:
+            for write in self._writes:
+                write.result()
+            self._require_flushed()
 
 
 def _copy(source: BinaryIO, out: _Behind, count: int) -> None:
