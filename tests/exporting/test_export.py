@@ -13,6 +13,10 @@ import expertune
 from expertune.cli import app
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError, ExportError, StorageError
+from expertune.exporting.formats import Engine, Verdict
+from expertune.exporting.merged import Merged
+from expertune.exporting.place import hold_partial
+from expertune.exporting.source import ExportSource
 from tests.train.conftest import rows_file, run_values, small_mixtral, write_small_mixtral
 
 __all__ = ["rows_file", "run_values", "small_mixtral"]  # fixtures
@@ -129,3 +133,62 @@ def test_disk_that_is_too_small_is_said_before_anything_is_written(
 def test_format_that_there_is_not_is_refused_by_name(asked: str, message: str, copied: Path) -> None:
     with pytest.raises(ConfigError, match=rf"--to {asked}: no such format.*{message}"):
         expertune.export(copied, asked)
+
+
+def test_second_export_to_the_same_folder_is_refused_while_the_first_writes(copied: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with hold_partial(out) as partial:
+        (partial / "first.txt").write_text("first")
+        with pytest.raises(ConfigError, match=r"out\.partial: process \d+ .* is writing an export here.*another --out"):
+            expertune.export(copied, "peft", out=out, verify=False)
+        assert (partial / "first.txt").read_text() == "first"
+    expertune.export(copied, "peft", out=out, verify=False)
+    names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in out.iterdir()} == names
+    assert not partial.exists()
+
+
+def test_neighbor_folder_that_no_export_has_made_is_left_alone(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "notes.txt").write_text("mine")
+    with pytest.raises(ExportError, match=r"out\.partial: no export has written it"):
+        expertune.export(copied, "peft", out=tmp_path / "out", verify=False)
+    assert (tmp_path / "out.partial" / "notes.txt").read_text() == "mine"
+
+
+def test_places_that_cannot_be_taken_are_refused_by_name(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path / "here")
+    for out, message in (
+        (".", r"here: the working directory.*--out DIR"),
+        ("../file/in", r"/file: a file; give a new"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            expertune.export(copied, "peft", out=out, verify=False)
+
+
+class Failing(Merged):
+    """A format whose engine finds it wrong."""
+
+    def engines(self, source: ExportSource, folder: Path, base: Path) -> list[Engine]:
+        return [Engine("engine", "", None, {}, verdict=lambda *_: Verdict("engine", "failed", "w1 disagrees"))]
+
+
+def test_failed_export_is_kept_beside_its_place_and_its_verdict_does_not_go_into_the_next(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expertune.exporting.export.make_format", lambda *_: Failing())
+    out = tmp_path / "out"
+    arguments = ["export", str(copied), "--to", "merged", "--out", str(out)]
+    ended = CliRunner().invoke(app, arguments)
+    assert ended.exit_code == 2
+    assert "computes something else from this export: w1 disagrees" in ended.output
+    assert not out.exists()
+    kept = json.loads((tmp_path / "out.partial" / "verification.json").read_text())
+    assert [engine["verdict"] for engine in kept["engines"]] == ["failed"]
+    assert CliRunner().invoke(app, [*arguments, "--no-verify"]).exit_code == 0
+    assert not (out / "verification.json").exists()
+    assert not (tmp_path / "out.partial").exists()

@@ -16,9 +16,10 @@ from expertune.errors import ExportError, StorageError, option
 from expertune.exporting.formats import Format, Options, Progress, Verdict, make_format
 from expertune.exporting.hub import push, require_hub
 from expertune.exporting.merged import write_dequantized
+from expertune.exporting.place import clear, hold_partial, require_free
 from expertune.exporting.source import ExportSource, open_source
+from expertune.exporting.verify import VERIFICATION, why_too_large, write_verification
 from expertune.exporting.verify import verify as run_engines
-from expertune.exporting.verify import why_too_large, write_verification
 from expertune.planning.table import size
 from expertune.report.card import CARD_NAME
 from expertune.run.beside import card_subject, card_text, write_tokenizer
@@ -101,34 +102,33 @@ def export(
     require_one_process()
     base = options.get("base", "source")
     form = make_format(to, Options(base, options.get("type")))
-    folder = Path(out) if out is not None else _default_folder(Path(run_dir), to, adapter, base)
-    _require_free(folder)
+    given = Path(out) if out is not None else _default_folder(Path(run_dir), to, adapter, base)
+    folder = given.resolve()
+    require_free(folder)
     if name := options.get("push_to_hub"):
         require_hub(name)
     source = open_source(run_dir, adapter, options.get("trust_remote_code", False), options.get("model"))
     form.require(source)
-    partial = folder.with_name(f"{folder.name}.partial")
-    if partial.is_dir() and not form.resumes:
-        shutil.rmtree(partial)
-    _require_room(form, source, partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    try:
-        form.write(source, partial, options.get("progress") or (lambda *_: None))
-    except BaseException:
-        if not form.resumes:
-            shutil.rmtree(partial)
-        raise
-    written = None
-    if options.get("verify", True):
-        with _readable_base(source, base, folder.parent) as readable:
-            verdicts = run_engines(source, form, partial, readable)
-        written = write_verification(partial, form, source, verdicts)
-        _notify(source, verdicts, partial)
-    _write_card(source, form, partial, written, name)
-    if folder.is_dir():
-        folder.rmdir()  # it is empty
-    partial.rename(folder)
-    return Exported(folder, written, push(folder, name, options.get("private")) if name else None)
+    with hold_partial(folder) as partial:
+        _require_room(form, source, partial)
+        clear(partial, {VERIFICATION, CARD_NAME} if form.resumes else None)
+        try:
+            form.write(source, partial, options.get("progress") or (lambda *_: None))
+        except BaseException:
+            if not form.resumes:
+                clear(partial)
+            raise
+        written = None
+        if options.get("verify", True):
+            with _readable_base(source, base, folder.parent) as readable:
+                verdicts = run_engines(source, form, partial, readable)
+            written = write_verification(partial, form, source, verdicts)
+            _notify(source, verdicts, partial)
+        _write_card(source, form, partial, written, name)
+        if folder.is_dir():
+            folder.rmdir()  # it is empty
+        partial.rename(folder)
+    return Exported(given, written, push(given, name, options.get("private")) if name else None)
 
 
 def _write_card(
@@ -163,18 +163,9 @@ def _default_folder(run_dir: Path, to: str, adapter: str | None, base: str) -> P
     return run_dir / EXPORTS / "-".join(str(part) for part in parts)
 
 
-def _require_free(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        problem = "holds something already" if folder.is_dir() else "a file"
-        raise ExportError(f"{folder}: {problem}; give a new or an empty folder with {option('out', 'DIR')}")
-
-
 def _require_room(form: Format, source: ExportSource, folder: Path) -> None:
-    there = folder
-    while not there.exists():
-        there = there.parent
-    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
-    needed, free = form.nbytes(source) + _ROOM_BYTES - held, shutil.disk_usage(there).free
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    needed, free = form.nbytes(source) + _ROOM_BYTES - held, shutil.disk_usage(folder).free
     if needed > free:
         raise StorageError(
             f"{folder}: the export needs {size(needed)}, and {size(free)} are free; make room, or choose a folder on "

@@ -17,6 +17,7 @@ from expertune.exporting.additions import find_additions
 from expertune.exporting.dequantized import DequantizedModel, as_config
 from expertune.exporting.formats import Engine, Options, Progress
 from expertune.exporting.merging import merge_shard
+from expertune.exporting.place import MARK
 from expertune.exporting.source import ExportSource
 from expertune.storage import BESIDE, write_json
 
@@ -180,8 +181,10 @@ def _resumed(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
         ExportError: it holds another merge.
     """
     path = folder / MANIFEST
+    for beside in folder.glob(f".*{BESIDE}"):
+        beside.unlink()  # of a process that was killed
     if not path.is_file():
-        if any(folder.iterdir()):
+        if any(each.name != MARK for each in folder.iterdir()):
             raise ExportError(f"{folder}: holds something else; delete it, or choose another {option('out', 'DIR')}")
         return {"merged": identity, "files": {}}
     manifest = read_mapping(path, fix="delete the folder")
@@ -190,8 +193,6 @@ def _resumed(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
             f"{folder}: was started with another adapter or other weights of the base; delete it, or choose another "
             f"{option('out', 'DIR')}"
         )
-    for beside in folder.glob(f".*{BESIDE}"):
-        beside.unlink()  # of a process that was killed
     sizes = {each.name: each.stat().st_size for each in folder.iterdir() if each.is_file()}
     manifest["files"] = {name: size for name, size in manifest["files"].items() if sizes.get(name) == size}
     return manifest

@@ -51,37 +51,39 @@ def hold_run_directory(run_dir: Path) -> Iterator[None]:
     made: list[Path] = []
     try:
         try:
-            made = _make(run_dir)
-            descriptor = _lock(run_dir)
+            made = make_folder(run_dir)
+            descriptor = lock_file(
+                run_dir / LOCK_NAME,
+                "a run",
+                f"or end it and give the same command again with {option('resume')}, or choose another output_dir",
+            )
         except OSError as error:
             raise ConfigError(
                 f"output_dir {run_dir}: a run cannot be written here ({error.strerror or error}); choose another "
                 "output_dir, or make this one writable"
             ) from None
-        _held.add(descriptor)
         try:
             yield
         finally:
             # First the name, then the lock: who opens the file in between finds that it is not the one at this name.
             with contextlib.suppress(OSError):
                 (run_dir / LOCK_NAME).unlink()
-            _held.discard(descriptor)
-            os.close(descriptor)
+            unlock(descriptor)
     finally:
         for folder in reversed(made):
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
-def _make(run_dir: Path) -> list[Path]:
+def make_folder(wanted: Path) -> list[Path]:
     """Make a folder with its parents; returns those that were missing, the outermost first."""
-    missing = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    missing = [folder for folder in (wanted, *wanted.parents) if not folder.exists()]
     made: list[Path] = []
     try:
         for folder in reversed(missing):
             folder.mkdir(exist_ok=True)
             made.append(folder)
-        if not run_dir.is_dir():
+        if not wanted.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "it is not a folder")
     except OSError:
         for folder in reversed(made):
@@ -91,14 +93,27 @@ def _make(run_dir: Path) -> list[Path]:
     return made
 
 
-def _lock(run_dir: Path) -> int:
-    path = run_dir / LOCK_NAME
+def lock_file(path: Path, what: str, advice: str) -> int:
+    """Make a file that says who holds it, and lock it for this process.
+
+    Args:
+        path: the file, in a folder that exists.
+        what: what its holder writes in that folder.
+        advice: what to do where another process holds it, besides waiting.
+
+    Returns:
+        A descriptor for `unlock`.
+
+    Raises:
+        ConfigError: another process holds it.
+        OSError: it cannot be made.
+    """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             holder = _read(descriptor)
             if not _take(descriptor, holder):
-                raise ConfigError(_refusal(run_dir, holder))
+                raise ConfigError(f"{path.parent}: {_refusal(holder, what)}, {advice}")
             try:
                 is_current = os.stat(path).st_ino == os.fstat(descriptor).st_ino  # noqa: PTH116 - beside fstat
             except FileNotFoundError:
@@ -107,11 +122,18 @@ def _lock(run_dir: Path) -> int:
                 mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(mine).encode(), 0)
+                _held.add(descriptor)
                 return descriptor
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)  # its holder ended, and removed it, after it was opened here
+
+
+def unlock(descriptor: int) -> None:
+    """Let another process have it."""
+    _held.discard(descriptor)
+    os.close(descriptor)
 
 
 def _take(descriptor: int, holder: dict[str, Any]) -> bool:
@@ -152,14 +174,11 @@ def _read(descriptor: int) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _refusal(run_dir: Path, holder: dict[str, Any]) -> str:
+def _refusal(holder: dict[str, Any], what: str) -> str:
     host = holder.get("host", "an unknown host")
     who = f"process {holder['pid']} on {host}" if "pid" in holder else "another process"
     since = holder.get("started")
     when = (
         f", since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(since))}" if isinstance(since, int | float) else ""
     )
-    return (
-        f"{run_dir}: {who} is writing a run here{when}; wait for it to end, or end it and give the same command again "
-        f"with {option('resume')}, or choose another output_dir"
-    )
+    return f"{who} is writing {what} here{when}; wait for it to end"
