@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 from expertune.checkpoint.quantize import quantize
 from expertune.errors import ExportError
 from expertune.exporting import merging
+from expertune.exporting.engines import stock, trained
 from expertune.exporting.engines.trained import dequantized
 from expertune.exporting.formats import Options
 from expertune.exporting.merged import MANIFEST, Merged, MergedIntoDequantized, make
@@ -54,6 +55,35 @@ def test_every_weight_is_that_of_base_and_adapter_rounded_once_into_either_base(
         values = expected.get_parameter(name)
         values.data.copy_(values.to(torch.bfloat16))
     assert largest_difference(expected, merged) == 0
+
+
+def test_reference_rounds_each_weight_to_the_dtype_that_the_merged_one_has(tmp_path: Path) -> None:
+    """A router in float32 beside experts in bfloat16."""
+    folder = save_random(tmp_path / "model", tiny_config())
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {name: each.float() * 1.001 for name, each in tensors.items() if name.endswith(".gate.weight")}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    loaded = load_tiny(folder)
+    source = source_of(loaded, folder, tmp_path / "run", targets=["experts", "router", "attention"])
+    updates = {
+        f"{name}.{side}": each.contiguous()
+        for name, *pair in source.updates()
+        for side, each in zip(("left", "right"), pair, strict=True)
+    }
+    save_file(updates, tmp_path / "updates.safetensors")
+    for form in (Merged(), MergedIntoDequantized()):
+        out = written(form, source, tmp_path / type(form).__name__)
+        [engine] = form.engines(source, out, folder)
+        assert engine.rounded is not None
+        assert set(engine.rounded.values()) == {"float32", "bfloat16"}
+        case = {"updates": str(tmp_path / "updates.safetensors"), "rounded": engine.rounded}
+        if form.__class__ is Merged:
+            expected = stock_model(folder)
+            stock.update(expected, case)
+        else:
+            expected, packed = trained.dequantized(loaded.model)
+            trained.update(expected, packed, case)
+        assert largest_difference(expected, stock_model(out)) == 0
 
 
 @pytest.fixture

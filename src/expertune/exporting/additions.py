@@ -44,7 +44,7 @@ def find_additions(source: ExportSource) -> dict[str, Addition]:
     reached: set[str] = set()
     for key, entry in source.index.tensors.items():
         destination = source.names.locate(key)
-        names = _live_names(source, destination)
+        names = live_names(source, destination)
         if not any(_is_changed(source, name) for name in names):
             continue
         reached.update(names)
@@ -63,7 +63,7 @@ def find_additions(source: ExportSource) -> dict[str, Addition]:
     return found
 
 
-def _live_names(source: ExportSource, destination: Destination) -> list[str]:
+def live_names(source: ExportSource, destination: Destination) -> list[str]:
     """The live parameters that a tensor on disk has a part in."""
     if destination.converter is not None:
         return source.names.converted_names(destination)

@@ -24,7 +24,8 @@ class Engine:
         base: the case (keys of the script's own) that runs the base model alone; None where the export holds weights,
             and nothing in it is the base's.
         exported: the case that runs the export.
-        rounded: a dtype of torch that the export's weights have been rounded to; the reference rounds as well.
+        rounded: by live name of a parameter that the adapter changes, the dtype of torch that the export rounds it to,
+            for the reference to round as well; `*` is that of all weights that the run holds in 4 bits.
         reference: the base of the reference: the 16-bit weights, or the values that the run's 4-bit weights stand for.
         has_trained: whether the trained model itself, with its 4-bit weights, is to be shown beside it.
         measure: how differences of log-probabilities become one: their largest; or their mean, for an engine that
@@ -39,7 +40,7 @@ class Engine:
     program: str
     base: dict[str, Any] | None
     exported: dict[str, Any]
-    rounded: str | None = None
+    rounded: dict[str, str] | None = None
     reference: Literal["source", "dequantized"] = "source"
     has_trained: bool = False
     measure: Literal["max", "mean"] = "max"

@@ -13,7 +13,7 @@ from expertune.checkpoint.quantize import config_dtype
 from expertune.checkpoint.reader import INDEX_NAME
 from expertune.checkpoint.writer import hash_file, write_tensors
 from expertune.errors import ExportError, option
-from expertune.exporting.additions import find_additions
+from expertune.exporting.additions import find_additions, live_names
 from expertune.exporting.dequantized import DequantizedModel, as_config
 from expertune.exporting.formats import Engine, Options, Progress
 from expertune.exporting.merging import merge_shard
@@ -24,8 +24,8 @@ from expertune.storage import BESIDE, write_json
 MANIFEST = "expertune-merge.json"
 """What was merged, and which files are finished."""
 
-# Sums in another order round a weight to its neighbor now and then.
-_FLOOR = 1e-3
+FLOOR = 1e-3
+"""Of a merged model, in nats: sums in another order round a weight to its neighbor now and then."""
 
 
 class Merged:
@@ -68,9 +68,7 @@ class Merged:
 
     def engines(self, source: ExportSource, folder: Path, base: Path) -> list[Engine]:
         """Stock transformers."""
-        dtypes = {source.index.tensors[key].dtype for key in find_additions(source)}
-        rounded = _name(dtypes.pop()) if len(dtypes) == 1 else None
-        return [_engine({"model": str(base)}, folder, rounded, "source")]
+        return [_engine({"model": str(base)}, folder, dtypes_on_disk(source), "source")]
 
 
 class MergedIntoDequantized:
@@ -101,15 +99,28 @@ class MergedIntoDequantized:
 
     def engines(self, source: ExportSource, folder: Path, base: Path) -> list[Engine]:
         """Stock transformers."""
-        rounded = _name(config_dtype(read_config(source.base.folder)))
-        return [_engine(None, folder, rounded, "dequantized")]
+        packed, tensors = config_dtype(read_config(source.base.folder)), source.index.tensors
+        rounded: dict[str, str] = {}
+        for name in source.factors.linears:  # of those that are not in 4 bits, the dtype is kept
+            held = tensors.get(f"{source.names.on_disk(name)}.weight") or tensors.get(f"{name}.weight")
+            rounded[f"{name}.weight"] = _name(held.dtype if held and held.dtype.is_floating_point else packed)
+        return [_engine(None, folder, rounded | {"*": _name(packed)}, "dequantized")]
 
 
 def _engine(
-    base: dict[str, Any] | None, folder: Path, rounded: str | None, reference: Literal["source", "dequantized"]
+    base: dict[str, Any] | None, folder: Path, rounded: dict[str, str], reference: Literal["source", "dequantized"]
 ) -> Engine:
     exported = {"model": str(folder)}
-    return Engine("transformers", "stock.py", base, exported, rounded, reference, has_trained=True, floor=_FLOOR)
+    return Engine("transformers", "stock.py", base, exported, rounded, reference, has_trained=True, floor=FLOOR)
+
+
+def dtypes_on_disk(source: ExportSource) -> dict[str, str]:
+    """By live name, the dtype that each parameter which the adapter changes has in the checkpoint."""
+    found: dict[str, str] = {}
+    for key in find_additions(source):
+        names = live_names(source, source.names.locate(key))
+        found |= dict.fromkeys(names, _name(source.index.tensors[key].dtype))
+    return found
 
 
 def write_dequantized(source: ExportSource, folder: Path, progress: Progress, is_adapted: bool = True) -> None:

@@ -7,7 +7,6 @@ which one it is. Where these end up, lora_a and lora_b go.
 Read from mlx-lm 0.32.2. Shape suffixes: E experts, r rank.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from expertune.errors import ExportError
 from expertune.experts import layout
 from expertune.experts.contract import ExpertsSpec
 from expertune.exporting.formats import Engine, Options, Progress
+from expertune.exporting.merged import FLOOR, dtypes_on_disk
 from expertune.exporting.programs import run_program
 from expertune.exporting.source import ExportSource, Place
 from expertune.storage import write_json
@@ -122,9 +122,8 @@ class MlxMerged(MlxAdapter):
 
     def engines(self, source: ExportSource, folder: Path, base: Path) -> list[Engine]:
         """mlx-lm on its CPU or its GPU, whichever it has."""
-        dtypes = Counter(entry.dtype for entry in source.index.tensors.values() if len(entry.shape) > 1)
-        rounded = str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
-        return [Engine("mlx-lm", _PROGRAM, {"model": str(base)}, {"model": str(folder)}, rounded=rounded)]
+        alone, exported, rounded = {"model": str(base)}, {"model": str(folder)}, dtypes_on_disk(source)
+        return [Engine("mlx-lm", _PROGRAM, alone, exported, rounded, floor=FLOOR)]
 
 
 def make(name: str, options: Options) -> MlxAdapter:

@@ -4,9 +4,9 @@
 
 The request: `prompts`, lists of token ids; `scored`, examples as [ids, labels]; `auto`, a class of transformers;
 `trust`; and `cases`, by name: `model`, a folder, with `adapter`, a folder, or with `updates`, a safetensors file of
-`PARAMETER.left` and `PARAMETER.right` whose product is added to the parameter, in float32, and rounded to `rounded`
-where that is a dtype. Of each case `CASE.safetensors` beside the request holds `logprobs` [positions, V], float32, and
-`loss` [sum, tokens] over the examples' labels.
+`PARAMETER.left` and `PARAMETER.right` whose product is added to the parameter, in float32, and rounded to the dtype
+that `rounded` has for it, if any. Of each case `CASE.safetensors` beside the request holds `logprobs` [positions, V],
+float32, and `loss` [sum, tokens] over the examples' labels.
 """
 
 import json
@@ -67,7 +67,7 @@ def load(folder: str, request: dict[str, Any]) -> Any:
 def update(model: Any, case: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Add left @ right to each parameter; returns what the parameters were."""
     before: dict[str, torch.Tensor] = {}
-    rounded = getattr(torch, case["rounded"]) if case.get("rounded") else None
+    rounded = case.get("rounded") or {}
     with safe_open(case["updates"], framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - not a mapping
             if not key.endswith(".left"):
@@ -76,8 +76,8 @@ def update(model: Any, case: dict[str, Any]) -> dict[str, torch.Tensor]:
             parameter = model.get_parameter(name)
             before[name] = parameter.detach().clone()
             parameter += file.get_tensor(key) @ file.get_tensor(f"{name}.right")
-            if rounded is not None:
-                parameter.copy_(parameter.to(rounded))
+            if name in rounded:
+                parameter.copy_(parameter.to(getattr(torch, rounded[name])))
     return before
 
 

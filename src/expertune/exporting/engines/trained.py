@@ -4,7 +4,7 @@
 
 The request is that of `stock.py`, with `base`: `folder`, `adapter` and `quantization` of the run. Cases with `live`:
 the model with its 4-bit experts and the adapter, as it was trained. Others: stock transformers over the dequantized
-weights, `updates` added to them, all rounded to `rounded` where that is a dtype.
+weights, `updates` added to them and rounded as there; and what is in 4 bits to `*` of `rounded`, where it has that.
 """
 
 import json
@@ -46,14 +46,23 @@ def answer_stock(loaded: LoadedModel, cases: dict[str, Any], request: dict[str, 
     """Answer by stock transformers, over the values of the 4-bit weights."""
     twin, packed = dequantized(loaded.model)
     for name, case in cases.items():
-        before = {parameter: twin.get_parameter(parameter).clone() for parameter in packed}
-        others = stock.update(twin, case) if "updates" in case else {}
-        for parameter in packed if case.get("rounded") else ():
-            values = twin.get_parameter(parameter)
-            values.copy_(values.to(getattr(torch, case["rounded"])))
+        before = update(twin, packed, case)
         stock.answer(twin, request, folder / f"{name}.safetensors", "transformers")
-        for parameter, values in (others | before).items():
+        for parameter, values in before.items():
             twin.get_parameter(parameter).copy_(values)
+
+
+@torch.no_grad()
+def update(twin: PreTrainedModel, packed: list[str], case: dict[str, Any]) -> dict[str, Tensor]:
+    """Make of the values of 4-bit weights what a case has; returns what the parameters were."""
+    before = {parameter: twin.get_parameter(parameter).clone() for parameter in packed}
+    rounded = case.get("rounded") or {}
+    plain = {parameter: dtype for parameter, dtype in rounded.items() if parameter not in before}
+    others = stock.update(twin, case | {"rounded": plain}) if "updates" in case else {}
+    for parameter in packed if rounded else ():
+        values = twin.get_parameter(parameter)
+        values.copy_(values.to(getattr(torch, rounded["*"])))
+    return others | before
 
 
 def dequantized(model: PreTrainedModel) -> tuple[PreTrainedModel, list[str]]:
