@@ -19,6 +19,7 @@ import expertune
 from expertune.cli import app
 from expertune.errors import ConfigError, ExportError
 from expertune.exporting.export import export
+from expertune.exporting.hub import _public
 from tests.train.conftest import rows_file, small_mixtral, three_steps
 
 __all__ = ["rows_file", "small_mixtral", "three_steps"]  # fixtures
@@ -159,6 +160,28 @@ def test_export_is_sent_in_one_commit_with_its_card_and_without_paths_of_this_ma
     machine = str(Path(here["base_model_name_or_path"]).parent)
     assert not [name for name, content in sent.items() if machine.encode() in content]
     assert b'PeftModel.from_pretrained(model, "ada/mine")' in sent["README.md"]
+
+
+@pytest.mark.parametrize(
+    ("name", "here", "there"),
+    [
+        ("tokenizer_config.json", {"name_or_path": "/home/ada/base"}, {"name_or_path": "base"}),
+        ("tokenizer_config.json", {"eos": "</s>", "t": "{{ a }}</s> /no_think"}, None),
+        ("adapter_config.json", {"base_model_name_or_path": "../private/base"}, {"base_model_name_or_path": "base"}),
+        ("config.json", {"_name_or_path": "ada/base"}, None),
+        ("verification.json", {"reason": "no file at ../private/base/x, sorry"}, {"reason": "no file at x, sorry"}),
+    ],
+)
+def test_paths_are_cut_down_and_everything_else_is_sent_as_it_is(
+    name: str, here: dict[str, str], there: dict[str, str] | None, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(json.dumps(here))
+    sent = _public(tmp_path / name)
+    if there is None:
+        assert sent == tmp_path / name
+    else:
+        assert isinstance(sent, bytes)
+        assert json.loads(sent) == there
 
 
 def test_command_prints_folder_and_address_and_may_send_to_a_repository_that_exists(

@@ -101,7 +101,11 @@ def files_of(folder: Path) -> dict[str, Path]:
 def test_shards_names_dtypes_and_index_are_the_sources_and_what_has_no_adapter_is_copied(
     sharded: ExportSource, tmp_path: Path
 ) -> None:
+    for name in ("trainer_state.json", "notes.txt"):
+        (sharded.base.folder / name).write_text("{}")
     out = written(Merged(), sharded, tmp_path / "out")
+    beside = {path.name for path in out.iterdir() if path.suffix != ".safetensors"}
+    assert beside <= {"config.json", "generation_config.json", "model.safetensors.index.json", MANIFEST}
     before, after = files_of(sharded.base.folder), files_of(out)
     assert before.keys() == after.keys()
     assert len(before) > 1

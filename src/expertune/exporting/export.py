@@ -15,7 +15,7 @@ from expertune.distributed.processes import require_one_process
 from expertune.errors import ExportError, StorageError, option
 from expertune.exporting.formats import Format, Options, Progress, Verdict, make_format
 from expertune.exporting.hub import push, require_hub
-from expertune.exporting.merged import write_dequantized
+from expertune.exporting.merged import MANIFEST, write_dequantized
 from expertune.exporting.place import clear, hold_partial, require_free
 from expertune.exporting.source import ExportSource, open_source
 from expertune.exporting.verify import VERIFICATION, why_too_large, write_verification
@@ -128,6 +128,7 @@ def export(
         if folder.is_dir():
             folder.rmdir()  # it is empty
         partial.rename(folder)
+        (folder / MANIFEST).unlink(missing_ok=True)  # it is finished
     return Exported(given, written, push(given, name, options.get("private")) if name else None)
 
 

@@ -16,9 +16,12 @@ from huggingface_hub.utils import validate_repo_id
 
 from expertune.errors import ConfigError, ExportError, first_line
 
-# Files that may hold a path.
+# Files with messages or names of models, in which a path may be anywhere; in other JSON a text that is one as a whole
+# is cut down, for a template or a token, such as `</s>`, has to stay as it is. Vocabularies have none.
 _CONFIGS = frozenset({"adapter_config.json", "config.json", "verification.json"})
-_PATH = re.compile(r"(?<![\w.:/~])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\":;,]+[/\\])*([^\s/\\'\":;,]+)")
+_VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json"})
+_WHOLE_PATH = re.compile(r"(?:(?:\.{1,2}|~|[A-Za-z]:)[/\\]|[/\\][^\s/\\]+[/\\])[^\n]*")
+_PATH = re.compile(r"(?<![\w.:/~])(?:\.{1,2}|~|[A-Za-z]:)?[/\\](?:[^\s/\\'\":;,]+[/\\])*([^\s/\\'\":;,]+)")
 
 _TOKENS = "https://huggingface.co/settings/tokens"
 _Result = TypeVar("_Result")
@@ -99,20 +102,25 @@ def _said(error: BaseException) -> str:
 
 def _public(path: Path) -> Path | bytes:
     """A file as it is sent: itself, or its content without paths of this machine."""
-    if path.name not in _CONFIGS:
+    if path.suffix != ".json" or path.name in _VOCABULARIES or path.name.endswith(".index.json"):
         return path
     values = json.loads(path.read_text(encoding="utf-8"))
-    return (json.dumps(_without_paths(values), indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    public = _without_paths(values, anywhere=path.name in _CONFIGS)
+    if public == values:
+        return path
+    return (json.dumps(public, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def _without_paths(value: Any) -> Any:
+def _without_paths(value: Any, anywhere: bool) -> Any:
     if isinstance(value, dict):
-        return {key: _without_paths(each) for key, each in value.items()}
+        return {key: _without_paths(each, anywhere) for key, each in value.items()}
     if isinstance(value, list):
-        return [_without_paths(each) for each in value]
+        return [_without_paths(each, anywhere) for each in value]
     if not isinstance(value, str):
         return value
-    return Path(value).name if _is_folder(value) else _PATH.sub(r"\1", value)
+    if _is_folder(value) or (not anywhere and _WHOLE_PATH.fullmatch(value)):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return _PATH.sub(r"\1", value) if anywhere else value
 
 
 def _is_folder(value: str) -> bool:

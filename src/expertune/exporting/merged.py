@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 
 from expertune.checkpoint.formats.nf4_folder import FOLDER_MARK
-from expertune.checkpoint.hub import SMALL_FILES
 from expertune.checkpoint.json_file import read_config, read_mapping
 from expertune.checkpoint.quantize import config_dtype
 from expertune.checkpoint.reader import INDEX_NAME
@@ -23,6 +22,15 @@ from expertune.storage import BESIDE, write_json
 
 MANIFEST = "expertune-merge.json"
 """What was merged, and which files are finished."""
+
+# What transformers and libraries of tokenizers read beside weights. A folder may hold more, such as a training's state,
+# and a merged model is made to be given to others.
+_BESIDE_WEIGHTS = (
+    *("config.json", "generation_config.json", "*.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.jinja", "*.tiktoken"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+)
 
 FLOOR = 1e-3
 """Of a merged model, in nats: sums in another order round a weight to its neighbor now and then."""
@@ -168,7 +176,7 @@ def _shards(source: ExportSource) -> list[Path]:
 
 def _small_files(source: ExportSource) -> list[str]:
     """Config, tokenizer, index and the like; with code of the model's own where that is trusted."""
-    patterns = [*SMALL_FILES, *(["*.py"] if source.base.trust_remote_code else [])]
+    patterns = [*_BESIDE_WEIGHTS, *(["*.py"] if source.base.trust_remote_code else [])]
     return sorted({path.name for each in patterns for path in source.base.folder.glob(each) if path.is_file()})
 
 
