@@ -140,6 +140,13 @@ def test_merge_that_was_killed_goes_on_with_the_shards_that_are_not_finished(
     again: list[str] = []
     form.write(sharded, out, lambda name, done, total: again.append(name))
     assert seen[0] not in again
+    changed = out / seen[1]
+    content = bytearray(changed.read_bytes())
+    content[-1] ^= 1
+    changed.write_bytes(content)
+    again.clear()
+    form.write(sharded, out, lambda name, done, total: again.append(name))
+    assert set(again) == {changed.name}
     assert {name: path.read_bytes() for name, path in files_of(out).items()} == {
         name: path.read_bytes() for name, path in whole.items()
     }

@@ -1,6 +1,7 @@
 """Base and adapter as one 16-bit model: the source's shards with the adapter added, or the 4-bit values with it."""
 
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,7 +63,7 @@ class Merged:
         additions, total, before = find_additions(source), self.nbytes(source), 0
         for shard in _shards(source):
             size, started = shard.stat().st_size, before
-            if manifest["files"].get(shard.name) != size:
+            if shard.name not in manifest["files"]:
                 merge_shard(
                     shard,
                     folder / shard.name,
@@ -152,7 +153,7 @@ def write_dequantized(source: ExportSource, folder: Path, progress: Progress, is
             del tensors
             _note_finished(folder, manifest, file)
         model.drop(part)
-        total += manifest["files"][file]
+        total += manifest["files"][file][0]
         progress(file, total, max(total, expected))
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for name in _small_files(source):
@@ -185,12 +186,23 @@ def _identity(source: ExportSource, base: str) -> dict[str, Any]:
     adapter = Path(source.adapter.where)
     shards = {shard.name: [shard.stat().st_size, shard.stat().st_mtime_ns] for shard in _shards(source)}
     files = "adapter_config.json", "adapter_model.safetensors"
-    return {"base": base, "adapter": {name: hash_file(adapter / name).sha256 for name in files}, "shards": shards}
+    return {
+        "versions": {name: version(name) for name in ("expertune", "transformers")},
+        "base": base,
+        "adapter": {name: hash_file(adapter / name).sha256 for name in files},
+        "shards": shards,
+    }
 
 
 def _note_finished(folder: Path, manifest: dict[str, Any], file: str) -> None:
-    manifest["files"][file] = (folder / file).stat().st_size
+    manifest["files"][file] = _state(folder / file)
     write_json(folder / MANIFEST, manifest)
+
+
+def _state(file: Path) -> list[int]:
+    """What changes when somebody writes to a file."""
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns]
 
 
 def _resumed(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -209,9 +221,9 @@ def _resumed(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     manifest = read_mapping(path, fix="delete the folder")
     if manifest.get("merged") != identity:
         raise ExportError(
-            f"{folder}: was started with another adapter or other weights of the base; delete it, or choose another "
-            f"{option('out', 'DIR')}"
+            f"{folder}: was started with another adapter, other weights of the base, or another version of Expertune "
+            f"or transformers; delete it, or choose another {option('out', 'DIR')}"
         )
-    sizes = {each.name: each.stat().st_size for each in folder.iterdir() if each.is_file()}
-    manifest["files"] = {name: size for name, size in manifest["files"].items() if sizes.get(name) == size}
+    states = {each.name: _state(each) for each in folder.iterdir() if each.is_file()}
+    manifest["files"] = {name: state for name, state in manifest["files"].items() if states.get(name) == state}
     return manifest
