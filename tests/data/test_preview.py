@@ -55,6 +55,8 @@ def test_choices_on_a_narrow_terminal_are_shown_without_cutting_a_word(show, wid
     wide, narrow = show(example, width=400)[1], show(example, width=width)[1]
     assert max(cell_len(line) for line in narrow.splitlines()) <= width
     assert {word for word in wide.split() if len(word) < 38} <= set(narrow.split())
+    below_title = narrow[narrow.index("  layout") :]
+    assert [line for line in below_title.splitlines() if not line.startswith("  ")] == []
 
 
 def test_marks_and_text_are_the_same_with_color_and_without(show):

@@ -221,3 +221,11 @@ def test_more_ranks_than_experts_are_refused_where_they_are_asked_to_share_them(
     with pytest.raises(ConfigError, match="shares 8 experts out to 16 processes"):
         planned(16, distributed={"experts": "parallel"})
     assert planned(16).ranks.modes[-1].distribution == Distribution("parallel", 16, 8)
+
+
+def test_processes_on_cpus_are_planned_with_networks_alone(run_of):
+    config = run_of(MIXTRAL)
+    plan = plan_for(config, Machine.of(config, device="cpu", memory="64GB", devices=2))
+    assert plan.ranks.link == ETHERNET_100
+    assert "NVLink" not in shown(plan, 80)
+    assert "PCIe" not in shown(plan, 80)

@@ -77,6 +77,13 @@ def test_table_of_ten_runs_loses_no_character_in_a_narrow_terminal(width: int, r
     assert sorted("".join(narrow.split())) == sorted("".join(wide.split()))
 
 
+def test_figures_stay_beside_their_units_on_a_terminal_of_eighty_columns(run_record: dict[str, Any]) -> None:
+    compared = compare(sweep(run_record, 2))
+    time = next(column for column in compared.cost if column.label == "time")
+    assert time.shown[0] == "12 min 34 s"
+    assert shown(compared, 80).count(time.shown[0]) == 2
+
+
 def test_page_of_a_comparison_shows_a_line_for_each_run_and_hostile_names_as_text(
     run_record: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -42,7 +42,8 @@ INFINITY_FABRIC = Link("Infinity Fabric", 448e9, "Fabric")
 PCIE = Link("PCIe 4.0", 31.5e9, "PCIe")
 ETHERNET_400 = Link("400 Gbit/s Ethernet", 50e9, "400\nGbit/s")
 ETHERNET_100 = Link("100 Gbit/s Ethernet", 12.5e9, "100\nGbit/s")
-LINKS = (NVLINK, PCIE, ETHERNET_400, ETHERNET_100)
+NETWORKS = (ETHERNET_400, ETHERNET_100)
+LINKS = (NVLINK, PCIE, *NETWORKS)
 
 
 def compared_links(assumed: Link) -> tuple[Link, ...]:

@@ -21,11 +21,13 @@ from expertune.planning.communication import (
     ETHERNET_100,
     ETHERNET_400,
     INFINITY_FABRIC,
+    NETWORKS,
     NVLINK,
     NVLINK_3,
     NVLINK_5,
     PCIE,
     Link,
+    compared_links,
 )
 
 # Name under which a GPU that is not in the table can be planned for, with a size of memory.
@@ -236,19 +238,28 @@ class Machine:
             flops, num_bytes = (rate * self.share_of_cpu for rate in measured)
             return Rates("measured", flops, num_bytes, DISK_BYTES_PER_SECOND * self.share_of_cpu)
         gpu = self._known_gpu
-        if gpu is None or gpu.rates is None or not from_disk:
-            return gpu.rates if gpu else None
+        if gpu is None or gpu.rates is None or self.compute_dtype == torch.float32:
+            return None  # the table has rates of 16-bit products alone, and those in float32 do not round to TF32
+        if not from_disk:
+            return gpu.rates
         link = min(gpu.rates.link_bytes_per_second, DISK_BYTES_PER_SECOND)
         return replace(gpu.rates, link_bytes_per_second=link)
 
     @property
     def link(self) -> Link:
-        """What connects the processes, as is usual: a network where one machine has not all of them."""
+        """What connects the processes, as is usual: a network where one machine has not all of them, and for CPUs."""
+        if self.device.type == "cpu":
+            return ETHERNET_100
         gpu = self._known_gpu
         inside = gpu.link if gpu else PCIE
         if self.world_size > self.local_size:
             return ETHERNET_100 if inside == PCIE else ETHERNET_400
         return inside
+
+    @property
+    def compared_links(self) -> tuple[Link, ...]:
+        """The links that times are shown for."""
+        return NETWORKS if self.device.type == "cpu" else compared_links(self.link)
 
     @property
     def _known_gpu(self) -> Device | None:

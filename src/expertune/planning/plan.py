@@ -220,7 +220,7 @@ def plan_for(
     planners = [replace(planner, inventory=shapes.inventory.on_ranks(each)) for each in distributions]
     found = [planner.find(previously_merged) for planner in planners]
     modes = tuple(planner.mode(each) for planner, each in zip(planners, found, strict=True))
-    ranks = choose_mode(config.distributed.experts, modes, machine.link)
+    ranks = choose_mode(config.distributed.experts, modes, machine.link, machine.compared_links)
     chosen = modes.index(ranks.chosen)
     return planners[chosen].plan(found[chosen], ranks)
 
@@ -362,7 +362,9 @@ class _Planner:
         return read_workload(run, self.inventory, self.targets[key], self.device, self.machine.compute_dtype)
 
     def hints(self, peak: int, changes: tuple[Change, ...]) -> tuple[str, ...]:
-        """On a CPU experts can be offloaded to a disk only from an NF4 folder: what that would give a run."""
+        """Why there is no time; on a CPU, what an NF4 folder, from which experts can go to a disk, would give a run."""
+        if self.device == "cuda" and self.machine.compute_dtype == torch.float32:
+            return ("no time of a step: rates of GPUs are known for products in 16 bits, and these are in float32",)
         if peak <= self.machine.budget_bytes or self.device != "cpu" or self.shapes.source.holds_nf4:
             return ()
         on_disk = self.chooser.offloading(list(self.inventory.expert_bytes), "disk")

@@ -7,11 +7,11 @@ from typing import Any
 from expertune.config import RunConfig
 from expertune.distributed.parallel import owned_experts, replicas
 from expertune.planning.communication import (
+    LINKS,
     Link,
     RoutedLayer,
     Traffic,
     averaged_bytes,
-    compared_links,
     gathered_bytes,
     token_bytes,
 )
@@ -75,12 +75,14 @@ class RanksPlan:
         reason: why, in a sentence.
         link: what is assumed to connect the ranks.
         modes: each way that is possible.
+        compared: the links that times are shown for.
     """
 
     chosen: ModePlan
     reason: str
     link: Link
     modes: tuple[ModePlan, ...]
+    compared: tuple[Link, ...] = LINKS
 
     @property
     def line(self) -> str:
@@ -96,7 +98,7 @@ class RanksPlan:
             "expert_parallel_size": self.chosen.distribution.expert_ranks,
             "reason": self.reason,
             "link": self.link.name,
-            "modes": [mode.to_json(compared_links(self.link)) for mode in self.modes],
+            "modes": [mode.to_json(self.compared) for mode in self.modes],
         }
 
 
@@ -150,7 +152,7 @@ def count_traffic(w: Workload, accumulation: int) -> Traffic:
     )
 
 
-def choose_mode(asked: str, modes: tuple[ModePlan, ...], link: Link) -> RanksPlan:
+def choose_mode(asked: str, modes: tuple[ModePlan, ...], link: Link, compared: tuple[Link, ...] = LINKS) -> RanksPlan:
     """The way that a run file asks for; with `auto`, replicated where that fits, else what is expected to be fastest.
 
     Experts on the devices stand above offloaded ones: a host's memory is shared by the ranks on it.
@@ -159,10 +161,11 @@ def choose_mode(asked: str, modes: tuple[ModePlan, ...], link: Link) -> RanksPla
         asked: `distributed.experts`.
         modes: what is possible, at least `replicate`.
         link: what connects the ranks.
+        compared: the links that times are shown for.
     """
     if asked != "auto":
         chosen = next(mode for mode in modes if mode.distribution.mode == asked)
-        return RanksPlan(chosen, f"as {EXPERTS} is set", link, modes)
+        return RanksPlan(chosen, f"as {EXPERTS} is set", link, modes, compared)
 
     def rank(mode: ModePlan) -> tuple[bool, bool, bool, float]:
         if not mode.fits:
@@ -171,7 +174,7 @@ def choose_mode(asked: str, modes: tuple[ModePlan, ...], link: Link) -> RanksPla
         return False, mode.offloads, not is_plain, mode.link_seconds(link) if mode.seconds is None else mode.seconds
 
     chosen = min(modes, key=rank)
-    return RanksPlan(chosen, _reason(chosen, modes, link), link, modes)
+    return RanksPlan(chosen, _reason(chosen, modes, link), link, modes, compared)
 
 
 def _reason(chosen: ModePlan, modes: tuple[ModePlan, ...], link: Link) -> str:

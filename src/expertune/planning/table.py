@@ -8,7 +8,6 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from expertune.planning.communication import compared_links
 from expertune.planning.fit import Change, as_lines
 
 if TYPE_CHECKING:
@@ -125,6 +124,8 @@ def _time(time: "StepTime") -> str:
 
 
 def _seconds(seconds: float) -> str:
+    if seconds < 0.1:
+        return f"{1000 * seconds:.2g} ms"
     return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
@@ -161,13 +162,12 @@ def _ranks(ranks: "RanksPlan") -> list[RenderableType]:
     """What each rank holds, and what it sends, by how the ranks hold the experts; the way that is taken in bold."""
     on_host = any(mode.host_bytes for mode in ranks.modes)
     holds = _table("each process holds", "experts", "peak", *["host"] * on_host, "")
-    links = compared_links(ranks.link)
-    sends = _table("and sends in a step", "bytes", *(link.short for link in links), "")
+    sends = _table("and sends in a step", "bytes", *(link.short for link in ranks.compared), "")
     for mode in ranks.modes:
         name, style = mode.distribution.name, "bold" if mode is ranks.chosen else None
         sizes = [mode.experts_bytes, mode.peak_bytes, *[mode.host_bytes] * on_host]
         holds.add_row(name, *map(size, sizes), "fits" if mode.fits else "too much", style=style)
-        times = [short_seconds(mode.link_seconds(link)) for link in links]
+        times = [short_seconds(mode.link_seconds(link)) for link in ranks.compared]
         sends.add_row(name, size(mode.traffic.sent_bytes), *times, "", style=style)
     told = "planned, not measured: published rates of links, each for one process alone"
     return [holds, "", sends, Text(told, style="dim")]

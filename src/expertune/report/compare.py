@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +23,8 @@ _NOT_COMPARED = ("output_dir", "training.run_name", "training.report_to", "train
 
 _MOST_SETTINGS = 5
 """Columns of settings that a terminal has room for."""
+
+_WIDEST = 10_000
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,28 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
     write_text(path, render("compare.html", comparison=comparison))
 
 
-def render_comparison(comparison: Comparison) -> Table:
+def render_comparison(comparison: Comparison) -> RenderableType:
     """The comparison on the terminal: a line for each run; what is best stands in bold."""
-    table = Table(box=None, pad_edge=False, header_style="", padding=(0, 2, 0, 0))
+    return _Table(comparison)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A comparison whose figures stay beside their units where the terminal has room for that."""
+
+    comparison: Comparison
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for padding in (2, 1):
+            whole = _table(self.comparison, padding, no_wrap=True)
+            if Measurement.get(console, options.update_width(_WIDEST), whole).minimum <= options.max_width:
+                yield whole
+                return
+        yield _table(self.comparison)
+
+
+def _table(comparison: Comparison, padding: int = 2, no_wrap: bool = False) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="", padding=(0, padding, 0, 0))
     table.add_column("run", overflow="fold")
     settings = list(comparison.settings)[:_MOST_SETTINGS]
     if more := len(comparison.settings) - len(settings):
@@ -119,7 +142,10 @@ def render_comparison(comparison: Comparison) -> Table:
         table.add_column(printable(words), overflow="fold")
     columns = [*comparison.scores, *comparison.cost]
     for column in columns:
-        table.add_column(printable(column.label), justify="right", overflow="fold")
+        header = printable(column.label)
+        if no_wrap:
+            header = header.replace(" ", "\n")
+        table.add_column(header, justify="right", overflow="fold", no_wrap=no_wrap)
     for place, name in enumerate(comparison.names):
         state = comparison.states[place]
         cells = [Text(printable(name if state == "finished" else f"{name} ({state})"))]

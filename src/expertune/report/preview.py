@@ -72,7 +72,10 @@ class _Example:
         cut = example["uncut_length"] - example["num_tokens"]
         facts = f"{example['num_tokens']} tokens, {example['num_trained']} trained"
         facts += f", {cut} more cut off" if cut > 0 else ""
-        yield Text(f"  {example['place']}: {facts}; what is trained stands between {start} and {end}")
+        heading = Text(f"{example['place']}: {facts}; what is trained stands between {start} and {end}")
+        lines = heading.wrap(console, max(options.max_width - len(_CONTINUED), 10), overflow="fold", no_wrap=False)
+        for number, line in enumerate(lines):
+            yield Text.assemble(_CONTINUED if number else "  ", line)
         body, left_out = Text(), len(parts) - 2 * _PARTS_AT_AN_END
         for number, (text, trained) in enumerate(parts):
             if left_out > 1 and _PARTS_AT_AN_END <= number < _PARTS_AT_AN_END + left_out:

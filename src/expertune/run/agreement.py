@@ -113,7 +113,7 @@ def share_experts(context: RunContext) -> RunContext:
     own = batch * accumulation
     step = own * ranks.world_size
     if ranks.several:
-        context.notify(f"{ranks.world_size} processes, {_HELD[mode]}: {step} examples a step, {own} on each")
+        context.notify(f"{ranks.world_size} processes, {_HELD[mode]}: up to {step} examples a step, {own} on each")
     values["train"] = train | {
         "processes": ranks.world_size,
         "global_batch": step,
