@@ -1,6 +1,7 @@
 """GGUF files of llama.cpp's converters, computed with by its runtime; skipped where `expertune[gguf]` is missing."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,14 @@ def test_an_adapter_on_everything_is_verified_in_llamacpp(adapter):
     assert (verdict.verdict, verdict.reason) == ("verified", None)
     differences = verdict.figures["differences"]
     assert differences["exported"] < 1e-4 < 0.5 < differences["effect"]
+
+
+@installed
+def test_the_name_in_a_file_is_neither_the_runs_nor_a_folders(adapter, read_gguf):
+    source, _, folder, _ = adapter
+    name = read_gguf(folder / "adapter.gguf").fields["general.name"].contents()
+    kind = source.model.config.model_type
+    assert re.sub("[^a-z0-9]+", "-", name.lower()) == f"{kind}-{source.adapter_name}"
 
 
 @installed

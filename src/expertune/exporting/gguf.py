@@ -200,7 +200,7 @@ class GgufAdapter(_Gguf):
             runs = []
             for number, tensors in enumerate(adapters):
                 # The folder's name becomes the name in the file.
-                made = Path(scratch) / str(number) / f"{source.context.output_dir.name}-{source.adapter_name}"
+                made = Path(scratch) / str(number) / _public_name(source)
                 write_adapter(made, list(tensors), config)
                 places = ["--base", str(base), "--outfile", str(file), str(made)]
                 runs.append(["convert_lora_to_gguf.py", *places, "--outtype", self.kind])
@@ -257,8 +257,7 @@ class GgufModel(_Gguf):
         """Merge, convert, and remove what was merged."""
         with TemporaryDirectory(dir=folder) as scratch:
             self.merged.write(source, Path(scratch), progress)
-            name = f"{Path(source.context.config.model).name}-{source.context.output_dir.name}"
-            _require_converted([_of_model(Path(scratch), self._file(folder), self.kind, name)], source)
+            _require_converted([_of_model(Path(scratch), self._file(folder), self.kind, _public_name(source))], source)
 
     def engines(self, source: ExportSource, folder: Path, base: Path) -> list[Engine]:
         """llama.cpp, over the base in a file of the same type, which is rounded as the export is."""
@@ -291,6 +290,12 @@ def _checked(name: str, kind: str, known: Sequence[str]) -> str:
         else ""
     )
     raise ConfigError(f"--type {kind}: --to {name} writes {', '.join(known)}{smaller}")
+
+
+def _public_name(source: ExportSource) -> str:
+    """What the file is called in itself: others read it, so that the run's name and the base's folder are not in it."""
+    revision, base = source.adapter.config.get("revision"), str(source.adapter.config.get("base_model_name_or_path"))
+    return f"{base.split('/')[-1] if revision else source.model.config.model_type}-{source.adapter_name}"
 
 
 def _of_model(folder: Path, file: Path, kind: str, name: str) -> list[str]:
