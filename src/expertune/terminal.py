@@ -104,7 +104,8 @@ def writing(command: str) -> Iterator[Callable[[str, int, int], None]]:
             tenth = 10 * done // max(total, 1)
             if tenth > logged:
                 logged = tenth
-                log(f"{file}: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
+                unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
+                log(f"{file}: {done / unit:.2f} of {total / unit:.2f} {name}")
 
         yield line
         return

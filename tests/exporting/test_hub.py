@@ -215,6 +215,8 @@ def test_without_a_token_a_name_or_a_connection_nothing_is_written(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.utils.close_session()
     refused(three_steps, tmp_path / "out", "push_to_hub: HF_HUB_OFFLINE is set")
+    with pytest.raises(ConfigError, match="private: nothing is sent to the hub; add --push-to-hub NAME"):
+        export(three_steps, "peft", out=tmp_path / "out", verify=False, private=True)
     assert not (tmp_path / "out").exists()
     assert hub.repositories == {}
 

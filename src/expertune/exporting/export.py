@@ -12,7 +12,7 @@ from expertune.checkpoint.adapter_folder import CONFIG_NAME
 from expertune.checkpoint.json_file import read_mapping
 from expertune.config.arguments import checked
 from expertune.distributed.processes import require_one_process
-from expertune.errors import ExportError, StorageError, option
+from expertune.errors import ConfigError, ExportError, StorageError, option
 from expertune.exporting.formats import Format, Options, Progress, Verdict, make_format
 from expertune.exporting.hub import push, require_hub
 from expertune.exporting.merged import MANIFEST, write_dequantized
@@ -107,6 +107,8 @@ def export(
     require_free(folder)
     if name := options.get("push_to_hub"):
         require_hub(name)
+    elif options.get("private") is not None:
+        raise ConfigError(f"private: nothing is sent to the hub; add {option('push-to-hub', 'NAME')}, or leave it out")
     source = open_source(run_dir, adapter, options.get("trust_remote_code", False), options.get("model"))
     form.require(source)
     with hold_partial(folder) as partial:
