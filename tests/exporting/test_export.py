@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,6 +135,18 @@ def test_disk_that_is_too_small_is_said_before_anything_is_written(
 def test_format_that_there_is_not_is_refused_by_name(asked: str, message: str, copied: Path) -> None:
     with pytest.raises(ConfigError, match=rf"--to {asked}: no such format.*{message}"):
         expertune.export(copied, asked)
+
+
+def test_command_refuses_a_format_before_it_imports_torch(tmp_path: Path) -> None:
+    code = "import sys; from expertune.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "export", str(tmp_path), "--to", "onnx"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.stdout == "False\n"
+    assert "--to onnx: no such format" in ended.stderr
 
 
 def test_second_export_to_the_same_folder_is_refused_while_the_first_writes(copied: Path, tmp_path: Path) -> None:

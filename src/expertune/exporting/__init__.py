@@ -1,5 +1,7 @@
 """Exporting: a run's adapter, or base and adapter as one model, in the form that an engine reads; then run there."""
 
+from expertune.errors import ConfigError, did_you_mean
+
 FORMATS = {
     "peft": "peft",
     "peft-fused": "peft",
@@ -17,3 +19,17 @@ TYPED = ("gguf-adapter", "gguf")
 
 MERGED = ("merged", "gguf")
 """Whole models, whose base a user may choose."""
+
+
+def require_known(name: str, base: str, kind: str | None) -> None:
+    """Refuse a format that there is not, or a choice that it does not have; without importing torch.
+
+    Raises:
+        ConfigError: says which there are.
+    """
+    if name not in FORMATS:
+        raise ConfigError(f"--to {name}: no such format{did_you_mean(name, FORMATS)}")
+    if kind and name not in TYPED:
+        raise ConfigError(f"--type {kind}: --to {name} has no choice of it; {', '.join(TYPED)} have")
+    if base != "source" and name not in MERGED:
+        raise ConfigError(f"--base {base}: --to {name} has no choice of it; {', '.join(MERGED)} have")

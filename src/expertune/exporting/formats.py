@@ -6,8 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from expertune.errors import ConfigError, did_you_mean
-from expertune.exporting import FORMATS, MERGED, TYPED
+from expertune.exporting import FORMATS, require_known
 from expertune.exporting.source import ExportSource
 
 Progress = Callable[[str, int, int], None]
@@ -122,12 +121,7 @@ def make_format(name: str, options: Options) -> Format:
     Raises:
         ConfigError: there is none, or it has no such option.
     """
-    if name not in FORMATS:
-        raise ConfigError(f"--to {name}: no such format{did_you_mean(name, FORMATS)}")
-    if options.type and name not in TYPED:
-        raise ConfigError(f"--type {options.type}: --to {name} has no choice of it; {', '.join(TYPED)} have")
-    if options.base != "source" and name not in MERGED:
-        raise ConfigError(f"--base {options.base}: --to {name} has no choice of it; {', '.join(MERGED)} have")
+    require_known(name, options.base, options.type)
     module = import_module(f"expertune.exporting.{FORMATS[name]}")
     made: Format = module.make(name, options)
     return made
