@@ -50,6 +50,13 @@ def test_setting_that_one_run_leaves_out_is_compared_by_its_default(run_record: 
     del other["config"]["lora"]
     compared = compare([("a", run_record), ("b", other)])
     assert compared.settings == {"lora.r": ["16", "8"]}
+    run_record["config"]["data"]["max_length"] = 256
+    other["config"]["data"].pop("max_length", None)
+    unlike = compare([("a", run_record), ("b", other)])
+    assert unlike.settings["data.max_length"] == ["256", "1024"]
+    text = " ".join(shown(unlike).split())
+    assert "the runs differ in data.max_length: their scores and losses are not of the same text" in text
+    other["config"]["data"]["max_length"] = 256
     other["config"]["training"]["warmup_steps"] = 5
     assert compare([("a", run_record), ("b", other)]).settings["training.warmup_steps"] == ["not set", "5"]
 

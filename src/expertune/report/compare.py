@@ -21,6 +21,9 @@ from expertune.storage import write_text
 # A run's name is its own, and a resumed run may have set the others otherwise: they change no weight.
 _NOT_COMPARED = ("output_dir", "training.run_name", "training.report_to", "training.disable_tqdm")
 
+# What the losses and scores of a run are taken on.
+_EXAMPLES = ("data.eval", "data.max_length", "task.rows")
+
 _MOST_SETTINGS = 5
 """Columns of settings that a terminal has room for."""
 
@@ -65,6 +68,12 @@ class Comparison:
     scores: list[Column]
     cost: list[Column]
     charts: list[Drawing]
+
+    @property
+    def note(self) -> str:
+        """What a reader of the scores has to know; empty where they are of the same text."""
+        differ = " and ".join(key for key in _EXAMPLES if key in self.settings)
+        return f"the runs differ in {differ}: their scores and losses are not of the same text" if differ else ""
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain values, run by run."""
@@ -134,8 +143,11 @@ def _table(comparison: Comparison, padding: int = 2, no_wrap: bool = False) -> T
     table = Table(box=None, pad_edge=False, header_style="", padding=(0, padding, 0, 0))
     table.add_column("run", overflow="fold")
     settings = list(comparison.settings)[:_MOST_SETTINGS]
+    notes = [comparison.note] if comparison.note else []
     if more := len(comparison.settings) - len(settings):
-        table.caption, table.caption_justify = f"{more} more settings differ; the page has them", "left"
+        notes.append(f"{more} more settings differ; the page has them")
+    if notes:
+        table.caption, table.caption_justify = "\n".join(notes), "left"
     last = [key.rpartition(".")[-1] for key in settings]
     for key, name in zip(settings, last, strict=True):
         words = name.replace("_", " ") if last.count(name) == 1 else key  # a header that is cut at words stays narrow

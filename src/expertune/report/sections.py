@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from expertune.config import RunConfig
+from expertune.config import RunConfig, Section
 from expertune.evaluation.metrics import shown_figures
 from expertune.report.charts import Chart, Drawing, Series, bars, centered_mean, draw, points_of
 from expertune.report.differences import differences
@@ -312,12 +312,18 @@ def settings(record: Record) -> list[tuple[str, str, str]]:
 
 def defaults() -> dict[str, Any]:
     """Values that the run file need not give, by dotted keys; of `training` transformers has them."""
-    values = {}
-    for name, about in RunConfig.model_fields.items():
+    return flattened(_defaults(RunConfig))
+
+
+def _defaults(keys: type[Section]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, about in keys.model_fields.items():
         if not about.is_required():
             default = about.get_default(call_default_factory=True)
             values[name] = default.model_dump(mode="json") if hasattr(default, "model_dump") else default
-    return flattened(values)
+        elif isinstance(about.annotation, type) and issubclass(about.annotation, Section):
+            values[name] = _defaults(about.annotation)
+    return values
 
 
 def notes(record: Record) -> list[str]:
