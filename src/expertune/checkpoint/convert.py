@@ -21,6 +21,7 @@ from transformers.core_model_loading import (
     MergeModulelist,
     Transpose,
     WeightConverter,
+    revert_weight_conversion,
 )
 
 from expertune.checkpoint.names import INDEX, Destination, NameMap
@@ -110,6 +111,16 @@ def revert(
         assert pattern is not None
         index = int(INDEX.findall(f"{key}.")[-1]) if "*" in pattern else None
         yield pattern, index, found[0] if isinstance(found, list) else found
+
+
+def revert_all(live: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Live parameters by their names on disk, as `save_pretrained` of transformers 5.20 to 5.24 writes them.
+
+    Args:
+        live: by live name; what one conversion makes has to be there together.
+        model: the model; its own tensors are not read.
+    """
+    return dict(revert_weight_conversion(model, dict(live)))
 
 
 def _require_all(sources: Sources, converter: WeightConverter) -> None:

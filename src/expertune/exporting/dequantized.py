@@ -15,9 +15,9 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
-from transformers.core_model_loading import revert_weight_conversion
 
 from expertune.checkpoint.contents import layer_tensors
+from expertune.checkpoint.convert import revert_all
 from expertune.checkpoint.formats.nf4_folder import is_nf4_folder, read_nf4_folder
 from expertune.checkpoint.jobs import make_jobs
 from expertune.checkpoint.json_file import read_config
@@ -122,7 +122,7 @@ class DequantizedModel:
                 if id(tensor) not in seen:  # a tied weight lies on disk once
                     seen.add(id(tensor))
                     plain[f"{name}.{leaf}"] = self._plain(name, module, leaf, tensor)
-        for name, tensor in revert_weight_conversion(self.source.model, plain).items():
+        for name, tensor in revert_all(plain, self.source.model).items():
             yield Outgoing(name, tensor.dtype, tuple(tensor.shape), tensor.contiguous)
 
     def drop(self, part: Part) -> None:
@@ -164,7 +164,7 @@ class DequantizedModel:
             stacks = self.names.stack_shapes()
             empty = {live: torch.empty(stacks[live], device="meta") for live in together}
             converted = _Once(partial(self._converted, together))
-            for key, tensor in revert_weight_conversion(self.source.model, empty).items():
+            for key, tensor in revert_all(empty, self.source.model).items():
                 yield Outgoing(key, self.dtype, tuple(tensor.shape), partial(converted.take, key))
 
     def _are_matrices(self, name: str, projection: str) -> bool:
@@ -192,7 +192,7 @@ class DequantizedModel:
                 parts = [self._matrix(name, experts, expert, each) for each in layout.fused_projections(spec, weight)]
                 rows = layout.join_rows(spec, weight, parts)
                 place.copy_(rows.T if spec.is_transposed else rows)
-        return dict(revert_weight_conversion(self.source.model, stacks))
+        return revert_all(stacks, self.source.model)
 
 
 class _Once:

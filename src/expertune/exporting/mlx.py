@@ -17,9 +17,9 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.core_model_loading import revert_weight_conversion
 
 from expertune.adapt.factors import dtype_in_file, fold, pad
+from expertune.checkpoint.convert import revert_all
 from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.writer import Outgoing, write_tensors
 from expertune.errors import ExportError
@@ -189,7 +189,7 @@ def _small_checkpoint(source: ExportSource, numbers: Mapping[tuple[Place, int | 
         else:
             live[name] = torch.zeros(parameter.shape)
     try:
-        disk = revert_weight_conversion(source.model, live)
+        disk = revert_all(live, source.model)
     except (RuntimeError, ValueError, IndexError) as error:
         raise ExportError(f"--to mlx: the names on disk of this family are not known: {error}") from None
     return dict(_as_packed(source, name, tensor) for name, tensor in disk.items())
