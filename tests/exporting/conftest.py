@@ -34,6 +34,7 @@ def source_of(loaded: LoadedModel, model: Path, folder: Path, **lora: Any) -> Ex
     config = parse_config({"model": str(model), "data": {"train": "rows.jsonl"}, "output_dir": str(folder)})
     context = RunContext(config, RunRecord.start(folder), torch.device("cpu"), Bars(Console(file=io.StringIO())))
     source = read_source(context, folder / "adapter", ModelSource(model))
+    source.__dict__["plain_tokens"] = range(3, source.model.config.get_text_config().vocab_size)
     rows = random_rows(4, 24).tolist()
     source.__dict__["examples"] = [TokenizedExample(row, row, "here", "", "", len(row)) for row in rows]
     return source

@@ -67,6 +67,7 @@ def random_source(
         fingerprint=read_fingerprint(folder, index.tensors, model, names),
         factors=found,
     )
+    source.__dict__["plain_tokens"] = range(3, model.config.get_text_config().vocab_size)
     ids = [torch.randint(3, model.config.get_text_config().vocab_size, (12,)).tolist() for _ in range(4)]
     source.__dict__["examples"] = [TokenizedExample(each, each, "row", "", "", len(each)) for each in ids]
     return source

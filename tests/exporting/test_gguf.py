@@ -78,7 +78,7 @@ def test_wrong_adapters_are_told_from_the_right_one(adapter, read_gguf, tmp_path
         damage({tensor.name: tensor.data for tensor in reader.tensors}, reader.fields)
         del reader
         [engine] = form.engines(source, folder, MODEL)
-        cases[name] = engine.exported | {"adapter": str(damaged), "positions": 8}
+        cases[name] = engine.exported | {"adapter": str(damaged)}
     found = run_llamacpp(cases, source.prompts(), tmp_path)
     # The undamaged one agrees with the reference: it has been verified.
     right = found.pop("nothing")
@@ -179,7 +179,9 @@ DAMAGES = {
 
 
 def run_llamacpp(cases, prompts, folder):
-    (folder / "request.json").write_text(json.dumps({"prompts": prompts, "cases": cases}))
+    (folder / "request.json").write_text(
+        json.dumps({"prompts": prompts, "positions": list(range(0, 48, 6)), "cases": cases})
+    )
     command = [sys.executable, str(ENGINES / "llamacpp.py"), str(folder / "request.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

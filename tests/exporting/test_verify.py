@@ -1,22 +1,25 @@
 """Exports are run in their engine: right ones are verified, wrong ones fail and say which tensors disagree."""
 
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from expertune.exporting import verify as verification
+from expertune.exporting import programs
 from expertune.exporting.formats import Progress, Verdict
 from expertune.exporting.merged import Merged
 from expertune.exporting.peft import PeftAdapter
 from expertune.exporting.source import ExportSource
-from expertune.exporting.verify import verify
+from expertune.exporting.verify import spread, verify, write_verification
 from tests.exporting.conftest import nothing
 from tests.processes import Server
 
+START = programs.start
 WEIGHTS, EXPERT = "adapter_model.safetensors", "layers.1.block_sparse_moe.experts.2."
 Damage = Callable[[dict[str, Tensor]], object]
 
@@ -27,13 +30,13 @@ def _copied_processes() -> Iterator[None]:
     server = Server("import runpy, sys; import torch, transformers, peft, transformers.models.mixtral.modeling_mixtral")
     code = "assert 'expertune' not in sys.modules; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], {}, '__main__')"
 
-    def run(python: str, program: Path, request: Path) -> tuple[int, str]:
-        assert python == sys.executable
-        ended = server.run(code, request.parent, [str(program), str(request)])
+    def run(command: Sequence[str], seconds: float) -> tuple[int, str]:
+        assert command[0] == sys.executable
+        ended = server.run(code, Path(command[-1]).parent, command[1:])
         return ended.status, ended.err
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "run_program", run)
+        patch.setattr(programs, "start", run)
         yield
     server.end()
 
@@ -96,6 +99,7 @@ def test_right_adapter_is_verified_and_its_effect_is_far_above_what_is_allowed(
     differences = found.figures["differences"]
     assert differences["exported"] < found.figures["tolerance"] == 1e-4 < differences["effect"] / 100
     assert "PEFT 0.2" in found.engine
+    assert found.figures["experts"] == {"reached": 8, "of": 8}
 
 
 @pytest.mark.parametrize(
@@ -141,3 +145,54 @@ def test_adapter_that_changes_next_to_nothing_proves_nothing(mixtral_source: Exp
     found = verdict_of(mixtral_source.only(lambda place: False), PeftAdapter("peft"), tmp_path)
     assert found.verdict == "not verified"
     assert "too little to be told" in str(found.reason)
+
+
+def test_expert_that_no_prompt_is_sent_to_is_said_and_not_counted_as_verified(
+    mixtral_source: ExportSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = mixtral_source.only(lambda place: True)
+    monkeypatch.setattr(type(part), "prompts", lambda self: [[5]])
+    found = verdict_of(part, PeftAdapter("peft"), tmp_path)
+    assert found.verdict == "verified"
+    assert found.figures["experts"] == {"reached": 4, "of": 8}
+    assert found.reason == "4 of 8 experts of the adapter were not reached by the prompts"
+
+
+def test_positions_are_chosen_so_that_all_experts_are_reached() -> None:
+    routed = torch.tensor([[0, 1]] * 50 + [[2, 3]] + [[0, 1]] * 49)
+    assert 50 in spread([routed], 100, 4)
+    assert len(spread([routed], 100, 4)) == 4
+    assert spread([], 100, 3) == [0, 50, 99]
+
+
+@torch.no_grad()
+def test_model_that_computes_no_numbers_verifies_nothing(mixtral_source: ExportSource, tmp_path: Path) -> None:
+    folder = shutil.copytree(mixtral_source.base.folder, tmp_path / "damaged")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (out := tmp_path / "out").mkdir()
+    form = Damaged(halve)
+    form.write(mixtral_source, out, nothing)
+    [found, _] = verify(mixtral_source, form, out, folder)
+    assert found.verdict == "not verified"
+    assert "are not finite" in str(found.reason)
+    write_verification(out, form, mixtral_source, [found])
+
+
+def test_engine_that_hangs_is_ended_and_nothing_is_verified(
+    mixtral_source: ExportSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(programs, "start", START)
+    monkeypatch.setenv(programs.TIMEOUT, "0.01")
+    found = verdict_of(mixtral_source, PeftAdapter("peft"), tmp_path)
+    assert (found.verdict, found.reason) == (
+        "not verified",
+        f"stock: not done after 0 seconds, and ended; {programs.TIMEOUT} gives it more",
+    )
+
+
+def test_interpreter_that_is_not_there_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "start", START)
+    with pytest.raises(programs.BrokenOffError, match=r"stock: /nowhere/python cannot be started: No such file"):
+        programs.run_program("stock.py", {}, tmp_path / "request.json", "stock", 1, "/nowhere/python")

@@ -115,13 +115,22 @@ def test_earlier_state_has_its_own_loss_and_no_score_of_the_last() -> None:
 
 def test_export_says_in_which_engines_it_was_verified() -> None:
     figures = {"tolerance": 1e-4, "differences": {"base": 1e-6, "exported": 2e-6, "effect": 1.5}}
+    reached = {"experts": {"reached": 125, "of": 128}}
+    relative = {"relative_tolerance": 1e-5, "relative_difference": 3e-8}
     engines = [
-        {"engine": "llama.cpp (b10605)", "verdict": "verified", "reason": None, "figures": figures},
+        {"engine": "llama.cpp (b10605)", "verdict": "verified", "reason": None, "figures": figures | reached},
+        {"engine": "rounding", "verdict": "verified", "figures": figures | reached | {"measure": "mean"}},
+        {"engine": "a loader", "verdict": "verified", "figures": relative},
         {"engine": "other", "verdict": "not verified", "reason": "no /home/mallory/engine", "figures": {}},
     ]
     text = render_card(subject(form="gguf-adapter", verification={"engines": engines}, where="owner/mine"))
-    assert "| llama.cpp (b10605) | verified | 2.0e-06 | 1.0e-04 | 1.5e+00 |" in text
-    assert "| other | not verified | - | - | - |" in text
+    assert "| llama.cpp (b10605) | verified | 2.0e-06 | 1.0e-04 | 1.5e+00 | 125 of 128 |" in text
+    assert "| rounding | verified | 2.0e-06 (mean) | 1.0e-04 (mean) | 1.5e+00 (mean) | 125 of 128 |" in text
+    assert "| a loader | verified | 3.0e-08 (relative) | 1.0e-05 (relative) | - | - |" in text
+    assert "| other | not verified | - | - | - | - |" in text
+    assert "in nats" in text
+    alone = render_card(subject(form="vllm", verification={"engines": engines[2:]}))
+    assert "in nats" not in alone
     assert "/home" not in text
     assert "llama-server --model BASE.gguf --lora adapter.gguf" in text
     assert ModelCard(text).data.library_name == "gguf"

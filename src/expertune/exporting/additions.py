@@ -38,7 +38,7 @@ def find_additions(source: ExportSource) -> dict[str, Addition]:
     """By name on disk, what is added to each tensor that the adapter changes.
 
     Raises:
-        ExportError: something that the adapter changes has no tensor of its own, or a factor is not finite.
+        ExportError: something that the adapter changes has no tensor of its own.
     """
     found: dict[str, Addition] = {}
     reached: set[str] = set()
@@ -49,12 +49,7 @@ def find_additions(source: ExportSource) -> dict[str, Addition]:
             continue
         reached.update(names)
         found[key] = _addition(source, entry, destination, names)
-    missing = []
-    for name, left, right in source.updates():
-        if not (left.isfinite().all() and right.isfinite().all()):
-            raise ExportError(f"{source.adapter.where}: the adapter of {name} holds NaN or infinite values")
-        if name not in reached:
-            missing.append(name)
+    missing = [name for name, _, _ in source.updates() if name not in reached]
     if missing:
         raise ExportError(
             f"{source.base.folder}: {missing[0]} has no tensor of its own in the checkpoint (it may share that of the "

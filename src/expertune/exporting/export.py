@@ -18,7 +18,7 @@ from expertune.exporting.hub import push, require_hub
 from expertune.exporting.merged import MANIFEST, write_dequantized
 from expertune.exporting.place import clear, hold_partial, require_free
 from expertune.exporting.source import ExportSource, open_source
-from expertune.exporting.verify import VERIFICATION, why_too_large, write_verification
+from expertune.exporting.verify import VERIFICATION, write_verification
 from expertune.exporting.verify import verify as run_engines
 from expertune.planning.table import size
 from expertune.report.card import CARD_NAME
@@ -111,6 +111,8 @@ def export(
         raise ConfigError(f"private: nothing is sent to the hub; add {option('push-to-hub', 'NAME')}, or leave it out")
     source = open_source(run_dir, adapter, options.get("trust_remote_code", False), options.get("model"))
     form.require(source)
+    if options.get("verify", True):
+        _ = source.examples  # an error of theirs comes before the work
     with hold_partial(folder) as partial:
         _require_room(form, source, partial)
         clear(partial, {VERIFICATION, CARD_NAME} if form.resumes else None)
@@ -153,7 +155,7 @@ def _write_card(
 @contextmanager
 def _readable_base(source: ExportSource, base: str, near: Path) -> Iterator[Path]:
     """The base as a 16-bit folder: its own, or for a while one with the values of its 4-bit weights."""
-    if not source.is_packed or base == "dequantized" or why_too_large(source):
+    if not source.is_packed or base == "dequantized" or source.why_too_large():
         yield source.base.folder
         return
     with TemporaryDirectory(prefix="expertune-base-", dir=near) as folder:
@@ -179,7 +181,8 @@ def _require_room(form: Format, source: ExportSource, folder: Path) -> None:
 def _notify(source: ExportSource, verdicts: list[Verdict], folder: Path) -> None:
     """Show what came of each engine; raise where one computes something else."""
     for verdict in verdicts:
-        source.context.notify(f"{verdict.engine}: {verdict.verdict}{f': {verdict.reason}' if verdict.reason else ''}")
+        between = "; " if verdict.verdict == "verified" else ": "
+        source.context.notify(f"{verdict.engine}: {between.join(filter(None, (verdict.verdict, verdict.reason)))}")
         loss = verdict.figures.get("loss", {})
         if loss.get("trained") is not None:
             source.context.notify(

@@ -30,6 +30,7 @@ class Engine:
         measure: how differences of log-probabilities become one: their largest; or their mean, for an engine that
             rounds so much that some tokens are routed to other experts.
         floor: differences that the engine's own arithmetic may make, in nats.
+        positions: at how many positions it answers, where that is dear; None means at all.
         missing: what to do to have the engine, where it is not installed.
         python: the interpreter that runs the script.
         verdict: how it is compared, where it does not compute log-probabilities.
@@ -44,6 +45,7 @@ class Engine:
     has_trained: bool = False
     measure: Literal["max", "mean"] = "max"
     floor: float = 1e-4
+    positions: int | None = None
     missing: str | None = None
     python: str | None = None
     verdict: "Callable[[ExportSource, Engine], Verdict] | None" = None
@@ -103,8 +105,8 @@ class Verdict:
     Attributes:
         engine: its name, with versions where it ran.
         verdict: `verified`, `failed` or `not verified`.
-        reason: of a verdict that is not `verified`.
-        figures: tolerance and differences, in nats; prompts and positions.
+        reason: of a verdict that is not `verified`; of one that is, what it leaves open.
+        figures: tolerance and differences, in nats; prompts, positions, and how many experts these reached.
         disagreeing: of a failed one, the projections and layers whose tensors disagree.
     """
 

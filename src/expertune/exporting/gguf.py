@@ -9,8 +9,6 @@ name in the checkpoint, so that it is renamed and permuted as the base's tensors
 import json
 import re
 import shutil
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +16,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -30,6 +28,7 @@ from expertune.exporting.dequantized import as_config
 from expertune.exporting.engines import gguf_converter
 from expertune.exporting.formats import Engine, Format, Options, Progress, make_format
 from expertune.exporting.merged import write_dequantized
+from expertune.exporting.programs import run_program
 from expertune.exporting.source import ExportSource
 from expertune.planning.table import size
 from expertune.storage import write_json
@@ -44,7 +43,7 @@ _ADAPTER_TYPES = ("f32", "f16", "bf16")
 # are spread wider than its base's, and differ several times as much.
 _FLOORS = {"f32": 1e-3, "f16": 0.05, "bf16": 0.05, "q8_0": 0.15}
 # Positions at which llama.cpp is asked: each is a request of its own.
-_POSITIONS = 32
+_POSITIONS = 64
 
 
 @dataclass(frozen=True)
@@ -60,21 +59,17 @@ class Converted:
     knows_tokenizer: bool
 
 
-def convert(runs: Sequence[Sequence[str]], trust_remote_code: bool) -> list[Converted]:
+def convert(runs: Sequence[Sequence[str]], source: ExportSource) -> list[Converted]:
     """Run command lines of llama.cpp's converters in one process of their own.
 
     Raises:
         ExportError: the process failed as a whole.
     """
     with TemporaryDirectory(prefix="expertune-gguf-") as scratch:
-        request, result = Path(scratch) / "request.json", Path(scratch) / "result.json"
-        request.write_text(json.dumps({"runs": runs, "trust_remote_code": trust_remote_code}), encoding="utf-8")
-        command = [sys.executable, str(Path(gguf_converter.__file__)), str(request), str(result)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode or not result.is_file():
-            lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-            raise ExportError(f"llama.cpp's converter ended with {done.returncode}: {lines[-1][:400] if lines else ''}")
-        found = json.loads(result.read_text(encoding="utf-8"))
+        request = {"runs": runs, "trust_remote_code": source.base.trust_remote_code}
+        path = Path(scratch) / "request.json"
+        run_program("gguf_converter.py", request, path, "llama.cpp's converter", source.num_weights)
+        found = json.loads(path.with_name("converted.json").read_text(encoding="utf-8"))
     return [Converted(each["error"], gguf_converter.UNKNOWN_TOKENIZER not in each["notes"]) for each in found]
 
 
@@ -98,11 +93,11 @@ class _Gguf:
         if gguf_converter.scripts_folder() is None or find_spec("sentencepiece") is None:
             raise ExportError(f"--to {self.name}: llama.cpp's converters are not installed; {EXTRA}")
 
-    def _engine(self, source: ExportSource, folder: Path, base: Path, kind: str, exported: dict[str, str]) -> Engine:
+    def _engine(self, source: ExportSource, folder: Path, base: Path, kind: str, exported: dict[str, Any]) -> Engine:
         """llama.cpp with the base in a file of this type, and with the export."""
         name = "llama.cpp"
-        if self._missing:
-            return Engine(name, "llamacpp.py", {}, {}, missing=self._missing)
+        if reason := self._missing or source.why_too_large():
+            return Engine(name, "llamacpp.py", {}, {}, missing=reason)
         try:
             file = self._base_file(source, folder, base, kind)
         except ExportError as error:
@@ -111,16 +106,23 @@ class _Gguf:
             "model": file,
             "vocabulary": source.model.get_output_embeddings().weight.shape[0],
             "plain": _plain_token(source),
-            "positions": _POSITIONS,
         }
         # From 16-bit weights on, llama.cpp rounds what it multiplies them by as well.
         measure: Literal["max", "mean"] = "max" if kind == "f32" else "mean"
-        return Engine(name, "llamacpp.py", fixed, fixed | exported, measure=measure, floor=_FLOORS[kind])
+        return Engine(
+            name,
+            "llamacpp.py",
+            fixed,
+            fixed | exported,
+            measure=measure,
+            floor=_FLOORS[kind],
+            positions=_POSITIONS,
+        )
 
     def _base_file(self, source: ExportSource, folder: Path, base: Path, kind: str) -> str:
         """The base model as a GGUF file, written once, beside the export."""
         if self._base is None:
-            needed = _num_weights(source) * _NBYTES[kind]
+            needed = source.num_weights * _NBYTES[kind]
             free = shutil.disk_usage(folder.parent).free
             if needed > free:
                 raise ExportError(f"the base as GGUF needs {size(int(needed))} of disk, and {size(free)} are free")
@@ -204,7 +206,7 @@ class GgufAdapter(_Gguf):
                 write_adapter(made, list(tensors), config)
                 places = ["--base", str(base), "--outfile", str(file), str(made)]
                 runs.append(["convert_lora_to_gguf.py", *places, "--outtype", self.kind])
-            return convert(runs, source.base.trust_remote_code)
+            return convert(runs, source)
 
     def _tensors(self, source: ExportSource) -> Iterator[tuple[str, Outgoing]]:
         """What it belongs to, and the tensor."""
@@ -240,7 +242,7 @@ class GgufModel(_Gguf):
             return
         with TemporaryDirectory(prefix="expertune-gguf-") as scratch:
             command = _of_model(source.base.folder, Path(scratch) / "trial.gguf", self.kind, "trial")
-            [found] = convert([[*command, "--dry-run"]], source.base.trust_remote_code)
+            [found] = convert([[*command, "--dry-run"]], source)
         if found.error:
             raise ExportError(f"--to {self.name}: llama.cpp's converter does not take this model: {found.error}")
         if not found.knows_tokenizer:
@@ -251,7 +253,7 @@ class GgufModel(_Gguf):
 
     def nbytes(self, source: ExportSource) -> int:
         """The file, and the merged model that it is made of."""
-        return self.merged.nbytes(source) + int(_num_weights(source) * _NBYTES[self.kind])
+        return self.merged.nbytes(source) + int(source.num_weights * _NBYTES[self.kind])
 
     def write(self, source: ExportSource, folder: Path, progress: Progress) -> None:
         """Merge, convert, and remove what was merged."""
@@ -261,7 +263,8 @@ class GgufModel(_Gguf):
 
     def engines(self, source: ExportSource, folder: Path, base: Path) -> list[Engine]:
         """llama.cpp, over the base in a file of the same type, which is rounded as the export is."""
-        engine = self._engine(source, folder, base, self.kind, {"model": str(self._file(folder))})
+        exported = {"model": str(self._file(folder)), "texts": _texts(source)}
+        engine = self._engine(source, folder, base, self.kind, exported)
         [merged] = self.merged.engines(source, folder, base)
         return [replace(engine, rounded=merged.rounded, reference=merged.reference)]
 
@@ -304,7 +307,7 @@ def _of_model(folder: Path, file: Path, kind: str, name: str) -> list[str]:
 
 
 def _require_converted(runs: Sequence[Sequence[str]], source: ExportSource) -> None:
-    for found in convert(runs, source.base.trust_remote_code):
+    for found in convert(runs, source):
         if found.error:
             raise ExportError(f"llama.cpp's converter: {found.error}")
 
@@ -317,11 +320,13 @@ def _pair(name: str, pair: Factors, alpha: int) -> Iterator[Outgoing]:
     yield Outgoing(f"{PREFIX}{name}.lora_B.weight", dtype, tuple(b.shape), lambda: fold(b, factor))
 
 
-def _num_weights(source: ExportSource) -> int:
-    return sum(parameter.numel() for parameter in source.model.parameters())
-
-
 def _plain_token(source: ExportSource) -> int:
     """A token that is a letter."""
     ids = source.tokenizer.get_vocab().values()
     return next(each for each in sorted(ids) if re.fullmatch("[A-Za-z]", source.tokenizer.decode([each])))
+
+
+def _texts(source: ExportSource) -> list[tuple[str, list[int]]]:
+    """Texts of a few examples, with their token ids."""
+    texts = [source.tokenizer.decode(example.input_ids, skip_special_tokens=True) for example in source.examples[:8]]
+    return [(text, source.tokenizer.encode(text, add_special_tokens=False)) for text in texts]

@@ -100,7 +100,7 @@ class MergedIntoDequantized:
     def nbytes(self, source: ExportSource) -> int:
         """Bytes of all weights in the dtype of the output."""
         size = config_dtype(read_config(source.base.folder)).itemsize
-        return sum(parameter.numel() for parameter in source.model.parameters()) * size
+        return source.num_weights * size
 
     def write(self, source: ExportSource, folder: Path, progress: Progress) -> None:
         """Write the files that are not finished yet."""

@@ -118,7 +118,7 @@ class MlxMerged(MlxAdapter):
         with TemporaryDirectory(prefix="adapter-", dir=folder.parent) as scratch:
             super().write(source, Path(scratch), progress)
             fused = {"model": str(source.base.folder), "adapter": scratch, "to": str(folder)}
-            run_program(_PROGRAM, {"fuse": fused}, Path(scratch) / "request.json", _REFUSED)
+            run_program(_PROGRAM, {"fuse": fused}, Path(scratch) / "request.json", _REFUSED, source.num_weights)
 
     def engines(self, source: ExportSource, folder: Path, base: Path) -> list[Engine]:
         """mlx-lm on its CPU or its GPU, whichever it has."""
@@ -173,7 +173,7 @@ def _mapped(source: ExportSource, numbers: Mapping[tuple[Place, int | None], int
         config.pop("quantization_config", None)
         write_json(folder / "config.json", config)
         save_file(_small_checkpoint(source, numbers), folder / "model.safetensors", {"format": "pt"})
-        run_program(_PROGRAM, {"map": str(folder)}, Path(scratch) / "request.json", _REFUSED)
+        run_program(_PROGRAM, {"map": str(folder)}, Path(scratch) / "request.json", _REFUSED, source.num_weights)
         return load_file(Path(scratch) / "mapped.safetensors")
 
 

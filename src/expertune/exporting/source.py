@@ -1,5 +1,6 @@
 """ExportSource: a run's adapter and the base model it was trained on, read without loading the model's weights."""
 
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -7,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,9 +26,14 @@ from expertune.checkpoint.recipe import Recipe, read_recipe, recipe_of_folder
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.checkpoint.verified import require_verified
 from expertune.data import TokenizedExample, prepare_examples, settled
+from expertune.errors import CheckpointError
 from expertune.experts import layout
+from expertune.planning.table import size
 from expertune.run.context import RunContext
 from expertune.run.inference import find_run
+
+# Tokens of a prompt; random ones for each expert of a layer, and in all.
+_LENGTH, _PER_EXPERT, _LEAST, _MOST = 48, 4, 96, 768
 
 
 class Place(NamedTuple):
@@ -134,7 +141,7 @@ class ExportSource:
             for module, projections in self.factors.experts.items()
         }
         part = replace(self, factors=AdapterFactors(experts, linears))
-        same = "tokenizer", "examples", "recipe", "is_packed"  # what may have been read already
+        same = "tokenizer", "plain_tokens", "examples", "recipe", "is_packed"  # what may have been read already
         part.__dict__.update({name: self.__dict__[name] for name in same if name in self.__dict__})
         return part
 
@@ -189,11 +196,40 @@ class ExportSource:
         found = prepare_examples(settled(config.data, data[which]), which, self.tokenizer)  # type: ignore[arg-type]
         return [found.examples[index] for index in range(min(len(found.examples), 64))]
 
-    def prompts(self, count: int = 8, tokens: int = 48) -> list[list[int]]:
-        """Token ids on which engines are compared: the starts of a few examples, prompt and answer, spread over all."""
-        examples = self.examples
-        chosen = [examples[index * len(examples) // count] for index in range(min(count, len(examples)))]
-        return [example.input_ids[:tokens] for example in chosen]
+    @cached_property
+    def plain_tokens(self) -> list[int]:
+        """Ids of tokens that are parts of text: none that marks a turn of a chat, an image or the like."""
+        count = self.model.get_input_embeddings().weight.shape[0]
+        found = set(self.tokenizer.get_vocab().values()) - self.tokenizer.added_tokens_decoder.keys()
+        return sorted(each for each in found if each < count)
+
+    def prompts(self) -> list[list[int]]:
+        """Token ids on which engines are compared.
+
+        Starts and ends of eight examples, spread over all; and random tokens, the more of them the more experts there
+        are, so that most experts are routed to by some.
+        """
+        examples, count = self.examples, min(8, len(self.examples))
+        chosen = [examples[index * len(examples) // count].input_ids for index in range(count)]
+        texts = [ids[-_LENGTH:] if index % 2 else ids[:_LENGTH] for index, ids in enumerate(chosen)]
+        experts = max((self.names.specs[module].num_experts for module in self.factors.experts), default=0)
+        tokens = min(max(_LEAST, _PER_EXPERT * experts), _MOST)
+        drawn = random.Random(0).choices(self.plain_tokens, k=tokens)
+        return [*texts, *(drawn[start : start + _LENGTH] for start in range(0, tokens, _LENGTH))]
+
+    @property
+    def num_weights(self) -> int:
+        """Of the base model."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def why_too_large(self) -> str | None:
+        """Why the model cannot be loaded for the reference; None where it can."""
+        # A copy of what is changed, to go back to, and what is added to one stack.
+        needed = 4 * (2 * self.num_weights + max(parameter.numel() for parameter in self.model.parameters()))
+        available = psutil.virtual_memory().available
+        if needed > available:
+            return f"the comparison needs {size(needed)} of memory, in float32, and {size(available)} are available"
+        return None
 
 
 def open_source(
@@ -225,5 +261,8 @@ def read_source(context: RunContext, adapter: Path, base: ModelSource) -> Export
     require_same_base(adapter, fingerprint, context.config.model, allowed_by=None)
     file = read_adapter(adapter)
     factors = read_factors(file.config, file.tensors, names, file.where)
+    for key, tensor in file.tensors.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{file.where}: {key} holds NaN or infinite values; export another state of the run")
     file.tensors.clear()  # the factors are all of it, and it may be a GB
     return ExportSource(context, file, base, index, described, names, fingerprint, factors)

@@ -3,12 +3,12 @@
 The reference is independent of what wrote the export: stock transformers with the base in float32, and scale * B @ A
 added to its live parameters (`ExportSource.updates`). Compared are log-probabilities of every token at every position
 of a few evaluation examples, of the base alone too: an engine that rounds does so there as well, and may differ twice
-as much with the adapter. The adapter's own effect has to be larger, or nothing would be proved.
+as much with the adapter. The adapter's own effect has to be larger, or nothing would be proved. And of an expert that
+no compared position is sent to, nothing is: how many are reached is counted in the reference.
 """
 
-import json
+import math
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
@@ -16,21 +16,25 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import psutil
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from expertune.checkpoint.load import auto_class
+from expertune.errors import ExpertuneError
 from expertune.exporting.formats import Engine, Format, Verdict
+from expertune.exporting.programs import BrokenOffError, ProgramError, run_program
 from expertune.exporting.source import ExportSource, Place
-from expertune.planning.table import size
+from expertune.storage import write_json
 
 VERIFICATION = "verification.json"
-_PROGRAMS = Path(__file__).parent / "engines"
 _PROGRAM, _REFERENCE = "stock.py", "reference"
 # An effect this many times the tolerance: half of it, as a wrong scale makes, is then still beyond the tolerance.
 _EFFECT = 4
+# An engine that differs more than this many times its floor without the adapter computes another model.
+_CEILING = 20
 # What is less probable counts as this: engines that exponentiate in float32 have nothing left there.
 _LEAST = -50.0
 
@@ -39,10 +43,6 @@ _BYTES_AT_ONCE = 10**9
 
 Case = Mapping[str, Any]
 Answers = dict[str, dict[str, Tensor]]
-
-
-class _EngineError(Exception):
-    """An engine did not answer a case; the message is its own."""
 
 
 def verify(source: ExportSource, form: Format, folder: Path, base: Path) -> list[Verdict]:
@@ -65,7 +65,7 @@ def write_verification(folder: Path, form: Format, source: ExportSource, verdict
         "base": source.context.config.model,
         "engines": [asdict(verdict) for verdict in verdicts],
     }
-    (folder / VERIFICATION).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / VERIFICATION, values)
     return values
 
 
@@ -74,23 +74,14 @@ def _verify(source: ExportSource, form: Format, engine: Engine, base: Path, fold
         return Verdict(engine.name, "not verified", engine.missing)
     if engine.verdict is not None:
         return engine.verdict(source, engine)
-    if reason := why_too_large(source):
+    if reason := source.why_too_large():
         return Verdict(engine.name, "not verified", reason)
     with TemporaryDirectory(prefix="expertune-verify-", dir=folder.parent) as scratch:
         compared = _Compared(source, form, engine, base, Path(scratch))
         try:
             return compared.verdict()
-        except _EngineError as error:
+        except ProgramError as error:
             return Verdict(engine.name, "not verified", str(error))
-
-
-def why_too_large(source: ExportSource) -> str | None:
-    """Why the model cannot be loaded for the reference; None where it can."""
-    needed = 4 * sum(parameter.numel() for parameter in source.model.parameters())
-    available = psutil.virtual_memory().available
-    if needed > available:
-        return f"the model needs {size(needed)} of memory in float32, and {size(available)} are available"
-    return None
 
 
 class _Compared:
@@ -99,19 +90,23 @@ class _Compared:
     def __init__(self, source: ExportSource, form: Format, engine: Engine, base: Path, scratch: Path) -> None:
         self.source, self.form, self.engine, self.base, self.scratch = source, form, engine, base, scratch
         self.prompts = source.prompts()
+        self.positions = list(range(sum(map(len, self.prompts))))
         self.tolerance = engine.floor
 
     def verdict(self) -> Verdict:
         """Compare base and export; where they disagree, find out which tensors do."""
-        updates = self._write_updates("updates", self.source)
+        updates = {"updates": self._write_updates("updates", self.source)}
+        reference_cases: dict[str, Case] = {"base": {}, "exported": updates}
+        if self.engine.has_trained and self.engine.reference == "dequantized":
+            reference_cases["unrounded"] = updates | {"rounded": None}
         cases = {"base": self.engine.base, "exported": self.engine.exported}
         try:
             reference, answers = self._ask_both(
-                {"base": {}, "exported": {"updates": updates}},
-                {name: case for name, case in cases.items() if case is not None},
-                self._scored,
+                reference_cases, {name: case for name, case in cases.items() if case is not None}, self._scored
             )
-        except _EngineError as error:
+        except BrokenOffError:
+            raise
+        except ProgramError as error:
             if self._answer("base" if self.engine.base else f"{_REFERENCE}-exported").is_file():
                 return Verdict(self.engine.name, "failed", f"the engine does not take the export: {error}")
             raise
@@ -126,30 +121,78 @@ class _Compared:
         figures: dict[str, Any] = {
             "tolerance": self.tolerance,
             "differences": differences,
+            "measure": self.engine.measure,
             "prompts": len(self.prompts),
             "positions": len(exported["logprobs"]),
+            "experts": self._reached(reference["exported"]),
             "loss": {"base": _loss(base), "exported": _loss(exported), "reference": _loss(reference["exported"])},
             "examples": len(self._scored),
         }
-        if self.engine.has_trained:
-            trained = self._ask("trained.py", {"trained": {"live": True}}, None, self._scored)["trained"]
-            figures["loss"]["trained"] = _loss(trained)
-            differences["trained"] = self._distance(trained, exported)
-        if differences["exported"] > self.tolerance:
-            groups = self._disagreeing()
-            where = f"; these tensors disagree: {', '.join(groups)}" if groups else ""
+        if not math.isfinite(differences["base"] + differences["effect"]):
+            reason = "log-probabilities of the base, or of base and adapter in the reference, are not finite"
+            return Verdict(name, "not verified", reason, {"experts": figures["experts"]})
+        if differences["base"] > _CEILING * self.engine.floor:
             reason = (
-                f"log-probabilities differ by {differences['exported']:.2g} from base and adapter in float32, and "
-                f"{self.tolerance:.2g} are allowed{where}"
+                f"the engine differs by {differences['base']:.2g} on the base model alone, so that it computes another "
+                "model than transformers, whatever the adapter does"
             )
-            return Verdict(name, "failed", reason, figures, groups)
+            return Verdict(name, "not verified", reason, figures)
+        if not differences["exported"] <= self.tolerance:
+            return self._failed(name, figures)
         if differences["effect"] < _EFFECT * self.tolerance:
             reason = (
                 f"the adapter changes log-probabilities by {differences['effect']:.2g} at most, too little to be told "
                 f"from the engine's own differences of {self.tolerance:.2g}"
             )
             return Verdict(name, "not verified", reason, figures)
-        return Verdict(name, "verified", None, figures)
+        open_questions = [self._not_reached(figures["experts"]), self._split_otherwise(exported, figures)]
+        if self.engine.has_trained:
+            try:
+                trained = self._ask("trained.py", {"trained": {"live": True}}, None, self._scored)["trained"]
+            except ProgramError as error:
+                open_questions.append(f"the model as it was trained was not run: {error}")
+            else:
+                figures["loss"]["trained"] = _loss(trained)
+                differences["trained"] = self._distance(reference.get("unrounded", reference["exported"]), trained)
+                if "unrounded" in reference and not differences["trained"] <= self.tolerance:
+                    reason = (
+                        f"the model as it was trained differs by {differences['trained']:.2g} from the values that its "
+                        f"4-bit weights stand for with the adapter added, and {self.tolerance:.2g} are allowed"
+                    )
+                    return Verdict(name, "failed", reason, figures)
+        return Verdict(name, "verified", "; ".join(filter(None, open_questions)) or None, figures)
+
+    def _failed(self, name: str, figures: dict[str, Any]) -> Verdict:
+        try:
+            groups = self._disagreeing()
+        except (ExpertuneError, OSError):
+            groups = []  # which tensors it is cannot be said: the parts do not fit on the disk, or the like
+        where = f"; these tensors disagree: {', '.join(groups)}" if groups else ""
+        reason = (
+            f"log-probabilities differ by {figures['differences']['exported']:.2g} from base and adapter in float32, "
+            f"and {self.tolerance:.2g} are allowed{where}"
+        )
+        return Verdict(name, "failed", reason, figures, groups)
+
+    def _reached(self, reference: Mapping[str, Tensor]) -> dict[str, int]:
+        """How many of the experts that the adapter changes a compared position is sent to; each layer has its own."""
+        modules = list(self.source.factors.experts)
+        chosen = [reference[f"routed.{name}"][self.positions] for name in modules if f"routed.{name}" in reference]
+        count = sum(self.source.names.specs[name].num_experts for name in modules)
+        return {"reached": sum(len(each.unique()) for each in chosen), "of": count}
+
+    @staticmethod
+    def _not_reached(experts: Mapping[str, int]) -> str | None:
+        missed = experts["of"] - experts["reached"]
+        return f"{missed} of {experts['of']} experts of the adapter were not reached by the prompts" if missed else None
+
+    def _split_otherwise(self, exported: Mapping[str, Tensor], figures: dict[str, Any]) -> str | None:
+        """Whether the engine makes the same token ids of texts, where it was asked."""
+        if "alike" not in exported:
+            return None
+        alike, count = int(exported["alike"]), len(self.engine.exported["texts"])
+        figures["texts"] = {"alike": alike, "of": count}
+        return f"{count - alike} of {count} texts are split into other tokens" if alike < count else None
 
     @property
     def _scored(self) -> list[list[list[int]]]:
@@ -187,7 +230,7 @@ class _Compared:
             try:
                 expected, answers = self._ask_both(reference, cases)
                 found += [self._distance(expected[name], answers[name]) > self.tolerance for name in cases]
-            except _EngineError:
+            except ProgramError:
                 found += [True] * len(cases)
             for folder in folders:
                 shutil.rmtree(folder)
@@ -220,13 +263,19 @@ class _Compared:
             found = self._ask(program, asked | dict(cases), None, scored)
         else:
             found = self._ask(program, asked, None, scored)
+            first = found.get(f"{_REFERENCE}-exported")
+            if first is not None and self.engine.positions:
+                routed = [tensor for key, tensor in first.items() if key.startswith("routed.")]
+                self.positions = spread(routed, len(self.positions), self.engine.positions)
             found |= self._ask(self.engine.program, cases, self.engine.python, scored)
         return {name: found[f"{_REFERENCE}-{name}"] for name in reference}, {name: found[name] for name in cases}
 
     def _ask(self, program: str, cases: Mapping[str, Case], python: str | None, scored: Sequence[Any] = ()) -> Answers:
-        """Run a program on the prompts; raises `_EngineError` where it does not answer a case."""
+        """Run a program on the prompts; raises `ProgramError` where it does not answer a case."""
         request = {
             "prompts": self.prompts,
+            "positions": self.positions,
+            "experts": list(self.source.factors.experts),
             "scored": scored,
             "auto": auto_class(self.source.model.config).__name__,
             "trust": self.source.base.trust_remote_code,
@@ -237,13 +286,10 @@ class _Compared:
             },
             "cases": cases,
         }
-        path = self.scratch / "request.json"
-        path.write_text(json.dumps(request), encoding="utf-8")
-        status, errors = run_program(python or sys.executable, _PROGRAMS / program, path)
-        if status:
-            lines = [line for line in errors.strip().splitlines() if line.strip()]
-            ended = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
-            raise _EngineError(f"{Path(program).stem}: {lines[-1][:400] if lines else ended}")
+        what = Path(program).stem
+        run_program(
+            program, request, self.scratch / "request.json", what, self.source.num_weights, python or sys.executable
+        )
         return {name: load_file(self._answer(name)) for name in cases}
 
     def _answer(self, case: str) -> Path:
@@ -255,10 +301,22 @@ class _Compared:
         return f"{self.engine.name} ({versions})" if versions else self.engine.name
 
 
-def run_program(python: str, program: Path, request: Path) -> tuple[int, str]:
-    """Run a program of `engines` in a process of its own; its exit status, and what it wrote to stderr."""
-    done = subprocess.run([python, str(program), str(request)], capture_output=True, text=True, check=False)
-    return done.returncode, done.stderr
+def spread(routed: Sequence[Tensor], total: int, count: int) -> list[int]:
+    """Positions that reach as many experts as they can, and then others all over.
+
+    Args:
+        routed: of each layer the experts of every position [total, k].
+        total: how many positions there are.
+        count: how many to choose.
+    """
+    left = torch.cat([torch.zeros(total, 1), *(one_hot(each).amax(1).float() for each in routed)], dim=1)
+    chosen: list[int] = []
+    while left.any() and len(chosen) < count:
+        best = int(left.sum(1).argmax())
+        chosen.append(best)
+        left[:, left[best] > 0] = 0
+    others = torch.linspace(0, total - 1, min(count, total)).round().long().tolist()
+    return sorted({*chosen, *others[: max(0, count - len(chosen))]})
 
 
 def _distance(reference: Mapping[str, Tensor], answer: Mapping[str, Tensor], measure: str) -> float:
@@ -272,10 +330,10 @@ def _distance(reference: Mapping[str, Tensor], answer: Mapping[str, Tensor], mea
     if "tokens" in answer:
         expected = expected[:, answer["tokens"]]
     if expected.shape != found.shape:
-        raise _EngineError(f"it answered {tuple(found.shape)} log-probabilities for {tuple(expected.shape)}")
-    if not found.isfinite().all():
-        return float("inf")
+        raise ProgramError(f"it answered {tuple(found.shape)} log-probabilities for {tuple(expected.shape)}")
     differences = (expected.clamp(min=_LEAST) - found.clamp(min=_LEAST)).abs()
+    if not differences.isfinite().all():
+        return float("inf")
     return float(differences.max() if measure == "max" else differences.mean())
 
 

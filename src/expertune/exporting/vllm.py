@@ -8,6 +8,7 @@ Read from vLLM 0.32. Shape suffixes: E experts, r rank.
 """
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from expertune.checkpoint.writer import Outgoing
 from expertune.errors import ExportError
 from expertune.experts import layout
 from expertune.exporting.formats import Engine, Options, Progress, Verdict
-from expertune.exporting.programs import run_program
+from expertune.exporting.programs import BrokenOffError, ProgramError, run_program
 from expertune.exporting.source import ExportSource, Place
 from expertune.storage import write_json
 
@@ -98,8 +99,9 @@ class VllmAdapter:
         with TemporaryDirectory(prefix="expertune-vllm-") as scratch:
             try:
                 _ask(source, {**engine.exported, "names": names}, Path(scratch))
-            except ExportError as error:
-                return Verdict(engine.name, "failed", str(error).partition(": ")[2])
+            except ProgramError as error:
+                verdict = "not verified" if isinstance(error, BrokenOffError) else "failed"
+                return Verdict(engine.name, verdict, str(error).partition(": ")[2])
             with safe_open(Path(scratch) / "loaded.safetensors", framework="pt") as file:
                 name = f"{engine.name} ({file.metadata()['engine']})"
                 loaded = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
@@ -165,7 +167,8 @@ class VllmAdapter:
         return [(a, layout.split_rows(spec, weight, b)[part]) for a, b in zip(*stack, strict=True)]
 
     def _difference(self, source: ExportSource, place: Place, loaded: dict[str, Tensor]) -> float:
-        """How far what vLLM adds to random inputs is from scale * B @ A, by its size; 1 where vLLM has nothing."""
+        """How far what vLLM adds to random inputs is from scale * B @ A, by its size; 1 where vLLM has
+        nothing, or no numbers."""
         a, b, scale = source.pair(place)
         if place.projection is None:
             theirs = _factors(loaded, source.names.on_disk(place.module))
@@ -179,7 +182,8 @@ class VllmAdapter:
             inputs = torch.randn(own_a.shape[1], 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
             expected = scale * (own_b.double() @ (own_a.double() @ inputs))
             difference = theirs[1].double() @ (theirs[0].double() @ inputs) - expected
-            found = max(found, float(difference.norm() / expected.norm().clamp_min(1e-12)))
+            relative = float(difference.norm() / expected.norm().clamp_min(1e-12))
+            found = max(found, relative if math.isfinite(relative) else 1.0)
         return found
 
 
@@ -202,7 +206,8 @@ def _ask(source: ExportSource, request: dict[str, Any], scratch: Path | None = N
         write_json(Path(folder) / "model" / "config.json", config)
         path = (scratch or Path(folder)) / "request.json"
         python = vllm_python() or sys.executable
-        run_program(_PROGRAM, {"config": f"{folder}/model", **request}, path, "--to vllm: vLLM refuses", python)
+        request = {"config": f"{folder}/model", **request}
+        run_program(_PROGRAM, request, path, "--to vllm: vLLM refuses", source.num_weights, python)
         found: dict[str, Any] = json.loads(path.with_name("described.json").read_text(encoding="utf-8"))
         return found
 

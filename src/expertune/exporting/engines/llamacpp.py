@@ -2,11 +2,11 @@
 
     python llamacpp.py REQUEST.json
 
-The request: `prompts`, lists of token ids; and `cases`, by name: `model`, a GGUF file; `adapter`, another, or none;
-`vocabulary`, how many tokens there are; `plain`, a token that is a letter; `positions`, how many to answer at most; and
-`texts`, pairs of a text and its token ids, to see whether llama.cpp splits texts as the model's own tokenizer does.
-Of each case `CASE.safetensors` beside the request holds `logprobs` [P, V], float32, `positions` [P], counted over all
-prompts, and of `texts` how many were split `alike`.
+The request: `prompts`, lists of token ids; `positions`, which of them to answer, counted over all prompts; and `cases`,
+by name: `model`, a GGUF file; `adapter`, another, or none; `vocabulary`, how many tokens there are; `plain`, a token
+that is a letter; and `texts`, pairs of a text and its token ids, to see whether llama.cpp splits texts as the model's
+own tokenizer does. Of each case `CASE.safetensors` beside the request holds `logprobs` [P, V], float32, `positions`
+[P], and of `texts` how many were split `alike`.
 
 What is read are the probabilities that llama.cpp's server gives of the next token (`n_probs`): they are those of the
 logits, before anything is sampled. The server holds back a token that is not whole UTF-8, and its probabilities with
@@ -35,7 +35,7 @@ def main() -> None:
     request = json.loads(path.read_text(encoding="utf-8"))
     for name, case in request["cases"].items():
         server = start(case, max(map(len, request["prompts"])))
-        tensors = answer(server, case, request["prompts"])
+        tensors = answer(server, case, request["prompts"], request["positions"])
         if case.get("texts"):
             tensors["alike"] = np.array(sum(split(server, text) == ids for text, ids in case["texts"]))
         save_file(tensors, path.parent / f"{name}.safetensors", {"engine": f"xllamacpp {version('xllamacpp')}"})
@@ -63,12 +63,11 @@ def start(case: dict[str, Any], length: int) -> Any:
         raise SystemExit(1) from None  # llama.cpp has said why
 
 
-def answer(server: Any, case: dict[str, Any], prompts: list[list[int]]) -> dict[str, np.ndarray]:
+def answer(server: Any, case: dict[str, Any], prompts: list[list[int]], positions: list[int]) -> dict[str, np.ndarray]:
     """Log-probabilities after the starts of prompts; consecutive ones share what is in the server's cache."""
     places = [(ids, end) for ids in prompts for end in range(1, len(ids) + 1)]
-    chosen = np.unique(np.linspace(0, len(places) - 1, min(case["positions"], len(places))).round().astype(np.int64))
     rows = []
-    for index in chosen:
+    for index in positions:
         ids, end = places[index]
         request = {
             "prompt": ids[:end],
@@ -85,7 +84,7 @@ def answer(server: Any, case: dict[str, Any], prompts: list[list[int]]) -> dict[
             if each["id"] < len(row):
                 row[each["id"]] = each["logprob"]
         rows.append(row)
-    return {"logprobs": np.stack(rows), "positions": chosen}
+    return {"logprobs": np.stack(rows), "positions": np.array(positions)}
 
 
 def split(server: Any, text: str) -> list[int]:

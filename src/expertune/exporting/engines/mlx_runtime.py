@@ -11,12 +11,12 @@ these take no adapter. `fuse`: `model`, `adapter` and `to`, folders; base and ad
 
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
@@ -29,7 +29,7 @@ TAKE_ADAPTERS = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLin
 COLUMNS = 2
 """Of a small tensor, in place of a weight's input features."""
 
-VERSIONS = f"mlx-lm {mlx_lm.__version__}, MLX {mx.__version__}"
+VERSIONS = f"mlx-lm {version('mlx-lm')}, MLX {version('mlx')}"
 
 
 def main() -> None:

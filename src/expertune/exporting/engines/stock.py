@@ -6,13 +6,16 @@ The request: `prompts`, lists of token ids; `scored`, examples as [ids, labels];
 `trust`; and `cases`, by name: `model`, a folder, with `adapter`, a folder, or with `updates`, a safetensors file of
 `PARAMETER.left` and `PARAMETER.right` whose product is added to the parameter, in float32, and rounded to the dtype
 that `rounded` has for it, if any. Of each case `CASE.safetensors` beside the request holds `logprobs` [positions, V],
-float32, and `loss` [sum, tokens] over the examples' labels.
+float32, and `loss` [sum, tokens] over the examples' labels; of those with `updates` also `routed.MODULE` [positions, k],
+the experts that each position is sent to, of the request's `experts`, modules by name.
 """
 
 import json
 import logging
 import sys
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +48,7 @@ def main() -> None:
             adapted.unload()
         elif "updates" in case:
             before = update(model, case)
-            answer(model, request, path.parent / f"{name}.safetensors", versions)
+            answer(model, request, path.parent / f"{name}.safetensors", versions, request["experts"])
             for parameter, values in before.items():
                 model.get_parameter(parameter).data.copy_(values)
         else:
@@ -82,9 +85,11 @@ def update(model: Any, case: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def answer(model: Any, request: dict[str, Any], path: Path, versions: str) -> None:
-    """Write one case's log-probabilities and loss."""
-    prompts = [logprobs(model, ids) for ids in request["prompts"]]
+def answer(model: Any, request: dict[str, Any], path: Path, versions: str, experts: Sequence[str] = ()) -> None:
+    """Write one case's log-probabilities and loss, and where it sends each position."""
+    with routes(model, experts) as routed:
+        prompts = [logprobs(model, ids) for ids in request["prompts"]]
+    tensors = {f"routed.{name}": torch.cat(chosen) for name, chosen in routed.items()}
     total, count = 0.0, 0
     for ids, labels in request["scored"]:
         wanted = torch.tensor(labels[1:])
@@ -94,7 +99,27 @@ def answer(model: Any, request: dict[str, Any], path: Path, versions: str) -> No
             total -= float(found.gather(1, wanted[kept].unsqueeze(1)).sum())
             count += int(kept.sum())
     loss = torch.tensor([total, count], dtype=torch.float64)
-    save_file({"logprobs": torch.cat(prompts), "loss": loss}, str(path), {"engine": versions})
+    save_file({"logprobs": torch.cat(prompts), "loss": loss, **tensors}, str(path), {"engine": versions})
+
+
+@contextmanager
+def routes(model: Any, modules: Sequence[str]) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """What experts modules are called with: of each the experts of every token [tokens, k], call by call."""
+    found: dict[str, list[torch.Tensor]] = {}
+
+    def noting(name: str) -> Any:
+        def note(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+            _, top_k_index, _ = arguments
+            found.setdefault(name, []).append(top_k_index.long().reshape(-1, top_k_index.shape[-1]))
+
+        return note
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(noting(name)) for name in modules]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def logprobs(model: Any, ids: list[int]) -> torch.Tensor:

@@ -47,7 +47,8 @@ def answer_stock(loaded: LoadedModel, cases: dict[str, Any], request: dict[str, 
     twin, packed = dequantized(loaded.model)
     for name, case in cases.items():
         before = update(twin, packed, case)
-        stock.answer(twin, request, folder / f"{name}.safetensors", "transformers")
+        experts = request["experts"] if "updates" in case else ()
+        stock.answer(twin, request, folder / f"{name}.safetensors", "transformers", experts)
         for parameter, values in before.items():
             twin.get_parameter(parameter).copy_(values)
 
