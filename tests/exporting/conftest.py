@@ -1,6 +1,8 @@
 """What is exported: an adapter on a tiny model, its factors of the size that training gives them."""
 
 import io
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ from expertune.checkpoint.hub import ModelSource
 from expertune.checkpoint.load import LoadedModel
 from expertune.config import LoraSection, parse_config
 from expertune.data import TokenizedExample
+from expertune.exporting import programs
 from expertune.exporting.source import ExportSource, read_source
 from expertune.run.context import RunContext
 from expertune.run.progress import Bars
 from expertune.run.record import RunRecord
 from tests.adapt.conftest import train_a_little
+from tests.processes import Server
 from tests.tiny_models import copied, load_tiny, random_rows, stock_model
 
 
@@ -54,6 +58,23 @@ def mixtral_source(tmp_path_factory: pytest.TempPathFactory, family_folder: Any)
     folder = family_folder("mixtral")
     targets = ["attention", "experts", "router"]
     return source_of(load_tiny(folder), folder, tmp_path_factory.mktemp("run"), targets=targets, rslora=True)
+
+
+@pytest.fixture(scope="module")
+def copied_processes() -> Iterator[None]:
+    """The programs run in copies of a process that has imported what they import, and nothing of ours."""
+    server = Server("import runpy, sys; import torch, transformers, peft, transformers.models.mixtral.modeling_mixtral")
+    code = "assert 'expertune' not in sys.modules; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], {}, '__main__')"
+
+    def run(command: Sequence[str], seconds: float) -> tuple[int, str]:
+        assert command[0] == sys.executable
+        ended = server.run(code, Path(command[-1]).parent, command[1:])
+        return ended.status, ended.err
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "start", run)
+        yield
+    server.end()
 
 
 __all__ = ["stock_model"]

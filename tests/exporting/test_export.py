@@ -15,8 +15,9 @@ import expertune
 from expertune.cli import app
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError, ExportError, StorageError
-from expertune.exporting.formats import Engine, Verdict
-from expertune.exporting.merged import Merged
+from expertune.exporting.formats import Engine, Progress, Verdict
+from expertune.exporting.merged import MANIFEST, Merged
+from expertune.exporting.peft import PeftAdapter
 from expertune.exporting.place import hold_partial
 from expertune.exporting.source import ExportSource
 from tests.train.conftest import rows_file, run_values, small_mixtral, write_small_mixtral
@@ -51,6 +52,7 @@ def test_merged_model_is_verified_in_processes_of_its_own_with_its_loss_beside_t
     assert ended.exit_code == 0, ended.output
     exported = json.loads(ended.stdout)
     assert exported["folder"] == str(tmp_path / "out")
+    assert not (tmp_path / "out" / MANIFEST).exists()
     assert exported["verification"] == json.loads((tmp_path / "out" / "verification.json").read_text())
     [engine] = exported["verification"]["engines"]
     assert engine["verdict"] == "verified"
@@ -69,6 +71,32 @@ def test_earlier_state_goes_into_a_folder_of_its_name_and_nothing_is_run_unasked
     assert first.keys() == last.keys()
     assert any((first[name] != last[name]).any() for name in first)
     assert [path.name for path in (copied / "exports").iterdir() if "partial" in path.name] == []
+
+
+def test_wrong_export_ends_with_2_and_stays_beside_its_place_with_what_came_of_it(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, copied_processes: None
+) -> None:
+    write = PeftAdapter.write
+
+    def damaged(form: PeftAdapter, source: ExportSource, folder: Path, progress: Progress) -> None:
+        write(form, source, folder, progress)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        for name in tensors:
+            tensors[name] *= -1 if "layers.0.self_attn.q_proj.lora_B" in name else 1
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+    monkeypatch.setattr(PeftAdapter, "write", damaged)
+    ended = CliRunner().invoke(app, ["export", str(copied), "--to", "peft"])
+    assert ended.exit_code == 2
+    assert "computes something else" in ended.stderr
+    assert "q_proj of model.layers.0" in " ".join(ended.stderr.split())
+    assert [path.name for path in (copied / "exports").iterdir()] == ["peft.partial"]
+    written = json.loads((copied / "exports" / "peft.partial" / "verification.json").read_text())
+    assert written["engines"][0]["verdict"] == "failed"
+    monkeypatch.undo()
+    expertune.export(copied, "peft", verify=False)
+    assert sorted(path.name for path in (copied / "exports").iterdir()) == ["peft"]
+    assert not (copied / "exports" / "peft" / "verification.json").exists()
 
 
 def remove_the_adapter(run: Path) -> None:

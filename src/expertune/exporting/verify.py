@@ -302,12 +302,12 @@ class _Compared:
 
 
 def spread(routed: Sequence[Tensor], total: int, count: int) -> list[int]:
-    """Positions that reach as many experts as they can, and then others all over.
+    """Positions that reach as many experts as they can, and where these are few, others all over.
 
     Args:
         routed: of each layer the experts of every position [total, k].
         total: how many positions there are.
-        count: how many to choose.
+        count: how many to choose at most.
     """
     left = torch.cat([torch.zeros(total, 1), *(one_hot(each).amax(1).float() for each in routed)], dim=1)
     chosen: list[int] = []
@@ -315,8 +315,8 @@ def spread(routed: Sequence[Tensor], total: int, count: int) -> list[int]:
         best = int(left.sum(1).argmax())
         chosen.append(best)
         left[:, left[best] > 0] = 0
-    others = torch.linspace(0, total - 1, min(count, total)).round().long().tolist()
-    return sorted({*chosen, *others[: max(0, count - len(chosen))]})
+    others = torch.linspace(0, total - 1, max(0, count // 2 - len(chosen))).round().long().tolist()
+    return sorted({*chosen, *others})
 
 
 def _distance(reference: Mapping[str, Tensor], answer: Mapping[str, Tensor], measure: str) -> float:
