@@ -6,8 +6,8 @@ The request: `prompts`, lists of token ids; `scored`, examples as [ids, labels];
 `trust`; and `cases`, by name: `model`, a folder, with `adapter`, a folder, or with `updates`, a safetensors file of
 `PARAMETER.left` and `PARAMETER.right` whose product is added to the parameter, in float32, and rounded to the dtype
 that `rounded` has for it, if any. Of each case `CASE.safetensors` beside the request holds `logprobs` [positions, V],
-float32, and `loss` [sum, tokens] over the examples' labels; of those with `updates` also `routed.MODULE` [positions, k],
-the experts that each position is sent to, of the request's `experts`, modules by name.
+float32, and `loss` [sum, tokens] over the examples' labels; of those with `updates` also `routed.MODULE` [positions,
+k], the experts that each position is sent to, of the request's `experts`, modules by name.
 """
 
 import json
