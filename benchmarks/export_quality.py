@@ -112,9 +112,8 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         take(f"merged ({weights})", lambda at=folder: quality.of_model(stock(quality, at, updated=False)), size(folder))
     adapter = scratch / "gguf-adapter"
     expertune.export(args.run_dir, "gguf-adapter", out=adapter, verify=False)
-    [made] = convert(
-        [["convert_hf_to_gguf.py", str(base), "--outfile", str(scratch / "base.gguf"), "--outtype", "f32"]], False
-    )
+    command = ["convert_hf_to_gguf.py", str(base), "--outfile", str(scratch / "base.gguf"), "--outtype", "f32"]
+    [made] = convert([command], quality.source)
     if made.error:
         raise SystemExit(made.error)
     take(
