@@ -149,6 +149,14 @@ def test_adapter_of_another_base_is_refused(copied: Path, tmp_path: Path) -> Non
         expertune.export(copied, "merged", model=str(other))
 
 
+def test_adapter_of_another_run_is_refused(copied: Path) -> None:
+    record = json.loads((copied / "record.json").read_text(encoding="utf-8"))
+    record["config"]["lora"]["r"] = 64
+    (copied / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"was trained with lora\.r \d+, and the record of this run says 64"):
+        expertune.export(copied, "peft")
+
+
 def test_disk_that_is_too_small_is_said_before_anything_is_written(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

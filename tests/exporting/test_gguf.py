@@ -87,6 +87,7 @@ def test_wrong_adapters_are_told_from_the_right_one(adapter, read_gguf, tmp_path
 
 
 @installed
+@pytest.mark.slow
 def test_a_merged_model_is_verified_in_llamacpp(tmp_path):
     source, form = with_files(random_source(MODEL), tmp_path), make_format("gguf", Options())
     form.write(source, tmp_path / "out", lambda *_: None)

@@ -134,6 +134,14 @@ def test_export_says_in_which_engines_it_was_verified() -> None:
     assert "/home" not in text
     assert "llama-server --model BASE.gguf --lora adapter.gguf" in text
     assert ModelCard(text).data.library_name == "gguf"
+    loss = {"base": 2.0, "exported": 0.25, "reference": 0.25, "trained": 0.2}
+    merged = [{"engine": "it", "verdict": "verified", "figures": figures | {"loss": loss, "examples": 64}}]
+    text = render_card(subject(form="merged", verification={"engines": merged}))
+    assert (
+        "In it its loss on 64 evaluation examples is 0.2500 (2.0000 of the base alone, 0.2000 of the run's own model, "
+        "in 4 bits)." in text
+    )
+    assert "of the adapter on the 4-bit base that it was trained on" in text
     assert "--max-lora-rank 32" in render_card(subject(form="vllm", rank=32))
 
 

@@ -25,6 +25,7 @@ from expertune.checkpoint.reader import CheckpointIndex, open_checkpoint
 from expertune.checkpoint.recipe import Recipe, read_recipe, recipe_of_folder
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.checkpoint.verified import require_verified
+from expertune.config import LoraSection
 from expertune.data import TokenizedExample, prepare_examples, settled
 from expertune.errors import CheckpointError
 from expertune.experts import layout
@@ -238,11 +239,14 @@ def open_source(
     """Read what is exported; the arguments are those of `expertune.open_run`.
 
     Raises:
-        CheckpointError: the run has no such adapter, the model is gone, or is another one than the adapter's.
+        CheckpointError: the run has no such adapter or has not written it, the model is gone, or is another one than
+            the adapter's.
         ConfigError: `adapter` is a path.
     """
     found = find_run(run_dir, adapter, trust_remote_code, model)
-    return read_source(found.context, found.adapter, found.base)
+    source = read_source(found.context, found.adapter, found.base)
+    _require_own(found.context.config.lora, source.adapter)
+    return source
 
 
 def read_source(context: RunContext, adapter: Path, base: ModelSource) -> ExportSource:
@@ -266,3 +270,20 @@ def read_source(context: RunContext, adapter: Path, base: ModelSource) -> Export
             raise CheckpointError(f"{file.where}: {key} holds NaN or infinite values; export another state of the run")
     file.tensors.clear()  # the factors are all of it, and it may be a GB
     return ExportSource(context, file, base, index, described, names, fingerprint, factors)
+
+
+def _require_own(lora: LoraSection, file: AdapterFile) -> None:
+    """Refuse an adapter that another run has written: the recipe and scores on its card would not be its own.
+
+    Raises:
+        CheckpointError: it was trained with other settings than the record has.
+    """
+    if file.settings is None or lora.init_from:
+        return
+    for key in ("r", "alpha", "rslora"):
+        written, recorded = file.settings[key], getattr(lora, key)
+        if written != recorded:
+            raise CheckpointError(
+                f"{file.where}: was trained with lora.{key} {written}, and the record of this run says {recorded}; put "
+                "the run's own adapter back, or export the run that it is of"
+            )

@@ -30,6 +30,7 @@ _TRAINING = (
 )
 
 _LIBRARIES = {"gguf": "gguf", "gguf-adapter": "gguf", "mlx": "mlx", "mlx-merged": "mlx", "merged": "transformers"}
+_OTHER_LOSSES = {"base": "of the base alone", "trained": "of the run's own model, in 4 bits"}
 _WHOLE_MODELS = frozenset({"merged", "gguf", "mlx-merged"})
 
 
@@ -155,7 +156,10 @@ def _scores(subject: Subject) -> str:
         loss = losses.get(subject.adapter)
     if loss is not None:
         rows.append(("loss on held-out examples", _figure(evaluation.get("before")), _figure(loss)))
-    return _table(("", "base", "adapter"), rows)
+    table = _table(("", "4-bit base", "4-bit base and adapter"), rows)
+    if table and subject.form:
+        return f"{table}\n\nThey are of the run: of the adapter on the 4-bit base that it was trained on."
+    return table
 
 
 def _harness(subject: Subject) -> str:
@@ -166,7 +170,7 @@ def _harness(subject: Subject) -> str:
             of_base = base.get("figures", {}).get(figure) or {}
             label = f"{name}: {figure}, {own.get('shots') or 0} shots, {own.get('examples')} examples"
             rows.append((label, _with_error(of_base), _with_error(values)))
-    return _table(("", "base", "adapter"), rows)
+    return _table(("", "4-bit base", "4-bit base and adapter"), rows)
 
 
 def _recipe(subject: Subject) -> Iterator[tuple[str, str]]:
@@ -214,7 +218,20 @@ def _verified(subject: Subject) -> str:
         )
     if any("relative_difference" in (each.get("figures") or {}) for each in engines):
         notes.append("Relative differences are those of what the engine's loader would multiply by.")
+    notes += [line for each in engines if (line := _loss(each))]
     return "\n\n".join([*notes, table])
+
+
+def _loss(engine: Mapping[str, Any]) -> str:
+    """The loss that an engine found of the export; nothing where it takes none."""
+    figures = engine.get("figures") or {}
+    loss = figures.get("loss") or {}
+    if not isinstance(loss.get("exported"), int | float):
+        return ""
+    beside = [f"{_figure(loss[key])} {what}" for key, what in _OTHER_LOSSES.items() if loss.get(key) is not None]
+    also = f" ({', '.join(beside)})" if beside else ""
+    count, name = figures.get("examples"), _plain(str(engine.get("engine")))
+    return f"In {name} its loss on {count} evaluation examples is {_figure(loss['exported'])}{also}."
 
 
 def _engine_row(engine: Mapping[str, Any]) -> tuple[str, ...]:
@@ -231,7 +248,7 @@ def _engine_row(engine: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _use(subject: Subject) -> str:
-    base = subject.base_id or "BASE"
+    base = _plain(subject.base_id or "BASE")
     return _USE.get(subject.form or "peft", "").format(
         base=base, rank=subject.rank or subject.config.lora.r, where=subject.where
     )
