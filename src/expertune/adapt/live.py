@@ -181,7 +181,7 @@ class LiveAdapter:
                 ranks = stock.expert_ranks[pair.module] if pair.projection else stock.ranks
                 rank = ranks[pair.projection or pair.module]
                 stem = pair.module if pair.module in stock.live_named else pair.name
-                found += _pair_in_file(stem, pair.a, pair.b, rank, pair.scale * rank / stock.r)
+                found += pair_in_file(stem, pair.a, pair.b, rank, pair.scale * rank / stock.r)
         return sorted(found, key=lambda outgoing: outgoing.name)
 
     @torch.no_grad()
@@ -248,7 +248,8 @@ class LiveAdapter:
                 pair.b.copy_(unfold(b, pair.scale / scale, pair.b.dtype))
 
 
-def _pair_in_file(stem: str, a: Tensor, b: Tensor, rank: int, factor: float) -> Iterator[Outgoing]:
+def pair_in_file(stem: str, a: Tensor, b: Tensor, rank: int, factor: float) -> Iterator[Outgoing]:
+    """A and B of one module in a file: zeros up to a rank, and a factor in B."""
     yield Outgoing(f"{PREFIX}{stem}.lora_A.weight", a.dtype, (rank, a.shape[1]), lambda: pad(a, rank, dim=0))
     yield Outgoing(
         f"{PREFIX}{stem}.lora_B.weight",

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from expertune.adapt.factors import PREFIX, Factors, dtype_in_file, fold, fuse, pad
+from expertune.adapt.factors import PREFIX, fold, fuse
 from expertune.adapt.file_layout import fused_layout, stock_layout
 from expertune.adapt.files import Origin, stock_config, write_adapter
 from expertune.adapt.layout_trial import StockLayout
+from expertune.adapt.live import pair_in_file
 from expertune.checkpoint.linears import is_linear
 from expertune.checkpoint.targets import Rank, ResolvedTargets
 from expertune.checkpoint.writer import Outgoing
@@ -83,7 +84,8 @@ class PeftAdapter:
     def _tensors(self, source: ExportSource, layout: StockLayout) -> Iterator[Outgoing]:
         for name, pair in source.factors.linears.items():
             stem = name if name in layout.live_named else source.names.on_disk(name)
-            yield from _pair(stem, pair, layout.ranks[name], layout.r)
+            rank = layout.ranks[name]
+            yield from pair_in_file(stem, pair.a, pair.b, rank, pair.scale * rank / layout.r)
         for module, projections in source.factors.experts.items():
             if module in layout.stacks:
                 for weight, stem in layout.stacks[module].items():
@@ -92,24 +94,12 @@ class PeftAdapter:
             for projection, (a, b, scale) in projections.items():
                 rank = layout.expert_ranks[module][projection]
                 for expert, name in enumerate(source.names.experts_on_disk(module, projection)):
-                    yield from _pair(name, Factors(a[expert], b[expert], scale), rank, layout.r)
+                    yield from pair_in_file(name, a[expert], b[expert], rank, scale * rank / layout.r)
 
 
 def make(name: str, options: Options) -> PeftAdapter:
     """The format of this name."""
     return PeftAdapter(name)
-
-
-def _pair(stem: str, pair: Factors, rank: int, r: int) -> Iterator[Outgoing]:
-    """A and B of one module, with zeros up to a rank; a reader multiplies by r / rank."""
-    a, b, factor = pair.a, pair.b, pair.scale * rank / r
-    yield Outgoing(f"{PREFIX}{stem}.lora_A.weight", a.dtype, (rank, a.shape[1]), lambda: pad(a, rank, dim=0))
-    yield Outgoing(
-        f"{PREFIX}{stem}.lora_B.weight",
-        dtype_in_file(b.dtype, factor),
-        (b.shape[0], rank),
-        lambda: fold(pad(b, rank, dim=1), factor),
-    )
 
 
 def _stack(source: ExportSource, module: str, weight: str, stem: str, layout: StockLayout) -> Iterator[Outgoing]:
