@@ -34,6 +34,16 @@ def written(form: Merged | MergedIntoDequantized, source: ExportSource, folder: 
     return folder
 
 
+def dequantized_and_adapter(source: ExportSource, loaded: torch.nn.Module) -> torch.nn.Module:
+    """A stock model of the loaded one's 4-bit values with the adapter added, each weight rounded once."""
+    expected, packed = dequantized(loaded)
+    base_and_adapter(source, expected, torch.bfloat16)
+    for name in packed:
+        values = expected.get_parameter(name)
+        values.data.copy_(values.to(torch.bfloat16))
+    return expected
+
+
 @torch.no_grad()
 def largest_difference(expected: torch.nn.Module, found: torch.nn.Module) -> float:
     pairs = [(each, found.get_parameter(name)) for name, each in expected.named_parameters()]
@@ -49,12 +59,7 @@ def test_every_weight_is_that_of_base_and_adapter_rounded_once_into_either_base(
     merged = stock_model(written(Merged(), source, tmp_path / "merged"))
     assert largest_difference(base_and_adapter(source, stock_model(folder), torch.bfloat16), merged) == 0
     merged = stock_model(written(MergedIntoDequantized(), source, tmp_path / "dequantized"))
-    expected, packed = dequantized(loaded.model)
-    base_and_adapter(source, expected, torch.bfloat16)
-    for name in packed:
-        values = expected.get_parameter(name)
-        values.data.copy_(values.to(torch.bfloat16))
-    assert largest_difference(expected, merged) == 0
+    assert largest_difference(dequantized_and_adapter(source, loaded.model), merged) == 0
 
 
 def test_reference_rounds_each_weight_to_the_dtype_that_the_merged_one_has(tmp_path: Path) -> None:
@@ -191,12 +196,7 @@ def test_four_bit_folder_is_merged_into_its_own_values_and_refused_for_others(
     with pytest.raises(ExportError, match=r"nf4 holds 4-bit weights, and no 16-bit.*--model MODEL.*--base dequantized"):
         make("merged", Options()).require(source)
     merged = stock_model(written(MergedIntoDequantized(), source, tmp_path / "out"))
-    expected, packed = dequantized(loaded.model)
-    base_and_adapter(source, expected, torch.bfloat16)
-    for name in packed:
-        values = expected.get_parameter(name)
-        values.data.copy_(values.to(torch.bfloat16))
-    assert largest_difference(expected, merged) == 0
+    assert largest_difference(dequantized_and_adapter(source, loaded.model), merged) == 0
 
 
 # PEFT speaks of tied weights in general.
