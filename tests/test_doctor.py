@@ -1,10 +1,13 @@
 """What the doctor finds, and what it advises."""
 
+import http.server
 import importlib.metadata
 import json
+import threading
 
 import pytest
 import torch
+from huggingface_hub import constants
 from packaging.requirements import Requirement
 from rich.console import Console
 
@@ -46,6 +49,48 @@ def test_the_device_and_dtype_of_a_run_are_told():
 
 def test_offline_mode_is_told():
     assert found("mode")["value"].startswith("offline")  # as the whole test suite is
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.send_response(404)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """The hub is a server on this machine, at the address that comes with this."""
+    with http.server.HTTPServer(("127.0.0.1", 0), _Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        yield address
+        server.shutdown()
+
+
+def asked():
+    return {finding["name"]: finding for finding in doctor._hub()}
+
+
+def test_a_hub_that_answers_is_told(online):
+    assert asked()["connection"]["value"].startswith(f"{online} answers, in ")
+    assert asked()["connection"]["status"] == "ok"
+
+
+def test_a_hub_that_is_not_there_is_a_warning_and_no_error(online, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    finding = asked()["connection"]
+    assert finding["value"].startswith("http://127.0.0.1:9 does not answer (")
+    assert finding["status"] == "warning"
+    assert "HF_HUB_OFFLINE=1" in finding["advice"]
+
+
+def test_offline_the_hub_is_not_asked():
+    assert "connection" not in asked()
 
 
 def test_a_native_library_that_does_not_load_is_an_error(monkeypatch):

@@ -1,11 +1,13 @@
 """What this machine has, and what of it a run will use: versions, devices, dtype, hub, trackers, known pitfalls.
 
-Nothing here goes online or allocates on a device.
+Nothing here allocates on a device, and the hub is asked only whether it answers.
 """
 
 import importlib.metadata
 import importlib.util
 import platform
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypedDict
@@ -18,6 +20,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from expertune.errors import first_line
 from expertune.kernels import gpu, native
 from expertune.kernels.cache import find_cache
 from expertune.kernels.cpu import cpu_instruction_sets
@@ -29,6 +32,9 @@ Status = Literal["ok", "info", "warning", "error"]
 
 _TRACKERS = ("wandb", "tensorboard", "trackio")
 _TABLE_WIDTH = 72
+
+# How long the hub is waited for.
+_HUB_SECONDS = 3
 _STYLES = {"ok": "green", "info": "dim", "warning": "yellow", "error": "bold red"}
 
 
@@ -209,7 +215,38 @@ def _hub() -> Iterator[Finding]:
         return
     offline = "offline (HF_HUB_OFFLINE is set): models come from local folders and the cache"
     yield _find("hub", "mode", offline if constants.HF_HUB_OFFLINE else "online", "info")
+    if not constants.HF_HUB_OFFLINE:
+        yield _answer(constants.ENDPOINT)
     yield _find("hub", "cache", str(constants.HF_HUB_CACHE), "info")
+
+
+def _answer(endpoint: str) -> Finding:
+    """Whether the hub answers, by its client, so that proxies and a mirror (HF_ENDPOINT) are taken as a run takes them.
+
+    In a thread: the client's time limits leave out the look-up of the name, which may take minutes without a network.
+    """
+    found: list[str] = []
+    reasons: list[str] = []
+
+    def ask() -> None:
+        from huggingface_hub.utils import get_session
+
+        started = time.monotonic()
+        try:
+            # Any answer will do, a refusal too: it comes from there.
+            get_session().head(endpoint, timeout=_HUB_SECONDS)
+            found.append(f"{endpoint} answers, in {1000 * (time.monotonic() - started):.0f} ms")
+        except Exception as error:  # of the client's many kinds, each is the finding
+            reasons.append(first_line(error))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_HUB_SECONDS + 1)
+    if found:
+        return _find("hub", "connection", found[0])
+    reason = reasons[0] if reasons else f"nothing within {_HUB_SECONDS} s"
+    advice = "models come from local folders and the cache; HF_HUB_OFFLINE=1 keeps a run from waiting for the hub"
+    return _find("hub", "connection", f"{endpoint} does not answer ({reason})", "warning", advice)
 
 
 def _trackers() -> Iterator[Finding]:

@@ -1,17 +1,20 @@
 """What is wrong is said in one message, with exit code 2; help, version, and a reader that goes away."""
 
 import os
+import shlex
 import subprocess
 import sys
 from importlib.metadata import entry_points
 
 import pytest
+import typer
 
 import expertune
-from expertune.cli import main
+from expertune.cli import app, main
+from expertune.cli.examples import EXAMPLES
 from tests.cli.conftest import RUN_FILE, type_lines
 
-COMMANDS = ["plan", "data", "train", "evaluate", "generate", "chat", "quantize", "doctor"]
+COMMANDS = list(EXAMPLES)
 
 
 @pytest.mark.parametrize("command", ["plan", "data", "train"])
@@ -109,6 +112,14 @@ def test_each_command_explains_itself(run, command):
     code, out, err = run(command, "--help")
     assert (code, err) == (0, "")
     assert f"Usage: expertune {command}" in out
+    assert all(line in " ".join(out.split()) for line in EXAMPLES[command])
+
+
+@pytest.mark.parametrize("line", [line for lines in EXAMPLES.values() for line in lines])
+def test_examples_of_the_help_are_taken_by_the_command_that_they_name(line):
+    words = shlex.split(line.rpartition("| ")[2].partition(" > ")[0])
+    assert words[0] == "expertune"
+    typer.main.get_command(app).commands[words[1]].make_context(words[1], words[2:])
 
 
 def test_version(run):

@@ -134,6 +134,30 @@ def test_bad_encoding_names_the_example_and_the_byte_offset(tmp_path):
     assert "iconv" in problem
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("rows.csv", "prompt;completion\nOne, two?;Three\n", {"prompt": "One, two?", "completion": "Three"}),
+        ("rows.csv", '\ufeffprompt;completion\n"a;b";c\n', {"prompt": "a;b", "completion": "c"}),
+        ("rows.csv", "prompt\tcompletion\na;b\tc\n", {"prompt": "a;b", "completion": "c"}),
+        ("rows.tsv", "prompt\tcompletion\na, b\tc\n", {"prompt": "a, b", "completion": "c"}),
+        ("rows.csv", "prompt,what;ever\na,b\n", {"prompt": "a", "what;ever": "b"}),
+        ("rows.csv", "text\na;b\n", {"text": "a;b"}),
+    ],
+)
+def test_columns_are_separated_by_what_the_first_line_shows(tmp_path, name, content, expected):
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    assert values(path) == [expected]
+
+
+def test_field_with_a_semicolon_too_many_is_told_to_be_quoted(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt;completion\na;b;c\n")
+    problem = next(iter(read_source(str(path)).examples)).problem
+    assert problem.endswith("quote fields that hold semicolons")
+
+
 def test_bad_encoding_of_a_csv_stops_at_the_file(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_bytes(b"prompt,completion\nq,caf\xe9\n")
@@ -163,7 +187,7 @@ def test_csv_example_with_too_many_fields_is_a_problem_of_that_example(tmp_path)
         ("rows.jsonl.gz", b"not gzip", "not a whole gzip file"),
         ("rows.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99)[:-9], "not a whole gzip file"),
         ("rows.parquet", b"PAR1", "not a whole Parquet file"),
-        ("examples.xlsx", b"PK", r"unknown kind of file; use one of \.jsonl, \.json, \.csv, \.parquet, \.txt"),
+        ("examples.xlsx", b"PK", r"unknown kind of file; use one of \.jsonl, \.json, \.csv, \.tsv, \.parquet, \.txt"),
         ("rows.parquet.gz", b"x", "unknown kind of file"),
     ],
 )

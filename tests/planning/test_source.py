@@ -5,6 +5,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
 from expertune import load_config
@@ -207,10 +208,9 @@ def test_code_is_fetched_only_where_the_caller_trusts_it(run_of, hub):
 
 
 def test_a_cached_config_is_enough_without_a_connection(run_of, hub, monkeypatch):
-    def offline(model, revision=None):
-        raise ConnectionError("offline")
-
-    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", offline)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    client = HfApi(endpoint="http://127.0.0.1:9")  # where nothing listens
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", client.get_safetensors_metadata)
     assert "config.json alone" in make_plan(run_of("owner/tiny-mixtral")).notes[0]
 
 

@@ -93,9 +93,8 @@ def fetch_headers(model: str, revision: str | None) -> tuple[dict[str, tuple[int
     Raises:
         CheckpointError: the repository holds no safetensors, or a damaged header.
     """
-    import httpx
     from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
 
     try:
         metadata = get_safetensors_metadata(model, revision=revision)
@@ -105,7 +104,7 @@ def fetch_headers(model: str, revision: str | None) -> tuple[dict[str, tuple[int
         ) from None
     except SafetensorsParsingError as error:
         raise CheckpointError(f"model {model}: a safetensors header is damaged ({first_line(error)})") from None
-    except (httpx.HTTPError, OSError):
+    except (OSError, HfHubHTTPError.__bases__[0]):  # the client's own base of errors: httpx's, or httpx2's
         return None
     tensors = {key: tensor for shard in metadata.files_metadata.values() for key, tensor in shard.tensors.items()}
     nbytes = sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in tensors.values())

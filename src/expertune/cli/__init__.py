@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 import expertune
+from expertune.cli.examples import epilog
 from expertune.cli.files import export, quantize
 from expertune.cli.finished import chat, evaluate, generate
 from expertune.cli.pages import compare, doctor, report
@@ -89,4 +90,4 @@ def _options(
 
 
 for _command in (plan, data, train, evaluate, generate, chat, quantize, export, report, compare, doctor):
-    app.command()(_command)
+    app.command(epilog=epilog(_command.__name__))(_command)

@@ -1,4 +1,4 @@
-"""What a file of examples holds: JSONL, JSON, CSV, Parquet and plain text, the text kinds optionally gzipped.
+"""What a file of examples holds: JSONL, JSON, CSV, TSV, Parquet and plain text, the text kinds optionally gzipped.
 
 Local files are read without the `datasets` library. Every example keeps its place, so that each later message can name
 it, and an example that cannot be read is a problem of its own where the rest of the file can be.
@@ -26,6 +26,9 @@ from expertune.errors import DataError, first_line
 _MOST_UNPACKED = 200
 _ALWAYS_UNPACKED = 16 * 2**20
 _DEEPEST = 100
+
+# What separates the columns of a table, and what it is called.
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 _BOM = b"\xef\xbb\xbf"
 _CHUNK = 2**16
@@ -247,8 +250,11 @@ def _object_example(place: str, value: Any) -> SourceExample:
 
 
 def _read_csv(file: RawFile) -> Iterator[SourceExample]:
+    separator = _separator(file)
     with file.open() as stream:
-        reader = csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
+        reader = csv.reader(
+            io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), delimiter=separator, strict=True
+        )
         number, longest = 0, file.most_bytes
         try:
             header = _next_fields(reader, longest) or []
@@ -262,7 +268,7 @@ def _read_csv(file: RawFile) -> Iterator[SourceExample]:
                     yield SourceExample(file.place(number), dict(zip(header, fields, strict=True)))
                 else:
                     found = f"has {len(fields)} fields where the header names {len(header)}"
-                    what = f"{found} (ends on line {reader.line_num}); quote fields that hold commas"
+                    what = f"{found} (ends on line {reader.line_num}); quote fields that hold {_SEPARATORS[separator]}"
                     yield SourceExample(file.place(number), None, what)
         except UnicodeDecodeError:
             raise _not_utf8(file) from None
@@ -270,6 +276,20 @@ def _read_csv(file: RawFile) -> Iterator[SourceExample]:
             raise DataError(
                 f"{file.path}: row {number + 1} (line {reader.line_num}): not valid CSV ({error}); check the quotes"
             ) from None
+
+
+def _separator(file: RawFile) -> str:
+    """What separates a table's columns: a comma, unless the first line is one column by it and several by another.
+
+    Spreadsheets write semicolons where a comma is the decimal mark.
+    """
+    with file.open() as stream:
+        line = stream.readline(_CHUNK).removeprefix(_BOM).decode("utf-8", "replace").rstrip("\r\n")
+    columns = {separator: next(csv.reader([line], delimiter=separator), []) for separator in _SEPARATORS}
+    if len(columns[","]) == 1:
+        others = {separator: names for separator, names in columns.items() if len(names) > 1 and all(names)}
+        return max(others, key=lambda separator: len(others[separator]), default=",")
+    return ","
 
 
 def _next_fields(reader: Iterator[list[str]], longest: int) -> list[str] | None:
@@ -324,6 +344,7 @@ READERS: Mapping[str, Reader] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".parquet": _read_parquet,
     ".txt": _read_text,
 }

@@ -1,0 +1,43 @@
+"""Examples that end the help of each command; tests hold them to the commands' own arguments."""
+
+EXAMPLES = {
+    "plan": (
+        "expertune plan run.yaml",
+        "expertune plan run.yaml --gpu rtx-4090 lora.r=32",
+        "expertune plan run.yaml --memory 24GB --json",
+        "expertune plan run.yaml --gpu h100 --devices 8",
+    ),
+    "data": ("expertune data run.yaml", "expertune data run.yaml --examples 5 data.template=chatml"),
+    "train": (
+        "expertune train run.yaml",
+        "expertune train run.yaml training.max_steps=20 output_dir=runs/short",
+        "expertune train run.yaml --resume",
+    ),
+    "evaluate": (
+        "expertune evaluate runs/first",
+        "expertune evaluate runs/first --adapter checkpoint-50 --rows 100",
+        "expertune evaluate runs/first --tasks viggo",
+    ),
+    "generate": (
+        "expertune generate runs/first --prompt 'What is the capital of Malta?'",
+        "cat question.txt | expertune generate runs/first --prompt - > answer.txt",
+    ),
+    "chat": ("expertune chat runs/first", "expertune chat runs/first --base-only"),
+    "quantize": (
+        "expertune quantize mistralai/Mixtral-8x7B-v0.1 Mixtral-8x7B-v0.1-nf4",
+        "expertune quantize --verify Mixtral-8x7B-v0.1-nf4",
+    ),
+    "export": (
+        "expertune export runs/first --to peft",
+        "expertune export runs/first --to gguf --out first-gguf",
+        "expertune export runs/first --to merged --adapter checkpoint-50",
+    ),
+    "report": ("expertune report runs/first",),
+    "compare": ("expertune compare runs/first runs/second", "expertune compare runs/* --out sweep.html"),
+    "doctor": ("expertune doctor", "expertune doctor --json > machine.json"),
+}
+
+
+def epilog(command: str) -> str:
+    """The end of a command's help; a blank line is what typer makes a line of."""
+    return "\n\n".join(["Examples:", *(f"  {line}" for line in EXAMPLES[command])])
