@@ -94,7 +94,11 @@ def fetch_headers(model: str, revision: str | None) -> tuple[dict[str, tuple[int
         CheckpointError: the repository holds no safetensors, or a damaged header.
     """
     from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+    from huggingface_hub.errors import (
+        HTTPError,  # httpx's, and from huggingface_hub 2 on httpx2's
+        NotASafetensorsRepoError,
+        SafetensorsParsingError,
+    )
 
     try:
         metadata = get_safetensors_metadata(model, revision=revision)
@@ -104,7 +108,7 @@ def fetch_headers(model: str, revision: str | None) -> tuple[dict[str, tuple[int
         ) from None
     except SafetensorsParsingError as error:
         raise CheckpointError(f"model {model}: a safetensors header is damaged ({first_line(error)})") from None
-    except (OSError, HfHubHTTPError.__bases__[0]):  # the client's own base of errors: httpx's, or httpx2's
+    except (OSError, HTTPError):
         return None
     tensors = {key: tensor for shard in metadata.files_metadata.values() for key, tensor in shard.tensors.items()}
     nbytes = sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in tensors.values())
