@@ -104,7 +104,7 @@ def test_argument_that_transformers_has_dropped_is_refused_with_what_replaces_it
 
 
 def test_commands_page_has_every_option_of_every_command() -> None:
-    usage = re.search(r"```\n(.*?)```", (GUIDES / "commands.md").read_text(encoding="utf-8"), re.DOTALL)
+    usage = re.search(r"```text\n(.*?)```", (GUIDES / "commands.md").read_text(encoding="utf-8"), re.DOTALL)
     assert usage
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
         lines = " ".join(line for line in usage[1].splitlines() if line.startswith(f"expertune {name} "))
@@ -118,7 +118,7 @@ def test_plan_that_the_plan_page_shows_is_the_plan() -> None:
     console = Console(width=120, color_system=None)
     with console.capture() as capture:
         console.print(plan_of("mixtral-dolly.yaml", gpu="h100", memory="40GB").render())
-    shown = re.search(r"```\n(parameters .*?)```", (GUIDES / "plan.md").read_text(encoding="utf-8"), re.DOTALL)
+    shown = re.search(r"```text\n(parameters .*?)```", (GUIDES / "plan.md").read_text(encoding="utf-8"), re.DOTALL)
     assert shown
     made = " ".join(capture.get().split())
     assert [line for line in shown[1].splitlines() if " ".join(line.split()) not in made] == []

@@ -1,51 +1,27 @@
 """What the pages tell a reader to type, open or import is there."""
 
 import ast
-import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import typer
-import yaml
 
 import expertune
 from expertune.cli import app
-from expertune.config import parse_config
+from tests.pages import PAGES, ROOT, blocks, page_id, prose
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/**/*.md"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-# The figures of the demo and their picture are filled in from a real run; until then the block says so.
-PENDING = "TO BE MEASURED"
-
-
-def text_of(page: Path) -> str:
-    text = page.read_text(encoding="utf-8")
-    if PENDING in text:
-        text = re.sub(r"<!-- demo figures -->.*?<!-- /demo figures -->", "", text, flags=re.DOTALL)
-    return text
-
-
-def page_id(page: object) -> str:
-    return page.relative_to(ROOT).as_posix() if isinstance(page, Path) else str(page)
-
-
-def fenced(page: Path, *kinds: str) -> list[str]:
-    """Content of a page's fenced blocks of some kinds; `` is a block that names none."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text_of(page), re.DOTALL | re.MULTILINE)
-    return [content for kind, content in blocks if kind in kinds]
 
 
 def command_lines(page: Path, program: str) -> list[list[str]]:
     """Commands of one program in a page's blocks and inline code, as words; brackets of usage lines are taken off."""
-    code = [line for block in fenced(page, "", "sh", "bash") for line in block.splitlines()]
-    code += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text_of(page), flags=re.DOTALL | re.MULTILINE))
+    code = [line for block in blocks(page, "bash", "text") for line in block.text.splitlines()]
+    code += re.findall(r"`([^`\n]+)`", prose(page))
     found = []
     for line in code:
-        words = shlex.split(re.sub(r"[\[\]]|\.\.\.", " ", line), comments=True) if program in line else []
+        words = shlex.split(re.sub(r"(?<!\w)\[|\]|\.\.\.", " ", line), comments=True) if program in line else []
         while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
             words = words[1:]
         if words and words[0] == program and len(words) > 1:
@@ -82,7 +58,7 @@ def test_run_files_that_commands_name_are_examples_or_the_readers_own(page: Path
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if target.startswith(("http://", "https://")):
             continue
         path, _, anchor = target.partition("#")
@@ -93,50 +69,18 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
             assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
 
 
-def public_names_only(code: str) -> None:
-    """Compiles a piece of Python and holds what it uses of the package to the public names."""
-    public = {*expertune.__all__, "__version__"}
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "expertune":
-            assert node.module == "expertune"
-            assert {alias.name for alias in node.names} <= public
-        if isinstance(node, ast.Import):
-            assert not [alias.name for alias in node.names if alias.name.startswith("expertune.")]
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "expertune":
-            assert node.attr in public
-
-
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_python_snippets_compile_and_use_only_public_names(page: Path) -> None:
-    for snippet in fenced(page, "python"):
-        public_names_only(snippet)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_python_that_imports_the_package_stands_in_a_block_that_is_checked(page: Path) -> None:
-    checked = "\n".join(fenced(page, "python"))
-    # A quotation of a file's content, such as a run file, holds no import; nor does prose begin a line with one.
-    imports = re.findall(r"^\s*(?:>>> )?((?:from|import) expertune\b.*)$", text_of(page), re.MULTILINE)
-    assert [line for line in imports if line not in checked] == []
-
-
 # These describe the source; all other pages are for users.
-ABOUT_THE_SOURCE = ("CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/reference", "docs/decisions")
+ABOUT_THE_SOURCE = (
+    *("AGENTS.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks"),
+    *("docs/architecture.md", "docs/reference", "docs/decisions"),
+)
 FOR_USERS = [page for page in PAGES if not page_id(page).startswith(ABOUT_THE_SOURCE)]
 
 
 @pytest.mark.parametrize("page", FOR_USERS, ids=page_id)
 def test_page_for_users_names_nothing_of_the_package_that_is_not_public(page: Path) -> None:
-    named = set(re.findall(r"\bexpertune\.(?!json\b|partial\b)([A-Za-z_]\w*)", text_of(page)))
+    named = set(re.findall(r"\bexpertune\.(?!json\b|partial\b)([A-Za-z_]\w*)", page.read_text(encoding="utf-8")))
     assert named <= {*expertune.__all__, "__version__"}
-
-
-def test_notebooks_use_only_public_names() -> None:
-    for notebook in sorted(ROOT.glob("examples/**/*.ipynb")):
-        for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
-            if cell["cell_type"] == "code":
-                lines = "".join(cell["source"]).splitlines()
-                public_names_only("\n".join(line for line in lines if not line.startswith(("!", "%"))))
 
 
 def test_every_public_name_has_its_place_in_the_reference() -> None:
@@ -148,20 +92,11 @@ def test_every_public_name_has_its_place_in_the_reference() -> None:
         assert getattr(expertune, name).__doc__
     used = {
         node.attr
-        for snippet in fenced(page, "python")
-        for node in ast.walk(ast.parse(snippet))
+        for block in blocks(page, "python")
+        for node in ast.walk(ast.parse(block.text))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "expertune"
     }
     assert set(expertune.__all__) - used <= {"Run", "RunConfig"}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_run_files_in_the_text_have_no_wrong_key(page: Path) -> None:
-    for snippet in fenced(page, "yaml"):
-        values = yaml.safe_load(snippet)
-        assert isinstance(values, dict)
-        # A snippet may show one section only.
-        parse_config({"model": "m", "data": {"train": "t"}, "output_dir": "o"} | values)
 
 
 def test_readme_is_short_and_shows_both_commands_first() -> None:

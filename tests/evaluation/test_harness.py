@@ -18,6 +18,7 @@ from expertune.cli import app
 from expertune.config import parse_config
 from expertune.errors import ConfigError
 from expertune.evaluation.harness_tasks import TaskFiles
+from tests.pages import ROOT, blocks
 
 ASSETS = Path(__file__).parents[2] / "src" / "expertune" / "assets"
 VIGGO = ASSETS / "viggo" / "viggo-valid.csv"
@@ -99,6 +100,16 @@ def test_task_file_of_ones_own_is_scored_beside_the_shipped_one(run: expertune.R
     assert accuracy["stderr"] is not None
     recorded = expertune.RunRecord.load(run.output_dir)["tasks"]
     assert recorded["sums"] == found["sums"]
+
+
+def test_task_file_of_the_commands_page_asks_what_the_page_says(tmp_path: Path) -> None:
+    (block,) = (block for block in blocks(ROOT / "docs" / "guides" / "commands.md", "yaml"))
+    (tmp_path / "sums.yaml").write_text(block.text, encoding="utf-8")
+    (tmp_path / "sums.jsonl").write_text(block.text.split(" # ")[1].splitlines()[0], encoding="utf-8")
+    with TaskFiles(["sums"], include_path=tmp_path).loaded() as loaded:
+        task = loaded["tasks"]["sums"]
+        (example,) = task.test_docs()
+        assert (task.doc_to_text(example), task.doc_to_target(example)) == ("1 + 1 =", "2")
 
 
 def test_command_prints_base_and_adapter_side_by_side(run: expertune.Run, tasks: Callable[..., Path]) -> None:
