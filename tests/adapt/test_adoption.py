@@ -147,15 +147,16 @@ def test_adapter_that_stock_peft_saved_in_its_fused_layout_is_adopted(
     torch.testing.assert_close(logits_of(model, ids), logits_of(theirs, ids), rtol=0, atol=1e-5)
 
 
-def test_read_factors_stacks_the_experts_and_finds_the_linears(loaded: LoadedModel, saved: Path) -> None:
+def test_read_factors_finds_every_expert_and_the_linears(loaded: LoadedModel, saved: Path) -> None:
     file = read_adapter(saved)
     found = read_factors(file.config, file.tensors, loaded.names, str(saved))
     assert {name: list(pairs) for name, pairs in found.experts.items()} == {
         f"model.layers.{layer}.mlp.experts": ["gate", "up", "down"] for layer in range(2)
     }
-    a, b, _ = found.experts["model.layers.1.mlp.experts"]["gate"]
-    assert (a.shape, b.shape) == ((4, 4, 64), (4, 128, 4))
-    assert torch.equal(a[2], file.tensors[W1])
+    pairs = found.experts["model.layers.1.mlp.experts"]["gate"]
+    assert {(pair.a.shape, pair.b.shape) for pair in pairs} == {((4, 64), (128, 4))}
+    assert len(pairs) == 4
+    assert torch.equal(pairs[2].a, file.tensors[W1])
     attention = {f"model.layers.{layer}.self_attn.{leaf}_proj" for layer in range(2) for leaf in "qkvo"}
     assert set(found.linears) == attention | {"lm_head"}
 

@@ -53,7 +53,8 @@ def random_source(
             (outputs, inputs), rank = spec.shape(projection), RANKS[projection]
             a = torch.randn(spec.num_experts, rank, inputs) / inputs**0.5
             b = torch.randn(spec.num_experts, outputs, rank) / 8
-            found.experts.setdefault(module, {})[projection] = Factors(a, b, SCALES[projection])
+            pairs = [Factors(*pair, SCALES[projection]) for pair in zip(a, b, strict=True)]
+            found.experts.setdefault(module, {})[projection] = pairs
     config = RunConfig(model=str(folder), data={"train": "rows.jsonl"}, output_dir=str(folder / "run"))
     bars = Bars(Console(file=io.StringIO()))
     context = RunContext(config, RunRecord(folder / "run" / "run.json", {}), torch.device("cpu"), bars)

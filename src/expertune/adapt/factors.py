@@ -35,7 +35,7 @@ class Factors(NamedTuple):
     """One pair of factors: its update is scale * B @ A.
 
     Attributes:
-        a: [r, in], or [E, r, in] where all experts of a module are stacked.
+        a: [r, in], or [E, r, in] where experts of a module are stacked.
         b: [out, r], or [E, out, r].
         scale: what a reader of the file multiplies by.
     """
@@ -50,12 +50,20 @@ class AdapterFactors:
     """The factors of an adapter on one model.
 
     Attributes:
-        experts: live experts module -> canonical projection (`gate`, `up`, `down`) -> its stacked factors.
+        experts: live experts module -> canonical projection (`gate`, `up`, `down`) -> the factors of each expert, which
+            agree in shape and scale.
         linears: live name of a linear or a router -> its factors.
     """
 
-    experts: dict[str, dict[str, Factors]] = field(default_factory=dict)
+    experts: dict[str, dict[str, list[Factors]]] = field(default_factory=dict)
     linears: dict[str, Factors] = field(default_factory=dict)
+
+
+def stacked(experts: Sequence[Factors]) -> Factors:
+    """The factors of experts as one: a copy."""
+    return Factors(
+        torch.stack([each.a for each in experts]), torch.stack([each.b for each in experts]), experts[0].scale
+    )
 
 
 def read_factors(
@@ -65,7 +73,7 @@ def read_factors(
 
     Args:
         config: `adapter_config.json`, or a `LoraConfig` as a mapping.
-        tensors: tensors by name on disk; views of these are returned where possible.
+        tensors: tensors by name on disk; views of these are returned.
         names: the base model's name map.
         where: what to call the adapter in errors.
 
@@ -86,10 +94,7 @@ def read_factors(
             pairs = [plain.pair(name) for name in each]
             if len({(pair.a.shape, pair.b.shape, pair.scale) for pair in pairs}) > 1:
                 raise CheckpointError(f"{where}: the adapters of {module}, {projection}, differ in shape or scale")
-            stacked = Factors(
-                torch.stack([pair.a for pair in pairs]), torch.stack([pair.b for pair in pairs]), pairs[0].scale
-            )
-            found.experts.setdefault(module, {})[projection] = stacked
+            found.experts.setdefault(module, {})[projection] = pairs
             for name in each:
                 del rest[name]
     live = {names.on_disk(name): name for name in names.live_modules()}

@@ -21,6 +21,7 @@ from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import Rank, ResolvedTargets
 from expertune.checkpoint.writer import Outgoing, write_tensors
 from expertune.errors import CheckpointError, ConfigError
+from expertune.experts.contract import ExpertsSpec
 from expertune.experts.layout import fused_projections
 from expertune.experts.lora import ExpertsLora, Ranks
 
@@ -175,7 +176,14 @@ class LiveAdapter:
         for name, module in self.layers.items():
             for weight, stem in stock.stacks.get(name, {}).items():
                 assert isinstance(module, ExpertsLora)
-                found += _stack_in_file(module, self.adapter, weight, stem, stock.expert_ranks[name], stock.r)
+                a, b, ranks = module.lora_A[self.adapter], module.lora_B[self.adapter], stock.expert_ranks[name]
+                held = {
+                    each: Factors(a[each], b[each], module.scale(self.adapter, each) * ranks[each] / stock.r)
+                    for each in fused_projections(module.base_layer.spec, weight)
+                    if each in ranks
+                }
+                rank = ranks[next(iter(held))]
+                found += stack_in_file(stem, module.base_layer.spec, weight, held, rank)
         for pair in self.pairs():
             if pair.module not in stock.stacks:
                 ranks = stock.expert_ranks[pair.module] if pair.projection else stock.ranks
@@ -259,25 +267,32 @@ def pair_in_file(stem: str, a: Tensor, b: Tensor, rank: int, factor: float) -> I
     )
 
 
-def _stack_in_file(
-    module: ExpertsLora, adapter: str, weight: str, stem: str, ranks: dict[str, int], r: int
+def stack_in_file(
+    stem: str, spec: ExpertsSpec, weight: str, held: Mapping[str, Factors], rank: int
 ) -> Iterator[Outgoing]:
-    """A and B of a stack as PEFT holds it; a projection without an adapter has zeros."""
-    spec, projections = module.base_layer.spec, fused_projections(module.base_layer.spec, weight)
-    held = [projection for projection in projections if projection in ranks]
-    rank = ranks[held[0]]
-    outputs, inputs = spec.shape(held[0])
-    a, b = module.lora_A[adapter], module.lora_B[adapter]
-    factors = {projection: module.scale(adapter, projection) * rank / r for projection in held}
-    dtype = max((dtype_in_file(b[each].dtype, factors[each]) for each in held), key=lambda dtype: dtype.itemsize)
+    """A and B of a stack as PEFT holds it; a projection without an adapter has zeros.
+
+    Args:
+        stem: its name in the file.
+        spec: of the experts module.
+        weight: which of `spec.weight_names`.
+        held: by projection A [E, r, in], B [E, out, r], and a factor that goes into B.
+        rank: of an expert in the file.
+    """
+    projections, some = fused_projections(spec, weight), next(iter(held.values()))
+    dtypes = [dtype_in_file(pair.b.dtype, pair.scale) for pair in held.values()]
+    dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
 
     def fused() -> tuple[Tensor, Tensor]:
-        nothing = a[held[0]].new_zeros(spec.num_experts, 0, inputs), b[held[0]].new_zeros(spec.num_experts, outputs, 0)
-        pairs = [(a[each], fold(b[each], factors[each])) if each in held else nothing for each in projections]
+        nothing = some.a[:, :0], some.b[:, :, :0]
+        pairs = [
+            (held[each].a, fold(held[each].b, held[each].scale)) if each in held else nothing for each in projections
+        ]
         return fuse(spec, weight, pairs, rank)
 
+    outputs, inputs = spec.shape(projections[0])
     shape = (spec.num_experts * rank, inputs)
-    yield Outgoing(f"{PREFIX}{stem}.lora_A.weight", a[held[0]].dtype, shape, lambda: fused()[0])
+    yield Outgoing(f"{PREFIX}{stem}.lora_A.weight", some.a.dtype, shape, lambda: fused()[0])
     shape = (outputs * len(projections), spec.num_experts * rank)
     yield Outgoing(f"{PREFIX}{stem}.lora_B.weight", dtype, shape, lambda: fused()[1].to(dtype))
 

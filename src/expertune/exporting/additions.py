@@ -41,19 +41,18 @@ def find_additions(source: ExportSource) -> dict[str, Addition]:
         ExportError: something that the adapter changes has no tensor of its own.
     """
     found: dict[str, Addition] = {}
-    reached: set[str] = set()
+    changed, reached = set(source.changed), set[str]()
     for key, entry in source.index.tensors.items():
         destination = source.names.locate(key)
         names = live_names(source, destination)
-        if not any(_is_changed(source, name) for name in names):
+        if changed.isdisjoint(names):
             continue
         reached.update(names)
         found[key] = _addition(source, entry, destination, names)
-    missing = [name for name, _, _ in source.updates() if name not in reached]
-    if missing:
+    if missing := changed - reached:
         raise ExportError(
-            f"{source.base.folder}: {missing[0]} has no tensor of its own in the checkpoint (it may share that of the "
-            "embedding), so that nothing can be merged into it; export the adapter by itself, e.g. with --to peft"
+            f"{source.base.folder}: {min(missing)} has no tensor of its own in the checkpoint (it may share that of "
+            "the embedding), so that nothing can be merged into it; export the adapter by itself, e.g. with --to peft"
         )
     return found
 
@@ -68,13 +67,6 @@ def live_names(source: ExportSource, destination: Destination) -> list[str]:
     return [f"{destination.name}.{down if destination.projection == 'down' else first}"]
 
 
-def _is_changed(source: ExportSource, name: str) -> bool:
-    weight = source.names.weight_of(name)
-    if weight is None:
-        return name.removesuffix(".weight") in source.factors.linears and name.endswith(".weight")
-    return source.stack_update(*weight, slice(0, 0)) is not None
-
-
 def _addition(source: ExportSource, entry: TensorEntry, destination: Destination, names: list[str]) -> Addition:
     name, projection, expert = destination.name, destination.projection, destination.expert
     if destination.converter is not None:
@@ -86,7 +78,7 @@ def _addition(source: ExportSource, entry: TensorEntry, destination: Destination
     weight = names[0].rpartition(".")[2]
 
     def of_stack(index: int) -> Update:
-        left, right = source.stack_update(name, weight, slice(index, index + 1)) or (torch.zeros(()),) * 2
+        left, right = source.stack_update(name, weight, slice(index, index + 1))
         return left[0], right[0]
 
     return Addition(entry.shape[0], of_stack)
@@ -94,11 +86,12 @@ def _addition(source: ExportSource, entry: TensorEntry, destination: Destination
 
 def _expert_update(source: ExportSource, module: str, projection: str, expert: int) -> Update:
     """One expert's matrix [out, in]; nothing where gate or up alone is adapted, and this is the other."""
-    pair = source.factors.experts[module].get(projection)
-    if pair is None:
+    pairs = source.factors.experts[module].get(projection)
+    if pairs is None:
         outputs, inputs = source.names.specs[module].shape(projection)
         return torch.zeros(outputs, 0), torch.zeros(0, inputs)
-    return pair.b[expert].float() * pair.scale, pair.a[expert].float()
+    a, b, scale = pairs[expert]
+    return b.float() * scale, a.float()
 
 
 def _converted(source: ExportSource, entry: TensorEntry, destination: Destination, names: list[str]) -> Addition:
@@ -125,10 +118,10 @@ def _converted(source: ExportSource, entry: TensorEntry, destination: Destinatio
 def _whole_update(source: ExportSource, name: str, experts: slice) -> Tensor:
     """What is added to a live parameter, zeros included."""
     weight = source.names.weight_of(name)
-    if weight is not None and (update := source.stack_update(*weight, experts)):
-        return update[0] @ update[1]
-    if weight is None and _is_changed(source, name):
-        left, right = source.linear_update(name.removesuffix(".weight"))
+    if name in source.changed:
+        left, right = (
+            source.stack_update(*weight, experts) if weight else source.linear_update(name.removesuffix(".weight"))
+        )
         return left @ right
     shape = source.names.stack_shapes().get(name) or source.model.get_parameter(name).shape
     return torch.zeros(shape)[experts] if weight else torch.zeros(shape)

@@ -174,9 +174,10 @@ class DequantizedModel:
 
     def _matrix(self, name: str, experts: Nf4Experts, expert: int, projection: str) -> Tensor:
         values = experts.dequantize(expert, projection, torch.float32)
-        pair = self.source.factors.experts.get(name, {}).get(projection) if self.is_adapted else None
-        if pair is not None:
-            values = values.addmm(pair.b[expert].float() * pair.scale, pair.a[expert].float())
+        pairs = self.source.factors.experts.get(name, {}).get(projection) if self.is_adapted else None
+        if pairs is not None:
+            a, b, scale = pairs[expert]
+            values = values.addmm(b.float() * scale, a.float())
         return values.to(self.dtype)
 
     def _converted(self, together: list[str]) -> dict[str, Tensor]:

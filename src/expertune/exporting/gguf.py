@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from expertune.adapt.factors import PREFIX, Factors, dtype_in_file, fold
+from expertune.adapt.factors import PREFIX, Factors, dtype_in_file, fold, stacked
 from expertune.adapt.files import write_adapter
 from expertune.checkpoint.writer import Outgoing
 from expertune.errors import ConfigError, ExportError
@@ -215,10 +215,10 @@ class GgufAdapter(_Gguf):
             yield from ((name.rpartition(".")[2], each) for each in _pair(name, pair, source.max_rank))
         for module, projections in source.factors.experts.items():
             block = re.search(r"\.(\d+)\.", module)
-            for projection, pair in projections.items():
+            for projection, pairs in projections.items():
                 name = f"blk.{block[1] if block else 0}.ffn_{projection}_exps"
                 group = f"experts ({source.names.projection_names[projection]})"
-                yield from ((group, each) for each in _pair(name, pair, source.max_rank))
+                yield from ((group, each) for each in _pair(name, stacked(pairs), source.max_rank))
 
 
 class GgufModel(_Gguf):

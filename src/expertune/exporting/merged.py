@@ -90,7 +90,7 @@ class MergedIntoDequantized:
         """Refuse an adapter of an output head that is the embedding too."""
         source.model.tie_weights()
         own = {name for name, _ in source.model.named_parameters()}
-        missing = [name for name, _, _ in source.updates() if name not in own]
+        missing = [name for name in source.changed if name not in own]
         if missing:
             raise ExportError(
                 f"--to merged: {missing[0]} is the embedding too, so that nothing can be merged into it alone; export "

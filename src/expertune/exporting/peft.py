@@ -5,13 +5,11 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor
-
-from expertune.adapt.factors import PREFIX, fold, fuse
+from expertune.adapt.factors import stacked
 from expertune.adapt.file_layout import fused_layout, stock_layout
 from expertune.adapt.files import Origin, stock_config, write_adapter
 from expertune.adapt.layout_trial import StockLayout
-from expertune.adapt.live import pair_in_file
+from expertune.adapt.live import pair_in_file, stack_in_file
 from expertune.checkpoint.linears import is_linear
 from expertune.checkpoint.targets import Rank, ResolvedTargets
 from expertune.checkpoint.writer import Outgoing
@@ -87,36 +85,19 @@ class PeftAdapter:
             rank = layout.ranks[name]
             yield from pair_in_file(stem, pair.a, pair.b, rank, pair.scale * rank / layout.r)
         for module, projections in source.factors.experts.items():
-            if module in layout.stacks:
-                for weight, stem in layout.stacks[module].items():
-                    yield from _stack(source, module, weight, stem, layout)
-                continue
-            for projection, (a, b, scale) in projections.items():
-                rank = layout.expert_ranks[module][projection]
-                for expert, name in enumerate(source.names.experts_on_disk(module, projection)):
-                    yield from pair_in_file(name, a[expert], b[expert], rank, scale * rank / layout.r)
+            spec, ranks = source.names.specs[module], layout.expert_ranks[module]
+            for weight, stem in layout.stacks.get(module, {}).items():
+                each = {name: projections[name] for name in fused_projections(spec, weight) if name in projections}
+                rank = ranks[next(iter(each))]
+                held = {name: stacked(pairs) for name, pairs in each.items()}
+                held = {name: pair._replace(scale=pair.scale * rank / layout.r) for name, pair in held.items()}
+                yield from stack_in_file(stem, spec, weight, held, rank)
+            for projection, pairs in projections.items() if module not in layout.stacks else ():
+                rank, names = ranks[projection], source.names.experts_on_disk(module, projection)
+                for name, (a, b, scale) in zip(names, pairs, strict=True):
+                    yield from pair_in_file(name, a, b, rank, scale * rank / layout.r)
 
 
 def make(name: str, options: Options) -> PeftAdapter:
     """The format of this name."""
     return PeftAdapter(name)
-
-
-def _stack(source: ExportSource, module: str, weight: str, stem: str, layout: StockLayout) -> Iterator[Outgoing]:
-    """A and B of one stack as PEFT holds it; a projection without an adapter has zeros."""
-    spec, held = source.names.specs[module], source.factors.experts[module]
-    projections = fused_projections(spec, weight)
-    rank = next(layout.expert_ranks[module][each] for each in projections if each in held)
-    some = next(held[each] for each in projections if each in held)
-
-    def fused() -> tuple[Tensor, Tensor]:
-        nothing = some.a[:, :0], some.b[:, :, :0]
-        pairs = [
-            (held[each].a, fold(held[each].b, held[each].scale * rank / layout.r)) if each in held else nothing
-            for each in projections
-        ]
-        return fuse(spec, weight, pairs, rank)
-
-    a, b = fused()
-    yield Outgoing(f"{PREFIX}{stem}.lora_A.weight", a.dtype, tuple(a.shape), lambda: a)
-    yield Outgoing(f"{PREFIX}{stem}.lora_B.weight", b.dtype, tuple(b.shape), lambda: b)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from expertune.adapt.base_model import require_same_base
-from expertune.adapt.factors import AdapterFactors, Factors, read_factors
+from expertune.adapt.factors import AdapterFactors, Factors, read_factors, stacked
 from expertune.adapt.files import AdapterFile, read_adapter
 from expertune.checkpoint.fingerprint import Fingerprint, read_fingerprint
 from expertune.checkpoint.formats.nf4_folder import is_nf4_folder, read_nf4_folder
@@ -61,7 +61,7 @@ class ExportSource:
         model: the base model on the meta device: config, shapes, names.
         names: its name map.
         fingerprint: what identifies its weights; the adapter has been held to it.
-        factors: A, B and scale of everything that the adapter changes, by live name, experts stacked.
+        factors: A, B and scale of everything that the adapter changes, by live name; views of its file.
     """
 
     context: RunContext
@@ -99,16 +99,14 @@ class ExportSource:
         """
         found = {self.names.on_disk(name): pair for name, pair in self.factors.linears.items()}
         for module, projections in self.factors.experts.items():
-            for projection, (a, b, scale) in projections.items():
-                for expert, name in enumerate(self.names.experts_on_disk(module, projection)):
-                    found[name] = Factors(a[expert], b[expert], scale)
+            for projection, pairs in projections.items():
+                found |= zip(self.names.experts_on_disk(module, projection), pairs, strict=True)
         return found
 
     @property
     def max_rank(self) -> int:
         """The largest rank of any projection."""
-        stacks = [pair for projections in self.factors.experts.values() for pair in projections.values()]
-        return max(pair.a.shape[-2] for pair in [*stacks, *self.factors.linears.values()])
+        return max(len(self._some(place).a) for place in self.places)
 
     @property
     def places(self) -> list[Place]:
@@ -123,12 +121,18 @@ class ExportSource:
         """The factors of a place; of a projection its experts stacked."""
         if place.projection is None:
             return self.factors.linears[place.module]
-        return self.factors.experts[place.module][place.projection]
+        return stacked(self.factors.experts[place.module][place.projection])
+
+    def _some(self, place: Place) -> Factors:
+        """The factors of a place; of a projection those of one expert, whose rank and scale all have."""
+        if place.projection is None:
+            return self.factors.linears[place.module]
+        return self.factors.experts[place.module][place.projection][0]
 
     @cached_property
     def common_scale(self) -> float:
         """The scale that most places have: for formats with one for all, those of others are folded into B."""
-        return Counter(self.pair(place).scale for place in self.places).most_common(1)[0][0]
+        return Counter(self._some(place).scale for place in self.places).most_common(1)[0][0]
 
     def only(self, belongs: Callable[[Place], bool]) -> "ExportSource":
         """The same adapter with zeros for B everywhere else: what `belongs` is false of changes nothing."""
@@ -138,7 +142,7 @@ class ExportSource:
 
         linears = {name: kept(Place(name), pair) for name, pair in self.factors.linears.items()}
         experts = {
-            module: {each: kept(Place(module, each), pair) for each, pair in projections.items()}
+            module: {each: [kept(Place(module, each), pair) for pair in pairs] for each, pairs in projections.items()}
             for module, projections in self.factors.experts.items()
         }
         part = replace(self, factors=AdapterFactors(experts, linears))
@@ -146,38 +150,46 @@ class ExportSource:
         part.__dict__.update({name: self.__dict__[name] for name in same if name in self.__dict__})
         return part
 
+    @cached_property
+    def changed(self) -> list[str]:
+        """Live names of the parameters that the adapter changes."""
+        found = [f"{name}.weight" for name in self.factors.linears]
+        for module, held in self.factors.experts.items():
+            spec = self.names.specs[module]
+            stacks = {weight: layout.fused_projections(spec, weight) for weight in spec.weight_names}
+            found += [f"{module}.{weight}" for weight, each in stacks.items() if held.keys() & set(each)]
+        return found
+
     def updates(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """What the adapter adds to the live model: name of a parameter, left and right; their product is added.
 
         Of a linear the product is [out, in]; of a stack of experts it is laid out as the family's own parameter, the
         projections that it does not adapt with zeros. Nothing of any export format goes into this.
         """
-        for name in self.factors.linears:
-            yield f"{name}.weight", *self.linear_update(name)
-        for module in self.factors.experts:
-            for weight in self.names.specs[module].weight_names:
-                if update := self.stack_update(module, weight):
-                    yield f"{module}.{weight}", *update
+        for name in self.changed:
+            module, _, weight = name.rpartition(".")
+            yield (
+                name,
+                *(self.linear_update(module) if module in self.factors.linears else self.stack_update(module, weight)),
+            )
 
     def linear_update(self, name: str) -> tuple[Tensor, Tensor]:
         """Left [out, r] and right [r, in] of a linear or a router, float32."""
         a, b, scale = self.factors.linears[name]
         return b.float() * scale, a.float()
 
-    def stack_update(self, module: str, weight: str, experts: slice = slice(None)) -> tuple[Tensor, Tensor] | None:
-        """Left and right of some experts of a stack, as the family lays it out; None where the adapter has nothing."""
-        spec, held = self.names.specs[module], self.factors.experts.get(module, {})
+    def stack_update(self, module: str, weight: str, experts: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Left and right of some experts of a stack that the adapter changes, as the family lays it out."""
+        spec, held = self.names.specs[module], self.factors.experts[module]
         projections = layout.fused_projections(spec, weight)
-        adapted = {each: held[each] for each in projections if each in held}
-        if not adapted:
-            return None
-        right = torch.cat([pair.a[experts].float() for pair in adapted.values()], dim=1)
+        adapted = {each: stacked(held[each][experts]) for each in projections if each in held}
+        right = torch.cat([pair.a.float() for pair in adapted.values()], dim=1)
         count, rank, outputs = right.shape[0], right.shape[1], spec.shape(projections[0])[0]
         parts, start = [], 0
         for each in projections:
             part = right.new_zeros(outputs, count, rank)
             if each in adapted:
-                b = adapted[each].b[experts].float() * adapted[each].scale
+                b = adapted[each].b.float() * adapted[each].scale
                 part[:, :, start : start + b.shape[2]] = b.transpose(0, 1)
                 start += b.shape[2]
             parts.append(part)
@@ -268,7 +280,6 @@ def read_source(context: RunContext, adapter: Path, base: ModelSource) -> Export
     for key, tensor in file.tensors.items():
         if not tensor.isfinite().all():
             raise CheckpointError(f"{file.where}: {key} holds NaN or infinite values; export another state of the run")
-    file.tensors.clear()  # the factors are all of it, and it may be a GB
     return ExportSource(context, file, base, index, described, names, fingerprint, factors)
 
 

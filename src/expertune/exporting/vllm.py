@@ -12,7 +12,6 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,9 +21,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from expertune.adapt.factors import PREFIX, Factors, dtype_in_file, fold, fuse, leaves, pad
+from expertune.adapt.factors import PREFIX, Factors, leaves, stacked
 from expertune.adapt.files import Origin, stock_config, write_adapter
 from expertune.adapt.layout_trial import StockLayout
+from expertune.adapt.live import pair_in_file, stack_in_file
 from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.writer import Outgoing
 from expertune.errors import ExportError
@@ -119,7 +119,7 @@ class VllmAdapter:
         ranks = [source.max_rank]
         if self._stacked:
             for projections in source.factors.experts.values():
-                parts = [pair.a.shape[1] for name, pair in projections.items() if name != "down"]
+                parts = [len(pairs[0].a) for name, pairs in projections.items() if name != "down"]
                 ranks.append(2 * max(parts, default=0))
         return max(ranks)
 
@@ -130,25 +130,34 @@ class VllmAdapter:
     def _tensors(self, source: ExportSource) -> Iterator[Outgoing]:
         rank = self._rank(source)
         for name, pair in source.factors.linears.items():
-            yield from _pair(source, source.names.on_disk(name), pair, rank)
+            yield from pair_in_file(source.names.on_disk(name), pair.a, pair.b, rank, pair.scale / source.common_scale)
         for module, held in source.factors.experts.items():
             spec, stem = source.names.specs[module], source.names.on_disk(module)
             if self._stacked:
                 for weight, ending in zip(spec.weight_names, (".base_layer", ""), strict=True):
-                    yield from _stack(source, module, weight, f"{stem}{ending}", rank)
+                    stacks = self._stacks(source, module, weight)
+                    yield from stack_in_file(f"{stem}{ending}", spec, weight, stacks, rank)
                 continue
-            some = next(iter(held.values()))
+            some = next(iter(held.values()))[0]
             for projection in spec.projections:
                 outputs, inputs = spec.shape(projection)
                 # An expert without one of its projections is an error to vLLM.
-                nothing = Factors(
-                    some.a.new_zeros(1, inputs).expand(spec.num_experts, 1, inputs),
-                    some.b.new_zeros(1, 1).expand(spec.num_experts, outputs, 1),
-                    source.common_scale,
-                )
-                a, b, scale = held.get(projection, nothing)
-                for expert, name in enumerate(self._experts(source, module, projection)):
-                    yield from _pair(source, name, Factors(a[expert], b[expert], scale), rank)
+                nothing = Factors(some.a.new_zeros(1, inputs), some.b.new_zeros(outputs, 1), source.common_scale)
+                pairs = held.get(projection) or [nothing] * spec.num_experts
+                for name, (a, b, scale) in zip(self._experts(source, module, projection), pairs, strict=True):
+                    yield from pair_in_file(name, a, b, rank, scale / source.common_scale)
+
+    @staticmethod
+    def _stacks(source: ExportSource, module: str, weight: str) -> dict[str, Factors]:
+        """The factors of a stack's projections, with what goes into B; some of rank 0 where it has none."""
+        spec, held = source.names.specs[module], source.factors.experts[module]
+        projections = layout.fused_projections(spec, weight)
+        found = {each: stacked(held[each]) for each in projections if each in held}
+        if found:
+            return {each: pair._replace(scale=pair.scale / source.common_scale) for each, pair in found.items()}
+        (outputs, inputs), (some, *_) = spec.shape(projections[0]), next(iter(held.values()))
+        count = spec.num_experts
+        return {projections[0]: Factors(some.a.new_zeros(count, 0, inputs), some.b.new_zeros(count, outputs, 0), 1.0)}
 
     def _experts(self, source: ExportSource, module: str, projection: str) -> list[str]:
         stem, count = source.names.on_disk(module), source.names.specs[module].num_experts
@@ -219,33 +228,6 @@ def _is_stacked_on_disk(source: ExportSource) -> bool:
         return False
     weight = spec.weight_names[0]
     return source.names.on_disk(f"{module}.{weight}") == f"{source.names.on_disk(module)}.{weight}"
-
-
-def _pair(source: ExportSource, stem: str, pair: Factors, rank: int) -> Iterator[Outgoing]:
-    """A and B of one module, with zeros up to the rank."""
-    a, b, factor = pair.a, pair.b, pair.scale / source.common_scale
-    yield Outgoing(f"{PREFIX}{stem}.lora_A.weight", a.dtype, (rank, a.shape[1]), partial(pad, a, rank, 0))
-    shape, dtype = (b.shape[0], rank), dtype_in_file(b.dtype, factor)
-    yield Outgoing(f"{PREFIX}{stem}.lora_B.weight", dtype, shape, lambda: fold(pad(b, rank, 1), factor))
-
-
-def _stack(source: ExportSource, module: str, weight: str, stem: str, rank: int) -> Iterator[Outgoing]:
-    """A and B of one stack as PEFT holds it; zeros for a projection without an adapter."""
-    spec, held = source.names.specs[module], source.factors.experts[module]
-    projections = layout.fused_projections(spec, weight)
-    some, pairs = next(iter(held.values())), []
-    for projection in projections:
-        outputs, inputs = spec.shape(projection)
-        if projection in held:
-            a, b, scale = held[projection]
-            pairs.append((a, fold(b, scale / source.common_scale)))
-        else:
-            pairs.append(
-                (some.a.new_zeros(spec.num_experts, 0, inputs), some.b.new_zeros(spec.num_experts, outputs, 0))
-            )
-    a, b = fuse(spec, weight, pairs, rank)
-    yield Outgoing(f"{PREFIX}{stem}.lora_A.weight", a.dtype, tuple(a.shape), lambda: a)
-    yield Outgoing(f"{PREFIX}{stem}.lora_B.weight", b.dtype, tuple(b.shape), lambda: b)
 
 
 def _factors(loaded: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor] | None:

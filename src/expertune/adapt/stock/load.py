@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from expertune.adapt.factors import PREFIX, AdapterFactors, Factors, read_factors, split_key, unfold
+from expertune.adapt.factors import PREFIX, AdapterFactors, Factors, read_factors, split_key, stacked, unfold
 from expertune.adapt.live import LiveAdapter, base_of, call_arguments, names_of
 from expertune.adapt.stock.config import StockLoraConfig
 from expertune.adapt.stock.inject import refuse_hotswap
@@ -68,8 +68,8 @@ def convert_state_dict(
     for name, projections in factors.experts.items():
         experts = layers[name]
         assert isinstance(experts, ExpertsLora)
-        for projection, pair in projections.items():
-            scale = experts.scale(adapter_name, projection)
+        for projection, each in projections.items():
+            pair, scale = stacked(each), experts.scale(adapter_name, projection)
             out[f"{PREFIX}{name}.lora_A.{projection}"] = pair.a
             out[f"{PREFIX}{name}.lora_B.{projection}"] = _at_scale(pair, scale)
     return out
@@ -98,8 +98,8 @@ def _fit(
             raise CheckpointError(
                 f"the file holds an adapter of {name}, which its config does not name; is it this adapter's config?"
             )
-        for projection, pair in projections.items():
-            rank = pair.a.shape[1]
+        for projection, (pair, *_) in projections.items():
+            rank = len(pair.a)
             alpha = pair.scale * (math.sqrt(rank) if config.use_rslora else rank)
             held.setdefault(name, {})[projection] = (rank, alpha)
     is_untrained = _is_untrained(layers.values(), adapter)
