@@ -146,7 +146,8 @@ def _finetune(context: RunContext) -> Run:
     context = share_experts(context)
     config, record, output_dir = context.config, context.record, context.output_dir
     check_schedule(config)
-    made = plan_for(config, machine_for_all(context), merged, context.trust_remote_code)
+    with context.bars.task("planning"):
+        made = plan_for(config, machine_for_all(context), merged, context.trust_remote_code)
     if made.ranks and reason:
         made = replace(made, ranks=replace(made.ranks, reason=reason))
     # Values that do not go together are refused by transformers itself: before anything is loaded.
@@ -260,9 +261,10 @@ def _load_and_adapt(
         require_no_leakage(loaded.model)
     probe = probe_batch(context, inputs)
     recovery = _recovery(context, loaded.model)
-    base_logits, probe = recovery.preflight(partial(probe_logits, loaded.model), probe)
-    set_seed(context.seed)
-    model = attach(loaded, config.lora, config.model, source.revision)
+    with context.bars.task("preflight check"):
+        base_logits, probe = recovery.preflight(partial(probe_logits, loaded.model), probe)
+        set_seed(context.seed)
+        model = attach(loaded, config.lora, config.model, source.revision)
     if uses_checkpointing(config.training) and model.get_base_model().supports_gradient_checkpointing:
         # As in the training that follows: otherwise the check could need more memory than a step does.
         model.activation_checkpointing_enable()

@@ -95,27 +95,28 @@ def _with_error(figure: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def writing(command: str) -> Iterator[Callable[[str, int, int], None]]:
-    """How far a command is that writes large files: a bar on a terminal; elsewhere a line per tenth of the work."""
-    if not sys.stderr.isatty():
-        logged = -1
-
-        def line(file: str, done: int, total: int) -> None:
-            nonlocal logged
-            tenth = 10 * done // max(total, 1)
-            if tenth > logged:
-                logged = tenth
-                unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
-                log(f"{file}: {done / unit:.2f} of {total / unit:.2f} {name}")
-
-        yield line
-        return
+    """How far a command is that writes large files: (file, bytes done, bytes in all)."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(command, total=None)
-        yield lambda file, done, total: bar.update(task, description=file, completed=done, total=total)
+    from expertune.run.progress import BYTES, Bar, Bars
+
+    bar = Bar(Bars(Console(stderr=True)), command, BYTES)
+    try:
+        bar.update(0, 0)
+        yield lambda file, done, total: bar.update(done, total, what=file)
+    finally:
+        bar.close()
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Say that a command is at work, and since when, where it takes long."""
+    from rich.console import Console
+
+    from expertune.run.progress import Bars
+
+    with Bars(Console(stderr=True)).task(what):
+        yield
 
 
 def converse(run: "Run", max_new_tokens: int) -> None:

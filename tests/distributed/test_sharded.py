@@ -36,7 +36,7 @@ FILES = ("adapter/adapter_model.safetensors", "checkpoint-4/optimizer.pt")
 # Which experts a rank reads of each layer, and whether what it holds is its part of what one process loads.
 LOADING = """
 import json, torch
-from expertune.checkpoint.load import OffloadedExperts, load_model
+from expertune.checkpoint.load import LoadOptions, load_model
 from expertune.config import QuantizationConfig
 from expertune.distributed.mesh import open_ranks
 from expertune.distributed.sharded import ExpertSharding
@@ -56,7 +56,7 @@ with open_ranks() as ranks:
         load = lambda **given: experts(load_model(folder, quantization, torch.float32, "cpu", **given))
         whole = load()
         Nf4Experts.locate = locate
-        held = load(offloaded=OffloadedExperts(sharing=sharding))
+        held = load(options=LoadOptions(sharing=sharding))
         Nf4Experts.locate = place
         pairs = [(getattr(stack, name), getattr(other, name), getattr(stack.whole, name)) for key in whole
                  for stack, other in ((held[key].gate_up, whole[key].gate_up), (held[key].down, whole[key].down))

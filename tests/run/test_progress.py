@@ -1,11 +1,14 @@
 """How far something is: an estimate that holds still, bars on a terminal, lines elsewhere."""
 
 import io
+import re
+import threading
+import time
 
 import pytest
 from rich.console import Console
 
-from expertune.run.progress import Bar, Bars, Estimate, in_words
+from expertune.run.progress import BYTES, Bar, Bars, Estimate, in_words
 
 
 class Clock:
@@ -77,3 +80,71 @@ def test_task_on_a_terminal_is_a_bar_beside_the_trainings_own() -> None:
     text = written.getvalue()
     assert "evaluation 1/4" in text
     assert "step 9/9" in text.splitlines()[-1] or "step 9/9" in text
+
+
+def test_a_pass_of_minutes_without_a_terminal_is_told_every_ten_seconds_and_later_every_minute() -> None:
+    clock, written = Clock(), io.StringIO()
+    bars = Bars(Console(file=written, width=200), clock)
+    with bars.task("evaluation", "examples") as progress:
+        progress(0, 300)
+        for second in range(1, 3601):
+            clock.now = float(second)
+            bars.break_silence()  # as the thread does, each second
+    said = written.getvalue().splitlines()
+    assert said[:2] == ["evaluation: 0/300 examples, 10 s so far", "evaluation: 0/300 examples, 20 s so far"]
+    assert said[-1] == "evaluation: 0/300 examples, 1 h 0 min so far"
+    assert 60 < len(said) < 90
+
+
+def test_the_thread_breaks_the_silence_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("expertune.run.progress._SECONDS_PER_LINE", 0.2)
+    written, before = io.StringIO(), threading.active_count()
+    with Bars(Console(file=written, width=200)).task("loading the model"):
+        deadline = time.monotonic() + 10
+        while not written.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert written.getvalue().startswith("loading the model, ")
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert threading.active_count() == before
+
+
+def test_only_the_innermost_speaks_and_not_while_lines_are_printed() -> None:
+    clock, written = Clock(), io.StringIO()
+    bars = Bars(Console(file=written, width=200), clock)
+    with bars.task("step") as steps:
+        steps(3, 9)
+        with bars.task("evaluation", "examples") as progress:
+            clock.now = 9.0
+            bars.print("step 3/9  loss 1.0")
+            clock.now = 18.0
+            progress(1, 4)
+            clock.now = 19.0
+            progress(2, 4)
+    assert written.getvalue().splitlines() == ["step 3/9  loss 1.0", "evaluation: 2/4 examples, about 19 s left"]
+
+
+def test_bytes_are_told_in_their_unit() -> None:
+    clock, written = Clock(), io.StringIO()
+    with Bars(Console(file=written, width=200), clock).task("loading", BYTES) as progress:
+        clock.now = 20.0
+        progress(24_000_000_000, 93_405_585_408)
+    assert written.getvalue() == "loading: 24.00 of 93.41 GB, about 58 s left\n"
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_a_bar_keeps_the_step_and_the_time_left_in_any_terminal(width: int) -> None:
+    clock, written = Clock(), io.StringIO()
+    console = Console(file=written, width=width, force_terminal=True, color_system=None)
+    bar = Bar(Bars(console, clock), "step", "", stays=True)
+    bar.update(0, 500)
+    clock.now = 100.0
+    bar.update(10, 500, "loss 1.2345  1,234 tokens/s  memory 12.34 GB  imbalance 1.23")
+    bar.close()
+    last = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]|\r", "\n", written.getvalue()).strip().splitlines()[-1]
+    assert last.startswith("step 10/500")
+    assert last.rstrip().endswith("about 1 h 22 min left")
+    assert "\u2026" not in last
+    assert ("loss 1.2345" in last) == (width >= 60)
+    assert ("memory 12.34 GB" in last) == (width >= 80)
+    assert len(last) <= width

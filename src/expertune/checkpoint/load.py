@@ -64,18 +64,20 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
-class OffloadedExperts:
-    """Experts that are not loaded onto the device.
+class LoadOptions:
+    """Which experts are not loaded onto the device, and who is told how far it is.
 
     Attributes:
         read: of an NF4 folder, gives an experts module its bytes (see `expertune.checkpoint.restore`).
         on_host: of another folder, experts modules whose bytes stay in the host's memory.
         sharing: the ranks that hold the experts together, each of which loads its part; None loads all.
+        progress: called with (bytes placed, bytes in all).
     """
 
     read: ReadExperts | None = None
     on_host: Collection[str] = ()
     sharing: Sharing | None = None
+    progress: Callable[[int, int], None] = lambda *_: None
 
 
 def build_meta_model(
@@ -158,7 +160,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | str,
     trust_remote_code: bool = False,
-    offloaded: OffloadedExperts | None = None,
+    options: LoadOptions | None = None,
 ) -> LoadedModel:
     """Load a model folder with NF4 experts and NF4 decoder linears onto a device.
 
@@ -169,24 +171,25 @@ def load_model(
         dtype: dtype of the 16-bit rest and of all products.
         device: where everything lives.
         trust_remote_code: run Python that ships with the model.
-        offloaded: which experts are not loaded onto the device.
+        options: which experts are not loaded onto the device, and who is told how far it is.
 
     Raises:
         CheckpointError: a tensor is missing, stored twice, truncated, of another shape, or not finite; names it.
         ConfigError, UnsupportedModelError: see `build_meta_model`, `read_names` and `read_recipe`.
     """
-    offloaded = offloaded or OffloadedExperts()
+    options = options or LoadOptions()
     if is_nf4_folder(folder):
         stored = read_nf4_folder(folder)
-        return _load_nf4_folder(stored, quantization, dtype, device, trust_remote_code, offloaded)
+        return _load_nf4_folder(stored, quantization, dtype, device, trust_remote_code, options)
     index = open_checkpoint(folder)
     model = build_meta_model(folder, dtype, trust_remote_code)
     use_varlen_attention(model)
     names = read_names(model)
     _require_enough_bytes(model, index)
     recipe = read_recipe(model, names, index.tensors, quantization, index.folder)
-    swap_experts(model, recipe, device, offloaded)
+    swap_experts(model, recipe, device, options)
     loader = Loader(model, names, recipe, dtype, torch.device(device))
+    loader.progress = options.progress
     unexpected = loader.stream(index)
     model.tie_weights()
     loader.check_complete(index.folder)
@@ -231,15 +234,15 @@ def _load_nf4_folder(
     dtype: torch.dtype,
     device: torch.device | str,
     trust_remote_code: bool,
-    offloaded: OffloadedExperts,
+    options: LoadOptions,
 ) -> LoadedModel:
     require_verified(stored.folder)
     model = build_meta_model(stored.folder, dtype, trust_remote_code)
     recipe = recipe_of_folder(stored, model, quantization)
     use_varlen_attention(model)
     names = read_names(model)
-    swap_experts(model, recipe, "meta", offloaded)
-    unexpected = fill(model, stored, dtype, torch.device(device), offloaded.read)
+    swap_experts(model, recipe, "meta", options)
+    unexpected = fill(model, stored, dtype, torch.device(device), options.read, options.progress)
     model.tie_weights()
     missing = missing_tensors(model, stored)
     if missing:
@@ -295,13 +298,13 @@ def swap_experts(
     model: nn.Module,
     recipe: Recipe,
     device: torch.device | str,
-    offloaded: OffloadedExperts | None = None,
+    options: LoadOptions | None = None,
 ) -> None:
     """Put an `Nf4Experts` without bytes in the place of every experts module; those on the host are to stay there."""
-    offloaded = offloaded or OffloadedExperts()
+    options = options or LoadOptions()
     for name, experts in list(find_experts(model)):
-        stays = name in offloaded.on_host
+        stays = name in options.on_host
         to = "cpu" if stays else device
-        swapped = Nf4Experts(experts, name, recipe.double_quantization, to, recipe.scheme, offloaded.sharing)
+        swapped = Nf4Experts(experts, name, recipe.double_quantization, to, recipe.scheme, options.sharing)
         swapped.gate_up.stays = swapped.down.stays = stays
         model.set_submodule(name, swapped)

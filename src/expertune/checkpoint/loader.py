@@ -31,6 +31,9 @@ class Loader:
         dtype: dtype of the unquantized rest and of all products.
         device: where everything lives.
         preserves_dtypes: leave what stays unquantized in the dtype of its source instead.
+
+    Attributes:
+        progress: called by `stream` with (bytes placed, bytes in all).
     """
 
     def __init__(
@@ -49,10 +52,13 @@ class Loader:
         self.kept: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
         self.filled: dict[tuple[str, str | None, int | None], str] = {}
         self._deferred: dict[str, Sources] = {}
+        self.progress: Callable[[int, int], None] = lambda *_: None
+        self._num_placed, self._num_bytes = 0, 0
 
     def stream(self, index: CheckpointIndex) -> list[str]:
         """Place all weights; returns the names of those that the model has no place for."""
         unexpected = []
+        self._num_bytes = index.nbytes
         for piece in self.recipe.pieces:
             entries = {part: index.tensors[key] for part, key in piece.parts.items()}
             if not self.place_piece(piece, entries):
@@ -70,7 +76,9 @@ class Loader:
             CheckpointError, UnsupportedModelError: it is damaged, or packed otherwise than can be read; names it.
         """
         if piece.format is not None:
-            return piece.format.place(self, piece, entries)
+            found = piece.format.place(self, piece, entries)
+            self._count(entries.values())
+            return found
         return self.place(entries["weight"], self.names.locate(piece.key))
 
     def place(self, entry: TensorEntry, destination: Destination) -> bool:
@@ -80,16 +88,27 @@ class Loader:
         """
         if destination.converter is not None:
             self._deferred.setdefault(destination.name, []).append((entry, destination))
-        elif destination.projection is not None:
+            return True
+        found = True
+        if destination.projection is not None:
             self._place_expert(entry, destination)
         else:
-            return self._place(entry, destination.name)
-        return True
+            found = self._place(entry, destination.name)
+        self._count([entry])
+        return found
 
     def place_converted(self) -> list[str]:
         """Place what is made of the deferred tensors; names of those the model has no place for."""
         deferred, self._deferred = self._deferred, {}
-        return [key for sources in deferred.values() for key in self._place_converted(sources)]
+        unexpected = []
+        for sources in deferred.values():
+            unexpected += self._place_converted(sources)
+            self._count(entry for entry, _ in sources)
+        return unexpected
+
+    def _count(self, entries: Iterable[TensorEntry]) -> None:
+        self._num_placed += sum(entry.nbytes for entry in entries)
+        self.progress(self._num_placed, self._num_bytes)
 
     def check_complete(self, folder: Path, belongs: Callable[[str], bool] = lambda name: True) -> None:
         """Raise CheckpointError naming the first tensors that nothing filled, of those whose live names belong."""

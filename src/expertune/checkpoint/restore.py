@@ -24,6 +24,7 @@ def fill(
     dtype: torch.dtype,
     device: torch.device,
     read_experts: ReadExperts | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[str]:
     """Read all tensors of a folder into a model whose experts have been swapped on the meta device.
 
@@ -34,6 +35,7 @@ def fill(
         device: where everything lives.
         read_experts: gives the buffers of an experts module, e.g. as views of the mapped file; None reads them onto
             the device.
+        progress: called with (bytes placed, bytes in all).
 
     Returns:
         Names of tensors that the model has no place for.
@@ -42,10 +44,13 @@ def fill(
         CheckpointError: a tensor is of another shape than the model's, or the file ends inside it; names it.
     """
     taken: set[str] = set()
+    placed, total = 0, folder.index.nbytes
     for name in folder.experts:
         _, entries = folder.experts_entries(name)
         _fill_experts(_module_of(model, name, folder), entries, name, device, read_experts)
         taken.update(entry.key for entry in entries.values())
+        placed += sum(entry.nbytes for entry in entries.values())
+        progress(placed, total)
     for name in folder.linears:
         entries = folder.linear_entries(name)
         _fill_linear(model, name, entries, dtype, device, folder)

@@ -9,7 +9,7 @@ import expertune
 from expertune import RunRecord
 from expertune.cli.arguments import Adapter, BaseModel, Json, RunDir, TrustRemoteCode, Verbose
 from expertune.exporting import FORMATS, require_known
-from expertune.terminal import log, print_json, stdout_for_results, writing
+from expertune.terminal import log, print_json, stdout_for_results, working, writing
 
 
 def quantize(
@@ -58,7 +58,7 @@ def quantize(
 
 
 def _verify(folder: Path) -> None:
-    with stdout_for_results():
+    with stdout_for_results(), working(f"hashing the files of {folder}"):
         from expertune.checkpoint.verified import verify
 
         count = verify(folder)

@@ -7,7 +7,7 @@ import typer
 
 from expertune import RunRecord
 from expertune.cli.arguments import Json, RunDir, Verbose
-from expertune.terminal import log, print_json, print_table, stdout_for_results
+from expertune.terminal import log, print_json, print_table, stdout_for_results, working
 
 
 def report(run_dir: RunDir) -> None:
@@ -43,7 +43,7 @@ def compare(
 
 def doctor(as_json: Json = False, verbose: Verbose = False) -> None:
     """Show what this machine has, and what of it Expertune will use."""
-    with stdout_for_results():
+    with stdout_for_results(), working("looking at this machine"):
         from expertune.doctor import collect, render
 
         found = collect()

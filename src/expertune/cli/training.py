@@ -12,7 +12,7 @@ from expertune.cli.arguments import Json, Overrides, RunFile, TrustRemoteCode, V
 from expertune.distributed.processes import launched
 from expertune.run.directory import after_interruption
 from expertune.run.signals import Terminated
-from expertune.terminal import log, log_error, print_json, print_table, stdout_for_results
+from expertune.terminal import log, log_error, print_json, print_table, stdout_for_results, working
 
 
 def plan(
@@ -37,7 +37,7 @@ def plan(
     Exit code 2 where it does not fit.
     """
     config = load_config(run, overrides or (), starts=False)
-    with stdout_for_results():
+    with stdout_for_results(), working("planning"):
         made = expertune.plan(config, gpu=gpu, memory=memory, devices=devices, trust_remote_code=trust_remote_code)
     if as_json:
         print_json(made.to_json())
@@ -62,7 +62,7 @@ def data(
     Checks every example as a run does. Needs the model's tokenizer alone; loads no weights and writes nothing.
     """
     config = load_config(run, overrides or (), starts=False)
-    with stdout_for_results():
+    with stdout_for_results(), working("tokenizing"):
         from expertune.data.preview import preview_run
         from expertune.report.preview import render_preview
 

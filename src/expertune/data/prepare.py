@@ -47,7 +47,7 @@ def prepare_examples(
         data: the run's data section.
         which: the training or the evaluation examples.
         tokenizer: a fast transformers tokenizer with an EOS token.
-        progress: called with (examples done, examples in all) now and then while a large source is tokenized.
+        progress: called with (examples done, examples in all) now and then.
 
     Returns:
         The examples in the source's order, and the report for the run record; those of a large source lie in a file.
@@ -70,7 +70,7 @@ def prepare_examples(
             lambda report: token_cache.cache_key(source, settled(data, report), tokenizer),
         )
     examples: list[TokenizedExample] = []
-    report = _tokenize(source.read(), data, tokenizer, examples.append)
+    report = _tokenize(source.read(), data, tokenizer, examples.append, progress)
     return TokenizedExamples(examples, report)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from expertune.checkpoint.hub import ModelSource
-from expertune.checkpoint.load import LoadedModel, OffloadedExperts, load_model
+from expertune.checkpoint.load import LoadedModel, LoadOptions, load_model
 from expertune.kernels.routes import use_settings
 from expertune.layers.varlen_attention import use_sdpa_attention
 from expertune.placement.device import make_kernel_settings, resolve_compute_dtype
@@ -11,6 +11,7 @@ from expertune.placement.experts import Location, expert_reader, place_experts
 from expertune.planning.devices import Machine
 from expertune.planning.plan import plan_for
 from expertune.run.context import RunContext
+from expertune.run.progress import BYTES
 
 
 def recorded_places(context: RunContext, source: ModelSource) -> Mapping[str, Location]:
@@ -34,18 +35,16 @@ def load_base(context: RunContext, source: ModelSource, places: Mapping[str, Loc
     recorded = context.record.section("kernels")
     settings = make_kernel_settings(config.kernels, recorded.get("crossover"), recorded.get("gemm"))
     dtype = resolve_compute_dtype(config.quantization.compute_dtype, device)
-    loaded = load_model(
-        source.folder,
-        config.quantization,
-        dtype,
-        device,
-        source.trust_remote_code,
-        OffloadedExperts(
-            expert_reader(places, device),
-            [name for name, place in places.items() if place == "host"],
-            context.sharing,
-        ),
-    )
+    on_host = [name for name, place in places.items() if place == "host"]
+    with context.bars.task("loading the model", BYTES) as progress:
+        loaded = load_model(
+            source.folder,
+            config.quantization,
+            dtype,
+            device,
+            source.trust_remote_code,
+            LoadOptions(expert_reader(places, device), on_host, context.sharing, progress),
+        )
     use_settings(loaded.model, settings)
     place_experts(loaded.model, places, device, source.folder)
     if config.data.packing == "padded":

@@ -61,7 +61,7 @@ class RunContext:
 
     def notify(self, line: str) -> None:
         """Show one line without wrapping it, so that a path in it can be copied."""
-        self.console.print(line, soft_wrap=True)
+        self.bars.print(line)
 
     def tell(self, line: str) -> None:
         """Show one line, folded where the console ends: of words, not of paths or commands."""

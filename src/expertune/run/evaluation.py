@@ -76,7 +76,9 @@ def evaluate(
     run = opened_run(run, options)
     if run.config.data.eval is None:
         raise ConfigError(f"{run.output_dir}: the run has no data.eval examples to evaluate on")
-    examples = prepare_examples(settled(run.config.data, run.record["data"]["eval"]), "eval", run.tokenizer)
+    data, tokenizer = settled(run.config.data, run.record["data"]["eval"]), run.tokenizer
+    with run.context.bars.task("tokenizing", "examples") as progress:
+        examples = prepare_examples(data, "eval", tokenizer, progress)
     result: dict[str, Any] = {"adapter": "none" if base_only else run.adapter}
     step = 0 if base_only else run.steps
     changes: list[Change] = []

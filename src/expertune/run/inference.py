@@ -210,7 +210,8 @@ def open_run(
     context, source, folder = found.context, found.base, found.adapter
     config = context.config
     if not other_base:
-        base = fingerprint_of(source.folder, trust_remote_code, notify=context.notify)
+        with context.bars.task("looking at the model's files"):
+            base = fingerprint_of(source.folder, trust_remote_code, notify=context.notify)
         require_same_base(folder, base, config.model, allowed_by=f"give {option('other-base')}")
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     loaded = load_base(context, source, recorded_places(context, source))

@@ -127,7 +127,7 @@ class ProgressBar(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance."""
         if self._bar is not None:
-            self._bar.update(state.global_step, state.max_steps, self._figures() if self._shown else "")
+            self._bar.update(state.global_step, state.max_steps, self._figures())
 
     def on_log(
         self,
@@ -141,10 +141,10 @@ class ProgressBar(TrainerCallback):
         logs, step = logs or {}, f"step {state.global_step}/{state.max_steps}"
         if "eval_loss" in logs:
             scores = [f"{name.removeprefix('eval_')} {value:.3f}" for name, value in logs.items() if _is_score(name)]
-            self._bars.console.print("  ".join([step, f"evaluation loss {logs['eval_loss']:.4f}", *scores]))
+            self._bars.print("  ".join([step, f"evaluation loss {logs['eval_loss']:.4f}", *scores]))
         elif "loss" in logs and not self._shown:
             left = self._bar.estimate.words if self._bar is not None else ""
-            self._bars.console.print("  ".join(filter(None, [step, self._figures(), left])))
+            self._bars.print("  ".join(filter(None, [step, self._figures(), left])))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

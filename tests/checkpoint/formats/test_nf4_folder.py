@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from expertune.checkpoint.formats.nf4_folder import read_nf4_folder
-from expertune.checkpoint.load import LoadedModel, OffloadedExperts, load_model
+from expertune.checkpoint.load import LoadedModel, LoadOptions, load_model
 from expertune.checkpoint.reader import TensorEntry, read_header
 from expertune.checkpoint.verified import verify
 from expertune.checkpoint.writer import hash_file
@@ -205,7 +205,7 @@ def test_experts_can_be_given_as_views_of_the_file(folder: Path) -> None:
             for key, entry in entries.items()
         }
 
-    loaded = load_model(folder, QuantizationConfig(), torch.float32, "cpu", offloaded=OffloadedExperts(mapped))
+    loaded = load_model(folder, QuantizationConfig(), torch.float32, "cpu", options=LoadOptions(mapped))
     assert given == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
     experts = loaded.model.get_submodule(given[0])
     assert isinstance(experts, Nf4Experts)
