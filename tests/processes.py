@@ -20,6 +20,8 @@ RUN = "import expertune.api, expertune.cli, matplotlib.backends.backend_agg"
 """What a run imports: seconds of work, done once for all programs that start with it."""
 BENEATH = "import torch, bitsandbytes"
 """What transformers, PEFT and expertune import before anything of their own."""
+ENGINES = f"{BENEATH}, runpy, transformers, peft, transformers.models.mixtral.modeling_mixtral"
+"""What programs that run an export in its engine import, and nothing of expertune."""
 
 
 class Ended(NamedTuple):
@@ -130,7 +132,7 @@ def run_program(code: str, *arguments: str, folder: Path = ROOT, imports: str = 
         code: the program.
         arguments: its command line.
         folder: where it runs.
-        imports: `RUN` or `BENEATH`.
+        imports: `RUN`, `BENEATH` or `ENGINES`.
         environment: variables beside those of this process; what is imported already has been so without them.
     """
     if imports not in KEPT or KEPT[imports].has_ended:

@@ -21,13 +21,14 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 
 import tests.conftest  # noqa: E402, F401 - the environment of tests, before anything reads it
-from tests.processes import BENEATH, KEPT, RUN, Server  # noqa: E402
+from tests.processes import BENEATH, ENGINES, KEPT, RUN, Server  # noqa: E402
 
 LONGEST = ("distributed", "train", "kernels", "families")
 """Rooms that are begun first: one of them at the end would leave the other process without work."""
 
 OPTIONS = (
     *("-p", "no:cacheprovider"),
+    *("-p", "no:logging"),  # looks at each of two thousand loggers, six times a test; what they say is on stderr
     *("-o", "console_output_style=classic"),  # no parts of a whole, of which each process runs some
     *("-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"),
 )
@@ -90,7 +91,7 @@ def rooms_of(items: list[pytest.Item]) -> list[list[pytest.Item]]:
 
 def main() -> int:
     servers: tuple[dict[str, Server], ...] = ({}, {})
-    for imports in (BENEATH, RUN):
+    for imports in (BENEATH, ENGINES, RUN):
         names: dict[str, Any] = {"__name__": "__main__"}
         with redirect_stderr(StringIO()):  # what libraries remark on
             exec(imports, names)

@@ -22,7 +22,7 @@ from expertune.run.context import RunContext
 from expertune.run.progress import Bars
 from expertune.run.record import RunRecord
 from tests.adapt.conftest import train_a_little
-from tests.processes import Server
+from tests.processes import ENGINES, RUN, run_program
 from tests.tiny_models import copied, load_tiny, random_rows, stock_model
 
 
@@ -62,19 +62,22 @@ def mixtral_source(tmp_path_factory: pytest.TempPathFactory, family_folder: Any)
 
 @pytest.fixture(scope="module")
 def copied_processes() -> Iterator[None]:
-    """The programs run in copies of a process that has imported what they import, and nothing of ours."""
-    server = Server("import runpy, sys; import torch, transformers, peft, transformers.models.mixtral.modeling_mixtral")
-    code = "assert 'expertune' not in sys.modules; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], {}, '__main__')"
+    """The programs run in copies of a process that has imported what they import, and nothing of ours but in one."""
+    own = "trained.py"
 
     def run(command: Sequence[str], seconds: float) -> tuple[int, str]:
         assert command[0] == sys.executable
-        ended = server.run(code, Path(command[-1]).parent, command[1:])
+        program = Path(command[1])
+        code = f"import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path({str(program)!r}, {{}}, '__main__')"
+        if program.name != own:
+            code = f"import sys; assert 'expertune' not in sys.modules; {code}"
+        imports = RUN if program.name == own else ENGINES
+        ended = run_program(code, *command[1:], folder=Path(command[-1]).parent, imports=imports, HF_HUB_OFFLINE="1")
         return ended.status, ended.err
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(programs, "start", run)
         yield
-    server.end()
 
 
 __all__ = ["stock_model"]

@@ -15,6 +15,7 @@ import expertune
 from expertune.cli import app
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError, ExportError, StorageError
+from expertune.exporting import programs
 from expertune.exporting.formats import Engine, Progress, Verdict
 from expertune.exporting.merged import MANIFEST, Merged
 from expertune.exporting.peft import PeftAdapter
@@ -23,6 +24,8 @@ from expertune.exporting.source import ExportSource
 from tests.train.conftest import rows_file, run_values, small_mixtral, write_small_mixtral
 
 __all__ = ["rows_file", "run_values", "small_mixtral"]  # fixtures
+
+START = programs.start
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +47,12 @@ def copied(trained: Path, tmp_path: Path) -> Path:
     return shutil.copytree(trained, tmp_path / "run")
 
 
+@pytest.mark.parametrize("is_copied", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["copied", "started"])
 def test_merged_model_is_verified_in_processes_of_its_own_with_its_loss_beside_the_trained_ones(
-    trained: Path, tmp_path: Path
+    is_copied: bool, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied_processes: None
 ) -> None:
+    if not is_copied:
+        monkeypatch.setattr(programs, "start", START)
     arguments = ["export", str(trained), "--to", "merged", "--base", "dequantized", "--out", str(tmp_path / "out")]
     ended = CliRunner().invoke(app, [*arguments, "--json"])
     assert ended.exit_code == 0, ended.output

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 
 from expertune.checkpoint.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
 from expertune.errors import ConfigError, ExportError
+from expertune.exporting import programs
 from expertune.exporting.engines import gguf_converter
 from expertune.exporting.formats import Options, make_format
 from expertune.exporting.gguf import ADAPTER_FILE
@@ -27,10 +27,11 @@ installed = pytest.mark.skipif(
     gguf_converter.scripts_folder() is None or find_spec("xllamacpp") is None,
     reason="llama.cpp is not installed: pip install 'expertune[gguf]'",
 )
+pytestmark = pytest.mark.usefixtures("copied_processes")
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
+def adapter(tmp_path_factory, copied_processes):
     """The export of an adapter on attention, router, head and all projections, and what came of its verification."""
     source = random_source(MODEL, linears=("q_proj", "k_proj", "o_proj", "gate", "lm_head"))
     folder = tmp_path_factory.mktemp("export") / "adapter"
@@ -186,7 +187,6 @@ def run_llamacpp(cases, prompts, folder):
     (folder / "request.json").write_text(
         json.dumps({"prompts": prompts, "positions": list(range(0, 48, 6)), "cases": cases})
     )
-    command = [sys.executable, str(ENGINES / "llamacpp.py"), str(folder / "request.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    status, errors = programs.start([sys.executable, str(ENGINES / "llamacpp.py"), str(folder / "request.json")], 900)
+    assert status == 0, errors
     return {name: load_file(folder / f"{name}.safetensors") for name in cases}

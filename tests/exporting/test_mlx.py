@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -16,6 +15,7 @@ from torch import Tensor
 import expertune.exporting.engines
 from expertune.checkpoint.formats.mxfp4 import dequantize_mxfp4
 from expertune.errors import ConfigError, ExportError
+from expertune.exporting import programs
 from expertune.exporting.formats import Options, make_format
 from expertune.exporting.mlx import make
 from expertune.exporting.source import ExportSource
@@ -27,6 +27,7 @@ from tests.tiny_models import FolderOf, save_random, save_tiny_model, stock_mode
 installed = pytest.mark.skipif(find_spec("mlx_lm") is None, reason="needs mlx-lm: pip install 'expertune[mlx]'")
 EMBEDDED = Path(expertune.__file__).parent / "assets" / "tiny-mixtral"
 PROGRAM = Path(expertune.exporting.engines.__file__).parent / "mlx_runtime.py"
+pytestmark = pytest.mark.usefixtures("copied_processes")
 PROMPTS = [[5, 17, 3, 60, 9, 33, 71], [40, 8, 90, 12]]
 TOLERANCE = 1e-4
 
@@ -99,7 +100,8 @@ def answered(cases: dict[str, dict[str, str]], scratch: Path) -> Tensors:
     """Log-probabilities of each case, by one process of mlx-lm."""
     request = scratch / "request.json"
     request.write_text(json.dumps({"prompts": PROMPTS, "cases": cases}), encoding="utf-8")
-    subprocess.run([sys.executable, str(PROGRAM), str(request)], check=True)
+    status, errors = programs.start([sys.executable, str(PROGRAM), str(request)], 900)
+    assert status == 0, errors
     return {name: load_file(scratch / f"{name}.safetensors")["logprobs"] for name in cases}
 
 
@@ -113,7 +115,9 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, ExportSource], Tensors]:
+def answers(
+    tmp_path_factory: pytest.TempPathFactory, copied_processes: None
+) -> tuple[dict[str, ExportSource], Tensors]:
     """Sources by name, and log-probabilities of their exports, right and damaged."""
     scratch = tmp_path_factory.mktemp("mlx")
     sources = {

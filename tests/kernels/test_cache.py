@@ -1,8 +1,10 @@
 """What is kept on a machine is kept, and believed, where nobody else can write."""
 
 import json
+import logging
 import os
 from collections.abc import Iterator
+from logging.handlers import BufferingHandler
 from pathlib import Path
 
 import pytest
@@ -43,10 +45,19 @@ def test_folder_is_made_private_whatever_the_umask_is(home: Path) -> None:
         assert made.stat().st_mode & 0o077 == 0
 
 
+@pytest.fixture
+def logged() -> Iterator[list[logging.LogRecord]]:
+    """What has been logged in a test; `caplog` is missing where pytest runs without its plugin for it."""
+    handler = BufferingHandler(100)
+    logging.getLogger().addHandler(handler)
+    yield handler.buffer
+    logging.getLogger().removeHandler(handler)
+
+
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777])
 @pytest.mark.parametrize("which", ["the folder", "XDG_CACHE_HOME"])
 def test_folder_that_others_may_write_gives_way_to_a_private_one_and_is_told_once(
-    which: str, mode: int, home: Path, temporary: Path, caplog: pytest.LogCaptureFixture
+    which: str, mode: int, home: Path, temporary: Path, logged: list[logging.LogRecord]
 ) -> None:
     cache.cache_folder()
     opened = home if which == "XDG_CACHE_HOME" else home / "expertune"
@@ -59,7 +70,7 @@ def test_folder_that_others_may_write_gives_way_to_a_private_one_and_is_told_onc
         assert folder == temporary / f"expertune-{os.geteuid()}"
         assert folder.stat().st_mode & 0o077 == 0
         assert reason.startswith(f"{opened} can be written by others")
-    assert [record.getMessage() for record in caplog.records] == [f"cache: {reason}; using {folder}"]
+    assert [record.getMessage() for record in logged] == [f"cache: {reason}; using {folder}"]
 
 
 def test_nothing_is_made_in_a_folder_that_others_may_write(home: Path) -> None:
