@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-targets test-oldest test-newest test-slow check format bench constraints clean
+.PHONY: demo test test-targets test-oldest test-newest test-slow check format docs bench constraints clean
 
 demo: $(VENV)/.runtime
 	@rm -rf runs/demo
@@ -50,6 +50,11 @@ format: $(VENV)/.development
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Pages, search and API reference, in an environment of their own; nothing of the package is imported.
+docs: .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
+	@echo "The site: build/site/index.html; with its search: $(PYTHON) -m http.server --directory build/site"
+
 bench: $(VENV)/.development .venv-legacy/.ready
 	$(BIN)/python benchmarks/run.py all
 
@@ -79,8 +84,13 @@ $(VENV)/.development: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --upgrade --target .triton-oldest triton==3.6.0
 	@touch $@
 
+.venv-docs/.ready: constraints-docs.txt
+	$(PYTHON) -m venv --clear .venv-docs
+	.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet --requirement constraints-docs.txt
+	@touch $@
+
 .venv-legacy/.ready: constraints-legacy.txt
 	PYTHON=$(PYTHON) tools/legacy_env.sh
 
 clean:
-	rm -rf $(VENV) .venv-legacy .venv-oldest .venv-newest .triton-oldest runs build
+	rm -rf $(VENV) .venv-docs .venv-legacy .venv-oldest .venv-newest .triton-oldest runs build

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 import expertune
 from expertune.cli import app
@@ -119,6 +120,14 @@ def test_every_page_can_be_reached_from_the_index() -> None:
         open_pages += [(page.parent / link).resolve() for link in links if not link.startswith("http")]
     unreached = [page_id(page) for page in sorted(ROOT.glob("docs/**/*.md")) if page.resolve() not in seen]
     assert unreached == []
+
+
+def test_every_page_has_its_place_in_the_navigation_of_the_site() -> None:
+    site = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), yaml.BaseLoader)  # leaves Python's tags alone
+    listed = re.findall(r"'([^']+\.md)'", str(site["nav"]))
+    docs = [path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")]
+    pages = [path for path in docs if not path.startswith("decisions/0")]  # decisions/README.md leads to these
+    assert sorted(path for path in listed if not path.startswith("repository/")) == sorted(pages)
 
 
 def test_license_is_whole() -> None:
