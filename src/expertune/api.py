@@ -177,6 +177,7 @@ def _finetune(context: RunContext) -> Run:
         _show_score(context, "before")
 
     _record_notes(context, made.micro_batch, point)
+    write_report(record, context.notify)
     _train(context, inputs, model, held_out, recovery, point)
     write = partial(write_adapter, model, output_dir / ADAPTER_FOLDER, context.ranks)
     if context.sharing:
@@ -336,7 +337,7 @@ def _train(
     finally:
         bar.close()
         history = trainer.history
-        record.add("train", **history.series, steps=trainer.state.global_step)
+        record.add("train", **history.series, expert_tokens=history.expert_tokens, steps=trainer.state.global_step)
         record.add("eval", loss=history.eval_losses, scores=history.eval_scores)
         record.add("throughput", tokens_per_second=history.tokens_per_second, tokens=history.tokens)
         record.add("memory", peak_bytes=peak_memory_bytes())
@@ -369,7 +370,7 @@ def _keep_evaluation(
         earlier = record.section("experts").get("evaluations", {})
         routing = {step: found for step, found in earlier.items() if step in kept}
         record.add("experts", evaluations=routing | {str(state.global_step): held_out.routing})
-    record.add("train", **history.series, max_steps=state.max_steps)
+    record.add("train", **history.series, expert_tokens=history.expert_tokens, max_steps=state.max_steps)
     record.add("throughput", tokens_per_second=history.tokens_per_second, tokens=history.tokens)
     record.add("memory", peak_bytes=peak_memory_bytes())
     record.update("eval", loss=history.eval_losses, scores=history.eval_scores)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # Width of a table that is not read on a terminal.
 _FILE_WIDTH = 120
 
+_NUM_EXAMPLES = 8
+
 
 @contextlib.contextmanager
 def stdout_for_results() -> Iterator[None]:
@@ -56,7 +58,7 @@ def print_table(renderable: Any) -> None:
 
 
 def print_scores(scores: dict[str, Any]) -> None:
-    """What `expertune.evaluate` returns, as a table, and the answered examples below it."""
+    """What `expertune.evaluate` returns, as a table, and the first answered examples below it."""
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -67,7 +69,7 @@ def print_scores(scores: dict[str, Any]) -> None:
         elif not isinstance(value, dict | list):
             table.add_row(name, str(value))
     print_table(table)
-    for example in task.get("examples", []):
+    for example in task.get("examples", [])[:_NUM_EXAMPLES]:
         verdict = "right" if example["right"] else "wrong"
         print(f"\n{example['prompt']}\n  expected: {example['expected']}\n  {verdict}: {example['answered']}")
 

@@ -12,6 +12,7 @@ from expertune.config import DataConfig, LoraSection, QuantizationConfig, TaskCo
 from expertune.data import IGNORE_INDEX, TokenizedExample, make_collator, make_dataset, prepare_examples
 from expertune.distributed.mesh import Ranks
 from expertune.errors import ConfigError, DataError
+from expertune.evaluation.metrics import slot_f1
 from expertune.evaluation.scoring import evaluation_loss, score_task
 from expertune.experts.load import RoutingCounts
 from expertune.generation.greedy import Batches
@@ -188,15 +189,31 @@ def test_examples_show_the_first_rows_with_their_verdicts(tokenizer, tokenized, 
             "expected": first.completion.strip(),
             "answered": first.completion.strip(),
             "right": True,
+            "figure": 1.0,
         },
-        {"prompt": second.prompt, "expected": second.completion.strip(), "answered": "no idea", "right": False},
+        {
+            "prompt": second.prompt,
+            "expected": second.completion.strip(),
+            "answered": "no idea",
+            "right": False,
+            "figure": 0.0,
+        },
     ]
 
 
-def test_examples_are_few_and_rows_as_many_as_the_task_says(tokenizer, tokenized, answered):
-    asked = answered([row.completion for row in tokenized.examples])
+def test_examples_are_all_that_the_task_has_answered(tokenizer, tokenized, answered):
+    answers = [row.completion for row in tokenized.examples]
+    asked = answered(answers[1:] + answers[:1])
     scores = score_task(None, tokenizer, tokenized.examples, TaskConfig(metric="slot-f1", rows=10))
-    assert (scores["rows"], len(asked), len(scores["examples"])) == (10, 10, 8)
+    assert (scores["rows"], len(asked), len(scores["examples"])) == (10, 10, 10)
+    for example in scores["examples"]:
+        assert example["figure"] == slot_f1([example["expected"]], [example["answered"]])["slot_f1"]
+
+
+def test_examples_of_long_texts_are_the_first_eight(tokenizer, tokenized, answered):
+    answered(["long " * 20_000] * 10)
+    scores = score_task(None, tokenizer, tokenized.examples, TaskConfig(metric="exact-match", rows=10))
+    assert (scores["rows"], len(scores["examples"])) == (10, 8)
 
 
 def test_an_untuned_model_is_scored_on_what_it_writes(model, tokenizer, tokenized):

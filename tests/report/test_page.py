@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from expertune.cli import app
 from expertune.errors import StorageError
-from expertune.report.charts import Chart, Series, centered_mean, draw, thinned, ticks
+from expertune.report.answers import answers
 from expertune.report.differences import differences
-from expertune.report.expert_maps import expert_maps
+from expertune.report.expert_maps import expert_maps, load_over_time
 from expertune.report.page import render_page, write_page
 from expertune.run.directory import stops_recorded
 from expertune.run.record import RunRecord
@@ -72,6 +72,63 @@ def test_answers_are_marked_where_they_differ_from_the_reference(run_record: dic
     assert [text for text in page.marked if text in ("good", "poor")] == ["good", "poor"]
 
 
+def test_answers_can_be_filtered_by_what_became_of_them(run_record: dict[str, Any]) -> None:
+    def examples(*figures: float) -> list[dict[str, Any]]:
+        common = {"expected": "f(a[b])", "answered": "x", "right": False}
+        return [common | {"prompt": str(place), "figure": each} for place, each in enumerate(figures)]
+
+    run_record["task"]["before"]["examples"] = examples(0, 0.5, 0.5)
+    run_record["task"]["after"]["examples"] = examples(0.25, 0.5, 0.25, 1)
+    found = answers(run_record)
+    assert [each["kinds"] for each in found["shown"]] == [
+        ["wrong", "better"],
+        ["wrong", "same"],
+        ["wrong", "worse"],
+        ["wrong"],
+    ]
+    assert ("better", "got better", 1) in found["kinds"]
+    assert "tuned wrong slot F1 0.250" in require_contained(render_page(run_record, "runs/small")).text
+    for score in ("before", "after"):  # as earlier releases wrote them
+        for example in run_record["task"][score]["examples"]:
+            del example["figure"]
+    run_record["task"]["after"]["examples"][0]["right"] = True
+    assert [each["kinds"][1:] for each in answers(run_record)["shown"]] == [["better"], ["same"], ["same"], []]
+
+
+def test_page_of_many_and_long_answers_stays_small_and_says_how_many_it_has(run_record: dict[str, Any]) -> None:
+    long = {"expected": "a b " * 1000, "answered": "b a <" * 1000, "right": False}
+    for score in ("before", "after"):
+        run_record["task"][score] |= {"rows": 256, "examples": [long | {"prompt": str(n)} for n in range(256)]}
+    html = render_page(run_record, "runs/small")
+    assert len(html) < 2_000_000
+    shown = len(answers(run_record)["shown"])
+    assert 8 < shown < 256
+    assert f"Of 256 that were answered, the first {shown} are here." in require_contained(html).text
+
+
+def test_commands_are_those_that_a_run_in_its_state_can_take(run_record: dict[str, Any]) -> None:
+    def commands() -> list[str]:
+        html = render_page(run_record, "runs/small")
+        return [line.split("<")[0] for line in html.split("<pre>")[1:] if line.startswith(("expertune", "torchrun"))]
+
+    again, report = "expertune train runs/small output_dir=runs/again", "expertune report runs/small"
+    assert commands() == ["expertune chat runs/small", again, report]
+    run_record["config"]["data"]["eval"] = "eval.csv"
+    assert "expertune evaluate runs/small" in commands()
+    run_record["run"]["status"] = "stopped"
+    assert commands() == ["expertune train runs/small --resume", again, report]
+    run_record["train"]["processes"] = 2
+    assert commands()[1] == f"torchrun --nproc-per-node 2 -m {again}"
+    run_record["run"]["status"] = "running"
+    assert len(commands()) == 2
+
+
+def test_run_without_evaluation_shows_its_training_loss(run_record: dict[str, Any]) -> None:
+    run_record |= {"task": {}, "eval": {"loss": []}, "experts": {}}
+    text = require_contained(render_page(run_record, "runs/small")).text
+    assert "training loss 3.000 → 0.030 Nothing has been evaluated. The training loss is" in text
+
+
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_text_anywhere_in_a_record_is_only_text(text: str, run_record: dict[str, Any], tmp_path: Path) -> None:
     def poisoned(value: Any) -> Any:
@@ -122,11 +179,36 @@ def test_expert_maps_show_shares_before_and_after_and_what_changed(run_record: d
     assert load[0]["points"][0] == [0, 1]
 
 
-def test_expert_map_of_many_experts_stays_small(run_record: dict[str, Any]) -> None:
-    counts = {f"model.layers.{layer}.mlp.experts": [layer + expert for expert in range(256)] for layer in range(61)}
-    evaluation = {"tokens": 10, "counts": counts, "entropy": {}}
+def test_load_of_experts_while_training_is_drawn_by_layer(run_record: dict[str, Any]) -> None:
+    assert load_over_time(run_record) is None  # as of earlier releases
+    series = {"steps": [[1, 2], [3, 3]], "every": 2, "counts": {"layers.4.experts": [[30, 10], [0, 0]]}}
+    run_record["train"]["expert_tokens"] = series
+    found = load_over_time(run_record)
+    assert found is not None
+    assert found["map"]["shown"]["layers"] == [{"name": "4", "rows": [[75, 0], [25, 0]]}]
+    assert found["map"]["shown"]["columns"] == ["1 to 2", "3"]
+    assert "by stretches of 2 steps" in require_contained(render_page(run_record, "runs/small")).text
+    for damaged in ({"steps": [[1, 2]]}, {"counts": {"a": [[1], [1, 2]]}}, {"counts": None}, {"steps": [["1", 2]] * 2}):
+        run_record["train"]["expert_tokens"] = series | damaged
+        assert load_over_time(run_record) is None
+        require_contained(render_page(run_record, "runs/small"))
+
+
+def test_page_of_a_long_run_of_many_experts_stays_small(run_record: dict[str, Any]) -> None:
+    layers = [f"model.layers.{layer}.mlp.experts" for layer in range(60)]
+    evaluation = {"tokens": 10, "counts": {name: list(range(256)) for name in layers}, "entropy": {}}
     run_record["experts"] = {"evaluations": {"0": evaluation, "50": evaluation}}
-    assert len(render_page(run_record, "runs/large")) < 2_000_000
+    run_record["train"]["expert_tokens"] = {
+        **{"steps": [[8 * at + 1, 8 * at + 8] for at in range(8)], "every": 8},
+        "counts": {name: [list(range(256))] * 8 for name in layers},
+    }
+    for name in ("loss", "grad_norm", "learning_rate", "tokens", "seconds", "expert_imbalance"):
+        run_record["train"][name] = [[step, 1 + step % 7 / 7] for step in range(1, 50_001)]
+    html = render_page(run_record, "runs/large")
+    assert len(html) < 2_500_000
+    text = require_contained(html).text
+    assert "the lowest and the highest point of each stretch are drawn" in text
+    assert "29 layers from all depths, the record has 31 more" in text
 
 
 def test_damaged_counts_of_experts_are_not_drawn(run_record: dict[str, Any]) -> None:
@@ -151,7 +233,7 @@ def test_page_of_a_run_that_goes_on_says_how_far_it_is(run_record: dict[str, Any
     del run_record["adapter"], run_record["task"]["after"], run_record["train"]["steps"]
     run_record["eval"] = {"loss": [[0, 3.2], [50, 0.5]]}
     page = require_contained(render_page(run_record, "runs/small"))
-    assert "running step 100 of 400" in page.text
+    assert "running 100 of 400 steps" in page.text
     assert "loss on evaluation examples 3.200 → 0.500" in page.text
     assert "slot F1 0.000 → -" in page.text
 
@@ -177,26 +259,6 @@ def test_page_that_cannot_be_written_is_a_notice(tmp_path: Path, capsys: pytest.
     assert RunRecord.load(tmp_path).status == "stopped"
 
 
-def test_mean_of_a_slope_lies_on_it_to_both_ends() -> None:
-    slope = [(step, 2.0 * step) for step in range(400)]
-    assert all(abs(mean - 2 * step) < 1e-9 for step, mean in centered_mean(slope))
-
-
-def test_thinned_series_keeps_its_ends_and_spikes() -> None:
-    points = [(step, 1.0) for step in range(100_000)]
-    points[77_777] = (77_777, 9.0)
-    kept = thinned(points)
-    assert len(kept) <= 1300
-    assert {points[0], points[77_777], points[-1]} <= set(kept)
-
-
-def test_ticks_are_round_and_a_single_point_is_drawn() -> None:
-    assert [round(tick, 9) for tick in ticks(0, 0.42)] == [0, 0.1, 0.2, 0.3, 0.4]
-    drawing = draw(Chart("loss", [Series("training", [(1, 2.5)])]))
-    assert drawing is not None
-    assert drawing.lines[0]["dots"]
-
-
 def test_differences_give_both_texts_back_whole() -> None:
     left, right = "inform(name[X], a[b])", "inform(name[Y])" + " z" * 500
     ours, theirs = differences(left, right)
@@ -210,7 +272,10 @@ def test_browser_runs_the_page_without_a_message_and_nothing_is_wider_than_the_w
     width: int, run_record: dict[str, Any], tmp_path: Path
 ) -> None:
     example = run_record["task"]["after"]["examples"][0]
-    run_record["task"]["after"]["examples"] = [example, example | {"prompt": "W" * 3000, "right": True}]
+    many = [example | {"prompt": f"{place} of many", "right": True} for place in range(12)]
+    run_record["task"]["after"]["examples"] = [example, example | {"prompt": "W" * 3000}, *many]
+    counts = {f"layers.{layer}.experts": [[9, 1], [layer, 3]] for layer in range(2)}
+    run_record["train"]["expert_tokens"] = {"steps": [[1, 50], [51, 100]], "every": 50, "counts": counts}
     html = render_page(run_record, "runs/small")
     probe = """
         const plot = document.querySelector(".plot"), svg = plot.querySelector("svg");
@@ -225,17 +290,28 @@ def test_browser_runs_the_page_without_a_message_and_nothing_is_wider_than_the_w
         const zoomed = line.getAttribute("d") !== before, reset = document.getElementById("reset");
         const offered = !reset.hidden;
         reset.click();
-        const search = document.getElementById("search");
-        search.value = "is fun";
-        search.dispatchEvent(new window.Event("input"));
-        const found = document.getElementById("found").textContent;
+        const search = document.getElementById("search"), kind = document.getElementById("kind");
+        const found = [], more = document.getElementById("more");
+        const seen = () => found.push([...document.querySelectorAll(".answer")].filter((node) => !node.hidden).length);
+        const set = (node, value, kind) => { node.value = value; node.dispatchEvent(new window.Event(kind)); seen(); };
+        seen(); more.click(); seen();
+        set(search, "is fun", "input"); set(search, "wrong", "input"); set(search, "", "input");
+        set(kind, "right", "change");
+        const layer = document.querySelector("[data-map] select"), map = layer.closest("figure").querySelector("svg");
+        const cells = () => [...map.querySelectorAll("path")].map((path) => path.getAttribute("d"));
+        const first = cells();
+        layer.value = "1"; layer.dispatchEvent(new window.Event("change"));
+        const second = cells();
+        layer.value = "0"; layer.dispatchEvent(new window.Event("change"));
+        const maps = [first.join() === second.join(), first.join() === cells().join()];
         const wide = document.documentElement.scrollWidth;
-        return {tip, zoomed, offered, found, wide, inner: window.innerWidth, closed: reset.hidden};
+        return {tip, zoomed, offered, found, maps, wide, inner: window.innerWidth, closed: reset.hidden};
     """
     seen, messages = browse(html, tmp_path, width, probe)
     assert messages == []
     assert "training, each step, 50: 0.06" in seen["tip"]
     assert [seen["zoomed"], seen["offered"], seen["closed"]] == [True, True, True]
-    assert seen["found"] == "1 of 2"
+    assert seen["found"] == [10, 14, 1, 0, 10, 10]
+    assert seen["maps"] == [False, True]  # drawn by the script as the page had it
     assert seen["wide"] <= seen["inner"]
     assert seen["inner"] == width

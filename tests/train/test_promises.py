@@ -17,15 +17,16 @@ from expertune.checkpoint.hf_quantizer import as_loaded
 from expertune.config import LoraSection, parse_config
 from expertune.errors import CheckpointError, ConfigError
 from expertune.experts.module import Nf4Experts
+from expertune.experts.replay import with_replay
 from expertune.run.record import RunRecord
 from expertune.train.callbacks import History
 from expertune.train.checkpoints import list_checkpoints, verify
-from expertune.train.expert_load import ExpertLoad
+from expertune.train.expert_load import LOAD_FIGURES, ExpertLoad
 from expertune.train.promises import Promises
 from tests.checkpoint.nf4_folders import quantized
 
 ASSETS = Path(__file__).parents[2] / "src" / "expertune" / "assets" / "tiny-mixtral"
-SERIES = ["expert_imbalance", "experts_unused", "grad_norm", "learning_rate", "loss", "seconds", "tokens"]
+SERIES = sorted([*LOAD_FIGURES, "grad_norm", "learning_rate", "loss", "seconds", "tokens"])
 
 SIGNATURES = {
     "_run_epoch": [
@@ -80,6 +81,14 @@ def test_resumed_run_has_every_series_of_the_uninterrupted_one(
             assert resumed[name] == whole[name], name
     assert [rate for _, rate in whole["learning_rate"][:4]] == pytest.approx([0, 5e-4, 1e-3, 1e-3 * 6 / 7])
     assert all(1 < imbalance < 4 for _, imbalance in whole["expert_imbalance"])
+    by_expert = whole["expert_tokens"]
+    assert resumed["expert_tokens"] == by_expert
+    assert by_expert["steps"] == [[step, step] for step in range(1, 10)]
+    for of_layer in by_expert["counts"].values():  # two experts for each token
+        assert [sum(of_step) for of_step in of_layer] == [2 * tokens for _, tokens in whole["tokens"]]
+    steps = [[of_layer[place] for of_layer in by_expert["counts"].values()] for place in range(9)]
+    assert [[step + 1, max(map(max, of_step))] for step, of_step in enumerate(steps)] == whole["expert_tokens_most"]
+    assert [[step + 1, min(map(min, of_step))] for step, of_step in enumerate(steps)] == whole["expert_tokens_least"]
     state = (run_dir / "checkpoint-9" / "trainer_state.json").read_text(encoding="utf-8")
     assert '"learning_rate"' in state
 
@@ -109,9 +118,16 @@ def test_imbalance_is_the_busiest_experts_share_over_an_even_one(folder: Path) -
     trained = [torch.bincount(index.flatten(), minlength=layers[0].num_experts) for index in routed[: len(layers)]]
     expected = sum(float(counts.max() / counts.float().mean()) for counts in trained) / len(layers)
     unused = sum(int((counts == 0).sum()) for counts in trained) / sum(map(len, trained))
-    assert load.take() == pytest.approx({"expert_imbalance": expected, "experts_unused": 100 * unused})
+    most, least = max(int(counts.max()) for counts in trained), min(int(counts.min()) for counts in trained)
+    figures, tokens = load.take()
+    assert figures == pytest.approx(dict(zip(LOAD_FIGURES, [expected, 100 * unused, most, least], strict=True)))
+    assert list(tokens.values()) == [counts.tolist() for counts in trained]
     assert expected > 1
-    assert load.take() == {}
+    assert load.take() == ({}, {})
+    model.train().activation_checkpointing_enable(with_replay(None))
+    with load.watching(model):
+        model(torch.arange(5, 45)[None], labels=torch.arange(5, 45)[None]).loss.backward()
+    assert load.take()[1] == tokens  # what is computed again is not counted again
 
 
 def trl_trainer(kind: str, folder: Path, run_dir: Path) -> Any:

@@ -44,12 +44,14 @@ class Metric:
         compute: gives them for all answers.
         is_right: whether one answer is wholly right.
         problem: what is wrong with a text as a reference for this metric; None where nothing is.
+        per_answer: the first of the figures for one answer by itself; None where it has no meaning.
     """
 
     figures: tuple[Figure, ...]
     compute: Corpus
     is_right: Callable[[str, str], bool]
     problem: Callable[[str], str | None]
+    per_answer: PerAnswer | None = None
 
     def score(self, expected: Sequence[str], answered: Sequence[str]) -> dict[str, float]:
         """Figures over all answers. Raises ValueError where the two are not equally many."""
@@ -85,7 +87,7 @@ def metric(
             values = [function(*pair) for pair in zip(expected, answered, strict=True)]
             return {figure.name: sum(values) / len(values) if values else 0.0}
 
-        METRICS[name] = Metric((figure,), mean, lambda *pair: function(*pair) == best, problem)
+        METRICS[name] = Metric((figure,), mean, lambda *pair: function(*pair) == best, problem, function)
         return function
 
     return register
@@ -97,11 +99,12 @@ def corpus_metric(
     figures: Sequence[Figure],
     is_right: Callable[[str, str], bool],
     problem: Callable[[str], str | None] = lambda _: None,
+    per_answer: PerAnswer | None = None,
 ) -> Callable[[Corpus], Corpus]:
     """Register a function of all references and answers, whose figures are no means over answers; see `Metric`."""
 
     def register(function: Corpus) -> Corpus:
-        METRICS[name] = Metric(tuple(figures), function, is_right, problem)
+        METRICS[name] = Metric(tuple(figures), function, is_right, problem, per_answer)
         return function
 
     return register
@@ -196,6 +199,7 @@ def _is_right_meaning(expected: str, answered: str) -> bool:
     ),
     is_right=_is_right_meaning,
     problem=_meaning_problem,
+    per_answer=lambda expected, answered: slot_f1([expected], [answered])["slot_f1"],
 )
 def slot_f1(expected: Sequence[str], answered: Sequence[str]) -> dict[str, float]:
     """F1, precision and recall of slots counted over all answers together (micro-average), and the share of right ones.

@@ -4,7 +4,7 @@ Legend: T tokens, V vocabulary, N label tokens.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from expertune.config import TaskConfig
 from expertune.data import IGNORE_INDEX, TokenizedExample, encode_prompt
 from expertune.errors import ConfigError, DataError
-from expertune.evaluation.metrics import METRICS
+from expertune.evaluation.metrics import METRICS, Metric
 from expertune.generation.greedy import PLAIN, Batches, complete, evaluation_mode
 
-_NUM_EXAMPLES = 8
+_MOST_EXAMPLE_CHARS = 400_000
+_FEWEST_EXAMPLES = 8
 
 Feature = Mapping[str, Any]
 
@@ -99,8 +100,9 @@ def score_task(
         batches: see `expertune.generation.greedy.complete`.
 
     Returns:
-        `metric`, `rows` (how many were answered), the figures of the metric, `seconds`, and `examples`: the first
-        examples as `prompt`, `expected`, `answered`, `right`.
+        `metric`, `rows` (how many were answered), the figures of the metric, `seconds`, and `examples`: as many of the
+        first ones as make a record of sensible size, each as `prompt`, `expected`, `answered`, `right`, and `figure`
+        where the metric has one of a single answer.
 
     Raises:
         ConfigError: the task names no metric.
@@ -121,17 +123,24 @@ def score_task(
 
     answers = batches.ranks.spread(prompts, answer)
     seconds = time.monotonic() - started
-    examples = [
-        {
+    figures = metric.score([row.completion for row in rows], answers)
+    examples = list(_examples(rows, answers, metric))
+    return {"metric": task.metric, "rows": len(rows), **figures, "seconds": seconds, "examples": examples}
+
+
+def _examples(rows: Sequence[TokenizedExample], answers: Sequence[str], metric: Metric) -> Iterator[dict[str, Any]]:
+    """Answered examples from the first on, until their texts are as long together as is kept."""
+    num_chars = 0
+    for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        num_chars += len(row.prompt) + len(row.completion) + len(answer)
+        if num_chars > _MOST_EXAMPLE_CHARS and number >= _FEWEST_EXAMPLES:
+            return
+        yield {
             "prompt": row.prompt,
             "expected": row.completion.strip(),
             "answered": answer.strip(),
             "right": metric.is_right(row.completion, answer),
-        }
-        for row, answer in zip(rows[:_NUM_EXAMPLES], answers[:_NUM_EXAMPLES], strict=True)
-    ]
-    figures = metric.score([row.completion for row in rows], answers)
-    return {"metric": task.metric, "rows": len(rows), **figures, "seconds": seconds, "examples": examples}
+        } | ({"figure": metric.per_answer(row.completion, answer)} if metric.per_answer else {})
 
 
 def _summed_loss(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[float, int]:

@@ -42,6 +42,11 @@ class Tape:
         with _in_use(self):
             yield
 
+    @property
+    def replays(self) -> bool:
+        """Whether it is handed out again."""
+        return self._next is not None
+
     def run(self, compute: Callable[[list[Tensor]], Output]) -> Output:
         """`compute` with what was recorded at this place, or with nothing; what it returns is then recorded."""
         if self._next is not None:
@@ -79,6 +84,12 @@ def run(compute: Callable[[list[Tensor]], Output]) -> Output:
     """`compute([])`, or what the tape in use makes of it."""
     tape: Tape | None = getattr(_local, "tape", None)
     return compute([]) if tape is None else tape.run(compute)
+
+
+def is_recomputing() -> bool:
+    """Whether this thread is in the recomputation of a checkpointed region."""
+    tape: Tape | None = getattr(_local, "tape", None)
+    return tape is not None and tape.replays
 
 
 @contextmanager

@@ -5,8 +5,9 @@ labels are HTML at percentages, so that they keep their size.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 SIZE = 1000
@@ -17,6 +18,9 @@ LEVELS = 12
 
 # More points than pixels are no use to a reader and make a page of a long run large.
 _MAX_POINTS = 1200
+
+_LARGEST = 1e99
+_SMALLEST_SPAN = 1e-99
 
 Point = tuple[float, float]
 
@@ -59,15 +63,19 @@ class Chart:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A chart as the page's template reads it: paths in `SIZE` units, ticks at percentages."""
+    """A chart as the page's template reads it: paths in `SIZE` units, ticks at percentages.
+
+    `thinned` says that not all points are drawn.
+    """
 
     title: str
     horizontal: str
     lines: list[dict[str, Any]]
     across: list[tuple[float, str]]
     up: list[tuple[float, str]]
-    marks: list[tuple[float, str]]
+    marks: list[tuple[float, float, str]]
     values: dict[str, Any] = field(repr=False)
+    thinned: bool = False
 
 
 def points_of(series: Any) -> list[Point]:
@@ -80,19 +88,24 @@ def points_of(series: Any) -> list[Point]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether something read from JSON is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether something read from JSON is a number that can be computed with: finite, and not of a hundred digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def mean_width(num_points: int) -> int:
+    """How many points `centered_mean` takes together: about a twentieth of them."""
+    return 2 * (num_points // 40) + 1
 
 
 def centered_mean(points: Sequence[Point]) -> list[Point]:
     """Mean of the figures around each step, as many before as after it: the line does not lag behind its points.
 
-    Over about a twentieth of the run, and fewer at both ends.
+    Over `mean_width` points, and fewer at both ends.
     """
     sums = [0.0]
     for _, figure in points:
         sums.append(sums[-1] + figure)
-    widest = len(points) // 40
+    widest = mean_width(len(points)) // 2
     means = []
     for at, (step, _) in enumerate(points):
         reach = min(widest, at, len(points) - 1 - at)
@@ -114,7 +127,7 @@ def thinned(points: Sequence[Point], most: int = _MAX_POINTS) -> list[Point]:
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round figures between two bounds, evenly apart by 1, 2 or 5 times a power of ten."""
-    if not high > low:
+    if not high - low > _SMALLEST_SPAN:
         return [low]
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
@@ -123,12 +136,20 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [number * apart for number in range(first, math.floor(high / apart + 1e-9) + 1)]
 
 
-def tick_label(value: float) -> str:
-    """A tick's figure without digits that say nothing."""
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
-        mantissa, _, exponent = f"{value:.2e}".partition("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    return f"{value:.4f}".rstrip("0").rstrip(".") or "0"
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """Figures of ticks, with as many digits as tell them apart."""
+    largest = max(map(abs, values), default=0)
+    apart = min((abs(right - left) for left, right in pairwise(values)), default=largest) or 1
+    if largest and not 1e-3 <= largest < 1e7:
+        digits = max(0, math.floor(math.log10(largest)) - math.floor(math.log10(apart) + 1e-9))
+        return ["0" if not value else _scientific(value, digits) for value in values]
+    places = max(0, -math.floor(math.log10(apart) + 1e-9))
+    return [f"{value:,.{places}f}" for value in values]
+
+
+def _scientific(value: float, digits: int) -> str:
+    mantissa, _, exponent = f"{value:.{digits}e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def draw(chart: Chart) -> Drawing | None:
@@ -138,13 +159,8 @@ def draw(chart: Chart) -> Drawing | None:
         return None
     every = [point for each in shown for point in each.points]
     left, right = min(step for step, _ in every), max(step for step, _ in every)
-    low, high = min(figure for _, figure in every), max(figure for _, figure in every)
-    if chart.from_zero:
-        low, high = min(low, 0.0), max(high, 0.0)
-    if high == low:
-        low, high = low - (abs(low) or 1) * 0.5, high + (abs(high) or 1) * 0.5
-    high += (high - low) * 0.05
-    if right == left:
+    low, high = _bounds([figure for _, figure in every], chart.from_zero)
+    if not right - left > _SMALLEST_SPAN:
         left, right = left - 1, right + 1
 
     def across(step: float) -> float:
@@ -168,11 +184,29 @@ def draw(chart: Chart) -> Drawing | None:
         chart.title,
         chart.horizontal,
         lines,
-        [(round(100 * across(step), 2), tick_label(step)) for step in ticks(left, right) if step == int(step)],
-        [(round(100 * up(figure), 2), tick_label(figure)) for figure in ticks(low, high)],
-        [(round(100 * across(step), 2), words) for step, words in chart.marks if left <= step <= right],
+        _labeled([step for step in ticks(left, right) if step == int(step)], across),
+        _labeled(ticks(low, high), up),
+        [(round(100 * across(step), 2), step, words) for step, words in chart.marks if left <= step <= right],
         values,
+        any(len(each.points) > _MAX_POINTS for each in chart.series),
     )
+
+
+def _bounds(figures: Sequence[float], from_zero: bool) -> tuple[float, float]:
+    """Ends of the vertical axis, with some air above; those of figures that are all alike have them in the middle."""
+    low, high = min(figures), max(figures)
+    if from_zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+    if high - low > max(_SMALLEST_SPAN, 1e-6 * max(abs(low), abs(high))):
+        return low, high + (high - low) * 0.05
+    if from_zero:
+        return 0.0, 1.0
+    return low - (abs(low) or 1) * 0.5, high + (abs(high) or 1) * 0.5
+
+
+def _labeled(values: list[float], place: Callable[[float], float]) -> list[tuple[float, str]]:
+    """Ticks at percentages of an axis."""
+    return [(round(100 * place(value), 2), label) for value, label in zip(values, tick_labels(values), strict=True)]
 
 
 def cells(rows: Sequence[Sequence[float]], low: float, high: float) -> list[str]:

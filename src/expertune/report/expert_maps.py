@@ -1,21 +1,22 @@
-"""Maps of a run's experts: the share of tokens that each gets, before and after training, and what changed."""
+"""Maps of a run's experts: the share of tokens that each gets, before and after training and meanwhile."""
 
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from expertune.report.charts import LEVELS, Chart, Series, cells, draw
-from expertune.report.values import Record, at, number, section
+from expertune.report.charts import LEVELS, Chart, Series, cells, draw, is_number
+from expertune.report.values import Record, at, entries, number, section
 
 _FEW = 0.1
 """An expert saw few tokens if it got less than this part of an even share."""
 
 _MOST_NAMED = 40
+_MOST_CELLS = 60_000
 
 
 def expert_maps(record: Record) -> dict[str, Any] | None:
-    """What the page shows of the experts; None where a record has no counts of them.
+    """What the page shows of the experts on evaluation examples; None where a record has no counts of them.
 
     Shares are of the tokens that a layer sends to its experts, in percent.
     """
@@ -58,22 +59,79 @@ def expert_maps(record: Record) -> dict[str, Any] | None:
     }
 
 
+def load_over_time(record: Record) -> dict[str, Any] | None:
+    """Shares of each layer's experts by stretches of training steps; None where a record has no such series.
+
+    Of many layers of many experts, as many are taken from all depths as keep the page small.
+    """
+    series = section(record, "train", "expert_tokens")
+    steps = [each for each in entries(series, "steps") if isinstance(each, list) and len(each) == 2]
+    counts = {str(name): rows for name, rows in section(series, "counts").items() if _drawable(rows, len(steps))}
+    if not steps or not all(is_number(value) for each in steps for value in each) or not counts:
+        return None
+    names = list(counts)
+    cells_of_one = max(len(rows) * len(rows[0]) for rows in counts.values())
+    most = max(1, _MOST_CELLS // cells_of_one)
+    kept = [names[place * len(names) // most] for place in range(most)] if len(names) > most else names
+    layers: list[dict[str, Any]] = []
+    for name in kept:
+        stretches = [_shares(stretch) for stretch in counts[name]]
+        rows = [[float(f"{value:.3g}") for value in row] for row in zip(*stretches, strict=True)]
+        layers.append({"name": _layer(name, names.index(name)), "rows": rows})
+    highest = max(value for layer in layers for row in layer["rows"] for value in row)
+    columns = [f"{first:,.0f}" if first == last else f"{first:,.0f} to {last:,.0f}" for first, last in steps]
+    first = layers[0]
+    return {
+        "layers": [layer["name"] for layer in layers],
+        "left_out": len(names) - len(kept),
+        "every": number(series, "every") or 1,
+        "map": _drawn_map("Tokens by expert and step", first["rows"], (0, highest))
+        | {
+            "pixels": round(len(first["rows"]) * min(20, max(3, 420 / len(first["rows"])))),
+            "labels": _thinned_labels([str(expert) for expert in range(len(first["rows"]))]),
+            "ends": ["0 %", f"{highest:.1f} %"],
+            "scale": [f"step {steps[0][0]:,.0f}", f"{steps[-1][1]:,.0f}"],
+            "shown": {
+                "layers": layers,
+                "highest": highest,
+                "rows": first["rows"],
+                "row": "expert",
+                "names": [str(expert) for expert in range(len(first["rows"]))],
+                "column": "steps",
+                "columns": columns,
+                "unit": "% of tokens",
+            },
+        },
+    }
+
+
+def _drawable(rows: Any, num_stretches: int) -> bool:
+    """Whether each stretch has counts of the same experts."""
+    return (
+        isinstance(rows, list)
+        and len(rows) == num_stretches
+        and all(_are_counts(row) and len(row) == len(rows[0]) for row in rows)
+    )
+
+
+def _are_counts(row: Any) -> bool:
+    return isinstance(row, list) and bool(row) and all(isinstance(each, int) and 0 <= each < 2**63 for each in row)
+
+
 def _evaluations(record: Record) -> dict[int, Mapping[str, Any]]:
     """Evaluations whose counts can be drawn, by step."""
     found = {}
     for step, evaluation in section(record, "experts", "evaluations").items():
         counts = section(evaluation, "counts")
-        drawable = counts and all(
-            isinstance(row, list) and row and all(isinstance(each, int) and each >= 0 for each in row) and sum(row)
-            for row in counts.values()
-        )
+        drawable = counts and all(_are_counts(row) and any(row) for row in counts.values())
         if drawable and str(step).isdecimal() and len({len(row) for row in counts.values()}) == 1:
             found[int(step)] = evaluation
     return found
 
 
 def _shares(counts: list[int]) -> list[float]:
-    return [100 * each / sum(counts) for each in counts]
+    total = sum(counts) or 1
+    return [100 * each / total for each in counts]
 
 
 def _layer(name: str, place: int) -> str:
@@ -83,24 +141,33 @@ def _layer(name: str, place: int) -> str:
 
 
 def _map(title: str, rows: list[list[float]], low: float, high: float, unit: str, layers: list[str]) -> dict[str, Any]:
-    every = max(1, math.ceil(len(layers) / 16))
     signed = low < 0
-    return {
-        "title": title,
-        "change": False,
-        "width": len(rows[0]),
-        "height": len(rows),
+    return _drawn_map(title, rows, (low, high)) | {
         "pixels": round(len(rows) * min(26, max(7, 420 / len(rows)))),
-        "paths": cells(rows, low, high),
-        "labels": [name if place % every == 0 else "" for place, name in enumerate(layers)],
+        "labels": _thinned_labels(layers),
         "ends": [f"{low:+.1f}" if signed else f"{low:.0f} %", f"{high:+.1f} points" if signed else f"{high:.1f} %"],
-        "levels": LEVELS,
+        "scale": ["expert 0", str(len(rows[0]) - 1) if len(rows[0]) > 1 else ""],
         "shown": {
+            "layers": [],
             "rows": [[float(f"{value:.3g}") for value in row] for row in rows],
+            "row": "layer",
             "names": layers,
+            "column": "expert",
+            "columns": [],
             "unit": unit,
         },
     }
+
+
+def _drawn_map(title: str, rows: list[list[float]], ends: tuple[float, float]) -> dict[str, Any]:
+    """The cells of a map, with what both kinds have."""
+    drawn = {"paths": cells(rows, *ends), "levels": LEVELS}
+    return {"title": title, "change": False, "width": len(rows[0]), "height": len(rows)} | drawn
+
+
+def _thinned_labels(names: list[str]) -> list[str]:
+    every = max(1, math.ceil(len(names) / 16))
+    return [name if place % every == 0 else "" for place, name in enumerate(names)]
 
 
 def _few(rows: list[list[float]], layers: list[str]) -> tuple[int, str]:

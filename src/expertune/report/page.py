@@ -15,7 +15,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from expertune.report import sections
-from expertune.report.expert_maps import expert_maps
+from expertune.report.answers import answers
+from expertune.report.expert_maps import expert_maps, load_over_time
 from expertune.report.text import printable
 from expertune.report.values import figure, section
 from expertune.storage import write_text
@@ -57,7 +58,8 @@ def render_page(record: Mapping[str, Any], run_dir: str) -> str:
         outcome=sections.outcome(record),
         charts=sections.charts(record),
         experts=expert_maps(record),
-        answers=sections.answers(record),
+        load=load_over_time(record),
+        answers=answers(record),
         data=sections.data_reports(record),
         plan=sections.plan(record),
         preflight=sections.preflight(record),

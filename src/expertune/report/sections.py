@@ -12,9 +12,7 @@ import yaml
 
 from expertune.config import RunConfig, Section
 from expertune.evaluation.metrics import shown_figures
-from expertune.report.charts import Chart, Drawing, Series, bars, centered_mean, draw, points_of
-from expertune.report.differences import differences
-from expertune.report.text import shortened
+from expertune.report.charts import Chart, Drawing, Series, bars, centered_mean, draw, mean_width, points_of
 from expertune.report.values import (
     Record,
     at,
@@ -32,7 +30,6 @@ from expertune.report.values import (
 
 Facts = list[tuple[str, str]]
 
-_MAX_CHARS = 4000
 _PHASES = {"loss": "loss of a step", "layer": "layer of a step", "save": "checkpoint"}
 
 
@@ -42,16 +39,22 @@ def status(record: Record) -> dict[str, Any]:
     state = str(at(record, "run", "status") or "not started")
     started = number(record, "run", "started")
     planned = number(record, "train", "max_steps")
-    if state == "running":
-        progress = f"step {last:,.0f}" + (f" of {planned:,.0f}" if planned else "")
-    else:
-        progress = f"{steps if steps is not None else last:,.0f} steps"
+    taken = last if steps is None or state == "running" else steps
+    progress = f"{taken:,.0f} of {planned:,.0f} steps" if planned and taken < planned else f"{taken:,.0f} steps"
     return {
         "state": state,
         "progress": progress,
+        "processes": _processes(section(record, "train")),
         "error": str(at(record, "run", "error") or ""),
         "started": time.strftime("%Y-%m-%d %H:%M", time.localtime(started)) if started else "",
     }
+
+
+def _processes(train: Mapping[str, Any]) -> str:
+    """How many processes trained, if it was more than one, and what they did with the experts."""
+    several = number(train, "processes") or 1
+    held = {"replicate": "replicated", "shard": "sharded", "parallel": "shared out"}.get(str(train.get("experts")), "")
+    return f"{several:,.0f} processes{f', experts {held}' if held else ''}" if several > 1 else ""
 
 
 def outcome(record: Record) -> dict[str, Any]:
@@ -69,8 +72,11 @@ def outcome(record: Record) -> dict[str, Any]:
             loss_before = losses[0][1]
     if loss_before is not None or loss_after is not None:
         scores.append({"label": "loss on evaluation examples", "before": loss_before, "after": loss_after})
+    trained = points_of(at(record, "train", "loss"))
+    training = {"label": "training loss", "before": trained[0][1], "after": trained[-1][1]} if trained else None
     return {
         "scores": scores,
+        "training": training if not scores else None,
         "examples": count(number(after or before, "rows")),
         "scored": bool(after or before),
         "loss_examples": count(number(record, "data", "eval", "num_rows")),
@@ -88,7 +94,9 @@ def _tiles(record: Record) -> Iterator[tuple[str, str, str]]:
     if peak := number(record, "memory", "peak_bytes"):
         planned = number(record, "plan", "memory", "peak_bytes")
         device = str(at(record, "model", "device") or "")
-        where = "on the GPU" if device.startswith("cuda") else "of this process"
+        several = (number(record, "train", "processes") or 1) > 1
+        where = "on the GPU" if device.startswith("cuda") else "of the process"
+        where += ", the fullest of all" if several else ""
         yield "peak memory", size(peak), where + (f"; {size(planned)} planned" if planned else "")
     if speed := number(record, "throughput", "tokens_per_second"):
         total = number(record, "throughput", "tokens")
@@ -106,37 +114,61 @@ def _adapter_tile(record: Record) -> Iterator[tuple[str, str, str]]:
     elif "step" in adapter:
         yield "adapter", f"step {count(number(adapter, 'step'))}", f"the last; {note}" if note else "the last"
     elif note:
-        yield "adapter", "not written yet", note
+        yield "adapter", "not written" + (" yet" if at(record, "run", "status") == "running" else ""), note
 
 
 def charts(record: Record) -> list[Drawing]:
-    """Loss, learning rate, gradient norm and load of the experts by step."""
-    losses = points_of(at(record, "train", "loss"))
-    evaluated = points_of(at(record, "eval", "loss"))
-    adapter = section(record, "adapter")
-    marks = [(adapter["step"], f"the adapter: {adapter['checkpoint']}")] if adapter.get("checkpoint") else []
+    """Loss, learning rate, gradient norm, speed and load of the experts by step."""
+    train = section(record, "train")
+    losses = points_of(train.get("loss"))
+    smooth = centered_mean(losses) if mean_width(len(losses)) > 3 else []
     drawn = [
         Chart(
             "Loss per answer token (nats)",
             [
                 Series("training, each step", losses, 0, "faint"),
-                Series("training, mean around each step", centered_mean(losses) if len(losses) >= 80 else [], 0),
-                Series("evaluation examples", evaluated, 1, "dots"),
+                Series(f"training, mean of {mean_width(len(losses))} steps around each", smooth, 0),
+                Series("evaluation examples", points_of(at(record, "eval", "loss")), 1, "dots"),
             ],
-            marks=[mark for mark in marks if number({"step": mark[0]}, "step") is not None],
+            marks=_best(record),
         )
     ]
     for name, title, color, from_zero in (
         ("learning_rate", "Learning rate", 2, True),
         ("grad_norm", "Gradient norm before clipping", 3, True),
-        ("expert_imbalance", "Imbalance: tokens of a layer's busiest expert over the mean (1 is even)", 4, False),
-        ("experts_unused", "Experts without a token in a step, of all layers (%)", 4, True),
     ):
-        points = points_of(at(record, "train", name))
-        drawn.append(Chart(title, [Series(title, points, color)], from_zero=from_zero))
+        drawn.append(Chart(title, [Series(title, points_of(train.get(name)), color)], from_zero=from_zero))
+    drawn.append(Chart("Tokens per second of a step", [Series("tokens per second", _speeds(train), 5)]))
+    load = "Imbalance: tokens of a layer's busiest expert over the mean (1 is even)"
+    drawn.append(Chart(load, [Series("imbalance", points_of(train.get("expert_imbalance")), 4)], from_zero=False))
+    extremes = [
+        Series("the busiest of any layer", points_of(train.get("expert_tokens_most")), 4),
+        Series("the least busy", points_of(train.get("expert_tokens_least")), 7),
+    ]
+    drawn.append(Chart("Tokens of an expert in a step", extremes))
+    unused = points_of(train.get("experts_unused"))
+    drawn.append(Chart("Experts without a token in a step, of all layers (%)", [Series("unused", unused, 4)]))
     for name, points in _task_series(record).items():
         drawn.append(Chart(f"{name} on evaluation examples", [Series(name, points, 1, "dots")]))
     return [drawing for drawing in map(draw, drawn) if drawing]
+
+
+def _best(record: Record) -> list[tuple[float, str]]:
+    """Where the adapter is from, if it is that of the best checkpoint; else the evaluation with the lowest loss."""
+    step, checkpoint = number(record, "adapter", "step"), at(record, "adapter", "checkpoint")
+    if checkpoint and step is not None:
+        return [(step, f"the adapter: {checkpoint}, the best by {at(record, 'adapter', 'metric')}")]
+    evaluated = points_of(at(record, "eval", "loss"))
+    if len(evaluated) < 2:
+        return []
+    step, loss = min(evaluated, key=lambda point: point[1])
+    return [(step, f"lowest evaluation loss, {figure(loss)} at step {count(step)}")]
+
+
+def _speeds(train: Record) -> list[tuple[float, float]]:
+    """Tokens per second of each step."""
+    tokens, times = dict(points_of(train.get("tokens"))), points_of(train.get("seconds"))
+    return [(step, tokens[step] / seconds) for step, seconds in times if step in tokens and seconds]
 
 
 def _task_series(record: Record) -> dict[str, list[tuple[float, float]]]:
@@ -147,33 +179,6 @@ def _task_series(record: Record) -> dict[str, list[tuple[float, float]]]:
             for name, value in entry[1].items():
                 found.setdefault(name.replace("_", " "), []).append([entry[0], value])
     return {name: points_of(points) for name, points in found.items()}
-
-
-def answers(record: Record) -> list[dict[str, Any]]:
-    """Answered examples: the reference, the base model's answer and the tuned one's, with what differs."""
-    tuned, base = entries(record, "task", "after", "examples"), entries(record, "task", "before", "examples")
-    by_prompt = {str(at(each, "prompt")): each for each in base}
-    found = []
-    for each in tuned or base:
-        if not isinstance(each, Mapping):
-            continue
-        prompt, expected = str(each.get("prompt", "")), str(each.get("expected", ""))
-        columns = []
-        for name, example in (("base model", by_prompt.get(prompt)), ("tuned", each if tuned else None)):
-            if isinstance(example, Mapping):
-                answered = str(example.get("answered", ""))
-                reference, pieces = differences(shortened(expected, _MAX_CHARS), shortened(answered, _MAX_CHARS))
-                columns.append({"name": name, "pieces": pieces, "right": bool(example.get("right")), "ref": reference})
-        if columns:
-            found.append(
-                {
-                    "prompt": shortened(prompt.strip(), _MAX_CHARS),
-                    "expected": columns[-1]["ref"],
-                    "columns": columns,
-                    "right": columns[-1]["right"],
-                }
-            )
-    return found
 
 
 def data_reports(record: Record) -> list[dict[str, Any]]:
@@ -302,11 +307,12 @@ def preflight(record: Record) -> Facts:
 
 
 def settings(record: Record) -> list[tuple[str, str, str]]:
-    """(key, value, default) of the run file's values that are not our default; transformers' own are left empty."""
+    """(key, value, default) of the run file's values that are not our default; of `training` transformers has them."""
     known, found = defaults(), []
     for key, value in flattened(at(record, "config")).items():
         if key not in known or known[key] != value:
-            found.append((key, setting(value), setting(known[key]) if key in known and known[key] is not None else ""))
+            default = setting(known[key]) if known.get(key) is not None else ""
+            found.append((key, setting(value), default or ("transformers' own" if key.startswith("training.") else "")))
     return found
 
 
@@ -341,14 +347,19 @@ def versions(record: Record) -> Facts:
 
 
 def commands(record: Record, run_dir: str) -> list[tuple[str, str]]:
-    """(purpose, command) of what can be done with the run."""
-    quoted = shlex.quote(run_dir)
-    return [
-        ("Ask the tuned model", f"expertune chat {quoted}"),
-        ("Score it again", f"expertune evaluate {quoted}"),
-        ("Train the same run again", f"expertune train {quoted} output_dir=runs/again"),
-        ("Build this page again", f"expertune report {quoted}"),
-    ]
+    """(purpose, command) of what can be done with the run, as far as it has come."""
+    quoted, state = shlex.quote(run_dir), str(at(record, "run", "status"))
+    processes = number(record, "train", "processes") or 1
+    started = f"torchrun --nproc-per-node {processes:.0f} -m expertune" if processes > 1 else "expertune"
+    found = []
+    if state == "finished":
+        found.append(("Ask the tuned model", f"expertune chat {quoted}"))
+        if at(record, "config", "data", "eval"):
+            found.append(("Score it again", f"expertune evaluate {quoted}"))
+    elif state in ("stopped", "interrupted"):
+        found.append(("Continue it from its newest checkpoint", f"{started} train {quoted} --resume"))
+    found.append(("Train the same run again", f"{started} train {quoted} output_dir=runs/again"))
+    return [*found, ("Build this page again", f"expertune report {quoted}")]
 
 
 def run_file(record: Record) -> str:

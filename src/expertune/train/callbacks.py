@@ -23,7 +23,8 @@ class History(TrainerCallback, ExportableState):
 
     Attributes:
         series: [step, figure] of every optimizer step by name: `loss`, `learning_rate`, `grad_norm`, `tokens`,
-            `seconds`, `expert_imbalance` and `experts_unused`, as far as they are known, and whatever else is added.
+            `seconds` and those of `expert_load.LOAD_FIGURES`, as far as they are known, and whatever else is added.
+        expert_tokens: tokens of each expert over the training, as `expert_load.add_tokens` keeps them.
         eval_losses: [step, loss] for every evaluation.
         eval_scores: [step, figures] for every evaluation that answered prompts.
         tokens: real tokens (padding excluded) that training steps have seen.
@@ -32,6 +33,7 @@ class History(TrainerCallback, ExportableState):
 
     def __init__(self) -> None:
         self.series: dict[str, list[list[float]]] = {"loss": []}
+        self.expert_tokens: dict[str, Any] = {}
         self.eval_losses: list[list[float]] = []
         self.eval_scores: list[list[Any]] = []
         self.tokens, self.seconds = 0, 0.0
@@ -49,7 +51,7 @@ class History(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What transformers stores in `trainer_state.json` and gives back at resume."""
-        names = ("series", "eval_losses", "eval_scores", "tokens", "seconds")
+        names = ("series", "expert_tokens", "eval_losses", "eval_scores", "tokens", "seconds")
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
     def add(self, name: str, figure: float) -> None:

@@ -1,6 +1,6 @@
-"""How evenly a step's tokens are spread over the experts."""
+"""How a step's tokens are spread over the experts, and those of the whole training."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,23 +9,35 @@ from torch import Tensor, nn
 
 from expertune.distributed.mesh import Ranks
 from expertune.experts.module import Nf4Experts
+from expertune.experts.replay import is_recomputing
+
+_MOST_COUNTS = 2**17
+_MOST_STRETCHES, _FEWEST_STRETCHES = 64, 8
+
+LOAD_FIGURES = ("expert_imbalance", "experts_unused", "expert_tokens_most", "expert_tokens_least")
+"""What is known of each step, and what trackers are given as means."""
+
+Tokens = dict[str, list[int]]
+"""Tokens of each expert, by the name of the layer."""
 
 
 class ExpertLoad:
     """Counts the tokens that are routed to each expert in training.
 
-    A layer that is computed again for activation checkpointing counts its tokens twice, all of them alike.
+    What activation checkpointing computes again is not counted again, except by its reentrant variant, which does not
+    say that it does.
     """
 
     def __init__(self) -> None:
-        self._layers: list[Nf4Experts] = []
+        self._layers: dict[Nf4Experts, str] = {}
         self._counts: dict[nn.Module, Tensor] = {}
         self._ignores = False
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """While open, a model's 4-bit expert layers are counted."""
-        self._layers = [module for module in model.modules() if isinstance(module, Nf4Experts)]
+        named = getattr(model, "get_base_model", lambda: model)().named_modules()
+        self._layers = {module: name for name, module in named if isinstance(module, Nf4Experts)}
         hooks = [layer.register_forward_pre_hook(self._count) for layer in self._layers]
         try:
             yield
@@ -34,7 +46,7 @@ class ExpertLoad:
                 hook.remove()
 
     def _count(self, layer: Any, inputs: tuple[Any, ...]) -> None:
-        if not layer.training or self._ignores:
+        if not layer.training or self._ignores or is_recomputing():
             return
         index_R = inputs[1].reshape(-1).long()
         if layer not in self._counts:
@@ -61,21 +73,76 @@ class ExpertLoad:
             return
         zeros = [torch.zeros(layer.num_experts, dtype=torch.int64) for layer in self._layers]
         own = [self._counts.get(layer, zero).cpu() for layer, zero in zip(self._layers, zeros, strict=True)]
-        total = torch.tensor(ranks.total(torch.cat(own).tolist() if own else []))
+        total = torch.tensor(ranks.total(torch.cat(own).tolist() if own else []), dtype=torch.int64)
         sizes = [layer.num_experts for layer in self._layers]
         self._counts = dict(zip(self._layers, total.split(sizes), strict=True))
 
-    def take(self) -> dict[str, float]:
-        """The step's figures by name, empty without layers; counting starts again.
+    def take(self) -> tuple[dict[str, float], Tokens]:
+        """The step's figures by name and its tokens, both empty without layers; counting starts again.
 
         Returns:
-            `expert_imbalance`: tokens of the busiest expert over the mean of all, averaged over layers; 1 is even.
-            `experts_unused`: percent of the experts of all layers that saw no token.
+            Figures: `expert_imbalance`, tokens of the busiest expert over the mean of all, averaged over layers (1 is
+            even); `experts_unused`, percent of the experts of all layers that saw no token; `expert_tokens_most` and
+            `expert_tokens_least`, tokens of the busiest expert of any layer and of the least busy. And the tokens of
+            each expert.
         """
         if not self._counts:
-            return {}
+            return {}, {}
         imbalances = [counts.max() * counts.numel() / counts.sum() for counts in self._counts.values()]
         unused = torch.cat([counts == 0 for counts in self._counts.values()]).float().mean()
-        self._counts.clear()
         imbalance, share = torch.stack([torch.stack(imbalances).mean(), unused]).tolist()
-        return {"expert_imbalance": imbalance, "experts_unused": 100 * share}
+        counted = torch.cat(list(self._counts.values())).cpu()
+        least, most = counted.aminmax()
+        figures = {
+            "expert_imbalance": imbalance,
+            "experts_unused": 100 * share,
+            "expert_tokens_most": int(most),
+            "expert_tokens_least": int(least),
+        }
+        sizes = [counts.numel() for counts in self._counts.values()]
+        of_layers = dict(zip(self._counts, counted.split(sizes), strict=True))
+        self._counts.clear()
+        return figures, {
+            name: of_layers[layer].tolist() if layer in of_layers else [0] * layer.num_experts
+            for layer, name in self._layers.items()
+        }
+
+
+def add_tokens(series: dict[str, Any], step: int, tokens: Mapping[str, Sequence[int]]) -> None:
+    """Add a step's tokens by expert to those of the steps before.
+
+    They are kept by stretches of steps, all equally long except for the last. When there are too many, neighbors are
+    joined, so that a long run of many experts has a series that stays small, and has all its tokens in it.
+
+    Args:
+        series: `steps`, the first and the last of each stretch; `every`, how many a stretch has; `counts`, by layer the
+            tokens of each expert in each stretch. Empty before the first step; it is changed in place.
+        step: the step.
+        tokens: of each expert, by layer.
+    """
+    if not tokens:
+        return
+    series.setdefault("every", 1)
+    steps, counts = series.setdefault("steps", []), series.setdefault("counts", {name: [] for name in tokens})
+    if steps and steps[-1][1] - steps[-1][0] + 1 < series["every"]:
+        steps[-1][1] = step
+        for name, of_layer in tokens.items():
+            counts[name][-1] = _sum(counts[name][-1], of_layer)
+        return
+    num_experts = sum(map(len, tokens.values()))
+    if len(steps) >= min(_MOST_STRETCHES, max(_FEWEST_STRETCHES, _MOST_COUNTS // num_experts // 2 * 2)):
+        series["every"] *= 2
+        steps[:] = [[first, last] for (first, _), (_, last) in _pairs(steps)]
+        for name, of_layer in counts.items():
+            counts[name] = [_sum(*pair) for pair in _pairs(of_layer)]
+    steps.append([step, step])
+    for name, of_layer in tokens.items():
+        counts[name].append(list(of_layer))
+
+
+def _pairs(values: list[Any]) -> Iterator[tuple[Any, Any]]:
+    return zip(values[::2], values[1::2], strict=True)
+
+
+def _sum(left: Sequence[int], right: Sequence[int]) -> list[int]:
+    return [sum(pair) for pair in zip(left, right, strict=True)]

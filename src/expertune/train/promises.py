@@ -51,7 +51,7 @@ from expertune.train.checkpoints import (
     verify,
 )
 from expertune.train.exchange import Exchange, gather_files, write_adapter
-from expertune.train.expert_load import ExpertLoad
+from expertune.train.expert_load import LOAD_FIGURES, ExpertLoad, add_tokens
 from expertune.train.finite import (
     bad_step,
     gradients_of,
@@ -217,7 +217,7 @@ class Promises(Trainer):
         """Log; means of the loss and of the experts' load are the history's, which a resume does not forget."""
         if "loss" in logs and self.history.losses:
             logged = [entry["step"] for entry in self.state.log_history if "loss" in entry]
-            for name in ("loss", "expert_imbalance", "experts_unused"):
+            for name in ("loss", *LOAD_FIGURES):
                 if (mean := self.history.mean_since(logged[-1] if logged else 0, name)) is not None:
                     logs[name] = mean
         if "train_loss" in logs and (mean := self.history.mean_since(0)) is not None:
@@ -357,8 +357,10 @@ class Promises(Trainer):
             raise NonFiniteGradientError(self._name_bad_step(what, examples))
         self._step_examples = []
         self.history.add("grad_norm", value)
-        for name, figure in self.expert_load.take().items():
+        figures, tokens = self.expert_load.take()
+        for name, figure in figures.items():
             self.history.add(name, figure)
+        add_tokens(self.history.expert_tokens, self.state.global_step + 1, tokens)
 
     def _require_finite_weights(self) -> None:
         """Refuse to keep an adapter that holds a NaN: finite gradients may still have been divided by zero."""

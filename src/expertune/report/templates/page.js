@@ -3,7 +3,7 @@
 (() => {
   const SIZE = 1000;
   const data = (node) => JSON.parse(node.querySelector('script[type="application/json"]').textContent);
-  const words = (value) => Number(value.toPrecision(4)).toLocaleString("en", { maximumSignificantDigits: 4 });
+  const words = (value) => value.toLocaleString("en", { maximumSignificantDigits: 5 });
   const make = (name, parent) => {
     const node = document.createElement("div");
     node.className = name;
@@ -20,6 +20,19 @@
       found.push(Number((number * apart).toPrecision(12)));
     }
     return found;
+  }
+
+  /* As many digits as tell the figures of an axis apart. */
+  function labels(values) {
+    const largest = Math.max(0, ...values.map(Math.abs));
+    const apart = Math.min(...values.slice(1).map((value, place) => value - values[place])) || largest || 1;
+    const power = (value) => Math.floor(Math.log10(value) + 1e-9);
+    if (largest && (largest < 1e-3 || largest >= 1e7)) {
+      const digits = Math.max(0, Math.floor(Math.log10(largest)) - power(Math.min(apart, largest)));
+      return (value) => value ? value.toExponential(digits).replace("+", "") : "0";
+    }
+    const places = Math.max(0, -power(Math.min(apart, largest || 1)));
+    return (value) => value.toLocaleString("en", { minimumFractionDigits: places, maximumFractionDigits: places });
   }
 
   class Chart {
@@ -100,7 +113,7 @@
         const line = document.createElement("div");
         const value = document.createElement("b");
         value.textContent = words(point.value);
-        line.append(`${point.name}, ${words(point.step)}: `, value);
+        line.append(`${point.name}, ${point.step.toLocaleString("en")}: `, value);
         this.tip.append(line);
       }
       const part = (this.at - this.across[0]) / (this.across[1] - this.across[0] || 1);
@@ -149,12 +162,12 @@
     }
 
     label(where, values, place) {
+      const text = labels(values);
       this.figure.querySelector(where).replaceChildren(...values.map((value) => {
         const node = document.createElement("span");
         const [side, part] = place(value);
         node.style[side] = `${part}%`;
-        node.textContent = value && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5)
-          ? value.toExponential() : String(value);
+        node.textContent = text(value);
         return node;
       }));
     }
@@ -169,36 +182,64 @@
   if (reset) reset.addEventListener("click", () => zoom(null, reset.dataset.group));
 
   for (const figure of document.querySelectorAll("[data-map]")) {
-    const { rows, names, unit } = data(figure), svg = figure.querySelector("svg");
-    const tip = make("tip", figure.querySelector(".field"));
+    const { layers, highest, row, names, column, columns, unit, ...first } = data(figure);
+    let { rows } = first;
+    const svg = figure.querySelector("svg"), tip = make("tip", figure.querySelector(".field"));
+    const inside = (part, count) => Math.min(count - 1, Math.max(0, Math.floor(part * count)));
     svg.addEventListener("pointermove", (event) => {
       const box = svg.getBoundingClientRect(), width = rows[0].length;
-      const x = Math.min(width - 1, Math.max(0, Math.floor((event.clientX - box.left) / box.width * width)));
-      const y = Math.min(rows.length - 1, Math.max(0, Math.floor((event.clientY - box.top) / box.height * rows.length)));
-      tip.textContent = `layer ${names[y]}, expert ${x}: ${rows[y][x]} ${unit}`;
+      const x = inside((event.clientX - box.left) / box.width, width);
+      const y = inside((event.clientY - box.top) / box.height, rows.length);
+      tip.textContent = `${row} ${names[y]}, ${column} ${columns[x] ?? x}: ${rows[y][x]} ${unit}`;
       tip.style.left = x < width / 2 ? `${100 * (x + 1) / width}%` : "auto";
       tip.style.right = x < width / 2 ? "auto" : `${100 * (1 - x / width)}%`;
       tip.style.top = `${100 * y / rows.length}%`;
       tip.hidden = false;
     });
     svg.addEventListener("pointerleave", () => { tip.hidden = true; });
+    const chosen = figure.querySelector("select");
+    if (chosen) chosen.addEventListener("change", () => {
+      ({ rows } = layers[Number(chosen.value)]);
+      const levels = [...svg.querySelectorAll("path")], paths = levels.map(() => "");
+      rows.forEach((values, y) => values.forEach((value, x) => {
+        paths[inside(value / (highest || 1), levels.length)] += `M${x} ${y}h1v1h-1z`;
+      }));
+      levels.forEach((path, level) => path.setAttribute("d", paths[level]));
+    });
   }
 
   const search = document.getElementById("search");
   if (search) {
-    const wrong = document.getElementById("wrong"), found = document.getElementById("found");
-    const answers = [...document.querySelectorAll(".answer")];
+    const PAGE = 10;
+    const kind = document.getElementById("kind"), found = document.getElementById("found");
+    const more = document.getElementById("more");
+    const answers = [...document.querySelectorAll(".answer")].map((node) => ({
+      node,
+      kinds: node.dataset.kinds.split(" "),
+      text: [...node.querySelectorAll(".prompt, .text")].map((part) => part.textContent).join("\n").toLowerCase(),
+    }));
+    let most = PAGE;
     const filter = () => {
       const wanted = search.value.trim().toLowerCase();
-      let shown = 0;
-      for (const answer of answers) {
-        const fits = answer.textContent.toLowerCase().includes(wanted);
-        answer.hidden = !fits || (wrong.checked && answer.dataset.right === "true");
-        shown += answer.hidden ? 0 : 1;
+      let fitting = 0;
+      for (const { node, kinds, text } of answers) {
+        const fits = text.includes(wanted) && (!kind.value || kinds.includes(kind.value));
+        fitting += fits ? 1 : 0;
+        node.hidden = !fits || fitting > most;
       }
-      found.textContent = `${shown} of ${answers.length}`;
+      found.textContent = `${Math.min(most, fitting)} of ${fitting} examples are shown.`;
+      more.hidden = fitting <= most;
     };
-    search.addEventListener("input", filter);
-    wrong.addEventListener("change", filter);
+    const anew = () => {
+      most = PAGE;
+      filter();
+    };
+    search.addEventListener("input", anew);
+    kind.addEventListener("change", anew);
+    more.addEventListener("click", () => {
+      most += 5 * PAGE;
+      filter();
+    });
+    anew();
   }
 })();
