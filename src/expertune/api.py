@@ -34,6 +34,7 @@ from expertune.placement.experts import Location, placement_of
 from expertune.planning import MicroBatch, Plan
 from expertune.planning.devices import Machine
 from expertune.planning.disk import require_room
+from expertune.planning.duration import read_lengths
 from expertune.planning.plan import plan_for
 from expertune.report.card import CARD_NAME
 from expertune.report.figures import summary_figure, write_png
@@ -94,7 +95,8 @@ def plan(
     """
     config = load_config(config, overrides, starts=False)
     machine = Machine.of(config, gpu=gpu, memory=memory, devices=devices)
-    return plan_for(config, machine, trust_remote_code=trust_remote_code)
+    made = plan_for(config, machine, trust_remote_code=trust_remote_code)
+    return made.timed(read_lengths(config, trust_remote_code))
 
 
 @checked
@@ -158,6 +160,9 @@ def _finetune(context: RunContext) -> Run:
     # Nothing but a lock has been written so far: a mistake in the run file or in an example leaves no directory behind.
     inputs = read_inputs(context)
     require_room(made.disk, config.training, len(inputs.dataset), output_dir)
+    made = made.timed(inputs.lengths(config.data))
+    if made.run_time:
+        context.tell(f"expected: {made.run_time.line}")
     point = _resume_point(context)
     record.add(
         "model",

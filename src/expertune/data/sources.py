@@ -219,6 +219,34 @@ def find_source(spec: str | Sequence[str]) -> Source:
         raise DataError(f"{name}: cannot be read ({error.strerror or error})") from None
 
 
+def rows_of_slices(spec: str | Sequence[str]) -> int | None:
+    """How many examples a source has by its slices alone, with no look at it; None where one has no end, or is a glob.
+
+    Args:
+        spec: see `find_source`.
+
+    Raises:
+        DataError: a slice is not written as one.
+    """
+    parts = [_split_slice(each) for each in ([spec] if isinstance(spec, str) else spec)]
+    if any(stop is None or glob.escape(name) != name for name, _, stop in parts):
+        return None
+    return sum(max(stop - start, 0) for _, start, stop in parts if stop is not None)
+
+
+def local_bytes(spec: str | Sequence[str]) -> int | None:
+    """How much text a source of local files holds, about; None where a part is missing or is not on this machine.
+
+    Args:
+        spec: see `find_source`.
+
+    Raises:
+        DataError: a slice is not written as one, or no file matches a pattern.
+    """
+    parts = [part for each in ([spec] if isinstance(spec, str) else spec) for part in _expand(each)]
+    return sum(part.num_bytes for part in parts) if all(_exists(part.path) for part in parts) else None
+
+
 def _expand(spec: str) -> list[_Part]:
     name, start, stop = _split_slice(spec)
     path = _path(name)

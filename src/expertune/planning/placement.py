@@ -101,8 +101,16 @@ class PlacementChooser:
         """Where layers can be offloaded to that do not fit; None where there is nowhere."""
         if self.device == "cpu":
             return "disk" if self.holds_nf4 else None
-        is_too_much = sum(self.sizes.values()) > _HOST_SHARE * self.host_bytes
-        return "disk" if self.holds_nf4 and is_too_much else "host"
+        return "disk" if self.holds_nf4 and self._is_too_much_for_host else "host"
+
+    @property
+    def gains_by_quantizing(self) -> bool:
+        """Whether a folder that `expertune quantize` writes would give the experts a place: on the disk."""
+        return not self.holds_nf4 and (self.device == "cpu" or self._is_too_much_for_host)
+
+    @property
+    def _is_too_much_for_host(self) -> bool:
+        return sum(self.sizes.values()) > _HOST_SHARE * self.host_bytes
 
     def fitting(self, budget_bytes: int, peak_of: Callable[[PlannedPlacement], int]) -> PlannedPlacement:
         """As many layers on the device as fit; all of them offloaded where even that is too much."""

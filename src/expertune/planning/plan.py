@@ -20,7 +20,8 @@ from expertune.planning import table
 from expertune.planning.communication import Traffic
 from expertune.planning.devices import Machine
 from expertune.planning.disk import Disk, count_disk
-from expertune.planning.fit import Change, as_yaml, find_changes
+from expertune.planning.duration import Lengths, Pace, RunTime
+from expertune.planning.fit import Advice, Change, Room, as_yaml, find_advice
 from expertune.planning.inventory import FrozenWeights, Inventory, Parameters, count_parameters, take_inventory
 from expertune.planning.memory import Memory, estimate_memory
 from expertune.planning.micro_batch import MicroBatch, choose_micro_batch
@@ -28,7 +29,7 @@ from expertune.planning.placement import PlacementChooser, PlannedPlacement
 from expertune.planning.ranks import ModePlan, RanksPlan, choose_mode, count_traffic, possible_distributions
 from expertune.planning.settings import Workload, read_workload
 from expertune.planning.source import Source, find_config, read_source
-from expertune.planning.speed import StepTime, step_time
+from expertune.planning.speed import StepCost, StepTime
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,13 +47,14 @@ class Plan:
         memory: peak memory by component and phase, with these micro-batches and this placement.
         planned: where the experts of each layer are held, and why.
         budget_bytes: memory that the run may use.
-        what_to_change: changes that lower the peak, cheapest first; empty where the run fits. No micro-batches are
-            merged in their peaks.
+        advice: what makes the run fit where it does not. No micro-batches are merged in its peaks.
         disk: sizes of files.
         time: how long a step takes; None where nothing is known of the device's speed.
         gpu: the GPU of the table that was planned for.
         notes: what the plan could not look at.
         ranks: of several ranks, what each holds and sends; all else is of the one that has the most. None for one.
+        pace: how fast batches are; None where nothing is known of the device's speed.
+        run_time: how long the whole run takes, see `timed`; None where nobody has counted the examples.
     """
 
     model: str
@@ -65,12 +67,27 @@ class Plan:
     memory: Memory
     planned: PlannedPlacement
     budget_bytes: int
-    what_to_change: tuple[Change, ...]
+    advice: Advice
     disk: Disk
     time: StepTime | None
     gpu: str | None
     notes: tuple[str, ...]
     ranks: RanksPlan | None = None
+    pace: Pace | None = None
+    run_time: RunTime | None = None
+
+    def timed(self, lengths: Lengths) -> "Plan":
+        """The plan with the time of the whole run.
+
+        Args:
+            lengths: how many examples there are, and how long.
+        """
+        return replace(self, run_time=self.pace.run_time(lengths)) if self.pace else self
+
+    @property
+    def what_to_change(self) -> tuple[Change, ...]:
+        """The cheapest changes that make the run fit; all that lower the peak where none do; empty where it fits."""
+        return self.advice.changes
 
     @property
     def placement(self) -> Mapping[str, Location]:
@@ -147,10 +164,14 @@ class Plan:
             "what_to_change": [
                 {"lines": change.lines, "yaml": change.yaml, **asdict(change)} for change in self.what_to_change
             ],
+            "alternatives": [
+                {"lines": change.lines, "yaml": change.yaml, **asdict(change)} for change in self.advice.alternatives
+            ],
             "yaml": self.yaml,
             "smallest_peak_bytes": self.smallest_peak_bytes,
             "disk": asdict(self.disk),
             "time": self.time.to_json() if self.time else None,
+            "run": self.run_time.to_json() if self.run_time else None,
             "gpu": self.gpu,
             "notes": list(self.notes),
             "ranks": self.ranks.to_json() if self.ranks else None,
@@ -254,6 +275,7 @@ class _Found:
     memory: Memory
     traffic: Traffic
     time: StepTime | None
+    pace: Pace | None
 
 
 @dataclass(frozen=True)
@@ -285,9 +307,11 @@ class _Planner:
         runs = self.config.model_copy(update={"training": micro_batch.apply(self.config.training)})
         workload, placement = self.workload(runs), self.placement(runs)
         traffic, time = count_traffic(workload, micro_batch.accumulation), None
+        pace = None
         if rates := self.machine.rates(from_disk=placement.offloads_to("disk")):
-            time = step_time(workload, placement, micro_batch.accumulation, rates, traffic, self.machine.link)
-        return _Found(micro_batch, workload, placement, estimate_memory(workload, placement), traffic, time)
+            of_step = StepCost(workload, placement, micro_batch.accumulation, rates, traffic, self.machine.link)
+            time, pace = of_step.time(), Pace(runs, of_step)
+        return _Found(micro_batch, workload, placement, estimate_memory(workload, placement), traffic, time, pace)
 
     def mode(self, found: _Found) -> ModePlan:
         """What is compared between ways to hold the experts."""
@@ -305,7 +329,8 @@ class _Planner:
     def plan(self, found: _Found, ranks: RanksPlan | None) -> Plan:
         """The whole plan of what the run comes to."""
         config, machine, budget = self.config, self.machine, self.machine.budget_bytes
-        changes = tuple(find_changes(config, self.peak_bytes, budget, self.device, self.chooser.lower()))
+        chooser = self.chooser
+        room = Room(budget, self.device, chooser.lower(), chooser.gains_by_quantizing)
         return Plan(
             model=config.model,
             architecture=type(self.inventory.model).__name__,
@@ -317,12 +342,13 @@ class _Planner:
             memory=found.memory,
             planned=found.placement,
             budget_bytes=budget,
-            what_to_change=changes,
+            advice=find_advice(config, self.peak_bytes, room),
             disk=count_disk(config, replace(found.workload, inventory=self.shapes.inventory), self.shapes.source),
             time=found.time,
             gpu=machine.gpu.name if machine.gpu else None,
-            notes=self.shapes.source.notes + self.hints(found.memory.peak_bytes, changes),
+            notes=self.shapes.source.notes + self.hints(),
             ranks=ranks,
+            pace=found.pace,
         )
 
     @property
@@ -349,10 +375,10 @@ class _Planner:
 
     def placement(self, run: RunConfig) -> PlannedPlacement:
         """Where a run's experts are held."""
-        workload = self.workload(run)
-        return self.chooser.choose(
-            run, self.machine.budget_bytes, lambda tried: estimate_memory(workload, tried).peak_bytes
-        )
+        workload, chooser = self.workload(run), self.chooser
+        if run.model != self.config.model:  # the folder that `expertune quantize` is to write of it
+            chooser = replace(chooser, holds_nf4=True)
+        return chooser.choose(run, self.machine.budget_bytes, lambda tried: estimate_memory(workload, tried).peak_bytes)
 
     def workload(self, run: RunConfig) -> Workload:
         """What a run file says of memory; targets are looked up once, since many run files are tried."""
@@ -361,19 +387,8 @@ class _Planner:
             self.targets[key] = resolve_targets(self.inventory.model, self.inventory.names, run.lora)
         return read_workload(run, self.inventory, self.targets[key], self.device, self.machine.compute_dtype)
 
-    def hints(self, peak: int, changes: tuple[Change, ...]) -> tuple[str, ...]:
-        """Why there is no time; on a CPU, what an NF4 folder, from which experts can go to a disk, would give a run."""
+    def hints(self) -> tuple[str, ...]:
+        """Why there is no time."""
         if self.device == "cuda" and self.machine.compute_dtype == torch.float32:
             return ("no time of a step: rates of GPUs are known for products in 16 bits, and these are in float32",)
-        if peak <= self.machine.budget_bytes or self.device != "cpu" or self.shapes.source.holds_nf4:
-            return ()
-        on_disk = self.chooser.offloading(list(self.inventory.expert_bytes), "disk")
-        saved = on_disk.offloaded_bytes - on_disk.slot_bytes
-        peak = changes[-1].peak_bytes if changes else peak
-        shown = table.size(peak - saved)
-        if saved <= 0 or shown == table.size(peak):
-            return ()
-        return (
-            "from a folder that `expertune quantize` has written, experts can be offloaded to the disk (placement: "
-            f"disk); with all changes above, the peak would be {shown}",
-        )
+        return ()

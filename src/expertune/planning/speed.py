@@ -3,7 +3,7 @@
 Shape suffixes: T tokens of a micro-batch, D hidden size.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from expertune.planning.communication import Link, Traffic
@@ -53,40 +53,66 @@ class StepTime:
         return {**asdict(self), "tokens_per_second": self.tokens_per_second}
 
 
-def step_time(
-    w: Workload, placement: PlannedPlacement, accumulation: int, rates: Rates, traffic: Traffic, link: Link
-) -> StepTime:
-    """Time of an optimizer step of so many micro-batches.
+@dataclass(frozen=True)
+class StepCost:
+    """What the time of a step is made of.
 
-    Args:
-        w: what runs.
+    Attributes:
+        workload: what runs.
         placement: where the experts are held.
         accumulation: micro-batches of a step.
         rates: how fast the device is.
         traffic: what a rank sends in the step.
         link: what it sends over.
     """
-    efficiency, flops = EFFICIENCY[w.device], _flops(w)
-    # The 4-bit weights are read once each way.
-    reading = w.inventory.read_bytes / rates.bytes_per_second
-    passes = [max(each / rates.flops_per_second, reading) for each in flops]
-    # Transferred or gathered while another layer computes; the device waits for what takes longer than that.
-    gathering = traffic.weight_bytes / link.bytes_per_second / (2 * accumulation)
-    moved = [num_bytes / rates.link_bytes_per_second + gathering for num_bytes in placement.transferred_bytes]
-    expected = [seconds / efficiency for seconds in passes]
-    waiting = sum(max(transfer - computed, 0.0) for transfer, computed in zip(moved, expected, strict=True))
-    sending = (traffic.gradient_bytes + traffic.token_bytes) / link.bytes_per_second
-    return StepTime(
-        floor_seconds=accumulation * sum(max(pair) for pair in zip(passes, moved, strict=True)) + sending,
-        seconds=accumulation * (sum(expected) + waiting) + sending,
-        tokens=w.inventory.distribution.world_size * accumulation * w.tokens,
-        efficiency=efficiency,
-        flops=accumulation * sum(flops),
-        brought_bytes=accumulation * sum(placement.transferred_bytes),
-        waiting_seconds=accumulation * waiting,
-        sending_seconds=sending,
-        rates=rates,
-    )
+
+    workload: Workload
+    placement: PlannedPlacement
+    accumulation: int
+    rates: Rates
+    traffic: Traffic
+    link: Link
+
+    def of_batch(self, tokens: float, sequence_length: float) -> "StepCost":
+        """The same for micro-batches of so many tokens, in sequences of such a length."""
+        tokens, length = max(round(tokens), 1), max(round(sequence_length), 1)
+        return replace(self, workload=replace(self.workload, tokens=tokens, sequence_length=length))
+
+    def time(self) -> StepTime:
+        """Time of an optimizer step."""
+        w, accumulation, rates = self.workload, self.accumulation, self.rates
+        efficiency, flops, passes, moved = EFFICIENCY[w.device], _flops(w), self._passes, self._moved
+        expected = [seconds / efficiency for seconds in passes]
+        waiting = sum(max(transfer - computed, 0.0) for transfer, computed in zip(moved, expected, strict=True))
+        sending = (self.traffic.gradient_bytes + self.traffic.token_bytes) / self.link.bytes_per_second
+        return StepTime(
+            floor_seconds=accumulation * sum(max(pair) for pair in zip(passes, moved, strict=True)) + sending,
+            seconds=accumulation * (sum(expected) + waiting) + sending,
+            tokens=w.inventory.distribution.world_size * accumulation * w.tokens,
+            efficiency=efficiency,
+            flops=accumulation * sum(flops),
+            brought_bytes=accumulation * sum(self.placement.transferred_bytes),
+            waiting_seconds=accumulation * waiting,
+            sending_seconds=sending,
+            rates=rates,
+        )
+
+    def forward_seconds(self) -> float:
+        """Expected time of the forward of one batch, as evaluations and answers have it."""
+        return max(self._passes[0] / EFFICIENCY[self.workload.device], self._moved[0])
+
+    @property
+    def _passes(self) -> list[float]:
+        """Least seconds of a micro-batch's forward and backward; the 4-bit weights are read once each way."""
+        reading = self.workload.inventory.read_bytes / self.rates.bytes_per_second
+        return [max(flops / self.rates.flops_per_second, reading) for flops in _flops(self.workload)]
+
+    @property
+    def _moved(self) -> list[float]:
+        """Seconds of what is transferred or gathered each way while another layer computes, if that takes as long."""
+        gathering = self.traffic.weight_bytes / self.link.bytes_per_second / (2 * self.accumulation)
+        each_way = self.placement.transferred_bytes
+        return [num_bytes / self.rates.link_bytes_per_second + gathering for num_bytes in each_way]
 
 
 def _flops(w: Workload) -> tuple[float, float]:

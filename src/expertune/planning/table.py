@@ -63,10 +63,8 @@ def render(plan: "Plan") -> RenderableType:
     parts: list[RenderableType] = [_heading(plan), "", _memory(plan), "", _verdict(plan)]
     if plan.ranks:
         parts += ["", *_ranks(plan.ranks)]
-    if plan.what_to_change:
-        parts += ["", *_changes(plan)]
-    elif not plan.fits:
-        parts.append("Nothing in the run file would lower the peak further.")
+    if not plan.fits:
+        parts += ["", *_advice(plan)]
     if plan.notes:
         parts += ["", *(Text(f"note: {note}", style="dim") for note in plan.notes)]
     return Group(*parts)
@@ -85,7 +83,8 @@ def shortfall(plan: "Plan") -> str:
     budget, smallest = plan.budget_bytes, plan.smallest_peak_bytes
     settings = " ".join(as_lines(plan.changed_settings))
     if smallest <= budget:
-        return f"{size(plan.memory.peak_bytes)} of {size(budget)}; it would with {settings}"
+        after = "".join(f" after `{change.first}`" for change in plan.what_to_change if change.first)
+        return f"{size(plan.memory.peak_bytes)} of {size(budget)}; it would with {settings}{after}"
     how = f"with {settings}" if settings else "as the run file has it"
     return f"the smallest peak that can be reached is {size(smallest)} of {size(budget)}, {how}"
 
@@ -100,6 +99,7 @@ def _heading(plan: "Plan") -> Table:
         "processes": plan.ranks.line if plan.ranks else None,
         "placement": plan.planned.reason,
         "time": _time(plan.time) if plan.time else None,
+        "the run": plan.run_time.line if plan.run_time else None,
         "on disk": _disk(plan.disk),
     }
     table = Table.grid("", "", padding=(0, 2))
@@ -189,19 +189,21 @@ def _verdict(plan: "Plan") -> Text:
 class _Changes:
     """Changes as a table, whose lines stay whole, to be copied: above the other columns where a terminal is narrow."""
 
+    title: str
     changes: Sequence[Change]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         longest = max(len(line) for change in self.changes for line in change.lines)
-        told, *others = ("give up, cheapest first", "saves", "peak then", "costs")
+        others = ("saves", "peak then", "costs")
         if options.max_width >= longest + _BESIDE_LINES:
-            table = _table(told, *others)
+            yield Text(self.title)
+            table = _table("", *others)
             table.columns[0].no_wrap = True
             for change in self.changes:
                 table.add_row("\n".join(change.lines), *_gains(change))
             yield table
             return
-        yield Text(told, style="dim")
+        yield Text(self.title)
         yield _beside(*others)
         for change in self.changes:
             table = _beside(*others)
@@ -219,15 +221,27 @@ def _beside(*columns: str) -> Table:
 
 
 def _gains(change: Change) -> tuple[str, str, str]:
-    return size(change.saves_bytes), size(change.peak_bytes), change.costs
+    costs = f"{change.costs}; `expertune quantize` once" if change.first else change.costs
+    return size(change.saves_bytes), size(change.peak_bytes), costs
 
 
-def _changes(plan: "Plan") -> list[RenderableType]:
-    parts: list[RenderableType] = [_Changes(plan.what_to_change)]
+def _advice(plan: "Plan") -> list[RenderableType]:
+    """What makes the run fit; where nothing does, how near it comes."""
+    changes, others = plan.advice.changes, plan.advice.alternatives
+    if not changes:
+        return ["Nothing in the run file would lower the peak further."]
     if plan.smallest_peak_bytes > plan.budget_bytes:
-        parts.append(
-            f"Even with all of these it does not fit: the smallest peak is {size(plan.smallest_peak_bytes)}; the "
-            f"frozen weights alone take {size(plan.weights.frozen_bytes)}."
-        )
-    told = Text("all of it in the run file, each key in its section:", style="dim")
+        return [
+            f"No change makes it fit. The smallest peak that can be reached is {size(plan.smallest_peak_bytes)}, with "
+            f"{' '.join(as_lines(plan.changed_settings))}; the frozen weights alone take "
+            f"{size(plan.weights.frozen_bytes)}."
+        ]
+    it_fits = "With this it fits:" if len(changes) == 1 else "With these together it fits, and with none left out:"
+    parts: list[RenderableType] = [_Changes(it_fits, changes)]
+    if others:
+        parts += ["", _Changes("And so it does with each of these alone, cheapest first:", others)]
+    which = "the first of these" if others else "this" if len(changes) == 1 else "all of it"
+    told = Text(f"{which} in the run file, each key in its section:", style="dim")
+    if first := [Text(change.first) for change in changes if change.first]:
+        parts += ["", Text("once, before it:", style="dim"), *first]
     return [*parts, "", told, Text(plan.yaml.rstrip())]

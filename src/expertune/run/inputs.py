@@ -18,8 +18,10 @@ from expertune.checkpoint.formats.nf4_folder import is_nf4_folder
 from expertune.checkpoint.hub import ModelSource, fetch_model
 from expertune.checkpoint.load import build_meta_model, fingerprint_of
 from expertune.checkpoint.tokenizer import load_tokenizer
+from expertune.config import DataConfig
 from expertune.data import TokenizedExamples, make_collator, make_dataset, plot_lengths, prepare_run
 from expertune.data.preview import preview
+from expertune.planning.duration import Lengths
 from expertune.report.preview import render_preview
 from expertune.run.context import RunContext
 from expertune.run.identity import identify, require_same_identity
@@ -47,6 +49,10 @@ class Inputs:
     train: TokenizedExamples
     dataset: Sequence[Mapping[str, Any]]
     eval: TokenizedExamples | None
+
+    def lengths(self, data: DataConfig) -> Lengths:
+        """How many examples there are, and how long."""
+        return Lengths.of(data, len(self.dataset), self.train.report, self.eval.report if self.eval else None)
 
 
 def read_inputs(context: RunContext) -> Inputs:

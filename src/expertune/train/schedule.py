@@ -89,6 +89,43 @@ def require_a_batch(num_examples: int, training: Mapping[str, Any], processes: i
         )
 
 
+def count_steps(training: Mapping[str, Any], num_examples: int | None, processes: int = 1) -> int | None:
+    """How many optimizer steps a run takes; None where that depends on examples that nobody has counted.
+
+    Args:
+        training: the run file's `training:` section.
+        num_examples: examples of the training data set.
+        processes: how many share each batch.
+    """
+    if (steps := int(training_argument(training, "max_steps"))) >= 1:
+        return steps
+    if num_examples is None:
+        return None
+    return math.ceil(
+        float(training_argument(training, "num_train_epochs")) * _per_epoch(training, num_examples, processes)
+    )
+
+
+def count_evaluations(config: RunConfig, steps: int, num_examples: int | None, processes: int = 1) -> int:
+    """How many evaluations of the loss a run of so many steps takes while it trains; arguments as of `count_steps`."""
+    training = config.training
+    if evaluates_at_ends(config):
+        return 2
+    strategy, at_start = training_argument(training, "eval_strategy"), bool(training.get("eval_on_start"))
+    if strategy == "epoch" and num_examples is not None:
+        return at_start + math.ceil(steps / _per_epoch(training, num_examples, processes))
+    if strategy != "steps":
+        return int(at_start)
+    every = float(training_argument(training, "eval_steps") or training_argument(training, "logging_steps"))
+    return at_start + int(steps // (every if every >= 1 else max(math.ceil(steps * every), 1)))
+
+
+def _per_epoch(training: Mapping[str, Any], num_examples: int, processes: int = 1) -> int:
+    """Optimizer steps of an epoch."""
+    batches = math.ceil(num_examples / int(training_argument(training, BATCH_SIZE)) / processes)
+    return max(math.ceil(batches / int(training_argument(training, ACCUMULATION))), 1)
+
+
 def checkpoints_at_once(training: Mapping[str, Any], num_examples: int) -> int:
     """The most checkpoints that are in a run directory at one time; one is written before the oldest is removed.
 
@@ -100,19 +137,14 @@ def checkpoints_at_once(training: Mapping[str, Any], num_examples: int) -> int:
     def argument(name: str) -> Any:
         return training_argument(training, name)
 
-    batches = math.ceil(num_examples / int(argument(BATCH_SIZE)))
-    steps_per_epoch = max(math.ceil(batches / int(argument(ACCUMULATION))), 1)
-    epochs = float(argument("num_train_epochs"))
-    num_steps = int(argument("max_steps"))
-    if num_steps < 1:
-        num_steps = math.ceil(epochs * steps_per_epoch)
+    num_steps = count_steps(training, num_examples) or 0
     strategy, every = argument("save_strategy"), float(argument("save_steps"))
     if strategy in (False, "no"):
         return 0
     if strategy == "best":
         count = 1  # at least; evaluations decide how many more
     elif strategy == "epoch":
-        count = math.ceil(num_steps / steps_per_epoch)
+        count = math.ceil(num_steps / _per_epoch(training, num_examples))
     else:
         count = math.ceil(num_steps / (every if every >= 1 else max(math.ceil(num_steps * every), 1)))
     limit = argument("save_total_limit")

@@ -1,0 +1,199 @@
+"""How long a whole run takes: its steps, its evaluations and the answers to evaluation examples.
+
+Loading the model and writing checkpoints are left out: they depend on the disk.
+"""
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from expertune.checkpoint.context import context_length, read_config
+from expertune.checkpoint.tokenizer import load_tokenizer
+from expertune.config import DataConfig, RunConfig
+from expertune.data import make_dataset, prepare_run
+from expertune.data.sources import find_source, local_bytes, rows_of_slices
+from expertune.errors import ExpertuneError
+from expertune.planning.speed import StepCost
+from expertune.run.progress import in_words
+from expertune.train.arguments import BATCH_SIZE, EVALUATION_BATCH_SIZE, training_argument
+from expertune.train.schedule import count_evaluations, count_steps, scores_in_training
+
+# A plan tokenizes sources of up to so much text, and counts the examples of those up to so much: a few seconds' work.
+_MOST_TOKENIZED, _MOST_READ = 8_000_000, 200_000_000
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How many examples a run has, and how long they are.
+
+    Attributes:
+        num_rows: sequences that it trains on (packs, with `packing: packed`); None where nobody has counted.
+        tokens: mean tokens of one.
+        num_eval_rows: evaluation examples; 0 for a run without any, None where nobody has counted.
+        eval_tokens: mean tokens of one.
+        is_bound: the examples were not tokenized, and each counts as `data.max_length` tokens.
+    """
+
+    num_rows: int | None
+    tokens: float
+    num_eval_rows: int | None = 0
+    eval_tokens: float = 0
+    is_bound: bool = False
+
+    @classmethod
+    def of(
+        cls, data: DataConfig, num_rows: int, train: Mapping[str, Any], evaluation: Mapping[str, Any] | None
+    ) -> "Lengths":
+        """Those of examples that have been tokenized.
+
+        Args:
+            data: the run's data section.
+            num_rows: sequences that it trains on.
+            train: report on the training examples.
+            evaluation: report on the evaluation examples, where the run has any.
+        """
+
+        def mean(report: Mapping[str, Any], count: int) -> float:
+            return data.max_length if data.packing == "padded" else float(report["num_tokens"] / count)
+
+        num_eval_rows = evaluation["num_rows"] if evaluation else 0
+        return cls(
+            num_rows,
+            mean(train, num_rows),
+            num_eval_rows,
+            mean(evaluation, num_eval_rows) if evaluation else 0,
+        )
+
+
+def read_lengths(config: RunConfig, trust_remote_code: bool = False) -> Lengths:
+    """What is known of a run's examples without going online: by its tokenizer, or by their number alone.
+
+    Args:
+        config: the run.
+        trust_remote_code: run Python that ships with the model's tokenizer.
+    """
+    data, folder = config.data, Path(config.model).expanduser()
+    with suppress(ExpertuneError):  # a run says what is wrong with its data; a plan goes without
+        sizes = [local_bytes(spec) for spec in (data.train, data.eval) if spec is not None]
+        if folder.is_dir() and all(num_bytes is not None and num_bytes <= _MOST_TOKENIZED for num_bytes in sizes):
+            tokenizer = load_tokenizer(folder, trust_remote_code)
+            context = context_length(read_config(folder, trust_remote_code))
+            kept = data.model_copy(update={"on_error": "skip"})
+            train, evaluation = prepare_run(kept, tokenizer, context=context)
+            of_eval = evaluation.report if evaluation else None
+            return Lengths.of(data, len(make_dataset(train, data)), train.report, of_eval)
+    num_eval_rows = _count(data.eval) if data.eval else 0
+    return Lengths(_count(data.train), data.max_length, num_eval_rows, data.max_length, data.packing != "padded")
+
+
+def _count(spec: str | list[str]) -> int | None:
+    """How many examples a source has; None where that is not known without going online, or it is large."""
+    with suppress(ExpertuneError):
+        if (count := rows_of_slices(spec)) is not None:
+            return count
+        if (num_bytes := local_bytes(spec)) is not None and num_bytes <= _MOST_READ:
+            return sum(find_source(spec).read(stream=True).num_rows.values())
+    return None
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """How long a run is expected to take, in seconds.
+
+    Attributes:
+        steps: optimizer steps.
+        step_seconds: of one of them.
+        evaluations: how often the evaluation loss is taken.
+        evaluation_seconds: of all of them together.
+        answer_seconds: of all answers to evaluation examples, each as long as `task.max_new_tokens`.
+        is_bound: see `Lengths`.
+    """
+
+    steps: int
+    step_seconds: float
+    evaluations: int
+    evaluation_seconds: float
+    answer_seconds: float
+    is_bound: bool
+
+    @property
+    def training_seconds(self) -> float:
+        """Of all steps."""
+        return self.steps * self.step_seconds
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return self.training_seconds + self.evaluation_seconds + self.answer_seconds
+
+    @property
+    def line(self) -> str:
+        """The same in a sentence: `500 steps, about 52 h`."""
+        parts = [f"{in_words(self.training_seconds)} of steps"]
+        if self.evaluation_seconds:
+            times = "1 evaluation" if self.evaluations == 1 else f"{self.evaluations} evaluations"
+            parts.append(f"{in_words(self.evaluation_seconds)} of {times}")
+        if self.answer_seconds:
+            parts.append(f"{in_words(self.answer_seconds)} of answers")
+        made_of = f" ({', '.join(parts)})" if len(parts) > 1 else ""
+        besides = "loading and evaluations" if self.evaluations and not self.evaluation_seconds else "loading"
+        bound = "; less where examples are shorter than data.max_length" if self.is_bound else ""
+        return f"{self.steps:,} steps, about {in_words(self.seconds)}{made_of}, besides {besides}{bound}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"seconds": self.seconds, "training_seconds": self.training_seconds, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast the batches of a run are.
+
+    Attributes:
+        config: the run, with micro-batches as they run.
+        cost: of a step, by the bound that the plan counts with.
+    """
+
+    config: RunConfig
+    cost: StepCost
+
+    def run_time(self, lengths: Lengths) -> RunTime | None:
+        """How long the run takes on such examples; None where the number of steps is not known."""
+        training, task, ranks = self.config.training, self.config.task, self._num_ranks
+        steps = count_steps(training, lengths.num_rows, ranks)
+        if steps is None:
+            return None
+        rows = int(training_argument(training, BATCH_SIZE))
+        step = self.cost.of_batch(rows * lengths.tokens, lengths.tokens).time()
+        evaluations = count_evaluations(self.config, steps, lengths.num_rows, ranks) if self.config.data.eval else 0
+        scorings = 2 + (evaluations if scores_in_training(self.config) else 0) if task.metric else 0
+        return RunTime(
+            steps=steps,
+            step_seconds=step.seconds,
+            evaluations=evaluations,
+            evaluation_seconds=evaluations * self._evaluation(lengths) if lengths.num_eval_rows else 0,
+            answer_seconds=scorings * self._answering(lengths) if lengths.num_eval_rows else 0,
+            is_bound=lengths.is_bound,
+        )
+
+    def _evaluation(self, lengths: Lengths) -> float:
+        count = lengths.num_eval_rows or 0
+        rows = min(int(training_argument(self.config.training, EVALUATION_BATCH_SIZE)), count)
+        batches = math.ceil(count / rows / self._num_ranks)
+        return batches * self.cost.of_batch(rows * lengths.eval_tokens, lengths.eval_tokens).forward_seconds()
+
+    def _answering(self, lengths: Lengths) -> float:
+        """Of one scoring: each batch's prompts are read at once, and each token of its answers is a pass."""
+        task, count = self.config.task, lengths.num_eval_rows or 0
+        rows = min(task.rows or count, count)
+        batch = min(task.batch_size, rows)
+        batches = math.ceil(rows / batch / self._num_ranks)
+        reading = self.cost.of_batch(batch * lengths.eval_tokens, lengths.eval_tokens).forward_seconds()
+        return batches * (reading + task.max_new_tokens * self.cost.of_batch(batch, 1).forward_seconds())
+
+    @property
+    def _num_ranks(self) -> int:
+        return self.cost.workload.inventory.distribution.world_size
