@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -10,6 +11,7 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, MixtralForCausalLM
 
+from expertune.config import parse_config
 from expertune.errors import ConfigError, DoesNotFitError
 from expertune.planning import MicroBatch, make_plan
 from tests.tiny_models import tiny_config
@@ -176,8 +178,9 @@ def test_what_does_not_fit_is_an_error_that_shows_the_plan_and_what_to_give_up(r
     message = str(caught.value)
     assert "frozen weights" in message
     assert "does not fit" in message
+    assert "it fits" in message
     assert "training.per_device_train_batch_size=" in message
-    assert "kernels:\n  working_set: 512MiB" in message
+    assert "training:\n  per_device_train_batch_size: " in message
 
 
 def test_changes_are_offered_cheapest_first_until_the_run_fits(run_of):
@@ -207,7 +210,7 @@ def test_changes_are_offered_cheapest_first_until_the_run_fits(run_of):
 
 
 def test_a_split_batch_keeps_the_tokens_of_a_step(run_of):
-    run = run_of(MIXTRAL, training=HUNGRY, memory_budget="27GB", kernels={"working_set": "128MiB"})
+    run = run_of(MIXTRAL, training=HUNGRY, memory_budget="29GB", kernels={"working_set": "128MiB"})
     plan = make_plan(run, device="cuda")
     assert plan.what_to_change[0].lines == [
         "training.per_device_train_batch_size=1",
@@ -229,10 +232,42 @@ def test_the_changed_run_has_the_peak_that_was_promised(run_of, tmp_path):
     assert changed.memory.peak_bytes == plan.what_to_change[-1].peak_bytes
 
 
+@pytest.mark.parametrize(("budget", "num_changes"), [("31GB", 2), ("29GB", 3), ("10GB", 1)])
+def test_what_is_advised_makes_it_fit_and_nothing_of_it_can_be_left_out(run_of, budget, num_changes):
+    run = run_of(MIXTRAL, training=HUNGRY, memory_budget=budget)
+    advice = make_plan(run, device="cuda").advice
+
+    def fits(*changes):
+        values = run.model_dump()
+        for key, value in (pair for change in changes for pair in change.settings.items()):
+            section, _, leaf = key.rpartition(".")
+            (values[section] if section else values)[leaf] = value
+        return make_plan(parse_config(values), device="cuda").fits
+
+    assert fits(*advice.changes)
+    assert len(advice.changes) >= num_changes
+    for left_out in advice.changes:
+        assert not fits(*(change for change in advice.changes if change is not left_out))
+    assert all(fits(change) for change in advice.alternatives)
+
+
+def test_a_model_larger_than_the_hosts_memory_is_to_be_quantized_and_left_on_the_disk(run_of):
+    plan = make_plan(run_of(MIXTRAL, placement="auto", memory_budget="16GB"), device="cpu")
+    (change,) = plan.what_to_change
+    name = Path(plan.model).name
+    assert change.settings == {"model": f"{name}-nf4", "placement": "disk"}
+    assert change.first == f"expertune quantize {plan.model} {name}-nf4"
+    assert change.saves_bytes > 16e9 > change.peak_bytes
+    text = " ".join(shown(plan, 120).split())
+    assert "With this it fits:" in text
+    assert f"once, before it: {change.first}" in text
+    assert "data.max_length" not in text  # a sacrifice that would not suffice
+
+
 def test_a_device_below_the_frozen_weights_is_told_so(run_of):
     plan = make_plan(run_of(MIXTRAL, memory_budget="3GB"), device="cuda")
     assert not plan.fits
-    assert "Even with all of these it does not fit: the smallest peak is" in shown(plan, 120)
+    assert "No change makes it fit. The smallest peak that can be reached is" in " ".join(shown(plan, 120).split())
     smallest = f"{plan.smallest_peak_bytes / 1e9:.2f} GB of 3.00 GB"
     with pytest.raises(
         DoesNotFitError, match=f"smallest peak that can be reached is {smallest}, with .*placement=host"

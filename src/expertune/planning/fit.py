@@ -2,8 +2,8 @@
 
 Each is tried by planning the changed run. They stand in the order of what they cost: first what costs the result least,
 and of changes that cost it nothing what costs the least time. A smaller working set and smaller batches cost only time;
-recomputing layers costs about a third more compute; what is offloaded has to be transferred; shorter sequences cut data;
-a smaller rank changes what can be learned.
+recomputing layers costs about a third more compute; what is offloaded has to be transferred; shorter sequences cut
+data; a smaller rank changes what can be learned.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -65,8 +65,8 @@ class Advice:
     """What makes a run fit.
 
     Attributes:
-        changes: the cheapest change that suffices alone; or else changes that suffice together, each of them needed; or
-            where nothing does, all that lower the peak.
+        changes: the cheapest change that suffices alone; or changes that suffice together, each of them needed, where
+            they cost less or nothing suffices alone; or where nothing does at all, all that lower the peak.
         alternatives: other changes that suffice alone, the cheapest first.
     """
 
@@ -131,12 +131,15 @@ def find_advice(config: RunConfig, peak_of: Callable[[RunConfig], int], room: Ro
             if (changed := peak_of(_with(config, settings))) <= room.budget_bytes:
                 alone.append(Change(settings, candidate.costs, peak - changed, changed, candidate.first))
                 break
-    if alone:
-        return Advice((alone[0],), tuple(alone[1:]))
     changes = list(_one_after_another(config, peak_of, room))
-    if changes[-1:] and changes[-1].peak_bytes <= room.budget_bytes:
+    if changes and changes[-1].peak_bytes <= room.budget_bytes:
         changes = _needed(config, changes, peak_of, room.budget_bytes)
-    return Advice(tuple(changes))
+    if not alone:
+        return Advice(tuple(changes))
+    order = [candidate.costs for candidate in _candidates(config, room)]
+    if max(order.index(change.costs) for change in changes) < order.index(alone[0].costs):
+        return Advice(tuple(changes), tuple(alone))
+    return Advice((alone[0],), tuple(alone[1:]))
 
 
 def _one_after_another(config: RunConfig, peak_of: Callable[[RunConfig], int], room: Room) -> Iterator[Change]:

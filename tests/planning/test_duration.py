@@ -1,0 +1,90 @@
+"""How long a whole run takes: its steps, evaluations and answers."""
+
+import json
+
+import pytest
+
+from expertune import load_config, plan
+from expertune.config import parse_config
+from expertune.planning import make_plan
+from expertune.planning.duration import Lengths, read_lengths
+from expertune.train.schedule import count_evaluations, count_steps
+
+from .conftest import TINY_MIXTRAL
+
+MIXTRAL = "mixtral-8x7b-v0.1"
+STEPS = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 500}
+
+
+def test_time_of_a_run_is_its_steps_times_the_time_of_one(run_of):
+    made = make_plan(run_of(MIXTRAL, training=STEPS, data={"train": "a.jsonl", "packing": "padded"}), gpu="h100")
+    run = made.timed(Lengths(None, 1024)).run_time
+    assert run.steps == 500
+    assert run.seconds == pytest.approx(500 * made.time.seconds)
+    assert run.line.startswith("500 steps, about ")
+    assert made.timed(Lengths(None, 1024)).to_json()["run"]["seconds"] == run.seconds
+
+
+def test_evaluations_and_answers_are_counted_and_shorter_examples_take_less(run_of):
+    data = {"train": "a.jsonl", "eval": "b.jsonl", "max_length": 1024}
+    training = STEPS | {"eval_strategy": "steps", "eval_steps": 50, "eval_on_start": True}
+    task = {"metric": "exact-match", "rows": 64, "max_new_tokens": 100}
+    made = make_plan(run_of(MIXTRAL, training=training, data=data, task=task), gpu="h100")
+    long = made.timed(Lengths(2000, 1024, 200, 1024)).run_time
+    short = made.timed(Lengths(2000, 100, 200, 100)).run_time
+    assert (long.evaluations, short.evaluations) == (11, 11)
+    assert 0 < short.evaluation_seconds < long.evaluation_seconds
+    assert 0 < short.step_seconds < long.step_seconds
+    assert short.answer_seconds > 2 * 2 * 100 * made.pace.cost.of_batch(32, 1).forward_seconds()
+    assert "11 evaluations" in long.line
+    unknown = made.timed(Lengths(None, 1024, None, 1024, is_bound=True)).run_time
+    assert "besides loading and evaluations; less where examples are shorter" in unknown.line
+
+
+@pytest.mark.parametrize(
+    ("training", "num_examples", "steps"),
+    [
+        ({"max_steps": 500}, None, 500),
+        ({}, None, None),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 2}, 100, 26),
+    ],
+)
+def test_steps_of_a_run(training, num_examples, steps):
+    assert count_steps(training, num_examples) == steps
+
+
+@pytest.mark.parametrize(
+    ("training", "evaluations"),
+    [
+        ({}, 2),
+        ({"eval_strategy": "steps", "eval_steps": 30}, 3),
+        ({"eval_strategy": "steps", "eval_steps": 0.25, "eval_on_start": True}, 5),
+        ({"eval_strategy": "epoch", "per_device_train_batch_size": 4}, 4),
+        ({"eval_strategy": "no"}, 0),
+    ],
+)
+def test_evaluations_of_a_run_of_a_hundred_steps(training, evaluations):
+    data = {"train": "a.jsonl", "eval": "b.jsonl"}
+    config = parse_config({"model": "m", "data": data, "training": training, "output_dir": "x"})
+    assert count_evaluations(config, 100, 100) == evaluations
+
+
+def test_examples_are_tokenized_where_they_and_the_tokenizer_are_here_and_else_counted_by_slices(tmp_path):
+    rows = [{"prompt": "What is the capital of Malta?", "completion": "Valletta."}] * 30
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": f"{tmp_path}/rows.jsonl[0:20]", "eval": f"{tmp_path}/rows.jsonl[20:]"}
+    values = {"model": str(TINY_MIXTRAL), "data": data, "output_dir": "x"}
+    lengths = read_lengths(parse_config(values))
+    assert (lengths.num_rows, lengths.num_eval_rows, lengths.is_bound) == (20, 10, False)
+    assert 10 < lengths.tokens < 40
+    on_hub = values | {"model": "owner/name", "data": {"train": "owner/rows[0:800]", "max_length": 320}}
+    assert read_lengths(parse_config(on_hub)) == Lengths(800, 320, 0, 320, is_bound=True)
+    nowhere = values | {"data": {"train": "nowhere.jsonl"}}
+    assert read_lengths(parse_config(nowhere)).num_rows is None
+
+
+def test_the_plan_of_the_demo_says_how_long_it_takes():
+    made = plan(load_config("examples/demo.yaml"))
+    assert made.run_time.steps == 320
+    assert made.run_time.evaluations == 3
+    assert made.run_time.line.startswith("320 steps, about ")
