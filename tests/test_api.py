@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import expertune
 from expertune.cli import app
 from expertune.config import parse_config
-from expertune.data import render_prompt
+from expertune.data import Questions
 from expertune.errors import CheckpointError, ConfigError, DataError, ExpertuneError
 from expertune.run import inference
 from tests.families.build import tiny_config
@@ -207,7 +207,7 @@ def test_run_that_was_recorded_with_another_template_is_used_with_it(
         record["data"][part] = {**record["data"][part], "template": "plain"}
     record.save()
     run = expertune.open_run(old)
-    assert render_prompt("What is 1 plus 2?", run.data, run.tokenizer) == "What is 1 plus 2?"
+    assert Questions(run.data, run.tokenizer).render("What is 1 plus 2?") == "What is 1 plus 2?"
     assert expertune.evaluate(run)["loss"] != evaluated["loss"]
 
 

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from expertune.api import finetune, plan
     from expertune.exporting.export import export
     from expertune.models import attach, load_adapter, load_model, quantize
+    from expertune.run.answering import answers, chat, generate
     from expertune.run.evaluation import evaluate
-    from expertune.run.inference import Run, generate, open_run
+    from expertune.run.inference import Run, open_run
 
 __version__ = _version("expertune")
 __all__ = [
@@ -31,7 +32,9 @@ __all__ = [
     "Run",
     "RunConfig",
     "RunRecord",
+    "answers",
     "attach",
+    "chat",
     "evaluate",
     "export",
     "finetune",
@@ -51,8 +54,9 @@ _MODULES = {
     "exporting.export": ("export",),
     "models": ("attach", "load_adapter", "load_model", "quantize"),
     "planning": ("make_plan",),  # the earlier name of `plan`, of a RunConfig alone
+    "run.answering": ("answers", "chat", "generate"),
     "run.evaluation": ("evaluate",),
-    "run.inference": ("Run", "generate", "open_run"),
+    "run.inference": ("Run", "open_run"),
 }
 
 # From here on `AutoModelForCausalLM.from_pretrained` reads NF4 folders, and PEFT's calls adapt experts.

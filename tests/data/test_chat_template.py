@@ -5,7 +5,7 @@ from itertools import groupby
 import pytest
 
 from expertune.config import DataConfig
-from expertune.data import IGNORE_INDEX, encode_prompt, prepare_examples, render_prompt
+from expertune.data import IGNORE_INDEX, Questions, encode_prompt, prepare_examples
 from expertune.errors import ConfigError, DataError
 
 # The bracketed instruction form: roles must alternate, an answer ends in EOS, no generation prompt of its own.
@@ -83,12 +83,12 @@ def test_prompt_of_an_example_is_what_generation_asks_with(jsonl, template, tiny
     for source in ("chatml", template(BRACKETS)):
         data = DataConfig(train=jsonl(EXAMPLE), format="messages", template=source)
         example, _, _ = only_row(data, tiny_tokenizer)
-        assert render_prompt({"messages": EXAMPLE["messages"][:3]}, data, tiny_tokenizer) == example.prompt
+        assert Questions(data, tiny_tokenizer).render({"messages": EXAMPLE["messages"][:3]}) == example.prompt
 
 
 def test_question_of_one_text_is_a_user_turn(tiny_tokenizer):
     data = DataConfig(train="gone.jsonl", format="sharegpt", template="chatml")
-    assert render_prompt("Who?", data, tiny_tokenizer) == "<|im_start|>user\nWho?</s>\n<|im_start|>assistant\n"
+    assert Questions(data, tiny_tokenizer).render("Who?") == "<|im_start|>user\nWho?</s>\n<|im_start|>assistant\n"
 
 
 def test_tokenizers_own_chat_template_is_used(jsonl, tiny_tokenizer, tmp_path):
@@ -261,7 +261,7 @@ def test_answers_behind_a_space_are_trained_whole_in_every_turn(
         untrained = [run[:2] for trained, run in runs if not trained]
         assert untrained == [["<s>"]] + [["Yes", "</s>"]] * (1 - flag)
     # The same conversation, asked.
-    question = render_prompt({"messages": SHORT_TURNS[:5]}, data, mixtral_tokenizer)
+    question = Questions(data, mixtral_tokenizer).render({"messages": SHORT_TURNS[:5]})
     start = encode_prompt(question, mixtral_tokenizer)
     assert example.input_ids[: len(start)] == start
 

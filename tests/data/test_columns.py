@@ -3,7 +3,7 @@
 import pytest
 
 from expertune.config import DataConfig
-from expertune.data import IGNORE_INDEX, prepare_examples, prepare_run, render_prompt, settled
+from expertune.data import IGNORE_INDEX, Questions, prepare_examples, prepare_run, settled
 from expertune.errors import ConfigError, DataError
 
 QUESTION, ANSWER = "What is the capital of Malta?", "Valletta."
@@ -162,7 +162,7 @@ def test_one_form_for_all_examples_where_only_some_bring_white_space(prepare):
 def test_a_recorded_template_stays_with_its_run(jsonl, tiny_tokenizer):
     data = DataConfig(train=jsonl({"prompt": QUESTION, "completion": ANSWER}))
     old = settled(data, {"format": "prompt-completion", "template": "plain"})
-    assert render_prompt(QUESTION, old, tiny_tokenizer) == QUESTION
+    assert Questions(old, tiny_tokenizer).render(QUESTION) == QUESTION
     earlier = {"train": {"format": "prompt-completion", "template": "plain"}, "eval": None}
     resumed, _ = prepare_run(data, tiny_tokenizer, earlier)
     assert (resumed.examples[0].prompt, resumed.report["template"]) == (QUESTION, "plain")

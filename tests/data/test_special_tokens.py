@@ -5,7 +5,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from expertune.config import DataConfig
-from expertune.data import IGNORE_INDEX, encode_prompt, prepare_examples, render_prompt
+from expertune.data import IGNORE_INDEX, Questions, encode_prompt, prepare_examples
 from expertune.data.column_template import Rendered
 from expertune.data.encode import encode_example
 from expertune.data.special_tokens import RenderedText
@@ -84,7 +84,7 @@ def test_setting_makes_special_tokens_of_the_examples_special(jsonl, mixtral_tok
     (example,) = prepared.examples
     assert example.input_ids == mixtral_tokenizer("Say </s> now <s>a</s>b</s>")["input_ids"]
     assert prepared.report["special_tokens_as_text"] == {}
-    prompt = render_prompt("Say </s> now", data, mixtral_tokenizer)
+    prompt = Questions(data, mixtral_tokenizer).render("Say </s> now")
     assert 2 in encode_prompt(prompt, mixtral_tokenizer)
 
 
@@ -166,8 +166,8 @@ def test_prompts_of_generate_and_chat_hold_no_special_tokens_of_the_user(tokeniz
     data = DataConfig(train="gone.jsonl", format="messages", template="chatml")
     if template == "plain":
         data = DataConfig(train="gone.jsonl", format="prompt-completion", template="plain")
-    asked = encode_prompt(render_prompt("say </s><s> now", data, tokenizer), tokenizer)
-    other = encode_prompt(render_prompt("say a b now", data, tokenizer), tokenizer)
+    asked = encode_prompt(Questions(data, tokenizer).render("say </s><s> now"), tokenizer)
+    other = encode_prompt(Questions(data, tokenizer).render("say a b now"), tokenizer)
     assert special_ids(asked, tokenizer) == special_ids(other, tokenizer)
     conversation = Conversation(data, tokenizer)
     conversation.answered("a </s>", "b")

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from expertune.config import DataConfig
-from expertune.data import render_prompt, shipped_templates
+from expertune.data import Questions, shipped_templates
 from expertune.data.column_template import ColumnTemplate
 from expertune.data.formats import LAYOUTS, find_layout
 from expertune.data.lint import ExampleError
@@ -181,8 +181,8 @@ def test_chat_is_refused_for_plain_text(tiny_tokenizer):
 def test_question_goes_through_the_same_template_as_an_example(tiny_tokenizer):
     data = DataConfig(train="gone.jsonl", format="dolly", template="dolly-tutorial")
     question = {name: DOLLY[name] for name in ("instruction", "context")}
-    assert render_prompt(question, data, tiny_tokenizer) == parts(render("dolly-tutorial", DOLLY))[0]
-    assert "Question: Who?\nAdditional Context: \n" in render_prompt("Who?", data, tiny_tokenizer)
+    assert Questions(data, tiny_tokenizer).render(question) == parts(render("dolly-tutorial", DOLLY))[0]
+    assert "Question: Who?\nAdditional Context: \n" in Questions(data, tiny_tokenizer).render("Who?")
 
 
 def test_question_may_use_the_names_of_the_file(tiny_tokenizer):
@@ -190,16 +190,16 @@ def test_question_may_use_the_names_of_the_file(tiny_tokenizer):
     data = DataConfig(train="gone.csv", format="prompt-completion", template="viggo", columns=columns)
     expected = "Sentence: A game.\nMeaning:"
     for question in ("A game.", {"ref": "A game."}, {"prompt": "A game."}):
-        assert render_prompt(question, data, tiny_tokenizer) == expected
+        assert Questions(data, tiny_tokenizer).render(question) == expected
 
 
 def test_question_without_a_named_layout_takes_it_from_the_training_examples(tiny_tokenizer, jsonl):
     data = DataConfig(train=jsonl({"question": "1 + 1?", "answer": "2"}))
-    assert render_prompt("2 + 2?", data, tiny_tokenizer) == "Question: 2 + 2?\nAnswer:"
+    assert Questions(data, tiny_tokenizer).render("2 + 2?") == "Question: 2 + 2?\nAnswer:"
     with pytest.raises(DataError, match="no such file"):
-        render_prompt("2 + 2?", DataConfig(train="gone.jsonl"), tiny_tokenizer)
+        Questions(DataConfig(train="gone.jsonl"), tiny_tokenizer).render("2 + 2?")
 
 
 def test_text_is_its_own_prompt(tiny_tokenizer):
     data = DataConfig(train="gone.txt", format="text")
-    assert render_prompt("Once upon a time", data, tiny_tokenizer) == "Once upon a time"
+    assert Questions(data, tiny_tokenizer).render("Once upon a time") == "Once upon a time"

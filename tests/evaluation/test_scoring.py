@@ -15,7 +15,7 @@ from expertune.errors import ConfigError, DataError
 from expertune.evaluation.metrics import slot_f1
 from expertune.evaluation.scoring import evaluation_loss, score_task
 from expertune.experts.load import RoutingCounts
-from expertune.generation.greedy import Batches
+from expertune.generation.decoding import Batches
 from expertune.objectives.chunked_loss import LanguageModelLoss
 
 TINY = Path(__file__).parents[2] / "src" / "expertune" / "assets" / "tiny-mixtral"

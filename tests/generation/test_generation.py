@@ -12,7 +12,7 @@ from expertune.config import DataConfig, LoraSection, QuantizationConfig
 from expertune.data import encode_prompt
 from expertune.errors import ConfigError, DataError
 from expertune.generation.chat import Conversation, _Pieces, stream
-from expertune.generation.greedy import Batches, complete, end_ids, to_text
+from expertune.generation.decoding import Batches, complete, end_ids, to_text
 
 TINY = Path(__file__).parents[2] / "src" / "expertune" / "assets" / "tiny-mixtral"
 PROMPTS = [

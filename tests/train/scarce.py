@@ -14,7 +14,7 @@ from torch import Tensor
 from expertune import api, finetune
 from expertune.config import parse_config
 from expertune.experts import module
-from expertune.generation import greedy as decoding
+from expertune.generation import decoding
 from expertune.run.record import RunRecord
 
 # Any sequence of the fixture fits, two of them do not.
@@ -97,7 +97,7 @@ class Scarce:
 
     def install(self, patch: pytest.MonkeyPatch) -> "Scarce":
         """Make memory scarce."""
-        real, greedy = module.expert_mlp, decoding.greedy
+        real, decode = module.expert_mlp, decoding.decode
         scarce = self
 
         def expert_mlp(hidden: Tensor, *arguments: Any, **kwargs: Any) -> tuple[Tensor, Sequence[Tensor]]:
@@ -118,7 +118,7 @@ class Scarce:
         def marked(*arguments: Any, **kwargs: Any) -> Any:
             scarce.generating = True
             try:
-                return greedy(*arguments, **kwargs)
+                return decode(*arguments, **kwargs)
             finally:
                 scarce.generating = False
 
@@ -131,6 +131,6 @@ class Scarce:
                     scarce.trainer = None
 
         patch.setattr(module, "expert_mlp", expert_mlp)
-        patch.setattr(decoding, "greedy", marked)
+        patch.setattr(decoding, "decode", marked)
         patch.setattr(api, "ExpertTrainer", Trainer)
         return self

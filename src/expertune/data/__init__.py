@@ -10,13 +10,16 @@ from expertune.data.encode import encode_prompt
 from expertune.data.examples import IGNORE_INDEX, TokenizedExample, TokenizedExamples
 from expertune.data.lengths import plot_lengths
 from expertune.data.packing import make_dataset, pack_examples
-from expertune.data.prepare import prepare_examples, prepare_run, render_prompt, settled
+from expertune.data.prepare import prepare_examples, prepare_run, settled
+from expertune.data.questions import Question, Questions
 from expertune.data.template import shipped_templates
 
 __all__ = [
     "IGNORE_INDEX",
     "LeftPaddingCollator",
     "PaddingFreeCollator",
+    "Question",
+    "Questions",
     "TokenizedExample",
     "TokenizedExamples",
     "encode_prompt",
@@ -26,7 +29,6 @@ __all__ = [
     "plot_lengths",
     "prepare_examples",
     "prepare_run",
-    "render_prompt",
     "settled",
     "shipped_templates",
 ]

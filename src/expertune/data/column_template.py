@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jinja2
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from expertune.config.yaml_file import shortened
@@ -89,6 +90,7 @@ class ColumnTemplate:
     def __init__(self, name: str, source: str) -> None:
         self.name = name
         self.names = jinja_names(source)
+        self._source = source
         # Sandboxed because a template may come with a downloaded run file; strict because a misspelled column must
         # not read as an empty one.
         environment = ImmutableSandboxedEnvironment(
@@ -100,6 +102,11 @@ class ColumnTemplate:
             raise ConfigError(f"template {name}: line {error.lineno}: {error.message}") from None
         except Exception as error:  # blocks or brackets too deep for Jinja, or for the Python that it writes
             raise ConfigError(f"template {name}: cannot be compiled ({type(error).__name__}: {error})") from None
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """The columns that the text uses, whether or not it can do without them."""
+        return frozenset(jinja2.meta.find_undeclared_variables(self._template.environment.parse(self._source)))
 
     def render(self, example: Example) -> Rendered:
         """The example as text; from the end of the prompt on, everything is trained.

@@ -45,8 +45,8 @@ def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
     """Ids that generation starts from: BOS (or what the tokenizer puts first) once, then the prompt, no EOS.
 
     Args:
-        prompt: `TokenizedExample.prompt`, or what `render_prompt` returns; in any other string special tokens that are
-            spelled out are special tokens.
+        prompt: `TokenizedExample.prompt`, or what `Questions.render` returns; in any other string special tokens that
+            are spelled out are special tokens.
         tokenizer: a fast transformers tokenizer.
 
     Returns:

@@ -11,7 +11,7 @@ from expertune.data.column_template import Rendered, Template
 from expertune.data.columns import ColumnUse, check_names, refuse_tree
 from expertune.data.encode import check_tokenizer, encode_example
 from expertune.data.examples import Tally, TokenizedExample, TokenizedExamples
-from expertune.data.formats import LAYOUTS, Example, Layout, find_layout, rename
+from expertune.data.formats import Example, Layout, find_layout, rename
 from expertune.data.lint import (
     ExampleError,
     FlaggedError,
@@ -82,7 +82,7 @@ def _tokenize(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Hand on each example as soon as it is made; the report of all."""
-    layout, template = _choose(source, data, tokenizer)
+    layout, template = choose(source, data, tokenizer)
     use = ColumnUse(data, layout, template, is_own_file(data.template))
     special_tokens, spelt_out = SpecialTokens(tokenizer, data.parse_special_tokens), Counter[str]()
     tally, problems, num_flagged, num_open_turns = Tally(), Problems(), 0, 0
@@ -169,45 +169,13 @@ def settled(data: DataConfig, report: Mapping[str, Any]) -> DataConfig:
     return data.model_copy(update={"format": report["format"], "template": report["template"]})
 
 
-def render_prompt(values: Mapping[str, Any] | str, data: DataConfig, tokenizer: Any) -> str:
-    """Put a user's own question through the template of a run.
-
-    Args:
-        values: the example's columns without the answer (a conversation: `messages` up to the user's last turn), or one
-            text: the user's message of a conversation, else the prompt (`instruction`, `question`) without context.
-        data: the data section of the run, best with `format` and `template` as the report of its examples has them;
-            where they are left open, the columns of `data.train` decide again, so that source must still be there.
-        tokenizer: the run's tokenizer.
-
-    Returns:
-        The text that precedes the answer in a training example; `encode_prompt` turns it into ids. Special tokens that
-        `values` spell out are text, unless `data.parse_special_tokens` is set.
+def choose(source: SourceExamples, data: DataConfig, tokenizer: Any) -> tuple[Layout, Template]:
+    """The layout by the first example that could be read, and the template by all of them.
 
     Raises:
-        DataError: the template uses a column that `values` lacks.
-        ConfigError: the template is not fit for it.
+        DataError: no example can be read, or no layout fits them.
+        ConfigError: the template is not fit for them.
     """
-    named = [layout for layout in LAYOUTS if layout.name == data.format]
-    # Two kinds of columns go by one name, which matters only for the default template.
-    decided = bool(named) and (len(named) == 1 or data.template is not None)
-    if decided:
-        layout, template = named[0], load_template(data.template, named[0], tokenizer)
-    else:
-        source = find_source(data.train)
-        layout, template = _choose(source.read(stream=token_cache.is_large(source)), data, tokenizer)
-    raw = {layout.main_column: values} if isinstance(values, str) else dict(values)
-    for ours, theirs in data.columns.items():
-        # A question may be given under our names or the file's, and a template may use either.
-        if theirs in raw:
-            raw.setdefault(ours, raw[theirs])
-        elif ours in raw:
-            raw[theirs] = raw[ours]
-    special_tokens = SpecialTokens(tokenizer, data.parse_special_tokens)
-    return special_tokens.render_prompt(template, layout.read_question(raw))
-
-
-def _choose(source: SourceExamples, data: DataConfig, tokenizer: Any) -> tuple[Layout, Template]:
-    """The layout by the first example that could be read, and the template by all of them."""
     first = next(source.readable, None)
     if first is None:
         unread, count = next(iter(source.examples)), sum(source.num_rows.values())

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.errors import ConfigError, DoesNotFitError, first_line
 from expertune.evaluation.harness_tasks import TaskFiles
-from expertune.generation.greedy import evaluation_mode, to_text
+from expertune.generation.decoding import evaluation_mode, to_text
 from expertune.placement.out_of_memory import in_one_line, is_out_of_memory
 
 # Of few-shot examples and of answers that are sampled: the harness's own.

@@ -14,7 +14,7 @@ from expertune.config import RunConfig
 from expertune.data import TokenizedExamples, make_collator, make_dataset
 from expertune.evaluation.scoring import evaluation_loss, score_task
 from expertune.experts.load import RoutingCounts
-from expertune.generation.greedy import Batches
+from expertune.generation.decoding import Batches
 from expertune.objectives.chunked_loss import LanguageModelLoss
 from expertune.run.progress import Bars
 from expertune.train.arguments import training_argument

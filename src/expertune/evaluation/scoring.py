@@ -18,7 +18,8 @@ from expertune.config import TaskConfig
 from expertune.data import IGNORE_INDEX, TokenizedExample, encode_prompt
 from expertune.errors import ConfigError, DataError
 from expertune.evaluation.metrics import METRICS, Metric
-from expertune.generation.greedy import PLAIN, Batches, complete, evaluation_mode
+from expertune.generation.decoding import PLAIN, Batches, complete, evaluation_mode
+from expertune.generation.sampling import Sampling
 
 _MOST_EXAMPLE_CHARS = 400_000
 _FEWEST_EXAMPLES = 8
@@ -97,7 +98,7 @@ def score_task(
         tokenizer: the model's tokenizer.
         rows: evaluation examples; the first `task.rows` of them are answered.
         task: metric, longest answer and batch size.
-        batches: see `expertune.generation.greedy.complete`.
+        batches: see `expertune.generation.decoding.complete`.
 
     Returns:
         `metric`, `rows` (how many were answered), the figures of the metric, `seconds`, and `examples`: as many of the
@@ -119,7 +120,8 @@ def score_task(
     prompts = [encode_prompt(row.prompt, tokenizer) for row in rows]
 
     def answer(some: Sequence[list[int]]) -> list[str]:
-        return complete(model, tokenizer, some, task.max_new_tokens, task.batch_size, batches)
+        sampling = Sampling(task.max_new_tokens)
+        return [each.text for each in complete(model, tokenizer, some, sampling, task.batch_size, batches)]
 
     answers = batches.ranks.spread(prompts, answer)
     seconds = time.monotonic() - started

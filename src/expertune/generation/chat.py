@@ -1,8 +1,10 @@
-"""Use a tuned model: complete prompts, stream an answer, and keep up a conversation."""
+"""Use a tuned model in a conversation: stream an answer, and keep up the turns."""
 
 import queue
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,46 +12,56 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer, StoppingCriteriaList
 
+from expertune.checkpoint.context import context_length
 from expertune.config import DataConfig
-from expertune.data import encode_prompt, render_prompt
-from expertune.generation.greedy import complete, end_ids, greedy, to_text
+from expertune.data import Questions
+from expertune.errors import ConfigError, DataError
+from expertune.generation.decoding import FinishReason, decode, end_ids, to_text
+from expertune.generation.sampling import Sampling
 
-__all__ = ["Conversation", "complete", "stream"]
+# Where the context is short, at least this part of it is left to the conversation.
+_MOST_RESERVED = 1 / 4
 
-_CONVERSATIONS = ("chat", "chatml")
+
+class StillAnsweringError(KeyboardInterrupt):
+    """Ctrl-C a second time, while the model is still at the token that the first one waits for."""
 
 
 def stream(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], max_new_tokens: int
-) -> Generator[str, None, None]:
-    """Complete one prompt greedily and yield its text as it is written.
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    sampling: Sampling,
+    around: AbstractContextManager[Any] | None = None,
+) -> Generator[str, None, FinishReason]:
+    """Complete one prompt and yield its text as it is written; returns why it ends.
 
     The pieces joined are what `complete` returns. Closing the iterator early (or an exception in the code that reads
     it) stops the model after the token it is at.
 
     Args:
-        model, tokenizer, max_new_tokens: see `complete`.
+        model, tokenizer, sampling: see `complete`.
         prompt_ids: token ids of the prompt.
+        around: open while the model answers.
 
     Raises:
         Exception: whatever went wrong while generating, in the thread of the caller.
     """
     pieces = _Pieces(tokenizer, end_ids(model, tokenizer))
     closed = threading.Event()
+    reasons: list[FinishReason] = []
 
     def stop(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         return torch.full((input_ids.shape[0],), closed.is_set(), device=input_ids.device)
 
     def write() -> None:
         try:
-            greedy(
-                model,
-                tokenizer,
-                [prompt_ids],
-                max_new_tokens,
-                streamer=pieces,
-                stopping_criteria=StoppingCriteriaList([stop]),
-            )
+            criteria = StoppingCriteriaList([stop])
+            with around or nullcontext():
+                ((_, reason),) = decode(
+                    model, tokenizer, [prompt_ids], sampling, streamer=pieces, stopping_criteria=criteria
+                )
+            reasons.append(reason)
         except BaseException as error:  # nothing may die unseen in a thread, nor leave the reader waiting
             pieces.queue.put(error)
         else:
@@ -64,43 +76,173 @@ def stream(
             yield piece
     finally:
         closed.set()
-        writer.join()
+        try:
+            writer.join()
+        except KeyboardInterrupt:
+            raise StillAnsweringError from None
+    return reasons[0]
 
 
-class Conversation:
-    """The user's messages as prompts of a run's template.
+def questions_in_turn(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Questions:
+    """What a run can be asked in a conversation.
+
+    A chat template takes messages, whatever the layout of the examples that the run was tuned on.
 
     Args:
         data: the run's data section, with the layout and template that its examples were read with (`Run.data`).
         tokenizer: the run's tokenizer.
     """
+    questions = Questions(data, tokenizer)
+    if not questions.template.takes_messages:
+        return questions
+    return Questions(data.model_copy(update={"format": "messages", "columns": {}}), tokenizer)
 
-    def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.data, self.tokenizer = data, tokenizer
+
+class Conversation:
+    """Questions to a run and its answers, each question through the run's template.
+
+    Args:
+        model: the run's model.
+        questions: see `questions_in_turn`.
+        sampling: how tokens are chosen; the draws of each answer have a seed of their own.
+        columns: columns that each question has beside the user's text, under a template of columns.
+        base_only: answer without the adapter.
+        notify: called with what has become of the conversation, in words.
+
+    Attributes:
+        turns: earlier messages that the next question follows.
+        base_only: whether answers are written without the adapter; may be set at any time.
+        finish_reason: why the last answer ended: `stop`, `length` or `context`; None where it was interrupted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        questions: Questions,
+        sampling: Sampling,
+        columns: Mapping[str, str] | None = None,
+        base_only: bool = False,
+        notify: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.questions, self.sampling, self.base_only = questions, sampling, base_only
         self.turns: list[dict[str, str]] = []
+        self.finish_reason: FinishReason | None = None
+        self._model, self._columns, self._notify = model, dict(columns or {}), notify
+        self._system: str | None = None
+        self._num_asked = 0
 
     @property
-    def keeps_history(self) -> bool:
-        """Whether earlier turns are part of the prompt: only a chat template has a place for them."""
-        return self.data.template in _CONVERSATIONS
+    def remembers(self) -> bool:
+        """Whether earlier turns are part of a prompt: only a chat template has a place for them."""
+        return self.questions.template.takes_messages
 
-    def prompt(self, message: str) -> list[int]:
-        """Token ids of the prompt that asks `message`, after the turns so far.
+    @property
+    def system(self) -> str | None:
+        """The system prompt, None where there is none. Setting one raises ConfigError where the template has no place
+        for it."""
+        return self._system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        if text:
+            require_system(self.questions, text, self._columns)
+        self._system = text or None
+
+    def reset(self) -> None:
+        """Forget earlier turns; the system prompt stays."""
+        self.turns.clear()
+
+    def ask(self, message: str) -> str:
+        """The answer to a message, without white space around it. Raises what `stream` does."""
+        return "".join(self.stream(message)).strip()
+
+    def stream(self, message: str) -> Iterator[str]:
+        """The answer to a message, piece by piece. The turn is remembered, as far as the answer came.
 
         Raises:
-            DataError, ConfigError: see `expertune.data.render_prompt`.
+            DataError: the message cannot be asked; it is not remembered.
         """
-        if not self.keeps_history:
-            return encode_prompt(render_prompt(message, self.data, self.tokenizer), self.tokenizer)
-        # A chat template takes messages, whatever the layout of the examples it was tuned on.
-        data = self.data.model_copy(update={"format": "messages", "columns": {}})
-        messages = [*self.turns, {"role": "user", "content": message}]
-        return encode_prompt(render_prompt({"messages": messages}, data, self.tokenizer), self.tokenizer)
+        self.finish_reason, answer = None, ""
+        ids = self.prompt(message)
+        seed = self.sampling.seed
+        sampling = self.sampling if seed is None else replace(self.sampling, seed=seed + self._num_asked)
+        self._num_asked += 1
+        around = self._model.disable_adapter() if self.base_only else nullcontext()  # type: ignore[operator]
+        pieces = stream(self._model, self.questions.tokenizer, ids, sampling, around)
+        try:
+            while True:
+                try:
+                    piece = next(pieces)
+                except StopIteration as ended:
+                    self.finish_reason = ended.value
+                    break
+                answer += piece
+                yield piece
+        except (GeneratorExit, KeyboardInterrupt):
+            pieces.close()
+            self._remember(message, answer)
+            raise
+        self._remember(message, answer)
 
-    def answered(self, message: str, answer: str) -> None:
-        """Remember a turn, where the template has a place for it."""
-        if self.keeps_history:
-            self.turns += [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
+    def prompt(self, message: str) -> list[int]:
+        """Token ids of the prompt that asks `message` after the turns so far.
+
+        Where the model's context cannot hold them and an answer, the oldest turns are forgotten, which is notified.
+
+        Raises:
+            DataError: the template refuses the message, or the message alone fills the context.
+        """
+        turns = list(self.turns)
+        ids = self._encode(message, turns)
+        context = context_length(self._model.config)  # type: ignore[arg-type]
+        if context is not None:
+            most = context - min(self.sampling.max_new_tokens, int(context * _MOST_RESERVED))
+            while len(ids) > most and turns:
+                del turns[:2]
+                ids = self._encode(message, turns)
+            if len(ids) >= context:
+                raise DataError(
+                    f"the message makes a prompt of {len(ids)} tokens, but the model's context holds {context}; "
+                    "shorten it"
+                )
+        if num_forgotten := (len(self.turns) - len(turns)) // 2:
+            which = "oldest question and its answer" if num_forgotten == 1 else f"{num_forgotten} oldest questions"
+            self._notify(
+                f"the conversation no longer fits into the model's context of {context} tokens; the {which} "
+                f"{'are' if num_forgotten == 1 else 'and their answers are'} forgotten"
+            )
+            self.turns = turns
+        return ids
+
+    def _encode(self, message: str, turns: list[dict[str, str]]) -> list[int]:
+        asked: Any = {"messages": [*turns, {"role": "user", "content": message}]} if self.remembers else message
+        system = {"system": self._system} if self._system else {}
+        return self.questions.encode(self.questions.asked(asked, self._columns | system))
+
+    def _remember(self, message: str, answer: str) -> None:
+        if not self.remembers:
+            return
+        if not answer.strip():
+            # Many templates refuse an empty turn, or two turns of the user.
+            self._notify("the answer is empty, and the question is forgotten")
+            return
+        self.turns += [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
+
+
+def require_system(questions: Questions, system: str, columns: Mapping[str, str]) -> None:
+    """Refuse a system prompt that holds no text, or that a run's template has no place for.
+
+    Args:
+        questions: see `questions_in_turn`.
+        system: the system prompt.
+        columns: columns of each question.
+
+    Raises:
+        ConfigError: says which.
+    """
+    if not system.strip():
+        raise ConfigError("system: the system prompt holds no text; write one, or leave it out")
+    questions.require_place_for(system, questions.asked("a", columns))
 
 
 class _Pieces(BaseStreamer):

@@ -28,7 +28,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertune.distributed.output import is_of_a_connection
 from expertune.experts.module import sharing_of
-from expertune.generation.greedy import evaluation_mode
+from expertune.generation.decoding import evaluation_mode
 from expertune.kernels.linear_cross_entropy import IGNORE_INDEX, HeadUpdate, linear_cross_entropy
 from expertune.placement.out_of_memory import is_out_of_memory
 

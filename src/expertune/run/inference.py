@@ -1,17 +1,13 @@
-"""A finished run in use: its model with the adapter, and an answer to a prompt."""
+"""A finished run in use: its model with the adapter."""
 
 import gc
 import html
 import io
-from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict
 
 from accelerate.utils import extract_model_from_parallel
-from pydantic import PositiveInt
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
@@ -23,9 +19,8 @@ from expertune.checkpoint.load import fingerprint_of
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import DataConfig, LoraSection, RunConfig, recorded_config
 from expertune.config.arguments import checked
-from expertune.data import encode_prompt, render_prompt, settled
-from expertune.errors import CheckpointError, ConfigError, DataError, option
-from expertune.generation.greedy import Batches, complete
+from expertune.data import settled
+from expertune.errors import CheckpointError, ConfigError, option
 from expertune.placement.device import default_device
 from expertune.report.summary import render_summary
 from expertune.run.base_model import load_base, recorded_places
@@ -206,53 +201,30 @@ def open_run(
         CheckpointError: not a run directory, no such adapter in it, or the model's weights are others by now.
         ConfigError: `adapter` is a path; an adapter elsewhere is loaded with `load_adapter`.
     """
+    options = OpenOptions(adapter=adapter, trust_remote_code=trust_remote_code, other_base=other_base, model=model)
     found = find_run(run_dir, adapter, trust_remote_code, model)
+    return load_run(found, load_tokenizer(found.base.folder, trust_remote_code), options)
+
+
+def load_run(found: FoundRun, tokenizer: PreTrainedTokenizerBase, options: OpenOptions) -> Run:
+    """Load the base model and the adapter of a run directory that has been read; see `open_run`.
+
+    Args:
+        found: the run directory.
+        tokenizer: the base model's.
+        options: what `found` was found with, and `other_base`.
+    """
     context, source, folder = found.context, found.base, found.adapter
-    config = context.config
+    config, other_base = context.config, options.get("other_base", False)
     if not other_base:
+        trust = options.get("trust_remote_code", False)
         with context.bars.task("looking at the model's files"):
-            base = fingerprint_of(source.folder, trust_remote_code, notify=context.notify)
+            base = fingerprint_of(source.folder, trust, notify=context.notify)
         require_same_base(folder, base, config.model, allowed_by=f"give {option('other-base')}")
-    tokenizer = load_tokenizer(source.folder, trust_remote_code)
     loaded = load_base(context, source, recorded_places(context, source))
     lora = LoraSection(init_from=str(folder), init_from_other_base=other_base)
     adapted = attach(loaded, lora, config.model, source.revision)
-    options = OpenOptions(adapter=adapter, trust_remote_code=trust_remote_code, other_base=other_base, model=model)
     return Run(context, (adapted.eval(), tokenizer), options)
-
-
-@checked
-def generate(
-    run: Run | str | Path,
-    prompt: str | Mapping[str, Any],
-    max_new_tokens: PositiveInt = 100,
-    base_only: bool = False,
-    **opening: Unpack[OpenOptions],
-) -> str:
-    """Answer a prompt, put through the run's template, greedily; white space around the answer is taken off.
-
-    Args:
-        run: a run directory, or a run.
-        prompt: the user's text; or the columns of an example without its answer, e.g. `instruction` and `context`.
-        max_new_tokens: the longest answer.
-        base_only: answer without the adapter.
-        **opening: how a run directory is opened; see `open_run`.
-
-    Raises:
-        ConfigError: the prompt holds no text.
-        DoesNotFitError: memory ran out, and nothing that could be changed is left.
-    """
-    if isinstance(prompt, str) and not prompt.strip():
-        raise ConfigError("generate: the prompt holds no text; write one")
-    run = opened_run(run, opening)
-    in_parts = partial(recovery_of(run, []).in_parts, "generation", step=0 if base_only else run.steps)
-    try:
-        text = render_prompt(prompt, run.data, run.tokenizer)
-    except DataError as error:
-        raise DataError(f"prompt: {error}; give an example of this run without its answer, or its text alone") from None
-    ids = encode_prompt(text, run.tokenizer)
-    with run.model.disable_adapter() if base_only else nullcontext():
-        return complete(run.model, run.tokenizer, [ids], max_new_tokens, batches=Batches(in_parts))[0].strip()
 
 
 def opened_run(run: Run | str | Path, opening: OpenOptions) -> Run:

@@ -1,25 +1,33 @@
-"""Greedy decoding: prompts as token ids in, completions as text out.
+"""Decoding by transformers' `generate`: prompts as token ids in, completions as text out.
 
 The model's own `generation_config` (sampling, penalties, forced tokens) is not used, so that a score depends on the
-weights alone and the same prompt gives the same answer; only its end tokens are kept.
+weights alone, and nothing is drawn unless the caller says so; only its end tokens are kept.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import StoppingCriteriaList
 
 from expertune.checkpoint.context import context_length
 from expertune.distributed.mesh import Ranks
 from expertune.errors import ConfigError, DataError
 from expertune.experts.module import in_lockstep
+from expertune.generation.sampling import Sampling
 
 Progress = Callable[[int, int], None]
+
+# Why an answer ends: at an end token, after `max_new_tokens`, or where the model's context does.
+FinishReason = Literal["stop", "length", "context"]
+
+Decoded = tuple[list[int], FinishReason]
 
 # (compute, batch) -> what `compute` returns for each part of the batch, in the order of its sequences.
 InParts = Callable[[Callable[[Any], Any], Any], list[Any]]
@@ -39,78 +47,100 @@ class Batches:
         progress: called with (examples done, examples in all) after each batch.
         ranks: the processes that share the work.
         watched: given a batch's inputs; open while a batch whose loss counts is computed.
+        each_token: called with the number of new tokens so far while a batch is answered.
     """
 
     in_parts: InParts = whole
     progress: Progress | None = None
     ranks: Ranks = field(default_factory=Ranks)
     watched: Callable[[Mapping[str, Any]], AbstractContextManager[None]] = lambda _: nullcontext()
+    each_token: Callable[[int], None] | None = None
 
 
 PLAIN = Batches()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer.
+
+    Attributes:
+        text: without the prompt and without special tokens.
+        num_tokens: tokens of the answer, without the one that ends it.
+        finish_reason: why it ends.
+        seconds: how long its batch took.
+    """
+
+    text: str
+    num_tokens: int
+    finish_reason: FinishReason
+    seconds: float
 
 
 def complete(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
-    max_new_tokens: int,
+    sampling: Sampling,
     batch_size: int = 32,
     batches: Batches = PLAIN,
-) -> list[str]:
-    """Complete prompts greedily, in batches of similar length.
+) -> list[Completion]:
+    """Complete prompts, in batches of similar length.
 
     Args:
         model: a transformers model or a PeftModel on one, in any mode; its mode is restored.
         tokenizer: the model's tokenizer; it needs no padding token.
         prompts: token ids of each prompt (`expertune.data.encode_prompt`).
-        max_new_tokens: the longest answer. An answer also ends where the model's context does.
+        sampling: how tokens are chosen, and the longest answer.
         batch_size: prompts answered at once.
         batches: what is done with each batch besides.
 
     Returns:
-        The text of each completion, in the order of `prompts`, without the prompt and without special tokens.
+        The completions in the order of `prompts`.
 
     Raises:
         DataError: a prompt is empty, or leaves no room in the model's context.
-        ConfigError: `max_new_tokens` or `batch_size` is below 1.
+        ConfigError: `batch_size` is below 1.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; it must be 1 or more")
 
-    def answer(some: Sequence[list[int]]) -> list[list[int]]:
-        return greedy(model, tokenizer, some, max_new_tokens, batches.ranks)
+    def answer(some: Sequence[list[int]]) -> list[Decoded]:
+        watched = {"stopping_criteria": _watched_by(batches.each_token)} if batches.each_token else {}
+        return decode(model, tokenizer, some, sampling, batches.ranks, **watched)
 
     # The longest come first: if memory does not suffice, it shows in the first batch and not in the last.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    texts = [""] * len(prompts)
+    found: dict[int, Completion] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
+        started = time.monotonic()
         parts = batches.in_parts(answer, [prompts[index] for index in batch])
-        for index, ids in zip(batch, chain.from_iterable(parts), strict=True):
-            texts[index] = to_text(ids, tokenizer)
+        seconds = time.monotonic() - started
+        for index, (ids, reason) in zip(batch, chain.from_iterable(parts), strict=True):
+            found[index] = Completion(to_text(ids, tokenizer), len(ids), reason, seconds)
         if batches.progress:
             batches.progress(start + len(batch), len(prompts))
-    return texts
+    return [found[index] for index in range(len(prompts))]
 
 
-def greedy(
+def decode(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
-    max_new_tokens: int,
+    sampling: Sampling,
     ranks: Ranks = PLAIN.ranks,
     **generate_arguments: Any,
-) -> list[list[int]]:
+) -> list[Decoded]:
     """Complete one batch of prompts, padded on the left, with the cache on.
 
     Args:
-        model, tokenizer, prompts, max_new_tokens: see `complete`.
+        model, tokenizer, prompts, sampling: see `complete`.
         ranks: the processes, each of which completes a batch of its own at the same time.
         **generate_arguments: a `streamer` or `stopping_criteria` for transformers' `generate`.
 
     Returns:
-        Ids of each completion up to its end token, which is left out.
+        Ids of each completion up to its end token, which is left out, and why it ends.
 
     Raises:
         DataError, ConfigError: see `complete`.
@@ -118,18 +148,16 @@ def greedy(
     """
     base = _base(model)
     room = _room(base, prompts)
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
     ends = end_ids(model, tokenizer)
     # Padding is masked, so that any id will do; transformers would only ask for one.
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(
-        do_sample=False,
         num_beams=1,
         use_cache=True,
-        max_new_tokens=min(max_new_tokens, room),
+        max_new_tokens=min(sampling.max_new_tokens, room),
         eos_token_id=ends,
         pad_token_id=pad,
+        **_choice(sampling),
     )
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=base.device)
@@ -139,9 +167,11 @@ def greedy(
         _own_generation_config_aside(base),
         _head_in_one_product(base),
         _passes_begun_together(base, ranks, idle=pad),
+        _seeded(sampling, base.device),
     ):
         output = base.generate(input_ids=input_ids, attention_mask=mask, generation_config=config, **generate_arguments)
-    return [_until_end(sequence, ends) for sequence in output[:, width:].tolist()]
+    cut: FinishReason = "context" if room < sampling.max_new_tokens else "length"
+    return [_until_end(sequence, ends, cut) for sequence in output[:, width:].tolist()]
 
 
 def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -161,6 +191,43 @@ def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def to_text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Text of a completion. Some tokenizers would tidy up the spaces before punctuation; answers stay as written."""
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _choice(sampling: Sampling) -> dict[str, Any]:
+    """Settings of transformers' logits processors; each is given, because it has defaults of its own (`top_k` 50)."""
+    if sampling.is_greedy:
+        return {"do_sample": False}
+    top_p = 1.0 if sampling.top_p is None else float(sampling.top_p)
+    return {
+        "do_sample": True,
+        "temperature": float(sampling.temperature or 1),
+        "top_p": top_p,
+        "top_k": sampling.top_k or 0,
+    }
+
+
+def _watched_by(each_token: Callable[[int], None]) -> StoppingCriteriaList:
+    """A criterion that stops nothing, and counts: transformers asks it after each token."""
+    num_tokens = 0
+
+    def watch(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        nonlocal num_tokens
+        num_tokens += 1
+        each_token(num_tokens)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    return StoppingCriteriaList([watch])
+
+
+@contextmanager
+def _seeded(sampling: Sampling, device: torch.device) -> Iterator[None]:
+    """Draw from the seed, and leave torch's generators as they were."""
+    if sampling.is_greedy or sampling.seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(sampling.seed)
+        yield
 
 
 @contextmanager
@@ -254,5 +321,6 @@ def _room(base: PreTrainedModel, prompts: Sequence[list[int]]) -> int:
     return context - longest
 
 
-def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
-    return ids[: next((index for index, token_id in enumerate(ids) if token_id in ends), len(ids))]
+def _until_end(ids: list[int], ends: Sequence[int], cut: FinishReason) -> Decoded:
+    end = next((index for index, token_id in enumerate(ids) if token_id in ends), None)
+    return (ids, cut) if end is None else (ids[:end], "stop")
