@@ -1,6 +1,7 @@
 """The corridor as Python: a finished run can be opened, scored and asked."""
 
 import copy
+import dataclasses
 import io
 import re
 import shutil
@@ -17,7 +18,8 @@ from expertune.cli import app
 from expertune.config import parse_config
 from expertune.data import Questions
 from expertune.errors import CheckpointError, ConfigError, DataError, ExpertuneError
-from expertune.run import inference
+from expertune.generation.decoding import Completion
+from expertune.run import answering
 from tests.families.build import tiny_config
 from tests.tiny_models import save_random, save_tiny_model
 from tests.train.conftest import nine_steps, rows_file, run_values, small_mixtral, write_small_mixtral
@@ -126,13 +128,81 @@ def test_generate_answers_through_the_runs_template(finished: Path) -> None:
 
 
 def test_generate_answers_without_white_space_around(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "complete", lambda *_, **__: [" Valletta.\n"])
+    completion = Completion(" Valletta.\n", 3, "stop", 0.1)
+    monkeypatch.setattr(answering, "complete", lambda *_, **__: [completion])
     assert expertune.generate(finished, "What is the capital of Malta?") == "Valletta."
 
 
 def test_generate_without_a_column_that_the_template_needs_says_what_a_prompt_is(trained: expertune.Run) -> None:
-    with pytest.raises(DataError, match=r"prompt: column prompt is missing; the question has foo; give an example of"):
+    with pytest.raises(DataError, match=r"the prompt: column prompt is missing; the question has foo; give an exampl"):
         expertune.generate(trained, {"foo": "Who?"})
+
+
+def test_several_prompts_are_answered_as_each_alone_would_be_with_and_without_the_adapter(
+    trained: expertune.Run,
+) -> None:
+    prompts = ["What is 1 plus 2?", {"prompt": "What is 3 plus 4? " * 9}, "Why?"]
+    context = trained.model.config.max_position_embeddings
+    try:
+        longest = len(Questions(trained.data, trained.tokenizer).encode(prompts[1]))
+        trained.model.config.max_position_embeddings = longest + 3
+        found = list(expertune.answers(trained, prompts, 6, compare=True, batch_size=2))
+        alone = [
+            next(iter(expertune.answers(trained, [prompt], 6, base_only)))
+            for prompt in prompts
+            for base_only in (True, False)
+        ]
+    finally:
+        trained.model.config.max_position_embeddings = context
+    assert [each.adapter for each in found] == ["none", "adapter"] * 3
+    assert [each.prompt for each in found] == [prompt for prompt in prompts for _ in range(2)]
+    # The long prompt leaves less room, and takes none from those beside it.
+    for one, other in zip(found, alone, strict=True):
+        assert dataclasses.replace(one, seconds=0) == dataclasses.replace(other, seconds=0)
+    assert "context" in {each.finish_reason for each in found[2:4]} <= {"context", "stop"}
+    assert "context" not in {each.finish_reason for each in found[:2] + found[4:]}
+    texts = [each.completion for each in found[1::2]]
+    assert expertune.generate(trained, ["What is 1 plus 2?", "Why?"], 6) == [texts[0], texts[2]]
+
+
+def test_chat_asks_the_run(trained: expertune.Run) -> None:
+    conversation = expertune.chat(trained, 4)
+    assert conversation.ask("What is 1 plus 2?") == expertune.generate(trained, "What is 1 plus 2?", 4)
+    conversation.base_only = True
+    assert conversation.ask("What is 1 plus 2?") == expertune.generate(trained, "What is 1 plus 2?", 4, base_only=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"columns": {"promt": "a"}},
+            "column promt: no prompt of this run has it, .*; did you mean prompt",
+        ),
+        ({"columns": {"prompt": "a"}}, "column prompt is the prompt itself; give one of the two"),
+        ({"system": " "}, "system: the system prompt holds no text; write one, or leave it out"),
+        ({"places": ["q.txt: row 7"]}, r"q\.txt: row 7 has \d+ tokens, but the model's context holds \d+; shorten it"),
+    ],
+)
+def test_what_a_run_cannot_be_asked_is_told_before_its_model_is_loaded(
+    options: dict[str, Any], message: str, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(answering, "load_run")
+    prompt = "word " * 5000 if "places" in options else "Who?"
+    with pytest.raises((ConfigError, DataError), match=message):
+        expertune.answers(finished, [prompt], **options)
+    if "places" not in options:
+        with pytest.raises(ConfigError, match=r"holds no text|column pro?mp?t"):
+            expertune.chat(finished, **options)
+
+
+def test_columns_of_prompts_that_the_template_does_not_use_are_named(
+    trained: expertune.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(type(trained.context), "notify", lambda _, line: told.append(line))
+    expertune.answers(trained, [{"prompt": "Who?", "completion": "Ada", "n": 1}, {"prompt": "Why?", "id": 2}], 1)
+    assert [line.rpartition(" columns ")[2] for line in told] == ["n, id"]
 
 
 def test_run_whose_metric_is_not_registered_here_answers_and_gives_its_loss(

@@ -8,12 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
-
-from expertune.errors import DataError
-
-if TYPE_CHECKING:
-    from expertune import Run
+from typing import Any
 
 # Width of a table that is not read on a terminal.
 _FILE_WIDTH = 120
@@ -119,44 +114,3 @@ def working(what: str) -> Iterator[None]:
 
     with Bars(Console(stderr=True)).task(what):
         yield
-
-
-def converse(run: "Run", max_new_tokens: int) -> None:
-    """Read lines and stream the answers, until /exit or the end of stdin."""
-    from expertune.generation.chat import Conversation, stream
-
-    conversation = Conversation(run.data, run.tokenizer)
-    for message in _lines():
-        answer = ""
-        try:
-            with contextlib.closing(
-                stream(run.model, run.tokenizer, conversation.prompt(message), max_new_tokens)
-            ) as pieces:
-                for piece in pieces:
-                    print(piece if answer.strip() else piece.lstrip(), end="", flush=True)
-                    answer += piece
-        except KeyboardInterrupt:
-            print(" ...", end="")
-        except DataError as error:
-            # One message that cannot be asked (one that is too long, for example) does not end the conversation.
-            log(f"expertune: error: {error}")
-            continue
-        print(flush=True)
-        conversation.answered(message, answer)
-
-
-def _lines() -> Iterator[str]:
-    """The user's lines up to /exit or the end of stdin, blank ones left out."""
-    on_terminal = sys.stdin.isatty()
-    if on_terminal:
-        with contextlib.suppress(ImportError):  # Windows has none
-            import readline  # noqa: F401  (gives `input` its line editing)
-    while True:
-        try:
-            line = input("> " if on_terminal else "")
-        except EOFError:
-            return
-        if line.strip() == "/exit":
-            return
-        if line.strip():
-            yield line

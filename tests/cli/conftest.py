@@ -1,5 +1,6 @@
 """A command line is run in this process, in an empty folder, over functions that stand for those of `expertune`."""
 
+import io
 import logging
 import os
 import sys
@@ -61,7 +62,8 @@ def api(monkeypatch):
 
 
 def type_lines(monkeypatch, *lines):
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False, read=lambda: "\n".join(lines)))
+    content = io.BytesIO("\n".join(lines).encode("utf-8"))
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False, buffer=content))
     remaining = iter(lines)
 
     def read(prompt=""):

@@ -66,7 +66,6 @@ def test_an_empty_prompt_on_stdin_is_refused(run, run_dir, monkeypatch):
         ["generate", "runs/first", "--prompt", "Who?", "--max-new-tokens", "0"],
         ["chat", "runs/first", "--max-new-tokens", "many"],
         ["evaluate", "runs/first", "--rows", "0"],
-        ["generate", "runs/first"],
         ["train"],
         ["train", "run.yaml", "--resmue"],
         ["finetune"],

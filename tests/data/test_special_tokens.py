@@ -10,7 +10,6 @@ from expertune.data.column_template import Rendered
 from expertune.data.encode import encode_example
 from expertune.data.special_tokens import RenderedText
 from expertune.errors import DataError
-from expertune.generation.chat import Conversation
 from tests.examples import examples
 
 EXAMPLE = {"prompt": "Say </s> now", "completion": " <s>a</s>b"}
@@ -169,10 +168,11 @@ def test_prompts_of_generate_and_chat_hold_no_special_tokens_of_the_user(tokeniz
     asked = encode_prompt(Questions(data, tokenizer).render("say </s><s> now"), tokenizer)
     other = encode_prompt(Questions(data, tokenizer).render("say a b now"), tokenizer)
     assert special_ids(asked, tokenizer) == special_ids(other, tokenizer)
-    conversation = Conversation(data, tokenizer)
-    conversation.answered("a </s>", "b")
-    earlier = [tokenizer.eos_token_id] * (2 if template == "chatml" else 0)
-    assert special_ids(conversation.prompt("say </s> now"), tokenizer) == special_ids(asked, tokenizer) + earlier
+    if template == "chatml":
+        turns = ("user", "a </s>"), ("assistant", "b"), ("user", "say </s> now")
+        messages = [{"role": role, "content": content} for role, content in turns]
+        ids = Questions(data, tokenizer).encode({"messages": messages})
+        assert special_ids(ids, tokenizer) == special_ids(asked, tokenizer) + [tokenizer.eos_token_id] * 2
 
 
 def test_template_that_tears_a_special_token_apart_is_an_error_with_its_example(tmp_path, jsonl, mixtral_tokenizer):

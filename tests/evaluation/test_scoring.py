@@ -15,7 +15,7 @@ from expertune.errors import ConfigError, DataError
 from expertune.evaluation.metrics import slot_f1
 from expertune.evaluation.scoring import evaluation_loss, score_task
 from expertune.experts.load import RoutingCounts
-from expertune.generation.decoding import Batches
+from expertune.generation.decoding import Batches, Completion
 from expertune.objectives.chunked_loss import LanguageModelLoss
 
 TINY = Path(__file__).parents[2] / "src" / "expertune" / "assets" / "tiny-mixtral"
@@ -159,9 +159,9 @@ def answered(monkeypatch):
     asked = []
 
     def use(answers):
-        def complete(model, tokenizer, prompts, max_new_tokens, batch_size, batches):
+        def complete(model, tokenizer, prompts, sampling, batch_size, batches):
             asked.extend(prompts)
-            return answers[: len(prompts)]
+            return [Completion(text, 1, "stop", 0.0) for text in answers[: len(prompts)]]
 
         monkeypatch.setattr("expertune.evaluation.scoring.complete", complete)
         return asked

@@ -1,72 +1,25 @@
 import logging
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
-from expertune.adapt.attach import attach
 from expertune.checkpoint.load import load_model
-from expertune.config import DataConfig, LoraSection, QuantizationConfig
+from expertune.config import QuantizationConfig
 from expertune.data import encode_prompt
 from expertune.errors import ConfigError, DataError
-from expertune.generation.chat import Conversation, _Pieces, stream
-from expertune.generation.decoding import Batches, complete, end_ids, to_text
-
-TINY = Path(__file__).parents[2] / "src" / "expertune" / "assets" / "tiny-mixtral"
-PROMPTS = [
-    "Sentence: I like FIFA 12.\nMeaning:",
-    "It",
-    "What is the capital of France? The answer to this question is",
-    "Once upon a time",
-]
+from expertune.generation.chat import stream
+from expertune.generation.decoding import Batches, decode, end_ids, to_text
+from expertune.generation.decoding import complete as completions
+from expertune.generation.sampling import Sampling
+from tests.generation.conftest import PROMPTS, TINY
 
 
-@pytest.fixture(scope="module")
-def model():
-    """The embedded Mixtral in float32, with an adapter that changes its answers."""
-    loaded = load_model(TINY, QuantizationConfig(), torch.float32, "cpu")
-    torch.manual_seed(1)  # factors A are drawn as well
-    with warnings.catch_warnings():
-        # PEFT asks transformers for a property by its old name.
-        warnings.simplefilter("ignore", FutureWarning)
-        model = attach(loaded, LoraSection(targets=["attention"]), str(TINY))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
-@pytest.fixture
-def base(model):
-    """The transformers model under the adapter, its settings restored afterwards."""
-    base = model.get_base_model()
-    own, context = base.generation_config, base.config.max_position_embeddings
-    yield base
-    base.generation_config, base.config.max_position_embeddings = own, context
-    base.config.use_cache = True
-
-
-@pytest.fixture
-def tokenizer():
-    return AutoTokenizer.from_pretrained(TINY)
-
-
-@pytest.fixture
-def prompts(tokenizer):
-    return [encode_prompt(prompt, tokenizer) for prompt in PROMPTS]
-
-
-@pytest.fixture
-def widths(base):
-    """Tokens of each forward pass."""
-    seen = []
-    hook = base.model.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    yield seen
-    hook.remove()
+def complete(model, tokenizer, prompts, max_new_tokens, batch_size=32, **sampling):
+    """The texts of the completions."""
+    how = Sampling(max_new_tokens, **sampling)
+    return [each.text for each in completions(model, tokenizer, prompts, how, batch_size)]
 
 
 def test_a_batch_answers_as_each_prompt_alone_would_in_the_callers_order(model, tokenizer, prompts):
@@ -139,7 +92,7 @@ def test_transformers_has_nothing_to_warn_of(model, tokenizer, prompts):
     logging.getLogger("transformers").addHandler(handler)
     try:
         complete(model, tokenizer, prompts, max_new_tokens=4)
-        "".join(stream(model, tokenizer, prompts[0], max_new_tokens=4))
+        "".join(stream(model, tokenizer, prompts[0], Sampling(4)))
     finally:
         logging.getLogger("transformers").removeHandler(handler)
     assert [record.getMessage() for record in records] == []
@@ -177,21 +130,22 @@ def test_without_the_adapter_the_base_model_answers(model, tokenizer, prompts):
 
 def test_progress_counts_answered_prompts(model, tokenizer, prompts):
     seen = []
-    complete(
-        model,
-        tokenizer,
-        prompts,
-        2,
-        batch_size=3,
-        batches=Batches(progress=lambda done, total: seen.append((done, total))),
-    )
+    batches = Batches(progress=lambda done, total: seen.append((done, total)))
+    completions(model, tokenizer, prompts, Sampling(2), batch_size=3, batches=batches)
     assert seen == [(3, 4), (4, 4)]
+
+
+def test_tokens_of_a_batch_are_counted_as_they_come(model, tokenizer, prompts):
+    seen = []
+    completions(model, tokenizer, prompts, Sampling(3), batch_size=3, batches=Batches(each_token=seen.append))
+    assert seen == [1, 2, 3, 1, 2, 3]
 
 
 def test_an_answer_ends_with_the_models_context(model, base, tokenizer, prompts, widths):
     base.config.max_position_embeddings = len(prompts[0]) + 3
-    complete(model, tokenizer, prompts[:1], max_new_tokens=100)
+    (answer,) = completions(model, tokenizer, prompts[:1], Sampling(100))
     assert len(widths) == 3
+    assert (answer.num_tokens, answer.finish_reason) == (3, "context")
 
 
 def test_a_prompt_that_fills_the_context_is_refused(model, base, tokenizer, prompts):
@@ -205,10 +159,9 @@ def test_an_empty_prompt_is_refused(model, tokenizer, prompts):
         complete(model, tokenizer, [prompts[0], []], max_new_tokens=1)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("max_new_tokens", 0), ("batch_size", -1)])
-def test_lengths_and_sizes_are_positive(model, tokenizer, prompts, setting, value):
-    with pytest.raises(ConfigError, match=f"{setting} is {value}; it must be 1 or more"):
-        complete(model, tokenizer, prompts, **{"max_new_tokens": 1, setting: value})
+def test_batches_hold_a_prompt_or_more(model, tokenizer, prompts):
+    with pytest.raises(ConfigError, match="batch_size is -1; it must be 1 or more"):
+        complete(model, tokenizer, prompts, 1, batch_size=-1)
 
 
 def test_without_an_end_token_no_answer_could_end(model, base, tokenizer, prompts):
@@ -218,79 +171,79 @@ def test_without_an_end_token_no_answer_could_end(model, base, tokenizer, prompt
         complete(model, tokenizer, prompts, max_new_tokens=1)
 
 
-def test_streamed_pieces_joined_are_the_whole_answer(model, tokenizer, prompts):
-    for prompt, answer in zip(prompts, complete(model, tokenizer, prompts, max_new_tokens=12), strict=True):
-        pieces = list(stream(model, tokenizer, prompt, max_new_tokens=12))
-        assert "".join(pieces) == answer
-        assert len(pieces) > 3
-        assert all(pieces)
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be 1 or more"),
+        (
+            {"temperature": -0.5},
+            "temperature is -0.5; it must be 0, which takes the most likely token each time",
+        ),
+        ({"temperature": float("nan")}, "temperature is nan; it must be 0"),
+        ({"temperature": float("inf")}, "or from 0.01 to 100"),
+        ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p is 1.5; it must be above 0"),
+        ({"top_k": -1}, "top_k is -1; it must be 0, which means all tokens, or more"),
+        ({"seed": -1}, "seed is -1; it must be from 0 to"),
+    ],
+)
+def test_a_setting_out_of_its_range_is_named(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        Sampling(**setting)
 
 
-@pytest.mark.parametrize("text", ["caf\u00e9 \U0001f600 \u4f60\u597d", "def f():\n    return 1\n", "a \u00e9"])
-def test_pieces_hold_whole_characters_and_every_space(tokenizer, text):
-    pieces = _Pieces(tokenizer, ends=[2])
-    pieces.put(torch.tensor([[1, 5, 6]]))
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    for token_id in [*ids, 2]:
-        pieces.put(torch.tensor([token_id]))
-    pieces.end()
-    sent = [pieces.queue.get() for _ in range(pieces.queue.qsize())]
-    assert "".join(sent) == to_text(ids, tokenizer)
-    assert not any("\ufffd" in piece for piece in sent)
+@pytest.mark.parametrize("how", [{}, {"temperature": 0}, {"temperature": 0, "top_p": 0.5, "seed": 3}])
+def test_nothing_is_drawn_by_default_nor_at_temperature_0(model, tokenizer, prompts, how):
+    assert Sampling(**how).is_greedy
+    before = torch.get_rng_state()
+    first = complete(model, tokenizer, prompts, 8, **how)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first == complete(model, tokenizer, prompts, 8)
 
 
-def test_half_a_character_at_the_end_is_shown_as_such(tokenizer):
-    ids = tokenizer("\U0001f600", add_special_tokens=False).input_ids
-    assert len(ids) > 1
-    pieces = _Pieces(tokenizer, ends=[2])
-    for value in ([1], *([token_id] for token_id in ids[:-1])):
-        pieces.put(torch.tensor(value))
-    pieces.end()
-    assert pieces.queue.get() == to_text(ids[:-1], tokenizer)
+def test_draws_are_those_of_the_seed_and_leave_the_programs_own_alone(model, tokenizer, prompts):
+    before = torch.get_rng_state()
+    drawn = [complete(model, tokenizer, prompts, 8, temperature=1, seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0] != complete(model, tokenizer, prompts, 8)
 
 
-def test_an_error_while_streaming_reaches_the_reader(model, base, tokenizer, prompts):
-    def fail(*_):
-        raise RuntimeError("out of memory")
-
-    hook = base.lm_head.register_forward_pre_hook(fail)
-    try:
-        with pytest.raises(RuntimeError, match="out of memory"):
-            list(stream(model, tokenizer, prompts[0], max_new_tokens=4))
-    finally:
-        hook.remove()
-    with pytest.raises(ConfigError, match="max_new_tokens is 0"):
-        list(stream(model, tokenizer, prompts[0], max_new_tokens=0))
+def test_draws_without_a_seed_are_the_programs_own(model, tokenizer, prompts):
+    torch.manual_seed(7)
+    first, second = (complete(model, tokenizer, prompts, 8, top_p=0.95) for _ in range(2))
+    assert first != second
+    torch.manual_seed(7)
+    assert complete(model, tokenizer, prompts, 8, top_p=0.95) == first
 
 
-def test_closing_the_stream_stops_the_model(model, tokenizer, prompts, widths):
-    pieces = stream(model, tokenizer, prompts[0], max_new_tokens=1000)
-    next(pieces)
-    pieces.close()
-    num_forwards = len(widths)
-    assert num_forwards < 900
-    complete(model, tokenizer, prompts[:1], max_new_tokens=1)
-    assert len(widths) == num_forwards + 1
+@pytest.mark.parametrize("how", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 0.01}])
+def test_draws_from_one_token_are_greedy(model, tokenizer, prompts, how):
+    assert not Sampling(**how).is_greedy
+    assert complete(model, tokenizer, prompts, 8, seed=1, **how) == complete(model, tokenizer, prompts, 8)
 
 
-def test_a_chat_template_remembers_the_conversation(tokenizer):
-    conversation = Conversation(DataConfig(train="rows.jsonl", format="dolly", template="chatml"), tokenizer)
-    assert conversation.keeps_history
-    first = conversation.prompt("Who are you?")
-    conversation.answered("Who are you?", "A model.")
-    second = tokenizer.decode(conversation.prompt("Whose?"))
-    for text in ("Who are you?", "A model.", "Whose?"):
-        assert text in second
-    assert second.startswith(tokenizer.decode(first))
+def test_draws_are_by_the_callers_settings_alone(model, base, tokenizer, prompts):
+    expected = complete(model, tokenizer, prompts, 8, temperature=1, seed=1)
+    # transformers would fill what is left open from here, and from defaults of its own: top_k 50.
+    base.generation_config = GenerationConfig(do_sample=True, temperature=0.1, top_k=1, top_p=0.1, eos_token_id=2)
+    assert complete(model, tokenizer, prompts, 8, temperature=1, seed=1) == expected
+    with torch.random.fork_rng([]):
+        torch.manual_seed(1)
+        ids = torch.tensor([prompts[1]])
+        stock = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 8}
+        base.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
+        output = base.generate(ids, attention_mask=torch.ones_like(ids), **stock)[0, len(prompts[1]) :].tolist()
+    ((own, _),) = decode(model, tokenizer, prompts[1:2], Sampling(8, temperature=1, seed=1))
+    assert own == output[: len(own)]
 
 
-def test_other_templates_ask_each_question_alone(tokenizer):
-    data = DataConfig(
-        train="rows.csv", format="prompt-completion", template="viggo", columns={"prompt": "ref", "completion": "mr"}
-    )
-    conversation = Conversation(data, tokenizer)
-    first = conversation.prompt("I like FIFA 12.")
-    conversation.answered("I like FIFA 12.", "inform(name[FIFA 12])")
-    assert first == encode_prompt("Sentence: I like FIFA 12.\nMeaning:", tokenizer)
-    assert conversation.prompt("I like FIFA 12.") == first
-    assert not conversation.keeps_history
+def test_an_answer_says_why_it_ends_and_how_long_it_is(model, base, tokenizer, prompts):
+    long = completions(model, tokenizer, prompts[:1], Sampling(12))[0]
+    assert (long.num_tokens, long.finish_reason) == (12, "length")
+    assert long.seconds > 0
+    third = tokenizer(long.text, add_special_tokens=False).input_ids[2]
+    base.generation_config = GenerationConfig(eos_token_id=[2, third])
+    short = completions(model, tokenizer, prompts[:1], Sampling(12))[0]
+    assert short.finish_reason == "stop"
+    assert short.num_tokens < 12

@@ -46,7 +46,26 @@ OtherBase = Annotated[
         "--other-base", help="Continue although the model's weights are not those that the adapter was trained on."
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="The longest answer, in tokens.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(metavar="T", help="Draw tokens by their probability at T; 0, the default, takes the likeliest."),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(metavar="P", help="Draw from the likeliest tokens that add up to P; at temperature 1 by default."),
+]
+TopK = Annotated[
+    int | None, typer.Option(metavar="K", help="Draw from the K likeliest tokens; at temperature 1 by default.")
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Draw as another command with this seed did.")]
+System = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="A system prompt, where the run's template has a place for one.")
+]
+Column = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=TEXT", help="A column that the template needs beside the prompt; may be repeated."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", callback=_silence_libraries, help="Show the notes and warnings of libraries too.")

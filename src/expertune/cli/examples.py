@@ -20,9 +20,16 @@ EXAMPLES = {
     ),
     "generate": (
         "expertune generate runs/first --prompt 'What is the capital of Malta?'",
+        "expertune generate runs/first --prompt 'Who was born there?' --column context='Valletta is ...' --compare",
+        "expertune generate runs/first --prompt-file questions.txt --json > answers.jsonl",
+        "expertune generate runs/first --prompt 'A poem, please.' --temperature 0.8 --top-p 0.95 --seed 1",
         "cat question.txt | expertune generate runs/first --prompt - > answer.txt",
     ),
-    "chat": ("expertune chat runs/first", "expertune chat runs/first --base-only"),
+    "chat": (
+        "expertune chat runs/first",
+        "expertune chat runs/first --system 'Answer in one sentence.' --temperature 0.7",
+        "expertune chat runs/first --base-only",
+    ),
     "quantize": (
         "expertune quantize mistralai/Mixtral-8x7B-v0.1 Mixtral-8x7B-v0.1-nf4",
         "expertune quantize --verify Mixtral-8x7B-v0.1-nf4",

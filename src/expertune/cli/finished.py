@@ -1,7 +1,5 @@
 """The commands that use a finished run: evaluate, generate, chat."""
 
-import contextlib
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,17 +11,26 @@ from expertune.cli.arguments import (
     Adapter,
     BaseModel,
     BaseOnly,
+    Column,
     Json,
     MaxNewTokens,
     OtherBase,
     RunDir,
+    Seed,
+    System,
+    Temperature,
+    TopK,
+    TopP,
     TrustRemoteCode,
     Verbose,
 )
+from expertune.cli.conversing import converse, how_it_goes
+from expertune.cli.prompts import check_prompts, columns_of, drawn, read_prompts
 from expertune.distributed.processes import require_one_process
 from expertune.errors import ConfigError
+from expertune.generation.sampling import Sampling
 from expertune.run.directory import ADAPTER_FOLDER
-from expertune.terminal import converse, log, print_json, print_scores, print_tasks, stdout_for_results
+from expertune.terminal import log, print_json, print_scores, print_tasks, stdout_for_results
 
 
 def evaluate(
@@ -78,38 +85,84 @@ def evaluate(
 
 def generate(
     run_dir: RunDir,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to answer; - reads it from stdin.")],
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What to answer; - reads it from stdin, as one prompt.")
+    ] = None,
+    prompt_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Prompts to answer: one a line, or with the template's columns as .jsonl, .csv, ...; - is stdin.",
+        ),
+    ] = None,
+    column: Column = None,
+    system: System = None,
     max_new_tokens: MaxNewTokens = 100,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Show the base model's answer and the tuned one's, differences marked.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts answered at once.")] = 32,
     base_only: BaseOnly = False,
     adapter: Adapter = None,
     trust_remote_code: TrustRemoteCode = False,
     model: BaseModel = None,
     other_base: OtherBase = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object for each prompt, a line each.")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Answer one prompt, put through the run's template. Prints the answer only, stripped of white space around it."""
+    """Answer prompts, put through the run's template.
+
+    Prints the answer to --prompt and nothing else; of a file, each prompt and its answer. White space around an answer
+    is left out.
+    """
     require_one_process()
-    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
-    if not text.strip():
-        raise ConfigError("the prompt holds no text; give it as --prompt TEXT, or as --prompt - on stdin")
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    columns = columns_of(column)
+    check_prompts(prompt, prompt_file, columns)
+    if compare and base_only:
+        raise ConfigError("--compare answers with the adapter and without it; leave out --base-only")
     RunRecord.load(run_dir)
+    prompts = read_prompts(prompt, prompt_file)
     with stdout_for_results():
-        answer = expertune.generate(
+        answers = expertune.answers(
             run_dir,
-            text,
+            prompts.asked,
             max_new_tokens=max_new_tokens,
             base_only=base_only,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=drawn(sampling),
+            system=system,
+            columns=columns,
+            batch_size=batch_size,
+            compare=compare,
+            places=prompts.places,
             adapter=adapter,
             trust_remote_code=trust_remote_code,
             other_base=other_base,
             model=model,
         )
-    print(answer)
+    from expertune.cli.answered import Form, print_answers
+
+    print_answers(answers, Form(compare, as_json, with_prompts=prompt_file is not None), max_new_tokens)
 
 
 def chat(
     run_dir: RunDir,
+    system: System = None,
+    column: Column = None,
     max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
     base_only: BaseOnly = False,
     adapter: Adapter = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -117,17 +170,32 @@ def chat(
     other_base: OtherBase = False,
     verbose: Verbose = False,
 ) -> None:
-    """Talk to a run, one line at a time. /exit or Ctrl-D ends; Ctrl-C stops an answer.
+    """Talk to a run, one line at a time. /help lists the commands; /exit or Ctrl-D ends; Ctrl-C stops an answer.
 
-    Earlier turns are remembered only where the run's template is a chat template.
+    Earlier turns are part of a question where the run's template is a chat template.
     """
     require_one_process()
-    RunRecord.load(run_dir)
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    columns = columns_of(column)
+    record = RunRecord.load(run_dir)
     with stdout_for_results():
-        run = expertune.open_run(
-            run_dir, adapter=adapter, trust_remote_code=trust_remote_code, other_base=other_base, model=model
+        conversation = expertune.chat(
+            run_dir,
+            max_new_tokens=max_new_tokens,
+            base_only=base_only,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=drawn(sampling),
+            system=system,
+            columns=columns,
+            adapter=adapter,
+            trust_remote_code=trust_remote_code,
+            other_base=other_base,
+            model=model,
         )
-    which = "its final adapter" if run.adapter == ADAPTER_FOLDER else f"the adapter of {run.adapter}"
-    log(f"{run_dir}: {run.config.model} with{'out' if base_only else ''} {which}. /exit or Ctrl-D ends.")
-    with run.model.disable_adapter() if base_only else contextlib.nullcontext():
-        converse(run, max_new_tokens)
+    which = "its final adapter" if adapter in (None, ADAPTER_FOLDER) else f"the adapter of {adapter}"
+    base = model or record.section("config").get("model", "the base model")
+    log(f"{run_dir}: {base} with{'out' if base_only else ''} {which}. /help lists commands; /exit or Ctrl-D ends.")
+    log(how_it_goes(conversation))
+    converse(conversation)

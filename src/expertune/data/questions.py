@@ -56,11 +56,18 @@ class Questions:
         return self.layout.main_column
 
     @property
+    def answers(self) -> set[str]:
+        """The columns of an example that hold its answer, which a question has no use of."""
+        if self.layout.is_conversation and not self.layout.prompt:
+            return set()
+        return {"completion", *(layout.answer for layout in self._layouts)}
+
+    @property
     def columns(self) -> list[str]:
         """The columns that a question may have, under our names and the file's; the main one first."""
         layout = self.layout
         if isinstance(self.template, ColumnTemplate):
-            used = set(self.template.variables) - {layout.answer, "completion"}
+            used = set(self.template.variables) - self.answers
             used |= set(layout.prompt) if "prompt" in used else set()
             used |= set(SYSTEM) if "system" in used else set()
         else:

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -156,7 +156,7 @@ class Conversation:
         """The answer to a message, without white space around it. Raises what `stream` does."""
         return "".join(self.stream(message)).strip()
 
-    def stream(self, message: str) -> Iterator[str]:
+    def stream(self, message: str) -> Generator[str, None, None]:
         """The answer to a message, piece by piece. The turn is remembered, as far as the answer came.
 
         Raises:
@@ -194,7 +194,7 @@ class Conversation:
         """
         turns = list(self.turns)
         ids = self._encode(message, turns)
-        context = context_length(self._model.config)  # type: ignore[arg-type]
+        context = context_length(self._model.config)
         if context is not None:
             most = context - min(self.sampling.max_new_tokens, int(context * _MOST_RESERVED))
             while len(ids) > most and turns:
@@ -222,7 +222,9 @@ class Conversation:
     def _remember(self, message: str, answer: str) -> None:
         if not self.remembers:
             return
-        if not answer.strip():
+        # A template may write the space before an answer itself, as Mistral's does.
+        answer = answer.strip()
+        if not answer:
             # Many templates refuse an empty turn, or two turns of the user.
             self._notify("the answer is empty, and the question is forgotten")
             return

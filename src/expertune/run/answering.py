@@ -126,7 +126,8 @@ def answers(
     sampling, system, columns = _of_every_prompt(max_new_tokens, options)
     if compare and base_only:
         raise ConfigError(f"{option('compare')} answers with the adapter and without it; leave out base_only")
-    places = places or ["the prompt"] if len(prompts) == 1 else [f"prompt {n + 1}" for n in range(len(prompts))]
+    if not places:
+        places = ["the prompt"] if len(prompts) == 1 else [f"prompt {n + 1}" for n in range(len(prompts))]
     for place, prompt in zip(places, prompts, strict=True):
         if isinstance(prompt, str) and not prompt.strip():
             raise ConfigError(f"{place} holds no text; write one")
@@ -151,6 +152,9 @@ def answers(
             raise DataError(
                 f"{place} has {len(ids[-1])} tokens, but the model's context holds {asked.context}; shorten it"
             )
+    given = {name: None for prompt in prompts if not isinstance(prompt, str) for name in prompt}
+    if unused := [name for name in given if name not in {*questions.columns, *questions.answers}]:
+        asked.notify(f"template {questions.template.name} does not use the prompts' columns {', '.join(unused)}")
     which = [True, False] if compare else [base_only]
     return _Answering(asked.opened(), sampling, which, asked.context).answers(prompts, ids, size)
 
@@ -203,6 +207,7 @@ class _Asked:
         data: the run's data section, settled.
         tokenizer: the base model's.
         context: tokens that the model's context holds; None where it names no limit.
+        notify: shows the user a line.
     """
 
     def __init__(self, run: Run | str | Path, opening: OpenOptions) -> None:
@@ -210,11 +215,11 @@ class _Asked:
         self._run = opened_run(run, opening) if isinstance(run, Run) else None
         if self._run is not None:
             self.data, self.tokenizer = self._run.data, self._run.tokenizer
-            self.context = context_length(self._run.model.config)
+            self.context, self.notify = context_length(self._run.model.config), self._run.context.notify
             return
         trust = opening.get("trust_remote_code", False)
         self._found = find_run(run, opening.get("adapter"), trust, opening.get("model"))  # type: ignore[arg-type]
-        self.data = Run(self._found.context).data
+        self.data, self.notify = Run(self._found.context).data, self._found.context.notify
         self.tokenizer = load_tokenizer(self._found.base.folder, trust)
         self.context = context_length(read_config(self._found.base.folder, trust))
 
