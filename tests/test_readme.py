@@ -108,6 +108,14 @@ def test_readme_is_short_and_shows_both_commands_first() -> None:
     assert "make test" in opening
 
 
+def test_tools_are_compared_in_the_versions_that_were_read() -> None:
+    header = next(line for line in README.splitlines() if line.startswith("| | Expertune |"))
+    versions = re.findall(r"(\d[\d.]+) \|", header)
+    assert len(versions) == 5
+    wheels = re.findall(r"`\w+-(\d[\d.]+)`", (ROOT / "docs" / "peers.md").read_text(encoding="utf-8"))
+    assert all(wheel.startswith(version) for wheel, version in zip(wheels, versions, strict=True))
+
+
 def test_every_page_can_be_reached_from_the_index() -> None:
     index = ROOT / "docs" / "index.md"
     seen, open_pages = set(), [index]
