@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.ranks import run_jobs
-from tests.distributed.test_replicated import BEFORE, FEW, OF_FAMILY, ONE, SHORT_TASK, UNEVEN, train, write_place
+from tests.distributed.test_replicated import BEFORE, FEW, OF_FAMILY, ONE, TASK, UNEVEN, train, write_place
 
 RUNS = {f"{family}-1": [f"model={family}", *ONE, *more] for family, more in OF_FAMILY.items()} | {
-    "few-1": [*ONE, *FEW, *SHORT_TASK],
+    "few-1": [*ONE, *FEW, *TASK],
     # Of one process it decides nothing.
     "uneven-1": ["training.per_device_train_batch_size=3", *UNEVEN, "distributed.experts=shard"],
 }

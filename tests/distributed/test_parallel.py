@@ -21,7 +21,6 @@ from tests.distributed.test_replicated import (
     ONE,
     OTHER_RANKS,
     RANKS,
-    SHORT_TASK,
     TASK,
     TWO,
     UNEVEN,
@@ -86,7 +85,7 @@ def on_while(owner, name, when):
     setattr(owner, name, watched)
 on_while(Promises, "_forward_and_backward", lambda self, *_: self.state.global_step == 1)
 on_while(HeldOut, "loss", lambda self, step, **_: step == 2 and not now.update(attempt=0, place=0))
-on_while(HeldOut, "score", lambda self, step, **_: step == 4 and not now.update(attempt=0, place=0, stride=11))
+on_while(HeldOut, "score", lambda self, step, **_: step == 2 and not now.update(attempt=0, place=0, stride=11))
 fall_back = OutOfMemory._fall_back
 def again(self, *args):
     now["attempt"], now["place"] = now["attempt"] + 1, 0
@@ -97,7 +96,7 @@ OutOfMemory._choose = lambda self, phase, part: (limits[phase], 1 if phase == "g
 """
 SCARCE_RUN = [
     *("training.per_device_train_batch_size=2", "training.per_device_eval_batch_size=2"),
-    *("training.gradient_checkpointing=true", *PARALLEL, *FEW, *SHORT_TASK),
+    *("training.gradient_checkpointing=true", *PARALLEL, *FEW, *TASK),
 ]
 QUANTIZED_HERE = """
 os.mkdir("here")
@@ -162,16 +161,14 @@ def jobs(budget: int) -> dict[str, list[str]]:
         "three examples on four": train(4, "few-4", [*FOUR, *PARALLEL, *FEW]),
         "two by two": train(4, "mesh", [*FOUR, *PARALLEL, *TASK, "distributed.expert_parallel_size=2"], {3: TIMEOUTS}),
         "quantize": command(1, ["quantize", "mixtral", "nf4"]),
-        "from the disk": train(
-            2, "disk", ["model=nf4", *TWO, *PARALLEL, *TASK, "placement=disk"], {0: VERIFIED, 1: VERIFIED}
-        ),
+        "from the disk": train(2, "disk", ["model=nf4", *TWO, *PARALLEL, "placement=disk"], {0: VERIFIED, 1: VERIFIED}),
         "half": train(2, "half", ["model=nf4", *TWO, *PARALLEL, "training.max_steps=2", f"memory_budget={budget}"]),
         "damage": [DAMAGED],
         "damaged": train(2, "hurt", ["model=damaged", *TWO, *PARALLEL]),
         "two, back": back_to_step_2("mixtral-2", "two-one"),
-        "two to one": train(1, "two-one", [*TWO, *TASK, "--resume"]),
+        "two to one": train(1, "two-one", [*TWO, "--resume"]),
         "one, back": back_to_step_2("mixtral-1", "one-four"),
-        "one to four": train(4, "one-four", [*ONE, *PARALLEL, *TASK, "--resume"]),
+        "one to four": train(4, "one-four", [*ONE, *PARALLEL, "--resume"]),
         "other kind of folder": train(2, "kind", [*TWO, *PARALLEL], {1: QUANTIZED_HERE}),
         "not finite after an update": train(2, "divided", [*TWO, *PARALLEL], {1: DIVIDES_BY_ZERO}),
         "too many": train(5, "many", PARALLEL),
@@ -180,8 +177,8 @@ def jobs(budget: int) -> dict[str, list[str]]:
         "not finite": train(2, "nan", [*TWO, *PARALLEL], {1: NOT_FINITE}),
         "full disk": train(2, "full", [*TWO, *PARALLEL], {0: FULL_DISK}),
         "scarce": train(2, "scarce", SCARCE_RUN, {rank: SCARCE_ANYWHERE.format(rank=rank) for rank in (0, 1)}),
-        "killed": train(2, "killed", [*TWO, *PARALLEL, *TASK], {1: KILLED_SAVING}),
-        "killed, resumed": train(2, "killed", [*TWO, *PARALLEL, *TASK, "--resume"]),
+        "killed": train(2, "killed", [*TWO, *PARALLEL], {1: KILLED_SAVING}),
+        "killed, resumed": train(2, "killed", [*TWO, *PARALLEL, "--resume"]),
     }
 
 

@@ -70,14 +70,12 @@ TWO = [
 ]
 FOUR = ["training.per_device_train_batch_size=1"]
 OF_RANKS = {2: TWO, 4: FOUR}
-# A family with one number of ranks in the default tests, with the other in the slow ones.
-RANKS = {"mixtral": 2, "qwen3_moe": 4, "gpt_oss": 2}
-OTHER_RANKS = {family: 6 - ranks for family, ranks in RANKS.items()}
-TASK = ["task.metric=exact-match", "task.max_new_tokens=4", "task.batch_size=2"]
-SHORT_TASK = [*TASK, "task.max_new_tokens=2"]
+# On two ranks in the default tests, on four in the slow ones.
+RANKS, OTHER_RANKS = dict.fromkeys(FAMILIES, 2), dict.fromkeys(FAMILIES, 4)
+TASK = ["task.metric=exact-match", "task.max_new_tokens=2", "task.batch_size=2"]
 # Attention of gpt_oss does not keep concatenated sequences apart.
 OF_FAMILY = {"mixtral": TASK, "qwen3_moe": [], "gpt_oss": ["data.packing=padded"]}
-FEW, UNEVEN = ["data.train=rows.jsonl[0:3]"], ["data.train=rows.jsonl[0:9]"]
+FEW, UNEVEN = ["data.train=rows.jsonl[0:3]", "training.max_steps=2"], ["data.train=rows.jsonl[0:9]"]
 DROPOUT = [*TWO, "lora.dropout=0.1", "training.load_best_model_at_end=true"]
 
 AT_STEP = """
@@ -198,7 +196,8 @@ def of_families(ranks: dict[str, int], *arguments: str) -> dict[str, list[str]]:
 
 
 def jobs(budget: int) -> dict[str, list[str]]:
-    return of_families(RANKS) | {
+    # Ranks with all experts each do nothing with them together: the other families are left to the slow tests.
+    return of_families({"mixtral": 2}) | {
         "chosen": train(2, "chosen", [*TWO, f"memory_budget={budget}"]),
         "chosen, back": back_to_step_2("chosen", "chosen-anew"),
         "chosen anew": train(4, "chosen-anew", [*TWO, "training.ddp_timeout=90", "--resume"]),
@@ -209,11 +208,11 @@ def jobs(budget: int) -> dict[str, list[str]]:
         "killed": train(2, "killed", DROPOUT, {1: KILLED}),
         "killed, resumed": train(2, "killed", [*DROPOUT, "--resume"]),
         "two, back": back_to_step_2("mixtral-2", "two-one"),
-        "two to one": train(1, "two-one", [*TWO, *TASK, "--resume"]),
+        "two to one": train(1, "two-one", [*TWO, "--resume"]),
         "one, back": back_to_step_2("mixtral-1", "one-two"),
-        "one to two": train(2, "one-two", [*ONE, *TASK, "--resume"]),
+        "one to two": train(2, "one-two", [*ONE, "--resume"]),
         "one, back again": back_to_step_2("mixtral-1", "three"),
-        "three cannot": train(3, "three", [*ONE, *TASK, "--resume"]),
+        "three cannot": train(3, "three", [*ONE, "--resume"]),
         "without the file": train(2, "absent", TWO, {1: "os.chdir('bare')"}),
         "other files": train(2, "other", TWO, {1: "os.chdir('elsewhere')"}),
         "other run file": train(2, "file", TWO, {1: "extra.append('training.learning_rate=1e-3')"}),
@@ -270,13 +269,12 @@ def assert_same_result(place: Place, one: str, other: str) -> None:
         )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_ranks_give_the_losses_and_the_adapter_of_one_process(place: Place, family: str) -> None:
-    assert_one_process_agrees(place, family, RANKS[family])
+def test_ranks_give_the_losses_and_the_adapter_of_one_process(place: Place) -> None:
+    assert_one_process_agrees(place, "mixtral", 2)
 
 
 @pytest.mark.slow
-def test_the_other_number_of_ranks_gives_them_too(one_process: Path, tmp_path: Path) -> None:
+def test_more_ranks_and_the_other_families_give_them_too(one_process: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(one_process, tmp_path / "place"))
     place = Place(folder, run_jobs(of_families(OTHER_RANKS), folder, BEFORE))
     for family, world_size in OTHER_RANKS.items():

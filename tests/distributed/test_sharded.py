@@ -128,12 +128,11 @@ def jobs() -> dict[str, list[str]]:
     return found | {
         "three": train(3, "uneven-3", [*RUNS["uneven-1"], *FOUR, *SHARD]),
         "three examples on five": train(5, "few-5", [*FEW, *FOUR, *SHARD]),
-        "from the disk": train(2, "disk", ["model=nf4", *TWO, *SHARD, *TASK, "placement=disk"]),
+        "from the disk": train(2, "disk", ["model=nf4", *TWO, *SHARD, "placement=disk"]),
         "two, back": back_to_step_2("mixtral-2", "two-two"),
-        "two to two": train(2, "two-two", [*TWO, *SHARD, *TASK, "--resume"]),
+        "two to two": train(2, "two-two", [*TWO, *SHARD, "--resume"]),
         "two, back again": back_to_step_2("mixtral-2", "two-parallel"),
-        "to parallel": train(2, "two-parallel", [*TWO, *TASK, "distributed.experts=parallel", "--resume"]),
-        "not finite": train(2, "nan", [*TWO, *SHARD], {0: NOT_FINITE}),
+        "to parallel": train(2, "two-parallel", [*TWO, "distributed.experts=parallel", "--resume"]),
         "scarce": train(2, "scarce", SCARCE_RUN, {0: SCARCE, 1: SCARCE_ANSWERING}),
         "scarce at first": train(2, "scarce-at-first", [*FEW_STEPS, *SHARD], {1: SCARCE_COMPARING}),
     }
@@ -258,24 +257,20 @@ def test_memory_that_runs_out_while_losses_are_compared_on_one_rank_has_all_comp
 
 
 @pytest.mark.slow
-def test_rank_that_does_not_come_to_a_layer_is_named(tmp_path: Path) -> None:
+def test_error_on_one_rank_and_a_rank_that_does_not_come_to_a_layer_end_all_and_are_said_once(tmp_path: Path) -> None:
     folder = write_place(tmp_path / "place")
-    late = train(2, "late", [*FEW_STEPS, *SHARD, "training.ddp_timeout=3"], {1: STOPS_GATHERING})
-    place = Place(folder, run_jobs({"late": late}, folder, BEFORE))
-    assert place.statuses("late") == [2, 2], place.said("late")
-    assert place.said("late").count("error:") == 1, place.said("late")
-    assert "rank 1 of 2 ended without a word, or kept the others waiting for more than 3 s" in place.said("late")
-
-
-REFUSED = {
-    "not finite": "rank 0: the loss became nan in step 2 on rows.jsonl",
-}
-
-
-@pytest.mark.parametrize("job", REFUSED)
-def test_error_on_one_rank_ends_all_and_is_said_once(place: Place, job: str) -> None:
-    assert set(place.statuses(job)) == {2}, place.said(job)
-    said = place.said(job)
-    assert said.count("error:") == 1, said
-    assert "Traceback" not in said
-    assert REFUSED[job] in " ".join(said.split())
+    jobs = {
+        "late": train(2, "late", [*FEW_STEPS, *SHARD, "training.ddp_timeout=3"], {1: STOPS_GATHERING}),
+        "not finite": train(2, "nan", [*TWO, *SHARD], {0: NOT_FINITE}),
+    }
+    place = Place(folder, run_jobs(jobs, folder, BEFORE))
+    words = {
+        "late": "rank 1 of 2 ended without a word, or kept the others waiting for more than 3 s",
+        "not finite": "rank 0: the loss became nan in step 2 on rows.jsonl",
+    }
+    for job in jobs:
+        said = place.said(job)
+        assert place.statuses(job) == [2, 2], said
+        assert said.count("error:") == 1, said
+        assert "Traceback" not in said
+        assert words[job] in " ".join(said.split())
