@@ -20,7 +20,7 @@ from expertune.run.source import load_config
 
 if TYPE_CHECKING:
     from expertune.api import finetune, plan
-    from expertune.exporting.export import export
+    from expertune.exporting.export import export, verify
     from expertune.models import attach, load_adapter, load_model, quantize
     from expertune.run.answering import answers, chat, generate
     from expertune.run.evaluation import evaluate
@@ -46,12 +46,13 @@ __all__ = [
     "plan",
     "prepare_threads",
     "quantize",
+    "verify",
 ]
 
 # Where the names lie that need torch.
 _MODULES = {
     "api": ("finetune", "plan"),
-    "exporting.export": ("export",),
+    "exporting.export": ("export", "verify"),
     "models": ("attach", "load_adapter", "load_model", "quantize"),
     "planning": ("make_plan",),  # the earlier name of `plan`, of a RunConfig alone
     "run.answering": ("answers", "chat", "generate"),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -40,6 +41,11 @@ def trained(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.TempP
     }
     values["data"].pop("template")
     return expertune.finetune(parse_config(values)).output_dir
+
+
+def engines_of(folder: Path) -> list[dict[str, Any]]:
+    engines: list[dict[str, Any]] = json.loads((folder / "verification.json").read_text())["engines"]
+    return engines
 
 
 @pytest.fixture
@@ -97,12 +103,40 @@ def test_wrong_export_ends_with_2_and_stays_beside_its_place_with_what_came_of_i
     assert "computes something else" in ended.stderr
     assert "q_proj of model.layers.0" in " ".join(ended.stderr.split())
     assert [path.name for path in (copied / "exports").iterdir()] == ["peft.partial"]
-    written = json.loads((copied / "exports" / "peft.partial" / "verification.json").read_text())
-    assert written["engines"][0]["verdict"] == "failed"
+    assert engines_of(copied / "exports" / "peft.partial")[0]["verdict"] == "failed"
     monkeypatch.undo()
     expertune.export(copied, "peft", verify=False)
     assert sorted(path.name for path in (copied / "exports").iterdir()) == ["peft"]
-    assert not (copied / "exports" / "peft" / "verification.json").exists()
+    assert engines_of(copied / "exports" / "peft") == []
+
+
+def test_export_that_has_moved_is_verified_again_and_its_card_says_what_came_of_it(
+    copied: Path, tmp_path: Path, copied_processes: None
+) -> None:
+    expertune.export(copied, "peft", verify=False)
+    moved = (copied / "exports" / "peft").rename(tmp_path / "moved")
+    before = sorted(path.name for path in moved.iterdir())
+    ended = CliRunner().invoke(app, ["verify", str(moved)])
+    assert ended.exit_code == 2
+    assert "moved: lies in no run directory; give the run that it is of with --run RUN_DIR" in ended.output
+    (moved / ".scratch-of-one-that-was-killed").mkdir()
+    ended = CliRunner().invoke(app, ["verify", str(moved), "--run", str(copied)])
+    assert ended.exit_code == 0, ended.output
+    assert ended.stdout.splitlines()[0].endswith("): verified")
+    assert engines_of(moved)[0]["verdict"] == "verified"
+    assert "| verified |" in (moved / "README.md").read_text()
+    tensors = load_file(moved / "adapter_model.safetensors")
+    tensors = {name: tensor * (-1 if ".w1.lora_B" in name else 1) for name, tensor in tensors.items()}
+    save_file(tensors, moved / "adapter_model.safetensors")
+    with pytest.raises(ExportError, match=r"not as they were written\. .*verification\.json has what was found"):
+        expertune.verify(moved, copied)
+    assert engines_of(moved)[0]["verdict"] == "failed"
+    assert sorted(path.name for path in moved.iterdir()) == before
+
+
+def test_folder_that_no_export_has_written_is_not_verified(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"no verification\.json here; give a folder that `expertune export` has"):
+        expertune.verify(tmp_path)
 
 
 def remove_the_adapter(run: Path) -> None:
@@ -173,22 +207,37 @@ def test_disk_that_is_too_small_is_said_before_anything_is_written(
     assert not (copied / "exports").exists()
 
 
+def test_room_that_only_the_comparison_needs_is_said_before_anything_is_written(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Merged, "nbytes_to_verify", lambda *_: 2**60)
+    with pytest.raises(
+        StorageError, match=r"comparing it needs .* for a while.*leave the comparison out with --no-verify"
+    ):
+        expertune.export(copied, "merged")
+    assert not (copied / "exports").exists()
+
+
 @pytest.mark.parametrize(("asked", "message"), [("pefft", "did you mean peft"), ("onnx", "known: ")])
 def test_format_that_there_is_not_is_refused_by_name(asked: str, message: str, copied: Path) -> None:
     with pytest.raises(ConfigError, match=rf"--to {asked}: no such format.*{message}"):
         expertune.export(copied, asked)
 
 
-def test_command_refuses_a_format_before_it_imports_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [(["onnx"], "--to onnx: no such format"), (["gguf", "--type", "q4_k_m"], "--type q4_k_m: --to gguf writes f32")],
+)
+def test_command_refuses_a_format_before_it_imports_torch(asked: list[str], says: str, tmp_path: Path) -> None:
     code = "import sys; from expertune.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
     ended = subprocess.run(
-        [sys.executable, "-c", code, "export", str(tmp_path), "--to", "onnx"],
+        [sys.executable, "-c", code, "export", str(tmp_path), "--to", *asked],
         capture_output=True,
         text=True,
         check=False,
     )
     assert ended.stdout == "False\n"
-    assert "--to onnx: no such format" in ended.stderr
+    assert says in ended.stderr
 
 
 def test_second_export_to_the_same_folder_is_refused_while_the_first_writes(copied: Path, tmp_path: Path) -> None:
@@ -199,7 +248,7 @@ def test_second_export_to_the_same_folder_is_refused_while_the_first_writes(copi
             expertune.export(copied, "peft", out=out, verify=False)
         assert (partial / "first.txt").read_text() == "first"
     expertune.export(copied, "peft", out=out, verify=False)
-    names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    names = {"README.md", "adapter_config.json", "adapter_model.safetensors", "verification.json"}
     assert {path.name for path in out.iterdir()} == names
     assert not partial.exists()
 
@@ -243,8 +292,7 @@ def test_failed_export_is_kept_beside_its_place_and_its_verdict_does_not_go_into
     assert ended.exit_code == 2
     assert "computes something else from this export: w1 disagrees" in ended.output
     assert not out.exists()
-    kept = json.loads((tmp_path / "out.partial" / "verification.json").read_text())
-    assert [engine["verdict"] for engine in kept["engines"]] == ["failed"]
+    assert [engine["verdict"] for engine in engines_of(tmp_path / "out.partial")] == ["failed"]
     assert CliRunner().invoke(app, [*arguments, "--no-verify"]).exit_code == 0
-    assert not (out / "verification.json").exists()
+    assert engines_of(out) == []
     assert not (tmp_path / "out.partial").exists()

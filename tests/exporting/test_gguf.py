@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from expertune.checkpoint.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
 from expertune.errors import ConfigError, ExportError
 from expertune.exporting import programs
-from expertune.exporting.engines import gguf_converter
+from expertune.exporting.engines import gguf_converter, gguf_tensors
 from expertune.exporting.formats import Options, make_format
 from expertune.exporting.gguf import ADAPTER_FILE
 from expertune.exporting.verify import verify
@@ -40,8 +40,7 @@ def adapter(tmp_path_factory, copied_processes):
     form.require(source)
     form.write(source, folder, lambda *_: None)
     [verdict] = verify(source, form, folder, MODEL)
-    yield source, form, folder, verdict
-    del form  # and the base model as a GGUF file
+    return source, form, folder, verdict
 
 
 @pytest.fixture
@@ -88,13 +87,40 @@ def test_wrong_adapters_are_told_from_the_right_one(adapter, read_gguf, tmp_path
 
 
 @installed
+@pytest.mark.parametrize("is_rounded", [False, True])
+def test_one_expert_that_is_another_or_was_not_merged_is_found_in_a_merged_file(
+    is_rounded, adapter, read_gguf, tmp_path
+):
+    _, form, folder, _ = adapter
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize, quantize
+
+    files = {"base": str(form._bases["f32", None]), "adapter": str(folder / ADAPTER_FILE)}
+    merged = Path(shutil.copy(files["base"], tmp_path / "merged.gguf"))
+    base, factors = ({each.name: each.data for each in read_gguf(file).tensors} for file in files.values())
+    written = {each.name: each.data for each in read_gguf(merged).tensors}
+    for name in [name.removesuffix(".lora_a") for name in factors if name.endswith(".lora_a")]:
+        a, b = (factors[f"{name}.lora_{factor}"] for factor in "ab")
+        written[name] += read_gguf(files["adapter"]).fields["adapter.lora.alpha"].contents() / a.shape[-2] * b @ a
+        if is_rounded:
+            written[name][:] = dequantize(quantize(written[name], GGMLQuantizationType.BF16), GGMLQuantizationType.BF16)
+    request = files | {"merged": str(merged), "rounded": "bf16" if is_rounded else "f32"}
+    assert max(difference for _, _, difference in gguf_tensors.compare(request)) < 0.05
+    gate, up = (written[f"blk.{layer}.ffn_{which}_exps.weight"] for layer, which in ((0, "gate"), (2, "up")))
+    gate[1] = base["blk.0.ffn_gate_exps.weight"][1]
+    up[0] = written["blk.2.ffn_gate_exps.weight"][0]
+    wrong = {(name, expert) for name, expert, difference in gguf_tensors.compare(request) if difference > 0.5}
+    assert wrong == {("blk.0.ffn_gate_exps.weight", 1), ("blk.2.ffn_up_exps.weight", 0)}
+
+
+@installed
 @pytest.mark.slow
 def test_a_merged_model_is_verified_in_llamacpp(tmp_path):
     source, form = with_files(random_source(MODEL), tmp_path), make_format("gguf", Options())
     form.write(source, tmp_path / "out", lambda *_: None)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model-bf16.gguf"]
-    [verdict] = verify(source, form, tmp_path / "out", MODEL)
-    assert verdict.verdict == "verified"
+    [verdict, tensors] = verify(source, form, tmp_path / "out", MODEL)
+    assert (verdict.verdict, tensors.verdict) == ("verified", "verified")
     # Of random tokens; llama.cpp does not know how the model's tokenizer splits these, and one is seen to be otherwise.
     assert verdict.reason == "1 of 4 texts are split into other tokens"
     assert verdict.figures["texts"] == {"alike": 3, "of": 4}
@@ -103,11 +129,19 @@ def test_a_merged_model_is_verified_in_llamacpp(tmp_path):
 @installed
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "base"), [("f32", "source"), ("f16", "source"), ("q8_0", "dequantized")])
-def test_a_merged_model_is_verified_in_each_type(kind, base, tmp_path):
+def test_a_merged_model_is_verified_in_each_type_and_one_wrong_expert_is_named(kind, base, read_gguf, tmp_path):
     source, form = with_files(random_source(MODEL), tmp_path), make_format("gguf", Options(base, kind))
     form.write(source, tmp_path / "out", lambda *_: None)
-    [verdict] = verify(source, form, tmp_path / "out", MODEL)
-    assert verdict.verdict == "verified"
+    found = verify(source, form, tmp_path / "out", MODEL)
+    assert [each.verdict for each in found] == ["verified", "verified"], found
+    assert found[1].figures["relative_difference"] < 0.05
+    [file] = (tmp_path / "out").glob("*.gguf")
+    down = next(each for each in read_gguf(file).tensors if each.name == "blk.1.ffn_down_exps.weight").data
+    down[2] = down[3]
+    del down
+    [_, damaged] = form.engines(source, tmp_path / "out", MODEL)
+    found = damaged.verdict(source, damaged)
+    assert (found.verdict, found.disagreeing) == ("failed", ["expert 2 of blk.1.ffn_down_exps.weight"])
 
 
 @installed
@@ -116,13 +150,9 @@ def test_a_family_that_llamacpp_lacks_is_refused_by_name(tmp_path):
     source = random_source(save_tiny_model(tmp_path / "model"))
     config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"architectures": ["NobodysForCausalLM"]}))
-    (tmp_path / "out").mkdir()
-    message = r"does not take this model: .*NobodysForCausalLM is not supported"
-    with pytest.raises(ExportError, match=message):
-        make_format("gguf-adapter", Options()).write(source, tmp_path / "out", lambda *_: None)
-    with pytest.raises(ExportError, match=message):
-        make_format("gguf", Options()).require(source)
-    assert not list((tmp_path / "out").iterdir())
+    for name in ("gguf-adapter", "gguf"):
+        with pytest.raises(ExportError, match=r"does not take this model: .*NobodysForCausalLM is not supported"):
+            make_format(name, Options()).require(source)
 
 
 @installed

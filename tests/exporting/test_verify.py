@@ -1,7 +1,9 @@
 """Exports are run in their engine: right ones are verified, wrong ones fail and say which tensors disagree."""
 
+import runpy
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from expertune.experts.module import Nf4Experts
 from expertune.exporting import programs
-from expertune.exporting.formats import Progress, Verdict
-from expertune.exporting.merged import Merged
+from expertune.exporting.formats import Options, Progress, Verdict
+from expertune.exporting.merged import Merged, MergedIntoDequantized
 from expertune.exporting.peft import PeftAdapter
 from expertune.exporting.source import ExportSource
-from expertune.exporting.verify import spread, verify, write_verification
+from expertune.exporting.verify import _Compared, spread, verify, write_verification
 from tests.exporting.conftest import nothing
 
 START = programs.start
@@ -123,6 +126,63 @@ def test_merged_model_without_one_projection_fails_by_its_name(mixtral_source: E
     assert (found.verdict, found.disagreeing) == ("failed", ["w2"])
 
 
+def double_a_block(weight: Tensor) -> None:
+    """As a wrong absmax makes it."""
+    weight.view(-1)[:64] *= 2
+
+
+def exchange_blocks(weight: Tensor) -> None:
+    blocks = weight.view(-1, 64)
+    blocks[:8] = blocks[8:16].clone()
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The programs run here, for what is changed here to be changed in them."""
+
+    def run(command: Sequence[str], seconds: float) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", list(command[1:]))
+        runpy.run_path(command[1], run_name="__main__")
+        return 0, ""
+
+    monkeypatch.setattr(programs, "start", run)
+
+
+@pytest.mark.parametrize("damage", [double_a_block, exchange_blocks])
+def test_values_that_were_dequantized_wrongly_fail_in_the_files_alone_and_wherever_they_are_made(
+    damage: Callable[[Tensor], None],
+    mixtral_source: ExportSource,
+    tmp_path: Path,
+    one_process: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    form = MergedIntoDequantized()
+    monkeypatch.setattr(_Compared, "_disagreeing", lambda _: [])
+    (tmp_path / "out").mkdir()
+    form.write(mixtral_source, tmp_path / "out", nothing)
+    [first, *_] = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    tensors = load_file(first)
+    damage(next(tensor for name, tensor in tensors.items() if ".experts.1.w2." in name))
+    save_file(tensors, first, {"format": "pt"})
+    [found] = verify(mixtral_source, form, tmp_path / "out", mixtral_source.base.folder)
+    assert (found.verdict, found.figures["differences"]["base"]) == ("failed", 0)
+
+    dequantize = Nf4Experts.dequantize
+
+    def wrong(experts: Nf4Experts, expert: int, projection: str, dtype: torch.dtype) -> Tensor:
+        values = dequantize(experts, expert, projection, dtype)
+        if (expert, projection) == (1, "down"):
+            damage(values)
+        return values
+
+    monkeypatch.setattr(Nf4Experts, "dequantize", wrong)
+    (tmp_path / "again").mkdir()
+    form.write(mixtral_source, tmp_path / "again", nothing)
+    [found] = verify(mixtral_source, form, tmp_path / "again", mixtral_source.base.folder)
+    assert found.verdict == "failed"
+    assert "the model as it was trained differs" in str(found.reason)
+
+
 def test_adapter_that_changes_next_to_nothing_proves_nothing(mixtral_source: ExportSource, tmp_path: Path) -> None:
     found = verdict_of(mixtral_source.only(lambda place: False), PeftAdapter("peft"), tmp_path)
     assert found.verdict == "not verified"
@@ -159,7 +219,7 @@ def test_model_that_computes_no_numbers_verifies_nothing(mixtral_source: ExportS
     [found, _] = verify(mixtral_source, form, out, folder)
     assert found.verdict == "not verified"
     assert "are not finite" in str(found.reason)
-    write_verification(out, form, mixtral_source, [found])
+    write_verification(out, form, Options(), mixtral_source, [found])
 
 
 def test_engine_that_hangs_is_ended_and_nothing_is_verified(

@@ -121,13 +121,16 @@ def test_export_says_in_which_engines_it_was_verified() -> None:
         {"engine": "llama.cpp (b10605)", "verdict": "verified", "reason": None, "figures": figures | reached},
         {"engine": "rounding", "verdict": "verified", "figures": figures | reached | {"measure": "mean"}},
         {"engine": "a loader", "verdict": "verified", "figures": relative},
-        {"engine": "other", "verdict": "not verified", "reason": "no /home/mallory/engine", "figures": {}},
+        {"engine": "other", "verdict": "not verified", "reason": "no /home/mallory/engine; give [x]", "figures": {}},
     ]
-    text = render_card(subject(form="gguf-adapter", verification={"engines": engines}, where="owner/mine"))
+    verification = {"engines": engines, "notes": ["texts are split otherwise"]}
+    text = render_card(subject(form="gguf-adapter", verification=verification, where="owner/mine"))
     assert "| llama.cpp (b10605) | verified | 2.0e-06 | 1.0e-04 | 1.5e+00 | 125 of 128 |" in text
     assert "| rounding | verified | 2.0e-06 (mean) | 1.0e-04 (mean) | 1.5e+00 (mean) | 125 of 128 |" in text
     assert "| a loader | verified | 3.0e-08 (relative) | 1.0e-05 (relative) | - | - |" in text
     assert "| other | not verified | - | - | - | - |" in text
+    assert r"- other: no ... give \[x\]" in text
+    assert "texts are split otherwise" in text
     assert "in nats" in text
     alone = render_card(subject(form="vllm", verification={"engines": engines[2:]}))
     assert "in nats" not in alone

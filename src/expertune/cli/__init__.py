@@ -14,7 +14,7 @@ import typer
 
 import expertune
 from expertune.cli.examples import epilog
-from expertune.cli.files import export, quantize
+from expertune.cli.files import export, quantize, verify
 from expertune.cli.finished import chat, evaluate, generate
 from expertune.cli.pages import compare, doctor, report
 from expertune.cli.training import data, plan, train
@@ -89,5 +89,5 @@ def _options(
     pass
 
 
-for _command in (plan, data, train, evaluate, generate, chat, quantize, export, report, compare, doctor):
+for _command in (plan, data, train, evaluate, generate, chat, quantize, export, verify, report, compare, doctor):
     app.command(epilog=epilog(_command.__name__))(_command)

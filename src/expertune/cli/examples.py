@@ -39,6 +39,7 @@ EXAMPLES = {
         "expertune export runs/first --to gguf --out first-gguf",
         "expertune export runs/first --to merged --adapter checkpoint-50",
     ),
+    "verify": ("expertune verify runs/first/exports/peft", "expertune verify first-gguf --run runs/first"),
     "report": ("expertune report runs/first",),
     "compare": ("expertune compare runs/first runs/second", "expertune compare runs/* --out sweep.html"),
     "doctor": ("expertune doctor", "expertune doctor --json > machine.json"),

@@ -1,4 +1,4 @@
-"""The commands that write a model or an adapter in another form: quantize, export."""
+"""The commands that write a model or an adapter in another form, and verify it: quantize, export, verify."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -36,7 +36,7 @@ def quantize(
     `expertune quantize --verify FOLDER` checks a folder.
     """
     if verify:
-        _verify(Path(out or model))
+        _verify_nf4(Path(out or model))
         return
     if out is None:
         raise typer.BadParameter("give the folder to write", param_hint="OUT")
@@ -57,7 +57,7 @@ def quantize(
     print(out)
 
 
-def _verify(folder: Path) -> None:
+def _verify_nf4(folder: Path) -> None:
     with stdout_for_results(), working(f"hashing the files of {folder}"):
         from expertune.checkpoint.verified import verify
 
@@ -121,3 +121,29 @@ def export(
         print(exported.folder)
         if exported.url:
             print(exported.url)
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `expertune export` has written.")],
+    run: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN_DIR", help="The run that it is of, where it does not lie in that one's exports."),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    model: BaseModel = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run an export again in the engines that read it, and compare. Prints what came of each.
+
+    verification.json and the model card are written again. Exit code 2 where an engine computes something else from it
+    than it should.
+    """
+    with stdout_for_results():
+        found = expertune.verify(folder, run, trust_remote_code=trust_remote_code, model=model)
+    if as_json:
+        print_json(found.to_json())
+        return
+    assert found.verification is not None
+    for engine in found.verification["engines"]:
+        print(f"{engine['engine']}: {engine['verdict']}")

@@ -14,8 +14,8 @@ FORMATS = {
 }
 """Names of formats, and the module of this folder that has each: known without importing torch."""
 
-TYPED = ("gguf-adapter", "gguf")
-"""Those whose numbers a user may choose."""
+TYPES = {"gguf-adapter": ("f32", "f16", "bf16"), "gguf": ("f32", "f16", "bf16", "q8_0")}
+"""Formats whose numbers a user may choose, and how these may be held."""
 
 MERGED = ("merged", "gguf")
 """Whole models, whose base a user may choose."""
@@ -29,7 +29,14 @@ def require_known(name: str, base: str, kind: str | None) -> None:
     """
     if name not in FORMATS:
         raise ConfigError(f"--to {name}: no such format{did_you_mean(name, FORMATS)}")
-    if kind and name not in TYPED:
-        raise ConfigError(f"--type {kind}: --to {name} has no choice of it; {', '.join(TYPED)} have")
+    if kind and name not in TYPES:
+        raise ConfigError(f"--type {kind}: --to {name} has no choice of it; {', '.join(TYPES)} have")
+    if kind and kind not in TYPES[name]:
+        smaller = (
+            ""
+            if name != "gguf"
+            else ("; write f16 and give it to llama.cpp's own `llama-quantize`, which no package brings")
+        )
+        raise ConfigError(f"--type {kind}: --to {name} writes {', '.join(TYPES[name])}{smaller}")
     if base != "source" and name not in MERGED:
         raise ConfigError(f"--base {base}: --to {name} has no choice of it; {', '.join(MERGED)} have")

@@ -56,11 +56,12 @@ class DequantizedModel:
     Args:
         source: the run, with its adapter.
         is_adapted: whether the adapter is added.
+        dtype: of the values; None means the base's own.
     """
 
-    def __init__(self, source: ExportSource, is_adapted: bool = True) -> None:
+    def __init__(self, source: ExportSource, is_adapted: bool = True, dtype: torch.dtype | None = None) -> None:
         self.source, self.is_adapted = source, is_adapted
-        self.dtype = config_dtype(read_config(source.base.folder))
+        self.dtype = dtype or config_dtype(read_config(source.base.folder))
         folder, trust = source.base.folder, source.base.trust_remote_code
         self.model = build_meta_model(folder, self.dtype, trust)
         self.names = read_names(self.model)

@@ -1,4 +1,4 @@
-"""The walk of an export: open, refuse, look at the disk, write beside, verify, rename."""
+"""The walk of an export: open, refuse, look at the disk, write beside, verify, rename; and to verify it again."""
 
 import shutil
 from collections.abc import Iterator
@@ -15,16 +15,17 @@ from expertune.distributed.processes import require_one_process
 from expertune.errors import ConfigError, ExportError, StorageError, option
 from expertune.exporting.formats import Format, Options, Progress, Verdict, make_format
 from expertune.exporting.hub import push, require_hub
-from expertune.exporting.merged import MANIFEST, write_dequantized
-from expertune.exporting.place import clear, hold_partial, require_free
+from expertune.exporting.merged import MANIFEST, MergedIntoDequantized, write_dequantized
+from expertune.exporting.place import SCRATCH, clear, hold_export, hold_partial, require_free
 from expertune.exporting.source import ExportSource, open_source
 from expertune.exporting.verify import VERIFICATION, write_verification
 from expertune.exporting.verify import verify as run_engines
 from expertune.planning.table import size
 from expertune.report.card import CARD_NAME
-from expertune.run.beside import card_subject, card_text, write_tokenizer
+from expertune.run.beside import write_card, write_tokenizer
 from expertune.run.directory import ADAPTER_FOLDER
-from expertune.storage import notify_if_it_fails, write_text
+from expertune.run.record import RECORD_NAME
+from expertune.storage import notify_if_it_fails
 
 EXPORTS = "exports"
 """Folder of a run directory where exports go that are not told where to."""
@@ -59,7 +60,7 @@ class ExportOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Exported:
-    """An export that was written.
+    """An export.
 
     Attributes:
         folder: where it is.
@@ -100,9 +101,9 @@ def export(
         StorageError: the disk is too small.
     """
     require_one_process()
-    base = options.get("base", "source")
-    form = make_format(to, Options(base, options.get("type")))
-    given = Path(out) if out is not None else _default_folder(Path(run_dir), to, adapter, base)
+    chosen, is_verified = Options(options.get("base", "source"), options.get("type")), options.get("verify", True)
+    form = make_format(to, chosen)
+    given = Path(out) if out is not None else _default_folder(Path(run_dir), to, adapter, chosen.base)
     folder = given.resolve()
     require_free(folder)
     if name := options.get("push_to_hub"):
@@ -111,10 +112,10 @@ def export(
         raise ConfigError(f"private: nothing is sent to the hub; add {option('push-to-hub', 'NAME')}, or leave it out")
     source = open_source(run_dir, adapter, options.get("trust_remote_code", False), options.get("model"))
     form.require(source)
-    if options.get("verify", True):
+    if is_verified:
         _ = source.examples  # an error of theirs comes before the work
     with hold_partial(folder) as partial:
-        _require_room(form, source, partial)
+        _require_room(partial, form.nbytes(source), _room_to_verify(form, source, chosen) if is_verified else 0)
         clear(partial, {VERIFICATION, CARD_NAME} if form.resumes else None)
         try:
             form.write(source, partial, options.get("progress") or (lambda *_: None))
@@ -122,22 +123,68 @@ def export(
             if not form.resumes:
                 clear(partial)
             raise
-        written = None
-        if options.get("verify", True):
-            with _readable_base(source, base, folder.parent) as readable:
-                verdicts = run_engines(source, form, partial, readable)
-            written = write_verification(partial, form, source, verdicts)
-            _notify(source, verdicts, partial)
+        verdicts = _run_engines(source, form, chosen, partial) if is_verified else []
+        written = write_verification(partial, form, chosen, source, verdicts)
+        _notify(source, verdicts, f"It was not put in its place; {partial} is what was written, with {VERIFICATION}")
         _write_card(source, form, partial, written, name)
         if folder.is_dir():
             folder.rmdir()  # it is empty
         partial.rename(folder)
         (folder / MANIFEST).unlink(missing_ok=True)  # it is finished
-    return Exported(given, written, push(given, name, options.get("private")) if name else None)
+    url = push(given, name, options.get("private")) if name else None
+    return Exported(given, written if is_verified else None, url)
+
+
+@checked
+def verify(
+    folder: str | Path,
+    run: str | Path | None = None,
+    trust_remote_code: bool = False,
+    model: str | Path | None = None,
+) -> Exported:
+    """Run an export again in the engines that read it, and write anew what came of it.
+
+    Args:
+        folder: what `export` has written, wherever it lies by now.
+        run: the run directory that it is of; None means the one in whose `exports` it lies.
+        trust_remote_code: run Python that ships with the model.
+        model: directory or hub id of the base model, where it lies elsewhere by now than the record says.
+
+    Raises:
+        ExportError: the folder is no export, or an engine computes something else from it; names the tensors.
+        CheckpointError: the run has no such adapter, its base model is gone, or is another one.
+        StorageError: the disk is too small.
+    """
+    require_one_process()
+    given = Path(folder)
+    path = given / VERIFICATION
+    if not path.is_file():
+        raise ExportError(f"{given}: no {VERIFICATION} here; give a folder that `expertune export` has written")
+    values = read_mapping(path, fix="export the run again")
+    try:
+        chosen, name = Options(**values["options"]), str(values["format"])
+        form, adapter = make_format(name, chosen), values["adapter"]
+    except (KeyError, TypeError, ConfigError):
+        raise ExportError(f"{path}: does not say what was exported; export the run again") from None
+    run_dir = Path(run) if run is not None else given.resolve().parent.parent
+    if run is None and not (run_dir / RECORD_NAME).is_file():
+        raise ExportError(
+            f"{given}: lies in no run directory; give the run that it is of with {option('run', 'RUN_DIR')}"
+        )
+    source = open_source(run_dir, adapter if adapter != ADAPTER_FOLDER else None, trust_remote_code, model)
+    form.require(source)
+    _ = source.examples
+    with hold_export(given):
+        _require_room(given, 0, _room_to_verify(form, source, chosen))
+        verdicts = _run_engines(source, form, chosen, given)
+        written = write_verification(given, form, chosen, source, verdicts)
+        _write_card(source, form, given, written, None)
+    _notify(source, verdicts, f"{path} has what was found")
+    return Exported(given, written)
 
 
 def _write_card(
-    source: ExportSource, form: Format, folder: Path, verification: dict[str, Any] | None, name: str | None
+    source: ExportSource, form: Format, folder: Path, verification: dict[str, Any], name: str | None
 ) -> None:
     """The card, and where the run had a chat template of its own, the tokenizer with it; a GGUF file has its own."""
     record, config = source.context.record, source.context.config
@@ -149,18 +196,30 @@ def _write_card(
     facts: dict[str, Any] = {"form": form.name, "verification": verification} | ({"where": name} if name else {})
     if (adapter := folder / CONFIG_NAME).is_file():
         facts["rank"] = read_mapping(adapter, fix="export the run again").get("r")
-    write_text(folder / CARD_NAME, card_text(card_subject(record.values, config, Path(source.adapter.where), **facts)))
+    write_card(record.values, config, Path(source.adapter.where), folder, **facts)
+
+
+def _run_engines(source: ExportSource, form: Format, options: Options, folder: Path) -> list[Verdict]:
+    try:
+        with _readable_base(source, options, folder) as readable:
+            return run_engines(source, form, folder, readable)
+    finally:
+        clear(folder, set())
 
 
 @contextmanager
-def _readable_base(source: ExportSource, base: str, near: Path) -> Iterator[Path]:
+def _readable_base(source: ExportSource, options: Options, folder: Path) -> Iterator[Path]:
     """The base as a 16-bit folder: its own, or for a while one with the values of its 4-bit weights."""
-    if not source.is_packed or base == "dequantized" or source.why_too_large():
+    if not _needs_readable_base(source, options):
         yield source.base.folder
         return
-    with TemporaryDirectory(prefix="expertune-base-", dir=near) as folder:
-        write_dequantized(source, Path(folder), lambda *_: None, is_adapted=False)
-        yield Path(folder)
+    with TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
+        write_dequantized(source, Path(scratch), lambda *_: None, is_adapted=False)
+        yield Path(scratch)
+
+
+def _needs_readable_base(source: ExportSource, options: Options) -> bool:
+    return source.is_packed and options.base != "dequantized" and not source.why_too_large()
 
 
 def _default_folder(run_dir: Path, to: str, adapter: str | None, base: str) -> Path:
@@ -168,18 +227,31 @@ def _default_folder(run_dir: Path, to: str, adapter: str | None, base: str) -> P
     return run_dir / EXPORTS / "-".join(str(part) for part in parts)
 
 
-def _require_room(form: Format, source: ExportSource, folder: Path) -> None:
-    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    needed, free = form.nbytes(source) + _ROOM_BYTES - held, shutil.disk_usage(folder).free
-    if needed > free:
-        raise StorageError(
-            f"{folder}: the export needs {size(needed)}, and {size(free)} are free; make room, or choose a folder on "
-            f"another disk with {option('out', 'DIR')}"
-        )
+def _room_to_verify(form: Format, source: ExportSource, options: Options) -> int:
+    """Bytes that are needed beside the export for a while."""
+    base = MergedIntoDequantized().nbytes(source) if _needs_readable_base(source, options) else 0
+    return base + form.nbytes_to_verify(source)
 
 
-def _notify(source: ExportSource, verdicts: list[Verdict], folder: Path) -> None:
-    """Show what came of each engine; raise where one computes something else."""
+def _require_room(folder: Path, nbytes: int, to_verify: int) -> None:
+    """Refuse a disk that is too small for an export, what an earlier one has left there included, or to verify it."""
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if nbytes else 0
+    needed, free = nbytes + _ROOM_BYTES - held, shutil.disk_usage(folder).free
+    if max(needed, 0) + to_verify <= free:
+        return
+    wanted = [f"the export needs {size(needed)}"] if nbytes else []
+    wanted += [f"comparing it needs {size(to_verify)} for a while"] if to_verify else []
+    leave_out = (
+        ", leave the comparison out with --no-verify (verify=False in Python)" if needed <= free and nbytes else ""
+    )
+    raise StorageError(
+        f"{folder}: {', '.join(wanted)}, and {size(free)} are free; make room{leave_out}"
+        + (f", or choose a folder on another disk with {option('out', 'DIR')}" if nbytes else "")
+    )
+
+
+def _notify(source: ExportSource, verdicts: list[Verdict], where: str) -> None:
+    """Show what came of each engine; raise where one computes something else, with where to look."""
     for verdict in verdicts:
         between = "; " if verdict.verdict == "verified" else ": "
         source.context.notify(f"{verdict.engine}: {between.join(filter(None, (verdict.verdict, verdict.reason)))}")
@@ -191,7 +263,4 @@ def _notify(source: ExportSource, verdicts: list[Verdict], folder: Path) -> None
             )
     failed = [verdict for verdict in verdicts if verdict.verdict == "failed"]
     if failed:
-        raise ExportError(
-            f"{failed[0].engine} computes something else from this export: {failed[0].reason}. It was not put in its "
-            f"place; {folder} is what was written, with verification.json"
-        )
+        raise ExportError(f"{failed[0].engine} computes something else from this export: {failed[0].reason}. {where}")

@@ -70,10 +70,12 @@ class Format(Protocol):
     Attributes:
         name: as `--to` names it.
         resumes: whether `write` continues what a killed one left in the folder; others get an empty folder.
+        notes: what users of the export have to know, when `require` has been called.
     """
 
     name: str
-    resumes: bool
+    resumes: bool = False
+    notes: Sequence[str] = ()
 
     def require(self, source: ExportSource) -> None:
         """Refuse, by name and before any work, what cannot be exported.
@@ -84,6 +86,10 @@ class Format(Protocol):
 
     def nbytes(self, source: ExportSource) -> int:
         """Bytes that it will write."""
+
+    def nbytes_to_verify(self, source: ExportSource) -> int:
+        """Bytes that its engines need beside it for a while."""
+        return 0
 
     def write(self, source: ExportSource, folder: Path, progress: Progress) -> None:
         """Write the export into an empty folder that exists."""

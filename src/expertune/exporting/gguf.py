@@ -9,9 +9,9 @@ name in the checkpoint, so that it is renamed and permuted as the base's tensors
 import json
 import re
 import shutil
-import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,15 +22,18 @@ import torch
 
 from expertune.adapt.factors import PREFIX, Factors, dtype_in_file, fold, stacked
 from expertune.adapt.files import write_adapter
+from expertune.checkpoint.json_file import read_config
+from expertune.checkpoint.quantize import config_dtype
 from expertune.checkpoint.writer import Outgoing
-from expertune.errors import ConfigError, ExportError
+from expertune.errors import ExportError
 from expertune.exporting.dequantized import as_config
 from expertune.exporting.engines import gguf_converter
-from expertune.exporting.formats import Engine, Format, Options, Progress, make_format
-from expertune.exporting.merged import write_dequantized
-from expertune.exporting.programs import run_program
+from expertune.exporting.formats import Engine, Format, Options, Progress, Verdict, make_format
+from expertune.exporting.gguf_convert import Converted, command_of_model, convert, require_converted
+from expertune.exporting.merged import small_files, write_dequantized
+from expertune.exporting.place import SCRATCH
+from expertune.exporting.programs import ProgramError, run_program
 from expertune.exporting.source import ExportSource
-from expertune.planning.table import size
 from expertune.storage import write_json
 
 EXTRA = "pip install 'expertune[gguf]'"
@@ -38,50 +41,28 @@ ADAPTER_FILE = "adapter.gguf"
 
 # Bytes of a weight by the type of a file; of q8_0 34 for 32 weights.
 _NBYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
-_ADAPTER_TYPES = ("f32", "f16", "bf16")
+_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 # Mean differences that rounding makes, of what weights are multiplied by as well: a trained model's log-probabilities
 # are spread wider than its base's, and differ several times as much.
 _FLOORS = {"f32": 1e-3, "f16": 0.05, "bf16": 0.05, "q8_0": 0.15}
+# What a tensor of a file may lack of the adapter: half of it or more is missing where something is wrong.
+_LACKING = 0.25
 # Positions at which llama.cpp is asked: each is a request of its own.
 _POSITIONS = 64
 
 
-@dataclass(frozen=True)
-class Converted:
-    """What came of one command line of a converter.
-
-    Attributes:
-        error: why it was refused; None where it was not.
-        knows_tokenizer: llama.cpp splits text as the model's tokenizer does, as far as the converter can tell.
-    """
-
-    error: str | None
-    knows_tokenizer: bool
+_UNKNOWN_TOKENIZER = (
+    "llama.cpp does not know how this model's tokenizer splits text, and the file names its default way: give the "
+    "model token ids, or expect texts to be split otherwise than in training"
+)
 
 
-def convert(runs: Sequence[Sequence[str]], source: ExportSource) -> list[Converted]:
-    """Run command lines of llama.cpp's converters in one process of their own.
-
-    Raises:
-        ExportError: the process failed as a whole.
-    """
-    with TemporaryDirectory(prefix="expertune-gguf-") as scratch:
-        request = {"runs": runs, "trust_remote_code": source.base.trust_remote_code}
-        path = Path(scratch) / "request.json"
-        run_program("gguf_converter.py", request, path, "llama.cpp's converter", source.num_weights)
-        found = json.loads(path.with_name("converted.json").read_text(encoding="utf-8"))
-    return [Converted(each["error"], gguf_converter.UNKNOWN_TOKENIZER not in each["notes"]) for each in found]
-
-
-class _Gguf:
+class _Gguf(Format):
     """What both formats share: the converter, and the runtime that verifies."""
-
-    name: str
-    resumes = False
 
     def __init__(self, kind: str, is_dequantized: bool = False) -> None:
         self.kind, self.is_dequantized = kind, is_dequantized
-        self._base: Path | None = None
+        self._bases: dict[tuple[str, torch.dtype | None], Path] = {}
 
     @cached_property
     def _missing(self) -> str | None:
@@ -89,24 +70,33 @@ class _Gguf:
         wanted = (gguf_converter.PACKAGE, "sentencepiece", "xllamacpp")
         return EXTRA if any(find_spec(name) is None for name in wanted) else None
 
+    def nbytes_to_verify(self, source: ExportSource) -> int:
+        """The base as GGUF files, and what they are made of."""
+        values = 4 if self.is_dequantized else 0
+        return int(source.num_weights * (values + sum(_NBYTES[kind] for kind in self._base_kinds(source))))
+
+    def _base_kinds(self, source: ExportSource) -> list[str]:
+        """Types that the base is needed in."""
+        return [] if self._missing or source.why_too_large() else [self.kind]
+
     def _require_converter(self) -> None:
         if gguf_converter.scripts_folder() is None or find_spec("sentencepiece") is None:
             raise ExportError(f"--to {self.name}: llama.cpp's converters are not installed; {EXTRA}")
 
     def _engine(self, source: ExportSource, folder: Path, base: Path, kind: str, exported: dict[str, Any]) -> Engine:
         """llama.cpp with the base in a file of this type, and with the export."""
-        name = "llama.cpp"
-        if reason := self._missing or source.why_too_large():
+        name, plain = "llama.cpp", _plain_token(source)
+        reason = self._missing or source.why_too_large()
+        if plain is None:
+            reason = "no token of this model is a single letter, with which llama.cpp's server has to be asked"
+        if reason or plain is None:
             return Engine(name, "llamacpp.py", {}, {}, missing=reason)
         try:
             file = self._base_file(source, folder, base, kind)
         except ExportError as error:
             return Engine(name, "llamacpp.py", {}, {}, missing=str(error))
-        fixed = {
-            "model": file,
-            "vocabulary": source.model.get_output_embeddings().weight.shape[0],
-            "plain": _plain_token(source),
-        }
+        vocabulary = source.model.get_output_embeddings().weight.shape[0]
+        fixed = {"model": str(file), "vocabulary": vocabulary, "plain": plain}
         # From 16-bit weights on, llama.cpp rounds what it multiplies them by as well.
         measure: Literal["max", "mean"] = "max" if kind == "f32" else "mean"
         return Engine(
@@ -119,24 +109,21 @@ class _Gguf:
             positions=_POSITIONS,
         )
 
-    def _base_file(self, source: ExportSource, folder: Path, base: Path, kind: str) -> str:
-        """The base model as a GGUF file, written once, beside the export."""
-        if self._base is None:
-            needed = source.num_weights * _NBYTES[kind]
-            free = shutil.disk_usage(folder.parent).free
-            if needed > free:
-                raise ExportError(f"the base as GGUF needs {size(int(needed))} of disk, and {size(free)} are free")
-            scratch = Path(mkdtemp(prefix="expertune-base-", dir=folder.parent))
-            weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
-            if self.is_dequantized and not source.is_packed:
-                base = scratch / "dequantized"
-                base.mkdir()
-                write_dequantized(source, base, lambda *_: None, is_adapted=False)
-            _require_converted([_of_model(base, scratch / "base.gguf", kind, "base")], source)
-            if scratch in base.parents:
-                shutil.rmtree(base)
-            self._base = scratch / "base.gguf"
-        return str(self._base)
+    def _base_file(
+        self, source: ExportSource, folder: Path, base: Path, kind: str, dtype: torch.dtype | None = None
+    ) -> Path:
+        """The base model as a GGUF file, made once of values of a dtype, beside the export for a while."""
+        if (kind, dtype) not in self._bases:
+            scratch = Path(mkdtemp(prefix=SCRATCH, dir=folder))
+            file, values = scratch / "base.gguf", scratch / "dequantized"
+            if self.is_dequantized:
+                values.mkdir()
+                write_dequantized(source, values, lambda *_: None, is_adapted=False, dtype=dtype)
+            command = command_of_model(values if self.is_dequantized else base, file, kind, "base")
+            require_converted([command], source)
+            shutil.rmtree(values, ignore_errors=True)
+            self._bases[kind, dtype] = file
+        return self._bases[kind, dtype]
 
 
 class GgufAdapter(_Gguf):
@@ -145,10 +132,11 @@ class GgufAdapter(_Gguf):
     name = "gguf-adapter"
 
     def require(self, source: ExportSource) -> None:
-        """Refuse what llama.cpp has no adapter for; what else its converter does not take, it says itself in `write`.
+        """Refuse what llama.cpp has no adapter for: its converter is given a little of each target, and writes nothing.
 
         Raises:
-            ExportError: the converter is missing, or the output head is not a tensor of its own.
+            ExportError: the converter is missing, it knows no such family, or no adapter on some of the targets; or the
+                output head is not a tensor of its own.
         """
         self._require_converter()
         head, tied = source.model.get_output_embeddings(), source.model.config.get_text_config().tie_word_embeddings
@@ -157,10 +145,12 @@ class GgufAdapter(_Gguf):
                 f"--to {self.name}: the adapter changes lm_head, which shares its weights with the embeddings, and "
                 "llama.cpp has no adapter for one of them alone; export the merged model with --to gguf"
             )
+        with TemporaryDirectory(prefix="expertune-gguf-") as scratch:
+            self._try(source, Path(scratch) / ADAPTER_FILE)
 
     def nbytes(self, source: ExportSource) -> int:
         """The file, and what the converter makes it of."""
-        held = [outgoing for _, outgoing in self._tensors(source)]
+        held = self.tensors(source)
         weights = sum(torch.Size(outgoing.shape).numel() for outgoing in held)
         return sum(outgoing.nbytes for outgoing in held) + int(weights * _NBYTES[self.kind])
 
@@ -170,14 +160,19 @@ class GgufAdapter(_Gguf):
         Raises:
             ExportError: llama.cpp's converter knows no such family, or no adapter on some of the targets.
         """
+        [found] = self.convert(source, folder / ADAPTER_FILE, [self.tensors(source)])
+        if found.error:
+            raise ExportError(f"--to {self.name}: llama.cpp's converter does not take this adapter: {found.error}")
+
+    def _try(self, source: ExportSource, file: Path) -> None:
         groups: dict[str, list[Outgoing]] = {}
-        for group, outgoing in self._tensors(source):
-            groups.setdefault(group, []).append(outgoing)
-        everything = [outgoing for tensors in groups.values() for outgoing in tensors]
-        [whole] = self._convert(source, folder / ADAPTER_FILE, [everything])
+        for group, outgoing in self._tensors(source, slice(1)):
+            if len(pair := groups.setdefault(group, [])) < 2:
+                pair.append(outgoing)
+        everything = [outgoing for pair in groups.values() for outgoing in pair]
+        whole, *each = self.convert(source, file, [everything, *groups.values()], "--dry-run")
         if whole.error is None:
             return
-        each = self._convert(source, folder / "trial.gguf", list(groups.values()))
         refused = [group for group, found in zip(groups, each, strict=True) if found.error]
         if len(refused) in (0, len(groups)):
             raise ExportError(f"--to {self.name}: llama.cpp's converter does not take this model: {whole.error}")
@@ -190,7 +185,9 @@ class GgufAdapter(_Gguf):
         """llama.cpp, over the base in float32: nothing is rounded then."""
         return [self._engine(source, folder, base, "f32", {"adapter": str(folder / ADAPTER_FILE)})]
 
-    def _convert(self, source: ExportSource, file: Path, adapters: Sequence[Sequence[Outgoing]]) -> list[Converted]:
+    def convert(
+        self, source: ExportSource, file: Path, adapters: Sequence[Sequence[Outgoing]], *options: str
+    ) -> list[Converted]:
         """Convert adapters of these tensors, one after the other, to the same file."""
         config = {"peft_type": "LORA", "r": source.max_rank, "lora_alpha": source.max_rank, "target_modules": []}
         with TemporaryDirectory(dir=file.parent) as scratch:
@@ -205,20 +202,30 @@ class GgufAdapter(_Gguf):
                 made = Path(scratch) / str(number) / _public_name(source)
                 write_adapter(made, list(tensors), config)
                 places = ["--base", str(base), "--outfile", str(file), str(made)]
-                runs.append(["convert_lora_to_gguf.py", *places, "--outtype", self.kind])
+                runs.append(["convert_lora_to_gguf.py", *places, "--outtype", self.kind, *options])
             return convert(runs, source)
 
-    def _tensors(self, source: ExportSource) -> Iterator[tuple[str, Outgoing]]:
-        """What it belongs to, and the tensor."""
+    def tensors(self, source: ExportSource) -> list[Outgoing]:
+        """All of the adapter, as the converter takes it."""
+        return [outgoing for _, outgoing in self._tensors(source)]
+
+    def _tensors(self, source: ExportSource, ranks: slice = slice(None)) -> Iterator[tuple[str, Outgoing]]:
+        """What it belongs to, and the tensor; with some of the ranks."""
+
+        def part(pair: Factors) -> Factors:
+            return Factors(pair.a[ranks], pair.b[:, ranks], pair.scale)
+
         for live, pair in source.factors.linears.items():
             name = source.names.on_disk(live)
-            yield from ((name.rpartition(".")[2], each) for each in _pair(name, pair, source.max_rank))
+            yield from ((name.rpartition(".")[2], each) for each in _pair(name, part(pair), source.max_rank))
         for module, projections in source.factors.experts.items():
             block = re.search(r"\.(\d+)\.", module)
             for projection, pairs in projections.items():
                 name = f"blk.{block[1] if block else 0}.ffn_{projection}_exps"
                 group = f"experts ({source.names.projection_names[projection]})"
-                yield from ((group, each) for each in _pair(name, stacked(pairs), source.max_rank))
+                yield from (
+                    (group, each) for each in _pair(name, stacked([part(pair) for pair in pairs]), source.max_rank)
+                )
 
 
 class GgufModel(_Gguf):
@@ -231,25 +238,30 @@ class GgufModel(_Gguf):
         self.merged = merged
 
     def require(self, source: ExportSource) -> None:
-        """Refuse what llama.cpp's converter does not take; a 16-bit base is put through it without writing.
+        """Refuse what llama.cpp's converter does not take; of a base in 4 bits it is given the vocabulary alone.
 
         Raises:
             ExportError: it knows no such family or tokenizer.
         """
         self._require_converter()
         self.merged.require(source)
-        if source.is_packed:
-            return
         with TemporaryDirectory(prefix="expertune-gguf-") as scratch:
-            command = _of_model(source.base.folder, Path(scratch) / "trial.gguf", self.kind, "trial")
-            [found] = convert([[*command, "--dry-run"]], source)
+            folder, options = source.base.folder, ["--dry-run"]
+            if source.is_packed:  # its tensors are none that it reads
+                folder, options = Path(scratch) / "base", ["--vocab-only"]
+                folder.mkdir()
+                for name in small_files(source):
+                    if not name.endswith(".index.json"):
+                        shutil.copyfile(source.base.folder / name, folder / name)
+                write_json(folder / "config.json", as_config(source, torch.bfloat16))
+            [found] = convert(
+                [[*command_of_model(folder, Path(scratch) / "trial.gguf", self.kind, "trial"), *options]], source
+            )
         if found.error:
             raise ExportError(f"--to {self.name}: llama.cpp's converter does not take this model: {found.error}")
         if not found.knows_tokenizer:
-            source.context.notify(
-                "llama.cpp does not know how this model's tokenizer splits text, and the file names its default way: "
-                "give the model token ids, or expect texts to be split otherwise than in training"
-            )
+            self.notes = [_UNKNOWN_TOKENIZER]
+            source.context.notify(_UNKNOWN_TOKENIZER)
 
     def nbytes(self, source: ExportSource) -> int:
         """The file, and the merged model that it is made of."""
@@ -259,57 +271,86 @@ class GgufModel(_Gguf):
         """Merge, convert, and remove what was merged."""
         with TemporaryDirectory(dir=folder) as scratch:
             self.merged.write(source, Path(scratch), progress)
-            _require_converted([_of_model(Path(scratch), self._file(folder), self.kind, _public_name(source))], source)
+            require_converted(
+                [command_of_model(Path(scratch), self._file(folder), self.kind, _public_name(source))], source
+            )
 
     def engines(self, source: ExportSource, folder: Path, base: Path) -> list[Engine]:
-        """llama.cpp, over the base in a file of the same type, which is rounded as the export is."""
+        """llama.cpp, over the base in a file of the same type, rounded as the export is; and the file's own tensors."""
         exported = {"model": str(self._file(folder)), "texts": _texts(source)}
         engine = self._engine(source, folder, base, self.kind, exported)
         [merged] = self.merged.engines(source, folder, base)
-        return [replace(engine, rounded=merged.rounded, reference=merged.reference)]
+        compared = {"folder": str(folder), "base": str(base)}
+        file = Engine("tensors of the file", "gguf_tensors.py", {}, compared, verdict=self._verdict)
+        return [replace(engine, rounded=merged.rounded, reference=merged.reference), file]
+
+    def _base_kinds(self, source: ExportSource) -> list[str]:
+        """Also one that has all of the base's values as they are."""
+        kinds, exact = super()._base_kinds(source), self._exact(source)[0]
+        return [*kinds, *([exact] if self.is_dequantized or exact not in kinds else [])]
+
+    def _exact(self, source: ExportSource) -> tuple[str, torch.dtype | None]:
+        """Type and dtype that all of the base's values are in."""
+        if self.is_dequantized:
+            return "f32", torch.float32
+        return "f32" if self.kind == "f32" else _TYPES[self._rounded(source)], None
+
+    def _rounded(self, source: ExportSource) -> torch.dtype:
+        """The dtype of a merged weight, before it gets the file's type."""
+        if self.is_dequantized:
+            return config_dtype(read_config(source.base.folder))
+        return Counter(entry.dtype for entry in source.index.tensors.values()).most_common(1)[0][0]
+
+    def _verdict(self, source: ExportSource, engine: Engine) -> Verdict:
+        """Compare each tensor of the file with base and adapter: a wrong expert is found, whether routed to or not."""
+        folder, scripts = Path(engine.exported["folder"]), gguf_converter.scripts_folder()
+        adapter = GgufAdapter("f32")
+        with TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
+            path, file = Path(scratch) / "request.json", Path(scratch) / ADAPTER_FILE
+            try:
+                base = self._base_file(source, folder, Path(engine.exported["base"]), *self._exact(source))
+                [found] = adapter.convert(source, file, [adapter.tensors(source)])
+                if found.error:
+                    return Verdict(engine.name, "not verified", f"llama.cpp's converter, of the adapter: {found.error}")
+                request = {
+                    "gguf": f"{scripts}/gguf-py",
+                    "merged": str(self._file(folder)),
+                    "base": str(base),
+                    "adapter": str(file),
+                    "rounded": _TYPES[self._rounded(source)],
+                    "allowed": _LACKING,
+                }
+                run_program("gguf_tensors.py", request, path, "reading the file", source.num_weights)
+            except (ExportError, ProgramError) as error:
+                return Verdict(engine.name, "not verified", str(error))
+            compared = json.loads(path.with_name("compared.json").read_text(encoding="utf-8"))
+        figures = {"relative_tolerance": _LACKING, "relative_difference": compared["largest"]}
+        figures["matrices"] = compared["matrices"]
+        if not (wrong := compared["wrong"]):
+            return Verdict(engine.name, "verified", None, figures)
+        groups = [name if expert is None else f"expert {expert} of {name}" for name, expert in wrong]
+        more = f" and {len(groups) - 8} more" if len(groups) > 8 else ""
+        reason = (
+            f"{len(wrong)} of {compared['matrices']} matrices are not base and adapter: {', '.join(groups[:8])}{more}"
+        )
+        return Verdict(engine.name, "failed", reason, figures, groups)
 
     def _file(self, folder: Path) -> Path:
         return folder / f"model-{self.kind}.gguf"
 
 
 def make(name: str, options: Options) -> Format:
-    """The format of this name.
-
-    Raises:
-        ConfigError: there is no such type.
-    """
+    """The format of this name."""
     if name == GgufAdapter.name:
-        return GgufAdapter(_checked(name, options.type or "f32", _ADAPTER_TYPES))
-    kind = _checked(name, options.type or "bf16", tuple(_NBYTES))
-    return GgufModel(kind, make_format("merged", Options(options.base)), options.base == "dequantized")
-
-
-def _checked(name: str, kind: str, known: Sequence[str]) -> str:
-    if kind in known:
-        return kind
-    smaller = (
-        "; write f16 and give it to llama.cpp's own `llama-quantize`, which no package brings"
-        if name == GgufModel.name
-        else ""
-    )
-    raise ConfigError(f"--type {kind}: --to {name} writes {', '.join(known)}{smaller}")
+        return GgufAdapter(options.type or "f32")
+    merged, is_dequantized = make_format("merged", Options(options.base)), options.base == "dequantized"
+    return GgufModel(options.type or "bf16", merged, is_dequantized)
 
 
 def _public_name(source: ExportSource) -> str:
     """What the file is called in itself: others read it, so that the run's name and the base's folder are not in it."""
     revision, base = source.adapter.config.get("revision"), str(source.adapter.config.get("base_model_name_or_path"))
     return f"{base.split('/')[-1] if revision else source.model.config.model_type}-{source.adapter_name}"
-
-
-def _of_model(folder: Path, file: Path, kind: str, name: str) -> list[str]:
-    arguments = [str(folder), "--outfile", str(file), "--outtype", kind, "--model-name", name]
-    return ["convert_hf_to_gguf.py", *arguments]
-
-
-def _require_converted(runs: Sequence[Sequence[str]], source: ExportSource) -> None:
-    for found in convert(runs, source):
-        if found.error:
-            raise ExportError(f"llama.cpp's converter: {found.error}")
 
 
 def _pair(name: str, pair: Factors, alpha: int) -> Iterator[Outgoing]:
@@ -320,10 +361,10 @@ def _pair(name: str, pair: Factors, alpha: int) -> Iterator[Outgoing]:
     yield Outgoing(f"{PREFIX}{name}.lora_B.weight", dtype, tuple(b.shape), lambda: fold(b, factor))
 
 
-def _plain_token(source: ExportSource) -> int:
-    """A token that is a letter."""
-    ids = source.tokenizer.get_vocab().values()
-    return next(each for each in sorted(ids) if re.fullmatch("[A-Za-z]", source.tokenizer.decode([each])))
+def _plain_token(source: ExportSource) -> int | None:
+    """A token that is a letter; None where there is none."""
+    ids = sorted(source.tokenizer.get_vocab().values())
+    return next((each for each in ids if re.fullmatch("[A-Za-z]", source.tokenizer.decode([each]))), None)
 
 
 def _texts(source: ExportSource) -> list[tuple[str, list[int]]]:

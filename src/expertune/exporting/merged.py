@@ -15,7 +15,7 @@ from expertune.checkpoint.writer import hash_file, write_tensors
 from expertune.errors import ExportError, option
 from expertune.exporting.additions import find_additions, live_names
 from expertune.exporting.dequantized import DequantizedModel, as_config
-from expertune.exporting.formats import Engine, Options, Progress
+from expertune.exporting.formats import Engine, Format, Options, Progress
 from expertune.exporting.merging import merge_shard
 from expertune.exporting.place import MARK
 from expertune.exporting.source import ExportSource
@@ -37,7 +37,7 @@ FLOOR = 1e-3
 """Of a merged model, in nats: sums in another order round a weight to its neighbor now and then."""
 
 
-class Merged:
+class Merged(Format):
     """`merged`: into the source's shards, with names and metadata as there."""
 
     name = "merged"
@@ -72,7 +72,7 @@ class Merged:
                 )
                 _note_finished(folder, manifest, shard.name)
             before += size
-        for name in _small_files(source):
+        for name in small_files(source):
             shutil.copyfile(source.base.folder / name, folder / name)
 
     def engines(self, source: ExportSource, folder: Path, base: Path) -> list[Engine]:
@@ -80,7 +80,7 @@ class Merged:
         return [_engine({"model": str(base)}, folder, dtypes_on_disk(source), "source")]
 
 
-class MergedIntoDequantized:
+class MergedIntoDequantized(Format):
     """`merged --base dequantized`: into the values that the adapter was trained beside, a file for each layer."""
 
     name = "merged"
@@ -132,7 +132,13 @@ def dtypes_on_disk(source: ExportSource) -> dict[str, str]:
     return found
 
 
-def write_dequantized(source: ExportSource, folder: Path, progress: Progress, is_adapted: bool = True) -> None:
+def write_dequantized(
+    source: ExportSource,
+    folder: Path,
+    progress: Progress,
+    is_adapted: bool = True,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write a model's 4-bit values as a 16-bit folder that stock transformers reads, or go on with one.
 
     Args:
@@ -140,9 +146,10 @@ def write_dequantized(source: ExportSource, folder: Path, progress: Progress, is
         folder: where to; it exists.
         progress: called after each file.
         is_adapted: whether the adapter is added.
+        dtype: of the values; None means the base's own.
     """
     manifest = _resumed(folder, _identity(source, "dequantized" if is_adapted else "dequantized, without the adapter"))
-    model, expected = DequantizedModel(source, is_adapted), MergedIntoDequantized().nbytes(source)
+    model, expected = DequantizedModel(source, is_adapted, dtype), MergedIntoDequantized().nbytes(source)
     count, weight_map, total = len(model.parts), manifest.setdefault("tensors", {}), 0
     for number, part in enumerate(model.parts, start=1):
         file = f"model-{number:05d}-of-{count:05d}.safetensors"
@@ -156,7 +163,7 @@ def write_dequantized(source: ExportSource, folder: Path, progress: Progress, is
         total += manifest["files"][file][0]
         progress(file, total, max(total, expected))
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    for name in _small_files(source):
+    for name in small_files(source):
         if name != "config.json" and not name.endswith(".index.json") and name != FOLDER_MARK:
             shutil.copyfile(source.base.folder / name, folder / name)
     write_json(folder / "config.json", as_config(source, model.dtype))
@@ -175,7 +182,7 @@ def _shards(source: ExportSource) -> list[Path]:
     return sorted({entry.shard for entry in source.index.tensors.values()})
 
 
-def _small_files(source: ExportSource) -> list[str]:
+def small_files(source: ExportSource) -> list[str]:
     """Config, tokenizer, index and the like; with code of the model's own where that is trusted."""
     patterns = [*_BESIDE_WEIGHTS, *(["*.py"] if source.base.trust_remote_code else [])]
     return sorted({path.name for each in patterns for path in source.base.folder.glob(each) if path.is_file()})

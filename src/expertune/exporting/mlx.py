@@ -25,8 +25,9 @@ from expertune.checkpoint.writer import Outgoing, write_tensors
 from expertune.errors import ExportError
 from expertune.experts import layout
 from expertune.experts.contract import ExpertsSpec
-from expertune.exporting.formats import Engine, Options, Progress
+from expertune.exporting.formats import Engine, Format, Options, Progress
 from expertune.exporting.merged import FLOOR, dtypes_on_disk
+from expertune.exporting.place import SCRATCH
 from expertune.exporting.programs import run_program
 from expertune.exporting.source import ExportSource, Place
 from expertune.storage import write_json
@@ -51,10 +52,8 @@ class Home:
     experts: list[int] | None
 
 
-class MlxAdapter:
+class MlxAdapter(Format):
     """`mlx`: `adapters.safetensors` and `adapter_config.json`."""
-
-    resumes = False
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -115,7 +114,7 @@ class MlxMerged(MlxAdapter):
 
     def write(self, source: ExportSource, folder: Path, progress: Progress) -> None:
         """Have mlx-lm add the adapter to the base."""
-        with TemporaryDirectory(prefix="adapter-", dir=folder.parent) as scratch:
+        with TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
             super().write(source, Path(scratch), progress)
             fused = {"model": str(source.base.folder), "adapter": scratch, "to": str(folder)}
             run_program(_PROGRAM, {"fuse": fused}, Path(scratch) / "request.json", _REFUSED, source.num_weights)

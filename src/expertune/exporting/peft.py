@@ -15,17 +15,15 @@ from expertune.checkpoint.targets import Rank, ResolvedTargets
 from expertune.checkpoint.writer import Outgoing
 from expertune.errors import ExportError
 from expertune.experts.layout import fused_projections
-from expertune.exporting.formats import Engine, Options, Progress
+from expertune.exporting.formats import Engine, Format, Options, Progress
 from expertune.exporting.source import ExportSource
 
 LEGACY_PYTHON = "EXPERTUNE_LEGACY_PYTHON"
 """Names an interpreter that has PEFT on transformers 4, to verify there as well."""
 
 
-class PeftAdapter:
+class PeftAdapter(Format):
     """`peft` and `peft-fused`."""
-
-    resumes = False
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -12,6 +12,9 @@ from expertune.run.lock import lock_file, make_folder, unlock
 MARK = ".export.json"
 """In a folder that an export has made: who writes it. What has none is nobody's to delete."""
 
+SCRATCH = ".scratch-"
+"""How folders begin that are needed for a while; in the folder that is written, where the next export finds them."""
+
 _OTHER = option("out", "DIR")
 
 
@@ -76,10 +79,31 @@ def hold_partial(folder: Path) -> Iterator[Path]:
                 each.rmdir()
 
 
-def clear(partial: Path, names: set[str] | None = None) -> None:
-    """Delete what an earlier export has left: all of it, or what has one of these names."""
-    for path in partial.iterdir():
-        if path.name == MARK or (names is not None and path.name not in names):
+@contextmanager
+def hold_export(folder: Path) -> Iterator[None]:
+    """Hold an export that was written while the body looks at it; what is only needed meanwhile is gone afterwards.
+
+    Raises:
+        ConfigError: another process does.
+        ExportError: it cannot be written to.
+    """
+    try:
+        descriptor = lock_file(folder / MARK, "a verification", "and then give the same command again")
+    except OSError as error:
+        raise ExportError(f"{folder}: cannot be written to ({error.strerror or error})") from None
+    try:
+        clear(folder, set())
+        yield
+    finally:
+        (folder / MARK).unlink(missing_ok=True)
+        unlock(descriptor)
+
+
+def clear(folder: Path, names: set[str] | None = None) -> None:
+    """Delete what an earlier process has left: all of it, or what was needed for a while and what has these names."""
+    for path in folder.iterdir():
+        is_kept = names is not None and path.name not in names and not path.name.startswith(SCRATCH)
+        if path.name == MARK or is_kept:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -24,7 +24,8 @@ from torch.nn.functional import one_hot
 
 from expertune.checkpoint.load import auto_class
 from expertune.errors import ExpertuneError
-from expertune.exporting.formats import Engine, Format, Verdict
+from expertune.exporting.formats import Engine, Format, Options, Verdict
+from expertune.exporting.place import SCRATCH
 from expertune.exporting.programs import BrokenOffError, ProgramError, run_program
 from expertune.exporting.source import ExportSource, Place
 from expertune.storage import write_json
@@ -57,12 +58,16 @@ def verify(source: ExportSource, form: Format, folder: Path, base: Path) -> list
     return [_verify(source, form, engine, base, folder) for engine in form.engines(source, folder, base)]
 
 
-def write_verification(folder: Path, form: Format, source: ExportSource, verdicts: list[Verdict]) -> dict[str, Any]:
-    """Write `verification.json`; returns its content."""
+def write_verification(
+    folder: Path, form: Format, options: Options, source: ExportSource, verdicts: Sequence[Verdict]
+) -> dict[str, Any]:
+    """Write `verification.json`: what was exported, and what came of each engine. Returns its content."""
     values = {
         "format": form.name,
+        "options": asdict(options),
         "adapter": source.adapter_name,
         "base": source.context.config.model,
+        "notes": list(form.notes),
         "engines": [asdict(verdict) for verdict in verdicts],
     }
     write_json(folder / VERIFICATION, values)
@@ -76,7 +81,7 @@ def _verify(source: ExportSource, form: Format, engine: Engine, base: Path, fold
         return engine.verdict(source, engine)
     if reason := source.why_too_large():
         return Verdict(engine.name, "not verified", reason)
-    with TemporaryDirectory(prefix="expertune-verify-", dir=folder.parent) as scratch:
+    with TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
         compared = _Compared(source, form, engine, base, Path(scratch))
         try:
             return compared.verdict()
@@ -163,11 +168,14 @@ class _Compared:
         return Verdict(name, "verified", "; ".join(filter(None, open_questions)) or None, figures)
 
     def _failed(self, name: str, figures: dict[str, Any]) -> Verdict:
+        groups: list[str] = []
         try:
             groups = self._disagreeing()
+            where = "; of what is exported anew by itself, nothing disagrees: these files are not as they were written"
         except (ExpertuneError, OSError):
-            groups = []  # which tensors it is cannot be said: the parts do not fit on the disk, or the like
-        where = f"; these tensors disagree: {', '.join(groups)}" if groups else ""
+            where = ""  # which tensors it is cannot be said: the parts do not fit on the disk, or the like
+        if groups:
+            where = f"; these tensors disagree: {', '.join(groups)}"
         reason = (
             f"log-probabilities differ by {figures['differences']['exported']:.2g} from base and adapter in float32, "
             f"and {self.tolerance:.2g} are allowed{where}"

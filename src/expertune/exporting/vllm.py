@@ -29,7 +29,7 @@ from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.writer import Outgoing
 from expertune.errors import ExportError
 from expertune.experts import layout
-from expertune.exporting.formats import Engine, Options, Progress, Verdict
+from expertune.exporting.formats import Engine, Format, Options, Progress, Verdict
 from expertune.exporting.programs import BrokenOffError, ProgramError, run_program
 from expertune.exporting.source import ExportSource, Place
 from expertune.storage import write_json
@@ -46,11 +46,10 @@ _ORDER = ("gate", "down", "up")
 _TOLERANCE = 1e-5
 
 
-class VllmAdapter:
+class VllmAdapter(Format):
     """`vllm`: `adapter_model.safetensors` and `adapter_config.json`."""
 
     name = "vllm"
-    resumes = False
 
     def __init__(self) -> None:
         self._stacked = False

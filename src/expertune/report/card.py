@@ -5,6 +5,7 @@ of a local file, text of an example, or value that is for the user alone, such a
 the user.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,9 +218,14 @@ def _verified(subject: Subject) -> str:
             "stock transformers in float32, in nats. A wrong expert is found where the prompts reach it."
         )
     if any("relative_difference" in (each.get("figures") or {}) for each in engines):
-        notes.append("Relative differences are those of what the engine's loader would multiply by.")
+        notes.append(
+            "Relative differences are those of what an engine's loader would multiply by; or of each tensor of a file, "
+            "by the size of what the adapter adds to it."
+        )
     notes += [line for each in engines if (line := _loss(each))]
-    return "\n\n".join([*notes, table])
+    reasons = [(str(each.get("engine")), str(each["reason"])) for each in engines if each.get("reason")]
+    lines = [f"- {_words(name)}: {_words(reason)}" for name, reason in reasons]
+    return "\n\n".join([*notes, table, *(["\n".join(lines)] if lines else [])])
 
 
 def _loss(engine: Mapping[str, Any]) -> str:
@@ -235,7 +241,7 @@ def _loss(engine: Mapping[str, Any]) -> str:
 
 
 def _engine_row(engine: Mapping[str, Any]) -> tuple[str, ...]:
-    """Name, verdict and figures of one engine; what it said in words may have paths, and is left out."""
+    """Name, verdict and figures of one engine."""
     figures = engine.get("figures") or {}
     differences, experts = figures.get("differences") or {}, figures.get("experts") or {}
     found = [_exact(differences.get("exported")), _exact(figures.get("tolerance")), _exact(differences.get("effect"))]
@@ -249,9 +255,10 @@ def _engine_row(engine: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _use(subject: Subject) -> str:
     base = _plain(subject.base_id or "BASE")
-    return _USE.get(subject.form or "peft", "").format(
+    text = _USE.get(subject.form or "peft", "").format(
         base=base, rank=subject.rank or subject.config.lora.r, where=subject.where
     )
+    return "\n\n".join([text, *(_words(str(note)) for note in (subject.verification or {}).get("notes") or ())])
 
 
 def _prompt(subject: Subject) -> str:
@@ -281,6 +288,12 @@ def _cell(text: str) -> str:
 def _plain(text: str) -> str:
     """A text in one line that is no Markdown link, code or HTML: records come from others as well."""
     return "".join(each if each not in "<>`[]" else " " for each in " ".join(text.split()))[:200]
+
+
+def _words(text: str) -> str:
+    """What an engine said, in one line that is no markup; whatever may be a path is left out."""
+    text = re.sub(r"\S*[/\\]\S*", "...", " ".join(text.split()))
+    return re.sub(r"([`*_\[\]<>|])", r"\\\1", text[:400])
 
 
 def _figure(value: Any) -> str:

@@ -38,11 +38,13 @@ def card_text(subject: Subject) -> str:
         raise CheckpointError(f"record.json: damaged where the model card takes its figures from ({error})") from error
 
 
-def write_card(record: Mapping[str, Any], config: RunConfig, folder: Path) -> None:
-    """Write the card of an adapter beside it, unless a user has made the one there his own."""
-    path = folder / CARD_NAME
+def write_card(
+    record: Mapping[str, Any], config: RunConfig, adapter: Path, export: Path | None = None, **facts: Any
+) -> None:
+    """Write the card of an adapter beside it, or into an export of it, unless a user has made the one there his own."""
+    path = (export or adapter) / CARD_NAME
     if not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace"):
-        write_text(path, card_text(card_subject(record, config, folder)))
+        write_text(path, card_text(card_subject(record, config, adapter, **facts)))
 
 
 def write_tokenizer(template: str | None, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -1,0 +1,94 @@
+"""Tensors of a merged GGUF file beside base and adapter, each expert by itself. Imports nothing of Expertune.
+
+    python gguf_tensors.py REQUEST.json
+
+The request: `gguf`, the folder of llama.cpp's Python package, which reads the files; `merged`, the file that is
+checked; `base`, one with the base's own values, nothing rounded; `adapter`, the adapter in float32; and `rounded`, the
+type that a sum was rounded to before it got the file's. The result, `compared.json` beside it: `matrices`, how many
+there are; `largest`, the largest difference from what is expected; and `wrong`, of each that differs by more than
+`allowed` its tensor, and its expert or null.
+
+A difference is told as a share of what the adapter changes: 1 where it was left out, 0 where everything is as it should
+be, but for sums that fall between two values. Where it changes nothing, as a share of the tensor itself.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_BLOCK = 2**24  # weights at a time
+
+
+def main(path: Path) -> None:
+    """Compare what a request names."""
+    request = json.loads(path.read_text(encoding="utf-8"))
+    sys.path.insert(0, request["gguf"])
+    found = list(compare(request))
+    wrong = [[tensor, expert] for tensor, expert, difference in found if not difference <= request["allowed"]]
+    largest = max(difference for _, _, difference in found)
+    result = {"matrices": len(found), "largest": largest if math.isfinite(largest) else None, "wrong": wrong}
+    path.with_name("compared.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def compare(request: dict[str, Any]) -> Iterator[tuple[str, int | None, float]]:
+    """Tensor, expert, and how far it is from base and adapter."""
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    merged, base, adapter = (GGUFReader(request[name]) for name in ("merged", "base", "adapter"))
+    alpha = float(adapter.fields["adapter.lora.alpha"].contents())
+    factors = {tensor.name: tensor.data for tensor in adapter.tensors}
+    before = {tensor.name: tensor for tensor in base.tensors}
+    rounded = GGMLQuantizationType[request["rounded"].upper()]
+    yield from ((name, None, math.inf) for name in before.keys() - {tensor.name for tensor in merged.tensors})
+    for tensor in merged.tensors:
+        old = before.get(tensor.name)
+        if old is None or list(old.shape) != list(tensor.shape):
+            yield tensor.name, None, math.inf
+            continue
+        pair = [factors.get(f"{tensor.name}.lora_{factor}") for factor in "ab"]
+        experts = range(tensor.data.shape[0]) if tensor.data.ndim == 3 else [None]
+        for expert in experts:
+            new_data, old_data = (
+                np.atleast_2d(each.data if expert is None else each.data[expert]) for each in (tensor, old)
+            )
+            a, b = (None if each is None else each if expert is None else each[expert] for each in pair)
+            types = tensor.tensor_type, old.tensor_type, rounded
+            update = None if a is None or b is None else (alpha / a.shape[0] * b, a)
+            yield tensor.name, expert, _difference(new_data, old_data, update, types)
+
+
+def _difference(new: Any, old: Any, update: tuple[Any, Any] | None, types: tuple[Any, Any, Any]) -> float:
+    """How far a matrix is from base and adapter; see the file's own words."""
+    from gguf.quants import dequantize, quantize
+
+    def as_in(values: Any, *kinds: Any) -> Any:
+        for kind in kinds:
+            values = dequantize(quantize(np.ascontiguousarray(values), kind), kind)
+        return values
+
+    kind, old_kind, rounded = types
+    step = max(1, _BLOCK // max(1, new.shape[1]))
+    # Not all tensors were rounded: a router may be in float32 among others in 16 bits.
+    errors, change, whole = {(rounded, kind): 0.0, (kind,): 0.0}, 0.0, 0.0
+    for first in range(0, len(new), step):
+        rows = slice(first, first + step)
+        found, base = dequantize(new[rows], kind), dequantize(old[rows], old_kind)
+        total = base if update is None else base + update[0][rows] @ update[1]
+        for kinds in errors:
+            errors[kinds] += float(np.square(found - as_in(total, *kinds), dtype=np.float64).sum())
+        change += float(np.square(as_in(total, rounded, kind) - as_in(base, rounded, kind), dtype=np.float64).sum())
+        whole += float(np.square(base, dtype=np.float64).sum())
+    error = min(errors.values())
+    if not math.isfinite(error + change + whole):
+        return math.inf
+    size = change if change else whole
+    return math.sqrt(error / size) if size else math.inf if error else 0.0
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
