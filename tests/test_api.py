@@ -91,11 +91,12 @@ def test_run_object_takes_the_place_of_its_directory_and_of_no_other_adapter(
         expertune.generate(trained, "Who?", adapter="checkpoint-3")
 
 
-def test_run_shows_its_summary_in_a_notebook(trained: expertune.Run) -> None:
+def test_run_shows_in_a_notebook_what_came_out_and_where_its_report_is(trained: expertune.Run) -> None:
     shown = trained._repr_html_()
-    assert shown.startswith("<pre>")
-    assert "training loss" in shown
-    assert trained.output_dir.name in shown
+    after = trained.record["eval"]["after"]
+    assert f'<td class="number">-</td><td class="number strong">{after:.3f}</td>' in shown
+    assert "<svg" in shown
+    assert f"{trained.output_dir}/report.html" in shown
 
 
 def test_opened_run_gives_the_evaluation_loss_that_training_recorded(finished: Path, evaluated: dict[str, Any]) -> None:

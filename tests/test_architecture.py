@@ -12,7 +12,7 @@ PACKAGE = ROOT / "src" / "expertune"
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 # Folders whose content is data, not modules.
-DATA_FOLDERS = {"assets", "data/templates", "report/templates"}
+DATA_FOLDERS = {"assets", "data/templates", "notebook/templates", "report/templates"}
 
 
 def blocks(kind: str) -> list[str]:

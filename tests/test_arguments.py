@@ -109,3 +109,7 @@ def test_config_and_record_show_themselves_in_a_line_without_secrets() -> None:
 
 def test_names_that_python_shows_of_the_package_are_the_public_ones() -> None:
     assert dir(expertune) == sorted([*expertune.__all__, "__version__"])
+
+
+def test_error_in_a_notebook_is_its_message_alone() -> None:
+    assert ExpertuneError("run.yaml: none")._render_traceback_() == ["ExpertuneError: run.yaml: none"]

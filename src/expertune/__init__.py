@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from expertune.models import attach, load_adapter, load_model, quantize
     from expertune.run.answering import answers, chat, generate
     from expertune.run.evaluation import evaluate
+    from expertune.run.examples import examples
     from expertune.run.inference import Run, open_run
 
 __version__ = _version("expertune")
@@ -36,6 +37,7 @@ __all__ = [
     "attach",
     "chat",
     "evaluate",
+    "examples",
     "export",
     "finetune",
     "generate",
@@ -57,6 +59,7 @@ _MODULES = {
     "planning": ("make_plan",),  # the earlier name of `plan`, of a RunConfig alone
     "run.answering": ("answers", "chat", "generate"),
     "run.evaluation": ("evaluate",),
+    "run.examples": ("examples",),
     "run.inference": ("Run", "open_run"),
 }
 

@@ -38,6 +38,7 @@ from expertune.planning.duration import read_lengths
 from expertune.planning.plan import plan_for
 from expertune.report.card import CARD_NAME
 from expertune.report.figures import summary_figure, write_png
+from expertune.report.page import PAGE_NAME
 from expertune.report.summary import render_summary
 from expertune.run.agreement import choose_experts, machine_for_all, require_same_start, share_batch, share_experts
 from expertune.run.base_model import load_base
@@ -135,7 +136,12 @@ def finetune(
             if is_finished(record):
                 bars.console.print(finished_line(record), soft_wrap=True)
                 return Run(context, options=OpenOptions(trust_remote_code=trust_remote_code))
-            with stops_recorded(record, bars.console.print), ranks.failing_together(), storage_errors_named(output_dir):
+            with (
+                bars.in_one_output(),
+                stops_recorded(record, bars.console.print),
+                ranks.failing_together(),
+                storage_errors_named(output_dir),
+            ):
                 return _finetune(context)
 
 
@@ -202,7 +208,10 @@ def _finetune(context: RunContext) -> Run:
     context.write_beside(f"{ADAPTER_FOLDER}/{CARD_NAME}", lambda _: write_card(record.values, config, adapter))
     record.update("run", status="finished")
     write_report(record, context.notify)
-    context.console.print(render_summary(record.values, config.output_dir), soft_wrap=True)
+    if context.bars.in_notebook:  # where the run shows itself
+        context.notify(f"report: {output_dir / PAGE_NAME}")
+    else:
+        context.console.print(render_summary(record.values, config.output_dir), soft_wrap=True)
     context.ranks.wait()  # until the run directory is whole
     options = OpenOptions(trust_remote_code=context.trust_remote_code)
     if context.sharing:  # no process has the whole model: it is opened again

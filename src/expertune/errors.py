@@ -17,6 +17,10 @@ class ExpertuneError(Exception):
 
     rank: int | None = None
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows of the error: the message, without the way through this package."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ConfigError(ExpertuneError):
     """The run file or an override is wrong: unknown key, bad value, missing file."""

@@ -32,8 +32,8 @@ def test_plan_shows_itself_in_a_line_and_as_its_tables_in_a_notebook(run_of):
     plan = make_plan(run_of(TINY_MIXTRAL))
     assert re.fullmatch(r"Plan\('.*/tiny-mixtral', peak [\d.]+ [GM]B of 80\.00 GB, fits\)", repr(plan))
     shown = plan._repr_html_()
-    assert shown.startswith("<pre>")
-    assert "frozen weights" in shown
+    assert '<td class="">frozen weights</td><td class="number">' in shown
+    assert re.search(r'<p class="good strong">fits: [\d.]+ GB of 80\.00 GB stay free</p>', shown)
 
 
 def test_a_config_alone_is_enough_and_the_plan_says_so(run_of):

@@ -30,14 +30,21 @@ def preview_run(config: RunConfig, num_examples: int = 3, trust_remote_code: boo
     Raises:
         ExpertuneError: what a run would stop at, as far as it concerns data and tokenizer.
     """
-    source = fetch_model(config.model, config.revision, trust_remote_code, weights=False)
-    tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    context = context_length(read_config(source.folder, trust_remote_code))
-    train, evaluation = prepare_run(config.data, tokenizer, context=context)
+    train, evaluation, tokenizer = read_examples(config, trust_remote_code)
     return {
         "train": preview(train, config.data, tokenizer, num_examples),
         "eval": preview(evaluation, config.data, tokenizer, num_examples) if evaluation else None,
     }
+
+
+def read_examples(
+    config: RunConfig, trust_remote_code: bool = False
+) -> tuple[TokenizedExamples, TokenizedExamples | None, Any]:
+    """The training and the evaluation examples of a run, and the model's tokenizer; see `preview_run`."""
+    source = fetch_model(config.model, config.revision, trust_remote_code, weights=False)
+    tokenizer = load_tokenizer(source.folder, trust_remote_code)
+    context = context_length(read_config(source.folder, trust_remote_code))
+    return *prepare_run(config.data, tokenizer, context=context), tokenizer
 
 
 def preview(tokenized: TokenizedExamples, data: DataConfig, tokenizer: Any, num_examples: int) -> dict[str, Any]:
@@ -62,7 +69,7 @@ def preview(tokenized: TokenizedExamples, data: DataConfig, tokenizer: Any, num_
         **tokenized.report,
         "chosen": chosen,
         "hints": _hints(tokenized.report, data, tokenizer),
-        "examples": [_example(example, tokenizer) for example in tokenized.examples[:num_examples]],
+        "examples": [shown_example(example, tokenizer) for example in tokenized.examples[:num_examples]],
     }
 
 
@@ -80,7 +87,8 @@ def _hints(report: dict[str, Any], data: DataConfig, tokenizer: Any) -> list[str
     return []
 
 
-def _example(example: TokenizedExample, tokenizer: Any) -> dict[str, Any]:
+def shown_example(example: TokenizedExample, tokenizer: Any) -> dict[str, Any]:
+    """One example as `preview` has it in `examples`."""
     flags = [label != IGNORE_INDEX for label in example.labels]
     runs = [(trained, len(list(group))) for trained, group in groupby(flags)]
     texts = _texts(example.input_ids, [length for _, length in runs], tokenizer)

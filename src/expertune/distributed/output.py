@@ -21,6 +21,7 @@ from rich.console import Console
 
 from expertune.distributed.processes import Launch, launched
 from expertune.errors import ConfigError, ExpertuneError, RankError, first_line, option
+from expertune.notebook.progress import in_notebook, notebook_console
 
 # How long a rank that has lost the others looks for what they say. torchrun ends it itself half a minute later.
 _LOOK_S = 3.0
@@ -42,8 +43,15 @@ _OF_A_CONNECTION = (
 
 
 def console_of(rank: int, console: Console | None) -> Console:
-    """Where a rank's lines and bars go: on rank 0 to the console (None means stderr), elsewhere nowhere."""
-    return (console or Console(stderr=True)) if rank == 0 else Console(quiet=True)
+    """Where a rank's lines and bars go: on rank 0 to the console, elsewhere nowhere.
+
+    Args:
+        rank: this process.
+        console: None means stderr, as stdout is for results; in a notebook its text output.
+    """
+    if rank:
+        return Console(quiet=True)
+    return console or (notebook_console() if in_notebook() else Console(stderr=True))
 
 
 def speaks(error: BaseException) -> bool:

@@ -1,6 +1,5 @@
 """A run's plan: what it needs, and whether it is there."""
 
-import html
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -15,6 +14,7 @@ from expertune.checkpoint.targets import ResolvedTargets, resolve_targets
 from expertune.config import RunConfig, check_training_arguments
 from expertune.config.arguments import checked
 from expertune.errors import DoesNotFitError
+from expertune.notebook.html import as_html
 from expertune.placement.experts import Location
 from expertune.planning import table
 from expertune.planning.communication import Traffic
@@ -130,7 +130,7 @@ class Plan:
 
     def _repr_html_(self) -> str:
         """The tables, for a notebook."""
-        return f"<pre>{html.escape(table.as_text(self, width=100))}</pre>"
+        return as_html(table.render(self))
 
     def render(self) -> RenderableType:
         """The plan for `rich.console.Console.print`."""

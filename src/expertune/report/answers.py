@@ -5,8 +5,8 @@ from typing import Any
 
 from expertune.evaluation.metrics import METRICS
 from expertune.report.differences import Piece, differences
-from expertune.report.text import shortened
 from expertune.report.values import Record, count, entries, figure, number, section
+from expertune.text import shortened
 
 _MOST_CHARS = 4000
 _MOST_CHARS_OF_ALL = 1_000_000

@@ -14,9 +14,9 @@ from expertune.evaluation.metrics import Figure, shown_figures
 from expertune.report.charts import Chart, Drawing, Series, centered_mean, draw, points_of
 from expertune.report.page import render
 from expertune.report.sections import defaults
-from expertune.report.text import printable
 from expertune.report.values import Record, at, count, duration, figure, flattened, number, section, setting, size
 from expertune.storage import write_text
+from expertune.text import printable
 
 # A run's name is its own, and a resumed run may have set the others otherwise: they change no weight.
 _NOT_COMPARED = ("output_dir", "training.run_name", "training.report_to", "training.disable_tqdm")

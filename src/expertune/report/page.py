@@ -11,20 +11,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from expertune.report import sections
 from expertune.report.answers import answers
 from expertune.report.expert_maps import expert_maps, load_over_time
-from expertune.report.text import printable
 from expertune.report.values import figure, section
 from expertune.storage import write_text
+from expertune.text import html_templates
 
 PAGE_NAME = "report.html"
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_KEPT = "\n\t\u200c\u200d"  # joiners are part of some scripts and of emoji, and move nothing
 
 
 def write_page(record: Mapping[str, Any], run_dir: Path) -> Path:
@@ -89,20 +88,6 @@ def _asset(name: str) -> str:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_finalize,
-    )
+    environment = html_templates(_TEMPLATES)
     environment.filters["figure"] = figure
     return environment
-
-
-def _finalize(value: Any) -> Any:
-    """What a template's expression becomes before it is escaped."""
-    if isinstance(value, Markup) or not isinstance(value, str):
-        return value
-    return printable(value, _KEPT)

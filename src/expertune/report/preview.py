@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from expertune.report.text import printable, shortened
+from expertune.text import printable, shortened
 
 _NAMES = {"train": "training examples", "eval": "evaluation examples"}
 _MARKS = (("⟦", "⟧"), ("«", "»"), ("[[", "]]"), ("<<<", ">>>"), ("[TRAINED>", "<TRAINED]"))
@@ -34,6 +34,13 @@ def render_preview(part: str, preview: Mapping[str, Any], max_chars: int = 600) 
         table.add_row(Text(f"  {label}", style=style), Text(printable(text), style=style))
     title = Text(f"{_NAMES[part]}: {preview['source']}", style="bold")
     return Group(title, table, *(_Example(example, max_chars) for example in preview["examples"]))
+
+
+def counts_of(example: Mapping[str, Any]) -> str:
+    """How long an example is, and how much of it is trained."""
+    cut = example["uncut_length"] - example["num_tokens"]
+    counts = f"{example['num_tokens']} tokens, {example['num_trained']} trained"
+    return f"{counts}, {cut} more cut off" if cut > 0 else counts
 
 
 def _facts(part: str, preview: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -69,10 +76,7 @@ class _Example:
         example = self._example
         parts = [(_encodable(printable(part["text"]), options.encoding), part["trained"]) for part in example["parts"]]
         start, end = _marks("".join(text for text, _ in parts), options.encoding)
-        cut = example["uncut_length"] - example["num_tokens"]
-        facts = f"{example['num_tokens']} tokens, {example['num_trained']} trained"
-        facts += f", {cut} more cut off" if cut > 0 else ""
-        heading = Text(f"{example['place']}: {facts}; what is trained stands between {start} and {end}")
+        heading = Text(f"{example['place']}: {counts_of(example)}; what is trained stands between {start} and {end}")
         lines = heading.wrap(console, max(options.max_width - len(_CONTINUED), 10), overflow="fold", no_wrap=False)
         for number, line in enumerate(lines):
             yield Text.assemble(_CONTINUED if number else "  ", line)

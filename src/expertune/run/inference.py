@@ -1,14 +1,11 @@
 """A finished run in use: its model with the adapter."""
 
 import gc
-import html
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
 from accelerate.utils import extract_model_from_parallel
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from expertune.adapt.attach import attach
@@ -20,9 +17,10 @@ from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import DataConfig, LoraSection, RunConfig, recorded_config
 from expertune.config.arguments import checked
 from expertune.data import settled
+from expertune.distributed.output import console_of
 from expertune.errors import CheckpointError, ConfigError, option
 from expertune.placement.device import default_device
-from expertune.report.summary import render_summary
+from expertune.report.notebook import run_html
 from expertune.run.base_model import load_base, recorded_places
 from expertune.run.context import RunContext
 from expertune.run.directory import ADAPTER_FOLDER, adapter_in
@@ -112,12 +110,8 @@ class Run:
         return f"Run({str(self.output_dir)!r}, {self.record.status})"
 
     def _repr_html_(self) -> str:
-        """The summary that ends a run, for a notebook."""
-        if self.record.status != "finished":
-            return f"<pre>{html.escape(repr(self))}</pre>"
-        console = Console(file=io.StringIO(), record=True, width=100)
-        console.print(render_summary(self.record.values, str(self.output_dir)))
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        """What came out, the losses, and where the report is, for a notebook."""
+        return run_html(self.record.values, self.output_dir)
 
 
 def after_training(model: ExpertPeftModel) -> ExpertPeftModel:
@@ -176,8 +170,9 @@ def find_run(
         source = fetch_model(config.model, revision, trust_remote_code)
     except CheckpointError as error:
         raise CheckpointError(f"{error}. If the model has moved, give {option('model', 'MODEL')}") from None
-    # On stderr: stdout is for results.
-    return FoundRun(RunContext(config, record, default_device(), Bars(Console(stderr=True))), folder, source)
+    return FoundRun(
+        RunContext(config, record, default_device(), Bars(console_of(rank=0, console=None))), folder, source
+    )
 
 
 @checked

@@ -1,8 +1,9 @@
-"""How far something is and how long it will still take: bars on a terminal, a line now and then elsewhere."""
+"""How far something is and how long it will still take: bars on a terminal or in a notebook, else a line at times."""
 
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +14,8 @@ from rich.progress import Progress, Task, TaskID
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from expertune.notebook.progress import NotebookProgress, in_notebook
 
 Clock = Callable[[], float]
 Update = Callable[[int, int], None]
@@ -83,6 +86,7 @@ class Bars:
 
     def __init__(self, console: Console, clock: Clock = time.monotonic) -> None:
         self.console, self.clock = console, clock
+        self.in_notebook = not console.quiet and console.file is sys.stdout and in_notebook()
         self._progress: Progress | None = None
         self._num_drawn = 0
         self._open: list[Bar] = []
@@ -118,12 +122,34 @@ class Bars:
             if bar and not bar.is_drawn and self.clock() - self._printed >= bar.patience and (line := bar.line):
                 self.print(line)
 
+    @property
+    def are_drawn(self) -> bool:
+        """Whether bars are drawn: on a terminal and in a notebook."""
+        return self.in_notebook or self.console.is_terminal
+
+    @contextmanager
+    def in_one_output(self) -> Iterator[None]:
+        """In a notebook, draw all bars of this block in one output."""
+        self._num_drawn += self.in_notebook
+        try:
+            yield
+        finally:
+            if self.in_notebook:
+                self.closed()
+
+    def add_figures(self, row: str, figures: Mapping[str, str]) -> bool:
+        """Add figures by column to the table below a notebook's bars; elsewhere there is none, and False comes back."""
+        if isinstance(self._progress, NotebookProgress):
+            self._progress.add_figures(row, figures)
+            return True
+        return False
+
     def opened(self) -> Progress | None:
-        """The display for one more bar; None where there is no terminal."""
-        if not self.console.is_terminal:
+        """The display for one more bar; None where none are drawn."""
+        if not self.are_drawn:
             return None
         if self._progress is None:
-            self._progress = _Lines(console=self.console)
+            self._progress = NotebookProgress(_head) if self.in_notebook else _Lines(console=self.console)
             self._progress.start()
         self._num_drawn += 1
         return self._progress
@@ -183,7 +209,7 @@ class Bar:
 
     @property
     def is_drawn(self) -> bool:
-        """Whether a terminal shows it."""
+        """Whether a terminal or a notebook shows it."""
         return self._progress is not None
 
     @property
@@ -247,6 +273,11 @@ def how_far(what: str, done: int, total: int, unit: str = "") -> str:
     return f"{what}: {done}/{total} {unit}" if unit else f"{what} {done}/{total}"
 
 
+def _head(task: Task) -> str:
+    unit = BYTES if task.fields["unit"] == BYTES else ""
+    return how_far(task.description, int(task.completed), int(task.total or 0), unit)
+
+
 class _Lines(Progress):
     """Bars that fit a terminal of any width."""
 
@@ -263,8 +294,7 @@ class _Line:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         task, total = self.task, int(self.task.total or 0)
-        unit = task.fields["unit"]
-        head = how_far(task.description, int(task.completed), total, BYTES if unit == BYTES else "")
+        head = _head(task)
         left = task.fields["estimate"].words
         taken = str(timedelta(seconds=int(task.elapsed or 0)))
         free = options.max_width - cell_len(head) - (cell_len(left) + 2 if left else 0)

@@ -106,7 +106,7 @@ class History(TrainerCallback, ExportableState):
 
 
 class ProgressBar(TrainerCallback):
-    """A bar on a terminal, a line per log elsewhere: loss, tokens per second, memory, time left.
+    """A bar on a terminal, a bar and a table in a notebook, else a line per log: loss, speed, memory, time left.
 
     Args:
         history: gives the run's history as it is now.
@@ -122,7 +122,7 @@ class ProgressBar(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Draw the bar."""
-        self._shown = self._bars.console.is_terminal and not args.disable_tqdm
+        self._shown = self._bars.are_drawn and not args.disable_tqdm
         self._bar = Bar(self._bars, "step", "", stays=True, done=state.global_step, hidden=not self._shown)
         self._bar.update(state.global_step, state.max_steps)
 
@@ -141,6 +141,9 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         """Print a line: evaluations always, losses where there is no bar."""
         logs, step = logs or {}, f"step {state.global_step}/{state.max_steps}"
+        figures = _columns(logs)
+        if figures and self._shown and self._bars.add_figures(str(state.global_step), figures):
+            return
         if "eval_loss" in logs:
             scores = [f"{name.removeprefix('eval_')} {value:.3f}" for name, value in logs.items() if _is_score(name)]
             self._bars.print("  ".join([step, f"evaluation loss {logs['eval_loss']:.4f}", *scores]))
@@ -238,6 +241,14 @@ class OwnRandomness(TrainerCallback):
     ) -> None:
         """Seed: the order of examples has been chosen by now."""
         set_seed(args.seed + self.rank)
+
+
+def _columns(logs: Mapping[str, float]) -> dict[str, str]:
+    """What a log adds to a table of losses and scores, by column."""
+    losses = {"training loss": logs.get("loss"), "evaluation loss": logs.get("eval_loss")}
+    columns = {name: f"{loss:.4f}" for name, loss in losses.items() if loss is not None}
+    scores = {name.removeprefix("eval_").replace("_", " "): value for name, value in logs.items() if _is_score(name)}
+    return columns | {name: f"{value:.3f}" for name, value in scores.items()}
 
 
 def _is_score(name: str) -> bool:

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import PrinterCallback
 
 from expertune.distributed.batches import take_parts
 from expertune.objectives.sft import SupervisedFineTuning
@@ -42,7 +43,7 @@ class ExpertTrainer(Promises, Trainer):
             data_collator=collator,
             promised=promised,
         )
-        for default in (ProgressCallback, PrinterCallback):
+        for default in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # in a notebook transformers' default is another
             self.remove_callback(default)
 
     def get_train_dataloader(self) -> Any:

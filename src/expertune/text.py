@@ -1,0 +1,53 @@
+"""Text from data, made safe to look at: nothing in it moves a cursor, hides text, turns it round or is read as HTML."""
+
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+_SPELLED_OUT = ("Cc", "Cf", "Cs", "Zl", "Zp")
+_KEPT = "\n\t\u200c\u200d"  # joiners are part of some scripts and of emoji, and move nothing
+
+
+def printable(text: str, kept: str = "\n\t") -> str:
+    """A text with its control characters spelled out, as `\\u202e`.
+
+    Those of format (Cf) are the ones without a width, and the ones that change the direction of what follows. Half
+    surrogates (Cs) have no UTF-8.
+
+    Args:
+        text: any text.
+        kept: characters that stay as they are.
+    """
+    return "".join(
+        char if char in kept or unicodedata.category(char) not in _SPELLED_OUT else ascii(char)[1:-1] for char in text
+    )
+
+
+def shortened(text: str, max_chars: int) -> str:
+    """A text without its middle where it is longer than this; the number of characters left out stands there."""
+    if len(text) <= max_chars:
+        return text
+    head, tail = 2 * max_chars // 3, max_chars // 3
+    return f"{text[:head]} [... {len(text) - head - tail:,} characters ...] {text[-tail:]}"
+
+
+def html_templates(folder: Path) -> Environment:
+    """Templates of HTML in a folder. What they are given is escaped, and its control characters are spelled out."""
+    return Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
+    )
+
+
+def _finalize(value: Any) -> Any:
+    """What a template's expression becomes before it is escaped."""
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return printable(value, _KEPT)
