@@ -134,3 +134,11 @@ def test_a_reader_that_goes_away_causes_no_noise():
     finally:
         os.close(write_end)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_tasks_without_the_harness_are_one_error_with_what_installs_it(run, run_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)  # as if it could not be imported
+    code, out, err = run("evaluate", run_dir, "--tasks", "viggo")
+    assert (code, out) == (2, "")
+    message = "tasks are scored by lm-evaluation-harness, which is not installed: pip install 'expertune[eval]'"
+    assert " ".join(err.split()) == f"expertune: error: {message}"

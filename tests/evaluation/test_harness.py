@@ -16,9 +16,11 @@ from typer.testing import CliRunner
 import expertune
 from expertune.cli import app
 from expertune.config import parse_config
-from expertune.errors import ConfigError
+from expertune.errors import ConfigError, DoesNotFitError
+from expertune.evaluation.harness import Harness
 from expertune.evaluation.harness_tasks import TaskFiles
 from tests.pages import ROOT, blocks
+from tests.train.scarce import Scarce, outside_training
 
 ASSETS = Path(__file__).parents[2] / "src" / "expertune" / "assets"
 VIGGO = ASSETS / "viggo" / "viggo-valid.csv"
@@ -120,6 +122,30 @@ def test_command_prints_base_and_adapter_side_by_side(run: expertune.Run, tasks:
     assert lines[0] == ["task", "figure", "base", "adapter", "examples"]
     assert lines[1][:2] == ["sums", "acc"]
     assert lines[1][-1] == "2"
+
+
+def test_memory_that_runs_out_has_the_tasks_run_again_with_smaller_batches_and_then_ends_in_one_error(
+    run: expertune.Run, tasks: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+
+    def scores() -> dict[str, Any]:
+        return Harness(run.model, run.tokenizer, TaskFiles(["sums"], tasks), 2, notes.append).scores(2)
+
+    tasks = tasks()
+    plenty = Scarce(10**9, when=outside_training).install(monkeypatch)
+    expected = scores()
+    monkeypatch.undo()
+    assert notes == []
+    Scarce(plenty.most_seen - 1, when=outside_training).install(monkeypatch)
+    assert scores() == expected
+    monkeypatch.undo()
+    again = "tasks: memory ran out (Tried to allocate 2.00 GiB); again with"
+    assert notes == [f"{again} 1 examples a batch"]
+    Scarce(0, when=outside_training).install(monkeypatch)
+    with pytest.raises(DoesNotFitError, match=r"^tasks: memory does not suffice for one example at a time \(Tried to"):
+        scores()
+    assert notes == [f"{again} 1 examples a batch"] * 2
 
 
 @pytest.mark.parametrize(
