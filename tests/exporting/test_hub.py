@@ -3,10 +3,13 @@
 import base64
 import hashlib
 import json
+import random
 import re
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from expertune.cli import app
 from expertune.errors import ConfigError, ExportError
 from expertune.exporting.export import export
 from expertune.exporting.hub import _public
+from tests.processes import BENEATH, run_program
 from tests.train.conftest import rows_file, small_mixtral, three_steps
 
 __all__ = ["rows_file", "small_mixtral", "three_steps"]  # fixtures
@@ -27,16 +31,20 @@ __all__ = ["rows_file", "small_mixtral", "three_steps"]  # fixtures
 # The client hands a commit's lines to httpx by an argument of an older name.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 
-TOKEN, READER = "hf_writes", "hf_reads"
+TOKEN, READER, XET_TOKEN = "hf_writes", "hf_reads", "xet_writes"
 
 
 class Hub:
-    """Users, repositories and their files; large files by Git LFS, as on the hub."""
+    """Users, repositories and their files; large files by Git LFS or by Xet, as on the hub.
+
+    Xet's client sends blocks and then an index of them; they stay as they are, for what is in them is the client's.
+    """
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool | None] = {}
         self.large: dict[str, bytes] = {}
+        self.blocks: list[bytes] = []
         self.commits: list[str] = []
         self.requests: list[str] = []
         self.full = False
@@ -79,6 +87,11 @@ class Hub:
         if path.startswith("/upload/"):
             self.large[path.removeprefix("/upload/")] = body
             return 200, {}
+        if token == XET_TOKEN and path.startswith("/v1/xorbs/"):
+            self.blocks.append(body)
+            return 200, {"was_inserted": True}
+        if token == XET_TOKEN:
+            return (200, {"result": 1}) if path == "/v1/shards" else (404, {"error": "no such block is here"})
         if token not in (TOKEN, READER):
             return 401, {"error": "Invalid username or password."}
         if path == "/api/whoami-v2":
@@ -98,6 +111,8 @@ class Hub:
             if "visibility" in asked:
                 self.private[name] = asked["visibility"] == "private"
             return 200, {"url": f"{self.url}/{name}", "name": name}
+        if found := re.fullmatch(r"/api/models/(.+)/xet-write-token/main", path):
+            return 200, {"accessToken": XET_TOKEN, "exp": int(time.time()) + 3600, "casUrl": self.url}
         if found := re.fullmatch(r"/api/models/(.+)/preupload/main", path):
             files = json.loads(body)["files"]
             modes = [(file["path"], "lfs" if file["path"].endswith(".safetensors") else "regular") for file in files]
@@ -121,7 +136,7 @@ class Hub:
             elif line["key"] == "file":
                 self.repositories[name][value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                self.repositories[name][value["path"]] = self.large[value["oid"]]
+                self.repositories[name][value["path"]] = self.large.get(value["oid"]) or f"Xet {value['oid']}".encode()
         address = f"{self.url}/{name}/commit/{'0' * 40}"
         return 200, {"commitUrl": address, "commitOid": "0" * 40, "hookOutput": "", "success": True}
 
@@ -160,6 +175,27 @@ def test_export_is_sent_in_one_commit_with_its_card_and_without_paths_of_this_ma
     machine = str(Path(here["base_model_name_or_path"]).parent)
     assert not [name for name, content in sent.items() if machine.encode() in content]
     assert b'PeftModel.from_pretrained(model, "ada/mine")' in sent["README.md"]
+
+
+@pytest.mark.skipif(find_spec("hf_xet") is None, reason="hf_xet is not installed: pip install hf_xet")
+def test_large_files_go_by_xet_where_its_client_is_installed(hub: Hub, tmp_path: Path) -> None:
+    weights = random.Random(0).randbytes(2**18)
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    (folder / "adapter_config.json").write_text("{}")
+    # In a process of its own, for its client starts threads.
+    code = "import sys; from pathlib import Path; from expertune.exporting.hub import push; "
+    code += "print(push(Path(sys.argv[1]), 'ada/mine', None))"
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    ended = run_program(code, str(folder), imports=BENEATH, **settings)
+    assert (ended.status, ended.out) == (0, f"{hub.url}/ada/mine\n"), ended.err
+    assert hub.repositories["ada/mine"] == {
+        "adapter_config.json": b"{}",
+        "adapter_model.safetensors": f"Xet {hashlib.sha256(weights).hexdigest()}".encode(),
+    }
+    assert any(weights[:1000] in block for block in hub.blocks)
+    assert hub.large == {}
 
 
 @pytest.mark.parametrize(
