@@ -38,11 +38,15 @@ class Server:
     Args:
         imports: code that runs once, before; it must start no thread that does anything.
         names: where this process has made the imports, the names that they have made: the server is a copy of it.
+        python: the interpreter, where it is not this one.
         environment: variables beside those of this process.
     """
 
-    def __init__(self, imports: str, names: dict[str, Any] | None = None, **environment: str) -> None:
+    def __init__(
+        self, imports: str, names: dict[str, Any] | None = None, python: str = sys.executable, **environment: str
+    ) -> None:
         self.folder = Path(mkdtemp())
+        self.python = python
         self.output = [str(self.folder / name) for name in ("out", "err")]
         self.environment = environment
         self.has_ended = False
@@ -60,7 +64,7 @@ class Server:
         os.close(status)
 
     def _start(self, imports: str, stdin: int, stdout: int, stderr: int) -> "subprocess.Popen[bytes]":
-        command, variables = [sys.executable, str(ROOT / "tests" / "program_server.py"), imports], self._variables()
+        command, variables = [self.python, str(ROOT / "tests" / "program_server.py"), imports], self._variables()
         return subprocess.Popen(
             command, env=variables, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True
         )

@@ -165,7 +165,11 @@ def test_an_adapter_of_a_head_that_shares_its_weights_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "kind", "says"),
     [
-        ("gguf", "q4_k_m", "writes f32, f16, bf16, q8_0; write f16 and give it to llama.cpp's own `llama-quantize`"),
+        (
+            "gguf",
+            "q4_k_m",
+            "writes f32, f16, bf16, q8_0; write f16, and run `llama-quantize model-f16.gguf model-q4_k_m",
+        ),
         ("gguf-adapter", "q8_0", "writes f32, f16, bf16"),
         ("peft", "f16", "has no choice of it"),
     ],

