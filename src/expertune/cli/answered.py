@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from expertune.report.differences import differences
-from expertune.report.text import printable, shortened
 from expertune.terminal import log, print_table, stdout_for_results
+from expertune.text import printable, shortened
 
 if TYPE_CHECKING:
     from expertune.run.answering import Answer
