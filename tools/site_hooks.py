@@ -62,7 +62,11 @@ def on_page_context(context: dict[str, Any], page: Page, config: MkDocsConfig, n
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
-    """Stop the build where a page would load something from a network."""
+    """Stop the build where a page would load something from a network.
+
+    The theme's script asks for a sitemap beside each alternate in the head, where there is none; the menu has them too.
+    """
+    output = re.sub(r'\s*<link rel="alternate"[^>]*>', "", output)
     if loaded := re.findall(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>", output):
         log.warning("%s would load from a network: %s", page.file.src_uri, loaded)
     return output
