@@ -37,8 +37,8 @@ def figures(page: Path) -> Counter[str]:
 
 def targets(page: Path) -> Counter[str]:
     """What a page links to, from the root; a page in Chinese counts as its original, and a heading does not count."""
-    here = page.parent
-    found = (os.path.relpath(here / link.partition("#")[0], ROOT) for link in LINK.findall(prose(page)) if link[0] != "#")
+    links = (link.partition("#")[0] for link in LINK.findall(prose(page)))
+    found = (os.path.relpath(page.parent / link, ROOT) for link in links if link)
     return Counter(target.replace("docs/zh/", "docs/") for target in found)
 
 
@@ -61,7 +61,8 @@ def test_figures_are_those_of_the_english_page(page: Path) -> None:
 def test_links_are_those_of_the_english_page(page: Path) -> None:
     found, expected = targets(page), targets(PAIRS[page])
     for home in {*HOME, *HOME.values()}:  # each leads to the other
-        found.pop(home, None), expected.pop(home, None)
+        found.pop(home, None)
+        expected.pop(home, None)
     assert found == expected
 
 
