@@ -75,7 +75,7 @@ def photographed(page: Path, arguments: argparse.Namespace) -> bytes:
     browse(frame, f"--screenshot={png}", f"--window-size={max(width, 500)},{height}", "--hide-scrollbars", *scheme)
     written = BytesIO()
     with Image.open(png) as image:
-        palette = image.convert("RGB").crop((0, 0, width, height)).quantize(128, dither=Image.Dither.NONE)
+        palette = image.convert("RGB").crop((0, 0, width, height)).quantize(256, dither=Image.Dither.NONE)
         palette.save(written, "PNG", optimize=True)
     return written.getvalue()
 

@@ -7,7 +7,7 @@ labels are HTML at percentages, so that they keep their size.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, Literal
 
 SIZE = 1000
@@ -82,7 +82,7 @@ def points_of(series: Any) -> list[Point]:
     """The finite points of a record's series; a figure that is not finite is kept there as text."""
     found = []
     for entry in series if isinstance(series, list) else []:
-        if isinstance(entry, list | tuple) and len(entry) == 2 and all(is_number(value) for value in entry):
+        if isinstance(entry, list) and len(entry) == 2 and is_number(entry[0]) and is_number(entry[1]):
             found.append((entry[0], entry[1]))
     return found
 
@@ -212,6 +212,8 @@ def _labeled(values: list[float], place: Callable[[float], float]) -> list[tuple
 def cells(rows: Sequence[Sequence[float]], low: float, high: float) -> list[str]:
     """Cells of a heat map by color, one path per level; each cell is one unit wide and high.
 
+    Neighbors in a row that have one level are drawn together.
+
     Args:
         rows: figures, as many in each row.
         low: the figure of the first level.
@@ -220,9 +222,12 @@ def cells(rows: Sequence[Sequence[float]], low: float, high: float) -> list[str]
     paths: list[list[str]] = [[] for _ in range(LEVELS)]
     span = high - low or 1.0
     for y, row in enumerate(rows):
-        for x, figure in enumerate(row):
-            level = min(LEVELS - 1, max(0, int(LEVELS * (figure - low) / span)))
-            paths[level].append(f"M{x} {y}h1v1h-1z")
+        levels = [min(LEVELS - 1, max(0, int(LEVELS * (figure - low) / span))) for figure in row]
+        x = 0
+        for level, alike in groupby(levels):
+            width = len(list(alike))
+            paths[level].append(f"M{x} {y}h{width}v1h-{width}z")
+            x += width
     return ["".join(path) for path in paths]
 
 

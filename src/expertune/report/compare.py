@@ -116,7 +116,7 @@ def compare(runs: Sequence[tuple[str, Record]]) -> Comparison:
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
     """Write the page of a comparison, whole or not at all."""
-    write_text(path, render("compare.html", comparison=comparison))
+    write_text(path, render("compare.html", comparison=comparison, headers=short_keys(list(comparison.settings))))
 
 
 def render_comparison(comparison: Comparison) -> RenderableType:
@@ -126,33 +126,47 @@ def render_comparison(comparison: Comparison) -> RenderableType:
 
 @dataclass(frozen=True)
 class _Table:
-    """A comparison whose figures stay beside their units where the terminal has room for that."""
+    """A comparison as one table where the terminal has room for it, else as one each of settings, scores and cost."""
 
     comparison: Comparison
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for padding in (2, 1):
-            whole = _table(self.comparison, padding, no_wrap=True)
-            if Measurement.get(console, options.update_width(_WIDEST), whole).minimum <= options.max_width:
-                yield whole
-                return
-        yield _table(self.comparison)
+        compared = self.comparison
+        keys = list(compared.settings)[:_MOST_SETTINGS]
+        notes = [compared.note] if compared.note else []
+        if more := len(compared.settings) - len(keys):
+            notes.append(f"{more} more settings differ; the page has them")
+        whole = _fitting(compared, keys, [*compared.scores, *compared.cost], console, options)
+        if whole is not None:
+            yield whole
+        else:
+            parts: list[tuple[list[str], list[Column]]] = [(keys, []), ([], compared.scores), ([], compared.cost)]
+            for number, (settings, columns) in enumerate(part for part in parts if any(part)):
+                if number:
+                    yield ""
+                yield _fitting(compared, settings, columns, console, options) or _table(compared, settings, columns)
+        for note in notes:
+            yield Text(printable(note), style="italic")
 
 
-def _table(comparison: Comparison, padding: int = 2, no_wrap: bool = False) -> Table:
+def _fitting(
+    comparison: Comparison, settings: list[str], columns: list[Column], console: Console, options: ConsoleOptions
+) -> Table | None:
+    """A table whose figures stand beside their units; None where the terminal is too narrow."""
+    for padding in (2, 1):
+        table = _table(comparison, settings, columns, padding, no_wrap=True)
+        if Measurement.get(console, options.update_width(_WIDEST), table).minimum <= options.max_width:
+            return table
+    return None
+
+
+def _table(
+    comparison: Comparison, settings: list[str], columns: list[Column], padding: int = 2, no_wrap: bool = False
+) -> Table:
     table = Table(box=None, pad_edge=False, header_style="", padding=(0, padding, 0, 0))
     table.add_column("run", overflow="fold")
-    settings = list(comparison.settings)[:_MOST_SETTINGS]
-    notes = [comparison.note] if comparison.note else []
-    if more := len(comparison.settings) - len(settings):
-        notes.append(f"{more} more settings differ; the page has them")
-    if notes:
-        table.caption, table.caption_justify = "\n".join(notes), "left"
-    last = [key.rpartition(".")[-1] for key in settings]
-    for key, name in zip(settings, last, strict=True):
-        words = name.replace("_", " ") if last.count(name) == 1 else key  # a header that is cut at words stays narrow
-        table.add_column(printable(words), overflow="fold")
-    columns = [*comparison.scores, *comparison.cost]
+    for header in short_keys(settings).values():
+        table.add_column(printable(header), overflow="fold")
     for column in columns:
         header = printable(column.label)
         if no_wrap:
@@ -166,6 +180,12 @@ def _table(comparison: Comparison, padding: int = 2, no_wrap: bool = False) -> T
             cells.append(Text(column.shown[place], style="bold" if place in column.best else ""))
         table.add_row(*cells)
     return table
+
+
+def short_keys(keys: Sequence[str]) -> dict[str, str]:
+    """Headers of settings: the last word of each key, in words that can be wrapped, where no other key has it."""
+    last = [key.rpartition(".")[-1] for key in keys]
+    return {key: name.replace("_", " ") if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
 
 
 def _names(folders: Sequence[str]) -> list[str]:

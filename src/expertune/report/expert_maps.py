@@ -87,7 +87,7 @@ def load_over_time(record: Record) -> dict[str, Any] | None:
         "every": number(series, "every") or 1,
         "map": _drawn_map("Tokens by expert and step", first["rows"], (0, highest))
         | {
-            "pixels": round(len(first["rows"]) * min(20, max(3, 420 / len(first["rows"])))),
+            "pixels": min(20 * len(first["rows"]), 420),
             "labels": _thinned_labels([str(expert) for expert in range(len(first["rows"]))]),
             "ends": ["0 %", f"{highest:.1f} %"],
             "scale": [f"step {steps[0][0]:,.0f}", f"{steps[-1][1]:,.0f}"],

@@ -12,7 +12,7 @@ import yaml
 
 from expertune.config import RunConfig, Section
 from expertune.evaluation.metrics import shown_figures
-from expertune.report.charts import Chart, Drawing, Series, bars, centered_mean, draw, mean_width, points_of
+from expertune.report.charts import Chart, Drawing, Point, Series, bars, centered_mean, draw, mean_width, points_of
 from expertune.report.values import (
     Record,
     at,
@@ -30,6 +30,7 @@ from expertune.report.values import (
 
 Facts = list[tuple[str, str]]
 
+_FEWEST_AVERAGED = 80
 _PHASES = {"loss": "loss of a step", "layer": "layer of a step", "save": "checkpoint"}
 
 
@@ -121,36 +122,44 @@ def charts(record: Record) -> list[Drawing]:
     """Loss, learning rate, gradient norm, speed and load of the experts by step."""
     train = section(record, "train")
     losses = points_of(train.get("loss"))
-    smooth = centered_mean(losses) if mean_width(len(losses)) > 3 else []
     drawn = [
         Chart(
             "Loss per answer token (nats)",
             [
-                Series("training, each step", losses, 0, "faint"),
-                Series(f"training, mean of {mean_width(len(losses))} steps around each", smooth, 0),
+                *_with_mean("training", losses, 0, _FEWEST_AVERAGED),
                 Series("evaluation examples", points_of(at(record, "eval", "loss")), 1, "dots"),
             ],
             marks=_best(record),
-        )
+        ),
+        Chart("Learning rate", [Series("learning rate", points_of(train.get("learning_rate")), 2)]),
+        Chart("Gradient norm before clipping", _with_mean("gradient norm", points_of(train.get("grad_norm")), 3)),
+        Chart("Tokens per second of a step", _with_mean("tokens per second", _speeds(train), 5)),
+        Chart(
+            "Imbalance: tokens of a layer's busiest expert over the mean (1 is even)",
+            _with_mean("imbalance", points_of(train.get("expert_imbalance")), 4),
+            from_zero=False,
+        ),
+        Chart(
+            "Tokens of an expert in a step",
+            [
+                *_with_mean("busiest of any layer", points_of(train.get("expert_tokens_most")), 4),
+                *_with_mean("least busy", points_of(train.get("expert_tokens_least")), 7),
+            ],
+        ),
     ]
-    for name, title, color, from_zero in (
-        ("learning_rate", "Learning rate", 2, True),
-        ("grad_norm", "Gradient norm before clipping", 3, True),
-    ):
-        drawn.append(Chart(title, [Series(title, points_of(train.get(name)), color)], from_zero=from_zero))
-    drawn.append(Chart("Tokens per second of a step", [Series("tokens per second", _speeds(train), 5)]))
-    load = "Imbalance: tokens of a layer's busiest expert over the mean (1 is even)"
-    drawn.append(Chart(load, [Series("imbalance", points_of(train.get("expert_imbalance")), 4)], from_zero=False))
-    extremes = [
-        Series("the busiest of any layer", points_of(train.get("expert_tokens_most")), 4),
-        Series("the least busy", points_of(train.get("expert_tokens_least")), 7),
-    ]
-    drawn.append(Chart("Tokens of an expert in a step", extremes))
     unused = points_of(train.get("experts_unused"))
     drawn.append(Chart("Experts without a token in a step, of all layers (%)", [Series("unused", unused, 4)]))
     for name, points in _task_series(record).items():
         drawn.append(Chart(f"{name} on evaluation examples", [Series(name, points, 1, "dots")]))
     return [drawing for drawing in map(draw, drawn) if drawing]
+
+
+def _with_mean(name: str, points: list[Point], color: int, fewest: int = 400) -> list[Series]:
+    """A series, and the mean around each step where it has so many points that its line could hide its course."""
+    if len(points) < fewest:
+        return [Series(name, points, color)]
+    mean = f"{name}, mean of {mean_width(len(points))} steps around each"
+    return [Series(f"{name}, each step", points, color, "faint"), Series(mean, centered_mean(points), color)]
 
 
 def _best(record: Record) -> list[tuple[float, str]]:
@@ -165,7 +174,7 @@ def _best(record: Record) -> list[tuple[float, str]]:
     return [(step, f"lowest evaluation loss, {figure(loss)} at step {count(step)}")]
 
 
-def _speeds(train: Record) -> list[tuple[float, float]]:
+def _speeds(train: Record) -> list[Point]:
     """Tokens per second of each step."""
     tokens, times = dict(points_of(train.get("tokens"))), points_of(train.get("seconds"))
     return [(step, tokens[step] / seconds) for step, seconds in times if step in tokens and seconds]

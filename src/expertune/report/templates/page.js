@@ -201,9 +201,13 @@
     if (chosen) chosen.addEventListener("change", () => {
       ({ rows } = layers[Number(chosen.value)]);
       const levels = [...svg.querySelectorAll("path")], paths = levels.map(() => "");
-      rows.forEach((values, y) => values.forEach((value, x) => {
-        paths[inside(value / (highest || 1), levels.length)] += `M${x} ${y}h1v1h-1z`;
-      }));
+      rows.forEach((values, y) => {
+        const colors = values.map((value) => inside(value / (highest || 1), levels.length));
+        for (let x = 0, end; x < colors.length; x = end) {
+          for (end = x + 1; colors[end] === colors[x]; end++);
+          paths[colors[x]] += `M${x} ${y}h${end - x}v1h-${end - x}z`;
+        }
+      });
       levels.forEach((path, level) => path.setAttribute("d", paths[level]));
     });
   }
