@@ -24,7 +24,7 @@ from expertune.config.arguments import checked
 from expertune.data import make_collator
 from expertune.distributed.mesh import open_ranks
 from expertune.distributed.output import console_of
-from expertune.evaluation.held_out import HeldOut
+from expertune.evaluation.held_out import HeldOut, Timed
 from expertune.evaluation.metrics import shown_figures
 from expertune.kernels import routes
 from expertune.layers.varlen_attention import require_no_leakage
@@ -154,7 +154,7 @@ def _finetune(context: RunContext) -> Run:
     context = share_experts(context)
     config, record, output_dir = context.config, context.record, context.output_dir
     check_schedule(config)
-    with context.bars.task("planning"):
+    with record.phase("planning"), context.bars.task("planning"):
         made = plan_for(config, machine_for_all(context), merged, context.trust_remote_code)
     if made.ranks and reason:
         made = replace(made, ranks=replace(made.ranks, reason=reason))
@@ -164,7 +164,8 @@ def _finetune(context: RunContext) -> Run:
     context.notify(made.parameters.line)
 
     # Nothing but a lock has been written so far: a mistake in the run file or in an example leaves no directory behind.
-    inputs = read_inputs(context)
+    with record.phase("data"):
+        inputs = read_inputs(context)
     require_room(made.disk, config.training, len(inputs.dataset), output_dir)
     made = made.timed(inputs.lengths(config.data))
     if made.run_time:
@@ -184,12 +185,15 @@ def _finetune(context: RunContext) -> Run:
         held_out = HeldOut(config, model, inputs.tokenizer, inputs.eval, recovery, context.bars)
     if config.task.metric and held_out and "before" not in record.section("task"):
         # A resumed run may have recorded the score already; it was taken on the same bytes.
-        record.update("task", before=held_out.score(step=0, base_only=True))
+        with record.phase("answers"):
+            record.add("task", before=held_out.score(step=0, base_only=True))
+        record.save()
         _show_score(context, "before")
 
     _record_notes(context, made.micro_batch, point)
     write_report(record, context.notify)
-    _train(context, inputs, model, held_out, recovery, point)
+    with record.phase("training"):
+        _train(context, inputs, model, held_out, recovery, point)
     write = partial(write_adapter, model, output_dir / ADAPTER_FOLDER, context.ranks)
     if context.sharing:
         write()  # which all take part in
@@ -197,7 +201,9 @@ def _finetune(context: RunContext) -> Run:
         context.ranks.on_main(lambda: recovery.retry("checkpoint", write))
 
     if config.task.metric and held_out:
-        record.update("task", after=held_out.score(step=record["train"]["steps"]))
+        with record.phase("answers"):
+            record.add("task", after=held_out.score(step=record["train"]["steps"]))
+        record.save()
         _show_score(context, "after")
     record.add("memory", peak_bytes=max(context.ranks.gather(peak_memory_bytes())))
     context.write_beside("summary.png", lambda path: write_png(summary_figure(record.values), path))
@@ -265,7 +271,8 @@ def _load_and_adapt(
     """Load, attach and check; from here on, what is done when memory runs out."""
     config, record, source = context.config, context.record, inputs.source
     started = time.monotonic()
-    loaded = load_base(context, source, placement)
+    with record.phase("loading"):
+        loaded = load_base(context, source, placement)
     context.console.print(f"loaded with 4-bit experts in {time.monotonic() - started:.1f} s")
     for note in config.notes:
         context.notify(note)
@@ -276,7 +283,7 @@ def _load_and_adapt(
         require_no_leakage(loaded.model)
     probe = probe_batch(context, inputs)
     recovery = _recovery(context, loaded.model)
-    with context.bars.task("preflight check"):
+    with record.phase("preflight"), context.bars.task("preflight check"):
         base_logits, probe = recovery.preflight(partial(probe_logits, loaded.model), probe)
         set_seed(context.seed)
         model = attach(loaded, config.lora, config.model, source.revision)
@@ -284,7 +291,7 @@ def _load_and_adapt(
         # As in the training that follows: otherwise the check could need more memory than a step does.
         model.activation_checkpointing_enable()
     # Nothing that changes a logit may change between the two forwards of the base model.
-    with context.bars.task("preflight check", "passes") as progress:
+    with record.phase("preflight"), context.bars.task("preflight check", "passes") as progress:
         found = recovery.retry("preflight", lambda: preflight(model, probe, base_logits, progress))
     record.add("model", dtype=str(model.dtype), unexpected_tensors=loaded.unexpected)
     record.add("preflight", **found)
@@ -335,7 +342,7 @@ def _train(
         objective=SupervisedFineTuning(model, context.arguments, config.loss, context.note),
         promised=Promised(
             oom=recovery,
-            evaluation=held_out,
+            evaluation=Timed(held_out, record) if held_out else None,
             place_of=lambda index: inputs.train.examples[index].place,
             ranks=context.ranks,
         ),

@@ -95,8 +95,30 @@ def test_picture_of_a_run_is_a_png_and_nothing_is_left_beside_it(record: dict[st
 
 def test_picture_names_the_checkpoint_that_the_adapter_is(record: dict[str, Any]) -> None:
     axes, _ = summary_figure(record).axes
-    (line,) = [line for line in axes.get_lines() if line.get_label() == "the adapter: checkpoint-20"]
+    (line,) = [line for line in axes.get_lines() if str(line.get_label()).startswith("adapter of checkpoint-20, best")]
     assert list(line.get_xdata()) == [20, 20]
+
+
+def test_picture_says_which_data_and_adapter_and_marks_the_best_evaluation(record: dict[str, Any]) -> None:
+    record["data"]["train"] |= {"source": "rows/costs $5, $6.jsonl[0:9]", "num_rows": 9}
+    record["data"]["eval"] = {"source": "数据.jsonl", "num_rows": 4000}
+    record["eval"]["loss"] = [[0, 3.0], [10, 1.25], [20, 2.0]]
+    losses, scores = summary_figure(record).axes
+    assert "9 examples" in losses.get_title(loc="left")
+    assert losses.get_title(loc="left").endswith("evaluated on data.eval, 4,000 examples")
+    assert scores.get_title(loc="left").startswith("answers to ")
+    labels = [line.get_label() for line in losses.get_lines()]
+    assert "lowest evaluation loss: 1.250 at step 10" in labels
+
+
+def test_smoothed_loss_does_not_lag_behind_the_loss(record: dict[str, Any]) -> None:
+    record["train"]["loss"] = [[step, 2.0 if step <= 100 else 1.0] for step in range(1, 201)]
+    losses, _ = summary_figure(record).axes
+    (mean,) = [line for line in losses.get_lines() if "steps around each" in str(line.get_label())]
+    falls = dict(zip(mean.get_xdata(), mean.get_ydata(), strict=True))
+    assert falls[100] == pytest.approx(1.5, abs=0.1)
+    assert falls[80] == 2.0
+    assert falls[120] == 1.0
 
 
 def test_run_without_a_task_is_drawn_and_summarized_too(record: dict[str, Any], tmp_path: Path) -> None:

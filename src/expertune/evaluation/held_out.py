@@ -4,6 +4,7 @@ Legend: nats are natural-logarithm units of loss per label token.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from expertune.experts.load import RoutingCounts
 from expertune.generation.decoding import Batches
 from expertune.objectives.chunked_loss import LanguageModelLoss
 from expertune.run.progress import Bars
+from expertune.run.record import RunRecord
 from expertune.train.arguments import training_argument
 from expertune.train.oom import OutOfMemory
 from expertune.train.schedule import metric_names, scores_in_training
@@ -111,3 +113,26 @@ class HeldOut:
             score = self.score(step)
             found |= {name: score[name] for name in metric_names(self._config) if name in score}
         return found
+
+
+@dataclass(frozen=True)
+class Timed:
+    """An evaluation whose time is a phase of the run.
+
+    Attributes:
+        held_out: the evaluation.
+        record: the run's.
+    """
+
+    held_out: HeldOut
+    record: RunRecord
+
+    @property
+    def dataset(self) -> Any:
+        """See `HeldOut`."""
+        return self.held_out.dataset
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """See `HeldOut.metrics`."""
+        with self.record.phase("evaluation"):
+            return self.held_out.metrics(step)

@@ -8,10 +8,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from expertune.evaluation.metrics import shown_figures
+from expertune.report.charts import centered_mean, mean_width, points_of
+from expertune.report.text import printable, shortened
+from expertune.report.values import at, number, section
 from expertune.storage import write_whole
 
 # A palette that survives grayscale printing and the common color-vision deficiencies (Okabe and Ito 2008).
-_TRAIN, _EVAL, _BEFORE, _AFTER = "#56B4E9", "#D55E00", "#999999", "#009E73"
+_TRAIN, _MEAN, _EVAL, _BEFORE, _AFTER = "#56B4E9", "#0072B2", "#D55E00", "#999999", "#009E73"
+
+_SMALL: dict[str, Any] = {"fontsize": 8.5, "loc": "left"}
+_LONGEST_NAME = 40
+_LAST_OF_LATIN = 0x24F
 
 
 def write_png(figure: Figure, path: str | Path) -> None:
@@ -33,7 +40,7 @@ def summary_figure(record: Mapping[str, Any]) -> Figure:
     panels = figure.subplots(1, len(shares), squeeze=False)[0]
     _draw_losses(panels[0], record)
     if scored:
-        _draw_scores(panels[1], task)
+        _draw_scores(panels[1], record)
     _place(figure, shares)
     return figure
 
@@ -44,7 +51,7 @@ def _place(figure: Figure, shares: Sequence[float]) -> None:
     By the labels' characters: a layout of matplotlib's own draws the figure once more to measure them.
     """
     width, height = figure.get_size_inches()
-    bottom, top = 0.52, height - 0.24
+    bottom, top = 0.52, height - 0.56  # room for titles of two lines
     figure.subplots_adjust(bottom=bottom / height, top=top / height)  # how many ticks there are follows from it
     left = []
     for axes in figure.axes:
@@ -60,45 +67,84 @@ def _place(figure: Figure, shares: Sequence[float]) -> None:
 
 
 def _draw_losses(axes: Axes, record: Mapping[str, Any]) -> None:
-    train = record.get("train", {}).get("loss", [])
-    evaluation = record.get("eval", {}).get("loss", [])
+    train = points_of(at(record, "train", "loss"))
+    evaluation = points_of(at(record, "eval", "loss"))
     if train:
-        steps, losses = zip(*train, strict=True)
-        axes.plot(steps, losses, color=_TRAIN, linewidth=0.8, alpha=0.6, label="training, each step")
-        axes.plot(steps, _smooth(losses), color="#0072B2", linewidth=1.6, label="training, running mean")
+        smooths = mean_width(len(train)) > 1
+        width, alpha = (0.8, 0.6) if smooths else (1.6, 1.0)
+        axes.plot(*zip(*train, strict=True), color=_TRAIN, linewidth=width, alpha=alpha, label="training, each step")
+        if smooths:
+            label = f"training, mean of {mean_width(len(train))} steps around each"
+            axes.plot(*zip(*centered_mean(train), strict=True), color=_MEAN, linewidth=1.6, label=label)
     if evaluation:
-        steps, losses = zip(*evaluation, strict=True)
-        axes.plot(steps, losses, color=_EVAL, marker="o", markersize=4, linewidth=1.2, label="evaluation examples")
-    adapter = record.get("adapter", {})
+        marker: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.2}
+        axes.plot(*zip(*evaluation, strict=True), color=_EVAL, label="evaluation examples", **marker)
+        step, loss = min(evaluation, key=lambda point: point[1])
+        if len(evaluation) > 1:
+            label = f"lowest evaluation loss: {loss:.3f} at step {step:g}"
+            axes.plot([step], [loss], linestyle="none", color=_EVAL, marker="*", markersize=11, label=label)
+    adapter = section(record, "adapter")
     if adapter.get("checkpoint"):
-        label = f"the adapter: {adapter['checkpoint']}"
-        axes.axvline(adapter["step"], color=_AFTER, linestyle="--", linewidth=1.2, label=label)
+        axes.axvline(adapter["step"], color=_AFTER, linestyle="--", linewidth=1.2, label=_adapter(record))
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss per answer token (nats)")
+    axes.set_ylabel("loss per answer token (nats)" if _on_answers(record) else "loss per token (nats)")
     axes.set_ylim(bottom=0)
+    axes.set_title(
+        _title(f"trained on {_source(record, 'train')}", f"evaluated on {_source(record, 'eval')}"), **_SMALL
+    )
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
 
 
-def _draw_scores(axes: Axes, task: Mapping[str, Any]) -> None:
+def _draw_scores(axes: Axes, record: Mapping[str, Any]) -> None:
+    task = record["task"]
     figures = shown_figures(task["after"])
     highest = 1.0
+    labels = {"before": "before: the base model", "after": f"after: {_adapter(record)}"}
     for offset, when, color in ((-0.2, "before", _BEFORE), (0.2, "after", _AFTER)):
         if when in task:
             values = [task[when][figure.name] for figure in figures]
-            bars = axes.bar([at + offset for at in range(len(figures))], values, 0.38, color=color, label=when)
+            bars = axes.bar([at + offset for at in range(len(figures))], values, 0.38, color=color, label=labels[when])
             axes.bar_label(bars, fmt="%.2f", fontsize=9, padding=2)
             highest = max(highest, *values)
     axes.set_xticks(range(len(figures)), [figure.label for figure in figures])
-    axes.set_ylim(0, 1.1 * highest)
+    axes.set_ylim(0, 1.3 * highest)  # room for the legend above the bars
     if highest == 1:
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
-    axes.set_title(f"{task['after']['rows']} evaluation examples", fontsize=9)
+    answered, examples = task["after"]["rows"], number(record, "data", "eval", "num_rows")
+    share = f"{answered:,} of {examples:,}" if examples and examples != answered else f"{answered:,}"
+    axes.set_title(_title(f"answers to {share} examples", f"of {_name(record, 'eval')}"), **_SMALL)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
 
 
-def _smooth(values: tuple[float, ...], window: int = 20) -> list[float]:
-    """Mean of up to `window` values that end at each."""
-    return [sum(values[max(0, at - window + 1) : at + 1]) / min(at + 1, window) for at in range(len(values))]
+def _title(*lines: str) -> str:
+    # A dollar sign would begin a formula.
+    return "\n".join(line.replace("$", r"\$") for line in lines)
+
+
+def _source(record: Mapping[str, Any], part: str) -> str:
+    """What a part of the data is called, and how many examples it has."""
+    count = number(record, "data", part, "num_rows")
+    return f"{_name(record, part)}, {count:,.0f} examples" if count else "no examples"
+
+
+def _name(record: Mapping[str, Any], part: str) -> str:
+    """A source without the folders around it, on one line."""
+    source = printable(str(at(record, "data", part, "source") or ""))
+    if not source or any(ord(char) > _LAST_OF_LATIN for char in source):  # the font may have no other letters
+        return f"data.{part}"
+    return shortened(", ".join(name.rpartition("/")[2] for name in source.split(", ")), _LONGEST_NAME)
+
+
+def _adapter(record: Mapping[str, Any]) -> str:
+    """Which state of training the adapter is."""
+    adapter = section(record, "adapter")
+    if adapter.get("checkpoint"):
+        return f"adapter of {adapter['checkpoint']}, best by {adapter.get('metric')}"
+    return f"adapter of step {adapter['step']}, the last" if "step" in adapter else "the adapter"
+
+
+def _on_answers(record: Mapping[str, Any]) -> bool:
+    return at(record, "data", "train", "train_on") != "all"

@@ -8,6 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from expertune.evaluation.metrics import shown_figures
+from expertune.run.progress import in_words
+
+# Phases of a run in words, and those that the plan's time of the run is of.
+_PHASES = {"data": "for the data", "evaluation": "evaluating", "preflight": "in the preflight check"}
+_PLANNED = ("training", "evaluation", "answers")
 
 
 def render_summary(record: Mapping[str, Any], output_dir: str, examples: int = 3) -> RenderableType:
@@ -35,8 +40,9 @@ def _compared(record: Mapping[str, Any]) -> Table:
     task, evaluation = record.get("task", {}), record.get("eval", {})
     title = "evaluation: the base model before, the adapter after"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in ("", "before", "after"):
-        table.add_column(column, justify="left" if not column else "right")
+    table.add_column("", overflow="fold")
+    for column in ("before", "after"):
+        table.add_column(column, justify="right", no_wrap=True, min_width=len("before"))
     before, after = task.get("before", {}), task.get("after", {})
     rows = [(each.label, before.get(each.name), after.get(each.name)) for each in shown_figures(after or before)]
     rows.append(("loss", evaluation.get("before"), evaluation.get("after")))
@@ -49,6 +55,8 @@ def _compared(record: Mapping[str, Any]) -> Table:
 def _figures(record: Mapping[str, Any]) -> Table:
     train, adapter = record.get("train", {}), record.get("adapter", {})
     table = Table(title="what the run did", title_justify="left", box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     if losses := train.get("loss"):
         (first, loss), (last, final) = losses[0], losses[-1]
         reached = f", {final:.3f} at step {last}" if len(losses) > 1 else ""
@@ -59,11 +67,28 @@ def _figures(record: Mapping[str, Any]) -> Table:
         held = f"{of_groups} share the experts out" if sharing > 1 else "each with all experts"
         held = "each with a slice of every expert layer" if train.get("experts") == "shard" else held
         table.add_row("processes", f"{processes}, {held}")
+    if took := _took(record):
+        table.add_row("time", took)
     table.add_row("tokens per second", f"{record['throughput']['tokens_per_second']:,.0f}")
     table.add_row("peak memory", f"{record['memory']['peak_bytes'] / 1e9:.2f} GB")
     if chosen := adapter.get("checkpoint"):
         table.add_row("adapter", f"that of {chosen}, the best by {adapter['metric']} ({adapter['value']:.4f})")
     return table
+
+
+def _took(record: Mapping[str, Any]) -> str:
+    """How long the run took, its longest phases, and what the plan had expected of what it counts."""
+    run = record.get("run", {})
+    if not run.get("seconds"):
+        return ""
+    phases = sorted(run.get("phases", {}).items(), key=lambda item: -item[1])
+    parts = [f"{in_words(seconds)} {_PHASES.get(name, name)}" for name, seconds in phases if seconds >= 1][:4]
+    took = in_words(run["seconds"]) + (f": {', '.join(parts)}" if parts else "")
+    planned = (record.get("plan", {}).get("run") or {}).get("seconds")
+    counted = sum(seconds for name, seconds in phases if name in _PLANNED)
+    if planned and counted:
+        took += f"; of training, evaluations and answers {in_words(planned)} were planned, {in_words(counted)} measured"
+    return took
 
 
 def _figure(value: float | str | None) -> str:

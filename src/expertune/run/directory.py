@@ -50,7 +50,8 @@ def open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:
         record.values["versions"] = versions()
     record.values["config"] = recordable(config)
     started = record.section("run").get("started", time.time())
-    record.values["run"] = {"status": "running", "started": started} | directories(output_dir)
+    phases = record.section("run").get("phases", {})  # a resumed run adds to them
+    record.values["run"] = {"status": "running", "started": started, "phases": phases} | directories(output_dir)
     return record
 
 

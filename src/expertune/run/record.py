@@ -11,6 +11,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class RunRecord:
         self.is_kept = True
         self._saved = False
         self._opened = time.monotonic()
+        self._in_phases = 0.0
         self._seconds_before = self.section("run").get("seconds", 0.0)
 
     @classmethod
@@ -121,6 +123,18 @@ class RunRecord:
         """Merge values into a section and save."""
         self.add(section, **values)
         self.save()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of a block to a phase of the run, less that of phases inside it; written with the next save."""
+        started, before = time.monotonic(), self._in_phases
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - started
+            phases = self.values.setdefault("run", {}).setdefault("phases", {})
+            phases[name] = round(phases.get(name, 0.0) + seconds - (self._in_phases - before), 1)
+            self._in_phases = before + seconds
 
     def stop(self, status: str, error: str) -> bool:
         """Record that the run has stopped, unless nothing was saved since it was opened.

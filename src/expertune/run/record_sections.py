@@ -25,6 +25,7 @@ class _Run(_Section):
     status: str = ""
     started: float = 0
     seconds: Annotated[float, Field(ge=0)] = 0
+    phases: dict[str, float] = {}
     error: str = ""
 
 
