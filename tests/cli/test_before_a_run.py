@@ -78,6 +78,21 @@ def test_data_shows_what_a_run_would_train_on_and_starts_nothing(run, toy_run, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "run.yaml"]
 
 
+def test_init_writes_a_run_file_shows_an_example_and_overwrites_nothing(run, toy_run, tmp_path):
+    model = str(Path(expertune.__file__).parent / "assets" / "tiny-mixtral")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Who?", "completion": "Nobody."}\n' * 4)
+    code, out, err = run("init", model, "rows.jsonl", "--out", "new.yaml", "lora.r=4")
+    assert (code, out) == (0, "new.yaml\n")
+    assert "| <s>Question: Who?" in err
+    assert "The run:        expertune train new.yaml" in err
+    assert expertune.load_config(tmp_path / "new.yaml").lora.r == 4
+    before = (tmp_path / "run.yaml").read_text()
+    code, out, err = run("init", model, "rows.jsonl")
+    assert (code, out) == (2, "")
+    assert "run.yaml: is there already" in err
+    assert (tmp_path / "run.yaml").read_text() == before
+
+
 def test_data_as_json_takes_overrides_and_is_json_alone(run, toy_run):
     code, out, err = run("data", "run.yaml", "data.template=viggo", "--json", "--examples", "2")
     shown = json.loads(out)

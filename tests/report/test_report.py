@@ -100,8 +100,8 @@ def test_picture_names_the_checkpoint_that_the_adapter_is(record: dict[str, Any]
 
 
 def test_picture_says_which_data_and_adapter_and_marks_the_best_evaluation(record: dict[str, Any]) -> None:
-    record["data"]["train"] |= {"source": "rows/costs $5, $6.jsonl[0:9]", "num_rows": 9}
-    record["data"]["eval"] = {"source": "数据.jsonl", "num_rows": 4000}
+    train = {"source": "rows/costs $5, $6.jsonl[0:9]", "num_rows": 9}
+    record["data"] = {"train": train, "eval": {"source": "数据.jsonl", "num_rows": 4000}}
     record["eval"]["loss"] = [[0, 3.0], [10, 1.25], [20, 2.0]]
     losses, scores = summary_figure(record).axes
     assert "9 examples" in losses.get_title(loc="left")

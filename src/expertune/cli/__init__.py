@@ -17,7 +17,7 @@ from expertune.cli.examples import epilog
 from expertune.cli.files import export, quantize, verify
 from expertune.cli.finished import chat, evaluate, generate
 from expertune.cli.pages import compare, doctor, report
-from expertune.cli.training import data, plan, train
+from expertune.cli.training import data, init, plan, train
 from expertune.errors import ExpertuneError
 from expertune.kernels.threads import prepare_threads
 from expertune.storage import failure
@@ -89,5 +89,5 @@ def _options(
     pass
 
 
-for _command in (plan, data, train, evaluate, generate, chat, quantize, export, verify, report, compare, doctor):
+for _command in (init, plan, data, train, evaluate, generate, chat, quantize, export, verify, report, compare, doctor):
     app.command(epilog=epilog(_command.__name__))(_command)

@@ -1,6 +1,10 @@
 """Examples that end the help of each command; tests hold them to the commands' own arguments."""
 
 EXAMPLES = {
+    "init": (
+        "expertune init mistralai/Mixtral-8x7B-v0.1 rows.jsonl",
+        "expertune init ./model rows.csv 'data.columns={prompt: question, completion: reply}'",
+    ),
     "plan": (
         "expertune plan run.yaml",
         "expertune plan run.yaml --gpu rtx-4090 lora.r=32",

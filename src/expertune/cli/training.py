@@ -1,6 +1,7 @@
-"""The commands up to a trained run: plan, data, train."""
+"""The commands up to a trained run: init, plan, data, train."""
 
 import shlex
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +11,50 @@ import expertune
 from expertune import load_config
 from expertune.cli.arguments import Json, Overrides, RunFile, TrustRemoteCode, Verbose
 from expertune.distributed.processes import launched
+from expertune.errors import ConfigError
 from expertune.run.directory import after_interruption
 from expertune.run.signals import Terminated
+from expertune.storage import write_text
 from expertune.terminal import log, log_error, print_json, print_table, stdout_for_results, working
+
+
+def init(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a hub id.")],
+    examples: Annotated[str, typer.Argument(metavar="DATA", help="Examples: a file, or a hub dataset.")],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The run file to write; one that exists is kept.")] = Path(
+        "run.yaml"
+    ),
+    trust_remote_code: TrustRemoteCode = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a run file for a model and its examples, with the reason beside each choice. Prints its path.
+
+    Recognizes the layout of the examples, chooses a template, shows one example as it will be trained on, and plans the
+    run on this machine. Loads no weights.
+    """
+    _require_new(out)
+    with stdout_for_results():
+        with working("reading the examples, and planning"):
+            from expertune.run.draft import draft_run_file
+
+            draft = draft_run_file(model, examples, out, overrides or (), trust_remote_code)
+        from rich.console import Console
+
+        from expertune.report.preview import render_preview
+
+        console = Console(stderr=True, markup=False, highlight=False)
+        console.print(render_preview("train", draft.preview))
+        _require_new(out)
+        write_text(out, draft.text)
+        for line in takewhile(lambda line: line.startswith("# "), draft.text.splitlines()):
+            log(line.removeprefix("# "))
+    print(out)
+
+
+def _require_new(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"{out}: is there already, and is not overwritten; choose another file with --out FILE")
 
 
 def plan(

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 
 from expertune.evaluation.metrics import shown_figures
 from expertune.report.charts import centered_mean, mean_width, points_of
-from expertune.report.text import printable, shortened
 from expertune.report.values import at, number, section
 from expertune.storage import write_whole
+from expertune.text import printable, shortened
 
 # A palette that survives grayscale printing and the common color-vision deficiencies (Okabe and Ito 2008).
 _TRAIN, _MEAN, _EVAL, _BEFORE, _AFTER = "#56B4E9", "#0072B2", "#D55E00", "#999999", "#009E73"
