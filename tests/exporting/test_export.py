@@ -293,6 +293,8 @@ def test_failed_export_is_kept_beside_its_place_and_its_verdict_does_not_go_into
     assert "computes something else from this export: w1 disagrees" in ended.output
     assert not out.exists()
     assert [engine["verdict"] for engine in engines_of(tmp_path / "out.partial")] == ["failed"]
+    (tmp_path / "out.partial" / ".scratch-of-one-that-was-killed").mkdir()
     assert CliRunner().invoke(app, [*arguments, "--no-verify"]).exit_code == 0
     assert engines_of(out) == []
+    assert not list(out.glob(".*"))
     assert not (tmp_path / "out.partial").exists()

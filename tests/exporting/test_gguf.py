@@ -4,13 +4,20 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from expertune.checkpoint.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
+from expertune.checkpoint.formats.nf4_folder import read_nf4_folder
+from expertune.checkpoint.hub import ModelSource
+from expertune.checkpoint.quantize import quantize
 from expertune.errors import ConfigError, ExportError
 from expertune.exporting import programs
 from expertune.exporting.engines import gguf_converter, gguf_tensors
@@ -162,6 +169,30 @@ def test_an_adapter_of_a_head_that_shares_its_weights_is_refused(tmp_path):
         make_format("gguf-adapter", Options()).require(source)
 
 
+@installed
+def test_tokenizer_without_a_single_letter_leaves_the_adapter_unverified_and_says_why(tmp_path):
+    source = random_source(MODEL)
+    words = WordLevel({"<unk>": 0, "12": 1, "ab": 2}, unk_token="<unk>")
+    source.__dict__["tokenizer"] = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="<unk>")
+    [engine] = make_format("gguf-adapter", Options()).engines(source, tmp_path, MODEL)
+    assert engine.missing == "no token of this model is a single letter, with which llama.cpp's server has to be asked"
+
+
+@installed
+@pytest.mark.slow
+def test_base_in_4_bits_is_tried_before_the_work_and_verified_in_its_own_values(tmp_path):
+    quantize(str(MODEL), tmp_path / "nf4")
+    source = read_of(tmp_path / "nf4", random_source(MODEL))
+    source, form = with_files(source, tmp_path), make_format("gguf", Options("dequantized"))
+    form.require(source)
+    form.write(source, tmp_path / "out", lambda *_: None)
+    assert [each.verdict for each in verify(source, form, tmp_path / "out", tmp_path / "nf4")] == ["verified"] * 2
+    config = json.loads((tmp_path / "nf4" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "nf4" / "config.json").write_text(json.dumps(config | {"architectures": ["NobodysForCausalLM"]}))
+    with pytest.raises(ExportError, match=r"does not take this model: .*NobodysForCausalLM is not supported"):
+        form.require(source)
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "says"),
     [
@@ -177,6 +208,13 @@ def test_an_adapter_of_a_head_that_shares_its_weights_is_refused(tmp_path):
 def test_a_type_that_a_format_lacks_is_refused(name, kind, says):
     with pytest.raises(ConfigError, match=says):
         make_format(name, Options(type=kind))
+
+
+def read_of(folder, source):
+    """The same adapter, of a base in 4 bits."""
+    part = replace(source, base=ModelSource(folder), index=read_nf4_folder(folder).index)
+    part.__dict__.update({name: source.__dict__[name] for name in ("examples", "plain_tokens")})
+    return part
 
 
 def with_files(source, folder):

@@ -99,6 +99,13 @@ def sharded(tmp_path: Path) -> ExportSource:
     return source_of(load_tiny(tmp_path / "model"), tmp_path / "model", tmp_path / "run")
 
 
+def test_factors_are_the_tensors_of_the_mapped_file_and_no_copies(sharded: ExportSource) -> None:
+    experts = [pair for held in sharded.factors.experts.values() for pairs in held.values() for pair in pairs]
+    assert {id(factor) for pair in experts for factor in (pair.a, pair.b)} == set(
+        map(id, sharded.adapter.tensors.values())
+    )
+
+
 def files_of(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in folder.glob("*.safetensors")}
 
