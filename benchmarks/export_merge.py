@@ -1,8 +1,13 @@
-"""Merge an adapter into 16-bit shards of Mixtral's shape: bytes per second beside a plain copy, and peak memory."""
+"""Merge an adapter into 16-bit shards of Mixtral's shape: bytes per second beside a plain copy, and peak memory.
+
+The peak is also taken of an adapter of Mixtral-8x7B's own size: all of its factors are read as a merge reads them, and
+one layer is merged, of a checkpoint whose files have the right headers and nothing in them.
+"""
 
 import argparse
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -28,7 +33,9 @@ from expertune.checkpoint.names import read_names
 from expertune.checkpoint.reader import open_checkpoint
 from expertune.checkpoint.writer import Outgoing
 from expertune.config import parse_config
+from expertune.exporting.additions import find_additions
 from expertune.exporting.merged import Merged
+from expertune.exporting.merging import merge_shard
 from expertune.exporting.source import ExportSource, read_source
 from expertune.run.context import RunContext
 from expertune.run.progress import Bars
@@ -42,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=4, help="default 4")
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
     parser.add_argument("--json", type=Path, help="write the result here")
-    parser.add_argument("--only", choices=("copy", "merge"), help=argparse.SUPPRESS)  # one, in a process of its own
+    parser.add_argument(
+        "--only", choices=("copy", "merge", "full"), help=argparse.SUPPRESS
+    )  # one, in a process of its own
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -64,6 +73,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for name in sorted(found, reverse=bool(round_ % 2)):
                 found[name].append(_in_own_process(folder, name))
         _require_merged(folder)
+        write_full_size(folder / "full")
+        full = _in_own_process(folder / "full", "full")
     seconds = {name: [each["seconds"] for each in measured] for name, measured in found.items()}
     result = {
         "benchmark": "export_merge",
@@ -72,6 +83,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "bytes_per_second": {name: report.rate(nbytes, times) for name, times in seconds.items()},
         "of_a_copy": median_ratio(seconds["copy"], seconds["merge"]),
         "peak_rss_bytes": int(max(each["peak_rss_bytes"] for each in found["merge"])),
+        "mixtral_8x7b": {
+            "adapter_bytes": int(full["adapter_bytes"]),
+            "peak_rss_bytes": int(full["peak_rss_bytes"]),
+            "imports_rss_bytes": int(full["imports_rss_bytes"]),
+        },
         "seconds": seconds,
         **report.environment(),
     }
@@ -85,6 +101,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         [
             f"a merge runs at {result['of_a_copy']:.2f} of a plain copy's speed; both are flushed to the disk",
             f"peak memory of the merge {result['peak_rss_bytes'] / 1e9:.2f} GB, imports included",
+            f"with Mixtral-8x7B's adapter, {full['adapter_bytes'] / 1e9:.2f} GB: {full['peak_rss_bytes'] / 1e9:.2f} GB",
         ],
     )
     return result
@@ -121,6 +138,39 @@ def write_model(folder: Path, num_layers: int) -> None:
     weight_map = {key: file for file, shard in files.items() for key in shard}
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_full_size(folder: Path) -> None:
+    """Mixtral-8x7B's config, a file for each layer that is a header and a hole, and an adapter."""
+    config = MixtralConfig(dtype="bfloat16", architectures=["MixtralForCausalLM"])
+    config.save_pretrained(folder / "model")
+    described = build_meta_model(folder / "model", torch.bfloat16, shapes_only=True)
+    names = read_names(described)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in described.named_parameters():
+        module = name.rpartition(".")[0]
+        if spec := names.specs.get(module):
+            for projection in spec.projections:
+                experts = names.experts_on_disk(module, projection)
+                shapes |= {f"{expert}.weight": spec.shape(projection) for expert in experts}
+        else:
+            shapes[f"{names.on_disk(module)}.weight"] = tuple(parameter.shape)
+    shards: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        layer = name.split(".")[2] if ".layers." in name else "rest"
+        shards.setdefault(f"model-{layer}.safetensors", {})[name] = shape
+    for file, tensors in shards.items():
+        header, end = {}, 0
+        for name, shape in tensors.items():
+            start, end = end, end + 2 * math.prod(shape)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        with (folder / "model" / file).open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            out.truncate(8 + len(text) + end)
+    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+    (folder / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    write_random_adapter(folder / "model", folder / "adapter")
 
 
 def write_random_adapter(model: Path, folder: Path) -> None:
@@ -161,7 +211,28 @@ def _in_own_process(folder: Path, name: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def _peak() -> int:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
+
+
+def _measure_full(folder: Path) -> dict[str, float]:
+    imports = _peak()
+    source = source_in(folder)
+    additions = find_additions(source)
+    for addition in additions.values():
+        for part in range(addition.num_parts):
+            addition.part(part)
+    merge_shard(folder / "model" / "model-0.safetensors", folder / "merged.safetensors", additions, lambda _: None)
+    size = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    found = {"adapter_bytes": size, "peak_rss_bytes": _peak(), "imports_rss_bytes": imports}
+    print(json.dumps(found))
+    return found
+
+
 def _measure(folder: Path, name: str) -> dict[str, float]:
+    if name == "full":
+        return _measure_full(folder)
     out = folder / name
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
@@ -176,9 +247,7 @@ def _measure(folder: Path, name: str) -> dict[str, float]:
             with (out / shard.name).open("rb") as file:
                 os.fsync(file.fileno())
     seconds = time.monotonic() - started
-    status = Path("/proc/self/status").read_text().splitlines()
-    peak = 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
-    found = {"seconds": seconds, "peak_rss_bytes": peak}
+    found = {"seconds": seconds, "peak_rss_bytes": _peak()}
     print(json.dumps(found))
     return found
 
