@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedModel
 
 from expertune.config import RunConfig, parse_config
-from expertune.planning import plan
+from expertune.planning import inventory, plan
 
 FILES = Path(__file__).parent / "files"
 TINY_MIXTRAL = Path(__file__).parents[2] / "src" / "expertune" / "assets" / "tiny-mixtral"
@@ -23,16 +24,29 @@ TUTORIAL_LORA = {
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _models_are_built_once() -> Iterator[None]:
-    """The configs here are built on the meta device once for all plans, which read models and change nothing."""
-    build = plan.build_meta_model
+def _models_are_built_and_run_once() -> Iterator[None]:
+    """The configs here are built on the meta device, and run to see what they cache, once for all plans.
+
+    Plans read models and change nothing.
+    """
+    build, count = plan.build_meta_model, inventory.cached_numbers
     built = functools.cache(build)
+    counted: dict[str, int | None] = {}
 
     def build_once(folder: Path, *settings: Any, **named: Any) -> Any:
         return (built if folder.parent == FILES else build)(folder, *settings, **named)
 
+    def count_once(model: PreTrainedModel, specs: Any) -> int | None:
+        folder = Path(model.config.name_or_path)
+        if folder.parent != FILES:
+            return count(model, specs)
+        if folder.name not in counted:
+            counted[folder.name] = count(model, specs)
+        return counted[folder.name]
+
     with pytest.MonkeyPatch.context() as changed:
         changed.setattr(plan, "build_meta_model", build_once)
+        changed.setattr(inventory, "cached_numbers", count_once)
         yield
 
 

@@ -46,10 +46,8 @@ def routed(small_mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     "training",
     [
         {},
-        {"label_smoothing_factor": 0.2},
-        {"bf16": True},
-        {"neftune_noise_alpha": 5.0},
-        {"per_device_eval_batch_size": 1, "dataloader_drop_last": True},
+        {"label_smoothing_factor": 0.2, "neftune_noise_alpha": 5.0},
+        {"bf16": True, "per_device_eval_batch_size": 1, "dataloader_drop_last": True},
     ],
     ids=str,
 )
