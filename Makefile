@@ -52,7 +52,7 @@ format: $(VENV)/.development
 
 # Pages, search and API reference, in an environment of their own; nothing of the package is imported.
 docs: .venv-docs/.ready
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 	@echo "The site: build/site/index.html; with its search: $(PYTHON) -m http.server --directory build/site"
 
 bench: $(VENV)/.development .venv-legacy/.ready
