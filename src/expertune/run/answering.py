@@ -115,7 +115,10 @@ def answers(
     All prompts are checked before the model is loaded.
 
     Args:
-        run, prompts, max_new_tokens, base_only: see `generate`.
+        run: see `generate`.
+        prompts: see `generate`.
+        max_new_tokens: see `generate`.
+        base_only: see `generate`.
         **options: those of `generate`; `compare`, which answers each prompt without the adapter first and then with it;
             and `places`, what errors call each prompt.
 
@@ -169,7 +172,9 @@ def chat(
     """A conversation with a run: `conversation.ask(text)`, or `conversation.stream(text)` piece by piece.
 
     Args:
-        run, max_new_tokens, base_only: see `generate`.
+        run: see `generate`.
+        max_new_tokens: see `generate`.
+        base_only: see `generate`.
         **options: those of `generate`, without `batch_size`; `columns` under a template of columns only.
 
     Raises:
