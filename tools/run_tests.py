@@ -2,17 +2,21 @@
 
 Most tests start programs or work on tiny tensors, where a second thread only waits. The two take rooms of tests from
 one queue, so that they end together; what the second says is shown once both have ended. Imports are made once for
-both, and for the servers of the programs that tests start: each by itself would spend ten seconds on them.
+both, and for the servers of the programs that tests start: each by itself would spend ten seconds on them. Meanwhile
+the other core compiles kernels for a test that looks at them later.
 
     python tools/run_tests.py [ARGUMENTS OF PYTEST]
 """
 
 import os
+import shutil
+import signal
 import sys
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, mkdtemp
 from typing import Any, BinaryIO
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 
 import tests.conftest  # noqa: E402, F401 - the environment of tests, before anything reads it
+from tests.kernels.gpu.compilation import AHEAD, BY_DEFAULT, Compilation  # noqa: E402
 from tests.processes import BENEATH, ENGINES, KEPT, RUN, Server  # noqa: E402
 
 LONGEST = ("distributed", "train", "kernels", "families")
@@ -89,7 +94,29 @@ def rooms_of(items: list[pytest.Item]) -> list[list[pytest.Item]]:
     return list(rooms.values())
 
 
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Have kernels compiled while this process makes imports."""
+    process, folder = os.getpid(), Path(mkdtemp())
+    compilation = Compilation(folder, BY_DEFAULT)
+    AHEAD.append(compilation)
+    try:
+        yield
+    finally:
+        if os.getpid() == process:  # its copy leaves this way as well
+            if compilation.process.poll() is None:
+                os.killpg(compilation.process.pid, signal.SIGKILL)
+                compilation.process.wait()
+            shutil.rmtree(folder)
+
+
 def main() -> int:
+    with nullcontext() if sys.argv[1:] else compiling():  # arguments choose tests, that one perhaps not among them
+        return run()
+
+
+def run() -> int:
+    """Make the imports and run the tests; the exit status."""
     servers: tuple[dict[str, Server], ...] = ({}, {})
     for imports in (BENEATH, ENGINES, RUN):
         names: dict[str, Any] = {"__name__": "__main__"}

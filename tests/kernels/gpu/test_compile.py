@@ -5,16 +5,11 @@ every variant for every target, some with the oldest Triton that is supported. T
 environment (its folder is `.triton-oldest`), because two cannot be in one.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import triton
 
-ROOT = Path(__file__).parents[3]
+from tests.kernels.gpu.compilation import AHEAD, BY_DEFAULT, ROOT, Compilation
+
 OLDEST = ROOT / ".triton-oldest"
 TARGETS = {"sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"}
 DEFAULT_TARGET = "sm_90"
@@ -36,28 +31,14 @@ KERNELS = {
 }
 
 
-def compile_with(folder: Path | None, out: Path, *arguments: str) -> dict[str, object]:
-    """What tools/compile_kernels.py found; with Triton from `folder`, or the environment's own."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    environment["TRITON_CACHE_DIR"] = str(out.parent / "cache")
-    if folder is not None:
-        environment["PYTHONPATH"] = str(folder)
-    command = [sys.executable, "tools/compile_kernels.py", "--json", str(out), *arguments]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    return json.loads(out.read_text(encoding="utf-8"))
-
-
 def versions() -> list[object]:
     missing = pytest.mark.skipif(not OLDEST.exists(), reason="make .triton-oldest installs it")
     return [pytest.param(None, id="installed"), pytest.param(OLDEST, id="oldest", marks=missing)]
 
 
-def assert_mixtrals_layer_compiles(folder: Path | None, targets: set[str], out: Path, *variants: str) -> None:
-    settings = ["--shapes", "mixtral-8x7b", "--tokens", "320", "--quick", *variants]
-    settings += ["--targets", *(target.removeprefix("sm_") for target in sorted(targets))]
-    found = compile_with(folder, out, *settings)
-    assert found["triton"] == ("3.6.0" if folder else triton.__version__)
+def assert_mixtrals_layer_compiles(compilation: Compilation, triton_version: str, targets: set[str]) -> None:
+    found = compilation.result()
+    assert found["triton"] == triton_version
     kernels = found["kernels"]
     assert {kernel["target"] for kernel in kernels} == targets
     for target in targets:
@@ -69,19 +50,24 @@ def assert_mixtrals_layer_compiles(folder: Path | None, targets: set[str], out: 
 
 
 def test_kernels_of_mixtrals_layer_compile_and_spill_next_to_nothing(tmp_path):
-    assert_mixtrals_layer_compiles(None, {DEFAULT_TARGET}, tmp_path / "kernels.json", "--once")
+    compilation = AHEAD.pop() if AHEAD else Compilation(tmp_path, BY_DEFAULT)
+    assert_mixtrals_layer_compiles(compilation, triton.__version__, {DEFAULT_TARGET})
 
 
 @pytest.mark.targets
 @pytest.mark.parametrize("folder", versions())
 def test_kernels_of_mixtrals_layer_compile_for_every_target_and_spill_next_to_nothing(folder, tmp_path):
     assert NEWEST_TARGETS | OLDEST_TARGETS == TARGETS
-    assert_mixtrals_layer_compiles(folder, OLDEST_TARGETS if folder else NEWEST_TARGETS, tmp_path / "kernels.json")
+    targets = OLDEST_TARGETS if folder else NEWEST_TARGETS
+    settings = ["--shapes", "mixtral-8x7b", "--tokens", "320", "--quick"]
+    settings += ["--targets", *(target.removeprefix("sm_") for target in sorted(targets))]
+    compilation = Compilation(tmp_path, tuple(settings), folder)
+    assert_mixtrals_layer_compiles(compilation, "3.6.0" if folder else triton.__version__, targets)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", versions())
 def test_kernels_of_many_small_experts_and_of_many_tokens_compile_too(folder, tmp_path):
-    kernels = compile_with(folder, tmp_path / "kernels.json")["kernels"]
+    kernels = Compilation(tmp_path, (), folder).result()["kernels"]
     assert len(kernels) > 400
     assert {kernel["target"] for kernel in kernels} == TARGETS
