@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import json
 import re
 import shutil
 from pathlib import Path
@@ -195,6 +196,19 @@ def test_what_a_run_cannot_be_asked_is_told_before_its_model_is_loaded(
     if "places" not in options:
         with pytest.raises(ConfigError, match=r"holds no text|column pro?mp?t"):
             expertune.chat(finished, **options)
+
+
+def test_commands_answer_as_python_does(finished: Path, trained: expertune.Run, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"prompt": "What is 1 plus 2?"}\n{"prompt": "Why?"}\n', encoding="utf-8")
+    command = ["generate", str(finished), "--prompt-file", str(tmp_path / "q.jsonl"), "--max-new-tokens", "3"]
+    result = CliRunner().invoke(app, [*command, "--compare", "--json"])
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    tuned = expertune.generate(trained, ["What is 1 plus 2?", "Why?"], 3)
+    base = expertune.generate(trained, ["What is 1 plus 2?", "Why?"], 3, base_only=True)
+    assert [line["tuned"]["completion"] for line in lines] == tuned
+    assert [line["base"]["completion"] for line in lines] == base
+    chat = CliRunner().invoke(app, ["chat", str(finished), "--max-new-tokens", "3"], input="Why?\n/base\nWhy?\n")
+    assert [line.strip() for line in chat.stdout.splitlines()] == [tuned[1], base[1]]
 
 
 def test_columns_of_prompts_that_the_template_does_not_use_are_named(

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+_CONTROLS = {code: ascii(chr(code))[1:-1] for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
 # Width of a table that is not read on a terminal.
 _FILE_WIDTH = 120
 
@@ -26,6 +28,11 @@ def stdout_for_results() -> Iterator[None]:
 def log(message: str) -> None:
     """One message on stderr, as it is: a wrapped path cannot be copied."""
     print(message, file=sys.stderr, flush=True)
+
+
+def on_terminal(text: str) -> str:
+    """What a model wrote, for stdout; a terminal gets its control characters, which move the cursor, spelled out."""
+    return text.translate(_CONTROLS) if sys.stdout.isatty() else text
 
 
 def log_error(error: BaseException, message: str | None = None) -> None:

@@ -13,6 +13,7 @@ from expertune.errors import ConfigError, DataError
 from expertune.generation.chat import StillAnsweringError
 from expertune.generation.sampling import Sampling
 from expertune.run.answering import Answer
+from expertune.terminal import on_terminal
 from tests.cli.conftest import type_lines
 
 TUNED = Answer("Who?", "inform(name[Ada], year[1815])", "adapter", 5, 9, "stop", 0.25)
@@ -231,6 +232,13 @@ def test_stdin_that_is_not_utf_8_is_named(run, run_dir, api, monkeypatch):
     monkeypatch.setattr("sys.stdin.buffer", SimpleNamespace(read=lambda: b"h\xe9"))
     for option in ("--prompt", "--prompt-file"):
         assert "not UTF-8: byte 0xe9 at byte offset 1" in run("generate", run_dir, option, "-")[2]
+
+
+def test_what_a_model_writes_moves_no_cursor_of_a_terminal_and_is_exact_in_a_file(monkeypatch):
+    text = "a\x1b[2J\tb\n\u200c\x9b"
+    assert on_terminal(text) == text
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
+    assert on_terminal(text) == "a\\x1b[2J\tb\n\u200c\\x9b"
 
 
 class EchoingConversation:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from expertune.report.differences import differences
-from expertune.terminal import log, print_table, stdout_for_results
+from expertune.terminal import log, on_terminal, print_table, stdout_for_results
 from expertune.text import printable, shortened
 
 if TYPE_CHECKING:
@@ -53,14 +53,14 @@ def print_answers(answers: "Iterator[Answer]", form: Form, max_new_tokens: int) 
         cut.update(each.finish_reason for each in group)
         num_answers += len(group)
         if form.as_json:
-            print(json.dumps(_to_json(group), ensure_ascii=False), flush=True)
+            print(json.dumps(_to_json(group), ensure_ascii=False, default=str), flush=True)
         elif form.compare:
             print_table(Compared(*group))
         elif form.with_prompts:
             quoted = "\n".join(f"> {line}" for line in _prompt_of(group[0]).splitlines())
-            print(f"{quoted}\n{group[0].completion}\n", flush=True)
+            print(f"{quoted}\n{on_terminal(group[0].completion)}\n", flush=True)
         else:
-            print(group[0].completion, flush=True)
+            print(on_terminal(group[0].completion), flush=True)
     if form.as_json:
         return
     if number := cut["length"]:
@@ -105,7 +105,7 @@ def _prompt_of(answer: "Answer") -> str:
     prompt = answer.prompt
     if not isinstance(prompt, str):
         columns = {
-            name: text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+            name: text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, default=str)
             for name, text in prompt.items()
         }
         prompt = "\n".join(f"{name}: {text}" for name, text in columns.items())

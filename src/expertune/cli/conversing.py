@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from expertune.errors import ConfigError, DataError, did_you_mean
-from expertune.terminal import log
+from expertune.terminal import log, on_terminal
 
 if TYPE_CHECKING:
     from expertune.generation.chat import Conversation
@@ -53,7 +53,7 @@ def _answer(conversation: "Conversation", message: str) -> None:
             for piece in pieces:
                 shown = piece if begun else piece.lstrip()
                 begun = begun or bool(shown)
-                print(shown, end="", flush=True)
+                print(on_terminal(shown), end="", flush=True)
     except KeyboardInterrupt as stopped:
         print(" ...", flush=True)
         # A second Ctrl-C, while the model is still at a token, is meant for the program.

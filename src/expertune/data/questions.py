@@ -56,6 +56,12 @@ class Questions:
         return self.layout.main_column
 
     @property
+    def main_columns(self) -> set[str]:
+        """Every name of the column that a question of one text goes to."""
+        ours = {layout.main_column for layout in self._layouts}
+        return ours | {self.data.columns[name] for name in ours if name in self.data.columns}
+
+    @property
     def answers(self) -> set[str]:
         """The columns of an example that hold its answer, which a question has no use of."""
         if self.layout.is_conversation and not self.layout.prompt:
@@ -68,7 +74,7 @@ class Questions:
         layout = self.layout
         if isinstance(self.template, ColumnTemplate):
             used = set(self.template.variables) - self.answers
-            used |= set(layout.prompt) if "prompt" in used else set()
+            used |= {name for each in self._layouts for name in each.prompt} if "prompt" in used else set()
             used |= set(SYSTEM) if "system" in used else set()
         else:
             used = {*layout.prompt, *SYSTEM} | (set() if layout.is_conversation else {HISTORY})

@@ -137,8 +137,8 @@ def answers(
     asked = _Asked(run, options)
     questions = Questions(asked.data, asked.tokenizer)
     questions.require_columns(columns)
-    if questions.main_column in columns and any(isinstance(prompt, str) for prompt in prompts):
-        raise ConfigError(f"column {questions.main_column} is the prompt itself; give one of the two")
+    if any(isinstance(prompt, str) for prompt in prompts) and (twice := columns.keys() & questions.main_columns):
+        raise ConfigError(f"column {min(twice)} is the prompt itself; give one of the two")
     if system is not None and prompts:
         require_system(questions, system, {**columns, **questions.asked(prompts[0], {})})
         columns = columns | {"system": system}
@@ -188,8 +188,8 @@ def chat(
             f"column {next(iter(columns))}: template {questions.template.name} takes messages; write it into a message"
         )
     questions.require_columns(columns)
-    if questions.main_column in columns:
-        raise ConfigError(f"column {questions.main_column} is what you type; leave it out")
+    if typed := columns.keys() & questions.main_columns:
+        raise ConfigError(f"column {min(typed)} is what you type; leave it out")
     if system is not None:
         require_system(questions, system, columns)
     opened = asked.opened()
@@ -254,7 +254,9 @@ class _Answering:
         recovery = recovery_of(self.run, [])
         for start in range(0, len(prompts), batch_size):
             end = min(start + batch_size, len(prompts))
-            found = [self._completions(ids[start:end], base_only, recovery, start) for base_only in self.which]
+            found = [
+                self._completions(ids[start:end], base_only, recovery, start, len(ids)) for base_only in self.which
+            ]
             for prompt, prompt_ids, *completions in zip(prompts[start:end], ids[start:end], *found, strict=True):
                 for base_only, each in zip(self.which, completions, strict=True):
                     yield Answer(
@@ -268,19 +270,20 @@ class _Answering:
                     )
 
     def _completions(
-        self, ids: Sequence[list[int]], base_only: bool, recovery: OutOfMemory, num_before: int
+        self, ids: Sequence[list[int]], base_only: bool, recovery: OutOfMemory, num_before: int, num_all: int
     ) -> list[Completion]:
         """Those of one batch; prompts that leave the same room in the context are answered together."""
+        which = f" {num_before + 1}-{num_before + len(ids)} of {num_all}" if len(ids) < num_all else ""
         most, seed = self.sampling.max_new_tokens, self.sampling.seed
         # Another batch draws other numbers; the base model draws the same as the adapter.
         sampling = self.sampling if seed is None else replace(self.sampling, seed=seed + num_before)
         rooms = [most if self.context is None else min(most, self.context - len(each)) for each in ids]
         found: dict[int, Completion] = {}
         in_parts = partial(recovery.in_parts, "generation", step=0 if base_only else self.run.steps)
-        who = " without the adapter" if base_only else ""
+        who = "base model answering" if base_only else "answering"
         with (
             self.run.model.disable_adapter() if base_only else nullcontext(),
-            self.run.context.bars.task(f"answering{who} from prompt {num_before + 1}", "tokens") as update,
+            self.run.context.bars.task(f"{who}{which}", "tokens") as update,
         ):
             batches = Batches(in_parts, each_token=lambda num_tokens: update(num_tokens, most))
             for room in dict.fromkeys(rooms):
