@@ -1,6 +1,7 @@
 """Adapters for vLLM: what is written, and where vLLM is installed what its own loader makes of it."""
 
 import json
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,14 +13,15 @@ from torch import Tensor
 from expertune.adapt.factors import Factors, read_factors, stacked
 from expertune.checkpoint.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
 from expertune.errors import ExportError
-from expertune.exporting.formats import Options, Verdict
+from expertune.exporting.formats import Options, Verdict, make_format
 from expertune.exporting.source import ExportSource
 from expertune.exporting.vllm import VLLM_PYTHON, VllmAdapter, make, vllm_python
 from tests.exporting.sources import random_source
 from tests.families.build import tiny_config
-from tests.tiny_models import FolderOf, save_random
+from tests.tiny_models import FolderOf, save_random, stock_model
 
 Tensors = dict[str, Tensor]
+MODEL = Path(__file__).parents[2] / "src" / "expertune" / "assets" / "tiny-mixtral"
 
 installed = pytest.mark.skipif(vllm_python() is None, reason=f"needs {VLLM_PYTHON}: the python of vLLM's environment")
 absent = pytest.mark.skipif(vllm_python() is not None, reason="asks vLLM where it is installed")
@@ -166,6 +168,55 @@ def test_wrong_adapter_is_told_apart_by_vllms_loader(
     verdict = loaded(form, source, tmp_path)
     assert verdict.verdict == "failed"
     assert reason in str(verdict.reason)
+
+
+# Of a merged model the log-probability of each token of each prompt, and the tokens that follow it.
+ANSWER = """
+import json, os, sys
+os.environ |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    model = LLM(model=sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=4)
+    prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])]
+    answers = model.generate(prompts, SamplingParams(temperature=0, max_tokens=8, prompt_logprobs=0))
+    logprobs = [[next(iter(each.values())).logprob for each in answer.prompt_logprobs[1:]] for answer in answers]
+    print(json.dumps([logprobs, [list(answer.outputs[0].token_ids) for answer in answers]]))
+"""
+
+
+@installed
+@pytest.mark.slow
+def test_merged_model_is_computed_by_vllm_as_by_transformers(tmp_path: Path) -> None:
+    source = random_source(MODEL)
+    (tmp_path / "out").mkdir()
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        (tmp_path / name).touch()
+    source.adapter.where = str(tmp_path)
+    make_format("merged", Options()).write(source, tmp_path / "out", lambda *_: None)
+    prompts = [example.input_ids for example in source.examples]
+    (tmp_path / "answer.py").write_text(ANSWER, encoding="utf-8")
+    command = [str(vllm_python()), str(tmp_path / "answer.py"), str(tmp_path / "out"), json.dumps(prompts)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    logprobs, followed = json.loads(done.stdout.splitlines()[-1])
+    model = stock_model(tmp_path / "out")
+    for ids, theirs, tokens in zip(prompts, logprobs, followed, strict=True):
+        with torch.no_grad():
+            own = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            greedy = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :]
+        torch.testing.assert_close(torch.tensor(theirs), own[range(len(ids) - 1), ids[1:]], atol=1e-3, rtol=0)
+        assert tokens == greedy.tolist()
+
+
+@installed
+@pytest.mark.slow
+def test_family_that_vllm_runs_with_transformers_code_is_refused(tmp_path: Path) -> None:
+    source = random_source(save_random(tmp_path / "model", tiny_config("dots1")))
+    with pytest.raises(
+        ExportError, match="looks for an adapter of each expert under gate_proj, down_proj, up_proj, w1"
+    ):
+        make("vllm", Options()).require(source)
 
 
 @absent

@@ -63,7 +63,14 @@ class VllmAdapter(Format):
         else:
             described = _ask(source, {})
             self._stacked = described["stacked"]
-            names = [name.rpartition(".")[2] for name in described["experts"][: len(self._leaves)]]
+            known = list(dict.fromkeys(name.rpartition(".")[2] for name in described["experts"]))
+            if source.factors.experts and len(known) > len(self._leaves):
+                raise ExportError(
+                    "--to vllm: vLLM has no model of this family of its own, and with transformers' it looks for an "
+                    f"adapter of each expert under {', '.join(known)} at once, so that it takes none; export the "
+                    "merged model with --to merged"
+                )
+            names = known[: len(self._leaves)]
             if names and set(names) != set(self._leaves.values()):
                 self._leaves = dict(zip(_ORDER, names, strict=False))
         if (rank := self._needed_rank(source)) > _RANKS[-1]:
