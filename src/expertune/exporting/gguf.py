@@ -139,7 +139,8 @@ class GgufAdapter(_Gguf):
                 output head is not a tensor of its own.
         """
         self._require_converter()
-        head, tied = source.model.get_output_embeddings(), source.model.config.get_text_config().tie_word_embeddings
+        config = source.model.config.get_text_config()
+        head, tied = source.model.get_output_embeddings(), getattr(config, "tie_word_embeddings", False)
         if tied and any(source.model.get_submodule(name) is head for name in source.factors.linears):
             raise ExportError(
                 f"--to {self.name}: the adapter changes lm_head, which shares its weights with the embeddings, and "
