@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-targets test-oldest test-newest test-slow check format docs bench constraints clean
+.PHONY: demo test test-targets test-oldest test-newest test-slow check format docs notebook bench constraints clean
 
 demo: $(VENV)/.runtime
 	@rm -rf runs/demo
@@ -54,6 +54,10 @@ format: $(VENV)/.development
 docs: .venv-docs/.ready
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 	@echo "The site: build/site/index.html; with its search: $(PYTHON) -m http.server --directory build/site"
+
+# Executes the notebook and keeps its outputs in it.
+notebook: $(VENV)/.development
+	$(BIN)/python tools/run_notebook.py
 
 bench: $(VENV)/.development .venv-legacy/.ready
 	$(BIN)/python benchmarks/run.py all

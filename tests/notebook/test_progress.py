@@ -23,8 +23,8 @@ def test_bars_come_and_go_and_the_table_stays(progress: NotebookProgress) -> Non
     assert Page(progress.html).text.startswith("step 10/40 loss 1.5 0:00:00 scoring 0/0")
     assert [bar for tag, bar in Page(progress.html).tags if tag == "progress"] == [{"value": "10", "max": "40"}, {}]
     progress.remove_task(scoring)
-    progress.add_figures("10", {"training loss": "1.5"})
-    progress.add_figures("10", {"evaluation loss": "1.6"})
+    progress.add_figures("10", {"training loss": "1.5", "evaluation loss": "", "score": ""})
+    progress.add_figures("10", {"training loss": "", "evaluation loss": "1.6"})
     progress.remove_task(step)
     assert Page(progress.html).text == "step training loss evaluation loss 10 1.5 1.6"
 

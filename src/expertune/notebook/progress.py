@@ -14,6 +14,9 @@ from expertune.notebook.html import render
 _NEWEST = 20
 _SECONDS_BETWEEN_UPDATES = 0.25
 
+# What is done sooner has no bar: its output would stay in the cell, empty.
+_SECONDS_BEFORE_FIRST = 2.0
+
 
 def in_notebook() -> bool:
     """Whether this process is a notebook's kernel, by what rich takes for one."""
@@ -39,11 +42,12 @@ class NotebookProgress(Progress):
         super().__init__(console=Console(quiet=True), auto_refresh=False)
         self._head = head
         self._figures: dict[str, dict[str, str]] = {}
+        self._columns: dict[str, None] = {}
         self._handle: Any = None
         self._drawn = 0.0
 
     def start(self) -> None:
-        """The output is made with the first bar."""
+        """The output is made with the first bar that is needed."""
 
     def stop(self) -> None:
         """Draw what has not been drawn yet; an output in which nothing stays becomes empty."""
@@ -61,8 +65,9 @@ class NotebookProgress(Progress):
         self.refresh()
 
     def add_figures(self, row: str, figures: Mapping[str, str]) -> None:
-        """Figures of the table, by column, in the row of this name."""
-        self._figures.setdefault(row, {}).update(figures)
+        """Figures of the table by column, in the row of this name; an empty one is not known yet."""
+        self._columns |= dict.fromkeys(figures)
+        self._figures.setdefault(row, {}).update({name: figure for name, figure in figures.items() if figure})
         self.refresh()
 
     def refresh(self) -> None:
@@ -72,8 +77,13 @@ class NotebookProgress(Progress):
         self._drawn = time.monotonic()
         if self._handle is not None:
             self._handle.update(HTML(self.html))
-        elif self.tasks:
+        elif self._figures or any((task.elapsed or 0) >= _SECONDS_BEFORE_FIRST for task in self.tasks):
             self._handle = display(HTML(self.html), display_id=True)
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether it has an output."""
+        return self._handle is not None
 
     @property
     def html(self) -> str:
@@ -93,7 +103,7 @@ class NotebookProgress(Progress):
         }
 
     def _table(self) -> dict[str, Any]:
-        columns = list(dict.fromkeys(name for figures in self._figures.values() for name in figures))
+        columns = [name for name in self._columns if any(name in figures for figures in self._figures.values())]
         rows = list(self._figures.items())
         rows = rows if len(rows) <= _NEWEST + 1 else [rows[0], ("...", {}), *rows[-_NEWEST:]]
         cells = [[row, *(figures.get(name, "") for name in columns)] for row, figures in rows]

@@ -210,7 +210,7 @@ class Bar:
     @property
     def is_drawn(self) -> bool:
         """Whether a terminal or a notebook shows it."""
-        return self._progress is not None
+        return self._progress.is_shown if isinstance(self._progress, NotebookProgress) else self._progress is not None
 
     @property
     def patience(self) -> float:

@@ -246,7 +246,9 @@ class OwnRandomness(TrainerCallback):
 def _columns(logs: Mapping[str, float]) -> dict[str, str]:
     """What a log adds to a table of losses and scores, by column."""
     losses = {"training loss": logs.get("loss"), "evaluation loss": logs.get("eval_loss")}
-    columns = {name: f"{loss:.4f}" for name, loss in losses.items() if loss is not None}
+    if set(losses.values()) == {None}:
+        return {}
+    columns = {name: "" if loss is None else f"{loss:.4f}" for name, loss in losses.items()}
     scores = {name.removeprefix("eval_").replace("_", " "): value for name, value in logs.items() if _is_score(name)}
     return columns | {name: f"{value:.3f}" for name, value in scores.items()}
 
