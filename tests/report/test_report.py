@@ -87,6 +87,18 @@ def test_summary_says_of_stock_peft_what_was_tried(record: dict[str, Any], adapt
     assert said in "\n".join(line.rstrip() for line in written.getvalue().splitlines()) + "\n"
 
 
+@pytest.mark.parametrize("width", [60, 120])
+def test_summary_says_what_the_run_took_beside_the_plan_and_cuts_nothing(record: dict[str, Any], width: int) -> None:
+    phases = {"training": 7200.0, "evaluation": 600.0, "answers": 60.0, "loading": 30.0, "data": 0.2}
+    record |= {"run": {"seconds": 7900.0, "phases": phases}, "plan": {"run": {"seconds": 7000.0}}}
+    written = io.StringIO()
+    Console(width=width, file=written).print(render_summary(record, "runs/demo"))
+    said = " ".join(written.getvalue().split())
+    assert "time 2 h 12 min: 2 h 0 min training, 10 min evaluating, 1 min answers, 30 s loading" in said
+    assert "1 h 57 min were planned, 2 h 11 min measured" in said
+    assert "\u2026" not in said
+
+
 def test_picture_of_a_run_is_a_png_and_nothing_is_left_beside_it(record: dict[str, Any], tmp_path: Path) -> None:
     write_png(summary_figure(record), tmp_path / "summary.png")
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")

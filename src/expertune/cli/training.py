@@ -131,7 +131,9 @@ def train(
             from rich.console import Console
 
             console = Console(stderr=True, soft_wrap=True)
-            finished = expertune.finetune(config, resume=resume, console=console, trust_remote_code=trust_remote_code)
+            with working("loading the libraries"):
+                finetune = expertune.finetune
+            finished = finetune(config, resume=resume, console=console, trust_remote_code=trust_remote_code)
     except (KeyboardInterrupt, Terminated) as stop:
         options = ["--trust-remote-code"] if trust_remote_code else []
         command = shlex.join(["expertune", "train", str(run), *(overrides or ()), *options])

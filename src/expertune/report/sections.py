@@ -248,6 +248,7 @@ def plan(record: Record) -> dict[str, Any]:
     made, rows = section(record, "plan"), []
     for label, planned, measured, shown in (
         ("peak memory", number(made, "memory", "peak_bytes"), number(record, "memory", "peak_bytes"), size),
+        ("training, evaluations and answers", number(made, "run", "seconds"), _counted_seconds(record), duration),
         (
             "tokens per second",
             number(made, "time", "tokens_per_second"),
@@ -275,6 +276,13 @@ def plan(record: Record) -> dict[str, Any]:
         "line": str(at(made, "parameters", "line") or ""),
         "notes": [str(note) for note in entries(made, "notes")],
     }
+
+
+def _counted_seconds(record: Record) -> float | None:
+    """What a run took of what the plan's time of it is of."""
+    phases = section(record, "run", "phases")
+    taken = [number(phases, name) for name in ("training", "evaluation", "answers")]
+    return sum(seconds for seconds in taken if seconds) if phases else None
 
 
 def _phase(name: str) -> str:

@@ -240,7 +240,8 @@ class Bar:
         self._done, self._total, self._figures, self._what = done, total, figures, what or self._what
         self.estimate.update(done, total)
         if self._progress is None:
-            self._bars.break_silence()
+            if self._unit:  # else somebody prints lines of its own, maybe right now
+                self._bars.break_silence()
         elif self._task is None:
             self._task = self._progress.add_task(
                 self._what, total=total, completed=done, figures=figures, estimate=self.estimate, unit=self._unit
