@@ -41,7 +41,8 @@ def status(record: Record) -> dict[str, Any]:
     started = number(record, "run", "started")
     planned = number(record, "train", "max_steps")
     taken = last if steps is None or state == "running" else steps
-    progress = f"{taken:,.0f} of {planned:,.0f} steps" if planned and taken < planned else f"{taken:,.0f} steps"
+    whole = f" of {planned:,.0f}" if planned and taken < planned else ""
+    progress = f"{taken:,.0f}{whole} step{'' if taken == 1 and not whole else 's'}"
     return {
         "state": state,
         "progress": progress,
@@ -374,7 +375,7 @@ def commands(record: Record, run_dir: str) -> list[tuple[str, str]]:
         if at(record, "config", "data", "eval"):
             found.append(("Score it again", f"expertune evaluate {quoted}"))
     elif state in ("stopped", "interrupted"):
-        found.append(("Continue it from its newest checkpoint", f"{started} train {quoted} --resume"))
+        found.append(("Continue it, from its newest checkpoint if there is one", f"{started} train {quoted} --resume"))
     found.append(("Train the same run again", f"{started} train {quoted} output_dir=runs/again"))
     return [*found, ("Build this page again", f"expertune report {quoted}")]
 
