@@ -35,13 +35,19 @@ _RECORD: dict[str, Any] = {
         "training": {"learning_rate": 0.004, "max_steps": 100},
         "output_dir": "runs/small",
     },
-    "run": {"status": "finished", "started": 1.7e9, "seconds": 754.2},
+    "run": {
+        "status": "finished",
+        "started": 1.7e9,
+        "seconds": 754.2,
+        "phases": {"training": 600.0, "evaluation": 60.0},
+    },
     "data": {"train": _DATA, "eval": _DATA | {"num_rows": 12}},
     "model": {"name": "models/tiny", "device": "cpu"},
     "plan": {
         "memory": {"peak_bytes": 2e9, "moment": "loss", "components": {"weights": 1.5e9, "adapter": 5e8, "slots": 0}},
         "parameters": {"trainable": 872448, "line": "trainable params: 872448"},
         "time": {"tokens_per_second": 1000.0},
+        "run": {"seconds": 550.0},
         "notes": ["a note of the plan"],
     },
     "train": {

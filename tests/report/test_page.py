@@ -53,7 +53,8 @@ def test_page_of_a_run_shows_the_outcome_first_and_then_all_the_rest(run_record:
             "tuned wrong",
         ),
         *("3 prompts are empty", "cut at 256 tokens", "id (in 40)", "line 7: the answer is empty"),
-        *("peak memory 2.00 GB 1.60 GB 80 %", "tokens per second 1,000 900 90 %", "result passed"),
+        *("peak memory 2.00 GB 1.60 GB 80 %", "tokens per second 1,000 900 90 %"),
+        *("evaluations and answers 9 min 10 s 11 min 0 s 120 %", "phase training 10 min 0 s", "result passed"),
         *("lora.r 16 8", "training.learning_rate 0.004", "expertune train runs/small", "torch 2.13.0+cpu"),
     ]
     found = [page.text.find(part) for part in parts]
@@ -96,14 +97,15 @@ def test_answers_can_be_filtered_by_what_became_of_them(run_record: dict[str, An
 
 
 def test_page_of_many_and_long_answers_stays_small_and_says_how_many_it_has(run_record: dict[str, Any]) -> None:
-    long = {"expected": "a b " * 1000, "answered": "b a <" * 1000, "right": False}
+    words = [f"w{number} " for number in range(700)]
+    long = {"expected": "".join(words), "answered": "<".join(words[1:]), "right": False}
     for score in ("before", "after"):
         run_record["task"][score] |= {"rows": 256, "examples": [long | {"prompt": str(n)} for n in range(256)]}
     html = render_page(run_record, "runs/small")
     assert len(html) < 2_000_000
     shown = len(answers(run_record)["shown"])
     assert 8 < shown < 256
-    assert f"Of 256 that were answered, the first {shown} are here." in require_contained(html).text
+    assert f"Of 256 that were answered, the first {shown} are here." in html
 
 
 def test_commands_are_those_that_a_run_in_its_state_can_take(run_record: dict[str, Any]) -> None:
@@ -205,10 +207,9 @@ def test_page_of_a_long_run_of_many_experts_stays_small(run_record: dict[str, An
     for name in ("loss", "grad_norm", "learning_rate", "tokens", "seconds", "expert_imbalance"):
         run_record["train"][name] = [[step, 1 + step % 7 / 7] for step in range(1, 50_001)]
     html = render_page(run_record, "runs/large")
-    assert len(html) < 2_500_000
-    text = require_contained(html).text
-    assert "the lowest and the highest point of each stretch are drawn" in text
-    assert "29 layers from all depths, the record has 31 more" in text
+    assert len(html) < 2_000_000
+    assert "the lowest and the highest point of each stretch are drawn" in html
+    assert "29 layers from all depths, the record has 31 more" in html
 
 
 def test_damaged_counts_of_experts_are_not_drawn(run_record: dict[str, Any]) -> None:

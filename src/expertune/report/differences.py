@@ -2,15 +2,17 @@
 
 import re
 from difflib import SequenceMatcher
+from functools import lru_cache
 
 _WORDS = re.compile(r"\w+|\s+|[^\w\s]")
 
 # Comparing takes time by the square of the words; what follows these is shown without marks.
-_COMPARED = 400
+_COMPARED = 200
 
 Piece = tuple[str, bool]
 
 
+@lru_cache(maxsize=1024)  # a page is written at each evaluation, with the same answers of the base model
 def differences(expected: str, answered: str) -> tuple[list[Piece], list[Piece]]:
     """Both texts in pieces, each with whether the other text lacks it there."""
     left, left_rest = _words(expected)

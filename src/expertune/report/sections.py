@@ -5,7 +5,7 @@ Every part may be missing, in a record of an earlier release or of a run that is
 
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -31,6 +31,7 @@ from expertune.report.values import (
 Facts = list[tuple[str, str]]
 
 _FEWEST_AVERAGED = 80
+_PLANNED_PHASES = ("training", "evaluation", "answers")
 _PHASES = {"loss": "loss of a step", "layer": "layer of a step", "save": "checkpoint"}
 
 
@@ -125,7 +126,7 @@ def charts(record: Record) -> list[Drawing]:
     losses = points_of(train.get("loss"))
     drawn = [
         Chart(
-            "Loss per answer token (nats)",
+            f"Loss per {'token' if at(record, 'data', 'train', 'train_on') == 'all' else 'answer token'} (nats)",
             [
                 *_with_mean("training", losses, 0, _FEWEST_AVERAGED),
                 Series("evaluation examples", points_of(at(record, "eval", "loss")), 1, "dots"),
@@ -265,6 +266,11 @@ def plan(record: Record) -> dict[str, Any]:
     ):
         if planned is not None or measured is not None:
             rows.append((label, shown(planned), shown(measured), percent(measured, planned)))
+    phases = {name: number(record, "run", "phases", name) or 0 for name in section(record, "run", "phases")}
+    planned_time, counted = number(made, "run", "seconds"), sum(phases.get(name, 0) for name in _PLANNED_PHASES)
+    if planned_time and counted:
+        shares = duration(planned_time), duration(counted), percent(counted, planned_time)
+        rows.append(("time of training, evaluations and answers", *shares))
     if layers := section(made, "placement", "layers"):
         held = section(record, "placement", "layers")
         rows.append(("expert layers", _in_words(layers), _in_words(held), ""))
@@ -272,8 +278,9 @@ def plan(record: Record) -> dict[str, Any]:
     return {
         "rows": rows,
         "phase": _phase(str(at(made, "memory", "moment") or "")),
-        "components": _sizes(section(made, "memory", "components"), peak),
-        "phases": [(_phase(name), *rest) for name, *rest in _sizes(section(made, "memory", "moments"), peak)],
+        "components": _shares(section(made, "memory", "components"), peak, size),
+        "phases": [(_phase(name), *rest) for name, *rest in _shares(section(made, "memory", "moments"), peak, size)],
+        "times": _shares(phases, sum(phases.values()), duration),
         "line": str(at(made, "parameters", "line") or ""),
         "notes": [str(note) for note in entries(made, "notes")],
     }
@@ -294,11 +301,11 @@ def _in_words(layers: Mapping[str, Any]) -> str:
     return ", ".join(f"{held} on {place}" for place, held in layers.items()) or "-"
 
 
-def _sizes(values: Mapping[str, Any], whole: float) -> list[tuple[str, str, float]]:
-    """(name, size, percent of a whole) of byte counts above zero, the largest first."""
+def _shares(values: Mapping[str, Any], whole: float, shown: Callable[[float], str]) -> list[tuple[str, str, float]]:
+    """(name, figure in words, percent of a whole) of figures above zero, the largest first."""
     known = {name: value for name in values if (value := number(values, name))}
     ordered = sorted(known.items(), key=lambda item: -item[1])
-    return [(name, size(value), round(100 * value / whole, 1) if whole else 0) for name, value in ordered]
+    return [(name, shown(value), round(100 * value / whole, 1) if whole else 0) for name, value in ordered]
 
 
 def preflight(record: Record) -> Facts:
