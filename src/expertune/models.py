@@ -38,15 +38,7 @@ class LoraOptions(TypedDict, total=False):
 
 
 class QuantizeOptions(TypedDict, total=False):
-    """How an NF4 folder is written.
-
-    Keys:
-        double_quantization: hold the scales in 8 bits; None is that, or what a 4-bit checkpoint has.
-        dtype: of what stays unquantized, as for `load_model`; `auto` keeps each tensor's own.
-        revision: branch, tag or commit of a hub id.
-        trust_remote_code: run Python that ships with the model.
-        progress: called before and after each file with its name, the bytes written so far, and the bytes in all.
-    """
+    """How an NF4 folder is written; `quantize` says what they mean."""
 
     double_quantization: bool | None
     dtype: str | torch.dtype
@@ -133,7 +125,10 @@ def quantize(model: str | Path, out: str | Path, **options: Unpack[QuantizeOptio
     Args:
         model: a directory or hub id; shards of a hub model are fetched one by one and deleted after use.
         out: the folder to write, new or empty.
-        **options: see `QuantizeOptions`.
+        **options: `double_quantization`: hold the scales in 8 bits, where None is that or what a 4-bit checkpoint has;
+            `dtype`: of what stays unquantized, as for `load_model`, where `auto` keeps each tensor's own; `revision`:
+            branch, tag or commit of a hub id; `trust_remote_code`: run Python that ships with the model; `progress`:
+            called before and after each file with its name, the bytes written so far, and the bytes in all.
 
     Raises:
         CheckpointError: the source is damaged or incomplete; `out` holds something else, or cannot be written.

@@ -34,19 +34,7 @@ _ROOM_BYTES = 2**20  # configs, tokenizer, verification
 
 
 class ExportOptions(TypedDict, total=False):
-    """Options of an export.
-
-    Keys:
-        base: of a merged model, `source`: 16-bit weights as the checkpoint has them; or `dequantized`: the values that
-            the adapter was trained beside.
-        type: how numbers are held, e.g. `q8_0`, where the format has several ways.
-        verify: run the export in the engine that reads it, and compare.
-        model: directory or hub id of the base model, where it lies elsewhere by now than the record says.
-        trust_remote_code: run Python that ships with the model.
-        progress: called with what is being written, bytes done and bytes in all.
-        push_to_hub: repository of the Hugging Face hub that the export is sent to as well.
-        private: whether that repository is private, where it is made.
-    """
+    """Options of an export; `export` says what they mean."""
 
     base: Literal["source", "dequantized"]
     type: str | None
@@ -92,7 +80,13 @@ def export(
         to: the format, e.g. `peft`.
         adapter: `checkpoint-N` for an earlier state; None means the final adapter.
         out: the folder to write, new or empty; None means one under `exports` in the run directory.
-        **options: see `ExportOptions`.
+        **options: `base`, of a merged model: `source` for 16-bit weights as the checkpoint has them, or `dequantized`
+            for the values that the adapter was trained beside; `type`: how numbers are held, e.g. `q8_0`, where the
+            format has several ways; `verify=False` leaves out the run in the engine; `model`: directory or hub id of
+            the base model, where it lies elsewhere by now than the record says; `trust_remote_code`: run Python that
+            ships with the model; `progress`: called with what is being written, bytes done and bytes in all;
+            `push_to_hub`: a repository of the Hugging Face hub that the export is sent to as well; `private`: whether
+            that repository is private, where it is made.
 
     Raises:
         ExportError: the format cannot hold it, or the engine that reads it computes something else; names the tensors.
