@@ -32,6 +32,7 @@ def stage(name: str, out: Path, *more: str) -> dict[str, Any]:
 def after_stage_1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the first stage leaves, without which no other begins."""
     out = tmp_path_factory.mktemp("campaign")
+    torch.manual_seed(0)  # two routes that round alike are compared, whatever ran before
     stage("1", out)
     return out
 
@@ -42,7 +43,7 @@ def out(after_stage_1: Path, tmp_path: Path) -> Path:
     return shutil.copytree(after_stage_1, tmp_path / "out")
 
 
-def test_the_first_stages_leave_whole_json_and_say_what_a_cpu_cannot_tell(out: Path) -> None:
+def test_the_first_stage_leaves_whole_json_and_says_what_a_cpu_cannot_tell(out: Path) -> None:
     first = json.loads(gpu_campaign.path_of(out, "1").read_text(encoding="utf-8"))
     assert first["complete"]
     assert not first["errors"]
@@ -51,7 +52,12 @@ def test_the_first_stages_leave_whole_json_and_say_what_a_cpu_cannot_tell(out: P
     assert {"device", "versions", "commit", "date", "command"} <= first.keys()
     assert first["items"]["self-check bfloat16"]["value"] is None
     assert first["items"]["self-check bfloat16"]["reason"]
+    assert not list(out.glob("*.part"))
 
+
+@pytest.mark.slow
+def test_the_second_stage_times_what_passed_the_first(out: Path) -> None:
+    first = json.loads(gpu_campaign.path_of(out, "1").read_text(encoding="utf-8"))
     second = stage("2", out)
     assert second["complete"]
     assert not second["errors"]
@@ -63,6 +69,7 @@ def test_the_first_stages_leave_whole_json_and_say_what_a_cpu_cannot_tell(out: P
     assert not list(out.glob("*.part"))
 
 
+@pytest.mark.slow
 def test_placement_is_measured_where_results_are_those_of_the_device(out: Path) -> None:
     found = stage("5", out)
     assert found["complete"]

@@ -56,8 +56,15 @@ def test_run_on_mapped_examples_gives_the_bytes_and_the_record_of_one_in_memory(
     assert adapter_bytes(tmp_path / "mapped") == adapter_bytes(tmp_path / "held")
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("packing", ["padding-free", "packed"])
+@pytest.mark.parametrize(
+    ("packing", "checkpointing"),
+    [
+        ("padding-free", False),
+        ("packed", True),
+        pytest.param("padding-free", True, marks=pytest.mark.slow),
+        pytest.param("packed", False, marks=pytest.mark.slow),
+    ],
+)
 def test_where_rows_begin_reaches_every_layer_of_every_step(
     packing: str, checkpointing: bool, run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
