@@ -1,9 +1,11 @@
 """Pages in Chinese say what the English ones say: the same commands, figures, names and links."""
 
+import json
 import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +41,7 @@ def targets(page: Path) -> Counter[str]:
     """What a page links to, from the root; a page in Chinese counts as its original, and a heading does not count."""
     links = (link.partition("#")[0] for link in LINK.findall(prose(page)))
     found = (os.path.relpath(page.parent / link, ROOT) for link in links if link)
-    return Counter(target.replace("docs/zh/", "docs/") for target in found)
+    return Counter(target.replace("docs/zh/", "docs/").replace(".zh-CN.ipynb", ".ipynb") for target in found)
 
 
 @pytest.mark.parametrize("page", PAIRS, ids=page_id)
@@ -81,3 +83,18 @@ def test_a_page_in_chinese_is_in_chinese(page: Path) -> None:
         words = re.sub(r"`[^`]+`|\]\([^)]*\)", "", paragraph)
         if len(re.findall(r"[A-Za-z]{2,}", words)) > 8:
             assert HAN.search(words), paragraph
+
+
+def test_notebook_in_chinese_has_the_cells_and_outputs_of_the_english_one() -> None:
+    def cells(name: str, kind: str) -> list[dict[str, Any]]:
+        notebook = json.loads((ROOT / "notebooks" / name).read_text(encoding="utf-8"))
+        return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+    def links(cell: dict[str, Any]) -> Counter[str]:
+        return Counter(link.replace("docs/zh/", "docs/") for link in LINK.findall("".join(cell["source"])))
+
+    english, chinese = "mixtral-qlora.ipynb", "mixtral-qlora.zh-CN.ipynb"
+    assert cells(chinese, "code") == cells(english, "code")
+    originals, translations = cells(english, "markdown"), cells(chinese, "markdown")
+    assert list(map(links, translations)) == list(map(links, originals))
+    assert all(HAN.search("".join(cell["source"])) for cell in translations)

@@ -1,4 +1,4 @@
-"""Execute the notebook from its first cell to its last, and keep its outputs in it: `make notebook`.
+"""Execute the notebook from its first cell to its last, and keep its outputs in it and its translation: `make notebook`.
 
 Left out are times, bars that have gone, and what libraries write to stderr, which depends on the machine. The first
 cell that raises an error ends it, and the file stays as it was.
@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "mixtral-qlora.ipynb"
+TRANSLATION = NOTEBOOK.with_suffix(".zh-CN.ipynb")
 RUN_DIR = ROOT / "runs" / "notebook"
 
 
@@ -34,9 +35,15 @@ def main() -> None:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not _is_left_out(output)]
     notebook.metadata["language_info"] = {"name": "python"}
-    beside = NOTEBOOK.with_suffix(".partial")
-    nbformat.write(notebook, beside)
-    beside.replace(NOTEBOOK)
+    # A translation has other prose around the same cells of code.
+    translated = nbformat.read(TRANSLATION, as_version=4)
+    for number, cell in enumerate(notebook.cells):
+        if cell.cell_type == "code":
+            translated.cells[number] = cell
+    for path, content in ((NOTEBOOK, notebook), (TRANSLATION, translated)):
+        beside = path.with_suffix(".partial")
+        nbformat.write(content, beside)
+        beside.replace(path)
 
 
 def _is_left_out(output: nbformat.NotebookNode) -> bool:
