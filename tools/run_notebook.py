@@ -1,4 +1,4 @@
-"""Execute the notebook from its first cell to its last, and keep its outputs in it and its translation: `make notebook`.
+"""Execute the notebook from first cell to last, and keep the outputs in it and in its translation: `make notebook`.
 
 Left out are times, bars that have gone, and what libraries write to stderr, which depends on the machine. The first
 cell that raises an error ends it, and the file stays as it was.
