@@ -205,7 +205,7 @@ def _finetune(context: RunContext) -> Run:
             record.add("task", after=held_out.score(step=record["train"]["steps"]))
         record.save()
         _show_score(context, "after")
-    record.add("memory", peak_bytes=max(context.ranks.gather(peak_memory_bytes())))
+    record.keep_peak(max(context.ranks.gather(peak_memory_bytes())))
     context.write_beside("summary.png", lambda path: write_png(summary_figure(record.values), path))
     adapter, template = output_dir / ADAPTER_FOLDER, record["data"]["train"]["template"]
     context.write_beside(
@@ -361,7 +361,7 @@ def _train(
         record.add("train", **history.series, expert_tokens=history.expert_tokens, steps=trainer.state.global_step)
         record.add("eval", loss=history.eval_losses, scores=history.eval_scores)
         record.add("throughput", tokens_per_second=history.tokens_per_second, tokens=history.tokens)
-        record.add("memory", peak_bytes=peak_memory_bytes())
+        record.keep_peak(peak_memory_bytes())
         if placement := placement_of(model):
             record.add("placement", places=placement.locations, **placement.describe())
         record.update("kernels", ran=dict(routes.settings_of(model).ran))
@@ -393,7 +393,7 @@ def _keep_evaluation(
         record.add("experts", evaluations=routing | {str(state.global_step): held_out.routing})
     record.add("train", **history.series, expert_tokens=history.expert_tokens, max_steps=state.max_steps)
     record.add("throughput", tokens_per_second=history.tokens_per_second, tokens=history.tokens)
-    record.add("memory", peak_bytes=peak_memory_bytes())
+    record.keep_peak(peak_memory_bytes())
     record.update("eval", loss=history.eval_losses, scores=history.eval_scores)
     write_report(record, context.notify)
 

@@ -59,3 +59,14 @@ def test_file_that_is_no_record_is_refused_by_name(content: str, tmp_path: Path)
     (tmp_path / "record.json").write_text(content, encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"record\.json"):
         RunRecord.load(tmp_path)
+
+
+def test_peak_of_a_resumed_run_is_the_highest_of_its_processes(tmp_path: Path) -> None:
+    first = RunRecord.start(tmp_path)
+    first.keep_peak(900)
+    first.save()
+    resumed = RunRecord.load(tmp_path)
+    resumed.keep_peak(800)
+    assert resumed["memory"] == {"peak_bytes": 900}
+    resumed.keep_peak(1000)
+    assert resumed["memory"] == {"peak_bytes": 1000}

@@ -124,6 +124,11 @@ class RunRecord:
         self.add(section, **values)
         self.save()
 
+    def keep_peak(self, peak_bytes: int) -> None:
+        """Raise the run's peak memory to this process's; an earlier one, whose run is resumed, may have had more."""
+        earlier = self.section("memory").get("peak_bytes")
+        self.add("memory", peak_bytes=max(peak_bytes, earlier) if isinstance(earlier, int) else peak_bytes)
+
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of a block to a phase of the run, less that of phases inside it; written with the next save."""
