@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from expertune.evaluation.metrics import shown_figures
 from expertune.report.charts import centered_mean, mean_width, points_of
@@ -16,7 +17,8 @@ from expertune.text import printable, shortened
 # A palette that survives grayscale printing and the common color-vision deficiencies (Okabe and Ito 2008).
 _TRAIN, _MEAN, _EVAL, _BEFORE, _AFTER = "#56B4E9", "#0072B2", "#D55E00", "#999999", "#009E73"
 
-_SMALL: dict[str, Any] = {"fontsize": 8.5, "loc": "left"}
+# With a height of its own: matplotlib would look for it above ticks and labels, each time a figure is drawn.
+_SMALL: dict[str, Any] = {"fontsize": 8.5, "loc": "left", "y": 1.0}
 _LONGEST_NAME = 40
 _LAST_OF_LATIN = 0x24F
 
@@ -24,7 +26,7 @@ _LAST_OF_LATIN = 0x24F
 def write_png(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG; the file is complete or absent."""
     with write_whole(Path(path)) as file:
-        figure.savefig(file, format="png", dpi=150)
+        figure.savefig(file, format="png", dpi=150, pil_kwargs={"compress_level": 1})
 
 
 def summary_figure(record: Mapping[str, Any]) -> Figure:
@@ -86,6 +88,8 @@ def _draw_losses(axes: Axes, record: Mapping[str, Any]) -> None:
     adapter = section(record, "adapter")
     if adapter.get("checkpoint"):
         axes.axvline(adapter["step"], color=_AFTER, linestyle="--", linewidth=1.2, label=_adapter(record))
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per answer token (nats)" if _on_answers(record) else "loss per token (nats)")
     axes.set_ylim(bottom=0)
