@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def inline_code(page: Path) -> Counter[str]:
 
 
 def figures(page: Path) -> Counter[str]:
-    text = LINK.sub("", re.sub(r"`[^`]+`", "", prose(page)))
+    text = LINK.sub("", re.sub(r"`[^`]+`|\d+ 月", "", prose(page)))  # English has names for months
     return Counter(re.findall(r"(?<![\w.])\d[\d,.:]*\d(?!\w)|(?<![\w.])\d(?![\w.]\w)", text))
 
 
@@ -83,6 +84,17 @@ def test_a_page_in_chinese_is_in_chinese(page: Path) -> None:
         words = re.sub(r"`[^`]+`|\]\([^)]*\)", "", paragraph)
         if len(re.findall(r"[A-Za-z]{2,}", words)) > 8:
             assert HAN.search(words), paragraph
+
+
+# Browsers show a line break as a space, which Chinese does not have between words.
+def test_a_paragraph_in_chinese_is_one_line() -> None:
+    texts = [prose(page) for page in PAGES if page_id(page) in HOME or page_id(page).startswith("docs/zh/")]
+    notebook = json.loads((ROOT / "notebooks" / "mixtral-qlora.zh-CN.ipynb").read_text(encoding="utf-8"))
+    texts += ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
+    begins = r"\s*$|#+ |\||!\[|\s*[-*] |\s*\d+\. "
+    for text in texts:
+        for line, following in pairwise(text.splitlines()):
+            assert not line.strip() or re.match(begins, following), f"{line}\n{following}"
 
 
 def test_notebook_in_chinese_has_the_cells_and_outputs_of_the_english_one() -> None:
