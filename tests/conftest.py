@@ -43,14 +43,16 @@ hypothesis.settings.load_profile("expertune")
 hypothesis.settings.register_profile("thorough", max_examples=THOROUGH)  # of the rest as the profile that is loaded
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    # Last of all, after pytest has looked for what tests left: an interpreter takes itself apart with all it has made.
+    config.add_cleanup(gc.unfreeze)
+
+
 def pytest_collection_finish() -> None:
     # What was made when libraries were imported stays; each run collects twice, and would look through all of it.
     gc.collect()
     gc.freeze()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,8 @@ def printable(text: str, kept: str = "\n\t") -> str:
         text: any text.
         kept: characters that stay as they are.
     """
+    if text.isprintable():  # most are, and this looks at them in C
+        return text
     return "".join(
         char if char in kept or unicodedata.category(char) not in _SPELLED_OUT else ascii(char)[1:-1] for char in text
     )
