@@ -2,7 +2,7 @@
 
 Pages link to files as these lie in the repository, so that a link leads somewhere in a checkout and on a Git host too.
 What lies outside of `docs/` and is linked becomes a part of the site, below `repository/`. Pages below `docs/zh/` are
-Chinese.
+Chinese, and those whose names end in `.zh-CN.md`.
 """
 
 import posixpath
@@ -52,7 +52,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def on_page_context(context: dict[str, Any], page: Page, config: MkDocsConfig, nav: Any) -> dict[str, Any]:
     """Menus in the language of the page, and a switch to the same page in the other language where there is one."""
     uri = page.file.src_uri
-    config.theme["language"] = "zh" if uri.startswith("zh/") else "en"
+    config.theme["language"] = "zh" if uri.startswith("zh/") or uri.endswith(".zh-CN.md") else "en"
     pages = {other.file.src_uri: other for other in nav.pages}
     for language in config.extra["alternate"]:
         folder = "zh/" if language["lang"] == "zh" else ""
