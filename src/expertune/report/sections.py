@@ -267,10 +267,6 @@ def plan(record: Record) -> dict[str, Any]:
         if planned is not None or measured is not None:
             rows.append((label, shown(planned), shown(measured), percent(measured, planned)))
     phases = {name: number(record, "run", "phases", name) or 0 for name in section(record, "run", "phases")}
-    planned_time, counted = number(made, "run", "seconds"), sum(phases.get(name, 0) for name in _PLANNED_PHASES)
-    if planned_time and counted:
-        shares = duration(planned_time), duration(counted), percent(counted, planned_time)
-        rows.append(("time of training, evaluations and answers", *shares))
     if layers := section(made, "placement", "layers"):
         held = section(record, "placement", "layers")
         rows.append(("expert layers", _in_words(layers), _in_words(held), ""))
@@ -289,7 +285,7 @@ def plan(record: Record) -> dict[str, Any]:
 def _counted_seconds(record: Record) -> float | None:
     """What a run took of what the plan's time of it is of."""
     phases = section(record, "run", "phases")
-    taken = [number(phases, name) for name in ("training", "evaluation", "answers")]
+    taken = [number(phases, name) for name in _PLANNED_PHASES]
     return sum(seconds for seconds in taken if seconds) if phases else None
 
 
