@@ -60,6 +60,7 @@ def test_page_of_a_run_shows_the_outcome_first_and_then_all_the_rest(run_record:
     found = [page.text.find(part) for part in parts]
     assert -1 not in found, parts[found.index(-1)]
     assert found == sorted(found)
+    assert page.text.count("9 min 10 s 11 min 0 s 120 %") == 1
 
 
 def test_settings_with_their_default_value_are_left_out(run_record: dict[str, Any]) -> None:

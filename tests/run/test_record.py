@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,46 @@ def test_peak_of_a_resumed_run_is_the_highest_of_its_processes(tmp_path: Path) -
     assert resumed["memory"] == {"peak_bytes": 900}
     resumed.keep_peak(1000)
     assert resumed["memory"] == {"peak_bytes": 1000}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def phases_in(folder: Path) -> dict[str, float]:
+    phases: dict[str, float] = json.loads((folder / "record.json").read_text())["run"]["phases"]
+    return phases
+
+
+def test_save_within_a_phase_has_its_time_so_far_and_no_time_is_counted_twice(
+    tmp_path: Path, clock: list[float]
+) -> None:
+    record = RunRecord.start(tmp_path)
+    record.add("run", status="running")
+    with record.phase("training"):
+        clock[0] = 100
+        record.save()
+        assert phases_in(tmp_path) == {"training": 100}
+        with record.phase("evaluation"):
+            clock[0] = 130
+            record.save()
+            assert phases_in(tmp_path) == {"training": 100, "evaluation": 30}
+            clock[0] = 150
+        clock[0] = 160
+    clock[0] = 200  # in no phase
+    record.save()
+    assert phases_in(tmp_path) == {"training": 110, "evaluation": 50}
+
+
+def test_short_phases_add_up_and_a_resumed_run_adds_to_them(tmp_path: Path, clock: list[float]) -> None:
+    for total in (2, 4):
+        record = RunRecord.load(tmp_path) if (tmp_path / "record.json").exists() else RunRecord.start(tmp_path)
+        record.update("run", status="running")
+        for _ in range(50):
+            with record.phase("evaluation"):
+                clock[0] += 0.04
+            record.save()
+        assert phases_in(tmp_path) == {"evaluation": total}

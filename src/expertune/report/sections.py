@@ -14,6 +14,7 @@ from expertune.config import RunConfig, Section
 from expertune.evaluation.metrics import shown_figures
 from expertune.report.charts import Chart, Drawing, Point, Series, bars, centered_mean, draw, mean_width, points_of
 from expertune.report.values import (
+    PLANNED_PHASES,
     Record,
     at,
     count,
@@ -31,7 +32,6 @@ from expertune.report.values import (
 Facts = list[tuple[str, str]]
 
 _FEWEST_AVERAGED = 80
-_PLANNED_PHASES = ("training", "evaluation", "answers")
 _PHASES = {"loss": "loss of a step", "layer": "layer of a step", "save": "checkpoint"}
 
 
@@ -248,9 +248,11 @@ _COUNTS = (
 def plan(record: Record) -> dict[str, Any]:
     """The plan beside what was measured, and what its memory consists of."""
     made, rows = section(record, "plan"), []
+    phases = {name: number(record, "run", "phases", name) or 0 for name in section(record, "run", "phases")}
+    counted = sum(phases.get(name, 0) for name in PLANNED_PHASES)
     for label, planned, measured, shown in (
         ("peak memory", number(made, "memory", "peak_bytes"), number(record, "memory", "peak_bytes"), size),
-        ("training, evaluations and answers", number(made, "run", "seconds"), _counted_seconds(record), duration),
+        ("time of training, evaluations and answers", number(made, "run", "seconds"), counted or None, duration),
         (
             "tokens per second",
             number(made, "time", "tokens_per_second"),
@@ -266,7 +268,6 @@ def plan(record: Record) -> dict[str, Any]:
     ):
         if planned is not None or measured is not None:
             rows.append((label, shown(planned), shown(measured), percent(measured, planned)))
-    phases = {name: number(record, "run", "phases", name) or 0 for name in section(record, "run", "phases")}
     if layers := section(made, "placement", "layers"):
         held = section(record, "placement", "layers")
         rows.append(("expert layers", _in_words(layers), _in_words(held), ""))
@@ -280,13 +281,6 @@ def plan(record: Record) -> dict[str, Any]:
         "line": str(at(made, "parameters", "line") or ""),
         "notes": [str(note) for note in entries(made, "notes")],
     }
-
-
-def _counted_seconds(record: Record) -> float | None:
-    """What a run took of what the plan's time of it is of."""
-    phases = section(record, "run", "phases")
-    taken = [number(phases, name) for name in _PLANNED_PHASES]
-    return sum(seconds for seconds in taken if seconds) if phases else None
 
 
 def _phase(name: str) -> str:

@@ -8,11 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from expertune.evaluation.metrics import shown_figures
+from expertune.report.values import PLANNED_PHASES
 from expertune.run.progress import in_words
 
-# Phases of a run in words, and those that the plan's time of the run is of.
+# Phases of a run in words.
 _PHASES = {"data": "for the data", "evaluation": "evaluating", "preflight": "in the preflight check"}
-_PLANNED = ("training", "evaluation", "answers")
 
 
 def render_summary(record: Mapping[str, Any], output_dir: str, examples: int = 3) -> RenderableType:
@@ -85,7 +85,7 @@ def _took(record: Mapping[str, Any]) -> str:
     parts = [f"{in_words(seconds)} {_PHASES.get(name, name)}" for name, seconds in phases if seconds >= 1][:4]
     took = in_words(run["seconds"]) + (f": {', '.join(parts)}" if parts else "")
     planned = (record.get("plan", {}).get("run") or {}).get("seconds")
-    counted = sum(seconds for name, seconds in phases if name in _PLANNED)
+    counted = sum(seconds for name, seconds in phases if name in PLANNED_PHASES)
     if planned and counted:
         took += f"; of training, evaluations and answers {in_words(planned)} were planned, {in_words(counted)} measured"
     return took

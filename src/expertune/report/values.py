@@ -8,6 +8,9 @@ from expertune.report.charts import is_number
 
 Record = Mapping[str, Any]
 
+# Phases of a run that the plan's time of it is of.
+PLANNED_PHASES = ("training", "evaluation", "answers")
+
 
 def at(record: Any, *keys: str) -> Any:
     """The value under keys that lead into each other; None where one of them is missing."""

@@ -46,7 +46,10 @@ class RunRecord:
         self.is_kept = True
         self._saved = False
         self._opened = time.monotonic()
-        self._in_phases = 0.0
+        # Exact: of rounded times, short ones would never add up. Time since `_counted` is the innermost open phase's.
+        self._phases: dict[str, float] = dict(self.section("run").get("phases", {}))
+        self._open_phases: list[str] = []
+        self._counted = self._opened
         self._seconds_before = self.section("run").get("seconds", 0.0)
 
     @classmethod
@@ -131,15 +134,25 @@ class RunRecord:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time of a block to a phase of the run, less that of phases inside it; written with the next save."""
-        started, before = time.monotonic(), self._in_phases
+        """Add the time of a block to a phase of the run, less that of phases inside it.
+
+        A save within the block writes the time so far.
+        """
+        self._count_time()
+        self._open_phases.append(name)
         try:
             yield
         finally:
-            seconds = time.monotonic() - started
-            phases = self.values.setdefault("run", {}).setdefault("phases", {})
-            phases[name] = round(phases.get(name, 0.0) + seconds - (self._in_phases - before), 1)
-            self._in_phases = before + seconds
+            self._count_time()
+            self._open_phases.pop()
+
+    def _count_time(self) -> None:
+        """Give the time since the last call to the innermost open phase."""
+        now = time.monotonic()
+        if self._open_phases:
+            name = self._open_phases[-1]
+            self._phases[name] = self._phases.get(name, 0.0) + now - self._counted
+        self._counted = now
 
     def stop(self, status: str, error: str) -> bool:
         """Record that the run has stopped, unless nothing was saved since it was opened.
@@ -172,6 +185,9 @@ class RunRecord:
         if "run" in self.values:
             seconds = self._seconds_before + time.monotonic() - self._opened
             self.values["run"]["seconds"] = round(seconds, 1)
+            self._count_time()
+            if self._phases:
+                self.values["run"]["phases"] = {name: round(spent, 1) for name, spent in self._phases.items()}
         write_json(self.path, self.values)
 
 
