@@ -23,6 +23,9 @@ from expertune.errors import ExpertuneError, StorageError, option
 BESIDE = ".tmp"
 """How the names of files end that are still being written."""
 
+SCRATCH = ".scratch-"
+"""How folders begin that are needed for a while; in the folder that is written, where the next export finds them."""
+
 _REMEDY = {
     errno.ENOSPC: "make room on this disk",
     errno.EDQUOT: "make room within your quota on this disk",

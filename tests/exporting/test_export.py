@@ -139,6 +139,47 @@ def test_folder_that_no_export_has_written_is_not_verified(tmp_path: Path) -> No
         expertune.verify(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"adapter": 5},
+        {"format": ["peft"]},
+        {"options": {"base": 5}},
+        {"options": {"type": 5}},
+        {"options": 5},
+        {"hub": 5},
+        {"hub": "a b\n"},
+    ],
+    ids=str,
+)
+def test_verification_that_does_not_say_what_was_exported_is_one_error(damage: dict[str, Any], tmp_path: Path) -> None:
+    said = {"format": "merged", "options": {"base": "source", "type": None}, "adapter": "adapter"}
+    (tmp_path / "verification.json").write_text(json.dumps(said | damage))
+    with pytest.raises(ExportError, match=r"verification\.json: does not say what was exported; export the run again"):
+        expertune.verify(tmp_path)
+
+
+def test_links_in_a_received_export_are_not_written_through(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = expertune.export(copied, "peft", verify=False).folder
+    (mine := tmp_path / "mine").write_text("kept")
+    (folder / ".export.json").symlink_to(mine)
+    with pytest.raises(ConfigError, match=r"\.export\.json: a link, and what it leads to would be written over"):
+        expertune.verify(folder)
+    (folder / ".export.json").unlink()
+    monkeypatch.setattr("expertune.exporting.export.run_engines", lambda *_: [])
+    (tmp_path / "card").write_text((folder / "README.md").read_text())
+    (tmp_path / "found").write_text((folder / "verification.json").read_text())
+    before = [path.read_text() for path in sorted(tmp_path.iterdir()) if path.is_file()]
+    for name, target in (("README.md", "card"), ("verification.json", "found")):
+        (folder / name).unlink()
+        (folder / name).symlink_to(tmp_path / target)
+    expertune.verify(folder)
+    assert [path.read_text() for path in sorted(tmp_path.iterdir()) if path.is_file()] == before
+    assert not any(path.is_symlink() for path in folder.iterdir())
+
+
 def remove_the_adapter(run: Path) -> None:
     shutil.rmtree(run / "adapter")
 
@@ -293,6 +334,8 @@ def test_failed_export_is_kept_beside_its_place_and_its_verdict_does_not_go_into
     assert "computes something else from this export: w1 disagrees" in ended.output
     assert not out.exists()
     assert [engine["verdict"] for engine in engines_of(tmp_path / "out.partial")] == ["failed"]
+    with pytest.raises(ExportError, match="w1 disagrees"):
+        expertune.verify(tmp_path / "out.partial", copied)
     (tmp_path / "out.partial" / ".scratch-of-one-that-was-killed").mkdir()
     assert CliRunner().invoke(app, [*arguments, "--no-verify"]).exit_code == 0
     assert engines_of(out) == []

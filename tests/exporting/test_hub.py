@@ -22,6 +22,7 @@ import expertune
 from expertune.cli import app
 from expertune.errors import ConfigError, ExportError
 from expertune.exporting.export import export
+from expertune.exporting.formats import Verdict
 from expertune.exporting.hub import _public
 from tests.processes import BENEATH, run_program
 from tests.train.conftest import rows_file, small_mixtral, three_steps
@@ -156,7 +157,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def test_export_is_sent_in_one_commit_with_its_card_and_without_paths_of_this_machine(
-    hub: Hub, three_steps: Path, tmp_path: Path
+    hub: Hub, three_steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     exported = export(three_steps, "peft", out=out, verify=False, push_to_hub="ada/mine", private=True)
@@ -175,6 +176,9 @@ def test_export_is_sent_in_one_commit_with_its_card_and_without_paths_of_this_ma
     machine = str(Path(here["base_model_name_or_path"]).parent)
     assert not [name for name, content in sent.items() if machine.encode() in content]
     assert b'PeftModel.from_pretrained(model, "ada/mine")' in sent["README.md"]
+    monkeypatch.setattr("expertune.exporting.export.run_engines", lambda *_: [Verdict("engine", "verified")])
+    assert (expertune.verify(out, three_steps).verification or {})["hub"] == "ada/mine"
+    assert 'PeftModel.from_pretrained(model, "ada/mine")' in (out / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(find_spec("hf_xet") is None, reason="hf_xet is not installed: pip install hf_xet")

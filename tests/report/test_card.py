@@ -187,17 +187,21 @@ def test_tokenizer_lies_beside_the_adapter_where_the_run_had_another_chat_templa
     for template in ("viggo", None, "chat"):
         write_tokenizer(template, tokenizer, tmp_path)
         assert not list(tmp_path.iterdir())
-    write_tokenizer("chatml", tokenizer, tmp_path)
+    (folder := tmp_path / "adapter").mkdir()
+    (tmp_path / "mine").write_text("kept")
+    (folder / "tokenizer_config.json").symlink_to(tmp_path / "mine")
+    write_tokenizer("chatml", tokenizer, folder)
+    assert (tmp_path / "mine").read_text() == "kept"
     assert tokenizer.chat_template == own
-    shared = AutoTokenizer.from_pretrained(tmp_path)
+    shared = AutoTokenizer.from_pretrained(folder)
     message = [{"role": "user", "content": "Who?"}]
     assert shared.apply_chat_template(message, tokenize=False, add_generation_prompt=True).endswith(
         f"Who?{tokenizer.eos_token}\n<|im_start|>assistant\n"
     )
     assert shared("A sentence.").input_ids == tokenizer("A sentence.").input_ids
-    written = [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()]
+    written = [path.read_text(encoding="utf-8") for path in folder.iterdir()]
     assert not [text for text in written if str(TINY) in text]
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     (tmp_path / "second").mkdir()
     write_tokenizer("chatml", shared, tmp_path / "second")  # which has it already
     assert not list((tmp_path / "second").iterdir())

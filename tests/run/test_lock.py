@@ -102,3 +102,13 @@ def test_a_relative_output_folder_is_held_where_the_process_stands(
     with hold_run_directory(Path("run")), pytest.raises(ConfigError, match="is writing a run here"):  # noqa: SIM117
         with hold_run_directory(tmp_path / "run"):
             pass
+
+
+def test_link_in_the_place_of_the_lock_is_refused_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK_NAME).symlink_to(tmp_path / "mine")
+    with pytest.raises(ConfigError, match=r"\.lock\.json: a link, and .*remove the link"):  # noqa: SIM117
+        with hold_run_directory(tmp_path / "run"):
+            pass
+    assert (tmp_path / "mine").read_text() == "kept"

@@ -11,12 +11,13 @@ from typing import Any, Literal, TypedDict, Unpack
 from expertune.checkpoint.adapter_folder import CONFIG_NAME
 from expertune.checkpoint.json_file import read_mapping
 from expertune.config.arguments import checked
+from expertune.data.hub import is_hub_name
 from expertune.distributed.processes import require_one_process
 from expertune.errors import ConfigError, ExportError, StorageError, option
 from expertune.exporting.formats import Format, Options, Progress, Verdict, make_format
 from expertune.exporting.hub import push, require_hub
 from expertune.exporting.merged import MANIFEST, MergedIntoDequantized, write_dequantized
-from expertune.exporting.place import SCRATCH, clear, hold_export, hold_partial, require_free
+from expertune.exporting.place import clear, hold_export, hold_partial, require_free
 from expertune.exporting.source import ExportSource, open_source
 from expertune.exporting.verify import VERIFICATION, write_verification
 from expertune.exporting.verify import verify as run_engines
@@ -25,7 +26,7 @@ from expertune.report.card import CARD_NAME
 from expertune.run.beside import write_card, write_tokenizer
 from expertune.run.directory import ADAPTER_FOLDER
 from expertune.run.record import RECORD_NAME
-from expertune.storage import notify_if_it_fails
+from expertune.storage import SCRATCH, notify_if_it_fails
 
 EXPORTS = "exports"
 """Folder of a run directory where exports go that are not told where to."""
@@ -118,7 +119,7 @@ def export(
                 clear(partial)
             raise
         verdicts = _run_engines(source, form, chosen, partial) if is_verified else []
-        written = write_verification(partial, form, chosen, source, verdicts)
+        written = write_verification(partial, form, chosen, source, verdicts, name)
         _notify(source, verdicts, f"It was not put in its place; {partial} is what was written, with {VERIFICATION}")
         _write_card(source, form, partial, written, name)
         if folder.is_dir():
@@ -156,9 +157,9 @@ def verify(
         raise ExportError(f"{given}: no {VERIFICATION} here; give a folder that `expertune export` has written")
     values = read_mapping(path, fix="export the run again")
     try:
-        chosen, name = Options(**values["options"]), str(values["format"])
-        form, adapter = make_format(name, chosen), values["adapter"]
-    except (KeyError, TypeError, ConfigError):
+        name, chosen, adapter, hub = _exported(values)
+        form = make_format(name, chosen)
+    except (KeyError, TypeError, ValueError, ConfigError):
         raise ExportError(f"{path}: does not say what was exported; export the run again") from None
     run_dir = Path(run) if run is not None else given.resolve().parent.parent
     if run is None and not (run_dir / RECORD_NAME).is_file():
@@ -171,10 +172,21 @@ def verify(
     with hold_export(given):
         _require_room(given, 0, _room_to_verify(form, source, chosen))
         verdicts = _run_engines(source, form, chosen, given)
-        written = write_verification(given, form, chosen, source, verdicts)
-        _write_card(source, form, given, written, None)
+        written = write_verification(given, form, chosen, source, verdicts, hub)
+        _write_card(source, form, given, written, hub)
     _notify(source, verdicts, f"{path} has what was found")
     return Exported(given, written)
+
+
+def _exported(values: dict[str, Any]) -> tuple[str, Options, str, str | None]:
+    """Format, options, adapter, and name on the hub, of a `verification.json` that may have come from anywhere."""
+    name, chosen, adapter, hub = values["format"], Options(**values["options"]), values["adapter"], values.get("hub")
+    texts = [name, chosen.base, adapter, *(each for each in (chosen.type, hub) if each is not None)]
+    if not all(isinstance(each, str) for each in texts):
+        raise TypeError("a name is no text")
+    if chosen.base not in ("source", "dequantized") or not (hub is None or is_hub_name(hub)):
+        raise ValueError("a name that there is not")
+    return name, chosen, adapter, hub
 
 
 def _write_card(

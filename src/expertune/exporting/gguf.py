@@ -31,10 +31,9 @@ from expertune.exporting.engines import gguf_converter
 from expertune.exporting.formats import Engine, Format, Options, Progress, Verdict, make_format
 from expertune.exporting.gguf_convert import Converted, command_of_model, convert, require_converted
 from expertune.exporting.merged import small_files, write_dequantized
-from expertune.exporting.place import SCRATCH
 from expertune.exporting.programs import ProgramError, run_program
 from expertune.exporting.source import ExportSource
-from expertune.storage import write_json
+from expertune.storage import SCRATCH, write_json
 
 EXTRA = "pip install 'expertune[gguf]'"
 ADAPTER_FILE = "adapter.gguf"

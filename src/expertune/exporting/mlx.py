@@ -27,10 +27,9 @@ from expertune.experts import layout
 from expertune.experts.contract import ExpertsSpec
 from expertune.exporting.formats import Engine, Format, Options, Progress
 from expertune.exporting.merged import FLOOR, dtypes_on_disk
-from expertune.exporting.place import SCRATCH
 from expertune.exporting.programs import run_program
 from expertune.exporting.source import ExportSource, Place
-from expertune.storage import write_json
+from expertune.storage import SCRATCH, write_json
 
 _PROGRAM = "mlx_runtime.py"
 _REFUSED = "--to mlx: mlx-lm cannot take this"

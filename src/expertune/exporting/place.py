@@ -8,12 +8,10 @@ from pathlib import Path
 
 from expertune.errors import ExportError, option
 from expertune.run.lock import lock_file, make_folder, unlock
+from expertune.storage import SCRATCH
 
 MARK = ".export.json"
 """In a folder that an export has made: who writes it. What has none is nobody's to delete."""
-
-SCRATCH = ".scratch-"
-"""How folders begin that are needed for a while; in the folder that is written, where the next export finds them."""
 
 _OTHER = option("out", "DIR")
 
@@ -83,10 +81,13 @@ def hold_partial(folder: Path) -> Iterator[Path]:
 def hold_export(folder: Path) -> Iterator[None]:
     """Hold an export that was written while the body looks at it; what is only needed meanwhile is gone afterwards.
 
+    The mark of an export that is not in its place yet stays, for the next export to know whose it is.
+
     Raises:
         ConfigError: another process does.
         ExportError: it cannot be written to.
     """
+    is_marked = (folder / MARK).exists()
     try:
         descriptor = lock_file(folder / MARK, "a verification", "and then give the same command again")
     except OSError as error:
@@ -95,7 +96,8 @@ def hold_export(folder: Path) -> Iterator[None]:
         clear(folder, set())
         yield
     finally:
-        (folder / MARK).unlink(missing_ok=True)
+        if not is_marked:
+            (folder / MARK).unlink(missing_ok=True)
         unlock(descriptor)
 
 

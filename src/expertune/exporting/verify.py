@@ -25,10 +25,9 @@ from torch.nn.functional import one_hot
 from expertune.checkpoint.load import auto_class
 from expertune.errors import ExpertuneError
 from expertune.exporting.formats import Engine, Format, Options, Verdict
-from expertune.exporting.place import SCRATCH
 from expertune.exporting.programs import BrokenOffError, ProgramError, run_program
 from expertune.exporting.source import ExportSource, Place
-from expertune.storage import write_json
+from expertune.storage import SCRATCH, write_json
 
 VERIFICATION = "verification.json"
 _PROGRAM, _REFERENCE = "stock.py", "reference"
@@ -59,14 +58,23 @@ def verify(source: ExportSource, form: Format, folder: Path, base: Path) -> list
 
 
 def write_verification(
-    folder: Path, form: Format, options: Options, source: ExportSource, verdicts: Sequence[Verdict]
+    folder: Path,
+    form: Format,
+    options: Options,
+    source: ExportSource,
+    verdicts: Sequence[Verdict],
+    hub: str | None = None,
 ) -> dict[str, Any]:
-    """Write `verification.json`: what was exported, and what came of each engine. Returns its content."""
+    """Write `verification.json`: what was exported, to which name on the hub, and what came of each engine.
+
+    Returns its content.
+    """
     values = {
         "format": form.name,
         "options": asdict(options),
         "adapter": source.adapter_name,
         "base": source.context.config.model,
+        **({"hub": hub} if hub else {}),
         "notes": list(form.notes),
         "engines": [asdict(verdict) for verdict in verdicts],
     }

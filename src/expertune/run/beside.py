@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +13,7 @@ from expertune.config import RunConfig
 from expertune.data.template import chat_template_to_share
 from expertune.errors import CheckpointError
 from expertune.report.card import CARD_NAME, MARK, Subject, render_card
-from expertune.storage import write_text
+from expertune.storage import SCRATCH, write_text
 
 
 def card_subject(record: Mapping[str, Any], config: RunConfig, folder: Path, **facts: Any) -> Subject:
@@ -59,4 +60,7 @@ def write_tokenizer(template: str | None, tokenizer: PreTrainedTokenizerBase, fo
     if text is not None:
         own = copy.deepcopy(tokenizer)
         own.chat_template = text
-        own.save_pretrained(folder)
+        with TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
+            own.save_pretrained(scratch)
+            for path in Path(scratch).iterdir():
+                path.replace(folder / path.name)  # a link that lies there is not written through

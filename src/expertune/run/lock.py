@@ -23,6 +23,8 @@ except ImportError:  # Windows has none
 
 LOCK_NAME = ".lock.json"
 
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+
 # Descriptors of locks that this process holds. A copy of the process (a data loader's worker) closes its own, or it
 # would keep the lock of a process that was killed.
 _held: set[int] = set()
@@ -105,11 +107,16 @@ def lock_file(path: Path, what: str, advice: str) -> int:
         A descriptor for `unlock`.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process holds it, or a link is in its place.
         OSError: it cannot be made.
     """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o644)
+        except OSError as error:
+            if not path.is_symlink():
+                raise
+            raise ConfigError(f"{path}: a link, and what it leads to would be written over; remove the link") from error
         try:
             holder = _read(descriptor)
             if not _take(descriptor, holder):
