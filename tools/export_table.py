@@ -141,6 +141,7 @@ def general(reason: str, kind: str) -> str:
     text = re.sub(r"Model \w+ is not supported", "the architecture is not supported", text)
     text = text.replace(f"Model type {kind} not supported", "the model type is not supported")
     text = re.sub(r"by [\d.e+-]+ (on the base model alone)", r"\1", text)
+    text = re.sub(r"\d+(?:\.\d+){3} [A-Z] (\w+) +", r"\1 ", text)  # when llama.cpp's server said it
     text = re.sub(r"model\.\S*?\.(\w+)(?=[ ,;:])", r"\1", text)
     return text.replace("|", "\\|").replace("<", "\\<").replace("*", "\\*")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tools.export_table import ORDER, PAGE, RESULTS, page
+from tools.export_table import ORDER, PAGE, RESULTS, general, page
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
@@ -23,6 +23,10 @@ RUN = {kind: held for kind, held in FAMILIES.items() if held}
 
 def test_page_is_what_the_tool_makes_of_the_results() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(json.loads(RESULTS.read_text(encoding="utf-8")))
+
+
+def test_one_cause_is_one_line_whenever_the_server_said_it() -> None:
+    assert general("llamacpp: 0.00.006.937 E srv          init: exiting", "mixtral") == "llamacpp: srv init: exiting"
 
 
 def test_every_family_that_trains_and_every_format_is_in_the_table() -> None:
