@@ -52,6 +52,27 @@ def test_each_choice_has_its_reason_above_it_and_an_override_stands_above_all(fo
     assert draft.preview["examples"][0]["parts"][-1]["trained"]
 
 
+@pytest.mark.parametrize(
+    ("given", "evaluated", "says"),
+    [
+        ("data.train=rows.jsonl[0:36]", None, "Nothing is held out of it"),
+        ("data.train=rows.jsonl", None, "Nothing is held out of it"),
+        ("data.eval=null", None, "As given."),
+        ("data.eval=[other.jsonl]", ["other.jsonl"], "As given."),
+        ("data.eval=other.jsonl[10:30]", "other.jsonl[10:30]", "As given."),
+    ],
+)
+def test_nothing_is_held_out_where_an_override_names_examples(folder, given, evaluated, says):
+    shutil.copy("rows.jsonl", "other.jsonl")
+    draft = draft_run_file(str(MODEL), "rows.jsonl", Path("run.yaml"), [given])
+    (folder / "run.yaml").write_text(draft.text)
+    config = load_config("run.yaml")
+    assert config.data.eval == evaluated
+    assert says in draft.text
+    num_rows = 36 if "36" in given else 40  # not fewer by the size of another file's slice
+    assert draft.plan.run_time.steps == 3 * -(-num_rows // config.training["gradient_accumulation_steps"])
+
+
 def test_the_models_chat_template_is_taken_where_it_has_one(folder):
     model = shutil.copytree(MODEL, folder / "model")
     (model / "chat_template.jinja").write_text(CHAT_TEMPLATE)

@@ -99,9 +99,11 @@ def draft_run_file(
     else:
         values["data"].setdefault("template", examples.report["template"])
         reasons["data.template"] = f"Chosen for the layout {examples.report['format']}."
-    values = _above(asked, _choices(values, data, examples, reasons, context))
+    held_out = _held_out(data, examples, asked.get("data", {}))
+    values = _above(asked, _choices(values, held_out, examples, reasons, context))
     config = parse_config(values, "init")
-    lengths = _lengths(config, examples)
+    evaluated = prepare_examples(config.data, "eval", tokenizer) if config.data.eval and not held_out else None
+    lengths = _lengths(config, examples, held_out, evaluated)
     plan = plan_for(config, Machine.of(config), trust_remote_code=trust_remote_code).timed(lengths)
     before = next((change.first for change in plan.what_to_change if change.first), None)
     if not plan.fits and not before and plan.smallest_peak_bytes <= plan.budget_bytes:
@@ -113,24 +115,25 @@ def draft_run_file(
     reasons["placement"] = _placement(plan)
     for key in _dotted(asked):
         reasons[key] = "As given."
+    if "train" in asked.get("data", {}) and not config.data.eval:
+        reasons["data.train"] = "As given. Nothing is held out of it; name examples to evaluate on as data.eval."
     shown = preview(examples, config.data, tokenizer, num_examples=1)
     return Draft(_written(values, reasons, _heading(plan, before, shlex.quote(str(out)))), shown, plan, before)
 
 
 def _choices(
-    values: dict[str, Any], data: str, examples: TokenizedExamples, reasons: dict[str, str], context: int | None
+    values: dict[str, Any], held_out: int, examples: TokenizedExamples, reasons: dict[str, str], context: int | None
 ) -> dict[str, Any]:
     """Every section of the run file; why is added to `reasons`."""
     total = sum(examples.report["files"].values())
-    held_out = min(max(total // 10, 1), _MOST_HELD_OUT) if total >= _FEWEST_TO_SPLIT and _can_be_cut(data) else 0
-    section = dict(values["data"])
-    if held_out and "eval" not in section:
+    section, data = dict(values["data"]), values["data"]["train"]
+    if held_out:
         section["train"], section["eval"] = f"{data}[0:{total - held_out}]", f"{data}[{total - held_out}:{total}]"
         reasons["data.eval"] = (
             f"The last {held_out} of {total:,} examples are held out. If the file is sorted, shuffle it first, or name "
             "another file."
         )
-    num_rows = total - (held_out if section.get("eval", "").startswith(data) else 0)
+    num_rows = total - held_out
     section["max_length"], reasons["data.max_length"] = _max_length(examples, context)
     section = {key: section.pop(key) for key in ("train", "eval") if key in section} | section
     reasons["data.train"] = f"Layout: {examples.report['format']}."
@@ -181,14 +184,27 @@ def _max_length(examples: TokenizedExamples, context: int | None) -> tuple[int, 
     return most, f"{cut:,} of {len(lengths):,} examples are longer, up to {longest:,} tokens, and are cut."
 
 
-def _lengths(config: RunConfig, examples: TokenizedExamples) -> Lengths:
-    """Those of the run, by the mean of all examples."""
-    total, evaluated = len(examples.uncut_lengths), 0
-    if config.data.eval and isinstance(config.data.eval, str) and config.data.eval.endswith("]"):
-        start, _, stop = config.data.eval.rpartition("[")[2].removesuffix("]").partition(":")
-        evaluated = int(stop or total) - int(start or 0)
-    mean = sum(min(int(length), config.data.max_length) for length in examples.uncut_lengths) / total
-    return Lengths(max(total - evaluated, 1), mean, evaluated, mean)
+def _held_out(data: str, examples: TokenizedExamples, asked: Mapping[str, Any]) -> int:
+    """How many of the last examples are for evaluation; none where the run's examples were named by overrides."""
+    total = sum(examples.report["files"].values())
+    if total < _FEWEST_TO_SPLIT or not _can_be_cut(data) or "train" in asked or "eval" in asked:
+        return 0
+    return min(max(total // 10, 1), _MOST_HELD_OUT)
+
+
+def _lengths(
+    config: RunConfig, examples: TokenizedExamples, held_out: int, evaluated: TokenizedExamples | None
+) -> Lengths:
+    """Those of the run; examples that are held out are as long as the others."""
+    total, num_tokens = len(examples.uncut_lengths), _mean(config, examples)
+    if evaluated is None:
+        return Lengths(max(total - held_out, 1), num_tokens, held_out, num_tokens)
+    return Lengths(total, num_tokens, len(evaluated.uncut_lengths), _mean(config, evaluated))
+
+
+def _mean(config: RunConfig, examples: TokenizedExamples) -> float:
+    lengths = examples.uncut_lengths
+    return sum(min(int(length), config.data.max_length) for length in lengths) / len(lengths)
 
 
 def _can_be_cut(data: str) -> bool:
