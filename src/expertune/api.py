@@ -134,11 +134,11 @@ def finetune(
             device = training_device(ranks.several)
             context = RunContext(config, record, device, bars, ranks, resume, trust_remote_code)
             if is_finished(record):
-                bars.console.print(finished_line(record), soft_wrap=True)
+                bars.print(finished_line(record))
                 return Run(context, options=OpenOptions(trust_remote_code=trust_remote_code))
             with (
                 bars.in_one_output(),
-                stops_recorded(record, bars.console.print),
+                stops_recorded(record, bars.print),
                 ranks.failing_together(),
                 storage_errors_named(output_dir),
             ):
@@ -217,7 +217,8 @@ def _finetune(context: RunContext) -> Run:
     if context.bars.in_notebook:  # where the run shows itself
         context.notify(f"report: {output_dir / PAGE_NAME}")
     else:
-        context.console.print(render_summary(record.values, config.output_dir), soft_wrap=True)
+        summary = render_summary(record.values, config.output_dir)
+        context.console.print(summary, soft_wrap=True, markup=False, highlight=False)
     context.ranks.wait()  # until the run directory is whole
     options = OpenOptions(trust_remote_code=context.trust_remote_code)
     if context.sharing:  # no process has the whole model: it is opened again
@@ -273,7 +274,7 @@ def _load_and_adapt(
     started = time.monotonic()
     with record.phase("loading"):
         loaded = load_base(context, source, placement)
-    context.console.print(f"loaded with 4-bit experts in {time.monotonic() - started:.1f} s")
+    context.tell(f"loaded with 4-bit experts in {time.monotonic() - started:.1f} s")
     for note in config.notes:
         context.notify(note)
     kernels = routes.settings_of(loaded.model).describe(context.device, loaded.model.dtype)
@@ -401,4 +402,4 @@ def _keep_evaluation(
 def _show_score(context: RunContext, when: str) -> None:
     score = context.record["task"][when]
     figures = ", ".join(f"{each.name} {score[each.name]:.3f}" for each in shown_figures(score))
-    context.console.print(f"{when}: {figures} on {score['rows']} evaluation examples")
+    context.tell(f"{when}: {figures} on {score['rows']} evaluation examples")

@@ -56,7 +56,7 @@ def print_table(renderable: Any) -> None:
 
     columns = os.environ.get("COLUMNS", "")
     width = int(columns) if columns.isdigit() and int(columns) else None if sys.stdout.isatty() else _FILE_WIDTH
-    Console(file=sys.stdout, width=width, markup=False, highlight=False).print(renderable)
+    Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False).print(renderable)
 
 
 def print_scores(scores: dict[str, Any]) -> None:
@@ -73,7 +73,8 @@ def print_scores(scores: dict[str, Any]) -> None:
     print_table(table)
     for example in task.get("examples", [])[:_NUM_EXAMPLES]:
         verdict = "right" if example["right"] else "wrong"
-        print(f"\n{example['prompt']}\n  expected: {example['expected']}\n  {verdict}: {example['answered']}")
+        shown = f"\n{example['prompt']}\n  expected: {example['expected']}\n  {verdict}: {example['answered']}"
+        print(on_terminal(shown))
 
 
 def print_tasks(tasks: dict[str, Any]) -> None:

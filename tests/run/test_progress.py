@@ -148,3 +148,23 @@ def test_a_bar_keeps_the_step_and_the_time_left_in_any_terminal(width: int) -> N
     assert ("loss 1.2345" in last) == (width >= 60)
     assert ("memory 12.34 GB" in last) == (width >= 80)
     assert len(last) <= width
+
+
+@pytest.mark.parametrize("show", ["print", "print_folded"])
+def test_lines_are_no_markup_and_move_no_cursor(show: str) -> None:
+    written = io.StringIO()
+    bars = Bars(Console(file=written, width=200, force_terminal=True))
+    getattr(bars, show)("pip install 'expertune[gguf]' [/x] a[/b] :smile: \x1b[2J 12")
+    assert written.getvalue() == "pip install 'expertune[gguf]' [/x] a[/b] :smile: \\x1b[2J 12\n"
+
+
+def test_what_is_under_way_is_no_markup_and_moves_no_cursor() -> None:
+    clock, written = Clock(), io.StringIO()
+    with Bars(Console(file=written, width=200), clock).task("reading a[/b]\x1b[2J", "rows") as progress:
+        clock.now = 20.0
+        progress(1, 2)
+    drawn = io.StringIO()
+    with Bars(Console(file=drawn, width=200, force_terminal=True)).task("reading a[/b]\x1b[2J", "rows") as progress:
+        progress(1, 2)
+    assert written.getvalue().startswith("reading a[/b]\\x1b[2J: 1/2 rows")
+    assert "reading a[/b]\\x1b[2J" in drawn.getvalue()

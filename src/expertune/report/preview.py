@@ -32,7 +32,7 @@ def render_preview(part: str, preview: Mapping[str, Any], max_chars: int = 600) 
     for label, text in _facts(part, preview):
         style = "yellow" if label == "warning" else ""
         table.add_row(Text(f"  {label}", style=style), Text(printable(text), style=style))
-    title = Text(f"{_NAMES[part]}: {preview['source']}", style="bold")
+    title = Text(printable(f"{_NAMES[part]}: {preview['source']}"), style="bold")
     return Group(title, table, *(_Example(example, max_chars) for example in preview["examples"]))
 
 
@@ -76,7 +76,9 @@ class _Example:
         example = self._example
         parts = [(_encodable(printable(part["text"]), options.encoding), part["trained"]) for part in example["parts"]]
         start, end = _marks("".join(text for text, _ in parts), options.encoding)
-        heading = Text(f"{example['place']}: {counts_of(example)}; what is trained stands between {start} and {end}")
+        heading = Text(
+            f"{printable(example['place'])}: {counts_of(example)}; what is trained stands between {start} and {end}"
+        )
         lines = heading.wrap(console, max(options.max_width - len(_CONTINUED), 10), overflow="fold", no_wrap=False)
         for number, line in enumerate(lines):
             yield Text.assemble(_CONTINUED if number else "  ", line)

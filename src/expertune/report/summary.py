@@ -1,5 +1,6 @@
 """The last words of a run: what came out, on the terminal."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.text import Text
 from expertune.evaluation.metrics import shown_figures
 from expertune.report.values import PLANNED_PHASES
 from expertune.run.progress import in_words
+from expertune.text import printable
 
 # Phases of a run in words.
 _PHASES = {"data": "for the data", "evaluation": "evaluating", "preflight": "in the preflight check"}
@@ -28,10 +30,11 @@ def render_summary(record: Mapping[str, Any], output_dir: str, examples: int = 3
     parts += [_figures(record), ""]
     for example in task.get("after", {}).get("examples", [])[:examples]:
         parts.append(_example(example))
-    parts.append(Text(f"adapter:  {output_dir}/adapter{_reader(record.get('adapter', {}))}"))
-    parts.append(Text(f"report:   {output_dir}/report.html"))
-    parts.append(Text(f"picture:  {output_dir}/summary.png"))
-    parts.append(Text(f"try it:   expertune chat {output_dir}"))
+    folder = printable(output_dir, kept="")
+    parts.append(Text(f"adapter:  {folder}/adapter{_reader(record.get('adapter', {}))}"))
+    parts.append(Text(f"report:   {folder}/report.html"))
+    parts.append(Text(f"picture:  {folder}/summary.png"))
+    parts.append(Text(f"try it:   expertune chat {shlex.quote(folder)}"))
     return Group(*parts)
 
 
@@ -48,7 +51,7 @@ def _compared(record: Mapping[str, Any]) -> Table:
     rows.append(("loss", evaluation.get("before"), evaluation.get("after")))
     for label, before, after in rows:
         if before is not None or after is not None:
-            table.add_row(label, _figure(before), _figure(after))
+            table.add_row(Text(printable(label)), _figure(before), _figure(after))
     return table
 
 
@@ -110,10 +113,10 @@ def _reader(adapter: Mapping[str, Any]) -> str:
 def _example(example: Mapping[str, Any]) -> Text:
     mark = "right" if example["right"] else "wrong"
     return Text.assemble(
-        (example["prompt"].strip(), "dim"),
+        (printable(example["prompt"].strip()), "dim"),
         "\n  answered: ",
-        (example["answered"].strip(), "green" if example["right"] else "yellow"),
+        (printable(example["answered"].strip()), "green" if example["right"] else "yellow"),
         f"  ({mark})\n  expected: ",
-        example["expected"].strip(),
+        printable(example["expected"].strip()),
         "\n",
     )

@@ -65,12 +65,12 @@ class RunContext:
 
     def tell(self, line: str) -> None:
         """Show one line, folded where the console ends: of words, not of paths or commands."""
-        self.console.print(line, soft_wrap=False)
+        self.bars.print_folded(line)
 
     def write_beside(self, name: str, write: Callable[[Path], object]) -> None:
         """Write a file of the run directory that the run can do without, on the rank that writes."""
         path = self.output_dir / name
-        self.ranks.on_main(lambda: notify_if_it_fails(name, lambda: write(path), self.console.print))
+        self.ranks.on_main(lambda: notify_if_it_fails(name, lambda: write(path), self.notify))
 
     def note(self, line: str) -> None:
         """Show a line and keep it in the record."""

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from expertune.notebook.progress import NotebookProgress, in_notebook
+from expertune.text import printable
 
 Clock = Callable[[], float]
 Update = Callable[[int, int], None]
@@ -111,9 +112,17 @@ class Bars:
 
     def print(self, line: str) -> None:
         """Print a line, which is not wrapped; what is under way need not say for a while that it is."""
+        self._say(line, soft_wrap=True)
+
+    def print_folded(self, line: str) -> None:
+        """Print a line, folded where the console ends."""
+        self._say(line, soft_wrap=False)
+
+    def _say(self, line: str, soft_wrap: bool) -> None:
+        # Lines hold paths, data and what libraries say: none of it is rich's markup, and none moves the cursor.
         with self._lock:
             self._printed = self.clock()
-            self.console.print(line, soft_wrap=True)
+            self.console.print(printable(line), soft_wrap=soft_wrap, markup=False, highlight=False, emoji=False)
 
     def break_silence(self) -> None:
         """Print how far it is, where no bar says it and nothing has been printed for a while."""
@@ -266,6 +275,7 @@ class Bar:
 
 def how_far(what: str, done: int, total: int, unit: str = "") -> str:
     """What is done and how far it is: `evaluation: 3/10 examples`, `loading: 1.20 of 93.41 GB`, `step 3/500`."""
+    what = printable(what, kept="")
     if not total:
         return what
     if unit == BYTES:
