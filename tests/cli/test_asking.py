@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import threading
 import warnings
 from types import SimpleNamespace
 
@@ -88,6 +90,13 @@ def test_columns_alone_are_a_prompt(run, run_dir, asked):
     assert asked[0][0] == [{}]
 
 
+@pytest.mark.parametrize("option", ["--top-p", "--top-k"])
+def test_an_option_that_temperature_0_leaves_without_effect_is_told(run, run_dir, asked, option):
+    err = run("generate", run_dir, "--prompt", "Who?", "--temperature", "0", option, "1")[2]
+    assert "--top-p and --top-k change nothing then\n" in err
+    assert "change nothing" not in run("generate", run_dir, "--prompt", "Who?", "--temperature", "0")[2]
+
+
 def test_draws_without_a_seed_get_one_that_is_told(run, run_dir, asked):
     err = run("generate", run_dir, "--prompt", "Who?", "--temperature", "1")[2]
     seed = asked[0][1]["seed"]
@@ -117,6 +126,16 @@ def test_prompts_of_a_file_keep_their_places(
     label = "stdin" if name == "-" else name
     assert (asked[0][0], asked[0][1]["places"]) == (prompts, [f"{label}: row {number}" for number in places])
     assert out.startswith("> ")
+
+
+@pytest.mark.parametrize(("content", "prompt"), [("one\n", "one"), ('{"prompt": "one"}\n', {"prompt": "one"})])
+def test_prompts_are_read_from_a_pipe(run, run_dir, asked, tmp_path, content, prompt):
+    os.mkfifo(tmp_path / "pipe")
+    writes = threading.Thread(target=(tmp_path / "pipe").write_text, args=[content])
+    writes.start()
+    assert run("generate", run_dir, "--prompt-file", "pipe")[0] == 0
+    writes.join()
+    assert (asked[0][0], asked[0][1]["places"]) == ([prompt], ["pipe: row 1"])
 
 
 def test_prompts_of_a_file_are_printed_above_their_answers(run, run_dir, asked, tmp_path):

@@ -48,7 +48,9 @@ def columns_of(given: Sequence[str] | None) -> dict[str, str]:
 
 
 def drawn(sampling: Sampling) -> int | None:
-    """The seed; where something is drawn and none was given, a new one, which is told."""
+    """The seed; where something is drawn and none was given, a new one, which is told, as is what has no effect."""
+    if sampling.is_greedy and (sampling.top_p is not None or sampling.top_k is not None):
+        log("--temperature 0 takes the most likely token each time; --top-p and --top-k change nothing then")
     if sampling.is_greedy or sampling.seed is not None:
         return sampling.seed
     seed = secrets.randbelow(2**31)
@@ -100,28 +102,32 @@ def _require_text(prompt: str) -> None:
 
 
 def _read_file(name: str) -> Prompts:
-    """One prompt a line, or the examples of a data file by its name's end; of stdin, JSONL where the first line is."""
+    """One prompt a line, or the examples of a data file by its name's end; of a pipe, JSONL where line 1 is."""
     from expertune.data.readers import READERS, RawFile, check_whole, read_rows, reader_of
 
     @dataclass(frozen=True)
-    class Stdin(RawFile):
-        """What has been read from stdin."""
+    class Piped(RawFile):
+        """What has been read from stdin or a pipe, which can be read only once."""
 
         content: bytes
+
+        @property
+        def num_bytes(self) -> int:
+            return len(self.content)
 
         @contextmanager
         def open(self) -> Iterator[BinaryIO]:
             yield io.BytesIO(self.content)
 
     text = READERS[".txt"]
-    if name == STDIN:
-        content = _stdin()
-        file: RawFile = Stdin(Path("stdin"), "stdin", content)
+    path = Path(name)
+    if name != STDIN and (not path.exists() or path.is_dir()):
+        raise DataError(f"--prompt-file {name}: no such file")
+    if name == STDIN or not path.is_file():
+        content, label = (_stdin(), "stdin") if name == STDIN else (path.read_bytes(), name)
+        file: RawFile = Piped(Path(label), label, content)
         read = READERS[".jsonl"] if _starts_with_object(content) else text
     else:
-        path = Path(name)
-        if not path.is_file():
-            raise DataError(f"--prompt-file {name}: no such file")
         file, read = RawFile(path, name), reader_of(path) or text
     check_whole(file)
     asked: list[str | Mapping[str, Any]] = []
