@@ -1,12 +1,15 @@
 """`train` and `evaluate`: results alone on stdout, and how each is interrupted."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from expertune.cli import training
 from expertune.distributed.mesh import Ranks
+from expertune.distributed.processes import Launch
 
 
 def test_train_prints_the_run_folder(run, run_file, api):
@@ -25,6 +28,18 @@ def test_train_prints_the_run_folder(run, run_file, api):
         "step 1\na library's note\n",
     )
     assert seen == [("runs/second", True, True)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_one_says_that_libraries_are_loaded(run, run_file, api, monkeypatch, rank):
+    said = []
+    monkeypatch.setattr(training, "working", lambda what: said.append(what) or nullcontext())
+    monkeypatch.setattr(training, "launched", lambda: Launch(rank, 2, rank))
+    api.finetune = lambda *_, **__: SimpleNamespace(
+        output_dir=Path("runs"), context=SimpleNamespace(ranks=SimpleNamespace(on_main=lambda show: None))
+    )
+    assert run("train", "run.yaml")[0] == 0
+    assert said == ["loading the libraries"][rank:]
 
 
 @pytest.mark.parametrize(

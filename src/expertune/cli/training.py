@@ -1,6 +1,7 @@
 """The commands up to a trained run: init, plan, data, train."""
 
 import shlex
+from contextlib import nullcontext
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
@@ -43,7 +44,7 @@ def init(
 
         from expertune.report.preview import render_preview
 
-        console = Console(stderr=True, markup=False, highlight=False)
+        console = Console(stderr=True, markup=False, highlight=False, emoji=False)
         console.print(render_preview("train", draft.preview))
         _require_new(out)
         write_text(out, draft.text)
@@ -131,7 +132,7 @@ def train(
             from rich.console import Console
 
             console = Console(stderr=True, soft_wrap=True)
-            with working("loading the libraries"):
+            with working("loading the libraries") if launched().rank == 0 else nullcontext():
                 finetune = expertune.finetune
             finished = finetune(config, resume=resume, console=console, trust_remote_code=trust_remote_code)
     except (KeyboardInterrupt, Terminated) as stop:
