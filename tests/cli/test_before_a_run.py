@@ -93,6 +93,15 @@ def test_init_writes_a_run_file_shows_an_example_and_overwrites_nothing(run, toy
     assert (tmp_path / "run.yaml").read_text() == before
 
 
+def test_commands_that_init_names_are_whole_lines_that_a_shell_takes(run, tmp_path):
+    model = str(Path(expertune.__file__).parent / "assets" / "tiny-mixtral")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Who?", "completion": "Nobody."}\n' * 4)
+    out = f"a  {'long ' * 20}name.yaml"
+    err = run("init", model, "rows.jsonl", "--out", out)[2]
+    assert f"The run:        expertune train '{out}'\n" in err
+    assert f"# The run:        expertune train '{out}'\n" in (tmp_path / out).read_text()
+
+
 def test_data_as_json_takes_overrides_and_is_json_alone(run, toy_run):
     code, out, err = run("data", "run.yaml", "data.template=viggo", "--json", "--examples", "2")
     shown = json.loads(out)

@@ -99,6 +99,12 @@ def test_explicit_placement_puts_all_layers_there(run_of):
     assert on_cpu.memory == make_plan(run_of(MIXTRAL), device="cpu").memory
 
 
+def test_a_command_for_a_folder_with_a_space_is_quoted(run_of, tmp_path):
+    tiny_config().save_pretrained(tmp_path / "a model")
+    with pytest.raises(ConfigError, match=r"run `expertune quantize '\S+/a model' 'a model-nf4'` once"):
+        make_plan(run_of(tmp_path / "a model", placement="disk"), device="cpu")
+
+
 def test_disk_without_an_nf4_folder_names_the_command_that_writes_one(run_of, tmp_path):
     tiny_config().save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match=r"run `expertune quantize \S+/model model-nf4`"):

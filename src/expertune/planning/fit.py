@@ -6,6 +6,7 @@ recomputing layers costs about a third more compute; what is offloaded has to be
 data; a smaller rank changes what can be learned.
 """
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -218,7 +219,7 @@ def _candidates(config: RunConfig, room: Room) -> list[_Candidate]:
         _Candidate(
             [{"model": nf4, "placement": "disk"}] if quantizes else [],
             "experts are read from the disk for each layer; with placement: auto, those that do not fit",
-            f"expertune quantize {config.model} {nf4}",
+            shlex.join(["expertune", "quantize", config.model, nf4]),
         ),
         _Candidate(_halves("data.max_length", config.data.max_length, MIN_LENGTH), "longer sequences are cut"),
         _Candidate(_halves("lora.r", config.lora.r, MIN_RANK), "a smaller adapter"),

@@ -5,6 +5,7 @@ and once in backward. How many are offloaded follows from the memory; which of t
 are spread evenly: while one is transferred, the resident layers before it are computed.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,10 +88,11 @@ class PlacementChooser:
         if location == "auto":
             return self.fitting(budget_bytes, peak_of)
         if location == "disk" and not self.holds_nf4:
-            name = config.model.rstrip("/").rpartition("/")[2]
+            name = f"{config.model.rstrip('/').rpartition('/')[2]}-nf4"
+            command = shlex.join(["expertune", "quantize", config.model, name])
             raise ConfigError(
                 f"placement: disk needs a model whose experts lie in 4 bits on the disk, and {config.model} is none; "
-                f"run `expertune quantize {config.model} {name}-nf4` once, and set model: {name}-nf4"
+                f"run `{command}` once, and set model: {name}"
             )
         everywhere = dict.fromkeys(self.sizes, location)
         if location == "host" and self.device == "cpu":

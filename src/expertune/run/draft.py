@@ -20,6 +20,7 @@ from expertune.planning.devices import Machine
 from expertune.planning.duration import Lengths
 from expertune.planning.plan import Plan, plan_for
 from expertune.planning.table import size
+from expertune.text import printable
 from expertune.train.schedule import count_steps
 
 _WIDTH = 100
@@ -224,11 +225,11 @@ def _placement(plan: Plan) -> str:
 
 def _heading(plan: Plan, before: str | None, out: str) -> list[str]:
     peak, budget = size(plan.memory.peak_bytes), size(plan.budget_bytes)
+    # Commands are not wrapped, so that they can be copied.
     lines = [f"What it costs:  expertune plan {out}", f"The run:        expertune train {out}"]
     if plan.fits:
-        lines.append(
-            f"Planned here: a peak of {peak} of {budget}" + (f"; {plan.run_time.line}" if plan.run_time else "")
-        )
+        planned = f"Planned here: a peak of {peak} of {budget}" + (f"; {plan.run_time.line}" if plan.run_time else "")
+        lines += textwrap.wrap(planned, _WIDTH)
     else:
         lines.append(f"It does not fit on this machine: its peak is {peak}, of {budget}.")
     if before:
@@ -238,7 +239,7 @@ def _heading(plan: Plan, before: str | None, out: str) -> list[str]:
 
 def _written(values: Mapping[str, Any], reasons: Mapping[str, str], heading: Sequence[str]) -> str:
     """A run file with a comment above each key that has a reason."""
-    lines = [f"# {part}" for line in heading for part in textwrap.wrap(line, _WIDTH) or [""]]
+    lines = [f"# {printable(line, kept='')}" for line in heading]
     for key, value in values.items():
         lines.append("")
         if isinstance(value, Mapping):
