@@ -89,6 +89,15 @@ def test_a_hub_that_is_not_there_is_a_warning_and_no_error(online, monkeypatch):
     assert "HF_HUB_OFFLINE=1" in finding["advice"]
 
 
+def test_the_login_of_a_mirror_is_not_told(online, monkeypatch):
+    for address in (online, "http://127.0.0.1:9"):
+        monkeypatch.setattr(constants, "ENDPOINT", address.replace("://", "://user:p@ss@"))
+        value = asked()["connection"]["value"]
+        assert value.startswith(f"{address} ")
+        assert "user" not in value
+        assert "ss@" not in value
+
+
 def test_offline_the_hub_is_not_asked():
     assert "connection" not in asked()
 

@@ -6,6 +6,7 @@ Nothing here allocates on a device, and the hub is asked only whether it answers
 import importlib.metadata
 import importlib.util
 import platform
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -243,10 +244,16 @@ def _answer(endpoint: str) -> Finding:
     asking.start()
     asking.join(_HUB_SECONDS + 1)
     if found:
-        return _find("hub", "connection", found[0])
+        return _find("hub", "connection", _without_login(found[0]))
     reason = reasons[0] if reasons else f"nothing within {_HUB_SECONDS} s"
     advice = "models come from local folders and the cache; HF_HUB_OFFLINE=1 keeps a run from waiting for the hub"
-    return _find("hub", "connection", f"{endpoint} does not answer ({reason})", "warning", advice)
+    value = _without_login(f"{endpoint} does not answer ({reason})")
+    return _find("hub", "connection", value, "warning", advice)
+
+
+def _without_login(text: str) -> str:
+    """A text without the user and the password in its addresses: findings are sent to others."""
+    return re.sub(r"://[^/\s]*@", "://", text)
 
 
 def _trackers() -> Iterator[Finding]:
