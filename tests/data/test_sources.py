@@ -143,6 +143,8 @@ def test_bad_encoding_names_the_example_and_the_byte_offset(tmp_path):
         ("rows.tsv", "prompt\tcompletion\na, b\tc\n", {"prompt": "a, b", "completion": "c"}),
         ("rows.csv", "prompt,what;ever\na,b\n", {"prompt": "a", "what;ever": "b"}),
         ("rows.csv", "text\na;b\n", {"text": "a;b"}),
+        ("rows.csv", "Read this; then answer\na\n", {"Read this; then answer": "a"}),
+        ("rows.csv", "Read\tthis\na;b\n", {"Read\tthis": "a;b"}),
     ],
 )
 def test_columns_are_separated_by_what_the_first_line_shows(tmp_path, name, content, expected):
@@ -153,8 +155,8 @@ def test_columns_are_separated_by_what_the_first_line_shows(tmp_path, name, cont
 
 def test_field_with_a_semicolon_too_many_is_told_to_be_quoted(tmp_path):
     path = tmp_path / "rows.csv"
-    path.write_text("prompt;completion\na;b;c\n")
-    problem = next(iter(read_source(str(path)).examples)).problem
+    path.write_text("prompt;completion\na;b\na;b;c\n")
+    problem = list(read_source(str(path)).examples)[1].problem
     assert problem.endswith("quote fields that hold semicolons")
 
 

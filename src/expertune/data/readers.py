@@ -281,15 +281,26 @@ def _read_csv(file: RawFile) -> Iterator[SourceExample]:
 def _separator(file: RawFile) -> str:
     """What separates a table's columns: a comma, unless the first line is one column by it and several by another.
 
-    Spreadsheets write semicolons where a comma is the decimal mark.
+    Spreadsheets write semicolons where a comma is the decimal mark. A sentence may hold one too: by what separates
+    columns, at least half of the first rows have as many fields as the first line.
     """
     with file.open() as stream:
-        line = stream.readline(_CHUNK).removeprefix(_BOM).decode("utf-8", "replace").rstrip("\r\n")
-    columns = {separator: next(csv.reader([line], delimiter=separator), []) for separator in _SEPARATORS}
-    if len(columns[","]) == 1:
-        others = {separator: names for separator, names in columns.items() if len(names) > 1 and all(names)}
-        return max(others, key=lambda separator: len(others[separator]), default=",")
-    return ","
+        content = stream.read(_CHUNK)
+    text = content.removeprefix(_BOM).decode("utf-8", "replace")
+    num_columns = {}
+    for separator in _SEPARATORS:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        names = _next_fields(reader, _CHUNK) or []
+        rows = [fields for fields in iter(lambda: _next_fields(reader, _CHUNK), None) if fields]  # noqa: B023
+        if len(content) == _CHUNK:
+            del rows[-1:]  # the last one may be cut
+        if separator == ",":
+            if len(names) > 1:
+                return ","
+        elif all(names) and 2 * sum(len(fields) == len(names) for fields in rows) >= len(rows):
+            num_columns[separator] = len(names)
+    most = max(num_columns, key=num_columns.__getitem__, default=",")
+    return most if num_columns.get(most, 1) > 1 else ","
 
 
 def _next_fields(reader: Iterator[list[str]], longest: int) -> list[str] | None:
