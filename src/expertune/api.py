@@ -25,7 +25,6 @@ from expertune.data import make_collator
 from expertune.distributed.mesh import open_ranks
 from expertune.distributed.output import console_of
 from expertune.evaluation.held_out import HeldOut, Timed
-from expertune.evaluation.metrics import shown_figures
 from expertune.kernels import routes
 from expertune.layers.varlen_attention import require_no_leakage
 from expertune.objectives.sft import SupervisedFineTuning
@@ -188,7 +187,7 @@ def _finetune(context: RunContext) -> Run:
         with record.phase("answers"):
             record.add("task", before=held_out.score(step=0, base_only=True))
         record.save()
-        _show_score(context, "before")
+        context.show_score("before")
 
     _record_notes(context, made.micro_batch, point)
     write_report(record, context.notify)
@@ -204,7 +203,7 @@ def _finetune(context: RunContext) -> Run:
         with record.phase("answers"):
             record.add("task", after=held_out.score(step=record["train"]["steps"]))
         record.save()
-        _show_score(context, "after")
+        context.show_score("after")
     record.keep_peak(max(context.ranks.gather(peak_memory_bytes())))
     context.write_beside("summary.png", lambda path: write_png(summary_figure(record.values), path))
     adapter, template = output_dir / ADAPTER_FOLDER, record["data"]["train"]["template"]
@@ -397,9 +396,3 @@ def _keep_evaluation(
     record.keep_peak(peak_memory_bytes())
     record.update("eval", loss=history.eval_losses, scores=history.eval_scores)
     write_report(record, context.notify)
-
-
-def _show_score(context: RunContext, when: str) -> None:
-    score = context.record["task"][when]
-    figures = ", ".join(f"{each.name} {score[each.name]:.3f}" for each in shown_figures(score))
-    context.tell(f"{when}: {figures} on {score['rows']} evaluation examples")

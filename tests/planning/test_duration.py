@@ -47,6 +47,7 @@ def test_evaluations_and_answers_are_counted_and_shorter_examples_take_less(run_
         ({"max_steps": 500}, None, 500),
         ({}, None, None),
         ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 2}, 100, 26),
+        ({"per_device_train_batch_size": 32, "num_train_epochs": 2, "dataloader_drop_last": True}, 100, 6),
     ],
 )
 def test_steps_of_a_run(training, num_examples, steps):
@@ -61,6 +62,10 @@ def test_steps_of_a_run(training, num_examples, steps):
         ({"eval_strategy": "steps", "eval_steps": 0.25, "eval_on_start": True}, 5),
         ({"eval_strategy": "epoch", "per_device_train_batch_size": 4}, 4),
         ({"eval_strategy": "no"}, 0),
+        ({"eval_strategy": "steps", "eval_steps": 10, "eval_delay": 50}, 6),
+        ({"eval_strategy": "steps", "eval_steps": 10, "eval_delay": 101, "eval_on_start": True}, 1),
+        ({"eval_strategy": "epoch", "per_device_train_batch_size": 3, "eval_delay": 2.5}, 1),
+        ({"eval_strategy": "epoch", "per_device_train_batch_size": 4, "eval_delay": 2}, 3),
     ],
 )
 def test_evaluations_of_a_run_of_a_hundred_steps(training, evaluations):

@@ -107,6 +107,10 @@ def test_page_of_many_and_long_answers_stays_small_and_says_how_many_it_has(run_
     shown = len(answers(run_record)["shown"])
     assert 8 < shown < 256
     assert f"Of 256 that were answered, the first {shown} are here." in html
+    short = {"prompt": "p", "expected": "e", "answered": "a", "right": False}
+    for score in ("before", "after"):
+        run_record["task"][score] |= {"rows": 1200, "examples": [short] * 1200}
+    assert "Of 1,200 that were answered, all are here." in render_page(run_record, "runs/small")
 
 
 def test_commands_are_those_that_a_run_in_its_state_can_take(run_record: dict[str, Any]) -> None:

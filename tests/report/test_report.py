@@ -15,7 +15,11 @@ from expertune.report.summary import render_summary
 @pytest.fixture
 def record() -> dict[str, Any]:
     score = {"metric": "slot-f1", "rows": 5, "examples": []}
-    example = {"prompt": "Sentence: It is fun.\nMeaning:", "expected": "inform(name[X])", "answered": "inform(name[Y])"}
+    example = {
+        "prompt": "Sentence: It is fun.\nMeaning:",
+        "expected": "inform(name[X])",
+        "answered": "inform(name[Y])\x1b[A",
+    }
     return {
         "train": {"loss": [[step, 3.0 / step] for step in range(1, 31)]},
         "eval": {"loss": [[0, 3.2], [20, 0.25], [30, 0.4]], "before": 3.2, "after": 0.25},
@@ -41,7 +45,7 @@ def test_summary_shows_scores_before_and_after_beside_the_losses(record: dict[st
     assert re.search(r"loss +3\.200 +0\.250\n", text)
     assert "0.400" not in text
     assert "that of checkpoint-20, the best by loss (0.2500)" in text
-    assert "answered: inform(name[Y])  (wrong)" in text
+    assert "answered: inform(name[Y])\\x1b[A  (wrong)" in text
     assert "expertune chat runs/demo" in text
 
 

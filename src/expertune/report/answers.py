@@ -25,8 +25,8 @@ def answers(record: Record) -> dict[str, Any]:
     """The examples of a run's scores, as many as keep the page small.
 
     Returns:
-        `shown`, the examples; `kinds`, (name, words, how many) of what they can be filtered by; `total`, how many were
-        answered; `label` of the figure that each answer has, or nothing.
+        `shown`, the examples; `here`, how many these are in words; `kinds`, (name, words, how many) of what they can be
+        filtered by; `total`, how many were answered; `label` of the figure that each answer has, or nothing.
     """
     before, after = section(record, "task", "before"), section(record, "task", "after")
     shown, num_chars = [], 0
@@ -36,10 +36,12 @@ def answers(record: Record) -> dict[str, Any]:
             break
         shown.append(example)
     kinds = [(kind, words, sum(kind in example["kinds"] for example in shown)) for kind, words in _KINDS.items()]
+    total = number(after or before, "rows") or len(shown)
     return {
         "shown": shown,
+        "here": "all" if total == len(shown) else f"the first {count(len(shown))}",
         "kinds": [each for each in kinds if each[2]],
-        "total": count(number(after or before, "rows") or len(shown)),
+        "total": count(total),
         "label": next((each.label for each in _figures(after or before)), ""),
     }
 

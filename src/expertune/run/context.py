@@ -11,6 +11,7 @@ from rich.console import Console
 from expertune.config import RunConfig
 from expertune.distributed.mesh import Ranks
 from expertune.distributed.sharded import Sharing
+from expertune.evaluation.metrics import shown_figures
 from expertune.run.progress import Bars
 from expertune.run.record import RunRecord
 from expertune.storage import notify_if_it_fails
@@ -66,6 +67,12 @@ class RunContext:
     def tell(self, line: str) -> None:
         """Show one line, folded where the console ends: of words, not of paths or commands."""
         self.bars.print_folded(line)
+
+    def show_score(self, when: str) -> None:
+        """Show the record's score from `before` the training or `after` it."""
+        score = self.record["task"][when]
+        figures = ", ".join(f"{each.name} {score[each.name]:.3f}" for each in shown_figures(score))
+        self.tell(f"{when}: {figures} on {score['rows']} evaluation examples")
 
     def write_beside(self, name: str, write: Callable[[Path], object]) -> None:
         """Write a file of the run directory that the run can do without, on the rank that writes."""

@@ -112,17 +112,22 @@ def count_evaluations(config: RunConfig, steps: int, num_examples: int | None, p
     if evaluates_at_ends(config):
         return 2
     strategy, at_start = training_argument(training, "eval_strategy"), bool(training.get("eval_on_start"))
+    delay = float(training_argument(training, "eval_delay") or 0)  # in epochs or in steps, as the strategy is
     if strategy == "epoch" and num_examples is not None:
-        return at_start + math.ceil(steps / _per_epoch(training, num_examples, processes))
+        epochs = steps / _per_epoch(training, num_examples, processes)
+        return at_start + sum(min(epoch, epochs) >= delay for epoch in range(1, math.ceil(epochs) + 1))
     if strategy != "steps":
         return int(at_start)
     every = float(training_argument(training, "eval_steps") or training_argument(training, "logging_steps"))
-    return at_start + int(steps // (every if every >= 1 else max(math.ceil(steps * every), 1)))
+    every = every if every >= 1 else max(math.ceil(steps * every), 1)
+    too_early = max(math.ceil(delay / every) - 1, 0)
+    return at_start + max(int(steps // every) - too_early, 0)
 
 
 def _per_epoch(training: Mapping[str, Any], num_examples: int, processes: int = 1) -> int:
     """Optimizer steps of an epoch."""
-    batches = math.ceil(num_examples / int(training_argument(training, BATCH_SIZE)) / processes)
+    batches = num_examples / (int(training_argument(training, BATCH_SIZE)) * processes)
+    batches = math.floor(batches) if training_argument(training, "dataloader_drop_last") else math.ceil(batches)
     return max(math.ceil(batches / int(training_argument(training, ACCUMULATION))), 1)
 
 
