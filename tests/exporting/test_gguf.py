@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -21,7 +22,7 @@ from expertune.checkpoint.quantize import quantize
 from expertune.errors import ConfigError, ExportError
 from expertune.exporting import programs
 from expertune.exporting.engines import gguf_converter, gguf_tensors
-from expertune.exporting.formats import Options, make_format
+from expertune.exporting.formats import Engine, Options, make_format
 from expertune.exporting.gguf import ADAPTER_FILE
 from expertune.exporting.verify import verify
 from tests.exporting.sources import random_source
@@ -102,22 +103,63 @@ def test_one_expert_that_is_another_or_was_not_merged_is_found_in_a_merged_file(
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize, quantize
 
-    files = {"base": str(form._bases["f32", None]), "adapter": str(folder / ADAPTER_FILE)}
+    files = {"base": str(form._bases["f32", None])}
+    files["adapter"] = str(shutil.copy(folder / ADAPTER_FILE, tmp_path / ADAPTER_FILE))
     merged = Path(shutil.copy(files["base"], tmp_path / "merged.gguf"))
     base, factors = ({each.name: each.data for each in read_gguf(file).tensors} for file in files.values())
     written = {each.name: each.data for each in read_gguf(merged).tensors}
+    factors["blk.1.ffn_down_exps.weight.lora_b"][:] /= 4
+    factors["blk.1.ffn_down_exps.weight.lora_b"][2] = 0
     for name in [name.removesuffix(".lora_a") for name in factors if name.endswith(".lora_a")]:
         a, b = (factors[f"{name}.lora_{factor}"] for factor in "ab")
         written[name] += read_gguf(files["adapter"]).fields["adapter.lora.alpha"].contents() / a.shape[-2] * b @ a
         if is_rounded:
             written[name][:] = dequantize(quantize(written[name], GGMLQuantizationType.BF16), GGMLQuantizationType.BF16)
-    request = files | {"merged": str(merged), "rounded": "bf16" if is_rounded else "f32"}
-    assert max(difference for _, _, difference in gguf_tensors.compare(request)) < 0.05
+    request = files | {"merged": str(merged), "rounded": "bf16" if is_rounded else "f32", "allowed": 0.25}
+    found = gguf_tensors.compare(request)
+    assert found["wrong"] == found["unplaced"] == []
+    assert found["largest"] < 0.05
     gate, up = (written[f"blk.{layer}.ffn_{which}_exps.weight"] for layer, which in ((0, "gate"), (2, "up")))
     gate[1] = base["blk.0.ffn_gate_exps.weight"][1]
     up[0] = written["blk.2.ffn_gate_exps.weight"][0]
-    wrong = {(name, expert) for name, expert, difference in gguf_tensors.compare(request) if difference > 0.5}
-    assert wrong == {("blk.0.ffn_gate_exps.weight", 1), ("blk.2.ffn_up_exps.weight", 0)}
+    written["blk.1.attn_norm.weight"] *= 1.2
+    # The adapter does not change this expert, and it got what another's is changed by: a little of what it is itself.
+    down, before = (each["blk.1.ffn_down_exps.weight"] for each in (written, base))
+    down[2] += down[3] - before[3]
+    assert np.square(down[2] - before[2]).sum() < 0.25**2 * np.square(before[2]).sum()
+    assert sorted(gguf_tensors.compare(request)["wrong"]) == [
+        ["blk.0.ffn_gate_exps.weight", 1],
+        ["blk.1.attn_norm.weight", None],
+        ["blk.1.ffn_down_exps.weight", 2],
+        ["blk.2.ffn_up_exps.weight", 0],
+    ]
+
+
+@installed
+def test_a_merged_file_that_is_damaged_fails_without_the_runtime_too_and_one_with_other_names_is_not_verified(
+    adapter, tmp_path, monkeypatch
+):
+    source, form, _, _ = adapter
+    whole = make_format("gguf", Options(type="f32"))
+    whole._bases = form._bases
+    monkeypatch.setattr(type(whole), "_missing", "pip install xllamacpp")
+    content = form._bases["f32", None].read_bytes()
+    names = (b"blk.1.ffn_gate_exps.weight", b"blk.1.ffn_gate_some.weight")
+    cases = {
+        "cut": (content[: len(content) // 2], "failed", "model-f32.gguf cannot be read: ValueError: "),
+        "other": (b"no such file", "failed", "model-f32.gguf cannot be read: ValueError: GGUF magic invalid"),
+        "named": (
+            content.replace(*names),
+            "not verified",
+            "the file has no tensors of these names, which the adapter changes: blk.1.ffn_gate_exps.weight",
+        ),
+    }
+    for name, (written, verdict, reason) in cases.items():
+        (out := tmp_path / name).mkdir()
+        (out / "model-f32.gguf").write_bytes(written)
+        found = whole._verdict(source, Engine("tensors", "", {}, {"folder": str(out), "base": str(MODEL)}))
+        assert found.verdict == verdict, found
+        assert found.reason.startswith(reason), found
 
 
 @installed

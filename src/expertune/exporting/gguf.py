@@ -44,7 +44,8 @@ _TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 # Mean differences that rounding makes, of what weights are multiplied by as well: a trained model's log-probabilities
 # are spread wider than its base's, and differ several times as much.
 _FLOORS = {"f32": 1e-3, "f16": 0.05, "bf16": 0.05, "q8_0": 0.15}
-# What a tensor of a file may lack of the adapter: half of it or more is missing where something is wrong.
+# What a tensor of a file may lack of the adapter, half of which or more is missing where something is wrong; where the
+# adapter does not change it, of two steps of its type, of which rounding is a quarter at most.
 _LACKING = 0.25
 # Positions at which llama.cpp is asked: each is a request of its own.
 _POSITIONS = 64
@@ -324,15 +325,17 @@ class GgufModel(_Gguf):
             except (ExportError, ProgramError) as error:
                 return Verdict(engine.name, "not verified", str(error))
             compared = json.loads(path.with_name("compared.json").read_text(encoding="utf-8"))
+        if why := compared.get("damaged"):
+            return Verdict(engine.name, "failed", f"{self._file(folder).name} cannot be read: {why}")
+        if unplaced := compared["unplaced"]:
+            reason = f"the file has no tensors of these names, which the adapter changes: {_some(unplaced)}"
+            return Verdict(engine.name, "not verified", reason)
         figures = {"relative_tolerance": _LACKING, "relative_difference": compared["largest"]}
         figures["matrices"] = compared["matrices"]
         if not (wrong := compared["wrong"]):
             return Verdict(engine.name, "verified", None, figures)
         groups = [name if expert is None else f"expert {expert} of {name}" for name, expert in wrong]
-        more = f" and {len(groups) - 8} more" if len(groups) > 8 else ""
-        reason = (
-            f"{len(wrong)} of {compared['matrices']} matrices are not base and adapter: {', '.join(groups[:8])}{more}"
-        )
+        reason = f"{len(wrong)} of {compared['matrices']} matrices are not base and adapter: {_some(groups)}"
         return Verdict(engine.name, "failed", reason, figures, groups)
 
     def _file(self, folder: Path) -> Path:
@@ -345,6 +348,10 @@ def make(name: str, options: Options) -> Format:
         return GgufAdapter(options.type or "f32")
     merged, is_dequantized = make_format("merged", Options(options.base)), options.base == "dequantized"
     return GgufModel(options.type or "bf16", merged, is_dequantized)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _public_name(source: ExportSource) -> str:

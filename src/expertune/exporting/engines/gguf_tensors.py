@@ -5,11 +5,13 @@
 The request: `gguf`, the folder of llama.cpp's Python package, which reads the files; `merged`, the file that is
 checked; `base`, one with the base's own values, nothing rounded; `adapter`, the adapter in float32; and `rounded`, the
 type that a sum was rounded to before it got the file's. The result, `compared.json` beside it: `matrices`, how many
-there are; `largest`, the largest difference from what is expected; and `wrong`, of each that differs by more than
-`allowed` its tensor, and its expert or null.
+there are; `largest`, the largest difference from what is expected; `wrong`, of each that differs by more than `allowed`
+its tensor, and its expert or null; and `unplaced`, tensors that the adapter changes and the file does not have. Of a
+file that cannot be opened it has `damaged` alone, the reason.
 
 A difference is told as a share of what the adapter changes: 1 where it was left out, 0 where everything is as it should
-be, but for sums that fall between two values. Where it changes nothing, as a share of the tensor itself.
+be, but for sums that fall between two values. Where it changes nothing, as a share of two steps of the tensor's types:
+rounding is a quarter of that at most.
 """
 
 import json
@@ -23,27 +25,40 @@ import numpy as np
 
 _BLOCK = 2**24  # weights at a time
 
+# From a value to the next one, as a share of it; of q8_0, whose steps a block's largest value makes, of its usual ones.
+_STEPS = {"F32": 2**-23, "F16": 2**-10, "BF16": 2**-7, "Q8_0": 2**-5}
+
 
 def main(path: Path) -> None:
     """Compare what a request names."""
     request = json.loads(path.read_text(encoding="utf-8"))
     sys.path.insert(0, request["gguf"])
-    found = list(compare(request))
-    wrong = [[tensor, expert] for tensor, expert, difference in found if not difference <= request["allowed"]]
-    largest = max(difference for _, _, difference in found)
-    result = {"matrices": len(found), "largest": largest if math.isfinite(largest) else None, "wrong": wrong}
-    path.with_name("compared.json").write_text(json.dumps(result), encoding="utf-8")
+    path.with_name("compared.json").write_text(json.dumps(compare(request)), encoding="utf-8")
 
 
-def compare(request: dict[str, Any]) -> Iterator[tuple[str, int | None, float]]:
-    """Tensor, expert, and how far it is from base and adapter."""
+def compare(request: dict[str, Any]) -> dict[str, Any]:
+    """The result of a request."""
     from gguf import GGMLQuantizationType, GGUFReader
 
-    merged, base, adapter = (GGUFReader(request[name]) for name in ("merged", "base", "adapter"))
+    try:
+        merged = GGUFReader(request["merged"])
+    except Exception as error:  # whatever its bytes lead the reader to
+        return {"damaged": f"{type(error).__name__}: {str(error)[:200]}"}
+    base, adapter = GGUFReader(request["base"]), GGUFReader(request["adapter"])
+    changed = {tensor.name.rpartition(".lora_")[0] for tensor in adapter.tensors}
+    unplaced = sorted(changed - {tensor.name for tensor in merged.tensors})
+    found = list(differences(merged, base, adapter, GGMLQuantizationType[request["rounded"].upper()]))
+    wrong = [[tensor, expert] for tensor, expert, difference in found if not difference <= request["allowed"]]
+    largest = max(difference for _, _, difference in found)
+    told = {"matrices": len(found), "largest": largest if math.isfinite(largest) else None}
+    return told | {"wrong": wrong, "unplaced": unplaced}
+
+
+def differences(merged: Any, base: Any, adapter: Any, rounded: Any) -> Iterator[tuple[str, int | None, float]]:
+    """Tensor, expert, and how far it is from base and adapter."""
     alpha = float(adapter.fields["adapter.lora.alpha"].contents())
     factors = {tensor.name: tensor.data for tensor in adapter.tensors}
     before = {tensor.name: tensor for tensor in base.tensors}
-    rounded = GGMLQuantizationType[request["rounded"].upper()]
     yield from ((name, None, math.inf) for name in before.keys() - {tensor.name for tensor in merged.tensors})
     for tensor in merged.tensors:
         old = before.get(tensor.name)
@@ -86,7 +101,8 @@ def _difference(new: Any, old: Any, update: tuple[Any, Any] | None, types: tuple
     error = min(errors.values())
     if not math.isfinite(error + change + whole):
         return math.inf
-    size = change if change else whole
+    steps = 2 * max(_STEPS.get(each.name, 0.0) for each in (rounded, kind))
+    size = change if change else whole * steps**2
     return math.sqrt(error / size) if size else math.inf if error else 0.0
 
 
