@@ -63,6 +63,12 @@ def test_page_of_a_run_shows_the_outcome_first_and_then_all_the_rest(run_record:
     assert page.text.count("9 min 10 s 11 min 0 s 120 %") == 1
 
 
+def test_page_of_a_model_too_small_for_an_estimate_shows_limits(run_record: dict[str, Any]) -> None:
+    run_record["plan"]["time"]["is_least"] = True
+    text = require_contained(render_page(run_record, "runs/small")).text
+    assert "answers at least 9 min 10 s 11 min 0 s tokens per second at most 1,000 900" in text
+
+
 def test_settings_with_their_default_value_are_left_out(run_record: dict[str, Any]) -> None:
     assert "lora.alpha" not in require_contained(render_page(run_record, "runs/small")).text
     run_record["config"]["lora"]["alpha"] = 32.0

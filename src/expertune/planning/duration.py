@@ -110,6 +110,7 @@ class RunTime:
         evaluation_seconds: of all of them together.
         answer_seconds: of all answers to evaluation examples, each as long as `task.max_new_tokens`.
         is_bound: see `Lengths`.
+        is_least: see `StepTime`.
     """
 
     steps: int
@@ -118,6 +119,7 @@ class RunTime:
     evaluation_seconds: float
     answer_seconds: float
     is_bound: bool
+    is_least: bool
 
     @property
     def training_seconds(self) -> float:
@@ -141,7 +143,9 @@ class RunTime:
         made_of = f" ({', '.join(parts)})" if len(parts) > 1 else ""
         besides = "loading and evaluations" if self.evaluations and not self.evaluation_seconds else "loading"
         bound = "; less where examples are shorter than data.max_length" if self.is_bound else ""
-        return f"{self.steps:,} steps, about {in_words(self.seconds)}{made_of}, besides {besides}{bound}"
+        least = "; a model this small can take several times as long" if self.is_least else ""
+        expected = f"{'at least' if self.is_least else 'about'} {in_words(self.seconds)}"
+        return f"{self.steps:,} steps, {expected}{made_of}, besides {besides}{bound}{least}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -177,6 +181,7 @@ class Pace:
             evaluation_seconds=evaluations * self._evaluation(lengths) if lengths.num_eval_rows else 0,
             answer_seconds=scorings * self._answering(lengths) if lengths.num_eval_rows else 0,
             is_bound=lengths.is_bound,
+            is_least=step.is_least,
         )
 
     def _evaluation(self, lengths: Lengths) -> float:

@@ -16,6 +16,10 @@ from expertune.planning.settings import Workload
 # second by arithmetic, and less where GEMMs are thin. CUDA: an assumption, nothing has been measured.
 EFFICIENCY = {"cpu": 0.6, "cuda": 0.4}
 
+# Hidden size of the smallest model whose time is estimated. Below, a step is mostly what lies around its products: one
+# of the demo (256) can take several times as long as expected, and the estimate is given as a limit alone.
+_SMALLEST_ESTIMATED = 1024
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -31,6 +35,7 @@ class StepTime:
         waiting_seconds: of `seconds`, how long the device waits for these, and for layers that are gathered.
         sending_seconds: of `seconds`, how long gradients and tokens are on their way between ranks.
         rates: what was divided by.
+        is_least: the model's products are too small for an estimate, and `seconds` are at the least.
     """
 
     floor_seconds: float
@@ -42,6 +47,7 @@ class StepTime:
     waiting_seconds: float
     sending_seconds: float
     rates: Rates
+    is_least: bool
 
     @property
     def tokens_per_second(self) -> float:
@@ -95,6 +101,7 @@ class StepCost:
             waiting_seconds=accumulation * waiting,
             sending_seconds=sending,
             rates=rates,
+            is_least=w.inventory.hidden_size < _SMALLEST_ESTIMATED,
         )
 
     def forward_seconds(self) -> float:

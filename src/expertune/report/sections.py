@@ -250,6 +250,8 @@ def plan(record: Record) -> dict[str, Any]:
     made, rows = section(record, "plan"), []
     phases = {name: number(record, "run", "phases", name) or 0 for name in section(record, "run", "phases")}
     counted = sum(phases.get(name, 0) for name in PLANNED_PHASES)
+    is_least = at(made, "time", "is_least") is True  # nothing was estimated that the run could be compared with
+    limits = {"time of training, evaluations and answers": "at least", "tokens per second": "at most"}
     for label, planned, measured, shown in (
         ("peak memory", number(made, "memory", "peak_bytes"), number(record, "memory", "peak_bytes"), size),
         ("time of training, evaluations and answers", number(made, "run", "seconds"), counted or None, duration),
@@ -267,7 +269,10 @@ def plan(record: Record) -> dict[str, Any]:
         ),
     ):
         if planned is not None or measured is not None:
-            rows.append((label, shown(planned), shown(measured), percent(measured, planned)))
+            if is_least and planned is not None and label in limits:
+                rows.append((label, f"{limits[label]} {shown(planned)}", shown(measured), ""))
+            else:
+                rows.append((label, shown(planned), shown(measured), percent(measured, planned)))
     if layers := section(made, "placement", "layers"):
         held = section(record, "placement", "layers")
         rows.append(("expert layers", _in_words(layers), _in_words(held), ""))

@@ -90,7 +90,9 @@ def _took(record: Mapping[str, Any]) -> str:
     planned = (record.get("plan", {}).get("run") or {}).get("seconds")
     counted = sum(seconds for name, seconds in phases if name in PLANNED_PHASES)
     if planned and counted:
-        took += f"; of training, evaluations and answers {in_words(planned)} were planned, {in_words(counted)} measured"
+        least = "at least " if record["plan"]["run"].get("is_least") else ""
+        took += f"; of training, evaluations and answers {least}{in_words(planned)} were planned"
+        took += f", {in_words(counted)} measured"
     return took
 
 
