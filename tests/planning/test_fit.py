@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from transformers import AutoConfig, MixtralForCausalLM
 from expertune.config import parse_config
 from expertune.errors import ConfigError, DoesNotFitError
 from expertune.planning import MicroBatch, make_plan
+from expertune.planning.table import _Changes
 from tests.tiny_models import tiny_config
 
 from .conftest import TUTORIAL_LORA
@@ -262,6 +264,14 @@ def test_a_model_larger_than_the_hosts_memory_is_to_be_quantized_and_left_on_the
     assert "With this it fits:" in text
     assert f"once, before it: {change.first}" in text
     assert "data.max_length" not in text  # a sacrifice that would not suffice
+
+
+def test_a_models_name_in_a_plan_is_no_markup(run_of):
+    (change,) = make_plan(run_of(MIXTRAL, placement="auto", memory_budget="16GB"), device="cpu").what_to_change
+    console = Console(width=120, color_system=None)
+    with console.capture() as capture:
+        console.print(_Changes("", [replace(change, settings={"model": "a[/b]-nf4"})]))
+    assert "a[/b]-nf4" in capture.get()
 
 
 def test_a_device_below_the_frozen_weights_is_told_so(run_of):

@@ -204,7 +204,7 @@ class _Changes:
             table = _table("", *others)
             table.columns[0].no_wrap = True
             for change in self.changes:
-                table.add_row("\n".join(change.lines), *_gains(change))
+                table.add_row(Text("\n".join(change.lines)), *_gains(change))
             yield table
             return
         yield Text(self.title)
