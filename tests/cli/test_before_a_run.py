@@ -56,7 +56,7 @@ def test_a_plan_that_does_not_fit_is_exit_code_2(run, run_file, api, options):
     code, out, err = run("plan", "run.yaml", *options)
     assert code == 2
     assert "23" in out
-    assert err == "expertune: error: a model does not fit; the plan above says what would\n"
+    assert err == "expertune: error: a model does not fit: see the plan above\n"
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def plan(
         print_table(made.render())
     if not made.fits:
         # The table above has all of it; a second one in the error would only push it off the screen.
-        log(f"expertune: error: {made.model} does not fit; the plan above says what would")
+        log(f"expertune: error: {made.model} does not fit: see the plan above")
         raise typer.Exit(2)
 
 

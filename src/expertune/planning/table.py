@@ -235,10 +235,11 @@ def _advice(plan: "Plan") -> list[RenderableType]:
     if not changes:
         return ["Nothing in the run file would lower the peak further."]
     if plan.smallest_peak_bytes > plan.budget_bytes:
+        largest = max(plan.memory.components, key=plan.memory.components.__getitem__)
         return [
             f"No change makes it fit. The smallest peak that can be reached is {size(plan.smallest_peak_bytes)}, with "
-            f"{' '.join(as_lines(plan.changed_settings))}; the frozen weights alone take "
-            f"{size(plan.weights.frozen_bytes)}."
+            f"{' '.join(as_lines(plan.changed_settings))}. As planned, most is taken by {largest}: "
+            f"{size(plan.memory.components[largest])}."
         ]
     it_fits = "With this it fits:" if len(changes) == 1 else "With these together it fits, and with none left out:"
     parts: list[RenderableType] = [_Changes(it_fits, changes)]
