@@ -98,7 +98,7 @@ def test_summary_says_what_the_run_took_beside_the_plan_and_cuts_nothing(record:
     written = io.StringIO()
     Console(width=width, file=written).print(render_summary(record, "runs/demo"))
     said = " ".join(written.getvalue().split())
-    assert "time 2 h 12 min: 2 h 0 min training, 10 min evaluating, 1 min answers, 30 s loading" in said
+    assert "time 2 h 12 min: 2 h 0 min training, 10 min 0 s evaluating, 1 min 0 s answers, 30 s loading" in said
     assert "1 h 57 min were planned, 2 h 11 min measured" in said
     assert "\u2026" not in said
 

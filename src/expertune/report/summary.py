@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from expertune.evaluation.metrics import shown_figures
-from expertune.report.values import PLANNED_PHASES
+from expertune.report.values import PLANNED_PHASES, duration
 from expertune.run.progress import in_words
 from expertune.text import printable
 
@@ -85,14 +85,14 @@ def _took(record: Mapping[str, Any]) -> str:
     if not run.get("seconds"):
         return ""
     phases = sorted(run.get("phases", {}).items(), key=lambda item: -item[1])
-    parts = [f"{in_words(seconds)} {_PHASES.get(name, name)}" for name, seconds in phases if seconds >= 1][:4]
-    took = in_words(run["seconds"]) + (f": {', '.join(parts)}" if parts else "")
+    parts = [f"{duration(seconds)} {_PHASES.get(name, name)}" for name, seconds in phases if seconds >= 1][:4]
+    took = duration(run["seconds"]) + (f": {', '.join(parts)}" if parts else "")
     planned = (record.get("plan", {}).get("run") or {}).get("seconds")
     counted = sum(seconds for name, seconds in phases if name in PLANNED_PHASES)
     if planned and counted:
         least = "at least " if record["plan"]["run"].get("is_least") else ""
         took += f"; of training, evaluations and answers {least}{in_words(planned)} were planned"
-        took += f", {in_words(counted)} measured"
+        took += f", {duration(counted)} measured"
     return took
 
 
