@@ -43,8 +43,7 @@ def test_command_prints_the_folder_and_little_else(small_mixtral: Path, folder: 
     out = tmp_path / "out"
     code, said, messages = run("quantize", str(small_mixtral), str(out))
     assert (code, said) == (0, f"{out}\n")
-    assert 1 <= len(messages.splitlines()) <= 12
-    assert "layer-00000.safetensors: 0.00 of 1.13 MB" in messages
+    assert len(messages.splitlines()) <= 12  # how far it is after ten seconds, which this model does not need
     for path in folder.glob("*.safetensors"):
         assert (out / path.name).read_bytes() == path.read_bytes()
 

@@ -2,7 +2,7 @@
 
 EXAMPLES = {
     "init": (
-        "expertune init mistralai/Mixtral-8x7B-v0.1 rows.jsonl",
+        "expertune init owner/model rows.jsonl",
         "expertune init ./model rows.csv 'data.columns={prompt: question, completion: reply}'",
     ),
     "plan": (
@@ -35,8 +35,8 @@ EXAMPLES = {
         "expertune chat runs/first --base-only",
     ),
     "quantize": (
-        "expertune quantize mistralai/Mixtral-8x7B-v0.1 Mixtral-8x7B-v0.1-nf4",
-        "expertune quantize --verify Mixtral-8x7B-v0.1-nf4",
+        "expertune quantize owner/model model-nf4",
+        "expertune quantize --verify model-nf4",
     ),
     "export": (
         "expertune export runs/first --to peft",
