@@ -15,8 +15,9 @@ demo: $(VENV)/.runtime
 test: $(VENV)/.development
 	$(BIN)/python tools/run_tests.py
 
-# Kernels compiled for every GPU, by the oldest Triton and by the environment's own. `make test` compiles each once for one
-# GPU; the rest needs minutes and breaks with a kernel or with Triton alone. Continuous integration runs it every time.
+# Kernels compiled for every GPU, by the oldest Triton and by the environment's own, and graphs that torch.compile keeps.
+# `make test` compiles each kernel once for one GPU; the rest needs minutes and breaks with a kernel, with Triton or with
+# torch alone. Continuous integration runs it every time.
 test-targets: $(VENV)/.development .triton-oldest/.ready
 	$(BIN)/python -m pytest -p no:cacheprovider -m targets tests/kernels
 

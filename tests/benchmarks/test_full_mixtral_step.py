@@ -8,6 +8,7 @@ from benchmarks.workload import Shape
 from benchmarks import full_mixtral_step
 
 
+@pytest.mark.slow
 def test_written_folder_takes_a_step_from_disk_and_says_what_it_took(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -181,6 +181,7 @@ def test_export_is_sent_in_one_commit_with_its_card_and_without_paths_of_this_ma
     assert 'PeftModel.from_pretrained(model, "ada/mine")' in (out / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow  # the client of Xet needs seconds to start; by default files go by Git LFS
 @pytest.mark.skipif(find_spec("hf_xet") is None, reason="hf_xet is not installed: pip install hf_xet")
 def test_large_files_go_by_xet_where_its_client_is_installed(hub: Hub, tmp_path: Path) -> None:
     weights = random.Random(0).randbytes(2**18)

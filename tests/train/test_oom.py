@@ -59,8 +59,10 @@ def test_step_out_of_memory_ends_as_if_micro_batches_had_been_smaller_from_the_s
     assert small["train"]["recoveries"] == []
 
 
-# All other runs here are padding-free.
-@pytest.mark.parametrize("packing", [pytest.param("padding-free", marks=pytest.mark.slow), "packed", "padded"])
+# All other runs here are padding-free, and so is a step of packed examples.
+@pytest.mark.parametrize(
+    "packing", [*(pytest.param(each, marks=pytest.mark.slow) for each in ("padding-free", "packed")), "padded"]
+)
 def test_run_that_recovers_midway_gives_the_adapter_of_the_undisturbed_one_to_rounding(
     packing: str, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
