@@ -146,7 +146,7 @@ def finetune(
 
 def _finetune(context: RunContext) -> Run:
     """The corridor, in a run directory that nobody else writes to."""
-    check_training_arguments(context.config.training, context.config.where)
+    check_training_arguments(context.config.training, context.config.where, context.config.objective)
     require_same_start(context)
     merged = merged_before(context.record, context.output_dir, context.ranks.world_size)
     context, reason = choose_experts(share_batch(context))

@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from expertune.config.messages import describe, nearest_key
-from expertune.config.schema import TRUST_KEY, LoraSection, Origin, RunConfig
-from expertune.config.training_keys import refused_keys
+from expertune.config.schema import TRUST_KEY, LoraSection, ObjectiveName, Origin, RunConfig
+from expertune.config.training_keys import arguments_class, refused_keys
 from expertune.config.training_values import check_training_values
 from expertune.config.yaml_file import parse_value, shortened
 from expertune.errors import ConfigError
@@ -94,23 +94,29 @@ def recorded_config(values: Mapping[str, Any], where: str, opened: bool = False)
     return parse_config({key: value for key, value in values.items() if key != TRUST_KEY}, where, opened)
 
 
-def check_training_arguments(training: dict[str, Any], where: str = "config") -> None:
-    """Refuse keys under `training:` that the installed transformers does not know, and values that it cannot use.
+def check_training_arguments(training: dict[str, Any], where: str = "config", objective: ObjectiveName = "sft") -> None:
+    """Refuse keys under `training:` that the installed libraries do not know, and values that they cannot use.
 
     Imports transformers, so it runs when a run is planned or started, not when `--help` is printed.
 
-    Raises:
-        ConfigError: names the unknown key and the nearest known one, a key that a run does not take, or a wrong value.
-    """
-    from transformers import TrainingArguments
+    Args:
+        training: the section.
+        where: what is named in errors.
+        objective: the run's; TRL is imported for all but `sft`.
 
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    Raises:
+        ConfigError: names the unknown key and the nearest known one, a key that a run does not take, or a wrong value;
+            or TRL is not installed.
+    """
+    arguments = arguments_class(objective, where)
+    known = {field.name for field in dataclasses.fields(arguments) if field.init}
     owned = refused_keys(training)
     for key in training:
         if key in owned:
             raise ConfigError(f"{where}: training.{key} is {owned[key]}")
         if key not in known:
             raise ConfigError(
-                f"{where}: training.{shortened(key)} is not an argument of TrainingArguments{nearest_key(key, known)}"
+                f"{where}: training.{shortened(key)} is not an argument of "
+                f"{arguments.__name__}{nearest_key(key, known)}"
             )
-    check_training_values(training, where)
+    check_training_values(training, where, arguments)

@@ -37,6 +37,8 @@ DataFormat = Literal[
 ]
 
 
+ObjectiveName = Literal["sft", "dpo", "kto", "orpo", "grpo"]
+
 # Given by whoever starts a command, never by a file.
 TRUST_KEY = "trust_remote_code"
 
@@ -279,7 +281,10 @@ class RunConfig(Section):
     Attributes:
         model: local folder or hub id of the base model.
         revision: branch, tag or commit of a hub model; the record keeps the commit it resolved to.
-        training: TrainingArguments by their own names.
+        objective: what is minimized. `sft`: cross entropy of the answers. `dpo`, `orpo`: a loss over pairs of a chosen
+            and a rejected answer. `kto`: one over answers that are labeled desirable or not. `grpo`: rewards of answers
+            that the model writes. All but `sft` are TRL's.
+        training: TrainingArguments by their own names; with another objective than `sft` TRL's arguments too.
         loss: `auto` takes the loss a chunk of tokens at a time, without the logits of all, where that is the model's
             own loss; `full` always leaves it to the model.
         placement: where frozen expert bytes lie until they are used: in the `device`'s memory, in the `host`'s
@@ -291,6 +296,7 @@ class RunConfig(Section):
 
     model: PathText
     revision: str | None = None
+    objective: ObjectiveName = "sft"
     data: DataConfig
     quantization: QuantizationConfig = QuantizationConfig()
     kernels: KernelsConfig = KernelsConfig()
@@ -332,6 +338,19 @@ class RunConfig(Section):
     def _task_needs_eval_examples(self) -> "RunConfig":
         if self.task.metric and not self.data.eval:
             raise ValueError("task.metric needs data.eval: the metric is taken on evaluation examples")
+        return self
+
+    @model_validator(mode="after")
+    def _objective_fits_the_data(self) -> "RunConfig":
+        if self.objective == "sft":
+            return self
+        if self.data.packing != "padding-free":
+            raise ValueError(
+                f"data.packing: {self.data.packing} is of supervised fine-tuning; the sequences of objective: "
+                f"{self.objective} run without padding anyway. Remove the key"
+            )
+        if self.data.train_on != "completion":
+            raise ValueError(f"data.train_on: all has no meaning with objective: {self.objective}; remove the key")
         return self
 
     @model_validator(mode="wrap")

@@ -51,19 +51,18 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
 _PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "flyte": "flytekitplugins-deck-standard"}
 
 
-def check_training_values(training: Mapping[str, Any], where: str) -> None:
+def check_training_values(training: Mapping[str, Any], where: str, arguments: type[Any]) -> None:
     """Refuse values of a wrong type, out of range or of an unknown name, and trackers that are not installed.
 
     Args:
-        training: the section; its keys are names of TrainingArguments.
+        training: the section; its keys are names of the arguments.
         where: what is named in errors.
+        arguments: TrainingArguments, or TRL's class of the objective.
 
     Raises:
         ConfigError: names the key, what it can be and what was found.
     """
-    from transformers import TrainingArguments
-
-    hints = get_type_hints(TrainingArguments)
+    hints = get_type_hints(arguments)
     for key, value in training.items():
         if key.endswith("_strategy") and value is False:
             continue  # YAML 1.1 reads a bare `no` as False, and the trainer knows

@@ -230,7 +230,7 @@ def plan_for(
         UnsupportedModelError: no experts that can be packed, or a checkpoint that is quantized in a way that cannot be
             read.
     """
-    check_training_arguments(config.training, config.where)
+    check_training_arguments(config.training, config.where, config.objective)
     if config.lora.init_from:
         require_adapter_folder(config.lora.init_from)
     shapes = shapes or read_shapes(config, machine.compute_dtype, trust_remote_code)
