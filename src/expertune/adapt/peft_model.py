@@ -15,6 +15,7 @@ from expertune.adapt.live import LiveAdapter
 from expertune.adapt.stock.config import StockLoraConfig, settings_of
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.names import NameMap
+from expertune.errors import ConfigError
 from expertune.experts.lora import ExpertLoraConfig
 from expertune.experts.replay import with_replay
 from expertune.kernels.dropout import CounterDropout
@@ -24,7 +25,7 @@ class ExpertPeftModel(PeftModelForCausalLM):
     """A causal language model with LoRA on experts and linears.
 
     It is a PeftModel in every respect (`disable_adapter`, `set_adapter`, Trainer checkpoints). What it overrides is
-    the adapter's files, and how activations are checkpointed.
+    the adapter's files, how activations are checkpointed, and what trainers take its own weights for.
 
     Args:
         model: the base model with `Nf4Experts`.
@@ -36,7 +37,11 @@ class ExpertPeftModel(PeftModelForCausalLM):
 
     Attributes:
         base: what identifies the base model, as far as it is known; adapters carry it.
+        is_loaded_in_4bit: False, of what is attached: its dtype is `lora.dtype`, and TRL's trainers would round it to
+            bfloat16 where this is True. Of the frozen weights the transformers model inside says True, which PEFT asks.
     """
+
+    is_loaded_in_4bit = False
 
     def __init__(
         self,
@@ -141,6 +146,17 @@ class ExpertPeftModel(PeftModelForCausalLM):
     ) -> None:
         """The older name of `activation_checkpointing_enable`."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> "ExpertPeftModel":
+        """torch's hook: `nn.DataParallel` calls it for a copy on another GPU, as transformers has it do by default.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "this process sees several GPUs, and transformers would copy the model to each: 4-bit experts cannot be. "
+            "Start a process for each GPU with torchrun, or show it one with CUDA_VISIBLE_DEVICES=0"
+        )
 
     def _finish(self, adapter_name: str, dtype: torch.dtype) -> None:
         """Give the adapter's layers Expertune's own dropout, and bring all factors to one dtype."""

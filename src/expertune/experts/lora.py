@@ -24,7 +24,8 @@ from expertune.kernels.lora import LoraUpdate
 
 NO_MERGE = (
     "4-bit experts cannot absorb an adapter in place: rounding the sum to 4 bits again would lose most of the "
-    "adapter. Keep the adapter beside the base, or merge into 16-bit weights"
+    "adapter. Keep the adapter beside the base, or merge into 16-bit weights. A trainer that generates with vLLM "
+    "merges before each generation: leave its `use_vllm` off"
 )
 
 # Rank and alpha of each adapted projection: {"gate": (8, 16.0), ...}.
