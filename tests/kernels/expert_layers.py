@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from expertune.kernels.expert_mlp import Activation, ExpertLayer, LoraUpdate, expert_mlp, reference
+from expertune.kernels.lora import slots_of
 from expertune.kernels.nf4 import Nf4Stack
 from tests.kernels.settings import SETTINGS
 
@@ -83,15 +84,18 @@ def make_case(
     double_quantization: bool = True,
     dropout: float = 0.0,
     biased: bool = False,
+    experts: Sequence[tuple[int, ...] | None] = (),
 ) -> Case:
-    """A case with random values; `ranks` lists (part, rank) of each update."""
+    """A case with random values; `ranks` lists (part, rank) of each update, `experts` those that have factors."""
     index = torch.stack([torch.randperm(num_experts)[:top_k] for _ in range(tokens)]) if tokens else None
     updates = []
     for u, (part, rank) in enumerate(ranks):
         width, height = (intermediate, hidden) if part == num_parts else (hidden, intermediate)
-        a = (torch.randn(num_experts, rank, width) / width**0.5).to(adapter_dtype).requires_grad_()
-        b = (torch.randn(num_experts, height, rank) / rank**0.5).to(adapter_dtype).requires_grad_()
-        updates.append(LoraUpdate(part, a, b, scaling=0.5 + u / 4, dropout=dropout))
+        of = experts[u] if experts else None
+        held, slots = (num_experts, None) if of is None else (len(of), slots_of(of, num_experts, torch.device("cpu")))
+        a = (torch.randn(held, rank, width) / width**0.5).to(adapter_dtype).requires_grad_()
+        b = (torch.randn(held, height, rank) / rank**0.5).to(adapter_dtype).requires_grad_()
+        updates.append(LoraUpdate(part, a, b, scaling=0.5 + u / 4, dropout=dropout, slots=slots))
     return Case(
         torch.randn(tokens, hidden).to(dtype).requires_grad_(),
         torch.empty(0, top_k, dtype=torch.int64) if index is None else index,
@@ -167,6 +171,23 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tokens": 9,
         "biased": True,
         "activation": Activation(swiglu, columnwise=True, swiglu=True, after=norm),
+    },
+    "updates of some experts": {"tokens": 11, "experts": ((3, 1), (2,), (0, 1))},
+    "updates of some experts, one of them without tokens": {
+        "tokens": 2,
+        "top_k": 1,
+        "num_experts": 6,
+        "experts": ((1, 4, 5), None, (0, 2, 5)),
+    },
+    "experts of two ranks": {
+        "tokens": 11,
+        "ranks": ((0, 8), (0, 3), (2, 8), (2, 3)),
+        "experts": ((1, 2), (0, 3), (0,), (3, 1)),
+    },
+    "a norm after updates of some experts": {
+        "tokens": 9,
+        "experts": ((1,), (3, 0), (2,)),
+        "activation": Activation(swiglu, True, True, after=norm),
     },
     "no double quantization": {"tokens": 9, "double_quantization": False},
     "more rows than a panel of the fused route holds": {"tokens": 900, "num_experts": 2, "top_k": 1},

@@ -137,3 +137,18 @@ def test_layer_without_dropout_draws_nothing_from_the_generator(route: str) -> N
     case, state = make_case(5), torch.get_rng_state()
     expert_mlp(*case)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_updates_of_some_experts_are_those_with_zeros_for_the_others(route: str, dropout: float) -> None:
+    case = make_case(23, num_experts=5, dropout=dropout, experts=((4, 1), (0, 2, 3), (3,)))
+    whole = case._replace(updates=[update.of_all() for update in case.updates])
+
+    def run(of: Case) -> list[Tensor]:
+        torch.manual_seed(2)
+        out, _ = expert_mlp(*of)
+        return [out, *torch.autograd.grad(out.square().sum(), case.leaves)]
+
+    for one, other in zip(run(case), run(whole), strict=True):
+        size = max(float(one.detach().abs().max()), 1.0)
+        torch.testing.assert_close(one / size, other / size, **FLOAT32)

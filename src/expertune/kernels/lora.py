@@ -1,16 +1,17 @@
 """LoraUpdate: a low-rank update of frozen weights, one type from the module that holds the factors to the kernels.
 
-Shape suffixes: E experts, r rank.
+Shape suffixes: E experts, S experts that have factors, r rank.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-SCHEMA = "int[] parts, float[] scalings, float[] dropouts, Tensor seeds, Tensor[] a, Tensor[] b"
+SCHEMA = "int[] parts, float[] scalings, float[] dropouts, Tensor seeds, Tensor[] a, Tensor[] b, Tensor[] slots"
 """The arguments of a torch operator that `pack` makes of updates."""
 
 
@@ -18,13 +19,16 @@ SCHEMA = "int[] parts, float[] scalings, float[] dropouts, Tensor seeds, Tensor[
 class LoraUpdate:
     """A low-rank update of one projection of every expert: y += scaling * B[e] @ A[e] @ dropout(x).
 
+    Where only some experts have one, S is how many, and the others' output stays as it is.
+
     Attributes:
         part: 0 .. P-1 for a part of the first GEMM, P for down.
-        a: [E, r, in_features].
-        b: [E, out_features, r], of A's dtype.
+        a: [S, r, in_features]; S is E where every expert has one.
+        b: [S, out_features, r], of A's dtype.
         scaling: alpha / r, or alpha / sqrt(r).
         dropout: probability that an element of the update's input is dropped.
         seed: of the dropout; the operator draws it, int64 [] on the device.
+        slots: where each expert's factors lie, -1 for an expert without any: int64 [E]; None where all have some.
     """
 
     part: int
@@ -33,6 +37,48 @@ class LoraUpdate:
     scaling: float
     dropout: float = 0.0
     seed: Tensor | int = 0
+    slots: Tensor | None = None
+
+    def of_all(self) -> "LoraUpdate":
+        """The same update with factors for every expert: zeros for those that have none."""
+        if self.slots is None:
+            return self
+        # One more, which is zeros, for all that have none.
+        places = torch.where(self.slots < 0, len(self.a), self.slots)
+        a, b = (torch.cat([each, torch.zeros_like(each[:1])])[places] for each in (self.a, self.b))
+        return replace(self, a=a, b=b, slots=None)
+
+
+class OwnUpdate(NamedTuple):
+    """An update of one expert: its number among all updates, where the expert's factors lie, and these alone."""
+
+    number: int
+    slot: int
+    update: LoraUpdate
+
+
+@lru_cache(maxsize=4096)
+def slots_of(experts: tuple[int, ...], num_experts: int, device: torch.device) -> Tensor:
+    """`LoraUpdate.slots` of the experts that have factors, in the order of these; made once."""
+    with torch.inference_mode(False):
+        slots = torch.full((num_experts,), -1, dtype=torch.int64)
+        slots[list(experts)] = torch.arange(len(experts))
+        return slots.to(device)
+
+
+def updates_by_expert(updates: Sequence[LoraUpdate]) -> Callable[[int], list[OwnUpdate]]:
+    """A function that gives an expert's updates, with factors [r, in] and [out, r]."""
+    places = [None if update.slots is None else update.slots.tolist() for update in updates]
+
+    def of_expert(expert: int) -> list[OwnUpdate]:
+        found = []
+        for number, (update, slots) in enumerate(zip(updates, places, strict=True)):
+            slot = expert if slots is None else slots[expert]
+            if slot >= 0:
+                found.append(OwnUpdate(number, slot, replace(update, a=update.a[slot], b=update.b[slot])))
+        return found
+
+    return of_expert
 
 
 def pack(updates: Sequence[LoraUpdate], seeds: Tensor) -> tuple[Any, ...]:
@@ -44,14 +90,22 @@ def pack(updates: Sequence[LoraUpdate], seeds: Tensor) -> tuple[Any, ...]:
         seeds,
         [update.a for update in updates],
         [update.b for update in updates],
+        [seeds.new_empty(0) if update.slots is None else update.slots for update in updates],
     )
 
 
 def unpack(
-    parts: list[int], scalings: list[float], dropouts: list[float], seeds: Tensor, a: list[Tensor], b: list[Tensor]
+    parts: list[int],
+    scalings: list[float],
+    dropouts: list[float],
+    seeds: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    slots: list[Tensor],
 ) -> list[LoraUpdate]:
     """The way back from `pack`; each update has its seed."""
-    values = zip(parts, a, b, scalings, dropouts, seeds.unbind(), strict=True)
+    places = [each if each.numel() else None for each in slots]
+    values = zip(parts, a, b, scalings, dropouts, seeds.unbind(), places, strict=True)
     return [LoraUpdate(*each) for each in values]
 
 

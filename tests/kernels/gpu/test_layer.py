@@ -24,13 +24,14 @@ from .conftest import CPU
 FLOAT32 = {"rtol": 1e-5, "atol": 2e-5}
 HALF = {"rtol": 2**-8, "atol": 2**-8}
 # What takes the interpreter minutes, or goes expert by expert on a GPU too.
-LEFT_OUT = {"more rows than a panel of the fused route holds", "two adapters"}
+LEFT_OUT = {"more rows than a panel of the fused route holds", "two adapters", "experts of two ranks"}
 # What two other shapes show together, or a smaller one.
 SLOW = {
     "one token",
     "biases, SwiGLU by autograd",
     "biases, without a gate",
     "a norm after each expert, with biases",
+    "a norm after updates of some experts",
 }
 # An expert is a tile or two of every launch, and takes the interpreter a second: as few as show what the shape is for.
 SMALL = {"hidden": 64, "intermediate": 64, "num_experts": 2}
@@ -38,6 +39,13 @@ FEW = {
     "one choice": {"num_experts": 3},
     "ranks that are a multiple of nothing": {"num_experts": 2},
     "every expert chosen": {"num_experts": 2, "top_k": 2},
+    "updates of some experts": {"num_experts": 3, "experts": ((1,), (2, 0), (0, 1)), "tokens": 5},
+    "updates of some experts, one of them without tokens": {
+        "num_experts": 3,
+        "experts": ((1,), None, (2,)),
+        "tokens": 1,
+    },
+    "a norm after updates of some experts": {"num_experts": 2, "experts": ((1,), (0,), (1,)), "tokens": 2},
     "most experts without tokens": {"num_experts": 6, "tokens": 1},
     "biases, limits and experts without tokens": {"num_experts": 6, "tokens": 1},
 }

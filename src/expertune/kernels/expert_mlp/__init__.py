@@ -118,14 +118,17 @@ def _check_update(update: LoraUpdate, hidden: Tensor, num_experts: int, parts: i
         raise ValueError(f"dropout must be at least 0 and below 1, got {update.dropout}")
     width, height = (rows, columns) if update.part == parts else (columns, rows)
     rank = update.a.shape[1] if update.a.ndim == 3 else None
-    if tuple(update.a.shape) != (num_experts, rank, width):
+    held = num_experts if update.slots is None else len(update.a)
+    if tuple(update.a.shape) != (held, rank, width) or held > num_experts:
         raise ValueError(f"A must be [{num_experts}, r, {width}], got {tuple(update.a.shape)}")
-    if tuple(update.b.shape) != (num_experts, height, rank):
-        raise ValueError(f"B must be [{num_experts}, {height}, {rank}], got {tuple(update.b.shape)}")
+    if tuple(update.b.shape) != (held, height, rank):
+        raise ValueError(f"B must be [{held}, {height}, {rank}], got {tuple(update.b.shape)}")
+    if update.slots is not None and (update.slots.shape, update.slots.dtype) != ((num_experts,), torch.int64):
+        raise ValueError(f"slots must be int64 [{num_experts}], got {update.slots.dtype} {tuple(update.slots.shape)}")
     if update.a.dtype not in DTYPES:
         raise ValueError(f"A must be float32, float16 or bfloat16, got {update.a.dtype}")
     if update.b.dtype != update.a.dtype:
         raise ValueError(f"B is {update.b.dtype}, A is {update.a.dtype}")
-    for held, what in ((update.a, "A"), (update.b, "B")):
-        if held.device != hidden.device:
-            raise ValueError(f"{what} is on {held.device}, hidden is on {hidden.device}")
+    for tensor, what in ((update.a, "A"), (update.b, "B"), (update.slots, "slots")):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{what} is on {tensor.device}, hidden is on {hidden.device}")

@@ -23,7 +23,7 @@ from expertune.kernels.expert_mlp.plan import (
     differentiable,
     sort_by_expert,
 )
-from expertune.kernels.lora import LoraUpdate
+from expertune.kernels.lora import LoraUpdate, updates_by_expert
 from expertune.kernels.nf4 import dequantize
 
 # Gradients of A and B are added to what is there.
@@ -35,17 +35,19 @@ def forward(chunk: Chunk, layer: FrozenLayer, updates: list[LoraUpdate], h: list
     routed = sort_by_expert(chunk, layer.num_experts)
     dtype = gemm_dtype(chunk.hidden_TD.dtype, chunk.hidden_TD.device)
     y_RD = torch.empty(routed.token_R.shape[0], layer.hidden_size, dtype=torch.float32, device=chunk.hidden_TD.device)
-    scratch = Scratch(chunk.hidden_TD.device, dtype)
+    scratch, of_expert = Scratch(chunk.hidden_TD.device, dtype), updates_by_expert(updates)
     for expert, span in spans(routed.offsets_E):
         x_ND = chunk.hidden_TD[routed.token_R[span]].to(dtype)
-        for update, low in zip(updates, h, strict=True):
+        own = of_expert(expert)
+        own_updates, h_N = [each.update for each in own], [h[each.number][span] for each in own]
+        for update, low in zip(own_updates, h_N, strict=True):
             if update.part < layer.num_parts:
-                _shrink(x_ND, update, expert, low[span], routed.number_R[span])
-        x_NF = layer.activation.function(_gate_up(x_ND, expert, layer, updates, [low[span] for low in h], scratch))
-        for update, low in zip(updates, h, strict=True):
+                _shrink(x_ND, update, low, routed.number_R[span])
+        x_NF = layer.activation.function(_gate_up(x_ND, expert, layer, own_updates, h_N, scratch))
+        for update, low in zip(own_updates, h_N, strict=True):
             if update.part == layer.num_parts:
-                _shrink(x_NF, update, expert, low[span], routed.number_R[span])
-        y_ND = _down(x_NF, expert, layer, updates, [low[span] for low in h], scratch)
+                _shrink(x_NF, update, low, routed.number_R[span])
+        y_ND = _down(x_NF, expert, layer, own_updates, h_N, scratch)
         if layer.activation.after is not None:
             y_ND = layer.activation.after(y_ND)
         torch.mul(y_ND, routed.weight_R[span, None], out=y_RD[span])
@@ -65,15 +67,17 @@ def backward(
     dtype = gemm_dtype(chunk.hidden_TD.dtype, chunk.hidden_TD.device)
     dx_RD = torch.empty(routed.token_R.shape[0], layer.hidden_size, dtype=torch.float32, device=chunk.hidden_TD.device)
     dweight_R = torch.empty_like(routed.weight_R)
-    scratch = Scratch(chunk.hidden_TD.device, dtype)
+    scratch, of_expert = Scratch(chunk.hidden_TD.device, dtype), updates_by_expert(updates)
     for expert, span in spans(routed.offsets_E):
-        tokens, h_N = routed.token_R[span], [low[span] for low in h]
+        own = of_expert(expert)
+        own_updates, h_N = [each.update for each in own], [h[each.number][span] for each in own]
+        tokens = routed.token_R[span]
         dout_ND, x_ND = dout_TD[tokens].to(dtype), chunk.hidden_TD[tokens].to(dtype)
         weight_N1 = routed.weight_R[span, None]
         dweight_N = None
         if layer.activation.after is not None:
             # From here on dOut is the gradient of what `after` was given, with the router's weight in it.
-            dout_ND, dweight_N = _after_backward(dout_ND, x_ND, weight_N1, expert, layer, updates, h_N, scratch)
+            dout_ND, dweight_N = _after_backward(dout_ND, x_ND, weight_N1, expert, layer, own_updates, h_N, scratch)
             weight_N1 = torch.ones_like(weight_N1)
         dx_RD[span], dweight_R[span] = _expert_backward(
             dout_ND,
@@ -81,10 +85,10 @@ def backward(
             weight_N1,
             expert,
             layer,
-            updates,
+            own_updates,
             h_N,
-            [total[expert] for total in gradients.a],
-            [total[expert] for total in gradients.b],
+            [gradients.a[u][slot] for u, slot, _ in own],
+            [gradients.b[u][slot] for u, slot, _ in own],
             routed.number_R[span],
             scratch,
         )
@@ -107,7 +111,7 @@ def _gate_up(
         multiply(x_MD, layer.gate_up, expert * num_parts + part, _part(gate_up, part, size), scratch)
     for update, low in zip(updates, h, strict=True):
         if update.part < num_parts:
-            _add_expanded(_part(gate_up, update.part, size), low, update, update.b[expert])
+            _add_expanded(_part(gate_up, update.part, size), low, update, update.b)
     return gate_up if layer.inner_bias is None else gate_up.add_(layer.inner_bias[expert])
 
 
@@ -119,7 +123,7 @@ def _down(
     multiply(x_NF, layer.down, expert, y_ND, scratch)
     for update, low in zip(updates, h, strict=True):
         if update.part == layer.num_parts:
-            _add_expanded(y_ND, low, update, update.b[expert])
+            _add_expanded(y_ND, low, update, update.b)
     return y_ND if layer.outer_bias is None else y_ND.add_(layer.outer_bias[expert])
 
 
@@ -168,7 +172,7 @@ def _expert_backward(
     for u, update in enumerate(updates):
         if update.part == num_parts:
             dout = dout_ND.to(update.b.dtype)
-            dh[u] = (dout @ update.b[expert]).float() * update.scaling
+            dh[u] = (dout @ update.b).float() * update.scaling
             db[u] += dout.t().float() @ (h[u].float() * weight_N1 * update.scaling)
 
     dinter_of_down_NF = dout_ND.new_empty(dout_ND.shape[0], size)
@@ -186,7 +190,7 @@ def _expert_backward(
         gate_up = (x_MD @ w_gate_up.t())[rows]
         for u, update in enumerate(updates):
             if update.part < num_parts:
-                _add_expanded(_part(gate_up, update.part, width), h[u], update, update.b[expert, columns])
+                _add_expanded(_part(gate_up, update.part, width), h[u], update, update.b[columns])
         if layer.inner_bias is not None:
             gate_up += layer.inner_bias[expert].view(num_parts, size)[:, columns].flatten()
         gate_up.requires_grad_()
@@ -198,7 +202,7 @@ def _expert_backward(
         dinter_NF = dinter_of_down_NF[:, columns]
         for u, update in enumerate(updates):
             if update.part == num_parts:
-                low = dh[u] @ update.a[expert, :, columns].float()
+                low = dh[u] @ update.a[:, columns].float()
                 dinter_NF += _drop(low, update, number_N, start, size)
                 dropped = _drop(inter_NF.float(), update, number_N, start, size)
                 da[u][:, columns] += (dh[u] * weight_N1).t() @ dropped
@@ -212,12 +216,12 @@ def _expert_backward(
         for u, update in enumerate(updates):
             if update.part < num_parts:
                 dpart = _part(dgate_up, update.part, width).float()
-                dh[u].addmm_(dpart, update.b[expert, columns].float(), alpha=update.scaling)
+                dh[u].addmm_(dpart, update.b[columns].float(), alpha=update.scaling)
                 db[u][columns] += dpart.t() @ (h[u].float() * update.scaling)
     for u, update in enumerate(updates):
         if update.part < num_parts:
             da[u] += dh[u].t() @ _drop(x_ND.float(), update, number_N)
-            dx_ND += _drop(dh[u] @ update.a[expert].float(), update, number_N)
+            dx_ND += _drop(dh[u] @ update.a.float(), update, number_N)
     return dx_ND, dweight_N
 
 
@@ -231,10 +235,10 @@ def _drop(x: Tensor, update: LoraUpdate, number_N: Tensor, first_column: int = 0
     return dropout(x, number_N, update.seed, update.dropout, None, first_column, columns)
 
 
-def _shrink(x_NK: Tensor, update: LoraUpdate, expert: int, out_Nr: Tensor, number_N: Tensor) -> None:
+def _shrink(x_NK: Tensor, update: LoraUpdate, out_Nr: Tensor, number_N: Tensor) -> None:
     """out = dropout(x) @ A.T, in the adapter's dtype."""
     dropped = _drop(x_NK.float(), update, number_N) if update.dropout else x_NK
-    torch.mm(dropped.to(update.a.dtype), update.a[expert].t(), out=out_Nr)
+    torch.mm(dropped.to(update.a.dtype), update.a.t(), out=out_Nr)
 
 
 def _add_expanded(y_NM: Tensor, h_Nr: Tensor, update: LoraUpdate, b_Mr: Tensor) -> None:

@@ -35,13 +35,13 @@ def forward(chunk: Chunk, layer: FrozenLayer, updates: list[LoraUpdate], h: list
     for update, out in _inner(layer, updates, h):
         if update.dropout:
             dropped = _dropped(x_TD, update, routed, routed.token_R)
-            _dense(dropped, update.a, routed, out)
+            _dense(dropped, update, routed, out)
         else:
-            _dense(x_TD, update.a, routed, out, routed.token_R)
+            _dense(x_TD, update, routed, out, routed.token_R)
     x_RF = _activate(_gate_up(x_TD, routed, layer, updates, h), layer)
     for update, out in _outer(layer, updates, h):
         dropped = _dropped(x_RF, update, routed) if update.dropout else x_RF
-        _dense(dropped, update.a, routed, out)
+        _dense(dropped, update, routed, out)
     y_RD = workspace.take("rows", x_RF.shape[0], layer.hidden_size)
     added = [_update(update, low, 0, layer.hidden_size) for update, low in _outer(layer, updates, h)]
     added += _bias(layer.outer_bias, routed)
@@ -68,12 +68,14 @@ def backward(
     for u, (update, low) in enumerate(zip(updates, h, strict=True)):
         if update.part == layer.num_parts:
             dh_down[u] = low.new_empty(low.shape, dtype=torch.float32)
-            native.grouped_gemm(
-                dout_TD, plain(update.b), routed.offsets_E, dh_down[u], transposed=False, index=routed.token_R
-            )
+            _product(dout_TD, update.b, update, routed, dh_down[u], transposed=False, index=routed.token_R)
             dh_down[u] *= update.scaling
     dinter_RF = workspace.take("intermediate", gate_up.shape[0], size)
-    undropped = [native.Update(dh, plain(updates[u].a), 0, size) for u, dh in dh_down.items() if not updates[u].dropout]
+    undropped = [
+        native.Update(dh, plain(updates[u].a), 0, size, updates[u].slots)
+        for u, dh in dh_down.items()
+        if not updates[u].dropout
+    ]
     native.grouped_gemm(
         dout_TD, layer.down, routed.offsets_E, dinter_RF, transposed=False, updates=undropped, index=routed.token_R
     )
@@ -87,7 +89,7 @@ def backward(
     for u, dh in dh_down.items():
         update, low = updates[u], h[u]
         dropped = _dropped(inter_RF, update, routed) if update.dropout else inter_RF
-        _add_outer(gradients.a[u], dh * routed.weight_R[:, None], dropped, routed)
+        _add_outer(gradients.a[u], dh * routed.weight_R[:, None], dropped, routed, update.slots)
         transposed = gradients.b[u].new_empty(gradients.b[u].transpose(1, 2).shape)
         native.outer(
             low.float() * (routed.weight_R * update.scaling)[:, None],
@@ -95,6 +97,7 @@ def backward(
             routed.offsets_E,
             transposed,
             routed.token_R,
+            update.slots,
         )
         gradients.b[u] += transposed.transpose(1, 2)
 
@@ -104,15 +107,15 @@ def backward(
             continue
         dpart = dgate_up[:, update.part * size : (update.part + 1) * size]
         dh = low.new_empty(low.shape, dtype=torch.float32)
-        native.grouped_gemm(dpart, plain(update.b), routed.offsets_E, dh, transposed=False)
+        _product(dpart, update.b, update, routed, dh, transposed=False)
         dh *= update.scaling
-        _add_outer(gradients.b[u], dpart, low.float() * update.scaling, routed)
+        _add_outer(gradients.b[u], dpart, low.float() * update.scaling, routed, update.slots)
         if update.dropout:
-            _add_outer(gradients.a[u], dh, _dropped(x_TD, update, routed, routed.token_R), routed)
+            _add_outer(gradients.a[u], dh, _dropped(x_TD, update, routed, routed.token_R), routed, update.slots)
             dropped_dh.append((update, dh))
         else:
-            _add_outer(gradients.a[u], dh, x_TD, routed, routed.token_R)
-            added.append(native.Update(dh, plain(update.a), 0, layer.hidden_size))
+            _add_outer(gradients.a[u], dh, x_TD, routed, update.slots, routed.token_R)
+            added.append(native.Update(dh, plain(update.a), 0, layer.hidden_size, update.slots))
     dx_RD = workspace.take("rows", dgate_up.shape[0], layer.hidden_size)
     native.grouped_gemm(dgate_up, layer.gate_up, routed.offsets_E, dx_RD, transposed=False, updates=added)
     for update, dh in dropped_dh:
@@ -171,7 +174,7 @@ def _outer(layer: FrozenLayer, updates: list[LoraUpdate], h: list[Tensor]) -> li
 
 
 def _update(update: LoraUpdate, h: Tensor, column: int, column_end: int) -> native.Update:
-    return native.Update(h.float() * update.scaling, plain(update.b), column, column_end)
+    return native.Update(h.float() * update.scaling, plain(update.b), column, column_end, update.slots)
 
 
 def _bias(bias_EN: Tensor | None, routed: RoutedTokens) -> list[native.Update]:
@@ -187,22 +190,38 @@ def _dropped(x: Tensor, update: LoraUpdate, routed: RoutedTokens, index: Tensor 
     return dropout(x, routed.number_R, update.seed, update.dropout, index, out=out)
 
 
-def _dense(x: Tensor, a_ErK: Tensor, routed: RoutedTokens, out_Rr: Tensor, index: Tensor | None = None) -> None:
+def _dense(x: Tensor, update: LoraUpdate, routed: RoutedTokens, out_Rr: Tensor, index: Tensor | None = None) -> None:
     """out = x @ A[e].T, rounded to out's dtype."""
     low = torch.empty(out_Rr.shape, dtype=torch.float32)
-    native.grouped_gemm(x, plain(a_ErK), routed.offsets_E, low, transposed=True, index=index)
+    _product(x, update.a, update, routed, low, transposed=True, index=index)
     out_Rr.copy_(low)
+
+
+def _product(
+    x: Tensor,
+    factor: Tensor,
+    update: LoraUpdate,
+    routed: RoutedTokens,
+    out: Tensor,
+    *,
+    transposed: bool,
+    index: Tensor | None = None,
+) -> None:
+    """out = x @ factor[e].T (transposed) or @ factor[e], a factor of the update; zeros where an expert has none."""
+    native.grouped_gemm(x, plain(factor), routed.offsets_E, out, transposed=transposed, index=index, slots=update.slots)
 
 
 def _low_rank_input(dh_Rr: Tensor, update: LoraUpdate, routed: RoutedTokens) -> Tensor:
     """Gradient of a dropped input: dh @ A[e] where it was kept, float32 [R, K]."""
     out = workspace.take("low_rank", dh_Rr.shape[0], update.a.shape[2])
-    native.grouped_gemm(dh_Rr, plain(update.a), routed.offsets_E, out, transposed=False)
+    _product(dh_Rr, update.a, update, routed, out, transposed=False)
     return dropout(out, routed.number_R, update.seed, update.dropout, out=out)
 
 
-def _add_outer(total_Epq: Tensor, u: Tensor, v: Tensor, routed: RoutedTokens, index: Tensor | None = None) -> None:
+def _add_outer(
+    total_Epq: Tensor, u: Tensor, v: Tensor, routed: RoutedTokens, slots: Tensor | None, index: Tensor | None = None
+) -> None:
     """total += u[tokens of e].T @ v[tokens of e]."""
     out = torch.empty_like(total_Epq)
-    native.outer(u, v, routed.offsets_E, out, index)
+    native.outer(u, v, routed.offsets_E, out, index, slots)
     total_Epq += out

@@ -6,6 +6,8 @@ group serves the recomputation and the input's gradient.
 
 Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R routed tokens, E experts, P parts
 of the first GEMM, r rank.
+
+Updates of some experts are computed with zeros for the others: thin GEMMs for all of them are few beside the layer's.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,7 +64,7 @@ class GroupedRoute:
     ) -> None:
         """Writes the layer's output to `out_TD` and x @ A of each update to `h`; see `operator.Route`."""
         with launch.shuffling(self.shuffle):
-            self._forward(chunk, layer, updates, h, out_TD)
+            self._forward(chunk, layer, [update.of_all() for update in updates], h, out_TD)
 
     def _forward(
         self, chunk: Chunk, layer: FrozenLayer, updates: list[LoraUpdate], h: list[Tensor], out_TD: Tensor
@@ -113,8 +115,16 @@ class GroupedRoute:
         gradients: Gradients,
     ) -> None:
         """Writes a chunk's gradients; the first chunk writes those of A and B, others add."""
+        whole, a, b = [update.of_all() for update in updates], list(gradients.a), list(gradients.b)
+        some = [u for u, update in enumerate(updates) if update.slots is not None]
+        for u in some:
+            a[u], b[u] = (torch.zeros_like(factor, dtype=torch.float32) for factor in (whole[u].a, whole[u].b))
         with launch.shuffling(self.shuffle):
-            self._backward(dout_TD, chunk, layer, updates, h, gradients)
+            self._backward(dout_TD, chunk, layer, whole, h, gradients._replace(a=a, b=b))
+        for u in some:
+            for found, total in ((a[u], gradients.a[u]), (b[u], gradients.b[u])):
+                own = found[_experts_of(updates[u].slots, len(total))]
+                total.copy_(total + own if chunk.first else own)
 
     def _backward(
         self,
@@ -253,6 +263,12 @@ class GroupedRoute:
 def _sort_by_expert(chunk: Chunk, num_experts: int) -> RoutedTokens:
     _, index_TK, weights_TK, first = chunk
     return RoutedTokens(*routing.sort_by_expert(index_TK, weights_TK, num_experts, first))
+
+
+def _experts_of(slots: Tensor | None, count: int) -> Tensor:
+    """The experts that have factors, so many, in the order of these; nothing is read back to the host."""
+    assert slots is not None
+    return slots.argsort()[slots.numel() - count :]
 
 
 def _are_all(experts: slice | None, offsets_E: Tensor) -> bool:

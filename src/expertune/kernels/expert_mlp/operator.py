@@ -21,7 +21,7 @@ from expertune.kernels.operators import find, no_autocast
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _INPUTS = f"Tensor hidden, Tensor top_k_index, Tensor top_k_weights, Tensor[] weights, str layer, {SCHEMA}"
-_NUM_INPUTS = 11
+_NUM_INPUTS = 12
 
 
 class Route(Protocol):
@@ -81,7 +81,11 @@ def _forward(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
         return replay[0].clone(), [tensor.clone() for tensor in replay[1:]]
     updates = unpack(*packed)
     out = torch.empty_like(hidden)
-    h = [update.a.new_empty(top_k_index.numel(), update.a.shape[1]) for update in updates]
+    # What no expert's update is computed from stays zero, not whatever was in memory.
+    h = [
+        (update.a.new_empty if update.slots is None else update.a.new_zeros)(top_k_index.numel(), update.a.shape[1])
+        for update in updates
+    ]
     with no_autocast(hidden), _acquired(weights, layer, backward=False) as acquired:
         frozen = _frozen(acquired, layer)
         for tokens, route in _chunks(hidden, top_k_index, layer, frozen, updates):
@@ -92,7 +96,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
 
 @_forward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    hidden, top_k_index, *_, a, _b, _replay, _backward_follows = arguments
+    hidden, top_k_index, *_, a, _b, _slots, _replay, _backward_follows = arguments
     return torch.empty_like(hidden), [factor.new_empty(top_k_index.numel(), factor.shape[1]) for factor in a]
 
 
@@ -124,16 +128,16 @@ def _backward(dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, list[Tenso
 
 @_backward.register_fake
 def _(_dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    hidden, _index, top_k_weights, *_, a, b, _h = arguments
+    hidden, _index, top_k_weights, *_, a, b, _slots, _h = arguments
     da, db = ([torch.empty_like(factor) for factor in factors] for factors in (a, b))
     return torch.empty_like(hidden), torch.empty_like(top_k_weights), da, db
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    hidden, index, top_k_weights, weights, name, parts, scalings, dropouts, seeds, a, b, replay, _ = inputs
+    hidden, index, top_k_weights, weights, name, parts, scalings, dropouts, seeds, a, b, slots, replay, _ = inputs
     ctx.plain = name, parts, scalings, dropouts
     ctx.num_weights, ctx.num_updates, ctx.num_replayed = len(weights), len(parts), len(replay)
-    ctx.save_for_backward(hidden, index, top_k_weights, seeds, *weights, *a, *b, *output[1])
+    ctx.save_for_backward(hidden, index, top_k_weights, seeds, *weights, *a, *b, *slots, *output[1])
 
 
 def _autograd(ctx: Any, dout: Tensor, _dh: list[Tensor]) -> tuple[Any, ...]:
@@ -141,14 +145,15 @@ def _autograd(ctx: Any, dout: Tensor, _dh: list[Tensor]) -> tuple[Any, ...]:
     hidden, index, top_k_weights, seeds, *rest = ctx.saved_tensors
     held, count = ctx.num_weights, ctx.num_updates
     weights = rest[:held]
-    a, b, h = (rest[held + i * count : held + (i + 1) * count] for i in range(3))
+    a, b, slots, h = (rest[held + i * count : held + (i + 1) * count] for i in range(4))
     dhidden, dweights, da, db = torch.ops.expertune.expert_mlp_backward(
-        dout, hidden, index, top_k_weights, weights, *ctx.plain, seeds, a, b, h
+        dout, hidden, index, top_k_weights, weights, *ctx.plain, seeds, a, b, slots, h
     )
     # torch takes an empty list for a list of tensors, and wants a list back for it.
     plain: list[Tensor] | None = None if count else []
     frozen, replayed = [None] * held, [None] * ctx.num_replayed
-    return dhidden, None, dweights, frozen, None, plain, plain, plain, None, da, db, replayed, None
+    no_slots = [None] * count
+    return dhidden, None, dweights, frozen, None, plain, plain, plain, None, da, db, no_slots, replayed, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

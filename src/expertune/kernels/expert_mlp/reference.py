@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from expertune.kernels.expert_mlp import Activation, LoraUpdate
+from expertune.kernels.lora import updates_by_expert
 from expertune.kernels.nf4 import Nf4Stack
 
 
@@ -43,8 +44,8 @@ def expert_mlp(
 def _low_rank(x: Tensor, expert: int, part: int, updates: Sequence[LoraUpdate]) -> Tensor | float:
     return sum(
         (
-            update.scaling * x @ update.a[expert].float().t() @ update.b[expert].float().t()
-            for update in updates
+            update.scaling * x @ update.a.float().t() @ update.b.float().t()
+            for *_, update in updates_by_expert(updates)(expert)
             if update.part == part
         ),
         start=0.0,

@@ -46,12 +46,14 @@ class Update(NamedTuple):
         b: float32, contiguous: [E, column_end - column, r] where the GEMM is transposed, [E, r, column_end - column]
             where it is not.
         column, column_end: the columns of y.
+        slots: int64 [E], which matrix of b is each expert's, -1 for none; None where each has its own number's.
     """
 
     h_Rr: Tensor
     b: Tensor
     column: int
     column_end: int
+    slots: Tensor | None = None
 
 
 def available() -> bool:
@@ -115,6 +117,7 @@ def grouped_gemm(
     transposed: bool,
     updates: Sequence[Update] = (),
     index: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> None:
     """y[tokens of e] = x[tokens of e] @ W[e].T (transposed) or @ W[e], and the updates on top.
 
@@ -127,6 +130,8 @@ def grouped_gemm(
         transposed: contract along the columns of W, otherwise along its rows.
         updates: low-rank updates of y.
         index: int64 [R].
+        slots: int64 [E], which dense matrix is each expert's, -1 for none, whose tokens get zeros; None where each has
+            its own number's.
     """
     experts = offsets_E.shape[0]
     nf4 = _Nf4.of(weight) if isinstance(weight, Nf4Bytes) else None
@@ -143,6 +148,7 @@ def grouped_gemm(
         offsets=offsets_E.data_ptr(),
         nf4=None if nf4 is None else ctypes.addressof(nf4),
         dense=None if isinstance(weight, Nf4Bytes) else weight.data_ptr(),
+        slots=None if slots is None else slots.data_ptr(),
         updates=ctypes.addressof(held),
         y=y_RN.data_ptr(),
         x_stride=x.stride(0),
@@ -161,8 +167,18 @@ def grouped_gemm(
     _call("expertune_grouped_gemm", ctypes.byref(arguments))
 
 
-def outer(u_Rp: Tensor, v: Tensor, offsets_E: Tensor, out_Epq: Tensor, index: Tensor | None = None) -> None:
-    """out[e] = u[tokens of e].T @ v[tokens of e], float32, out contiguous [E, p, q]; zeros where an expert has none."""
+def outer(
+    u_Rp: Tensor,
+    v: Tensor,
+    offsets_E: Tensor,
+    out_Epq: Tensor,
+    index: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> None:
+    """out[e] = u[tokens of e].T @ v[tokens of e], float32, out contiguous [E, p, q]; zeros where an expert has none.
+
+    With `slots`, int64 [E], it is out[slots[e]], and nothing for an expert of -1.
+    """
     _call(
         "expertune_outer",
         _pointer(u_Rp),
@@ -174,6 +190,7 @@ def outer(u_Rp: Tensor, v: Tensor, offsets_E: Tensor, out_Epq: Tensor, index: Te
         ctypes.c_int64(v.shape[1]),
         _pointer(offsets_E),
         ctypes.c_int64(offsets_E.shape[0]),
+        None if slots is None else _pointer(slots),
         _pointer(out_Epq),
         torch.get_num_threads(),
     )
@@ -270,6 +287,7 @@ class _Update(ctypes.Structure):
     _fields_ = (
         ("h", ctypes.c_void_p),
         ("b", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("rank", "h_stride", "b_expert_stride", "column", "column_end")),
     )
 
@@ -278,7 +296,7 @@ class _Product(ctypes.Structure):
     """`Product` of grouped_gemm.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "index", "offsets", "nf4", "dense", "updates", "y")),
+        *((name, ctypes.c_void_p) for name in ("x", "index", "offsets", "nf4", "dense", "slots", "updates", "y")),
         *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "dense_stride", "dense_expert_stride")),
         *((name, ctypes.c_int64) for name in ("experts", "parts", "depth", "columns")),
         *((name, ctypes.c_int32) for name in ("kind", "transposed", "num_updates", "threads")),
@@ -291,6 +309,7 @@ def _updates(updates: Sequence[Update]) -> ctypes.Array[_Update]:
             _Update(
                 h=update.h_Rr.data_ptr(),
                 b=update.b.data_ptr(),
+                slots=None if update.slots is None else update.slots.data_ptr(),
                 rank=update.h_Rr.shape[1],
                 h_stride=update.h_Rr.stride(0),
                 b_expert_stride=update.b.stride(0),

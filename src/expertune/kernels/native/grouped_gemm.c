@@ -18,6 +18,7 @@ enum { NF4_WEIGHT = 0, FLOAT_WEIGHT = 1, BFLOAT_WEIGHT = 2 };
 typedef struct {
     const float *h;
     const float *b;            /* transposed: [columns of the part, rank] of each expert; otherwise [rank, columns] */
+    const int64_t *slots;      /* which matrix of b is each expert's, negative for none; NULL: that of its number */
     int64_t rank, h_stride, b_expert_stride;
     int64_t column, column_end;
 } Update;
@@ -28,6 +29,7 @@ typedef struct {
     const int64_t *offsets;    /* end of each expert's sorted tokens */
     const Nf4 *nf4;            /* kind NF4: `parts` matrices for each expert */
     const void *dense;         /* kinds FLOAT and BFLOAT */
+    const int64_t *slots;      /* of the dense matrices, as in Update */
     const Update *updates;
     float *y;
     int64_t x_stride, y_stride, dense_stride, dense_expert_stride;
@@ -243,14 +245,24 @@ static void multiply_rows(
 
 /* ---- one item: rows of one expert, some columns of y -------------------------------------------------------------- */
 
+/* The number of an expert's matrix among those that some experts have; negative where it has none. */
+INLINE int64_t slot_of(const int64_t *slots, int64_t e)
+{
+    return slots == NULL ? e : slots[e];
+}
+
 static void multiply_item(const Product *p, int64_t e, int64_t row, int64_t rows, int64_t column, int64_t column_end)
 {
     float *rows_packed = panels(), *panel = rows_packed + (MC + MR) * KC;
     const char *dense = (const char *)p->dense;
-    if (p->kind != NF4_WEIGHT)
-        dense += e * p->dense_expert_stride * (p->kind == FLOAT_WEIGHT ? 4 : 2);
-    for (int64_t k = 0; k < p->depth; k += KC) {
-        int64_t depth = p->depth - k < KC ? p->depth - k : KC;
+    int64_t slot = slot_of(p->slots, e), contraction = slot < 0 ? 0 : p->depth;
+    if (p->kind != NF4_WEIGHT && slot >= 0)
+        dense += slot * p->dense_expert_stride * (p->kind == FLOAT_WEIGHT ? 4 : 2);
+    if (slot < 0)
+        for (int64_t i = row; i < row + rows; i++)
+            memset(p->y + i * p->y_stride + column, 0, sizeof(float) * (size_t)(column_end - column));
+    for (int64_t k = 0; k < contraction; k += KC) {
+        int64_t depth = contraction - k < KC ? contraction - k : KC;
         pack_rows(rows_packed, p->x, p->x_stride, p->index, row, rows, k, depth);
         for (int64_t n = column; n < column_end; n += NR) {
             float *at = panel;
@@ -275,7 +287,10 @@ static void multiply_item(const Product *p, int64_t e, int64_t row, int64_t rows
         const Update *update = p->updates + u;
         int64_t first = column > update->column ? column : update->column;
         int64_t last = column_end < update->column_end ? column_end : update->column_end;
-        const float *b = update->b + e * update->b_expert_stride;
+        int64_t own = slot_of(update->slots, e);
+        if (own < 0)
+            continue;
+        const float *b = update->b + own * update->b_expert_stride;
         for (int64_t k = 0; k < update->rank && first < last; k += KC) {
             int64_t depth = update->rank - k < KC ? update->rank - k : KC;
             pack_rows(rows_packed, update->h, update->h_stride, NULL, row, rows, k, depth);
@@ -326,24 +341,27 @@ EXPORT void expertune_grouped_gemm(const Product *p)
     }
 }
 
-/* out[e] [width_u, width_v] = u[tokens of e].T @ v[tokens of e]: gradients of low-rank factors. Experts without tokens get 0. */
+/* out[slot of e] [width_u, width_v] = u[tokens of e].T @ v[tokens of e]: gradients of low-rank factors. Experts without
+   tokens get 0, and nothing is written for those without a slot. */
 EXPORT void expertune_outer(
     const float *u, int64_t u_stride, int64_t width_u, const float *v, int64_t v_stride, const int64_t *v_index,
-    int64_t width_v, const int64_t *offsets, int64_t experts, float *out, int threads)
+    int64_t width_v, const int64_t *offsets, int64_t experts, const int64_t *slots, float *out, int threads)
 {
     int64_t high = width_u < 96 ? width_u : 96, wide = width_v < 256 ? width_v : 256;
     int64_t down = (width_u + high - 1) / high, across = (width_v + wide - 1) / wide;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t item = 0; item < experts * down * across; item++) {
         int64_t e = item / (down * across), at_u = item / across % down * high, at_v = item % across * wide;
-        int64_t start = e ? offsets[e - 1] : 0, end = offsets[e];
+        int64_t start = e ? offsets[e - 1] : 0, end = offsets[e], slot = slot_of(slots, e);
+        if (slot < 0)
+            continue;
         int64_t u_end = at_u + high < width_u ? at_u + high : width_u;
         int64_t v_end = at_v + wide < width_v ? at_v + wide : width_v;
         float *rows_packed = panels(), *panel = rows_packed + (MC + MR) * KC;
-        float *to = out + (e * width_u + at_u) * width_v;
+        float *to = out + (slot * width_u + at_u) * width_v;
         if (start == end)
             for (int64_t i = at_u; i < u_end; i++)
-                memset(out + (e * width_u + i) * width_v + at_v, 0, sizeof(float) * (size_t)(v_end - at_v));
+                memset(out + (slot * width_u + i) * width_v + at_v, 0, sizeof(float) * (size_t)(v_end - at_v));
         for (int64_t k = start; k < end; k += KC) {
             int64_t depth = end - k < KC ? end - k : KC;
             pack_transposed(rows_packed, u, u_stride, k, depth, at_u, u_end - at_u);
