@@ -59,7 +59,8 @@ class Case(NamedTuple):
 
     @property
     def leaves(self) -> list[Tensor]:
-        return [self.hidden, self.weights, *(factor for update in self.updates for factor in (update.a, update.b))]
+        held = [leaf for update in self.updates for leaf in (update.a, update.b, update.gain) if leaf is not None]
+        return [self.hidden, self.weights, *held]
 
 
 def stack_of(num_matrices: int, rows: int, columns: int, double_quantization: bool = True) -> Nf4Stack:
@@ -85,8 +86,12 @@ def make_case(
     dropout: float = 0.0,
     biased: bool = False,
     experts: Sequence[tuple[int, ...] | None] = (),
+    gained: Sequence[int] = (),
 ) -> Case:
-    """A case with random values; `ranks` lists (part, rank) of each update, `experts` those that have factors."""
+    """A case with random values: `ranks` lists (part, rank) of each update, `experts` those that have factors.
+
+    `gained` lists the parts that have a gain.
+    """
     index = torch.stack([torch.randperm(num_experts)[:top_k] for _ in range(tokens)]) if tokens else None
     updates = []
     for u, (part, rank) in enumerate(ranks):
@@ -95,7 +100,8 @@ def make_case(
         held, slots = (num_experts, None) if of is None else (len(of), slots_of(of, num_experts, torch.device("cpu")))
         a = (torch.randn(held, rank, width) / width**0.5).to(adapter_dtype).requires_grad_()
         b = (torch.randn(held, height, rank) / rank**0.5).to(adapter_dtype).requires_grad_()
-        updates.append(LoraUpdate(part, a, b, scaling=0.5 + u / 4, dropout=dropout, slots=slots))
+        gain = (torch.rand(held, height) + 0.5).requires_grad_() if part in gained else None
+        updates.append(LoraUpdate(part, a, b, scaling=0.5 + u / 4, dropout=dropout, slots=slots, gain=gain))
     return Case(
         torch.randn(tokens, hidden).to(dtype).requires_grad_(),
         torch.empty(0, top_k, dtype=torch.int64) if index is None else index,
@@ -190,5 +196,42 @@ SHAPES: dict[str, dict[str, Any]] = {
         "activation": Activation(swiglu, True, True, after=norm),
     },
     "no double quantization": {"tokens": 9, "double_quantization": False},
+    "gains": {"tokens": 23, "num_experts": 3, "gained": (0, 1, 2)},
+    "a gain of up alone": {"tokens": 9, "gained": (1,)},
+    "gains of gate and down, with biases and experts without tokens": {
+        "tokens": 3,
+        "num_experts": 16,
+        "biased": True,
+        "gained": (0, 2),
+    },
+    "gains of some experts, of two ranks": {
+        "tokens": 11,
+        "ranks": ((0, 8), (0, 3), (2, 8), (2, 3)),
+        "experts": ((1, 2), (0, 3), (0,), (3, 1)),
+        "gained": (0, 2),
+    },
+    "gains, SwiGLU by autograd": {
+        "tokens": 9,
+        "gained": (0, 1, 2),
+        "activation": Activation(swiglu, columnwise=True),
+    },
+    "gains, an activation over whole rows": {
+        "tokens": 9,
+        "gained": (0, 1, 2),
+        "activation": Activation(normed_gate),
+    },
+    "gains, a norm after each expert, with biases": {
+        "tokens": 9,
+        "biased": True,
+        "gained": (0, 1, 2),
+        "activation": Activation(swiglu, columnwise=True, swiglu=True, after=norm),
+    },
+    "gains, without a gate": {
+        "tokens": 9,
+        "num_parts": 1,
+        "ranks": ((0, 4), (1, 6)),
+        "gained": (0, 1),
+        "activation": Activation(torch.nn.functional.gelu, columnwise=True),
+    },
     "more rows than a panel of the fused route holds": {"tokens": 900, "num_experts": 2, "top_k": 1},
 }

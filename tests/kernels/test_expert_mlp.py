@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from expertune.kernels.dropout import dropout
 from expertune.kernels.expert_mlp import Activation, LoraUpdate, expert_mlp
+from expertune.kernels.lora import draw_seeds
 from tests.kernels.expert_layers import FLOAT32, HALF, SHAPES, SWIGLU, Case, assert_same_as_plain, make_case
 from tests.kernels.settings import SETTINGS
 
@@ -31,9 +33,10 @@ def test_intermediate_size_of_several_tiles_is_summed_whole(route: str) -> None:
     assert_same_as_plain(make_case(7, hidden=1024, intermediate=1088, num_experts=2), {"rtol": 1e-5, "atol": 1e-4})
 
 
+@pytest.mark.parametrize("gained", [(), (0, 1, 2)])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_working_set_of_a_few_tokens_gives_the_same_layer(route: str, dropout: float) -> None:
-    case = make_case(37, dropout=dropout)
+def test_working_set_of_a_few_tokens_gives_the_same_layer(route: str, dropout: float, gained: tuple[int, ...]) -> None:
+    case = make_case(37, dropout=dropout, gained=gained)
 
     def run() -> list[Tensor]:
         torch.manual_seed(1)
@@ -55,7 +58,8 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.integers(0, 12)),
         draw(st.integers(1, num_experts)),
         num_experts,
-        draw(st.lists(st.tuples(st.integers(0, num_parts), st.integers(1, 9)), max_size=4)),
+        ranks := draw(st.lists(st.tuples(st.integers(0, num_parts), st.integers(1, 9)), max_size=4)),
+        gained=[part for part in range(3) if [each for each, _ in ranks].count(part) == 1 and draw(st.booleans())],
         activation=SWIGLU if num_parts == 2 else Activation(torch.tanh, columnwise=True),
         num_parts=num_parts,
         hidden=64 * draw(st.integers(1, 2)),
@@ -131,6 +135,36 @@ def test_dropout_leaves_the_frozen_gemm_alone_and_keeps_the_mean(route: str) -> 
     assert not torch.equal(dropped[0], dropped[1])
     error = torch.stack(dropped).mean(dim=0) - full
     assert error.norm() < 0.15 * full.norm()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_gain_with_dropout_scales_what_the_dropped_input_gives_forward_and_backward(route: str, biased: bool) -> None:
+    """As PEFT's DoRA: W x + (gain - 1) * W x' + gain * s * B A x', of x' the dropped input."""
+    case = make_case(11, top_k=1, num_experts=1, dropout=0.4, gained=(0, 1, 2), biased=biased)
+    torch.manual_seed(5)
+    out, _ = expert_mlp(*case)
+    torch.manual_seed(5)
+    seeds = draw_seeds(case.updates, torch.device("cpu"))
+    number_N = torch.arange(11)
+
+    def project(x: Tensor, matrix: Tensor, part: int) -> Tensor:
+        update = next(each for each in case.updates if each.part == part)
+        kept = dropout(torch.ones_like(x), number_N, seeds[case.updates.index(update)], 0.4)
+        low = (x * kept) @ update.a[0].t() @ update.b[0].t()
+        assert update.gain is not None
+        return x @ matrix.t() + (update.gain[0] - 1) * ((x * kept) @ matrix.t()) + update.gain[0] * update.scaling * low
+
+    gate, up = (project(case.hidden, case.gate_up.dequantize(part, torch.float32), part) for part in range(2))
+    gate_up = torch.cat([gate, up], dim=1) + (case.biases[0][0] if case.biases else 0.0)
+    y = project(SWIGLU.function(gate_up), case.down.dequantize(0, torch.float32), 2)
+    expected = case.weights * (y + (case.biases[1][0] if case.biases else 0.0))
+    size = float(expected.detach().abs().max())
+    torch.testing.assert_close(out / size, expected / size, **FLOAT32)
+    dout = torch.randn_like(out)
+    gradients, plain = (torch.autograd.grad(each, case.leaves, dout) for each in (out, expected))
+    for gradient, wanted in zip(gradients, plain, strict=True):
+        size = max(float(wanted.abs().max()), 1.0)
+        torch.testing.assert_close(gradient / size, wanted / size, **FLOAT32)
 
 
 def test_layer_without_dropout_draws_nothing_from_the_generator(route: str) -> None:

@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-SCHEMA = "int[] parts, float[] scalings, float[] dropouts, Tensor seeds, Tensor[] a, Tensor[] b, Tensor[] slots"
+SCHEMA = (
+    "int[] parts, float[] scalings, float[] dropouts, Tensor seeds, "
+    "Tensor[] a, Tensor[] b, Tensor[] slots, Tensor[] gains"
+)
 """The arguments of a torch operator that `pack` makes of updates."""
 
 
@@ -21,6 +24,9 @@ class LoraUpdate:
 
     Where only some experts have one, S is how many, and the others' output stays as it is.
 
+    With a gain the whole output is scaled, y = gain[e] * (W @ x' + scaling * B[e] @ A[e] @ x') + W @ (x - x') of the
+    dropped input x', which is the input itself without dropout (DoRA); such an update is the only one of its part.
+
     Attributes:
         part: 0 .. P-1 for a part of the first GEMM, P for down.
         a: [S, r, in_features]; S is E where every expert has one.
@@ -29,6 +35,7 @@ class LoraUpdate:
         dropout: probability that an element of the update's input is dropped.
         seed: of the dropout; the operator draws it, int64 [] on the device.
         slots: where each expert's factors lie, -1 for an expert without any: int64 [E]; None where all have some.
+        gain: float32 [S, out_features]; None scales nothing.
     """
 
     part: int
@@ -38,6 +45,7 @@ class LoraUpdate:
     dropout: float = 0.0
     seed: Tensor | int = 0
     slots: Tensor | None = None
+    gain: Tensor | None = None
 
     def of_all(self) -> "LoraUpdate":
         """The same update with factors for every expert: zeros for those that have none."""
@@ -75,10 +83,15 @@ def updates_by_expert(updates: Sequence[LoraUpdate]) -> Callable[[int], list[Own
         for number, (update, slots) in enumerate(zip(updates, places, strict=True)):
             slot = expert if slots is None else slots[expert]
             if slot >= 0:
-                found.append(OwnUpdate(number, slot, replace(update, a=update.a[slot], b=update.b[slot])))
+                found.append(OwnUpdate(number, slot, _of_slot(update, slot)))
         return found
 
     return of_expert
+
+
+def _of_slot(update: LoraUpdate, slot: int) -> LoraUpdate:
+    gain = None if update.gain is None else update.gain[slot]
+    return replace(update, a=update.a[slot], b=update.b[slot], gain=gain)
 
 
 def pack(updates: Sequence[LoraUpdate], seeds: Tensor) -> tuple[Any, ...]:
@@ -91,21 +104,15 @@ def pack(updates: Sequence[LoraUpdate], seeds: Tensor) -> tuple[Any, ...]:
         [update.a for update in updates],
         [update.b for update in updates],
         [seeds.new_empty(0) if update.slots is None else update.slots for update in updates],
+        [update.b.new_empty(0) if update.gain is None else update.gain for update in updates],
     )
 
 
-def unpack(
-    parts: list[int],
-    scalings: list[float],
-    dropouts: list[float],
-    seeds: Tensor,
-    a: list[Tensor],
-    b: list[Tensor],
-    slots: list[Tensor],
-) -> list[LoraUpdate]:
+def unpack(*packed: Any) -> list[LoraUpdate]:
     """The way back from `pack`; each update has its seed."""
-    places = [each if each.numel() else None for each in slots]
-    values = zip(parts, a, b, scalings, dropouts, seeds.unbind(), places, strict=True)
+    parts, scalings, dropouts, seeds, a, b, slots, gains = packed
+    places, scaled = ([each if each.numel() else None for each in held] for held in (slots, gains))
+    values = zip(parts, a, b, scalings, dropouts, seeds.unbind(), places, scaled, strict=True)
     return [LoraUpdate(*each) for each in values]
 
 

@@ -108,6 +108,9 @@ def _check(
             raise ValueError(f"the bias of {what} is on {bias.device}, hidden is on {hidden.device}")
     for update in updates:
         _check_update(update, hidden, num_experts, parts, (rows, columns))
+    scaled = {update.part for update in updates if update.gain is not None and update.slots is None}
+    if len([update for update in updates if update.part in scaled]) > len(scaled):
+        raise ValueError("an update with a gain must be the only one of its part")
 
 
 def _check_update(update: LoraUpdate, hidden: Tensor, num_experts: int, parts: int, shape: tuple[int, int]) -> None:
@@ -129,6 +132,11 @@ def _check_update(update: LoraUpdate, hidden: Tensor, num_experts: int, parts: i
         raise ValueError(f"A must be float32, float16 or bfloat16, got {update.a.dtype}")
     if update.b.dtype != update.a.dtype:
         raise ValueError(f"B is {update.b.dtype}, A is {update.a.dtype}")
-    for tensor, what in ((update.a, "A"), (update.b, "B"), (update.slots, "slots")):
+    if update.gain is not None and (update.gain.dtype, update.gain.shape) != (torch.float32, (held, height)):
+        raise ValueError(
+            f"the gain must be float32 [{held}, {height}], got {update.gain.dtype} {tuple(update.gain.shape)}"
+        )
+    given = (update.a, "A"), (update.b, "B"), (update.slots, "slots"), (update.gain, "the gain")
+    for tensor, what in given:
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{what} is on {tensor.device}, hidden is on {hidden.device}")

@@ -24,7 +24,7 @@ from expertune.kernels.expert_mlp.plan import (
     sort_by_expert,
 )
 from expertune.kernels.lora import LoraUpdate, updates_by_expert
-from expertune.kernels.nf4 import dequantize
+from expertune.kernels.nf4 import Nf4Bytes, dequantize
 
 # Gradients of A and B are added to what is there.
 overwrites = False
@@ -40,14 +40,15 @@ def forward(chunk: Chunk, layer: FrozenLayer, updates: list[LoraUpdate], h: list
         x_ND = chunk.hidden_TD[routed.token_R[span]].to(dtype)
         own = of_expert(expert)
         own_updates, h_N = [each.update for each in own], [h[each.number][span] for each in own]
+        number_N = routed.number_R[span]
         for update, low in zip(own_updates, h_N, strict=True):
             if update.part < layer.num_parts:
-                _shrink(x_ND, update, low, routed.number_R[span])
-        x_NF = layer.activation.function(_gate_up(x_ND, expert, layer, own_updates, h_N, scratch))
+                _shrink(x_ND, update, low, number_N)
+        x_NF = layer.activation.function(_gate_up(x_ND, expert, layer, own_updates, h_N, number_N, scratch))
         for update, low in zip(own_updates, h_N, strict=True):
             if update.part == layer.num_parts:
-                _shrink(x_NF, update, low, routed.number_R[span])
-        y_ND = _down(x_NF, expert, layer, own_updates, h_N, scratch)
+                _shrink(x_NF, update, low, number_N)
+        y_ND = _down(x_NF, expert, layer, own_updates, h_N, number_N, scratch)
         if layer.activation.after is not None:
             y_ND = layer.activation.after(y_ND)
         torch.mul(y_ND, routed.weight_R[span, None], out=y_RD[span])
@@ -71,13 +72,15 @@ def backward(
     for expert, span in spans(routed.offsets_E):
         own = of_expert(expert)
         own_updates, h_N = [each.update for each in own], [h[each.number][span] for each in own]
-        tokens = routed.token_R[span]
+        tokens, number_N = routed.token_R[span], routed.number_R[span]
         dout_ND, x_ND = dout_TD[tokens].to(dtype), chunk.hidden_TD[tokens].to(dtype)
         weight_N1 = routed.weight_R[span, None]
         dweight_N = None
         if layer.activation.after is not None:
             # From here on dOut is the gradient of what `after` was given, with the router's weight in it.
-            dout_ND, dweight_N = _after_backward(dout_ND, x_ND, weight_N1, expert, layer, own_updates, h_N, scratch)
+            dout_ND, dweight_N = _after_backward(
+                dout_ND, x_ND, weight_N1, expert, layer, own_updates, h_N, number_N, scratch
+            )
             weight_N1 = torch.ones_like(weight_N1)
         dx_RD[span], dweight_R[span] = _expert_backward(
             dout_ND,
@@ -89,7 +92,8 @@ def backward(
             h_N,
             [gradients.a[u][slot] for u, slot, _ in own],
             [gradients.b[u][slot] for u, slot, _ in own],
-            routed.number_R[span],
+            [gradients.gains[u][slot] if update.gain is not None else None for u, slot, update in own],
+            number_N,
             scratch,
         )
         if dweight_N is not None:
@@ -101,7 +105,13 @@ def backward(
 
 
 def _gate_up(
-    x_ND: Tensor, expert: int, layer: FrozenLayer, updates: list[LoraUpdate], h: list[Tensor], scratch: Scratch
+    x_ND: Tensor,
+    expert: int,
+    layer: FrozenLayer,
+    updates: list[LoraUpdate],
+    h: list[Tensor],
+    number_N: Tensor,
+    scratch: Scratch,
 ) -> Tensor:
     """An expert's first GEMM [N, P * F] with its updates, whose x @ A are in `h`, and its bias."""
     size, num_parts = layer.intermediate_size, layer.num_parts
@@ -111,19 +121,28 @@ def _gate_up(
         multiply(x_MD, layer.gate_up, expert * num_parts + part, _part(gate_up, part, size), scratch)
     for update, low in zip(updates, h, strict=True):
         if update.part < num_parts:
-            _add_expanded(_part(gate_up, update.part, size), low, update, update.b)
+            matrix = expert * num_parts + update.part
+            dropped = _of_dropped(x_ND, update, number_N, layer.gate_up, matrix, scratch)
+            _add(_part(gate_up, update.part, size), low, update, dropped=dropped)
     return gate_up if layer.inner_bias is None else gate_up.add_(layer.inner_bias[expert])
 
 
 def _down(
-    x_NF: Tensor, expert: int, layer: FrozenLayer, updates: list[LoraUpdate], h: list[Tensor], scratch: Scratch
+    x_NF: Tensor,
+    expert: int,
+    layer: FrozenLayer,
+    updates: list[LoraUpdate],
+    h: list[Tensor],
+    number_N: Tensor,
+    scratch: Scratch,
 ) -> Tensor:
     """An expert's second GEMM [N, D] with its updates and its bias."""
     y_ND = x_NF.new_empty(x_NF.shape[0], layer.hidden_size)
     multiply(x_NF, layer.down, expert, y_ND, scratch)
     for update, low in zip(updates, h, strict=True):
         if update.part == layer.num_parts:
-            _add_expanded(y_ND, low, update, update.b)
+            dropped = _of_dropped(x_NF, update, number_N, layer.down, expert, scratch)
+            _add(y_ND, low, update, dropped=dropped)
     return y_ND if layer.outer_bias is None else y_ND.add_(layer.outer_bias[expert])
 
 
@@ -135,6 +154,7 @@ def _after_backward(
     layer: FrozenLayer,
     updates: list[LoraUpdate],
     h: list[Tensor],
+    number_N: Tensor,
     scratch: Scratch,
 ) -> tuple[Tensor, Tensor]:
     """Through what comes after an expert: gradient of what it was given [N, D], and of the router's weight [N].
@@ -142,8 +162,8 @@ def _after_backward(
     It needs the expert's output, which is computed again.
     """
     assert layer.activation.after is not None
-    x_NF = layer.activation.function(_gate_up(x_ND, expert, layer, updates, h, scratch))
-    y_ND = _down(x_NF, expert, layer, updates, h, scratch).detach().requires_grad_()
+    x_NF = layer.activation.function(_gate_up(x_ND, expert, layer, updates, h, number_N, scratch))
+    y_ND = _down(x_NF, expert, layer, updates, h, number_N, scratch).detach().requires_grad_()
     with differentiable():
         out_ND = layer.activation.after(y_ND)
     dweight_N = torch.linalg.vecdot(out_ND.detach().float(), dout_ND.float())
@@ -161,22 +181,40 @@ def _expert_backward(
     h: list[Tensor],
     da: list[Tensor],
     db: list[Tensor],
+    dgains: list[Tensor | None],
     number_N: Tensor,
     scratch: Scratch,
 ) -> tuple[Tensor, Tensor]:
-    """dX float32 [N, D] and the weights' gradient [N] of one expert; adds to its `da` and `db`."""
+    """dX float32 [N, D] and the weights' gradient [N] of one expert; adds to its `da`, `db` and `dgains`."""
     size, num_parts = layer.intermediate_size, layer.num_parts
     dx_ND = torch.zeros(x_ND.shape, dtype=torch.float32, device=x_ND.device)
     dweight_N = dx_ND.new_zeros(dx_ND.shape[0])
     dh = [torch.zeros_like(low, dtype=torch.float32) for low in h]
+    dgemm_ND = dout_ND  # gradient of W @ x
+    # With a gain and dropout W is multiplied by the dropped input too, which has a gradient of its own.
+    on_dropped = {u: update for u, update in enumerate(updates) if update.gain is not None and update.dropout}
+    dropped_x = {u: _drop(x_ND.float(), each, number_N).to(x_ND.dtype) for u, each in on_dropped.items()}
+    ddropped: dict[int, Tensor] = {}
+    inter_whole_NF = None
     for u, update in enumerate(updates):
         if update.part == num_parts:
-            dout = dout_ND.to(update.b.dtype)
+            dscaled = dout_ND
+            if update.gain is not None:
+                dscaled = dout_ND * update.gain.to(dout_ND.dtype)
+                inter_whole_NF = x_ND.new_empty(x_ND.shape[0], size)
+                if u in on_dropped:
+                    ddropped[u] = dout_ND.new_empty(dout_ND.shape[0], size)
+                    multiply_input_gradient(dscaled - dout_ND, layer.down, expert, 1, ddropped[u], scratch)
+                else:
+                    dgemm_ND = dscaled
+            dout = dscaled.to(update.b.dtype)
             dh[u] = (dout @ update.b).float() * update.scaling
             db[u] += dout.t().float() @ (h[u].float() * weight_N1 * update.scaling)
+        elif u in on_dropped:
+            ddropped[u] = torch.zeros_like(dx_ND)
 
     dinter_of_down_NF = dout_ND.new_empty(dout_ND.shape[0], size)
-    multiply_input_gradient(dout_ND, layer.down, expert, 1, dinter_of_down_NF, scratch)
+    multiply_input_gradient(dgemm_ND, layer.down, expert, 1, dinter_of_down_NF, scratch)
     rows, x_MD = slice(x_ND.shape[0]), pad_rows(x_ND)
     step = scratch.tile_size(size, num_parts * layer.hidden_size) if layer.activation.columnwise else size
     for start in range(0, size, step):
@@ -188,40 +226,71 @@ def _expert_backward(
             dequantize(layer.gate_up, expert * num_parts + part, target, rows=columns)
 
         gate_up = (x_MD @ w_gate_up.t())[rows]
+        before_gain: dict[int, Tensor] = {}
         for u, update in enumerate(updates):
             if update.part < num_parts:
-                _add_expanded(_part(gate_up, update.part, width), h[u], update, update.b[columns])
+                w_part = w_gate_up[update.part * width : (update.part + 1) * width]
+                of_dropped = dropped_x[u] @ w_part.t() if u in on_dropped else None
+                scaled = _add(_part(gate_up, update.part, width), h[u], update, columns, of_dropped)
+                if scaled is not None:
+                    before_gain[u] = scaled
         if layer.inner_bias is not None:
             gate_up += layer.inner_bias[expert].view(num_parts, size)[:, columns].flatten()
         gate_up.requires_grad_()
         with differentiable():
             x_NF = layer.activation.function(gate_up)
         inter_NF = x_NF.detach()
+        if inter_whole_NF is not None:
+            inter_whole_NF[:, columns] = inter_NF
 
         # Before the router's weight is applied, so that <inter, dInter> is the weight's own gradient.
         dinter_NF = dinter_of_down_NF[:, columns]
         for u, update in enumerate(updates):
             if update.part == num_parts:
                 low = dh[u] @ update.a[:, columns].float()
+                low = low + ddropped[u][:, columns] if u in on_dropped else low
                 dinter_NF += _drop(low, update, number_N, start, size)
                 dropped = _drop(inter_NF.float(), update, number_N, start, size)
                 da[u][:, columns] += (dh[u] * weight_N1).t() @ dropped
         dweight_N += torch.linalg.vecdot(inter_NF.float(), dinter_NF.float())
         (dgate_up,) = torch.autograd.grad(x_NF, gate_up, (dinter_NF * weight_N1).to(x_NF.dtype))
 
+        dscaled_parts: dict[int, Tensor] = {}
+        for u, scaled in before_gain.items():
+            update, dpart = updates[u], _part(dgate_up, updates[u].part, width)
+            dgain = dgains[u]
+            assert update.gain is not None
+            assert dgain is not None
+            dgain[columns] += (dpart.float() * scaled.float()).sum(dim=0)
+            dscaled_parts[u] = dpart * update.gain[columns].to(dpart.dtype)
+            if u in on_dropped:
+                ddropped[u] += (dscaled_parts[u] - dpart) @ w_gate_up[update.part * width : (update.part + 1) * width]
+            else:
+                dpart.copy_(dscaled_parts[u])
         if dx_ND.dtype == dgate_up.dtype:
             dx_ND.addmm_(dgate_up, w_gate_up)
         else:
             dx_ND += (pad_rows(dgate_up) @ w_gate_up)[rows]
         for u, update in enumerate(updates):
             if update.part < num_parts:
-                dpart = _part(dgate_up, update.part, width).float()
+                dpart = dscaled_parts.get(u, _part(dgate_up, update.part, width)).float()
                 dh[u].addmm_(dpart, update.b[columns].float(), alpha=update.scaling)
                 db[u][columns] += dpart.t() @ (h[u].float() * update.scaling)
     for u, update in enumerate(updates):
         if update.part < num_parts:
             da[u] += dh[u].t() @ _drop(x_ND.float(), update, number_N)
-            dx_ND += _drop(dh[u] @ update.a.float(), update, number_N)
+            low = dh[u] @ update.a.float()
+            dx_ND += _drop(low + ddropped[u] if u in on_dropped else low, update, number_N)
+        elif update.gain is not None:
+            dgain = dgains[u]
+            assert inter_whole_NF is not None
+            assert dgain is not None
+            scaled = _of_dropped(inter_whole_NF, update, number_N, layer.down, expert, scratch)
+            if scaled is None:
+                scaled = dout_ND.new_empty(dout_ND.shape)
+                multiply(inter_whole_NF, layer.down, expert, scaled, scratch)
+            _add_expanded(scaled, h[u], update, update.b)
+            dgain += (dout_ND.float() * weight_N1 * scaled.float()).sum(dim=0)
     return dx_ND, dweight_N
 
 
@@ -239,6 +308,43 @@ def _shrink(x_NK: Tensor, update: LoraUpdate, out_Nr: Tensor, number_N: Tensor) 
     """out = dropout(x) @ A.T, in the adapter's dtype."""
     dropped = _drop(x_NK.float(), update, number_N) if update.dropout else x_NK
     torch.mm(dropped.to(update.a.dtype), update.a.t(), out=out_Nr)
+
+
+def _of_dropped(
+    x_NK: Tensor, update: LoraUpdate, number_N: Tensor, weight: Nf4Bytes, index: int, scratch: Scratch
+) -> Tensor | None:
+    """W @ dropout(x), where an update's gain scales that."""
+    if update.gain is None or not update.dropout:
+        return None
+    out_NM = x_NK.new_empty(x_NK.shape[0], weight.out_features)
+    multiply(_drop(x_NK.float(), update, number_N).to(x_NK.dtype), weight, index, out_NM, scratch)
+    return out_NM
+
+
+def _add(
+    y_NM: Tensor,
+    h_Nr: Tensor,
+    update: LoraUpdate,
+    columns: slice = slice(None),
+    dropped: Tensor | None = None,
+) -> Tensor | None:
+    """Make y = W @ x the output with an update, in place; returns what its gain scales, if there is one.
+
+    Args:
+        y_NM: [N, output features].
+        h_Nr: x @ A.T.
+        update: of the expert.
+        columns: the output features that y has.
+        dropped: W @ dropout(x), where the gain scales that; it is written to.
+    """
+    if update.gain is None:
+        _add_expanded(y_NM, h_Nr, update, update.b[columns])
+        return None
+    scaled = y_NM.clone() if dropped is None else dropped
+    y_NM -= scaled
+    _add_expanded(scaled, h_Nr, update, update.b[columns])
+    y_NM += scaled * update.gain[columns].to(scaled.dtype)
+    return scaled
 
 
 def _add_expanded(y_NM: Tensor, h_Nr: Tensor, update: LoraUpdate, b_Mr: Tensor) -> None:

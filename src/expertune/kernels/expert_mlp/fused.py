@@ -7,10 +7,13 @@ Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per toke
 of the first GEMM, r rank.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from expertune.kernels import native, workspace
+from expertune.kernels.dequant_gemm import spans
 from expertune.kernels.dropout import dropout
 from expertune.kernels.expert_mlp.plan import (
     Chunk,
@@ -22,7 +25,7 @@ from expertune.kernels.expert_mlp.plan import (
     differentiable,
     sort_by_expert,
 )
-from expertune.kernels.lora import LoraUpdate
+from expertune.kernels.lora import LoraUpdate, updates_by_expert
 from expertune.kernels.native import plain
 
 # Gradients of A and B are added to what is there.
@@ -44,8 +47,10 @@ def forward(chunk: Chunk, layer: FrozenLayer, updates: list[LoraUpdate], h: list
         _dense(dropped, update, routed, out)
     y_RD = workspace.take("rows", x_RF.shape[0], layer.hidden_size)
     added = [_update(update, low, 0, layer.hidden_size) for update, low in _outer(layer, updates, h)]
-    added += _bias(layer.outer_bias, routed)
+    gained = [update for update, _ in _outer(layer, updates, h) if update.gain is not None]
+    added += [] if gained else _bias(layer.outer_bias, routed)
     native.grouped_gemm(x_RF, layer.down, routed.offsets_E, y_RD, transposed=True, updates=added)
+    _scale(y_RD, gained, layer.outer_bias if gained else None, routed, first_part=layer.num_parts)
     out_TD.copy_(combine(y_RD.mul_(routed.weight_R[:, None]), routed.inverse_R, chunk.hidden_TD.shape[0]))
 
 
@@ -61,14 +66,21 @@ def backward(
     routed = sort_by_expert(chunk, layer.num_experts)
     x_TD, dout_TD = plain(chunk.hidden_TD), plain(dout_TD)
     size = layer.intermediate_size
-    gate_up = _gate_up(x_TD, routed, layer, updates, h)
+    before_gain = _before_gain(routed, layer, updates)
+    gate_up = _gate_up(x_TD, routed, layer, updates, h, before_gain)
 
     # Before the router's weight is applied, so that <inter, dInter> is the weight's own gradient.
     dh_down = {}
+    dy, token_R = dout_TD, cast(Tensor | None, routed.token_R)
+    gained = [update for update, _ in _outer(layer, updates, h) if update.gain is not None]
+    if gained:  # each expert scales the gradient by a gain of its own
+        dy, token_R = workspace.take("output", routed.token_R.shape[0], layer.hidden_size), None
+        torch.index_select(dout_TD, 0, routed.token_R, out=dy)
+        _scale(dy, gained, None, routed, first_part=layer.num_parts)
     for u, (update, low) in enumerate(zip(updates, h, strict=True)):
         if update.part == layer.num_parts:
             dh_down[u] = low.new_empty(low.shape, dtype=torch.float32)
-            _product(dout_TD, update.b, update, routed, dh_down[u], transposed=False, index=routed.token_R)
+            _product(dy, update.b, update, routed, dh_down[u], transposed=False, index=token_R)
             dh_down[u] *= update.scaling
     dinter_RF = workspace.take("intermediate", gate_up.shape[0], size)
     undropped = [
@@ -76,9 +88,7 @@ def backward(
         for u, dh in dh_down.items()
         if not updates[u].dropout
     ]
-    native.grouped_gemm(
-        dout_TD, layer.down, routed.offsets_E, dinter_RF, transposed=False, updates=undropped, index=routed.token_R
-    )
+    native.grouped_gemm(dy, layer.down, routed.offsets_E, dinter_RF, transposed=False, updates=undropped, index=token_R)
     for u, dh in dh_down.items():
         if updates[u].dropout:
             dinter_RF += _low_rank_input(dh, updates[u], routed)
@@ -93,14 +103,27 @@ def backward(
         transposed = gradients.b[u].new_empty(gradients.b[u].transpose(1, 2).shape)
         native.outer(
             low.float() * (routed.weight_R * update.scaling)[:, None],
-            dout_TD,
+            dy,
             routed.offsets_E,
             transposed,
-            routed.token_R,
+            token_R,
             update.slots,
         )
         gradients.b[u] += transposed.transpose(1, 2)
+        if update.gain is not None:
+            y_RD = workspace.take("rows", inter_RF.shape[0], layer.hidden_size)
+            added = [_update(update, low, 0, layer.hidden_size)]
+            native.grouped_gemm(inter_RF, layer.down, routed.offsets_E, y_RD, transposed=True, updates=added)
+            _add_gain_gradient(
+                gradients.gains[u], update, dout_TD[routed.token_R] * routed.weight_R[:, None], y_RD, routed
+            )
 
+    if before_gain is not None:
+        for u, update in enumerate(updates):
+            if update.part < layer.num_parts and update.gain is not None:
+                columns = slice(update.part * size, (update.part + 1) * size)
+                _add_gain_gradient(gradients.gains[u], update, dgate_up[:, columns], before_gain[:, columns], routed)
+        _scale(dgate_up, [update for update, _ in _inner(layer, updates, h) if update.gain is not None], None, routed)
     added, dropped_dh = [], []
     for u, (update, low) in enumerate(zip(updates, h, strict=True)):
         if update.part == layer.num_parts:
@@ -125,19 +148,57 @@ def backward(
 
 
 def _gate_up(
-    x_TD: Tensor, routed: RoutedTokens, layer: FrozenLayer, updates: list[LoraUpdate], h: list[Tensor]
+    x_TD: Tensor,
+    routed: RoutedTokens,
+    layer: FrozenLayer,
+    updates: list[LoraUpdate],
+    h: list[Tensor],
+    before_gain: Tensor | None = None,
 ) -> Tensor:
-    """The first GEMM with its updates, float32 [R, P * F]."""
+    """The first GEMM with its updates, float32 [R, P * F]; without gains and bias also in `before_gain`."""
     size = layer.intermediate_size
     out = workspace.take("gate_up", routed.token_R.shape[0], layer.num_parts * size)
     added = [
         _update(update, low, update.part * size, (update.part + 1) * size) for update, low in _inner(layer, updates, h)
     ]
-    added += _bias(layer.inner_bias, routed)
+    gained = [update for update, _ in _inner(layer, updates, h) if update.gain is not None]
+    added += [] if gained else _bias(layer.inner_bias, routed)
     native.grouped_gemm(
         x_TD, layer.gate_up, routed.offsets_E, out, transposed=True, updates=added, index=routed.token_R
     )
+    if before_gain is not None:
+        before_gain.copy_(out)
+    _scale(out, gained, layer.inner_bias if gained else None, routed)
     return out
+
+
+def _before_gain(routed: RoutedTokens, layer: FrozenLayer, updates: list[LoraUpdate]) -> Tensor | None:
+    """Memory for the first GEMM before its gains, whose gradients need it; None where it has none."""
+    if not any(update.part < layer.num_parts and update.gain is not None for update in updates):
+        return None
+    return workspace.take("before_gain", routed.token_R.shape[0], layer.num_parts * layer.intermediate_size)
+
+
+def _scale(
+    y_RN: Tensor, gained: list[LoraUpdate], bias_EN: Tensor | None, routed: RoutedTokens, first_part: int = 0
+) -> None:
+    """Scale each expert's tokens by its gains, part by part beginning with `first_part`, and add its bias after."""
+    own_updates = updates_by_expert(gained)
+    for expert, span in spans(routed.offsets_E) if gained else ():
+        for _, _, update in own_updates(expert):
+            assert update.gain is not None
+            first, width = update.part - first_part, len(update.gain)
+            y_RN[span, first * width : (first + 1) * width] *= update.gain
+        if bias_EN is not None:
+            y_RN[span] += bias_EN[expert]
+
+
+def _add_gain_gradient(total_SN: Tensor, update: LoraUpdate, dy_RN: Tensor, y_RN: Tensor, routed: RoutedTokens) -> None:
+    """total += the sum over an expert's tokens of dY * Y."""
+    own_update = updates_by_expert([update])
+    for expert, span in spans(routed.offsets_E):
+        for _, slot, _ in own_update(expert):
+            total_SN[slot] += torch.einsum("rn,rn->n", dy_RN[span], y_RN[span])
 
 
 def _activate(gate_up: Tensor, layer: FrozenLayer) -> Tensor:

@@ -21,7 +21,7 @@ from expertune.kernels.operators import find, no_autocast
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _INPUTS = f"Tensor hidden, Tensor top_k_index, Tensor top_k_weights, Tensor[] weights, str layer, {SCHEMA}"
-_NUM_INPUTS = 12
+_NUM_INPUTS = 13
 
 
 class Route(Protocol):
@@ -58,8 +58,8 @@ def run(
     replay: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     """Call the operator; see `expertune.kernels.expert_mlp.expert_mlp`."""
-    leaves = (hidden, top_k_weights, *(factor for update in updates for factor in (update.a, update.b)))
-    backward_follows = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    leaves = (hidden, top_k_weights, *(leaf for update in updates for leaf in (update.a, update.b, update.gain)))
+    backward_follows = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
     packed = pack(updates, draw_seeds(updates, hidden.device))
     inputs = (hidden, top_k_index, top_k_weights, weights, layer.name, *packed)
     out, h = torch.ops.expertune.expert_mlp(*inputs, list(replay), backward_follows)
@@ -86,8 +86,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
         (update.a.new_empty if update.slots is None else update.a.new_zeros)(top_k_index.numel(), update.a.shape[1])
         for update in updates
     ]
-    with no_autocast(hidden), _acquired(weights, layer, backward=False) as acquired:
-        frozen = _frozen(acquired, layer)
+    with no_autocast(hidden), acquired(weights, layer, backward=False) as here:
+        frozen = _frozen(here, layer)
         for tokens, route in _chunks(hidden, top_k_index, layer, frozen, updates):
             chunk, h_chunk = _chunk(hidden, top_k_index, top_k_weights, tokens, h)
             route.forward(chunk, frozen, updates, h_chunk, out[tokens])
@@ -96,48 +96,52 @@ def _forward(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
 
 @_forward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    hidden, top_k_index, *_, a, _b, _slots, _replay, _backward_follows = arguments
+    hidden, top_k_index, *_, a, _b, _slots, _gains, _replay, _backward_follows = arguments
     return torch.empty_like(hidden), [factor.new_empty(top_k_index.numel(), factor.shape[1]) for factor in a]
 
 
 @torch.library.custom_op(
     "expertune::expert_mlp_backward",
     mutates_args=(),
-    schema=f"(Tensor dout, {_INPUTS}, Tensor[] h) -> (Tensor, Tensor, Tensor[], Tensor[])",
+    schema=f"(Tensor dout, {_INPUTS}, Tensor[] h) -> (Tensor, Tensor, Tensor[], Tensor[], Tensor[])",
 )
-def _backward(dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+def _backward(dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     hidden, top_k_index, top_k_weights, weights, name, *packed, h = arguments
     layer: ExpertLayer = find(name)
     updates = unpack(*packed)
     dhidden, dweights = torch.empty_like(hidden), torch.empty_like(top_k_weights)
-    with no_autocast(hidden), _acquired(weights, layer, backward=True) as acquired:
-        frozen = _frozen(acquired, layer)
+    with no_autocast(hidden), acquired(weights, layer, backward=True) as here:
+        frozen = _frozen(here, layer)
         chunks = list(_chunks(hidden, top_k_index, layer, frozen, updates))
         # Summed over chunks in float32, whatever the factors' dtype.
         make = torch.empty if chunks and chunks[0][1].overwrites else torch.zeros
         da = [make(update.a.shape, dtype=torch.float32, device=update.a.device) for update in updates]
         db = [make(update.b.shape, dtype=torch.float32, device=update.b.device) for update in updates]
+        gains = (hidden.new_empty(0) if update.gain is None else update.gain for update in updates)
+        dgains = [torch.zeros_like(gain, dtype=torch.float32) for gain in gains]
         for tokens, route in chunks:
             chunk, h_chunk = _chunk(hidden, top_k_index, top_k_weights, tokens, h)
-            gradients = Gradients(dhidden[tokens], dweights[tokens], da, db)
+            gradients = Gradients(dhidden[tokens], dweights[tokens], da, db, dgains)
             route.backward(dout[tokens], chunk, frozen, updates, h_chunk, gradients)
     da = [gradient.to(update.a.dtype) for gradient, update in zip(da, updates, strict=True)]
     db = [gradient.to(update.b.dtype) for gradient, update in zip(db, updates, strict=True)]
-    return dhidden, dweights, da, db
+    return dhidden, dweights, da, db, dgains
 
 
 @_backward.register_fake
-def _(_dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    hidden, _index, top_k_weights, *_, a, b, _slots, _h = arguments
+def _(_dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    hidden, _index, top_k_weights, *_, a, b, _slots, gains, _h = arguments
     da, db = ([torch.empty_like(factor) for factor in factors] for factors in (a, b))
-    return torch.empty_like(hidden), torch.empty_like(top_k_weights), da, db
+    dgains = [torch.empty_like(gain, dtype=torch.float32) for gain in gains]
+    return torch.empty_like(hidden), torch.empty_like(top_k_weights), da, db, dgains
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    hidden, index, top_k_weights, weights, name, parts, scalings, dropouts, seeds, a, b, slots, replay, _ = inputs
+    hidden, index, top_k_weights, weights, name, parts, scalings, dropouts, seeds, a, b, *more = inputs
+    slots, gains, replay, _ = more
     ctx.plain = name, parts, scalings, dropouts
     ctx.num_weights, ctx.num_updates, ctx.num_replayed = len(weights), len(parts), len(replay)
-    ctx.save_for_backward(hidden, index, top_k_weights, seeds, *weights, *a, *b, *slots, *output[1])
+    ctx.save_for_backward(hidden, index, top_k_weights, seeds, *weights, *a, *b, *slots, *gains, *output[1])
 
 
 def _autograd(ctx: Any, dout: Tensor, _dh: list[Tensor]) -> tuple[Any, ...]:
@@ -145,26 +149,30 @@ def _autograd(ctx: Any, dout: Tensor, _dh: list[Tensor]) -> tuple[Any, ...]:
     hidden, index, top_k_weights, seeds, *rest = ctx.saved_tensors
     held, count = ctx.num_weights, ctx.num_updates
     weights = rest[:held]
-    a, b, slots, h = (rest[held + i * count : held + (i + 1) * count] for i in range(4))
-    dhidden, dweights, da, db = torch.ops.expertune.expert_mlp_backward(
-        dout, hidden, index, top_k_weights, weights, *ctx.plain, seeds, a, b, slots, h
+    a, b, slots, gains, h = (rest[held + i * count : held + (i + 1) * count] for i in range(5))
+    dhidden, dweights, da, db, dgains = torch.ops.expertune.expert_mlp_backward(
+        dout, hidden, index, top_k_weights, weights, *ctx.plain, seeds, a, b, slots, gains, h
     )
     # torch takes an empty list for a list of tensors, and wants a list back for it.
     plain: list[Tensor] | None = None if count else []
     frozen, replayed = [None] * held, [None] * ctx.num_replayed
     no_slots = [None] * count
-    return dhidden, None, dweights, frozen, None, plain, plain, plain, None, da, db, no_slots, replayed, None
+    none = plain, plain, plain, None
+    return dhidden, None, dweights, frozen, None, *none, da, db, no_slots, dgains, replayed, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _acquired(weights: list[Tensor], layer: ExpertLayer, backward: bool) -> AbstractContextManager[list[Tensor]]:
+def acquired(
+    weights: list[Tensor], layer: ExpertLayer, backward: bool, reused: bool = False
+) -> AbstractContextManager[list[Tensor]]:
+    """A layer's weights on the device that computes while the block runs; see `LayerHandle.acquire`."""
     if layer.handle is None:
         return nullcontext(weights)
     # A forward that backward runs again (checkpointing without replay) is on backward's way through the layers.
     recomputed = not backward and torch._C._current_graph_task_id() != -1
-    return layer.handle.acquire(weights, backward or recomputed, reused=recomputed)
+    return layer.handle.acquire(weights, backward or recomputed, reused=reused or recomputed)
 
 
 def _frozen(weights: list[Tensor], layer: ExpertLayer) -> FrozenLayer:
@@ -181,11 +189,13 @@ def _chunks(
     held_bytes = layer.settings.working_set_on(device.type)
     dropped = any(update.dropout for update in updates)
     # On a GPU one half is for routed tokens and one for dequantized weights; whichever the route, chunks are the same.
-    step = chunk_tokens(frozen, top_k, dropped, held_bytes // (1 if device.type == "cpu" else 2))
+    gained = any(update.gain is not None for update in updates)
+    step = chunk_tokens(frozen, top_k, dropped, held_bytes // (1 if device.type == "cpu" else 2), gained)
     tokens_per_expert = min(hidden.shape[0], step) * top_k / frozen.num_experts
-    grouped = frozen.num_parts <= 2 and len({update.part for update in updates}) == len(updates)
+    # Triton's kernels have no gains. With dropout a gain takes one more GEMM, which the native library has not either.
+    grouped = frozen.num_parts <= 2 and len({update.part for update in updates}) == len(updates) and not gained
     route: Route = dequant_gemm
-    if frozen.activation.after is None:
+    if frozen.activation.after is None and not (gained and dropped):
         fusable = frozen.gate_up.scheme == "nf4"
         name = layer.settings.choose(device, tokens_per_expert, hidden.dtype, grouped, fusable)
         route = _route(name, layer.settings, device, hidden.dtype)

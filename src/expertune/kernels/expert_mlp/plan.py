@@ -1,6 +1,6 @@
 """What the routes of the expert layer are handed, and how many tokens they take at once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -85,12 +85,16 @@ class Chunk(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Where a chunk's backward writes: [T, D] and [T, K], and of each update float32 [E, r, *] and [E, *, r]."""
+    """Where a chunk's backward writes: [T, D] and [T, K], and of each update float32 [E, r, *], [E, *, r] and [E, *].
+
+    The last is the gain's, and empty where an update has none; none at all where no update has one.
+    """
 
     hidden_TD: Tensor
     top_k_weights_TK: Tensor
     a: list[Tensor]
     b: list[Tensor]
+    gains: Sequence[Tensor] = ()
 
 
 class RoutedTokens(NamedTuple):
@@ -180,9 +184,15 @@ def bytes_per_routed_token(
     return 2 * inner * intermediate_size + 4 * hidden_size
 
 
-def chunk_tokens(layer: FrozenLayer, top_k: int, dropout: bool, working_set_bytes: int) -> int:
+def bytes_per_gained_token(hidden_size: int, intermediate_size: int, num_parts: int) -> int:
+    """What gains add to that, in float32: gate and up before them, the output before them, and its gradient."""
+    return 4 * (num_parts * intermediate_size + 2 * hidden_size)
+
+
+def chunk_tokens(layer: FrozenLayer, top_k: int, dropout: bool, working_set_bytes: int, gain: bool = False) -> int:
     """Tokens that are worked on at once; at least one."""
     device = layer.down.packed.device.type
     swiglu = layer.activation.swiglu if device == "cpu" else layer.swiglu_in_gemm
-    size = bytes_per_routed_token(layer.hidden_size, layer.intermediate_size, layer.num_parts, swiglu, dropout, device)
+    sizes = layer.hidden_size, layer.intermediate_size, layer.num_parts
+    size = bytes_per_routed_token(*sizes, swiglu, dropout, device) + (bytes_per_gained_token(*sizes) if gain else 0)
     return max(working_set_bytes // (max(top_k, 1) * size), 1)

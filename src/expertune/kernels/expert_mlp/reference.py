@@ -31,22 +31,20 @@ def expert_mlp(
         tokens, choices = (top_k_index_TK == expert).nonzero(as_tuple=True)
         x = hidden_TD[tokens].float()
         matrices = [gate_up.dequantize(expert * num_parts + part, torch.float32) for part in range(num_parts)]
-        inner = [x @ matrix.t() + _low_rank(x, expert, part, updates) for part, matrix in enumerate(matrices)]
+        inner = [_project(x, matrix, expert, part, updates) for part, matrix in enumerate(matrices)]
         gate_up_row = torch.cat(inner, dim=1)
         inter = activation.function(gate_up_row if biases is None else gate_up_row + biases[0][expert].float())
-        y = inter @ down.dequantize(expert, torch.float32).t() + _low_rank(inter, expert, num_parts, updates)
+        y = _project(inter, down.dequantize(expert, torch.float32), expert, num_parts, updates)
         y = y if biases is None else y + biases[1][expert].float()
         y = y if activation.after is None else activation.after(y)
         out = out.index_add(0, tokens, y * top_k_weights_TK[tokens, choices, None].float())
     return out
 
 
-def _low_rank(x: Tensor, expert: int, part: int, updates: Sequence[LoraUpdate]) -> Tensor | float:
-    return sum(
-        (
-            update.scaling * x @ update.a.float().t() @ update.b.float().t()
-            for *_, update in updates_by_expert(updates)(expert)
-            if update.part == part
-        ),
-        start=0.0,
-    )
+def _project(x: Tensor, matrix: Tensor, expert: int, part: int, updates: Sequence[LoraUpdate]) -> Tensor:
+    own = [update for *_, update in updates_by_expert(updates)(expert) if update.part == part]
+    y = x @ matrix.t()
+    for update in own:
+        y = y + update.scaling * x @ update.a.float().t() @ update.b.float().t()
+    gains = [update.gain for update in own if update.gain is not None]
+    return y * gains[0] if gains else y
