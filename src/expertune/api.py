@@ -345,6 +345,7 @@ def _train(
             evaluation=Timed(held_out, record) if held_out else None,
             place_of=lambda index: inputs.train.examples[index].place,
             ranks=context.ranks,
+            loraplus_lr_ratio=config.lora.loraplus_lr_ratio,
         ),
     )
     bar = ProgressBar(lambda: trainer.history, context.bars)

@@ -30,6 +30,9 @@ from expertune.config.secrets import without_secrets
 from expertune.errors import ConfigError, option
 from expertune.evaluation.metrics import METRICS
 
+# Optimizers that make the groups of parameters themselves, by parts of their names.
+_OWN_GROUPS = ("galore", "apollo", "lomo")
+
 _MAX_PATH, _MAX_PATH_PART = 4096, 255  # of Linux, and no more than elsewhere
 
 DataFormat = Literal[
@@ -205,6 +208,8 @@ class LoraSection(Section):
         alpha_pattern: the same for alpha.
         rslora: rank-stabilized scale (Kalajdzievski 2023).
         dtype: dtype of the adapter's own weights.
+        loraplus_lr_ratio: learning rate of factors B over that of A, which is `training.learning_rate` (LoRA+, Hayou et
+            al. 2024); None means that they have the same.
         init_from: folder of an existing PEFT adapter to start from.
         init_from_other_base: take it though it was trained on another base model, and leave layers that it has nothing
             for as they are.
@@ -218,6 +223,7 @@ class LoraSection(Section):
     alpha_pattern: dict[str, PositiveFloat] = {}
     rslora: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
+    loraplus_lr_ratio: float | None = Field(default=None, ge=1)
     init_from: PathText | None = None
     init_from_other_base: bool = False
 
@@ -351,6 +357,16 @@ class RunConfig(Section):
             )
         if self.data.train_on != "completion":
             raise ValueError(f"data.train_on: all has no meaning with objective: {self.objective}; remove the key")
+        return self
+
+    @model_validator(mode="after")
+    def _loraplus_needs_parameter_groups(self) -> "RunConfig":
+        optimizer = str(self.training.get("optim", ""))
+        if self.lora.loraplus_lr_ratio is not None and any(part in optimizer for part in _OWN_GROUPS):
+            raise ValueError(
+                f"lora.loraplus_lr_ratio needs an optimizer with a learning rate for each group of parameters, and "
+                f"training.optim {optimizer} makes its own groups; set it to adamw_torch, or remove the ratio"
+            )
         return self
 
     @model_validator(mode="wrap")

@@ -14,6 +14,9 @@ from expertune.errors import ConfigError, option
 # The class of a run's arguments: module and name.
 _ARGUMENTS: dict[ObjectiveName, tuple[str, str]] = {"sft": ("transformers", "TrainingArguments")}
 
+# An optimizer that TrainingArguments does not know (see `expertune.train.muon`).
+MUON = "muon"
+
 # Read by transformers' own evaluation loop, which the run's evaluation (`expertune.evaluation.held_out`) replaces.
 _OF_THE_OTHER_EVALUATION = (
     "batch_eval_metrics",

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, PydanticUndefinedAnnotation, TypeAdapter, Valid
 from pydantic.errors import PydanticSchemaGenerationError
 
 from expertune.config.secrets import is_secret
+from expertune.config.training_keys import MUON
 from expertune.config.yaml_file import shortened
 from expertune.errors import ConfigError, did_you_mean, nearest
 
@@ -66,7 +67,7 @@ def check_training_values(training: Mapping[str, Any], where: str, arguments: ty
     for key, value in training.items():
         if key.endswith("_strategy") and value is False:
             continue  # YAML 1.1 reads a bare `no` as False, and the trainer knows
-        problem = _problem_of_type(hints[key], value) or _problem_of_range(key, value)
+        problem = _problem_of_type(key, hints[key], value) or _problem_of_range(key, value)
         if problem:
             found = "" if is_secret(key, str(value)) else f", got {shortened(repr(value))}"
             problem, semicolon, hint = problem.partition(";")
@@ -74,8 +75,10 @@ def check_training_values(training: Mapping[str, Any], where: str, arguments: ty
     _require_trackers(training.get("report_to"), where)
 
 
-def _problem_of_type(hint: Any, value: Any) -> str | None:
+def _problem_of_type(key: str, hint: Any, value: Any) -> str | None:
     choices = [each.value for part in (hint, *get_args(hint)) if _is_enum(part) for each in part]
+    if key == "optim":
+        choices.append(MUON)
     if choices and isinstance(value, str):
         if value in choices:
             return None

@@ -250,6 +250,13 @@ def factor_sizes(
         yield from (rank * inventory.routers[name].num_experts, rank * inventory.routers[name].hidden_size)
 
 
+def count_by_adamw(inventory: Inventory, targets: ResolvedTargets) -> int:
+    """Weights of the adapter that Muon leaves to AdamW: those of routers and of the output head."""
+    head = inventory.model.get_output_embeddings()
+    others = {name: rank for name, rank in targets.linears.items() if inventory.model.get_submodule(name) is head}
+    return count_adapter(inventory, ResolvedTargets(linears=others, router=targets.router, experts={}))
+
+
 def expert_factors(inventory: Inventory, targets: ResolvedTargets) -> Iterator[tuple[ExpertsSpec, int]]:
     """Factors of the experts, with their layer's shapes: r * K and r * N numbers for each projection of an expert."""
     for name, projections in targets.experts.items():

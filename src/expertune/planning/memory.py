@@ -91,7 +91,7 @@ def estimate_memory(w: Workload, placement: PlannedPlacement) -> Memory:
         "preflight": always | {"copies": adapter // 2} | _preflight_phase(w),
         "loss": training | _loss_phase(w),
         "layer": training | _layer_phase(w),
-        "update": training | {"gradients": adapter},
+        "update": training | {"gradients": adapter} | ({"updating": w.update_bytes} if w.update_bytes else {}),
         **({"average": training | {"gradients": adapter, "bucket": w.bucket_bytes}} if w.bucket_bytes else {}),
         # Factors in the layout of the file, and the bytes that are written of them.
         "save": training | {"copies": 2 * adapter + (w.gathered_bytes if w.device == "cpu" else 0)},

@@ -9,9 +9,11 @@ import torch
 from expertune.adapt.preflight import PREFLIGHT_TOKENS
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.config import RunConfig
+from expertune.config.training_keys import MUON
 from expertune.distributed.mesh import BUCKET_BYTES
+from expertune.errors import ConfigError
 from expertune.kernels.routes import default_working_set_bytes
-from expertune.planning.inventory import Inventory, count_adapter, factor_sizes
+from expertune.planning.inventory import Inventory, count_adapter, count_by_adamw, factor_sizes
 from expertune.train.arguments import (
     ACCUMULATION,
     BATCH_SIZE,
@@ -19,7 +21,8 @@ from expertune.train.arguments import (
     training_argument,
     uses_checkpointing,
 )
-from expertune.train.optim import default_optimizer, state_bytes
+from expertune.train.muon import NOTHING_FOR_MUON
+from expertune.train.optim import default_optimizer, state_bytes, update_bytes
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,15 @@ class Workload:
         """Where experts are shared out: rows for each token that reach a process's experts, if all have as many."""
         return self.inventory.top_k if self.inventory.distribution.expert_ranks > 1 else 0
 
+    @property
+    def update_bytes(self) -> int:
+        """What the optimizer's update takes for the factor that it is at."""
+        largest = max(factor_sizes(self.inventory, self.targets, self.inventory.experts_here), default=0)
+        return update_bytes(self.optimizer, largest, self.device)
+
     def _states(self, count: int) -> int:
-        return state_bytes(self.optimizer, count, self.adapter_dtype.itemsize, self.device)
+        by_adamw = count_by_adamw(self.inventory, self.targets) if self.optimizer == MUON else 0
+        return state_bytes(self.optimizer, count, self.adapter_dtype.itemsize, self.device, by_adamw)
 
     def of_batch(self, tokens: int, **changes: Any) -> "Workload":
         """The same for a batch of so many tokens."""
@@ -123,6 +133,9 @@ def read_workload(
 ) -> Workload:
     """What a run file asks for, with TrainingArguments' defaults for what it leaves out."""
     length, training = config.data.max_length, config.training
+    optimizer = str(training.get("optim", default_optimizer(device)))
+    if optimizer == MUON and count_by_adamw(inventory, targets) == count_adapter(inventory, targets):
+        raise ConfigError(NOTHING_FOR_MUON)
     evaluated = int(training_argument(training, EVALUATION_BATCH_SIZE)) if config.data.eval else 0
     return Workload(
         inventory=inventory,
@@ -143,7 +156,7 @@ def read_workload(
         or any(training.get(key) for key in ("label_smoothing_factor", "torch_compile")),
         accumulates=int(training_argument(training, ACCUMULATION)) > 1,
         offload=config.offload_activations and device != "cpu",
-        optimizer=str(training.get("optim", default_optimizer(device))),
+        optimizer=optimizer,
     )
 
 

@@ -28,6 +28,7 @@ _COMPONENTS = {
     "logits": "logits and loss",
     "copies": "copies of the adapter",
     "bucket": "gradients being averaged",
+    "updating": "one factor's update",
     "evaluation": "evaluation",
     "cache": "keys and values cached",
     "generation": "answering",

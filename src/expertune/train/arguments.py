@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from expertune.config.training_keys import unused_keys
+from expertune.config.training_keys import MUON, unused_keys
 from expertune.errors import ConfigError
+from expertune.train.muon import MuonSettings
 from expertune.train.optim import default_optimizer, usable_optimizer
 
 BATCH_SIZE = "per_device_train_batch_size"
@@ -60,6 +61,9 @@ def training_arguments(training: Mapping[str, Any], output_dir: str, device: tor
     values["optim"] = usable_optimizer(optimizer, device.type)
     if values["optim"] != optimizer:
         notes.append(f"training.optim: {optimizer} needs a CUDA device; using {values['optim']} on this CPU")
+    if is_muon := values["optim"] == MUON:
+        MuonSettings.parse(values.get("optim_args"))  # refuses what is wrong in it
+        values["optim"] = "adamw_torch"
     values.setdefault("report_to", "none")
     values.setdefault("disable_tqdm", False)
     values.setdefault("run_name", f"{Path(output_dir).name}-{time.strftime('%Y-%m-%d-%H-%M')}")
@@ -69,6 +73,8 @@ def training_arguments(training: Mapping[str, Any], output_dir: str, device: tor
         args = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"training: transformers refuses a value: {error}") from None
+    if is_muon:
+        args.optim = MUON  # a name that transformers' list of optimizers lacks
     use_one_gpu(args)
     return args, notes
 

@@ -54,7 +54,7 @@ class Exchange:
                 "training.fp16 scales the loss of each process by itself, and processes that share the experts out "
                 "(distributed.experts: parallel) need one scale; set training.bf16"
             )
-        require_states_by_expert(self._model, str(args.optim.value))
+        require_states_by_expert(self._model, str(getattr(args.optim, "value", args.optim)))
 
     def copy_weights(self) -> None:
         """Have all ranks begin with the same trained weights."""

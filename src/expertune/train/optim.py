@@ -1,19 +1,30 @@
 """What an optimizer's name under `training.optim` stands for.
 
-transformers builds the optimizer from its name, with two parameter groups: with weight decay and without. Here stands
-what the trainer and the plan both need to know of it: the default, the replacement without CUDA, the state's bytes, and
-how the state is allocated before the first update.
+transformers builds the optimizer from its name, with two parameter groups: with weight decay and without. Muon is ours,
+and LoRA+ takes PEFT's groups. Here stands what the trainer and the plan both need to know: the default, the replacement
+without CUDA, the bytes of states and of an update, and how the state is allocated before the first update.
 """
 
 import inspect
 from typing import Any
 
 import torch
+from peft.optimizers import create_loraplus_optimizer
+from transformers import Trainer
+
+from expertune.train.muon import MuonSettings, StackedMuon, muon_parameters
 
 _DEFAULT = {"cpu": "adamw_torch", "cuda": "paged_adamw_8bit"}
 
 # Numbers of state per parameter, where a name contains this; all others keep Adam's two moments.
-_STATE_NUMBERS = {"lion": 1, "rmsprop": 1, "adagrad": 1, "adafactor": 0}  # adafactor: a row and a column of each matrix
+_STATE_NUMBERS = {"muon": 1, "lion": 1, "rmsprop": 1, "adagrad": 1, "adafactor": 0}  # adafactor: a row and a column
+
+# 8-bit optimizers that bitsandbytes computes on a CPU as well.
+_8BIT_ON_CPU = ("adamw_8bit", "adamw_bnb_8bit", "lion_8bit", "rmsprop_bnb_8bit")
+
+# Bytes that an update takes for each number of the factor that it is at, at the most: Muon's in float32 and bfloat16;
+# of 8-bit states on a CPU both moments in float32, as they were and as they become, with what they are quantized by.
+_UPDATE_BYTES = {"muon": 16, "8bit": 40}
 
 # A byte per number of an 8-bit optimizer, and one float32 scale for each block of 256.
 _BYTES_8BIT = 1 + 4 / 256
@@ -25,12 +36,12 @@ def default_optimizer(device_type: str) -> str:
 
 
 def usable_optimizer(name: str, device_type: str) -> str:
-    """The optimizer that a run takes: 8-bit and paged ones need CUDA."""
-    needs_cuda = "8bit" in name or "paged" in name
+    """The optimizer that a run takes: paged ones need CUDA, and so do most 8-bit ones."""
+    needs_cuda = "paged" in name or ("8bit" in name and name not in _8BIT_ON_CPU)
     return default_optimizer(device_type) if needs_cuda and device_type != "cuda" else name
 
 
-def state_bytes(name: str, num_parameters: int, itemsize: int, device_type: str) -> int:
+def state_bytes(name: str, num_parameters: int, itemsize: int, device_type: str, num_by_adamw: int = 0) -> int:
     """Bytes of an optimizer's state.
 
     Args:
@@ -38,24 +49,88 @@ def state_bytes(name: str, num_parameters: int, itemsize: int, device_type: str)
         num_parameters: numbers that are trained.
         itemsize: bytes of each of them.
         device_type: `cpu` or `cuda`.
+        num_by_adamw: numbers among them that Muon leaves to AdamW.
     """
     name = usable_optimizer(name.lower(), device_type)
     numbers = 0 if name == "sgd" else next((n for part, n in _STATE_NUMBERS.items() if part in name), 2)
+    if name == "muon":
+        return (num_parameters + num_by_adamw) * itemsize
     return int(num_parameters * numbers * (_BYTES_8BIT if "8bit" in name else itemsize))
+
+
+def update_bytes(name: str, num_parameters: int, device_type: str) -> int:
+    """Bytes that an update takes beside parameter, gradient and state of the factor that it is at.
+
+    Args:
+        name: as under `training.optim`.
+        num_parameters: numbers of the largest factor.
+        device_type: `cpu` or `cuda`.
+    """
+    name = usable_optimizer(name.lower(), device_type)
+    kind = "8bit" if "8bit" in name and device_type == "cpu" else name
+    return num_parameters * _UPDATE_BYTES.get(kind, 0)
+
+
+def make_optimizer(model: Any, args: Any, loraplus_lr_ratio: float | None) -> Any:
+    """The optimizer of a run where it is not the one that transformers builds; None where it is.
+
+    Args:
+        model: what is trained.
+        args: TrainingArguments.
+        loraplus_lr_ratio: learning rate of B over that of A (LoRA+); None means that they have the same.
+
+    Raises:
+        ConfigError: Muon has nothing to update.
+    """
+    if args.optim == "muon":
+        return _muon(model, args, loraplus_lr_ratio or 1.0)
+    if loraplus_lr_ratio is None:
+        return None
+    optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    ratio, weight_decay = loraplus_lr_ratio, args.weight_decay
+    return create_loraplus_optimizer(
+        model, optimizer, loraplus_lr_ratio=ratio, loraplus_weight_decay=weight_decay, **settings
+    )
+
+
+def _muon(model: Any, args: Any, ratio: float) -> StackedMuon:
+    by_muon = {id(parameter) for parameter in muon_parameters(model)}
+    groups: dict[tuple[bool, bool, bool], list[Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = id(parameter) not in by_muon, "lora_B" in name, parameter.ndim == 1
+            groups.setdefault(kind, []).append(parameter)
+    return StackedMuon(
+        [
+            {
+                "params": parameters,
+                "muon": not by_adamw,
+                "lr": args.learning_rate * (ratio if is_b else 1.0),
+                "weight_decay": 0.0 if is_vector else args.weight_decay,
+            }
+            for (by_adamw, is_b, is_vector), parameters in sorted(groups.items(), key=lambda each: each[0])
+        ],
+        args.learning_rate,
+        MuonSettings.parse(args.optim_args),
+        (args.adam_beta1, args.adam_beta2),
+        args.adam_epsilon,
+    )
 
 
 def allocate_states(optimizer: Any) -> None:
     """Allocate the states that an optimizer's first update would allocate, with the values that it would give them.
 
     torch's optimizers do this in `_init_group` (read in torch 2.11 to 2.13), which looks at gradients' shapes alone;
-    bitsandbytes' in `init_state` (read in 0.50). Other optimizers allocate in their first update: transformers'
-    Adafactor, torch's SGD with momentum, and those of further packages.
+    bitsandbytes' in `init_state` (read in 0.50); Muon has a method for it. Other optimizers allocate in their first
+    update: transformers' Adafactor, torch's SGD with momentum, and those of further packages.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     groups = optimizer.param_groups
     new = [parameter for group in groups for parameter in group["params"] if not optimizer.state.get(parameter)]
     try:
-        if hasattr(optimizer, "init_state"):
+        if isinstance(optimizer, StackedMuon):
+            optimizer.allocate()
+        elif hasattr(optimizer, "init_state"):
             if not optimizer.initialized:
                 optimizer.check_overrides()
                 optimizer.to_gpu()

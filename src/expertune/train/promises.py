@@ -63,6 +63,7 @@ from expertune.train.finite import (
 )
 from expertune.train.offload import activations_on_host
 from expertune.train.oom import OutOfMemory
+from expertune.train.optim import make_optimizer
 from expertune.train.own_states import load_own_states, states_of_all
 
 
@@ -87,6 +88,7 @@ class Promised:
         evaluation: the run's own evaluation; None means the trainer's.
         place_of: where an example came from, by its id in `example_ids` of a batch; for messages.
         ranks: the processes of the run.
+        loraplus_lr_ratio: learning rate of factors B over that of A (LoRA+); None means that they have the same.
     """
 
     history: History = field(default_factory=History)
@@ -94,6 +96,7 @@ class Promised:
     evaluation: Evaluation | None = None
     place_of: Callable[[int], str] = str
     ranks: Ranks = field(default_factory=Ranks)
+    loraplus_lr_ratio: float | None = None
 
 
 class Promises(Trainer):
@@ -108,6 +111,7 @@ class Promises(Trainer):
     def __init__(self, *args: Any, promised: Promised | None = None, **kwargs: Any) -> None:
         promised = promised or Promised()
         self.evaluation, self.place_of, self.ranks = promised.evaluation, promised.place_of, promised.ranks
+        self._loraplus_lr_ratio = promised.loraplus_lr_ratio
         self.best_loaded: str | None = None
         self._staging: Path | None = None
         self._step_examples: list[int] = []
@@ -202,7 +206,9 @@ class Promises(Trainer):
             self.accelerator.prepare_model = partial(prepare, evaluation_mode=True)  # which leaves autocast as it is
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own; what it loads is the part of a checkpoint that belongs to this rank's experts."""
+        """The run's; what it loads is the part of a checkpoint that belongs to this rank's experts."""
+        if getattr(self, "optimizer", None) is None:
+            self.optimizer: Any = make_optimizer(self.model, self.args, self._loraplus_lr_ratio)
         optimizer = super().create_optimizer(*args, **kwargs)
         load_own_states(self.model, optimizer)
         return optimizer
