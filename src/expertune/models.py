@@ -16,7 +16,7 @@ from expertune.checkpoint.hf_quantizer import as_loaded
 from expertune.checkpoint.hub import fetch_model
 from expertune.checkpoint.load import LoadedModel
 from expertune.checkpoint.quantize import quantize as write_nf4_folder
-from expertune.config import QuantizationConfig, parse_lora
+from expertune.config import parse_lora, parse_quantization
 from expertune.config.arguments import checked
 from expertune.errors import ConfigError
 from expertune.placement.device import device_named, dtype_name, resolve_compute_dtype
@@ -41,6 +41,7 @@ class QuantizeOptions(TypedDict, total=False):
     """How an NF4 folder is written; `quantize` says what they mean."""
 
     double_quantization: bool | None
+    fit: str | None
     dtype: str | torch.dtype
     revision: str | None
     trust_remote_code: bool
@@ -54,6 +55,7 @@ def load_model(
     device: torch.device | str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    fit: str = "absmax",
 ) -> PreTrainedModel:
     """Load a model with its experts and decoder linears in 4 bits.
 
@@ -64,6 +66,7 @@ def load_model(
         device: where the model lies; None means the current GPU, or the CPU.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run Python that ships with the model.
+        fit: how scales are chosen of a model in 16 bits, as `quantization.fit` of a run file.
 
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError: the model is missing, damaged, or of no kind that is read.
@@ -71,7 +74,8 @@ def load_model(
     device = device_named(device)
     compute_dtype = resolve_compute_dtype(dtype, device)
     source = fetch_model(str(model), revision, trust_remote_code)
-    loaded = load.load_model(source.folder, QuantizationConfig(), compute_dtype, device, trust_remote_code)
+    asked = parse_quantization({} if fit == "absmax" else {"fit": fit})
+    loaded = load.load_model(source.folder, asked, compute_dtype, device, trust_remote_code)
     loaded.source = loaded.source or (str(model), source.revision)
     loaded.model.nf4_loaded = loaded
     return loaded.model
@@ -126,9 +130,10 @@ def quantize(model: str | Path, out: str | Path, **options: Unpack[QuantizeOptio
         model: a directory or hub id; shards of a hub model are fetched one by one and deleted after use.
         out: the folder to write, new or empty.
         **options: `double_quantization`: hold the scales in 8 bits, where None is that or what a 4-bit checkpoint has;
-            `dtype`: of what stays unquantized, as for `load_model`, where `auto` keeps each tensor's own; `revision`:
-            branch, tag or commit of a hub id; `trust_remote_code`: run Python that ships with the model; `progress`:
-            called before and after each file with its name, the bytes written so far, and the bytes in all.
+            `fit`: how scales are chosen, as `quantization.fit` of a run file; `dtype`: of what stays unquantized, as
+            for `load_model`, where `auto` keeps each tensor's own; `revision`: branch, tag or commit of a hub id;
+            `trust_remote_code`: run Python that ships with the model; `progress`: called before and after each file
+            with its name, the bytes written so far, and the bytes in all.
 
     Raises:
         CheckpointError: the source is damaged or incomplete; `out` holds something else, or cannot be written.
@@ -136,7 +141,8 @@ def quantize(model: str | Path, out: str | Path, **options: Unpack[QuantizeOptio
     """
     double, dtype = options.get("double_quantization"), dtype_name(options.get("dtype", "auto"))
     # What is quantized already decides by itself, unless the caller has.
-    asked = None if double is None else QuantizationConfig(double_quantization=double)
+    given = {"double_quantization": double, "fit": options.get("fit")}
+    asked = parse_quantization({key: value for key, value in given.items() if value is not None})
     revision, trust = options.get("revision"), options.get("trust_remote_code", False)
     progress = options.get("progress")
     return write_nf4_folder(str(model), out, asked, dtype, progress, revision=revision, trust_remote_code=trust)

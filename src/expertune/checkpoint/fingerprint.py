@@ -7,7 +7,8 @@ and of what is quantized the 4-bit codes of a few output features, which do not 
 
 A part of the fingerprint that cannot be read from a checkpoint's headers and a few output features (experts that are
 stored transposed, fused attention, weights that other tools packed) is absent. Two fingerprints are compared by what
-both have.
+both have. Scales that are not chosen by the largest magnitude give other codes, which a whole matrix decides: then the
+fingerprint says how they are chosen, and the codes are left out.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertune.checkpoint.formats.nf4_folder import is_nf4_folder
+from expertune.checkpoint.formats.nf4_folder import ABSMAX, is_nf4_folder
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.reader import TensorEntry
 from expertune.checkpoint.recipe import linears_to_quantize
@@ -34,6 +35,7 @@ _VERSION = 1
 
 # Experts of a layer that are looked at, and output features of a matrix that are hashed, spread over all of it.
 _NUM_EXPERTS = 8
+_OF_CODES = ("linears", "experts")
 _NUM_FEATURES = {"embeddings": 32, "output_head": 32, "routers": 8, "linears": 4, "experts": 2}
 
 # Values of a config that do not change what the model computes, or that are written otherwise by other versions.
@@ -56,14 +58,17 @@ class Fingerprint:
     Attributes:
         config: values of config.json that decide what the model computes; lists and mappings as a hash.
         weights: hash by kind of weights: `embeddings`, `output_head`, `norms`, `routers`, `linears`, `experts`.
+        fit: how the scales of 4-bit weights were chosen (`quantization.fit`).
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
+    fit: str = ABSMAX
 
     def to_json(self) -> dict[str, Any]:
         """The fingerprint as `from_json` reads it."""
-        return {"version": _VERSION, "config": dict(self.config), "weights": dict(self.weights)}
+        found = {"version": _VERSION, "config": dict(self.config), "weights": dict(self.weights)}
+        return found if self.fit == ABSMAX else found | {"fit": self.fit}
 
     @classmethod
     def from_json(cls, values: Any) -> "Fingerprint | None":
@@ -71,7 +76,9 @@ class Fingerprint:
         if not isinstance(values, dict) or values.get("version") != _VERSION:
             return None
         config, weights = values.get("config"), values.get("weights")
-        return cls(config, weights) if isinstance(config, dict) and isinstance(weights, dict) else None
+        if not isinstance(config, dict) or not isinstance(weights, dict):
+            return None
+        return cls(config, weights, str(values.get("fit", ABSMAX)))
 
     def differences(self, other: "Fingerprint") -> list[str]:
         """How another base differs from this one, in words; empty where nothing that both know of differs."""
@@ -80,13 +87,17 @@ class Fingerprint:
             for key, value in self.config.items()
             if key in other.config and other.config[key] != value
         ]
+        if self.fit != other.fit:
+            found.append(f"quantization.fit was {self.fit} and is {other.fit}")
         changed = [kind for kind, digest in self.weights.items() if other.weights.get(kind, digest) != digest]
         if changed:
             found.append(f"other weights ({', '.join(kind.replace('_', ' ') for kind in changed)})")
         return found
 
 
-def read_fingerprint(folder: Path, tensors: Mapping[str, TensorEntry], model: nn.Module, names: NameMap) -> Fingerprint:
+def read_fingerprint(
+    folder: Path, tensors: Mapping[str, TensorEntry], model: nn.Module, names: NameMap, fit: str = ABSMAX
+) -> Fingerprint:
     """The fingerprint of a checkpoint.
 
     Args:
@@ -94,6 +105,7 @@ def read_fingerprint(folder: Path, tensors: Mapping[str, TensorEntry], model: nn
         tensors: its tensors by name on disk; some may be missing.
         model: its model, with experts swapped or not, adapters not yet attached; the meta device is enough.
         names: the model's name map.
+        fit: how its scales were chosen, or are when it is quantized.
 
     Raises:
         CheckpointError: a file ends inside a tensor.
@@ -102,10 +114,10 @@ def read_fingerprint(folder: Path, tensors: Mapping[str, TensorEntry], model: nn
     entries = _by_live_name(tensors, names, stored)
     weights: dict[str, str] = {}
     for kind, samples in _samples(model, names, entries, stored).items():
-        digest = _hash(samples)
+        digest = _hash(samples) if fit == ABSMAX or kind not in _OF_CODES else None
         if digest is not None:
             weights[kind] = digest
-    return Fingerprint(_config_values(folder), weights)
+    return Fingerprint(_config_values(folder), weights, fit)
 
 
 def _config_values(folder: Path) -> dict[str, Any]:

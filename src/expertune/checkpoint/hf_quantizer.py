@@ -217,5 +217,6 @@ def as_loaded(model: "PreTrainedModel") -> "LoadedModel":
     if quantizer.folder is not None and (quantizer.folder / FOLDER_MARK).is_file():
         stored = read_nf4_folder(quantizer.folder)
         loaded.source = stored.source
-        loaded.fingerprint = read_fingerprint(stored.folder, stored.index.tensors, model, quantizer.names)
+        tensors = stored.index.tensors
+        loaded.fingerprint = read_fingerprint(stored.folder, tensors, model, quantizer.names, stored.fit)
     return loaded

@@ -5,11 +5,13 @@ from typing import TypeGuard
 
 import bitsandbytes as bnb
 import torch
+from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
 from expertune.experts.contract import ExpertsSpec
-from expertune.kernels.nf4 import BLOCK_SIZE
+from expertune.kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Fit, quantize_matrix
+from expertune.kernels.nf4.reference import dynamic_codebook, nf4_codebook
 from expertune.layers.nf4_linear import Nf4Linear
 
 NF4_STATE = "quant_state.bitsandbytes__nf4"
@@ -43,10 +45,19 @@ def decoder_layers(model: nn.Module, specs: Mapping[str, ExpertsSpec]) -> Iterat
 
 
 def quantized_linear(
-    linear: nn.Linear, matrix: Tensor, double_quantization: bool, dtype: torch.dtype, device: torch.device
+    linear: nn.Linear,
+    matrix: Tensor,
+    double_quantization: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    fit: Fit | None = None,
 ) -> Nf4Linear:
     """A `Linear4bit` of bitsandbytes with the NF4 bytes of `matrix`, in the place of `linear`, whose bias it keeps."""
     quantized = empty_linear(linear, dtype)
+    if fit is not None:
+        quantized.weight = _fitted(matrix.to(device), double_quantization, fit, quantized)
+        quantized.weight.quant_state.dtype = dtype
+        return quantized
     quantized.weight = bnb.nn.Params4bit(
         matrix,
         requires_grad=False,
@@ -58,6 +69,34 @@ def quantized_linear(
     # bitsandbytes dequantizes to the source's dtype in training and to the input's in evaluation; here both are one.
     quantized.weight.quant_state.dtype = dtype
     return quantized
+
+
+def _fitted(matrix: Tensor, double_quantization: bool, fit: Fit, linear: Nf4Linear) -> bnb.nn.Params4bit:
+    """A matrix as bitsandbytes holds it, with scales that were chosen by error."""
+    packed, absmax, nested_absmax, offset = quantize_matrix(matrix, double_quantization, fit)
+    nested = QuantState(
+        nested_absmax, code=dynamic_codebook(matrix.device), blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32
+    )
+    state = QuantState(
+        absmax,
+        shape=matrix.shape,
+        code=nf4_codebook(matrix.device),
+        blocksize=BLOCK_SIZE,
+        quant_type="nf4",
+        dtype=matrix.dtype,
+        offset=offset[0] if double_quantization else None,
+        state2=nested if double_quantization else None,
+    )
+    return bnb.nn.Params4bit(
+        packed.view(-1, 1),
+        requires_grad=False,
+        quant_state=state,
+        blocksize=BLOCK_SIZE,
+        compress_statistics=double_quantization,
+        quant_type="nf4",
+        module=linear,
+        bnb_quantized=True,
+    )
 
 
 def linear_of_bytes(

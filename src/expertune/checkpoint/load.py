@@ -26,7 +26,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from expertune.checkpoint.fingerprint import Fingerprint, read_fingerprint
-from expertune.checkpoint.formats.nf4_folder import Nf4Folder, is_nf4_folder, read_nf4_folder
+from expertune.checkpoint.formats.nf4_folder import ABSMAX, Nf4Folder, is_nf4_folder, read_nf4_folder
 from expertune.checkpoint.hub import refusal
 from expertune.checkpoint.json_file import read_config
 from expertune.checkpoint.loader import Loader, first_names
@@ -193,7 +193,7 @@ def load_model(
     unexpected = loader.stream(index)
     model.tie_weights()
     loader.check_complete(index.folder)
-    fingerprint = read_fingerprint(index.folder, index.tensors, model, names)
+    fingerprint = read_fingerprint(index.folder, index.tensors, model, names, recipe.fit)
     return LoadedModel(_finish(model, names, device), names, unexpected, fingerprint)
 
 
@@ -203,6 +203,7 @@ def fingerprint_of(
     notify: Callable[[str], None] | None = None,
     model: PreTrainedModel | None = None,
     ranks: Ranks | None = None,
+    fit: str = ABSMAX,
 ) -> Fingerprint:
     """What identifies the weights of a model folder, before it is loaded: from headers and a few output features.
 
@@ -214,6 +215,7 @@ def fingerprint_of(
         notify: called with one line where that takes a while.
         model: its model on the meta device, where it has been built already.
         ranks: the processes that all call this, and verify a part each.
+        fit: how scales are chosen of a folder that is no NF4 folder (`quantization.fit`).
 
     Raises:
         CheckpointError: weights are missing or damaged.
@@ -222,10 +224,17 @@ def fingerprint_of(
     folder = Path(folder)
     if is_nf4_folder(folder):
         require_verified(folder, notify, ranks)
-    index = read_nf4_folder(folder).index if is_nf4_folder(folder) else open_checkpoint(folder)
+    index, fit = _tensors_and_fit(folder, fit)
     if model is None:
         model = build_meta_model(folder, torch.bfloat16, trust_remote_code, shapes_only=True)
-    return read_fingerprint(folder, index.tensors, model, read_names(model))
+    return read_fingerprint(folder, index.tensors, model, read_names(model), fit)
+
+
+def _tensors_and_fit(folder: Path, fit: str) -> tuple[CheckpointIndex, str]:
+    if not is_nf4_folder(folder):
+        return open_checkpoint(folder), fit
+    stored = read_nf4_folder(folder)
+    return stored.index, stored.fit
 
 
 def _load_nf4_folder(
@@ -247,7 +256,7 @@ def _load_nf4_folder(
     missing = missing_tensors(model, stored)
     if missing:
         raise CheckpointError(f"{stored.folder}: missing tensors: {first_names(missing)}; quantize the model again")
-    fingerprint = read_fingerprint(stored.folder, stored.index.tensors, model, names)
+    fingerprint = read_fingerprint(stored.folder, stored.index.tensors, model, names, stored.fit)
     return LoadedModel(_finish(model, names, device), names, unexpected, fingerprint, stored.source)
 
 

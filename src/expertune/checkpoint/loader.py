@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from expertune.checkpoint.convert import Sources, convert
 from expertune.checkpoint.formats.interface import Piece
+from expertune.checkpoint.formats.nf4_folder import ABSMAX
 from expertune.checkpoint.linears import quantized_linear
 from expertune.checkpoint.names import Destination, NameMap
 from expertune.checkpoint.reader import CheckpointIndex, TensorEntry
@@ -17,6 +18,7 @@ from expertune.checkpoint.restore import kept_dtype
 from expertune.errors import CheckpointError, UnsupportedModelError
 from expertune.experts import layout
 from expertune.experts.module import Nf4Experts
+from expertune.kernels.nf4 import Fit
 
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -48,6 +50,7 @@ class Loader:
         self.model, self.names, self.recipe = model, names, recipe
         self.dtype, self.device, self.preserves_dtypes = dtype, device, preserves_dtypes
         self.requantizes = recipe.requantizes
+        self._fit = None if recipe.fit == ABSMAX else Fit()
         # What a family keeps in float32 whatever the dtype, such as a router's correction bias: name part -> dtype.
         self.kept: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
         self.filled: dict[tuple[str, str | None, int | None], str] = {}
@@ -186,7 +189,8 @@ class Loader:
         try:
             matrix = matrix.to(self.device)
             # Sixteen-bit and float32 sources are quantized as they are; others, by way of float32.
-            experts.write(expert, projection, matrix if matrix.dtype in FLOATS.values() else matrix.float())
+            matrix = matrix if matrix.dtype in FLOATS.values() else matrix.float()
+            experts.write(expert, projection, matrix, self._fit)
         except ValueError as error:
             raise CheckpointError(f"{entry.shard}: tensor {entry.key}: {error}") from None
 
@@ -227,8 +231,8 @@ class Loader:
         if not _is_finite(tensor):
             raise CheckpointError(f"{entry.shard}: tensor {entry.key} holds NaN or infinite weights")
         if leaf == "weight" and (linear := self.recipe.linears.get(module_name)):
-            double_quantization = self.recipe.double_quantization
-            quantized = quantized_linear(linear, tensor, double_quantization, self.dtype, self.device)
+            to = self.dtype, self.device
+            quantized = quantized_linear(linear, tensor, self.recipe.double_quantization, *to, self._fit)
             self.model.set_submodule(module_name, quantized)
         else:
             placed = tensor.to(self.device, self.stored_dtype(name, current, entry.dtype))

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from expertune.checkpoint.formats import bnb4bit, mxfp4, nf4_folder
 from expertune.checkpoint.formats.interface import Format, Piece
+from expertune.checkpoint.formats.nf4_folder import ABSMAX
 from expertune.checkpoint.linears import decoder_layers, is_linear
 from expertune.checkpoint.names import NameMap
 from expertune.config import QuantizationConfig
@@ -35,6 +36,7 @@ class Recipe:
         linears: the 4-bit linears by live name.
         pieces: the weights of the source, and what packed each.
         requantizes: whether packed experts that cannot stay as they are may be quantized again.
+        fit: how scales were chosen, or are.
     """
 
     scheme: Scheme = "nf4"
@@ -42,10 +44,12 @@ class Recipe:
     linears: Mapping[str, nn.Linear] = field(default_factory=dict)
     pieces: Sequence[Piece] = ()
     requantizes: bool = False
+    fit: str = ABSMAX
 
     def to_json(self) -> dict[str, Any]:
         """What an NF4 folder says of it."""
-        return {"scheme": self.scheme, "double_quantization": self.double_quantization, "block_size": BLOCK_SIZE}
+        said = {"scheme": self.scheme, "double_quantization": self.double_quantization, "block_size": BLOCK_SIZE}
+        return said if self.fit == ABSMAX else said | {"fit": self.fit}
 
     @property
     def bytes_per_weight(self) -> float:
@@ -73,6 +77,11 @@ def read_recipe(
     """
     keys = list(keys)
     packed_by = _find_format(model, keys, where)
+    if packed_by is not None and asked.fit != ABSMAX:
+        raise ConfigError(
+            f"quantization.fit is {asked.fit}, but {where} is in 4 bits already, and no other scales can be chosen for "
+            "it; remove the key, or give the 16-bit checkpoint"
+        )
     pieces = find_pieces(keys, packed_by)
     kept = packed_by.kept(pieces, model, names) if packed_by else None
     linears: Mapping[str, nn.Linear] = linears_to_quantize(model, names.specs)
@@ -85,7 +94,7 @@ def read_recipe(
     if kept is not None and kept.double_quantization is not None:
         double_quantization = kept.double_quantization
         _require_agreement(asked, scheme, double_quantization, where)
-    return Recipe(scheme, double_quantization, linears, pieces, asked.scheme != "auto")
+    return Recipe(scheme, double_quantization, linears, pieces, asked.scheme != "auto", asked.fit)
 
 
 def recipe_of_folder(folder: nf4_folder.Nf4Folder, model: nn.Module, asked: QuantizationConfig) -> Recipe:
@@ -95,11 +104,16 @@ def recipe_of_folder(folder: nf4_folder.Nf4Folder, model: nn.Module, asked: Quan
         ConfigError: the run file asks for another one.
     """
     _require_agreement(asked, folder.scheme, folder.double_quantization, folder.folder)
+    if "fit" in asked.model_fields_set and asked.fit != folder.fit:
+        raise ConfigError(
+            f"quantization.fit is {asked.fit}, but {folder.folder} was quantized with {folder.fit}; remove the key, or "
+            "quantize the source again"
+        )
     packed = set(folder.linears)
     linears = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name in packed
     }
-    return Recipe(folder.scheme, folder.double_quantization, linears)
+    return Recipe(folder.scheme, folder.double_quantization, linears, fit=folder.fit)
 
 
 def linears_to_quantize(model: nn.Module, specs: Mapping[str, ExpertsSpec] | None = None) -> dict[str, nn.Linear]:

@@ -21,6 +21,10 @@ def quantize(
             "--double-quantization/--no-double-quantization", help="Hold the scales in 8 bits (on by default)."
         ),
     ] = None,
+    fit: Annotated[
+        Literal["absmax", "mse"] | None,
+        typer.Option(help="How scales are chosen: by the largest magnitude (the default), or by the least error."),
+    ] = None,
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         typer.Option(help="Of what stays unquantized; auto keeps each tensor's own."),
@@ -46,6 +50,7 @@ def quantize(
                 model,
                 out,
                 double_quantization=double_quantization,
+                fit=fit,
                 dtype=dtype,
                 revision=revision,
                 trust_remote_code=trust_remote_code,

@@ -5,6 +5,7 @@ from expertune.config.reading import (
     check_training_arguments,
     parse_config,
     parse_lora,
+    parse_quantization,
     recorded_config,
     with_current_names,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "check_training_arguments",
     "parse_config",
     "parse_lora",
+    "parse_quantization",
     "parse_size",
     "recorded_config",
     "with_current_names",

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from expertune.config.messages import describe, nearest_key
-from expertune.config.schema import TRUST_KEY, LoraSection, ObjectiveName, Origin, RunConfig
+from expertune.config.schema import TRUST_KEY, LoraSection, ObjectiveName, Origin, QuantizationConfig, RunConfig
 from expertune.config.training_keys import arguments_class, refused_keys
 from expertune.config.training_values import check_training_values
 from expertune.config.yaml_file import parse_value, shortened
@@ -69,6 +69,18 @@ def parse_lora(values: dict[str, Any]) -> LoraSection:
         return LoraSection.model_validate(values)
     except ValidationError as error:
         raise ConfigError(describe(error, "lora", LoraSection)) from None
+
+
+def parse_quantization(values: dict[str, Any]) -> QuantizationConfig:
+    """Check the keys of the section `quantization` alone.
+
+    Raises:
+        ConfigError: see `parse_config`.
+    """
+    try:
+        return QuantizationConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(describe(error, "quantization", QuantizationConfig)) from None
 
 
 def with_current_names(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:

@@ -166,12 +166,15 @@ class QuantizationConfig(Section):
         scheme: `nf4`, the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, section 3). `auto` is the same, but that
             experts which the checkpoint holds in MXFP4 stay as they are; `nf4` dequantizes and quantizes these again.
         double_quantization: absmax values are themselves held in 8 bits (QLoRA, section 3, "Double Quantization").
+        fit: how a block's scale is chosen when 16-bit weights are quantized: `absmax` by the largest magnitude, as
+            bitsandbytes does; `mse` by the least squared error, in the same layout.
         block_size: weights that share one absmax value.
         compute_dtype: dtype of the matrix products; `auto` is bfloat16 where the device multiplies it faster.
     """
 
     scheme: Literal["auto", "nf4"] = "auto"
     double_quantization: bool = True
+    fit: Literal["absmax", "mse"] = "absmax"
     block_size: Literal[64] = 64
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
 

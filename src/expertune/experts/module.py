@@ -15,7 +15,7 @@ from expertune.experts import layout, replay
 from expertune.experts.contract import ExpertsSpec, read_spec
 from expertune.experts.dispatch import Dispatch, Routing
 from expertune.kernels.expert_mlp import Activation, ExpertLayer, LoraUpdate, expert_mlp
-from expertune.kernels.nf4 import Nf4Stack, Part, Scheme
+from expertune.kernels.nf4 import Fit, Nf4Stack, Part, Scheme
 from expertune.kernels.routes import HasKernelSettings, KernelSettings
 
 
@@ -126,19 +126,20 @@ class Nf4Experts(nn.Module, HasKernelSettings):
         is_bias = parameter != weight and weight in self.spec.weight_names
         return layout.to_bias(self.spec, weight, tensor) if is_bias else tensor
 
-    def write(self, expert: int, projection: str, matrix: Tensor) -> None:
+    def write(self, expert: int, projection: str, matrix: Tensor, fit: Fit | None = None) -> None:
         """Quantize one expert's matrix [out_features, in_features] into place.
 
         Args:
             expert: index of the expert.
             projection: `gate`, `up` or `down`.
             matrix: float32, float16 or bfloat16.
+            fit: choose scales by error.
 
         Raises:
             ValueError: another shape, or values that 4 bits cannot hold.
         """
         stack, index = self.locate(expert, projection)
-        stack.write(index, matrix)
+        stack.write(index, matrix, fit)
 
     def locate(self, expert: int, projection: str) -> tuple[Nf4Stack, int]:
         """The stack and the index in it that hold one expert's projection; the expert is here."""

@@ -270,10 +270,12 @@ def read_source(context: RunContext, adapter: Path, base: ModelSource) -> Export
     folder = base.folder
     if is_nf4_folder(folder):
         require_verified(folder, context.notify)
-    index = read_nf4_folder(folder).index if is_nf4_folder(folder) else open_checkpoint(folder)
+    stored = read_nf4_folder(folder) if is_nf4_folder(folder) else None
+    index = stored.index if stored else open_checkpoint(folder)
     described = build_meta_model(folder, torch.bfloat16, base.trust_remote_code, shapes_only=True)
     names = read_names(described)
-    fingerprint = read_fingerprint(folder, index.tensors, described, names)
+    fit = stored.fit if stored else context.config.quantization.fit
+    fingerprint = read_fingerprint(folder, index.tensors, described, names, fit)
     require_same_base(adapter, fingerprint, context.config.model, allowed_by=None)
     file = read_adapter(adapter)
     factors = read_factors(file.config, file.tensors, names, file.where)

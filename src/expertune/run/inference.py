@@ -214,7 +214,8 @@ def load_run(found: FoundRun, tokenizer: PreTrainedTokenizerBase, options: OpenO
     if not other_base:
         trust = options.get("trust_remote_code", False)
         with context.bars.task("looking at the model's files"):
-            base = fingerprint_of(source.folder, trust, notify=context.notify)
+            fit = config.quantization.fit
+            base = fingerprint_of(source.folder, trust, notify=context.notify, fit=fit)
         require_same_base(folder, base, config.model, allowed_by=f"give {option('other-base')}")
     loaded = load_base(context, source, recorded_places(context, source))
     lora = LoraSection(init_from=str(folder), init_from_other_base=other_base)

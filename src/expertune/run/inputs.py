@@ -67,7 +67,8 @@ def read_inputs(context: RunContext) -> Inputs:
     # What follows is asked of all ranks for an NF4 folder, and of none for another.
     context.ranks.require_same({"model folder": is_nf4_folder(source.folder)})
     with context.bars.task("looking at the model's files"):
-        base = fingerprint_of(source.folder, trust, context.notify, described, context.ranks)
+        fit = config.quantization.fit
+        base = fingerprint_of(source.folder, trust, context.notify, described, context.ranks, fit)
     if config.lora.init_from and not config.lora.init_from_other_base:
         require_same_base(config.lora.init_from, base, config.model)
     expected = expected_layout(described, config.lora)

@@ -171,6 +171,11 @@ def test_folder_that_keeps_mxfp4_is_no_nf4_for_a_run_that_asks_for_it(
         load_model(out, QuantizationConfig(scheme="nf4"), torch.float32, "cpu")
 
 
+def test_no_other_scales_are_chosen_for_blocks_that_are_kept(packed: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match=r"quantization\.fit is mse, but .* is in 4 bits already"):
+        load_model(packed(), QuantizationConfig(fit="mse"), torch.float32, "cpu")
+
+
 def test_adapters_learn_on_kept_blocks(packed: Callable[..., Path]) -> None:
     folder = packed()
     model = attach(load_tiny(folder), LoraSection(r=4, targets=["experts"]), str(folder)).train()

@@ -33,6 +33,9 @@ METHOD = "expertune"
 GUIDE = "README.md"
 REST = "rest.safetensors"
 
+ABSMAX = "absmax"
+"""How scales are chosen where a folder does not say: by the largest magnitude."""
+
 STACKS = ("gate_up", "down")
 BUFFERS = Nf4Bytes._fields
 
@@ -67,6 +70,11 @@ class Nf4Folder:
     def scheme(self) -> Scheme:
         """What the experts' codes stand for; linears are NF4 in either case."""
         return self.manifest["quantization"].get("scheme", "nf4")
+
+    @property
+    def fit(self) -> str:
+        """How the scales were chosen: a value of `quantization.fit`."""
+        return str(self.manifest["quantization"].get("fit", ABSMAX))
 
     @property
     def source(self) -> tuple[str, str | None] | None:

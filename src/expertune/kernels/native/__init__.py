@@ -15,7 +15,15 @@ from torch import Tensor
 
 from expertune.kernels.native.build import Status, library, status
 from expertune.kernels.nf4.bytes import Nf4Bytes
-from expertune.kernels.nf4.reference import BLOCK_SIZE, codebook, dynamic_codebook, nf4_bounds
+from expertune.kernels.nf4.reference import (
+    BLOCK_SIZE,
+    FIT_ROUNDS,
+    codebook,
+    dynamic_codebook,
+    fit_factors,
+    nf4_bounds,
+    nf4_codebook,
+)
 
 __all__ = [
     "Status",
@@ -24,6 +32,8 @@ __all__ = [
     "dequantize",
     "dequantize_absmax",
     "dropout",
+    "encode",
+    "fit",
     "grouped_gemm",
     "outer",
     "plain",
@@ -82,6 +92,40 @@ def quantize(matrix_NK: Tensor, packed: Tensor, absmax: Tensor) -> bool:
         torch.get_num_threads(),
     )
     return bad_blocks == 0
+
+
+def fit(matrix_NK: Tensor, importance_K: Tensor | None, scale: Tensor) -> None:
+    """Scales of blocks by error, in the place of their absmax; see `expertune.kernels.nf4.reference.fit_scales`."""
+    factors = fit_factors()
+    _call(
+        "expertune_fit",
+        _pointer(matrix_NK),
+        _SOURCE_KINDS[matrix_NK.dtype],
+        ctypes.c_int64(scale.numel()),
+        ctypes.c_int64(matrix_NK.shape[1] // BLOCK_SIZE),
+        None if importance_K is None else _pointer(importance_K),
+        _pointer(factors),
+        ctypes.c_int64(len(factors)),
+        ctypes.c_int64(FIT_ROUNDS),
+        _pointer(nf4_bounds()),
+        _pointer(nf4_codebook(torch.device("cpu"))),
+        _pointer(scale),
+        torch.get_num_threads(),
+    )
+
+
+def encode(matrix_NK: Tensor, scale: Tensor, packed: Tensor) -> None:
+    """Codes of a contiguous matrix for float32 scales [N*K/64] -> packed uint8 [N, K/2]."""
+    _call(
+        "expertune_encode",
+        _pointer(matrix_NK),
+        _SOURCE_KINDS[matrix_NK.dtype],
+        ctypes.c_int64(scale.numel()),
+        _pointer(nf4_bounds()),
+        _pointer(scale),
+        _pointer(packed),
+        torch.get_num_threads(),
+    )
 
 
 def dequantize_absmax(weight: Nf4Bytes, index: int, out: Tensor) -> None:

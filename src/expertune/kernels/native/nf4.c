@@ -22,6 +22,35 @@ INLINE __m256 load_source(const void *source, int64_t at, int kind)
     return _mm256_cvtph_ps(half);
 }
 
+/* Weights as multiples of a scale, within the codebook's reach. bitsandbytes multiplies by the reciprocal, of no less than
+   1e-38, and clamps. */
+INLINE __m256 scaled_by(__m256 values, __m256 reciprocal)
+{
+    __m256 scaled = _mm256_mul_ps(values, reciprocal);
+    return _mm256_min_ps(_mm256_max_ps(scaled, _mm256_set1_ps(-1.0f)), _mm256_set1_ps(1.0f));
+}
+
+INLINE __m256 reciprocal_of(float scale)
+{
+    return _mm256_set1_ps(1.0f / (scale > -1e-38f && scale < 1e-38f ? 1e-38f : scale));
+}
+
+/* The packed codes of 64 weights, for a scale that is given. */
+INLINE void encode_block(const __m256 *values, float scale, const float *bounds, uint8_t *packed)
+{
+    __m256 reciprocal = reciprocal_of(scale);
+    for (int i = 0; i < 8; i++) {
+        __m256i codes = codes_of(scaled_by(values[i], reciprocal), bounds);
+        /* Eight codes in 32-bit lanes -> four bytes, the even lane in the high half. */
+        __m256i pairs = _mm256_or_si256(_mm256_slli_epi64(codes, 4), _mm256_srli_epi64(codes, 32));
+        pairs = _mm256_and_si256(pairs, _mm256_set1_epi64x(255));
+        packed[4 * i + 0] = (uint8_t)_mm256_extract_epi8(pairs, 0);
+        packed[4 * i + 1] = (uint8_t)_mm256_extract_epi8(pairs, 8);
+        packed[4 * i + 2] = (uint8_t)_mm256_extract_epi8(pairs, 16);
+        packed[4 * i + 3] = (uint8_t)_mm256_extract_epi8(pairs, 24);
+    }
+}
+
 /* Returns whether all 64 weights are finite. */
 INLINE int quantize_block(const void *source, int64_t at, int kind, const float *bounds, uint8_t *packed, float *absmax)
 {
@@ -41,20 +70,7 @@ INLINE int quantize_block(const void *source, int64_t at, int kind, const float 
     for (int i = 0; i < 8; i++)
         most = lanes[i] > most ? lanes[i] : most;
     *absmax = most;
-    /* bitsandbytes multiplies by the reciprocal, of no less than 1e-38, and clamps. */
-    __m256 scale = _mm256_set1_ps(1.0f / (most < 1e-38f ? 1e-38f : most));
-    for (int i = 0; i < 8; i++) {
-        __m256 scaled = _mm256_mul_ps(values[i], scale);
-        scaled = _mm256_min_ps(_mm256_max_ps(scaled, _mm256_set1_ps(-1.0f)), _mm256_set1_ps(1.0f));
-        __m256i codes = codes_of(scaled, bounds);
-        /* Eight codes in 32-bit lanes -> four bytes, the even lane in the high half. */
-        __m256i pairs = _mm256_or_si256(_mm256_slli_epi64(codes, 4), _mm256_srli_epi64(codes, 32));
-        pairs = _mm256_and_si256(pairs, _mm256_set1_epi64x(255));
-        packed[4 * i + 0] = (uint8_t)_mm256_extract_epi8(pairs, 0);
-        packed[4 * i + 1] = (uint8_t)_mm256_extract_epi8(pairs, 8);
-        packed[4 * i + 2] = (uint8_t)_mm256_extract_epi8(pairs, 16);
-        packed[4 * i + 3] = (uint8_t)_mm256_extract_epi8(pairs, 24);
-    }
+    encode_block(values, most, bounds, packed);
     return 1;
 }
 
@@ -75,6 +91,92 @@ EXPORT int64_t expertune_quantize(
             bad += !quantize_block(source, b * BLOCK, 2, bounds, out, absmax + b);
     }
     return bad;
+}
+
+INLINE double sum_of(__m256d sums)
+{
+    double lanes[4];
+    _mm256_storeu_pd(lanes, sums);
+    return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+}
+
+INLINE __m256d add_to(__m256d sums, __m256 terms)
+{
+    sums = _mm256_add_pd(sums, _mm256_cvtps_pd(_mm256_castps256_ps128(terms)));
+    return _mm256_add_pd(sums, _mm256_cvtps_pd(_mm256_extractf128_ps(terms, 1)));
+}
+
+/* Weighted squared error of 64 weights at a scale; and the scale that is best for the same codes. Sums are in double, so
+   that their order decides nothing. */
+INLINE double error_at(
+    const __m256 *values, const float *importance, float scale, const float *bounds, const float *codebook, float *better)
+{
+    __m256 reciprocal = reciprocal_of(scale), wide = _mm256_set1_ps(scale);
+    __m256 low = _mm256_loadu_ps(codebook), high = _mm256_loadu_ps(codebook + 8), ones = _mm256_set1_ps(1.0f);
+    __m256d errors = _mm256_setzero_pd(), products = _mm256_setzero_pd(), squares = _mm256_setzero_pd();
+    for (int i = 0; i < 8; i++) {
+        __m256 unit = look_up(codes_of(scaled_by(values[i], reciprocal), bounds), low, high);
+        __m256 weight = importance == NULL ? ones : _mm256_loadu_ps(importance + 8 * i);
+        __m256 off = _mm256_sub_ps(values[i], _mm256_mul_ps(unit, wide));
+        errors = add_to(errors, _mm256_mul_ps(_mm256_mul_ps(off, off), weight));
+        if (better != NULL) {
+            __m256 weighted = _mm256_mul_ps(unit, weight);
+            products = add_to(products, _mm256_mul_ps(weighted, values[i]));
+            squares = add_to(squares, _mm256_mul_ps(weighted, unit));
+        }
+    }
+    if (better != NULL)
+        *better = (float)(sum_of(products) / sum_of(squares));
+    return sum_of(errors);
+}
+
+/* Scales of blocks by error: the best of `factors` times the largest magnitude, and then least squares for its codes,
+   `rounds` times. `importance` is [columns] or NULL. scale: in, the largest magnitude of each block; out, the best. */
+EXPORT void expertune_fit(
+    const void *source, int kind, int64_t blocks, int64_t row_blocks, const float *importance, const float *factors,
+    int64_t num_factors, int64_t rounds, const float *bounds, const float *codebook, float *scale, int threads)
+{
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t b = 0; b < blocks; b++) {
+        const float *of_block = importance == NULL ? NULL : importance + (b % row_blocks) * BLOCK;
+        __m256 values[8];
+        for (int i = 0; i < 8; i++)
+            values[i] = load_source(source, b * BLOCK + 8 * i, kind);
+        float most = scale[b], best = most;
+        double least = error_at(values, of_block, most, bounds, codebook, NULL);
+        for (int64_t f = 0; f < num_factors; f++) {
+            double error = error_at(values, of_block, most * factors[f], bounds, codebook, NULL);
+            if (error < least) {
+                least = error;
+                best = most * factors[f];
+            }
+        }
+        for (int64_t round = 0; round < rounds; round++) {
+            float better;
+            error_at(values, of_block, best, bounds, codebook, &better);
+            if (!(better > 0.0f && better <= FLT_MAX))
+                break;
+            double error = error_at(values, of_block, better, bounds, codebook, NULL);
+            if (!(error < least))
+                break;
+            least = error;
+            best = better;
+        }
+        scale[b] = best;
+    }
+}
+
+/* The packed codes of blocks whose scales are given. */
+EXPORT void expertune_encode(
+    const void *source, int kind, int64_t blocks, const float *bounds, const float *scale, uint8_t *packed, int threads)
+{
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t b = 0; b < blocks; b++) {
+        __m256 values[8];
+        for (int i = 0; i < 8; i++)
+            values[i] = load_source(source, b * BLOCK + 8 * i, kind);
+        encode_block(values, scale[b], bounds, packed + b * BLOCK_BYTES);
+    }
 }
 
 /* Scales of the blocks of one matrix -> float32 [rows * columns / 64]. */

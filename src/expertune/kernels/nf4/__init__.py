@@ -26,13 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from expertune.kernels.nf4 import cpu, reference
-from expertune.kernels.nf4.bytes import Nf4Bytes, Part, Scheme
+from expertune.kernels.nf4.bytes import Fit, Nf4Bytes, Part, Scheme
 from expertune.kernels.nf4.reference import BLOCK_SIZE, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE
 
 __all__ = [
     "BLOCK_SIZE",
     "MXFP4_BLOCK_SIZE",
     "NESTED_BLOCK_SIZE",
+    "Fit",
     "Nf4Bytes",
     "Nf4Stack",
     "Part",
@@ -43,12 +44,15 @@ __all__ = [
 ]
 
 
-def quantize_matrix(matrix_NK: Tensor, double_quantization: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantize one matrix to the bytes that bitsandbytes gives for it.
+def quantize_matrix(
+    matrix_NK: Tensor, double_quantization: bool = True, fit: Fit | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantize one matrix to the bytes that bitsandbytes gives for it, or to others of the same layout.
 
     Args:
         matrix_NK: [N, K], float32, float16 or bfloat16, K a multiple of 64.
         double_quantization: hold the absmax values in 8 bits.
+        fit: choose scales by error; None means by the largest magnitude, as bitsandbytes does.
 
     Returns:
         packed uint8 [N, K/2], absmax [N*K/64], nested_absmax float32, offset float32 [1] (see the module's layout).
@@ -64,7 +68,7 @@ def quantize_matrix(matrix_NK: Tensor, double_quantization: bool = True) -> tupl
         raise ValueError(f"expected a matrix with weights in it, got {tuple(matrix_NK.shape)}")
     if matrix_NK.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"expected float32, float16 or bfloat16, got {str(matrix_NK.dtype).removeprefix('torch.')}")
-    return cpu.quantize_matrix(matrix_NK, double_quantization)
+    return cpu.quantize_matrix(matrix_NK, double_quantization, fit)
 
 
 def dequantize_absmax(weight: Nf4Bytes, index: int) -> Tensor:
@@ -168,8 +172,8 @@ class Nf4Stack(nn.Module):
         self.packed = nn.Parameter(packed, requires_grad=False)
 
     @torch.no_grad()
-    def write(self, index: int, matrix_NK: Tensor) -> None:
-        """Quantize a matrix [N, K] into place `index`.
+    def write(self, index: int, matrix_NK: Tensor, fit: Fit | None = None) -> None:
+        """Quantize a matrix [N, K] into place `index`; see `quantize_matrix`.
 
         Raises:
             ValueError: the shape is another one, or the matrix cannot be quantized.
@@ -178,7 +182,7 @@ class Nf4Stack(nn.Module):
             raise ValueError(f"a stack of {self.scheme} holds what a checkpoint gives it; it quantizes nothing")
         if tuple(matrix_NK.shape) != (self.out_features, self.in_features):
             raise ValueError(f"expected shape {(self.out_features, self.in_features)}, got {tuple(matrix_NK.shape)}")
-        packed, absmax, nested_absmax, offset = quantize_matrix(matrix_NK, self.double_quantization)
+        packed, absmax, nested_absmax, offset = quantize_matrix(matrix_NK, self.double_quantization, fit)
         self.put(index, packed=packed, absmax=absmax)
         if self.double_quantization:
             self.put(index, nested_absmax=nested_absmax, offset=offset)

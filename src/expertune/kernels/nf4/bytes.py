@@ -41,6 +41,16 @@ class Part(NamedTuple):
         return [range(here.start // size, -(-here.stop // size)) for here, size in held if here]
 
 
+class Fit(NamedTuple):
+    """Scales are chosen by error and not by the largest magnitude.
+
+    Attributes:
+        importance_K: float32 [K], what a squared error in each input feature counts; None means all the same.
+    """
+
+    importance_K: Tensor | None = None
+
+
 class Nf4Bytes(NamedTuple):
     """The buffers of an `Nf4Stack`.
 

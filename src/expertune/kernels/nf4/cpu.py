@@ -3,20 +3,24 @@
 Both give bitsandbytes' bytes, ties included. Quantizing on other devices goes through bitsandbytes as well.
 """
 
+from collections.abc import Iterator
+
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
 from expertune.kernels import native
 from expertune.kernels.nf4 import reference
-from expertune.kernels.nf4.bytes import Nf4Bytes
+from expertune.kernels.nf4.bytes import Fit, Nf4Bytes
 from expertune.kernels.nf4.reference import BLOCK_SIZE, NESTED_BLOCK_SIZE, dynamic_codebook
 
 # Weights of one tile: 4 MiB in float32, which stays in cache.
 TILE_WEIGHTS = 2**20
 
 
-def quantize_matrix(matrix_NK: Tensor, double_quantization: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_matrix(
+    matrix_NK: Tensor, double_quantization: bool, fit: Fit | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[N, K] -> packed [N, K/2], absmax, nested_absmax, offset (see `expertune.kernels.nf4`).
 
     Raises:
@@ -33,12 +37,51 @@ def quantize_matrix(matrix_NK: Tensor, double_quantization: bool) -> tuple[Tenso
     if not finite:
         count = int((~torch.isfinite(matrix_NK)).sum())
         raise ValueError(f"{count} of {matrix_NK.numel()} weights are NaN or infinite; 4 bits cannot hold them")
+    if fit is not None:
+        _fit(matrix_NK, fit, absmax)
+    held = _hold_scales(absmax, double_quantization)
+    if fit is not None:
+        # The scales that weights are multiplied by are those that 8 bits hold: codes are chosen for these.
+        one = Nf4Bytes(packed[None], held[0][None], held[1][None], held[2])
+        _encode(matrix_NK, dequantize_absmax(one, 0), packed)
+    return packed, *held
+
+
+def _hold_scales(absmax: Tensor, double_quantization: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """absmax, nested_absmax and offset of one matrix."""
     if not double_quantization:
-        empty = torch.empty(0, dtype=torch.float32, device=matrix_NK.device)
-        return packed, absmax, empty, empty
+        empty = torch.empty(0, dtype=torch.float32, device=absmax.device)
+        return absmax, empty, empty
     offset = absmax.mean()
     codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
-    return packed, codes, state.absmax, offset.reshape(1)
+    return codes, state.absmax, offset.reshape(1)
+
+
+def _fit(matrix_NK: Tensor, fit: Fit, absmax: Tensor) -> None:
+    """Scales by error in the place of the largest magnitudes."""
+    importance = None if fit.importance_K is None else fit.importance_K.to(matrix_NK.device, torch.float32).contiguous()
+    if matrix_NK.device.type == "cpu" and native.available():
+        native.fit(matrix_NK.contiguous(), importance, absmax)
+        return
+    for rows, scales in _tiles(matrix_NK, absmax):
+        scales.copy_(reference.fit_scales(matrix_NK[rows], importance).view_as(scales))
+
+
+def _encode(matrix_NK: Tensor, scale_NB: Tensor, packed: Tensor) -> None:
+    """Codes for scales that are given."""
+    if matrix_NK.device.type == "cpu" and native.available():
+        native.encode(matrix_NK.contiguous(), scale_NB.contiguous(), packed)
+        return
+    for rows, scales in _tiles(matrix_NK, scale_NB):
+        packed[rows] = reference.encode(matrix_NK[rows], scales.reshape(-1))
+
+
+def _tiles(matrix_NK: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a few tiles at a time, and their scales; the reference works through several float64 copies."""
+    rows, columns = matrix_NK.shape
+    step = max(TILE_WEIGHTS // columns, 1)
+    for start in range(0, rows, step):
+        yield slice(start, start + step), scale.view(rows, -1)[start : start + step]
 
 
 def dequantize_absmax(weight: Nf4Bytes, index: int) -> Tensor:
@@ -47,6 +90,8 @@ def dequantize_absmax(weight: Nf4Bytes, index: int) -> Tensor:
         return reference.dequantize_absmax(weight, index)
     if not weight.double_quantization:
         return weight.absmax[index].view(weight.out_features, -1)
+    if weight.absmax.device.type != "cpu":
+        return reference.dequantize_absmax(weight, index)
     if native.available():
         out = torch.empty(weight.absmax.shape[1], dtype=torch.float32)
         native.dequantize_absmax(weight, index, out)

@@ -35,6 +35,11 @@ NF4_CODEBOOK = (
 )
 
 
+# A scale by error is sought among these multiples of the block's absmax (0.55 to 1.09), and then by least squares.
+_FIT_STEPS, _FIRST_FACTOR, _FACTOR_STEP = 19, 0.55, 0.03
+FIT_ROUNDS = 2
+
+
 # Sign, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0, section 5.3.3).
 MXFP4_CODEBOOK = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _LEAST_POWER_BITS = 0x00400000  # 2 ** -127, float32
@@ -59,6 +64,13 @@ def nf4_bounds() -> Tensor:
     """Float32 [15] on the CPU: a scaled weight's code is the number of bounds below it, as in bitsandbytes."""
     codebook = nf4_codebook(torch.device("cpu"))
     return (codebook[:-1] + codebook[1:]) / 2
+
+
+@functools.cache
+@torch.inference_mode(False)  # kept beyond the caller's inference mode
+def fit_factors() -> Tensor:
+    """Float32 on the CPU: multiples of a block's absmax that are tried as its scale."""
+    return torch.tensor([_FIRST_FACTOR + _FACTOR_STEP * step for step in range(_FIT_STEPS)], dtype=torch.float32)
 
 
 @functools.cache
@@ -95,6 +107,59 @@ def quantize_matrix(matrix_NK: Tensor, double_quantization: bool = True) -> tupl
     scaled = torch.where(nested[:, None] > 0, padded / nested[:, None], torch.zeros_like(padded))
     codes = (scaled[..., None] - dynamic_codebook(matrix_NK.device)).abs().argmin(dim=-1).to(torch.uint8)
     return packed, codes.reshape(-1)[: len(centered)], nested, offset[None]
+
+
+def fit_scales(matrix_NK: Tensor, importance_K: Tensor | None = None) -> Tensor:
+    """Scales of blocks by error: of some multiples of the absmax the best, then least squares for its codes.
+
+    A large weight may then be cut off, where that is the lesser error; equal errors leave the absmax.
+
+    Args:
+        matrix_NK: floats [N, K].
+        importance_K: float32 [K], what a squared error in each input feature counts; None means all the same.
+
+    Returns:
+        float32 [N*K/64].
+    """
+    blocks = matrix_NK.float().reshape(-1, BLOCK_SIZE)
+    importance = torch.ones_like(blocks)
+    if importance_K is not None:
+        importance = importance_K.reshape(1, -1, BLOCK_SIZE).expand(len(matrix_NK), -1, -1).reshape(-1, BLOCK_SIZE)
+    absmax = blocks.abs().amax(dim=1)
+    best, least = absmax.clone(), _errors(blocks, importance, absmax)[0]
+    factors = fit_factors().tolist()
+    for tried in (absmax * torch.tensor(factor, dtype=torch.float32, device=absmax.device) for factor in factors):
+        error, _ = _errors(blocks, importance, tried)
+        best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
+    for _ in range(FIT_ROUNDS):
+        _, unit = _errors(blocks, importance, best)
+        weighted = unit * importance
+        tried = ((weighted * blocks).double().sum(1) / (weighted * unit).double().sum(1)).float()
+        tried = torch.where((tried > 0) & torch.isfinite(tried), tried, best)
+        error, _ = _errors(blocks, importance, tried)
+        best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
+    return best
+
+
+def encode(matrix_NK: Tensor, scale: Tensor) -> Tensor:
+    """Packed codes uint8 [N, K/2] of a matrix for scales [N*K/64] that are given."""
+    codes = _codes(matrix_NK.float().reshape(-1, BLOCK_SIZE), scale)
+    pairs = codes.to(torch.uint8).reshape(matrix_NK.shape[0], -1, 2)
+    return (pairs[..., 0] << 4) | pairs[..., 1]
+
+
+def _codes(blocks: Tensor, scale: Tensor) -> Tensor:
+    """Indices of the nearest codebook values, by the arithmetic of bitsandbytes."""
+    least = torch.where(scale.abs() < 1e-38, 1e-38, scale)
+    scaled = (blocks * (1 / least)[:, None]).clamp(-1, 1).contiguous()
+    return torch.bucketize(scaled, nf4_bounds().to(blocks.device))
+
+
+def _errors(blocks: Tensor, importance: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted squared error of each block at a scale, float64, and the codebook values of its weights."""
+    unit = nf4_codebook(blocks.device)[_codes(blocks, scale)]
+    off = blocks - unit * scale[:, None]
+    return (off * off * importance).double().sum(1), unit
 
 
 def dequantize_absmax(weight: Nf4Bytes, index: int) -> Tensor:
