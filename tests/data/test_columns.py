@@ -126,7 +126,7 @@ def test_advice_for_columns_that_no_layout_fits_names_what_they_hold(prepare):
         prepare({"dialogue": TURNS})
     with pytest.raises(DataError, match="The examples are single messages; put each conversation into one example"):
         prepare({"role": "user", "content": QUESTION})
-    with pytest.raises(DataError, match="The examples are preferences, which are not supported"):
+    with pytest.raises(DataError, match="The examples are preferences: set objective: dpo"):
         prepare({"prompt": QUESTION, "chosen": ANSWER, "rejected": "Rome."})
 
 

@@ -102,7 +102,8 @@ def test_every_example_template_that_ships_splits_a_dolly_example(name):
 
 
 def test_guide_names_every_template_and_format():
-    guide = (Path(__file__).parents[2] / "docs" / "guides" / "data.md").read_text(encoding="utf-8")
+    folder = Path(__file__).parents[2] / "docs" / "guides"
+    guide = "".join((folder / name).read_text(encoding="utf-8") for name in ("data.md", "preferences.md"))
     for name in (*shipped_templates(), *(entry.name for entry in LAYOUTS)):
         assert f"`{name}`" in guide
 

@@ -35,9 +35,9 @@ _OWN_GROUPS = ("galore", "apollo", "lomo")
 
 _MAX_PATH, _MAX_PATH_PART = 4096, 255  # of Linux, and no more than elsewhere
 
-DataFormat = Literal[
-    "auto", "dolly", "alpaca", "prompt-completion", "prompt-completion-messages", "messages", "sharegpt", "text"
-]
+_Answers = Literal["dolly", "alpaca", "prompt-completion", "prompt-completion-messages", "messages", "sharegpt", "text"]
+_Preferences = Literal["preference", "preference-messages", "unpaired-preference", "unpaired-preference-messages"]
+DataFormat = Literal["auto", _Answers, _Preferences, "prompt-only", "prompt-only-messages"]
 
 
 ObjectiveName = Literal["sft", "dpo", "kto", "orpo", "grpo"]
@@ -131,7 +131,7 @@ class DataConfig(Section):
         train: path, glob or hub name of the training examples, with an optional `[a:b]` slice of each file, e.g.
             `rows.jsonl[0:800]`; or a list of these.
         eval: the same for evaluation examples; None means no evaluation.
-        format: layout of an example; `auto` recognizes it from the first example's columns.
+        format: layout of an example; `auto` recognizes it from the first example's columns and the run's objective.
         columns: renames before the layout is read: our column name -> the file's, e.g. `{prompt: ref, completion: mr}`.
         template: name of a template that ships with Expertune, path of a Jinja file, `chat` for the tokenizer's own
             chat template, or None for the layout's default.

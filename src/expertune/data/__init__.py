@@ -9,7 +9,7 @@ from expertune.data.collate import LeftPaddingCollator, PaddingFreeCollator, mak
 from expertune.data.encode import encode_prompt
 from expertune.data.examples import IGNORE_INDEX, TokenizedExample, TokenizedExamples
 from expertune.data.lengths import plot_lengths
-from expertune.data.packing import make_dataset, pack_examples
+from expertune.data.packing import make_dataset, pack_examples, sequences_of
 from expertune.data.prepare import prepare_examples, prepare_run, settled
 from expertune.data.questions import Question, Questions
 from expertune.data.template import shipped_templates
@@ -29,6 +29,7 @@ __all__ = [
     "plot_lengths",
     "prepare_examples",
     "prepare_run",
+    "sequences_of",
     "settled",
     "shipped_templates",
 ]

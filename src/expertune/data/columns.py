@@ -50,10 +50,13 @@ class ColumnUse:
         layout: the layout of the examples.
         template: what renders them.
         own_template: whether the template is a file of the user's, who chose its columns.
+        all_used: whether every column is used beside the template: rewards are told all of them.
     """
 
-    def __init__(self, data: DataConfig, layout: Layout, template: Template, own_template: bool) -> None:
-        self._data, self._layout, self._template = data, layout, template
+    def __init__(
+        self, data: DataConfig, layout: Layout, template: Template, own_template: bool, all_used: bool = False
+    ) -> None:
+        self._data, self._layout, self._template, self._all_used = data, layout, template, all_used
         self._is_guess = data.format == "auto" and not data.columns and not own_template
         self._used: dict[str, None] = {}
         self._ignored: Counter[str] = Counter()
@@ -109,7 +112,8 @@ class ColumnUse:
         if self._is_preference:
             raise DataError(
                 f"{source}: a column (label or kto_tag) says of each answer whether it is a good one, and training "
-                f"would take all for good. Keep the good ones and drop the column, or set {stays} to train on them all"
+                "would take all for good. Learn from both with objective: kto (data.columns: {label: ...}), keep the "
+                f"good ones and drop the column, or set {stays} to train on them all"
             )
         lost = {name: count for name, count in self._lost.items() if name not in _MEANINGFUL}
         if lost:
@@ -152,6 +156,8 @@ class ColumnUse:
 
     def _used_of(self, raw: Mapping[str, Any], example: Example) -> set[str]:
         """The file's names of the columns that stand in the example."""
+        if self._all_used:
+            return set(raw)
         ours = set(example.columns) if self._template.takes_messages else set(self._template.names)
         if not self._template.takes_messages:
             # These two are the layout's own columns under names that every template may use.
@@ -161,6 +167,7 @@ class ColumnUse:
                     ours.update(columns)
             if "system" in ours:
                 ours.update(example.columns & {"system_prompt", "system_message"})
+        ours |= {self._layout.rejected, self._layout.label} - {""}
         return ours | {self._data.columns[name] for name in ours if name in self._data.columns}
 
     def _parts(self, example: Example) -> list[str]:
@@ -173,7 +180,7 @@ class ColumnUse:
         if self._template.name != "plain" or not self._layout.prompt:
             return False
         prompt, answer = example.values["prompt"], example.values[self._layout.answer]
-        return bool(prompt) and not (prompt[-1].isspace() or answer[0].isspace())
+        return bool(prompt and answer) and not (prompt[-1].isspace() or answer[0].isspace())
 
     def _says_preference(self, name: str, value: Any) -> bool:
         """Whether a column says of an answer that it is a good or a bad one."""

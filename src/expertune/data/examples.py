@@ -1,8 +1,9 @@
 """What the data room hands to the trainer: tokenized examples, and the report that goes into the run record."""
 
 import hashlib
+import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,9 @@ class TokenizedExample:
         prompt: the text in front of the (last) answer; `encode_prompt(prompt)` is a prefix of `input_ids`.
         completion: the text that the model should write after `prompt`, without the EOS text.
         uncut_length: tokens of the example before `max_length` cut it.
+        rejected: of a pair, the same prompt with the answer that this one is preferred to.
+        label: whether the answer is a good one, where the data says so of each.
+        columns: of a prompt alone, whose answers a reward judges: what else its row holds.
     """
 
     input_ids: list[int]
@@ -31,6 +35,29 @@ class TokenizedExample:
     prompt: str
     completion: str
     uncut_length: int
+    rejected: "TokenizedExample | None" = None
+    label: bool | None = None
+    columns: Mapping[str, Any] | None = None
+
+    @property
+    def sides(self) -> tuple["TokenizedExample", ...]:
+        """The sequences that it is: of a pair, the preferred one first."""
+        return (self,) if self.rejected is None else (self, self.rejected)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens in front of the first that takes a loss."""
+        return next((at for at, label in enumerate(self.labels) if label != IGNORE_INDEX), len(self.labels))
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Ids of the prompt."""
+        return self.input_ids[: self.num_prompt_tokens]
+
+    @property
+    def completion_ids(self) -> list[int]:
+        """Ids of what follows the prompt."""
+        return self.input_ids[self.num_prompt_tokens :]
 
 
 @dataclass(frozen=True)
@@ -54,7 +81,13 @@ class TokenizedExamples:
     def uncut_lengths(self) -> Sequence[int]:
         """Tokens of each example before `max_length` cut it."""
         kept = getattr(self.examples, "uncut_lengths", None)
-        return [example.uncut_length for example in self.examples] if kept is None else kept
+        return [_uncut_length(example) for example in self.examples] if kept is None else kept
+
+    @property
+    def prompt_hashes(self) -> np.ndarray:
+        """int64 [num_examples], equal where prompts are."""
+        kept = getattr(self.examples, "prompt_hashes", None)
+        return np.array([hash_of(example.prompt_ids) for example in self.examples]) if kept is None else kept
 
     @property
     def digest(self) -> str:
@@ -68,16 +101,26 @@ class TokenizedExamples:
 
 
 def lengths_of(examples: Sequence[TokenizedExample]) -> Sequence[int]:
-    """Tokens of each example; no example is built where they lie in a file."""
+    """Tokens of each example, of a pair's longer side; no example is built where they lie in a file."""
     kept = getattr(examples, "lengths", None)
-    return [len(example.input_ids) for example in examples] if kept is None else kept
+    return [max(len(side.input_ids) for side in example.sides) for example in examples] if kept is None else kept
+
+
+def hash_of(*ids: Sequence[int]) -> int:
+    """A number of 64 bits, equal for equal lists of ids and hardly for others."""
+    content = b"".join(array("q", [len(values), *values]).tobytes() for values in ids)
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
+def _uncut_length(example: TokenizedExample) -> int:
+    return max(side.uncut_length for side in example.sides)
 
 
 class Tally:
     """Counts over examples, and a hash of them, taken while they come one by one.
 
     Attributes:
-        uncut_lengths: tokens of each example before the cut, 4 bytes each.
+        uncut_lengths: tokens of each example before the cut (of a pair, of its longer side), 4 bytes each.
     """
 
     def __init__(self) -> None:
@@ -87,15 +130,18 @@ class Tally:
 
     def add(self, example: TokenizedExample) -> None:
         """Count one example."""
-        self.uncut_lengths.append(example.uncut_length)
-        self._num_tokens += len(example.input_ids)
-        self._num_label_tokens += len(example.labels) - example.labels.count(IGNORE_INDEX)
-        for values in (example.input_ids, example.labels):
-            self._sha256.update(array("q", [len(values), *values]).tobytes())
+        self.uncut_lengths.append(_uncut_length(example))
+        for side in example.sides:
+            self._num_tokens += len(side.input_ids)
+            self._num_label_tokens += len(side.labels) - side.labels.count(IGNORE_INDEX)
+            for values in (side.input_ids, side.labels):
+                self._sha256.update(array("q", [len(values), *values]).tobytes())
+        if example.label is not None or example.columns is not None:
+            self._sha256.update(json.dumps([example.label, example.columns], sort_keys=True).encode())
 
     @property
     def digest(self) -> str:
-        """Hash of the ids and labels of all examples, in order."""
+        """Hash of the ids and labels of all examples, in order, and of the labels and columns beside them."""
         return self._sha256.hexdigest()
 
     def report(self, max_length: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from expertune.config import DataConfig
+from expertune.config import DataConfig, ObjectiveName
 from expertune.config.yaml_file import shortened
 from expertune.data.lint import ExampleError, FlaggedError, check_answer
 from expertune.data.messages import (
@@ -16,7 +16,7 @@ from expertune.data.messages import (
     Message,
     is_conversation,
     parse_conversation,
-    says_untrained,
+    truth,
     until_last_answer,
 )
 from expertune.errors import DataError
@@ -62,9 +62,11 @@ class Layout:
         name: its name under `data.format`.
         prompt: the columns that make the prompt, joined by a blank line where more than one holds text.
         answer: the column that holds the answer, or the conversation.
-        optional: those of `prompt` that an example may lack.
         template: the template where `data.template` names none.
+        optional: those of `prompt` and `answer` that an example may lack.
         is_conversation: whether the columns hold lists of turns.
+        rejected: of pairs, the column that holds the answer that `answer` is preferred to.
+        label: the column that says whether the answer is a good one, where there is one.
     """
 
     name: str
@@ -73,11 +75,24 @@ class Layout:
     template: str
     optional: tuple[str, ...] = ()
     is_conversation: bool = False
+    rejected: str = ""
+    label: str = ""
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The columns of the prompt that every example must have."""
+        return tuple(name for name in self.prompt if name not in self.optional)
 
     @property
     def needed(self) -> tuple[str, ...]:
         """The columns that every example must have."""
-        return (*(name for name in self.prompt if name not in self.optional), self.answer)
+        answers = (self.answer, self.rejected, self.label)
+        return (*self.asked, *(name for name in answers if name and name not in self.optional))
+
+    @property
+    def read_columns(self) -> tuple[str, ...]:
+        """The columns that an example is made of, the preferred answer's alone of a pair."""
+        return tuple(name for name in (*self.prompt, self.answer, self.rejected, self.label) if name)
 
     @property
     def main_column(self) -> str:
@@ -115,7 +130,7 @@ class Layout:
         Raises:
             ExampleError: a column of the prompt is missing or of the wrong type, or a conversation is malformed.
         """
-        if missing := [name for name in (self.main_column, *self.needed[:-1]) if name not in raw]:
+        if missing := [name for name in (self.main_column, *self.asked) if name not in raw]:
             raise ExampleError(f"column {missing[0]} is missing; the question has {_names(raw)}")
         if not self.is_conversation:
             return self._example(raw, "")
@@ -162,6 +177,15 @@ class Layout:
 
 
 LAYOUTS = (
+    Layout("preference", ("prompt",), "chosen", "question-answer", rejected="rejected"),
+    Layout(
+        *("preference-messages", ("prompt",), "chosen", "chat"),
+        optional=("prompt",),
+        is_conversation=True,
+        rejected="rejected",
+    ),
+    Layout("unpaired-preference", ("prompt",), "completion", "question-answer", label="label"),
+    Layout("unpaired-preference-messages", ("prompt",), "completion", "chat", is_conversation=True, label="label"),
     Layout("messages", (), "messages", "chat", is_conversation=True),
     Layout("sharegpt", (), "conversations", "chat", is_conversation=True),
     Layout("dolly", ("instruction", "context"), "response", "dolly", optional=("context",)),
@@ -170,19 +194,44 @@ LAYOUTS = (
     Layout("prompt-completion", ("question",), "answer", "question-answer"),
     Layout("prompt-completion-messages", ("prompt",), "completion", "chat", is_conversation=True),
     Layout("text", (), "text", "plain"),
+    Layout("prompt-only", ("prompt",), "completion", "question-answer", optional=("completion",)),
+    Layout(
+        *("prompt-only-messages", ("prompt",), "completion", "chat"), optional=("completion",), is_conversation=True
+    ),
 )
 """Every layout. `auto` takes the first whose needed columns are there, so the more telling ones come first."""
 
-COLUMNS = frozenset({name for layout in LAYOUTS for name in (*layout.prompt, layout.answer)}).union(
+COLUMNS = frozenset({name for layout in LAYOUTS for name in layout.read_columns}).union(
     SYSTEM, (HISTORY,), _TOOLS, FLAGS
 )
 """Every column that a layout reads."""
 
-_IN_TURNS = next(layout for layout in LAYOUTS if layout.name == "prompt-completion-messages")
+_PAIRS = tuple(layout for layout in LAYOUTS if layout.rejected)
+_LABELED = tuple(layout for layout in LAYOUTS if layout.label)
+_PROMPTS = tuple(layout for layout in LAYOUTS if layout.answer in layout.optional)
+_ANSWERS = tuple(layout for layout in LAYOUTS if layout not in (*_PAIRS, *_LABELED, *_PROMPTS))
+_LAYOUTS_OF = {
+    "sft": _ANSWERS,
+    "dpo": _PAIRS,
+    "orpo": _PAIRS,
+    "kto": (*_LABELED, *_PAIRS),
+    "grpo": (*(layout for layout in _ANSWERS if layout.prompt or layout.is_conversation), *_PROMPTS),
+}
+_NEEDS = {
+    "sft": "learns one answer to each prompt",
+    "dpo": "compares two answers to each prompt: columns prompt, chosen and rejected",
+    "orpo": "compares two answers to each prompt: columns prompt, chosen and rejected",
+    "kto": "needs columns prompt, completion and label (true for a good answer), or prompt, chosen and rejected",
+    "grpo": "needs a prompt to write answers to: a column prompt, or any layout that has a prompt",
+}
 
 
 def find_layout(
-    data: DataConfig, columns: Collection[str], source: str = "data.train", turns: Collection[str] = ()
+    data: DataConfig,
+    columns: Collection[str],
+    source: str = "data.train",
+    turns: Collection[str] = (),
+    objective: ObjectiveName = "sft",
 ) -> Layout:
     """The layout that `data.format` names, or that the columns show.
 
@@ -191,21 +240,48 @@ def find_layout(
         columns: column names after `rename`.
         source: how the error calls the source.
         turns: those of `columns` that hold lists of turns.
+        objective: of the run, which decides what layouts there are.
 
     Raises:
-        DataError: `auto` recognizes none; names the columns found and the ways out.
+        DataError: `auto` recognizes none, or the layout is none of the objective's; names the columns found and the
+            ways out.
     """
-    candidates = [layout for layout in LAYOUTS if data.format in ("auto", layout.name)]
+    known = _LAYOUTS_OF[objective]
+    candidates = [layout for layout in known if data.format in ("auto", layout.name)]
     fitting = [layout for layout in candidates if all(name in columns for name in layout.needed)]
     # What the user has named goes before what the file happens to hold besides.
     named = [layout for layout in fitting if any(name in data.columns for name in (*layout.prompt, layout.answer))]
+    if not candidates:
+        raise DataError(f"{source}: data.format: {data.format} does not go with {_objective(objective, columns)}")
     if not fitting:
         if data.format != "auto":
             return candidates[0]
-        raise DataError(f"{source}: {_no_layout(columns, turns)}")
+        reason = _no_layout(columns, turns) if objective == "sft" else _objective(objective, columns)
+        raise DataError(f"{source}: {reason}")
     layout = (named or fitting)[0]
-    in_turns = (layout.prompt, layout.answer) == (_IN_TURNS.prompt, _IN_TURNS.answer)
-    return _IN_TURNS if in_turns and {"prompt", "completion"} & set(turns) else layout
+    if data.format == "auto" and layout.rejected and layout.is_conversation and not set(turns) & set(columns):
+        raise DataError(
+            f"{source}: chosen and rejected are texts, and there is no column prompt to which they are answers; name "
+            "it under data.columns ({prompt: your_question}), or write chosen and rejected as lists of messages"
+        )
+    for other in known:
+        if other.name == f"{layout.name}-messages" and other.prompt == layout.prompt:
+            return other if set(layout.read_columns) & set(turns) else layout
+    return layout
+
+
+def _objective(objective: ObjectiveName, columns: Collection[str]) -> str:
+    """What an objective needs, beside the columns that were found."""
+    columns = set(columns)
+    if objective in ("sft", "grpo") and {"chosen", "rejected"} <= columns:
+        instead = "; with these columns set objective: dpo, orpo or kto"
+    elif objective != "kto" and {"prompt", "completion", "label"} <= columns:
+        instead = "; with these columns set objective: kto"
+    else:
+        instead = "; name your columns under data.columns, e.g. {prompt: your_question}" + (
+            ", or set objective: sft" if objective != "grpo" else ""
+        )
+    return f"objective: {objective}, which {_NEEDS[objective]}; found are {_names(sorted(columns))}{instead}"
 
 
 def rename(raw: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -234,10 +310,10 @@ def _no_layout(columns: Collection[str], turns: Collection[str]) -> str:
         return f"{found}The examples are single messages; {WHOLE_CONVERSATIONS}"
     if {"chosen", "rejected"} <= set(columns):
         return (
-            f"{found}The examples are preferences, which are not supported; to train on the chosen answers alone, set "
-            "data.columns: {prompt: prompt, completion: chosen}"
+            f"{found}The examples are preferences: set objective: dpo (or orpo, kto); to train on the chosen answers "
+            "alone, set data.columns: {prompt: prompt, completion: chosen}"
         )
-    known = "; ".join(f"{layout.name} ({', '.join(layout.needed)})" for layout in LAYOUTS)
+    known = "; ".join(f"{layout.name} ({', '.join(layout.needed)})" for layout in _ANSWERS)
     return (
         f"{found}Set data.format, or name your columns under data.columns, e.g. {{prompt: your_question, "
         f"completion: your_answer}}. Known: {known}"
@@ -283,7 +359,7 @@ def _is_off(name: str, value: Any) -> bool:
     if name not in _NUMERIC_FLAGS or value is None or isinstance(value, list | dict):
         return False
     try:
-        return says_untrained(name, value)
+        return not truth(name, value)
     except ExampleError:
         return False
 

@@ -73,17 +73,17 @@ def is_conversation(value: Any) -> bool:
     )
 
 
-def says_untrained(name: str, value: Any) -> bool:
-    """Whether a flag says that its turn or example takes no loss.
+def truth(name: str, value: Any) -> bool:
+    """What a flag or a label says, as a boolean, a number or text.
 
     Raises:
         ExampleError: it says neither yes nor no; a weight in between is not supported.
     """
     text = str(value).strip().lower()
     if text in _NO:
-        return True
-    if text in _YES:
         return False
+    if text in _YES:
+        return True
     raise ExampleError(f"{name} is {value!r}; only 0 and 1 (false and true) are supported: take it out or round it")
 
 
@@ -115,7 +115,7 @@ def _message(number: int, item: Mapping[str, Any]) -> Message:
         raise ExampleError(f"message {number} has the unknown role {speaker!r}; known: {', '.join(_ROLES)}")
     content = item.get("content") if item.get("content") is not None else item.get("value")
     flags = {name: item[name] for name in FLAGS if item.get(name) is not None}
-    trained = not any(says_untrained(f"{name} of message {number}", value) for name, value in flags.items())
+    trained = all(truth(f"{name} of message {number}", value) for name, value in flags.items())
     extra = {name: value for name, value in item.items() if name not in _OWN_KEYS and value is not None}
     return Message(role, _content(number, content), trained, extra)
 

@@ -1,7 +1,7 @@
 """The trainer's dataset, and packing: whole examples put together into sequences of at most `max_length` tokens."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from expertune.data.examples import IGNORE_INDEX, TokenizedExample, TokenizedExa
 from expertune.errors import DataError
 
 
-class Dataset(Sequence[dict[str, list[int]]]):
+class Dataset(Sequence[dict[str, Any]]):
     """Sequences for transformers' Trainer, each made when it is asked for. An index gives one, a slice a list.
 
     Args:
@@ -29,9 +29,48 @@ class Dataset(Sequence[dict[str, list[int]]]):
             return [self._sequence(each) for each in range(*index.indices(len(self)))]
         return self._sequence(range(len(self))[index])
 
-    def _sequence(self, index: int) -> dict[str, list[int]]:
+    def _sequence(self, index: int) -> dict[str, Any]:
         example = self._examples[index]
         return {"input_ids": example.input_ids, "labels": example.labels, "example_ids": [index]}
+
+
+class PairDataset(Dataset):
+    """Pairs of answers, as trainers of preferences take them."""
+
+    def _sequence(self, index: int) -> dict[str, Any]:
+        example = self._examples[index]
+        assert example.rejected is not None
+        return {
+            "prompt_ids": example.prompt_ids,
+            "chosen_ids": example.completion_ids,
+            "rejected_ids": example.rejected.completion_ids,
+            "example_ids": [index],
+        }
+
+
+class LabeledDataset(Dataset):
+    """Answers, each with whether it is a good one."""
+
+    def _sequence(self, index: int) -> dict[str, Any]:
+        example = self._examples[index]
+        return {
+            "prompt_ids": example.prompt_ids,
+            "completion_ids": example.completion_ids,
+            "label": example.label,
+            "example_ids": [index],
+        }
+
+
+class PromptDataset(Dataset):
+    """Prompts whose answers are to be written, with the columns that rewards are told."""
+
+    def _sequence(self, index: int) -> dict[str, Any]:
+        example = self._examples[index]
+        own = {"prompt": str(example.prompt), "prompt_ids": example.input_ids, "example_ids": [index]}
+        return {**(example.columns or {}), **own}
+
+
+_KINDS: dict[str, type[Dataset]] = {"pairs": PairDataset, "labels": LabeledDataset, "prompts": PromptDataset}
 
 
 class PackedDataset(Dataset):
@@ -50,7 +89,7 @@ class PackedDataset(Dataset):
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
-    def _sequence(self, index: int) -> dict[str, list[int]]:
+    def _sequence(self, index: int) -> dict[str, Any]:
         members: list[int] = self._members[self._bounds[index] : self._bounds[index + 1]].tolist()
         packed: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": [], "example_ids": members}
         for each in members:
@@ -59,6 +98,15 @@ class PackedDataset(Dataset):
             packed["labels"] += [IGNORE_INDEX, *example.labels[1:]]
             packed["position_ids"] += range(len(example.input_ids))
         return packed
+
+
+def sequences_of(examples: Sequence[TokenizedExample]) -> Iterator[dict[str, Any]]:
+    """Answers that are compared, or prompts alone, as sequences of supervised fine-tuning; both sides of a pair."""
+    for index in range(len(examples)):
+        example = examples[index]
+        for side in example.sides:
+            labels = side.labels if example.columns is None else side.input_ids
+            yield {"input_ids": side.input_ids, "labels": labels, "example_ids": [index]}
 
 
 def make_dataset(tokenized: TokenizedExamples, data: DataConfig) -> Dataset:
@@ -70,8 +118,12 @@ def make_dataset(tokenized: TokenizedExamples, data: DataConfig) -> Dataset:
 
     Returns:
         A sequence of `{"input_ids", "labels", "example_ids"}`, with `position_ids` where packed. `example_ids` are
-        indices into `tokenized.examples`.
+        indices into `tokenized.examples`. Of a preference objective: `{"prompt_ids", "chosen_ids", "rejected_ids"}`,
+        `{"prompt_ids", "completion_ids", "label"}` or `{"prompt", "prompt_ids", ...}` with the columns of a prompt's
+        row, each with `example_ids`.
     """
+    if kind := tokenized.report.get("kind"):
+        return _KINDS[kind](tokenized.examples)
     if data.packing == "packed":
         return pack_examples(tokenized.examples, data.max_length)
     return Dataset(tokenized.examples)

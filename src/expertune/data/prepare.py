@@ -2,31 +2,31 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
-from expertune.config import DataConfig
+from expertune.config import DataConfig, ObjectiveName
 from expertune.data import token_cache
-from expertune.data.column_template import Rendered, Template
+from expertune.data.answers import Reader, Row
+from expertune.data.column_template import Template
 from expertune.data.columns import ColumnUse, check_names, refuse_tree
-from expertune.data.encode import check_tokenizer, encode_example
+from expertune.data.encode import check_tokenizer
 from expertune.data.examples import Tally, TokenizedExample, TokenizedExamples
-from expertune.data.formats import Example, Layout, find_layout, rename
+from expertune.data.formats import Layout, find_layout
 from expertune.data.lint import (
     ExampleError,
     FlaggedError,
     Problems,
-    check_answer,
     check_context,
-    check_tokens,
-    check_unicode,
     skip_report,
     stop_or_skip,
 )
 from expertune.data.messages import is_conversation
+from expertune.data.pairs import AnswerTally, answer_warnings, require_both_labels, with_leak_told
 from expertune.data.readers import SourceExample
 from expertune.data.sources import SourceExamples, find_source
-from expertune.data.special_tokens import SpecialTokens, part_of, text_of, without_end
+from expertune.data.special_tokens import SpecialTokens
 from expertune.data.template import default_template, is_own_file, load_template, own_file_names
 from expertune.data.text_ids import TokenizesAhead
 from expertune.data.trial import try_template
@@ -39,7 +39,11 @@ _ROWS_AT_ONCE = 64
 
 
 def prepare_examples(
-    data: DataConfig, which: Literal["train", "eval"], tokenizer: Any, progress: Progress | None = None
+    data: DataConfig,
+    which: Literal["train", "eval"],
+    tokenizer: Any,
+    progress: Progress | None = None,
+    objective: ObjectiveName = "sft",
 ) -> TokenizedExamples:
     """Read, render, tokenize and check the examples of a run.
 
@@ -48,6 +52,7 @@ def prepare_examples(
         which: the training or the evaluation examples.
         tokenizer: a fast transformers tokenizer with an EOS token.
         progress: called with (examples done, examples in all) now and then.
+        objective: the run's; it decides what an example is: see `TokenizedExample`.
 
     Returns:
         The examples in the source's order, and the report for the run record; those of a large source lie in a file.
@@ -62,62 +67,76 @@ def prepare_examples(
     if spec is None:
         raise ConfigError("data.eval names no examples; set it to files, a hub dataset or a slice of one")
     source = find_source(spec)
+    walk = _Walk(data, objective, tokenizer, progress)
     if token_cache.is_large(source):
-        return token_cache.kept_examples(
-            token_cache.cache_key(source, data, tokenizer),
+        found = token_cache.kept_examples(
+            token_cache.cache_key(source, data, tokenizer, objective),
             source.name,
-            lambda keep: _tokenize(source.read(stream=True), data, tokenizer, keep, progress),
-            lambda report: token_cache.cache_key(source, settled(data, report), tokenizer),
+            lambda keep: walk.through(source.read(stream=True), keep),
+            lambda report: token_cache.cache_key(source, settled(data, report), tokenizer, objective),
         )
-    examples: list[TokenizedExample] = []
-    report = _tokenize(source.read(), data, tokenizer, examples.append, progress)
-    return TokenizedExamples(examples, report)
+    else:
+        examples: list[TokenizedExample] = []
+        report = walk.through(source.read(), examples.append)
+        found = TokenizedExamples(examples, report)
+    if which == "train":
+        require_both_labels(found.report)
+    return found
 
 
-def _tokenize(
-    source: SourceExamples,
-    data: DataConfig,
-    tokenizer: Any,
-    keep: Callable[[TokenizedExample], None],
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Hand on each example as soon as it is made; the report of all."""
-    layout, template = choose(source, data, tokenizer)
-    use = ColumnUse(data, layout, template, is_own_file(data.template))
-    special_tokens, spelt_out = SpecialTokens(tokenizer, data.parse_special_tokens), Counter[str]()
-    tally, problems, num_flagged, num_open_turns = Tally(), Problems(), 0, 0
-    total, done, ahead = sum(source.num_rows.values()), 0, TokenizesAhead(tokenizer)
-    rows = iter(source.examples)
-    while block := list(islice(rows, _ROWS_AT_ONCE)):
-        if progress:
-            progress(done, total)
-        done += len(block)
-        read = [_read(raw, layout, template, special_tokens, data.columns) for raw in block]
-        ahead.take([each[2] for each in read if isinstance(each, tuple)])
-        for raw, each in zip(block, read, strict=True):
-            try:
-                if isinstance(each, ExampleError):
-                    raise each
-                values, example, rendered = each
-                use.add(values, example, rendered.text, raw.place)
-                tokenized = _tokenized(rendered, raw.place, data, ahead)
-                spelt_out.update(special_tokens.found(rendered.text))
-                num_open_turns += rendered.num_open_turns
-                tally.add(tokenized)
-                keep(tokenized)
-            except FlaggedError:
-                num_flagged += 1
-            except ExampleError as error:
-                problems.add(raw.place, str(error))
-    use.require_fit(source.name)
-    num_kept = len(tally.uncut_lengths)
-    stop_or_skip(problems, num_kept + problems.num, source.name, data.on_error)
-    if not num_kept:
-        raise DataError(f"{source.name}: all {num_flagged} examples are flagged not to be trained; nothing is left")
-    report = _how_read(source, data, layout, template) | tally.report(data.max_length) | use.report()
-    report |= {"num_flagged": num_flagged, "special_tokens_as_text": dict(spelt_out), "num_open_turns": num_open_turns}
-    report["warnings"] = [*report["warnings"], *_warnings(report)]
-    return report | skip_report(problems)
+@dataclass(frozen=True)
+class _Walk:
+    """The way of a source's rows to tokenized examples."""
+
+    data: DataConfig
+    objective: ObjectiveName
+    tokenizer: Any
+    progress: Progress | None
+
+    def through(self, source: SourceExamples, keep: Callable[[TokenizedExample], None]) -> dict[str, Any]:
+        """Hand on each example as soon as it is made; the report of all."""
+        data, objective, tokenizer = self.data, self.objective, self.tokenizer
+        layout, template = choose(source, data, tokenizer, objective)
+        use = ColumnUse(data, layout, template, is_own_file(data.template), objective == "grpo")
+        special_tokens, spelt_out = SpecialTokens(tokenizer, data.parse_special_tokens), Counter[str]()
+        reader = Reader(data, objective, layout, template, special_tokens)
+        tally, answers, problems, num_flagged, num_open_turns = Tally(), AnswerTally(), Problems(), 0, 0
+        total, done, num_read = sum(source.num_rows.values()), 0, 0
+        ahead, rows = TokenizesAhead(tokenizer), iter(source.examples)
+        while block := list(islice(rows, _ROWS_AT_ONCE)):
+            if self.progress:
+                self.progress(done, total)
+            done += len(block)
+            read = [reader.read(raw) for raw in block]
+            ahead.take([side.rendered for each in read if isinstance(each, Row) for side in each.sides])
+            for raw, row in zip(block, read, strict=True):
+                try:
+                    if isinstance(row, ExampleError):
+                        raise row
+                    use.add(row.values, row.sides[0].example, row.sides[0].rendered.text, raw.place)
+                    tokenized = list(reader.tokenized(row, ahead))
+                    for side in row.sides:
+                        spelt_out.update(special_tokens.found(side.rendered.text))
+                        num_open_turns += side.rendered.num_open_turns
+                    num_read += 1
+                    for example in tokenized:
+                        tally.add(example)
+                        answers.add(example)
+                        keep(example)
+                except FlaggedError:
+                    num_flagged += 1
+                except ExampleError as error:
+                    problems.add(raw.place, str(error))
+        use.require_fit(source.name)
+        stop_or_skip(problems, num_read + problems.num, source.name, data.on_error)
+        if not num_read:
+            raise DataError(f"{source.name}: all {num_flagged} examples are flagged not to be trained; nothing is left")
+        report = _how_read(source, data, layout, template) | tally.report(data.max_length) | use.report()
+        spelt = dict(spelt_out)
+        report |= {"num_flagged": num_flagged, "special_tokens_as_text": spelt, "num_open_turns": num_open_turns}
+        report |= answers.report()
+        report["warnings"] = [*report["warnings"], *_warnings(report), *answer_warnings(report)]
+        return report | skip_report(problems)
 
 
 def prepare_run(
@@ -126,6 +145,7 @@ def prepare_run(
     earlier: Mapping[str, Any] | None = None,
     context: int | None = None,
     progress: Progress | None = None,
+    objective: ObjectiveName = "sft",
 ) -> tuple[TokenizedExamples, TokenizedExamples | None]:
     """The training and the evaluation examples of a run, both through one template.
 
@@ -135,6 +155,7 @@ def prepare_run(
         earlier: reports of the same run by part, from its record, where it is resumed.
         context: tokens that the model's context holds (`expertune.checkpoint.context.context_length`).
         progress: see `prepare_examples`.
+        objective: see `prepare_examples`.
 
     Returns:
         The training examples, and the evaluation examples where the run has any.
@@ -145,15 +166,15 @@ def prepare_run(
     before, named = earlier or {}, data.format
     if report := before.get("train"):
         data = settled(data, report)
-    train = prepare_examples(data, "train", tokenizer, progress)
+    train = prepare_examples(data, "train", tokenizer, progress, objective)
     check_context(train, context, "data.train")
     if data.eval is None:
         return train, None
     # Only the template: evaluation examples may have columns of their own, but a loss is of the form that was trained.
     update = {"template": train.report["template"], "format": (before.get("eval") or {}).get("format", named)}
-    evaluation = prepare_examples(data.model_copy(update=update), "eval", tokenizer, progress)
+    evaluation = prepare_examples(data.model_copy(update=update), "eval", tokenizer, progress, objective)
     check_context(evaluation, context, "data.eval")
-    return train, evaluation
+    return train, evaluation if objective == "sft" else with_leak_told(train, evaluation)
 
 
 def settled(data: DataConfig, report: Mapping[str, Any]) -> DataConfig:
@@ -169,64 +190,42 @@ def settled(data: DataConfig, report: Mapping[str, Any]) -> DataConfig:
     return data.model_copy(update={"format": report["format"], "template": report["template"]})
 
 
-def choose(source: SourceExamples, data: DataConfig, tokenizer: Any) -> tuple[Layout, Template]:
+def choose(
+    source: SourceExamples, data: DataConfig, tokenizer: Any, objective: ObjectiveName = "sft"
+) -> tuple[Layout, Template]:
     """The layout by the first example that could be read, and the template by all of them.
 
     Raises:
         DataError: no example can be read, or no layout fits them.
         ConfigError: the template is not fit for them.
     """
-    first = next(source.readable, None)
+    at, first = next(((each.place, each.values) for each in source.examples if each.values is not None), ("", None))
     if first is None:
         unread, count = next(iter(source.examples)), sum(source.num_rows.values())
         raise DataError(f"{source.name}: not one of {count} examples can be read; {unread.place}: {unread.problem}")
     check_names(data.columns, own_file_names(data.template))
     turns = {name for raw in source.readable for name, value in raw.items() if is_conversation(value)}
     turns |= {ours for ours, theirs in data.columns.items() if theirs in turns}
-    layout = find_layout(data, [*first, *data.columns], source.name, turns)
+    place = source.name if objective == "sft" else at
+    layout = find_layout(data, [*first, *data.columns], place, turns, objective)
     if layout.name == "text" and data.format == "auto" and not data.columns and not is_own_file(data.template):
         refuse_tree(source.readable, source.name)
     name = data.template or default_template(layout, (raw | _renamed(raw, data) for raw in source.readable))
     if name == "chat" or is_own_file(name):
-        renamed = first | _renamed(first, data)
-        try_template(name, lambda: load_template(name, layout, tokenizer).render(layout.read(renamed)))
+        renamed = SourceExample(at, first | _renamed(first, data))
+        as_it_is = data.model_copy(update={"columns": {}})
+
+        def render() -> None:
+            tokens = SpecialTokens(tokenizer, data.parse_special_tokens)
+            Reader(as_it_is, objective, layout, load_template(name, layout, tokenizer), tokens).read(renamed)
+
+        try_template(name, render)
     return layout, load_template(name, layout, tokenizer)
 
 
 def _renamed(raw: Mapping[str, Any], data: DataConfig) -> dict[str, Any]:
     """Our names of an example's columns; a column that is missing is an error of its example, later."""
     return {ours: raw[theirs] for ours, theirs in data.columns.items() if theirs in raw}
-
-
-def _read(
-    raw: SourceExample, layout: Layout, template: Template, special_tokens: SpecialTokens, columns: Mapping[str, str]
-) -> tuple[Mapping[str, Any], Example, Rendered] | ExampleError:
-    """An example's columns, what they hold and its text, or why it cannot be used."""
-    try:
-        if raw.values is None:
-            raise ExampleError(raw.problem)
-        example = layout.read(rename(raw.values, columns))
-        return raw.values, example, special_tokens.render(template, example)
-    except ExampleError as error:
-        return error
-
-
-def _tokenized(rendered: Rendered, place: str, data: DataConfig, tokenizer: Any) -> TokenizedExample:
-    start, end = rendered.spans[-1]
-    prompt = part_of(text_of(rendered), 0, start)
-    completion = without_end(part_of(rendered.text, start, end), tokenizer.eos_token)
-    check_unicode(rendered.text)
-    check_answer("what the template makes of the answer", completion)
-    if data.train_on == "all" and rendered.has_untrained_elsewhere:
-        raise ExampleError(
-            "answers that must not be trained cannot be found in the text under this template; set data.train_on: "
-            "completion, or data.template: chatml"
-        )
-    input_ids, labels = encode_example(rendered, data.train_on, tokenizer)
-    uncut_length = len(input_ids)
-    input_ids, labels = input_ids[: data.max_length], labels[: data.max_length]
-    check_tokens(input_ids, labels, uncut_length, tokenizer)
-    return TokenizedExample(input_ids, labels, place, prompt, completion, uncut_length)
 
 
 def _how_read(source: SourceExamples, data: DataConfig, layout: Layout, template: Template) -> dict[str, Any]:

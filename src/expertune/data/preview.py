@@ -4,6 +4,7 @@ Which part of an example is trained is read off its labels, not off what a templ
 loss is taken on.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -44,7 +45,7 @@ def read_examples(
     source = fetch_model(config.model, config.revision, trust_remote_code, weights=False)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     context = context_length(read_config(source.folder, trust_remote_code))
-    return *prepare_run(config.data, tokenizer, context=context), tokenizer
+    return *prepare_run(config.data, tokenizer, context=context, objective=config.objective), tokenizer
 
 
 def preview(tokenized: TokenizedExamples, data: DataConfig, tokenizer: Any, num_examples: int) -> dict[str, Any]:
@@ -88,7 +89,11 @@ def _hints(report: dict[str, Any], data: DataConfig, tokenizer: Any) -> list[str
 
 
 def shown_example(example: TokenizedExample, tokenizer: Any) -> dict[str, Any]:
-    """One example as `preview` has it in `examples`."""
+    """One example as `preview` has it in `examples`; a pair has its `rejected` side beside it, in the same form."""
+    if example.rejected is not None:
+        both = dataclasses.replace(example, rejected=None)
+        return {**shown_example(both, tokenizer), "rejected": shown_example(example.rejected, tokenizer)}
+    told = {"label": example.label, "columns": example.columns}
     flags = [label != IGNORE_INDEX for label in example.labels]
     runs = [(trained, len(list(group))) for trained, group in groupby(flags)]
     texts = _texts(example.input_ids, [length for _, length in runs], tokenizer)
@@ -98,6 +103,7 @@ def shown_example(example: TokenizedExample, tokenizer: Any) -> dict[str, Any]:
         "num_trained": sum(flags),
         "uncut_length": example.uncut_length,
         "parts": [{"text": text, "trained": trained} for text, (trained, _) in zip(texts, runs, strict=True)],
+        **{name: value for name, value in told.items() if value is not None},
     }
 
 

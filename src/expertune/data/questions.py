@@ -66,7 +66,8 @@ class Questions:
         """The columns of an example that hold its answer, which a question has no use of."""
         if self.layout.is_conversation and not self.layout.prompt:
             return set()
-        return {"completion", *(layout.answer for layout in self._layouts)}
+        of_layouts = {name for each in self._layouts for name in (each.answer, each.rejected, each.label)}
+        return {"completion", *of_layouts} - {""}
 
     @property
     def columns(self) -> list[str]:

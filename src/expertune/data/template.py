@@ -53,16 +53,17 @@ def default_template(layout: Layout, examples: Iterable[Mapping[str, Any]]) -> s
         layout: the layout of the examples.
         examples: every example that could be read, after `rename`.
     """
-    if (layout.name, layout.answer) != ("prompt-completion", "completion"):
+    if layout.template != "question-answer" or "prompt" not in layout.prompt:
         return layout.template
     num_spaced = 0
     for raw in examples:
-        prompt, answer = raw.get(layout.prompt[0]), raw.get(layout.answer)
-        if not (isinstance(prompt, str) and isinstance(answer, str) and prompt and answer):
-            continue
-        if not (prompt[-1].isspace() or answer[0].isspace()):
-            return layout.template
-        num_spaced += 1
+        prompt = raw.get("prompt")
+        for answer in (raw.get(layout.answer), raw.get(layout.rejected)):
+            if not (isinstance(prompt, str) and isinstance(answer, str) and prompt and answer):
+                continue
+            if not (prompt[-1].isspace() or answer[0].isspace()):
+                return layout.template
+            num_spaced += 1
     return "plain" if num_spaced else layout.template
 
 

@@ -9,6 +9,7 @@ A kept file is used only if its own hash is that in the report beside it, which 
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -27,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from expertune.config import DataConfig
-from expertune.data.examples import IGNORE_INDEX, Tally, TokenizedExample, TokenizedExamples
+from expertune.config import DataConfig, ObjectiveName
+from expertune.data.examples import IGNORE_INDEX, Tally, TokenizedExample, TokenizedExamples, hash_of
 from expertune.data.sources import Source
 from expertune.data.special_tokens import RenderedText, answer_starts, plain_places
 from expertune.data.template import own_file_text
@@ -65,6 +66,7 @@ class MappedExamples(Sequence[TokenizedExample]):
     Attributes:
         lengths: int32 [num_examples], tokens of each example.
         uncut_lengths: int32 [num_examples], the same before `max_length` cut it.
+        prompt_hashes: int64 [num_examples], see `TokenizedExamples`; of examples that are not compared, zeros.
         digest: as given.
 
     Raises:
@@ -79,15 +81,23 @@ class MappedExamples(Sequence[TokenizedExample]):
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._reader = pa.ipc.open_file(pa.py_buffer(self._map))
         self._starts = [0]
-        lengths, uncut_lengths = [], []
+        lengths, uncut_lengths, prompt_hashes = [], [], []
         for number in range(self._reader.num_record_batches):
             batch = self._reader.get_batch(number)
             self._starts.append(self._starts[-1] + batch.num_rows)
-            lengths.append(batch["input_ids"].value_lengths().to_numpy())
-            uncut_lengths.append(batch["uncut_length"].to_numpy().copy())  # of the mapped pages, which are given back
+            lengths.append(
+                np.maximum(
+                    batch["input_ids"].value_lengths().to_numpy(), batch["rejected_ids"].value_lengths().to_numpy()
+                )
+            )
+            # Copied off the mapped pages, which are given back.
+            uncut = np.maximum(batch["uncut_length"].to_numpy(), batch["rejected_uncut_length"].to_numpy())
+            uncut_lengths.append(uncut)
+            prompt_hashes.append(batch["prompt_hash"].to_numpy().copy())
             if number % _LOOKS_PER_RELEASE == 0:
                 self._release()
         self.lengths, self.uncut_lengths = np.concatenate(lengths), np.concatenate(uncut_lengths)
+        self.prompt_hashes = np.concatenate(prompt_hashes)
         self._num_looks = 0
         self._release()
 
@@ -106,7 +116,8 @@ class MappedExamples(Sequence[TokenizedExample]):
     def _example(self, index: int) -> TokenizedExample:
         number = bisect_right(self._starts, index) - 1
         batch, row = self._reader.get_batch(number), index - self._starts[number]
-        values = {name: batch[name][row].as_py() for name in ("place", "prompt", "completion", "plain", "answers")}
+        texts = ("place", "prompt", "completion", "plain", "answers", "rejected", "label", "columns")
+        values = {name: batch[name][row].as_py() for name in texts}
         ids: list[int] = batch["input_ids"][row].values.to_numpy().tolist()
         trained = batch["trained"][row].values.to_numpy(zero_copy_only=False)
         prompt = values["prompt"]
@@ -116,14 +127,21 @@ class MappedExamples(Sequence[TokenizedExample]):
         self._num_looks += 1
         if self._num_looks % _LOOKS_PER_RELEASE == 0:
             self._release()
-        return TokenizedExample(
-            ids,
-            np.where(trained, ids, IGNORE_INDEX).tolist(),
-            values["place"].decode("utf-8", "surrogatepass"),
-            prompt,
-            values["completion"],
-            int(self.uncut_lengths[index]),
+        place = values["place"].decode("utf-8", "surrogatepass")
+        labels = np.where(trained, ids, IGNORE_INDEX).tolist()
+        columns = values["columns"]
+        example = TokenizedExample(
+            *(ids, labels, place, prompt, values["completion"], batch["uncut_length"][row].as_py()),
+            label=values["label"],
+            columns=None if columns is None else json.loads(columns),
         )
+        if values["rejected"] is None:
+            return example
+        ids, num_prompt_tokens = batch["rejected_ids"][row].values.to_numpy().tolist(), example.num_prompt_tokens
+        labels = [IGNORE_INDEX] * num_prompt_tokens + ids[num_prompt_tokens:]
+        uncut_length = batch["rejected_uncut_length"][row].as_py()
+        rejected = TokenizedExample(ids, labels, place, prompt, values["rejected"], uncut_length)
+        return dataclasses.replace(example, rejected=rejected)
 
     def _release(self) -> None:
         """Give mapped pages back. They stay in the system's page cache, and count as no process's memory."""
@@ -136,13 +154,14 @@ def is_large(source: Source) -> bool:
     return source.num_bytes >= LARGE_BYTES
 
 
-def cache_key(source: Source, data: DataConfig, tokenizer: Any) -> str:
+def cache_key(source: Source, data: DataConfig, tokenizer: Any, objective: ObjectiveName = "sft") -> str:
     """A name for all that decides the tokens and the report of a source.
 
     Args:
         source: the source, by content.
         data: the run's data section.
         tokenizer: a fast transformers tokenizer.
+        objective: the run's.
     """
     template = own_file_text(data.template)
     # A template may write the day's date: its examples are another day's tomorrow.
@@ -150,7 +169,7 @@ def cache_key(source: Source, data: DataConfig, tokenizer: Any) -> str:
     return _digest(
         [
             [source.name, source.content],
-            data.model_dump(mode="json", exclude=_NOT_IN_KEY),
+            [data.model_dump(mode="json", exclude=_NOT_IN_KEY), objective],
             template,
             [tokenizer_digest(tokenizer), str(type(tokenizer)), getattr(tokenizer, "split_special_tokens", False)],
             [_code_digest(), platform.python_version(), *map(version, _LIBRARIES)],
@@ -225,6 +244,12 @@ def _write(folder: Path, make: Callable[[Keep], dict[str, Any]]) -> None:
             "plain": integers,
             "answers": integers,
             "completion": pa.string(),
+            "rejected_ids": integers,  # of a pair; empty elsewhere
+            "rejected_uncut_length": pa.int32(),
+            "rejected": pa.string(),
+            "label": pa.bool_(),
+            "columns": pa.string(),  # JSON
+            "prompt_hash": pa.int64(),
         }
     )
     for left in folder.glob(f".*{BESIDE}"):  # by a process that was killed
@@ -259,6 +284,8 @@ def _link(folder: Path, other: Path) -> None:
 
 
 def _row(example: TokenizedExample) -> dict[str, Any]:
+    rejected = example.rejected
+    is_compared = rejected is not None or example.label is not None or example.columns is not None
     return {
         "input_ids": np.asarray(example.input_ids, dtype=np.int32),
         "trained": np.asarray(example.labels) != IGNORE_INDEX,
@@ -268,6 +295,12 @@ def _row(example: TokenizedExample) -> dict[str, Any]:
         "plain": [bound for place in plain_places(example.prompt) for bound in place],
         "answers": list(answer_starts(example.prompt)),
         "completion": str(example.completion),
+        "rejected_ids": [] if rejected is None else np.asarray(rejected.input_ids, dtype=np.int32),
+        "rejected_uncut_length": 0 if rejected is None else rejected.uncut_length,
+        "rejected": None if rejected is None else str(rejected.completion),
+        "label": example.label,
+        "columns": None if example.columns is None else json.dumps(example.columns),
+        "prompt_hash": hash_of(example.prompt_ids) if is_compared else 0,
     }
 
 

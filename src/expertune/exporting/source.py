@@ -206,7 +206,8 @@ class ExportSource:
         """The run's evaluation examples; its training examples where it has none of these. At most 64."""
         config, data = self.context.config, self.context.record["data"]
         which = "train" if config.data.eval is None else "eval"
-        found = prepare_examples(settled(config.data, data[which]), which, self.tokenizer)  # type: ignore[arg-type]
+        settled_data = settled(config.data, data[which])
+        found = prepare_examples(settled_data, which, self.tokenizer, objective=config.objective)  # type: ignore[arg-type]
         return [found.examples[index] for index in range(min(len(found.examples), 64))]
 
     @cached_property

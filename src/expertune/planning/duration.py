@@ -82,7 +82,7 @@ def read_lengths(config: RunConfig, trust_remote_code: bool = False) -> Lengths:
             tokenizer = load_tokenizer(folder, trust_remote_code)
             context = context_length(read_config(folder, trust_remote_code))
             kept = data.model_copy(update={"on_error": "skip"})
-            train, evaluation = prepare_run(kept, tokenizer, context=context)
+            train, evaluation = prepare_run(kept, tokenizer, context=context, objective=config.objective)
             of_eval = evaluation.report if evaluation else None
             return Lengths.of(data, len(make_dataset(train, data)), train.report, of_eval)
     num_eval_rows = _count(data.eval) if data.eval else 0

@@ -3,7 +3,7 @@
 The marks are characters, so that they survive where there is no color: in a file, in a pipe, on a plain terminal.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -38,9 +38,15 @@ def render_preview(part: str, preview: Mapping[str, Any], max_chars: int = 600) 
 
 def counts_of(example: Mapping[str, Any]) -> str:
     """How long an example is, and how much of it is trained."""
+    if "columns" in example:
+        told = ", ".join(printable(name) for name in example["columns"]) or "no column"
+        return f"{example['num_tokens']} tokens, to which answers are written; rewards are told {told}"
     cut = example["uncut_length"] - example["num_tokens"]
     counts = f"{example['num_tokens']} tokens, {example['num_trained']} trained"
-    return f"{counts}, {cut} more cut off" if cut > 0 else counts
+    counts = f"{counts}, {cut} more cut off" if cut > 0 else counts
+    if "label" in example:
+        counts += ", a good answer" if example["label"] else ", a bad answer"
+    return f"{counts}; rejected: {counts_of(example['rejected'])}" if "rejected" in example else counts
 
 
 def _facts(part: str, preview: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -59,7 +65,18 @@ def _facts(part: str, preview: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if preview[key]:
             counts.append(f"{preview[key]} {words}")
     yield "examples", ", ".join(counts)
-    yield "tokens", f"{preview['num_tokens']:,}, of which {preview['num_label_tokens']:,} are trained"
+    if preview.get("kind") == "prompts":
+        yield "tokens", f"{preview['num_tokens']:,} in prompts"
+    else:
+        yield "tokens", f"{preview['num_tokens']:,}, of which {preview['num_label_tokens']:,} are trained"
+    if pairs := preview.get("pairs"):
+        yield (
+            "pairs",
+            f"chosen is longer in {pairs['chosen_longer']} and rejected in {pairs['rejected_longer']} of "
+            f"{preview['num_rows']}; {pairs['chosen_tokens']:.1f} and {pairs['rejected_tokens']:.1f} tokens on average",
+        )
+    if labels := preview.get("labels"):
+        yield "labels", f"{labels['desirable']} good answers, {labels['undesirable']} bad ones"
     for warning in preview["warnings"]:
         yield "warning", warning
     for hint in preview["hints"]:
@@ -73,26 +90,44 @@ class _Example:
         self._example, self._max_chars = example, max_chars
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        example = self._example
-        parts = [(_encodable(printable(part["text"]), options.encoding), part["trained"]) for part in example["parts"]]
-        start, end = _marks("".join(text for text, _ in parts), options.encoding)
-        heading = Text(
-            f"{printable(example['place'])}: {counts_of(example)}; what is trained stands between {start} and {end}"
-        )
-        lines = heading.wrap(console, max(options.max_width - len(_CONTINUED), 10), overflow="fold", no_wrap=False)
-        for number, line in enumerate(lines):
-            yield Text.assemble(_CONTINUED if number else "  ", line)
-        body, left_out = Text(), len(parts) - 2 * _PARTS_AT_AN_END
+        example, other = self._example, self._example.get("rejected", {"parts": []})
+        # The prompt is that of the chosen answer.
+        rejected = _encodable_parts([part for part in other["parts"] if part["trained"]], options.encoding)
+        parts = _encodable_parts(example["parts"], options.encoding)
+        marks = start, end = _marks("".join(text for text, _ in (*parts, *rejected)), options.encoding)
+        legend = "" if "columns" in example else f"; what is trained stands between {start} and {end}"
+        heading = Text(f"{printable(example['place'])}: {counts_of(example)}{legend}")
+        yield from _wrapped(heading, "  ", console, options)
+        for line in self._body(parts, marks, "bold green").split("\n", allow_blank=True):
+            yield from _wrapped(line, _GUTTER, console, options)
+        for name, value in example.get("columns", {}).items():
+            text = _encodable(printable(f"{name}: {value}"), options.encoding)
+            yield from _wrapped(Text(shortened(text, self._max_chars)), "    ", console, options)
+        if rejected:
+            yield Text("  rejected:")
+            for line in self._body(rejected, marks, "bold red").split("\n", allow_blank=True):
+                yield from _wrapped(line, _GUTTER, console, options)
+
+    def _body(self, parts: Sequence[tuple[str, bool]], marks: tuple[str, str], style: str) -> Text:
+        (start, end), body, left_out = marks, Text(), len(parts) - 2 * _PARTS_AT_AN_END
         for number, (text, trained) in enumerate(parts):
             if left_out > 1 and _PARTS_AT_AN_END <= number < _PARTS_AT_AN_END + left_out:
                 body.append(f"\n[... {left_out} more parts ...]\n" if number == _PARTS_AT_AN_END else "", style="dim")
                 continue
             shown = shortened(text, self._max_chars)
-            body.append(f"{start}{shown}{end}" if trained else shown, style="bold green" if trained else "")
-        for line in body.split("\n", allow_blank=True):
-            wrapped = line.wrap(console, max(options.max_width - len(_GUTTER), 10), overflow="fold", no_wrap=False)
-            for number, piece in enumerate(wrapped or [Text()]):
-                yield Text.assemble((_CONTINUED if number else _GUTTER, "dim"), piece)
+            body.append(f"{start}{shown}{end}" if trained else shown, style=style if trained else "")
+        return body
+
+
+def _wrapped(line: Text, first: str, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+    """A line in the width that there is, behind a mark of its first piece."""
+    wrapped = line.wrap(console, max(options.max_width - len(_CONTINUED), 10), overflow="fold", no_wrap=False)
+    for number, piece in enumerate(wrapped or [Text()]):
+        yield Text.assemble((_CONTINUED if number else first, "dim" if first == _GUTTER else ""), piece)
+
+
+def _encodable_parts(parts: Sequence[Mapping[str, Any]], encoding: str) -> list[tuple[str, bool]]:
+    return [(_encodable(printable(part["text"]), encoding), part["trained"]) for part in parts]
 
 
 def _marks(text: str, encoding: str) -> tuple[str, str]:

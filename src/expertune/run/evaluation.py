@@ -78,7 +78,7 @@ def evaluate(
         raise ConfigError(f"{run.output_dir}: the run has no data.eval examples to evaluate on")
     data, tokenizer = settled(run.config.data, run.record["data"]["eval"]), run.tokenizer
     with run.context.bars.task("tokenizing", "examples") as progress:
-        examples = prepare_examples(data, "eval", tokenizer, progress)
+        examples = prepare_examples(data, "eval", tokenizer, progress, run.config.objective)
     result: dict[str, Any] = {"adapter": "none" if base_only else run.adapter}
     step = 0 if base_only else run.steps
     changes: list[Change] = []

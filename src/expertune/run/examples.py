@@ -52,6 +52,17 @@ class Example:
         """The answer, without the text that ends it."""
         return self.tokenized.completion
 
+    @property
+    def rejected(self) -> "Example | None":
+        """Of a pair, the same prompt with the answer that this one is preferred to."""
+        other = self.tokenized.rejected
+        return None if other is None else Example(other, self.tokenizer)
+
+    @property
+    def label(self) -> bool | None:
+        """Whether the answer is a good one, where the data says so of each."""
+        return self.tokenized.label
+
     def __str__(self) -> str:
         return "".join(part["text"] for part in self._shown()["parts"])
 
@@ -145,6 +156,19 @@ def _as_html(shown: Sequence[Example], facts: str = "") -> str:
     examples = []
     for each in shown:
         example = each._shown()
-        parts = [{**part, "text": shortened(part["text"], _MAX_CHARS)} for part in example["parts"]]
-        examples.append({"place": example["place"], "counts": counts_of(example), "parts": parts})
+        parts, rejected = (
+            [{**part, "text": shortened(part["text"], _MAX_CHARS)} for part in side["parts"]]
+            for side in (example, example.get("rejected", {"parts": []}))
+        )
+        examples.append(
+            {
+                "place": example["place"],
+                "counts": counts_of(example),
+                "parts": parts,
+                "rejected": [part for part in rejected if part["trained"]],
+                "columns": [
+                    (name, shortened(str(value), _MAX_CHARS)) for name, value in example.get("columns", {}).items()
+                ],
+            }
+        )
     return render("examples.html", facts=Markup(facts), examples=examples)

@@ -19,7 +19,7 @@ from expertune.checkpoint.hub import ModelSource, fetch_model
 from expertune.checkpoint.load import build_meta_model, fingerprint_of
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import DataConfig
-from expertune.data import TokenizedExamples, make_collator, make_dataset, plot_lengths, prepare_run
+from expertune.data import TokenizedExamples, make_collator, make_dataset, plot_lengths, prepare_run, sequences_of
 from expertune.data.preview import preview
 from expertune.planning.duration import Lengths
 from expertune.report.preview import render_preview
@@ -79,7 +79,7 @@ def read_inputs(context: RunContext) -> Inputs:
     max_tokens = context_length(read_config(source.folder, trust))
     earlier = context.record.section("data")
     with context.bars.task("tokenizing", "examples") as progress:
-        train, evaluation = prepare_run(config.data, tokenizer, earlier, max_tokens, progress)
+        train, evaluation = prepare_run(config.data, tokenizer, earlier, max_tokens, progress, config.objective)
     inputs = Inputs(source, base, tokenizer, expected.refusal, train, make_dataset(train, config.data), evaluation)
     _record_inputs(context, inputs)
     _show_data(context, inputs)
@@ -128,7 +128,9 @@ def probe_batch(context: RunContext, inputs: Inputs) -> dict[str, Any]:
     data = context.config.data
     chosen: list[Any] = []
     tokens = 0
-    for row in inputs.dataset:
+    # Answers that are compared are sequences like any other, and a prompt alone is all that there is to predict.
+    rows = inputs.dataset if "kind" not in inputs.train.report else sequences_of(inputs.train.examples)
+    for row in rows:
         # Of a long example its beginning is enough; whole, it could need more memory than the run itself.
         row = {key: value if key == "example_ids" else value[:PREFLIGHT_TOKENS] for key, value in row.items()}
         length = data.max_length if data.packing == "padded" else len(row["input_ids"])
