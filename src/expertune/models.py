@@ -32,6 +32,7 @@ class LoraOptions(TypedDict, total=False):
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     rslora: bool
+    use_dora: bool
     dtype: str
     init_from: str | None
     init_from_other_base: bool

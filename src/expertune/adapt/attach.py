@@ -176,7 +176,8 @@ def adopt(lora: LoraSection, names: NameMap, file: AdapterFile, plain: PerExpert
         rslora = bool(file.config.get("use_rslora"))
         found = {"r": file.config["r"], "alpha": file.config["lora_alpha"], "rslora": rslora, **patterns}
     found = {**(plain.settings() if found is None else found), "targets": leaves(plain.modules)}
-    for key in ("r", "alpha", "rslora", "rank_pattern", "alpha_pattern"):
+    found["use_dora"] = bool(file.config.get("use_dora"))
+    for key in ("r", "alpha", "rslora", "use_dora", "rank_pattern", "alpha_pattern"):
         if key in lora.model_fields_set and getattr(lora, key) != found[key]:
             raise ConfigError(
                 f"lora.{key} is {getattr(lora, key)}, but the adapter at {lora.init_from} has {found[key]}; "
@@ -216,6 +217,7 @@ def _held_targets(targets: ResolvedTargets, names: NameMap, held: set[str]) -> R
         linears={name: rank for name, rank in targets.linears.items() if names.on_disk(name) in held},
         router={name: rank for name, rank in targets.router.items() if names.on_disk(name) in held},
         experts={module: ranks for module, ranks in experts.items() if ranks},
+        use_dora=targets.use_dora,
     )
 
 
@@ -228,6 +230,7 @@ def _live_config(targets: ResolvedTargets, lora: LoraSection) -> ExpertLoraConfi
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
+        use_dora=lora.use_dora,
         bias="none",
         **found,
     )

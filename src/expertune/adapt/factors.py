@@ -29,20 +29,23 @@ _T = TypeVar("_T")
 
 PREFIX = "base_model.model."
 _FACTORS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
+MAGNITUDE = ".lora_magnitude_vector"
 
 
 class Factors(NamedTuple):
-    """One pair of factors: its update is scale * B @ A.
+    """One pair of factors: its update is scale * B @ A, and with DoRA the sum with W is scaled to the magnitudes.
 
     Attributes:
         a: [r, in], or [E, r, in] where experts of a module are stacked.
         b: [out, r], or [E, out, r].
         scale: what a reader of the file multiplies by.
+        magnitude: DoRA's, [out] or [E, out]; None without.
     """
 
     a: Tensor
     b: Tensor
     scale: float
+    magnitude: Tensor | None = None
 
 
 @dataclass
@@ -61,8 +64,12 @@ class AdapterFactors:
 
 def stacked(experts: Sequence[Factors]) -> Factors:
     """The factors of experts as one: a copy."""
+    magnitudes = [each.magnitude for each in experts if each.magnitude is not None]
     return Factors(
-        torch.stack([each.a for each in experts]), torch.stack([each.b for each in experts]), experts[0].scale
+        torch.stack([each.a for each in experts]),
+        torch.stack([each.b for each in experts]),
+        experts[0].scale,
+        torch.stack(magnitudes) if magnitudes else None,
     )
 
 
@@ -132,7 +139,7 @@ class PerExpert:
         stacks: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             stem, factor = split_key(key)
-            if factor and stem.removesuffix(".base_layer") in fused:
+            if factor in ("A", "B") and stem.removesuffix(".base_layer") in fused:
                 stacks.setdefault(stem, {})[factor] = tensor
             else:
                 # PEFT on transformers 5 writes live names; the names on disk are what this one reads by.
@@ -159,7 +166,18 @@ class PerExpert:
         a, b = (self.tensors[key] for key in keys)
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             raise CheckpointError(f"{self.where}: {keys[0]} {tuple(a.shape)} and {keys[1]} {tuple(b.shape)} do not fit")
-        return Factors(a, b, self.scale(module, a.shape[0]))
+        return Factors(a, b, self.scale(module, a.shape[0]), self._magnitude(module, b.shape[0]))
+
+    def _magnitude(self, module: str, out_features: int) -> Tensor | None:
+        key = f"{PREFIX}{module}{MAGNITUDE}"
+        found, wanted = self.tensors.get(key), bool(self.config.get("use_dora"))
+        if (found is not None) != wanted:
+            raise CheckpointError(
+                f"{self.where}: {key} is {'missing' if wanted else 'there'}, and use_dora is {str(wanted).lower()}"
+            )
+        if found is not None and tuple(found.shape) != (out_features,):
+            raise CheckpointError(f"{self.where}: {key} has shape {tuple(found.shape)}, expected ({out_features},)")
+        return found
 
     def scale(self, module: str, rank: int) -> float:
         """What the update of a module is multiplied by, as PEFT takes it from the config."""
@@ -268,8 +286,9 @@ def expert_pattern(names: NameMap, module: str, projection: str) -> str:
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """The module's name in a tensor's name, and which factor it is: A, B, or nothing where it is neither."""
-    for ending, factor in _FACTORS.items():
+    """The module's name in a tensor's name, and which factor it is: A, B, M for a magnitude, or nothing."""
+    key = key.removesuffix(".weight") if key.endswith(f"{MAGNITUDE}.weight") else key
+    for ending, factor in (_FACTORS | {MAGNITUDE: "M"}).items():
         if key.endswith(ending):
             return key.removesuffix(ending).removeprefix(PREFIX), factor
     return key, ""

@@ -103,7 +103,7 @@ def _first_read(
 
 def _usual(names: NameMap, targets: ResolvedTargets, r: int, rank_pattern: Mapping[str, int]) -> StockLayout:
     """Per-expert names, and targets by the last part of names on disk: what PEFT wrote when experts were linears."""
-    found = StockLayout(r, expert_ranks=_expert_ranks(targets))
+    found = StockLayout(r, expert_ranks=_expert_ranks(targets), use_dora=targets.use_dora)
     found.ranks = {name: rank.rank for name, rank in (*targets.linears.items(), *targets.router.items())}
     on_disk = by_pattern(names, found.ranks, found.expert_ranks)
     stacks = {f"{module}.{weight}": sum(held) for module, weight, _, held in adapted_stacks(names, found.expert_ranks)}
@@ -119,7 +119,7 @@ def _usual(names: NameMap, targets: ResolvedTargets, r: int, rank_pattern: Mappi
 
 def _explicit(twin: Twin, names: NameMap, targets: ResolvedTargets, r: int) -> StockLayout:
     """Per-expert names, with targets by live name, and stacks and weights that PEFT does not find among parameters."""
-    found = StockLayout(r, expert_ranks=_expert_ranks(targets))
+    found = StockLayout(r, expert_ranks=_expert_ranks(targets), use_dora=targets.use_dora)
     found.ranks = {name: rank.rank for name, rank in (*targets.linears.items(), *targets.router.items())}
     _target_linears(found, twin, names, targets)
     stacks: dict[str, int] = {}
@@ -147,7 +147,8 @@ def _explicit(twin: Twin, names: NameMap, targets: ResolvedTargets, r: int) -> S
 
 def _fused(twin: Twin, names: NameMap, targets: ResolvedTargets, r: int) -> StockLayout:
     """PEFT's own names of stacks; one rank for all that have no larger one."""
-    found = StockLayout(r * max(len(projections) for _, _, projections, _ in adapted_stacks(names, targets.experts)))
+    whole_rank = r * max(len(projections) for _, _, projections, _ in adapted_stacks(names, targets.experts))
+    found = StockLayout(whole_rank, use_dora=targets.use_dora)
     found.ranks = {name: max(rank.rank, found.r) for name, rank in (*targets.linears.items(), *targets.router.items())}
     _target_linears(found, twin, names, targets)
     stacks: dict[str, int] = {}

@@ -164,7 +164,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     config = read_mapping(path, fix="copy the adapter again")
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be read")
-    for key in ("use_dora", "modules_to_save", "alora_invocation_tokens", "layers_to_transform"):
+    for key in ("modules_to_save", "alora_invocation_tokens", "layers_to_transform"):
         if config.get(key):
             raise CheckpointError(f"{path}: {key} is set, which Expertune does not read")
     if config.get("bias", "none") != "none":

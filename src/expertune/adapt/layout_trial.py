@@ -51,6 +51,7 @@ class StockLayout:
         ranks: rank in the file, by live name of a linear or router.
         expert_ranks: rank in the file of each projection of an experts module; of a fused stack, its whole rank.
         stacks: names in the file of fused stacks, by experts module and stack; empty where names are per expert.
+        use_dora: of the config.
         live_named: linears whose tensors are under live names, the others being under their names on disk.
         refusal: why stock PEFT does not read the adapter; None where it does.
         merging: why the adapter cannot be merged into the model as it stands; None where it can, or nobody has looked.
@@ -65,6 +66,7 @@ class StockLayout:
     expert_ranks: dict[str, dict[str, int]] = field(default_factory=dict)
     stacks: dict[str, dict[str, str]] = field(default_factory=dict)
     live_named: set[str] = field(default_factory=set)
+    use_dora: bool = False
     refusal: str | None = None
     merging: str | None = None
 
@@ -80,6 +82,7 @@ class StockLayout:
             "rank_pattern": self.rank_pattern,
             "alpha_pattern": self.alpha_pattern,
             "use_rslora": False,
+            **({"use_dora": True} if self.use_dora else {}),
         }
 
 

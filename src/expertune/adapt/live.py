@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from expertune.adapt.factors import PREFIX, Factors, PerExpert, dtype_in_file, fold, fuse, pad, unfold
+from expertune.adapt.factors import MAGNITUDE, PREFIX, Factors, PerExpert, dtype_in_file, fold, fuse, pad, unfold
 from expertune.adapt.file_layout import stock_layout
 from expertune.adapt.files import LIVE_NAME
 from expertune.adapt.layout_trial import StockLayout
@@ -87,6 +87,7 @@ class LivePair(NamedTuple):
         a: [r, in], a view into the live parameter.
         b: [out, r], the same.
         scale: what the live model multiplies by.
+        magnitude: DoRA's [out], the same; None without.
     """
 
     module: str
@@ -95,6 +96,7 @@ class LivePair(NamedTuple):
     a: Tensor
     b: Tensor
     scale: float
+    magnitude: Tensor | None = None
 
 
 class LiveAdapter:
@@ -130,20 +132,28 @@ class LiveAdapter:
             if isinstance(layer, LoraLayer) and self.adapter in layer.lora_embedding_A
         }
 
+    @property
+    def uses_dora(self) -> bool:
+        """Whether its layers have magnitudes: all of them, or none."""
+        return any(self.adapter in layer.lora_magnitude_vector for layer in self.layers.values())
+
     def pairs(self) -> Iterator[LivePair]:
         """Its factors, of one expert after the other; of the experts that are here, where ranks share them out."""
+        uses_dora = self.uses_dora
         for name, module in self.layers.items():
             a, b = module.lora_A[self.adapter], module.lora_B[self.adapter]
+            magnitudes = module.lora_magnitude_vector[self.adapter] if uses_dora else None
             if not isinstance(module, ExpertsLora):
-                scale = module.scaling[self.adapter]
-                yield LivePair(name, None, self.names.on_disk(name), a.weight, b.weight, scale)
+                scale, magnitude = module.scaling[self.adapter], None if magnitudes is None else magnitudes.weight
+                yield LivePair(name, None, self.names.on_disk(name), a.weight, b.weight, scale, magnitude)
                 continue
             for projection in a:
                 scale = module.scale(self.adapter, projection)
                 experts = self.names.experts_on_disk(name, projection)
                 here = module.experts_of(a[projection])
-                for each in zip(experts[here.start : here.stop], a[projection], b[projection], strict=True):
-                    yield LivePair(name, projection, *each, scale)
+                held = [None] * len(here) if magnitudes is None else magnitudes[projection]
+                for each in zip(experts[here.start : here.stop], a[projection], b[projection], held, strict=True):
+                    yield LivePair(name, projection, *each[:3], scale, each[3])
 
     def elsewhere(self) -> Iterator[str]:
         """Names on disk of the experts whose factors are on other ranks."""
@@ -157,7 +167,7 @@ class LiveAdapter:
 
     def layout(self, settings: Mapping[str, Any]) -> StockLayout:
         """How its file is laid out, and whether stock PEFT reads it, by the settings of its `Origin`."""
-        targets = ResolvedTargets()
+        targets = ResolvedTargets(use_dora=self.uses_dora)
         for name, module in self.layers.items():
             if isinstance(module, ExpertsLora):
                 ranks = module.ranks[self.adapter]
@@ -189,7 +199,7 @@ class LiveAdapter:
                 ranks = stock.expert_ranks[pair.module] if pair.projection else stock.ranks
                 rank = ranks[pair.projection or pair.module]
                 stem = pair.module if pair.module in stock.live_named else pair.name
-                found += pair_in_file(stem, pair.a, pair.b, rank, pair.scale * rank / stock.r)
+                found += pair_in_file(stem, pair.a, pair.b, rank, pair.scale * rank / stock.r, pair.magnitude)
         return sorted(found, key=lambda outgoing: outgoing.name)
 
     @torch.no_grad()
@@ -232,14 +242,19 @@ class LiveAdapter:
         where = plain.where
         live = {pair.name: pair for pair in self.pairs()}
         everywhere = {*live, *self.elsewhere()}
-        keys = {f"{PREFIX}{name}{ending}" for name in everywhere for ending in (".lora_A.weight", ".lora_B.weight")}
+        endings = (".lora_A.weight", ".lora_B.weight", *([MAGNITUDE] if self.uses_dora else []))
+        keys = {f"{PREFIX}{name}{ending}" for name in everywhere for ending in endings}
         for what, found in (("missing", keys - plain.tensors.keys()), ("unknown", plain.tensors.keys() - keys)):
             if found:
                 raise CheckpointError(f"{where}: {len(found)} {what} adapter tensors, the first is {min(found)}")
         given = {name: _cut_back(plain, pair) for name, pair in live.items()}
         for name, pair in live.items():
-            for factor, tensor, parameter in (("A", given[name].a, pair.a), ("B", given[name].b, pair.b)):
-                key = f"{PREFIX}{name}.lora_{factor}.weight"
+            magnitude = ("magnitude_vector", given[name].magnitude, pair.magnitude)
+            pairs = ("A.weight", given[name].a, pair.a), ("B.weight", given[name].b, pair.b), magnitude
+            for factor, tensor, parameter in pairs:
+                key = f"{PREFIX}{name}.lora_{factor}"
+                if tensor is None or parameter is None:
+                    continue
                 if tensor.shape != parameter.shape:
                     raise CheckpointError(
                         f"{where}: {key} has shape {tuple(tensor.shape)}, expected {tuple(parameter.shape)}"
@@ -247,8 +262,10 @@ class LiveAdapter:
                 if not torch.isfinite(tensor).all():
                     raise CheckpointError(f"{where}: {key} holds NaN or infinite values")
         for name, pair in live.items():
-            a, b, scale = given[name]
+            a, b, scale, magnitude_in_file = given[name]
             pair.a.copy_(a)
+            if pair.magnitude is not None and magnitude_in_file is not None:
+                pair.magnitude.copy_(magnitude_in_file)
             own = (factors or {}).get(f"{name}.lora_B")
             if own is not None and own.shape == b.shape and torch.equal(fold(own, pair.scale / scale), b):
                 pair.b.copy_(own)
@@ -256,8 +273,12 @@ class LiveAdapter:
                 pair.b.copy_(unfold(b, pair.scale / scale, pair.b.dtype))
 
 
-def pair_in_file(stem: str, a: Tensor, b: Tensor, rank: int, factor: float) -> Iterator[Outgoing]:
-    """A and B of one module in a file: zeros up to a rank, and a factor in B."""
+def pair_in_file(
+    stem: str, a: Tensor, b: Tensor, rank: int, factor: float, magnitude: Tensor | None = None
+) -> Iterator[Outgoing]:
+    """A and B of one module in a file: zeros up to a rank, and a factor in B; and its magnitudes."""
+    if magnitude is not None:
+        yield Outgoing(f"{PREFIX}{stem}{MAGNITUDE}", magnitude.dtype, tuple(magnitude.shape), lambda: magnitude)
     yield Outgoing(f"{PREFIX}{stem}.lora_A.weight", a.dtype, (rank, a.shape[1]), lambda: pad(a, rank, dim=0))
     yield Outgoing(
         f"{PREFIX}{stem}.lora_B.weight",
@@ -304,4 +325,4 @@ def _cut_back(plain: PerExpert, live: LivePair) -> Factors:
     rank = live.a.shape[0]
     if a.shape[0] == b.shape[-1] > rank and not (a[rank:].any(dim=1) & b[:, rank:].any(dim=0)).any():
         a, b = a[:rank], b[:, :rank]
-    return Factors(a, b, scale)
+    return Factors(a, b, scale, plain.tensors.get(f"{PREFIX}{live.name}{MAGNITUDE}"))

@@ -167,3 +167,5 @@ class ExpertPeftModel(PeftModelForCausalLM):
                     module.lora_dropout[adapter_name] = CounterDropout(module.lora_dropout[adapter_name].p)
                 module.lora_A[adapter_name].to(dtype)
                 module.lora_B[adapter_name].to(dtype)
+                if adapter_name in module.lora_magnitude_vector:  # what a step changes is lost in 16 bits
+                    module.lora_magnitude_vector[adapter_name].to(torch.float32)

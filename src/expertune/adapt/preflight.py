@@ -213,7 +213,9 @@ def _factor_gradients(model: ExpertPeftModel, tokens: dict[str, Tensor]) -> Iter
         for adapter in module.active_adapters:
             if adapter not in module.lora_A:
                 continue
-            for factor in ("lora_A", "lora_B"):
+            for factor in ("lora_A", "lora_B", "lora_magnitude_vector"):
+                if adapter not in getattr(module, factor):
+                    continue
                 held = getattr(module, factor)[adapter]
                 if not isinstance(module, ExpertsLora):
                     yield f"{name}.{factor}", held.weight.grad, False

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from expertune.adapt.factors import PREFIX
+from expertune.adapt.factors import MAGNITUDE, PREFIX
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.reader import short
 from expertune.checkpoint.targets import ResolvedTargets
@@ -30,6 +30,8 @@ def require_valid_config(path: Path, config: Mapping[str, Any]) -> None:
         problem = f"lora_alpha must be a number above 0, got {_text(config.get('lora_alpha'))}"
     elif type(config.get("use_rslora") or False) is not bool:
         problem = f"use_rslora must be true or false, got {_text(config['use_rslora'])}"
+    elif type(config.get("use_dora") or False) is not bool:
+        problem = f"use_dora must be true or false, got {_text(config['use_dora'])}"
     for key, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict):
@@ -57,7 +59,7 @@ def require_valid_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         CheckpointError: names the tensor.
     """
     for key, tensor in tensors.items():
-        if tensor.ndim != 2 or not tensor.numel() or not tensor.is_floating_point():
+        if tensor.ndim != (1 if key.endswith(MAGNITUDE) else 2) or not tensor.numel() or not tensor.is_floating_point():
             raise CheckpointError(
                 f"{path}: tensor {short(key)} of shape {tuple(tensor.shape)} and {tensor.dtype} is no factor of an "
                 "adapter: these are matrices of floating-point numbers"

@@ -35,11 +35,13 @@ class ResolvedTargets:
         experts: name of an experts module -> canonical projection (`gate`, `up`, `down`) -> its rank, which all
             experts of the module share.
         router: name of the module that owns a router's [num_experts, hidden] weight -> its rank.
+        use_dora: whether each output feature has a magnitude too.
     """
 
     linears: dict[str, Rank] = field(default_factory=dict)
     experts: dict[str, dict[str, Rank]] = field(default_factory=dict)
     router: dict[str, Rank] = field(default_factory=dict)
+    use_dora: bool = False
 
 
 def resolve_targets(
@@ -63,11 +65,16 @@ def resolve_targets(
     """
     candidates = _Candidates.of(model, names)
     ranks = _Ranks(lora)
-    resolved = ResolvedTargets()
+    resolved = ResolvedTargets(use_dora=lora.use_dora)
     for target in lora.targets:
         if not candidates.take(target, names, ranks, resolved, reached):
             raise ConfigError(f"lora.targets: no module is called {target!r}{_nearest(target, candidates.known())}")
     ranks.require_all_used(candidates.known())
+    if lora.use_dora and resolved.router:
+        raise ConfigError(
+            f"lora.use_dora: PEFT has no DoRA on routers, and lora.targets names {next(iter(resolved.router))}; leave "
+            "it out"
+        )
     return resolved
 
 

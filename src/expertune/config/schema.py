@@ -203,13 +203,15 @@ class LoraSection(Section):
 
     Attributes:
         r: rank of every factor that `rank_pattern` does not name.
-        alpha: scale; the update is multiplied by alpha / r (alpha / sqrt(r) with `rslora`).
+        alpha: scale; the update is multiplied by alpha / r (alpha / sqrt(r) with `use_rslora`).
         dropout: probability on the adapter's input while training; works on experts too.
         targets: the checkpoint's own projection names (`q_proj`, `w1`, `gate_proj`) and the aliases `attention`,
             `experts`, `router`, `lm_head`.
         rank_pattern: projection name (or a regular expression over module names) -> rank.
         alpha_pattern: the same for alpha.
-        rslora: rank-stabilized scale (Kalajdzievski 2023).
+        rslora: rank-stabilized scale (Kalajdzievski 2023); PEFT's name, `use_rslora`, is read too.
+        use_dora: each output feature has a magnitude of its own beside the direction that A and B change (Liu et al.
+            2024); not on routers.
         dtype: dtype of the adapter's own weights.
         loraplus_lr_ratio: learning rate of factors B over that of A, which is `training.learning_rate` (LoRA+, Hayou et
             al. 2024); None means that they have the same.
@@ -225,10 +227,26 @@ class LoraSection(Section):
     rank_pattern: dict[str, PositiveInt] = {}
     alpha_pattern: dict[str, PositiveFloat] = {}
     rslora: bool = False
+    use_dora: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     loraplus_lr_ratio: float | None = Field(default=None, ge=1)
     init_from: PathText | None = None
     init_from_other_base: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rslora_by_the_name_of_peft(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "use_rslora" not in values:
+            return values
+        if "rslora" in values:
+            raise ValueError("use_rslora: rslora is the same key; remove one of them")
+        return {"rslora" if key == "use_rslora" else key: value for key, value in values.items()}
+
+    @model_validator(mode="after")
+    def _dora_is_of_matrices(self) -> "LoraSection":
+        if self.use_dora and "router" in self.targets:
+            raise ValueError("use_dora: PEFT has no DoRA on routers; leave router out of lora.targets")
+        return self
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -413,6 +431,15 @@ class RunConfig(Section):
             raise ValueError(
                 f"lora.loraplus_lr_ratio needs an optimizer with a learning rate for each group of parameters, and "
                 f"training.optim {optimizer} makes its own groups; set it to adamw_torch, or remove the ratio"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dora_has_whole_layers(self) -> "RunConfig":
+        if self.lora.use_dora and self.distributed.experts in ("shard", "parallel"):
+            raise ValueError(
+                f"lora.use_dora needs the norms of all weights on each process, and distributed.experts: "
+                f"{self.distributed.experts} shares the weights out; set it to replicate"
             )
         return self
 

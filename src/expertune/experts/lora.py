@@ -10,6 +10,7 @@ Shape suffixes: E experts, r rank.
 import math
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -18,7 +19,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from expertune.errors import ExportError
+from expertune.errors import ConfigError, ExportError
+from expertune.experts.dora import Norms, gain
 from expertune.experts.module import Nf4Experts
 from expertune.kernels.lora import LoraUpdate
 
@@ -30,6 +32,9 @@ NO_MERGE = (
 
 # Rank and alpha of each adapted projection: {"gate": (8, 16.0), ...}.
 Ranks = dict[str, tuple[int, float]]
+
+Stack = tuple[str, str]
+"""An adapter's name and a projection."""
 
 
 class ExpertLoraConfig(LoraConfig):
@@ -49,7 +54,8 @@ class ExpertsLora(nn.Module, LoraLayer):
     """The adapters of one `Nf4Experts`.
 
     Parameters of adapter `name` and projection `p`: `lora_A[name][p]` [E, r, in_features] and `lora_B[name][p]`
-    [E, out_features, r], of the experts that are here; A starts as PEFT's does (Kaiming uniform), B at zero.
+    [E, out_features, r], of the experts that are here; A starts as PEFT's does (Kaiming uniform), B at zero. With
+    `use_dora` there is `lora_magnitude_vector[name][p]` [E, out_features] too, which starts at the norms.
 
     Args:
         base_layer: the experts module to adapt.
@@ -68,10 +74,12 @@ class ExpertsLora(nn.Module, LoraLayer):
     base_layer: Nf4Experts
     lora_A: MutableMapping[str, nn.ParameterDict]
     lora_B: MutableMapping[str, nn.ParameterDict]
+    lora_magnitude_vector: MutableMapping[str, nn.ParameterDict]
     lora_dropout: nn.ModuleDict
     r: dict[str, int]
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
+    use_dora: dict[str, bool]
     use_rslora: dict[str, bool]
     active_adapters: list[str]
     disable_adapters: bool
@@ -90,6 +98,7 @@ class ExpertsLora(nn.Module, LoraLayer):
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
         self.ranks: dict[str, Ranks] = {}
+        self._norms = Norms()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config, target_name=target_name)
 
@@ -122,7 +131,18 @@ class ExpertsLora(nn.Module, LoraLayer):
         self.lora_alpha[adapter_name] = math.sqrt(config.r) if config.use_rslora else config.r
         self.scaling[adapter_name] = 1.0
         self.use_rslora[adapter_name] = config.use_rslora
+        self.use_dora[adapter_name] = config.use_dora
+        if config.use_dora:
+            self.lora_magnitude_vector[adapter_name] = nn.ParameterDict(self._first_magnitudes(adapter_name))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _first_magnitudes(self, adapter_name: str) -> dict[str, Tensor]:
+        """DoRA's magnitudes [E, out], with which a new adapter computes what it would without them."""
+        updates = self._updates([adapter_name])
+        if self.base_layer.device.type == "meta":
+            return {stack: update.b[:, :, 0].detach().clone() for (_, stack), update in updates.items()}
+        norms = self._norms.of(self.base_layer, updates)
+        return {stack: nn.Parameter(norms[adapter_name, stack].clone()) for _, stack in updates}
 
     def _own(self, factor: Tensor) -> nn.Parameter:
         """The part of a factor of all experts that belongs to those that are here."""
@@ -182,9 +202,13 @@ class ExpertsLora(nn.Module, LoraLayer):
 
     def _with(self, names: Sequence[str], hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts with the adapters of these names, as far as this layer has them."""
-        active = [name for name in names if name in self.lora_A]
-        updates = [
-            LoraUpdate(
+        updates = self._updates([name for name in names if name in self.lora_A])
+        return self.base_layer(hidden_TD, index_TK, weights_TK, list(self._scaled(updates).values()))
+
+    def _updates(self, active: Sequence[str]) -> dict[Stack, LoraUpdate]:
+        """The updates of adapters, without DoRA's gains."""
+        return {
+            (name, projection): LoraUpdate(
                 self.base_layer.spec.projections.index(projection),
                 self.lora_A[name][projection],
                 self.lora_B[name][projection],
@@ -194,8 +218,21 @@ class ExpertsLora(nn.Module, LoraLayer):
             for name in active
             for projection in self.base_layer.spec.projections
             if projection in self.ranks[name]
-        ]
-        return self.base_layer(hidden_TD, index_TK, weights_TK, updates)
+        }
+
+    def _scaled(self, updates: dict[Stack, LoraUpdate]) -> dict[Stack, LoraUpdate]:
+        """With the gains of those that are DoRA's."""
+        dora = {stack: update for stack, update in updates.items() if self.use_dora[stack[0]]}
+        if not dora:
+            return updates
+        if len({name for name, _ in updates}) > 1:
+            raise ConfigError(
+                "several adapters are active, one of them with use_dora, which scales what all of them give; activate "
+                "one at a time with set_adapter"
+            )
+        norms = self._norms.of(self.base_layer, dora)
+        gains = {(name, key): gain(self.lora_magnitude_vector[name][key], norms[name, key]) for name, key in dora}
+        return updates | {stack: replace(update, gain=gains[stack]) for stack, update in dora.items()}
 
     def _dropout(self, adapter_name: str) -> float:
         dropout = self.lora_dropout[adapter_name]
@@ -214,8 +251,8 @@ class ExpertsLora(nn.Module, LoraLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """PEFT's method, which looks for a `weight` to learn the device from."""
-        for factors in (self.lora_A, self.lora_B):
-            if not any(factor.is_meta for factor in factors[adapter_name].values()):
+        for factors in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
+            if adapter_name in factors and not any(factor.is_meta for factor in factors[adapter_name].values()):
                 factors[adapter_name].to(device or self.base_layer.down.packed.device)
 
     def __repr__(self) -> str:
@@ -258,7 +295,7 @@ def _shared_out(model: nn.Module) -> Iterator[ExpertsLora]:
 
 
 def _factors_of(layer: ExpertsLora) -> Iterator[nn.ParameterDict]:
-    return chain(layer.lora_A.values(), layer.lora_B.values())
+    return chain(layer.lora_A.values(), layer.lora_B.values(), layer.lora_magnitude_vector.values())
 
 
 def _initialize(factor_a: Tensor, factor_b: Tensor, how: bool | str) -> None:

@@ -7,6 +7,7 @@ expert at a time where they work on each expert by itself.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from expertune.checkpoint.convert import is_by_expert, revert
 from expertune.checkpoint.names import Destination
 from expertune.checkpoint.reader import TensorEntry
-from expertune.errors import ExportError
+from expertune.errors import ExportError, option
 from expertune.exporting.source import ExportSource
 
 Update = tuple[Tensor, Tensor] | Tensor
@@ -28,10 +29,12 @@ class Addition:
     Attributes:
         num_parts: how many elements of its first dimension are added to one by one; 1 for all of it at once.
         part: gives what is added to one of them, as rows of the tensor's last dimension.
+        magnitude: gives what the rows of one of them are then scaled to; None leaves them. See `magnitudes`.
     """
 
     num_parts: int
     part: Callable[[int], Update]
+    magnitude: Callable[[int], Tensor] | None = None
 
 
 def find_additions(source: ExportSource) -> dict[str, Addition]:
@@ -69,19 +72,36 @@ def live_names(source: ExportSource, destination: Destination) -> list[str]:
 
 def _addition(source: ExportSource, entry: TensorEntry, destination: Destination, names: list[str]) -> Addition:
     name, projection, expert = destination.name, destination.projection, destination.expert
+    if source.uses_dora and (
+        destination.converter is not None or (projection and source.names.specs[name].is_transposed)
+    ):
+        raise ExportError(
+            f"{entry.shard}: {entry.key} does not lie on disk with an output feature in each row, as DoRA's magnitudes "
+            f"need it; merge into the values that the adapter was trained beside with {option('base', 'dequantized')}"
+        )
     if destination.converter is not None:
         return _converted(source, entry, destination, names)
     if projection is None:
-        return Addition(1, lambda _: source.linear_update(name.removesuffix(".weight")))
+        linear = name.removesuffix(".weight")
+        return Addition(1, lambda _: source.linear_update(linear), _of(source.factors.linears[linear].magnitude))
     if expert is not None:
-        return Addition(1, lambda _: _expert_update(source, name, projection, expert))
+        pairs = source.factors.experts[name].get(projection)
+        update = partial(_expert_update, source, name, projection, expert)
+        return Addition(1, lambda _: update(), _of(None if pairs is None else pairs[expert].magnitude))
     weight = names[0].rpartition(".")[2]
 
     def of_stack(index: int) -> Update:
         left, right = source.stack_update(name, weight, slice(index, index + 1))
         return left[0], right[0]
 
-    return Addition(entry.shape[0], of_stack)
+    def magnitude(index: int) -> Tensor:
+        return source.stack_magnitudes(name, weight, slice(index, index + 1))[0]
+
+    return Addition(entry.shape[0], of_stack, magnitude if source.uses_dora else None)
+
+
+def _of(magnitude: Tensor | None) -> Callable[[int], Tensor] | None:
+    return None if magnitude is None else lambda _: magnitude
 
 
 def _expert_update(source: ExportSource, module: str, projection: str, expert: int) -> Update:
@@ -90,7 +110,7 @@ def _expert_update(source: ExportSource, module: str, projection: str, expert: i
     if pairs is None:
         outputs, inputs = source.names.specs[module].shape(projection)
         return torch.zeros(outputs, 0), torch.zeros(0, inputs)
-    a, b, scale = pairs[expert]
+    a, b, scale, _ = pairs[expert]
     return b.float() * scale, a.float()
 
 

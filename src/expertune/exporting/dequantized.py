@@ -33,6 +33,7 @@ from expertune.checkpoint.writer import Outgoing
 from expertune.errors import CheckpointError
 from expertune.experts import layout
 from expertune.experts.module import Nf4Experts
+from expertune.exporting.magnitudes import scale_rows
 from expertune.exporting.source import ExportSource
 from expertune.kernels.nf4 import Nf4Stack
 
@@ -147,6 +148,8 @@ class DequantizedModel:
         if self.is_adapted and leaf == "weight" and name in self.source.factors.linears:
             left, right = self.source.linear_update(name)
             values = values.float() + left @ right
+            if (magnitude := self.source.factors.linears[name].magnitude) is not None:
+                values = scale_rows(values, magnitude)
         return values.to(self.dtype if is_packed else tensor.dtype)
 
     def _experts(self, name: str, experts: Nf4Experts) -> Iterator[Outgoing]:
@@ -177,8 +180,10 @@ class DequantizedModel:
         values = experts.dequantize(expert, projection, torch.float32)
         pairs = self.source.factors.experts.get(name, {}).get(projection) if self.is_adapted else None
         if pairs is not None:
-            a, b, scale = pairs[expert]
+            a, b, scale, magnitude = pairs[expert]
             values = values.addmm(b.float() * scale, a.float())
+            if magnitude is not None:
+                values = scale_rows(values, magnitude)
         return values.to(self.dtype)
 
     def _converted(self, together: list[str]) -> dict[str, Tensor]:

@@ -106,7 +106,7 @@ def export(
     elif options.get("private") is not None:
         raise ConfigError(f"private: nothing is sent to the hub; add {option('push-to-hub', 'NAME')}, or leave it out")
     source = open_source(run_dir, adapter, options.get("trust_remote_code", False), options.get("model"))
-    form.require(source)
+    _require_possible(form, source)
     if is_verified:
         _ = source.examples  # an error of theirs comes before the work
     with hold_partial(folder) as partial:
@@ -167,7 +167,7 @@ def verify(
             f"{given}: lies in no run directory; give the run that it is of with {option('run', 'RUN_DIR')}"
         )
     source = open_source(run_dir, adapter if adapter != ADAPTER_FOLDER else None, trust_remote_code, model)
-    form.require(source)
+    _require_possible(form, source)
     _ = source.examples
     with hold_export(given):
         _require_room(given, 0, _room_to_verify(form, source, chosen))
@@ -176,6 +176,15 @@ def verify(
         _write_card(source, form, given, written, hub)
     _notify(source, verdicts, f"{path} has what was found")
     return Exported(given, written)
+
+
+def _require_possible(form: Format, source: ExportSource) -> None:
+    if source.uses_dora and not form.takes_dora:
+        raise ExportError(
+            f"--to {form.name}: the adapter is trained with lora.use_dora, and what reads this format knows A and B "
+            "alone; export base and adapter as one model with --to merged"
+        )
+    form.require(source)
 
 
 def _exported(values: dict[str, Any]) -> tuple[str, Options, str, str | None]:

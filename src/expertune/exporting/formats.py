@@ -71,11 +71,13 @@ class Format(Protocol):
         name: as `--to` names it.
         resumes: whether `write` continues what a killed one left in the folder; others get an empty folder.
         notes: what users of the export have to know, when `require` has been called.
+        takes_dora: whether it can hold DoRA's magnitudes, or what they make of the weights.
     """
 
     name: str
     resumes: bool = False
     notes: Sequence[str] = ()
+    takes_dora: bool = False
 
     def require(self, source: ExportSource) -> None:
         """Refuse, by name and before any work, what cannot be exported.

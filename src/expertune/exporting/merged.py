@@ -42,6 +42,7 @@ class Merged(Format):
 
     name = "merged"
     resumes = True
+    takes_dora = True
 
     def require(self, source: ExportSource) -> None:
         """Refuse a base without 16-bit weights, and what cannot be merged."""
@@ -85,6 +86,7 @@ class MergedIntoDequantized(Format):
 
     name = "merged"
     resumes = True
+    takes_dora = True
 
     def require(self, source: ExportSource) -> None:
         """Refuse an adapter of an output head that is the embedding too."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from expertune.checkpoint.reader import TensorEntry, read_header
 from expertune.errors import CheckpointError, ExportError
 from expertune.exporting.additions import Addition
+from expertune.exporting.magnitudes import scale_rows
 from expertune.storage import write_whole
 
 _BLOCK_BYTES = 2**20
@@ -116,6 +117,7 @@ def _add(source: BinaryIO, out: _Behind, entry: TensorEntry, addition: Addition)
     sums = torch.empty(step, width)
     for part in range(addition.num_parts):
         update = addition.part(part)
+        magnitudes = addition.magnitude(part) if addition.magnitude else None
         for first in range(0, num_rows, step):
             rows = slice(first, min(first + step, num_rows))
             total = sums[: rows.stop - first]
@@ -127,6 +129,8 @@ def _add(source: BinaryIO, out: _Behind, entry: TensorEntry, addition: Addition)
                 total += update[rows]
             else:
                 total.addmm_(update[0][rows], update[1])
+            if magnitudes is not None:
+                scale_rows(total, magnitudes[rows])
             block.copy_(total)
             if block.dtype == torch.float16 and not block.isfinite().all():
                 raise ExportError(

@@ -86,7 +86,7 @@ class MlxAdapter(Format):
     def _tensors(self, source: ExportSource) -> Iterator[Outgoing]:
         scale, rank = source.common_scale, source.max_rank
         for name, home in self._homes.items():
-            a, b, own = source.pair(home.place)
+            a, b, own, _ = source.pair(home.place)
             dtype = dtype_in_file(b.dtype, own / scale)
             is_one = home.experts is None
             shape_a = (a.shape[1], rank) if is_one else (len(a), rank, a.shape[2])

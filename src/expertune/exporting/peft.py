@@ -25,6 +25,8 @@ LEGACY_PYTHON = "EXPERTUNE_LEGACY_PYTHON"
 class PeftAdapter(Format):
     """`peft` and `peft-fused`."""
 
+    takes_dora = True
+
     def __init__(self, name: str) -> None:
         self.name = name
 
@@ -39,6 +41,11 @@ class PeftAdapter(Format):
         other = "peft" if self.is_fused else "peft-fused"
         if self.is_fused and not source.factors.experts:
             raise ExportError("--to peft-fused: the adapter changes no experts; export it with --to peft")
+        if source.uses_dora and source.factors.experts:
+            raise ExportError(
+                f"--to {self.name}: PEFT has no DoRA on stacked experts, as which it holds this model's; export base "
+                "and adapter as one model with --to merged"
+            )
         if layout.refusal or bool(layout.stacks) != self.is_fused:
             reason = layout.refusal or "PEFT has no per-expert names for this family"
             raise ExportError(f"--to {self.name}: stock PEFT does not read it: {reason}; try --to {other}")
@@ -68,7 +75,7 @@ class PeftAdapter(Format):
     def _layout(self, source: ExportSource) -> StockLayout:
         """One rank for everything, so that no pattern is needed, and lora_alpha = r."""
         r = source.max_rank
-        targets, rank = ResolvedTargets(), Rank(r, r)
+        targets, rank = ResolvedTargets(use_dora=source.uses_dora), Rank(r, r)
         for name in source.factors.linears:
             kind = targets.linears if is_linear(source.model.get_submodule(name)) else targets.router
             kind[name] = rank
@@ -81,7 +88,7 @@ class PeftAdapter(Format):
         for name, pair in source.factors.linears.items():
             stem = name if name in layout.live_named else source.names.on_disk(name)
             rank = layout.ranks[name]
-            yield from pair_in_file(stem, pair.a, pair.b, rank, pair.scale * rank / layout.r)
+            yield from pair_in_file(stem, pair.a, pair.b, rank, pair.scale * rank / layout.r, pair.magnitude)
         for module, projections in source.factors.experts.items():
             spec, ranks = source.names.specs[module], layout.expert_ranks[module]
             for weight, stem in layout.stacks.get(module, {}).items():
@@ -92,8 +99,8 @@ class PeftAdapter(Format):
                 yield from stack_in_file(stem, spec, weight, held, rank)
             for projection, pairs in projections.items() if module not in layout.stacks else ():
                 rank, names = ranks[projection], source.names.experts_on_disk(module, projection)
-                for name, (a, b, scale) in zip(names, pairs, strict=True):
-                    yield from pair_in_file(name, a, b, rank, scale * rank / layout.r)
+                for name, (a, b, scale, magnitude) in zip(names, pairs, strict=True):
+                    yield from pair_in_file(name, a, b, rank, scale * rank / layout.r, magnitude)
 
 
 def make(name: str, options: Options) -> PeftAdapter:

@@ -29,6 +29,7 @@ from expertune.config import LoraSection
 from expertune.data import TokenizedExample, prepare_examples, settled
 from expertune.errors import CheckpointError
 from expertune.experts import layout
+from expertune.exporting.magnitudes import NONE
 from expertune.planning.table import size
 from expertune.run.context import RunContext
 from expertune.run.inference import find_run
@@ -138,7 +139,7 @@ class ExportSource:
         """The same adapter with zeros for B everywhere else: what `belongs` is false of changes nothing."""
 
         def kept(place: Place, pair: Factors) -> Factors:
-            return pair if belongs(place) else pair._replace(b=torch.zeros_like(pair.b))
+            return pair if belongs(place) else pair._replace(b=torch.zeros_like(pair.b), magnitude=None)
 
         linears = {name: kept(Place(name), pair) for name, pair in self.factors.linears.items()}
         experts = {
@@ -175,7 +176,7 @@ class ExportSource:
 
     def linear_update(self, name: str) -> tuple[Tensor, Tensor]:
         """Left [out, r] and right [r, in] of a linear or a router, float32."""
-        a, b, scale = self.factors.linears[name]
+        a, b, scale, _ = self.factors.linears[name]
         return b.float() * scale, a.float()
 
     def stack_update(self, module: str, weight: str, experts: slice = slice(None)) -> tuple[Tensor, Tensor]:
@@ -195,6 +196,33 @@ class ExportSource:
             parts.append(part)
         left = layout.join_rows(spec, weight, parts).transpose(0, 1)
         return (right.mT, left.mT) if spec.is_transposed else (left, right)
+
+    @property
+    def uses_dora(self) -> bool:
+        """Whether the adapter has magnitudes."""
+        return bool(self.adapter.config.get("use_dora"))
+
+    def magnitudes(self) -> Iterator[tuple[str, Tensor]]:
+        """DoRA's, of each parameter that has some: laid out as the parameter, but 1 wide along its input features."""
+        for name in self.changed if self.uses_dora else ():
+            module, _, weight = name.rpartition(".")
+            if module in self.factors.linears:
+                if (magnitude := self.factors.linears[module].magnitude) is not None:
+                    yield name, magnitude.float().unsqueeze(1)
+            else:
+                found = self.stack_magnitudes(module, weight)
+                yield name, found.unsqueeze(1 if self.names.specs[module].is_transposed else 2)
+
+    def stack_magnitudes(self, module: str, weight: str, experts: slice = slice(None)) -> Tensor:
+        """Magnitudes [E, out] of some experts of a stack, as its features are ordered; NONE for those without."""
+        spec, held = self.names.specs[module], self.factors.experts[module]
+        count = len(range(*experts.indices(spec.num_experts)))
+        parts = []
+        for each in layout.fused_projections(spec, weight):
+            given = stacked(held[each][experts]).magnitude if each in held else None
+            none = torch.full((count, spec.shape(each)[0]), NONE)
+            parts.append((none if given is None else given.float()).T)
+        return layout.join_rows(spec, weight, parts).T
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -294,6 +322,11 @@ def _require_own(lora: LoraSection, file: AdapterFile) -> None:
     """
     if file.settings is None or lora.init_from:
         return
+    if lora.use_dora != bool(file.config.get("use_dora")):
+        raise CheckpointError(
+            f"{file.where}: was trained with{'out' if lora.use_dora else ''} lora.use_dora, and the record of this run "
+            "says otherwise; put the run's own adapter back, or export the run that it is of"
+        )
     for key in ("r", "alpha", "rslora"):
         written, recorded = file.settings[key], getattr(lora, key)
         if written != recorded:

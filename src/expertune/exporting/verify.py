@@ -265,6 +265,7 @@ class _Compared:
         tensors: dict[str, Tensor] = {}
         for parameter, left, right in source.updates():
             tensors |= {f"{parameter}.left": left.contiguous(), f"{parameter}.right": right.contiguous()}
+        tensors |= {f"{parameter}.magnitude": magnitude.contiguous() for parameter, magnitude in source.magnitudes()}
         save_file(tensors, path)
         return str(path)
 

@@ -150,7 +150,7 @@ class VllmAdapter(Format):
                 # An expert without one of its projections is an error to vLLM.
                 nothing = Factors(some.a.new_zeros(1, inputs), some.b.new_zeros(outputs, 1), source.common_scale)
                 pairs = held.get(projection) or [nothing] * spec.num_experts
-                for name, (a, b, scale) in zip(self._experts(source, module, projection), pairs, strict=True):
+                for name, (a, b, scale, _) in zip(self._experts(source, module, projection), pairs, strict=True):
                     yield from pair_in_file(name, a, b, rank, scale / source.common_scale)
 
     @staticmethod
@@ -184,7 +184,7 @@ class VllmAdapter(Format):
     def _difference(self, source: ExportSource, place: Place, loaded: dict[str, Tensor]) -> float:
         """How far what vLLM adds to random inputs is from scale * B @ A, by its size; 1 where vLLM has
         nothing, or no numbers."""
-        a, b, scale = source.pair(place)
+        a, b, scale, _ = source.pair(place)
         if place.projection is None:
             theirs = _factors(loaded, source.names.on_disk(place.module))
             pairs = [(a, b, theirs)]

@@ -226,7 +226,7 @@ def count_parameters(inventory: Inventory, targets: ResolvedTargets) -> Paramete
 def count_adapter(
     inventory: Inventory, targets: ResolvedTargets, experts_of: Callable[[ExpertsSpec], int] | None = None
 ) -> int:
-    """Weights of the adapter: r * (K + N) for each matrix, experts counted one by one (see `factor_sizes`)."""
+    """Weights of the adapter: r * (K + N) for each matrix, and N with DoRA; experts one by one (see `factor_sizes`)."""
     return sum(factor_sizes(inventory, targets, experts_of))
 
 
@@ -244,6 +244,8 @@ def factor_sizes(
         linear = inventory.model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         yield from (rank * linear.in_features, rank * linear.out_features)
+        if targets.use_dora:
+            yield linear.out_features
     for spec, size in expert_factors(inventory, targets):
         yield size * (experts_of(spec) if experts_of else spec.num_experts)
     for name, (rank, _) in targets.router.items():
@@ -258,11 +260,13 @@ def count_by_adamw(inventory: Inventory, targets: ResolvedTargets) -> int:
 
 
 def expert_factors(inventory: Inventory, targets: ResolvedTargets) -> Iterator[tuple[ExpertsSpec, int]]:
-    """Factors of the experts, with their layer's shapes: r * K and r * N numbers for each projection of an expert."""
+    """Factors of the experts, with their layer's shapes: r * K, r * N and DoRA's N numbers for each projection."""
     for name, projections in targets.experts.items():
         spec = inventory.names.specs[name]
         for part, (rank, _) in projections.items():
             yield from ((spec, rank * width) for width in spec.shape(part))
+            if targets.use_dora:
+                yield spec, spec.shape(part)[0]
 
 
 def _experts_bytes(num_experts: int, spec: ExpertsSpec, recipe: Recipe, slices: int = 1) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from expertune.experts.contract import ExpertsSpec
 from expertune.kernels.dequant_gemm import TILE_BYTES
-from expertune.kernels.expert_mlp.plan import bytes_per_routed_token
+from expertune.kernels.expert_mlp.plan import bytes_per_gained_token, bytes_per_routed_token
 from expertune.kernels.linear_cross_entropy import working_set_bytes
 from expertune.planning.inventory import Layer
 from expertune.planning.placement import PlannedPlacement
@@ -259,9 +259,21 @@ def _computing(w: Workload, layer: Layer) -> int:
     around_linears = 4 * w.tokens * widest * _FLOAT32_BYTES
     routed = sum(_between_gemms(w, spec) for spec in layer.experts.values())
     dequantized = [rows * columns * w.compute_dtype.itemsize for rows, columns in layer.linears.values()]
+    if w.targets.use_dora:
+        dequantized += [_dora_of_linear(w, *layer.linears[name]) for name in w.targets.linears.keys() & layer.linears]
     # On a GPU dequantized experts are in the working set.
     tile = TILE_BYTES["cpu"] if w.device == "cpu" else 0
     return max(routed, around_linears, _scores(w, 3 * w.sequence_length)) + max(tile, *dequantized, 0)
+
+
+def _dora_of_linear(w: Workload, out_features: int, in_features: int) -> int:
+    """What PEFT computes a linear's norms from: an identity, the update and W, each twice, and what it makes of tokens.
+
+    W is the identity's size at most where that is square; the update is kept in the adapter's dtype.
+    """
+    wide = max(out_features, in_features)
+    matrices = 4 * out_features * in_features + in_features * in_features
+    return _FLOAT32_BYTES * (matrices + 3 * w.tokens * wide)
 
 
 def _between_gemms(w: Workload, spec: ExpertsSpec) -> int:
@@ -271,6 +283,8 @@ def _between_gemms(w: Workload, spec: ExpertsSpec) -> int:
     """
     D, F, num_parts = spec.hidden_size, spec.intermediate_size, len(spec.projections) - 1
     per_routed_token = bytes_per_routed_token(D, F, num_parts, spec.has_gate, w.dropout, w.device)
+    if w.targets.use_dora:
+        per_routed_token += bytes_per_gained_token(D, F, num_parts)
     routed = w.tokens * w.inventory.top_k * per_routed_token
     around = 4 * (1 + w.rows_per_token) * w.tokens * D * _FLOAT32_BYTES
     if w.device == "cpu":

@@ -119,6 +119,8 @@ def possible_distributions(config: RunConfig, w: Workload, world_size: int) -> I
     if asked == "parallel":
         owned_experts(fewest, size, 0)
     yield Distribution("replicate", world_size)
+    if config.lora.use_dora:  # whose norms are of whole layers
+        return
     yield Distribution("shard", world_size)
     factor_sizes = [size for _, size in expert_factors(w.inventory, w.targets)]
     refusal = why_not_by_expert(usable_optimizer(w.optimizer, w.device), factor_sizes)

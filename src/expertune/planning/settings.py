@@ -153,11 +153,17 @@ def read_workload(
         dropout=config.lora.dropout > 0,
         working_set_bytes=config.kernels.working_set_bytes or default_working_set_bytes(device),
         full_logits=config.loss == "full"
+        or (targets.use_dora and _is_head_adapted(inventory, targets))
         or any(training.get(key) for key in ("label_smoothing_factor", "torch_compile")),
         accumulates=int(training_argument(training, ACCUMULATION)) > 1,
         offload=config.offload_activations and device != "cpu",
         optimizer=optimizer,
     )
+
+
+def _is_head_adapted(inventory: Inventory, targets: ResolvedTargets) -> bool:
+    head = inventory.model.get_output_embeddings()
+    return any(inventory.model.get_submodule(name) is head for name in targets.linears)
 
 
 def answered_at_once(config: RunConfig) -> int:

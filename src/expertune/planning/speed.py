@@ -8,7 +8,7 @@ from typing import Any
 
 from expertune.planning.communication import Link, Traffic
 from expertune.planning.devices import Rates
-from expertune.planning.inventory import count_adapter
+from expertune.planning.inventory import Layer, count_adapter
 from expertune.planning.placement import PlannedPlacement
 from expertune.planning.settings import Workload
 
@@ -126,7 +126,8 @@ def _flops(w: Workload) -> tuple[float, float]:
     """Floating-point operations of a micro-batch that must be, in forward and in backward.
 
     Counted are the frozen GEMMs of forward, their input gradients, gate and up once more in backward (with
-    checkpointing everything but the experts), attention, the output head and the adapter.
+    checkpointing everything but the experts), attention, the output head and the adapter; with DoRA the output of down
+    once more, and the norms.
     """
     T, inventory = w.tokens, w.inventory
     forward = backward = 0.0
@@ -140,7 +141,28 @@ def _flops(w: Workload) -> tuple[float, float]:
         recomputed = 2 * T * linears + scores if w.checkpointing else 0.0
         forward += 2 * T * (gate_up + down + linears) + scores
         backward += 2 * T * (2 * gate_up + down + linears) + 2.5 * scores + recomputed
+        if w.targets.use_dora:
+            backward += 2 * T * down + _norm_flops(w, layer)
+            if w.dropout:  # the dropped input is multiplied by W too
+                forward += 2 * T * (gate_up + down)
+                backward += 2 * T * (2 * gate_up + down)
     head = 2 * T * inventory.vocab_size * inventory.hidden_size
     # Each factor is multiplied once forward; backward has its own gradient and its input's.
     adapter = 2 * T * count_adapter(inventory, w.targets, experts_of=lambda _: inventory.top_k)
     return forward + head + adapter, backward + head + 2 * adapter
+
+
+def _norm_flops(w: Workload, layer: Layer) -> float:
+    """Of DoRA's norms in a step: the update is computed for every weight of an adapted matrix, and added.
+
+    Those of the experts are computed once, whatever the tokens are; PEFT computes a linear's from an identity matrix.
+    """
+    flops = 0.0
+    for name, spec in layer.experts.items():
+        weights = w.inventory.experts_here(spec) * spec.hidden_size * spec.intermediate_size
+        flops += sum((2 * rank + 3) * weights for rank, _ in w.targets.experts.get(name, {}).values())
+    for name, (out_features, in_features) in layer.linears.items():
+        if name in w.targets.linears:
+            rank = w.targets.linears[name].rank
+            flops += 2 * rank * in_features * (in_features + out_features) + 3 * in_features * out_features
+    return flops

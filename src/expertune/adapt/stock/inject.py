@@ -109,6 +109,10 @@ def _live_config(model: nn.Module, names: NameMap, config: LoraConfig) -> LoraCo
         targets = read_targets(model, names, config)
     if targets.experts:
         require_possible(config)
+        if config.use_dora and (other := next(iter(targets.router | targets.others | targets.parameters), None)):
+            raise ConfigError(
+                f"LoraConfig: use_dora cannot be had on {other} beside 4-bit experts; take it out of the targets"
+            )
     if not (targets.experts or targets.router):
         # PEFT's own matter, its own message where nothing fits included.
         return config

@@ -65,6 +65,8 @@ def convert_state_dict(
         scale = layers[name].scaling[adapter_name] if name in layers else pair.scale
         out[f"{PREFIX}{name}.lora_A.weight"] = pair.a
         out[f"{PREFIX}{name}.lora_B.weight"] = _at_scale(pair, scale)
+        if pair.magnitude is not None:
+            out[f"{PREFIX}{name}.lora_magnitude_vector"] = pair.magnitude
     for name, projections in factors.experts.items():
         experts = layers[name]
         assert isinstance(experts, ExpertsLora)
@@ -72,6 +74,8 @@ def convert_state_dict(
             pair, scale = stacked(each), experts.scale(adapter_name, projection)
             out[f"{PREFIX}{name}.lora_A.{projection}"] = pair.a
             out[f"{PREFIX}{name}.lora_B.{projection}"] = _at_scale(pair, scale)
+            if pair.magnitude is not None:
+                out[f"{PREFIX}{name}.lora_magnitude_vector.{projection}"] = pair.magnitude
     return out
 
 

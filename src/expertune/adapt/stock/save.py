@@ -53,7 +53,8 @@ def adapter_state_dict(
             which, _, projection = factor.partition(f".{adapter_name}.")
             for expert, matrix in enumerate(tensor):
                 expert_name = names.expert_on_disk(module, expert, projection)
-                out[f"{prefix}{expert_name}.lora_{which}.{adapter_name}.weight"] = matrix
+                ending = "" if which == "magnitude_vector" else ".weight"
+                out[f"{prefix}{expert_name}.lora_{which}.{adapter_name}{ending}"] = matrix
         elif layer is not None:
             out[f"{prefix}{names.on_disk(module)}.lora_{factor}"] = tensor
         else:

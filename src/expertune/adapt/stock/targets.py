@@ -29,7 +29,8 @@ USUAL_NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 # What the experts can have of a LoraConfig; anything else must stand at its default.
 _POSSIBLE = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "runtime_config"),
+    *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights"),
+    *("runtime_config",),
     *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
     *("megatron_core", "qalora_group_size"),
@@ -62,7 +63,7 @@ def read_targets(model: nn.Module, names: NameMap, config: LoraConfig) -> StockT
         ConfigError: a regular expression or a pattern takes some experts of a layer and not the others.
     """
     reading = _Reading(model, names, config)
-    found = StockTargets()
+    found = StockTargets(use_dora=config.use_dora)
     routers = {find_router(module, model, spec) for module, spec in names.specs.items()}
     inside = tuple(f"{module}." for module in names.specs)
     for name, module in model.named_modules():

@@ -79,9 +79,18 @@ def update(model: Any, case: dict[str, Any]) -> dict[str, torch.Tensor]:
             parameter = model.get_parameter(name)
             before[name] = parameter.detach().clone()
             parameter += file.get_tensor(key) @ file.get_tensor(f"{name}.right")
+            if f"{name}.magnitude" in file.keys():  # noqa: SIM118 - not a mapping
+                scale(parameter, file.get_tensor(f"{name}.magnitude"))
             if name in rounded:
                 parameter.copy_(parameter.to(getattr(torch, rounded[name])))
     return before
+
+
+def scale(parameter: torch.Tensor, magnitudes: torch.Tensor) -> None:
+    """Scale each output feature to its magnitude, which is NaN where it has none; in place."""
+    inputs = -1 if magnitudes.shape[-1] == 1 else -2
+    norms = torch.linalg.vector_norm(parameter, dim=inputs, keepdim=True).clamp_min(1e-30)
+    parameter.mul_(torch.where(magnitudes.isnan(), 1.0, magnitudes / norms))
 
 
 @torch.no_grad()

@@ -1,0 +1,51 @@
+"""DoRA on experts (Liu et al. 2024): each output feature of an adapted matrix has a magnitude of its own.
+
+y = m * (W x + s B A x) / ||W + s B A||, where the norm of each output feature is a constant to the gradient (section
+4.3 of the paper), as in PEFT. The kernels scale by gain = m / norm; the norms need a pass over the frozen weights, and
+are kept until a factor changes.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from expertune.experts.module import Nf4Experts
+from expertune.kernels.expert_mlp.norms import row_norms
+from expertune.kernels.lora import LoraUpdate
+
+_Key = TypeVar("_Key")
+
+# A feature whose weights are all zero gives nothing, whatever its magnitude is.
+_LEAST_NORM = 1e-30
+
+
+class Norms:
+    """Norms of the output features of an expert layer with an adapter, [E, out] for each stack of factors."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[tuple[Any, ...], Tensor]] = {}
+
+    def of(self, experts: Nf4Experts, updates: Mapping[_Key, LoraUpdate]) -> dict[_Key, Tensor]:
+        """The norms of each stack, by the key that its update has here; computed for those that have changed."""
+        states = {key: (update.scaling, _checksum(update.a), _checksum(update.b)) for key, update in updates.items()}
+        changed = [key for key, state in states.items() if key not in self._known or self._known[key][0] != state]
+        if changed:
+            found = row_norms(experts.gate_up, experts.down, experts.layer, [updates[key] for key in changed])
+            self._known |= {key: (states[key], norms) for key, norms in zip(changed, found, strict=True)}
+        return {key: self._known[key][1] for key in updates}
+
+
+def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """What the kernels scale each output feature by; differentiable in the magnitude."""
+    return magnitude.float() / norms.clamp_min(_LEAST_NORM)
+
+
+@torch.no_grad()
+def _checksum(factor: Tensor) -> tuple[str, int]:
+    """Of a factor's bits, in their order: optimizers with kernels of their own leave no other trace of a step."""
+    bits = factor.detach().view(torch.int32 if factor.element_size() == 4 else torch.int16)
+    rows = bits.flatten(0, 1).sum(dim=1, dtype=torch.int64)
+    weighted = rows * torch.arange(1, len(rows) + 1, device=rows.device)
+    return str(factor.device), int(weighted.sum())
