@@ -203,7 +203,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config that is no JSON": (lambda folder: (folder / CONFIG).write_text("{"), "damaged: not valid JSON"),
     "config that is a list": (lambda folder: (folder / CONFIG).write_text("[]"), "expected a mapping, got list"),
     "another kind of adapter": (break_config(peft_type="IA3"), "peft_type is 'IA3'"),
-    "DoRA": (break_config(use_dora=True), "use_dora is set"),
+    "DoRA": (break_config(use_dora=True), r"missing adapter tensors, the first is .*lora_magnitude_vector"),
     "whole modules saved": (break_config(modules_to_save=["lm_head"]), "modules_to_save is set"),
     "trained biases": (break_config(bias="lora_only"), "bias is 'lora_only'"),
     "targets as an expression": (break_config(target_modules=".*w1"), "target_modules must be a list"),
