@@ -134,6 +134,8 @@ FLAT_IN_KERNELS = {
     "kernels/gpu/routing.py: gate_backward",
     "kernels/gpu/torch_gemm.py: grouped_gemm",
     "kernels/linear_cross_entropy/__init__.py: linear_cross_entropy",
+    "kernels/linear_cross_entropy/chunked.py: forward",
+    "kernels/linear_cross_entropy/per_token.py: linear_log_probs",
     "kernels/linear_cross_entropy/reference.py: linear_cross_entropy",
     "kernels/native/__init__.py: dropout",
     "kernels/native/__init__.py: grouped_gemm",

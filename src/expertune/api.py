@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -27,7 +27,9 @@ from expertune.distributed.output import console_of
 from expertune.evaluation.held_out import HeldOut, Timed
 from expertune.kernels import routes
 from expertune.layers.varlen_attention import require_no_leakage
+from expertune.objectives.log_probs import Reference
 from expertune.objectives.sft import SupervisedFineTuning
+from expertune.objectives.units import keeps_start
 from expertune.placement.device import training_device
 from expertune.placement.experts import Location, placement_of
 from expertune.planning import MicroBatch, Plan
@@ -179,9 +181,11 @@ def _finetune(context: RunContext) -> Run:
     )
     record.update("plan", **made.to_json())
     model, recovery = _load_and_adapt(context, inputs, made.placement)
+    objective = _objective(context, model)
     held_out = None
     if inputs.eval:
         held_out = HeldOut(config, model, inputs.tokenizer, inputs.eval, recovery, context.bars)
+        held_out.preference = None if isinstance(objective, SupervisedFineTuning) else objective
     if config.task.metric and held_out and "before" not in record.section("task"):
         # A resumed run may have recorded the score already; it was taken on the same bytes.
         with record.phase("answers"):
@@ -192,7 +196,7 @@ def _finetune(context: RunContext) -> Run:
     _record_notes(context, made.micro_batch, point)
     write_report(record, context.notify)
     with record.phase("training"):
-        _train(context, inputs, model, held_out, recovery, point)
+        _train(context, inputs, model, _Learning(objective, held_out, recovery), point)
     write = partial(write_adapter, model, output_dir / ADAPTER_FOLDER, context.ranks)
     if context.sharing:
         write()  # which all take part in
@@ -235,7 +239,7 @@ def _with_arguments(context: RunContext, micro_batch: MicroBatch) -> RunContext:
         training.setdefault("eval_on_start", True)
     if lower_is_better(config):
         training.setdefault("greater_is_better", False)
-    arguments, notes = training_arguments(training, str(config.output_dir), context.device)
+    arguments, notes = training_arguments(training, str(config.output_dir), context.device, config.objective)
     if line := micro_batch.line(context.ranks.world_size):
         notes.append(line)
     return replace(context, arguments=arguments, notes=notes)
@@ -325,27 +329,43 @@ def _recovery(context: RunContext, model: nn.Module) -> OutOfMemory:
     return recovery
 
 
+class _Learning(NamedTuple):
+    """What a run learns from, what it is tried on, and what is done when memory runs out."""
+
+    objective: Any  # an Objective; of those over answers also a held-out evaluation's
+    held_out: HeldOut | None
+    recovery: OutOfMemory
+
+
+def _objective(context: RunContext, model: ExpertPeftModel) -> Any:
+    """What the run minimizes, on a model that has taken no step yet."""
+    config = context.config
+    if config.objective == "sft":
+        return SupervisedFineTuning(model, context.arguments, config.loss, context.note)
+    from expertune.objectives.preference import Preference  # which imports TRL
+
+    return Preference(config, model, context.arguments, Reference(model, keeps_start(config)), context.note)
+
+
 def _train(
-    context: RunContext,
-    inputs: Inputs,
-    model: ExpertPeftModel,
-    held_out: HeldOut | None,
-    recovery: OutOfMemory,
-    point: ResumePoint | None,
+    context: RunContext, inputs: Inputs, model: ExpertPeftModel, learning: _Learning, point: ResumePoint | None
 ) -> None:
     config, record = context.config, context.record
+    objective, held_out, recovery = learning
+    collator = getattr(objective, "collator", None) or make_collator(config.data, inputs.tokenizer, True)
     trainer = ExpertTrainer(
         model=model,
         args=context.arguments,
         train_dataset=inputs.dataset,
-        collator=make_collator(config.data, inputs.tokenizer, keep_example_ids=True),
-        objective=SupervisedFineTuning(model, context.arguments, config.loss, context.note),
+        collator=collator,
+        objective=objective,
         promised=Promised(
             oom=recovery,
             evaluation=Timed(held_out, record) if held_out else None,
             place_of=lambda index: inputs.train.examples[index].place,
             ranks=context.ranks,
             loraplus_lr_ratio=config.lora.loraplus_lr_ratio,
+            figures=objective.figures,
         ),
     )
     bar = ProgressBar(lambda: trainer.history, context.bars)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from expertune.kernels.linear_cross_entropy import HeadUpdate, chunked, linear_cross_entropy, reference
+from expertune.kernels.linear_cross_entropy.per_token import linear_log_probs
 
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
 # Half a unit in the last place of 8 and 11 bits, a few times over: rows, logit gradients and results are rounded.
@@ -130,6 +131,34 @@ SHAPES: dict[str, dict[str, Any]] = {
     "capped": {"softcap": 2.0},
     "scaled, capped and biased": {"scale": 1.7, "softcap": 3.0, "bias": True},
 }
+
+
+@pytest.mark.parametrize("own_x", [False, True], ids=["shared input", "own input after dropout"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_log_probabilities_of_single_rows_and_their_gradients_are_those_of_plain_arithmetic(
+    shape: str, own_x: bool, small_chunks: None
+) -> None:
+    case = make_case(**SHAPES[shape], own_x=own_x)
+    found = linear_log_probs(**case.arguments)
+    rows = [index for index, label in enumerate(case.labels.tolist()) if label != -100]
+    one_by_one = []
+    for row in rows:
+        labels = torch.full_like(case.labels, -100)
+        labels[row] = case.labels[row]
+        one_by_one.append(-reference.linear_cross_entropy(**case.arguments | {"labels_T": labels}))
+    expected = found.detach().new_zeros(found.shape)
+    expected = (
+        expected.index_put((torch.tensor(rows, dtype=torch.int64),), torch.stack(one_by_one)) if rows else expected
+    )
+    torch.testing.assert_close(found, expected, **FLOAT32)
+    weights = torch.randn(found.shape)
+    gradients = torch.autograd.grad((found * weights).sum(), case.leaves)
+    if rows:
+        plain = torch.autograd.grad((expected * weights).sum(), case.leaves)
+        for gradient, exact in zip(gradients, plain, strict=True):
+            torch.testing.assert_close(gradient, exact, **FLOAT32)
+    else:
+        assert not any(gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("own_x", [False, True], ids=["shared input", "own input after dropout"])

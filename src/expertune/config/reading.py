@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from expertune.config.messages import describe, nearest_key
 from expertune.config.schema import TRUST_KEY, LoraSection, ObjectiveName, Origin, QuantizationConfig, RunConfig
-from expertune.config.training_keys import arguments_class, refused_keys
+from expertune.config.training_keys import refused_keys
 from expertune.config.training_values import check_training_values
+from expertune.config.trl_keys import arguments_class, refused_of_trl
 from expertune.config.yaml_file import parse_value, shortened
 from expertune.errors import ConfigError
 
@@ -122,7 +123,7 @@ def check_training_arguments(training: dict[str, Any], where: str = "config", ob
     """
     arguments = arguments_class(objective, where)
     known = {field.name for field in dataclasses.fields(arguments) if field.init}
-    owned = refused_keys(training)
+    owned = refused_keys(training) | refused_of_trl(training, objective)
     for key in training:
         if key in owned:
             raise ConfigError(f"{where}: training.{key} is {owned[key]}")

@@ -279,40 +279,6 @@ class TaskConfig(Section):
         return value
 
 
-class RewardConfig(Section):
-    """A reward of `objective: grpo`; a name alone is one of weight 1.
-
-    Attributes:
-        function: a shipped one, which compares with the example's own answer: `slot-f1` or `exact-match`. Or code,
-            which whoever starts the command has to allow: `module:function`, or `file.py:function`.
-        weight: what its numbers are multiplied by.
-    """
-
-    function: str
-    weight: float = Field(default=1.0, allow_inf_nan=False)
-
-    @property
-    def is_code(self) -> bool:
-        """Whether it is imported."""
-        return ":" in self.function
-
-    @field_validator("function")
-    @classmethod
-    def _is_named(cls, value: str) -> str:
-        where, colon, name = value.rpartition(":")
-        shipped = [key for key, each in METRICS.items() if each.per_answer and each.figures[0].higher_is_better]
-        if colon and not (where.strip() and name.isidentifier()):
-            raise ValueError("write code as module:function, or file.py:function")
-        if not colon and value not in shipped:
-            raise unknown_name("no reward of this name is shipped, and code is written as module:function", shipped)
-        return value
-
-
-def _named_rewards(value: Any) -> Any:
-    values = value if isinstance(value, list) else [value]
-    return [{"function": each} if isinstance(each, str) else each for each in values]
-
-
 @dataclasses.dataclass(frozen=True)
 class Origin:
     """Where a config was read from, with notes on it; configs of the same keys are equal wherever that was."""
@@ -345,7 +311,6 @@ class RunConfig(Section):
         objective: what is minimized. `sft`: cross entropy of the answers. `dpo`, `orpo`: a loss over pairs of a chosen
             and a rejected answer. `kto`: one over answers that are labeled desirable or not. `grpo`: rewards of answers
             that the model writes. All but `sft` are TRL's.
-        rewards: of `grpo`: what answers are rewarded with, a function or several with their weights.
         training: TrainingArguments by their own names; with another objective than `sft` TRL's arguments too.
         loss: `auto` takes the loss a chunk of tokens at a time, without the logits of all, where that is the model's
             own loss; `full` always leaves it to the model.
@@ -359,7 +324,6 @@ class RunConfig(Section):
     model: PathText
     revision: str | None = None
     objective: ObjectiveName = "sft"
-    rewards: Annotated[list[RewardConfig], BeforeValidator(_named_rewards)] = []
     data: DataConfig
     quantization: QuantizationConfig = QuantizationConfig()
     kernels: KernelsConfig = KernelsConfig()
@@ -404,24 +368,30 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _objective_has_its_rewards(self) -> "RunConfig":
-        if self.objective == "grpo" and not self.rewards:
-            raise ValueError("objective: grpo needs rewards, e.g. rewards: [slot-f1]")
-        if self.objective != "grpo" and self.rewards:
-            raise ValueError(f"rewards are of objective: grpo, and it is {self.objective}; remove the key, or set grpo")
-        return self
-
-    @model_validator(mode="after")
     def _objective_fits_the_data(self) -> "RunConfig":
         if self.objective == "sft":
             return self
-        if self.data.packing != "padding-free":
+        named, training = f"objective: {self.objective}", self.training
+        if self.data.packing == "packed":
+            raise ValueError(f"data.packing: packed is of supervised fine-tuning, not of {named}; remove the key")
+        if self.distributed.experts in ("shard", "parallel"):
             raise ValueError(
-                f"data.packing: {self.data.packing} is of supervised fine-tuning; the sequences of objective: "
-                f"{self.objective} run without padding anyway. Remove the key"
+                f"distributed.experts: {self.distributed.experts} is of supervised fine-tuning; with {named} each "
+                "process has all experts. Set replicate, or remove the key"
             )
         if self.data.train_on != "completion":
-            raise ValueError(f"data.train_on: all has no meaning with objective: {self.objective}; remove the key")
+            raise ValueError(f"data.train_on: all has no meaning with {named}; remove the key")
+        if self.objective != "grpo" and self.lora.dropout and training.get("disable_dropout") is not False:
+            raise ValueError(
+                f"lora.dropout: {self.lora.dropout} would do nothing: with {named} dropout is off, as in TRL. Set "
+                "training.disable_dropout: false, or remove lora.dropout"
+            )
+        is_kto = self.objective == "kto" and training.get("loss_type", "kto") == "kto"
+        if is_kto and training.get("per_device_train_batch_size") == 1:
+            raise ValueError(
+                f"training.per_device_train_batch_size: 1 is too small for {named}, whose KL term pairs prompts with "
+                "the answers of other examples; set 2 or more, or training.loss_type: apo_zero_unpaired"
+            )
         return self
 
     @model_validator(mode="after")

@@ -4,15 +4,10 @@ TrainingArguments serves many kinds of training. What this program sets itself, 
 without a note: the writer of the run file would take it for done.
 """
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from expertune.config.schema import ObjectiveName
-from expertune.errors import ConfigError, option
-
-# The class of a run's arguments: module and name.
-_ARGUMENTS: dict[ObjectiveName, tuple[str, str]] = {"sft": ("transformers", "TrainingArguments")}
+from expertune.errors import option
 
 # An optimizer that TrainingArguments does not know (see `expertune.train.muon`).
 MUON = "muon"
@@ -43,27 +38,6 @@ _OF_SEVERAL_PROCESSES = (
 _OF_THE_HUB = ("hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token")
 
 _NO_UPLOAD = "a run uploads nothing; when it is finished, `hf upload REPOSITORY OUTPUT_DIR/adapter` does"
-
-
-def arguments_class(objective: ObjectiveName, where: str = "config") -> Any:
-    """TrainingArguments, or TRL's subclass of it for an objective of TRL's.
-
-    Args:
-        objective: the run's.
-        where: what is named in errors.
-
-    Raises:
-        ConfigError: no run can have the objective yet, or TRL is not installed.
-    """
-    if objective not in _ARGUMENTS:
-        raise ConfigError(f"{where}: objective: {objective} cannot be trained yet; set objective: sft")
-    module, name = _ARGUMENTS[objective]
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError:
-        raise ConfigError(
-            f"{where}: objective: {objective} needs TRL 1.16 or later; `pip install 'expertune[trl]'`"
-        ) from None
 
 
 def refused_keys(training: Mapping[str, Any]) -> dict[str, str]:

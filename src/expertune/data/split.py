@@ -14,6 +14,9 @@ from torch import Tensor
 
 Batch = Mapping[str, Any]
 
+NUM_EXAMPLES = "num_examples"
+"""In a batch of pairs or labeled answers: how many examples it has, none of which is ever in two parts."""
+
 
 def size(batch: Any) -> int:
     """Tokens of a collated batch as they are computed on, padding included; the length of a list of prompts."""
@@ -25,7 +28,8 @@ def split(batch: Any, most: int | None) -> list[Any]:
 
     Args:
         batch: `input_ids`, `labels` and what else belongs to each sequence: [B, L], or [1, T] with `cu_seq_lens_q`,
-            int32 [num_sequences + 1]. Or a list of prompts, which is taken `most` at a time.
+            int32 [num_sequences + 1]. Or one of `NUM_EXAMPLES`, split between examples. Or a list of prompts, which is
+            taken `most` at a time.
         most: see `size`; None leaves the batch whole.
     """
     if most is None or size(batch) <= most:
@@ -43,6 +47,8 @@ def halve(batch: Any) -> list[Any]:
     if not isinstance(batch, Mapping):
         middle = -(-len(batch) // 2)
         return [batch[:middle], batch[middle:]] if len(batch) > 1 else []
+    if NUM_EXAMPLES in batch:
+        return _halve_examples(batch)
     if "cu_seq_lens_q" in batch:
         bounds = batch["cu_seq_lens_q"].tolist()
     else:
@@ -53,6 +59,28 @@ def halve(batch: Any) -> list[Any]:
         return []
     at = min(places, key=lambda place: (abs(2 * bounds[place] - bounds[-1]), -place))
     return [_take(batch, bounds, 0, at), _take(batch, bounds, at, len(bounds) - 1)]
+
+
+def _halve_examples(batch: Batch) -> list[Any]:
+    """Two parts of a batch whose examples have several sequences, or none.
+
+    Row i of a tensor belongs to example i modulo their number: the chosen answers of all pairs come first.
+    """
+    count = batch[NUM_EXAMPLES]
+    if count < 2 or "KL_input_ids" in batch:  # which makes a term of all of them together
+        return []
+    at = -(-count // 2)
+    return [_take_examples(batch, range(at)), _take_examples(batch, range(at, count))]
+
+
+def _take_examples(batch: Batch, examples: range) -> Batch:
+    count, taken = batch[NUM_EXAMPLES], dict(batch)
+    for name, value in batch.items():
+        if isinstance(value, Tensor):
+            taken[name] = value.unflatten(0, (-1, count))[:, examples.start : examples.stop].flatten(0, 1)
+    taken[NUM_EXAMPLES] = len(examples)
+    taken["example_ids"] = batch.get("example_ids", [])[examples.start : examples.stop]
+    return taken
 
 
 def _take(batch: Batch, bounds: list[int], first: int, end: int) -> Batch:

@@ -6,14 +6,14 @@ Legend: nats are natural-logarithm units of loss per label token.
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.config import RunConfig
 from expertune.data import TokenizedExamples, make_collator, make_dataset
-from expertune.evaluation.scoring import evaluation_loss, score_task
+from expertune.evaluation.scoring import evaluation_figures, evaluation_loss, score_task
 from expertune.experts.load import RoutingCounts
 from expertune.generation.decoding import Batches
 from expertune.objectives.chunked_loss import LanguageModelLoss
@@ -22,6 +22,9 @@ from expertune.run.record import RunRecord
 from expertune.train.arguments import training_argument
 from expertune.train.oom import OutOfMemory
 from expertune.train.schedule import metric_names, scores_in_training
+
+if TYPE_CHECKING:  # it imports TRL
+    from expertune.objectives.preference import Preference
 
 
 class HeldOut:
@@ -41,7 +44,10 @@ class HeldOut:
     Attributes:
         dataset: the same, as the trainer's batches are made of them.
         routing: which experts the tokens of the last evaluation were sent to, as `RoutingCounts.to_json` gives it.
+        preference: the run's objective where it is one over answers; its loss is then the evaluation's.
     """
+
+    preference: "Preference | None" = None
 
     def __init__(
         self,
@@ -60,12 +66,16 @@ class HeldOut:
         self.routing: dict[str, Any] = {}
         self._in_chunks = LanguageModelLoss(model.get_base_model(), config.loss)
 
-    def loss(self, step: int, base_only: bool = False) -> float:
-        """Mean cross entropy over all label tokens, in nats; a router's auxiliary loss is no part of it.
+    def figures(self, step: int, base_only: bool = False) -> dict[str, float]:
+        """The loss, and what the objective knows beside it.
 
         Args:
             step: the optimizer step that was taken last; 0 before the first.
             base_only: of the base model without the adapter.
+
+        Returns:
+            `loss`: the mean cross entropy over all label tokens, in nats, without a router's auxiliary loss; or the
+            objective's over answers, and its figures by TRL's names.
 
         Raises:
             DataError: no example holds a token that takes a loss.
@@ -77,9 +87,13 @@ class HeldOut:
         with self._adapted(base_only), self._bars.task("evaluation", "examples") as progress, routing.watching():
             progress(0, len(self.dataset))
             batches = Batches(in_parts, progress, ranks, routing.counting)
-            found = evaluation_loss(
-                base, self.dataset, self._collator, self._batch_size, self._in_chunks.summed, batches
-            )
+            if self.preference:
+                collator, taken = self.preference.collator, self.preference.evaluated
+                found = evaluation_figures(base, self.dataset, collator, self._batch_size, taken, batches)
+            else:
+                in_chunks = self._in_chunks.summed
+                loss = evaluation_loss(base, self.dataset, self._collator, self._batch_size, in_chunks, batches)
+                found = {"loss": loss}
         self.routing = routing.to_json(ranks)
         return found
 
@@ -87,7 +101,7 @@ class HeldOut:
         """The score of the run's task; see `expertune.evaluation.scoring.score_task`.
 
         Args:
-            step: as for `loss`.
+            step: as for `figures`.
             rows: how many examples are answered; None means the run file's number.
             base_only: of the base model without the adapter.
         """
@@ -105,10 +119,10 @@ class HeldOut:
         """What an evaluation while training gives.
 
         Returns:
-            `loss`, and the figures of the task where the best checkpoint is chosen by one of them: answering examples
-            takes long.
+            What `figures` gives, and the figures of the task where the best checkpoint is chosen by one of them:
+            answering examples takes long.
         """
-        found = {"loss": self.loss(step)}
+        found = self.figures(step)
         if scores_in_training(self._config):
             score = self.score(step)
             found |= {name: score[name] for name in metric_names(self._config) if name in score}

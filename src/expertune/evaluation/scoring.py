@@ -20,6 +20,8 @@ from expertune.errors import ConfigError, DataError
 from expertune.evaluation.metrics import METRICS, Metric
 from expertune.generation.decoding import PLAIN, Batches, complete, evaluation_mode
 from expertune.generation.sampling import Sampling
+from expertune.objectives.figures import Figures, Taken
+from expertune.objectives.log_probs import Watched
 
 _MOST_EXAMPLE_CHARS = 400_000
 _FEWEST_EXAMPLES = 8
@@ -82,6 +84,46 @@ def evaluation_loss(
     if not num_tokens:
         raise DataError("the evaluation examples hold no token that takes a loss")
     return total / num_tokens
+
+
+def evaluation_figures(
+    model: nn.Module,
+    dataset: Sequence[Feature],
+    collator: Callable[[Sequence[Feature]], dict[str, Any]],
+    batch_size: int,
+    taken: Callable[[Mapping[str, Any], Watched], Taken],
+    batches: Batches = PLAIN,
+) -> dict[str, float]:
+    """The loss and figures of an objective over answers, each as the mean over the examples.
+
+    Args:
+        model: the model in any mode; its mode is restored.
+        dataset: examples as `expertune.data.make_dataset` returns them.
+        collator: examples -> batch.
+        batch_size: examples of a batch.
+        taken: takes the loss of a batch on the model's device.
+        batches: what is done with each batch besides.
+
+    Returns:
+        `loss`, and the figures by their names.
+    """
+    device, found = next(model.parameters()).device, Figures()
+
+    def of_batch(counts: bool, batch: Mapping[str, Any]) -> Taken:
+        on_device = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in batch.items()}
+        return taken(on_device, batches.watched if counts else lambda _: nullcontext())
+
+    with evaluation_mode(model), torch.no_grad():
+        for start, counts in batches.ranks.rounds(range(0, len(dataset), batch_size)):
+            batch = collator([dataset[index] for index in range(start, min(start + batch_size, len(dataset)))])
+            for part in batches.in_parts(partial(of_batch, counts), batch):
+                figures = {"loss": (part.loss.item(), part.num_examples)} | part.figures
+                for name, (figure, count) in figures.items() if counts else ():
+                    found.add(name, figure, count)
+            if batches.progress:
+                batches.progress(min(start + batch_size, len(dataset)), len(dataset))
+    found.add_up(batches.ranks)
+    return found.take()
 
 
 def score_task(

@@ -30,6 +30,7 @@ from expertune.distributed.output import is_of_a_connection
 from expertune.experts.module import sharing_of
 from expertune.generation.decoding import evaluation_mode
 from expertune.kernels.linear_cross_entropy import IGNORE_INDEX, HeadUpdate, linear_cross_entropy
+from expertune.kernels.linear_cross_entropy.per_token import linear_log_probs
 from expertune.placement.out_of_memory import is_out_of_memory
 
 # Tokens of the comparison on the first batch: each carries one value at the head's place.
@@ -108,6 +109,28 @@ class LanguageModelLoss:
             self._model(**inputs, use_cache=False)
         targets_BT = _shifted(labels_BT)
         return self._sum(transform, _taken(hidden), targets_BT).item(), int((targets_BT != IGNORE_INDEX).sum())
+
+    def log_probs(self, inputs: Mapping[str, Any], labels_BT: Tensor) -> tuple[Tensor, Any]:
+        """The log-probability of each label by itself, with its gradient; of all logits at once where it must be.
+
+        Args:
+            inputs: what the model is called with, without labels, on the model's device.
+            labels_BT: int64 [B, T], not shifted, -100 for none.
+
+        Returns:
+            float32 [B, T], where token t has that of the label after it, and 0 where there is none; and the model's
+            output, whose logits are of no use.
+        """
+        targets_BT = _shifted(labels_BT)
+        if (transform := self._usable_transform(inputs["input_ids"])) is None:
+            outputs = self._model(**inputs, use_cache=False)
+            labeled = targets_BT != IGNORE_INDEX
+            losses_N = F.cross_entropy(outputs.logits[labeled].float(), targets_BT[labeled], reduction="none")
+            return losses_N.new_zeros(targets_BT.shape).masked_scatter(labeled, -losses_N), outputs
+        with self._stand_ins(partial(self._mean, transform), _one_column) as hidden:
+            outputs = self._model(**inputs, use_cache=False)
+        found_T = self._through_head(linear_log_probs, transform, _taken(hidden), targets_BT)
+        return found_T.reshape(targets_BT.shape), outputs
 
     def _usable_transform(self, input_ids_BT: Tensor) -> _Transform | None:
         """What lies between head and loss; None where the loss is left to the model."""
@@ -248,13 +271,18 @@ class LanguageModelLoss:
         return self._sum(transform, x_BTD, shift_labels) / num_items_in_batch
 
     def _sum(self, transform: _Transform, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        return self._through_head(linear_cross_entropy, transform, x_BTD, targets_BT)
+
+    def _through_head(
+        self, take: Callable[..., Tensor], transform: _Transform, x_BTD: Tensor, targets_BT: Tensor
+    ) -> Tensor:
         head = self._head
         weight_VD = _weight(head)
         updates = _updates(head, x_BTD)
         kind = x_BTD.device.type
         if torch.is_autocast_enabled(kind):
             x_BTD = x_BTD.to(torch.get_autocast_dtype(kind))
-        return linear_cross_entropy(
+        return take(
             x_BTD.reshape(-1, weight_VD.shape[1]),
             weight_VD,
             targets_BT.reshape(-1).to(x_BTD.device),

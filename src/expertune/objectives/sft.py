@@ -6,14 +6,16 @@ micro-batch may be split between its sequences. The loss is the cross entropy pe
 the same loss without a router's auxiliary loss, `LanguageModelLoss.summed`.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 from torch import Tensor
 from transformers import TrainingArguments
 
+from expertune.data.split import Batch
 from expertune.objectives.chunked_loss import LanguageModelLoss
+from expertune.objectives.figures import Figures
 
 
 class SupervisedFineTuning:
@@ -33,6 +35,7 @@ class SupervisedFineTuning:
         loss: Literal["auto", "full"] = "auto",
         notify: Callable[[str], None] = lambda _: None,
     ) -> None:
+        self.figures = Figures()  # none beside the loss
         self._model, self._args = model, args
         self._loss = LanguageModelLoss(model, loss, notify)
         if args.label_smoothing_factor:
@@ -40,9 +43,15 @@ class SupervisedFineTuning:
         elif args.torch_compile:
             self._loss.give_up("training.torch_compile would compile the model with a stand-in for its head")
 
-    def computed(self, inputs: Mapping[str, Any], with_outputs: bool = False) -> AbstractContextManager[None]:
-        """While open, the model returns this loss for a batch; its logits are of use only `with_outputs`."""
-        return nullcontext() if with_outputs else self._loss.in_chunks(inputs)
+    def num_items(self, batches: Sequence[Batch]) -> None:
+        """Left to transformers, which counts labels."""
+
+    def loss(
+        self, inputs: Mapping[str, Any], num_items_in_batch: Any, own: Callable[[], Any], with_outputs: bool = False
+    ) -> Any:
+        """The model's own loss of a batch; its logits are of use only `with_outputs`."""
+        with nullcontext() if with_outputs else self._loss.in_chunks(inputs):
+            return own()
 
     def why_indivisible(self, num_items_in_batch: Tensor | int | None) -> str | None:
         """Why a micro-batch in parts would be another step, or None; see `expertune.train.promises.Promises`."""

@@ -14,12 +14,15 @@ from expertune.evaluation.harness import Harness
 from expertune.evaluation.harness_tasks import TaskFiles
 from expertune.evaluation.held_out import HeldOut
 from expertune.evaluation.metrics import METRICS
+from expertune.objectives.log_probs import Reference
+from expertune.objectives.units import keeps_start
 from expertune.run.beside import write_card
 from expertune.run.directory import ADAPTER_FOLDER
 from expertune.run.inference import OpenOptions, Run, opened_run, recovery_of
 from expertune.run.lock import hold_run_directory
 from expertune.run.record import RunRecord
 from expertune.storage import notify_if_it_fails
+from expertune.train.arguments import loss_arguments
 from expertune.train.oom import Change
 
 
@@ -57,9 +60,9 @@ def evaluate(
             from the hub.
 
     Returns:
-        `adapter`, `loss` in nats per token, `task` as `expertune.evaluation.scoring.score_task` returns it, and
-        `recoveries`: what was changed when memory ran out, as in the record. With `tasks`: `adapter`, and `tasks` as
-        the record has it.
+        `adapter`, `loss` in nats per token (of an objective over answers its own loss, with its `figures`), `task` as
+        `expertune.evaluation.scoring.score_task` returns it, and `recoveries`: what was changed when memory ran out, as
+        in the record. With `tasks`: `adapter`, and `tasks` as the record has it.
 
     Raises:
         ConfigError: the run has no evaluation examples, or a task cannot be run.
@@ -84,7 +87,11 @@ def evaluate(
     changes: list[Change] = []
     recovery = recovery_of(run, changes)
     held_out = HeldOut(run.config, run.model, run.tokenizer, examples, recovery, run.context.bars)
-    result["loss"] = held_out.loss(step, base_only)
+    held_out.preference = _preference(run)
+    found = held_out.figures(step, base_only)
+    result["loss"] = found.pop("loss")
+    if found:
+        result["figures"] = found
     metric = run.config.task.metric
     if metric in METRICS:
         result["task"] = held_out.score(step, rows, base_only)
@@ -95,6 +102,26 @@ def evaluate(
         )
     result["recoveries"] = [change.to_json() for change in changes]
     return result
+
+
+def _preference(run: Run) -> Any:
+    """The run's objective where it is one over answers, with the reference that it was trained with."""
+    config = run.config
+    if config.objective not in ("dpo", "kto", "orpo"):
+        return None
+    from expertune.objectives.preference import Preference  # which imports TRL
+
+    start = config.lora.init_from
+    if keeps_start(config) and start is not None:
+        if not Path(start).is_dir():
+            raise ConfigError(
+                f"{start}: the adapter that the run started from is gone, and the loss of objective: "
+                f"{config.objective} compares with it; put it back there"
+            )
+        reference = Reference.of_adapter(run.model, start)
+    else:
+        reference = Reference(run.model, keeps_start=False)
+    return Preference(config, run.model, loss_arguments(config.training, config.objective), reference)
 
 
 def _evaluate_tasks(run: Run, files: TaskFiles, rows: int | None, base_only: bool) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from expertune.config.schema import ObjectiveName
 from expertune.config.training_keys import MUON, unused_keys
+from expertune.config.trl_keys import arguments_class
 from expertune.errors import ConfigError
 from expertune.train.muon import MuonSettings
 from expertune.train.optim import default_optimizer, usable_optimizer
@@ -31,13 +33,16 @@ def uses_checkpointing(training: Mapping[str, Any]) -> bool:
     return bool(training.get("activation_checkpointing") or training.get("gradient_checkpointing"))
 
 
-def training_arguments(training: Mapping[str, Any], output_dir: str, device: torch.device) -> tuple[Any, list[str]]:
-    """TrainingArguments with this project's defaults.
+def training_arguments(
+    training: Mapping[str, Any], output_dir: str, device: torch.device, objective: ObjectiveName = "sft"
+) -> tuple[Any, list[str]]:
+    """TrainingArguments with this project's defaults, or TRL's arguments of an objective.
 
     Args:
         training: the section; its keys have been checked.
         output_dir: the run directory.
         device: where the model is.
+        objective: the run's. What TRL's arguments have from transformers keeps transformers' defaults.
 
     Returns:
         The arguments, and a sentence for each value that could not be used as it stands.
@@ -69,14 +74,25 @@ def training_arguments(training: Mapping[str, Any], output_dir: str, device: tor
     values.setdefault("run_name", f"{Path(output_dir).name}-{time.strftime('%Y-%m-%d-%H-%M')}")
     values.setdefault("save_strategy", "steps")
     values |= {"output_dir": output_dir, "remove_unused_columns": False}
+    arguments = arguments_class(objective)
+    for own in dataclasses.fields(arguments):
+        if own.name in _DEFAULTS and own.default != _DEFAULTS[own.name]:
+            values.setdefault(own.name, _DEFAULTS[own.name])
     try:
-        args = TrainingArguments(**values)
+        args = arguments(**values)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise ConfigError(f"training: transformers refuses a value: {error}") from None
+        raise ConfigError(f"training: {arguments.__module__.partition('.')[0]} refuses a value: {error}") from None
     if is_muon:
         args.optim = MUON  # a name that transformers' list of optimizers lacks
     use_one_gpu(args)
     return args, notes
+
+
+def loss_arguments(training: Mapping[str, Any], objective: ObjectiveName) -> Any:
+    """TRL's arguments of an objective, for its loss alone: what of `training:` is transformers' is left out."""
+    own = {key: value for key, value in training.items() if key not in _DEFAULTS}
+    own |= {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
+    return arguments_class(objective)(**own, gradient_checkpointing=_DEFAULTS["gradient_checkpointing"])
 
 
 def use_one_gpu(args: TrainingArguments) -> None:

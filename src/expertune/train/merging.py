@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from expertune.config import RunConfig
+from expertune.objectives.units import why_whole
 
 # Rotary embeddings whose frequencies depend on the longest sequence of the batch.
 _BATCH_WIDE_ROPE = {"dynamic", "longrope"}
@@ -33,7 +34,7 @@ def why_separate(config: RunConfig, model: PreTrainedModel) -> str | None:
             _rope_types(getattr(text_config, "rope_parameters", None)) & _BATCH_WIDE_ROPE
         ),
     }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    return why_whole(config) or next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def _normalizes(model: PreTrainedModel) -> bool:

@@ -39,6 +39,7 @@ from expertune.data.split import Batch
 from expertune.distributed.mesh import Ranks
 from expertune.errors import CheckpointError, ConfigError, NonFiniteGradientError, NonFiniteLossError, option
 from expertune.experts.module import in_lockstep
+from expertune.objectives.figures import Figures
 from expertune.storage import storage_errors_named
 from expertune.train.arguments import use_one_gpu
 from expertune.train.callbacks import BestCheckpointHere, History, OwnRandomness, RandomState
@@ -89,6 +90,7 @@ class Promised:
         place_of: where an example came from, by its id in `example_ids` of a batch; for messages.
         ranks: the processes of the run.
         loraplus_lr_ratio: learning rate of factors B over that of A (LoRA+); None means that they have the same.
+        figures: what the loss adds to them becomes series of the history, by the same names.
     """
 
     history: History = field(default_factory=History)
@@ -97,6 +99,7 @@ class Promised:
     place_of: Callable[[int], str] = str
     ranks: Ranks = field(default_factory=Ranks)
     loraplus_lr_ratio: float | None = None
+    figures: Figures = field(default_factory=Figures)
 
 
 class Promises(Trainer):
@@ -112,6 +115,7 @@ class Promises(Trainer):
         promised = promised or Promised()
         self.evaluation, self.place_of, self.ranks = promised.evaluation, promised.place_of, promised.ranks
         self._loraplus_lr_ratio = promised.loraplus_lr_ratio
+        self.figures = promised.figures
         self.best_loaded: str | None = None
         self._staging: Path | None = None
         self._step_examples: list[int] = []
@@ -178,6 +182,7 @@ class Promises(Trainer):
             model.zero_grad()
             self.history.drop_step()
             self.expert_load.clear()
+            self.figures.clear()
             self._step_examples = []
 
         def compute(part: Batch) -> Tensor:
@@ -188,6 +193,7 @@ class Promises(Trainer):
             self._exchange.average_gradients()
             self.history.add_up(self.ranks)
             self.expert_load.add_up(self.ranks)
+            self.figures.add_up(self.ranks)
         return loss
 
     def why_indivisible(self, num_items_in_batch: Tensor | int | None) -> str | None:
@@ -223,7 +229,7 @@ class Promises(Trainer):
         """Log; means of the loss and of the experts' load are the history's, which a resume does not forget."""
         if "loss" in logs and self.history.losses:
             logged = [entry["step"] for entry in self.state.log_history if "loss" in entry]
-            for name in ("loss", *LOAD_FIGURES):
+            for name in ("loss", *LOAD_FIGURES, *self.figures.names):
                 if (mean := self.history.mean_since(logged[-1] if logged else 0, name)) is not None:
                     logs[name] = mean
         if "train_loss" in logs and (mean := self.history.mean_since(0)) is not None:
@@ -364,7 +370,7 @@ class Promises(Trainer):
         self._step_examples = []
         self.history.add("grad_norm", value)
         figures, tokens = self.expert_load.take()
-        for name, figure in figures.items():
+        for name, figure in (figures | self.figures.take()).items():
             self.history.add(name, figure)
         add_tokens(self.history.expert_tokens, self.state.global_step + 1, tokens)
 

@@ -15,6 +15,13 @@ from expertune.errors import ConfigError, DataError
 from expertune.evaluation.metrics import METRICS, Figure
 from expertune.train.arguments import ACCUMULATION, BATCH_SIZE, training_argument
 
+# Figures of an objective that the best checkpoint may be chosen by; higher is better.
+_REWARDS = {
+    "dpo": ("rewards/accuracies", "rewards/margins"),
+    "kto": ("rewards/margins",),
+    "orpo": ("rewards/accuracies", "rewards/margins"),
+}
+
 # Schedules that wait for an evaluation.
 _EVALUATED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
@@ -43,8 +50,8 @@ def check_schedule(config: RunConfig) -> None:
 
 
 def metric_names(config: RunConfig) -> list[str]:
-    """What an evaluation of the run can give: `loss`, and the figures of its task's metric."""
-    return ["loss", *(figure.name for figure in _task_figures(config))]
+    """What an evaluation of the run can give: `loss`, figures of its objective, and those of its task's metric."""
+    return ["loss", *_REWARDS.get(config.objective, ()), *(figure.name for figure in _task_figures(config))]
 
 
 def _task_figures(config: RunConfig) -> tuple[Figure, ...]:
@@ -60,7 +67,7 @@ def lower_is_better(config: RunConfig) -> bool:
 def scores_in_training(config: RunConfig) -> bool:
     """Whether evaluations in training have to answer prompts: a figure of the task chooses the best checkpoint."""
     best = config.training.get("metric_for_best_model")
-    return best is not None and str(best).removeprefix("eval_") != "loss"
+    return str(best).removeprefix("eval_") in {figure.name for figure in _task_figures(config)}
 
 
 def evaluates_at_ends(config: RunConfig) -> bool:

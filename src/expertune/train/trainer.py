@@ -1,19 +1,38 @@
 """The trainer of a run: transformers' Trainer with the promises, on the run's objective."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback
 
 from expertune.distributed.batches import take_parts
-from expertune.objectives.sft import SupervisedFineTuning
+from expertune.objectives.objective import Objective
 from expertune.train.promises import Promised, Promises
 
 
-class ExpertTrainer(Promises, Trainer):
+class _OnObjective(Trainer):
+    """transformers' Trainer with another loss: behind the promises, which put activations on the host around it."""
+
+    objective: Objective
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective's loss on a micro-batch, without the logits unless the model's outputs are asked for."""
+        own = partial(super().compute_loss, model, inputs, return_outputs, num_items_in_batch)
+        return self.objective.loss(inputs, num_items_in_batch, own, return_outputs)
+
+
+class ExpertTrainer(Promises, _OnObjective):
     """Trainer for adapted models.
 
     Args:
@@ -31,7 +50,7 @@ class ExpertTrainer(Promises, Trainer):
         args: TrainingArguments,
         train_dataset: Sequence[Mapping[str, Any]],
         collator: Callable[[Sequence[Any]], dict[str, Any]],
-        objective: SupervisedFineTuning,
+        objective: Objective,
         promised: Promised,
     ) -> None:
         self.objective = objective
@@ -53,16 +72,15 @@ class ExpertTrainer(Promises, Trainer):
             take_parts(loader, self.ranks)
         return loader
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The objective's loss on a micro-batch, without the logits unless the model's outputs are asked for."""
-        with self.objective.computed(inputs, with_outputs=return_outputs):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of a step, and what its loss is the mean over."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if (counted := self.objective.num_items(batches)) is None:
+            return batches, num_items
+        self.loss_is_scaled_for_ga = True
+        return batches, self.ranks.total([counted])[0] / self.ranks.world_size
 
     def why_indivisible(self, num_items_in_batch: Tensor | int | None) -> str | None:
         """The objective's answer."""

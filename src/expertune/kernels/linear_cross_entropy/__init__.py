@@ -9,7 +9,7 @@ gradient that arrives. So W is multiplied twice, once for the logits and once fo
 often as it must be (Hsu et al. 2024, "Liger Kernel", section 3.2).
 
 Routes: `reference.py` is plain float32 with all logits, and what the other is tested against; `chunked.py` runs on any
-device.
+device. `per_token.py` gives each row's log-probability in place of their sum.
 
 Shape suffixes: T rows (tokens), D hidden size, V vocabulary, r rank.
 """
@@ -73,7 +73,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: a shape, dtype, device, label or constant does not fit; names the value received.
     """
-    _check(hidden_TD, weight_VD, labels_T, bias_V, updates, softcap)
+    check(hidden_TD, weight_VD, labels_T, bias_V, updates, softcap)
     own_inputs = [update.x_TD for update in updates if update.x_TD is not None]
     factors = [factor for update in updates for factor in (update.a_rD, update.b_Vr)]
     wanted = torch.is_grad_enabled()
@@ -119,7 +119,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     head = chunked.Head(weight, bias, scale, softcap, scalings, has_own_input, a, b)
     with no_autocast(hidden):
-        return chunked.forward(hidden, head, labels, own_inputs, hidden_gradient, update_gradients)
+        losses, d_hidden, *rest = chunked.forward(hidden, head, labels, own_inputs, hidden_gradient, update_gradients)
+    d_a, d_b, d_own = rest
+    return losses.sum(), d_hidden, d_a, d_b, d_own
 
 
 @_forward.register_fake
@@ -188,7 +190,7 @@ def _autograd(ctx: Any, d_loss: Tensor, *_unused: Any) -> tuple[Any, ...]:
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _check(
+def check(
     hidden_TD: Tensor,
     weight_VD: Tensor,
     labels_T: Tensor,
@@ -196,6 +198,11 @@ def _check(
     updates: Sequence[HeadUpdate],
     softcap: float | None,
 ) -> None:
+    """Refuse arguments of `linear_cross_entropy` that do not fit together.
+
+    Raises:
+        ValueError: names the value received.
+    """
     if weight_VD.ndim != 2 or weight_VD.shape[0] == 0:
         raise ValueError(f"weight must be [vocabulary, hidden size], got {tuple(weight_VD.shape)}")
     vocabulary, width = weight_VD.shape

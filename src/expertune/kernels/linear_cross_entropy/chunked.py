@@ -63,8 +63,9 @@ def forward(
     own_inputs: list[Tensor],
     hidden_gradient: bool,
     update_gradients: bool,
+    weights_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """The summed loss, and its gradients of hidden, of each A and B, and of each update's own input.
+    """The loss of each row, and the gradients of their sum: of hidden, each A and B, and each update's own input.
 
     Args:
         hidden_TD: [T, D].
@@ -73,6 +74,10 @@ def forward(
         own_inputs: inputs [T, D] of those updates that have their own, in order.
         hidden_gradient: whether to make hidden's gradient; if not, it is empty.
         update_gradients: whether to make those of updates and their inputs; if not, the lists are empty.
+        weights_T: float32 [T], the gradients are those of the losses times these; None means ones.
+
+    Returns:
+        float32 [N] first, of the rows that have a label.
 
     Raises:
         ValueError: a label is outside the vocabulary.
@@ -103,6 +108,8 @@ def forward(
             continue
         dx_nD = torch.zeros_like(x_nD, dtype=torch.float32) if hidden_gradient else None
         for tile, d_logits_nv in _logit_gradients(logits, head, weight, labels_n, lse_n):
+            if weights_T is not None:
+                d_logits_nv.mul_(weights_T[rows_n].unsqueeze(1))
             if dx_nD is not None:
                 weight.add_transposed(d_logits_nv, tile, dx_nD)
             for u, update in enumerate(updates):
@@ -124,7 +131,7 @@ def forward(
 
     d_a = [gradient.to(factor.dtype) for gradient, factor in zip(d_a, head.a, strict=False)]
     d_b = [gradient.to(factor.dtype) for gradient, factor in zip(d_b, head.b, strict=False)]
-    return losses_N.sum(), d_hidden_TD, d_a, d_b, d_own
+    return losses_N, d_hidden_TD, d_a, d_b, d_own
 
 
 def rows_per_chunk(num_rows: int, vocabulary: int, device: torch.device) -> int:

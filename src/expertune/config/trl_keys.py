@@ -1,0 +1,86 @@
+"""Arguments of an objective: TRL's class of them, and those of its keys that a run has no use for.
+
+TRL's own defaults hold for what TRL adds to transformers' arguments.
+"""
+
+import importlib
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from expertune.config.schema import ObjectiveName
+from expertune.errors import ConfigError
+
+# The class of a run's arguments: module and name.
+_ARGUMENTS: dict[ObjectiveName, tuple[str, str]] = {
+    "sft": ("transformers", "TrainingArguments"),
+    "dpo": ("trl", "DPOConfig"),
+    "kto": ("trl", "KTOConfig"),
+    "orpo": ("trl.experimental.orpo", "ORPOConfig"),
+}
+
+_OF_A_MODEL = "of a model that TRL loads; a run loads its own. Remove the key"
+_OF_DATA = "of data that TRL prepares; `data` says how a run's is read. Remove the key"
+_OF_A_REFERENCE = "of a reference that moves; a run's is the model that it starts from. Remove the key"
+_OF_PADDING = "of padding, and there is none. Remove the key"
+
+# Of the objectives over answers, and what the message says after `training.KEY is`.
+_REFUSED = {
+    "activation_offloading": "set with offload_activations",
+    "dataset_num_proc": _OF_DATA,
+    "generate_during_eval": "not supported; task.metric has evaluation examples answered and scored. Remove the key",
+    "is_encoder_decoder": _OF_A_MODEL,
+    "label_smoothing_factor": "of supervised fine-tuning; TRL has label_smoothing for some losses. Remove the key",
+    "max_completion_length": "of data that TRL cuts; data.max_length is where a run cuts. Remove the key",
+    "max_length": "set with data.max_length",
+    "model_init_kwargs": _OF_A_MODEL,
+    "pad_to_multiple_of": _OF_PADDING,
+    "pad_token": _OF_PADDING,
+    "padding_free": "how a run computes anyway; remove the key",
+    "padding_value": _OF_PADDING,
+    "precompute_ref_batch_size": "of log-probabilities that are kept, and a run keeps none. Remove the key",
+    "precompute_ref_log_probs": "not supported; a run computes the reference as it goes, by the same model. Remove it",
+    "ref_model_mixup_alpha": _OF_A_REFERENCE,
+    "ref_model_sync_steps": _OF_A_REFERENCE,
+    "sync_ref_model": _OF_A_REFERENCE,
+    "torch_compile": "of supervised fine-tuning; the other losses take log-probabilities in a way that is not compiled",
+    "truncation_mode": _OF_DATA,
+    "trust_remote_code": "no key of a run file; give `--trust-remote-code` with the command",
+    "use_liger_kernel": "not supported: a run has kernels of its own. Remove the key",
+    "use_weighting": "not supported: it needs figures of all logits. Remove the key",
+}
+
+
+def arguments_class(objective: ObjectiveName, where: str = "config") -> Any:
+    """TrainingArguments, or TRL's subclass of it for an objective of TRL's.
+
+    Args:
+        objective: the run's.
+        where: what is named in errors.
+
+    Raises:
+        ConfigError: no run can have the objective yet, or TRL is not installed.
+    """
+    if objective not in _ARGUMENTS:
+        raise ConfigError(f"{where}: objective: {objective} cannot be trained yet; set objective: sft")
+    module, name = _ARGUMENTS[objective]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
+            return getattr(importlib.import_module(module), name)
+    except ImportError:
+        raise ConfigError(
+            f"{where}: objective: {objective} needs TRL 1.16 or later; `pip install 'expertune[trl]'`"
+        ) from None
+
+
+def refused_of_trl(training: Mapping[str, Any], objective: ObjectiveName) -> dict[str, str]:
+    """Keys of an objective over answers that a run file cannot set, with what the message says after the key.
+
+    Args:
+        training: the `training:` section.
+        objective: the run's.
+    """
+    if objective not in ("dpo", "kto", "orpo"):
+        return {}
+    return {key: reason for key, reason in _REFUSED.items() if training.get(key)}

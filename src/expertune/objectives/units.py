@@ -1,0 +1,31 @@
+"""What of an objective's step is one, and may not be computed in parts or put together with others."""
+
+from expertune.config import RunConfig
+
+# Of TRL's losses over pairs, those that are not the mean of what each pair gives by itself.
+_OVER_A_BATCH = {"aot", "aot_unpaired", "sft"}
+
+
+def why_whole(config: RunConfig) -> str | None:
+    """Why micro-batches in parts, or put together, would be another step; None where only examples are indivisible."""
+    training = config.training
+    if config.objective == "orpo":
+        return "ORPO takes its cross entropy over a micro-batch's tokens"
+    if takes_kl(config):
+        return "KTO takes its KL term over a micro-batch"
+    chosen = training.get("loss_type") or []
+    if found := _OVER_A_BATCH & set([chosen] if isinstance(chosen, str) else chosen):
+        return f"the loss {min(found)} is over a micro-batch, not over its pairs one by one"
+    if training.get("router_aux_loss_coef"):
+        return "the router's auxiliary loss (router_aux_loss_coef) is not the sum of its parts"
+    return None
+
+
+def takes_kl(config: RunConfig) -> bool:
+    """Whether the loss has a term over all examples of a micro-batch."""
+    return config.objective == "kto" and config.training.get("loss_type", "kto") == "kto"
+
+
+def keeps_start(config: RunConfig) -> bool:
+    """Whether the loss has a reference that is not the base model: the adapter that training starts from, kept."""
+    return config.objective in ("dpo", "kto") and config.lora.init_from is not None

@@ -1,0 +1,156 @@
+"""Runs over pairs and labeled answers: what they record, that they resume to the byte, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import expertune
+from expertune import finetune
+from expertune.config import parse_config
+from expertune.errors import ConfigError
+from expertune.run.record import RunRecord
+
+pytest.importorskip("trl")
+
+REWARDS = {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"}
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [
+        {"prompt": f"What is {n} plus {n + 1}?", "chosen": f"It is {2 * n + 1}.", "rejected": f"{n} and {n + 1}."}
+        for n in range(14)
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def values(objective: str, model: Path, pairs: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
+    """Four steps of four examples, a checkpoint after two."""
+    training = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "seed": 3}
+    return {
+        "model": str(model),
+        "objective": objective,
+        "data": {"train": f"{pairs}[0:10]", "eval": f"{pairs}[10:14]", "max_length": 64},
+        "lora": {"r": 4, "targets": ["attention", "experts", "lm_head"], **changes.pop("lora", {})},
+        "training": training | changes.pop("training", {}),
+        "output_dir": str(output_dir),
+        **changes,
+    }
+
+
+def series_of(record: RunRecord) -> dict[str, list[list[float]]]:
+    return {name: found for name, found in record["train"].items() if "/" in name or name in ("loss", "kl", "nll_loss")}
+
+
+@pytest.mark.parametrize(
+    "objective", ["dpo", pytest.param("kto", marks=pytest.mark.slow), pytest.param("orpo", marks=pytest.mark.slow)]
+)
+def test_run_over_answers_records_rewards_and_resumes_to_the_same_bytes(
+    objective: str, small_mixtral: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    config = values(objective, small_mixtral, pairs_file, tmp_path / "run")
+    run = finetune(config)
+    record, adapter = run.record, (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    whole = series_of(record)
+    assert whole.keys() >= REWARDS
+    assert all([step for step, _ in found] == [1, 2, 3, 4] for found in whole.values())
+    assert [step for step, _ in record["eval"]["loss"]] == [0, 4]
+    (_, before), (_, after) = record["eval"]["scores"]
+    assert before.keys() >= REWARDS
+    assert after["rewards/margins"] > before["rewards/margins"]
+    if objective == "dpo":
+        assert whole["loss"][0][1] == pytest.approx(0.6931, abs=1e-4)
+        assert before["rewards/margins"] == 0
+    scored = expertune.evaluate(run)
+    assert scored["loss"] == record["eval"]["after"]
+    assert scored["figures"] == after
+
+    for late in ("adapter", "checkpoint-4"):
+        shutil.rmtree(tmp_path / "run" / late)
+    resumed = finetune(config, resume=True)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    assert series_of(resumed.record) == whole
+    assert resumed.record["eval"]["scores"] == record["eval"]["scores"]
+
+
+def test_dpo_from_an_adapter_compares_with_that_adapter(small_mixtral: Path, pairs_file: Path, tmp_path: Path) -> None:
+    first = values("orpo", small_mixtral, pairs_file, tmp_path / "first", training={"max_steps": 1})
+    finetune(first)
+    start = tmp_path / "first" / "adapter"
+    config = values("dpo", small_mixtral, pairs_file, tmp_path / "run", training={"max_steps": 2, "save_steps": 1})
+    config["lora"] = {"init_from": str(start)}
+    run = finetune(config)
+    assert run.record["train"]["loss"][0][1] == pytest.approx(0.6931, abs=1e-4)
+    (_, before), (_, after) = run.record["eval"]["scores"]
+    assert before["rewards/chosen"] == 0 != after["rewards/chosen"]
+    adapter = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert expertune.evaluate(tmp_path / "run")["figures"] == after
+
+    for late in ("adapter", "checkpoint-2"):
+        shutil.rmtree(tmp_path / "run" / late)
+    finetune(config, resume=True)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    start.rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"the adapter that the run started from is gone.*put it back there"):
+        expertune.evaluate(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_step_is_the_same_in_parts_merged_and_accumulated(
+    small_mixtral: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    """Four pairs, as one micro-batch and as two that are kept apart; the last step has two pairs."""
+    whole = finetune(values("dpo", small_mixtral, pairs_file, tmp_path / "whole"))
+    apart = values(
+        "dpo",
+        small_mixtral,
+        pairs_file,
+        tmp_path / "apart",
+        training={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    )
+    apart["data"] |= {"merge_accumulation": False}
+    accumulated = finetune(apart)
+    for name, found in series_of(whole.record).items():
+        assert [figure for _, figure in series_of(accumulated.record)[name]] == pytest.approx(
+            [figure for _, figure in found], rel=2e-3, abs=2e-4
+        ), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"train": "x", "packing": "packed"}}, "data.packing: packed is of supervised fine-tuning"),
+        ({"data": {"train": "x", "train_on": "all"}}, "data.train_on: all has no meaning with objective: dpo"),
+        ({"lora": {"dropout": 0.1}}, r"lora.dropout: 0.1 would do nothing.*training.disable_dropout: false"),
+        ({"distributed": {"experts": "parallel"}}, "each process has all experts. Set replicate, or remove the key"),
+        (
+            {"objective": "kto", "training": {"per_device_train_batch_size": 1}},
+            r"KL term pairs prompts.*set 2 or more",
+        ),
+    ],
+)
+def test_what_does_not_go_with_answers_is_refused_in_the_run_file(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config({"model": "m", "output_dir": "o", "objective": "dpo", "data": {"train": "x"}} | changes)
+
+
+@pytest.mark.parametrize(
+    ("objective", "key", "value", "message"),
+    [
+        ("sft", "beta", 0.1, "training.beta is not an argument of TrainingArguments"),
+        ("dpo", "bta", 0.1, "training.bta is not an argument of DPOConfig; did you mean beta?"),
+        ("dpo", "beta", "much", "training.beta: has to be"),
+        ("dpo", "max_length", 64, "training.max_length is set with data.max_length"),
+        ("kto", "sync_ref_model", True, "training.sync_ref_model is of a reference that moves"),
+        ("orpo", "model_init_kwargs", {"dtype": "auto"}, "training.model_init_kwargs is of a model that TRL loads"),
+        ("grpo", "beta", 0.1, "objective: grpo cannot be trained yet"),
+    ],
+)
+def test_arguments_are_those_of_trl_and_of_use(objective: Any, key: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        expertune.config.check_training_arguments({key: value}, "run.yaml", objective)

@@ -1,0 +1,128 @@
+"""Losses over answers against the trainers that TRL itself makes, on the same 4-bit model and adapter."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+import expertune
+from expertune.config import parse_config
+from expertune.objectives.log_probs import Reference
+from expertune.train.arguments import loss_arguments
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+pytest.importorskip("trl")
+
+from expertune.objectives.preference import Preference  # noqa: E402 - which imports TRL
+
+ASSETS = Path(expertune.__file__).parent / "assets" / "tiny-mixtral"
+PROMPTS = ["name: The Vaults, eatType: pub", "name: Aromi", "a much longer prompt than all of the others are here"]
+PAIRS = [
+    {"prompt": prompt, "chosen": f" inform(name[{prompt[6:12]}], eatType[pub])", "rejected": f" {prompt[:number]}"}
+    for number, prompt in enumerate(PROMPTS, 8)
+]
+LABELED = [
+    {"prompt": each["prompt"], "completion": each[way], "label": way == "chosen"}
+    for each in PAIRS
+    for way in ("chosen", "rejected")
+]
+DPO = {
+    "sigmoid": {},
+    **{each: {} for each in ("hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero")},
+    **{each: {} for each in ("apo_down", "discopop", "sft", "sigmoid_norm")},
+    "exo_pair": {"label_smoothing": 0.1},
+    "robust": {"label_smoothing": 0.1, "beta": 0.3},
+}
+CASES = {
+    **{f"dpo {loss}": ("dpo", {"loss_type": loss, **more}) for loss, more in DPO.items()},
+    "dpo of two losses": ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.7, 0.3]}),
+    "dpo with ld_alpha": ("dpo", {"ld_alpha": 0.4}),
+    "dpo with another divergence": ("dpo", {"f_divergence_type": "js_divergence"}),
+    "dpo with the router's loss": ("dpo", {"router_aux_loss_coef": 0.5}),
+    "kto": ("kto", {"desirable_weight": 1.3, "undesirable_weight": 0.7}),
+    "kto without a KL term": ("kto", {"loss_type": "apo_zero_unpaired"}),
+    "orpo": ("orpo", {"beta": 0.3}),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return expertune.attach(expertune.load_model(ASSETS, dtype="float32"), r=4)
+
+
+def trl_trainer(objective: str, model: Any, folder: Path, arguments: dict[str, Any]) -> Any:
+    where: Any = importlib.import_module("trl.experimental.orpo" if objective == "orpo" else "trl")
+    name = objective.upper()
+    settings = {"report_to": [], "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    if objective == "dpo":
+        settings |= {"router_aux_loss_coef": 0.0}
+    elif objective == "kto":
+        settings |= {"router_aux_loss_coef": 0.0, "per_device_train_batch_size": len(LABELED)}
+    args = getattr(where, f"{name}Config")(str(folder), **settings | arguments)
+    return getattr(where, f"{name}Trainer")(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(LABELED if objective == "kto" else PAIRS),
+        processing_class=AutoTokenizer.from_pretrained(ASSETS),
+    )
+
+
+def randomize(model: Any) -> None:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ".ref." not in name:
+                parameter.normal_(std=0.1)
+
+
+def rows_of(trainer: Any, objective: str) -> list[dict[str, Any]]:
+    """TRL's tokens as the data room hands them on."""
+    if objective != "orpo":
+        return [dict(row) for row in trainer.train_dataset]
+    return [
+        {
+            "prompt_ids": row["prompt_input_ids"],
+            **{f"{way}_ids": row[f"{way}_input_ids"][len(row["prompt_input_ids"]) :] for way in ("chosen", "rejected")},
+        }
+        for row in trainer.train_dataset
+    ]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case if case in ("dpo sigmoid", "kto", "orpo") else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+)
+def test_loss_gradients_and_figures_are_those_of_trl(case: str, model: Any, tmp_path: Path) -> None:
+    objective, arguments = CASES[case]
+    if "ref" in model.peft_config:
+        model.delete_adapter("ref")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    args = loss_arguments(arguments, objective)
+    trainer = trl_trainer(objective, model, tmp_path, arguments)
+    values = {"model": "m", "output_dir": "o", "objective": objective, "data": {"train": "t"}, "training": arguments}
+    preference = Preference(parse_config(values), model, args, Reference(model, keeps_start=False))
+    randomize(model)
+    rows = rows_of(trainer, objective)
+
+    model.train()
+    expected = trainer.compute_loss(model, trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset))))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    theirs = torch.autograd.grad(expected, trained, allow_unused=True)
+    batch = preference.collator(rows)
+    loss = preference.loss(batch, len(rows), lambda: None)
+    ours = torch.autograd.grad(loss, trained, allow_unused=True)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    for mine, its in zip(ours, theirs, strict=True):
+        if its is not None and its.any():
+            torch.testing.assert_close(mine, its, rtol=0, atol=1e-4 * float(its.abs().max()))
+    figures = preference.figures.take()
+    stored = trainer._stored_metrics["train"] if objective == "orpo" else trainer._metrics["train"]
+    assert {"rewards/chosen", "rewards/margins", "logps/rejected"} <= figures.keys()
+    assert figures == pytest.approx({name: stored[name][-1] for name in figures}, abs=1e-4)
