@@ -58,6 +58,10 @@ class NonFiniteGradientError(NonFiniteLossError):
     """A gradient or a weight became NaN or infinite under a finite loss; names the same, and the parameters."""
 
 
+class RewardError(ExpertuneError):
+    """A reward function raised, or returned what is no reward: names it, the row of the prompt and the fix."""
+
+
 class ExportError(ExpertuneError):
     """An adapter or model could not be written in the layout asked for, or does not reload to the same logits."""
 

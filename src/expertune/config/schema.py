@@ -279,6 +279,40 @@ class TaskConfig(Section):
         return value
 
 
+class RewardConfig(Section):
+    """A reward of `objective: grpo`; a name alone is one of weight 1.
+
+    Attributes:
+        function: a shipped one, which compares with the example's own answer: `slot-f1` or `exact-match`. Or code,
+            which whoever starts the command has to allow: `module:function`, or `file.py:function`.
+        weight: what its numbers are multiplied by.
+    """
+
+    function: str
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+
+    @property
+    def is_code(self) -> bool:
+        """Whether it is imported."""
+        return ":" in self.function
+
+    @field_validator("function")
+    @classmethod
+    def _is_named(cls, value: str) -> str:
+        where, colon, name = value.rpartition(":")
+        shipped = [key for key, each in METRICS.items() if each.per_answer and each.figures[0].higher_is_better]
+        if colon and not (where.strip() and name.isidentifier()):
+            raise ValueError("write code as module:function, or file.py:function")
+        if not colon and value not in shipped:
+            raise unknown_name("no reward of this name is shipped, and code is written as module:function", shipped)
+        return value
+
+
+def _named_rewards(value: Any) -> Any:
+    values = value if isinstance(value, list) else [value]
+    return [{"function": each} if isinstance(each, str) else each for each in values]
+
+
 @dataclasses.dataclass(frozen=True)
 class Origin:
     """Where a config was read from, with notes on it; configs of the same keys are equal wherever that was."""
@@ -311,6 +345,7 @@ class RunConfig(Section):
         objective: what is minimized. `sft`: cross entropy of the answers. `dpo`, `orpo`: a loss over pairs of a chosen
             and a rejected answer. `kto`: one over answers that are labeled desirable or not. `grpo`: rewards of answers
             that the model writes. All but `sft` are TRL's.
+        rewards: of `grpo`: what answers are rewarded with, a function or several with their weights.
         training: TrainingArguments by their own names; with another objective than `sft` TRL's arguments too.
         loss: `auto` takes the loss a chunk of tokens at a time, without the logits of all, where that is the model's
             own loss; `full` always leaves it to the model.
@@ -324,6 +359,7 @@ class RunConfig(Section):
     model: PathText
     revision: str | None = None
     objective: ObjectiveName = "sft"
+    rewards: Annotated[list[RewardConfig], BeforeValidator(_named_rewards)] = []
     data: DataConfig
     quantization: QuantizationConfig = QuantizationConfig()
     kernels: KernelsConfig = KernelsConfig()
@@ -365,6 +401,14 @@ class RunConfig(Section):
     def _task_needs_eval_examples(self) -> "RunConfig":
         if self.task.metric and not self.data.eval:
             raise ValueError("task.metric needs data.eval: the metric is taken on evaluation examples")
+        return self
+
+    @model_validator(mode="after")
+    def _objective_has_its_rewards(self) -> "RunConfig":
+        if self.objective == "grpo" and not self.rewards:
+            raise ValueError("objective: grpo needs rewards, e.g. rewards: [slot-f1]")
+        if self.objective != "grpo" and self.rewards:
+            raise ValueError(f"rewards are of objective: grpo, and it is {self.objective}; remove the key, or set grpo")
         return self
 
     @model_validator(mode="after")

@@ -149,16 +149,42 @@ def decode(
     base = _base(model)
     room = _room(base, prompts)
     ends = end_ids(model, tokenizer)
-    # Padding is masked, so that any id will do; transformers would only ask for one.
-    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(
         num_beams=1,
-        use_cache=True,
         max_new_tokens=min(sampling.max_new_tokens, room),
         eos_token_id=ends,
-        pad_token_id=pad,
+        # Padding is masked, so that any id will do; transformers would only ask for one.
+        pad_token_id=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         **_choice(sampling),
     )
+    with _seeded(sampling, base.device):
+        found = generate_ids(model, prompts, config, ranks, **generate_arguments)
+    cut: FinishReason = "context" if room < sampling.max_new_tokens else "length"
+    return [_until_end(ids, ends, cut) for ids in found]
+
+
+def generate_ids(
+    model: nn.Module,
+    prompts: Sequence[list[int]],
+    config: GenerationConfig,
+    ranks: Ranks = PLAIN.ranks,
+    **generate_arguments: Any,
+) -> list[list[int]]:
+    """New tokens for one batch of prompts, padded on the left, with the cache on.
+
+    Args:
+        model, prompts, ranks, **generate_arguments: see `decode`.
+        config: how tokens are chosen, with `pad_token_id`; nothing of the model's own is used besides.
+
+    Returns:
+        Of each prompt the ids up to and with its end token, and padding behind it.
+
+    Raises:
+        DataError: see `complete`.
+    """
+    base = _base(model)
+    room, pad = _room(base, prompts), config.pad_token_id
+    config.update(use_cache=True, max_new_tokens=min(config.max_new_tokens, room))
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=base.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=base.device)
@@ -167,11 +193,10 @@ def decode(
         _own_generation_config_aside(base),
         _head_in_one_product(base),
         _passes_begun_together(base, ranks, idle=pad),
-        _seeded(sampling, base.device),
     ):
         output = base.generate(input_ids=input_ids, attention_mask=mask, generation_config=config, **generate_arguments)
-    cut: FinishReason = "context" if room < sampling.max_new_tokens else "length"
-    return [_until_end(sequence, ends, cut) for sequence in output[:, width:].tolist()]
+    new: list[list[int]] = output[:, width:].tolist()
+    return new
 
 
 def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

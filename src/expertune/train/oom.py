@@ -163,9 +163,12 @@ class OutOfMemory(TrainerCallback):
 
         `step` is the optimizer step that was taken last; 0 before the first.
         """
-        self._step = step
-        self._repeat_earlier(and_after=True)
-        return self._until_it_fits(phase, compute, [batch], lambda: [batch])[0]
+        taken, self._step = self._step, step
+        try:
+            self._repeat_earlier(and_after=True)
+            return self._until_it_fits(phase, compute, [batch], lambda: [batch])[0]
+        finally:
+            self._step = taken
 
     def preflight(self, compute: Callable[[Batch], _Result], batch: Batch) -> tuple[_Result, dict[str, Any]]:
         """What `compute` returns for as much of the preflight check's batch as fits, and that part of the batch."""

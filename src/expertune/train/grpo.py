@@ -1,0 +1,269 @@
+"""Group relative policy optimization: TRL's GRPOTrainer with the promises, on answers that this project generates.
+
+The model answers each prompt `num_generations` times, the answers of a group are rewarded and compared with each other,
+and the better ones become more likely (Shao et al. 2024, "DeepSeekMath", section 4.1). Loss and advantages are TRL's.
+
+What a run promises is kept here where TRL's trainer does not: answers depend on the seed, the step and the weights
+alone, so that a resumed run draws them again; a checkpoint between two generations holds the answers that are not used
+up; every epoch has an order of its own, whether the run was interrupted or not. Memory that runs out while answers are
+generated has them generated in smaller batches; a micro-batch is not split, and so no group is.
+
+These methods of TRL's GRPOTrainer are overridden, each for want of a public one: `training_step`, `_prepare_inputs`,
+`_generate_and_score_completions`, `_get_train_sampler`, `_load_optimizer_and_scheduler`, `create_model_card` and
+`_send_telemetry`. Of its attributes `_step`, `_buffered_inputs`, `_metrics`, `beta` and `ref_model` are set or read.
+All were read from TRL 1.16; `tests/train/test_grpo.py` fails on a release that changes them.
+"""
+
+import copy
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer, set_seed
+from trl import GRPOConfig, GRPOTrainer
+
+from expertune.adapt.peft_model import ExpertPeftModel
+from expertune.errors import ConfigError
+from expertune.generation.decoding import evaluation_mode, generate_ids, to_text
+from expertune.objectives.rewards import Answers, Reward, Rewards
+from expertune.train.callbacks import RandomState
+from expertune.train.promises import Promised, Promises
+
+_ANSWERS_NAME = "answers.pt"
+
+# What TRL reports that a run has under a name of its own.
+_REPORTED_ELSEWHERE = ("num_tokens", "step_time")
+
+
+class Reference:
+    """The model as it was before training, to be called like it: the base, or the adapter that the run started from.
+
+    Args:
+        model: the adapted model.
+        starts_from_adapter: whether the adapter has an effect before training; its factors are then kept as well.
+    """
+
+    def __init__(self, model: ExpertPeftModel, starts_from_adapter: bool) -> None:
+        self._model = model
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._kept = [(each, each.detach().clone()) for each in trained] if starts_from_adapter else []
+
+    def __call__(self, **inputs: Any) -> Any:
+        """What the model returns."""
+        with evaluation_mode(self._model):
+            if not self._kept:
+                with self._model.disable_adapter():
+                    return self._model(**inputs)
+            now = [parameter.data for parameter, _ in self._kept]
+            try:
+                for parameter, start in self._kept:
+                    parameter.data = start
+                return self._model(**inputs)
+            finally:
+                for (parameter, _), data in zip(self._kept, now, strict=True):
+                    parameter.data = data
+
+
+class _Uncounted(GRPOTrainer):
+    """A step may be computed more than once: `GroupTrainer` counts those that are taken."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        return Trainer.training_step(self, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """A run writes its own."""
+
+    def _send_telemetry(self) -> None:
+        """A run sends nothing."""
+
+
+class GroupTrainer(Promises, _Uncounted):
+    """The trainer of `objective: grpo`.
+
+    Args:
+        model: the adapted model.
+        args: of the run.
+        examples: with `prompt` and `prompt_ids`, the columns that rewards are given, and `example_ids`.
+        tokenizer: the base model's.
+        rewards: of the run.
+        promised: what the promises are kept with.
+
+    Raises:
+        ConfigError: a step generates for more prompts than there are.
+    """
+
+    def __init__(
+        self,
+        model: ExpertPeftModel,
+        args: GRPOConfig,
+        examples: Sequence[Mapping[str, Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        rewards: Rewards,
+        promised: Promised,
+    ) -> None:
+        at_once = int(args.generation_batch_size or 0) // int(args.num_generations or 1)
+        if len(examples) < at_once:
+            raise ConfigError(
+                f"training: answers are generated for {at_once} prompts at once, and data.train has {len(examples)}; "
+                "lower per_device_train_batch_size or gradient_accumulation_steps, or raise num_generations"
+            )
+        self._examples, self._rewards, self._tokenizer_of_run = examples, rewards, tokenizer
+        self._generated: dict[str, list[float]] = defaultdict(list)
+        # TRL would add a copy of the adapter as the reference, also of one that has no effect yet.
+        beta, args.beta = args.beta, 0.0
+        args.reward_weights = rewards.weights
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You are using 'rollout_func'", category=UserWarning)
+            super().__init__(
+                model=model,
+                reward_funcs=[self._as_trl_calls(reward) for reward in rewards.rewards],
+                args=args,
+                # A prompt is handed around as the number of its example.
+                train_dataset=Dataset.from_dict({"prompt": [str(number) for number in range(len(examples))]}),
+                eval_dataset=promised.evaluation.dataset if promised.evaluation else None,
+                processing_class=copy.deepcopy(tokenizer),  # which TRL gives a padding token
+                rollout_func=self._answer,
+                promised=promised,
+            )
+        self.beta = args.beta = beta
+        if beta:
+            self.ref_model = Reference(model, starts_from_adapter=_has_effect(model))
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """A micro-batch of answers, which are generated where the last ones are used up."""
+        model.train()  # by which TRL tells training from evaluation
+        batch = self._prepare_inputs(inputs)
+        whole = {
+            "input_ids": torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            "attention_mask": torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            "example_ids": batch["example_ids"].tolist(),
+        }
+        loss = super().training_step(model, {**batch, **whole}, num_items_in_batch)
+        self._step += 1
+        if self.accelerator.sync_gradients:
+            for name, figures in self._generated.items():
+                self.history.add(name, sum(figures) / len(figures))
+            self._generated.clear()
+        return loss
+
+    def why_indivisible(self, num_items_in_batch: Tensor | int | None) -> str | None:
+        """Why a micro-batch in parts would be another step; see `expertune.train.promises.Promises`."""
+        return "answers of a group belong together, and the loss is a mean over a micro-batch's answers"
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss; its figures become the run's."""
+        self._take_figures()
+        loss = super().compute_loss(*args, **kwargs)
+        for name, figure in self._take_figures().items():
+            self.history.add(name, figure / self.current_gradient_accumulation_steps)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; figures of TRL's are means over the steps since the last log, as the loss is."""
+        if "loss" in logs:
+            logged = [entry["step"] for entry in self.state.log_history if "loss" in entry]
+            for name in self.history.series:
+                figure = self.history.mean_since(logged[-1] if logged else 0, name)
+                if figure is not None and (name in ("reward", "reward_std", "kl", "entropy") or "/" in name):
+                    logs[name] = figure
+        super().log(logs, start_time)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        if isinstance(inputs, Mapping):  # answers that are prepared already
+            return Trainer._prepare_inputs(self, inputs)
+        random_state = RandomState()
+        set_seed(self._seed())  # TRL shuffles answers, and a reward function may draw
+        try:
+            return super()._prepare_inputs(inputs)
+        finally:
+            random_state.restore()
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        self._take_figures()
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        ids = [self._examples[int(each["prompt"])]["example_ids"][0] for each in inputs]
+        output["example_ids"] = torch.tensor(ids)
+        figures = self._take_figures()
+        for name, figure in figures.items():
+            self._generated[name].append(figure)
+        self._rewards.watch(figures["frac_reward_zero_std"])
+        return output
+
+    def _answer(self, numbers: list[str], _trainer: Any) -> dict[str, Any]:
+        """TRL's hook for answers of one's own."""
+        prompts = [list(self._examples[int(number)]["prompt_ids"]) for number in numbers]
+
+        def generate(some: list[tuple[int, list[int]]]) -> list[list[int]]:
+            torch.manual_seed(self._seed(1 + some[0][0]))
+            config = GenerationConfig(**self.generation_kwargs, num_beams=1)
+            return generate_ids(self.model, [ids for _, ids in some], config)
+
+        parts = self.oom.in_parts("generation", generate, list(enumerate(prompts)), step=self.state.global_step)
+        answers = [self._until_end(ids) for part in parts for ids in part]
+        return {"prompt_ids": prompts, "completion_ids": answers, "logprobs": None}
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        end = next((place for place, each in enumerate(ids) if each in self.eos_token_ids), len(ids))
+        return ids[: end + 1]
+
+    def _as_trl_calls(self, reward: Reward) -> Any:
+        def call(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+            examples = [self._examples[int(number)] for number in prompts]
+            columns = [
+                {key: value for key, value in each.items() if key not in ("prompt", "prompt_ids", "example_ids")}
+                for each in examples
+            ]
+            texts = [to_text(ids, self._tokenizer_of_run) for ids in completion_ids]
+            places = [self.place_of(each["example_ids"][0]) for each in examples]
+            return reward.of(Answers([each["prompt"] for each in examples], texts, completion_ids, columns, places))
+
+        call.__name__ = reward.name
+        return call
+
+    def _seed(self, place: int = 0) -> int:
+        """Of what is drawn for this step; a prompt's place among those of the step has one of its own."""
+        return (int(self.args.seed) + 1_000_003 * self._step + place) % 2**32
+
+    def _take_figures(self) -> dict[str, float]:
+        """TRL's figures since they were taken last."""
+        held = self._metrics["train"]
+        found = {}
+        for name, figures in held.items():
+            known = [figure for figure in figures if not math.isnan(figure)]
+            if known and name not in _REPORTED_ELSEWHERE:
+                found[name] = sum(known) / len(known)
+        held.clear()
+        return found
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler: Any = super()._get_train_sampler(*args, **kwargs)
+
+        def set_epoch(epoch: int) -> None:
+            if sampler.shuffle:
+                sampler.generator.manual_seed(sampler.seed + epoch)
+
+        sampler.set_epoch = set_epoch  # accelerate calls it where there is one
+        return sampler
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        torch.save({"step": self._step, "answers": self._buffered_inputs}, Path(output_dir) / _ANSWERS_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            held = torch.load(Path(checkpoint) / _ANSWERS_NAME, map_location=self.args.device, weights_only=True)
+            self._step, self._buffered_inputs = held["step"], held["answers"]
+
+
+def _has_effect(model: ExpertPeftModel) -> bool:
+    """Whether an adapter changes anything yet: factors B begin at zero."""
+    return any(
+        each.requires_grad and ".lora_B." in name and bool(each.any()) for name, each in model.named_parameters()
+    )

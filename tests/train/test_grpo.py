@@ -1,0 +1,137 @@
+"""Group relative policy optimization: TRL's loss, with the promises of a run."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+import expertune
+from expertune.config import RewardConfig
+from expertune.errors import ConfigError
+from expertune.objectives.rewards import Reward, Rewards, load_rewards
+from expertune.train.oom import OutOfMemory
+from expertune.train.promises import Promised
+
+trl = pytest.importorskip("trl")
+
+ASSETS = Path(expertune.__file__).parent / "assets" / "tiny-mixtral"
+PROMPTS = ["The Vaults is a pub.", "A cheap bar.", "It is a game.", "Is it for the PC?", "Yes.", "No, it is not."]
+OVERRIDDEN = {
+    "training_step": ["model", "inputs", "num_items_in_batch"],
+    "_prepare_inputs": ["generation_batch"],
+    "_generate_and_score_completions": ["inputs"],
+    "_get_train_sampler": ["dataset"],
+    "_load_optimizer_and_scheduler": ["checkpoint"],
+    "create_model_card": ["model_name", "dataset_name", "tags"],
+    "_send_telemetry": [],
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_private_method_of_trl_has_the_signature_that_was_read(name: str) -> None:
+    assert list(inspect.signature(getattr(trl.GRPOTrainer, name)).parameters)[1:] == OVERRIDDEN[name]
+
+
+def by_length(completions: list[str], **_: Any) -> list[float]:
+    return [len(each) / 10 for each in completions]
+
+
+def trainer_on(model: Any, output_dir: Path, oom: OutOfMemory | None = None, **arguments: Any) -> Any:
+    from expertune.train.grpo import GroupTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS)
+    settings = {
+        **{"learning_rate": 1e-2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        **{"num_generations": 2, "max_completion_length": 6, "beta": 0.1, "gradient_checkpointing": False},
+        **{"use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "save_strategy": "no"},
+    }
+    args = trl.GRPOConfig(str(output_dir), **(settings | arguments))
+    examples = [
+        {"prompt": text, "prompt_ids": tokenizer(text)["input_ids"], "answer": text, "example_ids": [number]}
+        for number, text in enumerate(PROMPTS)
+    ]
+    rewards = [Reward("length", 1.0, by_length), *load_rewards([RewardConfig(function="exact-match")], False)]
+    return GroupTrainer(model, args, examples, tokenizer, Rewards(rewards), Promised(oom=oom))
+
+
+def adapted(**lora: Any) -> Any:
+    return expertune.attach(expertune.load_model(ASSETS, dtype="float32"), r=4, **lora)
+
+
+def trained(model: Any) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
+
+
+def test_resumed_in_the_second_epoch_and_between_generations_it_ends_byte_identical(tmp_path: Path) -> None:
+    # Answers of a generation last for two steps, which are an epoch: step 4 is the second of the second.
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3, "steps_per_generation": 4}
+    whole = trainer_on(adapted(dropout=0.1), tmp_path, **settings)
+    whole.train()
+    resumed = trainer_on(adapted(dropout=0.1), tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    after = trained(resumed.model)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in trained(whole.model).items())
+    series, again = whole.history.series, resumed.history.series
+    assert {name: again[name] for name in series if name != "seconds"} == {
+        name: figures for name, figures in series.items() if name != "seconds"
+    }
+    # Rewards are known where answers were generated, what the loss knows at every step.
+    assert [step for step, _ in series["reward"]] == [1, 3]
+    assert [step for step, _ in series["kl"]] == list(range(1, 5))
+    assert {"rewards/length/mean", "rewards/exact-match/mean", "completions/mean_length", "entropy"} <= series.keys()
+
+
+def test_loss_is_trls_and_the_reference_is_the_adapter_that_training_starts_from(tmp_path: Path) -> None:
+    model = adapted()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if ".lora_B." in name:
+                tensor.normal_(std=0.02)
+    ours = trainer_on(model, tmp_path, max_steps=1)
+    ours.train()  # after which the adapter is not the reference any more
+    inputs = [{"prompt": str(number)} for number in (0, 0, 1, 1)]
+    model.train()
+    batch = ours._generate_and_score_completions(inputs)
+    assert "ref" not in model.peft_config
+    start = adapted()
+    set_trained(start, dict(zip(trained(model), start_of(ours), strict=True)))
+    theirs = trl.GRPOTrainer(
+        start,
+        by_length,
+        trl.GRPOConfig(str(tmp_path), num_generations=2, beta=0.1, bf16=False, use_cpu=True, report_to=[]),
+        train_dataset=ours.train_dataset,
+        processing_class=ours.processing_class,
+    )
+    with torch.no_grad():  # TRL's reference is the copy that it has made of the starting adapter
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        logps, _, _ = theirs._get_per_token_logps_and_entropies(start, ids, mask, batch["completion_ids"].shape[1])
+        assert (logps - batch["ref_per_token_logps"]).abs().max() < 1e-5
+        set_trained(start, trained(model))
+        for trainer in (ours, theirs):
+            trainer.current_gradient_accumulation_steps = 1
+            trainer.args.steps_per_generation = 1
+        losses = [trainer.compute_loss(trainer.model.train(), dict(batch)) for trainer in (ours, theirs)]
+    assert abs(losses[0] - losses[1]) < 1e-5
+    assert ours.history._step["kl"] > 1e-4
+
+
+@torch.no_grad()
+def set_trained(model: Any, values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        model.get_parameter(name).copy_(value)
+
+
+def start_of(trainer: Any) -> list[Tensor]:
+    return [start for _, start in trainer.ref_model._kept]
+
+
+def test_a_step_that_wants_more_prompts_than_there_are_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"generated for 8 prompts at once, and data.train has 6; lower per_device"):
+        trainer_on(None, tmp_path, per_device_train_batch_size=8)
