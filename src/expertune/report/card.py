@@ -18,6 +18,8 @@ from expertune.data.hub import is_hub_name
 from expertune.data.readers import reader_of
 from expertune.data.template import is_own_file, shipped_template
 from expertune.evaluation.metrics import shown_figures
+from expertune.evaluation.objective_figures import OBJECTIVES
+from expertune.report.objective import held_out_figures
 
 CARD_NAME = "README.md"
 
@@ -28,6 +30,9 @@ _TRAINING = (
     *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "optim"),
     *("weight_decay", "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
     *("neftune_noise_alpha", "bf16", "fp16", "load_best_model_at_end"),
+    # Of TRL's objectives.
+    *("beta", "loss_type", "label_smoothing", "desirable_weight", "undesirable_weight", "num_generations"),
+    *("max_completion_length", "temperature", "scale_rewards"),
 )
 
 _LIBRARIES = {"gguf": "gguf", "gguf-adapter": "gguf", "mlx": "mlx", "mlx-merged": "mlx", "merged": "transformers"}
@@ -106,6 +111,8 @@ def _metadata(subject: Subject) -> dict[str, Any]:
     found["library_name"] = _LIBRARIES.get(subject.form or "", "peft")
     found["pipeline_tag"] = "text-generation"
     found["tags"] = ["expertune", "lora", "qlora", "mixture-of-experts", "transformers"]
+    if subject.config.objective != "sft":
+        found["tags"] += ["trl", subject.config.objective]
     return found
 
 
@@ -139,8 +146,17 @@ def _introduction(subject: Subject) -> str:
     which = "" if subject.is_final else f" This is its state at {_plain(subject.adapter)}."
     return (
         f"A {subject.kind}. Base: {base}. It was trained with Expertune {version}, with the experts of the base frozen "
-        f"in 4 bits.{which}"
+        f"in 4 bits{_objective(subject)}.{which}"
     )
+
+
+def _objective(subject: Subject) -> str:
+    """What it was tuned with, where that is not the cross entropy of answers."""
+    objective = subject.config.objective
+    if objective == "sft":
+        return ""
+    of = {"kto": "answers labeled as good or bad", "grpo": "rewards of answers that it wrote"}
+    return f", by {OBJECTIVES[objective]} on {of.get(objective, 'pairs of a chosen and a rejected answer')}"
 
 
 def _scores(subject: Subject) -> str:
@@ -150,6 +166,8 @@ def _scores(subject: Subject) -> str:
     for figure in shown_figures(after):
         count = f"{figure.label} on {after.get('rows')} held-out examples"
         rows.append((count, _figure(before.get(figure.name)), _figure(after.get(figure.name))))
+    for figure, first, last in held_out_figures(record) if subject.is_final else ():
+        rows.append((f"{figure.label} on held-out examples", _figure(first), _figure(last)))
     evaluation = record.get("eval") or {}
     loss = evaluation.get("after")
     if not subject.is_final:
@@ -176,6 +194,8 @@ def _harness(subject: Subject) -> str:
 
 def _recipe(subject: Subject) -> Iterator[tuple[str, str]]:
     config, record = subject.config, subject.record
+    if config.objective != "sft":
+        yield "objective", OBJECTIVES[config.objective]
     lora, quantization = config.lora, config.quantization
     scale = f"alpha {lora.alpha:g}{', rank-stabilized' if lora.rslora else ''}"
     yield "adapter", f"rank {lora.r}, {scale}, dropout {lora.dropout:g}, on {', '.join(lora.targets)}"

@@ -11,7 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from expertune.evaluation.metrics import Figure, shown_figures
-from expertune.report.charts import Chart, Drawing, Series, centered_mean, draw, points_of
+from expertune.evaluation.objective_figures import shown_objective_figures
+from expertune.report.charts import Chart, Drawing, Series, centered_mean, draw, is_number, points_of
+from expertune.report.objective import held_out_figures, objective_of
 from expertune.report.page import render
 from expertune.report.sections import defaults
 from expertune.report.values import Record, at, count, duration, figure, flattened, number, section, setting, size
@@ -221,7 +223,14 @@ def _scores(records: Sequence[Record]) -> list[Column]:
         _column(each.label, [number(r, "task", "after", name) for r in records], figure, not each.higher_is_better)
         for name, each in found.items()
     ]
-    return [*columns, _column("evaluation loss", [number(r, "eval", "after") for r in records], figure, lower=True)]
+    held_out = [{each.name: (each, last) for each, _, last in held_out_figures(record)} for record in records]
+    for each in shown_objective_figures({name: None for known in held_out for name in known}):
+        values = [known[each.name][1] if each.name in known else None for known in held_out]
+        columns.append(_column(each.label, [value if is_number(value) else None for value in values], figure))
+    # Losses of two objectives are two things, and neither is the better one.
+    alike = len(set(map(objective_of, records))) == 1
+    losses = [number(record, "eval", "after") for record in records]
+    return [*columns, _column("evaluation loss", losses, figure, lower=True, ordered=alike)]
 
 
 def _column(
@@ -245,10 +254,15 @@ def _seconds(record: Mapping[str, Any]) -> float | None:
 
 
 def _charts(names: Sequence[str], records: Sequence[Record]) -> list[Drawing]:
+    objectives = {objective_of(record) for record in records}
+    unit = " (nats per answer token)" if objectives == {"sft"} else f" of {', '.join(sorted(objectives)).upper()}"
     drawn = []
     for title, keys, style, from_zero in (
-        ("Evaluation loss (nats per answer token)", ("eval", "loss"), "dots", True),
-        ("Training loss, mean around each step (nats per answer token)", ("train", "loss"), "line", True),
+        (f"Evaluation loss{unit}", ("eval", "loss"), "dots", True),
+        (f"Training loss, mean around each step{unit}", ("train", "loss"), "line", True),
+        ("Reward accuracy, mean around each step", ("train", "rewards/accuracies"), "line", True),
+        ("Reward margin, mean around each step", ("train", "rewards/margins"), "line", False),
+        ("Reward, mean around each step", ("train", "reward"), "line", False),
         ("Learning rate", ("train", "learning_rate"), "line", True),
         ("Gradient norm before clipping, mean around each step", ("train", "grad_norm"), "line", True),
         ("Imbalance of the experts, mean around each step (1 is even)", ("train", "expert_imbalance"), "line", False),

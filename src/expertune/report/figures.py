@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from expertune.evaluation.metrics import shown_figures
 from expertune.report.charts import centered_mean, mean_width, points_of
+from expertune.report.objective import loss_unit
 from expertune.report.values import at, number, section
 from expertune.storage import write_whole
 from expertune.text import printable, shortened
@@ -91,7 +92,7 @@ def _draw_losses(axes: Axes, record: Mapping[str, Any]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss per answer token (nats)" if _on_answers(record) else "loss per token (nats)")
+    axes.set_ylabel(f"loss {loss_unit(record)}")
     axes.set_ylim(bottom=0)
     axes.set_title(
         _title(f"trained on {_source(record, 'train')}", f"evaluated on {_source(record, 'eval')}"), **_SMALL
@@ -148,7 +149,3 @@ def _adapter(record: Mapping[str, Any]) -> str:
     if adapter.get("checkpoint"):
         return f"adapter of {adapter['checkpoint']}, best by {adapter.get('metric')}"
     return f"adapter of step {adapter['step']}, the last" if "step" in adapter else "the adapter"
-
-
-def _on_answers(record: Mapping[str, Any]) -> bool:
-    return at(record, "data", "train", "train_on") != "all"

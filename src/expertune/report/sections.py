@@ -12,7 +12,15 @@ import yaml
 
 from expertune.config import RunConfig, Section
 from expertune.evaluation.metrics import shown_figures
-from expertune.report.charts import Chart, Drawing, Point, Series, bars, centered_mean, draw, mean_width, points_of
+from expertune.report.charts import Chart, Drawing, Point, Series, bars, draw, points_of
+from expertune.report.objective import (
+    evaluation_series,
+    held_out_figures,
+    is_of_objective,
+    loss_unit,
+    objective_charts,
+    with_mean,
+)
 from expertune.report.values import (
     PLANNED_PHASES,
     Record,
@@ -68,6 +76,8 @@ def outcome(record: Record) -> dict[str, Any]:
         {"label": each.label, "before": before.get(each.name), "after": after.get(each.name)}
         for each in shown_figures(after or before)
     ]
+    for each, first, last in held_out_figures(record):
+        scores.append({"label": f"{each.label} on evaluation examples", "before": first, "after": last})
     loss_before, loss_after = at(record, "eval", "before"), at(record, "eval", "after")
     if loss_after is None and losses and at(record, "run", "status") != "finished":
         loss_after = losses[-1][1]
@@ -126,42 +136,37 @@ def charts(record: Record) -> list[Drawing]:
     losses = points_of(train.get("loss"))
     drawn = [
         Chart(
-            f"Loss per {'token' if at(record, 'data', 'train', 'train_on') == 'all' else 'answer token'} (nats)",
+            f"Loss {loss_unit(record)}",
             [
-                *_with_mean("training", losses, 0, _FEWEST_AVERAGED),
+                *with_mean("training", losses, 0, _FEWEST_AVERAGED),
                 Series("evaluation examples", points_of(at(record, "eval", "loss")), 1, "dots"),
             ],
             marks=_best(record),
         ),
+        *objective_charts(record),
         Chart("Learning rate", [Series("learning rate", points_of(train.get("learning_rate")), 2)]),
-        Chart("Gradient norm before clipping", _with_mean("gradient norm", points_of(train.get("grad_norm")), 3)),
-        Chart("Tokens per second of a step", _with_mean("tokens per second", _speeds(train), 5)),
+        Chart("Gradient norm before clipping", with_mean("gradient norm", points_of(train.get("grad_norm")), 3)),
+        Chart("Tokens per second of a step", with_mean("tokens per second", _speeds(train), 5)),
         Chart(
             "Imbalance: tokens of a layer's busiest expert over the mean (1 is even)",
-            _with_mean("imbalance", points_of(train.get("expert_imbalance")), 4),
+            with_mean("imbalance", points_of(train.get("expert_imbalance")), 4),
             from_zero=False,
         ),
         Chart(
             "Tokens of an expert in a step",
             [
-                *_with_mean("busiest of any layer", points_of(train.get("expert_tokens_most")), 4),
-                *_with_mean("least busy", points_of(train.get("expert_tokens_least")), 7),
+                *with_mean("busiest of any layer", points_of(train.get("expert_tokens_most")), 4),
+                *with_mean("least busy", points_of(train.get("expert_tokens_least")), 7),
             ],
         ),
     ]
     unused = points_of(train.get("experts_unused"))
     drawn.append(Chart("Experts without a token in a step, of all layers (%)", [Series("unused", unused, 4)]))
-    for name, points in _task_series(record).items():
-        drawn.append(Chart(f"{name} on evaluation examples", [Series(name, points, 1, "dots")]))
+    for name, points in evaluation_series(record).items():
+        if not is_of_objective(name):
+            told = name.replace("_", " ")
+            drawn.append(Chart(f"{told} on evaluation examples", [Series(told, points_of(points), 1, "dots")]))
     return [drawing for drawing in map(draw, drawn) if drawing]
-
-
-def _with_mean(name: str, points: list[Point], color: int, fewest: int = 400) -> list[Series]:
-    """A series, and the mean around each step where it has so many points that its line could hide its course."""
-    if len(points) < fewest:
-        return [Series(name, points, color)]
-    mean = f"{name}, mean of {mean_width(len(points))} steps around each"
-    return [Series(f"{name}, each step", points, color, "faint"), Series(mean, centered_mean(points), color)]
 
 
 def _best(record: Record) -> list[tuple[float, str]]:
@@ -180,16 +185,6 @@ def _speeds(train: Record) -> list[Point]:
     """Tokens per second of each step."""
     tokens, times = dict(points_of(train.get("tokens"))), points_of(train.get("seconds"))
     return [(step, tokens[step] / seconds) for step, seconds in times if step in tokens and seconds]
-
-
-def _task_series(record: Record) -> dict[str, list[tuple[float, float]]]:
-    """Figures of the evaluations that answered prompts while training, by name."""
-    found: dict[str, list[Any]] = {}
-    for entry in entries(record, "eval", "scores"):
-        if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], Mapping):
-            for name, value in entry[1].items():
-                found.setdefault(name.replace("_", " "), []).append([entry[0], value])
-    return {name: points_of(points) for name, points in found.items()}
 
 
 def data_reports(record: Record) -> list[dict[str, Any]]:
@@ -220,7 +215,18 @@ def _data_facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "layout", f"{report.get('format', '-')}, template {report.get('template', '-')}"
     yield "examples", count(number(report, "num_rows"))
     tokens, trained = number(report, "num_tokens"), number(report, "num_label_tokens")
-    yield "tokens", f"{count(tokens)}, of which {count(trained)} are trained ({percent(trained, tokens)})"
+    if report.get("kind") == "prompts":
+        yield "tokens", f"{count(tokens)} in prompts"
+    else:
+        yield "tokens", f"{count(tokens)}, of which {count(trained)} are trained ({percent(trained, tokens)})"
+    if pairs := section(report, "pairs"):
+        longer = [count(number(pairs, f"{side}_longer")) for side in ("chosen", "rejected")]
+        means = [figure(number(pairs, f"{side}_tokens")) for side in ("chosen", "rejected")]
+        yield "longer side of a pair", f"the chosen in {longer[0]}, the rejected in {longer[1]}"
+        yield "tokens of an answer, mean", f"{means[0]} chosen, {means[1]} rejected"
+    if labels := section(report, "labels"):
+        good, bad = count(number(labels, "desirable")), count(number(labels, "undesirable"))
+        yield "labels", f"{good} good answers, {bad} bad ones"
     length = section(report, "length")
     yield "length in tokens", ", ".join(f"{words} {count(number(length, key))}" for key, words in _LENGTHS)
     cut = number(report, "num_truncated")
@@ -242,6 +248,8 @@ _COUNTS = (
     ("num_flagged", "left out, flagged not to be trained"),
     ("num_empty_prompts", "with an empty prompt"),
     ("num_open_turns", "turns whose end is not learned"),
+    ("num_repeated", "repeat an earlier one"),
+    ("num_prompts_trained_on", "with a prompt that is trained on"),
 )
 
 

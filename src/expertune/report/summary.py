@@ -9,6 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from expertune.evaluation.metrics import shown_figures
+from expertune.evaluation.objective_figures import OBJECTIVES, shown_objective_figures
+from expertune.report.objective import held_out_figures, objective_of
 from expertune.report.values import PLANNED_PHASES, duration
 from expertune.run.progress import in_words
 from expertune.text import printable
@@ -48,6 +50,7 @@ def _compared(record: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="right", no_wrap=True, min_width=len("before"))
     before, after = task.get("before", {}), task.get("after", {})
     rows = [(each.label, before.get(each.name), after.get(each.name)) for each in shown_figures(after or before)]
+    rows += [(each.label, first, last) for each, first, last in held_out_figures(record)]
     rows.append(("loss", evaluation.get("before"), evaluation.get("after")))
     for label, before, after in rows:
         if before is not None or after is not None:
@@ -60,10 +63,16 @@ def _figures(record: Mapping[str, Any]) -> Table:
     table = Table(title="what the run did", title_justify="left", box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
+    if (objective := objective_of(record)) != "sft":
+        table.add_row("objective", OBJECTIVES[objective])
     if losses := train.get("loss"):
         (first, loss), (last, final) = losses[0], losses[-1]
         reached = f", {final:.3f} at step {last}" if len(losses) > 1 else ""
         table.add_row("training loss", f"{loss:.3f} at step {first}{reached}")
+    for each in shown_objective_figures(train):
+        (first, figure), (last, final) = train[each.name][0], train[each.name][-1]
+        reached = f", {final:.3f} at step {last}" if len(train[each.name]) > 1 else ""
+        table.add_row(each.label, f"{figure:.3f} at step {first}{reached}, on training examples")
     if (processes := train.get("processes", 1)) > 1:
         sharing = train.get("processes_sharing_experts", 1)
         of_groups = "which" if sharing == processes else f"of which groups of {sharing}"

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from expertune.distributed.mesh import Ranks
+from expertune.evaluation.objective_figures import is_objective_figure, shown_objective_figures
 from expertune.run.progress import Bar, Bars
 from expertune.train.checkpoints import best_of
 
@@ -145,7 +146,7 @@ class ProgressBar(TrainerCallback):
         if figures and self._shown and self._bars.add_figures(str(state.global_step), figures):
             return
         if "eval_loss" in logs:
-            scores = [f"{name.removeprefix('eval_')} {value:.3f}" for name, value in logs.items() if _is_score(name)]
+            scores = [f"{name} {value:.3f}" for name, value in _scores(logs).items()]
             self._bars.print("  ".join([step, f"evaluation loss {logs['eval_loss']:.4f}", *scores]))
         elif "loss" in logs and not self._shown:
             left = self._bar.estimate.words if self._bar is not None else ""
@@ -167,6 +168,8 @@ class ProgressBar(TrainerCallback):
         loss = history.losses[-1][1] if history.losses else float("nan")
         memory = peak_memory_bytes() / 1e9
         figures = [f"loss {loss:.4f}", f"{history.tokens_per_second:,.0f} tokens/s", f"memory {memory:.2f} GB"]
+        for each in shown_objective_figures(history.series):
+            figures.append(f"{each.label} {history.series[each.name][-1][1]:.3f}")
         if imbalances := history.series.get("expert_imbalance"):
             figures.append(f"imbalance {imbalances[-1][1]:.2f}")
         return "  ".join(figures)
@@ -249,13 +252,15 @@ def _columns(logs: Mapping[str, float]) -> dict[str, str]:
     if set(losses.values()) == {None}:
         return {}
     columns = {name: "" if loss is None else f"{loss:.4f}" for name, loss in losses.items()}
-    scores = {name.removeprefix("eval_").replace("_", " "): value for name, value in logs.items() if _is_score(name)}
+    scores = {name.replace("_", " "): value for name, value in _scores(logs).items()}
     return columns | {name: f"{value:.3f}" for name, value in scores.items()}
 
 
-def _is_score(name: str) -> bool:
-    """Whether a figure of an evaluation is one of the task's."""
-    return name.startswith("eval_") and name != "eval_loss"
+def _scores(logs: Mapping[str, float]) -> dict[str, float]:
+    """Figures of an evaluation beside its loss: of the objective those that people are shown, and all of the task's."""
+    found = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+    figures = {each.label: found[each.name] for each in shown_objective_figures(found)}
+    return figures | {name: value for name, value in found.items() if name != "loss" and not is_objective_figure(name)}
 
 
 def peak_memory_bytes() -> int:
