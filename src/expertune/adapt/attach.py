@@ -8,11 +8,19 @@ from transformers import PreTrainedModel
 
 from expertune.adapt.base_model import require_every_layer, require_same_base
 from expertune.adapt.factors import PerExpert, leaves
-from expertune.adapt.file_layout import stock_layout
-from expertune.adapt.files import SETTINGS, AdapterFile, Origin, read_adapter, read_adapter_base
+from expertune.adapt.file_layout import sparse_layout, stock_layout
+from expertune.adapt.files import (
+    FURTHER_SETTINGS,
+    SETTINGS,
+    AdapterFile,
+    Origin,
+    read_adapter,
+    read_adapter_base,
+    settings_of,
+)
 from expertune.adapt.internals import is_refused
 from expertune.adapt.layout_trial import StockLayout
-from expertune.adapt.live import LiveAdapter, live_ranks, without_adapters
+from expertune.adapt.live import LiveAdapter, live_held, live_ranks, without_adapters
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.reachability import reachable_modules
 from expertune.adapt.stock.config import exact_names
@@ -21,11 +29,11 @@ from expertune.adapt.validation import require_ranks_in_file
 from expertune.checkpoint.linears import is_linear
 from expertune.checkpoint.load import LoadedModel
 from expertune.checkpoint.names import NameMap, read_names
-from expertune.checkpoint.targets import Rank, ResolvedTargets, resolve_targets
+from expertune.checkpoint.targets import Group, Rank, ResolvedTargets, resolve_targets
 from expertune.config import LoraSection
 from expertune.errors import CheckpointError, ConfigError
 from expertune.experts.lora import ExpertLoraConfig
-from expertune.experts.module import Nf4Experts
+from expertune.experts.module import Nf4Experts, parallel_of
 
 
 def attach(
@@ -51,6 +59,11 @@ def attach(
         ConfigError: a target fits nothing, or `init_from` disagrees with a value that the run file sets.
         CheckpointError: `init_from` is no adapter of this model, or was trained on another base.
     """
+    if lora.selects and not (lora.experts and lora.experts.layers):
+        raise ConfigError(
+            "lora.experts, lora.expert_rank: load: which experts these are is found by a pass over training examples, "
+            "which a run makes; give experts={'share': ..., 'layers': {layer: [experts]}}, as a run's record has them"
+        )
     if not loaded.model.can_generate() and loaded.model.get_output_embeddings() is None:
         raise ConfigError(
             f"attach adapts language models, and {type(loaded.model).__name__} is none: its head would stay as it was "
@@ -69,8 +82,13 @@ def attach(
             targets = resolve_targets(loaded.model, loaded.names, lora, reached)
         else:
             lora, targets = _adopted_targets(loaded, lora, *adopted, reached)
+    if targets.groups and parallel_of(loaded.model):
+        raise ConfigError(
+            f"lora.init_from: the adapter at {lora.init_from} is on some experts only, or with several ranks, and "
+            "distributed.experts: parallel shares out adapters of all alike; set it to shard or replicate"
+        )
     config = _live_config(targets, lora)
-    settings = {key: getattr(lora, key) for key in SETTINGS}
+    settings = settings_of(lora)
     origin = Origin(*(loaded.source or (base_model, revision)), settings)
     dtype = torch.bfloat16 if lora.dtype == "bfloat16" else torch.float32
     if onto is None:
@@ -137,8 +155,27 @@ def expected_layout(model: PreTrainedModel, lora: LoraSection) -> StockLayout:
     targets = resolve_targets(model, names, lora, modules | names.specs.keys())
     if plain:
         targets = _held_targets(targets, names, set(plain.modules))
-    found = stock_layout(model, names, targets, lora.r, lora.rank_pattern)
+    if any(
+        sum(len(group.experts) for group in groups) < names.specs[module].num_experts
+        for module, groups in targets.groups.items()
+    ):
+        found = sparse_layout(names, targets, lora.r, lora.rank_pattern)
+    else:
+        found = stock_layout(model, names, _widest(targets), lora.r, lora.rank_pattern)
     return replace(found, merging=_why_not_merged(model, names, targets))
+
+
+def _widest(targets: ResolvedTargets) -> ResolvedTargets:
+    """The same with the largest rank of each layer's experts for all of them, as files have it."""
+    experts = {
+        module: {
+            projection: rank._replace(rank=max(1, round(rank.rank * max(each.factor for each in groups))))
+            for projection, rank in ranks.items()
+        }
+        for module, ranks in targets.experts.items()
+        for groups in [targets.groups.get(module, [Group(())])]
+    }
+    return replace(targets, experts=experts)
 
 
 def _why_not_merged(model: PreTrainedModel, names: NameMap, targets: ResolvedTargets) -> str | None:
@@ -177,7 +214,8 @@ def adopt(lora: LoraSection, names: NameMap, file: AdapterFile, plain: PerExpert
         found = {"r": file.config["r"], "alpha": file.config["lora_alpha"], "rslora": rslora, **patterns}
     found = {**(plain.settings() if found is None else found), "targets": leaves(plain.modules)}
     found["use_dora"] = bool(file.config.get("use_dora"))
-    for key in ("r", "alpha", "rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+    found = {**dict.fromkeys(FURTHER_SETTINGS), **found}
+    for key in (*SETTINGS, "use_dora", *FURTHER_SETTINGS):
         if key in lora.model_fields_set and getattr(lora, key) != found[key]:
             raise ConfigError(
                 f"lora.{key} is {getattr(lora, key)}, but the adapter at {lora.init_from} has {found[key]}; "
@@ -218,6 +256,7 @@ def _held_targets(targets: ResolvedTargets, names: NameMap, held: set[str]) -> R
         router={name: rank for name, rank in targets.router.items() if names.on_disk(name) in held},
         experts={module: ranks for module, ranks in experts.items() if ranks},
         use_dora=targets.use_dora,
+        groups={module: groups for module, groups in targets.groups.items() if experts[module]},
     )
 
 
@@ -234,5 +273,5 @@ def _live_config(targets: ResolvedTargets, lora: LoraSection) -> ExpertLoraConfi
         bias="none",
         **found,
     )
-    config.expert_ranks = live_ranks(targets)
+    config.expert_ranks, config.expert_held = live_ranks(targets), live_held(targets)
     return config

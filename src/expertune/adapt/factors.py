@@ -74,15 +74,20 @@ def stacked(experts: Sequence[Factors]) -> Factors:
 
 
 def read_factors(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: NameMap, where: str
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    names: NameMap,
+    where: str,
+    selected: Mapping[str, Sequence[int]] | None = None,
 ) -> AdapterFactors:
-    """The factors of an adapter from the content of its two files.
+    """The factors of an adapter from the content of its two files; zeros for experts that were not selected.
 
     Args:
         config: `adapter_config.json`, or a `LoraConfig` as a mapping.
         tensors: tensors by name on disk; views of these are returned.
         names: the base model's name map.
         where: what to call the adapter in errors.
+        selected: by experts module, the experts that have an adapter; None or nothing where all have one.
 
     Raises:
         CheckpointError: a tensor belongs to no module of this model, has no partner, or an expert has none.
@@ -93,16 +98,23 @@ def read_factors(
     for module, spec in names.specs.items():
         for projection in spec.projections:
             each = names.experts_on_disk(module, projection)
-            missing = [name for name in each if name not in rest]
-            if len(missing) == len(each):
+            held = [name for name in each if name in rest]
+            if not held:
                 continue
-            if missing:
-                raise CheckpointError(f"{where}: {missing[0]} has no adapter, though others of its layer have")
-            pairs = [plain.pair(name) for name in each]
+            chosen = set((selected or {}).get(module, range(len(each))))
+            for expert, name in enumerate(each):
+                if (name in rest) == (expert in chosen):
+                    continue
+                if expert in chosen:
+                    raise CheckpointError(f"{where}: {name} has no adapter, though others of its layer have")
+                raise CheckpointError(f"{where}: {name} has an adapter, and was not selected to have one")
+            some = plain.pair(held[0])
+            nothing = Factors(torch.zeros_like(some.a), torch.zeros_like(some.b), some.scale)
+            pairs = [plain.pair(name) if name in rest else nothing for name in each]
             if len({(pair.a.shape, pair.b.shape, pair.scale) for pair in pairs}) > 1:
                 raise CheckpointError(f"{where}: the adapters of {module}, {projection}, differ in shape or scale")
             found.experts.setdefault(module, {})[projection] = pairs
-            for name in each:
+            for name in held:
                 del rest[name]
     live = {names.on_disk(name): name for name in names.live_modules()}
     for name in rest:

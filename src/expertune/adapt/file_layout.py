@@ -63,6 +63,17 @@ def fused_layout(
     return _first_read(model, names, targets, usual, [lambda twin: _fused(twin, names, targets, r)])
 
 
+SPARSE = (
+    "only some of each layer's experts have an adapter, and PEFT on transformers 5 holds all of them as one tensor; "
+    "export --to peft gives the others zeros"
+)
+
+
+def sparse_layout(names: NameMap, targets: ResolvedTargets, r: int, rank_pattern: Mapping[str, int]) -> StockLayout:
+    """Per-expert names of the experts that have an adapter, where others have none: see `stock_layout`."""
+    return replace(_usual(names, targets, r, rank_pattern), refusal=SPARSE)
+
+
 # A run asks before its model is loaded and again when the adapter is attached; a trial takes seconds.
 _tried: dict[tuple[Any, ...], StockLayout] = {}
 _MOST_TRIED = 16

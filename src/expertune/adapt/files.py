@@ -7,12 +7,14 @@ Only adapter tensors are written: PEFT by itself copies a whole output head in w
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,6 +28,7 @@ from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.reader import read_metadata
 from expertune.checkpoint.writer import Outgoing, write_tensors
+from expertune.config import LoraSection
 from expertune.errors import CheckpointError
 from expertune.storage import write_json
 
@@ -33,12 +36,20 @@ from expertune.storage import write_json
 LIVE_NAME = "adapter_live.tensors"
 
 SETTINGS = ("r", "alpha", "rslora", "rank_pattern", "alpha_pattern")
+# Of adapters that have them.
+FURTHER_SETTINGS = ("experts", "expert_rank")
 
 # In the metadata of the weights' file, as JSON: the run's own settings, and the fingerprint of the base model.
 _SETTINGS_KEY = "expertune.lora"
 _BASE_KEY = "expertune.base"
 
 _COPIES = (".base_layer.weight", "lm_head.weight", "embed_tokens.weight")
+
+
+def settings_of(lora: LoraSection) -> dict[str, Any]:
+    """What of a run file's section an adapter's files keep, as plain values; see `read_adapter_settings`."""
+    further = lora.model_dump(include=set(FURTHER_SETTINGS), exclude_none=True)
+    return {key: getattr(lora, key) for key in SETTINGS} | further
 
 
 @dataclass(frozen=True)
@@ -132,6 +143,12 @@ class AdapterFile:
     live: dict[str, Tensor]
     where: str
 
+    @property
+    def selected(self) -> Mapping[str, Sequence[int]]:
+        """The experts of each layer that have an adapter, by the layer's name; empty where all have one."""
+        experts = (self.settings or {}).get("experts")
+        return experts.layers if experts else {}
+
     def per_expert(self, names: NameMap) -> PerExpert:
         """The tensors under per-expert names; see `PerExpert`."""
         return PerExpert(self.config, self.tensors, names, self.where)
@@ -176,6 +193,8 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
 def read_adapter_settings(folder: str | Path) -> dict[str, Any] | None:
     """The settings of the run that wrote an adapter, where the file has them: r, alpha, rslora and patterns.
 
+    With them which experts have an adapter (`experts`), and how their ranks were chosen, where that was set.
+
     In `adapter_config.json` the scale is in B, and a rank may be filled up with zeros; these are what it was trained
     with, as keys of the run file's `lora:` section.
 
@@ -183,8 +202,16 @@ def read_adapter_settings(folder: str | Path) -> dict[str, Any] | None:
         CheckpointError: the file is damaged.
     """
     values = _read_note(folder, _SETTINGS_KEY)
-    if not isinstance(values, dict) or values.keys() != set(SETTINGS):
+    if not isinstance(values, dict) or values.keys() - set(FURTHER_SETTINGS) != set(SETTINGS):
         return None
+    try:
+        further = LoraSection.model_validate({key: values[key] for key in FURTHER_SETTINGS if key in values})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))[:60]
+        path = Path(folder) / WEIGHTS_NAME
+        raise CheckpointError(f"{path}: its settings are damaged at {key}: {problem['msg']}") from None
+    values |= {key: getattr(further, key) for key in FURTHER_SETTINGS if key in values}
     named = {"lora_alpha": values["alpha"], "use_rslora": values["rslora"]}
     require_valid_config(Path(folder) / WEIGHTS_NAME, values | named)
     return values

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from expertune.adapt.factors import MAGNITUDE, PREFIX, Factors, PerExpert, dtype_in_file, fold, fuse, pad, unfold
-from expertune.adapt.file_layout import stock_layout
+from expertune.adapt.file_layout import sparse_layout, stock_layout
 from expertune.adapt.files import LIVE_NAME
 from expertune.adapt.layout_trial import StockLayout
 from expertune.checkpoint.names import NameMap
@@ -23,7 +23,7 @@ from expertune.checkpoint.writer import Outgoing, write_tensors
 from expertune.errors import CheckpointError, ConfigError
 from expertune.experts.contract import ExpertsSpec
 from expertune.experts.layout import fused_projections
-from expertune.experts.lora import ExpertsLora, Ranks
+from expertune.experts.lora import ExpertsLora, Held, Ranks, projection_of, stack_name
 
 
 def names_of(model: nn.Module) -> NameMap:
@@ -72,8 +72,24 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 def live_ranks(targets: ResolvedTargets) -> dict[str, Ranks]:
     """The `expert_ranks` of an `ExpertLoraConfig`."""
     return {
-        module: {projection: (rank.rank, rank.alpha) for projection, rank in ranks.items()}
+        module: {
+            stack_name(projection, group): (max(1, round(rank.rank * factor)), rank.alpha)
+            for projection, rank in ranks.items()
+            for group, (_, factor) in enumerate(targets.groups.get(module, [(None, 1.0)]))
+        }
         for module, ranks in targets.experts.items()
+    }
+
+
+def live_held(targets: ResolvedTargets) -> dict[str, Held]:
+    """The `expert_held` of an `ExpertLoraConfig`."""
+    return {
+        module: {
+            stack_name(projection, number): group.experts
+            for projection in targets.experts[module]
+            for number, group in enumerate(groups)
+        }
+        for module, groups in targets.groups.items()
     }
 
 
@@ -147,35 +163,44 @@ class LiveAdapter:
                 scale, magnitude = module.scaling[self.adapter], None if magnitudes is None else magnitudes.weight
                 yield LivePair(name, None, self.names.on_disk(name), a.weight, b.weight, scale, magnitude)
                 continue
-            for projection in a:
-                scale = module.scale(self.adapter, projection)
+            for stack in a:
+                scale, projection = module.scale(self.adapter, stack), projection_of(stack)
                 experts = self.names.experts_on_disk(name, projection)
-                here = module.experts_of(a[projection])
-                held = [None] * len(here) if magnitudes is None else magnitudes[projection]
-                for each in zip(experts[here.start : here.stop], a[projection], b[projection], held, strict=True):
+                here = [experts[expert] for expert in module.experts_of(self.adapter, stack)]
+                held = [None] * len(here) if magnitudes is None else magnitudes[stack]
+                for each in zip(here, a[stack], b[stack], held, strict=True):
                     yield LivePair(name, projection, *each[:3], scale, each[3])
 
     def elsewhere(self) -> Iterator[str]:
         """Names on disk of the experts whose factors are on other ranks."""
         for name, module in self.layers.items():
-            factors = module.lora_A[self.adapter].items() if isinstance(module, ExpertsLora) else ()
-            for projection, factor in factors:
-                here = module.experts_of(factor)
-                for expert, each in enumerate(self.names.experts_on_disk(name, projection)):
+            if not isinstance(module, ExpertsLora) or module.base_layer.parallel is None:
+                continue
+            for stack in module.lora_A[self.adapter]:
+                here = module.experts_of(self.adapter, stack)
+                for expert, each in enumerate(self.names.experts_on_disk(name, projection_of(stack))):
                     if expert not in here:
                         yield each
 
     def layout(self, settings: Mapping[str, Any]) -> StockLayout:
         """How its file is laid out, and whether stock PEFT reads it, by the settings of its `Origin`."""
-        targets = ResolvedTargets(use_dora=self.uses_dora)
+        targets, has_gaps = ResolvedTargets(use_dora=self.uses_dora), False
         for name, module in self.layers.items():
             if isinstance(module, ExpertsLora):
-                ranks = module.ranks[self.adapter]
-                targets.experts[name] = {projection: Rank(*rank) for projection, rank in ranks.items()}
+                found, held = targets.experts.setdefault(name, {}), module.held[self.adapter]
+                for stack, rank in module.ranks[self.adapter].items():
+                    # Of experts that differ in rank the largest, up to which the others are filled with zeros.
+                    projection = projection_of(stack)
+                    found[projection] = max(found.get(projection, Rank(*rank)), Rank(*rank))
+                adapted = {expert for experts in held.values() for expert in experts}
+                has_gaps |= bool(held) and len(adapted) < module.base_layer.num_experts
             else:
                 kind = targets.router if isinstance(module, ParamWrapper) else targets.linears
                 kind[name] = Rank(module.r[self.adapter], module.lora_alpha[self.adapter])
-        return stock_layout(self.model, self.names, targets, settings["r"], settings["rank_pattern"])
+        ranks = settings["r"], settings["rank_pattern"]
+        if has_gaps:
+            return sparse_layout(self.names, targets, *ranks)
+        return stock_layout(self.model, self.names, targets, *ranks)
 
     def in_file(self, stock: StockLayout) -> list[Outgoing]:
         """The tensors of its file: scales folded into B, ranks filled up with zeros, names as the layout has them.
@@ -186,9 +211,9 @@ class LiveAdapter:
         for name, module in self.layers.items():
             for weight, stem in stock.stacks.get(name, {}).items():
                 assert isinstance(module, ExpertsLora)
-                a, b, ranks = module.lora_A[self.adapter], module.lora_B[self.adapter], stock.expert_ranks[name]
+                ranks = stock.expert_ranks[name]
                 held = {
-                    each: Factors(a[each], b[each], module.scale(self.adapter, each) * ranks[each] / stock.r)
+                    each: self._stacked(module, each, ranks[each] / stock.r)
                     for each in fused_projections(module.base_layer.spec, weight)
                     if each in ranks
                 }
@@ -201,6 +226,24 @@ class LiveAdapter:
                 stem = pair.module if pair.module in stock.live_named else pair.name
                 found += pair_in_file(stem, pair.a, pair.b, rank, pair.scale * rank / stock.r, pair.magnitude)
         return sorted(found, key=lambda outgoing: outgoing.name)
+
+    def _stacked(self, layer: ExpertsLora, projection: str, factor: float) -> Factors:
+        """One projection's factors of all experts, and its scale times a factor; zeros where experts differ in rank."""
+        a, b = layer.lora_A[self.adapter], layer.lora_B[self.adapter]
+        stacks = [stack for stack in a if projection_of(stack) == projection]
+        scale = layer.scale(self.adapter, stacks[0])
+        if stacks[0] not in layer.held[self.adapter]:
+            return Factors(a[projection], b[projection], scale * factor)
+        count, rank = layer.base_layer.num_experts, max(a[stack].shape[1] for stack in stacks)
+        some_a, some_b = a[stacks[0]], b[stacks[0]]
+        whole_a = some_a.new_zeros(count, rank, some_a.shape[2])
+        whole_b = some_b.new_zeros(count, some_b.shape[1], rank)
+        for stack in stacks:
+            experts = list(layer.experts_of(self.adapter, stack))
+            whole_a[experts] = pad(a[stack].detach(), rank, dim=1)
+            own = b[stack].detach() * (layer.scale(self.adapter, stack) / scale)
+            whole_b[experts] = pad(own, rank, dim=2)
+        return Factors(whole_a, whole_b, scale * factor)
 
     @torch.no_grad()
     def write_factors(self, folder: str | Path, stock: StockLayout) -> None:

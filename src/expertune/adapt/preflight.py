@@ -21,7 +21,7 @@ from expertune.adapt.reachability import reachable_modules
 from expertune.checkpoint.linears import is_linear
 from expertune.errors import ConfigError, PreflightError
 from expertune.experts.contract import is_experts
-from expertune.experts.lora import ExpertsLora
+from expertune.experts.lora import ExpertsLora, projection_of
 from expertune.experts.module import Nf4Experts, in_lockstep, parallel_of
 
 Batch = dict[str, Tensor]
@@ -225,12 +225,11 @@ def _factor_gradients(model: ExpertPeftModel, tokens: dict[str, Tensor]) -> Iter
                     raise PreflightError(
                         f"{name}: the forward never passes through these experts, so that none can learn"
                     )
-                here = module.base_layer.owned
-                for projection, stacked in held.items():
-                    for index, count in enumerate(tokens[name][here.start : here.stop].tolist()):
+                for stack, stacked in held.items():
+                    for index, expert in enumerate(module.experts_of(adapter, stack)):
                         gradient = None if stacked.grad is None else stacked.grad[index]
-                        what = f"{name}: expert {here.start + index}, {projection}, {factor}"
-                        yield what, gradient if count else _NO_TOKENS, True
+                        what = f"{name}: expert {expert}, {projection_of(stack)}, {factor}"
+                        yield what, gradient if tokens[name][expert] else _NO_TOKENS, True
 
 
 @contextmanager

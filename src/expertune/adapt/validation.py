@@ -80,7 +80,10 @@ def require_ranks_in_file(where: str, targets: ResolvedTargets, names: NameMap, 
     """
     wanted = {names.on_disk(name): rank.rank for name, rank in (targets.linears | targets.router).items()}
     for module, ranks in targets.experts.items():
-        wanted |= {names.expert_on_disk(module, 0, projection): rank.rank for projection, rank in ranks.items()}
+        for projection, of_experts in ranks.items():
+            experts = names.experts_on_disk(module, projection)
+            held = next((name for name in experts if f"{PREFIX}{name}.lora_A.weight" in tensors), experts[0])
+            wanted[held] = of_experts.rank
     for name, rank in wanted.items():
         factor = tensors.get(f"{PREFIX}{name}.lora_A.weight")
         if factor is not None and rank > factor.shape[0]:

@@ -5,8 +5,9 @@ Names are the checkpoint's own (`w1` in some families, `gate_proj` in most), mat
 experts alike means both.
 """
 
+import math
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from expertune.checkpoint.linears import decoder_layers, is_linear
 from expertune.checkpoint.names import NameMap
 from expertune.config import LoraSection
 from expertune.errors import ConfigError, nearest
+from expertune.experts.contract import experts_per_token
 from expertune.experts.router import find_router, router_blocks
 
 
@@ -24,6 +26,13 @@ class Rank(NamedTuple):
 
     rank: int
     alpha: float
+
+
+class Group(NamedTuple):
+    """Experts of a layer that share a rank: the part of the projection's own that is theirs."""
+
+    experts: tuple[int, ...]
+    factor: float = 1.0
 
 
 @dataclass
@@ -36,12 +45,14 @@ class ResolvedTargets:
             experts of the module share.
         router: name of the module that owns a router's [num_experts, hidden] weight -> its rank.
         use_dora: whether each output feature has a magnitude too.
+        groups: name of an experts module -> its experts that have an adapter, by rank; none where all have the same.
     """
 
     linears: dict[str, Rank] = field(default_factory=dict)
     experts: dict[str, dict[str, Rank]] = field(default_factory=dict)
     router: dict[str, Rank] = field(default_factory=dict)
     use_dora: bool = False
+    groups: dict[str, list[Group]] = field(default_factory=dict)
 
 
 def resolve_targets(
@@ -64,7 +75,10 @@ def resolve_targets(
             no regular expression, or patterns ask for different ranks among the experts of one module.
     """
     candidates = _Candidates.of(model, names)
-    ranks = _Ranks(lora)
+    active = 1
+    if lora.expert_rank == "scaled":
+        active = experts_per_token(model.config.get_text_config(), names.specs)  # type: ignore[operator, union-attr]
+    ranks = _Ranks(lora, active)
     resolved = ResolvedTargets(use_dora=lora.use_dora)
     for target in lora.targets:
         if not candidates.take(target, names, ranks, resolved, reached):
@@ -75,7 +89,60 @@ def resolve_targets(
             f"lora.use_dora: PEFT has no DoRA on routers, and lora.targets names {next(iter(resolved.router))}; leave "
             "it out"
         )
+    resolved.groups = groups_of(names, lora, resolved)
     return resolved
+
+
+def most_selected(num_experts: int, share: float) -> int:
+    """The most experts of a layer that are needed for a share of what all of them have."""
+    return max(1, math.ceil(share * num_experts - 1e-9))
+
+
+def groups_of(names: NameMap, lora: LoraSection, resolved: ResolvedTargets) -> dict[str, list[Group]]:
+    """Which experts of each layer have an adapter, and with which part of the rank.
+
+    Before experts have been selected, the first ones stand for as many as can be: a plan needs their number alone.
+
+    Raises:
+        ConfigError: no expert is a target, or the layers that the section names are not this model's.
+    """
+    if not lora.selects:
+        return {}
+    if not resolved.experts:
+        raise ConfigError(
+            f"{'lora.experts' if lora.experts else 'lora.expert_rank: load'}: chooses among routed experts, and "
+            f"lora.targets names none of them ({', '.join(lora.targets)}); add experts to lora.targets"
+        )
+    layers = lora.experts.layers if lora.experts else {}
+    if layers and layers.keys() != resolved.experts.keys():
+        odd = min(layers.keys() ^ resolved.experts.keys())
+        raise ConfigError(
+            f"lora.experts.layers: {odd} is {'no layer of experts that is adapted' if odd in layers else 'missing'}; "
+            "remove layers to have them selected"
+        )
+    found = {}
+    for module in resolved.experts:
+        count = names.specs[module].num_experts
+        share = lora.experts.share if lora.experts else 1.0
+        chosen = layers.get(module, list(range(most_selected(count, share))))
+        if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= each < count for each in chosen):
+            raise ConfigError(
+                f"lora.experts.layers: {module} has experts 0 to {count - 1}; {chosen[:8]} are not some of these"
+            )
+        groups = _by_load(chosen) if lora.expert_rank == "load" else [Group(tuple(sorted(chosen)))]
+        if len(groups) > 1 or len(chosen) < count:
+            found[module] = groups
+    return found
+
+
+def _by_load(chosen: Sequence[int]) -> list[Group]:
+    """Experts, the busiest first, in three groups: twice the rank, the rank, half of it; as much as with one rank."""
+    quarter = len(chosen) // 4
+    if not quarter:
+        return [Group(tuple(sorted(chosen)))]
+    busy, middle, idle = chosen[:quarter], chosen[quarter : -2 * quarter], chosen[-2 * quarter :]
+    parts = ((middle, 1.0), (busy, 2.0), (idle, 0.5))
+    return [Group(tuple(sorted(part)), factor) for part, factor in parts if part]
 
 
 @dataclass
@@ -138,7 +205,8 @@ class _Candidates:
         for name in routers:
             into.router[name] = ranks.of([self.routers[name]])
         for module, projection in experts:
-            into.experts.setdefault(module, {})[projection] = ranks.of(names.experts_on_disk(module, projection))
+            on_disk = names.experts_on_disk(module, projection)
+            into.experts.setdefault(module, {})[projection] = ranks.of(on_disk, of_experts=True)
         return bool(linears or routers or experts)
 
     def known(self) -> list[str]:
@@ -156,19 +224,23 @@ class _Candidates:
 class _Ranks:
     """Rank and alpha of a module by its name on disk; remembers which patterns were of use."""
 
-    def __init__(self, lora: LoraSection) -> None:
-        self._default = Rank(lora.r, lora.alpha)
+    def __init__(self, lora: LoraSection, active_experts: int) -> None:
+        self._default = self._of_experts = Rank(lora.r, lora.alpha)
+        if lora.expert_rank == "scaled":
+            # Alpha stays, so that the update of an expert is alpha / rank times B A at any rank.
+            self._of_experts = Rank(max(1, lora.r // active_experts), lora.alpha)
         self._rank = _compile("rank_pattern", lora.rank_pattern)
         self._alpha = _compile("alpha_pattern", lora.alpha_pattern)
         self._unused = self._rank.keys() | self._alpha.keys()
 
-    def of(self, on_disk: Iterable[str]) -> Rank:
+    def of(self, on_disk: Iterable[str], of_experts: bool = False) -> Rank:
         """The one rank that all these modules share."""
+        default = self._of_experts if of_experts else self._default
         if not self._rank and not self._alpha:
-            return self._default
+            return default
         found: dict[Rank, str] = {}
         for name in on_disk:
-            found.setdefault(self._lookup(name), name)
+            found.setdefault(self._lookup(name, default), name)
         if len(found) > 1:
             (first, one), (second, other) = list(found.items())[:2]
             raise ConfigError(
@@ -177,10 +249,8 @@ class _Ranks:
             )
         return next(iter(found))
 
-    def _lookup(self, name: str) -> Rank:
-        return Rank(
-            int(self._first(self._rank, name, self._default.rank)), self._first(self._alpha, name, self._default.alpha)
-        )
+    def _lookup(self, name: str, default: Rank) -> Rank:
+        return Rank(int(self._first(self._rank, name, default.rank)), self._first(self._alpha, name, default.alpha))
 
     def _first(self, patterns: "_Patterns", name: str, default: float) -> float:
         for key, (pattern, value) in patterns.items():

@@ -12,6 +12,7 @@ from expertune.config.reading import (
 from expertune.config.schema import (
     TRUST_KEY,
     DataConfig,
+    ExpertsSection,
     KernelsConfig,
     LoraSection,
     ObjectiveName,
@@ -26,6 +27,7 @@ from expertune.config.schema import (
 __all__ = [
     "TRUST_KEY",
     "DataConfig",
+    "ExpertsSection",
     "KernelsConfig",
     "LoraSection",
     "ObjectiveName",

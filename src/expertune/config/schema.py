@@ -15,6 +15,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     PrivateAttr,
@@ -198,6 +199,21 @@ class KernelsConfig(Section):
         return None if self.working_set == "auto" else parse_size(self.working_set)
 
 
+class ExpertsSection(Section):
+    """Experts of each layer that have an adapter, where not all have one (Wang et al. 2024, ESFT).
+
+    Attributes:
+        select: what a pass over training examples scores them by: `load`, the share of a layer's tokens that each gets;
+            `gate`, that of the router's weights.
+        share: the experts with the highest scores are taken, as few as have this share together.
+        layers: the experts by their layer's name, the highest score first; given, no pass is made.
+    """
+
+    select: Literal["load", "gate"] = "load"
+    share: float = Field(gt=0, le=1)
+    layers: dict[str, list[NonNegativeInt]] = {}
+
+
 class LoraSection(Section):
     """The adapter.
 
@@ -215,6 +231,9 @@ class LoraSection(Section):
         dtype: dtype of the adapter's own weights.
         loraplus_lr_ratio: learning rate of factors B over that of A, which is `training.learning_rate` (LoRA+, Hayou et
             al. 2024); None means that they have the same.
+        experts: which experts of each layer have an adapter; None means all.
+        expert_rank: `scaled` divides the experts' rank by the number of experts per token; `load` gives twice the rank
+            to the busiest quarter of a layer's experts and half of it to the idlest half. None leaves it at `r`.
         init_from: folder of an existing PEFT adapter to start from.
         init_from_other_base: take it though it was trained on another base model, and leave layers that it has nothing
             for as they are.
@@ -230,6 +249,8 @@ class LoraSection(Section):
     use_dora: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     loraplus_lr_ratio: float | None = Field(default=None, ge=1)
+    experts: ExpertsSection | None = None
+    expert_rank: Literal["scaled", "load"] | None = None
     init_from: PathText | None = None
     init_from_other_base: bool = False
 
@@ -252,6 +273,22 @@ class LoraSection(Section):
     @classmethod
     def _one_name_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _what_experts_differ_in_can_be(self) -> "LoraSection":
+        if self.use_dora and self.selects:
+            raise ValueError(
+                "use_dora has a magnitude for every expert alike, and lora.experts or lora.expert_rank: load gives some "
+                "of them others than the rest; remove one of the two"
+            )
+        if self.expert_rank == "load" and self.r % 2:
+            raise ValueError(f"expert_rank: load gives some experts half of lora.r, which is {self.r}; set an even one")
+        return self
+
+    @property
+    def selects(self) -> bool:
+        """Whether experts differ: some have no adapter, or another rank."""
+        return self.experts is not None or self.expert_rank == "load"
 
 
 class TaskConfig(Section):
@@ -454,6 +491,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"lora.use_dora needs the norms of all weights on each process, and distributed.experts: "
                 f"{self.distributed.experts} shares the weights out; set it to replicate"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _selected_experts_are_not_shared_out(self) -> "RunConfig":
+        if self.lora.selects and self.distributed.experts == "parallel":
+            raise ValueError(
+                "distributed.experts: parallel shares out adapters of all experts alike, and lora.experts or "
+                "lora.expert_rank: load gives some of them others than the rest; set distributed.experts to shard or "
+                "replicate"
             )
         return self
 

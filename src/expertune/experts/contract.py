@@ -9,8 +9,9 @@ module here. How its tensors are laid out is `layout.py`'s.
 Shape suffixes: E experts, D hidden size, F intermediate size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -202,3 +203,23 @@ def _experts_per_token(model: nn.Module, name: str) -> dict[str, int]:
 def _numbers(holder: object, names: tuple[str, ...]) -> dict[str, int]:
     held = vars(holder) if holder is not None else {}
     return {name: held[name] for name in names if type(held.get(name)) is int}
+
+
+def config_value(config: Any, name: str) -> Any:
+    """A value of a config; where layers have values of their own, the largest; None where there is none."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers refuses to say one value for all layers
+        layers = config.per_layer_config
+        values = [getattr(each, name, None) for each in (layers.values() if isinstance(layers, dict) else layers)]
+        return max((value for value in values if isinstance(value, int | float)), default=None)
+
+
+def experts_per_token(text_config: Any, specs: Mapping[str, ExpertsSpec]) -> int:
+    """Experts per token by config, under the names that families use; all of them where none is found."""
+    for name in TOP_K_NAMES:
+        value = config_value(text_config, name)
+        value = max(value, default=None) if isinstance(value, list) else value
+        if isinstance(value, int) and value > 0:
+            return value
+    return max(spec.num_experts for spec in specs.values())

@@ -2,7 +2,8 @@
 
 PEFT's own layer for stacked experts (`ParamWrapper`) refuses dropout, and fuses gate and up into one adapter of twice
 the rank. This one keeps w1, w2 and w3 apart, as a model of separate linears would, and holds the factors stacked so
-that one grouped product serves all experts.
+that one grouped product serves all experts. Some experts of a layer may have factors and others none, and experts may
+differ in rank: those of one rank are stacked together.
 
 Shape suffixes: E experts, r rank.
 """
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from expertune.errors import ConfigError, ExportError
 from expertune.experts.dora import Norms, gain
 from expertune.experts.module import Nf4Experts
-from expertune.kernels.lora import LoraUpdate
+from expertune.kernels.lora import LoraUpdate, slots_of
 
 NO_MERGE = (
     "4-bit experts cannot absorb an adapter in place: rounding the sum to 4 bits again would lose most of the "
@@ -30,23 +31,38 @@ NO_MERGE = (
     "merges before each generation: leave its `use_vllm` off"
 )
 
-# Rank and alpha of each adapted projection: {"gate": (8, 16.0), ...}.
+# Rank and alpha of each stack of factors: {"gate": (8, 16.0), ...}. Where experts differ in rank, a projection has
+# several stacks, named by `stack_name`.
 Ranks = dict[str, tuple[int, float]]
 
 Stack = tuple[str, str]
-"""An adapter's name and a projection."""
+"""An adapter's name and a stack of its factors."""
+
+# The experts of each stack that does not hold all of them, in ascending order.
+Held = dict[str, tuple[int, ...]]
+
+
+def stack_name(projection: str, group: int) -> str:
+    """The name of the factors that a projection has for one of its groups of experts."""
+    return f"{projection}@{group}" if group else projection
+
+
+def projection_of(stack: str) -> str:
+    """The projection whose factors a stack holds."""
+    return stack.partition("@")[0]
 
 
 class ExpertLoraConfig(LoraConfig):
     """A LoraConfig that also says, for each experts module, which projections are adapted and how.
 
-    `expert_ranks` maps an experts module's dotted name to its `Ranks`. It belongs to the live model and is not written
-    to `adapter_config.json`, which names the projections as the checkpoint does.
+    `expert_ranks` maps an experts module's dotted name to its `Ranks`, `expert_held` to its `Held`. They belong to the
+    live model and are not written to `adapter_config.json`, which names the projections as the checkpoint does.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.expert_ranks: dict[str, Ranks] = {}
+        self.expert_held: dict[str, Held] = {}
         self._register_custom_module({Nf4Experts: ExpertsLora})
 
 
@@ -54,8 +70,9 @@ class ExpertsLora(nn.Module, LoraLayer):
     """The adapters of one `Nf4Experts`.
 
     Parameters of adapter `name` and projection `p`: `lora_A[name][p]` [E, r, in_features] and `lora_B[name][p]`
-    [E, out_features, r], of the experts that are here; A starts as PEFT's does (Kaiming uniform), B at zero. With
-    `use_dora` there is `lora_magnitude_vector[name][p]` [E, out_features] too, which starts at the norms.
+    [E, out_features, r], of the experts that are here, or of those that `held[name]` lists for `p`; A starts as PEFT's
+    does (Kaiming uniform), B at zero. With `use_dora` there is `lora_magnitude_vector[name][p]` [E, out_features] too,
+    which starts at the norms.
 
     Args:
         base_layer: the experts module to adapt.
@@ -68,7 +85,7 @@ class ExpertsLora(nn.Module, LoraLayer):
     """
 
     # Ranks and scales per adapter and projection; `scaling` is a factor on all of them, as PEFT's users set it.
-    other_param_names = (*LoraLayer.other_param_names, "ranks")
+    other_param_names = (*LoraLayer.other_param_names, "ranks", "held")
 
     # What PEFT's untyped base class brings.
     base_layer: Nf4Experts
@@ -99,6 +116,7 @@ class ExpertsLora(nn.Module, LoraLayer):
         LoraLayer.__init__(self, base_layer, **kwargs)
         self.ranks: dict[str, Ranks] = {}
         self._norms = Norms()
+        self.held: dict[str, Held] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config, target_name=target_name)
 
@@ -112,20 +130,22 @@ class ExpertsLora(nn.Module, LoraLayer):
         """Create the factors of one more adapter (called by PEFT)."""
         experts = self.base_layer
         ranks = config.expert_ranks[kwargs["target_name"]]
+        held = config.expert_held.get(kwargs["target_name"], {})
         device = experts.device
         factors_a, factors_b = {}, {}
-        for projection, (rank, _) in ranks.items():
-            rows, columns = experts.spec.shape(projection)
-            factor_a = torch.empty(experts.num_experts, rank, columns, dtype=torch.float32, device=device)
-            factor_b = torch.zeros(experts.num_experts, rows, rank, dtype=torch.float32, device=device)
+        for stack, (rank, _) in ranks.items():
+            rows, columns = experts.spec.shape(projection_of(stack))
+            count = len(held[stack]) if stack in held else experts.num_experts
+            factor_a = torch.empty(count, rank, columns, dtype=torch.float32, device=device)
+            factor_b = torch.zeros(count, rows, rank, dtype=torch.float32, device=device)
             # Drawn for all experts, wherever they are: a run starts from the same values on any number of ranks.
             _initialize(factor_a, factor_b, config.init_lora_weights)
-            factors_a[projection], factors_b[projection] = map(self._own, (factor_a, factor_b))
+            factors_a[stack], factors_b[stack] = map(self._own, (factor_a, factor_b))
         self.lora_A[adapter_name] = nn.ParameterDict(factors_a)
         self.lora_B[adapter_name] = nn.ParameterDict(factors_b)
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         self.lora_dropout[adapter_name] = dropout
-        self.ranks[adapter_name] = ranks
+        self.ranks[adapter_name], self.held[adapter_name] = ranks, held
         self.r[adapter_name] = config.r
         # An alpha by which PEFT's set_scale and unscale_layer come to a factor of one.
         self.lora_alpha[adapter_name] = math.sqrt(config.r) if config.use_rslora else config.r
@@ -151,14 +171,19 @@ class ExpertsLora(nn.Module, LoraLayer):
             factor = factor[experts.owned.start : experts.owned.stop].clone()
         return nn.Parameter(factor)
 
-    def experts_of(self, factor: Tensor) -> range:
-        """The experts that a factor holds: those that are here, or all of them while `factors_of_all` is open."""
-        experts = self.base_layer
+    def experts_of(self, adapter_name: str, stack: str) -> Sequence[int]:
+        """The experts that a stack of factors holds, in its order.
+
+        Of all experts those that are here, or all of them while `factors_of_all` is open.
+        """
+        if stack in self.held[adapter_name]:
+            return self.held[adapter_name][stack]
+        experts, factor = self.base_layer, self.lora_A[adapter_name][stack]
         return range(experts.num_experts) if factor.shape[0] == experts.num_experts else experts.owned
 
-    def scale(self, adapter_name: str, projection: str) -> float:
-        """The factor of one projection's update: alpha / r (alpha / sqrt(r) with rsLoRA), times PEFT's scaling."""
-        rank, alpha = self.ranks[adapter_name][projection]
+    def scale(self, adapter_name: str, stack: str) -> float:
+        """The factor of one stack's updates: alpha / r (alpha / sqrt(r) with rsLoRA), times PEFT's scaling."""
+        rank, alpha = self.ranks[adapter_name][stack]
         own = alpha / math.sqrt(rank) if self.use_rslora[adapter_name] else alpha / rank
         return own * self.scaling[adapter_name]
 
@@ -208,16 +233,18 @@ class ExpertsLora(nn.Module, LoraLayer):
     def _updates(self, active: Sequence[str]) -> dict[Stack, LoraUpdate]:
         """The updates of adapters, without DoRA's gains."""
         return {
-            (name, projection): LoraUpdate(
+            (name, stack): LoraUpdate(
                 self.base_layer.spec.projections.index(projection),
-                self.lora_A[name][projection],
-                self.lora_B[name][projection],
-                self.scale(name, projection),
+                self.lora_A[name][stack],
+                self.lora_B[name][stack],
+                self.scale(name, stack),
                 self._dropout(name),
+                slots=self._slots(name, stack),
             )
             for name in active
             for projection in self.base_layer.spec.projections
-            if projection in self.ranks[name]
+            for stack in self.ranks[name]
+            if projection_of(stack) == projection
         }
 
     def _scaled(self, updates: dict[Stack, LoraUpdate]) -> dict[Stack, LoraUpdate]:
@@ -233,6 +260,10 @@ class ExpertsLora(nn.Module, LoraLayer):
         norms = self._norms.of(self.base_layer, dora)
         gains = {(name, key): gain(self.lora_magnitude_vector[name][key], norms[name, key]) for name, key in dora}
         return updates | {stack: replace(update, gain=gains[stack]) for stack, update in dora.items()}
+
+    def _slots(self, adapter_name: str, stack: str) -> Tensor | None:
+        held = self.held[adapter_name].get(stack)
+        return None if held is None else slots_of(held, self.base_layer.num_experts, self.base_layer.device)
 
     def _dropout(self, adapter_name: str) -> float:
         dropout = self.lora_dropout[adapter_name]

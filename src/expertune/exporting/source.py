@@ -307,7 +307,7 @@ def read_source(context: RunContext, adapter: Path, base: ModelSource) -> Export
     fingerprint = read_fingerprint(folder, index.tensors, described, names, fit)
     require_same_base(adapter, fingerprint, context.config.model, allowed_by=None)
     file = read_adapter(adapter)
-    factors = read_factors(file.config, file.tensors, names, file.where)
+    factors = read_factors(file.config, file.tensors, names, file.where, file.selected)
     for key, tensor in file.tensors.items():
         if not tensor.isfinite().all():
             raise CheckpointError(f"{file.where}: {key} holds NaN or infinite values; export another state of the run")

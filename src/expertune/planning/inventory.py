@@ -4,6 +4,7 @@ Shape suffixes: N out_features, K in_features, E experts, D hidden size, r rank.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,9 +18,9 @@ from expertune.checkpoint.linears import decoder_layers
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.recipe import Recipe
 from expertune.checkpoint.restore import kept_dtype
-from expertune.checkpoint.targets import ResolvedTargets
+from expertune.checkpoint.targets import Group, ResolvedTargets
 from expertune.distributed.parallel import most_owned
-from expertune.experts.contract import TOP_K_NAMES, ExpertsSpec
+from expertune.experts.contract import ExpertsSpec, config_value, experts_per_token
 from expertune.experts.router import find_router
 from expertune.generation.cache import cached_numbers
 from expertune.kernels.nf4 import BLOCK_SIZE, Nf4Stack, Part, Scheme
@@ -204,7 +205,7 @@ def take_inventory(model: PreTrainedModel, names: NameMap, recipe: Recipe, compu
         layers=layers,
         hidden_size=next(iter(names.specs.values())).hidden_size,
         vocab_size=head.out_features if isinstance(head, nn.Linear) else int(text_config.vocab_size),
-        top_k=_top_k(text_config, names.specs),
+        top_k=experts_per_token(text_config, names.specs),
         attention=attention,
     )
 
@@ -246,8 +247,8 @@ def factor_sizes(
         yield from (rank * linear.in_features, rank * linear.out_features)
         if targets.use_dora:
             yield linear.out_features
-    for spec, size in expert_factors(inventory, targets):
-        yield size * (experts_of(spec) if experts_of else spec.num_experts)
+    for spec, size, part in _parts_of_experts(inventory, targets):
+        yield math.ceil(size * (experts_of(spec) if experts_of else spec.num_experts) * part)
     for name, (rank, _) in targets.router.items():
         yield from (rank * inventory.routers[name].num_experts, rank * inventory.routers[name].hidden_size)
 
@@ -261,12 +262,20 @@ def count_by_adamw(inventory: Inventory, targets: ResolvedTargets) -> int:
 
 def expert_factors(inventory: Inventory, targets: ResolvedTargets) -> Iterator[tuple[ExpertsSpec, int]]:
     """Factors of the experts, with their layer's shapes: r * K, r * N and DoRA's N numbers for each projection."""
+    yield from ((spec, size) for spec, size, _ in _parts_of_experts(inventory, targets))
+
+
+def _parts_of_experts(inventory: Inventory, targets: ResolvedTargets) -> Iterator[tuple[ExpertsSpec, int, float]]:
+    """The same, with the part of a layer's experts that has such factors."""
     for name, projections in targets.experts.items():
         spec = inventory.names.specs[name]
-        for part, (rank, _) in projections.items():
-            yield from ((spec, rank * width) for width in spec.shape(part))
-            if targets.use_dora:
-                yield spec, spec.shape(part)[0]
+        groups = targets.groups.get(name) or [Group(tuple(range(spec.num_experts)))]
+        for projection, (rank, _) in projections.items():
+            for experts, factor in groups:
+                sizes = (max(1, round(rank * factor)) * width for width in spec.shape(projection))
+                yield from ((spec, size, len(experts) / spec.num_experts) for size in sizes)
+                if targets.use_dora:
+                    yield spec, spec.shape(projection)[0], len(experts) / spec.num_experts
 
 
 def _experts_bytes(num_experts: int, spec: ExpertsSpec, recipe: Recipe, slices: int = 1) -> int:
@@ -319,34 +328,14 @@ def _stacks(specs: Mapping[str, ExpertsSpec]) -> set[str]:
     return {f"{name}.{stack}" for name, spec in specs.items() for stack in spec.weight_names}
 
 
-def _config_value(config: Any, name: str) -> Any:
-    """A value of a config; where layers have values of their own, the largest; None where there is none."""
-    try:
-        return getattr(config, name, None)
-    except RuntimeError:  # transformers refuses to say one value for all layers
-        layers = config.per_layer_config
-        values = [getattr(each, name, None) for each in (layers.values() if isinstance(layers, dict) else layers)]
-        return max((value for value in values if isinstance(value, int | float)), default=None)
-
-
-def _top_k(text_config: Any, specs: Mapping[str, ExpertsSpec]) -> int:
-    """Experts per token by config, under the names that families use; all of them where none is found."""
-    for name in TOP_K_NAMES:
-        value = _config_value(text_config, name)
-        value = max(value, default=None) if isinstance(value, list) else value
-        if isinstance(value, int) and value > 0:
-            return value
-    return max(spec.num_experts for spec in specs.values())
-
-
 def _attention(config: Any) -> Attention:
     """Widths by config; as wide as the hidden states where it does not say."""
-    heads = int(_config_value(config, "num_attention_heads") or 1)
-    pairs = int(_config_value(config, "num_key_value_heads") or heads)
-    head = int(_config_value(config, "head_dim") or config.hidden_size // heads)
-    rotated, plain = _config_value(config, "qk_rope_head_dim"), _config_value(config, "qk_nope_head_dim")
+    heads = int(config_value(config, "num_attention_heads") or 1)
+    pairs = int(config_value(config, "num_key_value_heads") or heads)
+    head = int(config_value(config, "head_dim") or config.hidden_size // heads)
+    rotated, plain = config_value(config, "qk_rope_head_dim"), config_value(config, "qk_nope_head_dim")
     size = int(rotated) + int(plain) if isinstance(rotated, int) and isinstance(plain, int) else head
-    value = int(_config_value(config, "v_head_dim") or size)
+    value = int(config_value(config, "v_head_dim") or size)
     return Attention(heads * size, pairs * size, pairs * value, heads * value, heads)
 
 

@@ -125,7 +125,7 @@ def possible_distributions(config: RunConfig, w: Workload, world_size: int) -> I
     factor_sizes = [size for _, size in expert_factors(w.inventory, w.targets)]
     refusal = why_not_by_expert(usable_optimizer(w.optimizer, w.device), factor_sizes)
     trains = not refusal and not (config.training.get("fp16") and w.device != "cpu")
-    if asked == "parallel" or (1 < size <= fewest and trains):
+    if asked == "parallel" or (1 < size <= fewest and trains and not config.lora.selects):
         yield Distribution("parallel", world_size, size)
 
 

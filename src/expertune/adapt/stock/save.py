@@ -25,7 +25,7 @@ from expertune.adapt.stock.config import StockLoraConfig
 from expertune.checkpoint.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
 from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.writer import Outgoing
-from expertune.experts.lora import ExpertLoraConfig, ExpertsLora
+from expertune.experts.lora import ExpertLoraConfig, ExpertsLora, projection_of
 
 Original = Callable[..., Any]
 
@@ -50,9 +50,9 @@ def adapter_state_dict(
         module, _, factor = key.removeprefix(prefix).rpartition(".lora_")
         layer = layers.get(module)
         if isinstance(layer, ExpertsLora):
-            which, _, projection = factor.partition(f".{adapter_name}.")
-            for expert, matrix in enumerate(tensor):
-                expert_name = names.expert_on_disk(module, expert, projection)
+            which, _, stack = factor.partition(f".{adapter_name}.")
+            for expert, matrix in zip(layer.experts_of(adapter_name, stack), tensor, strict=True):
+                expert_name = names.expert_on_disk(module, expert, projection_of(stack))
                 ending = "" if which == "magnitude_vector" else ".weight"
                 out[f"{prefix}{expert_name}.lora_{which}.{adapter_name}{ending}"] = matrix
         elif layer is not None:
