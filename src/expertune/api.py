@@ -58,6 +58,7 @@ from expertune.run.inference import OpenOptions, Run, after_training
 from expertune.run.inputs import Inputs, note_stock_refusal, probe_batch, read_inputs
 from expertune.run.lock import hold_run_directory
 from expertune.run.progress import Bars
+from expertune.run.selection import with_selected_experts
 from expertune.run.source import load_config
 from expertune.storage import storage_errors_named
 from expertune.train.arguments import training_arguments, uses_checkpointing
@@ -289,8 +290,9 @@ def _load_and_adapt(
     recovery = _recovery(context, loaded.model)
     with record.phase("preflight"), context.bars.task("preflight check"):
         base_logits, probe = recovery.preflight(partial(probe_logits, loaded.model), probe)
+        lora = with_selected_experts(context, loaded.model, inputs, recovery)
         set_seed(context.seed)
-        model = attach(loaded, config.lora, config.model, source.revision)
+        model = attach(loaded, lora, config.model, source.revision)
     if uses_checkpointing(config.training) and model.get_base_model().supports_gradient_checkpointing:
         # As in the training that follows: otherwise the check could need more memory than a step does.
         model.activation_checkpointing_enable()

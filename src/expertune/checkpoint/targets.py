@@ -114,11 +114,11 @@ def groups_of(names: NameMap, lora: LoraSection, resolved: ResolvedTargets) -> d
             f"lora.targets names none of them ({', '.join(lora.targets)}); add experts to lora.targets"
         )
     layers = lora.experts.layers if lora.experts else {}
-    if layers and layers.keys() != resolved.experts.keys():
-        odd = min(layers.keys() ^ resolved.experts.keys())
+    if layers and (odd := (layers.keys() - names.specs.keys()) | (resolved.experts.keys() - layers.keys())):
+        first = min(odd)
         raise ConfigError(
-            f"lora.experts.layers: {odd} is {'no layer of experts that is adapted' if odd in layers else 'missing'}; "
-            "remove layers to have them selected"
+            f"lora.experts.layers: {first} is {'no layer of experts of this model' if first in layers else 'missing'}; "
+            "remove layers to have experts selected"
         )
     found = {}
     for module in resolved.experts:

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from expertune.checkpoint.adapter_folder import require_adapter_folder
 from expertune.checkpoint.load import build_meta_model
 from expertune.checkpoint.names import read_names
-from expertune.checkpoint.targets import ResolvedTargets, resolve_targets
+from expertune.checkpoint.targets import ResolvedTargets, most_selected, resolve_targets
 from expertune.config import RunConfig, check_training_arguments
 from expertune.config.arguments import checked
 from expertune.errors import DoesNotFitError
@@ -388,7 +388,15 @@ class _Planner:
         return read_workload(run, self.inventory, self.targets[key], self.device, self.machine.compute_dtype)
 
     def hints(self) -> tuple[str, ...]:
-        """Why there is no time."""
+        """Why there is no time, and what of the adapter is known only when the run selects its experts."""
+        lora = self.config.lora
+        if lora.experts and not lora.experts.layers:
+            counts = {spec.num_experts for spec in self.inventory.names.specs.values()}
+            most = " or ".join(f"{most_selected(count, lora.experts.share)} of {count}" for count in sorted(counts))
+            return (f"lora.experts: planned for the most experts that can be selected, {most} a layer", *self._speed())
+        return self._speed()
+
+    def _speed(self) -> tuple[str, ...]:
         if self.device == "cuda" and self.machine.compute_dtype == torch.float32:
             return ("no time of a step: rates of GPUs are known for products in 16 bits, and these are in float32",)
         return ()

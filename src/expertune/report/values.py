@@ -49,6 +49,14 @@ def size(num_bytes: float | None) -> str:
     return f"{num_bytes:.0f} B"
 
 
+def selection_line(selection: Mapping[str, Any]) -> str:
+    """How many experts were selected for an adapter, and how much of the load they carry."""
+    layers, counts, loads = selection["layers"], selection["experts"], selection["load"]
+    chosen, total = sum(map(len, layers.values())), sum(counts[name] for name in layers)
+    mean = sum(loads.values()) / max(len(loads), 1)
+    return f"adapters on {chosen} of {total} experts, which get {mean:.0%} of the tokens (by {selection['select']})"
+
+
 def duration(seconds: float | None) -> str:
     """A time in its two largest units."""
     if seconds is None:

@@ -1,6 +1,7 @@
 """What a run reads before a weight is loaded: the base model's identity and tokenizer, and its examples."""
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,18 +126,44 @@ def _show_data(context: RunContext, inputs: Inputs) -> None:
 
 def probe_batch(context: RunContext, inputs: Inputs) -> dict[str, Any]:
     """The first training examples, as many as the preflight check's tokens allow, collated as in training."""
-    data = context.config.data
-    chosen: list[Any] = []
-    tokens = 0
     # Answers that are compared are sequences like any other, and a prompt alone is all that there is to predict.
     rows = inputs.dataset if "kind" not in inputs.train.report else sequences_of(inputs.train.examples)
+    return next(_small_batches(context, inputs, rows))
+
+
+def sample_batches(context: RunContext, inputs: Inputs, most_tokens: int) -> Iterator[dict[str, Any]]:
+    """Training examples from all over the data, up to so many tokens, in batches as the preflight check's.
+
+    They are the same for every seed of a run, and on all ranks.
+    """
+    rows, is_plain = inputs.train.examples, "kind" not in inputs.train.report
+    order = list(range(len(inputs.dataset if is_plain else rows)))
+    random.Random(0).shuffle(order)
+    drawn = (row for index in order for row in ([inputs.dataset[index]] if is_plain else sequences_of([rows[index]])))
+    tokens = 0
+    for batch in _small_batches(context, inputs, drawn):
+        yield batch
+        tokens += batch["input_ids"].numel()
+        if tokens >= most_tokens:
+            return
+
+
+def _small_batches(context: RunContext, inputs: Inputs, rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    data, collate = context.config.data, make_collator(context.config.data, inputs.tokenizer)
+
+    def collated(rows: list[Any]) -> dict[str, Any]:
+        batch = collate(rows)
+        return {key: value.to(context.device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+
+    chosen: list[Any] = []
+    tokens = 0
     for row in rows:
         # Of a long example its beginning is enough; whole, it could need more memory than the run itself.
         row = {key: value if key == "example_ids" else value[:PREFLIGHT_TOKENS] for key, value in row.items()}
         length = data.max_length if data.packing == "padded" else len(row["input_ids"])
         if chosen and tokens + length > PREFLIGHT_TOKENS:
-            break
+            yield collated(chosen)
+            chosen, tokens = [], 0
         chosen.append(row)
         tokens += length
-    batch = make_collator(data, inputs.tokenizer)(chosen)
-    return {key: value.to(context.device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    yield collated(chosen)

@@ -80,6 +80,18 @@ class _MicroBatch(_Section):
     merged: _AtLeastOne = 1
 
 
+class _Selection(_Section):
+    select: Literal["load", "gate"]
+    share: Annotated[float, Field(gt=0, le=1)]
+    layers: dict[str, list[_Count]]
+    experts: dict[str, _AtLeastOne]
+    load: dict[str, float]
+
+
+class _Adapter(_Section):
+    selection: _Selection | None = None
+
+
 class _Train(_Section):
     steps: _Count = 0
     micro_batch: _MicroBatch = _MicroBatch()
@@ -129,12 +141,13 @@ _READ: dict[str, type[_Section]] = {
     "inputs": _Inputs,
     "kernels": _Kernels,
     "placement": _Placement,
+    "adapter": _Adapter,
     "train": _Train,
     "task": _Task,
     "eval": _Eval,
     "tasks": _Tasks,
 }
-_PLAIN = ("config", "versions", "plan", "preflight", "adapter", "throughput", "memory", "experts")
+_PLAIN = ("config", "versions", "plan", "preflight", "throughput", "memory", "experts")
 _Record = create_model(  # type: ignore[call-overload]
     "_Record",
     __base__=_Section,
