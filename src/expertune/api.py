@@ -309,6 +309,8 @@ def _load_and_adapt(
     )
     refusal = model.stock_layout().refusal
     record.update("adapter", stock_peft=refusal is None, stock_peft_refusal=refusal)
+    if config.lora.selects:  # of which the plan knows the most that can be
+        record.update("adapter", trainable=model.get_nb_trainable_parameters()[0])
     if refusal != inputs.stock_refusal:
         note_stock_refusal(context, refusal)
     return model, recovery

@@ -12,7 +12,7 @@ from expertune.exporting.source import ExportSource
 from tests.adapt.conftest import logits_of, stock_peft
 from tests.exporting.conftest import base_and_adapter, nothing, source_of
 from tests.families import build
-from tests.tiny_models import load_tiny, random_rows, save_random, stock_model
+from tests.tiny_models import FolderOf, load_tiny, random_rows, save_random, stock_model
 
 
 def exported(name: str, source: ExportSource, folder: Path) -> Path:
@@ -49,4 +49,16 @@ def test_ranks_and_scales_that_differ_become_one_rank_and_none(tmp_path: Path) -
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
     model, ids = stock_model(folder), random_rows(2, 16)
     expected = logits_of(base_and_adapter(source, copy.deepcopy(model), torch.float32), ids)
+    torch.testing.assert_close(logits_of(stock_peft(model, out), ids), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["peft", "peft-fused"])
+def test_experts_without_an_adapter_are_zeros_to_stock_peft(name: str, family_folder: FolderOf, tmp_path: Path) -> None:
+    folder = family_folder("mixtral")
+    layers = {"model.layers.0.mlp.experts": [1], "model.layers.1.mlp.experts": [3, 0]}
+    source = source_of(load_tiny(folder), folder, tmp_path / "run", experts={"share": 0.2, "layers": layers})
+    out = exported(name, source, tmp_path / "out")
+    model, ids = stock_model(folder), random_rows(2, 16)
+    expected = logits_of(base_and_adapter(source, copy.deepcopy(model), torch.float32), ids)
+    assert not torch.allclose(expected, logits_of(model, ids), atol=1e-3)
     torch.testing.assert_close(logits_of(stock_peft(model, out), ids), expected, atol=2e-5, rtol=0)

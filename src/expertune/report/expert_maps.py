@@ -43,6 +43,8 @@ def expert_maps(record: Record) -> dict[str, Any] | None:
         change = [[new - old for old, new in zip(*pair, strict=True)] for pair in zip(before, after, strict=True)]
         most = max(abs(value) for row in change for value in row) or 1.0
         maps.append(_map("change", change, -most, most, "percentage points", layers) | {"change": True})
+    if adapted := _adapted(section(record, "adapter", "selection", "layers"), names, len(after[0])):
+        maps.append(_map("with an adapter", adapted, 0, 100, "% with an adapter", layers))
     lines = [(name, values) for name, values in ((start, first), (tuned, last)) if values is not None]
     if not before:
         lines = lines[-1:]
@@ -103,6 +105,12 @@ def load_over_time(record: Record) -> dict[str, Any] | None:
             },
         },
     }
+
+
+def _adapted(selected: Mapping[str, Any], names: list[str], count: int) -> list[list[float]]:
+    """100 for each expert that has an adapter, 0 for others; nothing where all have one."""
+    rows = [[100.0 * (expert in entries(selected, name)) for expert in range(count)] for name in names]
+    return rows if selected and not all(all(row) for row in rows) else []
 
 
 def _drawable(rows: Any, num_stretches: int) -> bool:

@@ -33,6 +33,7 @@ from expertune.report.values import (
     number,
     percent,
     section,
+    selected_experts,
     setting,
     size,
 )
@@ -115,11 +116,13 @@ def _tiles(record: Record) -> Iterator[tuple[str, str, str]]:
         total = number(record, "throughput", "tokens")
         yield "speed", f"{speed:,.0f} tokens/s", f"{count(total)} tokens seen" if total else ""
     yield from _adapter_tile(record)
+    if selection := section(record, "adapter", "selection"):
+        yield "experts", *selected_experts(selection)
 
 
 def _adapter_tile(record: Record) -> Iterator[tuple[str, str, str]]:
     adapter = section(record, "adapter")
-    trained = number(record, "plan", "parameters", "trainable")
+    trained = number(adapter, "trainable") or number(record, "plan", "parameters", "trainable")
     note = f"{count(trained)} trained weights" if trained else ""
     if adapter.get("checkpoint"):
         best = f"the best by {adapter.get('metric')} ({figure(adapter.get('value'))})"

@@ -11,7 +11,7 @@ from rich.text import Text
 from expertune.evaluation.metrics import shown_figures
 from expertune.evaluation.objective_figures import OBJECTIVES, shown_objective_figures
 from expertune.report.objective import held_out_figures, objective_of
-from expertune.report.values import PLANNED_PHASES, duration, selection_line
+from expertune.report.values import PLANNED_PHASES, duration, selected_experts
 from expertune.run.progress import in_words
 from expertune.text import printable
 
@@ -89,7 +89,7 @@ def _figures(record: Mapping[str, Any]) -> Table:
     table.add_row("tokens per second", f"{record['throughput']['tokens_per_second']:,.0f}")
     table.add_row("peak memory", f"{record['memory']['peak_bytes'] / 1e9:.2f} GB")
     if selection := adapter.get("selection"):
-        table.add_row("experts", selection_line(selection))
+        table.add_row("experts", " ".join(selected_experts(selection)))
     if chosen := adapter.get("checkpoint"):
         table.add_row("adapter", f"that of {chosen}, the best by {adapter['metric']} ({adapter['value']:.4f})")
     return table

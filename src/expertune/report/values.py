@@ -49,12 +49,15 @@ def size(num_bytes: float | None) -> str:
     return f"{num_bytes:.0f} B"
 
 
-def selection_line(selection: Mapping[str, Any]) -> str:
-    """How many experts were selected for an adapter, and how much of the load they carry."""
-    layers, counts, loads = selection["layers"], selection["experts"], selection["load"]
-    chosen, total = sum(map(len, layers.values())), sum(counts[name] for name in layers)
-    mean = sum(loads.values()) / max(len(loads), 1)
-    return f"adapters on {chosen} of {total} experts, which get {mean:.0%} of the tokens (by {selection['select']})"
+def selected_experts(selection: Mapping[str, Any]) -> tuple[str, str]:
+    """How many experts of all have an adapter, and how much of the load they carry."""
+    counts = section(selection, "experts")
+    loads = [each for each in section(selection, "load").values() if is_number(each)]
+    chosen = sum(len(entries(selection, "layers", name)) for name in counts)
+    total = sum(each for each in counts.values() if is_number(each))
+    load = 100 * sum(loads) / max(len(loads), 1)
+    said = f"have an adapter, and get {load:.0f} % of the tokens; by {selection.get('select')}"
+    return f"{chosen} of {total:.0f}", said
 
 
 def duration(seconds: float | None) -> str:

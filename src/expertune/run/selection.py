@@ -4,7 +4,7 @@ from torch import nn
 
 from expertune.adapt.selection import SAMPLE_TOKENS, score_experts
 from expertune.config import ExpertsSection, LoraSection
-from expertune.report.values import selection_line
+from expertune.report.values import selected_experts
 from expertune.run.context import RunContext
 from expertune.run.inputs import Inputs, sample_batches
 from expertune.train.oom import OutOfMemory
@@ -34,6 +34,6 @@ def with_selected_experts(context: RunContext, model: nn.Module, inputs: Inputs,
             # Of several ranks, whose arithmetic may differ in the last bit, one decides.
             kept = context.ranks.share(lambda: scores.select(lora).to_json())
         record.update("adapter", selection=kept)
-        context.notify(selection_line(kept))
+        context.notify(f"experts: {' '.join(selected_experts(kept))}")
     section = ExpertsSection(**{key: kept[key] for key in ExpertsSection.model_fields})
     return lora.model_copy(update={"experts": section})
