@@ -278,8 +278,8 @@ class LoraSection(Section):
     def _what_experts_differ_in_can_be(self) -> "LoraSection":
         if self.use_dora and self.selects:
             raise ValueError(
-                "use_dora gives every expert magnitudes alike, and lora.experts or lora.expert_rank: load gives some of "
-                "them another adapter than the rest; remove one of the two"
+                "use_dora gives all experts magnitudes, and lora.experts or lora.expert_rank: load gives some of them "
+                "another adapter than the rest; remove one of the two"
             )
         if self.expert_rank == "load" and self.r % 2:
             raise ValueError(f"expert_rank: load gives some experts half of lora.r, which is {self.r}; set an even one")
