@@ -2,7 +2,7 @@
 
     python benchmarks/preference_step.py --json OUT [--pairs 16] [--rounds 5] [--model FOLDER]
 
-Both sides attach the same adapter to the same model and take forward, reference, backward and AdamW's update of the same
+Both sides attach one adapter to one model and take forward, reference, backward and AdamW's update of the same
 pairs, which come with the package. TRL's side is `trl.DPOTrainer` as it is: its collator pads, the head is multiplied
 with all tokens, and the reference is a second adapter. Each side is a process of its own, so that its peak of memory is
 its own; steps take turns. Losses that differ are an error, and no speed is printed.

@@ -148,7 +148,10 @@ def test_what_does_not_go_with_answers_is_refused_in_the_run_file(changes: dict[
         ("dpo", "max_length", 64, "training.max_length is set with data.max_length"),
         ("kto", "sync_ref_model", True, "training.sync_ref_model is of a reference that moves"),
         ("orpo", "model_init_kwargs", {"dtype": "auto"}, "training.model_init_kwargs is of a model that TRL loads"),
-        ("grpo", "beta", 0.1, "objective: grpo cannot be trained yet"),
+        ("dpo", "loss_type", "sigmod", "training.loss_type: dpo has no loss 'sigmod'; did you mean sigmoid?"),
+        ("dpo", "loss_type", ["exo_pair"], "exo_pair needs training.label_smoothing above 0"),
+        ("dpo", "f_divergence_type", "kl", "training.f_divergence_type: there is no 'kl'"),
+        ("kto", "loss_type", "sigmoid", "training.loss_type: kto has no loss 'sigmoid'"),
     ],
 )
 def test_arguments_are_those_of_trl_and_of_use(objective: Any, key: str, value: Any, message: str) -> None:

@@ -1,6 +1,8 @@
 """Losses over answers against the trainers that TRL itself makes, on the same 4-bit model and adapter."""
 
+import dataclasses
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ from transformers import AutoTokenizer
 
 import expertune
 from expertune.config import parse_config
+from expertune.config.trl_keys import _LOSSES
 from expertune.objectives.log_probs import Reference
 from expertune.train.arguments import loss_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-pytest.importorskip("trl")
+trl = pytest.importorskip("trl")
 
 from expertune.objectives.preference import Preference  # noqa: E402 - which imports TRL
 
@@ -47,6 +50,13 @@ CASES = {
     "kto without a KL term": ("kto", {"loss_type": "apo_zero_unpaired"}),
     "orpo": ("orpo", {"beta": 0.3}),
 }
+
+
+def test_losses_that_a_run_file_may_name_are_those_of_trl() -> None:
+    told = {field.name: field.metadata["help"] for field in dataclasses.fields(trl.DPOConfig) if field.metadata}
+    assert set(re.findall(r"`'(\w+)'`", told["loss_type"])) == set(_LOSSES["dpo"])
+    choices = {field.name: field.metadata.get("choices") for field in dataclasses.fields(trl.KTOConfig)}
+    assert set(choices["loss_type"]) == set(_LOSSES["kto"])
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from expertune.config.messages import describe, nearest_key
 from expertune.config.schema import TRUST_KEY, LoraSection, ObjectiveName, Origin, QuantizationConfig, RunConfig
 from expertune.config.training_keys import refused_keys
 from expertune.config.training_values import check_training_values
-from expertune.config.trl_keys import arguments_class, refused_of_trl
+from expertune.config.trl_keys import arguments_class, problem_of_loss, refused_of_trl
 from expertune.config.yaml_file import parse_value, shortened
 from expertune.errors import ConfigError
 
@@ -133,3 +133,5 @@ def check_training_arguments(training: dict[str, Any], where: str = "config", ob
                 f"{arguments.__name__}{nearest_key(key, known)}"
             )
     check_training_values(training, where, arguments)
+    if problem := problem_of_loss(training, objective):
+        raise ConfigError(f"{where}: {problem}")

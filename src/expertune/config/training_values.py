@@ -46,6 +46,11 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "dataloader_num_workers": (0, True, 1024),
     "dataloader_prefetch_factor": (1, True, math.inf),
     "ddp_timeout": (1, True, math.inf),
+    # TRL's.
+    "beta": (0, True, math.inf),
+    "label_smoothing": (0, True, 1),
+    "desirable_weight": (0, True, math.inf),
+    "undesirable_weight": (0, True, math.inf),
 }
 
 # What these packages are called where they are installed from.
@@ -67,6 +72,8 @@ def check_training_values(training: Mapping[str, Any], where: str, arguments: ty
     for key, value in training.items():
         if key.endswith("_strategy") and value is False:
             continue  # YAML 1.1 reads a bare `no` as False, and the trainer knows
+        if key == "loss_type" and isinstance(value, str):
+            continue  # TRL takes one name for a list of it
         problem = _problem_of_type(key, hints[key], value) or _problem_of_range(key, value)
         if problem:
             found = "" if is_secret(key, str(value)) else f", got {shortened(repr(value))}"

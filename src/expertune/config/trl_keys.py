@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from expertune.config.schema import ObjectiveName
-from expertune.errors import ConfigError
+from expertune.config.yaml_file import shortened
+from expertune.errors import ConfigError, did_you_mean
 
 # The class of a run's arguments: module and name.
 _ARGUMENTS: dict[ObjectiveName, tuple[str, str]] = {
@@ -51,6 +52,19 @@ _REFUSED = {
 }
 
 
+# Names of losses, which TRL looks at when it takes the first one.
+_LOSSES: dict[str, tuple[str, ...]] = {
+    "dpo": (
+        *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+        *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+    ),
+    "kto": ("kto", "apo_zero_unpaired"),
+}
+_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+# Losses of a difference of rewards, in which another divergence than reverse_kl has a meaning.
+_OF_DIFFERENCES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+
+
 def arguments_class(objective: ObjectiveName, where: str = "config") -> Any:
     """TrainingArguments, or TRL's subclass of it for an objective of TRL's.
 
@@ -84,3 +98,31 @@ def refused_of_trl(training: Mapping[str, Any], objective: ObjectiveName) -> dic
     if objective not in ("dpo", "kto", "orpo"):
         return {}
     return {key: reason for key, reason in _REFUSED.items() if training.get(key)}
+
+
+def loss_types(training: Mapping[str, Any]) -> list[str]:
+    """The losses that a run file names: TRL takes one name, or a list."""
+    named = training.get("loss_type") or []
+    return [named] if isinstance(named, str) else list(named)
+
+
+def problem_of_loss(training: Mapping[str, Any], objective: ObjectiveName) -> str | None:
+    """What TRL would refuse only when it takes a loss, in a sentence that names the key; None where it would not."""
+    names, known = loss_types(training), _LOSSES.get(objective, ())
+    for name in names if known else ():
+        if name not in known:
+            return f"training.loss_type: {objective} has no loss {shortened(name)!r}{did_you_mean(name, known)}"
+    smoothing, divergence = training.get("label_smoothing", 0.0), training.get("f_divergence_type", "reverse_kl")
+    if "exo_pair" in names and not smoothing:
+        return "training.loss_type: exo_pair needs training.label_smoothing above 0, e.g. 1e-3"
+    if "robust" in names and not 0 <= smoothing < 0.5:
+        return f"training.label_smoothing: {smoothing} has to be at least 0 and below 0.5 for the loss robust"
+    if divergence not in _DIVERGENCES:
+        return (
+            f"training.f_divergence_type: there is no {shortened(divergence)!r}{did_you_mean(divergence, _DIVERGENCES)}"
+        )
+    if divergence != "reverse_kl" and not set(names) <= _OF_DIFFERENCES:
+        return (
+            f"training.f_divergence_type: {divergence} has no meaning with loss_type {', '.join(names)}; remove the key"
+        )
+    return None

@@ -1,6 +1,7 @@
 """What of an objective's step is one, and may not be computed in parts or put together with others."""
 
 from expertune.config import RunConfig
+from expertune.config.trl_keys import loss_types
 
 # Of TRL's losses over pairs, those that are not the mean of what each pair gives by itself.
 _OVER_A_BATCH = {"aot", "aot_unpaired", "sft"}
@@ -13,8 +14,7 @@ def why_whole(config: RunConfig) -> str | None:
         return "ORPO takes its cross entropy over a micro-batch's tokens"
     if takes_kl(config):
         return "KTO takes its KL term over a micro-batch"
-    chosen = training.get("loss_type") or []
-    if found := _OVER_A_BATCH & set([chosen] if isinstance(chosen, str) else chosen):
+    if found := _OVER_A_BATCH & set(loss_types(training)):
         return f"the loss {min(found)} is over a micro-batch, not over its pairs one by one"
     if training.get("router_aux_loss_coef"):
         return "the router's auxiliary loss (router_aux_loss_coef) is not the sum of its parts"
