@@ -25,6 +25,7 @@ from expertune.data import make_collator
 from expertune.distributed.mesh import open_ranks
 from expertune.distributed.output import console_of
 from expertune.evaluation.held_out import HeldOut, Timed
+from expertune.experts.balance import RouterLosses
 from expertune.kernels import routes
 from expertune.layers.varlen_attention import require_no_leakage
 from expertune.objectives.log_probs import Reference
@@ -68,6 +69,7 @@ from expertune.train.exchange import write_adapter
 from expertune.train.offload import has_separate_host
 from expertune.train.oom import Change, OutOfMemory
 from expertune.train.promises import Promised
+from expertune.train.router import take_router_losses
 from expertune.train.schedule import Evaluations, check_schedule, evaluates_at_ends, lower_is_better
 from expertune.train.trackers import Trackers
 from expertune.train.trainer import ExpertTrainer
@@ -181,7 +183,7 @@ def _finetune(context: RunContext) -> Run:
         base=inputs.fingerprint.to_json(),
     )
     record.update("plan", **made.to_json())
-    model, recovery = _load_and_adapt(context, inputs, made.placement)
+    model, recovery, router_losses = _load_and_adapt(context, inputs, made.placement)
     objective = _objective(context, model)
     held_out = None
     if inputs.eval:
@@ -197,7 +199,7 @@ def _finetune(context: RunContext) -> Run:
     _record_notes(context, made.micro_batch, point)
     write_report(record, context.notify)
     with record.phase("training"):
-        _train(context, inputs, model, _Learning(objective, held_out, recovery), point)
+        _train(context, inputs, model, _Learning(objective, held_out, recovery, router_losses), point)
     write = partial(write_adapter, model, output_dir / ADAPTER_FOLDER, context.ranks)
     if context.sharing:
         write()  # which all take part in
@@ -272,8 +274,8 @@ def _record_notes(context: RunContext, micro_batch: MicroBatch, point: ResumePoi
 
 def _load_and_adapt(
     context: RunContext, inputs: Inputs, placement: Mapping[str, Location]
-) -> tuple[ExpertPeftModel, OutOfMemory]:
-    """Load, attach and check; from here on, what is done when memory runs out."""
+) -> tuple[ExpertPeftModel, OutOfMemory, RouterLosses | None]:
+    """Load, attach and check; with what is done when memory runs out from here on, and the losses of routers."""
     config, record, source = context.config, context.record, inputs.source
     started = time.monotonic()
     with record.phase("loading"):
@@ -296,9 +298,10 @@ def _load_and_adapt(
     if uses_checkpointing(config.training) and model.get_base_model().supports_gradient_checkpointing:
         # As in the training that follows: otherwise the check could need more memory than a step does.
         model.activation_checkpointing_enable()
+    router_losses = take_router_losses(model, config)
     # Nothing that changes a logit may change between the two forwards of the base model.
     with record.phase("preflight"), context.bars.task("preflight check", "passes") as progress:
-        found = recovery.retry("preflight", lambda: preflight(model, probe, base_logits, progress))
+        found = recovery.retry("preflight", lambda: preflight(model, probe, base_logits, progress, router_losses))
     record.add("model", dtype=str(model.dtype), unexpected_tensors=loaded.unexpected)
     record.add("preflight", **found)
     learning = found["learning"]
@@ -313,7 +316,7 @@ def _load_and_adapt(
         record.update("adapter", trainable=model.get_nb_trainable_parameters()[0])
     if refusal != inputs.stock_refusal:
         note_stock_refusal(context, refusal)
-    return model, recovery
+    return model, recovery, router_losses
 
 
 def _recovery(context: RunContext, model: nn.Module) -> OutOfMemory:
@@ -334,11 +337,12 @@ def _recovery(context: RunContext, model: nn.Module) -> OutOfMemory:
 
 
 class _Learning(NamedTuple):
-    """What a run learns from, what it is tried on, and what is done when memory runs out."""
+    """What a run learns from, what it is tried on, what is done when memory runs out, and losses that are added."""
 
     objective: Any  # an Objective; of those over answers also a held-out evaluation's
     held_out: HeldOut | None
     recovery: OutOfMemory
+    router_losses: RouterLosses | None
 
 
 def _objective(context: RunContext, model: ExpertPeftModel) -> Any:
@@ -355,7 +359,7 @@ def _train(
     context: RunContext, inputs: Inputs, model: ExpertPeftModel, learning: _Learning, point: ResumePoint | None
 ) -> None:
     config, record = context.config, context.record
-    objective, held_out, recovery = learning
+    objective, held_out, recovery, router_losses = learning
     collator = getattr(objective, "collator", None) or make_collator(config.data, inputs.tokenizer, True)
     trainer = ExpertTrainer(
         model=model,
@@ -370,6 +374,7 @@ def _train(
             ranks=context.ranks,
             loraplus_lr_ratio=config.lora.loraplus_lr_ratio,
             figures=objective.figures,
+            router_losses=router_losses,
         ),
     )
     bar = ProgressBar(lambda: trainer.history, context.bars)

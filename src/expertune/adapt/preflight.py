@@ -8,7 +8,7 @@ B factor non-zero so that A can get a gradient, and restores the factors to the 
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import bitsandbytes as bnb
@@ -20,6 +20,7 @@ from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.reachability import reachable_modules
 from expertune.checkpoint.linears import is_linear
 from expertune.errors import ConfigError, PreflightError
+from expertune.experts.balance import RouterLosses
 from expertune.experts.contract import is_experts
 from expertune.experts.lora import ExpertsLora, projection_of
 from expertune.experts.module import Nf4Experts, in_lockstep, parallel_of
@@ -46,7 +47,11 @@ def probe_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def preflight(
-    model: ExpertPeftModel, batch: Batch, base_logits: Tensor, progress: Callable[[int, int], None] = lambda *_: None
+    model: ExpertPeftModel,
+    batch: Batch,
+    base_logits: Tensor,
+    progress: Callable[[int, int], None] = lambda *_: None,
+    router_losses: RouterLosses | None = None,
 ) -> dict[str, Any]:
     """Run all checks on a model that has its adapter attached.
 
@@ -55,6 +60,7 @@ def preflight(
         batch: `input_ids` [B, S] of real sequences, with `position_ids` where they are concatenated.
         base_logits: `probe_logits` of the same batch before the adapter was attached.
         progress: called with (passes through the model done, in all); a backward counts as two.
+        router_losses: what the run adds to its loss; measured too.
 
     Returns:
         What was measured, ready for the run record.
@@ -67,7 +73,7 @@ def preflight(
     progress(0, _NUM_PASSES)
     bits = _check_four_bits(model)
     with torch.random.fork_rng(devices=_cuda_devices(batch)), _nonzero_factors(model):
-        learning = _check_learning(model, batch)
+        learning, of_router = _check_learning(model, batch, router_losses)
         progress(3, _NUM_PASSES)
         first = probe_logits(model, batch)
         progress(4, _NUM_PASSES)
@@ -101,6 +107,7 @@ def preflight(
         "learning": learning,
         "repeatable": True,
         "effective": {"largest_logit_change": change, "disabled_equals_base": True},
+        **({"router": of_router} if of_router else {}),
         "seconds": round(time.monotonic() - started, 3),
     }
 
@@ -135,14 +142,20 @@ def _check_four_bits(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _check_learning(model: ExpertPeftModel, batch: Batch) -> dict[str, Any]:
-    """Every factor that can receive a gradient gets a finite, non-zero one."""
+def _check_learning(
+    model: ExpertPeftModel, batch: Batch, losses: RouterLosses | None
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Every factor that can receive a gradient gets a finite, non-zero one; and the routers' losses by name."""
     was_training = model.training
     model.train()
     try:
-        with _tokens_per_expert(model, batch) as tokens:
+        watched = losses.watching(batch.get("attention_mask")) if losses else nullcontext()
+        with _tokens_per_expert(model, batch) as tokens, watched as routed:
             # Every token is a target here, so that a masked prompt does not starve the experts that serve it.
             loss = model(**{**batch, "labels": _all_labels(batch)}, use_cache=False).loss
+        of_router = losses.of(routed, routed.totals) if losses and routed else {}
+        if losses and routed:
+            loss = loss + losses.weighted(of_router)
         if not loss.requires_grad:
             raise PreflightError("no factor of the adapter takes part in the loss, so that none can learn")
         loss.backward()
@@ -168,7 +181,8 @@ def _check_learning(model: ExpertPeftModel, batch: Batch) -> dict[str, Any]:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
     of_experts, idle = _of_all_experts(model, of_experts, idle)
-    return {"factors_learning": learning + of_experts, "factors_without_tokens": idle}
+    figures = {name: value.item() for name, value in of_router.items()}
+    return {"factors_learning": learning + of_experts, "factors_without_tokens": idle}, figures
 
 
 def _of_all_experts(model: nn.Module, *figures: int) -> Sequence[int]:

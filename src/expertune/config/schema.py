@@ -4,6 +4,7 @@ Nothing here imports torch or transformers, so that `--help` and a typing mistak
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable
 from pathlib import PurePath
@@ -291,6 +292,28 @@ class LoraSection(Section):
         return self.experts is not None or self.expert_rank == "load"
 
 
+def _is_a_coefficient(value: Any) -> Any:
+    if value != "auto" and not (isinstance(value, int | float) and 0 <= value < math.inf):
+        raise ValueError("wanted is auto, or a number of at least 0")
+    return value
+
+
+Coefficient = Annotated[Literal["auto"] | float, BeforeValidator(_is_a_coefficient)]
+
+
+class RouterSection(Section):
+    """Auxiliary losses of the routers, over all tokens of an optimizer step that are no padding.
+
+    Attributes:
+        aux_loss: coefficient of the load-balancing loss; `auto` is the model's own `router_aux_loss_coef` where its
+            config has it trained with the loss (`output_router_logits`), and 0 otherwise.
+        z_loss: coefficient of the router z-loss (ST-MoE, Zoph et al. 2022).
+    """
+
+    aux_loss: Coefficient = "auto"
+    z_loss: float = Field(default=0.0, ge=0)
+
+
 class TaskConfig(Section):
     """What the model is scored on by generating answers to evaluation examples, before and after training.
 
@@ -401,6 +424,7 @@ class RunConfig(Section):
     quantization: QuantizationConfig = QuantizationConfig()
     kernels: KernelsConfig = KernelsConfig()
     lora: LoraSection = LoraSection()
+    router: RouterSection = RouterSection()
     training: dict[str, Any] = {}
     loss: Literal["auto", "full"] = "auto"
     task: TaskConfig = TaskConfig()
@@ -453,6 +477,8 @@ class RunConfig(Section):
         if self.objective == "sft":
             return self
         named, training = f"objective: {self.objective}", self.training
+        if self.router != RouterSection():
+            raise ValueError(f"router: its losses are of supervised fine-tuning, not of {named}; remove the section")
         if self.data.packing == "packed":
             raise ValueError(f"data.packing: packed is of supervised fine-tuning, not of {named}; remove the key")
         if self.distributed.experts in ("shard", "parallel"):

@@ -32,6 +32,18 @@ def find_router(name: str, model: nn.Module, spec: ExpertsSpec) -> str | None:
     return _owner(model.get_submodule(block), block, (spec.num_experts, spec.hidden_size))
 
 
+def find_logits(name: str, model: nn.Module, spec: ExpertsSpec) -> str | None:
+    """Name of the module that gives a logit for each expert: of the router's [E, D] weight, or [E, any] in a network.
+
+    Arguments as for `find_router`; adapters may be attached.
+    """
+    block = router_block(name, model, spec)
+    if block is None:
+        return None
+    module, num_experts = model.get_submodule(block), spec.num_experts
+    return _owner(module, block, (num_experts, spec.hidden_size)) or _owner(module, block, (num_experts, None))
+
+
 def router_block(name: str, model: nn.Module, spec: ExpertsSpec) -> str | None:
     """Name of the child beside the experts that routes: the router itself, or a small network around it.
 

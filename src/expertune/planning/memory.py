@@ -167,7 +167,15 @@ def _allocator(components: Mapping[str, int], device: str, trimmed: bool) -> int
 def _activations(w: Workload) -> int:
     """What forward keeps for backward, in all layers; with offloading in one."""
     kept = _kept_by_layers(w)
-    return max(kept) if w.offload else sum(kept)
+    return (max(kept) if w.offload else sum(kept)) + _kept_for_router_losses(w)
+
+
+def _kept_for_router_losses(w: Workload) -> int:
+    """The logits [T, E] of all layers, in float32 as well, and their softmax."""
+    if not any(w.router_losses):
+        return 0
+    experts = sum(spec.num_experts for layer in w.inventory.layers for spec in layer.experts.values())
+    return 3 * _FLOAT32_BYTES * w.tokens * experts
 
 
 def _kept_by_layers(w: Workload) -> list[int]:

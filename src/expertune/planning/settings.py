@@ -23,6 +23,7 @@ from expertune.train.arguments import (
 )
 from expertune.train.muon import NOTHING_FOR_MUON
 from expertune.train.optim import default_optimizer, state_bytes, update_bytes
+from expertune.train.router import aux_coefficient
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Workload:
         offload: what forward keeps for backward is offloaded to the host's memory; never on a CPU, whose memory that
             is.
         optimizer: TrainingArguments' `optim`.
+        router_losses: coefficients of the routers' load-balancing loss and z-loss.
     """
 
     inventory: Inventory
@@ -69,6 +71,7 @@ class Workload:
     accumulates: bool
     offload: bool
     optimizer: str
+    router_losses: tuple[float, float] = (0.0, 0.0)
 
     @cached_property
     def adapter_bytes(self) -> int:
@@ -158,6 +161,10 @@ def read_workload(
         accumulates=int(training_argument(training, ACCUMULATION)) > 1,
         offload=config.offload_activations and device != "cpu",
         optimizer=optimizer,
+        router_losses=(
+            aux_coefficient(config, inventory.model.config.get_text_config()) or 0.0,
+            config.router.z_loss,
+        ),
     )
 
 

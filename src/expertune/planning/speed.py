@@ -90,10 +90,11 @@ class StepCost:
         efficiency, flops, passes, moved = EFFICIENCY[w.device], _flops(w), self._passes, self._moved
         expected = [seconds / efficiency for seconds in passes]
         waiting = sum(max(transfer - computed, 0.0) for transfer, computed in zip(moved, expected, strict=True))
+        ahead = [max(passes[0], moved[0])] if self._looks_ahead else []
         sending = (self.traffic.gradient_bytes + self.traffic.token_bytes) / self.link.bytes_per_second
         return StepTime(
-            floor_seconds=accumulation * sum(max(pair) for pair in zip(passes, moved, strict=True)) + sending,
-            seconds=accumulation * (sum(expected) + waiting) + sending,
+            floor_seconds=accumulation * sum([*map(max, passes, moved), *ahead]) + sending,
+            seconds=accumulation * (sum(expected) + waiting + sum(ahead) / efficiency) + sending,
             tokens=w.inventory.distribution.world_size * accumulation * w.tokens,
             efficiency=efficiency,
             flops=accumulation * sum(flops),
@@ -107,6 +108,12 @@ class StepCost:
     def forward_seconds(self) -> float:
         """Expected time of the forward of one batch, as evaluations and answers have it."""
         return max(self._passes[0] / EFFICIENCY[self.workload.device], self._moved[0])
+
+    @property
+    def _looks_ahead(self) -> bool:
+        """Whether a forward of the whole step comes first, for the routers' load-balancing loss."""
+        parts = self.accumulation * self.workload.inventory.distribution.world_size
+        return self.workload.router_losses[0] > 0 and parts > 1
 
     @property
     def _passes(self) -> list[float]:

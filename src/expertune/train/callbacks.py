@@ -4,7 +4,7 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,11 @@ class History(TrainerCallback, ExportableState):
         """Add a figure to the step that is being taken; those of one name are summed, as micro-batches' losses are."""
         self._step[name] = self._step.get(name, 0) + figure
 
-    def add_up(self, ranks: Ranks) -> None:
-        """Make the step's figures those of all ranks: the mean of their losses, and the sum of their tokens."""
-        loss, tokens = ranks.total([self._step.get("loss", 0.0), self._step.get("tokens", 0)])
-        self._step |= {"loss": loss / ranks.world_size, "tokens": tokens}
+    def add_up(self, ranks: Ranks, summed: Sequence[str] = ()) -> None:
+        """Make the step's figures those of all ranks: the mean of their losses, the sum of tokens and of other ones."""
+        names = ("loss", "tokens", *summed)
+        loss, *sums = ranks.total([self._step.get(name, 0.0) for name in names])
+        self._step |= {"loss": loss / ranks.world_size, **dict(zip(names[1:], sums, strict=True))}
 
     def drop_step(self) -> None:
         """Forget the figures of the step so far: it is being computed again."""

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from expertune.config import RunConfig
 from expertune.objectives.units import why_whole
+from expertune.train.router import aux_coefficient
 
 # Rotary embeddings whose frequencies depend on the longest sequence of the batch.
 _BATCH_WIDE_ROPE = {"dynamic", "longrope"}
@@ -25,8 +26,8 @@ def why_separate(config: RunConfig, model: PreTrainedModel) -> str | None:
             training.get("train_sampling_strategy") == "batch_rebalance"
         ),
         "training.optim steps at every micro-batch": "lomo" in str(training.get("optim", "")).lower(),
-        "the router's auxiliary loss (output_router_logits) is not the same over more examples": getattr(
-            text_config, "output_router_logits", False
+        "the router's auxiliary loss (output_router_logits) is not the same over more examples": (
+            getattr(text_config, "output_router_logits", False) and aux_coefficient(config, text_config) is None
         ),
         "the model takes its loss over a micro-batch's label tokens, not over the step's": not _normalizes(model),
         "the model does not attend to each sequence by itself": not _attends_by_sequence(model),

@@ -158,6 +158,22 @@ class OutOfMemory(TrainerCallback):
         self._returned = self._returned + added
         return added
 
+    def look_ahead(
+        self, compute: Callable[[Batch], _Result], batches: Sequence[Batch], why_whole: str | None = None
+    ) -> list[_Result]:
+        """What `compute` returns for all parts of a step's micro-batches, before the first of them is computed.
+
+        The step then draws the random numbers that were drawn here. Arguments otherwise as for `step`.
+        """
+
+        def start_over() -> Sequence[Batch]:
+            self._random.restore()
+            return batches
+
+        results, _ = self._until_it_fits("training", compute, batches, start_over, why_whole)
+        self._random.restore()
+        return results
+
     def in_parts(self, phase: Phase, compute: Callable[[Any], _Result], batch: Any, step: int) -> list[_Result]:
         """What `compute` returns for a batch of an evaluation or for a list of prompts, part by part.
 

@@ -38,6 +38,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from expertune.data.split import Batch
 from expertune.distributed.mesh import Ranks
 from expertune.errors import CheckpointError, ConfigError, NonFiniteGradientError, NonFiniteLossError, option
+from expertune.experts.balance import RouterLosses
 from expertune.experts.module import in_lockstep
 from expertune.objectives.figures import Figures
 from expertune.storage import storage_errors_named
@@ -91,6 +92,7 @@ class Promised:
         ranks: the processes of the run.
         loraplus_lr_ratio: learning rate of factors B over that of A (LoRA+); None means that they have the same.
         figures: what the loss adds to them becomes series of the history, by the same names.
+        router_losses: auxiliary losses of the routers, for trainers that take them; None for none.
     """
 
     history: History = field(default_factory=History)
@@ -100,6 +102,7 @@ class Promised:
     ranks: Ranks = field(default_factory=Ranks)
     loraplus_lr_ratio: float | None = None
     figures: Figures = field(default_factory=Figures)
+    router_losses: RouterLosses | None = None
 
 
 class Promises(Trainer):
@@ -120,6 +123,7 @@ class Promises(Trainer):
         self._staging: Path | None = None
         self._step_examples: list[int] = []
         self._stands_by = False
+        self._summed: tuple[str, ...] = ()  # further series that are a step's sum over ranks
         super().__init__(*args, **kwargs)
         use_one_gpu(self.args)
         self._train_batch_size = self.args.train_batch_size
@@ -191,7 +195,7 @@ class Promises(Trainer):
         loss = self.oom.step(compute, inputs, reset, self.why_indivisible(num_items_in_batch))
         if self.ranks.several and self.accelerator.sync_gradients:
             self._exchange.average_gradients()
-            self.history.add_up(self.ranks)
+            self.history.add_up(self.ranks, self._summed)
             self.expert_load.add_up(self.ranks)
             self.figures.add_up(self.ranks)
         return loss

@@ -12,7 +12,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from expertune.distributed.batches import take_parts
 from expertune.objectives.objective import Objective
-from expertune.train.promises import Promised, Promises
+from expertune.train.promises import Promised
+from expertune.train.router import TrainsRouters
 
 
 class _OnObjective(Trainer):
@@ -32,7 +33,7 @@ class _OnObjective(Trainer):
         return self.objective.loss(inputs, num_items_in_batch, own, return_outputs)
 
 
-class ExpertTrainer(Promises, _OnObjective):
+class ExpertTrainer(TrainsRouters, _OnObjective):
     """Trainer for adapted models.
 
     Args:
