@@ -17,6 +17,7 @@ from torch import nn
 from transformers import TrainerState, set_seed
 
 from expertune.adapt.attach import attach
+from expertune.adapt.files import read_adapter_config
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.preflight import preflight, probe_logits
 from expertune.config import RunConfig, check_training_arguments
@@ -24,11 +25,13 @@ from expertune.config.arguments import checked
 from expertune.data import make_collator
 from expertune.distributed.mesh import open_ranks
 from expertune.distributed.output import console_of
+from expertune.errors import ConfigError
 from expertune.evaluation.held_out import HeldOut, Timed
 from expertune.experts.balance import RouterLosses
 from expertune.kernels import routes
 from expertune.layers.varlen_attention import require_no_leakage
 from expertune.objectives.log_probs import Reference
+from expertune.objectives.rewards import Rewards, load_rewards, require_answers
 from expertune.objectives.sft import SupervisedFineTuning
 from expertune.objectives.units import keeps_start
 from expertune.placement.device import training_device
@@ -68,7 +71,7 @@ from expertune.train.checkpoints import ResumePoint, find_resume_point, require_
 from expertune.train.exchange import write_adapter
 from expertune.train.offload import has_separate_host
 from expertune.train.oom import Change, OutOfMemory
-from expertune.train.promises import Promised
+from expertune.train.promises import Promised, Promises
 from expertune.train.router import take_router_losses
 from expertune.train.schedule import Evaluations, check_schedule, evaluates_at_ends, lower_is_better
 from expertune.train.trackers import Trackers
@@ -113,6 +116,7 @@ def finetune(
     resume: bool = False,
     console: Console | None = None,
     trust_remote_code: bool = False,
+    trust_rewards: bool = False,
 ) -> Run:
     """Run a whole fine-tuning run and leave its directory behind.
 
@@ -123,6 +127,7 @@ def finetune(
             that was never interrupted (on the same machine, CPU). A finished run is left as it is.
         console: where messages and progress go; None means stderr.
         trust_remote_code: run Python that ships with the model. No run file can ask for it.
+        trust_rewards: run Python that the run file names as a reward, which is not run otherwise.
 
     Raises:
         ExpertuneError: anything that the user can fix; see `expertune.errors`.
@@ -136,7 +141,7 @@ def finetune(
             record = open_record(config, output_dir, resume)
             record.is_kept = ranks.writes
             device = training_device(ranks.several)
-            context = RunContext(config, record, device, bars, ranks, resume, trust_remote_code)
+            context = RunContext(config, record, device, bars, ranks, resume, trust_remote_code, trust_rewards)
             if is_finished(record):
                 bars.print(finished_line(record))
                 return Run(context, options=OpenOptions(trust_remote_code=trust_remote_code))
@@ -152,6 +157,7 @@ def finetune(
 def _finetune(context: RunContext) -> Run:
     """The corridor, in a run directory that nobody else writes to."""
     check_training_arguments(context.config.training, context.config.where, context.config.objective)
+    rewards = _rewards(context)
     require_same_start(context)
     merged = merged_before(context.record, context.output_dir, context.ranks.world_size)
     context, reason = choose_experts(share_batch(context))
@@ -170,6 +176,8 @@ def _finetune(context: RunContext) -> Run:
     # Nothing but a lock has been written so far: a mistake in the run file or in an example leaves no directory behind.
     with record.phase("data"):
         inputs = read_inputs(context)
+        for part in (inputs.train, inputs.eval) if rewards else ():
+            require_answers(config.rewards, part.examples if part else [])
     require_room(made.disk, config.training, len(inputs.dataset), output_dir)
     made = made.timed(inputs.lengths(config.data))
     if made.run_time:
@@ -184,11 +192,12 @@ def _finetune(context: RunContext) -> Run:
     )
     record.update("plan", **made.to_json())
     model, recovery, router_losses = _load_and_adapt(context, inputs, made.placement)
-    objective = _objective(context, model)
+    objective = rewards or _objective(context, model)
     held_out = None
     if inputs.eval:
         held_out = HeldOut(config, model, inputs.tokenizer, inputs.eval, recovery, context.bars)
-        held_out.preference = None if isinstance(objective, SupervisedFineTuning) else objective
+        held_out.rewards = rewards
+        held_out.preference = None if isinstance(objective, SupervisedFineTuning | Rewards) else objective
     if config.task.metric and held_out and "before" not in record.section("task"):
         # A resumed run may have recorded the score already; it was taken on the same bytes.
         with record.phase("answers"):
@@ -345,6 +354,25 @@ class _Learning(NamedTuple):
     router_losses: RouterLosses | None
 
 
+def _rewards(context: RunContext) -> Rewards | None:
+    """The functions of `objective: grpo`, before anything else is read."""
+    config = context.config
+    if config.objective != "grpo":
+        return None
+    if context.ranks.several:
+        raise ConfigError(
+            f"objective: grpo runs in one process, and {context.ranks.world_size} have been started; start one"
+        )
+    start = config.lora.init_from
+    targets = read_adapter_config(start).get("target_modules") if start else config.lora.targets
+    if "lm_head" in (targets or []):
+        raise ConfigError(
+            "objective: grpo takes log-probabilities from the weight of lm_head, and would not train an adapter there; "
+            + (f"start from another than {start}, which has one" if start else "leave it out of lora.targets")
+        )
+    return Rewards(load_rewards(config.rewards, context.trust_rewards), context.note)
+
+
 def _objective(context: RunContext, model: ExpertPeftModel) -> Any:
     """What the run minimizes, on a model that has taken no step yet."""
     config = context.config
@@ -360,23 +388,23 @@ def _train(
 ) -> None:
     config, record = context.config, context.record
     objective, held_out, recovery, router_losses = learning
-    collator = getattr(objective, "collator", None) or make_collator(config.data, inputs.tokenizer, True)
-    trainer = ExpertTrainer(
-        model=model,
-        args=context.arguments,
-        train_dataset=inputs.dataset,
-        collator=collator,
-        objective=objective,
-        promised=Promised(
-            oom=recovery,
-            evaluation=Timed(held_out, record) if held_out else None,
-            place_of=lambda index: inputs.train.examples[index].place,
-            ranks=context.ranks,
-            loraplus_lr_ratio=config.lora.loraplus_lr_ratio,
-            figures=objective.figures,
-            router_losses=router_losses,
-        ),
+    promised = Promised(
+        oom=recovery,
+        evaluation=Timed(held_out, record) if held_out else None,
+        place_of=lambda index: inputs.train.examples[index].place,
+        ranks=context.ranks,
+        loraplus_lr_ratio=config.lora.loraplus_lr_ratio,
+        figures=objective.figures,
+        router_losses=router_losses,
     )
+    trainer: Promises
+    if isinstance(objective, Rewards):
+        from expertune.train.grpo import GroupTrainer  # which imports TRL
+
+        trainer = GroupTrainer(model, context.arguments, inputs.dataset, inputs.tokenizer, objective, promised)
+    else:
+        collator = getattr(objective, "collator", None) or make_collator(config.data, inputs.tokenizer, True)
+        trainer = ExpertTrainer(model, context.arguments, inputs.dataset, collator, objective, promised)
     bar = ProgressBar(lambda: trainer.history, context.bars)
     trainer.add_callback(Evaluations(at_end=evaluates_at_ends(config)))
     trainer.add_callback(bar)
@@ -410,12 +438,10 @@ def _train(
         )
 
 
-def _keep_evaluation(
-    context: RunContext, trainer: ExpertTrainer, held_out: HeldOut | None, state: TrainerState
-) -> None:
+def _keep_evaluation(context: RunContext, trainer: Promises, held_out: HeldOut | None, state: TrainerState) -> None:
     """The record and the page as of an evaluation while training."""
     record, history = context.record, trainer.history
-    if held_out:
+    if held_out and held_out.routing:
         # Of the evaluations before, the first is kept and the best: no other can become the adapter's.
         kept = {"0", str(state.best_global_step)}
         earlier = record.section("experts").get("evaluations", {})

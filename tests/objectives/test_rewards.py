@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from expertune.config import RewardConfig, RunConfig
+from expertune.data.examples import TokenizedExample
 from expertune.errors import ConfigError, RewardError
 from expertune.objectives.rewards import Answers, Reward, Rewards, load_rewards, require_answers
 
@@ -90,10 +91,13 @@ def test_rewards_alike_for_long_are_told_once() -> None:
 
 def test_example_without_an_answer_is_refused_by_its_row() -> None:
     configs = [RewardConfig(function="m:f"), RewardConfig(function="slot-f1")]
-    rows, places = [{"answer": "inform(a[1])"}, {"prompt": "x"}], ["rows.jsonl: row 1", "rows.jsonl: row 2"]
-    require_answers(configs[:1], rows, places)
+    examples = [
+        TokenizedExample([1], [-100], f"rows.jsonl: row {row}", "x", "", 1, columns=columns)
+        for row, columns in enumerate([{"answer": "inform(a[1])"}, {"prompt": "x"}], 1)
+    ]
+    require_answers(configs[:1], examples)
     with pytest.raises(RewardError, match=r"^rows.jsonl: row 2: the example has no answer, which reward slot-f1"):
-        require_answers(configs, rows, places)
+        require_answers(configs, examples)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Group relative policy optimization: TRL's loss, with the promises of a run."""
 
 import inspect
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import expertune
 from expertune.config import RewardConfig
 from expertune.errors import ConfigError
 from expertune.objectives.rewards import Reward, Rewards, load_rewards
+from expertune.run.record import RunRecord
 from expertune.train.oom import OutOfMemory
 from expertune.train.promises import Promised
 
@@ -68,6 +71,7 @@ def trained(model: Any) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
 
 
+@pytest.mark.slow
 def test_resumed_in_the_second_epoch_and_between_generations_it_ends_byte_identical(tmp_path: Path) -> None:
     # Answers of a generation last for two steps, which are an epoch: step 4 is the second of the second.
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3, "steps_per_generation": 4}
@@ -93,6 +97,7 @@ def test_loss_is_trls_and_the_reference_is_the_adapter_that_training_starts_from
         for name, tensor in model.named_parameters():
             if ".lora_B." in name:
                 tensor.normal_(std=0.02)
+    before = trained(model)
     ours = trainer_on(model, tmp_path, max_steps=1)
     ours.train()  # after which the adapter is not the reference any more
     inputs = [{"prompt": str(number)} for number in (0, 0, 1, 1)]
@@ -100,7 +105,7 @@ def test_loss_is_trls_and_the_reference_is_the_adapter_that_training_starts_from
     batch = ours._generate_and_score_completions(inputs)
     assert "ref" not in model.peft_config
     start = adapted()
-    set_trained(start, dict(zip(trained(model), start_of(ours), strict=True)))
+    set_trained(start, before)
     theirs = trl.GRPOTrainer(
         start,
         by_length,
@@ -119,7 +124,7 @@ def test_loss_is_trls_and_the_reference_is_the_adapter_that_training_starts_from
             trainer.args.steps_per_generation = 1
         losses = [trainer.compute_loss(trainer.model.train(), dict(batch)) for trainer in (ours, theirs)]
     assert abs(losses[0] - losses[1]) < 1e-5
-    assert ours.history._step["kl"] > 1e-4
+    assert ours.figures.take()["kl"] > 1e-4
 
 
 @torch.no_grad()
@@ -128,10 +133,69 @@ def set_trained(model: Any, values: dict[str, Tensor]) -> None:
         model.get_parameter(name).copy_(value)
 
 
-def start_of(trainer: Any) -> list[Tensor]:
-    return [start for _, start in trainer.ref_model._kept]
-
-
 def test_a_step_that_wants_more_prompts_than_there_are_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"generated for 8 prompts at once, and data.train has 6; lower per_device"):
         trainer_on(None, tmp_path, per_device_train_batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def run_values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("grpo")
+    rows = [{"prompt": text, "completion": f"inform(name[{number}])"} for number, text in enumerate(PROMPTS)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "mine.py").write_text(
+        "def short(prompts, completions, **columns):\n"
+        "    assert columns['answer'][0].startswith('inform(') and prompts[0].startswith('Question: ')\n"
+        "    return [-len(each) for each in completions]\n"
+    )
+    return {
+        "model": str(ASSETS),
+        "objective": "grpo",
+        "rewards": ["slot-f1", {"function": f"{folder / 'mine.py'}:short", "weight": 0.1}],
+        "data": {"train": str(folder / "rows.jsonl"), "eval": str(folder / "rows.jsonl[0:2]")},
+        "lora": {"r": 2},
+        "training": {
+            **{"max_steps": 2, "per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 4},
+            **{"logging_steps": 1, "save_steps": 1, "beta": 0.1},
+        },
+        "task": {"metric": "slot-f1", "max_new_tokens": 4},
+        "output_dir": str(folder / "run"),
+    }
+
+
+def test_run_with_rewards_has_them_in_its_record_and_resumes(run_values: dict[str, Any]) -> None:
+    run_dir = Path(run_values["output_dir"])
+    with pytest.raises(ConfigError, match=r"mine.py:short is Python that the run file names.*--trust-rewards"):
+        expertune.finetune(run_values)
+    assert not (run_dir / "record.json").exists()
+    expertune.finetune(run_values, trust_rewards=True)
+    record = RunRecord.load(run_dir)
+    assert [step for step, _ in record["train"]["reward"]] == [1, 2]
+    assert {"kl", "rewards/slot-f1/mean", "completions/mean_length"} <= record["train"].keys()
+    ((_, loss), *_), ((_, figures), *_) = record["eval"]["loss"], record["eval"]["scores"]
+    assert loss == -figures["reward"]
+    adapter = (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+    for late in ("adapter", "checkpoint-2"):
+        shutil.rmtree(run_dir / late)
+    expertune.finetune(run_values, resume=True, trust_rewards=True)
+    assert (run_dir / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {"use_vllm": True}}, "training.use_vllm is of another engine; a run generates with the model"),
+        ({"training": {"reward_weights": [1.0]}}, r"training.reward_weights is set with rewards: \[{function"),
+        ({"training": {"num_generations": 3}}, r"trl refuses a value: generation_batch_size \(8\) must be divisible"),
+        (
+            {"lora": {"targets": ["experts", "lm_head"]}},
+            "would not train an adapter there; leave it out of lora.targets",
+        ),
+    ],
+)
+def test_what_goes_with_no_rewards_is_refused_before_loading(
+    run_values: dict[str, Any], changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        expertune.finetune(run_values | changes | {"rewards": ["slot-f1"], "output_dir": str(tmp_path / "run")})
+    assert not (tmp_path / "run" / "record.json").exists()

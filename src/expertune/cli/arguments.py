@@ -71,6 +71,11 @@ Verbose = Annotated[
     bool, typer.Option("--verbose", callback=_silence_libraries, help="Show the notes and warnings of libraries too.")
 ]
 
+TrustRewards = Annotated[
+    bool,
+    typer.Option("--trust-rewards", help="Run Python that the run file names as a reward; no file can ask for it."),
+]
+
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python that ships with the model; no file can ask for it.")
 ]

@@ -10,7 +10,7 @@ import typer
 
 import expertune
 from expertune import load_config
-from expertune.cli.arguments import Json, Overrides, RunFile, TrustRemoteCode, Verbose
+from expertune.cli.arguments import Json, Overrides, RunFile, TrustRemoteCode, TrustRewards, Verbose
 from expertune.distributed.processes import launched
 from expertune.errors import ConfigError
 from expertune.run.directory import after_interruption
@@ -123,10 +123,12 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
     trust_remote_code: TrustRemoteCode = False,
+    trust_rewards: TrustRewards = False,
     verbose: Verbose = False,
 ) -> None:
     """Fine-tune as the run file says, or as the run of a record was. Prints the run directory."""
     config = load_config(run, overrides or (), resume)
+    trusted = {"trust_remote_code": trust_remote_code, "trust_rewards": trust_rewards}
     try:
         with stdout_for_results():
             from rich.console import Console
@@ -134,9 +136,9 @@ def train(
             console = Console(stderr=True, soft_wrap=True)
             with working("loading the libraries") if launched().rank == 0 else nullcontext():
                 finetune = expertune.finetune
-            finished = finetune(config, resume=resume, console=console, trust_remote_code=trust_remote_code)
+            finished = finetune(config, (), resume, console, trust_remote_code, trust_rewards)
     except (KeyboardInterrupt, Terminated) as stop:
-        options = ["--trust-remote-code"] if trust_remote_code else []
+        options = [f"--{name.replace('_', '-')}" for name, given in trusted.items() if given]
         command = shlex.join(["expertune", "train", str(run), *(overrides or ()), *options])
         count = launched().world_size
         as_before = f"in {count} processes as before, " if count > 1 else ""

@@ -18,6 +18,7 @@ _ARGUMENTS: dict[ObjectiveName, tuple[str, str]] = {
     "dpo": ("trl", "DPOConfig"),
     "kto": ("trl", "KTOConfig"),
     "orpo": ("trl.experimental.orpo", "ORPOConfig"),
+    "grpo": ("trl", "GRPOConfig"),
 }
 
 _OF_A_MODEL = "of a model that TRL loads; a run loads its own. Remove the key"
@@ -64,6 +65,28 @@ _DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 # Losses of a difference of rewards, in which another divergence than reverse_kl has a meaning.
 _OF_DIFFERENCES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 
+_OF_ANOTHER_ENGINE = "of another engine; a run generates with the model that it trains. Remove the key"
+_NO_TOOLS = "of tools or conversations, and a prompt is answered once. Remove the key"
+
+_REFUSED_OF_GRPO = {
+    **{key: reason for key, reason in _REFUSED.items() if reason in (_OF_A_MODEL, _OF_A_REFERENCE)},
+    "cast_lm_head_to_fp32": _OF_A_MODEL,
+    "chat_template_kwargs": _NO_TOOLS,
+    "label_smoothing_factor": "of supervised fine-tuning; remove the key",
+    "log_completions": "not supported; `expertune generate` shows answers. Remove the key",
+    "log_completions_hub_repo": "not supported: a run uploads nothing. Remove the key",
+    "max_tool_calling_iterations": _NO_TOOLS,
+    "neftune_noise_alpha": "of supervised fine-tuning; remove the key",
+    "num_generations_eval": "not used: an evaluation has one answer for each prompt. Remove the key",
+    "reward_weights": "set with rewards: [{function: NAME, weight: NUMBER}]",
+    "torch_compile": "of supervised fine-tuning; remove the key",
+    "train_sampling_strategy": "of supervised fine-tuning; TRL repeats each prompt for its group. Remove the key",
+    "trust_remote_code": _REFUSED["trust_remote_code"],
+    "use_liger_kernel": _REFUSED["use_liger_kernel"],
+    "use_transformers_continuous_batching": _OF_ANOTHER_ENGINE,
+    "use_transformers_paged": _OF_ANOTHER_ENGINE,
+}
+
 
 def arguments_class(objective: ObjectiveName, where: str = "config") -> Any:
     """TrainingArguments, or TRL's subclass of it for an objective of TRL's.
@@ -73,10 +96,8 @@ def arguments_class(objective: ObjectiveName, where: str = "config") -> Any:
         where: what is named in errors.
 
     Raises:
-        ConfigError: no run can have the objective yet, or TRL is not installed.
+        ConfigError: TRL is not installed.
     """
-    if objective not in _ARGUMENTS:
-        raise ConfigError(f"{where}: objective: {objective} cannot be trained yet; set objective: sft")
     module, name = _ARGUMENTS[objective]
     try:
         with warnings.catch_warnings():
@@ -89,14 +110,18 @@ def arguments_class(objective: ObjectiveName, where: str = "config") -> Any:
 
 
 def refused_of_trl(training: Mapping[str, Any], objective: ObjectiveName) -> dict[str, str]:
-    """Keys of an objective over answers that a run file cannot set, with what the message says after the key.
+    """Keys of an objective of TRL's that a run file cannot set, with what the message says after the key.
 
     Args:
         training: the `training:` section.
         objective: the run's.
     """
-    if objective not in ("dpo", "kto", "orpo"):
+    if objective == "sft":
         return {}
+    if objective == "grpo":
+        engine = {key: _OF_ANOTHER_ENGINE for key in training if key.startswith(("vllm_", "use_vllm"))}
+        refused = {key: reason for key, reason in _REFUSED_OF_GRPO.items() if training.get(key)}
+        return refused | {key: reason for key, reason in engine.items() if training[key]}
     return {key: reason for key, reason in _REFUSED.items() if training.get(key)}
 
 

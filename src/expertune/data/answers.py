@@ -163,7 +163,10 @@ class Reader:
                 f"the prompt has {len(ids)} tokens, more than data.max_length: {self._data.max_length}; raise that or "
                 "shorten the prompt"
             )
-        return TokenizedExample(ids, [IGNORE_INDEX] * len(ids), row.place, prompt, "", len(ids), columns=row.columns)
+        found = (row.columns or {}).get("answer")
+        answer = found if isinstance(found, str) else ""  # which a task's metric compares with
+        labels = [IGNORE_INDEX] * len(ids)
+        return TokenizedExample(ids, labels, row.place, prompt, answer, len(ids), columns=row.columns)
 
 
 def _answered(layout: Layout, values: Mapping[str, Any]) -> list[Mapping[str, Any]]:

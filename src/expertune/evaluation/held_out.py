@@ -12,11 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.config import RunConfig
+from expertune.config.trl_keys import arguments_class
 from expertune.data import TokenizedExamples, make_collator, make_dataset
 from expertune.evaluation.scoring import evaluation_figures, evaluation_loss, score_task
 from expertune.experts.load import RoutingCounts
-from expertune.generation.decoding import Batches
+from expertune.generation.decoding import Batches, Decoded, decode, to_text
+from expertune.generation.sampling import Sampling
 from expertune.objectives.chunked_loss import LanguageModelLoss
+from expertune.objectives.rewards import Answers, Rewards
 from expertune.run.progress import Bars
 from expertune.run.record import RunRecord
 from expertune.train.arguments import training_argument
@@ -43,11 +46,14 @@ class HeldOut:
 
     Attributes:
         dataset: the same, as the trainer's batches are made of them.
-        routing: which experts the tokens of the last evaluation were sent to, as `RoutingCounts.to_json` gives it.
+        routing: which experts the tokens of the last evaluation were sent to, as `RoutingCounts.to_json` gives it;
+            empty where answers were rewarded.
         preference: the run's objective where it is one over answers; its loss is then the evaluation's.
+        rewards: the run's where it has some; the loss is then minus the mean reward of the most likely answers.
     """
 
     preference: "Preference | None" = None
+    rewards: Rewards | None = None
 
     def __init__(
         self,
@@ -75,12 +81,14 @@ class HeldOut:
 
         Returns:
             `loss`: the mean cross entropy over all label tokens, in nats, without a router's auxiliary loss; or the
-            objective's over answers, and its figures by TRL's names.
+            objective's over answers, and its figures by TRL's names; or minus the mean `reward`, and that.
 
         Raises:
             DataError: no example holds a token that takes a loss.
             DoesNotFitError: memory ran out, and nothing that could be changed is left.
         """
+        if self.rewards:
+            return self._rewarded(self.rewards, step, base_only)
         base, ranks = self._model.get_base_model(), self._recovery.ranks
         routing = RoutingCounts(base)
         in_parts = partial(self._recovery.in_parts, "evaluation", step=step)
@@ -96,6 +104,28 @@ class HeldOut:
                 found = {"loss": loss}
         self.routing = routing.to_json(ranks)
         return found
+
+    def _rewarded(self, rewards: Rewards, step: int, base_only: bool) -> dict[str, float]:
+        """The rewards of an answer to each prompt, of the most likely token each time."""
+        longest = self._config.training.get("max_completion_length", arguments_class("grpo").max_completion_length)
+        sampling, size = Sampling(int(longest)), self._config.task.batch_size
+        rows = [self.dataset[index] for index in range(len(self.dataset))]
+        ids: list[list[int]] = []
+
+        def answer(prompts: list[list[int]]) -> list[Decoded]:
+            return decode(self._model, self._tokenizer, prompts, sampling)
+
+        with self._adapted(base_only), self._bars.task("evaluation", "examples answered") as progress:
+            for start in range(0, len(rows), size):
+                progress(start, len(rows))
+                prompts = [list(row["prompt_ids"]) for row in rows[start : start + size]]
+                for part in self._recovery.in_parts("generation", answer, prompts, step=step):
+                    ids += [answered for answered, _ in part]
+            progress(len(rows), len(rows))
+        texts = [to_text(each, self._tokenizer) for each in ids]
+        places = [self._rows.examples[index].place for index in range(len(rows))]
+        found = rewards.means(Answers.to(rows, texts, ids, places))
+        return {"loss": -found["reward"], **found}
 
     def score(self, step: int, rows: int | None = None, base_only: bool = False) -> dict[str, Any]:
         """The score of the run's task; see `expertune.evaluation.scoring.score_task`.

@@ -18,14 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from expertune.config import RewardConfig
+from expertune.data.examples import TokenizedExample
 from expertune.errors import ConfigError, RewardError, did_you_mean, first_line, option
 from expertune.evaluation.metrics import METRICS, PerAnswer
+from expertune.objectives.figures import Figures
 
 # After so many generations in a row in which no group had two different rewards, it is said that nothing is learned.
 _PATIENCE = 10
 
 ANSWER = "answer"
 """The column with an example's own answer, which shipped rewards compare with."""
+
+_OWN_COLUMNS = ("prompt", "prompt_ids", "example_ids")
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,12 @@ class Answers:
     completion_ids: Sequence[Sequence[int]]
     columns: Sequence[Mapping[str, Any]]
     places: Sequence[str]
+
+    @classmethod
+    def to(cls, rows: Sequence[Mapping[str, Any]], texts: Sequence[str], ids: Any, places: Sequence[str]) -> "Answers":
+        """Answers to examples of a dataset, in the order of `rows`."""
+        columns = [{key: value for key, value in row.items() if key not in _OWN_COLUMNS} for row in rows]
+        return cls([row["prompt"] for row in rows], texts, ids, columns, places)
 
     def one(self, index: int) -> "Answers":
         """One of them."""
@@ -128,15 +138,35 @@ class Rewards:
     Args:
         rewards: at least one.
         notify: called once, with a sentence, if answers to one prompt are rewarded alike for long.
+
+    Attributes:
+        figures: what is known of a step beside its loss.
     """
 
     def __init__(self, rewards: Sequence[Reward], notify: Callable[[str], None] = lambda _: None) -> None:
         self.rewards, self._notify, self._num_alike = list(rewards), notify, 0
+        self.figures = Figures()
 
     @property
     def weights(self) -> list[float]:
         """Of each."""
         return [reward.weight for reward in self.rewards]
+
+    def means(self, answers: Answers) -> dict[str, float]:
+        """`reward`, the mean of the weighted sums, and the mean of each, by TRL's names.
+
+        Raises:
+            RewardError: see `Reward.of`.
+        """
+        found = {}
+        sums = [0.0] * len(answers.completions)
+        for reward in self.rewards:
+            numbers = reward.of(answers)
+            known = [number for number in numbers if number is not None]
+            if known:
+                found[f"rewards/{reward.name}/mean"] = sum(known) / len(known)
+            sums = [total + reward.weight * (number or 0.0) for total, number in zip(sums, numbers, strict=True)]
+        return {"reward": sum(sums) / len(sums), **found}
 
     def watch(self, share_alike: float) -> None:
         """Count a generation.
@@ -166,20 +196,18 @@ def load_rewards(configs: Sequence[RewardConfig], trusted: bool) -> list[Reward]
     return [Reward(config.function, config.weight, _function(config.function, trusted)) for config in configs]
 
 
-def require_answers(
-    configs: Sequence[RewardConfig], examples: Sequence[Mapping[str, Any]], places: Sequence[str]
-) -> None:
+def require_answers(configs: Sequence[RewardConfig], examples: Sequence[TokenizedExample]) -> None:
     """Refuse examples without an answer where a shipped reward compares with it.
 
     Raises:
         RewardError: names the reward and the row.
     """
     shipped = next((config.function for config in configs if not config.is_code), None)
-    for example, place in zip(examples, places, strict=True) if shipped else ():
-        if not example.get(ANSWER):
+    for example in examples if shipped else ():
+        if not (example.columns or {}).get(ANSWER):
             raise RewardError(
-                f"{place}: the example has no answer, which reward {shipped} compares with; map its column with "
-                "data.columns: {completion: NAME}, or give a reward of your own (module:function)"
+                f"{example.place}: the example has no answer, which reward {shipped} compares with; map its column "
+                "with data.columns: {completion: NAME}, or give a reward of your own (module:function)"
             )
 
 

@@ -10,6 +10,8 @@ _OVER_A_BATCH = {"aot", "aot_unpaired", "sft"}
 def why_whole(config: RunConfig) -> str | None:
     """Why micro-batches in parts, or put together, would be another step; None where only examples are indivisible."""
     training = config.training
+    if config.objective == "grpo":
+        return "GRPO compares the answers of a group, and takes its loss over a micro-batch of them"
     if config.objective == "orpo":
         return "ORPO takes its cross entropy over a micro-batch's tokens"
     if takes_kl(config):
@@ -28,4 +30,5 @@ def takes_kl(config: RunConfig) -> bool:
 
 def keeps_start(config: RunConfig) -> bool:
     """Whether the loss has a reference that is not the base model: the adapter that training starts from, kept."""
-    return config.objective in ("dpo", "kto") and config.lora.init_from is not None
+    compares = config.objective in ("dpo", "kto") or (config.objective == "grpo" and bool(config.training.get("beta")))
+    return compares and config.lora.init_from is not None

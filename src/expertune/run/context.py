@@ -30,6 +30,7 @@ class RunContext:
         sharing: the ranks that hold the experts together; None where each has all.
         resume: whether the run continues from its newest checkpoint.
         trust_remote_code: whether Python that ships with the model may run.
+        trust_rewards: whether Python that the run file names as a reward may run.
         arguments: transformers' TrainingArguments, built once, after the plan has settled the micro-batch.
         notes: lines that the record keeps as `train.notes`.
     """
@@ -41,6 +42,7 @@ class RunContext:
     ranks: Ranks = field(default_factory=Ranks)
     resume: bool = False
     trust_remote_code: bool = False
+    trust_rewards: bool = False
     arguments: Any = None
     notes: list[str] = field(default_factory=list)
     sharing: Sharing | None = None

@@ -15,6 +15,7 @@ from expertune.evaluation.harness_tasks import TaskFiles
 from expertune.evaluation.held_out import HeldOut
 from expertune.evaluation.metrics import METRICS
 from expertune.objectives.log_probs import Reference
+from expertune.objectives.rewards import Rewards, load_rewards
 from expertune.objectives.units import keeps_start
 from expertune.run.beside import write_card
 from expertune.run.directory import ADAPTER_FOLDER
@@ -60,7 +61,8 @@ def evaluate(
             from the hub.
 
     Returns:
-        `adapter`, `loss` in nats per token (of an objective over answers its own loss, with its `figures`), `task` as
+        `adapter`, `loss` in nats per token (of an objective over answers its own loss, with its `figures`; of rewards,
+        if all of them are shipped, minus their mean, with the same), `task` as
         `expertune.evaluation.scoring.score_task` returns it, and `recoveries`: what was changed when memory ran out, as
         in the record. With `tasks`: `adapter`, and `tasks` as the record has it.
 
@@ -87,11 +89,12 @@ def evaluate(
     changes: list[Change] = []
     recovery = recovery_of(run, changes)
     held_out = HeldOut(run.config, run.model, run.tokenizer, examples, recovery, run.context.bars)
-    held_out.preference = _preference(run)
-    found = held_out.figures(step, base_only)
-    result["loss"] = found.pop("loss")
-    if found:
-        result["figures"] = found
+    held_out.preference, held_out.rewards = _preference(run), _rewards(run)
+    if held_out.rewards or run.config.objective != "grpo":
+        found = held_out.figures(step, base_only)
+        result["loss"] = found.pop("loss")
+        if found:
+            result["figures"] = found
     metric = run.config.task.metric
     if metric in METRICS:
         result["task"] = held_out.score(step, rows, base_only)
@@ -122,6 +125,15 @@ def _preference(run: Run) -> Any:
     else:
         reference = Reference(run.model, keeps_start=False)
     return Preference(config, run.model, loss_arguments(config.training, config.objective), reference)
+
+
+def _rewards(run: Run) -> Rewards | None:
+    """The run's rewards; None where one is code, which a finished run does not import."""
+    configs = run.config.rewards
+    if coded := [config.function for config in configs if config.is_code]:
+        run.context.notify(f"rewards: {coded[0]} is code, which is not run here: rewards are not taken")
+        return None
+    return Rewards(load_rewards(configs, trusted=False)) if configs else None
 
 
 def _evaluate_tasks(run: Run, files: TaskFiles, rows: int | None, base_only: bool) -> dict[str, Any]:

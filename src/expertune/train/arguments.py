@@ -75,6 +75,8 @@ def training_arguments(
     values.setdefault("save_strategy", "steps")
     values |= {"output_dir": output_dir, "remove_unused_columns": False}
     arguments = arguments_class(objective)
+    if objective == "grpo":
+        values["num_generations_eval"] = 1  # TRL compares it with a batch size, and an evaluation is the run's own
     for own in dataclasses.fields(arguments):
         if own.name in _DEFAULTS and own.default != _DEFAULTS[own.name]:
             values.setdefault(own.name, _DEFAULTS[own.name])

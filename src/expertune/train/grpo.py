@@ -26,11 +26,14 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.errors import ConfigError
 from expertune.generation.decoding import evaluation_mode, generate_ids, to_text
+from expertune.objectives.log_probs import Reference
 from expertune.objectives.rewards import Answers, Reward, Rewards
 from expertune.train.callbacks import RandomState
 from expertune.train.promises import Promised, Promises
@@ -41,33 +44,15 @@ _ANSWERS_NAME = "answers.pt"
 _REPORTED_ELSEWHERE = ("num_tokens", "step_time")
 
 
-class Reference:
-    """The model as it was before training, to be called like it: the base, or the adapter that the run started from.
+class _Referring:
+    """A reference, to be called like the model."""
 
-    Args:
-        model: the adapted model.
-        starts_from_adapter: whether the adapter has an effect before training; its factors are then kept as well.
-    """
-
-    def __init__(self, model: ExpertPeftModel, starts_from_adapter: bool) -> None:
-        self._model = model
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._kept = [(each, each.detach().clone()) for each in trained] if starts_from_adapter else []
+    def __init__(self, model: ExpertPeftModel, reference: Reference) -> None:
+        self._model, self._reference = model, reference
 
     def __call__(self, **inputs: Any) -> Any:
-        """What the model returns."""
-        with evaluation_mode(self._model):
-            if not self._kept:
-                with self._model.disable_adapter():
-                    return self._model(**inputs)
-            now = [parameter.data for parameter, _ in self._kept]
-            try:
-                for parameter, start in self._kept:
-                    parameter.data = start
-                return self._model(**inputs)
-            finally:
-                for (parameter, _), data in zip(self._kept, now, strict=True):
-                    parameter.data = data
+        with evaluation_mode(self._model), self._reference.in_place():
+            return self._model(**inputs)
 
 
 class _Uncounted(GRPOTrainer):
@@ -131,9 +116,11 @@ class GroupTrainer(Promises, _Uncounted):
                 rollout_func=self._answer,
                 promised=promised,
             )
+        for default in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
+            self.remove_callback(default)
         self.beta = args.beta = beta
         if beta:
-            self.ref_model = Reference(model, starts_from_adapter=_has_effect(model))
+            self.ref_model = _Referring(model, Reference(model, keeps_start=has_effect(model)))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """A micro-batch of answers, which are generated where the last ones are used up."""
@@ -148,7 +135,7 @@ class GroupTrainer(Promises, _Uncounted):
         self._step += 1
         if self.accelerator.sync_gradients:
             for name, figures in self._generated.items():
-                self.history.add(name, sum(figures) / len(figures))
+                self.figures.add(name, sum(figures) / len(figures), len(figures))
             self._generated.clear()
         return loss
 
@@ -161,18 +148,8 @@ class GroupTrainer(Promises, _Uncounted):
         self._take_figures()
         loss = super().compute_loss(*args, **kwargs)
         for name, figure in self._take_figures().items():
-            self.history.add(name, figure / self.current_gradient_accumulation_steps)
+            self.figures.add(name, figure)
         return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; figures of TRL's are means over the steps since the last log, as the loss is."""
-        if "loss" in logs:
-            logged = [entry["step"] for entry in self.state.log_history if "loss" in entry]
-            for name in self.history.series:
-                figure = self.history.mean_since(logged[-1] if logged else 0, name)
-                if figure is not None and (name in ("reward", "reward_std", "kl", "entropy") or "/" in name):
-                    logs[name] = figure
-        super().log(logs, start_time)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         if isinstance(inputs, Mapping):  # answers that are prepared already
@@ -215,13 +192,9 @@ class GroupTrainer(Promises, _Uncounted):
     def _as_trl_calls(self, reward: Reward) -> Any:
         def call(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
             examples = [self._examples[int(number)] for number in prompts]
-            columns = [
-                {key: value for key, value in each.items() if key not in ("prompt", "prompt_ids", "example_ids")}
-                for each in examples
-            ]
             texts = [to_text(ids, self._tokenizer_of_run) for ids in completion_ids]
             places = [self.place_of(each["example_ids"][0]) for each in examples]
-            return reward.of(Answers([each["prompt"] for each in examples], texts, completion_ids, columns, places))
+            return reward.of(Answers.to(examples, texts, completion_ids, places))
 
         call.__name__ = reward.name
         return call
@@ -262,7 +235,7 @@ class GroupTrainer(Promises, _Uncounted):
             self._step, self._buffered_inputs = held["step"], held["answers"]
 
 
-def _has_effect(model: ExpertPeftModel) -> bool:
+def has_effect(model: nn.Module) -> bool:
     """Whether an adapter changes anything yet: factors B begin at zero."""
     return any(
         each.requires_grad and ".lora_B." in name and bool(each.any()) for name, each in model.named_parameters()

@@ -20,6 +20,7 @@ _REWARDS = {
     "dpo": ("rewards/accuracies", "rewards/margins"),
     "kto": ("rewards/margins",),
     "orpo": ("rewards/accuracies", "rewards/margins"),
+    "grpo": ("reward",),
 }
 
 # Schedules that wait for an evaluation.
