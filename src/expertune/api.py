@@ -46,9 +46,9 @@ from expertune.report.figures import summary_figure, write_png
 from expertune.report.page import PAGE_NAME
 from expertune.report.summary import render_summary
 from expertune.run.agreement import choose_experts, machine_for_all, require_same_start, share_batch, share_experts
-from expertune.run.base_model import load_base
 from expertune.run.beside import write_card, write_tokenizer
 from expertune.run.context import RunContext
+from expertune.run.correction import begin_adapter, load_to_train
 from expertune.run.directory import (
     ADAPTER_FOLDER,
     finished_line,
@@ -288,7 +288,7 @@ def _load_and_adapt(
     config, record, source = context.config, context.record, inputs.source
     started = time.monotonic()
     with record.phase("loading"):
-        loaded = load_base(context, source, placement)
+        loaded, moments = load_to_train(context, source, placement, inputs.train)
     context.tell(f"loaded with 4-bit experts in {time.monotonic() - started:.1f} s")
     for note in config.notes:
         context.notify(note)
@@ -311,6 +311,7 @@ def _load_and_adapt(
     # Nothing that changes a logit may change between the two forwards of the base model.
     with record.phase("preflight"), context.bars.task("preflight check", "passes") as progress:
         found = recovery.retry("preflight", lambda: preflight(model, probe, base_logits, progress, router_losses))
+    begin_adapter(context, source, model, moments)
     record.add("model", dtype=str(model.dtype), unexpected_tensors=loaded.unexpected)
     record.add("preflight", **found)
     learning = found["learning"]
@@ -427,7 +428,7 @@ def _train(
     record.add("adapter", **origin)
     # An adapter to start from is not the base model, and neither is a first evaluation after some steps.
     losses = {int(step): loss for step, loss in history.eval_losses}
-    before = None if config.lora.init_from else losses.get(0)
+    before = losses.get(0) if config.lora.begins_as_base else None
     record.update("eval", before=before, after=losses.get(origin["step"]))
     if origin["checkpoint"]:
         chosen = f"{origin['checkpoint']}, the best of the evaluated by {origin['metric']} ({origin['value']:.4f})"

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from expertune.adapt import attach as adapters
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.checkpoint import load
-from expertune.checkpoint.formats.nf4_folder import Nf4Folder
+from expertune.checkpoint.formats.nf4_folder import CALIBRATED, Nf4Folder
 from expertune.checkpoint.hf_quantizer import as_loaded
 from expertune.checkpoint.hub import fetch_model
 from expertune.checkpoint.load import LoadedModel
+from expertune.checkpoint.quantize import SourceOptions
 from expertune.checkpoint.quantize import quantize as write_nf4_folder
 from expertune.config import parse_lora, parse_quantization
 from expertune.config.arguments import checked
@@ -43,6 +44,7 @@ class QuantizeOptions(TypedDict, total=False):
 
     double_quantization: bool | None
     fit: str | None
+    calibration: str | Path | None
     dtype: str | torch.dtype
     revision: str | None
     trust_remote_code: bool
@@ -99,6 +101,11 @@ def attach(
     loaded, onto = _loaded(model), model if isinstance(model, ExpertPeftModel) else None
     _require_free(adapter_name, loaded.model, onto)
     section = parse_lora(dict(lora))
+    if section.init != "default":
+        raise ConfigError(
+            f"lora.init: {section.init} is made by a run, from its 16-bit checkpoint; load_adapter puts the "
+            "initial_adapter of a run's directory on a model"
+        )
     return adapters.attach(loaded, section, loaded.model.config._name_or_path, None, adapter_name, onto)
 
 
@@ -131,10 +138,11 @@ def quantize(model: str | Path, out: str | Path, **options: Unpack[QuantizeOptio
         model: a directory or hub id; shards of a hub model are fetched one by one and deleted after use.
         out: the folder to write, new or empty.
         **options: `double_quantization`: hold the scales in 8 bits, where None is that or what a 4-bit checkpoint has;
-            `fit`: how scales are chosen, as `quantization.fit` of a run file; `dtype`: of what stays unquantized, as
-            for `load_model`, where `auto` keeps each tensor's own; `revision`: branch, tag or commit of a hub id;
-            `trust_remote_code`: run Python that ships with the model; `progress`: called before and after each file
-            with its name, the bytes written so far, and the bytes in all.
+            `fit`: how scales are chosen, as `quantization.fit` of a run file; `calibration`: for the fit `calibrated`,
+            which it then is, the `calibration.safetensors` of a run of this model; `dtype`: of what stays
+            unquantized, as for `load_model`, where `auto` keeps each tensor's own; `revision`: branch, tag or commit
+            of a hub id; `trust_remote_code`: run Python that ships with the model; `progress`: called before and after
+            each file with its name, the bytes written so far, and the bytes in all.
 
     Raises:
         CheckpointError: the source is damaged or incomplete; `out` holds something else, or cannot be written.
@@ -142,11 +150,14 @@ def quantize(model: str | Path, out: str | Path, **options: Unpack[QuantizeOptio
     """
     double, dtype = options.get("double_quantization"), dtype_name(options.get("dtype", "auto"))
     # What is quantized already decides by itself, unless the caller has.
-    given = {"double_quantization": double, "fit": options.get("fit")}
+    calibration = options.get("calibration")
+    fit = options.get("fit") or (None if calibration is None else CALIBRATED)
+    given = {"double_quantization": double, "fit": fit}
     asked = parse_quantization({key: value for key, value in given.items() if value is not None})
     revision, trust = options.get("revision"), options.get("trust_remote_code", False)
     progress = options.get("progress")
-    return write_nf4_folder(str(model), out, asked, dtype, progress, revision=revision, trust_remote_code=trust)
+    how = SourceOptions(revision=revision, trust_remote_code=trust, calibration=calibration)
+    return write_nf4_folder(str(model), out, asked, dtype, progress, **how)
 
 
 def _require_free(name: str, base: PreTrainedModel, onto: ExpertPeftModel | None) -> None:

@@ -73,6 +73,30 @@ def stacked(experts: Sequence[Factors]) -> Factors:
     )
 
 
+def difference(now: AdapterFactors, began: AdapterFactors) -> AdapterFactors:
+    """What an adapter has learned beyond where it began: factors of twice the rank, of the scale that it has.
+
+    PEFT does the same for `path_initial_model_for_weight_conversion`.
+
+    Args:
+        now: the trained factors.
+        began: the first ones, of the same modules and ranks.
+    """
+
+    def of(pair: Factors, first: Factors) -> Factors:
+        b = torch.cat([pair.b, first.b * (-first.scale / pair.scale)], dim=1)
+        return pair._replace(a=torch.cat([pair.a, first.a]), b=b)
+
+    experts = {
+        module: {
+            each: [of(*pairs) for pairs in zip(held, began.experts[module][each], strict=True)]
+            for each, held in projections.items()
+        }
+        for module, projections in now.experts.items()
+    }
+    return AdapterFactors(experts, {name: of(pair, began.linears[name]) for name, pair in now.linears.items()})
+
+
 def read_factors(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],

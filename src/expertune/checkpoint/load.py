@@ -30,6 +30,7 @@ from expertune.checkpoint.formats.nf4_folder import ABSMAX, Nf4Folder, is_nf4_fo
 from expertune.checkpoint.hub import refusal
 from expertune.checkpoint.json_file import read_config
 from expertune.checkpoint.loader import Loader, first_names
+from expertune.checkpoint.moments import Moments
 from expertune.checkpoint.names import NameMap, read_names
 from expertune.checkpoint.reader import CheckpointIndex, open_checkpoint
 from expertune.checkpoint.recipe import Recipe, read_recipe, recipe_of_folder
@@ -72,12 +73,14 @@ class LoadOptions:
         on_host: of another folder, experts modules whose bytes stay in the host's memory.
         sharing: the ranks that hold the experts together, each of which loads its part; None loads all.
         progress: called with (bytes placed, bytes in all).
+        importance: what the scales of `quantization.fit: calibrated` are chosen by.
     """
 
     read: ReadExperts | None = None
     on_host: Collection[str] = ()
     sharing: Sharing | None = None
     progress: Callable[[int, int], None] = lambda *_: None
+    importance: Moments | None = None
 
 
 def build_meta_model(
@@ -188,7 +191,7 @@ def load_model(
     _require_enough_bytes(model, index)
     recipe = read_recipe(model, names, index.tensors, quantization, index.folder)
     swap_experts(model, recipe, device, options)
-    loader = Loader(model, names, recipe, dtype, torch.device(device))
+    loader = Loader(model, names, recipe, dtype, torch.device(device), importance=options.importance)
     loader.progress = options.progress
     unexpected = loader.stream(index)
     model.tie_weights()

@@ -9,13 +9,14 @@ from transformers import PreTrainedModel
 
 from expertune.checkpoint.convert import Sources, convert
 from expertune.checkpoint.formats.interface import Piece
-from expertune.checkpoint.formats.nf4_folder import ABSMAX
+from expertune.checkpoint.formats.nf4_folder import ABSMAX, CALIBRATED
 from expertune.checkpoint.linears import quantized_linear
+from expertune.checkpoint.moments import Moments, Place
 from expertune.checkpoint.names import Destination, NameMap
 from expertune.checkpoint.reader import CheckpointIndex, TensorEntry
 from expertune.checkpoint.recipe import Recipe
 from expertune.checkpoint.restore import kept_dtype
-from expertune.errors import CheckpointError, UnsupportedModelError
+from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError, option
 from expertune.experts import layout
 from expertune.experts.module import Nf4Experts
 from expertune.kernels.nf4 import Fit
@@ -33,9 +34,13 @@ class Loader:
         dtype: dtype of the unquantized rest and of all products.
         device: where everything lives.
         preserves_dtypes: leave what stays unquantized in the dtype of its source instead.
+        importance: what scales of `quantization.fit: calibrated` are chosen by.
 
     Attributes:
         progress: called by `stream` with (bytes placed, bytes in all).
+
+    Raises:
+        ConfigError: scales are to be chosen by a calibration, and there is none.
     """
 
     def __init__(
@@ -46,11 +51,17 @@ class Loader:
         dtype: torch.dtype,
         device: torch.device,
         preserves_dtypes: bool = False,
+        importance: Moments | None = None,
     ) -> None:
         self.model, self.names, self.recipe = model, names, recipe
         self.dtype, self.device, self.preserves_dtypes = dtype, device, preserves_dtypes
         self.requantizes = recipe.requantizes
-        self._fit = None if recipe.fit == ABSMAX else Fit()
+        if recipe.fit == CALIBRATED and importance is None:
+            raise ConfigError(
+                "quantization.fit is calibrated, and there is no calibration: a run makes it of its training examples; "
+                f"elsewhere give {option('calibration', 'FILE')}, the calibration.safetensors of a run of this model"
+            )
+        self._importance = importance if recipe.fit == CALIBRATED else None
         # What a family keeps in float32 whatever the dtype, such as a router's correction bias: name part -> dtype.
         self.kept: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
         self.filled: dict[tuple[str, str | None, int | None], str] = {}
@@ -190,7 +201,7 @@ class Loader:
             matrix = matrix.to(self.device)
             # Sixteen-bit and float32 sources are quantized as they are; others, by way of float32.
             matrix = matrix if matrix.dtype in FLOATS.values() else matrix.float()
-            experts.write(expert, projection, matrix, self._fit)
+            experts.write(expert, projection, matrix, self._fit(Place(module, projection, expert), entry, matrix))
         except ValueError as error:
             raise CheckpointError(f"{entry.shard}: tensor {entry.key}: {error}") from None
 
@@ -232,12 +243,20 @@ class Loader:
             raise CheckpointError(f"{entry.shard}: tensor {entry.key} holds NaN or infinite weights")
         if leaf == "weight" and (linear := self.recipe.linears.get(module_name)):
             to = self.dtype, self.device
-            quantized = quantized_linear(linear, tensor, self.recipe.double_quantization, *to, self._fit)
+            fit = self._fit(Place(module_name), entry, tensor)
+            quantized = quantized_linear(linear, tensor, self.recipe.double_quantization, *to, fit)
             self.model.set_submodule(module_name, quantized)
         else:
             placed = tensor.to(self.device, self.stored_dtype(name, current, entry.dtype))
             module._parameters[leaf] = nn.Parameter(placed, requires_grad=False)
         return True
+
+    def _fit(self, place: Place, entry: TensorEntry, matrix: Tensor) -> Fit | None:
+        """How the scales of a matrix are chosen."""
+        if self.recipe.fit == ABSMAX:
+            return None
+        importance = self._importance
+        return Fit(None if importance is None else importance.of(place, matrix.shape[1], entry.shard))
 
     def stored_dtype(self, name: str, current: Tensor, source: torch.dtype) -> torch.dtype:
         """The dtype that a tensor which stays unquantized is held in."""

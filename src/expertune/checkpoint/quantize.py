@@ -21,6 +21,7 @@ from torch import nn
 
 from expertune.checkpoint.contents import layer_tensors, rest_tensors
 from expertune.checkpoint.formats.nf4_folder import (
+    CALIBRATED,
     FOLDER_MARK,
     FORMAT_VERSION,
     GUIDE,
@@ -40,6 +41,7 @@ from expertune.checkpoint.json_file import read_config
 from expertune.checkpoint.linears import decoder_layers
 from expertune.checkpoint.load import build_meta_model, swap_experts
 from expertune.checkpoint.loader import FLOATS, Loader
+from expertune.checkpoint.moments import Moments
 from expertune.checkpoint.names import read_names
 from expertune.checkpoint.reader import INDEX_NAME, read_header
 from expertune.checkpoint.recipe import read_recipe
@@ -47,7 +49,7 @@ from expertune.checkpoint.shards import HubShards, LocalShards, OpenShards, Shar
 from expertune.checkpoint.writer import FileRecord, hash_file, write_tensors
 from expertune.config import QuantizationConfig
 from expertune.distributed.processes import require_one_process
-from expertune.errors import CheckpointError, ExpertuneError
+from expertune.errors import CheckpointError, ConfigError, ExpertuneError
 from expertune.storage import BESIDE, write_json, write_text
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -66,11 +68,13 @@ class SourceOptions(TypedDict, total=False):
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run Python that ships with the model.
         shards: where its tensors lie; None means what the model's name says.
+        calibration: the file of a run, for `quantization.fit: calibrated`.
     """
 
     revision: str | None
     trust_remote_code: bool
     shards: Shards | None
+    calibration: str | Path | None
 
 
 def quantize(
@@ -107,7 +111,10 @@ def quantize(
     _require_room_for_ours(out)
     shards = source_options.get("shards") or _find_shards(model, source, out)
     name = model if source.revision else str(source.folder.resolve())
-    work = _Work.plan(name, source, out, shards, quantization or QuantizationConfig(), dtype)
+    asked, calibration = quantization or QuantizationConfig(), source_options.get("calibration")
+    if calibration is not None and asked.fit != CALIBRATED:
+        raise ConfigError(f"a calibration goes with quantization.fit calibrated, and the fit is {asked.fit}")
+    work = _Work.plan(name, source, out, shards, asked, dtype, None if calibration is None else Path(calibration))
     was_there, is_fresh = out.exists(), not is_nf4_folder(out)
     try:
         if not work.is_finished():
@@ -174,6 +181,7 @@ class _Work:
         shards: Shards,
         asked: QuantizationConfig,
         dtype: Dtype,
+        calibration: Path | None,
     ) -> "_Work":
         """What is to be done, from the config and the names of the tensors alone."""
         values = read_config(source.folder)
@@ -185,14 +193,16 @@ class _Work:
         jobs = make_jobs(layers, names, recipe.pieces)
         swap_experts(model, recipe, "meta")
         sizes = {job.file: estimate_bytes(model, job, layers, recipe) for job in jobs}
-        loader = Loader(model, names, recipe, compute, torch.device("cpu"), preserves_dtypes=dtype == "auto")
+        importance = Moments.load(calibration) if calibration else None
+        loader = Loader(model, names, recipe, compute, torch.device("cpu"), dtype == "auto", importance)
+        held = recipe.to_json() | ({"calibration_sha256": hash_file(calibration).sha256} if calibration else {})
         weight_map = json.dumps(sorted(shards.weight_map.items()))
         identity = {
             "model": name,
             "revision": source.revision,
             "config_sha256": hash_file(source.folder / "config.json").sha256,
             "tensors_sha256": hashlib.sha256(weight_map.encode()).hexdigest(),
-            "quantization": recipe.to_json(),
+            "quantization": held,
             "dtype": dtype,
         }
         ordered = few_shards_at_once(jobs, shards.weight_map)

@@ -22,8 +22,11 @@ def quantize(
         ),
     ] = None,
     fit: Annotated[
-        Literal["absmax", "mse"] | None,
+        Literal["absmax", "mse", "calibrated"] | None,
         typer.Option(help="How scales are chosen: by the largest magnitude (the default), or by the least error."),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For --fit calibrated: calibration.safetensors of a run.")
     ] = None,
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
@@ -51,6 +54,7 @@ def quantize(
                 out,
                 double_quantization=double_quantization,
                 fit=fit,
+                calibration=calibration,
                 dtype=dtype,
                 revision=revision,
                 trust_remote_code=trust_remote_code,

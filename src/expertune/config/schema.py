@@ -169,14 +169,17 @@ class QuantizationConfig(Section):
             experts which the checkpoint holds in MXFP4 stay as they are; `nf4` dequantizes and quantizes these again.
         double_quantization: absmax values are themselves held in 8 bits (QLoRA, section 3, "Double Quantization").
         fit: how a block's scale is chosen when 16-bit weights are quantized: `absmax` by the largest magnitude, as
-            bitsandbytes does; `mse` by the least squared error, in the same layout.
+            bitsandbytes does; `mse` by the least squared error, in the same layout; `calibrated` by the same, each
+            input feature weighted by its mean square in a sample of the training examples.
+        calibration_tokens: tokens of that sample, which `lora.init: qera` takes too.
         block_size: weights that share one absmax value.
         compute_dtype: dtype of the matrix products; `auto` is bfloat16 where the device multiplies it faster.
     """
 
     scheme: Literal["auto", "nf4"] = "auto"
     double_quantization: bool = True
-    fit: Literal["absmax", "mse"] = "absmax"
+    fit: Literal["absmax", "mse", "calibrated"] = "absmax"
+    calibration_tokens: int = Field(default=8192, ge=256)
     block_size: Literal[64] = 64
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
 
@@ -235,6 +238,9 @@ class LoraSection(Section):
         experts: which experts of each layer have an adapter; None means all.
         expert_rank: `scaled` divides the experts' rank by the number of experts per token; `load` gives twice the rank
             to the busiest quarter of a layer's experts and half of it to the idlest half. None leaves it at `r`.
+        init: first values of the factors: `default` begins as the 4-bit base; `loftq` as the best correction, of the
+            adapter's rank, of what 4 bits lost of each matrix (Li et al. 2023); `qera` as the best for the layers'
+            outputs, by a sample of the training examples (Zhang et al. 2024). Needs the 16-bit checkpoint.
         init_from: folder of an existing PEFT adapter to start from.
         init_from_other_base: take it though it was trained on another base model, and leave layers that it has nothing
             for as they are.
@@ -252,8 +258,23 @@ class LoraSection(Section):
     loraplus_lr_ratio: float | None = Field(default=None, ge=1)
     experts: ExpertsSection | None = None
     expert_rank: Literal["scaled", "load"] | None = None
+    init: Literal["default", "loftq", "qera"] = "default"
     init_from: PathText | None = None
     init_from_other_base: bool = False
+
+    @property
+    def begins_as_base(self) -> bool:
+        """Whether an adapter that has not been trained changes nothing, so that its base is where it begins."""
+        return self.init_from is None and self.init == "default"
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> "LoraSection":
+        if self.init_from is not None and self.init != "default":
+            raise ValueError(f"init: {self.init} and init_from are two beginnings; remove one of them")
+        if self.init != "default" and (self.use_dora or self.selects):
+            other = "use_dora scales what they give" if self.use_dora else "lora.experts or lora.expert_rank: load changes some of them"
+            raise ValueError(f"init: {self.init} corrects all 4-bit matrices, and {other}; remove one of the two")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -434,6 +455,11 @@ class RunConfig(Section):
     memory_budget: Size | None = None
     output_dir: PathText
     _origin: Origin = PrivateAttr(default=Origin())
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a sample of the training examples decides the base's bytes or the adapter's first values."""
+        return self.quantization.fit == "calibrated" or self.lora.init == "qera"
 
     @property
     def where(self) -> str:

@@ -105,7 +105,8 @@ def export(
         require_hub(name)
     elif options.get("private") is not None:
         raise ConfigError(f"private: nothing is sent to the hub; add {option('push-to-hub', 'NAME')}, or leave it out")
-    source = open_source(run_dir, adapter, options.get("trust_remote_code", False), options.get("model"))
+    trust, model = options.get("trust_remote_code", False), options.get("model")
+    source = open_source(run_dir, adapter, trust, model, chosen.base)
     _require_possible(form, source)
     if is_verified:
         _ = source.examples  # an error of theirs comes before the work
@@ -166,7 +167,8 @@ def verify(
         raise ExportError(
             f"{given}: lies in no run directory; give the run that it is of with {option('run', 'RUN_DIR')}"
         )
-    source = open_source(run_dir, adapter if adapter != ADAPTER_FOLDER else None, trust_remote_code, model)
+    trust, model = options.get("trust_remote_code", False), options.get("model")
+    source = open_source(run_dir, adapter, trust, model, chosen.base)
     _require_possible(form, source)
     _ = source.examples
     with hold_export(given):

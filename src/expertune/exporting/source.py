@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from expertune.adapt.base_model import require_same_base
-from expertune.adapt.factors import AdapterFactors, Factors, read_factors, stacked
+from expertune.adapt.factors import AdapterFactors, Factors, difference, read_factors, stacked
 from expertune.adapt.files import AdapterFile, read_adapter
 from expertune.checkpoint.fingerprint import Fingerprint, read_fingerprint
-from expertune.checkpoint.formats.nf4_folder import is_nf4_folder, read_nf4_folder
+from expertune.checkpoint.formats.nf4_folder import CALIBRATED, is_nf4_folder, read_nf4_folder
 from expertune.checkpoint.hub import ModelSource
 from expertune.checkpoint.load import build_meta_model
+from expertune.checkpoint.moments import Moments
 from expertune.checkpoint.names import NameMap, read_names
 from expertune.checkpoint.reader import CheckpointIndex, open_checkpoint
 from expertune.checkpoint.recipe import Recipe, read_recipe, recipe_of_folder
@@ -32,6 +33,7 @@ from expertune.experts import layout
 from expertune.exporting.magnitudes import NONE
 from expertune.planning.table import size
 from expertune.run.context import RunContext
+from expertune.run.directory import CALIBRATION, INITIAL_ADAPTER
 from expertune.run.inference import find_run
 
 # Tokens of a prompt; random ones for each expert of a layer, and in all.
@@ -86,6 +88,12 @@ class ExportSource:
         if is_nf4_folder(self.base.folder):
             return recipe_of_folder(read_nf4_folder(self.base.folder), self.model, asked)
         return read_recipe(self.model, self.names, self.index.tensors, asked, self.base.folder)
+
+    @property
+    def importance(self) -> Moments | None:
+        """What the scales of the run's 4-bit weights were chosen by, where that was a calibration."""
+        is_calibrated = self.context.config.quantization.fit == CALIBRATED and not is_nf4_folder(self.base.folder)
+        return Moments.load(self.context.output_dir / CALIBRATION) if is_calibrated else None
 
     @cached_property
     def is_packed(self) -> bool:
@@ -275,9 +283,16 @@ class ExportSource:
 
 
 def open_source(
-    run_dir: str | Path, adapter: str | None = None, trust_remote_code: bool = False, model: str | Path | None = None
+    run_dir: str | Path,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+    model: str | Path | None = None,
+    base: str = "source",
 ) -> ExportSource:
-    """Read what is exported; the arguments are those of `expertune.open_run`.
+    """Read what is exported; the arguments are those of `expertune.open_run`, and `base`, what it is to be right on.
+
+    An adapter that began as a correction of 4 bits (`lora.init`) is right on the weights that it was made for. On
+    16-bit weights there is nothing to correct: then its difference to where it began is exported, of twice the rank.
 
     Raises:
         CheckpointError: the run has no such adapter or has not written it, the model is gone, or is another one than
@@ -287,7 +302,11 @@ def open_source(
     found = find_run(run_dir, adapter, trust_remote_code, model)
     source = read_source(found.context, found.adapter, found.base)
     _require_own(found.context.config.lora, source.adapter)
-    return source
+    if "init" not in source.context.record.section("adapter") or base != "source" or source.is_packed:
+        return source
+    initial = read_adapter(source.context.output_dir / INITIAL_ADAPTER)
+    began = read_factors(initial.config, initial.tensors, source.names, initial.where)
+    return replace(source, factors=difference(source.factors, began))
 
 
 def read_source(context: RunContext, adapter: Path, base: ModelSource) -> ExportSource:

@@ -27,6 +27,7 @@ from expertune.errors import ExpertuneError
 from expertune.exporting.formats import Engine, Format, Options, Verdict
 from expertune.exporting.programs import BrokenOffError, ProgramError, run_program
 from expertune.exporting.source import ExportSource, Place
+from expertune.run.directory import CALIBRATION
 from expertune.storage import SCRATCH, write_json
 
 VERIFICATION = "verification.json"
@@ -299,6 +300,7 @@ class _Compared:
             "base": {
                 "folder": str(self.source.base.folder),
                 "adapter": self.source.adapter.where,
+                "calibration": str(self.source.context.output_dir / CALIBRATION),
                 "quantization": self.source.context.config.quantization.model_dump(mode="json", exclude_unset=True),
             },
             "cases": cases,

@@ -13,7 +13,7 @@ from expertune.checkpoint.names import read_names
 from expertune.checkpoint.targets import ResolvedTargets, most_selected, resolve_targets
 from expertune.config import RunConfig, check_training_arguments
 from expertune.config.arguments import checked
-from expertune.errors import DoesNotFitError
+from expertune.errors import ConfigError, DoesNotFitError
 from expertune.notebook.html import as_html
 from expertune.placement.experts import Location
 from expertune.planning import table
@@ -231,6 +231,11 @@ def plan_for(
             read.
     """
     check_training_arguments(config.training, config.where, config.objective)
+    if machine.world_size > 1 and (config.is_calibrated or config.lora.init != "default"):
+        key = f"lora.init: {config.lora.init}" if config.lora.init != "default" else "quantization.fit: calibrated"
+        raise ConfigError(
+            f"{key} is made by one process alone, and {machine.world_size} were asked for; remove the key"
+        )
     if config.lora.init_from:
         require_adapter_folder(config.lora.init_from)
     shapes = shapes or read_shapes(config, machine.compute_dtype, trust_remote_code)

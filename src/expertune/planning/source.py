@@ -65,12 +65,15 @@ def read_source(config: RunConfig, folder: Path, on_hub: bool, model: PreTrained
         UnsupportedModelError: weights that are quantized in a way that cannot be read.
     """
     if is_nf4_folder(folder):
+        _require_16_bits(config, "an NF4 folder")
         stored = read_nf4_folder(folder)
         recipe = recipe_of_folder(stored, model, config.quantization)
         return Source(recipe, holds_nf4=True, nbytes=stored.index.nbytes)
     headers = read_headers(config.model, folder, config.revision, on_hub)
     keys = headers.shapes if headers else ()
     recipe = read_recipe(model, names, keys, config.quantization, config.model if on_hub else folder)
+    if any(piece.format for piece in recipe.pieces):
+        _require_16_bits(config, "in 4 bits already")
     if headers is None:
         recipe = replace(recipe, linears=linears_to_quantize(model, names.specs))
         return Source(recipe, notes=("no weights to look at; the counts rest on config.json alone",))
@@ -84,3 +87,12 @@ def read_source(config: RunConfig, folder: Path, on_hub: bool, model: PreTrained
     if unused := check_headers(replace(headers, shapes=shapes), model, names):
         notes.append(f"tensors that the model has no place for are left out: {first_names(unused)}")
     return Source(recipe, nbytes=headers.nbytes, notes=tuple(notes))
+
+
+def _require_16_bits(config: RunConfig, found: str) -> None:
+    """Refuse what is computed from 16-bit weights, where there are none."""
+    if config.lora.init != "default":
+        raise ConfigError(
+            f"lora.init: {config.lora.init} corrects what 4 bits lost, and {config.model} is {found}, where that is "
+            "not to be had; give the 16-bit checkpoint as model, or remove the key"
+        )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from expertune.report.charts import LEVELS, Chart, Series, cells, draw, is_number
-from expertune.report.values import Record, at, entries, number, section
+from expertune.report.values import Record, begins_as_base, entries, number, section
 
 _FEW = 0.1
 """An expert saw few tokens if it got less than this part of an even share."""
@@ -28,7 +28,7 @@ def expert_maps(record: Record) -> dict[str, Any] | None:
     first = 0 if 0 in found and last != 0 else None
     names = list(found[last]["counts"])
     after = [_shares(found[last]["counts"][name]) for name in names]
-    start = "adapter at the start" if at(record, "config", "lora", "init_from") else "base model"
+    start = "base model" if begins_as_base(record) else "adapter at the start"
     tuned = f"adapter, step {last}" if last else start
     before: list[list[float]] = []
     if first is not None and list(found[first]["counts"]) == names:

@@ -25,6 +25,7 @@ from expertune.report.values import (
     PLANNED_PHASES,
     Record,
     at,
+    begins_as_base,
     count,
     duration,
     entries,
@@ -82,7 +83,7 @@ def outcome(record: Record) -> dict[str, Any]:
     loss_before, loss_after = at(record, "eval", "before"), at(record, "eval", "after")
     if loss_after is None and losses and at(record, "run", "status") != "finished":
         loss_after = losses[-1][1]
-        if losses[0][0] == 0 and not at(record, "config", "lora", "init_from"):
+        if losses[0][0] == 0 and begins_as_base(record):
             loss_before = losses[0][1]
     if loss_before is not None or loss_after is not None:
         scores.append({"label": "loss on evaluation examples", "before": loss_before, "after": loss_after})

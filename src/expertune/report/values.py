@@ -21,6 +21,12 @@ def at(record: Any, *keys: str) -> Any:
     return record
 
 
+def begins_as_base(record: Any) -> bool:
+    """Whether a run's adapter changed nothing before it was trained."""
+    lora = section(record, "config", "lora")
+    return not lora.get("init_from") and lora.get("init", "default") == "default"
+
+
 def number(record: Any, *keys: str) -> float | None:
     """The same, where it is a finite number."""
     found = at(record, *keys)

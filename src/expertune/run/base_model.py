@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 
+from expertune.checkpoint.formats import nf4_folder
 from expertune.checkpoint.hub import ModelSource
 from expertune.checkpoint.load import LoadedModel, LoadOptions, load_model
+from expertune.checkpoint.moments import Moments
 from expertune.kernels.routes import use_settings
 from expertune.layers.varlen_attention import use_sdpa_attention
 from expertune.placement.device import make_kernel_settings, resolve_compute_dtype
@@ -11,6 +13,7 @@ from expertune.placement.experts import Location, expert_reader, place_experts
 from expertune.planning.devices import Machine
 from expertune.planning.plan import plan_for
 from expertune.run.context import RunContext
+from expertune.run.directory import CALIBRATION
 from expertune.run.progress import BYTES
 
 
@@ -36,6 +39,9 @@ def load_base(context: RunContext, source: ModelSource, places: Mapping[str, Loc
     settings = make_kernel_settings(config.kernels, recorded.get("crossover"), recorded.get("gemm"))
     dtype = resolve_compute_dtype(config.quantization.compute_dtype, device)
     on_host = [name for name, place in places.items() if place == "host"]
+    importance = None
+    if config.quantization.fit == nf4_folder.CALIBRATED and not nf4_folder.is_nf4_folder(source.folder):
+        importance = Moments.load(context.output_dir / CALIBRATION)
     with context.bars.task("loading the model", BYTES) as progress:
         loaded = load_model(
             source.folder,
@@ -43,7 +49,7 @@ def load_base(context: RunContext, source: ModelSource, places: Mapping[str, Loc
             dtype,
             device,
             source.trust_remote_code,
-            LoadOptions(expert_reader(places, device), on_host, context.sharing, progress),
+            LoadOptions(expert_reader(places, device), on_host, context.sharing, progress, importance),
         )
     use_settings(loaded.model, settings)
     place_experts(loaded.model, places, device, source.folder)

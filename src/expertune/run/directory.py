@@ -15,6 +15,10 @@ from expertune.run.source import directories, recorded_values
 from expertune.train.checkpoints import list_checkpoints
 
 ADAPTER_FOLDER = "adapter"
+INITIAL_ADAPTER = "initial_adapter"
+"""The adapter as a run began, where that is not the base (`lora.init`)."""
+CALIBRATION = "calibration.safetensors"
+"""What a sample of the training examples is like inside the model; see `expertune.checkpoint.moments`."""
 
 # Keys of the run file that name something which is compared by its content (`expertune.run.identity`).
 _NAMED_BY_PATH = frozenset({"model", "data.train", "data.eval", "data.template", "lora.init_from"})

@@ -33,8 +33,8 @@ METHOD = "expertune"
 GUIDE = "README.md"
 REST = "rest.safetensors"
 
-ABSMAX = "absmax"
-"""How scales are chosen where a folder does not say: by the largest magnitude."""
+ABSMAX, CALIBRATED = "absmax", "calibrated"
+"""Ways to choose scales: where a folder does not say, by the largest magnitude; and by a calibration."""
 
 STACKS = ("gate_up", "down")
 BUFFERS = Nf4Bytes._fields

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from expertune.adapt.attach import attach
-from expertune.checkpoint.load import LoadedModel, build_twin, load_model
+from expertune.checkpoint.formats.nf4_folder import CALIBRATED
+from expertune.checkpoint.load import LoadedModel, LoadOptions, build_twin, load_model
+from expertune.checkpoint.moments import Moments
 from expertune.config import LoraSection, QuantizationConfig
 from expertune.experts import layout
 from expertune.experts.module import Nf4Experts
@@ -33,7 +35,9 @@ def main() -> None:
     request = json.loads(path.read_text(encoding="utf-8"))
     base = request["base"]
     quantization = QuantizationConfig.model_validate(base["quantization"])
-    loaded = load_model(base["folder"], quantization, torch.float32, "cpu", request["trust"])
+    importance = Moments.load(Path(base["calibration"])) if quantization.fit == CALIBRATED else None
+    options = LoadOptions(importance=importance)
+    loaded = load_model(base["folder"], quantization, torch.float32, "cpu", request["trust"], options)
     stock_cases = {name: case for name, case in request["cases"].items() if not case.get("live")}
     if stock_cases:
         answer_stock(loaded, stock_cases, request, path.parent)

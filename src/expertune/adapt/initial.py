@@ -1,0 +1,153 @@
+"""Factors that begin as the best low-rank correction of what quantizing their own matrix has lost.
+
+- `loftq` (Li et al. 2023, one iteration): B A is the nearest matrix of rank r to W - Q(W), by its singular values. The
+  4-bit bytes stay plain NF4; further iterations would quantize W - B A again, and so change them.
+- `qera` (Zhang et al. 2024, QERA-approx): the same with each input feature weighted by the root of its mean square in a
+  sample, so that the error of the layer's output is what gets smallest, and not that of the weight.
+
+The update is scale * B @ A, so that the scale is divided out. How a product is shared out between A and B is free: the
+rows of A get the length that they have in an adapter that starts from zero, and B the rest, so that training takes the
+steps that its learning rate was chosen for.
+
+Shape suffixes: N out_features, K in_features, r rank.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expertune.adapt.live import LiveAdapter, LivePair
+from expertune.checkpoint.moments import Moments, Place
+from expertune.checkpoint.names import NameMap
+from expertune.experts.lora import ExpertsLora
+from expertune.kernels.nf4 import dequantize
+from expertune.layers.nf4_linear import Nf4Linear
+
+# Below it, all singular values are computed; above it, the largest by iterating on a subspace (Halko et al. 2011).
+_EXACT = 512
+_EXTRA, _ITERATIONS = 16, 3
+
+# Length of a row of A that starts as PEFT's does: uniform in +-1 / sqrt(K).
+_ROW_LENGTH = 1 / math.sqrt(3)
+
+
+@dataclass
+class Corrected:
+    """What has been corrected so far: squared errors of 4-bit weights, with the sample's weights where there is one.
+
+    Attributes:
+        count: matrices.
+        weight: squared weights.
+        before: squared errors of the 4-bit weights.
+        after: the same with the adapter.
+    """
+
+    count: int = 0
+    weight: float = 0.0
+    before: float = 0.0
+    after: float = 0.0
+
+    def to_json(self) -> dict[str, float]:
+        """Relative errors."""
+        weight = self.weight or 1.0
+        return {"matrices": self.count, "error_before": self.before / weight, "error_after": self.after / weight}
+
+
+@dataclass
+class Correction:
+    """Sets the factors of an adapter as the matrices of its base come by.
+
+    Args:
+        model: the transformers model with the adapter attached.
+        names: its name map.
+        seed: of the subspaces; with a matrix's name it decides its factors, whatever the order.
+        importance: mean squares of the input features [K] of a matrix; None means that all count the same.
+        adapter: the adapter's name.
+    """
+
+    model: nn.Module
+    names: NameMap
+    seed: int
+    importance: Moments | None = None
+    adapter: str = "default"
+    experts: Corrected = field(default_factory=Corrected)
+    linears: Corrected = field(default_factory=Corrected)
+
+    def __post_init__(self) -> None:
+        self._pairs = {pair.name: pair for pair in LiveAdapter(self.model, self.names, self.adapter).pairs()}
+
+    @torch.no_grad()
+    def take(self, place: Place, matrix_NK: Tensor) -> None:
+        """Set the factors of one matrix, where it has any."""
+        name = place.on_disk(self.names)
+        pair = self._pairs.get(name)
+        if pair is None:
+            return
+        device = pair.a.device
+        error = matrix_NK.to(device, torch.float32)
+        total = self.linears if place.projection is None else self.experts
+        root = None
+        if self.importance is not None:
+            root = self.importance.of(place, matrix_NK.shape[1], name).to(device).sqrt()
+        squares = _squares(error if root is None else error * root)
+        error = error - self._held(place, pair)
+        if root is not None:
+            error *= root
+        a, b = low_rank(error, len(pair.a), self._generator(name))
+        total.count += 1
+        total.weight += squares
+        total.before += _squares(error)
+        total.after += _squares(error.addmm_(b, a, alpha=-1))
+        if root is not None:
+            a = a / root
+        lengths = a.norm(dim=1) / _ROW_LENGTH
+        pair.a[: len(a)] = a / lengths[:, None].clamp_min(1e-30)
+        pair.b[:, : len(a)] = b * lengths / pair.scale
+
+    def to_json(self) -> dict[str, Any]:
+        """What was found, for the record."""
+        return {"experts": self.experts.to_json(), "linears": self.linears.to_json()}
+
+    def _held(self, place: Place, pair: LivePair) -> Tensor:
+        """The matrix as the base has it, float32."""
+        layer = self.model.get_submodule(pair.module)
+        if isinstance(layer, ExpertsLora):
+            assert place.projection is not None
+            assert place.expert is not None
+            return layer.base_layer.dequantize(place.expert, place.projection, torch.float32).to(pair.a.device)
+        linear = layer.get_base_layer()  # type: ignore[operator]
+        assert isinstance(linear, Nf4Linear)
+        shape = linear.out_features, linear.in_features
+        return dequantize(linear.nf4_bytes(), 0, torch.empty(shape, dtype=torch.float32, device=pair.a.device))
+
+    def _generator(self, name: str) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def low_rank(matrix_NK: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A [r, K] of orthogonal rows and B [N, r], whose product is the nearest of rank r; r is at most N and K.
+
+    Args:
+        matrix_NK: float32.
+        rank: r.
+        generator: on the CPU; draws the subspace of a large matrix.
+    """
+    rank = min(rank, *matrix_NK.shape)
+    if min(matrix_NK.shape) <= _EXACT:
+        u, values, v = torch.linalg.svd(matrix_NK, full_matrices=False)
+        return v[:rank], u[:, :rank] * values[:rank]
+    drawn = torch.randn(matrix_NK.shape[1], rank + _EXTRA, generator=generator).to(matrix_NK.device)
+    basis = torch.linalg.qr(matrix_NK @ drawn).Q
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(matrix_NK @ torch.linalg.qr(matrix_NK.mT @ basis).Q).Q
+    u, values, v = torch.linalg.svd(basis.mT @ matrix_NK, full_matrices=False)
+    return v[:rank], (basis @ u)[:, :rank] * values[:rank]
+
+
+def _squares(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix)) ** 2

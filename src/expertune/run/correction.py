@@ -1,0 +1,151 @@
+"""What a run makes of its 16-bit source once: a calibration, a base quantized by it, and an adapter that begins as its
+correction.
+
+All of it is kept in the run directory, so that a resumed run computes none of it again and a run that is opened has the
+same bytes: `calibration.safetensors`, and the adapter folder `initial_adapter`.
+"""
+
+import gc
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from expertune.adapt.initial import Correction
+from expertune.adapt.peft_model import ExpertPeftModel
+from expertune.checkpoint.adapter_folder import WEIGHTS_NAME
+from expertune.checkpoint.formats.nf4_folder import is_nf4_folder
+from expertune.checkpoint.hub import ModelSource
+from expertune.checkpoint.load import LoadedModel
+from expertune.checkpoint.matrices import SourceMatrices
+from expertune.checkpoint.moments import Moments, collect_moments
+from expertune.checkpoint.writer import hash_file
+from expertune.config import RunConfig
+from expertune.data import TokenizedExamples
+from expertune.data.collate import PaddingFreeCollator
+from expertune.data.examples import lengths_of
+from expertune.errors import CheckpointError, DataError
+from expertune.placement.experts import Location
+from expertune.run.base_model import load_base
+from expertune.run.context import RunContext
+from expertune.run.directory import CALIBRATION, INITIAL_ADAPTER
+from expertune.run.progress import BYTES
+from expertune.train.arguments import BATCH_SIZE, training_argument
+from expertune.train.exchange import write_adapter
+
+# Tokens that pass through the model at once, if a micro-batch of the run is as large.
+_MOST_TOKENS = 4096
+
+
+def load_to_train(
+    context: RunContext, source: ModelSource, places: Mapping[str, Location], train: TokenizedExamples
+) -> tuple[LoadedModel, Moments | None]:
+    """The base model, calibrated first where the run file asks for it, and the calibration.
+
+    Raises:
+        DataError: the training examples are too short for the calibration.
+        CheckpointError: a resumed run's calibration is not there any more.
+    """
+    config = context.config
+    if not config.is_calibrated or is_nf4_folder(source.folder):  # whose scales have been chosen
+        return load_base(context, source, places), None
+    path = context.output_dir / CALIBRATION
+    if known := context.record.section("model").get("calibration"):
+        _require_kept(path, known["sha256"])
+        return load_base(context, source, places), Moments.load(path)
+    require_tokens(config, train)
+    plain = config.quantization.model_copy(update={"fit": "mse"}) if config.quantization.fit == "calibrated" else None
+    first = context if plain is None else replace(context, config=config.model_copy(update={"quantization": plain}))
+    loaded = load_base(first, source, places)
+    started = time.monotonic()
+    with context.record.phase("calibrating"), context.bars.task("calibrating", "tokens") as progress:
+        wanted = config.quantization.calibration_tokens
+        batches = _sample(context, train, wanted, loaded.model)
+        moments = collect_moments(loaded.model, batches, lambda done: progress(min(done, wanted), wanted))
+    moments.save(path)
+    found = {"tokens": wanted, "sha256": hash_file(path).sha256, "seconds": round(time.monotonic() - started, 1)}
+    context.record.update("model", calibration=found)
+    if plain is not None:  # the same weights again, with scales by what has been found
+        del loaded
+        gc.collect()
+        loaded = load_base(context, source, places)
+    return loaded, moments
+
+
+def require_tokens(config: RunConfig, train: TokenizedExamples) -> None:
+    """Refuse training examples that have fewer tokens than the calibration asks for."""
+    wanted, there = config.quantization.calibration_tokens, sum(lengths_of(train.examples))
+    if there < wanted:
+        raise DataError(
+            f"data.train: {there} tokens, and the calibration wants {wanted} of them; give more examples, or set "
+            f"quantization.calibration_tokens to at most {there}"
+        )
+
+
+def _sample(context: RunContext, train: TokenizedExamples, wanted: int, model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Training examples, drawn by the run's seed until there are so many tokens, as batches for the model."""
+    examples, config = train.examples, context.config
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(context.seed)).tolist()
+    padded = config.data.packing == "padded"  # its attention does not keep sequences apart by their positions
+    most = min(_MOST_TOKENS, int(training_argument(config.training, BATCH_SIZE)) * config.data.max_length)
+    collate, chosen, count, total = PaddingFreeCollator(), [], 0, 0
+    for number, index in enumerate(order):
+        ids = examples[index].input_ids[: wanted - total]
+        chosen.append({"input_ids": ids, "labels": ids})
+        count, total = count + len(ids), total + len(ids)
+        following = examples[order[number + 1]].input_ids if total < wanted else []
+        if not following or padded or count + len(following) > most:
+            batch = {"input_ids": torch.tensor([ids])} if padded else collate(chosen)
+            batch = {key: value for key, value in batch.items() if key not in ("labels", "use_cache")}
+            yield {key: value.to(context.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+            chosen, count = [], 0
+        if total >= wanted:
+            return
+
+
+def begin_adapter(context: RunContext, source: ModelSource, model: ExpertPeftModel, moments: Moments | None) -> None:
+    """Set the adapter's first factors as `lora.init` says; a resumed run has them in its directory.
+
+    Raises:
+        CheckpointError: they are not there any more.
+    """
+    config, record = context.config, context.record
+    folder = context.output_dir / INITIAL_ADAPTER
+    if config.lora.init == "default":
+        return
+    if known := record.section("adapter").get("init"):
+        _require_kept(folder / WEIGHTS_NAME, known["sha256"])
+        model.load_adapter(str(folder), "default")
+        return
+    started = time.monotonic()
+    by = moments if config.lora.init == "qera" else None
+    correction = Correction(model.get_base_model(), model.names, context.seed, by)
+    with record.phase("initializing"), context.bars.task("correcting what 4 bits lost", BYTES) as progress:
+        SourceMatrices(source.folder, config.quantization, source.trust_remote_code).stream(correction.take, progress)
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its record knew of it
+        write_adapter(model, folder, context.ranks)
+    found = correction.to_json()
+    seconds, digest = round(time.monotonic() - started, 1), hash_file(folder / WEIGHTS_NAME).sha256
+    record.update("adapter", init={"how": config.lora.init, **found, "seconds": seconds, "sha256": digest})
+    shown = [
+        f"{what} {each['error_before']:.5f} -> {each['error_after']:.5f}"
+        for what, each in found.items()
+        if each["matrices"]
+    ]
+    context.tell(
+        f"the adapter begins as the correction of 4 bits ({config.lora.init}); squared error: {', '.join(shown)}"
+    )
+
+
+def _require_kept(path: Path, digest: str) -> None:
+    """Refuse to go on from another file than the run has written."""
+    if not path.is_file() or hash_file(path).sha256 != digest:
+        raise CheckpointError(
+            f"{path}: {'has changed' if path.is_file() else 'is missing'}, and the run began with it; restore it, or "
+            "start again with another output_dir"
+        )

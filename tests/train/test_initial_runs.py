@@ -1,0 +1,148 @@
+"""`lora.init` and `fit: calibrated` in a run: made once, kept in its directory, right where it is exported."""
+
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import expertune
+from expertune import finetune
+from expertune.adapt.factors import AdapterFactors
+from expertune.checkpoint.quantize import quantize
+from expertune.config import parse_config
+from expertune.errors import CheckpointError, ConfigError, DataError
+from expertune.exporting.source import open_source
+from expertune.planning import make_plan
+from expertune.run.record import RunRecord
+
+QERA = {"lora": {"init": "qera"}, "quantization": {"fit": "calibrated", "calibration_tokens": 300}}
+
+
+def with_keys(values: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
+    return values | {name: values.get(name, {}) | keys for name, keys in sections.items()}
+
+
+def trained(values: dict[str, Any], resume: bool = False) -> Path:
+    run = finetune(parse_config(values), resume=resume, console=Console(file=io.StringIO()))
+    return run.output_dir
+
+
+@pytest.fixture(scope="module")
+def corrected(
+    small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    from tests.train.conftest import nine_steps
+
+    values = nine_steps(small_mixtral, rows_file, tmp_path_factory.mktemp("corrected") / "run")
+    values = with_keys(values, training={"max_steps": 2, "save_steps": 1, "eval_steps": 2}, **QERA)
+    return trained(values), values
+
+
+def test_a_resumed_run_goes_on_from_the_factors_that_it_has(
+    corrected: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    whole, values = corrected
+    run_dir = copy_of(whole, tmp_path / "run", "adapter", "checkpoint-1", "checkpoint-2")
+    made = [run_dir / "calibration.safetensors", run_dir / "initial_adapter" / "adapter_model.safetensors"]
+    times = [path.stat().st_mtime_ns for path in made]
+    trained(values | {"output_dir": str(run_dir)}, resume=True)
+    assert [path.stat().st_mtime_ns for path in made] == times
+    name = "adapter/adapter_model.safetensors"
+    assert (run_dir / name).read_bytes() == (whole / name).read_bytes()
+
+
+def copy_of(whole: Path, run_dir: Path, *without: str) -> Path:
+    """The run as it was before it had some folders."""
+    shutil.copytree(whole, run_dir)
+    for late in without:
+        shutil.rmtree(run_dir / late)
+    record = RunRecord.load(run_dir)
+    record.values["config"]["output_dir"] = str(run_dir)
+    record.update("run", status="stopped")
+    return run_dir
+
+
+def test_a_run_does_not_go_on_from_other_factors(corrected: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    whole, values = corrected
+    run_dir = copy_of(whole, tmp_path / "run", "adapter")
+    (run_dir / "initial_adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"initial_adapter.*is missing, and the run began with it"):
+        trained(values | {"output_dir": str(run_dir)}, resume=True)
+
+
+def test_the_record_says_what_was_corrected_and_an_opened_run_has_the_same_bytes(
+    corrected: tuple[Path, dict[str, Any]],
+) -> None:
+    whole, _ = corrected
+    record = RunRecord.load(whole)
+    init = record["adapter"]["init"]
+    assert init["how"] == "qera"
+    for what in ("experts", "linears"):
+        assert 0 < init[what]["error_after"] < init[what]["error_before"]
+    assert record["model"]["base"]["fit"] == "calibrated"
+    assert record["eval"]["before"] is None  # step 0 is not the base
+    evaluated = expertune.evaluate(whole)
+    assert evaluated["loss"] == pytest.approx(record["eval"]["loss"][-1][1], abs=1e-6)
+
+
+def update_of(factors: AdapterFactors) -> dict[str, torch.Tensor]:
+    found = {name: pair.scale * pair.b.float() @ pair.a.float() for name, pair in factors.linears.items()}
+    for module, projections in factors.experts.items():
+        for projection, pairs in projections.items():
+            for expert, pair in enumerate(pairs):
+                found[f"{module}.{expert}.{projection}"] = pair.scale * pair.b.float() @ pair.a.float()
+    return found
+
+
+def test_on_16_bits_what_it_learned_is_exported_and_on_4_bits_the_whole(
+    corrected: tuple[Path, dict[str, Any]], small_mixtral: Path, tmp_path: Path
+) -> None:
+    whole, _ = corrected
+    raw, learned = open_source(whole, base="dequantized"), open_source(whole)
+    assert learned.max_rank == 2 * raw.max_rank
+    from expertune.adapt.factors import read_factors
+    from expertune.adapt.files import read_adapter
+
+    first = read_adapter(whole / "initial_adapter")
+    began = update_of(read_factors(first.config, first.tensors, raw.names, first.where))
+    now, beyond = update_of(raw.factors), update_of(learned.factors)
+    for name, update in beyond.items():
+        torch.testing.assert_close(update, now[name] - began[name], rtol=1e-4, atol=1e-6)
+
+
+def test_without_a_source_in_16_bits_there_is_nothing_to_correct(
+    run_values: dict[str, Any], small_mixtral: Path, tmp_path: Path
+) -> None:
+    quantize(str(small_mixtral), tmp_path / "nf4")
+    with pytest.raises(ConfigError, match=r"lora\.init: loftq corrects what 4 bits lost, and .* is an NF4 folder"):
+        make_plan(parse_config(with_keys(run_values, lora={"init": "loftq"}) | {"model": str(tmp_path / "nf4")}))
+
+
+def test_several_processes_do_not_make_one(run_values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"lora\.init: loftq is made by one process alone, and 2 were asked for"):
+        expertune.plan(with_keys(run_values, lora={"init": "loftq"}), devices=2, memory="8GB")
+
+
+def test_too_little_text_to_calibrate_by_is_one_error(run_values: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"data.train: \d+ tokens, and the calibration wants 8192 of them"):
+        trained(with_keys(run_values, lora={"init": "qera"}))
+
+
+def test_two_beginnings_are_refused(run_values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="init: loftq and init_from are two beginnings"):
+        parse_config(with_keys(run_values, lora={"init": "loftq", "init_from": "somewhere"}))
+
+
+def test_a_folder_is_quantized_by_the_calibration_of_a_run(
+    corrected: tuple[Path, dict[str, Any]], small_mixtral: Path, tmp_path: Path
+) -> None:
+    whole, _ = corrected
+    expertune.quantize(small_mixtral, tmp_path / "nf4", calibration=whole / "calibration.safetensors")
+    run = expertune.open_run(whole, model=tmp_path / "nf4")
+    assert expertune.evaluate(run)["loss"] == pytest.approx(RunRecord.load(whole)["eval"]["loss"][-1][1], abs=1e-6)
+    with pytest.raises(ConfigError, match=r"quantization\.fit is calibrated, and there is no calibration"):
+        expertune.quantize(small_mixtral, tmp_path / "other", fit="calibrated")
