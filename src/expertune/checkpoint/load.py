@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -191,7 +191,7 @@ def load_model(
     _require_enough_bytes(model, index)
     recipe = read_recipe(model, names, index.tensors, quantization, index.folder)
     swap_experts(model, recipe, device, options)
-    loader = Loader(model, names, recipe, dtype, torch.device(device), importance=options.importance)
+    loader = Loader(model, names, replace(recipe, importance=options.importance), dtype, torch.device(device))
     loader.progress = options.progress
     unexpected = loader.stream(index)
     model.tie_weights()

@@ -11,7 +11,7 @@ from expertune.checkpoint.convert import Sources, convert
 from expertune.checkpoint.formats.interface import Piece
 from expertune.checkpoint.formats.nf4_folder import ABSMAX, CALIBRATED
 from expertune.checkpoint.linears import quantized_linear
-from expertune.checkpoint.moments import Moments, Place
+from expertune.checkpoint.moments import Place
 from expertune.checkpoint.names import Destination, NameMap
 from expertune.checkpoint.reader import CheckpointIndex, TensorEntry
 from expertune.checkpoint.recipe import Recipe
@@ -34,7 +34,6 @@ class Loader:
         dtype: dtype of the unquantized rest and of all products.
         device: where everything lives.
         preserves_dtypes: leave what stays unquantized in the dtype of its source instead.
-        importance: what scales of `quantization.fit: calibrated` are chosen by.
 
     Attributes:
         progress: called by `stream` with (bytes placed, bytes in all).
@@ -51,17 +50,15 @@ class Loader:
         dtype: torch.dtype,
         device: torch.device,
         preserves_dtypes: bool = False,
-        importance: Moments | None = None,
     ) -> None:
         self.model, self.names, self.recipe = model, names, recipe
         self.dtype, self.device, self.preserves_dtypes = dtype, device, preserves_dtypes
         self.requantizes = recipe.requantizes
-        if recipe.fit == CALIBRATED and importance is None:
+        if recipe.fit == CALIBRATED and recipe.importance is None:
             raise ConfigError(
                 "quantization.fit is calibrated, and there is no calibration: a run makes it of its training examples; "
                 f"elsewhere give {option('calibration', 'FILE')}, the calibration.safetensors of a run of this model"
             )
-        self._importance = importance if recipe.fit == CALIBRATED else None
         # What a family keeps in float32 whatever the dtype, such as a router's correction bias: name part -> dtype.
         self.kept: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
         self.filled: dict[tuple[str, str | None, int | None], str] = {}
@@ -255,7 +252,7 @@ class Loader:
         """How the scales of a matrix are chosen."""
         if self.recipe.fit == ABSMAX:
             return None
-        importance = self._importance
+        importance = self.recipe.importance
         return Fit(None if importance is None else importance.of(place, matrix.shape[1], entry.shard))
 
     def stored_dtype(self, name: str, current: Tensor, source: torch.dtype) -> torch.dtype:

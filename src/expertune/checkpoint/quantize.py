@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -114,7 +114,7 @@ def quantize(
     asked, calibration = quantization or QuantizationConfig(), source_options.get("calibration")
     if calibration is not None and asked.fit != CALIBRATED:
         raise ConfigError(f"a calibration goes with quantization.fit calibrated, and the fit is {asked.fit}")
-    work = _Work.plan(name, source, out, shards, asked, dtype, None if calibration is None else Path(calibration))
+    work = _Work.plan(name, source, out, shards, (asked, None if calibration is None else Path(calibration)), dtype)
     was_there, is_fresh = out.exists(), not is_nf4_folder(out)
     try:
         if not work.is_finished():
@@ -179,22 +179,21 @@ class _Work:
         source: ModelSource,
         out: Path,
         shards: Shards,
-        asked: QuantizationConfig,
+        asked: tuple[QuantizationConfig, Path | None],
         dtype: Dtype,
-        calibration: Path | None,
     ) -> "_Work":
         """What is to be done, from the config and the names of the tensors alone."""
-        values = read_config(source.folder)
+        (quantization, calibration), values = asked, read_config(source.folder)
         compute = FLOATS[dtype] if dtype != "auto" else config_dtype(values)
         model = build_meta_model(source.folder, compute, source.trust_remote_code)
         names = read_names(model)
-        recipe = read_recipe(model, names, shards.weight_map, asked, source.folder)
+        recipe = read_recipe(model, names, shards.weight_map, quantization, source.folder)
         layers = [layer for layer, _ in decoder_layers(model, names.specs)]
         jobs = make_jobs(layers, names, recipe.pieces)
         swap_experts(model, recipe, "meta")
         sizes = {job.file: estimate_bytes(model, job, layers, recipe) for job in jobs}
-        importance = Moments.load(calibration) if calibration else None
-        loader = Loader(model, names, recipe, compute, torch.device("cpu"), dtype == "auto", importance)
+        recipe = replace(recipe, importance=Moments.load(calibration) if calibration else None)
+        loader = Loader(model, names, recipe, compute, torch.device("cpu"), preserves_dtypes=dtype == "auto")
         held = recipe.to_json() | ({"calibration_sha256": hash_file(calibration).sha256} if calibration else {})
         weight_map = json.dumps(sorted(shards.weight_map.items()))
         identity = {

@@ -15,6 +15,7 @@ from expertune.checkpoint.formats import bnb4bit, mxfp4, nf4_folder
 from expertune.checkpoint.formats.interface import Format, Piece
 from expertune.checkpoint.formats.nf4_folder import ABSMAX
 from expertune.checkpoint.linears import decoder_layers, is_linear
+from expertune.checkpoint.moments import Moments
 from expertune.checkpoint.names import NameMap
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -37,6 +38,7 @@ class Recipe:
         pieces: the weights of the source, and what packed each.
         requantizes: whether packed experts that cannot stay as they are may be quantized again.
         fit: how scales were chosen, or are.
+        importance: what they are chosen by where they are calibrated.
     """
 
     scheme: Scheme = "nf4"
@@ -45,6 +47,7 @@ class Recipe:
     pieces: Sequence[Piece] = ()
     requantizes: bool = False
     fit: str = ABSMAX
+    importance: Moments | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What an NF4 folder says of it."""

@@ -272,7 +272,11 @@ class LoraSection(Section):
         if self.init_from is not None and self.init != "default":
             raise ValueError(f"init: {self.init} and init_from are two beginnings; remove one of them")
         if self.init != "default" and (self.use_dora or self.selects):
-            other = "use_dora scales what they give" if self.use_dora else "lora.experts or lora.expert_rank: load changes some of them"
+            other = (
+                "use_dora scales what they give"
+                if self.use_dora
+                else "lora.experts or lora.expert_rank: load changes some of them"
+            )
             raise ValueError(f"init: {self.init} corrects all 4-bit matrices, and {other}; remove one of the two")
         return self
 

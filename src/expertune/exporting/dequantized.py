@@ -89,8 +89,8 @@ class DequantizedModel:
         recipe = read_recipe(self.model, self.names, index.tensors, asked, index.folder)
         jobs = make_jobs(self.layers, self.names, recipe.pieces)
         swap_experts(self.model, recipe, "meta")
-        importance = self.source.importance
-        loader = Loader(self.model, self.names, recipe, self.dtype, torch.device("cpu"), True, importance)
+        recipe = replace(recipe, importance=self.source.importance)
+        loader = Loader(self.model, self.names, recipe, self.dtype, torch.device("cpu"), preserves_dtypes=True)
 
         def load(layer: str | None) -> None:
             pieces = next(job.pieces for job in jobs if job.layer == layer)

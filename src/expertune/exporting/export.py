@@ -167,8 +167,8 @@ def verify(
         raise ExportError(
             f"{given}: lies in no run directory; give the run that it is of with {option('run', 'RUN_DIR')}"
         )
-    trust, model = options.get("trust_remote_code", False), options.get("model")
-    source = open_source(run_dir, adapter, trust, model, chosen.base)
+    name_of = adapter if adapter != ADAPTER_FOLDER else None
+    source = open_source(run_dir, name_of, trust_remote_code, model, chosen.base)
     _require_possible(form, source)
     _ = source.examples
     with hold_export(given):
