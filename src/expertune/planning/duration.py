@@ -16,6 +16,7 @@ from expertune.config import DataConfig, RunConfig
 from expertune.data import make_dataset, prepare_run
 from expertune.data.sources import find_source, local_bytes, rows_of_slices
 from expertune.errors import ExpertuneError
+from expertune.planning.passes import passes_of
 from expertune.planning.speed import StepCost
 from expertune.run.progress import in_words
 from expertune.train.arguments import BATCH_SIZE, EVALUATION_BATCH_SIZE, training_argument
@@ -31,7 +32,7 @@ class Lengths:
 
     Attributes:
         num_rows: sequences that it trains on (packs, with `packing: packed`); None where nobody has counted.
-        tokens: mean tokens of one.
+        tokens: mean tokens of one; of a pair both sides.
         num_eval_rows: evaluation examples; 0 for a run without any, None where nobody has counted.
         eval_tokens: mean tokens of one.
         is_bound: the examples were not tokenized, and each counts as `data.max_length` tokens.
@@ -86,7 +87,8 @@ def read_lengths(config: RunConfig, trust_remote_code: bool = False) -> Lengths:
             of_eval = evaluation.report if evaluation else None
             return Lengths.of(data, len(make_dataset(train, data)), train.report, of_eval)
     num_eval_rows = _count(data.eval) if data.eval else 0
-    return Lengths(_count(data.train), data.max_length, num_eval_rows, data.max_length, data.packing != "padded")
+    longest = passes_of(config).sequences * data.max_length
+    return Lengths(_count(data.train), longest, num_eval_rows, longest, data.packing != "padded")
 
 
 def _count(spec: str | list[str]) -> int | None:
@@ -167,12 +169,14 @@ class Pace:
     def run_time(self, lengths: Lengths) -> RunTime | None:
         """How long the run takes on such examples; None where the number of steps is not known."""
         training, task, ranks = self.config.training, self.config.task, self._num_ranks
-        steps = count_steps(training, lengths.num_rows, ranks)
+        passes = self.cost.workload.passes
+        num_rows = None if lengths.num_rows is None else lengths.num_rows * passes.answers
+        steps = count_steps(training, num_rows, ranks)
         if steps is None:
             return None
-        rows = int(training_argument(training, BATCH_SIZE))
-        step = self.cost.of_batch(rows * lengths.tokens, lengths.tokens).time()
-        evaluations = count_evaluations(self.config, steps, lengths.num_rows, ranks) if self.config.data.eval else 0
+        rows, tokens = int(training_argument(training, BATCH_SIZE)), lengths.tokens + passes.written
+        step = self.cost.of_batch(rows * tokens, tokens / passes.sequences).time()
+        evaluations = count_evaluations(self.config, steps, num_rows, ranks) if self.config.data.eval else 0
         scorings = 2 + (evaluations if scores_in_training(self.config) else 0) if task.metric else 0
         return RunTime(
             steps=steps,
@@ -188,7 +192,9 @@ class Pace:
         count = lengths.num_eval_rows or 0
         rows = min(int(training_argument(self.config.training, EVALUATION_BATCH_SIZE)), count)
         batches = math.ceil(count / rows / self._num_ranks)
-        return batches * self.cost.of_batch(rows * lengths.eval_tokens, lengths.eval_tokens).forward_seconds()
+        passes = self.cost.workload.passes
+        batch = self.cost.of_batch(rows * lengths.eval_tokens, lengths.eval_tokens / passes.sequences)
+        return (1 + passes.silent) * batches * batch.forward_seconds()
 
     def _answering(self, lengths: Lengths) -> float:
         """Of one scoring: each batch's prompts are read at once, and each token of its answers is a pass."""
@@ -196,7 +202,8 @@ class Pace:
         rows = min(task.rows or count, count)
         batch = min(task.batch_size, rows)
         batches = math.ceil(rows / batch / self._num_ranks)
-        reading = self.cost.of_batch(batch * lengths.eval_tokens, lengths.eval_tokens).forward_seconds()
+        tokens = lengths.eval_tokens / self.cost.workload.passes.sequences
+        reading = self.cost.of_batch(batch * tokens, tokens).forward_seconds()
         return batches * (reading + task.max_new_tokens * self.cost.of_batch(batch, 1).forward_seconds())
 
     @property

@@ -42,10 +42,11 @@ _TRAINING_BYTES_PER_LOGIT, _EVALUATION_BYTES_PER_LOGIT = 14, 10
 class Memory:
     """Peak memory of one process on its device.
 
-    The phases that can be the highest are `preflight` (the check after attaching), `loss` (forward is over), `layer` (a
-    layer is in backward), `average` (ranks average gradients), `update` (the optimizer's), `save` (a checkpoint or the
-    adapter is written), `evaluation`, and `generation` (answers for the task's metric). Only one of them happens at a
-    time.
+    The phases that can be the highest are `preflight` (the check after attaching), `reference` (the objective's
+    reference computes, beside what forward has kept), `loss` (forward is over), `layer` (a layer is in backward),
+    `average` (ranks average gradients), `update` (the optimizer's), `save` (a checkpoint or the adapter is written),
+    `evaluation`, `writing` (answers that are trained on) and `generation` (answers for the task's metric). Only one of
+    them happens at a time.
 
     Attributes:
         phases: phase -> bytes by component, those that are always held included.
@@ -86,6 +87,8 @@ def estimate_memory(w: Workload, placement: PlannedPlacement) -> Memory:
         "framework": FRAMEWORK_BYTES[w.device],
     }
     training = always | {"optimizer": w.optimizer_bytes}
+    if w.reference_bytes:
+        training["reference"] = w.reference_bytes
     phases = {
         # Beside it are the B factors as they were, about half of the adapter.
         "preflight": always | {"copies": adapter // 2} | _preflight_phase(w),
@@ -98,8 +101,16 @@ def estimate_memory(w: Workload, placement: PlannedPlacement) -> Memory:
     }
     if w.evaluation_tokens:
         phases["evaluation"] = training | _evaluation_phase(w.of_batch(w.evaluation_tokens))
+    prompt = w.sequence_length - w.passes.written
+    if w.passes.written:
+        at_once = w.passes.written_at_once
+        phases["writing"] = training | _generation_phase(w.of_batch(at_once * prompt), at_once, w.passes.written)
+    elif w.passes.silent:
+        phases["reference"] = training | _reference_phase(w)
     if w.answered:
-        phases["generation"] = training | _generation_phase(w.of_batch(w.answered * w.sequence_length))
+        phases["generation"] = training | _generation_phase(
+            w.of_batch(w.answered * prompt), w.answered, w.answer_tokens
+        )
     for components in phases.values():
         components["allocator"] = _allocator(components, w.device, placement.offloads_to("disk"))
     on_host = placement.offloaded_bytes if placement.offloads_to("host") else 0
@@ -135,19 +146,25 @@ def _layer_phase(w: Workload) -> dict[str, int]:
     }
 
 
+def _reference_phase(w: Workload) -> dict[str, int]:
+    """A forward without gradients, while what forward has kept waits for its loss."""
+    gradients = w.adapter_bytes if w.accumulates else 0
+    return {"gradients": gradients, "activations": _activations(w)} | _evaluation_phase(w)
+
+
 def _evaluation_phase(w: Workload) -> dict[str, int]:
     """A forward without gradients: its loss, or one of its layers."""
     return {"evaluation": max(_loss(w, _EVALUATION_BYTES_PER_LOGIT), _forward(w))}
 
 
-def _generation_phase(w: Workload) -> dict[str, int]:
-    """Answers: attention or another part of a layer reads the prompts, or the last token is written.
+def _generation_phase(w: Workload, answered: int, answer_tokens: int) -> dict[str, int]:
+    """Answers at once: attention or another part of a layer reads the prompts, or the last token is written.
 
     That token's keys and values are added by a copy of a layer's; its logits are also in float32.
     """
     inventory, itemsize = w.inventory, w.compute_dtype.itemsize
-    cache = w.answered * (w.sequence_length + w.answer_tokens) * inventory.cached_numbers * itemsize
-    logits = w.answered * inventory.vocab_size * (itemsize + _FLOAT32_BYTES)
+    cache = (w.tokens + answered * answer_tokens) * inventory.cached_numbers * itemsize
+    logits = answered * inventory.vocab_size * (itemsize + _FLOAT32_BYTES)
     if not inventory.takes_logits_to_keep:
         logits += _logits(w)
     grown = cache // len(inventory.layers)
@@ -187,8 +204,8 @@ def _kept_by_layers(w: Workload) -> list[int]:
 
 
 def _logits(w: Workload) -> int:
-    """Logits [T, V] of all tokens."""
-    return w.tokens * w.inventory.vocab_size * w.compute_dtype.itemsize
+    """Logits [T, V] of all tokens, or of those of answers."""
+    return w.logit_tokens * w.inventory.vocab_size * w.compute_dtype.itemsize
 
 
 def _loss(w: Workload, bytes_per_logit: int) -> int:
@@ -198,7 +215,7 @@ def _loss(w: Workload, bytes_per_logit: int) -> int:
     """
     V, D = w.inventory.vocab_size, w.inventory.hidden_size
     if w.full_logits:
-        return w.tokens * V * bytes_per_logit
+        return w.logit_tokens * V * bytes_per_logit
     dropped = w.adapter_dtype.itemsize if w.dropout else 0
     hidden_states = 2 * w.tokens * D * (w.compute_dtype.itemsize + dropped)
     return hidden_states + working_set_bytes(w.tokens, V, D, w.compute_dtype, w.device)

@@ -55,6 +55,8 @@ class Plan:
         ranks: of several ranks, what each holds and sends; all else is of the one that has the most. None for one.
         pace: how fast batches are; None where nothing is known of the device's speed.
         run_time: how long the whole run takes, see `timed`; None where nobody has counted the examples.
+        objective: the run's.
+        passes: what it computes beside a forward and a backward for each example, in words; empty for `sft`.
     """
 
     model: str
@@ -75,6 +77,8 @@ class Plan:
     ranks: RanksPlan | None = None
     pace: Pace | None = None
     run_time: RunTime | None = None
+    objective: str = "sft"
+    passes: str = ""
 
     def timed(self, lengths: Lengths) -> "Plan":
         """The plan with the time of the whole run.
@@ -175,6 +179,7 @@ class Plan:
             "gpu": self.gpu,
             "notes": list(self.notes),
             "ranks": self.ranks.to_json() if self.ranks else None,
+            **({"objective": self.objective, "passes": self.passes} if self.passes else {}),
         }
 
 
@@ -354,6 +359,8 @@ class _Planner:
             notes=self.shapes.source.notes + self.hints(),
             ranks=ranks,
             pace=found.pace,
+            objective=config.objective,
+            passes=found.workload.passes.line,
         )
 
     @property

@@ -14,6 +14,7 @@ from expertune.distributed.mesh import BUCKET_BYTES
 from expertune.errors import ConfigError
 from expertune.kernels.routes import default_working_set_bytes
 from expertune.planning.inventory import Inventory, count_adapter, count_by_adamw, factor_sizes
+from expertune.planning.passes import Passes, passes_of
 from expertune.train.arguments import (
     ACCUMULATION,
     BATCH_SIZE,
@@ -36,8 +37,8 @@ class Workload:
         device: `cpu` or `cuda`.
         compute_dtype: dtype of activations and of all weights that are not 4-bit.
         adapter_dtype: dtype of the adapter's weights and gradients.
-        tokens: T, an upper bound: batch size times the longest sequence.
-        sequence_length: S.
+        tokens: T, an upper bound: batch size times the longest sequence, of pairs both sides.
+        sequence_length: S; of a prompt whose answer is written, with it.
         preflight_tokens: T of the preflight check's batch.
         evaluation_tokens: T of an evaluation batch; 0 without evaluation examples.
         answered: examples that are answered at once for the task's metric; 0 without one.
@@ -51,6 +52,7 @@ class Workload:
             is.
         optimizer: TrainingArguments' `optim`.
         router_losses: coefficients of the routers' load-balancing loss and z-loss.
+        passes: what the objective asks of the model besides.
     """
 
     inventory: Inventory
@@ -71,6 +73,7 @@ class Workload:
     accumulates: bool
     offload: bool
     optimizer: str
+    passes: Passes
     router_losses: tuple[float, float] = (0.0, 0.0)
 
     @cached_property
@@ -82,6 +85,18 @@ class Workload:
     def optimizer_bytes(self) -> int:
         """The optimizer's states, of what a process trains."""
         return self._states(count_adapter(self.inventory, self.targets, self.inventory.experts_here))
+
+    @property
+    def reference_bytes(self) -> int:
+        """The adapter that training starts from, where it is kept as the reference."""
+        return self.adapter_bytes if self.passes.keeps_start else 0
+
+    @property
+    def logit_tokens(self) -> int:
+        """Tokens whose logits there are where there are all: of an answer that was written, not of its prompt."""
+        if not self.passes.written or not self.inventory.takes_logits_to_keep:
+            return self.tokens
+        return self.tokens * min(self.passes.written + 1, self.sequence_length) // self.sequence_length
 
     @property
     def gather_slot_bytes(self) -> int:
@@ -135,7 +150,8 @@ def read_workload(
     config: RunConfig, inventory: Inventory, targets: ResolvedTargets, device: str, compute_dtype: torch.dtype
 ) -> Workload:
     """What a run file asks for, with TrainingArguments' defaults for what it leaves out."""
-    length, training = config.data.max_length, config.training
+    training, passes = config.training, passes_of(config)
+    length = config.data.max_length + passes.written
     optimizer = str(training.get("optim", default_optimizer(device)))
     if optimizer == MUON and count_by_adamw(inventory, targets) == count_adapter(inventory, targets):
         raise ConfigError(NOTHING_FOR_MUON)
@@ -146,16 +162,17 @@ def read_workload(
         device=device,
         compute_dtype=compute_dtype,
         adapter_dtype=torch.float32 if config.lora.dtype == "float32" else torch.bfloat16,
-        tokens=int(training_argument(training, BATCH_SIZE)) * length,
+        tokens=int(training_argument(training, BATCH_SIZE)) * passes.sequences * length,
         sequence_length=length,
         preflight_tokens=max(PREFLIGHT_TOKENS, length) if config.data.packing == "padded" else PREFLIGHT_TOKENS,
-        evaluation_tokens=evaluated * length,
+        evaluation_tokens=evaluated * passes.sequences * length,
         answered=answered_at_once(config),
         answer_tokens=config.task.max_new_tokens,
         checkpointing=uses_checkpointing(training),
         dropout=config.lora.dropout > 0,
         working_set_bytes=config.kernels.working_set_bytes or default_working_set_bytes(device),
         full_logits=config.loss == "full"
+        or passes.written > 0  # TRL's own loss
         or (targets.use_dora and _is_head_adapted(inventory, targets))
         or any(training.get(key) for key in ("label_smoothing_factor", "torch_compile")),
         accumulates=int(training_argument(training, ACCUMULATION)) > 1,
@@ -165,6 +182,7 @@ def read_workload(
             aux_coefficient(config, inventory.model.config.get_text_config()) or 0.0,
             config.router.z_loss,
         ),
+        passes=passes,
     )
 
 

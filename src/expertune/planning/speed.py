@@ -87,18 +87,24 @@ class StepCost:
     def time(self) -> StepTime:
         """Time of an optimizer step."""
         w, accumulation, rates = self.workload, self.accumulation, self.rates
-        efficiency, flops, passes, moved = EFFICIENCY[w.device], _flops(w), self._passes, self._moved
+        efficiency, silent = EFFICIENCY[w.device], w.passes.silent
+        # Forwards without gradients come before the one with them.
+        passes, moved, flops = (
+            [each_way[0]] * silent + list(each_way) for each_way in (self._passes, self._moved, _flops(w))
+        )
+        each_forward, each_backward = self.placement.transferred_bytes
+        writing = self._writing_seconds()
         expected = [seconds / efficiency for seconds in passes]
         waiting = sum(max(transfer - computed, 0.0) for transfer, computed in zip(moved, expected, strict=True))
         ahead = [max(passes[0], moved[0])] if self._looks_ahead else []
         sending = (self.traffic.gradient_bytes + self.traffic.token_bytes) / self.link.bytes_per_second
         return StepTime(
-            floor_seconds=accumulation * sum([*map(max, passes, moved), *ahead]) + sending,
-            seconds=accumulation * (sum(expected) + waiting + sum(ahead) / efficiency) + sending,
+            floor_seconds=accumulation * sum([*map(max, passes, moved), *ahead]) + efficiency * writing + sending,
+            seconds=accumulation * (sum(expected) + waiting + sum(ahead) / efficiency) + writing + sending,
             tokens=w.inventory.distribution.world_size * accumulation * w.tokens,
             efficiency=efficiency,
             flops=accumulation * sum(flops),
-            brought_bytes=accumulation * sum(self.placement.transferred_bytes),
+            brought_bytes=accumulation * ((1 + silent) * each_forward + each_backward),
             waiting_seconds=accumulation * waiting,
             sending_seconds=sending,
             rates=rates,
@@ -108,6 +114,16 @@ class StepCost:
     def forward_seconds(self) -> float:
         """Expected time of the forward of one batch, as evaluations and answers have it."""
         return max(self._passes[0] / EFFICIENCY[self.workload.device], self._moved[0])
+
+    def _writing_seconds(self) -> float:
+        """Expected time of a step's share of the answers that it trains on: prompts at once, then token by token."""
+        passes, length = self.workload.passes, self.workload.sequence_length
+        if not passes.written:
+            return 0.0
+        prompt = max(length - passes.written, 1)
+        reading = self.of_batch(passes.written_at_once * prompt, prompt).forward_seconds()
+        token = self.of_batch(passes.written_at_once, 1).forward_seconds()
+        return self.accumulation / passes.written_for * (reading + passes.written * token)
 
     @property
     def _looks_ahead(self) -> bool:

@@ -27,6 +27,7 @@ _COMPONENTS = {
     "working_set": "one layer in backward",
     "logits": "logits and loss",
     "copies": "copies of the adapter",
+    "reference": "the adapter it starts from",
     "bucket": "gradients being averaged",
     "updating": "one factor's update",
     "evaluation": "evaluation",
@@ -42,12 +43,14 @@ _BESIDE_LINES = 36
 
 _PHASES = {
     "preflight": "in the preflight check",
+    "reference": "while the reference computes",
     "loss": "while the loss is taken",
     "layer": "while a layer is in backward",
     "average": "while gradients are averaged",
     "update": "in the optimizer's update",
     "save": "while the adapter is written",
     "evaluation": "in evaluation",
+    "writing": "while answers to train on are written",
     "generation": "while answers are written",
 }
 
@@ -95,6 +98,7 @@ def _heading(plan: "Plan") -> Table:
     lines: Mapping[str, str | None] = {
         "model": f"{plan.model} ({plan.architecture})",
         "device": f"{plan.gpu or plan.device}, products in {plan.compute_dtype}",
+        "objective": f"{plan.objective}: {plan.passes}" if plan.passes else None,
         "parameters": f"{counts.total:,} in all, {counts.trainable:,} trained",
         "step": plan.micro_batch.line(plan.ranks.chosen.distribution.world_size if plan.ranks else 1),
         "processes": plan.ranks.line if plan.ranks else None,
