@@ -46,6 +46,7 @@ __all__ = [
 _SOURCE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _DENSE_KINDS = {torch.float32: 1, torch.bfloat16: 2}
 _NF4_KIND = 0
+ARITHMETIC = 0
 
 
 class Update(NamedTuple):
@@ -207,6 +208,7 @@ def grouped_gemm(
         transposed=transposed,
         num_updates=len(held),
         threads=torch.get_num_threads(),
+        arithmetic=ARITHMETIC,
     )
     _call("expertune_grouped_gemm", ctypes.byref(arguments))
 
@@ -343,7 +345,7 @@ class _Product(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "index", "offsets", "nf4", "dense", "slots", "updates", "y")),
         *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "dense_stride", "dense_expert_stride")),
         *((name, ctypes.c_int64) for name in ("experts", "parts", "depth", "columns")),
-        *((name, ctypes.c_int32) for name in ("kind", "transposed", "num_updates", "threads")),
+        *((name, ctypes.c_int32) for name in ("kind", "transposed", "num_updates", "threads", "arithmetic")),
     )
 
 

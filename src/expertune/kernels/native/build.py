@@ -26,11 +26,11 @@ from expertune.kernels.cache import cache_folder, why_not_private
 from expertune.kernels.cpu import cpu_instruction_sets
 
 FOLDER = Path(__file__).parent
-SOURCES = ("nf4.c", "grouped_gemm.c", "swiglu.c", "dropout.c")
-HEADERS = ("common.h",)
+SOURCES = ("nf4.c", "grouped_gemm.c", "grouped_gemm16.c", "swiglu.c", "dropout.c")
+HEADERS = ("common.h", "grouped_gemm.h")
 # No contraction into fused multiply-add where the source does not ask for it: scales must round as bitsandbytes' do.
 FLAGS = (
-    *("-std=c11", "-D_POSIX_C_SOURCE=200809L", "-O3", "-mavx2", "-mfma", "-mf16c", "-ffp-contract=off"),
+    *("-std=c11", "-D_DEFAULT_SOURCE", "-O3", "-mavx2", "-mfma", "-mf16c", "-ffp-contract=off"),
     *("-fopenmp", "-fPIC", "-fvisibility=hidden"),
 )
 

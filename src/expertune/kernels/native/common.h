@@ -26,18 +26,21 @@ typedef struct {
     int64_t halves;          /* 1: each half of a block has an exponent of its own (MXFP4) */
 } Nf4;
 
+/* 2 ** (exponent - 127): the exponent's own bits, but for the least, whose value has no implicit bit. */
+INLINE float power_of_two(uint32_t exponent)
+{
+    uint32_t bits = exponent == 0 ? 0x00400000u : exponent << 23;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 /* Scale of one block of a matrix, or of one half of it; rounded after each operation, as bitsandbytes has it. */
 INLINE float scale_of(const Nf4 *w, int64_t matrix, int64_t block, int half)
 {
     int64_t at = matrix * (w->rows * w->columns / BLOCK) + block;
-    if (w->halves) {
-        /* 2 ** (exponent - 127): the exponent's own bits, but for the least, whose value has no implicit bit. */
-        uint32_t exponent = ((const uint8_t *)w->absmax)[2 * at + half];
-        uint32_t bits = exponent == 0 ? 0x00400000u : exponent << 23;
-        float value;
-        memcpy(&value, &bits, sizeof value);
-        return value;
-    }
+    if (w->halves)
+        return power_of_two(((const uint8_t *)w->absmax)[2 * at + half]);
     if (w->codebook == NULL)
         return ((const float *)w->absmax)[at];
     float scaled = w->codebook[((const uint8_t *)w->absmax)[at]] * w->nested[matrix * w->nested_stride + block / NESTED_BLOCK];

@@ -4,41 +4,13 @@
    cache, x into panels of 6 rows that stay in the second, and a kernel of 12 accumulators runs over the contraction. What
    is dequantized is used for all rows of the expert and never written to memory. Each element of y is summed by one thread in
    one order, whatever the number of threads: two runs give identical bytes. */
-#include "common.h"
+#include "grouped_gemm.h"
 
 #define MR 6      /* rows of a panel of x */
 #define NR 16     /* columns of a panel of B */
 #define KC 256    /* contraction of one pass; a multiple of BLOCK */
 #define MC 768    /* most rows for which a dequantized panel is used at once */
 #define STRIPE 64 /* columns that are dequantized together where B lies along its columns */
-
-enum { NF4_WEIGHT = 0, FLOAT_WEIGHT = 1, BFLOAT_WEIGHT = 2 };
-
-/* One low-rank update: y[:, column .. column_end] += h @ B. h is [R, rank], its scaling applied. */
-typedef struct {
-    const float *h;
-    const float *b;            /* transposed: [columns of the part, rank] of each expert; otherwise [rank, columns] */
-    const int64_t *slots;      /* which matrix of b is each expert's, negative for none; NULL: that of its number */
-    int64_t rank, h_stride, b_expert_stride;
-    int64_t column, column_end;
-} Update;
-
-typedef struct {
-    const float *x;            /* rows of `depth` floats */
-    const int64_t *index;      /* source row of each sorted token, or NULL */
-    const int64_t *offsets;    /* end of each expert's sorted tokens */
-    const Nf4 *nf4;            /* kind NF4: `parts` matrices for each expert */
-    const void *dense;         /* kinds FLOAT and BFLOAT */
-    const int64_t *slots;      /* of the dense matrices, as in Update */
-    const Update *updates;
-    float *y;
-    int64_t x_stride, y_stride, dense_stride, dense_expert_stride;
-    int64_t experts, parts, depth, columns;
-    int32_t kind;
-    int32_t transposed;        /* 1: y = x @ B.T (contraction along B's rows); 0: y = x @ B */
-    int32_t num_updates;
-    int32_t threads;
-} Product;
 
 static _Thread_local float *scratch = NULL;
 
@@ -251,11 +223,20 @@ INLINE int64_t slot_of(const int64_t *slots, int64_t e)
     return slots == NULL ? e : slots[e];
 }
 
+static int runs_in_bfloat(const Product *p)
+{
+    return p->kind == NF4_WEIGHT && p->arithmetic != FLOAT_ARITHMETIC;
+}
+
 static void multiply_item(const Product *p, int64_t e, int64_t row, int64_t rows, int64_t column, int64_t column_end)
 {
     float *rows_packed = panels(), *panel = rows_packed + (MC + MR) * KC;
     const char *dense = (const char *)p->dense;
     int64_t slot = slot_of(p->slots, e), contraction = slot < 0 ? 0 : p->depth;
+    if (runs_in_bfloat(p)) {
+        multiply_bfloat_item(p, e, row, rows, column, column_end);
+        contraction = 0;
+    }
     if (p->kind != NF4_WEIGHT && slot >= 0)
         dense += slot * p->dense_expert_stride * (p->kind == FLOAT_WEIGHT ? 4 : 2);
     if (slot < 0)
@@ -316,7 +297,8 @@ static int64_t item_columns(const Product *p)
     int64_t wanted = 4 * p->threads;
     int64_t each = active > 0 ? (wanted + active - 1) / active : 1;
     int64_t width = (stripes + each - 1) / each;
-    return (width < 1 ? 1 : width > 16 ? 16 : width) * STRIPE;
+    int64_t most = runs_in_bfloat(p) ? 64 : 16;
+    return (width < 1 ? 1 : width > most ? most : width) * STRIPE;
 }
 
 EXPORT void expertune_grouped_gemm(const Product *p)
@@ -325,11 +307,12 @@ EXPORT void expertune_grouped_gemm(const Product *p)
 #pragma omp parallel num_threads(p->threads)
     for (int64_t e = 0, start = 0; e < p->experts; start = p->offsets[e++]) {
         int64_t end = p->offsets[e];
-        int64_t down = (end - start + MC - 1) / MC;
+        int64_t most = runs_in_bfloat(p) ? BFLOAT_ROWS : MC, panel = runs_in_bfloat(p) ? 32 : MR;
+        int64_t down = (end - start + most - 1) / most;
         /* Even chunks of rows, and more of them where the columns alone would not keep the threads busy. */
         int64_t least = (p->threads + across - 1) / across;
         down = down < least ? least : down;
-        int64_t height = ((end - start + down - 1) / down + MR - 1) / MR * MR;
+        int64_t height = ((end - start + down - 1) / down + panel - 1) / panel * panel;
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t item = 0; item < across * down; item++) {
             int64_t row = start + item / across * height, column = item % across * width;

@@ -1,0 +1,44 @@
+/* What the grouped GEMMs in float32 and in bfloat16 share. */
+#ifndef EXPERTUNE_GROUPED_GEMM_H
+#define EXPERTUNE_GROUPED_GEMM_H
+
+#include "common.h"
+
+#define BFLOAT_ROWS 512 /* most tokens that weights dequantized to bfloat16 are used for at once */
+
+enum { NF4_WEIGHT = 0, FLOAT_WEIGHT = 1, BFLOAT_WEIGHT = 2 };
+
+/* Of products with NF4 weights; others are in float32. */
+enum { FLOAT_ARITHMETIC = 0, AVX512_BFLOAT = 1, AMX_BFLOAT = 2 };
+
+/* One low-rank update: y[:, column .. column_end] += h @ B. h is [R, rank], its scaling applied. */
+typedef struct {
+    const float *h;
+    const float *b;            /* transposed: [columns of the part, rank] of each expert; otherwise [rank, columns] */
+    const int64_t *slots;      /* which matrix of b is each expert's, negative for none; NULL: that of its number */
+    int64_t rank, h_stride, b_expert_stride;
+    int64_t column, column_end;
+} Update;
+
+typedef struct {
+    const float *x;            /* rows of `depth` floats */
+    const int64_t *index;      /* source row of each sorted token, or NULL */
+    const int64_t *offsets;    /* end of each expert's sorted tokens */
+    const Nf4 *nf4;            /* kind NF4: `parts` matrices for each expert */
+    const void *dense;         /* kinds FLOAT and BFLOAT */
+    const int64_t *slots;      /* of the dense matrices, as in Update */
+    const Update *updates;
+    float *y;
+    int64_t x_stride, y_stride, dense_stride, dense_expert_stride;
+    int64_t experts, parts, depth, columns;
+    int32_t kind;
+    int32_t transposed;        /* 1: y = x @ B.T (contraction along B's rows); 0: y = x @ B */
+    int32_t num_updates;
+    int32_t threads;
+    int32_t arithmetic;
+} Product;
+
+/* The product of an item in bfloat16, without its updates; an item has at most BFLOAT_ROWS tokens. */
+void multiply_bfloat_item(const Product *p, int64_t e, int64_t row, int64_t rows, int64_t column, int64_t column_end);
+
+#endif
