@@ -110,14 +110,18 @@ def dequant_gemm_backward(dy_RN: Tensor, weight: Nf4Bytes) -> Tensor:
 
 
 def fused_forward(x_RK: Tensor, weight: Nf4Bytes) -> Tensor:
-    """The GEMM in the native library, which dequantizes inside; float32 arithmetic."""
+    """The GEMM in the native library, which dequantizes inside; sums in float32."""
     y_RN = torch.empty(x_RK.shape[0], weight.out_features, dtype=torch.float32)
-    native.grouped_gemm(native.plain(x_RK), weight, torch.tensor([x_RK.shape[0]]), y_RN, transposed=True)
+    native.grouped_gemm(
+        native.plain(x_RK), weight, torch.tensor([x_RK.shape[0]]), y_RN, transposed=True, dtype=x_RK.dtype
+    )
     return y_RN.to(x_RK.dtype)
 
 
 def fused_backward(dy_RN: Tensor, weight: Nf4Bytes) -> Tensor:
     """dX in the native library."""
     dx_RK = torch.empty(dy_RN.shape[0], weight.in_features, dtype=torch.float32)
-    native.grouped_gemm(native.plain(dy_RN), weight, torch.tensor([dy_RN.shape[0]]), dx_RK, transposed=False)
+    native.grouped_gemm(
+        native.plain(dy_RN), weight, torch.tensor([dy_RN.shape[0]]), dx_RK, transposed=False, dtype=dy_RN.dtype
+    )
     return dx_RK.to(dy_RN.dtype)

@@ -1,4 +1,7 @@
-"""The expert layer by GEMMs that dequantize inside: each is one call for all experts. CPU; float32 arithmetic.
+"""The expert layer by GEMMs that dequantize inside: each is one call for all experts. CPU.
+
+Between the GEMMs numbers are float32. Frozen weights and what they multiply are rounded to bfloat16 where tokens are
+bfloat16 and the CPU multiplies it (`native.multiplies`), with sums in float32; else all arithmetic is float32.
 
 The library gathers tokens as it reads them, so that none is copied to its expert, and adds the low-rank
 updates where it sums each output.
@@ -49,7 +52,7 @@ def forward(chunk: Chunk, layer: FrozenLayer, updates: list[LoraUpdate], h: list
     added = [_update(update, low, 0, layer.hidden_size) for update, low in _outer(layer, updates, h)]
     gained = [update for update, _ in _outer(layer, updates, h) if update.gain is not None]
     added += [] if gained else _bias(layer.outer_bias, routed)
-    native.grouped_gemm(x_RF, layer.down, routed.offsets_E, y_RD, transposed=True, updates=added)
+    native.grouped_gemm(x_RF, layer.down, routed.offsets_E, y_RD, transposed=True, updates=added, dtype=layer.dtype)
     _scale(y_RD, gained, layer.outer_bias if gained else None, routed, first_part=layer.num_parts)
     out_TD.copy_(combine(y_RD.mul_(routed.weight_R[:, None]), routed.inverse_R, chunk.hidden_TD.shape[0]))
 
@@ -88,7 +91,16 @@ def backward(
         for u, dh in dh_down.items()
         if not updates[u].dropout
     ]
-    native.grouped_gemm(dy, layer.down, routed.offsets_E, dinter_RF, transposed=False, updates=undropped, index=token_R)
+    native.grouped_gemm(
+        dy,
+        layer.down,
+        routed.offsets_E,
+        dinter_RF,
+        transposed=False,
+        updates=undropped,
+        index=token_R,
+        dtype=layer.dtype,
+    )
     for u, dh in dh_down.items():
         if updates[u].dropout:
             dinter_RF += _low_rank_input(dh, updates[u], routed)
@@ -113,7 +125,9 @@ def backward(
         if update.gain is not None:
             y_RD = workspace.take("rows", inter_RF.shape[0], layer.hidden_size)
             added = [_update(update, low, 0, layer.hidden_size)]
-            native.grouped_gemm(inter_RF, layer.down, routed.offsets_E, y_RD, transposed=True, updates=added)
+            native.grouped_gemm(
+                inter_RF, layer.down, routed.offsets_E, y_RD, transposed=True, updates=added, dtype=layer.dtype
+            )
             _add_gain_gradient(
                 gradients.gains[u], update, dout_TD[routed.token_R] * routed.weight_R[:, None], y_RD, routed
             )
@@ -140,7 +154,9 @@ def backward(
             _add_outer(gradients.a[u], dh, x_TD, routed, update.slots, routed.token_R)
             added.append(native.Update(dh, plain(update.a), 0, layer.hidden_size, update.slots))
     dx_RD = workspace.take("rows", dgate_up.shape[0], layer.hidden_size)
-    native.grouped_gemm(dgate_up, layer.gate_up, routed.offsets_E, dx_RD, transposed=False, updates=added)
+    native.grouped_gemm(
+        dgate_up, layer.gate_up, routed.offsets_E, dx_RD, transposed=False, updates=added, dtype=layer.dtype
+    )
     for update, dh in dropped_dh:
         dx_RD += _low_rank_input(dh, update, routed)
     gradients.top_k_weights_TK.copy_(dweight_R[routed.inverse_R].view_as(gradients.top_k_weights_TK))
@@ -164,7 +180,14 @@ def _gate_up(
     gained = [update for update, _ in _inner(layer, updates, h) if update.gain is not None]
     added += [] if gained else _bias(layer.inner_bias, routed)
     native.grouped_gemm(
-        x_TD, layer.gate_up, routed.offsets_E, out, transposed=True, updates=added, index=routed.token_R
+        x_TD,
+        layer.gate_up,
+        routed.offsets_E,
+        out,
+        transposed=True,
+        updates=added,
+        index=routed.token_R,
+        dtype=layer.dtype,
     )
     if before_gain is not None:
         before_gain.copy_(out)

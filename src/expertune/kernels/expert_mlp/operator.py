@@ -87,7 +87,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
         for update in updates
     ]
     with no_autocast(hidden), acquired(weights, layer, backward=False) as here:
-        frozen = _frozen(here, layer)
+        frozen = _frozen(here, layer, hidden.dtype)
         for tokens, route in _chunks(hidden, top_k_index, layer, frozen, updates):
             chunk, h_chunk = _chunk(hidden, top_k_index, top_k_weights, tokens, h)
             route.forward(chunk, frozen, updates, h_chunk, out[tokens])
@@ -111,7 +111,7 @@ def _backward(dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, list[Tenso
     updates = unpack(*packed)
     dhidden, dweights = torch.empty_like(hidden), torch.empty_like(top_k_weights)
     with no_autocast(hidden), acquired(weights, layer, backward=True) as here:
-        frozen = _frozen(here, layer)
+        frozen = _frozen(here, layer, hidden.dtype)
         chunks = list(_chunks(hidden, top_k_index, layer, frozen, updates))
         # Summed over chunks in float32, whatever the factors' dtype.
         make = torch.empty if chunks and chunks[0][1].overwrites else torch.zeros
@@ -175,10 +175,10 @@ def acquired(
     return layer.handle.acquire(weights, backward or recomputed, reused=reused or recomputed)
 
 
-def _frozen(weights: list[Tensor], layer: ExpertLayer) -> FrozenLayer:
+def _frozen(weights: list[Tensor], layer: ExpertLayer, dtype: torch.dtype) -> FrozenLayer:
     gate_up, down = Nf4Bytes(*weights[:4]), Nf4Bytes(*weights[4:8])
     inner_bias, outer_bias = (bias.float() for bias in weights[8:]) if len(weights) > 8 else (None, None)
-    return FrozenLayer(gate_up, down, layer.activation, inner_bias, outer_bias)
+    return FrozenLayer(gate_up, down, layer.activation, inner_bias, outer_bias, dtype)
 
 
 def _chunks(

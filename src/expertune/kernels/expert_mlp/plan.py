@@ -33,7 +33,8 @@ class Activation:
 class FrozenLayer(NamedTuple):
     """The frozen half of an expert layer; see `expertune.kernels.expert_mlp.expert_mlp`.
 
-    `inner_bias` [E, P * F] and `outer_bias` [E, D] are float32 and come together, or not at all.
+    `inner_bias` [E, P * F] and `outer_bias` [E, D] are float32 and come together, or not at all. `dtype` is that of the
+    tokens, in which a route multiplies where it can.
     """
 
     gate_up: Nf4Bytes
@@ -41,6 +42,7 @@ class FrozenLayer(NamedTuple):
     activation: Activation
     inner_bias: Tensor | None = None
     outer_bias: Tensor | None = None
+    dtype: torch.dtype = torch.float32
 
     @property
     def swiglu_in_gemm(self) -> bool:

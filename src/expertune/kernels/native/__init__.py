@@ -8,6 +8,7 @@ Shape suffixes: R tokens sorted by expert, K contraction, N columns of the outpu
 
 import ctypes
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,6 @@ __all__ = [
 _SOURCE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _DENSE_KINDS = {torch.float32: 1, torch.bfloat16: 2}
 _NF4_KIND = 0
-ARITHMETIC = 0
 
 
 class Update(NamedTuple):
@@ -70,6 +70,12 @@ class Update(NamedTuple):
 def available() -> bool:
     """Whether the library could be built and loaded; `status().reason` says where it is, or why not."""
     return library() is not None
+
+
+@cache
+def bfloat16_arithmetic() -> int:
+    """What multiplies NF4 weights in bfloat16 on this CPU: 2 AMX, 1 AVX512-BF16, 0 nothing, so that float32 does."""
+    return _call("expertune_bfloat16")
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -163,6 +169,7 @@ def grouped_gemm(
     updates: Sequence[Update] = (),
     index: Tensor | None = None,
     slots: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """y[tokens of e] = x[tokens of e] @ W[e].T (transposed) or @ W[e], and the updates on top.
 
@@ -177,6 +184,8 @@ def grouped_gemm(
         index: int64 [R].
         slots: int64 [E], which dense matrix is each expert's, -1 for none, whose tokens get zeros; None where each has
             its own number's.
+        dtype: bfloat16 rounds x and NF4 weights to it before they are multiplied, where the CPU has instructions for
+            that; sums and updates are float32 in any case.
     """
     experts = offsets_E.shape[0]
     nf4 = _Nf4.of(weight) if isinstance(weight, Nf4Bytes) else None
@@ -208,7 +217,7 @@ def grouped_gemm(
         transposed=transposed,
         num_updates=len(held),
         threads=torch.get_num_threads(),
-        arithmetic=ARITHMETIC,
+        arithmetic=bfloat16_arithmetic() if dtype == torch.bfloat16 else 0,
     )
     _call("expertune_grouped_gemm", ctypes.byref(arguments))
 

@@ -8,6 +8,7 @@
 #include "grouped_gemm.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -453,9 +454,17 @@ void multiply_bfloat_item(const Product *p, int64_t e, int64_t row, int64_t rows
         release_tiles();
 }
 
-/* Whether the kernel lets this process use AMX's tiles; it has to be asked for once. */
-EXPORT int expertune_request_amx(void)
+/* What of this file the CPU can run: AMX_BFLOAT, AVX512_BFLOAT or FLOAT_ARITHMETIC. AMX's tiles have to be asked for. */
+EXPORT int expertune_bfloat16(void)
 {
-    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+    unsigned a, b, c, d;
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vbmi") ||
+        !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+        return FLOAT_ARITHMETIC;
+    int tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);
+    if (tiles && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0)
+        return AMX_BFLOAT;
+    return AVX512_BFLOAT;
 }
 #endif
