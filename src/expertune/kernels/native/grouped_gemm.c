@@ -217,12 +217,6 @@ static void multiply_rows(
 
 /* ---- one item: rows of one expert, some columns of y -------------------------------------------------------------- */
 
-/* The number of an expert's matrix among those that some experts have; negative where it has none. */
-INLINE int64_t slot_of(const int64_t *slots, int64_t e)
-{
-    return slots == NULL ? e : slots[e];
-}
-
 static int runs_in_bfloat(const Product *p)
 {
     return p->kind == NF4_WEIGHT && p->arithmetic != FLOAT_ARITHMETIC;
@@ -230,13 +224,13 @@ static int runs_in_bfloat(const Product *p)
 
 static void multiply_item(const Product *p, int64_t e, int64_t row, int64_t rows, int64_t column, int64_t column_end)
 {
+    if (runs_in_bfloat(p)) {
+        multiply_bfloat_item(p, e, row, rows, column, column_end);
+        return;
+    }
     float *rows_packed = panels(), *panel = rows_packed + (MC + MR) * KC;
     const char *dense = (const char *)p->dense;
     int64_t slot = slot_of(p->slots, e), contraction = slot < 0 ? 0 : p->depth;
-    if (runs_in_bfloat(p)) {
-        multiply_bfloat_item(p, e, row, rows, column, column_end);
-        contraction = 0;
-    }
     if (p->kind != NF4_WEIGHT && slot >= 0)
         dense += slot * p->dense_expert_stride * (p->kind == FLOAT_WEIGHT ? 4 : 2);
     if (slot < 0)

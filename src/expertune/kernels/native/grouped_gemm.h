@@ -38,7 +38,13 @@ typedef struct {
     int32_t arithmetic;
 } Product;
 
-/* The product of an item in bfloat16, without its updates; an item has at most BFLOAT_ROWS tokens. */
+/* The number of an expert's matrix among those that some experts have; negative where it has none. */
+INLINE int64_t slot_of(const int64_t *slots, int64_t e)
+{
+    return slots == NULL ? e : slots[e];
+}
+
+/* An item in bfloat16, its updates in float32; an item has at most BFLOAT_ROWS tokens. */
 void multiply_bfloat_item(const Product *p, int64_t e, int64_t row, int64_t rows, int64_t column, int64_t column_end);
 
 #endif

@@ -21,7 +21,7 @@
 #define TILE_SIZE (TILE * DEPTH)
 #define SPAN 32              /* rows, or columns, of a block of 2 x 2 tiles */
 #define PASS 512             /* contraction of one pass: so much of W is dequantized at once */
-#define WIDE 128             /* columns of y that are summed at once: 64 bytes of a packed row */
+#define WIDE 256             /* columns of y that are summed at once */
 
 #define AHEAD 12             /* rows of W that bytes are brought nearer before their use */
 
@@ -377,6 +377,55 @@ AVX512 static void block_avx512(
     }
 }
 
+/* ---- low-rank updates --------------------------------------------------------------------------------------------- */
+
+/* sums [columns][height] += b [columns, rank] @ h.T, both of the columns from `column` on; float32, while the sums are in
+   cache. */
+AVX512 static void update_transposed(
+    const Update *u, const float *b, int64_t row, int64_t rows, int64_t column, int64_t width,
+    float *sums, int64_t height)
+{
+    int64_t first = column > u->column ? column : u->column;
+    int64_t last = column + width < u->column_end ? column + width : u->column_end;
+    for (int64_t at = 0; at < rows; at += TILE)
+        for (int64_t r = 0; r < u->rank; r += TILE) {
+            /* h's columns for 16 tokens. */
+            int64_t count = u->rank - r < TILE ? u->rank - r : TILE;
+            __m512i h[16];
+            for (int i = 0; i < TILE; i++)
+                h[i] = at + i < rows
+                    ? (__m512i)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), u->h + (row + at + i) * u->h_stride + r)
+                    : _mm512_setzero_si512();
+            transpose(h);
+            for (int64_t n = first; n < last; n++) {
+                const float *factor = b + (n - u->column) * u->rank + r;
+                float *to = sums + (n - column) * height + at;
+                __m512 sum = _mm512_load_ps(to);
+                for (int64_t i = 0; i < count; i++)
+                    sum = _mm512_fmadd_ps(_mm512_set1_ps(factor[i]), (__m512)h[i], sum);
+                _mm512_store_ps(to, sum);
+            }
+        }
+}
+
+/* sums [rows][WIDE] += h @ b [rank, columns]. */
+AVX512 static void update_plain(
+    const Update *u, const float *b, int64_t row, int64_t rows, int64_t column, int64_t width, float *sums)
+{
+    int64_t first = column > u->column ? column : u->column, wide = u->column_end - u->column;
+    int64_t last = column + width < u->column_end ? column + width : u->column_end;
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t n = first; n < last; n += TILE) {
+            __mmask16 here = last - n < TILE ? (__mmask16)((1u << (last - n)) - 1) : 0xffff;
+            float *to = sums + i * WIDE + n - column;
+            __m512 sum = _mm512_maskz_loadu_ps(here, to);
+            for (int64_t r = 0; r < u->rank; r++)
+                sum = _mm512_fmadd_ps(_mm512_set1_ps(u->h[(row + i) * u->h_stride + r]),
+                                      _mm512_maskz_loadu_ps(here, b + r * wide + n - u->column), sum);
+            _mm512_mask_storeu_ps(to, here, sum);
+        }
+}
+
 /* ---- an item ------------------------------------------------------------------------------------------------------- */
 
 /* y's transpose [width][rows] -> y: tokens row .. row + rows, `width` columns. */
@@ -416,6 +465,17 @@ static void multiply_item(Block *block, const Product *p, int64_t e, int64_t sta
                         block(x, steps * TILE_SIZE, w, here * TILE_SIZE, here, s->sums + b * TILE * WIDE + at, WIDE, k > 0,
                               several, 2);
                 }
+        }
+        for (int i = 0; i < p->num_updates; i++) {
+            const Update *update = p->updates + i;
+            int64_t own = slot_of(update->slots, e);
+            if (own < 0)
+                continue;
+            const float *b = update->b + own * update->b_expert_stride;
+            if (p->transposed)
+                update_transposed(update, b, start, rows, n, width, s->sums, height);
+            else
+                update_plain(update, b, start, rows, n, width, s->sums);
         }
         float *y = p->y + start * p->y_stride + n;
         if (p->transposed)
