@@ -1,0 +1,114 @@
+"""Grouped GEMMs in bfloat16 on CPUs that have instructions for it, against what they are defined as in float32."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertune.kernels import native
+from expertune.kernels.nf4 import Nf4Bytes, Nf4Stack, dequantize
+
+ARITHMETIC = {"AVX512-BF16": 1, "AMX": 2}
+# Of sums of products that are the same in both, so that only the order differs.
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+# Tokens of each expert: none, one, parts of tiles, and more than one item's.
+TOKENS = [0, 1, 17, 0, 33, 530]
+
+
+@pytest.fixture(params=ARITHMETIC)
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each kind of instructions that this CPU has."""
+    number = ARITHMETIC[request.param]
+    if not native.available() or native.bfloat16_arithmetic() < number:
+        pytest.skip(f"this CPU has no {request.param}")
+    monkeypatch.setattr(native, "bfloat16_arithmetic", lambda: number)
+    yield request.param
+
+
+def weights(rows: int, columns: int, parts: int = 1, kind: str = "double") -> Nf4Bytes:
+    """`parts` random matrices of each expert."""
+    scheme = "mxfp4" if kind == "mxfp4" else "nf4"
+    stack = Nf4Stack(parts * len(TOKENS), rows, columns, double_quantization=kind == "double", scheme=scheme)
+    generator = torch.Generator().manual_seed(rows + columns)
+    for index in range(parts * len(TOKENS)):
+        if kind == "mxfp4":
+            stack.packed[index] = torch.randint(256, stack.packed[index].shape, generator=generator, dtype=torch.uint8)
+            stack.absmax[index] = torch.randint(118, 130, stack.absmax[index].shape, generator=generator).to(
+                stack.absmax.dtype
+            )
+        else:
+            stack.write(index, torch.randn(rows, columns, generator=generator))
+    return stack.bytes
+
+
+def expected(x: Tensor, weight: Nf4Bytes, parts: int, transposed: bool) -> Tensor:
+    """Both factors rounded to bfloat16, multiplied in float32; x is sorted by expert."""
+    out, start = [], 0
+    for expert, count in enumerate(TOKENS):
+        size = weight.out_features, weight.in_features
+        matrices = [
+            dequantize(weight, expert * parts + part, torch.empty(size, dtype=torch.bfloat16)).float()
+            for part in range(parts)
+        ]
+        w = torch.cat(matrices)
+        out.append(x[start : start + count].bfloat16().float() @ (w.t() if transposed else w))
+        start += count
+    return torch.cat(out)
+
+
+def run(x: Tensor, weight: Nf4Bytes, columns: int, transposed: bool, **others: object) -> Tensor:
+    offsets = torch.tensor(TOKENS).cumsum(0)
+    out = torch.full((sum(TOKENS), columns), float("nan"))
+    native.grouped_gemm(x, weight, offsets, out, transposed=transposed, dtype=torch.bfloat16, **others)  # type: ignore[arg-type]
+    return out
+
+
+@pytest.mark.parametrize("kind", ["double", "plain", "mxfp4"])
+@pytest.mark.parametrize(("rows", "columns", "parts"), [(1, 64, 1), (40, 192, 2), (333, 640, 1), (65, 1088, 3)])
+def test_products_and_input_gradients_are_those_of_rounded_factors(
+    arithmetic: str, kind: str, rows: int, columns: int, parts: int
+) -> None:
+    weight = weights(rows, columns, parts, kind)
+    for transposed in (True, False):
+        depth, width = (columns, parts * rows) if transposed else (parts * rows, columns)
+        x = torch.randn(sum(TOKENS), depth, generator=torch.Generator().manual_seed(1))
+        wanted = expected(x, weight, parts, transposed)
+        torch.testing.assert_close(run(x, weight, width, transposed) / depth**0.5, wanted / depth**0.5, **CLOSE)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 37])
+def test_updates_of_some_columns_and_some_experts_are_added_in_float32(arithmetic: str, rank: int) -> None:
+    weight, slots = weights(70, 192, 2), torch.tensor([0, 1, -1, -1, 2, 3])
+    of_each = torch.repeat_interleave(slots, torch.tensor(TOKENS))
+    generator = torch.Generator().manual_seed(rank)
+    for transposed, column, column_end in ((True, 70, 140), (True, 0, 140), (False, 0, 192), (False, 5, 77)):
+        depth, width = (192, 140) if transposed else (140, 192)
+        x = torch.randn(sum(TOKENS), depth, generator=generator)
+        h = torch.randn(sum(TOKENS), rank, generator=generator)
+        b = torch.randn(4, *((column_end - column, rank) if transposed else (rank, column_end - column)))
+        wanted = expected(x, weight, 2, transposed)
+        added = torch.einsum("tr,tnr->tn", h, b[of_each] if transposed else b[of_each].transpose(1, 2))
+        wanted[:, column:column_end] += added.where(of_each[:, None] >= 0, 0)
+        update = native.Update(h, b, column, column_end, slots)
+        torch.testing.assert_close(run(x, weight, width, transposed, updates=[update]), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_tokens_are_read_where_the_index_says(arithmetic: str) -> None:
+    weight, x = weights(48, 128), torch.randn(9, 128)
+    index = torch.randint(9, (sum(TOKENS),), generator=torch.Generator().manual_seed(2))
+    wanted = run(x[index], weight, 48, transposed=True)
+    assert torch.equal(run(x, weight, 48, transposed=True, index=index), wanted)
+
+
+def test_any_number_of_threads_gives_the_same_bytes(arithmetic: str) -> None:
+    weight, x = weights(200, 576), torch.randn(sum(TOKENS), 576)
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(run(x, weight, 200, transposed=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
