@@ -112,16 +112,8 @@ def backward(
         update, low = updates[u], h[u]
         dropped = _dropped(inter_RF, update, routed) if update.dropout else inter_RF
         _add_outer(gradients.a[u], dh * routed.weight_R[:, None], dropped, routed, update.slots)
-        transposed = gradients.b[u].new_empty(gradients.b[u].transpose(1, 2).shape)
-        native.outer(
-            low.float() * (routed.weight_R * update.scaling)[:, None],
-            dy,
-            routed.offsets_E,
-            transposed,
-            token_R,
-            update.slots,
-        )
-        gradients.b[u] += transposed.transpose(1, 2)
+        scaled = low.float() * (routed.weight_R * update.scaling)[:, None]
+        _add_outer(gradients.b[u].transpose(1, 2), scaled, dy, routed, update.slots, token_R)
         if update.gain is not None:
             y_RD = workspace.take("rows", inter_RF.shape[0], layer.hidden_size)
             added = [_update(update, low, 0, layer.hidden_size)]
@@ -146,7 +138,7 @@ def backward(
         dh = low.new_empty(low.shape, dtype=torch.float32)
         _product(dpart, update.b, update, routed, dh, transposed=False)
         dh *= update.scaling
-        _add_outer(gradients.b[u], dpart, low.float() * update.scaling, routed, update.slots)
+        _add_outer(gradients.b[u].transpose(1, 2), low.float() * update.scaling, dpart, routed, update.slots)
         if update.dropout:
             _add_outer(gradients.a[u], dh, _dropped(x_TD, update, routed, routed.token_R), routed, update.slots)
             dropped_dh.append((update, dh))
@@ -305,7 +297,7 @@ def _low_rank_input(dh_Rr: Tensor, update: LoraUpdate, routed: RoutedTokens) -> 
 def _add_outer(
     total_Epq: Tensor, u: Tensor, v: Tensor, routed: RoutedTokens, slots: Tensor | None, index: Tensor | None = None
 ) -> None:
-    """total += u[tokens of e].T @ v[tokens of e]."""
-    out = torch.empty_like(total_Epq)
+    """total += u[tokens of e].T @ v[tokens of e]; fast where v is the wide one, whose rows are read as they lie."""
+    out = total_Epq.new_empty(total_Epq.shape)
     native.outer(u, v, routed.offsets_E, out, index, slots)
     total_Epq += out

@@ -153,6 +153,10 @@ INLINE void pack_dense_columns(
 {
     for (int64_t d = 0; d < depth; d++) {
         int64_t at = (index == NULL ? k + d : index[k + d]) * stride;
+        if (kind == FLOAT_WEIGHT && column + NR <= end) {
+            memcpy(to + d * NR, (const float *)b + at + column, sizeof(float) * NR);
+            continue;
+        }
         for (int i = 0; i < NR; i++)
             to[d * NR + i] = column + i < end ? dense_at(b, kind, at + column + i) : 0.0f;
     }
@@ -191,6 +195,48 @@ static void multiply_tile(int mr, const float *a, const float *b, int64_t depth,
     case 4: multiply(4, a, b, depth, c, stride, add); break;
     case 5: multiply(5, a, b, depth, c, stride, add); break;
     default: multiply(6, a, b, depth, c, stride, add);
+    }
+}
+
+/* c[mr, width] = or += rows of x, as they lie, times a panel [depth][NR]. */
+INLINE void multiply_unpacked(
+    int mr, const float *const x[MR], const float *b, int64_t depth, float *c, int64_t stride, int64_t width, int add)
+{
+    __m256 sum[MR][2];
+    float line[NR];
+    for (int i = 0; i < mr; i++) {
+        for (int64_t j = 0; j < NR; j++)
+            line[j] = add && j < width ? c[i * stride + j] : 0.0f;
+        sum[i][0] = _mm256_loadu_ps(line), sum[i][1] = _mm256_loadu_ps(line + 8);
+    }
+    for (int64_t d = 0; d < depth; d++, b += NR) {
+        __m256 low = _mm256_load_ps(b), high = _mm256_load_ps(b + 8);
+        for (int i = 0; i < mr; i++) {
+            __m256 each = _mm256_broadcast_ss(x[i] + d);
+            sum[i][0] = _mm256_fmadd_ps(each, low, sum[i][0]);
+            sum[i][1] = _mm256_fmadd_ps(each, high, sum[i][1]);
+        }
+    }
+    for (int i = 0; i < mr; i++) {
+        _mm256_storeu_ps(line, sum[i][0]), _mm256_storeu_ps(line + 8, sum[i][1]);
+        memcpy(c + i * stride, line, sizeof(float) * (size_t)width);
+    }
+}
+
+/* The same for all rows of an item whose only panel this is: to pack what is read once would cost more than to read it. */
+static void multiply_only_panel(
+    const Product *p, int64_t row, int64_t rows, int64_t k, const float *panel, int64_t depth, float *y, int64_t width)
+{
+    for (int64_t first = 0; first < rows; first += MR, y += MR * p->y_stride) {
+        const float *x[MR];
+        int mr = (int)(rows - first < MR ? rows - first : MR);
+        for (int i = 0; i < mr; i++)
+            x[i] = p->x + (p->index == NULL ? row + first + i : p->index[row + first + i]) * p->x_stride + k;
+        if (mr == MR)
+            multiply_unpacked(MR, x, panel, depth, y, p->y_stride, width, k > 0);
+        else
+            for (int i = 0; i < mr; i++)
+                multiply_unpacked(1, x + i, panel, depth, y + i * p->y_stride, p->y_stride, width, k > 0);
     }
 }
 
@@ -238,7 +284,8 @@ static void multiply_item(const Product *p, int64_t e, int64_t row, int64_t rows
             memset(p->y + i * p->y_stride + column, 0, sizeof(float) * (size_t)(column_end - column));
     for (int64_t k = 0; k < contraction; k += KC) {
         int64_t depth = contraction - k < KC ? contraction - k : KC;
-        pack_rows(rows_packed, p->x, p->x_stride, p->index, row, rows, k, depth);
+        if (p->columns > NR)
+            pack_rows(rows_packed, p->x, p->x_stride, p->index, row, rows, k, depth);
         for (int64_t n = column; n < column_end; n += NR) {
             float *at = panel;
             if (p->kind == NF4_WEIGHT && !p->transposed) {
@@ -255,7 +302,11 @@ static void multiply_item(const Product *p, int64_t e, int64_t row, int64_t rows
                 pack_dense_rows(panel, dense, BFLOAT_WEIGHT, p->dense_stride, n, column_end, k, depth);
             else
                 pack_dense_columns(panel, dense, BFLOAT_WEIGHT, p->dense_stride, NULL, n, column_end, k, depth);
-            multiply_rows(rows_packed, at, rows, depth, p->y + row * p->y_stride + n, p->y_stride, column_end - n, k > 0);
+            float *y = p->y + row * p->y_stride + n;
+            if (p->columns > NR)
+                multiply_rows(rows_packed, at, rows, depth, y, p->y_stride, column_end - n, k > 0);
+            else
+                multiply_only_panel(p, row, rows, k, at, depth, y, column_end - n);
         }
     }
     for (int u = 0; u < p->num_updates; u++) {
