@@ -1,7 +1,5 @@
 """Grouped GEMMs in bfloat16 on CPUs that have instructions for it, against what they are defined as in float32."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,13 +15,13 @@ TOKENS = [0, 1, 17, 0, 33, 530]
 
 
 @pytest.fixture(params=ARITHMETIC)
-def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each kind of instructions that this CPU has."""
     number = ARITHMETIC[request.param]
     if not native.available() or native.bfloat16_arithmetic() < number:
         pytest.skip(f"this CPU has no {request.param}")
     monkeypatch.setattr(native, "bfloat16_arithmetic", lambda: number)
-    yield request.param
+    return request.param
 
 
 def weights(rows: int, columns: int, parts: int = 1, kind: str = "double") -> Nf4Bytes:

@@ -11,7 +11,10 @@ E experts, R routed tokens, r rank.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from expertune.experts.contract import ExpertsSpec
+from expertune.kernels import native
 from expertune.kernels.dequant_gemm import TILE_BYTES
 from expertune.kernels.expert_mlp.plan import bytes_per_gained_token, bytes_per_routed_token
 from expertune.kernels.linear_cross_entropy import working_set_bytes
@@ -287,8 +290,18 @@ def _computing(w: Workload, layer: Layer) -> int:
     if w.targets.use_dora:
         dequantized += [_dora_of_linear(w, *layer.linears[name]) for name in w.targets.linears.keys() & layer.linears]
     # On a GPU dequantized experts are in the working set.
-    tile = TILE_BYTES["cpu"] if w.device == "cpu" else 0
+    tile = max(TILE_BYTES["cpu"], _tokens_in_bfloat16(w, layer)) if w.device == "cpu" else 0
     return max(routed, around_linears, _scores(w, 3 * w.sequence_length)) + max(tile, *dequantized, 0)
+
+
+def _tokens_in_bfloat16(w: Workload, layer: Layer) -> int:
+    """An expert's tokens as a CPU's GEMMs in bfloat16 lay them out, by each thread; at most all at one expert."""
+    if w.compute_dtype != torch.bfloat16:
+        return 0
+    contracted = [size for shape in layer.linears.values() for size in shape]
+    for spec in layer.experts.values():
+        contracted += [spec.hidden_size, (len(spec.projections) - 1) * spec.intermediate_size]
+    return native.scratch_bytes(w.tokens, max(contracted, default=0))
 
 
 def _dora_of_linear(w: Workload, out_features: int, in_features: int) -> int:

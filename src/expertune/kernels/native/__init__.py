@@ -30,6 +30,7 @@ __all__ = [
     "Status",
     "Update",
     "available",
+    "bfloat16_arithmetic",
     "dequantize",
     "dequantize_absmax",
     "dropout",
@@ -39,6 +40,7 @@ __all__ = [
     "outer",
     "plain",
     "quantize",
+    "scratch_bytes",
     "status",
     "swiglu",
     "swiglu_backward",
@@ -47,6 +49,8 @@ __all__ = [
 _SOURCE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _DENSE_KINDS = {torch.float32: 1, torch.bfloat16: 2}
 _NF4_KIND = 0
+# Of grouped_gemm16.c: tokens of an item, columns that are summed at once, contraction of a pass.
+_BFLOAT_ROWS, _BFLOAT_WIDE, _BFLOAT_PASS = 512, 256, 512
 
 
 class Update(NamedTuple):
@@ -76,6 +80,12 @@ def available() -> bool:
 def bfloat16_arithmetic() -> int:
     """What multiplies NF4 weights in bfloat16 on this CPU: 2 AMX, 1 AVX512-BF16, 0 nothing, so that float32 does."""
     return _call("expertune_bfloat16")
+
+
+def scratch_bytes(tokens: int, depth: int) -> int:
+    """Most bytes that all threads keep for GEMMs in bfloat16 of so many tokens; see `Scratch` of grouped_gemm16.c."""
+    rows = min(-(-tokens // 16) * 16, _BFLOAT_ROWS)
+    return torch.get_num_threads() * (rows * (depth + 32) * 2 + _BFLOAT_WIDE * (_BFLOAT_ROWS * 4 + _BFLOAT_PASS * 2))
 
 
 def plain(tensor: Tensor) -> Tensor:
