@@ -271,3 +271,30 @@ def test_live_config_writes_no_expert_ranks() -> None:
 
 def test_printed_layer_says_that_it_is_lora() -> None:
     assert repr(adapted()).startswith("lora.ExpertsLora")
+
+
+def test_rank_stabilized_scale_keeps_gradients_and_what_a_step_adds_of_one_size_as_the_rank_grows() -> None:
+    """Kalajdzievski 2023, theorem 3.2: with alpha / r both vanish as r grows."""
+    (hidden, index, weights), base = inputs(64), filled_experts()
+    target = torch.randn(64, 64)
+
+    def first_step(rank: int, rslora: bool) -> tuple[float, float, float]:
+        """Norms of B's gradient, of what a step of gradient descent on B adds, and of A's gradient after it."""
+        torch.manual_seed(0)
+        config = config_of({"down": (rank, 8.0)}, rank, rslora=rslora)
+        layer = ExpertsLora(base, "default", config, target_name=NAME)
+        a, b = layer.lora_A["default"]["down"], layer.lora_B["default"]["down"]
+        before = layer(hidden, index, weights)
+        (before - target).square().mean().backward()
+        of_b = float(b.grad.norm())
+        with torch.no_grad():
+            b -= 0.1 * b.grad
+        after = layer(hidden, index, weights)
+        (after - target).square().mean().backward()
+        return of_b, float((after - before).detach().norm()), float(a.grad.norm())
+
+    # Of ranks 4 and 256, by the root of 64 or that twice; a few random directions of A make up to twice of it.
+    for rslora, shrinks in ((True, (1, 1, 1)), (False, (8, 64, 8))):
+        small, large = first_step(4, rslora), first_step(256, rslora)
+        for one, other, factor in zip(small, large, shrinks, strict=True):
+            assert 0.4 < one / other / factor < 2.5

@@ -353,6 +353,12 @@ def test_a_resumed_run_merges_as_many_as_before_or_fewer_where_memory_has_gone(r
     assert "the run started with 8, and continues to rounding" in fewer.reason
 
 
+def test_noise_on_embeddings_is_of_each_sequence_and_keeps_no_micro_batches_apart(run_of, tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    training = ACCUMULATING | {"neftune_noise_alpha": 5}
+    assert micro_batch(run_of(tmp_path, data={"train": "rows.jsonl"}, training=training)).merged > 1
+
+
 def test_a_run_without_accumulation_says_nothing_of_it(run_of):
     plan = make_plan(run_of(MIXTRAL), device="cuda")
     assert plan.micro_batch == MicroBatch(rows=1, accumulation=1)
@@ -366,7 +372,6 @@ def test_a_run_without_accumulation_says_nothing_of_it(run_of):
         ({"packing": "padded"}, {}, "packing=padded"),
         ({}, {"dataloader_drop_last": True}, "dataloader_drop_last"),
         ({}, {"auto_find_batch_size": True}, "auto_find_batch_size"),
-        ({}, {"neftune_noise_alpha": 5}, "neftune_noise_alpha"),
         ({}, {"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
         ({}, {"optim": "adalomo"}, "steps at every micro-batch"),
     ],

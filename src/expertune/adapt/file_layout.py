@@ -27,6 +27,11 @@ from expertune.checkpoint.load import build_twin
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import ResolvedTargets
 
+_NO_DORA = (
+    "PEFT has no DoRA on stacked experts, as which it holds this model's; `expertune export RUN_DIR --to merged` "
+    "writes base and adapter as one model"
+)
+
 Candidate = Callable[[Twin], StockLayout]
 
 
@@ -45,6 +50,8 @@ def stock_layout(
     key = _key(model, names, targets, r, rank_pattern)
     if key not in _tried:
         usual = _usual(names, targets, r, rank_pattern)
+        if targets.use_dora and targets.experts:
+            return replace(usual, refusal=_NO_DORA)
         candidates: list[Candidate] = [lambda twin: usual, lambda twin: _explicit(twin, names, targets, usual.r)]
         if targets.experts:
             candidates.append(lambda twin: _fused(twin, names, targets, usual.r))

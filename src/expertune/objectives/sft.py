@@ -59,6 +59,4 @@ class SupervisedFineTuning:
             return "the model takes its loss over a micro-batch's label tokens, not over the step's"
         if getattr(self._model.config.get_text_config(), "output_router_logits", False):
             return "the router's auxiliary loss (output_router_logits) is not the sum of its parts"
-        if self._args.neftune_noise_alpha is not None:
-            return "training.neftune_noise_alpha scales noise by a batch's tokens"
         return None

@@ -197,7 +197,7 @@ def _recipe(subject: Subject) -> Iterator[tuple[str, str]]:
     if config.objective != "sft":
         yield "objective", OBJECTIVES[config.objective]
     lora, quantization = config.lora, config.quantization
-    scale = f"alpha {lora.alpha:g}{', rank-stabilized' if lora.rslora else ''}"
+    scale = f"alpha {lora.alpha:g}{', rank-stabilized' if lora.rslora else ''}{', DoRA' if lora.use_dora else ''}"
     yield "adapter", f"rank {lora.r}, {scale}, dropout {lora.dropout:g}, on {', '.join(lora.targets)}"
     for name, pattern in (("rank", lora.rank_pattern), ("alpha", lora.alpha_pattern)):
         if pattern:

@@ -90,9 +90,11 @@ def read_inputs(context: RunContext) -> Inputs:
 def note_stock_refusal(context: RunContext, refusal: str | None) -> None:
     """Show why stock PEFT will not read the adapter, where it will not."""
     if refusal:
+        way = (
+            "" if context.config.lora.use_dora else "; for a file that others read too, leave that out of lora.targets"
+        )
         context.notify(
-            f"adapter: stock PEFT {peft.__version__} will not read all of it: {refusal}. Expertune reads it; for a "
-            "file that others read too, leave that out of lora.targets"
+            f"adapter: stock PEFT {peft.__version__} will not read all of it: {refusal}. Expertune reads it{way}"
         )
 
 

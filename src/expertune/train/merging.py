@@ -21,7 +21,6 @@ def why_separate(config: RunConfig, model: PreTrainedModel) -> str | None:
         "data.packing=padded runs as it is written": config.data.packing == "padded",
         "training.dataloader_drop_last would drop more examples": training.get("dataloader_drop_last"),
         "training.auto_find_batch_size looks for a size by itself": training.get("auto_find_batch_size"),
-        "training.neftune_noise_alpha scales noise by a batch's tokens": training.get("neftune_noise_alpha"),
         "training.train_sampling_strategy=batch_rebalance deals examples to micro-batches by length": (
             training.get("train_sampling_strategy") == "batch_rebalance"
         ),

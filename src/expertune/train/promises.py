@@ -63,6 +63,7 @@ from expertune.train.finite import (
     not_finite,
     trained_weights_of,
 )
+from expertune.train.neftune import noisy_embeddings
 from expertune.train.offload import activations_on_host
 from expertune.train.oom import OutOfMemory
 from expertune.train.optim import make_optimizer
@@ -126,6 +127,7 @@ class Promises(Trainer):
         self._summed: tuple[str, ...] = ()  # further series that are a step's sum over ranks
         super().__init__(*args, **kwargs)
         use_one_gpu(self.args)
+        self.neftune_noise_alpha = None  # transformers' own hook stays off: see `expertune.train.neftune`
         self._train_batch_size = self.args.train_batch_size
         self.oom = promised.oom or OutOfMemory(self.model, next(self.model.parameters()).device, ranks=self.ranks)
         self._exchange = Exchange(self.model, self.ranks)
@@ -166,7 +168,8 @@ class Promises(Trainer):
             self.add_callback(BestCheckpointHere(run_dir, Path(resume_from_checkpoint)))
             self.args.eval_on_start = False  # that evaluation is in the history
         self._exchange.copy_weights()
-        with self.oom.reraise(), self.expert_load.watching(self.model):
+        noise = noisy_embeddings(self.model, self.args.neftune_noise_alpha)
+        with self.oom.reraise(), self.expert_load.watching(self.model), noise:
             result = super().train(resume_from_checkpoint, **kwargs)
         self._require_finite_weights()
         self.ranks.on_main(self._drop_old_checkpoints)  # a run that was killed after its last checkpoint has not
