@@ -75,7 +75,7 @@ def test_messages_of_the_troubleshooting_page_are_the_programs() -> None:
         ("lora", "rank", "r"),
         ("lora", "lora_alpha", "alpha"),
         ("lora", "target_modules", "targets"),
-        ("lora", "use_rslora", "rslora"),
+        ("lora", "lora_dropout", "dropout"),
         ("data", "max_seq_length", "max_length"),
     ],
 )
