@@ -278,23 +278,21 @@ def test_rank_stabilized_scale_keeps_gradients_and_what_a_step_adds_of_one_size_
     (hidden, index, weights), base = inputs(64), filled_experts()
     target = torch.randn(64, 64)
 
-    def first_step(rank: int, rslora: bool) -> tuple[float, float, float]:
-        """Norms of B's gradient, of what a step of gradient descent on B adds, and of A's gradient after it."""
+    def first_step(rank: int, rslora: bool) -> tuple[float, float]:
+        """Norms of B's gradient, and of what a step of gradient descent on B adds to the output."""
         torch.manual_seed(0)
         config = config_of({"down": (rank, 8.0)}, rank, rslora=rslora)
         layer = ExpertsLora(base, "default", config, target_name=NAME)
-        a, b = layer.lora_A["default"]["down"], layer.lora_B["default"]["down"]
+        b = layer.lora_B["default"]["down"]
         before = layer(hidden, index, weights)
         (before - target).square().mean().backward()
         of_b = float(b.grad.norm())
         with torch.no_grad():
             b -= 0.1 * b.grad
-        after = layer(hidden, index, weights)
-        (after - target).square().mean().backward()
-        return of_b, float((after - before).detach().norm()), float(a.grad.norm())
+        return of_b, float((layer(hidden, index, weights) - before).detach().norm())
 
     # Of ranks 4 and 256, by the root of 64 or that twice; a few random directions of A make up to twice of it.
-    for rslora, shrinks in ((True, (1, 1, 1)), (False, (8, 64, 8))):
+    for rslora, shrinks in ((True, (1, 1)), (False, (8, 64))):
         small, large = first_step(4, rslora), first_step(256, rslora)
         for one, other, factor in zip(small, large, shrinks, strict=True):
             assert 0.4 < one / other / factor < 2.5
