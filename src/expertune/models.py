@@ -45,6 +45,7 @@ class QuantizeOptions(TypedDict, total=False):
     double_quantization: bool | None
     fit: str | None
     calibration: str | Path | None
+    layers: dict[str, int] | None
     dtype: str | torch.dtype
     revision: str | None
     trust_remote_code: bool
@@ -139,10 +140,11 @@ def quantize(model: str | Path, out: str | Path, **options: Unpack[QuantizeOptio
         out: the folder to write, new or empty.
         **options: `double_quantization`: hold the scales in 8 bits, where None is that or what a 4-bit checkpoint has;
             `fit`: how scales are chosen, as `quantization.fit` of a run file; `calibration`: for the fit `calibrated`,
-            which it then is, the `calibration.safetensors` of a run of this model; `dtype`: of what stays
-            unquantized, as for `load_model`, where `auto` keeps each tensor's own; `revision`: branch, tag or commit
-            of a hub id; `trust_remote_code`: run Python that ships with the model; `progress`: called before and after
-            each file with its name, the bytes written so far, and the bytes in all.
+            which it then is, the `calibration.safetensors` of a run of this model; `layers`: linears that stay in 16
+            bits, as `quantization.layers` of a run file; `dtype`: of what stays unquantized, as for `load_model`, where
+            `auto` keeps each tensor's own; `revision`: branch, tag or commit of a hub id; `trust_remote_code`: run
+            Python that ships with the model; `progress`: called before and after each file with its name, the bytes
+            written so far, and the bytes in all.
 
     Raises:
         CheckpointError: the source is damaged or incomplete; `out` holds something else, or cannot be written.
@@ -152,7 +154,7 @@ def quantize(model: str | Path, out: str | Path, **options: Unpack[QuantizeOptio
     # What is quantized already decides by itself, unless the caller has.
     calibration = options.get("calibration")
     fit = options.get("fit") or (None if calibration is None else CALIBRATED)
-    given = {"double_quantization": double, "fit": fit}
+    given = {"double_quantization": double, "fit": fit, "layers": options.get("layers")}
     asked = parse_quantization({key: value for key, value in given.items() if value is not None})
     revision, trust = options.get("revision"), options.get("trust_remote_code", False)
     progress = options.get("progress")

@@ -37,6 +37,13 @@ def test_planned_bytes_of_every_familys_tiny_model_are_those_that_a_load_holds(r
     assert planned(run_of, folder) == held(folder)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_planned_bytes_of_linears_that_stay_in_16_bits_are_those_that_a_load_holds(run_of, tmp_path, dtype):
+    folder, layers = save_tiny_model(tmp_path, "mixtral"), {"o_proj": 4, "attention": 16}
+    assert planned(run_of, folder, dtype, layers=layers) == held(folder, dtype, layers=layers)
+    assert planned(run_of, folder, dtype, layers=layers) > planned(run_of, folder, dtype)
+
+
 @pytest.mark.parametrize("double_quantization", [True, False])
 def test_planned_bytes_of_an_nf4_folder_are_those_that_a_load_holds(run_of, tmp_path, double_quantization):
     source, folder = save_tiny_model(tmp_path / "source", "mixtral"), tmp_path / "nf4"

@@ -212,7 +212,7 @@ def _linear_codes(entry: TensorEntry | None, shape: tuple[int, int], stored: boo
     features = _spread(out_features, _NUM_FEATURES["linears"])
     if entry is None:
         return None
-    if stored:
+    if stored and entry.dtype == torch.uint8:
         return _read_codes(entry, features, out_features * in_features // 2, in_features // 2)
     return _codes(entry, features) if entry.shape == shape else None
 

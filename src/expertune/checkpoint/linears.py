@@ -44,6 +44,18 @@ def decoder_layers(model: nn.Module, specs: Mapping[str, ExpertsSpec]) -> Iterat
                 break
 
 
+def attention_linears(model: nn.Module, specs: Mapping[str, ExpertsSpec]) -> Iterator[str]:
+    """Linears of the blocks that mix tokens: attention, and what stands in its place in hybrid models.
+
+    transformers gives such a block its `layer_idx`, the slot it takes in the cache; feed-forward blocks have none.
+    """
+    for layer_name, layer in decoder_layers(model, specs):
+        for child, block in layer.named_children():
+            path = f"{layer_name}.{child}"
+            if hasattr(block, "layer_idx") and not any(name == path or name.startswith(f"{path}.") for name in specs):
+                yield from (name for name, module in block.named_modules(prefix=path) if is_linear(module))
+
+
 def quantized_linear(
     linear: nn.Linear,
     matrix: Tensor,

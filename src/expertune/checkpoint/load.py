@@ -250,9 +250,9 @@ def _load_nf4_folder(
 ) -> LoadedModel:
     require_verified(stored.folder)
     model = build_meta_model(stored.folder, dtype, trust_remote_code)
-    recipe = recipe_of_folder(stored, model, quantization)
     use_varlen_attention(model)
     names = read_names(model)
+    recipe = recipe_of_folder(stored, model, names, quantization)
     swap_experts(model, recipe, "meta", options)
     unexpected = fill(model, stored, dtype, torch.device(device), options.read, options.progress)
     model.tie_weights()

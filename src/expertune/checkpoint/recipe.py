@@ -15,6 +15,7 @@ from expertune.checkpoint.formats import bnb4bit, mxfp4, nf4_folder
 from expertune.checkpoint.formats.interface import Format, Piece
 from expertune.checkpoint.formats.nf4_folder import ABSMAX
 from expertune.checkpoint.linears import decoder_layers, is_linear
+from expertune.checkpoint.mixed import split_linears
 from expertune.checkpoint.moments import Moments
 from expertune.checkpoint.names import NameMap
 from expertune.config import QuantizationConfig
@@ -35,24 +36,33 @@ class Recipe:
         scheme: what the experts' codes stand for; linears are NF4 in either case.
         double_quantization: whether scales are held in 8 bits.
         linears: the 4-bit linears by live name.
+        whole: linears that would be 4-bit too and stay as they are, because the run file says so.
         pieces: the weights of the source, and what packed each.
         requantizes: whether packed experts that cannot stay as they are may be quantized again.
         fit: how scales were chosen, or are.
         importance: what they are chosen by where they are calibrated.
+        layers: `quantization.layers`, by which `whole` was chosen.
     """
 
     scheme: Scheme = "nf4"
     double_quantization: bool = True
     linears: Mapping[str, nn.Linear] = field(default_factory=dict)
+    whole: Mapping[str, nn.Linear] = field(default_factory=dict)
     pieces: Sequence[Piece] = ()
     requantizes: bool = False
     fit: str = ABSMAX
     importance: Moments | None = None
+    layers: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """What an NF4 folder says of it."""
-        said = {"scheme": self.scheme, "double_quantization": self.double_quantization, "block_size": BLOCK_SIZE}
-        return said if self.fit == ABSMAX else said | {"fit": self.fit}
+        said: dict[str, Any] = {
+            "scheme": self.scheme,
+            "double_quantization": self.double_quantization,
+            "block_size": BLOCK_SIZE,
+        }
+        said |= {} if self.fit == ABSMAX else {"fit": self.fit}
+        return said | ({"layers": dict(self.layers)} if self.layers else {})
 
     @property
     def bytes_per_weight(self) -> float:
@@ -87,9 +97,15 @@ def read_recipe(
         )
     pieces = find_pieces(keys, packed_by)
     kept = packed_by.kept(pieces, model, names) if packed_by else None
-    linears: Mapping[str, nn.Linear] = linears_to_quantize(model, names.specs)
+    linears: Mapping[str, nn.Linear]
+    linears, whole = split_linears(linears_to_quantize(model, names.specs), model, names, asked.layers)
     scheme: Scheme = "nf4"
     if kept is not None and kept.linears is not None:
+        if asked.layers:
+            raise ConfigError(
+                f"quantization.layers is set, but {where} has its linears in 4 bits already; remove the key, or give "
+                "the 16-bit checkpoint"
+            )
         linears = kept.linears
     if kept is not None and kept.scheme is not None and asked.scheme == "auto":
         scheme = kept.scheme
@@ -97,10 +113,21 @@ def read_recipe(
     if kept is not None and kept.double_quantization is not None:
         double_quantization = kept.double_quantization
         _require_agreement(asked, scheme, double_quantization, where)
-    return Recipe(scheme, double_quantization, linears, pieces, asked.scheme != "auto", asked.fit)
+    return Recipe(
+        scheme,
+        double_quantization,
+        linears,
+        whole,
+        pieces,
+        requantizes=asked.scheme != "auto",
+        fit=asked.fit,
+        layers=asked.layers,
+    )
 
 
-def recipe_of_folder(folder: nf4_folder.Nf4Folder, model: nn.Module, asked: QuantizationConfig) -> Recipe:
+def recipe_of_folder(
+    folder: nf4_folder.Nf4Folder, model: nn.Module, names: NameMap, asked: QuantizationConfig
+) -> Recipe:
     """The recipe of an NF4 folder, which its manifest and its headers say.
 
     Raises:
@@ -113,10 +140,18 @@ def recipe_of_folder(folder: nf4_folder.Nf4Folder, model: nn.Module, asked: Quan
             "quantize the source again"
         )
     packed = set(folder.linears)
-    linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name in packed
-    }
-    return Recipe(folder.scheme, folder.double_quantization, linears, fit=folder.fit)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in found.items() if name in packed}
+    whole = {name: found[name] for name in linears_to_quantize(model, names.specs) if name not in packed}
+    if asked.layers:
+        wanted, _ = split_linears(linears | whole, model, names, asked.layers)
+        if wanted.keys() != packed:
+            other = sorted(wanted.keys() ^ packed)[0]
+            raise ConfigError(
+                f"quantization.layers: {folder.folder} has {names.on_disk(other)} in {4 if other in packed else 16} "
+                "bits; remove the key, or quantize the source again with it"
+            )
+    return Recipe(folder.scheme, folder.double_quantization, linears, whole, fit=folder.fit)
 
 
 def linears_to_quantize(model: nn.Module, specs: Mapping[str, ExpertsSpec] | None = None) -> dict[str, nn.Linear]:

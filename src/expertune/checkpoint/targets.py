@@ -7,13 +7,13 @@ experts alike means both.
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import nn
 
-from expertune.checkpoint.linears import decoder_layers, is_linear
+from expertune.checkpoint.linears import attention_linears, is_linear
 from expertune.checkpoint.names import NameMap
 from expertune.config import LoraSection
 from expertune.errors import ConfigError, nearest
@@ -167,7 +167,7 @@ class _Candidates:
         }
         return cls(
             linears=linears,
-            attention=set(_attention_linears(model, names)) & set(linears),
+            attention=set(attention_linears(model, names.specs)) & set(linears),
             routers={name: names.on_disk(name) for name in routers if name is not None},
             head=next((name for name, module in model.named_modules() if module is head), None) if head else None,
             projections=names.projection_names,
@@ -277,23 +277,6 @@ def _compile(section: str, patterns: dict[str, int] | dict[str, float]) -> _Patt
         except re.error as error:
             raise ConfigError(f"lora.{section}: {key!r} is not a regular expression: {error}") from None
     return compiled
-
-
-def _attention_linears(model: nn.Module, names: NameMap) -> Iterator[str]:
-    """Linears of the blocks that mix tokens: attention, and what stands in its place in hybrid models.
-
-    transformers gives such a block its `layer_idx`, the slot it takes in the cache; feed-forward blocks have none.
-    """
-    for layer_name, layer in decoder_layers(model, names.specs):
-        for child, block in layer.named_children():
-            if hasattr(block, "layer_idx") and not _holds(names, f"{layer_name}.{child}"):
-                for name, module in block.named_modules(prefix=f"{layer_name}.{child}"):
-                    if is_linear(module):
-                        yield name
-
-
-def _holds(names: NameMap, block: str) -> bool:
-    return any(name == block or name.startswith(f"{block}.") for name in names.specs)
 
 
 def _ends_in(name: str, target: str) -> bool:

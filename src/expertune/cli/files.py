@@ -28,6 +28,12 @@ def quantize(
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="For --fit calibrated: calibration.safetensors of a run.")
     ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=BITS", help="Linears that stay in 16 bits, such as attention=16; may be given several times."
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         typer.Option(help="Of what stays unquantized; auto keeps each tensor's own."),
@@ -55,6 +61,7 @@ def quantize(
                 double_quantization=double_quantization,
                 fit=fit,
                 calibration=calibration,
+                layers=_bits(layers or []) or None,
                 dtype=dtype,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
@@ -64,6 +71,17 @@ def quantize(
         log(f"expertune: interrupted; the same command resumes {out}")
         raise typer.Exit(130) from None
     print(out)
+
+
+def _bits(given: list[str]) -> dict[str, int]:
+    """`NAME=BITS` by name."""
+    found = {}
+    for each in given:
+        name, _, bits = each.rpartition("=")
+        if not name or bits not in ("4", "16"):
+            raise typer.BadParameter(f"{each}: write it as NAME=16 or NAME=4", param_hint="--layers")
+        found[name] = int(bits)
+    return found
 
 
 def _verify_nf4(folder: Path) -> None:

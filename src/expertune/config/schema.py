@@ -172,6 +172,8 @@ class QuantizationConfig(Section):
             bitsandbytes does; `mse` by the least squared error, in the same layout; `calibrated` by the same, each
             input feature weighted by its mean square in a sample of the training examples.
         calibration_tokens: tokens of that sample, which `lora.init: qera` takes too.
+        layers: bits of the decoder's linears, 4 or 16, by `attention`, a projection's name, or a regular expression
+            over the end of a module's name on disk; the first that fits decides. Experts are always in 4 bits.
         block_size: weights that share one absmax value.
         compute_dtype: dtype of the matrix products; `auto` is bfloat16 where the device multiplies it faster.
     """
@@ -180,6 +182,7 @@ class QuantizationConfig(Section):
     double_quantization: bool = True
     fit: Literal["absmax", "mse", "calibrated"] = "absmax"
     calibration_tokens: int = Field(default=8192, ge=256)
+    layers: dict[str, Literal[4, 16]] = {}
     block_size: Literal[64] = 64
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
 

@@ -71,7 +71,8 @@ class DequantizedModel:
 
     def _parts_of_nf4(self) -> list[Part]:
         stored = read_nf4_folder(self.source.base.folder)
-        swap_experts(self.model, recipe_of_folder(stored, self.model, self.source.context.config.quantization), "meta")
+        asked = self.source.context.config.quantization
+        swap_experts(self.model, recipe_of_folder(stored, self.model, self.names, asked), "meta")
         prefixes = tuple(f"{layer}." for layer in self.layers)
 
         def load(layer: str | None) -> None:

@@ -86,7 +86,7 @@ class ExportSource:
         """What of the base the run held in 4 bits, and how."""
         asked = self.context.config.quantization
         if is_nf4_folder(self.base.folder):
-            return recipe_of_folder(read_nf4_folder(self.base.folder), self.model, asked)
+            return recipe_of_folder(read_nf4_folder(self.base.folder), self.model, self.names, asked)
         return read_recipe(self.model, self.names, self.index.tensors, asked, self.base.folder)
 
     @property

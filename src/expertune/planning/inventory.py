@@ -84,7 +84,7 @@ class Layer:
 
     Attributes:
         experts: shapes of its experts by dotted name; none where the layer is dense.
-        linears: (N, K) of its 4-bit linears by dotted name.
+        linears: (N, K) by dotted name of its 4-bit linears, and of those that stay in 16 bits instead.
         norms: width of each of its norms; one that works on heads is as wide as all of them.
     """
 
@@ -191,7 +191,8 @@ def take_inventory(model: PreTrainedModel, names: NameMap, recipe: Recipe, compu
     """
     text_config = model.config.get_text_config()
     attention = _attention(text_config)
-    shapes = {name: (linear.out_features, linear.in_features) for name, linear in recipe.linears.items()}
+    linears = {**recipe.linears, **recipe.whole}
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
     layers = tuple(
         Layer(_within(name, names.specs), _within(name, shapes), _norm_widths(layer, attention))
         for name, layer in decoder_layers(model, names.specs)

@@ -67,7 +67,7 @@ def read_source(config: RunConfig, folder: Path, on_hub: bool, model: PreTrained
     if is_nf4_folder(folder):
         _require_16_bits(config, "an NF4 folder")
         stored = read_nf4_folder(folder)
-        recipe = recipe_of_folder(stored, model, config.quantization)
+        recipe = recipe_of_folder(stored, model, names, config.quantization)
         return Source(recipe, holds_nf4=True, nbytes=stored.index.nbytes)
     headers = read_headers(config.model, folder, config.revision, on_hub)
     keys = headers.shapes if headers else ()

@@ -204,6 +204,8 @@ def _recipe(subject: Subject) -> Iterator[tuple[str, str]]:
             yield f"{name} by projection", ", ".join(f"{key}: {value:g}" for key, value in pattern.items())
     double = " with double quantization" if quantization.double_quantization else ""
     yield "frozen weights", f"NF4{double}, blocks of {quantization.block_size}"
+    if quantization.layers:
+        yield "bits of linears", ", ".join(f"{key}: {bits}" for key, bits in quantization.layers.items())
     report = (record.get("data") or {}).get("train") or {}
     if "num_rows" in report:
         tokens = f", {report['num_tokens']:,} tokens" if isinstance(report.get("num_tokens"), int) else ""
