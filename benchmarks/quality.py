@@ -27,25 +27,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.quality_study.variants import DEFAULT, REFERENCE, VARIANTS
 
+MODELS = ("embedded", "many experts", "tuned")
 TASKS = ("meaning", "act", "book")
 QUICK = (REFERENCE, DEFAULT, "fit: mse", "experts: load, share 0.2")
 WINDOW = 256
-BITS_WINDOWS, OTHER_WINDOWS = 48, 16
+BITS_WINDOWS, OTHER_WINDOWS = 32, 8
 
 Job = tuple[str, ...]
 
 
 def jobs(args: argparse.Namespace) -> Iterator[Job]:
     """What is measured, most wanted first: a study that is ended early has whole seeds."""
-    if not args.only:
-        yield from (("bits", "embedded"), ("bits", "many experts"), ("bits", "tuned"))
+    if not args.only and not args.quick:
+        yield from (("bits", model) for model in MODELS)
     variants = [variant for variant in VARIANTS if not args.only or variant.name in args.only]
     if args.quick:
         variants = [variant for variant in variants if variant.name in QUICK]
-    for seed in range(1, 1 + (1 if args.quick else 3)):
+    for seed in range(1, 1 + (1 if args.quick else args.seeds)):
         for variant in variants:
             if seed <= variant.seeds:
-                yield from (("cell", variant.name, task, str(seed)) for task in TASKS)
+                yield from (("cell", variant.name, task, str(seed)) for task in args.tasks)
 
 
 def key(job: Job) -> str:
@@ -149,6 +150,8 @@ def main() -> None:
     parser.add_argument("--tables", type=Path, help="write this page's tables from --json, and measure nothing")
     parser.add_argument("--quick", action="store_true", help="one seed and few variants")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", choices=[variant.name for variant in VARIANTS])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--anew", action="store_true", help="measure again what --json holds")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; default 2")
     parser.add_argument("--limit", type=float, help="seconds after which no more results are waited for")

@@ -164,7 +164,7 @@ def measure(
     found["nf4"] = difference(whole, reference) | scored()
 
     def only(name: str, chosen: list[Part]) -> dict[str, Any]:
-        alone = difference(taken(chosen), reference) | (scored() if len(chosen) > 1 else {})
+        alone = difference(taken(chosen), reference) | (scored() if name in KINDS else {})
         rest = difference(whole, taken([part for part in parts if part not in chosen]))
         count = sum(map(simulated.num_weights, chosen))
         return {"what": name, "weights": count, "only_this": alone, "given_back": rest}

@@ -91,7 +91,7 @@ def tuned_model(task: Task, folder: Path) -> Path:
     """The embedded model after a longer training on a task over 16-bit weights, as one 16-bit model."""
     with frozen_weights_in_16_bits():
         config = run_file(task, 1, folder.with_name("tuning"))
-        config["data"]["train"] = config["data"]["train"].replace("[0:640]", "[0:2560]")
+        config["data"]["train"] = config["data"]["train"].replace("[0:512]", "[0:2048]")
         expertune.finetune(config, [ROUTE], console=Console(file=io.StringIO())).close()
     expertune.export(folder.with_name("tuning"), "merged", out=folder, base="source", verify=False)
     return folder

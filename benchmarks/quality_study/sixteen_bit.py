@@ -7,6 +7,7 @@ those of any run. This is a way of measuring: it holds both forms in memory, and
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -25,8 +26,8 @@ def frozen_weights_in_16_bits() -> Iterator[None]:
     whole: dict[int, dict[int, Tensor]] = {}  # by the address of a stack's bytes, then by the matrix's index
     quantize, dequantize = Nf4Stack.write, cpu.dequantize
 
-    def write(stack: Nf4Stack, index: int, matrix_NK: Tensor) -> None:
-        quantize(stack, index, matrix_NK)
+    def write(stack: Nf4Stack, index: int, matrix_NK: Tensor, *how: Any) -> None:
+        quantize(stack, index, matrix_NK, *how)
         whole.setdefault(stack.packed.data_ptr(), {})[index] = matrix_NK.clone()
 
     def read(weight: Nf4Bytes, index: int, out: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -34,7 +35,9 @@ def frozen_weights_in_16_bits() -> Iterator[None]:
             return dequantize(weight, index, out, rows, columns)
         return out.copy_(whole[weight.packed.data_ptr()][index][rows, columns])
 
-    def keep(linear: nn.Linear, matrix: Tensor, _double: bool, dtype: torch.dtype, device: torch.device) -> nn.Linear:
+    def keep(
+        linear: nn.Linear, matrix: Tensor, _double: bool, dtype: torch.dtype, device: torch.device, *_how: Any
+    ) -> nn.Linear:
         linear.weight = nn.Parameter(matrix.to(device, dtype), requires_grad=False)
         return linear
 
