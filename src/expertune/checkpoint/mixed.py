@@ -29,7 +29,8 @@ def split_linears(
     patterns = {key: _compile(key) for key in bits}
     attention = set(attention_linears(model, names.specs))
     fits: dict[str, list[str]] = {key: [] for key in bits}
-    packed, whole = {}, {}
+    packed: dict[str, nn.Linear] = {}
+    whole: dict[str, nn.Linear] = {}
     for name, linear in linears.items():
         on_disk = names.on_disk(name)
         found = [
