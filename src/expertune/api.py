@@ -42,6 +42,7 @@ from expertune.planning.disk import require_room
 from expertune.planning.duration import read_lengths
 from expertune.planning.plan import plan_for
 from expertune.report.card import CARD_NAME
+from expertune.report.expert_maps import deaths_in_words
 from expertune.report.figures import summary_figure, write_png
 from expertune.report.page import PAGE_NAME
 from expertune.report.summary import render_summary
@@ -69,6 +70,7 @@ from expertune.train.arguments import training_arguments, uses_checkpointing
 from expertune.train.callbacks import AfterEvaluation, ProgressBar, peak_memory_bytes
 from expertune.train.checkpoints import ResumePoint, find_resume_point, require_state_to_go_on
 from expertune.train.exchange import write_adapter
+from expertune.train.expert_load import DeadExperts
 from expertune.train.offload import has_separate_host
 from expertune.train.oom import Change, OutOfMemory
 from expertune.train.promises import Promised, Promises
@@ -410,6 +412,8 @@ def _train(
     trainer.add_callback(Evaluations(at_end=evaluates_at_ends(config)))
     trainer.add_callback(bar)
     trainer.add_callback(AfterEvaluation(partial(_keep_evaluation, context, trainer, held_out)))
+    known = record.section("train").get("experts_died", {})
+    trainer.add_callback(DeadExperts(lambda: trainer.history.expert_tokens, known, partial(_tell_of_deaths, context)))
     trackers = Trackers(trainer, context.output_dir, resumed=context.resume)
     try:
         with trackers.open(named="run_name" in config.training):
@@ -437,6 +441,13 @@ def _train(
         context.note(
             "load_best_model_at_end: no checkpoint was found to be the best; the adapter is that of the last step"
         )
+
+
+def _tell_of_deaths(context: RunContext, experts: dict[str, list[int]]) -> None:
+    """Warn of experts that get no token any more: on the terminal the first time, and in the record."""
+    if "experts_died" not in context.record.section("train"):
+        context.tell(deaths_in_words(experts))
+    context.record.update("train", experts_died=experts)
 
 
 def _keep_evaluation(context: RunContext, trainer: Promises, held_out: HeldOut | None, state: TrainerState) -> None:

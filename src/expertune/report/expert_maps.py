@@ -113,6 +113,18 @@ def _adapted(selected: Mapping[str, Any], names: list[str], count: int) -> list[
     return rows if selected and not all(all(row) for row in rows) else []
 
 
+def deaths_in_words(experts: Mapping[str, Any]) -> str:
+    """A sentence on experts that had tokens and get none any more, by the layer's name."""
+    died = {_layer(name, place): of_layer for place, (name, of_layer) in enumerate(experts.items())}
+    total = sum(map(len, died.values()))
+    named = "; ".join(f"layer {layer}: {', '.join(map(str, of_layer))}" for layer, of_layer in died.items())
+    which = f" ({named})" if total <= _MOST_NAMED else ""
+    return (
+        f"warning: {total} {'expert has' if total == 1 else 'experts have'} died while training: tokens at first, and "
+        f"none any more{which}. See docs/guides/router.md"
+    )
+
+
 def _drawable(rows: Any, num_stretches: int) -> bool:
     """Whether each stretch has counts of the same experts."""
     return (

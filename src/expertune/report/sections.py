@@ -12,7 +12,8 @@ import yaml
 
 from expertune.config import RunConfig, Section
 from expertune.evaluation.metrics import shown_figures
-from expertune.report.charts import Chart, Drawing, Point, Series, bars, draw, points_of
+from expertune.report.charts import Chart, Drawing, Point, Series, bars, draw, is_number, points_of
+from expertune.report.expert_maps import deaths_in_words
 from expertune.report.objective import (
     evaluation_series,
     held_out_figures,
@@ -148,6 +149,14 @@ def charts(record: Record) -> list[Drawing]:
             marks=_best(record),
         ),
         *objective_charts(record),
+        Chart(
+            "Losses of the routers, without their coefficients",
+            [
+                *with_mean("load balancing", points_of(train.get("router_aux_loss")), 4),
+                *with_mean("z-loss", points_of(train.get("router_z_loss")), 7),
+            ],
+            from_zero=False,
+        ),
         Chart("Learning rate", [Series("learning rate", points_of(train.get("learning_rate")), 2)]),
         Chart("Gradient norm before clipping", with_mean("gradient norm", points_of(train.get("grad_norm")), 3)),
         Chart("Tokens per second of a step", with_mean("tokens per second", _speeds(train), 5)),
@@ -367,10 +376,17 @@ def _defaults(keys: type[Section]) -> dict[str, Any]:
 def notes(record: Record) -> list[str]:
     """What of the run file could not be used as written, and what was changed when memory ran out."""
     lines = [str(note) for note in entries(record, "train", "notes")]
+    deaths = {name: rows for name, rows in section(record, "train", "experts_died").items() if _are_numbers(rows)}
+    if deaths:
+        lines.append(deaths_in_words(deaths))
     for change in entries(record, "train", "recoveries"):
         step, during, what = at(change, "step"), at(change, "during"), at(change, "change")
         lines.append(f"memory ran out at step {step} ({during}): {what}")
     return lines
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(is_number, value))
 
 
 def versions(record: Record) -> Facts:

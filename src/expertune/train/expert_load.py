@@ -1,17 +1,19 @@
 """How a step's tokens are spread over the experts, and those of the whole training."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from expertune.distributed.mesh import Ranks
 from expertune.experts.module import Nf4Experts
 from expertune.experts.replay import is_recomputing
 
 _MOST_COUNTS = 2**17
+_SILENT_STEPS, _MISSED_TOKENS, _LOOKS_EVERY = 20, 100, 10
 _MOST_STRETCHES, _FEWEST_STRETCHES = 64, 8
 
 LOAD_FIGURES = ("expert_imbalance", "experts_unused", "expert_tokens_most", "expert_tokens_least")
@@ -138,6 +140,60 @@ def add_tokens(series: dict[str, Any], step: int, tokens: Mapping[str, Sequence[
     steps.append([step, step])
     for name, of_layer in tokens.items():
         counts[name].append(list(of_layer))
+
+
+def died(series: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Experts that had tokens and get none any more, by layer; layers without one are left out.
+
+    An expert counts as dead after 20 steps without a token in which it would have had 100 by its share until then:
+    without a change that does not happen by chance.
+
+    Args:
+        series: see `add_tokens`.
+    """
+    found = {name: [*_died(of_layer, series["steps"])] for name, of_layer in series.get("counts", {}).items()}
+    return {name: experts for name, experts in found.items() if experts}
+
+
+def _died(counts: list[list[int]], steps: list[list[int]]) -> Iterator[int]:
+    totals = [sum(of_stretch) for of_stretch in counts]
+    for expert in (expert for expert, tokens in enumerate(counts[-1]) if not tokens):
+        last = next((place for place in reversed(range(len(counts))) if counts[place][expert]), None)
+        if last is None or steps[-1][1] - steps[last][1] < _SILENT_STEPS:
+            continue
+        share = sum(of_stretch[expert] for of_stretch in counts[: last + 1]) / sum(totals[: last + 1])
+        if share * sum(totals[last + 1 :]) >= _MISSED_TOKENS:
+            yield expert
+
+
+class DeadExperts(TrainerCallback):
+    """Tells of experts that die, once for each.
+
+    Args:
+        series: gives the tokens of each expert as `add_tokens` keeps them.
+        known: those that have been told of, by layer.
+        tell: called with all that have died, by layer, when there are more.
+    """
+
+    def __init__(
+        self,
+        series: Callable[[], Mapping[str, Any]],
+        known: Mapping[str, list[int]],
+        tell: Callable[[dict[str, list[int]]], None],
+    ) -> None:
+        self._series, self._tell = series, tell
+        self._known = {name: list(experts) for name, experts in known.items()}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look every ten steps."""
+        if state.global_step % _LOOKS_EVERY:
+            return
+        found = died(self._series())
+        if all(set(experts) <= set(self._known.get(name, [])) for name, experts in found.items()):
+            return
+        for name, experts in found.items():
+            self._known[name] = sorted({*experts, *self._known.get(name, [])})
+        self._tell(self._known)
 
 
 def _pairs(values: list[Any]) -> Iterator[tuple[Any, Any]]:
