@@ -29,6 +29,7 @@ from benchmarks.quality_study.variants import DEFAULT, REFERENCE, VARIANTS
 
 MODELS = ("embedded", "many experts", "tuned")
 TASKS = ("meaning", "act", "book")
+MAIN = ("base", "bytes", "start")
 QUICK = (REFERENCE, DEFAULT, "fit: mse", "experts: load, share 0.2")
 WINDOW = 256
 BITS_WINDOWS, OTHER_WINDOWS = 32, 8
@@ -43,10 +44,16 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
     variants = [variant for variant in VARIANTS if not args.only or variant.name in args.only]
     if args.quick:
         variants = [variant for variant in variants if variant.name in QUICK]
-    for seed in range(1, 1 + (1 if args.quick else args.seeds)):
-        for variant in variants:
-            if seed <= variant.seeds:
-                yield from (("cell", variant.name, task, str(seed)) for task in args.tasks)
+    # First each variant once, then all seeds of the main ones, then the rest.
+    rounds = [
+        (seed, variant)
+        for seed in range(1, 1 + (1 if args.quick else args.seeds))
+        for variant in variants
+        if seed <= variant.seeds
+    ]
+    rounds.sort(key=lambda each: 0 if each[0] == 1 else 1 if each[1].group in MAIN else 2)
+    for seed, variant in rounds:
+        yield from (("cell", variant.name, task, str(seed)) for task in args.tasks)
 
 
 def key(job: Job) -> str:
