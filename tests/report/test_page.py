@@ -192,6 +192,22 @@ def test_expert_maps_show_shares_before_and_after_and_what_changed(run_record: d
     assert load[0]["points"][0] == [0, 1]
 
 
+def test_selected_experts_have_a_map_and_a_tile_and_a_damaged_selection_none(run_record: dict[str, Any]) -> None:
+    names = list(next(iter(run_record["experts"]["evaluations"].values()))["counts"])
+    layers = dict(zip(names, ([1], [0, 2]), strict=True))
+    selection = {"select": "load", "layers": layers, "experts": dict.fromkeys(names, 4), "load": {names[0]: 0.4}}
+    run_record["adapter"]["selection"] = selection
+    maps = expert_maps(run_record)
+    assert maps is not None
+    assert maps["maps"][-1]["title"] == "with an adapter"
+    assert maps["maps"][-1]["shown"]["rows"] == [[0, 100, 0, 0], [100, 0, 100, 0]]
+    page = require_contained(render_page(run_record, "runs/small"))
+    assert "3 of 8 have an adapter, and get 40 % of the tokens; by load" in page.text
+    for damaged in ({"layers": "x", "load": None}, {"experts": {"a": "b"}}, {"layers": {names[0]: [[1]]}}):
+        run_record["adapter"]["selection"] = selection | damaged
+        require_contained(render_page(run_record, "runs/small"))
+
+
 def test_load_of_experts_while_training_is_drawn_by_layer(run_record: dict[str, Any]) -> None:
     assert load_over_time(run_record) is None  # as of earlier releases
     series = {"steps": [[1, 2], [3, 3]], "every": 2, "counts": {"layers.4.experts": [[30, 10], [0, 0]]}}

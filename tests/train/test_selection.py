@@ -35,7 +35,8 @@ def test_run_selects_experts_once_and_resumes_byte_for_byte(run_values: dict[str
     assert {key.partition(".model.model.")[2].rsplit(".", 3)[0] for key in held if ".experts." in key} == chosen
     assert sum(held.values()) == record["adapter"]["trainable"] <= planned["parameters"]["trainable"]
     assert planned["notes"] == ["lora.experts: planned for the most experts that can be selected, 2 of 4 a layer"]
-    assert "have an adapter, and get" in (run_dir / "report.html").read_text(encoding="utf-8")
+    for page in ("report.html", "adapter/README.md"):
+        assert "have an adapter, and get" in (run_dir / page).read_text(encoding="utf-8")
 
     whole = adapter_bytes(run_dir)
     for late in ("adapter", "checkpoint-4"):

@@ -20,6 +20,7 @@ from expertune.data.template import is_own_file, shipped_template
 from expertune.evaluation.metrics import shown_figures
 from expertune.evaluation.objective_figures import OBJECTIVES
 from expertune.report.objective import held_out_figures
+from expertune.report.values import section, selected_experts
 
 CARD_NAME = "README.md"
 
@@ -192,6 +193,12 @@ def _harness(subject: Subject) -> str:
     return _table(("", "4-bit base", "4-bit base and adapter"), rows)
 
 
+_EXPERT_RANKS = {
+    "scaled": "divided by the number of experts per token",
+    "load": "twice for the busiest quarter of a layer's experts, half for the idlest half",
+}
+
+
 def _recipe(subject: Subject) -> Iterator[tuple[str, str]]:
     config, record = subject.config, subject.record
     if config.objective != "sft":
@@ -202,6 +209,10 @@ def _recipe(subject: Subject) -> Iterator[tuple[str, str]]:
     for name, pattern in (("rank", lora.rank_pattern), ("alpha", lora.alpha_pattern)):
         if pattern:
             yield f"{name} by projection", ", ".join(f"{key}: {value:g}" for key, value in pattern.items())
+    if selection := section(record, "adapter", "selection"):
+        yield "experts", " ".join(selected_experts(selection))
+    if lora.expert_rank:
+        yield "rank of experts", _EXPERT_RANKS[lora.expert_rank]
     double = " with double quantization" if quantization.double_quantization else ""
     yield "frozen weights", f"NF4{double}, blocks of {quantization.block_size}"
     if quantization.layers:
