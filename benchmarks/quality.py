@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import queue
+import re
 import sys
 import time
 import traceback
@@ -85,11 +86,17 @@ def work(work_dir: Path, todo: "multiprocessing.Queue[Job]", done: "multiprocess
                 _, name, task, seed = job
                 found = cells.run_cell(variants[name], known[task], int(seed), other_text)
         except ExpertuneError as error:
-            found = {"left_out": " ".join(str(error).split())}
+            found = {"left_out": _said(error)}
         except Exception as error:
             traceback.print_exc()
-            found = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            found = {"failed": f"{type(error).__name__}: {_said(error)}"}
         done.put((job, found))
+
+
+def _said(error: Exception) -> str:
+    """A message on one line, without this machine's folders."""
+    text = " ".join(str(error).split())[:400]
+    return re.sub(r"(/[\w.+-]+)+/(?=[\w.+-]+)", "", text)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
