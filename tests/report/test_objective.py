@@ -44,7 +44,7 @@ def on_terminal(record: dict[str, Any], width: int) -> str:
 def test_page_shows_reward_accuracy_and_margin_of_held_out_pairs_before_and_after(dpo_record, tmp_path):
     page = require_contained(render_page(dpo_record, "runs/small"))
     for part in (
-        *("reward accuracy on evaluation examples 0.500 → 0.875", "reward margin on evaluation examples 0.000 → 1.500"),
+        *("reward accuracy on evaluation examples - → 0.875", "reward margin on evaluation examples - → 1.500"),
         *("Loss of DPO", "Reward accuracy: share of pairs", "Rewards of good and of bad answers", "nll on evaluation"),
         *("longer side of a pair the chosen in 374, the rejected in 317", "repeat an earlier one 3"),
     ):
@@ -58,7 +58,7 @@ def test_summary_shows_the_objective_and_its_figures_at_any_width(dpo_record, wi
     text = on_terminal(dpo_record, width)
     assert "direct preference optimization (DPO)" in text
     assert next(line.split()[-2:] for line in text.splitlines() if line.startswith("reward accuracy   ")) == [
-        "0.500",
+        "-",
         "0.875",
     ]
     assert "0.010 at step 1, 1.000 at step 100" in " ".join(text.split())
@@ -71,7 +71,7 @@ def test_card_says_what_the_adapter_was_tuned_with(dpo_record):
     config = parse_config(values | {"training": {"beta": 0.2}})
     card = render_card(Subject(dpo_record, config, "owner/base", "abc"))
     assert "by direct preference optimization (DPO) on pairs of a chosen and a rejected answer." in card
-    assert "| reward accuracy on held-out examples | 0.5000 | 0.8750 |" in card
+    assert "| reward accuracy on held-out examples | - | 0.8750 |" in card
     assert "| beta | 0.2 |" in card
     assert "- dpo" in card
     supervised = render_card(Subject(dpo_record, parse_config({**values, "objective": "sft"}), "owner/base", "abc"))

@@ -39,6 +39,9 @@ _MODEL = ("weights", "slots", "framework")
 # Bytes for each logit of a loss over all logits at once: the logits in 16 bits, and in float32 the logits, their
 # log-softmax's gradient and the gradient of its input; without gradients one number less.
 _TRAINING_BYTES_PER_LOGIT, _EVALUATION_BYTES_PER_LOGIT = 14, 10
+# TRL's loss of answers that a run writes scales the logits by the temperature, and takes log-probabilities and entropies
+# answer by answer; by the peaks of runs.
+_WRITTEN_BYTES_PER_LOGIT = 32
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,7 @@ def _loss(w: Workload, bytes_per_logit: int) -> int:
     """
     V, D = w.inventory.vocab_size, w.inventory.hidden_size
     if w.full_logits:
-        return w.logit_tokens * V * bytes_per_logit
+        return w.logit_tokens * V * (_WRITTEN_BYTES_PER_LOGIT if w.passes.written else bytes_per_logit)
     dropped = w.adapter_dtype.itemsize if w.dropout else 0
     hidden_states = 2 * w.tokens * D * (w.compute_dtype.itemsize + dropped)
     return hidden_states + working_set_bytes(w.tokens, V, D, w.compute_dtype, w.device)

@@ -44,12 +44,14 @@ def loss_unit(record: Record) -> str:
 def held_out_figures(record: Record) -> list[tuple[Figure, Any, Any]]:
     """The objective's figures on evaluation examples: (figure, before, after), None where one is not known.
 
-    Before is at step 0 of a run that started from no adapter; after is at the adapter's step, or the last so far.
+    Before is at step 0 of a run that started from no adapter; after is at the adapter's step, or the last so far. Where
+    the model is its own reference at step 0, all rewards are zero there, and nothing is told of them.
     """
     evaluated = dict(_evaluations(record))
     if not evaluated:
         return []
-    first: Mapping[str, Any] = {} if at(record, "config", "lora", "init_from") else evaluated.get(0, {})
+    is_reference = objective_of(record) in ("dpo", "kto") or at(record, "config", "lora", "init_from")
+    first: Mapping[str, Any] = {} if is_reference else evaluated.get(0, {})
     last = evaluated.get(number(record, "adapter", "step") or -1, {})
     if not last and at(record, "run", "status") != "finished":
         last = evaluated[max(evaluated)]
