@@ -39,8 +39,8 @@ _MODEL = ("weights", "slots", "framework")
 # Bytes for each logit of a loss over all logits at once: the logits in 16 bits, and in float32 the logits, their
 # log-softmax's gradient and the gradient of its input; without gradients one number less.
 _TRAINING_BYTES_PER_LOGIT, _EVALUATION_BYTES_PER_LOGIT = 14, 10
-# TRL's loss of answers that a run writes scales the logits by the temperature, and takes log-probabilities and entropies
-# answer by answer; by the peaks of runs.
+# TRL's loss of answers that a run writes scales the logits by the temperature, and takes log-probabilities and
+# entropies answer by answer; by the peaks of runs.
 _WRITTEN_BYTES_PER_LOGIT = 32
 
 
