@@ -17,6 +17,7 @@ from expertune.checkpoint.load import LoadedModel
 from expertune.config import LoraSection, parse_config
 from expertune.data import TokenizedExample
 from expertune.exporting import programs
+from expertune.exporting.engines.stock import scale
 from expertune.exporting.source import ExportSource, read_source
 from expertune.run.context import RunContext
 from expertune.run.progress import Bars
@@ -46,10 +47,14 @@ def source_of(loaded: LoadedModel, model: Path, folder: Path, **lora: Any) -> Ex
 
 @torch.no_grad()
 def base_and_adapter(source: ExportSource, model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A stock model in float32 with the adapter added to its parameters, each rounded."""
+    """A stock model in float32 with the adapter added to its parameters, and DoRA's magnitudes, each rounded."""
+    magnitudes = dict(source.magnitudes())
     for name, left, right in source.updates():
         parameter = model.get_parameter(name)
-        parameter.copy_((parameter + left @ right).to(dtype))
+        values = parameter + left @ right
+        if name in magnitudes:
+            scale(values, magnitudes[name])
+        parameter.copy_(values.to(dtype))
     return model
 
 

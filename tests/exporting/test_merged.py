@@ -16,7 +16,7 @@ from expertune.errors import ExportError
 from expertune.exporting import merging
 from expertune.exporting.engines import stock, trained
 from expertune.exporting.engines.trained import dequantized
-from expertune.exporting.formats import Options
+from expertune.exporting.formats import Options, make_format
 from expertune.exporting.merged import MANIFEST, Merged, MergedIntoDequantized, make
 from expertune.exporting.source import ExportSource
 from tests.exporting.conftest import base_and_adapter, nothing, source_of
@@ -60,6 +60,19 @@ def test_every_weight_is_that_of_base_and_adapter_rounded_once_into_either_base(
     assert largest_difference(base_and_adapter(source, stock_model(folder), torch.bfloat16), merged) == 0
     merged = stock_model(written(MergedIntoDequantized(), source, tmp_path / "dequantized"))
     assert largest_difference(dequantized_and_adapter(source, loaded.model), merged) == 0
+
+
+def test_magnitudes_of_dora_are_folded_into_either_base_and_other_formats_are_refused(tmp_path: Path) -> None:
+    folder = save_random(tmp_path / "model", tiny_config())
+    loaded = load_tiny(folder)
+    source = source_of(loaded, folder, tmp_path / "run", targets=["w1", "w2", "attention"], use_dora=True)
+    assert len(dict(source.magnitudes())) == 2 * (2 + 4)
+    merged = stock_model(written(Merged(), source, tmp_path / "merged"))
+    assert largest_difference(base_and_adapter(source, stock_model(folder), torch.bfloat16), merged) <= 2**-8
+    merged = stock_model(written(MergedIntoDequantized(), source, tmp_path / "dequantized"))
+    assert largest_difference(dequantized_and_adapter(source, loaded.model), merged) <= 2**-8
+    with pytest.raises(ExportError, match=r"PEFT has no DoRA on stacked experts.*--to merged"):
+        make_format("peft", Options()).require(source)
 
 
 def test_reference_rounds_each_weight_to_the_dtype_that_the_merged_one_has(tmp_path: Path) -> None:
