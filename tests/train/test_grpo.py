@@ -199,3 +199,19 @@ def test_what_goes_with_no_rewards_is_refused_before_loading(
     with pytest.raises(ConfigError, match=message):
         expertune.finetune(run_values | changes | {"rewards": ["slot-f1"], "output_dir": str(tmp_path / "run")})
     assert not (tmp_path / "run" / "record.json").exists()
+
+
+@pytest.mark.slow
+def test_example_starts_from_the_demos_adapter_and_rewards_its_answers(tmp_path: Path) -> None:
+    examples, few = Path(__file__).parents[2] / "examples", "training.per_device_train_batch_size=8"
+    before = ["lora.targets=[attention, experts]", "data.eval=null", "task.metric=null", "training.eval_strategy=no"]
+    before += ["training.eval_on_start=false", "training.max_steps=4", few, f"output_dir={tmp_path / 'sft'}"]
+    expertune.finetune(examples / "demo.yaml", before)
+    small = [f"lora.init_from={tmp_path / 'sft' / 'adapter'}", "training.max_steps=2", "training.eval_steps=2", few]
+    small += ["training.max_completion_length=8", "data.eval=src/expertune/assets/viggo/viggo-valid.csv[0:4]"]
+    small += ["task.rows=4", "task.max_new_tokens=8", "training.beta=0.05", f"output_dir={tmp_path / 'grpo'}"]
+    record = expertune.finetune(examples / "grpo.yaml", small).record
+    assert [step for step, _ in record["train"]["reward"]] == [1, 2]
+    # The reference is the adapter that the run started from.
+    assert record["train"]["kl"][0][1] == pytest.approx(0, abs=1e-6)
+    assert [step for step, _ in record["eval"]["loss"]] == [0, 2]
