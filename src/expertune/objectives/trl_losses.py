@@ -153,7 +153,7 @@ class Orpo(_Without, ORPOTrainer):
         """The loss of a batch of pairs."""
         num_pairs = batch[NUM_EXAMPLES]
         loss, metrics = self.get_batch_loss_metrics(self.policy, dict(batch))
-        return Taken(loss, num_pairs, {name: (metrics[name], num_pairs) for name in metrics.keys() & _FIGURES})
+        return Taken(loss, num_pairs, {name: (metrics[name], num_pairs) for name in metrics if name in _FIGURES})
 
 
 LOSSES: dict[str, Callable[[Any, PreTrainedModel, LogProbs, LogProbs], Dpo | Kto | Orpo]] = {
