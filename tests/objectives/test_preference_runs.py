@@ -14,6 +14,7 @@ import expertune
 from expertune import finetune
 from expertune.config import parse_config
 from expertune.errors import ConfigError
+from expertune.objectives.units import keeps_start
 from expertune.run.record import RunRecord
 from tests.distributed.ranks import command, run_jobs
 from tests.train.scarce import Scarce
@@ -125,6 +126,22 @@ def test_step_is_the_same_in_parts_merged_and_accumulated(
         assert [figure for _, figure in series_of(accumulated.record)[name]] == pytest.approx(
             [figure for _, figure in found], rel=2e-3, abs=2e-4
         ), name
+
+
+@pytest.mark.parametrize(
+    ("objective", "lora", "kept"),
+    [
+        ("dpo", {}, False),
+        ("dpo", {"init": "loftq"}, True),
+        ("kto", {"init_from": "a"}, True),
+        ("orpo", {"init_from": "a"}, False),
+    ],
+)
+def test_factors_that_training_starts_with_are_kept_where_they_are_the_reference(
+    objective: str, lora: dict[str, str], kept: bool
+) -> None:
+    config = {"model": "m", "output_dir": "o", "objective": objective, "data": {"train": "x"}, "lora": lora}
+    assert keeps_start(parse_config(config)) is kept
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from expertune.objectives.log_probs import Reference
 from expertune.objectives.rewards import Rewards, load_rewards
 from expertune.objectives.units import keeps_start
 from expertune.run.beside import write_card
-from expertune.run.directory import ADAPTER_FOLDER
+from expertune.run.directory import ADAPTER_FOLDER, INITIAL_ADAPTER
 from expertune.run.inference import OpenOptions, Run, opened_run, recovery_of
 from expertune.run.lock import hold_run_directory
 from expertune.run.record import RunRecord
@@ -114,8 +114,8 @@ def _preference(run: Run) -> Any:
         return None
     from expertune.objectives.preference import Preference  # which imports TRL
 
-    start = config.lora.init_from
-    if keeps_start(config) and start is not None:
+    if keeps_start(config):
+        start = config.lora.init_from or str(run.output_dir / INITIAL_ADAPTER)
         if not Path(start).is_dir():
             raise ConfigError(
                 f"{start}: the adapter that the run started from is gone, and the loss of objective: "
