@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import yaml
-from safetensors.torch import load_file
 
 import expertune
 from expertune import finetune
@@ -16,12 +13,10 @@ from expertune.config import parse_config
 from expertune.errors import ConfigError
 from expertune.objectives.units import keeps_start
 from expertune.run.record import RunRecord
-from tests.distributed.ranks import command, run_jobs
 from tests.train.scarce import Scarce
 
 pytest.importorskip("trl")
 
-ROOT = Path(__file__).parents[2]
 REWARDS = {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"}
 
 
@@ -160,43 +155,6 @@ def test_pairs_stay_whole_where_memory_runs_out(
         assert [figure for _, figure in series_of(recovered.record)[name]] == pytest.approx(
             expected, rel=2e-3, abs=2e-4
         )
-
-
-@pytest.mark.slow
-def test_two_processes_train_pairs_as_one_does(small_mixtral: Path, pairs_file: Path, tmp_path: Path) -> None:
-    config = values("dpo", small_mixtral, pairs_file, tmp_path / "one", quantization={"compute_dtype": "float32"})
-    config["training"] |= {"learning_rate": 2e-4}
-    finetune(config)
-    two = config | {"output_dir": "two", "data": config["data"] | {"merge_accumulation": False}}
-    two["training"] = config["training"] | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(two), encoding="utf-8")
-    kto = ["train", "run.yaml", "objective=kto", "output_dir=kto", "training.per_device_train_batch_size=2"]
-    jobs = {"dpo": command(2, ["train", "run.yaml"]), "kto": command(2, kto)}
-    ended = run_jobs(jobs, tmp_path)
-    assert [of_rank.status for of_rank in ended["dpo"]] == [0, 0], ended["dpo"][0].err
-    assert "objective: kto takes its KL term over the examples of a micro-batch, and 2 processes" in ended["kto"][0].err
-    tensors = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")]
-    for name, tensor in tensors[0].items():
-        torch.testing.assert_close(tensors[1][name], tensor, rtol=0, atol=2e-5)
-    records = [series_of(RunRecord.load(tmp_path / name)) for name in ("one", "two")]
-    for name, found in records[0].items():
-        assert [each for _, each in records[1][name]] == pytest.approx([each for _, each in found], rel=1e-3, abs=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["dpo", "kto", "orpo"])
-def test_example_runs_at_a_small_size(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    small = ["training.max_steps=2", "training.per_device_train_batch_size=4", f"output_dir={tmp_path / name}"]
-    pairs = "src/expertune/assets/viggo/viggo-pairs"
-    small += [f"data.train={pairs}-train.csv[0:8]", f"data.eval={pairs}-valid.csv[0:4]"]
-    if name != "orpo":  # after supervised fine-tuning, which begins here
-        first = ["training.max_steps=1", "training.per_device_train_batch_size=4", "training.eval_strategy=no"]
-        first += ["task.metric=null", "training.eval_on_start=false", f"output_dir={tmp_path / 'demo'}"]
-        finetune("examples/demo.yaml", first)
-        small.append(f"lora.init_from={tmp_path / 'demo' / 'adapter'}")
-    run = finetune(f"examples/{name}.yaml", small)
-    assert run.record["eval"]["scores"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from dataclasses import replace
 from expertune.distributed.parallel import ExpertParallel
 from expertune.distributed.sharded import ExpertSharding, Sharing
 from expertune.errors import ConfigError
-from expertune.objectives.units import takes_kl
 from expertune.planning.devices import Machine
 from expertune.planning.distribution import EXPERTS, Distribution
 from expertune.planning.plan import plan_for
@@ -73,17 +72,12 @@ def choose_experts(context: RunContext) -> tuple[RunContext, str | None]:
         ConfigError: see `plan_for`.
     """
     config, ranks, train = context.config, context.ranks, context.record.values.get("train", {})
-    if ranks.several and takes_kl(config):
+    if ranks.several and config.objective != "sft":
         raise ConfigError(
-            f"objective: kto takes its KL term over the examples of a micro-batch, and {ranks.world_size} processes "
-            "would each take another; start one process, or set training.loss_type: apo_zero_unpaired"
+            f"objective: {config.objective} runs in one process, and {ranks.world_size} have been started; start one"
         )
     if config.distributed.experts != "auto" or not ranks.several:
         return context, None
-    if config.objective != "sft":
-        distributed = config.distributed.model_copy(update={"experts": "replicate"})
-        reason = f"objective: {config.objective} is for processes that each have all experts"
-        return replace(context, config=config.model_copy(update={"distributed": distributed})), reason
     machine = machine_for_all(context)
 
     def choose() -> tuple[dict[str, str | int], str]:
