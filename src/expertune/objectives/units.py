@@ -31,4 +31,4 @@ def takes_kl(config: RunConfig) -> bool:
 def keeps_start(config: RunConfig) -> bool:
     """Whether the loss has a reference that is not the base model: the adapter that training starts from, kept."""
     compares = config.objective in ("dpo", "kto") or (config.objective == "grpo" and bool(config.training.get("beta")))
-    return compares and config.lora.init_from is not None
+    return compares and not config.lora.begins_as_base
