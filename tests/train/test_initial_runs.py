@@ -16,6 +16,7 @@ from expertune.checkpoint.quantize import quantize
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError, DataError
 from expertune.exporting.source import open_source
+from expertune.objectives.units import keeps_start
 from expertune.planning import make_plan
 from expertune.run.record import RunRecord
 
@@ -146,3 +147,20 @@ def test_a_folder_is_quantized_by_the_calibration_of_a_run(
     assert expertune.evaluate(run)["loss"] == pytest.approx(RunRecord.load(whole)["eval"]["loss"][-1][1], abs=1e-6)
     with pytest.raises(ConfigError, match=r"quantization\.fit is calibrated, and there is no calibration"):
         expertune.quantize(small_mixtral, tmp_path / "other", fit="calibrated")
+
+
+def test_the_plan_knows_the_memory_and_the_time_of_it(run_values: dict[str, Any]) -> None:
+    plain = make_plan(parse_config(run_values))
+    made = make_plan(parse_config(with_keys(run_values, lora={"init": "qera"})))
+    assert not {"initialization", "calibration"} & plain.memory.totals.keys()
+    assert {"initialization", "calibration"} <= made.memory.totals.keys()
+    assert made.memory.phases["initialization"]["matrix"] == 16 * 64 * 64
+    # 2 layers with 4 linears and 4 experts of 3 matrices.
+    assert any("lora.init: 32 matrices are decomposed once" in note for note in made.notes)
+
+
+def test_preferences_compare_with_the_adapter_as_it_began(run_values: dict[str, Any]) -> None:
+    values = {key: value for key, value in run_values.items() if key != "training"} | {"objective": "dpo"}
+    values["lora"] = {"r": 4, "targets": ["attention", "experts"]}
+    assert not keeps_start(parse_config(values))
+    assert keeps_start(parse_config(with_keys(values, lora={"init": "loftq"})))

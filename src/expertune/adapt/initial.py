@@ -28,8 +28,8 @@ from expertune.kernels.nf4 import dequantize
 from expertune.layers.nf4_linear import Nf4Linear
 
 # Below it, all singular values are computed; above it, the largest by iterating on a subspace (Halko et al. 2011).
-_EXACT = 512
-_EXTRA, _ITERATIONS = 16, 3
+EXACT_SIDE = 512
+EXTRA_COLUMNS, _ITERATIONS = 16, 3
 
 # Length of a row of A that starts as PEFT's does: uniform in +-1 / sqrt(K).
 _ROW_LENGTH = 1 / math.sqrt(3)
@@ -138,10 +138,10 @@ def low_rank(matrix_NK: Tensor, rank: int, generator: torch.Generator) -> tuple[
         generator: on the CPU; draws the subspace of a large matrix.
     """
     rank = min(rank, *matrix_NK.shape)
-    if min(matrix_NK.shape) <= _EXACT:
+    if min(matrix_NK.shape) <= EXACT_SIDE:
         u, values, v = torch.linalg.svd(matrix_NK, full_matrices=False)
         return v[:rank], u[:, :rank] * values[:rank]
-    drawn = torch.randn(matrix_NK.shape[1], rank + _EXTRA, generator=generator).to(matrix_NK.device)
+    drawn = torch.randn(matrix_NK.shape[1], rank + EXTRA_COLUMNS, generator=generator).to(matrix_NK.device)
     basis = torch.linalg.qr(matrix_NK @ drawn).Q
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(matrix_NK @ torch.linalg.qr(matrix_NK.mT @ basis).Q).Q

@@ -149,6 +149,15 @@ class Inventory:
         return {n: _experts_bytes(self.experts_here(s), s, self.recipe, slices) for n, s in self.names.specs.items()}
 
     @property
+    def matrices(self) -> Iterator[tuple[int, int]]:
+        """(N, K) of every matrix that is held in 4 bits."""
+        for layer in self.layers:
+            yield from layer.linears.values()
+            for spec in layer.experts.values():
+                for projection in spec.projections:
+                    yield from (spec.shape(projection) for _ in range(spec.num_experts))
+
+    @property
     def layer_bytes(self) -> tuple[int, ...]:
         """Packed bytes of each experts module that a rank computes with: of slices, those of all ranks."""
         return tuple(self.distribution.slices * num_bytes for num_bytes in self.expert_bytes.values())

@@ -48,11 +48,11 @@ _WRITTEN_BYTES_PER_LOGIT = 32
 class Memory:
     """Peak memory of one process on its device.
 
-    The phases that can be the highest are `preflight` (the check after attaching), `reference` (the objective's
-    reference computes, beside what forward has kept), `loss` (forward is over), `layer` (a layer is in backward),
-    `average` (ranks average gradients), `update` (the optimizer's), `save` (a checkpoint or the adapter is written),
-    `evaluation`, `writing` (answers that are trained on) and `generation` (answers for the task's metric). Only one of
-    them happens at a time.
+    The phases that can be the highest are `calibration` and `initialization` (of what 4 bits lost, where the run file
+    asks for it), `preflight` (the check after attaching), `reference` (the objective's reference computes, beside what
+    forward has kept), `loss` (forward is over), `layer` (a layer is in backward), `average` (ranks average gradients),
+    `update` (the optimizer's), `save` (a checkpoint or the adapter is written), `evaluation`, `writing` (answers that
+    are trained on) and `generation` (answers for the task's metric). Only one of them happens at a time.
 
     Attributes:
         phases: phase -> bytes by component, those that are always held included.
@@ -105,6 +105,10 @@ def estimate_memory(w: Workload, placement: PlannedPlacement) -> Memory:
         # Factors in the layout of the file, and the bytes that are written of them.
         "save": training | {"copies": 2 * adapter + (w.gathered_bytes if w.device == "cpu" else 0)},
     }
+    if w.corrects:
+        phases["initialization"] = always | {"matrix": w.matrix_bytes, "copies": 2 * adapter}
+    if w.calibrates:
+        phases["calibration"] = always | {"matrix": w.matrix_bytes, "evaluation": _forward(w)}
     if w.evaluation_tokens:
         phases["evaluation"] = training | _evaluation_phase(w.of_batch(w.evaluation_tokens))
     prompt = w.sequence_length - w.passes.written

@@ -29,7 +29,8 @@ from expertune.planning.placement import PlacementChooser, PlannedPlacement
 from expertune.planning.ranks import ModePlan, RanksPlan, choose_mode, count_traffic, possible_distributions
 from expertune.planning.settings import Workload, read_workload
 from expertune.planning.source import Source, find_config, read_source
-from expertune.planning.speed import StepCost, StepTime
+from expertune.planning.speed import StepCost, StepTime, decomposition_flops
+from expertune.run.progress import in_words
 
 
 @dataclass(frozen=True, repr=False)
@@ -406,7 +407,15 @@ class _Planner:
             counts = {spec.num_experts for spec in self.inventory.names.specs.values()}
             most = " or ".join(f"{most_selected(count, lora.experts.share)} of {count}" for count in sorted(counts))
             return (f"lora.experts: planned for the most experts that can be selected, {most} a layer", *self._speed())
-        return self._speed()
+        return (*self._corrected(), *self._speed())
+
+    def _corrected(self) -> tuple[str, ...]:
+        """How long first factors take that correct what 4 bits lost; the time of the run leaves it out."""
+        if self.config.lora.init == "default" or not (rates := self.machine.rates(from_disk=False)):
+            return ()
+        matrices, rank = list(self.inventory.matrices), self.config.lora.r
+        seconds = sum(decomposition_flops(shape, rank) for shape in matrices) / rates.flops_per_second
+        return (f"lora.init: {len(matrices)} matrices are decomposed once, about {in_words(seconds)}",)
 
     def _speed(self) -> tuple[str, ...]:
         if self.device == "cuda" and self.machine.compute_dtype == torch.float32:

@@ -51,6 +51,8 @@ class Workload:
         offload: what forward keeps for backward is offloaded to the host's memory; never on a CPU, whose memory that
             is.
         optimizer: TrainingArguments' `optim`.
+        corrects: what 4 bits lost of each matrix is computed once, before training.
+        calibrates: a sample passes through the model once, before training.
         router_losses: coefficients of the routers' load-balancing loss and z-loss.
         passes: what the objective asks of the model besides.
     """
@@ -75,11 +77,22 @@ class Workload:
     optimizer: str
     passes: Passes
     router_losses: tuple[float, float] = (0.0, 0.0)
+    corrects: bool = False
+    calibrates: bool = False
 
     @cached_property
     def adapter_bytes(self) -> int:
         """The adapter's weights that a process trains; their gradients are as many bytes."""
         return count_adapter(self.inventory, self.targets, self.inventory.experts_here) * self.adapter_dtype.itemsize
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Where 16-bit matrices are looked at one by one: the largest, what 4 bits hold of it, and their difference.
+
+        Four numbers in float32 for each weight: the source has at most one, and the decomposition of a large matrix
+        takes few rows and columns beside it.
+        """
+        return 16 * max((rows * columns for rows, columns in self.inventory.matrices), default=0)
 
     @property
     def optimizer_bytes(self) -> int:
@@ -178,6 +191,8 @@ def read_workload(
         accumulates=int(training_argument(training, ACCUMULATION)) > 1,
         offload=config.offload_activations and device != "cpu",
         optimizer=optimizer,
+        corrects=config.lora.init != "default",
+        calibrates=config.is_calibrated,
         router_losses=(
             aux_coefficient(config, inventory.model.config.get_text_config()) or 0.0,
             config.router.z_loss,

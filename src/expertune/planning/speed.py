@@ -6,6 +6,7 @@ Shape suffixes: T tokens of a micro-batch, D hidden size.
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from expertune.adapt.initial import EXACT_SIDE, EXTRA_COLUMNS
 from expertune.planning.communication import Link, Traffic
 from expertune.planning.devices import Rates
 from expertune.planning.inventory import Layer, count_adapter
@@ -19,6 +20,17 @@ EFFICIENCY = {"cpu": 0.6, "cuda": 0.4}
 # Hidden size of the smallest model whose time is estimated. Below, a step is mostly what lies around its products: one
 # of the demo (256) can take several times as long as expected, and the estimate is given as a limit alone.
 _SMALLEST_ESTIMATED = 1024
+
+
+def decomposition_flops(shape: tuple[int, int], rank: int) -> float:
+    """Operations that the largest singular values of a matrix cost; see `expertune.adapt.initial.low_rank`.
+
+    All of a small matrix cost about 20 for each weight and feature of its smaller side;
+    a subspace costs eight products with it.
+    """
+    smaller = min(shape)
+    per_weight = 20.0 * smaller if smaller <= EXACT_SIDE else 16.0 * (min(rank, smaller) + EXTRA_COLUMNS)
+    return shape[0] * shape[1] * per_weight
 
 
 @dataclass(frozen=True)

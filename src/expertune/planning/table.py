@@ -44,6 +44,8 @@ _BESIDE_LINES = 36
 _PHASES = {
     "preflight": "in the preflight check",
     "reference": "while the reference computes",
+    "calibration": "while it is calibrated",
+    "initialization": "while first factors are computed",
     "loss": "while the loss is taken",
     "layer": "while a layer is in backward",
     "average": "while gradients are averaged",

@@ -6,7 +6,7 @@ from typing import Any
 from expertune.evaluation.metrics import Figure
 from expertune.evaluation.objective_figures import OBJECTIVES, shown_objective_figures
 from expertune.report.charts import Chart, Point, Series, centered_mean, is_number, mean_width, points_of
-from expertune.report.values import Record, at, entries, number, section
+from expertune.report.values import Record, at, begins_as_base, entries, number, section
 
 _FEWEST_AVERAGED = 80
 
@@ -50,7 +50,7 @@ def held_out_figures(record: Record) -> list[tuple[Figure, Any, Any]]:
     evaluated = dict(_evaluations(record))
     if not evaluated:
         return []
-    is_reference = objective_of(record) in ("dpo", "kto") or at(record, "config", "lora", "init_from")
+    is_reference = objective_of(record) in ("dpo", "kto") or not begins_as_base(record)
     first: Mapping[str, Any] = {} if is_reference else evaluated.get(0, {})
     last = evaluated.get(number(record, "adapter", "step") or -1, {})
     if not last and at(record, "run", "status") != "finished":

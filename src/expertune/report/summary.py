@@ -20,6 +20,8 @@ _PHASES = {
     "data": "for the data",
     "evaluation": "evaluating",
     "preflight": "in the preflight check",
+    "calibrating": "of calibration",
+    "initializing": "of computing first factors",
     "selection": "selecting experts",
 }
 
