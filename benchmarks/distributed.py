@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import report
 from benchmarks.traffic import sent_bytes
 from benchmarks.workload import DOLLY_SAMPLE, Shape, model_folder, write_tokenizer
-from expertune.config.schema import DistributedConfig
+from expertune.config.weights import DistributedConfig
 from expertune.planning.communication import (
     RoutedLayer,
     averaged_bytes,

@@ -10,11 +10,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from expertune.config.lora import LoraSection
 from expertune.config.messages import describe, nearest_key
-from expertune.config.schema import TRUST_KEY, LoraSection, ObjectiveName, Origin, QuantizationConfig, RunConfig
+from expertune.config.objective import ObjectiveName
+from expertune.config.schema import TRUST_KEY, Origin, RunConfig
 from expertune.config.training_keys import refused_keys
 from expertune.config.training_values import check_training_values
 from expertune.config.trl_keys import arguments_class, problem_of_loss, refused_of_trl
+from expertune.config.weights import QuantizationConfig
 from expertune.config.yaml_file import parse_value, shortened
 from expertune.errors import ConfigError
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from expertune.config.schema import ObjectiveName
+from expertune.config.objective import ObjectiveName
 from expertune.config.yaml_file import shortened
 from expertune.errors import ConfigError, did_you_mean
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from expertune.config.schema import ObjectiveName
+from expertune.config import ObjectiveName
 from expertune.config.training_keys import MUON, unused_keys
 from expertune.config.trl_keys import arguments_class
 from expertune.errors import ConfigError

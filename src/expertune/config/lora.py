@@ -1,0 +1,121 @@
+"""The section `lora`: the adapter, and what of it cannot go together."""
+
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from expertune.config.sections import PathText, Section
+
+
+class ExpertsSection(Section):
+    """Experts of each layer that have an adapter, where not all have one (Wang et al. 2024, ESFT).
+
+    Attributes:
+        select: what a pass over training examples scores them by: `load`, the share of a layer's tokens that each gets;
+            `gate`, that of the router's weights.
+        share: the experts with the highest scores are taken, as few as have this share together.
+        layers: the experts by their layer's name, the highest score first; given, no pass is made.
+    """
+
+    select: Literal["load", "gate"] = "load"
+    share: float = Field(gt=0, le=1)
+    layers: dict[str, list[NonNegativeInt]] = {}
+
+
+class LoraSection(Section):
+    """The adapter.
+
+    Attributes:
+        r: rank of every factor that `rank_pattern` does not name.
+        alpha: scale; the update is multiplied by alpha / r (alpha / sqrt(r) with `use_rslora`).
+        dropout: probability on the adapter's input while training; works on experts too.
+        targets: the checkpoint's own projection names (`q_proj`, `w1`, `gate_proj`) and the aliases `attention`,
+            `experts`, `router`, `lm_head`.
+        rank_pattern: projection name (or a regular expression over module names) -> rank.
+        alpha_pattern: the same for alpha.
+        rslora: rank-stabilized scale (Kalajdzievski 2023); PEFT's name, `use_rslora`, is read too.
+        use_dora: each output feature has a magnitude of its own beside the direction that A and B change (Liu et al.
+            2024); not on routers.
+        dtype: dtype of the adapter's own weights.
+        loraplus_lr_ratio: learning rate of factors B over that of A, which is `training.learning_rate` (LoRA+, Hayou et
+            al. 2024); None means that they have the same.
+        experts: which experts of each layer have an adapter; None means all.
+        expert_rank: `scaled` divides the experts' rank by the number of experts per token; `load` gives twice the rank
+            to the busiest quarter of a layer's experts and half of it to the idlest half. None leaves it at `r`.
+        init: first values of the factors: `default` begins as the 4-bit base; `loftq` as the best correction, of the
+            adapter's rank, of what 4 bits lost of each matrix (Li et al. 2023); `qera` as the best for the layers'
+            outputs, by a sample of the training examples (Zhang et al. 2024). Needs the 16-bit checkpoint.
+        init_from: folder of an existing PEFT adapter to start from.
+        init_from_other_base: take it though it was trained on another base model, and leave layers that it has nothing
+            for as they are.
+    """
+
+    r: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16, gt=0)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    targets: list[str] = Field(default=["attention", "experts"], min_length=1)
+    rank_pattern: dict[str, PositiveInt] = {}
+    alpha_pattern: dict[str, PositiveFloat] = {}
+    rslora: bool = False
+    use_dora: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    loraplus_lr_ratio: float | None = Field(default=None, ge=1)
+    experts: ExpertsSection | None = None
+    expert_rank: Literal["scaled", "load"] | None = None
+    init: Literal["default", "loftq", "qera"] = "default"
+    init_from: PathText | None = None
+    init_from_other_base: bool = False
+
+    @property
+    def begins_as_base(self) -> bool:
+        """Whether an adapter that has not been trained changes nothing, so that its base is where it begins."""
+        return self.init_from is None and self.init == "default"
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> "LoraSection":
+        if self.init_from is not None and self.init != "default":
+            raise ValueError(f"init: {self.init} and init_from are two beginnings; remove one of them")
+        if self.init != "default" and (self.use_dora or self.selects):
+            other = (
+                "use_dora scales what they give"
+                if self.use_dora
+                else "lora.experts or lora.expert_rank: load changes some of them"
+            )
+            raise ValueError(f"init: {self.init} corrects all 4-bit matrices, and {other}; remove one of the two")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rslora_by_the_name_of_peft(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "use_rslora" not in values:
+            return values
+        if "rslora" in values:
+            raise ValueError("use_rslora: rslora is the same key; remove one of them")
+        return {"rslora" if key == "use_rslora" else key: value for key, value in values.items()}
+
+    @model_validator(mode="after")
+    def _dora_is_of_matrices(self) -> "LoraSection":
+        if self.use_dora and "router" in self.targets:
+            raise ValueError("use_dora: PEFT has no DoRA on routers; leave router out of lora.targets")
+        return self
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_name_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _what_experts_differ_in_can_be(self) -> "LoraSection":
+        if self.use_dora and self.selects:
+            raise ValueError(
+                "use_dora gives all experts magnitudes, and lora.experts or lora.expert_rank: load gives some of them "
+                "another adapter than the rest; remove one of the two"
+            )
+        if self.expert_rank == "load" and self.r % 2:
+            raise ValueError(f"expert_rank: load gives some experts half of lora.r, which is {self.r}; set an even one")
+        return self
+
+    @property
+    def selects(self) -> bool:
+        """Whether experts differ: some have no adapter, or another rank."""
+        return self.experts is not None or self.expert_rank == "load"
