@@ -49,7 +49,7 @@ from expertune.report.summary import render_summary
 from expertune.run.agreement import choose_experts, machine_for_all, require_same_start, share_batch, share_experts
 from expertune.run.beside import write_card, write_tokenizer
 from expertune.run.context import RunContext
-from expertune.run.correction import begin_adapter, load_to_train
+from expertune.run.correction import begin_adapter, load_to_train, require_first_factors, warn_of_correction
 from expertune.run.directory import (
     ADAPTER_FOLDER,
     finished_line,
@@ -175,6 +175,8 @@ def _finetune(context: RunContext) -> Run:
     made.require_fit()
     context.notify(made.parameters.line)
 
+    if config.lora.init_from and not context.resume:  # which has them in its directory
+        require_first_factors(config.lora.init_from)
     # Nothing but a lock has been written so far: a mistake in the run file or in an example leaves no directory behind.
     with record.phase("data"):
         inputs = read_inputs(context)
@@ -236,6 +238,7 @@ def _finetune(context: RunContext) -> Run:
     else:
         summary = render_summary(record.values, config.output_dir)
         context.console.print(summary, soft_wrap=True, markup=False, highlight=False)
+    warn_of_correction(context)
     context.ranks.wait()  # until the run directory is whole
     options = OpenOptions(trust_remote_code=context.trust_remote_code)
     if context.sharing:  # no process has the whole model: it is opened again

@@ -12,12 +12,14 @@ from rich.console import Console
 import expertune
 from expertune import finetune
 from expertune.adapt.factors import AdapterFactors
+from expertune.adapt.files import read_adapter_settings
 from expertune.checkpoint.quantize import quantize
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError, DataError
 from expertune.exporting.source import open_source
 from expertune.objectives.units import keeps_start
 from expertune.planning import make_plan
+from expertune.run.correction import require_first_factors
 from expertune.run.record import RunRecord
 
 QERA = {"lora": {"init": "qera"}, "quantization": {"fit": "calibrated", "calibration_tokens": 300}}
@@ -43,6 +45,7 @@ def corrected(
     return trained(values), values
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_from_the_factors_that_it_has(
     corrected: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -67,6 +70,7 @@ def copy_of(whole: Path, run_dir: Path, *without: str) -> Path:
     return run_dir
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_from_other_factors(corrected: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     whole, values = corrected
     run_dir = copy_of(whole, tmp_path / "run", "adapter")
@@ -113,6 +117,47 @@ def test_on_16_bits_what_it_learned_is_exported_and_on_4_bits_the_whole(
     now, beyond = update_of(raw.factors), update_of(learned.factors)
     for name, update in beyond.items():
         torch.testing.assert_close(update, now[name] - began[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_adapter_and_its_card_say_that_it_is_for_the_4_bit_base_alone(
+    corrected: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    whole, _ = corrected
+    for folder in ("adapter", "checkpoint-1", "initial_adapter"):
+        settings = read_adapter_settings(whole / folder)
+        assert settings is not None
+        assert settings["init"] == "qera"
+    card = (whole / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert card.index("**For the 4-bit base alone.**") < card.index("Base:")
+    assert "from_pretrained" not in card
+    shutil.copytree(whole / "adapter", tmp_path / "adapter")
+    require_first_factors(str(whole / "checkpoint-1"))
+    with pytest.raises(CheckpointError, match=r"lora\.init: qera\), and what it began as is not at .*initial_adapter"):
+        require_first_factors(str(tmp_path / "adapter"))
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_from_it_keeps_its_first_factors(
+    corrected: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    whole, values = corrected
+    lora = {key: value for key, value in values["lora"].items() if key != "init"}
+    values = values | {"output_dir": str(tmp_path / "run"), "lora": lora | {"init_from": str(whole / "adapter")}}
+    values["training"] = values["training"] | {"max_steps": 1, "save_steps": 1, "eval_steps": 1}
+    said = io.StringIO()
+    run = finetune(parse_config(values), console=Console(file=said, width=1000)).output_dir
+    assert "holds a correction of 4 bits and is right on this run's 4-bit base alone" in said.getvalue()
+    first = "initial_adapter/adapter_model.safetensors"
+    assert (run / first).read_bytes() == (whole / first).read_bytes()
+    settings = read_adapter_settings(run / "adapter")
+    assert settings is not None
+    assert settings["init"] == RunRecord.load(run)["adapter"]["init"]["how"] == "qera"
+    assert open_source(run).max_rank == 2 * open_source(run, base="dequantized").max_rank
+    # The same beginning, so that nothing of the first run's correction is exported twice.
+    shutil.rmtree(run / "adapter")
+    RunRecord.load(run).update("run", status="stopped")
+    trained(values, resume=True)
+    assert (run / first).read_bytes() == (whole / first).read_bytes()
 
 
 def test_without_a_source_in_16_bits_there_is_nothing_to_correct(

@@ -214,9 +214,9 @@ def adopt(lora: LoraSection, names: NameMap, file: AdapterFile, plain: PerExpert
         found = {"r": file.config["r"], "alpha": file.config["lora_alpha"], "rslora": rslora, **patterns}
     found = {**(plain.settings() if found is None else found), "targets": leaves(plain.modules)}
     found["use_dora"] = bool(file.config.get("use_dora"))
-    found = {**dict.fromkeys(FURTHER_SETTINGS), **found}
+    found = {key: LoraSection.model_fields[key].default for key in FURTHER_SETTINGS} | found
     for key in (*SETTINGS, "use_dora", *FURTHER_SETTINGS):
-        if key in lora.model_fields_set and getattr(lora, key) != found[key]:
+        if key != "init" and key in lora.model_fields_set and getattr(lora, key) != found[key]:
             raise ConfigError(
                 f"lora.{key} is {getattr(lora, key)}, but the adapter at {lora.init_from} has {found[key]}; "
                 "remove the key to take the adapter's"

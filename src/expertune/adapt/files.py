@@ -36,8 +36,8 @@ from expertune.storage import write_json
 LIVE_NAME = "adapter_live.tensors"
 
 SETTINGS = ("r", "alpha", "rslora", "rank_pattern", "alpha_pattern")
-# Of adapters that have them.
-FURTHER_SETTINGS = ("experts", "expert_rank")
+# Of adapters that have them. One with `init` began as a correction of the 4-bit base, and is right on that alone.
+FURTHER_SETTINGS = ("experts", "expert_rank", "init")
 
 # In the metadata of the weights' file, as JSON: the run's own settings, and the fingerprint of the base model.
 _SETTINGS_KEY = "expertune.lora"
@@ -48,7 +48,8 @@ _COPIES = (".base_layer.weight", "lm_head.weight", "embed_tokens.weight")
 
 def settings_of(lora: LoraSection) -> dict[str, Any]:
     """What of a run file's section an adapter's files keep, as plain values; see `read_adapter_settings`."""
-    further = lora.model_dump(include=set(FURTHER_SETTINGS), exclude_none=True)
+    without = {"init"} if lora.init == "default" else set()
+    further = lora.model_dump(include=set(FURTHER_SETTINGS) - without, exclude_none=True)
     return {key: getattr(lora, key) for key in SETTINGS} | further
 
 
@@ -193,7 +194,8 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
 def read_adapter_settings(folder: str | Path) -> dict[str, Any] | None:
     """The settings of the run that wrote an adapter, where the file has them: r, alpha, rslora and patterns.
 
-    With them which experts have an adapter (`experts`), and how their ranks were chosen, where that was set.
+    With them which experts have an adapter (`experts`), how their ranks were chosen, and what the adapter began as
+    (`init`), where that was set.
 
     In `adapter_config.json` the scale is in B, and a rank may be filled up with zeros; these are what it was trained
     with, as keys of the run file's `lora:` section.

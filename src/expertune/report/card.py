@@ -90,6 +90,7 @@ def render_card(subject: Subject) -> str:
         f"---\n{metadata}---",
         MARK,
         f"# {_title(subject)}",
+        *_warning(subject),
         _introduction(subject),
         *_section("Scores", _scores(subject)),
         *_section("Scores by lm-evaluation-harness", _harness(subject)),
@@ -149,6 +150,17 @@ def _introduction(subject: Subject) -> str:
         f"A {subject.kind}. Base: {base}. It was trained with Expertune {version}, with the experts of the base frozen "
         f"in 4 bits{_objective(subject)}.{which}"
     )
+
+
+def _warning(subject: Subject) -> list[str]:
+    """What comes first of an adapter that is wrong on a 16-bit base."""
+    if subject.form or not (init := section(subject.record, "adapter", "init")):
+        return []
+    return [
+        f"> **For the 4-bit base alone.** This adapter began as a correction of what 4 bits lost (`lora.init: "
+        f"{_plain(str(init.get('how')))}`). On 16-bit weights (stock PEFT, vLLM and others) it would correct an error "
+        "that is not there. `expertune export` of its run makes an adapter for these."
+    ]
 
 
 def _objective(subject: Subject) -> str:
@@ -288,6 +300,10 @@ def _engine_row(engine: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _use(subject: Subject) -> str:
     base = _plain(subject.base_id or "BASE")
+    if _warning(subject):
+        return (
+            "`expertune.open_run` opens its run with the base in the same 4 bits; `expertune export` is for all others."
+        )
     text = _USE.get(subject.form or "peft", "").format(
         base=base, rank=subject.rank or subject.config.lora.r, where=subject.where
     )

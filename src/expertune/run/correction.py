@@ -1,5 +1,5 @@
 """What a run makes of its 16-bit source once: a calibration, a base quantized by it, and an adapter that begins as its
-correction.
+correction. A run that goes on from such an adapter has its first factors too.
 
 All of it is kept in the run directory, so that a resumed run computes none of it again and a run that is opened has the
 same bytes: `calibration.safetensors`, and the adapter folder `initial_adapter`.
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from expertune.adapt.files import read_adapter_settings
 from expertune.adapt.initial import Correction
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.checkpoint.adapter_folder import WEIGHTS_NAME
@@ -33,7 +34,7 @@ from expertune.errors import CheckpointError, DataError
 from expertune.placement.experts import Location
 from expertune.run.base_model import load_base
 from expertune.run.context import RunContext
-from expertune.run.directory import CALIBRATION, INITIAL_ADAPTER
+from expertune.run.directory import ADAPTER_FOLDER, CALIBRATION, INITIAL_ADAPTER
 from expertune.run.progress import BYTES
 from expertune.train.arguments import BATCH_SIZE, training_argument
 from expertune.train.exchange import write_adapter
@@ -111,16 +112,26 @@ def _sample(context: RunContext, train: TokenizedExamples, wanted: int, model: n
 def begin_adapter(context: RunContext, source: ModelSource, model: ExpertPeftModel, moments: Moments | None) -> None:
     """Set the adapter's first factors as `lora.init` says; a resumed run has them in its directory.
 
+    An adapter to start from that began as a correction has its own first factors kept: exports need them.
+
     Raises:
         CheckpointError: they are not there any more.
     """
     config, record = context.config, context.record
-    folder = context.output_dir / INITIAL_ADAPTER
-    if config.lora.init == "default":
-        return
+    folder, start = context.output_dir / INITIAL_ADAPTER, config.lora.init_from
     if known := record.section("adapter").get("init"):
         _require_kept(folder / WEIGHTS_NAME, known["sha256"])
-        model.load_adapter(str(folder), "default")
+        if start is None:
+            model.load_adapter(str(folder), "default")
+        return
+    if start is not None and (how := _began_as(start)):
+        if context.ranks.writes:
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(Path(start).parent / INITIAL_ADAPTER, folder)
+        context.ranks.wait()
+        record.update("adapter", init={"how": how, "sha256": hash_file(folder / WEIGHTS_NAME).sha256})
+        return
+    if config.lora.init == "default":
         return
     started = time.monotonic()
     by = moments if config.lora.init == "qera" else None
@@ -140,6 +151,37 @@ def begin_adapter(context: RunContext, source: ModelSource, model: ExpertPeftMod
     context.tell(
         f"the adapter begins as the correction of 4 bits ({config.lora.init}); squared error: {', '.join(shown)}"
     )
+
+
+def require_first_factors(start: str) -> None:
+    """Refuse an adapter to start from that began as a correction, where the factors that it began with are not there.
+
+    Raises:
+        CheckpointError: says how to have them, or do without.
+    """
+    if (how := _began_as(start)) is None:
+        return
+    folder = Path(start).parent / INITIAL_ADAPTER
+    if not (folder / WEIGHTS_NAME).is_file() or read_adapter_settings(folder) != read_adapter_settings(start):
+        raise CheckpointError(
+            f"lora.init_from: {start}: this adapter began as a correction of 4 bits (lora.init: {how}), and what it "
+            f"began as is not at {folder}, without which no export to 16 bits would be right; give the adapter in its "
+            "run directory, or what `expertune export` made of it for the 16-bit base"
+        )
+
+
+def warn_of_correction(context: RunContext) -> None:
+    """One line where a run's adapter is right on its own 4-bit base alone."""
+    if "init" in context.record.section("adapter"):
+        context.notify(
+            f"adapter: {context.output_dir / ADAPTER_FOLDER} holds a correction of 4 bits and is right on this run's "
+            f"4-bit base alone; for a 16-bit base (stock PEFT, vLLM): expertune export {context.output_dir}"
+        )
+
+
+def _began_as(folder: str) -> str | None:
+    """What an adapter began as (`lora.init`), where that was a correction."""
+    return (read_adapter_settings(folder) or {}).get("init")
 
 
 def _require_kept(path: Path, digest: str) -> None:
