@@ -107,7 +107,9 @@ def test_files_of_the_repository_that_commands_name_are_there(block: Block) -> N
 def test_run_file_has_no_wrong_key(block: Block) -> None:
     values = yaml.safe_load(block.text)
     assert isinstance(values, dict)
-    check_training_arguments(parse_config(RUN_FILE | values).training)
+    needs = {"objective": "grpo"} if "rewards" in values else {}
+    config = parse_config(RUN_FILE | needs | values)
+    check_training_arguments(config.training, objective=config.objective)
 
 
 @of_kind("json")

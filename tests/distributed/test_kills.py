@@ -16,7 +16,7 @@ PHASES = {
     "training, forward": ("expertune.experts.dispatch", "Dispatch.give_back", 50),
     "training, backward": ("expertune.experts.dispatch", "Dispatch._back", 62),
     "gradients": ("expertune.train.exchange", "Exchange.average_gradients", 3),
-    "evaluation": ("expertune.evaluation.held_out", "HeldOut.loss", 2),
+    "evaluation": ("expertune.evaluation.held_out", "HeldOut.figures", 2),
     "answers": ("expertune.evaluation.held_out", "HeldOut.score", 2),
     "checkpoint": ("expertune.train.promises", "states_of_all", 2),
     "random states": ("expertune.train.promises", "gather_files", 2),

@@ -40,14 +40,14 @@ import json
 from expertune import api
 load = api._load_and_adapt
 def load_and_adapt(context, inputs, placement):
-    model, recovery = load(context, inputs, placement)
+    model, *rest = load(context, inputs, placement)
     from expertune.experts.module import Nf4Experts
     held = {{name: [list(each.owned), each.gate_up.packed.shape[0], each.down.nbytes]
             for name, each in model.named_modules() if isinstance(each, Nf4Experts)}}
     factors = {{name: list(each.shape) for name, each in model.named_parameters() if each.requires_grad}}
     factors = {{name: shape for name, shape in factors.items() if len(shape) == 3}}
     open("held-{rank}.json", "w").write(json.dumps([held, factors]))
-    return model, recovery
+    return model, *rest
 api._load_and_adapt = load_and_adapt
 """
 
@@ -84,8 +84,8 @@ def on_while(owner, name, when):
             now["on"] = False
     setattr(owner, name, watched)
 on_while(Promises, "_forward_and_backward", lambda self, *_: self.state.global_step == 1)
-on_while(HeldOut, "loss", lambda self, step, **_: step == 2 and not now.update(attempt=0, place=0))
-on_while(HeldOut, "score", lambda self, step, **_: step == 2 and not now.update(attempt=0, place=0, stride=11))
+on_while(HeldOut, "figures", lambda self, step, *_, **__: step == 2 and not now.update(attempt=0, place=0))
+on_while(HeldOut, "score", lambda self, step, *_, **__: step == 2 and not now.update(attempt=0, place=0, stride=11))
 fall_back = OutOfMemory._fall_back
 def again(self, *args):
     now["attempt"], now["place"] = now["attempt"] + 1, 0

@@ -173,9 +173,12 @@ def test_layer_without_dropout_draws_nothing_from_the_generator(route: str) -> N
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("gained", [(), (0, 2)], ids=["plain", "gains"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_updates_of_some_experts_are_those_with_zeros_for_the_others(route: str, dropout: float) -> None:
-    case = make_case(23, num_experts=5, dropout=dropout, experts=((4, 1), (0, 2, 3), (3,)))
+def test_updates_of_some_experts_are_those_with_zeros_for_the_others(
+    route: str, dropout: float, gained: tuple[int, ...]
+) -> None:
+    case = make_case(23, num_experts=5, dropout=dropout, experts=((4, 1), (0, 2, 3), (3,)), gained=gained)
     whole = case._replace(updates=[update.of_all() for update in case.updates])
 
     def run(of: Case) -> list[Tensor]:

@@ -4,12 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from expertune.config import KernelsConfig
 from expertune.errors import ConfigError
 from expertune.kernels import native, routes
+from expertune.kernels.expert_mlp import ExpertLayer, dequant_gemm, operator
+from expertune.kernels.expert_mlp.grouped import GroupedRoute
+from expertune.kernels.expert_mlp.plan import FrozenLayer
 from expertune.kernels.routes import KernelSettings
 from expertune.placement.device import make_kernel_settings
+from tests.kernels.expert_layers import SHAPES, make_case
 
 CPU = torch.device("cpu")
 
@@ -119,6 +124,20 @@ class TestOnAGpu:
 
     def test_layer_that_the_kernels_cannot_serve_goes_expert_by_expert(self) -> None:
         assert self.settings.choose(self.device, 1, torch.bfloat16, grouped=False) == "expert_by_expert"
+
+    @pytest.mark.parametrize(
+        ("shape", "served"),
+        [("gate alone, rank 1", True), ("updates of some experts", True), ("gains", False), ("two adapters", False)],
+    )
+    def test_operator_gives_the_kernels_only_updates_that_they_can_serve(self, shape: str, served: bool) -> None:
+        case = make_case(**SHAPES[shape])
+        frozen = FrozenLayer(case.gate_up.bytes, case.down.bytes, case.layer.activation)
+        layer = ExpertLayer(case.layer.activation, settings=self.settings)
+        with FakeTensorMode():  # a GPU's tensors, where there is none
+            hidden = torch.empty(case.hidden.shape, device=self.device)
+        ((_, route),) = operator._chunks(hidden, case.index, layer, frozen, case.updates)
+        assert isinstance(route, GroupedRoute) if served else route is dequant_gemm
+        assert self.settings.ran == {"fused" if served else "expert_by_expert": 1}
 
     def test_continued_run_keeps_what_it_multiplied_with(self) -> None:
         settings = make_kernel_settings(KernelsConfig(), crossover=64, gemm="triton")

@@ -48,13 +48,14 @@ class LoraUpdate:
     gain: Tensor | None = None
 
     def of_all(self) -> "LoraUpdate":
-        """The same update with factors for every expert: zeros for those that have none."""
+        """The same update with factors for every expert: zeros for those that have none, and gains of one."""
         if self.slots is None:
             return self
         # One more, which is zeros, for all that have none.
         places = torch.where(self.slots < 0, len(self.a), self.slots)
         a, b = (torch.cat([each, torch.zeros_like(each[:1])])[places] for each in (self.a, self.b))
-        return replace(self, a=a, b=b, slots=None)
+        gain = None if self.gain is None else torch.cat([self.gain, torch.ones_like(self.gain[:1])])[places]
+        return replace(self, a=a, b=b, slots=None, gain=gain)
 
 
 class OwnUpdate(NamedTuple):

@@ -8,6 +8,7 @@ Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per toke
 of the first GEMM, r rank.
 
 Updates of some experts are computed with zeros for the others: thin GEMMs for all of them are few beside the layer's.
+Updates with gains are refused: the operator takes another route for them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -63,6 +64,7 @@ class GroupedRoute:
         out_TD: Tensor,
     ) -> None:
         """Writes the layer's output to `out_TD` and x @ A of each update to `h`; see `operator.Route`."""
+        _refuse_gains(updates)
         with launch.shuffling(self.shuffle):
             self._forward(chunk, layer, [update.of_all() for update in updates], h, out_TD)
 
@@ -115,6 +117,7 @@ class GroupedRoute:
         gradients: Gradients,
     ) -> None:
         """Writes a chunk's gradients; the first chunk writes those of A and B, others add."""
+        _refuse_gains(updates)
         whole, a, b = [update.of_all() for update in updates], list(gradients.a), list(gradients.b)
         some = [u for u, update in enumerate(updates) if update.slots is not None]
         for u in some:
@@ -260,9 +263,10 @@ class GroupedRoute:
         return -(-num_experts // -(-num_experts // most))
 
 
-def _sort_by_expert(chunk: Chunk, num_experts: int) -> RoutedTokens:
-    _, index_TK, weights_TK, first = chunk
-    return RoutedTokens(*routing.sort_by_expert(index_TK, weights_TK, num_experts, first))
+def _refuse_gains(updates: list[LoraUpdate]) -> None:
+    """The operator computes updates with gains expert by expert; here they would be left out unseen."""
+    if any(update.gain is not None for update in updates):
+        raise NotImplementedError("these kernels have no gains (DoRA)")
 
 
 def _experts_of(slots: Tensor | None, count: int) -> Tensor:
