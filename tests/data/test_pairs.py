@@ -96,6 +96,20 @@ def test_answers_with_labels_and_pairs_as_two_of_them(prepare):
     assert good["prompt_ids"] == bad["prompt_ids"] == pair["prompt_ids"]
 
 
+def test_every_labeled_answer_brings_one_to_another_prompt_for_the_kl_term(prepare):
+    data = DataConfig(train="rows.jsonl")
+    pairs = [{"prompt": f"{n}?", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(3)]
+    rows = make_dataset(prepare("kto", *pairs), data)
+    assert [row["KL_completion_ids"] for row in rows] == [rows[index]["completion_ids"] for index in (4, 5, 0, 1, 2, 3)]
+    first, second = make_dataset(prepare("kto", *LABELED), data)
+    assert (first["KL_completion_ids"], second["KL_completion_ids"]) == (
+        second["completion_ids"],
+        first["completion_ids"],
+    )
+    alone = make_dataset(prepare("kto", pairs[0]), data)  # there is no other prompt
+    assert [row["KL_completion_ids"] for row in alone] == [alone[1]["completion_ids"], alone[0]["completion_ids"]]
+
+
 def test_a_reward_is_told_the_columns_of_a_prompt_and_its_answer(prepare):
     data = DataConfig(train="rows.jsonl")
     (alone,) = make_dataset(prepare("grpo", {"prompt": "2 + 2?", "level": 1, "solution": "4"}), data)
@@ -103,6 +117,8 @@ def test_a_reward_is_told_the_columns_of_a_prompt_and_its_answer(prepare):
     assert "answer" not in alone
     (asked,) = make_dataset(prepare("grpo", {"instruction": "2 + 2?", "response": "4"}), data)
     assert (asked["answer"], asked["response"]) == ("4", "4")
+    (both,) = make_dataset(prepare("grpo", {"instruction": "2 + 2?", "response": "4", "answer": "D"}), data)
+    assert both["answer"] == "4"  # the layout's, of whatever else the file has
     (turns,) = make_dataset(prepare("grpo", {"messages": [*FIRST, GOOD]}, template="chatml"), data)
     assert turns["answer"] == "A"
     assert turns["prompt"].rstrip().endswith("assistant")

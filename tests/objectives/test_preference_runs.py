@@ -10,7 +10,7 @@ import pytest
 import expertune
 from expertune import finetune
 from expertune.config import parse_config
-from expertune.errors import ConfigError
+from expertune.errors import CheckpointError, ConfigError
 from expertune.objectives.units import keeps_start
 from expertune.run.record import RunRecord
 from tests.train.scarce import Scarce
@@ -92,12 +92,19 @@ def test_dpo_from_an_adapter_compares_with_that_adapter(small_mixtral: Path, pai
     assert before["rewards/chosen"] == 0 != after["rewards/chosen"]
     adapter = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
     assert expertune.evaluate(tmp_path / "run")["figures"] == after
+    # The base model with the same reference, and not with itself.
+    of_base = expertune.evaluate(tmp_path / "run", base_only=True)["figures"]
+    assert of_base["rewards/chosen"] != 0
+    assert of_base["logps/chosen"] != before["logps/chosen"]
 
     for late in ("adapter", "checkpoint-2"):
         shutil.rmtree(tmp_path / "run" / late)
     finetune(config, resume=True)
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
-    start.rename(tmp_path / "elsewhere")
+    shutil.copy(tmp_path / "run" / "adapter" / "adapter_model.safetensors", start)
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors: has changed, and the run began with it"):
+        expertune.evaluate(tmp_path / "run")
+    shutil.rmtree(start)
     with pytest.raises(ConfigError, match=r"the adapter that the run started from is gone.*put it back there"):
         expertune.evaluate(tmp_path / "run")
 
@@ -187,6 +194,11 @@ def test_what_does_not_go_with_answers_is_refused_in_the_run_file(changes: dict[
         ("dpo", "loss_type", "sigmod", "training.loss_type: dpo has no loss 'sigmod'; did you mean sigmoid?"),
         ("dpo", "loss_type", ["exo_pair"], "exo_pair needs training.label_smoothing above 0"),
         ("dpo", "f_divergence_type", "kl", "training.f_divergence_type: there is no 'kl'"),
+        ("kto", "beta", 0, "training.beta: 0 leaves nothing of the loss"),
+        ("dpo", "label_smoothing", 0.1, "training.label_smoothing: only the losses exo_pair, robust.* read it"),
+        ("dpo", "discopop_tau", 0.1, "training.discopop_tau: only the losses discopop read it"),
+        ("dpo", "f_alpha_divergence_coef", 0.1, "only f_divergence_type: alpha_divergence reads it"),
+        ("grpo", "data_seed", 4, "training.data_seed is not used: TRL draws prompts by training.seed"),
         ("kto", "loss_type", "sigmoid", "training.loss_type: kto has no loss 'sigmoid'"),
     ],
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from expertune.config import parse_config
 from expertune.config.trl_keys import _LOSSES
 from expertune.objectives.log_probs import Reference
 from expertune.train.arguments import loss_arguments
+from expertune.train.neftune import sequence_lengths
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 trl = pytest.importorskip("trl")
@@ -136,3 +138,34 @@ def test_loss_gradients_and_figures_are_those_of_trl(case: str, model: Any, tmp_
     stored = trainer._stored_metrics["train"] if objective == "orpo" else trainer._metrics["train"]
     assert {"rewards/chosen", "rewards/margins", "logps/rejected"} <= figures.keys()
     assert figures == pytest.approx({name: stored[name][-1] for name in figures}, abs=1e-4)
+
+
+def test_evaluation_watches_the_answers_and_not_the_exchanged_ones_and_padding_is_no_sequence(model: Any) -> None:
+    config = parse_config(
+        {"model": "m", "output_dir": "o", "objective": "kto", "data": {"train": "t", "packing": "padded"}}
+    )
+    preference = Preference(config, model, loss_arguments({}, "kto"), Reference(model, keeps_start=False))
+    rows = [
+        {"prompt_ids": [5, 6], "completion_ids": [7, 8, 9], "KL_completion_ids": [4], "label": True},
+        {"prompt_ids": [6], "completion_ids": [4], "KL_completion_ids": [7, 8, 9], "label": False},
+    ]
+    seen = []
+    batch = preference.collator(rows)
+    preference.evaluated(batch, lambda inputs: seen.append(inputs) or nullcontext())
+    (inputs,) = seen
+    assert inputs["input_ids"] is batch["input_ids"]
+    lengths = sequence_lengths(inputs["input_ids"].shape, inputs["position_ids"], inputs["attention_mask"])
+    assert lengths[inputs["attention_mask"].bool()].tolist() == [5] * 5 + [2] * 2
+
+
+def test_micro_batch_is_whole_where_the_model_adds_its_router_loss(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.config, "output_router_logits", True)
+    values = {"model": "m", "output_dir": "o", "objective": "dpo", "data": {"train": "t"}}
+
+    def reason(**training: Any) -> str | None:
+        config = parse_config(values | {"training": training})
+        args = loss_arguments(training, "dpo")
+        return Preference(config, model, args, Reference(model, keeps_start=False)).why_indivisible(4)
+
+    assert "output_router_logits" in (reason() or "")
+    assert reason(router_aux_loss_coef=0.0) is None

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from expertune.train.optim import default_optimizer, state_bytes, usable_optimizer
+import expertune
+from expertune.train.optim import default_optimizer, make_optimizer, state_bytes, usable_optimizer
 
 
 @pytest.mark.parametrize("name", ["adamw_torch", "adagrad", "rmsprop", "sgd"])
@@ -30,3 +31,17 @@ def test_what_needs_cuda_is_replaced_on_a_cpu() -> None:
     assert usable_optimizer("paged_lion_8bit", "cpu") == default_optimizer("cpu") == "adamw_torch"
     assert state_bytes("paged_lion_8bit", 10, 4, "cpu") == 80
     assert usable_optimizer("paged_lion_8bit", "cuda") == "paged_lion_8bit"
+
+
+def test_loraplus_gives_its_rate_to_b_alone_and_to_no_magnitude(tmp_path: Path) -> None:
+    assets = Path(expertune.__file__).parent / "assets" / "tiny-mixtral"
+    model = expertune.attach(expertune.load_model(assets, dtype="float32"), r=4, use_dora=True)
+    args = TrainingArguments(str(tmp_path), learning_rate=1e-3, use_cpu=True)
+    for name in ("adamw_torch", "muon"):
+        args.optim = name
+        groups = make_optimizer(model, args, 16.0).param_groups
+        rates = {id(each): group["lr"] for group in groups for each in group["params"]}
+        found = {name: rates[id(each)] for name, each in model.named_parameters() if each.requires_grad}
+        assert {rate for name, rate in found.items() if "lora_B" in name} == {16e-3}
+        assert {rate for name, rate in found.items() if "lora_B" not in name} == {1e-3}
+        assert sum("magnitude" in name for name in found) > 1

@@ -65,6 +65,12 @@ _DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 # Losses of a difference of rewards, in which another divergence than reverse_kl has a meaning.
 _OF_DIFFERENCES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 
+# Keys of DPO that some losses alone read.
+_READ_BY = {
+    "discopop_tau": ("discopop",),
+    "label_smoothing": ("exo_pair", "robust", "aot", "aot_unpaired"),
+}
+
 _OF_ANOTHER_ENGINE = "of another engine; a run generates with the model that it trains. Remove the key"
 _NO_TOOLS = "of tools or conversations, and a prompt is answered once. Remove the key"
 
@@ -72,6 +78,7 @@ _REFUSED_OF_GRPO = {
     **{key: reason for key, reason in _REFUSED.items() if reason in (_OF_A_MODEL, _OF_A_REFERENCE)},
     "cast_lm_head_to_fp32": _OF_A_MODEL,
     "chat_template_kwargs": _NO_TOOLS,
+    "data_seed": "not used: TRL draws prompts by training.seed; set that",
     "label_smoothing_factor": "of supervised fine-tuning; remove the key",
     "log_completions": "not supported; `expertune generate` shows answers. Remove the key",
     "log_completions_hub_repo": "not supported: a run uploads nothing. Remove the key",
@@ -137,6 +144,13 @@ def problem_of_loss(training: Mapping[str, Any], objective: ObjectiveName) -> st
     for name in names if known else ():
         if name not in known:
             return f"training.loss_type: {objective} has no loss {shortened(name)!r}{did_you_mean(name, known)}"
+    if objective in ("dpo", "kto") and training.get("beta") == 0:
+        return f"training.beta: 0 leaves nothing of the loss of objective: {objective}; set it above 0, as TRL's 0.1 is"
+    for key, losses in _READ_BY.items() if objective == "dpo" else ():
+        if training.get(key) and not set(names or ["sigmoid"]) & set(losses):
+            return (
+                f"training.{key}: only the losses {', '.join(losses)} read it; remove the key, or name one as loss_type"
+            )
     smoothing, divergence = training.get("label_smoothing", 0.0), training.get("f_divergence_type", "reverse_kl")
     if "exo_pair" in names and not smoothing:
         return "training.loss_type: exo_pair needs training.label_smoothing above 0, e.g. 1e-3"
@@ -146,6 +160,8 @@ def problem_of_loss(training: Mapping[str, Any], objective: ObjectiveName) -> st
         return (
             f"training.f_divergence_type: there is no {shortened(divergence)!r}{did_you_mean(divergence, _DIVERGENCES)}"
         )
+    if "f_alpha_divergence_coef" in training and divergence != "alpha_divergence":
+        return "training.f_alpha_divergence_coef: only f_divergence_type: alpha_divergence reads it; remove the key"
     if divergence != "reverse_kl" and not set(names) <= _OF_DIFFERENCES:
         return (
             f"training.f_divergence_type: {divergence} has no meaning with loss_type {', '.join(names)}; remove the key"

@@ -147,7 +147,7 @@ class Reader:
         check_unicode(text)
         columns = {name: value for name, value in values.items() if name not in _NOT_HANDED_ON}
         if answer is not None:
-            columns.setdefault("answer", answer)
+            columns["answer"] = answer
         # As a file would hold them, wherever they come from.
         columns = json.loads(json.dumps(columns, default=str))
         assert raw.values is not None

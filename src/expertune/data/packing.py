@@ -10,6 +10,8 @@ from expertune.config import DataConfig
 from expertune.data.examples import IGNORE_INDEX, TokenizedExample, TokenizedExamples, lengths_of
 from expertune.errors import DataError
 
+_FARTHEST = 100  # examples that are looked at for one with another prompt
+
 
 class Dataset(Sequence[dict[str, Any]]):
     """Sequences for transformers' Trainer, each made when it is asked for. An index gives one, a slice a list.
@@ -49,16 +51,29 @@ class PairDataset(Dataset):
 
 
 class LabeledDataset(Dataset):
-    """Answers, each with whether it is a good one."""
+    """Answers, each with whether it is a good one, and with the answer to another prompt for KTO's KL term.
+
+    Whichever batch an example comes into, that one is the same.
+    """
 
     def _sequence(self, index: int) -> dict[str, Any]:
         example = self._examples[index]
         return {
             "prompt_ids": example.prompt_ids,
             "completion_ids": example.completion_ids,
+            "KL_completion_ids": self._exchanged(index, example).completion_ids,
             "label": example.label,
             "example_ids": [index],
         }
+
+    def _exchanged(self, index: int, example: TokenizedExample) -> TokenizedExample:
+        """The nearest example before, in a circle, with another prompt; the one right before is looked at last.
+
+        So a chosen answer goes with a chosen one where both answers of a pair stand next to each other.
+        """
+        before = [(index - distance) % len(self) for distance in range(2, min(len(self) + 2, _FARTHEST))]
+        others = (self._examples[each] for each in before)
+        return next((each for each in others if each.prompt_ids != example.prompt_ids), self._examples[before[-1]])
 
 
 class PromptDataset(Dataset):
@@ -119,8 +134,8 @@ def make_dataset(tokenized: TokenizedExamples, data: DataConfig) -> Dataset:
     Returns:
         A sequence of `{"input_ids", "labels", "example_ids"}`, with `position_ids` where packed. `example_ids` are
         indices into `tokenized.examples`. Of a preference objective: `{"prompt_ids", "chosen_ids", "rejected_ids"}`,
-        `{"prompt_ids", "completion_ids", "label"}` or `{"prompt", "prompt_ids", ...}` with the columns of a prompt's
-        row, each with `example_ids`.
+        `{"prompt_ids", "completion_ids", "KL_completion_ids", "label"}` or `{"prompt", "prompt_ids", ...}` with the
+        columns of a prompt's row, each with `example_ids`.
     """
     if kind := tokenized.report.get("kind"):
         return _KINDS[kind](tokenized.examples)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from expertune.adapt.base_model import require_same_base
 from expertune.adapt.factors import AdapterFactors, Factors, difference, read_factors, stacked
 from expertune.adapt.files import AdapterFile, read_adapter
+from expertune.checkpoint.adapter_folder import WEIGHTS_NAME
 from expertune.checkpoint.fingerprint import Fingerprint, read_fingerprint
 from expertune.checkpoint.formats.nf4_folder import CALIBRATED, is_nf4_folder, read_nf4_folder
 from expertune.checkpoint.hub import ModelSource
@@ -32,8 +33,9 @@ from expertune.errors import CheckpointError
 from expertune.experts import layout
 from expertune.exporting.magnitudes import NONE
 from expertune.planning.table import size
+from expertune.run.base_model import kept_moments
 from expertune.run.context import RunContext
-from expertune.run.directory import CALIBRATION, INITIAL_ADAPTER
+from expertune.run.directory import INITIAL_ADAPTER, require_kept
 from expertune.run.inference import find_run
 
 # Tokens of a prompt; random ones for each expert of a layer, and in all.
@@ -93,7 +95,7 @@ class ExportSource:
     def importance(self) -> Moments | None:
         """What the scales of the run's 4-bit weights were chosen by, where that was a calibration."""
         is_calibrated = self.context.config.quantization.fit == CALIBRATED and not is_nf4_folder(self.base.folder)
-        return Moments.load(self.context.output_dir / CALIBRATION) if is_calibrated else None
+        return kept_moments(self.context) if is_calibrated else None
 
     @cached_property
     def is_packed(self) -> bool:
@@ -302,9 +304,12 @@ def open_source(
     found = find_run(run_dir, adapter, trust_remote_code, model)
     source = read_source(found.context, found.adapter, found.base)
     _require_own(found.context.config.lora, source.adapter)
-    if "init" not in source.context.record.section("adapter") or base != "source" or source.is_packed:
+    begun = source.context.record.section("adapter").get("init")
+    if begun is None or base != "source" or source.is_packed:
         return source
-    initial = read_adapter(source.context.output_dir / INITIAL_ADAPTER)
+    folder = source.context.output_dir / INITIAL_ADAPTER
+    require_kept(folder / WEIGHTS_NAME, begun["sha256"])
+    initial = read_adapter(folder)
     began = read_factors(initial.config, initial.tensors, source.names, initial.where)
     return replace(source, factors=difference(source.factors, began))
 

@@ -61,7 +61,16 @@ class LogProbs:
         reference: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._loss, self._model, self._padded, self._reference = loss, model, padded, reference
-        self.watched: Watched = lambda _: nullcontext()
+        self._watched: tuple[Tensor | None, Watched] = None, lambda _: nullcontext()
+
+    @contextmanager
+    def watching(self, input_ids: Tensor, watched: Watched) -> Iterator[None]:
+        """While open, `watched` is open where the model is called on these ids, and not on other ones (KTO's KL)."""
+        previous, self._watched = self._watched, (input_ids, watched)
+        try:
+            yield
+        finally:
+            self._watched = previous
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **asked: Any) -> Output:
         """What TRL calls.
@@ -76,7 +85,8 @@ class LogProbs:
         computing = nullcontext() if torch.is_grad_enabled() else evaluation_mode(self._model)
         mask_BT = attention_mask.bool()
         inputs, own_labels = (_positioned if self._padded else concatenated)(input_ids, mask_BT, labels)
-        with self._reference(), computing, self.watched(inputs):
+        of_ids, watched = self._watched
+        with self._reference(), computing, watched(inputs) if input_ids is of_ids else nullcontext():
             found, outputs = self._loss.log_probs(inputs | routed, own_labels)
         if not self._padded:
             found = found.new_zeros(mask_BT.shape).masked_scatter(mask_BT, found)
@@ -97,7 +107,8 @@ def concatenated(ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor) -> tuple[di
 
 
 def _positioned(ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor) -> tuple[dict[str, Any], Tensor]:
-    position_ids = (mask_BT.long().cumsum(1) - 1).clamp(min=0)
+    # 0 on padding, as `LeftPaddingCollator` has it: padding is no part of a sequence.
+    position_ids = (mask_BT.long().cumsum(1) - 1).masked_fill(~mask_BT, 0)
     return {"input_ids": ids_BT, "attention_mask": mask_BT.long(), "position_ids": position_ids}, labels_BT
 
 
@@ -133,11 +144,14 @@ class Reference:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """While open, the model is the reference."""
+        """While open, the model is the reference, also where its adapter is disabled."""
         if not self._start:
             with self._model.disable_adapter():
                 yield
             return
+        is_disabled = self._model.get_model_status().enabled is False
+        if is_disabled:
+            self._model.base_model.enable_adapter_layers()
         now = [parameter.data for parameter, _ in self._start]
         try:
             for parameter, start in self._start:
@@ -146,3 +160,5 @@ class Reference:
         finally:
             for (parameter, _), data in zip(self._start, now, strict=True):
                 parameter.data = data
+            if is_disabled:
+                self._model.base_model.disable_adapter_layers()

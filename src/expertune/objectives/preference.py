@@ -81,15 +81,12 @@ class Preference:
             inputs: the batch, on the model's device.
             watched: given what the model is called with; open while the trained model computes.
         """
-        policy: LogProbs = self._held_out.policy
-        previous, policy.watched = policy.watched, watched
-        try:
-            with torch.no_grad():
-                taken: Taken = self._held_out.taken(inputs)
-        finally:
-            policy.watched = previous
+        with torch.no_grad(), self._held_out.policy.watching(inputs["input_ids"], watched):
+            taken: Taken = self._held_out.taken(inputs)
         return taken
 
     def why_indivisible(self, num_items_in_batch: Any) -> str | None:
         """Why a micro-batch in parts would be another step, or None; see `expertune.train.promises.Promises`."""
+        if self._why_whole is None and self._trained.aux_loss_enabled:
+            return "the router's auxiliary loss (output_router_logits) is not the sum of its parts"
         return self._why_whole

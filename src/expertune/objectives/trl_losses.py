@@ -171,7 +171,7 @@ class Collator:
     """Makes a batch of examples as TRL's collators do, with their ids.
 
     Of pairs, the chosen answers come first, then the rejected ones, both in the order of the examples. Of labeled
-    answers, `KL_input_ids` are each prompt with the answer of another example of the batch, as TRL pairs them up.
+    answers, `KL_input_ids` are each prompt with the answer to another one, which its example brings along.
 
     Args:
         args: of the objective.
@@ -184,7 +184,7 @@ class Collator:
         self._labeled = DataCollatorForUnpairedPreference(pad_token_id=0)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Collate examples with `prompt_ids` and `chosen_ids`, `rejected_ids` or `completion_ids`, `label`.
+        """Collate examples with `prompt_ids` and the other columns of pairs or labeled answers (`make_dataset`).
 
         Returns:
             `input_ids`, `attention_mask`, `completion_mask` [B, T], of labeled answers also `label` [B]; the number of
@@ -198,8 +198,6 @@ class Collator:
             return {"input_ids": torch.zeros(0, 0, dtype=torch.int64), **more}
         if "chosen_ids" in features[0]:
             return {**self._pairs(list(features)), **more}
-        rows = [dict(feature) for feature in features]
-        if self._takes_kl:
-            for row, other in zip(rows, [rows[-1], *rows[:-1]], strict=True):
-                row["KL_completion_ids"] = other["completion_ids"]
+        unread = () if self._takes_kl else ("KL_completion_ids",)
+        rows = [{name: each for name, each in feature.items() if name not in unread} for feature in features]
         return {**self._labeled(rows), **more}

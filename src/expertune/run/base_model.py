@@ -13,7 +13,7 @@ from expertune.placement.experts import Location, expert_reader, place_experts
 from expertune.planning.devices import Machine
 from expertune.planning.plan import plan_for
 from expertune.run.context import RunContext
-from expertune.run.directory import CALIBRATION
+from expertune.run.directory import CALIBRATION, require_kept
 from expertune.run.progress import BYTES
 
 
@@ -32,6 +32,17 @@ def recorded_places(context: RunContext, source: ModelSource) -> Mapping[str, Lo
     return plan_for(alone, Machine.of(alone, devices=1), trust_remote_code=source.trust_remote_code).placement
 
 
+def kept_moments(context: RunContext) -> Moments:
+    """The calibration that a run has made.
+
+    Raises:
+        CheckpointError: it has changed, or is missing.
+    """
+    path = context.output_dir / CALIBRATION
+    require_kept(path, context.record.section("model")["calibration"]["sha256"])
+    return Moments.load(path)
+
+
 def load_base(context: RunContext, source: ModelSource, places: Mapping[str, Location]) -> LoadedModel:
     """The model with its experts at their locations; a run that is opened again has what its record says."""
     config, device = context.config, context.device
@@ -41,7 +52,7 @@ def load_base(context: RunContext, source: ModelSource, places: Mapping[str, Loc
     on_host = [name for name, place in places.items() if place == "host"]
     importance = None
     if config.quantization.fit == nf4_folder.CALIBRATED and not nf4_folder.is_nf4_folder(source.folder):
-        importance = Moments.load(context.output_dir / CALIBRATION)
+        importance = kept_moments(context)
     with context.bars.task("loading the model", BYTES) as progress:
         loaded = load_model(
             source.folder,

@@ -32,9 +32,9 @@ from expertune.data.collate import PaddingFreeCollator
 from expertune.data.examples import lengths_of
 from expertune.errors import CheckpointError, DataError
 from expertune.placement.experts import Location
-from expertune.run.base_model import load_base
+from expertune.run.base_model import kept_moments, load_base
 from expertune.run.context import RunContext
-from expertune.run.directory import ADAPTER_FOLDER, CALIBRATION, INITIAL_ADAPTER
+from expertune.run.directory import ADAPTER_FOLDER, CALIBRATION, INITIAL_ADAPTER, require_kept
 from expertune.run.progress import BYTES
 from expertune.train.arguments import BATCH_SIZE, training_argument
 from expertune.train.exchange import write_adapter
@@ -56,9 +56,9 @@ def load_to_train(
     if not config.is_calibrated or is_nf4_folder(source.folder):  # whose scales have been chosen
         return load_base(context, source, places), None
     path = context.output_dir / CALIBRATION
-    if known := context.record.section("model").get("calibration"):
-        _require_kept(path, known["sha256"])
-        return load_base(context, source, places), Moments.load(path)
+    if context.record.section("model").get("calibration"):
+        moments = kept_moments(context)
+        return load_base(context, source, places), moments
     require_tokens(config, train)
     plain = config.quantization.model_copy(update={"fit": "mse"}) if config.quantization.fit == "calibrated" else None
     first = context if plain is None else replace(context, config=config.model_copy(update={"quantization": plain}))
@@ -120,7 +120,7 @@ def begin_adapter(context: RunContext, source: ModelSource, model: ExpertPeftMod
     config, record = context.config, context.record
     folder, start = context.output_dir / INITIAL_ADAPTER, config.lora.init_from
     if known := record.section("adapter").get("init"):
-        _require_kept(folder / WEIGHTS_NAME, known["sha256"])
+        require_kept(folder / WEIGHTS_NAME, known["sha256"])
         if start is None:
             model.load_adapter(str(folder), "default")
         return
@@ -182,12 +182,3 @@ def warn_of_correction(context: RunContext) -> None:
 def _began_as(folder: str) -> str | None:
     """What an adapter began as (`lora.init`), where that was a correction."""
     return (read_adapter_settings(folder) or {}).get("init")
-
-
-def _require_kept(path: Path, digest: str) -> None:
-    """Refuse to go on from another file than the run has written."""
-    if not path.is_file() or hash_file(path).sha256 != digest:
-        raise CheckpointError(
-            f"{path}: {'has changed' if path.is_file() else 'is missing'}, and the run began with it; restore it, or "
-            "start again with another output_dir"
-        )

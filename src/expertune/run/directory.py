@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from expertune.checkpoint.writer import hash_file
 from expertune.config import TRUST_KEY, RunConfig, with_current_names
 from expertune.config.secrets import without_secrets
 from expertune.errors import CheckpointError, ConfigError, PreflightError, option
@@ -25,6 +26,19 @@ _NAMED_BY_PATH = frozenset({"model", "data.train", "data.eval", "data.template",
 
 # What a resumed run may set otherwise: nothing here changes a single weight.
 _FREE_AT_RESUME = frozenset({"report_to", "run_name", "save_total_limit", "disable_tqdm", "log_level", "ddp_timeout"})
+
+
+def require_kept(path: Path, digest: str) -> None:
+    """Refuse to go on from another file than the run began with.
+
+    Raises:
+        CheckpointError: it has changed, or is missing.
+    """
+    if not path.is_file() or hash_file(path).sha256 != digest:
+        raise CheckpointError(
+            f"{path}: {'has changed' if path.is_file() else 'is missing'}, and the run began with it; restore it, or "
+            "start again with another output_dir"
+        )
 
 
 def open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:

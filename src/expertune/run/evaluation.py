@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 from pydantic import PositiveInt
 
+from expertune.checkpoint.adapter_folder import WEIGHTS_NAME
 from expertune.config.arguments import checked
 from expertune.data import prepare_examples, settled
 from expertune.errors import ConfigError, option
@@ -18,7 +19,7 @@ from expertune.objectives.log_probs import Reference
 from expertune.objectives.rewards import Rewards, load_rewards
 from expertune.objectives.units import keeps_start
 from expertune.run.beside import write_card
-from expertune.run.directory import ADAPTER_FOLDER, INITIAL_ADAPTER
+from expertune.run.directory import ADAPTER_FOLDER, INITIAL_ADAPTER, require_kept
 from expertune.run.inference import OpenOptions, Run, opened_run, recovery_of
 from expertune.run.lock import hold_run_directory
 from expertune.run.record import RunRecord
@@ -68,7 +69,7 @@ def evaluate(
 
     Raises:
         ConfigError: the run has no evaluation examples, or a task cannot be run.
-        CheckpointError: see `open_run`.
+        CheckpointError: see `open_run`; or the adapter that the run's loss compares with has changed.
         DoesNotFitError: memory ran out, and nothing that could be changed is left.
     """
     of_tasks = {name: options.pop(name) for name in _TASK_OPTIONS if name in options}  # type: ignore[misc]
@@ -121,6 +122,8 @@ def _preference(run: Run) -> Any:
                 f"{start}: the adapter that the run started from is gone, and the loss of objective: "
                 f"{config.objective} compares with it; put it back there"
             )
+        begun = run.record.section("inputs").get("init_from") or run.record.section("adapter")["init"]["sha256"]
+        require_kept(Path(start) / WEIGHTS_NAME, begun)
         reference = Reference.of_adapter(run.model, start)
     else:
         reference = Reference(run.model, keeps_start=False)

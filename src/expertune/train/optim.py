@@ -1,7 +1,7 @@
 """What an optimizer's name under `training.optim` stands for.
 
 transformers builds the optimizer from its name, with two parameter groups: with weight decay and without. Muon is ours,
-and LoRA+ takes PEFT's groups. Here stands what the trainer and the plan both need to know: the default, the replacement
+and LoRA+ has a group for B. Here stands what the trainer and the plan both need to know: the default, the replacement
 without CUDA, the bytes of states and of an update, and how the state is allocated before the first update.
 """
 
@@ -9,7 +9,6 @@ import inspect
 from typing import Any
 
 import torch
-from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer
 
 from expertune.train.muon import MuonSettings, StackedMuon, muon_parameters
@@ -87,19 +86,28 @@ def make_optimizer(model: Any, args: Any, loraplus_lr_ratio: float | None) -> An
     if loraplus_lr_ratio is None:
         return None
     optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
-    ratio, weight_decay = loraplus_lr_ratio, args.weight_decay
-    return create_loraplus_optimizer(
-        model, optimizer, loraplus_lr_ratio=ratio, loraplus_weight_decay=weight_decay, **settings
+    # Not PEFT's groups, in which DoRA's magnitudes of linears, but not of experts, would have the rate of B.
+    of_a, of_b = ([each for name, each in _trained(model) if ("lora_B" in name) is is_b] for is_b in (False, True))
+    rate, weight_decay = args.learning_rate, args.weight_decay
+    return optimizer(
+        [
+            {"params": of_a, "lr": rate, "weight_decay": weight_decay},
+            {"params": of_b, "lr": rate * loraplus_lr_ratio, "weight_decay": weight_decay},
+        ],
+        **settings,
     )
+
+
+def _trained(model: Any) -> list[tuple[str, Any]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _muon(model: Any, args: Any, ratio: float) -> StackedMuon:
     by_muon = {id(parameter) for parameter in muon_parameters(model)}
     groups: dict[tuple[bool, bool, bool], list[Any]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            kind = id(parameter) not in by_muon, "lora_B" in name, parameter.ndim == 1
-            groups.setdefault(kind, []).append(parameter)
+    for name, parameter in _trained(model):
+        kind = id(parameter) not in by_muon, "lora_B" in name, parameter.ndim == 1
+        groups.setdefault(kind, []).append(parameter)
     return StackedMuon(
         [
             {
