@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from expertune.adapt.attach import attach
 from expertune.checkpoint.load import LoadedModel
 from expertune.checkpoint.reader import read_header
-from expertune.config import LoraSection
+from expertune.config import ExpertsSection, LoraSection
 from expertune.experts.module import Nf4Experts
 from expertune.experts.replay import with_replay
 from expertune.kernels.nf4 import Nf4Bytes
@@ -93,6 +93,35 @@ def test_step_is_byte_identical_wherever_experts_are_held_and_takes_two_transfer
     assert first["transfers"] == 2 * LAYERS - 1
     assert_identical(step(loaded.model, checkpointing), expected)
     assert placement.describe()["transfers"] == first["transfers"] + 2 * LAYERS - 2
+
+
+@pytest.mark.parametrize(
+    "separate_host", [pytest.param(False, id="mapped", marks=pytest.mark.slow), pytest.param(True, id="disk to slots")]
+)
+@pytest.mark.parametrize("kind", ["dora", "some experts"])
+def test_steps_of_an_adapter_are_byte_identical_where_experts_are_on_disk(
+    folder: Path, tmp_path: Path, kind: str, separate_host: bool
+) -> None:
+    loaded, placement = placed(folder, tmp_path)
+    placement.separate_host = separate_host
+    some = ExpertsSection(share=0.5, layers={name: [2, 0] for name in placement.experts})
+    lora = LoraSection(r=2, targets=["experts"], use_dora=kind == "dora", experts=some if kind != "dora" else None)
+    resident, on_disk = [], []
+    for losses, location in ((resident, "device"), (on_disk, "disk")):
+        placement.move(everywhere(placement, cast("Location", location)))
+        torch.manual_seed(1)
+        model, rows = attach(copy.deepcopy(loaded), lora, str(folder)), random_rows()
+        model.train().activation_checkpointing_enable()
+        optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+        for _ in range(3):  # norms are those of the factors of each step
+            loss = model(input_ids=rows, labels=rows, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert on_disk == resident
+    assert len(set(resident)) == 3
+    assert placement.describe()["transfers"] > 3 * LAYERS
 
 
 def test_recomputation_without_replay_shares_its_transfer_with_backward(folder: Path, tmp_path: Path) -> None:
