@@ -208,7 +208,8 @@ def test_example_starts_from_the_demos_adapter_and_rewards_its_answers(tmp_path:
     before += ["training.eval_on_start=false", "training.max_steps=4", few, f"output_dir={tmp_path / 'sft'}"]
     expertune.finetune(examples / "demo.yaml", before)
     small = [f"lora.init_from={tmp_path / 'sft' / 'adapter'}", "training.max_steps=2", "training.eval_steps=2", few]
-    small += ["data.max_length=256", "training.max_completion_length=8", "data.eval=src/expertune/assets/viggo/viggo-valid.csv[0:4]"]
+    small += ["data.max_length=256", "training.max_completion_length=8"]
+    small += ["data.eval=src/expertune/assets/viggo/viggo-valid.csv[0:4]"]
     small += ["task.rows=4", "task.max_new_tokens=8", "training.beta=0.05", f"output_dir={tmp_path / 'grpo'}"]
     record = expertune.finetune(examples / "grpo.yaml", small).record
     assert [step for step, _ in record["train"]["reward"]] == [1, 2]
