@@ -1,10 +1,15 @@
 """Grouped GEMMs in bfloat16 on CPUs that have instructions for it, against what they are defined as in float32."""
 
+import ctypes
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from expertune.kernels import native
+from expertune.kernels.native import build
 from expertune.kernels.nf4 import Nf4Bytes, Nf4Stack, dequantize
 
 ARITHMETIC = {"AVX512-BF16": 1, "AMX": 2}
@@ -99,14 +104,33 @@ def test_tokens_are_read_where_the_index_says(arithmetic: str) -> None:
     assert torch.equal(run(x, weight, 48, transposed=True, index=index), wanted)
 
 
-def test_any_number_of_threads_gives_the_same_bytes(arithmetic: str) -> None:
-    weight, x = weights(200, 576), torch.randn(sum(TOKENS), 576)
+@pytest.mark.parametrize("transposed", [True, False])
+def test_any_number_of_threads_gives_the_same_bytes(arithmetic: str, transposed: bool) -> None:
+    weight = weights(200, 576)
+    depth, width = (576, 200) if transposed else (200, 576)
+    x, h = torch.randn(sum(TOKENS), depth), torch.randn(sum(TOKENS), 4)
+    update = native.Update(h, torch.randn(len(TOKENS), *((width, 4) if transposed else (4, width))), 0, width)
     found, threads = [], torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(run(x, weight, 200, transposed=True))
+            found.append(run(x, weight, width, transposed, updates=[update]))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library could not be built here")
+def test_a_compiler_that_does_not_know_amx_builds_the_rest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run_command = build._run
+
+    def without_amx(command: list[str]) -> None:
+        if build.BFLOAT16 in " ".join(command) and "-c" in command and "-DWITHOUT_BFLOAT16" not in command:
+            raise subprocess.CalledProcessError(1, command, stderr="unrecognized argument")
+        run_command(command)
+
+    monkeypatch.setattr(build, "_run", without_amx)
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O0"))  # compiled faster
+    build._compile(["cc"], tmp_path / "library.so")
+    assert ctypes.CDLL(str(tmp_path / "library.so")).expertune_bfloat16() == 0

@@ -145,6 +145,10 @@ class KernelSettings:
             usable = native.available()
             described["native"] = "in use" if usable else native.status().reason
             described["crossover"] = self.crossover_on(device, dtype) if usable else 0
+            if usable and dtype == torch.bfloat16:
+                described["fused_in"] = ("float32", "bfloat16, AVX512-BF16", "bfloat16, AMX")[
+                    native.bfloat16_arithmetic()
+                ]
             return described
         reason = gpu.unavailable(device)
         described["triton"] = reason or "in use"

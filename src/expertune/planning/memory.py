@@ -308,7 +308,7 @@ def _tokens_in_bfloat16(w: Workload, layer: Layer) -> int:
     contracted = [size for shape in layer.linears.values() for size in shape]
     for spec in layer.experts.values():
         contracted += [spec.hidden_size, (len(spec.projections) - 1) * spec.intermediate_size]
-    return native.scratch_bytes(w.tokens, max(contracted, default=0))
+    return torch.get_num_threads() * native.scratch_bytes(w.tokens, max(contracted, default=0))
 
 
 def _dora_of_linear(w: Workload, out_features: int, in_features: int) -> int:

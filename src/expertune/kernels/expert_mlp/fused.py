@@ -1,7 +1,7 @@
 """The expert layer by GEMMs that dequantize inside: each is one call for all experts. CPU.
 
 Between the GEMMs numbers are float32. Frozen weights and what they multiply are rounded to bfloat16 where tokens are
-bfloat16 and the CPU multiplies it (`native.multiplies`), with sums in float32; else all arithmetic is float32.
+bfloat16 and the CPU multiplies it (`native.bfloat16_arithmetic`), with sums in float32; else all arithmetic is float32.
 
 The library gathers tokens as it reads them, so that none is copied to its expert, and adds the low-rank
 updates where it sums each output.

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from expertune.kernels import workspace
 from expertune.kernels.native.build import Status, library, status
 from expertune.kernels.nf4.bytes import Nf4Bytes
 from expertune.kernels.nf4.reference import (
@@ -83,9 +84,10 @@ def bfloat16_arithmetic() -> int:
 
 
 def scratch_bytes(tokens: int, depth: int) -> int:
-    """Most bytes that all threads keep for GEMMs in bfloat16 of so many tokens; see `Scratch` of grouped_gemm16.c."""
+    """Scratch memory of a thread for GEMMs in bfloat16 of so many tokens; see `Scratch` of grouped_gemm16.c."""
     rows = min(-(-tokens // 16) * 16, _BFLOAT_ROWS)
-    return torch.get_num_threads() * (rows * (depth + 32) * 2 + _BFLOAT_WIDE * (_BFLOAT_ROWS * 4 + _BFLOAT_PASS * 2))
+    tiles = rows * (-(-depth // 32) * 32) * 2
+    return _BFLOAT_WIDE * (_BFLOAT_ROWS * 4 + _BFLOAT_PASS * 2) + tiles
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -206,6 +208,9 @@ def grouped_gemm(
     )
     columns, depth = shape if transposed else (shape[1], shape[0])
     held = _updates(updates)  # lives as long as the call
+    arithmetic = bfloat16_arithmetic() if nf4 is not None and dtype == torch.bfloat16 else 0
+    stride = scratch_bytes(len(y_RN), depth) if arithmetic else 0
+    scratch = workspace.take("bfloat16", torch.get_num_threads() * stride // 4)
     arguments = _Product(
         x=x.data_ptr(),
         index=None if index is None else index.data_ptr(),
@@ -227,7 +232,9 @@ def grouped_gemm(
         transposed=transposed,
         num_updates=len(held),
         threads=torch.get_num_threads(),
-        arithmetic=bfloat16_arithmetic() if dtype == torch.bfloat16 else 0,
+        arithmetic=arithmetic,
+        scratch=scratch.data_ptr(),
+        scratch_stride=stride,
     )
     _call("expertune_grouped_gemm", ctypes.byref(arguments))
 
@@ -347,7 +354,7 @@ class _Nf4(ctypes.Structure):
 
 
 class _Update(ctypes.Structure):
-    """`Update` of grouped_gemm.c."""
+    """`Update` of grouped_gemm.h."""
 
     _fields_ = (
         ("h", ctypes.c_void_p),
@@ -358,13 +365,15 @@ class _Update(ctypes.Structure):
 
 
 class _Product(ctypes.Structure):
-    """`Product` of grouped_gemm.c."""
+    """`Product` of grouped_gemm.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "index", "offsets", "nf4", "dense", "slots", "updates", "y")),
         *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "dense_stride", "dense_expert_stride")),
         *((name, ctypes.c_int64) for name in ("experts", "parts", "depth", "columns")),
         *((name, ctypes.c_int32) for name in ("kind", "transposed", "num_updates", "threads", "arithmetic")),
+        ("scratch", ctypes.c_void_p),
+        ("scratch_stride", ctypes.c_int64),
     )
 
 

@@ -26,7 +26,9 @@ from expertune.kernels.cache import cache_folder, why_not_private
 from expertune.kernels.cpu import cpu_instruction_sets
 
 FOLDER = Path(__file__).parent
-SOURCES = ("nf4.c", "grouped_gemm.c", "grouped_gemm16.c", "swiglu.c", "dropout.c")
+# Needs a compiler that knows AMX and AVX512-BF16; the library is of use without it.
+BFLOAT16 = "grouped_gemm16.c"
+SOURCES = ("nf4.c", "grouped_gemm.c", BFLOAT16, "swiglu.c", "dropout.c")
 HEADERS = ("common.h", "grouped_gemm.h")
 # No contraction into fused multiply-add where the source does not ask for it: scales must round as bitsandbytes' do.
 FLAGS = (
@@ -102,7 +104,13 @@ def _compile(compiler: list[str], path: Path) -> None:
         objects = []
         for name in SOURCES:
             objects.append(str(Path(beside) / f"{name}.o"))
-            _run([*compiler, *FLAGS, "-c", str(FOLDER / name), "-o", objects[-1]])
+            command = [*compiler, *FLAGS, "-c", str(FOLDER / name), "-o", objects[-1]]
+            try:
+                _run(command)
+            except subprocess.CalledProcessError:
+                if name != BFLOAT16:
+                    raise
+                _run([*command, "-DWITHOUT_BFLOAT16"])  # gcc before 11 does not know AMX: the rest is as fast as it was
         # Without -fopenmp here: the runtime's symbols are found in the one that torch has loaded.
         _run([*compiler, "-shared", *objects, "-o", str(built)])
         try:

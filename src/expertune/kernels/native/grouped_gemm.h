@@ -36,6 +36,8 @@ typedef struct {
     int32_t num_updates;
     int32_t threads;
     int32_t arithmetic;
+    char *scratch;             /* of GEMMs in bfloat16: `scratch_stride` bytes for each thread, aligned to 64 */
+    int64_t scratch_stride;
 } Product;
 
 /* The number of an expert's matrix among those that some experts have; negative where it has none. */

@@ -7,7 +7,8 @@
    whatever the number of threads and the size of an item. */
 #include "grouped_gemm.h"
 
-#if defined(__x86_64__)
+#ifndef WITHOUT_BFLOAT16
+#include <omp.h>
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -27,42 +28,24 @@
 
 typedef uint16_t Bfloat;
 
-/* What a thread works in, kept from call to call. */
+/* What a thread works in: its part of the caller's scratch memory. */
 typedef struct {
     Bfloat *w;       /* [WIDE / 16][PASS / DEPTH] tiles */
     float *sums;     /* y, or y's transpose: BFLOAT_ROWS x WIDE */
     Bfloat *x;       /* [blocks of 16 tokens][contraction / DEPTH] tiles */
-    size_t x_bytes;
 } Scratch;
+
+static Scratch scratch_of(const Product *p)
+{
+    char *own = p->scratch + omp_get_thread_num() * p->scratch_stride;
+    const size_t w = sizeof(Bfloat) * WIDE * PASS, sums = sizeof(float) * WIDE * BFLOAT_ROWS;
+    return (Scratch){(Bfloat *)own, (float *)(own + w), (Bfloat *)(own + w + sums)};
+}
 
 /* c[2 x 2 tiles] (+)= a[2][steps] @ b[2][steps]; tiles of one step adjoin where `apart` is one tile. */
 typedef void Block(
     const Bfloat *a, int64_t a_apart, const Bfloat *b, int64_t b_apart, int64_t steps, float *c, int64_t stride, int add,
     int rows, int columns);
-
-static _Thread_local Scratch held;
-
-static void *allocate(size_t bytes)
-{
-    void *memory;
-    if (posix_memalign(&memory, 4096, bytes) != 0)
-        abort();
-    return memory;
-}
-
-static Scratch *scratch(size_t x_bytes)
-{
-    if (held.w == NULL) {
-        held.w = allocate(sizeof(Bfloat) * WIDE * PASS);
-        held.sums = allocate(sizeof(float) * WIDE * BFLOAT_ROWS);
-    }
-    if (held.x_bytes < x_bytes) {
-        free(held.x);
-        held.x = allocate(x_bytes);
-        held.x_bytes = x_bytes;
-    }
-    return &held;
-}
 
 /* ---- x ----------------------------------------------------------------------------------------------------------- */
 
@@ -446,23 +429,23 @@ AVX512 static void store_transposed(const float *sums, int64_t height, float *y,
 static void multiply_item(Block *block, const Product *p, int64_t e, int64_t start, int64_t rows, int64_t column, int64_t column_end)
 {
     int64_t blocks = (rows + TILE - 1) / TILE, height = blocks * TILE, steps = (p->depth + DEPTH - 1) / DEPTH;
-    Scratch *s = scratch(sizeof(Bfloat) * (size_t)(blocks * steps * TILE_SIZE));
-    pack_x(p, start, rows, 0, steps, p->transposed, s->x);
+    Scratch s = scratch_of(p);
+    pack_x(p, start, rows, 0, steps, p->transposed, s.x);
     for (int64_t n = column; n < column_end; n += WIDE) {
         int64_t width = column_end - n < WIDE ? column_end - n : WIDE, wide = (width + SPAN - 1) / SPAN * SPAN;
         for (int64_t k = 0; k < p->depth; k += PASS) {
             int64_t here = steps - k / DEPTH < PASS / DEPTH ? steps - k / DEPTH : PASS / DEPTH;
-            dequantize_panel(p, e, n, wide, column_end, k, here * DEPTH, s->w);
+            dequantize_panel(p, e, n, wide, column_end, k, here * DEPTH, s.w);
             for (int64_t b = 0; b < blocks; b += 2)
                 for (int64_t at = 0; at < wide; at += SPAN) {
-                    const Bfloat *x = s->x + (b * steps + k / DEPTH) * TILE_SIZE;
-                    const Bfloat *w = s->w + at / TILE * here * TILE_SIZE;
+                    const Bfloat *x = s.x + (b * steps + k / DEPTH) * TILE_SIZE;
+                    const Bfloat *w = s.w + at / TILE * here * TILE_SIZE;
                     int several = blocks - b > 1 ? 2 : 1;
                     if (p->transposed)
-                        block(w, here * TILE_SIZE, x, steps * TILE_SIZE, here, s->sums + at * height + b * TILE, height,
+                        block(w, here * TILE_SIZE, x, steps * TILE_SIZE, here, s.sums + at * height + b * TILE, height,
                               k > 0, 2, several);
                     else
-                        block(x, steps * TILE_SIZE, w, here * TILE_SIZE, here, s->sums + b * TILE * WIDE + at, WIDE, k > 0,
+                        block(x, steps * TILE_SIZE, w, here * TILE_SIZE, here, s.sums + b * TILE * WIDE + at, WIDE, k > 0,
                               several, 2);
                 }
         }
@@ -473,16 +456,16 @@ static void multiply_item(Block *block, const Product *p, int64_t e, int64_t sta
                 continue;
             const float *b = update->b + own * update->b_expert_stride;
             if (p->transposed)
-                update_transposed(update, b, start, rows, n, width, s->sums, height);
+                update_transposed(update, b, start, rows, n, width, s.sums, height);
             else
-                update_plain(update, b, start, rows, n, width, s->sums);
+                update_plain(update, b, start, rows, n, width, s.sums);
         }
         float *y = p->y + start * p->y_stride + n;
         if (p->transposed)
-            store_transposed(s->sums, height, y, p->y_stride, rows, width);
+            store_transposed(s.sums, height, y, p->y_stride, rows, width);
         else
             for (int64_t i = 0; i < rows; i++)
-                memcpy(y + i * p->y_stride, s->sums + i * WIDE, sizeof(float) * (size_t)width);
+                memcpy(y + i * p->y_stride, s.sums + i * WIDE, sizeof(float) * (size_t)width);
     }
 }
 
@@ -526,5 +509,17 @@ EXPORT int expertune_bfloat16(void)
     if (tiles && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0)
         return AMX_BFLOAT;
     return AVX512_BFLOAT;
+}
+#else
+/* A compiler that does not know the instructions. */
+void multiply_bfloat_item(const Product *p, int64_t e, int64_t row, int64_t rows, int64_t column, int64_t column_end)
+{
+    (void)p, (void)e, (void)row, (void)rows, (void)column, (void)column_end;
+    abort();
+}
+
+EXPORT int expertune_bfloat16(void)
+{
+    return FLOAT_ARITHMETIC;
 }
 #endif
