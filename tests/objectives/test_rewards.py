@@ -1,5 +1,6 @@
 """Rewards: shipped ones by name, code only where it is allowed, and one clear error for what is no reward."""
 
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,19 @@ def test_code_runs_only_where_the_command_allows_it(tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     file = tmp_path / "mine.py"
     file.write_text(
-        f"open({str(ran)!r}, 'w').close()\ndef short(completions, **_):\n    return [-len(c) for c in completions]\n"
+        f"with open({str(ran)!r}, 'a') as ran:\n    ran.write('once')\n"
+        "class Own: pass\n"
+        "def short(completions, **_):\n    return [-len(c) for c in completions]\n"
+        "def own(completions, **_):\n    return [Own() for _ in completions]\n"
     )
     name = f"{file}:short"
     with pytest.raises(ConfigError, match=rf"{re.escape(name)} is Python that the run file names.*--trust-rewards"):
         loaded(name)
     assert not ran.exists()
-    (short,) = loaded(name, trusted=True)
+    short, own = loaded(name, f"{file}:own", trusted=True)
     assert short.of(ANSWERS) == [-12.0, -12.0, -2.0]
+    assert ran.read_text() == "once"
+    assert type(pickle.loads(pickle.dumps(own.function([""])[0]))).__name__ == "Own"
     with pytest.raises(ConfigError, match=r"mine.py has no function shrt; did you mean short\?"):
         loaded(f"{file}:shrt", trusted=True)
     with pytest.raises(ConfigError, match=r"no_such_module:f cannot be imported: ModuleNotFoundError"):
@@ -73,6 +79,20 @@ def without_columns(completions: list[str]) -> list[float]:
 def test_what_is_no_reward_names_the_function_and_the_row(function: Any, message: str) -> None:
     with pytest.raises(RewardError, match=f"^rewards: mine {message}"):
         Reward("mine", 1.0, function).of(ANSWERS)
+
+
+def test_answer_that_raises_is_found_in_few_calls() -> None:
+    sizes = []
+
+    def mine(completions: list[str], **_: Any) -> list[float]:
+        sizes.append(len(completions))
+        return [1 / (len(each) - 2) for each in completions]
+
+    answers = ["long"] * 63 + ["no"]
+    rows = [f"row {row}" for row in range(64)]
+    with pytest.raises(RewardError, match="for the answer 'no' to row 63: division by zero"):
+        Reward("mine", 1.0, mine).of(Answers(rows, answers, [[1]] * 64, [{}] * 64, rows))
+    assert len(sizes) <= 1 + 2 * 6
 
 
 def test_no_opinion_is_none_and_numbers_of_libraries_are_numbers() -> None:

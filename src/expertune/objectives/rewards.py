@@ -10,12 +10,14 @@ only where whoever starts the command says so, as with `trust_remote_code`.
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from expertune.config import RewardConfig
 from expertune.data.examples import TokenizedExample
@@ -56,9 +58,11 @@ class Answers:
         columns = [{key: value for key, value in row.items() if key not in _OWN_COLUMNS} for row in rows]
         return cls([row["prompt"] for row in rows], texts, ids, columns, places)
 
-    def one(self, index: int) -> "Answers":
-        """One of them."""
-        return Answers(*(values[index : index + 1] for values in vars(self).values()))
+    def halves(self) -> tuple["Answers", "Answers"]:
+        """The first half of them, and the second."""
+        half = len(self.places) // 2
+        first, second = ([values[part] for values in vars(self).values()] for part in (slice(half), slice(half, None)))
+        return Answers(*first), Answers(*second)
 
 
 @dataclass(frozen=True)
@@ -109,14 +113,20 @@ class Reward:
         )
 
     def _blame(self, answers: Answers, error: Exception) -> str:
-        """The message for an exception, with the answer that raises by itself."""
-        where = f"among the answers to {', '.join(dict.fromkeys(answers.places))}"
-        for index, place in enumerate(answers.places):
-            try:
-                self._call(answers.one(index))
-            except Exception as own:
-                error, where = own, f"for the answer {answers.completions[index][:80]!r} to {place}"
+        """The message for an exception, with the answer that raises by itself: found by halves, in a few calls."""
+        while len(answers.places) > 1:
+            for half in answers.halves():
+                try:
+                    self._call(half)
+                except Exception as own:
+                    answers, error = half, own
+                    break
+            else:
                 break
+        if len(answers.places) == 1:
+            where = f"for the answer {answers.completions[0][:80]!r} to {answers.places[0]}"
+        else:
+            where = f"among the answers to {', '.join(dict.fromkeys(answers.places))}"
         fix = "give it **columns, since it is called with all columns" if "keyword" in str(error) else "mend it"
         return f"rewards: {self.name} raised {type(error).__name__} {where}: {first_line(error)}; {fix}"
 
@@ -193,7 +203,8 @@ def load_rewards(configs: Sequence[RewardConfig], trusted: bool) -> list[Reward]
     Raises:
         ConfigError: a function is code and that may not run, or there is none of its name.
     """
-    return [Reward(config.function, config.weight, _function(config.function, trusted)) for config in configs]
+    modules: dict[str, Any] = {}
+    return [Reward(config.function, config.weight, _function(config.function, trusted, modules)) for config in configs]
 
 
 def require_answers(configs: Sequence[RewardConfig], examples: Sequence[TokenizedExample]) -> None:
@@ -211,7 +222,7 @@ def require_answers(configs: Sequence[RewardConfig], examples: Sequence[Tokenize
             )
 
 
-def _function(name: str, trusted: bool) -> Callable[..., Any]:
+def _function(name: str, trusted: bool, modules: dict[str, Any]) -> Callable[..., Any]:
     where, colon, attribute = name.rpartition(":")
     if not colon:
         per_answer = METRICS[name].per_answer
@@ -222,11 +233,11 @@ def _function(name: str, trusted: bool) -> Callable[..., Any]:
             f"rewards: {name} is Python that the run file names, and that may come from others; if you have read it "
             f"and trust it, give {option('trust-rewards')}"
         )
-    function = getattr(_module(where, name), attribute, None)
+    if where not in modules:
+        modules[where] = _module(where, name)
+    function = getattr(modules[where], attribute, None)
     if not callable(function):
-        known = [
-            key for key, value in vars(_module(where, name)).items() if callable(value) and not key.startswith("_")
-        ]
+        known = [key for key, value in vars(modules[where]).items() if callable(value) and not key.startswith("_")]
         raise ConfigError(f"rewards: {where} has no function {attribute}{did_you_mean(attribute, known)}")
     return function
 
@@ -241,10 +252,12 @@ def _module(where: str, name: str) -> Any:
     try:
         if not where.endswith(".py"):
             return importlib.import_module(where)
-        spec = importlib.util.spec_from_file_location(f"expertune_rewards_{Path(where).stem}", where)
+        own = f"expertune_rewards_{Path(where).stem}_{crc32(str(Path(where).resolve()).encode()):08x}"
+        spec = importlib.util.spec_from_file_location(own, where)
         assert spec is not None
         assert spec.loader is not None  # by the ending
         module = importlib.util.module_from_spec(spec)
+        sys.modules[own] = module  # where dataclasses and pickle look for what it defines
         spec.loader.exec_module(module)
         return module
     except Exception as error:
