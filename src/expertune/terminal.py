@@ -65,7 +65,7 @@ def print_scores(scores: dict[str, Any]) -> None:
 
     table = Table(show_header=False, box=None, pad_edge=False)
     task = scores.get("task", {})
-    for name, value in [*scores.items(), *task.items()]:
+    for name, value in [*scores.items(), *scores.get("figures", {}).items(), *task.items()]:
         if isinstance(value, float):
             table.add_row(name, f"{value:.4f}")
         elif not isinstance(value, dict | list):

@@ -10,8 +10,10 @@ from expertune.config import parse_config
 from expertune.report.card import Subject, render_card
 from expertune.report.compare import compare
 from expertune.report.notebook import run_html
+from expertune.report.objective import objective_charts
 from expertune.report.page import render_page
 from expertune.report.summary import render_summary
+from expertune.terminal import print_scores
 from expertune.train.callbacks import _scores
 from tests.report.pages import require_contained
 
@@ -92,6 +94,18 @@ def test_comparison_has_the_figures_and_ranks_no_losses_of_different_objectives(
 def test_evaluations_while_training_show_figures_by_their_words_and_leave_the_others_to_the_record():
     logs = {"eval_loss": 0.5, "eval_rewards/accuracies": 0.9, "eval_rewards/chosen": 1.0, "eval_slot_f1": 0.25}
     assert _scores(logs) == {"reward accuracy": 0.9, "slot_f1": 0.25}
+
+
+def test_rewards_are_called_by_the_names_of_their_files(run_record):
+    run_record["config"]["objective"] = "grpo"
+    run_record["train"] |= {f"rewards/{name}/mean": [[1, 0.5]] for name in ("my/rewards.py:brevity", "slot-f1")}
+    titles = [chart.title for chart in objective_charts(run_record)]
+    assert {"Reward my/rewards.py:brevity", "Reward slot-f1"} <= set(titles)
+
+
+def test_scores_on_the_terminal_have_the_objectives_figures(capsys):
+    print_scores({"adapter": "adapter", "loss": 0.5, "figures": {"rewards/accuracies": 0.75}})
+    assert "rewards/accuracies  0.7500" in capsys.readouterr().out
 
 
 def test_damaged_evaluations_of_a_received_record_are_left_out(dpo_record):

@@ -77,7 +77,7 @@ def objective_charts(record: Record) -> list[Chart]:
     for place, (name, values) in enumerate(sorted(own.items())):
         series = with_mean("training", points_of(values), place % 8, _FEWEST_AVERAGED)
         series.append(Series("evaluation examples", points_of(evaluated.get(name)), 1, "dots"))
-        found.append(Chart(f"Reward {name.split('/')[1]}", series))
+        found.append(Chart(f"Reward {name.removeprefix('rewards/').removesuffix('/mean')}", series))
     return found
 
 
