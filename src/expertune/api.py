@@ -31,7 +31,7 @@ from expertune.experts.balance import RouterLosses
 from expertune.kernels import routes
 from expertune.layers.varlen_attention import require_no_leakage
 from expertune.objectives.log_probs import Reference
-from expertune.objectives.rewards import Rewards, load_rewards, require_answers
+from expertune.objectives.rewards import Rewards, load_rewards
 from expertune.objectives.sft import SupervisedFineTuning
 from expertune.objectives.units import keeps_start
 from expertune.placement.device import training_device
@@ -180,8 +180,6 @@ def _finetune(context: RunContext) -> Run:
     # Nothing but a lock has been written so far: a mistake in the run file or in an example leaves no directory behind.
     with record.phase("data"):
         inputs = read_inputs(context)
-        for part in (inputs.train, inputs.eval) if rewards else ():
-            require_answers(config.rewards, part.examples if part else [])
     require_room(made.disk, config.training, len(inputs.dataset), output_dir)
     made = made.timed(inputs.lengths(config.data))
     if made.run_time:

@@ -200,6 +200,21 @@ def test_what_does_not_go_with_answers_is_refused_in_the_run_file(changes: dict[
         ("dpo", "f_alpha_divergence_coef", 0.1, "only f_divergence_type: alpha_divergence reads it"),
         ("grpo", "data_seed", 4, "training.data_seed is not used: TRL draws prompts by training.seed"),
         ("kto", "loss_type", "sigmoid", "training.loss_type: kto has no loss 'sigmoid'"),
+        ("dpo", "loss_type", [], "training.loss_type: no loss is named"),
+        (
+            "orpo",
+            "train_sampling_strategy",
+            "group_by_length",
+            "is group_by_length, which is of supervised",
+        ),
+        ("grpo", "loss_type", "gspo", "training.loss_type: grpo has no loss 'gspo'"),
+        ("grpo", "num_iterations", 0, "training.num_iterations: has to be at least 1"),
+        ("grpo", "max_completion_length", None, "training.max_completion_length is empty; set a whole number"),
+        ("grpo", "max_completion_length", 0, "training.max_completion_length: has to be at least 1"),
+        ("grpo", "num_generations", None, "training.num_generations is empty"),
+        ("grpo", "num_generations", 0, "training.num_generations: has to be at least 2"),
+        ("grpo", "temperature", 0, "training.temperature: has to be above 0"),
+        ("grpo", "generation_kwargs", {"num_beams": 2}, "training.generation_kwargs is setting num_beams"),
     ],
 )
 def test_arguments_are_those_of_trl_and_of_use(objective: Any, key: str, value: Any, message: str) -> None:

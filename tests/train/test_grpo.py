@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 import expertune
 from expertune.config import RewardConfig
-from expertune.errors import ConfigError
+from expertune.errors import ConfigError, RewardError
 from expertune.objectives.rewards import Reward, Rewards, load_rewards
 from expertune.run.record import RunRecord
 from expertune.train.oom import OutOfMemory
@@ -133,11 +133,6 @@ def set_trained(model: Any, values: dict[str, Tensor]) -> None:
         model.get_parameter(name).copy_(value)
 
 
-def test_a_step_that_wants_more_prompts_than_there_are_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"generated for 8 prompts at once, and data.train has 6; lower per_device"):
-        trainer_on(None, tmp_path, per_device_train_batch_size=8)
-
-
 @pytest.fixture(scope="module")
 def run_values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("grpo")
@@ -186,6 +181,10 @@ def test_run_with_rewards_has_them_in_its_record_and_resumes(run_values: dict[st
     [
         ({"training": {"use_vllm": True}}, "training.use_vllm is of another engine; a run generates with the model"),
         ({"training": {"reward_weights": [1.0]}}, r"training.reward_weights is set with rewards: \[{function"),
+        (
+            {"training": {"per_device_train_batch_size": 16, "num_generations": 2}},
+            "generated for 8 prompts at once, and data.train has 6; lower per_device",
+        ),
         ({"training": {"num_generations": 3}}, r"trl refuses a value: generation_batch_size \(8\) must be divisible"),
         (
             {"lora": {"targets": ["experts", "lm_head"]}},
@@ -198,7 +197,17 @@ def test_what_goes_with_no_rewards_is_refused_before_loading(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         expertune.finetune(run_values | changes | {"rewards": ["slot-f1"], "output_dir": str(tmp_path / "run")})
-    assert not (tmp_path / "run" / "record.json").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_without_an_answer_to_compare_with_leaves_no_directory_behind(
+    run_values: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "bare.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in PROMPTS))
+    values = run_values | {"rewards": ["slot-f1"], "data": {"train": str(tmp_path / "bare.jsonl")}, "task": {}}
+    with pytest.raises(RewardError, match=r"bare.jsonl: row 1: the example has no answer"):
+        expertune.finetune(values | {"output_dir": str(tmp_path / "run")})
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """`lora.init` and `fit: calibrated` in a run: made once, kept in its directory, right where it is exported."""
 
 import io
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,17 @@ def test_several_processes_do_not_make_one(run_values: dict[str, Any]) -> None:
 def test_too_little_text_to_calibrate_by_is_one_error(run_values: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"data.train: \d+ tokens, and the calibration wants 8192 of them"):
         trained(with_keys(run_values, lora={"init": "qera"}))
+
+
+def test_of_a_pair_the_chosen_answer_counts_for_the_calibration(run_values: dict[str, Any], tmp_path: Path) -> None:
+    pairs = [{"prompt": f"{n}?", "chosen": "a", "rejected": "b c d " * 40} for n in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    values = {key: run_values[key] for key in ("model", "lora")} | {"objective": "dpo"}
+    values |= {"data": {"train": str(tmp_path / "pairs.jsonl")}, "output_dir": str(tmp_path / "run")}
+    few = {"lora": {"init": "qera", "dropout": 0.0}, "quantization": {"calibration_tokens": 1024}}
+    with pytest.raises(DataError, match=r"data.train: \d{3} tokens, and the calibration wants 1024 of them"):
+        expertune.finetune(with_keys(values, **few))
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_beginnings_are_refused(run_values: dict[str, Any]) -> None:

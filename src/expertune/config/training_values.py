@@ -51,6 +51,12 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "label_smoothing": (0, True, 1),
     "desirable_weight": (0, True, math.inf),
     "undesirable_weight": (0, True, math.inf),
+    "generation_batch_size": (1, True, math.inf),
+    "max_completion_length": (1, True, math.inf),
+    "num_generations": (2, True, math.inf),
+    "num_iterations": (1, True, math.inf),
+    "steps_per_generation": (1, True, math.inf),
+    "temperature": (0, False, math.inf),
 }
 
 # What these packages are called where they are installed from.

@@ -60,7 +60,10 @@ _LOSSES: dict[str, tuple[str, ...]] = {
         *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
     ),
     "kto": ("kto", "apo_zero_unpaired"),
+    "grpo": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
 }
+# The strategies of training.train_sampling_strategy that look for `input_ids`, which examples of answers do not have.
+_BY_LENGTH = ("group_by_length", "batch_rebalance")
 _DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 # Losses of a difference of rewards, in which another divergence than reverse_kl has a meaning.
 _OF_DIFFERENCES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
@@ -73,6 +76,9 @@ _READ_BY = {
 
 _OF_ANOTHER_ENGINE = "of another engine; a run generates with the model that it trains. Remove the key"
 _NO_TOOLS = "of tools or conversations, and a prompt is answered once. Remove the key"
+
+# Of generation_kwargs: a prompt has one answer each time that it is handed to the model.
+_OF_GENERATION = {"num_beams", "num_return_sequences"}
 
 _REFUSED_OF_GRPO = {
     **{key: reason for key, reason in _REFUSED.items() if reason in (_OF_A_MODEL, _OF_A_REFERENCE)},
@@ -128,8 +134,16 @@ def refused_of_trl(training: Mapping[str, Any], objective: ObjectiveName) -> dic
     if objective == "grpo":
         engine = {key: _OF_ANOTHER_ENGINE for key in training if key.startswith(("vllm_", "use_vllm"))}
         refused = {key: reason for key, reason in _REFUSED_OF_GRPO.items() if training.get(key)}
+        for key in ("max_completion_length", "num_generations"):
+            if key in training and training[key] is None:
+                refused[key] = "empty; set a whole number, or remove the key"
+        if own := _OF_GENERATION & set(training.get("generation_kwargs") or {}):
+            refused["generation_kwargs"] = f"setting {min(own)}, and an answer is drawn token by token. Remove it there"
         return refused | {key: reason for key, reason in engine.items() if training[key]}
-    return {key: reason for key, reason in _REFUSED.items() if training.get(key)}
+    refused = {key: reason for key, reason in _REFUSED.items() if training.get(key)}
+    if (strategy := training.get("train_sampling_strategy")) in _BY_LENGTH:
+        refused["train_sampling_strategy"] = f"{strategy}, which is of supervised fine-tuning. Remove the key"
+    return refused
 
 
 def loss_types(training: Mapping[str, Any]) -> list[str]:
@@ -141,6 +155,8 @@ def loss_types(training: Mapping[str, Any]) -> list[str]:
 def problem_of_loss(training: Mapping[str, Any], objective: ObjectiveName) -> str | None:
     """What TRL would refuse only when it takes a loss, in a sentence that names the key; None where it would not."""
     names, known = loss_types(training), _LOSSES.get(objective, ())
+    if "loss_type" in training and not names:
+        return "training.loss_type: no loss is named; name one, or remove the key"
     for name in names if known else ():
         if name not in known:
             return f"training.loss_type: {objective} has no loss {shortened(name)!r}{did_you_mean(name, known)}"

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from expertune.adapt.files import read_adapter_settings
 from expertune.adapt.initial import Correction
@@ -26,11 +25,9 @@ from expertune.checkpoint.load import LoadedModel
 from expertune.checkpoint.matrices import SourceMatrices
 from expertune.checkpoint.moments import Moments, collect_moments
 from expertune.checkpoint.writer import hash_file
-from expertune.config import RunConfig
 from expertune.data import TokenizedExamples
 from expertune.data.collate import PaddingFreeCollator
-from expertune.data.examples import lengths_of
-from expertune.errors import CheckpointError, DataError
+from expertune.errors import CheckpointError
 from expertune.placement.experts import Location
 from expertune.run.base_model import kept_moments, load_base
 from expertune.run.context import RunContext
@@ -49,7 +46,6 @@ def load_to_train(
     """The base model, calibrated first where the run file asks for it, and the calibration.
 
     Raises:
-        DataError: the training examples are too short for the calibration.
         CheckpointError: a resumed run's calibration is not there any more.
     """
     config = context.config
@@ -59,14 +55,13 @@ def load_to_train(
     if context.record.section("model").get("calibration"):
         moments = kept_moments(context)
         return load_base(context, source, places), moments
-    require_tokens(config, train)
     plain = config.quantization.model_copy(update={"fit": "mse"}) if config.quantization.fit == "calibrated" else None
     first = context if plain is None else replace(context, config=config.model_copy(update={"quantization": plain}))
     loaded = load_base(first, source, places)
     started = time.monotonic()
     with context.record.phase("calibrating"), context.bars.task("calibrating", "tokens") as progress:
         wanted = config.quantization.calibration_tokens
-        batches = _sample(context, train, wanted, loaded.model)
+        batches = _sample(context, train, wanted)
         moments = collect_moments(loaded.model, batches, lambda done: progress(min(done, wanted), wanted))
     moments.save(path)
     found = {"tokens": wanted, "sha256": hash_file(path).sha256, "seconds": round(time.monotonic() - started, 1)}
@@ -78,17 +73,7 @@ def load_to_train(
     return loaded, moments
 
 
-def require_tokens(config: RunConfig, train: TokenizedExamples) -> None:
-    """Refuse training examples that have fewer tokens than the calibration asks for."""
-    wanted, there = config.quantization.calibration_tokens, sum(lengths_of(train.examples))
-    if there < wanted:
-        raise DataError(
-            f"data.train: {there} tokens, and the calibration wants {wanted} of them; give more examples, or set "
-            f"quantization.calibration_tokens to at most {there}"
-        )
-
-
-def _sample(context: RunContext, train: TokenizedExamples, wanted: int, model: nn.Module) -> Iterator[dict[str, Any]]:
+def _sample(context: RunContext, train: TokenizedExamples, wanted: int) -> Iterator[dict[str, Any]]:
     """Training examples, drawn by the run's seed until there are so many tokens, as batches for the model."""
     examples, config = train.examples, context.config
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(context.seed)).tolist()

@@ -19,14 +19,16 @@ from expertune.checkpoint.formats.nf4_folder import is_nf4_folder
 from expertune.checkpoint.hub import ModelSource, fetch_model
 from expertune.checkpoint.load import build_meta_model, fingerprint_of
 from expertune.checkpoint.tokenizer import load_tokenizer
-from expertune.config import DataConfig
+from expertune.config import DataConfig, RunConfig
 from expertune.data import TokenizedExamples, make_collator, make_dataset, plot_lengths, prepare_run, sequences_of
 from expertune.data.preview import preview
+from expertune.errors import DataError
+from expertune.objectives.rewards import require_answers
 from expertune.planning.duration import Lengths
 from expertune.report.preview import render_preview
 from expertune.run.context import RunContext
 from expertune.run.identity import identify, require_same_identity
-from expertune.train.schedule import require_a_batch
+from expertune.train.schedule import require_a_batch, require_prompts
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,29 @@ def read_inputs(context: RunContext) -> Inputs:
     with context.bars.task("tokenizing", "examples") as progress:
         train, evaluation = prepare_run(config.data, tokenizer, earlier, max_tokens, progress, config.objective)
     inputs = Inputs(source, base, tokenizer, expected.refusal, train, make_dataset(train, config.data), evaluation)
+    # Before anything is written, so that a mistake leaves no directory behind.
+    if config.objective == "grpo":
+        require_prompts(len(inputs.dataset), context.arguments)
+    for part in (train, evaluation):
+        require_answers(config.rewards, part.examples if part else [])
+    if config.is_calibrated and not is_nf4_folder(source.folder):
+        _require_tokens(config, train)
     _record_inputs(context, inputs)
     _show_data(context, inputs)
     return inputs
+
+
+def _require_tokens(config: RunConfig, train: TokenizedExamples) -> None:
+    """Refuse training examples that have fewer tokens than the calibration asks for; of a pair the chosen counts."""
+    wanted, there = config.quantization.calibration_tokens, 0
+    for example in train.examples:
+        there += len(example.input_ids)
+        if there >= wanted:
+            return
+    raise DataError(
+        f"data.train: {there} tokens, and the calibration wants {wanted} of them; give more examples, or set "
+        f"quantization.calibration_tokens to at most {there}"
+    )
 
 
 def note_stock_refusal(context: RunContext, refusal: str | None) -> None:

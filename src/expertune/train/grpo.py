@@ -31,7 +31,6 @@ from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from expertune.adapt.peft_model import ExpertPeftModel
-from expertune.errors import ConfigError
 from expertune.generation.decoding import evaluation_mode, generate_ids, to_text
 from expertune.objectives.log_probs import Reference
 from expertune.objectives.rewards import Answers, Reward, Rewards
@@ -78,9 +77,6 @@ class GroupTrainer(Promises, _Uncounted):
         tokenizer: the base model's.
         rewards: of the run.
         promised: what the promises are kept with.
-
-    Raises:
-        ConfigError: a step generates for more prompts than there are.
     """
 
     def __init__(
@@ -92,12 +88,6 @@ class GroupTrainer(Promises, _Uncounted):
         rewards: Rewards,
         promised: Promised,
     ) -> None:
-        at_once = int(args.generation_batch_size or 0) // int(args.num_generations or 1)
-        if len(examples) < at_once:
-            raise ConfigError(
-                f"training: answers are generated for {at_once} prompts at once, and data.train has {len(examples)}; "
-                "lower per_device_train_batch_size or gradient_accumulation_steps, or raise num_generations"
-            )
         self._examples, self._rewards, self._tokenizer_of_run = examples, rewards, tokenizer
         self._generated: dict[str, list[float]] = defaultdict(list)
         # TRL would add a copy of the adapter as the reference, also of one that has no effect yet.

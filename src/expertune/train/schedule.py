@@ -97,6 +97,24 @@ def require_a_batch(num_examples: int, training: Mapping[str, Any], processes: i
         )
 
 
+def require_prompts(num_examples: int, arguments: Any) -> None:
+    """Refuse fewer prompts than `objective: grpo` generates answers for at once.
+
+    Args:
+        num_examples: prompts of the training data set.
+        arguments: TRL's GRPOConfig of the run.
+
+    Raises:
+        ConfigError: says how many are wanted, and the fix.
+    """
+    at_once = int(arguments.generation_batch_size) // int(arguments.num_generations)
+    if num_examples < at_once:
+        raise ConfigError(
+            f"training: answers are generated for {at_once} prompts at once, and data.train has {num_examples}; "
+            "lower per_device_train_batch_size or gradient_accumulation_steps, or raise num_generations"
+        )
+
+
 def count_steps(training: Mapping[str, Any], num_examples: int | None, processes: int = 1) -> int | None:
     """How many optimizer steps a run takes; None where that depends on examples that nobody has counted.
 
