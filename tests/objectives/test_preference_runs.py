@@ -1,14 +1,16 @@
 """Runs over pairs and labeled answers: what they record, that they resume to the byte, and what is refused."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import expertune
-from expertune import finetune
+from expertune import finetune, load_config
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError
 from expertune.objectives.units import keeps_start
@@ -17,6 +19,7 @@ from tests.train.scarce import Scarce
 
 pytest.importorskip("trl")
 
+ROOT = Path(__file__).parents[2]
 REWARDS = {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"}
 
 
@@ -107,6 +110,44 @@ def test_dpo_from_an_adapter_compares_with_that_adapter(small_mixtral: Path, pai
     shutil.rmtree(start)
     with pytest.raises(ConfigError, match=r"the adapter that the run started from is gone.*put it back there"):
         expertune.evaluate(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "name", ["dpo", pytest.param("kto", marks=pytest.mark.slow), pytest.param("orpo", marks=pytest.mark.slow)]
+)
+def test_example_learns_from_the_demos_adapter_or_the_base_model(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps of four examples; the adapter has the demo's shape, and changes the model."""
+    monkeypatch.chdir(ROOT)
+    config = load_config(f"examples/{name}.yaml")
+    assert config.data.eval
+    sources = {part: source.split("[")[0] for part, source in (("train", config.data.train), ("eval", config.data.eval))}
+    small = [f"data.train={sources['train']}[0:4]", f"data.eval={sources['eval']}[0:2]", f"output_dir={tmp_path / 'run'}"]
+    small += ["training.max_steps=2", "training.per_device_train_batch_size=4"]
+    if config.lora.init_from:
+        assert config.lora.init_from == f"{load_config('examples/demo.yaml').output_dir}/adapter"
+        small.append(f"lora.init_from={demo_adapter(tmp_path / 'start')}")
+    record = finetune(f"examples/{name}.yaml", small).record
+    (_, before), (_, after) = record["eval"]["scores"]
+    assert after["rewards/margins"] != before["rewards/margins"]
+    if name != "orpo":  # whose reward has no reference
+        assert before["rewards/chosen"] == before["rewards/rejected"] == 0
+    if name == "dpo":
+        assert record["train"]["loss"][0][1] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def demo_adapter(folder: Path) -> Path:
+    """An adapter as the demo makes it, with random factors."""
+    demo = load_config("examples/demo.yaml")
+    model = expertune.attach(expertune.load_model(demo.model), **demo.lora.model_dump(exclude_unset=True))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, factor in model.named_parameters():
+            if "lora_B" in name:
+                factor.normal_(std=0.02)
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.slow
