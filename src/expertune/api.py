@@ -363,10 +363,6 @@ def _rewards(context: RunContext) -> Rewards | None:
     config = context.config
     if config.objective != "grpo":
         return None
-    if context.ranks.several:
-        raise ConfigError(
-            f"objective: grpo runs in one process, and {context.ranks.world_size} have been started; start one"
-        )
     start = config.lora.init_from
     targets = read_adapter_config(start).get("target_modules") if start else config.lora.targets
     if "lm_head" in (targets or []):

@@ -83,6 +83,7 @@ def test_run_over_answers_records_rewards_and_resumes_to_the_same_bytes(
     assert resumed.record["eval"]["scores"] == record["eval"]["scores"]
 
 
+@pytest.mark.slow
 def test_dpo_from_an_adapter_compares_with_that_adapter(small_mixtral: Path, pairs_file: Path, tmp_path: Path) -> None:
     first = values("orpo", small_mixtral, pairs_file, tmp_path / "first", training={"max_steps": 1})
     finetune(first)
@@ -116,18 +117,24 @@ def test_dpo_from_an_adapter_compares_with_that_adapter(small_mixtral: Path, pai
     "name", ["dpo", pytest.param("kto", marks=pytest.mark.slow), pytest.param("orpo", marks=pytest.mark.slow)]
 )
 def test_example_learns_from_the_demos_adapter_or_the_base_model(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, small_mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two steps of four examples; the adapter has the demo's shape, and changes the model."""
+    """Two steps of four examples on a smaller model; the adapter is as the demo makes it, and changes the model."""
     monkeypatch.chdir(ROOT)
     config = load_config(f"examples/{name}.yaml")
     assert config.data.eval
-    sources = {part: source.split("[")[0] for part, source in (("train", config.data.train), ("eval", config.data.eval))}
-    small = [f"data.train={sources['train']}[0:4]", f"data.eval={sources['eval']}[0:2]", f"output_dir={tmp_path / 'run'}"]
-    small += ["training.max_steps=2", "training.per_device_train_batch_size=4"]
+    sources = {
+        part: source.split("[")[0] for part, source in (("train", config.data.train), ("eval", config.data.eval))
+    }
+    small = [
+        f"data.train={sources['train']}[0:4]",
+        f"data.eval={sources['eval']}[0:2]",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    small += [f"model={small_mixtral}", "training.max_steps=2", "training.per_device_train_batch_size=4"]
     if config.lora.init_from:
         assert config.lora.init_from == f"{load_config('examples/demo.yaml').output_dir}/adapter"
-        small.append(f"lora.init_from={demo_adapter(tmp_path / 'start')}")
+        small.append(f"lora.init_from={demo_adapter(small_mixtral, tmp_path / 'start')}")
     record = finetune(f"examples/{name}.yaml", small).record
     (_, before), (_, after) = record["eval"]["scores"]
     assert after["rewards/margins"] != before["rewards/margins"]
@@ -137,10 +144,10 @@ def test_example_learns_from_the_demos_adapter_or_the_base_model(
         assert record["train"]["loss"][0][1] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def demo_adapter(folder: Path) -> Path:
-    """An adapter as the demo makes it, with random factors."""
-    demo = load_config("examples/demo.yaml")
-    model = expertune.attach(expertune.load_model(demo.model), **demo.lora.model_dump(exclude_unset=True))
+def demo_adapter(base: Path, folder: Path) -> Path:
+    """An adapter of the demo's ranks and targets, with random factors."""
+    lora = load_config("examples/demo.yaml").lora.model_dump(exclude_unset=True)
+    model = expertune.attach(expertune.load_model(base), **lora)
     torch.manual_seed(0)
     with torch.no_grad():
         for name, factor in model.named_parameters():
@@ -188,6 +195,19 @@ def test_factors_that_training_starts_with_are_kept_where_they_are_the_reference
 
 
 @pytest.mark.slow
+def test_adapter_that_begins_as_a_correction_is_its_own_reference(
+    small_mixtral: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    training = {"max_steps": 2, "save_steps": 2}
+    config = values("dpo", small_mixtral, pairs_file, tmp_path / "run", training=training, lora={"init": "loftq"})
+    record = finetune(config).record
+    assert record["adapter"]["init"]["how"] == "loftq"
+    (_, before), (_, after) = record["eval"]["scores"]
+    assert before["rewards/chosen"] == before["rewards/rejected"] == 0 != after["rewards/chosen"]
+    assert record["eval"]["loss"][0][1] == record["train"]["loss"][0][1] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.slow
 def test_pairs_stay_whole_where_memory_runs_out(
     small_mixtral: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,7 +231,10 @@ def test_pairs_stay_whole_where_memory_runs_out(
         ({"data": {"train": "x", "packing": "packed"}}, "data.packing: packed is of supervised fine-tuning"),
         ({"data": {"train": "x", "train_on": "all"}}, "data.train_on: all has no meaning with objective: dpo"),
         ({"lora": {"dropout": 0.1}}, r"lora.dropout: 0.1 would do nothing.*training.disable_dropout: false"),
-        ({"distributed": {"experts": "parallel"}}, "each process has all experts. Set replicate, or remove the key"),
+        (
+            {"distributed": {"experts": "parallel"}},
+            "parallel is for several processes, and objective: dpo runs in one; remove the key",
+        ),
         (
             {"objective": "kto", "training": {"per_device_train_batch_size": 1}},
             r"KL term pairs prompts.*set 2 or more",
@@ -221,6 +244,14 @@ def test_pairs_stay_whole_where_memory_runs_out(
 def test_what_does_not_go_with_answers_is_refused_in_the_run_file(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_config({"model": "m", "output_dir": "o", "objective": "dpo", "data": {"train": "x"}} | changes)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo", "grpo"])
+def test_several_processes_are_refused_by_the_plan_that_a_run_begins_with(objective: str) -> None:
+    values = {"model": "not-there", "output_dir": "o", "objective": objective, "data": {"train": "x"}}
+    rewards = {"rewards": ["slot-f1"]} if objective == "grpo" else {}
+    with pytest.raises(ConfigError, match=f"objective: {objective} runs in one process, and 2 were asked for; start"):
+        expertune.plan(values | rewards, devices=2, memory="8GB")
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,19 @@ def test_hostile_text_of_an_example_is_shown_as_text(examples: Any) -> None:
     assert "examples 3 used, 1 cut at 48 tokens" in Page(shown).text
 
 
+def test_pair_is_shown_with_both_answers_and_neither_as_html(tmp_path: Path) -> None:
+    pair = {"prompt": "Who?", "chosen": "Nobody.", "rejected": HOSTILE}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair), encoding="utf-8")
+    data = {"train": str(tmp_path / "pairs.jsonl"), "template": "question-answer"}
+    model = str(ASSETS / "tiny-mixtral")
+    (example,) = expertune.examples({"model": model, "objective": "dpo", "data": data, "output_dir": "run"})[:]
+    page = Page(example._repr_html_())
+    assert page.marked == ["in color", " Nobody.</s>", f" {HOSTILE[:-1]}\\u202e</s>"]
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert ("mark", {"class": "rejected"}) in page.tags
+    assert "rejected:" in page.text
+
+
 def test_overrides_apply_and_nothing_is_written(values: dict[str, Any]) -> None:
     examples = expertune.examples(values, overrides=["data.train_on=all", "data.eval=null"])
     assert examples.eval is None

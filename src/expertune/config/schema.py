@@ -124,8 +124,8 @@ class RunConfig(Section):
             raise ValueError(f"data.packing: packed is of supervised fine-tuning, not of {named}; remove the key")
         if self.distributed.experts in ("shard", "parallel"):
             raise ValueError(
-                f"distributed.experts: {self.distributed.experts} is of supervised fine-tuning; with {named} each "
-                "process has all experts. Set replicate, or remove the key"
+                f"distributed.experts: {self.distributed.experts} is for several processes, and {named} runs in one; "
+                "remove the key"
             )
         if self.data.train_on != "completion":
             raise ValueError(f"data.train_on: all has no meaning with {named}; remove the key")

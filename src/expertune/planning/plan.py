@@ -237,6 +237,10 @@ def plan_for(
             read.
     """
     check_training_arguments(config.training, config.where, config.objective)
+    if machine.world_size > 1 and config.objective != "sft":
+        raise ConfigError(
+            f"objective: {config.objective} runs in one process, and {machine.world_size} were asked for; start one"
+        )
     if machine.world_size > 1 and (config.is_calibrated or config.lora.init != "default"):
         key = f"lora.init: {config.lora.init}" if config.lora.init != "default" else "quantization.fit: calibrated"
         raise ConfigError(

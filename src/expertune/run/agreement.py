@@ -72,10 +72,6 @@ def choose_experts(context: RunContext) -> tuple[RunContext, str | None]:
         ConfigError: see `plan_for`.
     """
     config, ranks, train = context.config, context.ranks, context.record.values.get("train", {})
-    if ranks.several and config.objective != "sft":
-        raise ConfigError(
-            f"objective: {config.objective} runs in one process, and {ranks.world_size} have been started; start one"
-        )
     if config.distributed.experts != "auto" or not ranks.several:
         return context, None
     machine = machine_for_all(context)
