@@ -44,6 +44,13 @@ def test_planned_bytes_of_linears_that_stay_in_16_bits_are_those_that_a_load_hol
     assert planned(run_of, folder, dtype, layers=layers) > planned(run_of, folder, dtype)
 
 
+def test_linears_that_stay_in_16_bits_are_planned_so_from_a_config_alone(run_of, tmp_path):
+    folder, layers = save_tiny_model(tmp_path, "mixtral"), {"attention": 16}
+    known = planned(run_of, folder, layers=layers)
+    (folder / "model.safetensors").unlink()
+    assert planned(run_of, folder, layers=layers) == known
+
+
 @pytest.mark.parametrize("double_quantization", [True, False])
 def test_planned_bytes_of_an_nf4_folder_are_those_that_a_load_holds(run_of, tmp_path, double_quantization):
     source, folder = save_tiny_model(tmp_path / "source", "mixtral"), tmp_path / "nf4"

@@ -75,7 +75,8 @@ def read_source(config: RunConfig, folder: Path, on_hub: bool, model: PreTrained
     if any(piece.format for piece in recipe.pieces):
         _require_16_bits(config, "in 4 bits already")
     if headers is None:
-        recipe = replace(recipe, linears=linears_to_quantize(model, names.specs))
+        found = linears_to_quantize(model, names.specs)
+        recipe = replace(recipe, linears={name: each for name, each in found.items() if name not in recipe.whole})
         return Source(recipe, notes=("no weights to look at; the counts rest on config.json alone",))
     notes = []
     if None in headers.shapes.values():
