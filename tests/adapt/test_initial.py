@@ -1,5 +1,6 @@
 """Adapters that begin as the correction of what 4 bits lost: the best of their rank, whatever the scale and order."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,20 @@ def loaded(folder: Path):
 @pytest.fixture(scope="module")
 def moments(loaded) -> Moments:
     return collect_moments(loaded.model, [{"input_ids": TEXT}])
+
+
+def test_features_of_a_matrix_that_the_sample_never_meets_count_alike(loaded, moments: Moments) -> None:
+    model, layer = copied(loaded).model, "model.layers.0"
+    unused = {"q": f"{layer}.self_attn.q_proj", "experts": f"{layer}.mlp.experts"}
+    # As a family has them whose decoder layers hold experts for images beside those for text.
+    model.add_module(
+        "images", torch.nn.ModuleDict({key: deepcopy(model.get_submodule(name)) for key, name in unused.items()})
+    )
+    found = collect_moments(model, [{"input_ids": TEXT}])
+    for place in (Place("images.q"), Place("images.experts", "gate", 1), Place("images.experts", "down", 3)):
+        width = 128 if place.projection == "down" else 64
+        assert found.of(place, width, "here").eq(1).all()
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in moments.tensors.items())
 
 
 def attached(loaded, folder: Path) -> ExpertPeftModel:

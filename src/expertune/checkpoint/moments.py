@@ -154,6 +154,12 @@ class _Sum:
     tokens: Tensor
     is_stack: bool
 
+    @classmethod
+    def of(cls, rows: int, width: int, is_stack: bool) -> "_Sum":
+        """Of nothing yet."""
+        zeros = torch.zeros(rows, width, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64)
+        return cls(*zeros, is_stack)
+
     def add(self, row: int, x_TK: Tensor) -> None:
         # In float32 a feature that is far beyond the others stays exact enough; the sum of sums is in float64.
         self.squares[row] += x_TK.float().square().sum(dim=0).double().cpu()
@@ -162,7 +168,8 @@ class _Sum:
     def mean(self) -> Tensor:
         """Float32, of the shape of the `tensors` of `Moments`."""
         squares, tokens = self.squares, self.tokens[:, None]
-        of_layer = squares.sum(dim=0) / tokens.sum().clamp_min(1)
+        # Where nothing passed, such as in experts for images, all features count alike.
+        of_layer = squares.sum(dim=0) / tokens.sum() if tokens.any() else torch.ones_like(squares[0])
         mean = (squares + _PRIOR_TOKENS * of_layer) / (tokens + _PRIOR_TOKENS)
         least = _LEAST_SHARE * mean.mean(dim=1, keepdim=True).clamp_min(1e-30)
         mean = torch.maximum(mean, least).float()
@@ -173,17 +180,12 @@ class _Sum:
 def _watched(model: nn.Module, sums: dict[str, _Sum]) -> Iterator[None]:
     """Add the inputs of all 4-bit modules up while the block runs."""
 
-    def sum_of(name: str, rows: int, width: int, is_stack: bool) -> _Sum:
-        zeros = torch.zeros(rows, width, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64)
-        return sums.setdefault(name, _Sum(*zeros, is_stack))
-
     def linear(name: str, module: Nf4Linear, args: tuple[Any, ...]) -> None:
-        sum_of(name, 1, module.in_features, False).add(0, args[0].reshape(-1, module.in_features))
+        sums[name].add(0, args[0].reshape(-1, module.in_features))
 
     def experts(name: str, module: Nf4Experts, args: tuple[Any, ...]) -> None:
-        spec, (hidden_TK, index) = module.spec, args[:2]
-        gate_up = sum_of(f"{name}.gate_up", module.num_experts, spec.hidden_size, True)
-        down = sum_of(f"{name}.down", module.num_experts, spec.intermediate_size, True)
+        hidden_TK, index = args[:2]
+        gate_up, down = sums[f"{name}.gate_up"], sums[f"{name}.down"]
         for expert in module.owned:
             x_TK = hidden_TK[(index == expert).any(dim=1)].float()
             if len(x_TK):
@@ -193,7 +195,12 @@ def _watched(model: nn.Module, sums: dict[str, _Sum]) -> Iterator[None]:
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, Nf4Linear | Nf4Experts):
-            hook = linear if isinstance(module, Nf4Linear) else experts
+            if isinstance(module, Nf4Linear):
+                hook, sums[name] = linear, _Sum.of(1, module.in_features, is_stack=False)
+            else:
+                hook, count, spec = experts, module.num_experts, module.spec
+                sums[f"{name}.gate_up"] = _Sum.of(count, spec.hidden_size, is_stack=True)
+                sums[f"{name}.down"] = _Sum.of(count, spec.intermediate_size, is_stack=True)
             handles.append(module.register_forward_pre_hook(lambda m, args, name=name, hook=hook: hook(name, m, args)))
     try:
         yield
