@@ -3,15 +3,18 @@
 import io
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
 from expertune import finetune, generate, open_run
 from expertune.config import parse_config
 from expertune.errors import ConfigError
+from expertune.run.inputs import probe_batch, sample_batches
 from expertune.run.record import RunRecord
 from tests.train.scarce import adapter_bytes
 
@@ -45,6 +48,18 @@ def test_run_selects_experts_once_and_resumes_byte_for_byte(run_values: dict[str
     assert adapter_bytes(run_dir) == whole
     assert resumed["adapter"]["selection"] == found
     assert isinstance(generate(open_run(run_dir), "What is 1 plus 2?", max_new_tokens=2), str)
+
+
+def test_experts_are_scored_on_whole_examples_answers_after_long_prompts_included() -> None:
+    config = parse_config({"model": "m", "data": {"train": "rows.jsonl", "max_length": 1024}, "output_dir": "out"})
+    row = {"input_ids": [*range(600), *[7] * 100], "labels": [-100] * 600 + [7] * 100, "example_ids": [0]}
+    context: Any = SimpleNamespace(config=config, device=torch.device("cpu"))
+    inputs: Any = SimpleNamespace(
+        dataset=[row] * 4, train=SimpleNamespace(report={}, examples=[row] * 4), tokenizer=None
+    )
+    batches = list(sample_batches(context, inputs, 1400))
+    assert [int((batch["labels"] != -100).sum()) for batch in batches] == [100, 100]
+    assert probe_batch(context, inputs)["input_ids"].numel() == 512
 
 
 @pytest.mark.parametrize(

@@ -152,11 +152,15 @@ def probe_batch(context: RunContext, inputs: Inputs) -> dict[str, Any]:
     """The first training examples, as many as the preflight check's tokens allow, collated as in training."""
     # Answers that are compared are sequences like any other, and a prompt alone is all that there is to predict.
     rows = inputs.dataset if "kind" not in inputs.train.report else sequences_of(inputs.train.examples)
-    return next(_small_batches(context, inputs, rows))
+    # Of a long example its beginning is enough; whole, it could need more memory than the run itself.
+    short = (
+        {key: each if key == "example_ids" else each[:PREFLIGHT_TOKENS] for key, each in row.items()} for row in rows
+    )
+    return next(_small_batches(context, inputs, short))
 
 
 def sample_batches(context: RunContext, inputs: Inputs, most_tokens: int) -> Iterator[dict[str, Any]]:
-    """Training examples from all over the data, up to so many tokens, in batches as the preflight check's.
+    """Whole training examples from all over the data, up to so many tokens, in batches as small as they allow.
 
     They are the same for every seed of a run, and on all ranks.
     """
@@ -182,8 +186,6 @@ def _small_batches(context: RunContext, inputs: Inputs, rows: Iterable[Mapping[s
     chosen: list[Any] = []
     tokens = 0
     for row in rows:
-        # Of a long example its beginning is enough; whole, it could need more memory than the run itself.
-        row = {key: value if key == "example_ids" else value[:PREFLIGHT_TOKENS] for key, value in row.items()}
         length = data.max_length if data.packing == "padded" else len(row["input_ids"])
         if chosen and tokens + length > PREFLIGHT_TOKENS:
             yield collated(chosen)
