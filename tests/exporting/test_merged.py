@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 from expertune.checkpoint.quantize import quantize
+from expertune.config import QuantizationConfig
 from expertune.errors import ExportError
 from expertune.exporting import merging
 from expertune.exporting.engines import stock, trained
@@ -73,6 +74,17 @@ def test_magnitudes_of_dora_are_folded_into_either_base_and_other_formats_are_re
     assert largest_difference(dequantized_and_adapter(source, loaded.model), merged) <= 2**-8
     with pytest.raises(ExportError, match=r"PEFT has no DoRA on stacked experts.*--to merged"):
         make_format("peft", Options()).require(source)
+
+
+def test_adapter_of_an_nf4_folder_with_fitted_scales_is_merged_into_what_the_folder_was_made_of(tmp_path: Path) -> None:
+    folder = save_random(tmp_path / "model", tiny_config())
+    quantize(str(folder), tmp_path / "nf4", QuantizationConfig(fit="mse"))
+    loaded = load_tiny(tmp_path / "nf4")
+    source = source_of(loaded, folder, tmp_path / "run")
+    merged = stock_model(written(Merged(), source, tmp_path / "merged"))
+    assert largest_difference(base_and_adapter(source, stock_model(folder), torch.bfloat16), merged) == 0
+    merged = stock_model(written(MergedIntoDequantized(), source, tmp_path / "dequantized"))
+    assert largest_difference(dequantized_and_adapter(source, loaded.model), merged) == 0
 
 
 def test_reference_rounds_each_weight_to_the_dtype_that_the_merged_one_has(tmp_path: Path) -> None:

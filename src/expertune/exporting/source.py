@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from expertune.adapt.base_model import require_same_base
 from expertune.adapt.factors import AdapterFactors, Factors, difference, read_factors, stacked
-from expertune.adapt.files import AdapterFile, read_adapter
+from expertune.adapt.files import AdapterFile, read_adapter, read_adapter_base
 from expertune.checkpoint.adapter_folder import WEIGHTS_NAME
 from expertune.checkpoint.fingerprint import Fingerprint, read_fingerprint
 from expertune.checkpoint.formats.nf4_folder import CALIBRATED, is_nf4_folder, read_nf4_folder
@@ -310,7 +310,7 @@ def open_source(
     folder = source.context.output_dir / INITIAL_ADAPTER
     require_kept(folder / WEIGHTS_NAME, begun["sha256"])
     initial = read_adapter(folder)
-    began = read_factors(initial.config, initial.tensors, source.names, initial.where)
+    began = read_factors(initial.config, initial.tensors, source.names, initial.where, initial.selected)
     return replace(source, factors=difference(source.factors, began))
 
 
@@ -327,6 +327,11 @@ def read_source(context: RunContext, adapter: Path, base: ModelSource) -> Export
     index = stored.index if stored else open_checkpoint(folder)
     described = build_meta_model(folder, torch.bfloat16, base.trust_remote_code, shapes_only=True)
     names = read_names(described)
+    trained_on = read_adapter_base(adapter)
+    if stored is None and trained_on and "fit" not in context.config.quantization.model_fields_set:
+        # The run had an NF4 folder, whose scales its run file need not name, and this is what the folder was made of.
+        quantization = context.config.quantization.model_copy(update={"fit": trained_on.fit})
+        context = replace(context, config=context.config.model_copy(update={"quantization": quantization}))
     fit = stored.fit if stored else context.config.quantization.fit
     fingerprint = read_fingerprint(folder, index.tensors, described, names, fit)
     require_same_base(adapter, fingerprint, context.config.model, allowed_by=None)
