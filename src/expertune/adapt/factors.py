@@ -111,7 +111,8 @@ def read_factors(
         tensors: tensors by name on disk; views of these are returned.
         names: the base model's name map.
         where: what to call the adapter in errors.
-        selected: by experts module, the experts that have an adapter; None or nothing where all have one.
+        selected: by experts module, the experts that have an adapter; nothing where all have one, None where only the
+            tensors are known.
 
     Raises:
         CheckpointError: a tensor belongs to no module of this model, has no partner, or an expert has none.
@@ -130,7 +131,10 @@ def read_factors(
                 if (name in rest) == (expert in chosen):
                     continue
                 if expert in chosen:
-                    raise CheckpointError(f"{where}: {name} has no adapter, though others of its layer have")
+                    # PEFT's own calls know nothing of a selection, which the weights' file has beside its tensors.
+                    hint = "; an adapter on selected experts (lora.experts) is loaded by expertune.load_adapter"
+                    hint = hint if selected is None else ""
+                    raise CheckpointError(f"{where}: {name} has no adapter, though others of its layer have{hint}")
                 raise CheckpointError(f"{where}: {name} has an adapter, and was not selected to have one")
             some = plain.pair(held[0])
             nothing = Factors(torch.zeros_like(some.a), torch.zeros_like(some.b), some.scale)

@@ -126,6 +126,13 @@ def test_an_adapter_that_stock_peft_made_over_16_bits_loads_on_the_nf4_folder(
     assert set(experts_of(found)) == {f"base_model.model.model.layers.{layer}.mlp.experts" for layer in (0, 1)}
 
 
+def test_an_adapter_on_selected_experts_is_refused_with_what_loads_it(model: PreTrainedModel, written: Any) -> None:
+    layers = {f"model.layers.{layer}.mlp.experts": [2, 0] for layer in range(2)}
+    folder, *_ = written("mixtral", "experts", experts={"share": 0.3, "layers": layers})
+    with pytest.raises(CheckpointError, match=r"has no adapter.*\(lora.experts\) is loaded by expertune.load_adapter"):
+        PeftModel.from_pretrained(model, str(folder))
+
+
 def test_an_adapter_of_other_layers_is_refused(model: PreTrainedModel, written: Any) -> None:
     adapter, _, _ = written("mixtral", "experts")
     found = get_peft_model(model, lora(target_modules=["w1"]))
