@@ -129,3 +129,11 @@ def test_updates_that_do_not_fit_are_refused_with_what_was_received(wrong: str) 
     changes, message = WRONG_UPDATES[wrong]
     with pytest.raises(ValueError, match=message):
         expert_mlp(*case._replace(updates=[replace(case.updates[0], **changes)]))
+
+
+@pytest.mark.parametrize("others", [None, (1, 3), (0, 1)])
+def test_gain_beside_another_update_of_the_same_experts_is_refused(others: tuple[int, ...] | None) -> None:
+    case = make_case(6, ranks=((0, 8), (0, 4)), experts=((1, 2), others))
+    first = replace(case.updates[0], gain=torch.ones(2, 192))
+    with pytest.raises(ValueError, match="must be the only one of its part and experts"):
+        expert_mlp(*case._replace(updates=[case.updates[1], first]))

@@ -25,7 +25,8 @@ class LoraUpdate:
     Where only some experts have one, S is how many, and the others' output stays as it is.
 
     With a gain the whole output is scaled, y = gain[e] * (W @ x' + scaling * B[e] @ A[e] @ x') + W @ (x - x') of the
-    dropped input x', which is the input itself without dropout (DoRA); such an update is the only one of its part.
+    dropped input x', which is the input itself without dropout (DoRA); such an update is the only one of its part
+    for the experts that it has.
 
     Attributes:
         part: 0 .. P-1 for a part of the first GEMM, P for down.

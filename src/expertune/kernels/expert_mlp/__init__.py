@@ -108,9 +108,18 @@ def _check(
             raise ValueError(f"the bias of {what} is on {bias.device}, hidden is on {hidden.device}")
     for update in updates:
         _check_update(update, hidden, num_experts, parts, (rows, columns))
-    scaled = {update.part for update in updates if update.gain is not None and update.slots is None}
-    if len([update for update in updates if update.part in scaled]) > len(scaled):
-        raise ValueError("an update with a gain must be the only one of its part")
+    for update in updates:
+        others = [each for each in updates if each.part == update.part and each is not update]
+        if update.gain is not None and any(_share_experts(update, each) for each in others):
+            raise ValueError("an update with a gain must be the only one of its part and experts")
+
+
+def _share_experts(one: LoraUpdate, other: LoraUpdate) -> bool:
+    if one.slots is None or other.slots is None:
+        return True
+    # Of slots on a GPU, or those of a graph that is compiled, nothing can be read at this point.
+    is_readable = one.slots.device.type == other.slots.device.type == "cpu" and not torch.compiler.is_compiling()
+    return is_readable and bool(((one.slots >= 0) & (other.slots >= 0)).any())
 
 
 def _check_update(update: LoraUpdate, hidden: Tensor, num_experts: int, parts: int, shape: tuple[int, int]) -> None:
