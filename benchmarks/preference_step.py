@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             [*command, "--worker", side],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             text=True,
         )
         for side in SIDES
@@ -122,14 +121,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 assert process.stdout is not None
                 process.stdin.write("step\n")
                 process.stdin.flush()
-                found[side].append(json.loads(process.stdout.readline()))
+                if not (line := process.stdout.readline()):
+                    raise SystemExit(f"the worker of {side} ended before its work; see above")
+                found[side].append(json.loads(line))
+            require_same_loss([found[side][-1]["loss"] for side in SIDES], len(found[SIDES[0]]))
     finally:
         for process in workers.values():
             process.stdin.close()  # type: ignore[union-attr]
             process.wait()
-    first = [found[side][0]["loss"] for side in SIDES]
-    if abs(first[0] - first[1]) > 1e-4:
-        raise SystemExit(f"the losses of the first step differ: {first}")
     seconds = {side: [each["seconds"] for each in found[side][_BATCHES:]] for side in SIDES}
     extra = {side: found[side][-1]["peak"] - found[side][0]["ready"] for side in SIDES}
     return {
@@ -145,6 +144,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "trl": importlib.metadata.version("trl"),
         **report.environment(),
     }
+
+
+def require_same_loss(losses: Sequence[float], step: int) -> None:
+    """Raises SystemExit where the sides did not compute the same."""
+    if not abs(losses[0] - losses[1]) <= 1e-4:
+        raise SystemExit(f"the losses of step {step} differ: {losses}")
 
 
 def main() -> None:

@@ -1,13 +1,14 @@
 """What 4 bits cost, and what each option of the run file wins back, on models small enough to train here.
 
-    python benchmarks/quality.py --json OUT [--page docs/quality.md]     all: at most 40 minutes on two cores
+    python benchmarks/quality.py --json OUT [--page docs/quality.md]     all: what 40 minutes allow (--limit)
     python benchmarks/quality.py --json OUT --quick                      one seed and few variants, in minutes
     python benchmarks/quality.py --json OUT --only "muon" "use_dora"     these variants alone, added to OUT
     python benchmarks/quality.py --json OUT --tables docs/quality.md     nothing is measured: tables from OUT
 
 Two parts. `bits` replaces the weights of 16-bit models by their NF4 values, part by part, and takes the loss. `study`
 trains variants of one run on three tasks with three seeds, and takes loss, score, and the loss on other text. OUT is
-written after each cell, and what it holds already is not measured again; `--anew` begins again.
+written after each cell, and what it holds already is not measured again; `--anew` begins again. Each result has the
+device, versions and commit that it was measured with, and the page says where these differ.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.quality_study.origin import origin, with_origins
 from benchmarks.quality_study.variants import DEFAULT, REFERENCE, VARIANTS
 
 MODELS = ("embedded", "many experts", "tuned")
@@ -105,7 +107,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     result: dict[str, Any] = {"bits": {}, "cells": {}}
     if args.json.exists() and not args.anew:
-        result = json.loads(args.json.read_text(encoding="utf-8"))
+        result = with_origins(json.loads(args.json.read_text(encoding="utf-8")))
     result |= {"benchmark": "quality", **report.environment(), "workers": args.workers}
     started, before = time.monotonic(), result.get("seconds", 0.0)
     wanted = [job for job in jobs(args) if not _is_there(result, job)]
@@ -132,7 +134,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     break
                 continue
             left -= 1
-            result["bits" if job[0] == "bits" else "cells"][key(job)] = found
+            result["bits" if job[0] == "bits" else "cells"][key(job)] = found | {"origin": origin(result)}
             result["seconds"] = round(before + time.monotonic() - started, 1)
             report.write(args.json, result)
             report.progress(f"{time.monotonic() - started:6.0f} s  {left:3d} left  {key(job)}: {_short(found)}")
@@ -168,7 +170,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--anew", action="store_true", help="measure again what --json holds")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; default 2")
-    parser.add_argument("--limit", type=float, help="seconds after which no more results are waited for")
+    parser.add_argument(
+        "--limit", type=float, default=2400, help="seconds after which no more results are waited for; default 2400"
+    )
     args = parser.parse_args()
     if not args.tables:
         measure(args)

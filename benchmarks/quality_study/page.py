@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality_study.origin import origins
 from benchmarks.quality_study.variants import DEFAULT, Variant
 from expertune.storage import write_whole
 
@@ -91,12 +92,20 @@ def study_tables(result: dict[str, Any], variants: Sequence[Variant]) -> Iterabl
     }
     shown = [variant for variant in variants if all(cells[variant.name].values())]
     default = cells[DEFAULT]
-    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "transformers", "peft"))
     yield (
         f"{result['device']}, {result['workers']} processes of one thread, {result['seconds'] / 60:.0f} minutes; "
-        f"{versions}; {result['date'][:10]}."
+        f"{_versions(result)}; {result['date'][:10]}."
     )
     yield ""
+    measured = origins(result)
+    if len(measured) > 1:
+        yield "Not all was measured in one place and with one commit:"
+        yield ""
+        yield from (
+            f"- {count} results: {each['device']}; {_versions(each)}; commit {each['commit']}"
+            for each, count in measured
+        )
+        yield ""
     yield "Scores, mean and standard deviation over seeds:"
     yield ""
     names = [f"{task}, {figure}" for task, figure in TASKS.items()]
@@ -136,7 +145,7 @@ def study_tables(result: dict[str, Any], variants: Sequence[Variant]) -> Iterabl
                 variant.name,
                 f"{_first(cells[variant.name]['meaning'])['trained_parameters']:,}",
                 f"{(own := _median(cells[variant.name]['meaning'])):.2f}",
-                f"{own / _median(default['meaning']):.2f}x",
+                f"{own / _median(default['meaning']):.2f}x" if default["meaning"] else "",
             ]
             for variant in shown
         ],
@@ -149,6 +158,10 @@ def study_tables(result: dict[str, Any], variants: Sequence[Variant]) -> Iterabl
         found = [cell for name, cell in result["cells"].items() if name.startswith(f"{variant.name} | ")]
         reasons = [reason for cell in found if (reason := cell.get("left_out") or cell.get("failed"))]
         yield f"- {variant.name}: {reasons[0] if reasons else 'there was no time'}"
+
+
+def _versions(origin: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {origin['versions'][name]}" for name in ("torch", "transformers", "peft"))
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
