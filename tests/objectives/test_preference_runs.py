@@ -228,6 +228,7 @@ def test_pairs_stay_whole_where_memory_runs_out(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"objective": "grpo", "rewards": "slot-f1", "loss": "full"}, "loss: full is of the other objectives"),
         ({"data": {"train": "x", "packing": "packed"}}, "data.packing: packed is of supervised fine-tuning"),
         ({"data": {"train": "x", "train_on": "all"}}, "data.train_on: all has no meaning with objective: dpo"),
         ({"lora": {"dropout": 0.1}}, r"lora.dropout: 0.1 would do nothing.*training.disable_dropout: false"),

@@ -120,6 +120,8 @@ class RunConfig(Section):
         named, training = f"objective: {self.objective}", self.training
         if self.router != RouterSection():
             raise ValueError(f"router: its losses are of supervised fine-tuning, not of {named}; remove the section")
+        if self.objective == "grpo" and self.loss == "full":
+            raise ValueError("loss: full is of the other objectives, and TRL takes the loss of grpo; remove the key")
         if self.data.packing == "packed":
             raise ValueError(f"data.packing: packed is of supervised fine-tuning, not of {named}; remove the key")
         if self.distributed.experts in ("shard", "parallel"):
