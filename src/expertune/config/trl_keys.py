@@ -3,7 +3,8 @@
 TRL's own defaults hold for what TRL adds to transformers' arguments.
 """
 
-import importlib
+import importlib.metadata
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,8 @@ _ARGUMENTS: dict[ObjectiveName, tuple[str, str]] = {
     "orpo": ("trl.experimental.orpo", "ORPOConfig"),
     "grpo": ("trl", "GRPOConfig"),
 }
+
+_OLDEST_TRL = (1, 16)  # whose trainers' insides were read
 
 _OF_A_MODEL = "of a model that TRL loads; a run loads its own. Remove the key"
 _OF_DATA = "of data that TRL prepares; `data` says how a run's is read. Remove the key"
@@ -109,17 +112,24 @@ def arguments_class(objective: ObjectiveName, where: str = "config") -> Any:
         where: what is named in errors.
 
     Raises:
-        ConfigError: TRL is not installed.
+        ConfigError: TRL is not installed, or too old.
     """
     module, name = _ARGUMENTS[objective]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
-            return getattr(importlib.import_module(module), name)
-    except ImportError:
-        raise ConfigError(
-            f"{where}: objective: {objective} needs TRL 1.16 or later; `pip install 'expertune[trl]'`"
-        ) from None
+            found = getattr(importlib.import_module(module), name)
+        is_known = objective == "sft" or _release(importlib.metadata.version("trl")) >= _OLDEST_TRL
+    except ImportError:  # also of a package that is not installed
+        is_known = False
+    if not is_known:
+        raise ConfigError(f"{where}: objective: {objective} needs TRL 1.16 or later; `pip install 'expertune[trl]'`")
+    return found
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Major and minor number."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def refused_of_trl(training: Mapping[str, Any], objective: ObjectiveName) -> dict[str, str]:

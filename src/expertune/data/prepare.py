@@ -67,7 +67,7 @@ def prepare_examples(
     if spec is None:
         raise ConfigError("data.eval names no examples; set it to files, a hub dataset or a slice of one")
     source = find_source(spec)
-    walk = _Walk(data, objective, tokenizer, progress)
+    walk = _Pipeline(data, objective, tokenizer, progress)
     if token_cache.is_large(source):
         found = token_cache.kept_examples(
             token_cache.cache_key(source, data, tokenizer, objective),
@@ -85,7 +85,7 @@ def prepare_examples(
 
 
 @dataclass(frozen=True)
-class _Walk:
+class _Pipeline:
     """The way of a source's rows to tokenized examples."""
 
     data: DataConfig

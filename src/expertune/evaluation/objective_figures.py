@@ -20,18 +20,28 @@ FIGURES = (
 )
 """By TRL's names. Of pairs: the share whose chosen answer has the higher reward, and by how much on average."""
 
-
-_OTHERS = frozenset(
+OF_ANSWERS = frozenset(
     {
-        *("kl", "nll_loss", "log_odds_ratio", "log_odds_chosen", "aux_loss"),
-        *("reward", "reward_std", "frac_reward_zero_std", "entropy"),
+        *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+        *("logps/chosen", "logps/rejected", "kl", "nll_loss", "log_odds_ratio", "log_odds_chosen", "aux_loss"),
     }
 )
+"""What a run over answers keeps of TRL's figures; the others are of all logits, or count tokens."""
+
+_OF_REWARDS = frozenset({"reward", "reward_std", "frac_reward_zero_std", "kl", "entropy"})
+
+SELECTING = {
+    "dpo": ("rewards/accuracies", "rewards/margins"),
+    "kto": ("rewards/margins",),
+    "orpo": ("rewards/accuracies", "rewards/margins"),
+    "grpo": ("reward",),
+}
+"""Figures of an evaluation that the best checkpoint may be chosen by; higher is better."""
 
 
 def is_objective_figure(name: str) -> bool:
     """Whether a figure of an evaluation is one of its objective's, by TRL's name, and none of the task's."""
-    return "/" in name or name in _OTHERS
+    return "/" in name or name in OF_ANSWERS | _OF_REWARDS
 
 
 def shown_objective_figures(figures: Mapping[str, Any]) -> list[Figure]:

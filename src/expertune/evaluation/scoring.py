@@ -20,8 +20,8 @@ from expertune.errors import ConfigError, DataError
 from expertune.evaluation.metrics import METRICS, Metric
 from expertune.generation.decoding import PLAIN, Batches, complete, evaluation_mode
 from expertune.generation.sampling import Sampling
-from expertune.objectives.figures import Figures, Taken
-from expertune.objectives.log_probs import Watched
+from expertune.objectives.figures import Figures, LossOutput
+from expertune.objectives.log_probs import ForwardHook
 
 _MOST_EXAMPLE_CHARS = 400_000
 _FEWEST_EXAMPLES = 8
@@ -91,10 +91,10 @@ def evaluation_figures(
     dataset: Sequence[Feature],
     collator: Callable[[Sequence[Feature]], dict[str, Any]],
     batch_size: int,
-    taken: Callable[[Mapping[str, Any], Watched], Taken],
+    taken: Callable[[Mapping[str, Any], ForwardHook], LossOutput],
     batches: Batches = PLAIN,
 ) -> dict[str, float]:
-    """The loss and figures of an objective over answers, each as the mean over the examples.
+    """The loss and figures of an objective over answers, each as the mean over the examples; in one process.
 
     Args:
         model: the model in any mode; its mode is restored.
@@ -109,20 +109,19 @@ def evaluation_figures(
     """
     device, found = next(model.parameters()).device, Figures()
 
-    def of_batch(counts: bool, batch: Mapping[str, Any]) -> Taken:
+    def of_batch(batch: Mapping[str, Any]) -> LossOutput:
         on_device = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in batch.items()}
-        return taken(on_device, batches.watched if counts else lambda _: nullcontext())
+        return taken(on_device, batches.watched)
 
     with evaluation_mode(model), torch.no_grad():
-        for start, counts in batches.ranks.rounds(range(0, len(dataset), batch_size)):
+        for start in range(0, len(dataset), batch_size):
             batch = collator([dataset[index] for index in range(start, min(start + batch_size, len(dataset)))])
-            for part in batches.in_parts(partial(of_batch, counts), batch):
+            for part in batches.in_parts(of_batch, batch):
                 figures = {"loss": (part.loss.item(), part.num_examples)} | part.figures
-                for name, (figure, count) in figures.items() if counts else ():
+                for name, (figure, count) in figures.items():
                     found.add(name, figure, count)
             if batches.progress:
                 batches.progress(min(start + batch_size, len(dataset)), len(dataset))
-    found.add_up(batches.ranks)
     return found.take()
 
 

@@ -4,10 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from expertune.distributed.mesh import Ranks
 
-
-class Taken(NamedTuple):
+class LossOutput(NamedTuple):
     """A batch's loss, and its figures.
 
     Attributes:
@@ -40,15 +38,6 @@ class Figures:
             self.names.append(name)
         total, counted = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = total + mean * count, counted + count
-
-    def add_up(self, ranks: Ranks) -> None:
-        """Add those of all ranks; all ranks call this, also one that has none."""
-        if not ranks.several:
-            return
-        of_ranks, self._sums = ranks.gather(self._sums), {}
-        for sums in of_ranks:
-            for name, (total, counted) in sums.items():
-                self.add(name, total / counted, counted)
 
     def clear(self) -> None:
         """Forget what was added: it is computed again."""

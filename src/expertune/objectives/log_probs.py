@@ -21,7 +21,7 @@ from expertune.generation.decoding import evaluation_mode
 from expertune.layers.varlen_attention import SEQUENCE_BOUNDS
 from expertune.objectives.chunked_loss import LanguageModelLoss
 
-Watched = Callable[[Mapping[str, Any]], AbstractContextManager[None]]
+ForwardHook = Callable[[Mapping[str, Any]], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class LogProbs:
         reference: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._loss, self._model, self._padded, self._reference = loss, model, padded, reference
-        self._watched: tuple[Tensor | None, Watched] = None, lambda _: nullcontext()
+        self._watched: tuple[Tensor | None, ForwardHook] = None, lambda _: nullcontext()
 
     @contextmanager
-    def watching(self, input_ids: Tensor, watched: Watched) -> Iterator[None]:
+    def watching(self, input_ids: Tensor, watched: ForwardHook) -> Iterator[None]:
         """While open, `watched` is open where the model is called on these ids, and not on other ones (KTO's KL)."""
         previous, self._watched = self._watched, (input_ids, watched)
         try:

@@ -26,7 +26,7 @@ class Objective(Protocol):
 
         Args:
             inputs: the micro-batch or a part of it, without its examples' ids.
-            num_items_in_batch: what `num_items` counted for the step, over all processes, divided by their number.
+            num_items_in_batch: what `num_items` counted for the step.
             own: transformers' loss of the micro-batch.
             with_outputs: the model's outputs are wanted as well.
         """

@@ -3,7 +3,8 @@
 The loss is TRL's own (`trl_losses.py`), on log-probabilities that are taken without logits and without padding
 (`log_probs.py`). Columns of a batch: those of `trl_losses.Collator`. The indivisible unit is a pair, or a labeled
 answer; of some losses it is the micro-batch (`units.py`). A step's loss is the mean over its examples, however they are
-spread over micro-batches and processes. The reference is the model that training starts from (`log_probs.Reference`).
+spread over micro-batches. The reference is the model that training starts from (`log_probs.Reference`). All of this is
+one process's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,15 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl.trainer.utils import disable_dropout_in_model
 
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.config import RunConfig
 from expertune.data.split import NUM_EXAMPLES, Batch
 from expertune.objectives.chunked_loss import LanguageModelLoss
-from expertune.objectives.figures import Figures, Taken
-from expertune.objectives.log_probs import LogProbs, Reference, Watched
-from expertune.objectives.trl_losses import LOSSES, Collator
+from expertune.objectives.figures import Figures, LossOutput
+from expertune.objectives.log_probs import ForwardHook, LogProbs, Reference
+from expertune.objectives.trl_losses import LOSSES, Collator, disable_dropout_in_model
 from expertune.objectives.units import why_whole
 
 
@@ -69,12 +69,12 @@ class Preference:
         self, inputs: Mapping[str, Any], num_items_in_batch: Any, own: Callable[[], Any], with_outputs: bool = False
     ) -> Tensor:
         """A micro-batch's share of the step's loss; its figures are added to the step's."""
-        taken: Taken = self._trained.taken(inputs)
+        taken: LossOutput = self._trained.taken(inputs)
         for name, (figure, count) in taken.figures.items():
             self.figures.add(name, figure, count)
         return taken.loss * (taken.num_examples / num_items_in_batch)
 
-    def evaluated(self, inputs: Mapping[str, Any], watched: Watched) -> Taken:
+    def evaluated(self, inputs: Mapping[str, Any], watched: ForwardHook) -> LossOutput:
         """The loss and figures of a batch that is not trained on.
 
         Args:
@@ -82,7 +82,7 @@ class Preference:
             watched: given what the model is called with; open while the trained model computes.
         """
         with torch.no_grad(), self._held_out.policy.watching(inputs["input_ids"], watched):
-            taken: Taken = self._held_out.taken(inputs)
+            taken: LossOutput = self._held_out.taken(inputs)
         return taken
 
     def why_indivisible(self, num_items_in_batch: Any) -> str | None:

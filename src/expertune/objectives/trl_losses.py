@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer, KTOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+from trl.trainer.utils import disable_dropout_in_model as disable_dropout_in_model
 
 from expertune.data.split import NUM_EXAMPLES
-from expertune.objectives.figures import Taken
+from expertune.evaluation.objective_figures import OF_ANSWERS
+from expertune.objectives.figures import LossOutput
 from expertune.objectives.log_probs import LogProbs
 
 with warnings.catch_warnings():  # of an interface that may change
@@ -28,15 +30,9 @@ with warnings.catch_warnings():  # of an interface that may change
 
 Batch = Mapping[str, Any]
 
-# Figures of TRL's that are of use; the others are of all logits, or count tokens.
-_FIGURES = {
-    *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"),
-    *("kl", "nll_loss", "log_odds_ratio", "log_odds_chosen", "aux_loss"),
-}
 
-
-class _Local:
-    """In accelerate's place: nothing is gathered from other processes, which add up what they have themselves."""
+class _OneProcess:
+    """In accelerate's place: there are no other processes to gather from."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -47,7 +43,7 @@ class _Local:
     gather_for_metrics = gather
 
 
-class _Mode:
+class _ModelState:
     """In the model's place where TRL asks whether it is in training, and what else it is."""
 
     is_gradient_checkpointing = False
@@ -61,7 +57,7 @@ class _Mode:
         return self._model.training
 
 
-class _Without:
+class _TrlLoss:
     """What the losses of TRL's trainers have in common."""
 
     def __init__(self, args: Any, model: PreTrainedModel, policy: LogProbs, reference: LogProbs) -> None:
@@ -70,7 +66,7 @@ class _Without:
         asked = getattr(args, "router_aux_loss_coef", None)
         self.args, self.policy = args, policy
         self.ref_model: Any = reference
-        self.model, self.accelerator = _Mode(model), _Local(model.device)
+        self.model, self.accelerator = _ModelState(model), _OneProcess(model.device)
         self.beta, self.precompute_ref_logps = args.beta, False
         # As with supervised fine-tuning: TRL would add it whenever the family has one.
         self.aux_loss_enabled = bool(getattr(text_config, "output_router_logits", False) if asked is None else asked)
@@ -81,12 +77,12 @@ class _Without:
     def taken_figures(self) -> dict[str, float]:
         """The figures of the loss that was taken last."""
         of_mode = self._metrics["train" if self.model.training else "eval"]
-        found = {name: values[-1] for name, values in of_mode.items() if name in _FIGURES}
+        found = {name: values[-1] for name, values in of_mode.items() if name in OF_ANSWERS}
         of_mode.clear()
         return found
 
 
-class Dpo(_Without, DPOTrainer):
+class Dpo(_TrlLoss, DPOTrainer):
     """`trl.DPOTrainer`'s loss."""
 
     def __init__(self, args: Any, model: PreTrainedModel, policy: LogProbs, reference: LogProbs) -> None:
@@ -96,14 +92,14 @@ class Dpo(_Without, DPOTrainer):
         self.ld_alpha, self.label_smoothing, self.use_weighting = args.ld_alpha, args.label_smoothing, False
         self.f_divergence_type, self.f_alpha_divergence_coef = args.f_divergence_type, args.f_alpha_divergence_coef
 
-    def taken(self, batch: Batch) -> Taken:
+    def taken(self, batch: Batch) -> LossOutput:
         """The loss of a batch of pairs."""
         num_pairs = batch[NUM_EXAMPLES]
         loss = self._compute_loss(self.policy, _of_trl(batch), False)
-        return Taken(loss, num_pairs, {name: (figure, num_pairs) for name, figure in self.taken_figures().items()})
+        return LossOutput(loss, num_pairs, {name: (figure, num_pairs) for name, figure in self.taken_figures().items()})
 
 
-class Kto(_Without, KTOTrainer):
+class Kto(_TrlLoss, KTOTrainer):
     """`trl.KTOTrainer`'s loss."""
 
     def __init__(self, args: Any, model: PreTrainedModel, policy: LogProbs, reference: LogProbs) -> None:
@@ -111,7 +107,7 @@ class Kto(_Without, KTOTrainer):
         self.loss_type, self.calculate_KL = args.loss_type, args.loss_type == "kto"
         self.desirable_weight, self.undesirable_weight = args.desirable_weight, args.undesirable_weight
 
-    def taken(self, batch: Batch) -> Taken:
+    def taken(self, batch: Batch) -> LossOutput:
         """The loss of a batch of labeled answers."""
         num_examples: int = batch[NUM_EXAMPLES]
         num_chosen = int(batch["label"].sum())
@@ -119,14 +115,14 @@ class Kto(_Without, KTOTrainer):
         loss = self._compute_loss(self.policy, _of_trl(batch), False)
         figures = self.taken_figures()
         figures.pop("rewards/margins", None)  # of the step's examples, not of a micro-batch's: see `Figures.take`
-        return Taken(
+        return LossOutput(
             loss,
             num_examples,
             {name: (figure, of.get(name.rpartition("/")[2], num_examples)) for name, figure in figures.items()},
         )
 
 
-class Orpo(_Without, ORPOTrainer):
+class Orpo(_TrlLoss, ORPOTrainer):
     """`trl.experimental.orpo.ORPOTrainer`'s loss."""
 
     is_encoder_decoder = False
@@ -149,11 +145,11 @@ class Orpo(_Without, ORPOTrainer):
         found = means_B[:num_pairs], means_B[num_pairs:], none, none, nll
         return (*found, outputs.aux_loss) if self.aux_loss_enabled else found
 
-    def taken(self, batch: Batch) -> Taken:
+    def taken(self, batch: Batch) -> LossOutput:
         """The loss of a batch of pairs."""
         num_pairs = batch[NUM_EXAMPLES]
         loss, metrics = self.get_batch_loss_metrics(self.policy, dict(batch))
-        return Taken(loss, num_pairs, {name: (metrics[name], num_pairs) for name in metrics if name in _FIGURES})
+        return LossOutput(loss, num_pairs, {name: (metrics[name], num_pairs) for name in metrics if name in OF_ANSWERS})
 
 
 LOSSES: dict[str, Callable[[Any, PreTrainedModel, LogProbs, LogProbs], Dpo | Kto | Orpo]] = {
@@ -194,8 +190,6 @@ class Collator:
             NUM_EXAMPLES: len(features),
             "example_ids": [each for feature in features for each in feature.get("example_ids", ())],
         }
-        if not features:  # of a rank that the last examples do not suffice for
-            return {"input_ids": torch.zeros(0, 0, dtype=torch.int64), **more}
         if "chosen_ids" in features[0]:
             return {**self._pairs(list(features)), **more}
         unread = () if self._takes_kl else ("KL_completion_ids",)

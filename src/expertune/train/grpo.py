@@ -10,8 +10,9 @@ generated has them generated in smaller batches; a micro-batch is not split, and
 
 These methods of TRL's GRPOTrainer are overridden, each for want of a public one: `training_step`, `_prepare_inputs`,
 `_generate_and_score_completions`, `_get_train_sampler`, `_load_optimizer_and_scheduler`, `create_model_card` and
-`_send_telemetry`. Of its attributes `_step`, `_buffered_inputs`, `_metrics`, `beta` and `ref_model` are set or read.
-All were read from TRL 1.16; `tests/train/test_grpo.py` fails on a release that changes them.
+`_send_telemetry`. Of its attributes `_step`, `_buffered_inputs`, `_metrics`, `beta`, `ref_model`, `eos_token_ids` and
+`generation_kwargs` are set or read, and of its sampler `shuffle`, `generator` and `seed`. All were read from TRL
+1.16; `tests/train/test_grpo.py` fails on a release that changes them.
 """
 
 import copy
@@ -43,7 +44,7 @@ _ANSWERS_NAME = "answers.pt"
 _REPORTED_ELSEWHERE = ("num_tokens", "step_time")
 
 
-class _Referring:
+class _ReferenceModel:
     """A reference, to be called like the model."""
 
     def __init__(self, model: ExpertPeftModel, reference: Reference) -> None:
@@ -110,7 +111,7 @@ class GroupTrainer(Promises, _Uncounted):
             self.remove_callback(default)
         self.beta = args.beta = beta
         if beta:
-            self.ref_model = _Referring(model, Reference(model, keeps_start=has_effect(model)))
+            self.ref_model = _ReferenceModel(model, Reference(model, keeps_start=has_effect(model)))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """A micro-batch of answers, which are generated where the last ones are used up."""

@@ -13,15 +13,8 @@ from transformers.trainer_utils import IntervalStrategy
 from expertune.config import RunConfig
 from expertune.errors import ConfigError, DataError
 from expertune.evaluation.metrics import METRICS, Figure
+from expertune.evaluation.objective_figures import SELECTING
 from expertune.train.arguments import ACCUMULATION, BATCH_SIZE, training_argument
-
-# Figures of an objective that the best checkpoint may be chosen by; higher is better.
-_REWARDS = {
-    "dpo": ("rewards/accuracies", "rewards/margins"),
-    "kto": ("rewards/margins",),
-    "orpo": ("rewards/accuracies", "rewards/margins"),
-    "grpo": ("reward",),
-}
 
 # Schedules that wait for an evaluation.
 _EVALUATED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
@@ -52,7 +45,7 @@ def check_schedule(config: RunConfig) -> None:
 
 def metric_names(config: RunConfig) -> list[str]:
     """What an evaluation of the run can give: `loss`, figures of its objective, and those of its task's metric."""
-    return ["loss", *_REWARDS.get(config.objective, ()), *(figure.name for figure in _task_figures(config))]
+    return ["loss", *SELECTING.get(config.objective, ()), *(figure.name for figure in _task_figures(config))]
 
 
 def _task_figures(config: RunConfig) -> tuple[Figure, ...]:

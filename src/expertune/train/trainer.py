@@ -81,7 +81,7 @@ class ExpertTrainer(TrainsRouters, _OnObjective):
         if (counted := self.objective.num_items(batches)) is None:
             return batches, num_items
         self.loss_is_scaled_for_ga = True
-        return batches, self.ranks.total([counted])[0] / self.ranks.world_size
+        return batches, counted
 
     def why_indivisible(self, num_items_in_batch: Tensor | int | None) -> str | None:
         """The objective's answer."""
