@@ -21,7 +21,7 @@ PHASES = {
     "checkpoint": ("expertune.train.promises", "states_of_all", 2),
     "random states": ("expertune.train.promises", "gather_files", 2),
     "adapter": ("expertune.api", "write_adapter", 1),
-    "summary": ("expertune.api", "peak_memory_bytes", 2),
+    "summary": ("expertune.api", "peak_memory_bytes", 1),
 }
 OF_RANK_0 = {
     "sealing": ("expertune.train.promises", "seal", 2),

@@ -187,7 +187,7 @@ def test_score_of_another_task_is_not_kept_as_before_when_a_run_is_resumed(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "_train", interrupt)
+    monkeypatch.setattr(api, "train", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(values)
     monkeypatch.undo()

@@ -209,7 +209,7 @@ def test_run_for_which_the_disk_has_no_room_is_refused_before_the_model_is_loade
 ) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**5))
-    monkeypatch.setattr("expertune.api.load_base", None)
+    monkeypatch.setattr("expertune.api.load_to_train", None)
     with pytest.raises(StorageError, match=r"the run will write .* 3 checkpoints of .* are free; make room"):
         train(run_values)
     assert RunRecord.load(run_values["output_dir"])["run"]["status"] == "stopped"
