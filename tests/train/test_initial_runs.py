@@ -190,9 +190,21 @@ def test_of_a_pair_the_chosen_answer_counts_for_the_calibration(run_values: dict
     assert not (tmp_path / "run").exists()
 
 
-def test_two_beginnings_are_refused(run_values: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="init: loftq and init_from are two beginnings"):
-        parse_config(with_keys(run_values, lora={"init": "loftq", "init_from": "somewhere"}))
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"init": "loftq", "init_from": "somewhere"}, "init: loftq and init_from are two beginnings"),
+        ({"init": "loftq", "use_dora": True}, "init: loftq corrects all 4-bit matrices, and use_dora scales"),
+        ({"init": "qera", "experts": {"share": 0.5}}, "init: qera corrects all .* changes some of them; remove one"),
+        ({"init": "qera", "expert_rank": "load"}, "init: qera corrects all .* changes some of them; remove one"),
+        ({"init": "pissa"}, "no other run or engine would have its base; use qera or loftq"),
+    ],
+)
+def test_what_cannot_begin_as_a_correction_is_refused(
+    run_values: dict[str, Any], lora: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(with_keys(run_values, lora=lora))
 
 
 def test_a_folder_is_quantized_by_the_calibration_of_a_run(
