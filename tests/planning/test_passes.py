@@ -61,6 +61,9 @@ def test_adapter_to_start_from_is_kept_once_more_where_it_is_the_reference():
         *(False, False),
     ]
     assert of("kto", {"loss_type": "apo_zero_unpaired"}).silent == 1
+    for lora in ({"init_from": "a"}, {"init": "loftq"}):
+        assert of("grpo", {"beta": 0.1}, rewards=["exact-match"], lora=lora).keeps_start
+        assert not of("grpo", {}, rewards=["exact-match"], lora=lora).keeps_start
 
 
 def test_answers_that_a_run_writes_are_counted_by_the_keys_of_trl():
@@ -71,6 +74,22 @@ def test_answers_that_a_run_writes_are_counted_by_the_keys_of_trl():
     assert "8 answers of up to 64 tokens written at once" in found.line
     more = of("grpo", training | {"beta": 0.1, "num_iterations": 2, "steps_per_generation": 4}, **rewards)
     assert (more.silent, more.written_at_once, more.written_for, more.answers) == (2, 16, 8, 16)
+
+
+def test_an_evaluation_of_rewards_is_answers_as_long_as_in_training(run_of):
+    def made(longest, **data):
+        training = {"per_device_train_batch_size": 8, "max_steps": 10, "max_completion_length": longest}
+        sections = {"data": {"train": "a.jsonl", "max_length": 64} | data, "rewards": ["exact-match"]}
+        training |= {"eval_strategy": "steps", "eval_steps": 5} if data else {}
+        return make_plan(run_of(TINY_MIXTRAL, objective="grpo", training=training, **sections), gpu="h100")
+
+    assert "generation" not in made(32).memory.phases
+    short, long = (made(longest, eval="b.jsonl") for longest in (32, 64))
+    assert "evaluation" not in short.memory.phases
+    caches = [each.memory.phases["generation"]["cache"] for each in (short, long)]
+    assert caches[1] / caches[0] == (64 + 64) / (64 + 32)  # 32 prompts at once
+    times = [each.timed(Lengths(100, 64.0, 50, 64.0)).run_time.evaluation_seconds for each in (short, long)]
+    assert 1.5 < times[1] / times[0] < 2.1
 
 
 def test_defaults_are_those_of_trl():

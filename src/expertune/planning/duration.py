@@ -193,18 +193,23 @@ class Pace:
         rows = min(int(training_argument(self.config.training, EVALUATION_BATCH_SIZE)), count)
         batches = math.ceil(count / rows / self._num_ranks)
         passes = self.cost.workload.passes
+        if passes.written:  # an answer to each is rewarded
+            return self._answers(lengths, count, passes.written)
         batch = self.cost.of_batch(rows * lengths.eval_tokens, lengths.eval_tokens / passes.sequences)
         return (1 + passes.silent) * batches * batch.forward_seconds()
 
     def _answering(self, lengths: Lengths) -> float:
-        """Of one scoring: each batch's prompts are read at once, and each token of its answers is a pass."""
+        """Of one scoring."""
         task, count = self.config.task, lengths.num_eval_rows or 0
-        rows = min(task.rows or count, count)
-        batch = min(task.batch_size, rows)
+        return self._answers(lengths, min(task.rows or count, count), task.max_new_tokens)
+
+    def _answers(self, lengths: Lengths, rows: int, longest: int) -> float:
+        """Each batch's prompts are read at once, and each token of its answers is a pass."""
+        batch = min(self.config.task.batch_size, rows)
         batches = math.ceil(rows / batch / self._num_ranks)
         tokens = lengths.eval_tokens / self.cost.workload.passes.sequences
         reading = self.cost.of_batch(batch * tokens, tokens).forward_seconds()
-        return batches * (reading + task.max_new_tokens * self.cost.of_batch(batch, 1).forward_seconds())
+        return batches * (reading + longest * self.cost.of_batch(batch, 1).forward_seconds())
 
     @property
     def _num_ranks(self) -> int:

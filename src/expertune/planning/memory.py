@@ -52,7 +52,7 @@ class Memory:
     asks for it), `preflight` (the check after attaching), `reference` (the objective's reference computes, beside what
     forward has kept), `loss` (forward is over), `layer` (a layer is in backward), `average` (ranks average gradients),
     `update` (the optimizer's), `save` (a checkpoint or the adapter is written), `evaluation`, `writing` (answers that
-    are trained on) and `generation` (answers for the task's metric). Only one of them happens at a time.
+    are trained on) and `generation` (answers to evaluation examples). Only one of them happens at a time.
 
     Attributes:
         phases: phase -> bytes by component, those that are always held included.

@@ -79,7 +79,7 @@ def _of_grpo(config: RunConfig) -> Passes:
     is_old = accumulation % written_for != 0
     return Passes(
         silent=int(bool(values["beta"])) + int(is_old),
-        keeps_start=bool(values["beta"]) and not config.lora.begins_as_base,
+        keeps_start=keeps_start(config),
         written=int(values["max_completion_length"]),
         written_at_once=rows * int(steps),
         written_for=written_for,

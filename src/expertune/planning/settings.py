@@ -40,8 +40,8 @@ class Workload:
         tokens: T, an upper bound: batch size times the longest sequence, of pairs both sides.
         sequence_length: S; of a prompt whose answer is written, with it.
         preflight_tokens: T of the preflight check's batch.
-        evaluation_tokens: T of an evaluation batch; 0 without evaluation examples.
-        answered: examples that are answered at once for the task's metric; 0 without one.
+        evaluation_tokens: T of an evaluation batch; 0 without evaluation examples, and where these are answered.
+        answered: examples that are answered at once, for the task's metric or for rewards; 0 without either.
         answer_tokens: tokens of the longest answer.
         checkpointing: layers are computed again in backward, and keep only their input meanwhile.
         dropout: the adapter drops inputs.
@@ -168,7 +168,7 @@ def read_workload(
     optimizer = str(training.get("optim", default_optimizer(device)))
     if optimizer == MUON and count_by_adamw(inventory, targets) == count_adapter(inventory, targets):
         raise ConfigError(NOTHING_FOR_MUON)
-    evaluated = int(training_argument(training, EVALUATION_BATCH_SIZE)) if config.data.eval else 0
+    evaluated = 0 if not config.data.eval or passes.written else int(training_argument(training, EVALUATION_BATCH_SIZE))
     return Workload(
         inventory=inventory,
         targets=targets,
@@ -180,7 +180,7 @@ def read_workload(
         preflight_tokens=max(PREFLIGHT_TOKENS, length) if config.data.packing == "padded" else PREFLIGHT_TOKENS,
         evaluation_tokens=evaluated * passes.sequences * length,
         answered=answered_at_once(config),
-        answer_tokens=config.task.max_new_tokens,
+        answer_tokens=longest_answer(config),
         checkpointing=uses_checkpointing(training),
         dropout=config.lora.dropout > 0,
         working_set_bytes=config.kernels.working_set_bytes or default_working_set_bytes(device),
@@ -209,4 +209,12 @@ def _is_head_adapted(inventory: Inventory, targets: ResolvedTargets) -> bool:
 def answered_at_once(config: RunConfig) -> int:
     """Evaluation examples in the largest batch of answers; 0 for a run that answers none."""
     task = config.task
+    if config.data.eval and passes_of(config).written:  # an evaluation rewards an answer to each
+        return task.batch_size
     return min(task.batch_size, task.rows or task.batch_size) if task.metric else 0
+
+
+def longest_answer(config: RunConfig) -> int:
+    """Tokens of the longest answer to an evaluation example."""
+    written = passes_of(config).written if config.data.eval else 0
+    return max(written, config.task.max_new_tokens) if config.task.metric else written
