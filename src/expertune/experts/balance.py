@@ -135,7 +135,7 @@ class RouterLosses:
         return torch.stack([self.coefficients[name] * loss for name, loss in losses.items()]).sum()
 
 
-_WITHOUT = "remove the run file's section router"
+_WITHOUT = "set router.aux_loss: 0 in the run file, and remove router.z_loss"
 
 
 def _see(logits: list[Tensor], num_experts: int, router: nn.Module, _inputs: Any, output: Any) -> None:
