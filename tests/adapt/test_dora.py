@@ -16,6 +16,7 @@ from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.checkpoint.load import LoadedModel
 from expertune.config import LoraSection
 from expertune.errors import CheckpointError, ConfigError
+from expertune.experts import dora as dora_module
 from expertune.experts.lora import ExpertsLora
 from tests.adapt.conftest import WEIGHTS, Load, adapt, adopt, config_of, logits_of, train_a_little
 from tests.experts.test_lora import config_of as live_config
@@ -108,6 +109,21 @@ def test_norms_follow_every_change_of_a_factor_whatever_changed_it() -> None:
         assert torch.equal(output, again(*batch))
         seen.append(output)
     assert not torch.equal(seen[1], seen[2])
+
+
+def test_norms_of_the_trained_adapter_and_of_the_reference_are_both_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, batch = layer_with_dora(), inputs()
+    factor, computed = layer.lora_B["default"]["gate"], []
+    row_norms = dora_module.row_norms
+    monkeypatch.setattr(dora_module, "row_norms", lambda *args: computed.append(1) or row_norms(*args))
+    reference = factor.detach().clone()
+    for step in range(3):
+        trained = reference + 1 + step
+        for _micro_batch in range(4):
+            for state in (trained, reference):
+                factor.data.copy_(state)
+                layer(*batch)
+    assert len(computed) == 3  # of the trained adapter in each step; the magnitudes began with those of the reference
 
 
 def test_two_active_adapters_are_refused_where_one_has_dora() -> None:

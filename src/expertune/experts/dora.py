@@ -21,20 +21,29 @@ _Key = TypeVar("_Key")
 _LEAST_NORM = 1e-30
 
 
+# Of the trained adapter, and of one that is kept as the reference.
+_MOST_STATES = 2
+
+
 class Norms:
     """Norms of the output features of an expert layer with an adapter, [E, out] for each stack of factors."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, tuple[tuple[Any, ...], Tensor]] = {}
+        # By the key of a stack, the norms of its states that were used last.
+        self._known: dict[Any, dict[tuple[Any, ...], Tensor]] = {}
 
     def of(self, experts: Nf4Experts, updates: Mapping[_Key, LoraUpdate]) -> dict[_Key, Tensor]:
         """The norms of each stack, by the key that its update has here; computed for those that have changed."""
         states = {key: (update.scaling, _checksum(update.a), _checksum(update.b)) for key, update in updates.items()}
-        changed = [key for key, state in states.items() if key not in self._known or self._known[key][0] != state]
-        if changed:
+        known = {key: self._known.get(key, {}).get(state) for key, state in states.items()}
+        if changed := [key for key, norms in known.items() if norms is None]:
             found = row_norms(experts.gate_up, experts.down, experts.layer, [updates[key] for key in changed])
-            self._known |= {key: (states[key], norms) for key, norms in zip(changed, found, strict=True)}
-        return {key: self._known[key][1] for key in updates}
+            known |= dict(zip(changed, found, strict=True))
+        norms_of = {key: norms for key, norms in known.items() if norms is not None}
+        for key, norms in norms_of.items():
+            others = [each for each in self._known.get(key, {}).items() if each[0] != states[key]]
+            self._known[key] = {**dict(others[1 - _MOST_STATES :]), states[key]: norms}
+        return norms_of
 
 
 def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
