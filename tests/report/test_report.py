@@ -82,6 +82,7 @@ def test_summary_shows_no_before_that_is_not_the_base_models(record: dict[str, A
     [
         ({"stock_peft": True, "stock_peft_refusal": None}, "runs/demo/adapter  (stock PEFT loads it)\n"),
         ({"stock_peft": False, "stock_peft_refusal": "it loses x"}, "adapter  (not for stock PEFT: it loses x)\n"),
+        ({"stock_peft": True, "init": {"how": "loftq"}}, "runs/demo/adapter  (for this run's 4-bit base alone)\n"),
         ({}, "runs/demo/adapter\n"),
     ],
 )

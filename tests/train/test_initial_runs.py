@@ -148,6 +148,7 @@ def test_a_run_that_goes_on_from_it_keeps_its_first_factors(
     said = io.StringIO()
     run = finetune(parse_config(values), console=Console(file=said, width=1000)).output_dir
     assert "holds a correction of 4 bits and is right on this run's 4-bit base alone" in said.getvalue()
+    assert " --to peft" in said.getvalue()
     first = "initial_adapter/adapter_model.safetensors"
     assert (run / first).read_bytes() == (whole / first).read_bytes()
     settings = read_adapter_settings(run / "adapter")

@@ -123,11 +123,10 @@ def _reader(adapter: Mapping[str, Any]) -> str:
     """Who reads the adapter, as far as it was tried."""
     if "stock_peft" not in adapter:
         return ""
-    return (
-        "  (stock PEFT loads it)"
-        if adapter["stock_peft"]
-        else f"  (not for stock PEFT: {adapter['stock_peft_refusal']})"
-    )
+    if not adapter["stock_peft"]:
+        return f"  (not for stock PEFT: {adapter['stock_peft_refusal']})"
+    # Stock PEFT would read the files, and compute something else beside the 16-bit base.
+    return "  (for this run's 4-bit base alone)" if "init" in adapter else "  (stock PEFT loads it)"
 
 
 def _example(example: Mapping[str, Any]) -> Text:

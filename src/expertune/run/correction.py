@@ -6,6 +6,7 @@ same bytes: `calibration.safetensors`, and the adapter folder `initial_adapter`.
 """
 
 import gc
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -160,7 +161,7 @@ def warn_of_correction(context: RunContext) -> None:
     if "init" in context.record.section("adapter"):
         context.notify(
             f"adapter: {context.output_dir / ADAPTER_FOLDER} holds a correction of 4 bits and is right on this run's "
-            f"4-bit base alone; for a 16-bit base (stock PEFT, vLLM): expertune export {context.output_dir}"
+            f"4-bit base alone; for a 16-bit base: expertune export {shlex.quote(str(context.output_dir))} --to peft"
         )
 
 
