@@ -83,7 +83,7 @@ def test_scores_are_of_tokens_that_are_no_padding(loaded: LoadedModel, ids: torc
 
 
 def test_only_selected_experts_have_factors_and_files_hold_no_others(loaded: LoadedModel, tmp_path: Path) -> None:
-    model = adapt(loaded, experts={"share": 0.3, "layers": LAYERS})
+    model = adapt(loaded, experts={"layers": LAYERS})
     layers = [each for each in model.modules() if isinstance(each, ExpertsLora)]
     assert [tuple(each.lora_A["default"]["gate"].shape) for each in layers] == [(1, 4, 64), (2, 4, 64)]
     assert model.stock_layout().refusal == SPARSE

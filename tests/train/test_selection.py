@@ -65,6 +65,7 @@ def test_experts_are_scored_on_whole_examples_answers_after_long_prompts_include
 @pytest.mark.parametrize(
     ("lora", "distributed", "message"),
     [
+        ({"experts": {}}, None, "lora.experts: set share, .* or name them in layers"),
         ({"experts": {"share": 0}}, None, r"lora\.experts\.share"),
         ({"experts": {"share": 1.5}}, None, r"lora\.experts\.share"),
         ({"experts": {"select": "luck", "share": 0.2}}, None, r"lora\.experts\.select"),

@@ -57,7 +57,7 @@ class Scores:
                 )
             scores: list[int] | list[float] = load if asked.select == "load" else self.gate[layer]
             # Every expert has a rank where none is to be left out.
-            least = asked.share * sum(scores) if lora.experts else None
+            least = asked.share * sum(scores) if lora.experts and asked.share else None
             layers[layer] = _highest(scores, least)
         return Selection(asked.model_copy(update={"layers": layers}), self)
 

@@ -123,8 +123,8 @@ def groups_of(names: NameMap, lora: LoraSection, resolved: ResolvedTargets) -> d
     found = {}
     for module in resolved.experts:
         count = names.specs[module].num_experts
-        share = lora.experts.share if lora.experts else 1.0
-        chosen = layers.get(module, list(range(most_selected(count, share))))
+        share = lora.experts.share if lora.experts else None
+        chosen = layers.get(module, list(range(most_selected(count, share or 1.0))))
         if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= each < count for each in chosen):
             raise ConfigError(
                 f"lora.experts.layers: {module} has experts 0 to {count - 1}; {chosen[:8]} are not some of these"

@@ -13,13 +13,22 @@ class ExpertsSection(Section):
     Attributes:
         select: what a pass over training examples scores them by: `load`, the share of a layer's tokens that each gets;
             `gate`, that of the router's weights.
-        share: the experts with the highest scores are taken, as few as have this share together.
+        share: the experts with the highest scores are taken, as few as have this share together; needed
+            without `layers`.
         layers: the experts by their layer's name, the highest score first; given, no pass is made.
     """
 
     select: Literal["load", "gate"] = "load"
-    share: float = Field(gt=0, le=1)
+    share: float | None = Field(default=None, gt=0, le=1)
     layers: dict[str, list[NonNegativeInt]] = {}
+
+    @model_validator(mode="after")
+    def _names_experts_or_how_to_find_them(self) -> "ExpertsSection":
+        if self.share is None and not self.layers:
+            raise ValueError(
+                "set share, the part of the load that the experts with an adapter have, or name them in layers"
+            )
+        return self
 
 
 class LoraSection(Section):

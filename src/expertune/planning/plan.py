@@ -407,7 +407,7 @@ class _Planner:
     def hints(self) -> tuple[str, ...]:
         """Why there is no time, and what of the adapter is known only when the run selects its experts."""
         lora = self.config.lora
-        if lora.experts and not lora.experts.layers:
+        if lora.experts and lora.experts.share and not lora.experts.layers:
             counts = {spec.num_experts for spec in self.inventory.names.specs.values()}
             most = " or ".join(f"{most_selected(count, lora.experts.share)} of {count}" for count in sorted(counts))
             return (f"lora.experts: planned for the most experts that can be selected, {most} a layer", *self._speed())
