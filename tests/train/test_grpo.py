@@ -45,7 +45,9 @@ def by_length(completions: list[str], **_: Any) -> list[float]:
     return [len(each) / 10 for each in completions]
 
 
-def trainer_on(model: Any, output_dir: Path, oom: OutOfMemory | None = None, **arguments: Any) -> Any:
+def trainer_on(
+    model: Any, output_dir: Path, oom: OutOfMemory | None = None, own: list[Reward] | None = None, **arguments: Any
+) -> Any:
     from expertune.train.grpo import GroupTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(ASSETS)
@@ -59,7 +61,7 @@ def trainer_on(model: Any, output_dir: Path, oom: OutOfMemory | None = None, **a
         {"prompt": text, "prompt_ids": tokenizer(text)["input_ids"], "answer": text, "example_ids": [number]}
         for number, text in enumerate(PROMPTS)
     ]
-    rewards = [Reward("length", 1.0, by_length), *load_rewards([RewardConfig(function="exact-match")], False)]
+    rewards = own or [Reward("length", 1.0, by_length), *load_rewards([RewardConfig(function="exact-match")], False)]
     return GroupTrainer(model, args, examples, tokenizer, Rewards(rewards), Promised(oom=oom))
 
 
@@ -125,6 +127,21 @@ def test_loss_is_trls_and_the_reference_is_the_adapter_that_training_starts_from
         losses = [trainer.compute_loss(trainer.model.train(), dict(batch)) for trainer in (ours, theirs)]
     assert abs(losses[0] - losses[1]) < 1e-5
     assert ours.figures.take()["kl"] > 1e-4
+
+
+def test_generation_without_a_reward_is_an_error_and_a_group_without_one_has_no_spread(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = iter([[None, None, 1.0, 2.0], [None] * 4])
+    own = [Reward("mine", 1.0, lambda **_: next(given))]
+    trainer = trainer_on(adapted(), tmp_path, own=own, max_steps=1, beta=0.0)
+    inputs = [{"prompt": str(number)} for number in (0, 0, 1, 1)]
+    trainer.model.train()
+    trainer._generate_and_score_completions(inputs)
+    assert trainer._generated["frac_reward_zero_std"] == [0.5]
+    with pytest.raises(RewardError, match=r"^rewards: mine returned None for each of the 4 answers of a generation"):
+        trainer._generate_and_score_completions(inputs)
+    assert "returned None" not in caplog.text
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ These methods of TRL's GRPOTrainer are overridden, each for want of a public one
 """
 
 import copy
+import logging
 import math
 import warnings
 from collections import defaultdict
@@ -32,6 +33,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from expertune.adapt.peft_model import ExpertPeftModel
+from expertune.errors import RewardError
 from expertune.generation.decoding import evaluation_mode, generate_ids, to_text
 from expertune.objectives.log_probs import Reference
 from expertune.objectives.rewards import Answers, Reward, Rewards
@@ -40,8 +42,15 @@ from expertune.train.promises import Promised, Promises
 
 _ANSWERS_NAME = "answers.pt"
 
+_trl_logger = logging.getLogger(GRPOTrainer.__module__)
+
 # What TRL reports that a run has under a name of its own.
 _REPORTED_ELSEWHERE = ("num_tokens", "step_time")
+
+
+def _is_not_of_a_missing_reward(record: logging.LogRecord) -> bool:
+    """TRL warns of each answer without a reward, and has the number of its example where the prompt should be."""
+    return "returned None for" not in record.getMessage()
 
 
 class _ReferenceModel:
@@ -91,6 +100,7 @@ class GroupTrainer(Promises, _Uncounted):
     ) -> None:
         self._examples, self._rewards, self._tokenizer_of_run = examples, rewards, tokenizer
         self._generated: dict[str, list[float]] = defaultdict(list)
+        self._has_reward = torch.zeros(0, dtype=torch.bool)  # of the answers of the last generation
         # TRL would add a copy of the adapter as the reference, also of one that has no effect yet.
         beta, args.beta = args.beta, 0.0
         args.reward_weights = rewards.weights
@@ -154,10 +164,26 @@ class GroupTrainer(Promises, _Uncounted):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         self._take_figures()
-        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         ids = [self._examples[int(each["prompt"])]["example_ids"][0] for each in inputs]
+        self._has_reward = torch.zeros(len(inputs), dtype=torch.bool)
+        _trl_logger.addFilter(_is_not_of_a_missing_reward)
+        try:
+            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        finally:
+            _trl_logger.removeFilter(_is_not_of_a_missing_reward)
+        if not self._has_reward.any():
+            raise RewardError(
+                f"rewards: {', '.join(reward.name for reward in self._rewards.rewards)} returned None for each of the "
+                f"{len(inputs)} answers of a generation (the first is to {self.place_of(ids[0])}), from which nothing "
+                "is learned; return a number for some of them, or remove examples that have no reward"
+            )
         output["example_ids"] = torch.tensor(ids)
         figures = self._take_figures()
+        # Of a group with fewer than two rewards TRL has NaN for the spread, and does not count it as none.
+        assert self.num_generations is not None  # TRL's class has a number
+        num_rewards = self._has_reward.view(-1, self.num_generations).sum(1)
+        alike = figures["frac_reward_zero_std"] + (num_rewards < 2).float().mean().item()
+        figures["frac_reward_zero_std"] = min(alike, 1.0)
         for name, figure in figures.items():
             self._generated[name].append(figure)
         self._rewards.watch(figures["frac_reward_zero_std"])
@@ -185,7 +211,9 @@ class GroupTrainer(Promises, _Uncounted):
             examples = [self._examples[int(number)] for number in prompts]
             texts = [to_text(ids, self._tokenizer_of_run) for ids in completion_ids]
             places = [self.place_of(each["example_ids"][0]) for each in examples]
-            return reward.of(Answers.to(examples, texts, completion_ids, places))
+            found = reward.of(Answers.to(examples, texts, completion_ids, places))
+            self._has_reward |= torch.tensor([number is not None for number in found])
+            return found
 
         call.__name__ = reward.name
         return call
