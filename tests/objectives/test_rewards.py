@@ -52,6 +52,8 @@ def test_code_runs_only_where_the_command_allows_it(tmp_path: Path) -> None:
     assert type(pickle.loads(pickle.dumps(own.function([""])[0]))).__name__ == "Own"
     with pytest.raises(ConfigError, match=r"mine.py has no function shrt; did you mean short\?"):
         loaded(f"{file}:shrt", trusted=True)
+    with pytest.raises(ConfigError, match=r"mine.py has no function sour; known: Own, own, short$"):
+        loaded(f"{file}:sour", trusted=True)
     with pytest.raises(ConfigError, match=r"no_such_module:f cannot be imported: ModuleNotFoundError"):
         loaded("no_such_module:f", trusted=True)
 
@@ -127,6 +129,8 @@ def test_example_without_an_answer_is_refused_by_its_row() -> None:
         ({"rewards": "slot-f1", "objective": "sft"}, "rewards are of objective: grpo, and it is sft"),
         ({"rewards": ["slot-f2"]}, r"rewards.0.function.* did you mean slot-f1\?"),
         ({"rewards": [{"function": "slot-f1", "weight": float("inf")}]}, "rewards.0.weight"),
+        ({"rewards": ["slot-f1", "m:f", "slot-f1"]}, "rewards: slot-f1 is given twice; give it once"),
+        ({"rewards": [{"function": "slot-f1", "weight": 0}]}, "rewards: each has weight: 0"),
         ({"rewards": ["mine.py:"]}, "write code as module:function"),
     ],
 )

@@ -1,10 +1,13 @@
 """The section `lora`: the adapter, and what of it cannot go together."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from expertune.config.sections import PathText, Section
+
+# The highest is far above any use, and far below what makes gradients infinite.
+Alpha = Annotated[float, Field(gt=0, le=1e6)]
 
 
 class ExpertsSection(Section):
@@ -60,15 +63,15 @@ class LoraSection(Section):
     """
 
     r: int = Field(default=8, ge=1)
-    alpha: float = Field(default=16, gt=0)
+    alpha: Alpha = 16
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     targets: list[str] = Field(default=["attention", "experts"], min_length=1)
     rank_pattern: dict[str, PositiveInt] = {}
-    alpha_pattern: dict[str, PositiveFloat] = {}
+    alpha_pattern: dict[str, Alpha] = {}
     rslora: bool = False
     use_dora: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
-    loraplus_lr_ratio: float | None = Field(default=None, ge=1)
+    loraplus_lr_ratio: float | None = Field(default=None, ge=1, le=1e6)
     experts: ExpertsSection | None = None
     expert_rank: Literal["scaled", "load"] | None = None
     init: Literal["default", "loftq", "qera"] = "default"

@@ -1,6 +1,5 @@
 """What a run minimizes and is scored on: `objective`, `rewards` and the sections `router` and `task`."""
 
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
@@ -9,12 +8,15 @@ from expertune.config.messages import unknown_name
 from expertune.config.sections import Section
 from expertune.evaluation.metrics import METRICS
 
+# Far above any use, and far below what makes gradients infinite.
+_LARGEST_COEFFICIENT = 1000
+
 ObjectiveName = Literal["sft", "dpo", "kto", "orpo", "grpo"]
 
 
 def _is_a_coefficient(value: Any) -> Any:
-    if value != "auto" and not (isinstance(value, int | float) and 0 <= value < math.inf):
-        raise ValueError("wanted is auto, or a number of at least 0")
+    if value != "auto" and not (isinstance(value, int | float) and 0 <= value <= _LARGEST_COEFFICIENT):
+        raise ValueError(f"wanted is auto, or a number of at least 0 and at most {_LARGEST_COEFFICIENT:,}")
     return value
 
 
@@ -31,7 +33,7 @@ class RouterSection(Section):
     """
 
     aux_loss: Coefficient = "auto"
-    z_loss: float = Field(default=0.0, ge=0)
+    z_loss: float = Field(default=0.0, ge=0, le=_LARGEST_COEFFICIENT)
 
 
 class RewardConfig(Section):

@@ -111,6 +111,11 @@ class RunConfig(Section):
             raise ValueError("objective: grpo needs rewards, e.g. rewards: [slot-f1]")
         if self.objective != "grpo" and self.rewards:
             raise ValueError(f"rewards are of objective: grpo, and it is {self.objective}; remove the key, or set grpo")
+        functions = [reward.function for reward in self.rewards]
+        if twice := next((name for name in functions if functions.count(name) > 1), None):
+            raise ValueError(f"rewards: {twice} is given twice; give it once, with the weight that it has in all")
+        if self.rewards and not any(reward.weight for reward in self.rewards):
+            raise ValueError("rewards: each has weight: 0, from which nothing is learned; give one a weight")
         return self
 
     @model_validator(mode="after")

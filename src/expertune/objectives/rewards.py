@@ -238,7 +238,9 @@ def _function(name: str, trusted: bool, modules: dict[str, Any]) -> Callable[...
     function = getattr(modules[where], attribute, None)
     if not callable(function):
         known = [key for key, value in vars(modules[where]).items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(f"rewards: {where} has no function {attribute}{did_you_mean(attribute, known)}")
+        # Short names are alike by chance: `nope` and `none`.
+        hint = did_you_mean(attribute, known, cutoff=0.8)
+        raise ConfigError(f"rewards: {where} has no function {attribute}{hint}")
     return function
 
 
