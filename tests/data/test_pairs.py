@@ -130,6 +130,10 @@ def test_columns_that_do_not_fit_the_objective_are_one_error_with_the_way_out(re
     assert "set objective: dpo, orpo or kto" in refused("sft", PAIR, format="preference")
     assert "data.format: alpaca does not go with objective: dpo" in refused("dpo", PAIR, format="alpaca")
     assert "needs columns prompt, completion and label" in refused("kto", answered)
+    assert "chosen, prompt; rejected is missing" in refused("dpo", {"prompt": "a", "chosen": "b"})
+    assert "label is missing; name your columns under data.columns, e.g. {label: your_column}" in refused(
+        "kto", answered
+    )
     assert "set objective: dpo" in refused("grpo", {"text": "a", "chosen": "x", "rejected": "y"})
     assert "there is no column prompt" in refused("dpo", {"chosen": "a", "rejected": "b"})
 
@@ -153,6 +157,7 @@ def test_pairs_that_teach_nothing_are_refused_one_by_one_or_dropped(refused, pre
         assert expected in refused("dpo", PAIR, example, max_length=24)
     found = prepare("dpo", PAIR, *(example for example, _ in bad), max_length=24, on_error="skip")
     assert (found.report["num_rows"], found.report["num_skipped"]) == (2, len(bad) - 1)
+    assert any("differ in white space alone in 1 of 2 pairs" in line for line in found.report["warnings"])
     turns = {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, BAD]}
     assert "answers of one turn are compared" in refused("dpo", turns, template="chatml")
     apart = {"chosen": [USER, GOOD], "rejected": [FIRST[0], BAD]}

@@ -4,7 +4,7 @@ Every layout that is not a conversation also offers its columns under the names 
 template written for these two (`question-answer`, `viggo`, a user's own) works on all of them.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -278,10 +278,22 @@ def _objective(objective: ObjectiveName, columns: Collection[str]) -> str:
     elif objective != "kto" and {"prompt", "completion", "label"} <= columns:
         instead = "; with these columns set objective: kto"
     else:
-        instead = "; name your columns under data.columns, e.g. {prompt: your_question}" + (
+        lacking = next(_lacking(objective, columns), "")
+        missing, example = (
+            (f"; {lacking} is missing", f"{lacking}: your_column") if lacking else ("", "prompt: your_question")
+        )
+        instead = f"{missing}; name your columns under data.columns, e.g. {{{example}}}" + (
             ", or set objective: sft" if objective != "grpo" else ""
         )
     return f"objective: {objective}, which {_NEEDS[objective]}; found are {_names(sorted(columns))}{instead}"
+
+
+def _lacking(objective: ObjectiveName, columns: Collection[str]) -> Iterator[str]:
+    """The columns that alone keep a pair or a labeled answer from being one."""
+    for layout in _LAYOUTS_OF[objective]:
+        missing = [name for name in layout.needed if name not in columns]
+        if len(missing) == 1 and (layout.rejected or layout.label):
+            yield missing[0]
 
 
 def rename(raw: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class AnswerTally:
         self._num_longer = [0, 0]
         self._labels = [0, 0]
         self._kind = ""
+        self._num_white = 0
 
     def add(self, example: TokenizedExample) -> None:
         """Count one example."""
@@ -36,6 +37,7 @@ class AnswerTally:
             self._lengths = [total + length for total, length in zip(self._lengths, lengths, strict=True)]
             self._num_longer[0] += lengths[0] > lengths[1]
             self._num_longer[1] += lengths[0] < lengths[1]
+            self._num_white += example.completion.split() == example.rejected.completion.split()
         elif example.label is not None:
             self._kind = "labels"
             self._labels[example.label] += 1
@@ -49,8 +51,8 @@ class AnswerTally:
     def report(self) -> dict[str, Any]:
         """Plain values for the run record: `kind`, `num_repeated`, and `pairs` or `labels`; nothing of other examples.
 
-        `pairs` has the mean tokens of both answers, and in how many pairs each is the longer; `labels` how many answers
-        are good ones and how many are not.
+        `pairs` has the mean tokens of both answers, and in how many pairs each is the longer and in how many they
+        differ in white space alone; `labels` how many answers are good ones and how many are not.
         """
         if not self._kind:
             return {}
@@ -62,6 +64,7 @@ class AnswerTally:
                 "rejected_tokens": self._lengths[1] / count,
                 "chosen_longer": self._num_longer[0],
                 "rejected_longer": self._num_longer[1],
+                "differ_in_white_space": self._num_white,
             }
         elif self._kind == "labels":
             report["labels"] = {"desirable": self._labels[1], "undesirable": self._labels[0]}
@@ -78,7 +81,13 @@ def answer_warnings(report: Mapping[str, Any]) -> Iterator[str]:
     if repeated := report.get("num_repeated"):
         one = {"pairs": "pairs", "labels": "answers with their label", "prompts": "prompts"}[report["kind"]]
         yield f"{repeated} of {count} {one} stand in the data before, and count once more each time"
-    if (pairs := report.get("pairs")) and count >= _MIN_PAIRS:
+    pairs = report.get("pairs")
+    if pairs and (alike := pairs.get("differ_in_white_space")):
+        yield (
+            f"chosen and rejected differ in white space alone in {alike} of {count} pairs, so that this is all they "
+            "teach"
+        )
+    if pairs and count >= _MIN_PAIRS:
         means = f"{pairs['chosen_tokens']:.0f} tokens on average against {pairs['rejected_tokens']:.0f}"
         if pairs["chosen_longer"] >= _ONE_SIDED * count:
             yield (
