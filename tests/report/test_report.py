@@ -102,6 +102,10 @@ def test_summary_says_what_the_run_took_beside_the_plan_and_cuts_nothing(record:
     assert "time 2 h 12 min: 2 h 0 min training, 10 min 0 s evaluating, 1 min 0 s answers, 30 s loading" in said
     assert "1 h 57 min were planned, 2 h 11 min measured" in said
     assert "\u2026" not in said
+    record["plan"]["run"] |= {"seconds": 0.1, "is_least": True}
+    written = io.StringIO()
+    Console(width=width, file=written).print(render_summary(record, "runs/demo"))
+    assert "planned" not in written.getvalue()
 
 
 def test_picture_of_a_run_is_a_png_and_nothing_is_left_beside_it(record: dict[str, Any], tmp_path: Path) -> None:

@@ -105,11 +105,12 @@ def _took(record: Mapping[str, Any]) -> str:
     phases = sorted(run.get("phases", {}).items(), key=lambda item: -item[1])
     parts = [f"{duration(seconds)} {_PHASES.get(name, name)}" for name, seconds in phases if seconds >= 1][:4]
     took = duration(run["seconds"]) + (f": {', '.join(parts)}" if parts else "")
-    planned = (record.get("plan", {}).get("run") or {}).get("seconds")
+    plan = record.get("plan", {}).get("run") or {}
+    # Of a small model nothing was estimated that the run could be compared with.
+    planned = None if plan.get("is_least") else plan.get("seconds")
     counted = sum(seconds for name, seconds in phases if name in PLANNED_PHASES)
     if planned and counted:
-        least = "at least " if record["plan"]["run"].get("is_least") else ""
-        took += f"; of training, evaluations and answers {least}{in_words(planned)} were planned"
+        took += f"; of training, evaluations and answers {in_words(planned)} were planned"
         took += f", {duration(counted)} measured"
     return took
 
