@@ -183,7 +183,8 @@ def test_run_with_rewards_has_them_in_its_record_and_resumes(run_values: dict[st
     expertune.finetune(run_values, trust_rewards=True)
     record = RunRecord.load(run_dir)
     assert [step for step, _ in record["train"]["reward"]] == [1, 2]
-    assert {"kl", "rewards/slot-f1/mean", "completions/mean_length"} <= record["train"].keys()
+    assert {"kl", "rewards/slot-f1/mean", "completions/mean_length", "aux_loss"} <= record["train"].keys()
+    assert any("TRL adds the router's auxiliary loss" in note and "0.02" in note for note in record["train"]["notes"])
     ((_, loss), *_), ((_, figures), *_) = record["eval"]["loss"], record["eval"]["scores"]
     assert loss == -figures["reward"]
     adapter = (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -202,7 +203,10 @@ def test_run_with_rewards_has_them_in_its_record_and_resumes(run_values: dict[st
             {"training": {"per_device_train_batch_size": 16, "num_generations": 2}},
             "generated for 8 prompts at once, and data.train has 6; lower per_device",
         ),
-        ({"training": {"num_generations": 3}}, r"trl refuses a value: generation_batch_size \(8\) must be divisible"),
+        (
+            {"training": {"num_generations": 3}},
+            r"training.num_generations: 8 answers .* no multiple of 3; set per_device_train_batch_size \(now 8\) to 3",
+        ),
         (
             {"lora": {"targets": ["experts", "lm_head"]}},
             "would not train an adapter there; leave it out of lora.targets",

@@ -61,6 +61,9 @@ def test_muon_without_a_factor_to_update_is_refused_before_the_model_is_loaded(r
     run_values["training"]["optim"] = "muon"
     with pytest.raises(ConfigError, match="muon, and the adapter has no factor that it updates"):
         make_plan(parse_config(run_values), torch.device("cpu"), memory="8GB")
+    run_values["training"]["optim_args"] = "momentm=0.9"
+    with pytest.raises(ConfigError, match="muon has no setting 'momentm'"):
+        make_plan(parse_config(run_values), torch.device("cpu"), memory="8GB")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from expertune.config.objective import ObjectiveName
 from expertune.config.schema import TRUST_KEY, Origin, RunConfig
 from expertune.config.training_keys import refused_keys
 from expertune.config.training_values import check_training_values
-from expertune.config.trl_keys import arguments_class, problem_of_loss, refused_of_trl
+from expertune.config.trl_keys import arguments_class, problem_of_groups, problem_of_loss, refused_of_trl
 from expertune.config.weights import QuantizationConfig
 from expertune.config.yaml_file import parse_value, shortened
 from expertune.errors import ConfigError
@@ -136,5 +136,5 @@ def check_training_arguments(training: dict[str, Any], where: str = "config", ob
                 f"{arguments.__name__}{nearest_key(key, known)}"
             )
     check_training_values(training, where, arguments)
-    if problem := problem_of_loss(training, objective):
+    if problem := problem_of_loss(training, objective) or (objective == "grpo" and problem_of_groups(training)):
         raise ConfigError(f"{where}: {problem}")

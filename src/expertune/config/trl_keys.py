@@ -162,6 +162,26 @@ def loss_types(training: Mapping[str, Any]) -> list[str]:
     return [named] if isinstance(named, str) else list(named)
 
 
+def problem_of_groups(training: Mapping[str, Any]) -> str | None:
+    """Why answers that are generated at once are no whole groups, in a sentence that names the keys; None if they are.
+
+    Args:
+        training: of `objective: grpo`, with values that were checked.
+    """
+    rows, group = training.get("per_device_train_batch_size", 8), training.get("num_generations", 8)
+    steps = training.get("steps_per_generation") or training.get("gradient_accumulation_steps", 1)
+    given = training.get("generation_batch_size")
+    key, value, at_once = (
+        ("generation_batch_size", given, given) if given else ("per_device_train_batch_size", rows, rows * steps)
+    )
+    if at_once % group == 0:
+        return None
+    return (
+        f"training.num_generations: {at_once} answers are generated at once, which is no multiple of {group}; set "
+        f"{key} (now {value}) to {group} or a multiple of it, or another num_generations"
+    )
+
+
 def problem_of_loss(training: Mapping[str, Any], objective: ObjectiveName) -> str | None:
     """What TRL would refuse only when it takes a loss, in a sentence that names the key; None where it would not."""
     names, known = loss_types(training), _LOSSES.get(objective, ())

@@ -13,6 +13,7 @@ from expertune.checkpoint.names import read_names
 from expertune.checkpoint.targets import ResolvedTargets, most_selected, resolve_targets
 from expertune.config import RunConfig, check_training_arguments
 from expertune.config.arguments import checked
+from expertune.config.training_keys import MUON
 from expertune.errors import ConfigError, DoesNotFitError
 from expertune.notebook.html import as_html
 from expertune.placement.experts import Location
@@ -31,6 +32,7 @@ from expertune.planning.settings import Workload, read_workload
 from expertune.planning.source import Source, find_config, read_source
 from expertune.planning.speed import StepCost, StepTime, decomposition_flops
 from expertune.run.progress import in_words
+from expertune.train.muon import MuonSettings
 
 
 @dataclass(frozen=True, repr=False)
@@ -237,6 +239,8 @@ def plan_for(
             read.
     """
     check_training_arguments(config.training, config.where, config.objective)
+    if config.training.get("optim") == MUON:
+        MuonSettings.parse(config.training.get("optim_args"))  # refuses what is wrong in it
     if machine.world_size > 1 and config.objective != "sft":
         raise ConfigError(
             f"objective: {config.objective} runs in one process, and {machine.world_size} were asked for; start one"

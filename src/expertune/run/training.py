@@ -111,6 +111,11 @@ def train(
         from expertune.train.grpo import GroupTrainer  # which imports TRL
 
         trainer = GroupTrainer(model, context.arguments, inputs.dataset, inputs.tokenizer, objective, promised)
+        if trainer.aux_loss_enabled:
+            context.note(
+                f"loss: TRL adds the router's auxiliary loss, train.aux_loss of the record, times "
+                f"{trainer.router_aux_loss_coef:g}; training.router_aux_loss_coef: 0 leaves it out"
+            )
     else:
         collator = getattr(objective, "collator", None) or make_collator(config.data, inputs.tokenizer, True)
         trainer = ExpertTrainer(model, context.arguments, inputs.dataset, collator, objective, promised)
