@@ -54,7 +54,7 @@ VARIANTS = (
         "experts",
     ),
     Variant("use_dora", ("lora.use_dora=true",), "adapter"),
-    Variant("rslora, alpha 8", ("lora.rslora=true", "lora.alpha=8"), "adapter"),
+    Variant("rslora, alpha 16", ("lora.rslora=true", "lora.alpha=16"), "adapter"),
     Variant("LoRA+, ratio 16, lr 2e-3", ("lora.loraplus_lr_ratio=16", "training.learning_rate=2e-3"), "adapter"),
     Variant("neftune 5", ("training.neftune_noise_alpha=5",), "adapter"),
     Variant("muon", ("training.optim=muon",), "adapter"),
