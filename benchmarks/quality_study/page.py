@@ -78,7 +78,7 @@ def bits_tables(result: dict[str, Any]) -> Iterable[str]:
 
 
 def study_tables(result: dict[str, Any], variants: Sequence[Variant]) -> Iterable[str]:
-    """Scores, losses and costs of the variants, and what was left out."""
+    """Scores and losses of the variants, and what was left out; how long a step takes, two workers at once do not say."""
     cells = {
         variant.name: {
             task: {
@@ -110,10 +110,11 @@ def study_tables(result: dict[str, Any], variants: Sequence[Variant]) -> Iterabl
     yield ""
     names = [f"{task}, {figure}" for task, figure in TASKS.items()]
     yield from _table(
-        ["variant", "seeds", *names, "difference to NF4"],
+        ["variant", "trained parameters", "seeds", *names, "difference to NF4"],
         [
             [
                 variant.name,
+                f"{_first(cells[variant.name]['meaning'])['trained_parameters']:,}",
                 str(_seeds(cells[variant.name])),
                 *(_spread(cells[variant.name][task], "score", 3) for task in TASKS),
                 _paired(cells[variant.name], default, "score"),
@@ -132,20 +133,6 @@ def study_tables(result: dict[str, Any], variants: Sequence[Variant]) -> Iterabl
                 _paired(cells[variant.name], default, "loss"),
                 _start(cells[variant.name]["meaning"]),
                 _overall(cells[variant.name], "other_text_loss"),
-            ]
-            for variant in shown
-        ],
-    )
-    yield "What it costs, on `meaning`:"
-    yield ""
-    yield from _table(
-        ["variant", "trained parameters", "seconds a step", "against NF4"],
-        [
-            [
-                variant.name,
-                f"{_first(cells[variant.name]['meaning'])['trained_parameters']:,}",
-                f"{(own := _median(cells[variant.name]['meaning'])):.2f}",
-                f"{own / _median(default['meaning']):.2f}x" if default["meaning"] else "",
             ]
             for variant in shown
         ],
@@ -203,10 +190,6 @@ def _start(cells: Cells) -> str:
 
 def _overall(tasks: dict[str, Cells], name: str) -> str:
     return f"{statistics.fmean(cell[name] for cells in tasks.values() for cell in cells.values()):.2f}"
-
-
-def _median(cells: Cells) -> float:
-    return statistics.median(cell["seconds_per_step"] for cell in cells.values())
 
 
 def _first(cells: Cells) -> dict[str, Any]:

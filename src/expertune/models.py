@@ -35,6 +35,10 @@ class LoraOptions(TypedDict, total=False):
     rslora: bool
     use_dora: bool
     dtype: str
+    loraplus_lr_ratio: float | None
+    experts: dict[str, Any] | None
+    expert_rank: str | None
+    init: str
     init_from: str | None
     init_from_other_base: bool
 
@@ -102,6 +106,11 @@ def attach(
     loaded, onto = _loaded(model), model if isinstance(model, ExpertPeftModel) else None
     _require_free(adapter_name, loaded.model, onto)
     section = parse_lora(dict(lora))
+    if section.loraplus_lr_ratio is not None:
+        raise ConfigError(
+            "lora.loraplus_lr_ratio is of a run's optimizer; make your own by "
+            "peft.optimizers.create_loraplus_optimizer(model, ..., loraplus_lr_ratio=...)"
+        )
     if section.init != "default":
         raise ConfigError(
             f"lora.init: {section.init} is made by a run, from its 16-bit checkpoint; load_adapter puts the "

@@ -15,7 +15,7 @@ from expertune.distributed.processes import Launch
 def test_train_prints_the_run_folder(run, run_file, api):
     seen = []
 
-    def finetune(config, resume, console, trust_remote_code):
+    def finetune(config, overrides, resume, console, trust_remote_code, trust_rewards):
         seen.append((config.output_dir, resume, trust_remote_code))
         console.print("step 1")
         print("a library's note")

@@ -11,10 +11,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from expertune import api, finetune
+from expertune import finetune
 from expertune.config import parse_config
 from expertune.experts import module
 from expertune.generation import decoding
+from expertune.run import training as run_training
 from expertune.run.record import RunRecord
 
 # Any sequence of the fixture fits, two of them do not.
@@ -122,7 +123,7 @@ class Scarce:
             finally:
                 scarce.generating = False
 
-        class Trainer(api.ExpertTrainer):
+        class Trainer(run_training.ExpertTrainer):
             def train(self, *args: Any, **kwargs: Any) -> Any:
                 scarce.trainer = self
                 try:
@@ -132,5 +133,5 @@ class Scarce:
 
         patch.setattr(module, "expert_mlp", expert_mlp)
         patch.setattr(decoding, "decode", marked)
-        patch.setattr(api, "ExpertTrainer", Trainer)
+        patch.setattr(run_training, "ExpertTrainer", Trainer)
         return self

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from expertune import api, finetune
+from expertune import finetune
 from expertune.config import parse_config
 from expertune.errors import NonFiniteGradientError, NonFiniteLossError
+from expertune.run import training
 from expertune.run.record import RunRecord
 from expertune.train.finite import is_lowered_by_scaler, norm_of_gradients
 from expertune.train.trainer import ExpertTrainer
@@ -35,7 +36,7 @@ def bad_gradient(monkeypatch: pytest.MonkeyPatch) -> BadGradient:
                     gradient.view(-1)[0] = value
                 return gradient
 
-        monkeypatch.setattr(api, "ExpertTrainer", Damaged)
+        monkeypatch.setattr(training, "ExpertTrainer", Damaged)
 
     return put
 
@@ -71,7 +72,7 @@ def test_train_keeps_no_weights_that_the_update_made_not_finite(
             optimizer.register_step_post_hook(lambda *_: factor.detach().view(-1)[:1].fill_(float("nan")))
             return optimizer
 
-    monkeypatch.setattr(api, "ExpertTrainer", DividesByZero)
+    monkeypatch.setattr(training, "ExpertTrainer", DividesByZero)
     run_values["training"] |= {"max_steps": 1, "eval_strategy": "no"}
     with pytest.raises(
         NonFiniteLossError, match=r"step 1 left weights that are not finite .*lora_A.*no checkpoint yet"

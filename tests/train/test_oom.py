@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from expertune import api
 from expertune.errors import DoesNotFitError
 from expertune.experts import module
 from expertune.kernels import workspace
+from expertune.run import training
 from expertune.run.record import RunRecord
 from expertune.train.callbacks import RandomState
 from expertune.train.trainer import ExpertTrainer
@@ -97,13 +97,13 @@ def test_running_loss_of_transformers_counts_a_step_that_was_run_again_once(
     kept: dict[str, Any] = {}
     scarce = Scarce(ONE_SEQUENCE, first_layer=3).install(monkeypatch)
 
-    class Watched(api.ExpertTrainer):  # type: ignore[name-defined, misc]
+    class Watched(training.ExpertTrainer):  # type: ignore[name-defined, misc]
         def train(self, *args: Any, **kwargs: Any) -> Any:
             output = super().train(*args, **kwargs)
             kept["train_loss"] = output.training_loss
             return output
 
-    monkeypatch.setattr(api, "ExpertTrainer", Watched)
+    monkeypatch.setattr(training, "ExpertTrainer", Watched)
     record = run(values, tmp_path / "run")
     assert scarce.num_failures == 1
     losses = [loss for _, loss in record["train"]["loss"]]
@@ -180,10 +180,11 @@ def test_other_errors_of_a_step_are_not_taken_for_memory(
 
 LIMITED = """
 import json, resource, sys
-from expertune import api, finetune
+from expertune import finetune
+from expertune.run import training
 from expertune.config import parse_config
 
-class Trainer(api.ExpertTrainer):
+class Trainer(training.ExpertTrainer):
     def train(self, *args, **kwargs):
         with open("/proc/self/status") as file:
             held = int(next(line for line in file if line.startswith("VmData")).split()[1]) * 1024
@@ -191,7 +192,7 @@ class Trainer(api.ExpertTrainer):
         return super().train(*args, **kwargs)
 
 if __name__ == "__main__":
-    api.ExpertTrainer = Trainer
+    training.ExpertTrainer = Trainer
     finetune(parse_config(json.loads(sys.argv[1])))
 """
 

@@ -2,7 +2,7 @@
 
 An error in a weight counts by what it is multiplied with. One forward over a few thousand tokens gives that, in the
 memory of a forward, for all linears and for each expert by the tokens that are sent to it. The figures are small (19 MB
-for Mixtral-8x7B) and are kept in a file, from which a base with the same bytes is made again.
+for 32 layers of 8 experts of hidden 4096) and are kept in a file, from which a base with the same bytes is made again.
 
 Shape suffixes: T tokens, K input features, E experts.
 """

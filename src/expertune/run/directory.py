@@ -1,12 +1,12 @@
 """A run directory that is started or resumed: its record, and what must not have changed for a resumed run."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from expertune.checkpoint.writer import hash_file
 from expertune.config import TRUST_KEY, RunConfig, with_current_names
 from expertune.config.secrets import without_secrets
 from expertune.errors import CheckpointError, ConfigError, PreflightError, option
@@ -34,9 +34,13 @@ def require_kept(path: Path, digest: str) -> None:
     Raises:
         CheckpointError: it has changed, or is missing.
     """
-    if not path.is_file() or hash_file(path).sha256 != digest:
+    found = None
+    if path.is_file():
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != digest:
         raise CheckpointError(
-            f"{path}: {'has changed' if path.is_file() else 'is missing'}, and the run began with it; restore it, or "
+            f"{path}: {'has changed' if found else 'is missing'}, and the run began with it; restore it, or "
             "start again with another output_dir"
         )
 
