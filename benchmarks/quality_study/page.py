@@ -78,7 +78,7 @@ def bits_tables(result: dict[str, Any]) -> Iterable[str]:
 
 
 def study_tables(result: dict[str, Any], variants: Sequence[Variant]) -> Iterable[str]:
-    """Scores and losses of the variants, and what was left out; how long a step takes, two workers at once do not say."""
+    """Scores and losses of the variants, and what was left out. Times of two workers at once would say little."""
     cells = {
         variant.name: {
             task: {

@@ -24,7 +24,7 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def test_variants_without_the_default_have_tables_without_differences_to_it() -> None:
-    assert "| muon | 1,000 | 2.00 |  |" in tables(study())
+    assert "| muon | 1,000 | 1 | 0.500 | 0.500 | 0.500 |  |" in tables(study())
 
 
 def test_page_says_where_results_were_measured_if_not_all_in_one_place() -> None:
