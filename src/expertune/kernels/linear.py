@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertune.kernels import native
+from expertune.kernels import native, workspace
 from expertune.kernels.cpu import gemm_dtype
 from expertune.kernels.dequant_gemm import Scratch, multiply, multiply_input_gradient
 from expertune.kernels.nf4 import Nf4Bytes
@@ -111,17 +111,20 @@ def dequant_gemm_backward(dy_RN: Tensor, weight: Nf4Bytes) -> Tensor:
 
 def fused_forward(x_RK: Tensor, weight: Nf4Bytes) -> Tensor:
     """The GEMM in the native library, which dequantizes inside; sums in float32."""
-    y_RN = torch.empty(x_RK.shape[0], weight.out_features, dtype=torch.float32)
-    native.grouped_gemm(
-        native.plain(x_RK), weight, torch.tensor([x_RK.shape[0]]), y_RN, transposed=True, dtype=x_RK.dtype
-    )
-    return y_RN.to(x_RK.dtype)
+    return _fused(x_RK, weight, weight.out_features, transposed=True)
 
 
 def fused_backward(dy_RN: Tensor, weight: Nf4Bytes) -> Tensor:
     """dX in the native library."""
-    dx_RK = torch.empty(dy_RN.shape[0], weight.in_features, dtype=torch.float32)
+    return _fused(dy_RN, weight, weight.in_features, transposed=False)
+
+
+def _fused(x: Tensor, weight: Nf4Bytes, columns: int, transposed: bool) -> Tensor:
+    """x @ W.T or x @ W, of x's dtype; what is float32 in between takes turns in the same memory."""
+    shape = x.shape[0], columns
+    out = torch.empty(shape) if x.dtype == torch.float32 else workspace.take("linear_output", *shape)
+    offsets = torch.tensor([x.shape[0]])
     native.grouped_gemm(
-        native.plain(dy_RN), weight, torch.tensor([dy_RN.shape[0]]), dx_RK, transposed=False, dtype=dy_RN.dtype
+        workspace.as_float("linear_input", x), weight, offsets, out, transposed=transposed, dtype=x.dtype
     )
-    return dx_RK.to(dy_RN.dtype)
+    return out.to(x.dtype)

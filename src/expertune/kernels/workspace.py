@@ -29,3 +29,10 @@ def take(name: str, *shape: int) -> Tensor:
         with torch.inference_mode(False):
             held[name] = torch.empty(size, dtype=torch.float32)
     return held[name][:size].view(shape)
+
+
+def as_float(name: str, tensor: Tensor) -> Tensor:
+    """The tensor in float32 and adjoining in memory: itself, or a copy in `name`'s memory."""
+    if tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor
+    return take(name, *tensor.shape).copy_(tensor)

@@ -37,7 +37,8 @@ overwrites = False
 
 def forward(chunk: Chunk, layer: FrozenLayer, updates: list[LoraUpdate], h: list[Tensor], out_TD: Tensor) -> None:
     """Writes the layer's output to `out_TD` and x @ A of each update to `h`; see `operator.Route`."""
-    routed, x_TD = sort_by_expert(chunk, layer.num_experts), plain(chunk.hidden_TD)
+    routed = sort_by_expert(chunk, layer.num_experts)
+    x_TD = workspace.as_float("tokens", chunk.hidden_TD)
     for update, out in _inner(layer, updates, h):
         if update.dropout:
             dropped = _dropped(x_TD, update, routed, routed.token_R)
@@ -67,7 +68,8 @@ def backward(
 ) -> None:
     """Writes gradients of hidden and of the router's weights; adds to those of A and B."""
     routed = sort_by_expert(chunk, layer.num_experts)
-    x_TD, dout_TD = plain(chunk.hidden_TD), plain(dout_TD)
+    x_TD = workspace.as_float("tokens", chunk.hidden_TD)
+    dout_TD = workspace.as_float("output_gradient", dout_TD)
     size = layer.intermediate_size
     before_gain = _before_gain(routed, layer, updates)
     gate_up = _gate_up(x_TD, routed, layer, updates, h, before_gain)
