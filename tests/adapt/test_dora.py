@@ -105,7 +105,7 @@ def test_norms_follow_every_change_of_a_factor_whatever_changed_it() -> None:
         change(layer.lora_B["default"]["gate"])
         output = layer(*batch)
         again = copy.deepcopy(layer)
-        again._norms._known.clear()
+        again.norms._known.clear()
         assert torch.equal(output, again(*batch))
         seen.append(output)
     assert not torch.equal(seen[1], seen[2])
@@ -124,6 +124,36 @@ def test_norms_of_the_trained_adapter_and_of_the_reference_are_both_kept(monkeyp
                 factor.data.copy_(state)
                 layer(*batch)
     assert len(computed) == 3  # of the trained adapter in each step; the magnitudes began with those of the reference
+
+
+def test_factors_are_read_once_while_an_answer_is_written_and_changes_that_torch_notes_are_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, batch, read = layer_with_dora(), inputs(), []
+    checksum = dora_module._checksum
+    monkeypatch.setattr(dora_module, "_checksum", lambda factor: read.append(1) or checksum(factor))
+    factor = layer.lora_B["default"]["gate"]
+    optimizer = torch.optim.SGD([factor], lr=1.0)
+
+    def step() -> None:
+        factor.grad = torch.ones_like(factor)
+        optimizer.step()
+
+    def load() -> None:
+        layer.load_state_dict({name: each * 1.5 for name, each in layer.state_dict().items()})
+
+    with torch.no_grad(), layer.norms.looked_at_once():
+        for change in (step, load, lambda: factor.copy_(torch.full_like(factor, 0.3))):
+            change()
+            outputs = [layer(*batch) for _token in range(3)]
+            read.clear()
+            assert torch.equal(layer(*batch), outputs[0])
+            assert not read
+            again = copy.deepcopy(layer)
+            again.norms._known.clear()
+            assert torch.equal(outputs[0], again(*batch))
+    factor.data.normal_()
+    assert not torch.equal(layer(*batch), outputs[0])  # afterwards what torch does not note is seen too
 
 
 def test_two_active_adapters_are_refused_where_one_has_dora() -> None:

@@ -5,7 +5,8 @@ y = m * (W x + s B A x) / ||W + s B A||, where the norm of each output feature i
 are kept until a factor changes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -31,10 +32,25 @@ class Norms:
     def __init__(self) -> None:
         # By the key of a stack, the norms of its states that were used last.
         self._known: dict[Any, dict[tuple[Any, ...], Tensor]] = {}
+        # By the key of a stack, its factors' memory and its state; None while factors may change unseen.
+        self._looked_at: dict[Any, tuple[Any, Any]] | None = None
+
+    @contextmanager
+    def looked_at_once(self) -> Iterator[None]:
+        """While open, factors are looked at once: it is a block in which nothing trains, such as an answer's tokens.
+
+        Looking reads all factors, for a single token as much as the experts that it is sent to. What torch notes of a
+        change (its version counter) is seen here too; what it does not (`.data`, an optimizer's own kernel) is not.
+        """
+        earlier, self._looked_at = self._looked_at, {}
+        try:
+            yield
+        finally:
+            self._looked_at = earlier
 
     def of(self, experts: Nf4Experts, updates: Mapping[_Key, LoraUpdate]) -> dict[_Key, Tensor]:
         """The norms of each stack, by the key that its update has here; computed for those that have changed."""
-        states = {key: (update.scaling, _checksum(update.a), _checksum(update.b)) for key, update in updates.items()}
+        states = {key: self._state(key, update) for key, update in updates.items()}
         known = {key: self._known.get(key, {}).get(state) for key, state in states.items()}
         if changed := [key for key, norms in known.items() if norms is None]:
             found = row_norms(experts.gate_up, experts.down, experts.layer, [updates[key] for key in changed])
@@ -44,6 +60,16 @@ class Norms:
             others = [each for each in self._known.get(key, {}).items() if each[0] != states[key]]
             self._known[key] = {**dict(others[1 - _MOST_STATES :]), states[key]: norms}
         return norms_of
+
+    def _state(self, key: Any, update: LoraUpdate) -> Any:
+        """What is another one where a factor or the scale has changed."""
+        memory = update.scaling, _memory(update.a), _memory(update.b)
+        if self._looked_at is not None and key in self._looked_at and self._looked_at[key][0] == memory:
+            return self._looked_at[key][1]
+        state = update.scaling, _checksum(update.a), _checksum(update.b)
+        if self._looked_at is not None:
+            self._looked_at[key] = memory, state
+        return state
 
 
 def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
@@ -58,3 +84,8 @@ def _checksum(factor: Tensor) -> tuple[str, int]:
     rows = bits.flatten(0, 1).sum(dim=1, dtype=torch.int64)
     weighted = rows * torch.arange(1, len(rows) + 1, device=rows.device)
     return str(factor.device), int(weighted.sum())
+
+
+def _memory(factor: Tensor) -> tuple[str, int, int]:
+    """Where a factor lies, and how often torch has changed it there; of inference tensors it keeps no count."""
+    return str(factor.device), factor.data_ptr(), 0 if factor.is_inference() else factor._version

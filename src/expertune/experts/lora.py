@@ -10,7 +10,7 @@ Shape suffixes: E experts, r rank.
 
 import math
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -115,7 +115,7 @@ class ExpertsLora(nn.Module, LoraLayer):
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
         self.ranks: dict[str, Ranks] = {}
-        self._norms = Norms()
+        self.norms = Norms()
         self.held: dict[str, Held] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config, target_name=target_name)
@@ -161,7 +161,7 @@ class ExpertsLora(nn.Module, LoraLayer):
         updates = self._updates([adapter_name])
         if self.base_layer.device.type == "meta":
             return {stack: update.b[:, :, 0].detach().clone() for (_, stack), update in updates.items()}
-        norms = self._norms.of(self.base_layer, updates)
+        norms = self.norms.of(self.base_layer, updates)
         return {stack: nn.Parameter(norms[adapter_name, stack].clone()) for _, stack in updates}
 
     def _own(self, factor: Tensor) -> nn.Parameter:
@@ -257,7 +257,7 @@ class ExpertsLora(nn.Module, LoraLayer):
                 "several adapters are active, one of them with use_dora, which scales what all of them give; activate "
                 "one at a time with set_adapter"
             )
-        norms = self._norms.of(self.base_layer, dora)
+        norms = self.norms.of(self.base_layer, dora)
         gains = {(name, key): gain(self.lora_magnitude_vector[name][key], norms[name, key]) for name, key in dora}
         return updates | {stack: replace(update, gain=gains[stack]) for stack, update in dora.items()}
 
@@ -319,6 +319,16 @@ def factors_of_all(model: nn.Module, here: bool) -> Iterator[None]:
     finally:
         for factors, projection, factor in own:
             factors[projection] = factor
+
+
+@contextmanager
+def norms_looked_at_once(model: nn.Module) -> Iterator[None]:
+    """While open, nothing trains the model, and DoRA's norms are looked up without reading all factors each time."""
+    with ExitStack() as layers:
+        for layer in model.modules():
+            if isinstance(layer, ExpertsLora):
+                layers.enter_context(layer.norms.looked_at_once())
+        yield
 
 
 def _shared_out(model: nn.Module) -> Iterator[ExpertsLora]:

@@ -19,6 +19,7 @@ from transformers.generation import StoppingCriteriaList
 from expertune.checkpoint.context import context_length
 from expertune.distributed.mesh import Ranks
 from expertune.errors import ConfigError, DataError
+from expertune.experts.lora import norms_looked_at_once
 from expertune.experts.module import in_lockstep
 from expertune.generation.sampling import Sampling
 
@@ -190,6 +191,7 @@ def generate_ids(
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=base.device)
     with (
         evaluation_mode(model),
+        norms_looked_at_once(base),
         _own_generation_config_aside(base),
         _head_in_one_product(base),
         _passes_begun_together(base, ranks, idle=pad),
