@@ -22,6 +22,7 @@ from expertune.checkpoint.linears import is_linear
 from expertune.errors import ConfigError, PreflightError
 from expertune.experts.balance import RouterLosses
 from expertune.experts.contract import is_experts
+from expertune.experts.load import add_tokens
 from expertune.experts.lora import ExpertsLora, projection_of
 from expertune.experts.module import Nf4Experts, in_lockstep, parallel_of
 
@@ -259,8 +260,8 @@ def _tokens_per_expert(model: nn.Module, batch: Batch) -> Iterator[dict[str, Ten
 
     def count(name: str, num_experts: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            chosen = inputs[1][matters.to(inputs[1].device)]
-            counts[name] = torch.bincount(chosen.flatten().cpu(), minlength=num_experts)
+            counts[name] = torch.zeros(num_experts, dtype=torch.int64)
+            add_tokens(counts[name], inputs[1].cpu()[matters.cpu()])
 
         return hook
 

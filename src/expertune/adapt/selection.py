@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from expertune.config import ExpertsSection, LoraSection
 from expertune.errors import ConfigError
+from expertune.experts.load import add_tokens
 from expertune.experts.module import Nf4Experts
 
 SAMPLE_TOKENS = 16384
@@ -134,14 +135,13 @@ class _Counts:
 
     def see(self, name: str, layer: Nf4Experts, inputs: tuple[Tensor, ...]) -> None:
         """Add what a layer is called with."""
-        index_TK, weights_TK = inputs[1].long(), inputs[2].double()
+        index_TK, weights_TK = inputs[1], inputs[2].double()
         counted_T1 = torch.ones(len(index_TK), 1, dtype=torch.float64, device=index_TK.device)
         if self.mask is not None and self.mask.numel() == len(index_TK):
             counted_T1 = self.mask.reshape(-1, 1).to(counted_T1)
         parts_TK = (weights_TK / weights_TK.sum(-1, keepdim=True)).nan_to_num()  # all may be zero
-        for totals, values_TK in ((self.load, torch.ones_like(parts_TK)), (self.gate, parts_TK)):
-            total = totals.setdefault(name, parts_TK.new_zeros(layer.num_experts))
-            total.index_add_(0, index_TK.flatten(), (values_TK * counted_T1).flatten())
+        for totals, values in ((self.load, counted_T1), (self.gate, parts_TK * counted_T1)):
+            add_tokens(totals.setdefault(name, parts_TK.new_zeros(layer.num_experts)), index_TK, values)
 
 
 @contextmanager

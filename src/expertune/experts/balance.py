@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from expertune.errors import UnsupportedModelError
+from expertune.experts.load import add_tokens
 from expertune.experts.module import Nf4Experts
 from expertune.experts.router import find_logits
 
@@ -166,10 +167,6 @@ def _is_of_experts(value: Any, num_experts: int) -> bool:
 def _count(totals: RouterTotals, real_T: Tensor | None, experts: nn.Module, inputs: tuple[Any, ...]) -> None:
     if not experts.training:  # of a comparison that comes before the forward
         return
-    index_TK = inputs[1].long()
-    counted_T = torch.ones(len(index_TK), dtype=torch.float64, device=index_TK.device)
-    if real_T is not None:
-        counted_T = real_T.to(counted_T)
-    # Unlike bincount it does not wait for a GPU.
-    totals.counts_E.scatter_add_(0, index_TK.reshape(-1), counted_T[:, None].expand_as(index_TK).reshape(-1))
-    totals.tokens += float(counted_T.sum()) if real_T is not None else len(index_TK)
+    index_TK = inputs[1]
+    add_tokens(totals.counts_E, index_TK, None if real_T is None else real_T[:, None])
+    totals.tokens += len(index_TK) if real_T is None else float(real_T.double().sum())

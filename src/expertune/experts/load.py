@@ -1,4 +1,4 @@
-"""Which experts tokens are sent to, counted in passes that are made anyway.
+"""Which experts tokens are sent to: the one count of them, and that of an evaluation.
 
 Shape suffixes: T tokens, K experts per token, E experts.
 """
@@ -13,6 +13,20 @@ from torch import Tensor, nn
 
 from expertune.distributed.mesh import Ranks
 from expertune.experts.module import Nf4Experts
+
+
+def add_tokens(totals_E: Tensor, index_TK: Tensor, weights_TK: Tensor | None = None) -> None:
+    """Add to totals, in place, how many of some tokens each expert is sent.
+
+    Args:
+        totals_E: int64 or float64 [E], on the device of the indices.
+        index_TK: the experts of each token, any integers of any shape.
+        weights_TK: what each of them counts for, or [T, 1] what each token does; None means 1.
+    """
+    ones = torch.ones((), dtype=totals_E.dtype, device=totals_E.device)
+    values_TK = ones if weights_TK is None else weights_TK.to(totals_E)
+    # Unlike bincount it does not wait for a GPU.
+    totals_E.scatter_add_(0, index_TK.reshape(-1).long(), values_TK.expand_as(index_TK).reshape(-1))
 
 
 class RoutingCounts:
@@ -57,13 +71,12 @@ class RoutingCounts:
         """Keep what a layer was called with last: a pass that compares two ways of taking the loss may come before."""
         if self._batch is None:
             return
-        index_TK, weights_TK = inputs[1].long(), inputs[2].double()
+        index_TK, weights_TK = inputs[1], inputs[2].double()
         counted_T = torch.ones(len(index_TK), dtype=torch.float64, device=index_TK.device)
         if isinstance(self._mask, Tensor) and self._mask.numel() == len(index_TK):
             counted_T = self._mask.reshape(-1).to(counted_T)
         tokens_E = torch.zeros(layer.num_experts, dtype=torch.float64, device=index_TK.device)
-        # Unlike bincount it does not wait for a GPU.
-        tokens_E.scatter_add_(0, index_TK.reshape(-1), counted_T[:, None].expand_as(index_TK).reshape(-1))
+        add_tokens(tokens_E, index_TK, counted_T[:, None])
         shares_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         entropy_T = torch.special.entr(shares_TK).sum(-1).nan_to_num()  # a family may weigh all of them with zero
         self._batch[name] = torch.cat([tokens_E, torch.stack([(entropy_T * counted_T).sum(), counted_T.sum()])])

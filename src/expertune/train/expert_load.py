@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from expertune.distributed.mesh import Ranks
+from expertune.experts import load
 from expertune.experts.module import Nf4Experts
 from expertune.experts.replay import is_recomputing
 
@@ -50,11 +51,9 @@ class ExpertLoad:
     def _count(self, layer: Any, inputs: tuple[Any, ...]) -> None:
         if not layer.training or self._ignores or is_recomputing():
             return
-        index_R = inputs[1].reshape(-1).long()
         if layer not in self._counts:
-            self._counts[layer] = torch.zeros(layer.num_experts, dtype=torch.int64, device=index_R.device)
-        # Unlike bincount it does not wait for a GPU.
-        self._counts[layer].scatter_add_(0, index_R, torch.ones_like(index_R))
+            self._counts[layer] = torch.zeros(layer.num_experts, dtype=torch.int64, device=inputs[1].device)
+        load.add_tokens(self._counts[layer], inputs[1])
 
     @contextmanager
     def ignoring(self) -> Iterator[None]:
