@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from expertune.report import sections
 from expertune.report.answers import answers
+from expertune.report.data_reports import data_reports
 from expertune.report.expert_maps import expert_maps, load_over_time
 from expertune.report.values import figure, section
 from expertune.storage import write_text
@@ -59,7 +60,7 @@ def render_page(record: Mapping[str, Any], run_dir: str) -> str:
         experts=expert_maps(record),
         load=load_over_time(record),
         answers=answers(record),
-        data=sections.data_reports(record),
+        data=data_reports(record),
         plan=sections.plan(record),
         preflight=sections.preflight(record),
         settings=sections.settings(record),
