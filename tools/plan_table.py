@@ -19,7 +19,8 @@ from transformers import AutoConfig
 from expertune.config import RunConfig, parse_config
 from expertune.planning.communication import LINKS
 from expertune.planning.devices import Machine
-from expertune.planning.plan import Plan, plan_for, read_shapes
+from expertune.planning.plan import plan_for, read_shapes
+from expertune.planning.result import Plan
 from expertune.planning.table import short_seconds, size
 
 GPUS = {"24 GB": "rtx-4090", "80 GB": "h100"}

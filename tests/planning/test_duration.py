@@ -1,6 +1,7 @@
 """How long a whole run takes: its steps, evaluations and answers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -94,3 +95,10 @@ def test_the_plan_of_the_demo_says_how_long_it_takes():
     assert made.run_time.evaluations == 3
     assert made.run_time.line.startswith("320 steps, at least ")
     assert made.run_time.line.endswith("a model this small can take several times as long")
+
+
+def test_of_less_than_half_a_second_no_number_is_said(run_of):
+    made = make_plan(run_of(MIXTRAL, training=STEPS), gpu="h100").timed(Lengths(8, 64))
+    short = replace(made.run_time, steps=2, step_seconds=0.01, evaluations=1, evaluation_seconds=0.2)
+    assert short.line.startswith("2 steps, under a second (under a second of steps, under a second of 1 evaluation)")
+    assert replace(short, is_least=True).line.startswith("2 steps, seconds (")

@@ -5,6 +5,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
@@ -157,6 +158,31 @@ def test_plan_names_an_adapter_to_start_from_that_is_not_there(run_of, tmp_path,
         folder.mkdir()
     with pytest.raises(error, match=rf"lora\.init_from: .*{message}"):
         make_plan(run_of("deepseek-r1", lora={"init_from": str(folder)}))
+
+
+def test_plan_has_the_ranks_and_the_targets_of_the_adapter_that_a_run_starts_from(run_of, tmp_path):
+    ranks, pattern = [2, 6, 6, 6], {"layers.0.self_attn.q_proj": 2}
+    config = {"peft_type": "LORA", "r": 6, "lora_alpha": 12, "target_modules": ["q_proj"], "rank_pattern": pattern}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    factors = {
+        f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{factor}.weight": torch.ones(shape)
+        for layer, rank in enumerate(ranks)
+        for factor, shape in (("A", (rank, 256)), ("B", (256, rank)))
+    }
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file(factors, weights)
+    started = make_plan(run_of(TINY_MIXTRAL, lora={"init_from": str(tmp_path)}, memory_budget="1MB"))
+    named = make_plan(run_of(TINY_MIXTRAL, lora={"r": 6, "targets": ["q_proj"], "rank_pattern": pattern}))
+    assert started.parameters == named.parameters
+    assert started.parameters.trainable == sum(ranks) * 2 * 256
+    assert started.memory == named.memory
+    assert started.disk == named.disk
+    assert "lora.r" not in str(started.to_json()["what_to_change"])
+    with pytest.raises(ConfigError, match=r"lora\.r is 8, but the adapter at .* has 6; remove the key to take"):
+        make_plan(run_of(TINY_MIXTRAL, lora={"init_from": str(tmp_path), "r": 8}))
+    save_file({key.replace("q_proj", "qkv"): each for key, each in factors.items()}, weights)
+    with pytest.raises(CheckpointError, match=r"no adapter of this model: lora\.targets: no module is called 'qkv'"):
+        make_plan(run_of(TINY_MIXTRAL, lora={"init_from": str(tmp_path)}))
 
 
 # --- the hub --------------------------------------------------------------------------------------------------------

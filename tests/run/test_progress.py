@@ -7,8 +7,10 @@ import time
 
 import pytest
 from rich.console import Console
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from expertune.run.progress import BYTES, Bar, Bars, Estimate, in_words
+from expertune.train.callbacks import History, ProgressBar
 
 
 class Clock:
@@ -168,3 +170,15 @@ def test_what_is_under_way_is_no_markup_and_moves_no_cursor() -> None:
         progress(1, 2)
     assert written.getvalue().startswith("reading a[/b]\\x1b[2J: 1/2 rows")
     assert "reading a[/b]\\x1b[2J" in drawn.getvalue()
+
+
+def test_step_line_has_the_parts_of_the_loss_that_have_a_series() -> None:
+    history, written = History(), io.StringIO()
+    parts = {"loss": 0.125, "reward": 0.5, "kl": 0.03, "aux_loss": 1.25, "rewards/slot-f1/mean": 0.5}
+    history.series = {name: [[1, 9.0], [2, value]] for name, value in parts.items()}
+    bar = ProgressBar(lambda: history, Bars(Console(file=written, width=200)))
+    args, state = TrainingArguments("o", disable_tqdm=True, report_to=[], use_cpu=True), TrainerState()
+    bar.on_train_begin(args, state, TrainerControl())
+    bar.on_log(args, state, TrainerControl(), {"loss": 0.125})
+    assert "loss 0.1250" in written.getvalue()
+    assert "reward 0.500  KL 0.030  load balancing 1.250" in written.getvalue()

@@ -1,5 +1,6 @@
 """Attach LoRA as the run file describes it: resolve names, build the PeftModel, start from an adapter if asked."""
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -147,14 +148,7 @@ def expected_layout(model: PreTrainedModel, lora: LoraSection) -> StockLayout:
     """
     names = read_names(model)
     modules = {name for name, module in model.named_modules() if is_linear(module) and not is_refused(model, name)}
-    plain = None
-    if lora.init_from:
-        file = read_adapter(lora.init_from)
-        plain = file.per_expert(names)
-        lora = adopt(lora, names, file, plain)
-    targets = resolve_targets(model, names, lora, modules | names.specs.keys())
-    if plain:
-        targets = _held_targets(targets, names, set(plain.modules))
+    lora, targets = expected_targets(model, names, lora, modules | names.specs.keys())
     if any(
         sum(len(group.experts) for group in groups) < names.specs[module].num_experts
         for module, groups in targets.groups.items()
@@ -163,6 +157,32 @@ def expected_layout(model: PreTrainedModel, lora: LoraSection) -> StockLayout:
     else:
         found = stock_layout(model, names, _widest(targets), lora.r, lora.rank_pattern)
     return replace(found, merging=_why_not_merged(model, names, targets))
+
+
+def expected_targets(
+    model: PreTrainedModel, names: NameMap, lora: LoraSection, reached: Collection[str] | None = None
+) -> tuple[LoraSection, ResolvedTargets]:
+    """What an adapter is going to be on; of one that there is already (`init_from`), with the section in its shape.
+
+    Args:
+        model: the base model on the meta device.
+        names: its name map.
+        lora: the run file's adapter section.
+        reached: see `resolve_targets`.
+
+    Raises:
+        ConfigError, CheckpointError: see `attach`.
+    """
+    if not lora.init_from:
+        return lora, resolve_targets(model, names, lora, reached)
+    file = read_adapter(lora.init_from)
+    plain = file.per_expert(names)
+    lora = adopt(lora, names, file, plain)
+    try:
+        wanted = resolve_targets(model, names, lora, reached)
+    except ConfigError as error:
+        raise CheckpointError(f"{file.where}: no adapter of this model: {error}") from None
+    return lora, _held_targets(wanted, names, set(plain.modules))
 
 
 def _widest(targets: ResolvedTargets) -> ResolvedTargets:

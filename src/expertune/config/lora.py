@@ -9,6 +9,22 @@ from expertune.config.sections import PathText, Section
 # The highest is far above any use, and far below what makes gradients infinite.
 Alpha = Annotated[float, Field(gt=0, le=1e6)]
 
+# What of a section keeps experts from being shared out: its property, the values of `distributed.experts`, the reason.
+_NOT_SHARED_OUT = (
+    (
+        "use_dora",
+        ("shard", "parallel"),
+        "lora.use_dora needs the norms of all weights on each process, and distributed.experts: {} shares the weights "
+        "out; set it to replicate",
+    ),
+    (
+        "selects",
+        ("parallel",),
+        "distributed.experts: {} shares out adapters of all experts alike, and lora.experts or lora.expert_rank: load "
+        "gives some of them others than the rest; set distributed.experts to shard or replicate",
+    ),
+)
+
 
 class ExpertsSection(Section):
     """Experts of each layer that have an adapter, where not all have one (Wang et al. 2024, ESFT).
@@ -141,3 +157,8 @@ class LoraSection(Section):
     def selects(self) -> bool:
         """Whether experts differ: some have no adapter, or another rank."""
         return self.experts is not None or self.expert_rank == "load"
+
+    def why_not_held(self, mode: str) -> str | None:
+        """Why processes cannot hold the experts in this way (`distributed.experts`) with such an adapter, or None."""
+        reasons = (reason for key, modes, reason in _NOT_SHARED_OUT if mode in modes and getattr(self, key))
+        return next((reason.format(mode) for reason in reasons), None)

@@ -131,8 +131,8 @@ class RunConfig(Section):
             raise ValueError(f"data.packing: packed is of supervised fine-tuning, not of {named}; remove the key")
         if self.distributed.experts in ("shard", "parallel"):
             raise ValueError(
-                f"distributed.experts: {self.distributed.experts} is for several processes, and {named} runs in one; "
-                "remove the key"
+                f"distributed.experts: {self.distributed.experts} is of supervised fine-tuning, and with {named} each "
+                "process has all experts; remove the key"
             )
         if self.data.train_on != "completion":
             raise ValueError(f"data.train_on: all has no meaning with {named}; remove the key")
@@ -160,22 +160,9 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _dora_has_whole_layers(self) -> "RunConfig":
-        if self.lora.use_dora and self.distributed.experts in ("shard", "parallel"):
-            raise ValueError(
-                f"lora.use_dora needs the norms of all weights on each process, and distributed.experts: "
-                f"{self.distributed.experts} shares the weights out; set it to replicate"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _selected_experts_are_not_shared_out(self) -> "RunConfig":
-        if self.lora.selects and self.distributed.experts == "parallel":
-            raise ValueError(
-                "distributed.experts: parallel shares out adapters of all experts alike, and lora.experts or "
-                "lora.expert_rank: load gives some of them others than the rest; set distributed.experts to shard or "
-                "replicate"
-            )
+    def _experts_can_be_held_so(self) -> "RunConfig":
+        if problem := self.lora.why_not_held(self.distributed.experts):
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="wrap")

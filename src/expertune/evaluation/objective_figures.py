@@ -20,6 +20,16 @@ FIGURES = (
 )
 """By TRL's names. Of pairs: the share whose chosen answer has the higher reward, and by how much on average."""
 
+LOSS_PARTS = (
+    Figure("kl", "KL"),
+    Figure("nll_loss", "cross entropy"),
+    Figure("log_odds_ratio", "log odds ratio"),
+    Figure("aux_loss", "load balancing"),
+    Figure("router_aux_loss", "load balancing"),
+    Figure("router_z_loss", "z-loss"),
+)
+"""What of a step's loss, or beside it, has a series of its own: by TRL's names, and by those of the router's losses."""
+
 OF_ANSWERS = frozenset(
     {
         *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),

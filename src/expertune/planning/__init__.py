@@ -10,6 +10,7 @@ holds most, and `table.py` shows it.
 """
 
 from expertune.planning.micro_batch import MicroBatch
-from expertune.planning.plan import Plan, make_plan
+from expertune.planning.plan import make_plan
+from expertune.planning.result import Plan
 
 __all__ = ["MicroBatch", "Plan", "make_plan"]

@@ -25,6 +25,8 @@ from expertune.train.schedule import count_evaluations, count_steps, scores_in_t
 # A plan tokenizes sources of up to so much text, and counts the examples of those up to so much: a few seconds' work.
 _MOST_TOKENIZED, _MOST_READ = 8_000_000, 200_000_000
 
+_LEAST_SAID = 0.5
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -136,22 +138,38 @@ class RunTime:
     @property
     def line(self) -> str:
         """The same in a sentence: `500 steps, about 52 h`."""
-        parts = [f"{in_words(self.training_seconds)} of steps"]
+        parts = [f"{_said(self.training_seconds)} of steps"]
         if self.evaluation_seconds:
             times = "1 evaluation" if self.evaluations == 1 else f"{self.evaluations} evaluations"
-            parts.append(f"{in_words(self.evaluation_seconds)} of {times}")
+            parts.append(f"{_said(self.evaluation_seconds)} of {times}")
         if self.answer_seconds:
-            parts.append(f"{in_words(self.answer_seconds)} of answers")
+            parts.append(f"{_said(self.answer_seconds)} of answers")
         made_of = f" ({', '.join(parts)})" if len(parts) > 1 else ""
         besides = "loading and evaluations" if self.evaluations and not self.evaluation_seconds else "loading"
         bound = "; less where examples are shorter than data.max_length" if self.is_bound else ""
         least = "; a model this small can take several times as long" if self.is_least else ""
-        expected = f"{'at least' if self.is_least else 'about'} {in_words(self.seconds)}"
+        expected = about(self.seconds, self.is_least)
         return f"{self.steps:,} steps, {expected}{made_of}, besides {besides}{bound}{least}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {"seconds": self.seconds, "training_seconds": self.training_seconds, **asdict(self)}
+
+
+def about(seconds: float, is_least: bool = False) -> str:
+    """An expected time in words; of less than half a second no number is said, which would be 0.
+
+    Args:
+        seconds: the time.
+        is_least: it is a bound from below: what takes that little may take some seconds.
+    """
+    if seconds < _LEAST_SAID:
+        return "seconds" if is_least else _said(seconds)
+    return f"{'at least' if is_least else 'about'} {in_words(seconds)}"
+
+
+def _said(seconds: float) -> str:
+    return in_words(seconds) if seconds >= _LEAST_SAID else "under a second"
 
 
 @dataclass(frozen=True)

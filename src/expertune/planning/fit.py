@@ -222,7 +222,8 @@ def _candidates(config: RunConfig, room: Room) -> list[_Candidate]:
             shlex.join(["expertune", "quantize", config.model, nf4]),
         ),
         _Candidate(_halves("data.max_length", config.data.max_length, MIN_LENGTH), "longer sequences are cut"),
-        _Candidate(_halves("lora.r", config.lora.r, MIN_RANK), "a smaller adapter"),
+        # One that the run starts from has its rank.
+        _Candidate([] if config.lora.init_from else _halves("lora.r", config.lora.r, MIN_RANK), "a smaller adapter"),
     ]
     return [candidate for candidate in candidates if candidate.ever_smaller]
 

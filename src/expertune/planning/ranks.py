@@ -119,13 +119,14 @@ def possible_distributions(config: RunConfig, w: Workload, world_size: int) -> I
     if asked == "parallel":
         owned_experts(fewest, size, 0)
     yield Distribution("replicate", world_size)
-    if config.lora.use_dora:  # whose norms are of whole layers
+    if config.objective != "sft":  # whose ranks pass through the model a different number of times
         return
-    yield Distribution("shard", world_size)
+    if not config.lora.why_not_held("shard"):
+        yield Distribution("shard", world_size)
     factor_sizes = [size for _, size in expert_factors(w.inventory, w.targets)]
     refusal = why_not_by_expert(usable_optimizer(w.optimizer, w.device), factor_sizes)
     trains = not refusal and not (config.training.get("fp16") and w.device != "cpu")
-    if asked == "parallel" or (1 < size <= fewest and trains and not config.lora.selects):
+    if asked == "parallel" or (1 < size <= fewest and trains and not config.lora.why_not_held("parallel")):
         yield Distribution("parallel", world_size, size)
 
 

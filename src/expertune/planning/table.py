@@ -12,8 +12,8 @@ from expertune.planning.fit import Change, as_lines
 
 if TYPE_CHECKING:
     from expertune.planning.disk import Disk
-    from expertune.planning.plan import Plan
     from expertune.planning.ranks import RanksPlan
+    from expertune.planning.result import Plan
     from expertune.planning.speed import StepTime
 
 # Components in the reader's words. The bytes of those in `_EXACT` are counted, all others estimated.

@@ -18,7 +18,8 @@ from expertune.data import TokenizedExamples, prepare_examples
 from expertune.data.preview import preview
 from expertune.planning.devices import Machine
 from expertune.planning.duration import Lengths
-from expertune.planning.plan import Plan, plan_for
+from expertune.planning.plan import plan_for
+from expertune.planning.result import Plan
 from expertune.planning.table import size
 from expertune.text import printable
 from expertune.train.schedule import count_steps

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from expertune.distributed.mesh import Ranks
-from expertune.evaluation.objective_figures import is_objective_figure, shown_objective_figures
+from expertune.evaluation.objective_figures import LOSS_PARTS, is_objective_figure, shown_objective_figures
 from expertune.run.progress import Bar, Bars
 from expertune.train.checkpoints import best_of
 
@@ -169,7 +169,8 @@ class ProgressBar(TrainerCallback):
         loss = history.losses[-1][1] if history.losses else float("nan")
         memory = peak_memory_bytes() / 1e9
         figures = [f"loss {loss:.4f}", f"{history.tokens_per_second:,.0f} tokens/s", f"memory {memory:.2f} GB"]
-        for each in shown_objective_figures(history.series):
+        parts = [each for each in LOSS_PARTS if each.name in history.series]
+        for each in (*shown_objective_figures(history.series), *parts):
             figures.append(f"{each.label} {history.series[each.name][-1][1]:.3f}")
         if imbalances := history.series.get("expert_imbalance"):
             figures.append(f"imbalance {imbalances[-1][1]:.2f}")
