@@ -234,7 +234,7 @@ def test_pairs_stay_whole_where_memory_runs_out(
         ({"lora": {"dropout": 0.1}}, r"lora.dropout: 0.1 would do nothing.*training.disable_dropout: false"),
         (
             {"distributed": {"experts": "parallel"}},
-            "parallel is for several processes, and objective: dpo runs in one; remove the key",
+            "parallel is of supervised fine-tuning, and with objective: dpo each process has all experts; remove",
         ),
         (
             {"objective": "kto", "training": {"per_device_train_batch_size": 1}},
@@ -247,12 +247,16 @@ def test_what_does_not_go_with_answers_is_refused_in_the_run_file(changes: dict[
         parse_config({"model": "m", "output_dir": "o", "objective": "dpo", "data": {"train": "x"}} | changes)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo", "grpo"])
-def test_several_processes_are_refused_by_the_plan_that_a_run_begins_with(objective: str) -> None:
-    values = {"model": "not-there", "output_dir": "o", "objective": objective, "data": {"train": "x"}}
-    rewards = {"rewards": ["slot-f1"]} if objective == "grpo" else {}
-    with pytest.raises(ConfigError, match=f"objective: {objective} runs in one process, and 2 were asked for; start"):
-        expertune.plan(values | rewards, devices=2, memory="8GB")
+def test_several_processes_are_refused_for_grpo_by_the_plan_that_a_run_begins_with() -> None:
+    values = {"model": "not-there", "output_dir": "o", "objective": "grpo", "data": {"train": "x"}}
+    with pytest.raises(ConfigError, match="objective: grpo runs in one process, and 2 were asked for; start one"):
+        expertune.plan(values | {"rewards": ["slot-f1"]}, devices=2, memory="8GB")
+
+
+def test_several_processes_each_with_all_experts_are_planned_for_answers(small_mixtral: Path, pairs_file: Path) -> None:
+    ranks = expertune.plan(values("dpo", small_mixtral, pairs_file, Path("o")), devices=2, memory="8GB").ranks
+    assert ranks is not None
+    assert [mode.distribution.mode for mode in ranks.modes] == ["replicate"]
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def evaluation_figures(
     taken: Callable[[Mapping[str, Any], ForwardHook], LossOutput],
     batches: Batches = PLAIN,
 ) -> dict[str, float]:
-    """The loss and figures of an objective over answers, each as the mean over the examples; in one process.
+    """The loss and figures of an objective over answers, each as the mean over the examples.
 
     Args:
         model: the model in any mode; its mode is restored.
@@ -107,21 +107,22 @@ def evaluation_figures(
     Returns:
         `loss`, and the figures by their names.
     """
-    device, found = next(model.parameters()).device, Figures()
+    device, found = next(model.parameters()).device, Figures(batches.ranks)
 
-    def of_batch(batch: Mapping[str, Any]) -> LossOutput:
+    def of_batch(counts: bool, batch: Mapping[str, Any]) -> LossOutput:
         on_device = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in batch.items()}
-        return taken(on_device, batches.watched)
+        return taken(on_device, batches.watched if counts else PLAIN.watched)
 
     with evaluation_mode(model), torch.no_grad():
-        for start in range(0, len(dataset), batch_size):
+        for start, counts in batches.ranks.rounds(range(0, len(dataset), batch_size)):
             batch = collator([dataset[index] for index in range(start, min(start + batch_size, len(dataset)))])
-            for part in batches.in_parts(of_batch, batch):
+            for part in batches.in_parts(partial(of_batch, counts), batch):
                 figures = {"loss": (part.loss.item(), part.num_examples)} | part.figures
                 for name, (figure, count) in figures.items():
-                    found.add(name, figure, count)
+                    found.add(name, figure, count * counts)
             if batches.progress:
                 batches.progress(min(start + batch_size, len(dataset)), len(dataset))
+    found.add_up()
     return found.take()
 
 

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from expertune.distributed.mesh import Ranks
+
 
 class LossOutput(NamedTuple):
     """A batch's loss, and its figures.
@@ -22,22 +24,35 @@ class LossOutput(NamedTuple):
 class Figures:
     """Sums up figures, each over as many examples as it is known of.
 
+    Args:
+        ranks: the processes that share the examples out.
+
     Attributes:
         names: of all figures so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks | None = None) -> None:
         self.names: list[str] = []
+        self._ranks = ranks or Ranks()
         self._sums: dict[str, tuple[float, float]] = {}
 
     def add(self, name: str, mean: float, count: float = 1) -> None:
         """Add the mean of a figure over some examples; of none, it is no number and does not count."""
-        if not count:
-            return
+        if count:
+            self._add(name, mean * count, count)
+
+    def add_up(self) -> None:
+        """Make the sums those of all ranks, which call this together."""
+        of_ranks = self._ranks.gather(self._sums)
+        self.clear()
+        for name, (total, counted) in (each for sums in of_ranks for each in sums.items()):
+            self._add(name, total, counted)
+
+    def _add(self, name: str, total: float, counted: float) -> None:
         if name not in self.names:
             self.names.append(name)
-        total, counted = self._sums.get(name, (0.0, 0.0))
-        self._sums[name] = total + mean * count, counted + count
+        earlier, count = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = earlier + total, count + counted
 
     def clear(self) -> None:
         """Forget what was added: it is computed again."""

@@ -33,3 +33,6 @@ class Objective(Protocol):
 
     def why_indivisible(self, num_items_in_batch: Any) -> str | None:
         """Why a micro-batch in parts would be another step, or None; see `expertune.train.promises.Promises`."""
+
+    def stand_by(self) -> None:
+        """Take part in what the loss of other ranks' micro-batches asks of this one, which has no example for one."""

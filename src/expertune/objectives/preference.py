@@ -3,8 +3,7 @@
 The loss is TRL's own (`trl_losses.py`), on log-probabilities that are taken without logits and without padding
 (`log_probs.py`). Columns of a batch: those of `trl_losses.Collator`. The indivisible unit is a pair, or a labeled
 answer; of some losses it is the micro-batch (`units.py`). A step's loss is the mean over its examples, however they are
-spread over micro-batches. The reference is the model that training starts from (`log_probs.Reference`). All of this is
-one process's.
+spread over micro-batches and processes. The reference is the model that training starts from (`log_probs.Reference`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.config import RunConfig
 from expertune.data.split import NUM_EXAMPLES, Batch
+from expertune.distributed.mesh import Ranks
 from expertune.objectives.chunked_loss import LanguageModelLoss
 from expertune.objectives.figures import Figures, LossOutput
 from expertune.objectives.log_probs import ForwardHook, LogProbs, Reference
@@ -32,6 +32,7 @@ class Preference:
         args: of the training, TRL's.
         reference: the model that training starts from.
         notify: called once, with a sentence, if log-probabilities need all logits.
+        ranks: the processes of the training, each with all experts.
 
     Attributes:
         figures: of the step, by TRL's names.
@@ -45,13 +46,16 @@ class Preference:
         args: Any,
         reference: Reference,
         notify: Callable[[str], None] = lambda _: None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.figures, self.collator = Figures(), Collator(args)
+        self._ranks = ranks or Ranks()
+        self.figures, self.collator = Figures(self._ranks), Collator(args)
         self._config, self._args, self._model, self._why_whole = config, args, model, why_whole(config)
         self._reference = reference
         if args.disable_dropout:
             disable_dropout_in_model(model)
         self._trained = self._losses(model, notify)
+        self._trained.ranks = self._ranks
         # Inside of the adapter's wrapper, which may have transformers' autocast around it.
         self._held_out = self._losses(model.get_base_model())
 
@@ -62,8 +66,8 @@ class Preference:
         return LOSSES[self._config.objective](self._args, self._model.get_base_model(), policy, reference)
 
     def num_items(self, batches: Sequence[Batch]) -> int | None:
-        """How many examples the loss of a step is the mean over."""
-        return sum(batch[NUM_EXAMPLES] for batch in batches)
+        """How many examples the loss of a step is the mean over, on all ranks."""
+        return int(self._ranks.total([sum(batch[NUM_EXAMPLES] for batch in batches)])[0])
 
     def loss(
         self, inputs: Mapping[str, Any], num_items_in_batch: Any, own: Callable[[], Any], with_outputs: bool = False
@@ -72,7 +76,12 @@ class Preference:
         taken: LossOutput = self._trained.taken(inputs)
         for name, (figure, count) in taken.figures.items():
             self.figures.add(name, figure, count)
-        return taken.loss * (taken.num_examples / num_items_in_batch)
+        # Ranks average their losses and gradients.
+        return taken.loss * (taken.num_examples * self._ranks.world_size / num_items_in_batch)
+
+    def stand_by(self) -> None:
+        """See `expertune.objectives.objective.Objective`."""
+        self._trained.stand_by()
 
     def evaluated(self, inputs: Mapping[str, Any], watched: ForwardHook) -> LossOutput:
         """The loss and figures of a batch that is not trained on.

@@ -60,3 +60,6 @@ class SupervisedFineTuning:
         if getattr(self._model.config.get_text_config(), "output_router_logits", False):
             return "the router's auxiliary loss (output_router_logits) is not the sum of its parts"
         return None
+
+    def stand_by(self) -> None:
+        """Nothing: ranks exchange no more than gradients."""

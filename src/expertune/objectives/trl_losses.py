@@ -20,6 +20,7 @@ from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 from trl.trainer.utils import disable_dropout_in_model as disable_dropout_in_model
 
 from expertune.data.split import NUM_EXAMPLES
+from expertune.distributed.mesh import Ranks
 from expertune.evaluation.objective_figures import OF_ANSWERS
 from expertune.objectives.figures import LossOutput
 from expertune.objectives.log_probs import LogProbs
@@ -31,8 +32,8 @@ with warnings.catch_warnings():  # of an interface that may change
 Batch = Mapping[str, Any]
 
 
-class _OneProcess:
-    """In accelerate's place: there are no other processes to gather from."""
+class _OwnFigures:
+    """In accelerate's place: TRL gathers figures from all processes, and here `Figures` adds up those of a step."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -58,7 +59,11 @@ class _ModelState:
 
 
 class _TrlLoss:
-    """What the losses of TRL's trainers have in common."""
+    """What the losses of TRL's trainers have in common.
+
+    Attributes:
+        ranks: the processes whose examples a micro-batch is of.
+    """
 
     def __init__(self, args: Any, model: PreTrainedModel, policy: LogProbs, reference: LogProbs) -> None:
         text_config = model.config.get_text_config()
@@ -66,13 +71,17 @@ class _TrlLoss:
         asked = getattr(args, "router_aux_loss_coef", None)
         self.args, self.policy = args, policy
         self.ref_model: Any = reference
-        self.model, self.accelerator = _ModelState(model), _OneProcess(model.device)
+        self.model, self.accelerator = _ModelState(model), _OwnFigures(model.device)
         self.beta, self.precompute_ref_logps = args.beta, False
         # As with supervised fine-tuning: TRL would add it whenever the family has one.
         self.aux_loss_enabled = bool(getattr(text_config, "output_router_logits", False) if asked is None else asked)
         self.router_aux_loss_coef = self.aux_loss_coef = own if asked is None else asked
         self._metrics: Any = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._total_train_tokens, self._tp_size = 0, 1
+        self.ranks = Ranks()
+
+    def stand_by(self) -> None:
+        """Take part in what the loss exchanges between ranks, without an example."""
 
     def taken_figures(self) -> dict[str, float]:
         """The figures of the loss that was taken last."""
@@ -120,6 +129,23 @@ class Kto(_TrlLoss, KTOTrainer):
             num_examples,
             {name: (figure, of.get(name.rpartition("/")[2], num_examples)) for name, figure in figures.items()},
         )
+
+    def _compute_kl_logps(self, model: Any, batch: Batch) -> Any:
+        """TRL's method; of several ranks the log-probabilities of all of them, whose mean is that of the micro-batch.
+
+        TRL takes the mean of the ranks' means, which is another one where they have different numbers of examples.
+        """
+        own = super()._compute_kl_logps(model, batch)
+        return own if own is None else own.new_tensor(self._of_all_ranks(own.tolist()))
+
+    def stand_by(self) -> None:
+        """See `_TrlLoss`."""
+        for _ in ("policy", "reference") if self.calculate_KL else ():
+            self._of_all_ranks([])
+
+    def _of_all_ranks(self, own: list[float]) -> list[float]:
+        self.ranks.proceed()  # or another one has run out of memory, and none of them goes on
+        return [each for of_rank in self.ranks.gather(own) for each in of_rank]
 
 
 class Orpo(_TrlLoss, ORPOTrainer):
@@ -186,10 +212,12 @@ class Collator:
             `input_ids`, `attention_mask`, `completion_mask` [B, T], of labeled answers also `label` [B]; the number of
             examples; `example_ids` where examples have them.
         """
-        more = {
+        more: dict[str, Any] = {
             NUM_EXAMPLES: len(features),
             "example_ids": [each for feature in features for each in feature.get("example_ids", ())],
         }
+        if not features:  # of several ranks, one that the last examples did not suffice for
+            return {"input_ids": torch.zeros(1, 0, dtype=torch.int64), **more}
         if "chosen_ids" in features[0]:
             return {**self._pairs(list(features)), **more}
         unread = () if self._takes_kl else ("KL_completion_ids",)

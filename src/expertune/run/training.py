@@ -80,7 +80,8 @@ def make_objective(context: RunContext, model: ExpertPeftModel) -> Any:
         return SupervisedFineTuning(model, context.arguments, config.loss, context.note)
     from expertune.objectives.preference import Preference  # which imports TRL
 
-    return Preference(config, model, context.arguments, Reference(model, keeps_start(config)), context.note)
+    reference = Reference(model, keeps_start(config))
+    return Preference(config, model, context.arguments, reference, context.note, context.ranks)
 
 
 def train(

@@ -200,6 +200,7 @@ class Promises(Trainer):
             self._exchange.average_gradients()
             self.history.add_up(self.ranks, self._summed)
             self.expert_load.add_up(self.ranks)
+            self.figures.add_up()
         return loss
 
     def why_indivisible(self, num_items_in_batch: Tensor | int | None) -> str | None:

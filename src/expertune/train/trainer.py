@@ -86,3 +86,7 @@ class ExpertTrainer(TrainsRouters, _OnObjective):
     def why_indivisible(self, num_items_in_batch: Tensor | int | None) -> str | None:
         """The objective's answer."""
         return self.objective.why_indivisible(num_items_in_batch)
+
+    def _stand_by(self, model: nn.Module, num_items_in_batch: Tensor | int | None) -> Tensor:
+        self.objective.stand_by()
+        return super()._stand_by(model, num_items_in_batch)
