@@ -28,7 +28,7 @@ from expertune.adapt.factors import PREFIX
 from expertune.adapt.files import Origin, stock_config, write_adapter
 from expertune.adapt.layout_trial import StockLayout
 from expertune.checkpoint.hub import ModelSource
-from expertune.checkpoint.load import build_meta_model
+from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.names import read_names
 from expertune.checkpoint.reader import open_checkpoint
 from expertune.checkpoint.writer import Outgoing

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import expertune
-from expertune.checkpoint.load import auto_class
+from expertune.checkpoint.meta import auto_class
 from expertune.data import encode_prompt, make_collator, make_dataset, prepare_examples, settled
 from expertune.evaluation.metrics import METRICS
 from expertune.evaluation.scoring import evaluation_loss, score_task

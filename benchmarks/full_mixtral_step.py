@@ -31,9 +31,10 @@ from torch import Tensor, nn
 from benchmarks import report
 from benchmarks.workload import DOLLY_SAMPLE, TOKENIZER, Shape
 from expertune.checkpoint.formats.nf4_folder import FOLDER_MARK, FORMAT_VERSION, METHOD, REST
-from expertune.checkpoint.linears import decoder_layers, quantized_linear
-from expertune.checkpoint.load import build_meta_model
+from expertune.checkpoint.linears import decoder_layers
+from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.names import read_names
+from expertune.checkpoint.nf4_linears import quantized_linear
 from expertune.checkpoint.recipe import linears_to_quantize
 from expertune.checkpoint.writer import Outgoing, hash_file, write_tensors
 from expertune.config import QuantizationConfig

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from expertune.checkpoint.load import LoadedModel, auto_class, load_model
+from expertune.checkpoint.load import LoadedModel, load_model
+from expertune.checkpoint.meta import auto_class
 from expertune.config import QuantizationConfig
 from expertune.experts import layout
 from expertune.experts.module import Nf4Experts

@@ -14,9 +14,10 @@ from benchmarks.campaign import weights
 from benchmarks.campaign.shapes import Model
 from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
-from expertune.checkpoint.linears import quantized_linear
-from expertune.checkpoint.load import LoadedModel, build_meta_model
+from expertune.checkpoint.load import LoadedModel
+from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.names import read_names
+from expertune.checkpoint.nf4_linears import quantized_linear
 from expertune.checkpoint.recipe import linears_to_quantize
 from expertune.config import LoraSection, QuantizationConfig
 from expertune.experts.contract import find_experts

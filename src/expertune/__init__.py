@@ -3,31 +3,32 @@
     import expertune
     run = expertune.finetune("run.yaml")
 
-Everything public is here and is documented in `docs/reference/python.md`. Importing this package is cheap: torch and
-transformers are imported when a name is used that needs them.
+Everything public is here and is documented in `docs/reference/python.md`. Importing this package is cheap: what a name
+needs, such as torch and transformers, is imported when the name is used.
 """
 
 from importlib import import_module as _import_module
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
-from expertune.config import RunConfig
 from expertune.errors import ExpertuneError
 from expertune.kernels.threads import prepare_threads
 from expertune.registration import register as _register
-from expertune.run.record import RunRecord
-from expertune.run.source import load_config
 
 if TYPE_CHECKING:
-    from expertune.api import finetune, plan
+    from expertune.api import finetune
+    from expertune.config import RunConfig
     from expertune.exporting.export import export, verify
     from expertune.models import attach, load_adapter, load_model, quantize
     from expertune.run.answering import answers, chat, generate
     from expertune.run.evaluation import evaluate
     from expertune.run.examples import examples
     from expertune.run.inference import Run, open_run
+    from expertune.run.planning import plan
+    from expertune.run.record import RunRecord
+    from expertune.run.source import load_config
 
-__version__ = _version("expertune")
+    __version__: str
+
 __all__ = [
     "ExpertuneError",
     "Run",
@@ -51,9 +52,10 @@ __all__ = [
     "verify",
 ]
 
-# Where the names lie that need torch.
+# Where the names lie that need more than Python's own library.
 _MODULES = {
-    "api": ("finetune", "plan"),
+    "api": ("finetune",),
+    "config": ("RunConfig",),
     "exporting.export": ("export", "verify"),
     "models": ("attach", "load_adapter", "load_model", "quantize"),
     "planning": ("make_plan",),  # the earlier name of `plan`, of a RunConfig alone
@@ -61,6 +63,9 @@ _MODULES = {
     "run.evaluation": ("evaluate",),
     "run.examples": ("examples",),
     "run.inference": ("Run", "open_run"),
+    "run.planning": ("plan",),
+    "run.record": ("RunRecord",),
+    "run.source": ("load_config",),
 }
 
 # From here on `AutoModelForCausalLM.from_pretrained` reads NF4 folders, and PEFT's calls adapt experts.
@@ -70,6 +75,8 @@ _register()
 if not TYPE_CHECKING:  # which would take every name for one of the package's
 
     def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return _import_module("importlib.metadata").version("expertune")
         for module, names in _MODULES.items():
             if name in names:
                 return getattr(_import_module(f"expertune.{module}"), name)

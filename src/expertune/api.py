@@ -28,12 +28,10 @@ from expertune.kernels import routes
 from expertune.layers.varlen_attention import require_no_leakage
 from expertune.objectives.rewards import Rewards
 from expertune.objectives.sft import SupervisedFineTuning
+from expertune.placement import Location
 from expertune.placement.device import training_device
-from expertune.placement.experts import Location
-from expertune.planning import MicroBatch, Plan
-from expertune.planning.devices import Machine
+from expertune.planning import MicroBatch
 from expertune.planning.disk import require_room
-from expertune.planning.duration import read_lengths
 from expertune.planning.plan import plan_for
 from expertune.report.card import CARD_NAME
 from expertune.report.figures import summary_figure, write_png
@@ -68,35 +66,6 @@ from expertune.train.offload import has_separate_host
 from expertune.train.oom import OutOfMemory
 from expertune.train.router import take_router_losses
 from expertune.train.schedule import check_schedule, evaluates_at_ends, lower_is_better
-
-
-@checked
-def plan(
-    config: str | Path | Mapping[str, Any] | RunConfig,
-    overrides: Sequence[str] = (),
-    memory: str | int | None = None,
-    gpu: str | None = None,
-    trust_remote_code: bool = False,
-    devices: int | None = None,
-) -> Plan:
-    """What a run needs, tensor by tensor, whether it fits, and how long a step takes; no weights are loaded.
-
-    Args:
-        config: see `finetune`.
-        overrides: see `finetune`.
-        memory: memory to plan for, e.g. `24GB`, above the run file's `memory_budget`.
-        gpu: a GPU to plan for without having it, e.g. `rtx-4090`.
-        trust_remote_code: see `finetune`.
-        devices: how many devices to plan for, each with a process; None means the processes that a launcher has
-            started, or one.
-
-    Raises:
-        ExpertuneError: the run file or the model cannot be read.
-    """
-    config = load_config(config, overrides, starts=False)
-    machine = Machine.of(config, gpu=gpu, memory=memory, devices=devices)
-    made = plan_for(config, machine, trust_remote_code=trust_remote_code)
-    return made.timed(read_lengths(config, trust_remote_code))
 
 
 @checked

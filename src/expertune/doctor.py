@@ -21,13 +21,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from expertune.config.sections import size
 from expertune.errors import first_line
 from expertune.kernels import gpu, native
 from expertune.kernels.cache import find_cache
 from expertune.kernels.cpu import cpu_instruction_sets
 from expertune.kernels.threads import cgroup_share, usable_cores, waits_passively
 from expertune.placement.device import default_device, resolve_compute_dtype
-from expertune.planning.table import size
 
 Status = Literal["ok", "info", "warning", "error"]
 

@@ -8,7 +8,7 @@ import torch
 from expertune.adapt import file_layout
 from expertune.adapt.attach import expected_layout
 from expertune.adapt.layout_trial import Twin
-from expertune.checkpoint.load import build_meta_model
+from expertune.checkpoint.meta import build_meta_model
 from expertune.config import LoraSection
 from tests.adapt.conftest import EVERYTHING, FolderOf, adapt
 from tests.tiny_models import load_tiny

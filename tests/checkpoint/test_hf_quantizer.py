@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, Train
 import expertune
 from expertune.adapt.attach import attach
 from expertune.checkpoint.hf_quantizer import as_loaded
-from expertune.checkpoint.load import auto_class
+from expertune.checkpoint.meta import auto_class
 from expertune.config import LoraSection, QuantizationConfig
 from expertune.errors import CheckpointError, ExportError
 from expertune.experts.module import Nf4Experts

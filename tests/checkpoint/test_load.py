@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from expertune.checkpoint.load import LoadedModel, build_meta_model
+from expertune.checkpoint.load import LoadedModel
+from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.reader import TensorEntry
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from expertune.experts.module import Nf4Experts

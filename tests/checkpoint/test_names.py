@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from expertune.checkpoint.load import build_meta_model
+from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.names import Destination, NameMap, read_names
 from expertune.checkpoint.reader import INDEX_NAME
 from tests.checkpoint.conftest import FolderOf

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from expertune.checkpoint.load import build_meta_model
+from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.names import read_names
 from expertune.checkpoint.reader import open_checkpoint
 from expertune.checkpoint.recipe import Recipe, linears_to_quantize, read_recipe

@@ -11,7 +11,7 @@ from expertune.adapt.factors import AdapterFactors, Factors
 from expertune.adapt.files import AdapterFile
 from expertune.checkpoint.fingerprint import read_fingerprint
 from expertune.checkpoint.hub import ModelSource
-from expertune.checkpoint.load import build_meta_model
+from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.names import read_names
 from expertune.checkpoint.reader import open_checkpoint
 from expertune.config import RunConfig

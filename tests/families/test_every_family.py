@@ -20,7 +20,7 @@ import expertune
 from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.checkpoint.headers import check_headers, read_headers
-from expertune.checkpoint.load import auto_class, build_meta_model
+from expertune.checkpoint.meta import auto_class, build_meta_model
 from expertune.checkpoint.names import read_names
 from expertune.checkpoint.quantize import quantize
 from expertune.config import LoraSection

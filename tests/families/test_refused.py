@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from expertune.checkpoint.load import auto_class, build_meta_model, load_model
+from expertune.checkpoint.load import load_model
+from expertune.checkpoint.meta import auto_class, build_meta_model
 from expertune.checkpoint.names import read_names
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError

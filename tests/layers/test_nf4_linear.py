@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from expertune.checkpoint.linears import quantized_linear
+from expertune.checkpoint.nf4_linears import quantized_linear
 from expertune.layers.nf4_linear import Nf4Linear
 
 

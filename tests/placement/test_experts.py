@@ -17,7 +17,8 @@ from expertune.config import ExpertsSection, LoraSection
 from expertune.experts.module import Nf4Experts
 from expertune.experts.replay import with_replay
 from expertune.kernels.nf4 import Nf4Bytes
-from expertune.placement.experts import Location, Placement, expert_reader, placement_of
+from expertune.placement import Location
+from expertune.placement.experts import Placement, expert_reader, placement_of
 from tests.tiny_models import load_tiny, random_rows, save_tiny_model
 
 LAYERS = 4

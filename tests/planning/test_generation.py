@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from expertune.checkpoint.load import build_meta_model
+from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.names import read_names
 from expertune.generation.cache import cache_argument, cached_numbers
 from expertune.planning import make_plan

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from expertune.adapt.amounts import EXACT_SIDE, EXTRA_COLUMNS
 from expertune.adapt.live import LiveAdapter, LivePair
 from expertune.checkpoint.moments import Moments, Place
 from expertune.checkpoint.names import NameMap
@@ -27,9 +28,8 @@ from expertune.experts.lora import ExpertsLora
 from expertune.kernels.nf4 import dequantize
 from expertune.layers.nf4_linear import Nf4Linear
 
-# Below it, all singular values are computed; above it, the largest by iterating on a subspace (Halko et al. 2011).
-EXACT_SIDE = 512
-EXTRA_COLUMNS, _ITERATIONS = 16, 3
+# Of the subspace that holds a matrix's largest singular values.
+_ITERATIONS = 3
 
 # Length of a row of A that starts as PEFT's does: uniform in +-1 / sqrt(K).
 _ROW_LENGTH = 1 / math.sqrt(3)

@@ -31,9 +31,6 @@ Batch = dict[str, Tensor]
 # Forward and backward with gradients, two forwards with the adapter, and one without.
 _NUM_PASSES = 6
 
-# Tokens of the check's batch: enough for every expert of a layer to be reached, few enough to cost a second.
-PREFLIGHT_TOKENS = 512
-
 
 def probe_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits [B, S, V] of a model in evaluation mode; its mode is restored."""

@@ -94,9 +94,9 @@ class Nf4FolderQuantizer(HfQuantizer):
         return dtype if is_float and dtype is not None and dtype.is_floating_point else None
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
-        from expertune.checkpoint.linears import empty_linear
         from expertune.checkpoint.load import swap_experts
         from expertune.checkpoint.names import read_names
+        from expertune.checkpoint.nf4_linears import empty_linear
         from expertune.checkpoint.recipe import Recipe, linears_to_quantize
 
         config = self.quantization_config

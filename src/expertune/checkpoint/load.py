@@ -4,34 +4,21 @@ At no moment is there a fused 16-bit stack of experts or a whole 16-bit model: w
 far, its 16-bit rest (embeddings, router, norms, lm_head), and the one tensor being read.
 """
 
-import copy
-import math
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMultimodalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedModel
 
 from expertune.checkpoint.fingerprint import Fingerprint, read_fingerprint
 from expertune.checkpoint.formats.nf4_folder import ABSMAX, Nf4Folder, is_nf4_folder, read_nf4_folder
-from expertune.checkpoint.hub import refusal
-from expertune.checkpoint.json_file import read_config
-from expertune.checkpoint.loader import Loader, first_names
+from expertune.checkpoint.loader import Loader
+from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.moments import Moments
-from expertune.checkpoint.names import NameMap, read_names
+from expertune.checkpoint.names import NameMap, first_names, read_names
 from expertune.checkpoint.reader import CheckpointIndex, open_checkpoint
 from expertune.checkpoint.recipe import Recipe, read_recipe, recipe_of_folder
 from expertune.checkpoint.restore import ReadExperts, fill, missing_tensors
@@ -39,7 +26,7 @@ from expertune.checkpoint.verified import require_verified
 from expertune.config import QuantizationConfig
 from expertune.distributed.mesh import Ranks
 from expertune.distributed.sharded import Sharing
-from expertune.errors import CheckpointError, ConfigError, ExportError
+from expertune.errors import CheckpointError, ExportError
 from expertune.experts.contract import find_experts
 from expertune.experts.module import Nf4Experts
 from expertune.layers.varlen_attention import use_varlen_attention
@@ -81,79 +68,6 @@ class LoadOptions:
     sharing: Sharing | None = None
     progress: Callable[[int, int], None] = lambda *_: None
     importance: Moments | None = None
-
-
-def build_meta_model(
-    folder: str | Path, dtype: torch.dtype, trust_remote_code: bool = False, shapes_only: bool = False
-) -> PreTrainedModel:
-    """The model that a folder's config.json describes, with parameters on the meta device and real buffers.
-
-    Args:
-        folder: the model folder; nothing but its config.json counts.
-        dtype: of the parameters.
-        trust_remote_code: run Python that ships with the model.
-        shapes_only: for names, shapes and sizes alone: nothing is initialized, which takes two thirds of the time on
-            the meta device too, and buffers are as their modules make them.
-
-    Raises:
-        ConfigError: no config.json, a damaged one, or transformers cannot build a causal language model from it.
-    """
-    folder = Path(folder)
-    read_config(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        initialized = no_init_weights() if shapes_only else nullcontext()
-        with init_empty_weights(include_buffers=False), _NothingForMeta(), initialized:
-            return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        # Values of wrong types and sizes end in whatever the family's own code stumbles over.
-        where = folder / "config.json"
-        raise ConfigError(f"{where}: transformers cannot build this model: {refusal(error)}") from None
-
-
-def build_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same class and config with transformers' own modules, its parameters on the meta device."""
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config._attn_implementation = "eager"  # not all that a loaded model may use is known to every part of it
-    with init_empty_weights(include_buffers=False), _NothingForMeta():
-        return type(model)(config)
-
-
-def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForMultimodalLM]:
-    """What builds a config's model: a causal language model, or one that can take more than text where that is all."""
-    known = (AutoModelForCausalLM._model_mapping, AutoModelForMultimodalLM._model_mapping)
-    if type(config) in known[1] and type(config) not in known[0] and not hasattr(config, "auto_map"):
-        return AutoModelForMultimodalLM
-    return AutoModelForCausalLM
-
-
-class _NothingForMeta(TorchFunctionMode):
-    """Make large tensors on the meta device at once, and fill none there.
-
-    `init_empty_weights` lets a module allocate a parameter and moves it then: 30 GB for one layer of experts of the
-    largest families, which a machine may refuse. Small ones stay real, because buffers are computed from them. Where
-    there is no memory, torch goes through the drawing of random values without them, which takes most of the time.
-    """
-
-    _factories = (torch.empty, torch.zeros, torch.ones)
-    _large = 2**26
-    _fills = frozenset(("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "constant_", "fill_", "zero_"))
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in self._fills:
-            filled = args[0] if args else kwargs["tensor"]
-            if filled.is_meta:
-                return filled
-        if func in self._factories and "device" not in kwargs:
-            sizes = args[0] if args and isinstance(args[0], tuple | list | torch.Size) else args
-            if all(isinstance(size, int) for size in sizes) and math.prod(sizes) >= self._large:
-                kwargs = {**kwargs, "device": "meta"}
-        return func(*args, **kwargs)
 
 
 @torch.inference_mode(False)  # a model that is loaded in inference mode may be trained after it

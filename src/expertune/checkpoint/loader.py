@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 from expertune.checkpoint.convert import Sources, convert
 from expertune.checkpoint.formats.interface import Piece
 from expertune.checkpoint.formats.nf4_folder import ABSMAX, CALIBRATED
-from expertune.checkpoint.linears import quantized_linear
+from expertune.checkpoint.meta import kept_dtype
 from expertune.checkpoint.moments import Place
-from expertune.checkpoint.names import Destination, NameMap
+from expertune.checkpoint.names import Destination, NameMap, first_names
+from expertune.checkpoint.nf4_linears import quantized_linear
 from expertune.checkpoint.reader import CheckpointIndex, TensorEntry
 from expertune.checkpoint.recipe import Recipe
-from expertune.checkpoint.restore import kept_dtype
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError, option
 from expertune.experts import layout
 from expertune.experts.module import Nf4Experts
@@ -271,12 +271,6 @@ class Loader:
 def _is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite; in pieces, as torch makes several copies of what it is given."""
     return all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(2**20))
-
-
-def first_names(names: list[str]) -> str:
-    """The first three of them, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}"
 
 
 def _require_floats(entry: TensorEntry) -> None:

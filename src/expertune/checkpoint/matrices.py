@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from expertune.checkpoint.formats.nf4_folder import ABSMAX
-from expertune.checkpoint.load import build_meta_model, swap_experts
+from expertune.checkpoint.load import swap_experts
 from expertune.checkpoint.loader import FLOATS, Loader
+from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.moments import Place
 from expertune.checkpoint.names import read_names
 from expertune.checkpoint.reader import TensorEntry, open_checkpoint

@@ -254,3 +254,9 @@ def _projection_names(converters: list[WeightConverter], has_gate: bool) -> dict
         elif target.endswith("up_proj") and len(leaves) == 1:
             names["up"] = leaves[0]
     return names if has_gate else {key: names[key] for key in ("up", "down")}
+
+
+def first_names(names: list[str]) -> str:
+    """The first three of them, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"

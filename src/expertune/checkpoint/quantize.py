@@ -39,8 +39,9 @@ from expertune.checkpoint.hub import CODE, SMALL_FILES, ModelSource, fetch_model
 from expertune.checkpoint.jobs import Job, estimate_bytes, few_shards_at_once, make_jobs
 from expertune.checkpoint.json_file import read_config
 from expertune.checkpoint.linears import decoder_layers
-from expertune.checkpoint.load import build_meta_model, swap_experts
+from expertune.checkpoint.load import swap_experts
 from expertune.checkpoint.loader import FLOATS, Loader
+from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.moments import Moments
 from expertune.checkpoint.names import read_names
 from expertune.checkpoint.reader import INDEX_NAME, read_header

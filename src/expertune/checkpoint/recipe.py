@@ -6,7 +6,7 @@ norms, the output head. What a checkpoint has packed already keeps its bytes whe
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,13 +16,15 @@ from expertune.checkpoint.formats.interface import Format, Piece
 from expertune.checkpoint.formats.nf4_folder import ABSMAX
 from expertune.checkpoint.linears import decoder_layers, is_linear
 from expertune.checkpoint.mixed import split_linears
-from expertune.checkpoint.moments import Moments
 from expertune.checkpoint.names import NameMap
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from expertune.experts.contract import ExpertsSpec, require_experts
 from expertune.experts.router import router_blocks
 from expertune.kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Scheme
+
+if TYPE_CHECKING:
+    from expertune.checkpoint.moments import Moments
 
 FORMATS: tuple[Format, ...] = (bnb4bit, mxfp4)
 """What packed weights may be read from, beside an NF4 folder."""
@@ -51,7 +53,7 @@ class Recipe:
     pieces: Sequence[Piece] = ()
     requantizes: bool = False
     fit: str = ABSMAX
-    importance: Moments | None = None
+    importance: "Moments | None" = None
     layers: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """Fill a model from an NF4 folder, at reading speed: every tensor lies there as the model holds it."""
 
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from expertune.checkpoint.formats.nf4_folder import BUFFERS, STACKS, Nf4Folder
-from expertune.checkpoint.linears import linear_of_bytes
+from expertune.checkpoint.meta import kept_dtype
+from expertune.checkpoint.nf4_linears import linear_of_bytes
 from expertune.checkpoint.reader import TensorEntry
 from expertune.errors import CheckpointError
 from expertune.experts.module import Nf4Experts
@@ -69,12 +69,6 @@ def missing_tensors(model: nn.Module, folder: Nf4Folder) -> list[str]:
     parameters = {name for name, parameter in model.named_parameters() if parameter.is_meta}
     buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
     return sorted(name for name in parameters | buffers if name not in have)
-
-
-def kept_dtype(plan: Mapping[str, torch.dtype], name: str, otherwise: torch.dtype) -> torch.dtype:
-    """The dtype that a family keeps a tensor in whatever the model's is, by transformers' plan of name parts."""
-    kept = (dtype for part, dtype in plan.items() if fnmatchcase(name, f"*{part}*"))
-    return next(kept, otherwise)
 
 
 def _module_of(model: nn.Module, name: str, folder: Nf4Folder) -> nn.Module:

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 import typer
 
 import expertune
-from expertune import RunRecord
 from expertune.cli.arguments import Adapter, BaseModel, Json, RunDir, TrustRemoteCode, Verbose
 from expertune.exporting import FORMATS, require_known
 from expertune.terminal import log, print_json, stdout_for_results, working, writing
@@ -126,7 +125,7 @@ def export(
     Exit code 2 where the engine computes something else from it than it should.
     """
     require_known(to, base, type_)
-    RunRecord.load(run_dir)
+    expertune.RunRecord.load(run_dir)
     with stdout_for_results(), writing("export") as progress:
         exported = expertune.export(
             run_dir,

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import typer
 
 import expertune
-from expertune import RunRecord
 from expertune.cli.arguments import (
     Adapter,
     BaseModel,
@@ -29,7 +28,6 @@ from expertune.cli.prompts import check_prompts, columns_of, drawn, read_prompts
 from expertune.distributed.processes import require_one_process
 from expertune.errors import ConfigError
 from expertune.generation.sampling import Sampling
-from expertune.run.directory import ADAPTER_FOLDER
 from expertune.terminal import log, print_json, print_scores, print_tasks, stdout_for_results
 
 
@@ -60,7 +58,7 @@ def evaluate(
     With --tasks, score tasks of lm-evaluation-harness with the adapter and without it; the record keeps the scores.
     """
     require_one_process()
-    RunRecord.load(run_dir)
+    expertune.RunRecord.load(run_dir)
     of_tasks: dict[str, Any] = {"tasks": tasks} if tasks else {}
     of_tasks |= {"include_path": include_path} if include_path else {}
     of_tasks |= {name: True for name, given in (("task_code", task_code), ("download", download)) if given}
@@ -127,7 +125,7 @@ def generate(
     check_prompts(prompt, prompt_file, columns)
     if compare and base_only:
         raise ConfigError("--compare answers with the adapter and without it; leave out --base-only")
-    RunRecord.load(run_dir)
+    expertune.RunRecord.load(run_dir)
     prompts = read_prompts(prompt, prompt_file)
     with stdout_for_results():
         answers = expertune.answers(
@@ -177,7 +175,7 @@ def chat(
     require_one_process()
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     columns = columns_of(column)
-    record = RunRecord.load(run_dir)
+    record = expertune.RunRecord.load(run_dir)
     with stdout_for_results():
         conversation = expertune.chat(
             run_dir,
@@ -194,6 +192,8 @@ def chat(
             other_base=other_base,
             model=model,
         )
+    from expertune.run.directory import ADAPTER_FOLDER
+
     which = "its final adapter" if adapter in (None, ADAPTER_FOLDER) else f"the adapter of {adapter}"
     base = model or record.section("config").get("model", "the base model")
     log(f"{run_dir}: {base} with{'out' if base_only else ''} {which}. /help lists commands; /exit or Ctrl-D ends.")

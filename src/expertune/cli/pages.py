@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from expertune import RunRecord
+import expertune
 from expertune.cli.arguments import Json, RunDir, Verbose
 from expertune.terminal import log, print_json, print_table, stdout_for_results, working
 
 
 def report(run_dir: RunDir) -> None:
     """Write a run's page anew: one HTML file that needs no network. Prints its path. Loads no model."""
-    record = RunRecord.load(run_dir)
+    record = expertune.RunRecord.load(run_dir)
     from expertune.report.page import write_page
 
     print(write_page(record.values, run_dir))
@@ -29,7 +29,7 @@ def compare(
     """
     if len(run_dirs) < 2:
         raise typer.BadParameter("give two run directories or more", param_hint="RUN_DIR...")
-    records = [(str(folder), RunRecord.load(folder).values) for folder in run_dirs]
+    records = [(str(folder), expertune.RunRecord.load(folder).values) for folder in run_dirs]
     from expertune.report.compare import compare, render_comparison, write_comparison
 
     compared = compare(records)

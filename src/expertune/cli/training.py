@@ -9,11 +9,9 @@ from typing import Annotated
 import typer
 
 import expertune
-from expertune import load_config
 from expertune.cli.arguments import Json, Overrides, RunFile, TrustRemoteCode, TrustRewards, Verbose
 from expertune.distributed.processes import launched
 from expertune.errors import ConfigError
-from expertune.run.directory import after_interruption
 from expertune.run.signals import Terminated
 from expertune.storage import write_text
 from expertune.terminal import log, log_error, print_json, print_table, stdout_for_results, working
@@ -79,7 +77,7 @@ def plan(
 
     Exit code 2 where it does not fit.
     """
-    config = load_config(run, overrides or (), starts=False)
+    config = expertune.load_config(run, overrides or (), starts=False)
     with stdout_for_results(), working("planning"):
         made = expertune.plan(config, gpu=gpu, memory=memory, devices=devices, trust_remote_code=trust_remote_code)
     if as_json:
@@ -104,7 +102,7 @@ def data(
 
     Checks every example as a run does. Needs the model's tokenizer alone; loads no weights and writes nothing.
     """
-    config = load_config(run, overrides or (), starts=False)
+    config = expertune.load_config(run, overrides or (), starts=False)
     with stdout_for_results(), working("tokenizing"):
         from expertune.data.preview import preview_run
         from expertune.report.preview import render_preview
@@ -127,7 +125,9 @@ def train(
     verbose: Verbose = False,
 ) -> None:
     """Fine-tune as the run file says, or as the run of a record was. Prints the run directory."""
-    config = load_config(run, overrides or (), resume)
+    config = expertune.load_config(run, overrides or (), resume)
+    from expertune.run.directory import after_interruption
+
     trusted = {"trust_remote_code": trust_remote_code, "trust_rewards": trust_rewards}
     try:
         with stdout_for_results():

@@ -22,8 +22,9 @@ from expertune.checkpoint.formats.nf4_folder import is_nf4_folder, read_nf4_fold
 from expertune.checkpoint.jobs import make_jobs
 from expertune.checkpoint.json_file import read_config
 from expertune.checkpoint.linears import decoder_layers
-from expertune.checkpoint.load import build_meta_model, swap_experts
+from expertune.checkpoint.load import swap_experts
 from expertune.checkpoint.loader import Loader
+from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.names import read_names
 from expertune.checkpoint.quantize import config_dtype
 from expertune.checkpoint.reader import CheckpointIndex

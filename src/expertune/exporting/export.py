@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict, Unpack
 from expertune.checkpoint.adapter_folder import CONFIG_NAME
 from expertune.checkpoint.json_file import read_mapping
 from expertune.config.arguments import checked
+from expertune.config.sections import size
 from expertune.data.hub import is_hub_name
 from expertune.distributed.processes import require_one_process
 from expertune.errors import ConfigError, ExportError, StorageError, option
@@ -21,7 +22,6 @@ from expertune.exporting.place import clear, hold_export, hold_partial, require_
 from expertune.exporting.source import ExportSource, open_source
 from expertune.exporting.verify import VERIFICATION, write_verification
 from expertune.exporting.verify import verify as run_engines
-from expertune.planning.table import size
 from expertune.report.card import CARD_NAME
 from expertune.run.beside import write_card, write_tokenizer
 from expertune.run.directory import ADAPTER_FOLDER

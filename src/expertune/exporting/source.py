@@ -20,7 +20,7 @@ from expertune.checkpoint.adapter_folder import WEIGHTS_NAME
 from expertune.checkpoint.fingerprint import Fingerprint, read_fingerprint
 from expertune.checkpoint.formats.nf4_folder import CALIBRATED, is_nf4_folder, read_nf4_folder
 from expertune.checkpoint.hub import ModelSource
-from expertune.checkpoint.load import build_meta_model
+from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.moments import Moments
 from expertune.checkpoint.names import NameMap, read_names
 from expertune.checkpoint.reader import CheckpointIndex, open_checkpoint
@@ -28,11 +28,11 @@ from expertune.checkpoint.recipe import Recipe, read_recipe, recipe_of_folder
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.checkpoint.verified import require_verified
 from expertune.config import LoraSection
+from expertune.config.sections import size
 from expertune.data import TokenizedExample, prepare_examples, settled
 from expertune.errors import CheckpointError
 from expertune.experts import layout
 from expertune.exporting.magnitudes import NONE
-from expertune.planning.table import size
 from expertune.run.base_model import kept_moments
 from expertune.run.context import RunContext
 from expertune.run.directory import INITIAL_ADAPTER, require_kept

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from expertune.checkpoint.load import auto_class
+from expertune.checkpoint.meta import auto_class
 from expertune.errors import ExpertuneError
 from expertune.exporting.formats import Engine, Format, Options, Verdict
 from expertune.exporting.programs import BrokenOffError, ProgramError, run_program

@@ -1,4 +1,9 @@
-"""What of an objective's step is one, and may not be computed in parts or put together with others."""
+"""What of an objective's step is one, and may not be computed in parts or put together with others.
+
+Read from the run file alone: the plan asks, before anything that computes is imported.
+"""
+
+from typing import Any
 
 from expertune.config import RunConfig
 from expertune.config.trl_keys import loss_types
@@ -32,3 +37,19 @@ def keeps_start(config: RunConfig) -> bool:
     """Whether the loss has a reference that is not the base model: the adapter that training starts from, kept."""
     compares = config.objective in ("dpo", "kto") or (config.objective == "grpo" and bool(config.training.get("beta")))
     return compares and not config.lora.begins_as_base
+
+
+def aux_coefficient(config: RunConfig, text_config: Any) -> float | None:
+    """Coefficient of the load-balancing loss where this project takes it; None where it is left to the model.
+
+    Args:
+        config: the run.
+        text_config: of the model.
+    """
+    if config.objective != "sft":
+        return None
+    if config.router.aux_loss != "auto":
+        return config.router.aux_loss
+    if not getattr(text_config, "output_router_logits", False):
+        return 0.0
+    return getattr(text_config, "router_aux_loss_coef", None)

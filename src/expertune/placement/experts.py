@@ -8,7 +8,7 @@ layers are gathered into two slots.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,11 @@ from expertune.checkpoint.reader import TensorEntry
 from expertune.checkpoint.restore import ReadExperts, own_part
 from expertune.experts.module import Nf4Experts
 from expertune.kernels.nf4 import Nf4Bytes
+from expertune.placement import Location
 from expertune.placement.gathered import GatheredLayers
 from expertune.placement.mapped import MappedLayers, map_tensor
 from expertune.placement.prefetch import Backend, Prefetcher
 from expertune.placement.slots import SlotLayers
-
-Location = Literal["device", "host", "disk"]
 
 # Tensors of an experts module as files and backends hold them: those of gate_up, then those of down.
 Files = Mapping[str, list[TensorEntry]]

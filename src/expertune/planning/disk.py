@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from expertune.config import RunConfig
+from expertune.config.sections import size
 from expertune.errors import StorageError
 from expertune.planning.settings import Workload
 from expertune.planning.source import Source
-from expertune.planning.table import size
 from expertune.train.arguments import training_argument
 from expertune.train.schedule import checkpoints_at_once
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from expertune.checkpoint.linears import decoder_layers
+from expertune.checkpoint.meta import kept_dtype
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.recipe import Recipe
-from expertune.checkpoint.restore import kept_dtype
 from expertune.checkpoint.targets import Group, ResolvedTargets
 from expertune.distributed.parallel import most_owned
 from expertune.experts.contract import ExpertsSpec, config_value, experts_per_token

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from expertune.config import RunConfig
 from expertune.errors import ConfigError
-from expertune.placement.experts import Location
+from expertune.placement import Location
 
 # How much of the budget may be filled when layers are chosen to be offloaded: a few layers more cost little.
 AUTO_SHARE = 0.95

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from expertune.checkpoint.adapter_folder import require_adapter_folder
-from expertune.checkpoint.load import build_meta_model
+from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.names import read_names
 from expertune.checkpoint.targets import ResolvedTargets, most_selected, resolve_targets
 from expertune.config import RunConfig, check_training_arguments

@@ -6,9 +6,10 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from expertune.config.sections import size
 from expertune.errors import DoesNotFitError
 from expertune.notebook.html import as_html
-from expertune.placement.experts import Location
+from expertune.placement import Location
 from expertune.planning import table
 from expertune.planning.disk import Disk
 from expertune.planning.duration import Lengths, Pace, RunTime
@@ -118,7 +119,7 @@ class Plan:
         return self
 
     def __repr__(self) -> str:
-        peak, budget = table.size(self.memory.peak_bytes), table.size(self.budget_bytes)
+        peak, budget = size(self.memory.peak_bytes), size(self.budget_bytes)
         return f"Plan({self.model!r}, peak {peak} of {budget}, {'fits' if self.fits else 'does not fit'})"
 
     def _repr_html_(self) -> str:

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from expertune.adapt.preflight import PREFLIGHT_TOKENS
+from expertune.adapt.amounts import PREFLIGHT_TOKENS
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.config import RunConfig
 from expertune.config.training_keys import MUON
 from expertune.distributed.mesh import BUCKET_BYTES
 from expertune.errors import ConfigError
 from expertune.kernels.routes import default_working_set_bytes
+from expertune.objectives.units import aux_coefficient
 from expertune.planning.inventory import Inventory, count_adapter, count_by_adamw, factor_sizes
 from expertune.planning.passes import Passes, passes_of
 from expertune.train.arguments import (
@@ -24,7 +25,6 @@ from expertune.train.arguments import (
 )
 from expertune.train.muon import NOTHING_FOR_MUON
 from expertune.train.optim import default_optimizer, state_bytes, update_bytes
-from expertune.train.router import aux_coefficient
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from transformers import PreTrainedModel
 from expertune.checkpoint.formats.nf4_folder import is_nf4_folder, read_nf4_folder
 from expertune.checkpoint.headers import check_headers, read_headers
 from expertune.checkpoint.hub import CODE, find_folder
-from expertune.checkpoint.loader import first_names
-from expertune.checkpoint.names import NameMap
+from expertune.checkpoint.names import NameMap, first_names
 from expertune.checkpoint.reader import INDEX_NAME
 from expertune.checkpoint.recipe import Recipe, linears_to_quantize, read_recipe, recipe_of_folder
 from expertune.config import RunConfig

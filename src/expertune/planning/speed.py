@@ -6,7 +6,7 @@ Shape suffixes: T tokens of a micro-batch, D hidden size.
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from expertune.adapt.initial import EXACT_SIDE, EXTRA_COLUMNS
+from expertune.adapt.amounts import EXACT_SIDE, EXTRA_COLUMNS
 from expertune.planning.communication import Link, Traffic
 from expertune.planning.devices import Rates
 from expertune.planning.inventory import Layer, count_adapter

@@ -8,6 +8,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
+from expertune.config.sections import size
 from expertune.planning.fit import Change, as_lines
 
 if TYPE_CHECKING:
@@ -55,13 +56,6 @@ _PHASES = {
     "writing": "while answers to train on are written",
     "generation": "while answers are written",
 }
-
-
-def size(num_bytes: int) -> str:
-    """Bytes in decimal units, as memory budgets are written: 24.31 GB, 512 MB."""
-    if num_bytes >= 10**9:
-        return f"{num_bytes / 10**9:.2f} GB"
-    return f"{num_bytes / 10**6:.0f} MB" if num_bytes >= 10**6 else f"{num_bytes / 10**3:.0f} kB"
 
 
 def render(plan: "Plan") -> RenderableType:

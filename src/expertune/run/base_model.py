@@ -8,8 +8,9 @@ from expertune.checkpoint.load import LoadedModel, LoadOptions, load_model
 from expertune.checkpoint.moments import Moments
 from expertune.kernels.routes import use_settings
 from expertune.layers.varlen_attention import use_sdpa_attention
+from expertune.placement import Location
 from expertune.placement.device import make_kernel_settings, resolve_compute_dtype
-from expertune.placement.experts import Location, expert_reader, place_experts
+from expertune.placement.experts import expert_reader, place_experts
 from expertune.planning.devices import Machine
 from expertune.planning.plan import plan_for
 from expertune.run.context import RunContext

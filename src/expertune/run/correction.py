@@ -29,7 +29,7 @@ from expertune.checkpoint.writer import hash_file
 from expertune.data import TokenizedExamples
 from expertune.data.collate import PaddingFreeCollator
 from expertune.errors import CheckpointError
-from expertune.placement.experts import Location
+from expertune.placement import Location
 from expertune.run.base_model import kept_moments, load_base
 from expertune.run.context import RunContext
 from expertune.run.directory import ADAPTER_FOLDER, CALIBRATION, INITIAL_ADAPTER, require_kept

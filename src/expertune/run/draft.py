@@ -14,13 +14,13 @@ from expertune.checkpoint.context import context_length, read_config
 from expertune.checkpoint.hub import fetch_model
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import RunConfig, apply_overrides, parse_config
+from expertune.config.sections import size
 from expertune.data import TokenizedExamples, prepare_examples
 from expertune.data.preview import preview
 from expertune.planning.devices import Machine
 from expertune.planning.duration import Lengths
 from expertune.planning.plan import plan_for
 from expertune.planning.result import Plan
-from expertune.planning.table import size
 from expertune.text import printable
 from expertune.train.schedule import count_steps
 

@@ -10,14 +10,15 @@ import peft
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from expertune.adapt.amounts import PREFLIGHT_TOKENS
 from expertune.adapt.attach import expected_layout
 from expertune.adapt.base_model import require_same_base
-from expertune.adapt.preflight import PREFLIGHT_TOKENS
 from expertune.checkpoint.context import context_length, read_config
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.formats.nf4_folder import is_nf4_folder
 from expertune.checkpoint.hub import ModelSource, fetch_model
-from expertune.checkpoint.load import build_meta_model, fingerprint_of
+from expertune.checkpoint.load import fingerprint_of
+from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import DataConfig, RunConfig
 from expertune.data import TokenizedExamples, make_collator, make_dataset, plot_lengths, prepare_run, sequences_of

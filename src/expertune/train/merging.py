@@ -6,8 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from expertune.config import RunConfig
-from expertune.objectives.units import why_whole
-from expertune.train.router import aux_coefficient
+from expertune.objectives.units import aux_coefficient, why_whole
 
 # Rotary embeddings whose frequencies depend on the longest sequence of the batch.
 _BATCH_WIDE_ROPE = {"dynamic", "longrope"}

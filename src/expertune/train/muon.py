@@ -13,14 +13,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from expertune.checkpoint.linears import is_linear
 from expertune.errors import ConfigError
-from expertune.experts.lora import ExpertsLora
 
 _FACTORS = ("lora_A", "lora_B")
 
@@ -205,6 +203,10 @@ def muon_parameters(model: nn.Module) -> list[nn.Parameter]:
     Raises:
         ConfigError: there are none.
     """
+    from peft.tuners.lora import LoraLayer
+
+    from expertune.experts.lora import ExpertsLora  # which imports PEFT: the plan needs names and settings alone
+
     base = getattr(model, "get_base_model", lambda: model)()
     head = getattr(base, "get_output_embeddings", lambda: None)()
     matrices = [

@@ -9,7 +9,6 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import Trainer
 
 from expertune.train.muon import MuonSettings, StackedMuon, muon_parameters
 
@@ -85,6 +84,8 @@ def make_optimizer(model: Any, args: Any, loraplus_lr_ratio: float | None) -> An
         return _muon(model, args, loraplus_lr_ratio or 1.0)
     if loraplus_lr_ratio is None:
         return None
+    from transformers import Trainer  # with datasets and pandas: the plan needs sizes alone
+
     optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
     # Not PEFT's groups, in which DoRA's magnitudes of linears, but not of experts, would have the rate of B.
     of_a, of_b = ([each for name, each in _trained(model) if ("lora_B" in name) is is_b] for is_b in (False, True))

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from expertune.distributed.parallel import ExpertParallel
 from expertune.errors import ConfigError
-from expertune.experts.lora import own_factors
 from expertune.experts.module import Nf4Experts, parallel_of
 
 _BLOCK = 256
@@ -93,6 +92,8 @@ def load_own_states(model: nn.Module, optimizer: Any) -> None:
 
 
 def _factors(model: nn.Module) -> Iterator[tuple[nn.Parameter, Nf4Experts]]:
+    from expertune.experts.lora import own_factors  # which imports PEFT
+
     return ((factor, experts) for experts, factors in own_factors(model).items() for factor in factors)
 
 

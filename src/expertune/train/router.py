@@ -20,6 +20,7 @@ from expertune.data.split import Batch, split
 from expertune.errors import ConfigError
 from expertune.experts.balance import RouterLosses, RouterTotals
 from expertune.experts.module import in_lockstep
+from expertune.objectives.units import aux_coefficient
 from expertune.train.callbacks import RandomState
 from expertune.train.promises import Promised, Promises
 
@@ -142,22 +143,6 @@ class TrainsRouters(Promises):
         inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != "example_ids"})
         with self.compute_loss_context_manager():
             self.compute_loss(model, inputs)
-
-
-def aux_coefficient(config: RunConfig, text_config: Any) -> float | None:
-    """Coefficient of the load-balancing loss where this project takes it; None where it is left to the model.
-
-    Args:
-        config: the run.
-        text_config: of the model.
-    """
-    if config.objective != "sft":
-        return None
-    if config.router.aux_loss != "auto":
-        return config.router.aux_loss
-    if not getattr(text_config, "output_router_logits", False):
-        return 0.0
-    return getattr(text_config, "router_aux_loss_coef", None)
 
 
 def take_router_losses(model: Any, config: RunConfig) -> RouterLosses | None:

@@ -10,7 +10,8 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from expertune.checkpoint.load import LoadedModel, auto_class
+from expertune.checkpoint.load import LoadedModel
+from expertune.checkpoint.meta import auto_class
 from expertune.errors import CheckpointError
 from tests.adapt.conftest import FolderOf, adapt, logits_of, train_a_little
 from tests.adapt.stock.conftest import by_transformers, experts_of, linears_of, lora

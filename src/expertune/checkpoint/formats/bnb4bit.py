@@ -21,14 +21,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
 from expertune.checkpoint.formats.interface import Kept, Piece, Target
-from expertune.checkpoint.linears import NF4_STATE, linear_of_bytes
+from expertune.checkpoint.linears import NF4_STATE
 from expertune.checkpoint.names import Destination, NameMap
 from expertune.checkpoint.reader import DequantizedEntry, TensorEntry
 from expertune.errors import CheckpointError, UnsupportedModelError
@@ -37,6 +36,9 @@ from expertune.experts.contract import ExpertsSpec
 from expertune.experts.module import Nf4Experts
 from expertune.kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Nf4Stack
 from expertune.kernels.nf4.reference import dynamic_codebook, nf4_codebook
+
+if TYPE_CHECKING:  # to recognize a checkpoint and count its bytes takes none of it
+    from bitsandbytes.functional import QuantState
 
 _STATE_PART = re.compile(r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+)")
 
@@ -116,6 +118,8 @@ def place(target: Target, piece: Piece, entries: Mapping[str, TensorEntry]) -> b
             f"{(module.out_features, module.in_features)}"
         )
     target.claim(packed.entry, destination.name, None, None)
+    from expertune.checkpoint.nf4_linears import linear_of_bytes
+
     linear = linear_of_bytes(module, packed.entry.read(), packed.read_state(), target.dtype, target.device)
     target.model.set_submodule(name, linear)
     return True
@@ -160,24 +164,30 @@ class _Packed:
     @property
     def dequantized(self) -> DequantizedEntry:
         """The weight that was packed, of its dtype then, by bitsandbytes' own code."""
+        from bitsandbytes.functional import dequantize_4bit
+
         header = replace(self.entry, shape=self.shape, dtype=getattr(torch, self.state["dtype"]))
         return DequantizedEntry(
-            **vars(header), dequantize=lambda: bnb.functional.dequantize_4bit(self.entry.read(), self._quant_state())
+            **vars(header), dequantize=lambda: dequantize_4bit(self.entry.read(), self._quant_state())
         )
 
     def scales(self) -> Tensor:
         """Scale of each block, float32 [N*K/64], by bitsandbytes' own code."""
+        from bitsandbytes.functional import dequantize_blockwise
+
         state = self._quant_state()
         if not self.nested:
             return state.absmax.view(-1)
-        return (bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset).view(-1)
+        return (dequantize_blockwise(state.absmax, state.state2) + state.offset).view(-1)
 
     def read_state(self) -> dict[str, Tensor]:
         """Its quantization state by part."""
         return {part: entry.read() for part, entry in self.parts.items() if part != "weight"}
 
-    def _quant_state(self) -> bnb.functional.QuantState:
-        return bnb.functional.QuantState.from_dict(self.read_state(), torch.device("cpu"))
+    def _quant_state(self) -> "QuantState":
+        from bitsandbytes.functional import QuantState
+
+        return QuantState.from_dict(self.read_state(), torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -325,13 +335,15 @@ def _dequantized_stack(packed: _Packed, weight: _ExpertWeight) -> DequantizedEnt
     Raises:
         CheckpointError: it is of another shape.
     """
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
     stacked = weight.spec.stack_shape(weight.weight)
     _require_shape(packed, {stacked})
     codes = replace(packed.entry, shape=(stacked[0], packed.entry.nbytes // stacked[0], 1))
     scales = functools.cache(lambda: packed.scales().view(stacked[0], -1))
 
     def dequantize(expert: int) -> Tensor:
-        state = bnb.functional.QuantState(
+        state = QuantState(
             scales()[expert],
             torch.Size(stacked[1:]),
             nf4_codebook(torch.device("cpu")),
@@ -339,7 +351,7 @@ def _dequantized_stack(packed: _Packed, weight: _ExpertWeight) -> DequantizedEnt
             "nf4",
             torch.float32,
         )
-        return bnb.functional.dequantize_4bit(codes.read_part(expert), state)
+        return dequantize_4bit(codes.read_part(expert), state)
 
     return DequantizedEntry(**vars(replace(packed.entry, shape=stacked, dtype=torch.float32)), dequantize=dequantize)
 

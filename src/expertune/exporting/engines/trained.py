@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from expertune.adapt.attach import attach
 from expertune.checkpoint.formats.nf4_folder import CALIBRATED
-from expertune.checkpoint.load import LoadedModel, LoadOptions, build_twin, load_model
+from expertune.checkpoint.load import LoadedModel, LoadOptions, load_model
+from expertune.checkpoint.meta import build_twin
 from expertune.checkpoint.moments import Moments
 from expertune.config import LoraSection, QuantizationConfig
 from expertune.experts import layout

@@ -4,8 +4,8 @@ Both give bitsandbytes' bytes, ties included. Quantizing on other devices goes t
 """
 
 from collections.abc import Iterator
+from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
@@ -53,7 +53,7 @@ def _hold_scales(absmax: Tensor, double_quantization: bool) -> tuple[Tensor, Ten
         empty = torch.empty(0, dtype=torch.float32, device=absmax.device)
         return absmax, empty, empty
     offset = absmax.mean()
-    codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
+    codes, state = _bitsandbytes().quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
     return codes, state.absmax, offset.reshape(1)
 
 
@@ -96,6 +96,7 @@ def dequantize_absmax(weight: Nf4Bytes, index: int) -> Tensor:
         out = torch.empty(weight.absmax.shape[1], dtype=torch.float32)
         native.dequantize_absmax(weight, index, out)
     else:
+        _bitsandbytes()
         out = torch.ops.bitsandbytes.dequantize_blockwise(
             weight.absmax[index],
             weight.nested_absmax[index],
@@ -120,15 +121,24 @@ def dequantize(weight: Nf4Bytes, index: int, out: Tensor, rows: slice, columns: 
     absmax = dequantize_absmax(weight, index)[
         rows, columns.start // BLOCK_SIZE : columns.stop // BLOCK_SIZE
     ].contiguous()
+    _bitsandbytes()
     return out.copy_(
         torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, BLOCK_SIZE, "nf4", list(out.shape), out.dtype)
     )
+
+
+def _bitsandbytes() -> Any:
+    """Its functions; importing them registers its operators, and takes as long as torch does."""
+    import bitsandbytes.functional
+
+    return bitsandbytes.functional
 
 
 def _quantize_by_bitsandbytes(matrix_NK: Tensor, packed_NK: Tensor, absmax_NB: Tensor) -> None:
     """A tile of rows at a time: on a CPU the library works through half a dozen float32 copies of what it is given."""
     rows, columns = matrix_NK.shape
     step = max(TILE_WEIGHTS // columns, 1) if matrix_NK.device.type == "cpu" else rows
+    bnb = _bitsandbytes()
     for start in range(0, rows, step):
         tile = slice(start, start + step)
         codes, state = bnb.quantize_4bit(matrix_NK[tile].contiguous(), blocksize=BLOCK_SIZE, quant_type="nf4")
