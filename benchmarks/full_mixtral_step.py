@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.gettempdir()) / f"expertune-mixtral-nf4-{args.layers}"
     if args.part == "write":
-        write_folder(folder, args.layers)
+        write_folder(folder, replace(MIXTRAL, layers=args.layers))
         return
     if args.part == "run":
         print(json.dumps(run_step(folder)))
@@ -118,10 +119,10 @@ def run_step(folder: Path) -> dict[str, Any]:
     }
 
 
-def write_folder(folder: Path, num_layers: int) -> None:
-    """An NF4 folder of Mixtral's shape with random weights, a tensor at a time; nothing is quantized but attention."""
+def write_folder(folder: Path, shape: Shape) -> None:
+    """An NF4 folder of a Mixtral with random weights, a tensor at a time; nothing is quantized but attention."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = Shape(**{**vars(MIXTRAL), "layers": num_layers}).config()
+    config = shape.config()
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     for path in TOKENIZER.iterdir():
         if path.suffix == ".gz":
@@ -155,7 +156,7 @@ def write_folder(folder: Path, num_layers: int) -> None:
     records = files | {name: hash_file(folder / name) for name in others}
     manifest = {
         "format_version": FORMAT_VERSION,
-        "source": {"model": "random weights of Mixtral-8x7B's shape"},
+        "source": {"model": "random weights"},
         "quantization": {"scheme": "nf4"} | settings.model_dump(include={"double_quantization", "block_size"}),
         "files": {name: {"sha256": record.sha256, "bytes": record.nbytes} for name, record in records.items()},
     }

@@ -6,7 +6,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import data_memory, decode, demo_speed, e2e, export_merge, layer, quantize, step, suite, wait_policy
+from benchmarks import (
+    data_memory,
+    decode,
+    demo_speed,
+    e2e,
+    export_merge,
+    generation,
+    layer,
+    quantize,
+    step,
+    suite,
+    wait_policy,
+)
 from benchmarks.report import CorrectnessError
 
 _BENCHMARKS = {
@@ -15,6 +27,7 @@ _BENCHMARKS = {
     "layer": layer,
     "step": step,
     "e2e": e2e,
+    "generation": generation,
     "demo_speed": demo_speed,
     "wait_policy": wait_policy,
     "data_memory": data_memory,

@@ -137,7 +137,7 @@ def prepare(shape: Shape, lora: Lora, tokens: int, text: Path, cache: Path) -> W
         ValueError: the text has fewer tokens.
     """
     model = model_folder(shape, cache)
-    adapter = _once(cache / f"{shape.name}-r{lora.r}-a{lora.alpha}", lambda folder: _write_lora(folder, shape, lora))
+    adapter = once(cache / f"{shape.name}-r{lora.r}-a{lora.alpha}", lambda folder: _write_lora(folder, shape, lora))
     batch, rows = _batch(tokens, text)
     path = cache / f"batch-{tokens}.safetensors"
     # Some tensors of a batch are one and the same, which the file format does not have.
@@ -147,10 +147,10 @@ def prepare(shape: Shape, lora: Lora, tokens: int, text: Path, cache: Path) -> W
 
 def model_folder(shape: Shape, cache: Path) -> Path:
     """A folder of random weights, made under `cache` unless it is there; without a tokenizer."""
-    return _once(cache / shape.name, lambda folder: _write_model(folder, shape))
+    return once(cache / shape.name, lambda folder: _write_model(folder, shape))
 
 
-def _once(folder: Path, make: Callable[[Path], None]) -> Path:
+def once(folder: Path, make: Callable[[Path], None]) -> Path:
     """The folder, made beside and renamed, so that a run that was cut short leaves nothing to be taken for whole."""
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)

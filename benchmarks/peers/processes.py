@@ -38,6 +38,7 @@ class Driver:
         name: a stack of `STACKS`.
         arguments: the driver's command line.
         limit_s: seconds after which it is ended, whatever it does; None waits for ever.
+        stack: its module and arguments, where it is none of `STACKS`.
 
     Attributes:
         ready: what the driver said when its model was built: versions, threads, load time, notes.
@@ -47,9 +48,15 @@ class Driver:
         FileNotFoundError: see `interpreter`.
     """
 
-    def __init__(self, name: str, arguments: Sequence[str], limit_s: float | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        limit_s: float | None = None,
+        stack: tuple[str, list[str]] | None = None,
+    ) -> None:
         self.name = name
-        module, more = STACKS[name]
+        module, more = stack or STACKS[name]
         python = interpreter(module)
         # Libraries say much; it is kept in a file, and shown only where the driver dies.
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - see close()

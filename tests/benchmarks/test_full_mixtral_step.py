@@ -14,7 +14,7 @@ def test_written_folder_takes_a_step_from_disk_and_says_what_it_took(
 ) -> None:
     monkeypatch.setattr(full_mixtral_step, "MIXTRAL", Shape(hidden=512, intermediate=64, layers=2, experts=4, top_k=2))
     monkeypatch.setattr(full_mixtral_step, "TOKENS", 64)
-    full_mixtral_step.write_folder(tmp_path / "model", 2)
+    full_mixtral_step.write_folder(tmp_path / "model", full_mixtral_step.MIXTRAL)
     result = full_mixtral_step.run_step(tmp_path / "model")
     assert result["tokens"] == 64
     assert set(result["placement"]["places"].values()) == {"disk"}

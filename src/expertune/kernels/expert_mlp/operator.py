@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from expertune.kernels import routes
-from expertune.kernels.expert_mlp import dequant_gemm, fused
+from expertune.kernels.expert_mlp import dequant_gemm, few_tokens, fused
 from expertune.kernels.expert_mlp.layer import ExpertLayer
 from expertune.kernels.expert_mlp.plan import Chunk, FrozenLayer, Gradients, chunk_tokens
+from expertune.kernels.few_tokens import serves
 from expertune.kernels.lora import SCHEMA, LoraUpdate, draw_seeds, pack, unpack
 from expertune.kernels.nf4 import Nf4Bytes
 from expertune.kernels.operators import find, no_autocast
@@ -57,7 +58,19 @@ def run(
     updates: Sequence[LoraUpdate],
     replay: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
-    """Call the operator; see `expertune.kernels.expert_mlp.expert_mlp`."""
+    """Call the operator, or what few tokens take; see `expertune.kernels.expert_mlp.expert_mlp`."""
+    matrices = min(weights[4].shape[0], top_k_index.numel())
+    if (
+        serves(hidden, top_k_index.numel(), matrices, layer.settings)
+        and few_tokens.takes(layer.activation.after, updates)
+        and not replay
+    ):
+        layer.settings.ran[routes.FUSED] += 1
+        if layer.handle is not None:
+            layer.handle.announce(False)
+        with acquired(weights, layer, backward=False) as here:
+            frozen, chunk = _frozen(here, layer, hidden.dtype), Chunk(hidden, top_k_index, top_k_weights)
+            return few_tokens.forward(chunk, frozen, updates), []
     leaves = (hidden, top_k_weights, *(leaf for update in updates for leaf in (update.a, update.b, update.gain)))
     backward_follows = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
     packed = pack(updates, draw_seeds(updates, hidden.device))

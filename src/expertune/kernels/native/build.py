@@ -28,8 +28,8 @@ from expertune.kernels.cpu import cpu_instruction_sets
 FOLDER = Path(__file__).parent
 # Needs a compiler that knows AMX and AVX512-BF16; the library is of use without it.
 BFLOAT16 = "grouped_gemm16.c"
-SOURCES = ("nf4.c", "grouped_gemm.c", BFLOAT16, "swiglu.c", "dropout.c")
-HEADERS = ("common.h", "grouped_gemm.h")
+SOURCES = ("nf4.c", "grouped_gemm.c", BFLOAT16, "gemv4.c", "swiglu.c", "dropout.c")
+HEADERS = ("common.h", "grouped_gemm.h", "sigmoid.h")
 # No contraction into fused multiply-add where the source does not ask for it: scales must round as bitsandbytes' do.
 FLAGS = (
     *("-std=c11", "-D_DEFAULT_SOURCE", "-O3", "-mavx2", "-mfma", "-mf16c", "-ffp-contract=off"),

@@ -1,0 +1,164 @@
+"""Generation on a CPU: tokens per second at one sequence and at many, and of a prompt; against llama.cpp, bitsandbytes.
+
+All have a Mixtral of the same shape with random weights: ours and bitsandbytes the same NF4 bytes, with lm_head in
+bfloat16; llama.cpp a Q4_0 file whose output head is Q6_K, as its own quantizer writes it. Each stack is a process of its
+own, and they take turns. A rate is that of the steps between the first new token and the last: the time of an answer of
+one token is taken off that of a longer one. Greedy; nothing ends an answer early. Ours is held to plain transformers on
+dequantized weights.
+"""
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from benchmarks.full_mixtral_step import write_folder
+from benchmarks.gguf_file import write_gguf
+from benchmarks.peers.processes import Driver
+from benchmarks.workload import VOCAB_SIZE, Shape, once
+
+_OURS, _ADAPTED, _BITSANDBYTES, _LLAMA = "ours", "ours with an adapter", "bitsandbytes", "llama.cpp"
+STACKS: dict[str, tuple[str, list[str]]] = {
+    _OURS: ("generation_torch", ["--stack", "ours"]),
+    _ADAPTED: ("generation_torch", ["--stack", "adapted"]),
+    _BITSANDBYTES: ("generation_torch", ["--stack", "bitsandbytes"]),
+    _LLAMA: ("generation_llama", []),
+}
+
+# What is timed -> sequences, tokens of each prompt, new tokens.
+SETTINGS = {"batch 1": (1, 16, 33), "batch 32": (32, 16, 9), "prompt": (1, 512, 1)}
+
+# What a token that is not plain transformers' most likely one may be less likely by: in standard deviations of logits.
+_TOLERANCE = 0.15
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    sizes = {"hidden": 2048, "intermediate": 7168, "layers": 8, "experts": 8, "top-k": 2, "rounds": 3}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--stacks", nargs="*", choices=STACKS, default=list(STACKS), help="default: all")
+    parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS), help="default: all")
+    parser.add_argument("--cache", type=Path, help="where models are made once and kept; default: the temporary folder")
+    parser.add_argument("--no-check", action="store_true", help="take answers on trust: saves 6 GB and half a minute")
+    parser.add_argument("--json", type=Path, help="write the result here")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure and report.
+
+    Raises:
+        CorrectnessError: an answer of ours is not what plain transformers gives, up to rounding.
+    """
+    shape = Shape(args.hidden, args.intermediate, args.layers, args.experts, args.top_k)
+    cache = args.cache or Path(tempfile.gettempdir()) / "expertune-bench"
+    folder = once(cache / f"{shape.name}-nf4", lambda made: write_folder(made, shape))
+    file = once(cache / f"{shape.name}-q4_0", lambda made: write_gguf(made / "model.gguf", shape)) / "model.gguf"
+    drivers: dict[str, Driver] = {}
+    try:
+        for name in args.stacks:
+            report.progress(f"loading {name}")
+            model = ["--model", str(file if name == _LLAMA else folder)]
+            drivers[name] = Driver(name, model, stack=STACKS[name])
+        check = None
+        if _OURS in drivers and not args.no_check:
+            report.progress("checking answers")
+            check = drivers[_OURS].ask("check")
+            _require_plain_answers(check)
+        measured = {name: _measure(name, drivers, args.rounds) for name in args.settings}
+        result = {
+            "benchmark": "generation",
+            "model": vars(shape) | {"vocab": VOCAB_SIZE},
+            "settings": {
+                name: dict(zip(("sequences", "prompt_tokens", "new_tokens"), SETTINGS[name], strict=True))
+                for name in args.settings
+            },
+            "measured": measured,
+            "check": check,
+            "stacks": {name: driver.ready for name, driver in drivers.items()},
+            "bytes_per_token": _bytes_per_token(shape),
+            "read_bytes_per_second": next(
+                (driver.ask("read rate")["rate"] for name, driver in drivers.items() if name != _LLAMA), None
+            ),
+            **report.environment(),
+        }
+    finally:
+        for driver in drivers.values():
+            driver.close()
+    if args.json:
+        report.write(args.json, result)
+    _show(result)
+    return result
+
+
+def _measure(setting: str, drivers: dict[str, Driver], rounds: int) -> dict[str, Any]:
+    """Rounds of all stacks in turn, after one to warm up; medians, and ratios of the rounds in pairs."""
+    sequences, prompt, new = SETTINGS[setting]
+    action = f"generate {sequences} {prompt}"
+    rates: dict[str, list[float]] = {name: [] for name in drivers}
+    for number in range(rounds + 1):
+        report.progress(f"{setting}: {f'round {number} of {rounds}' if number else 'warming up'}")
+        for name, driver in drivers.items():
+            first = driver.ask(f"{action} 1")["seconds"]
+            whole = driver.ask(f"{action} {new}")["seconds"] if new > 1 else 0.0
+            rate = sequences * (new - 1) / (whole - first) if new > 1 else sequences * prompt / first
+            if number:
+                rates[name].append(rate)
+    return {
+        "tokens_per_second": {name: statistics.median(found) for name, found in rates.items()},
+        "rounds": rates,
+        "ratios": {
+            name: statistics.median(ours / theirs for ours, theirs in zip(rates[_OURS], found, strict=True))
+            for name, found in rates.items()
+            if name != _OURS and _OURS in rates
+        },
+    }
+
+
+def _require_plain_answers(check: dict[str, Any]) -> None:
+    """Given the same tokens so far, plain transformers on dequantized weights finds each of our tokens as likely."""
+    if check["largest_difference"] > _TOLERANCE:
+        raise report.CorrectnessError(
+            f"a token of ours is {check['largest_difference']:.2f} standard deviations of the logits below the one that "
+            "plain transformers takes"
+        )
+
+
+def _bytes_per_token(shape: Shape) -> dict[str, float]:
+    """What a step at one sequence reads of weights: attention, the experts that were chosen, the output head."""
+    attention = sum(rows * columns for rows, columns in shape.attention().values())
+    experts = shape.top_k * sum(rows * columns for rows, columns in shape.expert().values())
+    inner, head = shape.layers * (attention + experts), VOCAB_SIZE * shape.hidden
+    nf4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+    ours = inner * nf4 + head * 2
+    return {_OURS: ours, _BITSANDBYTES: inner * (0.5 + 2 / 64) + head * 2, _LLAMA: inner * 18 / 32 + head * 210 / 256}
+
+
+def _show(result: dict[str, Any]) -> None:
+    names = list(result["stacks"])
+    rows = []
+    for setting, measured in result["measured"].items():
+        rates = [f"{measured['tokens_per_second'][name]:.1f}" for name in names]
+        ratios = [f"{measured['ratios'][name]:.2f}" if name in measured["ratios"] else "" for name in names]
+        rows += [[f"{setting}, tokens a second", *rates], ["ours over it", *ratios]]
+    model = result["model"]
+    title = (
+        f"Generation, hidden {model['hidden']}, {model['layers']} layers, {model['experts']} experts top-{model['top_k']}, "
+        f"on {result['device']}, {result['threads']} threads"
+    )
+    notes = [f"{name}: {note}" for name, stack in result["stacks"].items() for note in stack["notes"]]
+    if rate := result["read_bytes_per_second"]:
+        floors = {name: rate / nbytes for name, nbytes in result["bytes_per_token"].items()}
+        read = ", ".join(f"{name} {result['bytes_per_token'][name] / 1e6:.0f} MB" for name in floors)
+        notes.append(
+            f"weights that a step at one sequence reads: {read}; at the {rate / 1e9:.1f} GB/s that are read here, at most "
+            + ", ".join(f"{name} {floor:.0f}" for name, floor in floors.items())
+            + " tokens a second"
+        )
+    if check := result["check"]:
+        notes.append(
+            f"{check['same']} of {check['tokens']} tokens of ours are those that plain transformers takes on dequantized "
+            f"weights; the others are at most {check['largest_difference']:.3f} standard deviations of the logits below"
+        )
+    report.show(title, ["", *names], rows, notes)

@@ -1,0 +1,148 @@
+"""Ours, with and without an adapter, and bitsandbytes' own layers over the same bytes, in transformers' `generate`."""
+
+import argparse
+import importlib.metadata
+import time
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from benchmarks.peers.bitsandbytes_weight import bitsandbytes_weight
+from benchmarks.peers.generation_serving import own_stdout, prompts, serve
+from expertune.adapt.attach import attach
+from expertune.checkpoint.load import build_twin, load_model
+from expertune.config import LoraSection, QuantizationConfig
+from expertune.experts.module import Nf4Experts
+from expertune.generation.decoding import generate_ids
+from expertune.layers.nf4_linear import Nf4Linear
+
+_READ_BYTES = 2**30
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+class BitsandbytesExperts(nn.Module):
+    """Experts as one `Linear4bit` a matrix, of the same bytes, computed one after the other."""
+
+    def __init__(self, experts: Nf4Experts, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.matrices = nn.ModuleList(
+            nn.ModuleList(_linear4bit(*experts.locate(expert, name), dtype) for name in ("gate", "up", "down"))
+            for expert in range(experts.num_experts)
+        )
+
+    def forward(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        out = torch.zeros_like(hidden_TD)
+        for expert in index_TK.unique().tolist():
+            tokens, choices = (index_TK == expert).nonzero(as_tuple=True)
+            gate, up, down = self.matrices[expert]
+            x = hidden_TD[tokens]
+            y = down(nn.functional.silu(gate(x)) * up(x)) * weights_TK[tokens, choices, None]
+            out.index_add_(0, tokens, y.to(out.dtype))
+        return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--stack", choices=("ours", "adapted", "bitsandbytes"), required=True)
+    args = parser.parse_args()
+    answers = own_stdout()
+    loaded = load_model(args.model, QuantizationConfig(), torch.bfloat16, "cpu")
+    model: Any = loaded.model.eval()
+    notes = ["NF4 with double quantization, lm_head in bfloat16; keys and values in bfloat16"]
+    if args.stack == "adapted":
+        section = LoraSection(r=8, alpha=16, targets=["attention", "experts", "lm_head"])
+        model = attach(loaded, section, "benchmark").eval()
+        notes.append("an adapter of rank 8 on attention, experts and lm_head")
+    if args.stack == "bitsandbytes":
+        _use_bitsandbytes(model)
+        notes.append("in bitsandbytes' layout for CPUs, if it has one here")
+
+    def generate(asked: list[list[int]], new: int) -> list[list[int]]:
+        # Nothing ends an answer, and no padding is needed.
+        config = GenerationConfig(max_new_tokens=new, do_sample=False, num_beams=1, pad_token_id=0)
+        if args.stack != "bitsandbytes":
+            return generate_ids(model, asked, config)
+        ids = torch.tensor(asked)
+        with torch.inference_mode():
+            found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        return found[:, ids.shape[1] :].tolist()
+
+    others = {"read rate": _read_rate, "check": lambda: _check(model, generate)}
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    serve(generate, others, answers, threads=torch.get_num_threads(), versions=versions, notes=notes)
+
+
+def _linear4bit(stack: Any, index: int, dtype: torch.dtype) -> bnb.nn.Linear4bit:
+    linear = bnb.nn.Linear4bit(stack.in_features, stack.out_features, bias=False, quant_type="nf4", device="meta")
+    packed, state = bitsandbytes_weight(stack, index, dtype)
+    linear.weight = bnb.nn.Params4bit(packed.t(), requires_grad=False, quant_state=state, bnb_quantized=True, module=linear)
+    linear.quant_state = state
+    return linear.eval()
+
+
+def _use_bitsandbytes(model: PreTrainedModel) -> None:
+    """Replace our layers by bitsandbytes' own."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Nf4Experts):
+            model.set_submodule(name, BitsandbytesExperts(module, torch.bfloat16))
+        elif isinstance(module, Nf4Linear):
+            module.__class__ = bnb.nn.Linear4bit  # which ours is, but for its forward
+
+
+def _check(model: PreTrainedModel, generate: Any) -> dict[str, Any]:
+    """Our tokens, held to the logits that plain transformers gives on dequantized weights after the same tokens."""
+    asked = prompts(2, 24)
+    answers = generate(asked, 24)
+    plain = _dequantized(model)
+    same, largest = 0, 0.0
+    for prompt, answer in zip(asked, answers, strict=True):
+        with torch.inference_mode():
+            logits = plain(input_ids=torch.tensor([prompt + answer])).logits[0].float()
+        logits = logits[len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        below = (logits.max(dim=1).values - chosen) / logits.std(dim=1)
+        same += int((below == 0).sum())
+        largest = max(largest, float(below.max()))
+    return {"tokens": sum(map(len, answers)), "same": same, "largest_difference": largest}
+
+
+def _dequantized(model: PreTrainedModel) -> PreTrainedModel:
+    """transformers' own model with the values of ours in bfloat16."""
+    twin = build_twin(model)
+    for name, module in model.named_modules():
+        target = twin.get_submodule(name)
+        if isinstance(module, Nf4Experts):
+            matrices = {
+                part: [module.dequantize(expert, part, torch.bfloat16) for expert in range(module.num_experts)]
+                for part in ("gate", "up", "down")
+            }
+            pairs = zip(matrices["gate"], matrices["up"], strict=True)
+            target.gate_up_proj = nn.Parameter(torch.stack([torch.cat(pair) for pair in pairs]), requires_grad=False)
+            target.down_proj = nn.Parameter(torch.stack(matrices["down"]), requires_grad=False)
+        elif isinstance(module, Nf4Linear):
+            state = module.weight.quant_state
+            weight = bnb.functional.dequantize_4bit(module.weight.data, state).to(torch.bfloat16)
+            target.weight = nn.Parameter(weight, requires_grad=False)
+        else:
+            for key, parameter in module._parameters.items():
+                setattr(target, key, parameter)
+    return twin.eval()
+
+
+def _read_rate() -> dict[str, float]:
+    """Bytes a second that all threads read from memory: the sum of more numbers than caches hold."""
+    numbers = torch.ones(_READ_BYTES // 4)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        numbers.sum()
+        seconds.append(time.perf_counter() - started)
+    return {"rate": _READ_BYTES / min(seconds)}
+
+
+if __name__ == "__main__":
+    main()

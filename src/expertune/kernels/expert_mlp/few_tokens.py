@@ -1,0 +1,57 @@
+"""The expert layer for few tokens without a gradient, on a CPU: one call of the native library.
+
+Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R = T * K routed tokens, E experts.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from expertune.kernels import workspace
+from expertune.kernels.expert_mlp.plan import Chunk, FrozenLayer
+from expertune.kernels.lora import LoraUpdate
+from expertune.kernels.native import plain
+from expertune.kernels.native.gemv import LowRank, Product, gemv
+
+
+def takes(after: object, updates: Sequence[LoraUpdate]) -> bool:
+    """Whether an expert layer is one that can run here: with nothing after its experts, without dropout and gains."""
+    return after is None and all(not update.dropout and update.gain is None for update in updates)
+
+
+def forward(chunk: Chunk, layer: FrozenLayer, updates: Sequence[LoraUpdate]) -> Tensor:
+    """The layer's output, [T, D] of hidden's dtype."""
+    hidden_TD, index_TK, weights_TK, _ = chunk
+    routed, parts, swiglu = index_TK.numel(), layer.num_parts, layer.activation.swiglu
+    inner = workspace.take("gate_up", routed, layer.intermediate_size * (1 if swiglu else parts))
+    out_TD = torch.empty_like(hidden_TD, memory_format=torch.contiguous_format)
+    first = Product(
+        weight=layer.gate_up,
+        x=hidden_TD if hidden_TD.stride(1) == 1 else hidden_TD.contiguous(),
+        y=inner,
+        parts=parts,
+        sharing=index_TK.shape[1],
+        swiglu=swiglu,
+        bias=layer.inner_bias,
+        updates=[_low_rank(update, update.part) for update in updates if update.part < parts],
+    )
+    second = Product(
+        weight=layer.down,
+        x=inner,
+        y=out_TD,
+        top_k_weights=plain(weights_TK),
+        bias=layer.outer_bias,
+        updates=[_low_rank(update, 0) for update in updates if update.part == parts],
+    )
+    experts = index_TK.contiguous()
+    if swiglu:
+        gemv([first, second], routed, experts)
+        return out_TD
+    gemv([first], routed, experts)
+    gemv([second._replace(x=plain(layer.activation.function(inner)))], routed, experts)
+    return out_TD
+
+
+def _low_rank(update: LoraUpdate, part: int) -> LowRank:
+    return LowRank(plain(update.a), plain(update.b), update.slots, part, update.scaling)

@@ -1,0 +1,49 @@
+"""Few tokens and no gradient, on a CPU: a step of generation, which is as fast as weights are read.
+
+What the fused route does for many tokens is here one call of the native library for each layer, without a torch operator
+around it: a second of generation has thousands of calls. Tokens in 16 bits alone; those in float32 keep float32
+arithmetic. The expert layer's part is `expert_mlp/few_tokens.py`.
+
+Shape suffixes: R tokens, K in_features, N out_features.
+"""
+
+import torch
+from torch import Tensor
+
+from expertune.kernels import native
+from expertune.kernels.native.gemv import MOST_ROUTED, Product, gemv
+from expertune.kernels.nf4 import Nf4Bytes
+from expertune.kernels.routes import FUSED, KernelSettings
+
+# Tokens of a matrix up to which reading its bytes takes longer than multiplying them.
+FEW = 8
+
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def serves(x: Tensor, routed: int, matrices: int, settings: KernelSettings) -> bool:
+    """Whether products of these tokens run here.
+
+    Args:
+        x: the tokens.
+        routed: how many, counted once for each matrix that they are multiplied by.
+        matrices: how many there are.
+        settings: leave the choice, or ask for the fused route.
+    """
+    return (
+        0 < routed <= min(FEW * matrices, MOST_ROUTED)
+        and x.dtype in _DTYPES
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and settings.route in ("auto", FUSED)
+        and not torch.compiler.is_compiling()
+        and native.available()
+    )
+
+
+def linear(x_RK: Tensor, weight: Nf4Bytes, settings: KernelSettings) -> Tensor:
+    """x @ W.T of one matrix, [R, N] of x's dtype."""
+    settings.ran[FUSED] += 1
+    y_RN = x_RK.new_empty(x_RK.shape[0], weight.out_features)
+    gemv([Product(weight, x_RK if x_RK.stride(1) == 1 else x_RK.contiguous(), y_RN)], x_RK.shape[0])
+    return y_RN

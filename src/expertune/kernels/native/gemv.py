@@ -1,0 +1,144 @@
+"""Products of few tokens with 4-bit matrices: `gemv4.c`, and its functions on tensors.
+
+What is computed keeps 15 bits below the largest weight of a block and the largest number of x's block, more than
+bfloat16 has; sums are float32. Threads are as many as torch uses.
+
+Shape suffixes: T tokens, K experts per token, R = T * K routed tokens, N output features, E experts, r rank.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from expertune.kernels import workspace
+from expertune.kernels.native import _SOURCE_KINDS, _call, _Nf4
+from expertune.kernels.nf4.bytes import Nf4Bytes
+
+MOST_ROUTED = 256
+"""Routed tokens that a call may have."""
+
+# Of gemv4.c: numbers of x that are laid out together.
+_GROUP = 128
+
+
+class LowRank(NamedTuple):
+    """A low-rank update of one part of a product: y += scaling * B[slot] @ (A[slot] @ x).
+
+    Attributes:
+        a: float32, contiguous [S, r, columns].
+        b: float32, contiguous [S, rows, r].
+        slots: int64 [E], which matrices are each expert's, -1 for none; None where each has its own number's.
+        part: of the matrices of an expert.
+        scaling: a factor.
+    """
+
+    a: Tensor
+    b: Tensor
+    slots: Tensor | None
+    part: int
+    scaling: float
+
+
+class Product(NamedTuple):
+    """y[r] = x[r // sharing] @ W[expert of r].T, its bias and updates; see `Gemv` of gemv4.c.
+
+    Attributes:
+        weight: as many matrices for each expert.
+        x: float32, bfloat16 or float16 [R / sharing, columns].
+        y: of the same dtypes: [R, parts * rows]; [R, rows] with `swiglu`; [T, rows] with `top_k_weights`.
+        parts: matrices of an expert.
+        sharing: routed tokens, one behind the other, that read the same row of x.
+        swiglu: y = silu(part 0) * part 1.
+        top_k_weights: float32, contiguous [T, K]: what the experts of a token give is weighted and summed.
+        bias: float32, contiguous [E, parts * rows].
+        updates: low-rank updates.
+    """
+
+    weight: Nf4Bytes
+    x: Tensor
+    y: Tensor
+    parts: int = 1
+    sharing: int = 1
+    swiglu: bool = False
+    top_k_weights: Tensor | None = None
+    bias: Tensor | None = None
+    updates: Sequence[LowRank] = ()
+
+
+def gemv(products: Sequence[Product], routed: int, experts: Tensor | None = None, avx512: bool = True) -> None:
+    """Compute products one after the other.
+
+    Args:
+        products: with the same routed tokens; a later one may read what an earlier one writes.
+        routed: R, at most `MOST_ROUTED`.
+        experts: int64, contiguous [R]; None takes the first expert's matrices for all.
+        avx512: False leaves instructions of AVX-512 alone.
+    """
+    held = [(_Nf4.of(each.weight), _low_rank(each.updates)) for each in products]  # lives as long as the call
+    sizes = [_scratch_floats(each, routed) for each in products]
+    scratch = workspace.take("gemv", sum(sizes))
+    at, arguments = scratch.data_ptr(), (_Gemv * len(products))()
+    for argument, product, (weight, updates), size in zip(arguments, products, held, sizes, strict=True):
+        _fill(argument, product, routed, experts)
+        argument.w, argument.updates, argument.scratch = ctypes.addressof(weight), ctypes.addressof(updates), at
+        at += size * 4
+    _call("expertune_gemv", arguments, len(products), torch.get_num_threads(), not avx512)
+
+
+def _scratch_floats(product: Product, routed: int) -> int:
+    """Rows of x as float32, as integers and with their scales; then A @ x of each update."""
+    wide = -(-product.weight.in_features // _GROUP) * _GROUP
+    row = wide + wide // 2 + -(-(wide // 32) // 16) * 16
+    ranks = sum(update.a.shape[1] for update in product.updates)
+    return routed // product.sharing * row + -(-routed * ranks // 16) * 16
+
+
+class _LowRank(ctypes.Structure):
+    """`LowRank` of gemv4.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a", "b", "slots")),
+        *((name, ctypes.c_int64) for name in ("rank", "part")),
+        ("scaling", ctypes.c_float),
+    )
+
+
+class _Gemv(ctypes.Structure):
+    """`Gemv` of gemv4.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("w", "x", "y", "experts", "weights", "bias", "updates", "scratch")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "routed", "sharing", "top_k")),
+        *((name, ctypes.c_int32) for name in ("x_kind", "y_kind", "parts", "num_updates", "swiglu")),
+    )
+
+
+def _fill(argument: _Gemv, product: Product, routed: int, experts: Tensor | None) -> None:
+    x, y, weights = product.x, product.y, product.top_k_weights
+    argument.x, argument.x_stride, argument.x_kind = x.data_ptr(), x.stride(0), _SOURCE_KINDS[x.dtype]
+    argument.y, argument.y_stride, argument.y_kind = y.data_ptr(), y.stride(0), _SOURCE_KINDS[y.dtype]
+    argument.experts = None if experts is None else experts.data_ptr()
+    argument.weights = None if weights is None else weights.data_ptr()
+    argument.top_k = 1 if weights is None else weights.shape[1]
+    argument.bias = None if product.bias is None else product.bias.data_ptr()
+    argument.routed, argument.sharing = routed, product.sharing
+    argument.parts, argument.num_updates, argument.swiglu = product.parts, len(product.updates), product.swiglu
+
+
+def _low_rank(updates: Sequence[LowRank]) -> ctypes.Array[_LowRank]:
+    return (_LowRank * len(updates))(
+        *(
+            _LowRank(
+                update.a.data_ptr(),
+                update.b.data_ptr(),
+                None if update.slots is None else update.slots.data_ptr(),
+                update.a.shape[1],
+                update.part,
+                update.scaling,
+            )
+            for update in updates
+        )
+    )

@@ -1,0 +1,136 @@
+"""Few tokens without a gradient, as in generation: the native library's one call against plain arithmetic."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertune.kernels import native
+from expertune.kernels.expert_mlp import Activation, expert_mlp, few_tokens, operator, reference
+from expertune.kernels.few_tokens import FEW
+from expertune.kernels.linear import nf4_linear
+from expertune.kernels.native.gemv import Product, gemv
+from expertune.kernels.nf4 import Nf4Stack
+from expertune.kernels.routes import KernelSettings
+from tests.kernels.expert_layers import FLOAT32, SHAPES, SWIGLU, Case, clamped_gate, make_case
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the native library could not be built here")
+
+# Weights keep 15 bits below the largest of a block, and x 14 below the largest of its: of a sum without its signs.
+CLOSE = 2**-12
+# Once more for the values between two GEMMs, and an output that is rounded to bfloat16 or float16.
+ROUNDED = {torch.bfloat16: 2**-7, torch.float16: 2**-9}
+
+KINDS = ("double", "plain", "mxfp4")
+
+
+def stack_of(num_matrices: int, rows: int, columns: int, kind: str = "double") -> Nf4Stack:
+    if kind == "mxfp4":
+        stack = Nf4Stack(num_matrices, rows, columns, scheme="mxfp4")
+        stack.packed.random_(0, 256)
+        stack.absmax.random_(118, 124)
+        return stack
+    stack = Nf4Stack(num_matrices, rows, columns, double_quantization=kind == "double")
+    for index in range(num_matrices):
+        stack.write(index, torch.randn(rows, columns) / columns**0.5)
+    return stack
+
+
+def off_by(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, of the largest value."""
+    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+@pytest.mark.parametrize("avx512", [True, False], ids=["AVX-512 where there is one", "AVX2"])
+@pytest.mark.parametrize("kind", KINDS)
+# Blocks in odd numbers, rows that are a multiple of nothing, more tokens than share a look-up, scales that begin anew
+# within 16 blocks.
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 40, 128), (3, 33, 192), (9, 7, 64), (5, 70, 1216)])
+def test_product_is_that_of_plain_arithmetic(avx512: bool, kind: str, tokens: int, rows: int, columns: int) -> None:
+    weight, x, y = stack_of(1, rows, columns, kind), torch.randn(tokens, columns), torch.empty(tokens, rows)
+    x[0] *= 1e4  # a token on a scale of its own
+    gemv([Product(weight.bytes, x, y)], tokens, avx512=avx512)
+    w = weight.dequantize(0, torch.float32).double()
+    assert ((y - x.double() @ w.t()).abs() < CLOSE * (x.double().abs() @ w.abs().t())).all()
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+def test_linear_of_few_tokens_is_the_plain_one_up_to_rounding(dtype: torch.dtype) -> None:
+    weight, settings = stack_of(1, 72, 320), KernelSettings(name="few tokens")
+    x = torch.randn(FEW, 640).to(dtype)[:, :320]
+    with torch.inference_mode():
+        y = nf4_linear(x, weight.bytes, settings)
+    assert (y.dtype, settings.ran) == (dtype, {"fused": 1})
+    assert off_by(y, x.float() @ weight.dequantize(0, torch.float32).t()) < ROUNDED[dtype]
+
+
+def run_few(case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, int]:
+    """What the layer gives where no gradient is wanted, and how often few tokens' way was taken."""
+    calls: list[Any] = []
+    forward = few_tokens.forward
+    monkeypatch.setattr(operator.few_tokens, "forward", lambda *given: calls.append(given) or forward(*given))
+    with torch.no_grad():
+        out, _ = expert_mlp(*case)
+    return out, len(calls)
+
+
+FEW_SHAPES = {name: shape for name, shape in SHAPES.items() if 0 < shape["tokens"] < 20}
+ELSEWHERE = ("gain", "norm after")
+
+
+@pytest.mark.parametrize("name", FEW_SHAPES)
+def test_expert_layer_of_few_tokens_is_the_plain_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(**FEW_SHAPES[name], dtype=torch.bfloat16)
+    out, calls = run_few(case, monkeypatch)
+    assert calls == (not any(word in name for word in ELSEWHERE))
+    expected = reference.expert_mlp(*case[:5], case.layer.activation, case.updates, case.biases)
+    # What goes elsewhere is rounded to bfloat16 on its way.
+    assert off_by(out, expected.detach()) < (ROUNDED[torch.bfloat16] if calls else 2**-4)
+
+
+@pytest.mark.parametrize("activation", [SWIGLU, Activation(clamped_gate, columnwise=True)], ids=["swiglu", "limits"])
+def test_experts_in_mxfp4_are_the_plain_ones(activation: Activation, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(1, num_experts=8, biased=True, dtype=torch.float16, activation=activation)
+    held = case.gate_up, case.down
+    stacks = [stack_of(each.num_matrices, each.out_features, each.in_features, "mxfp4") for each in held]
+    case = case._replace(gate_up=stacks[0], down=stacks[1])
+    out, calls = run_few(case, monkeypatch)
+    assert calls == 1
+    expected = reference.expert_mlp(*case[:5], activation, case.updates, case.biases)
+    assert off_by(out, expected.detach()) < ROUNDED[torch.float16]
+
+
+def test_number_of_threads_does_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(5, dtype=torch.bfloat16, hidden=512, intermediate=768, biased=True)
+    outs = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        outs.append(run_few(case, monkeypatch)[0])
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_token_that_is_not_finite_gives_no_number(bad: float) -> None:
+    weight, x, y = stack_of(1, 8, 192), torch.randn(2, 192), torch.empty(2, 8)
+    x[1, 70] = bad
+    gemv([Product(weight.bytes, x, y)], 2)
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()
+
+
+def test_training_float32_and_a_route_that_was_asked_for_stay_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(2, dtype=torch.bfloat16)
+    monkeypatch.setattr(operator.few_tokens, "forward", None)
+    expert_mlp(*case)  # a gradient may be wanted
+    with torch.no_grad():
+        case.layer.settings.route = "dequant_gemm"
+        expert_mlp(*case)
+        case.layer.settings.route = "auto"
+        plain = make_case(2)
+        expected = reference.expert_mlp(*plain[:5], plain.layer.activation, plain.updates)
+        torch.testing.assert_close(expert_mlp(*plain)[0], expected, **FLOAT32)
+    many = dataclasses.replace(case.updates[0], dropout=0.5)
+    with torch.no_grad():
+        expert_mlp(*case._replace(updates=[many]))
