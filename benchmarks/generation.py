@@ -103,6 +103,7 @@ def _measure(setting: str, drivers: dict[str, Driver], rounds: int) -> dict[str,
             first = driver.ask(f"{action} 1")["seconds"]
             whole = driver.ask(f"{action} {new}")["seconds"] if new > 1 else 0.0
             rate = sequences * (new - 1) / (whole - first) if new > 1 else sequences * prompt / first
+            report.progress(f"  {name}: {rate:.1f} tokens a second")
             if number:
                 rates[name].append(rate)
     return {

@@ -13,7 +13,10 @@ _FIRST_ID, _IDS = 300, 30_000
 
 
 def serve(
-    generate: Callable[[list[list[int]], int], Any], others: dict[str, Callable[[], dict[str, Any]]], answers: Any, **ready: Any
+    generate: Callable[[list[list[int]], int], Any],
+    others: dict[str, Callable[[], dict[str, Any]]],
+    answers: Any,
+    **ready: Any,
 ) -> None:
     """Answer JSON lines on stdin until it is closed.
 

@@ -79,7 +79,9 @@ def main() -> None:
 def _linear4bit(stack: Any, index: int, dtype: torch.dtype) -> bnb.nn.Linear4bit:
     linear = bnb.nn.Linear4bit(stack.in_features, stack.out_features, bias=False, quant_type="nf4", device="meta")
     packed, state = bitsandbytes_weight(stack, index, dtype)
-    linear.weight = bnb.nn.Params4bit(packed.t(), requires_grad=False, quant_state=state, bnb_quantized=True, module=linear)
+    linear.weight = bnb.nn.Params4bit(
+        packed.t(), requires_grad=False, quant_state=state, bnb_quantized=True, module=linear
+    )
     linear.quant_state = state
     return linear.eval()
 
@@ -113,7 +115,10 @@ def _check(model: PreTrainedModel, generate: Any) -> dict[str, Any]:
 def _dequantized(model: PreTrainedModel) -> PreTrainedModel:
     """transformers' own model with the values of ours in bfloat16."""
     twin = build_twin(model)
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
+        if name.startswith(inside) and inside:
+            continue
         target = twin.get_submodule(name)
         if isinstance(module, Nf4Experts):
             matrices = {
@@ -123,6 +128,7 @@ def _dequantized(model: PreTrainedModel) -> PreTrainedModel:
             pairs = zip(matrices["gate"], matrices["up"], strict=True)
             target.gate_up_proj = nn.Parameter(torch.stack([torch.cat(pair) for pair in pairs]), requires_grad=False)
             target.down_proj = nn.Parameter(torch.stack(matrices["down"]), requires_grad=False)
+            inside = (*inside, f"{name}.")
         elif isinstance(module, Nf4Linear):
             state = module.weight.quant_state
             weight = bnb.functional.dequantize_4bit(module.weight.data, state).to(torch.bfloat16)

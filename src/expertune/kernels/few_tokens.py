@@ -16,7 +16,7 @@ from expertune.kernels.nf4 import Nf4Bytes
 from expertune.kernels.routes import FUSED, KernelSettings
 
 # Tokens of a matrix up to which reading its bytes takes longer than multiplying them.
-FEW = 8
+FEW = 4
 
 _DTYPES = (torch.bfloat16, torch.float16)
 
