@@ -1,10 +1,10 @@
 """Generation on a CPU: tokens per second at one sequence and at many, and of a prompt; against llama.cpp, bitsandbytes.
 
 All have a Mixtral of the same shape with random weights: ours and bitsandbytes the same NF4 bytes, with lm_head in
-bfloat16; llama.cpp a Q4_0 file whose output head is Q6_K, as its own quantizer writes it. Each stack is a process of its
-own, and they take turns. A rate is that of the steps between the first new token and the last: the time of an answer of
-one token is taken off that of a longer one. Greedy; nothing ends an answer early. Ours is held to plain transformers on
-dequantized weights.
+bfloat16; llama.cpp a Q4_0 file whose output head is Q6_K, as its own quantizer writes it. Each stack is a process of
+its own, and they take turns. A rate is that of the steps between the first new token and the last: the time of an
+answer of one token is taken off that of a longer one. Greedy; nothing ends an answer early. Ours is held to plain
+transformers on dequantized weights.
 """
 
 import argparse
@@ -121,8 +121,8 @@ def _require_plain_answers(check: dict[str, Any]) -> None:
     """Given the same tokens so far, plain transformers on dequantized weights finds each of our tokens as likely."""
     if check["largest_difference"] > _TOLERANCE:
         raise report.CorrectnessError(
-            f"a token of ours is {check['largest_difference']:.2f} standard deviations of the logits below the one that "
-            "plain transformers takes"
+            f"a token of ours is {check['largest_difference']:.2f} standard deviations of the logits below the one "
+            "that plain transformers takes"
         )
 
 
@@ -145,21 +145,20 @@ def _show(result: dict[str, Any]) -> None:
         rows += [[f"{setting}, tokens a second", *rates], ["ours over it", *ratios]]
     model = result["model"]
     title = (
-        f"Generation, hidden {model['hidden']}, {model['layers']} layers, {model['experts']} experts top-{model['top_k']}, "
-        f"on {result['device']}, {result['threads']} threads"
+        f"Generation, hidden {model['hidden']}, {model['layers']} layers, {model['experts']} experts "
+        f"top-{model['top_k']}, on {result['device']}, {result['threads']} threads"
     )
     notes = [f"{name}: {note}" for name, stack in result["stacks"].items() for note in stack["notes"]]
     if rate := result["read_bytes_per_second"]:
         floors = {name: rate / nbytes for name, nbytes in result["bytes_per_token"].items()}
         read = ", ".join(f"{name} {result['bytes_per_token'][name] / 1e6:.0f} MB" for name in floors)
         notes.append(
-            f"weights that a step at one sequence reads: {read}; at the {rate / 1e9:.1f} GB/s that are read here, at most "
-            + ", ".join(f"{name} {floor:.0f}" for name, floor in floors.items())
-            + " tokens a second"
+            f"weights that a step at one sequence reads: {read}; at the {rate / 1e9:.1f} GB/s that are read here, at "
+            "most " + ", ".join(f"{name} {floor:.0f}" for name, floor in floors.items()) + " tokens a second"
         )
     if check := result["check"]:
         notes.append(
-            f"{check['same']} of {check['tokens']} tokens of ours are those that plain transformers takes on dequantized "
-            f"weights; the others are at most {check['largest_difference']:.3f} standard deviations of the logits below"
+            f"{check['same']} of {check['tokens']} tokens of ours are those that plain transformers takes on "
+            f"dequantized weights; others are at most {check['largest_difference']:.3f} standard deviations below"
         )
     report.show(title, ["", *names], rows, notes)

@@ -1,4 +1,4 @@
-"""The loop that each stack runs: generate on request, and say how long it took. Imports nothing but the standard library."""
+"""The loop that each stack runs: generate on request, say how long it took. Imports the standard library alone."""
 
 import json
 import os

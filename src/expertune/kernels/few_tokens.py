@@ -1,6 +1,6 @@
 """Few tokens and no gradient, on a CPU: a step of generation, which is as fast as weights are read.
 
-What the fused route does for many tokens is here one call of the native library for each layer, without a torch operator
+What the fused route does for many tokens is one call of the native library for each layer here, without an operator
 around it: a second of generation has thousands of calls. Tokens in 16 bits alone; those in float32 keep float32
 arithmetic. The expert layer's part is `expert_mlp/few_tokens.py`.
 
