@@ -26,7 +26,8 @@ from expertune.errors import first_line
 from expertune.kernels import gpu, native
 from expertune.kernels.cache import find_cache
 from expertune.kernels.cpu import cpu_instruction_sets
-from expertune.kernels.threads import cgroup_share, usable_cores, waits_passively
+from expertune.kernels.limits import available_memory, cgroup_share
+from expertune.kernels.threads import usable_cores, waits_passively
 from expertune.placement.device import default_device, resolve_compute_dtype
 
 Status = Literal["ok", "info", "warning", "error"]
@@ -174,10 +175,9 @@ def _devices() -> Iterator[Finding]:
     if torch.cuda.is_available() and (reason := gpu.unavailable(torch.device("cuda", torch.cuda.current_device()))):
         advice = "experts are computed one by one by torch instead, at a fraction of the speed"
         yield _find("device", "GPU kernels", f"none: {reason}", "warning", advice)
-    memory = psutil.virtual_memory()
     yield _find("device", "cpu", ", ".join(cpu_instruction_sets()) or "no vector extensions known")
     yield _threads()
-    yield _find("device", "host memory", f"{size(memory.total)}, {size(memory.available)} available")
+    yield _find("device", "host memory", f"{size(psutil.virtual_memory().total)}, {size(available_memory())} available")
     library = native.status()
     if library.library is not None:
         yield _find("device", "native kernels", "in use on the CPU")

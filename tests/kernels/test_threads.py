@@ -4,11 +4,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from expertune import doctor
-from expertune.kernels import threads
+from expertune.kernels import limits, threads
 from tests.processes import run_copies
 
 V2 = "30 23 0:27 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
@@ -78,7 +80,42 @@ def machine(tmp_path: Path) -> Callable[[dict[str, str]], Path]:
 def test_share_of_a_control_group_is_the_least_of_its_levels(
     files: dict[str, str], share: float | None, machine: Callable[[dict[str, str]], Path]
 ) -> None:
-    assert threads.cgroup_share(machine(files)) == share
+    assert limits.cgroup_share(machine(files)) == share
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"proc/self/cgroup": "0::/\n", "proc/self/mountinfo": V2}, 2**60),
+        (
+            {
+                "proc/self/cgroup": "0::/a\n",
+                "proc/self/mountinfo": V2,
+                "sys/fs/cgroup/memory.max": "max",
+                "sys/fs/cgroup/memory.current": "900",
+                "sys/fs/cgroup/a/memory.max": "1000\n",
+                "sys/fs/cgroup/a/memory.current": "700\n",
+                "sys/fs/cgroup/a/memory.stat": "anon 550\ninactive_file 100\nactive_file 50\n",
+            },
+            450,
+        ),
+        (
+            {
+                "proc/self/cgroup": f"4:memory:{POD}\n3:cpu,cpuacct:{POD}\n",
+                "proc/self/mountinfo": V1.format(root=POD),
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "1000",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "1100",
+                "sys/fs/cgroup/memory/memory.stat": "active_file 5\ntotal_active_file 150\ntotal_inactive_file 0\n",
+            },
+            50,
+        ),
+    ],
+)
+def test_memory_is_what_the_containers_limit_leaves_where_the_host_has_more(
+    machine: Callable[[dict[str, str]], Path], files: dict[str, str], left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**60))
+    assert limits.available_memory(machine(files)) == left
 
 
 def test_cores_are_physical_ones_of_the_affinity_and_within_the_share(

@@ -14,6 +14,7 @@ from rich.console import Console
 from expertune.config import parse_config
 from expertune.errors import ConfigError, DoesNotFitError
 from expertune.planning import make_plan
+from expertune.planning.devices import Machine
 from expertune.planning.table import _Changes
 
 from .conftest import TUTORIAL_LORA
@@ -163,6 +164,16 @@ def test_the_budget_is_the_hosts_memory_on_a_cpu(run_of, monkeypatch):
     plan = make_plan(run_of(MIXTRAL, memory_budget=None), device="cpu")
     assert plan.budget_bytes == 12345
     assert not plan.fits
+
+
+def test_the_budget_on_a_gpu_is_what_is_free_there_and_what_this_process_has_freed(run_of, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "one that no table has")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7 * 10**9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5 * 10**9)
+    machine = Machine.of(run_of(MIXTRAL, memory_budget=None, quantization={"compute_dtype": "bfloat16"}), "cuda")
+    assert machine.budget_bytes == 32 * 10**9
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to ask")

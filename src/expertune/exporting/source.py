@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +32,7 @@ from expertune.data import TokenizedExample, prepare_examples, settled
 from expertune.errors import CheckpointError
 from expertune.experts import layout
 from expertune.exporting.magnitudes import NONE
+from expertune.kernels.limits import available_memory
 from expertune.run.base_model import kept_moments
 from expertune.run.context import RunContext
 from expertune.run.directory import INITIAL_ADAPTER, require_kept
@@ -278,7 +278,7 @@ class ExportSource:
         """Why the model cannot be loaded for the reference; None where it can."""
         # A copy of what is changed, to go back to, and what is added to one stack.
         needed = 4 * (2 * self.num_weights + max(parameter.numel() for parameter in self.model.parameters()))
-        available = psutil.virtual_memory().available
+        available = available_memory()
         if needed > available:
             return f"the comparison needs {size(needed)} of memory, in float32, and {size(available)} are available"
         return None

@@ -10,10 +10,10 @@ The runtime reads its variables once, when torch loads it. What the user has set
 
 import math
 import os
-import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+
+from expertune.kernels.limits import cgroup_share, read
 
 # libgomp's (pip's torch) and Intel's and LLVM's runtime (conda's).
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
@@ -57,15 +57,6 @@ def cores_by_affinity(root: Path = _ROOT) -> int:
     return len({_siblings(root, cpu) for cpu in cpus}) or 1
 
 
-def cgroup_share(root: Path = _ROOT) -> float | None:
-    """Cores' worth of time that the process's control groups allow, the least of all levels; None where none limits it.
-
-    Reads version 2 (`cpu.max`) and version 1 (`cpu.cfs_quota_us` over `cpu.cfs_period_us`).
-    """
-    shares = [share for folder in _cpu_groups(root) if (share := _share_of(folder)) is not None]
-    return min(shares, default=None)
-
-
 def waits_passively() -> bool:
     """Whether the variables of this process ask OpenMP's threads to sleep while they wait."""
     policy = os.environ.get("OMP_WAIT_POLICY", "").strip().lower()
@@ -75,50 +66,6 @@ def waits_passively() -> bool:
 def _siblings(root: Path, cpu: int) -> str:
     topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
     for name in ("core_cpus_list", "thread_siblings_list"):
-        if text := _read(topology / name):
+        if text := read(topology / name):
             return text
     return str(cpu)
-
-
-def _cpu_groups(root: Path) -> Iterator[Path]:
-    """Folders of the process's control groups that may limit CPU time, each with those above it."""
-    paths: dict[str, str] = {}
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            paths["cgroup2"] = path
-        elif "cpu" in controllers.split(","):
-            paths["cgroup"] = path
-    for line in _read(root / "proc/self/mountinfo").splitlines():
-        mount, _, described = line.partition(" - ")
-        fields, (kind, _, options) = mount.split(), described.split(" ", 2)
-        if kind not in paths or (kind == "cgroup" and "cpu" not in options.split(",")):
-            continue
-        # Inside a container the group's folder is often the mount itself, and its path is the host's.
-        top = root / _unescaped(fields[4]).lstrip("/")
-        inside = os.path.relpath(paths[kind], _unescaped(fields[3]))
-        at = top / inside if not inside.startswith("..") else top
-        yield from (folder for folder in (at, *at.parents) if folder.is_relative_to(top))
-
-
-def _share_of(folder: Path) -> float | None:
-    limit = _read(folder / "cpu.max").split()
-    if not limit:
-        limit = [_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")]
-    try:
-        quota, period = map(int, limit)
-    except ValueError:  # `max`, or no such file
-        return None
-    return quota / period if quota > 0 and period > 0 else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _unescaped(text: str) -> str:
-    """A path of mountinfo, where white space is written in octal."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

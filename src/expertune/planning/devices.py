@@ -8,7 +8,6 @@ what copies from pinned memory reach, about 0.8 of its nominal rate.
 import math
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 
 from expertune.config import RunConfig, parse_size
@@ -16,6 +15,7 @@ from expertune.distributed.processes import launched
 from expertune.errors import ConfigError, nearest, option
 from expertune.kernels.cpu import gemm_dtype
 from expertune.kernels.cpu_rates import cpu_rates
+from expertune.kernels.limits import available_memory
 from expertune.placement.device import default_device, resolve_compute_dtype
 from expertune.planning.communication import (
     ETHERNET_100,
@@ -226,7 +226,7 @@ class Machine:
             dtype = "bfloat16" if named is None or named.has_bfloat16 else "float16"
         world_size = launched().world_size if devices is None else devices
         local_size = local_size or min(world_size, _DEVICES_OF_A_MACHINE)
-        host = psutil.virtual_memory().available // local_size if is_here else math.inf
+        host = available_memory() // local_size if is_here else math.inf
         compute_dtype = resolve_compute_dtype(dtype, target)
         share_of_cpu = 1 if devices is None else 1 / local_size  # a launcher has given each its threads
         return cls(target, named, is_here, compute_dtype, budget, host, world_size, local_size, share_of_cpu)
@@ -276,7 +276,9 @@ def _memory_of(device: torch.device, gpu: Device | None) -> int:
             raise ConfigError(f"gpu {gpu.name}: say how much memory it has, e.g. {option('memory', '24GB')}")
         return gpu.memory_bytes
     if device.type == "cpu":
-        return int(psutil.virtual_memory().available)
+        return available_memory()
     if not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device here to take the memory of; set memory_budget, e.g. 24GB")
-    return int(torch.cuda.get_device_properties(device).total_memory)
+    # What others hold is not there for a run; what this process has allocated once and uses no more is.
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
