@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from expertune.kernels.gpu import configs
 from expertune.kernels.gpu.grouped_gemm import Dequantized, Update, grouped_gemm, input_gradient
+from expertune.kernels.gpu.launch import Target
 from expertune.kernels.nf4 import Nf4Bytes
 
 from .conftest import RELATIVE, assert_near, dense, nan, routing, stack_of
@@ -137,3 +139,14 @@ def test_dequantized_weights_of_other_experts_are_refused():
         grouped_gemm(
             torch.empty(2, 64), Dequantized(weights), torch.tensor([1, 2, 2, 2]), nan(2, 16), experts=slice(1, 3)
         )
+
+
+def test_sweep_offers_no_tile_whose_loop_would_run_over_and_a_gemm_refuses_one():
+    target = Target("cuda", 90)
+    for in_features, widths in ((192, {64}), (256, {64, 128})):
+        for swiglu in (False, True):
+            found = configs.candidates(target, configs.Gemm(torch.bfloat16, True, swiglu, False, 80, in_features))
+            assert {config.BK for config in found} == widths
+    weight = stack_of(2, 32, 192).bytes
+    with configs.forced(configs.Config(16, 32, 128, 4, 1, 2)), pytest.raises(ValueError, match="128 input features"):
+        grouped_gemm(torch.randn(2, 192), weight, torch.tensor([1, 2]), nan(2, 32))

@@ -80,14 +80,29 @@ def gemm_config(
     return Config(BM, BN, BK, num_warps, num_stages, target.multiprocessors * (1 if num_warps == 8 else 2))
 
 
-def candidates(
-    target: Target, dtype: torch.dtype, nf4: bool, swiglu: bool, transposed: bool, tokens_per_expert: float
-) -> list[Config]:
-    """Tiles worth timing beside the table's own, which comes first; some may not compile or fit."""
+class Gemm(NamedTuple):
+    """A grouped GEMM: the arguments of `gemm_config`, and the input features of its matrices."""
+
+    dtype: torch.dtype
+    nf4: bool
+    swiglu: bool
+    transposed: bool
+    tokens_per_expert: float
+    in_features: int
+
+
+def candidates(target: Target, gemm: Gemm) -> list[Config]:
+    """Tiles worth timing beside the table's own, which comes first; some may not compile or fit.
+
+    The loop over a matrix's input features has no mask: a tile that does not divide them is not offered.
+    """
+    dtype, nf4, swiglu, transposed, tokens_per_expert, in_features = gemm
     own = gemm_config(target, dtype, nf4, swiglu, transposed, tokens_per_expert)
     tall = [size for size in (16, 32, 64, 128) if size <= 2 * max(tokens_per_expert, 16)][-2:]
     wide = [(64, 128), (32, 128), (64, 64)] if transposed else [(64, 64), (128, 64), (128, 128), (256, 64)]
     found = [own]
+    if not transposed:
+        wide = [(BN, BK) for BN, BK in wide if in_features % BK == 0]
     for BM in tall:
         for BN, BK in wide:
             for num_warps in (4, 8):

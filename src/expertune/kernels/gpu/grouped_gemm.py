@@ -70,9 +70,14 @@ def grouped_gemm(
         experts: whose tokens are computed; None means all. Other rows of `out` are left as they are.
         swiglu: apply the gate; P is then 2.
         base: [R, P * N], what the sums begin with in place of zero.
+
+    Raises:
+        ValueError: the tile's BK does not divide K: the kernel would read beyond the rows.
     """
     held, plan = _weights(weight, offsets_E, experts)
     config = gemm_config(target_of(x.device), x.dtype, plan.nf4, swiglu, False, out.shape[0] / offsets_E.shape[0])
+    if plan.columns % config.BK:
+        raise ValueError(f"a tile of {config.BK} input features does not divide {plan.columns}")
     by_part = {update.part: update for update in updates}
     first, second = by_part.get(0), by_part.get(1)
     launch(
