@@ -81,6 +81,9 @@ class SlotLayers:
     def close(self) -> None:
         """End the thread and free the slots."""
         self._copier.shutdown()
+        if self._stream is not None:
+            # A copy that nobody has waited for may be under way, and the slots' memory is given to what comes next.
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
         self._slots.clear()
         self._staging = None
 
