@@ -1,5 +1,8 @@
 """The expert layer on the GPU's routes, through the public operator: right, repeatable, few launches, no waiting."""
 
+import json
+import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -198,7 +201,9 @@ def test_dequantized_groups_add_launches_only_as_the_buffer_forces_them() -> Non
     assert launches_of_a_layer(True, 2048, 0.05, 2**30) == (11, 33)
 
 
-def test_route_that_computes_wrongly_or_not_at_all_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_route_that_computes_wrongly_or_not_at_all_fails_its_check(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(selfcheck, "SHAPE", (3, 64, 64, 2, 3, 9))
     real = GroupedRoute.forward
 
@@ -209,7 +214,14 @@ def test_route_that_computes_wrongly_or_not_at_all_fails_its_check(monkeypatch: 
         arguments[-1][0, 0] += 1
 
     monkeypatch.setattr(GroupedRoute, "forward", wrong)
-    findings = selfcheck.check(CPU, torch.float32)
+    kept = tmp_path / "findings.json"
+    kept.write_text(json.dumps({"findings": {}}), encoding="utf-8")
+    # What has raised may have left the device unusable: another process says that no part is left.
+    for done in (False, True):
+        selfcheck.main(["cpu", "float32", str(kept)])
+        state = json.loads(kept.read_text(encoding="utf-8"))
+        assert (state["done"], "part" in state) == (done, False)
+    findings = selfcheck.Findings(**state["findings"])
     assert findings.passed == ["shuffle"]
     assert findings.errors["fused"] > selfcheck.LIMITS[torch.float32]
     assert "shared memory" in findings.messages["dequant_gemm"]
@@ -233,17 +245,66 @@ def test_check_finds_every_route_right_inside_an_operator_and_in_inference_mode_
     assert findings.messages == {}
 
 
+# A check without torch, whose process one part ends before it is done.
+CHECK = """
+import json, os, signal, sys
+*_, wanted, path = sys.argv
+with open(path) as file:
+    findings = json.load(file)["findings"]
+for part in ("shuffle", "fused", "dequant_gemm"):
+    if part in findings["errors"]:
+        continue
+    with open(path, "w") as file:
+        json.dump({"findings": findings, "part": part}, file)
+    if part == "fused":
+        eval(wanted)
+    findings["errors"][part] = 0.0
+    findings["passed"].append(part)
+with open(path, "w") as file:
+    json.dump({"findings": findings, "done": True}, file)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "ended by signal 9"),
+        ("sys.exit('illegal memory access')", "status 1: illegal memory access"),
+        ("signal.pause()", "not done after 2 seconds"),
+    ],
+)
+def test_route_whose_check_ends_its_process_takes_no_other_route_with_it(what: str, said: str) -> None:
+    findings = selfcheck.check_apart([sys.executable, "-c", CHECK, what], seconds=2)
+    assert findings is not None
+    assert findings.passed == ["shuffle", "dequant_gemm"]
+    assert findings.errors == {"shuffle": 0.0, "fused": math.inf, "dequant_gemm": 0.0}
+    assert said in findings.messages["fused"]
+
+
+def test_check_that_cannot_begin_in_another_process_says_so() -> None:
+    assert selfcheck.check_apart([sys.executable, "-c", "raise SystemExit('no device')"]) is None
+    assert selfcheck.check_apart(["/no/such/python"]) is None
+
+
+@pytest.mark.slow
+def test_checks_run_in_a_process_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    findings = selfcheck.check_apart([sys.executable, "-P", "-m", selfcheck.__name__, "cpu", "float32"])
+    assert findings is not None
+    assert findings.passed == ["shuffle", "fused", "dequant_gemm"]
+
+
 def test_findings_are_kept_unless_a_part_did_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[torch.dtype] = []
     findings = selfcheck.Findings({"fused": float("inf")}, {"fused": "OutOfMemoryError"}, ["shuffle"])
 
-    def check(device: torch.device, dtype: torch.dtype) -> selfcheck.Findings:
-        asked.append(dtype)
+    def check(command: list[str]) -> selfcheck.Findings:
+        asked.append(getattr(torch, command[-1]))
         return findings
 
     monkeypatch.setattr(selfcheck, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(selfcheck, "_identity", lambda device, dtype: "this")
-    monkeypatch.setattr(selfcheck, "check", check)
+    monkeypatch.setattr(selfcheck, "check_apart", check)
     for expected in (1, 2):
         selfcheck.checked.cache_clear()
         assert selfcheck.checked(CPU, torch.float16) == findings

@@ -4,6 +4,9 @@ Triton has miscompiled kernels before, on one device and release and not on anot
 device, a small layer with odd shapes, a skewed routing, an expert without tokens, adapters and dropout goes through it,
 forward and backward, and is checked against the definition. The answer is kept in the user's cache, by device, driver's
 torch, Triton and the kernels' own source; a route that fails is not used, and the run's record says so.
+
+The checks run in a process of their own: after an illegal access a process can use its device no more, and a run whose
+route has failed goes on with the next one.
 """
 
 import contextlib
@@ -11,7 +14,10 @@ import hashlib
 import importlib.metadata
 import json
 import math
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -33,6 +39,9 @@ SHAPE = (5, 192, 320, 2, 3, 77)
 
 # Most relative error of any result. What is between the GEMMs is rounded to the dtype, as everywhere.
 LIMITS = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
+
+# What the process of a check may take: compiling its kernels is most of it, a minute on a slow host.
+_SECONDS = 900.0
 
 
 @dataclass
@@ -68,7 +77,9 @@ def checked(device: torch.device, dtype: torch.dtype) -> Findings:
     try:
         findings = Findings(**read_kept(path))
     except (OSError, ValueError, TypeError):
-        findings = check(device, dtype)
+        found = check_apart([sys.executable, "-P", "-m", __name__, str(device), str(dtype).removeprefix("torch.")])
+        # Where one process alone may use the device, it is this one.
+        findings = check(device, dtype) if found is None else found
         # What did not run may have met a full device: it is tried again next time.
         if not findings.messages:
             with contextlib.suppress(OSError):  # checked again next time
@@ -77,21 +88,95 @@ def checked(device: torch.device, dtype: torch.dtype) -> Findings:
 
 
 @torch.inference_mode(False)
-def check(device: torch.device, dtype: torch.dtype) -> Findings:
-    """Run the checks on a device."""
-    findings = Findings()
-    findings.note("shuffle", 0.0, lambda: dequantize_error(device, dtype))
-    shuffle = "shuffle" in findings.passed
+def check(
+    device: torch.device,
+    dtype: torch.dtype,
+    findings: Findings | None = None,
+    begin: Callable[[str], bool] = lambda part: True,
+) -> Findings:
+    """Run the checks on a device.
+
+    Args:
+        device: which.
+        dtype: of the GEMMs.
+        findings: of parts that have been checked already; others are added.
+        begin: called with each part before it is checked; whether to go on.
+    """
+    findings = findings or Findings()
+    kinds: dict[str, GroupedRoute | None] = {"shuffle": None, "fused": GroupedRoute(False)}
     # A buffer of one expert's matrices, so that groups are walked over.
-    kinds = {
-        "fused": GroupedRoute(False, shuffle=shuffle),
-        "dequant_gemm": GroupedRoute(True, buffer_bytes=1, shuffle=shuffle),
-    }
+    kinds["dequant_gemm"] = GroupedRoute(True, buffer_bytes=1)
     if torch_gemm.available(device, dtype):
-        kinds["grouped_mm"] = GroupedRoute(True, torch_gemm=True, shuffle=shuffle)
+        kinds["grouped_mm"] = GroupedRoute(True, torch_gemm=True)
     for part, route in kinds.items():
+        if part in findings.errors:
+            continue
+        if not begin(part):
+            break
+        if route is None:
+            findings.note(part, 0.0, lambda: dequantize_error(device, dtype))
+            continue
+        route = replace(route, shuffle="shuffle" in findings.passed)
         findings.note(part, LIMITS[dtype], lambda route=route: layer_error(route, device, dtype))  # type: ignore[misc]
     return findings
+
+
+def check_apart(command: Sequence[str], seconds: float = _SECONDS) -> Findings | None:
+    """Have a command run the checks in a process of its own, and again for the rest where one of them ended it.
+
+    Args:
+        command: is given a file, and keeps there what it has found, as `main` does.
+        seconds: what one process may take.
+
+    Returns:
+        The findings; None where the process has not begun a single check.
+    """
+    with tempfile.TemporaryDirectory(prefix="expertune-check-") as folder:
+        path = Path(folder) / "findings.json"
+        findings, state = Findings(), {}
+        while not state.get("done"):
+            write_text(path, json.dumps({"findings": asdict(findings)}))
+            ended = _run([*command, str(path)], seconds)
+            state = json.loads(path.read_text(encoding="utf-8"))
+            known, findings = len(findings.errors), Findings(**state["findings"])
+            if part := state.get("part"):
+                findings.errors[part], findings.messages[part] = math.inf, ended
+            elif len(findings.errors) == known and not state.get("done"):
+                return None
+        return findings
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Check a device and a dtype, from the findings in a file on; they are kept there before and after each part."""
+    device, dtype, path = torch.device(arguments[0]), getattr(torch, arguments[1]), Path(arguments[2])
+    findings = Findings(**json.loads(path.read_text(encoding="utf-8"))["findings"])
+    torch.empty(1, device=device)  # before anything counts as begun
+
+    def keep(**state: object) -> None:
+        write_text(path, json.dumps({"findings": asdict(findings), **state}))
+
+    def begin(part: str) -> bool:
+        # What has raised may have left the device unusable; what follows is checked in another process.
+        clean = not (set(findings.messages) - before)
+        keep(**({"part": part} if clean else {}))
+        return clean
+
+    before = set(findings.messages)
+    check(device, dtype, findings, begin)
+    keep(done=not (set(findings.messages) - before))
+
+
+def _run(command: Sequence[str], seconds: float) -> str:
+    """Run a command, and say how it has ended."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"not done after {seconds:.0f} seconds"
+    except OSError as error:
+        return f"its process cannot be started: {error}"
+    if done.returncode < 0:
+        return f"its process was ended by signal {-done.returncode}"
+    return f"its process has ended with status {done.returncode}: {done.stderr.strip()[-400:]}"
 
 
 def dequantize_error(device: torch.device, dtype: torch.dtype) -> float:
@@ -207,3 +292,7 @@ def _identity(device: torch.device, dtype: torch.dtype) -> str:
         source.hexdigest(),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
