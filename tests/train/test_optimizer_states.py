@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.optimization import Adafactor
 
-from expertune.train.optim import allocate_states
+from expertune.train.optim import allocate_states, wait_once
 
 optim = torch.optim
 
@@ -81,6 +81,29 @@ def test_updates_after_allocation_are_those_without_it_and_allocate_no_further_s
         assert state.keys() == twin.keys()
         for key, value in state.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(twin[key])), key
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes adamw", "bitsandbytes lion"])
+def test_8bit_update_that_waits_once_is_bitsandbytes_own_which_waits_after_each_tensor(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[str] = []
+    (plain, stock), (ours, once) = (start(OPTIMIZERS[name], torch.float32) for _ in range(2))
+    wait_once(once)
+    hooked: list[Any] = []
+    once.register_step_post_hook(lambda optimizer, *_: hooked.append(optimizer))
+    schedulers = [optim.lr_scheduler.LinearLR(optimizer) for optimizer in (stock, once)]
+    for parameters, optimizer, scheduler in ((plain, stock, schedulers[0]), (ours, once, schedulers[1])):
+        monkeypatch.setattr("bitsandbytes.optim.optimizer.sync_gpu", lambda _, by=optimizer: waited.append(id(by)))
+        torch.manual_seed(1)
+        for _ in range(3):
+            update(parameters, optimizer)
+            scheduler.step()
+    assert waited == 3 * len(plain) * [id(stock)]
+    assert hooked == [once] * 3
+    assert all(torch.equal(parameter, twin) for parameter, twin in zip(plain, ours, strict=True))
+    for state, twin in zip(stock.state.values(), once.state.values(), strict=True):
+        assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(twin[key])) for key, value in state.items())
 
 
 def test_states_of_a_checkpoint_stay() -> None:

@@ -66,7 +66,7 @@ from expertune.train.finite import (
 from expertune.train.neftune import noisy_embeddings
 from expertune.train.offload import activations_on_host
 from expertune.train.oom import OutOfMemory
-from expertune.train.optim import make_optimizer
+from expertune.train.optim import make_optimizer, wait_once
 from expertune.train.own_states import load_own_states, states_of_all
 
 
@@ -223,6 +223,7 @@ class Promises(Trainer):
         if getattr(self, "optimizer", None) is None:
             self.optimizer: Any = make_optimizer(self.model, self.args, self._loraplus_lr_ratio)
         optimizer = super().create_optimizer(*args, **kwargs)
+        wait_once(optimizer)
         load_own_states(self.model, optimizer)
         return optimizer
 
