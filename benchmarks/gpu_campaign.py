@@ -1,7 +1,8 @@
-"""Everything that one GPU is measured for, in stages: `python benchmarks/gpu_campaign.py --stages 1 2 --out OUT`.
+"""Everything that one GPU is measured for, most valuable first: `python benchmarks/gpu_campaign.py --minutes 8`.
 
-Each stage runs in a process of its own and writes OUT/stageN.json after every item, so that what one stage leaves
-survives the failure of the next. On a machine without a GPU, `--device cpu --small` runs the same code on small shapes.
+Never takes longer than it is given. Each group of items is a process that writes OUT/GROUP.json after every item, so
+that what is measured survives the failure of what comes next; what had no time is listed with what it would have
+needed. On a machine without a GPU, `--device cpu --small` runs the same code on small shapes.
 """
 
 import argparse
@@ -9,128 +10,172 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
 
-import torch
+from benchmarks.campaign import schedule, variants
+from benchmarks.campaign.schedule import Group
 
-from benchmarks import report
-from benchmarks.campaign import (
-    stage0_product,
-    stage1_correctness,
-    stage2_layer,
-    stage3_mixtral,
-    stage4_qwen,
-    stage5_placement,
-    sweep,
-    targets,
-)
-from benchmarks.campaign.record import Record, describe
-from benchmarks.workload import DOLLY_SAMPLE
-
-STAGES: dict[str, ModuleType] = {
-    "0": stage0_product,
-    "1": stage1_correctness,
-    "2": stage2_layer,
-    "3": stage3_mixtral,
-    "4": stage4_qwen,
-    "5": stage5_placement,
-    "sweep": sweep,
-}
-
-# What a process has beyond its limit for the item that it is in, before it is ended.
-_GRACE_S = 60
+_STARTED = time.monotonic()
+_ROOT = Path(__file__).resolve().parents[1]
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=[], help="which, in the order given")
+    parser.add_argument("--minutes", type=float, default=8, help="for everything, start included; default 8")
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder of the JSON; default build/gpu")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--groups", nargs="+", metavar="WORD", help="only those whose names begin so")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--small", action="store_true", help="small shapes: a dry run")
-    parser.add_argument("--limit", type=float, help="seconds of each stage; default: the stage's own")
-    parser.add_argument("--text", type=Path, default=DOLLY_SAMPLE, help="JSONL rows in dolly's layout")
-    parser.add_argument("--alpaca", type=Path, help="rows in alpaca's layout, for stage 4; default: those of --text")
-    parser.add_argument("--peers", nargs="*", default=["experts4bit", "unsloth"], help="of stage 4")
-    parser.add_argument("--peer-layers", type=int, default=12, help="depth at which stage 4's peers are compared")
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        help="where stage 4 keeps the peers' checkpoint; default: the temporary folder, removed afterwards",
-    )
+    parser.add_argument("--wheels", type=Path, help="folder of benchmarks/peers/gather_wheels.py; installed beside it")
+    parser.add_argument("--text", type=Path, help="JSONL rows in dolly's layout; default: those of benchmarks/data")
+    parser.add_argument("--alpaca", type=Path, help="rows in alpaca's layout, for Qwen3; default: those of --text")
+    parser.add_argument("--peers", nargs="*", default=["experts4bit", "unsloth"], help="whole stacks beside ours")
+    parser.add_argument("--peer-layers", type=int, default=12, help="depth at which they are compared")
+    parser.add_argument("--cache", type=Path, help="where the peers' checkpoint is kept; default: removed afterwards")
     parser.add_argument("--report", type=Path, metavar="OUT", help="show the targets against what OUT's JSON says")
     parser.add_argument("--page", type=Path, help="with --report: write the block of this page, if measured on a GPU")
-    parser.add_argument("--here", action="store_true", help="run the stages in this process")
+    parser.add_argument("--here", metavar="GROUP", help="measure one group in this process")
+    parser.add_argument("--campaign", default="", help="with --here: whose group it is")
+    parser.add_argument(
+        "--until", type=float, default=float("inf"), help="with --here: no item is begun after this time"
+    )
     return parser.parse_args(arguments)
 
 
-def run_stage(name: str, args: argparse.Namespace) -> Record:
-    """One stage in this process."""
-    stage = STAGES[name]
+def groups_of(args: argparse.Namespace) -> list[Group]:
+    """What is measured, most valuable first, with what it takes on an H100; what is timed runs alone."""
+    device, dtypes = args.device, ("bfloat16", "float32", "float16") if args.device == "cuda" else ("bfloat16",)
+    checks = [f"self-check {dtype}" for dtype in dtypes]
+    routes = [variants.group_of(variant) for variant in variants.VARIANTS[device]]
+
+    def group(name: str, needs_s: float, limit_s: float, **settings: Any) -> Group:
+        return Group(
+            name, (sys.executable, str(Path(__file__).resolve()), *_passed_on(args, name)), needs_s, limit_s, **settings
+        )
+
+    found = [
+        *(group(name, 60, 120) for name in (*checks[:2], *routes, variants.DECODING, *checks[2:])),
+        # After the checks that its commands would each make again.
+        group("product", 130, 150, after=tuple(checks[:2])),
+        group("mixtral", 70, 120, alone=True),
+        group("expert layer", 110, 130, alone=True),
+        group("qwen3", 70, 90, alone=True),
+        group("sweep", 100, 150, alone=True),
+        group("mixtral, other sizes", 80, 120, alone=True),
+        group("placement", 300, 400, alone=True),
+        group("peers", 400, 500, alone=True),
+    ]
+    if device == "cuda":  # in what the checks leave of the cores
+        found[-7:-7] = [group(f"compiled {shape}", 100, 130, niceness=10) for shape in ("mixtral", "qwen3")]
+    words = args.groups or [""]
+    return [one for one in found if any(one.name.startswith(word) for word in words)]
+
+
+def measured_by(args: argparse.Namespace, name: str) -> Callable[[Any], None]:
+    """What measures a group, given its record. Imports torch."""
+    from benchmarks.campaign import correctness, expert_layer, peers, placement, product, steps, sweep
+
+    first, _, rest = name.partition(" ")
+    large = (320,) if args.small else (8192, 1280)
+    usual = (64, 128) if args.small else (2048, 320)
+    known: dict[str, Callable[[Any], None]] = {
+        variants.DECODING: lambda out: correctness.decoding(args, out),
+        "product": lambda out: product.run(args, out),
+        "mixtral": lambda out: steps.mixtral(args, out, usual),
+        "mixtral, other sizes": lambda out: steps.mixtral(args, out, large),
+        "expert layer": lambda out: expert_layer.run(args, out),
+        "qwen3": lambda out: steps.qwen(args, out),
+        "sweep": lambda out: sweep.run(args, out),
+        "placement": lambda out: placement.run(args, out),
+        "peers": lambda out: peers.run(args, out),
+    }
+    families: dict[str, Callable[[Any], None]] = {
+        "self-check": lambda out: correctness.self_check(args, out, rest),
+        "correct": lambda out: correctness.route(args, out, rest),
+        "compiled": lambda out: expert_layer.compile_ahead(args, out, rest),
+    }
+    return known.get(name) or families[first]
+
+
+def measure_here(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One group in this process; what its JSON holds."""
+    if args.small and args.device == "cpu":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # a second thread only waits, on shapes this small
+    import torch
+
+    from benchmarks.campaign.record import Record, describe, environment
+    from benchmarks.workload import DOLLY_SAMPLE
+
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device here; --device cpu --small makes a dry run")
+    args.text = args.text or DOLLY_SAMPLE
     device = torch.device("cuda", torch.cuda.current_device()) if args.device == "cuda" else torch.device("cpu")
-    if args.small and args.device == "cpu":
-        torch.set_num_threads(1)  # a second thread only waits, on shapes this small
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-    out = Record(path_of(args.out, name), name, args.limit or stage.LIMIT_S, device, args.small)
+    about = {"campaign": args.campaign} | environment(device)
+    out = Record(schedule.path_of(args.out, name), name, args.until, device, args.small, about)
     try:
-        stage.run(args, out)
+        measured_by(args, name)(out)
     except (Exception, SystemExit) as error:
-        out.values["errors"]["stage"] = describe(error)
-        raise
-    finally:
+        out.values["errors"][name] = describe(error)
         out.write()
+        raise
     out.finish()
-    return out
-
-
-def path_of(folder: Path, name: str) -> Path:
-    """A stage's JSON."""
-    return folder / (f"stage{name}.json" if name.isdigit() else f"{name}.json")
+    return out.values
 
 
 def main() -> int:
-    """Run the stages that were asked for, then show what there is."""
+    """Run the campaign, or show what there is."""
     args = parse()
-    failed = []
-    for name in args.stages:
-        report.progress(f"--- stage {name}")
-        started = time.monotonic()
-        if args.here:
-            run_stage(name, args)
-        elif not _in_a_process(name, args):
-            failed.append(name)
-        report.progress(f"--- stage {name}: {time.monotonic() - started:.0f} s")
-    folder = args.report or (args.out if args.stages and not args.here else None)
-    if folder is not None:
-        targets.show(folder)
+    if args.report is not None:
+        from benchmarks.campaign import targets
+
+        targets.show(args.report)
         if args.page is not None:
-            targets.write_page(args.page, folder)
-    return 1 if failed else 0
+            targets.write_page(args.page, args.report)
+        return 0
+    if args.here is not None:
+        measure_here(args.here, args)
+        return 0
+    if args.wheels is not None:
+        install(args.wheels)
+    paths = [str(_ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    # Checks side by side leave a core to their commands; on a CPU each process takes all cores.
+    workers = max((os.cpu_count() or 2) - 4, 1) if args.device == "cuda" else 1
+    summary = schedule.run(groups_of(args), args.out, _STARTED + 60 * args.minutes, workers)
+    print(*schedule.lines(summary), sep="\n")
+    print(f"{summary['seconds']:.0f} s; python benchmarks/gpu_campaign.py --report {args.out} shows the targets")
+    return 1 if any(group["errors"] for group in summary["groups"]) else 0
 
 
-def _in_a_process(name: str, args: argparse.Namespace) -> bool:
-    """Run a stage apart, so that a fault of the device or a hang ends nothing but the stage."""
-    skipped = {"--stages", "--here"}
-    command = [sys.executable, str(Path(__file__).resolve()), "--here", "--stages", name]
-    values = vars(args) | {"limit": args.limit or STAGES[name].LIMIT_S}
-    for key, value in values.items():
-        option = f"--{key.replace('_', '-')}"
-        if option in skipped or key in ("report", "page") or value is None or value is False:
+def install(wheels: Path) -> None:
+    """Install the wheels into folders of their own beside them, and have processes find these."""
+    for name in ("current", "pinned"):
+        folder, requirements = wheels.parent.resolve() / name, wheels / f"requirements-{name}.txt"
+        if not folder.exists() and requirements.read_text(encoding="utf-8").strip():
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+            command += ["--find-links", str(wheels), "--target", str(folder), "--requirement", str(requirements)]
+            subprocess.run(command, check=True)
+        if name == "current":
+            paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+            os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+        else:
+            os.environ["EXPERTUNE_PINNED_PACKAGES"] = str(folder)
+
+
+def _passed_on(args: argparse.Namespace, name: str) -> list[str]:
+    """The command line of a group's own process."""
+    words = ["--here", name]
+    for key in ("out", "device", "small", "text", "alpaca", "peers", "peer_layers", "cache"):
+        option, value = f"--{key.replace('_', '-')}", getattr(args, key)
+        if value is None or value is False:
             continue
-        command += [option] if value is True else [option, *map(str, value if isinstance(value, list) else [value])]
-    process = subprocess.Popen(command)
-    try:
-        return process.wait(timeout=values["limit"] + _GRACE_S) == 0
-    except subprocess.TimeoutExpired:
-        report.progress(f"stage {name} is over its limit and is ended; its JSON has what was measured")
-        process.kill()
-        process.wait()
-        return False
+        words += [option] if value is True else [option, *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import timing
+from benchmarks.campaign.record import Item, Record
 
 Run = Callable[[], object]
 
@@ -184,6 +185,16 @@ def copy_rate(device: torch.device, small: bool) -> dict[str, Any]:
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     times = [seconds(lambda: target.copy_(source), device) for _ in range(20)][5:]
     return {"bytes": size, "bytes_per_second": 2 * size / statistics.median(times)}
+
+
+def rates(out: Record) -> Item:
+    """What floors are taken from, measured here."""
+    found: Item = {
+        "matmul": matmul_rate(out.device, torch.bfloat16, out.small),
+        "copy": copy_rate(out.device, out.small),
+    }
+    out.keep("rates", found)
+    return found
 
 
 def reset_peak(device: torch.device) -> None:

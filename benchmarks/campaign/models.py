@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.campaign import weights
+from benchmarks.campaign import measure, weights
+from benchmarks.campaign.record import Item, Record
 from benchmarks.campaign.shapes import Model
+from benchmarks.campaign.variants import passed_settings
 from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.checkpoint.load import LoadedModel
@@ -22,6 +25,7 @@ from expertune.checkpoint.recipe import linears_to_quantize
 from expertune.config import LoraSection, QuantizationConfig
 from expertune.experts.contract import find_experts
 from expertune.experts.module import Nf4Experts
+from expertune.kernels.routes import use_settings
 from expertune.layers.varlen_attention import use_varlen_attention
 from expertune.objectives.sft import SupervisedFineTuning
 from expertune.train.arguments import training_arguments
@@ -148,6 +152,42 @@ def begin(model: ExpertPeftModel, folder: Path, device: torch.device) -> Trainin
     objective = SupervisedFineTuning(model, arguments, notify=notes.append)
     trainer = ExpertTrainer(model, arguments, [], lambda examples: dict(examples[0]), objective, Promised())
     return Training(model, trainer, trainer.create_optimizer(), notes)
+
+
+def build(out: Record, folder: Path, model: Model) -> Training | None:
+    """A model ready to train by the routes that passed their checks, as the group's item `model`.
+
+    Args:
+        out: of the group.
+        folder: where the campaign's JSON is.
+        model: which.
+
+    Raises:
+        CorrectnessError: no route passed its check.
+    """
+    settings, out.values["routes"] = passed_settings(folder, out.device.type)
+    built: list[Training] = []
+
+    def make() -> Item:
+        started = time.monotonic()
+        measure.reset_peak(out.device)
+        adapted = random_model(model, torch.bfloat16, out.device)
+        use_settings(adapted, settings)
+        seconds = time.monotonic() - started
+        built.append(begin(adapted, Path(tempfile.mkdtemp(prefix="campaign-")), out.device))
+        return {
+            "config": model.config,
+            "lora": vars(model.lora) | {"targets": model.targets},
+            "seconds": seconds,
+            "quantized_bytes": quantized_bytes(adapted),
+            "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+            "optimizer": type(built[0].optimizer).__name__,
+            "memory": measure.memory(out.device),
+            "notes": built[0].notes,
+        }
+
+    out.item("model", make, needs_s=5, again=True)
+    return built[0] if built else None
 
 
 def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

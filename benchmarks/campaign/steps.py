@@ -1,17 +1,66 @@
-"""Whole optimizer steps of one model in this process: seconds, memory, and where the time goes."""
+"""Whole optimizer steps of full-size models in this process: seconds, memory, and where the time goes."""
 
+import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
-from benchmarks.campaign import floors, measure, models
+from benchmarks.campaign import floors, measure, models, shapes
 from benchmarks.campaign.record import Item, Record
 from benchmarks.campaign.shapes import Model
+from benchmarks.workload import HERE, text_batch, token_rows
 from expertune.kernels.routes import settings_of
 
+Row = dict[str, Any]
+
+ROWS, ACCUMULATION = 2, 4
+_ALPACA = HERE / "data" / "alpaca-prompt.jinja"
+_MOST_TOKENS = 1024
+
 _WARM_UP, _STEPS = 2, 5
+
+
+def mixtral(args: argparse.Namespace, out: Record, sizes: Sequence[int]) -> None:
+    """Mixtral-8x7B with the recipe's adapter, on rows of real text: one item for each number of tokens."""
+    rates, model = measure.rates(out), shapes.mixtral(args.small)
+    if (training := models.build(out, args.out, model)) is None:
+        return
+    for tokens in sizes:
+        item = f"step T={tokens}"
+
+        def measured(tokens: int = tokens, item: str = item) -> Item:
+            batch, rows = text_batch(tokens, args.text)
+            result = timed(training, model, [models.on_device(batch, out.device)], out, item, rates)
+            return result | {"rows": rows}
+
+        out.item(item, measured, needs_s=25)
+
+
+def qwen(args: argparse.Namespace, out: Record) -> None:
+    """Qwen3-30B-A3B at full depth, rank 16, batch 2 x accumulation 4 on alpaca rows, merged and not."""
+    rates, model = measure.rates(out), shapes.qwen3(args.small)
+    rows, collate = alpaca_rows(args, out)
+    if (training := models.build(out, args.out, model)) is None:
+        return
+    groups = [rows[first : first + ROWS] for first in range(0, len(rows), ROWS)]
+    ways = {"one packed batch": [rows], "4 micro-batches, packed": groups}
+    for name, batches in ways.items():
+        item = f"ours, {model.layer.layers} layers, {name}"
+        there = [models.on_device(collate(batch), out.device) for batch in batches]
+        out.item(item, lambda there=there, item=item: timed(training, model, there, out, item, rates), needs_s=25)
+
+
+def alpaca_rows(args: argparse.Namespace, out: Record) -> tuple[list[Row], Callable[[Sequence[Row]], Row]]:
+    """The rows of one step, and what packs them."""
+    rows, collate = token_rows(args.alpaca or args.text, str(_ALPACA), 48 if args.small else _MOST_TOKENS)
+    rows = rows[: ROWS * ACCUMULATION]
+    lengths = [len(row["input_ids"]) for row in rows]
+    out.values["rows"] = {
+        "tokens": lengths,
+        "padded_tokens": sum(ROWS * max(lengths[first : first + ROWS]) for first in range(0, len(rows), ROWS)),
+        "tokenizer": "Mixtral's: Qwen3's own is not among the files, and its ids would lie in the same range",
+    }
+    return rows, collate
 
 
 def timed(
@@ -72,13 +121,3 @@ def timed(
 def _real_tokens(batch: dict[str, Any]) -> int:
     mask = batch.get("attention_mask")
     return int(batch["input_ids"].numel() if mask is None else mask.sum())
-
-
-def rates(out: Record) -> Item:
-    """What floors are taken from, measured here."""
-    found = {
-        "matmul": measure.matmul_rate(out.device, torch.bfloat16, out.small),
-        "copy": measure.copy_rate(out.device, out.small),
-    }
-    out.keep("rates", found)
-    return found

@@ -5,23 +5,24 @@ gives another result than the table's own is listed with its reason and no time.
 """
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.campaign import ahead, measure, record, shapes, weights
+from benchmarks.campaign import measure, record, shapes, weights
 from benchmarks.campaign.record import Item, Record
-from benchmarks.campaign.stage1_correctness import FUSED, TRITON, passed_variants
+from benchmarks.campaign.variants import FUSED, TRITON, passed_variants
 from benchmarks.workload import Shape, token_ids
 from expertune.kernels.nf4 import Nf4Bytes, Nf4Stack
 
-LIMIT_S = 240
 _SHARE_FOR_COMPILING = 0.45
 _MOST_DIFFERENCE = 1e-2
 
@@ -47,12 +48,13 @@ def run(args: argparse.Namespace, out: Record) -> None:
     """One item for each product, shape and number of tokens."""
     device = out.device
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        out.values["left_out"] = "the kernels need a GPU, or TRITON_INTERPRET=1 for a dry run"
+        out.item("sweep", lambda: measure.unmeasured("the kernels need a GPU, or TRITON_INTERPRET=1 for a dry run"))
         return
     from expertune.kernels.gpu import configs
+    from expertune.kernels.gpu.launch import target_of
 
-    allowed, word = passed_variants(args.out, device)
-    out.values["routes"] = {"timed": list(allowed), "by": word}
+    allowed = passed_variants(args.out, device.type)
+    out.values["routes"] = list(allowed)
     dense = TRITON if device.type == "cuda" else "dequant_gemm"
     kinds = [kind for kind in KINDS if (FUSED if kind.nf4 else dense) in allowed]
     plans = []
@@ -60,10 +62,14 @@ def run(args: argparse.Namespace, out: Record) -> None:
         for name, make in shapes.MODELS.items():
             shape = Shape(512, 64, 1, 2, 2) if args.small else make(False).layer
             for kind in kinds:
-                found = configs.candidates(*_described(kind, shape, tokens, device))
+                rows_per_expert = tokens * shape.top_k / shape.experts
+                gemm = configs.Gemm(
+                    torch.bfloat16, kind.nf4, kind.swiglu, kind.transposed, rows_per_expert, shape.hidden
+                )
+                found = configs.candidates(target_of(device), gemm)
                 plans.append((name, shape, tokens, kind, found[:2] if args.small else found))
     if device.type == "cuda":
-        out.item("compiled ahead", lambda: _compile_ahead(plans, out))
+        out.item("compiled ahead", lambda: _compile_ahead(plans, out), needs_s=30)
     ready: dict[str, _Problem] = {}
     for name, shape, tokens, kind, found in plans:
         key = f"{name} T={tokens}"
@@ -72,15 +78,7 @@ def run(args: argparse.Namespace, out: Record) -> None:
             ready[key] = _Problem(shape, tokens, args, device)
         item = f"{kind.name} {key}"
         problem = ready[key]
-        out.item(item, lambda problem=problem, kind=kind, found=found: _sweep(problem, kind, found, out))
-
-
-def _described(kind: Kind, shape: Shape, tokens: int, device: torch.device) -> tuple[Any, ...]:
-    """The arguments of `configs.candidates`."""
-    from expertune.kernels.gpu.launch import target_of
-
-    rows_per_expert = tokens * shape.top_k / shape.experts
-    return target_of(device), torch.bfloat16, kind.nf4, kind.swiglu, kind.transposed, rows_per_expert
+        out.item(item, lambda problem=problem, kind=kind, found=found: _sweep(problem, kind, found, out), needs_s=5)
 
 
 class _Problem:
@@ -190,11 +188,29 @@ def _sweep(problem: _Problem, kind: Kind, found: list[Any], out: Record) -> Item
 
 
 def _compile_ahead(plans: list[Any], out: Record) -> Item:
-    """Every distinct kernel once; what is not done in time is built when its turn comes."""
+    """Every distinct kernel once, in as many processes as there are cores to spare; others are built in their turn."""
     distinct = {(shape, tokens, kind, config) for _, shape, tokens, kind, found in plans for config in found}
     # In the order in which they will be timed.
-    ordered = sorted(distinct, key=lambda job: (job[1], job[0].hidden, KINDS.index(job[2]), job[3]))
-    return ahead.in_processes([(_compile, job) for job in ordered], out.remaining_s * _SHARE_FOR_COMPILING)
+    jobs = sorted(distinct, key=lambda job: (job[1], job[0].hidden, KINDS.index(job[2]), job[3]))
+    started, failed, done = time.monotonic(), [], 0
+    pool = ProcessPoolExecutor(
+        max(min((os.cpu_count() or 2) - 2, 14, len(jobs)), 1), multiprocessing.get_context("spawn")
+    )
+    try:
+        futures = [pool.submit(_compile, *job) for job in jobs]
+        for future in as_completed(futures, timeout=max(out.remaining_s * _SHARE_FOR_COMPILING, 1)):
+            done += 1
+            if (error := future.exception()) is not None:
+                failed.append(record.error_line(error)[:200])
+    except TimeoutError:
+        pass
+    finally:
+        # Nothing may be left on the device when clocks start.
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        pool.shutdown(wait=True, cancel_futures=True)
+    found = {"jobs": len(jobs), "done": done, "failed": len(failed), "first_failures": failed[:5]}
+    return found | {"seconds": time.monotonic() - started}
 
 
 def _compile(shape: Shape, tokens: int, kind: Kind, config: Any) -> None:

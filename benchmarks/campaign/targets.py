@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import report
-from benchmarks.campaign import record
+from benchmarks.campaign import schedule, variants
 
 _MARK = re.compile(r"(<!-- gpu -->\n).*?(<!-- /gpu -->)", re.DOTALL)
-_STAGES = ("stage1", "stage2", "stage3", "stage4", "sweep")
 
 # Tokens of a step -> tokens per second.
 _MIXTRAL = {320: 2500, 2048: 4600, 8192: 6000}
@@ -31,82 +30,71 @@ class Row(NamedTuple):
     note: str = ""
 
 
-Stages = dict[str, dict[str, Any]]
+Groups = dict[str, dict[str, Any]]
 
 
-def load(folder: Path) -> Stages:
-    """The JSON of each stage that there is."""
-    found = {name: record.read(folder / f"{name}.json") for name in _STAGES}
-    return {name: values for name, values in found.items() if values is not None}
+def load(folder: Path) -> Groups:
+    """The JSON of each group that there is."""
+    found = [schedule.read(path) for path in sorted(folder.glob("*.json"))]
+    return {values["group"]: values for values in found if values is not None and "group" in values}
 
 
-def rows(stages: Stages) -> list[Row]:
+def rows(folder: Path, groups: Groups) -> list[Row]:
     """Every target with what was measured; a route that failed its check has no figure here."""
-    small = any(values["small"] for values in stages.values())
-    found = [
-        *_correct(stages.get("stage1", {})),
-        *_layer(stages.get("stage2", {}).get("items", {})),
-        *_mixtral(stages.get("stage3", {}).get("items", {})),
-        *_qwen(stages.get("stage4", {}).get("items", {})),
-    ]
+    small = any(values["small"] for values in groups.values())
+    items = {name: item for values in groups.values() for name, item in values["items"].items()}
+    device = "cuda" if any(values.get("cuda") for values in groups.values()) else "cpu"
+    found = [*_correct(variants.gate(folder, device)), *_layer(items), *_mixtral(items), *_qwen(items)]
     # A dry run meets no target and misses none.
     return [row._replace(met=None) if small and row.number != "gate" else row for row in found]
 
 
 def show(folder: Path) -> None:
     """Print the table."""
-    stages = load(folder)
-    if not stages:
-        report.progress(f"{folder}: no stage has been measured")
+    groups = load(folder)
+    if not groups:
+        report.progress(f"{folder}: nothing has been measured")
         return
-    one = next(iter(stages.values()))
-    notes = [_state(name, values) for name, values in stages.items()]
-    if any(values["small"] for values in stages.values()):
+    one = next(iter(groups.values()))
+    notes = schedule.lines(schedule.read(folder / "campaign.json") or {"groups": []})
+    if any(values["small"] for values in groups.values()):
         notes.append("small shapes: a dry run, whose figures say nothing")
     words = {None: "-", True: "yes", False: "NO"}
-    table = [[row.number, row.what, row.target, row.measured, words[row.met], row.note] for row in rows(stages)]
+    table = [[row.number, row.what, row.target, row.measured, words[row.met], row.note] for row in rows(folder, groups)]
     report.show(f"Targets on {one['device']}", ["", "figure", "target", "measured", "met", "note"], table, notes)
 
 
 def write_page(page: Path, folder: Path) -> None:
-    """Write the block between the page's marks, from stages that ran at full size on CUDA.
+    """Write the block between the page's marks, from groups that ran at full size on CUDA.
 
     Raises:
         SystemExit: none did, or they are of several devices; the page stays as it was.
     """
-    stages = {name: values for name, values in load(folder).items() if values.get("cuda") and not values["small"]}
-    if not stages or len({values["device"] for values in stages.values()}) != 1:
+    groups = {name: values for name, values in load(folder).items() if values.get("cuda") and not values["small"]}
+    if not groups or len({values["device"] for values in groups.values()}) != 1:
         raise SystemExit(f"{folder} has no full-size measurements of one CUDA device; {page} stays as it was")
     text = page.read_text(encoding="utf-8")
     assert _MARK.search(text), f"{page}: the marks of the block are gone"
-    one = next(iter(stages.values()))
+    one = next(iter(groups.values()))
     versions = ", ".join(f"{name} {one['versions'][name]}" for name in ("torch", "triton", "transformers", "peft"))
     words = {None: "not measured", True: "yes", False: "no"}
-    ran = [name.removeprefix("stage") for name in stages]
     lines = [
         f"{one['device']}; {versions}, bitsandbytes {one['versions']['bitsandbytes']}; commit {one['commit'][:12]}; "
-        f"{one['date'][:10]}. `python benchmarks/gpu_campaign.py --stages {' '.join(ran)}`, random weights, real text.",
+        f"{one['date'][:10]}. `python benchmarks/gpu_campaign.py`, random weights, real text.",
         "",
         "| target | figure | target | measured | met |",
         "|---|---|---|---|---|",
-        *(f"| {row.number} | {row.what} | {row.target} | {row.measured} | {words[row.met]} |" for row in rows(stages)),
+        *(
+            f"| {row.number} | {row.what} | {row.target} | {row.measured} | {words[row.met]} |"
+            for row in rows(folder, groups)
+        ),
         "",
     ]
     page.write_text(_MARK.sub(lambda found: found[1] + "\n".join(lines) + found[2], text), encoding="utf-8")
 
 
-def _state(name: str, values: dict[str, Any]) -> str:
-    said = f"{name}: {len(values['items'])} items, {len(values['errors'])} errors"
-    late = f", out of time for {', '.join(values['out_of_time'])}" if values["out_of_time"] else ""
-    first = next(iter(values["errors"].items()), None)
-    error = f"; {first[0]}: {' '.join(first[1]['error'].split())[:160]}" if first else ""
-    return said + late + ("" if values["complete"] else ", not finished") + error
-
-
-def _correct(stage: dict[str, Any]) -> Iterator[Row]:
-    gate = stage.get("gate")
-    if not gate or not (gate["passed"] or gate["failed"]):
-        # Also where the stage ended before its last checks: what it has not decided is not passed.
+def _correct(gate: dict[str, dict[str, list[str]]]) -> Iterator[Row]:
+    if not (gate["passed"] or gate["failed"]):
         yield Row("gate", "every route computes what it should", "all pass", "-", None)
         return
     failed = [f"{route} ({', '.join(checks)})" for route, checks in gate["failed"].items()]
@@ -133,8 +121,6 @@ def _layer(items: dict[str, Any]) -> Iterator[Row]:
         yield Row("P5", "expert layer, forward + backward", f">= {_LAYER}x", "-", None)
     for name, item in layers.items():
         for route, passes in item.get("launches", {}).items():
-            if route == "ours, expert_by_expert":
-                continue  # the way without kernels of ours
             counts = [passes[one]["launches"] for one in ("forward", "backward")]
             waits = passes["synchronisations"].get("value")
             if not all(isinstance(count, int) for count in counts) or waits is None:

@@ -1,77 +1,196 @@
-"""The GPU campaign's dry run on a CPU: what each stage leaves, and that nothing wrong is timed or reported."""
+"""The GPU campaign's dry run on a CPU: its clock, what each group leaves, and that nothing wrong is timed."""
 
 import json
-import shutil
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmarks.campaign import floors, record, shapes, stage1_correctness, targets
+from benchmarks.campaign import floors, record, schedule, shapes, targets, variants
+from benchmarks.campaign.schedule import Group
 from benchmarks.floor import step_flops
 
 from benchmarks import gpu_campaign, layer, workload
 
 ROOT = Path(gpu_campaign.__file__).parents[1]
 
+# A group by the campaign's own record, without torch, whose items do what they are called.
+GROUP = """
+import os, signal, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from benchmarks.campaign import record, schedule
 
-def stage(name: str, out: Path, *more: str) -> dict[str, Any]:
-    # Without a stage's own limit of time, within which a slow machine would leave items out.
-    args = gpu_campaign.parse(["--device", "cpu", "--small", "--limit", "1e9", "--out", str(out), *more])
-    threads = torch.get_num_threads()
+out, name, items, _, campaign, _, until = sys.argv[1:]
+record._PATIENCE_S = 2
+cpu = SimpleNamespace(type="cpu")
+about = {"campaign": campaign}
+left = record.Record(schedule.path_of(Path(out), name), name, float(until), cpu, False, about)
+
+def do(item):
+    began = time.time()
+    if item == "hangs":
+        os.system("sleep 77.125")
+    elif item == "dies":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    elif item == "holds":
+        time.sleep(60)
+    elif item == "sleeps":
+        time.sleep(0.4)
+    elif item == "fails":
+        raise ValueError("wrong")
+    return {"began": began, "ended": time.time()}
+
+for item in items.split():
+    left.item(item, lambda: do(item), needs_s={"long": 50.0, "holds": 1.5}.get(item, 0.0))
+    if item == "fails" and not Path(out, "lost").exists():
+        Path(out, "lost").touch()
+        os._exit(schedule.DEVICE_LOST)
+left.finish()
+"""
+
+
+def group(out: Path, name: str, items: str, **settings: Any) -> Group:
+    return Group(
+        name, (sys.executable, "-c", GROUP, str(out), name, items), 40, settings.pop("limit_s", 30), **settings
+    )
+
+
+def run(out: Path, *groups: Group, seconds: float = 30.0) -> dict[str, dict[str, Any]]:
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(ROOT)
     try:
-        gpu_campaign.run_stage(name, args)
+        found = schedule.run(groups, out, time.monotonic() + seconds, workers=2)
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    return {one["name"]: one for one in found["groups"]}
+
+
+def values(out: Path, name: str) -> dict[str, Any]:
+    return json.loads(schedule.path_of(out, name).read_text(encoding="utf-8"))
+
+
+def test_an_item_that_hangs_or_dies_costs_itself_alone(tmp_path: Path) -> None:
+    found = run(tmp_path, group(tmp_path, "one", "first hangs second dies third fails last"))
+    left = values(tmp_path, "one")
+    assert list(left["items"]) == ["first", "second", "third", "last"]
+    assert left["complete"]
+    assert "running" not in left
+    errors = {name: error["error"] for name, error in left["errors"].items()}
+    assert errors.keys() == {"hangs", "dies", "fails"}
+    assert "and ended" in errors["hangs"]
+    assert errors["dies"] == "ended by signal 11"
+    assert errors["fails"] == "ValueError: wrong"
+    assert found["one"]["ended"] == "done"
+    assert not list(tmp_path.glob("*.part"))
+    assert "77.125" not in subprocess.run(["ps", "ax"], capture_output=True, text=True, check=True).stdout
+
+
+def test_a_campaign_never_takes_longer_than_it_is_given_and_lists_what_had_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "_LEAST_S", 0.5)
+    groups = [
+        group(tmp_path, "cut", "first long holds never", alone=True),
+        group(tmp_path, "late", "first", alone=True),
+    ]
+    schedule.path_of(tmp_path, "late").write_text('{"group": "late", "items": {"old": {}}}', encoding="utf-8")
+    started = time.monotonic()
+    # Before an item that holds the group up is ended as one that hangs.
+    found = run(tmp_path, *groups, seconds=schedule._RESERVE_S + 4.0)
+    assert time.monotonic() - started < schedule._RESERVE_S + 4.0
+    assert list(values(tmp_path, "cut")["items"]) == ["first"]
+    assert found["cut"]["ended"] == "out of time"
+    assert found["cut"]["out_of_time"] == {"long": 50, "holds": 1.5}
+    assert not schedule.path_of(tmp_path, "late").exists()  # of an earlier campaign
+    assert "late: not begun: no time; would have needed 40 s" in schedule.lines({"groups": list(found.values())})
+    assert schedule.read(tmp_path / "campaign.json") is not None
+
+
+def test_what_is_timed_runs_alone_and_in_order(tmp_path: Path) -> None:
+    run(
+        tmp_path,
+        group(tmp_path, "check", "sleeps"),
+        group(tmp_path, "other check", "sleeps"),
+        group(tmp_path, "product", "sleeps", after=("check",)),
+        group(tmp_path, "timed", "sleeps", alone=True),
+        group(tmp_path, "late check", "sleeps"),
+    )
+    names = ("check", "other check", "product", "timed", "late check")
+    times = {name: values(tmp_path, name)["items"]["sleeps"] for name in names}
+    assert times["product"]["began"] >= times["check"]["ended"]
+    assert times["timed"]["began"] >= max(times[name]["ended"] for name in names[:3])
+    assert times["late check"]["began"] >= times["timed"]["ended"]
+
+
+def test_the_campaign_goes_by_value_and_its_clock_knows_no_torch() -> None:
+    code = (
+        "import sys; from benchmarks import gpu_campaign as campaign\n"
+        "args = campaign.parse([])\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(*(group.name for group in campaign.groups_of(args)), sep='|')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = done.stdout.strip().split("|")
+    checks = [variants.group_of(variant) for variant in variants.VARIANTS["cuda"]]
+    order = [*checks, "product", "mixtral", "expert layer", "qwen3", "sweep"]
+    assert [name for name in names if name in order] == order
+
+
+def measured(name: str, out: Path, *more: str) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        args = gpu_campaign.parse(["--device", "cpu", "--small", "--out", str(out), *more])
+        return gpu_campaign.measure_here(name, args)
     finally:
         torch.set_num_threads(threads)
-    return json.loads(gpu_campaign.path_of(out, name).read_text(encoding="utf-8"))
+
+
+CHECKS = (variants.DECODING, *map(variants.group_of, variants.VARIANTS["cpu"]))
 
 
 @pytest.fixture(scope="module")
-def after_stage_1(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the first stage leaves, without which no other begins."""
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the checks leave, without which nothing is timed."""
     out = tmp_path_factory.mktemp("campaign")
-    torch.manual_seed(0)  # two routes that round alike are compared, whatever ran before
-    stage("1", out)
+    for name in CHECKS:
+        measured(name, out)
     return out
 
 
-@pytest.fixture
-def out(after_stage_1: Path, tmp_path: Path) -> Path:
-    """A copy of it, to go on in."""
-    return shutil.copytree(after_stage_1, tmp_path / "out")
-
-
-def test_the_first_stage_leaves_whole_json_and_says_what_a_cpu_cannot_tell(out: Path) -> None:
-    first = json.loads(gpu_campaign.path_of(out, "1").read_text(encoding="utf-8"))
-    assert first["complete"]
-    assert not first["errors"]
-    assert first["gate"]["passed"]
-    assert not first["gate"]["failed"]
-    assert {"device", "versions", "commit", "date", "command"} <= first.keys()
-    assert first["items"]["self-check bfloat16"]["value"] is None
-    assert first["items"]["self-check bfloat16"]["reason"]
+def test_checks_leave_whole_json_and_say_what_a_cpu_cannot_tell(out: Path, tmp_path: Path) -> None:
+    for name in CHECKS:
+        left = values(out, name)
+        assert left["complete"]
+        assert not left["errors"]
+        assert {"device", "versions", "commit", "date", "command"} <= left.keys()
+    assert values(out, variants.group_of("fused"))["items"]["graph"]["passed"] is None
+    assert variants.gate(out, "cpu") == {"passed": {"fused": [], "dequant_gemm": []}, "failed": {}}
+    unknown = measured("self-check bfloat16", tmp_path)["items"]["self-check bfloat16"]
+    assert unknown["value"] is None
+    assert unknown["reason"]
     assert not list(out.glob("*.part"))
 
 
 @pytest.mark.slow
-def test_the_second_stage_times_what_passed_the_first(out: Path) -> None:
-    first = json.loads(gpu_campaign.path_of(out, "1").read_text(encoding="utf-8"))
-    second = stage("2", out)
-    assert second["complete"]
-    assert not second["errors"]
-    assert second["routes"]["by"] == "stage 1"
-    one = second["items"]["layer mixtral T=32"]
+def test_what_passed_is_timed(out: Path) -> None:
+    found = measured("expert layer", out)
+    assert found["complete"]
+    assert not found["errors"]
+    one = found["items"]["layer mixtral T=32"]
     assert one["ratio"] > 0
     assert one["best_peer"] == "bitsandbytes, per expert"
-    assert set(first["gate"]["passed"]) == {name.removeprefix("ours, ") for name in one["launches"]}
-    assert not list(out.glob("*.part"))
+    assert {name.removeprefix("ours, ") for name in one["launches"]} == {"fused", "dequant_gemm"}
 
 
 @pytest.mark.slow
 def test_placement_is_measured_where_results_are_those_of_the_device(out: Path) -> None:
-    found = stage("5", out)
+    found = measured("placement", out)
     assert found["complete"]
     assert not found["errors"]
     resident, streamed = found["items"]["resident T=64"], found["items"]["8 GB T=64"]
@@ -80,28 +199,36 @@ def test_placement_is_measured_where_results_are_those_of_the_device(out: Path) 
     assert streamed["hidden_share"] is None or 0 <= streamed["hidden_share"] <= 1
 
 
-def test_a_route_that_failed_is_not_timed(tmp_path: Path) -> None:
-    gate = {"passed": {"dequant_gemm": []}, "failed": {"fused": ["layer"]}}
-    (tmp_path / "stage1.json").write_text(json.dumps({"gate": gate}), encoding="utf-8")
-    cpu = torch.device("cpu")
-    assert list(stage1_correctness.passed_variants(tmp_path, cpu)[0]) == ["dequant_gemm"]
-    (tmp_path / "stage1.json").write_text(json.dumps({"gate": {"passed": {}, "failed": gate["failed"]}}))
-    assert stage1_correctness.passed_variants(tmp_path, cpu)[0] == {}
+def write_checks(folder: Path, device: str, passed: set[str]) -> None:
+    decoding = {"items": {f"decode {name}": {"passed": True} for name in ("mixtral", "qwen3")}}
+    schedule.write(schedule.path_of(folder, variants.DECODING), decoding)
+    for variant in variants.VARIANTS[device]:
+        items = {"layer": {"passed": variant in passed}, "repeat": {"passed": True}, "graph": {"passed": None}}
+        schedule.write(schedule.path_of(folder, variants.group_of(variant)), {"items": items})
+
+
+def test_a_route_that_failed_or_did_not_end_its_checks_is_not_timed(tmp_path: Path) -> None:
+    write_checks(tmp_path, "cpu", {"dequant_gemm"})
+    assert list(variants.passed_variants(tmp_path, "cpu")) == ["dequant_gemm"]
+    schedule.write(
+        schedule.path_of(tmp_path, variants.group_of("dequant_gemm")), {"items": {"layer": {"passed": True}}}
+    )
+    assert variants.gate(tmp_path, "cpu")["failed"] == {"fused": ["layer"], "dequant_gemm": ["repeat"]}
     with pytest.raises(Exception, match="no speed is reported"):
-        stage1_correctness.passed_settings(tmp_path, cpu)
+        variants.passed_settings(tmp_path, "cpu")
+    with pytest.raises(Exception, match="no speed is reported"):
+        variants.passed_settings(tmp_path / "nothing", "cpu")
 
 
-def test_on_a_gpu_the_choice_is_among_what_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = list(stage1_correctness.variants(torch.device("cuda")))
-
+def test_on_a_gpu_the_choice_is_among_what_passed(tmp_path: Path) -> None:
     def chosen(*passed: str) -> dict[str, Any]:
-        gate = {"passed": {name: [] for name in passed}, "failed": {"other": ["layer"]}}
-        (tmp_path / "stage1.json").write_text(json.dumps({"gate": gate}), encoding="utf-8")
-        settings, described = stage1_correctness.passed_settings(tmp_path, torch.device("cuda"))
+        write_checks(tmp_path, "cuda", set(passed))
+        settings, described = variants.passed_settings(tmp_path, "cuda")
         assert settings.route == described["route"]
         return {name: value for name, value in described.items() if name in ("route", "gemm")}
 
-    assert chosen(*names) == {"route": "auto"}
+    if torch.cuda.is_available():
+        assert chosen(*variants.VARIANTS["cuda"]) == {"route": "auto"}
     assert chosen("fused", "expert_by_expert") == {"route": "fused"}
     assert chosen("dequant_gemm, torch, 8 GiB") == {"route": "dequant_gemm", "gemm": "torch"}
     assert chosen("fused", "dequant_gemm, triton") == {"route": "auto", "gemm": "triton"}
@@ -116,23 +243,26 @@ def test_wrong_results_fail_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyP
         out, low_rank = right(*arguments)
         return out * 1.02, low_rank
 
+    write_checks(tmp_path, "cpu", {"fused"})
     monkeypatch.setattr(layer, "expert_mlp", wrong)
-    found = stage("1", tmp_path)
-    assert not found["gate"]["passed"]
-    assert all(checks == ["layer"] for checks in found["gate"]["failed"].values())
+    for variant in variants.VARIANTS["cpu"]:
+        measured(variants.group_of(variant), tmp_path)
+    gate = variants.gate(tmp_path, "cpu")
+    assert not gate["passed"]
+    assert all(checks == ["layer"] for checks in gate["failed"].values())
 
 
 def test_items_survive_what_comes_after_them(tmp_path: Path) -> None:
     path = tmp_path / "one.json"
-    out = record.Record(path, "one", 1e9, torch.device("cpu"), small=True)
+    out = record.Record(path, "one", time.time() + 1e9, torch.device("cpu"), small=False)
     out.item("good", lambda: {"figure": 1})
     out.item("bad", lambda: 1 / 0)
-    out._end = 0.0
-    out.item("late", lambda: {"figure": 2})
+    out._until = time.time() + 20
+    out.item("late", lambda: {"figure": 2}, needs_s=30)
     found = json.loads(path.read_text(encoding="utf-8"))
     assert found["items"]["good"]["figure"] == 1
     assert "ZeroDivisionError" in found["errors"]["bad"]["error"]
-    assert found["out_of_time"] == ["late"]
+    assert found["out_of_time"] == {"late": 30}
     assert not found["complete"]
 
 
@@ -145,7 +275,8 @@ def test_a_page_is_written_from_a_gpus_full_size_figures_alone(tmp_path: Path) -
     page = tmp_path / "page.md"
     text = "before\n<!-- gpu -->\nold\n<!-- /gpu -->\nafter\n"
     page.write_text(text, encoding="utf-8")
-    out = record.Record(tmp_path / "stage3.json", "3", 1e9, torch.device("cpu"), small=False)
+    cpu = torch.device("cpu")
+    out = record.Record(tmp_path / "mixtral.json", "mixtral", 1e12, cpu, False, record.environment(cpu))
     item = {"tokens_per_second": 2600.0, "share_of_floor": 0.25, "memory": {"peak_allocated": 26 * 10**9}}
     out.values["items"] = {"step T=320": item, "step T=2048": item}
     out.finish()
@@ -171,16 +302,18 @@ def test_alpaca_rows_are_made_of_dolly_rows() -> None:
 
 
 @pytest.mark.slow
-def test_all_stages_run_dry(tmp_path: Path) -> None:
+def test_all_groups_run_dry(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/gpu_campaign.py", "--device", "cpu", "--small", "--out", str(tmp_path)]
-    stages = ("1", "2", "3", "4", "sweep")
-    done = subprocess.run([*command, "--stages", *stages], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = {name: json.loads(gpu_campaign.path_of(tmp_path, name).read_text()) for name in stages}
-    assert all(values["complete"] for values in found.values())
-    assert not any(found[name]["errors"] for name in ("1", "2", "3", "sweep"))
-    # The peers are not installed here; their errors are kept, and the stage went on.
-    assert all(name.startswith(("experts4bit", "unsloth")) for name in found["4"]["errors"])
-    assert "ours, 2 layers" in found["4"]["items"]
-    assert found["3"]["items"]["step T=64"]["tokens_per_second"] > 0
-    assert "Targets on" in done.stdout
+    names = ("self-check", "correct", "mixtral", "expert layer", "qwen3", "sweep", "peers")
+    done = subprocess.run(
+        [*command, "--minutes", "20", "--groups", *names], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    found = targets.load(tmp_path)
+    assert all(values["complete"] for values in found.values()), done.stderr[-3000:]
+    # The peers are not installed here; their errors are kept, and the group went on.
+    assert done.returncode == 1
+    assert not any(values["errors"] for name, values in found.items() if name != "peers")
+    assert all(name.startswith(("experts4bit", "unsloth")) for name in found["peers"]["errors"])
+    assert "ours, 2 layers" in found["peers"]["items"]
+    assert found["mixtral"]["items"]["step T=64"]["tokens_per_second"] > 0
+    assert found["qwen3"]["items"]["ours, 2 layers, one packed batch"]["tokens_per_second"] > 0

@@ -1,9 +1,8 @@
-"""Stage 2: decoding's bandwidth, and one expert layer, forward and backward, by every route against its peers."""
+"""Decoding's bandwidth, and one expert layer, forward and backward, by every route against its peers."""
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.campaign import floors, measure, record, shapes, weights
+from benchmarks.campaign.correctness import dequantize_all
 from benchmarks.campaign.record import Item, Record
-from benchmarks.campaign.stage1_correctness import SLOW, dequantize_all, passed_variants
+from benchmarks.campaign.variants import SLOW, passed_variants
 from benchmarks.layer import Layer
 from benchmarks.peers import grouped_nf4_gemm as grouped
 from benchmarks.peers.bitsandbytes_weight import bitsandbytes_weight
@@ -20,7 +20,6 @@ from benchmarks.timing import median_ratio
 from expertune.kernels import nf4, routes
 from expertune.kernels.nf4 import Nf4Stack
 
-LIMIT_S = 300
 _DROPOUT = 0.05
 
 # Of the largest tensor's norm, without dropout: another layer, factors that are not applied, or wrong rows.
@@ -30,25 +29,38 @@ _MOST_DIFFERENCE = 3e-2
 NOT_PEERS = ("grouped_mm on decoded weights",)
 
 
+def compile_ahead(args: argparse.Namespace, out: Record, name: str) -> None:
+    """Build what layers of a shape launch, into Triton's cache on disk, beside checks that are not timed either."""
+    model = shapes.MODELS[name](args.small)
+
+    def build(tokens: int) -> Item:
+        layer = Layer(model.layer, model.lora, tokens, args.text, torch.bfloat16, out.device, weights.fill)
+        for layer.dropout in (_DROPOUT, 0.0):
+            for route in (routes.FUSED, routes.DEQUANT_GEMM):
+                layer.step(layer.ours(route, gemm="triton"))()
+        return {}
+
+    for tokens in shapes.tokens(args.small)[:2]:
+        out.item(f"T={tokens}", lambda tokens=tokens: build(tokens), needs_s=40)
+
+
 def run(args: argparse.Namespace, out: Record) -> None:
     """Measure; routes that failed their check are named and left out."""
     device = out.device
-    allowed, word = passed_variants(args.out, device)
-    out.values["routes"] = {"timed": list(allowed), "by": word}
-    rates = {
-        "matmul": measure.matmul_rate(device, torch.bfloat16, args.small),
-        "copy": measure.copy_rate(device, args.small),
-    }
-    out.keep("rates", rates)
+    allowed = passed_variants(args.out, device.type)
+    out.values["routes"] = list(allowed)
+    rates = measure.rates(out)
     for name, make in shapes.MODELS.items():
-        out.item(f"decode {name}", lambda make=make: _decode(make(args.small).layer, rates, out))
-    if device.type == "cuda" and len(routes.usable_routes(device, torch.bfloat16)) == 2:
-        out.item("crossover", lambda: {"rows_per_expert": routes.KernelSettings().crossover_on(device, torch.bfloat16)})
-    # The sizes that decide first, so that a short session has them.
+        out.item(f"decode {name}", lambda make=make: _decode(make(args.small).layer, rates, out), needs_s=3)
+    # The sizes that decide first, so that a short campaign has them.
     for tokens in shapes.tokens(args.small):
         for name, make in shapes.MODELS.items():
             item = f"layer {name} T={tokens}"
-            out.item(item, lambda make=make, tokens=tokens, item=item: _layer(args, out, make, tokens, allowed, item))
+            out.item(
+                item, lambda make=make, tokens=tokens, item=item: _layer(args, out, make, tokens, allowed, item), 25
+            )
+    if device.type == "cuda" and len(routes.usable_routes(device, torch.bfloat16)) == 2:
+        out.item("crossover", lambda: {"rows_per_expert": routes.KernelSettings().crossover_on(device, torch.bfloat16)})
 
 
 def _decode(shape: Any, rates: Item, out: Record) -> Item:
@@ -100,6 +112,8 @@ def _layer(
     """All stacks on one layer: held to each other without dropout, then timed in turn with it."""
     model, device = make(args.small), out.device
     layer = Layer(model.layer, model.lora, tokens, args.text, torch.bfloat16, device, weights.fill)
+    # The loop over experts takes seconds where these are many, and says nothing of a route that is taken.
+    allowed = {route: settings for route, settings in allowed.items() if route != SLOW}
     stacks: dict[str, Step] = {
         f"ours, {route}": layer.step(layer.ours(**settings)) for route, settings in allowed.items()
     }
@@ -118,29 +132,21 @@ def _layer(
         result["left_out"]["grouped_nf4_gemm"] = problem
     out.require_time()
     layer.dropout = _DROPOUT
-    graphs = {}
     for route, settings in allowed.items():
         if (name := f"ours, {route}") in stacks:
             result.setdefault("launches", {})[name] = _passes(layer, settings, device)
-            if route == SLOW:
-                continue  # it waits for the device, and cannot be captured
-            try:
-                graphs[f"{name}, captured"] = measure.captured(stacks[name], device)
-            except RuntimeError as error:
-                result["left_out"][f"{name}, captured"] = record.error_line(error)
     out.keep(item, result)
     for name, step in stacks.items():
         measure.reset_peak(device)
         step()
         result.setdefault("memory", {})[name] = measure.memory(device)
-    rounds = 2 if args.small else 11
-    result["seconds"] = times = measure.interleave(stacks | graphs, rounds, device)
+    result["seconds"] = times = measure.interleave(stacks, 2 if args.small else 7, device)
     medians = {name: statistics.median(values) for name, values in times.items()}
     ours = {name: value for name, value in medians.items() if name.startswith("ours,")}
     peers = {name: value for name, value in medians.items() if name not in ours and name not in NOT_PEERS}
     result["medians"] = medians
     if ours and peers:
-        fastest = min((name for name in ours if "captured" not in name), key=medians.__getitem__)
+        fastest = min(ours, key=medians.__getitem__)
         best = min(peers, key=peers.__getitem__)
         result["fastest"], result["best_peer"] = fastest, best
         result["ratio"] = median_ratio(times[best], times[fastest])
@@ -179,13 +185,12 @@ def _passes(layer: Layer, settings: dict[str, Any], device: torch.device) -> Ite
     def back() -> None:
         torch.autograd.grad(kept[0], leaves, layer.dout_TD)
 
-    with _ready(ahead):
-        found = {"forward": measure.profiled(ahead, device), "backward": measure.profiled(back, device)}
-
     def both() -> None:
         ahead()
         back()
 
+    both()  # kernels are built and tables cached before anything is counted
+    found = {"forward": measure.profiled(ahead, device), "backward": measure.profiled(back, device)}
     found["synchronisations"] = measure.synchronisations(both, device)
     for one in ("forward", "backward"):
         found[one]["top"] = found[one].get("top", [])[:12]
@@ -197,13 +202,6 @@ def _passes(layer: Layer, settings: dict[str, Any], device: torch.device) -> Ite
         found["of_our_kernels"] = launch.launches() - before
     found["ran"] = dict(forward.settings.ran)
     return found
-
-
-@contextmanager
-def _ready(run: Step) -> Iterator[None]:
-    """Kernels are built and tables cached before anything is counted."""
-    run()
-    yield
 
 
 def _grouped(layer: Layer, result: Item) -> Step:

@@ -1,12 +1,10 @@
-"""Stage 4: whole optimizer steps of Qwen3-30B-A3B, rank 16, batch 2 x accumulation 4 on alpaca rows, beside its peers.
+"""Qwen3-30B-A3B beside its peers: the same steps as `steps.qwen`, each stack in a process of its own.
 
-At full depth ours is measured in this process. Peers read a checkpoint, of which full depth has 61 GB; they and ours
-are compared at `--peer-layers` layers of full width, one after the other, each alone on the GPU. A peer is timed only
-where its loss without adapters is ours.
+Peers read a checkpoint, of which full depth has 61 GB; they and ours are compared at `--peer-layers` layers of full
+width, one after the other, each alone on the GPU. A peer is timed only where its loss without adapters is ours.
 """
 
 import argparse
-import gc
 import json
 import shutil
 import statistics
@@ -20,81 +18,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks import report, step
-from benchmarks.campaign import measure, models, shapes, steps
+from benchmarks.campaign import measure, shapes
 from benchmarks.campaign.record import Item, Record
-from benchmarks.campaign.stage1_correctness import passed_settings
+from benchmarks.campaign.steps import ROWS, Row, alpaca_rows
 from benchmarks.peers.processes import Driver
-from benchmarks.workload import HERE, token_rows
-from expertune.kernels.routes import use_settings
 
-LIMIT_S = 420
-_TEMPLATE = HERE / "data" / "alpaca-prompt.jinja"
-_ROWS, _ACCUMULATION = 2, 4
-_MOST_TOKENS = 1024
 _EOS = 2
 _DRIVER_S = 150
 
-Row = dict[str, Any]
-
 
 def run(args: argparse.Namespace, out: Record) -> None:
-    """Ours at full depth, then ours and the peers at the depth of the checkpoint.
-
-    Raises:
-        CorrectnessError: no route passed its check.
-    """
-    out.values["routes"] = passed_settings(args.out, out.device)[1]
-    rates = steps.rates(out)
-    rows, collate = token_rows(args.alpaca or args.text, str(_TEMPLATE), 48 if args.small else _MOST_TOKENS)
-    rows = rows[: _ROWS * _ACCUMULATION]
-    groups = [rows[first : first + _ROWS] for first in range(0, len(rows), _ROWS)]
-    out.values["rows"] = {
-        "tokens": [len(row["input_ids"]) for row in rows],
-        "padded_tokens": sum(len(group) * max(len(row["input_ids"]) for row in group) for group in groups),
-        "tokenizer": "Mixtral's: Qwen3's own is not among the files, and its ids would lie in the same range",
-    }
-    packed, merged = [collate(group) for group in groups], [collate(rows)]
-    _full_depth(args, out, packed, merged, rates)
-    gc.collect()
-    measure.reset_peak(out.device)
-    _beside_peers(args, out, merged, [_padded(group) for group in groups])
-
-
-def _full_depth(args: argparse.Namespace, out: Record, packed: list[Row], merged: list[Row], rates: Item) -> None:
-    model, device = shapes.qwen3(args.small), out.device
-    built: list[models.Training] = []
-
-    def build() -> Item:
-        measure.reset_peak(device)
-        adapted = models.random_model(model, torch.bfloat16, device)
-        use_settings(adapted, passed_settings(args.out, device)[0])
-        built.append(models.begin(adapted, Path(tempfile.mkdtemp(prefix="campaign-")), device))
-        return {
-            "config": model.config,
-            "lora": vars(model.lora) | {"targets": model.targets},
-            "quantized_bytes": models.quantized_bytes(adapted),
-            "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
-            "memory": measure.memory(device),
-            "notes": built[0].notes,
-        }
-
-    out.item("model", build)
-    if not built:
-        return
-    training = built.pop()
-    for name, batches in (("one packed batch", merged), ("4 micro-batches, packed", packed)):
-        item = f"ours, {model.layer.layers} layers, {name}"
-        there = [models.on_device(batch, device) for batch in batches]
-        out.item(item, lambda there=there, item=item: steps.timed(training, model, there, out, item, rates))
-
-
-def _beside_peers(args: argparse.Namespace, out: Record, merged: list[Row], padded: list[Row]) -> None:
+    """Ours and the peers at the depth of the checkpoint."""
     device = out.device
+    rows, collate = alpaca_rows(args, out)
+    merged, padded = [collate(rows)], [_padded(rows[first : first + ROWS]) for first in range(0, len(rows), ROWS)]
     model = shapes.qwen3(args.small, args.peer_layers)
     cache = args.cache or Path(tempfile.mkdtemp(prefix="campaign-"))
     folder = cache / "qwen3"
     try:
-        if out.item("checkpoint", lambda: _write_checkpoint(folder, model, device)) is None:
+        if out.item("checkpoint", lambda: _write_checkpoint(folder, model, device), 60, again=True) is None:
             return
         measure.reset_peak(device)
         files = {"ours": merged, "peers": padded}
@@ -107,6 +49,7 @@ def _beside_peers(args: argparse.Namespace, out: Record, merged: list[Row], padd
             result = out.item(
                 f"{name}, {model.layer.layers} layers",
                 lambda name=name, batch=batch: _drive(name, folder, batch, real, model, out, found.get("ours")),
+                needs_s=60,
             )
             if result is not None:
                 found[name] = result

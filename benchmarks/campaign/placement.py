@@ -1,27 +1,21 @@
-"""Stage 5: Mixtral-8x7B with expert layers in the host's memory: steps in 8, 12, 16 and 24 GB, share of copies hidden.
+"""Mixtral-8x7B with expert layers in the host's memory: steps in 8, 12, 16 and 24 GB, share of copies hidden.
 
 Results must be byte-identical to those with all layers on the device; else nothing is timed.
 """
 
 import argparse
 import statistics
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.campaign import measure, models, shapes
 from benchmarks.campaign.record import Item, Record
-from benchmarks.campaign.stage1_correctness import passed_settings
 from benchmarks.report import CorrectnessError
 from benchmarks.workload import text_batch
 from expertune.experts.module import Nf4Experts
-from expertune.kernels.routes import use_settings
 from expertune.placement.experts import Placement
 from expertune.planning.placement import spread
-
-LIMIT_S = 500
 
 BUDGETS_GB = (24, 16, 12, 8)
 _ROUNDS = 3
@@ -34,12 +28,9 @@ def run(args: argparse.Namespace, out: Record) -> None:
         CorrectnessError: no route passed its check, or a placement changed a result.
     """
     device = out.device
-    settings, out.values["routes"] = passed_settings(args.out, device)
-    model = shapes.mixtral(args.small)
-    adapted = models.random_model(model, torch.bfloat16, device)
-    use_settings(adapted, settings)
-    training = models.begin(adapted, Path(tempfile.mkdtemp(prefix="campaign-")), device)
-    experts = {name: module for name, module in adapted.named_modules() if isinstance(module, Nf4Experts)}
+    if (training := models.build(out, args.out, shapes.mixtral(args.small))) is None:
+        return
+    experts = {name: module for name, module in training.model.named_modules() if isinstance(module, Nf4Experts)}
     placement = Placement(experts, device, separate_host=True)
     layer_bytes = max(module.gate_up.nbytes + module.down.nbytes for module in experts.values())
     copies = out.item("copies", lambda: _copies(next(iter(experts.values())), device))
