@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +134,8 @@ def check_apart(command: Sequence[str], seconds: float = _SECONDS) -> Findings |
     """
     with tempfile.TemporaryDirectory(prefix="expertune-check-") as folder:
         path = Path(folder) / "findings.json"
-        findings, state = Findings(), {}
+        findings = Findings()
+        state: dict[str, Any] = {}
         while not state.get("done"):
             write_text(path, json.dumps({"findings": asdict(findings)}))
             ended = _run([*command, str(path)], seconds)
