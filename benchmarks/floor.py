@@ -1,8 +1,9 @@
 """The floor of a step: the products that no implementation can do without, at the rate of the bare product.
 
-Counted: every frozen matrix forward, again for gradient checkpointing (lm_head lies outside it), and dX (the first
-layer's q, k and v need none: nothing below them is trained). Left out, so that the figure stays a lower bound:
-attention scores, the low-rank terms, decoding, routing, norms, the loss and the optimizer.
+Counted by `step_flops`: every frozen matrix forward, again for gradient checkpointing (lm_head lies outside it), and dX
+(the first layer's q, k and v need none: nothing below them is trained). Left out, so that the figure stays a lower
+bound: decoding, routing, norms, the loss and the optimizer; attention's products and those of the adapters, which are
+small at the recipe's sizes, have functions of their own.
 
 Shape suffixes: M rows, N out_features, K in_features.
 """
@@ -20,12 +21,29 @@ _REPEATS = 12
 def step_flops(shape: Shape, tokens: int) -> int:
     """FLOPs of one optimizer step over `tokens` tokens."""
     attention = {name: rows * columns for name, (rows, columns) in shape.attention().items()}
-    experts = shape.top_k * sum(rows * columns for rows, columns in shape.expert().values())
     router = shape.experts * shape.hidden
-    layers = 3 * shape.layers * (sum(attention.values()) + experts + router)
+    layers = 3 * shape.layers * (sum(attention.values()) + router)
     not_needed = attention["q_proj"] + attention["k_proj"] + attention["v_proj"]
     head = 2 * VOCAB_SIZE * shape.hidden
-    return 2 * tokens * (layers - not_needed + head)
+    return 2 * tokens * (layers - not_needed + head) + expert_flops(shape, tokens)
+
+
+def expert_flops(shape: Shape, tokens: int) -> int:
+    """The part of `step_flops` that experts have."""
+    weights = sum(rows * columns for rows, columns in shape.expert().values())
+    return 2 * tokens * 3 * shape.layers * shape.top_k * weights
+
+
+def attention_flops(shape: Shape, tokens: int, sequence: int) -> int:
+    """Scores and what they weight, causal, in sequences of one length: two products forward, again, four backward."""
+    return 8 * tokens * sequence * shape.hidden * shape.layers
+
+
+def adapter_flops(shape: Shape, tokens: int, rank: int) -> int:
+    """Both factors of every matrix forward, again for checkpointing (not lm_head), dX and the factors' gradients."""
+    attention = sum(rows + columns for rows, columns in shape.attention().values())
+    experts = shape.top_k * sum(rows + columns for rows, columns in shape.expert().values())
+    return 2 * tokens * rank * (4 * shape.layers * (attention + experts) + 3 * (VOCAB_SIZE + shape.hidden))
 
 
 def product_rates(shape: Shape, tokens: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:

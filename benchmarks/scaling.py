@@ -1,253 +1,252 @@
-"""A simulation of 8 to 1024 ranks: a step's time from bytes by the plan's formulas and the published rates of links.
+"""An optimizer step as one size grows (tokens, experts, layers, rank, sequences): tokens per second and peak memory.
 
-    python benchmarks/scaling.py --measured benchmarks/results/distributed.json --json OUT --png OUT
+    python benchmarks/scaling.py --json OUT [--only tokens experts] [--seconds 55] [--png PICTURE] [--page PAGE]
 
-Nothing here has been measured but the step of one H100 that it starts from, and that the formulas give what
-benchmarks/distributed.py counts. `check` has the same arithmetic for the ranks that were measured on this machine, with
-the rates of its gloo, beside what was measured.
+Every point is a step of our stack in a process of its own, on real text that is cut into sequences of one length. OUT
+is written after each point, and the same command goes on where it ended: with `--seconds` no point begins later than
+that. Ten to fifteen minutes in all on two cores.
+
+Beside each point stand two bounds from bare products of its sizes, measured in the same minute: `floor`, all of the
+step's products at the best rate of `torch.mm`; and `own_rows`, the experts' products at the rate that `torch.mm` has
+with as many rows as an expert gets. Both count attention and adapters too, so that where a curve falls with its bound,
+the step does no more than it has to.
 """
 
 import argparse
 import json
+import re
 import statistics
 import sys
+import tempfile
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import report
-from benchmarks.peers.processes import ROOT
-from benchmarks.workload import Shape
-from expertune.planning.communication import (
-    ETHERNET_100,
-    ETHERNET_400,
-    NVLINK,
-    PCIE,
-    Link,
-    RoutedLayer,
-    averaged_bytes,
-    token_bytes,
-)
+from benchmarks import floor, report
+from benchmarks.peers.processes import Driver
+from benchmarks.workload import DOLLY_SAMPLE, Lora, Shape, prepare
 from expertune.report.figures import write_png
 
-RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
-RANKS_PER_MACHINE = 8
-MEASURED_STEP = ROOT / "benchmarks" / "results" / "2026-11-28-h100-stage3.json"
-TOKENS = 8192
-MIXTRAL = Shape(hidden=4096, intermediate=14336, layers=32, experts=8, top_k=2)
-_LORA_RANK = 8
-_BUCKET_BYTES = 2**25  # of averaged gradients
-_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a weight: its code, its block's scale, and the scale of 256 of these
-
-ASSUMPTIONS = (
-    "weak scaling: each rank takes 8,192 tokens a step, in one micro-batch with activation checkpointing",
-    "a rank computes as long as one H100 did alone for a whole step of Mixtral-8x7B (commit 9414c2b), in every mode",
-    "8 ranks to a machine; each rank has a link of its own to other machines, with the published rate, and it is free",
-    "a ring that spans machines runs at the slower rate; a message takes 5 us in a machine and 10 us outside",
-    "replicate: gradients of 481 MB in float32 are averaged after backward, in buckets of 32 MiB; nothing hides that",
-    "shard: a layer is gathered by all ranks while the layer before it computes; gradients as in replicate",
-    "parallel: 8 experts are shared out inside each machine, tokens spread evenly over them, nothing is hidden; "
-    "gradients of an expert are averaged over the machines",
-    "no rank is late, nothing is lost to congestion, and evaluations and checkpoints are left out",
-)
+HIDDEN = 1024
+_ROUNDS = (3, 9)  # at least and at most
+_ROUND_SECONDS = 4.0  # spent on one point, where that is more than the least rounds
+_MARK = re.compile(r"(<!-- scaling -->\n).*?(<!-- /scaling -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """Links inside a machine and between machines."""
+class Point:
+    """Sizes of one step."""
 
-    inside: Link
-    between: Link
+    tokens: int = 2048
+    experts: int = 8
+    top_k: int = 2
+    intermediate: int = 3584
+    layers: int = 2
+    rank: int = 8
+    sequence: int = 256
 
     @property
     def name(self) -> str:
-        """Both."""
-        return f"{self.inside.name}, {self.between.name}"
+        """Key in the JSON."""
+        return " ".join(f"{key}={value}" for key, value in asdict(self).items())
 
-    def ring(self, ranks: int, sent: float, passes: int, calls: int = 1) -> float:
-        """Seconds of collectives along a ring.
-
-        Args:
-            ranks: in the ring.
-            sent: bytes that a rank sends, in all calls together.
-            passes: how often a call goes round: 2 for an all_reduce, 1 for an all_gather.
-            calls: how many.
-        """
-        link, latency = (self.inside, 5e-6) if ranks <= RANKS_PER_MACHINE else (self.between, 10e-6)
-        return sent / link.bytes_per_second + calls * passes * (ranks - 1) * latency
+    @property
+    def shape(self) -> Shape:
+        """Of the model."""
+        return Shape(HIDDEN, self.intermediate, self.layers, self.experts, self.top_k)
 
 
-CLUSTERS = (
-    Cluster(NVLINK, ETHERNET_400),
-    Cluster(NVLINK, ETHERNET_100),
-    Cluster(PCIE, ETHERNET_100),
-)
+BASE = Point()
+# As many active weights in narrow experts, of which there can be many.
+_NARROW = replace(BASE, intermediate=896, top_k=8)
+
+CURVES: dict[str, dict[int, Point]] = {
+    "tokens": {
+        tokens: replace(BASE, tokens=tokens, sequence=min(tokens, 256))
+        for tokens in (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    },
+    "experts": {experts: replace(_NARROW, experts=experts) for experts in (8, 16, 32, 64, 128, 256)},
+    "layers": {layers: replace(BASE, layers=layers) for layers in (1, 2, 4, 8)},
+    "rank": {rank: replace(BASE, rank=rank) for rank in (8, 16, 32, 64, 128)},
+    "sequence": {length: replace(BASE, tokens=8192, sequence=length) for length in (128, 512, 2048, 8192)},
+}
+_AXES = {
+    "tokens": "tokens of a step",
+    "experts": "experts, 8 per token",
+    "layers": "layers",
+    "rank": "rank of the adapters",
+    "sequence": "tokens of a sequence,\n8,192 of a step",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--measured", type=Path, help="JSON of benchmarks/distributed.py that the arithmetic is checked by"
-    )
-    parser.add_argument("--json", type=Path, help="write the result here")
-    parser.add_argument("--png", type=Path, help="draw it here")
+    parser.add_argument("--json", type=Path, required=True, help="written after each point; points in it are kept")
+    parser.add_argument("--only", nargs="*", choices=list(CURVES), default=list(CURVES), help="curves; default all")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no point after so many seconds")
+    parser.add_argument("--cache", type=Path, help="where weights are made once; default: the temporary folder")
+    parser.add_argument("--png", type=Path, help="draw all points here")
+    parser.add_argument("--page", type=Path, help="write the table between this page's marks")
     args = parser.parse_args()
-    compute = measured_seconds()
-    modes = {"replicate": replicate, "shard": shard, "parallel": parallel}
-    simulated = {
-        cluster.name: {
-            mode: {str(ranks): _figures(compute, waiting(cluster, ranks, compute), ranks) for ranks in RANKS}
-            for mode, waiting in modes.items()
-        }
-        for cluster in CLUSTERS
-    }
-    result: dict[str, Any] = {
-        "benchmark": "scaling",
-        "simulated": True,
-        "model": "Mixtral-8x7B",
-        "assumptions": list(ASSUMPTIONS),
-        "compute_seconds": compute,
-        "compute_from": MEASURED_STEP.name,
-        "clusters": simulated,
-    }
-    if args.measured:
-        result["check"] = check(json.loads(args.measured.read_text(encoding="utf-8")))
-    result |= report.environment() | {"device": "simulated"}
-    if args.json:
+    cache = args.cache or Path(tempfile.gettempdir()) / "expertune-bench"
+    result = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {"points": {}}
+    started = time.perf_counter()
+    wanted = {point.name: point for curve in args.only for point in CURVES[curve].values()}
+    for name, point in wanted.items():
+        if name in result["points"] or time.perf_counter() - started > args.seconds:
+            continue
+        report.progress(name)
+        here = report.environment()
+        measured = measure(point, cache) | {key: here[key] for key in ("date", "commit")}
+        result = {"benchmark": "scaling", "points": result["points"] | {name: measured}, **here}
         report.write(args.json, result)
+    points = result["points"]
+    _show(points)
+    if left := [name for name in wanted if name not in points]:
+        report.progress(f"{len(left)} points are left; the same command goes on")
     if args.png:
-        write_png(draw(simulated), args.png)
-    _show(result)
+        write_png(draw(points), args.png)
+    if args.page:
+        write_table(args.page, result)
 
 
-def measured_seconds() -> float:
-    """A whole step of Mixtral-8x7B on one H100."""
-    held = json.loads(MEASURED_STEP.read_text(encoding="utf-8"))
-    return float(held["items"][f"step T={TOKENS}"]["median_s"])
-
-
-def adapter_bytes(shape: Shape) -> tuple[int, int]:
-    """Bytes of float32 factors of all experts, and of everything else, as the measured step has them."""
-
-    def factors(sizes: Mapping[str, tuple[int, int]]) -> int:
-        return sum(4 * _LORA_RANK * sum(size) for size in sizes.values())
-
-    head = 4 * _LORA_RANK * (32_000 + shape.hidden)
-    return shape.layers * shape.experts * factors(shape.expert()), shape.layers * factors(shape.attention()) + head
-
-
-def replicate(cluster: Cluster, ranks: int, compute: float) -> float:
-    """Seconds that a rank waits in a step."""
-    return _averaging(cluster, ranks, sum(adapter_bytes(MIXTRAL)))
-
-
-def shard(cluster: Cluster, ranks: int, compute: float) -> float:
-    """The same: a gather is hidden as far as the layer before it computes."""
-    matrices = [rows * columns for rows, columns in MIXTRAL.expert().values()]
-    layer_bytes = MIXTRAL.experts * sum(matrices) * _NF4_BYTES
-    gather = cluster.ring(ranks, layer_bytes * (ranks - 1) / ranks, passes=1)
-    # Forward is about a third of a step of a frozen model whose activations are computed again.
-    layer = compute / MIXTRAL.layers
-    shown = max(0.0, gather - layer / 3) + max(0.0, gather - layer * 2 / 3)
-    return (MIXTRAL.layers - 1) * shown + replicate(cluster, ranks, compute)
-
-
-def parallel(cluster: Cluster, ranks: int, compute: float) -> float:
-    """The same: tokens travel inside a machine."""
-    layer = RoutedLayer(MIXTRAL.experts, MIXTRAL.top_k, MIXTRAL.hidden, itemsize=2)
-    sent = MIXTRAL.layers * token_bytes(layer, TOKENS, RANKS_PER_MACHINE, recomputes=True)
-    calls = 10 * MIXTRAL.layers  # of all_to_all, counted in a step with checkpointing
-    tokens = sent / cluster.inside.bytes_per_second + calls * 5e-6 * (RANKS_PER_MACHINE - 1)
-    experts, others = adapter_bytes(MIXTRAL)
-    machines = ranks // RANKS_PER_MACHINE
-    # The ranks that have the same experts are on as many machines.
-    between = Cluster(cluster.between, cluster.between)
-    return tokens + _averaging(cluster, ranks, others) + _averaging(between, machines, experts // RANKS_PER_MACHINE)
-
-
-def _averaging(cluster: Cluster, ranks: int, gradient_bytes: int) -> float:
-    calls = -(-gradient_bytes // _BUCKET_BYTES)
-    return cluster.ring(ranks, averaged_bytes(gradient_bytes, ranks), passes=2, calls=calls)
-
-
-def _figures(compute: float, waiting: float, ranks: int) -> dict[str, float]:
-    seconds = compute + waiting
+def measure(point: Point, cache: Path) -> dict[str, Any]:
+    """Steps of one point in a process of its own, and its bounds: seconds, tokens per second, bytes."""
+    lora = Lora(r=point.rank, alpha=2 * point.rank)
+    workload = prepare(point.shape, lora, point.tokens, DOLLY_SAMPLE, cache, point.sequence)
+    dtype = report.resolve_dtype("auto", "cpu")
+    paths = ["--model", workload.model, "--adapter", workload.adapter, "--batch", workload.batch]
+    driver = Driver("ours", [*map(str, paths), "--dropout", str(lora.dropout), "--dtype", report.name_of(dtype)])
+    try:
+        for _ in range(2):
+            driver.ask("step")
+        rates = [floor.product_rates(point.shape, point.tokens, dtype)]
+        seconds: list[float] = []
+        while len(seconds) < _ROUNDS[0] or (len(seconds) < _ROUNDS[1] and sum(seconds) < _ROUND_SECONDS):
+            seconds.append(driver.ask("step")["seconds"])
+        rates.append(floor.product_rates(point.shape, point.tokens, dtype))
+        memory = driver.ask("memory")
+    finally:
+        driver.close()
+    best = {name: max(one[name]["flops_per_second"] for one in rates) for name in rates[0]}
     return {
-        "seconds_per_step": seconds,
-        "communication_share": waiting / seconds,
-        "tokens_per_second": ranks * TOKENS / seconds,
+        **asdict(point),
+        "dtype": report.name_of(dtype),
+        "tokens_per_second": point.tokens / statistics.median(seconds),
+        "seconds": seconds,
+        **memory,
+        "trainable_parameters": driver.ready["trainable_parameters"],
+        "product_rates": best,
+        "tokens_per_second_at": bounds(point, best),
     }
 
 
-def check(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Of each measured run: seconds of its collectives, and of a step, by the same arithmetic; beside what it took.
+def bounds(point: Point, rates: Mapping[str, float]) -> dict[str, float]:
+    """Tokens per second that products alone allow, by the rates of one with an `expert`'s rows and with `all rows`."""
+    experts = floor.expert_flops(point.shape, point.tokens)
+    rest = (
+        floor.step_flops(point.shape, point.tokens)
+        - experts
+        + floor.attention_flops(point.shape, point.tokens, point.sequence)
+        + floor.adapter_flops(point.shape, point.tokens, point.rank)
+    )
+    return {
+        "floor": point.tokens * max(rates.values()) / (experts + rest),
+        "own_rows": point.tokens / (experts / rates["expert"] + rest / rates["all rows"]),
+    }
 
-    Computing is that of one process with a rank's part of the examples; ranks that share a core take turns.
-    """
-    found: dict[str, Any] = {}
-    for mode, runs in ((mode, runs) for mode, runs in measured.items() if mode in ("replicate", "shard", "parallel")):
-        for size, run in runs.items():
-            if size == "1":
+
+def rows_of(points: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """A row of the table for each point that was measured, curve by curve."""
+    rows = []
+    for curve, of_sizes in CURVES.items():
+        for size, point in of_sizes.items():
+            if (found := points.get(point.name)) is None:
                 continue
-            rates = measured["gloo"][size]
-            steps = len(run["ranks"][0]["steps"])
-            sending = statistics.fmean(_seconds(rank["counted"], rates) for rank in run["ranks"]) / steps
-            compute = measured["part_alone_seconds"][size] * max(1.0, int(size) / measured["cores"])
-            found.setdefault(mode, {})[size] = {
-                "simulated_communication_seconds": sending,
-                "measured_communication_seconds": run["share_of_time"]["sending"] * run["seconds_per_step"],
-                "simulated_step_seconds": compute + sending,
-                "measured_step_seconds": run["seconds_per_step"],
-            }
-    return found
+            rate = found["tokens_per_second"]
+            at = found["tokens_per_second_at"]
+            rows.append(
+                [
+                    f"{curve} {size:,}",
+                    f"{rate:,.0f}",
+                    f"{at['floor']:,.0f}",
+                    f"{rate / at['floor']:.0%}",
+                    f"{rate / at['own_rows']:.0%}",
+                    f"{found['step_peak_bytes'] / 1e9:.2f} GB",
+                ]
+            )
+    return rows
 
 
-def _seconds(counted: Mapping[str, Mapping[str, float]], rates: Mapping[str, Mapping[str, float]]) -> float:
-    """Of collectives that were counted, by the rates of each kind; those without one go as all_reduce."""
-    seconds = 0.0
-    for kind, of_kind in counted.items():
-        rate = rates.get(kind, rates["all_reduce"])
-        seconds += of_kind["calls"] * rate["seconds_per_call"] + of_kind["bytes"] / rate["bytes_per_second"]
-    return seconds
+_HEADER = ["", "tokens a second", "floor", "of the floor", "of products with as many rows", "peak memory"]
 
 
-def draw(simulated: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> Figure:
-    """The share of a step that a rank waits for others' bytes, by ranks, mode and links."""
-    figure = Figure(figsize=(9.0, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(simulated), sharey=True)
-    looks = {"replicate": ("#56B4E9", "o"), "shard": ("#D55E00", "s"), "parallel": ("#009E73", "^")}
-    for axes, (name, modes) in zip(panels, simulated.items(), strict=True):
-        for mode, of_ranks in modes.items():
-            color, marker = looks[mode]
-            shares = [100 * figures["communication_share"] for figures in of_ranks.values()]
-            axes.plot([int(ranks) for ranks in of_ranks], shares, color=color, marker=marker, markersize=4, label=mode)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks([8, 32, 128, 512], ["8", "32", "128", "512"])
-        axes.set_title(name.replace(", ", ",\n"), fontsize=9)
-        axes.set_xlabel("ranks")
-        axes.set_ylim(0, 100)
-    panels[0].set_ylabel("simulated: % of a step in communication")
-    panels[0].legend(frameon=False, fontsize=9)
+def write_table(page: Path, result: Mapping[str, Any]) -> None:
+    """Write the table of a page anew, between its two marks."""
+    text = page.read_text(encoding="utf-8")
+    assert _MARK.search(text), f"{page}: the marks of the table are gone"
+    dtype = next(iter(result["points"].values()))["dtype"]
+    lines = [
+        f"{result['device']}, {result['threads']} threads ({', '.join(result['instruction_sets'])}), {dtype}; torch "
+        f"{result['versions']['torch']}; {result['date'][:10]}. `python benchmarks/scaling.py --json OUT`",
+        "",
+        f"| {' | '.join(_HEADER)} |",
+        "|" + "---|" * len(_HEADER),
+        *(f"| {' | '.join(row)} |" for row in rows_of(result["points"])),
+        "",
+    ]
+    page.write_text(_MARK.sub(lambda found: found[1] + "\n".join(lines) + found[2], text), encoding="utf-8")
+
+
+def draw(points: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Speed with its bounds, and memory below it, one column for each curve."""
+    figure = Figure(figsize=(11.0, 4.6), layout="constrained")
+    panels = figure.subplots(2, len(CURVES), sharex="col", height_ratios=(1.6, 1.0))
+    for column, (curve, of_sizes) in enumerate(CURVES.items()):
+        found = {size: points[point.name] for size, point in of_sizes.items() if point.name in points}
+        if not found:
+            continue
+        speed, memory = panels[:, column]
+        lines = {
+            "floor": ("#999999", "--", [each["tokens_per_second_at"]["floor"] for each in found.values()]),
+            "products, own rows": (
+                "#D55E00",
+                ":",
+                [each["tokens_per_second_at"]["own_rows"] for each in found.values()],
+            ),
+            "ours": ("#0072B2", "-", [each["tokens_per_second"] for each in found.values()]),
+        }
+        for label, (color, style, values) in lines.items():
+            speed.plot(list(found), values, color=color, linestyle=style, marker="o", markersize=3, label=label)
+        peaks = [each["step_peak_bytes"] / 1e9 for each in found.values()]
+        memory.plot(list(found), peaks, color="#0072B2", marker="o", markersize=3)
+        _dress(speed, memory, list(found))
+        memory.set_xlabel(_AXES[curve], fontsize=9)
+    panels[0, 0].set_ylabel("tokens a second")
+    panels[1, 0].set_ylabel("peak, GB")
+    panels[0, 0].legend(frameon=False, fontsize=8)
     return figure
 
 
-def _show(result: Mapping[str, Any]) -> None:
-    for name, modes in result["clusters"].items():
-        rows = [
-            [ranks, *(f"{of_ranks[ranks]['communication_share']:.0%}" for of_ranks in modes.values())]
-            for ranks in map(str, RANKS)
-        ]
-        report.show(f"Simulated: share of a step in communication; {name}", ["ranks", *modes], rows, [])
-    for mode, runs in result.get("check", {}).items():
-        rows = [[f"{mode}, {size}", *(f"{seconds:.3f}" for seconds in run.values())] for size, run in runs.items()]
-        report.show("Against gloo on this machine", ["", "sending", "measured", "step", "measured step"], rows, [])
-    for assumption in result["assumptions"]:
-        report.progress(f"- {assumption}")
+def _dress(speed: Axes, memory: Axes, sizes: list[int]) -> None:
+    for axes in (speed, memory):
+        axes.set_ylim(bottom=0)
+        axes.tick_params(labelsize=8)
+    memory.set_xscale("log", base=2)
+    shown = sizes if len(sizes) < 6 else sizes[::2]
+    memory.set_xticks(shown, [str(size) for size in shown])
+    memory.minorticks_off()
+
+
+def _show(points: Mapping[str, Mapping[str, Any]]) -> None:
+    report.show(f"One step, hidden {HIDDEN}, as one size grows", _HEADER, rows_of(points), [])
 
 
 if __name__ == "__main__":

@@ -123,7 +123,9 @@ class Workload:
         return {"tokens": self.tokens, "rows": self.rows}
 
 
-def prepare(shape: Shape, lora: Lora, tokens: int, text: Path, cache: Path) -> Workload:
+def prepare(
+    shape: Shape, lora: Lora, tokens: int, text: Path, cache: Path, sequence_tokens: int | None = None
+) -> Workload:
     """Make weights, adapter and micro-batch under `cache`, unless they are there.
 
     Args:
@@ -132,14 +134,15 @@ def prepare(shape: Shape, lora: Lora, tokens: int, text: Path, cache: Path) -> W
         tokens: tokens of the micro-batch.
         text: a JSONL file in dolly's layout.
         cache: folder for everything that is made.
+        sequence_tokens: see `text_batch`.
 
     Raises:
         ValueError: the text has fewer tokens.
     """
     model = model_folder(shape, cache)
     adapter = once(cache / f"{shape.name}-r{lora.r}-a{lora.alpha}", lambda folder: _write_lora(folder, shape, lora))
-    batch, rows = _batch(tokens, text)
-    path = cache / f"batch-{tokens}.safetensors"
+    batch, rows = _batch(tokens, text, sequence_tokens)
+    path = cache / f"batch-{tokens}{f'-{sequence_tokens}' if sequence_tokens else ''}.safetensors"
     # Some tensors of a batch are one and the same, which the file format does not have.
     save_file({name: tensor.clone() for name, tensor in batch.items()}, path)
     return Workload(model, adapter, path, tokens, rows)
@@ -233,20 +236,27 @@ def token_ids(text: Path, tokens: int) -> Tensor:
     return _batch(tokens, text)[0]["input_ids"][0]
 
 
-def _batch(tokens: int, text: Path) -> tuple[dict[str, Tensor], int]:
-    batch, rows = text_batch(tokens, text)
+def _batch(tokens: int, text: Path, sequence_tokens: int | None = None) -> tuple[dict[str, Tensor], int]:
+    batch, rows = text_batch(tokens, text, sequence_tokens)
     return {key: value for key, value in batch.items() if isinstance(value, Tensor)}, rows
 
 
-def text_batch(tokens: int, text: Path) -> tuple[dict[str, Any], int]:
+def text_batch(tokens: int, text: Path, sequence_tokens: int | None = None) -> tuple[dict[str, Any], int]:
     """The first rows of a file in dolly's layout as the trainer's padding-free batch, and how many they are.
 
     The last row is cut so that the sum is exact.
+
+    Args:
+        tokens: of the batch.
+        text: the file.
+        sequence_tokens: join all rows and cut them anew, so that each sequence has so many tokens.
 
     Raises:
         ValueError: the text has fewer tokens.
     """
     rows, collate = token_rows(text, "dolly-tutorial", min(ROW_TOKENS, tokens))
+    if sequence_tokens:
+        rows = _cut(rows, sequence_tokens)
     chosen, left = [], tokens
     for row in rows:
         if left < 2:
@@ -258,6 +268,15 @@ def text_batch(tokens: int, text: Path) -> tuple[dict[str, Any], int]:
     if left:
         raise ValueError(f"{text}: {tokens - left} tokens, {tokens} wanted; give a longer file with --text")
     return collate(chosen), len(chosen)
+
+
+def _cut(rows: Sequence[dict[str, Any]], length: int) -> list[dict[str, Any]]:
+    joined = {key: [token for row in rows for token in row[key]] for key in ("input_ids", "labels")}
+    starts = range(0, len(joined["input_ids"]), length)
+    return [
+        {key: tokens[start : start + length] for key, tokens in joined.items()} | {"example_ids": [number]}
+        for number, start in enumerate(starts)
+    ]
 
 
 def token_rows(
