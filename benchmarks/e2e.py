@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     report.add_dtype_argument(parser)
+    parser.add_argument("--peer-dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="auto: as ours")
     parser.add_argument("--text", type=Path, default=DOLLY_SAMPLE, help="JSONL rows in dolly's layout")
     parser.add_argument("--cache", type=Path, help="where weights are made once; default: the temporary folder")
     parser.add_argument("--json", type=Path, help="write the result here")
@@ -48,14 +49,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     shape, lora = Shape(args.hidden, args.intermediate, args.layers, args.experts, args.top_k), Lora(dropout=0.0)
     dtype = report.resolve_dtype(args.dtype, "cpu")
+    peer_dtype = dtype if args.peer_dtype == "auto" else getattr(torch, args.peer_dtype)
     cache = args.cache or Path(tempfile.gettempdir()) / "expertune-bench"
     workload = prepare(shape, lora, ROW_TOKENS, args.text, cache)
     write_tokenizer(workload.model)
     with tempfile.TemporaryDirectory() as folder:
         ours = _ours(Path(folder), workload.model, workload.adapter, args, report.name_of(dtype))
-        theirs = _tutorial(Path(folder), workload.model, workload.adapter, args, report.name_of(dtype))
+        theirs = _tutorial(Path(folder), workload.model, workload.adapter, args, report.name_of(peer_dtype))
     off = max(abs(one - other) for one, other in zip(ours["losses"], theirs["losses"], strict=True))
-    if off > _TOLERANCE[dtype]:
+    if off > max(_TOLERANCE[dtype], _TOLERANCE[peer_dtype]):
         raise report.CorrectnessError(f"the loss of a step is off by {off:.4f}: {ours['losses']}, {theirs['losses']}")
     result = {
         "benchmark": "e2e",
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "steps": args.steps,
         "rows": args.steps * _ACCUMULATION,
         "ours": ours,
-        "peers": {"tutorial": theirs},
+        "peers": {"tutorial": theirs | {"dtype": report.name_of(peer_dtype)}},
         "ratio": theirs["seconds"] / ours["seconds"],
         "largest_loss_difference": off,
         "model": describe(shape, lora),

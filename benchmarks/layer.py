@@ -32,6 +32,9 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 
+PEERS = {"bitsandbytes, per expert": "by_bitsandbytes", "grouped_mm on decoded weights": "by_grouped_mm"}
+"""Methods of `Layer`, by the peers' names."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes = {"hidden": 2048, "intermediate": 7168, "experts": 8, "top-k": 2, "tokens": 320, "rounds": 5}
@@ -50,13 +53,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     shape = Shape(args.hidden, args.intermediate, 1, args.experts, args.top_k)
     dtype = report.resolve_dtype(args.dtype, "cpu")
-    layer = Layer(shape, Lora(), args.tokens, args.text, dtype)
+    layers = {
+        report.name_of(each): Layer(shape, Lora(), args.tokens, args.text, each)
+        for each in report.dtypes_of_peers(args.dtype, "cpu")
+    }
+    layer = layers[report.name_of(dtype)]
     route = routes.KernelSettings().choose(torch.device("cpu"), args.tokens * args.top_k / args.experts, dtype)
     stacks: dict[str, Forward] = {f"ours, {route}": layer.ours(route) for route in _routes()}
-    stacks |= {"bitsandbytes, per expert": layer.by_bitsandbytes, "grouped_mm on decoded weights": layer.by_grouped_mm}
     for name, forward in stacks.items():
         layer.require_plain_result(name, forward)
     runs = {name: layer.step(forward) for name, forward in stacks.items()}
+    dtypes = dict.fromkeys(stacks, report.name_of(dtype))
+    for name, method in PEERS.items():
+        for each in layers.values():
+            each.require_plain_result(name, getattr(each, method))
+        tried = {each: of_dtype.step(getattr(of_dtype, method)) for each, of_dtype in layers.items()}
+        dtypes[name] = _fastest(tried)
+        runs[name] = tried[dtypes[name]]
     chosen = f"ours, {route}"
     seconds = interleave(runs | {"ours, no LoRA": layer.step(layer.ours(route, lora=False))}, args.rounds)
     lora = 1 - 1 / median_ratio(seconds[chosen], seconds["ours, no LoRA"])
@@ -66,6 +79,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result = {
         "benchmark": "layer",
         "dtype": report.name_of(dtype),
+        "dtypes": dtypes,
         "tokens": args.tokens,
         "rows_per_expert": layer.rows_per_expert,
         "chosen": chosen,
@@ -237,6 +251,14 @@ class Layer:
         return F.grouped_mm(F.grouped_mm(x, a, offs=offsets_E), b, offs=offsets_E) * self.scaling
 
 
+def _fastest(runs: dict[str, Callable[[], object]]) -> str:
+    """The name of the run that is the fastest; of a single one nothing is run."""
+    if len(runs) == 1:
+        return next(iter(runs))
+    seconds = interleave(runs, rounds=1)
+    return min(seconds, key=lambda name: seconds[name])
+
+
 def _extra_bytes(run: Callable[[], object]) -> int | None:
     """Of a run that begins without what earlier ones left."""
     workspace.clear()
@@ -257,6 +279,7 @@ def _show(result: dict[str, Any]) -> None:
         [
             name,
             f"{statistics.median(times):.3f}",
+            result["dtypes"].get(name, result["dtype"]),
             f"{result['ratios'][name]:.2f}",
             "" if (extra := result["extra_bytes"].get(name)) is None else f"{extra / 1e6:,.0f}",
         ]
@@ -274,4 +297,4 @@ def _show(result: dict[str, Any]) -> None:
         f"{rates['share_with_recomputation']:.2f} with it",
         "outputs and gradients of all checked against plain float32 arithmetic",
     ]
-    report.show(title, ["", "seconds", f"times {result['chosen']}", "extra MB"], rows, notes)
+    report.show(title, ["", "seconds", "dtype", f"times {result['chosen']}", "extra MB"], rows, notes)

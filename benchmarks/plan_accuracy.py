@@ -142,7 +142,7 @@ def compare(names: list[str], work: Path, keep: Callable[[list[dict[str, Any]]],
 
 
 def line(result: Mapping[str, Any]) -> str:
-    """A row of the table in docs/performance.md."""
+    """A row of the table in docs/performance-details.md."""
     planned, peak = result["planned_bytes"], result["peak_bytes"]
     return (
         f"| {result['name']} | {planned / 1e9:.2f} GB | {peak / 1e9:.2f} GB | {100 * peak / planned:.0f} % "

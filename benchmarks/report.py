@@ -42,18 +42,25 @@ def environment() -> dict[str, Any]:
 
 
 def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
-    """`--dtype` of the products, for all stacks alike."""
+    """`--dtype` of the products: named, of all stacks; `auto`, of each in what it does best on this machine."""
     parser.add_argument(
         "--dtype",
         choices=("auto", "bfloat16", "float32"),
         default="auto",
-        help="of all stacks' products; auto: bfloat16, on a CPU that cannot multiply it float32",
+        help="of the products; auto: bfloat16, on a CPU that cannot multiply it float32; peers in what is faster there",
     )
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
     """The dtype that `--dtype` means on a device."""
     return gemm_dtype(torch.bfloat16, torch.device(device)) if name == "auto" else getattr(torch, name)
+
+
+def dtypes_of_peers(name: str, device: str) -> list[torch.dtype]:
+    """The dtypes that a peer is tried in where `--dtype` leaves the choice: those that this machine multiplies."""
+    chosen = resolve_dtype(name, device)
+    both = name == "auto" and device == "cpu" and chosen != torch.float32
+    return [chosen, torch.float32] if both else [chosen]
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peers", nargs="*", choices=(*PEERS, *GPU_STACKS), help="default: all that run on the device")
     report.add_dtype_argument(parser)
+    parser.add_argument(
+        "--peer-dtype",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="of the peers' products; auto: as --dtype, or where that leaves the choice in what each is faster in",
+    )
     parser.add_argument("--text", type=Path, default=DOLLY_SAMPLE, help="JSONL rows in dolly's layout")
     parser.add_argument(
         "--cache", type=Path, help="where weights are made once and kept; default: the temporary folder"
@@ -56,8 +62,19 @@ def run(args: argparse.Namespace) -> None:
     names = _peers(args)
     workload = prepare(shape, lora, args.tokens, args.text, cache)
     dtype = report.resolve_dtype(args.dtype, args.device)
-    options = ["--dropout", str(lora.dropout), "--device", args.device, "--dtype", report.name_of(dtype)]
-    sessions = [_interleave(stacks, workload, options, args.rounds) for stacks in _sessions(names)]
+    paths = ["--model", workload.model, "--adapter", workload.adapter, "--batch", workload.batch]
+    options = [*map(str, paths), "--dropout", str(lora.dropout), "--device", args.device]
+    given = args.dtype if args.peer_dtype == "auto" else args.peer_dtype
+    tried = {name: _try_dtypes(name, options, report.dtypes_of_peers(given, args.device)) for name in names}
+    dtypes = {name: min(seconds, key=lambda each: seconds[each]) for name, seconds in tried.items()}
+    dtypes["ours"] = report.name_of(dtype)  # what a run takes by itself
+    sessions = [
+        _interleave({name: [*options, "--dtype", dtypes[name]] for name in stacks}, workload, args.rounds)
+        for stacks in _sessions(names)
+    ]
+    for session in sessions:
+        for name, stack in session.items():
+            stack |= {"dtype": dtypes[name]} | ({"tried_seconds": tried[name]} if name in tried else {})
     rates = floor.product_rates(shape, args.tokens, dtype) if args.device == "cpu" else {}
     result = _result(shape, lora, workload, sessions, rates, args.device) | {"dtype": report.name_of(dtype)}
     if args.json:
@@ -79,15 +96,36 @@ def _sessions(peers: list[str]) -> list[list[str]]:
     return [["ours", peer] for peer in peers] or [["ours"]]
 
 
-def _interleave(names: list[str], workload: Workload, options: list[str], rounds: int) -> Measured:
-    """Rounds of one step per stack, in turn, after a check and a step each to warm up."""
-    paths = ["--model", workload.model, "--adapter", workload.adapter, "--batch", workload.batch]
-    arguments = [*map(str, paths), *options]
+def _try_dtypes(name: str, options: list[str], dtypes: list[torch.dtype]) -> dict[str, float]:
+    """Seconds of a stack's second step in each dtype; of a single one nothing is tried, and they are 0."""
+    if len(dtypes) == 1:
+        return {report.name_of(dtypes[0]): 0.0}
+    seconds = {}
+    for dtype in map(report.name_of, dtypes):
+        report.progress(f"trying {name} in {dtype}")
+        driver = Driver(name, [*options, "--dtype", dtype])
+        try:
+            driver.ask("step")
+            seconds[dtype] = driver.ask("step")["seconds"]
+        finally:
+            driver.close()
+    return seconds
+
+
+def _interleave(arguments: dict[str, list[str]], workload: Workload, rounds: int) -> Measured:
+    """Rounds of one step per stack, in turn, after a check and a step each to warm up.
+
+    Args:
+        arguments: of each stack's driver, by its name.
+        workload: what they are given.
+        rounds: how many.
+    """
+    names = list(arguments)
     drivers: list[Driver] = []
     try:
         for name in names:
             report.progress(f"loading {name}")
-            drivers.append(Driver(name, arguments))
+            drivers.append(Driver(name, arguments[name]))
         report.progress("checking what they compute")
         checks = {driver.name: driver.ask("check") for driver in drivers}
         for name in checks.keys() & SAME_WEIGHTS:
@@ -208,14 +246,15 @@ def _show(result: dict[str, Any]) -> None:
             f"{min(stack['seconds']):.2f} - {max(stack['seconds']):.2f}",
             f"{stack['peak_bytes'] / 1e9:.2f}",
             f"{stack['check']['loss']:.4f}",
+            stack["dtype"],
         ]
         for name, stack in stacks.items()
     ]
     if result["floor"]:
         limit = result["floor"]["tokens_per_second"]
-        rows.append(["floor", f"{limit:.1f}", f"{best / limit:.2f}", "", "", ""])
+        rows.append(["floor", f"{limit:.1f}", f"{best / limit:.2f}", *[""] * 4])
     title = f"One step of {result['batch']['tokens']} tokens on {result['device']}, {result['threads']} threads"
-    header = ["", "tokens/s", "ours over it", "seconds", "peak GB", "loss"]
+    header = ["", "tokens/s", "ours over it", "seconds", "peak GB", "loss", "dtype"]
     notes = [f"{name}: {note}" for name, stack in stacks.items() for note in stack["notes"]]
     if not result["gate"]["held_to_ours"] and not result["gate"]["held_to_ours_without_adapters"]:
         notes.append("no peer with the same weights took part, so that nothing was checked against one")

@@ -1,4 +1,4 @@
-"""Targets against what was measured: a table on the terminal, and the block of docs/performance.md."""
+"""Targets against what was measured: a table on the terminal, and the block of docs/performance-details.md."""
 
 import re
 from collections.abc import Iterator

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decode, layer, quantize, report, suite
+from benchmarks import decode, layer, quantize, report, scaling, suite, workload
 
 SIZES = {
     quantize: "--rows 64 --columns 128 --rounds 1",
@@ -68,3 +68,42 @@ def test_table_is_written_between_its_marks_and_nothing_else_changes(tmp_path: P
         assert text.endswith("<!-- /bench -->\nafter\n")
         assert "old" not in text
         assert text.count("| expert layer") == text.count("| NF4 quantization") == text.count("| NF4 decoding") == 1
+
+
+def test_peers_are_tried_in_the_dtypes_that_the_machine_multiplies() -> None:
+    with_bfloat16, without = [torch.bfloat16, torch.float32], [torch.float32]
+    fastest = report.resolve_dtype("auto", "cpu")
+    assert report.dtypes_of_peers("auto", "cpu") == (without if fastest == torch.float32 else with_bfloat16)
+    assert report.dtypes_of_peers("bfloat16", "cpu") == report.dtypes_of_peers("auto", "cuda") == [torch.bfloat16]
+
+
+def test_sweep_cuts_real_text_into_sequences_of_one_length() -> None:
+    batch, sequences = workload.text_batch(2048, workload.DOLLY_SAMPLE, sequence_tokens=1024)
+    assert sequences == 2
+    assert batch["cu_seq_lens_q"].tolist() == [0, 1024, 2048]
+    assert torch.equal(batch["input_ids"], workload.text_batch(2048, workload.DOLLY_SAMPLE, 256)[0]["input_ids"])
+
+
+def test_bounds_of_a_point_fall_with_what_it_has_to_compute() -> None:
+    rates = {"expert": 0.5e12, "all rows": 1e12}
+    of = {name: [scaling.bounds(each, rates) for each in curve.values()] for name, curve in scaling.CURVES.items()}
+    assert len({round(bound["floor"], 6) for bound in of["tokens"][2:]}) == 1
+    for grows in ("layers", "rank", "sequence"):
+        floors = [bound["floor"] for bound in of[grows]]
+        assert floors == sorted(floors, reverse=True)
+        assert len(set(floors)) == len(floors)
+    assert all(bound["own_rows"] < bound["floor"] for curve in of.values() for bound in curve)
+
+
+def test_sweep_shows_each_point_once_in_each_of_its_curves(tmp_path: Path) -> None:
+    point = scaling.BASE
+    found = {"tokens_per_second": 1000.0, "dtype": "float32", "step_peak_bytes": 2e9}
+    found["tokens_per_second_at"] = {"floor": 2000.0, "own_rows": 1250.0}
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- scaling -->\nold\n<!-- /scaling -->\nafter\n", encoding="utf-8")
+    scaling.write_table(page, {"points": {point.name: found}, **report.environment()})
+    text = page.read_text(encoding="utf-8")
+    for row in ("tokens 2,048", "layers 2", "rank 8"):
+        assert f"| {row} | 1,000 | 2,000 | 50% | 80% | 2.00 GB |" in text
+    assert "old" not in text
+    assert len(scaling.draw({point.name: found}).axes) == 2 * len(scaling.CURVES)
