@@ -4,12 +4,12 @@
 
 Every point is a step of our stack in a process of its own, on real text that is cut into sequences of one length. OUT
 is written after each point, and the same command goes on where it ended: with `--seconds` no point begins later than
-that. Ten to fifteen minutes in all on two cores.
+that. About six minutes in all on two cores.
 
-Beside each point stand two bounds from bare products of its sizes, measured in the same minute: `floor`, all of the
-step's products at the best rate of `torch.mm`; and `own_rows`, the experts' products at the rate that `torch.mm` has
-with as many rows as an expert gets. Both count attention and adapters too, so that where a curve falls with its bound,
-the step does no more than it has to.
+Beside each point stand two bounds from bare products of its sizes, measured before each of its steps: `floor`, all of
+the step's products at the best rate of `torch.mm`; and `own_rows`, the experts' products at the rate that `torch.mm`
+has with as many rows as an expert gets. Both count attention and adapters too, so that where a curve falls with its
+bound, the step does no more than it has to.
 """
 
 import argparse
@@ -69,13 +69,12 @@ _NARROW = replace(BASE, intermediate=896, top_k=8)
 
 CURVES: dict[str, dict[int, Point]] = {
     "tokens": {
-        tokens: replace(BASE, tokens=tokens, sequence=min(tokens, 256))
-        for tokens in (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+        tokens: replace(BASE, tokens=tokens, sequence=min(tokens, 256)) for tokens in (64, 256, 1024, 2048, 8192)
     },
-    "experts": {experts: replace(_NARROW, experts=experts) for experts in (8, 16, 32, 64, 128, 256)},
+    "experts": {experts: replace(_NARROW, experts=experts) for experts in (8, 32, 128, 256)},
     "layers": {layers: replace(BASE, layers=layers) for layers in (1, 2, 4, 8)},
-    "rank": {rank: replace(BASE, rank=rank) for rank in (8, 16, 32, 64, 128)},
-    "sequence": {length: replace(BASE, tokens=8192, sequence=length) for length in (128, 512, 2048, 8192)},
+    "rank": {rank: replace(BASE, rank=rank) for rank in (8, 32, 128)},
+    "sequence": {length: replace(BASE, tokens=8192, sequence=length) for length in (256, 1024, 8192)},
 }
 _AXES = {
     "tokens": "tokens of a step",
@@ -125,31 +124,34 @@ def measure(point: Point, cache: Path) -> dict[str, Any]:
     paths = ["--model", workload.model, "--adapter", workload.adapter, "--batch", workload.batch]
     driver = Driver("ours", [*map(str, paths), "--dropout", str(lora.dropout), "--dtype", report.name_of(dtype)])
     try:
-        for _ in range(2):
-            driver.ask("step")
-        rates = [floor.product_rates(point.shape, point.tokens, dtype)]
+        driver.ask("step")
         seconds: list[float] = []
+        at: list[dict[str, float]] = []
         while len(seconds) < _ROUNDS[0] or (len(seconds) < _ROUNDS[1] and sum(seconds) < _ROUND_SECONDS):
+            at.append(bounds(point, floor.product_rates(point.shape, point.tokens, dtype)))
             seconds.append(driver.ask("step")["seconds"])
-        rates.append(floor.product_rates(point.shape, point.tokens, dtype))
         memory = driver.ask("memory")
     finally:
         driver.close()
-    best = {name: max(one[name]["flops_per_second"] for one in rates) for name in rates[0]}
+    speeds = [point.tokens / each for each in seconds]
     return {
         **asdict(point),
         "dtype": report.name_of(dtype),
-        "tokens_per_second": point.tokens / statistics.median(seconds),
+        "tokens_per_second": statistics.median(speeds),
         "seconds": seconds,
         **memory,
         "trainable_parameters": driver.ready["trainable_parameters"],
-        "product_rates": best,
-        "tokens_per_second_at": bounds(point, best),
+        "bounds": {name: statistics.median(each[name] for each in at) for name in at[0]},
+        "shares": {
+            name: statistics.median(speed / each[name] for speed, each in zip(speeds, at, strict=True))
+            for name in at[0]
+        },
     }
 
 
-def bounds(point: Point, rates: Mapping[str, float]) -> dict[str, float]:
-    """Tokens per second that products alone allow, by the rates of one with an `expert`'s rows and with `all rows`."""
+def bounds(point: Point, rates: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Tokens per second that products alone allow at the rates of `floor.product_rates`."""
+    of_expert, of_all = (rates[name]["flops_per_second"] for name in ("expert", "all rows"))
     experts = floor.expert_flops(point.shape, point.tokens)
     rest = (
         floor.step_flops(point.shape, point.tokens)
@@ -158,8 +160,8 @@ def bounds(point: Point, rates: Mapping[str, float]) -> dict[str, float]:
         + floor.adapter_flops(point.shape, point.tokens, point.rank)
     )
     return {
-        "floor": point.tokens * max(rates.values()) / (experts + rest),
-        "own_rows": point.tokens / (experts / rates["expert"] + rest / rates["all rows"]),
+        "floor": point.tokens * max(of_expert, of_all) / (experts + rest),
+        "own_rows": point.tokens / (experts / of_expert + rest / of_all),
     }
 
 
@@ -170,15 +172,13 @@ def rows_of(points: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         for size, point in of_sizes.items():
             if (found := points.get(point.name)) is None:
                 continue
-            rate = found["tokens_per_second"]
-            at = found["tokens_per_second_at"]
             rows.append(
                 [
                     f"{curve} {size:,}",
-                    f"{rate:,.0f}",
-                    f"{at['floor']:,.0f}",
-                    f"{rate / at['floor']:.0%}",
-                    f"{rate / at['own_rows']:.0%}",
+                    f"{found['tokens_per_second']:,.0f}",
+                    f"{found['bounds']['floor']:,.0f}",
+                    f"{found['shares']['floor']:.0%}",
+                    f"{found['shares']['own_rows']:.0%}",
                     f"{found['step_peak_bytes'] / 1e9:.2f} GB",
                 ]
             )
@@ -215,11 +215,11 @@ def draw(points: Mapping[str, Mapping[str, Any]]) -> Figure:
             continue
         speed, memory = panels[:, column]
         lines = {
-            "floor": ("#999999", "--", [each["tokens_per_second_at"]["floor"] for each in found.values()]),
+            "floor": ("#999999", "--", [each["bounds"]["floor"] for each in found.values()]),
             "products, own rows": (
                 "#D55E00",
                 ":",
-                [each["tokens_per_second_at"]["own_rows"] for each in found.values()],
+                [each["bounds"]["own_rows"] for each in found.values()],
             ),
             "ours": ("#0072B2", "-", [each["tokens_per_second"] for each in found.values()]),
         }

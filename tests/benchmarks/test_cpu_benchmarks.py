@@ -85,7 +85,7 @@ def test_sweep_cuts_real_text_into_sequences_of_one_length() -> None:
 
 
 def test_bounds_of_a_point_fall_with_what_it_has_to_compute() -> None:
-    rates = {"expert": 0.5e12, "all rows": 1e12}
+    rates = {"expert": {"flops_per_second": 0.5e12}, "all rows": {"flops_per_second": 1e12}}
     of = {name: [scaling.bounds(each, rates) for each in curve.values()] for name, curve in scaling.CURVES.items()}
     assert len({round(bound["floor"], 6) for bound in of["tokens"][2:]}) == 1
     for grows in ("layers", "rank", "sequence"):
@@ -98,7 +98,7 @@ def test_bounds_of_a_point_fall_with_what_it_has_to_compute() -> None:
 def test_sweep_shows_each_point_once_in_each_of_its_curves(tmp_path: Path) -> None:
     point = scaling.BASE
     found = {"tokens_per_second": 1000.0, "dtype": "float32", "step_peak_bytes": 2e9}
-    found["tokens_per_second_at"] = {"floor": 2000.0, "own_rows": 1250.0}
+    found |= {"bounds": {"floor": 2000.0, "own_rows": 1250.0}, "shares": {"floor": 0.5, "own_rows": 0.8}}
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- scaling -->\nold\n<!-- /scaling -->\nafter\n", encoding="utf-8")
     scaling.write_table(page, {"points": {point.name: found}, **report.environment()})
