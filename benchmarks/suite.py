@@ -29,7 +29,7 @@ _PEERS = {
 # The tutorial's libraries are tried in both dtypes once.
 RUNS = {
     "step-t320-legacy": "step --tokens 320 --rounds 3 --peers legacy",
-    "step-t320-tutorial": "step --tokens 320 --rounds 3 --peers tutorial --peer-dtype {dtype_of_legacy}",
+    "step-t320-tutorial": "step --tokens 320 --rounds 2 --peers tutorial --peer-dtype {dtype_of_legacy}",
     "step-t320-stock5": "step --tokens 320 --rounds 3 --peers stock5",
     "e2e": "e2e --peer-dtype {dtype_of_legacy}",
     "layer-t320": "layer --tokens 320",
