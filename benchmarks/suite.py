@@ -83,17 +83,18 @@ def write_table(page: Path, results: dict[str, dict[str, Any]]) -> None:
         f"torch {one['versions']['torch']}, transformers {one['versions']['transformers']}, "
         f"peft {one['versions']['peft']}, bitsandbytes {one['versions']['bitsandbytes']}; {one['date'][:10]}.",
         "",
-        "| what | ours | peers | floor or limit | command |",
+        "| what | ours | instead | floor or limit | command |",
         "|---|---|---|---|---|",
-        *(_row(result) for result in results.values()),
+        *(_row(name, result) for name, result in results.items()),
         "",
     ]
     page.write_text(_MARK.sub(lambda found: found[1] + "\n".join(lines) + found[2], text), encoding="utf-8")
 
 
-def _row(result: dict[str, Any]) -> str:
+def _row(name: str, result: dict[str, Any]) -> str:
     what, ours, peers, limit = _CELLS[result["benchmark"]](result)
-    return f"| {what} | {ours} | {peers} | {limit} | `{result['command']}` |"
+    command, _, _ = result["command"].partition(" --json")
+    return f"| {what} | {ours} | {peers} | {limit} | `{command}` ([JSON](../benchmarks/results/{name}.json)) |"
 
 
 def _quantize(result: dict[str, Any]) -> tuple[str, str, str, str]:
