@@ -13,8 +13,8 @@ from expertune.planning.inventory import Layer, count_adapter
 from expertune.planning.placement import PlannedPlacement
 from expertune.planning.settings import Workload
 
-# Share of the floor's speed that a step reaches. CPU: the optimizer step with AVX2 of docs/performance-details.md, 87.8 of
-# 118 tokens a second by arithmetic, and less where GEMMs are thin. CUDA: an assumption, nothing has been measured.
+# Share of the floor's speed that a step reaches. CPU: the optimizer step with AVX2 of docs/performance-details.md, 87.8
+# of 118 tokens a second by arithmetic, and less where GEMMs are thin. CUDA: an assumption, nothing has been measured.
 EFFICIENCY = {"cpu": 0.6, "cuda": 0.4}
 
 # Hidden size of the smallest model whose time is estimated. Below, a step is mostly what lies around its products: one
