@@ -11,6 +11,7 @@ from tests.distributed.test_replicated import BEFORE, SCARCE, Place, assert_same
 pytest.importorskip("trl")
 
 # Of ten the last step of an epoch has two; of nine it has one, and a rank none.
+EIGHT = "data.train=pairs.jsonl[0:8]"
 NINE, NINE_LABELS = "data.train=pairs.jsonl[0:9]", "data.train=labels.jsonl[0:9]"
 ONE_EACH, TWO_EACH, FOUR_EACH = (f"training.per_device_train_batch_size={size}" for size in (1, 2, 4))
 TWICE = "training.gradient_accumulation_steps=2"
@@ -21,8 +22,8 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     # Its KL term is over a micro-batch of both ranks.
     "kto": ([FOUR_EACH], [TWO_EACH]),
     "kto nine": ([FOUR_EACH, NINE_LABELS], [TWO_EACH, NINE_LABELS]),
-    # Its cross entropy is over a micro-batch of each.
-    "orpo": ([TWO_EACH, TWICE], [TWO_EACH]),
+    # Its cross entropy is over a micro-batch of each, which have to be the same ones.
+    "orpo": ([TWO_EACH, TWICE, EIGHT], [TWO_EACH, EIGHT]),
 }
 
 
