@@ -1,10 +1,10 @@
-"""Start-up is light: help, a typing mistake and a bad run file answer without loading the libraries of a run."""
+"""Start-up is light: a command imports what it uses, and help or a mistake none of the libraries of a run."""
 
 import json
 
 import pytest
 
-from tests.processes import Ended, run_copies
+from tests.processes import BENEATH, RUN, Ended, run_copies, run_program
 
 HEAVY = ["torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "matplotlib", "numpy"]
 COMMANDS = ["plan", "train", "evaluate", "generate", "chat", "quantize", "doctor"]
@@ -17,8 +17,23 @@ MISTAKES = [
     ["generate", "no-such-folder", "--prompt", "Who?"],
     ["generate", "no-such-folder", "--prompt", ""],
     ["chat", "no-such-folder"],
+    ["generate", "{run}", "--prompt", "Who?", "--adapter", "checkpoint-7"],
+    ["verify", "{run}"],
+    ["plan", "{unknown}"],
     ["trian"],
 ]
+
+# What these commands have no use for, on top of torch and bitsandbytes.
+NOT_OF_A_PLAN = [
+    "datasets",
+    "pandas",
+    "matplotlib",
+    "trl",
+    "transformers.trainer",
+    "expertune.api",
+    "expertune.train.oom",
+]
+NOT_OF_DOCTOR = [*NOT_OF_A_PLAN, "transformers", "peft", "accelerate", "scipy", "expertune.planning", "expertune.data"]
 MODULES = ["expertune", "expertune.config", "expertune.evaluation.metrics", "expertune.run.record"]
 
 TELL = f"""
@@ -33,7 +48,13 @@ def tell():
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     """Each command line, and each import, in a process of its own that tells what it has loaded when it ends."""
     run = "try:\n    from expertune.cli import main\n    sys.argv[1:] = {}\n    main()\nfinally:\n    tell()"
-    codes = {str(arguments): run.format(arguments) for arguments in (*HELP, *MISTAKES)}
+    folder = tmp_path_factory.mktemp("given")
+    (folder / "record.json").write_text('{"format_version": 1}')
+    (folder / "unknown.yaml").write_text("model: m\noutput_dir: o\ndata: {train: a.jsonl}\nlaro: {}\n")
+    given = {"{run}": str(folder), "{unknown}": str(folder / "unknown.yaml")}
+    codes = {
+        str(arguments): run.format([given.get(each, each) for each in arguments]) for arguments in (*HELP, *MISTAKES)
+    }
     codes |= {module: f"import {module}\ntell()" for module in (*MODULES, "expertune.cli")}
     codes = {name: f"{TELL}\n{code}" for name, code in codes.items()}
     # What is light is loaded once for all of them.
@@ -70,3 +91,20 @@ def test_the_command_line_loads_few_modules(ended: dict[str, Ended]) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_what_describes_a_run_needs_no_heavy_library(module: str, ended: dict[str, Ended]) -> None:
     assert loaded(ended[module])[1] == []
+
+
+def test_doctor_and_plan_import_no_more_than_they_use() -> None:
+    code = f"""
+import sys
+import expertune.cli, expertune.doctor
+print([name for name in {NOT_OF_DOCTOR} if name in sys.modules])
+import expertune.run.planning
+print([name for name in {NOT_OF_A_PLAN} if name in sys.modules])
+"""
+    ended = run_program(code, imports=BENEATH)
+    assert ended.out.splitlines() == ["[]", "[]"], ended.err
+
+
+def test_a_run_imports_neither_the_compiler_of_torch_nor_what_other_objectives_need() -> None:
+    ended = run_program("import sys; print({'torch._inductor.compile_fx', 'trl'} & sys.modules.keys())", imports=RUN)
+    assert ended.out.splitlines() == ["set()"], ended.err

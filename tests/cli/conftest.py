@@ -47,6 +47,8 @@ def run_file(tmp_path):
 def run_dir(tmp_path):
     record = RunRecord.start(tmp_path / "runs" / "first")
     record.save()
+    for checkpoint in ("checkpoint-2", "checkpoint-50"):
+        (record.path.parent / checkpoint).mkdir()
     return str(record.path.parent)
 
 

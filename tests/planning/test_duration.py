@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 
 from expertune import load_config, plan
+from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import parse_config
+from expertune.data import prepare_examples
 from expertune.planning import make_plan
 from expertune.planning.duration import Lengths, read_lengths
 from expertune.train.schedule import count_evaluations, count_steps
@@ -87,6 +89,17 @@ def test_examples_are_tokenized_where_they_and_the_tokenizer_are_here_and_else_c
     assert read_lengths(parse_config(on_hub)) == Lengths(800, 320, 0, 320, is_bound=True)
     nowhere = values | {"data": {"train": "nowhere.jsonl"}}
     assert read_lengths(parse_config(nowhere)).num_rows is None
+
+
+def test_of_a_source_of_thousands_a_sample_from_all_over_it_is_tokenized(tmp_path):
+    rows = [{"prompt": "Who?", "completion": "Ada. " * (1 + index // 200)} for index in range(4000)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": f"{tmp_path}/rows.jsonl", "eval": f"{tmp_path}/rows.jsonl[0:2000]", "max_length": 512}
+    config = parse_config({"model": str(TINY_MIXTRAL), "data": data, "output_dir": "x"})
+    found, tokenizer = read_lengths(config), load_tokenizer(TINY_MIXTRAL)
+    assert (found.num_rows, found.num_eval_rows) == (4000, 2000)
+    whole = prepare_examples(config.data, "train", tokenizer).report
+    assert found.tokens == pytest.approx(whole["num_tokens"] / 4000, rel=0.01)
 
 
 def test_the_plan_of_the_demo_says_how_long_it_takes():

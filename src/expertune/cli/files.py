@@ -7,7 +7,7 @@ import typer
 
 import expertune
 from expertune.cli.arguments import Adapter, BaseModel, Json, RunDir, TrustRemoteCode, Verbose
-from expertune.exporting import FORMATS, require_known
+from expertune.exporting import FORMATS, require_export, require_known
 from expertune.terminal import log, print_json, stdout_for_results, working, writing
 
 
@@ -165,6 +165,7 @@ def verify(
     verification.json and the model card are written again. Exit code 2 where an engine computes something else from it
     than it should.
     """
+    require_export(folder)
     with stdout_for_results():
         found = expertune.verify(folder, run, trust_remote_code=trust_remote_code, model=model)
     if as_json:

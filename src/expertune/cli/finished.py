@@ -1,7 +1,7 @@
 """The commands that use a finished run: evaluate, generate, chat."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,6 +29,9 @@ from expertune.distributed.processes import require_one_process
 from expertune.errors import ConfigError
 from expertune.generation.sampling import Sampling
 from expertune.terminal import log, print_json, print_scores, print_tasks, stdout_for_results
+
+if TYPE_CHECKING:
+    from expertune import RunRecord
 
 
 def evaluate(
@@ -58,7 +61,7 @@ def evaluate(
     With --tasks, score tasks of lm-evaluation-harness with the adapter and without it; the record keeps the scores.
     """
     require_one_process()
-    expertune.RunRecord.load(run_dir)
+    _require_adapter(run_dir, adapter)
     of_tasks: dict[str, Any] = {"tasks": tasks} if tasks else {}
     of_tasks |= {"include_path": include_path} if include_path else {}
     of_tasks |= {name: True for name, given in (("task_code", task_code), ("download", download)) if given}
@@ -125,7 +128,7 @@ def generate(
     check_prompts(prompt, prompt_file, columns)
     if compare and base_only:
         raise ConfigError("--compare answers with the adapter and without it; leave out --base-only")
-    expertune.RunRecord.load(run_dir)
+    _require_adapter(run_dir, adapter)
     prompts = read_prompts(prompt, prompt_file)
     with stdout_for_results():
         answers = expertune.answers(
@@ -175,7 +178,7 @@ def chat(
     require_one_process()
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     columns = columns_of(column)
-    record = expertune.RunRecord.load(run_dir)
+    record = _require_adapter(run_dir, adapter)
     with stdout_for_results():
         conversation = expertune.chat(
             run_dir,
@@ -199,3 +202,13 @@ def chat(
     log(f"{run_dir}: {base} with{'out' if base_only else ''} {which}. /help lists commands; /exit or Ctrl-D ends.")
     log(how_it_goes(conversation))
     converse(conversation)
+
+
+def _require_adapter(run_dir: Path, adapter: str | None) -> "RunRecord":
+    """The run's record; a wrong directory or adapter is told before any library is loaded."""
+    record = expertune.RunRecord.load(run_dir)
+    if adapter is not None:
+        from expertune.run.directory import adapter_in
+
+        adapter_in(run_dir, adapter)
+    return record

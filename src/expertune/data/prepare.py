@@ -44,6 +44,7 @@ def prepare_examples(
     tokenizer: Any,
     progress: Progress | None = None,
     objective: ObjectiveName = "sft",
+    about: int | None = None,
 ) -> TokenizedExamples:
     """Read, render, tokenize and check the examples of a run.
 
@@ -53,6 +54,7 @@ def prepare_examples(
         tokenizer: a fast transformers tokenizer with an EOS token.
         progress: called with (examples done, examples in all) now and then.
         objective: the run's; it decides what an example is: see `TokenizedExample`.
+        about: how many examples to look at, evenly over a source that has twice as many; None takes all.
 
     Returns:
         The examples in the source's order, and the report for the run record; those of a large source lie in a file.
@@ -67,7 +69,7 @@ def prepare_examples(
     if spec is None:
         raise ConfigError("data.eval names no examples; set it to files, a hub dataset or a slice of one")
     source = find_source(spec)
-    walk = _Pipeline(data, objective, tokenizer, progress)
+    walk = _Pipeline(data, objective, tokenizer, progress, about)
     if token_cache.is_large(source):
         found = token_cache.kept_examples(
             token_cache.cache_key(source, data, tokenizer, objective),
@@ -92,6 +94,7 @@ class _Pipeline:
     objective: ObjectiveName
     tokenizer: Any
     progress: Progress | None
+    about: int | None
 
     def through(self, source: SourceExamples, keep: Callable[[TokenizedExample], None]) -> dict[str, Any]:
         """Hand on each example as soon as it is made; the report of all."""
@@ -102,7 +105,7 @@ class _Pipeline:
         reader = Reader(data, objective, layout, template, special_tokens)
         tally, answers, problems, num_flagged, num_open_turns = Tally(), AnswerTally(), Problems(), 0, 0
         total, done, num_read = sum(source.num_rows.values()), 0, 0
-        ahead, rows = TokenizesAhead(tokenizer), iter(source.examples)
+        ahead, rows = TokenizesAhead(tokenizer), islice(source.examples, 0, None, step(total, self.about))
         while block := list(islice(rows, _ROWS_AT_ONCE)):
             if self.progress:
                 self.progress(done, total)
@@ -137,6 +140,11 @@ class _Pipeline:
         report |= answers.report()
         report["warnings"] = [*report["warnings"], *_warnings(report), *answer_warnings(report)]
         return report | skip_report(problems)
+
+
+def step(total: int, about: int | None) -> int:
+    """Of how many examples one is looked at, of a source of so many; see `prepare_examples`."""
+    return max(total // about, 1) if about else 1
 
 
 def prepare_run(

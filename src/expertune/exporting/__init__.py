@@ -1,6 +1,8 @@
 """Exporting: a run's adapter, or base and adapter as one model, in the form that an engine reads; then run there."""
 
-from expertune.errors import ConfigError, did_you_mean
+from pathlib import Path
+
+from expertune.errors import ConfigError, ExportError, did_you_mean
 
 FORMATS = {
     "peft": "peft",
@@ -16,6 +18,8 @@ FORMATS = {
 
 TYPES = {"gguf-adapter": ("f32", "f16", "bf16"), "gguf": ("f32", "f16", "bf16", "q8_0")}
 """Formats whose numbers a user may choose, and how these may be held."""
+
+VERIFICATION = "verification.json"
 
 MERGED = ("merged", "gguf")
 """Whole models, whose base a user may choose."""
@@ -43,3 +47,15 @@ def require_known(name: str, base: str, kind: str | None) -> None:
         raise ConfigError(f"--type {kind}: --to {name} writes {', '.join(TYPES[name])}{smaller}")
     if base != "source" and name not in MERGED:
         raise ConfigError(f"--base {base}: --to {name} has no choice of it; {', '.join(MERGED)} have")
+
+
+def require_export(folder: Path) -> Path:
+    """The file that says what a folder holds; without importing torch.
+
+    Raises:
+        ExportError: there is none.
+    """
+    path = folder / VERIFICATION
+    if not path.is_file():
+        raise ExportError(f"{folder}: no {VERIFICATION} here; give a folder that `expertune export` has written")
+    return path

@@ -15,13 +15,14 @@ from expertune.config.sections import size
 from expertune.data.hub import is_hub_name
 from expertune.distributed.processes import require_one_process
 from expertune.errors import ConfigError, ExportError, StorageError, option
+from expertune.exporting import VERIFICATION, require_export
 from expertune.exporting.formats import Format, Options, Progress, Verdict, make_format
 from expertune.exporting.hub import push, require_hub
 from expertune.exporting.merged import MANIFEST, MergedIntoDequantized, write_dequantized
 from expertune.exporting.place import clear, hold_export, hold_partial, require_free
 from expertune.exporting.source import ExportSource, open_source
-from expertune.exporting.verify import VERIFICATION, write_verification
 from expertune.exporting.verify import verify as run_engines
+from expertune.exporting.verify import write_verification
 from expertune.report.card import CARD_NAME
 from expertune.run.beside import write_card, write_tokenizer
 from expertune.run.directory import ADAPTER_FOLDER
@@ -153,9 +154,7 @@ def verify(
     """
     require_one_process()
     given = Path(folder)
-    path = given / VERIFICATION
-    if not path.is_file():
-        raise ExportError(f"{given}: no {VERIFICATION} here; give a folder that `expertune export` has written")
+    path = require_export(given)
     values = read_mapping(path, fix="export the run again")
     try:
         name, chosen, adapter, hub = _exported(values)

@@ -24,13 +24,13 @@ from torch.nn.functional import one_hot
 
 from expertune.checkpoint.meta import auto_class
 from expertune.errors import ExpertuneError
+from expertune.exporting import VERIFICATION
 from expertune.exporting.formats import Engine, Format, Options, Verdict
 from expertune.exporting.programs import BrokenOffError, ProgramError, run_program
 from expertune.exporting.source import ExportSource, Place
 from expertune.run.directory import CALIBRATION
 from expertune.storage import SCRATCH, write_json
 
-VERIFICATION = "verification.json"
 _PROGRAM, _REFERENCE = "stock.py", "reference"
 # An effect this many times the tolerance: half of it, as a wrong scale makes, is then still beyond the tolerance.
 _EFFECT = 4
