@@ -4,7 +4,7 @@ python benchmarks/run.py startup --against ../before/src
 python benchmarks/run.py startup --commands plan doctor --rounds 5 --json benchmarks/results/startup.json
 
 `train` is the demo up to and with its first step, without evaluations and scores. `torch` is `import torch` alone, the
-unit in which the others can be compared between machines. A result that exists keeps the commands that are not measured.
+unit in which the others can be compared between machines. A result that exists keeps what is not measured again.
 """
 
 import argparse
