@@ -102,9 +102,9 @@ def read_lengths(config: RunConfig, trust_remote_code: bool = False) -> Lengths:
             of_eval = Lengths.of(data, 1, train.examples.report, evaluation.examples.report)
             num_eval_rows = evaluation.of_all(of_eval.num_eval_rows)
             return replace(found, num_eval_rows=num_eval_rows, eval_tokens=of_eval.eval_tokens)
-    num_eval_rows = _count(data.eval) if data.eval else 0
+    counted = _count(data.eval) if data.eval else 0
     longest = passes_of(config).sequences * data.max_length
-    return Lengths(_count(data.train), longest, num_eval_rows, longest, data.packing != "padded")
+    return Lengths(_count(data.train), longest, counted, longest, data.packing != "padded")
 
 
 @dataclass(frozen=True)
