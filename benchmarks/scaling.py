@@ -97,7 +97,12 @@ def main() -> None:
     cache = args.cache or Path(tempfile.gettempdir()) / "expertune-bench"
     result = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {"points": {}}
     started = time.perf_counter()
-    wanted = {point.name: point for curve in args.only for point in CURVES[curve].values()}
+    curves = [list(CURVES[curve].values()) for curve in args.only]
+    # The ends of all curves first: a sweep that is cut short shows what grows.
+    ordered = [point for points in curves for point in (points[0], points[-1])] + [
+        p for points in curves for p in points
+    ]
+    wanted = {point.name: point for point in ordered}
     for name, point in wanted.items():
         if name in result["points"] or time.perf_counter() - started > args.seconds:
             continue
