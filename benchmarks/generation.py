@@ -28,7 +28,7 @@ STACKS: dict[str, tuple[str, list[str]]] = {
 }
 
 # What is timed -> sequences, tokens of each prompt, new tokens.
-SETTINGS = {"batch 1": (1, 16, 33), "batch 32": (32, 16, 9), "prompt": (1, 512, 1)}
+SETTINGS = {"batch 1": (1, 16, 25), "batch 32": (32, 16, 5), "prompt": (1, 512, 1)}
 
 # What a token that is not plain transformers' most likely one may be less likely by: in standard deviations of logits.
 _TOLERANCE = 0.15

@@ -285,14 +285,18 @@ def _own_generation_config_aside(base: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _head_in_one_product(base: PreTrainedModel) -> Iterator[None]:
-    """Hand the output head contiguous hidden states.
+    """Hand the output head hidden states that lie side by side.
 
     After reading prompts transformers cuts out the last position of each. Of such a view [B, 1, D] torch makes B
-    products, for which it copies a 16-bit weight B times on a CPU: gigabytes, and seconds.
+    products, for which it copies a 16-bit weight B times on a CPU: gigabytes, and seconds. Of one sequence the view
+    counts as contiguous, whatever its strides; torch looks at these.
     """
 
     def side_by_side(_head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(each.contiguous() if isinstance(each, torch.Tensor) else each for each in inputs)
+        return tuple(
+            each.clone(memory_format=torch.contiguous_format) if isinstance(each, torch.Tensor) else each
+            for each in inputs
+        )
 
     hook = base.get_output_embeddings().register_forward_pre_hook(side_by_side)
     try:
