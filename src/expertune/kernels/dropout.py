@@ -42,16 +42,25 @@ def dropout(
     Returns:
         float32 [R, K].
     """
-    threshold, scale = min(round(probability * 2**32), _MASK), 1 / (1 - probability)
     columns = x.shape[1] if columns is None else columns
     if x.device.type == "cpu" and native.available():
         out = torch.empty(number_R.shape[0], x.shape[1], dtype=torch.float32) if out is None else out
-        native.dropout(x, out, number_R, int(seed), threshold, scale, first_column, columns, index)
+        native.dropout(x, out, in_library(number_R, int(seed), probability, columns), first_column, index)
         return out
+    threshold, scale = _threshold_and_scale(probability)
     elements = number_R[:, None] * columns + torch.arange(first_column, first_column + x.shape[1], device=x.device)
     chosen = x if index is None else x[index]
     dropped = torch.where(_hash(elements, seed) >= threshold, chosen * scale, 0.0)
     return dropped if out is None else out.copy_(dropped)
+
+
+def in_library(number_R: Tensor, seed: int, probability: float, columns: int) -> native.Dropout:
+    """The same dropout of float32 rows of so many columns, as GEMMs of the native library apply it."""
+    return native.Dropout(number_R, seed, *_threshold_and_scale(probability), columns)
+
+
+def _threshold_and_scale(probability: float) -> tuple[int, float]:
+    return min(round(probability * 2**32), _MASK), 1 / (1 - probability)
 
 
 class CounterDropout(nn.Dropout):

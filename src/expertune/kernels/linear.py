@@ -127,6 +127,6 @@ def _fused(x: Tensor, weight: Nf4Bytes, columns: int, transposed: bool) -> Tenso
     out = torch.empty(shape) if x.dtype == torch.float32 else workspace.take("linear_output", *shape)
     offsets = torch.tensor([x.shape[0]])
     native.grouped_gemm(
-        workspace.as_float("linear_input", x), weight, offsets, out, transposed=transposed, dtype=x.dtype
+        workspace.as_float(x, "linear_input"), weight, offsets, out, transposed=transposed, dtype=x.dtype
     )
     return out.to(x.dtype)

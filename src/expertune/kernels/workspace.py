@@ -11,6 +11,8 @@ import threading
 import torch
 from torch import Tensor
 
+from expertune.kernels.huge_pages import ask_for_huge_pages
+
 _local = threading.local()
 
 
@@ -27,12 +29,15 @@ def take(name: str, *shape: int) -> Tensor:
         held.pop(name, None)
         # Kept beyond the caller's inference mode: a tensor made in it could never be written to by training.
         with torch.inference_mode(False):
-            held[name] = torch.empty(size, dtype=torch.float32)
+            held[name] = ask_for_huge_pages(torch.empty(size, dtype=torch.float32))
     return held[name][:size].view(shape)
 
 
-def as_float(name: str, tensor: Tensor) -> Tensor:
-    """The tensor in float32 and adjoining in memory: itself, or a copy in `name`'s memory."""
+def as_float(tensor: Tensor, name: str | None = None) -> Tensor:
+    """The tensor in float32 and adjoining in memory, as the native library reads it: itself, or a copy.
+
+    The copy lies in `name`'s memory; without a name it is the caller's own.
+    """
     if tensor.dtype == torch.float32 and tensor.is_contiguous():
         return tensor
-    return take(name, *tensor.shape).copy_(tensor)
+    return tensor.float().contiguous() if name is None else take(name, *tensor.shape).copy_(tensor)

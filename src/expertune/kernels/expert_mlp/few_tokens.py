@@ -11,8 +11,8 @@ from torch import Tensor
 from expertune.kernels import workspace
 from expertune.kernels.expert_mlp.plan import Chunk, FrozenLayer
 from expertune.kernels.lora import LoraUpdate
-from expertune.kernels.native import plain
 from expertune.kernels.native.gemv import LowRank, Product, gemv
+from expertune.kernels.workspace import as_float
 
 
 def takes(after: object, updates: Sequence[LoraUpdate]) -> bool:
@@ -40,7 +40,7 @@ def forward(chunk: Chunk, layer: FrozenLayer, updates: Sequence[LoraUpdate]) -> 
         weight=layer.down,
         x=inner,
         y=out_TD,
-        top_k_weights=plain(weights_TK),
+        top_k_weights=as_float(weights_TK),
         bias=layer.outer_bias,
         updates=[_low_rank(update, 0) for update in updates if update.part == parts],
     )
@@ -49,9 +49,9 @@ def forward(chunk: Chunk, layer: FrozenLayer, updates: Sequence[LoraUpdate]) -> 
         gemv([first, second], routed, experts)
         return out_TD
     gemv([first], routed, experts)
-    gemv([second._replace(x=plain(layer.activation.function(inner)))], routed, experts)
+    gemv([second._replace(x=as_float(layer.activation.function(inner)))], routed, experts)
     return out_TD
 
 
 def _low_rank(update: LoraUpdate, part: int) -> LowRank:
-    return LowRank(plain(update.a), plain(update.b), update.slots, part, update.scaling)
+    return LowRank(as_float(update.a), as_float(update.b), update.slots, part, update.scaling)

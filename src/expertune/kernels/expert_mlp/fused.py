@@ -3,8 +3,8 @@
 Between the GEMMs numbers are float32. Frozen weights and what they multiply are rounded to bfloat16 where tokens are
 bfloat16 and the CPU multiplies it (`native.bfloat16_arithmetic`), with sums in float32; else all arithmetic is float32.
 
-The library gathers tokens as it reads them, so that none is copied to its expert, and adds the low-rank
-updates where it sums each output.
+The library gathers tokens as it reads them, so that none is copied to its expert, drops what a low-rank factor reads as
+it reads it, and adds the low-rank updates where it sums each output. In bfloat16 it applies SwiGLU there too.
 
 Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R routed tokens, E experts, P parts
 of the first GEMM, r rank.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from expertune.kernels import native, workspace
 from expertune.kernels.dequant_gemm import spans
-from expertune.kernels.dropout import dropout
+from expertune.kernels.dropout import in_library
 from expertune.kernels.expert_mlp.plan import (
     Chunk,
     FrozenLayer,
@@ -29,7 +29,7 @@ from expertune.kernels.expert_mlp.plan import (
     sort_by_expert,
 )
 from expertune.kernels.lora import LoraUpdate, updates_by_expert
-from expertune.kernels.native import plain
+from expertune.kernels.workspace import as_float
 
 # Gradients of A and B are added to what is there.
 overwrites = False
@@ -38,17 +38,16 @@ overwrites = False
 def forward(chunk: Chunk, layer: FrozenLayer, updates: list[LoraUpdate], h: list[Tensor], out_TD: Tensor) -> None:
     """Writes the layer's output to `out_TD` and x @ A of each update to `h`; see `operator.Route`."""
     routed = sort_by_expert(chunk, layer.num_experts)
-    x_TD = workspace.as_float("tokens", chunk.hidden_TD)
+    x_TD = as_float(chunk.hidden_TD, "tokens")
     for update, out in _inner(layer, updates, h):
-        if update.dropout:
-            dropped = _dropped(x_TD, update, routed, routed.token_R)
-            _dense(dropped, update, routed, out)
-        else:
-            _dense(x_TD, update, routed, out, routed.token_R)
-    x_RF = _activate(_gate_up(x_TD, routed, layer, updates, h), layer)
+        _dense(x_TD, update, routed, out, routed.token_R)
+    if _swiglu_in_gemm(layer, updates):
+        x_RF = workspace.take("intermediate", routed.token_R.shape[0], layer.intermediate_size)
+        _multiply_gate_up(x_TD, routed, layer, updates, h, x_RF, swiglu=True)
+    else:
+        x_RF = _activate(_gate_up(x_TD, routed, layer, updates, h), layer)
     for update, out in _outer(layer, updates, h):
-        dropped = _dropped(x_RF, update, routed) if update.dropout else x_RF
-        _dense(dropped, update, routed, out)
+        _dense(x_RF, update, routed, out)
     y_RD = workspace.take("rows", x_RF.shape[0], layer.hidden_size)
     added = [_update(update, low, 0, layer.hidden_size) for update, low in _outer(layer, updates, h)]
     gained = [update for update, _ in _outer(layer, updates, h) if update.gain is not None]
@@ -68,8 +67,8 @@ def backward(
 ) -> None:
     """Writes gradients of hidden and of the router's weights; adds to those of A and B."""
     routed = sort_by_expert(chunk, layer.num_experts)
-    x_TD = workspace.as_float("tokens", chunk.hidden_TD)
-    dout_TD = workspace.as_float("output_gradient", dout_TD)
+    x_TD = as_float(chunk.hidden_TD, "tokens")
+    dout_TD = as_float(dout_TD, "output_gradient")
     size = layer.intermediate_size
     before_gain = _before_gain(routed, layer, updates)
     gate_up = _gate_up(x_TD, routed, layer, updates, h, before_gain)
@@ -88,32 +87,25 @@ def backward(
             _product(dy, update.b, update, routed, dh_down[u], transposed=False, index=token_R)
             dh_down[u] *= update.scaling
     dinter_RF = workspace.take("intermediate", gate_up.shape[0], size)
-    undropped = [
-        native.Update(dh, plain(updates[u].a), 0, size, updates[u].slots)
-        for u, dh in dh_down.items()
-        if not updates[u].dropout
-    ]
+    added = [_input_update(updates[u], dh, routed) for u, dh in dh_down.items()]
     native.grouped_gemm(
         dy,
         layer.down,
         routed.offsets_E,
         dinter_RF,
         transposed=False,
-        updates=undropped,
+        updates=added,
         index=token_R,
         dtype=layer.dtype,
     )
-    for u, dh in dh_down.items():
-        if updates[u].dropout:
-            dinter_RF += _low_rank_input(dh, updates[u], routed)
     inter_RF, dgate_up, dweight_R = _activation_backward(gate_up, dinter_RF, routed.weight_R, layer)
     if layer.outer_bias is not None:
         dweight_R += bias_gradient(dout_TD, layer.outer_bias, routed)
 
     for u, dh in dh_down.items():
         update, low = updates[u], h[u]
-        dropped = _dropped(inter_RF, update, routed) if update.dropout else inter_RF
-        _add_outer(gradients.a[u], dh * routed.weight_R[:, None], dropped, routed, update.slots)
+        dropped = _dropout(update, routed)
+        _add_outer(gradients.a[u], dh * routed.weight_R[:, None], inter_RF, routed, update.slots, dropout=dropped)
         scaled = low.float() * (routed.weight_R * update.scaling)[:, None]
         _add_outer(gradients.b[u].transpose(1, 2), scaled, dy, routed, update.slots, token_R)
         if update.gain is not None:
@@ -132,7 +124,7 @@ def backward(
                 columns = slice(update.part * size, (update.part + 1) * size)
                 _add_gain_gradient(gradients.gains[u], update, dgate_up[:, columns], before_gain[:, columns], routed)
         _scale(dgate_up, [update for update, _ in _inner(layer, updates, h) if update.gain is not None], None, routed)
-    added, dropped_dh = [], []
+    added = []
     for u, (update, low) in enumerate(zip(updates, h, strict=True)):
         if update.part == layer.num_parts:
             continue
@@ -141,20 +133,20 @@ def backward(
         _product(dpart, update.b, update, routed, dh, transposed=False)
         dh *= update.scaling
         _add_outer(gradients.b[u].transpose(1, 2), low.float() * update.scaling, dpart, routed, update.slots)
-        if update.dropout:
-            _add_outer(gradients.a[u], dh, _dropped(x_TD, update, routed, routed.token_R), routed, update.slots)
-            dropped_dh.append((update, dh))
-        else:
-            _add_outer(gradients.a[u], dh, x_TD, routed, update.slots, routed.token_R)
-            added.append(native.Update(dh, plain(update.a), 0, layer.hidden_size, update.slots))
+        _add_outer(gradients.a[u], dh, x_TD, routed, update.slots, routed.token_R, _dropout(update, routed))
+        added.append(_input_update(update, dh, routed))
     dx_RD = workspace.take("rows", dgate_up.shape[0], layer.hidden_size)
     native.grouped_gemm(
         dgate_up, layer.gate_up, routed.offsets_E, dx_RD, transposed=False, updates=added, dtype=layer.dtype
     )
-    for update, dh in dropped_dh:
-        dx_RD += _low_rank_input(dh, update, routed)
     gradients.top_k_weights_TK.copy_(dweight_R[routed.inverse_R].view_as(gradients.top_k_weights_TK))
     gradients.hidden_TD.copy_(combine(dx_RD, routed.inverse_R, chunk.hidden_TD.shape[0]))
+
+
+def _swiglu_in_gemm(layer: FrozenLayer, updates: list[LoraUpdate]) -> bool:
+    """Whether the first GEMM of the forward gives the intermediate values: gains come between, and have no kernel."""
+    in_bfloat16 = layer.dtype == torch.bfloat16 and native.bfloat16_arithmetic() > 0
+    return in_bfloat16 and layer.activation.swiglu and all(update.gain is None for update in updates)
 
 
 def _gate_up(
@@ -166,13 +158,28 @@ def _gate_up(
     before_gain: Tensor | None = None,
 ) -> Tensor:
     """The first GEMM with its updates, float32 [R, P * F]; without gains and bias also in `before_gain`."""
-    size = layer.intermediate_size
-    out = workspace.take("gate_up", routed.token_R.shape[0], layer.num_parts * size)
-    added = [
-        _update(update, low, update.part * size, (update.part + 1) * size) for update, low in _inner(layer, updates, h)
-    ]
+    out = workspace.take("gate_up", routed.token_R.shape[0], layer.num_parts * layer.intermediate_size)
+    _multiply_gate_up(x_TD, routed, layer, updates, h, out)
     gained = [update for update, _ in _inner(layer, updates, h) if update.gain is not None]
-    added += [] if gained else _bias(layer.inner_bias, routed)
+    if before_gain is not None:
+        before_gain.copy_(out)
+    _scale(out, gained, layer.inner_bias if gained else None, routed)
+    return out
+
+
+def _multiply_gate_up(
+    x_TD: Tensor,
+    routed: RoutedTokens,
+    layer: FrozenLayer,
+    updates: list[LoraUpdate],
+    h: list[Tensor],
+    out: Tensor,
+    swiglu: bool = False,
+) -> None:
+    """The first GEMM with its updates, and its bias where no gain comes before that."""
+    size, inner = layer.intermediate_size, _inner(layer, updates, h)
+    added = [_update(update, low, update.part * size, (update.part + 1) * size) for update, low in inner]
+    added += [] if any(update.gain is not None for update, _ in inner) else _bias(layer.inner_bias, routed)
     native.grouped_gemm(
         x_TD,
         layer.gate_up,
@@ -182,11 +189,8 @@ def _gate_up(
         updates=added,
         index=routed.token_R,
         dtype=layer.dtype,
+        swiglu=swiglu,
     )
-    if before_gain is not None:
-        before_gain.copy_(out)
-    _scale(out, gained, layer.inner_bias if gained else None, routed)
-    return out
 
 
 def _before_gain(routed: RoutedTokens, layer: FrozenLayer, updates: list[LoraUpdate]) -> Tensor | None:
@@ -220,7 +224,7 @@ def _add_gain_gradient(total_SN: Tensor, update: LoraUpdate, dy_RN: Tensor, y_RN
 
 def _activate(gate_up: Tensor, layer: FrozenLayer) -> Tensor:
     if not layer.activation.swiglu:
-        return plain(layer.activation.function(gate_up))
+        return as_float(layer.activation.function(gate_up))
     out = workspace.take("intermediate", gate_up.shape[0], layer.intermediate_size)
     native.swiglu(gate_up, out)
     return out
@@ -237,10 +241,10 @@ def _activation_backward(
     gate_up.requires_grad_()
     with differentiable():
         x_RF = layer.activation.function(gate_up)
-    inter_RF = plain(x_RF.detach())
+    inter_RF = as_float(x_RF.detach())
     dweight_R = torch.linalg.vecdot(inter_RF, dinter_RF)
     (dgate_up,) = torch.autograd.grad(x_RF, gate_up, dinter_RF.mul_(weight_R[:, None]))
-    return inter_RF, plain(dgate_up), dweight_R
+    return inter_RF, as_float(dgate_up), dweight_R
 
 
 def _inner(layer: FrozenLayer, updates: list[LoraUpdate], h: list[Tensor]) -> list[tuple[LoraUpdate, Tensor]]:
@@ -252,7 +256,7 @@ def _outer(layer: FrozenLayer, updates: list[LoraUpdate], h: list[Tensor]) -> li
 
 
 def _update(update: LoraUpdate, h: Tensor, column: int, column_end: int) -> native.Update:
-    return native.Update(h.float() * update.scaling, plain(update.b), column, column_end, update.slots)
+    return native.Update(h.float() * update.scaling, as_float(update.b), column, column_end, update.slots)
 
 
 def _bias(bias_EN: Tensor | None, routed: RoutedTokens) -> list[native.Update]:
@@ -263,15 +267,24 @@ def _bias(bias_EN: Tensor | None, routed: RoutedTokens) -> list[native.Update]:
     return [native.Update(ones, bias_EN.contiguous().unsqueeze(2), 0, bias_EN.shape[1])]
 
 
-def _dropped(x: Tensor, update: LoraUpdate, routed: RoutedTokens, index: Tensor | None = None) -> Tensor:
-    out = workspace.take("dropped", routed.number_R.shape[0], x.shape[1])
-    return dropout(x, routed.number_R, update.seed, update.dropout, index, out=out)
+def _input_update(update: LoraUpdate, dh_Rr: Tensor, routed: RoutedTokens) -> native.Update:
+    """The gradient of an update's input, dh @ A[e] where it was kept, as an update of the frozen weights' own."""
+    a = as_float(update.a)
+    return native.Update(dh_Rr, a, 0, a.shape[2], update.slots, _dropout(update, routed))
+
+
+def _dropout(update: LoraUpdate, routed: RoutedTokens) -> native.Dropout | None:
+    """Of the update's input, whose columns it reads by A."""
+    if not update.dropout:
+        return None
+    return in_library(routed.number_R, int(update.seed), update.dropout, update.a.shape[2])
 
 
 def _dense(x: Tensor, update: LoraUpdate, routed: RoutedTokens, out_Rr: Tensor, index: Tensor | None = None) -> None:
-    """out = x @ A[e].T, rounded to out's dtype."""
+    """out = x @ A[e].T of the dropped x, rounded to out's dtype."""
     low = torch.empty(out_Rr.shape, dtype=torch.float32)
-    _product(x, update.a, update, routed, low, transposed=True, index=index)
+    dropped = _dropout(update, routed)
+    _product(x, update.a, update, routed, low, transposed=True, index=index, dropout=dropped)
     out_Rr.copy_(low)
 
 
@@ -284,22 +297,25 @@ def _product(
     *,
     transposed: bool,
     index: Tensor | None = None,
+    dropout: native.Dropout | None = None,
 ) -> None:
     """out = x @ factor[e].T (transposed) or @ factor[e], a factor of the update; zeros where an expert has none."""
-    native.grouped_gemm(x, plain(factor), routed.offsets_E, out, transposed=transposed, index=index, slots=update.slots)
-
-
-def _low_rank_input(dh_Rr: Tensor, update: LoraUpdate, routed: RoutedTokens) -> Tensor:
-    """Gradient of a dropped input: dh @ A[e] where it was kept, float32 [R, K]."""
-    out = workspace.take("low_rank", dh_Rr.shape[0], update.a.shape[2])
-    _product(dh_Rr, update.a, update, routed, out, transposed=False)
-    return dropout(out, routed.number_R, update.seed, update.dropout, out=out)
+    offsets_E, slots = routed.offsets_E, update.slots
+    native.grouped_gemm(
+        x, as_float(factor), offsets_E, out, transposed=transposed, index=index, slots=slots, dropout=dropout
+    )
 
 
 def _add_outer(
-    total_Epq: Tensor, u: Tensor, v: Tensor, routed: RoutedTokens, slots: Tensor | None, index: Tensor | None = None
+    total_Epq: Tensor,
+    u: Tensor,
+    v: Tensor,
+    routed: RoutedTokens,
+    slots: Tensor | None,
+    index: Tensor | None = None,
+    dropout: native.Dropout | None = None,
 ) -> None:
     """total += u[tokens of e].T @ v[tokens of e]; fast where v is the wide one, whose rows are read as they lie."""
     out = total_Epq.new_empty(total_Epq.shape)
-    native.outer(u, v, routed.offsets_E, out, index, slots)
+    native.outer(u, v, routed.offsets_E, out, index, slots, dropout)
     total_Epq += out

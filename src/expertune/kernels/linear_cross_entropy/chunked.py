@@ -8,12 +8,13 @@ r rank.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from expertune.kernels.cpu import gemm_dtype
+from expertune.kernels.linear_cross_entropy import tiles
+from expertune.kernels.linear_cross_entropy.tiles import Head, LowRank, TileLoss
 
 IGNORE_INDEX = -100
 
@@ -29,31 +30,6 @@ _MIN_ROWS = 64
 # all of the vocabulary.
 TILE_BYTES = {"cpu": 7 * 2**20, "cuda": 256 * 2**20}
 _TILE_MULTIPLE = 64
-
-
-class Head(NamedTuple):
-    """The output head as the operator receives it; see `expertune.kernels.linear_cross_entropy.linear_cross_entropy`.
-
-    Attributes:
-        has_own_input: for each update, whether its input is its own or hidden.
-    """
-
-    weight_VD: Tensor
-    bias_V: Tensor | None
-    scale: float
-    softcap: float | None
-    scalings: list[float]
-    has_own_input: list[bool]
-    a: list[Tensor]
-    b: list[Tensor]
-
-
-class _Update(NamedTuple):
-    """One low-rank update on the rows of a chunk; all float32."""
-
-    x_nD: Tensor
-    h_nr: Tensor  # scaling * x @ A.T
-    dh_nr: Tensor  # gradient of h, summed up tile by tile
 
 
 def forward(
@@ -87,12 +63,14 @@ def forward(
     _check_labels(labels_N, head.weight_VD.shape[0])
     inputs = iter(own_inputs)
     x_updates = [next(inputs) if own else hidden_TD for own in head.has_own_input]
+    ranks = [factor.shape[0] for factor in head.a]
 
     losses_N = hidden_TD.new_empty(rows_N.shape[0], dtype=torch.float32)
     d_hidden_TD = hidden_TD.new_zeros(hidden_TD.shape if hidden_gradient else 0)
     # Sums over chunks are float32, whatever the factors are.
+    b_VR = torch.cat([losses_N.new_empty(len(head.weight_VD), 0), *(factor.float() for factor in head.b)], dim=1)
     d_a = [factor.new_zeros(factor.shape, dtype=torch.float32) for factor in head.a if update_gradients]
-    d_b = [factor.new_zeros(factor.shape, dtype=torch.float32) for factor in head.b if update_gradients]
+    d_b_VR = torch.zeros_like(b_VR)
     d_own = [x.new_zeros(x.shape) for x in own_inputs if update_gradients]
 
     step = rows_per_chunk(rows_N.shape[0], head.weight_VD.shape[0], hidden_TD.device)
@@ -100,37 +78,42 @@ def forward(
         chunk = slice(start, start + step)
         rows_n, labels_n = rows_N[chunk], labels_N[chunk]
         x_nD = hidden_TD[rows_n].to(gemm_dtype(hidden_TD.dtype, hidden_TD.device))
-        updates = _updates(head, x_updates, rows_n)
+        x_of_updates = [x_TD[rows_n].float() for x_TD in x_updates]
+        of_updates = zip(x_of_updates, head.a, head.scalings, strict=True)
+        h_nR = torch.cat([b_VR.new_empty(len(x_nD), 0), *(x @ a.float().t() * by for x, a, by in of_updates)], dim=1)
+        low_rank = LowRank(h_nR, b_VR, torch.zeros_like(h_nR), d_b_VR)
         weight = _Weight(head.weight_VD, x_nD)
-        logits, losses_N[chunk], lse_n = _logits(x_nD, head, updates, weight, labels_n)
+        logits, losses_N[chunk], lse_n = _logits(x_nD, head, low_rank, weight, labels_n)
         if not (hidden_gradient or update_gradients):
             logits.clear()  # before the next chunk's are made
             continue
         dx_nD = torch.zeros_like(x_nD, dtype=torch.float32) if hidden_gradient else None
-        for tile, d_logits_nv in _logit_gradients(logits, head, weight, labels_n, lse_n):
-            if weights_T is not None:
-                d_logits_nv.mul_(weights_T[rows_n].unsqueeze(1))
+        weights_n = None if weights_T is None else weights_T[rows_n]
+        for tile in weight.tiles():
+            loss = TileLoss(labels_n, lse_n, weights_n)
+            d_logits_nv = tiles.gradient(logits.pop(0), tile, head, low_rank, loss, x_nD.dtype)
             if dx_nD is not None:
                 weight.add_transposed(d_logits_nv, tile, dx_nD)
-            for u, update in enumerate(updates):
-                update.dh_nr.addmm_(d_logits_nv, head.b[u][tile].float(), alpha=head.scalings[u])
-                if update_gradients:
-                    d_b[u][tile].addmm_(d_logits_nv.t(), update.h_nr)
         gradients_of_inputs = iter(d_own)
-        for u, update in enumerate(updates):
+        for u, dh_nr in enumerate(low_rank.dh_nR.split(ranks, dim=1)):
+            dh_nr = dh_nr * head.scalings[u]
             if update_gradients:
-                d_a[u].addmm_(update.dh_nr.t(), update.x_nD)
+                d_a[u].addmm_(dh_nr.t(), x_of_updates[u])
             if head.has_own_input[u]:
                 if update_gradients:
                     d_input = next(gradients_of_inputs)
-                    d_input[rows_n] = (update.dh_nr @ head.a[u].float()).to(d_input.dtype)
+                    d_input[rows_n] = (dh_nr @ head.a[u].float()).to(d_input.dtype)
             elif dx_nD is not None:
-                dx_nD.addmm_(update.dh_nr, head.a[u].float())
+                dx_nD.addmm_(dh_nr, head.a[u].float())
         if dx_nD is not None:
             d_hidden_TD[rows_n] = dx_nD.to(d_hidden_TD.dtype)
 
     d_a = [gradient.to(factor.dtype) for gradient, factor in zip(d_a, head.a, strict=False)]
-    d_b = [gradient.to(factor.dtype) for gradient, factor in zip(d_b, head.b, strict=False)]
+    d_b = [
+        gradient.to(factor.dtype, memory_format=torch.contiguous_format, copy=True)
+        for gradient, factor in zip(d_b_VR.split(ranks, dim=1), head.b, strict=True)
+        if update_gradients
+    ]
     return losses_N, d_hidden_TD, d_a, d_b, d_own
 
 
@@ -157,8 +140,8 @@ def working_set_bytes(num_rows: int, vocabulary: int, hidden_size: int, dtype: t
     # On a CPU a tile of logits on their way to the next step, its gradient, and weights that were converted; elsewhere
     # a tile is all of the chunk's logits: in float32, and in the dtype of the GEMM.
     cpu_tiles = 3 * min(TILE_BYTES["cpu"], logits)
-    tiles = cpu_tiles if device == "cpu" else logits + rows * vocabulary * dtype.itemsize
-    return logits + tiles + 2 * rows * hidden_size * torch.float32.itemsize
+    beside = cpu_tiles if device == "cpu" else logits + rows * vocabulary * dtype.itemsize
+    return logits + beside + 2 * rows * hidden_size * torch.float32.itemsize
 
 
 def _most_rows(vocabulary: int, device: str) -> int:
@@ -174,63 +157,21 @@ def _check_labels(labels_N: Tensor, vocabulary: int) -> None:
             raise ValueError(f"labels must be {IGNORE_INDEX} or within [0, {vocabulary}), got {label}")
 
 
-def _updates(head: Head, x_updates: list[Tensor], rows_n: Tensor) -> list[_Update]:
-    updates = []
-    for scaling, a_rD, x_TD in zip(head.scalings, head.a, x_updates, strict=True):
-        x_nD = x_TD[rows_n].float()
-        h_nr = (x_nD @ a_rD.float().t()).mul_(scaling)
-        updates.append(_Update(x_nD, h_nr, torch.zeros_like(h_nr)))
-    return updates
-
-
 def _logits(
-    x_nD: Tensor, head: Head, updates: list[_Update], weight: "_Weight", labels_n: Tensor
+    x_nD: Tensor, head: Head, low_rank: LowRank, weight: "_Weight", labels_n: Tensor
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """The float32 logits of a chunk, one tensor [n, v] for each tile; its losses [n]; and its log-sum-exp [n]."""
     logits, log_sums = [], []
     label_logits_n = x_nD.new_zeros(x_nD.shape[0], dtype=torch.float32)
     for tile in weight.tiles():
-        z_nv = weight.multiply(x_nD, tile)
-        for update, b_Vr in zip(updates, head.b, strict=True):
-            z_nv.addmm_(update.h_nr, b_Vr[tile].float().t())
-        if head.bias_V is not None:
-            z_nv.add_(head.bias_V[tile].float())
-        if head.scale != 1.0:
-            z_nv.mul_(head.scale)
-        if head.softcap is not None:
-            z_nv.div_(head.softcap).tanh_().mul_(head.softcap)
-        column_n, inside_n = _columns_of_labels(labels_n, tile)
+        z_nv, log_sum_n = tiles.complete(weight.multiply(x_nD, tile), tile, head, low_rank)
+        column_n, inside_n = tiles.columns_of_labels(labels_n, tile)
         own_n = z_nv.gather(1, column_n.unsqueeze(1)).squeeze(1)
         label_logits_n = torch.where(inside_n, own_n, label_logits_n)
-        log_sums.append(torch.logsumexp(z_nv, dim=1))
+        log_sums.append(log_sum_n)
         logits.append(z_nv)
     lse_n = torch.logsumexp(torch.stack(log_sums), dim=0)
     return logits, lse_n - label_logits_n, lse_n
-
-
-def _logit_gradients(
-    logits: list[Tensor], head: Head, weight: "_Weight", labels_n: Tensor, lse_n: Tensor
-) -> Iterator[tuple[slice, Tensor]]:
-    """For each tile the loss's gradient [n, v] of x @ W.T + ...; it takes the place of the logits and uses them up."""
-    each_n = torch.arange(labels_n.shape[0], device=labels_n.device)
-    for tile in weight.tiles():
-        z_nv = logits.pop(0)
-        # d (c tanh(z / c)) / dz = 1 - tanh(z / c) ** 2, from the capped logits themselves.
-        slope_nv = None if head.softcap is None else z_nv.div(head.softcap).square_().neg_().add_(1)
-        d_nv = z_nv.sub_(lse_n.unsqueeze(1)).exp_()
-        column_n, inside_n = _columns_of_labels(labels_n, tile)
-        d_nv[each_n, column_n] -= inside_n.float()
-        if slope_nv is not None:
-            d_nv.mul_(slope_nv)
-        if head.scale != 1.0:
-            d_nv.mul_(head.scale)
-        yield tile, d_nv
-
-
-def _columns_of_labels(labels_n: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
-    """Each label's column in a tile, and whether it is in there; without asking the device how many are."""
-    inside_n = (labels_n >= tile.start) & (labels_n < tile.stop)
-    return (labels_n - tile.start).clamp(0, tile.stop - tile.start - 1), inside_n
 
 
 class _Weight:
@@ -255,11 +196,11 @@ class _Weight:
             yield slice(start, min(start + self._columns, vocabulary))
 
     def multiply(self, x_nD: Tensor, tile: slice) -> Tensor:
-        """x @ W.T over a tile, float32 [n, v]."""
+        """x @ W.T over a tile, [n, v] of x's dtype."""
         z_nv = x_nD.new_empty(x_nD.shape[0], tile.stop - tile.start)
         for part, weight_vD in self._parts(tile):
             torch.mm(x_nD, weight_vD.t(), out=z_nv[:, part])
-        return z_nv.float()
+        return z_nv
 
     def add_transposed(self, d_logits_nv: Tensor, tile: slice, total_nD: Tensor) -> None:
         """total += d_logits @ W over a tile; the sum over tiles is float32."""

@@ -28,10 +28,12 @@ from expertune.kernels.nf4.reference import (
 )
 
 __all__ = [
+    "Dropout",
     "Status",
     "Update",
     "available",
     "bfloat16_arithmetic",
+    "call",
     "dequantize",
     "dequantize_absmax",
     "dropout",
@@ -39,7 +41,6 @@ __all__ = [
     "fit",
     "grouped_gemm",
     "outer",
-    "plain",
     "quantize",
     "scratch_bytes",
     "status",
@@ -54,8 +55,26 @@ _NF4_KIND = 0
 _BFLOAT_ROWS, _BFLOAT_WIDE, _BFLOAT_PASS = 512, 256, 512
 
 
+class Dropout(NamedTuple):
+    """Which elements of R rows are dropped; see `expertune.kernels.dropout`.
+
+    Attributes:
+        number_R: int64 [R].
+        seed: 0 <= seed < 2**63.
+        threshold: elements whose hash is below are dropped.
+        scale: of the others.
+        columns: of the whole rows, by which elements are numbered.
+    """
+
+    number_R: Tensor
+    seed: int
+    threshold: int
+    scale: float
+    columns: int
+
+
 class Update(NamedTuple):
-    """A low-rank update of some columns: y[:, column:column_end] += h @ b[e].
+    """A low-rank update of some columns: y[:, column:column_end] += h @ b[e], or what of it is not dropped.
 
     Attributes:
         h_Rr: float32 [R, r], already scaled.
@@ -63,6 +82,7 @@ class Update(NamedTuple):
             where it is not.
         column, column_end: the columns of y.
         slots: int64 [E], which matrix of b is each expert's, -1 for none; None where each has its own number's.
+        dropout: of what is added, where the GEMM is not transposed.
     """
 
     h_Rr: Tensor
@@ -70,6 +90,7 @@ class Update(NamedTuple):
     column: int
     column_end: int
     slots: Tensor | None = None
+    dropout: Dropout | None = None
 
 
 def available() -> bool:
@@ -80,7 +101,7 @@ def available() -> bool:
 @cache
 def bfloat16_arithmetic() -> int:
     """What multiplies NF4 weights in bfloat16 on this CPU: 2 AMX, 1 AVX512-BF16, 0 nothing, so that float32 does."""
-    return _call("expertune_bfloat16")
+    return call("expertune_bfloat16")
 
 
 def scratch_bytes(tokens: int, depth: int) -> int:
@@ -90,17 +111,12 @@ def scratch_bytes(tokens: int, depth: int) -> int:
     return _BFLOAT_WIDE * (_BFLOAT_ROWS * 4 + _BFLOAT_PASS * 2) + tiles
 
 
-def plain(tensor: Tensor) -> Tensor:
-    """The tensor as the library reads it: float32, and adjoining in memory."""
-    return tensor.float().contiguous()
-
-
 def quantize(matrix_NK: Tensor, packed: Tensor, absmax: Tensor) -> bool:
     """Contiguous float32, bfloat16 or float16 [N, K] -> packed uint8 [N, K/2], float32 absmax [N*K/64].
 
     Returns whether all weights are finite; where they are not, the outputs are of no use.
     """
-    bad_blocks = _call(
+    bad_blocks = call(
         "expertune_quantize",
         _pointer(matrix_NK),
         _SOURCE_KINDS[matrix_NK.dtype],
@@ -116,7 +132,7 @@ def quantize(matrix_NK: Tensor, packed: Tensor, absmax: Tensor) -> bool:
 def fit(matrix_NK: Tensor, importance_K: Tensor | None, scale: Tensor) -> None:
     """Scales of blocks by error, in the place of their absmax; see `expertune.kernels.nf4.reference.fit_scales`."""
     factors = fit_factors()
-    _call(
+    call(
         "expertune_fit",
         _pointer(matrix_NK),
         _SOURCE_KINDS[matrix_NK.dtype],
@@ -135,7 +151,7 @@ def fit(matrix_NK: Tensor, importance_K: Tensor | None, scale: Tensor) -> None:
 
 def encode(matrix_NK: Tensor, scale: Tensor, packed: Tensor) -> None:
     """Codes of a contiguous matrix for float32 scales [N*K/64] -> packed uint8 [N, K/2]."""
-    _call(
+    call(
         "expertune_encode",
         _pointer(matrix_NK),
         _SOURCE_KINDS[matrix_NK.dtype],
@@ -150,7 +166,7 @@ def encode(matrix_NK: Tensor, scale: Tensor, packed: Tensor) -> None:
 def dequantize_absmax(weight: Nf4Bytes, index: int, out: Tensor) -> None:
     """Scales of the blocks of one matrix -> contiguous float32 [N*K/64]."""
     view = _Nf4.of(weight)
-    _call(
+    call(
         "expertune_dequantize_absmax", ctypes.byref(view), ctypes.c_int64(index), _pointer(out), torch.get_num_threads()
     )
 
@@ -159,7 +175,7 @@ def dequantize(weight: Nf4Bytes, index: int, rows: tuple[int, int], columns: tup
     """Part of one matrix -> out [rows, columns], float32 or bfloat16; columns begin and end with blocks of 64."""
     view = _Nf4.of(weight)
     bounds = [ctypes.c_int64(value) for value in (*rows, *columns)]
-    _call(
+    call(
         "expertune_dequantize",
         ctypes.byref(view),
         ctypes.c_int64(index),
@@ -182,6 +198,8 @@ def grouped_gemm(
     index: Tensor | None = None,
     slots: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    dropout: Dropout | None = None,
+    swiglu: bool = False,
 ) -> None:
     """y[tokens of e] = x[tokens of e] @ W[e].T (transposed) or @ W[e], and the updates on top.
 
@@ -198,6 +216,9 @@ def grouped_gemm(
             its own number's.
         dtype: bfloat16 rounds x and NF4 weights to it before they are multiplied, where the CPU has instructions for
             that; sums and updates are float32 in any case.
+        dropout: of x, where the weight is dense.
+        swiglu: y_RN [R, N/2] is silu(gate) * up of the two halves of columns; where `bfloat16_arithmetic` multiplies
+            NF4 weights, transposed.
     """
     experts = offsets_E.shape[0]
     nf4 = _Nf4.of(weight) if isinstance(weight, Nf4Bytes) else None
@@ -207,7 +228,8 @@ def grouped_gemm(
         else tuple(weight.shape[1:])
     )
     columns, depth = shape if transposed else (shape[1], shape[0])
-    held = _updates(updates)  # lives as long as the call
+    # These live as long as the call.
+    (held, _of_updates), dropped = _updates(updates), _Dropout.of(dropout)
     arithmetic = bfloat16_arithmetic() if nf4 is not None and dtype == torch.bfloat16 else 0
     stride = scratch_bytes(len(y_RN), depth) if arithmetic else 0
     scratch = workspace.take("bfloat16", torch.get_num_threads() * stride // 4)
@@ -219,6 +241,7 @@ def grouped_gemm(
         dense=None if isinstance(weight, Nf4Bytes) else weight.data_ptr(),
         slots=None if slots is None else slots.data_ptr(),
         updates=ctypes.addressof(held),
+        dropout=dropped and ctypes.addressof(dropped),
         y=y_RN.data_ptr(),
         x_stride=x.stride(0),
         y_stride=y_RN.stride(0),
@@ -227,16 +250,17 @@ def grouped_gemm(
         experts=experts,
         parts=shape[0] // weight.out_features if isinstance(weight, Nf4Bytes) else 1,
         depth=depth,
-        columns=columns,
+        columns=columns // 2 if swiglu else columns,
         kind=_NF4_KIND if isinstance(weight, Nf4Bytes) else _DENSE_KINDS[weight.dtype],
         transposed=transposed,
         num_updates=len(held),
         threads=torch.get_num_threads(),
         arithmetic=arithmetic,
+        swiglu=swiglu,
         scratch=scratch.data_ptr(),
         scratch_stride=stride,
     )
-    _call("expertune_grouped_gemm", ctypes.byref(arguments))
+    call("expertune_grouped_gemm", ctypes.byref(arguments))
 
 
 def outer(
@@ -246,12 +270,14 @@ def outer(
     out_Epq: Tensor,
     index: Tensor | None = None,
     slots: Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> None:
     """out[e] = u[tokens of e].T @ v[tokens of e], float32, out contiguous [E, p, q]; zeros where an expert has none.
 
-    With `slots`, int64 [E], it is out[slots[e]], and nothing for an expert of -1.
+    With `slots`, int64 [E], it is out[slots[e]], and nothing for an expert of -1. `dropout` is v's.
     """
-    _call(
+    dropped = _Dropout.of(dropout)
+    call(
         "expertune_outer",
         _pointer(u_Rp),
         ctypes.c_int64(u_Rp.stride(0)),
@@ -260,6 +286,7 @@ def outer(
         ctypes.c_int64(v.stride(0)),
         None if index is None else _pointer(index),
         ctypes.c_int64(v.shape[1]),
+        None if dropped is None else ctypes.byref(dropped),
         _pointer(offsets_E),
         ctypes.c_int64(offsets_E.shape[0]),
         None if slots is None else _pointer(slots),
@@ -272,7 +299,7 @@ def swiglu(gate_up: Tensor, out: Tensor) -> None:
     """Contiguous float32 [R, 2F] -> [R, F]: silu(gate) * up; F is a multiple of 8."""
     rows, size = out.shape
     counts = ctypes.c_int64(rows), ctypes.c_int64(size)
-    _call("expertune_swiglu", _pointer(gate_up), *counts, _pointer(out), torch.get_num_threads())
+    call("expertune_swiglu", _pointer(gate_up), *counts, _pointer(out), torch.get_num_threads())
 
 
 def swiglu_backward(gate_up: Tensor, dinter: Tensor, weight_R: Tensor, dweight_R: Tensor) -> None:
@@ -281,7 +308,7 @@ def swiglu_backward(gate_up: Tensor, dinter: Tensor, weight_R: Tensor, dweight_R
     `dweight_R` is filled with <inter, dinter>, the gradient of the router's weight. All float32 and contiguous.
     """
     rows, size = dinter.shape
-    _call(
+    call(
         "expertune_swiglu_backward",
         *map(_pointer, (gate_up, dinter, weight_R, dweight_R)),
         *(ctypes.c_int64(rows), ctypes.c_int64(size)),
@@ -289,32 +316,19 @@ def swiglu_backward(gate_up: Tensor, dinter: Tensor, weight_R: Tensor, dweight_R
     )
 
 
-def dropout(
-    x: Tensor,
-    out_RK: Tensor,
-    number_R: Tensor,
-    seed: int,
-    threshold: int,
-    scale: float,
-    first: int,
-    stride: int,
-    index: Tensor | None = None,
-) -> None:
-    """out = x where the element's hash reaches `threshold`, scaled, else 0; see `expertune.kernels.dropout`."""
-    _call(
+def dropout(x: Tensor, out_RK: Tensor, dropout: Dropout, first: int, index: Tensor | None = None) -> None:
+    """out = x where the element's hash reaches the threshold, scaled, else 0; x's columns begin with number `first`."""
+    dropped = _Dropout.of(dropout)
+    assert dropped is not None
+    call(
         "expertune_dropout",
         _pointer(x),
         ctypes.c_int64(x.stride(0)),
         None if index is None else _pointer(index),
-        _pointer(number_R),
+        ctypes.byref(dropped),
         ctypes.c_int64(out_RK.shape[0]),
         ctypes.c_int64(out_RK.shape[1]),
         ctypes.c_int64(first),
-        ctypes.c_int64(stride),
-        ctypes.c_uint32(seed & 0xFFFFFFFF),
-        ctypes.c_uint32(seed >> 32 & 0xFFFFFFFF),
-        ctypes.c_uint32(threshold),
-        ctypes.c_float(scale),
         _pointer(out_RK),
         torch.get_num_threads(),
     )
@@ -353,13 +367,30 @@ class _Nf4(ctypes.Structure):
         )
 
 
+class _Dropout(ctypes.Structure):
+    """`Dropout` of grouped_gemm.h."""
+
+    _fields_ = (
+        ("number", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        *((name, ctypes.c_uint32) for name in ("seed", "seed_high", "threshold")),
+        ("scale", ctypes.c_float),
+    )
+
+    @classmethod
+    def of(cls, dropout: Dropout | None) -> "_Dropout | None":
+        if dropout is None:
+            return None
+        number_R, seed, threshold, scale, columns = dropout
+        halves = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+        return cls(number_R.data_ptr(), columns, *halves, threshold, scale)
+
+
 class _Update(ctypes.Structure):
     """`Update` of grouped_gemm.h."""
 
     _fields_ = (
-        ("h", ctypes.c_void_p),
-        ("b", ctypes.c_void_p),
-        ("slots", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("h", "b", "slots", "dropout")),
         *((name, ctypes.c_int64) for name in ("rank", "h_stride", "b_expert_stride", "column", "column_end")),
     )
 
@@ -368,38 +399,44 @@ class _Product(ctypes.Structure):
     """`Product` of grouped_gemm.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "index", "offsets", "nf4", "dense", "slots", "updates", "y")),
+        *((name, ctypes.c_void_p) for name in ("x", "index", "offsets", "nf4", "dense", "slots", "updates")),
+        *((name, ctypes.c_void_p) for name in ("dropout", "y")),
         *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "dense_stride", "dense_expert_stride")),
         *((name, ctypes.c_int64) for name in ("experts", "parts", "depth", "columns")),
-        *((name, ctypes.c_int32) for name in ("kind", "transposed", "num_updates", "threads", "arithmetic")),
+        *((name, ctypes.c_int32) for name in ("kind", "transposed", "num_updates", "threads", "arithmetic", "swiglu")),
         ("scratch", ctypes.c_void_p),
         ("scratch_stride", ctypes.c_int64),
     )
 
 
-def _updates(updates: Sequence[Update]) -> ctypes.Array[_Update]:
-    return (_Update * len(updates))(
+def _updates(updates: Sequence[Update]) -> tuple[ctypes.Array[_Update], list[_Dropout | None]]:
+    """As the library takes them, and what they point to."""
+    dropped = [_Dropout.of(update.dropout) for update in updates]
+    held = (_Update * len(updates))(
         *(
             _Update(
                 h=update.h_Rr.data_ptr(),
                 b=update.b.data_ptr(),
                 slots=None if update.slots is None else update.slots.data_ptr(),
+                dropout=dropout and ctypes.addressof(dropout),
                 rank=update.h_Rr.shape[1],
                 h_stride=update.h_Rr.stride(0),
                 b_expert_stride=update.b.stride(0),
                 column=update.column,
                 column_end=update.column_end,
             )
-            for update in updates
+            for update, dropout in zip(updates, dropped, strict=True)
         )
     )
+    return held, dropped
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def _call(name: str, *arguments: object) -> int:
+def call(name: str, *arguments: object) -> int:
+    """A function of the library by its name in C."""
     loaded = library()
     assert loaded is not None, status().reason
     result: int = getattr(loaded, name)(*arguments)

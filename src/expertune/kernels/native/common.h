@@ -35,16 +35,54 @@ INLINE float power_of_two(uint32_t exponent)
     return value;
 }
 
+/* How a block's scale is held. */
+enum { DOUBLE_QUANTIZED, PLAIN_ABSMAX, HALVES };
+
+/* One matrix of an Nf4. */
+typedef struct {
+    const uint8_t *packed, *codes;
+    const float *absmax, *nested, *codebook;
+    float offset;
+} Matrix;
+
+INLINE Matrix matrix_of(const Nf4 *w, int kind, int64_t index)
+{
+    int64_t first = index * (w->rows * w->columns / BLOCK);
+    Matrix m = {.packed = w->packed + first * BLOCK_BYTES, .codebook = w->codebook};
+    if (kind == PLAIN_ABSMAX)
+        m.absmax = (const float *)w->absmax + first;
+    else
+        m.codes = (const uint8_t *)w->absmax + first * (kind == HALVES ? 2 : 1);
+    if (kind == DOUBLE_QUANTIZED)
+        m.nested = w->nested + index * w->nested_stride, m.offset = w->offset[index];
+    return m;
+}
+
 /* Scale of one block of a matrix, or of one half of it; rounded after each operation, as bitsandbytes has it. */
+INLINE float scale_in(const Matrix *m, int kind, int64_t block, int half)
+{
+    if (kind == PLAIN_ABSMAX)
+        return m->absmax[block];
+    if (kind == DOUBLE_QUANTIZED)
+        return m->codebook[m->codes[block]] * m->nested[block / NESTED_BLOCK] + m->offset;
+    return power_of_two(m->codes[2 * block + half]);
+}
+
+/* The same by the matrix's number. */
 INLINE float scale_of(const Nf4 *w, int64_t matrix, int64_t block, int half)
 {
-    int64_t at = matrix * (w->rows * w->columns / BLOCK) + block;
-    if (w->halves)
-        return power_of_two(((const uint8_t *)w->absmax)[2 * at + half]);
-    if (w->codebook == NULL)
-        return ((const float *)w->absmax)[at];
-    float scaled = w->codebook[((const uint8_t *)w->absmax)[at]] * w->nested[matrix * w->nested_stride + block / NESTED_BLOCK];
-    return scaled + w->offset[matrix];
+    int kind = w->halves ? HALVES : w->codebook == NULL ? PLAIN_ABSMAX : DOUBLE_QUANTIZED;
+    Matrix m = matrix_of(w, kind, matrix);
+    return scale_in(&m, kind, block, half);
+}
+
+INLINE float total_of(__m256 v)
+{
+    float lanes[8], sum = 0.0f;
+    _mm256_storeu_ps(lanes, v);
+    for (int i = 0; i < 8; i++)
+        sum += lanes[i];
+    return sum;
 }
 
 /* 16 packed bytes -> 32 indices in the order of the weights: the first weight of a byte is its high half. */

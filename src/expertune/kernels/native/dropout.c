@@ -1,5 +1,5 @@
 /* Dropout by a counter: whether an element stays is a hash of its number and a seed, so that no mask is ever kept. */
-#include "common.h"
+#include "grouped_gemm.h"
 
 /* A version for wider vectors beside this one, where the compiler makes both and the loader chooses. */
 #if defined(__has_attribute)
@@ -11,12 +11,13 @@
 #define CLONES
 #endif
 
-CLONES static void drop_row(
-    const float *from, float *to, int64_t columns, uint32_t base, uint32_t seed, uint32_t seed_high, uint32_t threshold,
-    float scale)
+CLONES void drop_row(const float *from, float *to, int64_t columns, const Dropout *d, int64_t row, int64_t column)
 {
-    for (int64_t column = 0; column < columns; column++) {
-        uint32_t h = (base + (uint32_t)column) ^ seed;
+    uint32_t base = (uint32_t)(d->number[row] * d->stride + column);
+    uint32_t seed = d->seed, seed_high = d->seed_high, threshold = d->threshold;
+    float scale = d->scale;
+    for (int64_t i = 0; i < columns; i++) {
+        uint32_t h = (base + (uint32_t)i) ^ seed;
         h ^= h >> 16;
         h *= 0x85ebca6bu;
         h ^= h >> 13;
@@ -26,17 +27,16 @@ CLONES static void drop_row(
         h ^= h >> 15;
         h *= 0x2c1b3c6du;
         h ^= h >> 16;
-        to[column] = h >= threshold ? from[column] * scale : 0.0f;
+        to[i] = h >= threshold ? from[i] * scale : 0.0f;
     }
 }
 
-/* out[row, :] = x[index[row], :] * (kept ? scale : 0); element number number[row] * stride + first + column. */
+/* out[row, :] = x[index[row], :], dropped as columns `first` .. of the row. */
 EXPORT void expertune_dropout(
-    const float *x, int64_t x_stride, const int64_t *index, const int64_t *number, int64_t rows, int64_t columns,
-    int64_t first, int64_t stride, uint32_t seed, uint32_t seed_high, uint32_t threshold, float scale, float *out, int threads)
+    const float *x, int64_t x_stride, const int64_t *index, const Dropout *d, int64_t rows, int64_t columns, int64_t first,
+    float *out, int threads)
 {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * columns > 32768)
     for (int64_t row = 0; row < rows; row++)
-        drop_row(x + (index == NULL ? row : index[row]) * x_stride, out + row * columns, columns,
-                 (uint32_t)(number[row] * stride + first), seed, seed_high, threshold, scale);
+        drop_row(x + (index == NULL ? row : index[row]) * x_stride, out + row * columns, columns, d, row, first);
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from expertune.kernels import workspace
-from expertune.kernels.native import _SOURCE_KINDS, _call, _Nf4
+from expertune.kernels.native import _SOURCE_KINDS, _Nf4, call
 from expertune.kernels.nf4.bytes import Nf4Bytes
 
 MOST_ROUTED = 256
@@ -85,7 +85,7 @@ def gemv(products: Sequence[Product], routed: int, experts: Tensor | None = None
         _fill(argument, product, routed, experts)
         argument.w, argument.updates, argument.scratch = ctypes.addressof(weight), ctypes.addressof(updates), at
         at += size * 4
-    _call("expertune_gemv", arguments, len(products), torch.get_num_threads(), not avx512)
+    call("expertune_gemv", arguments, len(products), torch.get_num_threads(), not avx512)
 
 
 def _scratch_floats(product: Product, routed: int) -> int:

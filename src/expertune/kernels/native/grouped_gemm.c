@@ -4,163 +4,7 @@
    cache, x into panels of 6 rows that stay in the second, and a kernel of 12 accumulators runs over the contraction. What
    is dequantized is used for all rows of the expert and never written to memory. Each element of y is summed by one thread in
    one order, whatever the number of threads: two runs give identical bytes. */
-#include "grouped_gemm.h"
-
-#define MR 6      /* rows of a panel of x */
-#define NR 16     /* columns of a panel of B */
-#define KC 256    /* contraction of one pass; a multiple of BLOCK */
-#define MC 768    /* most rows for which a dequantized panel is used at once */
-#define STRIPE 64 /* columns that are dequantized together where B lies along its columns */
-
-static _Thread_local float *scratch = NULL;
-
-/* Panels of this thread, kept from call to call: MC x KC of x, then STRIPE x KC of B. */
-static float *panels(void)
-{
-    if (scratch == NULL && posix_memalign((void **)&scratch, 64, sizeof(float) * (MC + MR + STRIPE) * KC) != 0)
-        abort();
-    return scratch;
-}
-
-/* ---- x ------------------------------------------------------------------------------------------------------- */
-
-/* x[row .. row + rows, k .. k + depth] -> panels [depth][MR], short panels filled with zeros. */
-static void pack_rows(
-    float *to, const float *x, int64_t stride, const int64_t *index, int64_t row, int64_t rows, int64_t k, int64_t depth)
-{
-    for (int64_t first = 0; first < rows; first += MR, to += MR * depth) {
-        for (int i = 0; i < MR; i++) {
-            if (first + i >= rows) {
-                for (int64_t d = 0; d < depth; d++)
-                    to[d * MR + i] = 0.0f;
-                continue;
-            }
-            int64_t source = index == NULL ? row + first + i : index[row + first + i];
-            const float *from = x + source * stride + k;
-            for (int64_t d = 0; d < depth; d++)
-                to[d * MR + i] = from[d];
-        }
-    }
-}
-
-/* u[row .. row + depth, column .. column + width], transposed -> panels [depth][MR]. */
-static void pack_transposed(float *to, const float *u, int64_t stride, int64_t row, int64_t depth, int64_t column, int64_t width)
-{
-    for (int64_t first = 0; first < width; first += MR, to += MR * depth) {
-        int64_t count = width - first < MR ? width - first : MR;
-        for (int64_t d = 0; d < depth; d++) {
-            const float *from = u + (row + d) * stride + column + first;
-            for (int i = 0; i < MR; i++)
-                to[d * MR + i] = i < count ? from[i] : 0.0f;
-        }
-    }
-}
-
-/* ---- B ------------------------------------------------------------------------------------------------------- */
-
-/* Bytes of 16 rows -> 16 vectors that hold one byte of each row: four perfect shuffles. */
-INLINE void transpose_bytes(__m128i v[16])
-{
-    for (int round = 0; round < 4; round++) {
-        __m128i out[16];
-        for (int i = 0; i < 8; i++) {
-            out[2 * i] = _mm_unpacklo_epi8(v[i], v[i + 8]);
-            out[2 * i + 1] = _mm_unpackhi_epi8(v[i], v[i + 8]);
-        }
-        for (int i = 0; i < 16; i++)
-            v[i] = out[i];
-    }
-}
-
-/* 16 matrix rows from `row` on, contraction k .. k + depth -> [depth][NR]. Rows beyond `end` give zeros. */
-static void pack_nf4_rows(float *to, const Nf4 *w, int64_t first_matrix, int64_t row, int64_t end, int64_t k, int64_t depth)
-{
-    const uint8_t *from[NR];
-    int64_t matrix[NR], local[NR];
-    int64_t blocks = w->columns / BLOCK;
-    for (int i = 0; i < NR; i++) {
-        int64_t at = row + i < end ? row + i : end - 1;
-        matrix[i] = first_matrix + at / w->rows;
-        local[i] = at % w->rows;
-        from[i] = w->packed + (matrix[i] * w->rows + local[i]) * (w->columns / 2);
-    }
-    const __m128i low_half = _mm_set1_epi8(15);
-    const __m256 table_low = _mm256_loadu_ps(w->values), table_high = _mm256_loadu_ps(w->values + 8);
-    for (int64_t block = k / BLOCK; block < (k + depth) / BLOCK; block++) {
-        float scales[NR];
-        __m256 scale_low, scale_high;
-        for (int half = 0; half < 2; half++) {
-            if (half == 0 || w->halves) {
-                for (int i = 0; i < NR; i++)
-                    scales[i] = row + i < end ? scale_of(w, matrix[i], local[i] * blocks + block, half) : 0.0f;
-                scale_low = _mm256_loadu_ps(scales), scale_high = _mm256_loadu_ps(scales + 8);
-            }
-            __m128i v[16];
-            for (int i = 0; i < NR; i++)
-                v[i] = _mm_loadu_si128((const __m128i *)(from[i] + block * BLOCK_BYTES + 16 * half));
-            transpose_bytes(v);
-            for (int j = 0; j < 16; j++, to += 2 * NR) {
-                __m128i first = _mm_and_si128(_mm_srli_epi16(v[j], 4), low_half);
-                __m128i second = _mm_and_si128(v[j], low_half);
-                __m256 a = look_up(_mm256_cvtepu8_epi32(first), table_low, table_high);
-                __m256 b = look_up(_mm256_cvtepu8_epi32(_mm_srli_si128(first, 8)), table_low, table_high);
-                __m256 c = look_up(_mm256_cvtepu8_epi32(second), table_low, table_high);
-                __m256 d = look_up(_mm256_cvtepu8_epi32(_mm_srli_si128(second, 8)), table_low, table_high);
-                _mm256_store_ps(to, _mm256_mul_ps(a, scale_low));
-                _mm256_store_ps(to + 8, _mm256_mul_ps(b, scale_high));
-                _mm256_store_ps(to + 16, _mm256_mul_ps(c, scale_low));
-                _mm256_store_ps(to + 24, _mm256_mul_ps(d, scale_high));
-            }
-        }
-    }
-}
-
-/* Matrix rows k .. k + depth, 64 columns from `column` on -> four panels [depth][NR], KC rows apart. */
-static void pack_nf4_columns(float *to, const Nf4 *w, int64_t first_matrix, int64_t k, int64_t depth, int64_t column)
-{
-    int64_t blocks = w->columns / BLOCK;
-    for (int64_t d = 0; d < depth; d++) {
-        int64_t matrix = first_matrix + (k + d) / w->rows, row = (k + d) % w->rows;
-        int64_t block = row * blocks + column / BLOCK;
-        const uint8_t *from = w->packed + matrix * w->rows * (w->columns / 2) + block * BLOCK_BYTES;
-        dequantize_block_float(w, matrix, block, from, to + d * NR, KC * NR);
-    }
-}
-
-INLINE float dense_at(const void *b, int kind, int64_t at)
-{
-    if (kind == FLOAT_WEIGHT)
-        return ((const float *)b)[at];
-    uint32_t bits = (uint32_t)((const uint16_t *)b)[at] << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-/* b's rows `row` .. , transposed -> [depth][NR]. */
-INLINE void pack_dense_rows(
-    float *to, const void *b, int kind, int64_t stride, int64_t row, int64_t end, int64_t k, int64_t depth)
-{
-    for (int i = 0; i < NR; i++)
-        for (int64_t d = 0; d < depth; d++)
-            to[d * NR + i] = row + i < end ? dense_at(b, kind, (row + i) * stride + k + d) : 0.0f;
-}
-
-/* b's rows k .. k + depth (of sorted tokens, where there is an index) -> [depth][NR]. */
-INLINE void pack_dense_columns(
-    float *to, const void *b, int kind, int64_t stride, const int64_t *index, int64_t column, int64_t end, int64_t k,
-    int64_t depth)
-{
-    for (int64_t d = 0; d < depth; d++) {
-        int64_t at = (index == NULL ? k + d : index[k + d]) * stride;
-        if (kind == FLOAT_WEIGHT && column + NR <= end) {
-            memcpy(to + d * NR, (const float *)b + at + column, sizeof(float) * NR);
-            continue;
-        }
-        for (int i = 0; i < NR; i++)
-            to[d * NR + i] = column + i < end ? dense_at(b, kind, at + column + i) : 0.0f;
-    }
-}
+#include "panels.h"
 
 /* ---- the kernel ------------------------------------------------------------------------------------------------ */
 
@@ -223,20 +67,47 @@ INLINE void multiply_unpacked(
     }
 }
 
+/* Where row i of x lies, from column k on: in x itself, or dropped in `buffer` [MR][KC]. */
+INLINE const float *row_of_x(const Product *p, int64_t row, int64_t k, int64_t depth, float *buffer)
+{
+    const float *x = p->x + (p->index == NULL ? row : p->index[row]) * p->x_stride + k;
+    if (p->dropout == NULL)
+        return x;
+    drop_row(x, buffer, depth, p->dropout, row, k);
+    return buffer;
+}
+
 /* The same for all rows of an item whose only panel this is: to pack what is read once would cost more than to read it. */
 static void multiply_only_panel(
     const Product *p, int64_t row, int64_t rows, int64_t k, const float *panel, int64_t depth, float *y, int64_t width)
 {
+    float dropped[MR][KC];
     for (int64_t first = 0; first < rows; first += MR, y += MR * p->y_stride) {
         const float *x[MR];
         int mr = (int)(rows - first < MR ? rows - first : MR);
         for (int i = 0; i < mr; i++)
-            x[i] = p->x + (p->index == NULL ? row + first + i : p->index[row + first + i]) * p->x_stride + k;
+            x[i] = row_of_x(p, row + first + i, k, depth, dropped[i]);
         if (mr == MR)
             multiply_unpacked(MR, x, panel, depth, y, p->y_stride, width, k > 0);
         else
             for (int i = 0; i < mr; i++)
                 multiply_unpacked(1, x + i, panel, depth, y + i * p->y_stride, p->y_stride, width, k > 0);
+    }
+}
+
+/* As `pack_rows`, of x as it is or dropped. */
+static void pack_x_rows(const Product *p, float *to, int64_t row, int64_t rows, int64_t k, int64_t depth)
+{
+    float dropped[MR * KC];
+    if (p->dropout == NULL) {
+        pack_rows(to, p->x, p->x_stride, p->index, row, rows, k, depth);
+        return;
+    }
+    for (int64_t first = 0; first < rows; first += MR, to += MR * depth) {
+        int64_t count = rows - first < MR ? rows - first : MR;
+        for (int64_t i = 0; i < count; i++)
+            row_of_x(p, row + first + i, k, depth, dropped + i * depth);
+        pack_rows(to, dropped, depth, NULL, 0, count, 0, depth);
     }
 }
 
@@ -259,6 +130,48 @@ static void multiply_rows(
         for (int i = 0; i < mr; i++)
             memcpy(to + i * stride, edge + i * NR, sizeof(float) * (size_t)width);
     }
+}
+
+/* ---- low-rank updates ------------------------------------------------------------------------------------------- */
+
+/* to[columns] = or += h[rank] @ b [rank, `stride` apart]. */
+static void multiply_low_rank(
+    const float *h, int64_t rank, const float *b, int64_t stride, float *to, int64_t columns, int add)
+{
+    int64_t i = 0;
+    for (; i + 8 <= columns; i += 8) {
+        __m256 sum = add ? _mm256_loadu_ps(to + i) : _mm256_setzero_ps();
+        for (int64_t r = 0; r < rank; r++)
+            sum = _mm256_fmadd_ps(_mm256_set1_ps(h[r]), _mm256_loadu_ps(b + r * stride + i), sum);
+        _mm256_storeu_ps(to + i, sum);
+    }
+    for (; i < columns; i++) {
+        float sum = add ? to[i] : 0.0f;
+        for (int64_t r = 0; r < rank; r++)
+            sum = __builtin_fmaf(h[r], b[r * stride + i], sum);
+        to[i] = sum;
+    }
+}
+
+void add_update(
+    const Update *u, const float *b, int64_t row, int64_t rows, int64_t first, int64_t last, float *sums, int64_t stride)
+{
+    enum { AT_ONCE = 256 };
+    float low[AT_ONCE];
+    for (int64_t i = row; i < row + rows; i++, sums += stride)
+        for (int64_t n = first; n < last; n += AT_ONCE) {
+            int64_t count = last - n < AT_ONCE ? last - n : AT_ONCE;
+            const float *h = u->h + i * u->h_stride, *from = b + n - u->column;
+            float *to = sums + n - first;
+            if (u->dropout == NULL) {
+                multiply_low_rank(h, u->rank, from, u->column_end - u->column, to, count, 1);
+                continue;
+            }
+            multiply_low_rank(h, u->rank, from, u->column_end - u->column, low, count, 0);
+            drop_row(low, low, count, u->dropout, i, n - u->column);
+            for (int64_t j = 0; j < count; j++)
+                to[j] += low[j];
+        }
 }
 
 /* ---- one item: rows of one expert, some columns of y -------------------------------------------------------------- */
@@ -285,7 +198,7 @@ static void multiply_item(const Product *p, int64_t e, int64_t row, int64_t rows
     for (int64_t k = 0; k < contraction; k += KC) {
         int64_t depth = contraction - k < KC ? contraction - k : KC;
         if (p->columns > NR)
-            pack_rows(rows_packed, p->x, p->x_stride, p->index, row, rows, k, depth);
+            pack_x_rows(p, rows_packed, row, rows, k, depth);
         for (int64_t n = column; n < column_end; n += NR) {
             float *at = panel;
             if (p->kind == NF4_WEIGHT && !p->transposed) {
@@ -294,14 +207,10 @@ static void multiply_item(const Product *p, int64_t e, int64_t row, int64_t rows
                 at = panel + (n - column) % STRIPE * KC;
             } else if (p->kind == NF4_WEIGHT)
                 pack_nf4_rows(panel, p->nf4, e * p->parts, n, column_end, k, depth);
-            else if (p->kind == FLOAT_WEIGHT && p->transposed)
-                pack_dense_rows(panel, dense, FLOAT_WEIGHT, p->dense_stride, n, column_end, k, depth);
-            else if (p->kind == FLOAT_WEIGHT)
-                pack_dense_columns(panel, dense, FLOAT_WEIGHT, p->dense_stride, NULL, n, column_end, k, depth);
             else if (p->transposed)
-                pack_dense_rows(panel, dense, BFLOAT_WEIGHT, p->dense_stride, n, column_end, k, depth);
+                pack_dense_rows(panel, dense, p->kind, p->dense_stride, n, column_end, k, depth);
             else
-                pack_dense_columns(panel, dense, BFLOAT_WEIGHT, p->dense_stride, NULL, n, column_end, k, depth);
+                pack_dense_columns(panel, dense, p->kind, p->dense_stride, NULL, n, column_end, k, depth);
             float *y = p->y + row * p->y_stride + n;
             if (p->columns > NR)
                 multiply_rows(rows_packed, at, rows, depth, y, p->y_stride, column_end - n, k > 0);
@@ -317,15 +226,13 @@ static void multiply_item(const Product *p, int64_t e, int64_t row, int64_t rows
         if (own < 0)
             continue;
         const float *b = update->b + own * update->b_expert_stride;
-        for (int64_t k = 0; k < update->rank && first < last; k += KC) {
+        if (!p->transposed && first < last)
+            add_update(update, b, row, rows, first, last, p->y + row * p->y_stride + first, p->y_stride);
+        for (int64_t k = 0; p->transposed && k < update->rank && first < last; k += KC) {
             int64_t depth = update->rank - k < KC ? update->rank - k : KC;
             pack_rows(rows_packed, update->h, update->h_stride, NULL, row, rows, k, depth);
             for (int64_t n = first; n < last; n += NR) {
-                if (p->transposed)
-                    pack_dense_rows(panel, b, FLOAT_WEIGHT, update->rank, n - update->column, last - update->column, k, depth);
-                else
-                    pack_dense_columns(panel, b, FLOAT_WEIGHT, update->column_end - update->column, NULL,
-                                       n - update->column, last - update->column, k, depth);
+                pack_dense_rows(panel, b, FLOAT_WEIGHT, update->rank, n - update->column, last - update->column, k, depth);
                 multiply_rows(rows_packed, panel, rows, depth, p->y + row * p->y_stride + n, p->y_stride, last - n, 1);
             }
         }
@@ -369,13 +276,16 @@ EXPORT void expertune_grouped_gemm(const Product *p)
     }
 }
 
-/* out[slot of e] [width_u, width_v] = u[tokens of e].T @ v[tokens of e]: gradients of low-rank factors. Experts without
-   tokens get 0, and nothing is written for those without a slot. */
+#define OUTER_ROWS 96 /* of u's columns that are multiplied at once */
+
+/* out[slot of e] [width_u, width_v] = u[tokens of e].T @ v[tokens of e], v dropped where it has a dropout: gradients of
+   low-rank factors. Experts without tokens get 0, and nothing is written for those without a slot. */
 EXPORT void expertune_outer(
     const float *u, int64_t u_stride, int64_t width_u, const float *v, int64_t v_stride, const int64_t *v_index,
-    int64_t width_v, const int64_t *offsets, int64_t experts, const int64_t *slots, float *out, int threads)
+    int64_t width_v, const Dropout *dropout, const int64_t *offsets, int64_t experts, const int64_t *slots, float *out,
+    int threads)
 {
-    int64_t high = width_u < 96 ? width_u : 96, wide = width_v < 256 ? width_v : 256;
+    int64_t high = width_u < OUTER_ROWS ? width_u : OUTER_ROWS, wide = width_v < 256 ? width_v : 256;
     int64_t down = (width_u + high - 1) / high, across = (width_v + wide - 1) / wide;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t item = 0; item < experts * down * across; item++) {
@@ -386,6 +296,7 @@ EXPORT void expertune_outer(
         int64_t u_end = at_u + high < width_u ? at_u + high : width_u;
         int64_t v_end = at_v + wide < width_v ? at_v + wide : width_v;
         float *rows_packed = panels(), *panel = rows_packed + (MC + MR) * KC;
+        float *dropped = rows_packed + (OUTER_ROWS + MR) * KC;
         float *to = out + (slot * width_u + at_u) * width_v;
         if (start == end)
             for (int64_t i = at_u; i < u_end; i++)
@@ -393,8 +304,14 @@ EXPORT void expertune_outer(
         for (int64_t k = start; k < end; k += KC) {
             int64_t depth = end - k < KC ? end - k : KC;
             pack_transposed(rows_packed, u, u_stride, k, depth, at_u, u_end - at_u);
+            for (int64_t i = 0; dropout != NULL && i < depth; i++)
+                drop_row(v + (v_index == NULL ? k + i : v_index[k + i]) * v_stride + at_v, dropped + i * wide, v_end - at_v,
+                         dropout, k + i, at_v);
             for (int64_t n = at_v; n < v_end; n += NR) {
-                pack_dense_columns(panel, v, FLOAT_WEIGHT, v_stride, v_index, n, v_end, k, depth);
+                if (dropout != NULL)
+                    pack_dense_columns(panel, dropped, FLOAT_WEIGHT, wide, NULL, n - at_v, v_end - at_v, 0, depth);
+                else
+                    pack_dense_columns(panel, v, FLOAT_WEIGHT, v_stride, v_index, n, v_end, k, depth);
                 multiply_rows(rows_packed, panel, u_end - at_u, depth, to + n, width_v, v_end - n, k > start);
             }
         }

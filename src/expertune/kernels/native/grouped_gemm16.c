@@ -5,7 +5,7 @@
    read them. Where W's rows are the output (`transposed`) W's tiles are the left factor and the result is y's transpose:
    neither the packed bytes nor the weights are ever transposed. Each element of y is summed in the contraction's order,
    whatever the number of threads and the size of an item. */
-#include "grouped_gemm.h"
+#include "grouped_gemm16.h"
 
 #ifndef WITHOUT_BFLOAT16
 #include <omp.h>
@@ -13,20 +13,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16")))
 #define AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,amx-tile,amx-bf16")))
-
-#define TILE 16              /* rows of a tile */
-#define PAIRS 16             /* pairs of the contraction in a tile */
-#define DEPTH (2 * PAIRS)    /* contraction of a tile */
-#define TILE_SIZE (TILE * DEPTH)
-#define SPAN 32              /* rows, or columns, of a block of 2 x 2 tiles */
-#define PASS 512             /* contraction of one pass: so much of W is dequantized at once */
-#define WIDE 256             /* columns of y that are summed at once */
-
-#define AHEAD 12             /* rows of W that bytes are brought nearer before their use */
-
-typedef uint16_t Bfloat;
 
 /* What a thread works in: its part of the caller's scratch memory. */
 typedef struct {
@@ -46,229 +33,6 @@ static Scratch scratch_of(const Product *p)
 typedef void Block(
     const Bfloat *a, int64_t a_apart, const Bfloat *b, int64_t b_apart, int64_t steps, float *c, int64_t stride, int add,
     int rows, int columns);
-
-/* ---- x ----------------------------------------------------------------------------------------------------------- */
-
-/* 32 numbers of a row of x from k on, rounded; zeros beyond `depth`, and where there is no row. */
-AVX512 INLINE __m512i rounded(const float *from, int64_t k, int64_t depth)
-{
-    if (from == NULL || k >= depth)
-        return _mm512_setzero_si512();
-    if (k + DEPTH <= depth)
-        return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + k + 16), _mm512_loadu_ps(from + k));
-    int64_t left = depth - k;
-    __mmask16 low = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
-    __mmask16 high = left <= 16 ? 0 : (__mmask16)((1u << (left - 16)) - 1);
-    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(high, from + k + 16), _mm512_maskz_loadu_ps(low, from + k));
-}
-
-/* 16 x 16 lanes of 32 bits, transposed in place. */
-AVX512 INLINE void transpose(__m512i v[16])
-{
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 8; i++) {
-        v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    }
-}
-
-/* Tokens row .. row + rows, contraction k .. k + steps * DEPTH -> tiles [blocks of 16 tokens][steps]: [token][32], or
-   [pair][token][2] where `paired`. */
-AVX512 static void pack_x(const Product *p, int64_t row, int64_t rows, int64_t k, int64_t steps, int paired, Bfloat *to)
-{
-    for (int64_t first = 0; first < rows; first += TILE) {
-        const float *from[TILE];
-        for (int i = 0; i < TILE; i++) {
-            int64_t at = row + first + i;
-            from[i] = first + i < rows ? p->x + (p->index == NULL ? at : p->index[at]) * p->x_stride : NULL;
-        }
-        for (int64_t step = 0; step < steps; step++, to += TILE_SIZE) {
-            __m512i v[16];
-            for (int i = 0; i < TILE; i++)
-                v[i] = rounded(from[i], k + step * DEPTH, p->depth);
-            if (paired)
-                transpose(v);
-            for (int i = 0; i < TILE; i++)
-                _mm512_store_si512(to + i * DEPTH, v[i]);
-        }
-    }
-}
-
-/* ---- W ----------------------------------------------------------------------------------------------------------- */
-
-/* How the bytes of 32 weights become indices: which byte goes to which lane of 16 bits, and its shift there. */
-typedef struct {
-    __m512i byte, shift;
-    __m512 values;
-} Decoder;
-
-/* `paired`: weights 4j .. 4j + 3 and 16 + 4j .. 16 + 4j + 3 share the j-th lane of 128 bits, so that unpacking two rows
-   gives the pairs of 16 columns; otherwise weights are in order. */
-AVX512 INLINE Decoder decoder(const Nf4 *w, int paired)
-{
-    uint8_t byte[64];
-    for (int i = 0; i < 32; i++) {
-        int weight = paired ? i / 8 * 4 + i % 4 + i / 4 % 2 * 16 : i;
-        byte[2 * i] = byte[2 * i + 1] = (uint8_t)(weight / 2);
-    }
-    /* The first weight of a byte is its high half. */
-    return (Decoder){_mm512_loadu_si512(byte), _mm512_set1_epi32(4), _mm512_loadu_ps(w->values)};
-}
-
-/* The 16 values of a code, scaled and rounded; twice, so that an index's fifth bit does not matter. */
-AVX512 INLINE __m512i table_of(Decoder d, float scale)
-{
-    return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(d.values, _mm512_set1_ps(scale))));
-}
-
-/* 16 packed bytes -> their 32 weights; of an index, vpermw reads the five lowest bits. */
-AVX512 INLINE __m512i weights_of(Decoder d, const uint8_t *packed, __m512i table)
-{
-    __m512i bytes = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)packed));
-    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(_mm512_permutexvar_epi8(d.byte, bytes), d.shift), table);
-}
-
-/* How a block's scale is held. */
-enum { DOUBLE_QUANTIZED, PLAIN_ABSMAX, HALVES };
-
-/* One matrix of an Nf4. */
-typedef struct {
-    const uint8_t *packed, *codes;
-    const float *absmax, *nested, *codebook;
-    float offset;
-} Matrix;
-
-INLINE Matrix matrix_of(const Nf4 *w, int kind, int64_t index)
-{
-    int64_t first = index * (w->rows * w->columns / BLOCK);
-    Matrix m = {.packed = w->packed + first * BLOCK_BYTES, .codebook = w->codebook};
-    if (kind == PLAIN_ABSMAX)
-        m.absmax = (const float *)w->absmax + first;
-    else
-        m.codes = (const uint8_t *)w->absmax + first * (kind == HALVES ? 2 : 1);
-    if (kind == DOUBLE_QUANTIZED)
-        m.nested = w->nested + index * w->nested_stride, m.offset = w->offset[index];
-    return m;
-}
-
-/* As `scale_of` of common.h. */
-INLINE float scale_in(const Matrix *m, int kind, int64_t block, int half)
-{
-    if (kind == PLAIN_ABSMAX)
-        return m->absmax[block];
-    if (kind == DOUBLE_QUANTIZED)
-        return m->codebook[m->codes[block]] * m->nested[block / NESTED_BLOCK] + m->offset;
-    return power_of_two(m->codes[2 * block + half]);
-}
-
-/* The 64 weights of a block; brings nearer what lies `ahead` blocks behind it. */
-AVX512 INLINE void weights_of_block(const Matrix *m, int kind, const Decoder *d, int64_t block, int64_t ahead, __m512i out[2])
-{
-    const uint8_t *packed = m->packed + block * BLOCK_BYTES;
-    _mm_prefetch((const char *)(packed + ahead * BLOCK_BYTES), _MM_HINT_T0);
-    _mm_prefetch(kind == PLAIN_ABSMAX ? (const char *)(m->absmax + block + ahead)
-                                      : (const char *)(m->codes + (block + ahead) * (kind == HALVES ? 2 : 1)), _MM_HINT_T0);
-    __m512i table = table_of(*d, scale_in(m, kind, block, 0));
-    out[0] = weights_of(*d, packed, table);
-    if (kind == HALVES)
-        table = table_of(*d, scale_in(m, kind, block, 1));
-    out[1] = weights_of(*d, packed + 16, table);
-}
-
-AVX512 INLINE void dequantize_rows(
-    int kind, const Nf4 *w, int64_t first_matrix, int64_t row, int64_t count, int64_t end, int64_t k, int64_t depth, Bfloat *to)
-{
-    const Decoder d = decoder(w, 0);
-    const int64_t per_row = w->columns / BLOCK, steps = depth / DEPTH, rows = w->rows;
-    int64_t index = first_matrix + row / rows, local = row % rows, here = end - row < count ? end - row : count;
-    Matrix m = matrix_of(w, kind, index);
-    for (int64_t i = 0; i < here; i++, local++) {
-        Bfloat *out = to + (i / TILE * steps * TILE + i % TILE) * DEPTH;
-        if (local == rows)
-            m = matrix_of(w, kind, ++index), local = 0;
-        int64_t block = local * per_row + k / BLOCK, last = block + depth / BLOCK;
-        for (; block < last; block++, out += 2 * TILE_SIZE) {
-            __m512i v[2];
-            weights_of_block(&m, kind, &d, block, AHEAD / 4 * per_row, v);
-            _mm512_store_si512(out, v[0]);
-            _mm512_store_si512(out + TILE_SIZE, v[1]);
-        }
-    }
-    for (int64_t i = here; i < count; i++)
-        for (int64_t step = 0; step < steps; step++)
-            _mm512_store_si512(to + ((i / TILE * steps + step) * TILE + i % TILE) * DEPTH, _mm512_setzero_si512());
-}
-
-AVX512 INLINE void dequantize_columns(
-    int kind, const Nf4 *w, int64_t first_matrix, int64_t k, int64_t end, int64_t depth, int64_t column, int64_t width,
-    Bfloat *to)
-{
-    const Decoder d = decoder(w, 1);
-    const int64_t per_row = w->columns / BLOCK, steps = depth / DEPTH, rows = w->rows;
-    int64_t index = first_matrix + k / rows, local = k % rows;
-    Matrix m = matrix_of(w, kind, index);
-    for (int64_t row = 0; row < depth; row += 2) {
-        Bfloat *out = to + (row / DEPTH * TILE + row % DEPTH / 2) * DEPTH;
-        int64_t first = local * per_row + column / BLOCK, second = first + per_row;
-        Matrix next = m;
-        if (local + 1 == rows && k + row + 1 < end)
-            next = matrix_of(w, kind, ++index), second = column / BLOCK, local = -1;
-        for (int64_t block = 0; block < width / BLOCK; block++, out += BLOCK / TILE * steps * TILE_SIZE) {
-            __m512i a[2], b[2];
-            a[0] = a[1] = b[0] = b[1] = _mm512_setzero_si512();
-            if (k + row < end)
-                weights_of_block(&m, kind, &d, first + block, AHEAD * per_row, a);
-            if (k + row + 1 < end)
-                weights_of_block(&next, kind, &d, second + block, AHEAD * per_row, b);
-            for (int half = 0; half < 2; half++) {
-                Bfloat *tile = out + 2 * half * steps * TILE_SIZE;
-                _mm512_store_si512(tile, _mm512_unpacklo_epi16(a[half], b[half]));
-                _mm512_store_si512(tile + steps * TILE_SIZE, _mm512_unpackhi_epi16(a[half], b[half]));
-            }
-        }
-        m = next, local += 2;
-        if (local == rows && k + row + 2 < end)
-            m = matrix_of(w, kind, ++index), local = 0;
-    }
-}
-
-/* A panel of W for a pass of the contraction from k on, in tiles [width / 16][depth / DEPTH]: of [output][32] where W's
-   rows are the output, otherwise of [pair][output][2]. Zeros beyond the matrix. */
-AVX512 INLINE void dequantize_as(
-    int kind, const Product *p, int64_t e, int64_t n, int64_t width, int64_t end, int64_t k, int64_t depth, Bfloat *to)
-{
-    if (p->transposed)
-        dequantize_rows(kind, p->nf4, e * p->parts, n, width, end, k, depth, to);
-    else
-        dequantize_columns(kind, p->nf4, e * p->parts, k, p->depth, depth, n, width, to);
-}
-
-AVX512 static void dequantize_panel(
-    const Product *p, int64_t e, int64_t n, int64_t width, int64_t end, int64_t k, int64_t depth, Bfloat *to)
-{
-    if (p->nf4->halves)
-        dequantize_as(HALVES, p, e, n, width, end, k, depth, to);
-    else if (p->nf4->codebook == NULL)
-        dequantize_as(PLAIN_ABSMAX, p, e, n, width, end, k, depth, to);
-    else
-        dequantize_as(DOUBLE_QUANTIZED, p, e, n, width, end, k, depth, to);
-}
 
 /* ---- 2 x 2 tiles ---------------------------------------------------------------------------------------------------- */
 
@@ -391,22 +155,36 @@ AVX512 static void update_transposed(
         }
 }
 
-/* sums [rows][WIDE] += h @ b [rank, columns]. */
-AVX512 static void update_plain(
-    const Update *u, const float *b, int64_t row, int64_t rows, int64_t column, int64_t width, float *sums)
+/* ---- SwiGLU --------------------------------------------------------------------------------------------------------- */
+
+/* As `exponential` of sigmoid.h, 16 at a time. */
+AVX512 INLINE __m512 exponential16(__m512 x)
 {
-    int64_t first = column > u->column ? column : u->column, wide = u->column_end - u->column;
-    int64_t last = column + width < u->column_end ? column + width : u->column_end;
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t n = first; n < last; n += TILE) {
-            __mmask16 here = last - n < TILE ? (__mmask16)((1u << (last - n)) - 1) : 0xffff;
-            float *to = sums + i * WIDE + n - column;
-            __m512 sum = _mm512_maskz_loadu_ps(here, to);
-            for (int64_t r = 0; r < u->rank; r++)
-                sum = _mm512_fmadd_ps(_mm512_set1_ps(u->h[(row + i) * u->h_stride + r]),
-                                      _mm512_maskz_loadu_ps(here, b + r * wide + n - u->column), sum);
-            _mm512_mask_storeu_ps(to, here, sum);
-        }
+    x = _mm512_min_ps(_mm512_set1_ps(88.3f), _mm512_max_ps(_mm512_set1_ps(-87.3f), x));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)),
+                                    _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    x = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    x = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), x);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(x, x), x), _mm512_set1_ps(1.0f));
+    __m512i power = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
+    return _mm512_mul_ps(p, _mm512_castsi512_ps(power));
+}
+
+/* gate = silu(gate) * up, `count` numbers each; a multiple of 16. */
+AVX512 static void activate(float *gate, const float *up, int64_t count)
+{
+    const __m512 one = _mm512_set1_ps(1.0f);
+    for (int64_t i = 0; i < count; i += 16) {
+        __m512 g = _mm512_load_ps(gate + i);
+        __m512 s = _mm512_div_ps(one, _mm512_add_ps(one, exponential16(_mm512_sub_ps(_mm512_setzero_ps(), g))));
+        _mm512_store_ps(gate + i, _mm512_mul_ps(_mm512_mul_ps(g, s), _mm512_load_ps(up + i)));
+    }
 }
 
 /* ---- an item ------------------------------------------------------------------------------------------------------- */
@@ -426,41 +204,58 @@ AVX512 static void store_transposed(const float *sums, int64_t height, float *y,
         }
 }
 
-static void multiply_item(Block *block, const Product *p, int64_t e, int64_t start, int64_t rows, int64_t column, int64_t column_end)
+/* sums of `width` columns of W's output from n on, as y or its transpose: updates included. */
+static void sum_columns(
+    Block *block, const Product *p, const Scratch *s, int64_t e, int64_t start, int64_t rows, int64_t n, int64_t width,
+    int64_t end, float *sums)
 {
     int64_t blocks = (rows + TILE - 1) / TILE, height = blocks * TILE, steps = (p->depth + DEPTH - 1) / DEPTH;
+    int64_t wide = (width + SPAN - 1) / SPAN * SPAN;
+    for (int64_t k = 0; k < p->depth; k += PASS) {
+        int64_t here = steps - k / DEPTH < PASS / DEPTH ? steps - k / DEPTH : PASS / DEPTH;
+        dequantize_panel(p, e, n, wide, end, k, here * DEPTH, s->w);
+        for (int64_t b = 0; b < blocks; b += 2)
+            for (int64_t at = 0; at < wide; at += SPAN) {
+                const Bfloat *x = s->x + (b * steps + k / DEPTH) * TILE_SIZE;
+                const Bfloat *w = s->w + at / TILE * here * TILE_SIZE;
+                int several = blocks - b > 1 ? 2 : 1;
+                if (p->transposed)
+                    block(w, here * TILE_SIZE, x, steps * TILE_SIZE, here, sums + at * height + b * TILE, height, k > 0, 2,
+                          several);
+                else
+                    block(x, steps * TILE_SIZE, w, here * TILE_SIZE, here, sums + b * TILE * WIDE + at, WIDE, k > 0,
+                          several, 2);
+            }
+    }
+    for (int i = 0; i < p->num_updates; i++) {
+        const Update *update = p->updates + i;
+        int64_t own = slot_of(update->slots, e);
+        int64_t first = n > update->column ? n : update->column;
+        int64_t last = n + width < update->column_end ? n + width : update->column_end;
+        if (own < 0 || first >= last)
+            continue;
+        const float *b = update->b + own * update->b_expert_stride;
+        if (p->transposed)
+            update_transposed(update, b, start, rows, n, width, sums, height);
+        else
+            add_update(update, b, start, rows, first, last, sums + first - n, WIDE);
+    }
+}
+
+static void multiply_item(Block *block, const Product *p, int64_t e, int64_t start, int64_t rows, int64_t column, int64_t column_end)
+{
+    int64_t height = (rows + TILE - 1) / TILE * TILE, steps = (p->depth + DEPTH - 1) / DEPTH;
+    int64_t most = p->swiglu ? WIDE / 2 : WIDE;
     Scratch s = scratch_of(p);
     pack_x(p, start, rows, 0, steps, p->transposed, s.x);
-    for (int64_t n = column; n < column_end; n += WIDE) {
-        int64_t width = column_end - n < WIDE ? column_end - n : WIDE, wide = (width + SPAN - 1) / SPAN * SPAN;
-        for (int64_t k = 0; k < p->depth; k += PASS) {
-            int64_t here = steps - k / DEPTH < PASS / DEPTH ? steps - k / DEPTH : PASS / DEPTH;
-            dequantize_panel(p, e, n, wide, column_end, k, here * DEPTH, s.w);
-            for (int64_t b = 0; b < blocks; b += 2)
-                for (int64_t at = 0; at < wide; at += SPAN) {
-                    const Bfloat *x = s.x + (b * steps + k / DEPTH) * TILE_SIZE;
-                    const Bfloat *w = s.w + at / TILE * here * TILE_SIZE;
-                    int several = blocks - b > 1 ? 2 : 1;
-                    if (p->transposed)
-                        block(w, here * TILE_SIZE, x, steps * TILE_SIZE, here, s.sums + at * height + b * TILE, height,
-                              k > 0, 2, several);
-                    else
-                        block(x, steps * TILE_SIZE, w, here * TILE_SIZE, here, s.sums + b * TILE * WIDE + at, WIDE, k > 0,
-                              several, 2);
-                }
+    for (int64_t n = column; n < column_end; n += most) {
+        int64_t width = column_end - n < most ? column_end - n : most;
+        float *y = p->y + start * p->y_stride + n, *up = s.sums + most * height;
+        sum_columns(block, p, &s, e, start, rows, n, width, column_end, s.sums);
+        if (p->swiglu) {
+            sum_columns(block, p, &s, e, start, rows, n + p->columns, width, column_end + p->columns, up);
+            activate(s.sums, up, width * height);
         }
-        for (int i = 0; i < p->num_updates; i++) {
-            const Update *update = p->updates + i;
-            int64_t own = slot_of(update->slots, e);
-            if (own < 0)
-                continue;
-            const float *b = update->b + own * update->b_expert_stride;
-            if (p->transposed)
-                update_transposed(update, b, start, rows, n, width, s.sums, height);
-            else
-                update_plain(update, b, start, rows, n, width, s.sums);
-        }
-        float *y = p->y + start * p->y_stride + n;
         if (p->transposed)
             store_transposed(s.sums, height, y, p->y_stride, rows, width);
         else

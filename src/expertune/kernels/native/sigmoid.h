@@ -4,10 +4,11 @@
 
 #include "common.h"
 
-/* exp to about one unit in the last place: 2**n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes, expf). */
+/* exp to about one unit in the last place: 2**n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes, expf).
+   NaN stays NaN. */
 INLINE __m256 exponential(__m256 x)
 {
-    x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-87.3f)), _mm256_set1_ps(88.3f));
+    x = _mm256_min_ps(_mm256_set1_ps(88.3f), _mm256_max_ps(_mm256_set1_ps(-87.3f), x));
     __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     x = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
     x = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), x);

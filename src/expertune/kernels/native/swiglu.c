@@ -35,10 +35,6 @@ EXPORT void expertune_swiglu_backward(
             _mm256_storeu_ps(up + f, _mm256_mul_ps(d, activated));
             _mm256_storeu_ps(inner + f, out);
         }
-        float lanes[8], sum = 0.0f;
-        _mm256_storeu_ps(lanes, total);
-        for (int i = 0; i < 8; i++)
-            sum += lanes[i];
-        dweight[row] = sum;
+        dweight[row] = total_of(total);
     }
 }

@@ -25,6 +25,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from expertune.kernels.huge_pages import ask_for_huge_pages
 from expertune.kernels.nf4 import cpu, reference
 from expertune.kernels.nf4.bytes import Fit, Nf4Bytes, Part, Scheme
 from expertune.kernels.nf4.reference import BLOCK_SIZE, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE
@@ -155,7 +156,7 @@ class Nf4Stack(nn.Module):
         nested = -(-blocks // NESTED_BLOCK_SIZE) if double_quantization else 0
         absmax_dtype = torch.float32 if scheme == "nf4" and not double_quantization else torch.uint8
         packed = torch.empty(num_matrices, out_features, in_features // 2, dtype=torch.uint8, device=device)
-        self.packed = nn.Parameter(packed, requires_grad=False)
+        self.packed = nn.Parameter(ask_for_huge_pages(packed), requires_grad=False)
         self.register_buffer("absmax", torch.empty(num_matrices, blocks, dtype=absmax_dtype, device=device))
         self.register_buffer("nested_absmax", torch.empty(num_matrices, nested, dtype=torch.float32, device=device))
         self.register_buffer(
