@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.workload import VOCAB_SIZE, Shape
 
-_REPEATS = 12
+_REPEATS = 6
 
 
 def step_flops(shape: Shape, tokens: int) -> int:
@@ -46,24 +46,43 @@ def adapter_flops(shape: Shape, tokens: int, rank: int) -> int:
     return 2 * tokens * rank * (4 * shape.layers * (attention + experts) + 3 * (VOCAB_SIZE + shape.hidden))
 
 
-def product_rates(shape: Shape, tokens: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    """FLOP/s of `torch.mm` on shapes of the step: one expert's rows, and all rows.
+class ProductRates:
+    """FLOP/s of `torch.mm` on shapes of the step: one expert's rows and all rows, forward and for input gradients.
 
-    Returns:
-        {name: {"rows", "flops_per_second"}}, medians.
+    A machine that others share has spells, in which the same product takes three times as long: `measure` is called
+    between the rounds of what is timed, so that both are medians of the same minutes.
     """
-    sizes = {"expert": max(tokens * shape.top_k // shape.experts, 1), "all rows": tokens}
-    return {name: {"rows": rows, "flops_per_second": _rate(rows, shape, dtype)} for name, rows in sizes.items()}
+
+    def __init__(self, shape: Shape, tokens: int, dtype: torch.dtype) -> None:
+        sizes = {"expert": max(tokens * shape.top_k // shape.experts, 1), "all rows": tokens}
+        w_NK = torch.randn(shape.intermediate, shape.hidden).to(dtype)
+        self._products = {}
+        for name, rows in sizes.items():
+            x_MK, dy_MN = torch.randn(rows, shape.hidden).to(dtype), torch.randn(rows, shape.intermediate).to(dtype)
+            self._products[name] = x_MK, w_NK.t(), torch.empty_like(dy_MN)
+            self._products[f"{name}, input gradient"] = dy_MN, w_NK, torch.empty_like(x_MK)
+        self._seconds: dict[str, list[float]] = {name: [] for name in self._products}
+
+    def measure(self) -> None:
+        """A few runs of each product."""
+        for name, (x, w, out) in self._products.items():
+            torch.mm(x, w, out=out)  # warm
+            for _ in range(_REPEATS):
+                started = time.perf_counter()
+                torch.mm(x, w, out=out)
+                self._seconds[name].append(time.perf_counter() - started)
+
+    def medians(self) -> dict[str, dict[str, float]]:
+        """{name: {"rows", "flops_per_second"}} of all that was measured."""
+        found = {}
+        for name, (x, w, _) in self._products.items():
+            flops = 2 * x.shape[0] * w.shape[0] * w.shape[1]
+            found[name] = {"rows": x.shape[0], "flops_per_second": flops / statistics.median(self._seconds[name])}
+        return found
 
 
-def _rate(rows: int, shape: Shape, dtype: torch.dtype) -> float:
-    x_MK = torch.randn(rows, shape.hidden).to(dtype)
-    w_NK = torch.randn(shape.intermediate, shape.hidden).to(dtype)
-    y_MN = torch.empty(rows, shape.intermediate, dtype=dtype)
-    seconds = []
-    for repeat in range(_REPEATS + 2):
-        started = time.perf_counter()
-        torch.mm(x_MK, w_NK.t(), out=y_MN)
-        if repeat >= 2:
-            seconds.append(time.perf_counter() - started)
-    return 2 * rows * shape.intermediate * shape.hidden / statistics.median(seconds)
+def product_rates(shape: Shape, tokens: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """The rates at this moment; see `ProductRates`."""
+    rates = ProductRates(shape, tokens, dtype)
+    rates.measure()
+    return rates.medians()

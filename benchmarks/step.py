@@ -68,15 +68,16 @@ def run(args: argparse.Namespace) -> None:
     tried = {name: _try_dtypes(name, options, report.dtypes_of_peers(given, args.device)) for name in names}
     dtypes = {name: min(seconds, key=lambda each: seconds[each]) for name, seconds in tried.items()}
     dtypes["ours"] = report.name_of(dtype)  # what a run takes by itself
+    rates = floor.ProductRates(shape, args.tokens, dtype) if args.device == "cpu" else None
     sessions = [
-        _interleave({name: [*options, "--dtype", dtypes[name]] for name in stacks}, workload, args.rounds)
+        _interleave({name: [*options, "--dtype", dtypes[name]] for name in stacks}, workload, args.rounds, rates)
         for stacks in _sessions(names)
     ]
     for session in sessions:
         for name, stack in session.items():
             stack |= {"dtype": dtypes[name]} | ({"tried_seconds": tried[name]} if name in tried else {})
-    rates = floor.product_rates(shape, args.tokens, dtype) if args.device == "cpu" else {}
-    result = _result(shape, lora, workload, sessions, rates, args.device) | {"dtype": report.name_of(dtype)}
+    medians = rates.medians() if rates else {}
+    result = _result(shape, lora, workload, sessions, medians, args.device) | {"dtype": report.name_of(dtype)}
     if args.json:
         report.write(args.json, result)
     _show(result)
@@ -112,13 +113,16 @@ def _try_dtypes(name: str, options: list[str], dtypes: list[torch.dtype]) -> dic
     return seconds
 
 
-def _interleave(arguments: dict[str, list[str]], workload: Workload, rounds: int) -> Measured:
+def _interleave(
+    arguments: dict[str, list[str]], workload: Workload, rounds: int, rates: floor.ProductRates | None
+) -> Measured:
     """Rounds of one step per stack, in turn, after a check and a step each to warm up.
 
     Args:
         arguments: of each stack's driver, by its name.
         workload: what they are given.
         rounds: how many.
+        rates: bare products, which are measured after each round.
     """
     names = list(arguments)
     drivers: list[Driver] = []
@@ -142,6 +146,8 @@ def _interleave(arguments: dict[str, list[str]], workload: Workload, rounds: int
             report.progress(f"round {number + 1} of {rounds}")
             for driver in drivers:
                 seconds[driver.name].append(driver.ask("step")["seconds"])
+            if rates:
+                rates.measure()
         return {
             driver.name: {
                 "tokens_per_second": workload.tokens / statistics.median(seconds[driver.name]),

@@ -122,6 +122,8 @@ FLAT_IN_KERNELS = {
     "kernels/expert_mlp/dequant_gemm.py: _down",
     "kernels/expert_mlp/dequant_gemm.py: _expert_backward",
     "kernels/expert_mlp/dequant_gemm.py: _gate_up",
+    "kernels/expert_mlp/fused.py: _add_outer",
+    "kernels/expert_mlp/fused.py: _multiply_gate_up",
     "kernels/expert_mlp/fused.py: _product",
     "kernels/expert_mlp/grouped.py: _grouped_gemm",
     "kernels/expert_mlp/grouped.py: _input_gradient",
@@ -137,8 +139,9 @@ FLAT_IN_KERNELS = {
     "kernels/linear_cross_entropy/chunked.py: forward",
     "kernels/linear_cross_entropy/per_token.py: linear_log_probs",
     "kernels/linear_cross_entropy/reference.py: linear_cross_entropy",
-    "kernels/native/__init__.py: dropout",
     "kernels/native/__init__.py: grouped_gemm",
+    "kernels/native/__init__.py: outer",
+    "kernels/native/cross_entropy.py: gradients",
 }
 
 

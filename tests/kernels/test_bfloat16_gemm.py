@@ -60,7 +60,7 @@ def expected(x: Tensor, weight: Nf4Bytes, parts: int, transposed: bool) -> Tenso
     return torch.cat(out)
 
 
-def run(x: Tensor, weight: Nf4Bytes, columns: int, transposed: bool, **others: object) -> Tensor:
+def run(x: Tensor, weight: Nf4Bytes | Tensor, columns: int, transposed: bool, **others: object) -> Tensor:
     offsets = torch.tensor(TOKENS).cumsum(0)
     out = torch.full((sum(TOKENS), columns), float("nan"))
     native.grouped_gemm(x, weight, offsets, out, transposed=transposed, dtype=torch.bfloat16, **others)  # type: ignore[arg-type]
@@ -95,6 +95,30 @@ def test_updates_of_some_columns_and_some_experts_are_added_in_float32(arithmeti
         wanted[:, column:column_end] += added.where(of_each[:, None] >= 0, 0)
         update = native.Update(h, b, column, column_end, slots)
         torch.testing.assert_close(run(x, weight, width, transposed, updates=[update]), wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [5, 64, 141])
+def test_swiglu_is_applied_to_both_halves_of_the_sums(arithmetic: str, size: int) -> None:
+    weight, generator = weights(size, 128, 2), torch.Generator().manual_seed(size)
+    x, h = (torch.randn(sum(TOKENS), columns, generator=generator) for columns in (128, 3))
+    b = torch.randn(len(TOKENS), size, 3, generator=generator)
+    updates = [native.Update(h, b, 0, size), native.Update(2 * h, b, size, 2 * size)]
+    gate, up = run(x, weight, 2 * size, transposed=True, updates=updates).chunk(2, dim=1)
+    found = run(x, weight, size, transposed=True, updates=updates, swiglu=True)
+    torch.testing.assert_close(found, torch.nn.functional.silu(gate) * up, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (40, 193), (333, 640)])
+def test_matrices_that_are_bfloat16_themselves_are_multiplied_as_they_lie(
+    arithmetic: str, rows: int, columns: int
+) -> None:
+    weight = torch.randn(len(TOKENS), rows, columns, generator=torch.Generator().manual_seed(rows)).bfloat16()
+    for transposed in (True, False):
+        depth, width = (columns, rows) if transposed else (rows, columns)
+        x = torch.randn(sum(TOKENS), depth, generator=torch.Generator().manual_seed(1))
+        own = zip(x.bfloat16().float().split(TOKENS), weight.float(), strict=True)
+        wanted = torch.cat([x_e @ (w_e.t() if transposed else w_e) for x_e, w_e in own])
+        torch.testing.assert_close(run(x, weight, width, transposed) / depth**0.5, wanted / depth**0.5, **CLOSE)
 
 
 def test_tokens_are_read_where_the_index_says(arithmetic: str) -> None:

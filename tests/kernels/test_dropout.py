@@ -7,7 +7,8 @@ from torch.utils.checkpoint import checkpoint
 
 from expertune.kernels import dropout as room
 from expertune.kernels import native
-from expertune.kernels.dropout import CounterDropout, dropout
+from expertune.kernels.dropout import CounterDropout, dropout, in_library
+from expertune.kernels.nf4 import Nf4Stack
 
 
 def plain(x: Tensor, number: Tensor, seed: int, probability: float) -> Tensor:
@@ -71,3 +72,40 @@ def test_gradient_of_the_layer_goes_through_what_was_kept() -> None:
 def test_layer_leaves_evaluation_alone() -> None:
     layer, x = CounterDropout(0.5).eval(), torch.randn(3, 64)
     assert torch.equal(layer(x), x)
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library could not be built here")
+@pytest.mark.parametrize("rank", [3, 8, 40])
+def test_gemms_of_low_rank_factors_drop_what_is_dropped_of_whole_rows(rank: int) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    tokens, width, offsets = 23, 391, torch.tensor([0, 7, 7, 23])
+    x, h = (torch.randn(tokens, columns, generator=generator) for columns in (width, rank))
+    number = torch.randperm(100, generator=generator)[:tokens]
+    index = torch.randint(tokens, (tokens,), generator=generator)
+    a = torch.randn(4, rank, width, generator=generator)
+    dropped = dropout(x, number, 2**40 + 5, 0.3, index)
+    inside = in_library(number, 2**40 + 5, 0.3, width)
+
+    found, wanted = torch.empty(tokens, rank), torch.empty(tokens, rank)
+    native.grouped_gemm(dropped, a, offsets, wanted, transposed=True)
+    native.grouped_gemm(x, a, offsets, found, transposed=True, index=index, dropout=inside)
+    assert torch.equal(found, wanted)
+
+    gradient, of_dropped = torch.empty(4, rank, width), torch.empty(4, rank, width)
+    native.outer(h, dropped, offsets, of_dropped)
+    native.outer(h, x, offsets, gradient, index, dropout=inside)
+    assert torch.equal(gradient, of_dropped)
+
+    stack = Nf4Stack(4, 64, 448)
+    for matrix in range(4):
+        stack.write(matrix, torch.randn(64, 448, generator=generator))
+    for dtype in (torch.float32, torch.bfloat16):
+        y, added, low = torch.empty(tokens, 448), torch.empty(tokens, 448), torch.empty(tokens, width)
+        update = native.Update(h, a, 31, 31 + width, dropout=inside)
+        for out, updates in ((y, ()), (added, [update])):
+            native.grouped_gemm(
+                x[:, :64].contiguous(), stack.bytes, offsets, out, transposed=False, updates=updates, dtype=dtype
+            )
+        native.grouped_gemm(h, a, offsets, low, transposed=False)
+        y[:, 31 : 31 + width] += dropout(low, number, 2**40 + 5, 0.3)
+        torch.testing.assert_close(added, y, rtol=1e-5, atol=1e-5)

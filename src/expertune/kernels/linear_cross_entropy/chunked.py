@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from expertune.kernels import native
 from expertune.kernels.cpu import gemm_dtype
 from expertune.kernels.linear_cross_entropy import tiles
 from expertune.kernels.linear_cross_entropy.tiles import Head, LowRank, TileLoss
@@ -91,7 +92,7 @@ def forward(
         weights_n = None if weights_T is None else weights_T[rows_n]
         for tile in weight.tiles():
             loss = TileLoss(labels_n, lse_n, weights_n)
-            d_logits_nv = tiles.gradient(logits.pop(0), tile, head, low_rank, loss, x_nD.dtype)
+            d_logits_nv = tiles.gradient(logits.pop(0), tile, head, low_rank, loss, weight.gradient_dtype)
             if dx_nD is not None:
                 weight.add_transposed(d_logits_nv, tile, dx_nD)
         gradients_of_inputs = iter(d_own)
@@ -164,7 +165,7 @@ def _logits(
     logits, log_sums = [], []
     label_logits_n = x_nD.new_zeros(x_nD.shape[0], dtype=torch.float32)
     for tile in weight.tiles():
-        z_nv, log_sum_n = tiles.complete(weight.multiply(x_nD, tile), tile, head, low_rank)
+        z_nv, log_sum_n = tiles.complete(weight.multiply(tile), tile, head, low_rank)
         column_n, inside_n = tiles.columns_of_labels(labels_n, tile)
         own_n = z_nv.gather(1, column_n.unsqueeze(1)).squeeze(1)
         label_logits_n = torch.where(inside_n, own_n, label_logits_n)
@@ -175,12 +176,18 @@ def _logits(
 
 
 class _Weight:
-    """The head's weight in slices of the vocabulary ("tiles"), each in the dtype of the GEMM when it is used."""
+    """The head's weight in slices of the vocabulary ("tiles"), each in the dtype of the GEMM when it is used.
+
+    On a CPU with AMX the native library multiplies a weight that is bfloat16 as it lies, with float32 results; torch
+    would lay it out anew for each GEMM.
+    """
 
     def __init__(self, weight_VD: Tensor, x_nD: Tensor) -> None:
         self._weight_VD = weight_VD
         vocabulary, width = weight_VD.shape
         on_cpu, converts = weight_VD.device.type == "cpu", weight_VD.dtype != x_nD.dtype
+        in_bfloat16 = on_cpu and x_nD.dtype == weight_VD.dtype == torch.bfloat16 and weight_VD.stride(1) == 1
+        self._native = in_bfloat16 and native.available() and native.bfloat16_arithmetic() == native.AMX
         budget = TILE_BYTES.get(weight_VD.device.type, TILE_BYTES["cuda"])
         per_column = x_nD.shape[0] * torch.float32.itemsize
         self._columns = _even(vocabulary, budget // per_column) if on_cpu else vocabulary
@@ -188,6 +195,8 @@ class _Weight:
         most = budget // (width * x_nD.element_size()) if converts else self._columns
         self._converted = min(_even(self._columns, most), self._columns)
         self._scratch_vD = x_nD.new_empty(self._converted, width) if converts else None
+        self._x_nD = x_nD.float() if self._native else x_nD
+        self.gradient_dtype = self._x_nD.dtype
 
     def tiles(self) -> Iterator[slice]:
         """The vocabulary, tile by tile."""
@@ -195,20 +204,32 @@ class _Weight:
         for start in range(0, vocabulary, self._columns):
             yield slice(start, min(start + self._columns, vocabulary))
 
-    def multiply(self, x_nD: Tensor, tile: slice) -> Tensor:
-        """x @ W.T over a tile, [n, v] of x's dtype."""
-        z_nv = x_nD.new_empty(x_nD.shape[0], tile.stop - tile.start)
+    def multiply(self, tile: slice) -> Tensor:
+        """x @ W.T over a tile, [n, v] of x's dtype or float32."""
+        z_nv = self._x_nD.new_empty(self._x_nD.shape[0], tile.stop - tile.start)
+        if self._native:
+            self._multiply_native(self._x_nD, tile, z_nv, transposed=True)
+            return z_nv
         for part, weight_vD in self._parts(tile):
-            torch.mm(x_nD, weight_vD.t(), out=z_nv[:, part])
+            torch.mm(self._x_nD, weight_vD.t(), out=z_nv[:, part])
         return z_nv
 
     def add_transposed(self, d_logits_nv: Tensor, tile: slice, total_nD: Tensor) -> None:
-        """total += d_logits @ W over a tile; the sum over tiles is float32."""
+        """total += d_logits @ W over a tile, d_logits of `gradient_dtype`; the sum over tiles is float32."""
+        if self._native:
+            part_nD = torch.empty_like(total_nD)
+            self._multiply_native(d_logits_nv, tile, part_nD, transposed=False)
+            total_nD.add_(part_nD)
+            return
         for part, weight_vD in self._parts(tile):
             if weight_vD.dtype == torch.float32:
                 total_nD.addmm_(d_logits_nv[:, part], weight_vD)
             else:
                 total_nD.add_(torch.mm(d_logits_nv[:, part].to(weight_vD.dtype), weight_vD))
+
+    def _multiply_native(self, x: Tensor, tile: slice, out: Tensor, transposed: bool) -> None:
+        weight, offsets = self._weight_VD[tile].unsqueeze(0), torch.tensor([x.shape[0]])
+        native.grouped_gemm(x, weight, offsets, out, transposed=transposed, dtype=torch.bfloat16)
 
     def _parts(self, tile: slice) -> Iterator[tuple[slice, Tensor]]:
         """Columns of a tile and their weights; those that had to be converted are valid until the next ones are."""

@@ -28,6 +28,7 @@ from expertune.kernels.nf4.reference import (
 )
 
 __all__ = [
+    "AMX",
     "Dropout",
     "Status",
     "Update",
@@ -51,6 +52,8 @@ __all__ = [
 _SOURCE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _DENSE_KINDS = {torch.float32: 1, torch.bfloat16: 2}
 _NF4_KIND = 0
+# What `bfloat16_arithmetic` says where there are matrix units.
+AMX = 2
 # Of grouped_gemm16.c: tokens of an item, columns that are summed at once, contraction of a pass.
 _BFLOAT_ROWS, _BFLOAT_WIDE, _BFLOAT_PASS = 512, 256, 512
 
@@ -215,8 +218,8 @@ def grouped_gemm(
         slots: int64 [E], which dense matrix is each expert's, -1 for none, whose tokens get zeros; None where each has
             its own number's.
         dtype: bfloat16 rounds x and NF4 weights to it before they are multiplied, where the CPU has instructions for
-            that; sums and updates are float32 in any case.
-        dropout: of x, where the weight is dense.
+            that and no `slots` are given; sums and updates are float32 in any case.
+        dropout: of x, where the weight is dense and `dtype` float32.
         swiglu: y_RN [R, N/2] is silu(gate) * up of the two halves of columns; where `bfloat16_arithmetic` multiplies
             NF4 weights, transposed.
     """
@@ -230,7 +233,8 @@ def grouped_gemm(
     columns, depth = shape if transposed else (shape[1], shape[0])
     # These live as long as the call.
     (held, _of_updates), dropped = _updates(updates), _Dropout.of(dropout)
-    arithmetic = bfloat16_arithmetic() if nf4 is not None and dtype == torch.bfloat16 else 0
+    sixteen_bits = isinstance(weight, Nf4Bytes) or (weight.dtype == torch.bfloat16 and slots is None)
+    arithmetic = bfloat16_arithmetic() if sixteen_bits and dtype == torch.bfloat16 else 0
     stride = scratch_bytes(len(y_RN), depth) if arithmetic else 0
     scratch = workspace.take("bfloat16", torch.get_num_threads() * stride // 4)
     arguments = _Product(

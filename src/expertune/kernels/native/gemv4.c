@@ -248,8 +248,6 @@ static void order_avx512(uint8_t order[GROUP])
         order[i] = (uint8_t)(i % 32 * 4 + weight[i / 32]);
 }
 
-enum { DOUBLE_QUANTIZED, PLAIN_ABSMAX, HALVES };
-
 /* Scales of 16 blocks (of MXFP4: halves) from number `at` of a matrix on; zeros where the mask has none. */
 AVX512 INLINE __m512 scales_of(int kind, const Nf4 *w, int64_t matrix, int64_t at, __mmask16 there)
 {

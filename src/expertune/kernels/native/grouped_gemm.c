@@ -178,7 +178,7 @@ void add_update(
 
 static int runs_in_bfloat(const Product *p)
 {
-    return p->kind == NF4_WEIGHT && p->arithmetic != FLOAT_ARITHMETIC;
+    return p->arithmetic != FLOAT_ARITHMETIC;
 }
 
 static void multiply_item(const Product *p, int64_t e, int64_t row, int64_t rows, int64_t column, int64_t column_end)
@@ -246,7 +246,7 @@ static int64_t item_columns(const Product *p)
     for (int64_t e = 0, start = 0; e < p->experts; start = p->offsets[e++])
         active += p->offsets[e] > start;
     int64_t stripes = (p->columns + STRIPE - 1) / STRIPE;
-    int64_t wanted = 4 * p->threads;
+    int64_t wanted = (runs_in_bfloat(p) ? 2 : 4) * p->threads;
     int64_t each = active > 0 ? (wanted + active - 1) / active : 1;
     int64_t width = (stripes + each - 1) / each;
     int64_t most = runs_in_bfloat(p) ? 64 : 16;

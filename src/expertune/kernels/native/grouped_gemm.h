@@ -8,7 +8,7 @@
 
 enum { NF4_WEIGHT = 0, FLOAT_WEIGHT = 1, BFLOAT_WEIGHT = 2 };
 
-/* Of products with NF4 weights; others are in float32. */
+/* Of products with NF4 weights, or those of bfloat16 that all experts have; others are in float32. */
 enum { FLOAT_ARITHMETIC = 0, AVX512_BFLOAT = 1, AMX_BFLOAT = 2 };
 
 /* Which elements of rows are dropped: a hash of number[row] * stride + column says so; the others are scaled. */

@@ -21,7 +21,7 @@ typedef uint16_t Bfloat;
 void pack_x(const Product *p, int64_t row, int64_t rows, int64_t k, int64_t steps, int paired, Bfloat *to);
 
 /* A panel of W for a pass of the contraction from k on, in tiles [width / 16][depth / DEPTH]: of [output][32] where W's
-   rows are the output, otherwise of [pair][output][2]. Zeros beyond the matrix. */
+   rows are the output, otherwise of [pair][output][2]. Zeros beyond the matrix. A matrix of bfloat16 is copied. */
 void dequantize_panel(
     const Product *p, int64_t e, int64_t n, int64_t width, int64_t end, int64_t k, int64_t depth, Bfloat *to);
 

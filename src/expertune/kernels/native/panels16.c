@@ -48,17 +48,19 @@ typedef struct {
     __m512 values;
 } Decoder;
 
-/* `paired`: weights 4j .. 4j + 3 and 16 + 4j .. 16 + 4j + 3 share the j-th lane of 128 bits, so that unpacking two rows
-   gives the pairs of 16 columns; otherwise weights are in order. */
+/* In order; and `paired`: weights 4j .. 4j + 3 and 16 + 4j .. 16 + 4j + 3 share the j-th lane of 128 bits, so that
+   unpacking two rows gives the pairs of 16 columns. */
+static const uint8_t byte_of_weight[2][64] __attribute__((aligned(64))) = {
+    {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7,
+     8, 8, 8, 8, 9, 9, 9, 9, 10, 10, 10, 10, 11, 11, 11, 11, 12, 12, 12, 12, 13, 13, 13, 13, 14, 14, 14, 14, 15, 15, 15, 15},
+    {0, 0, 0, 0, 1, 1, 1, 1, 8, 8, 8, 8, 9, 9, 9, 9, 2, 2, 2, 2, 3, 3, 3, 3, 10, 10, 10, 10, 11, 11, 11, 11,
+     4, 4, 4, 4, 5, 5, 5, 5, 12, 12, 12, 12, 13, 13, 13, 13, 6, 6, 6, 6, 7, 7, 7, 7, 14, 14, 14, 14, 15, 15, 15, 15},
+};
+
 AVX512 INLINE Decoder decoder(const Nf4 *w, int paired)
 {
-    uint8_t byte[64];
-    for (int i = 0; i < 32; i++) {
-        int weight = paired ? i / 8 * 4 + i % 4 + i / 4 % 2 * 16 : i;
-        byte[2 * i] = byte[2 * i + 1] = (uint8_t)(weight / 2);
-    }
     /* The first weight of a byte is its high half. */
-    return (Decoder){_mm512_loadu_si512(byte), _mm512_set1_epi32(4), _mm512_loadu_ps(w->values)};
+    return (Decoder){_mm512_load_si512(byte_of_weight[paired]), _mm512_set1_epi32(4), _mm512_loadu_ps(w->values)};
 }
 
 /* The 16 values of a code, scaled and rounded; twice, so that an index's fifth bit does not matter. */
@@ -154,10 +156,62 @@ AVX512 INLINE void dequantize_as(
         dequantize_columns(kind, p->nf4, e * p->parts, k, p->depth, depth, n, width, to);
 }
 
+/* ---- W that is bfloat16 itself ------------------------------------------------------------------------------------- */
+
+#define NEAR 8 /* rows that are brought nearer before their use */
+
+/* Which of 32 numbers from `at` on lie before `end`. */
+INLINE __mmask32 before(int64_t at, int64_t end)
+{
+    return at + DEPTH <= end ? 0xffffffffu : at >= end ? 0 : (1u << (end - at)) - 1;
+}
+
+AVX512 static void copy_rows(
+    const Bfloat *w, int64_t stride, int64_t row, int64_t count, int64_t end, int64_t k, int64_t depth, int64_t k_end,
+    Bfloat *to)
+{
+    const int64_t steps = depth / DEPTH;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t step = 0; step < steps; step++) {
+            const Bfloat *from = w + (row + i) * stride + k + step * DEPTH;
+            _mm_prefetch((const char *)(from + NEAR * stride), _MM_HINT_T0);
+            __mmask32 here = row + i < end ? before(k + step * DEPTH, k_end) : 0;
+            _mm512_store_si512(to + ((i / TILE * steps + step) * TILE + i % TILE) * DEPTH, _mm512_maskz_loadu_epi16(here, from));
+        }
+}
+
+AVX512 static void copy_columns(
+    const Bfloat *w, int64_t stride, int64_t k, int64_t depth, int64_t k_end, int64_t column, int64_t width, int64_t end,
+    Bfloat *to)
+{
+    uint16_t order[2][DEPTH];
+    for (int i = 0; i < DEPTH; i++)
+        order[0][i] = (uint16_t)(i / 2 + i % 2 * DEPTH), order[1][i] = (uint16_t)(order[0][i] + PAIRS);
+    const __m512i low = _mm512_loadu_si512(order[0]), high = _mm512_loadu_si512(order[1]);
+    const int64_t steps = depth / DEPTH;
+    for (int64_t row = 0; row < depth; row += 2)
+        for (int64_t at = 0; at < width; at += DEPTH) {
+            const Bfloat *from = w + (k + row) * stride + column + at;
+            _mm_prefetch((const char *)(from + NEAR * stride), _MM_HINT_T0);
+            _mm_prefetch((const char *)(from + (NEAR + 1) * stride), _MM_HINT_T0);
+            __mmask32 here = before(column + at, end);
+            __m512i a = _mm512_maskz_loadu_epi16(k + row < k_end ? here : 0, from);
+            __m512i b = _mm512_maskz_loadu_epi16(k + row + 1 < k_end ? here : 0, from + stride);
+            Bfloat *tile = to + (at / TILE * steps * TILE + row / DEPTH * TILE + row % DEPTH / 2) * DEPTH;
+            _mm512_store_si512(tile, _mm512_permutex2var_epi16(a, low, b));
+            _mm512_store_si512(tile + steps * TILE_SIZE, _mm512_permutex2var_epi16(a, high, b));
+        }
+}
+
 AVX512 void dequantize_panel(
     const Product *p, int64_t e, int64_t n, int64_t width, int64_t end, int64_t k, int64_t depth, Bfloat *to)
 {
-    if (p->nf4->halves)
+    const Bfloat *dense = (const Bfloat *)p->dense + e * p->dense_expert_stride;
+    if (p->kind == BFLOAT_WEIGHT && p->transposed)
+        copy_rows(dense, p->dense_stride, n, width, end, k, depth, p->depth, to);
+    else if (p->kind == BFLOAT_WEIGHT)
+        copy_columns(dense, p->dense_stride, k, depth, p->depth, n, width, end, to);
+    else if (p->nf4->halves)
         dequantize_as(HALVES, p, e, n, width, end, k, depth, to);
     else if (p->nf4->codebook == NULL)
         dequantize_as(PLAIN_ABSMAX, p, e, n, width, end, k, depth, to);
