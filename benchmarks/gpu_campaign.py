@@ -6,6 +6,7 @@ needed. On a machine without a GPU, `--device cpu --small` runs the same code on
 """
 
 import argparse
+import importlib
 import os
 import subprocess
 import sys
@@ -77,27 +78,28 @@ def groups_of(args: argparse.Namespace) -> list[Group]:
 
 
 def measured_by(args: argparse.Namespace, name: str) -> Callable[[Any], None]:
-    """What measures a group, given its record. Imports torch."""
-    from benchmarks.campaign import correctness, expert_layer, peers, placement, product, steps, sweep
-
+    """What measures a group, given its record; imports what this group needs, which is most of its start."""
     first, _, rest = name.partition(" ")
-    large = (320,) if args.small else (8192, 1280)
-    usual = (64, 128) if args.small else (2048, 320)
+    usual, large = ((64, 128), (320,)) if args.small else ((2048, 320), (8192, 1280))
+
+    def of(module: str) -> Any:
+        return importlib.import_module(f"benchmarks.campaign.{module}")
+
     known: dict[str, Callable[[Any], None]] = {
-        variants.DECODING: lambda out: correctness.decoding(args, out),
-        "product": lambda out: product.run(args, out),
-        "mixtral": lambda out: steps.mixtral(args, out, usual),
-        "mixtral, other sizes": lambda out: steps.mixtral(args, out, large),
-        "expert layer": lambda out: expert_layer.run(args, out),
-        "qwen3": lambda out: steps.qwen(args, out),
-        "sweep": lambda out: sweep.run(args, out),
-        "placement": lambda out: placement.run(args, out),
-        "peers": lambda out: peers.run(args, out),
+        variants.DECODING: lambda out: of("correctness").decoding(args, out),
+        "product": lambda out: of("product").run(args, out),
+        "mixtral": lambda out: of("steps").mixtral(args, out, usual),
+        "mixtral, other sizes": lambda out: of("steps").mixtral(args, out, large),
+        "expert layer": lambda out: of("expert_layer").run(args, out),
+        "qwen3": lambda out: of("steps").qwen(args, out),
+        "sweep": lambda out: of("sweep").run(args, out),
+        "placement": lambda out: of("placement").run(args, out),
+        "peers": lambda out: of("peers").run(args, out),
     }
     families: dict[str, Callable[[Any], None]] = {
-        "self-check": lambda out: correctness.self_check(args, out, rest),
-        "correct": lambda out: correctness.route(args, out, rest),
-        "compiled": lambda out: expert_layer.compile_ahead(args, out, rest),
+        "self-check": lambda out: of("correctness").self_check(args, out, rest),
+        "correct": lambda out: of("correctness").route(args, out, rest),
+        "compiled": lambda out: of("expert_layer").compile_ahead(args, out, rest),
     }
     return known.get(name) or families[first]
 
