@@ -13,7 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from benchmarks.peers.bitsandbytes_weight import bitsandbytes_weight
 from benchmarks.peers.generation_serving import own_stdout, prompts, serve
 from expertune.adapt.attach import attach
-from expertune.checkpoint.load import build_twin, load_model
+from expertune.checkpoint.load import load_model
+from expertune.checkpoint.meta import build_twin
 from expertune.config import LoraSection, QuantizationConfig
 from expertune.experts.module import Nf4Experts
 from expertune.generation.decoding import generate_ids
