@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from expertune.checkpoint.reader import TensorEntry
+from expertune.checkpoint.reader import Memory, TensorEntry
 from expertune.errors import CheckpointError
 from tests.families.build import tiny_config
 from tests.tiny_models import load_tiny, save_random
@@ -49,10 +49,10 @@ def test_stack_of_experts_is_never_read_whole(kind: str, rewritten: Rewritten, m
     folder = rewritten(kind, lambda tensors: None)
     read, whole = TensorEntry.read, []
 
-    def noted(entry: TensorEntry) -> Tensor:
+    def noted(entry: TensorEntry, *memory: Memory) -> Tensor:
         if len(entry.shape) == 3 and entry.shape[0] == 4 and min(entry.shape[1:]) >= 64:
             whole.append(entry.key)
-        return read(entry)
+        return read(entry, *memory)
 
     monkeypatch.setattr(TensorEntry, "read", noted)
     load_tiny(folder)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from expertune.checkpoint.load import LoadedModel
 from expertune.checkpoint.meta import build_meta_model
-from expertune.checkpoint.reader import TensorEntry
+from expertune.checkpoint.reader import Memory, TensorEntry
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from expertune.experts.module import Nf4Experts
 from tests.checkpoint.conftest import FolderOf, Rewrite, write_shards
@@ -184,9 +184,9 @@ def test_experts_that_are_fused_on_disk_load_to_the_same_bytes_and_are_read_once
 ) -> None:
     read_part, parts = TensorEntry.read_part, []
 
-    def noted(entry: TensorEntry, index: int) -> Tensor:
+    def noted(entry: TensorEntry, index: int, *memory: Memory) -> Tensor:
         parts.append((entry.key, index))
-        return read_part(entry, index)
+        return read_part(entry, index, *memory)
 
     folder = family_folder(family)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

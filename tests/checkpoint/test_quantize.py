@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from expertune.checkpoint import quantize as quantize_module
+from expertune.checkpoint import shards
 from expertune.checkpoint.quantize import quantize
 from expertune.checkpoint.verified import verify
-from expertune.checkpoint.writer import HashedFile
+from expertune.checkpoint.writer import FileRecord, HashedFile
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from tests.checkpoint.conftest import Rewrite
@@ -141,6 +143,28 @@ def test_finished_files_are_kept_and_not_written_again(
     quantize(str(mixtral), out, progress=lambda file, done, total: started.append(file))
     assert started == ["layer-00001.safetensors", "rest.safetensors", "expertune.json"]
     assert (out / "layer-00000.safetensors").stat().st_mtime_ns == before
+    assert contents(out) == contents(folder)
+
+
+def test_file_is_not_noted_before_the_hashes_of_its_shards_are(
+    mixtral: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def hashed(path: Path, passed: Callable[[int], None]) -> FileRecord:
+        passed(path.stat().st_size)
+        while not (out / "layer-00000.safetensors").exists():
+            time.sleep(0.001)  # the first file is in place before the hash is there
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "hash_file", hashed)
+        with pytest.raises(
+            CheckpointError, match=r"model\.safetensors: cannot be written or read \(Input/output error\)"
+        ):
+            quantize(str(mixtral), out)
+    assert json.loads((out / "expertune.partial.json").read_text(encoding="utf-8"))["files"] == {}
+    quantize(str(mixtral), out)
     assert contents(out) == contents(folder)
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from expertune.checkpoint.reader import INDEX_NAME, open_checkpoint, read_header
+from expertune.checkpoint import reader
+from expertune.checkpoint.reader import INDEX_NAME, Memory, open_checkpoint, read_header
 from expertune.errors import CheckpointError
 
 DTYPES = [
@@ -44,6 +45,31 @@ def test_scalars_and_empty_tensors_read_back(tmp_path: Path) -> None:
     tensors = open_checkpoint(tmp_path).tensors
     assert tensors["scalar"].read() == torch.tensor(2.5)
     assert tensors["empty"].read().shape == (0, 4)
+
+
+def test_large_tensor_that_is_read_in_parts_at_once_is_the_same_and_its_end_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "_PART_BYTES", 1000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    tensor, path = torch.arange(3001), tmp_path / "model.safetensors"
+    save_file({"small": torch.ones(7), "large": tensor}, path)
+    entry = open_checkpoint(tmp_path).tensors["large"]
+    assert torch.equal(entry.read(), tensor)
+    path.write_bytes(path.read_bytes()[: entry.start + entry.nbytes - 1])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: the file ends inside tensor large"):
+        entry.read()
+
+
+def test_tensors_that_are_read_into_the_same_memory_take_turns_in_it(tmp_path: Path) -> None:
+    save_file({"one": torch.arange(6), "two": torch.ones(2, 2), "three": torch.arange(40)}, tmp_path / "a.safetensors")
+    tensors, memory = open_checkpoint(tmp_path).tensors, Memory()
+    one = tensors["one"].read(memory)
+    assert torch.equal(one, torch.arange(6))
+    two = tensors["two"].read(memory)
+    assert torch.equal(two, torch.ones(2, 2))
+    assert two.data_ptr() == one.data_ptr()
+    assert torch.equal(tensors["three"].read(memory), torch.arange(40))
 
 
 def test_tensors_of_all_shards_are_listed_with_their_total_size(tmp_path: Path) -> None:

@@ -46,6 +46,13 @@ def codebook_midpoints() -> Tensor:
     return torch.stack([row, -row, row * 2, row / 1024])
 
 
+def beside_codebook_midpoints() -> Tensor:
+    """The numbers next to every midpoint, above and below it."""
+    middle = codebook_midpoints()
+    most, least = torch.full_like(middle, 2.0), torch.full_like(middle, -2.0)
+    return torch.cat([middle.nextafter(most), middle.nextafter(least)])
+
+
 MATRICES = {
     "normal, float32": lambda: torch.randn(33, 192),
     "normal, bfloat16": lambda: torch.randn(33, 192, dtype=torch.bfloat16),
@@ -66,6 +73,7 @@ MATRICES = {
     "constant": lambda: torch.full((7, 128), 0.3),
     "negative constant": lambda: torch.full((7, 128), -0.3, dtype=torch.bfloat16),
     "codebook midpoints": codebook_midpoints,
+    "numbers beside codebook midpoints": beside_codebook_midpoints,
     "columns of a transposed view": lambda: torch.randn(128, 40).t()[:, :64],
 }
 

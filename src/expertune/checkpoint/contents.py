@@ -1,5 +1,6 @@
 """The tensors of one file of an NF4 folder, a decoder layer's or all the rest's, in the form they are saved in."""
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from expertune.checkpoint.loader import Loader
 from expertune.checkpoint.reader import TensorEntry
 from expertune.checkpoint.writer import Outgoing
 from expertune.experts.module import Nf4Experts
+from expertune.kernels.huge_pages import ask_for_huge_pages
 from expertune.kernels.nf4 import Nf4Stack
 
 # A weight of the source and its tensors by part.
@@ -20,7 +22,7 @@ Weight = tuple[Piece, dict[str, TensorEntry]]
 
 
 def layer_tensors(
-    loader: Loader, layer_name: str, weights: list[Weight], where: Path
+    loader: Loader, layer_name: str, weights: Iterable[Weight], where: Path
 ) -> tuple[list[Outgoing], list[str]]:
     """Place the weights of one decoder layer, and hand out what the layer then holds.
 
@@ -40,6 +42,7 @@ def layer_tensors(
     for module in layer.modules():
         if isinstance(module, Nf4Stack):
             module.to_empty(device="cpu")
+            ask_for_huge_pages(module.packed)
     left_out = [piece.key for piece, entries in weights if not loader.place_piece(piece, entries)]
     left_out += loader.place_converted()
     loader.check_complete(where, lambda name: name.startswith(f"{layer_name}."))
@@ -54,7 +57,7 @@ def layer_tensors(
 
 
 def rest_tensors(
-    loader: Loader, layers: tuple[str, ...], weights: list[Weight], where: Path
+    loader: Loader, layers: tuple[str, ...], weights: Iterable[Weight], where: Path
 ) -> tuple[list[Outgoing], list[str]]:
     """Everything outside the decoder layers, each read when its turn comes: embeddings may be larger than a layer.
 

@@ -19,7 +19,7 @@ from expertune.checkpoint.loader import Loader
 from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.moments import Moments
 from expertune.checkpoint.names import NameMap, first_names, read_names
-from expertune.checkpoint.reader import CheckpointIndex, open_checkpoint
+from expertune.checkpoint.reader import CheckpointIndex, open_checkpoint, read_ahead
 from expertune.checkpoint.recipe import Recipe, read_recipe, recipe_of_folder
 from expertune.checkpoint.restore import ReadExperts, fill, missing_tensors
 from expertune.checkpoint.verified import require_verified
@@ -163,12 +163,15 @@ def _load_nf4_folder(
     options: LoadOptions,
 ) -> LoadedModel:
     require_verified(stored.folder)
-    model = build_meta_model(stored.folder, dtype, trust_remote_code)
-    use_varlen_attention(model)
-    names = read_names(model)
-    recipe = recipe_of_folder(stored, model, names, quantization)
-    swap_experts(model, recipe, "meta", options)
-    unexpected = fill(model, stored, dtype, torch.device(device), options.read, options.progress)
+    # Of what is mapped, or of which other ranks hold a part, not all is read here.
+    whole = stored.index.tensors.values() if options.read is None and options.sharing is None else ()
+    with read_ahead(dict.fromkeys(entry.shard for entry in whole)):
+        model = build_meta_model(stored.folder, dtype, trust_remote_code)
+        use_varlen_attention(model)
+        names = read_names(model)
+        recipe = recipe_of_folder(stored, model, names, quantization)
+        swap_experts(model, recipe, "meta", options)
+        unexpected = fill(model, stored, dtype, torch.device(device), options.read, options.progress)
     model.tie_weights()
     missing = missing_tensors(model, stored)
     if missing:

@@ -3,14 +3,17 @@
 Layers are written in the order that keeps few shards open, each file beside itself and then renamed; what is finished
 is noted, so that a run that was killed resumes. The bytes are those that loading the source gives: the same code
 places them (`expertune.checkpoint.loader.Loader`).
+
+A thread reads and hashes the shards that are open, and tensors are read behind it; another one flushes what is written
+to disk. A file is noted when it is on disk and the hashes of its shards are known: what is noted can be resumed.
 """
 
 import errno
-import gc
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +22,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import torch
 from torch import nn
 
-from expertune.checkpoint.contents import layer_tensors, rest_tensors
+from expertune.checkpoint.contents import Weight, layer_tensors, rest_tensors
 from expertune.checkpoint.formats.nf4_folder import (
     CALIBRATED,
     FOLDER_MARK,
@@ -46,8 +49,8 @@ from expertune.checkpoint.moments import Moments
 from expertune.checkpoint.names import read_names
 from expertune.checkpoint.reader import INDEX_NAME, read_header
 from expertune.checkpoint.recipe import read_recipe
-from expertune.checkpoint.shards import HubShards, LocalShards, OpenShards, Shards
-from expertune.checkpoint.writer import FileRecord, hash_file, write_tensors
+from expertune.checkpoint.shards import HashedShard, HubShards, LocalShards, OpenShards, Shards
+from expertune.checkpoint.writer import hash_file, write_beside
 from expertune.config import QuantizationConfig
 from expertune.distributed.processes import require_one_process
 from expertune.errors import CheckpointError, ConfigError, ExpertuneError
@@ -172,6 +175,9 @@ class _Work:
     jobs: list[Job]
     sizes: dict[str, int]
     notes: dict[str, Any] = field(default_factory=dict)
+    # The shards that have been opened; files that are not noted yet.
+    hashed: dict[str, HashedShard] = field(default_factory=dict)
+    written: dict[str, Future[None]] = field(default_factory=dict)
 
     @classmethod
     def plan(
@@ -214,7 +220,7 @@ class _Work:
 
     def bytes_left(self) -> int:
         """About how many bytes are still to be written."""
-        return sum(size for file, size in self.sizes.items() if file not in self.files)
+        return sum(size for file, size in self.sizes.items() if file not in self.files and file not in self.written)
 
     def is_finished(self) -> bool:
         """Look at `out`: True where all work is done, False where there is some left; then it is ready to be done.
@@ -261,46 +267,74 @@ class _Work:
 
     def run(self, progress: Progress | None) -> None:
         """Do all work that is left."""
-        opened = OpenShards(self.shards, self._note_shard)
         total = sum(self.sizes.values())
-        while True:
-            left = [job for job in self.jobs if job.file not in self.files]
-            opened.keep_only({shard for job in left for shard in job.shards(self.shards.weight_map)})
-            if not left:
-                break
-            job = left[0]
-            if progress:
-                progress(job.file, total - self.bytes_left(), total)
-            record, left_out = self._write(job, opened)
-            self.files[job.file] = record.to_json() | {"left_out": left_out}
-            self._save_notes()
+        left = [job for job in self.jobs if job.file not in self.files]
+        try:
+            # Both pools end, and with them what they have begun, whatever happens here.
+            with ThreadPoolExecutor(1) as noting, ThreadPoolExecutor(1) as hashing:
+                opened = OpenShards(
+                    self.shards, lambda shard, path: self.hashed.update({shard: HashedShard(path, hashing)})
+                )
+                while left:
+                    if progress:
+                        progress(left[0].file, total - self.bytes_left(), total)
+                    self._write(left.pop(0), opened, noting)
+                    for noted in [noted for noted in self.written.values() if noted.done()]:
+                        noted.result()
+                    wanted = {shard for job in left for shard in job.shards(self.shards.weight_map)}
+                    if self.shards.are_deleted:
+                        wait([hashed.record for hashed in self.hashed.values()])
+                    opened.keep_only(wanted)
+            for noted in self.written.values():
+                noted.result()
+        finally:
+            self.written.clear()
         if progress:
             progress(FOLDER_MARK, total, total)
         self._finish()
 
-    def _write(self, job: Job, opened: OpenShards) -> tuple[FileRecord, list[str]]:
+    def _write(self, job: Job, opened: OpenShards, noting: ThreadPoolExecutor) -> None:
         weights = [(piece, {part: opened.entry(key) for part, key in piece.parts.items()}) for piece in job.pieces]
         weights.sort(key=lambda weight: min((entry.shard.name, entry.start) for entry in weight[1].values()))
         if job.layer is None:
             layers = tuple(each.layer for each in self.jobs if each.layer)
-            outgoing, left_out = rest_tensors(self.loader, layers, weights, self.source.folder)
+            outgoing, left_out = rest_tensors(self.loader, layers, self._follow(weights), self.source.folder)
         else:
-            outgoing, left_out = layer_tensors(self.loader, job.layer, weights, self.source.folder)
-        record = write_tensors(self.out / job.file, outgoing)
+            outgoing, left_out = layer_tensors(self.loader, job.layer, self._follow(weights), self.source.folder)
+        record, finish = write_beside(self.out / job.file, outgoing)
+        self.written[job.file] = noting.submit(self._note, job, record.to_json() | {"left_out": left_out}, finish)
         if job.layer is not None:
+            layer = self.loader.model.get_submodule(job.layer)
             self.loader.model.set_submodule(job.layer, nn.Identity())
-            # Modules and their parameters refer to each other: the layer's memory comes back with the next collection.
-            del outgoing
-            gc.collect()
-        return record, left_out
+            # Modules and their parameters refer to each other: without this a layer would stay until it is collected.
+            for module in layer.modules():
+                module._parameters.clear()
+                module._buffers.clear()
 
-    def _note_shard(self, shard: str, path: Path) -> None:
-        before, now = self.notes["shards"].get(shard), hash_file(path).to_json()
-        if before is not None and before != now:
-            raise CheckpointError(
-                f"{path}: has changed since this NF4 folder was started; restore it, or start again in another folder"
-            )
-        self.notes["shards"][shard] = now
+    def _follow(self, weights: list[Weight]) -> Iterator[Weight]:
+        """The weights, each when its shards have been read so far."""
+        for piece, entries in weights:
+            for entry in entries.values():
+                self.hashed[entry.shard.name].follow(entry.start + entry.nbytes)
+            yield piece, entries
+
+    def _note(self, job: Job, record: dict[str, Any], finish: Callable[[], None]) -> None:
+        """Flush a file to the disk, and note it once the hashes of all that it was made of are noted.
+
+        Raises:
+            CheckpointError: a shard has changed since a call before this one.
+        """
+        finish()
+        for shard in sorted(job.shards(self.shards.weight_map)):
+            hashed = self.hashed[shard]
+            before, now = self.notes["shards"].get(shard), hashed.record.result().to_json()
+            if before is not None and before != now:
+                raise CheckpointError(
+                    f"{hashed.path}: has changed since this NF4 folder was started; restore it, or start again in "
+                    "another folder"
+                )
+            self.notes["shards"][shard] = now
+        self.files[job.file] = record
         self._save_notes()
 
     def _save_notes(self) -> None:

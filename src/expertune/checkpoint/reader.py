@@ -1,15 +1,19 @@
 """Read safetensors folders one tensor at a time, with plain reads.
 
 A memory-mapped file counts as resident memory once it is touched; a plain read into a buffer does not, so that the
-peak of a load is what the model holds and one tensor. Format: eight bytes of header length, a JSON header, the data
+peak of a load is what the model holds and one tensor. Large tensors are read in parts at once, as one thread copies out
+of the page cache at a fraction of what memory can do. Format: eight bytes of header length, a JSON header, the data
 (https://huggingface.co/docs/safetensors, "Format").
 """
 
 import json
 import math
+import os
 import struct
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +23,15 @@ from torch import Tensor
 
 from expertune.checkpoint.json_file import read_mapping
 from expertune.errors import CheckpointError
+from expertune.kernels.huge_pages import ask_for_huge_pages
 
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100 * 2**20
 _MAX_DIMENSIONS = 16
+
+# A part of a tensor that one thread reads; more threads than these gain nothing.
+_PART_BYTES = 16 * 2**20
+_READERS = 4
 
 _DTYPES = {
     "F64": torch.float64,
@@ -70,22 +79,24 @@ class TensorEntry:
         """Number of elements."""
         return math.prod(self.shape)
 
-    def read(self) -> Tensor:
+    def read(self, memory: "Memory | None" = None) -> Tensor:
         """The tensor, on the CPU.
 
+        Args:
+            memory: what it may be read into; the tensor is then good until the next read into the same memory.
+
         Raises:
             CheckpointError: the file ends before the tensor does.
         """
-        return self._read(self.start, self.nbytes).view(self.shape)
+        return self._read(self.start, self.nbytes, memory).view(self.shape)
 
-    def read_part(self, index: int) -> Tensor:
+    def read_part(self, index: int, memory: "Memory | None" = None) -> Tensor:
         """Element `index` of the first dimension, e.g. one expert of a stack, without reading the others.
 
-        Raises:
-            CheckpointError: the file ends before the tensor does.
+        Arguments and errors are `read`'s own.
         """
         size = self.nbytes // self.shape[0]
-        return self._read(self.start + index * size, size).view(self.shape[1:])
+        return self._read(self.start + index * size, size, memory).view(self.shape[1:])
 
     def part(self, first: int, count: int) -> "TensorEntry":
         """Some elements of the first dimension, as an entry of its own."""
@@ -113,17 +124,61 @@ class TensorEntry:
         read = torch.stack([self._read(self.start + feature * size, size).view(torch.uint8) for feature in features])
         return read.view(self.dtype) if feature_bytes is None else read
 
-    def _read(self, start: int, nbytes: int) -> Tensor:
-        buffer = torch.empty(nbytes, dtype=torch.uint8)
+    def _read(self, start: int, nbytes: int, memory: "Memory | None" = None) -> Tensor:
+        buffer = (memory or Memory()).take(nbytes)
+        view = buffer.numpy().data
+        readers = min(_READERS, torch.get_num_threads(), nbytes // _PART_BYTES)
+        if readers < 2:
+            self._fill(view, start)
+        else:
+            parts = range(0, nbytes, _PART_BYTES)
+            with ThreadPoolExecutor(readers) as pool:
+                list(pool.map(lambda at: self._fill(view[at : at + _PART_BYTES], start + at), parts))
+        return buffer.view(self.dtype)
+
+    def _fill(self, view: memoryview, start: int) -> None:
+        """Read the bytes from `start` on."""
         with self.shard.open("rb", buffering=0) as file:
             file.seek(start)
-            view, filled = buffer.numpy().data, 0
-            while filled < nbytes:
+            filled = 0
+            while filled < len(view):
                 count = file.readinto(view[filled:])
                 if not count:
                     raise CheckpointError(f"{self.shard}: the file ends inside tensor {self.key}; download it again")
                 filled += count
-        return buffer.view(self.dtype)
+
+
+@contextmanager
+def read_ahead(files: Iterable[Path]) -> Iterator[None]:
+    """Within it, a thread has the system read files into its cache, in order and without a pause."""
+    with ThreadPoolExecutor(1) as reading:
+        if hasattr(os, "posix_fadvise"):  # Linux
+            for file in files:
+                reading.submit(_will_need, file)
+        try:
+            yield
+        finally:
+            reading.shutdown(cancel_futures=True)
+
+
+def _will_need(path: Path) -> None:
+    with path.open("rb") as file:
+        for start in range(0, path.stat().st_size, _PART_BYTES):
+            os.posix_fadvise(file.fileno(), start, _PART_BYTES, os.POSIX_FADV_WILLNEED)
+
+
+class Memory:
+    """Memory that one tensor after the other is read into: fresh pages cost more than the copy that fills them."""
+
+    def __init__(self) -> None:
+        self._held = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, nbytes: int) -> Tensor:
+        """Uninitialized uint8 [nbytes], which shares memory with what was taken before."""
+        if len(self._held) < nbytes:
+            self._held = torch.empty(0, dtype=torch.uint8)  # the smaller block goes before the larger one comes
+            self._held = ask_for_huge_pages(torch.empty(nbytes, dtype=torch.uint8))
+        return self._held[:nbytes]
 
 
 @dataclass(frozen=True)
@@ -132,11 +187,11 @@ class DequantizedEntry(TensorEntry):
 
     dequantize: Callable[..., Tensor] = lambda: torch.empty(0)
 
-    def read(self) -> Tensor:
+    def read(self, memory: Memory | None = None) -> Tensor:
         """All of it."""
         return self.dequantize()
 
-    def read_part(self, index: int) -> Tensor:
+    def read_part(self, index: int, memory: Memory | None = None) -> Tensor:
         """Element `index` of the first dimension."""
         return self.dequantize(index)
 

@@ -1,11 +1,15 @@
 """The shards of a source, opened when first needed and dropped when no tensor of them is needed any more."""
 
 import shutil
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Protocol
 
 from expertune.checkpoint.reader import TensorEntry, open_checkpoint, read_header, read_weight_map
+from expertune.checkpoint.writer import FileRecord, hash_file
 from expertune.errors import CheckpointError, first_line
 
 SINGLE_SHARD = "model.safetensors"
@@ -16,9 +20,11 @@ class Shards(Protocol):
 
     Attributes:
         weight_map: name on disk -> name of the shard.
+        are_deleted: whether a shard is gone once it has been dropped.
     """
 
     weight_map: dict[str, str]
+    are_deleted: bool
 
     def open(self, shard: str) -> Path:
         """The shard as a file on this machine."""
@@ -36,6 +42,8 @@ class LocalShards:
     Raises:
         CheckpointError: see `open_checkpoint`.
     """
+
+    are_deleted = False
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -68,6 +76,8 @@ class HubShards:
     Raises:
         CheckpointError: the index is damaged.
     """
+
+    are_deleted = True
 
     def __init__(
         self,
@@ -127,6 +137,42 @@ class HubShards:
 
         found = try_to_load_from_cache(self.repository, shard, revision=self.revision)
         return Path(found) if isinstance(found, str) else None
+
+
+class HashedShard:
+    """A shard that a thread reads and hashes, from its start to its end, and that others read behind it.
+
+    So a disk is read once, in order and without a pause, whatever is done with the tensors meanwhile.
+
+    Args:
+        path: the shard.
+        hashing: runs the thread.
+
+    Attributes:
+        path: the shard.
+        record: its hash and size, when it has been read.
+    """
+
+    def __init__(self, path: Path, hashing: Executor) -> None:
+        self.path = path
+        self._passed, self._moved = 0, threading.Condition()
+        self.record: Future[FileRecord] = hashing.submit(self._hash, path)
+
+    def follow(self, end: int) -> None:
+        """Wait until the first `end` bytes have been read, or cannot be."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._passed >= end)
+
+    def _hash(self, path: Path) -> FileRecord:
+        try:
+            return hash_file(path, self._move)
+        finally:
+            self._move(sys.maxsize)
+
+    def _move(self, passed: int) -> None:
+        with self._moved:
+            self._passed = passed
+            self._moved.notify_all()
 
 
 class OpenShards:

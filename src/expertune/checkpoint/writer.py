@@ -3,6 +3,8 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +18,9 @@ from expertune.storage import write_whole
 ALIGNMENT = 64
 PADDING = "padding."
 _CHUNK = 2**22
+
+# Below it another thread costs more than it saves.
+_WORTH_A_THREAD = 2**20
 
 
 @dataclass(frozen=True)
@@ -59,14 +64,22 @@ class Outgoing:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def hash_file(path: Path) -> FileRecord:
-    """sha256 and size of a file, read in pieces."""
+def hash_file(path: Path, passed: Callable[[int], None] = lambda _: None) -> FileRecord:
+    """sha256 and size of a file, read in pieces; after each, `passed` is called with the bytes so far.
+
+    A piece is read while the one before is hashed: a core takes as long for the one as for the other.
+    """
     digest, size = hashlib.sha256(), 0
-    buffer = memoryview(bytearray(_CHUNK))
-    with path.open("rb", buffering=0) as file:
+    buffer, other = memoryview(bytearray(_CHUNK)), memoryview(bytearray(_CHUNK))
+    hashed: Future[None] | None = None
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
         while count := file.readinto(buffer):
-            digest.update(buffer[:count])
             size += count
+            passed(size)
+            if hashed is not None:
+                hashed.result()
+            hashed = hashing.submit(digest.update, buffer[:count])
+            buffer, other = other, buffer
     return FileRecord(digest.hexdigest(), size)
 
 
@@ -81,30 +94,56 @@ def write_tensors(path: Path, tensors: Iterable[Outgoing], metadata: Mapping[str
         OSError: the file cannot be written; nothing of it is left.
         ValueError: a tensor that was handed over is not the one that was announced.
     """
+    record, finish = write_beside(path, tensors, metadata)
+    finish()
+    return record
+
+
+def write_beside(
+    path: Path, tensors: Iterable[Outgoing], metadata: Mapping[str, str] | None = None
+) -> tuple[FileRecord, Callable[[], None]]:
+    """As `write_tensors`, but for the last part, which waits for the disk and needs no tensor.
+
+    Returns:
+        What was written, and what flushes it to the disk and renames it into place, from any thread.
+    """
     ordered = _in_file_order(list(tensors), path.stem)
-    with write_whole(path) as beside:
-        file = HashedFile(beside)
-        file.write(memoryview(_header(ordered, metadata or {})))
-        for outgoing in ordered:
-            tensor = outgoing.read()
-            if tuple(tensor.shape) != outgoing.shape or tensor.dtype != outgoing.dtype:
-                raise ValueError(f"{outgoing.name}: {tuple(tensor.shape)} of {tensor.dtype} is not as announced")
-            if tensor.numel():
-                file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-            del tensor  # or it would stay while the next is read
-    return file.record
+    with ExitStack() as stack:
+        beside = stack.enter_context(write_whole(path))
+        with ThreadPoolExecutor(1) as hashing:
+            file = HashedFile(beside, hashing)
+            file.write(memoryview(_header(ordered, metadata or {})))
+            for outgoing in ordered:
+                tensor = outgoing.read()
+                if tuple(tensor.shape) != outgoing.shape or tensor.dtype != outgoing.dtype:
+                    raise ValueError(f"{outgoing.name}: {tuple(tensor.shape)} of {tensor.dtype} is not as announced")
+                if tensor.numel():
+                    file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+                del tensor  # or it would stay while the next is read
+        finish = stack.pop_all().close
+    return file.record, finish
 
 
 class HashedFile:
-    """A file that is written from its start to its end, and hashed on the way."""
+    """A file that is written from its start to its end, and hashed meanwhile.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self._digest, self._nbytes = file, hashlib.sha256(), 0
+    Args:
+        file: what is written to.
+        hashing: the thread that hashes large pieces while they are written.
+    """
+
+    def __init__(self, file: BinaryIO, hashing: ThreadPoolExecutor) -> None:
+        self.file, self._hashing, self._digest, self._nbytes = file, hashing, hashlib.sha256(), 0
 
     def write(self, view: memoryview) -> None:
         """Append these bytes."""
-        self.file.write(view)
-        self._digest.update(view)
+        if len(view) < _WORTH_A_THREAD:
+            self._digest.update(view)
+            self.file.write(view)
+        else:
+            hashed = self._hashing.submit(self._digest.update, view)
+            self.file.write(view)
+            hashed.result()
         self._nbytes += len(view)
 
     @property

@@ -1,15 +1,39 @@
 /* The NF4 codec: quantize and dequantize blocks of 64 weights. The bytes and values are those of bitsandbytes. */
 #include "common.h"
 
-/* Bounds between neighboring codes; a value's code is the number of bounds below it, as torch.bucketize counts. */
-INLINE __m256i codes_of(__m256 scaled, const float *bounds)
+/* The 15 bounds between neighboring codes, ascending, laid out for a search in four steps. A value's code is the number of
+   bounds below it, as torch.bucketize counts. */
+typedef struct {
+    __m256 eighth, fourth, twelfth; /* bounds 7, 3 and 11 */
+    __m256 second;                  /* bounds 1, 5, 9, 13 */
+    __m256 first;                   /* bounds 0, 2, 4 .. 14 */
+} Bounds;
+
+INLINE Bounds bounds_of(const float *b)
 {
-    __m256i count = _mm256_setzero_si256();
-    for (int i = 0; i < 15; i++) {
-        __m256 above = _mm256_cmp_ps(scaled, _mm256_broadcast_ss(bounds + i), _CMP_GT_OQ);
-        count = _mm256_sub_epi32(count, _mm256_castps_si256(above));
-    }
-    return count;
+    return (Bounds){
+        .eighth = _mm256_set1_ps(b[7]),
+        .fourth = _mm256_set1_ps(b[3]),
+        .twelfth = _mm256_set1_ps(b[11]),
+        .second = _mm256_setr_ps(b[1], b[5], b[9], b[13], 0.0f, 0.0f, 0.0f, 0.0f),
+        .first = _mm256_setr_ps(b[0], b[2], b[4], b[6], b[8], b[10], b[12], b[14]),
+    };
+}
+
+/* One bit of the codes more: 2 * code + (value > bound). */
+INLINE __m256i next_bit(__m256i codes, __m256 scaled, __m256 bound)
+{
+    __m256 above = _mm256_cmp_ps(scaled, bound, _CMP_GT_OQ);
+    return _mm256_sub_epi32(_mm256_add_epi32(codes, codes), _mm256_castps_si256(above));
+}
+
+INLINE __m256i codes_of(__m256 scaled, Bounds bounds)
+{
+    __m256 above = _mm256_cmp_ps(scaled, bounds.eighth, _CMP_GT_OQ);
+    __m256i codes = _mm256_srli_epi32(_mm256_castps_si256(above), 31);
+    codes = next_bit(codes, scaled, _mm256_blendv_ps(bounds.fourth, bounds.twelfth, above));
+    codes = next_bit(codes, scaled, _mm256_permutevar8x32_ps(bounds.second, codes));
+    return next_bit(codes, scaled, _mm256_permutevar8x32_ps(bounds.first, codes));
 }
 
 INLINE __m256 load_source(const void *source, int64_t at, int kind)
@@ -36,23 +60,27 @@ INLINE __m256 reciprocal_of(float scale)
 }
 
 /* The packed codes of 64 weights, for a scale that is given. */
-INLINE void encode_block(const __m256 *values, float scale, const float *bounds, uint8_t *packed)
+INLINE void encode_block(const __m256 *values, float scale, Bounds bounds, uint8_t *packed)
 {
     __m256 reciprocal = reciprocal_of(scale);
-    for (int i = 0; i < 8; i++) {
-        __m256i codes = codes_of(scaled_by(values[i], reciprocal), bounds);
-        /* Eight codes in 32-bit lanes -> four bytes, the even lane in the high half. */
-        __m256i pairs = _mm256_or_si256(_mm256_slli_epi64(codes, 4), _mm256_srli_epi64(codes, 32));
-        pairs = _mm256_and_si256(pairs, _mm256_set1_epi64x(255));
-        packed[4 * i + 0] = (uint8_t)_mm256_extract_epi8(pairs, 0);
-        packed[4 * i + 1] = (uint8_t)_mm256_extract_epi8(pairs, 8);
-        packed[4 * i + 2] = (uint8_t)_mm256_extract_epi8(pairs, 16);
-        packed[4 * i + 3] = (uint8_t)_mm256_extract_epi8(pairs, 24);
+    __m256i halves[2];
+    for (int i = 0; i < 2; i++) {
+        __m256i codes[4];
+        for (int j = 0; j < 4; j++)
+            codes[j] = codes_of(scaled_by(values[4 * i + j], reciprocal), bounds);
+        __m256i low = _mm256_packus_epi32(codes[0], codes[1]), high = _mm256_packus_epi32(codes[2], codes[3]);
+        /* 16 times the even code and the odd one: the first of two weights is in the high half of their byte. */
+        halves[i] = _mm256_maddubs_epi16(_mm256_packus_epi16(low, high), _mm256_set1_epi16(0x0110));
     }
+    /* Two bytes of each vector are in the low lane, its other two in the high lane. */
+    __m256i bytes = _mm256_packus_epi16(halves[0], halves[1]);
+    __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
+    _mm_storeu_si128((__m128i *)packed, _mm_unpacklo_epi16(low, high));
+    _mm_storeu_si128((__m128i *)(packed + 16), _mm_unpackhi_epi16(low, high));
 }
 
 /* Returns whether all 64 weights are finite. */
-INLINE int quantize_block(const void *source, int64_t at, int kind, const float *bounds, uint8_t *packed, float *absmax)
+INLINE int quantize_block(const void *source, int64_t at, int kind, Bounds bounds, uint8_t *packed, float *absmax)
 {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     __m256 values[8];
@@ -65,10 +93,9 @@ INLINE int quantize_block(const void *source, int64_t at, int kind, const float 
     }
     if (_mm256_movemask_ps(finite) != 255)
         return 0;
-    float lanes[8], most = 0.0f;
-    _mm256_storeu_ps(lanes, largest);
-    for (int i = 0; i < 8; i++)
-        most = lanes[i] > most ? lanes[i] : most;
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps(largest, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    float most = _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
     *absmax = most;
     encode_block(values, most, bounds, packed);
     return 1;
@@ -80,15 +107,16 @@ EXPORT int64_t expertune_quantize(
     const void *source, int kind, int64_t blocks, const float *bounds, uint8_t *packed, float *absmax, int threads)
 {
     int64_t bad = 0;
+    const Bounds between = bounds_of(bounds);
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : bad)
     for (int64_t b = 0; b < blocks; b++) {
         uint8_t *out = packed + b * BLOCK_BYTES;
         if (kind == 0)
-            bad += !quantize_block(source, b * BLOCK, 0, bounds, out, absmax + b);
+            bad += !quantize_block(source, b * BLOCK, 0, between, out, absmax + b);
         else if (kind == 1)
-            bad += !quantize_block(source, b * BLOCK, 1, bounds, out, absmax + b);
+            bad += !quantize_block(source, b * BLOCK, 1, between, out, absmax + b);
         else
-            bad += !quantize_block(source, b * BLOCK, 2, bounds, out, absmax + b);
+            bad += !quantize_block(source, b * BLOCK, 2, between, out, absmax + b);
     }
     return bad;
 }
@@ -109,7 +137,7 @@ INLINE __m256d add_to(__m256d sums, __m256 terms)
 /* Weighted squared error of 64 weights at a scale; and the scale that is best for the same codes. Sums are in double, so
    that their order decides nothing. */
 INLINE double error_at(
-    const __m256 *values, const float *importance, float scale, const float *bounds, const float *codebook, float *better)
+    const __m256 *values, const float *importance, float scale, Bounds bounds, const float *codebook, float *better)
 {
     __m256 reciprocal = reciprocal_of(scale), wide = _mm256_set1_ps(scale);
     __m256 low = _mm256_loadu_ps(codebook), high = _mm256_loadu_ps(codebook + 8), ones = _mm256_set1_ps(1.0f);
@@ -136,6 +164,7 @@ EXPORT void expertune_fit(
     const void *source, int kind, int64_t blocks, int64_t row_blocks, const float *importance, const float *factors,
     int64_t num_factors, int64_t rounds, const float *bounds, const float *codebook, float *scale, int threads)
 {
+    const Bounds between = bounds_of(bounds);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t b = 0; b < blocks; b++) {
         const float *of_block = importance == NULL ? NULL : importance + (b % row_blocks) * BLOCK;
@@ -143,9 +172,9 @@ EXPORT void expertune_fit(
         for (int i = 0; i < 8; i++)
             values[i] = load_source(source, b * BLOCK + 8 * i, kind);
         float most = scale[b], best = most;
-        double least = error_at(values, of_block, most, bounds, codebook, NULL);
+        double least = error_at(values, of_block, most, between, codebook, NULL);
         for (int64_t f = 0; f < num_factors; f++) {
-            double error = error_at(values, of_block, most * factors[f], bounds, codebook, NULL);
+            double error = error_at(values, of_block, most * factors[f], between, codebook, NULL);
             if (error < least) {
                 least = error;
                 best = most * factors[f];
@@ -153,10 +182,10 @@ EXPORT void expertune_fit(
         }
         for (int64_t round = 0; round < rounds; round++) {
             float better;
-            error_at(values, of_block, best, bounds, codebook, &better);
+            error_at(values, of_block, best, between, codebook, &better);
             if (!(better > 0.0f && better <= FLT_MAX))
                 break;
-            double error = error_at(values, of_block, better, bounds, codebook, NULL);
+            double error = error_at(values, of_block, better, between, codebook, NULL);
             if (!(error < least))
                 break;
             least = error;
@@ -170,12 +199,13 @@ EXPORT void expertune_fit(
 EXPORT void expertune_encode(
     const void *source, int kind, int64_t blocks, const float *bounds, const float *scale, uint8_t *packed, int threads)
 {
+    const Bounds between = bounds_of(bounds);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t b = 0; b < blocks; b++) {
         __m256 values[8];
         for (int i = 0; i < 8; i++)
             values[i] = load_source(source, b * BLOCK + 8 * i, kind);
-        encode_block(values, scale[b], bounds, packed + b * BLOCK_BYTES);
+        encode_block(values, scale[b], between, packed + b * BLOCK_BYTES);
     }
 }
 

@@ -46,7 +46,7 @@ __all__ = [
 
 
 def quantize_matrix(
-    matrix_NK: Tensor, double_quantization: bool = True, fit: Fit | None = None
+    matrix_NK: Tensor, double_quantization: bool = True, fit: Fit | None = None, packed: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantize one matrix to the bytes that bitsandbytes gives for it, or to others of the same layout.
 
@@ -54,6 +54,7 @@ def quantize_matrix(
         matrix_NK: [N, K], float32, float16 or bfloat16, K a multiple of 64.
         double_quantization: hold the absmax values in 8 bits.
         fit: choose scales by error; None means by the largest magnitude, as bitsandbytes does.
+        packed: contiguous uint8 [N, K/2] on the same device that is to hold the codes; None makes it.
 
     Returns:
         packed uint8 [N, K/2], absmax [N*K/64], nested_absmax float32, offset float32 [1] (see the module's layout).
@@ -69,7 +70,9 @@ def quantize_matrix(
         raise ValueError(f"expected a matrix with weights in it, got {tuple(matrix_NK.shape)}")
     if matrix_NK.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"expected float32, float16 or bfloat16, got {str(matrix_NK.dtype).removeprefix('torch.')}")
-    return cpu.quantize_matrix(matrix_NK, double_quantization, fit)
+    if packed is None:
+        packed = torch.empty(matrix_NK.shape[0], matrix_NK.shape[1] // 2, dtype=torch.uint8, device=matrix_NK.device)
+    return packed, *cpu.quantize_matrix(matrix_NK, packed, double_quantization, fit)
 
 
 def dequantize_absmax(weight: Nf4Bytes, index: int) -> Tensor:
@@ -183,8 +186,12 @@ class Nf4Stack(nn.Module):
             raise ValueError(f"a stack of {self.scheme} holds what a checkpoint gives it; it quantizes nothing")
         if tuple(matrix_NK.shape) != (self.out_features, self.in_features):
             raise ValueError(f"expected shape {(self.out_features, self.in_features)}, got {tuple(matrix_NK.shape)}")
-        packed, absmax, nested_absmax, offset = quantize_matrix(matrix_NK, self.double_quantization, fit)
-        self.put(index, packed=packed, absmax=absmax)
+        # Codes go where they stay, unless that is elsewhere or a slice of them.
+        own = self.packed[index] if self.part is None and self.packed.device == matrix_NK.device else None
+        packed, absmax, nested_absmax, offset = quantize_matrix(matrix_NK, self.double_quantization, fit, own)
+        self.put(index, absmax=absmax)
+        if own is None:
+            self.put(index, packed=packed)
         if self.double_quantization:
             self.put(index, nested_absmax=nested_absmax, offset=offset)
 

@@ -19,15 +19,14 @@ TILE_WEIGHTS = 2**20
 
 
 def quantize_matrix(
-    matrix_NK: Tensor, double_quantization: bool, fit: Fit | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[N, K] -> packed [N, K/2], absmax, nested_absmax, offset (see `expertune.kernels.nf4`).
+    matrix_NK: Tensor, packed: Tensor, double_quantization: bool, fit: Fit | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, K] -> absmax, nested_absmax, offset, and codes into `packed` [N, K/2] (see `expertune.kernels.nf4`).
 
     Raises:
         ValueError: a weight is NaN or infinite.
     """
     rows, columns = matrix_NK.shape
-    packed = torch.empty(rows, columns // 2, dtype=torch.uint8, device=matrix_NK.device)
     absmax = torch.empty(rows * columns // BLOCK_SIZE, dtype=torch.float32, device=matrix_NK.device)
     if matrix_NK.device.type == "cpu" and native.available():
         finite = native.quantize(matrix_NK.contiguous(), packed, absmax)
@@ -44,7 +43,7 @@ def quantize_matrix(
         # The scales that weights are multiplied by are those that 8 bits hold: codes are chosen for these.
         one = Nf4Bytes(packed[None], held[0][None], held[1][None], held[2])
         _encode(matrix_NK, dequantize_absmax(one, 0), packed)
-    return packed, *held
+    return held
 
 
 def _hold_scales(absmax: Tensor, double_quantization: bool) -> tuple[Tensor, Tensor, Tensor]:
