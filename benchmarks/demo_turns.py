@@ -16,6 +16,9 @@ from pathlib import Path
 from benchmarks import report
 from benchmarks.peers.processes import ROOT
 
+# A variable with which a process sets its threads as the command line does.
+PREPARE = "DEMO_WORKER_PREPARES_THREADS"
+
 
 @dataclass(frozen=True)
 class Turn:

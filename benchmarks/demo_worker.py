@@ -13,7 +13,11 @@ from typing import Any
 
 def train(steps: int, turns: int, output_dir: str) -> None:
     """The demo's training; waits for a line on stdin before each turn, and says after it what it took."""
-    import torch  # noqa: F401 - first, so that nothing of ours has a say in what OpenMP reads
+    if "DEMO_WORKER_PREPARES_THREADS" in os.environ:
+        from expertune import prepare_threads
+
+        prepare_threads()
+    import torch  # noqa: F401 - otherwise first, so that nothing of ours has a say in what OpenMP reads
     from transformers import Trainer
     from transformers.trainer_callback import CallbackHandler
 

@@ -12,6 +12,7 @@ from benchmarks import (
     demo_speed,
     e2e,
     export_merge,
+    folders,
     generation,
     layer,
     quantize,
@@ -34,6 +35,7 @@ _BENCHMARKS = {
     "wait_policy": wait_policy,
     "data_memory": data_memory,
     "export_merge": export_merge,
+    "folders": folders,
     "all": suite,
 }
 

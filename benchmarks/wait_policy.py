@@ -22,6 +22,8 @@ SETTINGS: dict[str, dict[str, str]] = {
     "active": {"OMP_WAIT_POLICY": "ACTIVE"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"},
     "short": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"},
+    # As the command line starts.
+    "default": {demo_turns.PREPARE: "1"},
 }
 
 
@@ -71,6 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_second": rates,
         "medians": {count: {name: median(values) for name, values in of.items()} for count, of in rates.items()},
         "over_first": {count: over_first(of) for count, of in rates.items()},
+        "of_alone": {count: of_alone(of, rates["0"]) for count, of in rates.items()} if "0" in rates else {},
         "load_average": os.getloadavg(),
         **report.environment(),
     }
@@ -81,6 +84,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for count, of in rates.items()
     ]
     notes = [f"in brackets: over {args.settings[0]}, the median of paired turns; load {os.getloadavg()[0]:.1f}"]
+    for count, of in result["of_alone"].items():
+        kept = ", ".join(f"{name} {part:.0%}" for name, part in of.items())
+        notes.append(f"beside {count} jobs, of the speed alone: {kept}")
     report.show("Demo, tokens/s by wait policy", ["jobs beside", *args.settings], rows, notes)
     return result
 
@@ -89,6 +95,11 @@ def over_first(rates: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """How many times the first setting's speed each has: the median over paired turns."""
     first = next(iter(rates.values()))
     return {name: median_ratio(list(values), list(first)) for name, values in rates.items()}
+
+
+def of_alone(rates: Mapping[str, Sequence[float]], alone: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Which part of its speed alone each setting keeps."""
+    return {name: median(values) / median(alone[name]) for name, values in rates.items()}
 
 
 def _environment(variables: Mapping[str, str]) -> dict[str, str]:
