@@ -18,7 +18,7 @@ def test_all_stacks_answer_and_ours_is_held_to_plain_transformers(tmp_path: Path
     generation.add_arguments(parser)
     result = generation.run(parser.parse_args([*SIZES.split(), "--cache", str(tmp_path)]))
     assert result["check"]["tokens"] == 48
-    assert result["check"]["largest_difference"] < 0.15
+    assert result["check"]["same"] >= 36
     for setting in generation.SETTINGS:
         rates = result["measured"][setting]["tokens_per_second"]
         assert rates.keys() == generation.STACKS.keys()
