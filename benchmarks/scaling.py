@@ -212,12 +212,14 @@ def write_table(page: Path, result: Mapping[str, Any]) -> None:
 
 def draw(points: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Speed with its bounds, and memory below it, one column for each curve."""
-    figure = Figure(figsize=(11.0, 4.6), layout="constrained")
-    panels = figure.subplots(2, len(CURVES), sharex="col", height_ratios=(1.6, 1.0))
-    for column, (curve, of_sizes) in enumerate(CURVES.items()):
-        found = {size: points[point.name] for size, point in of_sizes.items() if point.name in points}
-        if not found:
-            continue
+    curves = {
+        name: {size: points[point.name] for size, point in of_sizes.items() if point.name in points}
+        for name, of_sizes in CURVES.items()
+    }
+    curves = {name: found for name, found in curves.items() if found}
+    figure = Figure(figsize=(1.0 + 2.0 * len(curves), 4.6), layout="constrained")
+    panels = figure.subplots(2, len(curves), sharex="col", squeeze=False, height_ratios=(1.6, 1.0))
+    for column, (curve, found) in enumerate(curves.items()):
         speed, memory = panels[:, column]
         lines = {
             "floor": ("#999999", "--", [each["bounds"]["floor"] for each in found.values()]),
@@ -246,8 +248,7 @@ def _dress(speed: Axes, memory: Axes, sizes: list[int]) -> None:
         axes.set_ylim(bottom=0)
         axes.tick_params(labelsize=8)
     memory.set_xscale("log", base=2)
-    shown = sizes if len(sizes) < 6 else sizes[::2]
-    memory.set_xticks(shown, [str(size) for size in shown])
+    memory.set_xticks(sizes, [str(size) for size in sizes], rotation=45 if len(sizes) > 3 else 0)
     memory.minorticks_off()
 
 
