@@ -1,11 +1,13 @@
 """One optimizer step of Mixtral-8x7B at full size on a CPU, its experts on disk: seconds, peak resident memory, loss.
 
-    python benchmarks/full_mixtral_step.py --json OUT
+    python benchmarks/full_mixtral_step.py --json OUT [--tokens 2048]
 
 Writes an NF4 folder of the published shape (32 layers, 46.7 billion parameters, 24 GB) with random weights straight to
-disk, unless it is there, and runs one step of the recipe's adapters on 320 tokens of a real row through
-`expertune.api.finetune`: plan, data, load, attach, prove, train, save. `seconds` is the step (forward, backward and
-optimizer); `run_seconds` is all of it. Each part is a process of its own, so that the peak is the run's alone.
+disk, unless it is there, and runs one step of the recipe's adapters on the tokens of real rows through
+`expertune.api.finetune`: plan, data, load, attach, preflight check, train, save. `seconds` is the step (forward,
+backward and optimizer), `preflight_seconds` the check and what is tried of the model before it, and `run_seconds` is
+all of it. `disk_read_bytes` is what the run has read that was not in the page cache. Each part is a process of its own,
+so that the peak is the run's alone.
 """
 
 import argparse
@@ -44,6 +46,7 @@ from expertune.storage import write_json
 
 MIXTRAL = Shape(hidden=4096, intermediate=14336, layers=32, experts=8, top_k=2)
 TOKENS = 320
+_LONGEST_ROW = 320
 _STD = 0.02
 
 
@@ -52,6 +55,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--folder", type=Path, help="where the 24 GB are written and kept; default: temporary")
     parser.add_argument("--layers", type=int, default=MIXTRAL.layers, help="fewer than 32, to try the script")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of the step: rows of up to 320, of equal length")
     parser.add_argument("--delete", action="store_true", help="delete the folder at the end")
     parser.add_argument("--part", choices=("write", "run"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -60,9 +64,10 @@ def main() -> None:
         write_folder(folder, replace(MIXTRAL, layers=args.layers))
         return
     if args.part == "run":
-        print(json.dumps(run_step(folder)))
+        print(json.dumps(run_step(folder, args.tokens)))
         return
     own = [sys.executable, __file__, "--folder", str(folder), "--layers", str(args.layers)]
+    own += ["--tokens", str(args.tokens)]
     if not (folder / FOLDER_MARK).is_file():
         subprocess.run([*own, "--part", "write"], check=True)
     said = subprocess.run([*own, "--part", "run"], check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -74,27 +79,28 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
-def run_step(folder: Path) -> dict[str, Any]:
+def run_step(folder: Path, tokens: int = TOKENS) -> dict[str, Any]:
     """The run, in this process."""
     from expertune.api import finetune
     from expertune.config import parse_config
 
-    started = time.perf_counter()
+    num_rows = next(count for count in range(-(-tokens // _LONGEST_ROW), tokens + 1) if tokens % count == 0)
+    started, read_before = time.perf_counter(), _disk_read_bytes()
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         config = parse_config(
             {
                 "model": str(folder),
                 "data": {
-                    "train": str(_long_row(Path(scratch))),
+                    "train": str(_long_rows(Path(scratch), num_rows)),
                     "format": "dolly",
                     "template": "dolly-tutorial",
-                    "max_length": TOKENS,
+                    "max_length": tokens // num_rows,
                     "train_on": "all",
                 },
                 "lora": {"r": 8, "alpha": 16, "dropout": 0.05, "targets": ["attention", "experts", "lm_head"]},
                 "training": {
                     "max_steps": 1,
-                    "per_device_train_batch_size": 1,
+                    "per_device_train_batch_size": num_rows,
                     "gradient_checkpointing": True,
                     "learning_rate": 2.5e-5,
                     "save_strategy": "no",
@@ -107,7 +113,9 @@ def run_step(folder: Path) -> dict[str, Any]:
     values = record.values
     return {
         "seconds": round(values["throughput"]["tokens"] / values["throughput"]["tokens_per_second"], 2),
+        "preflight_seconds": values["run"]["phases"]["preflight"],
         "run_seconds": round(time.perf_counter() - started, 1),
+        "disk_read_bytes": _disk_read_bytes() - read_before,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "planned_peak_bytes": values["plan"]["memory"]["peak_bytes"],
         "loss": values["train"]["loss"][0][1],
@@ -219,12 +227,18 @@ def _random_weight(name: str, parameter: Tensor, random: np.random.Generator) ->
     return Outgoing(name, parameter.dtype, tuple(parameter.shape), read)
 
 
-def _long_row(folder: Path) -> Path:
-    """The longest row of the sample, in a file of its own: more than 320 tokens."""
+def _long_rows(folder: Path, num_rows: int) -> Path:
+    """The longest rows of the sample, in a file of their own: the longest has more than 320 tokens, eight have 256."""
     rows = DOLLY_SAMPLE.read_text(encoding="utf-8").splitlines()
-    path = folder / "row.jsonl"
-    path.write_text(max(rows, key=len) + "\n", encoding="utf-8")
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(sorted(rows, key=len, reverse=True)[:num_rows]) + "\n", encoding="utf-8")
     return path
+
+
+def _disk_read_bytes() -> int:
+    """What this process has had read from disk."""
+    lines = Path("/proc/self/io").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
 if __name__ == "__main__":

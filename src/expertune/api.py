@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from transformers import set_seed
 
+from expertune.adapt.amounts import preflight_tokens
 from expertune.adapt.attach import attach
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.preflight import preflight, probe_logits
@@ -24,6 +25,7 @@ from expertune.distributed.mesh import open_ranks
 from expertune.distributed.output import console_of
 from expertune.evaluation.held_out import HeldOut
 from expertune.experts.balance import RouterLosses
+from expertune.experts.module import experts_passed_by
 from expertune.kernels import routes
 from expertune.layers.varlen_attention import require_no_leakage
 from expertune.objectives.rewards import Rewards
@@ -258,8 +260,9 @@ def _load_and_adapt(
     record.add("kernels", **kernels)
     context.tell(f"kernels: {routes.summarize(kernels)}")
     if config.data.packing != "padded":
-        require_no_leakage(loaded.model)
-    probe = probe_batch(context, inputs)
+        with experts_passed_by(loaded.model):  # which see each token alone
+            require_no_leakage(loaded.model)
+    probe = probe_batch(context, inputs, preflight_tokens(loaded.names.specs))
     recovery = make_recovery(context, loaded.model)
     with record.phase("preflight"), context.bars.task("preflight check"):
         base_logits, probe = recovery.preflight(partial(probe_logits, loaded.model), probe)

@@ -13,6 +13,7 @@ from expertune.checkpoint.linears import is_linear
 from expertune.config import LoraSection
 from expertune.errors import ConfigError
 from expertune.experts.module import Nf4Experts
+from expertune.kernels.routes import settings_of
 from tests.families.build import tiny_config
 from tests.tiny_models import frozen_bytes, load_tiny, save_random, save_tiny_model
 
@@ -36,6 +37,7 @@ def test_every_linear_and_all_experts_of_a_plain_family_are_reached(tmp_path: Pa
     assert len(candidates) == 2 * (4 + 1) + 1
     before = frozen_bytes(model)
     assert reachable_modules(model, candidates) == candidates.keys()
+    assert not settings_of(model).ran  # no expert was computed, from wherever its bytes would have come
     assert frozen_bytes(model).keys() == before.keys()
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from expertune.checkpoint.reader import TensorEntry
 from expertune.placement import mapped
-from expertune.placement.mapped import MappedLayers
+from expertune.placement.mapped import MappedLayers, map_tensor
 from expertune.placement.prefetch import Prefetcher
 from expertune.placement.slots import SlotLayers
 
@@ -40,16 +41,16 @@ def without_memory_at(call: int, do: Callable[..., Any]) -> Callable[..., Any]:
 def test_prefetched_layer_that_memory_did_not_suffice_for_is_loaded_when_it_is_used_again(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layers = []
-    for layer in range(3):
-        (tmp_path / str(layer)).write_bytes(bytes([layer] * 8))
-        layers.append([torch.from_file(str(tmp_path / str(layer)), False, 8, dtype=torch.uint8)])
+    files = [[TensorEntry("packed", tmp_path / str(layer), torch.uint8, (8,), 0, 8)] for layer in range(3)]
+    for layer, [entry] in enumerate(files):
+        entry.shard.write_bytes(bytes([layer] * 8))
+    layers = [[map_tensor(entry)] for [entry] in files]
     if backend == "slots":
         monkeypatch.setattr(SlotLayers, "_targets", without_memory_at(2, SlotLayers._targets))
         prefetcher = Prefetcher(SlotLayers(layers, torch.device("cpu")), 3)
     else:
-        monkeypatch.setattr(mapped, "_page_in", without_memory_at(2, mapped._page_in))
-        prefetcher = Prefetcher(MappedLayers(layers), 3)
+        monkeypatch.setattr(mapped, "_read", without_memory_at(2, mapped._read))
+        prefetcher = Prefetcher(MappedLayers(layers, files), 3)
     with prefetcher.acquire(0, backward=False):
         pass
     with pytest.raises(torch.OutOfMemoryError), prefetcher.acquire(1, backward=False):

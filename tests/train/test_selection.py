@@ -59,7 +59,7 @@ def test_experts_are_scored_on_whole_examples_answers_after_long_prompts_include
     )
     batches = list(sample_batches(context, inputs, 1400))
     assert [int((batch["labels"] != -100).sum()) for batch in batches] == [100, 100]
-    assert probe_batch(context, inputs)["input_ids"].numel() == 512
+    assert probe_batch(context, inputs, 128)["input_ids"].numel() == 128
 
 
 @pytest.mark.parametrize(

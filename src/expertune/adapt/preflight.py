@@ -28,7 +28,7 @@ from expertune.experts.module import Nf4Experts, in_lockstep, parallel_of
 
 Batch = dict[str, Tensor]
 
-# Forward and backward with gradients, two forwards with the adapter, and one without.
+# Forward and backward with gradients, a forward with the adapter, where that does not suffice another, and one without.
 _NUM_PASSES = 6
 
 
@@ -71,20 +71,13 @@ def preflight(
     progress(0, _NUM_PASSES)
     bits = _check_four_bits(model)
     with torch.random.fork_rng(devices=_cuda_devices(batch)), _nonzero_factors(model):
-        learning, of_router = _check_learning(model, batch, router_losses)
+        learning, of_router, trained = _check_learning(model, batch, router_losses)
         progress(3, _NUM_PASSES)
         first = probe_logits(model, batch)
         progress(4, _NUM_PASSES)
-        second = probe_logits(model, batch)
+        _check_repeatable(model, batch, first, trained)
         progress(5, _NUM_PASSES)
-        if not torch.equal(first, second):
-            # Ranks that need each other in a forward cannot take more of them on one alone.
-            since = "" if in_lockstep(model) else f", from {_first_to_differ(model, batch)} on"
-            raise PreflightError(
-                f"two forwards of the same sequences differ by up to {_distance(first, second):.3g}{since}; "
-                "the model is not repeatable, so that a resumed run would drift"
-            )
-        del second  # logits of all tokens are the most memory that the check takes
+        del trained  # logits of all tokens are the most memory that the check takes
         change = _distance(first, base_logits)
         if change == 0:
             raise PreflightError(
@@ -108,6 +101,23 @@ def preflight(
         **({"router": of_router} if of_router else {}),
         "seconds": round(time.monotonic() - started, 3),
     }
+
+
+def _check_repeatable(model: ExpertPeftModel, batch: Batch, first: Tensor, trained: Tensor) -> None:
+    """Two forwards give the same logits: this one's and the one's that the gradients were taken of.
+
+    A family may compute otherwise in training, with dropout of its own. Where the two differ, a second forward like the
+    first decides. Ranks that need each other in a forward have to take it alike, and therefore always.
+    """
+    if first.dtype == trained.dtype and torch.equal(first, trained) and not in_lockstep(model):
+        return
+    second = probe_logits(model, batch)
+    if not torch.equal(first, second):
+        since = "" if in_lockstep(model) else f", from {_first_to_differ(model, batch)} on"
+        raise PreflightError(
+            f"two forwards of the same sequences differ by up to {_distance(first, second):.3g}{since}; "
+            "the model is not repeatable, so that a resumed run would drift"
+        )
 
 
 def _check_four_bits(model: nn.Module) -> dict[str, Any]:
@@ -142,15 +152,23 @@ def _check_four_bits(model: nn.Module) -> dict[str, Any]:
 
 def _check_learning(
     model: ExpertPeftModel, batch: Batch, losses: RouterLosses | None
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """Every factor that can receive a gradient gets a finite, non-zero one; and the routers' losses by name."""
+) -> tuple[dict[str, Any], dict[str, float], Tensor]:
+    """Every factor that can receive a gradient gets a finite, non-zero one; the routers' losses; the forward's logits.
+
+    The adapter drops none of its inputs, so that the logits are those of an evaluation.
+    """
     was_training = model.training
     model.train()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout.eval()
     try:
         watched = losses.watching(batch.get("attention_mask")) if losses else nullcontext()
         with _tokens_per_expert(model, batch) as tokens, watched as routed:
             # Every token is a target here, so that a masked prompt does not starve the experts that serve it.
-            loss = model(**{**batch, "labels": _all_labels(batch)}, use_cache=False).loss
+            output = model(**{**batch, "labels": _all_labels(batch)}, use_cache=False)
+        loss, logits = output.loss, output.logits.detach()
+        del output
         of_router = losses.of(routed, routed.totals) if losses and routed else {}
         if losses and routed:
             loss = loss + losses.weighted(of_router)
@@ -180,7 +198,7 @@ def _check_learning(
         model.train(was_training)
     of_experts, idle = _of_all_experts(model, of_experts, idle)
     figures = {name: value.item() for name, value in of_router.items()}
-    return {"factors_learning": learning + of_experts, "factors_without_tokens": idle}, figures
+    return {"factors_learning": learning + of_experts, "factors_without_tokens": idle}, figures, logits
 
 
 def _of_all_experts(model: nn.Module, *figures: int) -> Sequence[int]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from expertune.adapt.internals import is_refused
+from expertune.experts.module import experts_passed_by
 
 _TOKENS = 16
 
@@ -43,7 +44,7 @@ def reachable_modules(model: PreTrainedModel, candidates: Mapping[str, nn.Module
     hooks = [embeddings.register_forward_hook(cut)]
     hooks += [module.register_forward_hook(note(name)) for name, module in candidates.items()]
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), experts_passed_by(model):
             # The same sequence twice, so that no family needs to know where sequences begin.
             logits = model(input_ids=ids.expand(2, -1), use_cache=False).logits
     finally:

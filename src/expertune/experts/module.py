@@ -3,7 +3,8 @@
 Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, E experts, r rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -43,6 +44,7 @@ class Nf4Experts(nn.Module, HasKernelSettings):
         read_here: the experts of which bytes are held here, in whole or in part.
         parallel: the ranks that share the experts out; None means that each has all.
         sharding: the ranks that hold a slice of the bytes each; None where bytes are whole.
+        passed_by: see `experts_passed_by`.
 
     Raises:
         UnsupportedModelError: see `expertune.experts.contract.read_spec`.
@@ -80,6 +82,7 @@ class Nf4Experts(nn.Module, HasKernelSettings):
         for weight in spec.weight_names:
             original._parameters.pop(weight)
         self.computes_on: torch.device | None = None
+        self.passed_by = False
         # What the family computes between the products and after them (activation, clamps, norms) stays its own code.
         # It and this module hold the same tensors and modules, so that these have one name, and are loaded and moved
         # once.
@@ -172,6 +175,8 @@ class Nf4Experts(nn.Module, HasKernelSettings):
         Returns:
             [T, D] of hidden's dtype.
         """
+        if self.passed_by:
+            return hidden_TD * top_k_weights_TK.sum(dim=1, keepdim=True).to(hidden_TD.dtype)
         tokens = hidden_TD, top_k_index_TK.long(), top_k_weights_TK
         if self.parallel is None:
             return replay.run(partial(self._compute, *tokens, updates))[0]
@@ -224,6 +229,23 @@ def _activate(family: nn.Module, spec: ExpertsSpec, gate_up: Tensor) -> Tensor:
 
 def _normalize(family: nn.Module, y_RD: Tensor) -> Tensor:
     return family.post_expert_norm(y_RD)  # type: ignore[operator]
+
+
+@contextmanager
+def experts_passed_by(model: nn.Module) -> Iterator[None]:
+    """While open, experts hand each token on, scaled by its router's weights, and no expert's bytes are read.
+
+    For a forward that asks which outputs depend on which inputs: those of the experts do on the same ones either way.
+    With experts on disk such a forward and its backward would otherwise read the whole model twice.
+    """
+    experts = [module for module in model.modules() if isinstance(module, Nf4Experts)]
+    for module in experts:
+        module.passed_by = True
+    try:
+        yield
+    finally:
+        for module in experts:
+            module.passed_by = False
 
 
 def holds_experts(model: nn.Module) -> bool:

@@ -152,7 +152,9 @@ class Placement:
         modules = [self.experts[name] for name in names]
         layers = [_tensors(module) for module in modules]
         if self._sharding is None:
-            return SlotLayers(layers, self.device) if self.separate_host else MappedLayers(layers)
+            if self.separate_host:
+                return SlotLayers(layers, self.device)
+            return MappedLayers(layers, [self.files[name] for name in names])
         wholes = [[*module.gate_up.whole, *module.down.whole] for module in modules]
         on_disk = {number for number, name in enumerate(names) if self.locations[name] == "disk"}
         paged = set() if self.separate_host else on_disk

@@ -1,7 +1,8 @@
 """Expert bytes on disk, used on a CPU from the mapped file itself: a layer is paged in before its use and out after it.
 
-Pages of a mapped file count as resident memory while they are mapped, though the kernel may take them back. Paging out
-leaves them in the page cache, and the next use maps them again without a read as long as memory suffices.
+Pages of a mapped file count as resident memory while they are mapped, though the kernel may take them back. So a layer
+is read ahead into the page cache alone, and mapped when it is used. Paging out leaves it in the page cache where there
+is memory for that (see `page_cache.py`), and the next use maps it again without a read.
 """
 
 import ctypes
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from expertune.checkpoint.reader import TensorEntry
 from expertune.kernels import trim
+from expertune.placement import READ_BYTES
+from expertune.placement.page_cache import PageCache
 
 # From linux/mman.h (5.14): read pages and map them, all in one call, without touching them one by one.
 _MADV_POPULATE_READ = 22
@@ -37,21 +40,30 @@ class MappedLayers:
 
     Args:
         layers: the mapped tensors of each layer.
+        files: the same in their files.
     """
 
-    def __init__(self, layers: Sequence[list[Tensor]]) -> None:
-        self._layers = list(layers)
+    def __init__(self, layers: Sequence[list[Tensor]], files: Sequence[Sequence[TensorEntry]]) -> None:
+        self._layers, self._cache = list(layers), PageCache(files)
         self._loading: dict[int, Future[None]] = {}
+        self._mapped: set[int] = set()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="expert-bytes")
         trim.map_large_blocks()
 
     def start(self, layer: int) -> None:
-        """Page the layer in, on a thread of its own."""
-        self._loading[layer] = self._reader.submit(_page_in, self._layers[layer])
+        """Read the layer into the page cache, on a thread of its own."""
+        self._loading[layer] = self._reader.submit(_read, self._layers[layer])
+
+    def expect(self, layer: int) -> None:
+        """Have the layer read into the page cache once what has been started is there."""
+        self._reader.submit(self._cache.read_ahead, layer)
 
     def wait(self, layer: int) -> list[Tensor]:
         """The layer's tensors; every page is resident."""
         self._loading[layer].result()
+        if layer not in self._mapped:
+            _page_in(self._layers[layer])
+            self._mapped.add(layer)
         return self._layers[layer]
 
     def used(self, layer: int) -> None:
@@ -60,7 +72,9 @@ class MappedLayers:
     def drop(self, layer: int) -> None:
         """Page the layer out, and give back what it has left on the heap; what kept it from memory, `wait` raises."""
         self._loading.pop(layer).exception()
+        self._mapped.discard(layer)
         page_out(self._layers[layer])
+        self._cache.used(layer)
         trim.trim()
 
     def close(self) -> None:
@@ -79,7 +93,16 @@ def page_out(tensors: Sequence[Tensor]) -> None:
         _advise(whole, getattr(mmap, "MADV_DONTNEED", None))
 
 
-def _page_in(tensors: list[Tensor]) -> None:
+def _read(tensors: Sequence[Tensor]) -> None:
+    """Have tensors in the page cache, without leaving them mapped."""
+    for tensor in tensors:
+        for part in tensor.view(-1).view(torch.uint8).split(READ_BYTES):
+            _page_in([part])
+            _advise(part, getattr(mmap, "MADV_DONTNEED", None))
+    page_out(tensors)
+
+
+def _page_in(tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
         if not _advise(tensor, _MADV_POPULATE_READ if sys.platform == "linux" else None):
             # An older kernel or another system: reading a byte of each page loads it.

@@ -23,6 +23,9 @@ class Backend(Protocol):
     def start(self, layer: int) -> None:
         """Start to load a layer; returns at once."""
 
+    def expect(self, layer: int) -> None:
+        """The layer follows those that were started; it may be brought nearer where that takes none of their memory."""
+
     def wait(self, layer: int) -> list[Tensor]:
         """The layer's tensors on the device that computes, once they are loaded; raises what kept them from it."""
 
@@ -84,6 +87,8 @@ class Prefetcher:
         self.waited_seconds += time.monotonic() - started
         if following is not None:
             self._start(following)
+            if (after := self._following(following, backward)) is not None and after != layer:
+                self.backend.expect(after)
         try:
             yield tensors
         finally:

@@ -59,6 +59,9 @@ class SlotLayers:
         self._slot_of[layer] = slot
         self._loading[layer] = self._copier.submit(self._fill, layer, slot)
 
+    def expect(self, layer: int) -> None:
+        """Nothing to do: it would take a slot."""
+
     def wait(self, layer: int) -> list[Tensor]:
         """The layer's tensors in its slot; work that is issued after this sees them filled."""
         filled = self._loading[layer].result()

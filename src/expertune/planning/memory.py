@@ -88,7 +88,7 @@ def estimate_memory(w: Workload, placement: PlannedPlacement) -> Memory:
     adapter = w.adapter_bytes
     always = {
         "weights": w.inventory.weights.frozen_bytes - placement.offloaded_bytes,
-        "slots": max(placement.slot_bytes, w.gather_slot_bytes),
+        "slots": w.gather_slot_bytes or (placement.mapped_bytes if w.device == "cpu" else placement.slot_bytes),
         "adapter": adapter,
         "framework": FRAMEWORK_BYTES[w.device],
     }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from expertune.config import RunConfig
 from expertune.errors import ConfigError
-from expertune.placement import Location
+from expertune.placement import READ_BYTES, Location
 
 # How much of the budget may be filled when layers are chosen to be offloaded: a few layers more cost little.
 AUTO_SHARE = 0.95
@@ -49,6 +49,11 @@ class PlannedPlacement:
     def slot_bytes(self) -> int:
         """What the two slots take there."""
         return 2 * max(self.offloaded, default=0)
+
+    @property
+    def mapped_bytes(self) -> int:
+        """What is resident of layers that a CPU uses from the mapped file: the one in use, and a part of the next."""
+        return max((size + min(size, READ_BYTES) for size in self.offloaded), default=0)
 
     @property
     def transferred_bytes(self) -> tuple[int, int]:

@@ -150,7 +150,7 @@ class Plan:
             "placement": {
                 "layers": self.planned.counts,
                 "reason": self.planned.reason,
-                "slot_bytes": self.planned.slot_bytes,
+                "slot_bytes": self.memory.components["slots"],
                 "modules": dict(self.placement),
             },
             "budget_bytes": self.budget_bytes,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from expertune.adapt.amounts import PREFLIGHT_TOKENS
+from expertune.adapt.amounts import preflight_tokens
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.config import RunConfig
 from expertune.config.training_keys import MUON
@@ -168,6 +168,7 @@ def read_workload(
     optimizer = str(training.get("optim", default_optimizer(device)))
     if optimizer == MUON and count_by_adamw(inventory, targets) == count_adapter(inventory, targets):
         raise ConfigError(NOTHING_FOR_MUON)
+    checked = preflight_tokens(inventory.names.specs)
     evaluated = 0 if not config.data.eval or passes.written else int(training_argument(training, EVALUATION_BATCH_SIZE))
     return Workload(
         inventory=inventory,
@@ -177,7 +178,7 @@ def read_workload(
         adapter_dtype=torch.float32 if config.lora.dtype == "float32" else torch.bfloat16,
         tokens=int(training_argument(training, BATCH_SIZE)) * passes.sequences * length,
         sequence_length=length,
-        preflight_tokens=max(PREFLIGHT_TOKENS, length) if config.data.packing == "padded" else PREFLIGHT_TOKENS,
+        preflight_tokens=max(checked, length) if config.data.packing == "padded" else checked,
         evaluation_tokens=evaluated * passes.sequences * length,
         answered=answered_at_once(config),
         answer_tokens=longest_answer(config),

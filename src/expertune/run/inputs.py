@@ -10,7 +10,7 @@ import peft
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from expertune.adapt.amounts import PREFLIGHT_TOKENS
+from expertune.adapt.amounts import MOST_PREFLIGHT_TOKENS
 from expertune.adapt.attach import expected_layout
 from expertune.adapt.base_model import require_same_base
 from expertune.checkpoint.context import context_length, read_config
@@ -149,15 +149,13 @@ def _show_data(context: RunContext, inputs: Inputs) -> None:
     )
 
 
-def probe_batch(context: RunContext, inputs: Inputs) -> dict[str, Any]:
+def probe_batch(context: RunContext, inputs: Inputs, most_tokens: int) -> dict[str, Any]:
     """The first training examples, as many as the preflight check's tokens allow, collated as in training."""
     # Answers that are compared are sequences like any other, and a prompt alone is all that there is to predict.
     rows = inputs.dataset if "kind" not in inputs.train.report else sequences_of(inputs.train.examples)
     # Of a long example its beginning is enough; whole, it could need more memory than the run itself.
-    short = (
-        {key: each if key == "example_ids" else each[:PREFLIGHT_TOKENS] for key, each in row.items()} for row in rows
-    )
-    return next(_small_batches(context, inputs, short))
+    short = ({key: each if key == "example_ids" else each[:most_tokens] for key, each in row.items()} for row in rows)
+    return next(_small_batches(context, inputs, short, most_tokens))
 
 
 def sample_batches(context: RunContext, inputs: Inputs, most_tokens: int) -> Iterator[dict[str, Any]]:
@@ -177,7 +175,9 @@ def sample_batches(context: RunContext, inputs: Inputs, most_tokens: int) -> Ite
             return
 
 
-def _small_batches(context: RunContext, inputs: Inputs, rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def _small_batches(
+    context: RunContext, inputs: Inputs, rows: Iterable[Mapping[str, Any]], most_tokens: int = MOST_PREFLIGHT_TOKENS
+) -> Iterator[dict[str, Any]]:
     data, collate = context.config.data, make_collator(context.config.data, inputs.tokenizer)
 
     def collated(rows: list[Any]) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def _small_batches(context: RunContext, inputs: Inputs, rows: Iterable[Mapping[s
     tokens = 0
     for row in rows:
         length = data.max_length if data.packing == "padded" else len(row["input_ids"])
-        if chosen and tokens + length > PREFLIGHT_TOKENS:
+        if chosen and tokens + length > most_tokens:
             yield collated(chosen)
             chosen, tokens = [], 0
         chosen.append(row)
