@@ -56,7 +56,10 @@ def prepared(loaded: LoadedModel, batch: Batch, **lora: Any) -> tuple[ExpertPeft
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_healthy_model_passes(make: Any, dropout: float, loaded: LoadedModel) -> None:
     batch = make()
-    report = preflight(*_order(prepared(loaded, batch, dropout=dropout), batch))
+    model, base = prepared(loaded, batch, dropout=dropout)
+    forwards = count_forwards(loaded)
+    report = preflight(model, batch, base)
+    assert len(forwards) == 3  # with gradients, with the adapter, without it
     assert report["passed"]
     assert report["learning"]["factors_learning"] + report["learning"]["factors_without_tokens"] == 2 * (
         2 * 4 * 3 + 2 * 4 + 2 + 1
@@ -64,6 +67,23 @@ def test_healthy_model_passes(make: Any, dropout: float, loaded: LoadedModel) ->
     assert report["learning"]["factors_without_tokens"] <= 12
     assert report["effective"]["largest_logit_change"] > 0
     assert report["effective"]["disabled_equals_base"]
+
+
+def count_forwards(loaded: LoadedModel) -> list[bool]:
+    """Whether it was in training, of each forward of a model from now on."""
+    forwards: list[bool] = []
+    loaded.model.register_forward_pre_hook(lambda module, inputs: forwards.append(module.training))
+    return forwards
+
+
+def test_family_that_computes_otherwise_in_training_is_compared_in_evaluation(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    norm = loaded.model.get_submodule("model.layers.1.input_layernorm")
+    norm.register_forward_hook(lambda module, inputs, output: nn.functional.dropout(output, 0.1, module.training))
+    forwards = count_forwards(loaded)
+    assert preflight(model, batch, base)["repeatable"]
+    assert forwards == [True, False, False, False]
 
 
 def _order(pair: tuple[ExpertPeftModel, Tensor], batch: Batch) -> tuple[ExpertPeftModel, Batch, Tensor]:

@@ -135,8 +135,8 @@ def test_optimizer_states_are_there_from_the_first_step_and_not_in_the_preflight
 
 def test_the_preflight_checks_loss_and_its_layers_are_not_at_the_same_time(run_of):
     of_layer = memory_of(run_of(MIXTRAL)).phases["preflight"]
-    # The base model's and the adapted model's, of 512 tokens.
-    assert of_layer["logits"] == 512 * 32000 * (2 + 2)
+    # The base model's and the adapted model's, of 16 tokens for each of 8 experts.
+    assert of_layer["logits"] == 128 * 32000 * (2 + 2)
     assert of_layer["working_set"] > 0
     # A large vocabulary, and few gradients.
     run = run_of("qwen3-30b-a3b", quantization={"compute_dtype": "bfloat16"}, lora={"targets": ["attention"]})

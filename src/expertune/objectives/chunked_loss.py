@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertune.distributed.output import is_of_a_connection
-from expertune.experts.module import sharing_of
+from expertune.experts.module import experts_passed_by, sharing_of
 from expertune.generation.decoding import evaluation_mode
 from expertune.kernels.linear_cross_entropy import IGNORE_INDEX, HeadUpdate, linear_cross_entropy
 from expertune.kernels.linear_cross_entropy.per_token import linear_log_probs
@@ -178,7 +178,8 @@ class LanguageModelLoss:
             return self._mean(found[-1], hidden, logits, labels, **kwargs)
 
         try:
-            with evaluation_mode(self._model):
+            # What comes to the head may be anything: it is the same for both.
+            with evaluation_mode(self._model), experts_passed_by(self._model):
                 own, tolerance = self._own_loss(inputs)
                 with self._stand_ins(transform_and_mean, _probe_column):
                     chunked = self._model(**inputs).loss.item()
