@@ -2,13 +2,12 @@
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 
 from expertune.checkpoint.reader import TensorEntry
+from expertune.placement import page_cache
 from expertune.placement.page_cache import PageCache
 
 LAYERS, SIZE = 32, 2**16
@@ -29,7 +28,7 @@ def files(tmp_path: Path) -> list[list[TensorEntry]]:
 
 def leave_memory_for(layers: float, monkeypatch: pytest.MonkeyPatch) -> None:
     available = int((layers + 3) * SIZE / 0.95) + 1
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    monkeypatch.setattr(page_cache, "available_memory", lambda: available)
 
 
 def is_cached(path: Path) -> bool:

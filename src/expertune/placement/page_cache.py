@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 from expertune.checkpoint.reader import TensorEntry
+from expertune.kernels.limits import available_memory
 
 # Of the memory that is free or holds cached files; and layers beside those that stay: one in use, one that is loaded
 # and one that is read ahead.
@@ -42,7 +41,7 @@ class PageCache:
 
     def stays(self, layer: int) -> bool:
         """Whether there is memory for a layer to stay in the cache until its next use."""
-        memory = _SHARE * psutil.virtual_memory().available - self._passing_bytes
+        memory = _SHARE * available_memory() - self._passing_bytes
         return (layer * _GOLDEN) % 1 * self._total_bytes < memory
 
     def used(self, layer: int) -> None:
