@@ -243,7 +243,7 @@ def test_the_changed_run_has_the_peak_that_was_promised(run_of, tmp_path):
     assert changed.memory.peak_bytes == plan.what_to_change[-1].peak_bytes
 
 
-@pytest.mark.parametrize(("budget", "num_changes"), [("30GB", 2), ("29GB", 3), ("10GB", 1)])
+@pytest.mark.parametrize(("budget", "num_changes"), [("30GB", 2), ("29GB", 2), ("10GB", 1)])
 def test_what_is_advised_makes_it_fit_and_nothing_of_it_can_be_left_out(run_of, budget, num_changes):
     run = run_of(MIXTRAL, training=HUNGRY, memory_budget=budget)
     advice = make_plan(run, device="cuda").advice
