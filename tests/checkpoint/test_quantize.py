@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,32 @@ def test_file_is_not_noted_before_the_hashes_of_its_shards_are(
         ):
             quantize(str(mixtral), out)
     assert json.loads((out / "expertune.partial.json").read_text(encoding="utf-8"))["files"] == {}
+    quantize(str(mixtral), out)
+    assert contents(out) == contents(folder)
+
+
+def test_interrupt_does_not_wait_for_the_hash_of_a_large_shard(
+    mixtral: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, ended = tmp_path / "out", []
+
+    def hashed(path: Path, passed: Callable[[int], None]) -> FileRecord:
+        while True:  # a shard without an end
+            try:
+                passed(path.stat().st_size)
+            except CancelledError:
+                ended.append(path.name)
+                raise
+
+    def stop(file: str, done: int, total: int) -> None:
+        if file == "layer-00001.safetensors":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "hash_file", hashed)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(str(mixtral), out, progress=stop)
+    assert ended == ["model.safetensors"]
     quantize(str(mixtral), out)
     assert contents(out) == contents(folder)
 

@@ -267,31 +267,38 @@ class _Work:
 
     def run(self, progress: Progress | None) -> None:
         """Do all work that is left."""
-        total = sum(self.sizes.values())
-        left = [job for job in self.jobs if job.file not in self.files]
         try:
             # Both pools end, and with them what they have begun, whatever happens here.
             with ThreadPoolExecutor(1) as noting, ThreadPoolExecutor(1) as hashing:
-                opened = OpenShards(
-                    self.shards, lambda shard, path: self.hashed.update({shard: HashedShard(path, hashing)})
-                )
-                while left:
-                    if progress:
-                        progress(left[0].file, total - self.bytes_left(), total)
-                    self._write(left.pop(0), opened, noting)
-                    for noted in [noted for noted in self.written.values() if noted.done()]:
-                        noted.result()
-                    wanted = {shard for job in left for shard in job.shards(self.shards.weight_map)}
-                    if self.shards.are_deleted:
-                        wait([hashed.record for hashed in self.hashed.values()])
-                    opened.keep_only(wanted)
+                try:
+                    self._write_all(progress, noting, hashing)
+                except KeyboardInterrupt:
+                    for hashed in self.hashed.values():
+                        hashed.stop()  # a large shard would take minutes; what is made of it is made again
+                    raise
             for noted in self.written.values():
                 noted.result()
         finally:
             self.written.clear()
         if progress:
+            total = sum(self.sizes.values())
             progress(FOLDER_MARK, total, total)
         self._finish()
+
+    def _write_all(self, progress: Progress | None, noting: ThreadPoolExecutor, hashing: ThreadPoolExecutor) -> None:
+        total = sum(self.sizes.values())
+        opened = OpenShards(self.shards, lambda shard, path: self.hashed.update({shard: HashedShard(path, hashing)}))
+        left = [job for job in self.jobs if job.file not in self.files]
+        while left:
+            if progress:
+                progress(left[0].file, total - self.bytes_left(), total)
+            self._write(left.pop(0), opened, noting)
+            for noted in [noted for noted in self.written.values() if noted.done()]:
+                noted.result()
+            wanted = {shard for job in left for shard in job.shards(self.shards.weight_map)}
+            if self.shards.are_deleted:
+                wait([hashed.record for hashed in self.hashed.values()])
+            opened.keep_only(wanted)
 
     def _write(self, job: Job, opened: OpenShards, noting: ThreadPoolExecutor) -> None:
         weights = [(piece, {part: opened.entry(key) for part, key in piece.parts.items()}) for piece in job.pieces]

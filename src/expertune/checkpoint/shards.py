@@ -4,7 +4,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import CancelledError, Executor, Future
 from pathlib import Path
 from typing import Protocol
 
@@ -155,6 +155,7 @@ class HashedShard:
 
     def __init__(self, path: Path, hashing: Executor) -> None:
         self.path = path
+        self._is_stopped = False
         self._passed, self._moved = 0, threading.Condition()
         self.record: Future[FileRecord] = hashing.submit(self._hash, path)
 
@@ -163,11 +164,20 @@ class HashedShard:
         with self._moved:
             self._moved.wait_for(lambda: self._passed >= end)
 
+    def stop(self) -> None:
+        """Leave the rest of the shard unread: its hash will not be known."""
+        self._is_stopped = True
+
     def _hash(self, path: Path) -> FileRecord:
         try:
-            return hash_file(path, self._move)
+            return hash_file(path, self._move_on)
         finally:
             self._move(sys.maxsize)
+
+    def _move_on(self, passed: int) -> None:
+        if self._is_stopped:
+            raise CancelledError
+        self._move(passed)
 
     def _move(self, passed: int) -> None:
         with self._moved:
