@@ -168,8 +168,8 @@ def allocate_states(optimizer: Any) -> None:
 def wait_once(optimizer: Any) -> None:
     """Have one of bitsandbytes' optimizers wait for the device once an update, and not after each tensor.
 
-    Mixtral's recipe has 450 tensors: on an H100 their updates take 5 ms, and waiting for each of them 80 to 100. They
-    follow each other on one stream all the same. What `Optimizer8bit.step` does was read in bitsandbytes 0.50.
+    An adapter has hundreds of tensors: the updates of 450 take 5 ms on an H100, and waiting for each of them 80 to 100.
+    They follow each other on one stream all the same. What `Optimizer8bit.step` does was read in bitsandbytes 0.50.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
     if all(hasattr(optimizer, name) for name in ("prefetch_state", "update_step", "init_state")):
