@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from expertune.checkpoint.load import swap_experts
+from expertune.checkpoint.recipe import Recipe
 from expertune.errors import UnsupportedModelError
+from expertune.experts.module import experts_passed_by
 from expertune.layers.varlen_attention import require_no_leakage
 from tests.layers.concatenated import pair
 
@@ -50,3 +53,15 @@ def test_sequences_that_mix_a_little_in_bfloat16_are_found(
     require_no_leakage(varlen)
     with pytest.raises(UnsupportedModelError, match="does not keep concatenated sequences apart"):
         require_no_leakage(mixing)
+
+
+@pytest.mark.parametrize("renormalizes", [True, False])
+def test_router_that_reads_the_token_before_is_found_with_its_experts_passed_by(renormalizes: bool) -> None:
+    varlen, _ = pair("qwen3_moe", norm_topk_prob=renormalizes)
+    swap_experts(varlen, Recipe(), "meta")
+    with experts_passed_by(varlen):
+        require_no_leakage(varlen)
+        router = varlen.model.layers[0].mlp.gate
+        router.register_forward_pre_hook(lambda _, inputs: (inputs[0] + 1e-2 * inputs[0].roll(1, dims=0),))
+        with pytest.raises(UnsupportedModelError, match="does not keep concatenated sequences apart"):
+            require_no_leakage(varlen)

@@ -176,7 +176,9 @@ class Nf4Experts(nn.Module, HasKernelSettings):
             [T, D] of hidden's dtype.
         """
         if self.passed_by:
-            return hidden_TD * top_k_weights_TK.sum(dim=1, keepdim=True).to(hidden_TD.dtype)
+            # Weights that sum up to one have a sum without a gradient: each counts otherwise, so that theirs is seen.
+            shares_K = torch.arange(1, top_k_weights_TK.shape[1] + 1, device=top_k_weights_TK.device).reciprocal()
+            return hidden_TD * (top_k_weights_TK * shares_K).sum(dim=1, keepdim=True).to(hidden_TD.dtype)
         tokens = hidden_TD, top_k_index_TK.long(), top_k_weights_TK
         if self.parallel is None:
             return replay.run(partial(self._compute, *tokens, updates))[0]
@@ -235,8 +237,9 @@ def _normalize(family: nn.Module, y_RD: Tensor) -> Tensor:
 def experts_passed_by(model: nn.Module) -> Iterator[None]:
     """While open, experts hand each token on, scaled by its router's weights, and no expert's bytes are read.
 
-    For a forward that asks which outputs depend on which inputs: those of the experts do on the same ones either way.
-    With experts on disk such a forward and its backward would otherwise read the whole model twice.
+    For a forward that asks which outputs depend on which inputs: a token, and the weights of its router, have a gradient
+    as with the experts. The experts' own code is left out of such a forward: it is called for each token by itself.
+    With experts on disk a forward and its backward would otherwise read the whole model twice.
     """
     experts = [module for module in model.modules() if isinstance(module, Nf4Experts)]
     for module in experts:
