@@ -286,6 +286,17 @@ def test_check_that_cannot_begin_in_another_process_says_so() -> None:
     assert selfcheck.check_apart(["/no/such/python"]) is None
 
 
+def test_check_whose_second_process_cannot_begin_keeps_what_the_first_has_found() -> None:
+    """Otherwise the run's own process would meet the same crash."""
+    once = CHECK.replace("for part in", "if findings['errors']: sys.exit('device busy')\nfor part in", 1)
+    findings = selfcheck.check_apart([sys.executable, "-c", once, "sys.exit('illegal memory access')"])
+    assert findings is not None
+    assert findings.passed == ["shuffle"]
+    assert findings.errors == {"shuffle": 0.0, "fused": math.inf, "dequant_gemm": math.inf}
+    assert "illegal memory access" in findings.messages["fused"]
+    assert findings.messages["dequant_gemm"] == "not run: its process has ended with status 1: device busy"
+
+
 @pytest.mark.slow
 def test_checks_run_in_a_process_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -41,6 +41,9 @@ SHAPE = (5, 192, 320, 2, 3, 77)
 # Most relative error of any result. What is between the GEMMs is rounded to the dtype, as everywhere.
 LIMITS = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 
+# What is checked everywhere, each after those that it builds on; `grouped_mm` besides where torch has it.
+PARTS = ("shuffle", "fused", "dequant_gemm")
+
 # What the process of a check may take: compiling its kernels is most of it, a minute on a slow host.
 _SECONDS = 900.0
 
@@ -130,7 +133,8 @@ def check_apart(command: Sequence[str], seconds: float = _SECONDS) -> Findings |
         seconds: what one process may take.
 
     Returns:
-        The findings; None where the process has not begun a single check.
+        The findings; None where no process has begun a single check. Once one has, what is not among them has not
+        run: the device may not be used in the caller's own process after that of a check has crashed.
     """
     with tempfile.TemporaryDirectory(prefix="expertune-check-") as folder:
         path = Path(folder) / "findings.json"
@@ -144,7 +148,12 @@ def check_apart(command: Sequence[str], seconds: float = _SECONDS) -> Findings |
             if part := state.get("part"):
                 findings.errors[part], findings.messages[part] = math.inf, ended
             elif len(findings.errors) == known and not state.get("done"):
-                return None
+                if not known:
+                    return None
+                for part in PARTS:
+                    if part not in findings.errors:
+                        findings.errors[part], findings.messages[part] = math.inf, f"not run: {ended}"
+                break
         return findings
 
 
