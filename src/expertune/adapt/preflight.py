@@ -106,7 +106,7 @@ def preflight(
 def _check_repeatable(model: ExpertPeftModel, batch: Batch, first: Tensor, trained: Tensor) -> None:
     """Two forwards give the same logits: this one's and the one's that the gradients were taken of.
 
-    A family may compute otherwise in training, with dropout of its own. Where the two differ, a second forward like the
+    In training there may be dropout, the adapter's or the family's. Where the two differ, a second forward like the
     first decides. Ranks that need each other in a forward have to take it alike, and therefore always.
     """
     if first.dtype == trained.dtype and torch.equal(first, trained) and not in_lockstep(model):
@@ -155,13 +155,10 @@ def _check_learning(
 ) -> tuple[dict[str, Any], dict[str, float], Tensor]:
     """Every factor that can receive a gradient gets a finite, non-zero one; the routers' losses; the forward's logits.
 
-    The adapter drops none of its inputs, so that the logits are those of an evaluation.
+    As in a step, with the adapter's dropout: the kernels compute it in ways of their own.
     """
     was_training = model.training
     model.train()
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.lora_dropout.eval()
     try:
         watched = losses.watching(batch.get("attention_mask")) if losses else nullcontext()
         with _tokens_per_expert(model, batch) as tokens, watched as routed:
