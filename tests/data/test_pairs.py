@@ -238,3 +238,13 @@ def test_embedded_pairs_are_what_the_tool_makes_of_the_embedded_examples(tmp_pat
     for part in ("train", "valid"):
         name = f"viggo-pairs-{part}.csv"
         assert (tmp_path / name).read_bytes() == (ASSETS / "viggo" / name).read_bytes()
+
+
+def test_sample_may_have_labels_of_one_kind_and_its_tokens_are_not_kept(jsonl, tiny_tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(token_cache, "LARGE_BYTES", 0)
+    data = DataConfig(train=jsonl(*[LABELED[0]] * 8, LABELED[1]))
+    sample = prepare_examples(data, "train", tiny_tokenizer, objective="kto", sample_size=1)
+    assert (len(sample.examples), sum(sample.report["files"].values())) == (1, 9)
+    assert not (tmp_path / "cache").exists()
+    assert len(prepare_examples(data, "train", tiny_tokenizer, objective="kto").examples) == 9

@@ -9,6 +9,7 @@ from expertune import load_config, plan
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import parse_config
 from expertune.data import prepare_examples
+from expertune.data.examples import Tally
 from expertune.planning import make_plan
 from expertune.planning.duration import Lengths, read_lengths
 from expertune.train.schedule import count_evaluations, count_steps
@@ -91,22 +92,39 @@ def test_examples_are_tokenized_where_they_and_the_tokenizer_are_here_and_else_c
     assert read_lengths(parse_config(nowhere)).num_rows is None
 
 
-def test_of_a_source_of_thousands_a_sample_from_all_over_it_is_tokenized(tmp_path):
-    rows = [{"prompt": "Who?", "completion": "Ada. " * (1 + index // 200)} for index in range(4000)]
+@pytest.mark.parametrize("of_a_length", [1, 200])
+def test_of_a_source_of_thousands_a_sample_from_all_over_it_is_tokenized(of_a_length, tmp_path, monkeypatch):
+    """Lengths that grow along the file, and lengths that take turns from one example to the next."""
+    rows = [{"prompt": "Who?", "completion": "Ada. " * (1 + index // of_a_length % 20)} for index in range(4000)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {"train": f"{tmp_path}/rows.jsonl", "eval": f"{tmp_path}/rows.jsonl[0:2000]", "max_length": 512}
+    data = {"train": f"{tmp_path}/rows.jsonl", "eval": f"{tmp_path}/rows.jsonl[0:2048]", "max_length": 512}
     config = parse_config({"model": str(TINY_MIXTRAL), "data": data, "output_dir": "x"})
-    found, tokenizer = read_lengths(config), load_tokenizer(TINY_MIXTRAL)
-    assert (found.num_rows, found.num_eval_rows) == (4000, 2000)
+    tokenizer, tokenized = load_tokenizer(TINY_MIXTRAL), []
     whole = prepare_examples(config.data, "train", tokenizer).report
-    assert found.tokens == pytest.approx(whole["num_tokens"] / 4000, rel=0.01)
+    tally = Tally.add
+    monkeypatch.setattr(Tally, "add", lambda self, example: (tokenized.append(example.place), tally(self, example)))
+    found = read_lengths(config)
+    assert (found.num_rows, found.num_eval_rows, found.is_sampled) == (4000, 2048, True)
+    assert len(tokenized) == 2 * 1024
+    assert found.tokens == pytest.approx(whole["num_tokens"] / 4000, rel=0.015)
+
+
+def test_steps_that_follow_from_a_sample_are_said_to_be_about_so_many(run_of):
+    sampled = Lengths(4000, 100, is_sampled=True)
+    epochs = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "num_train_epochs": 1}
+    by_epochs = make_plan(run_of(MIXTRAL, training=epochs), gpu="h100")
+    assert by_epochs.timed(sampled).run_time.line.startswith("about 1,000 steps, about ")
+    assert by_epochs.timed(sampled).to_json()["run"]["is_sampled"] is True
+    assert by_epochs.timed(replace(sampled, is_sampled=False)).run_time.line.startswith("1,000 steps, about ")
+    by_steps = make_plan(run_of(MIXTRAL, training=STEPS), gpu="h100").timed(sampled).run_time
+    assert by_steps.line.startswith("500 steps, about ")
 
 
 def test_the_plan_of_the_demo_says_how_long_it_takes():
     made = plan(load_config("examples/demo.yaml"))
     assert made.run_time.steps == 320
     assert made.run_time.evaluations == 3
-    assert made.run_time.line.startswith("320 steps, at least ")
+    assert made.run_time.line.startswith("about 320 steps, at least ")
     assert made.run_time.line.endswith("a model this small can take several times as long")
 
 

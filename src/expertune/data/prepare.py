@@ -1,9 +1,10 @@
 """The data room's corridor: source -> layout -> template -> tokens -> data check -> examples and report."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
+from random import Random
 from typing import Any, Literal
 
 from expertune.config import DataConfig, ObjectiveName
@@ -44,7 +45,7 @@ def prepare_examples(
     tokenizer: Any,
     progress: Progress | None = None,
     objective: ObjectiveName = "sft",
-    about: int | None = None,
+    sample_size: int | None = None,
 ) -> TokenizedExamples:
     """Read, render, tokenize and check the examples of a run.
 
@@ -54,7 +55,7 @@ def prepare_examples(
         tokenizer: a fast transformers tokenizer with an EOS token.
         progress: called with (examples done, examples in all) now and then.
         objective: the run's; it decides what an example is: see `TokenizedExample`.
-        about: how many examples to look at, evenly over a source that has twice as many; None takes all.
+        sample_size: how many examples to look at, see `sampled`; they are not kept. None takes all.
 
     Returns:
         The examples in the source's order, and the report for the run record; those of a large source lie in a file.
@@ -69,8 +70,9 @@ def prepare_examples(
     if spec is None:
         raise ConfigError("data.eval names no examples; set it to files, a hub dataset or a slice of one")
     source = find_source(spec)
-    walk = _Pipeline(data, objective, tokenizer, progress, about)
-    if token_cache.is_large(source):
+    walk = _Pipeline(data, objective, tokenizer, progress, sample_size)
+    is_large = token_cache.is_large(source)
+    if is_large and sample_size is None:
         found = token_cache.kept_examples(
             token_cache.cache_key(source, data, tokenizer, objective),
             source.name,
@@ -79,9 +81,9 @@ def prepare_examples(
         )
     else:
         examples: list[TokenizedExample] = []
-        report = walk.through(source.read(), examples.append)
+        report = walk.through(source.read(stream=is_large), examples.append)
         found = TokenizedExamples(examples, report)
-    if which == "train":
+    if which == "train" and sample_size is None:
         require_both_labels(found.report)
     return found
 
@@ -94,7 +96,7 @@ class _Pipeline:
     objective: ObjectiveName
     tokenizer: Any
     progress: Progress | None
-    about: int | None
+    sample_size: int | None
 
     def through(self, source: SourceExamples, keep: Callable[[TokenizedExample], None]) -> dict[str, Any]:
         """Hand on each example as soon as it is made; the report of all."""
@@ -105,7 +107,7 @@ class _Pipeline:
         reader = Reader(data, objective, layout, template, special_tokens)
         tally, answers, problems, num_flagged, num_open_turns = Tally(), AnswerTally(), Problems(), 0, 0
         total, done, num_read = sum(source.num_rows.values()), 0, 0
-        ahead, rows = TokenizesAhead(tokenizer), islice(source.examples, 0, None, step(total, self.about))
+        ahead, rows = TokenizesAhead(tokenizer), self._looked_at(source, total)
         while block := list(islice(rows, _ROWS_AT_ONCE)):
             if self.progress:
                 self.progress(done, total)
@@ -141,10 +143,23 @@ class _Pipeline:
         report["warnings"] = [*report["warnings"], *_warnings(report), *answer_warnings(report)]
         return report | skip_report(problems)
 
+    def _looked_at(self, source: SourceExamples, total: int) -> Iterator[SourceExample]:
+        if self.sample_size is None:
+            return iter(source.examples)
+        numbers = set(sampled(total, self.sample_size))
+        return (example for number, example in enumerate(source.examples) if number in numbers)
 
-def step(total: int, about: int | None) -> int:
-    """Of how many examples one is looked at, of a source of so many; see `prepare_examples`."""
-    return max(total // about, 1) if about else 1
+
+def sampled(total: int, sample_size: int) -> Sequence[int]:
+    """Which of a source's examples stand for all of them, in order; all where it has not twice as many.
+
+    The source is cut into as many equal stretches, and of each one example is drawn, always the same. So the sample is
+    spread as evenly as every n-th example would be, and has no bias where examples of several kinds take turns.
+    """
+    if total < 2 * sample_size:
+        return range(total)
+    draw, bounds = Random(0), [total * number // sample_size for number in range(sample_size + 1)]
+    return [draw.randrange(begin, end) for begin, end in pairwise(bounds)]
 
 
 def prepare_run(

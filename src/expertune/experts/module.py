@@ -237,9 +237,9 @@ def _normalize(family: nn.Module, y_RD: Tensor) -> Tensor:
 def experts_passed_by(model: nn.Module) -> Iterator[None]:
     """While open, experts hand each token on, scaled by its router's weights, and no expert's bytes are read.
 
-    For a forward that asks which outputs depend on which inputs: a token, and the weights of its router, have a gradient
-    as with the experts. The experts' own code is left out of such a forward: it is called for each token by itself.
-    With experts on disk a forward and its backward would otherwise read the whole model twice.
+    For a forward that asks which outputs depend on which inputs: a token, and the weights of its router, have a
+    gradient as with the experts. The experts' own code is left out of what such a forward shows. With experts on disk a
+    forward and its backward would otherwise read the whole model twice.
     """
     experts = [module for module in model.modules() if isinstance(module, Nf4Experts)]
     for module in experts:

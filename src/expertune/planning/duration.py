@@ -15,7 +15,7 @@ from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import DataConfig, RunConfig
 from expertune.data import TokenizedExamples, make_dataset, prepare_examples
 from expertune.data.lint import check_context
-from expertune.data.prepare import step
+from expertune.data.prepare import sampled
 from expertune.data.sources import find_source, local_bytes, rows_of_slices
 from expertune.errors import ExpertuneError
 from expertune.planning.passes import passes_of
@@ -27,8 +27,8 @@ from expertune.train.schedule import count_evaluations, count_steps, scores_in_t
 # A plan tokenizes sources of up to so much text, and counts the examples of those up to so much: a few seconds' work.
 _MOST_TOKENIZED, _MOST_READ = 8_000_000, 200_000_000
 
-# Of a source of twice as many examples about so many are tokenized: their lengths are those of all to a percent or two,
-# and tokenizing all of the demo's takes as long as importing torch.
+# Of a source of at least twice as many examples so many are tokenized: their lengths are those of all to a percent or
+# two, and tokenizing all of the demo's takes as long as importing torch.
 _SAMPLED = 1024
 
 _LEAST_SAID = 0.5
@@ -44,6 +44,7 @@ class Lengths:
         num_eval_rows: evaluation examples; 0 for a run without any, None where nobody has counted.
         eval_tokens: mean tokens of one.
         is_bound: the examples were not tokenized, and each counts as `data.max_length` tokens.
+        is_sampled: a sample of the training examples was tokenized, and `num_rows` is estimated from it.
     """
 
     num_rows: int | None
@@ -51,6 +52,7 @@ class Lengths:
     num_eval_rows: int | None = 0
     eval_tokens: float = 0
     is_bound: bool = False
+    is_sampled: bool = False
 
     @classmethod
     def of(
@@ -93,7 +95,7 @@ def read_lengths(config: RunConfig, trust_remote_code: bool = False) -> Lengths:
             train = _Sample.of(config, data, "train", tokenizer)
             check_context(train.examples, context, "data.train")
             found = Lengths.of(data, len(make_dataset(train.examples, data)), train.examples.report, None)
-            found = replace(found, num_rows=train.of_all(found.num_rows))
+            found = replace(found, num_rows=train.of_all(found.num_rows), is_sampled=train.share < 1)
             if data.eval is None:
                 return found
             template = {"template": train.examples.report["template"]}
@@ -109,7 +111,7 @@ def read_lengths(config: RunConfig, trust_remote_code: bool = False) -> Lengths:
 
 @dataclass(frozen=True)
 class _Sample:
-    """Examples of a source that stand for all: one of so many, evenly over it, or all of a small one.
+    """Examples of a source that stand for all: some, drawn evenly over it, or all of a small one.
 
     Attributes:
         examples: tokenized.
@@ -123,9 +125,9 @@ class _Sample:
     def of(cls, config: RunConfig, data: DataConfig, which: Literal["train", "eval"], tokenizer: Any) -> "_Sample":
         """Those of a part of the data; what cannot be trained on is skipped, and a run says what is wrong with it."""
         kept = data.model_copy(update={"on_error": "skip"})
-        examples = prepare_examples(kept, which, tokenizer, objective=config.objective, about=_SAMPLED)
+        examples = prepare_examples(kept, which, tokenizer, objective=config.objective, sample_size=_SAMPLED)
         total = sum(examples.report["files"].values())
-        return cls(examples, len(range(0, total, step(total, _SAMPLED))) / total)
+        return cls(examples, len(sampled(total, _SAMPLED)) / total)
 
     def of_all(self, count: int | None) -> int:
         """A number of the sample's examples, or of packs of them, for the whole source."""
@@ -154,6 +156,7 @@ class RunTime:
         answer_seconds: of all answers to evaluation examples, each as long as `task.max_new_tokens`.
         is_bound: see `Lengths`.
         is_least: see `StepTime`.
+        is_sampled: the number of steps follows from a sample of the training examples.
     """
 
     steps: int
@@ -163,6 +166,7 @@ class RunTime:
     answer_seconds: float
     is_bound: bool
     is_least: bool
+    is_sampled: bool = False
 
     @property
     def training_seconds(self) -> float:
@@ -188,7 +192,8 @@ class RunTime:
         bound = "; less where examples are shorter than data.max_length" if self.is_bound else ""
         least = "; a model this small can take several times as long" if self.is_least else ""
         expected = about(self.seconds, self.is_least)
-        return f"{self.steps:,} steps, {expected}{made_of}, besides {besides}{bound}{least}"
+        steps = f"{'about ' if self.is_sampled else ''}{self.steps:,} steps"
+        return f"{steps}, {expected}{made_of}, besides {besides}{bound}{least}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -243,6 +248,7 @@ class Pace:
             answer_seconds=scorings * self._answering(lengths) if lengths.num_eval_rows else 0,
             is_bound=lengths.is_bound,
             is_least=step.is_least,
+            is_sampled=lengths.is_sampled and count_steps(training, None, ranks) is None,
         )
 
     def _evaluation(self, lengths: Lengths) -> float:
