@@ -10,6 +10,7 @@ from torch import Tensor
 
 from expertune.kernels import native
 from expertune.kernels.native import build
+from expertune.kernels.native.gemv import Product, gemv
 from expertune.kernels.nf4 import Nf4Bytes, Nf4Stack, dequantize
 
 ARITHMETIC = {"AVX512-BF16": 1, "AMX": 2}
@@ -146,19 +147,28 @@ def test_any_number_of_threads_gives_the_same_bytes(arithmetic: str, transposed:
 
 
 @pytest.mark.skipif(not native.available(), reason="the native library could not be built here")
-def test_a_compiler_that_does_not_know_amx_builds_the_rest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_compiler_that_does_not_know_avx512_and_amx_builds_the_rest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     run_command = build._run
 
-    def without_amx(command: list[str]) -> None:
+    def without_avx512(command: list[str]) -> None:
         if (
-            any(name in " ".join(command) for name in build.BFLOAT16)
+            any(name in " ".join(command) for name in build.AVX512)
             and "-c" in command
-            and "-DWITHOUT_BFLOAT16" not in command
+            and "-DWITHOUT_AVX512" not in command
         ):
             raise subprocess.CalledProcessError(1, command, stderr="unrecognized argument")
         run_command(command)
 
-    monkeypatch.setattr(build, "_run", without_amx)
+    monkeypatch.setattr(build, "_run", without_avx512)
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O0"))  # compiled faster
     build._compile(["cc"], tmp_path / "library.so")
-    assert ctypes.CDLL(str(tmp_path / "library.so")).expertune_bfloat16() == 0
+    library = ctypes.CDLL(str(tmp_path / "library.so"))
+    assert library.expertune_bfloat16() == 0
+    monkeypatch.setattr(native, "library", lambda: library)
+    stack = Nf4Stack(1, 64, 64)
+    stack.write(0, torch.eye(64))
+    x, y = torch.randn(2, 64), torch.empty(2, 64)
+    gemv([Product(stack.bytes, x, y)], 2)
+    torch.testing.assert_close(y, x, rtol=0, atol=float(x.abs().max()) / 8192)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from expertune.kernels import native
 from expertune.kernels.expert_mlp import Activation, expert_mlp, few_tokens, operator, reference
-from expertune.kernels.few_tokens import FEW
+from expertune.kernels.few_tokens import FEW, serves
 from expertune.kernels.linear import nf4_linear
-from expertune.kernels.native.gemv import Product, gemv
+from expertune.kernels.native.gemv import MOST_ROUTED, Product, gemv
 from expertune.kernels.nf4 import Nf4Stack
 from expertune.kernels.routes import KernelSettings
 from tests.kernels.expert_layers import FLOAT32, SHAPES, SWIGLU, Case, clamped_gate, make_case
@@ -109,6 +109,54 @@ def test_number_of_threads_does_not_change_a_bit(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         outs.append(run_few(case, monkeypatch)[0])
     assert torch.equal(*outs)
+
+
+def test_small_numbers_beside_an_outlier_are_off_by_its_rounding_and_not_more() -> None:
+    weight, x, y = stack_of(1, 40, 128), torch.full((1, 128), 0.5), torch.empty(1, 40)
+    x[0, 3] = 2000.0  # of the first block of 64
+    gemv([Product(weight.bytes, x, y)], 1)
+    w = weight.dequantize(0, torch.float32).double()
+    off = (y - x.double() @ w.t()).abs()
+    # Each number of a block is rounded to 1/32766 of its largest, weights to 1/32768 of theirs.
+    weights = w.abs().view(40, 2, 64)
+    of_x = weights.sum(dim=2) @ (torch.tensor([2000.0, 0.5]).double() / 32766)
+    of_w = weights.amax(dim=2) @ torch.tensor([2000.0 + 63 * 0.5, 64 * 0.5]).double() / 32768
+    assert (off < 1.02 * (of_x + of_w)).all()
+    # A block without one is as exact as ever.
+    x[0, 3] = 0.5
+    gemv([Product(weight.bytes, x, y)], 1)
+    assert ((y - x.double() @ w.t()).abs() < CLOSE * (x.double() @ w.abs().t())).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_factors_in_16_bits_and_hidden_that_is_a_view_give_the_plain_layer(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case(3, dtype=torch.bfloat16)
+    wide = torch.empty(3, 2 * case.hidden.shape[1], dtype=torch.bfloat16)
+    wide[:, ::2] = case.hidden.detach()
+    updates = [
+        dataclasses.replace(each, a=each.a.detach().to(dtype), b=each.b.detach().to(dtype)) for each in case.updates
+    ]
+    case = case._replace(hidden=wide[:, ::2], updates=updates)
+    assert not case.hidden.is_contiguous()
+    out, calls = run_few(case, monkeypatch)
+    assert calls == 1
+    exact = [dataclasses.replace(each, a=each.a.float(), b=each.b.float()) for each in updates]
+    expected = reference.expert_mlp(*case[:5], case.layer.activation, exact, case.biases)
+    assert off_by(out, expected.detach()) < ROUNDED[torch.bfloat16]
+
+
+def test_more_routed_tokens_than_a_call_has_go_elsewhere() -> None:
+    settings = KernelSettings()
+    x = torch.empty(1, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        served = [serves(x, routed, 1000, settings) for routed in (MOST_ROUTED, MOST_ROUTED + 1)]
+    assert served == [True, False]
+    weight = stack_of(1, 8, 64)
+    for routed in (0, MOST_ROUTED + 1):
+        with pytest.raises(ValueError, match=f"1 to 256 routed tokens, got {routed}"):
+            gemv([Product(weight.bytes, torch.randn(routed, 64), torch.empty(routed, 8))], routed)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

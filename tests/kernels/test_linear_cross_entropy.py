@@ -234,6 +234,15 @@ def test_loss_that_is_not_finite_stays_so() -> None:
     assert linear_cross_entropy(**case.arguments).isnan()
 
 
+@pytest.mark.parametrize("vocabulary", [257, 300], ids=["alone in a slice of 256 columns", "beside others"])
+def test_one_column_that_is_nan_makes_the_loss_nan(vocabulary: int) -> None:
+    case = make_case(vocabulary=vocabulary, labeled=1.0, ranks=())
+    case.weight[-1] = torch.nan
+    case.labels.clamp_(max=vocabulary - 2)
+    assert reference.linear_cross_entropy(**case.arguments).isnan()
+    assert linear_cross_entropy(**case.arguments).isnan()
+
+
 @pytest.mark.usefixtures("small_chunks")
 def test_two_runs_give_identical_bytes() -> None:
     case = make_case(dtype=torch.bfloat16, ranks=(3, 5), own_x=True)

@@ -26,13 +26,13 @@ from expertune.kernels.cache import cache_folder, why_not_private
 from expertune.kernels.cpu import cpu_instruction_sets
 
 FOLDER = Path(__file__).parent
-# Need a compiler that knows AMX and AVX512-BF16; the library is of use without them.
-BFLOAT16 = ("panels16.c", "grouped_gemm16.c")
+# Need a compiler that knows AVX512-VNNI, AVX512-BF16 and AMX; the library is of use without them.
+AVX512 = ("panels16.c", "grouped_gemm16.c", "gemv4_dots.c")
 SOURCES = (
-    *("nf4.c", "panels.c", "grouped_gemm.c", *BFLOAT16),
+    *("nf4.c", "panels.c", "grouped_gemm.c", *AVX512),
     *("gemv4.c", "swiglu.c", "dropout.c", "cross_entropy.c"),
 )
-HEADERS = ("common.h", "grouped_gemm.h", "panels.h", "grouped_gemm16.h", "sigmoid.h")
+HEADERS = ("common.h", "grouped_gemm.h", "panels.h", "grouped_gemm16.h", "gemv4.h", "sigmoid.h")
 # No contraction into fused multiply-add where the source does not ask for it: scales must round as bitsandbytes' do.
 FLAGS = (
     *("-std=c11", "-D_DEFAULT_SOURCE", "-O3", "-mavx2", "-mfma", "-mf16c", "-ffp-contract=off"),
@@ -111,9 +111,9 @@ def _compile(compiler: list[str], path: Path) -> None:
             try:
                 _run(command)
             except subprocess.CalledProcessError:
-                if name not in BFLOAT16:
+                if name not in AVX512:
                     raise
-                _run([*command, "-DWITHOUT_BFLOAT16"])  # gcc before 11 does not know AMX: the rest is as fast as it was
+                _run([*command, "-DWITHOUT_AVX512"])  # gcc before 11 does not know AMX: the rest is as fast as it was
         # Without -fopenmp here: the runtime's symbols are found in the one that torch has loaded.
         _run([*compiler, "-shared", *objects, "-lm", "-o", str(built)])
         try:

@@ -35,6 +35,12 @@ INLINE float power_of_two(uint32_t exponent)
     return value;
 }
 
+/* The number of an expert's matrix among those that some experts have; negative where it has none. */
+INLINE int64_t slot_of(const int64_t *slots, int64_t e)
+{
+    return slots == NULL ? e : slots[e];
+}
+
 /* How a block's scale is held. */
 enum { DOUBLE_QUANTIZED, PLAIN_ABSMAX, HALVES };
 
@@ -109,6 +115,22 @@ INLINE __m256i round_bfloat16(__m256 values)
     __m256i bits = _mm256_castps_si256(values);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+}
+
+/* The same of one number; a NaN stays one. */
+INLINE uint16_t to_bfloat16(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (uint16_t)((value != value ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE float of_bfloat16(uint16_t half)
+{
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
 /* The 64 weights of a block -> four runs of 16 floats, `skip` floats apart (16: one behind the other). */

@@ -48,10 +48,8 @@ static void load_slice(const Logits *p, int64_t at, int64_t count, float *to)
         __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(from + i)));
         _mm256_storeu_ps(to + i, _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
     }
-    for (; i < count; i++) {
-        uint32_t bits = (uint32_t)from[i] << 16;
-        memcpy(to + i, &bits, sizeof bits);
-    }
+    for (; i < count; i++)
+        to[i] = of_bfloat16(from[i]);
 }
 
 /* softcap * tanh(z / softcap) */
@@ -62,7 +60,7 @@ INLINE __m256 capped(__m256 z, float softcap)
     return _mm256_mul_ps(cap, _mm256_sub_ps(one, _mm256_div_ps(two, _mm256_add_ps(grown, one))));
 }
 
-/* log of the sum of exp; -inf of nothing but -inf, and NaN where one is. */
+/* log of the sum of exp; -inf of nothing but -inf, and NaN where one is, whatever stands beside it. */
 static float log_sum_of(const float *z, int64_t count)
 {
     float padded[SLICE];
@@ -71,9 +69,14 @@ static float log_sum_of(const float *z, int64_t count)
     int64_t full = (count + 7) / 8 * 8;
     for (int64_t i = 0; i < full; i++)
         padded[i] = i < count ? z[i] : -INFINITY;
-    __m256 most = _mm256_set1_ps(-INFINITY);
-    for (int64_t i = 0; i < full; i += 8)
-        most = _mm256_max_ps(_mm256_loadu_ps(padded + i), most); /* the second where the first is NaN */
+    __m256 most = _mm256_set1_ps(-INFINITY), nans = _mm256_setzero_ps();
+    for (int64_t i = 0; i < full; i += 8) {
+        __m256 v = _mm256_loadu_ps(padded + i);
+        most = _mm256_max_ps(v, most); /* the second where the first is NaN */
+        nans = _mm256_or_ps(nans, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    }
+    if (_mm256_movemask_ps(nans))
+        return NAN;
     float lanes[8];
     _mm256_storeu_ps(lanes, most);
     for (int i = 0; i < 8; i++)
@@ -163,11 +166,8 @@ INLINE void store_gradient(const Logits *p, int64_t at, int64_t count, const flo
         __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0xd8);
         _mm_storeu_si128((__m128i *)(p->rounded + at + i), _mm256_castsi256_si128(packed));
     }
-    for (; i < count; i++) {
-        uint32_t bits;
-        memcpy(&bits, d + i, sizeof bits);
-        p->rounded[at + i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-    }
+    for (; i < count; i++)
+        p->rounded[at + i] = to_bfloat16(d[i]);
 }
 
 /* The loss's gradient of each product z, and with it those of h and b. */

@@ -1,7 +1,8 @@
 """Products of few tokens with 4-bit matrices: `gemv4.c`, and its functions on tensors.
 
-What is computed keeps 15 bits below the largest weight of a block and the largest number of x's block, more than
-bfloat16 has; sums are float32. Threads are as many as torch uses.
+What is computed is exact in integers of 16 bits: weights are rounded to 1/32768 of the largest value of the codebook, x
+to 1/32766 of the largest number of each of its blocks of 64, so that small numbers beside a large one keep fewer bits
+than bfloat16 gives them; sums of blocks are float32. Threads are as many as torch uses.
 
 Shape suffixes: T tokens, K experts per token, R = T * K routed tokens, N output features, E experts, r rank.
 """
@@ -20,7 +21,7 @@ from expertune.kernels.nf4.bytes import Nf4Bytes
 MOST_ROUTED = 256
 """Routed tokens that a call may have."""
 
-# Of gemv4.c: numbers of x that are laid out together.
+# Of gemv4.h: numbers of x that are laid out together.
 _GROUP = 128
 
 
@@ -43,7 +44,7 @@ class LowRank(NamedTuple):
 
 
 class Product(NamedTuple):
-    """y[r] = x[r // sharing] @ W[expert of r].T, its bias and updates; see `Gemv` of gemv4.c.
+    """y[r] = x[r // sharing] @ W[expert of r].T, its bias and updates; see `Gemv` of gemv4.h.
 
     Attributes:
         weight: as many matrices for each expert.
@@ -76,7 +77,12 @@ def gemv(products: Sequence[Product], routed: int, experts: Tensor | None = None
         routed: R, at most `MOST_ROUTED`.
         experts: int64, contiguous [R]; None takes the first expert's matrices for all.
         avx512: False leaves instructions of AVX-512 alone.
+
+    Raises:
+        ValueError: more routed tokens than that.
     """
+    if not 0 < routed <= MOST_ROUTED:
+        raise ValueError(f"a call has 1 to {MOST_ROUTED} routed tokens, got {routed}")
     held = [(_Nf4.of(each.weight), _low_rank(each.updates)) for each in products]  # lives as long as the call
     sizes = [_scratch_floats(each, routed) for each in products]
     scratch = workspace.take("gemv", sum(sizes))
@@ -97,7 +103,7 @@ def _scratch_floats(product: Product, routed: int) -> int:
 
 
 class _LowRank(ctypes.Structure):
-    """`LowRank` of gemv4.c."""
+    """`LowRank` of gemv4.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("a", "b", "slots")),
@@ -107,7 +113,7 @@ class _LowRank(ctypes.Structure):
 
 
 class _Gemv(ctypes.Structure):
-    """`Gemv` of gemv4.c."""
+    """`Gemv` of gemv4.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("w", "x", "y", "experts", "weights", "bias", "updates", "scratch")),

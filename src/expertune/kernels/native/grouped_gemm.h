@@ -56,12 +56,6 @@ typedef struct {
     int64_t scratch_stride;
 } Product;
 
-/* The number of an expert's matrix among those that some experts have; negative where it has none. */
-INLINE int64_t slot_of(const int64_t *slots, int64_t e)
-{
-    return slots == NULL ? e : slots[e];
-}
-
 /* sums [rows][stride], from column `first` on, += h @ b [rank, columns of the update], dropped where it is to be. */
 void add_update(
     const Update *u, const float *b, int64_t row, int64_t rows, int64_t first, int64_t last, float *sums, int64_t stride);

@@ -7,7 +7,7 @@
    whatever the number of threads and the size of an item. */
 #include "grouped_gemm16.h"
 
-#ifndef WITHOUT_BFLOAT16
+#ifndef WITHOUT_AVX512
 #include <omp.h>
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -247,7 +247,7 @@ static void multiply_item(Block *block, const Product *p, int64_t e, int64_t sta
     int64_t height = (rows + TILE - 1) / TILE * TILE, steps = (p->depth + DEPTH - 1) / DEPTH;
     int64_t most = p->swiglu ? WIDE / 2 : WIDE;
     Scratch s = scratch_of(p);
-    pack_x(p, start, rows, 0, steps, p->transposed, s.x);
+    pack_x(p, start, rows, steps, p->transposed, s.x);
     for (int64_t n = column; n < column_end; n += most) {
         int64_t width = column_end - n < most ? column_end - n : most;
         float *y = p->y + start * p->y_stride + n, *up = s.sums + most * height;

@@ -16,9 +16,9 @@
 
 typedef uint16_t Bfloat;
 
-/* Tokens row .. row + rows, contraction k .. k + steps * DEPTH -> tiles [blocks of 16 tokens][steps]: [token][32], or
+/* Tokens row .. row + rows, `steps` of their contraction -> tiles [blocks of 16 tokens][steps]: [token][32], or
    [pair][token][2] where `paired`. */
-void pack_x(const Product *p, int64_t row, int64_t rows, int64_t k, int64_t steps, int paired, Bfloat *to);
+void pack_x(const Product *p, int64_t row, int64_t rows, int64_t steps, int paired, Bfloat *to);
 
 /* A panel of W for a pass of the contraction from k on, in tiles [width / 16][depth / DEPTH]: of [output][32] where W's
    rows are the output, otherwise of [pair][output][2]. Zeros beyond the matrix. A matrix of bfloat16 is copied. */

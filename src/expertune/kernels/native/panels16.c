@@ -1,7 +1,7 @@
 /* Panels of the GEMMs in bfloat16: tokens are rounded and weights dequantized into tiles of 16 x 32 numbers. */
 #include "grouped_gemm16.h"
 
-#ifndef WITHOUT_BFLOAT16
+#ifndef WITHOUT_AVX512
 
 #define AHEAD 12 /* rows of W that bytes are brought nearer before their use */
 
@@ -20,7 +20,7 @@ AVX512 INLINE __m512i rounded(const float *from, int64_t k, int64_t depth)
     return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(high, from + k + 16), _mm512_maskz_loadu_ps(low, from + k));
 }
 
-AVX512 void pack_x(const Product *p, int64_t row, int64_t rows, int64_t k, int64_t steps, int paired, Bfloat *to)
+AVX512 void pack_x(const Product *p, int64_t row, int64_t rows, int64_t steps, int paired, Bfloat *to)
 {
     for (int64_t first = 0; first < rows; first += TILE) {
         const float *from[TILE];
@@ -31,7 +31,7 @@ AVX512 void pack_x(const Product *p, int64_t row, int64_t rows, int64_t k, int64
         for (int64_t step = 0; step < steps; step++, to += TILE_SIZE) {
             __m512i v[16];
             for (int i = 0; i < TILE; i++)
-                v[i] = rounded(from[i], k + step * DEPTH, p->depth);
+                v[i] = rounded(from[i], step * DEPTH, p->depth);
             if (paired)
                 transpose(v);
             for (int i = 0; i < TILE; i++)

@@ -1,0 +1,73 @@
+/* What the files of few tokens' products share: the call, tokens as integers, and an instruction set's inner loop. */
+#ifndef EXPERTUNE_GEMV4_H
+#define EXPERTUNE_GEMV4_H
+
+#include "common.h"
+
+#define GROUP 128         /* numbers of x that are laid out together: two blocks */
+#define ITEM 32           /* output features that a thread takes at once */
+#define TOGETHER 4        /* tokens that share what was looked up */
+#define MOST_ROUTED 256   /* routed tokens of a call */
+
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+/* One low-rank update of one part: y += scaling * B @ (A @ x). */
+typedef struct {
+    const float *a, *b;        /* of each slot [rank, columns] and [rows, rank] */
+    const int64_t *slots;      /* which matrices are each expert's, negative for none; NULL: those of its number */
+    int64_t rank, part;
+    float scaling;
+} LowRank;
+
+/* A product of routed tokens with the matrices of their experts. */
+typedef struct {
+    const Nf4 *w;              /* `parts` matrices for each expert */
+    const void *x;             /* rows of as many numbers as w has columns */
+    void *y;
+    const int64_t *experts;    /* of each routed token; NULL: the first one's */
+    const float *weights;      /* of each routed token: `top_k` of them are weighted and summed; NULL: none are */
+    const float *bias;         /* [experts, parts * rows], or NULL */
+    const LowRank *updates;
+    float *scratch;            /* see scratch_floats of gemv.py */
+    int64_t x_stride, y_stride;
+    int64_t routed;
+    int64_t sharing;           /* routed tokens that read the same row of x, one behind the other */
+    int64_t top_k;
+    int32_t x_kind, y_kind, parts, num_updates;
+    int32_t swiglu;            /* y = silu(part 0) * part 1 */
+} Gemv;
+
+/* A row of x: as float32; as integers in the order in which codes are looked up; and the scales of their blocks. */
+typedef struct {
+    float *values;
+    int16_t *numbers;
+    float *scales;
+} QuantizedToken;
+
+/* Routed tokens by expert. */
+typedef struct {
+    int64_t order[MOST_ROUTED];      /* routed tokens, those of an expert side by side */
+    int64_t expert[MOST_ROUTED];
+    int64_t start[MOST_ROUTED + 1];  /* where each expert's begin */
+    int64_t groups;
+} Grouped;
+
+/* out[i * stride + j] = <row `first + j` of a matrix, x[i]>, j < count, i < num_x <= TOGETHER. */
+typedef void Dots(
+    const Gemv *g, int64_t matrix, int64_t first, int64_t count, int num_x, const QuantizedToken *x, const int16_t *table,
+    float *out, int64_t stride);
+
+/* How an instruction set lays out x, and its inner loop. */
+typedef struct {
+    Dots *dots;
+    uint8_t order[GROUP];      /* which number of a group each place holds */
+} InstructionSet;
+
+INLINE int64_t up_to(int64_t count, int64_t step)
+{
+    return (count + step - 1) / step * step;
+}
+
+const InstructionSet *instruction_set(int without_avx512);
+
+#endif
