@@ -81,6 +81,24 @@ def test_products_and_input_gradients_are_those_of_rounded_factors(
         torch.testing.assert_close(run(x, weight, width, transposed) / depth**0.5, wanted / depth**0.5, **CLOSE)
 
 
+@pytest.mark.skipif(not native.available(), reason="the native library could not be built here")
+def test_what_would_be_left_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, dense = weights(64, 64, 2), torch.randn(len(TOKENS), 128, 64)
+    x, number = torch.randn(sum(TOKENS), 64), torch.arange(sum(TOKENS))
+    dropped = native.Dropout(number, 1, 2**31, 2.0, 64)
+    monkeypatch.setattr(native, "bfloat16_arithmetic", lambda: 1)
+    for weight in (packed, dense.bfloat16()):
+        with pytest.raises(ValueError, match="dropout of x is for dense weights in float32"):
+            run(x, weight, 128, True, dropout=dropped)
+    with pytest.raises(ValueError, match="swiglu is for transposed NF4 weights"):
+        run(x, dense.bfloat16(), 64, True, swiglu=True)
+    with pytest.raises(ValueError, match="swiglu is for transposed NF4 weights"):
+        run(torch.randn(sum(TOKENS), 128), packed, 32, False, swiglu=True)
+    monkeypatch.setattr(native, "bfloat16_arithmetic", lambda: 0)
+    with pytest.raises(ValueError, match="swiglu is for transposed NF4 weights in bfloat16"):
+        run(x, packed, 64, True, swiglu=True)
+
+
 @pytest.mark.parametrize("rank", [1, 8, 37])
 def test_updates_of_some_columns_and_some_experts_are_added_in_float32(arithmetic: str, rank: int) -> None:
     weight, slots = weights(70, 192, 2), torch.tensor([0, 1, -1, -1, 2, 3])

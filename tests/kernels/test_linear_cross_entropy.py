@@ -1,9 +1,8 @@
 """Cross entropy in chunks against plain float32 over all logits, forward and backward, at every awkward shape."""
 
 import weakref
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -13,95 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from expertune.kernels.linear_cross_entropy import HeadUpdate, chunked, linear_cross_entropy, reference
+from expertune.kernels import native
+from expertune.kernels.linear_cross_entropy import chunked, linear_cross_entropy, reference, tiles
 from expertune.kernels.linear_cross_entropy.per_token import linear_log_probs
-
-FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
-# Half a unit in the last place of 8 and 11 bits, a few times over: rows, logit gradients and results are rounded.
-TOLERANCES = {
-    torch.float32: FLOAT32,
-    torch.float16: {"rtol": 4e-3, "atol": 4e-3},
-    torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2},
-}
-
-
-class Case(NamedTuple):
-    hidden: Tensor
-    weight: Tensor
-    labels: Tensor
-    bias: Tensor | None
-    updates: list[HeadUpdate]
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "hidden_TD": self.hidden,
-            "weight_VD": self.weight,
-            "labels_T": self.labels,
-            "bias_V": self.bias,
-            "updates": self.updates,
-            "scale": self.scale,
-            "softcap": self.softcap,
-        }
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        factors = [factor for update in self.updates for factor in (update.a_rD, update.b_Vr)]
-        own = [update.x_TD for update in self.updates if update.x_TD is not None]
-        return [self.hidden, *factors, *own]
-
-
-def make_case(
-    rows: int = 23,
-    vocabulary: int = 157,
-    width: int = 33,
-    ranks: Sequence[int] = (4,),
-    labeled: float = 0.6,
-    dtype: torch.dtype = torch.float32,
-    weight_dtype: torch.dtype | None = None,
-    adapter_dtype: torch.dtype = torch.float32,
-    own_x: bool = False,
-    bias: bool = False,
-    scale: float = 1.0,
-    softcap: float | None = None,
-) -> Case:
-    """Logits of a few units, random labels, every factor of a size that matters."""
-    weight_dtype = weight_dtype or dtype
-    labels = torch.randint(0, vocabulary, (rows,))
-    labels[torch.rand(rows) >= labeled] = -100
-    updates = [
-        HeadUpdate(
-            (torch.randn(rank, width) / width**0.5).to(adapter_dtype).requires_grad_(),
-            (torch.randn(vocabulary, rank) / rank**0.5).to(adapter_dtype).requires_grad_(),
-            scaling=0.5 + index,
-            x_TD=torch.randn(rows, width).to(adapter_dtype).requires_grad_() if own_x else None,
-        )
-        for index, rank in enumerate(ranks)
-    ]
-    return Case(
-        torch.randn(rows, width).to(dtype).requires_grad_(),
-        (2 * torch.randn(vocabulary, width) / width**0.5).to(weight_dtype),
-        labels,
-        torch.randn(vocabulary).to(weight_dtype) if bias else None,
-        updates,
-        scale,
-        softcap,
-    )
-
-
-def assert_same_as_plain(case: Case, tolerance: dict[str, float] = FLOAT32) -> None:
-    loss = linear_cross_entropy(**case.arguments)
-    expected = reference.linear_cross_entropy(**case.arguments)
-    assert loss.dtype == torch.float32
-    assert loss.shape == ()
-    torch.testing.assert_close(loss, expected, rtol=tolerance["rtol"], atol=tolerance["atol"])
-    gradients = torch.autograd.grad(loss * 0.25, case.leaves)
-    plain = torch.autograd.grad(expected * 0.25, case.leaves)
-    for leaf, gradient, exact in zip(case.leaves, gradients, plain, strict=True):
-        assert gradient.dtype == leaf.dtype
-        torch.testing.assert_close(gradient.float(), exact.float(), **tolerance)
+from tests.kernels.output_heads import FLOAT32, TOLERANCES, Case, assert_same_as_plain, make_case
 
 
 @pytest.fixture
@@ -111,6 +25,14 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "_MIN_ROWS", 5)
     monkeypatch.setattr(chunked, "_TILE_MULTIPLE", 8)
     monkeypatch.setitem(chunked.TILE_BYTES, "cpu", 4 * 33 * 24)
+
+
+@pytest.fixture(params=[True, False], ids=["native library", "torch"])
+def by_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits and gradients of a tile by the native library, and by torch's operators, wherever the test runs."""
+    if request.param and not native.available():
+        pytest.skip(native.status().reason)
+    monkeypatch.setattr(tiles, "_native", lambda z_nv: request.param)
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -174,6 +96,19 @@ def test_many_chunks_and_tiles_with_short_last_ones_give_the_same(shape: str, ow
     assert_same_as_plain(make_case(**SHAPES[shape], own_x=own_x))
 
 
+@pytest.mark.parametrize("in_dtype", [False, True], ids=["GEMMs in float32", "GEMMs in the dtype"])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.usefixtures("small_chunks", "by_library")
+def test_library_and_torch_both_give_the_plain_loss(
+    dtype: torch.dtype, in_dtype: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked, "gemm_dtype", lambda dtype, device: dtype if in_dtype else torch.float32)
+    for own_x, labeled in ((False, 0.6), (True, 1.0)):
+        case = make_case(dtype=dtype, ranks=(3, 5), own_x=own_x, labeled=labeled, bias=True, scale=1.7, softcap=3.0)
+        assert_same_as_plain(case, TOLERANCES[dtype])
+    assert_same_as_plain(make_case(dtype=dtype, ranks=()), TOLERANCES[dtype])
+
+
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("has_instructions", [False, True])
@@ -235,6 +170,7 @@ def test_loss_that_is_not_finite_stays_so() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [257, 300], ids=["alone in a slice of 256 columns", "beside others"])
+@pytest.mark.usefixtures("by_library")
 def test_one_column_that_is_nan_makes_the_loss_nan(vocabulary: int) -> None:
     case = make_case(vocabulary=vocabulary, labeled=1.0, ranks=())
     case.weight[-1] = torch.nan
@@ -383,88 +319,3 @@ def test_rows_that_are_a_view_with_strides_are_read_as_such() -> None:
     wide = torch.randn(33, 9).t().requires_grad_()
     assert not wide.is_contiguous()
     assert_same_as_plain(case._replace(hidden=wide))
-
-
-@pytest.mark.parametrize("gradients", [(True, True), (True, False), (False, True), (False, False)])
-@pytest.mark.parametrize("own_x", [False, True])
-def test_operator_fulfils_torchs_contract_for_custom_operators(own_x: bool, gradients: tuple[bool, bool]) -> None:
-    case = make_case(ranks=(3, 5), own_x=own_x, bias=True, softcap=3.0)
-    for leaf in case.leaves:
-        # Flags and inputs agree, as `linear_cross_entropy` makes them.
-        leaf.requires_grad_(gradients[0] if leaf is case.hidden else gradients[1])
-    torch.library.opcheck(
-        torch.ops.expertune.linear_cross_entropy.default,
-        (
-            case.hidden,
-            case.weight,
-            case.bias,
-            case.labels,
-            case.scale,
-            case.softcap,
-            [update.scaling for update in case.updates],
-            [own_x] * 2,
-            [update.a_rD for update in case.updates],
-            [update.b_Vr for update in case.updates],
-            [update.x_TD for update in case.updates if update.x_TD is not None],
-            *gradients,
-        ),
-    )
-
-
-def test_compiled_graph_goes_through_it_unbroken() -> None:
-    case = make_case(own_x=True)
-
-    def through(hidden: Tensor) -> Tensor:
-        return linear_cross_entropy(**case._replace(hidden=torch.tanh(hidden)).arguments) / 7
-
-    compiled = torch.compile(through, fullgraph=True, backend="aot_eager")
-    plain = torch.autograd.grad(through(case.hidden), case.leaves)
-    for one, other in zip(torch.autograd.grad(compiled(case.hidden), case.leaves), plain, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "hidden of another width": ({"hidden": torch.randn(5, 32)}, r"hidden must be \[rows, 33\], got \(5, 32\)"),
-    "hidden of three dimensions": ({"hidden": torch.randn(1, 5, 33)}, r"hidden must be .*got \(1, 5, 33\)"),
-    "hidden of another dtype": ({"hidden": torch.randn(5, 33).double()}, "hidden must be .*got torch.float64"),
-    "weight of one dimension": ({"weight": torch.randn(33)}, r"weight must be .*got \(33,\)"),
-    "weight without words": ({"weight": torch.randn(0, 33)}, r"weight must be .*got \(0, 33\)"),
-    "weight of another dtype": ({"weight": torch.ones(157, 33).int()}, "weight must be .*got torch.int32"),
-    "weight that is trained": ({"weight": torch.randn(157, 33, requires_grad=True)}, "weight must be frozen"),
-    "labels of another length": (
-        {"labels": torch.tensor([1, 2])},
-        r"labels must be int64 \[5\], got torch.int64 \(2,\)",
-    ),
-    "labels of another dtype": ({"labels": torch.ones(5)}, r"labels must be int64 \[5\], got torch.float32"),
-    "a label beyond the vocabulary": ({"labels": torch.full((5,), 157)}, r"within \[0, 157\), got 157"),
-    "a negative label": ({"labels": torch.full((5,), -1)}, r"within \[0, 157\), got -1"),
-    "a bias of another length": ({"bias": torch.randn(156)}, r"bias must be \[157\], got \(156,\)"),
-    "a cap of zero": ({"softcap": 0.0}, "softcap must be above 0, got 0.0"),
-    "weight elsewhere": ({"weight": torch.empty(157, 33, device="meta")}, "weight is on meta, hidden is on cpu"),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_inputs_that_do_not_fit_are_refused_with_what_was_received(wrong: str) -> None:
-    changes, message = WRONG[wrong]
-    with pytest.raises(ValueError, match=message):
-        linear_cross_entropy(**make_case(rows=5)._replace(**changes).arguments)
-
-
-WRONG_UPDATES: dict[str, tuple[dict[str, Any], str]] = {
-    "A of another width": ({"a_rD": torch.randn(4, 32)}, r"A must be \[r, 33\], got \(4, 32\)"),
-    "A of three dimensions": ({"a_rD": torch.randn(1, 4, 33)}, r"A must be \[r, 33\], got \(1, 4, 33\)"),
-    "B of another rank": ({"b_Vr": torch.randn(157, 5)}, r"B must be \[157, 4\], got \(157, 5\)"),
-    "B transposed": ({"b_Vr": torch.randn(4, 157)}, r"B must be \[157, 4\], got \(4, 157\)"),
-    "B of another dtype": ({"b_Vr": torch.randn(157, 4).half()}, "B is torch.float16, A is torch.float32"),
-    "factors elsewhere": ({"a_rD": torch.empty(4, 33, device="meta")}, "A is on meta, hidden is on cpu"),
-    "an input of another shape": ({"x_TD": torch.randn(4, 33)}, r"x must be \(5, 33\), got \(4, 33\)"),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG_UPDATES)
-def test_updates_that_do_not_fit_are_refused_with_what_was_received(wrong: str) -> None:
-    case = make_case(rows=5)
-    changes, message = WRONG_UPDATES[wrong]
-    with pytest.raises(ValueError, match=message):
-        linear_cross_entropy(**case._replace(updates=[replace(case.updates[0], **changes)]).arguments)

@@ -4,7 +4,8 @@ A matrix that is dequantized by columns touches a page for every row, and rows o
 after one of them. Linux backs anonymous memory with pages of 2 MiB where that is asked for (`madvise`, the default of
 most distributions). Files that are mapped cannot have them: experts on disk stay on small pages.
 
-Only whole huge pages inside a tensor are asked for, so that nothing beside it takes memory with it.
+Only whole huge pages inside a tensor are asked for, so that what lies beside it stays as it was. The request is one for
+addresses: where the allocator keeps the memory of a freed tensor, what it hands out there next has huge pages too.
 """
 
 import ctypes

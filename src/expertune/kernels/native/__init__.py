@@ -9,19 +9,27 @@ Shape suffixes: R tokens sorted by expert, K contraction, N columns of the outpu
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from expertune.kernels import workspace
 from expertune.kernels.native.build import Status, library, status
+from expertune.kernels.native.structures import (
+    DENSE_KINDS,
+    NF4_KIND,
+    SOURCE_KINDS,
+    Dropout,
+    NativeDropout,
+    NativeNf4,
+    NativeProduct,
+    Update,
+    native_updates,
+)
 from expertune.kernels.nf4.bytes import Nf4Bytes
 from expertune.kernels.nf4.reference import (
     BLOCK_SIZE,
     FIT_ROUNDS,
-    codebook,
-    dynamic_codebook,
     fit_factors,
     nf4_bounds,
     nf4_codebook,
@@ -49,51 +57,10 @@ __all__ = [
     "swiglu_backward",
 ]
 
-_SOURCE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_DENSE_KINDS = {torch.float32: 1, torch.bfloat16: 2}
-_NF4_KIND = 0
 # What `bfloat16_arithmetic` says where there are matrix units.
 AMX = 2
 # Of grouped_gemm16.c: tokens of an item, columns that are summed at once, contraction of a pass.
 _BFLOAT_ROWS, _BFLOAT_WIDE, _BFLOAT_PASS = 512, 256, 512
-
-
-class Dropout(NamedTuple):
-    """Which elements of R rows are dropped; see `expertune.kernels.dropout`.
-
-    Attributes:
-        number_R: int64 [R].
-        seed: 0 <= seed < 2**63.
-        threshold: elements whose hash is below are dropped.
-        scale: of the others.
-        columns: of the whole rows, by which elements are numbered.
-    """
-
-    number_R: Tensor
-    seed: int
-    threshold: int
-    scale: float
-    columns: int
-
-
-class Update(NamedTuple):
-    """A low-rank update of some columns: y[:, column:column_end] += h @ b[e], or what of it is not dropped.
-
-    Attributes:
-        h_Rr: float32 [R, r], already scaled.
-        b: float32, contiguous: [E, column_end - column, r] where the GEMM is transposed, [E, r, column_end - column]
-            where it is not.
-        column, column_end: the columns of y.
-        slots: int64 [E], which matrix of b is each expert's, -1 for none; None where each has its own number's.
-        dropout: of what is added, where the GEMM is not transposed.
-    """
-
-    h_Rr: Tensor
-    b: Tensor
-    column: int
-    column_end: int
-    slots: Tensor | None = None
-    dropout: Dropout | None = None
 
 
 def available() -> bool:
@@ -122,7 +89,7 @@ def quantize(matrix_NK: Tensor, packed: Tensor, absmax: Tensor) -> bool:
     bad_blocks = call(
         "expertune_quantize",
         _pointer(matrix_NK),
-        _SOURCE_KINDS[matrix_NK.dtype],
+        SOURCE_KINDS[matrix_NK.dtype],
         ctypes.c_int64(matrix_NK.numel() // BLOCK_SIZE),
         _pointer(nf4_bounds()),
         _pointer(packed),
@@ -138,7 +105,7 @@ def fit(matrix_NK: Tensor, importance_K: Tensor | None, scale: Tensor) -> None:
     call(
         "expertune_fit",
         _pointer(matrix_NK),
-        _SOURCE_KINDS[matrix_NK.dtype],
+        SOURCE_KINDS[matrix_NK.dtype],
         ctypes.c_int64(scale.numel()),
         ctypes.c_int64(matrix_NK.shape[1] // BLOCK_SIZE),
         None if importance_K is None else _pointer(importance_K),
@@ -157,7 +124,7 @@ def encode(matrix_NK: Tensor, scale: Tensor, packed: Tensor) -> None:
     call(
         "expertune_encode",
         _pointer(matrix_NK),
-        _SOURCE_KINDS[matrix_NK.dtype],
+        SOURCE_KINDS[matrix_NK.dtype],
         ctypes.c_int64(scale.numel()),
         _pointer(nf4_bounds()),
         _pointer(scale),
@@ -168,7 +135,7 @@ def encode(matrix_NK: Tensor, scale: Tensor, packed: Tensor) -> None:
 
 def dequantize_absmax(weight: Nf4Bytes, index: int, out: Tensor) -> None:
     """Scales of the blocks of one matrix -> contiguous float32 [N*K/64]."""
-    view = _Nf4.of(weight)
+    view = NativeNf4.of(weight)
     call(
         "expertune_dequantize_absmax", ctypes.byref(view), ctypes.c_int64(index), _pointer(out), torch.get_num_threads()
     )
@@ -176,14 +143,14 @@ def dequantize_absmax(weight: Nf4Bytes, index: int, out: Tensor) -> None:
 
 def dequantize(weight: Nf4Bytes, index: int, rows: tuple[int, int], columns: tuple[int, int], out: Tensor) -> None:
     """Part of one matrix -> out [rows, columns], float32 or bfloat16; columns begin and end with blocks of 64."""
-    view = _Nf4.of(weight)
+    view = NativeNf4.of(weight)
     bounds = [ctypes.c_int64(value) for value in (*rows, *columns)]
     call(
         "expertune_dequantize",
         ctypes.byref(view),
         ctypes.c_int64(index),
         *bounds,
-        _SOURCE_KINDS[out.dtype],
+        SOURCE_KINDS[out.dtype],
         _pointer(out),
         ctypes.c_int64(out.stride(0)),
         torch.get_num_threads(),
@@ -222,9 +189,12 @@ def grouped_gemm(
         dropout: of x, where the weight is dense and `dtype` float32.
         swiglu: y_RN [R, N/2] is silu(gate) * up of the two halves of columns; where `bfloat16_arithmetic` multiplies
             NF4 weights, transposed.
+
+    Raises:
+        ValueError: `dropout` or `swiglu` where it would not be computed.
     """
     experts = offsets_E.shape[0]
-    nf4 = _Nf4.of(weight) if isinstance(weight, Nf4Bytes) else None
+    nf4 = NativeNf4.of(weight) if isinstance(weight, Nf4Bytes) else None
     shape = (
         (weight.out_features_of(experts), weight.in_features)
         if isinstance(weight, Nf4Bytes)
@@ -232,12 +202,16 @@ def grouped_gemm(
     )
     columns, depth = shape if transposed else (shape[1], shape[0])
     # These live as long as the call.
-    (held, _of_updates), dropped = _updates(updates), _Dropout.of(dropout)
+    (held, _of_updates), dropped = native_updates(updates), NativeDropout.of(dropout)
     sixteen_bits = isinstance(weight, Nf4Bytes) or (weight.dtype == torch.bfloat16 and slots is None)
     arithmetic = bfloat16_arithmetic() if sixteen_bits and dtype == torch.bfloat16 else 0
+    if dropout is not None and (arithmetic or isinstance(weight, Nf4Bytes)):
+        raise ValueError("dropout of x is for dense weights in float32 arithmetic: drop elements of x first")
+    if swiglu and not (arithmetic and transposed and isinstance(weight, Nf4Bytes)):
+        raise ValueError("swiglu is for transposed NF4 weights in bfloat16 arithmetic: apply it to the product")
     stride = scratch_bytes(len(y_RN), depth) if arithmetic else 0
     scratch = workspace.take("bfloat16", torch.get_num_threads() * stride // 4)
-    arguments = _Product(
+    arguments = NativeProduct(
         x=x.data_ptr(),
         index=None if index is None else index.data_ptr(),
         offsets=offsets_E.data_ptr(),
@@ -255,7 +229,7 @@ def grouped_gemm(
         parts=shape[0] // weight.out_features if isinstance(weight, Nf4Bytes) else 1,
         depth=depth,
         columns=columns // 2 if swiglu else columns,
-        kind=_NF4_KIND if isinstance(weight, Nf4Bytes) else _DENSE_KINDS[weight.dtype],
+        kind=NF4_KIND if isinstance(weight, Nf4Bytes) else DENSE_KINDS[weight.dtype],
         transposed=transposed,
         num_updates=len(held),
         threads=torch.get_num_threads(),
@@ -280,7 +254,7 @@ def outer(
 
     With `slots`, int64 [E], it is out[slots[e]], and nothing for an expert of -1. `dropout` is v's.
     """
-    dropped = _Dropout.of(dropout)
+    dropped = NativeDropout.of(dropout)
     call(
         "expertune_outer",
         _pointer(u_Rp),
@@ -322,7 +296,7 @@ def swiglu_backward(gate_up: Tensor, dinter: Tensor, weight_R: Tensor, dweight_R
 
 def dropout(x: Tensor, out_RK: Tensor, dropout: Dropout, first: int, index: Tensor | None = None) -> None:
     """out = x where the element's hash reaches the threshold, scaled, else 0; x's columns begin with number `first`."""
-    dropped = _Dropout.of(dropout)
+    dropped = NativeDropout.of(dropout)
     assert dropped is not None
     call(
         "expertune_dropout",
@@ -336,103 +310,6 @@ def dropout(x: Tensor, out_RK: Tensor, dropout: Dropout, first: int, index: Tens
         _pointer(out_RK),
         torch.get_num_threads(),
     )
-
-
-class _Nf4(ctypes.Structure):
-    """`Nf4` of common.h."""
-
-    _fields_ = (
-        ("packed", ctypes.c_void_p),
-        ("absmax", ctypes.c_void_p),
-        ("nested", ctypes.c_void_p),
-        ("offset", ctypes.c_void_p),
-        ("codebook", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("nested_stride", ctypes.c_int64),
-        ("halves", ctypes.c_int64),
-    )
-
-    @classmethod
-    def of(cls, weight: Nf4Bytes) -> "_Nf4":
-        double = weight.double_quantization
-        return cls(
-            packed=weight.packed.data_ptr(),
-            absmax=weight.absmax.data_ptr(),
-            nested=weight.nested_absmax.data_ptr() if double else None,
-            offset=weight.offset.data_ptr() if double else None,
-            codebook=dynamic_codebook(weight.packed.device).data_ptr() if double else None,
-            values=codebook(weight.scheme, weight.packed.device).data_ptr(),
-            rows=weight.out_features,
-            columns=weight.in_features,
-            nested_stride=weight.nested_absmax.shape[-1],
-            halves=weight.scheme == "mxfp4",
-        )
-
-
-class _Dropout(ctypes.Structure):
-    """`Dropout` of grouped_gemm.h."""
-
-    _fields_ = (
-        ("number", ctypes.c_void_p),
-        ("stride", ctypes.c_int64),
-        *((name, ctypes.c_uint32) for name in ("seed", "seed_high", "threshold")),
-        ("scale", ctypes.c_float),
-    )
-
-    @classmethod
-    def of(cls, dropout: Dropout | None) -> "_Dropout | None":
-        if dropout is None:
-            return None
-        number_R, seed, threshold, scale, columns = dropout
-        halves = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-        return cls(number_R.data_ptr(), columns, *halves, threshold, scale)
-
-
-class _Update(ctypes.Structure):
-    """`Update` of grouped_gemm.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("h", "b", "slots", "dropout")),
-        *((name, ctypes.c_int64) for name in ("rank", "h_stride", "b_expert_stride", "column", "column_end")),
-    )
-
-
-class _Product(ctypes.Structure):
-    """`Product` of grouped_gemm.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "index", "offsets", "nf4", "dense", "slots", "updates")),
-        *((name, ctypes.c_void_p) for name in ("dropout", "y")),
-        *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "dense_stride", "dense_expert_stride")),
-        *((name, ctypes.c_int64) for name in ("experts", "parts", "depth", "columns")),
-        *((name, ctypes.c_int32) for name in ("kind", "transposed", "num_updates", "threads", "arithmetic", "swiglu")),
-        ("scratch", ctypes.c_void_p),
-        ("scratch_stride", ctypes.c_int64),
-    )
-
-
-def _updates(updates: Sequence[Update]) -> tuple[ctypes.Array[_Update], list[_Dropout | None]]:
-    """As the library takes them, and what they point to."""
-    dropped = [_Dropout.of(update.dropout) for update in updates]
-    held = (_Update * len(updates))(
-        *(
-            _Update(
-                h=update.h_Rr.data_ptr(),
-                b=update.b.data_ptr(),
-                slots=None if update.slots is None else update.slots.data_ptr(),
-                dropout=dropout and ctypes.addressof(dropout),
-                rank=update.h_Rr.shape[1],
-                h_stride=update.h_Rr.stride(0),
-                b_expert_stride=update.b.stride(0),
-                column=update.column,
-                column_end=update.column_end,
-            )
-            for update, dropout in zip(updates, dropped, strict=True)
-        )
-    )
-    return held, dropped
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:

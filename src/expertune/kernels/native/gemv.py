@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from expertune.kernels import workspace
-from expertune.kernels.native import _SOURCE_KINDS, _Nf4, call
+from expertune.kernels.native import call
+from expertune.kernels.native.structures import SOURCE_KINDS, NativeNf4
 from expertune.kernels.nf4.bytes import Nf4Bytes
 
 MOST_ROUTED = 256
@@ -83,7 +84,7 @@ def gemv(products: Sequence[Product], routed: int, experts: Tensor | None = None
     """
     if not 0 < routed <= MOST_ROUTED:
         raise ValueError(f"a call has 1 to {MOST_ROUTED} routed tokens, got {routed}")
-    held = [(_Nf4.of(each.weight), _low_rank(each.updates)) for each in products]  # lives as long as the call
+    held = [(NativeNf4.of(each.weight), _low_rank(each.updates)) for each in products]  # lives as long as the call
     sizes = [_scratch_floats(each, routed) for each in products]
     scratch = workspace.take("gemv", sum(sizes))
     at, arguments = scratch.data_ptr(), (_Gemv * len(products))()
@@ -124,8 +125,8 @@ class _Gemv(ctypes.Structure):
 
 def _fill(argument: _Gemv, product: Product, routed: int, experts: Tensor | None) -> None:
     x, y, weights = product.x, product.y, product.top_k_weights
-    argument.x, argument.x_stride, argument.x_kind = x.data_ptr(), x.stride(0), _SOURCE_KINDS[x.dtype]
-    argument.y, argument.y_stride, argument.y_kind = y.data_ptr(), y.stride(0), _SOURCE_KINDS[y.dtype]
+    argument.x, argument.x_stride, argument.x_kind = x.data_ptr(), x.stride(0), SOURCE_KINDS[x.dtype]
+    argument.y, argument.y_stride, argument.y_kind = y.data_ptr(), y.stride(0), SOURCE_KINDS[y.dtype]
     argument.experts = None if experts is None else experts.data_ptr()
     argument.weights = None if weights is None else weights.data_ptr()
     argument.top_k = 1 if weights is None else weights.shape[1]
