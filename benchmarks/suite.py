@@ -94,7 +94,14 @@ def write_table(page: Path, results: dict[str, dict[str, Any]]) -> None:
 def _row(name: str, result: dict[str, Any]) -> str:
     what, ours, peers, limit = _CELLS[result["benchmark"]](result)
     command, _, _ = result["command"].partition(" --json")
-    return f"| {what} | {ours} | {peers} | {limit} | `{command}` ([JSON](../benchmarks/results/{name}.json)) |"
+    commit = result["commit"][:7] + result["commit"][40:]  # "+changes" stays
+    source = f"`{command}` ([JSON](../benchmarks/results/{name}.json), commit {commit})"
+    return f"| {what} | {ours} | {peers} | {limit} | {source} |"
+
+
+def _dtype_of(peer: dict[str, Any], result: dict[str, Any]) -> str:
+    """A peer's dtype, and whether the command gave it; otherwise it is the faster one of those that were tried."""
+    return f"{peer['dtype']}{' given' if 'dtype' in result['command'] else ''}"
 
 
 def _quantize(result: dict[str, Any]) -> tuple[str, str, str, str]:
@@ -138,7 +145,7 @@ def _layer(result: dict[str, Any]) -> tuple[str, str, str, str]:
 
 def _step(result: dict[str, Any]) -> tuple[str, str, str, str]:
     peers = [
-        f"{_PEERS[name]}, {peer['dtype']}: {peer['tokens_per_second']:.1f} ({result['ratios'][name]:.2f}x), "
+        f"{_PEERS[name]}, {_dtype_of(peer, result)}: {peer['tokens_per_second']:.1f} ({result['ratios'][name]:.2f}x), "
         f"{peer['peak_bytes'] / 1e9:.1f} GB"
         for name, peer in result["peers"].items()
     ]
@@ -156,7 +163,7 @@ def _e2e(result: dict[str, Any]) -> tuple[str, str, str, str]:
     return (
         f"whole run of {result['steps']} steps",
         f"{result['ours']['seconds']:.0f} s, {result['dtype']}",
-        f"{_PEERS['tutorial']}, {tutorial['dtype']}: {tutorial['seconds']:.0f} s ({result['ratio']:.1f}x)",
+        f"{_PEERS['tutorial']}, {_dtype_of(tutorial, result)}: {tutorial['seconds']:.0f} s ({result['ratio']:.1f}x)",
         "",
     )
 
