@@ -7,7 +7,11 @@ needed. On a machine without a GPU, `--device cpu --small` runs the same code on
 
 import argparse
 import importlib
+import json
 import os
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +26,7 @@ from benchmarks.campaign.schedule import Group
 
 _STARTED = time.monotonic()
 _ROOT = Path(__file__).resolve().parents[1]
+_MOST_INSTALL_S = 120.0
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -132,6 +137,12 @@ def measure_here(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """Run the campaign, or show what there is."""
     args = parse()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started does not outlive this process
+    if args.wheels is not None:
+        if args.report is None and args.here is None:
+            install(args.wheels, _STARTED + 60 * args.minutes)
+        use(args.wheels)
+    find_first(_ROOT / "src")
     if args.report is not None:
         from benchmarks.campaign import targets
 
@@ -142,31 +153,81 @@ def main() -> int:
     if args.here is not None:
         measure_here(args.here, args)
         return 0
-    if args.wheels is not None:
-        install(args.wheels)
-    paths = [str(_ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     # Checks side by side leave a core to their commands; on a CPU each process takes all cores.
     workers = max((os.cpu_count() or 2) - 4, 1) if args.device == "cuda" else 1
-    summary = schedule.run(groups_of(args), args.out, _STARTED + 60 * args.minutes, workers)
-    print(*schedule.lines(summary), sep="\n")
-    print(f"{summary['seconds']:.0f} s; python benchmarks/gpu_campaign.py --report {args.out} shows the targets")
-    return 1 if any(group["errors"] for group in summary["groups"]) else 0
+    try:
+        summary = schedule.run(groups_of(args), args.out, _STARTED + 60 * args.minutes, workers)
+    except KeyboardInterrupt:
+        schedule.progress(f"interrupted; what was measured is in {args.out}")
+        return 130
+    wrong = variants.gate(args.out, args.device)["failed"]
+    left_out = [f"{route}: left out, because of {', '.join(checks)}" for route, checks in wrong.items()]
+    print(*schedule.lines(summary), *left_out, sep="\n")
+    shown = ["--report", str(args.out), *(["--wheels", str(args.wheels)] if args.wheels else [])]
+    print(f"{summary['seconds']:.0f} s; python benchmarks/gpu_campaign.py {shlex.join(shown)} shows the targets")
+    return 0 if schedule.is_sound(summary) and not wrong else 1
 
 
-def install(wheels: Path) -> None:
-    """Install the wheels into folders of their own beside them, and have processes find these."""
-    for name in ("current", "pinned"):
-        folder, requirements = wheels.parent.resolve() / name, wheels / f"requirements-{name}.txt"
-        if not folder.exists() and requirements.read_text(encoding="utf-8").strip():
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-            command += ["--find-links", str(wheels), "--target", str(folder), "--requirement", str(requirements)]
-            subprocess.run(command, check=True)
-        if name == "current":
-            paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-            os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-        else:
-            os.environ["EXPERTUNE_PINNED_PACKAGES"] = str(folder)
+def install(wheels: Path, end: float) -> None:
+    """Install the wheels into folders of their own beside them; those of the peers may stay out where they fail.
+
+    Args:
+        wheels: folder of `benchmarks/peers/gather_wheels.py`.
+        end: of the campaign, by `time.monotonic`.
+
+    Raises:
+        SystemExit: what every process needs cannot be installed.
+    """
+    current, without_peers, pinned = _folders(wheels)
+    if not _installed(wheels, current, _required(wheels, "current"), end) and not without_peers.exists():
+        schedule.progress(f"{current}: going on without the peers' packages")
+        entries = json.loads((wheels / "manifest.json").read_text(encoding="utf-8"))["wheels"]
+        of_all = [entry for entry in entries if entry["folder"] == "current" and entry["peers"] == ["all"]]
+        needed = [f"{entry['name']}=={entry['version']}" for entry in of_all]
+        if not _installed(wheels, without_peers, needed, end):
+            raise SystemExit(f"the wheels of {wheels} cannot be installed; pip says above why")
+    if not _installed(wheels, pinned, _required(wheels, "pinned"), end):  # of peers alone
+        schedule.progress(f"{pinned}: going on without the peers that need it")
+
+
+def use(wheels: Path) -> None:
+    """Have this process and those that it starts find what `install` has left."""
+    current, without_peers, pinned = _folders(wheels)
+    find_first(current if current.exists() else without_peers)
+    os.environ["EXPERTUNE_PINNED_PACKAGES"] = str(pinned)
+
+
+def find_first(folder: Path) -> None:
+    """Have this process and those that it starts look for packages here first."""
+    sys.path.insert(0, str(folder))
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+
+
+def _folders(wheels: Path) -> list[Path]:
+    return [wheels.resolve().parent / name for name in ("current", "current-without-peers", "pinned")]
+
+
+def _required(wheels: Path, name: str) -> list[str]:
+    return (wheels / f"requirements-{name}.txt").read_text(encoding="utf-8").split()
+
+
+def _installed(wheels: Path, folder: Path, required: list[str], end: float) -> bool:
+    """Whether the folder has what is required, now or before; it is filled beside and renamed."""
+    if folder.exists() or not required:
+        return True
+    beside = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    command += ["--find-links", str(wheels), "--target", str(beside), *required]
+    try:
+        subprocess.run(command, check=True, timeout=max(min(_MOST_INSTALL_S, end - time.monotonic()), 1))
+    except subprocess.SubprocessError as error:
+        schedule.progress(f"{folder}: {error}")
+        shutil.rmtree(beside, ignore_errors=True)
+        return False
+    beside.rename(folder)
+    return True
 
 
 def _passed_on(args: argparse.Namespace, name: str) -> list[str]:

@@ -7,6 +7,7 @@ device, and the device in float32 with the CPU in float32.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -17,10 +18,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
-from benchmarks.campaign.record import Item, Record
+from benchmarks.campaign.record import Item, OutOfTimeError, Record
 from expertune.kernels.cache import cache_folder
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +28,10 @@ _DEMO = _ROOT / "examples" / "demo.yaml"
 _MODEL = _ROOT / "src" / "expertune" / "assets" / "tiny-mixtral"
 _MOST_WORDS = 6000
 _SIDE_BY_SIDE = 6
+
+# Of the items after the run, all side by side; and a command on a GPU that takes longer hangs.
+_OTHERS_S = 90.0
+_MOST_S = 100.0
 
 # Losses of one step in float32 on two devices, relative: sums in another order, over a few steps of training.
 _FLOAT32_LOSS_ERROR = 2e-4
@@ -39,7 +43,7 @@ _JUMP = 0.5
 def run(args: argparse.Namespace, out: Record) -> None:
     """The run first, alone, because it leaves checks and kernels for the others; then the others side by side."""
     work = Path(tempfile.mkdtemp(prefix="campaign-product-"))
-    product = _Product(work, out.device, 4 if args.small else 40, out.path.with_name("product.log"))
+    product = _Product(work, out, 4 if args.small else 40)
     # On a CPU each process takes all cores by itself.
     with ThreadPoolExecutor(_SIDE_BY_SIDE if out.device.type == "cuda" else 1) as pool:
         try:
@@ -54,16 +58,17 @@ def run(args: argparse.Namespace, out: Record) -> None:
                 others |= of_the_run
             others |= {"stock transformers": product.stock_transformers}
             others |= {"doctor": product.doctor, "plan": product.plan}
+            out.begin(others, _OTHERS_S)
             pending: dict[Future[Item], str] = {pool.submit(check): name for name, check in others.items()}
             for future in as_completed(pending):
-                out.item(pending[future], future.result, needs_s=0)
+                out.item(pending[future], future.result, needs_s=_OTHERS_S)
         finally:
             pool.shutdown(cancel_futures=True)
             shutil.rmtree(work, ignore_errors=True)
 
 
 class CommandError(Exception):
-    """A command of the product ended with another exit code than 0; the log has all that it said."""
+    """A command of the product hung, or ended with another exit code than 0; the log has all that it said."""
 
 
 class _Product:
@@ -71,13 +76,14 @@ class _Product:
 
     Args:
         work: folder for everything that they write.
-        device: where they compute.
+        out: the group's record: where they compute, and how long they may; `product.log` beside it gets each command
+            with its output.
         steps: optimizer steps of the run.
-        log: file that gets each command with its output.
     """
 
-    def __init__(self, work: Path, device: torch.device, steps: int, log: Path) -> None:
-        self.work, self.device, self.steps, self.log = work, device, steps, log
+    def __init__(self, work: Path, out: Record, steps: int) -> None:
+        self.work, self.out, self.steps = work, out, steps
+        self.device, self.log = out.device, out.path.with_name("product.log")
         self.run_dir = work / "run"
         # Rates that are measured beside other work are not kept; the checks of kernels are taken along.
         self.cache = work / "cache"
@@ -232,17 +238,34 @@ class _Product:
         environment = os.environ | {"XDG_CACHE_HOME": str(self.cache)}
         if on_cpu or self.device.type == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
+        self.out.require_time()
+        most = _MOST_S if self.device.type == "cuda" else math.inf
+        limit = min(self.out.remaining_s, most)
         started = time.monotonic()
-        done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False)
-        took = time.monotonic() - started
+        try:
+            done = subprocess.run(
+                command, cwd=_ROOT, env=environment, capture_output=True, check=False,
+                timeout=None if limit == math.inf else limit,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            self._log(command, error.stdout, error.stderr, f"ended after {limit:.1f} s")
+            if limit < most:
+                raise OutOfTimeError from error
+            raise CommandError(f"{' '.join(command[1:5])}: not done after {limit:.0f} s, and ended") from error
+        how = f"exit {done.returncode}"
+        said, errors = self._log(command, done.stdout, done.stderr, f"{how} after {time.monotonic() - started:.1f} s")
+        if done.returncode != 0:
+            last = errors.strip().splitlines()[-1:] or ["no message"]
+            raise CommandError(f"{' '.join(command[1:5])}: {how}: {last[0][-400:]}")
+        return said, errors
+
+    def _log(self, command: list[str], stdout: bytes | None, stderr: bytes | None, how: str) -> tuple[str, str]:
+        """Keep a command with what it said, which is also returned as text."""
+        said, errors = ((words or b"").decode(errors="replace") for words in (stdout, stderr))
         # One write, so that commands side by side do not mix their lines.
         with self.log.open("a", encoding="utf-8") as file:
-            file.write(f"$ {' '.join(command[1:])}\n{done.stdout[-4000:]}{done.stderr[-20000:]}")
-            file.write(f"[exit {done.returncode} after {took:.1f} s]\n\n")
-        if done.returncode != 0:
-            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise CommandError(f"{' '.join(command[1:5])}: exit {done.returncode}: {last[0][-400:]}")
-        return done.stdout, done.stderr
+            file.write(f"$ {' '.join(command[1:])}\n{said[-4000:]}{errors[-20000:]}[{how}]\n\n")
+        return said, errors
 
 
 def _losses(record: dict[str, Any]) -> list[float]:

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ class Record:
         self, path: Path, group: str, until: float, device: "torch.device", small: bool, about: Item | None = None
     ) -> None:
         self.path, self.device, self.small, self._until = path, device, small, until
+        self._begun: set[str] = set()
         self.values: Item = {
             "group": group,
             "small": small,
@@ -69,6 +70,12 @@ class Record:
         if self.remaining_s <= 0:
             raise OutOfTimeError
 
+    def begin(self, names: Iterable[str], needs_s: float) -> None:
+        """Note items that are measured side by side: each stands as out of time until `item` takes its result."""
+        self._begun |= set(names)
+        self.values["out_of_time"] |= dict.fromkeys(self._begun, needs_s)
+        self.write()
+
     def item(self, name: str, measure: Callable[[], Item], needs_s: float = 10.0, again: bool = False) -> Item | None:
         """Measure and keep one item; whatever goes wrong is kept as its error, and the group goes on.
 
@@ -81,7 +88,7 @@ class Record:
         known: Item | None = self.values["items"].get(name)
         if not again and (name in self.values["errors"] or (known is not None and "took_s" in known)):
             return known if name not in self.values["errors"] else None
-        if self.remaining_s < (0 if self.small else needs_s):
+        if name not in self._begun and self.remaining_s < (0 if self.small else needs_s):
             self.values["out_of_time"][name] = needs_s
             self.write()
             return None
@@ -90,6 +97,7 @@ class Record:
         most = started + _PATIENCE * needs_s + _PATIENCE_S
         running = {"name": name, "needs_s": needs_s, "since": started, "most": most, "pid": os.getpid()}
         self.values["running"] = running
+        self.values["out_of_time"].pop(name, None)
         self.write()
         result: Item | None = None
         try:

@@ -26,6 +26,8 @@ _RESERVE_S = 3.0  # at the end, for processes to be gone and the summary to be w
 _LEAST_S = 5.0  # no process is started for less
 _GRACE_S = 15.0  # beyond a group's limit, within which a process ends by itself
 _MOST_STARTS = 4
+_LOST = "its device was lost"
+_DONE, _NO_TIME, _NOT_BEGUN = "done", "out of time", "not begun: no time"
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,12 @@ def run(groups: Sequence[Group], out: Path, end: float, workers: int) -> Values:
     out.mkdir(parents=True, exist_ok=True)
     campaign = _Campaign(out, end - _RESERVE_S, workers)
     started = time.monotonic()
+    how = "interrupted"
     try:
         campaign.run(list(groups))
+        how = _NO_TIME
     finally:
-        campaign.stop()
+        campaign.stop(how)
         for part in out.glob("*.part"):
             part.unlink(missing_ok=True)
         summary = {"seconds": time.monotonic() - started, "groups": [campaign.describe(group) for group in groups]}
@@ -115,7 +119,7 @@ class _Process:
     def why_over(self, now: float, out: Path) -> str | None:
         """Why it is to be ended; None where it may go on."""
         if now >= self.deadline:
-            return "out of time"
+            return _NO_TIME
         if now - self.looked < 0.5:
             return None
         self.looked = now
@@ -126,11 +130,14 @@ class _Process:
         return None
 
     def kill(self) -> None:
-        """End it with all that it has started."""
+        """Have it end, with all that it has started."""
         with suppress(ProcessLookupError):
             os.killpg(self.handle.pid, signal.SIGKILL)
+
+    def wait(self, until: float) -> None:
+        """Wait for its end, but no longer."""
         with suppress(subprocess.TimeoutExpired):
-            self.handle.wait(timeout=1)
+            self.handle.wait(timeout=max(until - time.monotonic(), 0))
 
 
 class _Campaign:
@@ -149,24 +156,33 @@ class _Campaign:
             self._start_what_may(waiting)
             time.sleep(0.05)
 
-    def stop(self) -> None:
-        """End what is running."""
-        for process in list(self.running):
+    def stop(self, how: str) -> None:
+        """End what is running, all at once."""
+        ended = {process.group.name: _ended(process.handle.poll()) or how for process in self.running}
+        for process in self.running:
             process.kill()
-            self._settle(process, "out of time")
+        until = time.monotonic() + 1
+        for process in list(self.running):
+            process.wait(until)
+            self._settle(process, ended[process.group.name])
 
     def describe(self, group: Group) -> Values:
         """A group for the summary."""
         values = read(path_of(self.out, group.name)) or {}
         if values.get("campaign") != self.name:
             values = {}
+        how = self.how.get(group.name, _NOT_BEGUN)
+        errors = {name: error["error"][:200] for name, error in values.get("errors", {}).items()}
+        if how not in (_DONE, _NO_TIME, _NOT_BEGUN):  # also one that ended before it had a file to write errors into
+            errors.setdefault(group.name, how)
         return {
             "name": group.name,
-            "ended": self.how.get(group.name, "not begun: no time"),
+            "ended": how,
             "seconds": round(self.taken.get(group.name, 0.0), 1),
             "needs_s": group.needs_s,
             "items": list(values.get("items", {})),
-            "errors": {name: error["error"][:200] for name, error in values.get("errors", {}).items()},
+            "failed": failed_items(values),
+            "errors": errors,
             "out_of_time": values.get("out_of_time", {}),
         }
 
@@ -196,39 +212,52 @@ class _Campaign:
         self.running.append(_Process(group, handle, last, starts))
 
     def _look_at(self, process: _Process) -> None:
-        status = process.handle.poll()
-        if status is None:
-            if (why := process.why_over(time.monotonic(), self.out)) is None:
-                return
-            process.kill()
-            self._settle(process, why)
-        elif status == 0:
-            self._settle(process, "done")
-        else:
-            process.kill()  # what it has started may go on without it
-            lost = "its device was lost" if status == DEVICE_LOST else f"ended with status {status}"
-            self._settle(process, f"ended by signal {-status}" if status < 0 else lost)
+        how = _ended(process.handle.poll()) or process.why_over(time.monotonic(), self.out)
+        if how is None:
+            return
+        if how != _DONE:
+            process.kill()  # also what it has started, which may go on without it
+            process.wait(time.monotonic() + 1)
+        again = self._settle(process, how)
+        if again and process.starts < _MOST_STARTS and time.monotonic() + _LEAST_S < process.deadline:
+            self._start(process.group, process.deadline, process.starts + 1)
 
-    def _settle(self, process: _Process, how: str) -> None:
-        """Note how a process has ended; the item that it was in has failed, and others may be left."""
+    def _settle(self, process: _Process, how: str) -> bool:
+        """Note how a process has ended: the item that it was in has failed; whether others may be left."""
         group = process.group
         self.running.remove(process)
-        now = time.monotonic()
-        self.taken[group.name] = self.taken.get(group.name, 0.0) + now - process.begun
+        self.taken[group.name] = self.taken.get(group.name, 0.0) + time.monotonic() - process.begun
         self.how[group.name] = how
         values = read(path_of(self.out, group.name)) or {}
-        if how == "done" or values.get("campaign") != self.name:
-            return
+        if how == _DONE or values.get("campaign") != self.name:
+            return False
         item = values.pop("running", None)
         if item is not None:
-            if how == "out of time":
+            if how == _NO_TIME:
                 values["out_of_time"][item["name"]] = item["needs_s"]
             else:
                 values["errors"].setdefault(item["name"], {"error": how})
         write(path_of(self.out, group.name), values)
-        again = item is not None or how == "its device was lost"
-        if how != "out of time" and again and process.starts < _MOST_STARTS and now + _LEAST_S < process.deadline:
-            self._start(group, process.deadline, process.starts + 1)
+        return how != _NO_TIME and (item is not None or how == _LOST)
+
+
+def _ended(status: int | None) -> str | None:
+    """How a process with this exit status has ended; None where it runs."""
+    if status is None or status == 0:
+        return None if status is None else _DONE
+    if status == DEVICE_LOST:
+        return _LOST
+    return f"ended by signal {-status}" if status < 0 else f"ended with status {status}"
+
+
+def failed_items(values: Values) -> list[str]:
+    """Items of a group's JSON whose check found something wrong."""
+    return [name for name, item in values.get("items", {}).items() if item.get("passed") is False]
+
+
+def is_sound(summary: Values) -> bool:
+    """Whether nothing failed; what had no time did not."""
+    return not any(group["errors"] or group["failed"] for group in summary["groups"])
 
 
 def lines(summary: Values) -> list[str]:
@@ -239,6 +268,7 @@ def lines(summary: Values) -> list[str]:
         if group["ended"].startswith("not begun"):
             said = f"{group['name']}: {group['ended']}; would have needed {group['needs_s']:.0f} s"
         found.append(said)
+        found += [f"  {name}: FAILED its check" for name in group["failed"]]
         found += [f"  {name}: {error}" for name, error in group["errors"].items()]
         found += [
             f"  {name}: no time; would have needed {seconds:.0f} s" for name, seconds in group["out_of_time"].items()

@@ -21,6 +21,7 @@ from expertune.generation.decoding import generate_ids
 from expertune.layers.nf4_linear import Nf4Linear
 
 _READ_BYTES = 2**30
+_CHECKED = 2, 48  # sequences, tokens of each
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -72,7 +73,7 @@ def main() -> None:
             found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
         return found[:, ids.shape[1] :].tolist()
 
-    others = {"read rate": _read_rate, "check": lambda: _check(model, generate)}
+    others = {"read rate": _read_rate, "check": lambda: _check(model)}
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     serve(generate, others, answers, threads=torch.get_num_threads(), versions=versions, notes=notes)
 
@@ -96,17 +97,34 @@ def _use_bitsandbytes(model: PreTrainedModel) -> None:
             module.__class__ = bnb.nn.Linear4bit  # which ours is, but for its forward
 
 
-def _check(model: PreTrainedModel, generate: Any) -> dict[str, Any]:
-    """Which of our tokens plain transformers takes on dequantized weights, given the same tokens before."""
-    asked = prompts(2, 24)
-    answers = generate(asked, 24)
-    plain = _dequantized(model)
-    same = 0
-    for prompt, answer in zip(asked, answers, strict=True):
-        with torch.inference_mode():
-            logits = plain(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-        same += int((logits.argmax(dim=1) == torch.tensor(answer)).sum())
-    return {"tokens": sum(map(len, answers)), "same": same}
+def _check(model: PreTrainedModel) -> dict[str, Any]:
+    """How far logits are from those of plain float32 on the dequantized weights, given the same tokens.
+
+    Ours token by token with a cache, as answers are made; and those of plain transformers in bfloat16.
+    """
+    ids = torch.tensor(prompts(*_CHECKED))
+    with torch.inference_mode():
+        ours = _token_by_token(model, ids)
+        plain = _dequantized(model)
+        theirs = plain(input_ids=ids).logits.float()
+        exact = plain.float()(input_ids=ids).logits
+    return {"tokens": ids.numel(), "ours": _distance(ours, exact), "plain": _distance(theirs, exact)}
+
+
+def _token_by_token(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits [B, T, V] of steps of one token a sequence."""
+    logits, cache = [], None
+    for token in ids.split(1, dim=1):
+        step = model(input_ids=token, past_key_values=cache, use_cache=True)
+        cache = step.past_key_values
+        logits.append(step.logits[:, -1].float())
+    return torch.stack(logits, dim=1)
+
+
+def _distance(logits: Tensor, exact: Tensor) -> dict[str, float]:
+    """Root mean square of the difference in standard deviations of the exact logits; share of tokens with its best."""
+    rms = ((logits - exact) / exact.std()).square().mean().sqrt()
+    return {"rms_error": float(rms), "top1_agreement": float((logits.argmax(-1) == exact.argmax(-1)).float().mean())}
 
 
 def _dequantized(model: PreTrainedModel) -> PreTrainedModel:
@@ -132,7 +150,9 @@ def _dequantized(model: PreTrainedModel) -> PreTrainedModel:
             target.weight = nn.Parameter(weight, requires_grad=False)
         else:
             for key, parameter in module._parameters.items():
-                setattr(target, key, parameter)
+                # Of its own: what becomes of the twin's dtype is not to change ours.
+                own = None if parameter is None else nn.Parameter(parameter.detach(), requires_grad=False)
+                setattr(target, key, own)
     return twin.eval()
 
 

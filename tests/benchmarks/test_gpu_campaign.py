@@ -1,16 +1,18 @@
 """The GPU campaign's dry run on a CPU: its clock, what each group leaves, and that nothing wrong is timed."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmarks.campaign import floors, record, schedule, shapes, targets, variants
+from benchmarks.campaign import floors, product, record, schedule, shapes, targets, variants
 from benchmarks.campaign.schedule import Group
 from benchmarks.floor import step_flops
 
@@ -43,7 +45,7 @@ def do(item):
         time.sleep(0.4)
     elif item == "fails":
         raise ValueError("wrong")
-    return {"began": began, "ended": time.time()}
+    return {"began": began, "ended": time.time()} | ({"passed": False} if item == "differs" else {})
 
 for item in items.split():
     left.item(item, lambda: do(item), needs_s={"long": 50.0, "holds": 1.5}.get(item, 0.0))
@@ -109,6 +111,86 @@ def test_a_campaign_never_takes_longer_than_it_is_given_and_lists_what_had_no_ti
     assert not schedule.path_of(tmp_path, "late").exists()  # of an earlier campaign
     assert "late: not begun: no time; would have needed 40 s" in schedule.lines({"groups": list(found.values())})
     assert schedule.read(tmp_path / "campaign.json") is not None
+
+
+def test_what_failed_a_check_or_ended_before_its_first_item_is_no_success(tmp_path: Path) -> None:
+    early = Group("early", (sys.executable, "-c", "raise SystemExit(3)"), 40, 30)
+    found = run(tmp_path, group(tmp_path, "good", "first"), early)
+    assert found["good"]["errors"] == {}
+    assert found["early"]["errors"] == {"early": "ended with status 3"}
+    assert not schedule.is_sound({"groups": [found["early"]]})
+    found = run(tmp_path, group(tmp_path, "checks", "first differs"))
+    assert found["checks"]["ended"] == "done"
+    assert "  differs: FAILED its check" in schedule.lines({"groups": list(found.values())})
+    assert not schedule.is_sound({"groups": list(found.values())})
+    rows = targets.rows(tmp_path, {"checks": values(tmp_path, "checks")})
+    assert [row.what for row in rows if row.met is False] == ["checks: differs"]
+
+
+def test_a_campaign_that_is_told_to_end_ends_what_it_started(tmp_path: Path) -> None:
+    code = (
+        "import sys; from benchmarks import gpu_campaign as campaign; from benchmarks.campaign.schedule import Group\n"
+        "command = (sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(66.125)')\n"
+        "campaign.groups_of = lambda args: [Group('one', command, 40, 60), Group('two', command, 40, 60)]\n"
+        "sys.exit(campaign.main())\n"
+    )
+    command = [sys.executable, "-c", code, "--out", str(tmp_path), "--device", "cuda"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        children = [int(process.stdout.readline())]
+        process.terminate()
+        assert process.wait(timeout=20) == 130
+        children += [int(line) for line in process.stdout.read().splitlines()]
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+    summary = schedule.read(tmp_path / "campaign.json")
+    assert summary is not None
+    assert summary["groups"][0]["ended"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_wheels_of_peers_that_fail_leave_what_all_need_where_it_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    info = "found_first-1.0.dist-info"
+    with zipfile.ZipFile(wheels / "found_first-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("found_first.py", "value = 7\n")
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: found-first\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", f"found_first.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+    (wheels / "requirements-current.txt").write_text("found-first==1.0\nmissing-peer==1.0\n", encoding="utf-8")
+    (wheels / "requirements-pinned.txt").write_text("missing-peer==0.9\n", encoding="utf-8")
+    entries = [
+        {"name": "found-first", "version": "1.0", "folder": "current", "peers": ["all"]},
+        {"name": "missing-peer", "version": "1.0", "folder": "current", "peers": ["unsloth"]},
+    ]
+    schedule.write(wheels / "manifest.json", {"wheels": entries})
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    gpu_campaign.install(wheels, time.monotonic() + 60)
+    gpu_campaign.use(wheels)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["current-without-peers", "wheels"]
+    assert importlib.import_module("found_first").value == 7
+    assert os.environ["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path / "current-without-peers")
+    (tmp_path / "current-without-peers").rename(tmp_path / "away")
+    (wheels / "found_first-1.0-py3-none-any.whl").unlink()
+    with pytest.raises(SystemExit, match="cannot be installed"):
+        gpu_campaign.install(wheels, time.monotonic() + 60)
+
+
+def test_a_command_of_the_product_that_hangs_leaves_a_trace(tmp_path: Path) -> None:
+    left = record.Record(tmp_path / "product.json", "product", time.time() + 0.5, torch.device("cpu"), small=False)
+    commands = product._Product(tmp_path, left, steps=4)
+    left.begin(["hangs", "waits"], 90.0)
+    assert left.values["out_of_time"] == {"hangs": 90.0, "waits": 90.0}
+    code = "import time; print('so far', flush=True); time.sleep(60)"
+    left.item("hangs", lambda: {"said": commands._python("-c", code)}, needs_s=90.0)
+    left.item("waits", lambda: {"figure": 1}, needs_s=90.0)  # was done in time, though taken after it
+    found = json.loads(left.path.read_text(encoding="utf-8"))
+    assert found["out_of_time"] == {"hangs": 90.0}
+    assert found["items"]["waits"]["figure"] == 1
+    assert "so far\n[ended after 0." in (tmp_path / "product.log").read_text(encoding="utf-8")
 
 
 def test_what_is_timed_runs_alone_and_in_order(tmp_path: Path) -> None:
