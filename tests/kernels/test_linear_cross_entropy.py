@@ -172,11 +172,14 @@ def test_loss_that_is_not_finite_stays_so() -> None:
 @pytest.mark.parametrize("vocabulary", [257, 300], ids=["alone in a slice of 256 columns", "beside others"])
 @pytest.mark.usefixtures("by_library")
 def test_one_column_that_is_nan_makes_the_loss_nan(vocabulary: int) -> None:
-    case = make_case(vocabulary=vocabulary, labeled=1.0, ranks=())
-    case.weight[-1] = torch.nan
-    case.labels.clamp_(max=vocabulary - 2)
-    assert reference.linear_cross_entropy(**case.arguments).isnan()
-    assert linear_cross_entropy(**case.arguments).isnan()
+    case = make_case(vocabulary=vocabulary, labeled=1.0, ranks=(), bias=True)
+    assert case.bias is not None
+    case.labels.clamp_(max=vocabulary - 3)
+    case.bias[-1] = torch.nan
+    for other in (0.0, torch.inf):
+        case.bias[-2] = other
+        assert reference.linear_cross_entropy(**case.arguments).isnan()
+        assert linear_cross_entropy(**case.arguments).isnan()
 
 
 @pytest.mark.usefixtures("small_chunks")
