@@ -105,6 +105,6 @@ print([name for name in {NOT_OF_A_PLAN} if name in sys.modules])
     assert ended.out.splitlines() == ["[]", "[]"], ended.err
 
 
-def test_a_run_imports_neither_the_compiler_of_torch_nor_what_other_objectives_need() -> None:
-    ended = run_program("import sys; print({'torch._inductor.compile_fx', 'trl'} & sys.modules.keys())", imports=RUN)
+def test_a_run_does_not_import_what_other_objectives_need() -> None:
+    ended = run_program("import sys; print({'trl'} & sys.modules.keys())", imports=RUN)
     assert ended.out.splitlines() == ["set()"], ended.err

@@ -4,9 +4,8 @@ import importlib
 from pathlib import Path
 
 import pytest
-import torch
 
-from expertune.registration import COMPILES, WRAPPED, _compiled_at_the_first_call
+from expertune.registration import WRAPPED
 from tests.processes import BENEATH, run_program
 
 PLACES = [(module, path, taker) for module, names in WRAPPED.items() for path, taker in names.items()]
@@ -65,16 +64,3 @@ assert "expertune" in AUTO_QUANTIZER_MAPPING
 """
     ended = run_program(code, imports=BENEATH)
     assert ended.status == 0, ended.err
-
-
-def test_what_bitsandbytes_compiles_while_it_is_imported_is_compiled_when_it_is_called() -> None:
-    assert {"_dequantize_4bit_compute", "_dequantize_blockwise_compute"} <= vars(
-        importlib.import_module(COMPILES)
-    ).keys()
-    compile_now, compiled = torch.compile, []
-    with _compiled_at_the_first_call():
-        later = torch.compile(lambda x: x + 1, backend=lambda graph, _: compiled.append(graph) or graph.forward)
-    assert torch.compile is compile_now
-    assert compiled == []
-    assert [later(torch.ones(1)).item() for _ in range(2)] == [2, 2]
-    assert len(compiled) == 1

@@ -1,4 +1,4 @@
-"""What importing `expertune` changes in transformers, PEFT and bitsandbytes: all of it is listed here, by module.
+"""What importing `expertune` changes in transformers and PEFT: all of it is listed here, by module.
 
 Two things are registered. transformers gets the quantizer of NF4 folders, so that `from_pretrained` reads them. And
 `get_peft_model`, `PeftModel.from_pretrained`, `model.load_adapter`, `model.add_adapter` and TRL's trainers end in a few
@@ -9,18 +9,13 @@ Neither library discovers plugins (no entry points in transformers 5.20 to 5.24 
 would cost every command its start. So what has been imported already is changed at once, and one finder on
 `sys.meta_path` changes the other modules listed here when they are executed. `tests/test_registration.py` fails on a
 release that has moved one of them.
-
-One thing is put off. While bitsandbytes (read in 0.50) is imported it calls `torch.compile` for two functions that
-other devices than CUDA's may need, which imports torch's compiler whether or not one of them is ever called: a third of
-what importing PEFT, which imports bitsandbytes, takes. In that module the compiler comes with the first call.
 """
 
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import cache, wraps
+from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -28,9 +23,6 @@ from typing import Any
 
 # The module that holds transformers' list of quantizers.
 QUANTIZERS = "transformers.quantizers.auto"
-
-# The module of bitsandbytes that compiles while it is imported.
-COMPILES = "bitsandbytes.backends.default.ops"
 
 # What is wrapped: module -> names in it, each with the function in `expertune.adapt` that takes the call. Such a
 # function is given the original first, then the call's arguments.
@@ -112,29 +104,6 @@ def _guarded(original: Callable[..., Any], taker: str) -> Callable[..., Any]:
     return call
 
 
-@contextmanager
-def _compiled_at_the_first_call() -> Iterator[None]:
-    """Within it `torch.compile` of a function compiles when that is called."""
-    import torch
-
-    compile_now = torch.compile
-
-    def put_off(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        compiled = cache(lambda: compile_now(function, **options))
-
-        @wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return compiled()(*args, **kwargs)
-
-        return call
-
-    torch.compile = put_off  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = compile_now
-
-
 class _Finder:
     """Finds the modules listed above, by way of all other finders, and changes each once it has been executed."""
 
@@ -142,7 +111,7 @@ class _Finder:
         self._finding: set[str] = set()
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in (QUANTIZERS, COMPILES, *WRAPPED) or name in self._finding:
+        if name not in (QUANTIZERS, *WRAPPED) or name in self._finding:
             return None
         self._finding.add(name)
         try:
@@ -153,8 +122,7 @@ class _Finder:
             execute = spec.loader.exec_module
 
             def execute_and_change(module: ModuleType) -> None:
-                with _compiled_at_the_first_call() if name == COMPILES else nullcontext():
-                    execute(module)
+                execute(module)
                 _change(module)
 
             spec.loader.exec_module = execute_and_change  # type: ignore[method-assign]
