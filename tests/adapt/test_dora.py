@@ -156,6 +156,26 @@ def test_factors_are_read_once_while_an_answer_is_written_and_changes_that_torch
     assert not torch.equal(layer(*batch), outputs[0])  # afterwards what torch does not note is seen too
 
 
+def test_of_two_answers_at_once_the_one_that_ends_first_leaves_the_others_look_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, batch, read = layer_with_dora(), inputs(), []
+    checksum = dora_module._checksum
+    monkeypatch.setattr(dora_module, "_checksum", lambda factor: read.append(1) or checksum(factor))
+    first, second = layer.norms.looked_at_once(), layer.norms.looked_at_once()
+    with torch.no_grad():
+        first.__enter__()
+        second.__enter__()
+        layer(*batch)
+        read.clear()
+        first.__exit__(None, None, None)
+        layer(*batch)
+        assert not read
+        second.__exit__(None, None, None)
+        layer(*batch)
+        assert read
+
+
 def test_two_active_adapters_are_refused_where_one_has_dora() -> None:
     layer = layer_with_dora()
     layer.update_layer("second", 4, 8, live_config(RANKS), target_name="layers.0.experts")

@@ -13,6 +13,8 @@ from expertune.generation.chat import stream
 from expertune.generation.decoding import Batches, decode, end_ids, to_text
 from expertune.generation.decoding import complete as completions
 from expertune.generation.sampling import Sampling
+from expertune.kernels import native
+from expertune.kernels.expert_mlp import few_tokens
 from tests.generation.conftest import PROMPTS, TINY
 
 
@@ -38,6 +40,18 @@ def test_the_head_multiplies_a_batchs_last_positions_in_one_product(model, base,
     assert [rows.shape[:2] for rows in given] == [(count, 1)] * 2
     # Of a view torch would copy the head's weight for each row; one row is contiguous by its shape alone.
     assert all(rows.stride() == rows.new_empty(rows.shape).stride() for rows in given)
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library could not be built here")
+def test_answers_alone_take_the_arithmetic_of_few_tokens(tokenizer, prompts, monkeypatch):
+    model = load_model(TINY, QuantizationConfig(), torch.bfloat16, "cpu").model
+    calls, forward = [], few_tokens.forward
+    monkeypatch.setattr(few_tokens, "forward", lambda *given: calls.append(given) or forward(*given))
+    with torch.no_grad():
+        model(torch.tensor([[1]]))  # as a reference's log-probabilities are taken
+    assert not calls
+    complete(model, tokenizer, prompts[:1], max_new_tokens=2)
+    assert calls
 
 
 @pytest.mark.parametrize("pad", [None, "</s>"])

@@ -1,4 +1,4 @@
-"""Few tokens without a gradient, as in generation: the native library's one call against plain arithmetic."""
+"""Few tokens of an answer: the native library's one call against plain arithmetic."""
 
 import dataclasses
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from expertune.kernels import native
 from expertune.kernels.expert_mlp import Activation, expert_mlp, few_tokens, operator, reference
-from expertune.kernels.few_tokens import FEW, serves
+from expertune.kernels.few_tokens import FEW, answering, serves
 from expertune.kernels.linear import nf4_linear
 from expertune.kernels.native.gemv import MOST_ROUTED, Product, gemv
 from expertune.kernels.nf4 import Nf4Stack
@@ -60,18 +60,18 @@ def test_product_is_that_of_plain_arithmetic(avx512: bool, kind: str, tokens: in
 def test_linear_of_few_tokens_is_the_plain_one_up_to_rounding(dtype: torch.dtype) -> None:
     weight, settings = stack_of(1, 72, 320), KernelSettings(name="few tokens")
     x = torch.randn(FEW, 640).to(dtype)[:, :320]
-    with torch.inference_mode():
+    with torch.inference_mode(), answering():
         y = nf4_linear(x, weight.bytes, settings)
     assert (y.dtype, settings.ran) == (dtype, {"fused": 1})
     assert off_by(y, x.float() @ weight.dequantize(0, torch.float32).t()) < ROUNDED[dtype]
 
 
 def run_few(case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, int]:
-    """What the layer gives where no gradient is wanted, and how often few tokens' way was taken."""
+    """What the layer gives while an answer is written, and how often few tokens' way was taken."""
     calls: list[Any] = []
     forward = few_tokens.forward
     monkeypatch.setattr(operator.few_tokens, "forward", lambda *given: calls.append(given) or forward(*given))
-    with torch.no_grad():
+    with torch.no_grad(), answering():
         out, _ = expert_mlp(*case)
     return out, len(calls)
 
@@ -100,6 +100,17 @@ def test_experts_in_mxfp4_are_the_plain_ones(activation: Activation, monkeypatch
     assert calls == 1
     expected = reference.expert_mlp(*case[:5], activation, case.updates, case.biases)
     assert off_by(out, expected.detach()) < ROUNDED[torch.float16]
+
+
+def test_autocast_does_not_round_an_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixing = torch.randn(192, 192) / 192**0.5
+    activation = Activation(lambda gate_up: clamped_gate(gate_up) @ mixing)
+    case = make_case(2, dtype=torch.bfloat16, activation=activation)
+    expected, _ = run_few(case, monkeypatch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, calls = run_few(case, monkeypatch)
+    assert calls == 1
+    assert torch.equal(out, expected)
 
 
 def test_number_of_threads_does_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +161,7 @@ def test_factors_in_16_bits_and_hidden_that_is_a_view_give_the_plain_layer(
 def test_more_routed_tokens_than_a_call_has_go_elsewhere() -> None:
     settings = KernelSettings()
     x = torch.empty(1, 64, dtype=torch.bfloat16)
-    with torch.no_grad():
+    with torch.no_grad(), answering():
         served = [serves(x, routed, 1000, settings) for routed in (MOST_ROUTED, MOST_ROUTED + 1)]
     assert served == [True, False]
     weight = stack_of(1, 8, 64)
@@ -171,8 +182,11 @@ def test_a_token_that_is_not_finite_gives_no_number(bad: float) -> None:
 def test_training_float32_and_a_route_that_was_asked_for_stay_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(2, dtype=torch.bfloat16)
     monkeypatch.setattr(operator.few_tokens, "forward", None)
-    expert_mlp(*case)  # a gradient may be wanted
+    with answering():
+        expert_mlp(*case)  # a gradient may be wanted
     with torch.no_grad():
+        expert_mlp(*case)  # a reference's forward is compared with training's
+    with torch.no_grad(), answering():
         case.layer.settings.route = "dequant_gemm"
         expert_mlp(*case)
         case.layer.settings.route = "auto"
@@ -180,5 +194,5 @@ def test_training_float32_and_a_route_that_was_asked_for_stay_as_they_were(monke
         expected = reference.expert_mlp(*plain[:5], plain.layer.activation, plain.updates)
         torch.testing.assert_close(expert_mlp(*plain)[0], expected, **FLOAT32)
     many = dataclasses.replace(case.updates[0], dropout=0.5)
-    with torch.no_grad():
+    with torch.no_grad(), answering():
         expert_mlp(*case._replace(updates=[many]))

@@ -5,6 +5,7 @@ y = m * (W x + s B A x) / ||W + s B A||, where the norm of each output feature i
 are kept until a factor changes.
 """
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -25,6 +26,8 @@ _LEAST_NORM = 1e-30
 # Of the trained adapter, and of one that is kept as the reference.
 _MOST_STATES = 2
 
+_opening = threading.Lock()
+
 
 class Norms:
     """Norms of the output features of an expert layer with an adapter, [E, out] for each stack of factors."""
@@ -34,6 +37,8 @@ class Norms:
         self._known: dict[Any, dict[tuple[Any, ...], Tensor]] = {}
         # By the key of a stack, its factors' memory and its state; None while factors may change unseen.
         self._looked_at: dict[Any, tuple[Any, Any]] | None = None
+        # Such blocks that are open: answers may be written in several threads at once.
+        self._open = 0
 
     @contextmanager
     def looked_at_once(self) -> Iterator[None]:
@@ -42,11 +47,17 @@ class Norms:
         Looking reads all factors, for a single token as much as the experts that it is sent to. What torch notes of a
         change (its version counter) is seen here too; what it does not (`.data`, an optimizer's own kernel) is not.
         """
-        earlier, self._looked_at = self._looked_at, {}
+        with _opening:
+            self._open += 1
+            if self._looked_at is None:
+                self._looked_at = {}
         try:
             yield
         finally:
-            self._looked_at = earlier
+            with _opening:
+                self._open -= 1
+                if not self._open:
+                    self._looked_at = None
 
     def of(self, experts: Nf4Experts, updates: Mapping[_Key, LoraUpdate]) -> dict[_Key, Tensor]:
         """The norms of each stack, by the key that its update has here; computed for those that have changed."""

@@ -22,6 +22,7 @@ from expertune.errors import ConfigError, DataError
 from expertune.experts.lora import norms_looked_at_once
 from expertune.experts.module import in_lockstep
 from expertune.generation.sampling import Sampling
+from expertune.kernels.few_tokens import answering
 
 Progress = Callable[[int, int], None]
 
@@ -192,6 +193,7 @@ def generate_ids(
     with (
         evaluation_mode(model),
         norms_looked_at_once(base),
+        answering(),
         _own_generation_config_aside(base),
         _head_in_one_product(base),
         _passes_begun_together(base, ranks, idle=pad),

@@ -170,7 +170,8 @@ def _evaluation_phase(w: Workload) -> dict[str, int]:
 def _generation_phase(w: Workload, answered: int, answer_tokens: int) -> dict[str, int]:
     """Answers at once: attention or another part of a layer reads the prompts, or the last token is written.
 
-    That token's keys and values are added by a copy of a layer's; its logits are also in float32.
+    That token's keys and values are added by a copy of a layer's; its logits are also in float32. Meanwhile biases of
+    experts are there in float32 too.
     """
     inventory, itemsize = w.inventory, w.compute_dtype.itemsize
     cache = (w.tokens + answered * answer_tokens) * inventory.cached_numbers * itemsize
@@ -178,7 +179,14 @@ def _generation_phase(w: Workload, answered: int, answer_tokens: int) -> dict[st
     if not inventory.takes_logits_to_keep:
         logits += _logits(w)
     grown = cache // len(inventory.layers)
-    return {"cache": cache, "generation": max(_forward(w), _prefill(w), logits + grown)}
+    biases = _FLOAT32_BYTES * sum(_biases(spec) for layer in inventory.layers for spec in layer.experts.values())
+    return {"cache": cache, "generation": max(_forward(w), _prefill(w), logits + grown) + biases}
+
+
+def _biases(spec: ExpertsSpec) -> int:
+    """Numbers of an expert layer's biases."""
+    per_expert = (len(spec.projections) - 1) * spec.intermediate_size + spec.hidden_size
+    return spec.num_experts * per_expert if spec.has_bias else 0
 
 
 # --- components of the whole model ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The expert layer for few tokens without a gradient, on a CPU: one call of the native library.
+"""The expert layer for few tokens of an answer, on a CPU: one call of the native library.
 
 Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R = T * K routed tokens, E experts.
 """
@@ -12,6 +12,7 @@ from expertune.kernels import workspace
 from expertune.kernels.expert_mlp.plan import Chunk, FrozenLayer
 from expertune.kernels.lora import LoraUpdate
 from expertune.kernels.native.gemv import LowRank, Product, gemv
+from expertune.kernels.operators import no_autocast
 from expertune.kernels.workspace import as_float
 
 
@@ -49,7 +50,9 @@ def forward(chunk: Chunk, layer: FrozenLayer, updates: Sequence[LoraUpdate]) -> 
         gemv([first, second], routed, experts)
         return out_TD
     gemv([first], routed, experts)
-    gemv([second._replace(x=as_float(layer.activation.function(inner)))], routed, experts)
+    with no_autocast(hidden_TD):
+        second = second._replace(x=as_float(layer.activation.function(inner)))
+    gemv([second], routed, experts)
     return out_TD
 
 

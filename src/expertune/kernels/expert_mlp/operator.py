@@ -14,7 +14,7 @@ from expertune.kernels import routes
 from expertune.kernels.expert_mlp import dequant_gemm, few_tokens, fused
 from expertune.kernels.expert_mlp.layer import ExpertLayer
 from expertune.kernels.expert_mlp.plan import Chunk, FrozenLayer, Gradients, chunk_tokens
-from expertune.kernels.few_tokens import serves
+from expertune.kernels.few_tokens import as_float_once, serves
 from expertune.kernels.lora import SCHEMA, LoraUpdate, draw_seeds, pack, unpack
 from expertune.kernels.nf4 import Nf4Bytes
 from expertune.kernels.operators import find, no_autocast
@@ -190,7 +190,9 @@ def acquired(
 
 def _frozen(weights: list[Tensor], layer: ExpertLayer, dtype: torch.dtype) -> FrozenLayer:
     gate_up, down = Nf4Bytes(*weights[:4]), Nf4Bytes(*weights[4:8])
-    inner_bias, outer_bias = (bias.float() for bias in weights[8:]) if len(weights) > 8 else (None, None)
+    # What a handle brings lies in memory that layers take turns in.
+    biases = as_float_once(layer.name, *weights[8:]) if layer.handle is None else weights[8:]
+    inner_bias, outer_bias = (bias.float() for bias in biases) if biases else (None, None)
     return FrozenLayer(gate_up, down, layer.activation, inner_bias, outer_bias, dtype)
 
 
