@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from expertune.kernels.dropout import dropout
-from expertune.kernels.expert_mlp import Activation, LoraUpdate, expert_mlp
+from expertune.kernels.expert_mlp import Activation, LoraUpdate, dequant_gemm, expert_mlp, fused
 from expertune.kernels.lora import draw_seeds
 from tests.kernels.expert_layers import FLOAT32, HALF, SHAPES, SWIGLU, Case, assert_same_as_plain, make_case
 from tests.kernels.settings import SETTINGS
@@ -48,6 +48,22 @@ def test_working_set_of_a_few_tokens_gives_the_same_layer(route: str, dropout: f
     for one, other in zip(whole, run(), strict=True):
         size = max(float(one.detach().abs().max()), 1.0)
         torch.testing.assert_close(one / size, other / size, **FLOAT32)
+
+
+def test_dropped_inputs_take_room_where_they_are_made(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    computing = {"fused": fused, "dequant_gemm": dequant_gemm}[route]
+    calls, forward = [], computing.forward
+    monkeypatch.setattr(computing, "forward", lambda *given: calls.append(given) or forward(*given))
+    SETTINGS.working_set_bytes = 2**16
+
+    def chunks(dropout: float) -> int:
+        calls.clear()
+        expert_mlp(*make_case(37, dropout=dropout))
+        return len(calls)
+
+    whole = chunks(0.0)
+    assert whole > 1
+    assert (chunks(0.3) == whole) == (route == "fused")
 
 
 @st.composite

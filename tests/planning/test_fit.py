@@ -115,6 +115,26 @@ def test_dropout_keeps_copies(run_of):
     assert memory_of(run_of(MIXTRAL, lora=TUTORIAL_LORA)).phases["layer"]["working_set"] > plain["working_set"]
 
 
+def test_what_layers_on_a_cpu_have_computed_in_is_counted_between_them(run_of):
+    training = {"per_device_train_batch_size": 64}
+    small, large = (
+        memory_of(run_of(MIXTRAL, kernels={"working_set": size}, training=training), "cpu").phases
+        for size in ("64MiB", "128MiB")
+    )
+    for phase in ("loss", "update", "save"):
+        assert large[phase]["workspace"] - small[phase]["workspace"] == 2**26
+    assert "workspace" not in small["layer"]
+    assert "workspace" not in memory_of(run_of(MIXTRAL, training=training)).phases["update"]
+
+
+def test_the_loss_of_an_adapted_head_holds_its_factor_and_gradient_in_float32(run_of):
+    plain, adapted = (
+        memory_of(run_of(MIXTRAL, lora={"r": 8, "targets": ["q_proj", *head]})).phases["loss"]["logits"]
+        for head in ((), ("lm_head",))
+    )
+    assert 2 * 8 * 32000 * 4 < adapted - plain < 2 * 8 * 32000 * 4 + 320 * 128 * 4096 * 4
+
+
 def test_the_peak_counts_one_phase_only(run_of):
     training = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 128, "gradient_checkpointing": True}
     data = {"train": "a.jsonl", "eval": "b.jsonl", "max_length": 1024}

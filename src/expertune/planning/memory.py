@@ -34,7 +34,10 @@ FRAMEWORK_BYTES = {"cpu": 750 * 10**6, "cuda": 1100 * 10**6}
 # On CUDA it is what the caching allocator had reserved and not in use, 18 % on an H100.
 _KEPT_SHARE = {"cpu": 1.35, "trimmed": 0.5, "cuda": 0.2}
 _MOST_KEPT_BYTES = {"cpu": 1050 * 10**6}
-_MODEL = ("weights", "slots", "framework")
+_MODEL = ("weights", "slots", "workspace", "framework")
+
+# Blocks from this size on the C allocator maps one by one, and no share of its heap counts them.
+_MAPPED_BYTES = 32 * 2**20
 
 # Bytes for each logit of a loss over all logits at once: the logits in 16 bits, and in float32 the logits, their
 # log-softmax's gradient and the gradient of its input; without gradients one number less.
@@ -95,32 +98,34 @@ def estimate_memory(w: Workload, placement: PlannedPlacement) -> Memory:
     training = always | {"optimizer": w.optimizer_bytes}
     if w.reference_bytes:
         training["reference"] = w.reference_bytes
+    between_layers = training | _workspace(w)
     phases = {
         # Beside it are the B factors as they were, about half of the adapter.
         "preflight": always | {"copies": adapter // 2} | _preflight_phase(w),
-        "loss": training | _loss_phase(w),
+        "loss": between_layers | _loss_phase(w),
         "layer": training | _layer_phase(w),
-        "update": training | {"gradients": adapter} | ({"updating": w.update_bytes} if w.update_bytes else {}),
-        **({"average": training | {"gradients": adapter, "bucket": w.bucket_bytes}} if w.bucket_bytes else {}),
+        "update": between_layers | {"gradients": adapter} | ({"updating": w.update_bytes} if w.update_bytes else {}),
+        **({"average": between_layers | {"gradients": adapter, "bucket": w.bucket_bytes}} if w.bucket_bytes else {}),
         # Factors in the layout of the file, and the bytes that are written of them.
-        "save": training | {"copies": 2 * adapter + (w.gathered_bytes if w.device == "cpu" else 0)},
+        "save": between_layers | {"copies": 2 * adapter + (w.gathered_bytes if w.device == "cpu" else 0)},
     }
     if w.corrects:
         phases["initialization"] = always | {"matrix": w.matrix_bytes, "copies": 2 * adapter}
     if w.calibrates:
         phases["calibration"] = always | {"matrix": w.matrix_bytes, "evaluation": _forward(w)}
     if w.evaluation_tokens:
-        phases["evaluation"] = training | _evaluation_phase(w.of_batch(w.evaluation_tokens))
+        batch = w.of_batch(w.evaluation_tokens)
+        phases["evaluation"] = training | _workspace(w, batch) | _evaluation_phase(batch)
     prompt = w.sequence_length - w.passes.written
     if w.passes.written:
         at_once = w.passes.written_at_once
-        phases["writing"] = training | _generation_phase(w.of_batch(at_once * prompt), at_once, w.passes.written)
+        batch = w.of_batch(at_once * prompt)
+        phases["writing"] = training | _workspace(w, batch) | _generation_phase(batch, at_once, w.passes.written)
     elif w.passes.silent:
-        phases["reference"] = training | _reference_phase(w)
+        phases["reference"] = between_layers | _reference_phase(w)
     if w.answered:
-        phases["generation"] = training | _generation_phase(
-            w.of_batch(w.answered * prompt), w.answered, w.answer_tokens
-        )
+        batch = w.of_batch(w.answered * prompt)
+        phases["generation"] = training | _workspace(w, batch) | _generation_phase(batch, w.answered, w.answer_tokens)
     for components in phases.values():
         components["allocator"] = _allocator(components, w.device, placement.offloads_to("disk"))
     on_host = placement.offloaded_bytes if placement.offloads_to("host") else 0
@@ -133,7 +138,8 @@ def estimate_memory(w: Workload, placement: PlannedPlacement) -> Memory:
 def _preflight_phase(w: Workload) -> dict[str, int]:
     """The check's own forward and backward, with all logits, beside the base model's logits."""
     check = w.of_batch(w.preflight_tokens, full_logits=True, offload=False, accumulates=False)
-    highest = max(_loss_phase(check), _layer_phase(check), key=lambda components: sum(components.values()))
+    phases = _workspace(check) | _loss_phase(check), _layer_phase(check)
+    highest = max(phases, key=lambda components: sum(components.values()))
     return highest | {"logits": highest["logits"] + _logits(check)}
 
 
@@ -164,7 +170,7 @@ def _reference_phase(w: Workload) -> dict[str, int]:
 
 def _evaluation_phase(w: Workload) -> dict[str, int]:
     """A forward without gradients: its loss, or one of its layers."""
-    return {"evaluation": max(_loss(w, _EVALUATION_BYTES_PER_LOGIT), _forward(w))}
+    return {"evaluation": max(_loss(w, _EVALUATION_BYTES_PER_LOGIT), _forward_in_workspace(w))}
 
 
 def _generation_phase(w: Workload, answered: int, answer_tokens: int) -> dict[str, int]:
@@ -180,13 +186,23 @@ def _generation_phase(w: Workload, answered: int, answer_tokens: int) -> dict[st
         logits += _logits(w)
     grown = cache // len(inventory.layers)
     biases = _FLOAT32_BYTES * sum(_biases(spec) for layer in inventory.layers for spec in layer.experts.values())
-    return {"cache": cache, "generation": max(_forward(w), _prefill(w), logits + grown) + biases}
+    return {"cache": cache, "generation": max(_forward_in_workspace(w), _prefill(w), logits + grown) + biases}
 
 
 def _biases(spec: ExpertsSpec) -> int:
     """Numbers of an expert layer's biases."""
     per_expert = (len(spec.projections) - 1) * spec.intermediate_size + spec.hidden_size
     return spec.num_experts * per_expert if spec.has_bias else 0
+
+
+def _workspace(*batches: Workload) -> dict[str, int]:
+    """What layers on a CPU have computed in, of the largest batch: it is kept (see `expertune.kernels.workspace`).
+
+    While a layer is in backward it is in the working set. Below `_MAPPED_BYTES` it lies on the C allocator's heap,
+    whose share was measured with it.
+    """
+    kept = max(_kept_to_compute_in(w, layer) for w in batches for layer in w.inventory.layers)
+    return {"workspace": kept} if kept >= _MAPPED_BYTES else {}
 
 
 # --- components of the whole model ------------------------------------------------------------------------------------
@@ -236,12 +252,24 @@ def _loss(w: Workload, bytes_per_logit: int) -> int:
         return w.logit_tokens * V * (_WRITTEN_BYTES_PER_LOGIT if w.passes.written else bytes_per_logit)
     dropped = w.adapter_dtype.itemsize if w.dropout else 0
     hidden_states = 2 * w.tokens * D * (w.compute_dtype.itemsize + dropped)
-    return hidden_states + working_set_bytes(w.tokens, V, D, w.compute_dtype, w.device)
+    return hidden_states + working_set_bytes(w.tokens, V, D, w.compute_dtype, w.device, _rank_of_head(w))
+
+
+def _rank_of_head(w: Workload) -> int:
+    """The rank of the output head's update; 0 where it has none."""
+    model = w.inventory.model
+    head = model.get_output_embeddings()
+    return sum(rank for name, (rank, _) in w.targets.linears.items() if model.get_submodule(name) is head)
 
 
 def _forward(w: Workload) -> int:
     """A layer's forward without gradients; what it computes with is as much as in backward."""
     return _input(w) + max(_computing(w, layer) for layer in w.inventory.layers)
+
+
+def _forward_in_workspace(w: Workload) -> int:
+    """What that takes beside the workspace."""
+    return _forward(w) - sum(_workspace(w).values())
 
 
 def _prefill(w: Workload) -> int:
@@ -309,6 +337,18 @@ def _computing(w: Workload, layer: Layer) -> int:
     return max(routed, around_linears, _scores(w, 3 * w.sequence_length)) + max(tile, *dequantized, 0)
 
 
+def _kept_to_compute_in(w: Workload, layer: Layer) -> int:
+    """On a CPU: a chunk of routed tokens, tokens and their gradient in float32, and what GEMMs in bfloat16 lay out.
+
+    All of it is the fused route's, which makes no dropped inputs.
+    """
+    if w.device != "cpu":
+        return 0
+    routed = sum(_routed_at_once(w, spec, dropped=False) for spec in layer.experts.values())
+    copied = 0 if w.compute_dtype == torch.float32 else 2 * w.tokens * w.inventory.hidden_size * _FLOAT32_BYTES
+    return routed + copied + _tokens_in_bfloat16(w, layer)
+
+
 def _tokens_in_bfloat16(w: Workload, layer: Layer) -> int:
     """An expert's tokens as a CPU's GEMMs in bfloat16 lay them out, by each thread; at most all at one expert."""
     if w.compute_dtype != torch.bfloat16:
@@ -335,15 +375,22 @@ def _between_gemms(w: Workload, spec: ExpertsSpec) -> int:
     On a GPU half of the working set is for routed tokens and half for dequantized weights, of one expert at least.
     """
     D, F, num_parts = spec.hidden_size, spec.intermediate_size, len(spec.projections) - 1
-    per_routed_token = bytes_per_routed_token(D, F, num_parts, spec.has_gate, w.dropout, w.device)
-    if w.targets.use_dora:
-        per_routed_token += bytes_per_gained_token(D, F, num_parts)
-    routed = w.tokens * w.inventory.top_k * per_routed_token
+    routed = _routed_at_once(w, spec, dropped=w.dropout)  # by either route
     around = 4 * (1 + w.rows_per_token) * w.tokens * D * _FLOAT32_BYTES
     if w.device == "cpu":
-        return min(routed, w.working_set_bytes) + around
+        return routed + around
     half, one_expert = w.working_set_bytes // 2, (num_parts + 1) * D * F * w.compute_dtype.itemsize
-    return min(routed, half) + min(w.inventory.experts_here(spec) * one_expert, max(half, one_expert)) + around
+    return routed + min(w.inventory.experts_here(spec) * one_expert, max(half, one_expert)) + around
+
+
+def _routed_at_once(w: Workload, spec: ExpertsSpec, dropped: bool) -> int:
+    """A chunk of routed tokens between the GEMMs, with dropped inputs or without."""
+    D, F, num_parts = spec.hidden_size, spec.intermediate_size, len(spec.projections) - 1
+    per_routed_token = bytes_per_routed_token(D, F, num_parts, spec.has_gate, dropped, w.device)
+    if w.targets.use_dora:
+        per_routed_token += bytes_per_gained_token(D, F, num_parts)
+    budget = w.working_set_bytes if w.device == "cpu" else w.working_set_bytes // 2
+    return min(w.tokens * w.inventory.top_k * per_routed_token, budget)
 
 
 def _scores(w: Workload, num_tokens: int) -> int:

@@ -26,6 +26,7 @@ _COMPONENTS = {
     "optimizer": "optimizer",
     "activations": "activations",
     "working_set": "one layer in backward",
+    "workspace": "memory of the layers",
     "logits": "logits and loss",
     "copies": "copies of the adapter",
     "reference": "the adapter it starts from",

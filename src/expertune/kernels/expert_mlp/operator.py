@@ -205,7 +205,8 @@ def _chunks(
     dropped = any(update.dropout for update in updates)
     # On a GPU one half is for routed tokens and one for dequantized weights; whichever the route, chunks are the same.
     gained = any(update.gain is not None for update in updates)
-    step = chunk_tokens(frozen, top_k, dropped, held_bytes // (1 if device.type == "cpu" else 2), gained)
+    routed_bytes = held_bytes // (1 if device.type == "cpu" else 2)
+    step = chunk_tokens(frozen, top_k, False, routed_bytes, gained)
     tokens_per_expert = min(hidden.shape[0], step) * top_k / frozen.num_experts
     # Triton's kernels have no gains. With dropout a gain takes one more GEMM, which the native library has not either.
     grouped = frozen.num_parts <= 2 and len({update.part for update in updates}) == len(updates) and not gained
@@ -214,6 +215,8 @@ def _chunks(
         fusable = frozen.gate_up.scheme == "nf4"
         name = layer.settings.choose(device, tokens_per_expert, hidden.dtype, grouped, fusable)
         route = _route(name, layer.settings, device, hidden.dtype)
+    if dropped and route is dequant_gemm:
+        step = chunk_tokens(frozen, top_k, True, routed_bytes, gained)
     for start in range(0, hidden.shape[0], step):
         yield slice(start, min(start + step, hidden.shape[0])), route
 

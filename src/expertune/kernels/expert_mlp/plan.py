@@ -169,19 +169,19 @@ def combine(y_RD: Tensor, inverse_R: Tensor, num_tokens: int) -> Tensor:
 
 
 def bytes_per_routed_token(
-    hidden_size: int, intermediate_size: int, num_parts: int, swiglu: bool, dropout: bool, device_type: str = "cpu"
+    hidden_size: int, intermediate_size: int, num_parts: int, swiglu: bool, dropped: bool, device_type: str = "cpu"
 ) -> int:
     """Bytes that a routed token takes between the GEMMs, in backward.
 
     On a CPU float32 throughout: gate and up, which their gradients replace, and the intermediate values; the input's
     gradient. Where an activation is differentiated by autograd: its result, its gradients, and two tensors of the
-    intermediate size that it keeps. With dropout: a dropped input and the gradient of one, of either width. Elsewhere
-    all is 16-bit but for the input's gradient, the intermediate values have their gradient beside them, and nothing is
-    kept for dropout.
+    intermediate size that it keeps. Where dropped inputs are made (the fused route drops as it reads): one and the
+    gradient of one, of either width. Elsewhere all is 16-bit but for the input's gradient, the intermediate values have
+    their gradient beside them, and nothing is kept for dropout.
     """
     if device_type == "cpu":
-        inner = num_parts + 1 + (0 if swiglu else num_parts + 3) + (2 if dropout else 0)
-        return 4 * (inner * intermediate_size + (3 if dropout else 1) * hidden_size)
+        inner = num_parts + 1 + (0 if swiglu else num_parts + 3) + (2 if dropped else 0)
+        return 4 * (inner * intermediate_size + (3 if dropped else 1) * hidden_size)
     inner = num_parts + 2 + (0 if swiglu else num_parts + 3)
     return 2 * inner * intermediate_size + 4 * hidden_size
 
@@ -191,10 +191,10 @@ def bytes_per_gained_token(hidden_size: int, intermediate_size: int, num_parts: 
     return 4 * (num_parts * intermediate_size + 2 * hidden_size)
 
 
-def chunk_tokens(layer: FrozenLayer, top_k: int, dropout: bool, working_set_bytes: int, gain: bool = False) -> int:
+def chunk_tokens(layer: FrozenLayer, top_k: int, dropped: bool, working_set_bytes: int, gain: bool = False) -> int:
     """Tokens that are worked on at once; at least one."""
     device = layer.down.packed.device.type
     swiglu = layer.activation.swiglu if device == "cpu" else layer.swiglu_in_gemm
     sizes = layer.hidden_size, layer.intermediate_size, layer.num_parts
-    size = bytes_per_routed_token(*sizes, swiglu, dropout, device) + (bytes_per_gained_token(*sizes) if gain else 0)
+    size = bytes_per_routed_token(*sizes, swiglu, dropped, device) + (bytes_per_gained_token(*sizes) if gain else 0)
     return max(working_set_bytes // (max(top_k, 1) * size), 1)

@@ -71,7 +71,7 @@ def forward(
     # Sums over chunks are float32, whatever the factors are.
     b_VR = torch.cat([losses_N.new_empty(len(head.weight_VD), 0), *(factor.float() for factor in head.b)], dim=1)
     d_a = [factor.new_zeros(factor.shape, dtype=torch.float32) for factor in head.a if update_gradients]
-    d_b_VR = torch.zeros_like(b_VR)
+    d_b_VR = b_VR.new_zeros(b_VR.shape if hidden_gradient or update_gradients else 0)
     d_own = [x.new_zeros(x.shape) for x in own_inputs if update_gradients]
 
     step = rows_per_chunk(rows_N.shape[0], head.weight_VD.shape[0], hidden_TD.device)
@@ -124,10 +124,13 @@ def rows_per_chunk(num_rows: int, vocabulary: int, device: torch.device) -> int:
     return -(-num_rows // num_chunks) if num_chunks else 1
 
 
-def working_set_bytes(num_rows: int, vocabulary: int, hidden_size: int, dtype: torch.dtype, device: str) -> int:
+def working_set_bytes(
+    num_rows: int, vocabulary: int, hidden_size: int, dtype: torch.dtype, device: str, rank: int = 0
+) -> int:
     """The most bytes that the operator holds at once beside its inputs and the gradients it returns.
 
-    Counted: the float32 logits of a chunk, tiles beside them, and the chunk's rows with their gradient.
+    Counted: the float32 logits of a chunk, tiles beside them, and the chunk's rows with their gradient. With an update
+    its B and that one's gradient in float32, its input, and what they have in common with the chunk's rows.
 
     Args:
         num_rows: T, an upper bound of the rows with a label.
@@ -135,6 +138,7 @@ def working_set_bytes(num_rows: int, vocabulary: int, hidden_size: int, dtype: t
         hidden_size: D.
         dtype: of hidden.
         device: `cpu` or `cuda`.
+        rank: of the head's updates, all together; 0 without one.
     """
     rows = min(num_rows, _most_rows(vocabulary, device))
     logits = rows * vocabulary * torch.float32.itemsize
@@ -142,7 +146,10 @@ def working_set_bytes(num_rows: int, vocabulary: int, hidden_size: int, dtype: t
     # a tile is all of the chunk's logits: in float32, and in the dtype of the GEMM.
     cpu_tiles = 3 * min(TILE_BYTES["cpu"], logits)
     beside = cpu_tiles if device == "cpu" else logits + rows * vocabulary * dtype.itemsize
-    return logits + beside + 2 * rows * hidden_size * torch.float32.itemsize
+    # The native library takes rows in float32, and gives a tile's part of their gradient apart.
+    of_rows = 4 if device == "cpu" and dtype == torch.bfloat16 else 2
+    updates = 2 * rank * vocabulary + rows * (hidden_size + 3 * rank) if rank else 0
+    return logits + beside + (of_rows * rows * hidden_size + updates) * torch.float32.itemsize
 
 
 def _most_rows(vocabulary: int, device: str) -> int:
