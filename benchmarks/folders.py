@@ -7,19 +7,22 @@ The source is a Mixtral-8x7B of fewer layers with random 16-bit weights in shard
 is there. All that is compared starts from the same state of the page cache: files are dropped from it first (`cold`),
 or have just been read (`warm`). What is written is flushed to the disk before the clock stops. The copy goes file by
 file, and each copy is deleted once it is on the disk, so that the disk has to hold the source once. Every run is a
-process of its own; for loading, imports are not counted.
+process of its own; for loading, imports are not counted, and the bytes of mapped files until they are touched are.
+
+A matrix of each layer has to be bitsandbytes' to the byte, and a model's packed weights those of the folder.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -31,7 +34,7 @@ from torch import Tensor
 from benchmarks import report
 from benchmarks.timing import median_ratio, memory_status
 from benchmarks.workload import VOCAB_SIZE, Shape
-from expertune.checkpoint.reader import INDEX_NAME
+from expertune.checkpoint.reader import INDEX_NAME, open_checkpoint
 from expertune.checkpoint.writer import Outgoing, write_tensors
 
 _SHARD_BYTES = 5 * 10**9
@@ -55,7 +58,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Measure and report.
 
     Raises:
-        CorrectnessError: a model that was loaded has other weights than the folder.
+        CorrectnessError: what was quantized is not what bitsandbytes makes of the source, or a loaded model has other
+            packed weights than the folder.
     """
     if args.only:
         print(json.dumps(_ONLY[args.only](args.folder)))
@@ -81,6 +85,7 @@ def _quantize(folder: Path, rounds: int) -> dict[str, Any]:
         for name in sorted(runs, reverse=bool(round_ % 2)):
             runs[name].append(_in_own_process(folder, name))
             report.progress(f"{name}: {runs[name][-1]['seconds']:.1f} s")
+    _require_nf4(folder)
     seconds = {name: [each["seconds"] for each in of] for name, of in runs.items()}
     nbytes, written = _nbytes(folder / "source"), _nbytes(folder / "nf4")
     result = {
@@ -91,6 +96,7 @@ def _quantize(folder: Path, rounds: int) -> dict[str, Any]:
         "bytes_per_second": {name: report.rate(nbytes, times) for name, times in seconds.items()},
         "of_a_copy": median_ratio(seconds["copy"], seconds["quantize"]),
         "peak_rss_bytes": int(max(each["peak_rss_bytes"] for each in runs["quantize"])),
+        "cpu_seconds": [each["cpu_seconds"] for each in runs["quantize"]],
         "seconds": seconds,
     }
     rows = [
@@ -98,7 +104,8 @@ def _quantize(folder: Path, rounds: int) -> dict[str, Any]:
     ]
     notes = [
         f"quantizing runs at {result['of_a_copy']:.2f} of a copy's speed, from a cold page cache, flushed to the disk",
-        f"peak memory {result['peak_rss_bytes'] / 1e9:.2f} GB, imports included",
+        f"peak memory {result['peak_rss_bytes'] / 1e9:.2f} GB, imports included; "
+        f"{median(result['cpu_seconds']):.1f} CPU seconds",
     ]
     report.show(f"{nbytes / 1e9:.1f} GB of 16-bit shards", ["", "s", "GB/s of the source"], rows, notes)
     return result
@@ -111,11 +118,16 @@ def _load(folder: Path, rounds: int) -> dict[str, Any]:
     names = ["read", *_LOADS]
     runs: dict[str, list[dict[str, float]]] = {f"{state}, {name}": [] for state in ("cold", "warm") for name in names}
     first = _in_own_process(folder, "first")
+    entries = open_checkpoint(folder / "nf4").tensors
+    checksum = _checksum({key: entry.read for key, entry in entries.items()})
     for _ in range(rounds):
         for name, of in runs.items():
             of.append(_in_own_process(folder, name))
             report.progress(f"{name}: {of[-1]['seconds']:.2f} s")
-    seconds = {name: [each["seconds"] for each in of] for name, of in runs.items()}
+            if of[-1].get("checksum", checksum) != checksum:
+                raise report.CorrectnessError(f"{name}: the model's packed weights are not those of the folder")
+    # Mapped bytes come when they are touched: loading is done when all are there.
+    seconds = {name: [each.get("seconds_until_touched", each["seconds"]) for each in of] for name, of in runs.items()}
     result = {
         "benchmark": "folders",
         "what": "load",
@@ -125,7 +137,8 @@ def _load(folder: Path, rounds: int) -> dict[str, Any]:
         "of_reading": {
             name: median_ratio(seconds[f"{name.split(',')[0]}, read"], times) for name, times in seconds.items()
         },
-        "verified_first_seconds": first["seconds"],
+        "verified_first_seconds": first["seconds_until_touched"],
+        "seconds_until_returned": {name: [each["seconds"] for each in of] for name, of in runs.items()},
         "peak_rss_bytes": {name: int(max(each["peak_rss_bytes"] for each in of)) for name, of in runs.items()},
         "seconds": seconds,
     }
@@ -138,7 +151,9 @@ def _load(folder: Path, rounds: int) -> dict[str, Any]:
         ]
         for name, times in seconds.items()
     ]
-    notes = [f"the first time on a machine, verified against the manifest and cold: {first['seconds']:.2f} s"]
+    notes = [
+        f"the first time on a machine, verified against the manifest and cold: {first['seconds_until_touched']:.2f} s"
+    ]
     report.show(f"NF4 folder of {result['nbytes'] / 1e9:.1f} GB", ["", "s", "GB/s", "of reading"], rows, notes)
     return result
 
@@ -190,6 +205,33 @@ def _random(noise: Tensor, name: str, sizes: Sequence[int]) -> Tensor:
     count = torch.Size(sizes).numel()
     start = zlib.crc32(name.encode()) % (noise.numel() - count + 1)
     return noise[start : start + count].view(tuple(sizes))
+
+
+def _require_nf4(folder: Path) -> None:
+    """A matrix of each layer is what bitsandbytes makes of the source's.
+
+    Raises:
+        CorrectnessError: one is not.
+    """
+    from bitsandbytes.functional import quantize_4bit
+
+    source, made = open_checkpoint(folder / "source"), open_checkpoint(folder / "nf4")
+    for key, packed in made.tensors.items():
+        if not (found := re.fullmatch(r"model\.layers\.(\d+)\..+\.down\.packed", key)):
+            continue
+        last = packed.shape[0] - 1
+        name = f"model.layers.{found[1]}.block_sparse_moe.experts.{last}.w2.weight"
+        theirs, _ = quantize_4bit(source.tensors[name].read(), blocksize=64, quant_type="nf4")
+        if not torch.equal(packed.read_part(last).flatten(), theirs.flatten()):
+            raise report.CorrectnessError(f"{name} in NF4 is not bitsandbytes'")
+
+
+def _checksum(tensors: Mapping[str, Callable[[], Tensor]]) -> float:
+    """Of the experts' packed weights by name, read one after the other."""
+    found = 0
+    for name in sorted(name for name in tensors if name.endswith(".packed")):
+        found = zlib.crc32(tensors[name]().detach().numpy(), zlib.crc32(name.encode(), found))
+    return float(found)
 
 
 def _nbytes(folder: Path) -> int:
@@ -270,11 +312,9 @@ def _load_by(name: str, folder: Path, cold: bool) -> dict[str, float]:
     # from_pretrained maps the files: its bytes come when they are used.
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.view(-1).view(torch.uint8)[::4096].max()
-    return {
-        "seconds": seconds,
-        "seconds_until_touched": time.perf_counter() - started,
-        "peak_rss_bytes": memory_status("VmHWM"),
-    }
+    touched = time.perf_counter() - started
+    found = {"seconds": seconds, "seconds_until_touched": touched, "peak_rss_bytes": memory_status("VmHWM")}
+    return found | {"checksum": _checksum({name: tensor.cpu for name, tensor in model.state_dict().items()})}
 
 
 def _set_cache(folder: Path, cold: bool) -> None:

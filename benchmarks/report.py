@@ -5,10 +5,12 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
+import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from rich.table import Table
 
 from benchmarks.peers.processes import ROOT
 from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, gemm_dtype
+from expertune.storage import write_whole
 
 _PACKAGES = ("expertune", "torch", "transformers", "peft", "bitsandbytes")
 
@@ -37,7 +40,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "commit": _commit(),
-        "command": " ".join(["python", *_relative(sys.argv)]),
+        "command": shlex.join(["python", *map(_portable, sys.argv)]),
     }
 
 
@@ -84,6 +87,35 @@ def write(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
+def read_own(path: Path) -> dict[str, Any] | None:
+    """A result that was begun on this machine, to go on with; None where there is none.
+
+    Raises:
+        SystemExit: it is another machine's.
+    """
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if (device := result["device"]) != cpu_name():
+        raise SystemExit(f"{path} is of {device}, and this machine of {cpu_name()}; name another file")
+    return result
+
+
+def write_block(page: Path, mark: str, lines: Iterable[str]) -> None:
+    """Write what stands between a page's `<!-- mark -->` and `<!-- /mark -->` anew.
+
+    Raises:
+        SystemExit: the page has lost a mark; it stays as it was.
+    """
+    text = page.read_text(encoding="utf-8")
+    block = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
+    if not block.search(text):
+        raise SystemExit(f"{page}: the marks <!-- {mark} --> and <!-- /{mark} --> are gone")
+    body = "\n".join(lines) + "\n"
+    with write_whole(page) as file:
+        file.write(block.sub(lambda found: found[1] + body + found[2], text).encode())
+
+
 def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
     """Print a table and, below it, what has to be known to read it."""
     console = Console()
@@ -115,10 +147,11 @@ def _commit() -> str:
     return (git("rev-parse", "HEAD") or "unknown") + ("+changes" if changed else "")
 
 
-def _relative(arguments: Sequence[str]) -> list[str]:
-    """Paths as seen from the checkout, so that a command can be repeated elsewhere."""
-    shown = []
-    for argument in arguments:
-        path = Path(argument)
-        shown.append(str(path.relative_to(ROOT)) if path.is_absolute() and path.is_relative_to(ROOT) else argument)
-    return shown
+def _portable(argument: str) -> str:
+    """A path as seen from the checkout, so that a command can be repeated elsewhere; `OUT` for one outside of it."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    path = Path(value)
+    if not path.is_absolute() and ".." not in path.parts:
+        return argument
+    path = Path(os.path.normpath(Path.cwd() / path))
+    return f"{option}{equals}{path.relative_to(ROOT) if path.is_relative_to(ROOT) else 'OUT'}"

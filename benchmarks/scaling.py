@@ -4,7 +4,7 @@
 
 Every point is a step of our stack in a process of its own, on real text that is cut into sequences of one length. OUT
 is written after each point, and the same command goes on where it ended: with `--seconds` no point begins later than
-that. About six minutes in all on two cores.
+that, and another machine's OUT is refused. About six minutes in all on two cores.
 
 Beside each point stand two bounds from bare products of its sizes, measured before each of its steps: `floor`, all of
 the step's products at the best rate of `torch.mm`; and `own_rows`, the experts' products at the rate that `torch.mm`
@@ -13,8 +13,6 @@ bound, the step does no more than it has to.
 """
 
 import argparse
-import json
-import re
 import statistics
 import sys
 import tempfile
@@ -37,7 +35,6 @@ from expertune.report.figures import write_png
 HIDDEN = 1024
 _ROUNDS = (3, 9)  # at least and at most
 _ROUND_SECONDS = 4.0  # spent on one point, where that is more than the least rounds
-_MARK = re.compile(r"(<!-- scaling -->\n).*?(<!-- /scaling -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="write the table between this page's marks")
     args = parser.parse_args()
     cache = args.cache or Path(tempfile.gettempdir()) / "expertune-bench"
-    result = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {"points": {}}
+    result = report.read_own(args.json) or {"points": {}}
     started = time.perf_counter()
     curves = [list(CURVES[curve].values()) for curve in args.only]
     # The ends of all curves first: a sweep that is cut short shows what grows.
@@ -108,7 +105,7 @@ def main() -> None:
             continue
         report.progress(name)
         here = report.environment()
-        measured = measure(point, cache) | {key: here[key] for key in ("date", "commit")}
+        measured = measure(point, cache) | {key: here[key] for key in ("device", "date", "commit")}
         result = {"benchmark": "scaling", "points": result["points"] | {name: measured}, **here}
         report.write(args.json, result)
     points = result["points"]
@@ -123,11 +120,8 @@ def main() -> None:
 
 def measure(point: Point, cache: Path) -> dict[str, Any]:
     """Steps of one point in a process of its own, and its bounds: seconds, tokens per second, bytes."""
-    lora = Lora(r=point.rank, alpha=2 * point.rank)
-    workload = prepare(point.shape, lora, point.tokens, DOLLY_SAMPLE, cache, point.sequence)
     dtype = report.resolve_dtype("auto", "cpu")
-    paths = ["--model", workload.model, "--adapter", workload.adapter, "--batch", workload.batch]
-    driver = Driver("ours", [*map(str, paths), "--dropout", str(lora.dropout), "--dtype", report.name_of(dtype)])
+    driver = Driver("ours", [*_options(point, cache), "--dtype", report.name_of(dtype)])
     try:
         driver.ask("step")
         seconds: list[float] = []
@@ -152,6 +146,14 @@ def measure(point: Point, cache: Path) -> dict[str, Any]:
             for name in at[0]
         },
     }
+
+
+def _options(point: Point, cache: Path) -> list[str]:
+    """What a driver gets of a point."""
+    lora = Lora(r=point.rank, alpha=2 * point.rank)
+    made = prepare(point.shape, lora, point.tokens, DOLLY_SAMPLE, cache, point.sequence)
+    paths = ["--model", made.model, "--adapter", made.adapter, "--batch", made.batch]
+    return [*map(str, paths), "--dropout", str(lora.dropout)]
 
 
 def bounds(point: Point, rates: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -195,8 +197,6 @@ _HEADER = ["", "tokens a second", "floor", "of the floor", "of products with as 
 
 def write_table(page: Path, result: Mapping[str, Any]) -> None:
     """Write the table of a page anew, between its two marks."""
-    text = page.read_text(encoding="utf-8")
-    assert _MARK.search(text), f"{page}: the marks of the table are gone"
     dtype = next(iter(result["points"].values()))["dtype"]
     lines = [
         f"{result['device']}, {result['threads']} threads ({', '.join(result['instruction_sets'])}), {dtype}; torch "
@@ -205,9 +205,8 @@ def write_table(page: Path, result: Mapping[str, Any]) -> None:
         f"| {' | '.join(_HEADER)} |",
         "|" + "---|" * len(_HEADER),
         *(f"| {' | '.join(row)} |" for row in rows_of(result["points"])),
-        "",
     ]
-    page.write_text(_MARK.sub(lambda found: found[1] + "\n".join(lines) + found[2], text), encoding="utf-8")
+    report.write_block(page, "scaling", lines)
 
 
 def draw(points: Mapping[str, Mapping[str, Any]]) -> Figure:

@@ -4,7 +4,8 @@ python benchmarks/run.py startup --against ../before/src
 python benchmarks/run.py startup --commands plan doctor --rounds 5 --json benchmarks/results/startup.json
 
 `train` is the demo up to and with its first step, without evaluations and scores. `torch` is `import torch` alone, the
-unit in which the others can be compared between machines. A result that exists keeps what is not measured again.
+unit in which the others can be compared between machines. Of this machine's result that exists,
+what is not measured again is kept.
 """
 
 import argparse
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure and report."""
+    earlier = (report.read_own(args.json) or {}).get("commands", {}) if args.json else {}
     trees = {"now": ROOT / "src"} | ({"before": args.against.resolve()} if args.against else {})
     taken: dict[str, Any] = {name: {tree: [] for tree in trees} for name in args.commands}
     for _ in range(args.rounds):
@@ -53,7 +55,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for tree, source in trees.items():
                 taken[name][tree].append(_run(COMMANDS[name], source))
     found = {name: {tree: _medians(runs) for tree, runs in of.items()} for name, of in taken.items()}
-    earlier = json.loads(args.json.read_text(encoding="utf-8"))["commands"] if args.json and args.json.exists() else {}
     result = {
         "benchmark": "startup",
         "rounds": args.rounds,

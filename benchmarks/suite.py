@@ -6,7 +6,6 @@ this machine: ours as a run does by itself, each peer in the one that its own st
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from benchmarks.peers.processes import ROOT
 
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
-_MARK = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 _PEERS = {
     "legacy": "the tutorial's libraries, given our batch",
@@ -75,8 +73,6 @@ def run(args: argparse.Namespace) -> None:
 
 def write_table(page: Path, results: dict[str, dict[str, Any]]) -> None:
     """Write the table of a page anew, between its two marks, from results by name."""
-    text = page.read_text(encoding="utf-8")
-    assert _MARK.search(text), f"{page}: the marks of the table are gone"
     one = next(iter(results.values()))
     lines = [
         f"{one['device']}, {one['threads']} threads ({', '.join(one['instruction_sets'])}); "
@@ -86,22 +82,14 @@ def write_table(page: Path, results: dict[str, dict[str, Any]]) -> None:
         "| what | ours | instead | floor or limit | command |",
         "|---|---|---|---|---|",
         *(_row(name, result) for name, result in results.items()),
-        "",
     ]
-    page.write_text(_MARK.sub(lambda found: found[1] + "\n".join(lines) + found[2], text), encoding="utf-8")
+    report.write_block(page, "bench", lines)
 
 
 def _row(name: str, result: dict[str, Any]) -> str:
     what, ours, peers, limit = _CELLS[result["benchmark"]](result)
     command, _, _ = result["command"].partition(" --json")
-    commit = result["commit"][:7] + result["commit"][40:]  # "+changes" stays
-    source = f"`{command}` ([JSON](../benchmarks/results/{name}.json), commit {commit})"
-    return f"| {what} | {ours} | {peers} | {limit} | {source} |"
-
-
-def _dtype_of(peer: dict[str, Any], result: dict[str, Any]) -> str:
-    """A peer's dtype, and whether the command gave it; otherwise it is the faster one of those that were tried."""
-    return f"{peer['dtype']}{' given' if 'dtype' in result['command'] else ''}"
+    return f"| {what} | {ours} | {peers} | {limit} | `{command}` ([JSON](../benchmarks/results/{name}.json)) |"
 
 
 def _quantize(result: dict[str, Any]) -> tuple[str, str, str, str]:
@@ -145,7 +133,7 @@ def _layer(result: dict[str, Any]) -> tuple[str, str, str, str]:
 
 def _step(result: dict[str, Any]) -> tuple[str, str, str, str]:
     peers = [
-        f"{_PEERS[name]}, {_dtype_of(peer, result)}: {peer['tokens_per_second']:.1f} ({result['ratios'][name]:.2f}x), "
+        f"{_PEERS[name]}, {peer['dtype']}: {peer['tokens_per_second']:.1f} ({result['ratios'][name]:.2f}x), "
         f"{peer['peak_bytes'] / 1e9:.1f} GB"
         for name, peer in result["peers"].items()
     ]
@@ -163,7 +151,7 @@ def _e2e(result: dict[str, Any]) -> tuple[str, str, str, str]:
     return (
         f"whole run of {result['steps']} steps",
         f"{result['ours']['seconds']:.0f} s, {result['dtype']}",
-        f"{_PEERS['tutorial']}, {_dtype_of(tutorial, result)}: {tutorial['seconds']:.0f} s ({result['ratio']:.1f}x)",
+        f"{_PEERS['tutorial']}, {tutorial['dtype']}: {tutorial['seconds']:.0f} s ({result['ratio']:.1f}x)",
         "",
     )
 

@@ -1,14 +1,11 @@
 """Targets against what was measured: a table on the terminal, and the block of docs/performance-details.md."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import report
 from benchmarks.campaign import schedule, variants
-
-_MARK = re.compile(r"(<!-- gpu -->\n).*?(<!-- /gpu -->)", re.DOTALL)
 
 # Tokens of a step -> tokens per second.
 _MIXTRAL = {320: 2500, 2048: 4600, 8192: 6000}
@@ -69,13 +66,11 @@ def write_page(page: Path, folder: Path) -> None:
     """Write the block between the page's marks, from groups that ran at full size on CUDA.
 
     Raises:
-        SystemExit: none did, or they are of several devices; the page stays as it was.
+        SystemExit: none did, they are of several devices, or the page has lost its marks; it stays as it was.
     """
     groups = {name: values for name, values in load(folder).items() if values.get("cuda") and not values["small"]}
     if not groups or len({values["device"] for values in groups.values()}) != 1:
         raise SystemExit(f"{folder} has no full-size measurements of one CUDA device; {page} stays as it was")
-    text = page.read_text(encoding="utf-8")
-    assert _MARK.search(text), f"{page}: the marks of the block are gone"
     one = next(iter(groups.values()))
     versions = ", ".join(f"{name} {one['versions'][name]}" for name in ("torch", "triton", "transformers", "peft"))
     words = {None: "not measured", True: "yes", False: "no"}
@@ -89,9 +84,8 @@ def write_page(page: Path, folder: Path) -> None:
             f"| {row.number} | {row.what} | {row.target} | {row.measured} | {words[row.met]} |"
             for row in rows(folder, groups)
         ),
-        "",
     ]
-    page.write_text(_MARK.sub(lambda found: found[1] + "\n".join(lines) + found[2], text), encoding="utf-8")
+    report.write_block(page, "gpu", lines)
 
 
 def _correct(gate: dict[str, dict[str, list[str]]]) -> Iterator[Row]:

@@ -1,14 +1,13 @@
 """The tables of docs/quality.md, written between its marks from the JSON of a study."""
 
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report
 from benchmarks.quality_study.origin import origins
 from benchmarks.quality_study.variants import DEFAULT, Variant
-from expertune.storage import write_whole
 
 TASKS = {"meaning": "slot F1", "act": "exact match", "book": "exact match"}
 MODELS = {
@@ -26,15 +25,8 @@ def write_tables(page: Path, result: dict[str, Any], variants: Sequence[Variant]
     Raises:
         SystemExit: the page has lost a mark.
     """
-    text = page.read_text(encoding="utf-8")
-    for mark, lines in (("bits", bits_tables(result)), ("study", study_tables(result, variants))):
-        pattern = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise SystemExit(f"{page}: the marks <!-- {mark} --> and <!-- /{mark} --> are gone")
-        body = "\n".join(lines) + "\n"
-        text = pattern.sub(lambda found, body=body: found[1] + body + found[2], text)
-    with write_whole(page) as file:
-        file.write(text.encode())
+    report.write_block(page, "bits", bits_tables(result))
+    report.write_block(page, "study", study_tables(result, variants))
 
 
 def bits_tables(result: dict[str, Any]) -> Iterable[str]:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decode, layer, quantize, report, scaling, suite, workload
+import expertune
+from benchmarks import decode, folders, layer, quantize, report, scaling, suite, workload
+from expertune.checkpoint.reader import open_checkpoint
 
 SIZES = {
     quantize: "--rows 64 --columns 128 --rounds 1",
@@ -107,3 +109,37 @@ def test_sweep_shows_each_point_once_in_each_of_its_curves(tmp_path: Path) -> No
         assert f"| {row} | 1,000 | 2,000 | 50% | 80% | 2.00 GB |" in text
     assert "old" not in text
     assert len(scaling.draw({point.name: found}).axes) == 2 * 3
+
+
+def test_a_result_of_another_machine_is_not_continued(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    assert report.read_own(path) is None
+    here = report.environment()
+    report.write(path, here)
+    assert report.read_own(path) == here
+    report.write(path, here | {"device": "another CPU"})
+    with pytest.raises(SystemExit, match="of another CPU"):
+        report.read_own(path)
+
+
+def test_commands_name_nothing_of_this_machine_and_can_be_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = str(report.ROOT / "benchmarks" / "run.py")
+    monkeypatch.setattr("sys.argv", [script, "step", "--json=/elsewhere/a.json", "--text", "/x/y", "two words"])
+    assert report.environment()["command"] == "python benchmarks/run.py step --json=OUT --text OUT 'two words'"
+
+
+@pytest.mark.slow
+def test_folders_are_held_to_bitsandbytes_and_models_to_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "_NOISE", 2**25)
+    folders.write_source(tmp_path / "source", workload.Shape(512, 128, 2, 2, 1))
+    expertune.quantize(str(tmp_path / "source"), str(tmp_path / "nf4"))
+    folders._require_nf4(tmp_path)
+    entries = open_checkpoint(tmp_path / "nf4").tensors
+    expected = folders._checksum({key: entry.read for key, entry in entries.items()})
+    for name in ("load_model", "from_pretrained"):
+        assert folders._load_by(name, tmp_path, cold=False)["checksum"] == expected != 0
+    monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", lambda matrix, **_: (matrix.byte(), None))
+    with pytest.raises(report.CorrectnessError, match="is not bitsandbytes'"):
+        folders._require_nf4(tmp_path)
