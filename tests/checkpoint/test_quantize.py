@@ -169,8 +169,9 @@ def test_file_is_not_noted_before_the_hashes_of_its_shards_are(
     assert contents(out) == contents(folder)
 
 
-def test_interrupt_does_not_wait_for_the_hash_of_a_large_shard(
-    mixtral: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("way", ["interrupt", "full disk"])
+def test_call_that_ends_early_does_not_wait_for_the_hash_of_a_large_shard(
+    way: str, mixtral: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, ended = tmp_path / "out", []
 
@@ -188,7 +189,9 @@ def test_interrupt_does_not_wait_for_the_hash_of_a_large_shard(
 
     with monkeypatch.context() as patch:
         patch.setattr(shards, "hash_file", hashed)
-        with pytest.raises(KeyboardInterrupt):
+        if way == "full disk":
+            patch.setattr(HashedFile, "write", stop_after(1, OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises((KeyboardInterrupt, CheckpointError)):
             quantize(str(mixtral), out, progress=stop)
     assert ended == ["model.safetensors"]
     quantize(str(mixtral), out)

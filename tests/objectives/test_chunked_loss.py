@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from expertune import finetune
 from expertune.config import parse_config
 from expertune.evaluation.scoring import evaluation_loss
+from expertune.objectives import chunked_loss
 from expertune.objectives.chunked_loss import LanguageModelLoss
 from expertune.run.record import RunRecord
 from tests.tiny_models import FAMILIES as STRUCTURES
@@ -293,6 +294,24 @@ def test_cap_of_the_logits_by_any_name_is_found_even_where_logits_are_small() ->
     model = adapted(initializer_range=0.001)
     change_logits(model, lambda logits: 20 * torch.tanh(logits * 1.7 / 20))
     assert_same(model, batch())
+
+
+def test_loss_that_is_not_finite_with_the_experts_passed_by_is_compared_with_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, passed = adapted(), []
+
+    @contextmanager
+    def overflows(_: nn.Module) -> Iterator[None]:
+        block = model.get_base_model().model.layers[0]
+        hook = block.register_forward_hook(lambda module, inputs, output: output * torch.inf)
+        passed.append(block)
+        yield
+        hook.remove()
+
+    monkeypatch.setattr(chunked_loss, "experts_passed_by", overflows)
+    assert_same(model, batch())
+    assert passed
 
 
 def test_other_functions_of_the_logits_are_left_to_the_model() -> None:

@@ -1,5 +1,7 @@
 """States of an optimizer, allocated before its first update, are those that the update itself would allocate."""
 
+import hashlib
+import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -99,11 +101,23 @@ def test_8bit_update_that_waits_once_is_bitsandbytes_own_which_waits_after_each_
         for _ in range(3):
             update(parameters, optimizer)
             scheduler.step()
-    assert waited == 3 * len(plain) * [id(stock)]
+    assert waited == [*3 * len(plain) * [id(stock)], *3 * [id(once)]]
     assert hooked == [once] * 3
     assert all(torch.equal(parameter, twin) for parameter, twin in zip(plain, ours, strict=True))
     for state, twin in zip(stock.state.values(), once.state.values(), strict=True):
         assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(twin[key])) for key, value in state.items())
+
+
+def test_step_of_bitsandbytes_is_the_one_that_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where this fails, `_step_of_bitsandbytes` and the releases beside it are to be read against the library again."""
+    import bitsandbytes
+
+    source = inspect.getsource(inspect.unwrap(bitsandbytes.optim.optimizer.Optimizer8bit.step))
+    assert hashlib.sha256(source.encode()).hexdigest()[:16] == "1ff73e3157161684"
+    _, optimizer = start(OPTIMIZERS["bitsandbytes adamw"], torch.float32)
+    monkeypatch.setattr(bitsandbytes, "__version__", "0.51.0")
+    wait_once(optimizer)
+    assert "step" not in vars(optimizer)
 
 
 def test_states_of_a_checkpoint_stay() -> None:

@@ -272,9 +272,13 @@ class _Work:
             with ThreadPoolExecutor(1) as noting, ThreadPoolExecutor(1) as hashing:
                 try:
                     self._write_all(progress, noting, hashing)
-                except KeyboardInterrupt:
-                    for hashed in self.hashed.values():
-                        hashed.stop()  # a large shard would take minutes; what is made of it is made again
+                except BaseException as error:
+                    # A large shard would take minutes: its hash is waited for where a file that is written is noted by
+                    # it, and not after Ctrl-C, when what is made of it is made again.
+                    kept = set() if isinstance(error, KeyboardInterrupt) else self._shards_of_written()
+                    for shard, hashed in self.hashed.items():
+                        if shard not in kept:
+                            hashed.stop()
                     raise
             for noted in self.written.values():
                 noted.result()
@@ -284,6 +288,11 @@ class _Work:
             total = sum(self.sizes.values())
             progress(FOLDER_MARK, total, total)
         self._finish()
+
+    def _shards_of_written(self) -> set[str]:
+        """The shards that the files were made of that are written and not noted yet."""
+        left = [job for job in self.jobs if job.file in self.written and not self.written[job.file].done()]
+        return {shard for job in left for shard in job.shards(self.shards.weight_map)}
 
     def _write_all(self, progress: Progress | None, noting: ThreadPoolExecutor, hashing: ThreadPoolExecutor) -> None:
         total = sum(self.sizes.values())

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch import Tensor
 from expertune.checkpoint.json_file import read_mapping
 from expertune.errors import CheckpointError
 from expertune.kernels.huge_pages import ask_for_huge_pages
+from expertune.kernels.limits import available_memory
 
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100 * 2**20
@@ -32,6 +33,8 @@ _MAX_DIMENSIONS = 16
 # A part of a tensor that one thread reads; more threads than these gain nothing.
 _PART_BYTES = 16 * 2**20
 _READERS = 4
+
+_ADVICE_BYTES = 4 * 2**20
 
 _DTYPES = {
     "F64": torch.float64,
@@ -150,21 +153,36 @@ class TensorEntry:
 
 @contextmanager
 def read_ahead(files: Iterable[Path]) -> Iterator[None]:
-    """Within it, a thread has the system read files into its cache, in order and without a pause."""
+    """Within it, a thread has the system read files into its cache, in order and without a pause.
+
+    Of files that are larger than half of the memory that is available only the first ones: what is made of them lies in
+    the other half, and what is read too early is dropped before it is used.
+    """
+    left = available_memory() // 2
     with ThreadPoolExecutor(1) as reading:
-        if hasattr(os, "posix_fadvise"):  # Linux
-            for file in files:
-                reading.submit(_will_need, file)
+        for file in files:
+            end = min(file.stat().st_size, left)
+            reading.submit(advise, file, 0, end, "WILLNEED")
+            left -= end
         try:
             yield
         finally:
             reading.shutdown(cancel_futures=True)
 
 
-def _will_need(path: Path) -> None:
-    with path.open("rb") as file:
-        for start in range(0, path.stat().st_size, _PART_BYTES):
-            os.posix_fadvise(file.fileno(), start, _PART_BYTES, os.POSIX_FADV_WILLNEED)
+def advise(path: Path, start: int, end: int, advice: Literal["WILLNEED", "DONTNEED"]) -> None:
+    """Tell the system about some bytes of a file in its cache; nothing where it takes no advice, as on macOS.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    if (known := getattr(os, f"POSIX_FADV_{advice}", None)) is None:
+        return
+    # Of one piece of advice to read the kernel follows no more than a device's own read-ahead.
+    piece_bytes = _ADVICE_BYTES if advice == "WILLNEED" else max(end - start, 1)
+    with path.open("rb", buffering=0) as file:
+        for at in range(start, end, piece_bytes):
+            os.posix_fadvise(file.fileno(), at, min(piece_bytes, end - at), known)
 
 
 class Memory:

@@ -177,12 +177,20 @@ class LanguageModelLoss:
             found.append(_find_transform(_probe_column(logits), logits))
             return self._mean(found[-1], hidden, logits, labels, **kwargs)
 
+        def both_losses() -> tuple[float, float, float]:
+            found.clear()
+            own, tolerance = self._own_loss(inputs)
+            with self._stand_ins(transform_and_mean, _probe_column):
+                return own, self._model(**inputs).loss.item(), tolerance
+
         try:
-            # What comes to the head may be anything: it is the same for both.
-            with evaluation_mode(self._model), experts_passed_by(self._model):
-                own, tolerance = self._own_loss(inputs)
-                with self._stand_ins(transform_and_mean, _probe_column):
-                    chunked = self._model(**inputs).loss.item()
+            with evaluation_mode(self._model):
+                # What comes to the head may be anything, as long as it is finite: it is the same for both.
+                with experts_passed_by(self._model):
+                    own, chunked, tolerance = both_losses()
+                # Ranks that need each other in the experts would have to repeat it alike.
+                if not (math.isfinite(own) or math.isfinite(chunked)) and sharing_of(self._model) is None:
+                    own, chunked, tolerance = both_losses()
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             if is_out_of_memory(error) or is_of_a_connection(error):
                 raise

@@ -5,12 +5,13 @@ last again and again, none would be left when its turn comes. So as many layers 
 spread over the model, and each of the others is dropped from the cache after its use.
 """
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
-from expertune.checkpoint.reader import TensorEntry
+from expertune.checkpoint.reader import TensorEntry, advise
+from expertune.distributed.processes import launched
 from expertune.kernels.limits import available_memory
 
 # Of the memory that is free or holds cached files; and layers beside those that stay: one in use, one that is loaded
@@ -19,9 +20,6 @@ _SHARE, _PASSING = 0.95, 3
 
 # Multiples of it, modulo one, are spread evenly over any share of the layers.
 _GOLDEN = 0.6180339887498949
-
-# The kernel reads no more ahead for one piece of advice than a device's own read-ahead.
-_PIECE_BYTES = 4 * 2**20
 
 _Span = tuple[Path, int, int]
 
@@ -50,24 +48,21 @@ class PageCache:
             self._cached.add(layer)
         else:
             self._cached.discard(layer)
-            self._advise(layer, "POSIX_FADV_DONTNEED")
+            # Another process of this machine may map the same files, and use the layer next.
+            if launched().world_size == 1:
+                self._advise(layer, "DONTNEED")
 
     def read_ahead(self, layer: int) -> None:
         """Have the kernel read a layer that is not in the cache; returns before it is there."""
         if layer not in self._cached:
             self._cached.add(layer)
-            self._advise(layer, "POSIX_FADV_WILLNEED", _PIECE_BYTES)
+            self._advise(layer, "WILLNEED")
 
-    def _advise(self, layer: int, name: str, piece_bytes: int | None = None) -> None:
-        advice = getattr(os, name, None)
-        if advice is None:  # macOS
-            return
+    def _advise(self, layer: int, advice: Literal["WILLNEED", "DONTNEED"]) -> None:
         # The mapped pages do not need it: a file that has been moved or deleted keeps them.
         with suppress(OSError):
             for path, start, end in self._spans[layer]:
-                with path.open("rb", buffering=0) as file:
-                    for at in range(start, end, piece_bytes or end - start):
-                        os.posix_fadvise(file.fileno(), at, min(piece_bytes or end, end - at), advice)
+                advise(path, start, end, advice)
 
 
 def _spans(tensors: Sequence[TensorEntry]) -> list[_Span]:

@@ -165,20 +165,32 @@ def allocate_states(optimizer: Any) -> None:
             parameter.grad = None
 
 
+# The releases whose `Optimizer8bit.step` is `_step_of_bitsandbytes`, but for when it waits.
+_STEP_READ_IN = "0.50."
+
+
 def wait_once(optimizer: Any) -> None:
     """Have one of bitsandbytes' optimizers wait for the device once an update, and not after each tensor.
 
     An adapter has hundreds of tensors: the updates of 450 take 5 ms on an H100, and waiting for each of them 80 to 100.
-    They follow each other on one stream all the same. What `Optimizer8bit.step` does was read in bitsandbytes 0.50.
+    They follow each other on one stream all the same. Another release of bitsandbytes than the step was read in keeps
+    its own.
     """
+    import bitsandbytes
+    from bitsandbytes.optim.optimizer import Optimizer8bit
+
     optimizer = getattr(optimizer, "optimizer", optimizer)
-    if all(hasattr(optimizer, name) for name in ("prefetch_state", "update_step", "init_state")):
+    if not isinstance(optimizer, Optimizer8bit) or not bitsandbytes.__version__.startswith(_STEP_READ_IN):
+        return
+    if inspect.unwrap(type(optimizer).step) is inspect.unwrap(Optimizer8bit.step):
         optimizer.step = MethodType(_step_of_bitsandbytes, optimizer)
 
 
 @torch.optim.Optimizer.profile_hook_step
 @torch.no_grad()
 def _step_of_bitsandbytes(optimizer: Any, closure: Any = None) -> Any:
+    from bitsandbytes.optim.optimizer import sync_gpu
+
     loss = None
     if closure is not None:
         with torch.enable_grad():
@@ -197,6 +209,6 @@ def _step_of_bitsandbytes(optimizer: Any, closure: Any = None) -> Any:
             optimizer.prefetch_state(parameter)
             optimizer.update_step(group, parameter, number, index)
             updated = parameter
-    if updated is not None and updated.device.type == "cuda":
-        torch.cuda.synchronize(updated.device)  # paged states may be read by the host
+    if updated is not None:
+        sync_gpu(updated)  # paged states may be read by the host
     return loss
