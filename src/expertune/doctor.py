@@ -21,7 +21,6 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from expertune.config.sections import size
 from expertune.errors import first_line
 from expertune.kernels import gpu, native
 from expertune.kernels.cache import find_cache
@@ -29,6 +28,7 @@ from expertune.kernels.cpu import cpu_instruction_sets
 from expertune.kernels.limits import available_memory, cgroup_share
 from expertune.kernels.threads import usable_cores, waits_passively
 from expertune.placement.device import default_device, resolve_compute_dtype
+from expertune.text import format_size
 
 Status = Literal["ok", "info", "warning", "error"]
 
@@ -164,7 +164,8 @@ def _native_library() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        value = f"{properties.name}, {size(properties.total_memory)}, capability {properties.major}.{properties.minor}"
+        capability = f"capability {properties.major}.{properties.minor}"
+        value = f"{properties.name}, {format_size(properties.total_memory)}, {capability}"
         yield _find("device", f"cuda:{index}", value)
     if not torch.cuda.is_available():
         build = torch.version.cuda or torch.version.hip
@@ -177,7 +178,11 @@ def _devices() -> Iterator[Finding]:
         yield _find("device", "GPU kernels", f"none: {reason}", "warning", advice)
     yield _find("device", "cpu", ", ".join(cpu_instruction_sets()) or "no vector extensions known")
     yield _threads()
-    yield _find("device", "host memory", f"{size(psutil.virtual_memory().total)}, {size(available_memory())} available")
+    yield _find(
+        "device",
+        "host memory",
+        f"{format_size(psutil.virtual_memory().total)}, {format_size(available_memory())} available",
+    )
     library = native.status()
     if library.library is not None:
         yield _find("device", "native kernels", "in use on the CPU")

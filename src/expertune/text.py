@@ -1,4 +1,7 @@
-"""Text from data, made safe to look at: nothing in it moves a cursor, hides text, turns it round or is read as HTML."""
+"""Text from data, made safe to look at: nothing in it moves a cursor, hides text, turns it round or is read as HTML.
+
+And sizes as people read them.
+"""
 
 import unicodedata
 from pathlib import Path
@@ -34,6 +37,13 @@ def shortened(text: str, max_chars: int) -> str:
         return text
     head, tail = 2 * max_chars // 3, max_chars // 3
     return f"{text[:head]} [... {len(text) - head - tail:,} characters ...] {text[-tail:]}"
+
+
+def format_size(num_bytes: int) -> str:
+    """Bytes in decimal units, as memory budgets are written: 24.31 GB, 512 MB."""
+    if num_bytes >= 10**9:
+        return f"{num_bytes / 10**9:.2f} GB"
+    return f"{num_bytes / 10**6:.0f} MB" if num_bytes >= 10**6 else f"{num_bytes / 10**3:.0f} kB"
 
 
 def html_templates(folder: Path) -> Environment:

@@ -83,8 +83,7 @@ def test_layer_for_which_there_is_no_memory_leaves_the_cache_after_its_use_and_i
 def test_layer_that_another_process_may_use_next_stays_in_the_cache(
     files: list[list[TensorEntry]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     leave_memory_for(0, monkeypatch)
     PageCache(files).used(5)
     assert is_cached(files[5][0].shard)

@@ -121,10 +121,3 @@ def _takes_bool(annotation: Any) -> bool:
 
 def _is_mapping(annotation: Any) -> bool:
     return get_origin(annotation) is dict or (isinstance(annotation, type) and issubclass(annotation, Section))
-
-
-def size(num_bytes: int) -> str:
-    """Bytes in decimal units, as memory budgets are written: 24.31 GB, 512 MB."""
-    if num_bytes >= 10**9:
-        return f"{num_bytes / 10**9:.2f} GB"
-    return f"{num_bytes / 10**6:.0f} MB" if num_bytes >= 10**6 else f"{num_bytes / 10**3:.0f} kB"

@@ -11,7 +11,6 @@ from typing import Any, Literal, TypedDict, Unpack
 from expertune.checkpoint.adapter_folder import CONFIG_NAME
 from expertune.checkpoint.json_file import read_mapping
 from expertune.config.arguments import checked
-from expertune.config.sections import size
 from expertune.data.hub import is_hub_name
 from expertune.distributed.processes import require_one_process
 from expertune.errors import ConfigError, ExportError, StorageError, option
@@ -28,6 +27,7 @@ from expertune.run.beside import write_card, write_tokenizer
 from expertune.run.directory import ADAPTER_FOLDER
 from expertune.run.record import RECORD_NAME
 from expertune.storage import SCRATCH, notify_if_it_fails
+from expertune.text import format_size
 
 EXPORTS = "exports"
 """Folder of a run directory where exports go that are not told where to."""
@@ -255,13 +255,13 @@ def _require_room(folder: Path, nbytes: int, to_verify: int) -> None:
     needed, free = nbytes + _ROOM_BYTES - held, shutil.disk_usage(folder).free
     if max(needed, 0) + to_verify <= free:
         return
-    wanted = [f"the export needs {size(needed)}"] if nbytes else []
-    wanted += [f"comparing it needs {size(to_verify)} for a while"] if to_verify else []
+    wanted = [f"the export needs {format_size(needed)}"] if nbytes else []
+    wanted += [f"comparing it needs {format_size(to_verify)} for a while"] if to_verify else []
     leave_out = (
         ", leave the comparison out with --no-verify (verify=False in Python)" if needed <= free and nbytes else ""
     )
     raise StorageError(
-        f"{folder}: {', '.join(wanted)}, and {size(free)} are free; make room{leave_out}"
+        f"{folder}: {', '.join(wanted)}, and {format_size(free)} are free; make room{leave_out}"
         + (f", or choose a folder on another disk with {option('out', 'DIR')}" if nbytes else "")
     )
 

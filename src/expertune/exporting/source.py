@@ -27,7 +27,6 @@ from expertune.checkpoint.recipe import Recipe, read_recipe, recipe_of_folder
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.checkpoint.verified import require_verified
 from expertune.config import LoraSection
-from expertune.config.sections import size
 from expertune.data import TokenizedExample, prepare_examples, settled
 from expertune.errors import CheckpointError
 from expertune.experts import layout
@@ -37,6 +36,7 @@ from expertune.run.base_model import kept_moments
 from expertune.run.context import RunContext
 from expertune.run.directory import INITIAL_ADAPTER, require_kept
 from expertune.run.inference import find_run
+from expertune.text import format_size
 
 # Tokens of a prompt; random ones for each expert of a layer, and in all.
 _LENGTH, _PER_EXPERT, _LEAST, _MOST = 48, 4, 96, 768
@@ -280,7 +280,8 @@ class ExportSource:
         needed = 4 * (2 * self.num_weights + max(parameter.numel() for parameter in self.model.parameters()))
         available = available_memory()
         if needed > available:
-            return f"the comparison needs {size(needed)} of memory, in float32, and {size(available)} are available"
+            needs, has = format_size(needed), format_size(available)
+            return f"the comparison needs {needs} of memory, in float32, and {has} are available"
         return None
 
 

@@ -5,13 +5,13 @@ last again and again, none would be left when its turn comes. So as many layers 
 spread over the model, and each of the others is dropped from the cache after its use.
 """
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from expertune.checkpoint.reader import TensorEntry, advise
-from expertune.distributed.processes import launched
 from expertune.kernels.limits import available_memory
 
 # Of the memory that is free or holds cached files; and layers beside those that stay: one in use, one that is loaded
@@ -48,8 +48,8 @@ class PageCache:
             self._cached.add(layer)
         else:
             self._cached.discard(layer)
-            # Another process of this machine may map the same files, and use the layer next.
-            if launched().world_size == 1:
+            # Where a launcher has started others on this machine, one may map the same files, and use the layer next.
+            if os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":
                 self._advise(layer, "DONTNEED")
 
     def read_ahead(self, layer: int) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from expertune.config import RunConfig
-from expertune.config.sections import size
 from expertune.errors import StorageError
 from expertune.planning.settings import Workload
 from expertune.planning.source import Source
+from expertune.text import format_size
 from expertune.train.arguments import training_argument
 from expertune.train.schedule import checkpoints_at_once
 
@@ -70,7 +70,7 @@ def require_room(disk: Disk, training: Mapping[str, Any], num_examples: int, run
     needed = disk.adapter_bytes + max(count * disk.checkpoint_bytes - held, 0)
     free = shutil.disk_usage(run_dir).free
     if needed > free:
-        sizes = [size(nbytes) for nbytes in (needed, disk.adapter_bytes, disk.checkpoint_bytes, free)]
+        sizes = [format_size(nbytes) for nbytes in (needed, disk.adapter_bytes, disk.checkpoint_bytes, free)]
         raise StorageError(
             f"{run_dir}: the run will write {sizes[0]} here (adapter {sizes[1]}, up to {count} checkpoints of "
             f"{sizes[2]} at once), and {sizes[3]} are free; make room, lower training.save_total_limit, or choose "

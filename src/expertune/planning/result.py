@@ -6,7 +6,6 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from expertune.config.sections import size
 from expertune.errors import DoesNotFitError
 from expertune.notebook.html import as_html
 from expertune.placement import Location
@@ -20,6 +19,7 @@ from expertune.planning.micro_batch import MicroBatch
 from expertune.planning.placement import PlannedPlacement
 from expertune.planning.ranks import RanksPlan
 from expertune.planning.speed import StepTime
+from expertune.text import format_size
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,7 +119,7 @@ class Plan:
         return self
 
     def __repr__(self) -> str:
-        peak, budget = size(self.memory.peak_bytes), size(self.budget_bytes)
+        peak, budget = format_size(self.memory.peak_bytes), format_size(self.budget_bytes)
         return f"Plan({self.model!r}, peak {peak} of {budget}, {'fits' if self.fits else 'does not fit'})"
 
     def _repr_html_(self) -> str:

@@ -8,8 +8,8 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from expertune.config.sections import size
 from expertune.planning.fit import Change, as_lines
+from expertune.text import format_size
 
 if TYPE_CHECKING:
     from expertune.planning.disk import Disk
@@ -85,9 +85,9 @@ def shortfall(plan: "Plan") -> str:
     settings = " ".join(as_lines(plan.changed_settings))
     if smallest <= budget:
         after = "".join(f" after `{change.first}`" for change in plan.what_to_change if change.first)
-        return f"{size(plan.memory.peak_bytes)} of {size(budget)}; it would with {settings}{after}"
+        return f"{format_size(plan.memory.peak_bytes)} of {format_size(budget)}; it would with {settings}{after}"
     how = f"with {settings}" if settings else "as the run file has it"
-    return f"the smallest peak that can be reached is {size(smallest)} of {size(budget)}, {how}"
+    return f"the smallest peak that can be reached is {format_size(smallest)} of {format_size(budget)}, {how}"
 
 
 def _heading(plan: "Plan") -> Table:
@@ -125,7 +125,9 @@ def _time(time: "StepTime") -> str:
         f"which {100 * time.efficiency:.0f} % are expected"
     )
     if time.brought_bytes:
-        line += f"; {size(time.brought_bytes)} are transferred, {_seconds(time.waiting_seconds)} of it not hidden"
+        line += (
+            f"; {format_size(time.brought_bytes)} are transferred, {_seconds(time.waiting_seconds)} of it not hidden"
+        )
     return line
 
 
@@ -136,9 +138,9 @@ def _seconds(seconds: float) -> str:
 
 
 def _disk(disk: "Disk") -> str:
-    parts = [] if disk.download_bytes is None else [f"checkpoint {size(disk.download_bytes)}"]
-    parts += [f"in 4 bits {size(disk.nf4_folder_bytes)}", f"adapter {size(disk.adapter_bytes)}"]
-    return f"{', '.join(parts)}, each saved step {size(disk.checkpoint_bytes)}"
+    parts = [] if disk.download_bytes is None else [f"checkpoint {format_size(disk.download_bytes)}"]
+    parts += [f"in 4 bits {format_size(disk.nf4_folder_bytes)}", f"adapter {format_size(disk.adapter_bytes)}"]
+    return f"{', '.join(parts)}, each saved step {format_size(disk.checkpoint_bytes)}"
 
 
 def _table(*columns: str) -> Table:
@@ -154,13 +156,15 @@ def _memory(plan: "Plan") -> Table:
     memory, table = plan.memory, _table("memory", "bytes", "")
     for name, num_bytes in memory.components.items():
         if num_bytes:
-            table.add_row(_COMPONENTS[name], size(num_bytes), f"exact: {num_bytes:,}" if name in _EXACT else "estimate")
-    table.add_row("peak", size(memory.peak_bytes), _PHASES[memory.phase], style="bold")
+            table.add_row(
+                _COMPONENTS[name], format_size(num_bytes), f"exact: {num_bytes:,}" if name in _EXACT else "estimate"
+            )
+    table.add_row("peak", format_size(memory.peak_bytes), _PHASES[memory.phase], style="bold")
     for phase, num_bytes in memory.totals.items():
         if phase != memory.phase:
-            table.add_row("", f"({size(num_bytes)})", _PHASES[phase], style="dim")
+            table.add_row("", f"({format_size(num_bytes)})", _PHASES[phase], style="dim")
     if memory.host_bytes:
-        table.add_row("beside it, on the host", size(memory.host_bytes), "")
+        table.add_row("beside it, on the host", format_size(memory.host_bytes), "")
     return table
 
 
@@ -172,9 +176,9 @@ def _ranks(ranks: "RanksPlan") -> list[RenderableType]:
     for mode in ranks.modes:
         name, style = mode.distribution.name, "bold" if mode is ranks.chosen else None
         sizes = [mode.experts_bytes, mode.peak_bytes, *[mode.host_bytes] * on_host]
-        holds.add_row(name, *map(size, sizes), "fits" if mode.fits else "too much", style=style)
+        holds.add_row(name, *map(format_size, sizes), "fits" if mode.fits else "too much", style=style)
         times = [short_seconds(mode.link_seconds(link)) for link in ranks.compared]
-        sends.add_row(name, size(mode.traffic.sent_bytes), *times, "", style=style)
+        sends.add_row(name, format_size(mode.traffic.sent_bytes), *times, "", style=style)
     told = "planned, not measured: published rates of links, each for one process alone"
     return [holds, "", sends, Text(told, style="dim")]
 
@@ -187,8 +191,10 @@ def short_seconds(seconds: float) -> str:
 def _verdict(plan: "Plan") -> Text:
     budget, peak = plan.budget_bytes, plan.memory.peak_bytes
     if plan.fits:
-        return Text(f"fits: {size(budget - peak)} of {size(budget)} stay free", style="bold green")
-    return Text(f"does not fit: {size(peak - budget)} more than the {size(budget)} there are", style="bold red")
+        return Text(f"fits: {format_size(budget - peak)} of {format_size(budget)} stay free", style="bold green")
+    return Text(
+        f"does not fit: {format_size(peak - budget)} more than the {format_size(budget)} there are", style="bold red"
+    )
 
 
 @dataclass(frozen=True)
@@ -228,7 +234,7 @@ def _beside(*columns: str) -> Table:
 
 def _gains(change: Change) -> tuple[str, str, str]:
     costs = f"{change.costs}; `expertune quantize` once" if change.first else change.costs
-    return size(change.saves_bytes), size(change.peak_bytes), costs
+    return format_size(change.saves_bytes), format_size(change.peak_bytes), costs
 
 
 def _advice(plan: "Plan") -> list[RenderableType]:
@@ -239,9 +245,9 @@ def _advice(plan: "Plan") -> list[RenderableType]:
     if plan.smallest_peak_bytes > plan.budget_bytes:
         largest = max(plan.memory.components, key=plan.memory.components.__getitem__)
         return [
-            f"No change makes it fit. The smallest peak that can be reached is {size(plan.smallest_peak_bytes)}, with "
-            f"{' '.join(as_lines(plan.changed_settings))}. As planned, most is taken by {largest}: "
-            f"{size(plan.memory.components[largest])}."
+            "No change makes it fit. The smallest peak that can be reached is "
+            f"{format_size(plan.smallest_peak_bytes)}, with {' '.join(as_lines(plan.changed_settings))}. As planned, "
+            f"most is taken by {largest}: {format_size(plan.memory.components[largest])}."
         ]
     it_fits = "With this it fits:" if len(changes) == 1 else "With these together it fits, and with none left out:"
     parts: list[RenderableType] = [_Changes(it_fits, changes)]

@@ -14,14 +14,13 @@ from expertune.checkpoint.context import context_length, read_config
 from expertune.checkpoint.hub import fetch_model
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import RunConfig, apply_overrides, parse_config
-from expertune.config.sections import size
 from expertune.data import TokenizedExamples, prepare_examples
 from expertune.data.preview import preview
 from expertune.planning.devices import Machine
 from expertune.planning.duration import Lengths
 from expertune.planning.plan import plan_for
 from expertune.planning.result import Plan
-from expertune.text import printable
+from expertune.text import format_size, printable
 from expertune.train.schedule import count_steps
 
 _WIDTH = 100
@@ -225,7 +224,7 @@ def _placement(plan: Plan) -> str:
 
 
 def _heading(plan: Plan, before: str | None, out: str) -> list[str]:
-    peak, budget = size(plan.memory.peak_bytes), size(plan.budget_bytes)
+    peak, budget = format_size(plan.memory.peak_bytes), format_size(plan.budget_bytes)
     # Commands are not wrapped, so that they can be copied.
     lines = [f"What it costs:  expertune plan {out}", f"The run:        expertune train {out}"]
     if plan.fits:
