@@ -82,6 +82,13 @@ def test_measuring_finds_one_of_the_token_counts_it_tries() -> None:
     assert routes._measure(torch.float32) in (*routes._TOKENS, routes._NEVER)
 
 
+def test_one_count_that_was_disturbed_while_it_was_measured_does_not_decide_for_larger_ones() -> None:
+    inside = {8: 1.0, 64: 4.0, 512: 3.0, 1024: 6.0}  # at 64 tokens other work ran beside it
+    assert routes._crossover(list(inside), lambda tokens: [3.5, inside[tokens]]) == 1024
+    assert routes._crossover(list(inside), lambda tokens: [7.0, inside[tokens]]) == routes._NEVER
+    assert routes._crossover(list(inside), lambda tokens: [0.5, inside[tokens]]) == 8
+
+
 class TestOnAGpu:
     """What is decided about a GPU, with the device's answers put in: which routes passed, and what was measured."""
 

@@ -25,7 +25,6 @@ from torch import nn
 from expertune.kernels import gpu, native, operators
 from expertune.kernels.cache import cache_folder, read_kept
 from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, gemm_dtype
-from expertune.kernels.nf4 import Nf4Stack
 from expertune.storage import write_text
 
 Route = Literal["fused", "dequant_gemm", "expert_by_expert"]
@@ -39,13 +38,11 @@ EXPERT_BY_EXPERT: Route = "expert_by_expert"
 # tokens.
 _WORKING_SET_BYTES = {"cpu": 2**29, "cuda": 2**31}
 
-# What is tried, in tokens per expert, and a matrix that is large enough not to fit a core's own cache when
-# dequantized.
-_TOKENS = (4, 8, 16, 32, 64, 128, 256, 1024)
+# What is tried, in tokens per expert.
+_TOKENS = (4, 8, 16, 32, 64, 128, 256)
 _GPU_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 2048)
-_MATRIX = (1024, 2048)
 # Changes with how the routes run or are measured: what older code has measured is measured again.
-_MEASURED_HOW = "3"
+_MEASURED_HOW = "4"
 _NEVER = 2**62
 # Where a full device leaves no room to measure: an estimate.
 _UNMEASURED = {"crossover": 384, "gemm": "triton"}
@@ -260,18 +257,18 @@ def _cache_path(dtype: torch.dtype, device: torch.device, threads: int) -> Path:
 
 
 def _measure(dtype: torch.dtype) -> int:
-    """The first number of tokens at which dequantizing first is no slower, or a number that is never reached."""
-    from expertune.kernels.linear import dequant_gemm_forward, fused_forward
+    """The tokens per expert from which on dequantizing first is always faster, or `_NEVER`; of whole expert layers."""
+    from expertune.kernels.expert_mlp import calibrate, dequant_gemm, fused
 
-    generator = torch.Generator().manual_seed(0)
-    weight = Nf4Stack(1, *_MATRIX)
-    weight.write(0, torch.randn(*_MATRIX, generator=generator))
-    for tokens in _TOKENS:
-        x = torch.randn(tokens, _MATRIX[1], generator=generator).to(dtype)
-        dequantized_first, dequantized_inside = _fastest([dequant_gemm_forward, fused_forward], [x, weight.bytes])
-        if dequantized_first <= dequantized_inside:
-            return tokens
-    return _NEVER
+    device = torch.device("cpu")
+
+    def seconds(tokens: int) -> list[float]:
+        return _fastest([calibrate.layer_pass(route, tokens, dtype, device) for route in (dequant_gemm, fused)])
+
+    try:
+        return _crossover(_TOKENS, seconds)
+    finally:
+        calibrate.release(device)
 
 
 def _measure_gpu(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -291,19 +288,33 @@ def _measure_gpu(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
 
     try:
         fastest = min(kinds, key=lambda kind: seconds(kinds[kind], _GPU_TOKENS[-1]))
-        crossing = (tokens for tokens in _GPU_TOKENS if seconds(kinds[fastest], tokens) <= seconds(fused, tokens))
-        return {"crossover": next(crossing, _NEVER), "gemm": fastest}
+        crossover = _crossover(_GPU_TOKENS, lambda tokens: [seconds(kinds[fastest], tokens), seconds(fused, tokens)])
+        return {"crossover": crossover, "gemm": fastest}
     finally:
         calibrate.release(device)
 
 
-def _fastest(runs: Sequence[Callable[..., object]], arguments: Sequence[object], rounds: int = 7) -> list[float]:
+def _crossover(counts: Sequence[int], seconds: Callable[[int], Sequence[float]]) -> int:
+    """The smallest of the ascending counts from which on the first time is the lower one at all of them.
+
+    Not the first count at which it is lower: one count that was disturbed would then decide for all larger ones.
+    """
+    crossover = _NEVER
+    for tokens in reversed(counts):
+        dequantized_first, dequantized_inside = seconds(tokens)
+        if dequantized_first >= dequantized_inside:
+            break
+        crossover = tokens
+    return crossover
+
+
+def _fastest(runs: Sequence[Callable[[], object]], rounds: int = 3) -> list[float]:
     """Seconds of each at its fastest, taken in turn: what else the machine does meanwhile must not decide for good."""
     fastest = [math.inf] * len(runs)
     for round_ in range(rounds + 1):
         for index, run in enumerate(runs):
             started = time.perf_counter()
-            run(*arguments)
+            run()
             if round_:  # the first one warms up
                 fastest[index] = min(fastest[index], time.perf_counter() - started)
     return fastest

@@ -1,18 +1,20 @@
-"""How long an expert layer takes on this GPU, by route: what the crossover between routes is measured from."""
+"""How long an expert layer takes on this device, by route: what the crossover between routes is measured from."""
 
 import statistics
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from expertune.kernels.expert_mlp.grouped import GroupedRoute
+from expertune.kernels.expert_mlp.operator import Route
 from expertune.kernels.expert_mlp.plan import Activation, Chunk, FrozenLayer, Gradients
 from expertune.kernels.nf4 import BLOCK_SIZE, Nf4Bytes
 from expertune.kernels.nf4.reference import NESTED_BLOCK_SIZE
 
-# Experts, hidden and intermediate size: wide enough that tiles fill the device, and 0.2 GB.
-_SHAPE = (8, 4096, 4096)
+# Experts, hidden and intermediate size: on a GPU wide enough that tiles fill it, and 0.2 GB; on a CPU enough not to fit
+# a core's own cache when dequantized.
+_SHAPES = {"cuda": (8, 4096, 4096), "cpu": (2, 1024, 2048)}
 
 
 def random_bytes(num_matrices: int, rows: int, columns: int, device: torch.device, scale: float = 0.02) -> Nf4Bytes:
@@ -34,22 +36,23 @@ def random_bytes(num_matrices: int, rows: int, columns: int, device: torch.devic
 
 @cache
 def _layer(device: torch.device) -> FrozenLayer:
-    experts, hidden_size, size = _SHAPE
+    experts, hidden_size, size = _SHAPES[device.type]
     gate_up = random_bytes(2 * experts, size, hidden_size, device)
     down = random_bytes(experts, hidden_size, size, device)
-    return FrozenLayer(gate_up, down, Activation(_never_called, columnwise=True, swiglu=True))
+    return FrozenLayer(gate_up, down, Activation(_swiglu, columnwise=True, swiglu=True))
 
 
 def release(device: torch.device) -> None:
     """Give back what measuring has held on a device."""
     _layer.cache_clear()
-    with torch.cuda.device(device):
-        torch.cuda.empty_cache()
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.empty_cache()
 
 
-def layer_seconds(route: GroupedRoute, tokens_per_expert: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Median seconds of forward and backward of a layer without adapters, every expert with as many tokens."""
-    layer = _layer(device)
+def layer_pass(route: Route, tokens_per_expert: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+    """Forward and backward of a layer without adapters, every expert with as many tokens."""
+    layer = _layer(device)._replace(dtype=dtype)
     tokens = tokens_per_expert * layer.num_experts // 2
     hidden = torch.randn(tokens, layer.hidden_size, dtype=dtype, device=device)
     index = torch.stack([torch.arange(tokens, device=device) % layer.num_experts for _ in range(2)], dim=1)
@@ -57,12 +60,22 @@ def layer_seconds(route: GroupedRoute, tokens_per_expert: int, dtype: torch.dtyp
     weights = torch.full((tokens, 2), 0.5, device=device)
     chunk, out = Chunk(hidden, index, weights), torch.empty_like(hidden)
     gradients = Gradients(torch.empty_like(hidden), torch.empty_like(weights), [], [])
+
+    def run() -> None:
+        route.forward(chunk, layer, [], [], out)
+        route.backward(hidden, chunk, layer, [], [], gradients)
+
+    return run
+
+
+def layer_seconds(route: Route, tokens_per_expert: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Median seconds of `layer_pass` on a GPU."""
+    run = layer_pass(route, tokens_per_expert, dtype, device)
     seconds = []
     for round_ in range(5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        route.forward(chunk, layer, [], [], out)
-        route.backward(hidden, chunk, layer, [], [], gradients)
+        run()
         end.record()
         end.synchronize()
         if round_ > 1:
@@ -70,5 +83,6 @@ def layer_seconds(route: GroupedRoute, tokens_per_expert: int, dtype: torch.dtyp
     return statistics.median(seconds)
 
 
-def _never_called(gate_up: Tensor) -> Tensor:
-    raise AssertionError("a gated layer's activation is in the kernel")
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
