@@ -16,6 +16,7 @@ from tests.distributed.test_replicated import (
     FEW,
     FOUR,
     FULL_DISK,
+    LONGER,
     NOT_FINITE,
     NOT_TOGETHER,
     ONE,
@@ -162,7 +163,9 @@ def jobs(budget: int) -> dict[str, list[str]]:
         "two by two": train(4, "mesh", [*FOUR, *PARALLEL, *TASK, "distributed.expert_parallel_size=2"], {3: TIMEOUTS}),
         "quantize": command(1, ["quantize", "mixtral", "nf4"]),
         "from the disk": train(2, "disk", ["model=nf4", *TWO, *PARALLEL, "placement=disk"], {0: VERIFIED, 1: VERIFIED}),
-        "half": train(2, "half", ["model=nf4", *TWO, *PARALLEL, "training.max_steps=2", f"memory_budget={budget}"]),
+        "half": train(
+            2, "half", ["model=nf4", *TWO, LONGER, *PARALLEL, "training.max_steps=2", f"memory_budget={budget}"]
+        ),
         "damage": [DAMAGED],
         "damaged": train(2, "hurt", ["model=damaged", *TWO, *PARALLEL]),
         "two, back": back_to_step_2("mixtral-2", "two-one"),
