@@ -43,7 +43,19 @@ def test_estimate_of_a_resumed_run_counts_its_own_steps() -> None:
     clock.now = 8.0
     estimate.update(92, 100)
     assert estimate.seconds == 32.0
-    clock.now = 100.0
+    clock.now = 39.0
+    assert estimate.seconds == 1.0
+
+
+def test_estimate_that_is_used_up_before_the_end_says_nothing_rather_than_no_time() -> None:
+    clock = Clock()
+    estimate = Estimate(256, clock=clock)
+    clock.now = 20.0
+    estimate.update(128, 256)
+    assert estimate.words == "about 20 s left"
+    clock.now = 41.0
+    assert estimate.words == ""
+    estimate.update(256, 256)
     assert estimate.seconds == 0.0
 
 

@@ -56,11 +56,12 @@ class Estimate:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds that are left; None before anything has been done."""
+        """Seconds that are left; None before anything has been done, and once they have passed without an end."""
         if self._done <= self._first:
             return None
         each = (self._updated - self._began) / (self._done - self._first)
-        return max(0.0, each * (self.total - self._done) - (self._clock() - self._updated))
+        left = each * (self.total - self._done) - (self._clock() - self._updated)
+        return left if left > 0 else None if self._done < self.total else 0.0
 
     @property
     def words(self) -> str:
