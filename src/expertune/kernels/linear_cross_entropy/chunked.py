@@ -110,11 +110,12 @@ def forward(
             d_hidden_TD[rows_n] = dx_nD.to(d_hidden_TD.dtype)
 
     d_a = [gradient.to(factor.dtype) for gradient, factor in zip(d_a, head.a, strict=False)]
-    d_b = [
-        gradient.to(factor.dtype, memory_format=torch.contiguous_format, copy=True)
-        for gradient, factor in zip(d_b_VR.split(ranks, dim=1), head.b, strict=True)
-        if update_gradients
-    ]
+    d_b = []
+    if update_gradients:
+        d_b = [
+            gradient.to(factor.dtype, memory_format=torch.contiguous_format, copy=True)
+            for gradient, factor in zip(d_b_VR.split(ranks, dim=1), head.b, strict=True)
+        ]
     return losses_N, d_hidden_TD, d_a, d_b, d_own
 
 
