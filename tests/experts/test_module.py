@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from expertune.experts import layout
-from expertune.experts.module import Nf4Experts
+from expertune.experts.module import Nf4Experts, keep_inner
+from expertune.kernels.expert_mlp.plan import kept_bytes_per_routed_token
 from tests.experts.families import build_experts, experts_classes, from_matrices, random_routing
 
 
@@ -135,3 +136,23 @@ def test_copied_experts_hold_tensors_of_their_own() -> None:
     torch.testing.assert_close(experts(hidden, index, weights), original(hidden, index, weights), rtol=1e-5, atol=1e-5)
     moved = copied(hidden, index, weights) - original(hidden, index, weights)
     torch.testing.assert_close(moved, weights.sum(1, keepdim=True).expand(5, 64), rtol=1e-4, atol=1e-4)
+
+
+def test_as_many_layers_as_asked_for_keep_what_their_first_gemm_gave_and_copies_do_too() -> None:
+    model = torch.nn.ModuleList(Nf4Experts(build_experts("MixtralExperts")) for _ in range(3))
+
+    def keeping() -> list[bool]:
+        return [module.layer.keeps for module in copy.deepcopy(model)]
+
+    assert keeping() == [False, False, False]
+    keep_inner(model, 2)
+    assert keeping() == [True, True, False]
+    keep_inner(model, 1)
+    assert keeping() == [True, False, False]
+    keep_inner(model, 4)
+    assert keeping() == [True, True, True]
+
+
+def test_bytes_that_a_routed_token_keeps_are_those_of_all_parts_in_the_tokens_dtype() -> None:
+    assert kept_bytes_per_routed_token(7168, 2, torch.float32) == 57_344
+    assert kept_bytes_per_routed_token(7168, 1, torch.bfloat16) == 14_336

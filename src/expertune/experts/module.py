@@ -251,6 +251,22 @@ def experts_passed_by(model: nn.Module) -> Iterator[None]:
             module.passed_by = False
 
 
+def keep_inner(model: nn.Module, num_layers: int) -> None:
+    """Have a model's first expert layers keep what their first GEMM gave from forward for backward.
+
+    A layer that keeps it is spared that GEMM in backward, for
+    `expertune.kernels.expert_mlp.plan.kept_bytes_per_routed_token`; the others compute it again. Gradients in float32
+    are the same to the last bit; in 16 bits what is kept is rounded to them once.
+
+    Args:
+        model: with or without adapters.
+        num_layers: of the expert layers in the model's order, how many; all where there are not as many.
+    """
+    experts = [module for module in model.modules() if isinstance(module, Nf4Experts)]
+    for number, module in enumerate(experts):
+        module.layer.keeps = number < num_layers
+
+
 def holds_experts(model: nn.Module) -> bool:
     """Whether a model has 4-bit experts."""
     return any(isinstance(module, Nf4Experts) for module in model.modules())

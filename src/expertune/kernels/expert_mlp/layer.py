@@ -33,6 +33,10 @@ class ExpertLayer:
         name: the layer's name in its model. Two live layers of one name are told apart by a number.
         settings: how the GEMMs run.
         handle: acquires the layer's offloaded weights; None where they stay on the device.
+
+    Attributes:
+        keeps: forward keeps what its first GEMM gave until backward, which then does not compute it again; see
+            `expertune.experts.module.keep_inner`.
     """
 
     def __init__(
@@ -43,9 +47,10 @@ class ExpertLayer:
         handle: LayerHandle | None = None,
     ) -> None:
         self.activation, self.settings, self.handle = activation, settings, handle
+        self.keeps = False
         self._asked_for = name
         self.name = register(self, name)
 
-    def __reduce__(self) -> tuple[type["ExpertLayer"], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[type["ExpertLayer"], tuple[Any, ...], dict[str, bool]]:
         # A copy is found under a name of its own.
-        return ExpertLayer, (self.activation, self._asked_for, self.settings, self.handle)
+        return ExpertLayer, (self.activation, self._asked_for, self.settings, self.handle), {"keeps": self.keeps}

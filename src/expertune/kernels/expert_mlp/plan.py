@@ -191,6 +191,14 @@ def bytes_per_gained_token(hidden_size: int, intermediate_size: int, num_parts: 
     return 4 * (num_parts * intermediate_size + 2 * hidden_size)
 
 
+def kept_bytes_per_routed_token(intermediate_size: int, num_parts: int, dtype: torch.dtype) -> int:
+    """Bytes that a layer which keeps what its first GEMM gave holds until backward, for each routed token.
+
+    `dtype` is that of the tokens.
+    """
+    return num_parts * intermediate_size * dtype.itemsize
+
+
 def chunk_tokens(layer: FrozenLayer, top_k: int, dropped: bool, working_set_bytes: int, gain: bool = False) -> int:
     """Tokens that are worked on at once; at least one."""
     device = layer.down.packed.device.type
