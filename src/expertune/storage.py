@@ -26,6 +26,9 @@ BESIDE = ".tmp"
 SCRATCH = ".scratch-"
 """How folders begin that are needed for a while; in the folder that is written, where the next export finds them."""
 
+# Where huggingface_hub keeps a file of a repository.
+_IN_CACHE = re.compile(r"/models--([^/]+)/snapshots/([^/]+)/(.+)$")
+
 _REMEDY = {
     errno.ENOSPC: "make room on this disk",
     errno.EDQUOT: "make room within your quota on this disk",
@@ -40,6 +43,18 @@ _REMEDY = {
 # torch's archive writer names neither file nor reason; Rust ends its messages with the system's number.
 _OF_TORCH = re.compile(r"inline_container\.cc|PytorchStreamWriter|iostream error")
 _OF_RUST = re.compile(r"\(os error (\d+)\)")
+
+
+def how_to_replace(path: Path) -> str:
+    """What to do about a damaged file of a model, as the end of a message.
+
+    The hub's client takes what lies in its cache as it is, so that giving the same command again would not help there.
+    """
+    cached = _IN_CACHE.search(path.as_posix())
+    if cached is None:
+        return "copy it again from where it came"
+    repository, revision, name = cached[1].replace("--", "/", 1), cached[2], cached[3]
+    return f"download it again: `hf download {repository} {name} --revision {revision} --force-download`"
 
 
 @contextmanager

@@ -18,14 +18,14 @@ PHASES = {
     "gradients": ("expertune.train.exchange", "Exchange.average_gradients", 3),
     "evaluation": ("expertune.evaluation.held_out", "HeldOut.figures", 2),
     "answers": ("expertune.evaluation.held_out", "HeldOut.score", 2),
-    "checkpoint": ("expertune.train.promises", "states_of_all", 2),
-    "random states": ("expertune.train.promises", "gather_files", 2),
+    "checkpoint": ("expertune.train.saving", "states_of_all", 2),
+    "random states": ("expertune.train.saving", "gather_files", 2),
     "adapter": ("expertune.api", "write_adapter", 1),
     "summary": ("expertune.api", "peak_memory_bytes", 1),
 }
 OF_RANK_0 = {
-    "sealing": ("expertune.train.promises", "seal", 2),
-    "publishing": ("expertune.train.promises", "publish", 2),
+    "sealing": ("expertune.train.saving", "seal", 2),
+    "publishing": ("expertune.train.saving", "publish", 2),
 }
 KILLED = """
 import importlib

@@ -127,13 +127,13 @@ with next(pathlib.Path("damaged").glob("*.safetensors")).open("r+b") as file:
     file.write(b"damage")
 """
 KILLED_SAVING = """
-from expertune.train import promises
+from expertune.train import saving
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
-gather = promises.states_of_all
+gather = saving.states_of_all
 def gather_once(*args, **kwargs):
     return die() if os.path.exists("killed/checkpoint-2") else gather(*args, **kwargs)
-promises.states_of_all = gather_once
+saving.states_of_all = gather_once
 """
 TIMEOUTS = """
 from expertune.distributed.parallel import ExpertParallel

@@ -128,10 +128,10 @@ History.on_step_begin = on_step_begin
 """
 FULL_DISK = """
 import errno
-from expertune.train import promises
+from expertune.train import saving
 def seal(folder):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "manifest.json"))
-promises.seal = seal
+saving.seal = seal
 """
 OTHER_VERSION = """
 import importlib.metadata

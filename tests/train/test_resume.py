@@ -15,7 +15,7 @@ from expertune import finetune, load_config
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError
 from expertune.run.record import RunRecord
-from expertune.train import checkpoints, promises
+from expertune.train import checkpoints, saving
 from expertune.train.checkpoints import MANIFEST_NAME, STAGING_NAME, find_resume_point, seal, verify
 from tests.processes import run_program
 from tests.train.conftest import nine_steps
@@ -64,11 +64,11 @@ import os, shutil, signal
 from pathlib import Path
 from expertune import api
 from expertune.cli import main
-from expertune.train import promises
+from expertune.train import saving
 from expertune.train.callbacks import History
 
 run = Path(os.environ["RUN"])
-end_step, seal, publish = History.on_step_end, promises.seal, promises.publish
+end_step, seal, publish = History.on_step_end, saving.seal, saving.publish
 
 def keep(moment):
     if not run.with_name(moment).exists():
@@ -94,7 +94,7 @@ def publish_staged(staged, to):
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 
-History.on_step_end, promises.seal, promises.publish, api.summary_figure = on_step_end, seal_staged, publish_staged, die
+History.on_step_end, saving.seal, saving.publish, api.summary_figure = on_step_end, seal_staged, publish_staged, die
 main()
 """
 MOMENTS = {
@@ -234,7 +234,7 @@ def test_resume_from_checkpoints_without_optimizer_state_is_refused(
 ) -> None:
     run_values["training"] |= {"save_only_model": True, "max_steps": 2, "save_steps": 1, "eval_strategy": "no"}
     config, run_dir = parse_config(run_values), tmp_path / "run"
-    monkeypatch.setattr(promises, "publish", lambda *where: (checkpoints.publish(*where), interrupt())[0])
+    monkeypatch.setattr(saving, "publish", lambda *where: (checkpoints.publish(*where), interrupt())[0])
     with pytest.raises(KeyboardInterrupt):
         finetune(config)
     run = RunRecord.load(run_dir)["run"]
@@ -265,7 +265,7 @@ def test_resume_has_each_evaluation_once_where_epochs_end_after_their_checkpoint
     whole = finetune(parse_config(run_values | {"output_dir": str(tmp_path / "whole")}))
     assert [step for step, _ in whole.record["eval"]["loss"]] == [0, 5, 7]
 
-    monkeypatch.setattr(promises, "publish", lambda *where: (checkpoints.publish(*where), interrupt())[0])
+    monkeypatch.setattr(saving, "publish", lambda *where: (checkpoints.publish(*where), interrupt())[0])
     with pytest.raises(KeyboardInterrupt):
         finetune(parse_config(run_values))
     monkeypatch.undo()

@@ -12,7 +12,7 @@ from expertune import finetune
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError, DataError, ExpertuneError
 from expertune.run.record import RunRecord
-from expertune.train import promises
+from expertune.train import saving
 from expertune.train.checkpoints import MANIFEST_NAME, find_resume_point, seal
 from tests.train.conftest import nine_steps
 from tests.train.scarce import adapter_bytes
@@ -193,7 +193,7 @@ def test_best_checkpoint_that_is_damaged_before_the_end_stops_the_run_which_resu
     best_first: Path, small_mixtral: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = reopened(best_first, tmp_path / "run")
-    publish = promises.publish
+    publish = saving.publish
 
     def publish_and_damage(staged: Path, to: Path) -> Path:
         damage(to / "checkpoint-3")
@@ -201,7 +201,7 @@ def test_best_checkpoint_that_is_damaged_before_the_end_stops_the_run_which_resu
 
     values = best_values(small_mixtral, rows_file, run_dir)
     with monkeypatch.context() as patch:
-        patch.setattr(promises, "publish", publish_and_damage)
+        patch.setattr(saving, "publish", publish_and_damage)
         with pytest.raises(CheckpointError, match=r"the best checkpoint cannot be taken .*checkpoint-3: damaged"):
             finetune(parse_config(values), resume=True)
     assert RunRecord.load(run_dir)["run"]["status"] == "stopped"

@@ -8,7 +8,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import PreTrainedModel
 
 from expertune.adapt.base_model import require_every_layer, require_same_base
-from expertune.adapt.factors import PerExpert, leaves
+from expertune.adapt.factors import PerExpert
 from expertune.adapt.file_layout import sparse_layout, stock_layout
 from expertune.adapt.files import (
     FURTHER_SETTINGS,
@@ -22,6 +22,7 @@ from expertune.adapt.files import (
 from expertune.adapt.internals import is_refused
 from expertune.adapt.layout_trial import StockLayout
 from expertune.adapt.live import LiveAdapter, live_held, live_ranks, without_adapters
+from expertune.adapt.patterns import leaves
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.reachability import reachable_modules
 from expertune.adapt.stock.config import exact_names

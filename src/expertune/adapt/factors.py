@@ -2,30 +2,28 @@
 
 Two layouts hold experts. Per expert, under the checkpoint's own names: `...experts.3.w1.lora_A.weight`. Fused, as PEFT
 on transformers 5 holds a stack of experts: `...experts.base_layer.lora_A.weight` [E * r, in] and `.lora_B.weight`
-[out, E * r] for the first stack, `...experts.lora_A.weight` and `.lora_B.weight` for the second. A is expert-major
-and B rank-major (`ParamWrapper.get_delta_weight` of PEFT 0.21): [E, r, in] and [out, r, E]. Separate gate and up are
-exact there at twice the rank, with a B that is block-diagonal.
+[out, E * r] for the first stack, `...experts.lora_A.weight` and `.lora_B.weight` for the second; see `adapt/stacks.py`.
 
 Shape suffixes: E experts, r rank.
 """
 
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from expertune.adapt.patterns import expert_pattern, settings
+from expertune.adapt.scales import scale_in_file
+from expertune.adapt.stacks import separate, unfuse
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import Rank
 from expertune.errors import CheckpointError
 from expertune.experts import layout
 from expertune.experts.contract import ExpertsSpec
-
-_T = TypeVar("_T")
 
 PREFIX = "base_model.model."
 _FACTORS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
@@ -289,42 +287,6 @@ class PerExpert:
         return targeted[0] if len(targeted) == 1 or stem.endswith(".base_layer") else spec.weight_names[1]
 
 
-def settings(default: Rank, rslora: bool, ranks: Mapping[str, Rank]) -> dict[str, Any]:
-    """Keys of a run file's `lora:` section: the default rank and alpha, and what differs from them by pattern."""
-    return {
-        "r": default.rank,
-        "alpha": default.alpha,
-        "rslora": rslora,
-        "rank_pattern": {name: rank.rank for name, rank in ranks.items() if rank.rank != default.rank},
-        "alpha_pattern": {name: rank.alpha for name, rank in ranks.items() if rank.alpha != default.alpha},
-    }
-
-
-def by_pattern(
-    names: NameMap, modules: Mapping[str, _T], experts: Mapping[str, Mapping[str, _T]]
-) -> dict[str, tuple[str, _T]]:
-    """What there is for each module, and for each projection of experts, by a pattern of the names on disk.
-
-    Args:
-        names: the base model's name map.
-        modules: by live name of a linear or a router.
-        experts: by experts module and projection.
-
-    Returns:
-        A pattern -> one of the names that it fits, and what there is for them.
-    """
-    found = {re.escape(names.on_disk(live)): (names.on_disk(live), each) for live, each in modules.items()}
-    for module, projections in experts.items():
-        for projection, each in projections.items():
-            found[expert_pattern(names, module, projection)] = (names.expert_on_disk(module, 0, projection), each)
-    return found
-
-
-def expert_pattern(names: NameMap, module: str, projection: str) -> str:
-    """A pattern of the names on disk that one projection of all experts of a module has."""
-    return rf"{re.escape(names.on_disk(module))}\.\d+\.{names.projection_names[projection]}"
-
-
 def split_key(key: str) -> tuple[str, str]:
     """The module's name in a tensor's name, and which factor it is: A, B, M for a magnitude, or nothing."""
     key = key.removesuffix(".weight") if key.endswith(f"{MAGNITUDE}.weight") else key
@@ -332,96 +294,3 @@ def split_key(key: str) -> tuple[str, str]:
         if key.endswith(ending):
             return key.removesuffix(ending).removeprefix(PREFIX), factor
     return key, ""
-
-
-def scale_in_file(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """What PEFT multiplies an update by: alpha / r, or alpha / sqrt(r) with rsLoRA; the first fitting pattern wins."""
-    alpha = first_match(config.get("alpha_pattern") or {}, [name], config["lora_alpha"])
-    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-
-
-def first_match(patterns: Mapping[str, Any], names: Sequence[str], default: Any) -> Any:
-    """The value of the first pattern that fits one of a module's names, as PEFT fits them (`get_pattern_key`)."""
-    fitting = (value for name in names for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
-    return next(fitting, default)
-
-
-def fuse(spec: ExpertsSpec, weight: str, pairs: Sequence[tuple[Tensor, Tensor]], rank: int) -> tuple[Tensor, Tensor]:
-    """A and B of a stack as PEFT holds them, from the factors of its projections.
-
-    Args:
-        spec: of the experts module.
-        weight: which of `spec.weight_names`.
-        pairs: for each of its projections A [E, r, in] and B [E, out, r]; ranks may differ.
-        rank: of the result; each projection has an equal share of it, filled up with zeros.
-
-    Returns:
-        A [E * rank, in] and B [out of all projections, E * rank].
-    """
-    share = rank // len(pairs)
-    a = torch.cat([pad(part, share, dim=1) for part, _ in pairs], dim=1)
-    columns = [
-        torch.nn.functional.pad(part, (index * share, rank - index * share - part.shape[2]))
-        for index, (_, part) in enumerate(pairs)
-    ]
-    # Output features first, [out, E, rank]: the family's order is one of output features.
-    wide = max((part.dtype for part in columns), key=lambda dtype: dtype.itemsize)
-    b = layout.join_rows(spec, weight, [part.to(wide).transpose(0, 1) for part in columns])
-    return a.reshape(-1, a.shape[2]), b.transpose(1, 2).reshape(b.shape[0], -1)
-
-
-def unfuse(spec: ExpertsSpec, weight: str, a: Tensor, b: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The way back: A [E, rank, in], which all projections share, and for each B [E, out, rank]; views where possible.
-
-    Args:
-        spec: of the experts module.
-        weight: which of `spec.weight_names`.
-        a: [E * rank, in].
-        b: [out of all projections, E * rank].
-    """
-    stacked = a.reshape(spec.num_experts, -1, a.shape[1])
-    features = b.reshape(b.shape[0], -1, spec.num_experts)
-    return stacked, [part.permute(2, 0, 1) for part in layout.split_rows(spec, weight, features)]
-
-
-def separate(a: Tensor, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Factors of each projection from a stack's: its own share of the rank where B is block-diagonal, else all of A."""
-    share = a.shape[1] // len(parts)
-    blocks = [slice(index * share, (index + 1) * share) for index in range(len(parts))]
-
-    def is_own(part: Tensor, block: slice) -> bool:
-        return not part[:, :, : block.start].any() and not part[:, :, block.stop :].any()
-
-    if a.shape[1] % len(parts) or not all(is_own(part, block) for part, block in zip(parts, blocks, strict=True)):
-        yield from ((a, part) for part in parts)
-    else:
-        yield from ((a[:, block], part[:, :, block]) for part, block in zip(parts, blocks, strict=True))
-
-
-def pad(tensor: Tensor, size: int, dim: int) -> Tensor:
-    """Zeros after the end of a dimension; nothing is copied where none are needed."""
-    if tensor.shape[dim] >= size:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = size - tensor.shape[dim]
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
-
-
-def dtype_in_file(dtype: torch.dtype, factor: float) -> torch.dtype:
-    """The dtype of B with a scale in it: float32 where its own would round the scale off."""
-    return dtype if math.frexp(factor)[0] == 0.5 or dtype.itemsize >= 4 else torch.float32
-
-
-def fold(b: Tensor, factor: float) -> Tensor:
-    """B with a scale in it, rounded once, to `dtype_in_file`."""
-    return b if factor == 1 else (b.double() * factor).to(dtype_in_file(b.dtype, factor))
-
-
-def unfold(b: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    """The way back; exact for powers of two, and where `fold` widened the dtype."""
-    return b.to(dtype) if factor == 1 else (b.double() / factor).to(dtype)
-
-
-def leaves(modules: Iterable[str]) -> list[str]:
-    """Last parts of names, sorted: what PEFT's `target_modules` lists."""
-    return sorted({name.rpartition(".")[2] for name in modules})

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from expertune.adapt.factors import by_pattern, first_match, leaves
 from expertune.adapt.layout_trial import NotReadError, StockLayout, Twin, adapted_stacks
+from expertune.adapt.patterns import by_pattern, first_match, leaves
 from expertune.checkpoint.meta import build_twin
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import ResolvedTargets

@@ -26,7 +26,8 @@ from peft.utils.transformers_weight_conversion import (
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from expertune.adapt.factors import PREFIX, fuse
+from expertune.adapt.factors import PREFIX
+from expertune.adapt.stacks import fuse
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.errors import first_line

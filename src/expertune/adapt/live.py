@@ -13,10 +13,12 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from expertune.adapt.factors import MAGNITUDE, PREFIX, Factors, PerExpert, dtype_in_file, fold, fuse, pad, unfold
+from expertune.adapt.factors import MAGNITUDE, PREFIX, Factors, PerExpert
 from expertune.adapt.file_layout import sparse_layout, stock_layout
 from expertune.adapt.files import LIVE_NAME
 from expertune.adapt.layout_trial import StockLayout
+from expertune.adapt.scales import dtype_in_file, fold, unfold
+from expertune.adapt.stacks import fuse, pad
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import Rank, ResolvedTargets
 from expertune.checkpoint.writer import Outgoing, write_tensors

@@ -20,8 +20,9 @@ from typing import Any, Literal
 
 import torch
 
-from expertune.adapt.factors import PREFIX, Factors, dtype_in_file, fold, stacked
+from expertune.adapt.factors import PREFIX, Factors, stacked
 from expertune.adapt.files import write_adapter
+from expertune.adapt.scales import dtype_in_file, fold
 from expertune.checkpoint.json_file import read_config
 from expertune.checkpoint.quantize import config_dtype
 from expertune.checkpoint.writer import Outgoing

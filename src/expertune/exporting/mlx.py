@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from expertune.adapt.factors import dtype_in_file, fold, pad
+from expertune.adapt.scales import dtype_in_file, fold
+from expertune.adapt.stacks import pad
 from expertune.checkpoint.convert import revert_all
 from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.writer import Outgoing, write_tensors

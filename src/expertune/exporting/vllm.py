@@ -21,10 +21,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from expertune.adapt.factors import PREFIX, Factors, leaves, stacked
+from expertune.adapt.factors import PREFIX, Factors, stacked
 from expertune.adapt.files import Origin, stock_config, write_adapter
 from expertune.adapt.layout_trial import StockLayout
 from expertune.adapt.live import pair_in_file, stack_in_file
+from expertune.adapt.patterns import leaves
 from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.writer import Outgoing
 from expertune.errors import ExportError

@@ -6,10 +6,15 @@ norm over all gradients is computed at every step anyway, and is finite only whe
 
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from expertune.distributed.mesh import Ranks
+from expertune.errors import NonFiniteGradientError
+from expertune.train.checkpoints import last_good_checkpoint
 
 _MAX_NAMED = 3
 _MAX_EXAMPLES = 8
@@ -71,3 +76,24 @@ def bad_step(what: str, step: int, places: list[str], last_good: str) -> str:
         f"{what} in step {step}{on}; {last_good}. Look at these examples, or start a new run with a lower "
         "training.learning_rate, if you like from this adapter by lora.init_from"
     )
+
+
+def require_finite_weights(model: nn.Module, ranks: Ranks, step: int, run_dir: str | Path) -> None:
+    """Refuse to keep an adapter that holds a NaN: finite gradients may still have been divided by zero.
+
+    Args:
+        model: what is trained.
+        ranks: the processes of the run; of experts that are shared out each has its own, and all have to stop.
+        step: the step that was taken last.
+        run_dir: the run directory, for the last good checkpoint.
+
+    Raises:
+        NonFiniteGradientError: names the weights, the step and the last good checkpoint.
+    """
+    of_ranks = ranks.gather(not_finite(trained_weights_of(model)))
+    if names := list(dict.fromkeys(name for of_rank in of_ranks for name in of_rank)):
+        raise NonFiniteGradientError(
+            f"the update of step {step} left weights that are not finite ({in_words(names)}); "
+            f"{last_good_checkpoint(run_dir)}. Start a new run with a lower learning_rate and the optimizer's own "
+            "training.adam_epsilon"
+        )

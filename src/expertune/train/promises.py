@@ -7,24 +7,19 @@ Several processes replicate the model, and their gradients are averaged when all
 DistributedDataParallel would do so inside of backward, where a rank that runs out of memory leaves the others waiting,
 and no step could be run again.
 
-These private methods of Trainer are overridden, each for want of a public one. Their signatures, and where the training
-loop calls them, were read from transformers 5.20 to 5.24; `tests/train/test_promises.py` fails on a release that
-changes either.
+Two private methods of Trainer are overridden here, and those that write in `train/saving.py`, each for want of a public
+one. Their signatures, and where the training loop calls them, were read from transformers 5.20 to 5.24;
+`tests/train/test_promises.py` fails on a release that changes either.
 
-==================  ===================================================================================
-`_run_epoch`        no callback can keep an epoch from taking a first step where none is left
-`_get_grad_norm`    the norm of the gradients is not handed to `on_pre_optimizer_step`
-`_save_checkpoint`  `on_save` comes after files have their final names and old checkpoints are deleted
-`_get_output_dir`   the directory that `_save_checkpoint` writes to
-`_save_rng_state`   of several processes each would write a file; one writes them all
-`_load_best_model`  no callback comes before the best checkpoint is loaded
-==================  ===================================================================================
+================  ===================================================================================
+`_run_epoch`      no callback can keep an epoch from taking a first step where none is left
+`_get_grad_norm`  the norm of the gradients is not handed to `on_pre_optimizer_step`
+================  ===================================================================================
 """
 
 import math
-import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,27 +27,18 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerControl
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import TrainerControl
 
 from expertune.data.split import Batch
 from expertune.distributed.mesh import Ranks
-from expertune.errors import CheckpointError, ConfigError, NonFiniteGradientError, NonFiniteLossError, option
+from expertune.errors import CheckpointError, ConfigError, NonFiniteGradientError, NonFiniteLossError
 from expertune.experts.balance import RouterLosses
 from expertune.experts.module import in_lockstep
 from expertune.objectives.figures import Figures
-from expertune.storage import storage_errors_named
 from expertune.train.arguments import use_one_gpu
 from expertune.train.callbacks import BestCheckpointHere, History, OwnRandomness, RandomState
-from expertune.train.checkpoints import (
-    STAGING_NAME,
-    find_resume_point,
-    last_good_checkpoint,
-    publish,
-    seal,
-    verify,
-)
-from expertune.train.exchange import Exchange, gather_files, write_adapter
+from expertune.train.checkpoints import find_resume_point, last_good_checkpoint
+from expertune.train.exchange import Exchange
 from expertune.train.expert_load import LOAD_FIGURES, ExpertLoad, add_tokens
 from expertune.train.finite import (
     bad_step,
@@ -61,13 +47,14 @@ from expertune.train.finite import (
     is_lowered_by_scaler,
     norm_of_gradients,
     not_finite,
-    trained_weights_of,
+    require_finite_weights,
 )
 from expertune.train.neftune import noisy_embeddings
 from expertune.train.offload import activations_on_host
 from expertune.train.oom import OutOfMemory
 from expertune.train.optim import make_optimizer, wait_once
-from expertune.train.own_states import load_own_states, states_of_all
+from expertune.train.own_states import load_own_states
+from expertune.train.saving import WholeCheckpoints
 
 
 class Evaluation(Protocol):
@@ -106,7 +93,7 @@ class Promised:
     router_losses: RouterLosses | None = None
 
 
-class Promises(Trainer):
+class Promises(WholeCheckpoints):
     """The mixin; it comes before the trainer's class among the bases.
 
     Args:
@@ -120,8 +107,6 @@ class Promises(Trainer):
         self.evaluation, self.place_of, self.ranks = promised.evaluation, promised.place_of, promised.ranks
         self._loraplus_lr_ratio = promised.loraplus_lr_ratio
         self.figures = promised.figures
-        self.best_loaded: str | None = None
-        self._staging: Path | None = None
         self._step_examples: list[int] = []
         self._stands_by = False
         self._summed: tuple[str, ...] = ()  # further series that are a step's sum over ranks
@@ -171,8 +156,8 @@ class Promises(Trainer):
         noise = noisy_embeddings(self.model, self.args.neftune_noise_alpha)
         with self.oom.reraise(), self.expert_load.watching(self.model), noise:
             result = super().train(resume_from_checkpoint, **kwargs)
-        self._require_finite_weights()
-        self.ranks.on_main(self._drop_old_checkpoints)  # a run that was killed after its last checkpoint has not
+        require_finite_weights(self.model, self.ranks, self.state.global_step, self.args.output_dir)
+        self.ranks.on_main(self.drop_old_checkpoints)  # a run that was killed after its last checkpoint has not
         return result
 
     def training_step(
@@ -268,31 +253,6 @@ class Promises(Trainer):
         random_state.restore()  # an evaluation must not change what dropout drops
         return metrics
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter alone: transformers would also pickle all arguments, with the hub's token if there is one."""
-        folder = Path(output_dir or self.args.output_dir)
-        write_adapter(self.model, folder, self.ranks)
-        if self.processing_class is not None:
-            self.ranks.on_main(lambda: self.processing_class.save_pretrained(folder))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    @property
-    def adapter_origin(self) -> dict[str, Any]:
-        """Which state of training the adapter is, now that training has ended.
-
-        Returns:
-            `step`; `checkpoint`, `metric` and `value` of the best evaluation where its checkpoint was loaded, or None.
-        """
-        if self.best_loaded is None:
-            return {"step": self.state.global_step, "checkpoint": None, "metric": None, "value": None}
-        return {
-            "step": self.state.best_global_step,
-            "checkpoint": self.best_loaded,
-            "metric": str(self.args.metric_for_best_model).removeprefix("eval_"),
-            "value": self.state.best_metric,
-        }
-
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # the checkpoint that was resumed has taken all steps
             self.control.should_training_stop = True
@@ -303,34 +263,6 @@ class Promises(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         self._require_finite_gradients(model, norm)
         return norm
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.ranks.several:
-            self._write_checkpoint(model, trial)  # which all take part in, so that one cannot start it again
-        else:
-            # Written to a directory beside and renamed, so that it can be written again from its start.
-            self.oom.retry("checkpoint", lambda: self._write_checkpoint(model, trial))
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        if self.ranks.several:
-            gather_files(super()._save_rng_state, Path(output_dir), self.ranks)
-        else:
-            super()._save_rng_state(output_dir)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _load_best_model(self) -> None:
-        best = Path(self.state.best_model_checkpoint)
-        try:
-            verify(best)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"the best checkpoint cannot be taken as the run's result: {error}. {option('resume')} takes "
-                "the steps since the checkpoint before it again"
-            ) from None
-        super()._load_best_model()
-        self.best_loaded = best.name
 
     def _forward_and_backward(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
@@ -382,62 +314,8 @@ class Promises(Trainer):
             self.history.add(name, figure)
         add_tokens(self.history.expert_tokens, self.state.global_step + 1, tokens)
 
-    def _require_finite_weights(self) -> None:
-        """Refuse to keep an adapter that holds a NaN: finite gradients may still have been divided by zero."""
-        # Of experts that are shared out each rank has its own, and all have to stop.
-        of_ranks = self.ranks.gather(not_finite(trained_weights_of(self.model)))
-        if names := list(dict.fromkeys(name for of_rank in of_ranks for name in of_rank)):
-            step = self.state.global_step
-            raise NonFiniteGradientError(
-                f"the update of step {step} left weights that are not finite ({in_words(names)}); "
-                f"{last_good_checkpoint(self.args.output_dir)}. Start a new run with a lower learning_rate and "
-                "the optimizer's own training.adam_epsilon"
-            )
-
-    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._require_finite_weights()
-        run_dir = Path(self.args.output_dir)
-        self._staging = run_dir / STAGING_NAME
-        self.ranks.on_main(self._drop_staging)
-        try:
-            whole = nullcontext() if self.args.save_only_model else self._states_of_all()
-            with storage_errors_named(self._staging), whole:  # while what was written is there to look at
-                super()._save_checkpoint(model, trial)
-            staged = self._staging / f"checkpoint-{self.state.global_step}"
-            best = self.state.best_model_checkpoint
-            if best is not None and Path(best) == staged:
-                self.state.best_model_checkpoint = str(run_dir / staged.name)
-                self.ranks.on_main(lambda: self.state.save_to_json(str(staged / "trainer_state.json")))
-            self.ranks.wait()  # all have come as far
-            self.ranks.on_main(partial(_publish, staged, run_dir))
-        finally:
-            self.ranks.on_main(self._drop_staging)
-            self._staging = None
-        self.ranks.on_main(self._drop_old_checkpoints)
-        self.ranks.wait()
-
-    def _states_of_all(self) -> AbstractContextManager[None]:
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
-        return states_of_all(self.model, optimizer, here=self.ranks.writes)
-
-    def _drop_staging(self) -> None:
-        if self._staging is not None:
-            shutil.rmtree(self._staging, ignore_errors=True)
-
-    def _drop_old_checkpoints(self) -> None:
-        rotate_checkpoints(
-            output_dir=self.args.output_dir,
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-        )
-
     def _name_bad_step(self, what: str, examples: list[int]) -> str:
         last = last_good_checkpoint(self.args.output_dir)
         if last.endswith(f"checkpoint-{self.state.global_step}"):
             last += " (the weights that this step began with)"
         return bad_step(what, self.state.global_step + 1, [self.place_of(example) for example in examples], last)
-
-
-def _publish(staged: Path, run_dir: Path) -> None:
-    seal(staged)
-    publish(staged, run_dir)

@@ -7,7 +7,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from expertune.adapt.factors import by_pattern, leaves, settings
+from expertune.adapt.patterns import by_pattern, leaves, settings
 from expertune.adapt.stock.targets import StockTargets
 from expertune.checkpoint.adapter_folder import CONFIG_NAME
 from expertune.checkpoint.names import NameMap

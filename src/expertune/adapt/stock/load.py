@@ -14,8 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from expertune.adapt.factors import PREFIX, AdapterFactors, Factors, read_factors, split_key, stacked, unfold
+from expertune.adapt.factors import PREFIX, AdapterFactors, Factors, read_factors, split_key, stacked
 from expertune.adapt.live import LiveAdapter, base_of, call_arguments, names_of
+from expertune.adapt.scales import unfold
 from expertune.adapt.stock.config import StockLoraConfig
 from expertune.adapt.stock.inject import refuse_hotswap
 from expertune.adapt.stock.targets import rank_by_patterns

@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from expertune.adapt.factors import PREFIX, dtype_in_file, fold, pad, split_key
+from expertune.adapt.factors import PREFIX, split_key
 from expertune.adapt.files import write_adapter
 from expertune.adapt.layout_trial import StockLayout
 from expertune.adapt.live import LiveAdapter, base_of, call_arguments, names_of
+from expertune.adapt.scales import dtype_in_file, fold
+from expertune.adapt.stacks import pad
 from expertune.adapt.stock.config import StockLoraConfig
 from expertune.checkpoint.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
 from expertune.checkpoint.json_file import read_mapping

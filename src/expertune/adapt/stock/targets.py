@@ -15,8 +15,8 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
-from expertune.adapt.factors import first_match
 from expertune.adapt.internals import is_excluded, with_all_linear
+from expertune.adapt.patterns import first_match
 from expertune.adapt.reachability import is_weight_used_alone
 from expertune.checkpoint.linears import is_linear
 from expertune.checkpoint.names import NameMap
