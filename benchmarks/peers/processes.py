@@ -93,6 +93,7 @@ class Driver:
     def close(self) -> None:
         """End the process by closing its stdin; kill it where that does not help."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._stop_timer()
         with suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -101,6 +102,7 @@ class Driver:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._process.stdout.close()
         self._errors.close()
 
     def _stop_timer(self) -> None:
