@@ -2,7 +2,14 @@
 
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from expertune.checkpoint.hub import fetch_model
 from expertune.errors import CheckpointError
@@ -40,8 +47,32 @@ def test_name_that_is_neither_folder_nor_hub_id_is_reported_so(model: str) -> No
 
 
 def test_hub_model_that_cannot_be_reached_says_what_to_do() -> None:
-    with pytest.raises(CheckpointError, match=r"no folder of this name here.*Give the path of a local copy"):
+    with pytest.raises(
+        CheckpointError, match=r"no folder of this name here.*\(HF_HUB_OFFLINE is set, .*Give the path of a local copy"
+    ):
         fetch_model("no-such-owner/no-such-model")
+
+
+@pytest.mark.parametrize(
+    ("refusal", "reason"),
+    [
+        (GatedRepoError, "its owner grants access, and has not granted it to you"),
+        (RepositoryNotFoundError, "it has no such repository, or shows it to others only"),
+        (RevisionNotFoundError, "the repository has no such revision"),
+        (LocalEntryNotFoundError, "there is no connection to it, and its cache on this machine does not have it"),
+        (PermissionError, "PermissionError: no words"),
+    ],
+)
+def test_what_the_hubs_client_says_is_put_into_words(
+    refusal: type[Exception], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise refusal.__new__(refusal, "no words")  # what the hub's own errors want besides is an HTTP response
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(CheckpointError, match=rf"the hub did not give it \({reason}\)"):
+        fetch_model("owner/name")
 
 
 FETCH = """

@@ -102,6 +102,24 @@ def test_truncated_file_is_refused_with_the_tensor_that_is_cut(tmp_path: Path) -
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("folder", "fix"),
+    [
+        ("model", "copy it again from where it came$"),
+        (
+            "hub/models--owner--a-name/snapshots/0123abc",
+            "`hf download owner/a-name model.safetensors --revision 0123abc --force-download`$",
+        ),
+    ],
+)
+def test_damaged_file_of_the_hubs_cache_has_the_command_that_replaces_it(folder: str, fix: str, tmp_path: Path) -> None:
+    path = tmp_path / folder / "model.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match=fix):
+        open_checkpoint(path.parent)
+
+
 def test_file_that_shrinks_after_its_header_was_read_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(64)}, path)

@@ -48,6 +48,24 @@ def test_a_folder_without_a_record_is_no_run_folder(run, tmp_path, command):
     assert err == f"expertune: error: {tmp_path}: no record.json here; is it a run directory?\n"
 
 
+@pytest.mark.parametrize(
+    ("holds", "message"),
+    [
+        (None, "no such folder; give one that `expertune export` has written"),
+        ("notes.txt", "no verification.json here; give one that `expertune export` has written"),
+        ("record.json", "a run directory; an export of it is verified: `expertune export {} --to FORMAT` writes one"),
+    ],
+)
+def test_what_is_no_export_is_not_verified(run, tmp_path, holds, message):
+    folder = tmp_path / "folder"
+    if holds:
+        folder.mkdir()
+        (folder / holds).touch()
+    code, out, err = run("verify", str(folder))
+    assert (code, out) == (2, "")
+    assert err.startswith(f"expertune: error: {folder}: {message.format(folder)}")
+
+
 @pytest.mark.parametrize("prompt", ["", "  \n"])
 def test_an_empty_prompt_is_refused(run, run_dir, prompt):
     code, out, err = run("generate", run_dir, "--prompt", prompt)

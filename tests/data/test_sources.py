@@ -221,6 +221,7 @@ def test_hub_name_without_a_connection_is_one_clear_error():
     )
     said = run_program(code).out  # in which the hub is out of reach, as in all tests
     assert "databricks/databricks-dolly-15k:train: neither a local file nor a dataset" in said
+    assert "(HF_HUB_OFFLINE is set, and its cache on this machine does not have it)" in said
     assert "hf download --repo-type dataset databricks/databricks-dolly-15k" in said
     assert len(said.strip().split("\n")) == 1
 

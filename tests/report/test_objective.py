@@ -67,6 +67,13 @@ def test_summary_shows_the_objective_and_its_figures_at_any_width(dpo_record, wi
     assert max(map(len, text.splitlines())) <= width
 
 
+@pytest.mark.parametrize(("margin", "said"), [(0.0, True), (-0.5, False)])
+def test_summary_says_that_an_accuracy_of_zero_is_one_of_ties(dpo_record, margin, said):
+    dpo_record["train"] |= {"rewards/accuracies": [[1, 0.0], [2, 1.0]], "rewards/margins": [[1, margin], [2, 0.5]]}
+    text = " ".join(on_terminal(dpo_record, 60).split())
+    assert ("reward accuracy 0.000 at step 1 (all pairs tie), 1.000 at step 2" in text) is said
+
+
 def test_card_says_what_the_adapter_was_tuned_with(dpo_record):
     dpo_record["train"]["loss"], dpo_record["task"] = [[1, 0.69]], {}
     values = {"model": "m", "data": {"train": "t.jsonl"}, "output_dir": "o", "objective": "dpo"}

@@ -107,6 +107,7 @@ def test_a_pass_of_minutes_without_a_terminal_is_told_every_ten_seconds_and_late
     said = written.getvalue().splitlines()
     assert said[:2] == ["evaluation: 0/300 examples, 10 s so far", "evaluation: 0/300 examples, 20 s so far"]
     assert said[-1] == "evaluation: 0/300 examples, 1 h 0 min so far"
+    assert len(set(said)) == len(said)
     assert 60 < len(said) < 90
 
 

@@ -79,9 +79,31 @@ def find_folder(
         raise error(f"model {model}: neither a folder here nor a hub id of the form owner/name") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as refused:
         raise error(
-            f"model {model}: no folder of this name here, and the hub did not give {what} ({first_line(refused)}). "
+            f"model {model}: no folder of this name here, and the hub did not give {what} ({hub_reason(refused)}). "
             f"Give the path of a local copy{note}, or go online (and log in with `hf auth login` for a gated model)"
         ) from None
+
+
+def hub_reason(error: Exception) -> str:
+    """Why the hub gave nothing, for people; its client's own words where it is none of the usual reasons."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        return "its owner grants access, and has not granted it to you"
+    if isinstance(error, RepositoryNotFoundError):
+        return "it has no such repository, or shows it to others only"
+    if isinstance(error, RevisionNotFoundError):
+        return "the repository has no such revision"
+    if isinstance(error, LocalEntryNotFoundError | ConnectionError):
+        cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "there is no connection to it"
+        return f"{cause}, and its cache on this machine does not have it"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def fetch_headers(model: str, revision: str | None) -> tuple[dict[str, tuple[int, ...]], int] | None:

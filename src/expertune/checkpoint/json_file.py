@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from expertune.errors import CheckpointError, ConfigError, ExpertuneError
+from expertune.storage import how_to_replace
 
 # The index of the largest published model has 10 MB.
 _MAX_BYTES = 256 * 2**20
@@ -27,7 +28,7 @@ _LARGEST = (
 def read_mapping(
     path: Path,
     error: type[ExpertuneError] = CheckpointError,
-    fix: str = "download it again",
+    fix: str | None = None,
     max_bytes: int = _MAX_BYTES,
 ) -> dict[str, Any]:
     """The content of a JSON file that holds a mapping.
@@ -35,12 +36,13 @@ def read_mapping(
     Args:
         path: the file.
         error: what is raised.
-        fix: the end of the message.
+        fix: the end of the message; None says how to have it again from where it came.
         max_bytes: a larger file is refused unread.
 
     Raises:
         ExpertuneError: no such file, or it is too large, no JSON, nested too deeply, or no mapping; names it.
     """
+    fix = fix or how_to_replace(path)
     try:
         if not path.is_file():
             raise error(f"{path}: no such file; {fix}")
@@ -70,14 +72,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder}: no config.json here; is it a model folder?")
     values = read_mapping(path, ConfigError, max_bytes=_MAX_CONFIG_BYTES)
     if "model_type" in values and not isinstance(values["model_type"], str):
-        raise ConfigError(f"{path}: model_type is {values['model_type']!r}, which is no name; download it again")
+        raise ConfigError(f"{path}: model_type is {values['model_type']!r}, which is no name; {how_to_replace(path)}")
     _require_sane(path, values)
     return values
 
 
 def _require_sane(path: Path, values: dict[str, Any], depth: int = 0) -> None:
     if depth > 20:
-        raise ConfigError(f"{path}: damaged: sections are nested too deeply; download it again")
+        raise ConfigError(f"{path}: damaged: sections are nested too deeply; {how_to_replace(path)}")
     for key, value in values.items():
         if isinstance(value, dict):
             _require_sane(path, value, depth + 1)

@@ -25,6 +25,7 @@ from expertune.checkpoint.json_file import read_mapping
 from expertune.errors import CheckpointError
 from expertune.kernels.huge_pages import ask_for_huge_pages
 from expertune.kernels.limits import available_memory
+from expertune.storage import how_to_replace
 
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100 * 2**20
@@ -147,7 +148,9 @@ class TensorEntry:
             while filled < len(view):
                 count = file.readinto(view[filled:])
                 if not count:
-                    raise CheckpointError(f"{self.shard}: the file ends inside tensor {self.key}; download it again")
+                    raise CheckpointError(
+                        f"{self.shard}: the file ends inside tensor {self.key}; {how_to_replace(self.shard)}"
+                    )
                 filled += count
 
 
@@ -275,12 +278,12 @@ def read_header(shard: Path) -> dict[str, TensorEntry]:
         if entry.start + entry.nbytes > size:
             raise CheckpointError(
                 f"{shard}: truncated: tensor {short(entry.key)} ends at byte {entry.start + entry.nbytes}, the file "
-                f"has {size}; download it again"
+                f"has {size}; {how_to_replace(shard)}"
             )
         if entry.nbytes and entry.start < end:
             raise CheckpointError(
-                f"{shard}: the header is damaged: tensors {short(before)} and {short(entry.key)} share bytes; download "
-                "it again"
+                f"{shard}: the header is damaged: tensors {short(before)} and {short(entry.key)} share bytes; "
+                f"{how_to_replace(shard)}"
             )
         if entry.nbytes:
             end, before = entry.start + entry.nbytes, entry.key
@@ -301,23 +304,27 @@ def _parse_header(shard: Path) -> tuple[dict[str, Any], int, int]:
     """The header's JSON, the byte at which the data begins, and the file's size."""
     try:
         if shard.exists() and not shard.is_file():  # a pipe would never end
-            raise CheckpointError(f"{shard}: not a file; download it again")
+            raise CheckpointError(f"{shard}: not a file; {how_to_replace(shard)}")
         size = shard.stat().st_size
         with shard.open("rb") as file:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-                raise CheckpointError(f"{shard}: not a safetensors file, or its header is cut off; download it again")
+                raise CheckpointError(
+                    f"{shard}: not a safetensors file, or its header is cut off; {how_to_replace(shard)}"
+                )
             header = json.loads(file.read(length), object_pairs_hook=_no_key_twice)
         if not isinstance(header, dict):
             raise ValueError("not a mapping of tensors")
         return header, 8 + length, size
     except FileNotFoundError:
-        raise CheckpointError(f"{shard}: shard is missing; download it again") from None
+        raise CheckpointError(f"{shard}: shard is missing; {how_to_replace(shard)}") from None
     except OSError as error:
         raise CheckpointError(f"{shard}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{shard}: the safetensors header is damaged ({error}); download it again") from None
+        raise CheckpointError(
+            f"{shard}: the safetensors header is damaged ({error}); {how_to_replace(shard)}"
+        ) from None
 
 
 def _entry(shard: Path, key: str, value: Any, data_start: int) -> TensorEntry:
@@ -328,13 +335,13 @@ def _entry(shard: Path, key: str, value: Any, data_start: int) -> TensorEntry:
             raise ValueError(f"shape and offsets {str(value)[:100]}")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{shard}: the header of tensor {short(key)} is damaged or of unknown dtype ({str(error)[:200]}); download "
-            "it again"
+            f"{shard}: the header of tensor {short(key)} is damaged or of unknown dtype ({str(error)[:200]}); "
+            f"{how_to_replace(shard)}"
         ) from None
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise CheckpointError(
-            f"{shard}: tensor {short(key)} of shape {shape} and {dtype} cannot lie in {end - begin} bytes; download it "
-            "again"
+            f"{shard}: tensor {short(key)} of shape {shape} and {dtype} cannot lie in {end - begin} bytes; "
+            f"{how_to_replace(shard)}"
         )
     return TensorEntry(key, shard, dtype, shape, data_start + begin, end - begin)
 
@@ -362,11 +369,11 @@ def read_weight_map(folder: Path) -> dict[str, str]:
         return {}
     weight_map = read_mapping(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: damaged: its weight_map names no tensors; download it again")
+        raise CheckpointError(f"{path}: damaged: its weight_map names no tensors; {how_to_replace(path)}")
     for key, name in weight_map.items():
         if not isinstance(name, str) or not _is_file_name(name):
             raise CheckpointError(
-                f"{path}: tensor {short(key)} lies in {repr(name)[:100]}, which is no file name; download it again"
+                f"{path}: tensor {short(key)} lies in {repr(name)[:100]}, which is no file name; {how_to_replace(path)}"
             )
     return weight_map
 

@@ -210,7 +210,9 @@ class OpenShards:
             self._headers[shard] = read_header(path)
             self._opened(shard, path)
         if key not in self._headers[shard]:
-            raise CheckpointError(f"{shard}: tensor {key} is missing, though the index names it; download it again")
+            raise CheckpointError(
+                f"{shard}: tensor {key} is missing, though the index names it; copy or download it again"
+            )
         return self._headers[shard][key]
 
     def keep_only(self, shards: set[str]) -> None:

@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from expertune.errors import DataError, first_line
+from expertune.checkpoint.hub import hub_reason
+from expertune.errors import DataError
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+){0,2}")
 
@@ -55,7 +56,7 @@ class HubRows:
     def _error(self, error: Exception) -> DataError:
         return DataError(
             f"{self._name}: neither a local file nor a dataset that the hub gave us "
-            f"({type(error).__name__}: {first_line(error)}). Without a connection, bring the examples as a file: on a "
+            f"({hub_reason(error)}). Without a connection, bring the examples as a file: on a "
             f"connected machine run `hf download --repo-type dataset {self._dataset_name} --local-dir rows`, copy the "
             "folder here, and set data.train or data.eval to the .jsonl, .json, .csv or .parquet file in it"
         )

@@ -55,7 +55,15 @@ def require_export(folder: Path) -> Path:
     Raises:
         ExportError: there is none.
     """
+    from expertune.run.record import RECORD_NAME
+
     path = folder / VERIFICATION
-    if not path.is_file():
-        raise ExportError(f"{folder}: no {VERIFICATION} here; give a folder that `expertune export` has written")
-    return path
+    if path.is_file():
+        return path
+    if (folder / RECORD_NAME).is_file():
+        raise ExportError(
+            f"{folder}: a run directory; an export of it is verified: `expertune export {folder} --to FORMAT` writes "
+            "one and runs it in its engine"
+        )
+    what = f"no {VERIFICATION} here" if folder.is_dir() else "no such folder"
+    raise ExportError(f"{folder}: {what}; give one that `expertune export` has written")

@@ -18,7 +18,7 @@ from expertune.checkpoint.reader import TensorEntry, read_header
 from expertune.errors import CheckpointError, ExportError
 from expertune.exporting.additions import Addition
 from expertune.exporting.magnitudes import scale_rows
-from expertune.storage import write_whole
+from expertune.storage import how_to_replace, write_whole
 
 _BLOCK_BYTES = 2**20
 _BLOCKS_BEHIND = 16
@@ -145,5 +145,7 @@ def _fill(source: BinaryIO, view: memoryview) -> None:
     while filled < len(view):
         count = source.readinto(view[filled:])  # type: ignore[attr-defined]
         if not count:
-            raise CheckpointError(f"{source.name}: the file ends before its tensors do; download it again")
+            raise CheckpointError(
+                f"{source.name}: the file ends before its tensors do; {how_to_replace(Path(source.name))}"
+            )
         filled += count

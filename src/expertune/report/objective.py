@@ -41,6 +41,15 @@ def loss_unit(record: Record) -> str:
     return f"per {'token' if at(record, 'data', 'train', 'train_on') == 'all' else 'answer token'} (nats)"
 
 
+def all_tie(train: Record) -> bool:
+    """Whether all pairs of a run's first step have two answers of one reward: the model is its own reference there.
+
+    No chosen answer has the higher reward then, which is an accuracy of 0, and not one that is worse than chance.
+    """
+    first = [points_of(train.get(name)) for name in ("rewards/accuracies", "rewards/margins")]
+    return all(points and points[0][1] == 0 for points in first)
+
+
 def held_out_figures(record: Record) -> list[tuple[Figure, Any, Any]]:
     """The objective's figures on evaluation examples: (figure, before, after), None where one is not known.
 

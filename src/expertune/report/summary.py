@@ -10,7 +10,7 @@ from rich.text import Text
 
 from expertune.evaluation.metrics import shown_figures
 from expertune.evaluation.objective_figures import OBJECTIVES, shown_objective_figures
-from expertune.report.objective import held_out_figures, objective_of
+from expertune.report.objective import all_tie, held_out_figures, objective_of
 from expertune.report.values import PLANNED_PHASES, duration, selected_experts
 from expertune.run.progress import in_words
 from expertune.text import printable
@@ -79,7 +79,8 @@ def _figures(record: Mapping[str, Any]) -> Table:
     for each in shown_objective_figures(train):
         (first, figure), (last, final) = train[each.name][0], train[each.name][-1]
         reached = f", {final:.3f} at step {last}" if len(train[each.name]) > 1 else ""
-        table.add_row(each.label, f"{figure:.3f} at step {first}{reached}, on training examples")
+        tied = " (all pairs tie)" if each.name == "rewards/accuracies" and all_tie(train) else ""
+        table.add_row(each.label, f"{figure:.3f} at step {first}{tied}{reached}, on training examples")
     if (processes := train.get("processes", 1)) > 1:
         sharing = train.get("processes_sharing_experts", 1)
         of_groups = "which" if sharing == processes else f"of which groups of {sharing}"

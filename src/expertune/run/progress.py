@@ -78,6 +78,12 @@ def in_words(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def _so_far(seconds: float) -> str:
+    """A time that has passed: to the second as long as several lines may follow each other in a minute."""
+    whole = int(seconds)
+    return f"{whole // 60} min {whole % 60} s so far" if 60 <= whole < 600 else f"{in_words(seconds)} so far"
+
+
 class Bars:
     """All that is under way at one time on one console.
 
@@ -234,7 +240,7 @@ class Bar:
         if 0 < self._total <= self._done:
             return ""
         seconds = self._bars.clock() - self._began
-        left = self.estimate.words or f"{in_words(seconds)} so far"
+        left = self.estimate.words or _so_far(seconds)
         return ", ".join(filter(None, [how_far(self._what, self._done, self._total, self._unit), self._figures, left]))
 
     def update(self, done: int, total: int, figures: str = "", what: str = "") -> None:

@@ -42,7 +42,9 @@ def parts_of(keys: Sequence[str]) -> dict[str, dict[str, str]]:
         name = key.removesuffix(_BLOCKS)
         if name != key:
             if name + _SCALES not in known:
-                raise CheckpointError(f"tensor {key} has no {name + _SCALES} beside it; download the checkpoint again")
+                raise CheckpointError(
+                    f"tensor {key} has no {name + _SCALES} beside it; copy or download the checkpoint again"
+                )
             parts[name] = {"blocks": key, "scales": name + _SCALES}
     return parts
 
