@@ -93,6 +93,15 @@ def test_table_of_ten_runs_cuts_no_name_and_no_figure_in_a_narrow_terminal(
     assert all(any(name in line for line in lines) for name in compared.names)
 
 
+@pytest.mark.parametrize("width", range(40, 100, 4))
+def test_each_line_of_a_comparison_names_its_run_in_any_terminal(width: int, run_record: dict[str, Any]) -> None:
+    lines = shown(compare([("first", run_record), ("second", run_record)]), width).splitlines()
+    assert max(map(len, lines)) <= width
+    named = [line.split()[0] for line in lines if line.split() and line.split()[0] in ("first", "second")]
+    assert named == ["first", "second"] * (len(named) // 2)
+    assert named
+
+
 def test_figures_stay_beside_their_units_on_a_terminal_of_eighty_columns(run_record: dict[str, Any]) -> None:
     compared = compare(sweep(run_record, 2))
     time = next(column for column in compared.cost if column.label == "time")

@@ -31,6 +31,9 @@ _MOST_SETTINGS = 5
 
 _WIDEST = 10_000
 
+# Columns of a terminal that a run's name has at least.
+_NAME_WIDTH = 12
+
 
 @dataclass(frozen=True)
 class Column:
@@ -166,7 +169,8 @@ def _table(
     comparison: Comparison, settings: list[str], columns: list[Column], padding: int = 2, no_wrap: bool = False
 ) -> Table:
     table = Table(box=None, pad_edge=False, header_style="", padding=(0, padding, 0, 0))
-    table.add_column("run", overflow="fold")
+    longest = max(len(printable(name)) for name in comparison.names)
+    table.add_column("run", overflow="fold", min_width=min(longest, _NAME_WIDTH))  # what folds is measured as nothing
     for header in short_keys(settings).values():
         table.add_column(printable(header), overflow="fold")
     for column in columns:
