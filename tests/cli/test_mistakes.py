@@ -132,6 +132,13 @@ def test_each_command_explains_itself(run, command):
     assert all(line in " ".join(out.split()) for line in EXAMPLES[command])
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_lines_of_a_help_text_break_where_the_terminal_ends(command):
+    paragraphs = typer.main.get_command(app).commands[command].help.split("\n\n")
+    assert paragraphs
+    assert not any("\n" in paragraph for paragraph in paragraphs)
+
+
 @pytest.mark.parametrize("line", [line for lines in EXAMPLES.values() for line in lines])
 def test_examples_of_the_help_are_taken_by_the_command_that_they_name(line):
     words = shlex.split(line.rpartition("| ")[2].partition(" > ")[0])

@@ -8,6 +8,8 @@ mistake or a bad run file answers at once.
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from inspect import cleandoc
 from typing import Annotated, Any
 
 import typer
@@ -89,5 +91,11 @@ def _options(
     pass
 
 
+def _help(command: Callable[..., None]) -> str:
+    """A command's docstring in paragraphs of one line: the terminal breaks them where it ends."""
+    paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
+
+
 for _command in (init, plan, data, train, evaluate, generate, chat, quantize, export, verify, report, compare, doctor):
-    app.command(epilog=epilog(_command.__name__))(_command)
+    app.command(help=_help(_command), epilog=epilog(_command.__name__))(_command)

@@ -22,7 +22,11 @@ def quantize(
     ] = None,
     fit: Annotated[
         Literal["absmax", "mse", "calibrated"] | None,
-        typer.Option(help="How scales are chosen: by the largest magnitude (the default), or by the least error."),
+        typer.Option(
+            metavar="FIT",
+            help="How scales are chosen: absmax, by the largest magnitude (the default); mse, by the least error; or "
+            "calibrated, by the least error of what a run's inputs make of it.",
+        ),
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="For --fit calibrated: calibration.safetensors of a run.")
@@ -35,7 +39,10 @@ def quantize(
     ] = None,
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
-        typer.Option(help="Of what stays unquantized; auto keeps each tensor's own."),
+        typer.Option(
+            metavar="DTYPE",
+            help="Of what stays unquantized: bfloat16, float16 or float32; auto keeps each tensor's own.",
+        ),
     ] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -100,7 +107,11 @@ def export(
     ] = None,
     base: Annotated[
         Literal["source", "dequantized"],
-        typer.Option(help="Weights of a merged model: the checkpoint's, or those that the adapter was trained beside."),
+        typer.Option(
+            metavar="WEIGHTS",
+            help="Of a merged model: source, the checkpoint's; or dequantized, those that the adapter was trained "
+            "beside.",
+        ),
     ] = "source",
     type_: Annotated[
         str | None, typer.Option("--type", metavar="TYPE", help="Numbers of a GGUF file: f32, f16, bf16 or q8_0.")

@@ -38,7 +38,8 @@ def evaluate(
     run_dir: RunDir,
     adapter: Adapter = None,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="Examples to answer for the task's metric, or of each of TASKS.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Examples to answer for the task's metric, or of each of TASKS."),
     ] = None,
     base_only: BaseOnly = False,
     tasks: Annotated[

@@ -93,7 +93,7 @@ def plan(
 def data(
     run: RunFile,
     overrides: Overrides = None,
-    examples: Annotated[int, typer.Option(min=0, help="How many examples of each source to show.")] = 3,
+    examples: Annotated[int, typer.Option(metavar="N", min=0, help="How many examples of each source to show.")] = 3,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     verbose: Verbose = False,
