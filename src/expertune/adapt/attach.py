@@ -19,6 +19,7 @@ from expertune.adapt.files import (
     read_adapter_base,
     settings_of,
 )
+from expertune.adapt.first_factors import take_first_away
 from expertune.adapt.internals import is_refused
 from expertune.adapt.layout_trial import StockLayout
 from expertune.adapt.live import LiveAdapter, live_held, live_ranks, without_adapters
@@ -102,6 +103,8 @@ def attach(
     if adopted is not None:
         file, plain = adopted
         LiveAdapter(loaded.model, loaded.names, adapter_name).load(plain, file.live)
+    elif lora.init == "pissa":
+        take_first_away(loaded.model, adapter_name)
     return model
 
 
@@ -147,7 +150,7 @@ def expected_layout(model: PreTrainedModel, lora: LoraSection) -> StockLayout:
     Raises:
         ConfigError, CheckpointError: see `attach`.
     """
-    names = read_names(model)
+    names, lora = read_names(model), lora.in_files
     modules = {name for name, module in model.named_modules() if is_linear(module) and not is_refused(model, name)}
     lora, targets = expected_targets(model, names, lora, modules | names.specs.keys())
     if any(

@@ -24,6 +24,7 @@ from expertune.checkpoint.targets import Rank
 from expertune.errors import CheckpointError
 from expertune.experts import layout
 from expertune.experts.contract import ExpertsSpec
+from expertune.kernels.lora import beyond
 
 PREFIX = "base_model.model."
 _FACTORS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
@@ -74,7 +75,7 @@ def stacked(experts: Sequence[Factors]) -> Factors:
 def difference(now: AdapterFactors, began: AdapterFactors) -> AdapterFactors:
     """What an adapter has learned beyond where it began: factors of twice the rank, of the scale that it has.
 
-    PEFT does the same for `path_initial_model_for_weight_conversion`.
+    PEFT writes as much for `path_initial_model_for_weight_conversion`, by other factors (see `beyond`).
 
     Args:
         now: the trained factors.
@@ -82,8 +83,8 @@ def difference(now: AdapterFactors, began: AdapterFactors) -> AdapterFactors:
     """
 
     def of(pair: Factors, first: Factors) -> Factors:
-        b = torch.cat([pair.b, first.b * (-first.scale / pair.scale)], dim=1)
-        return pair._replace(a=torch.cat([pair.a, first.a]), b=b)
+        a, b = beyond(pair.a, pair.b, first.a, first.b * (first.scale / pair.scale))
+        return pair._replace(a=a, b=b)
 
     experts = {
         module: {

@@ -48,6 +48,7 @@ _COPIES = (".base_layer.weight", "lm_head.weight", "embed_tokens.weight")
 
 def settings_of(lora: LoraSection) -> dict[str, Any]:
     """What of a run file's section an adapter's files keep, as plain values; see `read_adapter_settings`."""
+    lora = lora.in_files
     without = {"init"} if lora.init == "default" else set()
     further = lora.model_dump(include=set(FURTHER_SETTINGS) - without, exclude_none=True)
     return {key: getattr(lora, key) for key in SETTINGS} | further
@@ -213,6 +214,11 @@ def read_adapter_settings(folder: str | Path) -> dict[str, Any] | None:
         key = ".".join(map(str, problem["loc"]))[:60]
         path = Path(folder) / WEIGHTS_NAME
         raise CheckpointError(f"{path}: its settings are damaged at {key}: {problem['msg']}") from None
+    if further.init == "pissa":
+        raise CheckpointError(
+            f"{Path(folder) / WEIGHTS_NAME}: its settings are damaged at init: files of lora.init: pissa hold an "
+            "ordinary adapter"
+        )
     values |= {key: getattr(further, key) for key in FURTHER_SETTINGS if key in values}
     named = {"lora_alpha": values["alpha"], "use_rslora": values["rslora"]}
     require_valid_config(Path(folder) / WEIGHTS_NAME, values | named)

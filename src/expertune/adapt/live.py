@@ -16,16 +16,23 @@ from torch import Tensor, nn
 from expertune.adapt.factors import MAGNITUDE, PREFIX, Factors, PerExpert
 from expertune.adapt.file_layout import sparse_layout, stock_layout
 from expertune.adapt.files import LIVE_NAME
+from expertune.adapt.first_factors import WithFirst, first_factors
 from expertune.adapt.layout_trial import StockLayout
 from expertune.adapt.scales import dtype_in_file, fold, unfold
 from expertune.adapt.stacks import fuse, pad
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import Rank, ResolvedTargets
 from expertune.checkpoint.writer import Outgoing, write_tensors
+from expertune.config.lora import alpha_of_twice_the_rank
 from expertune.errors import CheckpointError, ConfigError
 from expertune.experts.contract import ExpertsSpec
 from expertune.experts.layout import fused_projections
 from expertune.experts.lora import ExpertsLora, Held, Ranks, projection_of, stack_name
+from expertune.kernels.lora import beyond
+
+
+# Of factors B that lie beside a file; those that end in lora_B are what the file has, to the bit.
+_TRAINED_B = "trained_B"
 
 
 def names_of(model: nn.Module) -> NameMap:
@@ -106,6 +113,9 @@ class LivePair(NamedTuple):
         b: [out, r], the same.
         scale: what the live model multiplies by.
         magnitude: DoRA's [out], the same; None without.
+        expert: which expert of the module; None for a linear or a router.
+        first: the factors A and B that it began with, whose product is taken away from what it gives; None where
+            nothing is.
     """
 
     module: str
@@ -115,6 +125,16 @@ class LivePair(NamedTuple):
     b: Tensor
     scale: float
     magnitude: Tensor | None = None
+    expert: int | None = None
+    first: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def given(self) -> "LivePair":
+        """The pair whose product it gives: itself, or one of twice the rank, which is what a file has."""
+        if self.first is None:
+            return self
+        a, b = beyond(self.a.detach(), self.b.detach(), *self.first)
+        return self._replace(a=a, b=b, first=None)
 
 
 class LiveAdapter:
@@ -163,15 +183,20 @@ class LiveAdapter:
             magnitudes = module.lora_magnitude_vector[self.adapter] if uses_dora else None
             if not isinstance(module, ExpertsLora):
                 scale, magnitude = module.scaling[self.adapter], None if magnitudes is None else magnitudes.weight
-                yield LivePair(name, None, self.names.on_disk(name), a.weight, b.weight, scale, magnitude)
+                first = (a.first, b.first) if isinstance(a, WithFirst) and isinstance(b, WithFirst) else None
+                on_disk = self.names.on_disk(name)
+                yield LivePair(name, None, on_disk, a.weight, b.weight, scale, magnitude, first=first)
                 continue
             for stack in a:
                 scale, projection = module.scale(self.adapter, stack), projection_of(stack)
                 experts = self.names.experts_on_disk(name, projection)
-                here = [experts[expert] for expert in module.experts_of(self.adapter, stack)]
+                here = module.experts_of(self.adapter, stack)
                 held = [None] * len(here) if magnitudes is None else magnitudes[stack]
-                for each in zip(here, a[stack], b[stack], held, strict=True):
-                    yield LivePair(name, projection, *each[:3], scale, each[3])
+                first = [None] * len(here)
+                if self.adapter in module.first:
+                    first = list(zip(*module.first[self.adapter].of(stack), strict=True))
+                for expert, *pair, magnitude, began in zip(here, a[stack], b[stack], held, first, strict=True):
+                    yield LivePair(name, projection, experts[expert], *pair, scale, magnitude, expert, began)
 
     def elsewhere(self) -> Iterator[str]:
         """Names on disk of the experts whose factors are on other ranks."""
@@ -185,20 +210,30 @@ class LiveAdapter:
                         yield each
 
     def layout(self, settings: Mapping[str, Any]) -> StockLayout:
-        """How its file is laid out, and whether stock PEFT reads it, by the settings of its `Origin`."""
+        """How its file is laid out, and whether stock PEFT reads it, by the settings of its `Origin`.
+
+        Where first factors are taken away, the file has twice the rank, of all modules alike.
+        """
         targets, has_gaps = ResolvedTargets(use_dora=self.uses_dora), False
+        is_wider = any(True for _ in first_factors(self.model, self.adapter))
+
+        def in_file(module: LoraLayer, rank: int, alpha: float) -> Rank:
+            if not is_wider:
+                return Rank(rank, alpha)
+            return Rank(2 * rank, alpha_of_twice_the_rank(alpha, module.use_rslora[self.adapter]))
+
         for name, module in self.layers.items():
             if isinstance(module, ExpertsLora):
                 found, held = targets.experts.setdefault(name, {}), module.held[self.adapter]
                 for stack, rank in module.ranks[self.adapter].items():
                     # Of experts that differ in rank the largest, up to which the others are filled with zeros.
-                    projection = projection_of(stack)
-                    found[projection] = max(found.get(projection, Rank(*rank)), Rank(*rank))
+                    projection, held_rank = projection_of(stack), in_file(module, *rank)
+                    found[projection] = max(found.get(projection, held_rank), held_rank)
                 adapted = {expert for experts in held.values() for expert in experts}
                 has_gaps |= bool(held) and len(adapted) < module.base_layer.num_experts
             else:
                 kind = targets.router if isinstance(module, ParamWrapper) else targets.linears
-                kind[name] = Rank(module.r[self.adapter], module.lora_alpha[self.adapter])
+                kind[name] = in_file(module, module.r[self.adapter], module.lora_alpha[self.adapter])
         ranks = settings["r"], settings["rank_pattern"]
         if has_gaps:
             return sparse_layout(self.names, targets, *ranks)
@@ -223,6 +258,7 @@ class LiveAdapter:
                 found += stack_in_file(stem, module.base_layer.spec, weight, held, rank)
         for pair in self.pairs():
             if pair.module not in stock.stacks:
+                pair = pair.given
                 ranks = stock.expert_ranks[pair.module] if pair.projection else stock.ranks
                 rank = ranks[pair.projection or pair.module]
                 stem = pair.module if pair.module in stock.live_named else pair.name
@@ -235,7 +271,7 @@ class LiveAdapter:
         stacks = [stack for stack in a if projection_of(stack) == projection]
         scale = layer.scale(self.adapter, stacks[0])
         if stacks[0] not in layer.held[self.adapter]:
-            return Factors(a[projection], b[projection], scale * factor)
+            return Factors(*layer.given(self.adapter, projection), scale * factor)
         count, rank = layer.base_layer.num_experts, max(a[stack].shape[1] for stack in stacks)
         some_a, some_b = a[stacks[0]], b[stacks[0]]
         whole_a = some_a.new_zeros(count, rank, some_a.shape[2])
@@ -252,17 +288,20 @@ class LiveAdapter:
         """Beside its files, those factors B that do not come back from them to the bit.
 
         With them a run resumes as if it had not been interrupted, and scores the same when it is opened again. That a
-        scale is in B costs a rounding where it is no power of two. Nothing is written where there are none.
+        scale is in B costs a rounding where it is no power of two. Where first factors are taken away, the files have
+        the difference of a B to its first one, and the B itself is beside them. Nothing is written where there are none.
         """
         written = {outgoing.name: outgoing.read() for outgoing in self.in_file(stock)}
         plain = PerExpert(stock.config, written, self.names, str(folder))
-        kept = []
+        held: dict[str, Tensor] = {}
         for pair in self.pairs():
-            file = _cut_back(plain, pair)
-            if not torch.equal(unfold(file.b, pair.scale / file.scale, pair.b.dtype), pair.b):
-                kept.append(
-                    Outgoing(f"{pair.name}.lora_B", pair.b.dtype, tuple(pair.b.shape), lambda held=pair.b: held)  # type: ignore[misc]
-                )
+            given = pair.given
+            file = _cut_back(plain, given)
+            if not torch.equal(unfold(file.b, pair.scale / file.scale, pair.b.dtype), given.b):
+                held[f"{pair.name}.lora_B"] = given.b
+            if pair.first is not None:
+                held[f"{pair.name}.{_TRAINED_B}"] = pair.b
+        kept = [Outgoing(name, b.dtype, tuple(b.shape), lambda b=b: b) for name, b in held.items()]  # type: ignore[misc]
         path = Path(folder) / LIVE_NAME
         if kept:
             write_tensors(path, sorted(kept, key=lambda outgoing: outgoing.name))
@@ -274,7 +313,8 @@ class LiveAdapter:
         """Copy a file's content into the live parameters: every tensor, and no other, save for experts elsewhere.
 
         Whatever the file's layout and scales, the live adapter computes what the file describes: B is divided by the
-        scale that the live adapter has beyond the file's, and a rank that was filled up with zeros is cut back.
+        scale that the live adapter has beyond the file's, and a rank that was filled up with zeros is cut back. Where
+        first factors are taken away, the file is one that this adapter has written.
 
         Args:
             plain: the file's tensors under per-expert names.
@@ -292,8 +332,9 @@ class LiveAdapter:
         for what, found in (("missing", keys - plain.tensors.keys()), ("unknown", plain.tensors.keys() - keys)):
             if found:
                 raise CheckpointError(f"{where}: {len(found)} {what} adapter tensors, the first is {min(found)}")
-        given = {name: _cut_back(plain, pair) for name, pair in live.items()}
-        for name, pair in live.items():
+        wanted = {name: pair.given for name, pair in live.items()}
+        given = {name: _cut_back(plain, pair) for name, pair in wanted.items()}
+        for name, pair in wanted.items():
             magnitude = ("magnitude_vector", given[name].magnitude, pair.magnitude)
             pairs = ("A.weight", given[name].a, pair.a), ("B.weight", given[name].b, pair.b), magnitude
             for factor, tensor, parameter in pairs:
@@ -306,6 +347,10 @@ class LiveAdapter:
                     )
                 if not torch.isfinite(tensor).all():
                     raise CheckpointError(f"{where}: {key} holds NaN or infinite values")
+        del wanted
+        for name, pair in live.items():
+            if pair.first is not None:
+                given[name] = _trained(pair, given[name], (factors or {}).get(f"{name}.{_TRAINED_B}"), where)
         for name, pair in live.items():
             a, b, scale, magnitude_in_file = given[name]
             pair.a.copy_(a)
@@ -361,6 +406,24 @@ def stack_in_file(
     yield Outgoing(f"{PREFIX}{stem}.lora_A.weight", some.a.dtype, shape, lambda: fused()[0])
     shape = (outputs * len(projections), spec.num_experts * rank)
     yield Outgoing(f"{PREFIX}{stem}.lora_B.weight", dtype, shape, lambda: fused()[1].to(dtype))
+
+
+def _trained(live: LivePair, file: Factors, own: Tensor | None, where: str) -> Factors:
+    """A and B of a pair whose first factors are taken away, from what it gave, and B as it was.
+
+    Raises:
+        CheckpointError: the file is of other first factors, or B is not beside it.
+    """
+    assert live.first is not None
+    a = file.a[: len(live.a)]
+    if own is not None and own.shape == live.b.shape:
+        given = live._replace(a=a, b=own).given
+        if torch.equal(given.a, file.a) and torch.equal(fold(given.b, live.scale / file.scale), file.b):
+            return Factors(a, own, live.scale)
+    raise CheckpointError(
+        f"{where}: {live.name}: not written by this run, whose adapter began with other factors; take one of its own "
+        "checkpoints"
+    )
 
 
 def _cut_back(plain: PerExpert, live: LivePair) -> Factors:

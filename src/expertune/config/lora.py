@@ -1,5 +1,6 @@
 """The section `lora`: the adapter, and what of it cannot go together."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
@@ -24,6 +25,11 @@ _NOT_SHARED_OUT = (
         "gives some of them others than the rest; set distributed.experts to shard or replicate",
     ),
 )
+
+
+def alpha_of_twice_the_rank(alpha: float, rslora: bool) -> float:
+    """The alpha with which an adapter of twice the rank has the same scale."""
+    return alpha * (math.sqrt(2) if rslora else 2)
 
 
 class ExpertsSection(Section):
@@ -72,7 +78,9 @@ class LoraSection(Section):
             to the busiest quarter of a layer's experts and half of it to the idlest half. None leaves it at `r`.
         init: first values of the factors: `default` begins as the 4-bit base; `loftq` as the best correction, of the
             adapter's rank, of what 4 bits lost of each matrix (Li et al. 2023); `qera` as the best for the layers'
-            outputs, by a sample of the training examples (Zhang et al. 2024). Needs the 16-bit checkpoint.
+            outputs, by a sample of the training examples (Zhang et al. 2024); these two need the 16-bit checkpoint.
+            `pissa` trains from the principal components of each matrix (Meng et al. 2024), which are taken away from
+            what the adapter gives, so that it begins as the 4-bit base too.
         init_from: folder of an existing PEFT adapter to start from.
         init_from_other_base: take it though it was trained on another base model, and leave layers that it has nothing
             for as they are.
@@ -90,14 +98,35 @@ class LoraSection(Section):
     loraplus_lr_ratio: float | None = Field(default=None, ge=1, le=1e6)
     experts: ExpertsSection | None = None
     expert_rank: Literal["scaled", "load"] | None = None
-    init: Literal["default", "loftq", "qera"] = "default"
+    init: Literal["default", "loftq", "qera", "pissa"] = "default"
     init_from: PathText | None = None
     init_from_other_base: bool = False
 
     @property
     def begins_as_base(self) -> bool:
         """Whether an adapter that has not been trained changes nothing, so that its base is where it begins."""
-        return self.init_from is None and self.init == "default"
+        return self.init_from is None and not self.corrects
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the adapter begins as a correction of what 4 bits lost, and is right on the 4-bit base alone."""
+        return self.init in ("loftq", "qera")
+
+    @property
+    def in_files(self) -> "LoraSection":
+        """The section of what an adapter's files hold: of `init: pissa` that is an ordinary adapter of twice the rank."""
+        if self.init != "pissa":
+            return self
+        alphas = {name: alpha_of_twice_the_rank(alpha, self.rslora) for name, alpha in self.alpha_pattern.items()}
+        return self.model_copy(
+            update={
+                "init": "default",
+                "r": 2 * self.r,
+                "alpha": alpha_of_twice_the_rank(self.alpha, self.rslora),
+                "rank_pattern": {name: 2 * rank for name, rank in self.rank_pattern.items()},
+                "alpha_pattern": alphas,
+            }
+        )
 
     @model_validator(mode="after")
     def _one_beginning(self) -> "LoraSection":
@@ -109,7 +138,13 @@ class LoraSection(Section):
                 if self.use_dora
                 else "lora.experts or lora.expert_rank: load changes some of them"
             )
-            raise ValueError(f"init: {self.init} corrects all 4-bit matrices, and {other}; remove one of the two")
+            begins = "corrects all 4-bit matrices" if self.corrects else "begins with components of all 4-bit matrices"
+            raise ValueError(f"init: {self.init} {begins}, and {other}; remove one of the two")
+        if self.init == "pissa" and self.expert_rank:
+            raise ValueError(
+                "init: pissa gives what it has learned as an adapter of twice the rank, which expert_rank would round "
+                "otherwise; give the experts their rank in rank_pattern"
+            )
         return self
 
     @field_validator("init", mode="before")

@@ -9,7 +9,7 @@ Shape suffixes: E experts, r rank.
 """
 
 import math
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from expertune.errors import ConfigError, ExportError
 from expertune.experts.dora import Norms, gain
 from expertune.experts.module import Nf4Experts
-from expertune.kernels.lora import LoraUpdate, slots_of
+from expertune.kernels.lora import LoraUpdate, beyond, slots_of
 
 NO_MERGE = (
     "4-bit experts cannot absorb an adapter in place: rounding the sum to 4 bits again would lose most of the "
@@ -66,13 +66,27 @@ class ExpertLoraConfig(LoraConfig):
         self._register_custom_module({Nf4Experts: ExpertsLora})
 
 
+class FirstFactors(nn.Module):
+    """The factors that an adapter of a layer began with, which no step changes and no file of PEFT's holds."""
+
+    def __init__(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        for stack, pair in factors.items():
+            for name, factor in zip("AB", pair, strict=True):
+                self.register_buffer(f"{stack}_{name}", factor.detach().clone(), persistent=False)
+
+    def of(self, stack: str) -> tuple[Tensor, Tensor]:
+        """A [E, r, in_features] and B [E, out_features, r] of a stack."""
+        return self.get_buffer(f"{stack}_A"), self.get_buffer(f"{stack}_B")
+
+
 class ExpertsLora(nn.Module, LoraLayer):
     """The adapters of one `Nf4Experts`.
 
     Parameters of adapter `name` and projection `p`: `lora_A[name][p]` [E, r, in_features] and `lora_B[name][p]`
     [E, out_features, r], of the experts that are here, or of those that `held[name]` lists for `p`; A starts as PEFT's
     does (Kaiming uniform), B at zero. With `use_dora` there is `lora_magnitude_vector[name][p]` [E, out_features] too,
-    which starts at the norms.
+    which starts at the norms. What an adapter began with may be taken away from what it gives (`keep_first`).
 
     Args:
         base_layer: the experts module to adapt.
@@ -85,7 +99,7 @@ class ExpertsLora(nn.Module, LoraLayer):
     """
 
     # Ranks and scales per adapter and projection; `scaling` is a factor on all of them, as PEFT's users set it.
-    other_param_names = (*LoraLayer.other_param_names, "ranks", "held")
+    other_param_names = (*LoraLayer.other_param_names, "ranks", "held", "first")
 
     # What PEFT's untyped base class brings.
     base_layer: Nf4Experts
@@ -117,6 +131,7 @@ class ExpertsLora(nn.Module, LoraLayer):
         self.ranks: dict[str, Ranks] = {}
         self.norms = Norms()
         self.held: dict[str, Held] = {}
+        self.first: MutableMapping[str, FirstFactors] = nn.ModuleDict()  # type: ignore[assignment]
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config, target_name=target_name)
 
@@ -163,6 +178,11 @@ class ExpertsLora(nn.Module, LoraLayer):
             return {stack: update.b[:, :, 0].detach().clone() for (_, stack), update in updates.items()}
         norms = self.norms.of(self.base_layer, updates)
         return {stack: nn.Parameter(norms[adapter_name, stack].clone()) for _, stack in updates}
+
+    def keep_first(self, adapter_name: str) -> None:
+        """From here on, take the product of an adapter's factors as they are now away from what it adds."""
+        a, b = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        self.first[adapter_name] = FirstFactors({stack: (a[stack], b[stack]) for stack in a})
 
     def _own(self, factor: Tensor) -> nn.Parameter:
         """The part of a factor of all experts that belongs to those that are here."""
@@ -235,8 +255,7 @@ class ExpertsLora(nn.Module, LoraLayer):
         return {
             (name, stack): LoraUpdate(
                 self.base_layer.spec.projections.index(projection),
-                self.lora_A[name][stack],
-                self.lora_B[name][stack],
+                *self.given(name, stack),
                 self.scale(name, stack),
                 self._dropout(name),
                 slots=self._slots(name, stack),
@@ -246,6 +265,11 @@ class ExpertsLora(nn.Module, LoraLayer):
             for stack in self.ranks[name]
             if projection_of(stack) == projection
         }
+
+    def given(self, adapter_name: str, stack: str) -> tuple[Tensor, Tensor]:
+        """A and B of the update that a stack gives; differentiable in the stack's own."""
+        a, b = self.lora_A[adapter_name][stack], self.lora_B[adapter_name][stack]
+        return beyond(a, b, *self.first[adapter_name].of(stack)) if adapter_name in self.first else (a, b)
 
     def _scaled(self, updates: dict[Stack, LoraUpdate]) -> dict[Stack, LoraUpdate]:
         """With the gains of those that are DoRA's."""

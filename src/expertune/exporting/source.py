@@ -352,6 +352,7 @@ def _require_own(lora: LoraSection, file: AdapterFile) -> None:
     """
     if file.settings is None or lora.init_from:
         return
+    lora = lora.in_files
     if lora.use_dora != bool(file.config.get("use_dora")):
         raise CheckpointError(
             f"{file.where}: was trained with{'out' if lora.use_dora else ''} lora.use_dora, and the record of this run "

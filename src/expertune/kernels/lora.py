@@ -59,6 +59,31 @@ class LoraUpdate:
         return replace(self, a=a, b=b, slots=None, gain=gain)
 
 
+def beyond(a: Tensor, b: Tensor, first_a: Tensor, first_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of twice the rank of what B A has beyond the product of the factors that it began with.
+
+    B A - B0 A0 is (B - B0) A + B0 (A - A0): of factors that have not moved zero to the bit, and small where they have
+    moved little, so that nothing large is taken from anything large, in whatever dtype the sum is computed.
+
+    Args:
+        a: [..., r, in_features].
+        b: [..., out_features, r].
+        first_a: A0, of A's shape.
+        first_b: B0, of B's shape.
+    """
+    return beyond_a(a, first_a), beyond_b(b, first_b)
+
+
+def beyond_a(a: Tensor, first_a: Tensor) -> Tensor:
+    """[..., 2r, in_features] of `beyond`."""
+    return torch.cat([a, a - first_a], dim=-2)
+
+
+def beyond_b(b: Tensor, first_b: Tensor) -> Tensor:
+    """[..., out_features, 2r] of `beyond`."""
+    return torch.cat([b - first_b, first_b], dim=-1)
+
+
 class OwnUpdate(NamedTuple):
     """An update of one expert: its number among all updates, where the expert's factors lie, and these alone."""
 

@@ -282,7 +282,7 @@ class _Planner:
         return (*self._corrected(), *self._speed())
 
     def _corrected(self) -> tuple[str, ...]:
-        """How long first factors take that correct what 4 bits lost; the time of the run leaves it out."""
+        """How long first factors take that are computed of each matrix; the time of the run leaves it out."""
         if self.config.lora.init == "default" or not (rates := self.machine.rates(from_disk=False)):
             return ()
         matrices, rank = list(self.inventory.matrices), self.config.lora.r

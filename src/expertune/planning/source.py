@@ -91,7 +91,7 @@ def read_source(config: RunConfig, folder: Path, on_hub: bool, model: PreTrained
 
 def _require_16_bits(config: RunConfig, found: str) -> None:
     """Refuse what is computed from 16-bit weights, where there are none."""
-    if config.lora.init != "default":
+    if config.lora.corrects:
         raise ConfigError(
             f"lora.init: {config.lora.init} corrects what 4 bits lost, and {config.model} is {found}, where that is "
             "not to be had; give the 16-bit checkpoint as model, or remove the key"

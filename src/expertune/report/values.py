@@ -24,7 +24,7 @@ def at(record: Any, *keys: str) -> Any:
 def begins_as_base(record: Any) -> bool:
     """Whether a run's adapter changed nothing before it was trained."""
     lora = section(record, "config", "lora")
-    return not lora.get("init_from") and lora.get("init", "default") == "default"
+    return not lora.get("init_from") and lora.get("init", "default") in ("default", "pissa")
 
 
 def number(record: Any, *keys: str) -> float | None:

@@ -1,8 +1,9 @@
-"""What a run makes of its 16-bit source once: a calibration, a base quantized by it, and an adapter that begins as its
-correction. A run that goes on from such an adapter has its first factors too.
+"""What a run makes of its weights once: a calibration, a base quantized by it, and an adapter that begins as its
+correction, or at its components. A run that goes on from a correction has its first factors too.
 
 All of it is kept in the run directory, so that a resumed run computes none of it again and a run that is opened has the
-same bytes: `calibration.safetensors`, and the adapter folder `initial_adapter`.
+same bytes: `calibration.safetensors`, the adapter folder `initial_adapter` of a correction, and
+`first_factors.safetensors` of components.
 """
 
 import gc
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from expertune.adapt.files import read_adapter_settings
-from expertune.adapt.initial import Correction
+from expertune.adapt.initial import Correction, begin_at_components, read_first_factors, write_first_factors
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.checkpoint.adapter_folder import WEIGHTS_NAME
 from expertune.checkpoint.formats.nf4_folder import is_nf4_folder
@@ -32,7 +33,7 @@ from expertune.errors import CheckpointError
 from expertune.placement import Location
 from expertune.run.base_model import kept_moments, load_base
 from expertune.run.context import RunContext
-from expertune.run.directory import ADAPTER_FOLDER, CALIBRATION, INITIAL_ADAPTER, require_kept
+from expertune.run.directory import ADAPTER_FOLDER, CALIBRATION, FIRST_FACTORS, INITIAL_ADAPTER, require_kept
 from expertune.run.progress import BYTES
 from expertune.train.arguments import BATCH_SIZE, training_argument
 from expertune.train.exchange import write_adapter
@@ -117,6 +118,9 @@ def begin_adapter(context: RunContext, source: ModelSource, model: ExpertPeftMod
         context.ranks.wait()
         record.update("adapter", init={"how": how, "sha256": hash_file(folder / WEIGHTS_NAME).sha256})
         return
+    if config.lora.init == "pissa":
+        _begin_at_components(context, model)
+        return
     if config.lora.init == "default":
         return
     started = time.monotonic()
@@ -137,6 +141,22 @@ def begin_adapter(context: RunContext, source: ModelSource, model: ExpertPeftMod
     context.tell(
         f"the adapter begins as the correction of 4 bits ({config.lora.init}); squared error: {', '.join(shown)}"
     )
+
+
+def _begin_at_components(context: RunContext, model: ExpertPeftModel) -> None:
+    record, path, base = context.record, context.output_dir / FIRST_FACTORS, model.get_base_model()
+    if known := record.section("adapter").get("components"):
+        require_kept(path, known["sha256"])
+        read_first_factors(path, base, model.names)
+        return
+    started = time.monotonic()
+    with record.phase("initializing"), context.bars.task("principal components", "matrices") as progress:
+        found = begin_at_components(base, model.names, context.seed, progress=progress)
+        write_first_factors(path, base, model.names)
+    seconds, digest = round(time.monotonic() - started, 1), hash_file(path).sha256
+    record.update("adapter", components={**found, "seconds": seconds, "sha256": digest})
+    shown = [f"{what} {each['share']:.1%}" for what, each in found.items() if each["matrices"]]
+    context.tell(f"the adapter begins at the principal components (pissa); of the squared weights: {', '.join(shown)}")
 
 
 def require_first_factors(start: str) -> None:

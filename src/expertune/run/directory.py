@@ -18,6 +18,8 @@ from expertune.train.checkpoints import list_checkpoints
 ADAPTER_FOLDER = "adapter"
 INITIAL_ADAPTER = "initial_adapter"
 """The adapter as a run began, where that is not the base (`lora.init`)."""
+FIRST_FACTORS = "first_factors.safetensors"
+"""The factors that an adapter began with, where these are taken away from what it gives (`lora.init: pissa`)."""
 CALIBRATION = "calibration.safetensors"
 """What a sample of the training examples is like inside the model; see `expertune.checkpoint.moments`."""
 

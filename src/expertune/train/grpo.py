@@ -32,6 +32,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from expertune.adapt.first_factors import first_factors
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.errors import RewardError
 from expertune.generation.decoding import evaluation_mode, generate_ids, to_text
@@ -255,7 +256,9 @@ class GroupTrainer(Promises, _Uncounted):
 
 
 def has_effect(model: nn.Module) -> bool:
-    """Whether an adapter changes anything yet: factors B begin at zero."""
+    """Whether an adapter changes anything yet: factors B begin at zero, or with values that are taken away."""
+    first = dict(first_factors(model))
     return any(
-        each.requires_grad and ".lora_B." in name and bool(each.any()) for name, each in model.named_parameters()
+        each.requires_grad and ".lora_B." in name and bool((each != first.get(each, 0)).any())
+        for name, each in model.named_parameters()
     )
