@@ -1,12 +1,11 @@
 """An adapter whose first factors are taken away from what it gives: scale * (B A - B0 A0), which begins as nothing.
 
-With it an adapter trains from factors that are not zero, as PiSSA's do, beside a base that nothing is taken out of. What
-it gives has twice the rank, and that is what its files hold: an ordinary LoRA.
+With it an adapter trains from factors that are not zero, as PiSSA's do, beside a base that nothing is taken out of.
+What it gives has twice the rank, and that is what its files hold: an ordinary LoRA.
 """
 
 from collections.abc import Iterator
 
-import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
@@ -64,7 +63,7 @@ def take_first_away(model: nn.Module, adapter: str = "default") -> None:
             layer.lora_B[adapter] = _FactorB(layer.lora_B[adapter])
 
 
-def first_factors(model: nn.Module, adapter: str = "default") -> Iterator[tuple[nn.Parameter, Tensor]]:
+def first_factors(model: nn.Module, adapter: str = "default") -> Iterator[tuple[Tensor, Tensor]]:
     """Each trained factor whose first one is taken away, and that one."""
     for layer in model.modules():
         if not isinstance(layer, LoraLayer) or adapter not in layer.lora_A:

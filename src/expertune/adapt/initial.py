@@ -4,11 +4,11 @@
   4-bit bytes stay plain NF4; further iterations would quantize W - B A again, and so change them.
 - `qera` (Zhang et al. 2024, QERA-approx): the same with each input feature weighted by the root of its mean square in a
   sample, so that the error of the layer's output is what gets smallest, and not that of the weight.
-- `pissa` (Meng et al. 2024): B A is the nearest matrix of rank r to Q(W) itself, with the roots of its singular values in
-  A and in B alike. The paper goes on with W - B A as the base; here the base stays what it is, and these first factors
-  are taken away from what the adapter gives (`expertune.adapt.first_factors`): the same function and the same gradients.
-  They are those of the 4-bit matrix, as what is taken away is a part of what the base computes; so that an NF4 folder
-  has them as well as the checkpoint that it was made of.
+- `pissa` (Meng et al. 2024): B A is the nearest matrix of rank r to Q(W) itself, with the roots of its singular values
+  in A and in B alike. The paper goes on with W - B A as the base; here the base stays what it is, and these first
+  factors are taken away from what the adapter gives (`expertune.adapt.first_factors`): the same function, and the same
+  gradients. They are those of the 4-bit matrix, of which the base computes with what is taken away; so that an NF4
+  folder has them as well as the checkpoint that it was made of.
 
 The update is scale * B @ A, so that the scale is divided out. How the product of a correction is shared out between A
 and B is free: the rows of A get the length that they have in an adapter that starts from zero, and B the rest, so that
@@ -145,7 +145,7 @@ def begin_at_components(
         For the record, of `experts` and `linears`: `matrices`, and the `share` of their squared weights in the factors.
     """
     pairs = [pair for pair in LiveAdapter(model, names, adapter).pairs() if pair.first is not None]
-    counts, squares, taken = ({"experts": 0, "linears": 0} for _ in range(3))
+    counts, squares, taken = ({"experts": 0.0, "linears": 0.0} for _ in range(3))
     for number, pair in enumerate(pairs):
         progress(number, len(pairs))
         matrix = _held(model, pair)
@@ -161,7 +161,7 @@ def begin_at_components(
         _keep_first(pair)
     progress(len(pairs), len(pairs))
     return {
-        what: {"matrices": count, "share": taken[what] / (squares[what] or 1.0)} for what, count in counts.items()
+        what: {"matrices": int(count), "share": taken[what] / (squares[what] or 1.0)} for what, count in counts.items()
     }
 
 

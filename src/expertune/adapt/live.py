@@ -30,7 +30,6 @@ from expertune.experts.layout import fused_projections
 from expertune.experts.lora import ExpertsLora, Held, Ranks, projection_of, stack_name
 from expertune.kernels.lora import beyond
 
-
 # Of factors B that lie beside a file; those that end in lora_B are what the file has, to the bit.
 _TRAINED_B = "trained_B"
 
@@ -192,11 +191,12 @@ class LiveAdapter:
                 experts = self.names.experts_on_disk(name, projection)
                 here = module.experts_of(self.adapter, stack)
                 held = [None] * len(here) if magnitudes is None else magnitudes[stack]
-                first = [None] * len(here)
-                if self.adapter in module.first:
-                    first = list(zip(*module.first[self.adapter].of(stack), strict=True))
-                for expert, *pair, magnitude, began in zip(here, a[stack], b[stack], held, first, strict=True):
-                    yield LivePair(name, projection, experts[expert], *pair, scale, magnitude, expert, began)
+                began = module.first[self.adapter].of(stack) if self.adapter in module.first else None
+                pairs = zip(here, a[stack], b[stack], held, strict=True)
+                for index, (expert, own_a, own_b, magnitude) in enumerate(pairs):
+                    first = None if began is None else (began[0][index], began[1][index])
+                    pair = LivePair(name, projection, experts[expert], own_a, own_b, scale, magnitude)
+                    yield pair._replace(expert=expert, first=first)
 
     def elsewhere(self) -> Iterator[str]:
         """Names on disk of the experts whose factors are on other ranks."""
@@ -289,7 +289,8 @@ class LiveAdapter:
 
         With them a run resumes as if it had not been interrupted, and scores the same when it is opened again. That a
         scale is in B costs a rounding where it is no power of two. Where first factors are taken away, the files have
-        the difference of a B to its first one, and the B itself is beside them. Nothing is written where there are none.
+        the difference of a B to its first one, and each B itself is beside them. Where there are none, nothing is
+        written.
         """
         written = {outgoing.name: outgoing.read() for outgoing in self.in_file(stock)}
         plain = PerExpert(stock.config, written, self.names, str(folder))

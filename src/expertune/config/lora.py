@@ -114,7 +114,7 @@ class LoraSection(Section):
 
     @property
     def in_files(self) -> "LoraSection":
-        """The section of what an adapter's files hold: of `init: pissa` that is an ordinary adapter of twice the rank."""
+        """The section of what an adapter's files hold: of `init: pissa` an ordinary adapter of twice the rank."""
         if self.init != "pissa":
             return self
         alphas = {name: alpha_of_twice_the_rank(alpha, self.rslora) for name, alpha in self.alpha_pattern.items()}

@@ -93,6 +93,7 @@ def estimate_memory(w: Workload, placement: PlannedPlacement) -> Memory:
         "weights": w.inventory.weights.frozen_bytes - placement.offloaded_bytes,
         "slots": w.gather_slot_bytes or (placement.mapped_bytes if w.device == "cpu" else placement.slot_bytes),
         "adapter": adapter,
+        **({"first": adapter} if w.keeps_first else {}),
         "framework": FRAMEWORK_BYTES[w.device],
     }
     training = always | {"optimizer": w.optimizer_bytes}
@@ -107,7 +108,7 @@ def estimate_memory(w: Workload, placement: PlannedPlacement) -> Memory:
         "update": between_layers | {"gradients": adapter} | ({"updating": w.update_bytes} if w.update_bytes else {}),
         **({"average": between_layers | {"gradients": adapter, "bucket": w.bucket_bytes}} if w.bucket_bytes else {}),
         # Factors in the layout of the file, and the bytes that are written of them.
-        "save": between_layers | {"copies": 2 * adapter + (w.gathered_bytes if w.device == "cpu" else 0)},
+        "save": between_layers | {"copies": w.copied_bytes + (w.gathered_bytes if w.device == "cpu" else 0)},
     }
     if w.corrects:
         phases["initialization"] = always | {"matrix": w.matrix_bytes, "copies": 2 * adapter}
@@ -302,13 +303,14 @@ def _kept(w: Workload, layer: Layer) -> int:
     copies = 2 if w.dropout and w.device != "cpu" else 1
     for name, (out_features, in_features) in layer.linears.items():
         if name in w.targets.linears:
-            per_token += (copies * in_features + w.targets.linears[name].rank) * w.adapter_dtype.itemsize
+            rank = w.given_ranks * w.targets.linears[name].rank
+            per_token += (copies * in_features + rank) * w.adapter_dtype.itemsize
         if "att" not in name.split(".")[-2]:
             per_token += 2 * out_features * w.compute_dtype.itemsize
     for spec in layer.experts.values():
         per_token += spec.num_experts * _FLOAT32_BYTES + 16 * w.inventory.top_k
         per_token += w.rows_per_token * spec.hidden_size * w.compute_dtype.itemsize
-    return w.tokens * per_token + _scores(w, w.tokens) + _kept_by_experts(w, layer)
+    return w.tokens * per_token + _scores(w, w.tokens) + _kept_by_experts(w, layer) + w.given_factor_bytes(layer)
 
 
 def _kept_by_experts(w: Workload, layer: Layer) -> int:
@@ -317,7 +319,7 @@ def _kept_by_experts(w: Workload, layer: Layer) -> int:
     for name, spec in layer.experts.items():
         ranks = sum(rank for rank, _ in w.targets.experts.get(name, {}).values())
         per_token += spec.hidden_size * w.compute_dtype.itemsize
-        per_token += w.inventory.top_k * ranks * w.adapter_dtype.itemsize
+        per_token += w.inventory.top_k * w.given_ranks * ranks * w.adapter_dtype.itemsize
     return w.tokens * per_token
 
 
@@ -334,7 +336,9 @@ def _computing(w: Workload, layer: Layer) -> int:
         dequantized += [_dora_of_linear(w, *layer.linears[name]) for name in w.targets.linears.keys() & layer.linears]
     # On a GPU dequantized experts are in the working set.
     tile = max(TILE_BYTES["cpu"], _tokens_in_bfloat16(w, layer)) if w.device == "cpu" else 0
-    return max(routed, around_linears, _scores(w, 3 * w.sequence_length)) + max(tile, *dequantized, 0)
+    # Of factors that are put together for a layer, the gradient, and the sum of its halves.
+    given = w.given_factor_bytes(layer) * 3 // 2
+    return max(routed, around_linears, _scores(w, 3 * w.sequence_length)) + max(tile, *dequantized, 0) + given
 
 
 def _kept_to_compute_in(w: Workload, layer: Layer) -> int:

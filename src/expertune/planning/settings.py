@@ -14,7 +14,7 @@ from expertune.distributed.mesh import BUCKET_BYTES
 from expertune.errors import ConfigError
 from expertune.kernels.routes import default_working_set_bytes
 from expertune.objectives.units import aux_coefficient
-from expertune.planning.inventory import Inventory, count_adapter, count_by_adamw, factor_sizes
+from expertune.planning.inventory import Inventory, Layer, count_adapter, count_by_adamw, factor_sizes
 from expertune.planning.passes import Passes, passes_of
 from expertune.train.arguments import (
     ACCUMULATION,
@@ -51,7 +51,8 @@ class Workload:
         offload: what forward keeps for backward is offloaded to the host's memory; never on a CPU, whose memory that
             is.
         optimizer: TrainingArguments' `optim`.
-        corrects: what 4 bits lost of each matrix is computed once, before training.
+        corrects: first factors are computed of each matrix once, before training.
+        keeps_first: the adapter's first factors are kept, and taken away from what it gives.
         calibrates: a sample passes through the model once, before training.
         router_losses: coefficients of the routers' load-balancing loss and z-loss.
         passes: what the objective asks of the model besides.
@@ -78,6 +79,7 @@ class Workload:
     passes: Passes
     router_losses: tuple[float, float] = (0.0, 0.0)
     corrects: bool = False
+    keeps_first: bool = False
     calibrates: bool = False
 
     @cached_property
@@ -98,6 +100,32 @@ class Workload:
     def optimizer_bytes(self) -> int:
         """The optimizer's states, of what a process trains."""
         return self._states(count_adapter(self.inventory, self.targets, self.inventory.experts_here))
+
+    @property
+    def given_ranks(self) -> int:
+        """How many times its rank the update has that an adapter gives."""
+        return 2 if self.keeps_first else 1
+
+    def given_factor_bytes(self, layer: Layer) -> int:
+        """Where first factors are taken away: the factors of twice the rank that a layer computes with."""
+        if not self.keeps_first:
+            return 0
+        adapted = self.targets.linears.keys() & layer.linears.keys()
+        numbers = sum(self.targets.linears[name].rank * sum(layer.linears[name]) for name in adapted)
+        for name, spec in layer.experts.items():
+            for projection, rank in self.targets.experts.get(name, {}).items():
+                numbers += spec.num_experts * rank.rank * sum(spec.shape(projection))
+        return self.given_ranks * numbers * self.adapter_dtype.itemsize
+
+    @property
+    def copied_bytes(self) -> int:
+        """Where the adapter is written: factors in the layout of the file, and the bytes that are written of them."""
+        return 2 * self.given_ranks * self.adapter_bytes
+
+    @property
+    def written_bytes(self) -> int:
+        """The adapter's files; those of twice the rank have B to the bit beside them, as it is given and trained."""
+        return self.adapter_bytes * 7 // 2 if self.keeps_first else self.adapter_bytes
 
     @property
     def reference_bytes(self) -> int:
@@ -193,6 +221,7 @@ def read_workload(
         offload=config.offload_activations and device != "cpu",
         optimizer=optimizer,
         corrects=config.lora.init != "default",
+        keeps_first=config.lora.init == "pissa",
         calibrates=config.is_calibrated,
         router_losses=(
             aux_coefficient(config, inventory.model.config.get_text_config()) or 0.0,

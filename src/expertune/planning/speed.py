@@ -183,7 +183,7 @@ def _flops(w: Workload) -> tuple[float, float]:
                 backward += 2 * T * (2 * gate_up + down)
     head = 2 * T * inventory.vocab_size * inventory.hidden_size
     # Each factor is multiplied once forward; backward has its own gradient and its input's.
-    adapter = 2 * T * count_adapter(inventory, w.targets, experts_of=lambda _: inventory.top_k)
+    adapter = 2 * T * w.given_ranks * count_adapter(inventory, w.targets, experts_of=lambda _: inventory.top_k)
     return forward + head + adapter, backward + head + 2 * adapter
 
 

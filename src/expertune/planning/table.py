@@ -22,6 +22,7 @@ _COMPONENTS = {
     "weights": "frozen weights",
     "slots": "slots for offloaded experts",
     "adapter": "adapter",
+    "first": "the factors it began with",
     "gradients": "adapter's gradients",
     "optimizer": "optimizer",
     "activations": "activations",
