@@ -42,6 +42,7 @@ VARIANTS = (
     Variant("attention in 16 bits", ("quantization.layers.attention=16",), "bytes", starts_elsewhere=True),
     Variant("init: loftq", ("lora.init=loftq",), "start", starts_elsewhere=True),
     Variant("init: qera", ("lora.init=qera",), "start", starts_elsewhere=True),
+    Variant("init: pissa", ("lora.init=pissa",), "start"),
     Variant("experts: load, share 0.2", (_LOAD, "lora.experts.share=0.2"), "experts"),
     Variant("experts: load, share 0.5", (_LOAD, "lora.experts.share=0.5"), "experts"),
     Variant("experts: load, share 0.8", (_LOAD, "lora.experts.share=0.8"), "experts"),

@@ -113,8 +113,8 @@ def attach(
         )
     if section.init != "default":
         raise ConfigError(
-            f"lora.init: {section.init} is made by a run, from its 16-bit checkpoint; load_adapter puts the "
-            "initial_adapter of a run's directory on a model"
+            f"lora.init: {section.init} is made by a run (expertune.finetune), which keeps what it began with; "
+            "load_adapter puts the adapter of a run on a model"
         )
     return adapters.attach(loaded, section, loaded.model.config._name_or_path, None, adapter_name, onto)
 

@@ -198,10 +198,13 @@ def test_of_a_pair_the_chosen_answer_counts_for_the_calibration(run_values: dict
         ({"init": "loftq", "use_dora": True}, "init: loftq corrects all 4-bit matrices, and use_dora scales"),
         ({"init": "qera", "experts": {"share": 0.5}}, "init: qera corrects all .* changes some of them; remove one"),
         ({"init": "qera", "expert_rank": "load"}, "init: qera corrects all .* changes some of them; remove one"),
-        ({"init": "pissa"}, "no other run or engine would have its base; use qera or loftq"),
+        ({"init": "pissa", "init_from": "somewhere"}, "init: pissa and init_from are two beginnings"),
+        ({"init": "pissa", "use_dora": True}, "init: pissa begins with components .* use_dora scales what they give"),
+        ({"init": "pissa", "experts": {"share": 0.5}}, "init: pissa begins with components .* changes some of them"),
+        ({"init": "pissa", "expert_rank": "scaled"}, "init: pissa gives .* twice the rank, which expert_rank would"),
     ],
 )
-def test_what_cannot_begin_as_a_correction_is_refused(
+def test_what_cannot_go_with_another_beginning_is_refused(
     run_values: dict[str, Any], lora: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -147,16 +147,6 @@ class LoraSection(Section):
             )
         return self
 
-    @field_validator("init", mode="before")
-    @classmethod
-    def _no_pissa(cls, value: Any) -> Any:
-        if value == "pissa":
-            raise ValueError(
-                "pissa takes the base's principal components into the adapter, so that no other run or engine would "
-                "have its base; use qera or loftq, which leave the base's bytes as they are"
-            )
-        return value
-
     @model_validator(mode="before")
     @classmethod
     def _rslora_by_the_name_of_peft(cls, values: Any) -> Any:
