@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from expertune.adapt.attach import attach
@@ -17,8 +17,9 @@ from expertune.checkpoint.load import LoadedModel
 from expertune.config import LoraSection
 from expertune.errors import CheckpointError
 from expertune.experts import layout
-from expertune.experts.layout import from_matrices
 from expertune.kernels.lora import beyond
+from tests.adapt.conftest import stock_peft
+from tests.experts.families import from_matrices
 from tests.tiny_models import copied, dequantized, load_tiny
 
 IDS = torch.randint(3, 96, (1, 48), generator=torch.Generator().manual_seed(5))
@@ -169,7 +170,7 @@ def test_its_files_are_an_ordinary_adapter_of_twice_the_rank(family: str, family
         assert len(theirs.a) == 2 * len(mine.a)
         assert theirs.scale == pytest.approx(mine.scale)
     if model.stock_layout().refusal is None:
-        stock = PeftModel.from_pretrained(dequantized(loaded, folder), str(tmp_path)).eval()
+        stock = stock_peft(dequantized(loaded, folder), tmp_path).eval()
         torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-4)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 
 import expertune
 from expertune.adapt.files import read_adapter_settings
@@ -17,6 +16,7 @@ from expertune.exporting.source import open_source
 from expertune.objectives.units import keeps_start
 from expertune.planning import make_plan
 from expertune.run.record import RunRecord
+from tests.adapt.conftest import stock_peft
 from tests.tiny_models import dequantized, load_tiny, stock_model
 from tests.train.test_initial_runs import copy_of, trained, with_keys
 
@@ -84,14 +84,14 @@ def test_adapters_of_a_run_are_ordinary_ones_wherever_they_are_used(
     with torch.no_grad():
         expected, base = run.model(ids).logits, dequantized(load_tiny(small_mixtral), small_mixtral)
         plain = base(ids).logits
-        theirs = PeftModel.from_pretrained(base, str(whole / "adapter")).eval()(ids).logits
+        theirs = stock_peft(base, whole / "adapter").eval()(ids).logits
     torch.testing.assert_close(theirs, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(theirs, plain, atol=1e-3)
     # On 16 bits the same factors: nothing of an adapter that begins as the base is another one's there.
     assert open_source(whole).max_rank == open_source(whole, base="dequantized").max_rank == 8
     expertune.export(whole, "merged", out=tmp_path / "merged", verify=False)
     merged = stock_model(tmp_path / "merged")
-    beside = PeftModel.from_pretrained(stock_model(small_mixtral), str(whole / "adapter")).eval()
+    beside = stock_peft(stock_model(small_mixtral), whole / "adapter").eval()
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, beside(ids).logits, rtol=1e-3, atol=1e-3)
 
