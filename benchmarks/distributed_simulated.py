@@ -23,16 +23,8 @@ from matplotlib.figure import Figure
 from benchmarks import report
 from benchmarks.peers.processes import ROOT
 from benchmarks.workload import Shape
-from expertune.planning.communication import (
-    ETHERNET_100,
-    ETHERNET_400,
-    NVLINK,
-    PCIE,
-    Link,
-    RoutedLayer,
-    averaged_bytes,
-    token_bytes,
-)
+from expertune.gpus import ETHERNET_100, ETHERNET_400, NVLINK, PCIE, Link
+from expertune.planning.communication import RoutedLayer, averaged_bytes, token_bytes
 from expertune.report.figures import write_png
 
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)

@@ -105,8 +105,24 @@ def test_offline_the_hub_is_not_asked():
 def test_a_native_library_that_does_not_load_is_an_error(monkeypatch):
     import bitsandbytes.cextension
 
+    monkeypatch.setattr(doctor, "_library_of_cpus", lambda folder: None)  # as where there is a GPU
+    assert found("bitsandbytes library")["status"] == "ok"
     monkeypatch.setattr(bitsandbytes.cextension, "lib", object())
     assert found("bitsandbytes library")["status"] == "error"
+
+
+def test_a_damaged_native_library_of_cpus_is_an_error(monkeypatch, tmp_path):
+    (tmp_path / "lib.so").write_bytes(b"")
+    monkeypatch.setattr(doctor, "_library_of_cpus", lambda folder: tmp_path / "lib.so")
+    assert found("bitsandbytes library")["value"].startswith("does not load: ")
+
+
+def test_on_a_cpu_the_library_is_the_one_that_bitsandbytes_loads(monkeypatch):
+    import bitsandbytes.cextension
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    loaded = bitsandbytes.cextension.get_native_library()._lib._name
+    assert str(doctor._library_of_cpus(bitsandbytes.cextension.PACKAGE_DIR)) == loaded
 
 
 def test_the_package_kernels_is_a_pitfall_on_a_cpu_with_bfloat16(monkeypatch):

@@ -1,10 +1,11 @@
 """Start-up is light: a command imports what it uses, and help or a mistake none of the libraries of a run."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from tests.processes import BENEATH, RUN, Ended, run_copies, run_program
+from tests.processes import RUN, Ended, run_copies, run_program
 
 HEAVY = ["torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "matplotlib", "numpy"]
 COMMANDS = ["plan", "train", "evaluate", "generate", "chat", "quantize", "doctor"]
@@ -20,20 +21,31 @@ MISTAKES = [
     ["generate", "{run}", "--prompt", "Who?", "--adapter", "checkpoint-7"],
     ["verify", "{run}"],
     ["plan", "{unknown}"],
+    ["plan", "{good}", "--gpu", "rtx-4900"],
+    ["plan", "{good}", "--memory", "much"],
+    ["plan", "{tuned}"],
+    ["plan", "{tuned}", "lora.init_from=no-such-folder"],
+    ["train", "{tuned}"],
+    ["export", "{run}", "--to", "peft", "--adapter", "checkpoint-7"],
     ["trian"],
 ]
 
-# What these commands have no use for, on top of torch and bitsandbytes.
+# What these commands have no use for, on top of torch.
 NOT_OF_A_PLAN = [
+    "bitsandbytes",
     "datasets",
-    "pandas",
     "matplotlib",
-    "trl",
+    "pandas",
+    "peft",
+    "sklearn",
+    "torch._inductor.compile_fx",
     "transformers.trainer",
+    "transformers.training_args",
+    "trl",
     "expertune.api",
     "expertune.train.oom",
 ]
-NOT_OF_DOCTOR = [*NOT_OF_A_PLAN, "transformers", "peft", "accelerate", "scipy", "expertune.planning", "expertune.data"]
+NOT_OF_DOCTOR = [*NOT_OF_A_PLAN, "transformers", "accelerate", "scipy", "expertune.planning", "expertune.data"]
 MODULES = ["expertune", "expertune.config", "expertune.evaluation.metrics", "expertune.run.record"]
 
 TELL = f"""
@@ -51,7 +63,11 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     folder = tmp_path_factory.mktemp("given")
     (folder / "record.json").write_text('{"format_version": 1}')
     (folder / "unknown.yaml").write_text("model: m\noutput_dir: o\ndata: {train: a.jsonl}\nlaro: {}\n")
-    given = {"{run}": str(folder), "{unknown}": str(folder / "unknown.yaml")}
+    good = "model: m\noutput_dir: o\ndata: {train: a.jsonl}\n"
+    (folder / "good.yaml").write_text(good)
+    (folder / "tuned.yaml").write_text(f"{good}lora: {{init_from: {adapter_of_rank_4(folder / 'adapter')}, r: 8}}\n")
+    given = {f"{{{name}}}": str(folder / f"{name}.yaml") for name in ("unknown", "good", "tuned")}
+    given["{run}"] = str(folder)
     codes = {
         str(arguments): run.format([given.get(each, each) for each in arguments]) for arguments in (*HELP, *MISTAKES)
     }
@@ -61,6 +77,16 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     light = "import pydantic, rich.console, typer, yaml"
     processes = run_copies(light, list(codes.values()), tmp_path_factory.mktemp("imports"))
     return dict(zip(codes, processes, strict=True))
+
+
+def adapter_of_rank_4(folder: Path) -> Path:
+    """As much of an adapter's folder as is read at a glance."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    settings = {"r": 4, "alpha": 16, "rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    header = json.dumps({"__metadata__": {"expertune.lora": json.dumps(settings)}}).encode()
+    (folder / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    return folder
 
 
 def loaded(process: Ended) -> tuple[int, list[str]]:
@@ -93,16 +119,28 @@ def test_what_describes_a_run_needs_no_heavy_library(module: str, ended: dict[st
     assert loaded(ended[module])[1] == []
 
 
-def test_doctor_and_plan_import_no_more_than_they_use() -> None:
+def test_values_that_an_adapter_contradicts_are_told_with_both(ended: dict[str, Ended]) -> None:
+    assert "lora.r is 8, but the adapter at " in ended[str(["plan", "{tuned}"])].err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unused"),
+    [(["plan", "examples/demo.yaml"], NOT_OF_A_PLAN), (["doctor"], NOT_OF_DOCTOR)],
+    ids=["plan", "doctor"],
+)
+def test_a_command_imports_no_more_than_it_uses(arguments: list[str], unused: list[str]) -> None:
     code = f"""
 import sys
-import expertune.cli, expertune.doctor
-print([name for name in {NOT_OF_DOCTOR} if name in sys.modules])
-import expertune.run.planning
-print([name for name in {NOT_OF_A_PLAN} if name in sys.modules])
+from expertune.cli import main
+sys.argv[1:] = {arguments}
+try:
+    main()
+finally:
+    print([name for name in {unused} if name in sys.modules], file=sys.stderr)
 """
-    ended = run_program(code, imports=BENEATH)
-    assert ended.out.splitlines() == ["[]", "[]"], ended.err
+    ended = run_program(code, imports="import torch", HF_HUB_OFFLINE="1")
+    assert ended.err.splitlines()[-1] == "[]"
+    assert ended.status == 0
 
 
 def test_a_run_does_not_import_what_other_objectives_need() -> None:

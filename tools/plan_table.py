@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig
 
 from expertune.config import RunConfig, parse_config
-from expertune.planning.communication import LINKS
+from expertune.gpus import LINKS
 from expertune.planning.devices import Machine
 from expertune.planning.plan import plan_for, read_shapes
 from expertune.planning.result import Plan

@@ -161,8 +161,12 @@ def _finetune(context: RunContext) -> Run:
         held_out = HeldOut(config, model, inputs.tokenizer, inputs.eval, recovery, context.bars)
         held_out.rewards = rewards
         held_out.preference = None if isinstance(objective, SupervisedFineTuning | Rewards) else objective
-    if config.task.metric and held_out and "before" not in record.section("task"):
+    if config.task.metric and config.task.before and held_out and "before" not in record.section("task"):
         # A resumed run may have recorded the score already; it was taken on the same bytes.
+        context.tell(
+            f"before training, the base model answers {held_out.num_answered} examples for {config.task.metric}; "
+            "task.before: false leaves that out"
+        )
         with record.phase("answers"):
             record.add("task", before=held_out.score(step=0, base_only=True))
         record.save()

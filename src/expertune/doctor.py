@@ -3,6 +3,7 @@
 Nothing here allocates on a device, and the hub is asked only whether it answers.
 """
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import platform
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypedDict
 
 import psutil
@@ -148,7 +150,17 @@ def _version(name: str) -> str | None:
 def _native_library() -> Iterator[Finding]:
     """bitsandbytes reads and writes NF4 through a library of its own, one for each CUDA release."""
     name = "bitsandbytes library"
-    if _version("bitsandbytes") is None:
+    try:
+        folder = importlib.metadata.distribution("bitsandbytes").locate_file("bitsandbytes")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if (own := _library_of_cpus(Path(str(folder)))) is not None:
+        try:
+            ctypes.CDLL(str(own))
+        except OSError as error:
+            yield _find("packages", name, f"does not load: {error}", "error", "reinstall bitsandbytes")
+            return
+        yield _find("packages", name, "loaded, CPU only")
         return
     try:
         from bitsandbytes.cextension import BNBNativeLibrary, lib
@@ -159,6 +171,18 @@ def _native_library() -> Iterator[Finding]:
         yield _find("packages", name, "loaded, with CUDA" if lib.compiled_with_cuda else "loaded, CPU only")
     else:
         yield _find("packages", name, "does not load", "error", "see: python -m bitsandbytes")
+
+
+def _library_of_cpus(folder: Path) -> Path | None:
+    """The file that bitsandbytes loads where there is nothing but a CPU; None where it chooses among others.
+
+    Of releases 0.50, whose import takes twice as long as torch's: it imports torch's compiler. Another release that has
+    no file of this name is imported.
+    """
+    suffix = {"Darwin": ".dylib", "Windows": ".dll"}.get(platform.system(), ".so")
+    path = folder / f"libbitsandbytes_cpu{suffix}"
+    has_other = torch.cuda.is_available() or torch.xpu.is_available() or torch.version.hip
+    return path if path.is_file() and not has_other else None
 
 
 def _devices() -> Iterator[Finding]:

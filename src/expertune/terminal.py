@@ -3,7 +3,9 @@
 rich and the model's code are imported where they are used, so that a typing mistake answers at once.
 """
 
+import atexit
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -111,6 +113,25 @@ def writing(command: str) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda file, done, total: bar.update(done, total, what=file)
     finally:
         bar.close()
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Import libraries without looking for garbage, which modules are not.
+
+    Python's collector goes over all that has been imported again and again while more comes, and once more in each
+    full collection of a run. Here it waits, and afterwards it leaves out what has been imported until the process ends:
+    then some libraries count what of theirs is left.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        atexit.register(gc.unfreeze)
+        if was_enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -40,6 +40,11 @@ DEFAULTS = {
 }
 
 
+def loading(run_dir, which):
+    """The line that a command begins with."""
+    return f"{run_dir}: loading the libraries, then the base model with {which}\n"
+
+
 @pytest.fixture
 def asked(api):
     """What `expertune.answers` was asked; it answers each prompt in angle brackets."""
@@ -63,7 +68,9 @@ def asked(api):
 
 def test_generate_prints_the_answer_only(run, run_dir, asked):
     arguments = ["--prompt", "I like it.", "--max-new-tokens", "7", "--adapter", "checkpoint-2"]
-    assert run("generate", run_dir, *arguments) == (0, "<I like it.>\n", "a library's note\n")
+    code, out, err = run("generate", run_dir, *arguments)
+    assert (code, out) == (0, "<I like it.>\n")
+    assert err == f"{loading(run_dir, 'the adapter of checkpoint-2')}a library's note\n"
     assert asked == [(["I like it."], DEFAULTS | {"max_new_tokens": 7, "adapter": "checkpoint-2"})]
 
 
@@ -95,6 +102,21 @@ def test_an_option_that_temperature_0_leaves_without_effect_is_told(run, run_dir
     err = run("generate", run_dir, "--prompt", "Who?", "--temperature", "0", option, "1")[2]
     assert "--top-p and --top-k change nothing then\n" in err
     assert "change nothing" not in run("generate", run_dir, "--prompt", "Who?", "--temperature", "0")[2]
+
+
+def test_a_seed_of_nothing_that_is_drawn_is_told(run, run_dir, asked):
+    told = "--seed 3 decides nothing: the most likely token is taken each time; --temperature 1 draws\n"
+    assert told in run("generate", run_dir, "--prompt", "Who?", "--seed", "3")[2]
+    assert told not in run("generate", run_dir, "--prompt", "Who?", "--seed", "3", "--top-k", "5")[2]
+
+
+def test_what_is_loaded_is_told_before_the_libraries_are(run, run_dir, api):
+    def answers(*_, **__):
+        raise DataError("here")
+
+    api.answers = answers
+    err = run("generate", run_dir, "--prompt", "Who?", "--base-only", "--model", "there")[2]
+    assert err.splitlines()[0] == f"{run_dir}: loading the libraries, then there without its final adapter"
 
 
 def test_draws_without_a_seed_get_one_that_is_told(run, run_dir, asked):
@@ -301,7 +323,7 @@ def chat(run, run_dir, api, monkeypatch):
 def test_chat_answers_each_line_and_ends_with_the_input(chat):
     code, out, err = chat.talk("one two", "  ", "three")
     assert (code, out) == (0, "onetwo\nthree\n")
-    assert err == (
+    assert err == loading(chat.run_dir, "its final adapter") + (
         f"{chat.run_dir}: the base model with its final adapter. /help lists commands; /exit or Ctrl-D ends.\n"
         "Template viggo has no place for earlier turns: each line is asked by itself.\n"
     )

@@ -68,7 +68,9 @@ def test_other_commands_are_interrupted_in_one_line(run, run_dir, api):
         raise KeyboardInterrupt
 
     api.evaluate = evaluate
-    assert run("evaluate", run_dir) == (130, "", "expertune: interrupted\n")
+    code, out, err = run("evaluate", run_dir)
+    assert (code, out) == (130, "")
+    assert err.splitlines()[1:] == ["expertune: interrupted"]
 
 
 SCORES = {
@@ -111,4 +113,5 @@ def test_evaluate_prints_figures_and_examples(run, run_dir, api):
 def test_evaluate_as_json(run, run_dir, api):
     api.evaluate = lambda *_, **__: SCORES
     code, out, err = run("evaluate", run_dir, "--json")
-    assert (code, json.loads(out), err) == (0, SCORES, "")
+    assert (code, json.loads(out)) == (0, SCORES)
+    assert err == f"{run_dir}: loading the libraries, then the base model with its final adapter\n"

@@ -9,9 +9,10 @@ import yaml
 
 from expertune import load_config
 from expertune.errors import ConfigError
+from expertune.gpus import DEVICES, device_of_this_name, find_device
 from expertune.kernels import cpu_rates
 from expertune.planning import make_plan, speed
-from expertune.planning.devices import DEVICES, Machine, device_of_this_name, find_device
+from expertune.planning.devices import Machine
 from expertune.planning.fit import as_yaml
 from expertune.planning.placement import PlacementChooser, spread
 from tests.tiny_models import tiny_config

@@ -6,16 +6,8 @@ import pytest
 
 import expertune
 from expertune.errors import ConfigError
-from expertune.planning.communication import (
-    ETHERNET_100,
-    ETHERNET_400,
-    INFINITY_FABRIC,
-    NVLINK,
-    NVLINK_3,
-    NVLINK_5,
-    PCIE,
-    Traffic,
-)
+from expertune.gpus import ETHERNET_100, ETHERNET_400, INFINITY_FABRIC, NVLINK, NVLINK_3, NVLINK_5, PCIE
+from expertune.planning.communication import Traffic
 from expertune.planning.devices import Machine
 from expertune.planning.distribution import Distribution
 from expertune.planning.plan import plan_for

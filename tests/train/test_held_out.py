@@ -179,6 +179,20 @@ def test_a_metric_registered_by_one_function_is_validated_recorded_shown_and_cho
     assert expertune.evaluate(values["output_dir"])["task"]["length_gap"] == record["task"]["after"]["length_gap"]
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_the_base_model_is_scored_before_training_unless_the_run_file_says_no(
+    run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    score = {"metric": "exact-match", "rows": 2, "seconds": 0.1, "examples": [], "exact_match": 0.5}
+    monkeypatch.setattr(HeldOut, "score", lambda *_, **__: score)
+    task = {"metric": "exact-match", "rows": 2, "max_new_tokens": 4, "before": before}
+    record, said = run(run_values | {"task": task}, max_steps=1)
+    assert set(record["task"]) == ({"before", "after"} if before else {"after"})
+    announced = "the base model answers 2 examples for exact-match; task.before: false leaves that out"
+    assert (announced in " ".join(said.split())) is before
+    assert "exact match" in said  # the summary's table has the score afterwards
+
+
 def test_score_of_another_task_is_not_kept_as_before_when_a_run_is_resumed(
     run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,6 @@ from expertune.adapt.factors import PerExpert
 from expertune.adapt.file_layout import sparse_layout, stock_layout
 from expertune.adapt.files import (
     FURTHER_SETTINGS,
-    SETTINGS,
     AdapterFile,
     Origin,
     read_adapter,
@@ -29,6 +28,7 @@ from expertune.adapt.reachability import reachable_modules
 from expertune.adapt.stock.config import exact_names
 from expertune.adapt.stock.targets import StockTargets
 from expertune.adapt.validation import require_ranks_in_file
+from expertune.checkpoint.adapter_folder import SETTINGS, require_same_setting
 from expertune.checkpoint.linears import is_linear
 from expertune.checkpoint.load import LoadedModel
 from expertune.checkpoint.names import NameMap, read_names
@@ -240,11 +240,8 @@ def adopt(lora: LoraSection, names: NameMap, file: AdapterFile, plain: PerExpert
     found["use_dora"] = bool(file.config.get("use_dora"))
     found = {key: LoraSection.model_fields[key].default for key in FURTHER_SETTINGS} | found
     for key in (*SETTINGS, "use_dora", *FURTHER_SETTINGS):
-        if key != "init" and key in lora.model_fields_set and getattr(lora, key) != found[key]:
-            raise ConfigError(
-                f"lora.{key} is {getattr(lora, key)}, but the adapter at {lora.init_from} has {found[key]}; "
-                "remove the key to take the adapter's"
-            )
+        if key != "init":
+            require_same_setting(lora, key, found[key])
     return lora.model_copy(update=found)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from expertune.adapt.factors import PerExpert
 from expertune.adapt.layout_trial import StockLayout
 from expertune.adapt.validation import require_valid_config, require_valid_tensors
-from expertune.checkpoint.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
+from expertune.checkpoint.adapter_folder import CONFIG_NAME, SETTINGS, SETTINGS_KEY, WEIGHTS_NAME
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.names import NameMap
@@ -35,12 +35,10 @@ from expertune.storage import write_json
 # No loader takes it for an adapter: some read every file that ends in .safetensors.
 LIVE_NAME = "adapter_live.tensors"
 
-SETTINGS = ("r", "alpha", "rslora", "rank_pattern", "alpha_pattern")
 # Of adapters that have them. One with `init` began as a correction of the 4-bit base, and is right on that alone.
 FURTHER_SETTINGS = ("experts", "expert_rank", "init")
 
 # In the metadata of the weights' file, as JSON: the run's own settings, and the fingerprint of the base model.
-_SETTINGS_KEY = "expertune.lora"
 _BASE_KEY = "expertune.base"
 
 _COPIES = (".base_layer.weight", "lm_head.weight", "embed_tokens.weight")
@@ -91,7 +89,7 @@ def write_adapter(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    notes = {_BASE_KEY: base.to_json() if base else None, _SETTINGS_KEY: settings}
+    notes = {_BASE_KEY: base.to_json() if base else None, SETTINGS_KEY: settings}
     metadata = {key: json.dumps(note, sort_keys=True, separators=(",", ":")) for key, note in notes.items() if note}
     write_tensors(folder / WEIGHTS_NAME, tensors, metadata)
     write_json(folder / CONFIG_NAME, config)
@@ -204,7 +202,7 @@ def read_adapter_settings(folder: str | Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: the file is damaged.
     """
-    values = _read_note(folder, _SETTINGS_KEY)
+    values = _read_note(folder, SETTINGS_KEY)
     if not isinstance(values, dict) or values.keys() - set(FURTHER_SETTINGS) != set(SETTINGS):
         return None
     try:

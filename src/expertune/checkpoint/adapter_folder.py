@@ -1,11 +1,70 @@
-"""The folder of an adapter, before anything of it is read."""
+"""The folder of an adapter, before its tensors are read; nothing is imported for it."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+from expertune.config import LoraSection
 from expertune.errors import CheckpointError, ConfigError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+
+SETTINGS = ("r", "alpha", "rslora", "rank_pattern", "alpha_pattern")
+"""What an adapter was trained with, as keys of the run file's `lora:` section."""
+
+SETTINGS_KEY = "expertune.lora"
+"""Where the metadata of an adapter's weights has these."""
+
+_MOST_HEADER_BYTES = 100_000_000  # by the format of safetensors
+
+
+def require_beginning(lora: LoraSection) -> None:
+    """Refuse a `lora.init_from` that cannot be started from as the run file says, where that shows at a glance.
+
+    Args:
+        lora: the run file's section.
+
+    Raises:
+        ConfigError: see `require_adapter_folder`; or a value beside it is not the adapter's.
+        CheckpointError: see `require_adapter_folder`.
+    """
+    if lora.init_from is None:
+        return
+    require_adapter_folder(lora.init_from)
+    settings = _settings(Path(lora.init_from) / WEIGHTS_NAME)
+    if isinstance(settings, dict) and settings.keys() >= set(SETTINGS):
+        for key in SETTINGS:
+            require_same_setting(lora, key, settings[key])
+
+
+def require_same_setting(lora: LoraSection, key: str, found: Any) -> None:
+    """Refuse a value that the run file sets beside `init_from` and the adapter contradicts.
+
+    Args:
+        lora: the run file's section.
+        key: of the section.
+        found: what the adapter has.
+
+    Raises:
+        ConfigError: names both values.
+    """
+    if key in lora.model_fields_set and getattr(lora, key) != found:
+        raise ConfigError(
+            f"lora.{key} is {getattr(lora, key)}, but the adapter at {lora.init_from} has {found}; "
+            "remove the key to take the adapter's"
+        )
+
+
+def _settings(path: Path) -> Any:
+    """What the header of the weights' file notes; None where it says nothing or is damaged, which is told later."""
+    try:
+        with path.open("rb") as file:
+            num_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(num_bytes)) if num_bytes <= _MOST_HEADER_BYTES else {}
+        return json.loads(header["__metadata__"][SETTINGS_KEY])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def require_adapter_folder(name: str) -> None:

@@ -4,9 +4,14 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+import expertune
+
+if TYPE_CHECKING:
+    from expertune import RunRecord
 
 LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "lm_eval", "peft", "torch", "transformers")
 
@@ -79,3 +84,13 @@ TrustRewards = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python that ships with the model; no file can ask for it.")
 ]
+
+
+def require_adapter(run_dir: Path, adapter: str | None) -> "RunRecord":
+    """The run's record; a wrong directory or adapter is told before any library is loaded."""
+    record = expertune.RunRecord.load(run_dir)
+    if adapter is not None:
+        from expertune.run.directory import adapter_in
+
+        adapter_in(run_dir, adapter)
+    return record

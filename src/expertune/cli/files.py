@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 import typer
 
 import expertune
-from expertune.cli.arguments import Adapter, BaseModel, Json, RunDir, TrustRemoteCode, Verbose
+from expertune.cli.arguments import Adapter, BaseModel, Json, RunDir, TrustRemoteCode, Verbose, require_adapter
 from expertune.exporting import FORMATS, require_export, require_known
-from expertune.terminal import log, print_json, stdout_for_results, working, writing
+from expertune.terminal import importing, log, print_json, stdout_for_results, working, writing
 
 
 def quantize(
@@ -61,7 +61,9 @@ def quantize(
         raise typer.BadParameter("give the folder to write", param_hint="OUT")
     try:
         with stdout_for_results(), writing("quantize") as progress:
-            expertune.quantize(
+            with importing():
+                write_folder = expertune.quantize
+            write_folder(
                 model,
                 out,
                 double_quantization=double_quantization,
@@ -136,9 +138,11 @@ def export(
     Exit code 2 where the engine computes something else from it than it should.
     """
     require_known(to, base, type_)
-    expertune.RunRecord.load(run_dir)
+    require_adapter(run_dir, adapter)
     with stdout_for_results(), writing("export") as progress:
-        exported = expertune.export(
+        with importing():
+            write_export = expertune.export
+        exported = write_export(
             run_dir,
             to,
             adapter=adapter,
@@ -178,7 +182,9 @@ def verify(
     """
     require_export(folder)
     with stdout_for_results():
-        found = expertune.verify(folder, run, trust_remote_code=trust_remote_code, model=model)
+        with importing():
+            run_engines = expertune.verify
+        found = run_engines(folder, run, trust_remote_code=trust_remote_code, model=model)
     if as_json:
         print_json(found.to_json())
         return

@@ -22,13 +22,14 @@ from expertune.cli.arguments import (
     TopP,
     TrustRemoteCode,
     Verbose,
+    require_adapter,
 )
 from expertune.cli.conversing import converse, how_it_goes
 from expertune.cli.prompts import check_prompts, columns_of, drawn, read_prompts
 from expertune.distributed.processes import require_one_process
 from expertune.errors import ConfigError
 from expertune.generation.sampling import Sampling
-from expertune.terminal import log, print_json, print_scores, print_tasks, stdout_for_results
+from expertune.terminal import importing, log, print_json, print_scores, print_tasks, stdout_for_results
 
 if TYPE_CHECKING:
     from expertune import RunRecord
@@ -62,12 +63,15 @@ def evaluate(
     With --tasks, score tasks of lm-evaluation-harness with the adapter and without it; the record keeps the scores.
     """
     require_one_process()
-    _require_adapter(run_dir, adapter)
+    record = require_adapter(run_dir, adapter)
     of_tasks: dict[str, Any] = {"tasks": tasks} if tasks else {}
     of_tasks |= {"include_path": include_path} if include_path else {}
     of_tasks |= {name: True for name, given in (("task_code", task_code), ("download", download)) if given}
+    log(_loading(record, run_dir, adapter, model, base_only))
     with stdout_for_results():
-        scores = expertune.evaluate(
+        with importing():
+            score = expertune.evaluate
+        scores = score(
             run_dir,
             adapter=adapter,
             rows=rows,
@@ -129,10 +133,13 @@ def generate(
     check_prompts(prompt, prompt_file, columns)
     if compare and base_only:
         raise ConfigError("--compare answers with the adapter and without it; leave out --base-only")
-    _require_adapter(run_dir, adapter)
+    record = require_adapter(run_dir, adapter)
     prompts = read_prompts(prompt, prompt_file)
+    log(_loading(record, run_dir, adapter, model, base_only))
     with stdout_for_results():
-        answers = expertune.answers(
+        with importing():
+            answer = expertune.answers
+        answers = answer(
             run_dir,
             prompts.asked,
             max_new_tokens=max_new_tokens,
@@ -179,9 +186,12 @@ def chat(
     require_one_process()
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     columns = columns_of(column)
-    record = _require_adapter(run_dir, adapter)
+    record = require_adapter(run_dir, adapter)
+    log(_loading(record, run_dir, adapter, model, base_only))
     with stdout_for_results():
-        conversation = expertune.chat(
+        with importing():
+            begin = expertune.chat
+        conversation = begin(
             run_dir,
             max_new_tokens=max_new_tokens,
             base_only=base_only,
@@ -196,20 +206,17 @@ def chat(
             other_base=other_base,
             model=model,
         )
-    from expertune.run.directory import ADAPTER_FOLDER
-
-    which = "its final adapter" if adapter in (None, ADAPTER_FOLDER) else f"the adapter of {adapter}"
-    base = model or record.section("config").get("model", "the base model")
-    log(f"{run_dir}: {base} with{'out' if base_only else ''} {which}. /help lists commands; /exit or Ctrl-D ends.")
+    log(f"{run_dir}: {_which(record, adapter, model, base_only)}. /help lists commands; /exit or Ctrl-D ends.")
     log(how_it_goes(conversation))
     converse(conversation)
 
 
-def _require_adapter(run_dir: Path, adapter: str | None) -> "RunRecord":
-    """The run's record; a wrong directory or adapter is told before any library is loaded."""
-    record = expertune.RunRecord.load(run_dir)
-    if adapter is not None:
-        from expertune.run.directory import adapter_in
+def _loading(record: "RunRecord", run_dir: Path, adapter: str | None, model: str | None, base_only: bool) -> str:
+    """What is under way until the first answer, said at once: libraries and a large model take a while."""
+    return f"{run_dir}: loading the libraries, then {_which(record, adapter, model, base_only)}"
 
-        adapter_in(run_dir, adapter)
-    return record
+
+def _which(record: "RunRecord", adapter: str | None, model: str | None, base_only: bool) -> str:
+    which = "its final adapter" if adapter in (None, "adapter") else f"the adapter of {adapter}"
+    base = model or record.section("config").get("model", "the base model")
+    return f"{base} with{'out' if base_only else ''} {which}"

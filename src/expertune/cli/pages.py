@@ -7,7 +7,7 @@ import typer
 
 import expertune
 from expertune.cli.arguments import Json, RunDir, Verbose
-from expertune.terminal import log, print_json, print_table, stdout_for_results, working
+from expertune.terminal import importing, log, print_json, print_table, stdout_for_results, working
 
 
 def report(run_dir: RunDir) -> None:
@@ -44,7 +44,8 @@ def compare(
 def doctor(as_json: Json = False, verbose: Verbose = False) -> None:
     """Show what this machine has, and what of it Expertune will use."""
     with stdout_for_results(), working("looking at this machine"):
-        from expertune.doctor import collect, render
+        with importing():
+            from expertune.doctor import collect, render
 
         found = collect()
     if as_json:

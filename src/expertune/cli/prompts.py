@@ -51,6 +51,8 @@ def drawn(sampling: Sampling) -> int | None:
     """The seed; where something is drawn and none was given, a new one, which is told, as is what has no effect."""
     if sampling.is_greedy and (sampling.top_p is not None or sampling.top_k is not None):
         log("--temperature 0 takes the most likely token each time; --top-p and --top-k change nothing then")
+    if sampling.is_greedy and sampling.seed is not None:
+        log(f"--seed {sampling.seed} decides nothing: the most likely token is taken each time; --temperature 1 draws")
     if sampling.is_greedy or sampling.seed is not None:
         return sampling.seed
     seed = secrets.randbelow(2**31)

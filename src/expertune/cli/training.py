@@ -9,12 +9,15 @@ from typing import Annotated
 import typer
 
 import expertune
+from expertune.checkpoint.adapter_folder import require_beginning
 from expertune.cli.arguments import Json, Overrides, RunFile, TrustRemoteCode, TrustRewards, Verbose
+from expertune.config import RunConfig, parse_size
 from expertune.distributed.processes import launched
 from expertune.errors import ConfigError
+from expertune.gpus import find_device
 from expertune.run.signals import Terminated
 from expertune.storage import write_text
-from expertune.terminal import log, log_error, print_json, print_table, stdout_for_results, working
+from expertune.terminal import importing, log, log_error, print_json, print_table, stdout_for_results, working
 
 
 def init(
@@ -35,7 +38,8 @@ def init(
     _require_new(out)
     with stdout_for_results():
         with working("reading the examples, and planning"):
-            from expertune.run.draft import draft_run_file
+            with importing():
+                from expertune.run.draft import draft_run_file
 
             draft = draft_run_file(model, examples, out, overrides or (), trust_remote_code)
         from rich.console import Console
@@ -54,6 +58,14 @@ def init(
 def _require_new(out: Path) -> None:
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out}: is there already, and is not overwritten; choose another file with --out FILE")
+
+
+def _read(run: Path, overrides: list[str] | None, resume: bool = False, starts: bool = True) -> RunConfig:
+    """A run file, held to the adapter that it starts from before any library is loaded."""
+    config = expertune.load_config(run, overrides or (), resume, starts)
+    if not resume:  # which has its adapter in its directory
+        require_beginning(config.lora)
+    return config
 
 
 def plan(
@@ -77,9 +89,15 @@ def plan(
 
     Exit code 2 where it does not fit.
     """
-    config = expertune.load_config(run, overrides or (), starts=False)
+    config = _read(run, overrides, starts=False)
+    if gpu is not None:
+        find_device(gpu)
+    if memory is not None:
+        parse_size(memory)
     with stdout_for_results(), working("planning"):
-        made = expertune.plan(config, gpu=gpu, memory=memory, devices=devices, trust_remote_code=trust_remote_code)
+        with importing():
+            make_plan = expertune.plan
+        made = make_plan(config, gpu=gpu, memory=memory, devices=devices, trust_remote_code=trust_remote_code)
     if as_json:
         print_json(made.to_json())
     else:
@@ -104,8 +122,9 @@ def data(
     """
     config = expertune.load_config(run, overrides or (), starts=False)
     with stdout_for_results(), working("tokenizing"):
-        from expertune.data.preview import preview_run
-        from expertune.report.preview import render_preview
+        with importing():
+            from expertune.data.preview import preview_run
+            from expertune.report.preview import render_preview
 
         shown = preview_run(config, examples, trust_remote_code)
     if as_json:
@@ -125,7 +144,7 @@ def train(
     verbose: Verbose = False,
 ) -> None:
     """Fine-tune as the run file says, or as the run of a record was. Prints the run directory."""
-    config = expertune.load_config(run, overrides or (), resume)
+    config = _read(run, overrides, resume)
     from expertune.run.directory import after_interruption
 
     trusted = {"trust_remote_code": trust_remote_code, "trust_rewards": trust_rewards}
@@ -134,7 +153,7 @@ def train(
             from rich.console import Console
 
             console = Console(stderr=True, soft_wrap=True)
-            with working("loading the libraries") if launched().rank == 0 else nullcontext():
+            with working("loading the libraries") if launched().rank == 0 else nullcontext(), importing():
                 finetune = expertune.finetune
             finished = finetune(config, (), resume, console, trust_remote_code, trust_rewards)
     except (KeyboardInterrupt, Terminated) as stop:

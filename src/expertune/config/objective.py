@@ -82,12 +82,14 @@ class TaskConfig(Section):
         rows: how many evaluation examples are answered; None means all of them.
         max_new_tokens: the longest answer.
         batch_size: examples answered at once.
+        before: score the base model too, before training; it answers as many examples as the adapter does afterwards.
     """
 
     metric: str | None = None
     rows: int | None = Field(default=None, ge=1)
     max_new_tokens: int = Field(default=128, ge=1)
     batch_size: int = Field(default=32, ge=1)
+    before: bool = True
 
     @field_validator("metric")
     @classmethod

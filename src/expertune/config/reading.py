@@ -4,7 +4,6 @@ The keys under `training:` are TrainingArguments' own names; they are checked ag
 the run starts (`check_training_arguments`), because only transformers knows them.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from expertune.config.lora import LoraSection
 from expertune.config.messages import describe, nearest_key
 from expertune.config.objective import ObjectiveName
 from expertune.config.schema import TRUST_KEY, Origin, RunConfig
+from expertune.config.training_fields import fields_of, training_fields
 from expertune.config.training_keys import refused_keys
 from expertune.config.training_values import check_training_values
 from expertune.config.trl_keys import arguments_class, problem_of_groups, problem_of_loss, refused_of_trl
@@ -113,7 +113,7 @@ def recorded_config(values: Mapping[str, Any], where: str, opened: bool = False)
 def check_training_arguments(training: dict[str, Any], where: str = "config", objective: ObjectiveName = "sft") -> None:
     """Refuse keys under `training:` that the installed libraries do not know, and values that they cannot use.
 
-    Imports transformers, so it runs when a run is planned or started, not when `--help` is printed.
+    Reads transformers, so it runs when a run is planned or started, not when `--help` is printed.
 
     Args:
         training: the section.
@@ -124,16 +124,15 @@ def check_training_arguments(training: dict[str, Any], where: str = "config", ob
         ConfigError: names the unknown key and the nearest known one, a key that a run does not take, or a wrong value;
             or TRL is not installed.
     """
-    arguments = arguments_class(objective, where)
-    known = {field.name for field in dataclasses.fields(arguments) if field.init}
+    arguments = training_fields() if objective == "sft" else fields_of(arguments_class(objective, where))
+    known = arguments.known
     owned = refused_keys(training) | refused_of_trl(training, objective)
     for key in training:
         if key in owned:
             raise ConfigError(f"{where}: training.{key} is {owned[key]}")
         if key not in known:
             raise ConfigError(
-                f"{where}: training.{shortened(key)} is not an argument of "
-                f"{arguments.__name__}{nearest_key(key, known)}"
+                f"{where}: training.{shortened(key)} is not an argument of {arguments.name}{nearest_key(key, known)}"
             )
     check_training_values(training, where, arguments)
     if problem := problem_of_loss(training, objective) or (objective == "grpo" and problem_of_groups(training)):

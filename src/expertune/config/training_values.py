@@ -8,12 +8,13 @@ import importlib.util
 import math
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 from pydantic import ConfigDict, PydanticUndefinedAnnotation, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
 from expertune.config.secrets import is_secret
+from expertune.config.training_fields import ArgumentFields
 from expertune.config.training_keys import MUON
 from expertune.config.yaml_file import shortened
 from expertune.errors import ConfigError, did_you_mean, nearest
@@ -63,24 +64,23 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
 _PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "flyte": "flytekitplugins-deck-standard"}
 
 
-def check_training_values(training: Mapping[str, Any], where: str, arguments: type[Any]) -> None:
+def check_training_values(training: Mapping[str, Any], where: str, arguments: ArgumentFields) -> None:
     """Refuse values of a wrong type, out of range or of an unknown name, and trackers that are not installed.
 
     Args:
         training: the section; its keys are names of the arguments.
         where: what is named in errors.
-        arguments: TrainingArguments, or TRL's class of the objective.
+        arguments: fields of TrainingArguments, or of TRL's class of the objective.
 
     Raises:
         ConfigError: names the key, what it can be and what was found.
     """
-    hints = get_type_hints(arguments)
     for key, value in training.items():
         if key.endswith("_strategy") and value is False:
             continue  # YAML 1.1 reads a bare `no` as False, and the trainer knows
         if key == "loss_type" and isinstance(value, str):
             continue  # TRL takes one name for a list of it
-        problem = _problem_of_type(key, hints[key], value) or _problem_of_range(key, value)
+        problem = _problem_of_type(key, arguments.type_of(key), value) or _problem_of_range(key, value)
         if problem:
             found = "" if is_secret(key, str(value)) else f", got {shortened(repr(value))}"
             problem, semicolon, hint = problem.partition(";")

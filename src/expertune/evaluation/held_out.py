@@ -127,6 +127,11 @@ class HeldOut:
         found = rewards.means(Answers.to(rows, texts, ids, places))
         return {"loss": -found["reward"], **found}
 
+    @property
+    def num_answered(self) -> int:
+        """How many examples are answered for the run's task, by its run file."""
+        return len(range(len(self._rows.examples))[: self._config.task.rows])
+
     def score(self, step: int, rows: int | None = None, base_only: bool = False) -> dict[str, Any]:
         """The score of the run's task; see `expertune.evaluation.scoring.score_task`.
 

@@ -12,38 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from expertune.distributed.parallel import owned_experts
+from expertune.gpus import LINKS, Link
 
 _INT64_BYTES = 8
-
-
-@dataclass(frozen=True)
-class Link:
-    """What connects ranks, with its published rate in one direction. A rank has one to itself.
-
-    Attributes:
-        name: in a sentence.
-        bytes_per_second: in one direction.
-        short: above a column.
-    """
-
-    name: str
-    bytes_per_second: float
-    short: str
-
-
-# NVLink: NVIDIA data sheets of A100 (2021), H100 (2023) and B200 (2025): 600, 900 and 1800 GB/s in both directions
-# together. Infinity Fabric: AMD MI300X platform data sheet (2023), 7 links of 128 GB/s in both directions. PCI Express
-# 4.0 x16: PCI-SIG, 16 GT/s in each of 16 lanes, of which 128/130 carry data. Ethernet: IEEE 802.3ba (2010) and 802.3bs
-# (2017).
-NVLINK_3 = Link("NVLink 3", 300e9, "NVLink")
-NVLINK = Link("NVLink 4", 450e9, "NVLink")
-NVLINK_5 = Link("NVLink 5", 900e9, "NVLink")
-INFINITY_FABRIC = Link("Infinity Fabric", 448e9, "Fabric")
-PCIE = Link("PCIe 4.0", 31.5e9, "PCIe")
-ETHERNET_400 = Link("400 Gbit/s Ethernet", 50e9, "400\nGbit/s")
-ETHERNET_100 = Link("100 Gbit/s Ethernet", 12.5e9, "100\nGbit/s")
-NETWORKS = (ETHERNET_400, ETHERNET_100)
-LINKS = (NVLINK, PCIE, *NETWORKS)
 
 
 def compared_links(assumed: Link) -> tuple[Link, ...]:

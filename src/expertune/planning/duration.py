@@ -239,7 +239,7 @@ class Pace:
         rows, tokens = int(training_argument(training, BATCH_SIZE)), lengths.tokens + passes.written
         step = self.cost.of_batch(rows * tokens, tokens / passes.sequences).time()
         evaluations = count_evaluations(self.config, steps, num_rows, ranks) if self.config.data.eval else 0
-        scorings = 2 + (evaluations if scores_in_training(self.config) else 0) if task.metric else 0
+        scorings = 1 + task.before + (evaluations if scores_in_training(self.config) else 0) if task.metric else 0
         return RunTime(
             steps=steps,
             step_seconds=step.seconds,

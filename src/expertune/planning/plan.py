@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from expertune.checkpoint.adapter_folder import require_adapter_folder
+from expertune.checkpoint.adapter_folder import require_beginning
 from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.names import read_names
 from expertune.checkpoint.targets import ResolvedTargets, most_selected, resolve_targets
@@ -46,7 +46,7 @@ def make_plan(
         device: `cpu` or `cuda`, to plan for another machine than this one (`memory_budget` then says what it has);
             None plans for the device that a run would take here.
         previously_merged: for a run that resumes, how many micro-batches it ran as one; None chooses.
-        gpu: a GPU of the table in `expertune.planning.devices` in place of `device`, or `cuda` for any other.
+        gpu: a GPU of the table in `expertune.gpus` in place of `device`, or `cuda` for any other.
         memory: memory to plan for, as `memory_budget`, which it stands above.
         trust_remote_code: run Python that ships with the model.
 
@@ -94,8 +94,7 @@ def plan_for(
         raise ConfigError(
             f"{key} is made by one process alone, and {machine.world_size} were asked for; remove the key"
         )
-    if config.lora.init_from:
-        require_adapter_folder(config.lora.init_from)
+    require_beginning(config.lora)
     shapes = shapes or read_shapes(config, machine.compute_dtype, trust_remote_code)
     planner = _planner(config, machine, shapes)
     if machine.world_size == 1:

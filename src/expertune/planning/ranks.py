@@ -6,9 +6,8 @@ from typing import Any
 
 from expertune.config import RunConfig
 from expertune.distributed.parallel import owned_experts, replicas
+from expertune.gpus import LINKS, Link
 from expertune.planning.communication import (
-    LINKS,
-    Link,
     RoutedLayer,
     Traffic,
     averaged_bytes,

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from expertune.adapt.amounts import EXACT_SIDE, EXTRA_COLUMNS
-from expertune.planning.communication import Link, Traffic
-from expertune.planning.devices import Rates
+from expertune.gpus import Link, Rates
+from expertune.planning.communication import Traffic
 from expertune.planning.inventory import Layer, count_adapter
 from expertune.planning.placement import PlannedPlacement
 from expertune.planning.settings import Workload

@@ -22,12 +22,12 @@ from expertune.report.expert_maps import deaths_in_words
 from expertune.run.context import RunContext
 from expertune.run.directory import write_report
 from expertune.run.inputs import Inputs
-from expertune.train.callbacks import AfterEvaluation, ProgressBar, peak_memory_bytes
+from expertune.train.callbacks import AfterEvaluation, Evaluations, ProgressBar, peak_memory_bytes
 from expertune.train.checkpoints import ResumePoint
 from expertune.train.expert_load import DeadExperts
 from expertune.train.oom import Change, OutOfMemory
 from expertune.train.promises import Promised, Promises
-from expertune.train.schedule import Evaluations, evaluates_at_ends
+from expertune.train.schedule import evaluates_at_ends
 from expertune.train.trackers import Trackers
 from expertune.train.trainer import ExpertTrainer
 

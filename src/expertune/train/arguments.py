@@ -4,28 +4,29 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainingArguments
 
 from expertune.config import ObjectiveName
+from expertune.config.training_fields import fields_of, training_fields
 from expertune.config.training_keys import MUON, unused_keys
 from expertune.config.trl_keys import arguments_class
 from expertune.errors import ConfigError
 from expertune.train.muon import MuonSettings
 from expertune.train.optim import default_optimizer, usable_optimizer
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
 BATCH_SIZE = "per_device_train_batch_size"
 ACCUMULATION = "gradient_accumulation_steps"
 EVALUATION_BATCH_SIZE = "per_device_eval_batch_size"
 
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
-
 
 def training_argument(training: Mapping[str, Any], name: str) -> Any:
     """A key under `training:`, or TrainingArguments' own default."""
-    return training[name] if name in training else _DEFAULTS[name]
+    return training[name] if name in training else training_fields().default_of(name)
 
 
 def uses_checkpointing(training: Mapping[str, Any]) -> bool:
@@ -77,9 +78,10 @@ def training_arguments(
     arguments = arguments_class(objective)
     if objective == "grpo":
         values["num_generations_eval"] = 1  # TRL compares it with a batch size, and an evaluation is the run's own
+    defaults = fields_of(arguments_class("sft")).defaults
     for own in dataclasses.fields(arguments):
-        if own.name in _DEFAULTS and own.default != _DEFAULTS[own.name]:
-            values.setdefault(own.name, _DEFAULTS[own.name])
+        if own.name in defaults and own.default != defaults[own.name]:
+            values.setdefault(own.name, defaults[own.name])
     try:
         args = arguments(**values)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
@@ -92,12 +94,13 @@ def training_arguments(
 
 def loss_arguments(training: Mapping[str, Any], objective: ObjectiveName) -> Any:
     """TRL's arguments of an objective, for its loss alone: what of `training:` is transformers' is left out."""
-    own = {key: value for key, value in training.items() if key not in _DEFAULTS}
+    defaults = fields_of(arguments_class("sft")).defaults
+    own = {key: value for key, value in training.items() if key not in defaults}
     own |= {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
-    return arguments_class(objective)(**own, gradient_checkpointing=_DEFAULTS["gradient_checkpointing"])
+    return arguments_class(objective)(**own, gradient_checkpointing=defaults["gradient_checkpointing"])
 
 
-def use_one_gpu(args: TrainingArguments) -> None:
+def use_one_gpu(args: "TrainingArguments") -> None:
     """Of several GPUs that a process sees, transformers would use all: a batch on each, by nn.DataParallel.
 
     It has no argument for one; the attribute was read from releases 5.20 to 5.24, and a test checks it.
@@ -107,14 +110,13 @@ def use_one_gpu(args: TrainingArguments) -> None:
 
 def _use_new_names(values: dict[str, Any]) -> None:
     """transformers renamed two arguments: run files may use either name, and either release is given its own."""
+    known = training_fields().known
     for old, new in (
         ("gradient_checkpointing", "activation_checkpointing"),
         ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
     ):
-        if new in _DEFAULTS and old in values:
+        if new in known and old in values:
             values[new] = values.pop(old)
-    name = next(
-        each for each in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if each in _DEFAULTS
-    )
+    name = next(each for each in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if each in known)
     # The reentrant variant needs inputs that require gradients, which frozen embeddings do not give.
     values[name] = {"use_reentrant": False, **(values.get(name) or {})}

@@ -1,4 +1,4 @@
-"""What is watched in training: series of figures, the progress bar, peak memory; chance, and the best checkpoint."""
+"""What is watched in training: figures, the progress bar, peak memory, chance, the best checkpoint, evaluations."""
 
 import random
 import resource
@@ -12,6 +12,7 @@ import numpy
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import IntervalStrategy
 
 from expertune.distributed.mesh import Ranks
 from expertune.evaluation.objective_figures import LOSS_PARTS, is_objective_figure, shown_objective_figures
@@ -271,3 +272,40 @@ def peak_memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Evaluations(TrainerCallback):
+    """Makes evaluations come before the checkpoint of their step, so that a resumed run has each of them once.
+
+    transformers evaluates `eval_strategy: epoch`, and logs `logging_strategy: epoch`, once the epoch has ended, after
+    the checkpoint of its last step: a run that is killed in between would resume without them. Here they come with
+    that step.
+
+    Args:
+        at_end: evaluate after the last step, whatever the strategy is.
+    """
+
+    def __init__(self, at_end: bool) -> None:
+        self.at_end = at_end
+        self._evaluated_at = -1
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Request what is due with this step."""
+        last = state.global_step >= state.max_steps
+        epoch = state.epoch or 0.0
+        ends_epoch = last or epoch == int(epoch)
+        if ends_epoch and args.logging_strategy == IntervalStrategy.EPOCH:
+            control.should_log = True
+        if ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= epoch:
+            control.should_evaluate = True
+        if last and self.at_end:
+            control.should_evaluate = True
+        if control.should_evaluate:
+            self._evaluated_at = state.global_step
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Cancel the second evaluation of the step, which transformers' own callback has just requested."""
+        if self._evaluated_at == state.global_step:
+            control.should_evaluate = False

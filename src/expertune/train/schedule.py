@@ -1,4 +1,4 @@
-"""When a run takes steps, evaluates and saves: checked before a model is loaded, and followed in training.
+"""When a run takes steps, evaluates and saves: checked before a model is loaded.
 
 Where a run file names evaluation data and no times, the run evaluates before its first step and after its last one.
 """
@@ -6,9 +6,6 @@ Where a run file names evaluation data and no times, the run evaluates before it
 import math
 from collections.abc import Mapping
 from typing import Any
-
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
 
 from expertune.config import RunConfig
 from expertune.errors import ConfigError, DataError
@@ -191,40 +188,3 @@ def _needing_evaluation(training: Mapping[str, Any]) -> list[str]:
         "lr_scheduler_type": training.get("lr_scheduler_type") in _EVALUATED_SCHEDULES,
     }
     return [key for key, needs in needing.items() if needs]
-
-
-class Evaluations(TrainerCallback):
-    """Makes evaluations come before the checkpoint of their step, so that a resumed run has each of them once.
-
-    transformers evaluates `eval_strategy: epoch`, and logs `logging_strategy: epoch`, once the epoch has ended, after
-    the checkpoint of its last step: a run that is killed in between would resume without them. Here they come with
-    that step.
-
-    Args:
-        at_end: evaluate after the last step, whatever the strategy is.
-    """
-
-    def __init__(self, at_end: bool) -> None:
-        self.at_end = at_end
-        self._evaluated_at = -1
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Request what is due with this step."""
-        last = state.global_step >= state.max_steps
-        epoch = state.epoch or 0.0
-        ends_epoch = last or epoch == int(epoch)
-        if ends_epoch and args.logging_strategy == IntervalStrategy.EPOCH:
-            control.should_log = True
-        if ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= epoch:
-            control.should_evaluate = True
-        if last and self.at_end:
-            control.should_evaluate = True
-        if control.should_evaluate:
-            self._evaluated_at = state.global_step
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Cancel the second evaluation of the step, which transformers' own callback has just requested."""
-        if self._evaluated_at == state.global_step:
-            control.should_evaluate = False
