@@ -363,7 +363,7 @@ def test_commands_of_a_chat_do_as_they_say(chat):
         ("/etc/passwd is what", False, None),
     ]
     assert chat.conversation.turns == []
-    assert err.splitlines()[2:] == [
+    assert err.splitlines()[3:] == [
         "From here on answers come without the adapter; earlier turns stay.",
         "From here on answers come with the adapter; earlier turns stay.",
         "The system prompt is set; earlier turns stay.",

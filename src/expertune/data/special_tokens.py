@@ -96,6 +96,8 @@ class SpecialTokens:
         # A token may also come about where the data meets the template, or one column the next: "<" and "/s>".
         self._starts = {token[:end] for token in contents for end in range(1, len(token))}
         self._ends = {token[start:] for token in contents for start in range(1, len(token))}
+        # With which character a text begins and ends that holds such a part: nearly no text does.
+        self._heads, self._tails = {each[0] for each in self._ends}, {each[-1] for each in self._starts}
         self._insides = {each[:end] for each in self._ends for end in range(1, len(each) + 1)}
         self._longest = max(map(len, contents), default=1) - 1
         private = {char: chr(_PRIVATE + index) for index, char in enumerate(sorted(set("".join(contents))))}
@@ -165,7 +167,7 @@ class SpecialTokens:
             return False
         messages = example.messages or []
         texts = _texts([dict(example.values), *([message.content, dict(message.extra)] for message in messages)])
-        return any(True for text in texts for _ in self._spelt_out(text))
+        return any(self._may_spell_out(text) and any(True for _ in self._spelt_out(text)) for text in texts)
 
     def _marked(self, example: Example) -> Example:
         messages = example.messages
@@ -188,6 +190,11 @@ class SpecialTokens:
         for start, end in self._spelt_out(value):
             value = value[:start] + value[start:end].translate(self._to_private) + value[end:]
         return value
+
+    def _may_spell_out(self, text: str) -> bool:
+        """Whether a text is worth a closer look."""
+        at_edge = text != "" and (text[0] in self._heads or text[-1] in self._tails)
+        return at_edge or self._pattern.search(text) is not None
 
     def _spelt_out(self, text: str) -> Iterator[tuple[int, int]]:
         """Places of special tokens in a text of the data, and of what its surroundings could make one of."""

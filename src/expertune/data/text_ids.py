@@ -46,6 +46,8 @@ class Piece:
     def placed(self, at: int) -> "Piece":
         """The piece of a text that starts at this character of the whole."""
         # A token starts in its own text, whatever its offsets say about the space before its first letter.
+        if not at and min(self.starts, default=0) >= 0:
+            return self
         return Piece(self.ids, [max(start, 0) + at for start in self.starts], [end + at for end in self.ends])
 
     def __add__(self, other: "Piece") -> "Piece":
@@ -83,7 +85,9 @@ class TokenizesAhead:
         return len(self._tokenizer)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
+        # Once: transformers looks every special token up in a list, and nothing of a tokenizer changes meanwhile.
+        value = self.__dict__[name] = getattr(self._tokenizer, name)
+        return value
 
 
 def tokenize(text: str, tokenizer: Any) -> Piece:
