@@ -62,6 +62,22 @@ def test_nf4_folder_is_the_same_by_transformers_and_by_load_model(folder: Path, 
     assert origins[0] == origins[1]
 
 
+def test_a_model_is_held_as_an_adapter_of_its_run_has_it(folder: Path, tmp_path: Path) -> None:
+    layers = {"attention": 16}
+    model = expertune.attach(expertune.load_model(folder, "float32", "cpu", layers=layers), r=2, targets="experts")
+    with_values(model).eval().save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(CheckpointError, match=r"as an argument of expertune\.load_model"):
+        expertune.load_adapter(expertune.load_model(folder, "float32", "cpu"), tmp_path / "adapter")
+    expertune.quantize(folder, tmp_path / "nf4", layers=layers)
+    ids = random_rows()
+    for same in (
+        expertune.load_model(folder, "float32", "cpu", layers={"[qkvo]_proj": 16}),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", dtype=torch.float32),
+    ):
+        with torch.no_grad():
+            assert torch.equal(expertune.load_adapter(same, tmp_path / "adapter")(ids).logits, model(ids).logits)
+
+
 def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
     model = expertune.load_model(folder, "float32", "cpu")
     with pytest.raises(ConfigError, match="attach: no argument is called rank; did you mean r"):

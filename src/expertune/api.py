@@ -281,6 +281,8 @@ def _load_and_adapt(
     with record.phase("preflight"), context.bars.task("preflight check", "passes") as progress:
         found = recovery.retry("preflight", lambda: preflight(model, probe, base_logits, progress, router_losses))
     begin_adapter(context, source, model, moments)
+    if loaded.fingerprint:  # which by now knows the calibration too
+        record.add("model", base=loaded.fingerprint.to_json())
     record.add("model", dtype=str(model.dtype), unexpected_tensors=loaded.unexpected)
     record.add("preflight", **found)
     learning = found["learning"]

@@ -14,10 +14,11 @@ from expertune.checkpoint import load
 from expertune.checkpoint.formats.nf4_folder import CALIBRATED, Nf4Folder
 from expertune.checkpoint.hf_quantizer import as_loaded
 from expertune.checkpoint.hub import fetch_model
-from expertune.checkpoint.load import LoadedModel
+from expertune.checkpoint.load import LoadedModel, LoadOptions
+from expertune.checkpoint.moments import Moments
 from expertune.checkpoint.quantize import SourceOptions
 from expertune.checkpoint.quantize import quantize as write_nf4_folder
-from expertune.config import parse_lora, parse_quantization
+from expertune.config import QuantizationConfig, parse_lora, parse_quantization
 from expertune.config.arguments import checked
 from expertune.errors import ConfigError
 from expertune.placement.device import device_named, dtype_name, resolve_compute_dtype
@@ -56,6 +57,15 @@ class QuantizeOptions(TypedDict, total=False):
     progress: Callable[[str, int, int], None] | None
 
 
+class HeldOptions(TypedDict, total=False):
+    """How a model in 16 bits is held in 4; `load_model` says what they mean."""
+
+    scheme: str
+    fit: str
+    layers: dict[str, int] | None
+    calibration: str | Path | None
+
+
 @checked
 def load_model(
     model: str | Path,
@@ -63,7 +73,7 @@ def load_model(
     device: torch.device | str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    fit: str = "absmax",
+    **held: Unpack[HeldOptions],
 ) -> PreTrainedModel:
     """Load a model with its experts and decoder linears in 4 bits.
 
@@ -74,7 +84,9 @@ def load_model(
         device: where the model lies; None means the current GPU, or the CPU.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run Python that ships with the model.
-        fit: how scales are chosen of a model in 16 bits, as `quantization.fit` of a run file.
+        **held: `scheme`, and of a model in 16 bits `fit`, how scales are chosen, and `layers`, which linears stay in 16
+            bits, all as under `quantization` of a run file; `calibration`: for the fit `calibrated`, which it then is,
+            the `calibration.safetensors` of a run of this model.
 
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError: the model is missing, damaged, or of no kind that is read.
@@ -82,8 +94,9 @@ def load_model(
     device = device_named(device)
     compute_dtype = resolve_compute_dtype(dtype, device)
     source = fetch_model(str(model), revision, trust_remote_code)
-    asked = parse_quantization({} if fit == "absmax" else {"fit": fit})
-    loaded = load.load_model(source.folder, asked, compute_dtype, device, trust_remote_code)
+    asked, calibration = _how_held(held)
+    options = LoadOptions(importance=None if calibration is None else Moments.load(Path(calibration)))
+    loaded = load.load_model(source.folder, asked, compute_dtype, device, trust_remote_code, options)
     loaded.source = loaded.source or (str(model), source.revision)
     loaded.model.nf4_loaded = loaded
     return loaded.model
@@ -160,15 +173,29 @@ def quantize(model: str | Path, out: str | Path, **options: Unpack[QuantizeOptio
         ConfigError, UnsupportedModelError: see `load_model`.
     """
     double, dtype = options.get("double_quantization"), dtype_name(options.get("dtype", "auto"))
-    # What is quantized already decides by itself, unless the caller has.
-    calibration = options.get("calibration")
-    fit = options.get("fit") or (None if calibration is None else CALIBRATED)
-    given = {"double_quantization": double, "fit": fit, "layers": options.get("layers")}
-    asked = parse_quantization({key: value for key, value in given.items() if value is not None})
+    asked, calibration = _how_held(options, double)
     revision, trust = options.get("revision"), options.get("trust_remote_code", False)
     progress = options.get("progress")
     how = SourceOptions(revision=revision, trust_remote_code=trust, calibration=calibration)
     return write_nf4_folder(str(model), out, asked, dtype, progress, **how)
+
+
+def _how_held(
+    options: HeldOptions | QuantizeOptions, double_quantization: bool | None = None
+) -> tuple[QuantizationConfig, str | Path | None]:
+    """The section `quantization` of what was given, and the calibration.
+
+    Raises:
+        ConfigError: a value is none of its key's, or there is a calibration and another fit.
+    """
+    calibration, fit = options.get("calibration"), options.get("fit")
+    if calibration is not None and fit not in (None, CALIBRATED):
+        raise ConfigError(f"calibration: it is for fit={CALIBRATED!r}, and fit is {fit!r}; leave one of them out")
+    fit = fit or (None if calibration is None else CALIBRATED)
+    given = {key: options.get(key) for key in ("scheme", "layers")}
+    given |= {"double_quantization": double_quantization, "fit": fit}
+    # What is quantized already decides by itself, unless the caller has.
+    return parse_quantization({key: value for key, value in given.items() if value is not None}), calibration
 
 
 def _require_free(name: str, base: PreTrainedModel, onto: ExpertPeftModel | None) -> None:

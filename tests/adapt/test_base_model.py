@@ -1,16 +1,18 @@
 """An adapter is put on the base model that it was trained on, in 16 bits or as an NF4 folder; on others when asked."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from expertune.adapt.attach import attach
 from expertune.adapt.files import read_adapter_base
 from expertune.checkpoint.load import LoadedModel, fingerprint_of
 from expertune.checkpoint.quantize import quantize
-from expertune.config import LoraSection
+from expertune.config import LoraSection, QuantizationConfig
 from expertune.errors import CheckpointError
 from tests.adapt.conftest import adapt, adopt, train_a_little
 from tests.tiny_models import load_tiny, save_tiny_model
@@ -98,6 +100,34 @@ def test_init_from_an_adapter_of_fewer_layers_is_refused_with_and_without_its_fi
 
 def test_adapter_without_a_fingerprint_still_loads(base: Path, without_fingerprint: Path) -> None:
     adopt(load_tiny(base), without_fingerprint)
+
+
+def test_adapter_of_a_base_with_attention_in_16_bits_is_refused_on_one_without(base: Path, tmp_path: Path) -> None:
+    mixed = load_tiny(base, layers={"attention": 16})
+    adapt(mixed).save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(
+        CheckpointError,
+        match=r"other 4-bit weights of owner/tiny: quantization\.layers was \{k_proj: 16, .*\} and is \{\}\. "
+        r"Hold it as it was, with layers: \{k_proj: 16, .*lora\.init_from_other_base",
+    ):
+        adopt(load_tiny(base), tmp_path / "adapter")
+    quantize(str(base), tmp_path / "nf4", QuantizationConfig(layers={"[kqvo]_proj": 16}))
+    for same in (load_tiny(tmp_path / "nf4"), load_tiny(base, layers={"attention": 16})):
+        adopt(same, tmp_path / "adapter")
+    adopt(load_tiny(base), tmp_path / "adapter", init_from_other_base=True)
+
+
+def test_adapter_of_an_earlier_release_goes_onto_a_base_with_attention_in_16_bits(base: Path, saved: Path) -> None:
+    weights = saved / "adapter_model.safetensors"
+    with safe_open(weights, framework="pt") as file:
+        metadata = file.metadata()
+    fingerprint = json.loads(metadata["expertune.base"])
+    del fingerprint["layers"], fingerprint["scheme"]
+    earlier = saved.parent / "earlier"
+    shutil.copytree(saved, earlier)
+    notes = metadata | {"expertune.base": json.dumps(fingerprint)}
+    save_file(load_file(weights), earlier / "adapter_model.safetensors", notes)
+    adopt(load_tiny(base, layers={"attention": 16}), earlier)
 
 
 def test_adapter_on_some_projections_of_every_layer_is_whole(tmp_path: Path) -> None:

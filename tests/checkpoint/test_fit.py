@@ -25,7 +25,7 @@ def by_error(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_load_and_a_folder_have_the_same_bytes_and_the_same_fingerprint(mixtral: Path, by_error: Path) -> None:
     loaded = load_model(mixtral, MSE, torch.bfloat16, "cpu")
     assert_same_bytes(loaded, load_model(by_error, QuantizationConfig(), torch.bfloat16, "cpu"))
-    assert loaded.fingerprint == fingerprint_of(by_error) == fingerprint_of(mixtral, fit="mse")
+    assert loaded.fingerprint == fingerprint_of(by_error) == fingerprint_of(mixtral, quantization=MSE)
     assert loaded.fingerprint is not None
     assert Fingerprint.from_json(loaded.fingerprint.to_json()) == loaded.fingerprint
     assert read_nf4_folder(by_error).fit == "mse"
@@ -51,7 +51,7 @@ def test_weights_come_nearer_to_the_source_in_experts_and_linears(mixtral: Path)
 
 
 def test_an_adapter_of_one_fit_is_not_put_on_another(mixtral: Path) -> None:
-    found = fingerprint_of(mixtral, fit="mse").differences(fingerprint_of(mixtral))
+    found = fingerprint_of(mixtral, quantization=MSE).differences(fingerprint_of(mixtral))
     assert found == ["quantization.fit was mse and is absmax"]
 
 

@@ -6,12 +6,15 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from expertune.checkpoint.formats.nf4_folder import read_nf4_folder
-from expertune.checkpoint.load import LoadedModel, load_model
+from expertune.checkpoint.hf_quantizer import as_loaded
+from expertune.checkpoint.load import LoadedModel, fingerprint_of, load_model
 from expertune.checkpoint.quantize import quantize
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, ConfigError
+from tests.checkpoint.conftest import FolderOf
 from tests.checkpoint.nf4_folders import quantized
 
 ATTENTION = QuantizationConfig(layers={"attention": 16})
@@ -51,12 +54,19 @@ def test_the_first_key_that_fits_decides(mixtral: Path) -> None:
     assert {"0.self_attn.o_proj", "0.self_attn.q_proj"} <= whole_linears(loaded)
 
 
-def test_a_folder_computes_what_the_load_computes_and_is_the_same_base(mixtral: Path, mixed: Path) -> None:
+def test_a_folder_computes_what_the_load_computes_and_is_the_same_base_which_plain_nf4_is_not(
+    mixtral: Path, mixed: Path
+) -> None:
     loaded, stored = load(mixtral, layers={"attention": 16}), load(mixed)
     ids = torch.arange(8)[None]
     assert torch.equal(loaded.model(ids).logits, stored.model(ids).logits)
     assert not torch.equal(loaded.model(ids).logits, load(mixtral).model(ids).logits)
-    assert loaded.fingerprint == stored.fingerprint == load(mixtral).fingerprint
+    by_transformers = as_loaded(AutoModelForCausalLM.from_pretrained(mixed))
+    before = fingerprint_of(mixtral, quantization=ATTENTION)
+    assert loaded.fingerprint == stored.fingerprint == by_transformers.fingerprint == before == fingerprint_of(mixed)
+    assert before.differences(fingerprint_of(mixtral)) == [
+        "quantization.layers was {k_proj: 16, o_proj: 16, q_proj: 16, v_proj: 16} and is {}"
+    ]
     assert read_nf4_folder(mixed).index.tensors["model.layers.0.self_attn.q_proj.weight"].dtype != torch.uint8
 
 
@@ -66,6 +76,35 @@ def test_a_folder_keeps_the_layers_that_it_was_written_with(mixtral: Path, mixed
         load(mixed, layers={"o_proj": 16})
     with pytest.raises(CheckpointError, match="was started with quantization"):
         quantize(str(mixtral), mixed)
+
+
+@pytest.mark.parametrize(
+    ("layers", "canonical"),
+    [
+        ({"attention": 16}, ["k_proj", "o_proj", "q_proj", "v_proj"]),
+        ({"v_proj": 16, "(q|k)_proj": 16, "o_proj": 16, "attention": 4}, ["k_proj", "o_proj", "q_proj", "v_proj"]),
+        ({r".*\.1\.self_attn\.o_proj": 16}, ["layers.(1).self_attn.o_proj"]),
+        ({"o_proj": 4}, []),
+        ({}, []),
+    ],
+)
+def test_the_fingerprint_has_the_same_layers_however_they_were_written(
+    layers: dict[str, int], canonical: list[str], mixtral: Path
+) -> None:
+    asked = QuantizationConfig.model_validate({"layers": layers})
+    found = fingerprint_of(mixtral, quantization=asked).held.layers
+    assert found == dict.fromkeys(canonical, 16)
+    # What it says can be asked for, and gives the same again.
+    assert fingerprint_of(mixtral, quantization=QuantizationConfig(layers=found)).held.layers == found
+
+
+def test_layers_of_one_projection_in_two_places_are_told_apart(family_folder: FolderOf) -> None:
+    folder = family_folder("deepseek_v3")
+    shared = QuantizationConfig(layers={r".*shared_experts\.down_proj": 16})
+    found = fingerprint_of(folder, quantization=shared).held.layers
+    assert found
+    assert all("shared_experts.down_proj" in key for key in found)
+    assert fingerprint_of(folder, quantization=QuantizationConfig(layers=found)).held.layers == found
 
 
 @pytest.mark.parametrize(

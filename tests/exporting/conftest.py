@@ -31,14 +31,14 @@ def nothing(*_: Any) -> None:
     """Progress that nobody looks at."""
 
 
-def source_of(loaded: LoadedModel, model: Path, folder: Path, **lora: Any) -> ExportSource:
+def source_of(loaded: LoadedModel, model: Path, folder: Path, onto: str = "source", **lora: Any) -> ExportSource:
     """A source with an adapter that is written here, and a few examples of random tokens."""
     adapted = attach(copied(loaded), LoraSection(**{"r": 4, "alpha": 8, "targets": ["experts"], **lora}), str(model))
     train_a_little(adapted)
     adapted.save_pretrained(str(folder / "adapter"))
     config = parse_config({"model": str(model), "data": {"train": "rows.jsonl"}, "output_dir": str(folder)})
     context = RunContext(config, RunRecord.start(folder), torch.device("cpu"), Bars(Console(file=io.StringIO())))
-    source = read_source(context, folder / "adapter", ModelSource(model))
+    source = read_source(context, folder / "adapter", ModelSource(model), onto)
     source.__dict__["plain_tokens"] = range(3, source.model.config.get_text_config().vocab_size)
     rows = random_rows(4, 24).tolist()
     source.__dict__["examples"] = [TokenizedExample(row, row, "here", "", "", len(row)) for row in rows]

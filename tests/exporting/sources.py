@@ -9,7 +9,7 @@ from rich.console import Console
 
 from expertune.adapt.factors import AdapterFactors, Factors
 from expertune.adapt.files import AdapterFile
-from expertune.checkpoint.fingerprint import read_fingerprint
+from expertune.checkpoint.fingerprint import Held, read_fingerprint
 from expertune.checkpoint.hub import ModelSource
 from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.names import read_names
@@ -65,7 +65,7 @@ def random_source(
         index=index,
         model=model,
         names=names,
-        fingerprint=read_fingerprint(folder, index.tensors, model, names),
+        fingerprint=read_fingerprint(folder, index.tensors, model, names, Held()),
         factors=found,
     )
     source.__dict__["plain_tokens"] = range(3, model.config.get_text_config().vocab_size)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
+from expertune.adapt.files import read_adapter_base
 from expertune.checkpoint.quantize import quantize
 from expertune.config import QuantizationConfig
-from expertune.errors import ExportError
+from expertune.errors import CheckpointError, ExportError
 from expertune.exporting import merging
 from expertune.exporting.engines import stock, trained
 from expertune.exporting.engines.trained import dequantized
@@ -76,15 +78,37 @@ def test_magnitudes_of_dora_are_folded_into_either_base_and_other_formats_are_re
         make_format("peft", Options()).require(source)
 
 
-def test_adapter_of_an_nf4_folder_with_fitted_scales_is_merged_into_what_the_folder_was_made_of(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", [{"fit": "mse"}, {"layers": {"attention": 16}}])
+def test_adapter_of_an_nf4_folder_is_merged_into_what_the_folder_was_made_of_and_into_its_own_values(
+    quantization: dict[str, Any], tmp_path: Path
+) -> None:
     folder = save_random(tmp_path / "model", tiny_config())
-    quantize(str(folder), tmp_path / "nf4", QuantizationConfig(fit="mse"))
+    quantize(str(folder), tmp_path / "nf4", QuantizationConfig(**quantization))
     loaded = load_tiny(tmp_path / "nf4")
     source = source_of(loaded, folder, tmp_path / "run")
+    assert source.fingerprint.held == loaded.fingerprint.held  # what the exported adapter says of its training
     merged = stock_model(written(Merged(), source, tmp_path / "merged"))
     assert largest_difference(base_and_adapter(source, stock_model(folder), torch.bfloat16), merged) == 0
+    source = source_of(loaded, folder, tmp_path / "run", onto="dequantized")
     merged = stock_model(written(MergedIntoDequantized(), source, tmp_path / "dequantized"))
     assert largest_difference(dequantized_and_adapter(source, loaded.model), merged) == 0
+
+
+def test_adapter_goes_into_the_values_of_its_own_4_bit_weights_alone_and_onto_16_bits_from_any(tmp_path: Path) -> None:
+    folder = save_random(tmp_path / "model", tiny_config())
+    quantize(str(folder), tmp_path / "mixed", QuantizationConfig(layers={"attention": 16}))
+    loaded = load_tiny(folder)
+    with pytest.raises(
+        CheckpointError, match=r"other 4-bit weights .*quantization\.layers was \{\} and is \{k_proj: 16, "
+    ):
+        source_of(loaded, tmp_path / "mixed", tmp_path / "run", onto="dequantized")
+    source = source_of(loaded, tmp_path / "mixed", tmp_path / "run")
+    assert source.fingerprint.held.layers == {}
+    form = make_format("peft", Options())
+    form.require(source)
+    (tmp_path / "peft").mkdir()
+    form.write(source, tmp_path / "peft", nothing)
+    assert read_adapter_base(tmp_path / "peft") == loaded.fingerprint
 
 
 def test_reference_rounds_each_weight_to_the_dtype_that_the_merged_one_has(tmp_path: Path) -> None:

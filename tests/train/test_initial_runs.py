@@ -14,7 +14,9 @@ import expertune
 from expertune import finetune
 from expertune.adapt.factors import AdapterFactors
 from expertune.adapt.files import read_adapter_settings
+from expertune.checkpoint.moments import Moments
 from expertune.checkpoint.quantize import quantize
+from expertune.checkpoint.writer import hash_file
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError, DataError
 from expertune.exporting.source import open_source
@@ -220,6 +222,50 @@ def test_a_folder_is_quantized_by_the_calibration_of_a_run(
     assert expertune.evaluate(run)["loss"] == pytest.approx(RunRecord.load(whole)["eval"]["loss"][-1][1], abs=1e-6)
     with pytest.raises(ConfigError, match=r"quantization\.fit is calibrated, and there is no calibration"):
         expertune.quantize(small_mixtral, tmp_path / "other", fit="calibrated")
+
+
+def test_weights_by_another_calibration_are_another_base(
+    corrected: tuple[Path, dict[str, Any]], small_mixtral: Path, tmp_path: Path
+) -> None:
+    whole, _ = corrected
+    calibration = whole / "calibration.safetensors"
+    held = RunRecord.load(whole)["model"]["base"]
+    assert held["calibration"] == hash_file(calibration).sha256
+    same = expertune.load_model(small_mixtral, "float32", "cpu", calibration=calibration)
+    expertune.load_adapter(same, whole / "adapter")
+    other = tmp_path / "other.safetensors"
+    Moments({name: 2 * tensor for name, tensor in Moments.load(calibration).tensors.items()}).save(other)
+    with pytest.raises(CheckpointError, match=r"the calibration of quantization\.fit was .*quantize --calibration"):
+        expertune.load_adapter(
+            expertune.load_model(small_mixtral, "float32", "cpu", calibration=other), whole / "adapter"
+        )
+    expertune.quantize(small_mixtral, tmp_path / "nf4", calibration=other)
+    with pytest.raises(CheckpointError, match=r"the calibration of quantization\.fit was "):
+        expertune.open_run(whole, model=tmp_path / "nf4")
+    with pytest.raises(CheckpointError, match=r"the calibration of quantization\.fit was "):
+        open_source(whole, model=tmp_path / "nf4", base="dequantized")
+    with pytest.raises(ConfigError, match=r"calibration: it is for fit='calibrated', and fit is 'mse'"):
+        expertune.load_model(small_mixtral, fit="mse", calibration=calibration)
+
+
+def test_a_run_that_goes_on_has_the_calibration_of_the_first_or_is_refused_before_it_loads(
+    corrected: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    whole, values = corrected
+    lora = {key: value for key, value in values["lora"].items() if key != "init"}
+    values = values | {"output_dir": str(tmp_path / "run"), "lora": lora | {"init_from": str(whole / "adapter")}}
+    values["training"] = values["training"] | {"max_steps": 1, "save_steps": 1, "eval_steps": 1, "seed": 5}
+    alone = tmp_path / "alone"
+    for part in ("adapter", "initial_adapter"):
+        shutil.copytree(whole / part, alone / part)
+    moved = with_keys(values, lora={"init_from": str(alone / "adapter")}) | {"output_dir": str(tmp_path / "moved")}
+    with pytest.raises(CheckpointError, match=r"scales are by a calibration .*alone/calibration.safetensors is not it"):
+        trained(moved)
+    assert not (tmp_path / "moved").exists()
+    run = trained(values)
+    name = "calibration.safetensors"
+    assert (run / name).read_bytes() == (whole / name).read_bytes()
+    assert RunRecord.load(run)["model"]["base"] == RunRecord.load(whole)["model"]["base"]
 
 
 def test_the_plan_knows_the_memory_and_the_time_of_it(run_values: dict[str, Any]) -> None:

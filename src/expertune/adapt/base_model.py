@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from expertune.adapt.files import read_adapter_base, read_adapter_config
-from expertune.checkpoint.fingerprint import Fingerprint
+from expertune.checkpoint.fingerprint import Fingerprint, Held
+from expertune.checkpoint.formats.nf4_folder import CALIBRATED
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.errors import CheckpointError, option
 
@@ -35,15 +36,39 @@ def require_same_base(
         CheckpointError: the bases differ; names the differences, and the base that the adapter names.
     """
     theirs = read_adapter_base(folder)
-    differences = theirs.differences(base) if theirs is not None and base is not None else []
-    if differences:
-        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
-        named = read_adapter_config(folder).get("base_model_name_or_path")
-        otherwise = f", or {allowed_by} to put it on this one all the same" if allowed_by else ""
+    if theirs is None or base is None or not (differences := theirs.differences(base)):
+        return
+    otherwise = f", or {allowed_by} to put it on this one all the same" if allowed_by else ""
+    if not theirs.of_source.differences(base):
         raise CheckpointError(
-            f"{folder}: this adapter was trained on another base model than {model}: {'; '.join(differences[:3])}{more}"
-            f". Give the base that it was trained on ({named}){otherwise}"
+            f"{folder}: this adapter was trained on other 4-bit weights of {model}: {'; '.join(differences)}. "
+            f"{_how_held(theirs.held, base.held)}{otherwise}"
         )
+    more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+    named = read_adapter_config(folder).get("base_model_name_or_path")
+    raise CheckpointError(
+        f"{folder}: this adapter was trained on another base model than {model}: {'; '.join(differences[:3])}{more}"
+        f". Give the base that it was trained on ({named}){otherwise}"
+    )
+
+
+def _how_held(held: Held, now: Held) -> str:
+    """What makes the base of an adapter from the same source."""
+    different = held.differences(now)
+    # What is packed in MXFP4 stays so by itself.
+    asked = [
+        f"{key}: {'auto' if was == 'mxfp4' else was}" for key, (was, _) in different.items() if key != "calibration"
+    ]
+    if held.fit != CALIBRATED or not different.keys() & {"fit", "calibration"}:
+        return (
+            f"Hold it as it was, with {', '.join(asked)} under quantization (in an NF4 folder that is quantized so, as "
+            "an argument of expertune.load_model, or in the run file)"
+        )
+    others = [each for each in asked if each != f"fit: {CALIBRATED}"]
+    return (
+        "Give the NF4 folder that `expertune quantize --calibration` makes with the calibration.safetensors of the run "
+        f"that it is of{', with ' + ', '.join(others) if others else ''}"
+    )
 
 
 def require_every_layer(folder: str | Path, wanted: ResolvedTargets, held: ResolvedTargets) -> None:

@@ -9,12 +9,25 @@ A part of the fingerprint that cannot be read from a checkpoint's headers and a 
 stored transposed, fused attention, weights that other tools packed) is absent. Two fingerprints are compared by what
 both have. Scales that are not chosen by the largest magnitude give other codes, which a whole matrix decides: then the
 fingerprint says how they are chosen, and the codes are left out.
+
+One source has many 4-bit bases, so the fingerprint also says which of them it is (`Held`): which linears stay in 16
+bits, what the experts' codes stand for, how scales are chosen, and by which calibration. What follows from a difference
+depends on what is done:
+
+- An adapter that is loaded, continued or resumed computes beside these bytes. Any difference is an error.
+- An export to 16-bit weights takes none of these bytes: PEFT, vLLM, llama.cpp and `merged` put the adapter on the
+  source. There `Held` is not compared, only the source. An export of the 4-bit values (`--base dequantized`) takes all
+  of them, and so does that of a correction (`lora.init`) over a base that is in 4 bits on the disk: a difference is an
+  error.
+- What one side does not know is not compared: adapters and records of earlier releases say nothing of `layers`,
+  `scheme` and `calibration`.
+- Whether scales are held in 8 bits or in float32 is in none of it. The codes are the same, and the values nearly so.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -23,10 +36,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertune.checkpoint.formats.nf4_folder import ABSMAX, is_nf4_folder
+from expertune.checkpoint.formats.nf4_folder import ABSMAX, CALIBRATED, is_nf4_folder
+from expertune.checkpoint.mixed import as_layers
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.reader import TensorEntry
-from expertune.checkpoint.recipe import linears_to_quantize
+from expertune.checkpoint.recipe import Recipe, linears_to_quantize
 from expertune.experts.contract import ExpertsSpec
 from expertune.experts.router import find_router
 from expertune.kernels.nf4 import BLOCK_SIZE, quantize_matrix
@@ -52,23 +66,76 @@ Sample = tuple[str, Callable[[], Tensor | None]]
 
 
 @dataclass(frozen=True)
+class Held:
+    """Which of the 4-bit bases of a source it is. None is always what is not known.
+
+    Attributes:
+        scheme: what the experts' codes stand for: `nf4` or `mxfp4`.
+        layers: the linears that stay in 16 bits, as a value of `quantization.layers`, however that was written.
+        fit: how the scales of 4-bit weights were chosen (`quantization.fit`).
+        calibration: sha256 of the file of mean squares that they were chosen by; None also where they were not.
+    """
+
+    scheme: str | None = None
+    layers: Mapping[str, int] | None = None
+    fit: str | None = None
+    calibration: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys that `from_json` reads; a fit is that by the largest magnitude where it is not there."""
+        known = {key: value for key, value in vars(self).items() if value is not None and key != "fit"}
+        return known if self.fit == ABSMAX else known | {"fit": self.fit}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Held":
+        """What was kept; values of other types than ours are not known."""
+        said = {key: values.get(key) for key in ("scheme", "calibration")} | {"fit": values.get("fit", ABSMAX)}
+        plain = {key: value if isinstance(value, str) else None for key, value in said.items()}
+        layers = values.get("layers")
+        is_ours = isinstance(layers, dict) and all(bits == 16 for bits in layers.values())
+        return cls(layers=layers if is_ours else None, **plain)
+
+    def differences(self, other: "Held") -> dict[str, tuple[str, str]]:
+        """What both know and differs: by key of the run file's `quantization`, or `calibration`, was and is."""
+        found = {}
+        for key, shown in _SHOWN.items():
+            was, now = getattr(self, key), getattr(other, key)
+            if was is not None and now is not None and was != now:
+                found[key] = shown(was), shown(now)
+        return found
+
+
+def _show_layers(layers: Mapping[str, int]) -> str:
+    """As a run file has it."""
+    return "{" + ", ".join(f"{name}: {bits}" for name, bits in layers.items()) + "}"
+
+
+_SHOWN: dict[str, Callable[[Any], str]] = {
+    "scheme": str,
+    "layers": _show_layers,
+    "fit": str,
+    "calibration": lambda digest: str(digest)[:12],
+}
+
+
+@dataclass(frozen=True)
 class Fingerprint:
     """What identifies a base model.
 
     Attributes:
         config: values of config.json that decide what the model computes; lists and mappings as a hash.
         weights: hash by kind of weights: `embeddings`, `output_head`, `norms`, `routers`, `linears`, `experts`.
-        fit: how the scales of 4-bit weights were chosen (`quantization.fit`).
+        held: which of the 4-bit bases of these weights it is.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
-    fit: str = ABSMAX
+    held: Held = Held()
 
     def to_json(self) -> dict[str, Any]:
         """The fingerprint as `from_json` reads it."""
         found = {"version": _VERSION, "config": dict(self.config), "weights": dict(self.weights)}
-        return found if self.fit == ABSMAX else found | {"fit": self.fit}
+        return found | self.held.to_json()
 
     @classmethod
     def from_json(cls, values: Any) -> "Fingerprint | None":
@@ -78,7 +145,12 @@ class Fingerprint:
         config, weights = values.get("config"), values.get("weights")
         if not isinstance(config, dict) or not isinstance(weights, dict):
             return None
-        return cls(config, weights, str(values.get("fit", ABSMAX)))
+        return cls(config, weights, Held.from_json(values))
+
+    @property
+    def of_source(self) -> "Fingerprint":
+        """What of it identifies the 16-bit weights, whatever is in 4 bits."""
+        return replace(self, held=Held())
 
     def differences(self, other: "Fingerprint") -> list[str]:
         """How another base differs from this one, in words; empty where nothing that both know of differs."""
@@ -87,16 +159,31 @@ class Fingerprint:
             for key, value in self.config.items()
             if key in other.config and other.config[key] != value
         ]
-        if self.fit != other.fit:
-            found.append(f"quantization.fit was {self.fit} and is {other.fit}")
+        for key, (was, now) in self.held.differences(other.held).items():
+            what = "the calibration of quantization.fit" if key == "calibration" else f"quantization.{key}"
+            found.append(f"{what} was {was} and is {now}")
         changed = [kind for kind, digest in self.weights.items() if other.weights.get(kind, digest) != digest]
         if changed:
             found.append(f"other weights ({', '.join(kind.replace('_', ' ') for kind in changed)})")
         return found
 
 
+def held_by(recipe: Recipe, model: nn.Module, names: NameMap, calibration: str | None = None) -> Held:
+    """Which base a recipe makes of a model, or has made.
+
+    Args:
+        recipe: how the weights are held.
+        model: the model, with experts and linears swapped or not.
+        names: its name map.
+        calibration: sha256 of what scales were chosen by; None where that is not known, or they were chosen without.
+    """
+    linears = linears_to_quantize(model, names.specs)
+    layers = as_layers([name for name in linears if name not in recipe.linears], linears, names)
+    return Held(recipe.scheme, layers, recipe.fit, calibration if recipe.fit == CALIBRATED else None)
+
+
 def read_fingerprint(
-    folder: Path, tensors: Mapping[str, TensorEntry], model: nn.Module, names: NameMap, fit: str = ABSMAX
+    folder: Path, tensors: Mapping[str, TensorEntry], model: nn.Module, names: NameMap, held: Held
 ) -> Fingerprint:
     """The fingerprint of a checkpoint.
 
@@ -105,7 +192,7 @@ def read_fingerprint(
         tensors: its tensors by name on disk; some may be missing.
         model: its model, with experts swapped or not, adapters not yet attached; the meta device is enough.
         names: the model's name map.
-        fit: how its scales were chosen, or are when it is quantized.
+        held: see `held_by`.
 
     Raises:
         CheckpointError: a file ends inside a tensor.
@@ -114,10 +201,10 @@ def read_fingerprint(
     entries = _by_live_name(tensors, names, stored)
     weights: dict[str, str] = {}
     for kind, samples in _samples(model, names, entries, stored).items():
-        digest = _hash(samples) if fit == ABSMAX or kind not in _OF_CODES else None
+        digest = _hash(samples) if held.fit == ABSMAX or kind not in _OF_CODES else None
         if digest is not None:
             weights[kind] = digest
-    return Fingerprint(_config_values(folder), weights, fit)
+    return Fingerprint(_config_values(folder), weights, held)
 
 
 def _config_values(folder: Path) -> dict[str, Any]:

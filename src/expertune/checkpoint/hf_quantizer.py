@@ -206,9 +206,11 @@ def as_loaded(model: "PreTrainedModel") -> "LoadedModel":
     Raises:
         ValueError: the model was not loaded from an NF4 folder.
     """
-    from expertune.checkpoint.fingerprint import read_fingerprint
+    from expertune.checkpoint.fingerprint import held_by, read_fingerprint
     from expertune.checkpoint.formats.nf4_folder import read_nf4_folder
     from expertune.checkpoint.load import LoadedModel
+    from expertune.checkpoint.recipe import recipe_of_folder
+    from expertune.config import QuantizationConfig
 
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, Nf4FolderQuantizer):
@@ -217,6 +219,7 @@ def as_loaded(model: "PreTrainedModel") -> "LoadedModel":
     if quantizer.folder is not None and (quantizer.folder / FOLDER_MARK).is_file():
         stored = read_nf4_folder(quantizer.folder)
         loaded.source = stored.source
-        tensors = stored.index.tensors
-        loaded.fingerprint = read_fingerprint(stored.folder, tensors, model, quantizer.names, stored.fit)
+        recipe = recipe_of_folder(stored, model, loaded.names, QuantizationConfig())
+        held = held_by(recipe, model, loaded.names, stored.calibration)
+        loaded.fingerprint = read_fingerprint(stored.folder, stored.index.tensors, model, loaded.names, held)
     return loaded

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from expertune.checkpoint.fingerprint import Fingerprint, read_fingerprint
-from expertune.checkpoint.formats.nf4_folder import ABSMAX, Nf4Folder, is_nf4_folder, read_nf4_folder
+from expertune.checkpoint.fingerprint import Fingerprint, held_by, read_fingerprint
+from expertune.checkpoint.formats.nf4_folder import Nf4Folder, is_nf4_folder, read_nf4_folder
 from expertune.checkpoint.loader import Loader
 from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.moments import Moments
@@ -110,7 +110,8 @@ def load_model(
     unexpected = loader.stream(index)
     model.tie_weights()
     loader.check_complete(index.folder)
-    fingerprint = read_fingerprint(index.folder, index.tensors, model, names, recipe.fit)
+    held = held_by(recipe, model, names, options.importance.sha256 if options.importance else None)
+    fingerprint = read_fingerprint(index.folder, index.tensors, model, names, held)
     return LoadedModel(_finish(model, names, device), names, unexpected, fingerprint)
 
 
@@ -120,11 +121,12 @@ def fingerprint_of(
     notify: Callable[[str], None] | None = None,
     model: PreTrainedModel | None = None,
     ranks: Ranks | None = None,
-    fit: str = ABSMAX,
+    quantization: QuantizationConfig | None = None,
 ) -> Fingerprint:
-    """What identifies the weights of a model folder, before it is loaded: from headers and a few output features.
+    """What identifies the base that a folder becomes, before it is loaded: from headers and a few output features.
 
-    An NF4 folder is verified first, where it has not been on this machine.
+    An NF4 folder is verified first, where it has not been on this machine. Of what is calibrated when it is loaded, the
+    calibration is not known yet.
 
     Args:
         folder: the model folder, with its weights.
@@ -132,26 +134,26 @@ def fingerprint_of(
         notify: called with one line where that takes a while.
         model: its model on the meta device, where it has been built already.
         ranks: the processes that all call this, and verify a part each.
-        fit: how scales are chosen of a folder that is no NF4 folder (`quantization.fit`).
+        quantization: how frozen weights are going to be held.
 
     Raises:
         CheckpointError: weights are missing or damaged.
-        ConfigError, UnsupportedModelError: see `build_meta_model` and `read_names`.
+        ConfigError, UnsupportedModelError: see `build_meta_model`, `read_names`, `read_recipe` and `recipe_of_folder`.
     """
-    folder = Path(folder)
+    folder, asked = Path(folder), quantization or QuantizationConfig()
+    stored = None
     if is_nf4_folder(folder):
         require_verified(folder, notify, ranks)
-    index, fit = _tensors_and_fit(folder, fit)
+        stored = read_nf4_folder(folder)
+    index = stored.index if stored else open_checkpoint(folder)
     if model is None:
         model = build_meta_model(folder, torch.bfloat16, trust_remote_code, shapes_only=True)
-    return read_fingerprint(folder, index.tensors, model, read_names(model), fit)
-
-
-def _tensors_and_fit(folder: Path, fit: str) -> tuple[CheckpointIndex, str]:
-    if not is_nf4_folder(folder):
-        return open_checkpoint(folder), fit
-    stored = read_nf4_folder(folder)
-    return stored.index, stored.fit
+    names = read_names(model)
+    if stored:
+        held = held_by(recipe_of_folder(stored, model, names, asked), model, names, stored.calibration)
+    else:
+        held = held_by(read_recipe(model, names, index.tensors, asked, folder), model, names)
+    return read_fingerprint(folder, index.tensors, model, names, held)
 
 
 def _load_nf4_folder(
@@ -176,7 +178,8 @@ def _load_nf4_folder(
     missing = missing_tensors(model, stored)
     if missing:
         raise CheckpointError(f"{stored.folder}: missing tensors: {first_names(missing)}; quantize the model again")
-    fingerprint = read_fingerprint(stored.folder, stored.index.tensors, model, names, stored.fit)
+    held = held_by(recipe, model, names, stored.calibration)
+    fingerprint = read_fingerprint(stored.folder, stored.index.tensors, model, names, held)
     return LoadedModel(_finish(model, names, device), names, unexpected, fingerprint, stored.source)
 
 

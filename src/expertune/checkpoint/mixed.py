@@ -1,7 +1,7 @@
-"""Which linears of the decoder stay in 16 bits: `quantization.layers` resolved against one model."""
+"""Which linears of the decoder stay in 16 bits: `quantization.layers` resolved against one model, and back."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
@@ -10,6 +10,9 @@ from expertune.checkpoint.names import NameMap
 from expertune.errors import ConfigError, nearest
 
 _ATTENTION = "attention"
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_FROM_LAYER = re.compile(r"[^.]+\.\d+\..+")
 
 
 def split_linears(
@@ -44,6 +47,50 @@ def split_linears(
     if unused := [key for key, fitting in fits.items() if not fitting]:
         _refuse(unused[0], {names.on_disk(name).rpartition(".")[2] for name in linears}, names)
     return packed, whole
+
+
+def as_layers(whole: Collection[str], linears: Collection[str], names: NameMap) -> dict[str, int]:
+    """The value of `quantization.layers` that keeps these linears in 16 bits: the same for the same linears.
+
+    A projection that stays everywhere is named alone, one that stays in some layers with their numbers:
+    `{k_proj: 16, "layers.(0|31).mlp.down_proj": 16}`.
+
+    Args:
+        whole: live names of the linears that stay in 16 bits.
+        linears: live names of all that would become 4-bit.
+        names: the model's name map.
+    """
+    places = _ends(names.on_disk(name) for name in linears)
+    stay = dict(zip(linears, places, strict=True))
+    kept = {stay[name] for name in whole}
+    found: set[str] = set()
+    for leaf in {_leaf(place) for place in kept}:
+        alike = [place for place in places if _leaf(place) == leaf]
+        if kept.issuperset(alike):
+            found.add(leaf)
+            continue
+        by_kind: dict[str, list[str]] = {}
+        for place in alike:
+            by_kind.setdefault(_NUMBER.sub("#", place), []).append(place)
+        for kind, each in by_kind.items():
+            own = [place for place in each if place in kept]
+            if kind.count("#") != 1:
+                found.update(own)
+            elif own:
+                numbers = sorted(int(_NUMBER.findall(place)[0]) for place in own)
+                found.add(kind.replace("#", r"\d+" if len(own) == len(each) else f"({'|'.join(map(str, numbers))})"))
+    return dict.fromkeys(sorted(found), 16)
+
+
+def _ends(on_disk: Iterable[str]) -> list[str]:
+    """The names from their layer on, where these are as many: what is before may have a prefix or not."""
+    whole = list(on_disk)
+    ends = [match[0] if (match := _FROM_LAYER.search(name)) else name for name in whole]
+    return ends if len(set(ends)) == len(whole) else whole
+
+
+def _leaf(place: str) -> str:
+    return place.rpartition(".")[2]
 
 
 def _compile(key: str) -> re.Pattern[str]:

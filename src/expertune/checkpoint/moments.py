@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from expertune.checkpoint.names import NameMap
-from expertune.checkpoint.writer import Outgoing, write_tensors
+from expertune.checkpoint.writer import Outgoing, hash_file, write_tensors
 from expertune.errors import CheckpointError
 from expertune.experts.module import Nf4Experts
 from expertune.layers.nf4_linear import Nf4Linear
@@ -60,9 +60,11 @@ class Moments:
     Attributes:
         tensors: float32 [K] by live name of a linear; float32 [E, K] by the name of an experts module and `.gate_up` or
             `.down`.
+        sha256: of the file that they were read from; None where there was none.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    sha256: str | None = None
 
     def save(self, path: Path) -> None:
         """Write the file, beside itself and then renamed."""
@@ -91,7 +93,7 @@ class Moments:
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float32 or not (tensor.isfinite() & (tensor > 0)).all():
                 raise CheckpointError(f"{path}: damaged: {name} holds what is no mean of squares")
-        return cls(tensors)
+        return cls(tensors, hash_file(path).sha256)
 
     def of(self, place: Place, in_features: int, where: object) -> Tensor:
         """The figures of a matrix, held to its shape.

@@ -24,7 +24,6 @@ from torch import nn
 
 from expertune.checkpoint.contents import Weight, layer_tensors, rest_tensors
 from expertune.checkpoint.formats.nf4_folder import (
-    CALIBRATED,
     FOLDER_MARK,
     FORMAT_VERSION,
     GUIDE,
@@ -53,7 +52,7 @@ from expertune.checkpoint.shards import HashedShard, HubShards, LocalShards, Ope
 from expertune.checkpoint.writer import hash_file, write_beside
 from expertune.config import QuantizationConfig
 from expertune.distributed.processes import require_one_process
-from expertune.errors import CheckpointError, ConfigError, ExpertuneError
+from expertune.errors import CheckpointError, ExpertuneError
 from expertune.storage import BESIDE, write_json, write_text
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -116,8 +115,6 @@ def quantize(
     shards = source_options.get("shards") or _find_shards(model, source, out)
     name = model if source.revision else str(source.folder.resolve())
     asked, calibration = quantization or QuantizationConfig(), source_options.get("calibration")
-    if calibration is not None and asked.fit != CALIBRATED:
-        raise ConfigError(f"a calibration goes with quantization.fit calibrated, and the fit is {asked.fit}")
     work = _Work.plan(name, source, out, shards, (asked, None if calibration is None else Path(calibration)), dtype)
     was_there, is_fresh = out.exists(), not is_nf4_folder(out)
     try:

@@ -16,8 +16,8 @@ from expertune.adapt.base_model import require_same_base
 from expertune.adapt.factors import AdapterFactors, Factors, difference, read_factors, stacked
 from expertune.adapt.files import AdapterFile, read_adapter, read_adapter_base
 from expertune.checkpoint.adapter_folder import WEIGHTS_NAME
-from expertune.checkpoint.fingerprint import Fingerprint, read_fingerprint
-from expertune.checkpoint.formats.nf4_folder import CALIBRATED, is_nf4_folder, read_nf4_folder
+from expertune.checkpoint.fingerprint import Fingerprint, Held, held_by, read_fingerprint
+from expertune.checkpoint.formats.nf4_folder import CALIBRATED, Nf4Folder, is_nf4_folder, read_nf4_folder
 from expertune.checkpoint.hub import ModelSource
 from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.moments import Moments
@@ -26,7 +26,7 @@ from expertune.checkpoint.reader import CheckpointIndex, open_checkpoint
 from expertune.checkpoint.recipe import Recipe, read_recipe, recipe_of_folder
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.checkpoint.verified import require_verified
-from expertune.config import LoraSection
+from expertune.config import LoraSection, QuantizationConfig
 from expertune.data import TokenizedExample, prepare_examples, settled
 from expertune.errors import CheckpointError
 from expertune.experts import layout
@@ -86,10 +86,8 @@ class ExportSource:
     @cached_property
     def recipe(self) -> Recipe:
         """What of the base the run held in 4 bits, and how."""
-        asked = self.context.config.quantization
-        if is_nf4_folder(self.base.folder):
-            return recipe_of_folder(read_nf4_folder(self.base.folder), self.model, self.names, asked)
-        return read_recipe(self.model, self.names, self.index.tensors, asked, self.base.folder)
+        stored = read_nf4_folder(self.base.folder) if is_nf4_folder(self.base.folder) else None
+        return _recipe_of(stored or self.index, self.model, self.names, self.context.config.quantization)
 
     @property
     def importance(self) -> Moments | None:
@@ -303,7 +301,7 @@ def open_source(
         ConfigError: `adapter` is a path.
     """
     found = find_run(run_dir, adapter, trust_remote_code, model)
-    source = read_source(found.context, found.adapter, found.base)
+    source = read_source(found.context, found.adapter, found.base, base)
     _require_own(found.context.config.lora, source.adapter)
     begun = source.context.record.section("adapter").get("init")
     if begun is None or base != "source" or source.is_packed:
@@ -312,14 +310,19 @@ def open_source(
     require_kept(folder / WEIGHTS_NAME, begun["sha256"])
     initial = read_adapter(folder)
     began = read_factors(initial.config, initial.tensors, source.names, initial.where, initial.selected)
-    return replace(source, factors=difference(source.factors, began))
+    # What it has learned is on the source, and corrects no 4-bit weights.
+    return replace(source, factors=difference(source.factors, began), fingerprint=source.fingerprint.of_source)
 
 
-def read_source(context: RunContext, adapter: Path, base: ModelSource) -> ExportSource:
+def read_source(context: RunContext, adapter: Path, base: ModelSource, onto: str = "source") -> ExportSource:
     """Read an adapter and its base, and hold the one to the other.
+
+    On the 16-bit source (`onto`) none of the base's 4-bit weights are in the export, and an adapter of any of them is
+    taken; on their values (`dequantized`), or as a correction of what is in 4 bits on the disk, they must be its own.
 
     Raises:
         CheckpointError: a file is damaged, or the adapter is another base's.
+        ConfigError, UnsupportedModelError: the base is not quantized as the run file has it.
     """
     folder = base.folder
     if is_nf4_folder(folder):
@@ -329,19 +332,45 @@ def read_source(context: RunContext, adapter: Path, base: ModelSource) -> Export
     described = build_meta_model(folder, torch.bfloat16, base.trust_remote_code, shapes_only=True)
     names = read_names(described)
     trained_on = read_adapter_base(adapter)
-    if stored is None and trained_on and "fit" not in context.config.quantization.model_fields_set:
-        # The run had an NF4 folder, whose scales its run file need not name, and this is what the folder was made of.
-        quantization = context.config.quantization.model_copy(update={"fit": trained_on.fit})
-        context = replace(context, config=context.config.model_copy(update={"quantization": quantization}))
-    fit = stored.fit if stored else context.config.quantization.fit
-    fingerprint = read_fingerprint(folder, index.tensors, described, names, fit)
-    require_same_base(adapter, fingerprint, context.config.model, allowed_by=None)
+    # An NF4 folder is what it is, whatever the run was trained on; that is compared below.
+    asked = QuantizationConfig() if stored else context.config.quantization
+    recipe = _recipe_of(stored or index, described, names, asked)
+    is_packed = stored is not None or any(piece.format for piece in recipe.pieces)
+    if trained_on and not is_packed:
+        asked = _as_trained(asked, trained_on.held)
+        recipe = _recipe_of(index, described, names, asked)
+    takes_bytes = onto != "source" or (is_packed and "init" in context.record.section("adapter"))
+    if takes_bytes and not is_packed and recipe.fit == CALIBRATED:
+        kept_moments(context)  # refused where there are none, before anything is written
+    made = context.record.section("model").get("calibration", {}).get("sha256")
+    held = held_by(recipe, described, names, stored.calibration if stored else made)
+    fingerprint = read_fingerprint(folder, index.tensors, described, names, held)
+    compared = fingerprint if takes_bytes else fingerprint.of_source
+    require_same_base(adapter, compared, context.config.model, allowed_by=None)
+    if not (stored and takes_bytes):
+        context = replace(context, config=context.config.model_copy(update={"quantization": asked}))
+    if trained_on:
+        fingerprint = replace(fingerprint, held=trained_on.held)
     file = read_adapter(adapter)
     factors = read_factors(file.config, file.tensors, names, file.where, file.selected)
     for key, tensor in file.tensors.items():
         if not tensor.isfinite().all():
             raise CheckpointError(f"{file.where}: {key} holds NaN or infinite values; export another state of the run")
     return ExportSource(context, file, base, index, described, names, fingerprint, factors)
+
+
+def _recipe_of(
+    base: Nf4Folder | CheckpointIndex, described: PreTrainedModel, names: NameMap, asked: QuantizationConfig
+) -> Recipe:
+    if isinstance(base, Nf4Folder):
+        return recipe_of_folder(base, described, names, asked)
+    return read_recipe(described, names, base.tensors, asked, base.folder)
+
+
+def _as_trained(asked: QuantizationConfig, held: Held) -> QuantizationConfig:
+    """With the settings of a run's NF4 folder, which its run file need not name, for what the folder was made of."""
+    said = {key: value for key, value in (("fit", held.fit), ("layers", held.layers)) if value}
+    return asked.model_copy(update={key: value for key, value in said.items() if key not in asked.model_fields_set})
 
 
 def _require_own(lora: LoraSection, file: AdapterFile) -> None:

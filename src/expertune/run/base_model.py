@@ -1,11 +1,20 @@
 """The base model of a run, with its experts where they belong."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 
+from transformers import PreTrainedModel
+
+from expertune.adapt.files import read_adapter_base
+from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.formats import nf4_folder
 from expertune.checkpoint.hub import ModelSource
-from expertune.checkpoint.load import LoadedModel, LoadOptions, load_model
+from expertune.checkpoint.load import LoadedModel, LoadOptions, fingerprint_of, load_model
 from expertune.checkpoint.moments import Moments
+from expertune.checkpoint.writer import hash_file
+from expertune.config import RunConfig
+from expertune.errors import CheckpointError, option
 from expertune.kernels.routes import use_settings
 from expertune.layers.varlen_attention import use_sdpa_attention
 from expertune.placement import Location
@@ -33,15 +42,64 @@ def recorded_places(context: RunContext, source: ModelSource) -> Mapping[str, Lo
     return plan_for(alone, Machine.of(alone, devices=1), trust_remote_code=source.trust_remote_code).placement
 
 
+def identify_base(context: RunContext, source: ModelSource, described: PreTrainedModel | None = None) -> Fingerprint:
+    """What identifies the base that a run has or is going to have, before a weight is loaded; all ranks call this.
+
+    Args:
+        context: the run.
+        source: where its base model lies.
+        described: that model on the meta device, where it has been built already.
+
+    Raises:
+        ExpertuneError: see `fingerprint_of`.
+    """
+    asked, trust = context.config.quantization, source.trust_remote_code
+    found = fingerprint_of(source.folder, trust, context.notify, described, context.ranks, asked)
+    if found.held.fit != nf4_folder.CALIBRATED or found.held.calibration:
+        return found
+    recorded = context.record.section("model").get("calibration", {}).get("sha256")
+    return replace(found, held=replace(found.held, calibration=recorded))
+
+
 def kept_moments(context: RunContext) -> Moments:
     """The calibration that a run has made.
 
     Raises:
-        CheckpointError: it has changed, or is missing.
+        CheckpointError: it has changed, or is missing, or the run has made none.
     """
-    path = context.output_dir / CALIBRATION
-    require_kept(path, context.record.section("model")["calibration"]["sha256"])
+    path, recorded = context.output_dir / CALIBRATION, context.record.section("model").get("calibration")
+    if recorded is None:
+        raise CheckpointError(
+            f"{context.output_dir}: this run has made no calibration: its base was an NF4 folder whose scales had been "
+            f"chosen by one; give that folder with {option('model', 'MODEL')}"
+        )
+    require_kept(path, recorded["sha256"])
     return Moments.load(path)
+
+
+def inherited_calibration(config: RunConfig) -> Path | None:
+    """The calibration that a run on a 16-bit source continues with; None where it makes its own.
+
+    An adapter to start from belongs to the bytes that it was trained beside, and with a calibration on other examples
+    these would be others.
+
+    Raises:
+        CheckpointError: it is not beside the adapter any more.
+    """
+    start, fit = config.lora.init_from, config.quantization.fit
+    theirs = read_adapter_base(start) if start and fit == nf4_folder.CALIBRATED else None
+    if start is None or theirs is None or theirs.held.fit != fit or config.lora.init_from_other_base:
+        return None
+    path, wanted = Path(start).parent / CALIBRATION, theirs.held.calibration
+    if path.is_file() and wanted in (None, hash_file(path).sha256):
+        return path
+    if wanted is None:  # an earlier release did not say which
+        return None
+    raise CheckpointError(
+        f"lora.init_from: {start}: this adapter was trained beside weights whose scales are by a calibration (sha256 "
+        f"{wanted[:12]}), and {path} is not it; give the adapter in its run directory, or an NF4 folder quantized with "
+        "that calibration, or set lora.init_from_other_base: true to calibrate anew"
+    )
 
 
 def load_base(context: RunContext, source: ModelSource, places: Mapping[str, Location]) -> LoadedModel:

@@ -31,7 +31,7 @@ from expertune.data import TokenizedExamples
 from expertune.data.collate import PaddingFreeCollator
 from expertune.errors import CheckpointError
 from expertune.placement import Location
-from expertune.run.base_model import kept_moments, load_base
+from expertune.run.base_model import inherited_calibration, kept_moments, load_base
 from expertune.run.context import RunContext
 from expertune.run.directory import ADAPTER_FOLDER, CALIBRATION, FIRST_FACTORS, INITIAL_ADAPTER, require_kept
 from expertune.run.progress import BYTES
@@ -47,6 +47,8 @@ def load_to_train(
 ) -> tuple[LoadedModel, Moments | None]:
     """The base model, calibrated first where the run file asks for it, and the calibration.
 
+    A run that goes on from an adapter of calibrated weights has that adapter's calibration.
+
     Raises:
         CheckpointError: a resumed run's calibration is not there any more.
     """
@@ -54,6 +56,9 @@ def load_to_train(
     if not config.is_calibrated or is_nf4_folder(source.folder):  # whose scales have been chosen
         return load_base(context, source, places), None
     path = context.output_dir / CALIBRATION
+    if not context.record.section("model").get("calibration") and (theirs := inherited_calibration(config)):
+        shutil.copyfile(theirs, path)
+        context.record.update("model", calibration={"sha256": hash_file(path).sha256})
     if context.record.section("model").get("calibration"):
         moments = kept_moments(context)
         return load_base(context, source, places), moments

@@ -12,7 +12,6 @@ from expertune.adapt.attach import attach
 from expertune.adapt.base_model import require_same_base
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.checkpoint.hub import ModelSource, fetch_model
-from expertune.checkpoint.load import fingerprint_of
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import DataConfig, LoraSection, RunConfig, recorded_config
 from expertune.config.arguments import checked
@@ -21,7 +20,7 @@ from expertune.distributed.output import console_of
 from expertune.errors import CheckpointError, ConfigError, option
 from expertune.placement.device import default_device
 from expertune.report.notebook import run_html
-from expertune.run.base_model import load_base, recorded_places
+from expertune.run.base_model import identify_base, load_base, recorded_places
 from expertune.run.context import RunContext
 from expertune.run.directory import ADAPTER_FOLDER, adapter_in
 from expertune.run.progress import Bars
@@ -212,10 +211,8 @@ def load_run(found: FoundRun, tokenizer: PreTrainedTokenizerBase, options: OpenO
     context, source, folder = found.context, found.base, found.adapter
     config, other_base = context.config, options.get("other_base", False)
     if not other_base:
-        trust = options.get("trust_remote_code", False)
         with context.bars.task("looking at the model's files"):
-            fit = config.quantization.fit
-            base = fingerprint_of(source.folder, trust, notify=context.notify, fit=fit)
+            base = identify_base(context, source)
         require_same_base(folder, base, config.model, allowed_by=f"give {option('other-base')}")
     loaded = load_base(context, source, recorded_places(context, source))
     lora = LoraSection(init_from=str(folder), init_from_other_base=other_base)

@@ -17,7 +17,6 @@ from expertune.checkpoint.context import context_length, read_config
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.formats.nf4_folder import is_nf4_folder
 from expertune.checkpoint.hub import ModelSource, fetch_model
-from expertune.checkpoint.load import fingerprint_of
 from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import DataConfig, RunConfig
@@ -27,6 +26,7 @@ from expertune.errors import DataError
 from expertune.objectives.rewards import require_answers
 from expertune.planning.duration import Lengths
 from expertune.report.preview import render_preview
+from expertune.run.base_model import identify_base, inherited_calibration
 from expertune.run.context import RunContext
 from expertune.run.identity import identify, require_same_identity
 from expertune.train.schedule import require_a_batch, require_prompts
@@ -71,10 +71,12 @@ def read_inputs(context: RunContext) -> Inputs:
     # What follows is asked of all ranks for an NF4 folder, and of none for another.
     context.ranks.require_same({"model folder": is_nf4_folder(source.folder)})
     with context.bars.task("looking at the model's files"):
-        fit = config.quantization.fit
-        base = fingerprint_of(source.folder, trust, context.notify, described, context.ranks, fit)
+        base = identify_base(context, source, described)
     if config.lora.init_from and not config.lora.init_from_other_base:
         require_same_base(config.lora.init_from, base, config.model)
+    calibrates = config.is_calibrated and not is_nf4_folder(source.folder)
+    if calibrates and not context.resume:
+        calibrates = inherited_calibration(config) is None
     expected = expected_layout(described, config.lora)
     note_stock_refusal(context, expected.refusal)
     if expected.merging:
@@ -90,7 +92,7 @@ def read_inputs(context: RunContext) -> Inputs:
         require_prompts(len(inputs.dataset), context.arguments)
     for part in (train, evaluation):
         require_answers(config.rewards, part.examples if part else [])
-    if config.is_calibrated and not is_nf4_folder(source.folder):
+    if calibrates:
         _require_tokens(config, train)
     _record_inputs(context, inputs)
     _show_data(context, inputs)

@@ -14,7 +14,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from expertune.adapt.attach import attach
 from expertune.checkpoint.formats.mxfp4 import dequantize_mxfp4
 from expertune.checkpoint.formats.nf4_folder import read_nf4_folder
-from expertune.checkpoint.load import LoadedModel, load_model
+from expertune.checkpoint.load import LoadedModel, fingerprint_of, load_model
 from expertune.config import LoraSection, QuantizationConfig
 from expertune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from expertune.experts.module import Nf4Experts
@@ -158,6 +158,8 @@ def test_nf4_folder_holds_the_same_bytes_and_names_the_scheme(
     assert read_nf4_folder(out).scheme == ("mxfp4" if scheme == "auto" else "nf4")
     direct = load_tiny(folder, scheme=scheme)
     assert_same_bytes(load_tiny(out), direct)
+    assert fingerprint_of(out).differences(direct.fingerprint) == []
+    assert direct.fingerprint.held.scheme == ("mxfp4" if scheme == "auto" else "nf4")
     assert torch.equal(logits(load_tiny(out).model), logits(direct.model))
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert torch.equal(logits(theirs), logits(direct.model))

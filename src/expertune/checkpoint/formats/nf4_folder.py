@@ -77,6 +77,12 @@ class Nf4Folder:
         return str(self.manifest["quantization"].get("fit", ABSMAX))
 
     @property
+    def calibration(self) -> str | None:
+        """sha256 of the mean squares that the scales were chosen by; None where they were not, or it does not say."""
+        digest = self.manifest["quantization"].get("calibration_sha256")
+        return digest if isinstance(digest, str) else None
+
+    @property
     def source(self) -> tuple[str, str | None] | None:
         """Path or hub id, and commit, of the checkpoint that it was made of; None where the manifest does not say."""
         model, revision = self.manifest["source"].get("model"), self.manifest["source"].get("revision")
