@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from expertune.checkpoint import shards
+from expertune.checkpoint.formats.nf4_folder import FOLDER_MARK
 from expertune.checkpoint.quantize import quantize
 from expertune.checkpoint.writer import FileRecord, HashedFile
 from expertune.config import QuantizationConfig
@@ -109,7 +111,7 @@ def test_finished_files_are_kept_and_not_written_again(mixtral: Path, folder: Pa
     assert contents(out) == contents(folder)
 
 
-def test_file_is_not_noted_before_the_hashes_of_its_shards_are(
+def test_file_whose_shard_cannot_be_hashed_is_noted_without_the_hash_which_is_taken_later(
     mixtral: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -126,35 +128,95 @@ def test_file_is_not_noted_before_the_hashes_of_its_shards_are(
             CheckpointError, match=r"model\.safetensors: cannot be written or read \(Input/output error\)"
         ):
             quantize(str(mixtral), out)
-    assert json.loads((out / "expertune.partial.json").read_text(encoding="utf-8"))["files"] == {}
+    notes = json.loads((out / "expertune.partial.json").read_text(encoding="utf-8"))
+    assert notes["shards"] == {}
+    assert all(record["unhashed"].keys() == {"model.safetensors"} for record in notes["files"].values())
     quantize(str(mixtral), out)
     assert contents(out) == contents(folder)
 
 
-@pytest.mark.parametrize("way", ["interrupt", "full disk"])
-def test_call_that_ends_early_does_not_wait_for_the_hash_of_a_large_shard(
-    way: str, mixtral: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, ended = tmp_path / "out", []
+def endless(ended: list[str]) -> Callable[..., FileRecord]:
+    """Hashes a shard that never comes to its end."""
 
     def hashed(path: Path, passed: Callable[[int], None]) -> FileRecord:
-        while True:  # a shard without an end
+        while True:
             try:
                 passed(path.stat().st_size)
             except CancelledError:
                 ended.append(path.name)
                 raise
 
+    return hashed
+
+
+def interrupted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, before: str) -> list[str]:
+    """Ctrl-C before this file, in the midst of the shard; the shards that were left unread."""
+    ended: list[str] = []
+
     def stop(file: str, done: int, total: int) -> None:
-        if file == "layer-00001.safetensors":
+        if file == before:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "hash_file", hashed)
-        if way == "full disk":
-            patch.setattr(HashedFile, "write", stop_after(1, OSError(errno.ENOSPC, "No space left on device")))
-        with pytest.raises((KeyboardInterrupt, CheckpointError)):
-            quantize(str(mixtral), out, progress=stop)
+        patch.setattr(shards, "hash_file", endless(ended))
+        with pytest.raises(KeyboardInterrupt):
+            quantize(str(source), out, progress=stop)
+    return ended
+
+
+@pytest.mark.parametrize("before", ["layer-00001.safetensors", "rest.safetensors"])
+def test_ctrl_c_keeps_finished_files_without_waiting_for_the_hash_of_a_large_shard(
+    before: str, mixtral: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert interrupted(mixtral, out, monkeypatch, before) == ["model.safetensors"]
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("layer-*.safetensors")}
+    assert len(kept) == 1 + (before == "rest.safetensors")
+    started: list[str] = []
+    quantize(str(mixtral), out, progress=lambda file, done, total: started.append(file))
+    assert started[0] == before
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert contents(out) == contents(folder)
+
+
+def test_files_of_a_shard_that_has_changed_before_it_was_hashed_are_written_again(
+    rewrite: Rewrite, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = rewrite(), tmp_path / "out"
+    interrupted(source, out, monkeypatch, "rest.safetensors")
+    shard = next(source.glob("*.safetensors"))
+    tensors = load_file(shard)
+    save_file({key: 2 * tensor for key, tensor in tensors.items()}, shard, {"format": "pt"})
+    quantize(str(source), out)
+    quantize(str(source), tmp_path / "at-once")
+    assert weights(out) == weights(tmp_path / "at-once") != weights(folder)
+
+
+def test_hash_of_a_shard_that_nothing_else_is_made_of_is_taken_at_the_end(
+    rewrite: Rewrite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shard_of(key: str) -> int:
+        return int(key.split(".")[2]) if ".layers." in key else 2
+
+    source, out = rewrite(shard_of=shard_of), tmp_path / "out"
+    quantize(str(source), tmp_path / "at-once")
+    [left] = interrupted(source, out, monkeypatch, "layer-00001.safetensors")
+    started: list[str] = []
+    quantize(str(source), out, progress=lambda file, done, total: started.append(file))
+    assert "layer-00000.safetensors" not in started
+    assert left in json.loads((out / FOLDER_MARK).read_text(encoding="utf-8"))["source"]["shards"]
+    assert contents(out) == contents(tmp_path / "at-once")
+
+
+def test_full_disk_does_not_wait_for_the_hash_of_a_large_shard(
+    mixtral: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, ended = tmp_path / "out", []
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "hash_file", endless(ended))
+        patch.setattr(HashedFile, "write", stop_after(1, OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(CheckpointError):
+            quantize(str(mixtral), out)
     assert ended == ["model.safetensors"]
     quantize(str(mixtral), out)
     assert contents(out) == contents(folder)

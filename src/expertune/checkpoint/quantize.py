@@ -5,7 +5,8 @@ is noted, so that a run that was killed resumes. The bytes are those that loadin
 places them (`expertune.checkpoint.loader.Loader`).
 
 A thread reads and hashes the shards that are open, and tensors are read behind it; another one flushes what is written
-to disk. A file is noted when it is on disk and the hashes of its shards are known: what is noted can be resumed.
+to disk. A file is noted when it is on disk, with the hashes of its shards or what they are known again by until then
+(`expertune.checkpoint.noted`).
 """
 
 import errno
@@ -33,7 +34,6 @@ from expertune.checkpoint.formats.nf4_folder import (
     is_nf4_folder,
     read_manifest,
     read_nf4_folder,
-    read_progress,
     write_manifest,
 )
 from expertune.checkpoint.guide import guide
@@ -46,6 +46,7 @@ from expertune.checkpoint.loader import FLOATS, Loader
 from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.moments import Moments
 from expertune.checkpoint.names import read_names
+from expertune.checkpoint.noted import Notes, file_record, require_same_work
 from expertune.checkpoint.reader import INDEX_NAME, read_header
 from expertune.checkpoint.recipe import read_recipe
 from expertune.checkpoint.shards import HashedShard, HubShards, LocalShards, OpenShards, Shards
@@ -171,7 +172,8 @@ class _Work:
     identity: dict[str, Any]
     jobs: list[Job]
     sizes: dict[str, int]
-    notes: dict[str, Any] = field(default_factory=dict)
+    # None before `is_finished` has looked at the folder.
+    notes: Notes | None = None
     # The shards that have been opened; files that are not noted yet.
     hashed: dict[str, HashedShard] = field(default_factory=dict)
     written: dict[str, Future[None]] = field(default_factory=dict)
@@ -213,7 +215,7 @@ class _Work:
 
     @property
     def files(self) -> dict[str, Any]:
-        return self.notes.setdefault("files", {})
+        return self.notes.files if self.notes else {}
 
     def bytes_left(self) -> int:
         """About how many bytes are still to be written."""
@@ -228,20 +230,10 @@ class _Work:
         out = self.out
         if (out / FOLDER_MARK).is_file():
             manifest = read_manifest(out)
-            self._require_same(
-                {**manifest["source"], "quantization": manifest["quantization"], "dtype": manifest["dtype"]}
-            )
+            before = {**manifest["source"], "quantization": manifest["quantization"], "dtype": manifest["dtype"]}
+            require_same_work(out, self.identity, before)
             return True
-        notes = read_progress(out)
-        if notes is not None:
-            self._require_same(notes["plan"])
-            self.notes = notes
-            for file, record in list(self.files.items()):
-                path = out / file
-                if not path.is_file() or hash_file(path).to_json() != _file_record(record):
-                    del self.files[file]
-        else:
-            self.notes = {"format_version": FORMAT_VERSION, "plan": self.identity, "shards": {}, "files": {}}
+        self.notes = Notes(out, self.identity, self.shards)
         for beside in out.glob(f".*{BESIDE}"):
             beside.unlink()  # of a process that was killed
         needed = self.bytes_left()
@@ -251,45 +243,38 @@ class _Work:
                 f"{out}: {needed} bytes are needed ({_gigabytes(needed)}), and {_gigabytes(free)} are free; make room, "
                 "or choose a folder on another disk"
             )
-        self._save_notes()
+        self.notes.save()
         return False
-
-    def _require_same(self, before: dict[str, Any]) -> None:
-        for key, now in self.identity.items():
-            if before.get(key) != now:
-                raise CheckpointError(
-                    f"{self.out}: was started with {key.removesuffix('_sha256')} {json.dumps(before.get(key))}, and is "
-                    f"asked for with {json.dumps(now)}; choose another folder, or delete this one"
-                )
 
     def run(self, progress: Progress | None) -> None:
         """Do all work that is left."""
+        assert self.notes is not None
         try:
             # Both pools end, and with them what they have begun, whatever happens here.
             with ThreadPoolExecutor(1) as noting, ThreadPoolExecutor(1) as hashing:
                 try:
                     self._write_all(progress, noting, hashing)
-                except BaseException as error:
-                    # A large shard would take minutes: its hash is waited for where a file that is written is noted by
-                    # it, and not after Ctrl-C, when what is made of it is made again.
-                    kept = set() if isinstance(error, KeyboardInterrupt) else self._shards_of_written()
-                    for shard, hashed in self.hashed.items():
-                        if shard not in kept:
-                            hashed.stop()
+                    for noted in self.written.values():
+                        noted.result()
+                    for shard in sorted(self.notes.unhashed - self.hashed.keys()):  # of a call that was interrupted
+                        self.hashed[shard] = HashedShard(self.shards.open(shard), hashing)
+                    self.notes.settle(self.hashed, waits=True)
+                except BaseException:
+                    # The rest of a large shard would take minutes, for which neither Ctrl-C nor an error waits: what
+                    # was made of it is noted, and it is hashed when the work is resumed.
+                    for hashed in self.hashed.values():
+                        hashed.stop()
                     raise
-            for noted in self.written.values():
-                noted.result()
+        except BaseException:
+            with suppress(ExpertuneError, OSError):
+                self.notes.settle(self.hashed)
+            raise
         finally:
             self.written.clear()
         if progress:
             total = sum(self.sizes.values())
             progress(FOLDER_MARK, total, total)
         self._finish()
-
-    def _shards_of_written(self) -> set[str]:
-        """The shards that the files were made of that are written and not noted yet."""
-        left = [job for job in self.jobs if job.file in self.written and not self.written[job.file].done()]
-        return {shard for job in left for shard in job.shards(self.shards.weight_map)}
 
     def _write_all(self, progress: Progress | None, noting: ThreadPoolExecutor, hashing: ThreadPoolExecutor) -> None:
         total = sum(self.sizes.values())
@@ -332,30 +317,15 @@ class _Work:
             yield piece, entries
 
     def _note(self, job: Job, record: dict[str, Any], finish: Callable[[], None]) -> None:
-        """Flush a file to the disk, and note it once the hashes of all that it was made of are noted.
-
-        Raises:
-            CheckpointError: a shard has changed since a call before this one.
-        """
+        """Flush a file to the disk, and note it."""
+        assert self.notes is not None
         finish()
-        for shard in sorted(job.shards(self.shards.weight_map)):
-            hashed = self.hashed[shard]
-            before, now = self.notes["shards"].get(shard), hashed.record.result().to_json()
-            if before is not None and before != now:
-                raise CheckpointError(
-                    f"{hashed.path}: has changed since this NF4 folder was started; restore it, or start again in "
-                    "another folder"
-                )
-            self.notes["shards"][shard] = now
-        self.files[job.file] = record
-        self._save_notes()
-
-    def _save_notes(self) -> None:
-        write_json(self.out / PROGRESS_MARK, self.notes)
+        self.notes.add(job.file, record, {shard: self.hashed[shard] for shard in job.shards(self.shards.weight_map)})
 
     def _finish(self) -> None:
         """Everything beside the weights, and the manifest last."""
-        files = {file: _file_record(record) for file, record in self.files.items()}
+        assert self.notes is not None
+        files = {file: file_record(record) for file, record in self.files.items()}
         weight_map: dict[str, str] = {}
         nbytes = 0
         for file in sorted(files):
@@ -370,7 +340,7 @@ class _Work:
         identity = {key: value for key, value in self.identity.items() if key not in ("quantization", "dtype")}
         manifest = {
             "format_version": FORMAT_VERSION,
-            "source": {**identity, "shards": dict(sorted(self.notes["shards"].items()))},
+            "source": {**identity, "shards": dict(sorted(self.notes.shards.items()))},
             "quantization": self.identity["quantization"],
             "dtype": self.dtype,
             "left_out": sorted(key for record in self.files.values() for key in record["left_out"]),
@@ -380,7 +350,7 @@ class _Work:
         # Not in the manifest: people may write more into it.
         write_text(self.out / GUIDE, guide(manifest))
         write_manifest(self.out, manifest)
-        (self.out / PROGRESS_MARK).unlink(missing_ok=True)
+        self.notes.remove()
 
     def _config(self) -> str:
         values = read_config(self.source.folder)
@@ -418,10 +388,6 @@ def _existing(path: Path) -> Path:
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
-
-
-def _file_record(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: record[key] for key in ("sha256", "bytes")}
 
 
 def _gigabytes(nbytes: int) -> str:

@@ -139,6 +139,15 @@ class HubShards:
         return Path(found) if isinstance(found, str) else None
 
 
+def stamp_of(path: Path) -> list[int]:
+    """Size and time of change of a file, by which it is known again without being read; [0, 0] where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return [0, 0]
+    return [found.st_size, found.st_mtime_ns]
+
+
 class HashedShard:
     """A shard that a thread reads and hashes, from its start to its end, and that others read behind it.
 
@@ -150,14 +159,20 @@ class HashedShard:
 
     Attributes:
         path: the shard.
+        stamp: what it was known by before it was read.
         record: its hash and size, when it has been read.
     """
 
     def __init__(self, path: Path, hashing: Executor) -> None:
-        self.path = path
+        self.path, self.stamp = path, stamp_of(path)
         self._is_stopped = False
         self._passed, self._moved = 0, threading.Condition()
         self.record: Future[FileRecord] = hashing.submit(self._hash, path)
+
+    @property
+    def is_hashed(self) -> bool:
+        """Whether it has been read to its end, or cannot be, which `record` then raises."""
+        return self.record.done() and not isinstance(self.record.exception(), CancelledError)
 
     def follow(self, end: int) -> None:
         """Wait until the first `end` bytes have been read, or cannot be."""
