@@ -102,6 +102,20 @@ def test_help_loads_no_heavy_library(arguments: list[str], ended: dict[str, Ende
     assert process.status == 0
 
 
+def test_help_loads_nothing_of_a_run_file() -> None:
+    code = """
+import sys
+sys.argv[1:] = ["--help"]
+from expertune.cli import main
+try:
+    main()
+finally:
+    print({"pydantic", "yaml", "jinja2"} & sys.modules.keys(), file=sys.stderr)
+"""
+    ended = run_program(code, imports="import sys")
+    assert (ended.status, ended.err.splitlines()[-1]) == (0, "set()")
+
+
 @pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
 def test_a_mistake_is_told_before_any_heavy_library_is_loaded(arguments: list[str], ended: dict[str, Ended]) -> None:
     process = ended[str(arguments)]

@@ -2,7 +2,6 @@
 
 import io
 import json
-import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,6 +54,8 @@ def drawn(sampling: Sampling) -> int | None:
         log(f"--seed {sampling.seed} decides nothing: the most likely token is taken each time; --temperature 1 draws")
     if sampling.is_greedy or sampling.seed is not None:
         return sampling.seed
+    import secrets  # which loads a library of ciphers
+
     seed = secrets.randbelow(2**31)
     log(f"drawing with seed {seed}; --seed {seed} draws the same again")
     return seed

@@ -4,20 +4,21 @@ import shlex
 from contextlib import nullcontext
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import expertune
-from expertune.checkpoint.adapter_folder import require_beginning
 from expertune.cli.arguments import Json, Overrides, RunFile, TrustRemoteCode, TrustRewards, Verbose
-from expertune.config import RunConfig, parse_size
 from expertune.distributed.processes import launched
 from expertune.errors import ConfigError
 from expertune.gpus import find_device
 from expertune.run.signals import Terminated
 from expertune.storage import write_text
 from expertune.terminal import importing, log, log_error, print_json, print_table, stdout_for_results, working
+
+if TYPE_CHECKING:
+    from expertune.config import RunConfig
 
 
 def init(
@@ -60,10 +61,12 @@ def _require_new(out: Path) -> None:
         raise ConfigError(f"{out}: is there already, and is not overwritten; choose another file with --out FILE")
 
 
-def _read(run: Path, overrides: list[str] | None, resume: bool = False, starts: bool = True) -> RunConfig:
+def _read(run: Path, overrides: list[str] | None, resume: bool = False, starts: bool = True) -> "RunConfig":
     """A run file, held to the adapter that it starts from before any library is loaded."""
     config = expertune.load_config(run, overrides or (), resume, starts)
     if not resume:  # which has its adapter in its directory
+        from expertune.checkpoint.adapter_folder import require_beginning
+
         require_beginning(config.lora)
     return config
 
@@ -93,6 +96,8 @@ def plan(
     if gpu is not None:
         find_device(gpu)
     if memory is not None:
+        from expertune.config import parse_size
+
         parse_size(memory)
     with stdout_for_results(), working("planning"):
         with importing():
