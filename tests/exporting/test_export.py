@@ -135,7 +135,7 @@ def test_export_that_has_moved_is_verified_again_and_its_card_says_what_came_of_
 
 
 def test_folder_that_no_export_has_written_is_not_verified(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"no verification\.json here; give a folder that `expertune export` has"):
+    with pytest.raises(ExportError, match=r"no verification\.json here; give one that `expertune export` has"):
         expertune.verify(tmp_path)
 
 

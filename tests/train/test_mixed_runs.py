@@ -75,9 +75,13 @@ def test_a_folder_of_plain_nf4_is_refused_for_the_run_and_for_one_that_goes_on(
         with pytest.raises(CheckpointError, match=REFUSED):
             trained(further | {"model": str(model)})
         assert not (tmp_path / "run").exists()
-    assert read_adapter_base(trained(further | {"model": str(same)}) / "adapter") == read_adapter_base(
-        mixed / "adapter"
-    )
+    said = io.StringIO()
+    taken = further | {"output_dir": str(tmp_path / "taken"), "lora": further["lora"] | {"init_from_other_base": True}}
+    finetune(parse_config(taken), console=Console(file=said, width=1000))
+    assert "lora.init_from: " in said.getvalue()
+    assert "taken on another base than it was trained on: quantization.layers was {k_proj: 16" in said.getvalue()
+    run = trained(further | {"model": str(same)})
+    assert read_adapter_base(run / "adapter") == read_adapter_base(mixed / "adapter")
 
 
 def test_exports_take_the_source_or_the_run_s_own_values(

@@ -52,6 +52,18 @@ def require_same_base(
     )
 
 
+def note_other_base(folder: str | Path, base: Fingerprint) -> str | None:
+    """What a user is told who takes an adapter of another base all the same; None where the bases do not differ.
+
+    Args:
+        folder: the adapter.
+        base: what identifies the model that it is put on.
+    """
+    theirs = read_adapter_base(folder)
+    differences = theirs.differences(base) if theirs is not None else []
+    return f"{folder}: taken on another base than it was trained on: {'; '.join(differences)}" if differences else None
+
+
 def _how_held(held: Held, now: Held) -> str:
     """What makes the base of an adapter from the same source."""
     different = held.differences(now)

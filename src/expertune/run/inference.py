@@ -9,7 +9,7 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import PreTrainedTokenizerBase
 
 from expertune.adapt.attach import attach
-from expertune.adapt.base_model import require_same_base
+from expertune.adapt.base_model import note_other_base, require_same_base
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.checkpoint.hub import ModelSource, fetch_model
 from expertune.checkpoint.tokenizer import load_tokenizer
@@ -210,9 +210,12 @@ def load_run(found: FoundRun, tokenizer: PreTrainedTokenizerBase, options: OpenO
     """
     context, source, folder = found.context, found.base, found.adapter
     config, other_base = context.config, options.get("other_base", False)
-    if not other_base:
-        with context.bars.task("looking at the model's files"):
-            base = identify_base(context, source)
+    with context.bars.task("looking at the model's files"):
+        base = identify_base(context, source)
+    if other_base:
+        if note := note_other_base(folder, base):
+            context.notify(note)
+    else:
         require_same_base(folder, base, config.model, allowed_by=f"give {option('other-base')}")
     loaded = load_base(context, source, recorded_places(context, source))
     lora = LoraSection(init_from=str(folder), init_from_other_base=other_base)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from expertune.adapt.amounts import MOST_PREFLIGHT_TOKENS
 from expertune.adapt.attach import expected_layout
-from expertune.adapt.base_model import require_same_base
+from expertune.adapt.base_model import note_other_base, require_same_base
 from expertune.checkpoint.context import context_length, read_config
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.formats.nf4_folder import is_nf4_folder
@@ -74,6 +74,8 @@ def read_inputs(context: RunContext) -> Inputs:
         base = identify_base(context, source, described)
     if config.lora.init_from and not config.lora.init_from_other_base:
         require_same_base(config.lora.init_from, base, config.model)
+    elif config.lora.init_from and (note := note_other_base(config.lora.init_from, base)):
+        context.notify(f"lora.init_from: {note}")
     calibrates = config.is_calibrated and not is_nf4_folder(source.folder)
     if calibrates and not context.resume:
         calibrates = inherited_calibration(config) is None
