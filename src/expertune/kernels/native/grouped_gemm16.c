@@ -6,6 +6,7 @@
    neither the packed bytes nor the weights are ever transposed. Each element of y is summed in the contraction's order,
    whatever the number of threads and the size of an item. */
 #include "grouped_gemm16.h"
+#include "sigmoid.h"
 
 #ifndef WITHOUT_AVX512
 #include <omp.h>
@@ -160,17 +161,15 @@ AVX512 static void update_transposed(
 /* As `exponential` of sigmoid.h, 16 at a time. */
 AVX512 INLINE __m512 exponential16(__m512 x)
 {
-    x = _mm512_min_ps(_mm512_set1_ps(88.3f), _mm512_max_ps(_mm512_set1_ps(-87.3f), x));
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)),
+    x = _mm512_min_ps(_mm512_set1_ps(EXP_MOST), _mm512_max_ps(_mm512_set1_ps(EXP_LEAST), x));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(LOG2_E)),
                                     _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    x = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    x = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), x);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(5.0000001201e-1f));
+    x = _mm512_fnmadd_ps(n, _mm512_set1_ps(LN_2_HIGH), x);
+    x = _mm512_fnmadd_ps(n, _mm512_set1_ps(LN_2_LOW), x);
+    __m512 p = _mm512_set1_ps(EXP_FIRST);
+#define TERM(constant) p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(constant));
+    EXP_OTHERS(TERM)
+#undef TERM
     p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(x, x), x), _mm512_set1_ps(1.0f));
     __m512i power = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
     return _mm512_mul_ps(p, _mm512_castsi512_ps(power));
