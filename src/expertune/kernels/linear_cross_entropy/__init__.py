@@ -74,23 +74,22 @@ def linear_cross_entropy(
         ValueError: a shape, dtype, device, label or constant does not fit; names the value received.
     """
     check(hidden_TD, weight_VD, labels_T, bias_V, updates, softcap)
-    own_inputs = [update.x_TD for update in updates if update.x_TD is not None]
-    factors = [factor for update in updates for factor in (update.a_rD, update.b_Vr)]
+    head, own_inputs = head_of(weight_VD, bias_V, updates, scale, softcap)
     wanted = torch.is_grad_enabled()
     loss, *_ = torch.ops.expertune.linear_cross_entropy(
         hidden_TD,
-        weight_VD,
-        bias_V,
+        head.weight_VD,
+        head.bias_V,
         labels_T,
-        scale,
-        softcap,
-        [update.scaling for update in updates],
-        [update.x_TD is not None for update in updates],
-        [update.a_rD for update in updates],
-        [update.b_Vr for update in updates],
+        head.scale,
+        head.softcap,
+        head.scalings,
+        head.has_own_input,
+        head.a,
+        head.b,
         own_inputs,
         wanted and hidden_TD.requires_grad,
-        wanted and any(tensor.requires_grad for tensor in (*factors, *own_inputs)),
+        wanted and any(tensor.requires_grad for tensor in (*head.a, *head.b, *own_inputs)),
     )
     return loss
 
@@ -188,6 +187,23 @@ def _autograd(ctx: Any, d_loss: Tensor, *_unused: Any) -> tuple[Any, ...]:
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def head_of(
+    weight_VD: Tensor, bias_V: Tensor | None, updates: Sequence[HeadUpdate], scale: float, softcap: float | None
+) -> tuple[chunked.Head, list[Tensor]]:
+    """The head as operators take it, and the inputs [T, D] of those updates that have their own, in order."""
+    head = chunked.Head(
+        weight_VD,
+        bias_V,
+        scale,
+        softcap,
+        [update.scaling for update in updates],
+        [update.x_TD is not None for update in updates],
+        [update.a_rD for update in updates],
+        [update.b_Vr for update in updates],
+    )
+    return head, [update.x_TD for update in updates if update.x_TD is not None]
 
 
 def check(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertune.kernels.linear_cross_entropy import HeadUpdate, check, chunked
+from expertune.kernels.linear_cross_entropy import HeadUpdate, check, chunked, head_of
 from expertune.kernels.operators import no_autocast
 
 
@@ -38,17 +38,7 @@ def linear_log_probs(
         ValueError: see `linear_cross_entropy`.
     """
     check(hidden_TD, weight_VD, labels_T, bias_V, updates, softcap)
-    head = chunked.Head(
-        weight_VD,
-        bias_V,
-        scale,
-        softcap,
-        [update.scaling for update in updates],
-        [update.x_TD is not None for update in updates],
-        [update.a_rD for update in updates],
-        [update.b_Vr for update in updates],
-    )
-    own_inputs = [update.x_TD for update in updates if update.x_TD is not None]
+    head, own_inputs = head_of(weight_VD, bias_V, updates, scale, softcap)
     log_probs: Tensor = _LogProbs.apply(head, labels_T, hidden_TD, *own_inputs, *head.a, *head.b)
     return log_probs
 
