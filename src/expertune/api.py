@@ -15,10 +15,11 @@ import torch
 from rich.console import Console
 from transformers import set_seed
 
-from expertune.adapt.amounts import preflight_tokens
+from expertune.adapt.amounts import compared_tokens, preflight_tokens
 from expertune.adapt.attach import attach
+from expertune.adapt.comparison import BaseForward, probe_logits
 from expertune.adapt.peft_model import ExpertPeftModel
-from expertune.adapt.preflight import preflight, probe_logits
+from expertune.adapt.preflight import preflight
 from expertune.config import RunConfig, check_training_arguments
 from expertune.config.arguments import checked
 from expertune.distributed.mesh import open_ranks
@@ -267,9 +268,10 @@ def _load_and_adapt(
         with experts_passed_by(loaded.model):  # which see each token alone
             require_no_leakage(loaded.model)
     probe = probe_batch(context, inputs, preflight_tokens(loaded.names.specs))
+    sample = probe_batch(context, inputs, compared_tokens(loaded.names.specs))
     recovery = make_recovery(context, loaded.model)
     with record.phase("preflight"), context.bars.task("preflight check"):
-        base_logits, probe = recovery.preflight(partial(probe_logits, loaded.model), probe)
+        base_logits, sample = recovery.preflight(partial(probe_logits, loaded.model), sample)
         lora = with_selected_experts(context, loaded.model, inputs, recovery)
         set_seed(context.seed)
         model = attach(loaded, lora, config.model, source.revision)
@@ -278,8 +280,9 @@ def _load_and_adapt(
         model.activation_checkpointing_enable()
     router_losses = take_router_losses(model, config)
     # Nothing that changes a logit may change between the two forwards of the base model.
-    with record.phase("preflight"), context.bars.task("preflight check", "passes") as progress:
-        found = recovery.retry("preflight", lambda: preflight(model, probe, base_logits, progress, router_losses))
+    base = BaseForward(sample, base_logits)
+    with record.phase("preflight"), context.bars.task("preflight check", "layers") as progress:
+        found, _ = recovery.preflight(lambda part: preflight(model, dict(part), base, progress, router_losses), probe)
     begin_adapter(context, source, model, moments)
     if loaded.fingerprint:  # which by now knows the calibration too
         record.add("model", base=loaded.fingerprint.to_json())

@@ -1,6 +1,8 @@
 """The preflight check passes a healthy model and names what is wrong with each kind of sick one."""
 
+import threading
 import types
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from expertune.adapt.attach import attach
+from expertune.adapt.comparison import BaseForward, probe_logits
 from expertune.adapt.peft_model import ExpertPeftModel
-from expertune.adapt.preflight import preflight, probe_logits
+from expertune.adapt.preflight import preflight
 from expertune.checkpoint.load import LoadedModel
 from expertune.config import LoraSection
 from expertune.errors import ConfigError, PreflightError
@@ -44,6 +47,19 @@ def padded_batch() -> Batch:
     return batch | {"attention_mask": mask}
 
 
+@pytest.fixture(params=["one after the other", "in turns"], autouse=True)
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the forwards pass the layers: in turns as where experts are offloaded, or each alone."""
+    if request.param == "in turns":
+        placement = types.SimpleNamespace(is_prefetched=True, in_turns=nullcontext)
+        monkeypatch.setattr("expertune.adapt.comparison.placement_of", lambda model: placement)
+    return request.param
+
+
+def check(model: ExpertPeftModel, batch: Batch, base: Tensor) -> dict[str, Any]:
+    return preflight(model, batch, BaseForward(batch, base))
+
+
 def prepared(loaded: LoadedModel, batch: Batch, **lora: Any) -> tuple[ExpertPeftModel, Tensor]:
     base = probe_logits(loaded.model, batch)
     return adapt(loaded, **({"targets": [*EVERYTHING, "router"]} | lora)), base
@@ -54,13 +70,13 @@ def prepared(loaded: LoadedModel, batch: Batch, **lora: Any) -> tuple[ExpertPeft
 
 @pytest.mark.parametrize("make", [batch_of, concatenated_batch, padded_batch])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_healthy_model_passes(make: Any, dropout: float, loaded: LoadedModel) -> None:
+def test_healthy_model_passes(make: Any, dropout: float, loaded: LoadedModel, order: str) -> None:
     batch = make()
     model, base = prepared(loaded, batch, dropout=dropout)
     forwards = count_forwards(loaded)
-    report = preflight(model, batch, base)
-    # With gradients, as a step computes it; with the adapter, twice where the first one drops inputs; without it.
-    assert forwards == [True, False, False, *([False] if dropout else [])]
+    report = check(model, batch, base)
+    # With gradients, as a step computes it; with the adapter, twice; without it.
+    assert forwards == ([False, False, False, True] if order == "in turns" else [True, False, False, False])
     assert report["passed"]
     assert report["learning"]["factors_learning"] + report["learning"]["factors_without_tokens"] == 2 * (
         2 * 4 * 3 + 2 * 4 + 2 + 1
@@ -82,9 +98,7 @@ def test_family_that_computes_otherwise_in_training_is_compared_in_evaluation(lo
     model, base = prepared(loaded, batch)
     norm = loaded.model.get_submodule("model.layers.1.input_layernorm")
     norm.register_forward_hook(lambda module, inputs, output: nn.functional.dropout(output, 0.1, module.training))
-    forwards = count_forwards(loaded)
-    assert preflight(model, batch, base)["repeatable"]
-    assert forwards == [True, False, False, False]
+    assert check(model, batch, base)["repeatable"]
 
 
 def _order(pair: tuple[ExpertPeftModel, Tensor], batch: Batch) -> tuple[ExpertPeftModel, Batch, Tensor]:
@@ -93,7 +107,7 @@ def _order(pair: tuple[ExpertPeftModel, Tensor], batch: Batch) -> tuple[ExpertPe
 
 def test_four_bit_figures_follow_from_the_sizes(loaded: LoadedModel) -> None:
     batch = batch_of()
-    bits = preflight(*_order(prepared(loaded, batch), batch))["four_bit"]
+    bits = check(*_order(prepared(loaded, batch), batch))["four_bit"]
     weights = 2 * 4 * 3 * 64 * 128
     assert bits["expert_weights"] == weights
     # A byte of absmax for 64 weights; per matrix of 128 blocks one nested absmax and one offset of 4 bytes.
@@ -105,13 +119,13 @@ def test_four_bit_figures_follow_from_the_sizes(loaded: LoadedModel) -> None:
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
 def test_healthy_models_of_other_families_pass(family: str, family_folder: FolderOf) -> None:
     loaded, batch = load_tiny(family_folder(family)), batch_of(8, 32)
-    assert preflight(*_order(prepared(loaded, batch), batch))["passed"]
+    assert check(*_order(prepared(loaded, batch), batch))["passed"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_healthy_half_precision_model_passes(dtype: torch.dtype, mixtral: Path) -> None:
     loaded, batch = load_tiny(mixtral, dtype), batch_of()
-    assert preflight(*_order(prepared(loaded, batch, dtype="bfloat16"), batch))["passed"]
+    assert check(*_order(prepared(loaded, batch, dtype="bfloat16"), batch))["passed"]
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
@@ -119,12 +133,12 @@ def test_healthy_model_passes_under_activation_checkpointing(loaded: LoadedModel
     batch = batch_of()
     model, base = prepared(loaded, batch)
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    assert preflight(model, batch, base)["passed"]
+    assert check(model, batch, base)["passed"]
 
 
 def test_experts_that_the_rows_do_not_reach_are_counted_not_blamed(loaded: LoadedModel) -> None:
     batch = batch_of(1, 3)
-    report = preflight(*_order(prepared(loaded, batch), batch))
+    report = check(*_order(prepared(loaded, batch), batch))
     assert report["learning"]["factors_without_tokens"] > 0
 
 
@@ -135,7 +149,7 @@ def test_factors_mode_gradients_and_random_state_are_as_before(loaded: LoadedMod
     model.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    preflight(model, batch, base)
+    check(model, batch, base)
     assert changed(before, dict(model.state_dict())) == []
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert np.array_equal(np.random.get_state()[1], numpy_state)
@@ -149,7 +163,7 @@ def test_factors_are_restored_when_a_check_fails(loaded: LoadedModel) -> None:
     model, base = prepared(loaded, batch)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(PreflightError):
-        preflight(model, batch, base + 1)
+        check(model, batch, base + 1)
     assert changed(before, dict(model.state_dict())) == []
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -157,7 +171,7 @@ def test_factors_are_restored_when_a_check_fails(loaded: LoadedModel) -> None:
 def test_second_check_gives_the_same_report(loaded: LoadedModel) -> None:
     batch = batch_of()
     model, base = prepared(loaded, batch)
-    first, second = preflight(model, batch, base), preflight(model, batch, base)
+    first, second = check(model, batch, base), check(model, batch, base)
     assert first["four_bit"] == second["four_bit"]
     assert first["learning"] == second["learning"]
 
@@ -167,7 +181,7 @@ def test_second_check_gives_the_same_report(loaded: LoadedModel) -> None:
 
 def expect_failure(model: ExpertPeftModel, batch: Batch, base: Tensor, message: str) -> None:
     with pytest.raises(PreflightError, match=message):
-        preflight(model, batch, base)
+        check(model, batch, base)
 
 
 def test_experts_left_in_sixteen_bits_are_named(mixtral: Path, loaded: LoadedModel) -> None:
@@ -201,7 +215,7 @@ def test_convolution_beside_the_experts_is_no_expert(loaded: LoadedModel) -> Non
     batch = batch_of()
     model, base = prepared(loaded, batch)
     loaded.model.get_submodule("model.layers.0").conv1d = nn.Conv1d(64, 64, 4)
-    assert preflight(model, batch, base)["passed"]
+    assert check(model, batch, base)["passed"]
 
 
 def experts_layer(loaded: LoadedModel) -> ExpertsLora:
@@ -249,7 +263,7 @@ def test_target_that_no_text_trains_is_an_error_of_the_run_file(
     base = probe_logits(loaded.model, batch)
     model = attach(loaded, LoraSection(r=2, dropout=0.0, targets=["experts", target]), str(tmp_path))
     with pytest.raises(ConfigError, match=rf"^lora\.targets: no adapter can learn in model\.\S*{module}: .*Leave "):
-        preflight(model, batch, base)
+        check(model, batch, base)
 
 
 def test_router_whose_choice_has_no_gradient_is_told_with_what_to_do(loaded: LoadedModel) -> None:
@@ -309,20 +323,53 @@ def test_adapter_on_modules_that_are_never_used_is_told(loaded: LoadedModel) -> 
     expect_failure(model, batch, base, "no factor of the adapter takes part in the loss")
 
 
-def test_adapter_that_never_reaches_the_logits_is_told(loaded: LoadedModel) -> None:
-    """Factors that learn from the loss alone: what is generated would be the base's."""
+def test_adapter_that_takes_part_in_training_alone_is_told(loaded: LoadedModel) -> None:
+    """Factors that learn, in a model that generates what the base would."""
     batch = batch_of()
     model, base = prepared(loaded, batch)
-    forward = loaded.model.forward
-
-    def without_adapter(*args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        if labels is not None:
-            return forward(*args, labels=labels, **kwargs)
-        with model.disable_adapter():
-            return forward(*args, **kwargs)
-
-    loaded.model.forward = without_adapter
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            adapted = module.forward
+            module.forward = lambda *inputs, layer=module, adapted=adapted: (
+                adapted(*inputs) if layer.training else layer.base_layer(*inputs)
+            )
     expect_failure(model, batch, base, "a non-zero adapter does not change the logits")
+
+
+def test_adapter_whose_change_cancels_in_the_last_token_has_an_effect(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    last = base[:, -1].clone()
+
+    def cancel(module: nn.Module, inputs: Any, output: Any) -> None:
+        if not module.training:
+            output.logits[:, -1] = last
+
+    loaded.model.register_forward_hook(cancel)
+    assert check(model, batch, base)["effective"]["largest_logit_change"] > 0
+
+
+def test_base_that_changed_for_a_single_token_is_told(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+
+    def change(module: nn.Module, inputs: Any, output: Any) -> None:
+        if not module.training:
+            output.logits[1, 3, 5] += 1e-3
+
+    loaded.model.register_forward_hook(change)
+    expect_failure(model, batch, base, r"logits differ from the base model's by up to 0\.001")
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("part", ["mlp.experts", "self_attn.o_proj", "input_layernorm"])
+def test_attaching_that_changes_the_base_in_one_layer_is_told(part: str, layer: int, loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    changed_part = loaded.model.get_submodule(f"model.layers.{layer}.{part}")
+    changed_part = getattr(changed_part, "base_layer", changed_part)
+    changed_part.register_forward_hook(lambda module, inputs, output: output * 1.001)
+    expect_failure(model, batch, base, r"logits differ from the base model's by up to .*attaching .* changed the base")
 
 
 @pytest.mark.parametrize("what", ["expert bytes", "expert scales", "a norm"])
@@ -352,9 +399,10 @@ def test_forward_that_does_not_repeat_itself_is_named(loaded: LoadedModel) -> No
 def test_ranks_that_need_each_other_in_a_forward_take_none_for_a_message(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("expertune.adapt.preflight.in_lockstep", lambda model: True)
+    for where in ("comparison", "preflight"):
+        monkeypatch.setattr(f"expertune.adapt.{where}.in_lockstep", lambda model: True)
     monkeypatch.delattr("expertune.adapt.preflight.reachable_modules")
-    monkeypatch.delattr("expertune.adapt.preflight._first_to_differ")
+    monkeypatch.delattr("expertune.adapt.comparison._first_to_differ")
     batch = batch_of()
     model, base = prepared(loaded, batch)
     experts = experts_layer(loaded)
@@ -375,6 +423,141 @@ def test_forward_that_drifts_is_named(loaded: LoadedModel) -> None:
 
     norm.register_forward_pre_hook(drift)
     expect_failure(model, batch, base, r"differ by .*, from .*layers\.1\.input_layernorm on")
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize("part", ["layers.1.mlp.experts", "layers.0.self_attn.o_proj", "layers.1.input_layernorm"])
+def test_module_that_computes_something_else_in_one_call_is_told(part: str, call: int, loaded: LoadedModel) -> None:
+    """Whichever of the calls in evaluation it is."""
+    batch = batch_of()
+    model, base = prepared(loaded, batch, dropout=0.1)
+    calls: list[nn.Module] = []
+
+    def drift(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        if module.training:
+            return None
+        calls.append(module)
+        return output * 1.001 if len(calls) == call else None
+
+    loaded.model.get_submodule(f"model.{part}").register_forward_hook(drift)
+    found = "the model is not repeatable" if call < 3 else "changed the base"
+    expect_failure(model, batch, base, found)
+
+
+def test_module_that_adds_what_it_gave_before_is_told(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    held: list[Tensor] = []
+
+    def mix(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        held.append(output.detach())
+        return output + 1e-3 * held[-2] if len(held) > 1 else output
+
+    loaded.model.get_submodule("model.layers.1.post_attention_layernorm").register_forward_hook(mix)
+    expect_failure(model, batch, base, "two forwards .* differ by|changed the base")
+
+
+def test_dropout_that_drops_the_whole_update_is_named(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch, dropout=0.1)
+    layer = experts_layer(loaded)
+    updates = layer._updates
+    layer._updates = lambda active: {} if layer.training else updates(active)
+    expect_failure(model, batch, base, rf"{EXPERTS}: expert \d, \w+, lora_A: the gradient is missing")
+
+
+def test_dropout_that_gives_no_number_is_named(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch, dropout=0.1)
+    dropout = loaded.model.get_submodule("model.layers.0.self_attn.q_proj").lora_dropout["default"]
+    dropout.register_forward_hook(lambda module, inputs, output: output / 0 if module.training else output)
+    expect_failure(model, batch, base, "the gradient is not finite")
+
+
+# ---- the forwards beside the one that gradients are taken of
+
+
+@pytest.mark.parametrize("where", ["at a layer", "between two layers"])
+def test_what_a_compared_forward_raises_is_raised_and_leaves_nothing_behind(where: str, loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    model.train()
+    threads = threading.active_count()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    hooks = count_hooks(model)
+
+    def fail(module: nn.Module, inputs: Any, output: Any) -> None:
+        if not module.training:
+            raise torch.OutOfMemoryError("none left")
+
+    name = "model.layers.1" if where == "at a layer" else "model.norm"
+    handle = loaded.model.get_submodule(name).register_forward_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError, match="none left"):
+        check(model, batch, base)
+    handle.remove()
+    assert threading.active_count() == threads
+    assert count_hooks(model) == hooks
+    assert changed(before, dict(model.state_dict())) == []
+    assert all(module.training for module in model.modules())
+    assert check(model, batch, base)["passed"]
+
+
+def test_forward_with_gradients_that_fails_ends_the_others(loaded: LoadedModel) -> None:
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    threads, hooks = threading.active_count(), count_hooks(model)
+
+    def fail(module: nn.Module, inputs: Any) -> None:
+        if module.training:
+            raise KeyboardInterrupt
+
+    handle = loaded.model.get_submodule("model.layers.1.mlp").register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        check(model, batch, base)
+    handle.remove()
+    assert threading.active_count() == threads
+    assert count_hooks(model) == hooks
+
+
+def count_hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+def test_adapter_and_training_flags_are_as_before_between_the_turns(loaded: LoadedModel) -> None:
+    """Also where they are not what PEFT leaves behind: one factor that is not trained stays so."""
+    batch = batch_of()
+    model, base = prepared(loaded, batch)
+    factor = loaded.model.get_submodule("model.layers.0.self_attn.q_proj").lora_A["default"].weight
+    factor.requires_grad_(False)
+    expect_failure(model, batch, base, r"q_proj\.lora_A: the gradient is missing")
+    assert not factor.requires_grad
+
+
+def test_gradients_do_not_depend_on_the_forwards_beside(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under activation checkpointing a layer is computed again with the random numbers that it drew."""
+    batch = batch_of()
+    model, base = prepared(loaded, batch, dropout=0.1)
+    model.activation_checkpointing_enable()
+    found: dict[str, dict[str, Tensor]] = {}
+    zero_grad = model.zero_grad
+
+    def keep(**arguments: Any) -> None:
+        way = "each alone" if found else "in turns"
+        found[way] = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+        zero_grad(**arguments)
+
+    def draw(module: nn.Module, inputs: Any) -> None:
+        if not module.training:
+            torch.rand(3)
+
+    monkeypatch.setattr(model, "zero_grad", keep)
+    loaded.model.get_submodule("model.layers.0.input_layernorm").register_forward_pre_hook(draw)
+    for placement in (types.SimpleNamespace(is_prefetched=True, in_turns=nullcontext), None):
+        monkeypatch.setattr("expertune.adapt.comparison.placement_of", lambda model, found=placement: found)
+        torch.manual_seed(0)
+        check(model, batch, base)
+    assert len(found["in turns"]) > 20
+    assert changed(found["in turns"], found["each alone"]) == []
 
 
 def test_the_errors_older_name_still_catches_it():

@@ -146,7 +146,7 @@ def test_failed_attempt_has_left_nothing_when_the_step_is_run_again(
                 of_failed_attempt.append(StorageWeakRef(hidden.untyped_storage()))
             elif not left:
                 left.append(sum(not storage.expired() for storage in of_failed_attempt))
-                assert "held over" not in vars(workspace._local)
+                assert "held over" not in workspace.of_this_thread()
         return real(hidden, *arguments, **kwargs)
 
     monkeypatch.setattr(module, "expert_mlp", watched)

@@ -5,7 +5,7 @@ get a gradient, forwards that drift, adapters that change nothing. The check use
 B factor non-zero so that A can get a gradient, and restores the factors to the byte.
 """
 
-import hashlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,6 +16,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from expertune.adapt.comparison import NUM_FORWARDS, BaseForward, Batch, Comparison, cuda_devices, digest
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.reachability import reachable_modules
 from expertune.checkpoint.linears import is_linear
@@ -26,38 +27,36 @@ from expertune.experts.load import add_tokens
 from expertune.experts.lora import ExpertsLora, projection_of
 from expertune.experts.module import Nf4Experts, in_lockstep, parallel_of
 
-Batch = dict[str, Tensor]
-
-# Forward and backward with gradients, a forward with the adapter, where that does not suffice another, and one without.
-_NUM_PASSES = 6
-
-
-def probe_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits [B, S, V] of a model in evaluation mode; its mode is restored."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            return model(**inputs, use_cache=False).logits
-    finally:
-        model.train(was_training)
+# Over the layers: the forwards that are compared, the one that gradients are taken of, and its backward.
+_NUM_PASSES = NUM_FORWARDS + 2
 
 
 def preflight(
     model: ExpertPeftModel,
     batch: Batch,
-    base_logits: Tensor,
+    base: BaseForward,
     progress: Callable[[int, int], None] = lambda *_: None,
     router_losses: RouterLosses | None = None,
 ) -> dict[str, Any]:
     """Run all checks on a model that has its adapter attached.
 
+    What passes the layers, what it shows, and what it costs, with `base` taken before:
+
+    1. A forward of the base model, in evaluation, on the tokens that are compared. One transfer of each layer.
+    2. A forward with gradients, in training mode with the adapter's dropout, on all tokens, and the loss; beside it, on
+       the tokens that are compared, two forwards in evaluation with the adapter (the model repeats itself to the bit,
+       and the adapter changes its logits) and one with the adapter disabled (equal to the first to the bit: attaching
+       has changed no weight of an expert that these tokens reach, nor what is computed with it). Together one transfer
+       of each layer, as they pass it in turns where experts are offloaded.
+    3. The backward: every factor has a finite gradient that is not zero. One transfer of each layer but the last.
+
+    A step of training takes the second and the third transfer on the run's tokens.
+
     Args:
         model: the adapted model.
         batch: `input_ids` [B, S] of real sequences, with `position_ids` where they are concatenated.
-        base_logits: `probe_logits` of the same batch before the adapter was attached.
-        progress: called with (passes through the model done, in all); a backward counts as two.
+        base: a forward of the base model before the adapter was attached; of a few tokens, such as a quarter.
+        progress: called with (layers passed, in all), where every pass over the model counts its layers.
         router_losses: what the run adds to its loss; measured too.
 
     Returns:
@@ -68,56 +67,50 @@ def preflight(
         ConfigError: a target is a module that no text of this model has a gradient to.
     """
     started = time.monotonic()
-    progress(0, _NUM_PASSES)
+    comparison = Comparison(model, base)
     bits = _check_four_bits(model)
-    with torch.random.fork_rng(devices=_cuda_devices(batch)), _nonzero_factors(model):
-        learning, of_router, trained = _check_learning(model, batch, router_losses)
-        progress(3, _NUM_PASSES)
-        first = probe_logits(model, batch)
-        progress(4, _NUM_PASSES)
-        _check_repeatable(model, batch, first, trained)
-        progress(5, _NUM_PASSES)
-        del trained  # logits of all tokens are the most memory that the check takes
-        change = _distance(first, base_logits)
-        if change == 0:
-            raise PreflightError(
-                "a non-zero adapter does not change the logits: it is attached to nothing that is used"
-            )
-        del first
-        with model.disable_adapter():
-            disabled = probe_logits(model, batch)
-        progress(_NUM_PASSES, _NUM_PASSES)
-        if not torch.equal(disabled, base_logits):
-            raise PreflightError(
-                f"with the adapter disabled the logits differ from the base model's by up to "
-                f"{_distance(disabled, base_logits):.3g}; attaching the adapter has changed the base"
-            )
+    with (
+        torch.random.fork_rng(devices=cuda_devices(batch["input_ids"])),
+        _nonzero_factors(model),
+        _told(comparison.layers, progress),
+    ):
+        learning, of_router = _check_learning(model, batch, router_losses, comparison)
+        comparison.finish()
     return {
         "passed": True,
         "four_bit": bits,
-        "learning": learning,
+        "learning": {**learning, "tokens": batch["input_ids"].numel()},
         "repeatable": True,
-        "effective": {"largest_logit_change": change, "disabled_equals_base": True},
+        "effective": {
+            "largest_logit_change": comparison.largest_change,
+            "disabled_equals_base": True,
+            "tokens": base.batch["input_ids"].numel(),
+            **comparison.experts_reached,
+        },
         **({"router": of_router} if of_router else {}),
         "seconds": round(time.monotonic() - started, 3),
     }
 
 
-def _check_repeatable(model: ExpertPeftModel, batch: Batch, first: Tensor, trained: Tensor) -> None:
-    """Two forwards give the same logits: this one's and the one's that the gradients were taken of.
+@contextmanager
+def _told(layers: Sequence[nn.Module], progress: Callable[[int, int], None]) -> Iterator[None]:
+    """Call `progress` while layers are passed; a backward passes them where activation checkpointing computes again."""
+    num_passed, total, here = 0, _NUM_PASSES * len(layers), threading.current_thread()
 
-    In training there may be dropout, the adapter's or the family's. Where the two differ, a second forward like the
-    first decides. Ranks that need each other in a forward have to take it alike, and therefore always.
-    """
-    if first.dtype == trained.dtype and torch.equal(first, trained) and not in_lockstep(model):
-        return
-    second = probe_logits(model, batch)
-    if not torch.equal(first, second):
-        since = "" if in_lockstep(model) else f", from {_first_to_differ(model, batch)} on"
-        raise PreflightError(
-            f"two forwards of the same sequences differ by up to {_distance(first, second):.3g}{since}; "
-            "the model is not repeatable, so that a resumed run would drift"
-        )
+    def passed(*_: Any) -> None:
+        nonlocal num_passed
+        num_passed += 1
+        if threading.current_thread() is here:  # terminals and notebooks are not written to by several
+            progress(min(num_passed, total), total)
+
+    progress(0, total)
+    handles = [layer.register_forward_hook(passed) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    progress(total, total)
 
 
 def _check_four_bits(model: nn.Module) -> dict[str, Any]:
@@ -151,9 +144,9 @@ def _check_four_bits(model: nn.Module) -> dict[str, Any]:
 
 
 def _check_learning(
-    model: ExpertPeftModel, batch: Batch, losses: RouterLosses | None
-) -> tuple[dict[str, Any], dict[str, float], Tensor]:
-    """Every factor that can receive a gradient gets a finite, non-zero one; the routers' losses; the forward's logits.
+    model: ExpertPeftModel, batch: Batch, losses: RouterLosses | None, comparison: Comparison
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Every factor that can receive a gradient gets a finite, non-zero one; the routers' losses.
 
     As in a step, with the adapter's dropout: the kernels compute it in ways of their own.
     """
@@ -161,10 +154,10 @@ def _check_learning(
     model.train()
     try:
         watched = losses.watching(batch.get("attention_mask")) if losses else nullcontext()
-        with _tokens_per_expert(model, batch) as tokens, watched as routed:
+        with _tokens_per_expert(model, batch) as tokens, watched as routed, comparison.beside():
             # Every token is a target here, so that a masked prompt does not starve the experts that serve it.
             output = model(**{**batch, "labels": _all_labels(batch)}, use_cache=False)
-        loss, logits = output.loss, output.logits.detach()
+        loss = output.loss
         del output
         of_router = losses.of(routed, routed.totals) if losses and routed else {}
         if losses and routed:
@@ -195,7 +188,7 @@ def _check_learning(
         model.train(was_training)
     of_experts, idle = _of_all_experts(model, of_experts, idle)
     figures = {name: value.item() for name, value in of_router.items()}
-    return {"factors_learning": learning + of_experts, "factors_without_tokens": idle}, figures, logits
+    return {"factors_learning": learning + of_experts, "factors_without_tokens": idle}, figures
 
 
 def _of_all_experts(model: nn.Module, *figures: int) -> Sequence[int]:
@@ -272,6 +265,8 @@ def _tokens_per_expert(model: nn.Module, batch: Batch) -> Iterator[dict[str, Ten
 
     def count(name: str, num_experts: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if not module.training:  # of a comparison
+                return
             counts[name] = torch.zeros(num_experts, dtype=torch.int64)
             add_tokens(counts[name], inputs[1].cpu()[matters.cpu()])
 
@@ -301,7 +296,7 @@ def _nonzero_factors(model: nn.Module) -> Iterator[None]:
     ]
     factors = [factor for factor, _ in layers]
     before = [factor.detach().clone() for factor in factors]
-    digest = _digest(before)
+    bytes_before = digest(before)
     try:
         with torch.no_grad():
             for factor, layer in layers:
@@ -311,7 +306,7 @@ def _nonzero_factors(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for factor, old in zip(factors, before, strict=True):
                 factor.copy_(old)
-    if _digest(factors) != digest:
+    if digest(factors) != bytes_before:
         raise PreflightError("the adapter's factors could not be restored after the probe")
 
 
@@ -336,49 +331,6 @@ def _all_labels(batch: Batch) -> Tensor:
     return labels
 
 
-def _first_to_differ(model: nn.Module, batch: Batch) -> str:
-    """Name of the first module whose output is another one when the forward is repeated; for a failure's message."""
-
-    def digests() -> list[tuple[str, str]]:
-        seen: list[tuple[str, str]] = []
-
-        def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
-            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                outputs = output if isinstance(output, tuple | list) else [output]
-                seen.append((name, _digest([value for value in outputs if isinstance(value, Tensor)])))
-
-            return hook
-
-        handles = [module.register_forward_hook(record(name)) for name, module in model.named_modules() if name]
-        try:
-            probe_logits(model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen
-
-    pairs = zip(digests(), digests(), strict=False)
-    return next((name for (name, one), (_, other) in pairs if one != other), "one call in some")
-
-
-def _digest(tensors: list[Tensor]) -> str:
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
-
-
 def _state_bytes(state: Any) -> int:
     nested = state.state2.absmax.nbytes + state.offset.nbytes if state.nested else 0
     return state.absmax.nbytes + nested
-
-
-def _distance(one: Tensor, other: Tensor) -> float:
-    """The largest difference of two tensors [..., V], a few positions at a time."""
-    pairs = zip(one.flatten(0, -2).split(32), other.flatten(0, -2).split(32), strict=True)
-    return float(torch.stack([(a.float() - b.float()).abs().max() for a, b in pairs]).max())
-
-
-def _cuda_devices(batch: Batch) -> list[int]:
-    device = batch["input_ids"].device
-    return [device.index or 0] if device.type == "cuda" else []

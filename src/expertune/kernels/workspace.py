@@ -7,6 +7,7 @@ working set.
 
 import math
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +19,23 @@ _local = threading.local()
 
 def clear() -> None:
     """Give this thread's memory back."""
-    vars(_local).clear()
+    of_this_thread().clear()
+
+
+def of_this_thread() -> dict[str, Any]:
+    """This thread's memory by name, for `share`."""
+    held: dict[str, Any] = _local.__dict__.setdefault("held", {})
+    return held
+
+
+def share(memory: dict[str, Any]) -> None:
+    """Have this thread take turns in another thread's memory; no operator of both is ever under way."""
+    _local.held = memory
 
 
 def take(name: str, *shape: int) -> Tensor:
     """Float32 on the CPU, of this shape, whatever was in it; valid until the name is taken again on this thread."""
-    held: dict[str, Tensor] = vars(_local)
+    held = of_this_thread()
     size = math.prod(shape)
     if name not in held or held[name].numel() < size:
         held.pop(name, None)

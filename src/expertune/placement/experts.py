@@ -7,6 +7,7 @@ layers are gathered into two slots.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -75,6 +76,15 @@ class Placement:
         """Drop what has been loaded of offloaded or sharded layers; it is loaded again when it is used."""
         if self._prefetcher is not None:
             self._prefetcher.drop_loaded()
+
+    @property
+    def is_prefetched(self) -> bool:
+        """Whether layers are loaded for their use."""
+        return self._prefetcher is not None
+
+    def in_turns(self) -> AbstractContextManager[None]:
+        """While open, several forwards pass each layer before the next; see `Prefetcher.in_turns`."""
+        return self._prefetcher.in_turns() if self._prefetcher else nullcontext()
 
     def offload_more(self) -> str | None:
         """Move half of the layers that are still on the device to the host, or from there to disk, during a run.

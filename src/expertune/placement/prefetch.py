@@ -55,7 +55,7 @@ class Prefetcher:
         self.backend, self.num_layers = backend, num_layers
         self.transfers, self.waited_seconds = 0, 0.0
         self._loaded: list[int] = []
-        self._backward_follows = False
+        self._backward_follows, self._in_turns = False, False
 
     def handles(self) -> "list[PrefetchedLayer]":
         """One handle for each layer's operator."""
@@ -63,7 +63,20 @@ class Prefetcher:
 
     def announce(self, backward: bool) -> None:
         """Whether a backward follows the forward that is about to run."""
-        self._backward_follows = backward
+        if not self._in_turns:
+            self._backward_follows = backward
+
+    @contextmanager
+    def in_turns(self) -> Iterator[None]:
+        """While open, several forwards pass each layer before the next, and a backward of the last one follows.
+
+        A layer is then dropped when another is used, not at the end of each use.
+        """
+        self._backward_follows = self._in_turns = True
+        try:
+            yield
+        finally:
+            self._in_turns = False
 
     @contextmanager
     def acquire(self, layer: int, backward: bool, reused: bool = False) -> Iterator[list[Tensor]]:
@@ -94,7 +107,7 @@ class Prefetcher:
         finally:
             self.backend.used(layer)
             # At a turnaround the layer itself comes next.
-            if following is not None and not reused:
+            if following is not None and not reused and not self._in_turns:
                 self._drop(layer)
 
     def drop_loaded(self) -> None:

@@ -1,12 +1,26 @@
 /* Panels of the GEMMs in float32: tokens, weights that are dequantized, and dense factors, as the kernel reads them. */
+#include <pthread.h>
+
 #include "panels.h"
 
 static _Thread_local float *scratch = NULL;
+static pthread_key_t at_end_of_thread;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static void make_key(void)
+{
+    if (pthread_key_create(&at_end_of_thread, free) != 0)
+        abort();
+}
 
 float *panels(void)
 {
-    if (scratch == NULL && posix_memalign((void **)&scratch, 64, sizeof(float) * (MC + MR + STRIPE) * KC) != 0)
-        abort();
+    if (scratch == NULL) {
+        if (posix_memalign((void **)&scratch, 64, sizeof(float) * (MC + MR + STRIPE) * KC) != 0)
+            abort();
+        pthread_once(&once, make_key);
+        pthread_setspecific(at_end_of_thread, scratch);
+    }
     return scratch;
 }
 
