@@ -62,6 +62,11 @@ def outside_training(scarce: "Scarce") -> bool:
     return scarce.trainer is None and not scarce.generating and not torch.is_grad_enabled()
 
 
+def before_training(scarce: "Scarce") -> bool:
+    """In the preflight check."""
+    return scarce.trainer is None and not scarce.generating
+
+
 class Scarce:
     """Fails in the expert layer, as an allocator would.
 

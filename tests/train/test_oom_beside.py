@@ -21,6 +21,7 @@ from tests.train.scarce import (
     Reference,
     Scarce,
     adapter_bytes,
+    before_training,
     evaluating,
     generating,
     out_of_memory,
@@ -152,17 +153,18 @@ def test_evaluating_and_asking_a_finished_run_use_smaller_batches_and_report_it(
         expertune.generate(tmp_path / "run", "What is 1 plus 2?", max_new_tokens=4)
 
 
-def test_preflight_check_uses_fewer_sequences_where_its_first_forward_runs_out_of_memory(
-    values: dict[str, Any], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("most_tokens", [4 * ONE_SEQUENCE, ONE_SEQUENCE], ids=["with gradients", "of the base"])
+def test_preflight_check_uses_fewer_sequences_where_a_forward_runs_out_of_memory(
+    most_tokens: int, values: dict[str, Any], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values["training"] |= {"max_steps": 2, "eval_strategy": "no"}
     _, adapter = reference("two whole", eval_strategy="steps")
-    scarce = Scarce(4 * ONE_SEQUENCE, when=outside_training).install(monkeypatch)
+    scarce = Scarce(most_tokens, when=before_training).install(monkeypatch)
     record = run(values, tmp_path / "recovered")
     assert scarce.num_failures >= 1
     changes = record["train"]["recoveries"]
     assert {(change["step"], change["during"]) for change in changes} == {(0, "preflight")}
-    assert changes[-1]["setting"]["preflight_tokens"] <= 4 * ONE_SEQUENCE
+    assert changes[-1]["setting"]["preflight_tokens"] <= most_tokens
     assert record["preflight"]["passed"]
     assert adapter_bytes(tmp_path / "recovered") == adapter
 
