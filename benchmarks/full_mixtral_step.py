@@ -114,6 +114,7 @@ def run_step(folder: Path, tokens: int = TOKENS) -> dict[str, Any]:
     return {
         "seconds": round(values["throughput"]["tokens"] / values["throughput"]["tokens_per_second"], 2),
         "preflight_seconds": values["run"]["phases"]["preflight"],
+        "preflight": {name: values["preflight"][name] for name in ("learning", "effective", "seconds")},
         "run_seconds": round(time.perf_counter() - started, 1),
         "disk_read_bytes": _disk_read_bytes() - read_before,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
