@@ -1,10 +1,11 @@
 """Generation on a CPU: tokens per second at one sequence and at many, and of a prompt; against llama.cpp, bitsandbytes.
 
-All have a Mixtral of the same shape with random weights: ours and bitsandbytes the same NF4 bytes, with lm_head in
-bfloat16; llama.cpp a Q4_0 file whose output head is Q6_K, as its own quantizer writes it. Each stack is a process of
-its own, and they take turns. A rate is that of the steps between the first new token and the last: the time of an
-answer of one token is taken off that of a longer one. Greedy; nothing ends an answer early. Our logits have to be about
-as near to those of plain float32 on the dequantized weights as plain transformers' in bfloat16 are.
+All have a Mixtral of the same shape with random weights: ours and bitsandbytes the same NF4 bytes, computed and with
+lm_head in one dtype, by default the one that a run takes by itself on this machine; llama.cpp a Q4_0 file whose output
+head is Q6_K, as its own quantizer writes it. Each stack is a process of its own, and they take turns. A rate is that of
+the steps between the first new token and the last: an answer of one token is timed too and taken off. Greedy; nothing
+ends an answer early. Our logits have to be about as near to those of plain float32 on the dequantized weights as plain
+transformers' in bfloat16 are.
 """
 
 import argparse
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--stacks", nargs="*", choices=STACKS, default=list(STACKS), help="default: all")
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS), help="default: all")
+    report.add_dtype_argument(parser)
     parser.add_argument("--cache", type=Path, help="where models are made once and kept; default: the temporary folder")
     parser.add_argument("--no-check", action="store_true", help="take logits on trust: saves 12 GB and a minute")
     parser.add_argument("--json", type=Path, help="write the result here")
@@ -56,12 +58,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     cache = args.cache or Path(tempfile.gettempdir()) / "expertune-bench"
     folder = once(cache / f"{shape.name}-nf4", lambda made: write_folder(made, shape))
     file = once(cache / f"{shape.name}-q4_0", lambda made: write_gguf(made / "model.gguf", shape)) / "model.gguf"
+    dtype = report.name_of(report.resolve_dtype(args.dtype, "cpu"))
     drivers: dict[str, Driver] = {}
     check = None
     try:
         for name in args.stacks:
             report.progress(f"loading {name}")
-            model = ["--model", str(file if name == _LLAMA else folder)]
+            model = ["--model", str(file)] if name == _LLAMA else ["--model", str(folder), "--dtype", dtype]
             drivers[name] = Driver(name, model, stack=STACKS[name])
             if name == _OURS and not args.no_check:  # while there is memory
                 report.progress("checking logits")
@@ -82,7 +85,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "measured": measured,
             "check": check,
             "stacks": {name: driver.ready for name, driver in drivers.items()},
-            "bytes_per_token": _bytes_per_token(shape),
+            "dtype": dtype,
+            "bytes_per_token": _bytes_per_token(shape, 4 if dtype == "float32" else 2),
             "read_bytes_per_second": next(
                 (driver.ask("read rate")["rate"] for name, driver in drivers.items() if name != _LLAMA), None
             ),
@@ -140,14 +144,22 @@ def _said(check: dict[str, Any]) -> str:
     )
 
 
-def _bytes_per_token(shape: Shape) -> dict[str, float]:
-    """What a step at one sequence reads of weights: attention, the experts that were chosen, the output head."""
+def _bytes_per_token(shape: Shape, of_head: int) -> dict[str, float]:
+    """What a step at one sequence reads of weights: attention, the experts that were chosen, the output head.
+
+    Args:
+        shape: of the model.
+        of_head: bytes of a number of our output head.
+    """
     attention = sum(rows * columns for rows, columns in shape.attention().values())
     experts = shape.top_k * sum(rows * columns for rows, columns in shape.expert().values())
     inner, head = shape.layers * (attention + experts), VOCAB_SIZE * shape.hidden
     nf4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-    ours = inner * nf4 + head * 2
-    return {_OURS: ours, _BITSANDBYTES: inner * (0.5 + 2 / 64) + head * 2, _LLAMA: inner * 18 / 32 + head * 210 / 256}
+    return {
+        _OURS: inner * nf4 + head * of_head,
+        _BITSANDBYTES: inner * (0.5 + 2 / 64) + head * of_head,
+        _LLAMA: inner * 18 / 32 + head * 210 / 256,
+    }
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -160,7 +172,8 @@ def _show(result: dict[str, Any]) -> None:
     model = result["model"]
     title = (
         f"Generation, hidden {model['hidden']}, {model['layers']} layers, {model['experts']} experts "
-        f"top-{model['top_k']}, on {result['device']}, {result['threads']} threads"
+        f"top-{model['top_k']}, on {result['device']}, {result['threads']} threads, "
+        f"{result['dtype']}"
     )
     notes = [f"{name}: {note}" for name, stack in result["stacks"].items() for note in stack["notes"]]
     if rate := result["read_bytes_per_second"]:

@@ -18,6 +18,7 @@ from expertune.checkpoint.meta import build_twin
 from expertune.config import LoraSection, QuantizationConfig
 from expertune.experts.module import Nf4Experts
 from expertune.generation.decoding import generate_ids
+from expertune.kernels.few_tokens import answering
 from expertune.layers.nf4_linear import Nf4Linear
 
 _READ_BYTES = 2**30
@@ -50,17 +51,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--stack", choices=("ours", "adapted", "bitsandbytes"), required=True)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), required=True)
     args = parser.parse_args()
     answers = own_stdout()
-    loaded = load_model(args.model, QuantizationConfig(), torch.bfloat16, "cpu")
+    dtype = getattr(torch, args.dtype)
+    loaded = load_model(args.model, QuantizationConfig(), dtype, "cpu")
     model: Any = loaded.model.eval()
-    notes = ["NF4 with double quantization, lm_head in bfloat16; keys and values in bfloat16"]
+    notes = [f"NF4 with double quantization, computed in {args.dtype}; lm_head, keys and values in {args.dtype}"]
     if args.stack == "adapted":
         section = LoraSection(r=8, alpha=16, targets=["attention", "experts", "lm_head"])
         model = attach(loaded, section, "benchmark").eval()
         notes.append("an adapter of rank 8 on attention, experts and lm_head")
     if args.stack == "bitsandbytes":
-        _use_bitsandbytes(model)
+        _use_bitsandbytes(model, dtype)
         notes.append("in bitsandbytes' layout for CPUs, if it has one here")
 
     def generate(asked: list[list[int]], new: int) -> list[list[int]]:
@@ -88,11 +91,11 @@ def _linear4bit(stack: Any, index: int, dtype: torch.dtype) -> bnb.nn.Linear4bit
     return linear.eval()
 
 
-def _use_bitsandbytes(model: PreTrainedModel) -> None:
+def _use_bitsandbytes(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Replace our layers by bitsandbytes' own."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Nf4Experts):
-            model.set_submodule(name, BitsandbytesExperts(module, torch.bfloat16))
+            model.set_submodule(name, BitsandbytesExperts(module, dtype))
         elif isinstance(module, Nf4Linear):
             module.__class__ = bnb.nn.Linear4bit  # which ours is, but for its forward
 
@@ -104,7 +107,8 @@ def _check(model: PreTrainedModel) -> dict[str, Any]:
     """
     ids = torch.tensor(prompts(*_CHECKED))
     with torch.inference_mode():
-        ours = _token_by_token(model, ids)
+        with answering():
+            ours = _token_by_token(model, ids)
         plain = _dequantized(model)
         theirs = plain(input_ids=ids).logits.float()
         exact = plain.float()(input_ids=ids).logits

@@ -22,6 +22,7 @@ from expertune.errors import ConfigError, DataError
 from expertune.experts.lora import norms_looked_at_once
 from expertune.experts.module import in_lockstep
 from expertune.generation.sampling import Sampling
+from expertune.kernels import few_tokens
 from expertune.kernels.few_tokens import answering
 
 Progress = Callable[[int, int], None]
@@ -291,8 +292,11 @@ def _head_in_one_product(base: PreTrainedModel) -> Iterator[None]:
 
     After reading prompts transformers cuts out the last position of each. Of such a view [B, 1, D] torch makes B
     products, for which it copies a 16-bit weight B times on a CPU: gigabytes, and seconds. Of one sequence the view
-    counts as contiguous, whatever its strides; torch looks at these.
+    counts as contiguous, whatever its strides; torch looks at these. Where it multiplies slowly, `few_tokens` does.
     """
+    head = base.get_output_embeddings()
+    linear = getattr(head, "base_layer", head)  # beneath an adapter
+    own = linear.__dict__.get("forward")
 
     def side_by_side(_head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(
@@ -300,11 +304,20 @@ def _head_in_one_product(base: PreTrainedModel) -> Iterator[None]:
             for each in inputs
         )
 
-    hook = base.get_output_embeddings().register_forward_pre_hook(side_by_side)
+    def multiply(x: Tensor) -> Tensor:
+        served = few_tokens.serves_dense(x, linear.weight)
+        return few_tokens.dense(x, linear.weight) if served else nn.functional.linear(x, linear.weight)
+
+    hook = head.register_forward_pre_hook(side_by_side)
+    plain = type(linear) is nn.Linear and linear.bias is None and own is None
+    if plain:
+        linear.forward = multiply
     try:
         yield
     finally:
         hook.remove()
+        if plain:
+            del linear.forward
 
 
 @contextmanager

@@ -45,14 +45,14 @@ def forward(chunk: Chunk, layer: FrozenLayer, updates: Sequence[LoraUpdate]) -> 
         bias=layer.outer_bias,
         updates=[_low_rank(update, 0) for update in updates if update.part == parts],
     )
-    experts = index_TK.contiguous()
+    experts, fine = index_TK.contiguous(), hidden_TD.dtype == torch.float32
     if swiglu:
-        gemv([first, second], routed, experts)
+        gemv([first, second], routed, experts, fine=fine)
         return out_TD
-    gemv([first], routed, experts)
+    gemv([first], routed, experts, fine=fine)
     with no_autocast(hidden_TD):
         second = second._replace(x=as_float(layer.activation.function(inner)))
-    gemv([second], routed, experts)
+    gemv([second], routed, experts, fine=fine)
     return out_TD
 
 

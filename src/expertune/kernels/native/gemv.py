@@ -2,7 +2,8 @@
 
 What is computed is exact in integers of 16 bits: weights are rounded to 1/32768 of the largest value of the codebook, x
 to 1/32766 of the largest number of each of its blocks of 64, so that small numbers beside a large one keep fewer bits
-than bfloat16 gives them; sums of blocks are float32. Threads are as many as torch uses.
+than bfloat16 gives them; sums of blocks are float32. `fine` keeps what rounding leaves, 14 bits more of both.
+Threads are as many as torch uses.
 
 Shape suffixes: T tokens, K experts per token, R = T * K routed tokens, N output features, E experts, r rank.
 """
@@ -70,7 +71,13 @@ class Product(NamedTuple):
     updates: Sequence[LowRank] = ()
 
 
-def gemv(products: Sequence[Product], routed: int, experts: Tensor | None = None, avx512: bool = True) -> None:
+def gemv(
+    products: Sequence[Product],
+    routed: int,
+    experts: Tensor | None = None,
+    avx512: bool = True,
+    fine: bool = False,
+) -> None:
     """Compute products one after the other.
 
     Args:
@@ -78,6 +85,7 @@ def gemv(products: Sequence[Product], routed: int, experts: Tensor | None = None
         routed: R, at most `MOST_ROUTED`.
         experts: int64, contiguous [R]; None takes the first expert's matrices for all.
         avx512: False leaves instructions of AVX-512 alone.
+        fine: as exact as float32, at most half as fast.
 
     Raises:
         ValueError: more routed tokens than that.
@@ -92,13 +100,13 @@ def gemv(products: Sequence[Product], routed: int, experts: Tensor | None = None
         _fill(argument, product, routed, experts)
         argument.w, argument.updates, argument.scratch = ctypes.addressof(weight), ctypes.addressof(updates), at
         at += size * 4
-    call("expertune_gemv", arguments, len(products), torch.get_num_threads(), not avx512)
+    call("expertune_gemv", arguments, len(products), torch.get_num_threads(), not avx512, fine)
 
 
 def _scratch_floats(product: Product, routed: int) -> int:
     """Rows of x as float32, as integers and with their scales; then A @ x of each update."""
     wide = -(-product.weight.in_features // _GROUP) * _GROUP
-    row = wide + wide // 2 + -(-(wide // 32) // 16) * 16
+    row = 2 * wide + -(-(wide // 32) // 16) * 16
     ranks = sum(update.a.shape[1] for update in product.updates)
     return routed // product.sharing * row + -(-routed * ranks // 16) * 16
 

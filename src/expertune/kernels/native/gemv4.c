@@ -8,8 +8,10 @@
    What that costs: a number of x is off by at most 1/32766 of the largest of its block of 64, and a value of the codebook
    by 1/32768 of its largest. Large numbers of a block so keep more bits than in bfloat16, which is off by at most 1/256 of
    each; a number below about 1/128 of its block's largest keeps fewer, and one far below becomes 0. (llama.cpp rounds x to
-   8 bits below the largest of each 32 numbers.) Each output is summed by one thread in one order, whatever the number of
-   threads. */
+   8 bits below the largest of each 32 numbers.) Tokens in float32 are not to lose that: of a codebook's values and of x
+   what rounding left is kept as a second integer, in units of 1/16384 of the first one's, and the products of one's rest
+   with the other are added. Left out is that of both rests, 2**-30 of the largest. Each output is summed by one thread in
+   one order, whatever the number of threads. */
 #include "gemv4.h"
 #include "sigmoid.h"
 
@@ -30,8 +32,9 @@ INLINE float value_at(const void *x, int kind, int64_t at)
 static QuantizedToken row_of(const Gemv *g, int64_t row)
 {
     int64_t wide = up_to(g->w->columns, GROUP);
-    float *own = g->scratch + row * (wide + wide / 2 + up_to(wide / 32, 16));
-    return (QuantizedToken){own, (int16_t *)(own + wide), own + wide + wide / 2};
+    float *own = g->scratch + row * (2 * wide + up_to(wide / 32, 16));
+    int16_t *numbers = (int16_t *)(own + wide);
+    return (QuantizedToken){own, numbers, numbers + wide, own + 2 * wide};
 }
 
 /* What 1 is as an integer: the largest power of two with which no value of the codebook exceeds 16384. */
@@ -43,6 +46,12 @@ static float unit_of(const Nf4 *w)
     while (largest * unit > 16384.0f)
         unit /= 2;
     return unit;
+}
+
+/* Eight numbers in 16 bits each. */
+INLINE __m128i halved(__m256i n)
+{
+    return _mm_packs_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1));
 }
 
 /* x's largest magnitude is 16383, so that 8 products with at most 16384 stay within 32 bits. */
@@ -57,7 +66,7 @@ static void pack_row(const InstructionSet *set, const Gemv *g, int64_t row)
     const float unit = unit_of(g->w);
     const __m256 sign = _mm256_set1_ps(-0.0f);
     for (int64_t k = 0; k < wide; k += GROUP) {
-        int16_t numbers[GROUP];
+        int16_t numbers[GROUP], rests[GROUP];
         for (int64_t block = 0; block < GROUP; block += BLOCK) {
             const float *from = to.values + k + block;
             __m256 most = _mm256_setzero_ps(), bad = _mm256_setzero_ps();
@@ -74,25 +83,30 @@ static void pack_row(const InstructionSet *set, const Gemv *g, int64_t row)
             const int counts = peak > 1.9e-34f && fault == 0.0f;
             const __m256 factor = _mm256_set1_ps(counts ? 16383.0f / peak : 0.0f);
             for (int i = 0; i < BLOCK; i += 8) {
-                __m256i n = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + i), factor));
-                __m128i packed = _mm_packs_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1));
-                _mm_storeu_si128((__m128i *)(numbers + block + i), packed);
+                __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(from + i), factor);
+                __m256i n = _mm256_cvtps_epi32(scaled);
+                _mm_storeu_si128((__m128i *)(numbers + block + i), halved(n));
+                __m256 left = _mm256_fmsub_ps(_mm256_loadu_ps(from + i), factor, _mm256_cvtepi32_ps(n));
+                n = _mm256_cvtps_epi32(_mm256_mul_ps(left, _mm256_set1_ps(REST)));
+                _mm_storeu_si128((__m128i *)(rests + block + i), halved(n));
             }
             const int64_t at = (k + block) / BLOCK;
             for (int64_t half = 0; half < halves; half++)
                 to.scales[at * halves + half] = counts ? peak / 16383.0f / unit : fault;
         }
         for (int i = 0; i < GROUP; i++)
-            to.numbers[k + i] = numbers[set->order[i]];
+            to.numbers[k + i] = numbers[set->order[i]], to.rests[k + i] = rests[set->order[i]];
     }
 }
 
-/* The 16 values of the codebook as integers. */
-static void integer_table(const Nf4 *w, int16_t table[16])
+/* The 16 values of the codebook as integers, and what their rounding left. */
+static void integer_table(const Nf4 *w, int16_t table[32])
 {
     const float unit = unit_of(w);
-    for (int i = 0; i < 16; i++)
+    for (int i = 0; i < 16; i++) {
         table[i] = (int16_t)lrintf(w->values[i] * unit);
+        table[16 + i] = (int16_t)lrintf((w->values[i] * unit - (float)table[i]) * REST);
+    }
 }
 
 /* ---- low-rank updates ----------------------------------------------------------------------------------------------- */
@@ -238,7 +252,7 @@ static void group_by_expert(const Gemv *g, Grouped *to)
 /* A product, by all threads of the region it is called in. */
 static void multiply(const InstructionSet *set, const Gemv *g, const Grouped *by_expert, int packed)
 {
-    int16_t table[16];
+    int16_t table[32];
     integer_table(g->w, table);
     if (!packed) {
 #pragma omp for schedule(static)
@@ -259,9 +273,9 @@ static void multiply(const InstructionSet *set, const Gemv *g, const Grouped *by
 }
 
 /* Products one after the other, the next one of what the last one gave; all with the same routed tokens. */
-EXPORT void expertune_gemv(const Gemv *products, int count, int threads, int without_avx512)
+EXPORT void expertune_gemv(const Gemv *products, int count, int threads, int without_avx512, int fine)
 {
-    const InstructionSet *set = instruction_set(without_avx512);
+    const InstructionSet *set = instruction_set(without_avx512, fine);
     Grouped by_expert;
     group_by_expert(products, &by_expert);
     int64_t bytes = 0;

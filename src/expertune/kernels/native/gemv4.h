@@ -8,6 +8,7 @@
 #define ITEM 32           /* output features that a thread takes at once */
 #define TOGETHER 4        /* tokens that share what was looked up */
 #define MOST_ROUTED 256   /* routed tokens of a call */
+#define REST 16384        /* what is left of a rounded number, where it counts, in units of as many to its own unit */
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
@@ -37,10 +38,11 @@ typedef struct {
     int32_t swiglu;            /* y = silu(part 0) * part 1 */
 } Gemv;
 
-/* A row of x: as float32; as integers in the order in which codes are looked up; and the scales of their blocks. */
+/* A row of x: as float32; as integers in the order in which codes are looked up, and what their rounding left; and the
+   scales of their blocks. */
 typedef struct {
     float *values;
-    int16_t *numbers;
+    int16_t *numbers, *rests;
     float *scales;
 } QuantizedToken;
 
@@ -61,6 +63,7 @@ typedef void Dots(
 typedef struct {
     Dots *dots;
     uint8_t order[GROUP];      /* which number of a group each place holds */
+    int fine;                  /* with what rounding left: as exact as float32 */
 } InstructionSet;
 
 INLINE int64_t up_to(int64_t count, int64_t step)
@@ -68,6 +71,6 @@ INLINE int64_t up_to(int64_t count, int64_t step)
     return (count + step - 1) / step * step;
 }
 
-const InstructionSet *instruction_set(int without_avx512);
+const InstructionSet *instruction_set(int without_avx512, int fine);
 
 #endif
