@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from expertune.kernels.expert_mlp import ExpertLayer, expert_mlp
 from expertune.kernels.lora import pack
 from expertune.kernels.nf4 import Nf4Stack
-from tests.kernels.expert_layers import SWIGLU, make_case
+from tests.kernels.expert_layers import SWIGLU, F, make_case
 
 
 def test_replay_returns_what_was_computed_and_gives_the_same_gradients(route: str) -> None:
@@ -58,7 +58,8 @@ def test_compiled_layer_is_one_graph_with_the_same_gradients(route: str) -> None
         assert torch.equal(one, other)
 
 
-def test_operator_fulfils_torchs_contract_for_custom_operators(route: str) -> None:
+@pytest.mark.parametrize("keep", [0, 2 * F], ids=["recomputed", "kept"])
+def test_operator_fulfils_torchs_contract_for_custom_operators(route: str, keep: int) -> None:
     case = make_case(5, ranks=((0, 4), (2, 3)))
     torch.library.opcheck(
         torch.ops.expertune.expert_mlp.default,
@@ -70,6 +71,7 @@ def test_operator_fulfils_torchs_contract_for_custom_operators(route: str) -> No
             case.layer.name,
             *pack(case.updates, torch.zeros(2, dtype=torch.int64)),
             [],
+            keep,
             True,
         ),
     )

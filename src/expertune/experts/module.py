@@ -255,8 +255,9 @@ def keep_inner(model: nn.Module, num_layers: int) -> None:
     """Have a model's first expert layers keep what their first GEMM gave from forward for backward.
 
     A layer that keeps it is spared that GEMM in backward, for
-    `expertune.kernels.expert_mlp.plan.kept_bytes_per_routed_token`; the others compute it again. Gradients in float32
-    are the same to the last bit; in 16 bits what is kept is rounded to them once.
+    `expertune.kernels.expert_mlp.plan.kept_bytes_per_routed_token`; the others compute it again, and so does each
+    layer on a GPU, in float16, and with DoRA. What is kept in float32 is what the GEMM gave; in bfloat16 it is rounded
+    to that once, and the output of forward is not.
 
     Args:
         model: with or without adapters.

@@ -1,9 +1,9 @@
 """Experts under activation checkpointing: computed once in forward, replayed in the recomputation.
 
 Checkpointing runs a decoder layer a second time in backward, so that whatever the layer's operators save for their
-gradients is there again. The experts' operator saves its inputs only, and computes gate and up again by itself. What it
-returned is therefore kept (the layer's output [T, D] and x @ A), and handed out again instead of being computed. Where
-it is kept is the caller's to say (`held_by`): on the device, or away from it.
+gradients is there again. The experts' operator saves its inputs only; gate and up it computes again by itself, or has
+kept them beside what is saved. What it returned is therefore kept (the layer's output [T, D] and x @ A), and handed out
+again instead of being computed. Where it is kept is the caller's to say (`held_by`): on the device, or away from it.
 
 Used through the `context_fn` of `torch.utils.checkpoint.checkpoint`, which takes two contexts for each region: one
 around its forward, one around its recomputation.
@@ -11,7 +11,7 @@ around its forward, one around its recomputation.
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -65,7 +65,7 @@ class Tape:
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The `context_fn` of a checkpointed region that holds experts."""
     tape = Tape()
-    return tape.recording(), tape.replaying()
+    return tape.recording(), _Replays(tape)
 
 
 def with_replay(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -104,6 +104,19 @@ def held_by(hold: Hold) -> Iterator[None]:
 
 
 _local = threading.local()
+
+
+class _Replays(AbstractContextManager[None]):
+    """Around recomputations of a region, of which a graph that is retained has several."""
+
+    def __init__(self, tape: Tape) -> None:
+        self._tape, self._opened = tape, ExitStack()
+
+    def __enter__(self) -> None:
+        self._opened.enter_context(self._tape.replaying())
+
+    def __exit__(self, *raised: Any) -> None:
+        self._opened.__exit__(*raised)
 
 
 def _kept(tensor: Tensor) -> Callable[[], Tensor]:

@@ -1,8 +1,9 @@
 """The whole expert layer: y[t] = sum over k of w[t, k] * down(gate(gate_up(x[t]))) of expert index[t, k], with LoRA.
 
-One operator, `expertune::expert_mlp`, whose backward keeps the layer's input, the routing and x @ A, computes gate and
-up again, and needs no GEMM of down_proj for that: the router's gradient is <inter, dInter> with dInter taken before
-the router's weight is applied. Gradients go to the input, the router's weights, A and B; the weights are frozen.
+One operator, `expertune::expert_mlp`, whose backward keeps the layer's input, the routing and x @ A. It computes gate
+and up again, or has kept these too (`ExpertLayer.keeps`), and needs no GEMM of down_proj for that: the router's
+gradient is <inter, dInter> with dInter taken before the router's weight is applied. Gradients go to the input, the
+router's weights, A and B; the weights are frozen.
 
 Tokens are worked on in chunks, so that what lies between the GEMMs stays within `KernelSettings.working_set_bytes`
 whatever the batch is. Tokens are sorted by expert, stably, and combined by the inverse permutation: no atomics, and two
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from expertune.kernels.expert_mlp.layer import ExpertLayer, LayerHandle
 from expertune.kernels.expert_mlp.operator import DTYPES, run
-from expertune.kernels.expert_mlp.plan import Activation
+from expertune.kernels.expert_mlp.plan import Activation, Chunk
 from expertune.kernels.lora import LoraUpdate
 from expertune.kernels.nf4 import Nf4Stack
 
@@ -64,7 +65,9 @@ def expert_mlp(
     """
     _check(hidden_TD, top_k_index_TK, top_k_weights_TK, gate_up, down, layer, updates, biases)
     weights = [*gate_up.bytes, *down.bytes, *(biases or ())]
-    return run(hidden_TD, top_k_index_TK, top_k_weights_TK, weights, layer, updates, replay)
+    tokens = Chunk(hidden_TD, top_k_index_TK, top_k_weights_TK)
+    inner_size = gate_up.num_matrices // down.num_matrices * gate_up.out_features
+    return run(tokens, weights, layer, updates, replay, inner_size)
 
 
 def _check(

@@ -1,8 +1,8 @@
 """The expert layer expert by expert: dequantize a tile, use it for every GEMM that needs it, continue. Any device.
 
 In backward a tile of gate_up's rows serves the recomputation and the input's gradient, so that a step dequantizes each
-weight twice and not three times. Tiles run along the intermediate size; the input's gradient is summed over them in
-float32.
+weight twice and not three times; a layer that has kept what the recomputation gives is spared that. Tiles run along the
+intermediate size; the input's gradient is summed over them in float32.
 
 Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per token, R routed tokens of all experts, N of
 one expert, M those with what pads them, E experts, P parts of the first GEMM, r rank.
@@ -44,7 +44,10 @@ def forward(chunk: Chunk, layer: FrozenLayer, updates: list[LoraUpdate], h: list
         for update, low in zip(own_updates, h_N, strict=True):
             if update.part < layer.num_parts:
                 _shrink(x_ND, update, low, number_N)
-        x_NF = layer.activation.function(_gate_up(x_ND, expert, layer, own_updates, h_N, number_N, scratch))
+        gate_up = _gate_up(x_ND, expert, layer, own_updates, h_N, number_N, scratch)
+        if chunk.gate_up_RN is not None:
+            chunk.gate_up_RN[span] = gate_up
+        x_NF = layer.activation.function(gate_up)
         for update, low in zip(own_updates, h_N, strict=True):
             if update.part == layer.num_parts:
                 _shrink(x_NF, update, low, number_N)
@@ -74,17 +77,19 @@ def backward(
         own_updates, h_N = [each.update for each in own], [h[each.number][span] for each in own]
         tokens, number_N = routed.token_R[span], routed.number_R[span]
         dout_ND, x_ND = dout_TD[tokens].to(dtype), chunk.hidden_TD[tokens].to(dtype)
+        kept = None if chunk.gate_up_RN is None else chunk.gate_up_RN[span].to(dtype)
         weight_N1 = routed.weight_R[span, None]
         dweight_N = None
         if layer.activation.after is not None:
             # From here on dOut is the gradient of what `after` was given, with the router's weight in it.
             dout_ND, dweight_N = _after_backward(
-                dout_ND, x_ND, weight_N1, expert, layer, own_updates, h_N, number_N, scratch
+                dout_ND, x_ND, kept, weight_N1, expert, layer, own_updates, h_N, number_N, scratch
             )
             weight_N1 = torch.ones_like(weight_N1)
         dx_RD[span], dweight_R[span] = _expert_backward(
             dout_ND,
             x_ND,
+            kept,
             weight_N1,
             expert,
             layer,
@@ -149,6 +154,7 @@ def _down(
 def _after_backward(
     dout_ND: Tensor,
     x_ND: Tensor,
+    kept: Tensor | None,
     weight_N1: Tensor,
     expert: int,
     layer: FrozenLayer,
@@ -162,7 +168,8 @@ def _after_backward(
     It needs the expert's output, which is computed again.
     """
     assert layer.activation.after is not None
-    x_NF = layer.activation.function(_gate_up(x_ND, expert, layer, updates, h, number_N, scratch))
+    gate_up = _gate_up(x_ND, expert, layer, updates, h, number_N, scratch) if kept is None else kept
+    x_NF = layer.activation.function(gate_up)
     y_ND = _down(x_NF, expert, layer, updates, h, number_N, scratch).detach().requires_grad_()
     with differentiable():
         out_ND = layer.activation.after(y_ND)
@@ -174,6 +181,7 @@ def _after_backward(
 def _expert_backward(
     dout_ND: Tensor,
     x_ND: Tensor,
+    kept: Tensor | None,
     weight_N1: Tensor,
     expert: int,
     layer: FrozenLayer,
@@ -185,7 +193,10 @@ def _expert_backward(
     number_N: Tensor,
     scratch: Scratch,
 ) -> tuple[Tensor, Tensor]:
-    """dX float32 [N, D] and the weights' gradient [N] of one expert; adds to its `da`, `db` and `dgains`."""
+    """dX float32 [N, D] and the weights' gradient [N] of one expert; adds to its `da`, `db` and `dgains`.
+
+    `kept` [N, P * F] is what `_gate_up` gave in forward, where no update has a gain; None computes it again.
+    """
     size, num_parts = layer.intermediate_size, layer.num_parts
     dx_ND = torch.zeros(x_ND.shape, dtype=torch.float32, device=x_ND.device)
     dweight_N = dx_ND.new_zeros(dx_ND.shape[0])
@@ -225,17 +236,12 @@ def _expert_backward(
             target = w_gate_up[part * width : (part + 1) * width]
             dequantize(layer.gate_up, expert * num_parts + part, target, rows=columns)
 
-        gate_up = (x_MD @ w_gate_up.t())[rows]
         before_gain: dict[int, Tensor] = {}
-        for u, update in enumerate(updates):
-            if update.part < num_parts:
-                w_part = w_gate_up[update.part * width : (update.part + 1) * width]
-                of_dropped = dropped_x[u] @ w_part.t() if u in on_dropped else None
-                scaled = _add(_part(gate_up, update.part, width), h[u], update, columns, of_dropped)
-                if scaled is not None:
-                    before_gain[u] = scaled
-        if layer.inner_bias is not None:
-            gate_up += layer.inner_bias[expert].view(num_parts, size)[:, columns].flatten()
+        if kept is None:
+            gate_up = (x_MD @ w_gate_up.t())[rows]
+            before_gain = _add_inner(gate_up, expert, layer, updates, h, columns, w_gate_up, dropped_x)
+        else:
+            gate_up = kept.unflatten(1, (num_parts, size))[:, :, columns].flatten(1)
         gate_up.requires_grad_()
         with differentiable():
             x_NF = layer.activation.function(gate_up)
@@ -292,6 +298,33 @@ def _expert_backward(
             _add_expanded(scaled, h[u], update, update.b)
             dgain += (dout_ND.float() * weight_N1 * scaled.float()).sum(dim=0)
     return dx_ND, dweight_N
+
+
+def _add_inner(
+    gate_up: Tensor,
+    expert: int,
+    layer: FrozenLayer,
+    updates: list[LoraUpdate],
+    h: list[Tensor],
+    columns: slice,
+    w_gate_up: Tensor,
+    dropped_x: dict[int, Tensor],
+) -> dict[int, Tensor]:
+    """Add updates and bias to some columns of each part of W @ x, in place; returns what gains scale, by update.
+
+    `w_gate_up` holds the rows of W for these columns, and `dropped_x` the inputs of updates with a gain and dropout.
+    """
+    width, before_gain = gate_up.shape[1] // layer.num_parts, {}
+    for u, update in enumerate(updates):
+        if update.part < layer.num_parts:
+            w_part = w_gate_up[update.part * width : (update.part + 1) * width]
+            of_dropped = dropped_x[u] @ w_part.t() if u in dropped_x else None
+            scaled = _add(_part(gate_up, update.part, width), h[u], update, columns, of_dropped)
+            if scaled is not None:
+                before_gain[u] = scaled
+    if layer.inner_bias is not None:
+        gate_up += layer.inner_bias[expert].view(layer.num_parts, -1)[:, columns].flatten()
+    return before_gain
 
 
 def _part(tensor: Tensor, part: int, size: int) -> Tensor:

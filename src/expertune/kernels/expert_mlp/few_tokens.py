@@ -23,7 +23,7 @@ def takes(after: object, updates: Sequence[LoraUpdate]) -> bool:
 
 def forward(chunk: Chunk, layer: FrozenLayer, updates: Sequence[LoraUpdate]) -> Tensor:
     """The layer's output, [T, D] of hidden's dtype."""
-    hidden_TD, index_TK, weights_TK, _ = chunk
+    hidden_TD, index_TK, weights_TK = chunk[:3]
     routed, parts, swiglu = index_TK.numel(), layer.num_parts, layer.activation.swiglu
     inner = workspace.take("gate_up", routed, layer.intermediate_size * (1 if swiglu else parts))
     out_TD = torch.empty_like(hidden_TD, memory_format=torch.contiguous_format)

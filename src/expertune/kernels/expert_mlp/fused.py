@@ -41,11 +41,16 @@ def forward(chunk: Chunk, layer: FrozenLayer, updates: list[LoraUpdate], h: list
     x_TD = as_float(chunk.hidden_TD, "tokens")
     for update, out in _inner(layer, updates, h):
         _dense(x_TD, update, routed, out, routed.token_R)
-    if _swiglu_in_gemm(layer, updates):
+    kept = chunk.gate_up_RN
+    if kept is None and _swiglu_in_gemm(layer, updates):
         x_RF = workspace.take("intermediate", routed.token_R.shape[0], layer.intermediate_size)
         _multiply_gate_up(x_TD, routed, layer, updates, h, x_RF, swiglu=True)
     else:
-        x_RF = _activate(_gate_up(x_TD, routed, layer, updates, h), layer)
+        out = kept if kept is not None and kept.dtype == torch.float32 else None
+        gate_up = _gate_up(x_TD, routed, layer, updates, h, out=out)
+        if kept is not None and out is None:
+            kept.copy_(gate_up)
+        x_RF = _activate(gate_up, layer)
     for update, out in _outer(layer, updates, h):
         _dense(x_RF, update, routed, out)
     y_RD = workspace.take("rows", x_RF.shape[0], layer.hidden_size)
@@ -71,7 +76,10 @@ def backward(
     dout_TD = as_float(dout_TD, "output_gradient")
     size = layer.intermediate_size
     before_gain = _before_gain(routed, layer, updates)
-    gate_up = _gate_up(x_TD, routed, layer, updates, h, before_gain)
+    if chunk.gate_up_RN is None:
+        gate_up = _gate_up(x_TD, routed, layer, updates, h, before_gain)
+    else:
+        gate_up = as_float(chunk.gate_up_RN, "gate_up")
 
     # Before the router's weight is applied, so that <inter, dInter> is the weight's own gradient.
     dh_down = {}
@@ -156,9 +164,11 @@ def _gate_up(
     updates: list[LoraUpdate],
     h: list[Tensor],
     before_gain: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The first GEMM with its updates, float32 [R, P * F]; without gains and bias also in `before_gain`."""
-    out = workspace.take("gate_up", routed.token_R.shape[0], layer.num_parts * layer.intermediate_size)
+    if out is None:
+        out = workspace.take("gate_up", routed.token_R.shape[0], layer.num_parts * layer.intermediate_size)
     _multiply_gate_up(x_TD, routed, layer, updates, h, out)
     gained = [update for update, _ in _inner(layer, updates, h) if update.gain is not None]
     if before_gain is not None:
@@ -233,11 +243,14 @@ def _activate(gate_up: Tensor, layer: FrozenLayer) -> Tensor:
 def _activation_backward(
     gate_up: Tensor, dinter_RF: Tensor, weight_R: Tensor, layer: FrozenLayer
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the activation gave [R, F], the gradient of its input [R, P * F], and <inter, dInter> [R]."""
+    """What the activation gave [R, F], the gradient of its input [R, P * F], and <inter, dInter> [R].
+
+    `gate_up` is not written to unless it lies in the memory of that name.
+    """
     if layer.activation.swiglu:
-        dweight_R = torch.empty_like(weight_R)
-        native.swiglu_backward(gate_up, dinter_RF, weight_R, dweight_R)
-        return dinter_RF, gate_up, dweight_R
+        dgate_up, dweight_R = workspace.take("gate_up", *gate_up.shape), torch.empty_like(weight_R)
+        native.swiglu_backward(gate_up, dinter_RF, weight_R, dgate_up, dweight_R)
+        return dinter_RF, dgate_up, dweight_R
     gate_up.requires_grad_()
     with differentiable():
         x_RF = layer.activation.function(gate_up)

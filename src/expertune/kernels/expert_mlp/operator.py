@@ -15,6 +15,7 @@ from expertune.kernels.expert_mlp import dequant_gemm, few_tokens, fused
 from expertune.kernels.expert_mlp.layer import ExpertLayer
 from expertune.kernels.expert_mlp.plan import Chunk, FrozenLayer, Gradients, chunk_tokens
 from expertune.kernels.few_tokens import as_float_once, serves
+from expertune.kernels.huge_pages import ask_for_huge_pages
 from expertune.kernels.lora import SCHEMA, LoraUpdate, draw_seeds, pack, unpack
 from expertune.kernels.nf4 import Nf4Bytes
 from expertune.kernels.operators import find, no_autocast
@@ -50,15 +51,18 @@ class Route(Protocol):
 
 
 def run(
-    hidden: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
+    tokens: Chunk,
     weights: list[Tensor],
     layer: ExpertLayer,
     updates: Sequence[LoraUpdate],
     replay: Sequence[Tensor],
+    inner_size: int,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Call the operator, or what few tokens take; see `expertune.kernels.expert_mlp.expert_mlp`."""
+    """Call the operator, or what few tokens take; see `expertune.kernels.expert_mlp.expert_mlp`.
+
+    `inner_size` is how many numbers the first GEMM gives a routed token, P * F.
+    """
+    hidden, top_k_index, top_k_weights = tokens[:3]
     matrices = min(weights[4].shape[0], top_k_index.numel())
     if (
         serves(hidden, top_k_index.numel(), matrices, layer.settings)
@@ -69,29 +73,42 @@ def run(
         if layer.handle is not None:
             layer.handle.announce(False)
         with acquired(weights, layer, backward=False) as here:
-            frozen, chunk = _frozen(here, layer, hidden.dtype), Chunk(hidden, top_k_index, top_k_weights)
-            return few_tokens.forward(chunk, frozen, updates), []
+            return few_tokens.forward(tokens, _frozen(here, layer, hidden.dtype), updates), []
     leaves = (hidden, top_k_weights, *(leaf for update in updates for leaf in (update.a, update.b, update.gain)))
     backward_follows = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
     packed = pack(updates, draw_seeds(updates, hidden.device))
     inputs = (hidden, top_k_index, top_k_weights, weights, layer.name, *packed)
-    out, h = torch.ops.expertune.expert_mlp(*inputs, list(replay), backward_follows)
+    # A replay's graph is not the one that runs backward; the forward that it replays has kept it already.
+    keep = inner_size if backward_follows and not replay and _keeps(layer, hidden, updates) else 0
+    out, h, _ = torch.ops.expertune.expert_mlp(*inputs, list(replay), keep, backward_follows)
     return out, h
+
+
+def _keeps(layer: ExpertLayer, hidden: Tensor, updates: Sequence[LoraUpdate]) -> bool:
+    """Whether what the first GEMM gives is kept for backward.
+
+    Gains are differentiated by what they scale, which is another tensor; float16 has no room for every number that
+    lies between the GEMMs in float32. On a GPU it is computed again: no kernel there has been tried with what is kept.
+    """
+    plain = hidden.dtype != torch.float16 and all(update.gain is None for update in updates)
+    return layer.keeps and plain and hidden.device.type == "cpu"
 
 
 @torch.library.custom_op(
     "expertune::expert_mlp",
     mutates_args=(),
-    schema=f"({_INPUTS}, Tensor[] replay, bool backward_follows) -> (Tensor, Tensor[])",
+    schema=f"({_INPUTS}, Tensor[] replay, SymInt keep, bool backward_follows) -> (Tensor, Tensor[], Tensor)",
 )
-def _forward(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    inputs, (replay, backward_follows) = arguments[:_NUM_INPUTS], arguments[_NUM_INPUTS:]
+def _forward(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor]:
+    inputs, (replay, keep, backward_follows) = arguments[:_NUM_INPUTS], arguments[_NUM_INPUTS:]
     hidden, top_k_index, top_k_weights, weights, name, *packed = inputs
     layer: ExpertLayer = find(name)
     if layer.handle is not None:
         layer.handle.announce(backward_follows)
+    # Empty where nothing is kept; otherwise tens of megabytes, of which each small page takes a fault.
+    gate_up = ask_for_huge_pages(hidden.new_empty(top_k_index.numel(), keep))
     if replay:
-        return replay[0].clone(), [tensor.clone() for tensor in replay[1:]]
+        return replay[0].clone(), [tensor.clone() for tensor in replay[1:]], gate_up
     updates = unpack(*packed)
     out = torch.empty_like(hidden)
     # What no expert's update is computed from stays zero, not whatever was in memory.
@@ -102,24 +119,27 @@ def _forward(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     with no_autocast(hidden), acquired(weights, layer, backward=False) as here:
         frozen = _frozen(here, layer, hidden.dtype)
         for tokens, route in _chunks(hidden, top_k_index, layer, frozen, updates):
-            chunk, h_chunk = _chunk(hidden, top_k_index, top_k_weights, tokens, h)
+            whole = Chunk(hidden, top_k_index, top_k_weights, gate_up_RN=gate_up if keep else None)
+            chunk, h_chunk = _chunk(whole, tokens, h)
             route.forward(chunk, frozen, updates, h_chunk, out[tokens])
-    return out, h
+    return out, h, gate_up
 
 
 @_forward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    hidden, top_k_index, *_, a, _b, _slots, _gains, _replay, _backward_follows = arguments
-    return torch.empty_like(hidden), [factor.new_empty(top_k_index.numel(), factor.shape[1]) for factor in a]
+def _(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor]:
+    hidden, top_k_index, *_, a, _b, _slots, _gains, _replay, keep, _backward_follows = arguments
+    routed = top_k_index.numel()
+    h = [factor.new_empty(routed, factor.shape[1]) for factor in a]
+    return torch.empty_like(hidden), h, hidden.new_empty(routed, keep)
 
 
 @torch.library.custom_op(
     "expertune::expert_mlp_backward",
     mutates_args=(),
-    schema=f"(Tensor dout, {_INPUTS}, Tensor[] h) -> (Tensor, Tensor, Tensor[], Tensor[], Tensor[])",
+    schema=f"(Tensor dout, {_INPUTS}, Tensor[] h, Tensor? kept) -> (Tensor, Tensor, Tensor[], Tensor[], Tensor[])",
 )
 def _backward(dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    hidden, top_k_index, top_k_weights, weights, name, *packed, h = arguments
+    hidden, top_k_index, top_k_weights, weights, name, *packed, h, kept = arguments
     layer: ExpertLayer = find(name)
     updates = unpack(*packed)
     dhidden, dweights = torch.empty_like(hidden), torch.empty_like(top_k_weights)
@@ -133,7 +153,7 @@ def _backward(dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, list[Tenso
         gains = (hidden.new_empty(0) if update.gain is None else update.gain for update in updates)
         dgains = [torch.zeros_like(gain, dtype=torch.float32) for gain in gains]
         for tokens, route in chunks:
-            chunk, h_chunk = _chunk(hidden, top_k_index, top_k_weights, tokens, h)
+            chunk, h_chunk = _chunk(Chunk(hidden, top_k_index, top_k_weights, gate_up_RN=kept), tokens, h)
             gradients = Gradients(dhidden[tokens], dweights[tokens], da, db, dgains)
             route.backward(dout[tokens], chunk, frozen, updates, h_chunk, gradients)
     da = [gradient.to(update.a.dtype) for gradient, update in zip(da, updates, strict=True)]
@@ -143,35 +163,43 @@ def _backward(dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, list[Tenso
 
 @_backward.register_fake
 def _(_dout: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    hidden, _index, top_k_weights, *_, a, b, _slots, gains, _h = arguments
+    hidden, _index, top_k_weights, *_, a, b, _slots, gains, _h, _kept = arguments
     da, db = ([torch.empty_like(factor) for factor in factors] for factors in (a, b))
     dgains = [torch.empty_like(gain, dtype=torch.float32) for gain in gains]
     return torch.empty_like(hidden), torch.empty_like(top_k_weights), da, db, dgains
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor], Tensor]) -> None:
     hidden, index, top_k_weights, weights, name, parts, scalings, dropouts, seeds, a, b, *more = inputs
-    slots, gains, replay, _ = more
+    slots, gains, replay, keep, _ = more
     ctx.plain = name, parts, scalings, dropouts
     ctx.num_weights, ctx.num_updates, ctx.num_replayed = len(weights), len(parts), len(replay)
     ctx.save_for_backward(hidden, index, top_k_weights, seeds, *weights, *a, *b, *slots, *gains, *output[1])
+    # Not among what is saved: activation checkpointing would throw it away, and have it made again. Detached, since an
+    # output refers to its node.
+    ctx.kept = output[2].detach() if keep else None
+    # No zeros of that size are made for its gradient, which nobody asks for.
+    ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, dout: Tensor, _dh: list[Tensor]) -> tuple[Any, ...]:
+def _autograd(ctx: Any, dout: Tensor | None, _dh: list[None], _dkept: None) -> tuple[Any, ...]:
     # Read once: under activation checkpointing each access would recompute the layer.
     hidden, index, top_k_weights, seeds, *rest = ctx.saved_tensors
+    # Taken once, so that it is free when this is done, whoever holds the graph: a second backward computes it again.
+    kept, ctx.kept = ctx.kept, None
+    dout = torch.zeros_like(hidden) if dout is None else dout
     held, count = ctx.num_weights, ctx.num_updates
     weights = rest[:held]
     a, b, slots, gains, h = (rest[held + i * count : held + (i + 1) * count] for i in range(5))
     dhidden, dweights, da, db, dgains = torch.ops.expertune.expert_mlp_backward(
-        dout, hidden, index, top_k_weights, weights, *ctx.plain, seeds, a, b, slots, gains, h
+        dout, hidden, index, top_k_weights, weights, *ctx.plain, seeds, a, b, slots, gains, h, kept
     )
     # torch takes an empty list for a list of tensors, and wants a list back for it.
     plain: list[Tensor] | None = None if count else []
     frozen, replayed = [None] * held, [None] * ctx.num_replayed
     no_slots = [None] * count
     none = plain, plain, plain, None
-    return dhidden, None, dweights, frozen, None, *none, da, db, no_slots, dgains, replayed, None
+    return dhidden, None, dweights, frozen, None, *none, da, db, no_slots, dgains, replayed, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -221,13 +249,13 @@ def _chunks(
         yield slice(start, min(start + step, hidden.shape[0])), route
 
 
-def _chunk(
-    hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, tokens: slice, h: list[Tensor]
-) -> tuple[Chunk, list[Tensor]]:
+def _chunk(whole: Chunk, tokens: slice, h: list[Tensor]) -> tuple[Chunk, list[Tensor]]:
     """Some tokens, and x @ A of each update for them."""
-    top_k = top_k_index.shape[1]
-    first, end = tokens.start * top_k, tokens.stop * top_k
-    return Chunk(hidden[tokens], top_k_index[tokens], top_k_weights[tokens], first), [low[first:end] for low in h]
+    hidden, top_k_index, top_k_weights, _, gate_up = whole
+    first, end = (number * top_k_index.shape[1] for number in (tokens.start, tokens.stop))
+    own = None if gate_up is None else gate_up[first:end]
+    chunk = Chunk(hidden[tokens], top_k_index[tokens], top_k_weights[tokens], first, own)
+    return chunk, [low[first:end] for low in h]
 
 
 def _route(name: routes.Route, settings: routes.KernelSettings, device: torch.device, dtype: torch.dtype) -> Route:

@@ -78,12 +78,15 @@ class Chunk(NamedTuple):
         top_k_index_TK: int64 [T, K].
         top_k_weights_TK: [T, K].
         first: number in the whole batch of the first routed token.
+        gate_up_RN: [R, P * F] of hidden's dtype, what the first GEMM gives sorted tokens, with updates and bias:
+            forward writes it, and backward reads it. None where backward computes it again.
     """
 
     hidden_TD: Tensor
     top_k_index_TK: Tensor
     top_k_weights_TK: Tensor
     first: int = 0
+    gate_up_RN: Tensor | None = None
 
 
 class Gradients(NamedTuple):
@@ -119,7 +122,7 @@ class RoutedTokens(NamedTuple):
 
 def sort_by_expert(chunk: Chunk, num_experts: int) -> RoutedTokens:
     """Sort routed tokens by expert, stably, without a host synchronization."""
-    _, top_k_index_TK, top_k_weights_TK, first = chunk
+    _, top_k_index_TK, top_k_weights_TK, first, _ = chunk
     flat_R = top_k_index_TK.reshape(-1)
     sorted_R, order_R = torch.sort(flat_R, stable=True)
     inverse_R = torch.empty_like(order_R)

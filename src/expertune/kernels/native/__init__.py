@@ -280,15 +280,16 @@ def swiglu(gate_up: Tensor, out: Tensor) -> None:
     call("expertune_swiglu", _pointer(gate_up), *counts, _pointer(out), torch.get_num_threads())
 
 
-def swiglu_backward(gate_up: Tensor, dinter: Tensor, weight_R: Tensor, dweight_R: Tensor) -> None:
-    """In place: gate_up [R, 2F] becomes its gradient, dinter [R, F], before the router's weight, the activation.
+def swiglu_backward(gate_up: Tensor, dinter: Tensor, weight_R: Tensor, dgate_up: Tensor, dweight_R: Tensor) -> None:
+    """The gradient of gate_up [R, 2F] goes to `dgate_up`, which may be gate_up itself.
 
-    `dweight_R` is filled with <inter, dinter>, the gradient of the router's weight. All float32 and contiguous.
+    In place: dinter [R, F], before the router's weight, becomes the activation. `dweight_R` is filled with
+    <inter, dinter>, the gradient of the router's weight. All float32 and contiguous.
     """
     rows, size = dinter.shape
     call(
         "expertune_swiglu_backward",
-        *map(_pointer, (gate_up, dinter, weight_R, dweight_R)),
+        *map(_pointer, (gate_up, dinter, weight_R, dgate_up, dweight_R)),
         *(ctypes.c_int64(rows), ctypes.c_int64(size)),
         torch.get_num_threads(),
     )
