@@ -42,15 +42,13 @@ def forward(chunk: Chunk, layer: FrozenLayer, updates: list[LoraUpdate], h: list
     for update, out in _inner(layer, updates, h):
         _dense(x_TD, update, routed, out, routed.token_R)
     kept = chunk.gate_up_RN
-    if kept is None and _swiglu_in_gemm(layer, updates):
+    if kept is not None:
+        x_RF = _activate(_gate_up_to_keep(x_TD, routed, layer, updates, h, kept), layer)
+    elif _swiglu_in_gemm(layer, updates):
         x_RF = workspace.take("intermediate", routed.token_R.shape[0], layer.intermediate_size)
         _multiply_gate_up(x_TD, routed, layer, updates, h, x_RF, swiglu=True)
     else:
-        out = kept if kept is not None and kept.dtype == torch.float32 else None
-        gate_up = _gate_up(x_TD, routed, layer, updates, h, out=out)
-        if kept is not None and out is None:
-            kept.copy_(gate_up)
-        x_RF = _activate(gate_up, layer)
+        x_RF = _activate(_gate_up(x_TD, routed, layer, updates, h), layer)
     for update, out in _outer(layer, updates, h):
         _dense(x_RF, update, routed, out)
     y_RD = workspace.take("rows", x_RF.shape[0], layer.hidden_size)
@@ -164,17 +162,27 @@ def _gate_up(
     updates: list[LoraUpdate],
     h: list[Tensor],
     before_gain: Tensor | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
     """The first GEMM with its updates, float32 [R, P * F]; without gains and bias also in `before_gain`."""
-    if out is None:
-        out = workspace.take("gate_up", routed.token_R.shape[0], layer.num_parts * layer.intermediate_size)
+    out = workspace.take("gate_up", routed.token_R.shape[0], layer.num_parts * layer.intermediate_size)
     _multiply_gate_up(x_TD, routed, layer, updates, h, out)
     gained = [update for update, _ in _inner(layer, updates, h) if update.gain is not None]
     if before_gain is not None:
         before_gain.copy_(out)
     _scale(out, gained, layer.inner_bias if gained else None, routed)
     return out
+
+
+def _gate_up_to_keep(
+    x_TD: Tensor, routed: RoutedTokens, layer: FrozenLayer, updates: list[LoraUpdate], h: list[Tensor], kept: Tensor
+) -> Tensor:
+    """The first GEMM with its updates, none of which has a gain, in float32; also in `kept`, in that one's dtype."""
+    if kept.dtype == torch.float32:
+        _multiply_gate_up(x_TD, routed, layer, updates, h, kept)
+        return kept
+    gate_up = _gate_up(x_TD, routed, layer, updates, h)
+    kept.copy_(gate_up)
+    return gate_up
 
 
 def _multiply_gate_up(
