@@ -40,7 +40,15 @@ from expertune.report.card import CARD_NAME
 from expertune.report.figures import summary_figure, write_png
 from expertune.report.page import PAGE_NAME
 from expertune.report.summary import render_summary
-from expertune.run.agreement import choose_experts, machine_for_all, require_same_start, share_batch, share_experts
+from expertune.run.agreement import (
+    choose_experts,
+    kept_by_all,
+    machine_for_all,
+    require_same_start,
+    share_batch,
+    share_experts,
+    started_with,
+)
 from expertune.run.beside import write_card, write_tokenizer
 from expertune.run.context import RunContext
 from expertune.run.correction import begin_adapter, load_to_train, require_first_factors, warn_of_correction
@@ -48,7 +56,6 @@ from expertune.run.directory import (
     ADAPTER_FOLDER,
     finished_line,
     is_finished,
-    merged_before,
     open_record,
     stops_recorded,
     write_report,
@@ -123,13 +130,13 @@ def _finetune(context: RunContext) -> Run:
     check_training_arguments(context.config.training, context.config.where, context.config.objective)
     rewards = read_rewards(context)
     require_same_start(context)
-    merged = merged_before(context.record, context.output_dir, context.ranks.world_size)
+    started = started_with(context)
     context, reason = choose_experts(share_batch(context))
     context = share_experts(context)
     config, record, output_dir = context.config, context.record, context.output_dir
     check_schedule(config)
     with record.phase("planning"), context.bars.task("planning"):
-        made = plan_for(config, machine_for_all(context), merged, context.trust_remote_code)
+        made = plan_for(config, machine_for_all(context), started, context.trust_remote_code)
     if made.ranks and reason:
         made = replace(made, ranks=replace(made.ranks, reason=reason))
     # Values that do not go together are refused by transformers itself: before anything is loaded.
@@ -173,9 +180,10 @@ def _finetune(context: RunContext) -> Run:
         record.save()
         context.show_score("before")
 
-    _record_notes(context, made.micro_batch, point)
+    kept_layers = kept_by_all(context, made.kept.layers)
+    _record_notes(context, made.micro_batch, kept_layers, point)
     write_report(record, context.notify)
-    with record.phase("training"):
+    with record.phase("training"), recovery.keeping(kept_layers):
         train(context, inputs, model, Learning(objective, held_out, recovery, router_losses), point)
     write = partial(write_adapter, model, output_dir / ADAPTER_FOLDER, context.ranks)
     if context.sharing:
@@ -237,7 +245,7 @@ def _resume_point(context: RunContext) -> ResumePoint | None:
     return point
 
 
-def _record_notes(context: RunContext, micro_batch: MicroBatch, point: ResumePoint | None) -> None:
+def _record_notes(context: RunContext, micro_batch: MicroBatch, kept_layers: int, point: ResumePoint | None) -> None:
     """Show and record what of the run file is not used as it stands, and where a resumed run continues."""
     if point:
         context.notes.extend(f"not resumed from: {reason}" for reason in point.refused)
@@ -247,7 +255,7 @@ def _record_notes(context: RunContext, micro_batch: MicroBatch, point: ResumePoi
         context.notes.append(f"offload_activations: on this {device} memory is the host's, and nothing is moved")
     for note in context.notes:
         context.notify(note)
-    context.record.update("train", notes=context.notes, micro_batch=asdict(micro_batch))
+    context.record.update("train", notes=context.notes, micro_batch=asdict(micro_batch), kept_layers=kept_layers)
 
 
 def _load_and_adapt(

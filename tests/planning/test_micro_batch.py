@@ -4,6 +4,7 @@ import pytest
 from transformers import AutoConfig, MixtralForCausalLM
 
 from expertune.planning import MicroBatch, make_plan
+from expertune.planning.plan import Started
 from tests.tiny_models import tiny_config
 
 from .test_fit import LONG, MIXTRAL, memory_of, shown
@@ -50,7 +51,7 @@ def test_on_a_cpu_merging_ends_where_products_gain_nothing(run_of, tmp_path):
     chosen = make_plan(run, device="cpu").micro_batch
     assert (chosen.rows, chosen.accumulation, chosen.merged) == (2, 4, 2)
     assert "beyond 8192 tokens" in chosen.reason
-    assert make_plan(run, device="cpu", previously_merged=8).micro_batch.merged == 8
+    assert make_plan(run, device="cpu", started=Started(8)).micro_batch.merged == 8
     assert micro_batch(run).merged == 8
 
 
@@ -65,11 +66,11 @@ def test_a_run_that_fits_only_as_it_is_written_is_left_so(run_of):
 
 def test_a_resumed_run_merges_as_many_as_before_or_fewer_where_memory_has_gone(run_of):
     run = run_of(MIXTRAL, training=ACCUMULATING)
-    assert micro_batch(run, previously_merged=2) == MicroBatch(2, 4, 2, "as the run started")
-    assert micro_batch(run, previously_merged=1) == MicroBatch(1, 8, 1, "as the run started")
+    assert micro_batch(run, started=Started(2)) == MicroBatch(2, 4, 2, "as the run started")
+    assert micro_batch(run, started=Started(1)) == MicroBatch(1, 8, 1, "as the run started")
     peak = make_plan(run, device="cuda").memory.peak_bytes
-    assert micro_batch(run.model_copy(update={"memory_budget": peak}), previously_merged=8).merged == 8
-    fewer = micro_batch(run.model_copy(update={"memory_budget": peak - 1}), previously_merged=8)
+    assert micro_batch(run.model_copy(update={"memory_budget": peak}), started=Started(8)).merged == 8
+    fewer = micro_batch(run.model_copy(update={"memory_budget": peak - 1}), started=Started(8))
     assert fewer.merged < 8
     assert "the run started with 8, and continues to rounding" in fewer.reason
 

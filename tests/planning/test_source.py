@@ -172,7 +172,8 @@ def test_plan_has_the_ranks_and_the_targets_of_the_adapter_that_a_run_starts_fro
     weights = tmp_path / "adapter_model.safetensors"
     save_file(factors, weights)
     started = make_plan(run_of(TINY_MIXTRAL, lora={"init_from": str(tmp_path)}, memory_budget="1MB"))
-    named = make_plan(run_of(TINY_MIXTRAL, lora={"r": 6, "targets": ["q_proj"], "rank_pattern": pattern}))
+    lora = {"r": 6, "targets": ["q_proj"], "rank_pattern": pattern}
+    named = make_plan(run_of(TINY_MIXTRAL, lora=lora, kernels={"keep": 0}))  # as with too little memory
     assert started.parameters == named.parameters
     assert started.parameters.trainable == sum(ranks) * 2 * 256
     assert started.memory == named.memory

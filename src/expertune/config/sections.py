@@ -93,6 +93,13 @@ def _is_a_size(value: str | int) -> str | int:
 Size = Annotated[str | int, AfterValidator(_is_a_size)]
 
 
+def _is_a_size_or_zero(value: str | int) -> str | int:
+    return value if str(value).strip() == "0" else _is_a_size(value)
+
+
+SizeOrZero = Annotated[str | int, AfterValidator(_is_a_size_or_zero)]
+
+
 def parse_size(value: str | int) -> int:
     """Bytes in `24GB`, `16GiB`, `512MB` or a plain number. GB is 1e9 bytes, GiB is 2**30.
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from expertune.config.sections import Section, Size, parse_size
+from expertune.config.sections import Section, Size, SizeOrZero, parse_size
 
 
 class QuantizationConfig(Section):
@@ -41,15 +41,25 @@ class KernelsConfig(Section):
             `auto` takes the faster by tokens per expert, against a crossover that is measured once per machine.
         working_set: most bytes that an expert layer takes between its products, whatever the batch is; `auto` is
             512MiB on a CPU and 2GiB on a GPU.
+        keep: most bytes of gate and up that expert layers keep from forward for backward, which otherwise computes them
+            again; `0` keeps none, `auto` is by the plan, at most half of the memory that the run would leave free.
     """
 
     route: Literal["auto", "fused", "dequant_gemm"] = "auto"
     working_set: Literal["auto"] | Size = "auto"
+    keep: Literal["auto"] | SizeOrZero = "auto"
 
     @property
     def working_set_bytes(self) -> int | None:
         """The size in bytes; None where the device decides."""
         return None if self.working_set == "auto" else parse_size(self.working_set)
+
+    @property
+    def keep_bytes(self) -> int | None:
+        """The size in bytes; None where the plan decides."""
+        if self.keep == "auto":
+            return None
+        return 0 if str(self.keep).strip() == "0" else parse_size(self.keep)
 
 
 class DistributedConfig(Section):

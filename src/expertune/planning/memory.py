@@ -1,8 +1,9 @@
-"""Peak memory of a run: one function for each component, and which components each phase of the run holds.
+"""Peak memory of a run: which components each phase of the run holds, and those of the whole model.
 
 Frozen weights, adapter, gradients and optimizer states follow from shapes and dtypes. Everything else is an upper bound
-from shapes, and each function says what it counts, in bytes. `benchmarks/plan_accuracy.py` checks the peak against real
-runs: none may take more than its plan, and the plan may be a third above what the run takes.
+from shapes, and each function says what it counts, in bytes; those of one layer are in `layer_memory.py`.
+`benchmarks/plan_accuracy.py` checks the peak against real runs: none may take more than its plan, and the plan may be a
+third above what the run takes.
 
 Shape suffixes: T tokens of a micro-batch, S tokens of a sequence, D hidden size, F intermediate size, V vocabulary,
 E experts, R routed tokens, r rank.
@@ -11,18 +12,19 @@ E experts, R routed tokens, r rank.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from expertune.experts.contract import ExpertsSpec
-from expertune.kernels import native
-from expertune.kernels.dequant_gemm import TILE_BYTES
-from expertune.kernels.expert_mlp.plan import bytes_per_gained_token, bytes_per_routed_token
 from expertune.kernels.linear_cross_entropy import working_set_bytes
-from expertune.planning.inventory import Layer
+from expertune.planning.layer_memory import (
+    FLOAT32_BYTES,
+    computes_in,
+    computing,
+    gate_up,
+    kept_by_experts,
+    kept_by_layer,
+    scores,
+)
 from expertune.planning.placement import PlannedPlacement
 from expertune.planning.settings import Workload
-
-_FLOAT32_BYTES = 4
 
 # What a process holds beside the model. On a CPU: resident memory with every library imported, examples and tokenizer
 # read, and GEMMs run once (0.70 GB measured). On CUDA: the context and the libraries' own memory (1.07 GB on an H100).
@@ -128,7 +130,7 @@ def estimate_memory(w: Workload, placement: PlannedPlacement) -> Memory:
         batch = w.of_batch(w.answered * prompt)
         phases["generation"] = training | _workspace(w, batch) | _generation_phase(batch, w.answered, w.answer_tokens)
     for components in phases.values():
-        components["allocator"] = _allocator(components, w.device, placement.offloads_to("disk"))
+        components["allocator"] = _allocator(w, components, placement.offloads_to("disk"))
     on_host = placement.offloaded_bytes if placement.offloads_to("host") else 0
     return Memory(phases, on_host + (sum(_kept_by_layers(w)) if w.offload else 0))
 
@@ -138,7 +140,7 @@ def estimate_memory(w: Workload, placement: PlannedPlacement) -> Memory:
 
 def _preflight_phase(w: Workload) -> dict[str, int]:
     """The check's own forward and backward, with all logits, beside the base model's logits."""
-    check = w.of_batch(w.preflight_tokens, full_logits=True, offload=False, accumulates=False)
+    check = w.of_batch(w.preflight_tokens, full_logits=True, offload=False, accumulates=False, kept_layers=0)
     phases = _workspace(check) | _loss_phase(check), _layer_phase(check)
     highest = max(phases, key=lambda components: sum(components.values()))
     return highest | {"logits": highest["logits"] + _logits(check)}
@@ -147,17 +149,17 @@ def _preflight_phase(w: Workload) -> dict[str, int]:
 def _loss_phase(w: Workload) -> dict[str, int]:
     """Forward is over, and the loss is taken."""
     gradients = w.adapter_bytes if w.accumulates else 0
-    return {"gradients": gradients, "activations": _activations(w), "logits": _loss(w, _TRAINING_BYTES_PER_LOGIT)}
+    return {"gradients": gradients} | _activations(w) | {"logits": _loss(w, _TRAINING_BYTES_PER_LOGIT)}
 
 
 def _layer_phase(w: Workload) -> dict[str, int]:
     """A layer is in backward; the logits of all tokens stay, because the trainer holds the model's output."""
     return {
         "gradients": w.adapter_bytes,
-        "activations": _activations(w),
+        **_activations(w),
         # What a layer computes with, and with checkpointing what its recomputed forward keeps.
         "working_set": max(
-            _computing(w, layer) + (_kept(w, layer) if w.checkpointing else 0) for layer in w.inventory.layers
+            computing(w, layer) + (kept_by_layer(w, layer) if w.checkpointing else 0) for layer in w.inventory.layers
         ),
         "logits": _logits(w) if w.full_logits else 0,
     }
@@ -166,7 +168,7 @@ def _layer_phase(w: Workload) -> dict[str, int]:
 def _reference_phase(w: Workload) -> dict[str, int]:
     """A forward without gradients, while what forward has kept waits for its loss."""
     gradients = w.adapter_bytes if w.accumulates else 0
-    return {"gradients": gradients, "activations": _activations(w)} | _evaluation_phase(w)
+    return {"gradients": gradients} | _activations(w) | _evaluation_phase(w)
 
 
 def _evaluation_phase(w: Workload) -> dict[str, int]:
@@ -182,11 +184,11 @@ def _generation_phase(w: Workload, answered: int, answer_tokens: int) -> dict[st
     """
     inventory, itemsize = w.inventory, w.compute_dtype.itemsize
     cache = (w.tokens + answered * answer_tokens) * inventory.cached_numbers * itemsize
-    logits = answered * inventory.vocab_size * (itemsize + _FLOAT32_BYTES)
+    logits = answered * inventory.vocab_size * (itemsize + FLOAT32_BYTES)
     if not inventory.takes_logits_to_keep:
         logits += _logits(w)
     grown = cache // len(inventory.layers)
-    biases = _FLOAT32_BYTES * sum(_biases(spec) for layer in inventory.layers for spec in layer.experts.values())
+    biases = FLOAT32_BYTES * sum(_biases(spec) for layer in inventory.layers for spec in layer.experts.values())
     return {"cache": cache, "generation": max(_forward_in_workspace(w), _prefill(w), logits + grown) + biases}
 
 
@@ -202,24 +204,31 @@ def _workspace(*batches: Workload) -> dict[str, int]:
     While a layer is in backward it is in the working set. Below `_MAPPED_BYTES` it lies on the C allocator's heap,
     whose share was measured with it.
     """
-    kept = max(_kept_to_compute_in(w, layer) for w in batches for layer in w.inventory.layers)
+    kept = max(computes_in(w, layer) for w in batches for layer in w.inventory.layers)
     return {"workspace": kept} if kept >= _MAPPED_BYTES else {}
 
 
 # --- components of the whole model ------------------------------------------------------------------------------------
 
 
-def _allocator(components: Mapping[str, int], device: str, trimmed: bool) -> int:
+def _allocator(w: Workload, components: Mapping[str, int], trimmed: bool) -> int:
     """Freed memory that the allocator keeps (see `_KEPT_SHARE`)."""
-    allocated = sum(num_bytes for name, num_bytes in components.items() if name not in _MODEL)
+    device, mapped = w.device, {"gate_up"} if min(gate_up(w), default=0) >= _MAPPED_BYTES else set()
+    allocated = sum(num_bytes for name, num_bytes in components.items() if name not in mapped.union(_MODEL))
     kept = _KEPT_SHARE["trimmed" if trimmed and device == "cpu" else device] * allocated
     return int(min(kept, _MOST_KEPT_BYTES.get(device, kept)))
 
 
-def _activations(w: Workload) -> int:
-    """What forward keeps for backward, in all layers; with offloading in one."""
+def _activations(w: Workload) -> dict[str, int]:
+    """What forward keeps for backward, in all layers, with offloading in one; and gate and up where these are."""
     kept = _kept_by_layers(w)
-    return (max(kept) if w.offload else sum(kept)) + _kept_for_router_losses(w)
+    activations = (max(kept) if w.offload else sum(kept)) + _kept_for_router_losses(w)
+    return {"activations": activations} | ({"gate_up": kept_gate_up(w)} if w.kept_layers else {})
+
+
+def kept_gate_up(w: Workload) -> int:
+    """Gate and up of the layers that keep them."""
+    return sum(gate_up(w)[: w.kept_layers])
 
 
 def _kept_for_router_losses(w: Workload) -> int:
@@ -227,15 +236,15 @@ def _kept_for_router_losses(w: Workload) -> int:
     if not any(w.router_losses):
         return 0
     experts = sum(spec.num_experts for layer in w.inventory.layers for spec in layer.experts.values())
-    return 3 * _FLOAT32_BYTES * w.tokens * experts
+    return 3 * FLOAT32_BYTES * w.tokens * experts
 
 
 def _kept_by_layers(w: Workload) -> list[int]:
     """What forward keeps of each layer: with checkpointing [T, D], its input, and what its experts keep."""
     if not w.checkpointing:
-        return [_kept(w, layer) for layer in w.inventory.layers]
+        return [kept_by_layer(w, layer) for layer in w.inventory.layers]
     hidden_states = w.tokens * w.inventory.hidden_size * w.compute_dtype.itemsize
-    return [hidden_states + _kept_by_experts(w, layer) for layer in w.inventory.layers]
+    return [hidden_states + kept_by_experts(w, layer) for layer in w.inventory.layers]
 
 
 def _logits(w: Workload) -> int:
@@ -265,7 +274,7 @@ def _rank_of_head(w: Workload) -> int:
 
 def _forward(w: Workload) -> int:
     """A layer's forward without gradients; what it computes with is as much as in backward."""
-    return _input(w) + max(_computing(w, layer) for layer in w.inventory.layers)
+    return _input(w) + max(computing(w, layer) for layer in w.inventory.layers)
 
 
 def _forward_in_workspace(w: Workload) -> int:
@@ -277,132 +286,9 @@ def _prefill(w: Workload) -> int:
     """Attention over prompts of different length: mask, queries, keys, values and output, each twice."""
     itemsize = w.compute_dtype.itemsize
     mask = w.tokens * w.sequence_length * (1 + itemsize)
-    return _input(w) + mask + 2 * w.tokens * w.inventory.attention.widths * itemsize + _scores(w, 2 * w.tokens)
+    return _input(w) + mask + 2 * w.tokens * w.inventory.attention.widths * itemsize + scores(w, 2 * w.tokens)
 
 
 def _input(w: Workload) -> int:
     """A layer's input [T, D], and what its norm makes of it, in float32."""
-    return 2 * _FLOAT32_BYTES * w.tokens * w.inventory.hidden_size
-
-
-# --- components of one layer ------------------------------------------------------------------------------------------
-
-
-def _kept(w: Workload, layer: Layer) -> int:
-    """What a layer's forward keeps for its backward.
-
-    A norm keeps its input in float32. PEFT keeps the input of each adapted linear in the adapter's dtype (a GPU's
-    dropout a copy beside it), and x @ A. A linear outside attention keeps its output, and what an activation makes of
-    it. A router keeps its logits, and indices and weights of the chosen experts. Where experts are shared out, a
-    process keeps a row for each of its experts that a token is for.
-    """
-    attention = w.inventory.attention
-    # On a CPU attention of short sequences computes in float32.
-    attended = _FLOAT32_BYTES if w.device == "cpu" else w.compute_dtype.itemsize
-    per_token = _FLOAT32_BYTES * sum(layer.norms) + attended * attention.widths + _FLOAT32_BYTES * attention.heads
-    copies = 2 if w.dropout and w.device != "cpu" else 1
-    for name, (out_features, in_features) in layer.linears.items():
-        if name in w.targets.linears:
-            rank = w.given_ranks * w.targets.linears[name].rank
-            per_token += (copies * in_features + rank) * w.adapter_dtype.itemsize
-        if "att" not in name.split(".")[-2]:
-            per_token += 2 * out_features * w.compute_dtype.itemsize
-    for spec in layer.experts.values():
-        per_token += spec.num_experts * _FLOAT32_BYTES + 16 * w.inventory.top_k
-        per_token += w.rows_per_token * spec.hidden_size * w.compute_dtype.itemsize
-    return w.tokens * per_token + _scores(w, w.tokens) + _kept_by_experts(w, layer) + w.given_factor_bytes(layer)
-
-
-def _kept_by_experts(w: Workload, layer: Layer) -> int:
-    """What a layer's experts keep: [T, D], their input or what they return, and x @ A of each projection [R, r]."""
-    per_token = 0
-    for name, spec in layer.experts.items():
-        ranks = sum(rank for rank, _ in w.targets.experts.get(name, {}).values())
-        per_token += spec.hidden_size * w.compute_dtype.itemsize
-        per_token += w.inventory.top_k * w.given_ranks * ranks * w.adapter_dtype.itemsize
-    return w.tokens * per_token
-
-
-def _computing(w: Workload, layer: Layer) -> int:
-    """What a layer computes with: routed tokens, a linear, or scores; and the dequantized weights of one linear.
-
-    Of a linear its output and its update in float32, and their gradients.
-    """
-    widest = max((out_features for out_features, _ in layer.linears.values()), default=0)
-    around_linears = 4 * w.tokens * widest * _FLOAT32_BYTES
-    routed = sum(_between_gemms(w, spec) for spec in layer.experts.values())
-    dequantized = [rows * columns * w.compute_dtype.itemsize for rows, columns in layer.linears.values()]
-    if w.targets.use_dora:
-        dequantized += [_dora_of_linear(w, *layer.linears[name]) for name in w.targets.linears.keys() & layer.linears]
-    # On a GPU dequantized experts are in the working set.
-    tile = max(TILE_BYTES["cpu"], _tokens_in_bfloat16(w, layer)) if w.device == "cpu" else 0
-    # Of factors that are put together for a layer, the gradient, and the sum of its halves.
-    given = w.given_factor_bytes(layer) * 3 // 2
-    return max(routed, around_linears, _scores(w, 3 * w.sequence_length)) + max(tile, *dequantized, 0) + given
-
-
-def _kept_to_compute_in(w: Workload, layer: Layer) -> int:
-    """On a CPU: a chunk of routed tokens, tokens and their gradient in float32, and what GEMMs in bfloat16 lay out.
-
-    All of it is the fused route's, which makes no dropped inputs.
-    """
-    if w.device != "cpu":
-        return 0
-    routed = sum(_routed_at_once(w, spec, dropped=False) for spec in layer.experts.values())
-    copied = 0 if w.compute_dtype == torch.float32 else 2 * w.tokens * w.inventory.hidden_size * _FLOAT32_BYTES
-    return routed + copied + _tokens_in_bfloat16(w, layer)
-
-
-def _tokens_in_bfloat16(w: Workload, layer: Layer) -> int:
-    """An expert's tokens as a CPU's GEMMs in bfloat16 lay them out, by each thread; at most all at one expert."""
-    if w.compute_dtype != torch.bfloat16:
-        return 0
-    contracted = [size for shape in layer.linears.values() for size in shape]
-    for spec in layer.experts.values():
-        contracted += [spec.hidden_size, (len(spec.projections) - 1) * spec.intermediate_size]
-    return torch.get_num_threads() * native.scratch_bytes(w.tokens, max(contracted, default=0))
-
-
-def _dora_of_linear(w: Workload, out_features: int, in_features: int) -> int:
-    """What PEFT computes a linear's norms from: an identity, the update and W, each twice, and what it makes of tokens.
-
-    W is the identity's size at most where that is square; the update is kept in the adapter's dtype.
-    """
-    wide = max(out_features, in_features)
-    matrices = 4 * out_features * in_features + in_features * in_features
-    return _FLOAT32_BYTES * (matrices + 3 * w.tokens * wide)
-
-
-def _between_gemms(w: Workload, spec: ExpertsSpec) -> int:
-    """Routed tokens between an expert layer's GEMMs, and its input, output and their gradients [T, D] in float32.
-
-    On a GPU half of the working set is for routed tokens and half for dequantized weights, of one expert at least.
-    """
-    D, F, num_parts = spec.hidden_size, spec.intermediate_size, len(spec.projections) - 1
-    routed = _routed_at_once(w, spec, dropped=w.dropout)  # by either route
-    around = 4 * (1 + w.rows_per_token) * w.tokens * D * _FLOAT32_BYTES
-    if w.device == "cpu":
-        return routed + around
-    half, one_expert = w.working_set_bytes // 2, (num_parts + 1) * D * F * w.compute_dtype.itemsize
-    return routed + min(w.inventory.experts_here(spec) * one_expert, max(half, one_expert)) + around
-
-
-def _routed_at_once(w: Workload, spec: ExpertsSpec, dropped: bool) -> int:
-    """A chunk of routed tokens between the GEMMs, with dropped inputs or without."""
-    D, F, num_parts = spec.hidden_size, spec.intermediate_size, len(spec.projections) - 1
-    per_routed_token = bytes_per_routed_token(D, F, num_parts, spec.has_gate, dropped, w.device)
-    if w.targets.use_dora:
-        per_routed_token += bytes_per_gained_token(D, F, num_parts)
-    budget = w.working_set_bytes if w.device == "cpu" else w.working_set_bytes // 2
-    return min(w.tokens * w.inventory.top_k * per_routed_token, budget)
-
-
-def _scores(w: Workload, num_tokens: int) -> int:
-    """Attention scores [heads, T, S] in float32, where torch computes all of them at once.
-
-    It does on a CPU where values are not as wide as keys.
-    """
-    attention = w.inventory.attention
-    if w.device != "cpu" or attention.query == attention.output:
-        return 0
-    return _FLOAT32_BYTES * attention.heads * num_tokens * w.sequence_length
+    return 2 * FLOAT32_BYTES * w.tokens * w.inventory.hidden_size

@@ -18,6 +18,7 @@ from expertune.planning.disk import count_disk
 from expertune.planning.duration import Pace, about
 from expertune.planning.fit import Room, find_advice
 from expertune.planning.inventory import Inventory, count_parameters, take_inventory
+from expertune.planning.kept import KeptLayers, choose_kept
 from expertune.planning.memory import Memory, estimate_memory
 from expertune.planning.micro_batch import MicroBatch, choose_micro_batch
 from expertune.planning.placement import PlacementChooser, PlannedPlacement
@@ -33,7 +34,7 @@ from expertune.train.muon import MuonSettings
 def make_plan(
     config: RunConfig,
     device: str | torch.device | None = None,
-    previously_merged: int | None = None,
+    started: "Started | None" = None,
     *,
     gpu: str | None = None,
     memory: str | int | None = None,
@@ -45,7 +46,7 @@ def make_plan(
         config: the run.
         device: `cpu` or `cuda`, to plan for another machine than this one (`memory_budget` then says what it has);
             None plans for the device that a run would take here.
-        previously_merged: for a run that resumes, how many micro-batches it ran as one; None chooses.
+        started: for a run that resumes, what it began with; None chooses.
         gpu: a GPU of the table in `expertune.gpus` in place of `device`, or `cuda` for any other.
         memory: memory to plan for, as `memory_budget`, which it stands above.
         trust_remote_code: run Python that ships with the model.
@@ -55,13 +56,13 @@ def make_plan(
         CheckpointError: see `plan_for`.
         UnsupportedModelError: see `plan_for`.
     """
-    return plan_for(config, Machine.of(config, device, gpu, memory), previously_merged, trust_remote_code)
+    return plan_for(config, Machine.of(config, device, gpu, memory), started, trust_remote_code)
 
 
 def plan_for(
     config: RunConfig,
     machine: Machine,
-    previously_merged: int | None = None,
+    started: "Started | None" = None,
     trust_remote_code: bool = False,
     shapes: "Shapes | None" = None,
 ) -> Plan:
@@ -70,7 +71,7 @@ def plan_for(
     Args:
         config: the run.
         machine: what it is planned for.
-        previously_merged: see `make_plan`.
+        started: see `make_plan`.
         trust_remote_code: see `make_plan`.
         shapes: the run's model, where it has been read for another machine of this dtype; None reads it.
 
@@ -98,11 +99,11 @@ def plan_for(
     shapes = shapes or read_shapes(config, machine.compute_dtype, trust_remote_code)
     planner = _planner(config, machine, shapes)
     if machine.world_size == 1:
-        return planner.plan(planner.find(previously_merged), None)
+        return planner.plan(planner.find(started), None)
     config = planner.config
     distributions = possible_distributions(config, planner.workload(config), machine.world_size)
     planners = [replace(planner, inventory=shapes.inventory.on_ranks(each)) for each in distributions]
-    found = [planner.find(previously_merged) for planner in planners]
+    found = [planner.find(started) for planner in planners]
     modes = tuple(planner.mode(each) for planner, each in zip(planners, found, strict=True))
     ranks = choose_mode(config.distributed.experts, modes, machine.link, machine.compared_links)
     chosen = modes.index(ranks.chosen)
@@ -148,12 +149,26 @@ def read_shapes(config: RunConfig, compute_dtype: torch.dtype, trust_remote_code
 
 
 @dataclass(frozen=True)
+class Started:
+    """What a run began with that resumes: numbers of a step change with it, to rounding.
+
+    Attributes:
+        merged: how many micro-batches ran as one.
+        kept_layers: how many expert layers kept gate and up.
+    """
+
+    merged: int = 1
+    kept_layers: int = 0
+
+
+@dataclass(frozen=True)
 class _Found:
     """What a run comes to."""
 
     micro_batch: MicroBatch
     workload: Workload
     placement: PlannedPlacement
+    kept: KeptLayers
     memory: Memory
     traffic: Traffic
     time: StepTime | None
@@ -183,17 +198,20 @@ class _Planner:
         """`cpu` or `cuda`."""
         return self.machine.device.type
 
-    def find(self, previously_merged: int | None) -> _Found:
+    def find(self, started: Started | None) -> _Found:
         """What the run comes to."""
-        micro_batch = self.micro_batch(previously_merged)
+        micro_batch = self.micro_batch(started.merged if started else None)
         runs = self.config.model_copy(update={"training": micro_batch.apply(self.config.training)})
-        workload, placement = self.workload(runs), self.placement(runs)
+        placement = self.placement(runs)
+        kept = self.kept(runs, placement, started.kept_layers if started else None)
+        workload = replace(self.workload(runs), kept_layers=kept.layers)
         traffic, time = count_traffic(workload, micro_batch.accumulation), None
         pace = None
         if rates := self.machine.rates(from_disk=placement.offloads_to("disk")):
             of_step = StepCost(workload, placement, micro_batch.accumulation, rates, traffic, self.machine.link)
             time, pace = of_step.time(), Pace(runs, of_step)
-        return _Found(micro_batch, workload, placement, estimate_memory(workload, placement), traffic, time, pace)
+        memory = estimate_memory(workload, placement)
+        return _Found(micro_batch, workload, placement, kept, memory, traffic, time, pace)
 
     def mode(self, found: _Found) -> ModePlan:
         """What is compared between ways to hold the experts."""
@@ -225,6 +243,7 @@ class _Planner:
             planned=found.placement,
             budget_bytes=budget,
             advice=find_advice(config, self.peak_bytes, room),
+            kept=found.kept,
             disk=count_disk(config, replace(found.workload, inventory=self.shapes.inventory), self.shapes.source),
             time=found.time,
             gpu=machine.gpu.name if machine.gpu else None,
@@ -263,6 +282,15 @@ class _Planner:
         if run.model != self.config.model:  # the folder that `expertune quantize` is to write of it
             chooser = replace(chooser, holds_nf4=True)
         return chooser.choose(run, self.machine.budget_bytes, lambda tried: estimate_memory(workload, tried).peak_bytes)
+
+    def kept(self, run: RunConfig, placement: PlannedPlacement, previously: int | None) -> KeptLayers:
+        """How many layers of a run keep gate and up."""
+
+        def peak_of(tried: Workload) -> int:
+            return estimate_memory(tried, placement).peak_bytes
+
+        most, budget = run.kernels.keep_bytes, self.machine.budget_bytes
+        return choose_kept(self.workload(run), placement, most, budget, peak_of, previously)
 
     def workload(self, run: RunConfig) -> Workload:
         """What a run file says of memory; targets are looked up once, since many run files are tried."""

@@ -14,6 +14,7 @@ from expertune.planning.disk import Disk
 from expertune.planning.duration import Lengths, Pace, RunTime
 from expertune.planning.fit import Advice, Change, as_yaml
 from expertune.planning.inventory import FrozenWeights, Parameters
+from expertune.planning.kept import KeptLayers
 from expertune.planning.memory import Memory
 from expertune.planning.micro_batch import MicroBatch
 from expertune.planning.placement import PlannedPlacement
@@ -38,6 +39,7 @@ class Plan:
         planned: where the experts of each layer are held, and why.
         budget_bytes: memory that the run may use.
         advice: what makes the run fit where it does not. No micro-batches are merged in its peaks.
+        kept: expert layers that keep gate and up for backward.
         disk: sizes of files.
         time: how long a step takes; None where nothing is known of the device's speed.
         gpu: the GPU of the table that was planned for.
@@ -60,6 +62,7 @@ class Plan:
     planned: PlannedPlacement
     budget_bytes: int
     advice: Advice
+    kept: KeptLayers
     disk: Disk
     time: StepTime | None
     gpu: str | None
@@ -153,6 +156,7 @@ class Plan:
                 "slot_bytes": self.memory.components["slots"],
                 "modules": dict(self.placement),
             },
+            "kept": asdict(self.kept),
             "budget_bytes": self.budget_bytes,
             "fits": self.fits,
             "what_to_change": [

@@ -56,6 +56,7 @@ class Workload:
         calibrates: a sample passes through the model once, before training.
         router_losses: coefficients of the routers' load-balancing loss and z-loss.
         passes: what the objective asks of the model besides.
+        kept_layers: of the expert layers, the first that keep gate and up from forward for backward.
     """
 
     inventory: Inventory
@@ -81,6 +82,7 @@ class Workload:
     corrects: bool = False
     keeps_first: bool = False
     calibrates: bool = False
+    kept_layers: int = 0
 
     @cached_property
     def adapter_bytes(self) -> int:

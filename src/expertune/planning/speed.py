@@ -160,11 +160,11 @@ class StepCost:
 def _flops(w: Workload) -> tuple[float, float]:
     """Floating-point operations of a micro-batch that must be, in forward and in backward.
 
-    Counted are the frozen GEMMs of forward, their input gradients, gate and up once more in backward (with
-    checkpointing everything but the experts), attention, the output head and the adapter; with DoRA the output of down
-    once more, and the norms.
+    Counted are the frozen GEMMs of forward, their input gradients, gate and up once more in backward where they are not
+    kept (with checkpointing everything but the experts), attention, the output head and the adapter; with DoRA the
+    output of down once more, and the norms.
     """
-    T, inventory = w.tokens, w.inventory
+    T, inventory, kept_layers = w.tokens, w.inventory, w.kept_layers
     forward = backward = 0.0
     for layer in inventory.layers:
         # Weights that a token meets in the experts: of gate and up, and of down.
@@ -174,8 +174,10 @@ def _flops(w: Workload) -> tuple[float, float]:
         # Scores and values over the earlier half of a sequence; backward computes each twice, and the scores again.
         scores = T * w.sequence_length * (inventory.attention.query + inventory.attention.output)
         recomputed = 2 * T * linears + scores if w.checkpointing else 0.0
+        recomputed += 2 * T * gate_up if kept_layers <= 0 else 0.0
+        kept_layers -= len(layer.experts)
         forward += 2 * T * (gate_up + down + linears) + scores
-        backward += 2 * T * (2 * gate_up + down + linears) + 2.5 * scores + recomputed
+        backward += 2 * T * (gate_up + down + linears) + 2.5 * scores + recomputed
         if w.targets.use_dora:
             backward += 2 * T * down + _norm_flops(w, layer)
             if w.dropout:  # the dropped input is multiplied by W too

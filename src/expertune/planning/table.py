@@ -26,6 +26,7 @@ _COMPONENTS = {
     "gradients": "adapter's gradients",
     "optimizer": "optimizer",
     "activations": "activations",
+    "gate_up": "gate and up kept",
     "working_set": "one layer in backward",
     "workspace": "memory of the layers",
     "logits": "logits and loss",
@@ -101,6 +102,7 @@ def _heading(plan: "Plan") -> Table:
         "step": plan.micro_batch.line(plan.ranks.chosen.distribution.world_size if plan.ranks else 1),
         "processes": plan.ranks.line if plan.ranks else None,
         "placement": plan.planned.reason,
+        "keeps": plan.kept.line,
         "time": _time(plan.time) if plan.time else None,
         "the run": plan.run_time.line if plan.run_time else None,
         "on disk": _disk(plan.disk),
@@ -164,6 +166,8 @@ def _memory(plan: "Plan") -> Table:
     for phase, num_bytes in memory.totals.items():
         if phase != memory.phase:
             table.add_row("", f"({format_size(num_bytes)})", _PHASES[phase], style="dim")
+    if plan.kept.layers:
+        table.add_row("peak without gate and up", format_size(plan.kept.peak_bytes_without), "with kernels.keep: 0")
     if memory.host_bytes:
         table.add_row("beside it, on the host", format_size(memory.host_bytes), "")
     return table

@@ -1,4 +1,4 @@
-"""What several processes of a run agree on before it starts: their start, memory, examples and experts."""
+"""What a run settles before it starts, with all of its processes: their start, memory, examples and experts."""
 
 import math
 from dataclasses import replace
@@ -8,7 +8,7 @@ from expertune.distributed.sharded import ExpertSharding, Sharing
 from expertune.errors import ConfigError
 from expertune.planning.devices import Machine
 from expertune.planning.distribution import EXPERTS, Distribution
-from expertune.planning.plan import plan_for
+from expertune.planning.plan import Started, plan_for
 from expertune.run.context import RunContext
 from expertune.run.directory import recordable
 from expertune.train.arguments import ACCUMULATION, BATCH_SIZE, training_argument
@@ -44,6 +44,25 @@ def require_same_start(context: RunContext) -> None:
             "--resume": context.resume,
         }
     )
+
+
+def started_with(context: RunContext) -> Started | None:
+    """What a run that goes on was planned with until its newest checkpoint.
+
+    Returns:
+        None where there is nothing to resume from, or it ran on another number of processes, each of which had other
+        micro-batches.
+    """
+    train = context.record.section("train")
+    if not list_checkpoints(context.output_dir) or train.get("processes", 1) != context.ranks.world_size:
+        return None
+    # Releases that recorded no number of kept layers kept none.
+    return Started(int(train.get("micro_batch", {}).get("merged", 1)), int(train.get("kept_layers", 0)))
+
+
+def kept_by_all(context: RunContext, layers: int) -> int:
+    """How many expert layers keep gate and up on every rank: the fewest that are planned for one."""
+    return min(context.ranks.gather(layers))
 
 
 def machine_for_all(context: RunContext) -> Machine:

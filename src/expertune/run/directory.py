@@ -200,20 +200,3 @@ def _require_same_config(record: RunRecord, config: RunConfig) -> None:
                 )
         elif before != now and section not in by_content:
             raise ConfigError(f"resume: {section} was {before!r} when the run started and is {now!r} now")
-
-
-def merged_before(record: RunRecord, output_dir: Path, processes: int = 1) -> int | None:
-    """How many micro-batches ran as one until the newest checkpoint.
-
-    Args:
-        record: the run's, as it was until then.
-        output_dir: the run directory.
-        processes: how many go on. Of another number than before each has other micro-batches.
-
-    Returns:
-        None where there is nothing to resume from, or it ran on another number of processes.
-    """
-    train = record.section("train")
-    if not list_checkpoints(output_dir) or train.get("processes", 1) != processes:
-        return None
-    return int(train.get("micro_batch", {}).get("merged", 1))

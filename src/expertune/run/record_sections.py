@@ -63,6 +63,7 @@ class _Setting(_Section):
     preflight_tokens: _AtLeastOne = 1
     proof_tokens: _AtLeastOne = 1  # as earlier releases called it
     generation_rows: _AtLeastOne = 1
+    kept_layers: _Count = 0
     working_set_bytes: _AtLeastOne = 1
 
 
@@ -95,6 +96,7 @@ class _Adapter(_Section):
 class _Train(_Section):
     steps: _Count = 0
     micro_batch: _MicroBatch = _MicroBatch()
+    kept_layers: _Count = 0
     recoveries: list[_Recovery] = []
     processes: _AtLeastOne = 1
     global_batch: _AtLeastOne = 1

@@ -1,8 +1,9 @@
 """What runs out of memory is run again with the next fallback: an optimizer step as a whole, from its start.
 
-The fallbacks are smaller batches, then activations offloaded to the host, then more experts offloaded. A change is
-recorded, holds for the rest of the run, and is repeated at the same step when the run resumes. Evaluation, generation
-and the preflight check use smaller batches in the same way. The optimizer's states are allocated before the first step.
+The fallbacks are gate and up that are not kept for backward, then smaller batches, then activations offloaded to the
+host, then more experts offloaded. A change is recorded, holds for the rest of the run, and is repeated at the same step
+when the run resumes. Evaluation, generation and the preflight check use smaller batches in the same way. Optimizer
+states are allocated before the first step.
 
 Of several processes all run a step again where memory runs out on one (`votes.py`).
 """
@@ -19,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from expertune.data.split import Batch, halve, size, split
 from expertune.distributed.mesh import Ranks
 from expertune.errors import DoesNotFitError, option
+from expertune.experts.module import keep_inner
 from expertune.kernels.routes import settings_of
 from expertune.placement.experts import placement_of
 from expertune.placement.out_of_memory import in_one_line, is_out_of_memory
@@ -51,7 +53,8 @@ class Change:
         error: what the allocator reported.
         change: what is different from then on, in words.
         setting: the same by name: `micro_batch_tokens`, `evaluation_tokens`, `preflight_tokens`, `generation_rows`,
-            `offload_activations` or `demoted` (more experts offloaded); empty where freeing memory was enough.
+            `kept_layers`, `offload_activations` or `demoted` (more experts offloaded); empty where freeing memory was
+            enough.
     """
 
     step: int
@@ -93,6 +96,7 @@ class OutOfMemory(TrainerCallback):
         run_dir: the directory with the run's checkpoints; None outside of a run.
         limits: the largest batch that is computed at once, by the name of its setting; a single sequence may be larger.
         offload_activations: what forward saves for backward is held on the host.
+        kept_layers: expert layers that keep gate and up from forward for backward.
     """
 
     def __init__(
@@ -108,6 +112,7 @@ class OutOfMemory(TrainerCallback):
         self.run_dir: str | None = None
         self.limits: dict[str, int] = {}
         self.offload_activations = offload and has_separate_host(device)
+        self.kept_layers = 0
         self._model, self._notify, self.ranks = model, notify, ranks or Ranks()
         self._votes = Votes(model, self.ranks)
         self._earlier = sorted((Change(**change) for change in earlier), key=lambda change: change.step)
@@ -130,6 +135,15 @@ class OutOfMemory(TrainerCallback):
         self.run_dir = str(args.output_dir)
         self._start_step(state.global_step + 1)
         self._repeat_earlier(and_after=False)
+
+    @contextmanager
+    def keeping(self, num_layers: int) -> Iterator[None]:
+        """While open, the first expert layers keep gate and up for backward, unless memory runs out."""
+        self._keep(num_layers)
+        try:
+            yield
+        finally:
+            self._keep(0)
 
     def step(
         self, compute: Callable[[Batch], Tensor], batch: Batch, reset: Callable[[], None], why_whole: str | None = None
@@ -222,6 +236,10 @@ class OutOfMemory(TrainerCallback):
             report = in_one_line(error)
         raise self._error(f"step {self._step}", report, " where nothing is run again, and the adapter is not saved")
 
+    def _keep(self, num_layers: int) -> None:
+        self.kept_layers = num_layers
+        keep_inner(self._model, num_layers)
+
     def _start_step(self, step: int) -> None:
         self._step, self._random = step, RandomState()
         self._batches, self._returned = [], 0.0
@@ -290,6 +308,8 @@ class OutOfMemory(TrainerCallback):
 
     def _choose(self, phase: Phase, part: Any) -> tuple[str, int]:
         """The next fallback's setting."""
+        if phase == "training" and self.kept_layers:  # which costs least, and leaves batches as they are
+            return "kept_layers", 0
         if halves := halve(part) if part is not None else []:
             return _LIMITS[phase][0], max(size(half) for half in halves)
         if phase == "training" and not self.offload_activations and has_separate_host(self.device):
@@ -300,6 +320,8 @@ class OutOfMemory(TrainerCallback):
         """What a setting changes, in words; None where nothing is left to change. Experts are moved here."""
         if name == "demoted":
             return self._offload_more(phase)
+        if name == "kept_layers":
+            return "expert layers compute gate and up again in backward, and keep none"
         return (
             "activations are offloaded to the host"
             if name == "offload_activations"
@@ -319,6 +341,8 @@ class OutOfMemory(TrainerCallback):
         for name, _ in _LIMITS.values():
             if name in setting:
                 self.limits[name] = min(setting[name], self.limits.get(name, setting[name]))
+        if "kept_layers" in setting:
+            self._keep(setting["kept_layers"])
         if "offload_activations" in setting:
             self.offload_activations = has_separate_host(self.device)
         if "working_set_bytes" in setting:  # only in records of releases that lowered it

@@ -1,0 +1,149 @@
+"""What one layer of a micro-batch takes: what it keeps from forward for backward, and what it computes with.
+
+All of it is in bytes, and an upper bound from shapes. Suffixes are those of `expertune.planning.memory`.
+"""
+
+import torch
+
+from expertune.experts.contract import ExpertsSpec
+from expertune.kernels import native
+from expertune.kernels.dequant_gemm import TILE_BYTES
+from expertune.kernels.expert_mlp.plan import (
+    bytes_per_gained_token,
+    bytes_per_routed_token,
+    kept_bytes_per_routed_token,
+)
+from expertune.planning.inventory import Layer
+from expertune.planning.settings import Workload
+
+FLOAT32_BYTES = 4
+
+
+def kept_by_layer(w: Workload, layer: Layer) -> int:
+    """What a layer's forward keeps for its backward.
+
+    A norm keeps its input in float32. PEFT keeps the input of each adapted linear in the adapter's dtype (a GPU's
+    dropout a copy beside it), and x @ A. A linear outside attention keeps its output, and what an activation makes of
+    it. A router keeps its logits, and indices and weights of the chosen experts. Where experts are shared out, a
+    process keeps a row for each of its experts that a token is for.
+    """
+    attention = w.inventory.attention
+    # On a CPU attention of short sequences computes in float32.
+    attended = FLOAT32_BYTES if w.device == "cpu" else w.compute_dtype.itemsize
+    per_token = FLOAT32_BYTES * sum(layer.norms) + attended * attention.widths + FLOAT32_BYTES * attention.heads
+    copies = 2 if w.dropout and w.device != "cpu" else 1
+    for name, (out_features, in_features) in layer.linears.items():
+        if name in w.targets.linears:
+            rank = w.given_ranks * w.targets.linears[name].rank
+            per_token += (copies * in_features + rank) * w.adapter_dtype.itemsize
+        if "att" not in name.split(".")[-2]:
+            per_token += 2 * out_features * w.compute_dtype.itemsize
+    for spec in layer.experts.values():
+        per_token += spec.num_experts * FLOAT32_BYTES + 16 * w.inventory.top_k
+        per_token += w.rows_per_token * spec.hidden_size * w.compute_dtype.itemsize
+    return w.tokens * per_token + scores(w, w.tokens) + kept_by_experts(w, layer) + w.given_factor_bytes(layer)
+
+
+def kept_by_experts(w: Workload, layer: Layer) -> int:
+    """What a layer's experts keep: [T, D], their input or what they return, and x @ A of each projection [R, r]."""
+    per_token = 0
+    for name, spec in layer.experts.items():
+        ranks = sum(rank for rank, _ in w.targets.experts.get(name, {}).values())
+        per_token += spec.hidden_size * w.compute_dtype.itemsize
+        per_token += w.inventory.top_k * w.given_ranks * ranks * w.adapter_dtype.itemsize
+    return w.tokens * per_token
+
+
+def gate_up(w: Workload) -> list[int]:
+    """Gate and up [R, P * F] of all routed tokens, of each expert layer: what it keeps for backward if told to."""
+    routed, dtype = w.tokens * w.inventory.top_k, w.compute_dtype
+    return [
+        routed * kept_bytes_per_routed_token(spec.intermediate_size, len(spec.projections) - 1, dtype)
+        for layer in w.inventory.layers
+        for spec in layer.experts.values()
+    ]
+
+
+def computing(w: Workload, layer: Layer) -> int:
+    """What a layer computes with: routed tokens, a linear, or scores; and the dequantized weights of one linear.
+
+    Of a linear its output and its update in float32, and their gradients.
+    """
+    widest = max((out_features for out_features, _ in layer.linears.values()), default=0)
+    around_linears = 4 * w.tokens * widest * FLOAT32_BYTES
+    routed = sum(_between_gemms(w, spec) for spec in layer.experts.values())
+    dequantized = [rows * columns * w.compute_dtype.itemsize for rows, columns in layer.linears.values()]
+    if w.targets.use_dora:
+        dequantized += [_dora_of_linear(w, *layer.linears[name]) for name in w.targets.linears.keys() & layer.linears]
+    # On a GPU dequantized experts are in the working set.
+    tile = max(TILE_BYTES["cpu"], _tokens_in_bfloat16(w, layer)) if w.device == "cpu" else 0
+    # Of factors that are put together for a layer, the gradient, and the sum of its halves.
+    given = w.given_factor_bytes(layer) * 3 // 2
+    return max(routed, around_linears, scores(w, 3 * w.sequence_length)) + max(tile, *dequantized, 0) + given
+
+
+def computes_in(w: Workload, layer: Layer) -> int:
+    """On a CPU: a chunk of routed tokens, tokens and their gradient in float32, and what GEMMs in bfloat16 lay out.
+
+    All of it is the fused route's, which makes no dropped inputs.
+    """
+    if w.device != "cpu":
+        return 0
+    routed = sum(_routed_at_once(w, spec, dropped=False) for spec in layer.experts.values())
+    copied = 0 if w.compute_dtype == torch.float32 else 2 * w.tokens * w.inventory.hidden_size * FLOAT32_BYTES
+    return routed + copied + _tokens_in_bfloat16(w, layer)
+
+
+def _tokens_in_bfloat16(w: Workload, layer: Layer) -> int:
+    """An expert's tokens as a CPU's GEMMs in bfloat16 lay them out, by each thread; at most all at one expert."""
+    if w.compute_dtype != torch.bfloat16:
+        return 0
+    contracted = [size for shape in layer.linears.values() for size in shape]
+    for spec in layer.experts.values():
+        contracted += [spec.hidden_size, (len(spec.projections) - 1) * spec.intermediate_size]
+    return torch.get_num_threads() * native.scratch_bytes(w.tokens, max(contracted, default=0))
+
+
+def _dora_of_linear(w: Workload, out_features: int, in_features: int) -> int:
+    """What PEFT computes a linear's norms from: an identity, the update and W, each twice, and what it makes of tokens.
+
+    W is the identity's size at most where that is square; the update is kept in the adapter's dtype.
+    """
+    wide = max(out_features, in_features)
+    matrices = 4 * out_features * in_features + in_features * in_features
+    return FLOAT32_BYTES * (matrices + 3 * w.tokens * wide)
+
+
+def _between_gemms(w: Workload, spec: ExpertsSpec) -> int:
+    """Routed tokens between an expert layer's GEMMs, and its input, output and their gradients [T, D] in float32.
+
+    On a GPU half of the working set is for routed tokens and half for dequantized weights, of one expert at least.
+    """
+    D, F, num_parts = spec.hidden_size, spec.intermediate_size, len(spec.projections) - 1
+    routed = _routed_at_once(w, spec, dropped=w.dropout)  # by either route
+    around = 4 * (1 + w.rows_per_token) * w.tokens * D * FLOAT32_BYTES
+    if w.device == "cpu":
+        return routed + around
+    half, one_expert = w.working_set_bytes // 2, (num_parts + 1) * D * F * w.compute_dtype.itemsize
+    return routed + min(w.inventory.experts_here(spec) * one_expert, max(half, one_expert)) + around
+
+
+def _routed_at_once(w: Workload, spec: ExpertsSpec, dropped: bool) -> int:
+    """A chunk of routed tokens between the GEMMs, with dropped inputs or without."""
+    D, F, num_parts = spec.hidden_size, spec.intermediate_size, len(spec.projections) - 1
+    per_routed_token = bytes_per_routed_token(D, F, num_parts, spec.has_gate, dropped, w.device)
+    if w.targets.use_dora:
+        per_routed_token += bytes_per_gained_token(D, F, num_parts)
+    budget = w.working_set_bytes if w.device == "cpu" else w.working_set_bytes // 2
+    return min(w.tokens * w.inventory.top_k * per_routed_token, budget)
+
+
+def scores(w: Workload, num_tokens: int) -> int:
+    """Attention scores [heads, T, S] in float32, where torch computes all of them at once.
+
+    It does on a CPU where values are not as wide as keys.
+    """
+    attention = w.inventory.attention
+    if w.device != "cpu" or attention.query == attention.output:
+        return 0
+    return FLOAT32_BYTES * attention.heads * num_tokens * w.sequence_length
