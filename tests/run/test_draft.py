@@ -81,7 +81,7 @@ def test_the_models_chat_template_is_taken_where_it_has_one(folder):
 
 
 def test_what_does_not_fit_is_changed_so_that_it_does_and_says_so(folder):
-    at_once = ["training.per_device_train_batch_size=64", "kernels.working_set=2GiB"]
+    at_once = ["training.per_device_train_batch_size=64", "kernels={working_set: 2GiB, keep: 0}"]
     peak = draft_run_file(str(MODEL), "rows.jsonl", Path("run.yaml"), at_once).plan.memory.peak_bytes
     draft = draft_run_file(str(MODEL), "rows.jsonl", Path("run.yaml"), [*at_once, f"memory_budget={peak - 2**20}"])
     assert draft.plan.fits

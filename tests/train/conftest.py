@@ -138,8 +138,11 @@ def run_values(small_mixtral: Path, rows_file: Path, tmp_path: Path) -> dict[str
 
 @pytest.fixture
 def values(run_values: dict[str, Any]) -> dict[str, Any]:
-    """Six steps of two micro-batches of two rows, with dropout; four layers of experts run in each step."""
-    values = run_values | {"data": run_values["data"] | {"merge_accumulation": False}}
+    """Six steps of two micro-batches of two rows, with dropout; four layers of experts run in each step.
+
+    Nothing is kept for backward that could be computed again: where memory runs out, batches are what is changed first.
+    """
+    values = run_values | {"data": run_values["data"] | {"merge_accumulation": False}, "kernels": {"keep": 0}}
     values["training"] |= {"max_steps": 6, "eval_steps": 2, "save_steps": 2}
     return values
 
