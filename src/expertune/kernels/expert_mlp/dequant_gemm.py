@@ -291,12 +291,12 @@ def _expert_backward(
             dgain = dgains[u]
             assert inter_whole_NF is not None
             assert dgain is not None
-            scaled = _of_dropped(inter_whole_NF, update, number_N, layer.down, expert, scratch)
-            if scaled is None:
-                scaled = dout_ND.new_empty(dout_ND.shape)
-                multiply(inter_whole_NF, layer.down, expert, scaled, scratch)
-            _add_expanded(scaled, h[u], update, update.b)
-            dgain += (dout_ND.float() * weight_N1 * scaled.float()).sum(dim=0)
+            of_whole = _of_dropped(inter_whole_NF, update, number_N, layer.down, expert, scratch)
+            if of_whole is None:
+                of_whole = dout_ND.new_empty(dout_ND.shape)
+                multiply(inter_whole_NF, layer.down, expert, of_whole, scratch)
+            _add_expanded(of_whole, h[u], update, update.b)
+            dgain += (dout_ND.float() * weight_N1 * of_whole.float()).sum(dim=0)
     return dx_ND, dweight_N
 
 
