@@ -72,4 +72,4 @@ def test_memory_that_tensors_gave_back_leaves_the_process():
     def run(call):
         return float(run_program(FRAGMENT.format(call=call), imports=BENEATH).out)
 
-    assert run("map_large_blocks()") < run("") - 20
+    assert run("map_large_blocks()") < run("") - 10
