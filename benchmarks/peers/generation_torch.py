@@ -1,6 +1,7 @@
 """Ours, with and without an adapter, and bitsandbytes' own layers over the same bytes, in transformers' `generate`."""
 
 import argparse
+import copy
 import importlib.metadata
 import time
 from typing import Any
@@ -110,8 +111,10 @@ def _check(model: PreTrainedModel) -> dict[str, Any]:
         with answering():
             ours = _token_by_token(model, ids)
         plain = _dequantized(model)
+        exact = plain(input_ids=ids).logits
+        for parameter in plain.parameters():  # and no buffers, such as the frequencies of rotary embeddings
+            parameter.data = parameter.data.bfloat16()
         theirs = plain(input_ids=ids).logits.float()
-        exact = plain.float()(input_ids=ids).logits
     return {"tokens": ids.numel(), "ours": _distance(ours, exact), "plain": _distance(theirs, exact)}
 
 
@@ -132,7 +135,7 @@ def _distance(logits: Tensor, exact: Tensor) -> dict[str, float]:
 
 
 def _dequantized(model: PreTrainedModel) -> PreTrainedModel:
-    """transformers' own model with the values of ours in bfloat16."""
+    """transformers' own model with the values of ours in float32."""
     twin = build_twin(model)
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -141,7 +144,7 @@ def _dequantized(model: PreTrainedModel) -> PreTrainedModel:
         target = twin.get_submodule(name)
         if isinstance(module, Nf4Experts):
             matrices = {
-                part: [module.dequantize(expert, part, torch.bfloat16) for expert in range(module.num_experts)]
+                part: [module.dequantize(expert, part, torch.float32) for expert in range(module.num_experts)]
                 for part in ("gate", "up", "down")
             }
             pairs = zip(matrices["gate"], matrices["up"], strict=True)
@@ -149,13 +152,14 @@ def _dequantized(model: PreTrainedModel) -> PreTrainedModel:
             target.down_proj = nn.Parameter(torch.stack(matrices["down"]), requires_grad=False)
             inside = (*inside, f"{name}.")
         elif isinstance(module, Nf4Linear):
-            state = module.weight.quant_state
-            weight = bnb.functional.dequantize_4bit(module.weight.data, state).to(torch.bfloat16)
+            state = copy.copy(module.weight.quant_state)
+            state.dtype = torch.float32
+            weight = bnb.functional.dequantize_4bit(module.weight.data, state)
             target.weight = nn.Parameter(weight, requires_grad=False)
         else:
             for key, parameter in module._parameters.items():
                 # Of its own: what becomes of the twin's dtype is not to change ours.
-                own = None if parameter is None else nn.Parameter(parameter.detach(), requires_grad=False)
+                own = parameter if parameter is None else nn.Parameter(parameter.float(), requires_grad=False)
                 setattr(target, key, own)
     return twin.eval()
 
