@@ -70,11 +70,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 report.progress("checking logits")
                 check = drivers[_OURS].ask("check")
                 _require_exact_logits(check)
-        measured = {}
-        for name in args.settings:
-            # Several sequences take longer, and vary less.
-            rounds = args.rounds if SETTINGS[name][0] == 1 else -(-args.rounds // 2)
-            measured[name] = _measure(name, drivers, rounds)
         result = {
             "benchmark": "generation",
             "model": vars(shape) | {"vocab": VOCAB_SIZE},
@@ -82,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 name: dict(zip(("sequences", "prompt_tokens", "new_tokens"), SETTINGS[name], strict=True))
                 for name in args.settings
             },
-            "measured": measured,
+            "measured": {},
             "check": check,
             "stacks": {name: driver.ready for name, driver in drivers.items()},
             "dtype": dtype,
@@ -92,11 +87,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             ),
             **report.environment(),
         }
+        for name in args.settings:
+            # Several sequences take longer, and vary less.
+            rounds = args.rounds if SETTINGS[name][0] == 1 else -(-args.rounds // 2)
+            result["measured"][name] = _measure(name, drivers, rounds)
+            if args.json:  # a run that is ended leaves what it has
+                report.write(args.json, result)
     finally:
         for driver in drivers.values():
             driver.close()
-    if args.json:
-        report.write(args.json, result)
     _show(result)
     return result
 

@@ -13,10 +13,10 @@ from benchmarks.peers.processes import GPU_STACKS, STACKS, Driver
 from benchmarks.workload import DOLLY_SAMPLE, Lora, Shape, Workload, describe, prepare
 
 # Those that run where nothing is named: on a CPU. On a GPU: `GPU_STACKS`.
-PEERS = tuple(name for name in STACKS if name != "ours" and name not in GPU_STACKS)
+PEERS = tuple(name for name in STACKS if name not in ("ours", "kept", *GPU_STACKS))
 
 # Peers that hold the same NF4 bytes as ours.
-SAME_WEIGHTS = ("legacy", "tutorial")
+SAME_WEIGHTS = ("legacy", "tutorial", "kept")
 
 # Peers with the same NF4 values, under adapters that cannot be ours: the loss without any must agree.
 SAME_BASE = GPU_STACKS
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peers", nargs="*", choices=(*PEERS, *GPU_STACKS), help="default: all that run on the device")
+    parser.add_argument("--keep", action="store_true", help="ours that keeps gate and up for backward takes turns too")
     report.add_dtype_argument(parser)
     parser.add_argument(
         "--peer-dtype",
@@ -89,7 +90,7 @@ def _peers(args: argparse.Namespace) -> list[str]:
     names = list(here) if args.peers is None else args.peers
     if strangers := [name for name in names if name not in here]:
         raise SystemExit(f"{', '.join(strangers)} cannot run with --device {args.device}; {', '.join(here)} can")
-    return names
+    return [*names, "kept"] if args.keep else list(names)
 
 
 def _sessions(peers: list[str]) -> list[list[str]]:

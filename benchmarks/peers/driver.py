@@ -63,6 +63,7 @@ def serve(build: Callable[[argparse.Namespace], Stack]) -> None:
     parser.add_argument("--dropout", type=float, required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the products")
+    parser.add_argument("--keep", action="store_true", help="ours: all expert layers keep gate and up for backward")
     parser.add_argument("--pad-to", type=int, help="one row per micro-batch, padded on the left to so many tokens")
     args = parser.parse_args()
 

@@ -17,6 +17,7 @@ LEGACY_PYTHON = "EXPERTUNE_LEGACY_PYTHON"
 # Stack -> its module of `benchmarks.peers` and what its command line has in addition.
 STACKS: dict[str, tuple[str, list[str]]] = {
     "ours": ("ours", []),
+    "kept": ("ours", ["--keep"]),
     "legacy": ("legacy", []),
     "tutorial": ("legacy", ["--pad-to", "320"]),
     "stock5": ("stock5", []),
