@@ -44,6 +44,7 @@ from expertune.run.agreement import (
     choose_experts,
     kept_by_all,
     machine_for_all,
+    record_kept,
     require_same_start,
     share_batch,
     share_experts,
@@ -180,10 +181,13 @@ def _finetune(context: RunContext) -> Run:
         record.save()
         context.show_score("before")
 
-    kept_layers = kept_by_all(context, made.kept.layers)
-    _record_notes(context, made.micro_batch, kept_layers, point)
+    kept = kept_by_all(context, made.kept)
+    if kept.note:
+        context.notes.append(kept.note)
+    record_kept(record, kept, started)
+    _record_notes(context, made.micro_batch, point)
     write_report(record, context.notify)
-    with record.phase("training"), recovery.keeping(kept_layers):
+    with record.phase("training"), recovery.keeping(kept.layers):
         train(context, inputs, model, Learning(objective, held_out, recovery, router_losses), point)
     write = partial(write_adapter, model, output_dir / ADAPTER_FOLDER, context.ranks)
     if context.sharing:
@@ -245,7 +249,7 @@ def _resume_point(context: RunContext) -> ResumePoint | None:
     return point
 
 
-def _record_notes(context: RunContext, micro_batch: MicroBatch, kept_layers: int, point: ResumePoint | None) -> None:
+def _record_notes(context: RunContext, micro_batch: MicroBatch, point: ResumePoint | None) -> None:
     """Show and record what of the run file is not used as it stands, and where a resumed run continues."""
     if point:
         context.notes.extend(f"not resumed from: {reason}" for reason in point.refused)
@@ -255,7 +259,7 @@ def _record_notes(context: RunContext, micro_batch: MicroBatch, kept_layers: int
         context.notes.append(f"offload_activations: on this {device} memory is the host's, and nothing is moved")
     for note in context.notes:
         context.notify(note)
-    context.record.update("train", notes=context.notes, micro_batch=asdict(micro_batch), kept_layers=kept_layers)
+    context.record.update("train", notes=context.notes, micro_batch=asdict(micro_batch))
 
 
 def _load_and_adapt(

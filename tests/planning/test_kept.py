@@ -7,9 +7,11 @@ import pytest
 from expertune.config import parse_config
 from expertune.errors import ConfigError
 from expertune.planning import make_plan
+from expertune.planning.devices import Machine
 from expertune.planning.kept import choose_kept
 from expertune.planning.placement import PlannedPlacement
-from expertune.planning.plan import Started
+from expertune.planning.plan import Started, plan_for
+from expertune.text import format_size
 
 from .conftest import TUTORIAL_LORA
 from .test_fit import HUNGRY, MIXTRAL, shown
@@ -28,6 +30,11 @@ def run(run_of):
 
 def plan_of(config, **arguments):
     return make_plan(config, device="cpu", **arguments)
+
+
+def notes_of(plan):
+    """What a plan notes of gate and up."""
+    return [note for note in plan.notes if "gate and up" in note]
 
 
 def test_half_of_what_a_run_leaves_free_is_for_gate_and_up(run):
@@ -141,4 +148,59 @@ def test_a_resumed_run_keeps_as_many_as_before_or_fewer_where_memory_has_gone(ru
     assert plan_of(run(memory_budget="200GB"), started=Started()).kept.layers == 0
     fewer = plan_of(run(memory_budget=peak + 3 * OF_LAYER), started=Started(kept_layers=5))
     assert fewer.kept.layers == 3
-    assert "the run started with 5, and continues to rounding" in fewer.kept.reason
+    assert "4 would take more than what is free" in fewer.kept.reason
+
+
+def test_a_plan_says_that_a_resumed_run_keeps_fewer_and_is_no_more_the_same_to_the_byte(run):
+    peak = plan_of(run(kernels={"keep": 0})).memory.peak_bytes
+    fewer = plan_of(run(memory_budget=peak + 3 * OF_LAYER), started=Started(kept_layers=5))
+    assert notes_of(fewer) == [fewer.kept.note]
+    text = " ".join(shown(fewer, 120).split())
+    assert "note: 3 of 32 expert layers keep gate and up, and the run started with 5: 4 would take more than" in text
+    assert "continues to rounding" in text
+    assert not notes_of(plan_of(run(memory_budget="200GB"), started=Started(kept_layers=5)))
+
+
+@pytest.mark.parametrize(
+    ("device", "sections", "why"),
+    [
+        ("cuda", {}, ": on a GPU"),
+        ("cpu", {"quantization": {"compute_dtype": "float16"}}, ": in float16"),
+        ("cpu", {"lora": {"r": 8, "use_dora": True}}, ": with DoRA"),
+        ("cpu", {"memory_budget": "30GB", "training": {"per_device_train_batch_size": 40}}, ": 1 would take more than"),
+        ("cpu", {"kernels": {"keep": "1MB"}}, ""),
+    ],
+)
+def test_a_size_that_keeps_nothing_is_noted_with_the_reason_and_auto_is_silent(run, device, sections, why):
+    asked = {"memory_budget": "200GB", "kernels": {"keep": "20GB"}} | sections
+    plan = make_plan(run(**asked), device=device)
+    assert plan.kept.layers == 0
+    (note,) = notes_of(plan)
+    size = asked["kernels"]["keep"].replace("GB", ".00 GB").replace("1MB", "1 MB")
+    assert note.startswith(f"kernels.keep: {size} keeps nothing{why}")
+    assert "gate and up of one expert layer take" in note
+    for silent in ("auto", 0):
+        if asked["kernels"]["keep"] != "1MB":
+            assert not notes_of(make_plan(run(**asked | {"kernels": {"keep": silent}}), device=device))
+
+
+def test_the_size_of_one_layer_is_named_where_the_run_file_has_less(run):
+    (note,) = notes_of(plan_of(run(memory_budget="200GB", kernels={"keep": OF_LAYER - 1})))
+    assert note.endswith(f"gate and up of one expert layer take {format_size(OF_LAYER)}")
+    assert plan_of(run(memory_budget="200GB", kernels={"keep": OF_LAYER})).kept.layers == 1
+
+
+def test_where_experts_are_shared_out_a_rank_may_receive_the_tokens_of_all(run):
+    def plan(keep, ranks=2):
+        config = run(memory_budget="200GB", kernels={"keep": keep}, distributed={"experts": "parallel"})
+        return plan_for(config, Machine.of(config, "cpu", devices=ranks))
+
+    auto = plan("auto")
+    assert auto.kept.layers == 0
+    assert "a rank can receive 2 times its own tokens" in auto.kept.reason
+    assert not notes_of(auto)
+    sized = plan(7 * OF_LAYER)
+    assert (sized.kept.layers, sized.kept.num_bytes) == (3, 6 * OF_LAYER)
+    assert sized.memory.phases["layer"]["gate_up"] == 6 * OF_LAYER
+    # Of eight experts on eight ranks each has one, and a token chooses it once at most.
+    assert plan(9 * OF_LAYER, ranks=8).kept.num_bytes == 2 * 4 * OF_LAYER

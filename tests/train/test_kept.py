@@ -104,5 +104,31 @@ def test_a_resumed_run_keeps_what_it_began_with_whatever_memory_is_free(
     kept.clear()
     resumed = run(values, tmp_path / "run", resume=True)
     assert set(kept) == {recorded or 0}
-    assert resumed["train"]["kept_layers"] == (recorded or 0)
+    assert resumed["train"]["kept_layers"] == resumed["train"]["kept_layers_fewest"] == (recorded or 0)
     assert adapter_bytes(tmp_path / "run") == adapter  # in float32
+
+
+def test_resumed_with_less_memory_a_run_says_so_and_remembers_what_it_started_with(
+    values: dict[str, Any], tmp_path: Path, kept: list[int]
+) -> None:
+    values |= {"quantization": {**values.get("quantization", {}), "compute_dtype": "bfloat16"}}
+    out = tmp_path / "run"
+    begun = run(values, out)["plan"]["kept"]
+    one_layer = begun["num_bytes"] // begun["layers"]
+
+    def resumed(**changes: Any) -> dict[str, Any]:
+        for name in ("adapter", "checkpoint-4"):
+            shutil.rmtree(out / name)
+        kept.clear()
+        train: dict[str, Any] = run(values, out, resume=True, **changes)["train"]
+        return train
+
+    train = resumed(memory_budget=str(begun["peak_bytes_without"] + one_layer))
+    assert set(kept) == {1}
+    assert (train["kept_layers"], train["kept_layers_fewest"]) == (2, 1)
+    said = "1 of 2 expert layers keep gate and up, and the run started with 2: 2 would take more than what is free"
+    assert any(said in note for note in train["notes"])
+    train = resumed()
+    assert set(kept) == {2}
+    assert (train["kept_layers"], train["kept_layers_fewest"]) == (2, 1)
+    assert not any("gate and up" in note for note in train["notes"])

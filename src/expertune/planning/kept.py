@@ -32,6 +32,8 @@ class KeptLayers:
         num_bytes: what they keep of a micro-batch.
         peak_bytes_without: the run's peak if none did.
         reason: why no more do; None where all do.
+        note: what a user would not expect: a size in the run file that keeps nothing, or fewer layers than a run
+            started with; None otherwise.
     """
 
     layers: int
@@ -39,6 +41,7 @@ class KeptLayers:
     num_bytes: int
     peak_bytes_without: int
     reason: str | None = None
+    note: str | None = None
 
     @property
     def line(self) -> str | None:
@@ -72,8 +75,24 @@ def choose_kept(
             bytes, or fewer where that would no longer fit; None for a new run.
     """
     peak, kept = peak_of(w), list(accumulate(gate_up(w)))
-    if why_not := _why_nothing(w):
-        return KeptLayers(0, len(kept), 0, peak, why_not)
+    layers, reason = 0, _why_nothing(w, most_bytes)
+    if not reason:
+        layers, reason = _that_fit(w, placement, most_bytes, budget_bytes, peak_of, previously)
+    num_bytes = kept[layers - 1] if layers else 0
+    note = _fewer(layers, len(kept), previously, reason) if previously else _of_no_use(kept, layers, most_bytes, reason)
+    return KeptLayers(layers, len(kept), num_bytes, peak, None if layers == len(kept) else reason, note)
+
+
+def _that_fit(
+    w: Workload,
+    placement: PlannedPlacement,
+    most_bytes: int | None,
+    budget_bytes: int,
+    peak_of: Callable[[Workload], int],
+    previously: int | None,
+) -> tuple[int, str | None]:
+    """How many layers fit, and why no more do; arguments as for `choose_kept`."""
+    peak, kept = peak_of(w), list(accumulate(gate_up(w)))
     free, most = budget_bytes - peak, len(kept)
     reason = None
     if previously is not None:
@@ -92,15 +111,41 @@ def choose_kept(
     if layers < most:
         what = "half of what is free" if previously is None and most_bytes is None else "what is free"
         reason = f"{layers + 1} would take more than {what}, {format_size(max(free, 0))}"
-        if previously is not None:
-            reason += f"; the run started with {previously}, and continues to rounding, not to the byte"
-    return KeptLayers(layers, len(kept), sum(gate_up(w)[:layers]), peak, None if layers == len(kept) else reason)
+    return layers, reason
 
 
-def _why_nothing(w: Workload) -> str | None:
-    """Why a layer keeps nothing even if it is told to; None where it does."""
+def _fewer(layers: int, of_layers: int, previously: int, reason: str | None) -> str | None:
+    """That a resumed run keeps fewer layers' gate and up than it started with; None where it does not."""
+    if layers >= previously:
+        return None
+    return (
+        f"{layers} of {of_layers} expert layers keep gate and up, and the run started with {previously}: {reason}. "
+        "The run continues to rounding, and need not end with the bytes of an uninterrupted one"
+    )
+
+
+def _of_no_use(kept: list[int], layers: int, most_bytes: int | None, reason: str | None) -> str | None:
+    """That a size in the run file keeps nothing; None where there is none, or it does."""
+    if layers or not most_bytes or not kept:
+        return None
+    why = "" if most_bytes < kept[0] else f": {reason}"
+    return (
+        f"kernels.keep: {format_size(most_bytes)} keeps nothing{why}; gate and up of one expert layer take "
+        f"{format_size(kept[0])}"
+    )
+
+
+def _why_nothing(w: Workload, most_bytes: int | None) -> str | None:
+    """Why no layer keeps anything; None where it does if it fits."""
     if w.device != "cpu":
         return "on a GPU they are computed again"
     if w.compute_dtype == torch.float16:
         return "in float16, which has no room for all of their numbers, they are computed again"
-    return "with DoRA they are computed again" if w.targets.use_dora else None
+    if w.targets.use_dora:
+        return "with DoRA they are computed again"
+    if most_bytes is None and (ranks := w.inventory.distribution.expert_ranks) > 1:
+        return (
+            f"experts are shared out, and a rank can receive {ranks} times its own tokens; kernels.keep with a size "
+            "keeps as many layers as fit even then"
+        )
+    return None

@@ -55,10 +55,16 @@ def kept_by_experts(w: Workload, layer: Layer) -> int:
 
 
 def gate_up(w: Workload) -> list[int]:
-    """Gate and up [R, P * F] of all routed tokens, of each expert layer: what it keeps for backward if told to."""
-    routed, dtype = w.tokens * w.inventory.top_k, w.compute_dtype
+    """Gate and up [R, P * F] of all routed tokens, of each expert layer: what it keeps for backward if told to.
+
+    Where experts are shared out, an upper bound: all ranks' tokens may choose the experts that a rank has.
+    """
+    ranks = w.inventory.distribution.expert_ranks
     return [
-        routed * kept_bytes_per_routed_token(spec.intermediate_size, len(spec.projections) - 1, dtype)
+        ranks
+        * w.tokens
+        * min(w.inventory.top_k, w.inventory.experts_here(spec))
+        * kept_bytes_per_routed_token(spec.intermediate_size, len(spec.projections) - 1, w.compute_dtype)
         for layer in w.inventory.layers
         for spec in layer.experts.values()
     ]

@@ -247,7 +247,7 @@ class _Planner:
             disk=count_disk(config, replace(found.workload, inventory=self.shapes.inventory), self.shapes.source),
             time=found.time,
             gpu=machine.gpu.name if machine.gpu else None,
-            notes=self.shapes.source.notes + self.hints(),
+            notes=(*self.shapes.source.notes, *self.hints(), *([found.kept.note] if found.kept.note else [])),
             ranks=ranks,
             pace=found.pace,
             objective=config.objective,

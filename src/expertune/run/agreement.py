@@ -8,9 +8,11 @@ from expertune.distributed.sharded import ExpertSharding, Sharing
 from expertune.errors import ConfigError
 from expertune.planning.devices import Machine
 from expertune.planning.distribution import EXPERTS, Distribution
+from expertune.planning.kept import KeptLayers
 from expertune.planning.plan import Started, plan_for
 from expertune.run.context import RunContext
 from expertune.run.directory import recordable
+from expertune.run.record import RunRecord
 from expertune.train.arguments import ACCUMULATION, BATCH_SIZE, training_argument
 from expertune.train.checkpoints import list_checkpoints
 
@@ -60,9 +62,19 @@ def started_with(context: RunContext) -> Started | None:
     return Started(int(train.get("micro_batch", {}).get("merged", 1)), int(train.get("kept_layers", 0)))
 
 
-def kept_by_all(context: RunContext, layers: int) -> int:
-    """How many expert layers keep gate and up on every rank: the fewest that are planned for one."""
-    return min(context.ranks.gather(layers))
+def kept_by_all(context: RunContext, kept: KeptLayers) -> KeptLayers:
+    """The expert layers that keep gate and up on every rank: the fewest that are planned for one."""
+    return min(context.ranks.gather(kept), key=lambda each: each.layers)
+
+
+def record_kept(record: RunRecord, kept: KeptLayers, started: Started | None) -> None:
+    """Record how many expert layers keep gate and up: what the run started with stays, whatever a resume keeps."""
+    at_start, fewest = kept.layers, kept.layers
+    if started:
+        at_start = started.kept_layers
+        before = record.section("train").get("kept_layers_fewest")
+        fewest = min(fewest, at_start if before is None else int(before))
+    record.update("train", kept_layers=at_start, kept_layers_fewest=fewest)
 
 
 def machine_for_all(context: RunContext) -> Machine:

@@ -97,6 +97,7 @@ class _Train(_Section):
     steps: _Count = 0
     micro_batch: _MicroBatch = _MicroBatch()
     kept_layers: _Count = 0
+    kept_layers_fewest: _Count | None = None
     recoveries: list[_Recovery] = []
     processes: _AtLeastOne = 1
     global_batch: _AtLeastOne = 1
