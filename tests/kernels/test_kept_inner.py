@@ -224,3 +224,12 @@ def test_layer_elsewhere_than_on_a_cpu_computes_again() -> None:
     case.layer.keeps = True
     assert operator._keeps(case.layer, case.hidden, case.updates)
     assert not operator._keeps(case.layer, case.hidden.to("meta"), case.updates)
+
+
+def test_in_bfloat16_a_second_backward_of_a_graph_has_the_bits_of_the_first(route: str) -> None:
+    case = make_case(17, dtype=torch.bfloat16)
+    case.layer.keeps = True
+    out, _ = expert_mlp(*case)
+    first, second = (torch.autograd.grad(out.square().sum(), case.leaves, retain_graph=True) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)

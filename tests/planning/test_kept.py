@@ -204,3 +204,10 @@ def test_where_experts_are_shared_out_a_rank_may_receive_the_tokens_of_all(run):
     assert sized.memory.phases["layer"]["gate_up"] == 6 * OF_LAYER
     # Of eight experts on eight ranks each has one, and a token chooses it once at most.
     assert plan(9 * OF_LAYER, ranks=8).kept.num_bytes == 2 * 4 * OF_LAYER
+
+
+def test_layers_before_the_first_adapted_one_are_not_counted(run):
+    targets = [f"model.layers.{layer}.self_attn.q_proj" for layer in (29, 31)]
+    plan = plan_of(run(memory_budget="200GB", lora={"r": 8, "targets": targets}))
+    assert (plan.kept.layers, plan.kept.of_layers, plan.kept.num_bytes) == (3, 3, 3 * OF_LAYER)
+    assert plan.kept.reason is None

@@ -252,20 +252,26 @@ def experts_passed_by(model: nn.Module) -> Iterator[None]:
 
 
 def keep_inner(model: nn.Module, num_layers: int) -> None:
-    """Have a model's first expert layers keep what their first GEMM gave from forward for backward.
+    """Have a model's last expert layers keep what their first GEMM gave from forward for backward.
+
+    The last, since layers before the first adapted one have no backward, and the first hold it longest.
 
     A layer that keeps it is spared that GEMM in backward, for
     `expertune.kernels.expert_mlp.plan.kept_bytes_per_routed_token`; the others compute it again, and so does each
     layer on a GPU, in float16, and with DoRA. What is kept in float32 is what the GEMM gave; in bfloat16 it is rounded
     to that once, and the output of forward is not.
 
+    It is kept with the graph until its backward. A second backward of a retained graph computes it once more, rounded
+    alike. Activation checkpointing that is not reentrant and has no replay (`expertune.experts.replay`) computes the
+    layer again with a second such tensor, which it does not read.
+
     Args:
         model: with or without adapters.
-        num_layers: of the expert layers in the model's order, how many; all where there are not as many.
+        num_layers: how many of the expert layers, the last ones in the model's order; all where there are not as many.
     """
     experts = [module for module in model.modules() if isinstance(module, Nf4Experts)]
     for number, module in enumerate(experts):
-        module.layer.keeps = number < num_layers
+        module.layer.keeps = number >= len(experts) - num_layers
 
 
 def holds_experts(model: nn.Module) -> bool:

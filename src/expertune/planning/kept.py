@@ -27,8 +27,8 @@ class KeptLayers:
     """Expert layers that keep gate and up.
 
     Attributes:
-        layers: how many do, the first ones.
-        of_layers: expert layers that the model has.
+        layers: how many do, the last ones.
+        of_layers: expert layers that have a backward: all of the model's, or those from the first adapted layer on.
         num_bytes: what they keep of a micro-batch.
         peak_bytes_without: the run's peak if none did.
         reason: why no more do; None where all do.

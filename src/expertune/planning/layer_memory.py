@@ -55,9 +55,10 @@ def kept_by_experts(w: Workload, layer: Layer) -> int:
 
 
 def gate_up(w: Workload) -> list[int]:
-    """Gate and up [R, P * F] of all routed tokens, of each expert layer: what it keeps for backward if told to.
+    """Gate and up [R, P * F] of all routed tokens: what an expert layer keeps for backward if told to.
 
-    Where experts are shared out, an upper bound: all ranks' tokens may choose the experts that a rank has.
+    Of each expert layer that has a backward, the last first: in this order layers are told to. Where experts are shared
+    out, an upper bound: all ranks' tokens may choose the experts that a rank has.
     """
     ranks = w.inventory.distribution.expert_ranks
     return [
@@ -65,9 +66,18 @@ def gate_up(w: Workload) -> list[int]:
         * w.tokens
         * min(w.inventory.top_k, w.inventory.experts_here(spec))
         * kept_bytes_per_routed_token(spec.intermediate_size, len(spec.projections) - 1, w.compute_dtype)
-        for layer in w.inventory.layers
+        for layer in w.inventory.layers[_first_with_backward(w) :]
         for spec in layer.experts.values()
-    ]
+    ][::-1]
+
+
+def _first_with_backward(w: Workload) -> int:
+    """The first layer in which something is adapted; 0 where something is that lies in none by its name."""
+    adapted = {*w.targets.linears, *w.targets.experts, *w.targets.router}
+    found = [adapted.intersection(layer.linears.keys() | layer.experts.keys()) for layer in w.inventory.layers]
+    if adapted.difference(*found):
+        return 0
+    return next((index for index, names in enumerate(found) if names), 0)
 
 
 def computing(w: Workload, layer: Layer) -> int:

@@ -56,7 +56,7 @@ class Workload:
         calibrates: a sample passes through the model once, before training.
         router_losses: coefficients of the routers' load-balancing loss and z-loss.
         passes: what the objective asks of the model besides.
-        kept_layers: of the expert layers, the first that keep gate and up from forward for backward.
+        kept_layers: of the expert layers, how many of the last keep gate and up from forward for backward.
     """
 
     inventory: Inventory

@@ -164,7 +164,8 @@ def _flops(w: Workload) -> tuple[float, float]:
     kept (with checkpointing everything but the experts), attention, the output head and the adapter; with DoRA the
     output of down once more, and the norms.
     """
-    T, inventory, kept_layers = w.tokens, w.inventory, w.kept_layers
+    T, inventory = w.tokens, w.inventory
+    to_recompute = sum(len(layer.experts) for layer in inventory.layers) - w.kept_layers
     forward = backward = 0.0
     for layer in inventory.layers:
         # Weights that a token meets in the experts: of gate and up, and of down.
@@ -174,8 +175,8 @@ def _flops(w: Workload) -> tuple[float, float]:
         # Scores and values over the earlier half of a sequence; backward computes each twice, and the scores again.
         scores = T * w.sequence_length * (inventory.attention.query + inventory.attention.output)
         recomputed = 2 * T * linears + scores if w.checkpointing else 0.0
-        recomputed += 2 * T * gate_up if kept_layers <= 0 else 0.0
-        kept_layers -= len(layer.experts)
+        recomputed += 2 * T * gate_up if to_recompute > 0 else 0.0
+        to_recompute -= len(layer.experts)
         forward += 2 * T * (gate_up + down + linears) + scores
         backward += 2 * T * (gate_up + down + linears) + 2.5 * scores + recomputed
         if w.targets.use_dora:

@@ -138,7 +138,7 @@ class OutOfMemory(TrainerCallback):
 
     @contextmanager
     def keeping(self, num_layers: int) -> Iterator[None]:
-        """While open, the first expert layers keep gate and up for backward, unless memory runs out."""
+        """While open, the last expert layers keep gate and up for backward, unless memory runs out."""
         self._keep(num_layers)
         try:
             yield

@@ -177,7 +177,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list
     ctx.save_for_backward(hidden, index, top_k_weights, seeds, *weights, *a, *b, *slots, *gains, *output[1])
     # Not among what is saved: activation checkpointing would throw it away, and have it made again. Detached, since an
     # output refers to its node.
-    ctx.kept = output[2].detach() if keep else None
+    ctx.kept, ctx.keep = output[2].detach() if keep else None, keep
     # No zeros of that size are made for its gradient, which nobody asks for.
     ctx.set_materialize_grads(False)
 
@@ -185,12 +185,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list
 def _autograd(ctx: Any, dout: Tensor | None, _dh: list[None], _dkept: None) -> tuple[Any, ...]:
     # Read once: under activation checkpointing each access would recompute the layer.
     hidden, index, top_k_weights, seeds, *rest = ctx.saved_tensors
-    # Taken once, so that it is free when this is done, whoever holds the graph: a second backward computes it again.
+    # Taken once, so that it is free when this is done, whoever holds the graph.
     kept, ctx.kept = ctx.kept, None
     dout = torch.zeros_like(hidden) if dout is None else dout
     held, count = ctx.num_weights, ctx.num_updates
     weights = rest[:held]
     a, b, slots, gains, h = (rest[held + i * count : held + (i + 1) * count] for i in range(5))
+    if ctx.keep and kept is None:  # a second backward: by forward again, so that what was rounded is rounded alike
+        with torch.no_grad():
+            inputs = hidden, index, top_k_weights, weights, *ctx.plain, seeds, a, b, slots, gains
+            kept = torch.ops.expertune.expert_mlp(*inputs, [], ctx.keep, True)[2]
     dhidden, dweights, da, db, dgains = torch.ops.expertune.expert_mlp_backward(
         dout, hidden, index, top_k_weights, weights, *ctx.plain, seeds, a, b, slots, gains, h, kept
     )
