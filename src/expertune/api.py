@@ -293,9 +293,13 @@ def _load_and_adapt(
     router_losses = take_router_losses(model, config)
     # Nothing that changes a logit may change between the two forwards of the base model.
     base = BaseForward(sample, base_logits)
+    is_begun = lora.init == "pissa"
+    if is_begun:  # of which the check has to see what training computes: the first factors taken away, and not zero
+        begin_adapter(context, source, model, moments)
     with record.phase("preflight"), context.bars.task("preflight check", "layers") as progress:
         found, _ = recovery.preflight(lambda part: preflight(model, dict(part), base, progress, router_losses), probe)
-    begin_adapter(context, source, model, moments)
+    if not is_begun:  # a correction changes what the base computes, which the check compares with
+        begin_adapter(context, source, model, moments)
     if loaded.fingerprint:  # which by now knows the calibration too
         record.add("model", base=loaded.fingerprint.to_json())
     record.add("model", dtype=str(model.dtype), unexpected_tensors=loaded.unexpected)

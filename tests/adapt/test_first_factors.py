@@ -1,5 +1,6 @@
 """Adapters that train from principal components (PiSSA), which are taken away from what they give."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from expertune.adapt.live import LiveAdapter, LivePair
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.checkpoint.load import LoadedModel
 from expertune.config import LoraSection
-from expertune.errors import CheckpointError
+from expertune.errors import CheckpointError, ExportError
 from expertune.experts import layout
 from expertune.kernels.lora import beyond
 from tests.adapt.conftest import stock_peft
@@ -191,6 +192,48 @@ def test_factors_come_back_to_the_bit_from_its_files_and_its_first_factors(
     again.load_adapter(str(tmp_path), "default")
     for (name, one), (_, other) in zip(states(model), states(again), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_what_peft_merges_is_what_the_adapter_gives(loaded: LoadedModel, folder: Path) -> None:
+    model = trained(begun(loaded, folder)).eval()
+    linears = [pair for pair in pairs(model) if pair.expert is None]
+    assert len(linears) == 2 * 4
+    for pair in linears:
+        layer, x = model.get_base_model().get_submodule(pair.module), torch.eye(pair.a.shape[1])
+        given = (layer(x) - layer.base_layer(x)).T
+        assert given.any()
+        torch.testing.assert_close(layer.get_delta_weight("default"), given, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit linear may get different generations")
+def test_merging_an_adapter_that_gives_nothing_does_what_merging_zeros_does(loaded: LoadedModel, folder: Path) -> None:
+    model = begun(loaded, folder, targets=["attention"], rank_pattern={})
+    plain = attach(copied(loaded), LoraSection(r=6, targets=["attention"]), str(folder)).eval()
+    assert torch.equal(logits(model.merge_and_unload()), logits(plain.merge_and_unload()))
+
+
+def test_a_copied_model_merges_its_own_factors(loaded: LoadedModel, folder: Path) -> None:
+    model = begun(loaded, folder, targets=["attention"], rank_pattern={})
+    again = trained(copy.deepcopy(model))
+    name = "model.layers.0.self_attn.q_proj"
+    assert not model.get_base_model().get_submodule(name).get_delta_weight("default").any()
+    assert again.get_base_model().get_submodule(name).get_delta_weight("default").any()
+
+
+def test_its_factors_are_not_mixed_as_if_they_were_what_it_gives(loaded: LoadedModel, folder: Path) -> None:
+    model = begun(loaded, folder, targets=["attention"], rank_pattern={})
+    with pytest.raises(ExportError, match=r"add_weighted_adapter would mix .*'default' without taking away"):
+        model.add_weighted_adapter(["default"], [0.5], "half", combination_type="cat")
+    assert "half" not in model.peft_config
+
+
+def test_other_adapters_beside_it_are_merged_as_ever(loaded: LoadedModel, folder: Path) -> None:
+    model = begun(loaded, folder, targets=["attention"], rank_pattern={})
+    attach(loaded, LoraSection(r=4, targets=["attention"]), str(folder), adapter_name="second", onto=model)
+    layer = model.get_base_model().get_submodule("model.layers.0.self_attn.q_proj")
+    a, b = layer.lora_A["second"].weight, layer.lora_B["second"].weight
+    torch.nn.init.normal_(b)
+    torch.testing.assert_close(layer.get_delta_weight("second"), layer.scaling["second"] * b @ a)
 
 
 def states(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -8,10 +8,14 @@ import pytest
 import torch
 
 import expertune
+from expertune.adapt import initial
+from expertune.adapt.attach import attach
 from expertune.adapt.files import read_adapter_settings
+from expertune.adapt.initial import begin_at_components, write_first_factors
+from expertune.adapt.live import LivePair
 from expertune.checkpoint.quantize import quantize
 from expertune.config import parse_config
-from expertune.errors import CheckpointError, ConfigError
+from expertune.errors import CheckpointError, ConfigError, PreflightError
 from expertune.exporting.source import open_source
 from expertune.objectives.units import keeps_start
 from expertune.planning import make_plan
@@ -127,6 +131,40 @@ def test_the_plan_counts_what_is_kept_and_what_is_computed_with(run_values: dict
     assert made.memory.phases["save"]["copies"] == 2 * plain.memory.phases["save"]["copies"]
     assert made.disk.checkpoint_bytes > plain.disk.checkpoint_bytes
     assert any("lora.init: 32 matrices are decomposed once" in note for note in made.notes)
+
+
+@pytest.mark.parametrize("lora", [{"r": 6, "alpha": 21.0}, {"r": 6, "alpha": 21.0, "dtype": "bfloat16"}, {"r": 8}])
+def test_the_plan_has_room_for_the_files(
+    lora: dict[str, Any], run_values: dict[str, Any], small_mixtral: Path, tmp_path: Path
+) -> None:
+    config = parse_config(with_keys(run_values, lora={"init": "pissa", **lora}))
+    made = make_plan(config)
+    optimizer = made.memory.phases["update"]["optimizer"]
+    model = attach(load_tiny(small_mixtral), config.lora, str(small_mixtral))
+    begin_at_components(model.get_base_model(), model.names, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 1e-2 * torch.randn_like(parameter)
+    model.save_pretrained(str(tmp_path))
+    model.save_live_factors(tmp_path)
+    written = sum(each.stat().st_size for each in tmp_path.iterdir() if each.suffix in (".safetensors", ".tensors"))
+    assert written <= made.disk.checkpoint_bytes - optimizer < 1.6 * written
+    write_first_factors(tmp_path / FIRST, model.get_base_model(), model.names)
+    assert (tmp_path / FIRST).stat().st_size <= made.disk.adapter_bytes - (made.disk.checkpoint_bytes - optimizer)
+
+
+def test_the_check_before_training_sees_the_factors_that_training_begins_with(
+    run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def miss(pair: LivePair) -> None:  # what is taken away is not what the adapter begins with
+        assert pair.first is not None
+        for first, factor in zip(pair.first, (pair.a, pair.b), strict=True):
+            first.copy_(0.9 * factor)
+
+    monkeypatch.setattr(initial, "_keep_first", miss)
+    with pytest.raises(PreflightError, match="the adapter does not begin as the base model: logits differ by up to"):
+        trained(with_keys(run_values, lora={"init": "pissa"}))
 
 
 def test_preferences_compare_with_the_base_that_it_begins_as(run_values: dict[str, Any]) -> None:

@@ -51,7 +51,9 @@ def attach(
 
     Args:
         loaded: the base model with 4-bit experts, and its names.
-        lora: the run file's adapter section.
+        lora: the run file's adapter section. With `init: pissa` the adapter takes its first factors away, but these
+            are those of an adapter that starts at zero until `expertune.adapt.initial` sets them; of the other
+            beginnings nothing is done here.
         base_model: what `adapter_config.json` names as the base: hub id or path. Of an NF4 folder that is the
             checkpoint which it was made of, whatever is given here.
         revision: commit of the base.

@@ -5,6 +5,7 @@ What it gives has twice the rank, and that is what its files hold: an ordinary L
 """
 
 from collections.abc import Iterator
+from types import MethodType
 
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from expertune.experts.lora import ExpertsLora
-from expertune.kernels.lora import beyond_a, beyond_b
+from expertune.kernels.lora import beyond, beyond_a, beyond_b
 
 
 class WithFirst(nn.Linear):
@@ -61,6 +62,17 @@ def take_first_away(model: nn.Module, adapter: str = "default") -> None:
         elif not isinstance(layer, ParamWrapper):
             layer.lora_A[adapter] = _FactorA(layer.lora_A[adapter])
             layer.lora_B[adapter] = _FactorB(layer.lora_B[adapter])
+            # What PEFT merges, and unmerges: of `weight` alone it would take the product that is not what is given.
+            layer.get_delta_weight = MethodType(_delta_weight, layer)
+
+
+def _delta_weight(layer: LoraLayer, adapter: str) -> Tensor:
+    """PEFT's method of a linear: what an adapter adds to its weight, [out_features, in_features] of B's dtype."""
+    a, b = layer.lora_A[adapter], layer.lora_B[adapter]
+    if not isinstance(a, WithFirst):
+        return type(layer).get_delta_weight(layer, adapter)
+    wide_a, wide_b = beyond(a.weight, b.weight, a.first, b.first)
+    return (wide_b.float() @ wide_a.float() * layer.scaling[adapter]).to(b.weight.dtype)
 
 
 def first_factors(model: nn.Module, adapter: str = "default") -> Iterator[tuple[Tensor, Tensor]]:

@@ -16,7 +16,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from expertune.adapt.comparison import NUM_FORWARDS, BaseForward, Batch, Comparison, cuda_devices, digest
+from expertune.adapt.comparison import NUM_FORWARDS, BaseForward, Batch, Comparison, cuda_devices, digest, probe_logits
+from expertune.adapt.first_factors import first_factors
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.reachability import reachable_modules
 from expertune.checkpoint.linears import is_linear
@@ -50,6 +51,9 @@ def preflight(
        of each layer, as they pass it in turns where experts are offloaded.
     3. The backward: every factor has a finite gradient that is not zero. One transfer of each layer but the last.
 
+    Where an adapter's first factors are taken away from what it gives, another forward, with the factors as they are,
+    equals the first to the bit.
+
     A step of training takes the second and the third transfer on the run's tokens.
 
     Args:
@@ -76,6 +80,8 @@ def preflight(
     ):
         learning, of_router = _check_learning(model, batch, router_losses, comparison)
         comparison.finish()
+    if any(True for _ in first_factors(model.get_base_model())):
+        _check_beginning(model, base)
     return {
         "passed": True,
         "four_bit": bits,
@@ -111,6 +117,17 @@ def _told(layers: Sequence[nn.Module], progress: Callable[[int, int], None]) -> 
         for handle in handles:
             handle.remove()
     progress(total, total)
+
+
+def _check_beginning(model: ExpertPeftModel, base: BaseForward) -> None:
+    """An adapter whose first factors are taken away begins as the base model, to the bit."""
+    logits = probe_logits(model, base.batch)
+    if not torch.equal(logits, base.logits):
+        largest = float((logits.float() - base.logits.float()).abs().max())
+        raise PreflightError(
+            f"the adapter does not begin as the base model: logits differ by up to {largest:.3g}, as if its first "
+            "factors were not those that are taken away from what it gives"
+        )
 
 
 def _check_four_bits(model: nn.Module) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def count_disk(config: RunConfig, w: Workload, source: Source) -> Disk:
     return Disk(
         download_bytes=source.nbytes,
         nf4_folder_bytes=source.nbytes or frozen_bytes if source.holds_nf4 else frozen_bytes,
-        adapter_bytes=w.written_bytes + (w.adapter_bytes if w.keeps_first else 0),  # the first factors once
+        adapter_bytes=w.written_bytes + w.first_bytes,  # the first factors once
         checkpoint_bytes=w.written_bytes + w.optimizer_bytes,
         checkpoints_kept=None if limit is None else int(limit),
     )

@@ -26,6 +26,9 @@ from expertune.train.arguments import (
 from expertune.train.muon import NOTHING_FOR_MUON
 from expertune.train.optim import default_optimizer, state_bytes, update_bytes
 
+# Of a tensor in the header of a safetensors file, at most: name (as long as models have them), dtype, shape, place.
+_HEADER_BYTES = 256
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -127,7 +130,37 @@ class Workload:
     @property
     def written_bytes(self) -> int:
         """The adapter's files; those of twice the rank have B to the bit beside them, as it is given and trained."""
-        return self.adapter_bytes * 7 // 2 if self.keeps_first else self.adapter_bytes
+        if not self.keeps_first:
+            return self.adapter_bytes
+        # Twice the rank in the file, and B once more as it is trained. Twice more as it is given, where the scale in B
+        # rounds; of 16 bits, where it would, the file has B in float32 instead, which is as many bytes.
+        numbers_b = self._numbers_of_b()
+        return self.adapter_bytes * 2 + 3 * numbers_b * self.adapter_dtype.itemsize + self._header_bytes(4)
+
+    @property
+    def first_bytes(self) -> int:
+        """The file of the factors that are taken away from what the adapter gives."""
+        return self.adapter_bytes + self._header_bytes(2) if self.keeps_first else 0
+
+    def _numbers_of_b(self) -> int:
+        """Weights of the adapter's factors B."""
+        inventory, targets = self.inventory, self.targets
+        linears = (
+            rank.rank * inventory.model.get_submodule(name).out_features for name, rank in targets.linears.items()
+        )
+        routers = (rank.rank * inventory.routers[name].num_experts for name, rank in targets.router.items())
+        experts = (
+            inventory.names.specs[name].num_experts * rank.rank * inventory.names.specs[name].shape(projection)[0]
+            for name, ranks in targets.experts.items()
+            for projection, rank in ranks.items()
+        )
+        return sum(linears) + sum(routers) + sum(experts)
+
+    def _header_bytes(self, tensors: int) -> int:
+        """What files say of their tensors, where there are so many for each matrix that the adapter changes."""
+        targets, specs = self.targets, self.inventory.names.specs
+        of_experts = sum(specs[name].num_experts * len(ranks) for name, ranks in targets.experts.items())
+        return tensors * _HEADER_BYTES * (len(targets.linears) + len(targets.router) + of_experts)
 
     @property
     def reference_bytes(self) -> int:

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from expertune.adapt.factors import read_factors, split_key
+from expertune.adapt.first_factors import first_factors
 from expertune.adapt.live import live_ranks, names_of, without_adapters
 from expertune.adapt.stock.config import StockLoraConfig, exact_names, with_fields
 from expertune.adapt.stock.targets import (
@@ -38,6 +39,8 @@ class ExpertLoraModel(LoraModel):
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """Refused where one of the adapters is on experts: PEFT would mix the other layers and leave these out.
 
+        And where what one began with is taken away from what it gives: PEFT would mix its factors as they are.
+
         Raises:
             ExportError: it is.
         """
@@ -46,6 +49,12 @@ class ExpertLoraModel(LoraModel):
             "add_weighted_adapter does not mix adapters of 4-bit experts; set both active with "
             "base_model.set_adapter([...]), which adds them up, or mix them on the 16-bit model",
         )
+        for adapter in adapters:
+            if any(True for _ in first_factors(self.model, adapter)):
+                raise ExportError(
+                    f"add_weighted_adapter would mix the factors of {adapter!r} without taking away what they began "
+                    "with (lora.init: pissa); save it, and mix what load_adapter makes of its files, an ordinary LoRA"
+                )
         super().add_weighted_adapter(adapters, *args, **kwargs)
 
     def _check_merge_allowed(self) -> None:
