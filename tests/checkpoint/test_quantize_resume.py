@@ -271,7 +271,7 @@ def test_work_with_other_settings_is_not_resumed(
 
 
 def test_work_on_another_source_is_not_resumed(started: Path, rewrite: Rewrite) -> None:
-    with pytest.raises(CheckpointError, match=r"was started with model .*choose another folder, or delete this one"):
+    with pytest.raises(CheckpointError, match=r"was made with model .*choose another folder, or delete this one"):
         quantize(str(rewrite()), started)
 
 

@@ -134,7 +134,7 @@ def test_command_prints_the_table_and_names_the_page(
     folders = [name for name, _ in sweep(run_record, 3)]
     done = CliRunner().invoke(app, ["compare", *folders])
     assert "run-2" in done.stdout
-    assert done.stderr == "page: comparison.html\n"
+    assert done.stderr == f"page: {Path.cwd() / 'comparison.html'}\n"
     assert "3 runs compared" in Path("comparison.html").read_text(encoding="utf-8")
     done = CliRunner().invoke(app, ["compare", *folders, "--json", "--out", "other.html"])
     assert [run["settings"] for run in json.loads(done.stdout)] == [

@@ -1,5 +1,6 @@
 """A run directory that is resumed: what its record must have in common with the run file."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,5 +33,17 @@ def test_run_recorded_with_a_value_of_an_earlier_name_is_resumed_by_either_name(
 
 def test_run_recorded_with_a_value_of_an_earlier_name_is_not_resumed_with_another_value(earlier_run: Path) -> None:
     config = parse_config(OLD_NAMES | {"kernels": {"route": "fused"}, "output_dir": str(earlier_run)})
-    with pytest.raises(ConfigError, match=r"kernels\.route was 'dequant_gemm' when the run started and is 'fused' now"):
+    with pytest.raises(ConfigError, match=r"kernels\.route was dequant_gemm when the run started and is fused now"):
         open_record(config, earlier_run, resume=True)
+
+
+def test_section_that_was_absent_when_the_run_started_is_named_by_its_key_and_default(earlier_run: Path) -> None:
+    record = json.loads((earlier_run / "record.json").read_text(encoding="utf-8"))
+    del record["config"]["kernels"]
+    (earlier_run / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    values = {key: value for key, value in OLD_NAMES.items() if key != "kernels"} | {"output_dir": str(earlier_run)}
+    message = r"kernels\.keep was auto when the run started and is 0 now; resume with the same values, or start a new"
+    with pytest.raises(ConfigError, match=message):
+        open_record(parse_config(values | {"kernels": {"keep": 0}}), earlier_run, resume=True)
+    written_out = parse_config(values | {"kernels": {"keep": "auto"}})
+    assert open_record(written_out, earlier_run, resume=True)["run"]["status"] == "running"

@@ -111,16 +111,20 @@ def _is_same(shards: Shards, shard: str, stamp: list[int]) -> bool:
 
 
 def require_same_work(out: Path, plan: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    """Refuse a folder that was started with another source or other settings.
+    """Refuse a folder that was made, or started, with another source or other settings.
 
     Raises:
         CheckpointError: names what differs.
     """
     for key, now in plan.items():
         if before.get(key) != now:
+            name, was = key.removesuffix("_sha256"), before.get(key)
+            if isinstance(was, Mapping) and isinstance(now, Mapping):
+                inner = next(each for each in [*now, *was] if was.get(each) != now.get(each))
+                name, was, now = f"{name}.{inner}", was.get(inner), now.get(inner)
             raise CheckpointError(
-                f"{out}: was started with {key.removesuffix('_sha256')} {json.dumps(before.get(key))}, and is asked "
-                f"for with {json.dumps(now)}; choose another folder, or delete this one"
+                f"{out}: was made with {name}: {json.dumps(was)}, and {json.dumps(now)} is asked for; choose another "
+                "folder, or delete this one"
             )
 
 

@@ -25,7 +25,8 @@ def compare(
 ) -> None:
     """Compare runs: settings that differ, scores, cost and curves, as a table and as a page. Loads no model.
 
-    The page is one HTML file that needs no network; its path is printed on stderr.
+    The page is one HTML file that needs no network. It is written into the working directory, and its path is printed
+    on stderr.
     """
     if len(run_dirs) < 2:
         raise typer.BadParameter("give two run directories or more", param_hint="RUN_DIR...")
@@ -38,7 +39,7 @@ def compare(
         print_json(compared.to_json())
     else:
         print_table(render_comparison(compared))
-    log(f"page: {out}")
+    log(f"page: {out.absolute()}")
 
 
 def doctor(as_json: Json = False, verbose: Verbose = False) -> None:

@@ -82,22 +82,34 @@ def _are_sources(value: Any) -> str | list[str]:
 Sources = Annotated[str | list[str], BeforeValidator(_are_sources)]
 
 
-def _is_a_size(value: str | int) -> str | int:
+def _is_a_size(value: Any) -> str | int:
     try:
-        parse_size(value)
+        size = parse_size(value)
     except ConfigError as error:
         raise ValueError(str(error)) from None
-    return value
+    return value if isinstance(value, str | int) else size
 
 
-Size = Annotated[str | int, AfterValidator(_is_a_size)]
+# One check of the whole value: of a union pydantic would report each part, by names of its own.
+Size = Annotated[str | int, BeforeValidator(_is_a_size)]
 
 
-def _is_a_size_or_zero(value: str | int) -> str | int:
-    return value if str(value).strip() == "0" else _is_a_size(value)
+def _is_auto_or_a_size(value: Any) -> str | int:
+    try:
+        return "auto" if value == "auto" else _is_a_size(value)
+    except ValueError:
+        raise ValueError("write auto, or a size such as 4GB") from None
 
 
-SizeOrZero = Annotated[str | int, AfterValidator(_is_a_size_or_zero)]
+def _is_auto_zero_or_a_size(value: Any) -> str | int:
+    try:
+        return 0 if str(value).strip() == "0" else _is_auto_or_a_size(value)
+    except ValueError:
+        raise ValueError("write auto, 0 or a size such as 4GB") from None
+
+
+AutoOrSize = Annotated[str | int, BeforeValidator(_is_auto_or_a_size)]
+AutoZeroOrSize = Annotated[str | int, BeforeValidator(_is_auto_zero_or_a_size)]
 
 
 def parse_size(value: str | int) -> int:

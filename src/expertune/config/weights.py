@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from expertune.config.sections import Section, Size, SizeOrZero, parse_size
+from expertune.config.sections import AutoOrSize, AutoZeroOrSize, Section, parse_size
 
 
 class QuantizationConfig(Section):
@@ -46,8 +46,8 @@ class KernelsConfig(Section):
     """
 
     route: Literal["auto", "fused", "dequant_gemm"] = "auto"
-    working_set: Literal["auto"] | Size = "auto"
-    keep: Literal["auto"] | SizeOrZero = "auto"
+    working_set: AutoOrSize = "auto"
+    keep: AutoZeroOrSize = "auto"
 
     @property
     def working_set_bytes(self) -> int | None:
@@ -59,7 +59,7 @@ class KernelsConfig(Section):
         """The size in bytes; None where the plan decides."""
         if self.keep == "auto":
             return None
-        return 0 if str(self.keep).strip() == "0" else parse_size(self.keep)
+        return 0 if self.keep == 0 else parse_size(self.keep)
 
 
 class DistributedConfig(Section):

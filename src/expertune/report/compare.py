@@ -189,9 +189,21 @@ def _table(
 
 
 def short_keys(keys: Sequence[str]) -> dict[str, str]:
-    """Headers of settings: the last word of each key, in words that can be wrapped, where no other key has it."""
+    """Headers of settings: the last word of each key, in words that can be wrapped, where no other key has it.
+
+    A word that is no key of a section, such as `attention` in `quantization.layers.attention`, says nothing alone.
+    """
     last = [key.rpartition(".")[-1] for key in keys]
-    return {key: name.replace("_", " ") if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
+    return {
+        key: name.replace("_", " ") if last.count(name) == 1 and key.count(".") <= 1 else _spaced(key)
+        for key, name in zip(keys, last, strict=True)
+    }
+
+
+def _spaced(key: str) -> str:
+    """A whole key, which can be wrapped before what a mapping in a section has."""
+    section, *rest = key.split(".", 2)
+    return " ".join([".".join([section, *rest[:1]]), *rest[1:]])
 
 
 def _names(folders: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ CALIBRATION = "calibration.safetensors"
 
 # Keys of the run file that name something which is compared by its content (`expertune.run.identity`).
 _NAMED_BY_PATH = frozenset({"model", "data.train", "data.eval", "data.template", "lora.init_from"})
+
+_AS_BEFORE = "resume with the same values, or start a new output_dir"
 
 # What a resumed run may set otherwise: nothing here changes a single weight.
 _FREE_AT_RESUME = frozenset({"report_to", "run_name", "save_total_limit", "disable_tqdm", "log_level", "ddp_timeout"})
@@ -186,7 +188,13 @@ def _require_same_config(record: RunRecord, config: RunConfig) -> None:
         (old.keys() | new.keys()) - {"output_dir", "memory_budget", "distributed", "task", TRUST_KEY}
     ):
         before, now = old.get(section), new.get(section)
-        if isinstance(before, dict) and isinstance(now, dict):
+        if before == now or section in by_content:
+            continue
+        if isinstance(before, dict) or isinstance(now, dict):  # of which one may be absent
+            before, now = before or {}, now or {}
+            known = _defaults()
+            default = {key: known[f"{section}.{key}"] for key in before | now if f"{section}.{key}" in known}
+            before, now = default | before, default | now
             changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
             changed = [key for key in changed if not (section == "training" and key in _FREE_AT_RESUME)]
             changed = [key for key in changed if f"{section}.{key}" not in by_content]
@@ -194,9 +202,24 @@ def _require_same_config(record: RunRecord, config: RunConfig) -> None:
                 key = changed[0]
                 length = section == "training" and key in ("max_steps", "num_train_epochs")
                 raise ConfigError(
-                    f"resume: {section}.{key} was {before.get(key)!r} when the run started and is {now.get(key)!r} "
-                    "now; resume with the same values, or start a new output_dir"
-                    + (f". {further(record.path.parent)}" if length else "")
+                    f"resume: {section}.{key} was {_shown(before, key)} when the run started and is "
+                    f"{_shown(now, key)} now; {_AS_BEFORE}" + (f". {further(record.path.parent)}" if length else "")
                 )
-        elif before != now and section not in by_content:
-            raise ConfigError(f"resume: {section} was {before!r} when the run started and is {now!r} now")
+        else:
+            raise ConfigError(
+                f"resume: {section} was {_shown(old, section)} when the run started and is {_shown(new, section)} now; "
+                f"{_AS_BEFORE}"
+            )
+
+
+def _defaults() -> dict[str, Any]:
+    from expertune.report.sections import defaults
+
+    return defaults()
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    """A value as the run file has it."""
+    from expertune.report.values import setting
+
+    return setting(values[key]) if values.get(key) is not None else "not set"
