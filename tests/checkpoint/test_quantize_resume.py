@@ -257,8 +257,8 @@ def started(request: pytest.FixtureRequest, mixtral: Path, tmp_path: Path) -> Pa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dtype": "float32"}, 'with dtype "auto", and is asked for with "float32"'),
-        ({"quantization": QuantizationConfig(double_quantization=False)}, r'with quantization .*"double_quantization"'),
+        ({"dtype": "float32"}, 'with dtype: "auto", and "float32" is asked for; '),
+        ({"quantization": QuantizationConfig(double_quantization=False)}, r"with quantization\.double_quantization: true, and false is asked for; "),
     ],
 )
 def test_work_with_other_settings_is_not_resumed(
@@ -271,7 +271,7 @@ def test_work_with_other_settings_is_not_resumed(
 
 
 def test_work_on_another_source_is_not_resumed(started: Path, rewrite: Rewrite) -> None:
-    with pytest.raises(CheckpointError, match=r"was made with model .*choose another folder, or delete this one"):
+    with pytest.raises(CheckpointError, match=r"was made with model: .*choose another folder, or delete this one"):
         quantize(str(rewrite()), started)
 
 

@@ -66,15 +66,17 @@ def test_a_folder_of_plain_nf4_is_refused_for_the_run_and_for_one_that_goes_on(
     values: dict[str, Any], mixed: Path, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     same, plain = folders
-    # Found in the files, before a weight is loaded; the run file's own key says it for a run that is opened.
-    with pytest.raises(expertune.ExpertuneError, match=r"quantization\.layers: .*plain has .* in 4 bits"):
+    with pytest.raises(CheckpointError, match=rf"{REFUSED}.*, or give .*other-base") as error:
         expertune.open_run(mixed, model=plain)
+    assert f"weights of {values['model']} than {plain} holds" in str(error.value)
     further = values | {"output_dir": str(tmp_path / "run"), "quantization": {"compute_dtype": "float32"}}
     further["lora"] = values["lora"] | {"init_from": str(mixed / "adapter")}
     for model in (plain, Path(values["model"])):
         with pytest.raises(CheckpointError, match=REFUSED):
             trained(further | {"model": str(model)})
         assert not (tmp_path / "run").exists()
+    assert expertune.evaluate(expertune.open_run(mixed, model=plain, other_base=True))["loss"] > 0
+    assert expertune.evaluate(expertune.open_run(mixed, model=same))["loss"] > 0
     said = io.StringIO()
     taken = further | {"output_dir": str(tmp_path / "taken"), "lora": further["lora"] | {"init_from_other_base": True}}
     finetune(parse_config(taken), console=Console(file=said, width=1000))

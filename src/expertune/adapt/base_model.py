@@ -38,14 +38,16 @@ def require_same_base(
     theirs = read_adapter_base(folder)
     if theirs is None or base is None or not (differences := theirs.differences(base)):
         return
+    named = read_adapter_config(folder).get("base_model_name_or_path")
     otherwise = f", or {allowed_by} to put it on this one all the same" if allowed_by else ""
     if not theirs.of_source.differences(base):
+        elsewhere = f" than {model} holds" if named != model else ""
         raise CheckpointError(
-            f"{folder}: this adapter was trained on other 4-bit weights of {model}: {'; '.join(differences)}. "
+            f"{folder}: this adapter was trained on other 4-bit weights of {named}{elsewhere}: "
+            f"{'; '.join(differences)}. "
             f"{_how_held(theirs.held, base.held)}{otherwise}"
         )
     more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
-    named = read_adapter_config(folder).get("base_model_name_or_path")
     raise CheckpointError(
         f"{folder}: this adapter was trained on another base model than {model}: {'; '.join(differences[:3])}{more}"
         f". Give the base that it was trained on ({named}){otherwise}"

@@ -1,7 +1,7 @@
 """A finished run in use: its model with the adapter."""
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -10,10 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from expertune.adapt.attach import attach
 from expertune.adapt.base_model import note_other_base, require_same_base
+from expertune.adapt.files import read_adapter_base
 from expertune.adapt.peft_model import ExpertPeftModel
+from expertune.checkpoint.formats.nf4_folder import is_nf4_folder
 from expertune.checkpoint.hub import ModelSource, fetch_model
 from expertune.checkpoint.tokenizer import load_tokenizer
-from expertune.config import DataConfig, LoraSection, RunConfig, recorded_config
+from expertune.config import DataConfig, LoraSection, QuantizationConfig, RunConfig, recorded_config
 from expertune.config.arguments import checked
 from expertune.data import settled
 from expertune.distributed.output import console_of
@@ -37,6 +39,9 @@ class OpenOptions(TypedDict, total=False):
     other_base: bool
     trust_remote_code: bool
 
+
+_OF_FOLDERS = frozenset({"scheme", "double_quantization", "fit", "layers"})
+"""Keys of `quantization` that an NF4 folder has been made with."""
 
 Opened = tuple[ExpertPeftModel, PreTrainedTokenizerBase]
 
@@ -210,17 +215,28 @@ def load_run(found: FoundRun, tokenizer: PreTrainedTokenizerBase, options: OpenO
     """
     context, source, folder = found.context, found.base, found.adapter
     config, other_base = context.config, options.get("other_base", False)
+    if is_nf4_folder(source.folder) and (other_base or read_adapter_base(folder) is not None):
+        loading = replace(context, config=_held_as_stored(config))
+    else:
+        loading = context
     with context.bars.task("looking at the model's files"):
-        base = identify_base(context, source)
+        base = identify_base(loading, source)
     if other_base:
         if note := note_other_base(folder, base):
             context.notify(note)
     else:
         require_same_base(folder, base, config.model, allowed_by=f"give {option('other-base')}")
-    loaded = load_base(context, source, recorded_places(context, source))
+    loaded = load_base(loading, source, recorded_places(loading, source))
     lora = LoraSection(init_from=str(folder), init_from_other_base=other_base)
     adapted = attach(loaded, lora, config.model, source.revision)
     return Run(context, (adapted.eval(), tokenizer), options)
+
+
+def _held_as_stored(config: RunConfig) -> RunConfig:
+    """The run file without what an NF4 folder says of itself: whether these are the run's weights, fingerprints say."""
+    asked = config.quantization
+    kept = {key: getattr(asked, key) for key in asked.model_fields_set - _OF_FOLDERS}
+    return config.model_copy(update={"quantization": QuantizationConfig(**kept)})
 
 
 def opened_run(run: Run | str | Path, opening: OpenOptions) -> Run:
