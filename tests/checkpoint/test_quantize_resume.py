@@ -258,7 +258,10 @@ def started(request: pytest.FixtureRequest, mixtral: Path, tmp_path: Path) -> Pa
     ("settings", "message"),
     [
         ({"dtype": "float32"}, 'with dtype: "auto", and "float32" is asked for; '),
-        ({"quantization": QuantizationConfig(double_quantization=False)}, r"with quantization\.double_quantization: true, and false is asked for; "),
+        (
+            {"quantization": QuantizationConfig(double_quantization=False)},
+            r"with quantization\.double_quantization: true, and false is asked for; ",
+        ),
     ],
 )
 def test_work_with_other_settings_is_not_resumed(
