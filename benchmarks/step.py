@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     shape = Shape(args.hidden, args.intermediate, args.layers, args.experts, args.top_k)
     lora = Lora()
     cache = args.cache or Path(tempfile.gettempdir()) / "expertune-bench"
-    names = _peers(args)
+    names = [*_peers(args), *(["kept"] if args.keep else [])]
     workload = prepare(shape, lora, args.tokens, args.text, cache)
     dtype = report.resolve_dtype(args.dtype, args.device)
     paths = ["--model", workload.model, "--adapter", workload.adapter, "--batch", workload.batch]
@@ -90,7 +90,7 @@ def _peers(args: argparse.Namespace) -> list[str]:
     names = list(here) if args.peers is None else args.peers
     if strangers := [name for name in names if name not in here]:
         raise SystemExit(f"{', '.join(strangers)} cannot run with --device {args.device}; {', '.join(here)} can")
-    return [*names, "kept"] if args.keep else list(names)
+    return names
 
 
 def _sessions(peers: list[str]) -> list[list[str]]:
