@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from expertune import load_config
-from expertune.config import check_training_arguments, parse_config, parse_size
+from expertune.config import apply_overrides, check_training_arguments, parse_config, parse_size
 from expertune.errors import ConfigError
 
 MINIMAL = "model: some/model\ndata: {train: rows.jsonl}\noutput_dir: runs/x\n"
@@ -270,3 +270,9 @@ def test_a_section_that_is_there_twice_is_refused_and_not_half_read(tmp_path: Pa
     path.write_text(text)
     with pytest.raises(ConfigError, match="line 5: training is there twice"):
         load_config(path)
+
+
+def test_null_on_the_command_line_removes_a_key() -> None:
+    values: dict[str, Any] = {"lora": {"r": 4, "alpha": 8}, "training": {"max_grad_norm": 1.0}}
+    apply_overrides(values, ["lora.r=null", "training.max_grad_norm=null", "kernels.keep=null"])
+    assert values == {"lora": {"alpha": 8}, "training": {"max_grad_norm": None}, "kernels": {}}

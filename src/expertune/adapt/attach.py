@@ -135,7 +135,7 @@ def _adopted_targets(
         if named != targets:
             raise ConfigError(
                 f"lora.targets is {asked.targets}, but the adapter at {asked.init_from} has {lora.targets}; "
-                "remove the key to take the adapter's"
+                "remove the key to take the adapter's (on the command line: lora.targets=null)"
             )
     return lora, targets
 

@@ -50,9 +50,11 @@ def require_same_setting(lora: LoraSection, key: str, found: Any) -> None:
         ConfigError: names both values.
     """
     if key in lora.model_fields_set and getattr(lora, key) != found:
+        twice = key == "r" and found == 2 * lora.r
+        doubled = " (that of lora.init: pissa has twice the rank that it was trained with)" if twice else ""
         raise ConfigError(
-            f"lora.{key} is {getattr(lora, key)}, but the adapter at {lora.init_from} has {found}; "
-            "remove the key to take the adapter's"
+            f"lora.{key} is {getattr(lora, key)}, but the adapter at {lora.init_from} has {found}{doubled}; "
+            f"remove the key to take the adapter's (on the command line: lora.{key}=null)"
         )
 
 

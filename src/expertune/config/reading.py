@@ -26,7 +26,9 @@ _RENAMED_VALUES = (("kernels", "route", "decode_then_gemm", "dequant_gemm"),)
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set `section.key=value` overrides in a mapping of run-file keys.
+    """Set `section.key=value` overrides in a mapping of run-file keys; `null` removes a key, and its default holds.
+
+    Of `training`, where null may be a value of transformers' own, it is set.
 
     Raises:
         ConfigError: names the override.
@@ -43,7 +45,10 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
             here = here.setdefault(parent, {})
             if not isinstance(here, dict):
                 raise ConfigError(f"{where}: {shortened(parent)} is a value, not a section")
-        here[leaf] = value
+        if value is None and parents and parents[0].strip() != "training":
+            here.pop(leaf, None)
+        else:
+            here[leaf] = value
 
 
 def parse_config(values: Mapping[str, Any], where: str = "config", opened: bool = False) -> RunConfig:

@@ -216,8 +216,12 @@ def _recipe(subject: Subject) -> Iterator[tuple[str, str]]:
     if config.objective != "sft":
         yield "objective", OBJECTIVES[config.objective]
     lora, quantization = config.lora, config.quantization
+    init, trained, lora = lora.init, lora, lora.in_files
     scale = f"alpha {lora.alpha:g}{', rank-stabilized' if lora.rslora else ''}{', DoRA' if lora.use_dora else ''}"
     yield "adapter", f"rank {lora.r}, {scale}, dropout {lora.dropout:g}, on {', '.join(lora.targets)}"
+    if init == "pissa":
+        began = f"principal components (pissa), trained with rank {trained.r} and alpha {trained.alpha:g}"
+        yield "first factors", f"{began}; they are taken away in the files, which doubles the rank"
     for name, pattern in (("rank", lora.rank_pattern), ("alpha", lora.alpha_pattern)):
         if pattern:
             yield f"{name} by projection", ", ".join(f"{key}: {value:g}" for key, value in pattern.items())
@@ -305,7 +309,7 @@ def _use(subject: Subject) -> str:
             "`expertune.open_run` opens its run with the base in the same 4 bits; `expertune export` is for all others."
         )
     text = _USE.get(subject.form or "peft", "").format(
-        base=base, rank=subject.rank or subject.config.lora.r, where=subject.where
+        base=base, rank=subject.rank or subject.config.lora.in_files.r, where=subject.where
     )
     return "\n\n".join([text, *(_words(str(note)) for note in (subject.verification or {}).get("notes") or ())])
 

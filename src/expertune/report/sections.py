@@ -231,6 +231,9 @@ def plan(record: Record) -> dict[str, Any]:
     if layers := section(made, "placement", "layers"):
         held = section(record, "placement", "layers")
         rows.append(("expert layers", _in_words(layers), _in_words(held), ""))
+    kept, keeps = number(made, "kept", "layers"), number(record, "train", "kept_layers")
+    if kept or keeps:
+        rows.append(("expert layers that keep gate and up", count(kept), count(keeps), ""))
     peak = number(made, "memory", "peak_bytes") or 0
     return {
         "rows": rows,
