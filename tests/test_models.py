@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import expertune
+from expertune.adapt.files import read_adapter_base
+from expertune.checkpoint.load import fingerprint_of
 from expertune.config import LoraSection
 from expertune.errors import CheckpointError, ConfigError
 from expertune.models import LoraOptions
@@ -60,6 +62,40 @@ def test_nf4_folder_is_the_same_by_transformers_and_by_load_model(folder: Path, 
         assert torch.equal(*(model(ids).logits for model in adapted))
     origins = [model.origins["default"] for model in adapted]
     assert origins[0] == origins[1]
+
+
+def test_adapters_beside_each_other_have_one_base_by_transformers_as_by_load_model(
+    folder: Path, tmp_path: Path
+) -> None:
+    expertune.quantize(folder, tmp_path / "nf4")
+
+    def by_transformers() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", dtype=torch.float32)
+
+    model = expertune.attach(by_transformers(), r=2, targets=["attention", "experts"])
+    with_values(model).eval().save_pretrained(str(tmp_path / "alone"))
+    expertune.load_adapter(model, tmp_path / "alone", "second")
+    expertune.attach(model, "third", r=2, targets=["attention"])
+    model.save_pretrained(str(tmp_path / "beside"))
+    alone, *beside = (
+        read_adapter_base(tmp_path / name) for name in ("alone", "beside", "beside/second", "beside/third")
+    )
+    assert alone is not None
+    assert alone.weights.keys() >= {"linears", "experts"}
+    assert beside == [alone] * 3
+    for same in (by_transformers(), expertune.load_model(tmp_path / "nf4", "float32", "cpu")):
+        expertune.load_adapter(same, tmp_path / "beside" / "second")
+
+
+def test_adapter_that_transformers_has_put_on_and_taken_off_leaves_the_base_what_it_was(
+    folder: Path, tmp_path: Path
+) -> None:
+    expertune.quantize(folder, tmp_path / "nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", dtype=torch.float32)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), "other")
+    model.delete_adapter("other")
+    expertune.attach(model, r=2, targets=["attention"]).save_pretrained(str(tmp_path / "adapter"))
+    assert read_adapter_base(tmp_path / "adapter") == fingerprint_of(tmp_path / "nf4")
 
 
 def test_a_model_is_held_as_an_adapter_of_its_run_has_it(folder: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from expertune.adapt import attach as adapters
+from expertune.adapt.live import without_adapters
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.checkpoint import load
 from expertune.checkpoint.formats.nf4_folder import CALIBRATED, Nf4Folder
@@ -216,9 +217,13 @@ def _loaded(model: Any) -> LoadedModel:
     if isinstance(loaded, LoadedModel):
         return loaded
     try:
-        return as_loaded(base)
+        # What an adapter of any other call has put around the weights says nothing of them.
+        with without_adapters(base):
+            loaded = as_loaded(base)
     except ValueError:
         raise ConfigError(
             f"{type(model).__name__}: attach and load_adapter take a model from expertune.load_model, or "
             "from_pretrained of an NF4 folder"
         ) from None
+    base.nf4_loaded = loaded
+    return loaded
