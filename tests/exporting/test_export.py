@@ -122,7 +122,10 @@ def test_export_that_has_moved_is_verified_again_and_its_card_says_what_came_of_
     (moved / ".scratch-of-one-that-was-killed").mkdir()
     ended = CliRunner().invoke(app, ["verify", str(moved), "--run", str(copied)])
     assert ended.exit_code == 0, ended.output
-    assert ended.stdout.splitlines()[0].endswith("): verified")
+    verdicts = [f"{each['engine']}: {each['verdict']}" for each in engines_of(moved)]
+    assert verdicts[0].endswith("): verified")
+    assert [ended.output.count(each) for each in verdicts] == [1] * len(verdicts)
+    assert all(each in ended.stdout for each in verdicts)
     assert engines_of(moved)[0]["verdict"] == "verified"
     assert "| verified |" in (moved / "README.md").read_text()
     tensors = load_file(moved / "adapter_model.safetensors")

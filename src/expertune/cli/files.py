@@ -44,7 +44,7 @@ def quantize(
             help="Of what stays unquantized: bfloat16, float16 or float32; auto keeps each tensor's own.",
         ),
     ] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    revision: Annotated[str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of a hub id.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     verify: Annotated[bool, typer.Option("--verify", help="Only hash the files of an NF4 folder again.")] = False,
     verbose: Verbose = False,
@@ -188,6 +188,9 @@ def verify(
     if as_json:
         print_json(found.to_json())
         return
+    from expertune.exporting.formats import Verdict
+
     assert found.verification is not None
     for engine in found.verification["engines"]:
-        print(f"{engine['engine']}: {engine['verdict']}")
+        for line in Verdict(**engine).lines:
+            print(line)

@@ -122,7 +122,10 @@ def export(
             raise
         verdicts = _run_engines(source, form, chosen, partial) if is_verified else []
         written = write_verification(partial, form, chosen, source, verdicts, name)
-        _notify(source, verdicts, f"It was not put in its place; {partial} is what was written, with {VERIFICATION}")
+        _notify(source, verdicts)
+        _require_none_failed(
+            verdicts, f"It was not put in its place; {partial} is what was written, with {VERIFICATION}"
+        )
         _write_card(source, form, partial, written, name)
         if folder.is_dir():
             folder.rmdir()  # it is empty
@@ -175,7 +178,9 @@ def verify(
         verdicts = _run_engines(source, form, chosen, given)
         written = write_verification(given, form, chosen, source, verdicts, hub)
         _write_card(source, form, given, written, hub)
-    _notify(source, verdicts, f"{path} has what was found")
+    if any(verdict.verdict == "failed" for verdict in verdicts):
+        _notify(source, verdicts)  # the caller gets an error; otherwise what is returned says it
+    _require_none_failed(verdicts, f"{path} has what was found")
     return Exported(given, written)
 
 
@@ -266,17 +271,15 @@ def _require_room(folder: Path, nbytes: int, to_verify: int) -> None:
     )
 
 
-def _notify(source: ExportSource, verdicts: list[Verdict], where: str) -> None:
-    """Show what came of each engine; raise where one computes something else, with where to look."""
+def _notify(source: ExportSource, verdicts: list[Verdict]) -> None:
+    """Show what came of each engine."""
     for verdict in verdicts:
-        between = "; " if verdict.verdict == "verified" else ": "
-        source.context.notify(f"{verdict.engine}: {between.join(filter(None, (verdict.verdict, verdict.reason)))}")
-        loss = verdict.figures.get("loss", {})
-        if loss.get("trained") is not None:
-            source.context.notify(
-                f"loss on {verdict.figures['examples']} examples: {loss['trained']:.4f} with the adapter on the 4-bit "
-                f"weights that it was trained beside, {loss['exported']:.4f} merged"
-            )
+        for line in verdict.lines:
+            source.context.notify(line)
+
+
+def _require_none_failed(verdicts: list[Verdict], where: str) -> None:
+    """Raise where an engine computes something else, with where to look."""
     failed = [verdict for verdict in verdicts if verdict.verdict == "failed"]
     if failed:
         raise ExportError(f"{failed[0].engine} computes something else from this export: {failed[0].reason}. {where}")

@@ -124,6 +124,19 @@ class Verdict:
     figures: dict[str, Any] = field(default_factory=dict)
     disagreeing: list[str] = field(default_factory=list)
 
+    @property
+    def lines(self) -> list[str]:
+        """For the terminal: what came of it, and where losses were compared, these."""
+        between = "; " if self.verdict == "verified" else ": "
+        found = [f"{self.engine}: {between.join(filter(None, (self.verdict, self.reason)))}"]
+        loss = self.figures.get("loss", {})
+        if loss.get("trained") is not None:
+            found.append(
+                f"loss on {self.figures['examples']} examples: {loss['trained']:.4f} with the adapter on the 4-bit "
+                f"weights that it was trained beside, {loss['exported']:.4f} merged"
+            )
+        return found
+
 
 def make_format(name: str, options: Options) -> Format:
     """The format of this name.
