@@ -129,7 +129,25 @@ def test_each_command_explains_itself(run, command):
     code, out, err = run(command, "--help")
     assert (code, err) == (0, "")
     assert f"Usage: expertune {command}" in out
-    assert all(line in " ".join(out.split()) for line in EXAMPLES[command])
+
+
+@pytest.mark.parametrize("columns", ["60", "120"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_names_and_examples_whole_at_any_width(run, monkeypatch, command, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    _, out, _ = run(command, "--help")
+    takes = typer.main.get_command(app).commands[command].params
+    assert all(f"  {name}" in out or f" / {name}" in out for each in takes for name in each.opts if name[0] == "-")
+    assert not any(cut in out for cut in ("\u2026", "<bool>", "]...]"))
+    assert [f"    {line}" for line in EXAMPLES[command]] == out.splitlines()[-len(EXAMPLES[command]) :]
+
+
+def test_the_list_of_commands_has_whole_sentences_on_a_narrow_terminal(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    _, out, _ = run("--help")
+    listed = " ".join(out.partition("Commands:")[2].split())
+    for name, command in typer.main.get_command(app).commands.items():
+        assert f"{name} {command.help.partition(chr(10))[0]}" in listed
 
 
 @pytest.mark.parametrize("command", COMMANDS)

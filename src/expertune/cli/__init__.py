@@ -25,6 +25,9 @@ from expertune.kernels.threads import prepare_threads
 from expertune.storage import failure
 from expertune.terminal import log, log_error
 
+_WIDEST_HELP = 120
+"""Columns that help is at most laid out in; a narrower terminal folds it."""
+
 
 class _Commands(typer.core.TyperGroup):
     """The commands, which turn an error that a user can fix into one message and an exit code."""
@@ -55,6 +58,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's tables cut the names of options where a terminal is narrow
+    context_settings={"max_content_width": _WIDEST_HELP},
 )
 
 
@@ -91,11 +96,13 @@ def _options(
     pass
 
 
-def _help(command: Callable[..., None]) -> str:
+def _paragraphs(command: Callable[..., None]) -> list[str]:
     """A command's docstring in paragraphs of one line: the terminal breaks them where it ends."""
     paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
-    return "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
+    return [paragraph.replace("\n", " ") for paragraph in paragraphs]
 
 
 for _command in (init, plan, data, train, evaluate, generate, chat, quantize, export, verify, report, compare, doctor):
-    app.command(help=_help(_command), epilog=epilog(_command.__name__))(_command)
+    _says = _paragraphs(_command)
+    # The first paragraph is also what the list of commands has, which would otherwise cut it at one line.
+    app.command(short_help=_says[0], help="\n\n".join(_says), epilog=epilog(_command.__name__))(_command)

@@ -33,7 +33,7 @@ def _silence_libraries(verbose: bool) -> bool:
 RunFile = Annotated[Path, typer.Argument(metavar="RUN", help="A run file; or a run directory or its record.json.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values to use instead of the run file's."),
+    typer.Argument(metavar="SECTION.KEY=VALUE", help="Values to use instead of the run file's."),
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory (an output_dir).")]
 Adapter = Annotated[

@@ -51,5 +51,5 @@ EXAMPLES = {
 
 
 def epilog(command: str) -> str:
-    """The end of a command's help; a blank line is what typer makes a line of."""
-    return "\n\n".join(["Examples:", *(f"  {line}" for line in EXAMPLES[command])])
+    """The end of a command's help; its lines stay as they are, so that they can be copied."""
+    return "\n".join(["\b", "Examples:", *(f"  {line}" for line in EXAMPLES[command])])

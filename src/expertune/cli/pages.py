@@ -19,7 +19,7 @@ def report(run_dir: RunDir) -> None:
 
 
 def compare(
-    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run directories, two or more.")],
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR", help="Run directories, two or more.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = Path("comparison.html"),
     as_json: Json = False,
 ) -> None:
