@@ -28,8 +28,9 @@ checkpoint = $(addprefix tests/checkpoint/,formats/test_bnb4bit.py formats/test_
 	test_hf_quantizer.py test_load.py test_names.py test_quantize_hub.py test_targets.py test_tokenizer.py)
 train = $(patsubst %,tests/train/test_%.py,accumulation held_out offload optim optimizer_states promises resume schedule \
 	trackers training)
-SEAMS = tests/test_registration.py tests/adapt $(checkpoint) tests/data tests/evaluation/test_scoring.py tests/experts \
-	tests/families tests/generation tests/layers tests/objectives tests/planning/test_generation.py $(train)
+SEAMS = tests/test_registration.py tests/test_training_fields.py tests/adapt $(checkpoint) tests/data \
+	tests/evaluation/test_scoring.py tests/experts tests/families tests/generation tests/layers tests/objectives \
+	tests/planning/test_generation.py $(train)
 LIBRARIES := ^(torch|transformers|peft|trl|accelerate|datasets|bitsandbytes)==
 
 test-oldest test-newest: test-%: .venv-%/.development

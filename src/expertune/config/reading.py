@@ -13,7 +13,7 @@ from expertune.config.lora import LoraSection
 from expertune.config.messages import describe, nearest_key
 from expertune.config.objective import ObjectiveName
 from expertune.config.schema import TRUST_KEY, Origin, RunConfig
-from expertune.config.training_fields import fields_of, training_fields
+from expertune.config.training_fields import ArgumentFields, fields_of, imported_fields, training_fields
 from expertune.config.training_keys import refused_keys
 from expertune.config.training_values import check_training_values
 from expertune.config.trl_keys import arguments_class, problem_of_groups, problem_of_loss, refused_of_trl
@@ -129,16 +129,24 @@ def check_training_arguments(training: dict[str, Any], where: str = "config", ob
         ConfigError: names the unknown key and the nearest known one, a key that a run does not take, or a wrong value;
             or TRL is not installed.
     """
-    arguments = training_fields() if objective == "sft" else fields_of(arguments_class(objective, where))
-    known = arguments.known
+    if objective != "sft":
+        _check_training(training, where, objective, fields_of(arguments_class(objective, where)))
+        return
+    try:
+        _check_training(training, where, objective, training_fields())
+    except ConfigError:
+        # The class decides what is refused: its source may say less than the class takes.
+        _check_training(training, where, objective, imported_fields())
+
+
+def _check_training(training: dict[str, Any], where: str, objective: ObjectiveName, arguments: ArgumentFields) -> None:
     owned = refused_keys(training) | refused_of_trl(training, objective)
     for key in training:
         if key in owned:
             raise ConfigError(f"{where}: training.{key} is {owned[key]}")
-        if key not in known:
-            raise ConfigError(
-                f"{where}: training.{shortened(key)} is not an argument of {arguments.name}{nearest_key(key, known)}"
-            )
+        if key not in arguments.known:
+            near = nearest_key(key, arguments.known)
+            raise ConfigError(f"{where}: training.{shortened(key)} is not an argument of {arguments.name}{near}")
     check_training_values(training, where, arguments)
     if problem := problem_of_loss(training, objective) or (objective == "grpo" and problem_of_groups(training)):
         raise ConfigError(f"{where}: {problem}")

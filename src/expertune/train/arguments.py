@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from expertune.config import ObjectiveName
-from expertune.config.training_fields import fields_of, training_fields
+from expertune.config.training_fields import fields_of, imported_fields, training_fields
 from expertune.config.training_keys import MUON, unused_keys
 from expertune.config.trl_keys import arguments_class
 from expertune.errors import ConfigError
@@ -110,7 +110,7 @@ def use_one_gpu(args: "TrainingArguments") -> None:
 
 def _use_new_names(values: dict[str, Any]) -> None:
     """transformers renamed two arguments: run files may use either name, and either release is given its own."""
-    known = training_fields().known
+    known = imported_fields().known
     for old, new in (
         ("gradient_checkpointing", "activation_checkpointing"),
         ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
