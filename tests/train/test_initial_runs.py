@@ -268,6 +268,28 @@ def test_a_run_that_goes_on_has_the_calibration_of_the_first_or_is_refused_befor
     assert RunRecord.load(run)["model"]["base"] == RunRecord.load(whole)["model"]["base"]
 
 
+def test_a_run_that_has_taken_over_a_calibration_is_resumed_on_it(
+    corrected: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    whole, values = corrected
+    lora = {key: value for key, value in values["lora"].items() if key != "init"}
+    values = values | {"output_dir": str(tmp_path / "run"), "lora": lora | {"init_from": str(whole / "adapter")}}
+    values["training"] = values["training"] | {"max_steps": 1, "save_steps": 1, "eval_steps": 1}
+    # The training data would be too small for a calibration of its own.
+    values["quantization"] = values["quantization"] | {"calibration_tokens": 8192}
+    run = trained(values)
+    name = "adapter/adapter_model.safetensors"
+    for again, missing in (("stopped", ["adapter"]), ("killed", ["adapter", "checkpoint-1"])):
+        run_dir = copy_of(run, tmp_path / again, *missing)
+        if again == "killed":  # while it was loading
+            (run_dir / "calibration.safetensors").unlink()
+            record = RunRecord.load(run_dir)
+            del record.values["model"]["calibration"]
+            record.save()
+        trained(values | {"output_dir": str(run_dir)}, resume=True)
+        assert (run_dir / name).read_bytes() == (run / name).read_bytes()
+
+
 def test_the_plan_knows_the_memory_and_the_time_of_it(run_values: dict[str, Any]) -> None:
     plain = make_plan(parse_config(run_values))
     made = make_plan(parse_config(with_keys(run_values, lora={"init": "qera"})))

@@ -77,6 +77,18 @@ def kept_moments(context: RunContext) -> Moments:
     return Moments.load(path)
 
 
+def has_to_calibrate(context: RunContext, source: ModelSource) -> bool:
+    """Whether a run passes examples through its base to choose scales: it wants to, and has no calibration yet.
+
+    Raises:
+        CheckpointError: see `inherited_calibration`.
+    """
+    config = context.config
+    if not config.is_calibrated or nf4_folder.is_nf4_folder(source.folder):  # whose scales have been chosen
+        return False
+    return not context.record.section("model").get("calibration") and inherited_calibration(config) is None
+
+
 def inherited_calibration(config: RunConfig) -> Path | None:
     """The calibration that a run on a 16-bit source continues with; None where it makes its own.
 

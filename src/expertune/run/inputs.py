@@ -26,7 +26,7 @@ from expertune.errors import DataError
 from expertune.objectives.rewards import require_answers
 from expertune.planning.duration import Lengths
 from expertune.report.preview import render_preview
-from expertune.run.base_model import identify_base, inherited_calibration
+from expertune.run.base_model import has_to_calibrate, identify_base
 from expertune.run.context import RunContext
 from expertune.run.identity import identify, require_same_identity
 from expertune.train.schedule import require_a_batch, require_prompts
@@ -76,9 +76,7 @@ def read_inputs(context: RunContext) -> Inputs:
         require_same_base(config.lora.init_from, base, config.model)
     elif config.lora.init_from and (note := note_other_base(config.lora.init_from, base)):
         context.notify(f"lora.init_from: {note}")
-    calibrates = config.is_calibrated and not is_nf4_folder(source.folder)
-    if calibrates and not context.resume:
-        calibrates = inherited_calibration(config) is None
+    calibrates = has_to_calibrate(context, source)
     expected = expected_layout(described, config.lora)
     note_stock_refusal(context, expected.refusal)
     if expected.merging:
