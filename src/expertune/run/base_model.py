@@ -114,6 +114,23 @@ def inherited_calibration(config: RunConfig) -> Path | None:
     )
 
 
+def note_new_calibration(config: RunConfig) -> str | None:
+    """What a user is told of a run that calibrates, and starts from an adapter of another calibration; else None."""
+    start = config.lora.init_from
+    theirs = read_adapter_base(start) if start and config.quantization.fit == nf4_folder.CALIBRATED else None
+    if start is None or theirs is None or theirs.held.fit != nf4_folder.CALIBRATED:
+        return None
+    why = (
+        "as lora.init_from_other_base has it"
+        if config.lora.init_from_other_base
+        else f"which its files do not name, and there is no {Path(start).parent / CALIBRATION}"
+    )
+    return (
+        f"lora.init_from: {start}: trained beside weights whose scales are by another calibration, {why}; this run "
+        "calibrates anew, and continues the adapter beside somewhat other 4-bit weights"
+    )
+
+
 def load_base(context: RunContext, source: ModelSource, places: Mapping[str, Location]) -> LoadedModel:
     """The model with its experts at their locations; a run that is opened again has what its record says."""
     config, device = context.config, context.device

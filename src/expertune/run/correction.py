@@ -59,6 +59,7 @@ def load_to_train(
     if not context.record.section("model").get("calibration") and (theirs := inherited_calibration(config)):
         shutil.copyfile(theirs, path)
         context.record.update("model", calibration={"sha256": hash_file(path).sha256})
+        context.notify(f"calibration: taken over from {theirs}, with the adapter of lora.init_from")
     if context.record.section("model").get("calibration"):
         moments = kept_moments(context)
         return load_base(context, source, places), moments

@@ -26,7 +26,7 @@ from expertune.errors import DataError
 from expertune.objectives.rewards import require_answers
 from expertune.planning.duration import Lengths
 from expertune.report.preview import render_preview
-from expertune.run.base_model import has_to_calibrate, identify_base
+from expertune.run.base_model import has_to_calibrate, identify_base, note_new_calibration
 from expertune.run.context import RunContext
 from expertune.run.identity import identify, require_same_identity
 from expertune.train.schedule import require_a_batch, require_prompts
@@ -94,6 +94,8 @@ def read_inputs(context: RunContext) -> Inputs:
         require_answers(config.rewards, part.examples if part else [])
     if calibrates:
         _require_tokens(config, train)
+        if note := note_new_calibration(config):
+            context.notify(note)
     _record_inputs(context, inputs)
     _show_data(context, inputs)
     return inputs
