@@ -55,6 +55,17 @@ def test_page_shows_reward_accuracy_and_margin_of_held_out_pairs_before_and_afte
     assert "reward accuracy on evaluation examples" in run_html(dpo_record, tmp_path)
 
 
+def test_figures_of_a_run_that_starts_from_an_adapter_are_of_step_0_and_not_of_the_base(dpo_record):
+    dpo_record["config"] |= {"objective": "orpo", "lora": {"init_from": "runs/first/adapter"}}
+    dpo_record["eval"]["before"] = None
+    text = require_contained(render_page(dpo_record, "runs/small")).text
+    assert "reward accuracy on evaluation examples 0.500 at step 0 → 0.875" in text
+    assert "loss on evaluation examples 3.200 at step 0 → 0.250" in text
+    values = {"model": "m", "data": {"train": "t.jsonl"}, "output_dir": "o", "objective": "orpo"}
+    card = render_card(Subject(dpo_record, parse_config(values), "owner/base", "abc"))
+    assert "| reward accuracy on held-out examples | - | 0.8750 |" in card
+
+
 @pytest.mark.parametrize("width", [60, 120])
 def test_summary_shows_the_objective_and_its_figures_at_any_width(dpo_record, width):
     text = on_terminal(dpo_record, width)

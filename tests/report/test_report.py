@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from expertune.report.figures import summary_figure, write_png
+from expertune.report.sections import outcome
 from expertune.report.summary import render_summary
 
 
@@ -66,15 +67,35 @@ def test_summary_of_a_single_step_shows_its_loss_once(record: dict[str, Any]) ->
     assert written.getvalue().count("2.125") == 1
 
 
-def test_summary_shows_no_before_that_is_not_the_base_models(record: dict[str, Any]) -> None:
-    record["eval"] |= {"before": None}
+@pytest.mark.parametrize(
+    ("lora", "losses", "before"),
+    [
+        ({"init_from": "runs/first/adapter"}, [[0, 3.2], [20, 0.25]], "3.200 at step 0"),
+        ({"init": "qera"}, [[0, 3.2], [20, 0.25]], "3.200 at step 0"),
+        ({"init_from": "runs/first/adapter"}, [[10, 3.2], [20, 0.25]], "-"),
+        ({}, [[10, 3.2], [20, 0.25]], "-"),
+    ],
+    ids=str,
+)
+def test_loss_before_training_that_is_not_the_base_models_is_one_at_step_0(
+    record: dict[str, Any], lora: dict[str, str], losses: list[list[float]], before: str
+) -> None:
+    record["eval"] |= {"loss": losses, "before": None}
+    record["config"] = {"lora": lora}
     del record["task"], record["adapter"]
     written = io.StringIO()
     Console(width=100, file=written).print(render_summary(record, "runs/demo"))
-    assert re.search(r"loss +- +0\.250\n", written.getvalue())
-    record["eval"] |= {"after": None}
+    assert re.search(rf"loss +{before} +0\.250 *\n", written.getvalue())
+    (score,) = outcome(record)["scores"]
+    assert (score["before"], score["after"]) == (before, 0.25)
+
+
+def test_summary_of_a_run_that_evaluated_nothing_has_no_table_of_it(record: dict[str, Any]) -> None:
+    record["eval"] = {"loss": [], "before": None, "after": None}
+    del record["task"], record["adapter"]
+    written = io.StringIO()
     Console(width=100, file=written).print(render_summary(record, "runs/demo"))
-    assert written.getvalue().count("evaluation") == 1
+    assert "evaluation" not in written.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -179,8 +179,8 @@ def _scores(subject: Subject) -> str:
     for figure in shown_figures(after):
         count = f"{figure.label} on {after.get('rows')} held-out examples"
         rows.append((count, _figure(before.get(figure.name)), _figure(after.get(figure.name))))
-    for figure, first, last in held_out_figures(record) if subject.is_final else ():
-        rows.append((f"{figure.label} on held-out examples", _figure(first), _figure(last)))
+    for each in held_out_figures(record) if subject.is_final else ():
+        rows.append((f"{each.figure.label} on held-out examples", _figure(each.base), _figure(each.after)))
     evaluation = record.get("eval") or {}
     loss = evaluation.get("after")
     if not subject.is_final:

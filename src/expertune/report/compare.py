@@ -239,9 +239,9 @@ def _scores(records: Sequence[Record]) -> list[Column]:
         _column(each.label, [number(r, "task", "after", name) for r in records], figure, not each.higher_is_better)
         for name, each in found.items()
     ]
-    held_out = [{each.name: (each, last) for each, _, last in held_out_figures(record)} for record in records]
+    held_out = [{each.figure.name: each.after for each in held_out_figures(record)} for record in records]
     for each in shown_objective_figures({name: None for known in held_out for name in known}):
-        values = [known[each.name][1] if each.name in known else None for known in held_out]
+        values = [known.get(each.name) for known in held_out]
         columns.append(_column(each.label, [value if is_number(value) else None for value in values], figure))
     # Losses of two objectives are two things, and neither is the better one.
     alike = len(set(map(objective_of, records))) == 1

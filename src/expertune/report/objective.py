@@ -1,7 +1,7 @@
 """What a run's objective is, and what its figures say, from the record: for page, summary, card and comparison."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from expertune.evaluation.metrics import Figure
 from expertune.evaluation.objective_figures import OBJECTIVES, shown_objective_figures
@@ -50,21 +50,61 @@ def all_tie(train: Record) -> bool:
     return all(points and points[0][1] == 0 for points in first)
 
 
-def held_out_figures(record: Record) -> list[tuple[Figure, Any, Any]]:
-    """The objective's figures on evaluation examples: (figure, before, after), None where one is not known.
+class HeldOut(NamedTuple):
+    """A figure of the evaluation examples.
 
-    Before is at step 0 of a run that started from no adapter; after is at the adapter's step, or the last so far. Where
-    the model is its own reference at step 0, all rewards are zero there, and nothing is told of them.
+    Attributes:
+        figure: which one.
+        base: of the base model, before training; None where it was not evaluated.
+        at_start: at step 0 of a run whose adapter changed the base before it was trained: of that adapter; else None.
+        after: at the adapter's step, or the last so far; None where it was not evaluated.
+    """
+
+    figure: Figure
+    base: Any
+    at_start: Any
+    after: Any
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is something to show."""
+        return any(value is not None for value in (self.base, self.at_start, self.after))
+
+    def before(self, show: Callable[[Any], str]) -> str:
+        """Where training began: the base model, unless it says otherwise."""
+        if self.base is None and self.at_start is not None:
+            return f"{show(self.at_start)} at step 0"
+        return show(self.base)
+
+
+def held_out_figures(record: Record) -> list[HeldOut]:
+    """The objective's figures on evaluation examples.
+
+    Where the model is its own reference at step 0, all rewards are zero there, and nothing is told of them.
     """
     evaluated = dict(_evaluations(record))
     if not evaluated:
         return []
-    is_reference = objective_of(record) in ("dpo", "kto") or not begins_as_base(record)
+    is_reference = objective_of(record) in ("dpo", "kto")
     first: Mapping[str, Any] = {} if is_reference else evaluated.get(0, {})
     last = evaluated.get(number(record, "adapter", "step") or -1, {})
     if not last and at(record, "run", "status") != "finished":
         last = evaluated[max(evaluated)]
-    return [(each, first.get(each.name), last.get(each.name)) for each in shown_objective_figures({**first, **last})]
+    base, start = (first, {}) if begins_as_base(record) else ({}, first)
+    shown = shown_objective_figures({**first, **last})
+    return [HeldOut(each, base.get(each.name), start.get(each.name), last.get(each.name)) for each in shown]
+
+
+def held_out_loss(record: Record) -> HeldOut:
+    """The loss on evaluation examples."""
+    base, after = at(record, "eval", "before"), at(record, "eval", "after")
+    losses = points_of(at(record, "eval", "loss"))
+    first = losses[0][1] if losses and losses[0][0] == 0 else None
+    is_of_base = begins_as_base(record)
+    if after is None and losses and at(record, "run", "status") != "finished":
+        after = losses[-1][1]
+        base = first if is_of_base else base
+    return HeldOut(Figure("loss", "loss", higher_is_better=False), base, None if is_of_base else first, after)
 
 
 def objective_charts(record: Record) -> list[Chart]:

@@ -17,6 +17,7 @@ from expertune.report.expert_maps import deaths_in_words
 from expertune.report.objective import (
     evaluation_series,
     held_out_figures,
+    held_out_loss,
     is_of_objective,
     loss_unit,
     objective_charts,
@@ -26,7 +27,6 @@ from expertune.report.values import (
     PLANNED_PHASES,
     Record,
     at,
-    begins_as_base,
     count,
     duration,
     entries,
@@ -74,20 +74,14 @@ def _processes(train: Mapping[str, Any]) -> str:
 def outcome(record: Record) -> dict[str, Any]:
     """What came out: scores before and after, and what it took."""
     before, after = section(record, "task", "before"), section(record, "task", "after")
-    losses = points_of(at(record, "eval", "loss"))
     scores = [
         {"label": each.label, "before": before.get(each.name), "after": after.get(each.name)}
         for each in shown_figures(after or before)
     ]
-    for each, first, last in held_out_figures(record):
-        scores.append({"label": f"{each.label} on evaluation examples", "before": first, "after": last})
-    loss_before, loss_after = at(record, "eval", "before"), at(record, "eval", "after")
-    if loss_after is None and losses and at(record, "run", "status") != "finished":
-        loss_after = losses[-1][1]
-        if losses[0][0] == 0 and begins_as_base(record):
-            loss_before = losses[0][1]
-    if loss_before is not None or loss_after is not None:
-        scores.append({"label": "loss on evaluation examples", "before": loss_before, "after": loss_after})
+    for each in (*held_out_figures(record), held_out_loss(record)):
+        if each.is_known:
+            label = f"{each.figure.label} on evaluation examples"
+            scores.append({"label": label, "before": each.before(figure), "after": each.after})
     trained = points_of(at(record, "train", "loss"))
     training = {"label": "training loss", "before": trained[0][1], "after": trained[-1][1]} if trained else None
     return {

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from expertune.evaluation.metrics import shown_figures
 from expertune.evaluation.objective_figures import OBJECTIVES, shown_objective_figures
-from expertune.report.objective import all_tie, held_out_figures, objective_of
+from expertune.report.objective import HeldOut, all_tie, held_out_figures, held_out_loss, objective_of
 from expertune.report.values import PLANNED_PHASES, duration, selected_experts
 from expertune.run.progress import in_words
 from expertune.text import printable
@@ -49,19 +49,17 @@ def render_summary(record: Mapping[str, Any], output_dir: str, examples: int = 3
 
 def _compared(record: Mapping[str, Any]) -> Table:
     """Scores and loss before and after; no row where nothing was evaluated."""
-    task, evaluation = record.get("task", {}), record.get("eval", {})
+    task = record.get("task", {})
     title = "evaluation: the base model before, the adapter after"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("", overflow="fold")
     for column in ("before", "after"):
         table.add_column(column, justify="right", no_wrap=True, min_width=len("before"))
     before, after = task.get("before", {}), task.get("after", {})
-    rows = [(each.label, before.get(each.name), after.get(each.name)) for each in shown_figures(after or before)]
-    rows += [(each.label, first, last) for each, first, last in held_out_figures(record)]
-    rows.append(("loss", evaluation.get("before"), evaluation.get("after")))
-    for label, before, after in rows:
-        if before is not None or after is not None:
-            table.add_row(Text(printable(label)), _figure(before), _figure(after))
+    rows = [HeldOut(each, before.get(each.name), None, after.get(each.name)) for each in shown_figures(after or before)]
+    for row in (*rows, *held_out_figures(record), held_out_loss(record)):
+        if row.is_known:
+            table.add_row(Text(printable(row.figure.label)), row.before(_figure), _figure(row.after))
     return table
 
 
