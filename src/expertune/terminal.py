@@ -121,15 +121,17 @@ def importing() -> Iterator[None]:
 
     Python's collector goes over all that has been imported again and again while more comes, and once more in each
     full collection of a run. Here it waits, and afterwards it leaves out what has been imported until the process ends:
-    then some libraries count what of theirs is left.
+    then some libraries count what of theirs is left. What is frozen is never freed by the collector, so that this
+    happens once in a process, not where an import failed, and not where the program around it has frozen already.
     """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
+        if not gc.get_freeze_count():
+            gc.freeze()
+            atexit.register(gc.unfreeze)
     finally:
-        gc.freeze()
-        atexit.register(gc.unfreeze)
         if was_enabled:
             gc.enable()
 
