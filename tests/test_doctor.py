@@ -1,8 +1,11 @@
 """What the doctor finds, and what it advises."""
 
+import _ctypes
 import http.server
+import importlib.machinery
 import importlib.metadata
 import json
+import sys
 import threading
 
 import pytest
@@ -102,19 +105,47 @@ def test_offline_the_hub_is_not_asked():
     assert "connection" not in asked()
 
 
-def test_a_native_library_that_does_not_load_is_an_error(monkeypatch):
-    import bitsandbytes.cextension
+def of_the_library():
+    finding = found("bitsandbytes library")
+    return finding["status"], finding["value"]
 
-    monkeypatch.setattr(doctor, "_library_of_cpus", lambda folder: None)  # as where there is a GPU
-    assert found("bitsandbytes library")["status"] == "ok"
-    monkeypatch.setattr(bitsandbytes.cextension, "lib", object())
-    assert found("bitsandbytes library")["status"] == "error"
+
+@pytest.fixture
+def with_a_gpu(monkeypatch):
+    """bitsandbytes is imported, as where there is a GPU: the library depends on that."""
+    monkeypatch.setattr(doctor, "_library_of_cpus", lambda folder: None)
+
+
+def test_a_native_library_that_does_not_load_is_an_error(monkeypatch, with_a_gpu):
+    from bitsandbytes import cextension
+
+    assert of_the_library()[0] == "ok"
+    monkeypatch.setattr(cextension, "lib", object.__new__(cextension.ErrorHandlerMockBNBNativeLibrary))
+    assert of_the_library() == ("error", "does not load")
+
+
+def test_a_package_around_the_native_library_whose_import_fails_is_an_error(monkeypatch, with_a_gpu):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.cextension", None)
+    status, value = of_the_library()
+    assert status == "error"
+    assert value.startswith("does not load: ModuleNotFoundError: ")
+
+
+@pytest.mark.parametrize("spec", [None, importlib.machinery.ModuleSpec("bitsandbytes", None)])
+def test_a_package_that_is_installed_and_not_found_by_imports_is_an_error(spec, monkeypatch):
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: spec)
+    assert of_the_library() == ("error", "not there: the package is installed, but cannot be imported")
 
 
 def test_a_damaged_native_library_of_cpus_is_an_error(monkeypatch, tmp_path):
     (tmp_path / "lib.so").write_bytes(b"")
     monkeypatch.setattr(doctor, "_library_of_cpus", lambda folder: tmp_path / "lib.so")
-    assert found("bitsandbytes library")["value"].startswith("does not load: ")
+    assert of_the_library()[1].startswith("does not load: ")
+
+
+def test_another_library_in_the_place_of_the_native_one_is_an_error(monkeypatch):
+    monkeypatch.setattr(doctor, "_library_of_cpus", lambda folder: _ctypes.__file__)
+    assert of_the_library() == ("error", "loads, but has no cquantize_blockwise_cpu_fp32")
 
 
 def test_on_a_cpu_the_library_is_the_one_that_bitsandbytes_loads(monkeypatch):
@@ -128,7 +159,8 @@ def test_on_a_cpu_the_library_is_the_one_that_bitsandbytes_loads(monkeypatch):
 def test_the_package_kernels_is_a_pitfall_on_a_cpu_with_bfloat16(monkeypatch):
     monkeypatch.setattr(doctor, "cpu_instruction_sets", lambda: ("avx512_bf16",))
     assert found("package kernels") is None
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
+    real = doctor.importlib.util.find_spec
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object() if name == "kernels" else real(name))
     assert "HF_HUB_OFFLINE=1" in found("package kernels")["advice"]
 
 

@@ -37,6 +37,9 @@ Status = Literal["ok", "info", "warning", "error"]
 _TRACKERS = ("wandb", "tensorboard", "trackio")
 _TABLE_WIDTH = 72
 
+# A function that bitsandbytes' library has, whatever devices it is for.
+_IN_EVERY_LIBRARY = "cquantize_blockwise_cpu_fp32"
+
 # How long the hub is waited for.
 _HUB_SECONDS = 3
 _STYLES = {"ok": "green", "info": "dim", "warning": "yellow", "error": "bold red"}
@@ -149,28 +152,39 @@ def _version(name: str) -> str | None:
 
 def _native_library() -> Iterator[Finding]:
     """bitsandbytes reads and writes NF4 through a library of its own, one for each CUDA release."""
-    name = "bitsandbytes library"
+    name, again = "bitsandbytes library", "reinstall bitsandbytes"
+    if _version("bitsandbytes") is None:
+        return  # which is a finding already
+    library: ctypes.CDLL | None
     try:
-        folder = importlib.metadata.distribution("bitsandbytes").locate_file("bitsandbytes")
-    except importlib.metadata.PackageNotFoundError:
-        return
-    if (own := _library_of_cpus(Path(str(folder)))) is not None:
-        try:
-            ctypes.CDLL(str(own))
-        except OSError as error:
-            yield _find("packages", name, f"does not load: {error}", "error", "reinstall bitsandbytes")
+        spec = importlib.util.find_spec("bitsandbytes")
+        if spec is None or spec.origin is None:  # nothing there, or a folder without the package's own code
+            missing = "not there: the package is installed, but cannot be imported"
+            yield _find("packages", name, missing, "error", again)
             return
-        yield _find("packages", name, "loaded, CPU only")
-        return
-    try:
-        from bitsandbytes.cextension import BNBNativeLibrary, lib
+        if (own := _library_of_cpus(Path(spec.origin).parent)) is not None:
+            library, what = ctypes.CDLL(str(own)), "loads, CPU only (the package around it was not imported)"
+        else:
+            library, what = _imported_library()
     except Exception as error:  # whatever an import of a broken installation raises is the finding
-        yield _find("packages", name, f"{type(error).__name__}: {error}", "error", "reinstall bitsandbytes")
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        yield _find("packages", name, f"does not load: {kind}{error}", "error", again)
         return
-    if isinstance(lib, BNBNativeLibrary):
-        yield _find("packages", name, "loaded, with CUDA" if lib.compiled_with_cuda else "loaded, CPU only")
-    else:
+    if library is None:
         yield _find("packages", name, "does not load", "error", "see: python -m bitsandbytes")
+    elif not hasattr(library, _IN_EVERY_LIBRARY):
+        yield _find("packages", name, f"loads, but has no {_IN_EVERY_LIBRARY}", "error", again)
+    else:
+        yield _find("packages", name, what)
+
+
+def _imported_library() -> tuple[ctypes.CDLL | None, str]:
+    """The library that bitsandbytes has loaded; None where it has put another object in its place."""
+    from bitsandbytes.cextension import lib
+
+    library = vars(lib).get("_lib")
+    what = "loaded, with CUDA" if getattr(lib, "compiled_with_cuda", False) else "loaded, without CUDA"
+    return (library if isinstance(library, ctypes.CDLL) else None), what
 
 
 def _library_of_cpus(folder: Path) -> Path | None:
