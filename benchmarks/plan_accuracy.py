@@ -49,7 +49,7 @@ def measure(values: Mapping[str, Any]) -> dict[str, Any]:
 
         return call
 
-    for name in ("plan_for", "read_inputs", "load_to_train", "probe_logits", "begin_adapter", "preflight", "train"):
+    for name in ("plan_for", "read_inputs", "load_to_train", "base_forward", "begin_adapter", "preflight", "train"):
         setattr(api, name, watched(name, getattr(api, name)))
     api.HeldOut.score = watched("score", api.HeldOut.score)  # type: ignore[method-assign]
     phases["libraries"] = _status("VmRSS")

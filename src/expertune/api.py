@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 from transformers import set_seed
 
-from expertune.adapt.amounts import compared_tokens, preflight_tokens
+from expertune.adapt.amounts import preflight_tokens
 from expertune.adapt.attach import attach
-from expertune.adapt.comparison import BaseForward, probe_logits
+from expertune.adapt.comparison import base_forward
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.preflight import preflight
 from expertune.config import RunConfig, check_training_arguments
@@ -280,10 +280,9 @@ def _load_and_adapt(
         with experts_passed_by(loaded.model):  # which see each token alone
             require_no_leakage(loaded.model)
     probe = probe_batch(context, inputs, preflight_tokens(loaded.names.specs))
-    sample = probe_batch(context, inputs, compared_tokens(loaded.names.specs))
     recovery = make_recovery(context, loaded.model)
     with record.phase("preflight"), context.bars.task("preflight check"):
-        base_logits, sample = recovery.preflight(partial(probe_logits, loaded.model), sample)
+        base, probe = recovery.preflight(partial(base_forward, loaded.model), probe)
         lora = with_selected_experts(context, loaded.model, inputs, recovery)
         set_seed(context.seed)
         model = attach(loaded, lora, config.model, source.revision)
@@ -292,7 +291,6 @@ def _load_and_adapt(
         model.activation_checkpointing_enable()
     router_losses = take_router_losses(model, config)
     # Nothing that changes a logit may change between the two forwards of the base model.
-    base = BaseForward(sample, base_logits)
     is_begun = lora.init == "pissa"
     if is_begun:  # of which the check has to see what training computes: the first factors taken away, and not zero
         begin_adapter(context, source, model, moments)
@@ -304,11 +302,13 @@ def _load_and_adapt(
         record.add("model", base=loaded.fingerprint.to_json())
     record.add("model", dtype=str(model.dtype), unexpected_tensors=loaded.unexpected)
     record.add("preflight", **found)
-    learning = found["learning"]
+    learning, effective = found["learning"], found["effective"]
+    reached, experts = effective["experts_compared"], effective["experts"]
     context.tell(
         f"preflight check: experts at {found['four_bit']['bits_per_expert_weight']:.2f} bits a weight, "
         f"{learning['factors_learning']} adapter factors learn "
         f"({learning['factors_without_tokens']} saw no token), forward repeatable, adapter effective"
+        + (f", compared on {reached} of {experts} experts" if reached < experts else "")
     )
     refusal = model.stock_layout().refusal
     record.update("adapter", stock_peft=refusal is None, stock_peft_refusal=refusal)

@@ -32,6 +32,10 @@ def test_finetune_gives_the_same_adapter_whether_experts_lie_in_memory_or_on_dis
     assert set(placement["places"].values()) == {"disk"}
     assert placement["transfers"] > 0
     assert straight["placement"]["layers"] == {"device": 2}
+    for record, every in ((on_disk, 4), (straight, 1)):
+        tokens = record["preflight"]["learning"]["tokens"]
+        compared = record["preflight"]["effective"]
+        assert (compared["tokens"], compared["expert_tokens"]) == (tokens, -(-tokens // every))
     assert evaluate(tmp_path / "run")["loss"] == pytest.approx(on_disk["eval"]["loss"][-1][1], rel=1e-6)
 
 

@@ -9,8 +9,9 @@ from expertune.experts.contract import ExpertsSpec
 _TOKENS_FOR_AN_EXPERT = 16
 _LEAST_TOKENS, MOST_PREFLIGHT_TOKENS = 128, 512
 
-# Of these tokens, those on which forwards are compared: they take less, and reach nearly all experts.
-_COMPARED_SHARE = 4
+# Where experts are offloaded, they compute one token in so many in the forwards that are compared. Their products are
+# what such a check spends its time on, and these tokens, from all over the sequences, still reach nearly all experts.
+EXPERT_STRIDE = 4
 
 # Of a matrix whose smaller side is at most this, all singular values are computed; of a larger one the largest, by
 # iterating on a subspace with so many columns more than are wanted (Halko et al. 2011).
@@ -22,8 +23,3 @@ def preflight_tokens(specs: Mapping[str, ExpertsSpec]) -> int:
     """Tokens of the preflight check's batch for a model with these experts."""
     num_experts = max(spec.num_experts for spec in specs.values())
     return min(max(_TOKENS_FOR_AN_EXPERT * num_experts, _LEAST_TOKENS), MOST_PREFLIGHT_TOKENS)
-
-
-def compared_tokens(specs: Mapping[str, ExpertsSpec]) -> int:
-    """Of the preflight check's tokens, those of the forwards that it compares."""
-    return preflight_tokens(specs) // _COMPARED_SHARE

@@ -1,22 +1,27 @@
-"""What the preflight check compares: forwards in evaluation, without gradients, of a quarter of its tokens.
+"""What the preflight check compares: forwards in evaluation, without gradients, and what experts hold.
 
 Two with the adapter have to agree to the bit, and to differ from the base model's; one with the adapter disabled has to
-agree with the base model's from before it was attached. All logits of all positions are compared.
+agree with the base model's from before it was attached. All logits of all positions are compared. Of experts that no
+token reaches, checksums from before and after are.
 
 Where experts are offloaded these forwards pass the layers beside the one that gradients are taken of, layer by layer:
-together they take one transfer of each layer.
+together they take one transfer of each layer. There experts compute some of the tokens alone, in all of them alike.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from expertune.adapt.amounts import EXPERT_STRIDE
+from expertune.adapt.frozen_bytes import Checksums, expert_checksums, first_changed
 from expertune.adapt.interleaved import PausingForward, in_turns
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.checkpoint.linears import decoder_layers
@@ -37,15 +42,31 @@ class BaseForward(NamedTuple):
     Attributes:
         batch: `input_ids` [B, S] of real sequences, with `position_ids` where they are concatenated.
         logits: `probe_logits` of it, [B, S, V].
+        stride: see `probe_logits`.
+        experts: `expert_checksums` from before the adapter was attached.
     """
 
     batch: Batch
     logits: Tensor
+    stride: int = 1
+    experts: Checksums = MappingProxyType({})
 
 
-def probe_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits [B, S, V] of a model in evaluation mode; its mode is restored."""
-    with torch.no_grad(), _evaluating(model):
+def base_forward(model: nn.Module, batch: Batch) -> BaseForward:
+    """What a check compares with: of a model before an adapter is attached, and where its experts are by now."""
+    stride = EXPERT_STRIDE if _is_prefetched(model) else 1
+    return BaseForward(batch, probe_logits(model, batch, stride), stride, expert_checksums(model))
+
+
+def probe_logits(model: nn.Module, batch: Batch, stride: int = 1) -> Tensor:
+    """Logits [B, S, V] of a model in evaluation mode; its mode is restored.
+
+    Args:
+        model: with or without an adapter.
+        batch: as a `BaseForward` has it.
+        stride: experts compute each token whose number is a multiple of this, and give zeros for the others.
+    """
+    with torch.no_grad(), _evaluating(model), _experts_at(model, stride):
         return _logits(model, batch)
 
 
@@ -89,11 +110,11 @@ class Comparison:
 
         Raises:
             PreflightError: the forwards show that the model is not repeatable, the adapter has no effect, or the base
-                model was changed.
+                model was changed; or checksums of experts show that.
         """
         self._let_on(PausingForward.finish)
         if self._drift is not None:
-            since = "" if in_lockstep(self._model) else f", from {_first_to_differ(self._model, self._base.batch)} on"
+            since = "" if in_lockstep(self._model) else f", from {_first_to_differ(self._model, self._base)} on"
             raise PreflightError(
                 f"two forwards of the same sequences differ by up to {self._drift:.3g}{since}; "
                 "the model is not repeatable, so that a resumed run would drift"
@@ -107,6 +128,11 @@ class Comparison:
                 f"with the adapter disabled the logits differ from the base model's by up to "
                 f"{self._base_change:.3g}; attaching the adapter has changed the base"
             )
+        if name := first_changed(self._model, self._base.experts):
+            raise PreflightError(
+                f"{name}: some bytes of its experts are not those from before; attaching the adapter has changed the "
+                "base, for tokens that were not compared"
+            )
 
     @property
     def experts_reached(self) -> dict[str, int]:
@@ -117,7 +143,12 @@ class Comparison:
     def _let_on(self, let_on: Callable[[PausingForward[Tensor]], None]) -> None:
         """Each of the forwards once, in one order; the random state and the model's modes are restored."""
         ids = self._base.batch["input_ids"]
-        with torch.random.fork_rng(devices=cuda_devices(ids)), torch.no_grad(), _evaluating(self._model):
+        with (
+            torch.random.fork_rng(devices=cuda_devices(ids)),
+            torch.no_grad(),
+            _evaluating(self._model),
+            _experts_at(self._model, self._base.stride),
+        ):
             for forward in (self._first, self._second):
                 self._run(forward, let_on)
             with _without_adapter(self._model), self._counting():
@@ -158,6 +189,36 @@ class Comparison:
                 handle.remove()
 
 
+def _is_prefetched(model: nn.Module) -> bool:
+    placement = placement_of(model)
+    return placement is not None and placement.is_prefetched
+
+
+@contextmanager
+def _experts_at(model: nn.Module, stride: int) -> Iterator[None]:
+    """While open, experts compute one token in `stride`, from the first on; see `probe_logits`."""
+    num_tokens: dict[nn.Module, int] = {}
+
+    def take(experts: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        num_tokens[experts] = inputs[0].shape[0]
+        return *(each_TX[::stride].contiguous() for each_TX in inputs[:3]), *inputs[3:]
+
+    def spread(experts: nn.Module, inputs: Any, output_SD: Tensor) -> Tensor:
+        output_TD = output_SD.new_zeros(num_tokens.pop(experts), output_SD.shape[1])
+        output_TD[::stride] = output_SD
+        return output_TD
+
+    handles: list[RemovableHandle] = []
+    for module in model.modules():
+        if stride > 1 and isinstance(module, Nf4Experts):
+            handles += module.register_forward_pre_hook(take), module.register_forward_hook(spread)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     logits: Tensor = model(**inputs, use_cache=False).logits
@@ -191,7 +252,7 @@ def _without_adapter(model: ExpertPeftModel) -> Iterator[None]:
                 parameter.requires_grad_(is_trained)
 
 
-def _first_to_differ(model: nn.Module, batch: Batch) -> str:
+def _first_to_differ(model: nn.Module, base: BaseForward) -> str:
     """Name of the first module whose output is another one when the forward is repeated; for a failure's message."""
 
     def digests() -> list[tuple[str, str]]:
@@ -206,7 +267,7 @@ def _first_to_differ(model: nn.Module, batch: Batch) -> str:
 
         handles = [module.register_forward_hook(record(name)) for name, module in model.named_modules() if name]
         try:
-            probe_logits(model, batch)
+            probe_logits(model, base.batch, base.stride)
         finally:
             for handle in handles:
                 handle.remove()

@@ -43,12 +43,13 @@ def preflight(
 
     What passes the layers, what it shows, and what it costs, with `base` taken before:
 
-    1. A forward of the base model, in evaluation, on the tokens that are compared. One transfer of each layer.
-    2. A forward with gradients, in training mode with the adapter's dropout, on all tokens, and the loss; beside it, on
-       the tokens that are compared, two forwards in evaluation with the adapter (the model repeats itself to the bit,
-       and the adapter changes its logits) and one with the adapter disabled (equal to the first to the bit: attaching
-       has changed no weight of an expert that these tokens reach, nor what is computed with it). Together one transfer
-       of each layer, as they pass it in turns where experts are offloaded.
+    1. A forward of the base model, in evaluation. One transfer of each layer.
+    2. A forward with gradients, in training mode with the adapter's dropout, and the loss; beside it two forwards in
+       evaluation with the adapter (the model repeats itself to the bit, and the adapter changes its logits) and one
+       with the adapter disabled (equal to the first to the bit: attaching has changed nothing that these tokens reach,
+       nor what is computed with it; what experts hold in memory is compared by checksums). Together one transfer of
+       each layer, as they pass it in turns where experts are offloaded; there these three have experts compute one
+       token in `base.stride`.
     3. The backward: every factor has a finite gradient that is not zero. One transfer of each layer but the last.
 
     Where an adapter's first factors are taken away from what it gives, another forward, with the factors as they are,
@@ -59,7 +60,7 @@ def preflight(
     Args:
         model: the adapted model.
         batch: `input_ids` [B, S] of real sequences, with `position_ids` where they are concatenated.
-        base: a forward of the base model before the adapter was attached; of a few tokens, such as a quarter.
+        base: a forward of the base model before the adapter was attached, of the same batch or of another.
         progress: called with (layers passed, in all), where every pass over the model counts its layers.
         router_losses: what the run adds to its loss; measured too.
 
@@ -91,6 +92,7 @@ def preflight(
             "largest_logit_change": comparison.largest_change,
             "disabled_equals_base": True,
             "tokens": base.batch["input_ids"].numel(),
+            "expert_tokens": -(-base.batch["input_ids"].numel() // base.stride),
             **comparison.experts_reached,
         },
         **({"router": of_router} if of_router else {}),
@@ -121,7 +123,7 @@ def _told(layers: Sequence[nn.Module], progress: Callable[[int, int], None]) -> 
 
 def _check_beginning(model: ExpertPeftModel, base: BaseForward) -> None:
     """An adapter whose first factors are taken away begins as the base model, to the bit."""
-    logits = probe_logits(model, base.batch)
+    logits = probe_logits(model, base.batch, base.stride)
     if not torch.equal(logits, base.logits):
         largest = float((logits.float() - base.logits.float()).abs().max())
         raise PreflightError(

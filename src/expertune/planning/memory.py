@@ -139,7 +139,11 @@ def estimate_memory(w: Workload, placement: PlannedPlacement) -> Memory:
 
 
 def _preflight_phase(w: Workload) -> dict[str, int]:
-    """The check's own forward and backward, with all logits, beside the base model's logits."""
+    """The check's own forward and backward, with all logits, beside the base model's logits.
+
+    The forwards that are compared come to no more: at most two of them have their logits at once, before or after those
+    with gradients, whose loss takes more than both.
+    """
     check = w.of_batch(w.preflight_tokens, full_logits=True, offload=False, accumulates=False, kept_layers=0)
     phases = _workspace(check) | _loss_phase(check), _layer_phase(check)
     highest = max(phases, key=lambda components: sum(components.values()))
