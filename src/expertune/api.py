@@ -43,6 +43,7 @@ from expertune.report.summary import render_summary
 from expertune.run.agreement import (
     choose_experts,
     kept_by_all,
+    kept_in_words,
     machine_for_all,
     record_kept,
     require_same_start,
@@ -184,6 +185,8 @@ def _finetune(context: RunContext) -> Run:
     kept = kept_by_all(context, made.kept)
     if kept.note:
         context.notes.append(kept.note)
+    if line := kept_in_words(record, kept):
+        context.tell(line)
     record_kept(record, kept, started)
     _record_notes(context, made.micro_batch, point)
     write_report(record, context.notify)

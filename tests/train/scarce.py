@@ -31,10 +31,12 @@ def out_of_memory() -> Exception:
     return torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
 
 
-def run(values: dict[str, Any], out: Path, resume: bool = False, **changes: Any) -> RunRecord:
-    """A whole run, with some of its training arguments changed."""
+def run(
+    values: dict[str, Any], out: Path, resume: bool = False, said: io.StringIO | None = None, **changes: Any
+) -> RunRecord:
+    """A whole run, with some of its training arguments changed; `said` gets what it shows."""
     training = values["training"] | changes.pop("training", {})
-    console = Console(file=io.StringIO())
+    console = Console(file=io.StringIO() if said is None else said)
     return finetune(
         parse_config(values | {"output_dir": str(out), "training": training} | changes), resume=resume, console=console
     ).record

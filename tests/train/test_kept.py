@@ -1,5 +1,6 @@
 """Runs whose expert layers keep gate and up for backward: the same adapter, to the byte in float32, also resumed."""
 
+import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from tests.train.scarce import Scarce, adapter_bytes, run
 
 GATE_UP = f"{2 * 64 * 2 * 2 * 64 * 4}B"
 """Of a layer: two experts for each of the 2 x 64 tokens of a micro-batch, gate and up in float32."""
+
+
+def words(said: io.StringIO) -> str:
+    """What a run has shown, whatever the width."""
+    return " ".join(said.getvalue().split())
 
 
 @pytest.fixture
@@ -38,15 +44,17 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def test_kept_or_computed_again_the_adapter_has_the_same_bytes(
+def test_kept_or_computed_again_the_adapter_has_the_same_bytes_and_the_run_says_how_many_layers_keep(
     values: dict[str, Any], tmp_path: Path, kept: list[int]
 ) -> None:
     adapters, losses = [], []
-    for keep, layers in (("auto", 2), (0, 0), (GATE_UP, 1)):
+    for keep, layers, which in (("auto", 2, "all 2"), (0, 0, None), (GATE_UP, 1, "1 of 2")):
         kept.clear()
-        record = run(values, tmp_path / str(keep), kernels={"keep": keep})
+        record = run(values, tmp_path / str(keep), kernels={"keep": keep}, said=(said := io.StringIO()))
         assert record["train"]["kept_layers"] == record["plan"]["kept"]["layers"] == layers
         assert set(kept) == {layers}
+        assert words(said).count("keep gate and up for backward") == bool(which)
+        assert not which or f" {which} expert layers keep gate and up for backward (" in words(said)
         adapters.append(adapter_bytes(tmp_path / str(keep)))
         losses.append(record["train"]["loss"])
     assert adapters[0] == adapters[1] == adapters[2]
@@ -60,13 +68,15 @@ def test_layers_keep_nothing_once_memory_has_run_out_and_batches_stay_as_they_ar
     kept.clear()
     scarce = Scarce(0, backward=True, first_layer=4 + 3).install(monkeypatch)  # in the second micro-batch of step 2
     monkeypatch.setattr(scarce, "too_large", lambda _: scarce.trainer.oom.kept_layers > 0)
-    recovered = run(values, tmp_path / "recovered")
+    recovered = run(values, tmp_path / "recovered", said=(said := io.StringIO()))
     assert scarce.num_failures == 1
     assert kept == [2] * 4 + [0] * 6  # of step 2 both are computed again
     assert [(change["step"], change["setting"]) for change in recovered["train"]["recoveries"]] == [
         (2, {"kept_layers": 0})
     ]
-    assert "gate and up again" in recovered["train"]["recoveries"][0]["change"]
+    change = "no expert layer keeps gate and up for backward (2 did), which computes them again"
+    assert recovered["train"]["recoveries"][0]["change"] == change
+    assert f"; from here on {change}\n" in said.getvalue()
     assert adapter_bytes(tmp_path / "recovered") == adapter_bytes(tmp_path / "undisturbed")
     assert recovered["train"]["loss"] == undisturbed["train"]["loss"]
 
@@ -83,8 +93,9 @@ def test_layers_keep_nothing_once_memory_has_run_out_and_batches_stay_as_they_ar
         held.append(recovery.kept_layers)
 
     monkeypatch.setattr(oom.OutOfMemory, "on_step_begin", begin)
-    resumed = run(values, tmp_path / "resumed", resume=True)
+    resumed = run(values, tmp_path / "resumed", resume=True, said=(said := io.StringIO()))
     assert held == [0, 0]
+    assert " until step 2, where memory ran out, and none from there on" in words(said)
     assert resumed["train"]["recoveries"] == recovered["train"]["recoveries"]
     assert adapter_bytes(tmp_path / "resumed") == adapter_bytes(tmp_path / "undisturbed")
 

@@ -321,7 +321,8 @@ class OutOfMemory(TrainerCallback):
         if name == "demoted":
             return self._offload_more(phase)
         if name == "kept_layers":
-            return "expert layers compute gate and up again in backward, and keep none"
+            kept = f"{self.kept_layers} did" if self.kept_layers > 1 else "one did"
+            return f"no expert layer keeps gate and up for backward ({kept}), which computes them again"
         return (
             "activations are offloaded to the host"
             if name == "offload_activations"
