@@ -27,7 +27,7 @@ def test_a_load_and_a_folder_have_the_same_bytes_and_the_same_fingerprint(mixtra
     assert_same_bytes(loaded, load_model(by_error, QuantizationConfig(), torch.bfloat16, "cpu"))
     assert loaded.fingerprint == fingerprint_of(by_error) == fingerprint_of(mixtral, quantization=MSE)
     assert loaded.fingerprint is not None
-    assert Fingerprint.from_json(loaded.fingerprint.to_json()) == loaded.fingerprint
+    assert Fingerprint.from_json(loaded.fingerprint.to_json(), "here") == loaded.fingerprint
     assert read_nf4_folder(by_error).fit == "mse"
 
 

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from expertune.adapt.factors import AdapterFactors, Factors
 from expertune.adapt.files import AdapterFile
-from expertune.checkpoint.fingerprint import Held, read_fingerprint
+from expertune.checkpoint.fingerprint import read_fingerprint
+from expertune.checkpoint.held import Held
 from expertune.checkpoint.hub import ModelSource
 from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.names import read_names

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 from expertune.adapt.files import read_adapter_base
+from expertune.checkpoint.load import fingerprint_of
 from expertune.checkpoint.quantize import quantize
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, ExportError
@@ -21,7 +22,7 @@ from expertune.exporting.engines import stock, trained
 from expertune.exporting.engines.trained import dequantized
 from expertune.exporting.formats import Options, make_format
 from expertune.exporting.merged import MANIFEST, Merged, MergedIntoDequantized, make
-from expertune.exporting.source import ExportSource
+from expertune.exporting.source import ExportSource, read_source
 from tests.exporting.conftest import base_and_adapter, nothing, source_of
 from tests.families import build
 from tests.tiny_models import load_tiny, save_random, stock_model, tiny_config
@@ -87,11 +88,43 @@ def test_adapter_of_an_nf4_folder_is_merged_into_what_the_folder_was_made_of_and
     loaded = load_tiny(tmp_path / "nf4")
     source = source_of(loaded, folder, tmp_path / "run")
     assert source.fingerprint.held == loaded.fingerprint.held  # what the exported adapter says of its training
+    # Of the 4-bit bytes nothing is taken, but the comparison shows the model as it was trained.
+    assert source.context.config.quantization == QuantizationConfig()
+    trained_with = fingerprint_of(folder, quantization=source.as_trained)
+    assert trained_with.held == loaded.fingerprint.held
     merged = stock_model(written(Merged(), source, tmp_path / "merged"))
     assert largest_difference(base_and_adapter(source, stock_model(folder), torch.bfloat16), merged) == 0
     source = source_of(loaded, folder, tmp_path / "run", onto="dequantized")
     merged = stock_model(written(MergedIntoDequantized(), source, tmp_path / "dequantized"))
     assert largest_difference(dequantized_and_adapter(source, loaded.model), merged) == 0
+
+
+def test_what_a_received_adapter_says_of_its_base_is_data(tmp_path: Path) -> None:
+    folder = save_random(tmp_path / "model", tiny_config())
+    source = source_of(load_tiny(folder), folder, tmp_path / "run")
+
+    def saying(**values: Any) -> None:
+        path = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+        with safe_open(path, framework="pt") as file:
+            notes, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        notes["expertune.base"] = json.dumps(source.fingerprint.to_json() | values)
+        save_file(tensors, path, metadata=notes)
+
+    def read(onto: str) -> ExportSource:
+        return read_source(source.context, tmp_path / "run" / "adapter", source.base, onto)
+
+    # A name that this base has not matters where the 4-bit values are taken, and nowhere else.
+    saying(layers={"no_such_proj": 16})
+    read("source")
+    with pytest.raises(
+        CheckpointError, match=r"run/adapter: its 4-bit weights are not of this base: .*'no_such_proj' fits no linear"
+    ):
+        read("dequantized")
+    for key, value in {"layers": {"(([a-z_.0-9])+)+X": 16}, "fit": "foo"}.items():
+        saying(**{key: value})
+        for onto in ("source", "dequantized"):
+            with pytest.raises(CheckpointError, match=rf"safetensors: expertune\.base: damaged at {key}: "):
+                read(onto)
 
 
 def test_adapter_goes_into_the_values_of_its_own_4_bit_weights_alone_and_onto_16_bits_from_any(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from expertune.adapt.files import read_adapter_base, read_adapter_config
-from expertune.checkpoint.fingerprint import Fingerprint, Held
+from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.formats.nf4_folder import CALIBRATED
+from expertune.checkpoint.held import Held
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.errors import CheckpointError, option
 

@@ -99,9 +99,9 @@ def read_adapter_base(folder: str | Path) -> Fingerprint | None:
     """The base model that an adapter was trained on; None where its files do not name it.
 
     Raises:
-        CheckpointError: the file is missing or damaged.
+        CheckpointError: the file is missing or damaged; see also `Fingerprint.from_json`.
     """
-    return Fingerprint.from_json(_read_note(folder, _BASE_KEY))
+    return Fingerprint.from_json(_read_note(folder, _BASE_KEY), f"{Path(folder) / WEIGHTS_NAME}: {_BASE_KEY}")
 
 
 def stock_config(origin: Origin, stock: StockLayout) -> dict[str, Any]:

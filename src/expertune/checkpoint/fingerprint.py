@@ -10,18 +10,7 @@ stored transposed, fused attention, weights that other tools packed) is absent. 
 both have. Scales that are not chosen by the largest magnitude give other codes, which a whole matrix decides: then the
 fingerprint says how they are chosen, and the codes are left out.
 
-One source has many 4-bit bases, so the fingerprint also says which of them it is (`Held`): which linears stay in 16
-bits, what the experts' codes stand for, how scales are chosen, and by which calibration. What follows from a difference
-depends on what is done:
-
-- An adapter that is loaded, continued or resumed computes beside these bytes. Any difference is an error.
-- An export to 16-bit weights takes none of these bytes: PEFT, vLLM, llama.cpp and `merged` put the adapter on the
-  source. There `Held` is not compared, only the source. An export of the 4-bit values (`--base dequantized`) takes all
-  of them, and so does that of a correction (`lora.init`) over a base that is in 4 bits on the disk: a difference is an
-  error.
-- What one side does not know is not compared: adapters and records of earlier releases say nothing of `layers`,
-  `scheme` and `calibration`.
-- Whether scales are held in 8 bits or in float32 is in none of it. The codes are the same, and the values nearly so.
+One source has many 4-bit bases: `expertune.checkpoint.held` says which of them it is.
 """
 
 import hashlib
@@ -36,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertune.checkpoint.formats.nf4_folder import ABSMAX, CALIBRATED, is_nf4_folder
-from expertune.checkpoint.mixed import as_layers
+from expertune.checkpoint.formats.nf4_folder import ABSMAX, is_nf4_folder
+from expertune.checkpoint.held import Held
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.reader import TensorEntry
-from expertune.checkpoint.recipe import Recipe, linears_to_quantize
+from expertune.checkpoint.recipe import linears_to_quantize
 from expertune.experts.contract import ExpertsSpec
 from expertune.experts.router import find_router
 from expertune.kernels.nf4 import BLOCK_SIZE, quantize_matrix
@@ -66,59 +55,6 @@ Sample = tuple[str, Callable[[], Tensor | None]]
 
 
 @dataclass(frozen=True)
-class Held:
-    """Which of the 4-bit bases of a source it is. None is always what is not known.
-
-    Attributes:
-        scheme: what the experts' codes stand for: `nf4` or `mxfp4`.
-        layers: the linears that stay in 16 bits, as a value of `quantization.layers`, however that was written.
-        fit: how the scales of 4-bit weights were chosen (`quantization.fit`).
-        calibration: sha256 of the file of mean squares that they were chosen by; None also where they were not.
-    """
-
-    scheme: str | None = None
-    layers: Mapping[str, int] | None = None
-    fit: str | None = None
-    calibration: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The keys that `from_json` reads; a fit is that by the largest magnitude where it is not there."""
-        known = {key: value for key, value in vars(self).items() if value is not None and key != "fit"}
-        return known if self.fit == ABSMAX else known | {"fit": self.fit}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Held":
-        """What was kept; values of other types than ours are not known."""
-        said = {key: values.get(key) for key in ("scheme", "calibration")} | {"fit": values.get("fit", ABSMAX)}
-        plain = {key: value if isinstance(value, str) else None for key, value in said.items()}
-        layers = values.get("layers")
-        is_ours = isinstance(layers, dict) and all(bits == 16 for bits in layers.values())
-        return cls(layers=layers if is_ours else None, **plain)
-
-    def differences(self, other: "Held") -> dict[str, tuple[str, str]]:
-        """What both know and differs: by key of the run file's `quantization`, or `calibration`, was and is."""
-        found = {}
-        for key, shown in _SHOWN.items():
-            was, now = getattr(self, key), getattr(other, key)
-            if was is not None and now is not None and was != now:
-                found[key] = shown(was), shown(now)
-        return found
-
-
-def _show_layers(layers: Mapping[str, int]) -> str:
-    """As a run file has it."""
-    return "{" + ", ".join(f"{name}: {bits}" for name, bits in layers.items()) + "}"
-
-
-_SHOWN: dict[str, Callable[[Any], str]] = {
-    "scheme": str,
-    "layers": _show_layers,
-    "fit": str,
-    "calibration": lambda digest: str(digest)[:12],
-}
-
-
-@dataclass(frozen=True)
 class Fingerprint:
     """What identifies a base model.
 
@@ -130,7 +66,7 @@ class Fingerprint:
 
     config: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
-    held: Held = Held()
+    held: Held = field(default_factory=Held)
 
     def to_json(self) -> dict[str, Any]:
         """The fingerprint as `from_json` reads it."""
@@ -138,14 +74,22 @@ class Fingerprint:
         return found | self.held.to_json()
 
     @classmethod
-    def from_json(cls, values: Any) -> "Fingerprint | None":
-        """A fingerprint that was kept; None where there is none, or one of a version that this one cannot compare."""
+    def from_json(cls, values: Any, where: object) -> "Fingerprint | None":
+        """A fingerprint that was kept; None where there is none, or one of a version that this one cannot compare.
+
+        Args:
+            values: what a file holds of it; anything, if somebody else has written it.
+            where: that file, and the place in it, for messages.
+
+        Raises:
+            CheckpointError: see `Held.from_json`.
+        """
         if not isinstance(values, dict) or values.get("version") != _VERSION:
             return None
         config, weights = values.get("config"), values.get("weights")
         if not isinstance(config, dict) or not isinstance(weights, dict):
             return None
-        return cls(config, weights, Held.from_json(values))
+        return cls(config, weights, Held.from_json(values, where))
 
     @property
     def of_source(self) -> "Fingerprint":
@@ -166,20 +110,6 @@ class Fingerprint:
         if changed:
             found.append(f"other weights ({', '.join(kind.replace('_', ' ') for kind in changed)})")
         return found
-
-
-def held_by(recipe: Recipe, model: nn.Module, names: NameMap, calibration: str | None = None) -> Held:
-    """Which base a recipe makes of a model, or has made.
-
-    Args:
-        recipe: how the weights are held.
-        model: the model, with experts and linears swapped or not.
-        names: its name map.
-        calibration: sha256 of what scales were chosen by; None where that is not known, or they were chosen without.
-    """
-    linears = linears_to_quantize(model, names.specs)
-    layers = as_layers([name for name in linears if name not in recipe.linears], linears, names)
-    return Held(recipe.scheme, layers, recipe.fit, calibration if recipe.fit == CALIBRATED else None)
 
 
 def read_fingerprint(

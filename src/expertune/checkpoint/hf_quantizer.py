@@ -206,8 +206,9 @@ def as_loaded(model: "PreTrainedModel") -> "LoadedModel":
     Raises:
         ValueError: the model was not loaded from an NF4 folder.
     """
-    from expertune.checkpoint.fingerprint import held_by, read_fingerprint
+    from expertune.checkpoint.fingerprint import read_fingerprint
     from expertune.checkpoint.formats.nf4_folder import read_nf4_folder
+    from expertune.checkpoint.held import held_by
     from expertune.checkpoint.load import LoadedModel
     from expertune.checkpoint.recipe import recipe_of_folder
     from expertune.config import QuantizationConfig

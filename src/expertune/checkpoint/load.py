@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from expertune.checkpoint.fingerprint import Fingerprint, held_by, read_fingerprint
+from expertune.checkpoint.fingerprint import Fingerprint, read_fingerprint
 from expertune.checkpoint.formats.nf4_folder import Nf4Folder, is_nf4_folder, read_nf4_folder
+from expertune.checkpoint.held import held_by
 from expertune.checkpoint.loader import Loader
 from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.moments import Moments

@@ -16,8 +16,9 @@ from expertune.adapt.base_model import require_same_base
 from expertune.adapt.factors import AdapterFactors, Factors, difference, read_factors, stacked
 from expertune.adapt.files import AdapterFile, read_adapter, read_adapter_base
 from expertune.checkpoint.adapter_folder import WEIGHTS_NAME
-from expertune.checkpoint.fingerprint import Fingerprint, Held, held_by, read_fingerprint
+from expertune.checkpoint.fingerprint import Fingerprint, read_fingerprint
 from expertune.checkpoint.formats.nf4_folder import CALIBRATED, Nf4Folder, is_nf4_folder, read_nf4_folder
+from expertune.checkpoint.held import held_by
 from expertune.checkpoint.hub import ModelSource
 from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.moments import Moments
@@ -28,7 +29,7 @@ from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.checkpoint.verified import require_verified
 from expertune.config import LoraSection, QuantizationConfig
 from expertune.data import TokenizedExample, prepare_examples, settled
-from expertune.errors import CheckpointError
+from expertune.errors import CheckpointError, ConfigError
 from expertune.experts import layout
 from expertune.exporting.magnitudes import NONE
 from expertune.kernels.limits import available_memory
@@ -88,6 +89,12 @@ class ExportSource:
         """What of the base the run held in 4 bits, and how."""
         stored = read_nf4_folder(self.base.folder) if is_nf4_folder(self.base.folder) else None
         return _recipe_of(stored or self.index, self.model, self.names, self.context.config.quantization)
+
+    @property
+    def as_trained(self) -> QuantizationConfig:
+        """How the run held its base: also what an NF4 folder of its own said, and its run file need not name."""
+        asked, trained_on = self.context.config.quantization, read_adapter_base(self.adapter.where)
+        return asked if trained_on is None or self.is_packed else trained_on.held.completed(asked)
 
     @property
     def importance(self) -> Moments | None:
@@ -336,10 +343,13 @@ def read_source(context: RunContext, adapter: Path, base: ModelSource, onto: str
     asked = QuantizationConfig() if stored else context.config.quantization
     recipe = _recipe_of(stored or index, described, names, asked)
     is_packed = stored is not None or any(piece.format for piece in recipe.pieces)
-    if trained_on and not is_packed:
-        asked = _as_trained(asked, trained_on.held)
-        recipe = _recipe_of(index, described, names, asked)
     takes_bytes = onto != "source" or (is_packed and "init" in context.record.section("adapter"))
+    if takes_bytes and trained_on and not is_packed:
+        asked = trained_on.held.completed(asked)
+        try:
+            recipe = _recipe_of(index, described, names, asked)
+        except ConfigError as error:  # which the run file's own values did not raise
+            raise CheckpointError(f"{adapter}: its 4-bit weights are not of this base: {error}") from None
     if takes_bytes and not is_packed and recipe.fit == CALIBRATED:
         kept_moments(context)  # refused where there are none, before anything is written
     made = context.record.section("model").get("calibration", {}).get("sha256")
@@ -365,12 +375,6 @@ def _recipe_of(
     if isinstance(base, Nf4Folder):
         return recipe_of_folder(base, described, names, asked)
     return read_recipe(described, names, base.tensors, asked, base.folder)
-
-
-def _as_trained(asked: QuantizationConfig, held: Held) -> QuantizationConfig:
-    """With the settings of a run's NF4 folder, which its run file need not name, for what the folder was made of."""
-    said = {key: value for key, value in (("fit", held.fit), ("layers", held.layers)) if value}
-    return asked.model_copy(update={key: value for key, value in said.items() if key not in asked.model_fields_set})
 
 
 def _require_own(lora: LoraSection, file: AdapterFile) -> None:

@@ -301,7 +301,7 @@ class _Compared:
                 "folder": str(self.source.base.folder),
                 "adapter": self.source.adapter.where,
                 "calibration": str(self.source.context.output_dir / CALIBRATION),
-                "quantization": self.source.context.config.quantization.model_dump(mode="json", exclude_unset=True),
+                "quantization": self.source.as_trained.model_dump(mode="json", exclude_unset=True),
             },
             "cases": cases,
         }

@@ -51,7 +51,7 @@ def require_same_identity(
         CheckpointError, ConfigError, DataError: names what has changed.
     """
     before, end = record.section("inputs"), "restore it, or start a new output_dir"
-    kept = Fingerprint.from_json(record.section("model").get("base"))
+    kept = Fingerprint.from_json(record.section("model").get("base"), f"{record.path}: model.base")
     if kept is not None and (found := kept.differences(base)):
         raise CheckpointError(
             f"resume: model {config.model} is not the one that the run started with: {'; '.join(found[:3])}; {end}"

@@ -34,7 +34,8 @@ GUIDE = "README.md"
 REST = "rest.safetensors"
 
 ABSMAX, CALIBRATED = "absmax", "calibrated"
-"""Ways to choose scales: where a folder does not say, by the largest magnitude; and by a calibration."""
+FITS = (ABSMAX, "mse", CALIBRATED)
+"""Ways to choose scales: where a folder does not say, by the largest magnitude; by the error; and by a calibration."""
 
 STACKS = ("gate_up", "down")
 BUFFERS = Nf4Bytes._fields
@@ -178,11 +179,12 @@ def _digest_of(manifest: Mapping[str, Any]) -> str:
 
 def _require_sound(path: Path, manifest: Mapping[str, Any]) -> None:
     """Refuse a manifest whose content is not what was written; one without a digest of its own is from before."""
-    scheme, known = manifest["quantization"].get("scheme", "nf4"), get_args(Scheme)
-    if scheme not in known:
-        raise CheckpointError(
-            f"{path}: quantization.scheme is {scheme!r}, which is none of {', '.join(known)}; {_AGAIN}"
-        )
+    for key, default, known in (("scheme", "nf4", get_args(Scheme)), ("fit", ABSMAX, FITS)):
+        value = manifest["quantization"].get(key, default)
+        if value not in known:
+            raise CheckpointError(
+                f"{path}: quantization.{key} is {value!r}, which is none of {', '.join(known)}; {_AGAIN}"
+            )
     unknown = sorted(manifest.keys() - _KEYS)
     bad = next((name for name, record in manifest["files"].items() if not _is_file_record(name, record)), None)
     if unknown:
