@@ -9,7 +9,7 @@ from expertune.adapt.factors import stacked
 from expertune.adapt.file_layout import fused_layout, stock_layout
 from expertune.adapt.files import Origin, stock_config, write_adapter
 from expertune.adapt.layout_trial import StockLayout
-from expertune.adapt.live import pair_in_file, stack_in_file
+from expertune.adapt.outgoing import pair_in_file, stack_in_file
 from expertune.checkpoint.linears import is_linear
 from expertune.checkpoint.targets import Rank, ResolvedTargets
 from expertune.checkpoint.writer import Outgoing

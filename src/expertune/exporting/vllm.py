@@ -24,7 +24,7 @@ from torch import Tensor
 from expertune.adapt.factors import PREFIX, Factors, stacked
 from expertune.adapt.files import Origin, stock_config, write_adapter
 from expertune.adapt.layout_trial import StockLayout
-from expertune.adapt.live import pair_in_file, stack_in_file
+from expertune.adapt.outgoing import pair_in_file, stack_in_file
 from expertune.adapt.patterns import leaves
 from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.writer import Outgoing
