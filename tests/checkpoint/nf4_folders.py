@@ -1,13 +1,16 @@
 """What tests of NF4 folders share."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from expertune.checkpoint.formats.nf4_folder import FOLDER_MARK, write_manifest
 from expertune.checkpoint.load import LoadedModel
 from expertune.checkpoint.quantize import quantize
-from expertune.checkpoint.writer import hash_file
+from expertune.checkpoint.writer import HashedFile, hash_file
 from tests.tiny_models import changed, frozen_bytes
 
 
@@ -45,3 +48,31 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 def assert_same_bytes(one: LoadedModel, other: LoadedModel) -> None:
     assert changed(frozen_bytes(one.model), frozen_bytes(other.model)) == []
+
+
+class Killed(BaseException):
+    """Stands for a signal that no code answers."""
+
+
+def stop_after(count: int, error: BaseException) -> Callable[..., None]:
+    """What writes bytes, until so many writes have been made."""
+    write, calls = HashedFile.write, 0
+
+    def write_some(file: HashedFile, view: memoryview) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > count:
+            file.file.write(view[: len(view) // 2])
+            raise error
+        write(file, view)
+
+    return write_some
+
+
+def interrupt(source: Path, out: Path) -> None:
+    """Begin an NF4 folder, and leave it with its first layer finished."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HashedFile, "write", stop_after(40, Killed()))
+        with pytest.raises(Killed):
+            quantize(str(source), out)
+    assert sorted(weights(out)) == ["layer-00000.safetensors"]

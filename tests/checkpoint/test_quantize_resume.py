@@ -18,7 +18,7 @@ from expertune.checkpoint.writer import FileRecord, HashedFile
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError
 from tests.checkpoint.conftest import Rewrite
-from tests.checkpoint.nf4_folders import contents, quantized, weights
+from tests.checkpoint.nf4_folders import contents, interrupt, quantized, stop_after, weights
 from tests.processes import run_program
 
 
@@ -26,34 +26,6 @@ from tests.processes import run_program
 def folder(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What comes of the tiny Mixtral when nothing goes wrong."""
     return quantized(mixtral, tmp_path_factory.mktemp("quantized") / "mixtral")
-
-
-class Killed(BaseException):
-    """Stands for a signal that no code answers."""
-
-
-def stop_after(count: int, error: BaseException) -> Callable[..., None]:
-    """What writes bytes, until so many writes have been made."""
-    write, calls = HashedFile.write, 0
-
-    def write_some(file: HashedFile, view: memoryview) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > count:
-            file.file.write(view[: len(view) // 2])
-            raise error
-        write(file, view)
-
-    return write_some
-
-
-def interrupt(source: Path, out: Path) -> None:
-    """Begin an NF4 folder, and leave it with its first layer finished."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HashedFile, "write", stop_after(40, Killed()))
-        with pytest.raises(Killed):
-            quantize(str(source), out)
-    assert sorted(weights(out)) == ["layer-00000.safetensors"]
 
 
 KILL = """

@@ -233,7 +233,8 @@ class _Work:
             before = {**manifest["source"], "quantization": manifest["quantization"], "dtype": manifest["dtype"]}
             require_same_work(out, self.identity, before)
             return True
-        self.notes = Notes(out, self.identity, self.shards)
+        made_of = {job.file: job.shards(self.shards.weight_map) for job in self.jobs}
+        self.notes = Notes(out, self.identity, self.shards, made_of)
         for beside in out.glob(f".*{BESIDE}"):
             beside.unlink()  # of a process that was killed
         needed = self.bytes_left()
@@ -338,9 +339,10 @@ class _Work:
         for name in [INDEX_NAME, "config.json", *copied]:
             files[name] = hash_file(self.out / name).to_json()
         identity = {key: value for key, value in self.identity.items() if key not in ("quantization", "dtype")}
+        shards = self.notes.shards
         manifest = {
             "format_version": FORMAT_VERSION,
-            "source": {**identity, "shards": dict(sorted(self.notes.shards.items()))},
+            "source": {**identity, "shards": {key: file_record(shards[key]) for key in sorted(shards)}},
             "quantization": self.identity["quantization"],
             "dtype": self.dtype,
             "left_out": sorted(key for record in self.files.values() for key in record["left_out"]),

@@ -46,6 +46,7 @@ _SECTIONS = ("source", "quantization", "files")
 _KEYS = {"format_version", "dtype", "left_out", _DIGEST, *_SECTIONS}
 
 _AGAIN = "copy the folder again, or quantize the model again"
+_ANEW = "delete this folder, and quantize the model again"
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,8 @@ def _require_sound(path: Path, manifest: Mapping[str, Any]) -> None:
                 f"{path}: quantization.{key} is {value!r}, which is none of {', '.join(known)}; {_AGAIN}"
             )
     unknown = sorted(manifest.keys() - _KEYS)
-    bad = next((name for name, record in manifest["files"].items() if not _is_file_record(name, record)), None)
+    files = manifest["files"].items()
+    bad = next((name for name, record in files if Path(name).name != name or not is_file_record(record)), None)
     if unknown:
         problem = f"{unknown[0]!r} is no entry of it"
     elif type(manifest["quantization"].get("double_quantization")) is not bool:
@@ -202,27 +204,43 @@ def _require_sound(path: Path, manifest: Mapping[str, Any]) -> None:
     raise CheckpointError(f"{path}: damaged: {problem}; {_AGAIN}")
 
 
-def _is_file_record(name: str, record: Any) -> bool:
-    if Path(name).name != name or not isinstance(record, dict):
+def is_file_record(record: Any) -> bool:
+    """Whether this is what a manifest or a note has of a file: its sha256 and its size in bytes."""
+    if not isinstance(record, dict):
         return False
     digest, nbytes = record.get("sha256"), record.get("bytes")
     return isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None and type(nbytes) is int
 
 
 def read_progress(folder: Path) -> dict[str, Any] | None:
-    """What an interrupted quantization has noted; None where there is none.
+    """What an interrupted quantization has noted, with `files`, `plan` and `shards` mappings; None where there is none.
 
     Raises:
         CheckpointError: the note is damaged.
     """
     path = folder / PROGRESS_MARK
-    return _read_json(path, ("files", "plan", "shards")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    note = _read_json(path, ("files", "plan", "shards"), _ANEW)
+    if note.pop(_DIGEST, None) != _digest_of(note):
+        raise damaged_progress(folder, "its content is not what was written")
+    return note
 
 
-def _read_json(path: Path, sections: Iterable[str]) -> dict[str, Any]:
+def write_progress(folder: Path, note: Mapping[str, Any]) -> None:
+    """Write the note with a sha256 of its own content."""
+    write_json(folder / PROGRESS_MARK, {**note, _DIGEST: _digest_of(note)})
+
+
+def damaged_progress(folder: Path, problem: str) -> CheckpointError:
+    """What is raised of a note that says what no quantization has noted."""
+    return CheckpointError(f"{folder / PROGRESS_MARK}: damaged: {problem}; {_ANEW}")
+
+
+def _read_json(path: Path, sections: Iterable[str], fix: str = _AGAIN) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path.parent}: no {path.name} here; is it an NF4 folder?")
-    values = read_mapping(path, fix=_AGAIN)
+    values = read_mapping(path, fix=fix)
     version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -231,7 +249,7 @@ def _read_json(path: Path, sections: Iterable[str]) -> dict[str, Any]:
         )
     missing = [section for section in sections if not isinstance(values.get(section), dict)]
     if missing:
-        raise CheckpointError(f"{path}: damaged: {missing[0]} is missing; {_AGAIN}")
+        raise CheckpointError(f"{path}: damaged: {missing[0]} is missing; {fix}")
     return values
 
 
