@@ -12,7 +12,7 @@ from expertune.adapt import attach as adapters
 from expertune.adapt.live import without_adapters
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.checkpoint import load
-from expertune.checkpoint.formats.nf4_folder import CALIBRATED, Nf4Folder
+from expertune.checkpoint.formats.nf4_folder import CALIBRATED, Nf4Folder, is_nf4_folder, read_nf4_folder
 from expertune.checkpoint.hf_quantizer import as_loaded
 from expertune.checkpoint.hub import fetch_model
 from expertune.checkpoint.load import LoadedModel, LoadOptions
@@ -87,7 +87,7 @@ def load_model(
         trust_remote_code: run Python that ships with the model.
         **held: `scheme`, and of a model in 16 bits `fit`, how scales are chosen, and `layers`, which linears stay in 16
             bits, all as under `quantization` of a run file; `calibration`: for the fit `calibrated`, which it then is,
-            the `calibration.safetensors` of a run of this model.
+            the `calibration.safetensors` of a run of this model. An NF4 folder has its own: another is refused.
 
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError: the model is missing, damaged, or of no kind that is read.
@@ -96,7 +96,10 @@ def load_model(
     compute_dtype = resolve_compute_dtype(dtype, device)
     source = fetch_model(str(model), revision, trust_remote_code)
     asked, calibration = _how_held(held)
-    options = LoadOptions(importance=None if calibration is None else Moments.load(Path(calibration)))
+    moments = None if calibration is None else Moments.load(Path(calibration))
+    if moments is not None and is_nf4_folder(source.folder):
+        _require_calibration_of(source.folder, moments, calibration)
+    options = LoadOptions(importance=moments)
     loaded = load.load_model(source.folder, asked, compute_dtype, device, trust_remote_code, options)
     loaded.source = loaded.source or (str(model), source.revision)
     loaded.model.nf4_loaded = loaded
@@ -197,6 +200,20 @@ def _how_held(
     given |= {"double_quantization": double_quantization, "fit": fit}
     # What is quantized already decides by itself, unless the caller has.
     return parse_quantization({key: value for key, value in given.items() if value is not None}), calibration
+
+
+def _require_calibration_of(folder: Path, moments: Moments, given: object) -> None:
+    """Refuse another calibration than an NF4 folder has been quantized by: its scales are chosen."""
+    stored = read_nf4_folder(folder)
+    if stored.fit != CALIBRATED or stored.calibration == moments.sha256:  # without one, the fit is refused
+        return
+    theirs = (
+        "it does not say by which" if stored.calibration is None else f"by that of sha256 {stored.calibration[:12]}"
+    )
+    raise ConfigError(
+        f"calibration: the scales of {folder} have been chosen already, {theirs}, and {given} has the sha256 "
+        f"{str(moments.sha256)[:12]}; leave calibration out, or give the 16-bit checkpoint"
+    )
 
 
 def _require_free(name: str, base: PreTrainedModel, onto: ExpertPeftModel | None) -> None:

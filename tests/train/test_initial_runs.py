@@ -3,12 +3,15 @@
 import io
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import expertune
 from expertune import finetune
@@ -239,11 +242,20 @@ def test_weights_by_another_calibration_are_another_base(
         expertune.load_adapter(
             expertune.load_model(small_mixtral, "float32", "cpu", calibration=other), whole / "adapter"
         )
+    with pytest.raises(
+        CheckpointError, match=rf"fit was calibrated and is absmax.* \(sha256 {held['calibration'][:12]}\)"
+    ):
+        expertune.load_adapter(expertune.load_model(small_mixtral, "float32", "cpu"), whole / "adapter")
     expertune.quantize(small_mixtral, tmp_path / "nf4", calibration=other)
     with pytest.raises(CheckpointError, match=r"the calibration of quantization\.fit was "):
         expertune.open_run(whole, model=tmp_path / "nf4")
     with pytest.raises(CheckpointError, match=r"the calibration of quantization\.fit was "):
         open_source(whole, model=tmp_path / "nf4", base="dequantized")
+    own, foreign = hash_file(other).sha256[:12], hash_file(calibration).sha256[:12]
+    told = rf"^calibration: .*nf4 have been chosen already, by that of sha256 {own}, .* has the sha256 {foreign}"
+    for given in (other, calibration):  # the folder's own is taken, and says nothing new
+        with pytest.raises(ConfigError, match=told) if given == calibration else nullcontext():
+            expertune.load_model(tmp_path / "nf4", "float32", "cpu", calibration=given)
     with pytest.raises(ConfigError, match=r"calibration: it is for fit='calibrated', and fit is 'mse'"):
         expertune.load_model(small_mixtral, fit="mse", calibration=calibration)
 
@@ -262,10 +274,34 @@ def test_a_run_that_goes_on_has_the_calibration_of_the_first_or_is_refused_befor
     with pytest.raises(CheckpointError, match=r"scales are by a calibration .*alone/calibration.safetensors is not it"):
         trained(moved)
     assert not (tmp_path / "moved").exists()
-    run = trained(values)
+    said = io.StringIO()
+    run = finetune(parse_config(values), console=Console(file=said)).output_dir
     name = "calibration.safetensors"
+    assert f"calibration: taken over from {whole / name}" in said.getvalue()
     assert (run / name).read_bytes() == (whole / name).read_bytes()
     assert RunRecord.load(run)["model"]["base"] == RunRecord.load(whole)["model"]["base"]
+
+
+def test_a_run_that_makes_another_calibration_than_its_adapter_has_says_so(
+    corrected: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    whole, values = corrected
+    for part in ("adapter", "initial_adapter"):
+        shutil.copytree(whole / part, tmp_path / part)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        notes, base = file.metadata(), json.loads(file.metadata()["expertune.base"])
+    del base["calibration"]  # as earlier releases wrote it
+    save_file(load_file(path), path, metadata=notes | {"expertune.base": json.dumps(base)})
+    lora = {key: value for key, value in values["lora"].items() if key != "init"}
+    values = values | {"output_dir": str(tmp_path / "run"), "lora": lora | {"init_from": str(path.parent)}}
+    values["training"] = values["training"] | {"max_steps": 1, "save_steps": 1, "eval_steps": 1}
+    said = io.StringIO()
+    finetune(parse_config(values), console=Console(file=said))
+    told = (
+        f"by another calibration, which its files do not name, and there is no {tmp_path / 'calibration.safetensors'}"
+    )
+    assert told in said.getvalue()
 
 
 def test_a_run_that_has_taken_over_a_calibration_is_resumed_on_it(

@@ -81,7 +81,8 @@ def _how_held(held: Held, now: Held) -> str:
         )
     others = [each for each in asked if each != f"fit: {CALIBRATED}"]
     return (
-        "Give the NF4 folder that `expertune quantize --calibration` makes with the calibration.safetensors of the run "
+        "Give the NF4 folder that `expertune quantize --calibration` makes with the calibration.safetensors"
+        f"{f' (sha256 {held.calibration[:12]})' if held.calibration else ''} of the run "
         f"that it is of{', with ' + ', '.join(others) if others else ''}"
     )
 
