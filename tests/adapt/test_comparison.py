@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from expertune.adapt.comparison import BaseForward, base_forward, probe_logits
-from expertune.adapt.frozen_bytes import expert_checksums, first_changed
+from expertune.adapt.frozen_bytes import _checksum, expert_checksums, first_changed
 from expertune.adapt.preflight import preflight
 from expertune.checkpoint.load import LoadedModel
 from expertune.errors import PreflightError
@@ -206,6 +206,17 @@ def test_checksums_are_the_same_wherever_experts_are_by_now(resident: tuple[Load
     placement.move(everywhere(placement, "disk"))
     assert expert_checksums(loaded.model) == {}
     assert first_changed(loaded.model, before) is None
+
+
+@pytest.mark.parametrize("changed", [None, 0, 511, 512, 1022])
+def test_checksum_is_of_every_byte_wherever_a_tensor_begins_in_its_memory(changed: int | None) -> None:
+    values = torch.randint(0, 256, (1024,), dtype=torch.uint8)
+    one, other = torch.nn.Module(), torch.nn.Module()
+    one.register_buffer("held", values[1:])
+    other.register_buffer("held", values[1:].clone())
+    if changed is not None:
+        other.held[changed] ^= 0x80
+    assert (_checksum(one) == _checksum(other)) == (changed is None)
 
 
 # ---- memory

@@ -54,5 +54,7 @@ def _checksum(module: nn.Module) -> str:
 def _added_up(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """The sums of a tensor's words, `_WORDS` at a time in order, and what bytes are left of it."""
     flat = tensor.detach().reshape(-1).view(torch.uint8)
+    if flat.storage_offset() % 8:  # which cannot be looked at as words
+        flat = flat.clone()
     whole = flat.numel() // (8 * _WORDS) * (8 * _WORDS)
     return flat[:whole].view(torch.int64).view(-1, _WORDS).sum(dim=1), flat[whole:]
