@@ -21,7 +21,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "unset": {},
     "active": {"OMP_WAIT_POLICY": "ACTIVE"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"},
-    "short": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"},
+    **{f"spin{count}": {"GOMP_SPINCOUNT": str(count)} for count in (1_000, 10_000, 30_000, 100_000)},
     # As the command line starts.
     "default": {demo_turns.PREPARE: "1"},
 }

@@ -28,7 +28,7 @@ from expertune.kernels import gpu, native
 from expertune.kernels.cache import find_cache
 from expertune.kernels.cpu import cpu_instruction_sets
 from expertune.kernels.limits import available_memory, cgroup_share
-from expertune.kernels.threads import usable_cores, waits_passively
+from expertune.kernels.threads import spins_long, usable_cores
 from expertune.placement.device import default_device, resolve_compute_dtype
 from expertune.text import format_size
 
@@ -242,12 +242,12 @@ def _threads() -> Finding:
     """How many threads matrix products use, of how many cores, and how they wait for each other."""
     threads, cores, share = torch.get_num_threads(), usable_cores(), cgroup_share()
     allowed = f"{cores} cores" + ("" if share is None else f" (this process's share of time: {share:g})")
-    value = f"{threads} on {allowed}, waiting {'asleep' if waits_passively() else 'awake'}"
+    value = f"{threads} on {allowed}, waiting {'awake' if spins_long() else 'asleep, at most after a short spin'}"
     if threads > cores:
         advice = f"more threads than cores wait for each other; set OMP_NUM_THREADS={cores} before torch is imported"
         return _find("device", "threads", value, "warning", advice)
-    if threads > 1 and not waits_passively():
-        advice = "beside other work steps may take ten times as long; set OMP_WAIT_POLICY=PASSIVE before torch comes"
+    if threads > 1 and spins_long():
+        advice = "beside other work steps may take ten times as long; set GOMP_SPINCOUNT=10000 before torch is imported"
         return _find("device", "threads", value, "warning", advice)
     return _find("device", "threads", value)
 

@@ -136,9 +136,9 @@ def test_cores_are_physical_ones_of_the_affinity_and_within_the_share(
 @pytest.mark.parametrize(
     ("own", "share", "expected"),
     [
-        ({}, None, {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}),
-        ({}, 2, {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "OMP_NUM_THREADS": "2"}),
-        ({}, 16, {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}),
+        ({}, None, {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}),
+        ({}, 2, {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1", "OMP_NUM_THREADS": "2"}),
+        ({}, 16, {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}),
         ({"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "5"}, 2, {}),
         ({"GOMP_SPINCOUNT": "100"}, None, {}),
         ({"KMP_BLOCKTIME": "infinite", "LRU_CACHE_CAPACITY": "7"}, 1, {"OMP_NUM_THREADS": "1"}),
@@ -163,7 +163,7 @@ import os, sys
 class Spy:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            print(os.environ.get("OMP_WAIT_POLICY"), file=sys.__stdout__, flush=True)
+            print(os.environ.get("GOMP_SPINCOUNT"), file=sys.__stdout__, flush=True)
             raise SystemExit(0)
 sys.meta_path.insert(0, Spy())
 for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
@@ -181,25 +181,29 @@ STARTS = {
 def test_commands_say_it_before_torch_is_imported_and_a_library_call_only_when_it_is_asked_to(tmp_path: Path) -> None:
     ended = run_copies("import typer", [SPY + code for code in STARTS.values()], tmp_path)
     seen = dict(zip(STARTS, (process.out.strip() for process in ended), strict=True))
-    assert seen == dict.fromkeys(STARTS, "PASSIVE") | {"expertune.finetune": "None"}
+    assert seen == dict.fromkeys(STARTS, "10000") | {"expertune.finetune": "None"}
 
 
 @pytest.mark.parametrize(
-    ("count", "policy", "advice"),
+    ("count", "waiting", "advice"),
     [
-        (64, "PASSIVE", "set OMP_NUM_THREADS=2"),
-        (2, "", "set OMP_WAIT_POLICY=PASSIVE"),
-        (2, "passive", ""),
-        (1, "", ""),
+        (64, {"OMP_WAIT_POLICY": "PASSIVE"}, "set OMP_NUM_THREADS=2"),
+        (2, {}, "set GOMP_SPINCOUNT=10000"),
+        (2, {"GOMP_SPINCOUNT": "infinite"}, "set GOMP_SPINCOUNT=10000"),
+        (2, {"GOMP_SPINCOUNT": "300000", "OMP_WAIT_POLICY": "active"}, "set GOMP_SPINCOUNT=10000"),
+        (2, {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}, ""),
+        (2, {"KMP_BLOCKTIME": "0"}, ""),
+        (2, {"OMP_WAIT_POLICY": "passive"}, ""),
+        (1, {}, ""),
     ],
 )
 def test_doctor_tells_of_threads_that_will_be_slow(
-    count: int, policy: str, advice: str, monkeypatch: pytest.MonkeyPatch
+    count: int, waiting: dict[str, str], advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "usable_cores", lambda: 2)
     monkeypatch.setattr(doctor, "cgroup_share", lambda: 1.5)
     monkeypatch.setattr(doctor.torch, "get_num_threads", lambda: count)
-    monkeypatch.setattr(os, "environ", {"OMP_WAIT_POLICY": policy})
+    monkeypatch.setattr(os, "environ", waiting)
     finding = doctor._threads()
     assert finding["value"].startswith(f"{count} on 2 cores (this process's share of time: 1.5)")
     assert finding["status"] == ("warning" if advice else "ok")

@@ -1,9 +1,11 @@
 """How many threads GEMMs take on a CPU, and how they wait for each other: said to OpenMP before torch is imported.
 
-OpenMP's threads spin at the end of each parallel part, in libgomp for about ten milliseconds, before they sleep. Where
-anything else wants the cores that is time taken from it, and from the threads that are waited for: a step takes up to
-twelve times what it must. And libgomp knows of a process's affinity, but not of a container's share of the cores
-(cgroup): on a host of 64 cores it starts 64 threads in a container that may use two.
+OpenMP's threads spin at the end of each parallel part, in libgomp for milliseconds, before they sleep. Where anything
+else wants the cores that is time taken from it, and from the threads that are waited for: a step takes up to twelve
+times what it must. Where nothing else does, sleeping at once costs a step up to a third, as a virtual machine wakes a
+core slowly. So they spin for some tenths of a millisecond: the next part has mostly begun by then. And libgomp knows of
+a process's affinity, but not of a container's share of the cores (cgroup): on a host of 64 cores it starts 64 threads
+in a container that may use two.
 
 The runtime reads its variables once, when torch loads it. What the user has set stays.
 """
@@ -17,6 +19,9 @@ from expertune.kernels.limits import cgroup_share, read
 
 # libgomp's (pip's torch) and Intel's and LLVM's runtime (conda's).
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+# Turns of libgomp's loop, of 40 to 140 cycles each by CPU; of 10,000 and 100,000 the demo was as fast, alone and beside
+# spinning processes. The other runtimes count in milliseconds.
+_SHORT_SPIN, _SHORT_BLOCKTIME = 10_000, 1
 _COUNTING = ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT")
 # Of the numbers 128 and 1024, a step of the demo took 0.98 and 1.00 s, at 1.30 and 1.41 GB.
 _CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
@@ -24,19 +29,19 @@ _ROOT = Path("/")
 
 
 def prepare_threads() -> None:
-    """Let threads wait asleep, and take no more of them than this process may use cores; too late once torch is there.
+    """Let waiting threads sleep after a short spin, and take no more of them than this process may use cores.
 
-    For a command line's start: it sets environment variables, which processes that are started later inherit. oneDNN's
-    two caches are bounded with them: they would keep the scratch memory of a thousand matrix products, one for each
-    number of tokens, and every expert has its own.
+    Too late once torch is there. For a command line's start: it sets environment variables, which processes that are
+    started later inherit. oneDNN's two caches are bounded with them: they would keep the scratch memory of a thousand
+    matrix products, one for each number of tokens, and every expert has its own.
     """
     if "torch" in sys.modules:
         return
     for name in _CACHES:
         os.environ.setdefault(name, "128")
     if not any(name in os.environ for name in _WAITING):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ["KMP_BLOCKTIME"] = "0"
+        os.environ["GOMP_SPINCOUNT"] = str(_SHORT_SPIN)
+        os.environ["KMP_BLOCKTIME"] = str(_SHORT_BLOCKTIME)
     cores = usable_cores()
     # Without a share, torch's own count is right: of physical cores, and by affinity.
     if cores < cores_by_affinity() and not any(name in os.environ for name in _COUNTING):
@@ -57,10 +62,15 @@ def cores_by_affinity(root: Path = _ROOT) -> int:
     return len({_siblings(root, cpu) for cpu in cpus}) or 1
 
 
-def waits_passively() -> bool:
-    """Whether the variables of this process ask OpenMP's threads to sleep while they wait."""
-    policy = os.environ.get("OMP_WAIT_POLICY", "").strip().lower()
-    return policy == "passive" or os.environ.get("GOMP_SPINCOUNT") == "0" or os.environ.get("KMP_BLOCKTIME") == "0"
+def spins_long() -> bool:
+    """Whether, by the variables of this process, OpenMP's threads spin for long before they sleep."""
+    passive = os.environ.get("OMP_WAIT_POLICY", "").strip().lower() == "passive"
+    return not (passive or _at_most("GOMP_SPINCOUNT", _SHORT_SPIN) or _at_most("KMP_BLOCKTIME", _SHORT_BLOCKTIME))
+
+
+def _at_most(name: str, most: int) -> bool:
+    value = os.environ.get(name, "").strip()
+    return value.isdecimal() and int(value) <= most
 
 
 def _siblings(root: Path, cpu: int) -> str:
