@@ -136,9 +136,9 @@ def test_cores_are_physical_ones_of_the_affinity_and_within_the_share(
 @pytest.mark.parametrize(
     ("own", "share", "expected"),
     [
-        ({}, None, {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}),
-        ({}, 2, {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1", "OMP_NUM_THREADS": "2"}),
-        ({}, 16, {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}),
+        ({}, None, {"GOMP_SPINCOUNT": "30000", "KMP_BLOCKTIME": "1"}),
+        ({}, 2, {"GOMP_SPINCOUNT": "30000", "KMP_BLOCKTIME": "1", "OMP_NUM_THREADS": "2"}),
+        ({}, 16, {"GOMP_SPINCOUNT": "30000", "KMP_BLOCKTIME": "1"}),
         ({"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "5"}, 2, {}),
         ({"GOMP_SPINCOUNT": "100"}, None, {}),
         ({"KMP_BLOCKTIME": "infinite", "LRU_CACHE_CAPACITY": "7"}, 1, {"OMP_NUM_THREADS": "1"}),
@@ -181,17 +181,17 @@ STARTS = {
 def test_commands_say_it_before_torch_is_imported_and_a_library_call_only_when_it_is_asked_to(tmp_path: Path) -> None:
     ended = run_copies("import typer", [SPY + code for code in STARTS.values()], tmp_path)
     seen = dict(zip(STARTS, (process.out.strip() for process in ended), strict=True))
-    assert seen == dict.fromkeys(STARTS, "10000") | {"expertune.finetune": "None"}
+    assert seen == dict.fromkeys(STARTS, "30000") | {"expertune.finetune": "None"}
 
 
 @pytest.mark.parametrize(
     ("count", "waiting", "advice"),
     [
         (64, {"OMP_WAIT_POLICY": "PASSIVE"}, "set OMP_NUM_THREADS=2"),
-        (2, {}, "set GOMP_SPINCOUNT=10000"),
-        (2, {"GOMP_SPINCOUNT": "infinite"}, "set GOMP_SPINCOUNT=10000"),
-        (2, {"GOMP_SPINCOUNT": "300000", "OMP_WAIT_POLICY": "active"}, "set GOMP_SPINCOUNT=10000"),
-        (2, {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}, ""),
+        (2, {}, "set GOMP_SPINCOUNT=30000"),
+        (2, {"GOMP_SPINCOUNT": "infinite"}, "set GOMP_SPINCOUNT=30000"),
+        (2, {"GOMP_SPINCOUNT": "300000", "OMP_WAIT_POLICY": "active"}, "set GOMP_SPINCOUNT=30000"),
+        (2, {"GOMP_SPINCOUNT": "30000", "KMP_BLOCKTIME": "1"}, ""),
         (2, {"KMP_BLOCKTIME": "0"}, ""),
         (2, {"OMP_WAIT_POLICY": "passive"}, ""),
         (1, {}, ""),

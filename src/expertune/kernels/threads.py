@@ -3,7 +3,7 @@
 OpenMP's threads spin at the end of each parallel part, in libgomp for milliseconds, before they sleep. Where anything
 else wants the cores that is time taken from it, and from the threads that are waited for: a step takes up to twelve
 times what it must. Where nothing else does, sleeping at once costs a step up to a third, as a virtual machine wakes a
-core slowly. So they spin for some tenths of a millisecond: the next part has mostly begun by then. And libgomp knows of
+core slowly. So they spin for about a millisecond: the next part has mostly begun by then. And libgomp knows of
 a process's affinity, but not of a container's share of the cores (cgroup): on a host of 64 cores it starts 64 threads
 in a container that may use two.
 
@@ -19,9 +19,9 @@ from expertune.kernels.limits import cgroup_share, read
 
 # libgomp's (pip's torch) and Intel's and LLVM's runtime (conda's).
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
-# Turns of libgomp's loop, of 40 to 140 cycles each by CPU; of 10,000 and 100,000 the demo was as fast, alone and beside
-# spinning processes. The other runtimes count in milliseconds.
-_SHORT_SPIN, _SHORT_BLOCKTIME = 10_000, 1
+# Turns of libgomp's loop, of 40 to 140 cycles each by CPU: with 10,000 to 100,000 the demo was about as fast, alone and
+# beside spinning processes. The other runtimes count in milliseconds.
+_SHORT_SPIN, _SHORT_BLOCKTIME = 30_000, 1
 _COUNTING = ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT")
 # Of the numbers 128 and 1024, a step of the demo took 0.98 and 1.00 s, at 1.30 and 1.41 GB.
 _CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
