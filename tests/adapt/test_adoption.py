@@ -44,7 +44,7 @@ def test_saved_adapter_tells_its_runs_own_settings_and_takes_them_back(
         for model in (loaded.model, again.get_base_model())
     )
     assert before == after
-    with pytest.raises(ConfigError, match=r"lora\.alpha is 2\.0, but the adapter at .* has 6"):
+    with pytest.raises(ConfigError, match=r"lora\.alpha is 2, but the adapter at .* has 6"):
         adopt(load(), tmp_path, alpha=2)
 
 
@@ -162,11 +162,20 @@ def test_read_factors_finds_every_expert_and_the_linears(loaded: LoadedModel, sa
 
 
 CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
-    "r": ({"r": 8}, r"lora\.r is 8, but the adapter at .* has 4; remove the key"),
-    "alpha": ({"alpha": 16}, r"lora\.alpha is 16\.0, but the adapter at .* has 8"),
-    "rslora": ({"rslora": True}, r"lora\.rslora is True, but the adapter at .* has False"),
+    "r": (
+        {"r": 8},
+        r"lora\.r is 8, but the adapter at \S+ has 4; remove the key to take the adapter's "
+        r"\(on the command line: lora\.r=null\)$",
+    ),
+    "half of r": (
+        {"r": 2},
+        r"lora\.r is 2, but the adapter at \S+ has 4 \(one of lora\.init: pissa has twice the rank that it was trained "
+        r"with\); remove the key to take the adapter's \(on the command line: lora\.r=null\)$",
+    ),
+    "alpha": ({"alpha": 16}, r"lora\.alpha is 16, but the adapter at \S+ has 8; .*lora\.alpha=null\)$"),
+    "rslora": ({"rslora": True}, r"lora\.rslora is true, but the adapter at \S+ has false; .*lora\.rslora=null\)$"),
     "a rank pattern": ({"rank_pattern": {"w1": 2}}, r"lora\.rank_pattern is .* has \{\}"),
-    "fewer targets": ({"targets": ["attention"]}, r"lora\.targets is \['attention'\], but the adapter at"),
+    "fewer targets": ({"targets": ["attention"]}, r"lora\.targets is \['attention'\], but the .*lora\.targets=null\)$"),
     "more targets": ({"targets": [*EVERYTHING, "router"]}, r"lora\.targets is .*'router'"),
 }
 

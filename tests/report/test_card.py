@@ -105,6 +105,18 @@ def test_card_has_recipe_losses_and_scores_and_nothing_that_is_for_the_user_alon
     assert not [word for word in PRIVATE if word in text.lower()]
 
 
+def test_card_of_a_run_that_trains_from_components_has_the_rank_of_its_file() -> None:
+    values = VALUES | {"lora": {"r": 16, "alpha": 32, "init": "pissa", "targets": ["attention"]}}
+    text = render_card(subject(config=parse_config(values)))
+    # Alpha goes with the rank, so that the scale of the file is the one that was trained with.
+    assert "| adapter | rank 32, alpha 64, dropout 0, on attention |" in text
+    assert (
+        "| first factors | principal components (pissa), trained with rank 16 and alpha 32; they are taken away in the "
+        "files, which doubles the rank |" in text
+    )
+    assert "--max-lora-rank 32" in render_card(subject(config=parse_config(values), form="vllm"))
+
+
 def test_earlier_state_has_its_own_loss_and_no_score_of_the_last() -> None:
     text = render_card(subject(adapter="checkpoint-20"))
     assert "This is its state at checkpoint-20." in text

@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from expertune.cli import app
-from expertune.report.compare import compare, render_comparison, write_comparison
+from expertune.report.compare import compare, render_comparison, short_keys, write_comparison
 from tests.report.pages import CHROMIUM, browse, require_contained
 
 
@@ -59,6 +59,13 @@ def test_setting_that_one_run_leaves_out_is_compared_by_its_default(run_record: 
     other["config"]["data"]["max_length"] = 256
     other["config"]["training"]["warmup_steps"] = 5
     assert compare([("a", run_record), ("b", other)]).settings["training.warmup_steps"] == ["not set", "5"]
+
+
+def test_headers_are_the_keys_last_words_where_these_say_which_setting_it_is() -> None:
+    keys = ["lora.r", "training.learning_rate", "quantization.layers.attention", "data.format", "task.format", "seed"]
+    assert list(short_keys(keys).values()) == [
+        *("r", "learning rate", "quantization.layers attention", "data.format", "task.format", "seed")
+    ]
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(run_record: dict[str, Any]) -> None:

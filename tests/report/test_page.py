@@ -63,6 +63,15 @@ def test_page_of_a_run_shows_the_outcome_first_and_then_all_the_rest(run_record:
     assert page.text.count("9 min 10 s 11 min 0 s 120 %") == 1
 
 
+def test_page_shows_how_many_layers_keep_gate_and_up_as_planned_and_as_it_was(run_record: dict[str, Any]) -> None:
+    assert "keep gate and up" not in render_page(run_record, "runs/small")
+    run_record["plan"]["kept"] = {"layers": 32, "of_layers": 32}
+    run_record["train"]["kept_layers"] = 20
+    assert "expert layers that keep gate and up 32 20" in require_contained(render_page(run_record, "runs/small")).text
+    del run_record["train"]["kept_layers"]
+    assert "expert layers that keep gate and up 32 -" in require_contained(render_page(run_record, "runs/small")).text
+
+
 def test_page_of_a_model_too_small_for_an_estimate_shows_limits(run_record: dict[str, Any]) -> None:
     run_record["plan"]["time"]["is_least"] = True
     text = require_contained(render_page(run_record, "runs/small")).text

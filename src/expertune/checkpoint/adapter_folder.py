@@ -51,11 +51,17 @@ def require_same_setting(lora: LoraSection, key: str, found: Any) -> None:
     """
     if key in lora.model_fields_set and getattr(lora, key) != found:
         twice = key == "r" and found == 2 * lora.r
-        doubled = " (that of lora.init: pissa has twice the rank that it was trained with)" if twice else ""
+        doubled = " (one of lora.init: pissa has twice the rank that it was trained with)" if twice else ""
+        own, held = _as_written(getattr(lora, key)), _as_written(found)
         raise ConfigError(
-            f"lora.{key} is {getattr(lora, key)}, but the adapter at {lora.init_from} has {found}{doubled}; "
+            f"lora.{key} is {own}, but the adapter at {lora.init_from} has {held}{doubled}; "
             f"remove the key to take the adapter's (on the command line: lora.{key}=null)"
         )
+
+
+def _as_written(value: Any) -> str:
+    """A value as a run file has it."""
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
 
 
 def _settings(path: Path) -> Any:
