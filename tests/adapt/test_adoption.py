@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from expertune.adapt.factors import read_factors
-from expertune.adapt.files import LIVE_NAME, read_adapter, read_adapter_config, read_adapter_settings
+from expertune.adapt.files import read_adapter, read_adapter_config, read_adapter_settings
 from expertune.adapt.live import LiveAdapter
+from expertune.checkpoint.adapter_folder import LIVE_NAME
 from expertune.checkpoint.load import LoadedModel
 from expertune.errors import CheckpointError, ConfigError
 from tests.adapt.conftest import (

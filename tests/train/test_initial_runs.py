@@ -85,6 +85,22 @@ def test_a_run_does_not_go_on_from_other_factors(corrected: tuple[Path, dict[str
         trained(values | {"output_dir": str(run_dir)}, resume=True)
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_live.tensors"])
+def test_a_run_does_not_go_on_where_a_file_beside_its_first_factors_was_exchanged(
+    name: str, corrected: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    whole, values = corrected
+    run_dir = copy_of(whole, tmp_path / "run", "adapter")
+    path = run_dir / "initial_adapter" / name
+    was_there = path.is_file()
+    path.write_bytes((path.read_bytes() if was_there else b"") + b" ")
+    problem = "has changed, and the run began with it" if was_there else "was not there when the run began"
+    with pytest.raises(CheckpointError, match=rf"{name}: {problem}"):
+        trained(values | {"output_dir": str(run_dir)}, resume=True)
+    with pytest.raises(CheckpointError, match=rf"{name}: {problem}"):
+        open_source(run_dir, adapter="checkpoint-1")
+
+
 def test_the_record_says_what_was_corrected_and_an_opened_run_has_the_same_bytes(
     corrected: tuple[Path, dict[str, Any]],
 ) -> None:

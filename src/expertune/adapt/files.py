@@ -22,7 +22,7 @@ from torch import Tensor
 from expertune.adapt.factors import PerExpert
 from expertune.adapt.layout_trial import StockLayout
 from expertune.adapt.validation import require_valid_config, require_valid_tensors
-from expertune.checkpoint.adapter_folder import CONFIG_NAME, SETTINGS, SETTINGS_KEY, WEIGHTS_NAME
+from expertune.checkpoint.adapter_folder import CONFIG_NAME, LIVE_NAME, SETTINGS, SETTINGS_KEY, WEIGHTS_NAME
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.checkpoint.json_file import read_mapping
 from expertune.checkpoint.names import NameMap
@@ -31,9 +31,6 @@ from expertune.checkpoint.writer import Outgoing, write_tensors
 from expertune.config import LoraSection
 from expertune.errors import CheckpointError
 from expertune.storage import write_json
-
-# No loader takes it for an adapter: some read every file that ends in .safetensors.
-LIVE_NAME = "adapter_live.tensors"
 
 # Of adapters that have them. One with `init` began as a correction of the 4-bit base, and is right on that alone.
 FURTHER_SETTINGS = ("experts", "expert_rank", "init")

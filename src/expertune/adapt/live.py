@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from expertune.adapt.factors import MAGNITUDE, PREFIX, Factors, PerExpert
 from expertune.adapt.file_layout import sparse_layout, stock_layout
-from expertune.adapt.files import LIVE_NAME
 from expertune.adapt.first_factors import WithFirst, first_factors
 from expertune.adapt.layout_trial import StockLayout
 from expertune.adapt.outgoing import pair_in_file, stack_in_file
 from expertune.adapt.scales import fold, unfold
 from expertune.adapt.stacks import pad
+from expertune.checkpoint.adapter_folder import LIVE_NAME
 from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.targets import Rank, ResolvedTargets
 from expertune.checkpoint.writer import Outgoing, write_tensors

@@ -1,5 +1,6 @@
 """The folder of an adapter, before its tensors are read; nothing is imported for it."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from expertune.errors import CheckpointError, ConfigError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+# No loader takes it for an adapter: some read every file that ends in .safetensors.
+LIVE_NAME = "adapter_live.tensors"
 
 SETTINGS = ("r", "alpha", "rslora", "rank_pattern", "alpha_pattern")
 """What an adapter was trained with, as keys of the run file's `lora:` section."""
@@ -17,6 +20,17 @@ SETTINGS_KEY = "expertune.lora"
 """Where the metadata of an adapter's weights has these."""
 
 _MOST_HEADER_BYTES = 100_000_000  # by the format of safetensors
+
+
+def adapter_digests(folder: str | Path) -> dict[str, str]:
+    """sha256 of each file of the folder that an adapter's factors are read from, by name; of those that are there."""
+    paths = [Path(folder) / name for name in (CONFIG_NAME, WEIGHTS_NAME, LIVE_NAME)]
+    found = {}
+    for path in paths:
+        if path.is_file():
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def require_beginning(lora: LoraSection) -> None:

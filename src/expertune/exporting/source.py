@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from expertune.adapt.base_model import require_same_base
 from expertune.adapt.factors import AdapterFactors, Factors, difference, read_factors, stacked
 from expertune.adapt.files import AdapterFile, read_adapter, read_adapter_base
-from expertune.checkpoint.adapter_folder import WEIGHTS_NAME
 from expertune.checkpoint.fingerprint import Fingerprint, read_fingerprint
 from expertune.checkpoint.formats.nf4_folder import CALIBRATED, Nf4Folder, is_nf4_folder, read_nf4_folder
 from expertune.checkpoint.held import held_by
@@ -35,7 +34,7 @@ from expertune.exporting.magnitudes import NONE
 from expertune.kernels.limits import available_memory
 from expertune.run.base_model import kept_moments
 from expertune.run.context import RunContext
-from expertune.run.directory import INITIAL_ADAPTER, require_kept
+from expertune.run.directory import INITIAL_ADAPTER, require_kept_adapter
 from expertune.run.inference import find_run
 from expertune.text import format_size
 
@@ -314,7 +313,7 @@ def open_source(
     if begun is None or base != "source" or source.is_packed:
         return source
     folder = source.context.output_dir / INITIAL_ADAPTER
-    require_kept(folder / WEIGHTS_NAME, begun["sha256"])
+    require_kept_adapter(folder, begun["sha256"])
     initial = read_adapter(folder)
     began = read_factors(initial.config, initial.tensors, source.names, initial.where, initial.selected)
     # What it has learned is on the source, and corrects no 4-bit weights.

@@ -20,7 +20,7 @@ import torch
 from expertune.adapt.files import read_adapter_settings
 from expertune.adapt.initial import Correction, begin_at_components, read_first_factors, write_first_factors
 from expertune.adapt.peft_model import ExpertPeftModel
-from expertune.checkpoint.adapter_folder import WEIGHTS_NAME
+from expertune.checkpoint.adapter_folder import WEIGHTS_NAME, adapter_digests
 from expertune.checkpoint.formats.nf4_folder import is_nf4_folder
 from expertune.checkpoint.hub import ModelSource
 from expertune.checkpoint.load import LoadedModel
@@ -33,7 +33,14 @@ from expertune.errors import CheckpointError
 from expertune.placement import Location
 from expertune.run.base_model import inherited_calibration, kept_moments, load_base
 from expertune.run.context import RunContext
-from expertune.run.directory import ADAPTER_FOLDER, CALIBRATION, FIRST_FACTORS, INITIAL_ADAPTER, require_kept
+from expertune.run.directory import (
+    ADAPTER_FOLDER,
+    CALIBRATION,
+    FIRST_FACTORS,
+    INITIAL_ADAPTER,
+    require_kept,
+    require_kept_adapter,
+)
 from expertune.run.progress import BYTES
 from expertune.train.arguments import BATCH_SIZE, training_argument
 from expertune.train.exchange import write_adapter
@@ -113,7 +120,7 @@ def begin_adapter(context: RunContext, source: ModelSource, model: ExpertPeftMod
     config, record = context.config, context.record
     folder, start = context.output_dir / INITIAL_ADAPTER, config.lora.init_from
     if known := record.section("adapter").get("init"):
-        require_kept(folder / WEIGHTS_NAME, known["sha256"])
+        require_kept_adapter(folder, known["sha256"])
         if start is None:
             model.load_adapter(str(folder), "default")
         return
@@ -122,7 +129,7 @@ def begin_adapter(context: RunContext, source: ModelSource, model: ExpertPeftMod
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(Path(start).parent / INITIAL_ADAPTER, folder)
         context.ranks.wait()
-        record.update("adapter", init={"how": how, "sha256": hash_file(folder / WEIGHTS_NAME).sha256})
+        record.update("adapter", init={"how": how, "sha256": adapter_digests(folder)})
         return
     if config.lora.init == "pissa":
         _begin_at_components(context, model)
@@ -137,8 +144,8 @@ def begin_adapter(context: RunContext, source: ModelSource, model: ExpertPeftMod
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its record knew of it
         write_adapter(model, folder, context.ranks)
     found = correction.to_json()
-    seconds, digest = round(time.monotonic() - started, 1), hash_file(folder / WEIGHTS_NAME).sha256
-    record.update("adapter", init={"how": config.lora.init, **found, "seconds": seconds, "sha256": digest})
+    seconds, digests = round(time.monotonic() - started, 1), adapter_digests(folder)
+    record.update("adapter", init={"how": config.lora.init, **found, "seconds": seconds, "sha256": digests})
     shown = [
         f"{what} {each['error_before']:.5f} -> {each['error_after']:.5f}"
         for what, each in found.items()

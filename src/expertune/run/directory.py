@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from expertune.checkpoint.adapter_folder import WEIGHTS_NAME, adapter_digests
 from expertune.config import TRUST_KEY, RunConfig, with_current_names
 from expertune.config.secrets import without_secrets
 from expertune.errors import CheckpointError, ConfigError, PreflightError, option
@@ -47,6 +48,29 @@ def require_kept(path: Path, digest: str) -> None:
             f"{path}: {'has changed' if found else 'is missing'}, and the run began with it; restore it, or "
             "start again with another output_dir"
         )
+
+
+def require_kept_adapter(folder: Path, digests: Mapping[str, str] | str) -> None:
+    """Refuse to go on from another adapter than the run began with.
+
+    Args:
+        folder: the adapter's.
+        digests: what `adapter_digests` gave of it; earlier records have the weights' alone.
+
+    Raises:
+        CheckpointError: a file has changed, is missing, or has come to it.
+    """
+    if isinstance(digests, str):
+        require_kept(folder / WEIGHTS_NAME, digests)
+        return
+    for name, digest in digests.items():
+        require_kept(folder / name, digest)
+    for name in adapter_digests(folder):
+        if name not in digests:
+            raise CheckpointError(
+                f"{folder / name}: was not there when the run began with this adapter; remove it, or start again with "
+                "another output_dir"
+            )
 
 
 def open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:

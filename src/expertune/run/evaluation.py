@@ -7,7 +7,6 @@ from typing import Any, Unpack
 
 from pydantic import PositiveInt
 
-from expertune.checkpoint.adapter_folder import WEIGHTS_NAME
 from expertune.config.arguments import checked
 from expertune.data import prepare_examples, settled
 from expertune.errors import ConfigError, option
@@ -19,7 +18,7 @@ from expertune.objectives.log_probs import Reference
 from expertune.objectives.rewards import Rewards, load_rewards
 from expertune.objectives.units import keeps_start
 from expertune.run.beside import write_card
-from expertune.run.directory import ADAPTER_FOLDER, INITIAL_ADAPTER, require_kept
+from expertune.run.directory import ADAPTER_FOLDER, INITIAL_ADAPTER, require_kept_adapter
 from expertune.run.inference import OpenOptions, Run, opened_run, recovery_of
 from expertune.run.lock import hold_run_directory
 from expertune.run.record import RunRecord
@@ -123,7 +122,7 @@ def _preference(run: Run) -> Any:
                 f"{config.objective} compares with it; put it back there"
             )
         begun = run.record.section("inputs").get("init_from") or run.record.section("adapter")["init"]["sha256"]
-        require_kept(Path(start) / WEIGHTS_NAME, begun)
+        require_kept_adapter(Path(start), begun)
         reference = Reference.of_adapter(run.model, start)
     else:
         reference = Reference(run.model, keeps_start=False)

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from expertune.checkpoint.adapter_folder import WEIGHTS_NAME, adapter_digests
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.config import RunConfig
 from expertune.data import TokenizedExamples
@@ -26,11 +27,10 @@ def identify(
         rows: `train` and `eval`.
     """
     template = Path(config.data.template).expanduser() if config.data.template else None
-    adapter = Path(config.lora.init_from) / "adapter_model.safetensors" if config.lora.init_from else None
     return {
         "tokenizer": tokenizer_digest(tokenizer),
         "template": _of_file(template),
-        "init_from": _of_file(adapter),
+        "init_from": adapter_digests(config.lora.init_from) if config.lora.init_from else None,
         "rows": {part: held.digest for part, held in rows.items() if held},
     }
 
@@ -51,6 +51,8 @@ def require_same_identity(
         CheckpointError, ConfigError, DataError: names what has changed.
     """
     before, end = record.section("inputs"), "restore it, or start a new output_dir"
+    if isinstance(before.get("init_from"), str):  # an earlier record, which has the weights' alone
+        before = {**before, "init_from": (now["init_from"] or {}) | {WEIGHTS_NAME: before["init_from"]}}
     kept = Fingerprint.from_json(record.section("model").get("base"), f"{record.path}: model.base")
     if kept is not None and (found := kept.differences(base)):
         raise CheckpointError(

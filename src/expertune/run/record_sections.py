@@ -29,8 +29,21 @@ class _Run(_Section):
     error: str = ""
 
 
+class _Kept(_Section):
+    sha256: str
+
+
+# By file; earlier records have the weights' alone.
+_Digests = dict[Literal["adapter_config.json", "adapter_model.safetensors", "adapter_live.tensors"], str] | str
+
+
+class _Init(_Section):
+    sha256: _Digests
+
+
 class _Model(_Section):
     revision: str | None = None
+    calibration: _Kept | None = None
 
 
 class _Rows(_Section):
@@ -46,6 +59,7 @@ class _Data(_Section):
 
 class _Inputs(_Section):
     rows: dict[str, str] = {}
+    init_from: _Digests | None = None
 
 
 class _Kernels(_Section):
@@ -91,6 +105,8 @@ class _Selection(_Section):
 
 class _Adapter(_Section):
     selection: _Selection | None = None
+    init: _Init | None = None
+    components: _Kept | None = None
 
 
 class _Train(_Section):
