@@ -9,7 +9,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from expertune.checkpoint import noted
-from expertune.checkpoint.formats.nf4_folder import PROGRESS_MARK, read_manifest, read_progress, write_progress
+from expertune.checkpoint.formats.nf4_folder import (
+    PROGRESS_MARK,
+    read_manifest,
+    read_progress,
+    write_manifest,
+    write_progress,
+)
 from expertune.checkpoint.quantize import quantize
 from expertune.checkpoint.writer import hash_file
 from expertune.errors import CheckpointError
@@ -152,3 +158,11 @@ def test_shard_that_is_exchanged_while_it_is_in_use_is_named(rewrite: Rewrite, t
             tmp_path / "out",
             progress=lambda file, done, total: exchange(shard) if file == "layer-00001.safetensors" else None,
         )
+
+
+def test_finished_folder_that_does_not_say_its_dtype_is_not_taken_for_the_work(mixtral: Path, tmp_path: Path) -> None:
+    out = quantized(mixtral, tmp_path / "out")
+    manifest = read_manifest(out)
+    write_manifest(out, {key: value for key, value in manifest.items() if key not in ("dtype", "sha256")})
+    with pytest.raises(CheckpointError, match='was made with dtype: null, and "auto" is asked for; choose another'):
+        quantize(str(mixtral), out)

@@ -230,7 +230,7 @@ class _Work:
         out = self.out
         if (out / FOLDER_MARK).is_file():
             manifest = read_manifest(out)
-            before = {**manifest["source"], "quantization": manifest["quantization"], "dtype": manifest["dtype"]}
+            before = {**manifest["source"], "quantization": manifest["quantization"], "dtype": manifest.get("dtype")}
             require_same_work(out, self.identity, before)
             return True
         made_of = {job.file: job.shards(self.shards.weight_map) for job in self.jobs}
