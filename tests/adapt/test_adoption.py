@@ -170,8 +170,8 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "half of r": (
         {"r": 2},
-        r"lora\.r is 2, but the adapter at \S+ has 4 \(one of lora\.init: pissa has twice the rank that it was trained "
-        r"with\); remove the key to take the adapter's \(on the command line: lora\.r=null\)$",
+        r"lora\.r is 2, but the adapter at \S+ has 4 \(twice that, as files of lora\.init: pissa have\); remove the "
+        r"key to take the adapter's \(on the command line: lora\.r=null\)$",
     ),
     "alpha": ({"alpha": 16}, r"lora\.alpha is 16, but the adapter at \S+ has 8; .*lora\.alpha=null\)$"),
     "rslora": ({"rslora": True}, r"lora\.rslora is true, but the adapter at \S+ has false; .*lora\.rslora=null\)$"),

@@ -10,6 +10,7 @@ import pytest
 from expertune.cli import training
 from expertune.distributed.mesh import Ranks
 from expertune.distributed.processes import Launch
+from expertune.run.lock import hold_run_directory
 
 
 def test_train_prints_the_run_folder(run, run_file, api):
@@ -28,6 +29,25 @@ def test_train_prints_the_run_folder(run, run_file, api):
         "step 1\na library's note\n",
     )
     assert seen == [("runs/second", True, True)]
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_libraries_are_loaded(run, run_file, run_dir, api, tmp_path):
+    (tmp_path / "runs" / "first" / "adapter").mkdir()
+    api.finetune = lambda *_, **__: pytest.fail("the libraries were loaded")
+    code, out, err = run("train", "run.yaml")
+    assert (code, out) == (2, "")
+    assert err.startswith("expertune: error: runs/first already holds a run; continue it with --resume (")
+    assert run("train", "run.yaml", "--resume")[::2] == (
+        *(2, "expertune: error: runs/first/record.json: the record of no run: it holds no `config`\n"),
+    )
+
+
+def test_a_folder_that_a_run_writes_to_is_refused_before_libraries_are_loaded(run, run_file, api, tmp_path):
+    api.finetune = lambda *_, **__: pytest.fail("the libraries were loaded")
+    with hold_run_directory(tmp_path / "runs" / "first"):
+        code, _, err = run("train", "run.yaml")
+    assert code == 2
+    assert "or end it and give the same command again with --resume" in err
 
 
 @pytest.mark.parametrize("rank", [0, 1])

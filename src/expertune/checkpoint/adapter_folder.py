@@ -65,7 +65,7 @@ def require_same_setting(lora: LoraSection, key: str, found: Any) -> None:
     """
     if key in lora.model_fields_set and getattr(lora, key) != found:
         twice = key == "r" and found == 2 * lora.r
-        doubled = " (one of lora.init: pissa has twice the rank that it was trained with)" if twice else ""
+        doubled = " (twice that, as files of lora.init: pissa have)" if twice else ""
         own, held = _as_written(getattr(lora, key)), _as_written(found)
         raise ConfigError(
             f"lora.{key} is {own}, but the adapter at {lora.init_from} has {held}{doubled}; "

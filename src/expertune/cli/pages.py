@@ -29,7 +29,7 @@ def compare(
     on stderr.
     """
     if len(run_dirs) < 2:
-        raise typer.BadParameter("give two run directories or more", param_hint="RUN_DIR...")
+        raise typer.BadParameter("give two run directories or more", param_hint="RUN_DIR")
     records = [(str(folder), expertune.RunRecord.load(folder).values) for folder in run_dirs]
     from expertune.report.compare import compare, render_comparison, write_comparison
 

@@ -150,8 +150,10 @@ def train(
 ) -> None:
     """Fine-tune as the run file says, or as the run of a record was. Prints the run directory."""
     config = _read(run, overrides, resume)
-    from expertune.run.directory import after_interruption
+    from expertune.run.directory import after_interruption, require_directory
 
+    if launched().world_size == 1:  # several look at it together, once they are connected
+        require_directory(config, resume)
     trusted = {"trust_remote_code": trust_remote_code, "trust_rewards": trust_rewards}
     try:
         with stdout_for_results():

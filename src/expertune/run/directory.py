@@ -11,6 +11,7 @@ from expertune.checkpoint.adapter_folder import WEIGHTS_NAME, adapter_digests
 from expertune.config import TRUST_KEY, RunConfig, with_current_names
 from expertune.config.secrets import without_secrets
 from expertune.errors import CheckpointError, ConfigError, PreflightError, option
+from expertune.run.lock import hold_run_directory
 from expertune.run.record import RECORD_NAME, RunRecord, versions
 from expertune.run.signals import Terminated, signals_raised
 from expertune.run.source import directories, recorded_values
@@ -103,6 +104,18 @@ def open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:
     phases = record.section("run").get("phases", {})  # a resumed run adds to them
     record.values["run"] = {"status": "running", "started": started, "phases": phases} | directories(output_dir)
     return record
+
+
+def require_directory(config: RunConfig, resume: bool) -> None:
+    """Refuse a run directory that a run cannot be started or resumed in, before any library is loaded.
+
+    Raises:
+        ConfigError: see `open_record` and `hold_run_directory`.
+        CheckpointError: see `open_record`.
+    """
+    output_dir = Path(config.output_dir)
+    with hold_run_directory(output_dir):
+        open_record(config, output_dir, resume)
 
 
 def adapter_in(run_dir: Path, name: str | None) -> Path:
