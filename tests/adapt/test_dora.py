@@ -249,7 +249,7 @@ def test_file_gives_back_the_same_model(
 ) -> None:
     again = adopt(load(), folder)
     assert torch.equal(logits_of(again, ids), logits_of(trained, ids))
-    with pytest.raises(ConfigError, match=r"lora\.use_dora is False, but the adapter at .* has True; remove the key"):
+    with pytest.raises(ConfigError, match=r"lora\.use_dora is false, but the adapter at .* has true; remove the key"):
         adopt(load(), folder, use_dora=False)
     again.save_pretrained(str(tmp_path))
     assert (tmp_path / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()

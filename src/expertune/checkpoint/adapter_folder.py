@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from expertune.config import LoraSection
 from expertune.errors import CheckpointError, ConfigError
 
@@ -75,6 +77,8 @@ def require_same_setting(lora: LoraSection, key: str, found: Any) -> None:
 
 def _as_written(value: Any) -> str:
     """A value as a run file has it."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json", exclude_unset=True)
     return f"{value:g}" if isinstance(value, float) else json.dumps(value)
 
 
