@@ -88,6 +88,8 @@ def draft_run_file(
     context = context_length(read_config(source.folder, trust_remote_code))
     asked: dict[str, Any] = {}
     apply_overrides(asked, overrides)
+    if any(each.partition("=")[0].strip() == "data.eval" for each in overrides):
+        asked.setdefault("data", {}).setdefault("eval", None)  # null, which removes a key of a file, is an answer here
     whole = {"model": model, "data": {"train": data, "max_length": context or 2**17}, "output_dir": _run_dir(data)}
     values = _above(asked, whole)
     examples = prepare_examples(parse_config(values, "init").data, "train", tokenizer)
