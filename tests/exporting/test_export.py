@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import expertune
-from expertune.cli import app
+from expertune.cli import app, files
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError, ExportError, StorageError
 from expertune.exporting import programs
@@ -111,7 +112,7 @@ def test_wrong_export_ends_with_2_and_stays_beside_its_place_with_what_came_of_i
 
 
 def test_export_that_has_moved_is_verified_again_and_its_card_says_what_came_of_it(
-    copied: Path, tmp_path: Path, copied_processes: None
+    copied: Path, tmp_path: Path, copied_processes: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expertune.export(copied, "peft", verify=False)
     moved = (copied / "exports" / "peft").rename(tmp_path / "moved")
@@ -120,8 +121,11 @@ def test_export_that_has_moved_is_verified_again_and_its_card_says_what_came_of_
     assert ended.exit_code == 2
     assert "moved: lies in no run directory; give the run that it is of with --run RUN_DIR" in ended.output
     (moved / ".scratch-of-one-that-was-killed").mkdir()
+    shown: list[str] = []
+    monkeypatch.setattr(files, "working", lambda what: shown.append(what) or nullcontext())
     ended = CliRunner().invoke(app, ["verify", str(moved), "--run", str(copied)])
     assert ended.exit_code == 0, ended.output
+    assert shown == [f"verifying {moved}"]
     verdicts = [f"{each['engine']}: {each['verdict']}" for each in engines_of(moved)]
     assert verdicts[0].endswith("): verified")
     assert [ended.output.count(each) for each in verdicts] == [1] * len(verdicts)

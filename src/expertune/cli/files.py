@@ -181,7 +181,7 @@ def verify(
     than it should.
     """
     require_export(folder)
-    with stdout_for_results():
+    with stdout_for_results(), working(f"verifying {folder}"):
         with importing():
             run_engines = expertune.verify
         found = run_engines(folder, run, trust_remote_code=trust_remote_code, model=model)
