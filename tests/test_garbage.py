@@ -1,6 +1,8 @@
 """Python's garbage collector leaves out what commands import, and nothing else."""
 
 import gc
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -23,6 +25,13 @@ def test_what_has_been_imported_is_left_out_by_the_collector() -> None:
         assert not gc.isenabled()
     assert gc.get_freeze_count() > 0
     assert gc.isenabled()
+
+
+def test_objects_that_an_interpreter_starts_with_are_not_a_programs_own() -> None:
+    imports = "import gc; from expertune.terminal import importing"
+    code = f"{imports}\nwith importing(): import json\nprint(gc.get_freeze_count())"
+    said = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert int(said) > 2000  # Python 3.12 starts with 375
 
 
 def test_failed_import_freezes_nothing() -> None:

@@ -247,7 +247,10 @@ def _threads() -> Finding:
         advice = f"more threads than cores wait for each other; set OMP_NUM_THREADS={cores} before torch is imported"
         return _find("device", "threads", value, "warning", advice)
     if threads > 1 and spins_long():
-        advice = "beside other work steps may take ten times as long; set GOMP_SPINCOUNT=30000 before torch is imported"
+        advice = (
+            "beside other work steps may take ten times as long; set GOMP_SPINCOUNT=30000 and KMP_BLOCKTIME=1 before "
+            "torch is imported"
+        )
         return _find("device", "threads", value, "warning", advice)
     return _find("device", "threads", value)
 

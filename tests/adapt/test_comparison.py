@@ -196,6 +196,21 @@ def test_same_experts_in_another_order_are_told(resident: tuple[LoadedModel, Pla
     assert first_changed(loaded.model, before) == EXPERTS
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_words_in_another_order_within_a_row_of_the_checksum_are_told(rows: int) -> None:
+    one, other = torch.nn.Module(), torch.nn.Module()
+    one.register_buffer("held", torch.randint(0, 256, (rows, 64, 8), dtype=torch.uint8))
+    other.register_buffer("held", one.held.flip(1))
+    assert _checksum(one) != _checksum(other)
+
+
+def test_one_less_and_one_more_in_two_words_is_told() -> None:
+    one, other = torch.nn.Module(), torch.nn.Module()
+    one.register_buffer("held", torch.arange(640))
+    other.register_buffer("held", one.held + (one.held == 70).long() - (one.held == 75).long())
+    assert _checksum(one) != _checksum(other)
+
+
 def test_checksums_are_the_same_wherever_experts_are_by_now(resident: tuple[LoadedModel, Placement]) -> None:
     loaded, placement = resident
     placement.separate_host = True

@@ -189,10 +189,10 @@ def test_commands_say_it_before_torch_is_imported_and_a_library_call_only_when_i
     [
         (64, {"OMP_WAIT_POLICY": "PASSIVE"}, "set OMP_NUM_THREADS=2"),
         (2, {}, "set GOMP_SPINCOUNT=30000"),
-        (2, {"GOMP_SPINCOUNT": "infinite"}, "set GOMP_SPINCOUNT=30000"),
+        (2, {"GOMP_SPINCOUNT": "infinite", "OMP_WAIT_POLICY": "passive"}, "set GOMP_SPINCOUNT=30000"),
+        (2, {"GOMP_SPINCOUNT": "30000", "KMP_BLOCKTIME": "200"}, "and KMP_BLOCKTIME=1"),
         (2, {"GOMP_SPINCOUNT": "300000", "OMP_WAIT_POLICY": "active"}, "set GOMP_SPINCOUNT=30000"),
         (2, {"GOMP_SPINCOUNT": "30000", "KMP_BLOCKTIME": "1"}, ""),
-        (2, {"KMP_BLOCKTIME": "0"}, ""),
         (2, {"OMP_WAIT_POLICY": "passive"}, ""),
         (1, {}, ""),
     ],

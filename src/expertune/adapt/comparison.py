@@ -54,7 +54,7 @@ class BaseForward(NamedTuple):
 
 def base_forward(model: nn.Module, batch: Batch) -> BaseForward:
     """What a check compares with: of a model before an adapter is attached, and where its experts are by now."""
-    stride = EXPERT_STRIDE if _is_prefetched(model) else 1
+    stride = EXPERT_STRIDE if _is_offloaded(model) else 1
     return BaseForward(batch, probe_logits(model, batch, stride), stride, expert_checksums(model))
 
 
@@ -189,9 +189,10 @@ class Comparison:
                 handle.remove()
 
 
-def _is_prefetched(model: nn.Module) -> bool:
+def _is_offloaded(model: nn.Module) -> bool:
+    """Whether experts are elsewhere than on the device that computes; those that ranks hold in shares are on theirs."""
     placement = placement_of(model)
-    return placement is not None and placement.is_prefetched
+    return placement is not None and bool(placement.offloaded)
 
 
 @contextmanager

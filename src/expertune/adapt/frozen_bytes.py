@@ -1,11 +1,12 @@
 """Checksums of what experts hold, from before and after an adapter is attached: of all bytes, without a copy of them.
 
-Adding up numbers takes as long as reading them, on any device: a hash that no one could forge would take ten times as
-long on a CPU, and nothing here is forged.
+Words are added up along the rows and the columns of a table, and the sums are hashed in order, so that words which are
+exchanged show wherever they are. A hash that no one could forge would take three times as long on a CPU, and nothing
+here is forged.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from expertune.experts.module import Nf4Experts
 from expertune.placement.experts import placement_of
 
-# Words of 8 bytes that are added up to one: whatever is moved, is moved across more than these.
+# Words of 8 bytes to a row; bytes to a table, which is copied where words do not begin where its bytes do.
 _WORDS = 64
+_TABLE_BYTES = 2**26
 
 Checksums = Mapping[Nf4Experts, str]
 
@@ -51,10 +53,11 @@ def _checksum(module: nn.Module) -> str:
     return sha.hexdigest()
 
 
-def _added_up(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums of a tensor's words, `_WORDS` at a time in order, and what bytes are left of it."""
+def _added_up(tensor: Tensor) -> Iterator[Tensor]:
+    """Sums of a tensor's words by row and by column of each table, and the bytes after its last row."""
     flat = tensor.detach().reshape(-1).view(torch.uint8)
-    if flat.storage_offset() % 8:  # which cannot be looked at as words
-        flat = flat.clone()
-    whole = flat.numel() // (8 * _WORDS) * (8 * _WORDS)
-    return flat[:whole].view(torch.int64).view(-1, _WORDS).sum(dim=1), flat[whole:]
+    for table in flat.split(_TABLE_BYTES):
+        whole = table.numel() // (8 * _WORDS) * (8 * _WORDS)
+        aligned = table.clone() if table.storage_offset() % 8 else table
+        words = aligned[:whole].view(torch.int64).view(-1, _WORDS)
+        yield from (words.sum(dim=1), words.sum(dim=0), table[whole:])

@@ -25,13 +25,19 @@ _MOST_HEADER_BYTES = 100_000_000  # by the format of safetensors
 
 
 def adapter_digests(folder: str | Path) -> dict[str, str]:
-    """sha256 of each file of the folder that an adapter's factors are read from, by name; of those that are there."""
+    """sha256 of each file of the folder that an adapter's factors are read from, by name; of those that are there.
+
+    Raises:
+        CheckpointError: the factors are not there.
+    """
     paths = [Path(folder) / name for name in (CONFIG_NAME, WEIGHTS_NAME, LIVE_NAME)]
     found = {}
     for path in paths:
         if path.is_file():
             with path.open("rb") as file:
                 found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    if WEIGHTS_NAME not in found:
+        raise CheckpointError(f"{Path(folder) / WEIGHTS_NAME}: no such file; copy the adapter's folder again")
     return found
 
 

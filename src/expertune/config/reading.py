@@ -129,24 +129,29 @@ def check_training_arguments(training: dict[str, Any], where: str = "config", ob
         ConfigError: names the unknown key and the nearest known one, a key that a run does not take, or a wrong value;
             or TRL is not installed.
     """
-    if objective != "sft":
-        _check_training(training, where, objective, fields_of(arguments_class(objective, where)))
-        return
-    try:
-        _check_training(training, where, objective, training_fields())
-    except ConfigError:
-        # The class decides what is refused: its source may say less than the class takes.
-        _check_training(training, where, objective, imported_fields())
-
-
-def _check_training(training: dict[str, Any], where: str, objective: ObjectiveName, arguments: ArgumentFields) -> None:
     owned = refused_keys(training) | refused_of_trl(training, objective)
     for key in training:
         if key in owned:
             raise ConfigError(f"{where}: training.{key} is {owned[key]}")
+    if objective != "sft":
+        _check_arguments(training, where, fields_of(arguments_class(objective, where)))
+    else:
+        try:
+            _check_arguments(training, where, training_fields())
+        except ConfigError as error:
+            # The class decides what is refused: its source may say less than the class takes.
+            try:
+                arguments = imported_fields()
+            except Exception:  # of whatever libraries it brings
+                raise error from None
+            _check_arguments(training, where, arguments)
+    if problem := problem_of_loss(training, objective) or (objective == "grpo" and problem_of_groups(training)):
+        raise ConfigError(f"{where}: {problem}")
+
+
+def _check_arguments(training: dict[str, Any], where: str, arguments: ArgumentFields) -> None:
+    for key in training:
         if key not in arguments.known:
             near = nearest_key(key, arguments.known)
             raise ConfigError(f"{where}: training.{shortened(key)} is not an argument of {arguments.name}{near}")
     check_training_values(training, where, arguments)
-    if problem := problem_of_loss(training, objective) or (objective == "grpo" and problem_of_groups(training)):
-        raise ConfigError(f"{where}: {problem}")

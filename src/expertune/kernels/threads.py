@@ -63,14 +63,17 @@ def cores_by_affinity(root: Path = _ROOT) -> int:
 
 
 def spins_long() -> bool:
-    """Whether, by the variables of this process, OpenMP's threads spin for long before they sleep."""
+    """Whether, by the variables of this process, OpenMP's threads may spin for long before they sleep.
+
+    Each runtime has a variable of its own, and which of them torch comes with is not looked at.
+    """
     passive = os.environ.get("OMP_WAIT_POLICY", "").strip().lower() == "passive"
-    return not (passive or _at_most("GOMP_SPINCOUNT", _SHORT_SPIN) or _at_most("KMP_BLOCKTIME", _SHORT_BLOCKTIME))
+    limits = {"GOMP_SPINCOUNT": _SHORT_SPIN, "KMP_BLOCKTIME": _SHORT_BLOCKTIME}
+    return not all(_at_most(os.environ[name], most) if name in os.environ else passive for name, most in limits.items())
 
 
-def _at_most(name: str, most: int) -> bool:
-    value = os.environ.get(name, "").strip()
-    return value.isdecimal() and int(value) <= most
+def _at_most(value: str, most: int) -> bool:
+    return value.strip().isdecimal() and int(value) <= most
 
 
 def _siblings(root: Path, cpu: int) -> str:

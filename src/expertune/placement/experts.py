@@ -110,7 +110,7 @@ class Placement:
         prefetcher = self._prefetcher
         found = {
             "layers": dict(Counter(self.locations.values())),
-            "streamed_bytes": sum(_nbytes(self.experts[name]) for name in self._offloaded()),
+            "streamed_bytes": sum(_nbytes(self.experts[name]) for name in self._prefetched()),
             "transfers": prefetcher.transfers if prefetcher else 0,
             "waited_seconds": round(prefetcher.waited_seconds, 3) if prefetcher else 0.0,
         }
@@ -118,12 +118,15 @@ class Placement:
             found["slot_bytes"] = prefetcher.backend.nbytes
         return found
 
-    def _offloaded(self) -> list[str]:
-        """Modules whose bytes are prefetched; on a CPU the host is the device."""
-        if self._sharding:
-            return list(self.experts)
+    @property
+    def offloaded(self) -> list[str]:
+        """Modules whose bytes are not where they are computed with; on a CPU the host is the device."""
         resident = ("device",) if self.separate_host else ("device", "host")
         return [name for name in self.experts if self.locations[name] not in resident]
+
+    def _prefetched(self) -> list[str]:
+        """Modules whose bytes are prefetched: offloaded, or held in shares by several ranks."""
+        return list(self.experts) if self._sharding else self.offloaded
 
     def _move(self, name: str, to: Location) -> None:
         module = self.experts[name]
@@ -143,7 +146,7 @@ class Placement:
             stack.place(Nf4Bytes(*held), stays=to != "device")
 
     def _connect(self) -> None:
-        names = self._offloaded()
+        names = self._prefetched()
         for module in self.experts.values():
             module.layer.handle = None
         self._prefetcher = None

@@ -64,7 +64,9 @@ def load_to_train(
         return load_base(context, source, places), None
     path = context.output_dir / CALIBRATION
     if not context.record.section("model").get("calibration") and (theirs := inherited_calibration(config)):
-        shutil.copyfile(theirs, path)
+        if context.ranks.writes:
+            shutil.copyfile(theirs, path)
+        context.ranks.wait()
         context.record.update("model", calibration={"sha256": hash_file(path).sha256})
         context.notify(f"calibration: taken over from {theirs}, with the adapter of lora.init_from")
     if context.record.section("model").get("calibration"):
@@ -78,7 +80,9 @@ def load_to_train(
         wanted = config.quantization.calibration_tokens
         batches = _sample(context, train, wanted)
         moments = collect_moments(loaded.model, batches, lambda done: progress(min(done, wanted), wanted))
-    moments.save(path)
+    if context.ranks.writes:
+        moments.save(path)
+    context.ranks.wait()
     found = {"tokens": wanted, "sha256": hash_file(path).sha256, "seconds": round(time.monotonic() - started, 1)}
     context.record.update("model", calibration=found)
     if plain is not None:  # the same weights again, with scales by what has been found

@@ -222,7 +222,9 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     note = _read_json(path, ("files", "plan", "shards"), _ANEW)
-    if note.pop(_DIGEST, None) != _digest_of(note):
+    if _DIGEST not in note:
+        raise CheckpointError(f"{path}: of an earlier version of Expertune, which this one does not continue; {_ANEW}")
+    if note.pop(_DIGEST) != _digest_of(note):
         raise damaged_progress(folder, "its content is not what was written")
     return note
 
