@@ -31,7 +31,7 @@ from expertune.exporting.source import ExportSource, Place
 from expertune.run.directory import CALIBRATION
 from expertune.storage import SCRATCH, write_json
 
-_PROGRAM, _REFERENCE = "stock.py", "reference"
+_PROGRAM, _TRAINED, _REFERENCE = "stock.py", "trained.py", "reference"
 # An effect this many times the tolerance: half of it, as a wrong scale makes, is then still beyond the tolerance.
 _EFFECT = 4
 # An engine that differs more than this many times its floor without the adapter computes another model.
@@ -162,7 +162,7 @@ class _Compared:
         open_questions = [self._not_reached(figures["experts"]), self._split_otherwise(exported, figures)]
         if self.engine.has_trained:
             try:
-                trained = self._ask("trained.py", {"trained": {"live": True}}, None, self._scored)["trained"]
+                trained = self._ask(_TRAINED, {"trained": {"live": True}}, None, self._scored)["trained"]
             except ProgramError as error:
                 open_questions.append(f"the model as it was trained was not run: {error}")
             else:
@@ -276,7 +276,7 @@ class _Compared:
         """Answers of the reference, and of the engine; in one process where both are the same program."""
         fixed = {"model": str(self.base), "rounded": self.engine.rounded}
         asked = {f"{_REFERENCE}-{name}": fixed | dict(case) for name, case in reference.items()}
-        program = _PROGRAM if self.engine.reference == "source" else "trained.py"
+        program = _PROGRAM if self.engine.reference == "source" else _TRAINED
         if self.engine.program == program and self.engine.python is None:
             found = self._ask(program, asked | dict(cases), None, scored)
         else:
@@ -290,21 +290,22 @@ class _Compared:
 
     def _ask(self, program: str, cases: Mapping[str, Case], python: str | None, scored: Sequence[Any] = ()) -> Answers:
         """Run a program on the prompts; raises `ProgramError` where it does not answer a case."""
-        request = {
+        request: dict[str, Any] = {
             "prompts": self.prompts,
             "positions": self.positions,
             "experts": list(self.source.factors.experts),
             "scored": scored,
             "auto": auto_class(self.source.model.config).__name__,
             "trust": self.source.base.trust_remote_code,
-            "base": {
+            "cases": cases,
+        }
+        if program == _TRAINED:  # the only one that takes 4-bit values
+            request["base"] = {
                 "folder": str(self.source.base.folder),
                 "adapter": self.source.adapter.where,
                 "calibration": str(self.source.context.output_dir / CALIBRATION),
                 "quantization": self.source.as_trained.model_dump(mode="json", exclude_unset=True),
-            },
-            "cases": cases,
-        }
+            }
         what = Path(program).stem
         run_program(
             program, request, self.scratch / "request.json", what, self.source.num_weights, python or sys.executable
