@@ -72,7 +72,7 @@ from expertune.run.training import Learning, make_objective, make_recovery, read
 from expertune.storage import storage_errors_named
 from expertune.train.arguments import training_arguments, uses_checkpointing
 from expertune.train.callbacks import peak_memory_bytes
-from expertune.train.checkpoints import ResumePoint, find_resume_point, require_state_to_go_on
+from expertune.train.checkpoints import ResumePoint, find_resume_point, require_state_to_go_on, require_whole_adapter
 from expertune.train.exchange import write_adapter
 from expertune.train.offload import has_separate_host
 from expertune.train.oom import OutOfMemory
@@ -147,6 +147,7 @@ def _finetune(context: RunContext) -> Run:
     context.notify(made.parameters.line)
 
     if config.lora.init_from and not context.resume:  # which has them in its directory
+        require_whole_adapter(Path(config.lora.init_from))
         require_first_factors(config.lora.init_from)
     # Nothing but a lock has been written so far: a mistake in the run file or in an example leaves no directory behind.
     with record.phase("data"):

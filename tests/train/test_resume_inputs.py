@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from expertune import finetune
+from expertune import finetune, open_run
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError, DataError, ExpertuneError
 from expertune.run.record import RunRecord
@@ -272,3 +273,24 @@ def test_file_that_a_manifest_does_not_name_is_damage(two_checkpoints: Path) -> 
     del manifest["optimizer.pt"]
     path.write_text(json.dumps(manifest), encoding="utf-8")
     assert "does not name optimizer.pt" in find_resume_point(two_checkpoints).refused[0]
+
+
+@pytest.mark.parametrize("use", ["open_run", "lora.init_from"])
+def test_damaged_weights_of_a_checkpoint_are_refused_wherever_it_is_used(
+    unfinished: Path, tmp_path: Path, use: str
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(unfinished, folder)
+    run = folder / "run"
+    record = (run / "record.json").read_text(encoding="utf-8").replace(str(unfinished), str(folder))
+    (run / "record.json").write_text(record, encoding="utf-8")
+    path = run / "checkpoint-1" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] += 1.0
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, path, metadata=metadata)
+    values = nine_steps(folder / "model", folder / "rows.jsonl", folder / "second")
+    values["lora"] = {"init_from": str(run / "checkpoint-1")}
+    with pytest.raises(CheckpointError, match=r"checkpoint-1: damaged: adapter_model.safetensors is not the file"):
+        open_run(run, "checkpoint-1") if use == "open_run" else finetune(parse_config(values))

@@ -13,6 +13,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from expertune.checkpoint.adapter_folder import adapter_digests
 from expertune.errors import CheckpointError, ConfigError
 from expertune.storage import write_json
 
@@ -60,6 +61,20 @@ def verify(folder: Path) -> None:
         path = folder / name
         if path.stat().st_size != size or _digest(path) != digest:
             raise CheckpointError(f"{folder}: damaged: {name} is not the file that was written")
+
+
+def require_whole_adapter(folder: Path) -> None:
+    """Check the adapter's files of a checkpoint against its manifest; a folder without one says nothing of them.
+
+    Raises:
+        CheckpointError: names the checkpoint and the file.
+    """
+    if not (folder / MANIFEST_NAME).is_file():
+        return
+    manifest = _read_manifest(folder)
+    for name, digest in adapter_digests(folder).items():
+        if name not in manifest or manifest[name][1] != digest:
+            raise CheckpointError(f"{folder}: damaged: {name} is not the file that was written; take another adapter")
 
 
 def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
