@@ -189,6 +189,27 @@ def test_evaluation_prompts_that_are_trained_on_are_told(jsonl, tiny_tokenizer):
     assert "1 of 2 have a prompt that the training examples have too" in evaluation.report["warnings"][-1]
 
 
+@pytest.mark.parametrize("kept_in_a_file", [False, True])
+def test_evaluation_examples_of_sft_that_are_trained_on_are_told_whole_ones_alone(
+    kept_in_a_file, jsonl, tiny_tokenizer, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if kept_in_a_file:
+        monkeypatch.setattr(token_cache, "LARGE_BYTES", 0)
+    path = jsonl(*({"prompt": "A number?", "completion": str(n)} for n in range(20)))  # one prompt, many answers
+    told = "2 of 2 evaluation examples are trained on, token for token"
+    for train, count, warned in (
+        (path, 2, told),
+        (f"{path}[0:18]", 0, ""),
+        (f"{path}[0:19]", 1, told.replace("2", "1", 1)),
+    ):
+        _, evaluation = prepare_run(DataConfig(train=train, eval=f"{path}[18:20]"), tiny_tokenizer)
+        assert evaluation.report["num_trained_on"] == count
+        assert "num_prompts_trained_on" not in evaluation.report
+        (warning,) = evaluation.report["warnings"] or [""]
+        assert warning.startswith(warned)
+
+
 @pytest.mark.parametrize(
     ("objective", "rows"),
     [("dpo", [PAIR, {**PAIR, "prompt": "</s>?"}]), ("kto", LABELED), ("grpo", [{"prompt": "a", "n": [1, None]}])],

@@ -8,7 +8,7 @@ import pytest
 
 import expertune
 from expertune import load_config
-from expertune.errors import DataError
+from expertune.errors import ConfigError, DataError
 from expertune.run.draft import draft_run_file
 
 MODEL = Path(expertune.__file__).parent / "assets" / "tiny-mixtral"
@@ -71,6 +71,23 @@ def test_nothing_is_held_out_where_an_override_names_examples(folder, given, eva
     assert says in draft.text
     num_rows = 36 if "36" in given else 40  # not fewer by the size of another file's slice
     assert draft.plan.run_time.steps == 3 * -(-num_rows // config.training["gradient_accumulation_steps"])
+
+
+def test_rows_that_are_evaluated_and_trained_on_are_noted_in_the_file(folder):
+    draft = draft_run_file(str(MODEL), "rows.jsonl", Path("run.yaml"), ["data.eval=rows.jsonl[30:40]"])
+    assert "10 of 10 evaluation examples are trained on" in " ".join(draft.text.replace("#", "").split())
+    cut = ["data.train=rows.jsonl[0:30]", "data.eval=rows.jsonl[30:40]"]
+    assert "are trained on" not in draft_run_file(str(MODEL), "rows.jsonl", Path("run.yaml"), cut).text
+
+
+def test_a_metric_is_asked_for_without_evaluation_examples_where_some_are_held_out(folder):
+    draft = draft_run_file(str(MODEL), "rows.jsonl", Path("run.yaml"), ["task.metric=exact-match"])
+    (folder / "run.yaml").write_text(draft.text)
+    config = load_config("run.yaml")
+    assert (config.task.metric, config.data.eval) == ("exact-match", "rows.jsonl[36:40]")
+    asked = ["task.metric=exact-match", "data.eval=null"]
+    with pytest.raises(ConfigError, match=r"task\.metric needs data\.eval"):
+        draft_run_file(str(MODEL), "rows.jsonl", Path("run.yaml"), asked)
 
 
 def test_the_models_chat_template_is_taken_where_it_has_one(folder):

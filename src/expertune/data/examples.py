@@ -84,10 +84,10 @@ class TokenizedExamples:
         return [_uncut_length(example) for example in self.examples] if kept is None else kept
 
     @property
-    def prompt_hashes(self) -> np.ndarray:
-        """int64 [num_examples], equal where prompts are."""
-        kept = getattr(self.examples, "prompt_hashes", None)
-        return np.array([hash_of(example.prompt_ids) for example in self.examples]) if kept is None else kept
+    def overlap_hashes(self) -> np.ndarray:
+        """int64 [num_examples], equal where the same is evaluated and trained on; see `overlap_hash`."""
+        kept = getattr(self.examples, "overlap_hashes", None)
+        return np.array([overlap_hash(example) for example in self.examples]) if kept is None else kept
 
     @property
     def digest(self) -> str:
@@ -110,6 +110,12 @@ def hash_of(*ids: Sequence[int]) -> int:
     """A number of 64 bits, equal for equal lists of ids and hardly for others."""
     content = b"".join(array("q", [len(values), *values]).tobytes() for values in ids)
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
+def overlap_hash(example: TokenizedExample) -> int:
+    """`hash_of` the prompt where answers to it are compared, and of the whole example where it is imitated."""
+    is_compared = example.rejected is not None or example.label is not None or example.columns is not None
+    return hash_of(example.prompt_ids if is_compared else example.input_ids)
 
 
 def _uncut_length(example: TokenizedExample) -> int:

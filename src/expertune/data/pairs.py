@@ -1,7 +1,8 @@
 """The data check of answers that are compared: what a set of pairs, labels or prompts does as a whole.
 
 Pairs without a difference and answers without text are refused one by one, in `answers`. What is told here can be
-meant: pairs that stand twice, answers told apart by their length alone, prompts that are evaluated and trained on.
+meant: pairs that stand twice, answers told apart by their length alone, prompts that are evaluated and trained on. The
+last is told of examples that are imitated, too, where they are the same as a whole.
 """
 
 import dataclasses
@@ -121,16 +122,29 @@ def require_both_labels(report: Mapping[str, Any]) -> None:
 
 
 def with_leak_told(train: TokenizedExamples, evaluation: TokenizedExamples) -> TokenizedExamples:
-    """The evaluation examples; their report tells how many of their prompts are trained on."""
-    num_leaked = int(np.isin(evaluation.prompt_hashes, train.prompt_hashes).sum())
-    report = evaluation.report | {"num_prompts_trained_on": num_leaked}
-    if num_leaked:
-        report["warnings"] = [
-            *report["warnings"],
-            f"{num_leaked} of {report['num_rows']} have a prompt that the training examples have too, so that what is "
-            "measured on them is partly learned by heart",
-        ]
+    """The evaluation examples; their report tells how many are trained on: of what is compared, how many prompts."""
+    num_leaked = int(np.isin(evaluation.overlap_hashes, train.overlap_hashes).sum())
+    key = "num_prompts_trained_on" if "kind" in evaluation.report else "num_trained_on"
+    report = evaluation.report | {key: num_leaked}
+    if warning := leak_warning(report):
+        report["warnings"] = [*report["warnings"], warning]
     return dataclasses.replace(evaluation, report=report)
+
+
+def leak_warning(report: Mapping[str, Any]) -> str:
+    """What a report from `with_leak_told` says of evaluation examples that are trained on; empty where none are."""
+    count = report["num_rows"]
+    if leaked := report.get("num_prompts_trained_on"):
+        return (
+            f"{leaked} of {count} have a prompt that the training examples have too, so that what is measured on them "
+            "is partly learned by heart"
+        )
+    if leaked := report.get("num_trained_on"):
+        return (
+            f"{leaked} of {count} evaluation examples are trained on, token for token, so that what is measured on "
+            "them, and the checkpoint that is best by it, is partly learned by heart; take them out of data.train"
+        )
+    return ""
 
 
 def _only_label(labels: Mapping[str, int]) -> str:

@@ -197,7 +197,7 @@ def prepare_run(
     update = {"template": train.report["template"], "format": (before.get("eval") or {}).get("format", named)}
     evaluation = prepare_examples(data.model_copy(update=update), "eval", tokenizer, progress, objective)
     check_context(evaluation, context, "data.eval")
-    return train, evaluation if objective == "sft" else with_leak_told(train, evaluation)
+    return train, with_leak_told(train, evaluation)
 
 
 def settled(data: DataConfig, report: Mapping[str, Any]) -> DataConfig:

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from expertune.config import DataConfig, ObjectiveName
-from expertune.data.examples import IGNORE_INDEX, Tally, TokenizedExample, TokenizedExamples, hash_of
+from expertune.data.examples import IGNORE_INDEX, Tally, TokenizedExample, TokenizedExamples, overlap_hash
 from expertune.data.sources import Source
 from expertune.data.special_tokens import RenderedText, answer_starts, plain_places
 from expertune.data.template import own_file_text
@@ -66,7 +66,7 @@ class MappedExamples(Sequence[TokenizedExample]):
     Attributes:
         lengths: int32 [num_examples], tokens of each example.
         uncut_lengths: int32 [num_examples], the same before `max_length` cut it.
-        prompt_hashes: int64 [num_examples], see `TokenizedExamples`; of examples that are not compared, zeros.
+        overlap_hashes: int64 [num_examples], see `TokenizedExamples`.
         digest: as given.
 
     Raises:
@@ -81,7 +81,7 @@ class MappedExamples(Sequence[TokenizedExample]):
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._reader = pa.ipc.open_file(pa.py_buffer(self._map))
         self._starts = [0]
-        lengths, uncut_lengths, prompt_hashes = [], [], []
+        lengths, uncut_lengths, overlap_hashes = [], [], []
         for number in range(self._reader.num_record_batches):
             batch = self._reader.get_batch(number)
             self._starts.append(self._starts[-1] + batch.num_rows)
@@ -93,11 +93,11 @@ class MappedExamples(Sequence[TokenizedExample]):
             # Copied off the mapped pages, which are given back.
             uncut = np.maximum(batch["uncut_length"].to_numpy(), batch["rejected_uncut_length"].to_numpy())
             uncut_lengths.append(uncut)
-            prompt_hashes.append(batch["prompt_hash"].to_numpy().copy())
+            overlap_hashes.append(batch["overlap_hash"].to_numpy().copy())
             if number % _LOOKS_PER_RELEASE == 0:
                 self._release()
         self.lengths, self.uncut_lengths = np.concatenate(lengths), np.concatenate(uncut_lengths)
-        self.prompt_hashes = np.concatenate(prompt_hashes)
+        self.overlap_hashes = np.concatenate(overlap_hashes)
         self._num_looks = 0
         self._release()
 
@@ -249,7 +249,7 @@ def _write(folder: Path, make: Callable[[Keep], dict[str, Any]]) -> None:
             "rejected": pa.string(),
             "label": pa.bool_(),
             "columns": pa.string(),  # JSON
-            "prompt_hash": pa.int64(),
+            "overlap_hash": pa.int64(),
         }
     )
     for left in folder.glob(f".*{BESIDE}"):  # by a process that was killed
@@ -285,7 +285,6 @@ def _link(folder: Path, other: Path) -> None:
 
 def _row(example: TokenizedExample) -> dict[str, Any]:
     rejected = example.rejected
-    is_compared = rejected is not None or example.label is not None or example.columns is not None
     return {
         "input_ids": np.asarray(example.input_ids, dtype=np.int32),
         "trained": np.asarray(example.labels) != IGNORE_INDEX,
@@ -300,7 +299,7 @@ def _row(example: TokenizedExample) -> dict[str, Any]:
         "rejected": None if rejected is None else str(rejected.completion),
         "label": example.label,
         "columns": None if example.columns is None else json.dumps(example.columns),
-        "prompt_hash": hash_of(example.prompt_ids) if is_compared else 0,
+        "overlap_hash": overlap_hash(example),
     }
 
 

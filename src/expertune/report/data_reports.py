@@ -14,6 +14,7 @@ _COUNTS = (
     ("num_open_turns", "turns whose end is not learned"),
     ("num_repeated", "repeat an earlier one"),
     ("num_prompts_trained_on", "with a prompt that is trained on"),
+    ("num_trained_on", "trained on, token for token"),
 )
 
 

@@ -13,8 +13,9 @@ import yaml
 from expertune.checkpoint.context import context_length, read_config
 from expertune.checkpoint.hub import fetch_model
 from expertune.checkpoint.tokenizer import load_tokenizer
-from expertune.config import RunConfig, apply_overrides, parse_config
+from expertune.config import DataConfig, RunConfig, apply_overrides, parse_config
 from expertune.data import TokenizedExamples, prepare_examples
+from expertune.data.pairs import leak_warning, with_leak_told
 from expertune.data.preview import preview
 from expertune.planning.devices import Machine
 from expertune.planning.duration import Lengths
@@ -92,20 +93,24 @@ def draft_run_file(
         asked.setdefault("data", {}).setdefault("eval", None)  # null, which removes a key of a file, is an answer here
     whole = {"model": model, "data": {"train": data, "max_length": context or 2**17}, "output_dir": _run_dir(data)}
     values = _above(asked, whole)
-    examples = prepare_examples(parse_config(values, "init").data, "train", tokenizer)
+    examples = prepare_examples(_data_of(values), "train", tokenizer)
     reasons = dict(_REASONS)
     has_turns = examples.report["format"] != "text"
     if "template" not in asked.get("data", {}) and has_turns and tokenizer.chat_template:
         values["data"]["template"] = "chat"
         reasons["data.template"] = "The model's own chat template, in which it was tuned."
-        examples = prepare_examples(parse_config(values, "init").data, "train", tokenizer)
+        examples = prepare_examples(_data_of(values), "train", tokenizer)
     else:
         values["data"].setdefault("template", examples.report["template"])
         reasons["data.template"] = f"Chosen for the layout {examples.report['format']}."
     held_out = _held_out(data, examples, asked.get("data", {}))
     values = _above(asked, _choices(values, held_out, examples, reasons, context))
     config = parse_config(values, "init")
-    evaluated = prepare_examples(config.data, "eval", tokenizer) if config.data.eval and not held_out else None
+    evaluated = None
+    if config.data.eval and not held_out:
+        # As long as the training examples are here, whose repeats are looked for.
+        as_long = config.data.model_copy(update={"max_length": examples.report["max_length"]})
+        evaluated = with_leak_told(examples, prepare_examples(as_long, "eval", tokenizer))
     lengths = _lengths(config, examples, held_out, evaluated)
     plan = plan_for(config, Machine.of(config), trust_remote_code=trust_remote_code).timed(lengths)
     before = next((change.first for change in plan.what_to_change if change.first), None)
@@ -120,6 +125,8 @@ def draft_run_file(
         reasons[key] = "As given."
     if "train" in asked.get("data", {}) and not config.data.eval:
         reasons["data.train"] = "As given. Nothing is held out of it; name examples to evaluate on as data.eval."
+    if evaluated and (leak := leak_warning(evaluated.report)):
+        reasons["data.eval"] += f" Note: {leak}."
     shown = preview(examples, config.data, tokenizer, num_examples=1)
     return Draft(_written(values, reasons, _heading(plan, before, shlex.quote(str(out)))), shown, plan, before)
 
@@ -175,6 +182,12 @@ def _choices(
         "placement": "auto",
         "output_dir": values["output_dir"],
     }
+
+
+def _data_of(values: Mapping[str, Any]) -> DataConfig:
+    """The data section of a run file in which nothing is held out yet: what needs evaluation examples is no error."""
+    data = {"eval": values["data"]["train"]} | values["data"]
+    return parse_config({**values, "data": data}, "init").data
 
 
 def _max_length(examples: TokenizedExamples, context: int | None) -> tuple[int, str]:
