@@ -62,5 +62,15 @@ def test_what_is_in_4_bits_already_gets_no_other_scales(by_error: Path) -> None:
 
 
 def test_a_folder_that_was_started_with_one_fit_is_not_finished_with_another(mixtral: Path, by_error: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"was made with quantization\.fit: "):
+    with pytest.raises(CheckpointError, match=r'was made with quantization\.fit: "mse", and "absmax" is asked for'):
         quantize(str(mixtral), by_error)
+
+
+def test_a_folder_without_a_fit_of_its_own_is_said_to_have_the_one_that_this_means(
+    mixtral: Path, tmp_path: Path
+) -> None:
+    quantize(str(mixtral), tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r'was made with quantization\.fit: "absmax", and "mse" is asked for'):
+        quantize(str(mixtral), tmp_path / "out", MSE)
+    with pytest.raises(CheckpointError, match=r"was made with quantization\.layers: \{\}, and \{.* is asked for"):
+        quantize(str(mixtral), tmp_path / "out", QuantizationConfig(layers={"attention": 16}))

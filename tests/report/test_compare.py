@@ -160,3 +160,22 @@ def test_browser_runs_the_page_of_a_comparison_on_a_phone(run_record: dict[str, 
     assert messages == []
     assert seen["inner"] == 400
     assert seen["wide"] <= 400
+
+
+def test_scores_alone_are_of_other_examples_where_only_the_rows_of_the_task_differ(run_record: dict[str, Any]) -> None:
+    other = copy.deepcopy(run_record)
+    run_record["config"]["task"] = {"metric": "exact-match", "rows": 100}
+    other["config"]["task"] = {"metric": "exact-match", "rows": 20}
+    assert compare([("a", run_record), ("b", other)]).note == (
+        "the runs differ in task.rows: their scores are not of the same examples"
+    )
+    del other["task"]
+    assert compare([("a", run_record), ("b", other)]).note == ""
+
+
+def test_losses_of_two_objectives_are_said_to_be_two_things(run_record: dict[str, Any]) -> None:
+    other = copy.deepcopy(run_record)
+    run_record["config"]["objective"], other["config"]["objective"] = "dpo", "kto"
+    compared = compare([("a", run_record), ("b", other)])
+    assert compared.note == "the runs differ in objective (dpo, kto): their losses do not measure the same"
+    assert compared.note in " ".join(shown(compared).split())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from expertune.checkpoint.formats.nf4_folder import (
+    ABSMAX,
     FORMAT_VERSION,
     PROGRESS_MARK,
     damaged_progress,
@@ -21,6 +22,8 @@ from expertune.errors import CheckpointError
 _UNHASHED = "unhashed"
 # Of a shard whose hash is known: its time of change. One that has another is hashed again.
 _CHANGED = "mtime_ns"
+# What settings that nobody asked for, and that are not written, stand for.
+_UNSAID: dict[str, Any] = {"fit": ABSMAX, "layers": {}}
 
 
 class Notes:
@@ -192,7 +195,7 @@ def require_same_work(out: Path, plan: Mapping[str, Any], before: Mapping[str, A
             name, was = key.removesuffix("_sha256"), before.get(key)
             if isinstance(was, Mapping) and isinstance(now, Mapping):
                 inner = next(each for each in [*now, *was] if was.get(each) != now.get(each))
-                name, was, now = f"{name}.{inner}", was.get(inner), now.get(inner)
+                name, (was, now) = f"{name}.{inner}", (each.get(inner, _UNSAID.get(inner)) for each in (was, now))
             raise CheckpointError(
                 f"{out}: was made with {name}: {json.dumps(was)}, and {json.dumps(now)} is asked for; choose another "
                 "folder, or delete this one"

@@ -1,6 +1,6 @@
 """Several runs beside each other: settings that differ, scores, cost and curves, for a page and for the terminal."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from expertune.text import printable
 # A run's name is its own, and a resumed run may have set the others otherwise: they change no weight.
 _NOT_COMPARED = ("output_dir", "training.run_name", "training.report_to", "training.disable_tqdm")
 
-# What the losses and scores of a run are taken on.
-_EXAMPLES = ("data.eval", "data.max_length", "task.rows")
+# What the losses and scores of a run are taken on; scores, of some of its examples.
+_EXAMPLES = ("data.eval", "data.max_length")
 
 _MOST_SETTINGS = 5
 """Columns of settings that a terminal has room for."""
@@ -64,6 +64,7 @@ class Comparison:
         scores: scores and losses after training.
         cost: time, memory and speed.
         charts: curves over one another.
+        note: what a reader of scores and losses has to know; empty where they are of the same text, and of one kind.
     """
 
     names: list[str]
@@ -73,12 +74,7 @@ class Comparison:
     scores: list[Column]
     cost: list[Column]
     charts: list[Drawing]
-
-    @property
-    def note(self) -> str:
-        """What a reader of the scores has to know; empty where they are of the same text."""
-        differ = " and ".join(key for key in _EXAMPLES if key in self.settings)
-        return f"the runs differ in {differ}: their scores and losses are not of the same text" if differ else ""
+    note: str
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain values, run by run."""
@@ -116,6 +112,7 @@ def compare(runs: Sequence[tuple[str, Record]]) -> Comparison:
             _column("steps", [number(r, "train", "steps") for r in records], count, ordered=False),
         ],
         _charts(names, records),
+        "; ".join(_notes(settings, records)),
     )
 
 
@@ -247,6 +244,19 @@ def _scores(records: Sequence[Record]) -> list[Column]:
     alike = len(set(map(objective_of, records))) == 1
     losses = [number(record, "eval", "after") for record in records]
     return [*columns, _column("evaluation loss", losses, figure, lower=True, ordered=alike)]
+
+
+def _notes(settings: Mapping[str, Any], records: Sequence[Record]) -> Iterator[str]:
+    """What makes scores and losses of the runs unlike."""
+    scored = sum(bool(section(record, "task", "after")) for record in records) > 1
+    if differ := " and ".join(key for key in _EXAMPLES if key in settings):
+        what = "scores and losses" if scored else "losses"
+        yield f"the runs differ in {differ}: their {what} are not of the same text"
+    if scored and "task.rows" in settings:
+        yield "the runs differ in task.rows: their scores are not of the same examples"
+    objectives = list(dict.fromkeys(map(objective_of, records)))
+    if len(objectives) > 1:
+        yield f"the runs differ in objective ({', '.join(objectives)}): their losses do not measure the same"
 
 
 def _column(
