@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from expertune.checkpoint.formats.nf4_folder import FOLDER_MARK, write_manifest
+from expertune.checkpoint.formats.nf4_folder import write_manifest
 from expertune.checkpoint.load import LoadedModel
+from expertune.checkpoint.model_folder import FOLDER_MARK
 from expertune.checkpoint.quantize import quantize
 from expertune.checkpoint.writer import HashedFile, hash_file
 from tests.tiny_models import changed, frozen_bytes

@@ -1,5 +1,6 @@
 """A model is a folder here or a repository on the hub; anything else is one clear sentence."""
 
+import re
 from pathlib import Path
 
 import huggingface_hub
@@ -11,8 +12,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+import expertune
 from expertune.checkpoint.hub import fetch_model
 from expertune.errors import CheckpointError
+from expertune.run.draft import draft_run_file
 from tests.processes import BENEATH, run_program
 
 
@@ -38,6 +41,30 @@ def test_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(CheckpointError, match="no such folder"):
         fetch_model(str(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("mark", "says"),
+    [
+        ("expertune.partial.json", "this NF4 folder is unfinished; the `expertune quantize` command that started it"),
+        ("record.json", "a run directory, not a model; give the model that the run was trained on"),
+    ],
+)
+def test_what_is_no_finished_model_is_called_so_before_its_tokenizer_is_looked_for(
+    mark: str, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / mark).write_text("{}")
+    model, data = str(tmp_path), str(tmp_path / "rows.jsonl")
+    config = {"model": model, "data": {"train": data}, "output_dir": str(tmp_path / "out")}
+    for ask in (
+        lambda: draft_run_file(model, data, tmp_path / "run.yaml"),
+        lambda: expertune.finetune(config),
+        lambda: expertune.plan(config),
+        lambda: expertune.examples(config),
+        lambda: expertune.load_model(model),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path}: {says}")):
+            ask()
 
 
 @pytest.mark.parametrize("model", ["one/two/three", "owner/na me", "owner/--name"])

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from expertune.checkpoint import noted
 from expertune.checkpoint.formats.nf4_folder import (
-    PROGRESS_MARK,
     read_manifest,
     read_progress,
     write_manifest,
     write_progress,
 )
+from expertune.checkpoint.model_folder import PROGRESS_MARK
 from expertune.checkpoint.quantize import quantize
 from expertune.checkpoint.writer import hash_file
 from expertune.errors import CheckpointError

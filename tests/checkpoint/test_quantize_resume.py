@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from expertune.checkpoint import shards
-from expertune.checkpoint.formats.nf4_folder import FOLDER_MARK
+from expertune.checkpoint.model_folder import FOLDER_MARK
 from expertune.checkpoint.quantize import quantize
 from expertune.checkpoint.writer import FileRecord, HashedFile
 from expertune.config import QuantizationConfig

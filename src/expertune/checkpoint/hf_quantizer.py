@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from expertune.checkpoint.formats.nf4_folder import FOLDER_MARK, METHOD, STATE_SUFFIX
+from expertune.checkpoint.formats.nf4_folder import METHOD, STATE_SUFFIX
+from expertune.checkpoint.model_folder import FOLDER_MARK
 from expertune.checkpoint.reader import read_header
 from expertune.checkpoint.writer import PADDING
 from expertune.kernels.nf4 import BLOCK_SIZE

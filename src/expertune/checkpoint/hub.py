@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from expertune.checkpoint.model_folder import require_model_folder
 from expertune.errors import CheckpointError, ExpertuneError, first_line, option
 
 CODE = ["*.py"]
@@ -37,7 +38,8 @@ def fetch_model(
         weights: False fetches everything else: config, tokenizer, the index of the shards.
 
     Raises:
-        CheckpointError: neither a folder nor a repository that can be reached; says what to do.
+        CheckpointError: neither a folder nor a repository that can be reached, or a folder that holds no finished
+            model; says what to do.
     """
     patterns = SMALL_FILES + (_WEIGHTS if weights else []) + (CODE if trust_remote_code else [])
     folder, on_hub = find_folder(model, revision, patterns)
@@ -63,10 +65,12 @@ def find_folder(
         note: what is said of a local copy in the message.
 
     Raises:
-        ExpertuneError: neither a folder nor a repository that can be reached; says what to do.
+        ExpertuneError: neither a folder nor a repository that can be reached, or a folder that holds no finished model;
+            says what to do.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
+        require_model_folder(folder)
         return folder, False
     if folder.exists() or model.startswith((".", "/", "~")):
         raise error(f"model {model}: no such folder")

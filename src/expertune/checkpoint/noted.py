@@ -8,12 +8,12 @@ from typing import Any
 from expertune.checkpoint.formats.nf4_folder import (
     ABSMAX,
     FORMAT_VERSION,
-    PROGRESS_MARK,
     damaged_progress,
     is_file_record,
     read_progress,
     write_progress,
 )
+from expertune.checkpoint.model_folder import PROGRESS_MARK
 from expertune.checkpoint.shards import HashedShard, Shards, stamp_of
 from expertune.checkpoint.writer import hash_file
 from expertune.errors import CheckpointError

@@ -25,11 +25,9 @@ from torch import nn
 
 from expertune.checkpoint.contents import Weight, layer_tensors, rest_tensors
 from expertune.checkpoint.formats.nf4_folder import (
-    FOLDER_MARK,
     FORMAT_VERSION,
     GUIDE,
     METHOD,
-    PROGRESS_MARK,
     Nf4Folder,
     is_nf4_folder,
     read_manifest,
@@ -44,6 +42,7 @@ from expertune.checkpoint.linears import decoder_layers
 from expertune.checkpoint.load import swap_experts
 from expertune.checkpoint.loader import FLOATS, Loader
 from expertune.checkpoint.meta import build_meta_model
+from expertune.checkpoint.model_folder import FOLDER_MARK, PROGRESS_MARK
 from expertune.checkpoint.moments import Moments
 from expertune.checkpoint.names import read_names
 from expertune.checkpoint.noted import Notes, file_record, require_same_work

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from expertune.checkpoint.formats.nf4_folder import FOLDER_MARK, read_manifest
+from expertune.checkpoint.formats.nf4_folder import read_manifest
+from expertune.checkpoint.model_folder import FOLDER_MARK
 from expertune.checkpoint.writer import hash_file
 from expertune.distributed.mesh import Ranks
 from expertune.errors import CheckpointError

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch
 
-from expertune.checkpoint.formats.nf4_folder import FOLDER_MARK
 from expertune.checkpoint.json_file import read_config, read_mapping
+from expertune.checkpoint.model_folder import FOLDER_MARK
 from expertune.checkpoint.quantize import config_dtype
 from expertune.checkpoint.reader import INDEX_NAME
 from expertune.checkpoint.writer import hash_file, write_tensors

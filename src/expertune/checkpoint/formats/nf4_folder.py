@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from expertune.checkpoint.json_file import read_mapping
+from expertune.checkpoint.model_folder import FOLDER_MARK, PROGRESS_MARK, require_finished
 from expertune.checkpoint.reader import INDEX_NAME, CheckpointIndex, TensorEntry, open_checkpoint
 from expertune.checkpoint.writer import PADDING
 from expertune.errors import CheckpointError
 from expertune.kernels.nf4 import Nf4Bytes, Scheme
 from expertune.storage import write_json
 
-FOLDER_MARK = "expertune.json"
-PROGRESS_MARK = "expertune.partial.json"
 FORMAT_VERSION = 1
 METHOD = "expertune"
 GUIDE = "README.md"
@@ -159,10 +158,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         CheckpointError: there is none, it is damaged, or of another format version or scheme.
     """
     path = folder / FOLDER_MARK
-    if not path.is_file() and (folder / PROGRESS_MARK).is_file():
-        raise CheckpointError(
-            f"{folder}: this NF4 folder is unfinished; the `expertune quantize` command that started it resumes it"
-        )
+    require_finished(folder)
     manifest = _read_json(path, _SECTIONS)
     _require_sound(path, manifest)
     return manifest
