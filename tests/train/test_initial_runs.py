@@ -183,6 +183,34 @@ def test_a_run_that_goes_on_from_it_keeps_its_first_factors(
     assert (run / first).read_bytes() == (whole / first).read_bytes()
 
 
+def test_a_run_on_an_nf4_folder_exports_for_16_bits_what_it_would_with_the_checkpoint_at_hand(
+    corrected: tuple[Path, dict[str, Any]], small_mixtral: Path, tmp_path: Path
+) -> None:
+    whole, values = corrected
+    nf4 = tmp_path / "nf4"
+    expertune.quantize(small_mixtral, nf4, calibration=whole / "calibration.safetensors")
+    lora = {key: value for key, value in values["lora"].items() if key != "init"}
+    values = values | {"model": str(nf4), "output_dir": str(tmp_path / "run")}
+    values = values | {"lora": lora | {"init_from": str(whole / "adapter")}}
+    values["training"] = values["training"] | {"max_steps": 1, "save_steps": 1, "eval_steps": 1}
+    run = trained({key: value for key, value in values.items() if key != "quantization"})
+    alone = expertune.export(run, "peft", out=tmp_path / "alone")
+    beside = expertune.export(run, "peft", out=tmp_path / "beside", model=small_mixtral)
+    name = "adapter_model.safetensors"
+    found, expected = load_file(alone.folder / name), load_file(beside.folder / name)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    config = json.loads((alone.folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == str(small_mixtral)
+    for each, on in ((alone, "dequantized"), (beside, "source")):
+        assert each.verification is not None
+        assert each.verification["compared_on"] == on
+        said = "has the values of the run's 4-bit weights" in (each.folder / "README.md").read_text(encoding="utf-8")
+        assert said == (on == "dequantized")
+    # On the 4-bit values themselves the correction belongs to it.
+    assert open_source(run).max_rank == 2 * open_source(run, base="dequantized").max_rank
+
+
 def test_without_a_source_in_16_bits_there_is_nothing_to_correct(
     run_values: dict[str, Any], small_mixtral: Path, tmp_path: Path
 ) -> None:

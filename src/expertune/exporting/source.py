@@ -300,6 +300,7 @@ def open_source(
 
     An adapter that began as a correction of 4 bits (`lora.init`) is right on the weights that it was made for. On
     16-bit weights there is nothing to correct: then its difference to where it began is exported, of twice the rank.
+    So it is of an NF4 folder, in whose place readers load its source; other 4-bit checkpoints they load as they are.
 
     Raises:
         CheckpointError: the run has no such adapter or has not written it, the model is gone, or is another one than
@@ -310,7 +311,7 @@ def open_source(
     source = read_source(found.context, found.adapter, found.base, base)
     _require_own(found.context.config.lora, source.adapter)
     begun = source.context.record.section("adapter").get("init")
-    if begun is None or base != "source" or source.is_packed:
+    if begun is None or base != "source" or (source.is_packed and not is_nf4_folder(source.base.folder)):
         return source
     folder = source.context.output_dir / INITIAL_ADAPTER
     require_kept_adapter(folder, begun["sha256"])
@@ -324,7 +325,7 @@ def read_source(context: RunContext, adapter: Path, base: ModelSource, onto: str
     """Read an adapter and its base, and hold the one to the other.
 
     On the 16-bit source (`onto`) none of the base's 4-bit weights are in the export, and an adapter of any of them is
-    taken; on their values (`dequantized`), or as a correction of what is in 4 bits on the disk, they must be its own.
+    taken; on their values (`dequantized`), or as a correction of a 4-bit checkpoint of others, they must be its own.
 
     Raises:
         CheckpointError: a file is damaged, or the adapter is another base's.
@@ -342,7 +343,7 @@ def read_source(context: RunContext, adapter: Path, base: ModelSource, onto: str
     asked = QuantizationConfig() if stored else context.config.quantization
     recipe = _recipe_of(stored or index, described, names, asked)
     is_packed = stored is not None or any(piece.format for piece in recipe.pieces)
-    takes_bytes = onto != "source" or (is_packed and "init" in context.record.section("adapter"))
+    takes_bytes = onto != "source" or (is_packed and not stored and "init" in context.record.section("adapter"))
     if takes_bytes and trained_on and not is_packed:
         asked = trained_on.held.completed(asked)
         try:

@@ -77,6 +77,7 @@ def write_verification(
         "base": source.context.config.model,
         **({"hub": hub} if hub else {}),
         "notes": list(form.notes),
+        "compared_on": "dequantized" if source.is_packed else options.base,
         "engines": [asdict(verdict) for verdict in verdicts],
     }
     write_json(folder / VERIFICATION, values)

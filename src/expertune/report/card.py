@@ -255,7 +255,8 @@ def _recipe(subject: Subject) -> Iterator[tuple[str, str]]:
 
 
 def _verified(subject: Subject) -> str:
-    engines = (subject.verification or {}).get("engines") or ()
+    verification = subject.verification or {}
+    engines = verification.get("engines") or ()
     head = "engine", "verdict", "difference", "allowed", "effect of the adapter", "experts reached"
     table = _table(head, [_engine_row(each) for each in engines])
     if not table:
@@ -272,6 +273,12 @@ def _verified(subject: Subject) -> str:
             "by the size of what the adapter adds to it."
         )
     notes += [line for each in engines if (line := _loss(each))]
+    is_of_16_bits = (verification.get("options") or {}).get("base") == "source"
+    if is_of_16_bits and verification.get("compared_on") == "dequantized":
+        notes.append(
+            "The base of this comparison, losses included, has the values of the run's 4-bit weights: its 16-bit ones "
+            "were not at hand."
+        )
     reasons = [(str(each.get("engine")), str(each["reason"])) for each in engines if each.get("reason")]
     lines = [f"- {_words(name)}: {_words(reason)}" for name, reason in reasons]
     return "\n\n".join([*notes, table, *(["\n".join(lines)] if lines else [])])
