@@ -86,6 +86,8 @@ def test_loss_before_training_that_is_not_the_base_models_is_one_at_step_0(
     written = io.StringIO()
     Console(width=100, file=written).print(render_summary(record, "runs/demo"))
     assert re.search(rf"loss +{before} +0\.250 *\n", written.getvalue())
+    began = " (at step 0: the adapter as it began)" if "step 0" in before else ""
+    assert f"evaluation: the base model before{began}, the adapter after" in " ".join(written.getvalue().split())
     (score,) = outcome(record)["scores"]
     assert (score["before"], score["after"]) == (before, 0.25)
 

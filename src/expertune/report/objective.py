@@ -70,9 +70,14 @@ class HeldOut(NamedTuple):
         """Whether there is something to show."""
         return any(value is not None for value in (self.base, self.at_start, self.after))
 
+    @property
+    def begins_at_step_0(self) -> bool:
+        """Whether what there is of the time before training is of the adapter as it began, and not of the base."""
+        return self.base is None and self.at_start is not None
+
     def before(self, show: Callable[[Any], str]) -> str:
         """Where training began: the base model, unless it says otherwise."""
-        if self.base is None and self.at_start is not None:
+        if self.begins_at_step_0:
             return f"{show(self.at_start)} at step 0"
         return show(self.base)
 

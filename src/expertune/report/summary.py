@@ -50,16 +50,17 @@ def render_summary(record: Mapping[str, Any], output_dir: str, examples: int = 3
 def _compared(record: Mapping[str, Any]) -> Table:
     """Scores and loss before and after; no row where nothing was evaluated."""
     task = record.get("task", {})
-    title = "evaluation: the base model before, the adapter after"
+    before, after = task.get("before", {}), task.get("after", {})
+    rows = [HeldOut(each, before.get(each.name), None, after.get(each.name)) for each in shown_figures(after or before)]
+    rows = [each for each in (*rows, *held_out_figures(record), held_out_loss(record)) if each.is_known]
+    began = " (at step 0: the adapter as it began)" if any(each.begins_at_step_0 for each in rows) else ""
+    title = f"evaluation: the base model before{began}, the adapter after"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("", overflow="fold")
     for column in ("before", "after"):
         table.add_column(column, justify="right", no_wrap=True, min_width=len("before"))
-    before, after = task.get("before", {}), task.get("after", {})
-    rows = [HeldOut(each, before.get(each.name), None, after.get(each.name)) for each in shown_figures(after or before)]
-    for row in (*rows, *held_out_figures(record), held_out_loss(record)):
-        if row.is_known:
-            table.add_row(Text(printable(row.figure.label)), row.before(_figure), _figure(row.after))
+    for row in rows:
+        table.add_row(Text(printable(row.figure.label)), row.before(_figure), _figure(row.after))
     return table
 
 
