@@ -183,6 +183,28 @@ def test_a_run_that_goes_on_from_it_keeps_its_first_factors(
     assert (run / first).read_bytes() == (whole / first).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_no_run_goes_on_from_an_adapter_whose_first_factors_are_not_those_of_its_record(
+    name: str, corrected: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    whole, values = corrected
+    shutil.copytree(whole, tmp_path / "first")
+    path = tmp_path / "first" / "initial_adapter" / name
+    content = bytearray(path.read_bytes())
+    if name.endswith(".json"):
+        content += b" "
+    else:
+        content[-1] ^= 1  # a bit of a factor: still an adapter of the same settings
+    path.write_bytes(content)
+    lora = {key: value for key, value in values["lora"].items() if key != "init"}
+    lora["init_from"] = str(tmp_path / "first" / "adapter")
+    with pytest.raises(CheckpointError, match=rf"lora\.init_from: .*{name} is not what record.json says"):
+        trained(values | {"output_dir": str(tmp_path / "run"), "lora": lora})
+    assert not (tmp_path / "run" / "record.json").exists()
+    (tmp_path / "first" / "record.json").unlink()  # without which nothing says what they were
+    require_first_factors(lora["init_from"])
+
+
 def test_a_run_on_an_nf4_folder_exports_for_16_bits_what_it_would_with_the_checkpoint_at_hand(
     corrected: tuple[Path, dict[str, Any]], small_mixtral: Path, tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ from expertune.run.directory import (
     require_kept_adapter,
 )
 from expertune.run.progress import BYTES
+from expertune.run.record import RECORD_NAME, RunRecord
 from expertune.train.arguments import BATCH_SIZE, training_argument
 from expertune.train.exchange import write_adapter
 
@@ -179,6 +180,8 @@ def _begin_at_components(context: RunContext, model: ExpertPeftModel) -> None:
 def require_first_factors(start: str) -> None:
     """Refuse an adapter to start from that began as a correction, where the factors that it began with are not there.
 
+    Where its run's record lies beside them, they must be the ones that the record knows.
+
     Raises:
         CheckpointError: says how to have them, or do without.
     """
@@ -191,6 +194,27 @@ def require_first_factors(start: str) -> None:
             f"began as is not at {folder}, without which no export to 16 bits would be right; give the adapter in its "
             "run directory, or what `expertune export` made of it for the 16-bit base"
         )
+
+    if changed := _changed_since(Path(start).parent, folder):
+        raise CheckpointError(
+            f"lora.init_from: {start}: this adapter began as a correction of 4 bits (lora.init: {how}), and "
+            f"{folder / changed} is not what {RECORD_NAME} says it began as; exports to 16 bits would be wrong. "
+            "Restore it from a copy, or start from what `expertune export` made of the adapter for the 16-bit base"
+        )
+
+
+def _changed_since(run_dir: Path, folder: Path) -> str | None:
+    """The first file of a run's first factors that is not the recorded one; None where all are, or nothing says."""
+    try:
+        recorded = (RunRecord.load(run_dir).section("adapter").get("init") or {}).get("sha256")
+    except CheckpointError:
+        return None  # the adapter was taken out of its run, or the record is lost
+    if isinstance(recorded, str):  # earlier records have the weights' alone
+        return WEIGHTS_NAME if hash_file(folder / WEIGHTS_NAME).sha256 != recorded else None
+    if not isinstance(recorded, Mapping):
+        return None
+    found = adapter_digests(folder)
+    return next((name for name in sorted({*recorded, *found}) if recorded.get(name) != found.get(name)), None)
 
 
 def warn_of_correction(context: RunContext) -> None:
