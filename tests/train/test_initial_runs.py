@@ -51,6 +51,13 @@ def corrected(
     return trained(values), values
 
 
+def going_on(values: dict[str, Any], adapter: Path, output_dir: Path) -> dict[str, Any]:
+    """The run file for one step that goes on from an adapter."""
+    lora = {key: value for key, value in values["lora"].items() if key != "init"}
+    values = values | {"output_dir": str(output_dir), "lora": lora | {"init_from": str(adapter)}}
+    return with_keys(values, training={"max_steps": 1, "save_steps": 1, "eval_steps": 1})
+
+
 @pytest.mark.slow
 def test_a_resumed_run_goes_on_from_the_factors_that_it_has(
     corrected: tuple[Path, dict[str, Any]], tmp_path: Path
@@ -163,9 +170,7 @@ def test_a_run_that_goes_on_from_it_keeps_its_first_factors(
     corrected: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     whole, values = corrected
-    lora = {key: value for key, value in values["lora"].items() if key != "init"}
-    values = values | {"output_dir": str(tmp_path / "run"), "lora": lora | {"init_from": str(whole / "adapter")}}
-    values["training"] = values["training"] | {"max_steps": 1, "save_steps": 1, "eval_steps": 1}
+    values = going_on(values, whole / "adapter", tmp_path / "run")
     said = io.StringIO()
     run = finetune(parse_config(values), console=Console(file=said, width=1000)).output_dir
     assert "holds a correction of 4 bits and is right on this run's 4-bit base alone" in said.getvalue()
@@ -196,13 +201,12 @@ def test_no_run_goes_on_from_an_adapter_whose_first_factors_are_not_those_of_its
     else:
         content[-1] ^= 1  # a bit of a factor: still an adapter of the same settings
     path.write_bytes(content)
-    lora = {key: value for key, value in values["lora"].items() if key != "init"}
-    lora["init_from"] = str(tmp_path / "first" / "adapter")
+    adapter = tmp_path / "first" / "adapter"
     with pytest.raises(CheckpointError, match=rf"lora\.init_from: .*{name} is not what record.json says"):
-        trained(values | {"output_dir": str(tmp_path / "run"), "lora": lora})
+        trained(going_on(values, adapter, tmp_path / "run"))
     assert not (tmp_path / "run" / "record.json").exists()
     (tmp_path / "first" / "record.json").unlink()  # without which nothing says what they were
-    require_first_factors(lora["init_from"])
+    require_first_factors(str(adapter))
 
 
 def test_a_run_on_an_nf4_folder_exports_for_16_bits_what_it_would_with_the_checkpoint_at_hand(
@@ -211,10 +215,7 @@ def test_a_run_on_an_nf4_folder_exports_for_16_bits_what_it_would_with_the_check
     whole, values = corrected
     nf4 = tmp_path / "nf4"
     expertune.quantize(small_mixtral, nf4, calibration=whole / "calibration.safetensors")
-    lora = {key: value for key, value in values["lora"].items() if key != "init"}
-    values = values | {"model": str(nf4), "output_dir": str(tmp_path / "run")}
-    values = values | {"lora": lora | {"init_from": str(whole / "adapter")}}
-    values["training"] = values["training"] | {"max_steps": 1, "save_steps": 1, "eval_steps": 1}
+    values = going_on(values, whole / "adapter", tmp_path / "run") | {"model": str(nf4)}
     run = trained({key: value for key, value in values.items() if key != "quantization"})
     alone = expertune.export(run, "peft", out=tmp_path / "alone")
     beside = expertune.export(run, "peft", out=tmp_path / "beside", model=small_mixtral)
@@ -330,9 +331,7 @@ def test_a_run_that_goes_on_has_the_calibration_of_the_first_or_is_refused_befor
     corrected: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     whole, values = corrected
-    lora = {key: value for key, value in values["lora"].items() if key != "init"}
-    values = values | {"output_dir": str(tmp_path / "run"), "lora": lora | {"init_from": str(whole / "adapter")}}
-    values["training"] = values["training"] | {"max_steps": 1, "save_steps": 1, "eval_steps": 1, "seed": 5}
+    values = with_keys(going_on(values, whole / "adapter", tmp_path / "run"), training={"seed": 5})
     alone = tmp_path / "alone"
     for part in ("adapter", "initial_adapter"):
         shutil.copytree(whole / part, alone / part)
@@ -359,9 +358,7 @@ def test_a_run_that_makes_another_calibration_than_its_adapter_has_says_so(
         notes, base = file.metadata(), json.loads(file.metadata()["expertune.base"])
     del base["calibration"]  # as earlier releases wrote it
     save_file(load_file(path), path, metadata=notes | {"expertune.base": json.dumps(base)})
-    lora = {key: value for key, value in values["lora"].items() if key != "init"}
-    values = values | {"output_dir": str(tmp_path / "run"), "lora": lora | {"init_from": str(path.parent)}}
-    values["training"] = values["training"] | {"max_steps": 1, "save_steps": 1, "eval_steps": 1}
+    values = going_on(values, path.parent, tmp_path / "run")
     said = io.StringIO()
     finetune(parse_config(values), console=Console(file=said))
     told = (
@@ -374,9 +371,7 @@ def test_a_run_that_has_taken_over_a_calibration_is_resumed_on_it(
     corrected: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     whole, values = corrected
-    lora = {key: value for key, value in values["lora"].items() if key != "init"}
-    values = values | {"output_dir": str(tmp_path / "run"), "lora": lora | {"init_from": str(whole / "adapter")}}
-    values["training"] = values["training"] | {"max_steps": 1, "save_steps": 1, "eval_steps": 1}
+    values = going_on(values, whole / "adapter", tmp_path / "run")
     # The training data would be too small for a calibration of its own.
     values["quantization"] = values["quantization"] | {"calibration_tokens": 8192}
     run = trained(values)
