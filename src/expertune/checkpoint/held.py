@@ -6,8 +6,8 @@ which calibration sets them apart. What follows from a difference depends on wha
 - An adapter that is loaded, continued or resumed computes beside these bytes. Any difference is an error.
 - An export to 16-bit weights takes none of these bytes: PEFT, vLLM, llama.cpp and `merged` put the adapter on the
   source. There `Held` is not compared, only the source. An export of the 4-bit values (`--base dequantized`) takes all
-  of them, and so does that of a correction (`lora.init`) over a base that is in 4 bits on the disk: a difference is an
-  error.
+  of them, and so does that of a correction (`lora.init`) over a 4-bit checkpoint of others (bitsandbytes, MXFP4): a
+  difference is an error.
 - What one side does not know is not compared: adapters and records of earlier releases say nothing of `layers`,
   `scheme` and `calibration`.
 - Whether scales are held in 8 bits or in float32 is in none of it. The codes are the same, and the values nearly so.
