@@ -11,7 +11,7 @@ from torch import Tensor
 from expertune.kernels.dropout import dropout
 from expertune.kernels.expert_mlp import Activation, LoraUpdate, dequant_gemm, expert_mlp, fused
 from expertune.kernels.lora import draw_seeds
-from tests.kernels.expert_layers import FLOAT32, HALF, SHAPES, SWIGLU, Case, assert_same_as_plain, make_case
+from tests.kernels.expert_layers import FLOAT32, HALF, SHAPES, SWIGLU, Case, F, assert_same_as_plain, make_case
 from tests.kernels.settings import SETTINGS
 
 
@@ -64,6 +64,24 @@ def test_dropped_inputs_take_room_where_they_are_made(route: str, monkeypatch: p
     whole = chunks(0.0)
     assert whole > 1
     assert (chunks(0.3) == whole) == (route == "fused")
+
+
+@pytest.mark.parametrize("shape", ["a gate with limits", "an activation over whole rows", "biases, without a gate"])
+@pytest.mark.parametrize("route", ["fused"], indirect=True)
+def test_activation_by_autograd_computes_a_few_tokens_at_a_time(
+    route: str, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, seen = SHAPES[shape], []
+
+    def function(gate_up: Tensor) -> Tensor:
+        seen.append(len(gate_up))
+        return given["activation"].function(gate_up)
+
+    monkeypatch.setattr(fused, "_ACTIVATED_BYTES", 4 * 4 * given.get("num_parts", 2) * F)
+    assert_same_as_plain(make_case(**given | {"activation": Activation(function)}), FLOAT32)
+    # 18 routed tokens in forward and in backward, beside those of the plain layer.
+    assert seen.count(4) >= 8
+    assert seen.count(2) >= 2
 
 
 @st.composite

@@ -95,6 +95,31 @@ def test_without_checkpointing_every_layer_keeps_what_one_did(run_of):
     assert without["working_set"] < with_it["working_set"]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_family_with_eager_attention_keeps_the_scores_of_whole_sequences(run_of, tmp_path, device):
+    from transformers import GptOssConfig
+
+    GptOssConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, num_local_experts=4, num_experts_per_tok=2,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    short, long = (
+        memory_of(
+            run_of(
+                tmp_path,
+                data={"train": "a.jsonl", "max_length": 1024 // batch},
+                training={"per_device_train_batch_size": batch},
+                quantization={"compute_dtype": "bfloat16"},
+            ),
+            device,
+        ).phases["layer"]
+        for batch in (2, 1)
+    )
+    # As many tokens, each with 512 more scores in 8 heads: in float32 for softmax, and in 16 bits.
+    assert long["activations"] - short["activations"] == 2 * 8 * 1024 * 512 * (4 + 2)
+    assert long["working_set"] > short["working_set"]
+
+
 def test_working_set_of_experts_is_bounded_whatever_the_batch(run_of):
     few, many = (
         memory_of(run_of(MIXTRAL, kernels={"working_set": "64MiB"}, training={"per_device_train_batch_size": batch}))

@@ -95,13 +95,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class Attention:
-    """Numbers of a token in queries, keys, values and attention's output, all heads together; and query heads."""
+    """Numbers of a token in queries, keys, values and attention's output, all heads together; and query heads.
+
+    `eager` says that the family has no other attention than that of all scores at once.
+    """
 
     query: int
     key: int
     value: int
     output: int
     heads: int
+    eager: bool = False
 
     @property
     def widths(self) -> int:
@@ -346,7 +350,8 @@ def _attention(config: Any) -> Attention:
     rotated, plain = config_value(config, "qk_rope_head_dim"), config_value(config, "qk_nope_head_dim")
     size = int(rotated) + int(plain) if isinstance(rotated, int) and isinstance(plain, int) else head
     value = int(config_value(config, "v_head_dim") or size)
-    return Attention(heads * size, pairs * size, pairs * value, heads * value, heads)
+    eager = config._attn_implementation == "eager"
+    return Attention(heads * size, pairs * size, pairs * value, heads * value, heads, eager)
 
 
 def _norm_widths(layer: nn.Module, attention: Attention) -> tuple[int, ...]:

@@ -41,7 +41,7 @@ def kept_by_layer(w: Workload, layer: Layer) -> int:
     for spec in layer.experts.values():
         per_token += spec.num_experts * FLOAT32_BYTES + 16 * w.inventory.top_k
         per_token += w.rows_per_token * spec.hidden_size * w.compute_dtype.itemsize
-    return w.tokens * per_token + scores(w, w.tokens) + kept_by_experts(w, layer) + w.given_factor_bytes(layer)
+    return w.tokens * per_token + _kept_scores(w) + kept_by_experts(w, layer) + w.given_factor_bytes(layer)
 
 
 def kept_by_experts(w: Workload, layer: Layer) -> int:
@@ -147,7 +147,8 @@ def _between_gemms(w: Workload, spec: ExpertsSpec) -> int:
 def _routed_at_once(w: Workload, spec: ExpertsSpec, dropped: bool) -> int:
     """A chunk of routed tokens between the GEMMs, with dropped inputs or without."""
     D, F, num_parts = spec.hidden_size, spec.intermediate_size, len(spec.projections) - 1
-    per_routed_token = bytes_per_routed_token(D, F, num_parts, spec.has_gate, dropped, w.device)
+    in_gemm = spec.has_gate and not spec.has_bias  # the activation, as far as shapes tell
+    per_routed_token = bytes_per_routed_token(D, F, num_parts, in_gemm, dropped, w.device)
     if w.targets.use_dora:
         per_routed_token += bytes_per_gained_token(D, F, num_parts)
     budget = w.working_set_bytes if w.device == "cpu" else w.working_set_bytes // 2
@@ -155,11 +156,27 @@ def _routed_at_once(w: Workload, spec: ExpertsSpec, dropped: bool) -> int:
 
 
 def scores(w: Workload, num_tokens: int) -> int:
-    """Attention scores [heads, T, S] in float32, where torch computes all of them at once.
+    """Attention scores that a layer computes with.
 
-    It does on a CPU where values are not as wide as keys.
+    An eager attention has those of all sequences [heads, T, S] at once: masked, beside what they were before, and their
+    softmax, perhaps in float32. So has torch's own on a CPU where values are not as wide as keys, but sequence by
+    sequence: then in float32, of so many tokens.
     """
     attention = w.inventory.attention
-    if w.device != "cpu" or attention.query == attention.output:
-        return 0
-    return FLOAT32_BYTES * attention.heads * num_tokens * w.sequence_length
+    if attention.eager:
+        return attention.heads * w.tokens * w.sequence_length * (2 * w.compute_dtype.itemsize + FLOAT32_BYTES)
+    return FLOAT32_BYTES * attention.heads * num_tokens * w.sequence_length if _math_on_cpu(w) else 0
+
+
+def _kept_scores(w: Workload) -> int:
+    """Attention scores [heads, T, S] kept for backward: in float32, and of an eager attention also as it uses them."""
+    attention = w.inventory.attention
+    numbers = attention.heads * w.tokens * w.sequence_length
+    if attention.eager:
+        return numbers * (FLOAT32_BYTES + w.compute_dtype.itemsize)
+    return numbers * FLOAT32_BYTES if _math_on_cpu(w) else 0
+
+
+def _math_on_cpu(w: Workload) -> bool:
+    """Whether torch's attention computes all scores of a sequence at once."""
+    return w.device == "cpu" and w.inventory.attention.query != w.inventory.attention.output

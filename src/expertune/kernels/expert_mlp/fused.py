@@ -10,6 +10,7 @@ Shape suffixes: T tokens, D hidden size, F intermediate size, K experts per toke
 of the first GEMM, r rank.
 """
 
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -33,6 +34,9 @@ from expertune.kernels.workspace import as_float
 
 # Gradients of A and B are added to what is there.
 overwrites = False
+
+# Gate and up of the tokens whose activation a family's own code computes at once: enough for each of its operators.
+_ACTIVATED_BYTES = 4 * 2**20
 
 
 def forward(chunk: Chunk, layer: FrozenLayer, updates: list[LoraUpdate], h: list[Tensor], out_TD: Tensor) -> None:
@@ -241,10 +245,12 @@ def _add_gain_gradient(total_SN: Tensor, update: LoraUpdate, dy_RN: Tensor, y_RN
 
 
 def _activate(gate_up: Tensor, layer: FrozenLayer) -> Tensor:
-    if not layer.activation.swiglu:
-        return as_float(layer.activation.function(gate_up))
     out = workspace.take("intermediate", gate_up.shape[0], layer.intermediate_size)
-    native.swiglu(gate_up, out)
+    if layer.activation.swiglu:
+        native.swiglu(gate_up, out)
+    else:
+        for rows in _pieces(gate_up):
+            out[rows] = layer.activation.function(gate_up[rows])
     return out
 
 
@@ -253,19 +259,30 @@ def _activation_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the activation gave [R, F], the gradient of its input [R, P * F], and <inter, dInter> [R].
 
-    `gate_up` is not written to unless it lies in the memory of that name.
+    The first takes the place of `dinter_RF`. `gate_up` is not written to unless it lies in the memory of that name.
     """
+    dgate_up, dweight_R = workspace.take("gate_up", *gate_up.shape), torch.empty_like(weight_R)
     if layer.activation.swiglu:
-        dgate_up, dweight_R = workspace.take("gate_up", *gate_up.shape), torch.empty_like(weight_R)
         native.swiglu_backward(gate_up, dinter_RF, weight_R, dgate_up, dweight_R)
         return dinter_RF, dgate_up, dweight_R
-    gate_up.requires_grad_()
-    with differentiable():
-        x_RF = layer.activation.function(gate_up)
-    inter_RF = as_float(x_RF.detach())
-    dweight_R = torch.linalg.vecdot(inter_RF, dinter_RF)
-    (dgate_up,) = torch.autograd.grad(x_RF, gate_up, dinter_RF.mul_(weight_R[:, None]))
-    return inter_RF, as_float(dgate_up), dweight_R
+    for rows in _pieces(gate_up):
+        dinter = dinter_RF[rows]
+        piece = gate_up[rows].detach().requires_grad_()
+        with differentiable():
+            activated = layer.activation.function(piece)
+        dweight_R[rows] = torch.linalg.vecdot(activated.detach(), dinter)
+        (dgate_up[rows],) = torch.autograd.grad(activated, piece, dinter.mul_(weight_R[rows, None]))
+        dinter.copy_(activated.detach())
+    return dinter_RF, dgate_up, dweight_R
+
+
+def _pieces(gate_up: Tensor) -> Iterator[slice]:
+    """Rows of which `_ACTIVATED_BYTES` are gate and up.
+
+    What autograd keeps of an activation, and the gradients between its parts, come to several times its input.
+    """
+    step = max(_ACTIVATED_BYTES // (gate_up.shape[1] * gate_up.itemsize), 1)
+    return (slice(start, start + step) for start in range(0, gate_up.shape[0], step))
 
 
 def _inner(layer: FrozenLayer, updates: list[LoraUpdate], h: list[Tensor]) -> list[tuple[LoraUpdate, Tensor]]:

@@ -177,13 +177,13 @@ def bytes_per_routed_token(
     """Bytes that a routed token takes between the GEMMs, in backward.
 
     On a CPU float32 throughout: gate and up, which their gradients replace, and the intermediate values; the input's
-    gradient. Where an activation is differentiated by autograd: its result, its gradients, and two tensors of the
-    intermediate size that it keeps. Where dropped inputs are made (the fused route drops as it reads): one and the
-    gradient of one, of either width. Elsewhere all is 16-bit but for the input's gradient, the intermediate values have
-    their gradient beside them, and nothing is kept for dropout.
+    gradient. Where dropped inputs are made (the fused route drops as it reads): one and the gradient of one, of either
+    width. Elsewhere all is 16-bit but for the input's gradient, the intermediate values have their gradient beside
+    them, and nothing is kept for dropout; where an activation is differentiated by autograd, also its result, its
+    gradients, and two tensors of the intermediate size that it keeps. On a CPU these are of a few tokens at a time.
     """
     if device_type == "cpu":
-        inner = num_parts + 1 + (0 if swiglu else num_parts + 3) + (2 if dropped else 0)
+        inner = num_parts + 1 + (2 if dropped else 0)
         return 4 * (inner * intermediate_size + (3 if dropped else 1) * hidden_size)
     inner = num_parts + 2 + (0 if swiglu else num_parts + 3)
     return 2 * inner * intermediate_size + 4 * hidden_size
