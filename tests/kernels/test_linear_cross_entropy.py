@@ -103,8 +103,9 @@ def test_library_and_torch_both_give_the_plain_loss(
     dtype: torch.dtype, in_dtype: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunked, "gemm_dtype", lambda dtype, device: dtype if in_dtype else torch.float32)
-    for own_x, labeled in ((False, 0.6), (True, 1.0)):
-        case = make_case(dtype=dtype, ranks=(3, 5), own_x=own_x, labeled=labeled, bias=True, scale=1.7, softcap=3.0)
+    # Of few ranks, and of as many as have GEMMs of their own.
+    for own_x, labeled, ranks in ((False, 0.6, (3, 5)), (True, 1.0, (3, 5)), (True, 0.6, (tiles.GEMM_RANK, 5))):
+        case = make_case(dtype=dtype, ranks=ranks, own_x=own_x, labeled=labeled, bias=True, scale=1.7, softcap=3.0)
         assert_same_as_plain(case, TOLERANCES[dtype])
     assert_same_as_plain(make_case(dtype=dtype, ranks=()), TOLERANCES[dtype])
 

@@ -13,6 +13,9 @@ from torch import Tensor
 from expertune.kernels import native
 from expertune.kernels.native import cross_entropy
 
+# Ranks together from which GEMMs of torch are faster than the native library's pass over a tile, row by row.
+GEMM_RANK = 32
+
 
 class Head(NamedTuple):
     """The output head as the operator receives it; see `expertune.kernels.linear_cross_entropy.linear_cross_entropy`.
@@ -57,7 +60,10 @@ class TileLoss(NamedTuple):
 def complete(z_nv: Tensor, tile: slice, head: Head, low_rank: LowRank) -> tuple[Tensor, Tensor]:
     """Products of a tile -> its float32 logits [n, v], which may take their place, and their log-sum-exp [n]."""
     if _native(z_nv):
-        return cross_entropy.logits(_readable(z_nv), _head(tile, head, low_rank))
+        z_nv = _readable(z_nv)
+        if _by_gemm(low_rank):
+            z_nv = z_nv.float().addmm_(low_rank.h_nR, low_rank.b_VR[tile].t())
+        return cross_entropy.logits(z_nv, _head(tile, head, low_rank))
     z_nv = z_nv.float().addmm_(low_rank.h_nR, low_rank.b_VR[tile].t())
     if head.bias_V is not None:
         z_nv.add_(head.bias_V[tile].float())
@@ -77,6 +83,7 @@ def gradient(
     """
     labels_n, lse_n, weights_n = loss
     if _native(logits_nv):
+        by_gemm = _by_gemm(low_rank)
         found, dh_nR = cross_entropy.gradients(
             logits_nv,
             _head(tile, head, low_rank),
@@ -84,9 +91,12 @@ def gradient(
             labels_n - tile.start,
             weights_n,
             low_rank.db_VR[tile],
-            torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+            torch.bfloat16 if dtype == torch.bfloat16 and not by_gemm else torch.float32,
         )
-        low_rank.dh_nR.add_(dh_nR)
+        if by_gemm:
+            _add_gradients(found, tile, low_rank)
+        else:
+            low_rank.dh_nR.add_(dh_nR)
         return found.to(dtype)
     # d (c tanh(z / c)) / dz = 1 - tanh(z / c) ** 2, from the capped logits themselves.
     slope_nv = None if head.softcap is None else logits_nv.div(head.softcap).square_().neg_().add_(1)
@@ -99,8 +109,7 @@ def gradient(
         d_nv.mul_(head.scale)
     if weights_n is not None:
         d_nv.mul_(weights_n.unsqueeze(1))
-    low_rank.dh_nR.addmm_(d_nv, low_rank.b_VR[tile])
-    low_rank.db_VR[tile].addmm_(d_nv.t(), low_rank.h_nR)
+    _add_gradients(d_nv, tile, low_rank)
     return d_nv.to(dtype)
 
 
@@ -108,6 +117,12 @@ def columns_of_labels(labels_n: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
     """Each label's column in a tile, and whether it is in there; without asking the device how many are."""
     inside_n = (labels_n >= tile.start) & (labels_n < tile.stop)
     return (labels_n - tile.start).clamp(0, tile.stop - tile.start - 1), inside_n
+
+
+def _add_gradients(d_nv: Tensor, tile: slice, low_rank: LowRank) -> None:
+    """Add a tile's gradients of h and b, from that of its products in float32."""
+    low_rank.dh_nR.addmm_(d_nv, low_rank.b_VR[tile])
+    low_rank.db_VR[tile].addmm_(d_nv.t(), low_rank.h_nR)
 
 
 def _native(z_nv: Tensor) -> bool:
@@ -118,6 +133,14 @@ def _readable(z_nv: Tensor) -> Tensor:
     return z_nv if z_nv.dtype in (torch.float32, torch.bfloat16) else z_nv.float()
 
 
+def _by_gemm(low_rank: LowRank) -> bool:
+    return low_rank.h_nR.shape[1] >= GEMM_RANK
+
+
 def _head(tile: slice, head: Head, low_rank: LowRank) -> cross_entropy.Head:
+    """Without the updates where these are added by GEMMs."""
     bias_v = None if head.bias_V is None else head.bias_V[tile].float()
-    return cross_entropy.Head(low_rank.h_nR, low_rank.b_VR[tile], bias_v, head.scale, head.softcap)
+    h_nr, b_vr = low_rank.h_nR, low_rank.b_VR[tile]
+    if _by_gemm(low_rank):
+        h_nr, b_vr = (each.new_empty(len(each), 0) for each in (h_nr, b_vr))
+    return cross_entropy.Head(h_nr, b_vr, bias_v, head.scale, head.softcap)

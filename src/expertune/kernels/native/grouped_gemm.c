@@ -153,11 +153,48 @@ static void multiply_low_rank(
     }
 }
 
+/* As `add_update`, and to the bit the same: columns of b that many ranks have would lie a row of b apart, in the same few
+   sets of the cache, and one sum for each would wait for its own last addition. */
+static void add_update_in_panels(
+    const Update *u, const float *b, int64_t row, int64_t rows, int64_t first, int64_t last, float *sums, int64_t stride)
+{
+    float *rows_packed = panels(), *panel = rows_packed + (MC + MR) * KC, low[MR * STRIPE];
+    int64_t width = u->column_end - u->column;
+    for (int64_t k = 0; k < u->rank; k += KC) {
+        int64_t depth = u->rank - k < KC ? u->rank - k : KC;
+        pack_rows(rows_packed, u->h, u->h_stride, NULL, row, rows, k, depth);
+        for (int64_t n = first; n < last; n += STRIPE) {
+            int64_t count = last - n < STRIPE ? last - n : STRIPE, column = n - u->column;
+            for (int64_t j = 0; j < count; j += NR)
+                pack_dense_columns(panel + j * depth, b, FLOAT_WEIGHT, width, NULL, column + j, column + count, k, depth);
+            for (int64_t i = 0; u->dropout == NULL && i < count; i += NR)
+                multiply_rows(rows_packed, panel + i * depth, rows, depth, sums + n - first + i, stride, count - i, 1);
+            for (int64_t i = 0; u->dropout != NULL && i < rows; i += MR) {
+                int mr = (int)(rows - i < MR ? rows - i : MR);
+                for (int64_t j = 0; j < count; j += NR)
+                    multiply_tile(mr, rows_packed + i * depth, panel + j * depth, depth, low + j, STRIPE, 0);
+                for (int64_t m = 0; m < mr; m++) {
+                    float *to = sums + (i + m) * stride + n - first;
+                    drop_row(low + m * STRIPE, low + m * STRIPE, count, u->dropout, row + i + m, column);
+                    for (int64_t j = 0; j < count; j++)
+                        to[j] += low[m * STRIPE + j];
+                }
+            }
+        }
+    }
+}
+
+#define PANEL_RANK 16 /* from which on panels are faster */
+
 void add_update(
     const Update *u, const float *b, int64_t row, int64_t rows, int64_t first, int64_t last, float *sums, int64_t stride)
 {
     enum { AT_ONCE = 256 };
     float low[AT_ONCE];
+    if (u->rank >= PANEL_RANK && rows >= MR) {
+        add_update_in_panels(u, b, row, rows, first, last, sums, stride);
+        return;
+    }
     for (int64_t i = row; i < row + rows; i++, sums += stride)
         for (int64_t n = first; n < last; n += AT_ONCE) {
             int64_t count = last - n < AT_ONCE ? last - n : AT_ONCE;
