@@ -8,6 +8,7 @@ same rows in the same order, without dropout; the loss of every step has to agre
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -74,13 +75,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.json:
         report.write(args.json, result)
     rows = [
-        [name, f"{each['seconds']:.1f}", f"{each['peak_bytes'] / 1e9:.2f}", f"{each['losses'][-1]:.4f}"]
+        [name, f"{each['seconds']:.1f}", _gigabytes(each["peak_bytes"]), f"{each['losses'][-1]:.4f}"]
         for name, each in (("ours", ours), ("tutorial's libraries", theirs))
     ]
     title = f"{args.steps} optimizer steps of {_ACCUMULATION} rows, whole run, {result['dtype']}, on {result['device']}"
     notes = [f"the tutorial's libraries take {result['ratio']:.1f} times as long; losses within {off:.1e}"]
     report.show(title, ["", "seconds", "peak GB", "last loss"], rows, notes)
     return result
+
+
+def _gigabytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1e9:.2f}"
 
 
 def _training(args: argparse.Namespace) -> dict[str, Any]:
@@ -139,7 +144,9 @@ def _tutorial(folder: Path, model: Path, adapter: Path, args: argparse.Namespace
 
 
 def _timed(command: Sequence[str]) -> dict[str, Any]:
-    """Wall seconds and peak resident bytes of a process.
+    """Wall seconds and peak resident bytes of a process; no bytes where they may be those of this one.
+
+    On Linux a process begins with the peak of the one that started it, and this one may have made the model's weights.
 
     Raises:
         RuntimeError: it failed; its last words are in the message.
@@ -155,4 +162,5 @@ def _timed(command: Sequence[str]) -> dict[str, Any]:
             output.seek(0)
             raise RuntimeError(f"{command[0]} ended with code {code}:\n{output.read()[-3000:]}")
     scale = 1 if sys.platform == "darwin" else 1024
-    return {"seconds": seconds, "peak_bytes": usage.ru_maxrss * scale}
+    is_own = usage.ru_maxrss > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": seconds, "peak_bytes": usage.ru_maxrss * scale if is_own else None}

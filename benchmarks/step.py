@@ -117,13 +117,15 @@ def _try_dtypes(name: str, options: list[str], dtypes: list[torch.dtype]) -> dic
 def _interleave(
     arguments: dict[str, list[str]], workload: Workload, rounds: int, rates: floor.ProductRates | None
 ) -> Measured:
-    """Rounds of one step per stack, in turn, after a check and a step each to warm up.
+    """Rounds of one step per stack, in turn, after a check and, on a GPU, a step each to warm up.
+
+    On a CPU the check has run what a step runs, and nothing is compiled at its first use.
 
     Args:
         arguments: of each stack's driver, by its name.
         workload: what they are given.
         rounds: how many.
-        rates: bare products, which are measured after each round.
+        rates: bare products, which are measured after each round; None on a GPU.
     """
     names = list(arguments)
     drivers: list[Driver] = []
@@ -140,7 +142,7 @@ def _interleave(
                 checks[driver.name]["base_loss"] = driver.ask("base")["loss"]
         for name in checks.keys() & set(SAME_BASE):
             require_same_base(checks["ours"], name, checks[name])
-        for driver in drivers:
+        for driver in drivers if rates is None else ():
             driver.ask("step")
         seconds: dict[str, list[float]] = {name: [] for name in names}
         for number in range(rounds):

@@ -77,19 +77,29 @@ def write_table(page: Path, results: dict[str, dict[str, Any]]) -> None:
     lines = [
         f"{one['device']}, {one['threads']} threads ({', '.join(one['instruction_sets'])}); "
         f"torch {one['versions']['torch']}, transformers {one['versions']['transformers']}, "
-        f"peft {one['versions']['peft']}, bitsandbytes {one['versions']['bitsandbytes']}; {one['date'][:10]}.",
+        f"peft {one['versions']['peft']}, bitsandbytes {one['versions']['bitsandbytes']}; {one['date'][:10]}, "
+        f"commit {commit_of(one)}.",
         "",
         "| what | ours | instead | floor or limit | command |",
         "|---|---|---|---|---|",
-        *(_row(name, result) for name, result in results.items()),
+        *(_row(name, result, commit_of(one)) for name, result in results.items()),
     ]
     report.write_block(page, "bench", lines)
 
 
-def _row(name: str, result: dict[str, Any]) -> str:
+def _row(name: str, result: dict[str, Any], commit: str) -> str:
     what, ours, peers, limit = _CELLS[result["benchmark"]](result)
     command, _, _ = result["command"].partition(" --json")
-    return f"| {what} | {ours} | {peers} | {limit} | `{command}` ([JSON](../benchmarks/results/{name}.json)) |"
+    link = f"[JSON](../benchmarks/results/{name}.json)"
+    if (own := commit_of(result)) != commit:
+        link += f", commit {own}"
+    return f"| {what} | {ours} | {peers} | {limit} | `{command}` ({link}) |"
+
+
+def commit_of(result: dict[str, Any]) -> str:
+    """The first digits of the commit that was measured, and whether files differed from it."""
+    commit, changed, _ = result["commit"].partition("+")
+    return commit[:7] + (" with changes" if changed else "")
 
 
 def _quantize(result: dict[str, Any]) -> tuple[str, str, str, str]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 _LEARNING_RATE = 2.5e-5
 _EOS = 2  # what the tutorial pads with
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+_STATUS = Path("/proc/self/status")
 
 Batch = dict[str, Tensor]
 
@@ -210,16 +211,23 @@ def _synchronize(device: str) -> None:
 
 def _memory(device: str, load_peak_bytes: int) -> dict[str, int | None]:
     """Peaks of the whole run and of what came after loading."""
-    if device == "cuda":
-        steps = torch.cuda.max_memory_allocated()
-        return {"peak_bytes": max(load_peak_bytes, steps), "step_peak_bytes": steps}
-    return {"peak_bytes": _peak_bytes(device), "step_peak_bytes": _peak_bytes_since_reset()}
+    since = _peak_bytes(device)
+    # Where the mark cannot be reset, it is that of the whole run.
+    can_reset = device == "cuda" or _STATUS.exists()
+    return {"peak_bytes": max(load_peak_bytes, since), "step_peak_bytes": since if can_reset else None}
 
 
 def _peak_bytes(device: str) -> int:
-    """Peak bytes, loading included: allocated on the GPU, or resident of this process."""
+    """Peak bytes since the last reset: allocated on the GPU, or resident of this process.
+
+    On Linux not by getrusage: there a process begins with the peak of the one that started it, which may have made the
+    model's weights.
+    """
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
+    if _STATUS.exists():
+        lines = _STATUS.read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -232,13 +240,3 @@ def _reset_peak(device: str) -> None:
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5", encoding="ascii")
-
-
-def _peak_bytes_since_reset() -> int | None:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    for line in status.read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return None

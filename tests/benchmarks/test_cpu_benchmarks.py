@@ -2,12 +2,15 @@
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from benchmarks.peers.processes import ROOT
 
 import expertune
 from benchmarks import decode, folders, layer, quantize, report, scaling, suite, workload
@@ -70,6 +73,20 @@ def test_table_is_written_between_its_marks_and_nothing_else_changes(tmp_path: P
         assert text.endswith("<!-- /bench -->\nafter\n")
         assert "old" not in text
         assert text.count("| expert layer") == text.count("| NF4 quantization") == text.count("| NF4 decoding") == 1
+    assert text.count("commit") == 1
+    results[decode.__name__]["commit"] = "0123456789"
+    suite.write_table(page, results)
+    (row,) = (line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| NF4 decoding"))
+    assert "commit 0123456" in row
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system tells a process's own peak")
+def test_a_drivers_peak_is_not_that_of_the_process_that_started_it() -> None:
+    size = 900 * 10**6
+    before = b"1" * size
+    code = "from benchmarks.peers.driver import _peak_bytes; print(_peak_bytes('cpu'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < len(before)
 
 
 def test_peers_are_tried_in_the_dtypes_that_the_machine_multiplies() -> None:
