@@ -9,9 +9,9 @@ from expertune.experts.contract import ExpertsSpec
 _TOKENS_FOR_AN_EXPERT = 16
 _LEAST_TOKENS, MOST_PREFLIGHT_TOKENS = 128, 512
 
-# Where experts are offloaded, they compute one token in so many in the forwards that are compared. Their products are
-# what such a check spends its time on, and these tokens, from all over the sequences, still reach nearly all experts.
-EXPERT_STRIDE = 4
+# Where experts are offloaded, each of them computes so many of its tokens in every forward of a check, or all where they
+# are fewer: about a fifth of the tokens, which reach the experts that all would. Dequantizing takes most of the time then.
+ENOUGH_TOKENS = 4
 
 # Of a matrix whose smaller side is at most this, all singular values are computed; of a larger one the largest, by
 # iterating on a subspace with so many columns more than are wanted (Halko et al. 2011).

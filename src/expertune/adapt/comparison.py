@@ -5,7 +5,8 @@ agree with the base model's from before it was attached. All logits of all posit
 token reaches, checksums from before and after are.
 
 Where experts are offloaded these forwards pass the layers beside the one that gradients are taken of, layer by layer:
-together they take one transfer of each layer. There experts compute some of the tokens alone, in all of them alike.
+together they take one transfer of each layer. There experts compute some of the tokens alone, in all of them alike
+(`expertune.adapt.few_tokens`).
 """
 
 import hashlib
@@ -18,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from expertune.adapt.amounts import EXPERT_STRIDE
+from expertune.adapt.amounts import ENOUGH_TOKENS
+from expertune.adapt.few_tokens import few_tokens
 from expertune.adapt.frozen_bytes import Checksums, expert_checksums, first_changed
 from expertune.adapt.interleaved import PausingForward, in_turns
 from expertune.adapt.peft_model import ExpertPeftModel
@@ -42,31 +43,31 @@ class BaseForward(NamedTuple):
     Attributes:
         batch: `input_ids` [B, S] of real sequences, with `position_ids` where they are concatenated.
         logits: `probe_logits` of it, [B, S, V].
-        stride: see `probe_logits`.
+        enough: see `probe_logits`.
         experts: `expert_checksums` from before the adapter was attached.
     """
 
     batch: Batch
     logits: Tensor
-    stride: int = 1
+    enough: int | None = None
     experts: Checksums = MappingProxyType({})
 
 
 def base_forward(model: nn.Module, batch: Batch) -> BaseForward:
     """What a check compares with: of a model before an adapter is attached, and where its experts are by now."""
-    stride = EXPERT_STRIDE if _is_offloaded(model) else 1
-    return BaseForward(batch, probe_logits(model, batch, stride), stride, expert_checksums(model))
+    enough = ENOUGH_TOKENS if _is_offloaded(model) else None
+    return BaseForward(batch, probe_logits(model, batch, enough), enough, expert_checksums(model))
 
 
-def probe_logits(model: nn.Module, batch: Batch, stride: int = 1) -> Tensor:
+def probe_logits(model: nn.Module, batch: Batch, enough: int | None = None) -> Tensor:
     """Logits [B, S, V] of a model in evaluation mode; its mode is restored.
 
     Args:
         model: with or without an adapter.
         batch: as a `BaseForward` has it.
-        stride: experts compute each token whose number is a multiple of this, and give zeros for the others.
+        enough: each expert computes so many of its tokens, and gives zeros for the others; None means all.
     """
-    with torch.no_grad(), _evaluating(model), _experts_at(model, stride):
+    with torch.no_grad(), _evaluating(model), few_tokens(model, enough):
         return _logits(model, batch)
 
 
@@ -78,16 +79,19 @@ class Comparison:
         base: the base model's forward.
 
     Attributes:
+        enough: tokens that an expert computes; see `probe_logits`.
         largest_change: by which the adapter changes a logit; None before its forwards have ended.
         layers: what all forwards pass, in turns.
     """
 
     def __init__(self, model: ExpertPeftModel, base: BaseForward) -> None:
+        self.enough = base.enough
         self.largest_change: float | None = None
         self._model, self._base = model, base
         self._drift: float | None = None
         self._base_change: float | None = None
         self._reached: dict[Nf4Experts, Tensor] = {}
+        self._most_tokens = 0
         self.layers = [layer for _, layer in decoder_layers(model.get_base_model(), model.names.specs)]
         forwards = (PausingForward(lambda: _logits(model, base.batch)) for _ in range(NUM_FORWARDS))
         self._first, self._second, self._disabled = self._all = tuple(forwards)
@@ -136,9 +140,13 @@ class Comparison:
 
     @property
     def experts_reached(self) -> dict[str, int]:
-        """Of how many experts, and of how many in all, what the base model computes with them was compared."""
+        """Of how many experts, and of how many in all, what the base model computes with them was compared.
+
+        `expert_tokens` is of how many tokens the experts of a layer computed it, at most.
+        """
         reached = sum(int(counts.count_nonzero()) for counts in self._reached.values())
-        return {"experts_compared": reached, "experts": sum(experts.num_experts for experts in self._reached)}
+        experts = sum(experts.num_experts for experts in self._reached)
+        return {"expert_tokens": self._most_tokens, "experts_compared": reached, "experts": experts}
 
     def _let_on(self, let_on: Callable[[PausingForward[Tensor]], None]) -> None:
         """Each of the forwards once, in one order; the random state and the model's modes are restored."""
@@ -147,7 +155,7 @@ class Comparison:
             torch.random.fork_rng(devices=cuda_devices(ids)),
             torch.no_grad(),
             _evaluating(self._model),
-            _experts_at(self._model, self._base.stride),
+            few_tokens(self._model, self.enough),
         ):
             for forward in (self._first, self._second):
                 self._run(forward, let_on)
@@ -179,6 +187,7 @@ class Comparison:
             if experts not in self._reached:
                 self._reached[experts] = torch.zeros(experts.num_experts, dtype=torch.int64)
             add_tokens(self._reached[experts], inputs[1].cpu())
+            self._most_tokens = max(self._most_tokens, len(inputs[1]))
 
         experts = (module for module in self._model.modules() if isinstance(module, Nf4Experts))
         handles = [module.register_forward_pre_hook(count) for module in experts]
@@ -193,31 +202,6 @@ def _is_offloaded(model: nn.Module) -> bool:
     """Whether experts are elsewhere than on the device that computes; those that ranks hold in shares are on theirs."""
     placement = placement_of(model)
     return placement is not None and bool(placement.offloaded)
-
-
-@contextmanager
-def _experts_at(model: nn.Module, stride: int) -> Iterator[None]:
-    """While open, experts compute one token in `stride`, from the first on; see `probe_logits`."""
-    num_tokens: dict[nn.Module, int] = {}
-
-    def take(experts: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        num_tokens[experts] = inputs[0].shape[0]
-        return *(each_TX[::stride].contiguous() for each_TX in inputs[:3]), *inputs[3:]
-
-    def spread(experts: nn.Module, inputs: Any, output_SD: Tensor) -> Tensor:
-        output_TD = output_SD.new_zeros(num_tokens.pop(experts), output_SD.shape[1])
-        output_TD[::stride] = output_SD
-        return output_TD
-
-    handles: list[RemovableHandle] = []
-    for module in model.modules():
-        if stride > 1 and isinstance(module, Nf4Experts):
-            handles += module.register_forward_pre_hook(take), module.register_forward_hook(spread)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -268,7 +252,7 @@ def _first_to_differ(model: nn.Module, base: BaseForward) -> str:
 
         handles = [module.register_forward_hook(record(name)) for name, module in model.named_modules() if name]
         try:
-            probe_logits(model, base.batch, base.stride)
+            probe_logits(model, base.batch, base.enough)
         finally:
             for handle in handles:
                 handle.remove()

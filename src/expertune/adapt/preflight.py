@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from expertune.adapt.comparison import NUM_FORWARDS, BaseForward, Batch, Comparison, cuda_devices, digest, probe_logits
+from expertune.adapt.few_tokens import choose_tokens, few_tokens
 from expertune.adapt.first_factors import first_factors
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.reachability import reachable_modules
@@ -48,14 +49,14 @@ def preflight(
        evaluation with the adapter (the model repeats itself to the bit, and the adapter changes its logits) and one
        with the adapter disabled (equal to the first to the bit: attaching has changed nothing that these tokens reach,
        nor what is computed with it; what experts hold in memory is compared by checksums). Together one transfer of
-       each layer, as they pass it in turns where experts are offloaded; there these three have experts compute one
-       token in `base.stride`.
+       each layer, as they pass it in turns where experts are offloaded.
     3. The backward: every factor has a finite gradient that is not zero. One transfer of each layer but the last.
 
     Where an adapter's first factors are taken away from what it gives, another forward, with the factors as they are,
     equals the first to the bit.
 
-    A step of training takes the second and the third transfer on the run's tokens.
+    Where experts are offloaded each computes `base.enough` of its tokens in all of these. A step of training takes the
+    second and the third transfer on the run's tokens.
 
     Args:
         model: the adapted model.
@@ -92,7 +93,6 @@ def preflight(
             "largest_logit_change": comparison.largest_change,
             "disabled_equals_base": True,
             "tokens": base.batch["input_ids"].numel(),
-            "expert_tokens": -(-base.batch["input_ids"].numel() // base.stride),
             **comparison.experts_reached,
         },
         **({"router": of_router} if of_router else {}),
@@ -123,7 +123,7 @@ def _told(layers: Sequence[nn.Module], progress: Callable[[int, int], None]) -> 
 
 def _check_beginning(model: ExpertPeftModel, base: BaseForward) -> None:
     """An adapter whose first factors are taken away begins as the base model, to the bit."""
-    logits = probe_logits(model, base.batch, base.stride)
+    logits = probe_logits(model, base.batch, base.enough)
     if not torch.equal(logits, base.logits):
         largest = float((logits.float() - base.logits.float()).abs().max())
         raise PreflightError(
@@ -172,18 +172,7 @@ def _check_learning(
     was_training = model.training
     model.train()
     try:
-        watched = losses.watching(batch.get("attention_mask")) if losses else nullcontext()
-        with _tokens_per_expert(model, batch) as tokens, watched as routed, comparison.beside():
-            # Every token is a target here, so that a masked prompt does not starve the experts that serve it.
-            output = model(**{**batch, "labels": _all_labels(batch)}, use_cache=False)
-        loss = output.loss
-        del output
-        of_router = losses.of(routed, routed.totals) if losses and routed else {}
-        if losses and routed:
-            loss = loss + losses.weighted(of_router)
-        if not loss.requires_grad:
-            raise PreflightError("no factor of the adapter takes part in the loss, so that none can learn")
-        loss.backward()
+        tokens, of_router = _take_gradients(model, batch, losses, comparison)
         learning, of_experts, idle = 0, 0, 0
         for what, gradient, is_of_expert in _factor_gradients(model, tokens):
             if gradient is _NO_TOKENS:
@@ -208,6 +197,30 @@ def _check_learning(
     of_experts, idle = _of_all_experts(model, of_experts, idle)
     figures = {name: value.item() for name, value in of_router.items()}
     return {"factors_learning": learning + of_experts, "factors_without_tokens": idle}, figures
+
+
+def _take_gradients(
+    model: ExpertPeftModel, batch: Batch, losses: RouterLosses | None, comparison: Comparison
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A forward in training mode and its backward; the tokens of each expert by module, and the routers' losses."""
+    labels, enough = _all_labels(batch), comparison.enough
+    # The last token of a sequence predicts nothing and nothing attends to it.
+    matters_T = labels.roll(-1, dims=-1).reshape(-1) != -100
+    # Open in backward too, where activation checkpointing computes the layers again.
+    with few_tokens(model, enough, training=True, matters_T=matters_T):
+        watched = losses.watching(batch.get("attention_mask")) if losses else nullcontext()
+        with _tokens_per_expert(model, enough, matters_T) as tokens, watched as routed, comparison.beside():
+            # Every token is a target here, so that a masked prompt does not starve the experts that serve it.
+            output = model(**{**batch, "labels": labels}, use_cache=False)
+        loss = output.loss
+        del output
+        of_router = losses.of(routed, routed.totals) if losses and routed else {}
+        if losses and routed:
+            loss = loss + losses.weighted(of_router)
+        if not loss.requires_grad:
+            raise PreflightError("no factor of the adapter takes part in the loss, so that none can learn")
+        loss.backward()
+    return tokens, of_router
 
 
 def _of_all_experts(model: nn.Module, *figures: int) -> Sequence[int]:
@@ -272,22 +285,27 @@ def _factor_gradients(model: ExpertPeftModel, tokens: dict[str, Tensor]) -> Iter
 
 
 @contextmanager
-def _tokens_per_expert(model: nn.Module, batch: Batch) -> Iterator[dict[str, Tensor]]:
-    """Count, while the block runs, the tokens of each expert that can influence the loss.
+def _tokens_per_expert(model: nn.Module, enough: int | None, matters_T: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Count, while the block runs, the tokens that each expert computes and that can influence the loss.
 
-    The last token of a sequence predicts nothing and nothing attends to it: an expert that serves only such tokens gets
-    no gradient, and that is correct.
+    An expert that serves only others gets no gradient, and that is correct.
     """
-    matters = _all_labels(batch).roll(-1, dims=-1).reshape(-1) != -100
     counts: dict[str, Tensor] = {}
     handles = []
+    matters_T = matters_T.cpu()
 
     def count(name: str, num_experts: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if not module.training:  # of a comparison
                 return
+            index_TK = inputs[1].cpu()
+            counted_T = matters_T
+            if enough is not None:
+                computed_T = torch.zeros_like(matters_T)
+                computed_T[choose_tokens(index_TK, enough, matters_T)] = True
+                counted_T = matters_T & computed_T
             counts[name] = torch.zeros(num_experts, dtype=torch.int64)
-            add_tokens(counts[name], inputs[1].cpu()[matters.cpu()])
+            add_tokens(counts[name], index_TK[counted_T])
 
         return hook
 
