@@ -1,7 +1,7 @@
-"""Training steps of the demo in processes that take turns, each with an environment and a source tree of its own.
+"""Training steps in processes that take turns, each with an environment and a source tree of its own.
 
-Every process takes the same steps on the same examples, so that a turn is the same work in each of them.
-`demo_worker.py` is what they run.
+They are the demo's, or another run file's. Every process takes the same steps on the same examples, so that a turn is
+the same work in each of them. `demo_worker.py` is what they run.
 """
 
 import json
@@ -19,6 +19,8 @@ from benchmarks.peers.processes import ROOT
 # A variable with which a process sets its threads as the command line does.
 PREPARE = "DEMO_WORKER_PREPARES_THREADS"
 
+DEMO = Path("examples/demo.yaml")
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -30,9 +32,14 @@ class Turn:
 
 @contextmanager
 def process(
-    environment: Mapping[str, str], tree: Path, steps: int, turns: int, output_dir: Path
+    environment: Mapping[str, str],
+    tree: Path,
+    steps: int,
+    turns: int,
+    output_dir: Path,
+    run_file: Path = DEMO,
 ) -> Iterator[subprocess.Popen[str]]:
-    """A process that trains the demo and waits for its turns.
+    """A process that trains and waits for its turns.
 
     Args:
         environment: all of its variables.
@@ -40,8 +47,10 @@ def process(
         steps: optimizer steps of a turn.
         turns: how many turns it will be given.
         output_dir: its run directory.
+        run_file: what it trains; the demo by default.
     """
-    command = [sys.executable, "-m", "benchmarks.demo_worker", str(steps), str(turns), str(output_dir)]
+    arguments = [str(each) for each in (steps, turns, output_dir, run_file)]
+    command = [sys.executable, "-m", "benchmarks.demo_worker", *arguments]
     path = os.pathsep.join([str(tree), str(ROOT), os.environ.get("PYTHONPATH", "")])
     with (
         Path(f"{output_dir}.log").open("w", encoding="utf-8") as log,
@@ -73,13 +82,13 @@ def take_turn(started: subprocess.Popen[str]) -> Turn:
     return Turn(*json.loads(line))
 
 
-def in_turns(processes: Mapping[str, subprocess.Popen[str]], rounds: int) -> dict[str, list[Turn]]:
-    """Each process's turns; which one is first changes from round to round."""
+def in_turns(processes: Mapping[str, subprocess.Popen[str]], rounds: int, first: int = 0) -> dict[str, list[Turn]]:
+    """Each process's turns; which one is first changes from round to round, from number `first` on."""
     turns: dict[str, list[Turn]] = {name: [] for name in processes}
     names = list(processes)
-    for round_ in range(rounds):
-        first = round_ % len(names)
-        for name in (*names[first:], *names[:first]):
+    for round_ in range(first, first + rounds):
+        begin = round_ % len(names)
+        for name in (*names[begin:], *names[:begin]):
             turn = take_turn(processes[name])
             turns[name].append(turn)
             report.progress(f"  {name}: {turn.tokens / turn.seconds:,.0f} tokens/s")

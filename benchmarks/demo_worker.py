@@ -1,4 +1,4 @@
-"""The demo's training in turns, one process of `demo_turns.py`.
+"""The demo's training in turns, or another run file's, one process of `demo_turns.py`.
 
 It may import from an older tree: what a turn took is read off transformers' own classes, and nothing else of
 `benchmarks` is imported.
@@ -11,8 +11,8 @@ import time
 from typing import Any
 
 
-def train(steps: int, turns: int, output_dir: str) -> None:
-    """The demo's training; waits for a line on stdin before each turn, and says after it what it took."""
+def train(steps: int, turns: int, output_dir: str, run_file: str) -> None:
+    """A run file's training; waits for a line on stdin before each turn, and says after it what it took."""
     if "DEMO_WORKER_PREPARES_THREADS" in os.environ:
         from expertune import prepare_threads
 
@@ -30,7 +30,7 @@ def train(steps: int, turns: int, output_dir: str) -> None:
 
     def counted_training_step(self: Trainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         nonlocal tokens
-        tokens += inputs["input_ids"].numel()  # the demo's micro-batches hold no padding
+        tokens += inputs["input_ids"].numel()  # no padding in these micro-batches
         return training_step(self, model, inputs, *args, **kwargs)
 
     def in_turns_on_step_end(self: CallbackHandler, args: Any, state: Any, control: Any) -> Any:
@@ -49,8 +49,8 @@ def train(steps: int, turns: int, output_dir: str) -> None:
         *("data.eval=null", "task.metric=null", "training.eval_on_start=false", "training.eval_strategy=no"),
         *("training.save_strategy=no", f"training.max_steps={steps * turns}", f"output_dir={output_dir}"),
     )
-    expertune.finetune("examples/demo.yaml", overrides)
+    expertune.finetune(run_file, overrides)
 
 
 if __name__ == "__main__":
-    train(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    train(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

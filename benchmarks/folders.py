@@ -41,6 +41,7 @@ _SHARD_BYTES = 5 * 10**9
 _CHUNK = 8 * 2**20
 _NOISE = 2**27
 _LOADS = ("load_model", "from_pretrained")
+_STATES = ("cold", "warm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=int, default=4096, help="default 4096")
     parser.add_argument("--intermediate", type=int, default=14336, help="default 14336")
     parser.add_argument("--rounds", type=int, default=2, help="default 2")
+    parser.add_argument("--states", nargs="+", choices=_STATES, default=list(_STATES), help="of the cache, for loading")
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # one, in a process of its own
 
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         if not (source / INDEX_NAME).is_file():
             shape = Shape(args.hidden, args.intermediate, args.layers, experts=8, top_k=2)
             write_source(source, shape)
-        result = _quantize(folder, args.rounds) if args.what == "quantize" else _load(folder, args.rounds)
+        result = _quantize(folder, args.rounds) if args.what == "quantize" else _load(folder, args.rounds, args.states)
     result |= {"layers": json.loads((source / "config.json").read_text())["num_hidden_layers"], **report.environment()}
     if args.json:
         report.write(args.json, result)
@@ -111,12 +113,12 @@ def _quantize(folder: Path, rounds: int) -> dict[str, Any]:
     return result
 
 
-def _load(folder: Path, rounds: int) -> dict[str, Any]:
+def _load(folder: Path, rounds: int, states: Sequence[str]) -> dict[str, Any]:
     """Read and load in turns, cold and warm."""
     if not (folder / "nf4").is_dir():
         _in_own_process(folder, "quantize")
     names = ["read", *_LOADS]
-    runs: dict[str, list[dict[str, float]]] = {f"{state}, {name}": [] for state in ("cold", "warm") for name in names}
+    runs: dict[str, list[dict[str, float]]] = {f"{state}, {name}": [] for state in states for name in names}
     first = _in_own_process(folder, "first")
     entries = open_checkpoint(folder / "nf4").tensors
     checksum = _checksum({key: entry.read for key, entry in entries.items()})
@@ -337,10 +339,6 @@ _ONLY = {
     "copy": _copy,
     "quantize": _quantize_by_command,
     "first": _first,
-    **{f"{state}, read": partial(_read, cold=state == "cold") for state in ("cold", "warm")},
-    **{
-        f"{state}, {name}": partial(_load_by, name, cold=state == "cold")
-        for state in ("cold", "warm")
-        for name in _LOADS
-    },
+    **{f"{state}, read": partial(_read, cold=state == "cold") for state in _STATES},
+    **{f"{state}, {name}": partial(_load_by, name, cold=state == "cold") for state in _STATES for name in _LOADS},
 }

@@ -84,31 +84,9 @@ def run_step(folder: Path, tokens: int = TOKENS) -> dict[str, Any]:
     from expertune.api import finetune
     from expertune.config import parse_config
 
-    num_rows = next(count for count in range(-(-tokens // _LONGEST_ROW), tokens + 1) if tokens % count == 0)
     started, read_before = time.perf_counter(), _disk_read_bytes()
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        config = parse_config(
-            {
-                "model": str(folder),
-                "data": {
-                    "train": str(_long_rows(Path(scratch), num_rows)),
-                    "format": "dolly",
-                    "template": "dolly-tutorial",
-                    "max_length": tokens // num_rows,
-                    "train_on": "all",
-                },
-                "lora": {"r": 8, "alpha": 16, "dropout": 0.05, "targets": ["attention", "experts", "lm_head"]},
-                "training": {
-                    "max_steps": 1,
-                    "per_device_train_batch_size": num_rows,
-                    "gradient_checkpointing": True,
-                    "learning_rate": 2.5e-5,
-                    "save_strategy": "no",
-                },
-                "placement": "disk",
-                "output_dir": str(Path(scratch) / "run"),
-            }
-        )
+        config = parse_config(run_values(folder, Path(scratch), tokens))
         record = finetune(config).record
     values = record.values
     return {
@@ -125,6 +103,31 @@ def run_step(folder: Path, tokens: int = TOKENS) -> dict[str, Any]:
         "placement": values["placement"],
         "kernels": values["kernels"],
         "total_memory_bytes": psutil.virtual_memory().total,
+    }
+
+
+def run_values(folder: Path, scratch: Path, tokens: int = TOKENS, steps: int = 1) -> dict[str, Any]:
+    """The run file's values; its rows and its run are written into `scratch`."""
+    num_rows = next(count for count in range(-(-tokens // _LONGEST_ROW), tokens + 1) if tokens % count == 0)
+    return {
+        "model": str(folder),
+        "data": {
+            "train": str(_long_rows(scratch, num_rows)),
+            "format": "dolly",
+            "template": "dolly-tutorial",
+            "max_length": tokens // num_rows,
+            "train_on": "all",
+        },
+        "lora": {"r": 8, "alpha": 16, "dropout": 0.05, "targets": ["attention", "experts", "lm_head"]},
+        "training": {
+            "max_steps": steps,
+            "per_device_train_batch_size": num_rows,
+            "gradient_checkpointing": True,
+            "learning_rate": 2.5e-5,
+            "save_strategy": "no",
+        },
+        "placement": "disk",
+        "output_dir": str(scratch / "run"),
     }
 
 

@@ -9,8 +9,8 @@ from expertune.experts.contract import ExpertsSpec
 _TOKENS_FOR_AN_EXPERT = 16
 _LEAST_TOKENS, MOST_PREFLIGHT_TOKENS = 128, 512
 
-# Where experts are offloaded, each of them computes so many of its tokens in every forward of a check, or all where they
-# are fewer: about a fifth of the tokens, which reach the experts that all would. Dequantizing takes most of the time then.
+# Where experts are offloaded, each of them computes so many of its tokens in every forward of a check, or all where
+# they are fewer: about a fifth of the tokens, which reach the experts that all would.
 ENOUGH_TOKENS = 4
 
 # Of a matrix whose smaller side is at most this, all singular values are computed; of a larger one the largest, by

@@ -1,6 +1,7 @@
 """Fill a model from an NF4 folder, at reading speed: every tensor lies there as the model holds it."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +10,17 @@ from transformers import PreTrainedModel
 from expertune.checkpoint.formats.nf4_folder import BUFFERS, STACKS, Nf4Folder
 from expertune.checkpoint.meta import kept_dtype
 from expertune.checkpoint.nf4_linears import linear_of_bytes
-from expertune.checkpoint.reader import TensorEntry
+from expertune.checkpoint.reader import Memory, TensorEntry
+from expertune.checkpoint.touched import touched
 from expertune.errors import CheckpointError
 from expertune.experts.module import Nf4Experts
 from expertune.kernels.nf4 import Nf4Bytes, Nf4Stack
 
 # Name of an experts module and its buffers in the file, by name below the module -> the buffers as tensors.
 ReadExperts = Callable[[str, Mapping[str, TensorEntry]], Mapping[str, Tensor]]
+
+# Of a tensor that is held in another dtype than it is stored in.
+_PIECE_BYTES = 8 * 2**20
 
 
 def fill(
@@ -43,24 +48,26 @@ def fill(
     Raises:
         CheckpointError: a tensor is of another shape than the model's, or the file ends inside it; names it.
     """
-    taken: set[str] = set()
-    placed, total = 0, folder.index.nbytes
-    for name in folder.experts:
-        _, entries = folder.experts_entries(name)
-        _fill_experts(_module_of(model, name, folder), entries, name, device, read_experts)
-        taken.update(entry.key for entry in entries.values())
-        placed += sum(entry.nbytes for entry in entries.values())
-        progress(placed, total)
-    for name in folder.linears:
-        entries = folder.linear_entries(name)
-        _fill_linear(model, name, entries, dtype, device, folder)
-        taken.update(entry.key for entry in entries.values())
     kept: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
-    unexpected = []
-    for key, entry in folder.index.tensors.items():
-        if key not in taken and not _fill_plain(model, entry, kept, device):
-            unexpected.append(key)
-    return unexpected
+    experts = {name: _experts_entries(model, name, folder) for name in folder.experts}
+    linears = {name: folder.linear_entries(name) for name in folder.linears}
+    taken = {entry.key for module in (experts, linears) for entries in module.values() for entry in entries.values()}
+    plain = [entry for key, entry in folder.index.tensors.items() if key not in taken]
+    placed, total = 0, folder.index.nbytes
+    sizes = [] if read_experts else [entry.nbytes for entries in experts.values() for entry in entries.values()]
+    sizes += [entries["weight"].nbytes for entries in linears.values() if "weight" in entries]
+    for entry in plain:
+        if (slot := _slot(model, entry.key)) is not None:
+            sizes.append(entry.numel * kept_dtype(kept, entry.key, slot.dtype).itemsize)
+    # Elsewhere than on a CPU nothing of what is read stays in the memory that it is read into.
+    with touched(sizes) if device.type == "cpu" else nullcontext(Memory()) as memory:
+        for name, entries in experts.items():
+            _fill_experts(model.get_submodule(name), entries, name, device, read_experts, memory)
+            placed += sum(entry.nbytes for entry in entries.values())
+            progress(placed, total)
+        for name, entries in linears.items():
+            _fill_linear(model, name, entries, (dtype, device), folder, memory)
+        return [entry.key for entry in plain if not _fill_plain(model, entry, kept, device, memory)]
 
 
 def missing_tensors(model: nn.Module, folder: Nf4Folder) -> list[str]:
@@ -80,21 +87,27 @@ def _module_of(model: nn.Module, name: str, folder: Nf4Folder) -> nn.Module:
         ) from None
 
 
+def _experts_entries(model: nn.Module, name: str, folder: Nf4Folder) -> dict[str, TensorEntry]:
+    """What of an experts module is to be here, by name below it."""
+    shard, entries = folder.experts_entries(name)
+    experts = _module_of(model, name, folder)
+    if not isinstance(experts, Nf4Experts):
+        raise CheckpointError(f"{shard}: {name} has no experts in the model of config.json; quantize the model again")
+    return own_part(experts, entries)
+
+
 def _fill_experts(
     experts: nn.Module,
     entries: Mapping[str, TensorEntry],
     name: str,
     device: torch.device,
     read_experts: ReadExperts | None,
+    memory: Memory,
 ) -> None:
-    shard = next(iter(entries.values())).shard
-    if not isinstance(experts, Nf4Experts):
-        raise CheckpointError(f"{shard}: {name} has no experts in the model of config.json; quantize the model again")
-    entries = own_part(experts, entries)
     if read_experts:
         tensors = read_experts(name, entries)
     else:
-        tensors = {key: entry.read().to(device) for key, entry in entries.items()}
+        tensors = {key: entry.read(memory).to(device) for key, entry in entries.items()}
     for stack_name in STACKS:
         stack = experts.get_submodule(stack_name)
         assert isinstance(stack, Nf4Stack)
@@ -142,9 +155,9 @@ def _fill_linear(
     model: nn.Module,
     name: str,
     entries: Mapping[str, TensorEntry],
-    dtype: torch.dtype,
-    device: torch.device,
+    to: tuple[torch.dtype, torch.device],
     folder: Nf4Folder,
+    memory: Memory,
 ) -> None:
     linear = _module_of(model, name, folder)
     weight = entries.get("weight")
@@ -154,7 +167,7 @@ def _fill_linear(
         raise CheckpointError(f"{weight.shard}: tensor {weight.key} does not fit the model; quantize the model again")
     stats = {part: entry.read() for part, entry in entries.items() if part != "weight"}
     try:
-        quantized = linear_of_bytes(linear, weight.read(), stats, dtype, device)
+        quantized = linear_of_bytes(linear, weight.read(memory), stats, *to)
     except (ValueError, KeyError, AssertionError, AttributeError) as error:
         raise CheckpointError(
             f"{weight.shard}: the quantization state of {name} is damaged ({error!r}); quantize the model again"
@@ -162,22 +175,43 @@ def _fill_linear(
     model.set_submodule(name, quantized)
 
 
-def _fill_plain(model: nn.Module, entry: TensorEntry, kept: Mapping[str, torch.dtype], device: torch.device) -> bool:
-    module_name, _, leaf = entry.key.rpartition(".")
-    try:
-        module = model.get_submodule(module_name)
-    except AttributeError:
-        return False
-    current = module._parameters.get(leaf, module._buffers.get(leaf))
+def _fill_plain(
+    model: nn.Module, entry: TensorEntry, kept: Mapping[str, torch.dtype], device: torch.device, memory: Memory
+) -> bool:
+    current = _slot(model, entry.key)
     if current is None:
         return False
     if tuple(current.shape) != entry.shape:
         raise CheckpointError(
             f"{entry.shard}: tensor {entry.key} has shape {entry.shape}, the model expects {tuple(current.shape)}"
         )
-    placed = entry.read().to(device, kept_dtype(kept, entry.key, current.dtype))
+    placed = _read_as(kept_dtype(kept, entry.key, current.dtype), entry, device, memory)
+    module_name, _, leaf = entry.key.rpartition(".")
+    module = model.get_submodule(module_name)
     if leaf in module._parameters:
         module._parameters[leaf] = nn.Parameter(placed, requires_grad=False)
     else:
         module._buffers[leaf] = placed
     return True
+
+
+def _slot(model: nn.Module, key: str) -> Tensor | None:
+    """What the model has at a tensor's place; None where it has no such place."""
+    module_name, _, leaf = key.rpartition(".")
+    try:
+        module = model.get_submodule(module_name)
+    except AttributeError:
+        return None
+    return module._parameters.get(leaf, module._buffers.get(leaf))
+
+
+def _read_as(dtype: torch.dtype, entry: TensorEntry, device: torch.device, memory: Memory) -> Tensor:
+    """A tensor in some dtype; in another than its own on a CPU, it is read in pieces into memory that is used again."""
+    if dtype == entry.dtype or device.type != "cpu" or not entry.shape:
+        return entry.read(memory).to(device, dtype)
+    placed = memory.take(entry.numel * dtype.itemsize).view(dtype).view(entry.shape)
+    step, of_pieces = max(1, _PIECE_BYTES * len(placed) // max(entry.nbytes, 1)), Memory()
+    for first in range(0, len(placed), step):
+        part = entry.part(first, min(step, len(placed) - first))
+        placed[first : first + step].copy_(part.read(of_pieces))
+    return placed
