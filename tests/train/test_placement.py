@@ -36,7 +36,7 @@ def test_finetune_gives_the_same_adapter_whether_experts_lie_in_memory_or_on_dis
     resident, compared = straight["preflight"]["effective"], on_disk["preflight"]["effective"]
     assert resident["tokens"] == resident["expert_tokens"] == compared["tokens"] == tokens
     assert 0 < compared["expert_tokens"] < tokens / 2
-    # A few tokens for each expert reach what all tokens would, up to those that are routed otherwise after other layers.
+    # A few tokens for each expert reach what all tokens would, up to those that other layers route otherwise.
     assert compared["experts_compared"] >= resident["experts_compared"] - 1
     learning = on_disk["preflight"]["learning"]
     assert learning["factors_without_tokens"] <= 12  # two of the eight experts
