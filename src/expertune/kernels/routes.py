@@ -44,6 +44,8 @@ _GPU_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 2048)
 # Changes with how the routes run or are measured: what older code has measured is measured again.
 _MEASURED_HOW = "4"
 _NEVER = 2**62
+# By what multiplies NF4 weights on a CPU; see `native.arithmetic`.
+_FUSED_IN = ("float32", "bfloat16, AVX512-BF16", "bfloat16, AMX", "integers of 16 bits")
 # Where a full device leaves no room to measure: an estimate.
 _UNMEASURED = {"crossover": 384, "gemm": "triton"}
 
@@ -122,7 +124,9 @@ class KernelSettings:
         """Tokens per expert from which `dequant_gemm` is the faster route on a device, for x of `dtype`."""
         if self.crossover is not None:
             return self.crossover
-        return int(_measured(gemm_dtype(dtype, device), device, torch.get_num_threads())["crossover"])
+        in_integers = device.type == "cpu" and native.arithmetic(dtype) == native.INTEGERS
+        measured = dtype if in_integers else gemm_dtype(dtype, device)
+        return int(_measured(measured, device, torch.get_num_threads())["crossover"])
 
     def gemm_on(self, device: torch.device, dtype: torch.dtype) -> str:
         """What multiplies dequantized weights on a GPU: `torch`'s grouped_mm or our own kernel in `triton`."""
@@ -142,10 +146,8 @@ class KernelSettings:
             usable = native.available()
             described["native"] = "in use" if usable else native.status().reason
             described["crossover"] = self.crossover_on(device, dtype) if usable else 0
-            if usable and dtype == torch.bfloat16:
-                described["fused_in"] = ("float32", "bfloat16, AVX512-BF16", "bfloat16, AMX")[
-                    native.bfloat16_arithmetic()
-                ]
+            if usable and dtype != torch.float32:
+                described["fused_in"] = _FUSED_IN[native.arithmetic(dtype)]
             return described
         reason = gpu.unavailable(device)
         described["triton"] = reason or "in use"

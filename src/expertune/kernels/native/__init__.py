@@ -37,9 +37,11 @@ from expertune.kernels.nf4.reference import (
 
 __all__ = [
     "AMX",
+    "INTEGERS",
     "Dropout",
     "Status",
     "Update",
+    "arithmetic",
     "available",
     "bfloat16_arithmetic",
     "call",
@@ -57,8 +59,8 @@ __all__ = [
     "swiglu_backward",
 ]
 
-# What `bfloat16_arithmetic` says where there are matrix units.
-AMX = 2
+# What multiplies NF4 weights, as grouped_gemm.h counts: matrix units, and integers of 16 bits.
+AMX, INTEGERS = 2, 3
 # Of grouped_gemm16.c: tokens of an item, columns that are summed at once, contraction of a pass.
 _BFLOAT_ROWS, _BFLOAT_WIDE, _BFLOAT_PASS = 512, 256, 512
 
@@ -70,8 +72,20 @@ def available() -> bool:
 
 @cache
 def bfloat16_arithmetic() -> int:
-    """What multiplies NF4 weights in bfloat16 on this CPU: 2 AMX, 1 AVX512-BF16, 0 nothing, so that float32 does."""
+    """What multiplies bfloat16 on this CPU: 2 AMX, 1 AVX512-BF16, 0 nothing."""
     return call("expertune_bfloat16")
+
+
+def arithmetic(dtype: torch.dtype) -> int:
+    """What multiplies NF4 weights with tokens of a dtype: 3 integers, 2 AMX, 1 AVX512-BF16, 0 float32.
+
+    Integers are for dtypes of 16 bits where the CPU has no instructions for either: they are faster than float32, and
+    closer to it than bfloat16 or float16 would be.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return 0
+    floats = bfloat16_arithmetic()
+    return (floats if dtype == torch.bfloat16 else 0) if floats else INTEGERS
 
 
 def scratch_bytes(tokens: int, depth: int) -> int:
@@ -185,7 +199,8 @@ def grouped_gemm(
         slots: int64 [E], which dense matrix is each expert's, -1 for none, whose tokens get zeros; None where each has
             its own number's.
         dtype: bfloat16 rounds x and NF4 weights to it before they are multiplied, where the CPU has instructions for
-            that and no `slots` are given; sums and updates are float32 in any case.
+            that and no `slots` are given; where it has none, 16 bits round x and NF4 weights to integers of as many.
+            Sums and updates are float32 in any case.
         dropout: of x, where the weight is dense and `dtype` float32.
         swiglu: y_RN [R, N/2] is silu(gate) * up of the two halves of columns; where `bfloat16_arithmetic` multiplies
             NF4 weights, transposed.
@@ -203,13 +218,13 @@ def grouped_gemm(
     columns, depth = shape if transposed else (shape[1], shape[0])
     # These live as long as the call.
     (held, _of_updates), dropped = native_updates(updates), NativeDropout.of(dropout)
-    sixteen_bits = isinstance(weight, Nf4Bytes) or (weight.dtype == torch.bfloat16 and slots is None)
-    arithmetic = bfloat16_arithmetic() if sixteen_bits and dtype == torch.bfloat16 else 0
-    if dropout is not None and (arithmetic or isinstance(weight, Nf4Bytes)):
+    chosen = _arithmetic_with(weight, slots, dtype)
+    in_bfloat16 = chosen not in (0, INTEGERS)
+    if dropout is not None and (chosen or isinstance(weight, Nf4Bytes)):
         raise ValueError("dropout of x is for dense weights in float32 arithmetic: drop elements of x first")
-    if swiglu and not (arithmetic and transposed and isinstance(weight, Nf4Bytes)):
+    if swiglu and not (in_bfloat16 and transposed and isinstance(weight, Nf4Bytes)):
         raise ValueError("swiglu is for transposed NF4 weights in bfloat16 arithmetic: apply it to the product")
-    stride = scratch_bytes(len(y_RN), depth) if arithmetic else 0
+    stride = scratch_bytes(len(y_RN), depth) if in_bfloat16 else 0
     scratch = workspace.take("bfloat16", torch.get_num_threads() * stride // 4)
     arguments = NativeProduct(
         x=x.data_ptr(),
@@ -233,12 +248,20 @@ def grouped_gemm(
         transposed=transposed,
         num_updates=len(held),
         threads=torch.get_num_threads(),
-        arithmetic=arithmetic,
+        arithmetic=chosen,
         swiglu=swiglu,
         scratch=scratch.data_ptr(),
         scratch_stride=stride,
     )
     call("expertune_grouped_gemm", ctypes.byref(arguments))
+
+
+def _arithmetic_with(weight: Nf4Bytes | Tensor, slots: Tensor | None, dtype: torch.dtype) -> int:
+    """What multiplies a weight, which may be dense, with tokens of a dtype."""
+    if isinstance(weight, Nf4Bytes):
+        return arithmetic(dtype)
+    shared = weight.dtype == dtype == torch.bfloat16 and slots is None
+    return bfloat16_arithmetic() if shared else 0
 
 
 def outer(

@@ -29,10 +29,10 @@ FOLDER = Path(__file__).parent
 # Need a compiler that knows AVX512-VNNI, AVX512-BF16 and AMX; the library is of use without them.
 AVX512 = ("panels16.c", "grouped_gemm16.c", "gemv4_dots.c")
 SOURCES = (
-    *("nf4.c", "panels.c", "grouped_gemm.c", *AVX512),
+    *("nf4.c", "panels.c", "grouped_gemm.c", "panels_int16.c", "grouped_gemm_int16.c", *AVX512),
     *("gemv4.c", "swiglu.c", "dropout.c", "cross_entropy.c"),
 )
-HEADERS = ("common.h", "grouped_gemm.h", "panels.h", "grouped_gemm16.h", "gemv4.h", "sigmoid.h")
+HEADERS = ("common.h", "grouped_gemm.h", "panels.h", "grouped_gemm16.h", "grouped_gemm_int16.h", "gemv4.h", "sigmoid.h")
 # No contraction into fused multiply-add where the source does not ask for it: scales must round as bitsandbytes' do.
 FLAGS = (
     *("-std=c11", "-D_DEFAULT_SOURCE", "-O3", "-mavx2", "-mfma", "-mf16c", "-ffp-contract=off"),

@@ -215,7 +215,7 @@ void add_update(
 
 static int runs_in_bfloat(const Product *p)
 {
-    return p->arithmetic != FLOAT_ARITHMETIC;
+    return p->arithmetic == AVX512_BFLOAT || p->arithmetic == AMX_BFLOAT;
 }
 
 static void multiply_item(const Product *p, int64_t e, int64_t row, int64_t rows, int64_t column, int64_t column_end)
@@ -227,6 +227,10 @@ static void multiply_item(const Product *p, int64_t e, int64_t row, int64_t rows
     float *rows_packed = panels(), *panel = rows_packed + (MC + MR) * KC;
     const char *dense = (const char *)p->dense;
     int64_t slot = slot_of(p->slots, e), contraction = slot < 0 ? 0 : p->depth;
+    if (p->arithmetic == INTEGER_ARITHMETIC) {
+        multiply_integers(p, e, row, rows, column, column_end);
+        contraction = 0;
+    }
     if (p->kind != NF4_WEIGHT && slot >= 0)
         dense += slot * p->dense_expert_stride * (p->kind == FLOAT_WEIGHT ? 4 : 2);
     if (slot < 0)
@@ -296,7 +300,8 @@ EXPORT void expertune_grouped_gemm(const Product *p)
 #pragma omp parallel num_threads(p->threads)
     for (int64_t e = 0, start = 0; e < p->experts; start = p->offsets[e++]) {
         int64_t end = p->offsets[e];
-        int64_t most = runs_in_bfloat(p) ? BFLOAT_ROWS : MC, panel = runs_in_bfloat(p) ? 32 : MR;
+        int64_t most = runs_in_bfloat(p) ? BFLOAT_ROWS : p->arithmetic == INTEGER_ARITHMETIC ? INTEGER_ROWS : MC;
+        int64_t panel = runs_in_bfloat(p) ? 32 : MR;
         int64_t down = (end - start + most - 1) / most;
         /* Even chunks of rows, and more of them where the columns alone would not keep the threads busy. */
         int64_t least = (p->threads + across - 1) / across;

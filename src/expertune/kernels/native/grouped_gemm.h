@@ -4,12 +4,13 @@
 
 #include "common.h"
 
+#define INTEGER_ROWS 720 /* most tokens that weights looked up as integers are used for at once */
 #define BFLOAT_ROWS 512 /* most tokens that weights dequantized to bfloat16 are used for at once */
 
 enum { NF4_WEIGHT = 0, FLOAT_WEIGHT = 1, BFLOAT_WEIGHT = 2 };
 
 /* Of products with NF4 weights, or those of bfloat16 that all experts have; others are in float32. */
-enum { FLOAT_ARITHMETIC = 0, AVX512_BFLOAT = 1, AMX_BFLOAT = 2 };
+enum { FLOAT_ARITHMETIC = 0, AVX512_BFLOAT = 1, AMX_BFLOAT = 2, INTEGER_ARITHMETIC = 3 };
 
 /* Which elements of rows are dropped: a hash of number[row] * stride + column says so; the others are scaled. */
 typedef struct {
@@ -62,5 +63,8 @@ void add_update(
 
 /* An item in bfloat16, its updates in float32; an item has at most BFLOAT_ROWS tokens. */
 void multiply_bfloat_item(const Product *p, int64_t e, int64_t row, int64_t rows, int64_t column, int64_t column_end);
+
+/* The same in integers, without its updates; it has at most INTEGER_ROWS tokens. */
+void multiply_integers(const Product *p, int64_t e, int64_t row, int64_t rows, int64_t column, int64_t column_end);
 
 #endif

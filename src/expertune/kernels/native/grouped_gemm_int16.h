@@ -1,0 +1,51 @@
+/* What the files of the GEMMs in integers of 16 bits share: sizes of panels, limits of integers, and who makes them. */
+#ifndef EXPERTUNE_GROUPED_GEMM_INT16_H
+#define EXPERTUNE_GROUPED_GEMM_INT16_H
+
+#include "panels.h"
+
+#define DEEP 512 /* contraction of one pass: as many bytes of a panel as KC floats */
+
+/* With these 64 products, each of a weight and a number of x, stay within 32 bits: 8192 * (2 ** 18 - 1) < 2 ** 31. */
+#define MOST_WEIGHT 8192
+#define MOST_SUM ((1 << 18) - 1)
+#define MULHRS_ONE 32768 /* VPMULHRSW divides products by it */
+
+/* A pair of the contraction, one beside the other, as VPMADDWD multiplies and adds them. */
+typedef struct {
+    int16_t even, odd;
+} Pair;
+
+/* Tokens of a pass in panels of MR: pairs [tokens / MR][DEEP / 2][MR], and what their integers are multiples of,
+   [tokens / MR][DEEP / BLOCK][MR]. */
+typedef struct {
+    Pair *pairs;
+    float *scales;
+} IntegerRows;
+
+/* A panel of W of a pass: pairs [DEEP / 2][NR] and scales [DEEP / BLOCK or twice that][NR]. */
+typedef struct {
+    Pair *pairs;
+    float *scales;
+} IntegerPanel;
+
+/* Of a pass's rows of W. */
+typedef struct {
+    float *each, *inverse;
+} Magnitudes;
+
+/* How large the numbers of W's rows k .. k + depth are, roughly: what tokens are multiplied with, and rows divided by, before
+   both are rounded, where the contraction runs along W's rows. */
+void magnitudes(const Nf4 *w, int64_t first_matrix, int64_t k, int64_t depth, Magnitudes to);
+
+void round_rows(const Product *p, int64_t row, int64_t rows, int64_t k, int64_t depth, const float *magnitude, IntegerRows to);
+
+/* 16 matrix rows from `row` on, contraction k .. k + depth. Rows beyond `end` give zeros. */
+void look_up_rows(const Nf4 *w, int64_t first_matrix, int64_t row, int64_t end, int64_t k, int64_t depth, IntegerPanel to);
+
+/* Matrix rows k .. k + depth, 64 columns from `column` on -> four panels. Rows from k + depth on to the end of their block of
+   64 give zeros. */
+void look_up_columns(
+    const Nf4 *w, int64_t first_matrix, int64_t k, int64_t depth, int64_t column, Magnitudes magnitude, IntegerPanel to[4]);
+
+#endif

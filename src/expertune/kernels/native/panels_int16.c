@@ -1,0 +1,294 @@
+/* Panels of the GEMMs in integers: tokens are rounded block by block, weights looked up as integers. */
+#include "grouped_gemm_int16.h"
+
+#include <math.h>
+
+/* ---- x ----------------------------------------------------------------------------------------------------------- */
+
+INLINE float largest_of(__m256 v)
+{
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+
+INLINE float sum_of(__m256 v)
+{
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+/* 64 numbers -> integers, no magnitude above 32767 and their magnitudes together at most MOST_SUM; returns what one is
+   worth: NaN where a number is not finite. */
+INLINE float round_block(const __m256 v[8], int16_t to[BLOCK])
+{
+    const __m256 sign = _mm256_set1_ps(-0.0f), part = _mm256_set1_ps(1.0f / BLOCK);
+    __m256 most = _mm256_setzero_ps(), mean = _mm256_setzero_ps();
+    for (int i = 0; i < 8; i++) {
+        __m256 size = _mm256_andnot_ps(sign, v[i]);
+        most = _mm256_max_ps(most, size);
+        mean = _mm256_fmadd_ps(size, part, mean);
+    }
+    const float peak = largest_of(most), average = sum_of(mean);
+    const int finite = average <= FLT_MAX;
+    /* Below 2 ** -112 the quotient would overflow, and the sum is nothing beside any other. Each number rounds by at most
+       1/2, and the average's own rounding is worth less than 32. */
+    const int counts = finite && peak > 1.9e-34f;
+    const float by_peak = 32767.0f / peak, by_sum = (float)(MOST_SUM - 64) / BLOCK / average;
+    const float factor = counts ? (by_peak < by_sum ? by_peak : by_sum) : 0.0f;
+    const __m256 each = _mm256_set1_ps(factor);
+    for (int i = 0; i < 8; i += 2) {
+        __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], each)), high = _mm256_cvtps_epi32(_mm256_mul_ps(v[i + 1], each));
+        if (!finite)
+            low = high = _mm256_setzero_si256();
+        _mm256_storeu_si256((__m256i *)(to + 8 * i), _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8));
+    }
+    return counts ? 1.0f / factor : finite ? 0.0f : NAN;
+}
+
+void round_rows(const Product *p, int64_t row, int64_t rows, int64_t k, int64_t depth, const float *magnitude, IntegerRows to)
+{
+    for (int64_t first = 0; first < rows; first += MR, to.pairs += MR * DEEP / 2, to.scales += MR * DEEP / BLOCK) {
+        const int count = (int)(rows - first < MR ? rows - first : MR);
+        const float *from[MR];
+        for (int i = 0; i < count; i++)
+            from[i] = p->x + (p->index == NULL ? row + first + i : p->index[row + first + i]) * p->x_stride + k;
+        for (int64_t at = 0; at < depth; at += BLOCK) {
+            int32_t integers[MR][BLOCK / 2], *pairs = (int32_t *)to.pairs + at / 2 * MR;
+            float edge[BLOCK] = {0};
+            for (int i = 0; i < count; i++) {
+                const float *block = from[i] + at;
+                if (depth - at < BLOCK)
+                    block = memcpy(edge, block, sizeof(float) * (size_t)(depth - at));
+                __m256 v[8];
+                for (int j = 0; j < 8; j++) {
+                    v[j] = _mm256_loadu_ps(block + 8 * j);
+                    if (magnitude != NULL)
+                        v[j] = _mm256_mul_ps(v[j], _mm256_loadu_ps(magnitude + at + 8 * j));
+                }
+                to.scales[at / BLOCK * MR + i] = round_block(v, (int16_t *)integers[i]);
+            }
+            for (int64_t j = 0; j < BLOCK / 2; j++, pairs += MR)
+                for (int i = 0; i < count; i++)
+                    pairs[i] = integers[i][j];
+        }
+    }
+}
+
+/* ---- W ----------------------------------------------------------------------------------------------------------- */
+
+/* The low and the high bytes of a codebook's 16 values as integers of which 1 is `unit`. */
+typedef struct {
+    __m256i low, high;
+} Bytes;
+
+/* What 1 is as an integer: the largest power of two with which no value of the codebook exceeds `most`. */
+INLINE float unit_of(const Nf4 *w, float most)
+{
+    float largest = 0.0f, unit = most;
+    for (int i = 0; i < 16; i++)
+        largest = fabsf(w->values[i]) > largest ? fabsf(w->values[i]) : largest;
+    while (largest * unit > most)
+        unit /= 2;
+    return unit;
+}
+
+INLINE Bytes bytes_of(const Nf4 *w, float unit)
+{
+    uint8_t low[16], high[16];
+    for (int i = 0; i < 16; i++) {
+        long value = lrintf(w->values[i] * unit);
+        value = value > INT16_MAX ? INT16_MAX : value;
+        low[i] = (uint8_t)(value & 255), high[i] = (uint8_t)(value >> 8 & 255);
+    }
+    return (Bytes){_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)low)),
+                   _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)high))};
+}
+
+/* Bytes of 16 rows, 32 of each -> 16 vectors that hold bytes i and 16 + i of each row: four perfect shuffles. */
+INLINE void transpose_bytes(__m256i v[16])
+{
+    for (int round = 0; round < 4; round++) {
+        __m256i out[16];
+        for (int i = 0; i < 8; i++) {
+            out[2 * i] = _mm256_unpacklo_epi8(v[i], v[i + 8]);
+            out[2 * i + 1] = _mm256_unpackhi_epi8(v[i], v[i + 8]);
+        }
+        for (int i = 0; i < 16; i++)
+            v[i] = out[i];
+    }
+}
+
+INLINE void look_up_rows_of(
+    int kind, const Nf4 *w, int64_t first_matrix, int64_t row, int64_t end, int64_t k, int64_t depth, IntegerPanel to)
+{
+    const int halves = kind == HALVES ? 2 : 1;
+    const int64_t blocks = w->columns / BLOCK;
+    Matrix m[NR];
+    int64_t local[NR];
+    for (int i = 0; i < NR; i++) {
+        int64_t at = row + i < end ? row + i : end - 1;
+        m[i] = matrix_of(w, kind, first_matrix + at / w->rows);
+        local[i] = at % w->rows * blocks;
+    }
+    const float unit = unit_of(w, MOST_WEIGHT), worth = 1.0f / unit;
+    const Bytes table = bytes_of(w, unit);
+    const __m256i low_half = _mm256_set1_epi8(15);
+    __m256i *pairs = (__m256i *)to.pairs;
+    for (int64_t block = k / BLOCK; block < (k + depth) / BLOCK; block++, pairs += BLOCK / 2 * 2) {
+        for (int half = 0; half < halves; half++, to.scales += NR)
+            for (int i = 0; i < NR; i++)
+                to.scales[i] = row + i < end ? scale_in(&m[i], kind, local[i] + block, half) * worth : 0.0f;
+        __m256i v[16];
+        for (int i = 0; i < NR; i++)
+            v[i] = _mm256_loadu_si256((const __m256i *)(m[i].packed + (local[i] + block) * BLOCK_BYTES));
+        transpose_bytes(v);
+        for (int j = 0; j < 16; j++) {
+            __m256i even = _mm256_and_si256(_mm256_srli_epi16(v[j], 4), low_half), odd = _mm256_and_si256(v[j], low_half);
+            __m256i even_low = _mm256_shuffle_epi8(table.low, even), even_high = _mm256_shuffle_epi8(table.high, even);
+            __m256i odd_low = _mm256_shuffle_epi8(table.low, odd), odd_high = _mm256_shuffle_epi8(table.high, odd);
+            __m256i a = _mm256_unpacklo_epi8(even_low, even_high), b = _mm256_unpackhi_epi8(even_low, even_high);
+            __m256i c = _mm256_unpacklo_epi8(odd_low, odd_high), d = _mm256_unpackhi_epi8(odd_low, odd_high);
+            __m256i ac = _mm256_unpacklo_epi16(a, c), ac_high = _mm256_unpackhi_epi16(a, c);
+            __m256i bd = _mm256_unpacklo_epi16(b, d), bd_high = _mm256_unpackhi_epi16(b, d);
+            _mm256_store_si256(pairs + 2 * j, _mm256_permute2x128_si256(ac, ac_high, 0x20));
+            _mm256_store_si256(pairs + 2 * j + 1, _mm256_permute2x128_si256(bd, bd_high, 0x20));
+            _mm256_store_si256(pairs + 2 * (j + 16), _mm256_permute2x128_si256(ac, ac_high, 0x31));
+            _mm256_store_si256(pairs + 2 * (j + 16) + 1, _mm256_permute2x128_si256(bd, bd_high, 0x31));
+        }
+    }
+}
+
+void look_up_rows(const Nf4 *w, int64_t first_matrix, int64_t row, int64_t end, int64_t k, int64_t depth, IntegerPanel to)
+{
+    if (w->halves)
+        look_up_rows_of(HALVES, w, first_matrix, row, end, k, depth, to);
+    else if (w->codebook == NULL)
+        look_up_rows_of(PLAIN_ABSMAX, w, first_matrix, row, end, k, depth, to);
+    else
+        look_up_rows_of(DOUBLE_QUANTIZED, w, first_matrix, row, end, k, depth, to);
+}
+
+void magnitudes(const Nf4 *w, int64_t first_matrix, int64_t k, int64_t depth, Magnitudes to)
+{
+    const int64_t blocks = w->columns / BLOCK;
+    int64_t matrix = first_matrix + k / w->rows, local = k % w->rows;
+    for (int64_t d = 0; d < depth; d++) {
+        float first = fabsf(scale_of(w, matrix, local * blocks, 0));
+        float other = fabsf(scale_of(w, matrix, local * blocks + blocks / 2, 0));
+        float larger = first > other ? first : other;
+        for (int64_t block = 1; block < blocks && larger == 0.0f; block++)
+            larger = fabsf(scale_of(w, matrix, local * blocks + block, 0));
+        to.each[d] = larger > 1e-30f && larger < 1e30f ? larger : 1.0f;
+        to.inverse[d] = 1.0f / to.each[d];
+        if (++local == w->rows)
+            matrix++, local = 0;
+    }
+    for (int64_t d = depth; d % BLOCK; d++)
+        to.each[d] = to.inverse[d] = 0.0f;
+}
+
+/* 64 weights of a row, scaled: 16 bits, in four vectors of 0 .. 7 and 32 .. 39, 8 .. 15 and 40 .. 47, and so on. */
+INLINE void scaled_weights(const uint8_t *packed, Bytes table, __m256i ratio, __m256i out[4])
+{
+    const __m256i low_half = _mm256_set1_epi8(15), bytes = _mm256_loadu_si256((const __m256i *)packed);
+    __m256i even = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low_half), odd = _mm256_and_si256(bytes, low_half);
+    __m256i first = _mm256_unpacklo_epi8(even, odd), second = _mm256_unpackhi_epi8(even, odd);
+    __m256i low = _mm256_shuffle_epi8(table.low, first), high = _mm256_shuffle_epi8(table.high, first);
+    out[0] = _mm256_mulhrs_epi16(_mm256_unpacklo_epi8(low, high), ratio);
+    out[1] = _mm256_mulhrs_epi16(_mm256_unpackhi_epi8(low, high), ratio);
+    low = _mm256_shuffle_epi8(table.low, second), high = _mm256_shuffle_epi8(table.high, second);
+    out[2] = _mm256_mulhrs_epi16(_mm256_unpacklo_epi8(low, high), ratio);
+    out[3] = _mm256_mulhrs_epi16(_mm256_unpackhi_epi8(low, high), ratio);
+}
+
+/* Where 64 rows of a column of blocks lie, and their scales over the rows' magnitudes; rows from `count` on are the last one,
+   with scales of 0. */
+INLINE void rows_of_column(
+    int kind, const Nf4 *w, int64_t first_matrix, int64_t k, int64_t count, int64_t column, const float *inverse,
+    const uint8_t *packed[BLOCK], float scales[2][BLOCK])
+{
+    const int64_t blocks = w->columns / BLOCK;
+    int64_t matrix = first_matrix + k / w->rows, local = k % w->rows;
+    Matrix m = matrix_of(w, kind, matrix);
+    for (int64_t d = 0; d < count; d++) {
+        const int64_t block = local * blocks + column / BLOCK;
+        packed[d] = m.packed + block * BLOCK_BYTES;
+        scales[0][d] = scale_in(&m, kind, block, 0) * inverse[d];
+        if (kind == HALVES)
+            scales[1][d] = scale_in(&m, kind, block, 1) * inverse[d];
+        if (++local == w->rows && d + 1 < count)
+            m = matrix_of(w, kind, ++matrix), local = 0;
+    }
+    for (int64_t d = count; d < BLOCK; d++)
+        packed[d] = packed[count - 1], scales[0][d] = scales[1][d] = 0.0f;
+}
+
+/* Scales of 64 rows as integers of which MOST_WEIGHT is the largest; returns that one, or NaN where one is not finite. */
+INLINE float round_scales(const float scales[BLOCK], int16_t to[BLOCK])
+{
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    __m256 most = _mm256_setzero_ps(), bad = _mm256_setzero_ps();
+    for (int i = 0; i < BLOCK; i += 8) {
+        __m256 v = _mm256_loadu_ps(scales + i);
+        most = _mm256_max_ps(most, _mm256_andnot_ps(sign, v));
+        bad = _mm256_add_ps(bad, _mm256_sub_ps(v, v));   /* 0, or NaN where a scale is not finite */
+    }
+    const float largest = largest_of(most), fault = sum_of(bad);
+    const int counts = largest > 1e-34f && fault == 0.0f;
+    const __m256 each = _mm256_set1_ps(counts ? MOST_WEIGHT / largest : 0.0f);
+    for (int i = 0; i < BLOCK; i += 16) {
+        __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(scales + i), each));
+        __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(scales + i + 8), each));
+        _mm256_storeu_si256((__m256i *)(to + i), _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8));
+    }
+    return counts ? largest : fault;
+}
+
+INLINE void look_up_columns_of(
+    int kind, const Nf4 *w, int64_t first_matrix, int64_t k, int64_t depth, int64_t column, Magnitudes magnitude,
+    IntegerPanel to[4])
+{
+    const float unit = unit_of(w, MULHRS_ONE), worth = MULHRS_ONE / MOST_WEIGHT / unit;
+    const Bytes table = bytes_of(w, unit);
+    for (int64_t at = 0; at < depth; at += BLOCK) {
+        const int64_t count = depth - at < BLOCK ? depth - at : BLOCK;
+        const uint8_t *packed[BLOCK];
+        float scales[2][BLOCK];
+        int16_t ratios[2][BLOCK];
+        rows_of_column(kind, w, first_matrix, k + at, count, column, magnitude.inverse + at, packed, scales);
+        for (int half = 0; half < 2; half++) {
+            const float most = half == 0 || kind == HALVES ? round_scales(scales[half], ratios[half]) * worth
+                                                           : to[0].scales[at / BLOCK * NR];
+            for (int i = 0; i < 2 * NR; i++)
+                to[2 * half + i / NR].scales[at / BLOCK * NR + i % NR] = most;
+        }
+        for (int64_t d = 0; d < BLOCK; d += 2) {
+            __m256i rows[2][4];
+            for (int i = 0; i < 2; i++) {
+                __m256i ratio = _mm256_set1_epi16(ratios[0][d + i]);
+                if (kind == HALVES)
+                    ratio = _mm256_set_m128i(_mm_set1_epi16(ratios[1][d + i]), _mm256_castsi256_si128(ratio));
+                scaled_weights(packed[d + i], table, ratio, rows[i]);
+            }
+            for (int i = 0; i < 4; i++) {
+                __m256i low = _mm256_unpacklo_epi16(rows[0][i], rows[1][i]), high = _mm256_unpackhi_epi16(rows[0][i], rows[1][i]);
+                const int64_t place = (at + d) / 2 * 2 + i % 2;
+                _mm256_store_si256((__m256i *)to[i / 2].pairs + place, _mm256_permute2x128_si256(low, high, 0x20));
+                _mm256_store_si256((__m256i *)to[i / 2 + 2].pairs + place, _mm256_permute2x128_si256(low, high, 0x31));
+            }
+        }
+    }
+}
+
+void look_up_columns(
+    const Nf4 *w, int64_t first_matrix, int64_t k, int64_t depth, int64_t column, Magnitudes magnitude, IntegerPanel to[4])
+{
+    if (w->halves)
+        look_up_columns_of(HALVES, w, first_matrix, k, depth, column, magnitude, to);
+    else if (w->codebook == NULL)
+        look_up_columns_of(PLAIN_ABSMAX, w, first_matrix, k, depth, column, magnitude, to);
+    else
+        look_up_columns_of(DOUBLE_QUANTIZED, w, first_matrix, k, depth, column, magnitude, to);
+}
