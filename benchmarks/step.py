@@ -13,10 +13,10 @@ from benchmarks.peers.processes import GPU_STACKS, STACKS, Driver
 from benchmarks.workload import DOLLY_SAMPLE, Lora, Shape, Workload, describe, prepare
 
 # Those that run where nothing is named: on a CPU. On a GPU: `GPU_STACKS`.
-PEERS = tuple(name for name in STACKS if name not in ("ours", "kept", *GPU_STACKS))
+PEERS = tuple(name for name in STACKS if name not in ("ours", "kept", "bfloat16", *GPU_STACKS))
 
 # Peers that hold the same NF4 bytes as ours.
-SAME_WEIGHTS = ("legacy", "tutorial", "kept")
+SAME_WEIGHTS = ("legacy", "tutorial", "kept", "bfloat16")
 
 # Peers with the same NF4 values, under adapters that cannot be ours: the loss without any must agree.
 SAME_BASE = GPU_STACKS
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peers", nargs="*", choices=(*PEERS, *GPU_STACKS), help="default: all that run on the device")
     parser.add_argument("--keep", action="store_true", help="ours that keeps gate and up for backward takes turns too")
+    parser.add_argument("--bfloat16", action="store_true", help="ours with tensors in bfloat16 takes turns too")
     report.add_dtype_argument(parser)
     parser.add_argument(
         "--peer-dtype",
@@ -60,13 +61,13 @@ def run(args: argparse.Namespace) -> None:
     shape = Shape(args.hidden, args.intermediate, args.layers, args.experts, args.top_k)
     lora = Lora()
     cache = args.cache or Path(tempfile.gettempdir()) / "expertune-bench"
-    names = [*_peers(args), *(["kept"] if args.keep else [])]
+    names = [*_peers(args), *(["kept"] if args.keep else []), *(["bfloat16"] if args.bfloat16 else [])]
     workload = prepare(shape, lora, args.tokens, args.text, cache)
     dtype = report.resolve_dtype(args.dtype, args.device)
     paths = ["--model", workload.model, "--adapter", workload.adapter, "--batch", workload.batch]
     options = [*map(str, paths), "--dropout", str(lora.dropout), "--device", args.device]
     given = args.dtype if args.peer_dtype == "auto" else args.peer_dtype
-    tried = {name: _try_dtypes(name, options, report.dtypes_of_peers(given, args.device)) for name in names}
+    tried = {name: _try_dtypes(name, options, _dtypes_to_try(name, given, args.device)) for name in names}
     dtypes = {name: min(seconds, key=lambda each: seconds[each]) for name, seconds in tried.items()}
     dtypes["ours"] = report.name_of(dtype)  # what a run takes by itself
     rates = floor.ProductRates(shape, args.tokens, dtype) if args.device == "cpu" else None
@@ -82,6 +83,11 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         report.write(args.json, result)
     _show(result)
+
+
+def _dtypes_to_try(name: str, given: str, device: str) -> list[torch.dtype]:
+    """Of a stack, where `given` leaves its choice."""
+    return [torch.bfloat16] if name == "bfloat16" else report.dtypes_of_peers(given, device)
 
 
 def _peers(args: argparse.Namespace) -> list[str]:

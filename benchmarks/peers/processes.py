@@ -18,6 +18,7 @@ LEGACY_PYTHON = "EXPERTUNE_LEGACY_PYTHON"
 STACKS: dict[str, tuple[str, list[str]]] = {
     "ours": ("ours", []),
     "kept": ("ours", ["--keep"]),
+    "bfloat16": ("ours", []),
     "legacy": ("legacy", []),
     "tutorial": ("legacy", ["--pad-to", "320"]),
     "stock5": ("stock5", []),

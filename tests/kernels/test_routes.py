@@ -78,6 +78,24 @@ def test_crossover_is_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @needs_native
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        (torch.float32, "products in float32, fused below 64 tokens per expert, dequant_gemm from there on"),
+        (torch.bfloat16, "products in integers of 16 bits, fused below 512 tokens per expert, dequant_gemm in float32"),
+    ],
+)
+def test_products_in_integers_are_measured_and_named_for_themselves(
+    dtype: torch.dtype, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = {torch.float32: 64, torch.bfloat16: 512}
+    monkeypatch.setattr(native, "bfloat16_arithmetic", lambda: 0)
+    monkeypatch.setattr(routes, "gemm_dtype", lambda dtype, device: torch.float32)
+    monkeypatch.setattr(routes, "_measured", lambda dtype, *_: {"crossover": measured[dtype]})
+    assert routes.summarize(KernelSettings().describe(CPU, dtype)).startswith(said)
+
+
+@needs_native
 def test_measuring_finds_one_of_the_token_counts_it_tries() -> None:
     assert routes._measure(torch.float32) in (*routes._TOKENS, routes._NEVER)
 

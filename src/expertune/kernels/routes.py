@@ -213,7 +213,8 @@ def usable_routes(device: torch.device, dtype: torch.dtype) -> tuple[Route, ...]
 
 def summarize(described: dict[str, Any]) -> str:
     """What `describe` found, in a sentence for the terminal."""
-    products = f"products in {described['product_dtype']}"
+    in_integers = described.get("fused_in") == _FUSED_IN[native.INTEGERS] and described["setting"] != DEQUANT_GEMM
+    products = f"products in {_FUSED_IN[native.INTEGERS] if in_integers else described['product_dtype']}"
     if described.get("native", "in use") != "in use":
         return f"{products} by torch and bitsandbytes alone, without the native library: {described['native']}"
     if described.get("triton", "in use") != "in use":
@@ -225,7 +226,8 @@ def summarize(described: dict[str, Any]) -> str:
     if described["setting"] != "auto":
         return f"{products}, {described['setting']} as kernels.route says{note}"
     below = described["crossover"]
-    limit = "" if below == _NEVER else f" below {below} tokens per expert, {DEQUANT_GEMM} from there on"
+    first = f"{DEQUANT_GEMM} in {described['product_dtype']}" if in_integers else DEQUANT_GEMM
+    limit = "" if below == _NEVER else f" below {below} tokens per expert, {first} from there on"
     return f"{products}, {FUSED}{limit}{note}"
 
 

@@ -1,4 +1,18 @@
-/* Grouped GEMMs with NF4 weights in integers of 16 bits, where the CPU multiplies no 16-bit floats. */
+/* Grouped GEMMs with NF4 weights in integers: what grouped_gemm.c does, for tokens of 16 bits where the CPU has AVX2 and
+   multiplies no 16-bit floats. VPMADDWD multiplies and adds 16 pairs of integers where an FMA takes 8 floats.
+
+   Each block of 64 numbers of a token is rounded to multiples of a scale of its own, and each value of the codebook to
+   8192ths (MXFP4's are whole numbers of 1024ths). Products of a block are summed in 32 bits, exactly, and added to y in float32,
+   times the block's and the weights' scales. The magnitudes of a block's integers come to less than 2 ** 18 together, so
+   that no sum can overflow, and none is above 32767: of 64 normally distributed numbers the largest is about 13,000.
+
+   Where the contraction runs along W's rows (input gradients) a sum meets 64 rows with scales of their own. Rows are
+   divided by the largest of their scales, and tokens multiplied with it; what is left of a scale is part of the weights'
+   integers, whose largest of 64 x 64 is about 8192. Rows, and columns of blocks, may so differ in size by any factor.
+
+   A number of a token is off by about 1/26000 of the largest of its block and a weight by at most 1/16384 of the largest, or
+   1/8192 in input gradients, where bfloat16 is off by up to 1/512 of each number. A token that is not finite gives NaN. Each
+   element of y is summed in the contraction's order, whatever the number of threads. */
 #include "grouped_gemm_int16.h"
 
 /* sums += a pair of a token times pairs of 16 columns. In the processor's words, because compilers that are to choose an order
@@ -85,18 +99,25 @@ static void multiply_rows(
         multiply_rows_by(BLOCK / 2, x, w, rows, blocks, y, stride, width, add);
 }
 
+/* What a thread works in: its panels of float32, whose memory is enough. */
+typedef struct {
+    Pair w[4][DEEP / 2 * NR];
+    float w_scales[4][2 * (DEEP / BLOCK) * NR];
+    float magnitude[DEEP], inverse[DEEP];
+    Pair x[(INTEGER_ROWS / MR) * (DEEP / 2) * MR];
+    float x_scales[(INTEGER_ROWS / MR) * (DEEP / BLOCK) * MR];
+} Scratch;
+
+_Static_assert(INTEGER_ROWS % MR == 0 && sizeof(Scratch) <= sizeof(float) * (MC + MR + STRIPE) * KC, "does not fit");
+
 void multiply_integers(const Product *p, int64_t e, int64_t row, int64_t rows, int64_t column, int64_t column_end)
 {
-    char *memory = (char *)panels();
+    Scratch *own = (Scratch *)panels();
+    const IntegerRows x = {own->x, own->x_scales};
+    const Magnitudes magnitude = {own->magnitude, own->inverse};
     IntegerPanel w[4];
-    for (int i = 0; i < 4; i++, memory += sizeof(Pair) * DEEP / 2 * NR)
-        w[i].pairs = (Pair *)memory;
-    for (int i = 0; i < 4; i++, memory += sizeof(float) * 2 * (DEEP / BLOCK) * NR)
-        w[i].scales = (float *)memory;
-    Magnitudes magnitude = {(float *)memory, (float *)memory + DEEP};
-    memory += sizeof(float) * 2 * DEEP;
-    IntegerRows x = {.scales = (float *)memory};
-    x.pairs = (Pair *)(memory + sizeof(float) * (INTEGER_ROWS + MR) * (DEEP / BLOCK));
+    for (int i = 0; i < 4; i++)
+        w[i] = (IntegerPanel){own->w[i], own->w_scales[i]};
     for (int64_t k = 0; k < p->depth; k += DEEP) {
         const int64_t depth = p->depth - k < DEEP ? p->depth - k : DEEP, blocks = (depth + BLOCK - 1) / BLOCK;
         if (!p->transposed)
@@ -108,8 +129,8 @@ void multiply_integers(const Product *p, int64_t e, int64_t row, int64_t rows, i
                 look_up_rows(p->nf4, e * p->parts, n, column_end, k, depth, w[0]);
             else if (at == 0)
                 look_up_columns(p->nf4, e * p->parts, k, depth, n, magnitude, w);
-            multiply_rows(p->transposed && p->nf4->halves, x, w[at], rows, blocks, p->y + row * p->y_stride + n, p->y_stride,
-                          column_end - n, k > 0);
+            float *y = p->y + row * p->y_stride + n;
+            multiply_rows(p->transposed && p->nf4->halves, x, w[at], rows, blocks, y, p->y_stride, column_end - n, k > 0);
         }
     }
 }

@@ -34,8 +34,8 @@ typedef struct {
     float *each, *inverse;
 } Magnitudes;
 
-/* How large the numbers of W's rows k .. k + depth are, roughly: what tokens are multiplied with, and rows divided by, before
-   both are rounded, where the contraction runs along W's rows. */
+/* The largest scale of each of W's rows k .. k + depth: what tokens are multiplied with, and rows divided by, before both
+   are rounded, where the contraction runs along W's rows. */
 void magnitudes(const Nf4 *w, int64_t first_matrix, int64_t k, int64_t depth, Magnitudes to);
 
 void round_rows(const Product *p, int64_t row, int64_t rows, int64_t k, int64_t depth, const float *magnitude, IntegerRows to);

@@ -21,7 +21,7 @@ INLINE float sum_of(__m256 v)
 
 /* 64 numbers -> integers, no magnitude above 32767 and their magnitudes together at most MOST_SUM; returns what one is
    worth: NaN where a number is not finite. */
-INLINE float round_block(const __m256 v[8], int16_t to[BLOCK])
+INLINE float round_block(const __m256 v[8], Pair to[BLOCK / 2])
 {
     const __m256 sign = _mm256_set1_ps(-0.0f), part = _mm256_set1_ps(1.0f / BLOCK);
     __m256 most = _mm256_setzero_ps(), mean = _mm256_setzero_ps();
@@ -42,7 +42,7 @@ INLINE float round_block(const __m256 v[8], int16_t to[BLOCK])
         __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], each)), high = _mm256_cvtps_epi32(_mm256_mul_ps(v[i + 1], each));
         if (!finite)
             low = high = _mm256_setzero_si256();
-        _mm256_storeu_si256((__m256i *)(to + 8 * i), _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8));
+        _mm256_storeu_si256((__m256i *)(to + 4 * i), _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8));
     }
     return counts ? 1.0f / factor : finite ? 0.0f : NAN;
 }
@@ -55,7 +55,7 @@ void round_rows(const Product *p, int64_t row, int64_t rows, int64_t k, int64_t 
         for (int i = 0; i < count; i++)
             from[i] = p->x + (p->index == NULL ? row + first + i : p->index[row + first + i]) * p->x_stride + k;
         for (int64_t at = 0; at < depth; at += BLOCK) {
-            int32_t integers[MR][BLOCK / 2], *pairs = (int32_t *)to.pairs + at / 2 * MR;
+            Pair integers[MR][BLOCK / 2], *pairs = to.pairs + at / 2 * MR;
             float edge[BLOCK] = {0};
             for (int i = 0; i < count; i++) {
                 const float *block = from[i] + at;
@@ -67,7 +67,7 @@ void round_rows(const Product *p, int64_t row, int64_t rows, int64_t k, int64_t 
                     if (magnitude != NULL)
                         v[j] = _mm256_mul_ps(v[j], _mm256_loadu_ps(magnitude + at + 8 * j));
                 }
-                to.scales[at / BLOCK * MR + i] = round_block(v, (int16_t *)integers[i]);
+                to.scales[at / BLOCK * MR + i] = round_block(v, integers[i]);
             }
             for (int64_t j = 0; j < BLOCK / 2; j++, pairs += MR)
                 for (int i = 0; i < count; i++)
@@ -170,20 +170,53 @@ void look_up_rows(const Nf4 *w, int64_t first_matrix, int64_t row, int64_t end, 
         look_up_rows_of(DOUBLE_QUANTIZED, w, first_matrix, row, end, k, depth, to);
 }
 
+INLINE uint8_t largest_byte(const uint8_t *from, int64_t count)
+{
+    __m256i most = _mm256_setzero_si256();
+    uint8_t lanes[32], largest = 0;
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32)
+        most = _mm256_max_epu8(most, _mm256_loadu_si256((const __m256i *)(from + i)));
+    _mm256_storeu_si256((__m256i *)lanes, most);
+    for (int j = 0; j < 32; j++)
+        largest = lanes[j] > largest ? lanes[j] : largest;
+    for (; i < count; i++)
+        largest = from[i] > largest ? from[i] : largest;
+    return largest;
+}
+
+/* The largest scale of a row's blocks, whose first one is number `block`: the 8-bit codes are in their values' order. */
+INLINE float largest_scale(int kind, const Matrix *m, int64_t block, int64_t blocks)
+{
+    if (kind == HALVES)
+        return power_of_two(largest_byte(m->codes + 2 * block, 2 * blocks));
+    float largest = 0.0f;
+    if (kind == PLAIN_ABSMAX)
+        for (int64_t i = 0; i < blocks; i++)
+            largest = fabsf(m->absmax[block + i]) > largest ? fabsf(m->absmax[block + i]) : largest;
+    for (int64_t at = block; kind == DOUBLE_QUANTIZED && at < block + blocks;) {
+        int64_t end = (at / NESTED_BLOCK + 1) * NESTED_BLOCK;
+        end = end < block + blocks ? end : block + blocks;
+        const float nested = m->nested[at / NESTED_BLOCK];
+        const float scale = m->codebook[largest_byte(m->codes + at, end - at)] * nested + m->offset;
+        largest = fabsf(scale) > largest ? fabsf(scale) : largest;
+        at = end;
+    }
+    return largest;
+}
+
 void magnitudes(const Nf4 *w, int64_t first_matrix, int64_t k, int64_t depth, Magnitudes to)
 {
+    const int kind = w->halves ? HALVES : w->codebook == NULL ? PLAIN_ABSMAX : DOUBLE_QUANTIZED;
     const int64_t blocks = w->columns / BLOCK;
     int64_t matrix = first_matrix + k / w->rows, local = k % w->rows;
+    Matrix m = matrix_of(w, kind, matrix);
     for (int64_t d = 0; d < depth; d++) {
-        float first = fabsf(scale_of(w, matrix, local * blocks, 0));
-        float other = fabsf(scale_of(w, matrix, local * blocks + blocks / 2, 0));
-        float larger = first > other ? first : other;
-        for (int64_t block = 1; block < blocks && larger == 0.0f; block++)
-            larger = fabsf(scale_of(w, matrix, local * blocks + block, 0));
-        to.each[d] = larger > 1e-30f && larger < 1e30f ? larger : 1.0f;
+        const float largest = largest_scale(kind, &m, local * blocks, blocks);
+        to.each[d] = largest > 1e-30f && largest < 1e30f ? largest : 1.0f;
         to.inverse[d] = 1.0f / to.each[d];
-        if (++local == w->rows)
-            matrix++, local = 0;
+        if (++local == w->rows && d + 1 < depth)
+            m = matrix_of(w, kind, ++matrix), local = 0;
     }
     for (int64_t d = depth; d % BLOCK; d++)
         to.each[d] = to.inverse[d] = 0.0f;
@@ -273,7 +306,8 @@ INLINE void look_up_columns_of(
                 scaled_weights(packed[d + i], table, ratio, rows[i]);
             }
             for (int i = 0; i < 4; i++) {
-                __m256i low = _mm256_unpacklo_epi16(rows[0][i], rows[1][i]), high = _mm256_unpackhi_epi16(rows[0][i], rows[1][i]);
+                __m256i low = _mm256_unpacklo_epi16(rows[0][i], rows[1][i]);
+                __m256i high = _mm256_unpackhi_epi16(rows[0][i], rows[1][i]);
                 const int64_t place = (at + d) / 2 * 2 + i % 2;
                 _mm256_store_si256((__m256i *)to[i / 2].pairs + place, _mm256_permute2x128_si256(low, high, 0x20));
                 _mm256_store_si256((__m256i *)to[i / 2 + 2].pairs + place, _mm256_permute2x128_si256(low, high, 0x31));
