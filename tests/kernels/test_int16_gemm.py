@@ -181,7 +181,9 @@ def test_scale_that_is_not_finite_shows_in_what_its_weights_give() -> None:
     stack.absmax[0, 3 * 50 + 1] = float("nan")  # row 50, columns 64 to 128
     (product, _), (gradient, _) = both_ways(torch.randn(9, 192), stack.bytes)
     assert product[:, 50].isnan().all() and product[:, torch.arange(192) != 50].isfinite().all()
-    assert gradient[:, 64:128].isnan().all() and gradient[:, :64].isfinite().all() and gradient[:, 128:].isfinite().all()
+    assert (
+        gradient[:, 64:128].isnan().all() and gradient[:, :64].isfinite().all() and gradient[:, 128:].isfinite().all()
+    )
 
 
 def test_zeros_give_zeros_and_numbers_too_small_to_scale_vanish() -> None:

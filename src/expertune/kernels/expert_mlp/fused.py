@@ -1,7 +1,8 @@
 """The expert layer by GEMMs that dequantize inside: each is one call for all experts. CPU.
 
-Between the GEMMs numbers are float32. Frozen weights and what they multiply are rounded to bfloat16 where tokens are
-bfloat16 and the CPU multiplies it (`native.bfloat16_arithmetic`), with sums in float32; else all arithmetic is float32.
+Between the GEMMs numbers are float32. Where tokens have 16 bits, frozen weights and what they multiply are rounded to
+bfloat16, or to integers on a CPU that multiplies no floats of 16 bits (`native.arithmetic`), with sums in float32; all
+other arithmetic is float32.
 
 The library gathers tokens as it reads them, so that none is copied to its expert, drops what a low-rank factor reads as
 it reads it, and adds the low-rank updates where it sums each output. In bfloat16 it applies SwiGLU there too.

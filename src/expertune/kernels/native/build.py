@@ -32,7 +32,10 @@ SOURCES = (
     *("nf4.c", "panels.c", "grouped_gemm.c", "panels_int16.c", "grouped_gemm_int16.c", *AVX512),
     *("gemv4.c", "swiglu.c", "dropout.c", "cross_entropy.c"),
 )
-HEADERS = ("common.h", "grouped_gemm.h", "panels.h", "grouped_gemm16.h", "grouped_gemm_int16.h", "gemv4.h", "sigmoid.h")
+HEADERS = (
+    *("common.h", "grouped_gemm.h", "panels.h", "grouped_gemm16.h", "grouped_gemm_int16.h"),
+    *("gemv4.h", "sigmoid.h"),
+)
 # No contraction into fused multiply-add where the source does not ask for it: scales must round as bitsandbytes' do.
 FLAGS = (
     *("-std=c11", "-D_DEFAULT_SOURCE", "-O3", "-mavx2", "-mfma", "-mf16c", "-ffp-contract=off"),
