@@ -21,8 +21,8 @@ class QuantizationConfig(Section):
         layers: bits of the decoder's linears, 4 or 16, by `attention`, a projection's name, or a regular expression
             over the end of a module's name on disk; the first that fits decides. Experts are always in 4 bits.
         block_size: weights that share one absmax value.
-        compute_dtype: dtype of the matrix products; `auto` is bfloat16 where the device multiplies it natively. On a CPU
-            that does not, bfloat16 and float16 make products of 4-bit weights in integers of 16 bits, faster than float32.
+        compute_dtype: dtype of the matrix products; `auto` is bfloat16 where the device multiplies it natively. On a
+            CPU that does not, bfloat16 and float16 make products of 4-bit weights in integers, faster than float32.
     """
 
     scheme: Literal["auto", "nf4"] = "auto"
