@@ -123,7 +123,7 @@ def test_sweep_shows_each_point_once_in_each_of_its_curves(tmp_path: Path) -> No
     scaling.write_table(page, {"points": {point.name: found}, **report.environment()})
     text = page.read_text(encoding="utf-8")
     for row in ("tokens 2,048", "layers 2", "rank 8"):
-        assert f"| {row} | 1,000 | 2,000 | 50% | 80% | 2.00 GB |" in text
+        assert f"| {row} | 1,000 | 1.00 (1.00) | 2,000 | 50% | 80% | 2.00 GB |" in text
     assert "old" not in text
     assert len(scaling.draw({point.name: found}).axes) == 2 * 3
 

@@ -153,8 +153,8 @@ static void multiply_low_rank(
     }
 }
 
-/* As `add_update`, and to the bit the same: columns of b that many ranks have would lie a row of b apart, in the same few
-   sets of the cache, and one sum for each would wait for its own last addition. */
+/* As `add_update`, and to the bit the same up to KC ranks: b as it lies has its ranks a row apart, in the same few sets of
+   the cache, and one sum over many of them would wait for its own last addition. */
 static void add_update_in_panels(
     const Update *u, const float *b, int64_t row, int64_t rows, int64_t first, int64_t last, float *sums, int64_t stride)
 {
