@@ -2,17 +2,22 @@
    multiplies no 16-bit floats. VPMADDWD multiplies and adds 16 pairs of integers where an FMA takes 8 floats.
 
    Each block of 64 numbers of a token is rounded to multiples of a scale of its own, and each value of the codebook to
-   8192ths (MXFP4's are whole numbers of 1024ths). Products of a block are summed in 32 bits, exactly, and added to y in float32,
-   times the block's and the weights' scales. The magnitudes of a block's integers come to less than 2 ** 18 together, so
-   that no sum can overflow, and none is above 32767: of 64 normally distributed numbers the largest is about 13,000.
+   8192ths (MXFP4's are whole numbers of 1024ths). Products of a block are summed in 32 bits, exactly, and added to y in
+   float32, times the block's and the weights' scales.
+
+   No sum can overflow: a weight's integer is at most 8192 in magnitude, and those of a token's block come to less than
+   2 ** 18 together, so that 64 products, in any order, stay below 2 ** 31. A token's scale is the smallest for which that
+   holds and no integer is above 32767: of 64 normally distributed numbers the largest is about 13,000.
 
    Where the contraction runs along W's rows (input gradients) a sum meets 64 rows with scales of their own. Rows are
    divided by the largest of their scales, and tokens multiplied with it; what is left of a scale is part of the weights'
-   integers, whose largest of 64 x 64 is about 8192. Rows, and columns of blocks, may so differ in size by any factor.
+   integers, of which 8192 is as much as the largest scale among 64 rows allows. Rows, and columns of blocks, may so
+   differ in size by any factor.
 
-   A number of a token is off by about 1/26000 of the largest of its block and a weight by at most 1/16384 of the largest, or
-   1/8192 in input gradients, where bfloat16 is off by up to 1/512 of each number. A token that is not finite gives NaN. Each
-   element of y is summed in the contraction's order, whatever the number of threads. */
+   Of normally distributed numbers a token's is off by up to 1/26000 of the largest of its block, and a weight by up to
+   1/16384 of its block's, or 1/8192 of its 64 rows' in input gradients; bfloat16 is off by up to 1/512 of each number. A
+   token that is not finite gives NaN. Each element of y is summed in the contraction's order, whatever the number of
+   threads. */
 #include "grouped_gemm_int16.h"
 
 /* sums += a pair of a token times pairs of 16 columns. In the processor's words, because compilers that are to choose an order
@@ -40,9 +45,8 @@ INLINE void multiply(
             sum[i][0] = sum[i][1] = _mm256_setzero_si256();
         for (int d = 0; d < pairs; d++, x += MR, w += NR) {
             __m256i low = _mm256_load_si256((const __m256i *)w), high = _mm256_load_si256((const __m256i *)(w + 8));
-            for (int i = 0; i < mr; i++) {
+            for (int i = 0; i < mr; i++)
                 multiply_add(x + i, low, high, &sum[i][0], &sum[i][1]);
-            }
         }
         __m256 low = _mm256_loadu_ps(w_scales), high = _mm256_loadu_ps(w_scales + 8);
         const float *own = x_scales + s * pairs / (BLOCK / 2) * MR;
