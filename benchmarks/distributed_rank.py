@@ -17,7 +17,7 @@ from transformers import TrainerCallback, trainer
 from benchmarks.timing import memory_status
 from benchmarks.traffic import Counted, Traffic, loopback_bytes, sent_bytes
 from expertune.api import finetune
-from expertune.distributed.parallel import owned_experts
+from expertune.distributed.shares import owned_experts
 from expertune.experts.lora import own_factors
 from expertune.experts.module import Nf4Experts
 

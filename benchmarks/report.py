@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.peers.processes import ROOT
-from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, gemm_dtype
+from expertune.kernels.cpu import cpu_instruction_sets, gemm_dtype
+from expertune.kernels.processor import cpu_name
 from expertune.storage import write_whole
 
 _PACKAGES = ("expertune", "torch", "transformers", "peft", "bitsandbytes")

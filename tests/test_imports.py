@@ -1,5 +1,6 @@
 """Start-up is light: a command imports what it uses, and help or a mistake none of the libraries of a run."""
 
+import ast
 import json
 from pathlib import Path
 
@@ -137,12 +138,8 @@ def test_values_that_an_adapter_contradicts_are_told_with_both(ended: dict[str, 
     assert "lora.r is 8, but the adapter at " in ended[str(["plan", "{tuned}"])].err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "unused"),
-    [(["plan", "examples/demo.yaml"], NOT_OF_A_PLAN), (["doctor"], NOT_OF_DOCTOR)],
-    ids=["plan", "doctor"],
-)
-def test_a_command_imports_no_more_than_it_uses(arguments: list[str], unused: list[str]) -> None:
+def run_command(arguments: list[str], unused: list[str], imports: str, cache: Path) -> tuple[Ended, list[str]]:
+    """A command with some imports already made; and what of `unused` it has loaded."""
     code = f"""
 import sys
 from expertune.cli import main
@@ -152,9 +149,25 @@ try:
 finally:
     print([name for name in {unused} if name in sys.modules], file=sys.stderr)
 """
-    ended = run_program(code, imports="import torch", HF_HUB_OFFLINE="1")
-    assert ended.err.splitlines()[-1] == "[]"
-    assert ended.status == 0
+    ended = run_program(code, imports=imports, HF_HUB_OFFLINE="1", XDG_CACHE_HOME=str(cache))
+    assert ended.status == 0, ended.err
+    return ended, ast.literal_eval(ended.err.splitlines()[-1])
+
+
+def test_doctor_imports_no_more_than_it_uses(tmp_path: Path) -> None:
+    assert run_command(["doctor"], NOT_OF_DOCTOR, "import torch", tmp_path)[1] == []
+
+
+def test_the_first_plan_imports_nothing_that_trains_and_the_next_one_no_heavy_library(tmp_path: Path) -> None:
+    command = ["plan", "examples/demo.yaml", "--memory", "16GB"]
+    first, loaded = run_command(command, NOT_OF_A_PLAN, "import sys", tmp_path)
+    assert loaded == []
+    again, loaded = run_command(command, [*HEAVY, "tokenizers", "huggingface_hub"], "import sys", tmp_path)
+    assert loaded == []
+    assert again.out == first.out
+    # Another rank and another batch need nothing that the model does not say.
+    changed = [*command, "lora.r=64", "training.per_device_train_batch_size=4"]
+    assert run_command(changed, HEAVY, "import sys", tmp_path)[1] == []
 
 
 def test_a_run_does_not_import_what_other_objectives_need() -> None:

@@ -13,15 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig
 
 from expertune.config import RunConfig, parse_config
 from expertune.gpus import LINKS
+from expertune.kernels.amounts import BFLOAT16
 from expertune.planning.devices import Machine
-from expertune.planning.plan import plan_for, read_shapes
+from expertune.planning.plan import plan_for
+from expertune.planning.reading import read_shapes
 from expertune.planning.result import Plan
-from expertune.planning.table import short_seconds, size
+from expertune.planning.table import short_seconds
+from expertune.text import format_size as size
 
 GPUS = {"24 GB": "rtx-4090", "80 GB": "h100"}
 DEVICES = (1, 2, 4, 8, 16, 64)
@@ -104,10 +106,10 @@ def table(name: str, folder: Path) -> Iterator[str]:
     config = run_of(folder)
     links = [link.short.replace("\n", " ") for link in LINKS]
     head = ["GPUs", "each", "experts held by", "peak", "experts", "on the host", "sent", *links, ""]
-    shapes, rows = read_shapes(config, torch.bfloat16), []
+    shapes, rows = read_shapes(config, BFLOAT16), []
     for count in DEVICES:
         for memory, gpu in GPUS.items():
-            plan = plan_for(config, Machine.of(config, gpu=gpu, devices=count), shapes=shapes)
+            plan = plan_for(config, Machine.of(config, gpu=gpu, devices=count), read=lambda *_: shapes)
             rows.append(row(count, memory, plan))
     billions = plan.parameters.total / 1e9
     assert abs(billions - PARAMETERS[name]) < 0.1, f"{name} has {billions:.1f} billion parameters by its config"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from expertune.experts import layout
 from expertune.experts.module import Nf4Experts, keep_inner
-from expertune.kernels.expert_mlp.plan import kept_bytes_per_routed_token
+from expertune.kernels.amounts import kept_bytes_per_routed_token
 from tests.experts.families import build_experts, experts_classes, from_matrices, random_routing
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+from expertune.kernels.amounts import kept_bytes_per_routed_token
 from expertune.kernels.expert_mlp import Activation, dequant_gemm, expert_mlp, fused, operator
-from expertune.kernels.expert_mlp.plan import kept_bytes_per_routed_token
 from tests.kernels.expert_layers import FLOAT32, HALF, SHAPES, Case, F, assert_same_as_plain, clamped_gate, make_case
 from tests.kernels.settings import SETTINGS
 from tests.kernels.test_mxfp4 import random_stack

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from expertune.kernels import native
+from expertune.kernels import amounts, native
 from expertune.kernels.linear_cross_entropy import chunked, linear_cross_entropy, reference, tiles
 from expertune.kernels.linear_cross_entropy.per_token import linear_log_probs
 from tests.kernels.output_heads import FLOAT32, TOLERANCES, Case, assert_same_as_plain, make_case
@@ -21,10 +21,10 @@ from tests.kernels.output_heads import FLOAT32, TOLERANCES, Case, assert_same_as
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks of rows and several tiles of the vocabulary, the last of each short."""
-    monkeypatch.setitem(chunked.LOGITS_BYTES, "cpu", 4 * 157 * 5)
-    monkeypatch.setattr(chunked, "_MIN_ROWS", 5)
+    monkeypatch.setitem(amounts.LOGITS_BYTES, "cpu", 4 * 157 * 5)
+    monkeypatch.setattr(amounts, "_MIN_LOGIT_ROWS", 5)
     monkeypatch.setattr(chunked, "_TILE_MULTIPLE", 8)
-    monkeypatch.setitem(chunked.TILE_BYTES, "cpu", 4 * 33 * 24)
+    monkeypatch.setitem(amounts.LOGIT_TILE_BYTES, "cpu", 4 * 33 * 24)
 
 
 @pytest.fixture(params=[True, False], ids=["native library", "torch"])
@@ -230,7 +230,7 @@ def run_inside(case: Case) -> int:
 
 
 def test_temporaries_do_not_grow_with_rows_times_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(chunked.LOGITS_BYTES, "cpu", 2**20)
+    monkeypatch.setitem(amounts.LOGITS_BYTES, "cpu", 2**20)
     few, many = (run_inside(make_case(rows, 4096, 16, labeled=1.0)) for rows in (128, 2048))
     assert few == many
     assert many <= 2**20
@@ -263,7 +263,7 @@ def test_half_precision_weight_is_never_held_whole_in_float32() -> None:
     case = make_case(64, 50_000, 256, labeled=1.0, dtype=torch.bfloat16)
     # Beside a tile of the weight, logits of the 64 tokens where the machine multiplies bfloat16 as it is.
     logits_bytes = 64 * 50_000 * 4
-    assert run_inside(case) <= max(chunked.TILE_BYTES["cpu"], 1.01 * logits_bytes) < case.weight.numel() * 4
+    assert run_inside(case) <= max(amounts.LOGIT_TILE_BYTES["cpu"], 1.01 * logits_bytes) < case.weight.numel() * 4
 
 
 def test_frozen_inputs_get_no_gradient_and_the_others_still_do() -> None:

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from expertune.config import RunConfig, parse_config
-from expertune.planning import inventory, plan
+from expertune.planning import reading
 
 FILES = Path(__file__).parent / "files"
 TINY_MIXTRAL = Path(__file__).parents[2] / "src" / "expertune" / "assets" / "tiny-mixtral"
@@ -29,7 +29,7 @@ def _models_are_built_and_run_once() -> Iterator[None]:
 
     Plans read models and change nothing.
     """
-    build, count = plan.build_meta_model, inventory.cached_numbers
+    build, count = reading.build_meta_model, reading.cached_numbers
     built = functools.cache(build)
     counted: dict[str, int | None] = {}
 
@@ -45,8 +45,8 @@ def _models_are_built_and_run_once() -> Iterator[None]:
         return counted[folder.name]
 
     with pytest.MonkeyPatch.context() as changed:
-        changed.setattr(plan, "build_meta_model", build_once)
-        changed.setattr(inventory, "cached_numbers", count_once)
+        changed.setattr(reading, "build_meta_model", build_once)
+        changed.setattr(reading, "cached_numbers", count_once)
         yield
 
 

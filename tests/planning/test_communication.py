@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from expertune.distributed.parallel import owned_experts
+from expertune.distributed.shares import owned_experts
 from expertune.planning.communication import (
     RoutedLayer,
     averaged_bytes,

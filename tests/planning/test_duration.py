@@ -11,7 +11,8 @@ from expertune.config import parse_config
 from expertune.data import prepare_examples
 from expertune.data.examples import Tally
 from expertune.planning import make_plan
-from expertune.planning.duration import Lengths, read_lengths
+from expertune.planning.duration import Lengths
+from expertune.planning.examples import read_lengths
 from expertune.train.schedule import count_evaluations, count_steps
 
 from .conftest import TINY_MIXTRAL

@@ -9,7 +9,8 @@ from torch import Tensor
 from expertune.config import parse_config
 from expertune.errors import ConfigError
 from expertune.planning import make_plan
-from expertune.train.muon import MuonSettings, StackedMuon
+from expertune.train.muon import StackedMuon
+from expertune.train.optimizers import MuonSettings
 
 SHAPES = {"A": (5, 4, 33), "B": (5, 27, 4), "square": (3, 7, 7), "of a linear": (4, 33)}
 

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import expertune
-from expertune.train.optim import default_optimizer, make_optimizer, state_bytes, usable_optimizer
+from expertune.train.optim import make_optimizer
+from expertune.train.optimizers import default_optimizer, state_bytes, usable_optimizer
 
 
 @pytest.mark.parametrize("name", ["adamw_torch", "adagrad", "rmsprop", "sgd"])

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from expertune.experts.contract import ExpertsSpec
+from expertune.experts.spec import ExpertsSpec
 
 # Tokens of the check's batch for each expert of a layer, and at least and at most. A few large experts are all reached
 # soon, and with more tokens a check of theirs would cost more than a training step.

@@ -7,6 +7,7 @@ from expertune.run.record import RECORD_NAME
 
 FOLDER_MARK = "expertune.json"
 PROGRESS_MARK = "expertune.partial.json"
+INDEX_NAME = "model.safetensors.index.json"
 
 
 def require_model_folder(folder: Path) -> None:

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from expertune.checkpoint.json_file import read_mapping
+from expertune.checkpoint.model_folder import INDEX_NAME
 from expertune.errors import CheckpointError
 from expertune.kernels.huge_pages import ask_for_huge_pages
 from expertune.kernels.limits import available_memory
 from expertune.storage import how_to_replace
 
-INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100 * 2**20
 _MAX_DIMENSIONS = 16
 

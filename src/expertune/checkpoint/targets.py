@@ -7,18 +7,18 @@ experts alike means both.
 
 import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import nn
-
-from expertune.checkpoint.linears import attention_linears, is_linear
-from expertune.checkpoint.names import NameMap
 from expertune.config import LoraSection
 from expertune.errors import ConfigError, nearest
-from expertune.experts.contract import experts_per_token
-from expertune.experts.router import find_router, router_blocks
+from expertune.experts.spec import ExpertsSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from expertune.checkpoint.names import NameMap
 
 
 class Rank(NamedTuple):
@@ -56,17 +56,31 @@ class ResolvedTargets:
 
 
 def resolve_targets(
-    model: nn.Module, names: NameMap, lora: LoraSection, reached: Collection[str] | None = None
+    model: "nn.Module", names: "NameMap", lora: LoraSection, reached: Collection[str] | None = None
 ) -> ResolvedTargets:
-    """Resolve targets and rank patterns of a run file against a model.
-
-    `rank_pattern` and `alpha_pattern` follow PEFT: a key is a projection's name or a regular expression that has to
-    match the end of the dotted name on disk from a dot on; the first key that matches wins.
+    """Resolve targets and rank patterns of a run file against a model; see `resolve`.
 
     Args:
         model: the causal language model, before an adapter is attached; the meta device is enough, and experts and
             linears may already be the 4-bit ones.
         names: its name map.
+        lora: the adapter section of the run file.
+        reached: the linears and experts modules that a loss can reach, where that has been tried.
+
+    Raises:
+        ConfigError: see `resolve`.
+    """
+    return resolve(Candidates.of(model, names), lora, reached)
+
+
+def resolve(candidates: "Candidates", lora: LoraSection, reached: Collection[str] | None = None) -> ResolvedTargets:
+    """Resolve targets and rank patterns of a run file against what a model has.
+
+    `rank_pattern` and `alpha_pattern` follow PEFT: a key is a projection's name or a regular expression that has to
+    match the end of the dotted name on disk from a dot on; the first key that matches wins.
+
+    Args:
+        candidates: what an adapter can attach to.
         lora: the adapter section of the run file.
         reached: the linears and experts modules that a loss can reach, where that has been tried; aliases mean these.
 
@@ -74,14 +88,10 @@ def resolve_targets(
         ConfigError: a target or a pattern fits nothing (the message names the nearest names that exist), a pattern is
             no regular expression, or patterns ask for different ranks among the experts of one module.
     """
-    candidates = _Candidates.of(model, names)
-    active = 1
-    if lora.expert_rank == "scaled":
-        active = experts_per_token(model.config.get_text_config(), names.specs)  # type: ignore[operator, union-attr]
-    ranks = _Ranks(lora, active)
+    ranks = _Ranks(lora, candidates.top_k if lora.expert_rank == "scaled" else 1)
     resolved = ResolvedTargets(use_dora=lora.use_dora)
     for target in lora.targets:
-        if not candidates.take(target, names, ranks, resolved, reached):
+        if not candidates.take(target, ranks, resolved, reached):
             raise ConfigError(f"lora.targets: no module is called {target!r}{_nearest(target, candidates.known())}")
     ranks.require_all_used(candidates.known())
     if lora.use_dora and resolved.router:
@@ -89,7 +99,7 @@ def resolve_targets(
             f"lora.use_dora: PEFT has no DoRA on routers, and lora.targets names {next(iter(resolved.router))}; leave "
             "it out"
         )
-    resolved.groups = groups_of(names, lora, resolved)
+    resolved.groups = groups_of(candidates.specs, lora, resolved)
     return resolved
 
 
@@ -98,7 +108,7 @@ def most_selected(num_experts: int, share: float) -> int:
     return max(1, math.ceil(share * num_experts - 1e-9))
 
 
-def groups_of(names: NameMap, lora: LoraSection, resolved: ResolvedTargets) -> dict[str, list[Group]]:
+def groups_of(specs: Mapping[str, ExpertsSpec], lora: LoraSection, resolved: ResolvedTargets) -> dict[str, list[Group]]:
     """Which experts of each layer have an adapter, and with which part of the rank.
 
     Before experts have been selected, the first ones stand for as many as can be: a plan needs their number alone.
@@ -114,7 +124,7 @@ def groups_of(names: NameMap, lora: LoraSection, resolved: ResolvedTargets) -> d
             f"lora.targets names none of them ({', '.join(lora.targets)}); add experts to lora.targets"
         )
     layers = lora.experts.layers if lora.experts else {}
-    if layers and (odd := (layers.keys() - names.specs.keys()) | (resolved.experts.keys() - layers.keys())):
+    if layers and (odd := (layers.keys() - specs.keys()) | (resolved.experts.keys() - layers.keys())):
         first = min(odd)
         raise ConfigError(
             f"lora.experts.layers: {first} is {'no layer of experts of this model' if first in layers else 'missing'}; "
@@ -122,7 +132,7 @@ def groups_of(names: NameMap, lora: LoraSection, resolved: ResolvedTargets) -> d
         )
     found = {}
     for module in resolved.experts:
-        count = names.specs[module].num_experts
+        count = specs[module].num_experts
         share = lora.experts.share if lora.experts else None
         chosen = layers.get(module, list(range(most_selected(count, share or 1.0))))
         if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= each < count for each in chosen):
@@ -145,18 +155,38 @@ def _by_load(chosen: Sequence[int]) -> list[Group]:
     return [Group(tuple(sorted(part)), factor) for part, factor in parts if part]
 
 
-@dataclass
-class _Candidates:
-    """Everything in the model that an adapter can attach to: live name -> name on disk."""
+@dataclass(frozen=True)
+class Candidates:
+    """Everything in a model that an adapter can attach to: live name -> name on disk.
 
-    linears: dict[str, str]
-    attention: set[str]
-    routers: dict[str, str]
+    Attributes:
+        specs: its experts modules.
+        linears: `nn.Linear`s that are no part of a router.
+        attention: which of them belong to the blocks that mix tokens.
+        routers: owners of routers' [num_experts, hidden] weights.
+        head: live name of the output head.
+        projections: canonical projection of an expert -> its name on disk.
+        modules: the experts modules.
+        top_k: experts for each token.
+    """
+
+    specs: Mapping[str, ExpertsSpec]
+    linears: Mapping[str, str]
+    attention: frozenset[str]
+    routers: Mapping[str, str]
     head: str | None
-    projections: dict[str, str]
+    projections: Mapping[str, str]
+    modules: Mapping[str, str]
+    top_k: int
 
     @classmethod
-    def of(cls, model: nn.Module, names: NameMap) -> "_Candidates":
+    def of(cls, model: "nn.Module", names: "NameMap") -> "Candidates":
+        """Those of a model; see `resolve_targets`."""
+        # What only looks these up in a model that has been read needs no torch.
+        from expertune.checkpoint.linears import attention_linears, is_linear
+        from expertune.experts.contract import experts_per_token
+        from expertune.experts.router import find_router, router_blocks
+
         head = getattr(model, "get_output_embeddings", lambda: None)()
         blocks = router_blocks(model, names.specs)
         routers = [find_router(name, model, spec) for name, spec in names.specs.items()]
@@ -166,17 +196,19 @@ class _Candidates:
             if is_linear(module) and not any(name == block or name.startswith(f"{block}.") for block in blocks)
         }
         return cls(
+            specs=names.specs,
             linears=linears,
-            attention=set(attention_linears(model, names.specs)) & set(linears),
+            attention=frozenset(attention_linears(model, names.specs)) & set(linears),
             routers={name: names.on_disk(name) for name in routers if name is not None},
             head=next((name for name, module in model.named_modules() if module is head), None) if head else None,
             projections=names.projection_names,
+            modules={name: names.on_disk(name) for name in names.specs},
+            top_k=experts_per_token(model.config.get_text_config(), names.specs),  # type: ignore[operator, union-attr]
         )
 
     def take(
         self,
         target: str,
-        names: NameMap,
         ranks: "_Ranks",
         into: ResolvedTargets,
         reached: Collection[str] | None = None,
@@ -196,7 +228,7 @@ class _Candidates:
         routers = [name for name, on_disk in self.routers.items() if target == "router" or _ends_in(on_disk, target)]
         experts = [
             (module, projection)
-            for module in names.specs
+            for module in self.specs
             for projection, leaf in self.projections.items()
             if target == leaf or (target == "experts" and can_learn(module))
         ]
@@ -205,7 +237,10 @@ class _Candidates:
         for name in routers:
             into.router[name] = ranks.of([self.routers[name]])
         for module, projection in experts:
-            on_disk = names.experts_on_disk(module, projection)
+            on_disk = (
+                f"{self.modules[module]}.{expert}.{self.projections[projection]}"
+                for expert in range(self.specs[module].num_experts)
+            )
             into.experts.setdefault(module, {})[projection] = ranks.of(on_disk, of_experts=True)
         return bool(linears or routers or experts)
 

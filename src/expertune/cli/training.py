@@ -99,10 +99,9 @@ def plan(
         from expertune.config import parse_size
 
         parse_size(memory)
-    with stdout_for_results(), working("planning"):
-        with importing():
-            make_plan = expertune.plan
-        made = make_plan(config, gpu=gpu, memory=memory, devices=devices, trust_remote_code=trust_remote_code)
+    # A model that no plan has kept is read with libraries that are imported then.
+    with stdout_for_results(), working("planning"), importing():
+        made = expertune.plan(config, gpu=gpu, memory=memory, devices=devices, trust_remote_code=trust_remote_code)
     if as_json:
         print_json(made.to_json())
     else:

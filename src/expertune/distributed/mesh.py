@@ -21,15 +21,13 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from expertune.distributed.output import LastWords, open_board
 from expertune.distributed.processes import Launch, launched
+from expertune.distributed.shares import BUCKET_BYTES
 from expertune.errors import ConfigError
 
 T = TypeVar("T")
 
 # Seconds that ranks wait for each other: transformers' own default of `ddp_timeout`.
 _TIMEOUT_S = 1800.0
-
-# Gradients are sent together up to this size: large enough for a link's full rate, small beside the gradients.
-BUCKET_BYTES = 2**25
 
 
 class AbandonedError(Exception):

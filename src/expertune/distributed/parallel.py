@@ -14,44 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from expertune.distributed.mesh import Ranks, sum_and_divide
-from expertune.errors import ConfigError
-
-
-def owned_experts(num_experts: int, size: int, rank: int) -> range:
-    """The experts of one of the ranks that share them out; the first have one more where it does not divide.
-
-    Raises:
-        ConfigError: there are more ranks than experts.
-    """
-    if num_experts < size:
-        raise ConfigError(
-            f"distributed.experts: parallel shares {num_experts} experts out to {size} processes, some of which would "
-            f"have none; set distributed.expert_parallel_size to a number up to {num_experts} that divides the "
-            "processes, or set distributed.experts: shard or replicate, which any number of them can do"
-        )
-    each, more = divmod(num_experts, size)
-    start = rank * each + min(rank, more)
-    return range(start, start + each + (rank < more))
-
-
-def replicas(world_size: int, size: int) -> int:
-    """How many ranks have the same experts, where so many share them out.
-
-    Raises:
-        ConfigError: the ranks are no multiple of that.
-    """
-    count, rest = divmod(world_size, size)
-    if rest or not count:
-        raise ConfigError(
-            f"distributed.expert_parallel_size is {size}, and {world_size} processes are no multiple of it; "
-            f"set a number that divides {world_size}, or start another number of processes"
-        )
-    return count
-
-
-def most_owned(num_experts: int, size: int) -> int:
-    """The most experts that one of these ranks has; see `owned_experts`."""
-    return len(owned_experts(num_experts, size, 0))
+from expertune.distributed.shares import owned_experts, replicas
 
 
 def _own_group(rows: Tensor, ranks: Ranks) -> dist.ProcessGroup:

@@ -257,7 +257,7 @@ def keep_inner(model: nn.Module, num_layers: int) -> None:
     The last, since layers before the first adapted one have no backward, and the first hold it longest.
 
     A layer that keeps it is spared that GEMM in backward, for
-    `expertune.kernels.expert_mlp.plan.kept_bytes_per_routed_token`; the others compute it again, and so does each
+    `expertune.kernels.amounts.kept_bytes_per_routed_token`; the others compute it again, and so does each
     layer on a GPU, in float16, and with DoRA. What is kept in float32 is what the GEMM gave; in bfloat16 it is rounded
     to that once, and the output of forward is not.
 

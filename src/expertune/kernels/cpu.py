@@ -1,18 +1,14 @@
 """What this CPU multiplies fast: its vector and matrix instructions, and the dtype that its GEMMs should run in."""
 
-import platform
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-# Instructions that multiply a 16-bit dtype; without them `torch.mm` converts number by number, a hundred times slower.
-_MULTIPLIES = {
-    torch.bfloat16: frozenset({"avx512_bf16", "amx_bf16"}),
-    torch.float16: frozenset({"avx512_fp16", "amx_fp16"}),
-}
+from expertune.kernels.processor import MULTIPLIES
+
+_MULTIPLIES = {getattr(torch, name): needed for name, needed in MULTIPLIES.items()}
 
 
 @cache
@@ -45,16 +41,6 @@ def pad_rows(x_NK: Tensor) -> Tensor:
     step = 1 << max((x_NK.shape[0] - 1).bit_length() - 4, 3)
     missing = -x_NK.shape[0] % step
     return torch.nn.functional.pad(x_NK, (0, 0, 0, missing)) if missing else x_NK
-
-
-def cpu_name() -> str:
-    """The CPU's model name."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _cpu_capabilities() -> dict[str, object]:

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from importlib.metadata import version
 
-import torch
-
+from expertune.kernels.amounts import Dtype
 from expertune.kernels.cache import cache_folder, read_kept
-from expertune.kernels.cpu import cpu_instruction_sets, cpu_name
+from expertune.kernels.processor import cpu_name, processor
 from expertune.storage import write_text
 
 # Rows, depth and columns of the product, and bytes of the copy.
@@ -20,17 +20,20 @@ _COPIED_BYTES = 2**27
 
 
 @cache
-def cpu_rates(dtype: torch.dtype, threads: int) -> tuple[float, float]:
+def cpu_rates(dtype: Dtype, threads: int) -> tuple[float, float]:
     """FLOP/s of a product and bytes/s of a copy on this CPU: from the user's cache, or measured in a second."""
-    machine = [torch.__version__, str(dtype), cpu_name(), *cpu_instruction_sets(), str(threads)]
+    machine = [version("torch"), f"torch.{dtype.name}", cpu_name(), *processor().instruction_sets, str(threads)]
     digest = hashlib.sha256("\0".join(machine).encode()).hexdigest()[:16]
     path = cache_folder() / f"rates-{digest}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         found = read_kept(path)
         return float(found["flops_per_second"]), float(found["bytes_per_second"])
+    import torch
+
     rows, depth, columns = _PRODUCT
-    x, w = torch.randn(rows, depth).to(dtype), torch.randn(depth, columns).to(dtype)
-    out = torch.empty(rows, columns, dtype=dtype)
+    held = getattr(torch, dtype.name)
+    x, w = torch.randn(rows, depth).to(held), torch.randn(depth, columns).to(held)
+    out = torch.empty(rows, columns, dtype=held)
     flops = 2 * rows * depth * columns / _median_seconds(lambda: torch.mm(x, w, out=out))
     source, target = (torch.ones(_COPIED_BYTES // 4) for _ in range(2))
     num_bytes = 2 * source.nbytes / _median_seconds(lambda: target.copy_(source))

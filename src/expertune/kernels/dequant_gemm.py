@@ -8,14 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from expertune.kernels.amounts import TILE_BYTES
 from expertune.kernels.cpu import pad_rows
 from expertune.kernels.nf4 import BLOCK_SIZE, Nf4Bytes, dequantize
-
-# Most bytes of one dequantized tile. On a CPU a tile has to leave room for x and y in the last-level cache, and to stay
-# below the 8 MiB from which on the allocator maps a block afresh (see `trim.map_large_blocks`): a tile is fast because
-# its pages come back warm. On a GPU launches cost more than memory, so that a tile is as large as the working set may
-# be.
-TILE_BYTES = {"cpu": 7 * 2**20, "cuda": 512 * 2**20}
 
 
 class Scratch:

@@ -23,8 +23,10 @@ import torch
 from torch import nn
 
 from expertune.kernels import gpu, native, operators
+from expertune.kernels.amounts import default_working_set_bytes
 from expertune.kernels.cache import cache_folder, read_kept
-from expertune.kernels.cpu import cpu_instruction_sets, cpu_name, gemm_dtype
+from expertune.kernels.cpu import cpu_instruction_sets, gemm_dtype
+from expertune.kernels.processor import cpu_name
 from expertune.storage import write_text
 
 Route = Literal["fused", "dequant_gemm", "expert_by_expert"]
@@ -33,10 +35,6 @@ FUSED: Route = "fused"
 DEQUANT_GEMM: Route = "dequant_gemm"
 # On a GPU without usable kernels: the loop over experts that a CPU's `dequant_gemm` is too.
 EXPERT_BY_EXPERT: Route = "expert_by_expert"
-
-# Working sets where the run file leaves the choice: a GPU dequantizes all experts' weights again for each chunk of
-# tokens.
-_WORKING_SET_BYTES = {"cpu": 2**29, "cuda": 2**31}
 
 # What is tried, in tokens per expert.
 _TOKENS = (4, 8, 16, 32, 64, 128, 256)
@@ -192,11 +190,6 @@ def settings_of(model: nn.Module) -> KernelSettings:
         settings = KernelSettings()
         use_settings(model, settings)
     return settings
-
-
-def default_working_set_bytes(device_type: str) -> int:
-    """The working set where nothing is set."""
-    return _WORKING_SET_BYTES.get(device_type, _WORKING_SET_BYTES["cuda"])
 
 
 def usable_routes(device: torch.device, dtype: torch.dtype) -> tuple[Route, ...]:

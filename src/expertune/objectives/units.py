@@ -44,7 +44,7 @@ def aux_coefficient(config: RunConfig, text_config: Any) -> float | None:
 
     Args:
         config: the run.
-        text_config: of the model.
+        text_config: of the model, or what it says of these losses (`expertune.train.merging.Traits`).
     """
     if config.objective != "sft":
         return None

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from expertune.distributed.parallel import owned_experts
+from expertune.distributed.shares import owned_experts
 from expertune.gpus import LINKS, Link
 
 _INT64_BYTES = 8

@@ -2,8 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from expertune.config import RunConfig, parse_size
 from expertune.distributed.processes import launched
@@ -19,11 +18,15 @@ from expertune.gpus import (
     device_of_this_name,
     find_device,
 )
-from expertune.kernels.cpu import gemm_dtype
+from expertune.kernels.amounts import BFLOAT16, DTYPES, FLOAT32, Dtype
 from expertune.kernels.cpu_rates import cpu_rates
 from expertune.kernels.limits import available_memory
-from expertune.placement.device import default_device, resolve_compute_dtype
+from expertune.kernels.processor import processor
+from expertune.placement.presence import may_have_gpu
 from expertune.planning.communication import compared_links
+
+if TYPE_CHECKING:
+    import torch
 
 # Read from a disk, where layers are offloaded there: an assumption, an NVMe drive by itself reads faster.
 DISK_BYTES_PER_SECOND = 1.0e9
@@ -39,7 +42,7 @@ class Machine:
     """What is planned for.
 
     Attributes:
-        device: `cpu` or `cuda`.
+        device: `cpu`, or `cuda` with or without a number.
         gpu: the GPU that was asked for by name.
         is_here: whether it is this machine.
         compute_dtype: dtype of the GEMMs.
@@ -50,10 +53,10 @@ class Machine:
         share_of_cpu: what each of them has of this machine's cores, where they are only planned for.
     """
 
-    device: torch.device
+    device: str
     gpu: Device | None
     is_here: bool
-    compute_dtype: torch.dtype
+    compute_dtype: Dtype
     budget_bytes: int
     host_bytes: float = math.inf
     world_size: int = 1
@@ -64,7 +67,7 @@ class Machine:
     def of(
         cls,
         config: RunConfig,
-        device: str | torch.device | None = None,
+        device: "str | torch.device | None" = None,
         gpu: str | None = None,
         memory: str | int | None = None,
         devices: int | None = None,
@@ -86,12 +89,13 @@ class Machine:
         if devices is not None and not 1 <= devices <= _MOST_DEVICES:
             raise ConfigError(f"devices is {devices}: a run can be planned for 1 to {_MOST_DEVICES:,}")
         named = find_device(gpu) if gpu is not None else None
-        target = torch.device("cuda") if named else default_device() if device is None else torch.device(device)
-        is_here = named is None and (target.type == "cpu" or torch.cuda.is_available())
+        target = "cuda" if named else _own_device() if device is None else _name_of(device)
+        on_cpu = target == "cpu"
+        is_here = named is None and (on_cpu or _has_gpu())
         # A size that was asked for comes first, and that of the run file before this machine's, not before a GPU's.
         asked = memory if memory is not None or named else config.memory_budget
         budget = parse_size(asked) if asked is not None else _memory_of(target, named)
-        if asked is None and target.type == "cpu":
+        if asked is None and on_cpu:
             budget //= local_size or devices or 1  # processes on one machine share its memory
         dtype = config.quantization.compute_dtype
         if dtype == "auto" and not is_here:
@@ -100,18 +104,24 @@ class Machine:
         world_size = launched().world_size if devices is None else devices
         local_size = local_size or min(world_size, _DEVICES_OF_A_MACHINE)
         host = available_memory() // local_size if is_here else math.inf
-        compute_dtype = resolve_compute_dtype(dtype, target)
+        compute_dtype = DTYPES[dtype] if dtype != "auto" else _usual_dtype(target)
         share_of_cpu = 1 if devices is None else 1 / local_size  # a launcher has given each its threads
         return cls(target, named, is_here, compute_dtype, budget, host, world_size, local_size, share_of_cpu)
 
+    @property
+    def kind(self) -> str:
+        """`cpu` or `cuda`."""
+        return self.device.partition(":")[0]
+
     def rates(self, from_disk: bool) -> Rates | None:
         """What the device does in a second: by the table, or measured on a CPU; None where nothing is known."""
-        if self.device.type == "cpu":
-            measured = cpu_rates(gemm_dtype(self.compute_dtype, self.device), torch.get_num_threads())
+        if self.kind == "cpu":
+            here = processor()
+            measured = cpu_rates(here.gemm_dtype(self.compute_dtype), here.threads)
             flops, num_bytes = (rate * self.share_of_cpu for rate in measured)
             return Rates("measured", flops, num_bytes, DISK_BYTES_PER_SECOND * self.share_of_cpu)
         gpu = self._known_gpu
-        if gpu is None or gpu.rates is None or self.compute_dtype == torch.float32:
+        if gpu is None or gpu.rates is None or self.compute_dtype == FLOAT32:
             return None  # the table has rates of 16-bit products alone, and those in float32 do not round to TF32
         if not from_disk:
             return gpu.rates
@@ -121,7 +131,7 @@ class Machine:
     @property
     def link(self) -> Link:
         """What connects the processes, as is usual: a network where one machine has not all of them, and for CPUs."""
-        if self.device.type == "cpu":
+        if self.kind == "cpu":
             return ETHERNET_100
         gpu = self._known_gpu
         inside = gpu.link if gpu else PCIE
@@ -132,26 +142,65 @@ class Machine:
     @property
     def compared_links(self) -> tuple[Link, ...]:
         """The links that times are shown for."""
-        return NETWORKS if self.device.type == "cpu" else compared_links(self.link)
+        return NETWORKS if self.kind == "cpu" else compared_links(self.link)
 
     @property
     def _known_gpu(self) -> Device | None:
         """The GPU of the table that is planned for, or that is here."""
-        if self.gpu is None and self.is_here and self.device.type == "cuda":
-            return device_of_this_name(torch.cuda.get_device_name(self.device))
+        if self.gpu is None and self.is_here and self.kind == "cuda":
+            import torch
+
+            return device_of_this_name(torch.cuda.get_device_name(torch.device(self.device)))
         return self.gpu
 
 
-def _memory_of(device: torch.device, gpu: Device | None) -> int:
+def _own_device() -> str:
+    """What a run here takes; torch is asked only where there may be a GPU."""
+    if not may_have_gpu():
+        return "cpu"
+    from expertune.placement.device import default_device
+
+    return str(default_device())
+
+
+def _name_of(device: "str | torch.device") -> str:
+    import torch
+
+    given = torch.device(device)
+    return "cpu" if given.type == "cpu" else str(given)
+
+
+def _has_gpu() -> bool:
+    if not may_have_gpu():
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _usual_dtype(device: str) -> Dtype:
+    """What `auto` means on a device of this machine; see `resolve_compute_dtype`."""
+    if device == "cpu":
+        return processor().gemm_dtype(BFLOAT16)
+    import torch
+
+    from expertune.placement.device import resolve_compute_dtype
+
+    return DTYPES[str(resolve_compute_dtype("auto", torch.device(device))).removeprefix("torch.")]
+
+
+def _memory_of(device: str, gpu: Device | None) -> int:
     """What a GPU of the table has, or what this machine's device does."""
     if gpu is not None:
         if not gpu.memory_bytes:
             raise ConfigError(f"gpu {gpu.name}: say how much memory it has, e.g. {option('memory', '24GB')}")
         return gpu.memory_bytes
-    if device.type == "cpu":
+    if device == "cpu":
         return available_memory()
-    if not torch.cuda.is_available():
+    if not _has_gpu():
         raise ConfigError("there is no CUDA device here to take the memory of; set memory_budget, e.g. 24GB")
+    import torch
+
     # What others hold is not there for a run; what this process has allocated once and uses no more is.
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, _ = torch.cuda.mem_get_info(torch.device(device))
+    return free + torch.cuda.memory_reserved(torch.device(device)) - torch.cuda.memory_allocated(torch.device(device))

@@ -9,7 +9,7 @@ from typing import Any
 from expertune.config import RunConfig
 from expertune.errors import StorageError
 from expertune.planning.settings import Workload
-from expertune.planning.source import Source
+from expertune.planning.shapes import Source
 from expertune.text import format_size
 from expertune.train.arguments import training_argument
 from expertune.train.schedule import checkpoints_at_once

@@ -5,31 +5,14 @@ Loading the model and writing checkpoints are left out: they depend on the disk.
 
 import math
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from expertune.checkpoint.context import context_length, read_config
-from expertune.checkpoint.tokenizer import load_tokenizer
 from expertune.config import DataConfig, RunConfig
-from expertune.data import TokenizedExamples, make_dataset, prepare_examples
-from expertune.data.lint import check_context
-from expertune.data.prepare import sampled
-from expertune.data.sources import find_source, local_bytes, rows_of_slices
-from expertune.errors import ExpertuneError
-from expertune.planning.passes import passes_of
 from expertune.planning.speed import StepCost
 from expertune.run.progress import in_words
 from expertune.train.arguments import BATCH_SIZE, EVALUATION_BATCH_SIZE, training_argument
 from expertune.train.schedule import count_evaluations, count_steps, scores_in_training
-
-# A plan tokenizes sources of up to so much text, and counts the examples of those up to so much: a few seconds' work.
-_MOST_TOKENIZED, _MOST_READ = 8_000_000, 200_000_000
-
-# Of a source of at least twice as many examples so many are tokenized: their lengths are those of all to a percent or
-# two, and tokenizing all of the demo's takes as long as importing torch.
-_SAMPLED = 1024
 
 _LEAST_SAID = 0.5
 
@@ -77,71 +60,6 @@ class Lengths:
             num_eval_rows,
             mean(evaluation, num_eval_rows) if evaluation else 0,
         )
-
-
-def read_lengths(config: RunConfig, trust_remote_code: bool = False) -> Lengths:
-    """What is known of a run's examples without going online: by its tokenizer, or by their number alone.
-
-    Args:
-        config: the run.
-        trust_remote_code: run Python that ships with the model's tokenizer.
-    """
-    data, folder = config.data, Path(config.model).expanduser()
-    with suppress(ExpertuneError):  # a run says what is wrong with its data; a plan goes without
-        sizes = [local_bytes(spec) for spec in (data.train, data.eval) if spec is not None]
-        if folder.is_dir() and all(num_bytes is not None and num_bytes <= _MOST_TOKENIZED for num_bytes in sizes):
-            tokenizer = load_tokenizer(folder, trust_remote_code)
-            context = context_length(read_config(folder, trust_remote_code))
-            train = _Sample.of(config, data, "train", tokenizer)
-            check_context(train.examples, context, "data.train")
-            found = Lengths.of(data, len(make_dataset(train.examples, data)), train.examples.report, None)
-            found = replace(found, num_rows=train.of_all(found.num_rows), is_sampled=train.share < 1)
-            if data.eval is None:
-                return found
-            template = {"template": train.examples.report["template"]}
-            evaluation = _Sample.of(config, data.model_copy(update=template), "eval", tokenizer)
-            check_context(evaluation.examples, context, "data.eval")
-            of_eval = Lengths.of(data, 1, train.examples.report, evaluation.examples.report)
-            num_eval_rows = evaluation.of_all(of_eval.num_eval_rows)
-            return replace(found, num_eval_rows=num_eval_rows, eval_tokens=of_eval.eval_tokens)
-    counted = _count(data.eval) if data.eval else 0
-    longest = passes_of(config).sequences * data.max_length
-    return Lengths(_count(data.train), longest, counted, longest, data.packing != "padded")
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """Examples of a source that stand for all: some, drawn evenly over it, or all of a small one.
-
-    Attributes:
-        examples: tokenized.
-        share: of the source's examples, how many of them were looked at.
-    """
-
-    examples: TokenizedExamples
-    share: float
-
-    @classmethod
-    def of(cls, config: RunConfig, data: DataConfig, which: Literal["train", "eval"], tokenizer: Any) -> "_Sample":
-        """Those of a part of the data; what cannot be trained on is skipped, and a run says what is wrong with it."""
-        kept = data.model_copy(update={"on_error": "skip"})
-        examples = prepare_examples(kept, which, tokenizer, objective=config.objective, sample_size=_SAMPLED)
-        total = sum(examples.report["files"].values())
-        return cls(examples, len(sampled(total, _SAMPLED)) / total)
-
-    def of_all(self, count: int | None) -> int:
-        """A number of the sample's examples, or of packs of them, for the whole source."""
-        return round((count or 0) / self.share)
-
-
-def _count(spec: str | list[str]) -> int | None:
-    """How many examples a source has; None where that is not known without going online, or it is large."""
-    with suppress(ExpertuneError):
-        if (count := rows_of_slices(spec)) is not None:
-            return count
-        if (num_bytes := local_bytes(spec)) is not None and num_bytes <= _MOST_READ:
-            return sum(find_source(spec).read(stream=True).num_rows.values())
-    return None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from expertune.config import RunConfig
-from expertune.kernels.routes import default_working_set_bytes
+from expertune.kernels.amounts import default_working_set_bytes
 from expertune.planning.settings import answered_at_once
 from expertune.train.arguments import (
     ACCUMULATION,

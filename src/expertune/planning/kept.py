@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-import torch
-
+from expertune.kernels.amounts import FLOAT16
 from expertune.planning.layer_memory import gate_up
 from expertune.planning.placement import PlannedPlacement
 from expertune.planning.settings import Workload
@@ -139,7 +138,7 @@ def _why_nothing(w: Workload, most_bytes: int | None) -> str | None:
     """Why no layer keeps anything; None where it does if it fits."""
     if w.device != "cpu":
         return "on a GPU they are computed again"
-    if w.compute_dtype == torch.float16:
+    if w.compute_dtype == FLOAT16:
         return "in float16, which has no room for all of their numbers, they are computed again"
     if w.targets.use_dora:
         return "with DoRA they are computed again"

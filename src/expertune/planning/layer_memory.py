@@ -3,16 +3,17 @@
 All of it is in bytes, and an upper bound from shapes. Suffixes are those of `expertune.planning.memory`.
 """
 
-import torch
-
-from expertune.experts.contract import ExpertsSpec
-from expertune.kernels import native
-from expertune.kernels.dequant_gemm import TILE_BYTES
-from expertune.kernels.expert_mlp.plan import (
+from expertune.experts.spec import ExpertsSpec
+from expertune.kernels.amounts import (
+    BFLOAT16,
+    FLOAT32,
+    TILE_BYTES,
     bytes_per_gained_token,
     bytes_per_routed_token,
     kept_bytes_per_routed_token,
+    scratch_bytes,
 )
+from expertune.kernels.processor import processor
 from expertune.planning.inventory import Layer
 from expertune.planning.settings import Workload
 
@@ -106,18 +107,18 @@ def computes_in(w: Workload, layer: Layer) -> int:
     if w.device != "cpu":
         return 0
     routed = sum(_routed_at_once(w, spec, dropped=False) for spec in layer.experts.values())
-    copied = 0 if w.compute_dtype == torch.float32 else 2 * w.tokens * w.inventory.hidden_size * FLOAT32_BYTES
+    copied = 0 if w.compute_dtype == FLOAT32 else 2 * w.tokens * w.inventory.hidden_size * FLOAT32_BYTES
     return routed + copied + _tokens_in_bfloat16(w, layer)
 
 
 def _tokens_in_bfloat16(w: Workload, layer: Layer) -> int:
     """An expert's tokens as a CPU's GEMMs in bfloat16 lay them out, by each thread; at most all at one expert."""
-    if w.compute_dtype != torch.bfloat16:
+    if w.compute_dtype != BFLOAT16:
         return 0
     contracted = [size for shape in layer.linears.values() for size in shape]
     for spec in layer.experts.values():
         contracted += [spec.hidden_size, (len(spec.projections) - 1) * spec.intermediate_size]
-    return torch.get_num_threads() * native.scratch_bytes(w.tokens, max(contracted, default=0))
+    return processor().threads * scratch_bytes(w.tokens, max(contracted, default=0))
 
 
 def _dora_of_linear(w: Workload, out_features: int, in_features: int) -> int:

@@ -12,8 +12,8 @@ E experts, R routed tokens, r rank.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from expertune.experts.contract import ExpertsSpec
-from expertune.kernels.linear_cross_entropy import working_set_bytes
+from expertune.experts.spec import ExpertsSpec
+from expertune.kernels.amounts import loss_working_set_bytes
 from expertune.planning.layer_memory import (
     FLOAT32_BYTES,
     computes_in,
@@ -266,14 +266,12 @@ def _loss(w: Workload, bytes_per_logit: int) -> int:
         return w.logit_tokens * V * (_WRITTEN_BYTES_PER_LOGIT if w.passes.written else bytes_per_logit)
     dropped = w.adapter_dtype.itemsize if w.dropout else 0
     hidden_states = 2 * w.tokens * D * (w.compute_dtype.itemsize + dropped)
-    return hidden_states + working_set_bytes(w.tokens, V, D, w.compute_dtype, w.device, _rank_of_head(w))
+    return hidden_states + loss_working_set_bytes(w.tokens, V, D, w.compute_dtype, w.device, _rank_of_head(w))
 
 
 def _rank_of_head(w: Workload) -> int:
     """The rank of the output head's update; 0 where it has none."""
-    model = w.inventory.model
-    head = model.get_output_embeddings()
-    return sum(rank for name, (rank, _) in w.targets.linears.items() if model.get_submodule(name) is head)
+    return sum(rank for name, (rank, _) in w.targets.linears.items() if name == w.inventory.head)
 
 
 def _forward(w: Workload) -> int:

@@ -9,11 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from expertune.config import RunConfig
 from expertune.train.arguments import ACCUMULATION, BATCH_SIZE, training_argument
-from expertune.train.merging import why_separate
+from expertune.train.merging import Traits, why_separate
 
 # How much of the budget merged micro-batches may fill. The peak is an estimate: a run that would have gone through must
 # not run out of memory for the sake of speed.
@@ -61,7 +59,7 @@ class MicroBatch:
 
 def choose_micro_batch(
     config: RunConfig,
-    model: PreTrainedModel,
+    traits: Traits,
     device: str,
     budget_bytes: int,
     peak_of: Callable[[RunConfig], int],
@@ -74,7 +72,7 @@ def choose_micro_batch(
 
     Args:
         config: the run.
-        model: the model; may be on the meta device.
+        traits: of the model.
         device: `cpu` or `cuda`, where it is to run.
         budget_bytes: memory that there is.
         peak_of: the peak memory of a run.
@@ -85,7 +83,7 @@ def choose_micro_batch(
     accumulation = int(training_argument(config.training, ACCUMULATION))
     if accumulation <= 1:
         return MicroBatch(batch, accumulation)
-    if reason := why_separate(config, model):
+    if reason := why_separate(config, traits):
         return MicroBatch(batch, accumulation, 1, reason)
     most = accumulation if previously_merged is None else previously_merged
     reason = None if most == accumulation else "as the run started"

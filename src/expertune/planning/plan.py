@@ -1,23 +1,20 @@
 """Plan a run: read its model's shapes, and try what it comes to."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from expertune.checkpoint.adapter_folder import require_beginning
-from expertune.checkpoint.meta import build_meta_model
-from expertune.checkpoint.names import read_names
-from expertune.checkpoint.targets import ResolvedTargets, most_selected, resolve_targets
+from expertune.checkpoint.targets import ResolvedTargets, most_selected, resolve
 from expertune.config import RunConfig, check_training_arguments
-from expertune.config.arguments import checked
 from expertune.config.training_keys import MUON
 from expertune.errors import ConfigError
+from expertune.kernels.amounts import FLOAT32, Dtype
 from expertune.planning.communication import Traffic
 from expertune.planning.devices import Machine
 from expertune.planning.disk import count_disk
 from expertune.planning.duration import Pace, about
 from expertune.planning.fit import Room, find_advice
-from expertune.planning.inventory import Inventory, count_parameters, take_inventory
+from expertune.planning.inventory import Inventory, count_parameters
 from expertune.planning.kept import KeptLayers, choose_kept
 from expertune.planning.memory import Memory, estimate_memory
 from expertune.planning.micro_batch import MicroBatch, choose_micro_batch
@@ -25,38 +22,9 @@ from expertune.planning.placement import PlacementChooser, PlannedPlacement
 from expertune.planning.ranks import ModePlan, RanksPlan, choose_mode, count_traffic, possible_distributions
 from expertune.planning.result import Plan
 from expertune.planning.settings import Workload, read_workload
-from expertune.planning.source import Source, find_config, read_source
+from expertune.planning.shapes import Shapes
 from expertune.planning.speed import StepCost, StepTime, decomposition_flops
-from expertune.train.muon import MuonSettings
-
-
-@checked
-def make_plan(
-    config: RunConfig,
-    device: str | torch.device | None = None,
-    started: "Started | None" = None,
-    *,
-    gpu: str | None = None,
-    memory: str | int | None = None,
-    trust_remote_code: bool = False,
-) -> Plan:
-    """Plan a run. Reads config.json and safetensors headers, no weights.
-
-    Args:
-        config: the run.
-        device: `cpu` or `cuda`, to plan for another machine than this one (`memory_budget` then says what it has);
-            None plans for the device that a run would take here.
-        started: for a run that resumes, what it began with; None chooses.
-        gpu: a GPU of the table in `expertune.gpus` in place of `device`, or `cuda` for any other.
-        memory: memory to plan for, as `memory_budget`, which it stands above.
-        trust_remote_code: run Python that ships with the model.
-
-    Raises:
-        ConfigError: see `plan_for`; or an unknown GPU, or no way to know the memory of `device`.
-        CheckpointError: see `plan_for`.
-        UnsupportedModelError: see `plan_for`.
-    """
-    return plan_for(config, Machine.of(config, device, gpu, memory), started, trust_remote_code)
+from expertune.train.optimizers import MuonSettings
 
 
 def plan_for(
@@ -64,16 +32,16 @@ def plan_for(
     machine: Machine,
     started: "Started | None" = None,
     trust_remote_code: bool = False,
-    shapes: "Shapes | None" = None,
+    read: Callable[[RunConfig, Dtype, bool], Shapes] | None = None,
 ) -> Plan:
-    """Plan a run on as many devices as a machine stands for; see `make_plan`.
+    """Plan a run on as many devices as a machine stands for; see `expertune.planning.make.make_plan`.
 
     Args:
         config: the run.
         machine: what it is planned for.
         started: see `make_plan`.
         trust_remote_code: see `make_plan`.
-        shapes: the run's model, where it has been read for another machine of this dtype; None reads it.
+        read: reads the run's model in place of `expertune.planning.reading.read_shapes`.
 
     Raises:
         ConfigError: no config.json, an unknown target or training argument, a placement that cannot be, or ranks that
@@ -96,7 +64,7 @@ def plan_for(
             f"{key} is made by one process alone, and {machine.world_size} were asked for; remove the key"
         )
     require_beginning(config.lora)
-    shapes = shapes or read_shapes(config, machine.compute_dtype, trust_remote_code)
+    shapes = (read or _read_anew)(config, machine.compute_dtype, trust_remote_code)
     planner = _planner(config, machine, shapes)
     if machine.world_size == 1:
         return planner.plan(planner.find(started), None)
@@ -110,42 +78,27 @@ def plan_for(
     return planners[chosen].plan(found[chosen], ranks)
 
 
-def _planner(config: RunConfig, machine: Machine, shapes: "Shapes") -> "_Planner":
+def _read_anew(config: RunConfig, compute_dtype: Dtype, trust_remote_code: bool) -> Shapes:
+    from expertune.planning.reading import read_shapes  # which imports torch and transformers' models
+
+    return read_shapes(config, compute_dtype, trust_remote_code)
+
+
+def _planner(config: RunConfig, machine: Machine, shapes: Shapes) -> "_Planner":
     """The planner of a run; one that starts from an adapter is planned with that one's ranks and targets.
 
     Raises:
         ConfigError, CheckpointError: see `plan_for`.
     """
     inventory = shapes.inventory
-    if not config.lora.init_from:
+    if shapes.begun is None:
         return _Planner(config, machine, shapes, inventory)
-    from expertune.adapt.attach import expected_targets  # which imports PEFT's tuners
-
-    lora, targets = expected_targets(inventory.model, inventory.names, config.lora)
+    lora, targets = shapes.begun
     lora = lora.model_copy(update={"init": "default"})  # its first factors are there: nothing is computed for them
     if machine.world_size > 1 and (problem := lora.why_not_held(config.distributed.experts)):
         raise ConfigError(f"lora.init_from: the adapter at {config.lora.init_from}: {problem}")
     of_adapter = config.model_copy(update={"lora": lora})
     return _Planner(of_adapter, machine, shapes, inventory, {lora.model_dump_json(): targets})
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """A model as far as a plan reads it: what its checkpoint says, and its shapes."""
-
-    source: Source
-    inventory: Inventory
-
-
-def read_shapes(config: RunConfig, compute_dtype: torch.dtype, trust_remote_code: bool = False) -> Shapes:
-    """Read a run's model; see `plan_for`."""
-    folder, on_hub = find_config(config.model, config.revision, trust_remote_code)
-    model = build_meta_model(folder, compute_dtype, trust_remote_code, shapes_only=True)
-    # Creating parameters on the meta device separates those that the config ties.
-    model.tie_weights()
-    names = read_names(model)
-    source = read_source(config, folder, on_hub, model, names)
-    return Shapes(source, take_inventory(model, names, source.recipe, compute_dtype))
 
 
 @dataclass(frozen=True)
@@ -196,7 +149,7 @@ class _Planner:
     @property
     def device(self) -> str:
         """`cpu` or `cuda`."""
-        return self.machine.device.type
+        return self.machine.kind
 
     def find(self, started: Started | None) -> _Found:
         """What the run comes to."""
@@ -233,9 +186,9 @@ class _Planner:
         room = Room(budget, self.device, chooser.lower(), chooser.gains_by_quantizing)
         return Plan(
             model=config.model,
-            architecture=type(self.inventory.model).__name__,
+            architecture=self.inventory.architecture,
             device=self.device,
-            compute_dtype=str(machine.compute_dtype).removeprefix("torch."),
+            compute_dtype=machine.compute_dtype.name,
             parameters=count_parameters(self.inventory, found.workload.targets),
             weights=self.inventory.weights,
             micro_batch=found.micro_batch,
@@ -270,7 +223,7 @@ class _Planner:
         def peak_of(run: RunConfig) -> int:
             return self.peak_bytes(run, kept)
 
-        return choose_micro_batch(self.config, self.inventory.model, self.device, budget, peak_of, previously_merged)
+        return choose_micro_batch(self.config, self.inventory.traits, self.device, budget, peak_of, previously_merged)
 
     def peak_bytes(self, run: RunConfig, placement: PlannedPlacement | None = None) -> int:
         """Peak memory of a run, in the placement that it will have unless another is given."""
@@ -296,14 +249,14 @@ class _Planner:
         """What a run file says of memory; targets are looked up once, since many run files are tried."""
         key = run.lora.model_dump_json()
         if key not in self.targets:
-            self.targets[key] = resolve_targets(self.inventory.model, self.inventory.names, run.lora)
+            self.targets[key] = resolve(self.inventory.candidates, run.lora)
         return read_workload(run, self.inventory, self.targets[key], self.device, self.machine.compute_dtype)
 
     def hints(self) -> tuple[str, ...]:
         """Why there is no time, and what of the adapter is known only when the run selects its experts."""
         lora = self.config.lora
         if lora.experts and lora.experts.share and not lora.experts.layers:
-            counts = {spec.num_experts for spec in self.inventory.names.specs.values()}
+            counts = {spec.num_experts for spec in self.inventory.specs.values()}
             most = " or ".join(f"{most_selected(count, lora.experts.share)} of {count}" for count in sorted(counts))
             return (f"lora.experts: planned for the most experts that can be selected, {most} a layer", *self._speed())
         return (*self._corrected(), *self._speed())
@@ -317,6 +270,6 @@ class _Planner:
         return (f"lora.init: {len(matrices)} matrices are decomposed once, {about(seconds)}",)
 
     def _speed(self) -> tuple[str, ...]:
-        if self.device == "cuda" and self.machine.compute_dtype == torch.float32:
+        if self.device == "cuda" and self.machine.compute_dtype == FLOAT32:
             return ("no time of a step: rates of GPUs are known for products in 16 bits, and these are in float32",)
         return ()

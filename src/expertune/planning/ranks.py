@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from expertune.config import RunConfig
-from expertune.distributed.parallel import owned_experts, replicas
+from expertune.distributed.shares import owned_experts, replicas
 from expertune.gpus import LINKS, Link
 from expertune.planning.communication import (
     RoutedLayer,
@@ -17,8 +17,7 @@ from expertune.planning.communication import (
 from expertune.planning.distribution import EXPERTS, Distribution
 from expertune.planning.inventory import count_adapter, expert_factors
 from expertune.planning.settings import Workload
-from expertune.train.optim import usable_optimizer
-from expertune.train.own_states import why_not_by_expert
+from expertune.train.optimizers import usable_optimizer, why_not_by_expert
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def possible_distributions(config: RunConfig, w: Workload, world_size: int) -> I
         ConfigError: the ranks do not divide as `distributed.expert_parallel_size` says, or are more than the experts.
     """
     asked, size = config.distributed.experts, config.distributed.expert_parallel_size
-    fewest = min(spec.num_experts for spec in w.inventory.names.specs.values())
+    fewest = min(spec.num_experts for spec in w.inventory.specs.values())
     if size is not None:
         replicas(world_size, size)
     elif asked == "parallel":
@@ -144,7 +143,7 @@ def count_traffic(w: Workload, accumulation: int) -> Traffic:
             distribution.expert_ranks,
             w.checkpointing,
         )
-        for spec in inventory.names.specs.values()
+        for spec in inventory.specs.values()
     )
     gathered = gathered_bytes(inventory.layer_bytes, distribution.slices)
     return Traffic(

@@ -4,15 +4,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from expertune.adapt.amounts import preflight_tokens
 from expertune.checkpoint.targets import ResolvedTargets
 from expertune.config import RunConfig
 from expertune.config.training_keys import MUON
-from expertune.distributed.mesh import BUCKET_BYTES
+from expertune.distributed.shares import BUCKET_BYTES
 from expertune.errors import ConfigError
-from expertune.kernels.routes import default_working_set_bytes
+from expertune.kernels.amounts import BFLOAT16, FLOAT32, Dtype, default_working_set_bytes
 from expertune.objectives.units import aux_coefficient
 from expertune.planning.inventory import Inventory, Layer, count_adapter, count_by_adamw, factor_sizes
 from expertune.planning.passes import Passes, passes_of
@@ -23,8 +21,7 @@ from expertune.train.arguments import (
     training_argument,
     uses_checkpointing,
 )
-from expertune.train.muon import NOTHING_FOR_MUON
-from expertune.train.optim import default_optimizer, state_bytes, update_bytes
+from expertune.train.optimizers import NOTHING_FOR_MUON, default_optimizer, state_bytes, update_bytes
 
 # Of a tensor in the header of a safetensors file, at most: name (as long as models have them), dtype, shape, place.
 _HEADER_BYTES = 256
@@ -65,8 +62,8 @@ class Workload:
     inventory: Inventory
     targets: ResolvedTargets
     device: str
-    compute_dtype: torch.dtype
-    adapter_dtype: torch.dtype
+    compute_dtype: Dtype
+    adapter_dtype: Dtype
     tokens: int
     sequence_length: int
     preflight_tokens: int
@@ -145,12 +142,10 @@ class Workload:
     def _numbers_of_b(self) -> int:
         """Weights of the adapter's factors B."""
         inventory, targets = self.inventory, self.targets
-        linears = (
-            rank.rank * inventory.model.get_submodule(name).out_features for name, rank in targets.linears.items()
-        )
+        linears = (rank.rank * inventory.linears[name][0] for name, rank in targets.linears.items())
         routers = (rank.rank * inventory.routers[name].num_experts for name, rank in targets.router.items())
         experts = (
-            inventory.names.specs[name].num_experts * rank.rank * inventory.names.specs[name].shape(projection)[0]
+            inventory.specs[name].num_experts * rank.rank * inventory.specs[name].shape(projection)[0]
             for name, ranks in targets.experts.items()
             for projection, rank in ranks.items()
         )
@@ -158,7 +153,7 @@ class Workload:
 
     def _header_bytes(self, tensors: int) -> int:
         """What files say of their tensors, where there are so many for each matrix that the adapter changes."""
-        targets, specs = self.targets, self.inventory.names.specs
+        targets, specs = self.targets, self.inventory.specs
         of_experts = sum(specs[name].num_experts * len(ranks) for name, ranks in targets.experts.items())
         return tensors * _HEADER_BYTES * (len(targets.linears) + len(targets.router) + of_experts)
 
@@ -223,7 +218,7 @@ class Workload:
 
 
 def read_workload(
-    config: RunConfig, inventory: Inventory, targets: ResolvedTargets, device: str, compute_dtype: torch.dtype
+    config: RunConfig, inventory: Inventory, targets: ResolvedTargets, device: str, compute_dtype: Dtype
 ) -> Workload:
     """What a run file asks for, with TrainingArguments' defaults for what it leaves out."""
     training, passes = config.training, passes_of(config)
@@ -231,14 +226,14 @@ def read_workload(
     optimizer = str(training.get("optim", default_optimizer(device)))
     if optimizer == MUON and count_by_adamw(inventory, targets) == count_adapter(inventory, targets):
         raise ConfigError(NOTHING_FOR_MUON)
-    checked = preflight_tokens(inventory.names.specs)
+    checked = preflight_tokens(inventory.specs)
     evaluated = 0 if not config.data.eval or passes.written else int(training_argument(training, EVALUATION_BATCH_SIZE))
     return Workload(
         inventory=inventory,
         targets=targets,
         device=device,
         compute_dtype=compute_dtype,
-        adapter_dtype=torch.float32 if config.lora.dtype == "float32" else torch.bfloat16,
+        adapter_dtype=FLOAT32 if config.lora.dtype == "float32" else BFLOAT16,
         tokens=int(training_argument(training, BATCH_SIZE)) * passes.sequences * length,
         sequence_length=length,
         preflight_tokens=max(checked, length) if config.data.packing == "padded" else checked,
@@ -250,7 +245,7 @@ def read_workload(
         working_set_bytes=config.kernels.working_set_bytes or default_working_set_bytes(device),
         full_logits=config.loss == "full"
         or passes.written > 0  # TRL's own loss
-        or (targets.use_dora and _is_head_adapted(inventory, targets))
+        or (targets.use_dora and inventory.head in targets.linears)
         or any(training.get(key) for key in ("label_smoothing_factor", "torch_compile")),
         accumulates=int(training_argument(training, ACCUMULATION)) > 1,
         offload=config.offload_activations and device != "cpu",
@@ -259,16 +254,11 @@ def read_workload(
         keeps_first=config.lora.init == "pissa",
         calibrates=config.is_calibrated,
         router_losses=(
-            aux_coefficient(config, inventory.model.config.get_text_config()) or 0.0,
+            aux_coefficient(config, inventory.traits) or 0.0,
             config.router.z_loss,
         ),
         passes=passes,
     )
-
-
-def _is_head_adapted(inventory: Inventory, targets: ResolvedTargets) -> bool:
-    head = inventory.model.get_output_embeddings()
-    return any(inventory.model.get_submodule(name) is head for name in targets.linears)
 
 
 def answered_at_once(config: RunConfig) -> int:

@@ -1,54 +1,22 @@
 """What is known of a model before a weight is read: its config, and what the headers of its checkpoint say."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from expertune.checkpoint.formats.nf4_folder import is_nf4_folder, read_nf4_folder
 from expertune.checkpoint.headers import check_headers, read_headers
-from expertune.checkpoint.hub import CODE, find_folder
 from expertune.checkpoint.names import NameMap, first_names
-from expertune.checkpoint.reader import INDEX_NAME
 from expertune.checkpoint.recipe import Recipe, linears_to_quantize, read_recipe, recipe_of_folder
 from expertune.config import RunConfig
 from expertune.errors import ConfigError
+from expertune.planning.shapes import Source
 
 
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint as far as its headers tell.
-
-    Attributes:
-        recipe: what of it is held in 4 bits, and how.
-        holds_nf4: it is a folder that `expertune quantize` wrote.
-        nbytes: bytes of its tensors; None where nothing says.
-        notes: what could not be looked at.
-    """
-
-    recipe: Recipe
-    holds_nf4: bool = False
-    nbytes: int | None = None
-    notes: tuple[str, ...] = ()
-
-
-def find_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> tuple[Path, bool]:
-    """Folder with the model's config.json, and whether it is a hub model's.
-
-    Raises:
-        ConfigError: there is no such folder, it has no config.json, or the hub did not give it; says what to do.
-    """
-    patterns = ["config.json", INDEX_NAME, *(CODE if trust_remote_code else [])]
-    note = " (config.json alone is enough to plan)"
-    folder, on_hub = find_folder(model, revision, patterns, ConfigError, "its config.json", note)
-    if (folder / "config.json").is_file():
-        return folder, on_hub
-    if on_hub:
-        raise ConfigError(f"model {model}: the repository has no config.json; is it a transformers model?")
-    raise ConfigError(f"{folder / 'config.json'}: no such file; is {model} a model folder?")
-
-
-def read_source(config: RunConfig, folder: Path, on_hub: bool, model: PreTrainedModel, names: NameMap) -> Source:
+def read_source(
+    config: RunConfig, folder: Path, on_hub: bool, model: PreTrainedModel, names: NameMap
+) -> tuple[Recipe, Source]:
     """Read a checkpoint's headers and hold them to the model.
 
     Args:
@@ -57,6 +25,9 @@ def read_source(config: RunConfig, folder: Path, on_hub: bool, model: PreTrained
         on_hub: whether it is a hub model's.
         model: the model on the meta device, with tied weights tied.
         names: its name map.
+
+    Returns:
+        What of it is held in 4 bits, and how; and the rest of what it says.
 
     Raises:
         CheckpointError: a damaged header, or tensors that do not belong to the config.
@@ -67,7 +38,7 @@ def read_source(config: RunConfig, folder: Path, on_hub: bool, model: PreTrained
         _require_16_bits(config, "an NF4 folder")
         stored = read_nf4_folder(folder)
         recipe = recipe_of_folder(stored, model, names, config.quantization)
-        return Source(recipe, holds_nf4=True, nbytes=stored.index.nbytes)
+        return recipe, Source(holds_nf4=True, nbytes=stored.index.nbytes)
     headers = read_headers(config.model, folder, config.revision, on_hub)
     keys = headers.shapes if headers else ()
     recipe = read_recipe(model, names, keys, config.quantization, config.model if on_hub else folder)
@@ -76,7 +47,7 @@ def read_source(config: RunConfig, folder: Path, on_hub: bool, model: PreTrained
     if headers is None:
         found = linears_to_quantize(model, names.specs)
         recipe = replace(recipe, linears={name: each for name, each in found.items() if name not in recipe.whole})
-        return Source(recipe, notes=("no weights to look at; the counts rest on config.json alone",))
+        return recipe, Source(notes=("no weights to look at; the counts rest on config.json alone",))
     notes = []
     if None in headers.shapes.values():
         notes.append("the shards were not found; tensors were checked by the names in the index alone")
@@ -86,7 +57,7 @@ def read_source(config: RunConfig, folder: Path, on_hub: bool, model: PreTrained
     }
     if unused := check_headers(replace(headers, shapes=shapes), model, names):
         notes.append(f"tensors that the model has no place for are left out: {first_names(unused)}")
-    return Source(recipe, nbytes=headers.nbytes, notes=tuple(notes))
+    return recipe, Source(nbytes=headers.nbytes, notes=tuple(notes))
 
 
 def _require_16_bits(config: RunConfig, found: str) -> None:

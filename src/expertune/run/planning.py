@@ -8,8 +8,9 @@ from expertune.config import RunConfig
 from expertune.config.arguments import checked
 from expertune.planning import Plan
 from expertune.planning.devices import Machine
-from expertune.planning.duration import read_lengths
+from expertune.planning.examples import read_lengths
 from expertune.planning.plan import plan_for
+from expertune.planning.recall import may_recall, recall_lengths, recall_shapes
 from expertune.run.source import load_config
 
 
@@ -38,5 +39,6 @@ def plan(
     """
     config = load_config(config, overrides, starts=False)
     machine = Machine.of(config, gpu=gpu, memory=memory, devices=devices)
-    made = plan_for(config, machine, trust_remote_code=trust_remote_code)
-    return made.timed(read_lengths(config, trust_remote_code))
+    recalls = may_recall(trust_remote_code)
+    made = plan_for(config, machine, trust_remote_code=trust_remote_code, read=recall_shapes if recalls else None)
+    return made.timed(read_lengths(config, trust_remote_code, recall_lengths if recalls else None))

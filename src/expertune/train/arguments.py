@@ -6,17 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from expertune.config import ObjectiveName
 from expertune.config.training_fields import fields_of, imported_fields, training_fields
 from expertune.config.training_keys import MUON, unused_keys
 from expertune.config.trl_keys import arguments_class
 from expertune.errors import ConfigError
-from expertune.train.muon import MuonSettings
-from expertune.train.optim import default_optimizer, usable_optimizer
+from expertune.train.optimizers import MuonSettings, default_optimizer, usable_optimizer
 
 if TYPE_CHECKING:
+    import torch
     from transformers import TrainingArguments
 
 BATCH_SIZE = "per_device_train_batch_size"
@@ -35,7 +33,7 @@ def uses_checkpointing(training: Mapping[str, Any]) -> bool:
 
 
 def training_arguments(
-    training: Mapping[str, Any], output_dir: str, device: torch.device, objective: ObjectiveName = "sft"
+    training: Mapping[str, Any], output_dir: str, device: "torch.device", objective: ObjectiveName = "sft"
 ) -> tuple[Any, list[str]]:
     """TrainingArguments with this project's defaults, or TRL's arguments of an objective.
 

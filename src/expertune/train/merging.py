@@ -1,20 +1,53 @@
 """Whether micro-batches of a step may run as one: only where that is the same step."""
 
 import inspect
-from typing import Any
-
-from transformers import PreTrainedModel
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from expertune.config import RunConfig
 from expertune.objectives.units import aux_coefficient, why_whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Rotary embeddings whose frequencies depend on the longest sequence of the batch.
 _BATCH_WIDE_ROPE = {"dynamic", "longrope"}
 
 
-def why_separate(config: RunConfig, model: PreTrainedModel) -> str | None:
+@dataclass(frozen=True)
+class Traits:
+    """What of a model decides whether micro-batches may run as one.
+
+    Attributes:
+        output_router_logits: of its text config, which then has the model take its own auxiliary loss.
+        router_aux_loss_coef: of its text config.
+        normalizes: its loss is divided by the label tokens of the whole step.
+        attends_by_sequence: every layer is plain attention, whose cost is by sequence.
+        rotates_by_batch: its rotary embedding depends on the longest sequence of a batch.
+    """
+
+    output_router_logits: bool
+    router_aux_loss_coef: float | None
+    normalizes: bool
+    attends_by_sequence: bool
+    rotates_by_batch: bool
+
+    @classmethod
+    def of(cls, model: "PreTrainedModel") -> "Traits":
+        """Those of a model, which may be on the meta device."""
+        text_config = model.config.get_text_config()
+        return cls(
+            output_router_logits=bool(getattr(text_config, "output_router_logits", False)),
+            router_aux_loss_coef=getattr(text_config, "router_aux_loss_coef", None),
+            normalizes=_normalizes(model),
+            attends_by_sequence=_attends_by_sequence(model),
+            rotates_by_batch=bool(_rope_types(getattr(text_config, "rope_parameters", None)) & _BATCH_WIDE_ROPE),
+        )
+
+
+def why_separate(config: RunConfig, traits: Traits) -> str | None:
     """Why micro-batches stay separate: merged, their steps would be others. None where they may be merged."""
-    training, text_config = config.training, model.config.get_text_config()
+    training = config.training
     reasons = {
         "data.merge_accumulation is false": not config.data.merge_accumulation,
         "data.packing=padded runs as it is written": config.data.packing == "padded",
@@ -25,18 +58,16 @@ def why_separate(config: RunConfig, model: PreTrainedModel) -> str | None:
         ),
         "training.optim steps at every micro-batch": "lomo" in str(training.get("optim", "")).lower(),
         "the router's auxiliary loss (output_router_logits) is not the same over more examples": (
-            getattr(text_config, "output_router_logits", False) and aux_coefficient(config, text_config) is None
+            traits.output_router_logits and aux_coefficient(config, traits) is None
         ),
-        "the model takes its loss over a micro-batch's label tokens, not over the step's": not _normalizes(model),
-        "the model does not attend to each sequence by itself": not _attends_by_sequence(model),
-        "the model's rotary embedding depends on a batch's longest sequence": bool(
-            _rope_types(getattr(text_config, "rope_parameters", None)) & _BATCH_WIDE_ROPE
-        ),
+        "the model takes its loss over a micro-batch's label tokens, not over the step's": not traits.normalizes,
+        "the model does not attend to each sequence by itself": not traits.attends_by_sequence,
+        "the model's rotary embedding depends on a batch's longest sequence": traits.rotates_by_batch,
     }
     return why_whole(config) or next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _normalizes(model: PreTrainedModel) -> bool:
+def _normalizes(model: "PreTrainedModel") -> bool:
     """Whether the loss is divided by the label tokens of the whole step: what transformers' Trainer asks a model."""
     accepts: bool | None = getattr(model, "accepts_loss_kwargs", None)
     if accepts is not None:
@@ -44,7 +75,7 @@ def _normalizes(model: PreTrainedModel) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
 
 
-def _attends_by_sequence(model: PreTrainedModel) -> bool:
+def _attends_by_sequence(model: "PreTrainedModel") -> bool:
     """Whether every layer is plain attention, whose cost is by sequence.
 
     A window takes a mask over the whole batch, and the state of linear attention or a convolution runs on from one

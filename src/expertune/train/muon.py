@@ -9,7 +9,7 @@ Shape suffixes: E experts, r rank.
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.optim.adamw import adamw
 
 from expertune.checkpoint.linears import is_linear
 from expertune.errors import ConfigError
+from expertune.train.optimizers import NOTHING_FOR_MUON, MuonSettings
 
 _FACTORS = ("lora_A", "lora_B")
 
@@ -27,69 +28,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _EPSILON = 1e-7
 
 
-@dataclass(frozen=True)
-class MuonSettings:
-    """What `training.optim_args` may set, by torch's names.
-
-    Attributes:
-        momentum: of the gradients' mean.
-        nesterov: look ahead by it.
-        ns_steps: of the Newton-Schulz iteration.
-        adjust_lr_fn: `match_rms_adamw` multiplies the learning rate by 0.2 sqrt(max(rows, columns)), by which an update
-            is as large as AdamW's, so that its learning rates hold (Moonlight, 2025); `original` by
-            sqrt(max(1, rows / columns)).
-    """
-
-    momentum: float = 0.95
-    nesterov: bool = True
-    ns_steps: int = 5
-    adjust_lr_fn: str = "match_rms_adamw"
-
-    @classmethod
-    def parse(cls, text: str | None) -> "MuonSettings":
-        """Settings as transformers writes them: `momentum=0.9,ns_steps=6`.
-
-        Raises:
-            ConfigError: names the setting, and what it can be.
-        """
-        values: dict[str, Any] = {}
-        readers = {each.name: _READERS[each.name] for each in fields(cls)}
-        for part in filter(None, (text or "").replace(" ", "").split(",")):
-            name, _, value = part.partition("=")
-            if name not in readers:
-                raise ConfigError(
-                    f"training.optim_args: muon has no setting {name!r:.80}; it has {', '.join(readers)}, as in "
-                    "momentum=0.95,ns_steps=5"
-                )
-            read, wanted = readers[name]
-            try:
-                values[name] = read(value)
-            except (ValueError, KeyError):
-                raise ConfigError(f"training.optim_args: {name} has to be {wanted}, got {value!r:.80}") from None
-        return cls(**values)
-
-
-def _momentum(text: str) -> float:
-    if not 0 <= (value := float(text)) < 1:
-        raise ValueError
-    return value
-
-
-def _steps(text: str) -> int:
-    if not 1 <= (value := int(text)) < 100:
-        raise ValueError
-    return value
-
-
-_READERS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "momentum": (_momentum, "a number from 0 to below 1"),
-    "nesterov": (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
-    "ns_steps": (_steps, "a number from 1 to 99"),
-    "adjust_lr_fn": (
-        {name: name for name in ("match_rms_adamw", "original")}.__getitem__,
-        "match_rms_adamw or original",
-    ),
-}
+_AS_TORCH = MuonSettings()
 
 
 class StackedMuon(Optimizer):
@@ -107,7 +46,7 @@ class StackedMuon(Optimizer):
         self,
         groups: Any,
         lr: float,
-        settings: MuonSettings = MuonSettings(),
+        settings: MuonSettings = _AS_TORCH,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
@@ -221,9 +160,3 @@ def muon_parameters(model: nn.Module) -> list[nn.Parameter]:
     if not matrices:
         raise ConfigError(NOTHING_FOR_MUON)
     return matrices
-
-
-NOTHING_FOR_MUON = (
-    "training.optim is muon, and the adapter has no factor that it updates: routers and the output head are left to "
-    "AdamW. Set training.optim to adamw_torch, or name experts or attention in lora.targets"
-)

@@ -1,8 +1,8 @@
 """What an optimizer's name under `training.optim` stands for.
 
 transformers builds the optimizer from its name, with two parameter groups: with weight decay and without. Muon is ours,
-and LoRA+ has a group for B. Here stands what the trainer and the plan both need to know: the default, the replacement
-without CUDA, the bytes of states and of an update, and how the state is allocated before the first update.
+and LoRA+ has a group for B. Here it is made, and its state is allocated before the first update; what a plan needs to
+know of it is in `optimizers.py`.
 """
 
 import inspect
@@ -11,63 +11,8 @@ from typing import Any
 
 import torch
 
-from expertune.train.muon import MuonSettings, StackedMuon, muon_parameters
-
-_DEFAULT = {"cpu": "adamw_torch", "cuda": "paged_adamw_8bit"}
-
-# Numbers of state per parameter, where a name contains this; all others keep Adam's two moments.
-_STATE_NUMBERS = {"muon": 1, "lion": 1, "rmsprop": 1, "adagrad": 1, "adafactor": 0}  # adafactor: a row and a column
-
-# 8-bit optimizers that bitsandbytes computes on a CPU as well.
-_8BIT_ON_CPU = ("adamw_8bit", "adamw_bnb_8bit", "lion_8bit", "rmsprop_bnb_8bit")
-
-# Bytes that an update takes for each number of the factor that it is at, at the most: Muon's in float32 and bfloat16;
-# of 8-bit states on a CPU both moments in float32, as they were and as they become, with what they are quantized by.
-_UPDATE_BYTES = {"muon": 16, "8bit": 40}
-
-# A byte per number of an 8-bit optimizer, and one float32 scale for each block of 256.
-_BYTES_8BIT = 1 + 4 / 256
-
-
-def default_optimizer(device_type: str) -> str:
-    """The optimizer of a run that names none."""
-    return _DEFAULT.get(device_type, _DEFAULT["cpu"])
-
-
-def usable_optimizer(name: str, device_type: str) -> str:
-    """The optimizer that a run takes: paged ones need CUDA, and so do most 8-bit ones."""
-    needs_cuda = "paged" in name or ("8bit" in name and name not in _8BIT_ON_CPU)
-    return default_optimizer(device_type) if needs_cuda and device_type != "cuda" else name
-
-
-def state_bytes(name: str, num_parameters: int, itemsize: int, device_type: str, num_by_adamw: int = 0) -> int:
-    """Bytes of an optimizer's state.
-
-    Args:
-        name: as under `training.optim`.
-        num_parameters: numbers that are trained.
-        itemsize: bytes of each of them.
-        device_type: `cpu` or `cuda`.
-        num_by_adamw: numbers among them that Muon leaves to AdamW.
-    """
-    name = usable_optimizer(name.lower(), device_type)
-    numbers = 0 if name == "sgd" else next((n for part, n in _STATE_NUMBERS.items() if part in name), 2)
-    if name == "muon":
-        return (num_parameters + num_by_adamw) * itemsize
-    return int(num_parameters * numbers * (_BYTES_8BIT if "8bit" in name else itemsize))
-
-
-def update_bytes(name: str, num_parameters: int, device_type: str) -> int:
-    """Bytes that an update takes beside parameter, gradient and state of the factor that it is at.
-
-    Args:
-        name: as under `training.optim`.
-        num_parameters: numbers of the largest factor.
-        device_type: `cpu` or `cuda`.
-    """
-    name = usable_optimizer(name.lower(), device_type)
-    kind = "8bit" if "8bit" in name and device_type == "cpu" else name
-    return num_parameters * _UPDATE_BYTES.get(kind, 0)
+from expertune.train.muon import StackedMuon, muon_parameters
+from expertune.train.optimizers import MuonSettings
 
 
 def make_optimizer(model: Any, args: Any, loraplus_lr_ratio: float | None) -> Any:
@@ -85,7 +30,7 @@ def make_optimizer(model: Any, args: Any, loraplus_lr_ratio: float | None) -> An
         return _muon(model, args, loraplus_lr_ratio or 1.0)
     if loraplus_lr_ratio is None:
         return None
-    from transformers import Trainer  # with datasets and pandas: the plan needs sizes alone
+    from transformers import Trainer  # with datasets and pandas
 
     optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
     # Not PEFT's groups, in which DoRA's magnitudes of linears, but not of experts, would have the rate of B.

@@ -5,7 +5,7 @@ shared out. An expert's states are those elements of a tensor that lie at its pl
 also keeps one scale for each block of 256 numbers, the experts' blocks one after the other.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,11 +14,7 @@ from torch import Tensor, nn
 from expertune.distributed.parallel import ExpertParallel
 from expertune.errors import ConfigError
 from expertune.experts.module import Nf4Experts, parallel_of
-
-_BLOCK = 256
-
-# Optimizers whose update of one expert looks at other experts' values, by parts of their names.
-_NOT_BY_EXPERT = ("adafactor", "apollo", "galore", "lomo", "stable")
+from expertune.train.optimizers import why_not_by_expert
 
 
 def require_states_by_expert(model: nn.Module, optimizer: str) -> None:
@@ -31,26 +27,6 @@ def require_states_by_expert(model: nn.Module, optimizer: str) -> None:
         return
     if reason := why_not_by_expert(optimizer, [factor[0].numel() for factor, _ in _factors(model)]):
         raise ConfigError(reason)
-
-
-def why_not_by_expert(optimizer: str, sizes: Iterable[int]) -> str | None:
-    """Why an optimizer would take another step where experts are shared out to ranks; None where it would not.
-
-    Args:
-        optimizer: its name under `training.optim`.
-        sizes: numbers of an expert in each factor.
-    """
-    if any(part in optimizer for part in _NOT_BY_EXPERT):
-        return (
-            f"training.optim {optimizer} updates an expert by what it finds in others, which are in other processes "
-            "with distributed.experts: parallel; set training.optim to adamw_torch, or distributed.experts to replicate"
-        )
-    if "8bit" in optimizer and any(size % _BLOCK for size in sizes):
-        return (
-            f"training.optim {optimizer} has scales for {_BLOCK} numbers at a time, which would belong to two experts "
-            "of two processes; set lora.r to a multiple of 4, or training.optim to adamw_torch"
-        )
-    return None
 
 
 @contextmanager

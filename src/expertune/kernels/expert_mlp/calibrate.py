@@ -7,10 +7,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from expertune.kernels.amounts import NESTED_BLOCK_SIZE
 from expertune.kernels.expert_mlp.operator import Route
 from expertune.kernels.expert_mlp.plan import Activation, Chunk, FrozenLayer, Gradients
 from expertune.kernels.nf4 import BLOCK_SIZE, Nf4Bytes
-from expertune.kernels.nf4.reference import NESTED_BLOCK_SIZE
 
 # Experts, hidden and intermediate size: on a GPU wide enough that tiles fill it, and 0.2 GB; on a CPU enough not to fit
 # a core's own cache when dequantized.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from expertune.kernels.amounts import bytes_per_gained_token, bytes_per_routed_token
 from expertune.kernels.nf4 import Nf4Bytes
 
 
@@ -169,37 +170,6 @@ def combine(y_RD: Tensor, inverse_R: Tensor, num_tokens: int) -> Tensor:
     for k in range(1, top_k):
         total += y_RD[chosen[:, k]]
     return total
-
-
-def bytes_per_routed_token(
-    hidden_size: int, intermediate_size: int, num_parts: int, swiglu: bool, dropped: bool, device_type: str = "cpu"
-) -> int:
-    """Bytes that a routed token takes between the GEMMs, in backward.
-
-    On a CPU float32 throughout: gate and up, which their gradients replace, and the intermediate values; the input's
-    gradient. Where dropped inputs are made (the fused route drops as it reads): one and the gradient of one, of either
-    width. Elsewhere all is 16-bit but for the input's gradient, the intermediate values have their gradient beside
-    them, and nothing is kept for dropout; where an activation is differentiated by autograd, also its result, its
-    gradients, and two tensors of the intermediate size that it keeps. On a CPU these are of a few tokens at a time.
-    """
-    if device_type == "cpu":
-        inner = num_parts + 1 + (2 if dropped else 0)
-        return 4 * (inner * intermediate_size + (3 if dropped else 1) * hidden_size)
-    inner = num_parts + 2 + (0 if swiglu else num_parts + 3)
-    return 2 * inner * intermediate_size + 4 * hidden_size
-
-
-def bytes_per_gained_token(hidden_size: int, intermediate_size: int, num_parts: int) -> int:
-    """What gains add to that, in float32: gate and up before them, the output before them, and its gradient."""
-    return 4 * (num_parts * intermediate_size + 2 * hidden_size)
-
-
-def kept_bytes_per_routed_token(intermediate_size: int, num_parts: int, dtype: torch.dtype) -> int:
-    """Bytes that a layer which keeps what its first GEMM gave holds until backward, for each routed token.
-
-    `dtype` is that of the tokens.
-    """
-    return num_parts * intermediate_size * dtype.itemsize
 
 
 def chunk_tokens(layer: FrozenLayer, top_k: int, dropped: bool, working_set_bytes: int, gain: bool = False) -> int:

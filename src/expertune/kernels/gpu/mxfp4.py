@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from expertune.kernels.amounts import MXFP4_BLOCK_SIZE
 from expertune.kernels.gpu.launch import launch
 from expertune.kernels.nf4.bytes import Nf4Bytes
-from expertune.kernels.nf4.reference import MXFP4_BLOCK_SIZE
 
 
 @triton.jit

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from expertune.kernels.linear_cross_entropy import chunked
-from expertune.kernels.linear_cross_entropy.chunked import IGNORE_INDEX, working_set_bytes
+from expertune.kernels.linear_cross_entropy.chunked import IGNORE_INDEX
 from expertune.kernels.operators import no_autocast
 
-__all__ = ["IGNORE_INDEX", "HeadUpdate", "linear_cross_entropy", "working_set_bytes"]
+__all__ = ["IGNORE_INDEX", "HeadUpdate", "linear_cross_entropy"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

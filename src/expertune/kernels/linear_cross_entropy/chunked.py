@@ -13,23 +13,13 @@ import torch
 from torch import Tensor
 
 from expertune.kernels import native
+from expertune.kernels.amounts import LOGIT_TILE_BYTES, most_logit_rows
 from expertune.kernels.cpu import gemm_dtype
 from expertune.kernels.linear_cross_entropy import tiles
 from expertune.kernels.linear_cross_entropy.tiles import Head, LowRank, TileLoss
 
 IGNORE_INDEX = -100
 
-# Most bytes of a chunk's float32 logits. On a GPU the weight is read twice for each chunk, so that chunks are larger.
-LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
-
-# Fewer rows than this multiply at a fraction of the speed, so that a large vocabulary may pass the budget above.
-_MIN_ROWS = 64
-
-# Most bytes of one tile: of logits, and of weights that have to be converted. On a CPU it has to fit into the
-# last-level cache, and to stay below the 8 MiB from which on the allocator maps a block afresh, page fault by page
-# fault; smaller ones would only mean more operators, each with a barrier between threads. On a GPU a tile of logits is
-# all of the vocabulary.
-TILE_BYTES = {"cpu": 7 * 2**20, "cuda": 256 * 2**20}
 _TILE_MULTIPLE = 64
 
 
@@ -121,41 +111,8 @@ def forward(
 
 def rows_per_chunk(num_rows: int, vocabulary: int, device: torch.device) -> int:
     """Rows of a chunk: as many as the budget of its logits allows, in chunks of even size."""
-    num_chunks = -(-num_rows // _most_rows(vocabulary, device.type))
+    num_chunks = -(-num_rows // most_logit_rows(vocabulary, device.type))
     return -(-num_rows // num_chunks) if num_chunks else 1
-
-
-def working_set_bytes(
-    num_rows: int, vocabulary: int, hidden_size: int, dtype: torch.dtype, device: str, rank: int = 0
-) -> int:
-    """The most bytes that the operator holds at once beside its inputs and the gradients it returns.
-
-    Counted: the float32 logits of a chunk, tiles beside them, and the chunk's rows with their gradient. With an update
-    its B and that one's gradient in float32, its input, and what they have in common with the chunk's rows.
-
-    Args:
-        num_rows: T, an upper bound of the rows with a label.
-        vocabulary: V.
-        hidden_size: D.
-        dtype: of hidden.
-        device: `cpu` or `cuda`.
-        rank: of the head's updates, all together; 0 without one.
-    """
-    rows = min(num_rows, _most_rows(vocabulary, device))
-    logits = rows * vocabulary * torch.float32.itemsize
-    # On a CPU a tile of logits on their way to the next step, its gradient, and weights that were converted; elsewhere
-    # a tile is all of the chunk's logits: in float32, and in the dtype of the GEMM.
-    cpu_tiles = 3 * min(TILE_BYTES["cpu"], logits)
-    beside = cpu_tiles if device == "cpu" else logits + rows * vocabulary * dtype.itemsize
-    # The native library takes rows in float32, and gives a tile's part of their gradient apart.
-    of_rows = 4 if device == "cpu" and dtype == torch.bfloat16 else 2
-    updates = 2 * rank * vocabulary + rows * (hidden_size + 3 * rank) if rank else 0
-    return logits + beside + (of_rows * rows * hidden_size + updates) * torch.float32.itemsize
-
-
-def _most_rows(vocabulary: int, device: str) -> int:
-    budget = LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"])
-    return max(budget // (vocabulary * torch.float32.itemsize), _MIN_ROWS)
 
 
 def _check_labels(labels_N: Tensor, vocabulary: int) -> None:
@@ -196,7 +153,7 @@ class _Weight:
         on_cpu, converts = weight_VD.device.type == "cpu", weight_VD.dtype != x_nD.dtype
         in_bfloat16 = on_cpu and x_nD.dtype == weight_VD.dtype == torch.bfloat16 and weight_VD.stride(1) == 1
         self._native = in_bfloat16 and native.available() and native.bfloat16_arithmetic() == native.AMX
-        budget = TILE_BYTES.get(weight_VD.device.type, TILE_BYTES["cuda"])
+        budget = LOGIT_TILE_BYTES.get(weight_VD.device.type, LOGIT_TILE_BYTES["cuda"])
         per_column = x_nD.shape[0] * torch.float32.itemsize
         self._columns = _even(vocabulary, budget // per_column) if on_cpu else vocabulary
         # What has to be converted may be wider than a tile of logits is.

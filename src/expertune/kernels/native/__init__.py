@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from expertune.kernels import workspace
+from expertune.kernels.amounts import scratch_bytes
 from expertune.kernels.native.build import Status, library, status
 from expertune.kernels.native.structures import (
     DENSE_KINDS,
@@ -53,7 +54,6 @@ __all__ = [
     "grouped_gemm",
     "outer",
     "quantize",
-    "scratch_bytes",
     "status",
     "swiglu",
     "swiglu_backward",
@@ -61,8 +61,6 @@ __all__ = [
 
 # What multiplies NF4 weights, as grouped_gemm.h counts: matrix units, and integers of 16 bits.
 AMX, INTEGERS = 2, 3
-# Of grouped_gemm16.c: tokens of an item, columns that are summed at once, contraction of a pass.
-_BFLOAT_ROWS, _BFLOAT_WIDE, _BFLOAT_PASS = 512, 256, 512
 
 
 def available() -> bool:
@@ -86,13 +84,6 @@ def arithmetic(dtype: torch.dtype) -> int:
         return 0
     floats = bfloat16_arithmetic()
     return (floats if dtype == torch.bfloat16 else 0) if floats else INTEGERS
-
-
-def scratch_bytes(tokens: int, depth: int) -> int:
-    """Scratch memory of a thread for GEMMs in bfloat16 of so many tokens; see `Scratch` of grouped_gemm16.c."""
-    rows = min(-(-tokens // 16) * 16, _BFLOAT_ROWS)
-    tiles = rows * (-(-depth // 32) * 32) * 2
-    return _BFLOAT_WIDE * (_BFLOAT_ROWS * 4 + _BFLOAT_PASS * 2) + tiles
 
 
 def quantize(matrix_NK: Tensor, packed: Tensor, absmax: Tensor) -> bool:

@@ -25,10 +25,10 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from expertune.kernels.amounts import BLOCK_SIZE, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE, Scheme
 from expertune.kernels.huge_pages import ask_for_huge_pages
 from expertune.kernels.nf4 import cpu, reference
-from expertune.kernels.nf4.bytes import Fit, Nf4Bytes, Part, Scheme
-from expertune.kernels.nf4.reference import BLOCK_SIZE, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE
+from expertune.kernels.nf4.bytes import Fit, Nf4Bytes, Part
 
 __all__ = [
     "BLOCK_SIZE",

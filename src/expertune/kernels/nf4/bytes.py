@@ -1,16 +1,12 @@
 """The four buffers of M matrices [N, K] held in 4 bits, as operators receive them; see `expertune.kernels.nf4`."""
 
-import math
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Scheme = Literal["nf4", "mxfp4"]
-
-# Slices of a buffer begin at a multiple of it where its matrices do: copies of so many bytes are fast.
-_UNIT = 16
+from expertune.kernels.amounts import Scheme, slice_bytes
 
 
 class Part(NamedTuple):
@@ -25,9 +21,7 @@ class Part(NamedTuple):
 
     def each(self, whole: Tensor) -> int:
         """Bytes of one slice of a buffer, which may be without memory."""
-        per_matrix = whole[:1].nbytes
-        unit = math.gcd(_UNIT, per_matrix) or 1
-        return -(-whole.nbytes // (self.size * unit)) * unit
+        return slice_bytes(whole[:1].nbytes, whole.shape[0], self.size)
 
     def of(self, whole: Tensor) -> range:
         """Which bytes of a buffer are in the slice."""

@@ -8,11 +8,8 @@ import functools
 import torch
 from torch import Tensor
 
-from expertune.kernels.nf4.bytes import Nf4Bytes, Scheme
-
-BLOCK_SIZE = 64
-MXFP4_BLOCK_SIZE = 32
-NESTED_BLOCK_SIZE = 256
+from expertune.kernels.amounts import BLOCK_SIZE, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE, Scheme
+from expertune.kernels.nf4.bytes import Nf4Bytes
 
 # Quantiles of a standard normal, scaled to [-1, 1] with an exact zero (QLoRA, appendix E).
 NF4_CODEBOOK = (

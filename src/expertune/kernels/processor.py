@@ -1,0 +1,96 @@
+"""This CPU as torch sees it: its instruction sets and threads, kept so that a plan need not import torch for them."""
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+from expertune.kernels.amounts import FLOAT32, Dtype
+from expertune.kernels.cache import cache_folder, read_kept
+from expertune.kernels.limits import read
+from expertune.storage import write_text
+
+MULTIPLIES = {
+    "bfloat16": frozenset({"avx512_bf16", "amx_bf16"}),
+    "float16": frozenset({"avx512_fp16", "amx_fp16"}),
+}
+"""Instructions that multiply a 16-bit dtype; without them torch converts number by number, a hundred times slower."""
+
+# Variables by which the runtimes of threads, and torch itself, count threads or use fewer instructions.
+_DECIDING = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ATEN_", "TORCH_", "ONEDNN_", "DNNL_", "LD_")
+_CPUINFO = Path("/proc/cpuinfo")
+# Lines of it that say what the CPU is, and not how fast it is at the moment.
+_IDENTITY = ("vendor_id", "cpu family", "model", "stepping", "microcode", "flags", "features", "cpu ")
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What torch says of the CPU.
+
+    Attributes:
+        instruction_sets: see `expertune.kernels.cpu.cpu_instruction_sets`.
+        threads: how many an operator takes.
+    """
+
+    instruction_sets: tuple[str, ...]
+    threads: int
+
+    def gemm_dtype(self, dtype: Dtype) -> Dtype:
+        """See `expertune.kernels.cpu.gemm_dtype`."""
+        needed = MULTIPLIES.get(dtype.name)
+        return dtype if needed is None or needed & set(self.instruction_sets) else FLOAT32
+
+
+def processor() -> Processor:
+    """This process's: asked of torch where it is imported, else what a process like this one has kept, if one has."""
+    return _asked() if "torch" in sys.modules else _kept()
+
+
+def _asked() -> Processor:
+    import torch
+
+    from expertune.kernels.cpu import cpu_instruction_sets
+
+    return Processor(cpu_instruction_sets(), torch.get_num_threads())
+
+
+@cache
+def _kept() -> Processor:
+    """Kept under all that decides the answer: the CPU and the system, torch's release, affinity, and variables."""
+    path = cache_folder() / f"processor-{hashlib.sha256(json.dumps(_decides()).encode()).hexdigest()[:16]}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = read_kept(path)
+        kept = Processor(tuple(map(str, found["instruction_sets"])), int(found["threads"]))
+        if kept.threads > 0:
+            return kept
+    asked = _asked()
+    with suppress(OSError):  # asked again next time
+        write_text(path, json.dumps(asdict(asked)))
+    return asked
+
+
+def _decides() -> list[object]:
+    lines = dict.fromkeys(line for line in read(_CPUINFO).splitlines() if line.lower().startswith(_IDENTITY))
+    return [
+        version("torch"),
+        platform.platform(),
+        platform.processor(),
+        list(lines),
+        os.cpu_count(),
+        sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        sorted((name, value) for name, value in os.environ.items() if name.startswith(_DECIDING)),
+    ]
+
+
+def cpu_name() -> str:
+    """The CPU's model name."""
+    for line in read(_CPUINFO).splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

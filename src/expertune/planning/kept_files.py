@@ -1,0 +1,152 @@
+"""What a plan has read once, kept in the user's cache folder under the hash of all that decides it.
+
+Reading a model's shapes takes torch and transformers' models, and reading examples takes a tokenizer: most of a plan's
+time, for a few numbers that are the same as the last time. A kept file is used only if the hash of its content is the
+one that stands in it; any other is made anew, and so is everything where a library is no release.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+from expertune.kernels.cache import cache_folder, read_kept
+from expertune.storage import write_text
+
+T = TypeVar("T")
+
+# Files of each kind that stay; a plan of another model or of other data leaves one more.
+_MOST_KEPT = 64
+
+# A safetensors file begins with the length of its header, and no header is larger.
+_LENGTH_BYTES, _MOST_HEADER_BYTES = 8, 100 * 2**20
+
+
+def kept(
+    kind: str,
+    decides: Callable[[], Mapping[str, Any] | None],
+    read: Callable[[], T],
+    form: Any,
+    is_final: Callable[[T], bool] = lambda _: True,
+) -> T:
+    """What `read` returns, or what an earlier process kept of it.
+
+    Args:
+        kind: what it is, as the name of its file begins.
+        decides: looks at all that decides it, as plain values; None where that is not known, and nothing is kept then.
+        read: reads it anew.
+        form: a `pydantic.TypeAdapter` of its type.
+        is_final: whether it may be kept; not where a connection was missing.
+    """
+    decided_by = decides()
+    if decided_by is None:
+        return read()
+    path = cache_folder() / "plans" / f"{kind}-{digest(decided_by)}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        held = read_kept(path)
+        if held["sha256"] == hashlib.sha256(held["content"].encode()).hexdigest():
+            found: T = form.validate_json(held["content"])
+            return found
+    made = read()
+    if is_final(made) and decides() == decided_by:  # a file may have been written to meanwhile
+        with suppress(OSError, ValueError, TypeError):  # read again next time
+            _keep(path, made, form)
+            _drop_oldest(path.parent, kind)
+    return made
+
+
+def _keep(path: Path, made: Any, form: Any) -> None:
+    content = form.dump_json(made, warnings=False).decode()
+    if form.validate_json(content) != made:
+        raise ValueError("not what was read: a value of a type that nobody expects")
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    write_text(path, json.dumps({"sha256": hashlib.sha256(content.encode()).hexdigest(), "content": content}))
+
+
+def _drop_oldest(folder: Path, kind: str) -> None:
+    held = sorted(folder.glob(f"{kind}-*.json"), key=lambda path: path.stat().st_mtime)
+    for path in held[:-_MOST_KEPT]:
+        path.unlink(missing_ok=True)
+
+
+def libraries(*names: str) -> list[list[str]] | None:
+    """Releases of libraries by the hashes of all their files; None where one is no release that pip has installed.
+
+    What an editable install or another folder on Python's path gives may change with the version staying as it is. This
+    package itself counts by its code.
+    """
+    found = [_release(name) for name in names]
+    known = [each for each in found if each is not None]
+    return [[sys.version], [_own_code()], *known] if len(known) == len(names) else None
+
+
+def _release(name: str) -> list[str] | None:
+    try:
+        installed, spec = distribution(name), find_spec(name)
+    except (PackageNotFoundError, ValueError):
+        return None
+    record = installed.read_text("RECORD")
+    if record is None or spec is None or spec.origin is None:
+        return None
+    with suppress(ValueError, AttributeError):
+        if json.loads(installed.read_text("direct_url.json") or "{}").get("dir_info", {}).get("editable"):
+            return None
+    if Path(str(installed.locate_file(f"{name}/__init__.py"))).resolve() != Path(spec.origin).resolve():
+        return None
+    return [name, installed.version, hashlib.sha256(record.encode()).hexdigest()]
+
+
+@cache
+def _own_code() -> str:
+    """Hash of this package's code and templates."""
+    root = Path(str(files("expertune")))
+    code = sorted(path for suffix in ("py", "jinja") for path in root.rglob(f"*.{suffix}"))
+    hashed = hashlib.sha256()
+    for path in code:
+        content = path.read_bytes()
+        hashed.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    return hashed.hexdigest()
+
+
+def of_folder(folder: Path, suffixes: Iterable[str]) -> list[list[Any]]:
+    """What a folder says of a model without its weights: hashes of its files, and of the headers of its shards.
+
+    Args:
+        folder: of the model, or its snapshot of a hub repository.
+        suffixes: which files count whole.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    found: list[list[Any]] = []
+    wanted = tuple(suffixes)
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            found.append([path.name, path.stat().st_size, _header(path)])
+        elif path.suffix in wanted and path.is_file():
+            found.append([path.name, of_file(path)])
+    return found
+
+
+def of_file(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _header(path: Path) -> str:
+    with path.open("rb") as file:
+        length = file.read(_LENGTH_BYTES)
+        return hashlib.sha256(file.read(min(int.from_bytes(length, "little"), _MOST_HEADER_BYTES))).hexdigest()
+
+
+def digest(values: Any) -> str:
+    """Hash of plain values, short enough for a file's name."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
