@@ -39,10 +39,10 @@ from expertune.checkpoint.meta import build_meta_model
 from expertune.checkpoint.names import read_names
 from expertune.checkpoint.nf4_linears import quantized_linear
 from expertune.checkpoint.recipe import linears_to_quantize
-from expertune.checkpoint.writer import Outgoing, hash_file, write_tensors
+from expertune.checkpoint.writer import Outgoing, write_tensors
 from expertune.config import QuantizationConfig
 from expertune.experts.module import Nf4Experts
-from expertune.storage import write_json
+from expertune.storage import hash_file, write_json
 
 MIXTRAL = Shape(hidden=4096, intermediate=14336, layers=32, experts=8, top_k=2)
 TOKENS = 320

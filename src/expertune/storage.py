@@ -5,6 +5,7 @@ their text or without one.
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -14,7 +15,9 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,6 +46,44 @@ _REMEDY = {
 # torch's archive writer names neither file nor reason; Rust ends its messages with the system's number.
 _OF_TORCH = re.compile(r"inline_container\.cc|PytorchStreamWriter|iostream error")
 _OF_RUST = re.compile(r"\(os error (\d+)\)")
+
+_PIECE = 2**22  # bytes of a file that are read at once
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file is by its content.
+
+    Attributes:
+        sha256: of its content, as hexadecimal digits.
+        nbytes: its size.
+    """
+
+    sha256: str
+    nbytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest of an NF4 folder has it."""
+        return {"sha256": self.sha256, "bytes": self.nbytes}
+
+
+def hash_file(path: Path, passed: Callable[[int], None] = lambda _: None) -> FileRecord:
+    """sha256 and size of a file, read in pieces; after each, `passed` is called with the bytes so far.
+
+    A piece is read while the one before is hashed: a core takes as long for the one as for the other.
+    """
+    digest, size = hashlib.sha256(), 0
+    buffer, other = memoryview(bytearray(_PIECE)), memoryview(bytearray(_PIECE))
+    hashed: Future[None] | None = None
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
+        while count := file.readinto(buffer):
+            size += count
+            passed(size)
+            if hashed is not None:
+                hashed.result()
+            hashed = hashing.submit(digest.update, buffer[:count])
+            buffer, other = other, buffer
+    return FileRecord(digest.hexdigest(), size)
 
 
 def how_to_replace(path: Path) -> str:

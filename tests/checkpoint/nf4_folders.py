@@ -11,7 +11,8 @@ from expertune.checkpoint.formats.nf4_folder import write_manifest
 from expertune.checkpoint.load import LoadedModel
 from expertune.checkpoint.model_folder import FOLDER_MARK
 from expertune.checkpoint.quantize import quantize
-from expertune.checkpoint.writer import HashedFile, hash_file
+from expertune.checkpoint.writer import HashedFile
+from expertune.storage import hash_file
 from tests.tiny_models import changed, frozen_bytes
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from expertune.checkpoint.quantize import quantize
 from expertune.checkpoint.reader import INDEX_NAME
 from expertune.checkpoint.shards import HubShards
-from expertune.checkpoint.writer import hash_file
 from expertune.errors import CheckpointError
+from expertune.storage import hash_file
 from tests.checkpoint.conftest import write_shards
 from tests.checkpoint.nf4_folders import contents, quantized, weights
 from tests.processes import BENEATH, run_program

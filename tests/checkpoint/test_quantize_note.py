@@ -17,8 +17,8 @@ from expertune.checkpoint.formats.nf4_folder import (
 )
 from expertune.checkpoint.model_folder import PROGRESS_MARK
 from expertune.checkpoint.quantize import quantize
-from expertune.checkpoint.writer import hash_file
 from expertune.errors import CheckpointError
+from expertune.storage import hash_file
 from tests.checkpoint.conftest import Rewrite
 from tests.checkpoint.nf4_folders import contents, interrupt, quantized
 

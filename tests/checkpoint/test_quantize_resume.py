@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from expertune.checkpoint import shards
 from expertune.checkpoint.model_folder import FOLDER_MARK
 from expertune.checkpoint.quantize import quantize
-from expertune.checkpoint.writer import FileRecord, HashedFile
+from expertune.checkpoint.writer import HashedFile
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError
+from expertune.storage import FileRecord
 from tests.checkpoint.conftest import Rewrite
 from tests.checkpoint.nf4_folders import contents, interrupt, quantized, stop_after, weights
 from tests.processes import run_program

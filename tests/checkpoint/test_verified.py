@@ -13,8 +13,8 @@ import pytest
 from expertune.checkpoint import verified
 from expertune.checkpoint.load import fingerprint_of
 from expertune.checkpoint.verified import require_verified, verify
-from expertune.checkpoint.writer import hash_file
 from expertune.errors import CheckpointError
+from expertune.storage import hash_file
 from tests.checkpoint.nf4_folders import quantized
 from tests.tiny_models import load_tiny
 

@@ -19,7 +19,6 @@ from expertune.adapt.factors import AdapterFactors
 from expertune.adapt.files import read_adapter_settings
 from expertune.checkpoint.moments import Moments
 from expertune.checkpoint.quantize import quantize
-from expertune.checkpoint.writer import hash_file
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError, DataError
 from expertune.exporting.source import open_source
@@ -27,6 +26,7 @@ from expertune.objectives.units import keeps_start
 from expertune.planning import make_plan
 from expertune.run.correction import require_first_factors
 from expertune.run.record import RunRecord
+from expertune.storage import hash_file
 
 QERA = {"lora": {"init": "qera"}, "quantization": {"fit": "calibrated", "calibration_tokens": 300}}
 

@@ -1,6 +1,5 @@
 """The folder of an adapter, before its tensors are read; nothing is imported for it."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from pydantic import BaseModel
 
 from expertune.config import LoraSection
 from expertune.errors import CheckpointError, ConfigError
+from expertune.storage import hash_file
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -34,8 +34,7 @@ def adapter_digests(folder: str | Path) -> dict[str, str]:
     found = {}
     for path in paths:
         if path.is_file():
-            with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[path.name] = hash_file(path).sha256
     if WEIGHTS_NAME not in found:
         raise CheckpointError(f"{Path(folder) / WEIGHTS_NAME}: no such file; copy the adapter's folder again")
     return found

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from expertune.checkpoint.names import NameMap
-from expertune.checkpoint.writer import Outgoing, hash_file, write_tensors
+from expertune.checkpoint.writer import Outgoing, write_tensors
 from expertune.errors import CheckpointError
 from expertune.experts.module import Nf4Experts
 from expertune.layers.nf4_linear import Nf4Linear
+from expertune.storage import hash_file
 
 # An expert that few tokens were sent to has the mean of its layer mixed in, as if it were so many tokens.
 _PRIOR_TOKENS = 32

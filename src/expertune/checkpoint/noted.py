@@ -15,8 +15,8 @@ from expertune.checkpoint.formats.nf4_folder import (
 )
 from expertune.checkpoint.model_folder import PROGRESS_MARK
 from expertune.checkpoint.shards import HashedShard, Shards, stamp_of
-from expertune.checkpoint.writer import hash_file
 from expertune.errors import CheckpointError
+from expertune.storage import hash_file
 
 # Of a finished file, shards that it was made of and whose hash was not known yet: name -> size and time of change.
 _UNHASHED = "unhashed"

@@ -49,11 +49,11 @@ from expertune.checkpoint.noted import Notes, file_record, require_same_work
 from expertune.checkpoint.reader import INDEX_NAME, read_header
 from expertune.checkpoint.recipe import read_recipe
 from expertune.checkpoint.shards import HashedShard, HubShards, LocalShards, OpenShards, Shards
-from expertune.checkpoint.writer import hash_file, write_beside
+from expertune.checkpoint.writer import write_beside
 from expertune.config import QuantizationConfig
 from expertune.distributed.processes import require_one_process
 from expertune.errors import CheckpointError, ExpertuneError
-from expertune.storage import BESIDE, write_json, write_text
+from expertune.storage import BESIDE, hash_file, write_json, write_text
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 # The file that is being worked on, bytes written so far, bytes in all.

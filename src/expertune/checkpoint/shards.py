@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 from expertune.checkpoint.reader import TensorEntry, open_checkpoint, read_header, read_weight_map
-from expertune.checkpoint.writer import FileRecord, hash_file
 from expertune.errors import CheckpointError, first_line
+from expertune.storage import FileRecord, hash_file
 
 SINGLE_SHARD = "model.safetensors"
 

@@ -17,11 +17,10 @@ import torch
 
 from expertune.checkpoint.formats.nf4_folder import read_manifest
 from expertune.checkpoint.model_folder import FOLDER_MARK
-from expertune.checkpoint.writer import hash_file
 from expertune.distributed.mesh import Ranks
 from expertune.errors import CheckpointError
 from expertune.kernels.cache import cache_folder, read_kept
-from expertune.storage import write_json
+from expertune.storage import hash_file, write_json
 
 _MEMORY = "verified-folders.json"
 

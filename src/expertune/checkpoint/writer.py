@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,31 +13,13 @@ import torch
 from torch import Tensor
 
 from expertune.checkpoint.reader import dtype_name
-from expertune.storage import write_whole
+from expertune.storage import FileRecord, write_whole
 
 ALIGNMENT = 64
 PADDING = "padding."
-_CHUNK = 2**22
 
 # Below it another thread costs more than it saves.
 _WORTH_A_THREAD = 2**20
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What is known of a file that was written.
-
-    Attributes:
-        sha256: of its content, as hexadecimal digits.
-        nbytes: its size.
-    """
-
-    sha256: str
-    nbytes: int
-
-    def to_json(self) -> dict[str, Any]:
-        """As the manifest of an NF4 folder has it."""
-        return {"sha256": self.sha256, "bytes": self.nbytes}
 
 
 @dataclass(frozen=True)
@@ -62,25 +44,6 @@ class Outgoing:
     def nbytes(self) -> int:
         """Size in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-def hash_file(path: Path, passed: Callable[[int], None] = lambda _: None) -> FileRecord:
-    """sha256 and size of a file, read in pieces; after each, `passed` is called with the bytes so far.
-
-    A piece is read while the one before is hashed: a core takes as long for the one as for the other.
-    """
-    digest, size = hashlib.sha256(), 0
-    buffer, other = memoryview(bytearray(_CHUNK)), memoryview(bytearray(_CHUNK))
-    hashed: Future[None] | None = None
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
-        while count := file.readinto(buffer):
-            size += count
-            passed(size)
-            if hashed is not None:
-                hashed.result()
-            hashed = hashing.submit(digest.update, buffer[:count])
-            buffer, other = other, buffer
-    return FileRecord(digest.hexdigest(), size)
 
 
 def write_tensors(path: Path, tensors: Iterable[Outgoing], metadata: Mapping[str, str] | None = None) -> FileRecord:

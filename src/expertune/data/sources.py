@@ -19,6 +19,7 @@ from expertune.config.yaml_file import shortened
 from expertune.data.hub import HubRows, is_hub_name
 from expertune.data.readers import READERS, RawFile, SourceExample, check_whole, read_rows, reader_of
 from expertune.errors import DataError, nearest
+from expertune.storage import hash_file
 
 _SLICE = re.compile(r"(?P<name>.*)\[(?P<start>\d{0,15}):(?P<stop>\d{0,15})\]", re.DOTALL)
 _NUM_NAMED = 3
@@ -74,8 +75,7 @@ class _Part:
 
     def sha256(self) -> str:
         if self.rows is None:
-            with self.path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            return hash_file(self.path).sha256
         digest = hashlib.sha256()
         for _, values in self.rows:
             digest.update(json.dumps(values, sort_keys=True, default=str).encode() + b"\n")

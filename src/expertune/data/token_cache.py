@@ -35,7 +35,7 @@ from expertune.data.special_tokens import RenderedText, answer_starts, plain_pla
 from expertune.data.template import own_file_text
 from expertune.errors import DataError
 from expertune.kernels.cache import cache_folder, read_kept
-from expertune.storage import BESIDE, failure, write_text, write_whole
+from expertune.storage import BESIDE, failure, hash_file, write_text, write_whole
 
 try:
     import fcntl
@@ -223,7 +223,7 @@ def _open(folder: Path) -> TokenizedExamples | None:
     """What lies in a folder; None where that is nothing, or not what was written."""
     try:
         kept = read_kept(folder / _REPORT)
-        if _sha256(folder / _EXAMPLES) != kept["sha256"]:
+        if hash_file(folder / _EXAMPLES).sha256 != kept["sha256"]:
             return None
         return TokenizedExamples(MappedExamples(folder / _EXAMPLES, kept["digest"]), kept["report"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -270,7 +270,7 @@ def _write(folder: Path, make: Callable[[Keep], dict[str, Any]]) -> None:
     with write_whole(folder / _EXAMPLES) as file, pa.ipc.new_file(file, schema) as writer:
         report = make(keep)
         flush()
-    kept = {"sha256": _sha256(folder / _EXAMPLES), "digest": tally.digest, "report": report}
+    kept = {"sha256": hash_file(folder / _EXAMPLES).sha256, "digest": tally.digest, "report": report}
     write_text(folder / _REPORT, json.dumps(kept))
 
 
@@ -329,11 +329,6 @@ def _lock(descriptor: int, folder: Path) -> None:
         except BlockingIOError:
             _logger.warning("%s: waiting for another process that tokenizes the same examples", folder)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @cache

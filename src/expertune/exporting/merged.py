@@ -11,7 +11,7 @@ from expertune.checkpoint.json_file import read_config, read_mapping
 from expertune.checkpoint.model_folder import FOLDER_MARK
 from expertune.checkpoint.quantize import config_dtype
 from expertune.checkpoint.reader import INDEX_NAME
-from expertune.checkpoint.writer import hash_file, write_tensors
+from expertune.checkpoint.writer import write_tensors
 from expertune.errors import ExportError, option
 from expertune.exporting.additions import find_additions, live_names
 from expertune.exporting.dequantized import DequantizedModel, as_config
@@ -19,7 +19,7 @@ from expertune.exporting.formats import Engine, Format, Options, Progress
 from expertune.exporting.merging import merge_shard
 from expertune.exporting.place import MARK
 from expertune.exporting.source import ExportSource
-from expertune.storage import BESIDE, write_json
+from expertune.storage import BESIDE, hash_file, write_json
 
 MANIFEST = "expertune-merge.json"
 """What was merged, and which files are finished."""

@@ -12,7 +12,6 @@ from expertune.checkpoint.formats import nf4_folder
 from expertune.checkpoint.hub import ModelSource
 from expertune.checkpoint.load import LoadedModel, LoadOptions, fingerprint_of, load_model
 from expertune.checkpoint.moments import Moments
-from expertune.checkpoint.writer import hash_file
 from expertune.config import RunConfig
 from expertune.errors import CheckpointError, option
 from expertune.kernels.routes import use_settings
@@ -25,6 +24,7 @@ from expertune.planning.plan import plan_for
 from expertune.run.context import RunContext
 from expertune.run.directory import CALIBRATION, require_kept
 from expertune.run.progress import BYTES
+from expertune.storage import hash_file
 
 
 def recorded_places(context: RunContext, source: ModelSource) -> Mapping[str, Location]:

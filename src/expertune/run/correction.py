@@ -26,7 +26,6 @@ from expertune.checkpoint.hub import ModelSource
 from expertune.checkpoint.load import LoadedModel
 from expertune.checkpoint.matrices import SourceMatrices
 from expertune.checkpoint.moments import Moments, collect_moments
-from expertune.checkpoint.writer import hash_file
 from expertune.data import TokenizedExamples
 from expertune.data.collate import PaddingFreeCollator
 from expertune.errors import CheckpointError
@@ -43,6 +42,7 @@ from expertune.run.directory import (
 )
 from expertune.run.progress import BYTES
 from expertune.run.record import RECORD_NAME, RunRecord
+from expertune.storage import hash_file
 from expertune.train.arguments import BATCH_SIZE, training_argument
 from expertune.train.exchange import write_adapter
 

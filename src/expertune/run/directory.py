@@ -1,6 +1,5 @@
 """A run directory that is started or resumed: its record, and what must not have changed for a resumed run."""
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from expertune.run.lock import hold_run_directory
 from expertune.run.record import RECORD_NAME, RunRecord, versions
 from expertune.run.signals import Terminated, signals_raised
 from expertune.run.source import directories, recorded_values
+from expertune.storage import hash_file
 from expertune.train.checkpoints import list_checkpoints
 
 ADAPTER_FOLDER = "adapter"
@@ -40,10 +40,7 @@ def require_kept(path: Path, digest: str) -> None:
     Raises:
         CheckpointError: it has changed, or is missing.
     """
-    found = None
-    if path.is_file():
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = hash_file(path).sha256 if path.is_file() else None
     if found != digest:
         raise CheckpointError(
             f"{path}: {'has changed' if found else 'is missing'}, and the run began with it; restore it, or "

@@ -1,6 +1,5 @@
 """What a run reads beside its run file, by content: a resumed run must find it as it was, wherever it lies now."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from expertune.data import TokenizedExamples
 from expertune.data.token_cache import tokenizer_digest
 from expertune.errors import CheckpointError, ConfigError, DataError, ExpertuneError
 from expertune.run.record import RunRecord
+from expertune.storage import hash_file
 
 
 def identify(
@@ -95,6 +95,6 @@ def require_same_files(record: RunRecord, reports: Mapping[str, Any]) -> None:
 def _of_file(path: Path | None) -> str | None:
     """Of a file's content; None where there is no such file, as for a template that ships with the program."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path else None
+        return hash_file(path).sha256 if path else None
     except OSError:
         return None

@@ -5,7 +5,6 @@ to disk, and only then renamed to `checkpoint-N`. What a kill leaves behind is n
 longer matches its manifest, and is refused by name.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from expertune.checkpoint.adapter_folder import adapter_digests
 from expertune.errors import CheckpointError, ConfigError
-from expertune.storage import write_json
+from expertune.storage import hash_file, write_json
 
 MANIFEST_NAME = "manifest.json"
 STAGING_NAME = ".checkpoint-being-written"
@@ -39,8 +38,9 @@ class ResumePoint:
 def seal(folder: Path) -> None:
     """Write the manifest of a finished checkpoint folder and flush every file to disk."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    manifest = {name: {"bytes": path.stat().st_size, "sha256": _flushed_digest(path)} for name, path in files.items()}
-    write_json(folder / MANIFEST_NAME, manifest)
+    for path in files.values():
+        _flush(path)
+    write_json(folder / MANIFEST_NAME, {name: hash_file(path).to_json() for name, path in files.items()})
 
 
 def verify(folder: Path) -> None:
@@ -59,7 +59,7 @@ def verify(folder: Path) -> None:
         raise CheckpointError(f"{folder}: damaged: {MANIFEST_NAME} does not name {name}")
     for name, (size, digest) in manifest.items():
         path = folder / name
-        if path.stat().st_size != size or _digest(path) != digest:
+        if path.stat().st_size != size or hash_file(path).sha256 != digest:
             raise CheckpointError(f"{folder}: damaged: {name} is not the file that was written")
 
 
@@ -175,12 +175,6 @@ def require_state_to_go_on(checkpoint: Path) -> None:
         )
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flushed_digest(path: Path) -> str:
+def _flush(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()

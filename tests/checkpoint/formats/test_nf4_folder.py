@@ -17,10 +17,10 @@ from expertune.checkpoint.formats.nf4_folder import read_nf4_folder
 from expertune.checkpoint.load import LoadedModel, LoadOptions, load_model
 from expertune.checkpoint.reader import TensorEntry, read_header
 from expertune.checkpoint.verified import verify
-from expertune.checkpoint.writer import hash_file
 from expertune.config import QuantizationConfig
 from expertune.errors import CheckpointError, ConfigError
 from expertune.experts.module import Nf4Experts
+from expertune.storage import hash_file
 from tests.checkpoint.conftest import FolderOf, Rewrite
 from tests.checkpoint.nf4_folders import assert_same_bytes, quantized, seal, weights
 from tests.tiny_models import FAMILIES, load_tiny, random_rows, save_tiny_model
