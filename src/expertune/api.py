@@ -20,6 +20,7 @@ from expertune.adapt.attach import attach
 from expertune.adapt.comparison import base_forward
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.adapt.preflight import preflight
+from expertune.checkpoint.adapter_folder import adapter_digests
 from expertune.config import RunConfig, check_training_arguments
 from expertune.config.arguments import checked
 from expertune.distributed.mesh import open_ranks
@@ -60,6 +61,7 @@ from expertune.run.directory import (
     is_finished,
     open_record,
     stops_recorded,
+    whole_adapter,
     write_report,
 )
 from expertune.run.inference import OpenOptions, Run, after_training
@@ -72,7 +74,7 @@ from expertune.run.training import Learning, make_objective, make_recovery, read
 from expertune.storage import storage_errors_named
 from expertune.train.arguments import training_arguments, uses_checkpointing
 from expertune.train.callbacks import peak_memory_bytes
-from expertune.train.checkpoints import ResumePoint, find_resume_point, require_state_to_go_on, require_whole_adapter
+from expertune.train.checkpoints import ResumePoint, find_resume_point, require_state_to_go_on
 from expertune.train.exchange import write_adapter
 from expertune.train.offload import has_separate_host
 from expertune.train.oom import OutOfMemory
@@ -116,6 +118,7 @@ def finetune(
             device = training_device(ranks.several)
             context = RunContext(config, record, device, bars, ranks, resume, trust_remote_code, trust_rewards)
             if is_finished(record):
+                whole_adapter(output_dir / ADAPTER_FOLDER)
                 bars.print(finished_line(record))
                 return Run(context, options=OpenOptions(trust_remote_code=trust_remote_code))
             with (
@@ -146,12 +149,14 @@ def _finetune(context: RunContext) -> Run:
     made.require_fit()
     context.notify(made.parameters.line)
 
-    if config.lora.init_from and not context.resume:  # which has them in its directory
-        require_whole_adapter(Path(config.lora.init_from))
-        require_first_factors(config.lora.init_from)
+    start = None
+    if config.lora.init_from:  # of which a resumed run has all but the hashes in its directory
+        start = (adapter_digests if context.resume else whole_adapter)(Path(config.lora.init_from))
+        if not context.resume:
+            require_first_factors(config.lora.init_from)
     # Nothing but a lock has been written so far: a mistake in the run file or in an example leaves no directory behind.
     with record.phase("data"):
-        inputs = read_inputs(context)
+        inputs = read_inputs(context, start)
     require_room(made.disk, config.training, len(inputs.dataset), output_dir)
     made = made.timed(inputs.lengths(config.data))
     if made.run_time:
@@ -198,6 +203,7 @@ def _finetune(context: RunContext) -> Run:
         write()  # which all take part in
     else:
         context.ranks.on_main(lambda: recovery.retry("checkpoint", write))
+    context.ranks.on_main(lambda: record.update("adapter", sha256=adapter_digests(output_dir / ADAPTER_FOLDER)))
 
     if config.task.metric and held_out:
         with record.phase("answers"):

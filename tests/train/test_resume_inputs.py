@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import expertune
 from expertune import finetune, open_run
+from expertune.checkpoint import adapter_folder
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError, DataError, ExpertuneError
 from expertune.run.record import RunRecord
@@ -25,16 +28,33 @@ TOKEN = "hf_ThisIsNobodysToken"
 
 
 @pytest.fixture(scope="module")
-def unfinished(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, a template, rows and a run of them that has one step left; tests must not change it."""
-    folder = tmp_path_factory.mktemp("unfinished")
+def finished(small_mixtral: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a template, rows and a run of them, in two steps; tests must not change it."""
+    folder = tmp_path_factory.mktemp("finished")
     shutil.copytree(small_mixtral, folder / "model")
     (folder / "own.jinja").write_text("Q: {{ prompt }}\nA: {{ completion }}", encoding="utf-8")
     shutil.copy(rows_file, folder / "rows.jsonl")
     finetune(parse_config(values_in(folder)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unfinished(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with one step left; tests must not change it."""
+    folder = copied(finished, tmp_path_factory.mktemp("unfinished") / "copy")
+    record = RunRecord.load(folder / "run")
+    record.update("run", status="running")
     shutil.rmtree(folder / "run" / "adapter")
     shutil.rmtree(folder / "run" / "checkpoint-2")
     return folder
+
+
+def copied(folder: Path, to: Path) -> Path:
+    """A folder with all that a run reads and has written, copied; its record names what lies in the copy."""
+    shutil.copytree(folder, to)
+    path = to / "run" / "record.json"
+    path.write_text(path.read_text(encoding="utf-8").replace(str(folder), str(to)), encoding="utf-8")
+    return to
 
 
 def values_in(folder: Path) -> dict[str, Any]:
@@ -275,22 +295,65 @@ def test_file_that_a_manifest_does_not_name_is_damage(two_checkpoints: Path) -> 
     assert "does not name optimizer.pt" in find_resume_point(two_checkpoints).refused[0]
 
 
-@pytest.mark.parametrize("use", ["open_run", "lora.init_from"])
-def test_damaged_weights_of_a_checkpoint_are_refused_wherever_it_is_used(
-    unfinished: Path, tmp_path: Path, use: str
-) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(unfinished, folder)
-    run = folder / "run"
-    record = (run / "record.json").read_text(encoding="utf-8").replace(str(unfinished), str(folder))
-    (run / "record.json").write_text(record, encoding="utf-8")
-    path = run / "checkpoint-1" / "adapter_model.safetensors"
+def another_factor(adapter: Path) -> None:
+    path = adapter / "adapter_model.safetensors"
     tensors = load_file(path)
     next(iter(tensors.values())).view(-1)[0] += 1.0
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     save_file(tensors, path, metadata=metadata)
-    values = nine_steps(folder / "model", folder / "rows.jsonl", folder / "second")
-    values["lora"] = {"init_from": str(run / "checkpoint-1")}
-    with pytest.raises(CheckpointError, match=r"checkpoint-1: damaged: adapter_model.safetensors is not the file"):
-        open_run(run, "checkpoint-1") if use == "open_run" else finetune(parse_config(values))
+
+
+def start_from(folder: Path, adapter: Path) -> dict[str, Any]:
+    """The values of a second run, from an adapter of the first."""
+    values = values_in(folder) | {"output_dir": str(folder / "second"), "lora": {"init_from": str(adapter)}}
+    values["training"] |= {"max_steps": 1}
+    return values
+
+
+USES: dict[str, Callable[[Path, str], object]] = {
+    "open_run": lambda folder, name: open_run(folder / "run", name if name != "adapter" else None),
+    "export": lambda folder, name: expertune.export(folder / "run", "peft", adapter=name, verify=False),
+    "lora.init_from": lambda folder, name: finetune(start_from(folder, folder / "run" / name)),
+}
+
+
+@pytest.mark.parametrize("name", ["adapter", "checkpoint-1"])
+@pytest.mark.parametrize("use", USES)
+def test_damaged_weights_of_an_adapter_are_refused_wherever_it_is_used(
+    finished: Path, tmp_path: Path, use: str, name: str
+) -> None:
+    folder = copied(finished, tmp_path / "copy")
+    another_factor(folder / "run" / name)
+    with pytest.raises(CheckpointError, match=rf"{name}: damaged: adapter_model\.safetensors is not the file"):
+        USES[use](folder, name)
+
+
+def test_damaged_adapter_of_a_finished_run_is_told_at_resume_and_written_again_from_its_last_checkpoint(
+    finished: Path, tmp_path: Path
+) -> None:
+    folder = copied(finished, tmp_path / "copy")
+    another_factor(folder / "run" / "adapter")
+    with pytest.raises(CheckpointError, match=r"adapter: damaged: .* restore it"):
+        finetune(values_in(folder), resume=True)
+    shutil.rmtree(folder / "run" / "adapter")
+    finetune(values_in(folder), resume=True)
+    assert adapter_bytes(folder / "run") == adapter_bytes(finished / "run")
+
+
+def test_adapter_that_was_taken_out_of_its_run_is_used_as_it_is(finished: Path, tmp_path: Path) -> None:
+    folder = copied(finished, tmp_path / "copy")
+    shutil.copytree(folder / "run" / "adapter", tmp_path / "adapter")
+    another_factor(tmp_path / "adapter")
+    finetune(start_from(folder, tmp_path / "adapter"))
+    assert (folder / "second" / "adapter").is_dir()
+
+
+def test_adapter_to_start_from_is_hashed_once(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, hashed = copied(finished, tmp_path / "copy"), []
+    original = adapter_folder.hash_file
+    monkeypatch.setattr(adapter_folder, "hash_file", lambda path: hashed.append(path) or original(path))
+    start = folder / "run" / "adapter"
+    finetune(start_from(folder, start))
+    names = [path.name for path in hashed if path.parent == start]
+    assert names == ["adapter_config.json", "adapter_model.safetensors"]

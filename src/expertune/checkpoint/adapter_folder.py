@@ -15,6 +15,9 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 # No loader takes it for an adapter: some read every file that ends in .safetensors.
 LIVE_NAME = "adapter_live.tensors"
 
+ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME, LIVE_NAME)
+"""The files that an adapter's factors are read from; the last is there where it has something to say."""
+
 SETTINGS = ("r", "alpha", "rslora", "rank_pattern", "alpha_pattern")
 """What an adapter was trained with, as keys of the run file's `lora:` section."""
 
@@ -25,16 +28,13 @@ _MOST_HEADER_BYTES = 100_000_000  # by the format of safetensors
 
 
 def adapter_digests(folder: str | Path) -> dict[str, str]:
-    """sha256 of each file of the folder that an adapter's factors are read from, by name; of those that are there.
+    """sha256 of each of `ADAPTER_FILES` that is there, by name.
 
     Raises:
         CheckpointError: the factors are not there.
     """
-    paths = [Path(folder) / name for name in (CONFIG_NAME, WEIGHTS_NAME, LIVE_NAME)]
-    found = {}
-    for path in paths:
-        if path.is_file():
-            found[path.name] = hash_file(path).sha256
+    paths = [Path(folder) / name for name in ADAPTER_FILES]
+    found = {path.name: hash_file(path).sha256 for path in paths if path.is_file()}
     if WEIGHTS_NAME not in found:
         raise CheckpointError(f"{Path(folder) / WEIGHTS_NAME}: no such file; copy the adapter's folder again")
     return found

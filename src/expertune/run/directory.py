@@ -15,7 +15,7 @@ from expertune.run.record import RECORD_NAME, RunRecord, versions
 from expertune.run.signals import Terminated, signals_raised
 from expertune.run.source import directories, recorded_values
 from expertune.storage import hash_file
-from expertune.train.checkpoints import list_checkpoints
+from expertune.train.checkpoints import list_checkpoints, sealed_adapter
 
 ADAPTER_FOLDER = "adapter"
 INITIAL_ADAPTER = "initial_adapter"
@@ -69,6 +69,37 @@ def require_kept_adapter(folder: Path, digests: Mapping[str, str] | str) -> None
                 f"{folder / name}: was not there when the run began with this adapter; remove it, or start again with "
                 "another output_dir"
             )
+
+
+def whole_adapter(folder: Path) -> dict[str, str]:
+    """What `adapter_digests` gives of an adapter, held to what its run has written.
+
+    A checkpoint is held to its manifest, the final adapter to the record beside it. Nothing says what an adapter has to
+    be that was taken out of its run, or that an earlier release wrote.
+
+    Raises:
+        CheckpointError: a file has changed, is missing, or has come to it.
+    """
+    digests, written = adapter_digests(folder), sealed_adapter(folder) or _recorded_adapter(folder)
+    for name in sorted({*digests, *written}) if written else ():
+        if digests.get(name) != written.get(name):
+            raise CheckpointError(
+                f"{folder}: damaged: {name} is {'not the file that' if name in digests else 'missing, which'} the run "
+                "wrote; restore it, or take another state of the run. To use the folder as it is, copy it out of the "
+                "run directory"
+            )
+    return digests
+
+
+def _recorded_adapter(folder: Path) -> Mapping[str, str]:
+    """What the record says of a run's final adapter; nothing of another folder, or where no record lies beside it."""
+    if folder.name != ADAPTER_FOLDER:
+        return {}
+    try:
+        recorded = RunRecord.load(folder.parent).section("adapter").get("sha256")
+    except CheckpointError:
+        return {}
+    return recorded if isinstance(recorded, Mapping) else {}
 
 
 def open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:

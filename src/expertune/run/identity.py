@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from expertune.checkpoint.adapter_folder import WEIGHTS_NAME, adapter_digests
+from expertune.checkpoint.adapter_folder import WEIGHTS_NAME
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.config import RunConfig
 from expertune.data import TokenizedExamples
@@ -17,7 +17,10 @@ from expertune.storage import hash_file
 
 
 def identify(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, TokenizedExamples | None]
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Mapping[str, TokenizedExamples | None],
+    start: Mapping[str, str] | None,
 ) -> dict[str, Any]:
     """Hashes of all that decides what a run is trained on, as plain values.
 
@@ -25,12 +28,13 @@ def identify(
         config: the run.
         tokenizer: the base model's.
         rows: `train` and `eval`.
+        start: what `adapter_digests` gives of the adapter to start from; None without one.
     """
     template = Path(config.data.template).expanduser() if config.data.template else None
     return {
         "tokenizer": tokenizer_digest(tokenizer),
         "template": _of_file(template),
-        "init_from": adapter_digests(config.lora.init_from) if config.lora.init_from else None,
+        "init_from": start,
         "rows": {part: held.digest for part, held in rows.items() if held},
     }
 

@@ -59,8 +59,12 @@ class Inputs:
         return Lengths.of(data, len(self.dataset), self.train.report, self.eval.report if self.eval else None)
 
 
-def read_inputs(context: RunContext) -> Inputs:
+def read_inputs(context: RunContext, start: Mapping[str, str] | None) -> Inputs:
     """Read and check everything, record what it is by content, and show it.
+
+    Args:
+        context: the run.
+        start: what `adapter_digests` gives of the adapter to start from; None without one.
 
     Raises:
         ExpertuneError: a part is missing or wrong, or is not what a resumed run started with.
@@ -96,7 +100,7 @@ def read_inputs(context: RunContext) -> Inputs:
         _require_tokens(config, train)
         if note := note_new_calibration(config):
             context.notify(note)
-    _record_inputs(context, inputs)
+    _record_inputs(context, inputs, start)
     _show_data(context, inputs)
     return inputs
 
@@ -125,11 +129,11 @@ def note_stock_refusal(context: RunContext, refusal: str | None) -> None:
         )
 
 
-def _record_inputs(context: RunContext, inputs: Inputs) -> None:
+def _record_inputs(context: RunContext, inputs: Inputs, start: Mapping[str, str] | None) -> None:
     """Keep what the run reads by its content; refuse to resume over anything else."""
     config, record = context.config, context.record
     reports = {"train": inputs.train.report, "eval": inputs.eval.report if inputs.eval else None}
-    identity = identify(config, inputs.tokenizer, {"train": inputs.train, "eval": inputs.eval})
+    identity = identify(config, inputs.tokenizer, {"train": inputs.train, "eval": inputs.eval}, start)
     require_same_identity(record, config, inputs.fingerprint, identity, reports)
     require_a_batch(len(inputs.dataset), config.training, context.ranks.world_size)
     context.ranks.require_same({"model": inputs.fingerprint.to_json(), "inputs": identity})

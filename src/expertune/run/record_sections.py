@@ -104,6 +104,7 @@ class _Selection(_Section):
 
 
 class _Adapter(_Section):
+    sha256: _Digests | None = None
     selection: _Selection | None = None
     init: _Init | None = None
     components: _Kept | None = None

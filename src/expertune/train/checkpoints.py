@@ -12,7 +12,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from expertune.checkpoint.adapter_folder import adapter_digests
+from expertune.checkpoint.adapter_folder import ADAPTER_FILES
 from expertune.errors import CheckpointError, ConfigError
 from expertune.storage import hash_file, write_json
 
@@ -63,18 +63,15 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{folder}: damaged: {name} is not the file that was written")
 
 
-def require_whole_adapter(folder: Path) -> None:
-    """Check the adapter's files of a checkpoint against its manifest; a folder without one says nothing of them.
+def sealed_adapter(folder: Path) -> dict[str, str] | None:
+    """What `adapter_digests` gave of a checkpoint when it was sealed; None of a folder that is no checkpoint.
 
     Raises:
-        CheckpointError: names the checkpoint and the file.
+        CheckpointError: its manifest is damaged.
     """
     if not (folder / MANIFEST_NAME).is_file():
-        return
-    manifest = _read_manifest(folder)
-    for name, digest in adapter_digests(folder).items():
-        if name not in manifest or manifest[name][1] != digest:
-            raise CheckpointError(f"{folder}: damaged: {name} is not the file that was written; take another adapter")
+        return None
+    return {name: digest for name, (_, digest) in _read_manifest(folder).items() if name in ADAPTER_FILES}
 
 
 def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
