@@ -47,7 +47,7 @@ def test_source_of_another_form_gives_way_to_the_class(source: str, read_from: C
     for name in training_fields._FILES:
         read_from(name, source)
     assert training_fields.training_fields() == fields_of(TrainingArguments)
-    with pytest.raises(ConfigError, match=r"training\.learning_rate: has to be a valid number"):
+    with pytest.raises(ConfigError, match=r"training\.learning_rate: has to be a number"):
         check_training_arguments({"learning_rate": "abc"})
 
 

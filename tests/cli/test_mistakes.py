@@ -27,7 +27,7 @@ COMMANDS = list(EXAMPLES)
         (RUN_FILE + "lroa: {r: 8}", [], "run.yaml: unknown key lroa; did you mean lora?"),
         (RUN_FILE + "lora: {rnak: 8}", [], "run.yaml: unknown key lora.rnak"),
         (RUN_FILE, ["lora.r"], "override 'lora.r': write it as section.key=value"),
-        (RUN_FILE, ["lora.r=0"], "lora.r: Input should be greater than or equal to 1, got 0"),
+        (RUN_FILE, ["lora.r=0"], "lora.r: has to be at least 1, got 0"),
         (RUN_FILE, ["lora.rnk=4"], "unknown key lora.rnk"),
     ],
 )

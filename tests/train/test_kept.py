@@ -53,8 +53,8 @@ def test_kept_or_computed_again_the_adapter_has_the_same_bytes_and_the_run_says_
         record = run(values, tmp_path / str(keep), kernels={"keep": keep}, said=(said := io.StringIO()))
         assert record["train"]["kept_layers"] == record["plan"]["kept"]["layers"] == layers
         assert set(kept) == {layers}
-        assert words(said).count("keep gate and up for backward") == bool(which)
-        assert not which or f" {which} expert layers keep gate and up for backward (" in words(said)
+        assert words(said).count("keeps gate and up of") == bool(which)
+        assert not which or f"keeps gate and up of {which} expert layers for backward (" in words(said)
         adapters.append(adapter_bytes(tmp_path / str(keep)))
         losses.append(record["train"]["loss"])
     assert adapters[0] == adapters[1] == adapters[2]

@@ -29,6 +29,7 @@ from expertune.checkpoint.names import NameMap
 from expertune.checkpoint.reader import read_metadata
 from expertune.checkpoint.writer import Outgoing, write_tensors
 from expertune.config import LoraSection
+from expertune.config.messages import what_is_wrong
 from expertune.errors import CheckpointError
 from expertune.storage import write_json
 
@@ -208,7 +209,7 @@ def read_adapter_settings(folder: str | Path) -> dict[str, Any] | None:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))[:60]
         path = Path(folder) / WEIGHTS_NAME
-        raise CheckpointError(f"{path}: its settings are damaged at {key}: {problem['msg']}") from None
+        raise CheckpointError(f"{path}: its settings are damaged at {key}: {what_is_wrong(problem)}") from None
     if further.init == "pissa":
         raise CheckpointError(
             f"{Path(folder) / WEIGHTS_NAME}: its settings are damaged at init: files of lora.init: pissa hold an "

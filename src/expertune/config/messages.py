@@ -1,8 +1,9 @@
 """What pydantic finds wrong with a run file, in words: each key, what was found there, and what is meant."""
 
+import json
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
@@ -12,6 +13,31 @@ from expertune.errors import did_you_mean, nearest
 
 # So many wrong keys are named at once.
 _MAX_PROBLEMS = 20
+
+# What a value has to be, by how pydantic's name of the problem begins.
+_KINDS = {
+    "string": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "finite_number": "a finite number",
+    "bool": "true or false",
+    "dict": "a mapping",
+    "model": "a section with keys of its own",
+    "list": "a list",
+    "tuple": "a list",
+    "set": "a list",
+    "path": "a path",
+    "none_required": "null",
+}
+_BOUNDS = {
+    "greater_than": ("above", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("below", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+
+# Problems that a validator of ours has found, and whose message is its own.
+_OURS = ("value_error", "unknown_name", "wrong_key")
 
 # What PEFT and transformers call a thing that spelling does not lead to, or leads to another.
 _OTHER_NAMES = {"rank": "r", "lora_rank": "r", "lora_r": "r", "max_seq_len": "max_length", "dataset": "train"}
@@ -29,6 +55,40 @@ def unknown_name(message: str, known: Iterable[str]) -> PydanticCustomError:
     return PydanticCustomError("unknown_name", message, {"known": list(known)})
 
 
+def wrong_key(key: str, message: str) -> PydanticCustomError:
+    """A wrong value of one key of a section, as a validator of the whole section raises it."""
+    return PydanticCustomError("wrong_key", "{message}", {"key": key, "message": message})
+
+
+def what_is_wrong(problem: Any) -> str:
+    """What is wrong with a value, of a problem that pydantic has found; the arguments are those of `wanted`."""
+    kind, message = problem["type"], str(problem["msg"])
+    if kind in _OURS:
+        return message.removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        return "unknown key"
+    return "missing" if kind == "missing" else f"has to be {wanted(problem)}"
+
+
+def wanted(problem: Any) -> str:
+    """What a value has to be.
+
+    Args:
+        problem: one of `ValidationError.errors()`.
+    """
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind in _BOUNDS:
+        word, name = _BOUNDS[kind]
+        bound = context[name]
+        return f"{word} {int(bound) if bound == int(bound) else bound:,}"
+    if kind == "literal_error":
+        return str(context["expected"]).replace("'", "")
+    if kind == "too_short":
+        return "a list that is not empty" if context["min_length"] == 1 else f"at least {context['min_length']} long"
+    meant = next((words for start, words in _KINDS.items() if kind.startswith(start)), None)
+    return meant or str(problem["msg"]).removeprefix("Input should be ")
+
+
 def describe(error: ValidationError, where: str, kind: type[Any]) -> str:
     """A line for each problem.
 
@@ -40,21 +100,25 @@ def describe(error: ValidationError, where: str, kind: type[Any]) -> str:
     lines = []
     problems = error.errors()
     for problem in problems[:_MAX_PROBLEMS]:
-        key, value = shortened(".".join(str(part) for part in problem["loc"])) or "the run file", problem["input"]
+        location = (*problem["loc"], *([problem["ctx"]["key"]] if problem["type"] == "wrong_key" else []))
+        key, value = shortened(".".join(map(str, location))) or "the run file", problem["input"]
         if problem["type"] == "extra_forbidden":
             known = _known_keys(kind, problem["loc"][:-1])
             lines.append(f"{where}: unknown key {key}{nearest_key(str(problem['loc'][-1]), known)}")
         elif problem["type"] == "missing":
             lines.append(f"{where}: {key} is missing; add it")
         else:
-            message = shortened(problem["msg"].removeprefix("Value error, "), 500)
-            found = f", got {shortened(repr(value))}" if not isinstance(value, dict) else ""
-            lines.append(
-                f"{where}: {key}: {message}{found}{_hint(problem)}" if problem["loc"] else f"{where}: {message}"
-            )
+            message = shortened(what_is_wrong(problem), 500)
+            found = f", got {shortened(as_written(value))}" if not isinstance(value, dict) else ""
+            lines.append(f"{where}: {key}: {message}{found}{_hint(problem)}" if location else f"{where}: {message}")
     if len(problems) > _MAX_PROBLEMS:
         lines.append(f"{where}: and {len(problems) - _MAX_PROBLEMS} more")
     return "\n".join(lines)
+
+
+def as_written(value: Any) -> str:
+    """A value as a message has it: of true, false and null the run file's words."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def _hint(problem: Any) -> str:
@@ -71,5 +135,13 @@ def _hint(problem: Any) -> str:
 def _known_keys(kind: Any, location: Iterable[str | int]) -> set[str]:
     for part in location:
         field = getattr(kind, "model_fields", {}).get(str(part))
-        kind = field.annotation if field else None
+        # A number is a place in a list, of whose sections the last annotation spoke.
+        kind = _section_in(field.annotation) if field else kind if isinstance(part, int) else None
     return set(getattr(kind, "model_fields", ()))
+
+
+def _section_in(annotation: Any) -> Any:
+    """The section that a field's type has a place for; None where it has none."""
+    if hasattr(annotation, "model_fields"):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)

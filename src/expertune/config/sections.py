@@ -1,18 +1,21 @@
 """What sections of the run file are made of: their base class, and types of their values."""
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 
+from expertune.config.messages import wrong_key
 from expertune.config.secrets import without_secrets
 from expertune.errors import ConfigError
 
 _MAX_PATH, _MAX_PATH_PART = 4096, 255  # of Linux, and no more than elsewhere
 
 _UNITS = {"gib": 2**30, "mib": 2**20, "kib": 2**10, "gb": 10**9, "mb": 10**6, "kb": 10**3, "b": 1, "": 1}
+_NOTHING = re.compile(rf"0(\.0*)?\s*({'|'.join(_UNITS)})")
 
 
 class Section(BaseModel):
@@ -33,7 +36,7 @@ class Section(BaseModel):
                 values[name] = {}
             inside = value.values() if isinstance(value, dict) else [value]
             if not _takes_bool(annotation) and any(isinstance(each, bool) for each in inside):
-                raise ValueError(f"{name}: a number or text is wanted, not true or false (yes, no, on, off)")
+                raise wrong_key(name, "a number or text is wanted, not true or false (yes, no, on, off)")
         return values
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -103,7 +106,7 @@ def _is_auto_or_a_size(value: Any) -> str | int:
 
 def _is_auto_zero_or_a_size(value: Any) -> str | int:
     try:
-        return 0 if str(value).strip() == "0" else _is_auto_or_a_size(value)
+        return 0 if _NOTHING.fullmatch(str(value).strip().lower()) else _is_auto_or_a_size(value)
     except ValueError:
         raise ValueError("write auto, 0 or a size such as 4GB") from None
 

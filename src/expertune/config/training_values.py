@@ -13,6 +13,7 @@ from typing import Any, get_args
 from pydantic import ConfigDict, PydanticUndefinedAnnotation, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
+from expertune.config.messages import as_written, wanted
 from expertune.config.secrets import is_secret
 from expertune.config.training_fields import ArgumentFields
 from expertune.config.training_keys import MUON
@@ -82,7 +83,7 @@ def check_training_values(training: Mapping[str, Any], where: str, arguments: Ar
             continue  # TRL takes one name for a list of it
         problem = _problem_of_type(key, arguments.type_of(key), value) or _problem_of_range(key, value)
         if problem:
-            found = "" if is_secret(key, str(value)) else f", got {shortened(repr(value))}"
+            found = "" if is_secret(key, str(value)) else f", got {shortened(as_written(value))}"
             problem, semicolon, hint = problem.partition(";")
             raise ConfigError(f"{where}: training.{key}: {problem}{found}{semicolon}{hint}")
     _require_trackers(training.get("report_to"), where)
@@ -107,8 +108,8 @@ def _problem_of_type(key: str, hint: Any, value: Any) -> str | None:
     try:
         adapter.validate_python(value)
     except ValidationError as error:
-        wanted = list(dict.fromkeys(problem["msg"].removeprefix("Input should be ") for problem in error.errors()))
-        return f"has to be {' or '.join(wanted[:3])}"
+        each = list(dict.fromkeys(wanted(problem) for problem in error.errors()))
+        return f"has to be {' or '.join(each[:3])}"
     return None
 
 

@@ -43,15 +43,17 @@ class KeptLayers:
     note: str | None = None
 
     @property
+    def words(self) -> str:
+        """What is kept, and of how many layers."""
+        which = f"all {self.layers}" if self.layers == self.of_layers else f"{self.layers} of {self.of_layers}"
+        return f"gate and up of {which} expert layers for backward ({format_size(self.num_bytes)})"
+
+    @property
     def line(self) -> str | None:
-        """The same in a sentence; None where none does."""
+        """The same with what it saves; None where nothing is kept."""
         if not self.layers:
             return None
-        which = "all" if self.layers == self.of_layers else f"{self.layers} of"
-        return (
-            f"gate and up of {which} {self.of_layers} expert layers for backward, {format_size(self.num_bytes)} that "
-            "would be free otherwise; this saves a quarter of their products. kernels.keep: 0 keeps none"
-        )
+        return f"{self.words}, which saves a quarter of their products; kernels.keep: 0 keeps none"
 
 
 def choose_kept(
@@ -74,43 +76,40 @@ def choose_kept(
             bytes, or fewer where that would no longer fit; None for a new run.
     """
     peak, kept = peak_of(w), list(accumulate(gate_up(w)))
+
+    def taken(layers: int) -> int:
+        return max(kept[layers - 1], peak_of(replace(w, kept_layers=layers)) - peak)
+
     layers, reason = 0, _why_nothing(w, most_bytes)
     if not reason:
-        layers, reason = _that_fit(w, placement, most_bytes, budget_bytes, peak_of, previously)
+        free, most, reason = _allowed(placement, kept, most_bytes, budget_bytes - peak, previously)
+        layers = bisect_right(range(1, most + 1), free, key=taken)  # the peak rises with each layer
+        if layers < most:
+            what = "half of what is free" if previously is None and most_bytes is None else "what is free"
+            reason = f"{layers + 1} would take more than {what}, {format_size(max(free, 0))}"
     num_bytes = kept[layers - 1] if layers else 0
     note = _fewer(layers, len(kept), previously, reason) if previously else _of_no_use(kept, layers, most_bytes, reason)
     return KeptLayers(layers, len(kept), num_bytes, peak, None if layers == len(kept) else reason, note)
 
 
-def _that_fit(
-    w: Workload,
-    placement: PlannedPlacement,
-    most_bytes: int | None,
-    budget_bytes: int,
-    peak_of: Callable[[Workload], int],
-    previously: int | None,
-) -> tuple[int, str | None]:
-    """How many layers fit, and why no more do; arguments as for `choose_kept`."""
-    peak, kept = peak_of(w), list(accumulate(gate_up(w)))
-    free, most = budget_bytes - peak, len(kept)
-    reason = None
+def _allowed(
+    placement: PlannedPlacement, kept: list[int], most_bytes: int | None, free: int, previously: int | None
+) -> tuple[int, int, str | None]:
+    """The memory that layers may take, the most that may keep something, and why no more may.
+
+    Args:
+        placement: as for `choose_kept`.
+        kept: what the last layers keep together: one, two, and so on.
+        most_bytes: as for `choose_kept`.
+        free: what the run leaves of its budget.
+        previously: as for `choose_kept`.
+    """
     if previously is not None:
-        most, reason = min(previously, most), "as the run started"
-    else:
-        free -= placement.offloaded_bytes  # they are read through the page cache, which has only what is free
-        if most_bytes is None:
-            free = int(AUTO_SHARE * free)
-        else:
-            most, reason = bisect_right(kept, most_bytes), f"kernels.keep is {format_size(most_bytes)}"
-
-    def taken(layers: int) -> int:
-        return max(kept[layers - 1], peak_of(replace(w, kept_layers=layers)) - peak)
-
-    layers = bisect_right(range(1, most + 1), free, key=taken)  # the peak rises with each layer
-    if layers < most:
-        what = "half of what is free" if previously is None and most_bytes is None else "what is free"
-        reason = f"{layers + 1} would take more than {what}, {format_size(max(free, 0))}"
-    return layers, reason
+        return free, min(previously, len(kept)), "as the run started"
+    free -= placement.offloaded_bytes  # they are read through the page cache, which has only what is free
+    if most_bytes is None:
+        return int(AUTO_SHARE * free), len(kept), None
+    return free, bisect_right(kept, most_bytes), f"kernels.keep is {format_size(most_bytes)}"
 
 
 def _fewer(layers: int, of_layers: int, previously: int, reason: str | None) -> str | None:

@@ -13,7 +13,6 @@ from expertune.planning.plan import Started, plan_for
 from expertune.run.context import RunContext
 from expertune.run.directory import recordable
 from expertune.run.record import RunRecord
-from expertune.text import format_size
 from expertune.train.arguments import ACCUMULATION, BATCH_SIZE, training_argument
 from expertune.train.checkpoints import list_checkpoints
 
@@ -80,16 +79,14 @@ def record_kept(record: RunRecord, kept: KeptLayers, started: Started | None) ->
 
 def kept_in_words(record: RunRecord, kept: KeptLayers) -> str | None:
     """How many expert layers keep gate and up in this run, for the terminal; None where none does."""
-    if not kept.layers:
+    if not kept.line:
         return None
-    which = f"all {kept.layers}" if kept.layers == kept.of_layers else f"{kept.layers} of {kept.of_layers}"
-    keep = f"{which} expert layers keep gate and up for backward ({format_size(kept.num_bytes)})"
     # A resumed run makes again what was done when memory ran out.
     earlier = record.section("train").get("recoveries", [])
     until = next((change["step"] for change in earlier if change["setting"].get("kept_layers") == 0), None)
     if until is not None:
-        return f"{keep} until step {until}, where memory ran out, and none from there on"
-    return f"{keep}, which saves a quarter of their products; kernels.keep: 0 keeps none"
+        return f"keeps {kept.words} until step {until}, where memory ran out, and none from there on"
+    return f"keeps {kept.line}"
 
 
 def machine_for_all(context: RunContext) -> Machine:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from expertune.config.messages import what_is_wrong
 from expertune.config.yaml_file import shortened
 from expertune.errors import CheckpointError
 
@@ -193,5 +194,5 @@ def require_sections(path: Path, values: dict[str, Any]) -> None:
         key = shortened(".".join(str(part) for part in problem["loc"]))
         found = "" if problem["type"] == "missing" else f", got {shortened(repr(problem['input']))}"
         raise CheckpointError(
-            f"{path}: damaged at {key}: {problem['msg']}{found}; take the record as the run wrote it"
+            f"{path}: damaged at {key}: {what_is_wrong(problem)}{found}; take the record as the run wrote it"
         ) from None
