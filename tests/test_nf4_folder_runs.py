@@ -61,7 +61,7 @@ def test_command_verifies_a_folder(folder: Path) -> None:
     count = len(list(folder.iterdir())) - 2  # all but the manifest and README.md
     assert run("quantize", "--verify", str(folder)) == (
         0,
-        f"{folder}: {count} files are as they were written\n",
+        f"{folder}: {count} files as written\n",
         "",
     )
 

@@ -72,6 +72,7 @@ from expertune.run.selection import with_selected_experts
 from expertune.run.source import load_config
 from expertune.run.training import Learning, make_objective, make_recovery, read_rewards, train
 from expertune.storage import storage_errors_named
+from expertune.text import counted
 from expertune.train.arguments import training_arguments, uses_checkpointing
 from expertune.train.callbacks import peak_memory_bytes
 from expertune.train.checkpoints import ResumePoint, find_resume_point, require_state_to_go_on
@@ -180,8 +181,8 @@ def _finetune(context: RunContext) -> Run:
     if config.task.metric and config.task.before and held_out and "before" not in record.section("task"):
         # A resumed run may have recorded the score already; it was taken on the same bytes.
         context.tell(
-            f"before training, the base model answers {held_out.num_answered} examples for {config.task.metric}; "
-            "task.before: false leaves that out"
+            f"before training, the base model answers {counted(held_out.num_answered, 'example')} for "
+            f"{config.task.metric}; task.before: false leaves that out"
         )
         with record.phase("answers"):
             record.add("task", before=held_out.score(step=0, base_only=True))

@@ -1,6 +1,6 @@
 """Text from data, made safe to look at: nothing in it moves a cursor, hides text, turns it round or is read as HTML.
 
-And sizes as people read them.
+And sizes and counts as people read them.
 """
 
 import unicodedata
@@ -37,6 +37,16 @@ def shortened(text: str, max_chars: int) -> str:
         return text
     head, tail = 2 * max_chars // 3, max_chars // 3
     return f"{text[:head]} [... {len(text) - head - tail:,} characters ...] {text[-tail:]}"
+
+
+def counted(count: float, noun: str) -> str:
+    """So many of something: `1 step`, `2,000 steps`.
+
+    Args:
+        count: how many; a whole number.
+        noun: what, in the singular, with an s in the plural.
+    """
+    return f"{count:,.0f} {noun}{'' if count == 1 else 's'}"
 
 
 def format_size(num_bytes: int) -> str:

@@ -337,7 +337,7 @@ def test_an_example_that_is_flagged_as_a_whole_is_left_out_and_counted(prepare, 
     found = prepare({"prompt": QUESTION, "completion": ANSWER}, example, template="chatml")
     assert [each.completion for each in found.examples] == [ANSWER]
     assert (found.report["num_flagged"], found.report["num_skipped"]) == (1, 0)
-    with pytest.raises(DataError, match="all 1 examples are flagged not to be trained"):
+    with pytest.raises(DataError, match="all examples \\(1\\) are flagged not to be trained"):
         prepare(example, template="chatml")
 
 

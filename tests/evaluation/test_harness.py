@@ -141,11 +141,11 @@ def test_memory_that_runs_out_has_the_tasks_run_again_with_smaller_batches_and_t
     assert scores() == expected
     monkeypatch.undo()
     again = "tasks: memory ran out (Tried to allocate 2.00 GiB); again with"
-    assert notes == [f"{again} 1 examples a batch"]
+    assert notes == [f"{again} 1 example a batch"]
     Scarce(0, when=outside_training).install(monkeypatch)
     with pytest.raises(DoesNotFitError, match=r"^tasks: memory does not suffice for one example at a time \(Tried to"):
         scores()
-    assert notes == [f"{again} 1 examples a batch"] * 2
+    assert notes == [f"{again} 1 example a batch"] * 2
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_score_out_of_memory_answers_fewer_prompts_at_once_and_leaves_training_a
     assert scarce.num_failures == 1
     (change,) = recovered["train"]["recoveries"]
     assert (change["step"], change["during"], change["setting"]) == (0, "generation", {"generation_rows": 2})
-    assert change["change"] == "at most 2 prompts answered at once"
+    assert change["change"] == "prompts answered at once: at most 2"
     for when in ("before", "after"):
         assert answers(recovered["task"][when]) == answers(small["task"][when])
         assert recovered["task"][when]["exact_match"] == small["task"][when]["exact_match"]

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from expertune.report.differences import differences
 from expertune.terminal import log, on_terminal, print_table, stdout_for_results
-from expertune.text import printable, shortened
+from expertune.text import counted, printable, shortened
 
 if TYPE_CHECKING:
     from expertune.run.answering import Answer
@@ -64,7 +64,7 @@ def print_answers(answers: "Iterator[Answer]", form: Form, max_new_tokens: int) 
     if form.as_json:
         return
     if number := cut["length"]:
-        log(f"cut after {max_new_tokens} tokens: {_of(number, num_answers)}; see --max-new-tokens")
+        log(f"cut after {counted(max_new_tokens, 'token')}: {_of(number, num_answers)}; see --max-new-tokens")
     if number := cut["context"]:
         log(f"cut where the model's context ends: {_of(number, num_answers)}")
 
@@ -161,4 +161,4 @@ def _marked(pieces: list[tuple[str, bool]], marks: tuple[str, str], style: str) 
 
 def _figures(answer: "Answer") -> Text:
     ends = {"stop": "", "length": ", cut", "context": ", cut where the model's context ends"}
-    return Text(f"{answer.tokens} tokens, {answer.seconds:.1f} s{ends[answer.finish_reason]}", style="dim")
+    return Text(f"{counted(answer.tokens, 'token')}, {answer.seconds:.1f} s{ends[answer.finish_reason]}", style="dim")

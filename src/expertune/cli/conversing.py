@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from expertune.errors import ConfigError, DataError, did_you_mean
 from expertune.terminal import log, on_terminal
+from expertune.text import counted
 
 if TYPE_CHECKING:
     from expertune.generation.chat import Conversation
@@ -66,7 +67,7 @@ def _answer(conversation: "Conversation", message: str) -> None:
         return
     print(flush=True)
     if conversation.finish_reason == "length":
-        log(f"(cut after {conversation.sampling.max_new_tokens} tokens; see --max-new-tokens)")
+        log(f"(cut after {counted(conversation.sampling.max_new_tokens, 'token')}; see --max-new-tokens)")
     elif conversation.finish_reason == "context":
         log("(cut where the model's context ends; /reset makes room)")
 

@@ -9,6 +9,7 @@ import expertune
 from expertune.cli.arguments import Adapter, BaseModel, Json, RunDir, TrustRemoteCode, Verbose, require_adapter
 from expertune.exporting import FORMATS, require_export, require_known
 from expertune.terminal import importing, log, print_json, stdout_for_results, working, writing
+from expertune.text import counted
 
 
 def quantize(
@@ -97,7 +98,7 @@ def _verify_nf4(folder: Path) -> None:
         from expertune.checkpoint.verified import verify
 
         count = verify(folder)
-    print(f"{folder}: {count} files are as they were written")
+    print(f"{folder}: {counted(count, 'file')} as written")
 
 
 def export(

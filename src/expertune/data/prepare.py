@@ -135,7 +135,7 @@ class _Pipeline:
         use.require_fit(source.name)
         stop_or_skip(problems, num_read + problems.num, source.name, data.on_error)
         if not num_read:
-            raise DataError(f"{source.name}: all {num_flagged} examples are flagged not to be trained; nothing is left")
+            raise DataError(f"{source.name}: all examples ({num_flagged}) are flagged not to be trained")
         report = _how_read(source, data, layout, template) | tally.report(data.max_length) | use.report()
         spelt = dict(spelt_out)
         report |= {"num_flagged": num_flagged, "special_tokens_as_text": spelt, "num_open_turns": num_open_turns}

@@ -20,6 +20,7 @@ from expertune.data.hub import HubRows, is_hub_name
 from expertune.data.readers import READERS, RawFile, SourceExample, check_whole, read_rows, reader_of
 from expertune.errors import DataError, nearest
 from expertune.storage import hash_file
+from expertune.text import counted
 
 _SLICE = re.compile(r"(?P<name>.*)\[(?P<start>\d{0,15}):(?P<stop>\d{0,15})\]", re.DOTALL)
 _NUM_NAMED = 3
@@ -310,6 +311,10 @@ def _named(columns: set[str]) -> str:
     return shortened(", ".join(sorted(columns)), 500) or "none"
 
 
+def _are(count: int) -> str:
+    return f"{'is' if count == 1 else 'are'} {counted(count, 'example')}"
+
+
 def _num_taken(part: _Part, count: int) -> int:
     """How many of a part's examples its slice takes."""
     if not count:
@@ -317,9 +322,9 @@ def _num_taken(part: _Part, count: int) -> int:
     start, end = part.start, count if part.stop is None else part.stop
     spec = part.spec if part.spec.startswith(part.name) else f"{part.name} (of {part.spec})"
     if end > count:
-        raise DataError(f"{spec}: the slice ends at row {end}, but there are {count} examples; write [{start}:]")
+        raise DataError(f"{spec}: the slice ends at row {end}, but there {_are(count)}; write [{start}:]")
     if start >= end:
-        raise DataError(f"{spec}: the slice holds no examples; there are {count} examples, counted from 0")
+        raise DataError(f"{spec}: the slice holds no examples; there {_are(count)}, counted from 0")
     return end - start
 
 

@@ -17,6 +17,7 @@ from expertune.errors import ConfigError, DoesNotFitError, first_line
 from expertune.evaluation.harness_tasks import TaskFiles
 from expertune.generation.decoding import evaluation_mode, to_text
 from expertune.placement.out_of_memory import in_one_line, is_out_of_memory
+from expertune.text import counted
 
 # Of few-shot examples and of answers that are sampled: the harness's own.
 _SEED = 1234
@@ -85,7 +86,7 @@ class Harness:
             if self._batch_size == 1:
                 raise DoesNotFitError(f"tasks: memory does not suffice for one example at a time ({reason})")
             self._batch_size //= 2
-            self._notify(f"tasks: memory ran out ({reason}); again with {self._batch_size} examples a batch")
+            self._notify(f"tasks: memory ran out ({reason}); again with {counted(self._batch_size, 'example')} a batch")
 
 
 def _live(model: ExpertPeftModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:

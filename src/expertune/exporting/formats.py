@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from expertune.exporting import FORMATS, require_known
 from expertune.exporting.source import ExportSource
+from expertune.text import counted
 
 Progress = Callable[[str, int, int], None]
 """What is being written, bytes done, bytes in all."""
@@ -132,8 +133,8 @@ class Verdict:
         loss = self.figures.get("loss", {})
         if loss.get("trained") is not None:
             found.append(
-                f"loss on {self.figures['examples']} examples: {loss['trained']:.4f} with the adapter on the 4-bit "
-                f"weights that it was trained beside, {loss['exported']:.4f} merged"
+                f"loss on {counted(self.figures['examples'], 'example')}: {loss['trained']:.4f} with the adapter on "
+                f"the 4-bit weights that it was trained beside, {loss['exported']:.4f} merged"
             )
         return found
 

@@ -24,6 +24,7 @@ from expertune.placement.gathered import GatheredLayers
 from expertune.placement.mapped import MappedLayers, map_tensor
 from expertune.placement.prefetch import Backend, Prefetcher
 from expertune.placement.slots import SlotLayers
+from expertune.text import counted
 
 # Tensors of an experts module as files and backends hold them: those of gate_up, then those of down.
 Files = Mapping[str, list[TensorEntry]]
@@ -102,7 +103,8 @@ class Placement:
             if movable:
                 moved = movable[: -(-len(movable) // 2)]
                 self.move(dict.fromkeys(moved, target))
-                return f"experts of {len(moved)} layers are offloaded to {'disk' if target == 'disk' else 'the host'}"
+                where = "disk" if target == "disk" else "the host"
+                return f"experts of {counted(len(moved), 'layer')} are offloaded to {where}"
         return None
 
     def describe(self) -> dict[str, Any]:

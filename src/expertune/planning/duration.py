@@ -11,6 +11,7 @@ from typing import Any
 from expertune.config import DataConfig, RunConfig
 from expertune.planning.speed import StepCost
 from expertune.run.progress import in_words
+from expertune.text import counted
 from expertune.train.arguments import BATCH_SIZE, EVALUATION_BATCH_SIZE, training_argument
 from expertune.train.schedule import count_evaluations, count_steps, scores_in_training
 
@@ -101,8 +102,7 @@ class RunTime:
         """The same in a sentence: `500 steps, about 52 h`."""
         parts = [f"{_said(self.training_seconds)} of steps"]
         if self.evaluation_seconds:
-            times = "1 evaluation" if self.evaluations == 1 else f"{self.evaluations} evaluations"
-            parts.append(f"{_said(self.evaluation_seconds)} of {times}")
+            parts.append(f"{_said(self.evaluation_seconds)} of {counted(self.evaluations, 'evaluation')}")
         if self.answer_seconds:
             parts.append(f"{_said(self.answer_seconds)} of answers")
         made_of = f" ({', '.join(parts)})" if len(parts) > 1 else ""
@@ -110,7 +110,7 @@ class RunTime:
         bound = "; less where examples are shorter than data.max_length" if self.is_bound else ""
         least = "; a model this small can take several times as long" if self.is_least else ""
         expected = about(self.seconds, self.is_least)
-        steps = f"{'about ' if self.is_sampled else ''}{self.steps:,} steps"
+        steps = f"{'about ' if self.is_sampled else ''}{counted(self.steps, 'step')}"
         return f"{steps}, {expected}{made_of}, besides {besides}{bound}{least}"
 
     def to_json(self) -> dict[str, Any]:

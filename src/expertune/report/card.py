@@ -21,6 +21,7 @@ from expertune.evaluation.metrics import shown_figures
 from expertune.evaluation.objective_figures import OBJECTIVES
 from expertune.report.objective import held_out_figures
 from expertune.report.values import section, selected_experts
+from expertune.text import counted
 
 CARD_NAME = "README.md"
 
@@ -200,8 +201,8 @@ def _harness(subject: Subject) -> str:
         own, base = scores.get(subject.adapter), scores.get("none") or {}
         for figure, values in (own or {}).get("figures", {}).items():
             of_base = base.get("figures", {}).get(figure) or {}
-            label = f"{name}: {figure}, {own.get('shots') or 0} shots, {own.get('examples')} examples"
-            rows.append((label, _with_error(of_base), _with_error(values)))
+            counts = (counted(own.get(f"{each}s") or 0, each) for each in ("shot", "example"))
+            rows.append((", ".join([f"{name}: {figure}", *counts]), _with_error(of_base), _with_error(values)))
     return _table(("", "4-bit base", "4-bit base and adapter"), rows)
 
 
@@ -292,8 +293,8 @@ def _loss(engine: Mapping[str, Any]) -> str:
         return ""
     beside = [f"{_figure(loss[key])} {what}" for key, what in _OTHER_LOSSES.items() if loss.get(key) is not None]
     also = f" ({', '.join(beside)})" if beside else ""
-    count, name = figures.get("examples"), _plain(str(engine.get("engine")))
-    return f"In {name} its loss on {count} evaluation examples is {_figure(loss['exported'])}{also}."
+    count, name = counted(figures.get("examples") or 0, "evaluation example"), _plain(str(engine.get("engine")))
+    return f"In {name} its loss on {count} is {_figure(loss['exported'])}{also}."
 
 
 def _engine_row(engine: Mapping[str, Any]) -> tuple[str, ...]:

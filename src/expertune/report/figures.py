@@ -13,7 +13,7 @@ from expertune.report.charts import centered_mean, mean_width, points_of
 from expertune.report.objective import loss_unit
 from expertune.report.values import at, number, section
 from expertune.storage import write_whole
-from expertune.text import printable, shortened
+from expertune.text import counted, printable, shortened
 
 # A palette that survives grayscale printing and the common color-vision deficiencies (Okabe and Ito 2008).
 _TRAIN, _MEAN, _EVAL, _BEFORE, _AFTER = "#56B4E9", "#0072B2", "#D55E00", "#999999", "#009E73"
@@ -118,8 +118,9 @@ def _draw_scores(axes: Axes, record: Mapping[str, Any]) -> None:
     if highest == 1:
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
     answered, examples = task["after"]["rows"], number(record, "data", "eval", "num_rows")
-    share = f"{answered:,} of {examples:,}" if examples and examples != answered else f"{answered:,}"
-    axes.set_title(_title(f"answers to {share} examples", f"of {_name(record, 'eval')}"), **_SMALL)
+    every = counted(examples or answered, "example")
+    share = f"{answered:,} of {every}" if examples and examples != answered else counted(answered, "example")
+    axes.set_title(_title(f"answers to {share}", f"of {_name(record, 'eval')}"), **_SMALL)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
 
@@ -132,7 +133,7 @@ def _title(*lines: str) -> str:
 def _source(record: Mapping[str, Any], part: str) -> str:
     """What a part of the data is called, and how many examples it has."""
     count = number(record, "data", part, "num_rows")
-    return f"{_name(record, part)}, {count:,.0f} examples" if count else "no examples"
+    return f"{_name(record, part)}, {counted(count, 'example')}" if count else "no examples"
 
 
 def _name(record: Mapping[str, Any], part: str) -> str:

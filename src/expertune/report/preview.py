@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from expertune.text import printable, shortened
+from expertune.text import counted, printable, shortened
 
 _NAMES = {"train": "training examples", "eval": "evaluation examples"}
 _MARKS = (("⟦", "⟧"), ("«", "»"), ("[[", "]]"), ("<<<", ">>>"), ("[TRAINED>", "<TRAINED]"))
@@ -40,9 +40,9 @@ def counts_of(example: Mapping[str, Any]) -> str:
     """How long an example is, and how much of it is trained."""
     if "columns" in example:
         told = ", ".join(printable(name) for name in example["columns"]) or "no column"
-        return f"{example['num_tokens']} tokens, to which answers are written; rewards are told {told}"
+        return f"{counted(example['num_tokens'], 'token')}, to which answers are written; rewards are told {told}"
     cut = example["uncut_length"] - example["num_tokens"]
-    counts = f"{example['num_tokens']} tokens, {example['num_trained']} trained"
+    counts = f"{counted(example['num_tokens'], 'token')}, {example['num_trained']} trained"
     counts = f"{counts}, {cut} more cut off" if cut > 0 else counts
     if "label" in example:
         counts += ", a good answer" if example["label"] else ", a bad answer"
@@ -76,7 +76,7 @@ def _facts(part: str, preview: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"{preview['num_rows']}; {pairs['chosen_tokens']:.1f} and {pairs['rejected_tokens']:.1f} tokens on average",
         )
     if labels := preview.get("labels"):
-        yield "labels", f"{labels['desirable']} good answers, {labels['undesirable']} bad ones"
+        yield "labels", f"{counted(labels['desirable'], 'good answer')}, {counted(labels['undesirable'], 'bad one')}"
     for warning in preview["warnings"]:
         yield "warning", warning
     for hint in preview["hints"]:

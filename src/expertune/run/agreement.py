@@ -13,6 +13,7 @@ from expertune.planning.plan import Started, plan_for
 from expertune.run.context import RunContext
 from expertune.run.directory import recordable
 from expertune.run.record import RunRecord
+from expertune.text import counted
 from expertune.train.arguments import ACCUMULATION, BATCH_SIZE, training_argument
 from expertune.train.checkpoints import list_checkpoints
 
@@ -156,7 +157,9 @@ def share_experts(context: RunContext) -> RunContext:
     own = batch * accumulation
     step = own * ranks.world_size
     if ranks.several:
-        context.notify(f"{ranks.world_size} processes, {_HELD[mode]}: up to {step} examples a step, {own} on each")
+        context.notify(
+            f"{ranks.world_size} processes, {_HELD[mode]}: up to {counted(step, 'example')} a step, {own} on each"
+        )
     values["train"] = train | {
         "processes": ranks.world_size,
         "global_batch": step,

@@ -15,6 +15,7 @@ from expertune.evaluation.metrics import shown_figures
 from expertune.run.progress import Bars
 from expertune.run.record import RunRecord
 from expertune.storage import notify_if_it_fails
+from expertune.text import counted
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class RunContext:
         """Show the record's score from `before` the training or `after` it."""
         score = self.record["task"][when]
         figures = ", ".join(f"{each.name} {score[each.name]:.3f}" for each in shown_figures(score))
-        self.tell(f"{when}: {figures} on {score['rows']} evaluation examples")
+        self.tell(f"{when}: {figures} on {counted(score['rows'], 'evaluation example')}")
 
     def write_beside(self, name: str, write: Callable[[Path], object]) -> None:
         """Write a file of the run directory that the run can do without, on the rank that writes."""

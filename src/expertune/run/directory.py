@@ -15,6 +15,7 @@ from expertune.run.record import RECORD_NAME, RunRecord, versions
 from expertune.run.signals import Terminated, signals_raised
 from expertune.run.source import directories, recorded_values
 from expertune.storage import hash_file
+from expertune.text import counted
 from expertune.train.checkpoints import list_checkpoints, sealed_adapter
 
 ADAPTER_FOLDER = "adapter"
@@ -233,7 +234,8 @@ def finished_line(record: RunRecord) -> str:
     """The message where a finished run is to be resumed."""
     run_dir, steps = record.path.parent, record.section("train").get("steps", 0)
     return (
-        f"{run_dir}: this run is finished, after {steps} steps; nothing is done and no file changed. {further(run_dir)}"
+        f"{run_dir}: this run is finished, after {counted(steps, 'step')}; nothing is done and no file "
+        f"changed. {further(run_dir)}"
     )
 
 

@@ -21,7 +21,7 @@ from expertune.planning.devices import Machine
 from expertune.planning.duration import Lengths
 from expertune.planning.plan import plan_for
 from expertune.planning.result import Plan
-from expertune.text import format_size, printable
+from expertune.text import counted, format_size, printable
 from expertune.train.schedule import count_steps
 
 _WIDTH = 100
@@ -155,9 +155,10 @@ def _choices(
         "num_train_epochs": epochs,
     }
     steps = count_steps(training, num_rows) or 1
-    reasons["training.gradient_accumulation_steps"] = f"{accumulation} examples a step."
+    reasons["training.gradient_accumulation_steps"] = f"{counted(accumulation, 'example')} a step."
     reasons["training.num_train_epochs"] = (
-        f"{steps:,} steps. Small data is seen more often: 3 epochs below 2,000 examples, 2 below 20,000, else 1."
+        f"{counted(steps, 'step')}. Small data is seen more often: 3 epochs below 2,000 examples, 2 below "
+        "20,000, else 1."
     )
     every = max(steps // 4, 1)
     training |= {

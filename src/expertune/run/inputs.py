@@ -29,6 +29,7 @@ from expertune.report.preview import render_preview
 from expertune.run.base_model import has_to_calibrate, identify_base, note_new_calibration
 from expertune.run.context import RunContext
 from expertune.run.identity import identify, require_same_identity
+from expertune.text import counted
 from expertune.train.schedule import require_a_batch, require_prompts
 
 
@@ -113,8 +114,8 @@ def _require_tokens(config: RunConfig, train: TokenizedExamples) -> None:
         if there >= wanted:
             return
     raise DataError(
-        f"data.train: {there} tokens, and the calibration wants {wanted} of them; give more examples, or set "
-        f"quantization.calibration_tokens to at most {there}"
+        f"data.train: {counted(there, 'token')}, and the calibration wants {wanted} of them; give more examples, "
+        f"or set quantization.calibration_tokens to at most {there}"
     )
 
 
@@ -152,8 +153,8 @@ def _show_data(context: RunContext, inputs: Inputs) -> None:
             console.print(render_preview(name, shown), soft_wrap=False)
     report = inputs.train.report
     context.notify(
-        f"data: {report['num_rows']} training examples, {report['num_truncated']} cut at {data.max_length} tokens, "
-        f"{report['num_skipped']} skipped; lengths in {context.output_dir / 'lengths.png'}"
+        f"data: {counted(report['num_rows'], 'training example')}, {report['num_truncated']} cut at {data.max_length} "
+        f"tokens, {report['num_skipped']} skipped; lengths in {context.output_dir / 'lengths.png'}"
     )
 
 

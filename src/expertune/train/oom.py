@@ -39,7 +39,7 @@ _LIMITS: dict[Phase, tuple[str, str]] = {
     "training": ("micro_batch_tokens", "micro-batches of at most {} tokens, or a single sequence"),
     "evaluation": ("evaluation_tokens", "evaluation batches of at most {} tokens, or a single sequence"),
     "preflight": ("preflight_tokens", "a preflight check on at most {} tokens, or a single sequence"),
-    "generation": ("generation_rows", "at most {} prompts answered at once"),
+    "generation": ("generation_rows", "prompts answered at once: at most {}"),
 }
 
 

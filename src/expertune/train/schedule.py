@@ -11,6 +11,7 @@ from expertune.config import RunConfig
 from expertune.errors import ConfigError, DataError
 from expertune.evaluation.metrics import METRICS, Figure
 from expertune.evaluation.objective_figures import SELECTING
+from expertune.text import counted
 from expertune.train.arguments import ACCUMULATION, BATCH_SIZE, training_argument
 
 # Schedules that wait for an evaluation.
@@ -81,7 +82,7 @@ def require_a_batch(num_examples: int, training: Mapping[str, Any], processes: i
     batch_size = int(training_argument(training, BATCH_SIZE)) * processes
     if num_examples < batch_size and training.get("dataloader_drop_last"):
         raise DataError(
-            f"data.train has {num_examples} examples, fewer than training.per_device_train_batch_size "
+            f"data.train has {counted(num_examples, 'example')}, fewer than training.per_device_train_batch_size "
             f"({batch_size}{f' of {processes} processes' if processes > 1 else ''}), "
             "and training.dataloader_drop_last drops them: no step would be taken; lower the batch size, or drop none"
         )
@@ -100,8 +101,9 @@ def require_prompts(num_examples: int, arguments: Any) -> None:
     at_once = int(arguments.generation_batch_size) // int(arguments.num_generations)
     if num_examples < at_once:
         raise ConfigError(
-            f"training: answers are generated for {at_once} prompts at once, and data.train has {num_examples}; "
-            "lower per_device_train_batch_size or gradient_accumulation_steps, or raise num_generations"
+            f"training: answers are generated for {counted(at_once, 'prompt')} at once, and data.train has "
+            f"{num_examples}; lower per_device_train_batch_size or gradient_accumulation_steps, or raise "
+            "num_generations"
         )
 
 
