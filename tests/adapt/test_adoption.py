@@ -263,3 +263,49 @@ def test_refused_tensors_leave_the_live_adapter_to_the_byte(loaded: LoadedModel,
 def test_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is it an adapter folder"):
         read_adapter_config(tmp_path / "nowhere")
+
+
+MIXED: dict[str, tuple[dict[str, Any], str]] = {
+    "a larger rank in the config": (
+        {"r": 8, "lora_alpha": 8},
+        r"adapter_config\.json has r 8 for \S+, and its tensors have rank 4: these are files of two adapters",
+    ),
+    "a smaller one": ({"r": 2, "lora_alpha": 2}, r"adapter_config\.json has r 2 for \S+, and its tensors have rank 4"),
+    "one of the attention's": (
+        {"rank_pattern": {"q_proj": 2}},
+        r"adapter_config\.json has rank_pattern 2 for \S+q_proj, and its tensors have rank 4",
+    ),
+    "one of a projection's": (
+        {"rank_pattern": {r"experts\.\d+\.w2": 16}},
+        r"adapter_config\.json has rank_pattern 16 for \S+experts\.0\.w2, and its tensors have rank 4",
+    ),
+    "an alpha that is not in B": (
+        {"lora_alpha": 16},
+        r"adapter_config\.json has lora_alpha 16, and its tensors were written for lora_alpha 4, as large as r",
+    ),
+    "rslora": ({"use_rslora": True}, r"adapter_config\.json has use_rslora true, and its tensors were written for"),
+}
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_folder_with_the_files_of_two_adapters_is_refused_with_its_name_and_both_values(
+    case: str, saved: Path, load: Load
+) -> None:
+    changes, message = MIXED[case]
+    break_config(**changes)(saved)
+    with pytest.raises(CheckpointError, match=rf"^{saved}: {message}"):
+        adopt(load(), saved)
+    with pytest.raises(CheckpointError, match=message):
+        adapt(load()).load_adapter(str(saved), "default")
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_ranks_of_a_file_in_pefts_fused_layout_are_held_to_its_config(
+    stock: Stock, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["w1", "w2", "w3"], task_type="CAUSAL_LM")
+    get_peft_model(stock(), config).save_pretrained(tmp_path)
+    break_config(r=16)(tmp_path)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json has r 16 .* for \S+, and its tensors have rank"):
+        adopt(loaded, tmp_path)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from expertune.adapt.patterns import expert_pattern, settings
+from expertune.adapt.ranks_in_file import require_rank_of_stack, require_ranks_of_config, stack_names
 from expertune.adapt.scales import scale_in_file
 from expertune.adapt.stacks import separate, unfuse
 from expertune.checkpoint.names import NameMap
@@ -165,7 +166,8 @@ class PerExpert:
         is_plain: every expert was under such a name in the file.
 
     Raises:
-        CheckpointError: a fused tensor has no partner, or is of another shape than the model's experts.
+        CheckpointError: a fused tensor has no partner, or is of another shape than the model's experts; or a tensor's
+            rank is not the config's.
     """
 
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: NameMap, where: str) -> None:
@@ -184,6 +186,8 @@ class PerExpert:
                 # PEFT on transformers 5 writes live names; the names on disk are what this one reads by.
                 self.tensors[key.replace(stem, renamed[stem], 1) if stem in renamed else key] = tensor
         self.is_plain = not stacks
+        found = ((*split_key(key), tensor) for key, tensor in self.tensors.items())
+        require_ranks_of_config(config, {stem: a for stem, factor, a in found if factor == "A"}, names, where)
         for stem, pair in stacks.items():
             self._take_stack(stem, fused[stem.removesuffix(".base_layer")], pair)
 
@@ -251,6 +255,8 @@ class PerExpert:
         stack, parts = unfuse(spec, weight, a, b)
         scale = scale_in_file(self.config, f"{module}.{weight}", stack.shape[1])
         projections = layout.fused_projections(spec, weight)
+        keys = stack_names(self._names, module, weight)
+        require_rank_of_stack(self.config, stack.shape[1], keys, len(projections), self.where)
         for projection, (part_a, part_b) in zip(projections, separate(stack, parts), strict=True):
             if not (part_a.any() or part_b.any()):
                 continue  # it has no adapter: an A that is one is never zero

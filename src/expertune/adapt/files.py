@@ -156,7 +156,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     """Read an adapter folder.
 
     Raises:
-        CheckpointError: see `read_adapter_config` and `read_adapter_tensors`.
+        CheckpointError: see `read_adapter_config` and `read_adapter_tensors`; or the two are not of one adapter.
     """
     config, tensors = read_adapter_config(folder), read_adapter_tensors(folder)
     live = Path(folder) / LIVE_NAME
@@ -164,7 +164,16 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         factors = load_file(live) if live.is_file() else {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{live}: damaged ({error})") from None
-    return AdapterFile(config, tensors, read_adapter_settings(folder), factors, str(folder))
+    settings = read_adapter_settings(folder)
+    if settings is not None and (config.get("use_rslora") or config["lora_alpha"] != config["r"]):
+        is_rslora = bool(config.get("use_rslora"))
+        found = f"use_rslora {json.dumps(is_rslora)}" if is_rslora else f"lora_alpha {config['lora_alpha']:g}"
+        meant = "use_rslora false" if is_rslora else f"lora_alpha {config['r']}, as large as r"
+        raise CheckpointError(
+            f"{folder}: {CONFIG_NAME} has {found}, and its tensors were written for {meant}, with the scale in B: these "
+            "are files of two adapters, or one was changed; copy the adapter again"
+        )
+    return AdapterFile(config, tensors, settings, factors, str(folder))
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
