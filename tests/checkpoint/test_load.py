@@ -312,7 +312,7 @@ def test_truncated_shard_is_refused_before_anything_is_built(rewrite: Rewrite) -
     folder = rewrite()
     shard = next(folder.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="truncated: tensor"):
+    with pytest.raises(CheckpointError, match=r"truncated: [\d,]+ bytes of [\d,]+, [\d,]+ are missing, from tensor"):
         load_tiny(folder)
 
 

@@ -54,6 +54,7 @@ def test_a_folder_without_a_record_is_no_run_folder(run, tmp_path, command):
         (None, "no such folder; give one that `expertune export` has written"),
         ("notes.txt", "no verification.json here; give one that `expertune export` has written"),
         ("record.json", "a run directory; an export of it is verified: `expertune export {} --to FORMAT` writes one"),
+        ("expertune.json", "an NF4 folder; `expertune quantize --verify {}` hashes its files again"),
     ],
 )
 def test_what_is_no_export_is_not_verified(run, tmp_path, holds, message):
@@ -64,6 +65,15 @@ def test_what_is_no_export_is_not_verified(run, tmp_path, holds, message):
     code, out, err = run("verify", str(folder))
     assert (code, out) == (2, "")
     assert err.startswith(f"expertune: error: {folder}: {message.format(folder)}")
+
+
+def test_a_run_directory_is_not_verified_and_the_commands_that_verify_its_exports_are_named(run, tmp_path):
+    (tmp_path / "record.json").touch()
+    for name in ("peft", "vllm"):
+        (tmp_path / "exports" / name).mkdir(parents=True)
+        (tmp_path / "exports" / name / "verification.json").touch()
+    exports = " or ".join(f"`expertune verify {tmp_path}/exports/{name}`" for name in ("peft", "vllm"))
+    assert run("verify", str(tmp_path))[2].endswith(f"an export of it is verified: {exports}\n")
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n"])

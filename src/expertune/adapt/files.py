@@ -170,8 +170,8 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         found = f"use_rslora {json.dumps(is_rslora)}" if is_rslora else f"lora_alpha {config['lora_alpha']:g}"
         meant = "use_rslora false" if is_rslora else f"lora_alpha {config['r']}, as large as r"
         raise CheckpointError(
-            f"{folder}: {CONFIG_NAME} has {found}, and its tensors were written for {meant}, with the scale in B: these "
-            "are files of two adapters, or one was changed; copy the adapter again"
+            f"{folder}: {CONFIG_NAME} has {found}, and its tensors were written for {meant}, with the scale in B: "
+            "these are files of two adapters, or one was changed; copy the adapter again"
         )
     return AdapterFile(config, tensors, settings, factors, str(folder))
 

@@ -223,7 +223,7 @@ def _require_enough_bytes(model: PreTrainedModel, index: CheckpointIndex) -> Non
     if count > 2 * index.nbytes:  # two to a byte, if all were in 4 bits
         raise CheckpointError(
             f"{index.folder}: config.json describes a model of {count} weights, and the files hold {index.nbytes} "
-            "bytes: they do not belong together; copy or download the folder again"
+            "bytes: they do not belong together; copy the folder again from where it came"
         )
 
 

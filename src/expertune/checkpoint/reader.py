@@ -273,12 +273,13 @@ def read_header(shard: Path) -> dict[str, TensorEntry]:
     header, start, size = _parse_header(shard)
     header.pop("__metadata__", None)
     entries = sorted((_entry(shard, key, value, start) for key, value in header.items()), key=lambda each: each.start)
+    whole = max((entry.start + entry.nbytes for entry in entries), default=start)
     end, before = start, ""
     for entry in entries:
         if entry.start + entry.nbytes > size:
             raise CheckpointError(
-                f"{shard}: truncated: tensor {short(entry.key)} ends at byte {entry.start + entry.nbytes}, the file "
-                f"has {size}; {how_to_replace(shard)}"
+                f"{shard}: truncated: {size:,} bytes of {whole:,}, {whole - size:,} are missing, from tensor "
+                f"{short(entry.key)} on; {how_to_replace(shard)}"
             )
         if entry.nbytes and entry.start < end:
             raise CheckpointError(

@@ -8,8 +8,9 @@ from concurrent.futures import CancelledError, Executor, Future
 from pathlib import Path
 from typing import Protocol
 
+from expertune.checkpoint.hub import hub_reason
 from expertune.checkpoint.reader import TensorEntry, open_checkpoint, read_header, read_weight_map
-from expertune.errors import CheckpointError, first_line
+from expertune.errors import CheckpointError
 from expertune.storage import FileRecord, hash_file
 
 SINGLE_SHARD = "model.safetensors"
@@ -128,7 +129,7 @@ class HubShards:
             return Path(download(self.repository, shard, revision=self.revision, local_dir=self.folder))
         except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
             raise CheckpointError(
-                f"{self.repository}: the hub did not give {shard} ({first_line(error)}); the same command resumes from "
+                f"{self.repository}: the hub did not give {shard} ({hub_reason(error)}); the same command resumes from "
                 "here"
             ) from None
 

@@ -1,5 +1,6 @@
 """Exporting: a run's adapter, or base and adapter as one model, in the form that an engine reads; then run there."""
 
+import shlex
 from pathlib import Path
 
 from expertune.errors import ConfigError, ExportError, did_you_mean
@@ -20,6 +21,9 @@ TYPES = {"gguf-adapter": ("f32", "f16", "bf16"), "gguf": ("f32", "f16", "bf16", 
 """Formats whose numbers a user may choose, and how these may be held."""
 
 VERIFICATION = "verification.json"
+
+EXPORTS = "exports"
+"""Folder of a run directory where exports go that are not told where to."""
 
 MERGED = ("merged", "gguf")
 """Whole models, whose base a user may choose."""
@@ -55,15 +59,22 @@ def require_export(folder: Path) -> Path:
     Raises:
         ExportError: there is none.
     """
+    from expertune.checkpoint.model_folder import FOLDER_MARK
     from expertune.run.record import RECORD_NAME
 
     path = folder / VERIFICATION
     if path.is_file():
         return path
     if (folder / RECORD_NAME).is_file():
+        exports = sorted(each.parent for each in (folder / EXPORTS).glob(f"*/{VERIFICATION}"))
+        found = " or ".join(f"`expertune verify {shlex.quote(str(each))}`" for each in exports)
+        ways = (
+            found or f"`expertune export {shlex.quote(str(folder))} --to FORMAT` writes one and runs it in its engine"
+        )
+        raise ExportError(f"{folder}: a run directory; an export of it is verified: {ways}")
+    if (folder / FOLDER_MARK).is_file():
         raise ExportError(
-            f"{folder}: a run directory; an export of it is verified: `expertune export {folder} --to FORMAT` writes "
-            "one and runs it in its engine"
+            f"{folder}: an NF4 folder; `expertune quantize --verify {shlex.quote(str(folder))}` hashes its files again"
         )
     what = f"no {VERIFICATION} here" if folder.is_dir() else "no such folder"
     raise ExportError(f"{folder}: {what}; give one that `expertune export` has written")

@@ -14,7 +14,7 @@ from expertune.config.arguments import checked
 from expertune.data.hub import is_hub_name
 from expertune.distributed.processes import require_one_process
 from expertune.errors import ConfigError, ExportError, StorageError, option
-from expertune.exporting import VERIFICATION, require_export
+from expertune.exporting import EXPORTS, VERIFICATION, require_export
 from expertune.exporting.formats import Format, Options, Progress, Verdict, make_format
 from expertune.exporting.hub import push, require_hub
 from expertune.exporting.merged import MANIFEST, MergedIntoDequantized, write_dequantized
@@ -28,9 +28,6 @@ from expertune.run.directory import ADAPTER_FOLDER
 from expertune.run.record import RECORD_NAME
 from expertune.storage import SCRATCH, notify_if_it_fails
 from expertune.text import format_size
-
-EXPORTS = "exports"
-"""Folder of a run directory where exports go that are not told where to."""
 
 _ROOM_BYTES = 2**20  # configs, tokenizer, verification
 

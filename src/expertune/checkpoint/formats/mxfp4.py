@@ -43,7 +43,7 @@ def parts_of(keys: Sequence[str]) -> dict[str, dict[str, str]]:
         if name != key:
             if name + _SCALES not in known:
                 raise CheckpointError(
-                    f"tensor {key} has no {name + _SCALES} beside it; copy or download the checkpoint again"
+                    f"tensor {key} has no {name + _SCALES} beside it; copy the checkpoint again from where it came"
                 )
             parts[name] = {"blocks": key, "scales": name + _SCALES}
     return parts
