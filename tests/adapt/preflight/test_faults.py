@@ -1,187 +1,25 @@
-"""The preflight check passes a healthy model and names what is wrong with each kind of sick one."""
+"""The preflight check names what is wrong with each kind of sick model."""
 
-import threading
 import types
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from expertune.adapt.attach import attach
-from expertune.adapt.comparison import BaseForward, probe_logits
-from expertune.adapt.peft_model import ExpertPeftModel
-from expertune.adapt.preflight import preflight
+from expertune.adapt.comparison import probe_logits
 from expertune.checkpoint.load import LoadedModel
 from expertune.config import LoraSection
-from expertune.errors import ConfigError, PreflightError
+from expertune.errors import ConfigError
 from expertune.experts.lora import ExpertsLora
 from expertune.experts.module import Nf4Experts
-from tests.adapt.conftest import EVERYTHING, FolderOf, adapt, train_a_little
+from tests.adapt.conftest import adapt
+from tests.adapt.preflight.conftest import EXPERTS, batch_of, check, expect_failure, prepared
 from tests.families.build import tiny_config
-from tests.tiny_models import FAMILIES, VOCABULARY, changed, load_tiny, random_rows, save_random, stock_model
-
-EXPERTS = "model.layers.1.mlp.experts"
-Batch = dict[str, Tensor]
-
-
-def batch_of(num_rows: int = 4, length: int = 24) -> Batch:
-    ids = random_rows(num_rows, length)
-    return {"input_ids": ids, "labels": ids.clone()}
-
-
-def concatenated_batch() -> Batch:
-    positions = torch.cat([torch.arange(length) for length in (17, 1, 40)])[None]
-    ids = torch.randint(3, VOCABULARY, positions.shape)
-    return {"input_ids": ids, "position_ids": positions, "labels": torch.full_like(ids, -100)}
-
-
-def padded_batch() -> Batch:
-    batch = batch_of()
-    mask = torch.ones_like(batch["input_ids"])
-    mask[0, :10] = mask[1, :3] = 0
-    return batch | {"attention_mask": mask}
-
-
-@pytest.fixture(params=["one after the other", "in turns"], autouse=True)
-def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How the forwards pass the layers: in turns as where experts are offloaded, or each alone."""
-    if request.param == "in turns":
-        placement = types.SimpleNamespace(is_prefetched=True, in_turns=nullcontext)
-        monkeypatch.setattr("expertune.adapt.comparison.placement_of", lambda model: placement)
-    return request.param
-
-
-def check(model: ExpertPeftModel, batch: Batch, base: Tensor) -> dict[str, Any]:
-    return preflight(model, batch, BaseForward(batch, base))
-
-
-def prepared(loaded: LoadedModel, batch: Batch, **lora: Any) -> tuple[ExpertPeftModel, Tensor]:
-    base = probe_logits(loaded.model, batch)
-    return adapt(loaded, **({"targets": [*EVERYTHING, "router"]} | lora)), base
-
-
-# ---- healthy
-
-
-@pytest.mark.parametrize("make", [batch_of, concatenated_batch, padded_batch])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_healthy_model_passes(make: Any, dropout: float, loaded: LoadedModel, order: str) -> None:
-    batch = make()
-    model, base = prepared(loaded, batch, dropout=dropout)
-    forwards = count_forwards(loaded)
-    report = check(model, batch, base)
-    # With gradients, as a step computes it; with the adapter, twice; without it.
-    assert forwards == ([False, False, False, True] if order == "in turns" else [True, False, False, False])
-    assert report["passed"]
-    assert report["learning"]["factors_learning"] + report["learning"]["factors_without_tokens"] == 2 * (
-        2 * 4 * 3 + 2 * 4 + 2 + 1
-    )
-    assert report["learning"]["factors_without_tokens"] <= 12
-    assert report["effective"]["largest_logit_change"] > 0
-    assert report["effective"]["disabled_equals_base"]
-
-
-def count_forwards(loaded: LoadedModel) -> list[bool]:
-    """Whether it was in training, of each forward of a model from now on."""
-    forwards: list[bool] = []
-    loaded.model.register_forward_pre_hook(lambda module, inputs: forwards.append(module.training))
-    return forwards
-
-
-def test_family_that_computes_otherwise_in_training_is_compared_in_evaluation(loaded: LoadedModel) -> None:
-    batch = batch_of()
-    model, base = prepared(loaded, batch)
-    norm = loaded.model.get_submodule("model.layers.1.input_layernorm")
-    norm.register_forward_hook(lambda module, inputs, output: nn.functional.dropout(output, 0.1, module.training))
-    assert check(model, batch, base)["repeatable"]
-
-
-def _order(pair: tuple[ExpertPeftModel, Tensor], batch: Batch) -> tuple[ExpertPeftModel, Batch, Tensor]:
-    return pair[0], batch, pair[1]
-
-
-def test_four_bit_figures_follow_from_the_sizes(loaded: LoadedModel) -> None:
-    batch = batch_of()
-    bits = check(*_order(prepared(loaded, batch), batch))["four_bit"]
-    weights = 2 * 4 * 3 * 64 * 128
-    assert bits["expert_weights"] == weights
-    # A byte of absmax for 64 weights; per matrix of 128 blocks one nested absmax and one offset of 4 bytes.
-    assert bits["expert_bytes"] == weights // 2 + weights // 64 + 2 * 4 * 3 * 8
-    assert bits["bits_per_expert_weight"] == round(8 * bits["expert_bytes"] / weights, 4)
-    assert bits["linear_weights"] == 2 * (2 * 64 * 64 + 2 * 64 * 32)
-
-
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
-def test_healthy_models_of_other_families_pass(family: str, family_folder: FolderOf) -> None:
-    loaded, batch = load_tiny(family_folder(family)), batch_of(8, 32)
-    assert check(*_order(prepared(loaded, batch), batch))["passed"]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_healthy_half_precision_model_passes(dtype: torch.dtype, mixtral: Path) -> None:
-    loaded, batch = load_tiny(mixtral, dtype), batch_of()
-    assert check(*_order(prepared(loaded, batch, dtype="bfloat16"), batch))["passed"]
-
-
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-def test_healthy_model_passes_under_activation_checkpointing(loaded: LoadedModel) -> None:
-    batch = batch_of()
-    model, base = prepared(loaded, batch)
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    assert check(model, batch, base)["passed"]
-
-
-def test_experts_that_the_rows_do_not_reach_are_counted_not_blamed(loaded: LoadedModel) -> None:
-    batch = batch_of(1, 3)
-    report = check(*_order(prepared(loaded, batch), batch))
-    assert report["learning"]["factors_without_tokens"] > 0
-
-
-def test_factors_mode_gradients_and_random_state_are_as_before(loaded: LoadedModel) -> None:
-    batch = batch_of()
-    model, base = prepared(loaded, batch, dropout=0.1)
-    train_a_little(model)
-    model.train()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    check(model, batch, base)
-    assert changed(before, dict(model.state_dict())) == []
-    assert torch.equal(torch.get_rng_state(), torch_state)
-    assert np.array_equal(np.random.get_state()[1], numpy_state)
-    assert model.training
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any(module._forward_pre_hooks for module in model.modules() if isinstance(module, ExpertsLora))
-
-
-def test_factors_are_restored_when_a_check_fails(loaded: LoadedModel) -> None:
-    batch = batch_of()
-    model, base = prepared(loaded, batch)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(PreflightError):
-        check(model, batch, base + 1)
-    assert changed(before, dict(model.state_dict())) == []
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_second_check_gives_the_same_report(loaded: LoadedModel) -> None:
-    batch = batch_of()
-    model, base = prepared(loaded, batch)
-    first, second = check(model, batch, base), check(model, batch, base)
-    assert first["four_bit"] == second["four_bit"]
-    assert first["learning"] == second["learning"]
-
-
-# ---- sick, each in one way
-
-
-def expect_failure(model: ExpertPeftModel, batch: Batch, base: Tensor, message: str) -> None:
-    with pytest.raises(PreflightError, match=message):
-        check(model, batch, base)
+from tests.tiny_models import load_tiny, save_random, stock_model
 
 
 def test_experts_left_in_sixteen_bits_are_named(mixtral: Path, loaded: LoadedModel) -> None:
@@ -472,95 +310,3 @@ def test_dropout_that_gives_no_number_is_named(loaded: LoadedModel) -> None:
     dropout = loaded.model.get_submodule("model.layers.0.self_attn.q_proj").lora_dropout["default"]
     dropout.register_forward_hook(lambda module, inputs, output: output / 0 if module.training else output)
     expect_failure(model, batch, base, "the gradient is not finite")
-
-
-# ---- the forwards beside the one that gradients are taken of
-
-
-@pytest.mark.parametrize("where", ["at a layer", "between two layers"])
-def test_what_a_compared_forward_raises_is_raised_and_leaves_nothing_behind(where: str, loaded: LoadedModel) -> None:
-    batch = batch_of()
-    model, base = prepared(loaded, batch)
-    model.train()
-    threads = threading.active_count()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    hooks = count_hooks(model)
-
-    def fail(module: nn.Module, inputs: Any, output: Any) -> None:
-        if not module.training:
-            raise torch.OutOfMemoryError("none left")
-
-    name = "model.layers.1" if where == "at a layer" else "model.norm"
-    handle = loaded.model.get_submodule(name).register_forward_hook(fail)
-    with pytest.raises(torch.OutOfMemoryError, match="none left"):
-        check(model, batch, base)
-    handle.remove()
-    assert threading.active_count() == threads
-    assert count_hooks(model) == hooks
-    assert changed(before, dict(model.state_dict())) == []
-    assert all(module.training for module in model.modules())
-    assert check(model, batch, base)["passed"]
-
-
-def test_forward_with_gradients_that_fails_ends_the_others(loaded: LoadedModel) -> None:
-    batch = batch_of()
-    model, base = prepared(loaded, batch)
-    threads, hooks = threading.active_count(), count_hooks(model)
-
-    def fail(module: nn.Module, inputs: Any) -> None:
-        if module.training:
-            raise KeyboardInterrupt
-
-    handle = loaded.model.get_submodule("model.layers.1.mlp").register_forward_pre_hook(fail)
-    with pytest.raises(KeyboardInterrupt):
-        check(model, batch, base)
-    handle.remove()
-    assert threading.active_count() == threads
-    assert count_hooks(model) == hooks
-
-
-def count_hooks(model: nn.Module) -> int:
-    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
-
-
-def test_adapter_and_training_flags_are_as_before_between_the_turns(loaded: LoadedModel) -> None:
-    """Also where they are not what PEFT leaves behind: one factor that is not trained stays so."""
-    batch = batch_of()
-    model, base = prepared(loaded, batch)
-    factor = loaded.model.get_submodule("model.layers.0.self_attn.q_proj").lora_A["default"].weight
-    factor.requires_grad_(False)
-    expect_failure(model, batch, base, r"q_proj\.lora_A: the gradient is missing")
-    assert not factor.requires_grad
-
-
-def test_gradients_do_not_depend_on_the_forwards_beside(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under activation checkpointing a layer is computed again with the random numbers that it drew."""
-    batch = batch_of()
-    model, base = prepared(loaded, batch, dropout=0.1)
-    model.activation_checkpointing_enable()
-    found: dict[str, dict[str, Tensor]] = {}
-    zero_grad = model.zero_grad
-
-    def keep(**arguments: Any) -> None:
-        way = "each alone" if found else "in turns"
-        found[way] = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
-        zero_grad(**arguments)
-
-    def draw(module: nn.Module, inputs: Any) -> None:
-        if not module.training:
-            torch.rand(3)
-
-    monkeypatch.setattr(model, "zero_grad", keep)
-    loaded.model.get_submodule("model.layers.0.input_layernorm").register_forward_pre_hook(draw)
-    for placement in (types.SimpleNamespace(is_prefetched=True, in_turns=nullcontext), None):
-        monkeypatch.setattr("expertune.adapt.comparison.placement_of", lambda model, found=placement: found)
-        torch.manual_seed(0)
-        check(model, batch, base)
-    assert len(found["in turns"]) > 20
-    assert changed(found["in turns"], found["each alone"]) == []
-
-
-def test_the_errors_older_name_still_catches_it():
-    from expertune.errors import ProofError
-
-    assert ProofError is PreflightError
