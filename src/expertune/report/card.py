@@ -5,7 +5,6 @@ of a local file, text of an example, or value that is for the user alone, such a
 the user.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,10 @@ from expertune.data.readers import reader_of
 from expertune.data.template import is_own_file, shipped_template
 from expertune.evaluation.metrics import shown_figures
 from expertune.evaluation.objective_figures import OBJECTIVES
+from expertune.report.markdown import figure, plain, table, titled, with_error, words
 from expertune.report.objective import held_out_figures
 from expertune.report.values import section, selected_experts
+from expertune.report.verified import verified
 from expertune.text import counted
 
 CARD_NAME = "README.md"
@@ -38,7 +39,6 @@ _TRAINING = (
 )
 
 _LIBRARIES = {"gguf": "gguf", "gguf-adapter": "gguf", "mlx": "mlx", "mlx-merged": "mlx", "merged": "transformers"}
-_OTHER_LOSSES = {"base": "of the base alone", "trained": "of the run's own model, in 4 bits"}
 _WHOLE_MODELS = frozenset({"merged", "gguf", "mlx-merged"})
 
 
@@ -93,12 +93,12 @@ def render_card(subject: Subject) -> str:
         f"# {_title(subject)}",
         *_warning(subject),
         _introduction(subject),
-        *_section("Scores", _scores(subject)),
-        *_section("Scores by lm-evaluation-harness", _harness(subject)),
-        *_section("Recipe", _table(("", ""), _recipe(subject))),
-        *_section("Verified", _verified(subject)),
-        *_section("Use", _use(subject)),
-        *_section("Prompt", _prompt(subject)),
+        *titled("Scores", _scores(subject)),
+        *titled("Scores by lm-evaluation-harness", _harness(subject)),
+        *titled("Recipe", table(("", ""), _recipe(subject))),
+        *titled("Verified", verified(subject.verification or {})),
+        *titled("Use", _use(subject)),
+        *titled("Prompt", _prompt(subject)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -128,7 +128,7 @@ def _hub_datasets(subject: Subject) -> list[str]:
 
 def _title(subject: Subject) -> str:
     name = subject.base_id.split("/")[-1] if subject.base_id else _model_type(subject)
-    return f"{_plain(name)}: a {subject.kind}"
+    return f"{plain(name)}: a {subject.kind}"
 
 
 def _model_type(subject: Subject) -> str:
@@ -139,14 +139,14 @@ def _model_type(subject: Subject) -> str:
 
 def _introduction(subject: Subject) -> str:
     if subject.base_id:
-        base = f"[{_plain(subject.base_id)}](https://huggingface.co/{_plain(subject.base_id)})"
-        base += f" (commit `{_plain(str(subject.revision))[:12]}`)"
+        base = f"[{plain(subject.base_id)}](https://huggingface.co/{plain(subject.base_id)})"
+        base += f" (commit `{plain(str(subject.revision))[:12]}`)"
     else:
         base = (
-            f"a {_plain(_model_type(subject))} model in a local folder (set `base_model` above to its name on the hub)"
+            f"a {plain(_model_type(subject))} model in a local folder (set `base_model` above to its name on the hub)"
         )
-    version = _plain(str((subject.record.get("versions") or {}).get("expertune", "")))
-    which = "" if subject.is_final else f" This is its state at {_plain(subject.adapter)}."
+    version = plain(str((subject.record.get("versions") or {}).get("expertune", "")))
+    which = "" if subject.is_final else f" This is its state at {plain(subject.adapter)}."
     return (
         f"A {subject.kind}. Base: {base}. It was trained with Expertune {version}, with the experts of the base frozen "
         f"in 4 bits{_objective(subject)}.{which}"
@@ -159,7 +159,7 @@ def _warning(subject: Subject) -> list[str]:
         return []
     return [
         f"> **For the 4-bit base alone.** This adapter began as a correction of what 4 bits lost (`lora.init: "
-        f"{_plain(str(init.get('how')))}`). On 16-bit weights (stock PEFT, vLLM and others) it would correct an error "
+        f"{plain(str(init.get('how')))}`). On 16-bit weights (stock PEFT, vLLM and others) it would correct an error "
         "that is not there. `expertune export` of its run makes an adapter for these."
     ]
 
@@ -177,33 +177,33 @@ def _scores(subject: Subject) -> str:
     record, rows = subject.record, list[tuple[str, ...]]()
     task = record.get("task") or {}
     before, after = task.get("before") or {}, (task.get("after") or {}) if subject.is_final else {}
-    for figure in shown_figures(after):
-        count = f"{figure.label} on {after.get('rows')} held-out examples"
-        rows.append((count, _figure(before.get(figure.name)), _figure(after.get(figure.name))))
-    for each in held_out_figures(record) if subject.is_final else ():
-        rows.append((f"{each.figure.label} on held-out examples", _figure(each.base), _figure(each.after)))
+    for each in shown_figures(after):
+        count = f"{each.label} on {after.get('rows')} held-out examples"
+        rows.append((count, figure(before.get(each.name)), figure(after.get(each.name))))
+    for found in held_out_figures(record) if subject.is_final else ():
+        rows.append((f"{found.figure.label} on held-out examples", figure(found.base), figure(found.after)))
     evaluation = record.get("eval") or {}
     loss = evaluation.get("after")
     if not subject.is_final:
         losses = {f"checkpoint-{int(step)}": value for step, value in evaluation.get("loss") or ()}
         loss = losses.get(subject.adapter)
     if loss is not None:
-        rows.append(("loss on held-out examples", _figure(evaluation.get("before")), _figure(loss)))
-    table = _table(("", "4-bit base", "4-bit base and adapter"), rows)
-    if table and subject.form:
-        return f"{table}\n\nThey are of the run: of the adapter on the 4-bit base that it was trained on."
-    return table
+        rows.append(("loss on held-out examples", figure(evaluation.get("before")), figure(loss)))
+    shown = table(("", "4-bit base", "4-bit base and adapter"), rows)
+    if shown and subject.form:
+        return f"{shown}\n\nThey are of the run: of the adapter on the 4-bit base that it was trained on."
+    return shown
 
 
 def _harness(subject: Subject) -> str:
     rows = list[tuple[str, ...]]()
     for name, scores in sorted((subject.record.get("tasks") or {}).items()):
         own, base = scores.get(subject.adapter), scores.get("none") or {}
-        for figure, values in (own or {}).get("figures", {}).items():
-            of_base = base.get("figures", {}).get(figure) or {}
+        for name_of, values in (own or {}).get("figures", {}).items():
+            of_base = base.get("figures", {}).get(name_of) or {}
             counts = (counted(own.get(f"{each}s") or 0, each) for each in ("shot", "example"))
-            rows.append((", ".join([f"{name}: {figure}", *counts]), _with_error(of_base), _with_error(values)))
-    return _table(("", "4-bit base", "4-bit base and adapter"), rows)
+            rows.append((", ".join([f"{name}: {name_of}", *counts]), with_error(of_base), with_error(values)))
+    return table(("", "4-bit base", "4-bit base and adapter"), rows)
 
 
 _EXPERT_RANKS = {
@@ -247,7 +247,7 @@ def _recipe(subject: Subject) -> Iterator[tuple[str, str]]:
         yield "steps", str(train["steps"])
     if losses := train.get("loss"):
         (first, loss), (last, final) = losses[0], losses[-1]
-        yield "training loss", f"{_figure(loss)} at step {first}, {_figure(final)} at step {last}"
+        yield "training loss", f"{figure(loss)} at step {first}, {figure(final)} at step {last}"
     versions = record.get("versions") or {}
     yield (
         "versions",
@@ -255,63 +255,8 @@ def _recipe(subject: Subject) -> Iterator[tuple[str, str]]:
     )
 
 
-def _verified(subject: Subject) -> str:
-    verification = subject.verification or {}
-    engines = verification.get("engines") or ()
-    head = "engine", "verdict", "difference", "allowed", "effect of the adapter", "experts reached"
-    table = _table(head, [_engine_row(each) for each in engines])
-    if not table:
-        return ""
-    notes = []
-    if any("differences" in (each.get("figures") or {}) for each in engines):
-        notes.append(
-            "Log-probabilities of every token, on evaluation examples and random tokens, are compared with those of "
-            "stock transformers in float32, in nats. A wrong expert is found where the prompts reach it."
-        )
-    if any("relative_difference" in (each.get("figures") or {}) for each in engines):
-        notes.append(
-            "Relative differences are those of what an engine's loader would multiply by; or of each tensor of a file, "
-            "by the size of what the adapter adds to it."
-        )
-    notes += [line for each in engines if (line := _loss(each))]
-    is_of_16_bits = (verification.get("options") or {}).get("base") == "source"
-    if is_of_16_bits and verification.get("compared_on") == "dequantized":
-        notes.append(
-            "The base of this comparison, losses included, has the values of the run's 4-bit weights: its 16-bit ones "
-            "were not at hand."
-        )
-    reasons = [(str(each.get("engine")), str(each["reason"])) for each in engines if each.get("reason")]
-    lines = [f"- {_words(name)}: {_words(reason)}" for name, reason in reasons]
-    return "\n\n".join([*notes, table, *(["\n".join(lines)] if lines else [])])
-
-
-def _loss(engine: Mapping[str, Any]) -> str:
-    """The loss that an engine found of the export; nothing where it takes none."""
-    figures = engine.get("figures") or {}
-    loss = figures.get("loss") or {}
-    if not isinstance(loss.get("exported"), int | float):
-        return ""
-    beside = [f"{_figure(loss[key])} {what}" for key, what in _OTHER_LOSSES.items() if loss.get(key) is not None]
-    also = f" ({', '.join(beside)})" if beside else ""
-    count, name = counted(figures.get("examples") or 0, "evaluation example"), _plain(str(engine.get("engine")))
-    return f"In {name} its loss on {count} is {_figure(loss['exported'])}{also}."
-
-
-def _engine_row(engine: Mapping[str, Any]) -> tuple[str, ...]:
-    """Name, verdict and figures of one engine."""
-    figures = engine.get("figures") or {}
-    differences, experts = figures.get("differences") or {}, figures.get("experts") or {}
-    found = [_exact(differences.get("exported")), _exact(figures.get("tolerance")), _exact(differences.get("effect"))]
-    if figures.get("measure") == "mean":
-        found = [each if each == "-" else f"{each} (mean)" for each in found]
-    if "relative_difference" in figures:
-        found[:2] = [f"{_exact(figures[f'relative_{each}'])} (relative)" for each in ("difference", "tolerance")]
-    reached = f"{experts.get('reached')} of {experts.get('of')}" if experts.get("of") else "-"
-    return (str(engine.get("engine")), str(engine.get("verdict")), *found, reached)
-
-
 def _use(subject: Subject) -> str:
-    base = _plain(subject.base_id or "BASE")
+    base = plain(subject.base_id or "BASE")
     if _warning(subject):
         return (
             "`expertune.open_run` opens its run with the base in the same 4 bits; `expertune export` is for all others."
@@ -319,7 +264,7 @@ def _use(subject: Subject) -> str:
     text = _USE.get(subject.form or "peft", "").format(
         base=base, rank=subject.rank or subject.config.lora.in_files.r, where=subject.where
     )
-    return "\n\n".join([text, *(_words(str(note)) for note in (subject.verification or {}).get("notes") or ())])
+    return "\n\n".join([text, *(words(str(note)) for note in (subject.verification or {}).get("notes") or ())])
 
 
 def _prompt(subject: Subject) -> str:
@@ -330,44 +275,7 @@ def _prompt(subject: Subject) -> str:
     text = shipped_template(name) if isinstance(name, str) else None
     if text is None:
         return "A template of the user's own. Where it is a chat template, the tokenizer beside this file has it."
-    return f"The template `{_plain(str(name))}`, in Jinja:\n\n```\n{text.rstrip()}\n```"
-
-
-def _section(title: str, body: str) -> list[str]:
-    return [f"## {title}", body] if body else []
-
-
-def _table(head: tuple[str, ...], rows: Any) -> str:
-    lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
-    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *lines]) if lines else ""
-
-
-def _cell(text: str) -> str:
-    return _plain(text).replace("|", "\\|")
-
-
-def _plain(text: str) -> str:
-    """A text in one line that is no Markdown link, code or HTML: records come from others as well."""
-    return "".join(each if each not in "<>`[]" else " " for each in " ".join(text.split()))[:200]
-
-
-def _words(text: str) -> str:
-    """What an engine said, in one line that is no markup; whatever may be a path is left out."""
-    text = re.sub(r"\S*[/\\]\S*", "...", " ".join(text.split()))
-    return re.sub(r"([`*_\[\]<>|])", r"\\\1", text[:400])
-
-
-def _figure(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, int | float) else "-" if value is None else str(value)
-
-
-def _exact(value: Any) -> str:
-    return f"{value:.1e}" if isinstance(value, int | float) else "-"
-
-
-def _with_error(figure: Mapping[str, Any]) -> str:
-    error = figure.get("stderr")
-    return _figure(figure.get("value")) + (f" ± {_figure(error)}" if error is not None else "")
+    return f"The template `{plain(str(name))}`, in Jinja:\n\n```\n{text.rstrip()}\n```"
 
 
 _PEFT = """\
