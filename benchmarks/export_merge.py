@@ -36,7 +36,8 @@ from expertune.config import parse_config
 from expertune.exporting.additions import find_additions
 from expertune.exporting.merged import Merged
 from expertune.exporting.merging import merge_shard
-from expertune.exporting.source import ExportSource, read_source
+from expertune.exporting.opening import read_source
+from expertune.exporting.source import ExportSource
 from expertune.run.context import RunContext
 from expertune.run.progress import Bars
 from expertune.run.record import RunRecord

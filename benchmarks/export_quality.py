@@ -29,7 +29,7 @@ from expertune.data import encode_prompt, make_collator, make_dataset, prepare_e
 from expertune.evaluation.metrics import METRICS
 from expertune.evaluation.scoring import evaluation_loss, score_task
 from expertune.exporting.gguf import ADAPTER_FILE, convert
-from expertune.exporting.source import open_source
+from expertune.exporting.opening import open_source
 
 BATCH = 16
 

@@ -18,7 +18,8 @@ from expertune.config import LoraSection, parse_config
 from expertune.data import TokenizedExample
 from expertune.exporting import programs
 from expertune.exporting.engines.stock import scale
-from expertune.exporting.source import ExportSource, read_source
+from expertune.exporting.opening import read_source
+from expertune.exporting.source import ExportSource
 from expertune.run.context import RunContext
 from expertune.run.progress import Bars
 from expertune.run.record import RunRecord

@@ -22,7 +22,8 @@ from expertune.exporting.engines import stock, trained
 from expertune.exporting.engines.trained import dequantized
 from expertune.exporting.formats import Options, make_format
 from expertune.exporting.merged import MANIFEST, Merged, MergedIntoDequantized, make
-from expertune.exporting.source import ExportSource, read_source
+from expertune.exporting.opening import read_source
+from expertune.exporting.source import ExportSource
 from tests.exporting.conftest import base_and_adapter, nothing, source_of
 from tests.families import build
 from tests.tiny_models import load_tiny, save_random, stock_model, tiny_config

@@ -21,7 +21,7 @@ from expertune.checkpoint.moments import Moments
 from expertune.checkpoint.quantize import quantize
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError, DataError
-from expertune.exporting.source import open_source
+from expertune.exporting.opening import open_source
 from expertune.objectives.units import keeps_start
 from expertune.planning import make_plan
 from expertune.run.correction import require_first_factors

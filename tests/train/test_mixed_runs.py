@@ -13,7 +13,7 @@ from expertune import finetune
 from expertune.adapt.files import read_adapter_base
 from expertune.config import parse_config
 from expertune.errors import CheckpointError
-from expertune.exporting.source import open_source
+from expertune.exporting.opening import open_source
 from expertune.run.record import RunRecord
 from tests.train.conftest import nine_steps
 

@@ -16,7 +16,7 @@ from expertune.adapt.live import LivePair
 from expertune.checkpoint.quantize import quantize
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError, PreflightError
-from expertune.exporting.source import open_source
+from expertune.exporting.opening import open_source
 from expertune.objectives.units import keeps_start
 from expertune.planning import make_plan
 from expertune.run.record import RunRecord

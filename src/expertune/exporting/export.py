@@ -18,8 +18,9 @@ from expertune.exporting import EXPORTS, VERIFICATION, require_export
 from expertune.exporting.formats import Format, Options, Progress, Verdict, make_format
 from expertune.exporting.hub import push, require_hub
 from expertune.exporting.merged import MANIFEST, MergedIntoDequantized, write_dequantized
+from expertune.exporting.opening import open_source
 from expertune.exporting.place import clear, hold_export, hold_partial, require_free
-from expertune.exporting.source import ExportSource, open_source
+from expertune.exporting.source import ExportSource
 from expertune.exporting.verify import verify as run_engines
 from expertune.exporting.verify import write_verification
 from expertune.report.card import CARD_NAME
