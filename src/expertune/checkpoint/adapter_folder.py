@@ -54,8 +54,10 @@ def require_beginning(lora: LoraSection) -> None:
         return
     require_adapter_folder(lora.init_from)
     settings = _settings(Path(lora.init_from) / WEIGHTS_NAME)
-    if isinstance(settings, dict) and settings.keys() >= set(SETTINGS):
-        for key in SETTINGS:
+    if not isinstance(settings, dict) or not settings.keys() >= set(SETTINGS):
+        settings = _settings_of_others(Path(lora.init_from) / CONFIG_NAME)
+    for key in SETTINGS:
+        if key in settings:
             require_same_setting(lora, key, settings[key])
 
 
@@ -96,6 +98,16 @@ def _settings(path: Path) -> Any:
         return json.loads(header["__metadata__"][SETTINGS_KEY])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _settings_of_others(path: Path) -> dict[str, Any]:
+    """What the config says of an adapter that another program wrote, as far as no tensor has to be looked at for it."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        found = {"r": config["r"]} | ({} if config.get("use_rslora") else {"alpha": config["lora_alpha"]})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}  # damaged, which is told later
+    return {key: value for key, value in found.items() if type(value) in (int, float)}
 
 
 def require_adapter_folder(name: str) -> None:
