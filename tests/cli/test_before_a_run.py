@@ -93,6 +93,28 @@ def test_init_writes_a_run_file_shows_an_example_and_overwrites_nothing(run, toy
     assert (tmp_path / "run.yaml").read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        ("sft", "note: data.eval: 1 of 2 evaluation examples are trained on, token for token"),
+        ("grpo", "note: data.eval: 2 of 2 have a prompt that the training examples have too"),
+    ],
+)
+def test_init_tells_of_evaluation_examples_that_are_trained_on(run, tmp_path, objective, said):
+    model = str(Path(expertune.__file__).parent / "assets" / "tiny-mixtral")
+    rows = ['{"prompt": "Who?", "completion": "Nobody."}\n', '{"prompt": "When?", "completion": "Never."}\n']
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    (tmp_path / "held.jsonl").write_text(rows[0] + rows[1].replace("Never", "Now"))
+    asked = [f"objective={objective}", "data.eval=held.jsonl"]
+    asked += ["rewards=[{function: exact-match}]"] if objective == "grpo" else []
+    code, _, err = run("init", model, "rows.jsonl", "--out", "new.yaml", *asked)
+    assert code == 0, err
+    assert said in err
+    assert said.removeprefix("note: data.eval: ") in " ".join(
+        (tmp_path / "new.yaml").read_text().replace("#", "").split()
+    )
+
+
 def test_commands_that_init_names_are_whole_lines_that_a_shell_takes(run, tmp_path):
     model = str(Path(expertune.__file__).parent / "assets" / "tiny-mixtral")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Who?", "completion": "Nobody."}\n' * 4)

@@ -53,6 +53,8 @@ def init(
         write_text(out, draft.text)
         for line in takewhile(lambda line: line.startswith("# "), draft.text.splitlines()):
             log(line.removeprefix("# "))
+        if draft.note:
+            log(f"note: {draft.note}")
     print(out)
 
 

@@ -61,12 +61,14 @@ class Draft:
         preview: the examples as they will be trained on, with the first one (`expertune.report.preview` shows it).
         plan: what the run needs on this machine.
         before: a command that has to be run once, for the run to fit here; None where it fits.
+        note: what of the examples their owner may not have meant; None where nothing was found.
     """
 
     text: str
     preview: Mapping[str, Any]
     plan: Plan
     before: str | None
+    note: str | None = None
 
 
 def draft_run_file(
@@ -106,11 +108,17 @@ def draft_run_file(
     held_out = _held_out(data, examples, asked.get("data", {}))
     values = _above(asked, _choices(values, held_out, examples, reasons, context))
     config = parse_config(values, "init")
-    evaluated = None
+    evaluated, leak = None, ""
     if config.data.eval and not held_out:
         # As long as the training examples are here, whose repeats are looked for.
         as_long = config.data.model_copy(update={"max_length": examples.report["max_length"]})
-        evaluated = with_leak_told(examples, prepare_examples(as_long, "eval", tokenizer))
+        evaluated = prepare_examples(as_long, "eval", tokenizer)
+        trained, tried = examples, evaluated
+        if config.objective != "sft":  # of which a repeat is one of the prompt
+            trained, tried = (
+                prepare_examples(as_long, part, tokenizer, objective=config.objective) for part in ("train", "eval")
+            )
+        leak = leak_warning(with_leak_told(trained, tried).report)
     lengths = _lengths(config, examples, held_out, evaluated)
     plan = plan_for(config, Machine.of(config), trust_remote_code=trust_remote_code).timed(lengths)
     before = next((change.first for change in plan.what_to_change if change.first), None)
@@ -125,10 +133,11 @@ def draft_run_file(
         reasons[key] = "As given."
     if "train" in asked.get("data", {}) and not config.data.eval:
         reasons["data.train"] = "As given. Nothing is held out of it; name examples to evaluate on as data.eval."
-    if evaluated and (leak := leak_warning(evaluated.report)):
+    if leak:
         reasons["data.eval"] += f" Note: {leak}."
     shown = preview(examples, config.data, tokenizer, num_examples=1)
-    return Draft(_written(values, reasons, _heading(plan, before, shlex.quote(str(out)))), shown, plan, before)
+    text = _written(values, reasons, _heading(plan, before, shlex.quote(str(out))))
+    return Draft(text, shown, plan, before, f"data.eval: {leak}" if leak else None)
 
 
 def _choices(
