@@ -31,9 +31,12 @@ def require_ranks_of_config(
     """
     for name, keys, stack, adapted in _named(factors, names):
         found = _by_pattern(config, keys)
-        # A pattern of a stack has the ranks of all its adapted projections together.
-        together = {rank // adapted for rank in _by_pattern(config, stack)}
-        _require(name, factors[name].shape[0], (found or {config["r"]}) | together, bool(found), where)
+        together = _by_pattern(config, stack)
+        if stack and config.get("target_parameters"):  # by which PEFT gives a stack `r` where no pattern names it
+            together = together or {config["r"]}
+        # What a stack has is shared by its adapted projections.
+        allowed = (found or {config["r"]}) | {rank // adapted for rank in together}
+        _require(name, factors[name].shape[0], allowed, bool(found), where)
 
 
 def require_rank_of_stack(config: Mapping[str, Any], rank: int, keys: Sequence[str], count: int, where: str) -> None:
