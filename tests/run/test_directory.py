@@ -10,7 +10,7 @@ from expertune.checkpoint.adapter_folder import adapter_digests
 from expertune.checkpoint.fingerprint import Fingerprint
 from expertune.config import parse_config
 from expertune.errors import CheckpointError, ConfigError
-from expertune.run.directory import open_record, require_kept_adapter
+from expertune.run.directory import finished_line, open_record, require_kept_adapter
 from expertune.run.identity import require_same_identity
 from expertune.run.record import RunRecord
 
@@ -112,3 +112,10 @@ def test_adapter_to_start_from_is_compared_by_each_file_of_its_factors(name: str
     record.values["inputs"]["init_from"] = found["adapter_model.safetensors"]  # an earlier record
     if name != "adapter_model.safetensors":
         resume()
+
+
+@pytest.mark.parametrize(("steps", "said"), [(1, "after 1 step;"), (2000, "after 2,000 steps;")])
+def test_finished_run_tells_its_steps_in_the_number_that_they_have(steps: int, said: str, tmp_path: Path) -> None:
+    record = RunRecord.start(tmp_path)
+    record.values["train"] = {"steps": steps}
+    assert said in finished_line(record)
