@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
 )
 
 import expertune
-from expertune.checkpoint.hub import fetch_model
+from expertune.checkpoint.hub import fetch_model, refusal
 from expertune.errors import CheckpointError
 from expertune.run.draft import draft_run_file
 from tests.processes import BENEATH, run_program
@@ -81,7 +81,7 @@ def test_hub_model_that_cannot_be_reached_says_what_to_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("refusal", "reason"),
+    ("refused", "reason"),
     [
         (GatedRepoError, "its owner grants access, and has not granted it to you"),
         (RepositoryNotFoundError, "it has no such repository, or shows it to others only"),
@@ -91,10 +91,10 @@ def test_hub_model_that_cannot_be_reached_says_what_to_do() -> None:
     ],
 )
 def test_what_the_hubs_client_says_is_put_into_words(
-    refusal: type[Exception], reason: str, monkeypatch: pytest.MonkeyPatch
+    refused: type[Exception], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
-        raise refusal.__new__(refusal, "no words")  # what the hub's own errors want besides is an HTTP response
+        raise refused.__new__(refused, "no words")  # what the hub's own errors want besides is an HTTP response
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
@@ -102,8 +102,18 @@ def test_what_the_hubs_client_says_is_put_into_words(
         fetch_model("owner/name")
 
 
+def test_what_transformers_says_without_a_connection_is_one_sentence_without_its_advice() -> None:
+    theirs = (
+        "We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them in the cached files.\n"
+        "Check your internet connection or see how to run the library in offline mode at 'https://huggingface.co/docs'."
+    )
+    assert refusal(OSError(theirs)) == (
+        "a file that it needs is not here, and the hub, which may have it, cannot be reached; copy all its files"
+    )
+
+
 FETCH = """
-from expertune.checkpoint.hub import fetch_model
+from expertune.checkpoint.hub import fetch_model, refusal
 for revision in (None, "main"):
     source = fetch_model("owner/name", revision=revision)
     print(source.revision, (source.folder / "config.json").read_text())

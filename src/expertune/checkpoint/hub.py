@@ -148,6 +148,10 @@ def refusal(error: Exception) -> str:
     reason = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
     if not isinstance(error, ValueError | OSError | ImportError) or not reason:
         reason = f"{type(error).__name__}: {reason}".removesuffix(": ")
+    if "couldn't connect" in reason or "internet connection" in text:  # the library's own words name no file
+        reason = (
+            "a file that it needs is not here, and the hub, which may have it, cannot be reached; copy all its files"
+        )
     reason = reason if len(reason) <= 400 else f"{reason[:400]} ..."
     if "trust_remote_code" not in text:
         return reason
