@@ -104,16 +104,17 @@ def test_what_the_hubs_client_says_is_put_into_words(
 
 def test_what_transformers_says_without_a_connection_is_one_sentence_without_its_advice() -> None:
     theirs = (
-        "We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them in the cached files.\n"
+        "We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them in the cached "
+        "files.\n"
         "Check your internet connection or see how to run the library in offline mode at 'https://huggingface.co/docs'."
     )
     assert refusal(OSError(theirs)) == (
-        "a file that it needs is not here, and the hub, which may have it, cannot be reached; copy all its files"
+        "a file that it needs is not here, and the hub, which may have it, cannot be reached; copy all of them"
     )
 
 
 FETCH = """
-from expertune.checkpoint.hub import fetch_model, refusal
+from expertune.checkpoint.hub import fetch_model
 for revision in (None, "main"):
     source = fetch_model("owner/name", revision=revision)
     print(source.revision, (source.folder / "config.json").read_text())
