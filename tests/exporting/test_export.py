@@ -198,6 +198,13 @@ def damage_the_adapter(run: Path) -> None:
     save_file(tensors, run / "adapter" / "adapter_model.safetensors")
 
 
+def damage_an_adapter_of_an_earlier_release(run: Path) -> None:
+    record = json.loads((run / "record.json").read_text())
+    del record["adapter"]["sha256"]
+    (run / "record.json").write_text(json.dumps(record))
+    damage_the_adapter(run)
+
+
 def fill_the_folder(run: Path) -> None:
     (run / "exports" / "peft").mkdir(parents=True)
     (run / "exports" / "peft" / "notes.txt").write_text("mine")
@@ -216,7 +223,8 @@ Change = Callable[[Path], None]
     ("change", "error", "message"),
     [
         (remove_the_adapter, CheckpointError, r"run/adapter: no such adapter.*checkpoint-1, checkpoint-2"),
-        (damage_the_adapter, CheckpointError, r"experts\.1\.w2\.lora_A\.weight is missing"),
+        (damage_the_adapter, CheckpointError, r"run/adapter: damaged: adapter_model\.safetensors is not the file"),
+        (damage_an_adapter_of_an_earlier_release, CheckpointError, r"experts\.1\.w2\.lora_A\.weight is missing"),
         (fill_the_folder, ExportError, r"exports/peft: holds something already; give a new.*--out DIR"),
         (move_the_base, CheckpointError, r"/nowhere/base: no such folder.*--model MODEL"),
     ],
