@@ -356,4 +356,4 @@ def test_adapter_to_start_from_is_hashed_once(finished: Path, tmp_path: Path, mo
     start = folder / "run" / "adapter"
     finetune(start_from(folder, start))
     names = [path.name for path in hashed if path.parent == start]
-    assert names == ["adapter_config.json", "adapter_model.safetensors"]
+    assert names == ["adapter_config.json", "adapter_model.safetensors", "adapter_live.tensors"]
