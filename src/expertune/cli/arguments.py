@@ -63,7 +63,9 @@ TopP = Annotated[
 TopK = Annotated[
     int | None, typer.Option(metavar="K", help="Draw from the K likeliest tokens; at temperature 1 by default.")
 ]
-Seed = Annotated[int | None, typer.Option(metavar="N", help="Draw as another command with this seed did.")]
+Seed = Annotated[
+    int | None, typer.Option(metavar="N", help="Where T, P or K is given: draw as another command with this seed did.")
+]
 System = Annotated[
     str | None, typer.Option(metavar="TEXT", help="A system prompt, where the run's template has a place for one.")
 ]
