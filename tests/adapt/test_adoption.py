@@ -307,5 +307,5 @@ def test_ranks_of_a_file_in_pefts_fused_layout_are_held_to_its_config(
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["w1", "w2", "w3"], task_type="CAUSAL_LM")
     get_peft_model(stock(), config).save_pretrained(tmp_path)
     break_config(r=16)(tmp_path)
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json has r 16 .* for \S+, and its tensors have rank"):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json has r 16.* for \S+, and its tensors have rank"):
         adopt(loaded, tmp_path)

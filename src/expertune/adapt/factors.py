@@ -103,6 +103,7 @@ def read_factors(
     names: NameMap,
     where: str,
     selected: Mapping[str, Sequence[int]] | None = None,
+    is_own_config: bool = True,
 ) -> AdapterFactors:
     """The factors of an adapter from the content of its two files; zeros for experts that were not selected.
 
@@ -113,11 +114,12 @@ def read_factors(
         where: what to call the adapter in errors.
         selected: by experts module, the experts that have an adapter; nothing where all have one, None where only the
             tensors are known.
+        is_own_config: see `PerExpert`.
 
     Raises:
         CheckpointError: a tensor belongs to no module of this model, has no partner, or an expert has none.
     """
-    plain = PerExpert(config, tensors, names, where)
+    plain = PerExpert(config, tensors, names, where, is_own_config)
     found = AdapterFactors()
     rest = dict.fromkeys(plain.modules)
     for module, spec in names.specs.items():
@@ -160,6 +162,7 @@ class PerExpert:
         tensors: tensors by name in the file.
         names: the base model's name map.
         where: what to call the adapter in errors.
+        is_own_config: the config is the tensors' own, so that its ranks are theirs.
 
     Attributes:
         tensors: tensors by per-expert name on disk (`PREFIX` and `.lora_A.weight` included); views where possible.
@@ -170,8 +173,15 @@ class PerExpert:
             rank is not the config's.
     """
 
-    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: NameMap, where: str) -> None:
-        self.config, self.where, self._names = config, where, names
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        names: NameMap,
+        where: str,
+        is_own_config: bool = True,
+    ) -> None:
+        self.config, self.where, self._names, self._is_own_config = config, where, names, is_own_config
         fused = {on_disk: module for module in names.specs for on_disk in (module, names.on_disk(module))}
         renamed = {live: disk for live in names.live_modules() if (disk := names.on_disk(live)) != live}
         renamed = {live: disk for live, disk in renamed.items() if live not in renamed.values()}
@@ -186,8 +196,9 @@ class PerExpert:
                 # PEFT on transformers 5 writes live names; the names on disk are what this one reads by.
                 self.tensors[key.replace(stem, renamed[stem], 1) if stem in renamed else key] = tensor
         self.is_plain = not stacks
-        found = ((*split_key(key), tensor) for key, tensor in self.tensors.items())
-        require_ranks_of_config(config, {stem: a for stem, factor, a in found if factor == "A"}, names, where)
+        if is_own_config:
+            found = ((*split_key(key), tensor) for key, tensor in self.tensors.items())
+            require_ranks_of_config(config, {stem: a for stem, factor, a in found if factor == "A"}, names, where)
         for stem, pair in stacks.items():
             self._take_stack(stem, fused[stem.removesuffix(".base_layer")], pair)
 
@@ -255,8 +266,9 @@ class PerExpert:
         stack, parts = unfuse(spec, weight, a, b)
         scale = scale_in_file(self.config, f"{module}.{weight}", stack.shape[1])
         projections = layout.fused_projections(spec, weight)
-        keys = stack_names(self._names, module, weight)
-        require_rank_of_stack(self.config, stack.shape[1], keys, len(projections), self.where)
+        if self._is_own_config:
+            keys = stack_names(self._names, module, weight)
+            require_rank_of_stack(self.config, stack.shape[1], keys, len(projections), self.where)
         for projection, (part_a, part_b) in zip(projections, separate(stack, parts), strict=True):
             if not (part_a.any() or part_b.any()):
                 continue  # it has no adapter: an A that is one is never zero

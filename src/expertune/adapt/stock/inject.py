@@ -134,7 +134,8 @@ def _live_config(model: nn.Module, names: NameMap, config: LoraConfig) -> LoraCo
 
 def _adapted_names(config: LoraConfig, state_dict: dict[str, Tensor], names: NameMap) -> list[str]:
     pairs = {key: tensor for key, tensor in state_dict.items() if split_key(key)[1]}
-    factors = read_factors(config.to_dict(), pairs, names, "state_dict")
+    # Of a state_dict PEFT takes the names here; its ranks may be of another config.
+    factors = read_factors(config.to_dict(), pairs, names, "state_dict", is_own_config=False)
     experts = (
         f"{module}.{names.projection_names[projection]}"
         for module, held in factors.experts.items()
