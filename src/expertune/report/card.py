@@ -18,11 +18,10 @@ from expertune.data.readers import reader_of
 from expertune.data.template import is_own_file, shipped_template
 from expertune.evaluation.metrics import shown_figures
 from expertune.evaluation.objective_figures import OBJECTIVES
-from expertune.report.markdown import figure, plain, table, titled, with_error, words
+from expertune.report.markdown import figure, how_many, plain, table, titled, with_error, words
 from expertune.report.objective import held_out_figures
 from expertune.report.values import section, selected_experts
 from expertune.report.verified import verified
-from expertune.text import counted
 
 CARD_NAME = "README.md"
 
@@ -201,7 +200,7 @@ def _harness(subject: Subject) -> str:
         own, base = scores.get(subject.adapter), scores.get("none") or {}
         for name_of, values in (own or {}).get("figures", {}).items():
             of_base = base.get("figures", {}).get(name_of) or {}
-            counts = (counted(own.get(f"{each}s") or 0, each) for each in ("shot", "example"))
+            counts = (how_many(own.get(f"{each}s") or 0, each) for each in ("shot", "example"))
             rows.append((", ".join([f"{name}: {name_of}", *counts]), with_error(of_base), with_error(values)))
     return table(("", "4-bit base", "4-bit base and adapter"), rows)
 

@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from expertune.text import counted
+
 
 def titled(title: str, body: str) -> list[str]:
     """A body under a heading; nothing where it is empty."""
@@ -34,6 +36,11 @@ def words(text: str) -> str:
 def figure(value: Any) -> str:
     """A loss or a score; a dash where there is none."""
     return f"{value:.4f}" if isinstance(value, int | float) else "-" if value is None else str(value)
+
+
+def how_many(value: Any, noun: str) -> str:
+    """So many of something; a dash where that is no number."""
+    return counted(value, noun) if isinstance(value, int | float) else f"- {noun}s"
 
 
 def exact(value: Any) -> str:

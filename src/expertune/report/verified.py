@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from expertune.report.markdown import exact, figure, plain, table, words
-from expertune.text import counted
+from expertune.report.markdown import exact, figure, how_many, plain, table, words
 
 _OTHER_LOSSES = {"base": "of the base alone", "trained": "of the run's own model, in 4 bits"}
 
@@ -51,7 +50,7 @@ def _loss(engine: Mapping[str, Any]) -> str:
         return ""
     beside = [f"{figure(loss[key])} {what}" for key, what in _OTHER_LOSSES.items() if loss.get(key) is not None]
     also = f" ({', '.join(beside)})" if beside else ""
-    count, name = counted(figures.get("examples") or 0, "evaluation example"), plain(str(engine.get("engine")))
+    count, name = how_many(figures.get("examples"), "evaluation example"), plain(str(engine.get("engine")))
     return f"In {name} its loss on {count} is {figure(loss['exported'])}{also}."
 
 
