@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from expertune.errors import ConfigError, DataError, did_you_mean
 from expertune.terminal import log, on_terminal
-from expertune.text import counted
 
 if TYPE_CHECKING:
     from expertune.generation.chat import Conversation
@@ -67,6 +66,8 @@ def _answer(conversation: "Conversation", message: str) -> None:
         return
     print(flush=True)
     if conversation.finish_reason == "length":
+        from expertune.text import counted
+
         log(f"(cut after {counted(conversation.sampling.max_new_tokens, 'token')}; see --max-new-tokens)")
     elif conversation.finish_reason == "context":
         log("(cut where the model's context ends; /reset makes room)")

@@ -9,7 +9,6 @@ import expertune
 from expertune.cli.arguments import Adapter, BaseModel, Json, RunDir, TrustRemoteCode, Verbose, require_adapter
 from expertune.exporting import FORMATS, require_export, require_known
 from expertune.terminal import importing, log, print_json, stdout_for_results, working, writing
-from expertune.text import counted
 
 
 def quantize(
@@ -96,6 +95,7 @@ def _bits(given: list[str]) -> dict[str, int]:
 def _verify_nf4(folder: Path) -> None:
     with stdout_for_results(), working(f"hashing the files of {folder}"):
         from expertune.checkpoint.verified import verify
+        from expertune.text import counted
 
         count = verify(folder)
     print(f"{folder}: {counted(count, 'file')} as written")
