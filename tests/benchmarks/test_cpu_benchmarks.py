@@ -71,7 +71,7 @@ def test_table_is_written_between_its_marks_and_nothing_else_changes(tmp_path: P
         text = page.read_text(encoding="utf-8")
         assert text.startswith("before\n<!-- bench -->\n")
         assert text.endswith("<!-- /bench -->\nafter\n")
-        assert "old" not in text
+        assert "\nold\n" not in text
         assert text.count("| expert layer") == text.count("| NF4 quantization") == text.count("| NF4 decoding") == 1
     assert text.count("commit") == 1
     results[decode.__name__]["commit"] = "0123456789"
@@ -124,7 +124,7 @@ def test_sweep_shows_each_point_once_in_each_of_its_curves(tmp_path: Path) -> No
     text = page.read_text(encoding="utf-8")
     for row in ("tokens 2,048", "layers 2", "rank 8"):
         assert f"| {row} | 1,000 | 1.00 (1.00) | 2,000 | 50% | 80% | 2.00 GB |" in text
-    assert "old" not in text
+    assert "\nold\n" not in text
     assert len(scaling.draw({point.name: found}).axes) == 2 * 3
 
 
