@@ -239,7 +239,7 @@ def test_a_question_to_a_run_reads_as_the_prompts_that_were_compared(prepare, ti
     ("objective", "rows", "texts"),
     [
         ("dpo", [PAIR], ["⟦ In the sea.</s>⟧", "rejected:\n  | ⟦ In the air, I think.</s>⟧", "chosen is longer in 0"]),
-        ("kto", LABELED, ["a good answer", "a bad answer", "1 good answers, 1 bad ones"]),
+        ("kto", LABELED, ["a good answer", "a bad answer", "1 good answer, 1 bad one"]),
         ("grpo", [{"prompt": "2 + 2?", "solution": "4"}], ["rewards are told solution", "solution: 4", "in prompts"]),
     ],
 )

@@ -64,7 +64,7 @@ def test_special_tokens_that_an_example_spells_out_are_text(jsonl, tokenizer, te
     assert example.labels[: len(start)] == [IGNORE_INDEX] * len(start)
     assert prepared.report["special_tokens_as_text"] == {"</s>": 1, "<s>": 1}
     (warning,) = prepared.report["warnings"]
-    assert "spells out special tokens (</s> in 1 examples, <s> in 1 examples); they are read as text" in warning
+    assert "spells out special tokens (</s> in 1 example, <s> in 1 example); they are read as text" in warning
 
 
 def test_text_of_a_special_token_has_the_ids_that_it_has_as_text(jsonl, mixtral_tokenizer):

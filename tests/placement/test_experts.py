@@ -223,8 +223,8 @@ def test_offload_more_moves_half_of_what_is_resident_until_nothing_is_left(folde
     assert placement_of(loaded.model) is placement
     assert placement.offload_more() == "experts of 2 layers are offloaded to disk"
     assert_identical(step(loaded.model, checkpointing=True), expected)
-    assert placement.offload_more() == "experts of 1 layers are offloaded to disk"
-    assert placement.offload_more() == "experts of 1 layers are offloaded to disk"
+    assert placement.offload_more() == "experts of 1 layer are offloaded to disk"
+    assert placement.offload_more() == "experts of 1 layer are offloaded to disk"
     assert placement.offload_more() is None
     assert_identical(step(loaded.model, checkpointing=True), expected)
 

@@ -32,6 +32,7 @@ from expertune.data.template import default_template, is_own_file, load_template
 from expertune.data.text_ids import TokenizesAhead
 from expertune.data.trial import try_template
 from expertune.errors import ConfigError, DataError
+from expertune.text import counted
 
 Progress = Callable[[int, int], None]
 
@@ -268,7 +269,7 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
     """What the examples do that their owner may not have meant, though they can be trained on."""
     warnings = []
     if spelt_out := report["special_tokens_as_text"]:
-        tokens = ", ".join(f"{token} in {count} examples" for token, count in sorted(spelt_out.items()))
+        tokens = ", ".join(f"{token} in {counted(count, 'example')}" for token, count in sorted(spelt_out.items()))
         warnings.append(
             f"the data spells out special tokens ({tokens}); they are read as text. If they are meant as special "
             "tokens, set data.parse_special_tokens: true"
