@@ -1,6 +1,6 @@
 """One optimizer step of Mixtral-8x7B at full size on a CPU, its experts on disk: seconds, peak resident memory, loss.
 
-    python benchmarks/full_mixtral_step.py --json OUT [--tokens 2048]
+    python benchmarks/full_mixtral_step.py --json OUT [--tokens 2048] [--dtype bfloat16]
 
 Writes an NF4 folder of the published shape (32 layers, 46.7 billion parameters, 24 GB) with random weights straight to
 disk, unless it is there, and runs one step of the recipe's adapters on the tokens of real rows through
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the 24 GB are written and kept; default: temporary")
     parser.add_argument("--layers", type=int, default=MIXTRAL.layers, help="fewer than 32, to try the script")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of the step: rows of up to 320, of equal length")
+    parser.add_argument("--dtype", default="auto", help="`quantization.compute_dtype` of the run file")
     parser.add_argument("--delete", action="store_true", help="delete the folder at the end")
     parser.add_argument("--part", choices=("write", "run"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -64,10 +65,10 @@ def main() -> None:
         write_folder(folder, replace(MIXTRAL, layers=args.layers))
         return
     if args.part == "run":
-        print(json.dumps(run_step(folder, args.tokens)))
+        print(json.dumps(run_step(folder, args.tokens, args.dtype)))
         return
     own = [sys.executable, __file__, "--folder", str(folder), "--layers", str(args.layers)]
-    own += ["--tokens", str(args.tokens)]
+    own += ["--tokens", str(args.tokens), "--dtype", args.dtype]
     if not (folder / FOLDER_MARK).is_file():
         subprocess.run([*own, "--part", "write"], check=True)
     said = subprocess.run([*own, "--part", "run"], check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -79,15 +80,15 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
-def run_step(folder: Path, tokens: int = TOKENS) -> dict[str, Any]:
+def run_step(folder: Path, tokens: int = TOKENS, dtype: str = "auto") -> dict[str, Any]:
     """The run, in this process."""
     from expertune.api import finetune
     from expertune.config import parse_config
 
     started, read_before = time.perf_counter(), _disk_read_bytes()
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        config = parse_config(run_values(folder, Path(scratch), tokens))
-        record = finetune(config).record
+        values = run_values(folder, Path(scratch), tokens) | {"quantization": {"compute_dtype": dtype}}
+        record = finetune(parse_config(values)).record
     values = record.values
     return {
         "seconds": round(values["throughput"]["tokens"] / values["throughput"]["tokens_per_second"], 2),
@@ -98,6 +99,7 @@ def run_step(folder: Path, tokens: int = TOKENS) -> dict[str, Any]:
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "planned_peak_bytes": values["plan"]["memory"]["peak_bytes"],
         "loss": values["train"]["loss"][0][1],
+        "compute_dtype": dtype,
         "tokens": values["throughput"]["tokens"],
         "parameters": values["plan"]["parameters"],
         "placement": values["placement"],
