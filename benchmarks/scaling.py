@@ -273,8 +273,7 @@ def draw(points: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 def _dress(speed: Axes, memory: Axes, sizes: list[int]) -> None:
     for axes in (speed, memory):
-        axes.margins(y=0.1)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.dataLim.y1)
         axes.tick_params(labelsize=8)
     memory.set_xscale("log", base=2)
     memory.set_xticks(sizes, [str(size) for size in sizes], rotation=45 if len(sizes) > 3 else 0)

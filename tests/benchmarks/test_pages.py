@@ -34,3 +34,9 @@ def test_a_pages_table_is_that_of_its_results(name: str, write: Callable[[Path],
     copy = Path(shutil.copy(page, tmp_path))
     write(copy)
     assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
+
+
+def test_the_sweep_of_the_page_is_whole() -> None:
+    assert read("scaling-avx2")["points"].keys() == {
+        point.name for curve in scaling.CURVES.values() for point in curve.values()
+    }
