@@ -190,6 +190,34 @@ def test_the_preflight_checks_loss_and_its_layers_are_not_at_the_same_time(run_o
     assert "working_set" not in of_loss
 
 
+def test_freed_blocks_on_a_cpu_are_of_what_a_run_allocates_again_and_again(run_of):
+    sections = {"kernels": {"working_set": "16MiB", "keep": 0}, "lora": {"targets": ["q_proj"]}}
+    training = {"per_device_train_batch_size": 1, "gradient_checkpointing": True}
+    plain, stateless, higher = (
+        {
+            phase: held["allocator"]
+            for phase, held in memory_of(run_of(MIXTRAL, training=training | more, **sections), "cpu").phases.items()
+        }
+        for more in ({}, {"optim": "sgd"}, {"per_device_train_batch_size": 2})
+    )
+    assert plain == stateless  # the optimizer's states are allocated once
+    assert len(set(plain.values())) == 1  # nothing is given back between the phases
+    assert max(plain.values()) < max(higher.values())
+
+
+def test_logits_that_are_mapped_one_by_one_leave_no_freed_blocks(run_of):
+    sections = {
+        "kernels": {"working_set": "16MiB", "keep": 0},
+        "lora": {"targets": ["q_proj"]},
+        "data": {"train": "a.jsonl", "max_length": 600},
+    }
+    in_chunks, at_once = (
+        memory_of(run_of(MIXTRAL, loss=loss, **sections), "cpu").phases["loss"] for loss in ("auto", "full")
+    )
+    assert at_once["logits"] > in_chunks["logits"]
+    assert at_once["allocator"] <= in_chunks["allocator"]
+
+
 def test_no_evaluation_rows_no_evaluation_memory(run_of):
     assert "evaluation" not in memory_of(run_of(MIXTRAL)).phases
 

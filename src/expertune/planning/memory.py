@@ -27,16 +27,17 @@ from expertune.planning.placement import PlannedPlacement
 from expertune.planning.settings import Workload
 
 # What a process holds beside the model. On a CPU: resident memory with every library imported, examples and tokenizer
-# read, and GEMMs run once (0.70 GB measured). On CUDA: the context and the libraries' own memory (1.07 GB on an H100).
-FRAMEWORK_BYTES = {"cpu": 750 * 10**6, "cuda": 1100 * 10**6}
+# read, and GEMMs run once (0.68 to 0.78 GB measured). On CUDA: the context and the libraries' own (1.07 GB on an H100).
+FRAMEWORK_BYTES = {"cpu": 780 * 10**6, "cuda": 1100 * 10**6}
 
-# What the allocator keeps of freed memory, as a share of what a run allocates beside the model, and at most. On a CPU
+# What the allocator keeps of freed memory, as a share of what a run allocates and frees again, and at most. On a CPU
 # freed blocks below 32 MiB stay on the C allocator's heap, between others that are in use; every expert has its own
 # number of tokens, so that few of them fit the next request. With experts on disk the heap is trimmed between layers.
-# On CUDA it is what the caching allocator had reserved and not in use, 18 % on an H100.
-_KEPT_SHARE = {"cpu": 1.35, "trimmed": 0.5, "cuda": 0.2}
-_MOST_KEPT_BYTES = {"cpu": 1050 * 10**6}
+# On CUDA it is what the caching allocator had reserved and not in use, 18 % of all but the model on an H100.
+_KEPT_SHARE = {"cpu": 1.4, "trimmed": 0.5, "cuda": 0.2}
+_MOST_KEPT_BYTES = 1050 * 10**6
 _MODEL = ("weights", "slots", "workspace", "framework")
+_THROUGHOUT = ("adapter", "first", "reference", "optimizer")  # allocated once
 
 # Blocks from this size on the C allocator maps one by one, and no share of its heap counts them.
 _MAPPED_BYTES = 32 * 2**20
@@ -129,8 +130,8 @@ def estimate_memory(w: Workload, placement: PlannedPlacement) -> Memory:
     if w.answered:
         batch = w.of_batch(w.answered * prompt)
         phases["generation"] = training | _workspace(w, batch) | _generation_phase(batch, w.answered, w.answer_tokens)
-    for components in phases.values():
-        components["allocator"] = _allocator(w, components, placement.offloads_to("disk"))
+    kept = _kept_by_allocator(w, phases, placement.offloads_to("disk"))
+    phases = {phase: {**components, "allocator": kept[phase]} for phase, components in phases.items()}
     on_host = placement.offloaded_bytes if placement.offloads_to("host") else 0
     return Memory(phases, on_host + (sum(_kept_by_layers(w)) if w.offload else 0))
 
@@ -215,12 +216,31 @@ def _workspace(*batches: Workload) -> dict[str, int]:
 # --- components of the whole model ------------------------------------------------------------------------------------
 
 
-def _allocator(w: Workload, components: Mapping[str, int], trimmed: bool) -> int:
-    """Freed memory that the allocator keeps (see `_KEPT_SHARE`)."""
-    device, mapped = w.device, {"gate_up"} if min(gate_up(w), default=0) >= _MAPPED_BYTES else set()
-    allocated = sum(num_bytes for name, num_bytes in components.items() if name not in mapped.union(_MODEL))
-    kept = _KEPT_SHARE["trimmed" if trimmed and device == "cpu" else device] * allocated
-    return int(min(kept, _MOST_KEPT_BYTES.get(device, kept)))
+def _kept_by_allocator(w: Workload, phases: Mapping[str, Mapping[str, int]], trimmed: bool) -> dict[str, int]:
+    """Freed memory that the allocator keeps in each phase (see `_KEPT_SHARE`).
+
+    What one phase has freed on the C allocator's heap is still there in the next one, unless the heap is trimmed.
+    """
+    if w.device != "cpu":
+        share = _KEPT_SHARE[w.device]
+        return {
+            phase: int(share * sum(num_bytes for name, num_bytes in components.items() if name not in _MODEL))
+            for phase, components in phases.items()
+        }
+    on_heap = {phase: _on_heap(w, phase, components) for phase, components in phases.items()}
+    if trimmed:
+        return {phase: int(min(_KEPT_SHARE["trimmed"] * each, _MOST_KEPT_BYTES)) for phase, each in on_heap.items()}
+    return dict.fromkeys(phases, int(min(_KEPT_SHARE["cpu"] * max(on_heap.values()), _MOST_KEPT_BYTES)))
+
+
+def _on_heap(w: Workload, phase: str, components: Mapping[str, int]) -> int:
+    """What a phase allocates and frees again in blocks on the C allocator's heap; gradients as if they were there."""
+    tokens = {"preflight": w.preflight_tokens, "evaluation": w.evaluation_tokens, "calibration": 0}.get(phase, w.tokens)
+    mapped = {"gate_up"} if min(gate_up(w), default=0) >= _MAPPED_BYTES else set()
+    if (w.full_logits or phase == "preflight") and _logits(w.of_batch(tokens)) >= _MAPPED_BYTES:
+        mapped |= {"logits", "evaluation"}
+    elsewhere = mapped.union(_MODEL, _THROUGHOUT, ["gradients"])
+    return w.adapter_bytes + sum(num_bytes for name, num_bytes in components.items() if name not in elsewhere)
 
 
 def _activations(w: Workload) -> dict[str, int]:
