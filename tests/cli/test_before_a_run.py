@@ -106,7 +106,9 @@ def test_init_tells_of_evaluation_examples_that_are_trained_on(run, tmp_path, ob
     (tmp_path / "rows.jsonl").write_text("".join(rows))
     (tmp_path / "held.jsonl").write_text(rows[0] + rows[1].replace("Never", "Now"))
     asked = [f"objective={objective}", "data.eval=held.jsonl"]
-    asked += ["rewards=[{function: exact-match}]"] if objective == "grpo" else []
+    if objective == "grpo":
+        asked += ["rewards=[{function: exact-match}]", "training.num_generations=2"]
+        asked += ["training.per_device_train_batch_size=2"]
     code, _, err = run("init", model, "rows.jsonl", "--out", "new.yaml", *asked)
     assert code == 0, err
     assert said in err
