@@ -1,7 +1,7 @@
 """Few tokens of an answer, on a CPU: a step of generation, which is as fast as weights are read.
 
 What the fused route does for many tokens is one call of the native library for each layer here, without an operator
-around it: a second of generation has thousands of calls. Products of tokens in float32 are as exact as float32. The
+around it: a second of generation has thousands of calls. Products of tokens in float32 are off by 2e-6 at most. The
 expert layer's part is `expert_mlp/few_tokens.py`.
 
 Generation asks for it (`answering`), because its arithmetic is not that of training: a forward whose log-probabilities
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from expertune.kernels import native
 from expertune.kernels.cpu import cpu_instruction_sets, gemm_dtype
-from expertune.kernels.native.gemv import MOST_ROUTED, Product, gemv
+from expertune.kernels.native.gemv import MOST_DENSE, MOST_ROUTED, Product, dense_gemv, gemv
 from expertune.kernels.nf4 import Nf4Bytes
 from expertune.kernels.routes import FUSED, KernelSettings
 
@@ -29,8 +29,8 @@ FEW = 4
 FEW_WITHOUT_16_BITS = 32
 
 # Tokens of which torch multiplies a 16-bit or float32 matrix slowly on a CPU with AVX2 alone: 32 by a head of 32,000 x
-# 2048 took it 0.21 s in bfloat16 and 0.10 s in float32, and the native library 0.04 and 0.05 s.
-_DENSE = range(4, 65)
+# 2048 took it 0.21 s in bfloat16 and 0.10 s in float32, and the native library 0.06 s each.
+_DENSE = range(1, 65)
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -113,5 +113,8 @@ def dense(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., K] @ W.T of a matrix [N, K] in the same dtype, summed in float32; [..., N] of that dtype."""
     x_RK = x.reshape(-1, x.shape[-1]).float()
     y_RN = x_RK.new_empty(x_RK.shape[0], weight.shape[0])
-    native.grouped_gemm(x_RK, weight[None], torch.tensor([len(x_RK)]), y_RN, transposed=True)
+    if len(x_RK) <= MOST_DENSE:
+        dense_gemv(x_RK.contiguous(), weight, y_RN)
+    else:
+        native.grouped_gemm(x_RK, weight[None], torch.tensor([len(x_RK)]), y_RN, transposed=True)
     return y_RN.to(x.dtype).view(*x.shape[:-1], -1)

@@ -9,8 +9,8 @@
    by 1/32768 of its largest. Large numbers of a block so keep more bits than in bfloat16, which is off by at most 1/256 of
    each; a number below about 1/128 of its block's largest keeps fewer, and one far below becomes 0. (llama.cpp rounds x to
    8 bits below the largest of each 32 numbers.) Tokens in float32 are not to lose that: of a codebook's values and of x
-   what rounding left is kept as a second integer, in units of 1/16384 of the first one's, and the products of one's rest
-   with the other are added. Left out is that of both rests, 2**-30 of the largest. Each output is summed by one thread in
+   what rounding left is kept as a second integer, in units of 1/128 of the first one's, and the products of one's rest
+   with the other, in 7 bits, are added. Left out is what that leaves, about 2**-22 of the largest each. Each output is summed by one thread in
    one order, whatever the number of threads. */
 #include "gemv4.h"
 #include "sigmoid.h"
@@ -21,20 +21,12 @@
 
 /* ---- x ----------------------------------------------------------------------------------------------------------- */
 
-INLINE float value_at(const void *x, int kind, int64_t at)
-{
-    if (kind == FLOAT32)
-        return ((const float *)x)[at];
-    uint16_t half = ((const uint16_t *)x)[at];
-    return kind == FLOAT16 ? _cvtsh_ss(half) : of_bfloat16(half);
-}
-
 static QuantizedToken row_of(const Gemv *g, int64_t row)
 {
-    int64_t wide = up_to(g->w->columns, GROUP);
-    float *own = g->scratch + row * (2 * wide + up_to(wide / 32, 16));
+    const int64_t wide = up_to(g->w->columns, GROUP), scales = up_to(wide / 32, 16);
+    float *own = g->scratch + row * 2 * (wide + scales);
     int16_t *numbers = (int16_t *)(own + wide);
-    return (QuantizedToken){own, numbers, numbers + wide, own + 2 * wide};
+    return (QuantizedToken){own, numbers, (int8_t *)(numbers + wide), own + 2 * wide, own + 2 * wide + scales};
 }
 
 /* What 1 is as an integer: the largest power of two with which no value of the codebook exceeds 16384. */
@@ -48,27 +40,34 @@ static float unit_of(const Nf4 *w)
     return unit;
 }
 
-/* Eight numbers in 16 bits each. */
-INLINE __m128i halved(__m256i n)
+/* Eight numbers of x, in float32. */
+INLINE __m256 values_at(const void *x, int kind, int64_t at)
 {
-    return _mm_packs_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1));
+    if (kind == FLOAT32)
+        return _mm256_loadu_ps((const float *)x + at);
+    const __m128i halves = _mm_loadu_si128((const __m128i *)((const uint16_t *)x + at));
+    if (kind == FLOAT16)
+        return _mm256_cvtph_ps(halves);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
 
-/* x's largest magnitude is 16383, so that 8 products with at most 16384 stay within 32 bits. */
+/* 8 products of x's largest number with at most 16384 stay within 32 bits, and what `fine` adds to them. */
 static void pack_row(const InstructionSet *set, const Gemv *g, int64_t row)
 {
     const int64_t columns = g->w->columns, wide = up_to(columns, GROUP), halves = g->w->halves ? 2 : 1;
+    const int64_t start = row * g->x_stride;
     const QuantizedToken to = row_of(g, row);
-    memset(to.scales, 0, sizeof(float) * (size_t)up_to(wide / 32, 16));
-    for (int64_t k = 0; k < columns; k++)
-        to.values[k] = value_at(g->x, g->x_kind, row * g->x_stride + k);
+    memset(to.scales, 0, 2 * sizeof(float) * (size_t)up_to(wide / 32, 16));
+    for (int64_t k = 0; k < columns; k += 8)
+        _mm256_storeu_ps(to.values + k, values_at(g->x, g->x_kind, start + k));
     memset(to.values + columns, 0, sizeof(float) * (size_t)(wide - columns));
     const float unit = unit_of(g->w);
     const __m256 sign = _mm256_set1_ps(-0.0f);
     for (int64_t k = 0; k < wide; k += GROUP) {
-        int16_t numbers[GROUP], rests[GROUP];
-        for (int64_t block = 0; block < GROUP; block += BLOCK) {
-            const float *from = to.values + k + block;
+        __m256i numbers[GROUP / 8], rests[GROUP / 8];
+        float scales[2];
+        for (int block = 0; block < 2; block++) {
+            const float *from = to.values + k + block * BLOCK;
             __m256 most = _mm256_setzero_ps(), bad = _mm256_setzero_ps();
             for (int i = 0; i < BLOCK; i += 8) {
                 __m256 v = _mm256_loadu_ps(from + i);
@@ -81,31 +80,33 @@ static void pack_row(const InstructionSet *set, const Gemv *g, int64_t row)
                 peak = lanes[i] > peak ? lanes[i] : peak, fault += unlike[i];
             /* Below 2 ** -112 the quotient would overflow, and the sum is nothing beside any other. */
             const int counts = peak > 1.9e-34f && fault == 0.0f;
-            const __m256 factor = _mm256_set1_ps(counts ? 16383.0f / peak : 0.0f);
-            for (int i = 0; i < BLOCK; i += 8) {
-                __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(from + i), factor);
-                __m256i n = _mm256_cvtps_epi32(scaled);
-                _mm_storeu_si128((__m128i *)(numbers + block + i), halved(n));
-                __m256 left = _mm256_fmsub_ps(_mm256_loadu_ps(from + i), factor, _mm256_cvtepi32_ps(n));
-                n = _mm256_cvtps_epi32(_mm256_mul_ps(left, _mm256_set1_ps(REST)));
-                _mm_storeu_si128((__m128i *)(rests + block + i), halved(n));
+            const __m256 factor = _mm256_set1_ps(counts ? set->largest / peak : 0.0f);
+            scales[block] = counts ? peak / set->largest / unit : fault;
+            for (int i = 0; i < BLOCK / 8; i++) {
+                const __m256 v = _mm256_loadu_ps(from + 8 * i);
+                const __m256i n = _mm256_cvtps_epi32(_mm256_mul_ps(v, factor));
+                const __m256 left = _mm256_fmsub_ps(v, factor, _mm256_cvtepi32_ps(n));
+                numbers[block * 8 + i] = n;
+                rests[block * 8 + i] = _mm256_cvtps_epi32(_mm256_mul_ps(left, _mm256_set1_ps(REST)));
             }
-            const int64_t at = (k + block) / BLOCK;
-            for (int64_t half = 0; half < halves; half++)
-                to.scales[at * halves + half] = counts ? peak / 16383.0f / unit : fault;
         }
-        for (int i = 0; i < GROUP; i++)
-            to.numbers[k + i] = numbers[set->order[i]], to.rests[k + i] = rests[set->order[i]];
+        set->place(numbers, rests, halves == 2, to, k);
+        for (int64_t half = 0; half < 2 * halves; half++) {
+            const int64_t at = k / BLOCK * halves + half;
+            to.scales[at] = scales[half / halves];
+            to.corrections[at] *= scales[half / halves];
+        }
     }
 }
 
-/* The 16 values of the codebook as integers, and what their rounding left. */
+/* The 16 values of the codebook as integers, and what their rounding left, of which a half is 0. */
 static void integer_table(const Nf4 *w, int16_t table[32])
 {
     const float unit = unit_of(w);
     for (int i = 0; i < 16; i++) {
         table[i] = (int16_t)lrintf(w->values[i] * unit);
-        table[16 + i] = (int16_t)lrintf((w->values[i] * unit - (float)table[i]) * REST);
+        const long rest = REST / 2 + lrintf((w->values[i] * unit - (float)table[i]) * REST);
+        table[16 + i] = (int16_t)(rest < REST ? rest : REST - 1);
     }
 }
 
@@ -200,9 +201,9 @@ static void compute_item(
     for (int64_t group = 0; group < by_expert->groups; group++) {
         const int64_t start = by_expert->start[group], end = by_expert->start[group + 1], e = by_expert->expert[group];
         for (int p = 0; p < computed; p++) {
-            for (int64_t i = start; i < end; i += TOGETHER) {
-                int num_x = (int)(end - i < TOGETHER ? end - i : TOGETHER);
-                QuantizedToken x[TOGETHER];
+            for (int64_t i = start; i < end; i += set->together) {
+                int num_x = (int)(end - i < set->together ? end - i : set->together);
+                QuantizedToken x[AVX2_TOGETHER];
                 for (int each = 0; each < num_x; each++)
                     x[each] = row_of(g, by_expert->order[i + each] / g->sharing);
                 set->dots(g, e * g->parts + part + p, n, count, num_x, x, table, sums[p][i - start], ITEM);

@@ -6,9 +6,10 @@
 
 #define GROUP 128         /* numbers of x that are laid out together: two blocks */
 #define ITEM 32           /* output features that a thread takes at once */
-#define TOGETHER 4        /* tokens that share what was looked up */
+#define AVX2_TOGETHER 8   /* tokens that share what was looked up */
+#define AVX512_TOGETHER 4
 #define MOST_ROUTED 256   /* routed tokens of a call */
-#define REST 16384        /* what is left of a rounded number, where it counts, in units of as many to its own unit */
+#define REST 128          /* what is left of a rounded number, where it counts, in units of as many to its own unit */
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
@@ -38,12 +39,14 @@ typedef struct {
     int32_t swiglu;            /* y = silu(part 0) * part 1 */
 } Gemv;
 
-/* A row of x: as float32; as integers in the order in which codes are looked up, and what their rounding left; and the
-   scales of their blocks. */
+/* A row of x: as float32; as integers in the order in which codes are looked up, and the scales of their blocks. Where
+   what rounding left counts, also as bytes, of each block its numbers in 256ths and their rests in units of 1 / REST; and
+   what is added to a block's sum before it is scaled by W's, because the bytes of W are held without a sign. */
 typedef struct {
     float *values;
-    int16_t *numbers, *rests;
-    float *scales;
+    int16_t *numbers;
+    int8_t *bytes;
+    float *scales, *corrections;
 } QuantizedToken;
 
 /* Routed tokens by expert. */
@@ -54,22 +57,30 @@ typedef struct {
     int64_t groups;
 } Grouped;
 
-/* out[i * stride + j] = <row `first + j` of a matrix, x[i]>, j < count, i < num_x <= TOGETHER. */
+/* out[i * stride + j] = <row `first + j` of a matrix, x[i]>, j < count <= ITEM, i < num_x <= together; what lies behind
+   `count` in ITEM places is overwritten too. */
 typedef void Dots(
     const Gemv *g, int64_t matrix, int64_t first, int64_t count, int num_x, const QuantizedToken *x, const int16_t *table,
     float *out, int64_t stride);
 
+/* Puts a group of x in its place: 8 numbers to a vector, and what their rounding left. */
+typedef void Place(const __m256i numbers[GROUP / 8], const __m256i rests[GROUP / 8], int halves, QuantizedToken to, int64_t k);
+
 /* How an instruction set lays out x, and its inner loop. */
 typedef struct {
     Dots *dots;
-    uint8_t order[GROUP];      /* which number of a group each place holds */
-    int fine;                  /* with what rounding left: as exact as float32 */
+    Place *place;
+    float largest;             /* number that a block of x has */
+    int together, fine;        /* tokens; with what rounding left */
 } InstructionSet;
 
 INLINE int64_t up_to(int64_t count, int64_t step)
 {
     return (count + step - 1) / step * step;
 }
+
+Dots dots_avx2, dots_avx2_fine;
+Place place_avx2, place_avx2_fine;
 
 const InstructionSet *instruction_set(int without_avx512, int fine);
 
