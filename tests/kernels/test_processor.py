@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from expertune.kernels import processor
 from tests.processes import run_program
 
 ASKED = """
@@ -45,3 +46,26 @@ def test_other_variables_are_asked_for_again(cache):
     environment = {"XDG_CACHE_HOME": str(cache)}
     asked = [said(ASKED, OMP_NUM_THREADS=count, MKL_NUM_THREADS=count, **environment) for count in "12"]
     assert [kept["threads"] for kept, _ in asked] == [1, 2]
+
+
+def cpuinfo(mhz: str, flags: str = "fpu avx2") -> str:
+    core = f"model name\t: A CPU\ncpu MHz\t\t: {mhz}\ncpu cores\t: 1\nflags\t\t: {flags}\nbogomips\t: {mhz}\n"
+    return "".join(f"processor\t: {number}\n{core}\n" for number in range(2))
+
+
+def test_a_core_that_runs_at_another_frequency_is_the_same_cpu(tmp_path, monkeypatch):
+    info = tmp_path / "cpuinfo"
+    monkeypatch.setattr(processor, "_CPUINFO", info)
+    info.write_text(cpuinfo("2445.404"))
+    known = processor._decides()
+    info.write_text(cpuinfo("1500.000"))
+    assert processor._decides() == known
+    info.write_text(cpuinfo("2445.404", "fpu avx2 avx512f"))
+    assert processor._decides() != known
+
+
+def test_instruction_sets_are_asked_for_again_where_they_are_asked_otherwise(tmp_path, monkeypatch):
+    known = processor._decides()
+    monkeypatch.setattr(processor, "__file__", str(tmp_path / "processor.py"))
+    (tmp_path / "cpu.py").write_text("# another release")
+    assert processor._decides() != known

@@ -25,8 +25,11 @@ MULTIPLIES = {
 # Variables by which the runtimes of threads, and torch itself, count threads or use fewer instructions.
 _DECIDING = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ATEN_", "TORCH_", "ONEDNN_", "DNNL_", "LD_")
 _CPUINFO = Path("/proc/cpuinfo")
-# Lines of it that say what the CPU is, and not how fast it is at the moment.
-_IDENTITY = ("vendor_id", "cpu family", "model", "stepping", "microcode", "flags", "features", "cpu ")
+# What of it says which CPU this is, on x86 and on Arm, and not how fast a core is at the moment (`cpu MHz`).
+_IDENTITY = (
+    *("vendor_id", "cpu family", "model", "model name", "stepping", "microcode", "cpu cores", "flags"),
+    *("cpu implementer", "cpu architecture", "cpu variant", "cpu part", "cpu revision", "features"),
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def _asked() -> Processor:
 
 @cache
 def _kept() -> Processor:
-    """Kept under all that decides the answer: the CPU and the system, torch's release, affinity, and variables."""
+    """Kept under all that decides the answer: the CPU and the system, torch's release, how it is asked, variables."""
     path = cache_folder() / f"processor-{hashlib.sha256(json.dumps(_decides()).encode()).hexdigest()[:16]}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         found = read_kept(path)
@@ -76,12 +79,13 @@ def _kept() -> Processor:
 
 
 def _decides() -> list[object]:
-    lines = dict.fromkeys(line for line in read(_CPUINFO).splitlines() if line.lower().startswith(_IDENTITY))
+    lines = read(_CPUINFO).splitlines()
     return [
         version("torch"),
+        read(Path(__file__).with_name("cpu.py")),  # how torch is asked
         platform.platform(),
         platform.processor(),
-        list(lines),
+        list(dict.fromkeys(line for line in lines if line.partition(":")[0].strip().lower() in _IDENTITY)),
         os.cpu_count(),
         sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         sorted((name, value) for name, value in os.environ.items() if name.startswith(_DECIDING)),
