@@ -95,19 +95,25 @@ def test_without_checkpointing_every_layer_keeps_what_one_did(run_of):
     assert without["working_set"] < with_it["working_set"]
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_family_with_eager_attention_keeps_the_scores_of_whole_sequences(run_of, tmp_path, device):
+def gpt_oss(folder: Path) -> Path:
+    """The config of a family whose attention is eager, of 8 heads."""
     from transformers import GptOssConfig
 
     GptOssConfig(
         vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8,
         num_key_value_heads=4, num_local_experts=4, num_experts_per_tok=2,
-    ).save_pretrained(tmp_path)  # fmt: skip
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_family_with_eager_attention_keeps_the_scores_of_whole_sequences(run_of, tmp_path, device):
+    model = gpt_oss(tmp_path)
     short, long = (
         memory_of(
             run_of(
-                tmp_path,
-                data={"train": "a.jsonl", "max_length": 1024 // batch},
+                model,
+                data={"train": "a.jsonl", "max_length": 1024 // batch, "packing": "padded"},
                 training={"per_device_train_batch_size": batch},
                 quantization={"compute_dtype": "bfloat16"},
             ),
@@ -118,6 +124,24 @@ def test_a_family_with_eager_attention_keeps_the_scores_of_whole_sequences(run_o
     # As many tokens, each with 512 more scores in 8 heads: in float32 for softmax, and in 16 bits.
     assert long["activations"] - short["activations"] == 2 * 8 * 1024 * 512 * (4 + 2)
     assert long["working_set"] > short["working_set"]
+
+
+def test_eager_attention_has_scores_between_all_tokens_of_sequences_that_are_concatenated(run_of, tmp_path):
+    model = gpt_oss(tmp_path)
+    padded, concatenated = (
+        memory_of(
+            run_of(
+                model,
+                data={"train": "a.jsonl", "max_length": 256, "packing": packing},
+                training={"per_device_train_batch_size": 4},
+                quantization={"compute_dtype": "bfloat16"},
+            ),
+            "cpu",
+        ).phases["layer"]
+        for packing in ("padded", "padding-free")
+    )
+    assert concatenated["activations"] - padded["activations"] == 2 * 8 * 1024 * 768 * (4 + 2)
+    assert concatenated["working_set"] > padded["working_set"]
 
 
 def test_working_set_of_experts_is_bounded_whatever_the_batch(run_of):

@@ -159,23 +159,27 @@ def _routed_at_once(w: Workload, spec: ExpertsSpec, dropped: bool) -> int:
 def scores(w: Workload, num_tokens: int) -> int:
     """Attention scores that a layer computes with.
 
-    An eager attention has those of all sequences [heads, T, S] at once: masked, beside what they were before, and their
-    softmax, perhaps in float32. So has torch's own on a CPU where values are not as wide as keys, but sequence by
-    sequence: then in float32, of so many tokens.
+    An eager attention has those of all sequences at once: masked, beside what they were before, and their softmax,
+    perhaps in float32. So has torch's own on a CPU where values are not as wide as keys, but sequence by sequence: then
+    in float32, of so many tokens.
     """
     attention = w.inventory.attention
     if attention.eager:
-        return attention.heads * w.tokens * w.sequence_length * (2 * w.compute_dtype.itemsize + FLOAT32_BYTES)
+        return attention.heads * _eager_scores(w) * (2 * w.compute_dtype.itemsize + FLOAT32_BYTES)
     return FLOAT32_BYTES * attention.heads * num_tokens * w.sequence_length if _math_on_cpu(w) else 0
 
 
 def _kept_scores(w: Workload) -> int:
-    """Attention scores [heads, T, S] kept for backward: in float32, and of an eager attention also as it uses them."""
+    """Attention scores kept for backward: in float32, and of an eager attention also as it uses them."""
     attention = w.inventory.attention
-    numbers = attention.heads * w.tokens * w.sequence_length
     if attention.eager:
-        return numbers * (FLOAT32_BYTES + w.compute_dtype.itemsize)
-    return numbers * FLOAT32_BYTES if _math_on_cpu(w) else 0
+        return attention.heads * _eager_scores(w) * (FLOAT32_BYTES + w.compute_dtype.itemsize)
+    return attention.heads * w.tokens * w.sequence_length * FLOAT32_BYTES if _math_on_cpu(w) else 0
+
+
+def _eager_scores(w: Workload) -> int:
+    """Scores of a head of an eager attention: [T, S], and [T, T] where a mask alone keeps the sequences apart."""
+    return w.tokens * (w.tokens if w.concatenates else w.sequence_length)
 
 
 def _math_on_cpu(w: Workload) -> bool:

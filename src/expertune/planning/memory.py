@@ -123,12 +123,12 @@ def estimate_memory(w: Workload, placement: PlannedPlacement) -> Memory:
     prompt = w.sequence_length - w.passes.written
     if w.passes.written:
         at_once = w.passes.written_at_once
-        batch = w.of_batch(at_once * prompt)
+        batch = w.of_batch(at_once * prompt, concatenates=False)
         phases["writing"] = training | _workspace(w, batch) | _generation_phase(batch, at_once, w.passes.written)
     elif w.passes.silent:
         phases["reference"] = between_layers | _reference_phase(w)
     if w.answered:
-        batch = w.of_batch(w.answered * prompt)
+        batch = w.of_batch(w.answered * prompt, concatenates=False)
         phases["generation"] = training | _workspace(w, batch) | _generation_phase(batch, w.answered, w.answer_tokens)
     kept = _kept_by_allocator(w, phases, placement.offloads_to("disk"))
     phases = {phase: {**components, "allocator": kept[phase]} for phase, components in phases.items()}

@@ -57,6 +57,7 @@ class Workload:
         router_losses: coefficients of the routers' load-balancing loss and z-loss.
         passes: what the objective asks of the model besides.
         kept_layers: of the expert layers, how many of the last keep gate and up from forward for backward.
+        concatenates: the sequences of a batch follow one another in one, without padding.
     """
 
     inventory: Inventory
@@ -83,6 +84,7 @@ class Workload:
     keeps_first: bool = False
     calibrates: bool = False
     kept_layers: int = 0
+    concatenates: bool = False
 
     @cached_property
     def adapter_bytes(self) -> int:
@@ -258,6 +260,7 @@ def read_workload(
             config.router.z_loss,
         ),
         passes=passes,
+        concatenates=config.data.packing != "padded" and not passes.written,  # TRL pads what it has written
     )
 
 
