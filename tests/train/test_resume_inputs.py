@@ -329,6 +329,14 @@ def test_damaged_weights_of_an_adapter_are_refused_wherever_it_is_used(
         USES[use](folder, name)
 
 
+def test_damaged_weights_are_refused_by_the_name_of_a_link_too(finished: Path, tmp_path: Path) -> None:
+    folder = copied(finished, tmp_path / "copy")
+    (folder / "best").symlink_to(folder / "run" / "adapter")
+    another_factor(folder / "best")
+    with pytest.raises(CheckpointError, match=r"best: damaged: adapter_model\.safetensors is not the file"):
+        finetune(start_from(folder, folder / "best"))
+
+
 def test_damaged_adapter_of_a_finished_run_is_told_at_resume_and_written_again_from_its_last_checkpoint(
     finished: Path, tmp_path: Path
 ) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +93,16 @@ def whole_adapter(folder: Path) -> dict[str, str]:
 
 
 def _recorded_adapter(folder: Path) -> Mapping[str, str]:
-    """What the record says of a run's final adapter; nothing of another folder, or where no record lies beside it."""
-    if folder.name != ADAPTER_FOLDER:
-        return {}
-    try:
-        recorded = RunRecord.load(folder.parent).section("adapter").get("sha256")
-    except CheckpointError:
-        return {}
-    return recorded if isinstance(recorded, Mapping) else {}
+    """What the record says of a run's final adapter; nothing of another folder, or where no record lies beside it.
+
+    Of a link, the record beside it or beside what it leads to.
+    """
+    for path in (folder, folder.resolve()):
+        if path.name == ADAPTER_FOLDER and (path.parent / RECORD_NAME).is_file():
+            with suppress(CheckpointError):
+                recorded = RunRecord.load(path.parent).section("adapter").get("sha256")
+                return recorded if isinstance(recorded, Mapping) else {}
+    return {}
 
 
 def open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:
