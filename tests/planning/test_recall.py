@@ -1,6 +1,7 @@
 """A plan keeps a model's shapes and its examples' lengths: the next plan of them is the same to the byte."""
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 from expertune.config import RunConfig
 from expertune.planning import Plan, reading, tokenized
 from expertune.planning.devices import Machine
-from expertune.planning.kept_files import libraries
+from expertune.planning.kept_files import libraries, of_folder
 from expertune.planning.plan import plan_for
 from expertune.planning.recall import may_recall, recall_lengths, recall_shapes
 from expertune.planning.table import as_text
@@ -106,6 +107,30 @@ def test_tensors_that_are_gone_are_missed_although_the_model_was_planned_before(
     save_file(tensors, tiny_mixtral / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="lm_head"):
         planned(run_of(tiny_mixtral), gpu="h100")
+
+
+def test_a_hub_model_that_was_planned_without_a_connection_is_looked_at_once_there_is_one(
+    run_of, kept, tmp_path, monkeypatch
+):
+    import huggingface_hub
+
+    snapshot = shutil.copytree(FILES / "mixtral-8x7b-v0.1", tmp_path / "snapshots" / ("0" * 40))
+
+    def no_connection(model, revision=None):
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", no_connection)
+    plan = planned(run_of("owner/name"), gpu="h100")
+    assert "by the names in the index alone" in plan.notes[0]
+    assert not list(kept.glob("shapes-*"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_among_the_shards_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    os.mkfifo(tmp_path / "config.json")
+    assert of_folder(tmp_path, (".json",)) == [["config.json", None], ["model.safetensors", None]]
 
 
 @pytest.mark.parametrize(

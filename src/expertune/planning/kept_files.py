@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from expertune.kernels.cache import cache_folder, read_kept
-from expertune.storage import write_text
+from expertune.storage import hash_file, write_text
 
 T = TypeVar("T")
 
@@ -126,19 +126,15 @@ def of_folder(folder: Path, suffixes: Iterable[str]) -> list[list[Any]]:
         OSError: one cannot be read.
     """
     found: list[list[Any]] = []
-    wanted = tuple(suffixes)
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".safetensors":
+    shards, wanted = ".safetensors", tuple(suffixes)
+    for path in sorted(each for each in folder.iterdir() if each.suffix in (shards, *wanted)):
+        if not path.is_file():  # a pipe would never end
+            found.append([path.name, None])
+        elif path.suffix == shards:
             found.append([path.name, path.stat().st_size, _header(path)])
-        elif path.suffix in wanted and path.is_file():
-            found.append([path.name, of_file(path)])
+        else:
+            found.append([path.name, hash_file(path).sha256])
     return found
-
-
-def of_file(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _header(path: Path) -> str:

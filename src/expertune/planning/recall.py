@@ -16,8 +16,9 @@ from expertune.data.sources import find_source
 from expertune.errors import ExpertuneError
 from expertune.kernels.amounts import Dtype
 from expertune.planning.duration import Lengths
-from expertune.planning.kept_files import kept, libraries, of_file, of_folder
+from expertune.planning.kept_files import kept, libraries, of_folder
 from expertune.planning.shapes import Shapes, find_config
+from expertune.storage import hash_file
 
 # What builds a model on the meta device, and what makes tokens of examples.
 _OF_SHAPES = ("transformers", "torch", "accelerate", "bitsandbytes")
@@ -59,8 +60,8 @@ def recall_shapes(config: RunConfig, compute_dtype: Dtype, trust_remote_code: bo
     def decides() -> dict[str, Any] | None:
         return _known(_OF_SHAPES, lambda: _of_model(config, compute_dtype, folder, on_hub))
 
-    # Without a connection the headers of a hub's model could not be looked at.
-    found = kept("shapes", decides, read, _form(Shapes), lambda shapes: not on_hub or shapes.source.nbytes is not None)
+    # With a connection there may be more of a hub's model to look at.
+    found = kept("shapes", decides, read, _form(Shapes), lambda shapes: not on_hub or shapes.source.saw_headers)
 
     @cache
     def count() -> int:
@@ -105,7 +106,7 @@ def _of_examples(config: RunConfig) -> dict[str, Any]:
     return {
         "folder": of_folder(folder, _TOKENIZER_FILES),
         "templates": of_folder(further, (".jinja",)) if further.is_dir() else None,
-        "template": of_file(template) if template and template.is_file() else None,
+        "template": hash_file(template).sha256 if template and template.is_file() else None,
         "sources": [find_source(spec).content for spec in (data.train, data.eval) if spec is not None],
         "data": data.model_dump(mode="json"),
         "said": sorted(data.model_fields_set),

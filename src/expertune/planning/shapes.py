@@ -18,11 +18,13 @@ class Source:
     Attributes:
         holds_nf4: it is a folder that `expertune quantize` wrote.
         nbytes: bytes of its tensors; None where nothing says.
+        saw_headers: whether the headers of its shards were looked at; else its index or its config is all that was.
         notes: what could not be looked at.
     """
 
     holds_nf4: bool = False
     nbytes: int | None = None
+    saw_headers: bool = True
     notes: tuple[str, ...] = ()
 
 

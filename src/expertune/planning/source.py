@@ -47,9 +47,10 @@ def read_source(
     if headers is None:
         found = linears_to_quantize(model, names.specs)
         recipe = replace(recipe, linears={name: each for name, each in found.items() if name not in recipe.whole})
-        return recipe, Source(notes=("no weights to look at; the counts rest on config.json alone",))
-    notes = []
-    if None in headers.shapes.values():
+        note = "no weights to look at; the counts rest on config.json alone"
+        return recipe, Source(saw_headers=False, notes=(note,))
+    notes, saw_headers = [], None not in headers.shapes.values()
+    if not saw_headers:
         notes.append("the shards were not found; tensors were checked by the names in the index alone")
     # The shape of a packed tensor is not its weight's.
     shapes = {
@@ -57,7 +58,7 @@ def read_source(
     }
     if unused := check_headers(replace(headers, shapes=shapes), model, names):
         notes.append(f"tensors that the model has no place for are left out: {first_names(unused)}")
-    return recipe, Source(nbytes=headers.nbytes, notes=tuple(notes))
+    return recipe, Source(nbytes=headers.nbytes, saw_headers=saw_headers, notes=tuple(notes))
 
 
 def _require_16_bits(config: RunConfig, found: str) -> None:
