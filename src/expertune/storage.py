@@ -70,20 +70,34 @@ class FileRecord:
 def hash_file(path: Path, passed: Callable[[int], None] = lambda _: None) -> FileRecord:
     """sha256 and size of a file, read in pieces; after each, `passed` is called with the bytes so far.
 
-    A piece is read while the one before is hashed: a core takes as long for the one as for the other.
+    A piece is read while the one before is hashed: a core takes as long for the one as for the other. Where the system
+    has no memory for a thread, as a run that saves its state may find, one follows the other.
     """
     digest, size = hashlib.sha256(), 0
     buffer, other = memoryview(bytearray(_PIECE)), memoryview(bytearray(_PIECE))
     hashed: Future[None] | None = None
     with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
+        beside = path.stat().st_size > _PIECE and _starts(hashing)
         while count := file.readinto(buffer):
             size += count
             passed(size)
             if hashed is not None:
                 hashed.result()
-            hashed = hashing.submit(digest.update, buffer[:count])
-            buffer, other = other, buffer
+            if beside:
+                hashed = hashing.submit(digest.update, buffer[:count])
+                buffer, other = other, buffer
+            else:
+                digest.update(buffer[:count])
     return FileRecord(digest.hexdigest(), size)
+
+
+def _starts(executor: ThreadPoolExecutor) -> bool:
+    """Whether a thread can be started."""
+    try:
+        executor.submit(int).result()
+    except RuntimeError:
+        return False
+    return True
 
 
 def how_to_replace(path: Path) -> str:

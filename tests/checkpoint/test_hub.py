@@ -109,7 +109,7 @@ def test_what_transformers_says_without_a_connection_is_one_sentence_without_its
         "Check your internet connection or see how to run the library in offline mode at 'https://huggingface.co/docs'."
     )
     assert refusal(OSError(theirs)) == (
-        "a file that it needs is not here, and the hub, which may have it, cannot be reached; copy all of them"
+        "a file that it needs is not here, and the hub, which may have it, cannot be reached; copy all its files"
     )
 
 

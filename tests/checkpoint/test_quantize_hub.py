@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub
 import pytest
 from safetensors.torch import load_file
 
@@ -116,7 +117,10 @@ def test_hub_model_of_one_shard_needs_no_index(mixtral: Path, tmp_path: Path) ->
     assert weights(out) == weights(quantized(mixtral, tmp_path / "local"))
 
 
-def test_hub_that_fails_half_way_is_reported_and_resumed(hub: Hub, local: dict[str, bytes], tmp_path: Path) -> None:
+def test_hub_that_fails_half_way_is_reported_and_resumed(
+    hub: Hub, local: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     out = tmp_path / "out"
     files = small_files(hub.repository, tmp_path / "files")
     shards = hub.shards(files, out / ".source")

@@ -1,6 +1,7 @@
 """An allocator's error is recognized, whichever allocator reports it."""
 
 import errno
+import sys
 
 import pytest
 import torch
@@ -30,3 +31,18 @@ def test_is_out_of_memory_recognizes_the_message_of_this_torchs_cpu_allocator() 
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(raised.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are those of Linux")
+def test_silent_failure_of_an_extension_is_one_only_where_the_system_bounds_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import resource
+
+    silent = SystemError("error return without exception set")
+    limits = {"now": (resource.RLIM_INFINITY,) * 2}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits["now"])
+    assert not is_out_of_memory(silent)
+    limits["now"] = (10**9, 10**9)
+    assert is_out_of_memory(silent)
+    assert not is_out_of_memory(SystemError("bad argument to internal function"))

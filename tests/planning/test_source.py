@@ -182,6 +182,7 @@ def test_plan_has_the_ranks_and_the_targets_of_the_adapter_that_a_run_starts_fro
     with pytest.raises(ConfigError, match=r"lora\.r is 8, but the adapter at .* has 6; remove the key to take"):
         make_plan(run_of(TINY_MIXTRAL, lora={"init_from": str(tmp_path), "r": 8}))
     save_file({key.replace("q_proj", "qkv"): each for key, each in factors.items()}, weights)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config).replace("q_proj", "qkv"))
     with pytest.raises(CheckpointError, match=r"no adapter of this model: lora\.targets: no module is called 'qkv'"):
         make_plan(run_of(TINY_MIXTRAL, lora={"init_from": str(tmp_path)}))
 

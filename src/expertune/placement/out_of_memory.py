@@ -19,7 +19,20 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
+    if isinstance(error, SystemError):
+        # An extension failed without a word: under a limit of the system it had no memory for the words either.
+        return "without exception set" in str(error) and _is_limited()
     return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+def _is_limited() -> bool:
+    """Whether the system bounds this process's memory (`ulimit -d` or `-v`)."""
+    try:
+        import resource
+    except ImportError:
+        return False
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS))
+    return any(limit != resource.RLIM_INFINITY for limit in limits)
 
 
 def in_one_line(error: BaseException) -> str:
