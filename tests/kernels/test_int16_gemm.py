@@ -258,3 +258,38 @@ def test_same_bytes_by_one_thread_and_by_several() -> None:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[3])
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_token_gives_the_same_bytes_alone_and_among_others_wherever_it_lies(transposed: bool) -> None:
+    weight = weights(333, 1088)
+    depth, width = (1088, 333) if transposed else (333, 1088)
+    x = torch.randn(sum(TOKENS), depth)
+    whole = multiply(x, weight, width, transposed)
+    order = torch.randperm(len(x))
+    assert torch.equal(multiply(x[order], weight, width, transposed, index=order.argsort()), whole)
+    wide = torch.full((len(x), depth + 3), float("nan"))
+    wide[:, 1 : depth + 1] = x
+    assert torch.equal(multiply(wide[:, 1 : depth + 1], weight, width, transposed), whole)
+    expert_of = torch.repeat_interleave(torch.arange(len(TOKENS)), torch.tensor(TOKENS))
+    for token in (0, 1, 17, 50, 51, 770, 780):
+        out, offsets = torch.empty(1, width), (torch.arange(len(TOKENS)) >= expert_of[token]).long()
+        native.grouped_gemm(x[token : token + 1], weight, offsets, out, transposed=transposed, dtype=torch.bfloat16)
+        assert torch.equal(out[0], whole[token])
+
+
+@pytest.mark.parametrize(
+    ("multiplies", "in_16_bits"),
+    [
+        (0, {torch.bfloat16: native.INTEGERS, torch.float16: native.INTEGERS}),
+        (1, {torch.bfloat16: 1, torch.float16: 0}),
+        (native.AMX, {torch.bfloat16: native.AMX, torch.float16: 0}),
+    ],
+    ids=["no 16-bit floats", "AVX512-BF16", "AMX"],
+)
+def test_integers_are_chosen_only_where_no_16_bit_floats_are_multiplied(
+    multiplies: int, in_16_bits: dict[torch.dtype, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "bfloat16_arithmetic", lambda: multiplies)
+    assert {dtype: native.arithmetic(dtype) for dtype in in_16_bits} == in_16_bits
+    assert native.arithmetic(torch.float32) == 0
