@@ -1,5 +1,6 @@
 """The run file: what it accepts, and what it says of what it does not."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,27 @@ def test_number_in_scientific_notation_is_a_number(text: str, run_file: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("learning_rate=1e-4", "training.learning_rate"),
+        ("lora.seed=3", "training.seed"),
+        ("compute_dtype=float32", "quantization.compute_dtype"),
+        ("rank=8", "lora.r"),
+        ("data.output_dir=runs/b", "output_dir"),
+        ("experts=shard", "lora.experts or distributed.experts"),
+    ],
+)
+def test_a_key_in_the_wrong_section_is_told_where_it_belongs(override: str, meant: str, run_file: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"unknown key [\w.]+; did you mean {re.escape(meant)}\?"):
+        load_config(run_file, [override])
+
+
+def test_a_key_of_another_section_under_training_is_told_where_it_belongs() -> None:
+    with pytest.raises(ConfigError, match=r"training\.max_length is not an argument .*did you mean data\.max_length\?"):
+        check_training_arguments({"max_length": 64})
+
+
+@pytest.mark.parametrize(
     ("addition", "message"),
     [
         ("lorra: {r: 8}\n", r"unknown key lorra; did you mean lora\?"),
@@ -65,7 +87,7 @@ def test_number_in_scientific_notation_is_a_number(text: str, run_file: Path) ->
         ("lora: {alpha: .inf}\n", "lora.alpha: inf is not a finite number"),
         ("lora: {alpha_pattern: {w1: 0}}\n", r"lora\.alpha_pattern\.w1: has to be above 0, got 0"),
         ("task: {rows: 1:30}\n", "task.rows: .*got '1:30'"),
-        ("memory_budget: -3\n", "memory_budget: -3 is not a size"),
+        ("memory_budget: -3\n", "memory_budget: -3 is not a size; write it as 24GB, 16GiB or a number of bytes$"),
         ("memory_budget: [1]\n", r"^[^\n]*memory_budget: \[1\] is not a size[^\n]*$"),
         ("kernels: {keep: -1}\n", r"^[^\n]*kernels\.keep: write auto, 0 or a size such as 4GB, got -1$"),
         ("kernels: {keep: lots}\n", r"^[^\n]*kernels\.keep: write auto, 0 or a size such as 4GB, got 'lots'$"),

@@ -3,11 +3,12 @@
 import json
 import re
 from collections.abc import Iterable
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
+from expertune.config.training_fields import training_fields
 from expertune.config.yaml_file import shortened
 from expertune.errors import did_you_mean, nearest
 
@@ -43,11 +44,31 @@ _OURS = ("value_error", "unknown_name", "wrong_key")
 _OTHER_NAMES = {"rank": "r", "lora_rank": "r", "lora_r": "r", "max_seq_len": "max_length", "dataset": "train"}
 
 
-def nearest_key(name: str, known: Iterable[str]) -> str:
-    """What a message says of an unknown key: the one that is meant, or all that are known."""
+def nearest_key(name: str, known: Iterable[str], run_file: type[Any] | None = None) -> str:
+    """What a message says of an unknown key: the one that is meant, or all that are known.
+
+    Args:
+        name: the key, without its section.
+        known: keys of the section.
+        run_file: the class of a run file, where the key may stand in another section than its own.
+    """
     known = set(known)
-    other = _OTHER_NAMES.get(name)
-    return f"; did you mean {other}?" if other in known else did_you_mean(name, known, cutoff=0.5)
+    other = _OTHER_NAMES.get(name, name)
+    if other in known:
+        return f"; did you mean {other}?"
+    elsewhere = _keys_called(other, run_file) if run_file else []
+    return f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(name, known, cutoff=0.5)
+
+
+def _keys_called(name: str, run_file: type[Any]) -> list[str]:
+    """Keys of a run file that have a name, in whichever section they are."""
+    fields: dict[str, Any] = getattr(run_file, "model_fields", {})
+    sections = {key: _section_in(field.annotation) for key, field in fields.items() if not _is_list(field.annotation)}
+    found = [name] if name in fields else []
+    found += [f"{key}.{name}" for key, section in sections.items() if name in getattr(section, "model_fields", ())]
+    if not found and "training" in fields and name in training_fields().known:
+        found = [f"training.{name}"]
+    return found
 
 
 def unknown_name(message: str, known: Iterable[str]) -> PydanticCustomError:
@@ -104,12 +125,13 @@ def describe(error: ValidationError, where: str, kind: type[Any]) -> str:
         key, value = shortened(".".join(map(str, location))) or "the run file", problem["input"]
         if problem["type"] == "extra_forbidden":
             known = _known_keys(kind, problem["loc"][:-1])
-            lines.append(f"{where}: unknown key {key}{nearest_key(str(problem['loc'][-1]), known)}")
+            lines.append(f"{where}: unknown key {key}{nearest_key(str(problem['loc'][-1]), known, kind)}")
         elif problem["type"] == "missing":
             lines.append(f"{where}: {key} is missing; add it")
         else:
             message = shortened(what_is_wrong(problem), 500)
-            found = f", got {shortened(as_written(value))}" if not isinstance(value, dict) else ""
+            told = isinstance(value, dict) or message.startswith((as_written(value), f"{value} "))
+            found = "" if told else f", got {shortened(as_written(value))}"
             lines.append(f"{where}: {key}: {message}{found}{_hint(problem)}" if location else f"{where}: {message}")
     if len(problems) > _MAX_PROBLEMS:
         lines.append(f"{where}: and {len(problems) - _MAX_PROBLEMS} more")
@@ -138,6 +160,10 @@ def _known_keys(kind: Any, location: Iterable[str | int]) -> set[str]:
         # A number is a place in a list, of whose sections the last annotation spoke.
         kind = _section_in(field.annotation) if field else kind if isinstance(part, int) else None
     return set(getattr(kind, "model_fields", ()))
+
+
+def _is_list(annotation: Any) -> bool:
+    return get_origin(annotation) in (list, tuple)
 
 
 def _section_in(annotation: Any) -> Any:

@@ -152,6 +152,6 @@ def check_training_arguments(training: dict[str, Any], where: str = "config", ob
 def _check_arguments(training: dict[str, Any], where: str, arguments: ArgumentFields) -> None:
     for key in training:
         if key not in arguments.known:
-            near = nearest_key(key, arguments.known)
+            near = nearest_key(key, arguments.known, RunConfig)
             raise ConfigError(f"{where}: training.{shortened(key)} is not an argument of {arguments.name}{near}")
     check_training_values(training, where, arguments)
