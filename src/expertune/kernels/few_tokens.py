@@ -24,7 +24,7 @@ from expertune.kernels.nf4 import Nf4Bytes
 from expertune.kernels.routes import FUSED, KernelSettings
 
 # Tokens of a matrix up to which this is faster than the grouped GEMM: in general; and in 16 bits on a CPU that has no
-# instructions for them, where the grouped GEMM is in float32, of which a vector has half as many numbers.
+# instructions for them: measured when the grouped GEMM was in float32 there, and not since it is in integers too.
 FEW = 4
 FEW_WITHOUT_16_BITS = 32
 

@@ -26,7 +26,7 @@ def nf4_linear(x_RK: Tensor, weight: Nf4Bytes, settings: KernelSettings = DEFAUL
     """Multiply tokens by a matrix.
 
     Args:
-        x_RK: [R, K] on a CPU; its dtype is the dtype of the GEMM.
+        x_RK: [R, K] on a CPU; its dtype decides what the GEMM multiplies (`native.arithmetic`).
         weight: one matrix [N, K].
         settings: say which route runs.
 
