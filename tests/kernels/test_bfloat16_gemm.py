@@ -12,6 +12,7 @@ from expertune.kernels import native
 from expertune.kernels.native import build
 from expertune.kernels.native.gemv import Product, gemv
 from expertune.kernels.nf4 import Nf4Bytes, Nf4Stack, dequantize
+from tests.kernels.stacks import random_stack
 
 ARITHMETIC = {"AVX512-BF16": 1, "AMX": 2}
 # Of sums of products that are the same in both, so that only the order differs.
@@ -32,18 +33,7 @@ def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 def weights(rows: int, columns: int, parts: int = 1, kind: str = "double") -> Nf4Bytes:
     """`parts` random matrices of each expert."""
-    scheme = "mxfp4" if kind == "mxfp4" else "nf4"
-    stack = Nf4Stack(parts * len(TOKENS), rows, columns, double_quantization=kind == "double", scheme=scheme)
-    generator = torch.Generator().manual_seed(rows + columns)
-    for index in range(parts * len(TOKENS)):
-        if kind == "mxfp4":
-            stack.packed[index] = torch.randint(256, stack.packed[index].shape, generator=generator, dtype=torch.uint8)
-            stack.absmax[index] = torch.randint(118, 130, stack.absmax[index].shape, generator=generator).to(
-                stack.absmax.dtype
-            )
-        else:
-            stack.write(index, torch.randn(rows, columns, generator=generator))
-    return stack.bytes
+    return random_stack(parts * len(TOKENS), rows, columns, kind)
 
 
 def expected(x: Tensor, weight: Nf4Bytes, parts: int, transposed: bool) -> Tensor:

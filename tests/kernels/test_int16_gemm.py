@@ -7,6 +7,7 @@ from torch import Tensor
 from expertune.kernels import native
 from expertune.kernels.nf4 import Nf4Bytes, Nf4Stack, dequantize
 from expertune.kernels.nf4.reference import codebook, dequantize_absmax
+from tests.kernels.stacks import random_stack
 
 # Tokens of each expert: none, one, parts of panels, and more than one item's.
 TOKENS = [0, 1, 17, 0, 33, 730]
@@ -23,20 +24,8 @@ def without_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def weights(rows: int, columns: int, parts: int = 1, kind: str = "double") -> Nf4Bytes:
-    """`parts` random matrices of each expert, whose rows and columns are of different sizes."""
-    scheme = "mxfp4" if kind == "mxfp4" else "nf4"
-    stack = Nf4Stack(parts * len(TOKENS), rows, columns, double_quantization=kind == "double", scheme=scheme)
-    generator = torch.Generator().manual_seed(rows + columns)
-    for index in range(parts * len(TOKENS)):
-        if kind == "mxfp4":
-            stack.packed[index] = torch.randint(256, stack.packed[index].shape, generator=generator, dtype=torch.uint8)
-            stack.absmax[index] = torch.randint(118, 130, stack.absmax[index].shape, generator=generator).to(
-                stack.absmax.dtype
-            )
-        else:
-            sizes = torch.rand(rows, 1, generator=generator) + 0.1
-            stack.write(index, torch.randn(rows, columns, generator=generator) * sizes)
-    return stack.bytes
+    """`parts` random matrices of each expert, whose rows are of different sizes."""
+    return random_stack(parts * len(TOKENS), rows, columns, kind, rows_differ=True)
 
 
 def multiply(x: Tensor, weight: Nf4Bytes, columns: int, transposed: bool, **others: object) -> Tensor:
