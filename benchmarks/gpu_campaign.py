@@ -7,6 +7,7 @@ needed. On a machine without a GPU, `--device cpu --small` runs the same code on
 
 import argparse
 import importlib
+import importlib.metadata
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,7 @@ def main() -> int:
             install(args.wheels, _STARTED + 60 * args.minutes)
         use(args.wheels)
     find_first(_ROOT / "src")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing waits for a network that is not there
     if args.report is not None:
         from benchmarks.campaign import targets
 
@@ -153,6 +156,7 @@ def main() -> int:
     if args.here is not None:
         measure_here(args.here, args)
         return 0
+    describe_package(args.out / "package")
     # Checks side by side leave a core to their commands; on a CPU each process takes all cores.
     workers = max((os.cpu_count() or 2) - 4, 1) if args.device == "cuda" else 1
     try:
@@ -182,8 +186,8 @@ def install(wheels: Path, end: float) -> None:
     if not _installed(wheels, current, _required(wheels, "current"), end) and not without_peers.exists():
         schedule.progress(f"{current}: going on without the peers' packages")
         entries = json.loads((wheels / "manifest.json").read_text(encoding="utf-8"))["wheels"]
-        of_all = [entry for entry in entries if entry["folder"] == "current" and entry["peers"] == ["all"]]
-        needed = [f"{entry['name']}=={entry['version']}" for entry in of_all]
+        own = [entry for entry in entries if entry["folder"] == "current" and {"all", "ours"} & set(entry["peers"])]
+        needed = [f"{entry['name']}=={entry['version']}" for entry in own]
         if not _installed(wheels, without_peers, needed, end):
             raise SystemExit(f"the wheels of {wheels} cannot be installed; pip says above why")
     if not _installed(wheels, pinned, _required(wheels, "pinned"), end):  # of peers alone
@@ -202,6 +206,20 @@ def find_first(folder: Path) -> None:
     sys.path.insert(0, str(folder))
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+
+
+def describe_package(folder: Path) -> None:
+    """Have processes know the checkout's version, which it has only once it was installed, and a copy may not."""
+    try:
+        importlib.metadata.version("expertune")
+    except importlib.metadata.PackageNotFoundError:
+        project = tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        lines = ["Metadata-Version: 2.1", f"Name: {project['name']}", f"Version: {project['version']}"]
+        lines += [f"Requires-Dist: {requirement}" for requirement in project["dependencies"]]
+        info = folder / f"{project['name']}-{project['version']}.dist-info"
+        info.mkdir(parents=True, exist_ok=True)
+        (info / "METADATA").write_text("\n".join([*lines, "", ""]), encoding="utf-8")
+        find_first(folder.resolve())
 
 
 def _folders(wheels: Path) -> list[Path]:

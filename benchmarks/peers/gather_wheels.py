@@ -28,7 +28,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 PINS = Path(__file__).with_name("gpu-constraints.txt")
 LIMIT_BYTES = 60_000_000
 FOLDERS = ("current", "pinned")
-EVERY_PEER = "all"
+EVERY_PEER, OURS = "all", "ours"
 
 # pip matches a platform tag to the letter, so that each one that an ordinary glibc takes has to be named.
 _TAGS = "manylinux_2_28 manylinux_2_27 manylinux_2_24 manylinux_2_17 manylinux2014 manylinux2010 manylinux1"
@@ -261,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="a folder that does not exist yet, or is empty")
     parser.add_argument("--installed", type=Path, metavar="FREEZE.txt", help="`pip freeze` of the GPU machine")
     parser.add_argument("--python", default="3.12", help="the GPU machine's Python; default 3.12")
-    parser.add_argument("--peers", nargs="+", help="gather for these peers only; default: for all")
+    parser.add_argument("--peers", nargs="+", help="gather for these peers and ours; default: for all")
     args = parser.parse_args(arguments)
     try:
         print(_gather_into(args))
@@ -277,7 +277,7 @@ def _gather_into(args: argparse.Namespace) -> str:
         raise GatherError(f"{out} is not empty; name a new folder")
     pins, left_out = read_pins(PINS.read_text(encoding="utf-8"))
     known = {peer for pin in pins for peer in pin.peers} - {EVERY_PEER}
-    peers = set(args.peers or known)
+    peers = set(args.peers or known) | {OURS}
     if unknown := peers - known:
         raise GatherError(f"no such peer: {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
     installed = read_installed(args.installed.read_text(encoding="utf-8")) if args.installed else {}

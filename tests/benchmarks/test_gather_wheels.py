@@ -6,11 +6,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from benchmarks.peers import gather_wheels
 from benchmarks.peers.gather_wheels import (
     LIMIT_BYTES,
     PINS,
     STRIPPED,
     GatherError,
+    Pin,
     choose,
     main,
     read_installed,
@@ -118,6 +120,17 @@ def test_the_projects_own_pins_are_in_order() -> None:
     assert by_folder["transformers", "current"] != by_folder["transformers", "pinned"]
     assert {"grouped-nf4-gemm", "experts4bit-qlora", "unsloth", "unsloth-zoo", "axolotl"} <= {p.name for p in known}
     assert not {name for entry in left_out for name in entry.names} & {pin.name for pin in known}
+
+
+def test_expertunes_own_packages_come_along_whatever_peers_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[Pin] = []
+    monkeypatch.setattr(gather_wheels, "gather", lambda pins, folder, python: chosen.extend(pins) or [])
+    assert main([str(tmp_path / "wheels"), "--peers", "grouped_nf4_gemm"]) == 0
+    names = {pin.name for pin in chosen}
+    assert {"peft", "typer", "datasets", "transformers", "grouped-nf4-gemm"} <= names
+    assert not {"experts4bit-qlora", "unsloth"} & names
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """The GPU campaign's dry run on a CPU: its clock, what each group leaves, and that nothing wrong is timed."""
 
 import importlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -162,7 +163,7 @@ def test_wheels_of_peers_that_fail_leave_what_all_need_where_it_is_found(
     (wheels / "requirements-current.txt").write_text("found-first==1.0\nmissing-peer==1.0\n", encoding="utf-8")
     (wheels / "requirements-pinned.txt").write_text("missing-peer==0.9\n", encoding="utf-8")
     entries = [
-        {"name": "found-first", "version": "1.0", "folder": "current", "peers": ["all"]},
+        {"name": "found-first", "version": "1.0", "folder": "current", "peers": ["ours"]},
         {"name": "missing-peer", "version": "1.0", "folder": "current", "peers": ["unsloth"]},
     ]
     schedule.write(wheels / "manifest.json", {"wheels": entries})
@@ -177,6 +178,26 @@ def test_wheels_of_peers_that_fail_leave_what_all_need_where_it_is_found(
     (wheels / "found_first-1.0-py3-none-any.whl").unlink()
     with pytest.raises(SystemExit, match="cannot be installed"):
         gpu_campaign.install(wheels, time.monotonic() + 60)
+
+
+def test_a_copy_of_the_checkout_knows_its_version_without_an_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    installed = importlib.metadata.version("expertune")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    gpu_campaign.describe_package(tmp_path)
+    assert not list(tmp_path.iterdir())  # which is installed here
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", missing)
+        gpu_campaign.describe_package(tmp_path)
+    (found,) = importlib.metadata.distributions(path=[str(tmp_path)])
+    assert (found.name, found.version) == ("expertune", installed)
+    assert any(requirement.startswith("transformers") for requirement in found.requires or [])
+    assert os.environ["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path)
 
 
 def test_a_command_of_the_product_that_hangs_leaves_a_trace(tmp_path: Path) -> None:
