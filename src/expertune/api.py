@@ -56,12 +56,10 @@ from expertune.run.beside import write_card, write_tokenizer
 from expertune.run.context import RunContext
 from expertune.run.correction import begin_adapter, load_to_train, require_first_factors, warn_of_correction
 from expertune.run.directory import (
-    ADAPTER_FOLDER,
     finished_line,
     is_finished,
     open_record,
     stops_recorded,
-    whole_adapter,
     write_report,
 )
 from expertune.run.inference import OpenOptions, Run, after_training
@@ -71,6 +69,7 @@ from expertune.run.progress import Bars
 from expertune.run.selection import with_selected_experts
 from expertune.run.source import load_config
 from expertune.run.training import Learning, make_objective, make_recovery, read_rewards, train
+from expertune.run.written import ADAPTER_FOLDER, TO_RESUME, TO_START_FROM, whole_adapter
 from expertune.storage import storage_errors_named
 from expertune.text import counted
 from expertune.train.arguments import training_arguments, uses_checkpointing
@@ -119,7 +118,7 @@ def finetune(
             device = training_device(ranks.several)
             context = RunContext(config, record, device, bars, ranks, resume, trust_remote_code, trust_rewards)
             if is_finished(record):
-                whole_adapter(output_dir / ADAPTER_FOLDER)
+                whole_adapter(output_dir / ADAPTER_FOLDER, TO_RESUME)
                 bars.print(finished_line(record))
                 return Run(context, options=OpenOptions(trust_remote_code=trust_remote_code))
             with (
@@ -152,7 +151,8 @@ def _finetune(context: RunContext) -> Run:
 
     start = None
     if config.lora.init_from:  # of which a resumed run has all but the hashes in its directory
-        start = (adapter_digests if context.resume else whole_adapter)(Path(config.lora.init_from))
+        folder = Path(config.lora.init_from)
+        start = adapter_digests(folder) if context.resume else whole_adapter(folder, TO_START_FROM)
         if not context.resume:
             require_first_factors(config.lora.init_from)
     # Nothing but a lock has been written so far: a mistake in the run file or in an example leaves no directory behind.

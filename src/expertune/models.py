@@ -12,6 +12,7 @@ from expertune.adapt import attach as adapters
 from expertune.adapt.live import without_adapters
 from expertune.adapt.peft_model import ExpertPeftModel
 from expertune.checkpoint import load
+from expertune.checkpoint.adapter_folder import WEIGHTS_NAME
 from expertune.checkpoint.formats.nf4_folder import CALIBRATED, Nf4Folder, is_nf4_folder, read_nf4_folder
 from expertune.checkpoint.hf_quantizer import as_loaded
 from expertune.checkpoint.hub import fetch_model
@@ -23,6 +24,7 @@ from expertune.config import QuantizationConfig, parse_lora, parse_quantization
 from expertune.config.arguments import checked
 from expertune.errors import ConfigError
 from expertune.placement.device import device_named, dtype_name, resolve_compute_dtype
+from expertune.run.written import TO_LOAD, whole_adapter
 
 
 class LoraOptions(TypedDict, total=False):
@@ -119,6 +121,7 @@ def attach(
 
     Raises:
         ConfigError: an unknown key, a wrong value, a target that the model does not have, or a name that is taken.
+        CheckpointError: see `load_adapter`, of `init_from`.
     """
     loaded, onto = _loaded(model), model if isinstance(model, ExpertPeftModel) else None
     _require_free(adapter_name, loaded.model, onto)
@@ -133,6 +136,9 @@ def attach(
             f"lora.init: {section.init} is made by a run (expertune.finetune), which keeps what it began with; "
             "load_adapter puts the adapter of a run on a model"
         )
+    start = Path(section.init_from) if section.init_from else None
+    if start and (start / WEIGHTS_NAME).is_file():  # of another folder it is told below what is missing
+        whole_adapter(start, TO_LOAD)
     return adapters.attach(loaded, section, loaded.model.config._name_or_path, None, adapter_name, onto)
 
 
@@ -152,7 +158,7 @@ def load_adapter(
         other_base: take it though it was trained on another base model.
 
     Raises:
-        CheckpointError: it is no adapter, is damaged, or was trained on another base model.
+        CheckpointError: it is no adapter, is damaged, is not as its run wrote it, or was trained on another base model.
     """
     return attach(model, adapter_name, init_from=str(folder), init_from_other_base=other_base).eval()
 

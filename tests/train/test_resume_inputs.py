@@ -1,6 +1,7 @@
 """What a resumed run must find as it was: its inputs by content, its record, its best checkpoint, its manifests."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 import expertune
 from expertune import finetune, open_run
@@ -311,10 +313,24 @@ def start_from(folder: Path, adapter: Path) -> dict[str, Any]:
     return values
 
 
+def base_of(folder: Path) -> PreTrainedModel:
+    return expertune.load_model(folder / "model", "float32", "cpu")
+
+
 USES: dict[str, Callable[[Path, str], object]] = {
     "open_run": lambda folder, name: open_run(folder / "run", name if name != "adapter" else None),
     "export": lambda folder, name: expertune.export(folder / "run", "peft", adapter=name, verify=False),
     "lora.init_from": lambda folder, name: finetune(start_from(folder, folder / "run" / name)),
+    "load_adapter": lambda folder, name: expertune.load_adapter(base_of(folder), folder / "run" / name),
+    "attach": lambda folder, name: expertune.attach(base_of(folder), init_from=str(folder / "run" / name)),
+}
+
+REMEDIES = {
+    "open_run": r"--adapter checkpoint-N .* copy it out .* lora\.init_from, .* expertune\.load_adapter$",
+    "export": r"--adapter checkpoint-N .* copy it out .* lora\.init_from, .* expertune\.load_adapter$",
+    "lora.init_from": r"start from another state of the run; a copy outside .* is taken as it is$",
+    "load_adapter": r"load another state of the run; a copy outside .* is taken as it is$",
+    "attach": r"load another state of the run; a copy outside .* is taken as it is$",
 }
 
 
@@ -325,8 +341,19 @@ def test_damaged_weights_of_an_adapter_are_refused_wherever_it_is_used(
 ) -> None:
     folder = copied(finished, tmp_path / "copy")
     another_factor(folder / "run" / name)
-    with pytest.raises(CheckpointError, match=rf"{name}: damaged: adapter_model\.safetensors is not the file"):
+    with pytest.raises(
+        CheckpointError, match=rf"{name}: damaged: adapter_model\.safetensors is not the file"
+    ) as refused:
         USES[use](folder, name)
+    assert re.search(REMEDIES[use], str(refused.value)), refused.value
+
+
+@pytest.mark.parametrize("use", ["lora.init_from", "load_adapter"])
+def test_changed_adapter_is_taken_as_it_is_from_outside_of_its_run(finished: Path, tmp_path: Path, use: str) -> None:
+    folder = copied(finished, tmp_path / "copy")
+    another_factor(folder / "run" / "adapter")
+    (folder / "run" / "adapter").rename(folder / "adapter")
+    USES[use](folder, "../adapter")
 
 
 def test_damaged_weights_are_refused_by_the_name_of_a_link_too(finished: Path, tmp_path: Path) -> None:
@@ -342,7 +369,7 @@ def test_damaged_adapter_of_a_finished_run_is_told_at_resume_and_written_again_f
 ) -> None:
     folder = copied(finished, tmp_path / "copy")
     another_factor(folder / "run" / "adapter")
-    with pytest.raises(CheckpointError, match=r"adapter: damaged: .* restore it"):
+    with pytest.raises(CheckpointError, match=r"adapter: damaged: .* restore it, or remove the folder"):
         finetune(values_in(folder), resume=True)
     shutil.rmtree(folder / "run" / "adapter")
     finetune(values_in(folder), resume=True)

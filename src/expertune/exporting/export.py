@@ -25,8 +25,8 @@ from expertune.exporting.verify import verify as run_engines
 from expertune.exporting.verify import write_verification
 from expertune.report.card import CARD_NAME
 from expertune.run.beside import write_card, write_tokenizer
-from expertune.run.directory import ADAPTER_FOLDER
 from expertune.run.record import RECORD_NAME
+from expertune.run.written import ADAPTER_FOLDER
 from expertune.storage import SCRATCH, notify_if_it_fails
 from expertune.text import format_size
 

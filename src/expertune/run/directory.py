@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from expertune.run.lock import hold_run_directory
 from expertune.run.record import RECORD_NAME, RunRecord, versions
 from expertune.run.signals import Terminated, signals_raised
 from expertune.run.source import directories, recorded_values
+from expertune.run.written import ADAPTER_FOLDER
 from expertune.storage import hash_file
 from expertune.text import counted
-from expertune.train.checkpoints import list_checkpoints, sealed_adapter
+from expertune.train.checkpoints import list_checkpoints
 
-ADAPTER_FOLDER = "adapter"
 INITIAL_ADAPTER = "initial_adapter"
 """The adapter as a run began, where that is not the base (`lora.init`)."""
 FIRST_FACTORS = "first_factors.safetensors"
@@ -70,39 +70,6 @@ def require_kept_adapter(folder: Path, digests: Mapping[str, str] | str) -> None
                 f"{folder / name}: was not there when the run began with this adapter; remove it, or start again with "
                 "another output_dir"
             )
-
-
-def whole_adapter(folder: Path) -> dict[str, str]:
-    """What `adapter_digests` gives of an adapter, held to what its run has written.
-
-    A checkpoint is held to its manifest, the final adapter to the record beside it. Nothing says what an adapter has to
-    be that was taken out of its run, or that an earlier release wrote.
-
-    Raises:
-        CheckpointError: a file has changed, is missing, or has come to it.
-    """
-    digests, written = adapter_digests(folder), sealed_adapter(folder) or _recorded_adapter(folder)
-    for name in sorted({*digests, *written}) if written else ():
-        if digests.get(name) != written.get(name):
-            raise CheckpointError(
-                f"{folder}: damaged: {name} is {'not the file that' if name in digests else 'missing, which'} the run "
-                "wrote; restore it, or take another state of the run. To use the folder as it is, copy it out of the "
-                "run directory"
-            )
-    return digests
-
-
-def _recorded_adapter(folder: Path) -> Mapping[str, str]:
-    """What the record says of a run's final adapter; nothing of another folder, or where no record lies beside it.
-
-    Of a link, the record beside it or beside what it leads to.
-    """
-    for path in (folder, folder.resolve()):
-        if path.name == ADAPTER_FOLDER and (path.parent / RECORD_NAME).is_file():
-            with suppress(CheckpointError):
-                recorded = RunRecord.load(path.parent).section("adapter").get("sha256")
-                return recorded if isinstance(recorded, Mapping) else {}
-    return {}
 
 
 def open_record(config: RunConfig, output_dir: Path, resume: bool) -> RunRecord:

@@ -18,10 +18,11 @@ from expertune.objectives.log_probs import Reference
 from expertune.objectives.rewards import Rewards, load_rewards
 from expertune.objectives.units import keeps_start
 from expertune.run.beside import write_card
-from expertune.run.directory import ADAPTER_FOLDER, INITIAL_ADAPTER, require_kept_adapter
+from expertune.run.directory import INITIAL_ADAPTER, require_kept_adapter
 from expertune.run.inference import OpenOptions, Run, opened_run, recovery_of
 from expertune.run.lock import hold_run_directory
 from expertune.run.record import RunRecord
+from expertune.run.written import ADAPTER_FOLDER
 from expertune.storage import notify_if_it_fails
 from expertune.train.arguments import loss_arguments
 from expertune.train.oom import Change

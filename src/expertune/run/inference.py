@@ -24,10 +24,11 @@ from expertune.placement.device import default_device
 from expertune.report.notebook import run_html
 from expertune.run.base_model import identify_base, load_base, recorded_places
 from expertune.run.context import RunContext
-from expertune.run.directory import ADAPTER_FOLDER, adapter_in, whole_adapter
+from expertune.run.directory import adapter_in
 from expertune.run.progress import Bars
 from expertune.run.record import RunRecord
 from expertune.run.source import recorded_values
+from expertune.run.written import ADAPTER_FOLDER, TO_OPEN, whole_adapter
 from expertune.train.oom import Change, OutOfMemory
 
 
@@ -163,7 +164,7 @@ def find_run(
     values = recorded_values(record)
     config = recorded_config(values if model is None else values | {"model": str(model)}, str(record.path), opened=True)
     folder = adapter_in(run_dir, adapter)
-    whole_adapter(folder)
+    whole_adapter(folder, TO_OPEN)
     for part, examples in (("train", config.data.train), ("eval", config.data.eval)):
         if examples is not None and not record.section("data").get(part):
             raise CheckpointError(
