@@ -1,7 +1,9 @@
 """A file is written whole or not at all; what a failed write is called, whichever library wrote."""
 
 import errno
+import hashlib
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from typer.testing import CliRunner
 from expertune import storage
 from expertune.cli import app
 from expertune.errors import StorageError
-from expertune.storage import notify_if_it_fails, storage_errors_named, write_whole
+from expertune.storage import hash_file, notify_if_it_fails, storage_errors_named, write_whole
 
 
 class FullDisk:
@@ -105,3 +107,24 @@ def test_file_is_never_writable_by_a_group_and_no_more_readable_than_the_umask_a
     finally:
         os.umask(before)
     assert (tmp_path / "new" / "record.json").stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 2**16 + 1, 2**22, 2**22 + 1, 2**23 + 5])
+def test_hash_is_that_of_the_whole_file(num_bytes: int, tmp_path: Path) -> None:
+    content = os.urandom(num_bytes)
+    (tmp_path / "file").write_bytes(content)
+    passed: list[int] = []
+    found = hash_file(tmp_path / "file", passed.append)
+    assert (found.sha256, found.nbytes) == (hashlib.sha256(content).hexdigest(), num_bytes)
+    assert passed[-1:] == [num_bytes][: bool(num_bytes)]
+
+
+def test_hash_of_a_small_file_takes_little_memory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    tracemalloc.start()
+    try:
+        hash_file(tmp_path / "file")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20

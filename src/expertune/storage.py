@@ -47,7 +47,8 @@ _REMEDY = {
 _OF_TORCH = re.compile(r"inline_container\.cc|PytorchStreamWriter|iostream error")
 _OF_RUST = re.compile(r"\(os error (\d+)\)")
 
-_PIECE = 2**22  # bytes of a file that are read at once
+# Bytes of a file that are read at once; of a smaller file, or of what has no size, at least so many.
+_PIECE, _SMALL_PIECE = 2**22, 2**16
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,13 @@ def hash_file(path: Path, passed: Callable[[int], None] = lambda _: None) -> Fil
     has no memory for a thread, as a run that saves its state may find, one follows the other.
     """
     digest, size = hashlib.sha256(), 0
-    buffer, other = memoryview(bytearray(_PIECE)), memoryview(bytearray(_PIECE))
     hashed: Future[None] | None = None
     with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
-        beside = path.stat().st_size > _PIECE and _starts(hashing)
+        stored = os.fstat(file.fileno()).st_size
+        beside = stored > _PIECE and _starts(hashing)
+        # As large as the file where that is smaller; a pipe, or a file that grows meanwhile, is read in small pieces.
+        buffer = memoryview(bytearray(min(max(stored, _SMALL_PIECE), _PIECE)))
+        other = memoryview(bytearray(len(buffer))) if beside else buffer
         while count := file.readinto(buffer):
             size += count
             passed(size)
