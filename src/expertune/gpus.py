@@ -65,12 +65,14 @@ class Rates:
         flops_per_second: dense GEMMs.
         bytes_per_second: of the memory that GEMMs read.
         link_bytes_per_second: from where layers are offloaded to: the host link, or a disk.
+        was_busy: other programs kept the machine busy while it was measured: alone it is faster.
     """
 
     source: str
     flops_per_second: float
     bytes_per_second: float
     link_bytes_per_second: float
+    was_busy: bool = False
 
 
 @dataclass(frozen=True)

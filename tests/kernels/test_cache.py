@@ -113,6 +113,38 @@ def test_measurement_that_others_may_have_written_is_not_believed(home: Path) ->
         cache.read_kept(kept)
 
 
+def test_what_killed_processes_left_goes_and_so_do_the_oldest_of_many(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_MOST_KEPT", 3)
+    folder = cache.cache_folder()
+    other = folder / "native-0.so"
+    other.touch()
+    left, written = folder / ".rates-0.json.12ab.tmp", folder / ".rates-1.json.34cd.tmp"
+    for age, path in enumerate((written, left)):
+        path.touch()
+        os.utime(path, (0, path.stat().st_mtime - 7200 * age))
+    for age in range(5):
+        path = cache.path_of("rates", [age])
+        cache.keep(path, "{}")
+        os.utime(path, (0, age))
+    kept = {cache.path_of("rates", [age]) for age in (2, 3, 4)}
+    assert set(folder.iterdir()) == {other, written, *kept}
+
+
+def test_what_was_made_is_kept_and_made_again_where_its_file_is_not_what_was_written(home: Path) -> None:
+    path, made = cache.path_of("numbers", ["a"], "within"), []
+
+    def remembered(may_keep: bool = True) -> list[int]:
+        return cache.remember(path, lambda: made.append(1) or [len(made)], json.dumps, json.loads, lambda _: may_keep)
+
+    assert [remembered(may_keep=False), remembered(), remembered()] == [[1], [2], [2]]
+    path.write_text(path.read_text().replace("[2]", "[7]"))
+    assert [remembered(), remembered()] == [[3], [3]]
+    path.chmod(0o666)
+    assert remembered() == [4]
+
+
 def test_link_is_judged_by_where_it_leads(home: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere").chmod(0o777)

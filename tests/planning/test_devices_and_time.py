@@ -11,10 +11,13 @@ from expertune import load_config
 from expertune.errors import ConfigError
 from expertune.gpus import DEVICES, device_of_this_name, find_device
 from expertune.kernels import cpu_rates
-from expertune.planning import make_plan, speed
+from expertune.kernels.cpu_rates import CpuRates
+from expertune.planning import devices, make_plan, speed
 from expertune.planning.devices import Machine
+from expertune.planning.duration import Lengths
 from expertune.planning.fit import as_yaml
 from expertune.planning.placement import PlacementChooser, spread
+from expertune.planning.table import as_text
 from tests.tiny_models import tiny_config
 
 MIXTRAL = "mixtral-8x7b-v0.1"
@@ -191,16 +194,29 @@ def test_accumulated_micro_batches_take_as_long_as_they_are_many(run_of):
 
 
 def test_on_a_cpu_the_rate_is_measured_once_and_kept(run_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu_rates, "cache_folder", lambda: tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu_rates, "_LOST", 1.0)  # whatever else this machine does
     cpu_rates.cpu_rates.cache_clear()
     first = make_plan(run_of(MIXTRAL), device="cpu").time
     assert first.rates.source == "measured"
     assert first.rates.flops_per_second > 1e8
-    (kept,) = tmp_path.glob("rates-*.json")
-    kept.write_text('{"flops_per_second": 1e15, "bytes_per_second": 1e15}')
+    monkeypatch.setattr(cpu_rates, "_measure", None)
     cpu_rates.cpu_rates.cache_clear()
-    assert make_plan(run_of(MIXTRAL), device="cpu").time.rates.flops_per_second == 1e15
+    assert make_plan(run_of(MIXTRAL), device="cpu").time == first
     cpu_rates.cpu_rates.cache_clear()
+
+
+@pytest.mark.parametrize("hidden_size", [4096, 256])
+def test_a_speed_that_was_measured_on_a_busy_machine_is_said_to_be(run_of, tiny_mixtral, monkeypatch, hidden_size):
+    model = MIXTRAL if hidden_size == 4096 else tiny_mixtral
+    monkeypatch.setattr(devices, "cpu_rates", lambda dtype, threads: CpuRates(0, 1e11, 1e10, was_busy=True))
+    plan = make_plan(run_of(model, training={"max_steps": 5}), device="cpu").timed(Lengths(100, 320))
+    shown = " ".join(as_text(plan).split())
+    assert shown.count("measured while others kept the machine busy") == 1
+    assert "less if it has the machine to itself: others kept it busy when it was timed" in shown
+    monkeypatch.setattr(devices, "cpu_rates", lambda dtype, threads: CpuRates(0, 1e11, 1e10))
+    plan = make_plan(run_of(model, training={"max_steps": 5}), device="cpu").timed(Lengths(100, 320))
+    assert "busy" not in as_text(plan)
 
 
 # --- changes as lines of a run file ---------------------------------------------------------------------------------

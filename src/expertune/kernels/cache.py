@@ -6,6 +6,7 @@ kept goes to a private folder among temporary files, and that is reported once.
 """
 
 import atexit
+import hashlib
 import json
 import logging
 import os
@@ -13,9 +14,22 @@ import shutil
 import stat
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from expertune.storage import BESIDE, write_text
+
+T = TypeVar("T")
+
+# Files of each kind that stay in a folder: every other CPU, set of variables, model or dataset leaves one more.
+_MOST_KEPT = 64
+
+# What is kept here is written in less than a second: a file that is still unfinished was left by a killed process.
+_UNFINISHED_SECONDS = 3600
 
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _logger = logging.getLogger(__name__)
@@ -42,6 +56,73 @@ def find_cache() -> tuple[Path, str]:
         private = _own_folder()
     _tell_once(f"cache: {reason}; using {private}")
     return private, reason
+
+
+def path_of(kind: str, decided_by: Any, within: str = "") -> Path:
+    """The file for what is decided by such plain values.
+
+    Args:
+        kind: what it is, as the file's name begins; without a hyphen.
+        decided_by: all that decides it.
+        within: a folder of the folder.
+    """
+    digest = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:32]
+    return cache_folder() / within / f"{kind}-{digest}.json"
+
+
+def remember(
+    path: Path,
+    make: Callable[[], T],
+    dump: Callable[[T], str],
+    load: Callable[[str], T],
+    may_keep: Callable[[T], bool] = lambda _: True,
+) -> T:
+    """What an earlier process has kept in a file, or what `make` returns, which is then kept there.
+
+    A file is used only if the hash of its content is the one that stands in it, and nobody else can have written it.
+
+    Args:
+        path: from `path_of`.
+        make: makes it anew; what it raises is raised.
+        dump: the value as text.
+        load: the value of such a text; raises one of Python's own errors where the text is none.
+        may_keep: whether what was made is good for another time.
+    """
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        held = read_kept(path)
+        if held["sha256"] == _hash(held["content"]):
+            return load(held["content"])
+    made = make()
+    if may_keep(made):
+        with suppress(OSError, ValueError, TypeError):  # made again next time
+            content = dump(made)
+            if load(content) == made:  # else a value of a type that nobody expects
+                keep(path, json.dumps({"sha256": _hash(content), "content": content}))
+    return made
+
+
+def keep(path: Path, text: str) -> None:
+    """Write a file of the folder; the oldest of its kind go, and what killed processes have left unfinished.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    folder, kind = path.parent, path.name.partition("-")[0]
+    folder.mkdir(mode=0o700, exist_ok=True)
+    write_text(path, text)
+    with suppress(OSError):  # another process may be at it
+        held = sorted(folder.glob(f"{kind}-*{path.suffix}"), key=_written)
+        unfinished = (each for each in folder.glob(f".*{BESIDE}") if time.time() - _written(each) > _UNFINISHED_SECONDS)
+        for each in (*held[:-_MOST_KEPT], *unfinished):
+            each.unlink(missing_ok=True)
+
+
+def _written(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _hash(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def read_kept(path: Path) -> Any:

@@ -1,53 +1,127 @@
-"""How fast this CPU is: measured once on a machine, and kept."""
+"""How fast this CPU is: measured once on a machine, and kept; again and again while other programs keep it busy."""
 
-import hashlib
 import json
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 
 from expertune.kernels.amounts import Dtype
-from expertune.kernels.cache import cache_folder, read_kept
+from expertune.kernels.cache import path_of, remember
+from expertune.kernels.limits import cgroup_share, read
 from expertune.kernels.processor import cpu_name, processor
-from expertune.storage import write_text
 
 # Rows, depth and columns of the product, and bytes of the copy.
 _PRODUCT = (512, 2048, 2048)
 _COPIED_BYTES = 2**27
 
+# Runs that are taken, how many of them must have been undisturbed, and seconds after which no other is begun.
+_RUNS, _LEAST_RUNS, _MOST_SECONDS = 5, 3, 1.0
+
+# Part of a run's time that its threads may have spent without a core: interrupts, and a turn of another program.
+_LOST = 0.1
+
+# For so long what was measured on a busy machine serves the next plans as well, which need not import torch then.
+_BUSY_SECONDS = 600
+
+_THREADS = Path("/proc/self/task")
+
+
+@dataclass(frozen=True)
+class CpuRates:
+    """What this CPU does in a second.
+
+    Attributes:
+        measured_at: in seconds since 1970.
+        flops_per_second: of a matrix product.
+        bytes_per_second: read and written by a copy.
+        was_busy: other programs took the cores meanwhile: alone it is faster, by how much nobody knows.
+    """
+
+    measured_at: float
+    flops_per_second: float
+    bytes_per_second: float
+    was_busy: bool = False
+
 
 @cache
-def cpu_rates(dtype: Dtype, threads: int) -> tuple[float, float]:
-    """FLOP/s of a product and bytes/s of a copy on this CPU: from the user's cache, or measured in a second."""
-    machine = [version("torch"), f"torch.{dtype.name}", cpu_name(), *processor().instruction_sets, str(threads)]
-    digest = hashlib.sha256("\0".join(machine).encode()).hexdigest()[:16]
-    path = cache_folder() / f"rates-{digest}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        found = read_kept(path)
-        return float(found["flops_per_second"]), float(found["bytes_per_second"])
+def cpu_rates(dtype: Dtype, threads: int) -> CpuRates:
+    """Rates of this CPU: from the user's cache, or measured in a second."""
+    machine = [version("torch"), f"torch.{dtype.name}", cpu_name(), *processor().instruction_sets, threads]
+    return remember(
+        path_of("rates", machine),
+        lambda: _measure(dtype, threads),
+        lambda rates: json.dumps(asdict(rates)),
+        _loaded,
+    )
+
+
+def _loaded(text: str) -> CpuRates:
+    kept = CpuRates(**json.loads(text))
+    if kept.was_busy and not 0 <= time.time() - kept.measured_at < _BUSY_SECONDS:
+        raise ValueError("by now the machine may be free")
+    return kept
+
+
+def _measure(dtype: Dtype, threads: int) -> CpuRates:
     import torch
 
     rows, depth, columns = _PRODUCT
     held = getattr(torch, dtype.name)
     x, w = torch.randn(rows, depth).to(held), torch.randn(depth, columns).to(held)
     out = torch.empty(rows, columns, dtype=held)
-    flops = 2 * rows * depth * columns / _median_seconds(lambda: torch.mm(x, w, out=out))
+    product, is_free = _seconds(lambda: torch.mm(x, w, out=out), threads)
     source, target = (torch.ones(_COPIED_BYTES // 4) for _ in range(2))
-    num_bytes = 2 * source.nbytes / _median_seconds(lambda: target.copy_(source))
-    with suppress(OSError):  # measured again next time
-        write_text(path, json.dumps({"flops_per_second": flops, "bytes_per_second": num_bytes}))
-    return flops, num_bytes
+    copy, is_free_still = _seconds(lambda: target.copy_(source), threads)
+    flops, num_bytes = 2 * rows * depth * columns, 2 * source.nbytes
+    was_busy = not (is_free and is_free_still)
+    return CpuRates(round(time.time(), 3), flops / product, num_bytes / copy, was_busy)
 
 
-def _median_seconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """The median of a few runs: other programs may be at work."""
+def _seconds(run: Callable[[], object], threads: int) -> tuple[float, bool]:
+    """How long a run takes, and whether the machine was free for enough of them.
+
+    The median of those that nothing disturbed; where these are too few, the fastest of all.
+    """
     run()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    quota = min(1.0, (cgroup_share() or threads) / threads)  # a container waits for its own share as well
+    undisturbed: list[float] = []
+    every: list[float] = []
+    begun = time.perf_counter()
+    while len(undisturbed) < _RUNS and (not every or time.perf_counter() - begun < _MOST_SECONDS):
+        seconds, lost = _timed(run)
+        every.append(seconds)
+        if lost <= 1 - quota * (1 - _LOST):
+            undisturbed.append(seconds)
+    is_free = len(undisturbed) >= _LEAST_RUNS
+    return (statistics.median(undisturbed) if is_free else min(every)), is_free
+
+
+def _timed(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of a run, and the part of them in which one of this process's threads had no core.
+
+    That is what the system says of their waiting, and time that this thread did not compute in, which was stopped then
+    or waited for another thread. Only Linux tells of the former; elsewhere nothing counts as lost.
+    """
+    waited, computed, started = _waited(), time.thread_time(), time.perf_counter()
+    run()
+    seconds, computed = time.perf_counter() - started, time.thread_time() - computed
+    after = _waited()
+    if not after:
+        return seconds, 0.0
+    return seconds, max(
+        seconds - computed, *(until - waited.get(thread, 0.0) for thread, until in after.items())
+    ) / seconds
+
+
+def _waited() -> dict[str, float]:
+    """Seconds for which each thread of this process could have run and had no core, by its number."""
+    found = {}
+    with suppress(OSError, ValueError, IndexError):  # another system, or one that does not count it
+        for thread in _THREADS.iterdir():
+            found[thread.name] = int(read(thread / "schedstat").split()[1]) / 1e9
+    return found

@@ -1,20 +1,17 @@
 """This CPU as torch sees it: its instruction sets and threads, kept so that a plan need not import torch for them."""
 
-import hashlib
 import json
 import os
 import platform
 import sys
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 from expertune.kernels.amounts import FLOAT32, Dtype
-from expertune.kernels.cache import cache_folder, read_kept
+from expertune.kernels.cache import path_of, remember
 from expertune.kernels.limits import read
-from expertune.storage import write_text
 
 MULTIPLIES = {
     "bfloat16": frozenset({"avx512_bf16", "amx_bf16"}),
@@ -52,7 +49,7 @@ class Processor:
 
 def processor() -> Processor:
     """This process's: asked of torch where it is imported, else what a process like this one has kept, if one has."""
-    return _asked() if "torch" in sys.modules else _kept()
+    return _asked() if "torch.nn" in sys.modules else _kept()  # `torch` alone may be there and not read yet
 
 
 def _asked() -> Processor:
@@ -66,16 +63,12 @@ def _asked() -> Processor:
 @cache
 def _kept() -> Processor:
     """Kept under all that decides the answer: the CPU and the system, torch's release, how it is asked, variables."""
-    path = cache_folder() / f"processor-{hashlib.sha256(json.dumps(_decides()).encode()).hexdigest()[:16]}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        found = read_kept(path)
-        kept = Processor(tuple(map(str, found["instruction_sets"])), int(found["threads"]))
-        if kept.threads > 0:
-            return kept
-    asked = _asked()
-    with suppress(OSError):  # asked again next time
-        write_text(path, json.dumps(asdict(asked)))
-    return asked
+    return remember(path_of("processor", _decides()), _asked, lambda asked: json.dumps(asdict(asked)), _loaded)
+
+
+def _loaded(text: str) -> Processor:
+    found = json.loads(text)
+    return Processor(tuple(found["instruction_sets"]), found["threads"])
 
 
 def _decides() -> list[object]:

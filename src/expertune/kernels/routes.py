@@ -24,10 +24,9 @@ from torch import nn
 
 from expertune.kernels import gpu, native, operators
 from expertune.kernels.amounts import default_working_set_bytes
-from expertune.kernels.cache import cache_folder, read_kept
+from expertune.kernels.cache import cache_folder, keep, read_kept
 from expertune.kernels.cpu import cpu_instruction_sets, gemm_dtype
 from expertune.kernels.processor import cpu_name
-from expertune.storage import write_text
 
 Route = Literal["fused", "dequant_gemm", "expert_by_expert"]
 
@@ -239,7 +238,7 @@ def _measured(dtype: torch.dtype, device: torch.device, threads: int) -> dict[st
     except torch.OutOfMemoryError:
         return _UNMEASURED
     with contextlib.suppress(OSError):  # measured again next time
-        write_text(path, json.dumps(found))
+        keep(path, json.dumps(found))
     return found
 
 

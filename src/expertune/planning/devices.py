@@ -116,10 +116,10 @@ class Machine:
     def rates(self, from_disk: bool) -> Rates | None:
         """What the device does in a second: by the table, or measured on a CPU; None where nothing is known."""
         if self.kind == "cpu":
-            here = processor()
+            here, share = processor(), self.share_of_cpu
             measured = cpu_rates(here.gemm_dtype(self.compute_dtype), here.threads)
-            flops, num_bytes = (rate * self.share_of_cpu for rate in measured)
-            return Rates("measured", flops, num_bytes, DISK_BYTES_PER_SECOND * self.share_of_cpu)
+            flops, num_bytes = measured.flops_per_second * share, measured.bytes_per_second * share
+            return Rates("measured", flops, num_bytes, DISK_BYTES_PER_SECOND * share, measured.was_busy)
         gpu = self._known_gpu
         if gpu is None or gpu.rates is None or self.compute_dtype == FLOAT32:
             return None  # the table has rates of 16-bit products alone, and those in float32 do not round to TF32

@@ -76,6 +76,7 @@ class RunTime:
         is_bound: see `Lengths`.
         is_least: see `StepTime`.
         is_sampled: the number of steps follows from a sample of the training examples.
+        was_busy: see `expertune.gpus.Rates`.
     """
 
     steps: int
@@ -86,6 +87,7 @@ class RunTime:
     is_bound: bool
     is_least: bool
     is_sampled: bool = False
+    was_busy: bool = False
 
     @property
     def training_seconds(self) -> float:
@@ -109,9 +111,10 @@ class RunTime:
         besides = "loading and evaluations" if self.evaluations and not self.evaluation_seconds else "loading"
         bound = "; less where examples are shorter than data.max_length" if self.is_bound else ""
         least = "; a model this small can take several times as long" if self.is_least else ""
+        busy = "; less if it has the machine to itself: others kept it busy when it was timed" if self.was_busy else ""
         expected = about(self.seconds, self.is_least)
         steps = f"{'about ' if self.is_sampled else ''}{counted(self.steps, 'step')}"
-        return f"{steps}, {expected}{made_of}, besides {besides}{bound}{least}"
+        return f"{steps}, {expected}{made_of}, besides {besides}{bound}{least}{busy}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -167,6 +170,7 @@ class Pace:
             is_bound=lengths.is_bound,
             is_least=step.is_least,
             is_sampled=lengths.is_sampled and count_steps(training, None, ranks) is None,
+            was_busy=self.cost.rates.was_busy,
         )
 
     def _evaluation(self, lengths: Lengths) -> float:

@@ -2,11 +2,13 @@
 
 Reading a model's shapes takes torch and transformers' models, and reading examples takes a tokenizer: most of a plan's
 time, for a few numbers that are the same as the last time. A kept file is used only if the hash of its content is the
-one that stands in it; any other is made anew, and so is everything where a library is no release.
+one that stands in it, and only while the files that it was read by are what they were; any other is made anew, and so
+is everything where a library is no release.
 """
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -17,13 +19,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from expertune.kernels.cache import cache_folder, read_kept
-from expertune.storage import hash_file, write_text
+from expertune.kernels.cache import path_of, remember
+from expertune.storage import hash_file
 
 T = TypeVar("T")
 
-# Files of each kind that stay; a plan of another model or of other data leaves one more.
-_MOST_KEPT = 64
+# The library whose files people edit in place, to try a change of a model.
+_OF_MODELS = "transformers"
 
 # A safetensors file begins with the length of its header, and no header is larger.
 _LENGTH_BYTES, _MOST_HEADER_BYTES = 8, 100 * 2**20
@@ -48,32 +50,45 @@ def kept(
     decided_by = decides()
     if decided_by is None:
         return read()
-    path = cache_folder() / "plans" / f"{kind}-{digest(decided_by)}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        held = read_kept(path)
-        if held["sha256"] == hashlib.sha256(held["content"].encode()).hexdigest():
-            found: T = form.validate_json(held["content"])
-            return found
-    made = read()
-    if is_final(made) and decides() == decided_by:  # a file may have been written to meanwhile
-        with suppress(OSError, ValueError, TypeError):  # read again next time
-            _keep(path, made, form)
-            _drop_oldest(path.parent, kind)
-    return made
+
+    def may_keep(made: T) -> bool:
+        return is_final(made) and decides() == decided_by  # a file may have been written to meanwhile
+
+    def dump(made: T) -> str:
+        imported = _imported()
+        return f"{json.dumps([imported, _state(imported)])}\n{form.dump_json(made, warnings=False).decode()}"
+
+    def load(text: str) -> T:
+        read_by, _, content = text.partition("\n")
+        imported, state = json.loads(read_by)
+        if state != _state(imported):
+            raise ValueError("a file of the library has been edited")
+        found: T = form.validate_json(content)
+        return found
+
+    return remember(path_of(kind, decided_by, "plans"), read, dump, load, may_keep)
 
 
-def _keep(path: Path, made: Any, form: Any) -> None:
-    content = form.dump_json(made, warnings=False).decode()
-    if form.validate_json(content) != made:
-        raise ValueError("not what was read: a value of a type that nobody expects")
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    write_text(path, json.dumps({"sha256": hashlib.sha256(content.encode()).hexdigest(), "content": content}))
+def _imported() -> list[str]:
+    """Files of the library of models that this process has imported, those of a model's code among them."""
+    prefix = f"{_OF_MODELS}."
+    of_it = (module for name, module in sys.modules.items() if f"{name}.".startswith(prefix))
+    imported = (getattr(module, "__file__", None) for module in of_it)
+    return sorted({os.path.relpath(file, _root()) for file in imported if file})
 
 
-def _drop_oldest(folder: Path, kind: str) -> None:
-    held = sorted(folder.glob(f"{kind}-*.json"), key=lambda path: path.stat().st_mtime)
-    for path in held[:-_MOST_KEPT]:
-        path.unlink(missing_ok=True)
+def _state(imported: list[str]) -> str:
+    """Sizes and times of these files: of one that was edited in place pip's RECORD says nothing."""
+    states = ((_root() / name).stat() for name in imported)
+    return hashlib.sha256(repr([(each.st_size, each.st_mtime_ns) for each in states]).encode()).hexdigest()
+
+
+@cache
+def _root() -> Path:
+    spec = find_spec(_OF_MODELS)
+    if spec is None or spec.origin is None:
+        raise OSError(f"{_OF_MODELS} is nowhere")
+    return Path(spec.origin).parent
 
 
 def libraries(*names: str) -> list[list[str]] | None:
@@ -141,8 +156,3 @@ def _header(path: Path) -> str:
     with path.open("rb") as file:
         length = file.read(_LENGTH_BYTES)
         return hashlib.sha256(file.read(min(int.from_bytes(length, "little"), _MOST_HEADER_BYTES))).hexdigest()
-
-
-def digest(values: Any) -> str:
-    """Hash of plain values, short enough for a file's name."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]

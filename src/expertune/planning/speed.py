@@ -66,6 +66,11 @@ class StepTime:
         """Tokens of a step over the expected seconds."""
         return self.tokens / self.seconds
 
+    @property
+    def source(self) -> str:
+        """Where the rates are from, in words."""
+        return "measured while others kept the machine busy" if self.rates.was_busy else self.rates.source
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {**asdict(self), "tokens_per_second": self.tokens_per_second}

@@ -119,12 +119,12 @@ def _heading(plan: "Plan") -> Table:
 
 def _time(time: "StepTime") -> str:
     if time.is_least:
-        return (
-            f"at least {_seconds(time.seconds)} a step of {time.tokens:,} tokens; the model is too small to tell more"
-        )
+        busy = f", by a speed that was {time.source}" if time.rates.was_busy else ""
+        least = f"at least {_seconds(time.seconds)} a step of {time.tokens:,} tokens{busy}"
+        return f"{least}; the model is too small to tell more"
     line = (
         f"{_seconds(time.seconds)} a step of {time.tokens:,} tokens, {time.tokens_per_second:,.0f} tokens/s; at least "
-        f"{_seconds(time.floor_seconds)} at {time.rates.flops_per_second / 1e12:.3g} TFLOP/s ({time.rates.source}), of "
+        f"{_seconds(time.floor_seconds)} at {time.rates.flops_per_second / 1e12:.3g} TFLOP/s ({time.source}), of "
         f"which {100 * time.efficiency:.0f} % are expected"
     )
     if time.brought_bytes:

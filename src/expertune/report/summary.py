@@ -110,7 +110,8 @@ def _took(record: Mapping[str, Any]) -> str:
     planned = None if plan.get("is_least") else plan.get("seconds")
     counted = sum(seconds for name, seconds in phases if name in PLANNED_PHASES)
     if planned and counted:
-        took += f"; of training, evaluations and answers {in_words(planned)} were planned"
+        busy = " on a busy machine" if plan.get("was_busy") else ""
+        took += f"; of training, evaluations and answers {in_words(planned)} were planned{busy}"
         took += f", {duration(counted)} measured"
     return took
 
